@@ -116,6 +116,18 @@ def part(kind: type[T], document: Mapping[str, Any], key: str) -> T:
     return _structure(kind, document[key], key)
 
 
+def number_keys(kind: type[Any]) -> list[str]:
+    """Keys of the numbers that a dataclass holds, those of its inline parts included, also where they may be None."""
+    keys: list[str] = []
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if field.metadata.get("inline"):
+            keys += number_keys(_only(hints[field.name]))
+        elif {*(get_args(hints[field.name]) or [hints[field.name]])} <= {int, float, NoneType}:
+            keys.append(_key(field))
+    return keys
+
+
 def _entries(value: Any, derived: dict[str, Any], json: bool) -> Iterator[tuple[str, Any]]:
     """Key and value of every field that is written, those of inline parts included; ``derived`` gets the rest."""
     for field in dataclasses.fields(value):

@@ -36,7 +36,7 @@ def picture(driver: Any, target: Path, selector: str, width: int, height: int) -
     clip = {"x": 0, "y": top, "width": width, "height": height, "scale": 1}
     found = driver.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
     shown = Image.open(BytesIO(base64.b64decode(found["data"]))).convert("RGB")
-    shown.quantize(96, dither=Image.Dither.NONE).save(target, optimize=True)
+    shown.quantize(256, dither=Image.Dither.NONE).save(target, optimize=True)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from nets import second_like
 from onnx import numpy_helper
 
@@ -66,6 +67,9 @@ def test_a_result_prints_its_verdict_and_keeps_numbers(tmp_path: Path) -> None:
     assert len(repr(result)) < 200
     assert result.layers["sqnr_db"].dtype == float  # of equal layers infinite, which JSON writes as text
     assert math.isinf(result.layers["sqnr_db"].max())
+    assert {result.layers[key].dtype.kind for key in ("step", "clipped", "share", "excess", "count")} <= {"f", "i"}
+    row = result.tests[0].rows[1]
+    assert repr(row) == f"<LayerRow {row.name} ({row.op}): ok>"
 
 
 def test_assert_agree_says_who_why_and_what_to_do(tmp_path: Path) -> None:
@@ -78,6 +82,12 @@ def test_assert_agree_says_who_why_and_what_to_do(tmp_path: Path) -> None:
     assert "guilty" in said
     assert "fix:" in said
     assert ".show()" in said
+    with pytest.raises(AssertionError) as caught:
+        cp_debug.assert_agree(paths[0], "ort,ort,ort-basic,ort-all,torch,emu-tf32,emu-fp32", test_model=paths[1])
+    said = str(caught.value)
+    assert len(said.splitlines()) == 10
+    assert said.count("✗") + int(said.split("\nand ")[1].split(" more that")[0]) == 6
+    assert "fix:" in said.partition("✗ ort-basic")[0]
 
 
 def test_compare_tensors_by_name() -> None:
@@ -91,6 +101,44 @@ def test_compare_tensors_by_name() -> None:
     assert "only in the test: more" in str(compared)
     with pytest.raises(cp_debug.InputError, match="no name in common: a against b"):
         cp_debug.compare_tensors({"a": a}, {"b": a})
+    assert cp_debug.compare_tensors({"a": [1, 2, 3]}, {"a": a[1:]})["a"].equal
+
+
+def test_compare_tensors_tells_nan_and_inf_from_large_differences() -> None:
+    reference, test = np.array([1, np.nan, np.inf, 2]), np.array([1.5, 2, np.inf, np.inf])
+    said = str(cp_debug.compare_tensors({"a": reference}, {"a": test}))
+    assert "2 of 4 values meet NaN or Inf" in said
+    assert "reference: 1 NaN, 1 Inf; test: 0 NaN, 2 Inf" in said
+    assert "max |Δ| 0.5" in said
+
+
+@pytest.mark.parametrize("wrong", ["text", None, [[1], [1, 2]], object(), 1j * np.ones(3), {"b": 1}])
+def test_compare_tensors_refuses_what_is_no_tensor(wrong: object) -> None:
+    with pytest.raises(cp_debug.InputError, match="'a'"):
+        cp_debug.compare_tensors({"a": wrong}, {"a": np.ones(3)})
+    with pytest.raises(cp_debug.InputError, match=r"^test: .*expected a mapping"):
+        cp_debug.compare_tensors({"a": np.ones(3)}, wrong if not isinstance(wrong, dict) else 5)  # type: ignore[arg-type]
+
+
+def test_errors_name_arguments_of_python_not_flags(tmp_path: Path) -> None:
+    net, linear = str(small(tmp_path)), torch.nn.Linear(2, 2)
+    wrong = {
+        r"^model: Linear: example input 'y'": lambda: cp_debug.diagnose(linear, inputs={"y": torch.ones(1, 2)}),
+        r"^test_model: 'nothing.xyz'": lambda: cp_debug.diagnose(net, test_model="nothing.xyz"),
+        r"^backends: 'ort' names 1": lambda: cp_debug.diagnose(net, "ort"),
+        r"^options\.optimizer_blame: ": lambda: cp_debug.diagnose(
+            net, "ort,torch", options=cp_debug.Options(optimizer_blame=True)
+        ),
+        r"^options\.maps pairs .* test_model gives": lambda: cp_debug.diagnose(
+            net, "ort,torch", options=cp_debug.Options(maps=["a=b"])
+        ),
+        r"^precision: no precision 'fp12'": lambda: cp_debug.predict(net, "fp12"),
+        r"^goal: no figure": lambda: cp_debug.search(net, "ort,emu-fp16", "foo<1"),
+        r"give inputs$": lambda: cp_debug.assert_agree(net, test_tensors={"y": np.ones(3)}),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(cp_debug.InputError, match=message):
+            call()
 
 
 def test_the_page_of_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.reports.bundle.case import Case, Piece
 from cp_debug.reports.bundle.make import bundle
-from cp_debug.reports.bundle.redact import redact
+from cp_debug.reports.bundle.redact import holds_source, redact
 from cp_debug.reports.files import write_json
 from cp_debug.reports.saved import SavedResult
 
@@ -198,6 +198,83 @@ def test_redacted_inputs_and_weights_are_random_within_the_range_of_the_real_one
     for tensor in made.program.model.graph.initializer:
         if weights[tensor.name].size > 100:
             assert np.mean(onnx.numpy_helper.to_array(tensor) == weights[tensor.name]) < 0.1
+
+
+def traced(node: onnx.NodeProto) -> onnx.NodeProto:
+    """The node with what torch's dynamo exporter writes about its source."""
+    trace = 'File "/home/me/secret/net.py", line 8, in forward\n    return secret_formula(x)'
+    node.metadata_props.add(key="pkg.torch.onnx.stack_trace", value=trace)
+    node.doc_string = "/home/me/secret/net.py(8): forward"
+    return node
+
+
+def test_redaction_reaches_everything_that_can_hold_a_weight_or_a_source_line(tmp_path: Path) -> None:
+    helper, tensor = onnx.helper, onnx.numpy_helper.from_array
+    secrets: list[np.ndarray] = []
+
+    def secret() -> np.ndarray:
+        secrets.append(np.linspace(len(secrets) + 3, len(secrets) + 3.5, 64).astype(np.float32))
+        return secrets[-1]
+
+    def constant(name: str) -> onnx.NodeProto:
+        return traced(helper.make_node("Constant", [], [name], value=tensor(secret(), "")))
+
+    value = helper.make_tensor_value_info("b", 1, [64])
+    value.doc_string = "/home/me/secret/net.py(8): forward"
+    branches = [
+        helper.make_graph([constant("c"), traced(helper.make_node("Add", ["c", "w"], ["b"]))], "g", [], [value], [each])
+        for each in (tensor(secret(), "w"), tensor(secret(), "w"))
+    ]
+    listed = traced(helper.make_node("Constant", [], ["l"], value_floats=secret().tolist()))
+    scaled = helper.make_node("Scaler", ["l"], ["s"], domain="ai.onnx.ml", offset=secret().tolist(), scale=[1.0])
+    chosen = traced(helper.make_node("If", ["k"], ["y"], then_branch=branches[0], else_branch=branches[1]))
+    summed, called = helper.make_node("Sum", ["y", "s"], ["t"]), helper.make_node("F", ["t"], ["z"], domain="own")
+    function = helper.make_function(
+        "own", "F", ["x"], ["r"], [constant("i"), traced(helper.make_node("Add", ["x", "i"], ["r"]))],
+        [helper.make_opsetid("", 18)],
+    )  # fmt: skip
+    function.doc_string = "/home/me/secret/net.py(8): forward"
+    graph = helper.make_graph(
+        [listed, scaled, chosen, summed, called], "net",
+        [helper.make_tensor_value_info("k", 9, [])], [helper.make_tensor_value_info("z", 1, [64])],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid(*each) for each in (("", 18), ("own", 1), ("ai.onnx.ml", 3))]
+    model = helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=9)
+    onnx.checker.check_model(model)
+    piece = Piece(model, Graph(second_like(tmp_path / "net.onnx", size=16)))
+    assert holds_source(Case(piece, piece, {}, {"z": "z"}))
+    accepts: Any = SimpleNamespace(accepts=lambda case: True)
+    made = redact(Case(piece, piece, {}, {"z": "z"}), accepts)
+    assert not holds_source(made)
+    onnx.checker.check_model(made.program.model)
+    written = made.program.model.SerializeToString()
+    assert b"secret" in model.SerializeToString()
+    assert b"secret" not in written
+    for numbers in secrets:
+        assert numbers[5].tobytes() in model.SerializeToString()
+        assert not any(number.tobytes() in written for number in numbers[1:-1])
+
+
+@pytest.mark.slow
+def test_a_bundle_that_quotes_source_lines_says_so(tmp_path: Path) -> None:
+    model = second_like(tmp_path / "net.onnx", size=16)
+    proto = onnx.load(model)
+    for node in proto.graph.node:
+        traced(node)
+    onnx.save(proto, model)
+    saved = save(
+        tmp_path / "saved",
+        model,
+        "ort,ort-none@cpu",
+        test_model=spoilt(model, lambda e: clip(e, "batchnormalization_7", 0.5)),
+    )
+    said = "quote source lines and paths"
+    bundle(SavedResult.open(saved), tmp_path / "open")
+    assert said in (tmp_path / "open" / "README.md").read_text()
+    assert b"secret_formula" in (tmp_path / "open" / "model.onnx").read_bytes()
+    bundle(SavedResult.open(saved), tmp_path / "redacted", redact=True)
+    assert said not in (tmp_path / "redacted" / "README.md").read_text()
+    assert not any(b"secret" in file.read_bytes() for file in (tmp_path / "redacted").iterdir())
 
 
 def test_redaction_refuses_where_the_weights_are_the_fault(scaled: Path, tmp_path: Path) -> None:

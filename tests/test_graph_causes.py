@@ -121,6 +121,8 @@ CASES: list[tuple[str, Edit, set[str]]] = [
     ("softmax", attribute("softmax", axis=1), {"attribute"}),
     ("div", reads("div", 1, 0), {"operand-order"}),
     ("concat", reads("concat", 1, 0), {"concat-order"}),
+    ("concat", reads("concat", 0, 0), {"another-tensor", "another-operand"}),
+    ("conv", constant("conv", 1, lambda a: a * (np.arange(16) > 3)[:, None, None, None]), {"channels-zeroed"}),
     ("slice", lambda g: [constant("slice", p, lambda a: a + 1)(g) for p in (1, 2)] and None, {"index-shifted"}),
     ("gather", constant("gather", 1, lambda a: a + 1), {"index-shifted"}),
     ("relu", operator("relu", "Identity"), {"missing-activation"}),

@@ -10,14 +10,17 @@ from typing import Any
 from cp_debug.api.dumps import DEFAULT_REFERENCE, with_dump
 from cp_debug.api.models import ModelLike, modes_kept, samples_in, to_model
 from cp_debug.api.progress import shown_steps
+from cp_debug.api.words import about, in_python_words
 from cp_debug.backends.base import Backend
 from cp_debug.bisect.engine import OnStep, Options, bisect
 from cp_debug.bisect.result import BisectResult
 from cp_debug.errors import InputError
+from cp_debug.reports.summary import disagreement
 
 DEFAULTS = Options()
 
 
+@in_python_words
 def diagnose(
     model: ModelLike,
     backends: str | Sequence[Backend] = "torch,ort",
@@ -69,24 +72,42 @@ def diagnose(
         return bisect(prepared, backends, test_model=prepared_test, options=options, on_step=step)
 
 
+@in_python_words
 def assert_agree(
     model: ModelLike,
     backends: str | Sequence[Backend] = "torch,ort",
     *,
     inputs: Any = None,
     test_model: ModelLike | None = None,
+    test_tensors: str | Path | Mapping[str, Any] | None = None,
+    tensors_precision: str = "fp32",
+    channels_last: bool = False,
     options: Options = DEFAULTS,
+    progress: bool | None = False,
+    on_step: OnStep | None = None,
 ) -> BisectResult:
     """Check that every test backend agrees with the reference: no guilty layer, every output within the tolerance.
 
-    The arguments are those of ``diagnose``. Returns its result.
-    Raises AssertionError, which names the first guilty layer, the cause, the fix and how to see more, when they do not
-    agree, and the errors of ``diagnose``.
+    The arguments are those of ``diagnose``, but progress is not shown unless it is asked for. Returns its result.
+    Raises AssertionError of at most ten lines, which name the first guilty layer, the cause, the fix and how to see
+    more, when they do not agree; its attribute ``result`` is the result. Raises the errors of ``diagnose``.
     """
     __tracebackhide__ = True  # in pytest the test's own line is what matters
-    result = diagnose(model, backends, inputs=inputs, test_model=test_model, options=options, progress=False)
+    result = diagnose(
+        model,
+        backends,
+        inputs=inputs,
+        test_model=test_model,
+        test_tensors=test_tensors,
+        tensors_precision=tensors_precision,
+        channels_last=channels_last,
+        options=options,
+        progress=progress,
+        on_step=on_step,
+    )
     if not result.agrees:
-        error = AssertionError(f"{result}\nsee more: cp_debug.diagnose(…).show(), or `cpdebug bisect … --html`")
+        more = "see more: cp_debug.diagnose(…).show(), or `cpdebug bisect … --html`"
+        error = AssertionError(f"{disagreement(result)}\n{more}")
         error.result = result  # type: ignore[attr-defined]
         raise error
     return result
@@ -98,4 +119,5 @@ def _test_model(test_model: ModelLike, inputs: Any) -> Any:
         if not Path(test_model).exists():
             raise InputError(f"test_model: no such file {test_model}")
         return Path(test_model)
-    return to_model(test_model, inputs, what="test_model")[0]
+    with about("test_model"):
+        return to_model(test_model, inputs, what="test_model")[0]

@@ -13,6 +13,7 @@ from typing import Any
 
 from cp_debug.api.models import ModelLike, modes_kept, samples_in, to_model
 from cp_debug.api.progress import shown_steps
+from cp_debug.api.words import in_python_words
 from cp_debug.backends.base import Backend
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
@@ -47,6 +48,7 @@ PREDICT, SEARCH, EVALUATE, VERIFY, EXPORT = (
 )
 
 
+@in_python_words
 def predict(
     model: ModelLike,
     precision: str = "fp16",
@@ -71,6 +73,7 @@ def predict(
         return run_predict(prepared, precision, target, options=options, on_step=step)
 
 
+@in_python_words
 def search(
     model: ModelLike,
     backends: str | Sequence[Backend] = "torch,emu-fp16acc",
@@ -110,6 +113,7 @@ def search(
         return run_search(prepared, created, parsed, loaded, options, step)
 
 
+@in_python_words
 def evaluate(
     model: ModelLike,
     backends: str | Sequence[Backend] = "torch,ort",
@@ -146,6 +150,7 @@ def evaluate(
         )
 
 
+@in_python_words
 def verify(
     model: ModelLike,
     backends: str | Sequence[Backend] = "torch,ort",
@@ -185,6 +190,7 @@ def verify(
         return run_verify(prepared, programs, pairs, loaded, options, test_programs=tests, on_step=step)
 
 
+@in_python_words
 def quantize(
     model: ModelLike,
     output: str | Path,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cp_debug.errors import InputError
 from cp_debug.probes.statistics import TensorStats, compare
 
@@ -36,15 +38,7 @@ class TensorComparison(dict[str, TensorStats]):
 
     def __str__(self) -> str:
         width = max(map(len, self))
-        lines = [
-            f"{name:{width}}  "
-            + (
-                f"shapes differ: {stats.shape}, {stats.shape_test}"
-                if stats.shape_mismatch
-                else f"max |Δ| {stats.max_abs:.3g}, rel. L2 {stats.rel_l2:.3g}"
-            )
-            for name, stats in self.items()
-        ]
+        lines = [f"{name:{width}}  {_says(stats)}" for name, stats in self.items()]
         lines += [f"only in the reference: {', '.join(self.missing)}"] if self.missing else []
         lines += [f"only in the test: {', '.join(self.extra)}"] if self.extra else []
         return "\n".join(lines)
@@ -53,16 +47,50 @@ class TensorComparison(dict[str, TensorStats]):
 def compare_tensors(reference: Mapping[str, Any], test: Mapping[str, Any]) -> TensorComparison:
     """Compare tensors of equal names: numpy arrays (memory-mapped too) or torch tensors, of any real or bool dtype.
 
-    Raises InputError where no name is in both mappings, and for dtypes without real numbers.
+    Lists of numbers are taken as arrays. Raises InputError for what is no mapping of tensors, where no name is in both,
+    and for dtypes without real numbers.
     """
+    for side, given in (("reference", reference), ("test", test)):
+        if not isinstance(given, Mapping):
+            raise InputError(f"{side}: {type(given).__name__}; expected a mapping of tensors by name")
     common = [name for name in reference if name in test]
     if not common:
         raise InputError(f"no name in common: {_names(reference)} against {_names(test)}")
     return TensorComparison(
-        {name: compare(reference[name], test[name]) for name in common},
+        {name: _compared(name, reference[name], test[name]) for name in common},
         [name for name in reference if name not in test],
         [name for name in test if name not in reference],
     )
+
+
+def _compared(name: str, reference: Any, test: Any) -> TensorStats:
+    pair = []
+    for side, given in (("reference", reference), ("test", test)):
+        tensor = given
+        if not hasattr(given, "dtype"):
+            try:
+                tensor = np.asarray(given)
+            except ValueError:  # nested lists of different lengths
+                tensor = np.asarray(None)
+            if tensor.dtype.kind not in "biuf":
+                raise InputError(f"{side}: {name!r} is {type(given).__name__}; expected a tensor or a list of numbers")
+        pair.append(tensor)
+    try:
+        return compare(*pair)
+    except InputError as error:
+        raise InputError(f"{name!r}: {error}") from None
+
+
+def _says(stats: TensorStats) -> str:
+    """Shapes where they differ, else the distance; with Inf or NaN against numbers, how many and what the rest is."""
+    if stats.shape_mismatch:
+        return f"shapes differ: {stats.shape}, {stats.shape_test}"
+    if not stats.mismatched:
+        return f"max |Δ| {stats.max_abs:.3g}, rel. L2 {stats.rel_l2:.3g}"
+    sides = (("reference", stats.nan_ref, stats.inf_ref), ("test", stats.nan_test, stats.inf_test))
+    held = "; ".join(f"{side}: {nan} NaN, {inf} Inf" for side, nan, inf in sides)
+    rest = f"max |Δ| {stats.finite_max_abs:.3g}, rel. L2 {stats.finite_rel_l2:.3g}"
+    return f"{stats.mismatched} of {stats.count} values meet NaN or Inf ({held}); the rest: {rest}"
 
 
 def _names(tensors: Mapping[str, Any]) -> str:

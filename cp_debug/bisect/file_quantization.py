@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
 
 from cp_debug.backends.arithmetic import INT8
 from cp_debug.backends.base import Tensor as AnyTensor
+from cp_debug.backends.codecs import E2M1, E4M3, E5M2
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.weights import Weights
+from cp_debug.bisect.file_weights import product_of, stored_codes
 from cp_debug.bisect.quantization_scheme import Levels, Scheme
 from cp_debug.bisect.quantized_segment import EmulatedSegment, QuantizerGrid
 from cp_debug.errors import InputError
@@ -32,9 +35,12 @@ GOOD = 3.0
 """A weight that is this many times further from its original than the best scales would leave it is a bad one."""
 SLIGHT = 1e-3
 """Further distance that is allowed, as a share of the size, for biases of 32 bits."""
-_BITS = {2: 8, 3: 8, 4: 16, 5: 16, 21: 4, 22: 4, 25: 2, 26: 2, 6: 32, 17: 5, 18: 5, 19: 4, 20: 4}
-"""ONNX data type of levels → bits; for FP8 those of an integer grid with about its error."""
-_SIGNED = {3, 5, 6, 22, 26, 17, 18, 19, 20}
+_BITS = {2: 8, 3: 8, 4: 16, 5: 16, 21: 4, 22: 4, 25: 2, 26: 2, 6: 32, 17: 8, 18: 8, 19: 8, 20: 8, 23: 4}
+"""ONNX data type of levels → bits."""
+_CODECS = {17: E4M3, 18: E4M3, 19: E5M2, 20: E5M2, 23: E2M1}
+"""ONNX data type of levels in floating point → the type; the UZ ones differ by a factor of the scale."""
+_SIGNED = {3, 5, 6, 22, 26, 17, 18, 19, 20, 23}
+_STORED = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2, "e2m1": ml_dtypes.float4_e2m1fn}
 _PASS = {
     *("Cast", "Clip", "Flatten", "HardSwish", "Identity", "LeakyRelu", "PRelu", "Pad", "Relu", "Reshape", "Slice"),
     *("Split", "Squeeze", "Transpose", "Unsqueeze"),
@@ -131,7 +137,7 @@ class FileQuantization:
                     axis = weight_axis(node, tensor.dim()) if node.op in PRODUCTS and place == 1 else 0
                     least = _range(executor.graph, name) if whole_range else (0.0, 0.0)
                     rounded_values[name] = levels.applied(tensor, axis if constant else None, scale_margin, least)
-                    if not constant and scheme.grid is not None and segment.step is None:
+                    if not constant and scheme.grid is not None and scheme.grid.codec is None and segment.step is None:
                         segment.step, segment.clipped = (
                             float(scheme.grid.scale.flatten()[0]),
                             scheme.grid.clipped(tensor),
@@ -173,6 +179,28 @@ class FileQuantization:
         if (grid := self._constant_grid(file_name)) is not None and not result.is_floating_point():
             return grid.value(result.double())
         return result
+
+    def with_fitted_weight(
+        self, target: str, known: Collection[str], given: Mapping[str, AnyTensor], op: str, weight: Tensor
+    ) -> Tensor | None:
+        """Result ``target`` by the file's own nodes, with the scales by which the codes of the product of ``op`` come
+        nearest to ``weight`` (float64); None where those that it has fit as well, and as for ``declared``."""
+        own = self._names.get(target, target)
+        if own not in self._graph.producer:
+            return None
+        plain_names = {self._names.get(name, name): name for name in known}
+        nodes, starts = self._graph.segment([own], plain_names.keys())
+        values = {start: given.get(plain_names.get(start, start)) for start in starts}
+        product = product_of(nodes, op)
+        stored = stored_codes(self._graph, product) if product is not None else None
+        if stored is None or not stored.misfits(weight) or any(value is None for value in values.values()):
+            return None
+        if self._constant_grid(own) is not None or any(self._constant_grid(s) is not None for s in starts):
+            return None
+        fitted = (stored.refitted(weight) * stored.codes).float()
+        rest = [node for node in nodes if node is not stored.dequantizer]
+        fed = {**values, stored.dequantizer.outputs[0]: fitted}
+        return torch.as_tensor(self._executor.run_nodes(rest, fed, [own])[own])
 
     def recalibrated(
         self,
@@ -252,16 +280,20 @@ class FileQuantization:
         grid = self._constant_grid(own) if own in self._own else None
         if grid is None:
             return tensor
-        levels = as_torch(as_numpy(tensor))
-        if levels.is_floating_point():
+        array = as_numpy(tensor)
+        if grid.codec is not None and array.dtype == _STORED[grid.codec.name]:
+            array = array.astype(np.float32)
+        elif as_torch(array).is_floating_point():
             return tensor
-        return grid.value(levels.double()).float()
+        return grid.value(as_torch(array).double()).float()
 
     def _levels_of(self, own: str, value: AnyTensor | None) -> AnyTensor | None:
         grid = self._constant_grid(own)
         if grid is None or value is None:
             return value
-        levels = grid.levels(as_torch(as_numpy(value)).double()).clamp(grid.low, grid.high)
+        levels = grid.kept(grid.levels(as_torch(as_numpy(value)).double()))
+        if grid.codec is not None:
+            return levels.numpy().astype(_STORED[grid.codec.name])
         return levels.to(torch.uint8 if grid.low == 0 and grid.high == 255 else torch.int8)
 
     def _constant_grid(self, own: str) -> QuantizerGrid | None:
@@ -274,11 +306,11 @@ class FileQuantization:
     def _grid(self, scale: str, zero: str) -> QuantizerGrid | None:
         if not self._constants.holds(scale) or (zero and not self._constants.holds(zero)):
             return None
-        offset = torch.as_tensor(np.asarray(self._constants[zero])) if zero else torch.zeros((), dtype=torch.uint8)
+        offset = _plain(self._constants[zero]) if zero else torch.zeros((), dtype=torch.uint8)
         kind = constant_type(self._graph, zero) if zero else 2
         bits = _BITS.get(kind or 2, 8)
         low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if kind in _SIGNED else (0, 2**bits - 1)
-        return QuantizerGrid(self._constants[scale].double(), offset.double(), low, high, 1)
+        return QuantizerGrid(self._constants[scale].double(), offset.double(), low, high, 1, _CODECS.get(kind or 2))
 
     def _of(self, nodes: Sequence[Node]) -> Scheme:
         schemes = [self._schemes[o] for node in nodes for o in node.outputs if o in self._schemes]
@@ -304,7 +336,7 @@ class FileQuantization:
             inputs = [*node.proto.input, *[""] * 9]
             op = node.op.removeprefix("com.microsoft.")
             if op == "QuantizeLinear":
-                levels = self._levels(inputs[1], inputs[2])
+                levels = self._levels(inputs[1], inputs[2], node=node)
                 if is_constant(self._graph, inputs[0]):
                     weights = levels
                 else:
@@ -358,19 +390,31 @@ class FileQuantization:
         )
 
     def _levels(self, scale: str, zero: str, levels: str = "", node: Node | None = None) -> Levels | None:
-        kind = constant_type(self._graph, zero) or constant_type(self._graph, levels) or 2
+        attributes = {a.name: a.i for a in node.proto.attribute} if node is not None else {}
+        kind = constant_type(self._graph, zero) or constant_type(self._graph, levels)
+        kind = kind or attributes.get("output_dtype") or 2
         if _BITS.get(kind) in (None, 32):
             return None
         offset = self._constants[zero] if zero and self._constants.holds(zero) else None
         signed = kind in _SIGNED
         centred = offset is None or not np.asarray(offset).astype(np.float64).any()
         many = self._constants.holds(scale) and np.asarray(self._constants[scale]).size > 1
-        block = next((a.i for a in node.proto.attribute if a.name == "block_size"), 0) if node is not None else 0
-        return Levels(_BITS[kind], symmetric=signed and centred, channels=bool(many), block=block)
+        block = attributes.get("block_size", 0)
+        axis = attributes.get("axis", 1) if block else None
+        codec = _CODECS.get(kind)
+        return Levels(_BITS[kind], signed and centred, bool(many), block, axis, codec)
 
     def _many(self, node: Node) -> bool:
         constants = [name for name in node.inputs if self._constants.holds(name)]
         return any(np.asarray(self._constants[name]).size > 1 for name in constants)
+
+
+def _plain(values: AnyTensor) -> Tensor:
+    """Zero points as torch can hold them: those of FP8 and 4 bits as float32."""
+    array = np.asarray(values)
+    return torch.as_tensor(
+        array.astype(np.float32) if array.dtype.name.startswith(("float8", "float4", "int4", "uint4")) else array
+    )
 
 
 def _range(graph: Graph, name: str) -> tuple[float, float]:

@@ -67,6 +67,9 @@ class Finding(JsonForm):
     inside: dict[str, Any] | None = None
     """For a region: the findings about its inside (``cp_debug.bisect.regions.learnt.Descent``)."""
 
+    def __repr__(self) -> str:
+        return f"<Finding {self.cause}: {self.headline}>"
+
     @property
     def headline(self) -> str:
         """``16 layers (Conv): sums are accumulated in FP16``."""

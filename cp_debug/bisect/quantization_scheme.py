@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cp_debug.backends.codecs import Codec
 from cp_debug.bisect.quantized_segment import QuantizerGrid
 
 
@@ -19,6 +20,10 @@ class Levels:
     channels: bool = False
     block: int = 0
     """Number of elements of the reduced axis that share a scale; 0: all."""
+    block_axis: int | None = None
+    """Axis that blocks lie along, where the file says it; None: the reduced one of a weight."""
+    codec: Codec | None = None
+    """Floating-point type of the levels; None: whole numbers."""
 
     def applied(
         self, tensor: Tensor, axis: int | None, scale_margin: float = 1.0, least: tuple[float, float] = (0.0, 0.0)
@@ -27,6 +32,11 @@ class Levels:
 
         ``least`` is a range that they cover in any case, ``axis`` the channels'. Shape and dtype of ``tensor`` stay.
         """
+        if self.block and self.block_axis is not None and -tensor.dim() <= self.block_axis < tensor.dim():
+            rows = tensor.movedim(self.block_axis, -1)
+            padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % self.block))
+            rounded = self._on(padded.unflatten(-1, (-1, self.block)), [-1], scale_margin).flatten(-2)
+            return rounded[..., : rows.shape[-1]].movedim(-1, self.block_axis)
         if self.block and tensor.dim() > 1:
             rows = tensor.transpose(0, 1) if axis != 0 else tensor
             padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % self.block))
@@ -45,6 +55,10 @@ class Levels:
         finite = torch.where(tensor.isfinite(), tensor, 0)  # Inf is cut off, NaN has no place on a grid
         low, high = (finite.amin(dims, keepdim=True), finite.amax(dims, keepdim=True)) if dims else (finite, finite)
         low, high = low.clamp(max=least[0]), high.clamp(min=least[1])
+        if self.codec is not None:
+            largest = torch.maximum(low.abs(), high.abs()) * scale_margin
+            step = torch.where(largest > 0, largest / self.codec.largest, torch.ones_like(largest))
+            return self.codec(tensor / step) * step
         if self.symmetric:
             high = torch.maximum(low.abs(), high.abs())
             low = -high

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cp_debug.backends.arithmetic import INT8
 from cp_debug.backends.base import Tensor as AnyTensor
+from cp_debug.backends.codecs import Codec
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.weights import Weights
 from cp_debug.graph.graph import Graph, Node
@@ -38,6 +39,8 @@ class QuantizerGrid:
     low: int
     high: int
     axis: int
+    codec: Codec | None = None
+    """Floating-point type of the levels, which are then quotients by the scale; None: whole numbers."""
 
     @classmethod
     def symmetric(cls, amax: float) -> QuantizerGrid:
@@ -47,7 +50,10 @@ class QuantizerGrid:
     @property
     def range(self) -> tuple[float, float]:
         """The smallest and the largest number of the grid; with several scales, those of the first."""
-        scale, zero = float(self.scale.flatten()[0]), float(self.zero.flatten()[0])
+        scale = float(self.scale.flatten()[0])
+        if self.codec is not None:
+            return -self.codec.largest * scale, self.codec.largest * scale
+        zero = float(self.zero.flatten()[0])
         return (self.low - zero) * scale, (self.high - zero) * scale
 
     def levels(self, tensor: Tensor) -> Tensor:
@@ -55,21 +61,33 @@ class QuantizerGrid:
 
         Shape and float dtype of ``tensor`` stay; levels are whole numbers.
         """
-        return torch.round(tensor / self._along(self.scale, tensor)) + self._along(self.zero, tensor)
+        quotients = tensor / self._along(self.scale, tensor)
+        if self.codec is not None:
+            return quotients
+        return torch.round(quotients) + self._along(self.zero, tensor)
 
     def value(self, levels: Tensor) -> Tensor:
         """The number behind each level.
 
         Shape and float dtype of ``levels`` stay.
         """
+        if self.codec is not None:
+            return levels * self._along(self.scale, levels)
         return (levels - self._along(self.zero, levels)) * self._along(self.scale, levels)
+
+    def kept(self, levels: Tensor) -> Tensor:
+        """Levels that the type holds: cut off at its ends, and rounded where it is a floating-point one.
+
+        Shape and float dtype of ``levels`` stay.
+        """
+        return levels.clamp(self.low, self.high) if self.codec is None else self.codec(levels)
 
     def quantized(self, tensor: Tensor) -> Tensor:
         """``tensor`` after Quantize and Dequantize.
 
         Shape and float dtype stay.
         """
-        return self.value(self.levels(tensor).clamp(self.low, self.high))
+        return self.value(self.kept(self.levels(tensor)))
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether every element is a number of the grid, up to the rounding of FP32."""
@@ -82,6 +100,8 @@ class QuantizerGrid:
         ``tensor`` has the channels along ``axis``, and a float dtype; the share is from 0 to 1.
         """
         levels = self.levels(tensor)
+        if self.codec is not None:
+            return float((levels.abs() > self.codec.largest).double().mean())
         return float(((levels < self.low) | (levels > self.high)).double().mean())
 
     def _along(self, parameter: Tensor, tensor: Tensor) -> Tensor:

@@ -54,6 +54,8 @@ class Replay:
     """Distance of the captured result from the result by the graph's own scales."""
     channel_excess: float | None = None
     """Introduced ÷ expected in the worst channels of a layer in INT8, however small, see ``balanced``."""
+    misfit: float | None = None
+    """Factor by which scales that fit the codes of a stored weight would lower the error; None where they do not."""
     clipped: float | None = None
     """Share of the layer's input that lies beyond its scale."""
     step: float | None = None

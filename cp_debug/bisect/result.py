@@ -20,7 +20,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.randomness import DRAWS_NUMBERS
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.safe_text import one_line
-from cp_debug.serialize import BadField, JsonForm, encode, part
+from cp_debug.serialize import BadField, JsonForm, encode, number_keys, part
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,6 +76,10 @@ class LayerRow:
         rank = (OK, INHERITED, DIVERGENT, SHAPE, GUILTY).index(self.verdict)
         excess = self.replay.excess if self.replay and self.replay.excess is not None else 0.0
         return (rank, excess, *self.stats.severity)
+
+    def __repr__(self) -> str:
+        why = f": {self.why}" if self.why else ""
+        return f"<LayerRow {self.name} ({self.op}): {self.verdict}{why}>"
 
     def to_dict(self, *, json: bool = True) -> dict[str, Any]:
         """The row of the JSON schema; numbers that JSON lacks are the strings "NaN", "Infinity", "-Infinity".
@@ -253,10 +257,12 @@ class TestResult(JsonForm):
 
     @property
     def layers(self) -> pd.DataFrame:
-        """One row a layer, with the columns of the JSON schema."""
+        """One row a layer, with the columns of the JSON schema; a figure that a layer has not is NaN."""
         import pandas as pd
 
-        return pd.DataFrame([row.to_dict(json=False) for row in self.rows])
+        frame = pd.DataFrame([row.to_dict(json=False) for row in self.rows])
+        none = [key for key in number_keys(LayerRow) if key in frame and frame[key].dtype == object]
+        return frame.astype(dict.fromkeys(none, float))
 
     def derived(self) -> dict[str, Any]:
         """The backend's spec, verdicts, and the rows that they are about, by name."""

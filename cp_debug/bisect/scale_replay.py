@@ -10,11 +10,13 @@ from torch import Tensor
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.file_quantization import FileQuantization
+from cp_debug.bisect.file_weights import BETTER
 from cp_debug.bisect.quantized_segment import Quantized, balanced
 from cp_debug.bisect.replayed import EXCESS, FLOOR, Replay
 from cp_debug.bisect.whole_numbers import as_tensor
 from cp_debug.graph.graph import Node
 from cp_debug.graph.integer_values import is_constant
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.probes.distance import distance, ratio
 from cp_debug.programs.precision import BESIDE_INT8
 
@@ -63,6 +65,26 @@ class ScaleReplay:
         ideals = [ideal, *self._recalibrated(nodes, target, given)]
         best = max(balanced(torch.as_tensor(t) - exact, exact, axis) for t in ideals)
         replay.channel_excess = ratio(ours, max(best, FLOOR * BESIDE_INT8.roundoff))
+        if declared is not None and (replay.deviation_from_scales or 0.0) < (replay.declared or 0.0) / 2:
+            replay.misfit = self._misfit(nodes, target, given, declared, exact)
+
+    def _misfit(
+        self, nodes: Sequence[Node], target: str, given: Mapping[str, AnyTensor], declared: Tensor, exact: Tensor
+    ) -> float | None:
+        """Factor by which scales that fit the codes of a stored weight lower the error; None up to ``BETTER``."""
+        quantized, graph = self.quantized, self._oracle.graph
+        product = next((node for node in nodes if node.op in PRODUCTS), None)
+        if not isinstance(quantized, FileQuantization) or product is None:
+            return None
+        name = product.proto.input[1]
+        if name in given or not is_constant(graph, name):
+            return None
+        weight = torch.as_tensor(self._oracle.run_nodes([], {}, [name])[name]).double()
+        refitted = quantized.with_fitted_weight(target, self._known, given, product.op, weight)
+        if refitted is None or refitted.shape != exact.shape:
+            return None
+        now, then = (distance(each, exact).difference for each in (declared, refitted))
+        return now / then if now > BETTER * then > 0 else None
 
     def for_readers(self, target: str, captured: AnyTensor, result: AnyTensor) -> Iterator[Tensor]:
         """``result`` on the best scales of quantizers behind ``target`` that the backend moved in front of it.

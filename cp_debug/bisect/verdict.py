@@ -50,6 +50,9 @@ def judge(
     if (replay.channel_excess or 0.0) > EXCESS and replay.introduced > floor:
         says = f"its worst channels introduce {replay.channel_excess:.3g}× what {precision.name.upper()} explains"
         return Judgement(GUILTY, within, says + _scales(replay))
+    if replay.misfit and replay.introduced > floor:
+        why = f"introduces {replay.misfit:.3g}× what it would with the scales that its weights' codes were made with"
+        return Judgement(GUILTY, within, why)
     if replay.computed_in:
         declared = precision.name if replay.precision is None else replay.precision
         return Judgement(GUILTY, within, f"computes as {replay.computed_in}, not as {declared}")

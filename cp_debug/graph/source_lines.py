@@ -49,6 +49,12 @@ def source_line(node: onnx.NodeProto) -> str:
     return one_line(f"{shortened(file)}:{line}" + (f": {code}" if code else ""))[:_LONGEST]
 
 
+def quotes_source(node: onnx.NodeProto) -> bool:
+    """Whether a node holds source lines, or paths of source files, that its exporter wrote."""
+    keys = {entry.key for entry in node.metadata_props}
+    return bool(keys & {KEY, _DYNAMO}) or _TORCHSCRIPT_FRAME.search(node.doc_string) is not None
+
+
 def shortened(file: str) -> str:
     """A path without the folders of a machine: below the working folder, else an installed package's, else its end."""
     if (installed := _INSTALLED.sub("", file)) != file:

@@ -36,7 +36,7 @@ def exported_model(
     """
     args, kwargs = program.example_inputs or ((), {})
     if inputs is None and not args and not kwargs:
-        raise InputError(f"MODEL: {name} holds no example inputs; expected --inputs, or inputs= in Python")
+        raise InputError(f"MODEL: {name} holds no example inputs; expected some by --inputs")
     positional, keywords = _arguments(program)
     positional = positional if parameters is None else list(parameters)
     given = inputs
@@ -95,7 +95,7 @@ def load_program(path: Path, inputs: Any = None) -> TorchModel:
     with own_code(f"MODEL: {path}: torch.jit.load"):
         module = torch.jit.load(io.BytesIO(content), map_location="cpu")
     if inputs is None:
-        raise InputError(f"MODEL: {path} is TorchScript, which names no shapes; expected --inputs with one .npz file")
+        raise InputError(f"MODEL: {path} is TorchScript, which names no shapes; expected one .npz file by --inputs")
     return scripted_model(str(path), module, inputs)
 
 

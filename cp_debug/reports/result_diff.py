@@ -97,8 +97,8 @@ def write_page(result: ResultDiff, target: Path, command: str = "") -> None:
     write_text(render_diff(result, command), target)
 
 
-def render_diff(result: ResultDiff, command: str = "") -> str:
-    """The page: a verdict and the tables for each test."""
+def render_diff(result: ResultDiff, command: str = "", *, served: bool = False) -> str:
+    """The page: a verdict and the tables for each test. ``served``: by a server whose first page lists all results."""
     return (
         environment()
         .get_template("diff.html.j2")
@@ -106,6 +106,7 @@ def render_diff(result: ResultDiff, command: str = "") -> str:
             result=result,
             parts=[(_title(test), test, list(sheets(test))) for test in result.tests],
             command=command,
+            served=served,
             version=__version__,
             **page_parts(),
         )

@@ -64,7 +64,7 @@ class ResultServer(ThreadingHTTPServer):
                 return render_list(self.folder)
             if parts.path == "/diff":
                 results = [SavedResult.open(self._result(asked.get(name, "")).path) for name in ("before", "after")]
-                return render_diff(diff_results(results[0].result, results[1].result))
+                return render_diff(diff_results(results[0].result, results[1].result), served=True)
             if parts.path == "/result":
                 key = asked.get("of", "")
                 return render_page(SavedResult.open(self._result(key).path), served=key)

@@ -24,7 +24,10 @@ def breakable(name: str) -> Markup:
 def table_html(sheet: Sheet, label: str = "", *, caption: bool = False, small: bool = False) -> Markup:
     """The table of a page, within a region that scrolls; ``label`` names it for screen readers."""
     head = Markup("").join(
-        Markup('<th scope="col"{}>{}</th>').format(_class(_numeric(column)), column.header) for column in sheet.columns
+        Markup('<th scope="col"{}>{}</th>').format(_class(_numeric(column)), column.header)
+        if column.header
+        else Markup("<td></td>")  # to a screen reader a header without text is a mistake
+        for column in sheet.columns
     )
     rows = Markup("\n").join(_rows(sheet))
     parts = Markup(
@@ -59,7 +62,9 @@ def _cell(column: Column, value: Any, texts: Sequence[str]) -> Markup:
 
 def table_notebook(sheet: Sheet) -> Markup:
     """The table in the notebook's own style."""
-    head = Markup("").join(Markup("<th>{}</th>").format(column.header) for column in sheet.columns)
+    head = Markup("").join(
+        Markup("<th>{}</th>" if column.header else "<td>{}</td>").format(column.header) for column in sheet.columns
+    )
     rows = Markup("").join(
         Markup("<tr>{}</tr>").format(Markup("").join(Markup("<td>{}</td>").format(" ".join(t)) for t in cells))
         for row, cells in sheet.lines()

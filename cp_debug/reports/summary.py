@@ -11,6 +11,8 @@ from cp_debug.safe_text import one_line
 
 MOST_FINDINGS = 3
 """Findings that are told of one test; the others are counted."""
+MOST_LINES = 9
+"""Lines of the message of a failed check; one more says how to see more."""
 
 
 def summary(result: BisectResult) -> str:
@@ -22,13 +24,28 @@ def summary(result: BisectResult) -> str:
     return "\n".join(map(one_line, text))
 
 
-def _test(test: TestResult) -> Iterator[str]:
+def disagreement(result: BisectResult) -> str:
+    """Message of a failed check, in at most ``MOST_LINES`` lines: the first test that does not agree, with as many of
+    its findings as there is room for but at least the largest, and the verdicts on the others."""
+    first, *others = (test for test in result.tests if not test.agrees)
+    heading = f"{result.model}: {result.reference.spec} against {', '.join(test.backend.spec for test in result.tests)}"
+    told = [[heading, *_test(first, findings)] for findings in range(MOST_FINDINGS, 0, -1)]
+    text = next((lines for lines in told if len(lines) + len(others) <= MOST_LINES), told[-1])
+    room = MOST_LINES - len(text)
+    named = others if len(others) <= room else others[: room - 1]
+    text += [verdict_line(test).plain for test in named]
+    if len(named) < len(others):
+        text.append(f"and {len(others) - len(named)} more that do not agree")
+    return "\n".join(map(one_line, text))
+
+
+def _test(test: TestResult, findings: int = MOST_FINDINGS) -> Iterator[str]:
     yield verdict_line(test).plain
-    for finding in test.findings[:MOST_FINDINGS]:
+    for finding in test.findings[:findings]:
         yield f"  {finding.headline}"
         labelled = dict(lines(finding))
         yield from (f"    {label}: {labelled[label]}" for label in ("effect", "fix") if label in labelled)
-    if len(test.findings) > MOST_FINDINGS:
-        yield f"  and {len(test.findings) - MOST_FINDINGS} more findings"
+    if (more := len(test.findings) - findings) > 0:
+        yield f"  and {more} more finding{'s' if more > 1 else ''}"
     if test.detections is not None:
         yield f"  detections: {test.detections}"

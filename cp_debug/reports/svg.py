@@ -125,11 +125,12 @@ class Canvas:
 
     def axes(self, x: Scale, y: Scale, x_label: str, y_label: str, *, x_ticks: bool = True) -> None:
         """Add ticks, grid lines and names of both axes; ``y`` runs upwards."""
+        factor, name = _shared_factor(y, y_label)
         for value in y.ticks():
             self.line(x.start, y(value), x.end, y(value), "grid")
-            self.text(x.start - 6, y(value) + 4, tick_label(value, y.log), "tick end")
+            self.text(x.start - 6, y(value) + 4, tick_label(value / factor, y.log), "tick end")
         self.x_axis(x, y.start, x_label, ticks=x_ticks)
-        self.text(x.start - 44, (y.start + y.end) / 2, y_label, "name middle", turn=-90)
+        self.text(x.start - 44, (y.start + y.end) / 2, name, "name middle", turn=-90)
 
     def x_axis(self, x: Scale, bottom: float, label: str, *, ticks: bool = True) -> None:
         """Add a horizontal axis with its ticks and name."""
@@ -141,6 +142,20 @@ class Canvas:
 
     def __html__(self) -> str:
         return str(Markup("").join([*self._parts, Markup("</svg>")]))
+
+
+def _shared_factor(scale: Scale, name: str) -> tuple[float, Markup]:
+    """The power of ten that the labels of a linear axis are divided by, and the axis' name with it: labels such as
+    ``1.5e-08`` would not fit beside the name."""
+    longest = max((len(tick_label(value)) for value in scale.ticks()), default=0)
+    if scale.log or longest <= _LONGEST_LABEL:
+        return 1.0, escape(name)
+    power = math.floor(math.log10(max(map(abs, scale.ticks()))))
+    return 10.0**power, Markup("{} × {}").format(name, tick_label(10.0**power, log=True))
+
+
+_LONGEST_LABEL = 5
+"""Letters of a tick's label that fit between the axis and its name."""
 
 
 def standalone(canvas: Canvas, css: Markup) -> str:

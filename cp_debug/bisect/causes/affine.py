@@ -60,6 +60,8 @@ def everywhere(segment: Segment) -> Iterator[Candidate]:
             yield Candidate(_name(segment, name), text, value, len(basis), factors, _FIX)
 
 
+NOTHING = 1e-3
+"""Factor below which a channel is not scaled but zero."""
 OFF = {
     "scaled": "in scale",
     "weights-scaled": "in the scale of the weights",
@@ -92,7 +94,12 @@ def channel_by_channel(segment: Segment) -> Iterator[Candidate]:
         evidence = {"channels": places[:32], "factors": (1 + theta[off][:32, 0]).tolist()}
         if name == "shifted":
             evidence = {"channels": places[:32], "summands": theta[off][:32, 0].tolist()}
-        yield Candidate(f"channels-{name.removeprefix('weights-')}", says, value, count * len(basis), evidence, _FIX)
+        cause_name = f"channels-{name.removeprefix('weights-')}"
+        if name in ("scaled", "weights-scaled") and bool(((1 + theta[off]).abs() < NOTHING).all()):
+            cause_name = "channels-zeroed"
+            of = "the weights of " if name == "weights-scaled" else ""
+            says = f"{of}{which} {'is' if count == 1 and not of else 'are'} zero"
+        yield Candidate(cause_name, says, value, count * len(basis), evidence, _FIX)
 
 
 def off_channels(segment: Segment) -> Tensor:

@@ -14,6 +14,7 @@ from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import Candidate, Cause
+from cp_debug.bisect.causes.narrow_files import wrong_scale
 from cp_debug.bisect.causes.search import Explanation, accepted, explain
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.errors import InputError
@@ -164,6 +165,34 @@ def added(
     return Candidate(name, says, value, 0, evidence, _FIX + says)
 
 
+def _of_scale(segment: Segment, other: OtherProgram, known: set[str]) -> Candidate | None:
+    """The candidate of a wrong scale in a file of FP8 or 4 bits, where the test's own nodes reproduce the layer."""
+    piece, product = other.piece(segment.target, known), segment.product
+    if piece is None or product is None or segment.strange or segment.test.shape != segment.exact.shape:
+        return None
+    own, nodes, starts = piece
+    inputs = {s: other.load(other.names.get(s, s)) for s in starts}
+    weight = segment.weight(product, 1)
+    try:
+        wrong = wrong_scale(
+            other.graph,
+            other.executor,
+            nodes,
+            inputs,
+            own,
+            product,
+            None if weight is None else weight.double(),
+            segment.exact,
+        )
+    except InputError:  # an operator that nobody here can compute
+        return None
+    value = _computed(segment, other, own, nodes, starts) if wrong is not None else None
+    if wrong is None or value is None:
+        return None
+    evidence = wrong.evidence | {"read_off": "the scales and codes of the file"}
+    return Candidate(wrong.cause, wrong.says, value, 0, evidence, wrong.fix)
+
+
 def _clipped(segment: Segment, value: Tensor) -> bool:
     """Whether most of what a quantizer does to the result is done at the ends of its range."""
     error = (value - segment.exact).square()
@@ -274,7 +303,7 @@ class GraphReader:
                 return explanation, family
         if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
             return read_off, None
-        candidate = added(segment, other, known, differences)
+        candidate = _of_scale(segment, other, known) or added(segment, other, known, differences)
         if candidate is not None and candidate.cause.startswith("int8") and segment.context.quantized is not None:
             explanation, family = explain(
                 segment, families, failed

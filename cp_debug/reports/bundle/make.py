@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cp_debug.reports.bundle.accused import find_accused
 from cp_debug.reports.bundle.case import Case, Cutter
+from cp_debug.reports.bundle.redact import holds_source
 from cp_debug.reports.bundle.redact import redact as redacted
 from cp_debug.reports.bundle.shrink import OnText, Shrinker
 from cp_debug.reports.bundle.verify import Verifier
@@ -49,6 +50,10 @@ def bundle(
     if redact:
         on_text("replacing weights and inputs")
         case = redacted(case, shrinker)
+    elif holds_source(case):
+        history.append(
+            "the graphs quote source lines and paths of the module that was exported: `--redact` leaves them out"
+        )
     small = shrinker.values(shrinker.shapes(case))
     if shrinker.stopped:
         history.append(f"stopped after {seconds:.0f} s: it may not be as small as it could be")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ from onnx import numpy_helper
 from cp_debug.errors import InputError
 from cp_debug.files import resolved
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.source_lines import quotes_source
 from cp_debug.reports.bundle.case import Case, Piece
 from cp_debug.reports.bundle.shrink import Shrinker
 
@@ -22,8 +24,9 @@ TRIES = 5
 def redact(case: Case, shrinker: Shrinker) -> Case:
     """The case with every tensor of more than one number replaced by random ones of its mean, deviation and range.
 
-    Shapes, names, attributes, integers that are no quantized weights, and single numbers stay; metadata goes, as it
-    quotes source code and its paths. Raises InputError when the fault does not survive it.
+    That includes constants inside nodes, branches, loops and functions, and the tables of trees and linear models.
+    Shapes, names, text, other attributes, integers that are no quantized weights, and single numbers stay; metadata
+    goes everywhere, as it quotes source code and its paths. Raises InputError when the fault does not survive it.
     """
     if len(case.pieces) > 1 and _weights(case.program) != _weights(case.reference):
         raise InputError("--redact: the fault is a difference in the weights, which no random ones could show")
@@ -34,13 +37,21 @@ def redact(case: Case, shrinker: Shrinker) -> Case:
     raise InputError(f"--redact: the fault did not survive random weights and inputs ({TRIES} seeds were tried)")
 
 
+def holds_source(case: Case) -> bool:
+    """Whether a graph of the case holds source lines or paths of the module that it was exported from."""
+    return any(quotes_source(node) for piece in case.pieces for _, node in _nodes(piece.model))
+
+
 def _redacted(case: Case, seed: int) -> Case:
     def piece(part: Piece) -> Piece:
         model = onnx.ModelProto()
         model.CopyFrom(part.model)
-        for tensor in model.graph.initializer:  # the same seed and name: the same weight on both sides
+        for name, tensor in _tensors(model):  # the same seed and name: the same weight on both sides
             array = _array(tensor, part.home)
-            tensor.CopyFrom(numpy_helper.from_array(_random(array, _generator(seed, tensor.name)), tensor.name))
+            tensor.CopyFrom(numpy_helper.from_array(_random(array, _generator(seed, name)), tensor.name))
+        for name, numbers in _tables(model):
+            drawn = _random(np.array(numbers, np.float32), _generator(seed, name))
+            numbers[:] = drawn.tolist()
         _strip(model)
         return Piece(model, part.home)
 
@@ -50,7 +61,11 @@ def _redacted(case: Case, seed: int) -> Case:
         program=program,
         reference=program if case.reference is case.program else piece(case.reference),
         inputs={name: _random(array, _generator(seed, name)) for name, array in case.inputs.items()},
-        notes=(*case.notes, "weights and inputs are random, of the original's mean, deviation and range"),
+        notes=(
+            *case.notes,
+            "weights and inputs are random, of the original's mean, deviation and range",
+            "source lines and paths of the module that the graph was exported from are left out",
+        ),
     )
 
 
@@ -74,7 +89,8 @@ def _generator(seed: int, name: str) -> np.random.Generator:
 
 
 def _weights(piece: Piece) -> dict[str, bytes]:
-    arrays = {tensor.name: _array(tensor, piece.home) for tensor in piece.model.graph.initializer}
+    arrays = {name: _array(tensor, piece.home) for name, tensor in _tensors(piece.model)}
+    arrays |= {name: np.array(numbers, np.float32) for name, numbers in _tables(piece.model)}
     return {name: array.tobytes() for name, array in arrays.items() if _replaceable(array)}
 
 
@@ -82,15 +98,69 @@ def _array(tensor: onnx.TensorProto, home: Graph) -> np.ndarray:
     return numpy_helper.to_array(tensor, str(resolved(home.path).parent))
 
 
+def _tensors(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto]]:
+    """Name and tensor of every constant: initializers, sparse ones by their values, and attributes of nodes."""
+    for place, graph in _graphs(model):
+        yield from ((f"{place}{tensor.name}", tensor) for tensor in graph.initializer)
+        yield from ((f"{place}{sparse.values.name}", sparse.values) for sparse in graph.sparse_initializer)
+    for place, node in _nodes(model):
+        name = f"{place}{next(iter(node.output), node.name)}"
+        for attribute in node.attribute:
+            yield from ((f"{name}.{attribute.name}", tensor) for tensor in attribute.tensors)
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                yield name, attribute.t
+            elif attribute.type == onnx.AttributeProto.SPARSE_TENSOR:
+                yield name, attribute.sparse_tensor.values
+
+
+def _tables(model: onnx.ModelProto) -> Iterator[tuple[str, Any]]:
+    """Name and numbers of the attributes that are weights: of Constant, and of trees, linear models and scalers."""
+    for place, node in _nodes(model):
+        if node.op_type == "Constant" or node.domain == "ai.onnx.ml":
+            name = f"{place}{next(iter(node.output), node.name)}"
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.FLOATS:
+                    yield f"{name}.{attribute.name}", attribute.floats
+
+
 def _strip(model: onnx.ModelProto) -> None:
-    del model.metadata_props[:]
-    model.ClearField("doc_string")
-    for item in _described(model.graph):
+    del model.training_info[:]
+    for item in _described(model):
         del item.metadata_props[:]
         item.ClearField("doc_string")
 
 
-def _described(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto | onnx.NodeProto | onnx.TensorProto]:
-    yield graph
-    yield from graph.node
-    yield from graph.initializer
+def _described(model: onnx.ModelProto) -> Iterator[Any]:
+    """Everything in the file that can hold metadata and a description."""
+    yield model
+    yield from model.functions
+    for function in model.functions:
+        yield from function.value_info
+    for _, graph in _graphs(model):
+        yield graph
+        for values in (graph.input, graph.output, graph.value_info, graph.initializer):
+            yield from values
+    yield from (node for _, node in _nodes(model))
+
+
+def _graphs(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.GraphProto]]:
+    """The graph, and those inside nodes, each with the beginning of the names of what is in it."""
+    yield "", model.graph
+    for place, node in _nodes(model):
+        for attribute in node.attribute:
+            inner = [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
+            name = next(iter(node.output), node.name)
+            yield from ((f"{place}{name}.{attribute.name}.", graph) for graph in inner)
+
+
+def _nodes(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto]]:
+    """The nodes of the graph, of functions and of graphs inside nodes, each with the beginning of its name."""
+    waiting = [("", model.graph.node), *((f"{f.domain}.{f.name}.", f.node) for f in model.functions)]
+    while waiting:
+        place, nodes = waiting.pop(0)
+        for node in nodes:
+            yield place, node
+            name = next(iter(node.output), node.name)
+            for attribute in node.attribute:
+                inner = [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
+                waiting += [(f"{place}{name}.{attribute.name}.", graph.node) for graph in inner]

@@ -1,0 +1,126 @@
+"""Layers of files in FP8 and 4 bits: which of their scales is wrong, by the codes and numbers themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cp_debug.backends.codecs import E2M1, E4M3, E5M2, Codec
+from cp_debug.backends.executor import Executor
+from cp_debug.bisect.causes.segment import as_double
+from cp_debug.bisect.file_weights import BETTER, OFF, StoredCodes, is_narrow_kind, product_of, stored_codes
+from cp_debug.graph.constants import Constants
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.probes.distance import relative_l2
+
+_CODECS: dict[int, Codec] = {17: E4M3, 18: E4M3, 19: E5M2, 20: E5M2, 23: E2M1}
+_FAMILIES = {17: "fp8", 18: "fp8", 19: "fp8", 20: "fp8", 21: "int4", 22: "int4", 23: "fp4"}
+
+
+@dataclass(frozen=True)
+class WrongScale:
+    """A scale of a layer's file that is not that of its numbers."""
+
+    cause: str
+    says: str
+    fix: str
+    evidence: dict[str, Any]
+
+
+def wrong_scale(
+    graph: Graph,
+    executor: Executor,
+    nodes: Sequence[Node],
+    starts: Mapping[str, Any],
+    target: str,
+    product: Node,
+    weight: Tensor | None,
+    exact: Tensor,
+) -> WrongScale | None:
+    """The scale without which ``target`` would be much nearer to ``exact``; None where there is none.
+
+    ``nodes`` of the file compute ``target`` from ``starts``; ``product`` and its float ``weight`` (float64) are the
+    parent's. Looked at are codes of weights, and constant scales of data.
+    """
+    twin = product_of(nodes, product.op)
+    if twin is None:
+        return None
+
+    def error(values: Mapping[str, Tensor]) -> float:
+        rest = [node for node in nodes if values.keys().isdisjoint(node.outputs)]
+        return relative_l2(as_double(executor.run_nodes(rest, {**starts, **values}, [target])[target]), exact)
+
+    now, found = error({}), []
+    stored = stored_codes(graph, twin)
+    if stored is not None and is_narrow_kind(stored.kind) and weight is not None and stored.misfits(weight):
+        fitted = stored.refitted(weight)
+        value = (fitted * stored.codes).to(executor.arithmetic.held(torch.float32))
+        found.append((error({stored.dequantizer.outputs[0]: value}), _of_weight(stored, fitted)))
+    data = _data(graph, twin)
+    if data is not None:
+        quantizer, dequantizer, kind, scale = data
+        x = executor.run_nodes(nodes, dict(starts), [quantizer.proto.input[0]])[quantizer.proto.input[0]]
+        codec = _CODECS[kind]
+        largest = float(torch.as_tensor(x).abs().max())
+        needed = largest / codec.largest or 1.0
+        better = (codec(as_double(x) / needed) * needed).to(torch.as_tensor(x).dtype)
+        found.append((error({dequantizer.outputs[0]: better}), _of_data(as_double(x), codec, kind, scale, needed)))
+    then, wrong = min(found, key=lambda pair: pair[0], default=(now, None))
+    if wrong is None or not now > BETTER * then:
+        return None
+    wrong.evidence.update(error=now, error_then=then)
+    return wrong
+
+
+def _data(graph: Graph, product: Node) -> tuple[Node, Node, int, float] | None:
+    """(Quantizer, dequantizer, element type, scale) of a product's data, where one constant scale is all it has."""
+    dequantizer = graph.producer.get(product.proto.input[0])
+    quantizer = graph.producer.get(dequantizer.proto.input[0]) if dequantizer is not None else None
+    if dequantizer is None or quantizer is None or quantizer.op != "QuantizeLinear":
+        return None
+    constants, scale = Constants(graph), quantizer.proto.input[1]
+    zero = quantizer.proto.input[2] if len(quantizer.proto.input) > 2 else ""
+    if scale not in constants or zero not in constants or np.size(constants[scale]) != 1:
+        return None
+    kind = next((t.data_type for t in graph.proto.graph.initializer if t.name == zero), 0)
+    return (quantizer, dequantizer, kind, float(np.ravel(constants[scale])[0])) if kind in _CODECS else None
+
+
+def _of_weight(stored: StoredCodes, fitted: Tensor) -> WrongScale:
+    family = _FAMILIES[stored.kind]
+    ratios = (stored.scale / fitted).abs()
+    wrong = ((ratios - 1).abs() > OFF) & (stored.codes != 0)
+    share = float(wrong.double().mean())
+    low, high = (
+        float(q) for q in torch.quantile(ratios[wrong].flatten()[: 1 << 20], torch.tensor([0.05, 0.95]).double())
+    )
+    times = f"{low:.3g} times" if high < low * (1 + OFF) else f"{low:.3g} to {high:.3g} times"
+    says = (
+        f"the {family.upper()} scales of {share:.0%} of its weights are {times} those that their codes were made with"
+    )
+    evidence = {"share": share, "low": low, "high": high}
+    fix = "store the scales with which the weights of {layers} were rounded, in their order, or quantize them again"
+    return WrongScale(f"{family}-weights", says, fix, evidence)
+
+
+def _of_data(x: Tensor, codec: Codec, kind: int, scale: float, needed: float) -> WrongScale:
+    family, reach = _FAMILIES[kind], needed * codec.largest
+    clipped = float((x.abs() > scale * codec.largest).double().mean())
+    small = float(((x != 0) & (x.abs() < scale * codec.tiniest)).double().mean())
+    plain = scale == 1.0
+    if scale < needed:
+        name = "fp8-saturated" if plain and family == "fp8" else "scale-stale"
+        what = f"{clipped:.2%} are cut off at {scale * codec.largest:.4g}"
+    else:
+        name = "fp8-underflow" if plain and family == "fp8" else "scale-stale"
+        what = f"{small:.0%} lie below its normal numbers"
+    meant = scale * codec.largest
+    says = f"its data reaches {reach:.4g}, the file's {family.upper()} scale {scale:.3g} is for {meant:.4g}"
+    fix = "calibrate {layers} on data like this: a scale of " + f"{needed:.3g}"
+    evidence = {"scale": scale, "needed_scale": needed, "clipped": clipped, "below_normal": small}
+    return WrongScale(name, f"{says}: {what}", fix, evidence)
