@@ -319,7 +319,7 @@ BESIDE = {
 ELSEWHERE = ("build", "bundle", "compare", "deploy", "import", "report", "ui")
 """Commands whose options are tried below, each beside what another command wrote, a TensorRT, or a server."""
 READ_FIRST = {("quantize sensitivity", "--skip-layers"), ("quantize qat", "--val-data")}
-READ_FIRST |= {("sweep sensitivity", option) for option in ("--data", "--cluster", "--from")}
+READ_FIRST |= {("sweep sensitivity", option) for option in ("--data", "--cluster", "--from", "--gpus")}
 """Options of which the checkpoint of --from decides whether they do something."""
 TO_STDOUT = {("doctor", "--json"), ("check", "--json")}
 VALUES = {"int": "4", "float": "60", "Path": "nowhere/x.npz", "list": "nonsense", "str": "nonsense"}
