@@ -9,8 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cp_debug.backends.base import Program
+from cp_debug.backends.executor import Executor
+from cp_debug.backends.narrow_options import NarrowOptions, is_narrow
 from cp_debug.graph.casts import cast_surgery
+from cp_debug.graph.narrow_qdq import insert_narrow_qdq
+from cp_debug.graph.operators import CONTRACTIONS
 from cp_debug.graph.unquantize import remove_qdq
+from cp_debug.programs.walk import Walk, tensors_as_arrays
+from cp_debug.quantization.data_ranges import DataRanges
+from cp_debug.quantization.narrow_layers import calibrated, check_exportable, narrow_layers, weighted_layers
+from cp_debug.recipes.base import Model, Sample
 
 FLAGS = {"fp16": "fp16", "fp16acc": "fp16", "bf16": "bf16"}
 """Low precision → its name in cast surgery, TensorRT's flag and AutoCast. TF32 is in no graph and of no layer."""
@@ -32,6 +40,48 @@ def write_onnx(programs: Sequence[Program], keep: Mapping[str, Sequence[str]], p
             cast_surgery(program.graph, FLAGS[precision], keep[program.name], file)
 
 
+def write_narrow_onnx(
+    model: Model,
+    programs: Sequence[Program],
+    samples: Sequence[Sample],
+    keep: Mapping[str, Sequence[str]],
+    precision: str,
+    target: Path,
+) -> list[str]:
+    """Write the graph in a narrow precision but for the kept nodes as ``target``; several components into that folder.
+
+    Constant scales of data are calibrated on ``samples``: their largest magnitudes. Returns notes for readers. Raises
+    InputError as ``narrow_layers`` and ``check_exportable`` do.
+    """
+    options, several, notes = NarrowOptions.parse(precision), len(programs) > 1, list[str]()
+    check_exportable(options)
+    (target if several else target.parent).mkdir(parents=True, exist_ok=True)
+    chosen = {
+        p.name: [n for n in weighted_layers(p.graph, options) if n.name not in set(keep[p.name])] for p in programs
+    }
+    ranges = {p.name: DataRanges(p.graph, chosen[p.name]) for p in programs}
+    executors = {p.name: Executor(p.graph) for p in programs}
+    for sample in samples if calibrated(options) else ():
+        for step in Walk(model, sample):
+            for value, array in step.inputs.items():
+                ranges[step.name].see(value, array)
+            seen = ranges[step.name]
+            step.outputs = tensors_as_arrays(executors[step.name].run(step.inputs, seen.see, seen.watched))
+    for program in programs:
+        amax = ranges[program.name].amax("max") if calibrated(options) else {}
+        layers = narrow_layers(program.graph, options, amax, [node.name for node in chosen[program.name]])
+        file = target / f"{program.name}.onnx" if several else target
+        insert_narrow_qdq(program.graph, layers.layers, file, precision)
+        notes += [f"--onnx: {node} stays in FP32: {why}" for node, why in layers.left_out.items()]
+        products = {n.name for n in program.graph.nodes if n.op in CONTRACTIONS} - layers.layers.keys()
+        data = products - set(keep[program.name]) - layers.left_out.keys()
+        if data and options.family != "int4":
+            notes.append(
+                f"--onnx: {len(data)} products of two results are in FP32 in the file, in {options} in the search"
+            )
+    return notes
+
+
 def arguments(keep: Mapping[str, Sequence[str]], precision: str) -> dict[str, dict[str, str]]:
     """Component → tool → command line that keeps these nodes in FP32; components with nothing to keep are left out."""
     commands: dict[str, dict[str, str]] = {}
@@ -43,6 +93,12 @@ def arguments(keep: Mapping[str, Sequence[str]], precision: str) -> dict[str, di
         if precision == "int8":
             commands[component] = {
                 "modelopt": f"python -m modelopt.onnx.quantization --onnx_path {file} --nodes_to_exclude {excluded}"
+            }
+        elif is_narrow(precision) and precision.partition(":")[0] in ("fp8", "int4"):
+            mode = precision.partition(":")[0]
+            commands[component] = {
+                "modelopt": f"python -m modelopt.onnx.quantization --onnx_path {file} --quantize_mode {mode} "
+                f"--nodes_to_exclude {excluded}"
             }
         elif precision in FLAGS:
             flag = FLAGS[precision]

@@ -30,6 +30,8 @@ class TrialPrecision:
             return frozenset(quantized_inputs(graph))
         data = set(data_values(graph))
         nodes = [n for n in graph.nodes if not data.isdisjoint(n.outputs) and n.op not in _CONTROL]
+        if self.name.partition(":")[0] == "int4":  # weights alone
+            return frozenset(n.name for n in nodes if n.op in ("MatMul", "Gemm") and n.proto.input[1] not in data)
         if self.name == "tf32" or is_narrow(self.name):
             return frozenset(n.name for n in nodes if n.op in CONTRACTIONS)
         low = computed_low(graph, _CASTS[self.name])

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug.backends.base import Backend, Program
+from cp_debug.backends.narrow_options import NarrowOptions, is_narrow
 from cp_debug.detection.evaluate import as_detector
 from cp_debug.errors import InputError
 from cp_debug.files import key_of
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.randomness import refuse_random
 from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
-from cp_debug.mixed_precision.emit import write_onnx
+from cp_debug.mixed_precision.emit import write_narrow_onnx, write_onnx
 from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept, fused, fusion_groups_of, nodes_of
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.graph_runners import BackendRunner, EmulatedRunner, Runner
@@ -36,6 +37,7 @@ from cp_debug.probes.capture import array_hash
 from cp_debug.programs.pipeline import Pipeline, choose_export, is_exported, load_test_programs, prepare, wants_int8
 from cp_debug.programs.tensor_inputs import has_other_inputs, numbers_where_needed
 from cp_debug.quantization.models import QuantizedComponent
+from cp_debug.quantization.narrow_layers import check_exportable
 from cp_debug.quantization.open_quantized import calibration_samples
 from cp_debug.quantization.quantized_programs import DEFAULT_CALIBRATION, already_quantized, quantize_programs
 from cp_debug.recipes.abilities import Remarks
@@ -144,6 +146,8 @@ class _MixedPrecisionSearch:
         self.precision = precision_of(self._backend, quantized)
         if options.onnx is not None and self.precision.name == "tf32":
             raise InputError("--onnx: TF32 is not in an ONNX graph; it is a setting of the runtime")
+        if options.onnx is not None and is_narrow(self.precision.name):
+            check_exportable(NarrowOptions.parse(self.precision.name))
         self._step(str(reference.spec))
         if self.precision.name == "int8":
             programs = [_plain(program, scratch) for program in programs]
@@ -189,7 +193,10 @@ class _MixedPrecisionSearch:
         except OutOfBudget as reason:
             stopped = str(reason)
         result = self._result(smallest_set, predictor, stopped)
-        if self._options.onnx is not None and result.reached:
+        if self._options.onnx is not None and result.reached and is_narrow(self.precision.name):
+            names = (self._model, self._tests, self._samples, result.keep, self.precision.name)
+            result.notes.extend(write_narrow_onnx(*names, self._options.onnx))
+        elif self._options.onnx is not None and result.reached:
             write_onnx(self._tests, result.keep, self.precision.name, self._options.onnx)
         return result
 
