@@ -54,3 +54,10 @@ def test_shape_and_special_values_count() -> None:
     y = torch.tensor([1.0, float("nan"), float("inf"), 2.0])
     assert fingerprint(y).distance(fingerprint(y.clone())) == 0
     assert fingerprint(y).distance(fingerprint(torch.tensor([1.0, float("nan"), float("-inf"), 2.0]))) == np.inf
+
+
+@pytest.mark.filterwarnings("error")
+def test_complex_numbers_count_with_both_parts() -> None:
+    x = torch.complex(torch.ones(2, 3), torch.ones(2, 3))
+    assert fingerprint(x).distance(fingerprint(x.numpy())) == 0
+    assert fingerprint(x).distance(fingerprint(x.conj())) > 0.1
