@@ -61,3 +61,12 @@ def test_complex_numbers_count_with_both_parts() -> None:
     x = torch.complex(torch.ones(2, 3), torch.ones(2, 3))
     assert fingerprint(x).distance(fingerprint(x.numpy())) == 0
     assert fingerprint(x).distance(fingerprint(x.conj())) > 0.1
+
+
+def test_a_distance_is_relative_to_the_larger_of_both() -> None:
+    x = torch.ones(4096)
+    for factor in (0.5, 0.01):
+        assert fingerprint(factor * x).distance(fingerprint(x)) == pytest.approx(
+            fingerprint(x).distance(fingerprint(factor * x))
+        )
+        assert 0.5 * (1 - factor) < fingerprint(x).distance(fingerprint(factor * x)) < 1.7 * (1 - factor)
