@@ -142,7 +142,7 @@ class EvaluationResult(JsonForm, Shown):
     @property
     def worse(self) -> list[str]:
         """Specs of the backends that detect significantly less than the reference, or give NaN on more samples."""
-        most = self.backends[0].not_finite
+        most = next((reference.not_finite for reference in self.backends), 0)
         return [
             scores.backend.spec
             for scores in self.backends
