@@ -103,7 +103,7 @@ def test_other_dtypes_shapes_and_layouts(net: Path, values: dict, tmp_path: Path
     np.savez(tmp_path / "nhwc.npz", **nhwc)
     code, text = run("import", tmp_path / "nhwc.npz", "--model", net, "-o", tmp_path / "n")
     assert code == 2
-    assert "channels last" in text
+    assert "channels last; read it so with --layout nhwc" in text
     code, text = run("import", tmp_path / "nhwc.npz", "--model", net, "-o", tmp_path / "n", "--layout", "nhwc")
     assert code == 0, text
     np.testing.assert_array_equal(read_dump(tmp_path / "n")["scores"], values["scores"])
@@ -149,3 +149,18 @@ def test_a_dump_of_another_network_is_refused(net: Path, tmp_path: Path) -> None
     assert code == 2
     assert "none of its 2 tensors is a value of" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_levels_of_a_quantizer_are_no_values(net: Path, values: dict, tmp_path: Path) -> None:
+    name = next(name for name in values if name not in ("image", "scores"))
+    for levels in ({"scores": np.int8}, {name: np.uint8}):
+        given = {n: a.astype(levels.get(n, a.dtype)) for n, a in values.items()}
+        np.savez(tmp_path / "levels.npz", **given)
+        for command in (
+            ["import", str(tmp_path / "levels.npz"), "--model", str(net), "-o", str(tmp_path / "here")],
+            ["bisect", str(net), "-b", "ort", "--test-tensors", str(tmp_path / "levels.npz")],
+        ):
+            code, text = run(*command)
+            assert code == 2
+            assert "levels of a quantizer" in text
+        assert not (tmp_path / "here").exists()

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+from onnx import TensorProto
 
 from cp_debug.backends.base import Program, Session, Sink
 from cp_debug.backends.spec import BackendSpec
@@ -79,16 +80,16 @@ def named_values(graph: Graph, tensors: Mapping[str, np.ndarray]) -> dict[str, n
 
 
 def channels_first(
-    graph: Graph, tensors: Mapping[str, np.ndarray], source: str, *, last: bool
+    graph: Graph, tensors: Mapping[str, np.ndarray], source: str, *, last: bool, flag: str = "--tensors-layout"
 ) -> dict[str, np.ndarray]:
     """The tensors by the names of the graph's values, those of rank 4 and 5 with channels at axis 1.
 
-    ``last``: they were dumped with channels at the last axis. ``last``: they were dumped with channels at the last
-    axis. Raises InputError for a tensor that fits the graph only with its channels at the other place, and says so.
-    Raises InputError for a tensor whose shape fits the graph's only the other way; it says how to read it.
+    ``last``: they were dumped with channels at the last axis; ``flag`` is the option that says so. Raises InputError
+    for a tensor whose shape fits the graph's only the other way, saying how to read it, and for levels of a quantizer.
     """
     values = named_values(graph, tensors)
     for name, tensor in values.items():
+        _refuse_levels(graph, name, tensor, source)
         shape = known_shape(graph, name)
         if tensor.ndim not in (4, 5) or (shape is not None and shape == tensor.shape):
             continue
@@ -98,9 +99,23 @@ def channels_first(
         elif not last and shape == moved.shape:
             raise InputError(
                 f"{source}: {name!r} has shape {list(tensor.shape)}, the graph's is {list(shape)}: it seems to be "
-                "dumped with channels last; read it so with --tensors-layout nhwc"
+                f"dumped with channels last; read it so with {flag} nhwc"
             )
     return values
+
+
+def _refuse_levels(graph: Graph, name: str, tensor: np.ndarray, source: str) -> None:
+    """Raise InputError for whole numbers of a byte where the graph computes in floating point."""
+    kind = graph.types.get(name)
+    if tensor.dtype.kind in "iu" and tensor.dtype.itemsize == 1 and kind is not None:
+        declared = kind.tensor_type.elem_type
+        if declared in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE):
+            own = TensorProto.DataType.Name(declared)
+            raise InputError(
+                f"{source}: {name!r} is {tensor.dtype}, and the graph computes in {own} there: levels of a "
+                "quantizer, whose scale the dump does not tell; expected the numbers that they stand for, "
+                "(level − zero point) × scale"
+            )
 
 
 def dumped_inputs(graph: Graph, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:

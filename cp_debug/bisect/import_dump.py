@@ -93,7 +93,7 @@ def match_dump(
             f"{source}: none of its {len(tensors)} tensors is a value of {graph}: {_some(tensors)} against "
             f"{_some(names)}; --map VALUE=TENSOR pairs two of them"
         )
-    values = channels_first(graph, given, source, last=channels_last)
+    values = channels_first(graph, given, source, last=channels_last, flag="--layout")
     used = {id(array) for array in matched.values()}
     extra = [name for name, array in tensors.items() if id(given[pairs.get(name, name)]) not in used]
     own = {id(array): name for name, array in tensors.items()}

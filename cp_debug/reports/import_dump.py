@@ -20,7 +20,8 @@ def render(dump: ImportedDump) -> Iterator[RenderableType]:
     yield from _names("missing output", dump.missing_outputs, "bold red")
     yield from _names("missing input", dump.missing_inputs, "yellow")
     if dump.missing:
-        yield Text(f"missing: {dump.missing} values in between; what lies between two others is judged as one segment")
+        values = "1 value" if dump.missing == 1 else f"{dump.missing} values"
+        yield Text(f"missing: {values} in between; what lies between two others is judged as one segment")
     yield from _names("extra, no value of the graph", [name for name in dump.extra if name not in dump.suggestions])
     for name, value in list(dump.suggestions.items())[:MOST]:
         yield Text(f"extra: {name} may be {value}: --map {value}={name}", "yellow")
