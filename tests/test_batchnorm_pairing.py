@@ -13,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.finding import Finding
 from cp_debug.recipes.torch_callable import TorchModel
+from cp_debug.reports.causes import lines
 
 
 class Neck(nn.Module):
@@ -155,3 +156,12 @@ def test_parameters_of_no_layer_of_the_network_are_no_wrong_pairing() -> None:
     test = copy.deepcopy(module)
     test.down_norm = other.down_norm
     assert {f.cause for f in findings(module, test)} == {"batchnorm-statistics"}
+
+
+def test_evidence_is_told_in_words() -> None:
+    pairs = {f"conv{place}": f"norm{place}" for place in range(6)}
+    finding = Finding("x", "says", ["conv0"], ["Conv"], evidence={"pairs": pairs, "declared": True, "clipped": False})
+    (text,) = (text for label, text in lines(finding) if label == "evidence")
+    assert "BatchNorm taken from conv0: norm0, conv1: norm1, conv2: norm2, conv3: norm3 and 2 more" in text
+    assert text.endswith("; declared; not clipped")
+    assert not set(text) & set("{}'")

@@ -186,6 +186,25 @@ def test_strange_clouds_are_named_for_files_too(description: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [("export", "centerpoint:tiny", "-o", "out"), ("bench", "-b", "ort", "-n", "1", "--warmup", "0")],
+    ids=lambda command: command[0],
+)
+def test_export_and_bench_remark_on_their_cloud(
+    command: tuple[str, ...], description: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    points = generate_scene(3).points
+    points[5, 3] = np.nan
+    points.tofile("nan.pcd.bin")
+    folder = ["--onnx-dir", description.parent / "onnx"] if command[0] == "bench" else []
+    code, text = run(*command, "--inputs", "nan.pcd.bin", *folder)
+    assert code == 0, text
+    assert f"note: nan.pcd.bin: 1 of {len(points)} points hold NaN or Inf" in " ".join(text.split())
+
+
+@pytest.mark.slow
 def test_descriptions_that_do_not_fit_are_refused(description: Path, tmp_path: Path) -> None:
     folder = description.parent / "onnx"
     for text, says in (

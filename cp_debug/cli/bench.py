@@ -69,6 +69,7 @@ def bench(
         check_configured(config, batch, reading=how)
         deployment = Deployment(config, source, on_step, how, on_event=on_step.on_event)
         benches = deployment.bench(specs, onnx_dir, batch=batch, warmup=warmup, repeats=repeats)
+    show_notes(deployment.remarks.sentences)
     document = {"model": config.model, "batch": batch, "warmup": warmup, "repeats": repeats}
     title = f"{config.model}, batch {batch}, {repeats} passes after {warmup}"
     show_document(

@@ -33,7 +33,7 @@ def export(
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
 ) -> None:
     """Export every component with free axes, align it with its module, check it on two inputs of different sizes."""
-    from cp_debug.cli.console import console, steps
+    from cp_debug.cli.console import console, show_notes, steps
 
     refuse_seed([model], inputs)
     check_given(model, inputs=inputs, checkpoint=checkpoint)
@@ -41,6 +41,7 @@ def export(
     from cp_debug.deploy.quantizing import export_quantized
     from cp_debug.deploy.stages import turn_outputs
     from cp_debug.quantization.open_quantized import open_quantized
+    from cp_debug.recipes.abilities import Remarks
     from cp_debug.recipes.registry import load_model
     from cp_debug.reports.deployment import export_lines
 
@@ -50,6 +51,9 @@ def export(
     options = ExportOptions(opset, exporter.chosen, not unfolded, simplify)
     with steps() as on_step:
         sample = next(iter(loaded.samples(1, seed, inputs)))
+        remarks = Remarks(loaded)
+        remarks.see(sample)
+        show_notes(remarks.sentences)
         if quantized is None:
             exported = export_model(loaded, sample, output, options, on_step=on_step)
         else:

@@ -29,7 +29,7 @@ from cp_debug.programs.pipeline import load_test_programs
 from cp_debug.quantization.checkpoint import file_of, save_ptq_model
 from cp_debug.quantization.models import QuantizedComponent, with_modules
 from cp_debug.quantization.open_quantized import is_quantized_checkpoint, modules_of, open_quantized
-from cp_debug.recipes.abilities import Batches, HasClasses, HasData, TurnsYaw
+from cp_debug.recipes.abilities import Batches, HasClasses, HasData, Remarks, TurnsYaw
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions, iterate
 from cp_debug.recipes.input_files import DEFAULT_READING, Reading
@@ -76,6 +76,8 @@ class Deployment:
         self._reading, self._engine_options = reading, engine_options
         self._backends: dict[str, Backend] = {}
         self._written = False
+        self.remarks = Remarks()
+        """Remarks on the samples that were timed."""
 
     @cached_property
     def model(self) -> Model:
@@ -287,6 +289,9 @@ class Deployment:
         Raises InputError for a batch of a model that has none.
         """
         samples = self.samples(batch)
+        self.remarks = Remarks(self.model)
+        for each in samples:
+            self.remarks.see(each)
         sample = samples[0]
         if batch > 1:
             if not isinstance(self.model, Batches):

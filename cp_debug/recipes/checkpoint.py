@@ -71,6 +71,14 @@ def check_fit(expected: Mapping[str, Sequence[int]], state: Mapping[str, Tensor]
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Tensor name → tensor of a checkpoint, on the CPU. Raises InputError as ``load_checkpoint`` does."""
+    return read_checkpoint(path)[0]
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """Tensor name → tensor of a checkpoint, on the CPU, and what mmengine keeps beside them under ``meta``, or None.
+
+    Raises InputError as ``load_checkpoint`` does.
+    """
     check_file(path, "checkpoint")
     state = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     if isinstance(state, dict) and str(kind := state.get("format")).startswith("cpdebug quantized"):
@@ -78,12 +86,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path}: a {kind}; expected FP32 weights. bisect, eval, search and sweep read it, and so do bench with an "
             "INT8 backend and a deployment with `quantization: {checkpoint: …}`"
         )
+    meta = None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+        meta, state = state.get("meta"), state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: expected a dictionary of tensors, or one under the key 'state_dict'")
     check_tensors(state, str(path))
-    return state
+    return state, meta
 
 
 def check_tensors(state: Mapping[Any, Any], source: str) -> None:

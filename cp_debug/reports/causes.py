@@ -67,8 +67,10 @@ def _evidence(finding: Finding) -> Iterator[str]:
         best = "nearest" if finding.cause == UNKNOWN else "next best"
         yield f"{best} {finding.runner_up} {near:.1%}"
     for name, value in finding.evidence.items():
-        if name not in SAID and value not in (None, ""):
-            yield f"{name.replace('_', ' ')} {_show(value)}"
+        if name in SAID or (not isinstance(value, bool) and value in (None, "", [], {})):
+            continue
+        words = _LABELS.get(name, name.replace("_", " "))
+        yield f"{'' if value else 'not '}{words}" if isinstance(value, bool) else f"{words} {_show(value)}"
 
 
 def _inside(inside: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -104,7 +106,14 @@ def _effect(finding: Finding) -> Iterator[str]:
         yield f"by itself {finding.effect.detections}"
 
 
+_LABELS = {"pairs": "BatchNorm taken from", "batchnorm_of": "BatchNorm of"}
+"""Evidence whose name in the JSON form is no text."""
+
+
 def _show(value: Any) -> str:
+    if isinstance(value, Mapping):
+        more = f" and {len(value) - NAMED} more" if len(value) > NAMED else ""
+        return ", ".join(f"{name}: {_show(each)}" for name, each in list(value.items())[:NAMED]) + more
     if isinstance(value, float):
         return number(value)
     if isinstance(value, list):

@@ -14,11 +14,11 @@ from cp_debug.recipes.centerpoint.clouds import cloud_remarks
 from cp_debug.recipes.centerpoint.config import OUTPUT_ORDER, CenterPointConfig, get_config
 from cp_debug.recipes.centerpoint.decode import Detections, decode
 from cp_debug.recipes.centerpoint.model import BackboneNeckHead, build_model
+from cp_debug.recipes.centerpoint.other_grids import load_weights
 from cp_debug.recipes.centerpoint.pillar_encoder import decorate
 from cp_debug.recipes.centerpoint.rotation import TurnedBackboneNeckHead, turn
 from cp_debug.recipes.centerpoint.scatter import scatter
 from cp_debug.recipes.centerpoint.voxelize import Voxels, voxelize_batch
-from cp_debug.recipes.checkpoint import load_checkpoint
 from cp_debug.recipes.data.base import DataOptions, DataSet, iterate
 from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS, open_data
 
@@ -42,7 +42,7 @@ class CenterPointModel:
         shipped = WEIGHTS / f"{name}.safetensors"
         source = checkpoint or (shipped if shipped.is_file() else None)
         if source is not None:
-            load_checkpoint(self.network, source)
+            load_weights(self.network, source, self.config)
         self._last: tuple[Sample, Voxels] | None = None
         self._turned = False
         self.weights = f"untrained, random seed {seed}" if source is None else source.name
