@@ -108,6 +108,16 @@ CASES: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
         edits(lambda g: g.node.append(helper.make_node("DequantizeLinear", ["c"], ["s"], name="scaled"))),
         "node 'scaled' has 1 of 2 inputs$",
     ),
+    "empty input": (
+        edits(lambda g: g.node.append(helper.make_node("Add", ["c", ""], ["s"], name="sum"))),
+        "node 'sum' has 1 of 2 inputs$",
+    ),
+    "no outputs of a node": (edits(lambda g: g.node.add(op_type="F", domain="o", input=["c"])), "puts out nothing$"),
+    "empty output": (
+        edits(lambda g: g.node.append(helper.make_node("Dropout", ["c"], ["", "mask"], name="drop"))),
+        "node 'drop' has 0 of 1 outputs$",
+    ),
+    "flat": (weight(dims=[2]), "node 'conv': its parameter 'w' has 1 dimension; expected 3$"),
     "too short": (
         edits(
             lambda g: g.initializer.append(numpy_helper.from_array(np.zeros((2, 0), np.float32), "none")),

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 import cp_debug
 from cp_debug.api.models import to_model
+from cp_debug.probes.trace import trace
 from cp_debug.recipes.registry import load_model
+from cp_debug.recipes.torch_callable import TorchModel, load_callable
 from cp_debug.recipes.torch_inputs import flat_inputs
 
 
@@ -110,10 +112,56 @@ def test_example_inputs_that_do_not_fit_are_refused() -> None:
         ({"batch": {"image": "x.png"}, "gain": 1.0}, "hold no tensor"),
         ({"batch": object()}, "'batch' is object; expected a tensor"),
         ((torch.randn(2, 2).to_sparse(),), "expected a dense tensor"),
+        ((torch.nested.nested_tensor([torch.ones(2)]),), "is nested torch.float32 on cpu; expected a dense tensor"),
         (3, "the example inputs are int"),
     ):
         with pytest.raises(cp_debug.InputError, match=says):
             flat_inputs("net", net, given)
+
+
+class Sparse(nn.Module):
+    """Makes a sparse tensor on its way, and returns one if asked."""
+
+    def __init__(self, returns: bool) -> None:
+        super().__init__()
+        self.inner, self.returns = nn.Linear(2, 2), returns
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x)
+        sparse = y.to_sparse_csr()
+        return sparse if self.returns else y
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sparse_tensors_inside_are_left_out_and_returned_ones_are_refused() -> None:
+    given = (torch.ones(1, 2),)
+    seen: list[str] = []
+    trace(Sparse(False), {"x": given[0]}, lambda value, tensor: seen.append(str(tensor.layout)))
+    assert seen
+    assert set(seen) == {"torch.strided"}
+    with pytest.raises(
+        cp_debug.InputError, match=r"'output' as torch\.sparse_csr torch\.float32 on cpu; expected dense"
+    ):
+        TorchModel("net", Sparse(True), given)
+
+
+class Grudging(nn.Module):
+    def train(self, mode: bool = True) -> Grudging:
+        raise ValueError("never")
+
+
+def test_what_a_callable_gives_may_raise_anything(tmp_path: Path) -> None:
+    circle: list[object] = [torch.ones(1)]
+    circle.append(circle)
+    for module, given, says in (
+        (Grudging(), (torch.ones(1),), "ValueError: never"),
+        (nn.Identity(), (circle,), "RecursionError"),
+    ):
+        with pytest.raises(cp_debug.InputError, match=says):
+            TorchModel("net", module, given)
+    (tmp_path / "net.py").write_text("class Own(BaseException): pass\nraise Own('no')\n")
+    with pytest.raises(cp_debug.InputError, match="Own: no"):
+        load_callable(f"{tmp_path / 'net.py'}:make")
 
 
 @pytest.mark.filterwarnings("ignore")

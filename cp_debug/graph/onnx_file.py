@@ -6,6 +6,7 @@ lie in the file's folder, attributes have the type that they name.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,8 +29,15 @@ _COUNTS = {"Scan": ("num_scan_inputs", "input"), "Split": ("num_outputs", "outpu
 """Operator → attribute that counts, and what it counts: whoever believes it makes lists of that length."""
 _LENGTHS = {"OneHot": {1: 1, 2: 2}, "Range": {0: 1, 1: 1, 2: 1}, "TopK": {1: 1}, "CumSum": {1: 1}, "Clip": {1: 1, 2: 1}}
 """Operator → place of a parameter → elements that it must have."""
-_LEAST_INPUTS = {"BatchNormalization": 5, "DequantizeLinear": 2, "QuantizeLinear": 2}
-"""Operator → inputs that it must have, where something reads them by place before ONNX Runtime checks the file."""
+_RANKS = {
+    **{convolution: {1: 3} for convolution in ("Conv", "ConvTranspose", "ConvInteger", "DeformConv")},
+    "QLinearConv": {3: 3},
+    "Gemm": {0: 2, 1: 2},
+    **{recurrent: {1: 3, 2: 3} for recurrent in ("LSTM", "GRU", "RNN")},
+    "BatchNormalization": {1: 1, 2: 1, 3: 1, 4: 1},
+    "InstanceNormalization": {1: 1, 2: 1},
+}
+"""Operator → place of a parameter → dimensions that it must have at least."""
 _VALUE = {
     AttributeProto.FLOAT: "f",
     AttributeProto.INT: "i",
@@ -69,12 +77,28 @@ def read_model(path: Path) -> onnx.ModelProto:
     return model
 
 
+@functools.cache
+def _needed(op_type: str, version: int) -> tuple[list[int], list[int]]:
+    """Places of the inputs and of the outputs that an operator of ONNX's own must have in an opset; none for others."""
+    try:
+        schema = onnx.defs.get_schema(op_type, version, "")
+    except onnx.defs.SchemaError:
+        return [], []
+    single = onnx.defs.OpSchema.FormalParameterOption.Single
+    inputs, outputs = schema.inputs[: schema.min_input], schema.outputs[: schema.min_output]
+    return [i for i, v in enumerate(inputs) if v.option == single], [
+        i for i, v in enumerate(outputs) if v.option == single
+    ]
+
+
 class _Check:
     """Checks everything that must hold in a file. Raises InputError, or UnicodeDecodeError where text is read."""
 
     def __init__(self, path: Path, model: onnx.ModelProto) -> None:
         self.path, self.model = path, model
         self._sizes: dict[Path, int] = {}
+        self._functions = {(function.domain, function.name) for function in model.functions}
+        self._version = 0
 
     def all(self) -> None:
         """Run every check."""
@@ -96,8 +120,11 @@ class _Check:
         for value in graph.output:
             if value.name not in computed:
                 raise self._error(f"nothing makes the output {shown(value.name)}")
+        outer = self._version
         for function in self.model.functions:
             self._name(function.name, "a function")
+            own = [entry.version for entry in function.opset_import if entry.domain in ("", "ai.onnx")]
+            self._version = own[0] if own else outer
             for node in function.node:
                 self._node(node)
         self._acyclic_functions()
@@ -121,6 +148,7 @@ class _Check:
             raise self._error("names no opset; expected one of ONNX's own")
         if "" in versions and not 1 <= versions[""] <= newest:
             raise self._error(f"is in opset {versions['']}; the installed onnx package knows 1 to {newest}")
+        self._version = versions.get("", newest)
 
     def _graph(self, graph: onnx.GraphProto, outer: Collection[str]) -> set[str]:
         """Check a graph or body; return the values that exist behind its last node.
@@ -158,14 +186,20 @@ class _Check:
         return computed
 
     def _lengths(self, graph: onnx.GraphProto) -> None:
-        """Raise InputError where a stored parameter is too short: ONNX Runtime reads it beyond its end."""
-        sizes = {tensor.name: math.prod(tensor.dims) for tensor in graph.initializer}
+        """Raise InputError where a stored parameter is too short, which ONNX Runtime reads beyond its end, or flat."""
+        stored = {tensor.name: tensor.dims for tensor in graph.initializer}
         for node in graph.node:
-            for place, least in _LENGTHS.get(node.op_type, {}).items() if node.domain in ("", "ai.onnx") else ():
-                name = node.input[place] if place < len(node.input) else ""
-                if sizes.get(name, least) < least:
-                    has = f"{sizes[name]} element{'s' * (sizes[name] != 1)}; expected {least}"
-                    raise self._error(f"{_title(node)}: its parameter {shown(name)} has {has}")
+            if node.domain not in ("", "ai.onnx") or (node.domain, node.op_type) in self._functions:
+                continue
+            for unit, table in (("element", _LENGTHS), ("dimension", _RANKS)):
+                for place, least in table.get(node.op_type, {}).items():
+                    name = node.input[place] if place < len(node.input) else ""
+                    if name not in stored:
+                        continue
+                    has = math.prod(stored[name]) if unit == "element" else len(stored[name])
+                    if has < least:
+                        counted = f"{has} {unit}{'s' * (has != 1)}; expected {least}"
+                        raise self._error(f"{_title(node)}: its parameter {shown(name)} has {counted}")
 
     def _order(self, graph: onnx.GraphProto) -> None:
         """Raise InputError if the graph has a cycle."""
@@ -205,9 +239,14 @@ class _Check:
         for attribute in node.attribute:
             self._attribute(node, attribute)
         self._counts(node)
-        least = _LEAST_INPUTS.get(node.op_type, 0) if node.domain in ("", "ai.onnx") else 0
-        if (given := sum(map(bool, node.input[:least]))) < least:
-            raise self._error(f"{_title(node)} has {given} of {least} inputs")
+        if not any(node.output):
+            raise self._error(f"{_title(node)} puts out nothing")
+        if node.domain in ("", "ai.onnx") and (node.domain, node.op_type) not in self._functions:
+            needed = _needed(node.op_type, self._version)
+            for kind, values, places in zip(("input", "output"), (node.input, node.output), needed, strict=True):
+                given = sum(place < len(values) and bool(values[place]) for place in places)
+                if given < len(places):
+                    raise self._error(f"{_title(node)} has {given} of {len(places)} {kind}s")
 
     def _counts(self, node: onnx.NodeProto) -> None:
         """Raise InputError where an attribute counts more inputs or outputs than the node has."""

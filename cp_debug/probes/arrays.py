@@ -29,6 +29,11 @@ def is_torch(tensor: Any) -> TypeGuard[torch.Tensor]:
     return type(tensor).__module__.partition(".")[0] == "torch"
 
 
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of torch, of any shape, is as an array is: not sparse, nested, quantized or without values."""
+    return str(tensor.layout) == "torch.strided" and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
+
+
 def device_of(tensor: Tensor) -> str:
     """The device where a tensor of any shape lies, as torch writes it: ``cpu`` for arrays, ``cuda:0``."""
     return str(tensor.device) if is_torch(tensor) else "cpu"

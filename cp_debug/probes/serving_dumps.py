@@ -82,7 +82,7 @@ def read_pt(path: Path) -> dict[str, np.ndarray]:
     """
     import torch
 
-    from cp_debug.probes.arrays import as_numpy
+    from cp_debug.probes.arrays import as_numpy, is_dense
 
     check_file(path, "file of tensors")
     try:
@@ -94,9 +94,7 @@ def read_pt(path: Path) -> dict[str, np.ndarray]:
     except Exception as error:  # torch raises nearly everything on a damaged file
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{path}: not a readable file of torch.save: {reason}") from None
-    tensors = {
-        name or path.stem: as_numpy(tensor) for name, tensor in _tensors(content, "") if tensor.layout == torch.strided
-    }
+    tensors = {name or path.stem: as_numpy(tensor) for name, tensor in _tensors(content, "") if is_dense(tensor)}
     if not tensors:
         raise InputError(f"{path}: holds no tensors")
     return tensors

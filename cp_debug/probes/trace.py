@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cp_debug.errors import ModuleFailed
+from cp_debug.probes.arrays import is_dense
 from cp_debug.probes.outputs import flatten_outputs
 
 _SHAPE_ONLY = re.compile(r"new_\w+|\w+_like")
@@ -230,8 +231,10 @@ class _Tracer(TorchDispatchMode):
                 yield value
 
     def _emit(self, value: TorchValue, tensor: Tensor) -> None:
-        """Hand a value's tensor to the sink, unless it is a weight or made inside a fake quantizer."""
+        """Hand a value's tensor to the sink, unless it is a weight, made inside a fake quantizer, or not dense."""
         if self.sink is None or not value.from_data or (self.stack and self.stack[-1].is_quantizer):
+            return
+        if not is_dense(tensor):
             return
         try:
             with unwatched():

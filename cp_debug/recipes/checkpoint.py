@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cp_debug.errors import InputError
+from cp_debug.probes.arrays import is_dense
 from cp_debug.reading import check_file
 
 SHOWN = 5
@@ -102,7 +103,7 @@ def check_tensors(state: Mapping[Any, Any], source: str) -> None:
             raise InputError(f"{source}: a tensor's name is {str(name)[:60]!r}, {type(name).__name__}; expected text")
         if not isinstance(tensor, Tensor):
             raise InputError(f"{source}: {name!r} is {type(tensor).__name__}; expected a tensor")
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+        if not is_dense(tensor) or tensor.is_complex():
             raise InputError(f"{source}: {name!r} is no dense tensor of real numbers ({tensor.dtype}, {tensor.layout})")
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from cp_debug.errors import InputError, ModuleFailed
 from cp_debug.graph.graph import ValueInfo
-from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.arrays import as_numpy, is_dense
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.probes.trace import trace
 from cp_debug.recipes.base import Arrays, Component, Sample, Stage
@@ -44,14 +44,14 @@ class TorchModel:
         """``flat_inputs`` says what the arguments are and which are refused."""
         self.name = name
         self.reading = DEFAULT_READING
-        _check_values(name, module)
-        self.notes = (
-            [TRAIN_MODE] if any(m.training for m in module.modules() if isinstance(m, _OTHER_IN_TRAINING)) else []
-        )
-        flat = flat_inputs(name, module.eval(), example_inputs, parameters, keywords)
-        self.module = module = flat.module
-        names, tensors = flat.names, flat.tensors
-        self._examples = {n: as_numpy(t) for n, t in zip(names, tensors, strict=True)}
+        with own_code(f"MODEL: {name}: what was given"):  # its classes may answer anything with an exception
+            _check_values(name, module)
+            training = any(m.training for m in module.modules() if isinstance(m, _OTHER_IN_TRAINING))
+            self.notes = [TRAIN_MODE] if training else []
+            flat = flat_inputs(name, module.eval(), example_inputs, parameters, keywords)
+            self.module = module = flat.module
+            names, tensors = flat.names, flat.tensors
+            self._examples = {n: as_numpy(t) for n, t in zip(names, tensors, strict=True)}
         self.components: Sequence[Component] = [
             Component(
                 name=type(module).__name__,
@@ -130,9 +130,9 @@ def _import(source: str) -> ModuleType:
             del sys.modules[name]
             raise
         return module
-    except InputError:
+    except (InputError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:  # whatever the user's file raises while it is imported
+    except BaseException as error:  # whatever the user's file raises while it is imported
         raise InputError(f"MODEL: cannot import {source}: {_first_line(error)}") from error
 
 
@@ -170,16 +170,21 @@ def _output_names(name: str, module: torch.nn.Module, tensors: Sequence[torch.Te
     """Names of the tensors that a forward on the examples returns. Raises ModuleFailed when it raises."""
     try:
         with torch.no_grad():
-            names = list(flatten_outputs(module(*tensors)))
+            outputs = flatten_outputs(module(*tensors))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the user's forward may raise anything; a trace knows in which module
         with own_code(f"MODEL: {name}: forward"):
             trace(module, {str(i): tensor for i, tensor in enumerate(tensors)})
         raise ModuleFailed(f"MODEL: {name}: forward raised {_first_line(error)}") from error
-    if not names:
+    if not outputs:
         raise InputError(f"MODEL: {name}: forward returned no tensor; expected a tensor, or some in a container")
-    return names
+    for key, tensor in outputs.items():
+        if not is_dense(tensor):
+            kind = "nested" if tensor.is_nested else tensor.layout
+            text = f"{kind} {tensor.dtype} on {tensor.device}"
+            raise InputError(f"MODEL: {name}: forward returned {key!r} as {text}; expected dense tensors")
+    return list(outputs)
 
 
 def _like(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:

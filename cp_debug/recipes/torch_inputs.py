@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cp_debug.errors import InputError
+from cp_debug.probes.arrays import is_dense
 
 Build = Callable[[Iterator[Tensor]], Any]
 """Makes a value again out of its tensors, which it takes from the iterator in their order."""
@@ -140,8 +141,9 @@ def _sequence_like(like: Any, parts: list[Any]) -> Any:
 
 
 def _check_dense(name: str, key: str, tensor: Tensor) -> None:
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
-        tensor_text = f"{tensor.layout} {tensor.dtype} on {tensor.device}"
+    if not is_dense(tensor) or tensor.is_complex():
+        kind = "nested" if tensor.is_nested else tensor.layout
+        tensor_text = f"{kind} {tensor.dtype} on {tensor.device}"
         raise InputError(
             f"MODEL: {name}: example input {key!r} is {tensor_text}; expected a dense tensor of real numbers"
         )

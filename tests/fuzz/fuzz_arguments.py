@@ -261,6 +261,9 @@ CALLABLES = (
     "import torch\ndef make(): return torch.nn.Identity(), (torch.ones(0, 3),)",
     "import torch\ndef make(): return torch.nn.Identity(), (torch.tensor(float('nan')),)",
     "import torch\ndef make(): return torch.nn.Module(), (torch.ones(2),)",
+    "import torch\ndef make(): return torch.nn.Identity(), (torch.nested.nested_tensor([torch.ones(2)]),)",
+    "import torch\nx = [torch.ones(1)]\nx.append(x)\ndef make(): return torch.nn.Identity(), (x,)",
+    "class B(BaseException): pass\nraise B('x')",
     "import torch\ndef make(): return torch.nn.Linear, (torch.ones(2),)",
     *(
         f"import torch\nclass N(torch.nn.Module):\n    def forward(self, x): {body}\n"
@@ -283,6 +286,11 @@ CALLABLES = (
             "return x + torch.rand(2)",
             "return x > 0",
             "return x.sum() if x.sum() > 0 else x",
+            "return x.to_sparse_csr()",
+            "return torch.nested.nested_tensor([x])",
+            "return torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)",
+            "return x.to_mkldnn()",
+            "return x.to_sparse_csr().to_dense() + 1",
             "return torch.zeros(1 << 50)",
             "return x.to(torch.complex64)",
             "return x.expand(1 << 40, 1, 2)",
