@@ -27,7 +27,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from wild.networks import base, half
 
-from cp_debug.bisect import replay
+from cp_debug.bisect import replay, scale_replay
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.errors import InputError
 
@@ -92,13 +92,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zoo", type=Path, help="folder that benchmarks/wild/run.py made")
     parser.add_argument("--file", nargs=3, action="append", default=[], metavar=("ONNX", "INT8", "NPZ"))
+    parser.add_argument("--only", default="", help="part of a network's name")
     parser.add_argument("--backends", action="append", help=f"pairs to compare in, instead of {' and '.join(BACKENDS)}")
     parser.add_argument("--json", type=Path, help="write the figures and every layer beyond 1.5 here")
     options = parser.parse_args()
-    replay.ASKED = 0.0  # type: ignore[misc]
+    replay.ASKED = scale_replay.ASKED = 0.0  # type: ignore[misc]
     rows: list[dict[str, Any]] = []
     runs: collections.Counter[str] = collections.Counter()
     for case in cases(options.zoo, options.file):
+        if options.only not in f"{case.network}.{case.quantizer}":
+            continue
         for backends in options.backends or BACKENDS:
             before = len(rows)
             try:

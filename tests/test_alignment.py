@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from cp_debug.errors import InputError
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph
-from cp_debug.probes.alignment import Alignment
+from cp_debug.probes.alignment import Alignment, Link
 from cp_debug.programs.align import align
 from cp_debug.programs.export import EXPORTERS, export
 from cp_debug.programs.scope_names import scope_hints
@@ -208,3 +209,22 @@ def test_another_number_of_inputs_is_refused(tmp_path: Path) -> None:
     graph = Graph(export(module.eval(), (x,), tmp_path / "a.onnx", input_names=["x"], output_names=["y"]))
     with pytest.raises(InputError, match="takes 1 inputs"):
         align(graph, module, (x, x))
+
+
+def table(links: dict[str, str | None], **about: Any) -> Alignment:
+    """An alignment with these ONNX values → torch values."""
+    made = [Link(onnx, "module", onnx, torch) for onnx, torch in links.items()]
+    return Alignment("a", "b", made, "", ["m", "n", "o"], {}, **about)
+
+
+def test_calls_without_a_value_are_not_accounted_for() -> None:
+    found = table({"v": "m"}, unmatched_modules=["n"], unmatched_values=["w", "u"]).coverage()
+    assert (found.values, found.values_total, found.modules, found.modules_total) == (1, 3, 2, 3)
+
+
+def test_no_value_is_paired_twice() -> None:
+    """Two values of the test equal one torch value that two of the reference equal; one of each stands paired."""
+    ours, test = table({"a": "m", "b": "m", "c": "n"}), table({"p": "m", "q": "m", "r": "m", "s": "n"})
+    assert ours.twins(test, {"p": "b"}) == {"q": "a", "s": "c"}
+    assert ours.twins(test, {"p": "b", "s": "x"}) == {"q": "a"}
+    assert ours.twins(test, {}) == {"p": "a", "q": "b", "s": "c"}

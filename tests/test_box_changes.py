@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from cp_debug.detection.changes import changes
 from cp_debug.prediction.box_changes import box_changes, joined, largest_changes, quantile, within
 from cp_debug.prediction.result import Interval
 
@@ -70,3 +73,29 @@ def test_a_way_that_changes_nothing_moves_only_the_lower_end() -> None:
     assert told["size"].low > 0 == apart["size"].low
     assert (apart["size"].expected, apart["size"].high) == (told["size"].expected, told["size"].high)
     assert largest_changes([family, [none]])["size"] == apart["size"]
+
+
+def boxes(*objects: tuple[float, float]) -> Any:
+    """Boxes of one class at (x, 0) with a score."""
+    place = np.array([[x, 0.0] for x, _ in objects])
+    return SimpleNamespace(boxes=place, scores=np.array([s for _, s in objects]), labels=np.zeros(len(objects), int))
+
+
+@pytest.mark.parametrize(
+    ("x", "score", "kind"),
+    [(0.05, 0.52, "kept"), (0.15, 0.5, "moved"), (0.0, 0.6, "moved"), (0.0, 0.4, "moved"), (0.15, 0.6, "moved")],
+)
+def test_a_box_has_moved_by_its_place_or_by_its_score(x: float, score: float, kind: str) -> None:
+    (change,) = changes(boxes((0.0, 0.5)), boxes((x, score)))
+    assert change.kind == kind
+    assert change.distance == pytest.approx(x)
+    assert change.score == pytest.approx(score - 0.5)
+    assert change.severity == (False, pytest.approx(max(x, abs(score - 0.5))))
+
+
+def test_what_vanished_or_appeared_is_worse_than_what_moved() -> None:
+    found = changes(boxes((0.0, 0.3), (50.0, 0.9)), boxes((0.0, 0.9), (80.0, 0.2)))
+    assert [c.kind for c in sorted(found, key=lambda c: c.severity, reverse=True)] == ["lost", "gained", "moved"]
+    assert {c.kind: c.score for c in found} == {
+        "moved": pytest.approx(0.6), "gained": pytest.approx(0.2), "lost": pytest.approx(-0.9)
+    }  # fmt: skip

@@ -138,6 +138,23 @@ def test_a_divergence_that_nobody_is_guilty_of_is_relative_to_the_reference(tmp_
     assert found.remainder.divergence == pytest.approx(2 / 3, rel=1e-3)
 
 
+@pytest.mark.parametrize("large", ["first", "second"])
+def test_of_sound_layers_in_int8_the_one_that_reaches_the_outputs_most_is_named(tmp_path: Path, large: str) -> None:
+    """Both round by as much; the result of one counts a hundred times as much."""
+    net, rng = NetBuilder(), np.random.default_rng(0)
+    parts = []
+    for name in ("first", "second"):
+        product = net.op("MatMul", "x", net.weight(rng.standard_normal((64, 32)).astype(np.float32)), name=name)
+        parts.append(times(net, product, 100.0 if name == large else 1.0, f"of {name}"))
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [16, 64])}, [net.op("Sub", *parts, name="y")])
+    np.savez(tmp_path / "x.npz", x=rng.standard_normal((16, 64)).astype(np.float32))
+    options = Options(inputs=tmp_path / "x.npz", rtol=1e-5, atol=1e-6)
+    (test,) = bisect(str(path), "ort,ort-int8", options=options).tests
+    (finding,) = [f for f in test.findings if f.cause == "int8"]
+    assert finding.layers == [f"node_{large}"]
+    assert finding.effect.share == pytest.approx(1, abs=0.1)
+
+
 def test_a_reference_at_fault_has_no_share_of_the_tests_error(tmp_path: Path) -> None:
     net = NetBuilder()
     net.op("Neg", times(net, "x", 3.3, "m"), name="y")

@@ -54,3 +54,12 @@ def test_shape_and_special_values_count() -> None:
     y = torch.tensor([1.0, float("nan"), float("inf"), 2.0])
     assert fingerprint(y).distance(fingerprint(y.clone())) == 0
     assert fingerprint(y).distance(fingerprint(torch.tensor([1.0, float("nan"), float("-inf"), 2.0]))) == np.inf
+
+
+def test_a_distance_is_relative_to_the_larger_of_both() -> None:
+    x = torch.ones(4096)
+    for factor in (0.5, 0.01):
+        assert fingerprint(factor * x).distance(fingerprint(x)) == pytest.approx(
+            fingerprint(x).distance(fingerprint(factor * x))
+        )
+        assert 0.5 * (1 - factor) < fingerprint(x).distance(fingerprint(factor * x)) < 1.7 * (1 - factor)

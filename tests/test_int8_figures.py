@@ -59,7 +59,7 @@ def quantized_sum(
         net.op("Add", *inputs, name="sum")
         shapes = {n: (1, [1, 64]) for n in "xz"}
         graphs.append(Graph(net.save(folder / f"{name}.onnx", shapes, ["sum"])))
-    return graphs[0], Quantized(*graphs, {})
+    return graphs[0], Quantized(graphs[0], graphs[1], {})
 
 
 @pytest.mark.parametrize("order", [(0.002, 0.02), (0.02, 0.002)])
@@ -92,7 +92,11 @@ def test_the_zero_points_type_says_how_far_the_levels_reach(
 
 def compared(captured: Any, exact: Any, declared: Any, ideal: Any) -> Replay:
     """What a layer's own scales, and the best ones, say of it."""
-    own: Any = SimpleNamespace(declared=lambda target, known, given: declared)
+
+    def with_larger_scales(executor: Any, nodes: Any, given: Any, targets: Any, scale_margin: float = 1.0) -> Any:
+        return SimpleNamespace(results={"y": exact + scale_margin * (ideal - exact)})
+
+    own: Any = SimpleNamespace(declared=lambda target, known, given: declared, ideal=with_larger_scales)
     nobody: Any = SimpleNamespace(graph=None)
     replay = Replay(introduced=0.2, excess=1.0)
     ScaleReplay(own, nobody, nobody, ()).compare(replay, [], "y", {}, captured, exact, ideal)
@@ -102,11 +106,17 @@ def compared(captured: Any, exact: Any, declared: Any, ideal: Any) -> Replay:
 def test_a_layer_is_measured_against_its_own_scales_and_against_the_oracle() -> None:
     """The oracle says 1, its scales make 1.5 of it, the backend 1.4."""
     exact = torch.ones(1, 8, 4, 4).double()
-    found = compared(1.4 * exact, exact, 1.5 * exact, 1.1 * exact)
+    found = compared(1.4 * exact, exact, 1.5 * exact, 1.2 * exact)
     assert found.declared == pytest.approx(0.5)
     assert found.deviation_from_scales == pytest.approx(0.1)
-    assert found.channel_excess == pytest.approx(4)
-    assert compared(1.4 * exact, exact, None, 1.1 * exact).declared is None
+    assert found.channel_excess == pytest.approx(2)
+    assert compared(1.4 * exact, exact, None, 1.2 * exact).declared is None
+
+
+def test_beyond_half_the_limit_larger_scales_are_asked_about_channels_too() -> None:
+    exact = torch.ones(1, 8, 4, 4).double()
+    assert compared(1.4 * exact, exact, None, 1.1 * exact).channel_excess == pytest.approx(4 / 1.1)
+    assert compared(1.2 * exact, exact, None, 1.1 * exact).channel_excess == pytest.approx(2)
 
 
 @pytest.mark.parametrize(("shape", "channel"), [((2, 8, 4, 4), 1), ((16, 8), 1), ((4, 8, 8), 2)])
@@ -115,7 +125,7 @@ def test_channels_of_images_are_behind_the_batch_and_of_others_last(shape: tuple
     exact = torch.ones(shape).double()
     captured = 1.1 * exact
     captured.select(channel, 3).mul_(1.4 / 1.1)
-    expected = ((0.4**2 + 0.1**2) / 2) ** 0.5 / 0.1
+    expected = ((0.4**2 + 0.1**2) / 2) ** 0.5 / 0.11  # beyond half the limit: with scales 10 % larger
     assert compared(captured, exact, None, 1.1 * exact).channel_excess == pytest.approx(expected)
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from nets import NetBuilder
 
+from cp_debug.bisect.int8_notes import int8_notes
 from cp_debug.bisect.observe import Observation
+from cp_debug.bisect.remainder import not_replayed
 from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.result import LayerRow
 from cp_debug.bisect.verdict import Judgement, judge, oracle_is_alone
 from cp_debug.bisect.worst_samples import Collected, both_inexact, observation_notes
+from cp_debug.graph.graph import Graph
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.programs.pipeline import Key
 from cp_debug.programs.precision import PRECISIONS
@@ -249,3 +255,27 @@ def test_probes_that_change_a_program_are_told_beside_its_noise() -> None:
     (said,) = observation_notes("ort", Observation(0.01, 0.011))
     assert said.startswith("observer gap 0.011: with probes ort runs a different program")
     assert observation_notes("ort", Observation(0.01, 0.009)) == []
+
+
+def test_a_node_is_covered_by_a_replay_that_knows_what_to_expect(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Neg", net.op("Exp", net.op("Neg", "x", name="a"), name="b"), name="c")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, 4])}, ["c"]))
+    known = {n: Replay(nodes=(f"node_{n}",), introduced=0.0) for n in "abc"}
+    assert not_replayed(graph, known) == {}
+    unknown = known | {"b": Replay(nodes=("node_b",), introduced=0.1, not_emulated=("node_b",))}
+    assert not_replayed(graph, unknown) == {"node_b": "its precision is not emulated"}
+    assert not_replayed(graph, known | {"c": Replay(skipped="why")}) == {"node_c": "why"}
+    assert not_replayed(graph, {n: known[n] for n in "ac"}) == {"node_b": "no probe shows what it computes"}
+
+
+def test_the_layer_that_agrees_least_with_its_scales_is_named() -> None:
+    backend: Any = SimpleNamespace(precision="int8", spec="ort-int8", emulated=False)
+    pipeline: Any = SimpleNamespace(backend=backend, programs=[], sessions={})
+    reference: Any = SimpleNamespace(backend=SimpleNamespace(precision="fp32", spec="ort", emulated=False), programs=[])
+    rows = [
+        LayerRow(i, "net", name, name, "Conv", APART, "ok", True, replay=replace(HEALTHY, deviation_from_scales=off))
+        for i, (name, off) in enumerate((("near", 1e-6), ("far", 1e-3), ("exact", 0.0)))
+    ]
+    (note,) = int8_notes(reference, pipeline, rows, {})
+    assert note.endswith("agrees with what its scales say to 60 dB or better, the least at far")

@@ -93,6 +93,15 @@ def test_an_fp32_oracle_is_not_trusted_about_fp32(tmp_path: Path) -> None:
         assert 0.5 < figures.excess < EXCESS, oracle  # a sum beside 1e7 may be off by 1
 
 
+def test_what_the_fp32_oracle_is_off_by_is_not_laid_to_an_exact_layer(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Sub", net.op("Add", "x", constant(net, 1e7), name="sum"), constant(net, 1e7), name="y")
+    graph = saved(tmp_path, net, [1, 64], "y")
+    x = np.linspace(1, 2, 64, dtype=np.float32)[None] / 3
+    values = {"x": x, "y": x.astype(np.float64)}
+    assert replays(graph, values, values, oracle="fp32")["y"].introduced == pytest.approx(0, abs=1e-9)
+
+
 # Elements that a type cannot hold -----------------------------------------------------------------------------------
 
 
