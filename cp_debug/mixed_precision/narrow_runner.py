@@ -22,7 +22,7 @@ from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 
 @dataclass(frozen=True)
-class NarrowLayer:
+class EmulatedLayer:
     """A layer with a weight, in one component's graph."""
 
     component: str
@@ -42,7 +42,7 @@ class NarrowRunner:
     def __init__(self, model: Model, programs: Sequence[Program], precision: str) -> None:
         """``precision``: as a backend spec has it, ``fp8:channel``. Raises InputError where no layer can be in it."""
         self.model, options = model, NarrowOptions.parse(precision)
-        self.layers: dict[str, NarrowLayer] = {}
+        self.layers: dict[str, EmulatedLayer] = {}
         for program in programs:
             for node in weighted_layers(program.graph, options):
                 name = layer_name(program, node.outputs[0])
@@ -50,7 +50,7 @@ class NarrowRunner:
                     name = f"{name} ({node.name})"
                 held = node.proto.input[1] in program.graph.initializers
                 size = math.prod(program.graph.weight(node.proto.input[1]).dims) if held else 0
-                self.layers[name] = NarrowLayer(program.name, node.name, node.op, size)
+                self.layers[name] = EmulatedLayer(program.name, node.name, node.op, size)
         if not self.layers:
             raise InputError(f"MODEL: {model.name} has no layer with a weight that {options.family} takes")
         self.all: KeptLayers = frozenset(self.layers)
