@@ -10,7 +10,8 @@ from extras import needs
 from test_tutorial import DOCS, tutorial
 
 PAGE = (DOCS / "field.md").read_text(encoding="utf-8")
-TABLES = [re.findall(r"^\| .* \| `(.+)` \| `(.+)` \|$", part, re.MULTILINE) for part in PAGE.split("\n## ")[1:]]
+*PARTS, ELSEWHERE = PAGE.split("\n## ")[1:]
+TABLES = [re.findall(r"^\| .* \| `(.+)` \| `(.+)` \|$", part, re.MULTILINE) for part in PARTS]
 
 
 def test_the_tables_have_commands_of_every_kind() -> None:
@@ -26,3 +27,13 @@ def test_every_row_prints_its_line(tmp_path: Path, rows: list[tuple[str, str]]) 
     for command, line in rows:
         ((_, holds),) = tutorial.updated([line], tutorial.run(command, tmp_path))
         assert holds, (command, line)
+
+
+def test_what_ran_elsewhere_is_recorded_or_tested() -> None:
+    recorded = re.findall(r'"(.+)" in \[.+\]\((.+)\) \|$', ELSEWHERE, re.MULTILINE)
+    tested = re.findall(r"`(test_\w+)` in (tests/\w+\.py)", ELSEWHERE)
+    assert len(recorded) + len(tested) == ELSEWHERE.count("\n| ") - 1, "each row but the head"
+    for figure, page in recorded:
+        assert figure in (DOCS / page).read_text(encoding="utf-8"), page
+    for name, path in tested:
+        assert f"def {name}(" in (DOCS.parent / path).read_text(encoding="utf-8"), path

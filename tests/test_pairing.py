@@ -20,6 +20,7 @@ from cp_debug.bisect.result import TestResult
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.integer_values import named_levels
 from cp_debug.graph.pairing import believable
 from cp_debug.probes.capture import Capture
 from cp_debug.recipes.registry import load_model
@@ -251,3 +252,24 @@ def test_names_whose_weights_moved_on_are_not_believed(tmp_path: Path, weights: 
         return Graph(net.save(tmp_path / f"{name}.onnx", {"x": (1, [1, 8])}, [value]))
 
     assert believable(row("reference", range(6)), row("test", weights)) == believed
+
+
+def test_branches_alike_are_paired_by_what_a_quantizer_calls_their_levels(tmp_path: Path) -> None:
+    from onnx import parser
+
+    head = '<ir_version: 9, opset_import: ["" : 17]>\n'
+    body = (
+        "c = Conv <kernel_shape=[1,1]> (x, w) \n d = Conv <kernel_shape=[1,1]> (x, v) \n r = Relu (d) \n y = Add (c, r)"
+    )
+    sizes = "float[2,2,1,1] w, float[2,2,1,1] v"
+    floats = f"g (float[1,2,4,4] x, {sizes}) => (float[1,2,4,4] y) {{ {body} }}"
+    arguments = "(q, s, z, {0}, s, z, s, z)"
+    levels = [f"{out} = QLinearConv {arguments.format(w)}" for out, w in (("c_quantized", "w"), ("r_quantized", "v"))]
+    signature = f"(uint8[1,2,4,4] q, float s, uint8 z, {sizes.replace('float', 'uint8')}) => (uint8[N] y_quantized)"
+    quantized = f"g {signature} {{ {' '.join(levels)} \n y_quantized = Add (c_quantized, r_quantized) }}"
+    graphs = []
+    for name, text in (("plain", floats), ("quantized", quantized)):
+        onnx.save(parser.parse_model(head + text), tmp_path / f"{name}.onnx")
+        graphs.append(Graph(tmp_path / f"{name}.onnx"))
+    assert named_levels(*graphs) == {"c_quantized": "c", "r_quantized": "r"}
+    assert named_levels(graphs[0], graphs[0]) == {}

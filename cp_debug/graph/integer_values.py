@@ -133,6 +133,24 @@ def parent_values(plain: Graph, graph: Graph, names: Mapping[str, str]) -> dict[
     return parents
 
 
+def named_levels(plain: Graph, graph: Graph) -> dict[str, str]:
+    """Results of QLinearConv and QLinearMatMul → values of the float parent ``plain`` that they are called after.
+
+    Branches that are alike are told apart by nothing else. Empty unless the parent has a Conv or a MatMul for each.
+    """
+    held: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.op in ("QLinearConv", "QLinearMatMul"):
+            value, base = node.outputs[0], node.outputs[0].removesuffix(_SUFFIXES[0])
+            maker = plain.producer.get(base)
+            while maker is not None and maker.op in _CUT_OFF:
+                maker = plain.producer.get(maker.inputs[0])
+            if base == value or base in graph.producer or maker is None or f"QLinear{maker.op}" != node.op:
+                return {}
+            held[value] = _behind_activation(plain, graph, base)
+    return held
+
+
 def _behind_activation(plain: Graph, graph: Graph, value: str) -> str:
     """The parent's value behind activations that the quantized ``graph`` leaves to the range."""
     readers = plain.consumers.get(value, [])

@@ -17,6 +17,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, ValueInfo
+from cp_debug.graph.integer_values import named_levels
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.serialize import JsonForm
 
@@ -234,6 +235,11 @@ def pair_by_names(
     for value in test.values:
         if value in reference.producer and value not in pairs and value not in used:
             pairs[_cut_off_by_range(reference, test, value)] = (value, "name")
+    used = {name for name, _ in pairs.values()}
+    for value, held in named_levels(reference, test).items():
+        if value not in pairs and held not in used:
+            pairs[value] = (held, "name")
+            used.add(held)
     return pairs
 
 

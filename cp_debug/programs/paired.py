@@ -12,6 +12,7 @@ import numpy as np
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
+from cp_debug.graph.integer_values import named_levels
 from cp_debug.graph.pairing import Pairing, believable, finish, moved_names, pair_by_names, pair_inputs, parse_map
 from cp_debug.probes.arrays import Sink, Tensor
 from cp_debug.probes.capture import Capture, CaptureWriter
@@ -117,6 +118,7 @@ def pair_by_numbers(
     pairs = pair_by_names(program.graph, test.graph, fixed, ends)
     final = {v.name for v in program.graph.outputs} & {v.name for v in test.graph.outputs}
     certain = {test_name for test_name, pair in pairs.items() if pair[1] == "map"} | {*ends.values()} | final
+    certain |= {*named_levels(program.graph, test.graph)}
     doubted = moved_names(program.graph, test.graph) if believable(program.graph, test.graph) else set(pairs)
     pairs = {test_name: pair for test_name, pair in pairs.items() if test_name in certain or test_name not in doubted}
     with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch:
