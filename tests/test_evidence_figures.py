@@ -182,3 +182,15 @@ def test_orders_that_a_kernels_name_tells_are_counted_apart_from_those_that_were
 )
 def test_a_headline_names_one_layer_or_counts_several_and_says_whose(layers: list[str], side: str, says: str) -> None:
     assert Finding("c", "sums", layers, ["Conv", "Gemm"][: len(layers)], side=side).headline == says
+
+
+def test_labels_of_small_numbers_share_a_power_of_ten() -> None:
+    """Labels such as 1.5e-08 would lie on the name of the axis."""
+    from cp_debug.reports.svg import Canvas, Scale
+
+    for largest, said in ((2.2e-8, "error × 10"), (0.3, ">error<")):
+        canvas = Canvas(500, 270, "chart")
+        canvas.axes(Scale(0, 10, 62, 488), Scale(0, largest, 222, 12), "channel", "error")
+        picture = canvas.__html__()
+        assert said in picture
+        assert "e−08" not in picture

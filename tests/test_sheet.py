@@ -125,6 +125,12 @@ ODD = Sheet(
 )
 
 
+def test_a_column_without_a_title_has_no_empty_header() -> None:
+    sheet = Sheet((Column("", "mark"), Column("layer", "name")), [("better", "conv")])
+    for page in (table_html(sheet), table_notebook(sheet)):
+        assert "<thead><tr><td></td><th" in page  # readers of screens would announce an empty header
+
+
 def test_pages_notebooks_and_markdown_show_the_same_values() -> None:
     page, notebook, markdown = table_html(ODD), table_notebook(ODD), "\n".join(table_markdown(ODD))
     assert '<th scope="col" class="n">error, dB</th>' in page

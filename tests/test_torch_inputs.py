@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,6 +210,32 @@ def test_files_that_hold_no_program_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(cp_debug.InputError, match=says):
             cp_debug.diagnose(str(tmp_path / name))
+
+
+def test_a_program_of_another_torch_is_refused_with_both_versions(tmp_path: Path) -> None:
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
+    torch.export.save(program, tmp_path / "own.pt2")
+    with zipfile.ZipFile(tmp_path / "own.pt2") as own, zipfile.ZipFile(tmp_path / "other.pt2", "w") as other:
+        for name in own.namelist():
+            content = own.read(name)
+            if name.endswith("models/model.json"):
+                document = json.loads(content)
+                document["schema_version"]["major"], document["torch_version"] = 99, "9.9.1"
+                content = json.dumps(document).encode()
+            other.writestr(name, content)
+    with pytest.raises(cp_debug.InputError, match=r"torch 9\.9\.1 saved it, this is torch 2.*: export it again"):
+        cp_debug.diagnose(tmp_path / "other.pt2")
+    assert cp_debug.diagnose(tmp_path / "own.pt2", "torch,emu-fp32").agrees
+
+
+def test_torchscript_that_calls_a_custom_operator_says_what_to_do(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.ReLU()), tmp_path / "relu.ts")
+    with zipfile.ZipFile(tmp_path / "relu.ts") as own, zipfile.ZipFile(tmp_path / "custom.ts", "w") as other:
+        for name in own.namelist():
+            other.writestr(name, own.read(name).replace(b"torch.relu(input)", b"ops.mine.twice(input)"))
+    np.savez(tmp_path / "x.npz", input=np.ones((1, 3), np.float32))
+    with pytest.raises(cp_debug.InputError, match=r"calls a custom operator; expected file\.py:callable"):
+        cp_debug.diagnose(tmp_path / "custom.ts", inputs=tmp_path / "x.npz")
 
 
 def test_a_proto_and_arrays(tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def test_results_are_listed_and_opened_and_compared(server: ResultServer) -> Non
     assert [status for status, _ in pages] == [200, 200]
     assert any("Error growth" in text and "node_conv_9" in text for _, text in pages)
     status, page = ask(server, f"/diff?before={keys(page)[0]}&after={keys(page)[1]}")
+    assert '<a href="/">All results</a>' in page
     assert status == 200
     assert "before and after" in page
     everything = "".join(text for _, text in pages) + page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import io
+import json
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_unflatten
 
 from cp_debug.errors import InputError
 from cp_debug.recipes.torch_callable import TorchModel, own_code
+from cp_debug.safe_text import one_line
 
 PATIENCE = 60.0
 """Seconds that reading a TorchScript file may take."""
@@ -82,9 +84,12 @@ def load_program(path: Path, inputs: Any = None) -> TorchModel:
         raise InputError(f"MODEL: {path} is no archive of torch.export or torch.jit: {error}") from None
     content = path.read_bytes()
     if path.suffix == ".pt2":
-        with own_code(f"MODEL: {path}: torch.export.load"):
-            with _without_log():
+        try:
+            with own_code(f"MODEL: {path}: torch.export.load"), _without_log():
                 program = torch.export.load(io.BytesIO(content))
+        except InputError as error:
+            raise InputError(f"{error}{_other_torch(content)}") from None
+        with own_code(f"MODEL: {path}: torch.export.load"):
             return exported_model(str(path), program, inputs)
     if not any("/code/" in f"/{name}" for name in names):
         raise InputError(
@@ -92,11 +97,33 @@ def load_program(path: Path, inputs: Any = None) -> TorchModel:
             "expected file.py:callable with --checkpoint"
         )
     _survives(path, lambda: _touch(torch.jit.load(io.BytesIO(content), map_location="cpu")))
-    with own_code(f"MODEL: {path}: torch.jit.load"):
-        module = torch.jit.load(io.BytesIO(content), map_location="cpu")
+    try:
+        with own_code(f"MODEL: {path}: torch.jit.load"):
+            module = torch.jit.load(io.BytesIO(content), map_location="cpu")
+    except InputError as error:
+        if "Unknown builtin op" not in str(error):
+            raise
+        advice = "expected file.py:callable that imports the library which registers it, and loads the file"
+        raise InputError(f"{error} It calls a custom operator; {advice}") from None
     if inputs is None:
         raise InputError(f"MODEL: {path} is TorchScript, which names no shapes; expected one .npz file by --inputs")
     return scripted_model(str(path), module, inputs)
+
+
+def _other_torch(content: bytes) -> str:
+    """Remark that another torch saved a ``.pt2`` file, where the file says so; empty where it does not."""
+    with suppress(Exception), zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for name in archive.namelist():
+            if name.endswith(".json") and archive.getinfo(name).file_size < _LARGEST_JSON:
+                saved_by = json.loads(archive.read(name)).get("torch_version")
+                if isinstance(saved_by, str) and saved_by != torch.__version__:
+                    saved_by = one_line(saved_by)[:40]
+                    return f"; torch {saved_by} saved it, this is torch {torch.__version__}: export it again"
+    return ""
+
+
+_LARGEST_JSON = 64 * 2**20
+"""Bytes of a file inside an archive up to which it is read for the version in it."""
 
 
 def _touch(module: torch.jit.ScriptModule) -> None:
