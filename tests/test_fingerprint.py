@@ -56,6 +56,13 @@ def test_shape_and_special_values_count() -> None:
     assert fingerprint(y).distance(fingerprint(torch.tensor([1.0, float("nan"), float("-inf"), 2.0]))) == np.inf
 
 
+@pytest.mark.filterwarnings("error")
+def test_complex_numbers_count_with_both_parts() -> None:
+    x = torch.complex(torch.ones(2, 3), torch.ones(2, 3))
+    assert fingerprint(x).distance(fingerprint(x.numpy())) == 0
+    assert fingerprint(x).distance(fingerprint(x.conj())) > 0.1
+
+
 def test_a_distance_is_relative_to_the_larger_of_both() -> None:
     x = torch.ones(4096)
     for factor in (0.5, 0.01):

@@ -39,10 +39,15 @@ class Fingerprint:
 
 
 def fingerprint(tensor: Tensor | np.ndarray) -> Fingerprint:
-    """Fingerprint of a real or boolean tensor of any shape, on any device, read once in row-major order."""
+    """Fingerprint of a tensor of any shape and dtype, on any device, read once in row-major order.
+
+    Complex numbers count as pairs of their parts.
+    """
     if isinstance(tensor, np.ndarray):
         tensor = torch.from_numpy(np.asarray(tensor, order="C"))
     flat = tensor.detach().reshape(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat.resolve_conj()).reshape(-1)
     sums, square, special = torch.zeros(PROJECTIONS, dtype=torch.float64), 0.0, torch.zeros(3, dtype=torch.int64)
     for index, start in enumerate(range(0, flat.numel(), _CHUNK)):
         chunk = flat[start : start + _CHUNK].to("cpu", torch.float64)
