@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from nets import NetBuilder, second_like
 from onnx import numpy_helper
 from test_cli import run
+from test_trt_runner import install
 from typer.main import get_command
 
 import cp_debug
@@ -101,6 +103,21 @@ def test_ctrl_c_says_so_and_is_no_verdict() -> None:
     assert started.returncode in (130, -signal.SIGINT)  # Python ends so inside exec(); a shell calls both 130
     assert said.strip().splitlines()[-1] == "interrupted"
     assert "Traceback" not in said
+
+
+def test_ctrl_c_while_the_command_is_loaded_says_so_too() -> None:
+    script = """
+import sys
+class Interrupted:
+    def find_spec(self, name, *rest):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+from cp_debug.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 @pytest.mark.parametrize("arguments", ["demo", pytest.param("doctor --json", marks=pytest.mark.slow)])
@@ -276,6 +293,8 @@ ACTS_OF = {
     ("sweep sensitivity", "--calib-method"): "INT8 is what it is about",
     ("predict", "--builder-level"): "whether a layer may stay in FP32: at 0 any may",
     ("import", "--layout"): "how the tensors are read",
+    ("cache", "--clear"): "removes what is kept",
+    ("cache", "--unused"): "which entries are shown or removed",
 }
 BESIDE = {
     "bisect": "NET -b ort,ort-all",
@@ -294,20 +313,21 @@ BESIDE = {
     "check": "NET",
     "predict": "NET",
     "export": "centerpoint:tiny -o out",
+    "cache": "",
 }
 """Command → arguments beside which its options name something, or do nothing."""
-ELSEWHERE = {
-    "build": "asks for TensorRT first (tests/test_trt_backend.py)",
-    "ui": "serves until it is ended (tests/test_ui.py)",
-    **dict.fromkeys(("bundle", "compare", "deploy", "import", "report"), "reads what another wrote first (below)"),
-}
+ELSEWHERE = ("build", "bundle", "compare", "deploy", "import", "report", "ui")
+"""Commands whose options are tried below, each beside what another command wrote, a TensorRT, or a server."""
 READ_FIRST = {("quantize sensitivity", "--skip-layers"), ("quantize qat", "--val-data")}
-READ_FIRST |= {("sweep sensitivity", option) for option in ("--data", "--cluster", "--from")}
+READ_FIRST |= {("sweep sensitivity", option) for option in ("--data", "--cluster", "--from", "--gpus")}
 """Options of which the checkpoint of --from decides whether they do something."""
 TO_STDOUT = {("doctor", "--json"), ("check", "--json")}
 VALUES = {"int": "4", "float": "60", "Path": "nowhere/x.npz", "list": "nonsense", "str": "nonsense"}
 VALUES |= {"DumpLayout": "nhwc", "Method": "mse", "ImageLayoutFlag": "nhwc", "Probes": "all"}
 VALUES |= {"CalibratorChoice": "entropy", "PrecisionPolicy": "fp16"}
+BUILT = {"--precision": "fp16", "--workspace": "4", "--timing-cache": "timing"}
+BUILT |= {"--profile": "x:1x2x4x4:1x2x4x4:1x2x4x4"}
+"""Options of build that act on a network in FP32."""
 NAMES = ("Path", "list", "str")
 """Kinds of values that name something: nonsense is never accepted."""
 
@@ -409,6 +429,57 @@ def test_options_of_commands_that_read_results_accept_no_nonsense(
     assert code == 2
     assert option in text or VALUES[kind] in text
     assert sorted(written.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "kind"), [(option, kind) for command, option, kind in OPTIONS if command == "build"], ids=str
+)
+def test_every_option_of_build_acts_or_is_refused(
+    option: str, kind: str, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("10.3.0", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+
+    def built(*options: str) -> tuple[int, str, str]:
+        code, text = run("build", written / "net.onnx", "-o", tmp_path / "out", *options)
+        manifests = [path.read_text() for path in (tmp_path / "out").glob("*.json")] if code == 0 else []
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        return code, text, " ".join(manifests)
+
+    code, text, manifest = built(option, BUILT.get(option, VALUES.get(kind, "nonsense")))
+    if option in BUILT:
+        assert code == 0, text
+        assert manifest != built()[2] or list(tmp_path.iterdir()), "it did nothing"
+    else:
+        assert code in (2, 3)
+        assert option in text or VALUES[kind] in text
+        assert not list(tmp_path.iterdir())
+
+
+def test_the_options_of_ui_act(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    asked: list[int] = []
+
+    class Server:
+        url = "http://127.0.0.1:9/"
+
+        def __init__(self, folder: Path, port: int) -> None:
+            asked.append(port)
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *exc: object) -> None: ...
+
+        def serve_forever(self, poll_interval: float) -> None: ...
+
+    monkeypatch.setattr("cp_debug.reports.server.ResultServer", Server)
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    assert {option for command, option, _ in OPTIONS if command == "ui"} == {"--port", "--browser"}
+    assert run("ui", tmp_path, "--port", "4711")[0] == 0
+    assert (asked, opened) == ([4711], [])
+    assert run("ui", tmp_path, "--browser")[0] == 0
+    assert opened == [Server.url]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 from cp_debug.backends.base import Program
 from cp_debug.bisect.candidate_run import CandidateRun
-from cp_debug.bisect.result import GUILTY, StageRow, TestResult
+from cp_debug.bisect.result import GUILTY, StageRow, TestResult, check_not_empty
 from cp_debug.bisect.worst_samples import Collected
 from cp_debug.errors import InputError
 from cp_debug.files import resolved
@@ -25,11 +25,12 @@ def result_of(
     layers: Sequence[Layer],
     notes: Iterable[str],
     save: Path | None,
+    told_by_user: Sequence[str] = (),
 ) -> TestResult:
     """The block of one test in the result.
 
-    ``model`` is the reference's, ``save`` the folder to which saved files are relative. Raises InputError where no
-    output was compared.
+    ``model`` is the reference's, ``save`` the folder to which saved files are relative, ``told_by_user`` the texts of
+    --map. Raises InputError where no output was compared.
     """
     rows = [collected.rows[key] for key in sorted(collected.rows, key=lambda k: collected.rows[k].index)]
     by_key = {(row.component, row.onnx): row for row in rows}
@@ -50,6 +51,7 @@ def result_of(
     outputs = [by_key[last.name, n] for n in expected if n in names_given and (last.name, n) in by_key]
     if not outputs:
         raise InputError(nothing_compared(run, last.name, expected))
+    check_not_empty(str(run.pipeline.backend.spec), outputs)
     rtol, atol = run.tolerance
     return TestResult(
         backend=run.pipeline.record(),
@@ -64,7 +66,10 @@ def result_of(
         atol=atol,
         oracle=run.oracle,
         observation=collected.observation,
-        notes=list(notes),
+        notes=[
+            *notes,
+            *(note for p in run.pipeline.programs if p.pairing for note in p.pairing.other_names(told_by_user)),
+        ],
         programs={name: saved_name(graph, save) for name, graph in run.graphs.items()},
         optimizer_blame=collected.optimizer_blame,
         remainder=collected.remainder,

@@ -28,7 +28,7 @@ from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid
 from cp_debug.bisect.regions.region import Region, region_of
 from cp_debug.bisect.replay import Load, Replayer
 from cp_debug.bisect.replayed import Replay
-from cp_debug.bisect.result import OK, LayerRow
+from cp_debug.bisect.result import DIVERGENT, OK, LayerRow
 from cp_debug.bisect.scale_replay import AnyQuantized
 from cp_debug.bisect.sides import judged, trace_shapes, without_emulation
 from cp_debug.bisect.verdict import judge
@@ -312,6 +312,7 @@ class CandidateRun:
             self.name(Key(n, value)): tactic for n, kernel_of in kernels.items() for value, tactic in kernel_of.items()
         }
         sources = {Key(n, v): line for n, p in self.programs.items() for v, line in source_lines(p.graph).items()}
+        outputs = {Key(n, info.name) for n, p in self.programs.items() for info in p.graph.outputs}
         for key, layer in self.layers.items():
             if key not in stats:
                 continue
@@ -321,7 +322,9 @@ class CandidateRun:
             judgement = without_emulation(judgement, replay)
             if layer.kind != "data":
                 judgement = judged(judgement, replay)
-                if judgement.verdict == OK:
+                if layer.op == "Constant" and judgement.verdict == DIVERGENT:
+                    judgement = judgement._replace(why="it is another constant in the test")
+                if judgement.verdict == OK and key not in outputs:
                     continue
             region = self._region(key, replay)
             if region is not None:

@@ -184,7 +184,9 @@ class Bisection:
                 *observation_notes(str(self._reference.spec), taken.observation, draws=draws),
                 *collected_run.notes(str(run.pipeline.backend.spec), draws=draws),
             ]
-            results.append(result_of(self.model, run, collected_run, layers, notes, self.options.save))
+            results.append(
+                result_of(self.model, run, collected_run, layers, notes, self.options.save, self.options.maps)
+            )
         return results
 
     def _blame_optimizers(self, sample: Sample, taken: SampleRuns) -> None:

@@ -12,7 +12,7 @@ from cp_debug.backends.base import Backend, RunRecord
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.branches import differing_condition, in_words
-from cp_debug.bisect.result import BisectResult, LayerRow, TestResult
+from cp_debug.bisect.result import BisectResult, LayerRow, TestResult, check_not_empty
 from cp_debug.bisect.verdict import judge
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture, CaptureWriter, array_hash
@@ -127,12 +127,14 @@ def compare_captures(
             f"no output was compared: {reference.folder} has {outputs[0]}, {test.folder} has {outputs[1] or 'none'}; "
             "--map REFERENCE=TEST pairs two of them"
         )
+    outputs_compared = [rows[key] for key in final if key in rows]
+    check_not_empty(str(theirs.spec), outputs_compared)
     total = len({(e.component, e.name) for e in reference.entries})
     result = TestResult(
         backend=theirs,
         rows=list(rows.values()),
         stages=[],
-        outputs=[rows[key] for key in final if key in rows],
+        outputs=outputs_compared,
         compared=compared,
         total=total,
         rtol=tolerance[0],

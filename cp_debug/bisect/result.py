@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.strange_numbers import nonfinite_origins, outputs_say, undecided
 from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.display import notebook, plain, terminal, write_page
+from cp_debug.errors import InputError
 from cp_debug.graph.randomness import DRAWS_NUMBERS
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.safe_text import one_line
@@ -87,6 +88,18 @@ class LayerRow:
         """
         document: dict[str, Any] = encode(self, json=json)
         return document
+
+
+def has_no_elements(row: LayerRow) -> bool:
+    """Whether a tensor is empty on both sides: nothing of it could be compared."""
+    return row.stats.count == 0 and not row.stats.shape_mismatch
+
+
+def check_not_empty(spec: str, outputs: Sequence[LayerRow]) -> None:
+    """Raise InputError where no final output has an element, so that a verdict would be about nothing."""
+    if outputs and all(map(has_no_elements, outputs)):
+        names = ", ".join(f"{row.onnx} ({'×'.join(map(str, row.stats.shape))})" for row in outputs)
+        raise InputError(f"{spec}: no output was compared: {names} without an element on both sides; try other inputs")
 
 
 @dataclass
@@ -190,6 +203,19 @@ class TestResult(JsonForm):
         return [name for name in self.expected_outputs if name not in {row.onnx for row in self.outputs}]
 
     @property
+    def empty_outputs(self) -> list[str]:
+        """Final outputs without an element on both sides: nothing of them could be compared."""
+        return [row.onnx for row in self.outputs if has_no_elements(row)]
+
+    @property
+    def all_zeros(self) -> bool:
+        """Whether every final output with elements is 0 everywhere on both sides: any fault could hide behind it."""
+        stats = [row.stats for row in self.outputs if not has_no_elements(row)]
+        return all(
+            s.max_ref == s.max_abs == 0 and not (s.nan_ref or s.inf_ref or s.nan_test or s.inf_test) for s in stats
+        )
+
+    @property
     def coverage(self) -> str:
         """Coverage in words, such as ``3 of 3 outputs, 27 of 27 values``."""
         expected = max(len(self.expected_outputs), len(self.outputs))
@@ -214,7 +240,7 @@ class TestResult(JsonForm):
     def agrees(self) -> bool:
         """No guilty layer, and every final output that was compared within the tolerance; never without one, nor where
         an output holds NaN or Inf: two of them are equal, and nothing is known."""
-        decided = bool(self.outputs) and not any(map(undecided, self.outputs))
+        decided = any(not has_no_elements(row) for row in self.outputs) and not any(map(undecided, self.outputs))
         return decided and not self.guilty and all(row.within for row in self.outputs)
 
     @property

@@ -46,8 +46,9 @@ def nonfinite_origins(rows: Sequence[ComparedRow]) -> Iterator[str]:
         for side in SIDES:
             first = next((row for row in sorted(rows, key=lambda r: r.index) if count(row, kind, side)), None)
             if first is not None:
-                verb = "comes in with the input" if first.op == "input" else "is born at"
-                op = "" if first.op == "input" else f" ({first.op})"
+                verbs = {"input": "comes in with the input", "": "is first in"}  # captures tell no operators
+                verb = verbs.get(first.op, "is born at")
+                op = "" if first.op in verbs else f" ({first.op})"
                 places.setdefault(f"{verb} {first.name}{op}", []).append(side)
         for place, sides in places.items():
             on = "on both sides" if len(sides) == len(SIDES) else f"in the {sides[0]}"

@@ -57,6 +57,7 @@ def build(
         backend_name = f"trt-{VARIANTS.get(policy, policy)}"
         _refuse_ranges(backend_name)
         check_installed(backend_name, trt_python=trt_python)
+    from cp_debug.backends.spec import BackendSpec
     from cp_debug.deploy.config import override
     from cp_debug.deploy.engines import build_engines
     from cp_debug.deploy.stages import Deployment, configured
@@ -79,6 +80,10 @@ def build(
         options |= {"profiles": profiles} if profiles else {}
         assert config.model is not None
         _refuse_ranges(config.engine_backend)
+        spec = BackendSpec.parse(config.engine_backend)
+        strongly_typed = config.tensorrt.precision == "strongly_typed"
+        why = f"{spec} computes nothing in less than FP32 or TF32; expected --precision fp16, bf16 or int8"
+        refuse(("keep_fp32",), unless=tensorrt.keeps_fp32(spec) or strongly_typed, why=why)
         options |= tensorrt.calibration_data(config.model, config.checkpoint, trt_calibrator, trt_calib_data, stack)
         deployment = Deployment(config, source, on_step, **options)
         backend = deployment.backend(config.engine_backend)  # before the export: it may be missing here

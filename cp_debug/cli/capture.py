@@ -65,5 +65,7 @@ def capture(
             folded=not unfolded,
             on_step=on_step,
         )
-    size = sum(file.stat().st_size for file in output.iterdir()) / 2**20
-    console.print(f"{output}: {len(recorded.entries)} tensors of {len(recorded.samples)} sample(s), {size:.1f} MiB")
+    size = sum(file.stat().st_size for file in output.iterdir()) / 2**10
+    amount = f"{size / 2**10:.1f} MiB" if size >= 2**10 else f"{size:.0f} KiB"
+    samples_taken = f"{len(recorded.samples)} sample" + ("s" if len(recorded.samples) > 1 else "")
+    console.print(f"{output}: {len(recorded.entries)} tensors of {samples_taken}, {amount}", soft_wrap=True)

@@ -260,7 +260,9 @@ class Deployment:
         tests = None
         if test_model is not None:
             tests = pair_programs(self.model, samples[0], programs, load_test_programs(programs, test_model), maps)
-        return verify(self.model, programs, pairs, samples, options, test_programs=tests, on_step=self.on_step)
+        result = verify(self.model, programs, pairs, samples, options, test_programs=tests, on_step=self.on_step)
+        result.notes += [note for test in tests or () if test.pairing for note in test.pairing.other_names(maps)]
+        return result
 
     @property
     def evaluates(self) -> bool:

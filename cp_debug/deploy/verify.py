@@ -66,7 +66,7 @@ class TensorCheck:
     @property
     def severity(self) -> tuple[float, ...]:
         """Sort key, larger is worse."""
-        return bool(self.why), *self.stats.severity
+        return bool(self.why), self.stats.count > 0, *self.stats.severity
 
 
 @dataclass
@@ -92,6 +92,11 @@ class ScenarioResult(JsonForm):
     def failures(self) -> list[TensorCheck]:
         """The tensors beyond their limits."""
         return [check for check in self.checks if check.why]
+
+    @property
+    def empty(self) -> list[str]:
+        """Tensors without an element on both sides, in every sample: nothing of them could be compared."""
+        return [check.name for check in self.checks if check.stats.count == 0 and not check.stats.shape_mismatch]
 
     @property
     def name(self) -> str:
@@ -138,7 +143,7 @@ def verify(
     A backend runs a sample once, in however many scenarios it is. ``programs`` are the deployed files with the modules
     they came from (``load_exported``); ``test_programs`` are other files for the tests, paired with them. What fails is
     bisected against a fresh export of the modules. Raises BackendUnavailable and InputError, also for test programs
-    without some output; never for a divergence.
+    without some output, and where no output has an element; never for a divergence.
     """
     tests = programs if test_programs is None else test_programs
     _check_outputs(programs, tests)
@@ -173,6 +178,7 @@ def verify(
                         floors = noise_floors(handed, programs, sample, single)
                     scenario.add(passes, floors)
         results = [scenario.result() for scenario in running]
+    _check_not_empty(results)
     for result, pair in zip(results, scenarios, strict=True):
         if result.failures and options.explain:
             result.bisect = _explain(model, tests, samples, result, pair)
@@ -187,6 +193,13 @@ def _check_outputs(programs: Sequence[Program], tests: Sequence[Program]) -> Non
         if lost:
             given = ", ".join(value.name for value in test.graph.outputs)
             raise InputError(f"--test-model: {test.graph} has no output that is {lost[0]!r}; its outputs are {given}")
+
+
+def _check_not_empty(results: Sequence[ScenarioResult]) -> None:
+    for result in results:
+        if len(result.empty) == len(result.checks):
+            names = ", ".join(result.empty)
+            raise InputError(f"{result.name}: no output was compared: {names} without an element on both sides")
 
 
 class _Passes:

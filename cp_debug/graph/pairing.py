@@ -23,6 +23,8 @@ from cp_debug.serialize import JsonForm
 
 UNPAIRED = " (test)"
 """Suffix for the name of a test's value without a partner, where the reference has another value of that name."""
+MOST_TOLD = 8
+"""Pairs of names that a note tells."""
 TRUST = 0.6
 """Share of equal names whose nodes must agree (operator, inputs) before names alone are believed."""
 MOST_MISPLACED = 2
@@ -49,6 +51,19 @@ class Pairing(JsonForm):
     def reference_outputs(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
         """A run's outputs under the reference's names, in the reference's order; unpaired ones are left out."""
         return {name: outputs[test_name] for name, test_name in self.outputs.items()}
+
+    def other_names(self, told: Sequence[str] = ()) -> list[str]:
+        """A sentence about the inputs and outputs that are paired under different names, other than those ``told``."""
+        ends = [
+            f"{name} = {test_name}"
+            for pairs in (self.inputs, self.outputs)
+            for name, test_name in pairs.items()
+            if name != test_name and f"{name}={test_name}" not in told
+        ]
+        more = f" and {len(ends) - MOST_TOLD} more" if len(ends) > MOST_TOLD else ""
+        names = f"{', '.join(ends[:MOST_TOLD])}{more}"
+        how = "paired by what they hold, else by position and shape; --map REFERENCE=TEST decides"
+        return [f"inputs and outputs have other names in the test: {names}: {how}"] if ends else []
 
     def derived(self) -> dict[str, Any]:
         """The pairs whose names differ; the others are not written."""
@@ -294,7 +309,7 @@ def finish(
     for name, test_name in outputs.items():
         if names.get(test_name) != name:
             names = {o: n for o, n in names.items() if n != name} | {test_name: name}
-            how["position"] += 1
+            how["name" if name == test_name else "position"] += 1
     our_names, used = known_names([ours]), set(names.values())
     data, test_data = data_values(ours), set(data_values(theirs))
     added = [v for v in theirs.values if v not in names and v in test_data]

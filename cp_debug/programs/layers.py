@@ -34,7 +34,8 @@ def layers_of(programs: Sequence[Program]) -> list[Layer]:
 def all_layers(programs: Sequence[Program]) -> list[Layer]:
     """``layers_of`` and the side values: what nodes compute from weights alone, and from shapes, in execution order.
 
-    The results of Constant nodes are none of them: like a weight, a constant belongs to those that read it.
+    The results of Constant nodes are none of them: like a weight, a constant belongs to those that read it. Only a
+    constant that is an output itself stands for itself (anchors, priors), after all that is computed.
     """
     return [
         Layer(index, program.name, value, name, op, kind)
@@ -51,6 +52,15 @@ def _values(programs: Sequence[Program]) -> Iterator[tuple[Program, str, str, st
         for value, node in graph.producer.items():
             if node.op != "Constant":
                 yield program, value, layer_name(program, value), node.op, sides.get(value, "data")
+        for name in constant_outputs(graph):
+            yield program, name, name, "Constant", "constant"
+
+
+def constant_outputs(graph: Graph) -> list[str]:
+    """Outputs that nothing computes: initializers, and the results of Constant nodes."""
+    names = dict.fromkeys(info.name for info in graph.outputs)
+    held = graph.initializers
+    return [n for n in names if n in held or (n in graph.producer and graph.producer[n].op == "Constant")]
 
 
 def side_values(graph: Graph) -> dict[str, str]:

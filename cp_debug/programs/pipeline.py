@@ -27,7 +27,7 @@ from cp_debug.programs.batchnorm_folding import fuse_model_bn
 from cp_debug.programs.export import export
 from cp_debug.programs.export_cache import ExportCache
 from cp_debug.programs.folded import Folded
-from cp_debug.programs.layers import layers_of
+from cp_debug.programs.layers import constant_outputs, layers_of
 from cp_debug.programs.walk import Walk, example_args, run_module, walk
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 from cp_debug.serialize import json_safe
@@ -236,15 +236,23 @@ class Pipeline:
         shown = program.plain.producer.keys() if program.plain else None
         if sink is None:
             return by_reference(program, self._untouched(program).run(inputs, None, shown))
-        forward = _under(component.name, sink)
+        told: set[str] = set()
+
+        def forward(name: str, tensor: Tensor) -> None:
+            told.add(name)
+            sink(Key(component.name, name), tensor)
+
         folded = Folded(program.plain or program.graph, session.exposed) if self._unfold else None
         see = forward if folded is None else _seen_by(folded, forward)
         for name, array in inputs.items():
             see(name, array)
-        results = by_reference(program, session.run(inputs, see, shown))
+        given_out = session.run(inputs, see, shown)
         for name, value in folded.values() if folded is not None else ():
             forward(name, value)
-        return results
+        for name in constant_outputs(program.graph):  # not every session counts them among what it computes
+            if name in given_out and name not in told:
+                forward(name, given_out[name])
+        return by_reference(program, given_out)
 
     def _untouched(self, program: Program) -> Session:
         """The session that runs a program as it is deployed."""
@@ -386,7 +394,3 @@ def _seen_by(folded: Folded, forward: Sink) -> Sink:
         forward(name, tensor)
 
     return see
-
-
-def _under(component: str, sink: Callable[[Key, Tensor], None]) -> Sink:
-    return lambda name, tensor: sink(Key(component, name), tensor)

@@ -68,8 +68,8 @@ def lines(sheet: Sheet, width: int, console: Console, *, unlimited: bool = False
         else:
             yield from _stacked(sheet, shown, places, width, console)
         if len(places) < len(natural):
-            left_out = ", ".join(c.header for i, c in enumerate(sheet.columns) if i not in places and c.header)
-            yield Text(f"a wider terminal also shows: {left_out}", style="dim")
+            left_out = dict.fromkeys(c.header for i, c in enumerate(sheet.columns) if i not in places and c.header)
+            yield Text(f"a wider terminal also shows: {', '.join(left_out)}", style="dim")
     if len(shown) < len(sheet.rows):
         where = f"; {sheet.details}" if sheet.details else ""
         yield Text(f"{len(shown)} of {len(sheet.rows)} rows{where}", style="dim")

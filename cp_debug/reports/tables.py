@@ -65,9 +65,11 @@ def render(result: BisectResult, *, layers: bool = True, show_all: bool = False)
         title = Text.assemble((result.reference.spec, "bold"), " → ", (test.backend.spec, "bold"))
         yield title.append(" (emulated)" if test.backend.emulated else "")
         yield from engine_lines(test.backend)
-        yield Terminal(stage_table(test))
+        if test.stages:  # a comparison of captures knows none
+            yield Terminal(stage_table(test))
         if layers:
-            yield Text()
+            if test.stages:
+                yield Text()
             yield Terminal(layer_table(test, show_all=show_all))
             if not show_all:
                 yield Text(_selection(test), style="dim")
@@ -160,6 +162,8 @@ def layer_table(test: TestResult, *, show_all: bool = False) -> Sheet:
         without |= {"step", "clipped"}
     if not any(row.tactic for row in test.rows):
         without.add("kernel")
+    if not any(row.op for row in test.rows):  # captures tell none
+        without.add("op")
     place = {row.index: position for position, row in enumerate(test.rows)}
     shown = test.rows if show_all else layers_shown(test)
     columns, cells = _layers(shown, [name for name in _LAYER_COLUMNS if name not in without])
@@ -231,20 +235,25 @@ def _verdict_line(test: TestResult) -> Text:
             says = f": {test.remainder}" if test.remainder else ""
             text.append(f"; no layer introduces more than its precision explains{says}")
         return text.append(_uncovered(test))
-    style = "bold yellow" if _uncovered(test) else "bold green"
+    style = "bold yellow" if _unpaired(test) else "bold green"
     return Text.assemble((f"✓ {spec}: agrees", style), f" within {tolerance}, {test.coverage}{_unpaired(test)}{end}")
 
 
 def _uncovered(test: TestResult) -> str:
     """Phrase about values left out of a comparison of two models; empty where nothing was left out."""
-    is_complete = not test.missing_outputs and not any(p.get("missing") for p in test.pairing.values())
+    unpaired = any(p.get("missing") for p in test.pairing.values())
+    is_complete = not (test.missing_outputs or test.empty_outputs or unpaired)
     return "" if is_complete else f"; compared: {test.coverage}{_unpaired(test)}"
 
 
 def _unpaired(test: TestResult) -> str:
-    """The outputs and the number of values that could not be paired with one of the test."""
+    """The outputs and the number of values of which nothing could be compared, or nothing learned."""
     missing = sum(len(p.get("missing", ())) for p in test.pairing.values())
     parts = [f"without {', '.join(test.missing_outputs[:MOST_NAMES])}"] if test.missing_outputs else []
+    if empty := test.empty_outputs:
+        parts.append(f"{', '.join(empty[:MOST_NAMES])}: without an element on both sides")
+    if test.all_zeros and test.agrees:
+        parts.append("but every output is 0 everywhere on both sides: other inputs may tell more")
     noun = "value has" if missing == 1 else "values have"
     parts += [f"{missing} {noun} no counterpart in the test"] if missing else []
     return f" ({'; '.join(parts)})" if parts else ""

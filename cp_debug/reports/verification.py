@@ -12,9 +12,13 @@ from cp_debug.deploy.reasons import culprits, reasons
 from cp_debug.deploy.verify import ScenarioResult, VerifyResult
 from cp_debug.reports.causes import findings
 from cp_debug.reports.gates import document, fail
+from cp_debug.reports.numbers import number
 from cp_debug.reports.sheet import Column, Row, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.reports.tables import verdict_line
+
+FAR = 10.0
+"""Times the limit from which on a percentage says less than a factor."""
 
 
 def render(result: VerifyResult) -> Iterator[RenderableType]:
@@ -45,7 +49,7 @@ def tensor_table(scenario: ScenarioResult) -> Sheet:
         Column("rel. L2", "number"),
         Column("FP32 noise", "number", leave_out=1),
         Column("limit", "number"),
-        Column("of the limit", "number", show=lambda used: f"{used:.0%}"),
+        Column("of the limit", "number", show=of_the_limit),
     )
     rows = []
     for check in scenario.checks:
@@ -54,10 +58,17 @@ def tensor_table(scenario: ScenarioResult) -> Sheet:
     return Sheet(columns, rows, ruled=True)
 
 
+def of_the_limit(used: float) -> str:
+    """A distance as a share of its limit: a percentage, or how many times the limit where it is far beyond."""
+    return f"{used:.0%}" if used < FAR else f"{number(used)}×"
+
+
 def verdict(scenario: ScenarioResult) -> Text:
     """One line: passed, or what is wrong and whose fault it is."""
     if scenario.passed:
-        return Text(f"✓ {scenario.name}: all {len(scenario.checks)} outputs are within their limits", style="green")
+        within = f"all {len(scenario.checks)} outputs are within their limits"
+        empty = f" ({', '.join(scenario.empty)}: without an element on both sides)" if scenario.empty else ""
+        return Text(f"✓ {scenario.name}: {within}{empty}", style="yellow" if empty else "green")
     return Text(f"✗ {scenario.name}: {'; '.join(reasons(scenario))}", style="bold red")
 
 
