@@ -28,7 +28,7 @@ class EmulatedLayer:
     component: str
     node: str
     kind: str
-    """Its operator."""
+    """Operator of the node."""
     weights: int
 
 
