@@ -27,7 +27,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from wild.networks import base, half
 
-from cp_debug.bisect import replay, scale_replay
+from cp_debug.bisect import replay
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.errors import InputError
 
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--backends", action="append", help=f"pairs to compare in, instead of {' and '.join(BACKENDS)}")
     parser.add_argument("--json", type=Path, help="write the figures and every layer beyond 1.5 here")
     options = parser.parse_args()
-    replay.ASKED = scale_replay.ASKED = 0.0  # type: ignore[misc]
+    replay.ASKED = 0.0  # type: ignore[misc]
     rows: list[dict[str, Any]] = []
     runs: collections.Counter[str] = collections.Counter()
     for case in cases(options.zoo, options.file):

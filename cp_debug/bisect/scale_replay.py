@@ -12,7 +12,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.file_weights import BETTER
 from cp_debug.bisect.quantized_segment import Quantized, balanced
-from cp_debug.bisect.replayed import ASKED, EXCESS, FLOOR, Replay
+from cp_debug.bisect.replayed import EXCESS, FLOOR, Replay
 from cp_debug.bisect.whole_numbers import as_tensor
 from cp_debug.graph.graph import Node
 from cp_debug.graph.integer_values import is_constant
@@ -62,12 +62,9 @@ class ScaleReplay:
             replay.deviation_from_scales = ratio(distance(captured, declared).difference, scale)
         axis = 1 if exact.dim() == 4 else exact.dim() - 1
         ours = balanced(torch.as_tensor(captured) - exact, exact, axis)
-        best = FLOOR * BESIDE_INT8.roundoff
-        for others in ([ideal, *self._recalibrated(nodes, target, given)], self.larger(nodes, given, target)):
-            best = max(*(balanced(torch.as_tensor(t) - exact, exact, axis) for t in others), best)
-            replay.channel_excess = ratio(ours, best)
-            if not replay.channel_excess > ASKED:  # nor NaN
-                break
+        ideals = [ideal, *self._recalibrated(nodes, target, given)]
+        best = max(balanced(torch.as_tensor(t) - exact, exact, axis) for t in ideals)
+        replay.channel_excess = ratio(ours, max(best, FLOOR * BESIDE_INT8.roundoff))
         if declared is not None and (replay.deviation_from_scales or 0.0) < (replay.declared or 0.0) / 2:
             replay.misfit = self._misfit(nodes, target, given, declared, exact)
 
