@@ -102,8 +102,8 @@ def ptq(
     show_document(render(result), result.to_dict(), json)
 
 
-def _narrow(precision: str, method: Method, opset: int) -> NarrowOptions | None:
-    """The options of a precision other than ``int8``, checked with the flags that mean less there; None for it."""
+def narrow_options(precision: str) -> NarrowOptions | None:
+    """The options of a precision other than ``int8``; None for it. Raises InputError for one that nobody knows."""
     if precision == "int8":
         return None
     from cp_debug.backends.narrow_options import FAMILIES, NarrowOptions, is_narrow
@@ -111,10 +111,18 @@ def _narrow(precision: str, method: Method, opset: int) -> NarrowOptions | None:
 
     if not is_narrow(precision):
         raise InputError(f"--precision: {precision!r}; expected int8 or one of {', '.join(FAMILIES)}")
+    return NarrowOptions.parse(precision)
+
+
+def _narrow(precision: str, method: Method, opset: int) -> NarrowOptions | None:
+    """The options of a precision, checked with the flags that mean less there; None for ``int8``."""
+    options = narrow_options(precision)
+    if options is None:
+        return None
     from cp_debug.deploy.quantize_narrow import check_method
+    from cp_debug.errors import InputError
     from cp_debug.quantization.narrow_layers import calibrated, check_exportable, opset_of
 
-    options = NarrowOptions.parse(precision)
     check_exportable(options)
     refuse(("cache",), unless=False, why="scales of an earlier run are of INT8")
     refuse(("method", "batches"), unless=calibrated(options), why=f"{options} has no scale that is calibrated")

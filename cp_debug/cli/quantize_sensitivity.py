@@ -10,14 +10,21 @@ import typer
 from cp_debug.cli.calibration import Method, check_calibration
 from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up
 from cp_debug.cli.given import check_given
+from cp_debug.cli.quantize_ptq import narrow_options
 from cp_debug.cli.typed import refuse
 
 
 def sensitivity(
-    model: Annotated[str, typer.Argument(help="A recipe (`cpdebug models`) or module:callable.")] = "centerpoint:tiny",
+    model: Annotated[
+        str, typer.Argument(help="A recipe (`cpdebug models`) or module:callable; other than int8: an .onnx file, too.")
+    ] = "centerpoint:tiny",
     quantized: Annotated[
         Path | None, typer.Option("--from", help="Checkpoint of `quantize ptq` or `qat`; else it is calibrated now.")
     ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(help="int8, or fp8, mxfp8, mxfp4, nvfp4, int4 with options, emulated."),
+    ] = "int8",
     checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
     calib_data: Annotated[
         Path | None, typer.Option(help="Info file, point files or a folder; else held-out synthetic scenes.")
@@ -59,13 +66,21 @@ def sensitivity(
     from cp_debug.recipes.data.base import DataOptions
 
     refuse(("calib_data", "batches", "method"), unless=quantized is None, why="the scales are those of --from")
+    narrow = narrow_options(precision)
+    why = f"scales of {precision} are those of the numbers at hand, and every layer with a weight is measured"
+    refuse(("quantized", "calib_data", "batches", "method", "skip_layers"), unless=narrow is None, why=why)
     refuse(("data_root",), unless=data is not None, why="without --data the samples are synthetic scenes")
     check_made_up(samples, data, given_by="--data")
     check_calibration(model, calib_data, batches, "--batches")
     read = DataOptions(data_root)
     check_given(model, inputs=data, samples=samples, checkpoint=checkpoint, options=read, flag="--data")
     from cp_debug.files import complete_file
-    from cp_debug.mixed_precision.sensitivity import build_sensitivity_profile, check_budget, scored_samples
+    from cp_debug.mixed_precision.sensitivity import (
+        build_sensitivity_profile,
+        check_budget,
+        profile_narrow,
+        scored_samples,
+    )
     from cp_debug.quantization.open_quantized import modules_of, open_quantized
     from cp_debug.recipes.registry import load_model
     from cp_debug.reports.files import csv_text
@@ -75,13 +90,25 @@ def sensitivity(
         check_budget(auto)
     with steps() as on_step:
         loaded = load_model(model, checkpoint=checkpoint, seed=seed)
-        opened = open_quantized(
-            loaded, quantized, calib_data, batches, method=method.value, skip_layers=skip_layers or (), on_step=on_step
-        )
-        source, chosen_samples = scored_samples(loaded, data, samples, seed, read)
-        profile = build_sensitivity_profile(
-            loaded, modules_of(opened), chosen_samples, data=source, budget=auto, draws=draws, on_step=on_step
-        )
+        if narrow is not None:
+            source, chosen_samples = scored_samples(loaded, data, samples, seed, read)
+            profile = profile_narrow(
+                loaded, str(narrow), chosen_samples, data=source, budget=auto, draws=draws, on_step=on_step
+            )
+        else:
+            opened = open_quantized(
+                loaded,
+                quantized,
+                calib_data,
+                batches,
+                method=method.value,
+                skip_layers=skip_layers or (),
+                on_step=on_step,
+            )
+            source, chosen_samples = scored_samples(loaded, data, samples, seed, read)
+            profile = build_sensitivity_profile(
+                loaded, modules_of(opened), chosen_samples, data=source, budget=auto, draws=draws, on_step=on_step
+            )
     if output:
         output.mkdir(parents=True, exist_ok=True)
         json, csv = json or str(output / "sensitivity.json"), csv or output / "sensitivity.csv"

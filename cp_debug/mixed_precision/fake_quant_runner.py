@@ -76,19 +76,21 @@ def quantized_layers(component: Component, module: nn.Module) -> Iterator[Int8La
 
 
 @dataclass
-class _Error:
+class ErrorSum:
     """A relative L2 error over several pairs of tensors: sums of squares."""
 
     difference: float = 0.0
     whole: float = 0.0
 
     def add(self, test: Any, reference: Any) -> None:
+        """Count a pair of tensors of one shape, arrays or tensors of any float dtype."""
         norms = distance(test, reference)
         self.difference += math.inf if norms.new_nonfinite else norms.difference**2
         self.whole += norms.whole**2
 
     @property
     def relative(self) -> float:
+        """Relative L2 error over all pairs."""
         return ratio(math.sqrt(self.difference), math.sqrt(self.whole))
 
 
@@ -104,8 +106,8 @@ class _TrialSums:
     """A trial so far."""
 
     changes: _Changes
-    outputs: dict[str, _Error] = field(default_factory=lambda: defaultdict(_Error))
-    layer: _Error = field(default_factory=_Error)
+    outputs: dict[str, ErrorSum] = field(default_factory=lambda: defaultdict(ErrorSum))
+    layer: ErrorSum = field(default_factory=ErrorSum)
     detected: list[Detected] = field(default_factory=list)
 
 
@@ -148,7 +150,7 @@ class FakeQuantRunner:
         if unknown := frozenset().union(*totals) - self.all:
             near = difflib.get_close_matches(min(unknown), self.layers, n=1, cutoff=0.0)[0]
             raise InputError(f"{self.model.name} has no quantized layer {min(unknown)!r}; nearest is {near}")
-        scored = all(isinstance(sample.truth, Truth) for sample in samples) and isinstance(self.model, HasClasses)
+        scored = is_scored(self.model, samples)
         with self._restored():
             for number, sample in enumerate(samples):
                 on_step(sample.source, number, len(samples))
@@ -175,7 +177,7 @@ class FakeQuantRunner:
             {"rel_l2": max(outputs.values())},
             outputs,
             sums.layer.relative if len(sums.changes.layers) == 1 else None,
-            {} if draws is None else self._score(sums.detected, samples, draws),
+            {} if draws is None else draws_of_scores(self.model, sums.detected, samples, draws),
         )
 
     def _sample(self, sample: Sample, totals: Sequence[_TrialSums], scored: bool) -> None:
@@ -225,13 +227,6 @@ class FakeQuantRunner:
             layer.switch(sums.changes.from_int8)
         return way.results
 
-    def _score(self, detected: Sequence[Detected], samples: Sequence[Sample], draws: int) -> dict[str, np.ndarray]:
-        model = as_detector(self.model)
-        options = EvaluationOptions(region=model.region, draws=draws)
-        truths = [sample.truth for sample in samples]
-        scores = draws_of(Predictions.gather(detected), truths, model.class_names, options)
-        return {name: scores[name] for name in SCORES}
-
     @contextmanager
     def _restored(self) -> Iterator[None]:
         """All layers are in INT8 afterwards."""
@@ -240,6 +235,22 @@ class FakeQuantRunner:
         finally:
             for layer in self.layers.values():
                 layer.switch(True)
+
+
+def is_scored(model: Model, samples: Sequence[Sample]) -> bool:
+    """Whether detections are scored: the model has classes, and all samples have ground truth."""
+    return all(isinstance(sample.truth, Truth) for sample in samples) and isinstance(model, HasClasses)
+
+
+def draws_of_scores(
+    model: Model, detected: Sequence[Detected], samples: Sequence[Sample], draws: int
+) -> dict[str, np.ndarray]:
+    """mAP and NDS in each draw of the samples, float64 [1 + draws]; the first is of all of them."""
+    detector = as_detector(model)
+    options = EvaluationOptions(region=detector.region, draws=draws)
+    truths = [sample.truth for sample in samples]
+    scores = draws_of(Predictions.gather(detected), truths, detector.class_names, options)
+    return {name: scores[name] for name in SCORES}
 
 
 class _RecordedSample(NamedTuple):

@@ -7,6 +7,7 @@ order, and be merged.
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,13 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
 from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.fake_quant_runner import FakeQuantRunner, KeptLayers, OnStep
 from cp_debug.mixed_precision.log import TrialLog
+from cp_debug.mixed_precision.narrow_runner import NarrowRunner
 from cp_debug.mixed_precision.predict import enough_of
 from cp_debug.mixed_precision.strategy import smallest
 from cp_debug.mixed_precision.trial import Measured, Trial
+from cp_debug.programs.pipeline import choose_export, prepare
 from cp_debug.recipes.abilities import HasClasses, HasData
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions, DataSet, iterate
@@ -31,6 +36,8 @@ from cp_debug.serialize import JsonForm
 if TYPE_CHECKING:
     import pandas as pd
 
+SensitivityRunner = FakeQuantRunner | NarrowRunner
+"""Runs sets of layers in FP32, the others low, on samples."""
 ALONE, LEFT_OUT = "alone", "left_out"
 DRAWS = 200
 METRIC = "mAP"
@@ -106,6 +113,8 @@ class SensitivityProfile(JsonForm):
     """mAP and NDS in FP32; empty for a model that detects nothing."""
     choice: Choice | None = field(default=None, metadata={"key": "auto"})
     seconds: float = 0.0
+    precision: str = "int8"
+    """Precision of the layers, as a backend spec has it; where ``int8`` stands elsewhere, this is meant."""
 
     def to_pandas(self) -> pd.DataFrame:
         """A pandas DataFrame with a row for each layer."""
@@ -139,8 +148,45 @@ def build_sensitivity_profile(
     (``choose_layers``). ``draws`` of the samples give the intervals. Raises InputError when nothing is quantized, there
     is no sample, or a budget of mAP meets samples without ground truth.
     """
-    started = time.perf_counter()
-    runner = FakeQuantRunner(model, modules)
+    return profile_of(FakeQuantRunner(model, modules), samples, data=data, budget=budget, draws=draws, on_step=on_step)
+
+
+def profile_narrow(
+    model: Model,
+    precision: str,
+    samples: Sequence[Sample],
+    *,
+    data: str = "",
+    budget: float | None = None,
+    draws: int = DRAWS,
+    on_step: OnStep = lambda text, done, total: None,
+) -> SensitivityProfile:
+    """Measure every layer with a weight in ``precision`` (``fp8:channel``), emulated with the scales of the numbers at
+    hand; torch models are exported first.
+
+    The other arguments and errors are those of ``build_sensitivity_profile``.
+    """
+    if not samples:
+        raise InputError("--data: there is no sample; expected at least one")
+    with tempfile.TemporaryDirectory(prefix="cpdebug-sensitivity-") as folder:
+        how, _ = choose_export([create(BackendSpec("emu-fp32"))], None)
+        programs = prepare(model, samples[0], Path(folder), how=how, folded=True)
+        runner = NarrowRunner(model, programs, precision)
+        profile = profile_of(runner, samples, data=data, budget=budget, draws=draws, on_step=on_step)
+    return replace(profile, precision=precision)
+
+
+def profile_of(
+    runner: SensitivityRunner,
+    samples: Sequence[Sample],
+    *,
+    data: str = "",
+    budget: float | None = None,
+    draws: int = DRAWS,
+    on_step: OnStep = lambda text, done, total: None,
+) -> SensitivityProfile:
+    """The profile of the layers of ``runner``; arguments and errors are those of ``build_sensitivity_profile``."""
+    started, model = time.perf_counter(), runner.model
     unknown = [sample.source for sample in samples if sample.truth is None]
     if budget is not None and unknown and isinstance(model, HasClasses):
         raise InputError(f"--auto: {unknown[0]} has no ground truth, so mAP is unknown; expected an info file (.pkl)")
@@ -152,7 +198,7 @@ def build_sensitivity_profile(
 
 
 def run_trials(
-    runner: FakeQuantRunner,
+    runner: SensitivityRunner,
     samples: Sequence[Sample],
     wanted: Sequence[tuple[str, str]],
     *,
@@ -200,7 +246,7 @@ def scored_samples(
     return data.name if data else f"seed {first}", list(model.samples(count, first, data))
 
 
-def _fp32_layers(runner: FakeQuantRunner, mode: str, layer: str) -> KeptLayers:
+def _fp32_layers(runner: SensitivityRunner, mode: str, layer: str) -> KeptLayers:
     """The layers in FP32 in a trial."""
     if mode not in ("fp32", "int8", ALONE, LEFT_OUT) or (mode in (ALONE, LEFT_OUT)) != bool(layer):
         raise InputError(f"a trial {mode!r} of layer {layer!r}; expected fp32 or int8 without one, alone or left_out")
@@ -246,7 +292,7 @@ def check_budget(budget: float) -> None:
 
 
 def choose_layers(
-    runner: FakeQuantRunner,
+    runner: SensitivityRunner,
     samples: Sequence[Sample],
     profile: SensitivityProfile,
     budget: float,

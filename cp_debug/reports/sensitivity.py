@@ -72,7 +72,8 @@ def whole_line(profile: SensitivityProfile) -> str:
     effect: Int8Effect = profile.int8
     scores = [f"{n} {profile.scores[n]:.4f} → {profile.scores[n] + c.value:.4f}" for n, c in effect.scores.items()]
     parts = [f"error {number(effect.error)} ({effect.sqnr:.1f} dB)", *scores]
-    return f"all {len(profile.layers)} layers in INT8: {', '.join(parts)}; measured in {profile.seconds:.0f} s"
+    low = f"all {len(profile.layers)} layers in {profile.precision.upper()}"
+    return f"{low}: {', '.join(parts)}; measured in {profile.seconds:.0f} s"
 
 
 def choice_lines(profile: SensitivityProfile) -> Iterator[Text]:
@@ -95,14 +96,14 @@ def _change(change: ConfidenceInterval) -> Cell:
 
 def chart(profile: SensitivityProfile) -> Canvas:
     """A row for each layer: the error that it alone brings to the outputs and, where known, its cost in mAP."""
-    height = TOP + ROW * len(profile.layers) + BOTTOM
-    description = f"{profile.model}: output error of {len(profile.layers)} layers, each alone in INT8"
+    height, low = TOP + ROW * len(profile.layers) + BOTTOM, profile.precision.upper()
+    description = f"{profile.model}: output error of {len(profile.layers)} layers, each alone in {low}"
     canvas = Canvas(WIDTH, height, description, "sensitivity")
     middle = (NAMES + WIDTH - GAP) / 2 if profile.scores else WIDTH - GAP
     bottom = height - BOTTOM
-    low, high = decades(row.alone.error for row in profile.layers)
-    error = Scale(low, high, NAMES, middle - GAP / 2, log=True)
-    _axis(canvas, error, bottom, "relative L2 error of the outputs, layer alone in INT8")
+    least_error, most_error = decades(row.alone.error for row in profile.layers)
+    error = Scale(least_error, most_error, NAMES, middle - GAP / 2, log=True)
+    _axis(canvas, error, bottom, f"relative L2 error of the outputs, layer alone in {low}")
     changes = [row.alone.scores[METRIC] for row in profile.layers] if profile.scores else []
     least, most = min([-0.01, *(c.low for c in changes)]), max([0.01, *(c.high for c in changes)])
     cost = Scale(least, most, middle + GAP / 2, WIDTH - GAP)
