@@ -71,6 +71,7 @@ def test_a_result_against_itself_is_unchanged(folder: Path) -> None:
     code, text = run("diff", folder / "bad.json", folder / "bad.json")
     assert code == 0
     assert "still does not agree; layers: none changed" in text
+    assert "✓" not in text
 
 
 def edited(folder: Path, target: Path, change: object) -> Path:

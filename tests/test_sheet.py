@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from test_cli import run
@@ -72,6 +72,7 @@ def test_a_pipe_has_every_column_and_the_whole_of_every_name() -> None:
     assert all(name in text for name in NAMES)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # making names of all of Unicode is, on a busy machine
 @given(
     names=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=60), min_size=1, max_size=8, unique=True),
     width=st.integers(20, 220),

@@ -84,7 +84,8 @@ def _shown(show: Callable[[LayerState], str], state: LayerState | None) -> str:
 
 def verdict(test: TestDiff) -> Text:
     """One line: what became of the test."""
-    mark, style = ("✗", "bold red") if test.worse else ("✓", "green")
+    agrees = ("✓", "green") if test.agrees[1] else ("–", "yellow")  # no worse, and still not right
+    mark, style = ("✗", "bold red") if test.worse else agrees
     return Text(f"{mark} {_title(test)}: {test.says}", style=style)
 
 
