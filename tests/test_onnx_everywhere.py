@@ -168,6 +168,18 @@ def test_a_file_is_deployed_as_it_is_and_a_changed_one_again(net: Path, tmp_path
     assert (tmp_path / "work" / "onnx" / "net.onnx").read_bytes() == net.read_bytes()
 
 
+def test_an_opset_that_deploy_names_is_given_to_a_file(net: Path, tmp_path: Path) -> None:
+    config = tmp_path / "deploy.yaml"
+    config.write_text(
+        f"model: {net}\nwork_dir: {tmp_path / 'work'}\nexport: {{opset: 18}}\nverify: {{enabled: false}}\n"
+    )
+    code, text = run("deploy", config)
+    assert code == 0, text
+    assert "rewritten in opset 18" in text
+    written = onnx.load(tmp_path / "work" / "onnx" / "net.onnx")
+    assert [entry.version for entry in written.opset_import] == [18]
+
+
 def test_quantization_of_a_file_in_deploy_names_the_command(net: Path, tmp_path: Path) -> None:
     config = tmp_path / "deploy.yaml"
     config.write_text(f"model: {net}\nwork_dir: {tmp_path / 'work'}\nquantization: {{samples: 2}}\n")

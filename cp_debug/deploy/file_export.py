@@ -31,17 +31,19 @@ def export_files(
     *,
     opset: int | None = None,
     simplify: bool = False,
+    files: Mapping[str, str] | None = None,
     on_step: OnStep = lambda text, done, total: None,
 ) -> list[Exported]:
-    """Write the ONNX files ``programs`` of ``model`` as ``<component>.onnx`` into ``folder``.
+    """Write the ONNX files ``programs`` of ``model`` as ``<component>.onnx`` into ``folder``; ``files`` replaces names.
 
     ``opset`` None keeps the file's; ``simplify`` runs onnxscript's optimizer over it. Weights in external data go into
     the file, or beside it where they are too many. Each file is checked by ``onnx.checker`` and gives the original's
     outputs on ``sample``, before one of them appears. Raises InputError for what does not, for a file that would
     replace its own original, and for an opset to which ONNX does not convert.
     """
+    names = {program.name: (files or {}).get(program.name, f"{program.name}.onnx") for program in programs}
     for program in programs:
-        target = folder / f"{program.name}.onnx"
+        target = folder / names[program.name]
         if resolved(target) == resolved(program.graph.path):
             raise InputError(f"--output: {target} would replace MODEL itself; expected another folder")
         refuse_random([program.graph], "the written file cannot be compared with it")
@@ -58,7 +60,7 @@ def export_files(
                 proto = inlined(source)
                 proto = converted(proto, source, opset) if opset is not None else proto
                 proto = _simplified(proto, source) if simplify else proto
-            save(proto, source, path := scratch / f"{step.name}.onnx")
+            save(proto, source, path := scratch / names[step.name])
             graph = _checked(path, source)
             error = _distance(source, step.outputs, _run(backend, graph, step.name, step.inputs))
             program = replace(named[step.name], graph=graph)

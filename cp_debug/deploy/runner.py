@@ -127,7 +127,9 @@ def _export(deployment: Deployment) -> Outcome:
         taken = deployment.take()
         names = ", ".join(item.program.graph.path.name for item in taken)
         document = {"components": [item.to_dict() for item in taken]}
-        return Outcome(True, f"{names}: taken as it is", document, deployment.onnx_dir)
+        rewritten = sorted({item.program.graph.opsets.get("", 1) for item in taken if item.source is not None})
+        how = f"rewritten in opset {rewritten[0]}, compared with the original" if rewritten else "taken as it is"
+        return Outcome(True, f"{names}: {how}", document, deployment.onnx_dir)
     exported = deployment.export()
     worst = max(item.error for item in exported if item.error is not None)
     names = ", ".join(item.program.graph.path.name for item in exported)

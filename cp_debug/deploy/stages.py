@@ -15,6 +15,7 @@ from cp_debug.deploy.bench import BackendBench, bench
 from cp_debug.deploy.config import load_config
 from cp_debug.deploy.engines import MANIFEST, BuiltEngine, build_engines, check_engines
 from cp_debug.deploy.exporting import Exported, ExportOptions, export_model, load_exported, own_files, take_files
+from cp_debug.deploy.file_export import export_files
 from cp_debug.deploy.fit import check_components, check_profiles, check_profiles_of_modules
 from cp_debug.deploy.interface_checks import checked
 from cp_debug.deploy.quantizing import export_quantized, in_int8
@@ -201,11 +202,27 @@ class Deployment:
         return own_files(self.model) is not None
 
     def take(self) -> list[Exported]:
-        """Put a model's own ONNX files into the configured folder. Raises InputError for profiles that do not fit."""
+        """Put a model's own ONNX files into the configured folder; rewritten where the configuration names an opset
+        that a file lacks, or ``simplify``.
+
+        Raises InputError for profiles that do not fit, and as ``export_files`` does.
+        """
         programs = own_files(self.model)
         assert programs is not None
         check_profiles(self.config, programs, self.source)
-        return take_files(programs, self.onnx_dir, self._files())
+        export, files = self.config.export, self._files()
+        opset = export.opset if "opset" in export.model_fields_set else None
+        if export.simplify or any(opset not in (None, p.graph.opsets.get("")) for p in programs):
+            return export_files(
+                self.model,
+                programs,
+                self.samples(1)[0],
+                self.onnx_dir,
+                opset=opset,
+                simplify=export.simplify,
+                files=files,
+            )
+        return take_files(programs, self.onnx_dir, files)
 
     def ensure_files(self) -> None:
         """Export where neither the configured folder nor the model itself has ONNX files."""
