@@ -57,7 +57,7 @@ def assert_agree(request: pytest.FixtureRequest) -> Callable[..., BisectResult]:
                 page = _free(Path(config.rootpath, folder), request.node.nodeid)
                 result.write_html(page)
                 config.stash[_REPORTS].append(page)
-                pytest.fail(f"{error}\nreport: {page}", pytrace=True)
+                raise pytest.fail.Exception(f"{error}\nreport: {page}", pytrace=True) from None  # told once
             raise
 
     return check

@@ -29,6 +29,7 @@ def test_the_fixture_and_the_kept_report(pytester: pytest.Pytester, monkeypatch:
     done = pytester.runpytest_subprocess("--cpdebug-report=pages", "-p", "no:cacheprovider")
     done.assert_outcomes(passed=1, failed=1)
     done.stdout.fnmatch_lines(["*guilty*", "*fix:*", "*cpdebug reports*", "::error title=cpdebug*guilty*"])
+    assert "During handling" not in done.stdout.str()  # the finding is told once
     [page] = Path(pytester.path, "pages").iterdir()
     assert page.name.endswith("test_other.html")
     assert "guilty" in page.read_text(encoding="utf-8")

@@ -114,7 +114,7 @@ def _of_torch(model: Any, inputs: Any, path: Path | None, what: str) -> tuple[Mo
         from cp_debug.recipes.torch_programs import scripted_model
 
         return scripted_model(name, model, inputs), None
-    return TorchModel(name, model, inputs), None
+    return TorchModel(name, model, inputs, source="the inputs given"), None
 
 
 @contextmanager

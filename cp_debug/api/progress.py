@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from cp_debug.bisect.options import OnStep
 
@@ -24,10 +25,31 @@ def shown_steps(progress: bool | None, on_step: OnStep | None) -> Iterator[OnSte
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    console = Console(stderr=True, markup=False)
+    if console.is_jupyter and find_spec("ipywidgets") is None:  # without it rich shows warnings instead of a bar
+        with _notebook_line() as on_line:
+            yield on_line
+        return
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True, markup=False), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total or None)
+
+
+@contextmanager
+def _notebook_line() -> Iterator[OnStep]:
+    """One line of plain text below a notebook's cell, by IPython alone; it is empty at the end."""
+    from IPython.display import display
+
+    line = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def show(text: str, done: int, total: int) -> None:
+        line.update({"text/plain": f"{text} ({done} of {total})" if total else text}, raw=True)
+
+    try:
+        yield show
+    finally:
+        line.update({"text/plain": ""}, raw=True)
 
 
 def _somebody_looks() -> bool:

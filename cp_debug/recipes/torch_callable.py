@@ -40,9 +40,11 @@ class TorchModel:
         example_inputs: Any,
         parameters: Sequence[str] | None = None,
         keywords: Sequence[str] = (),
+        *,
+        source: str = "the callable's example inputs",
     ) -> None:
-        """``flat_inputs`` says what the arguments are and which are refused."""
-        self.name = name
+        """``flat_inputs`` says what the arguments are and which are refused; ``source`` where the inputs are from."""
+        self.name, self._source = name, source
         self.reading = DEFAULT_READING
         with own_code(f"MODEL: {name}: what was given"):  # its classes may answer anything with an exception
             _check_values(name, module)
@@ -74,7 +76,7 @@ class TorchModel:
             yield from file_samples(inputs, expected, count, replace(self.reading, shapes=shapes))
             return
         if count:
-            yield Sample(dict(self._examples), "the callable's example inputs")
+            yield Sample(dict(self._examples), self._source)
         for index in range(1, count):
             rng = np.random.default_rng([seed, index])
             yield Sample({n: _like(a, rng) for n, a in self._examples.items()}, f"random like the example, seed {seed}")

@@ -47,7 +47,8 @@ def exported_model(
     with own_code(f"MODEL: {name}: torch.export.unflatten"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = torch.export.unflatten(program)
-    return TorchModel(name, module, given, parameters=positional, keywords=keywords)
+    source = "the program's example inputs" if inputs is None else "the inputs given"
+    return TorchModel(name, module, given, parameters=positional, keywords=keywords, source=source)
 
 
 def scripted_model(name: str, module: torch.jit.ScriptModule, inputs: Any) -> TorchModel:

@@ -64,7 +64,8 @@ def load_folder(path: Path) -> TorchModel:
         module = kind.from_pretrained(
             path, config=settings, dtype="float32", attn_implementation="eager", use_safetensors=True, **local
         )
-    return TorchModel(str(path), module, _inputs(path, module, settings))
+    inputs = _inputs(path, module, settings)
+    return TorchModel(str(path), module, inputs, source=f"made up to fit config.json: {', '.join(inputs)}")
 
 
 def _inputs(path: Path, module: Any, config: Any) -> dict[str, np.ndarray]:
