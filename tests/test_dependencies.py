@@ -30,6 +30,8 @@ ELSEWHERE = {"tensorrt/runner.py", "mmdet3d/runner.py"}
 WITH_MMENGINE = {"addict", "mmcv", "mmdet", "mmdet3d", "mmengine"}
 """The mmdet3d extra: mmengine's own packages, and those that its Python has."""
 
+IN_NOTEBOOKS = {"IPython"}
+"""What every notebook's Python has, and is imported in one only."""
 ONLY_WITH = {"quantization/mmengine_hook.py", "pytest_plugin.py"}
 """What an extra or pytest completes: imported by those who have it."""
 
@@ -70,7 +72,11 @@ def test_every_import_is_declared() -> None:
     unknown = {}
     for module, files in imported().items():
         distribution = DISTRIBUTIONS.get(module, module).lower()
-        if distribution not in always | extras and module not in WITH_MMENGINE and not files <= ONLY_WITH:
+        if (
+            distribution not in always | extras
+            and module not in WITH_MMENGINE | IN_NOTEBOOKS
+            and not files <= ONLY_WITH
+        ):
             unknown[module] = sorted(files)
     assert not unknown
 

@@ -53,6 +53,19 @@ def test_the_words_of_the_report_have_entries() -> None:
     assert 'href="#words"' in template
 
 
+PLAIN = {"#", "tensor", "part", "precision", "device", "settings", "mean ms", "memory MiB", "sample"}
+"""Column headings that say themselves what they hold."""
+
+
+def test_the_columns_of_a_terminals_tables_have_entries() -> None:
+    said = set()
+    for module in ("tables", "verification", "bench"):
+        source = (ROOT / "cp_debug" / "reports" / f"{module}.py").read_text(encoding="utf-8")
+        said |= set(re.findall(r'Column\("([^"]+)"', source))
+    assert len(said) > 15
+    assert not {word for word in said if word not in WORDS | PLAIN and f"`{word}`" not in GLOSSARY["limit"]}
+
+
 def test_links_into_the_glossary_lead_somewhere() -> None:
     known = {anchor(words) for words in GLOSSARY}
     for path in DOCS.rglob("*.md"):

@@ -17,8 +17,11 @@ GLOSSARY: dict[str, str] = {
     "capture": "All tensors of one run on disk, with what is needed to compare them on another machine.",
     "dump": "Tensors that another program wrote: a C++ runtime, Polygraphy, ONNX Runtime's own debug build.",
     "sample": "One set of inputs. Each row of a table is the worst of all samples.",
+    "op, operator": "What a layer computes, by ONNX's name: `Conv`, `Gemm`, `Relu`.",
+    "verdict": "What is said of a layer: ok, inherited, guilty, divergent or shape.",
     "divergence": "Test minus reference, of whatever origin: what a layer got wrong and what it was given wrong.",
     "max |Δ|": "The largest absolute difference between test and reference, in the tensor's own unit.",
+    "mean |Δ|": "The mean of the absolute differences between test and reference.",
     "rel. L2": "Relative L2: the root of the sum of squared differences, divided by that of the reference's squares.",
     "SQNR": "Signal to quantization noise ratio in dB: −20 · log10 of the relative L2 distance. 20 dB more is a tenth.",
     "oracle": "A computation of one layer, in FP64 where both sides claim FP32, else in FP32, from the inputs that the "
@@ -36,10 +39,13 @@ GLOSSARY: dict[str, str] = {
     "divergent": "A verdict: beyond the tolerance, and nobody could replay the layer.",
     "shape": "A verdict: the two tensors have different shapes.",
     "tolerance": "The largest max |Δ| that is taken as equal: `atol` + `rtol` × the largest value of the reference.",
+    "limit": "What `verify` allows an output, as relative L2: eight times the noise that its precision "
+    "predicts there, or `--tolerance`. The column `of the limit` says how much of it is used.",
     "share": "The part of the final divergence that goes away when this layer's own error is taken out.",
     "cause, finding": "A known mechanism that explains what guilty layers introduced, with its evidence, effect "
     "and fix.",
     "observer gap": "The difference that looking makes: outputs of a run with probes against one without.",
+    "FP32 noise": "How far the network in FP32 is from the same network in FP64 at an output, relative L2.",
     "noise floor": "How far a backend is from itself when it runs again, or with another number of threads.",
     "FP32, FP64": "Floating point of 32 and 64 bits: 24 and 53 bits of mantissa, relative rounding 6e-8 and 1e-16.",
     "FP16": "Floating point of 16 bits: 11 bits of mantissa (relative rounding 5e-4), nothing beyond 65504.",
@@ -50,6 +56,9 @@ GLOSSARY: dict[str, str] = {
     "accumulation": "The sum inside a convolution or a product. In FP16 it loses more than rounding the result does.",
     "INT8": "Whole numbers from −128 to 127 with a scale: value ≈ scale × number.",
     "scale": "The distance of two neighbouring INT8 levels; what lies beyond 127 of them is clipped.",
+    "amax": "The largest absolute value that a scale reaches: 127 times the scale.",
+    "step": "The INT8 scale of the layer's input.",
+    "clipped": "The part of the layer's input beyond amax, all of which becomes the last level.",
     "Q/DQ": "QuantizeLinear and DequantizeLinear: a pair of ONNX operators that says where INT8 begins and ends.",
     "PTQ, QAT": "INT8 after training, from calibration alone; and with further training of the rounded network.",
     "calibration": "Choosing scales from samples that run through the network.",
@@ -64,6 +73,8 @@ GLOSSARY: dict[str, str] = {
     "pairing": "Finding which values of two graphs are the same: by name, by what they hold, by structure.",
     "side value": "A value that carries no data of the network: a constant that was folded, or a shape.",
     "emulated": "Computed here in FP32 with operands, results and sums rounded as the hardware would do it.",
+    "p50, p95, p99": "Latency that 50, 95 or 99 of 100 passes stay below, in milliseconds.",
+    "× reference": "Latency of a backend divided by that of the first one: below 1 is faster.",
     "mAP, NDS": "Mean average precision and the nuScenes detection score: what the boxes are worth, 0 to 1.",
 }
 """Word, or words that belong together → explanation, in the order in which a reader meets them."""
