@@ -326,8 +326,8 @@ VALUES = {"int": "4", "float": "60", "Path": "nowhere/x.npz", "list": "nonsense"
 VALUES |= {"DumpLayout": "nhwc", "Method": "mse", "ImageLayoutFlag": "nhwc", "Probes": "all"}
 VALUES |= {"CalibratorChoice": "entropy", "PrecisionPolicy": "fp16"}
 BUILT = {"--precision": "fp16", "--workspace": "4", "--timing-cache": "timing"}
-BUILT |= {"--profile": "x:1x2x4x4:1x2x4x4:1x2x4x4"}
-"""Options of build that act on a network in FP32."""
+BUILT |= {"--profile": "x:1x2x4x4:2x2x4x4:3x2x4x4"}
+"""Options of build that act on a network in FP32; a profile acts where an axis is free."""
 NAMES = ("Path", "list", "str")
 """Kinds of values that name something: nonsense is never accepted."""
 
@@ -401,6 +401,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = net.save(folder / "net.onnx", {"x": (1, [1, 2, 4, 4])}, ["y"])
     net.weights[0].CopyFrom(numpy_helper.from_array(2 * numpy_helper.to_array(net.weights[0]), net.weights[0].name))
     other = net.save(folder / "other.onnx", {"x": (1, [1, 2, 4, 4])}, ["y"])
+    net.save(folder / "free.onnx", {"x": (1, ["n", 2, 4, 4])}, ["y"])
     for name in ("a", "b"):
         assert run("capture", path, "-b", "ort", "-o", folder / name)[0] == 0
     assert run("bisect", path, other, "-b", "ort,ort-all", "--save", folder / "result")[0] == 1
@@ -439,21 +440,53 @@ def test_every_option_of_build_acts_or_is_refused(
 ) -> None:
     install("10.3.0", monkeypatch)
     monkeypatch.chdir(tmp_path)
+    told: list[str] = []
+    """What TensorRT's builder was told, build by build."""
+    builder = sys.modules["tensorrt"].Builder
+    build = builder.build_serialized_network
 
-    def built(*options: str) -> tuple[int, str, str]:
-        code, text = run("build", written / "net.onnx", "-o", tmp_path / "out", *options)
-        manifests = [path.read_text() for path in (tmp_path / "out").glob("*.json")] if code == 0 else []
+    def noted(self: Any, network: Any, config: Any) -> Any:
+        flags, limits = sorted(flag.name for flag in config._flags), sorted(config._limits.values())
+        told.append(repr((flags, limits, [vars(profile) for profile in config._profiles])))
+        return build(self, network, config)
+
+    monkeypatch.setattr(builder, "build_serialized_network", noted)
+
+    def built(*options: str) -> tuple[int, str]:
+        net = written / ("free.onnx" if option == "--profile" else "net.onnx")
+        done = run("build", net, "-o", tmp_path / "out", *options)
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        return code, text, " ".join(manifests)
+        return done
 
-    code, text, manifest = built(option, BUILT.get(option, VALUES.get(kind, "nonsense")))
+    code, text = built(option, BUILT.get(option, VALUES.get(kind, "nonsense")))
     if option in BUILT:
         assert code == 0, text
-        assert manifest != built()[2] or list(tmp_path.iterdir()), "it did nothing"
+        left = list(tmp_path.iterdir())
+        refused = built()[0] != 0  # a free axis without a profile
+        assert refused or left or told[0] != told[1], "it did nothing"
     else:
         assert code in (2, 3)
         assert option in text or VALUES[kind] in text
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("profile", "said"),
+    [
+        ("y:1x2x4x4:1x2x4x4:1x2x4x4", "--profile: no input is called 'y'; nearest is 'x'"),
+        ("x:1x2x4x4:1x2x8x8:2x2x8x8", "--profile: x as 1x2x8x8; the graph takes x"),
+        ("x:1:1:1", "--profile: x as 1; the graph takes x"),
+    ],
+)
+def test_a_profile_that_does_not_fit_is_no_silent_one(
+    profile: str, said: str, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("10.3.0", monkeypatch)
+    net = written / "free.onnx"
+    for words in (("build", net, "-o", tmp_path / "out"), ("bisect", net, "-b", "ort,trt-fp32", "--no-cache")):
+        code, text = run(*words, "--profile", profile)
+        assert (code, said in text) == (2, True), text
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_options_of_ui_act(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

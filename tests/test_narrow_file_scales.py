@@ -82,6 +82,7 @@ def test_sound_files_accuse_nobody(tmp_path: Path, precision: str) -> None:
         ("fp8", 0, lambda s: s / 16, "scale-stale"),
         ("fp8", 0, np.ones_like, None),
         ("fp8", 1, lambda s: s * 3, "fp8-weights"),
+        ("fp8:channel", 1, lambda s: s * 1.04, "fp8-weights"),
         ("fp8:e5m2", 0, lambda s: s / 30, "scale-stale"),
         ("fp8:channel", 1, lambda s: np.roll(s, 1), "fp8-weights"),
         ("mxfp8", 1, lambda s: s / 2, "fp8-weights"),

@@ -103,12 +103,53 @@ def test_what_a_test_file_lacks_is_named(pair: tuple[str, Path], tmp_path: Path)
     assert "without --test-model" in text
 
 
-def test_export_of_a_file_says_what_to_use(net: Path, tmp_path: Path) -> None:
-    code, text = run("export", net, "-o", tmp_path / "out")
+def test_a_file_is_exported_as_it_is(net: Path, tmp_path: Path) -> None:
+    proto = onnx.load(net)
+    onnx.save(proto, tmp_path / "ext.onnx", save_as_external_data=True, location="ext.bin", size_threshold=0)
+    code, text = run("export", tmp_path / "ext.onnx", "-o", tmp_path / "out")
+    assert code == 0, text
+    assert "opset 17" in text
+    assert "values of" in text
+    assert "keep their names" in text
+    assert "relative L2 at most 0" in text
+    written = onnx.load(tmp_path / "out" / "ext.onnx", load_external_data=False)  # whole wherever it is carried
+    original = {t.name: numpy_helper.to_array(t) for t in onnx.load(net).graph.initializer}
+    assert {t.name for t in written.graph.initializer} == set(original)
+    assert all((numpy_helper.to_array(t) == original[t.name]).all() for t in written.graph.initializer)
+    code, text = run("verify", net, "--test-model", tmp_path / "out" / "ext.onnx")
+    assert code == 0, text
+
+
+def test_a_file_is_exported_to_another_opset_where_onnx_converts_it(tmp_path: Path) -> None:
+    b = NetBuilder()
+    mean = b.op("ReduceMean", b.op("Softmax", "x"), axes=[1], keepdims=1)
+    net = b.save(tmp_path / "net.onnx", {"x": (1, ["batch", 6])}, [mean], opset=11)
+    code, text = run("export", net, "-o", tmp_path / "out", "--opset", "18")
+    assert code == 0, text
+    written = onnx.load(tmp_path / "out" / "net.onnx")
+    assert [entry.version for entry in written.opset_import] == [18]
+    reduce = next(node for node in written.graph.node if node.op_type == "ReduceMean")
+    assert (len(reduce.input), [a.name for a in reduce.attribute if a.name == "axes"]) == (
+        2,
+        [],
+    )  # as opset 18 wants it
+    code, text = run("export", tmp_path / "out" / "net.onnx", "-o", tmp_path / "old", "--opset", "9")
     assert code == 2
-    assert "is an ONNX file already" in text
-    assert "`cpdebug build` and `verify` take the file as it is" in text
-    assert not (tmp_path / "out").exists()
+    assert "is in opset 18, and ONNX's converter does not bring it to 9: No Adapter" in text
+    assert not (tmp_path / "old").exists()
+
+
+@pytest.mark.parametrize("flags", [["--exporter", "dynamo"], ["--unfolded"], ["--quantized", "x.pt"]])
+def test_flags_about_modules_are_refused_for_a_file(net: Path, tmp_path: Path, flags: list[str]) -> None:
+    code, text = run("export", net, "-o", tmp_path / "out", *flags)
+    assert (code, f"{flags[0]}: it would do nothing here" in text) == (2, True)
+
+
+def test_an_exported_file_never_replaces_its_original(net: Path) -> None:
+    before = net.read_bytes()
+    code, text = run("export", net, "-o", net.parent)
+    assert (code, "would replace MODEL itself" in text) == (2, True)
+    assert net.read_bytes() == before
 
 
 def test_a_file_is_deployed_as_it_is_and_a_changed_one_again(net: Path, tmp_path: Path) -> None:

@@ -23,6 +23,14 @@ class KeepsFp32(Protocol):
 
 
 @runtime_checkable
+class HasProfiles(Protocol):
+    """A backend whose builder is told the shapes of inputs with free axes."""
+
+    profiles: Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
+    """Input → its smallest, optimal and largest shape."""
+
+
+@runtime_checkable
 class CalibratesItself(Protocol):
     """A backend that may choose INT8 scales by a calibrator of its own, and then needs no Q/DQ pairs."""
 
@@ -153,6 +161,11 @@ class LooksInsideOnDemand(Protocol):
 def kept_in_fp32(backend: Backend) -> frozenset[str]:
     """Names of the nodes that a backend was told to keep in FP32."""
     return frozenset(backend.keep_fp32) if isinstance(backend, KeepsFp32) else frozenset()
+
+
+def profiles_of(backend: Backend) -> Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]:
+    """Input → its smallest, optimal and largest shape, as a backend was told; empty for one that takes none."""
+    return backend.profiles if isinstance(backend, HasProfiles) else {}
 
 
 def calibrates_itself(backend: Backend) -> bool:

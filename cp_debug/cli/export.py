@@ -10,14 +10,23 @@ import typer
 from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import LAST_SEED
 from cp_debug.cli.given import check_given
-from cp_debug.cli.typed import refuse_seed
+from cp_debug.cli.typed import refuse, refuse_seed
+from cp_debug.errors import InputError
+
+OLDEST_EXPORTED = 11
+"""Oldest opset to which a torch module is exported."""
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="A recipe (`cpdebug models`) or module:callable / file.py:callable.")],
+    model: Annotated[
+        str, typer.Argument(help="A recipe (`cpdebug models`), module:callable / file.py:callable, or .onnx.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Weights: .pt or .safetensors.")] = None,
-    opset: Annotated[int, typer.Option(min=11, max=100, help="TensorRT 8 reads up to 17.")] = 17,
+    opset: Annotated[
+        int | None,
+        typer.Option(min=7, max=100, help="TensorRT 8 reads up to 17.  [default: 17; that of an ONNX file]"),
+    ] = None,
     exporter: Annotated[Exporter, typer.Option(help="auto: TorchScript below opset 18, dynamo from there.")] = (
         Exporter.auto
     ),
@@ -32,12 +41,21 @@ def export(
     inputs: Annotated[Path | None, typer.Option(help="Sample to export with; else a made-up one.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
 ) -> None:
-    """Export every component with free axes, align it with its module, check it on two inputs of different sizes."""
+    """Export every component with free axes, align it with its module, check it on two inputs of different sizes.
+
+    An ONNX file is checked, brought to --opset by ONNX's own converter, and compared with the original by ONNX Runtime.
+    """
     from cp_debug.cli.console import console, show_notes, steps
 
+    is_file = model.endswith(".onnx")
+    flags = ("checkpoint", "exporter", "unfolded", "rot_y_axis_reference", "quantized")
+    refuse(flags, unless=not is_file, why=f"{model} is an ONNX file, which no torch module is exported for")
+    if not is_file and opset is not None and opset < OLDEST_EXPORTED:
+        raise InputError(f"--opset: {opset}; expected {OLDEST_EXPORTED} or more to export a torch module")
     refuse_seed([model], inputs)
     check_given(model, inputs=inputs, checkpoint=checkpoint)
-    from cp_debug.deploy.exporting import ExportOptions, export_model
+    from cp_debug.deploy.exporting import OPSET, ExportOptions, export_model, own_files
+    from cp_debug.deploy.file_export import export_files
     from cp_debug.deploy.quantizing import export_quantized
     from cp_debug.deploy.stages import turn_outputs
     from cp_debug.quantization.open_quantized import open_quantized
@@ -48,13 +66,16 @@ def export(
     loaded = load_model(model, checkpoint=checkpoint, seed=seed)
     if rot_y_axis_reference:
         turn_outputs(loaded)
-    options = ExportOptions(opset, exporter.chosen, not unfolded, simplify)
+    options = ExportOptions(opset or OPSET, exporter.chosen, not unfolded, simplify)
     with steps() as on_step:
         sample = next(iter(loaded.samples(1, seed, inputs)))
         remarks = Remarks(loaded)
         remarks.see(sample)
         show_notes(remarks.sentences)
-        if quantized is None:
+        if is_file:
+            programs = own_files(loaded) or []
+            exported = export_files(loaded, programs, sample, output, opset=opset, simplify=simplify, on_step=on_step)
+        elif quantized is None:
             exported = export_model(loaded, sample, output, options, on_step=on_step)
         else:
             opened = open_quantized(loaded, quantized)

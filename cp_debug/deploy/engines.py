@@ -55,9 +55,10 @@ def build_engines(
     Raises InputError where a profile is missing, a node to keep in FP32 is not there, TensorRT refuses a graph, or no
     layer of any engine runs in the precision asked for; there is no manifest then.
     """
-    from cp_debug.programs.pipeline import check_realised, with_kept
+    from cp_debug.programs.pipeline import check_profiles_of, check_realised, with_kept
 
     backend = with_kept(backend, programs)
+    check_profiles_of(backend, programs)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     built, infos = [], []

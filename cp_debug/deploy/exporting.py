@@ -62,6 +62,8 @@ class Exported(JsonForm):
     """Largest relative L2 distance of any output from the module's, over both runs; None without a check."""
     checked_by: str
     """The backend that ran the graph; empty without a check."""
+    source: Graph | None = field(default=None, metadata={"written": False})
+    """The ONNX file that it was made from; None for a torch module's."""
 
     def derived(self) -> dict[str, Any]:
         """The file: its name, digest, opset and signature."""
@@ -95,10 +97,7 @@ def export_model(
     """
     modules = [component.name for component in model.components if component.module is not None]
     if len(modules) < len(model.components):
-        raise InputError(
-            f"MODEL: {model.name} is an ONNX file already; expected a model of torch modules to export (`cpdebug "
-            "build` and `verify` take the file as it is, `cpdebug quantize ptq` puts Q/DQ pairs into it)"
-        )
+        raise InputError(f"MODEL: {model.name} is an ONNX file already; expected a model of torch modules to export")
     exported = []
     with complete_folder(folder) as scratch:
         backend = checker()
@@ -153,7 +152,7 @@ def _export(
     )
     alignment.save(path.with_suffix(".alignment.json"))
     program = Program(component.name, graph, module, alignment)
-    return Exported(program, (_shapes(inputs), _shapes(second_inputs)), error, str(backend.spec))
+    return Exported(program, (shapes_of(inputs), shapes_of(second_inputs)), error, str(backend.spec))
 
 
 def load_exported(model: Model, folder: Path, files: Mapping[str, str] | None = None) -> list[Program]:
@@ -241,17 +240,18 @@ def _distance(
     if not stats.shape_mismatch and stats.nan_ref + stats.inf_ref:
         ours, theirs = stats.nan_ref + stats.inf_ref, stats.nan_test + stats.inf_test
         raise InputError(
-            f"{component.name}: on {_shapes(inputs)} the module itself gives {ours} NaN or Inf in {worst}, the "
+            f"{component.name}: on {shapes_of(inputs)} the module itself gives {ours} NaN or Inf in {worst}, the "
             f"exported graph {theirs}: that checks nothing; expected an input on which the module is finite"
         )
     if stats.shape_mismatch or not stats.rel_l2 <= TOLERANCE:
         raise InputError(
-            f"{component.name}: on {_shapes(inputs)} the exported graph gives another {worst} than its module: "
+            f"{component.name}: on {shapes_of(inputs)} the exported graph gives another {worst} than its module: "
             f"{list(stats.shape_test)}, relative L2 {stats.rel_l2:.2g}, expected {list(stats.shape)} within "
             f"{TOLERANCE:g}; the trace froze something that depends on the input"
         )
     return stats.rel_l2
 
 
-def _shapes(inputs: Mapping[str, np.ndarray]) -> str:
+def shapes_of(inputs: Mapping[str, np.ndarray]) -> str:
+    """Names and shapes of inputs in one line: ``image 1×3×320×320``."""
     return ", ".join(f"{name} {'×'.join(map(str, array.shape))}" for name, array in inputs.items())

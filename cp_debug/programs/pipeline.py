@@ -16,7 +16,7 @@ import numpy as np
 
 from cp_debug.backends.base import Backend, Program, RunRecord, Session, Sink, Tensor
 from cp_debug.backends.build_info import BuildInfo
-from cp_debug.backends.capabilities import build_info_of, calibrates_itself, kept_in_fp32, largest_opset
+from cp_debug.backends.capabilities import build_info_of, calibrates_itself, kept_in_fp32, largest_opset, profiles_of
 from cp_debug.errors import InputError
 from cp_debug.graph.check_inputs import no_numbers
 from cp_debug.graph.declared import declared_precisions
@@ -200,6 +200,7 @@ class Pipeline:
 
     def __enter__(self) -> Pipeline:
         self.backend = with_kept(self.backend, self.programs)
+        check_profiles_of(self.backend, self.programs)
         try:
             for program in self.programs:
                 self.sessions[program.name] = self.backend.open(program)
@@ -277,6 +278,21 @@ class Pipeline:
             settings,
             declared,
         )
+
+
+def check_profiles_of(backend: Backend, programs: Sequence[Program]) -> None:
+    """Raise InputError for a profile of an input that no program has, or that differs from a fixed shape."""
+    inputs = {value.name: value for program in programs for value in program.graph.inputs}
+    for name, profile in profiles_of(backend).items():
+        if name not in inputs:
+            near = difflib.get_close_matches(name, inputs, n=1, cutoff=0.0)
+            hint = f"; nearest is {near[0]!r}" if near else ""
+            raise InputError(f"--profile: no input is called {name!r}{hint}")
+        shape = inputs[name].shape
+        for sizes in profile if shape is not None else ():
+            fixed = all(n == d for n, d in zip(sizes, shape or (), strict=False) if isinstance(d, int))
+            if len(sizes) != len(shape or ()) or not fixed:
+                raise InputError(f"--profile: {name} as {'x'.join(map(str, sizes))}; the graph takes {inputs[name]}")
 
 
 def with_kept(backend: Backend, programs: Sequence[Program]) -> Backend:

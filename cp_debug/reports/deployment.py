@@ -23,7 +23,13 @@ def export_lines(exported: Sequence[Exported]) -> Iterator[Text]:
         graph, alignment = each.program.graph, each.program.alignment
         yield Text.assemble((str(graph.path), "bold"), f": {len(graph.nodes)} nodes, opset {graph.opsets['']}")
         yield Text(f"  {', '.join(map(str, graph.inputs))} → {', '.join(v.name for v in graph.outputs)}")
-        yield Text(f"  alignment: {alignment.coverage() if alignment else 'none'}")
+        if each.source is not None:
+            kept = sum(value in set(graph.values) for value in each.source.values)
+            yield Text(
+                f"  alignment: {kept} of {len(each.source.values)} values of {each.source.path} keep their names"
+            )
+        else:
+            yield Text(f"  alignment: {alignment.coverage() if alignment else 'none'}")
         yield Text(f"  {each.checked_by} on {' and '.join(each.sizes)}: relative L2 at most {each.error:.2g}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +51,11 @@ class TensorRTBackend:
     def keep_fp32(self) -> frozenset[str]:
         """ONNX nodes that stay FP32."""
         return self.options.keep_fp32
+
+    @property
+    def profiles(self) -> Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]:
+        """Input → its smallest, optimal and largest shape."""
+        return self.options.profiles
 
     @property
     def implicit_int8(self) -> bool:

@@ -94,7 +94,10 @@ def _data(graph: Graph, product: Node) -> tuple[Node, Node, int, float] | None:
 def _of_weight(stored: StoredCodes, fitted: Tensor) -> WrongScale:
     family = _FAMILIES[stored.kind]
     ratios = (stored.scale / fitted).abs()
-    wrong = ((ratios - 1).abs() > OFF) & (stored.codes != 0)
+    told = stored.codes != 0
+    wrong = ((ratios - 1).abs() > OFF) & told
+    if not bool(wrong.any()):  # all of them are off by little
+        wrong = told
     share = float(wrong.double().mean())
     low, high = (
         float(q) for q in torch.quantile(ratios[wrong].flatten()[: 1 << 20], torch.tensor([0.05, 0.95]).double())
