@@ -110,6 +110,8 @@ def test_compare_tensors_tells_nan_and_inf_from_large_differences() -> None:
     assert "2 of 4 values meet NaN or Inf" in said
     assert "reference: 1 NaN, 1 Inf; test: 0 NaN, 2 Inf" in said
     assert "max |Δ| 0.5" in said
+    alike = str(cp_debug.compare_tensors({"a": reference}, {"a": reference}))
+    assert "NaN and Inf are alike on both sides (reference: 1 NaN, 1 Inf; test: 1 NaN, 1 Inf)" in alike
 
 
 @pytest.mark.parametrize("wrong", ["text", None, [[1], [1, 2]], object(), 1j * np.ones(3), {"b": 1}])

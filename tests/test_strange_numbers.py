@@ -51,6 +51,18 @@ def judged(path: Path, x: list[float], backends: str = "ort,ort-all") -> TestRes
     return bisect(str(path), backends, options=Options(inputs=path.with_name("x.npz"))).tests[0]
 
 
+def test_nan_that_both_sides_mask_is_said_and_passes(tmp_path: Path) -> None:
+    ops = [
+        ("Sub", ["x", "hundred"], "s"),
+        ("Log", ["s"], "l"),
+        ("IsNaN", ["l"], "n"),
+        ("Where", ["n", "zero", "l"], "y"),
+    ]
+    test = judged(net(tmp_path, ops, ["y"]), [1, 2, 3, 4])
+    assert test.agrees
+    assert "NaN is born at node_l (Log) on both sides; it reaches no output" in test.notes
+
+
 def test_nan_on_both_sides_is_no_pass_and_is_traced_to_its_birth(tmp_path: Path) -> None:
     path = net(tmp_path, [("Sub", ["x", "hundred"], "s"), ("Log", ["s"], "l"), ("Add", ["l", "x"], "y")], ["y"])
     test = judged(path, [1, 2, 3, 4])
@@ -241,3 +253,14 @@ def test_a_size_that_fits_both_widths_is_decided_by_content(tmp_path: Path, name
 def test_a_cloud_that_could_be_either_is_read_by_its_ending(tmp_path: Path) -> None:
     np.zeros((20, 4), np.float32).tofile(tmp_path / "zeros.bin")
     assert read_points(tmp_path / "zeros.bin", FEATURES).shape == (20, 5)
+    assert "5 fit its size, too, and its content does not tell" in FolderData(tmp_path, FEATURES, 1).sample(0).source
+
+
+def test_a_fifth_column_may_be_the_age_of_points_and_intensity_may_be_nan(tmp_path: Path) -> None:
+    made = cloud(5)
+    made[:, 4] = np.repeat(np.arange(4) * 0.05, 10)
+    made[7, 3] = np.nan
+    made.tofile(tmp_path / "sweeps.bin")
+    np.testing.assert_array_equal(read_points(tmp_path / "sweeps.bin", FEATURES), made)
+    source = FolderData(tmp_path, FEATURES, 1).sample(0).source
+    assert source.endswith(" (5 columns, the last as dt, by its content)")

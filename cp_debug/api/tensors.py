@@ -82,13 +82,14 @@ def _compared(name: str, reference: Any, test: Any) -> TensorStats:
 
 
 def _says(stats: TensorStats) -> str:
-    """Shapes where they differ, else the distance; with Inf or NaN against numbers, how many and what the rest is."""
+    """Shapes where they differ, else the distance; with NaN or Inf, how many, and what the rest is."""
     if stats.shape_mismatch:
         return f"shapes differ: {stats.shape}, {stats.shape_test}"
-    if not stats.mismatched:
-        return f"max |Δ| {stats.max_abs:.3g}, rel. L2 {stats.rel_l2:.3g}"
     sides = (("reference", stats.nan_ref, stats.inf_ref), ("test", stats.nan_test, stats.inf_test))
     held = "; ".join(f"{side}: {nan} NaN, {inf} Inf" for side, nan, inf in sides)
+    if not stats.mismatched:
+        alike = f"; NaN and Inf are alike on both sides ({held})" if any(nan or inf for _, nan, inf in sides) else ""
+        return f"max |Δ| {stats.max_abs:.3g}, rel. L2 {stats.rel_l2:.3g}{alike}"
     rest = f"max |Δ| {stats.finite_max_abs:.3g}, rel. L2 {stats.finite_rel_l2:.3g}"
     return f"{stats.mismatched} of {stats.count} values meet NaN or Inf ({held}); the rest: {rest}"
 

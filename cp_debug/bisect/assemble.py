@@ -10,6 +10,7 @@ from typing import Any
 from cp_debug.backends.base import Program
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.result import GUILTY, StageRow, TestResult, check_not_empty
+from cp_debug.bisect.strange_numbers import nan_without_trace
 from cp_debug.bisect.worst_samples import Collected
 from cp_debug.errors import InputError
 from cp_debug.files import resolved
@@ -68,6 +69,7 @@ def result_of(
         observation=collected.observation,
         notes=[
             *notes,
+            *nan_without_trace(rows, outputs),
             *(note for p in run.pipeline.programs if p.pairing for note in p.pairing.other_names(told_by_user)),
         ],
         programs={name: saved_name(graph, save) for name, graph in run.graphs.items()},

@@ -55,6 +55,15 @@ def nonfinite_origins(rows: Sequence[ComparedRow]) -> Iterator[str]:
             yield f"{_WRITTEN[kind]} {place} {on}"
 
 
+def nan_without_trace(rows: Sequence[ComparedRow], outputs: Sequence[ComparedRow]) -> Iterator[str]:
+    """A sentence on NaN that both sides compute and no output shows: masked, or replaced by a number later on."""
+    if any(count(row, "nan", side) for row in outputs for side in SIDES):
+        return
+    if any(all(count(row, "nan", side) for side in SIDES) for row in rows):
+        born = "; ".join(phrase for phrase in nonfinite_origins(rows) if phrase.startswith(_WRITTEN["nan"]))
+        yield f"{born}; it reaches no output"
+
+
 def outputs_say(outputs: Sequence[ComparedRow]) -> str:
     """The outputs that hold NaN or Inf, the worst first; empty where all are finite."""
     strange = [(sum(count(row, k, side) for k in KINDS for side in SIDES), row) for row in outputs]

@@ -160,7 +160,8 @@ def _checkpoint(awml: AwmlConfig) -> tuple[str | None, list[str]]:
     quantization = awml.quantization
     before = quantization.ptq.checkpoint if quantization.ptq is not None else None
     if quantization.enabled and before is not None and not (named and Path(named).is_file()):
-        return before, [f"checkpoint_path ({named}) is not there: quantization.ptq.checkpoint is calibrated instead"]
+        gone = f"checkpoint_path ({named}) is not there" if named else "no checkpoint_path is named"
+        return before, [f"{gone}: quantization.ptq.checkpoint is calibrated instead"]
     return named, []
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from cp_debug.deploy.schema import Mode, Policy, Section
 
@@ -30,6 +30,15 @@ IdleAnything = Annotated[Any, IDLE]
 def _policy(value: Any) -> Any:
     """INT8 by Q/DQ nodes had a name of its own in older files."""
     return "int8" if value == "explicit_int8" else value
+
+
+def _no_plugins(libraries: list[str]) -> list[str]:
+    """No library: what plug-ins compute is known neither to ONNX Runtime nor to the oracle."""
+    if libraries:
+        raise ValueError(
+            f"engines with plug-in libraries ({', '.join(libraries)}) are not built; expected an empty list"
+        )
+    return libraries
 
 
 class Shapes(Section):
@@ -122,7 +131,7 @@ class CommonTensorRT(Section):
 
     precision_policy: Annotated[Policy, BeforeValidator(_policy)] = "auto"
     max_workspace_size: int = Field(default=1 << 30, ge=1 << 20)
-    plugin_libraries: list[str] = Field(default=[], max_length=0)
+    plugin_libraries: Annotated[list[str], AfterValidator(_no_plugins)] = Field(default=[])
     disable_optimizations: Annotated[bool, IDLE] = False
 
 

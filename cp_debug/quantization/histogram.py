@@ -79,10 +79,10 @@ class Histogram:
         return min(float(clip), self.largest)
 
 
-def check_method(method: str) -> None:
-    """Raise InputError unless this is one of ``METHODS``."""
+def check_method(method: str, argument: str = "method") -> None:
+    """Raise InputError, which names ``argument``, unless the method is one of ``METHODS``."""
     if method not in METHODS:
-        raise InputError(f"--method: {method!r} is unknown; expected one of {', '.join(METHODS)}")
+        raise InputError(f"{argument}: {method!r} is unknown; expected one of {', '.join(METHODS)}")
 
 
 def weight_amax(weight: Tensor, axis: int, method: str) -> Tensor:

@@ -61,7 +61,7 @@ class QATHook(Hook):
         quant_head: bool = True,
         quant_voxel_encoder: bool = True,
     ) -> None:
-        check_method(amax_method)
+        check_method(amax_method, "QATHook: amax_method")
         if calibration_batches < 1:
             raise InputError(f"QATHook: calibration_batches is {calibration_batches}; expected at least 1")
         if calibration_epoch < 0:

@@ -15,6 +15,7 @@ from cp_debug.graph.scales import LayerScales, Scales
 from cp_debug.programs.batchnorm_folding import Folding, fuse_model_bn
 from cp_debug.programs.torch_layers import full_path, is_quantized, layers_of, own_path
 from cp_debug.quantization.calibration import Batch, CalibrationManager, check_model
+from cp_debug.quantization.histogram import check_method
 from cp_debug.quantization.library import BITS, activation_quantizer, insert_quantizers
 from cp_debug.quantization.nested_batches import NestedBatches, is_plain, tensors_only
 from cp_debug.quantization.record import NOT_RUN, Quantization, quantization_of
@@ -64,6 +65,7 @@ def quantize_ptq(
     ):
         if value is not None and given != default:
             raise InputError(f"{ours} and {theirs} are one thing; expected one of them")
+    check_method(amax_method or method, "method" if amax_method is None else "amax_method")
     if num_calibration_batches is not None and num_calibration_batches < 1:
         raise InputError(f"num_calibration_batches is {num_calibration_batches}; expected at least 1")
     stream: Iterator[Any] = islice(batches, num_calibration_batches)

@@ -32,6 +32,5 @@ class FolderData:
         file = self._files[index]
         ending = next((ending for ending in COLUMNS if file.name.endswith(ending)), None)
         points = read_points(file, self._features)
-        width = 0 if ending is None else len(columns_of(file, ending))
-        width_note = f" ({width} columns, by its content)" if ending and width != len(COLUMNS[ending]) else ""
-        return Sample({"points": points}, f"{file}{width_note}")
+        note = columns_of(file, ending)[1] if ending else ""
+        return Sample({"points": points}, f"{file} ({note})" if note else str(file))

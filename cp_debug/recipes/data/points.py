@@ -19,6 +19,8 @@ COLUMNS = {".pcd.bin": ("x", "y", "z", "intensity", "ring"), ".bin": ("x", "y", 
 LARGEST = 1 << 31
 """Largest size of a cloud in bytes: a hundred million points."""
 LAST_RING = 255
+LONGEST_DT = 10.0
+"""Largest age of a sweep in seconds that a fifth column can mean; ten sweeps at 10 Hz take 1 s."""
 ENDINGS = (*COLUMNS, ".npy", ".npz", ".pcd")
 _PCD_NAMES = {"intensity": ("i", "reflectivity"), "dt": ("time_lag", "time")}
 
@@ -38,27 +40,42 @@ def read_points(path: Path, features: Sequence[str], columns: Sequence[str] | No
     ending = next((ending for ending in COLUMNS if path.name.endswith(ending)), None)
     if ending is None:
         raise InputError(f"{path}: not a point file; expected a name ending in {' '.join(ENDINGS)}")
-    names = columns or columns_of(path, ending)
+    names = columns or columns_of(path, ending)[0]
     return _select(path, dict(zip(names, _read_raw(path, names).T, strict=True)), features)
 
 
-def columns_of(path: Path, ending: str) -> tuple[str, ...]:
-    """The columns of a ``.bin`` file: those of its ending, unless its size fits five, too, and its content five only.
+def columns_of(path: Path, ending: str) -> tuple[tuple[str, ...], str]:
+    """The columns of a ``.bin`` file, and what is to be said of the choice: nothing where content and ending agree.
 
-    Intensity is never negative, and rings are small whole numbers: rows cut at another width hold coordinates there.
+    Columns are those of the ending, unless the size fits five, too, and the content five only. Intensity is never
+    negative, rings are small whole numbers, and ages of points (``dt``) are short: rows cut at another width hold
+    coordinates there.
     """
     usual, wide = COLUMNS[ending], COLUMNS[".pcd.bin"]
     size = check_file(path, "point file")
     if usual == wide or not size or any(size % (4 * len(names)) for names in (usual, wide)):
-        return usual
-    return wide if not _plausible(_read_raw(path, usual)) and _plausible(_read_raw(path, wide)) else usual
+        return usual, ""
+    fifth, fits_usual = _fifth(_read_raw(path, wide)), _intensities(_read_raw(path, usual))
+    if fifth and not fits_usual:
+        age = ", the last as dt" if fifth == "dt" else ""
+        return (*usual, fifth), f"{len(wide)} columns{age}, by its content"
+    unclear = f"{len(usual)} columns, by its ending; {len(wide)} fit its size, too, and its content does not tell"
+    return usual, "" if fits_usual and not fifth else unclear
 
 
-def _plausible(points: Points) -> bool:
-    """Whether rows of x, y, z, intensity and maybe a ring can be such."""
-    known_columns = points[:, 3:]
-    rings = known_columns[:, 1:]
-    return bool((known_columns >= 0).all() and (rings == np.round(rings)).all() and (rings <= LAST_RING).all())
+def _fifth(points: Points) -> str:
+    """The name of the fifth column, ``ring`` or ``dt``; empty where rows cannot be those of five columns."""
+    last = points[np.isfinite(points[:, 4]), 4]
+    if not _intensities(points) or (last < 0).any():
+        return ""
+    if (last == np.round(last)).all() and (last <= LAST_RING).all():
+        return "ring"
+    return "dt" if (last <= LONGEST_DT).all() else ""
+
+
+def _intensities(points: Points) -> bool:
+    """Whether the fourth column can be intensity; NaN, which a sensor may write, does not speak against it."""
+    return not (points[:, 3] < 0).any()
 
 
 def _read_raw(path: Path, columns: Sequence[str]) -> Points:
