@@ -116,6 +116,22 @@ def part(kind: type[T], document: Mapping[str, Any], key: str) -> T:
     return _structure(kind, document[key], key)
 
 
+def check_entries(document: Mapping[str, Any], key: str, kinds: Mapping[str, Any], *, needed: bool = False) -> None:
+    """Check a field, where it is there, that maps names to objects of which only some keys are read.
+
+    ``kinds``: key → type; a key may be missing unless ``needed``. Raises BadField with the path of what does not fit.
+    """
+    if key not in document:
+        return
+    for name, entry in part(dict[str, dict[str, Any]], document, key).items():
+        for inner, kind in kinds.items():
+            if inner in entry or needed:
+                try:
+                    part(kind, entry, inner)
+                except BadField as bad:
+                    raise BadField(_join(_join(key, name), bad.path), bad.problem) from None
+
+
 def number_keys(kind: type[Any]) -> list[str]:
     """Keys of the numbers that a dataclass holds, those of its inline parts included, also where they may be None."""
     keys: list[str] = []

@@ -126,6 +126,20 @@ def test_a_prediction_survives(data: st.DataObject) -> None:
         assert repr(getattr(again, field.name)) == repr(getattr(prediction, field.name)), field.name
 
 
+def _entries(**kinds: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Component → object of which these keys are read."""
+    return st.dictionaries(st.text(max_size=4), st.fixed_dictionaries(kinds), max_size=2)
+
+
+COUNTS, NAMED = st.integers(0, 99), st.lists(st.text(max_size=4), max_size=2)
+COVERAGE = _entries(
+    **dict.fromkeys(("values", "values_total", "modules", "modules_total"), COUNTS),
+    **dict.fromkeys(("absorbed", "unmatched_values", "unmatched_modules"), NAMED),
+)
+
+CHECKED = {"coverage": COVERAGE, "weights": _entries(says=st.text(max_size=4))}
+
+
 @st.composite
 def _tests(draw: st.DrawFn) -> TestResult:
     rows = [dataclasses.replace(row, index=i, onnx=f"v{i}") for i, row in enumerate(draw(st.lists(ROWS, max_size=3)))]
@@ -136,6 +150,7 @@ def _tests(draw: st.DrawFn) -> TestResult:
             stages=st.just([]),
             outputs=st.just(rows[-1:]),
             optimizer_blame=st.none() | KNOBS,
+            pairing=_entries(missing=NAMED, how=PLAIN),
         )
     )
     return dataclasses.replace(made, stages=[StageRow("neck", row, draw(st.lists(st.text()))) for row in rows[:1]])
@@ -144,7 +159,7 @@ def _tests(draw: st.DrawFn) -> TestResult:
 @settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None)
 @given(data=st.data())
 def test_a_whole_result_survives(data: st.DataObject) -> None:
-    result = data.draw(_made(BisectResult, tests=st.lists(_tests(), min_size=1, max_size=2)))
+    result = data.draw(_made(BisectResult, tests=st.lists(_tests(), min_size=1, max_size=2), **CHECKED))
     again = SavedResult.of(result).result
     for field in dataclasses.fields(BisectResult):
         assert repr(getattr(again, field.name)) == repr(getattr(result, field.name)), field.name
@@ -221,7 +236,7 @@ def test_every_field_of_a_result_survives(kind: type, data: st.DataObject) -> No
 def test_a_verification_survives(data: st.DataObject) -> None:
     records, checks = _made(RunRecord), st.lists(COMPLETE[TensorCheck], max_size=2)
     pillars = st.dictionaries(st.text(max_size=4), _made(VoxelChange), max_size=1)
-    bisected = st.none() | _made(BisectResult, tests=st.lists(_tests(), min_size=1, max_size=1))
+    bisected = st.none() | _made(BisectResult, tests=st.lists(_tests(), min_size=1, max_size=1), **CHECKED)
     scenarios = _made(
         ScenarioResult, reference=records, test=records, checks=checks, preprocessing=pillars, bisect=bisected
     )
@@ -290,6 +305,24 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], says: str) -> None:
     assert str(told.value).startswith("result.json: ")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("coverage", {"net": []}, "field 'coverage.net' is []; expected a JSON object"),
+        ("coverage", {"net": {"values": 1}}, "field 'coverage.net.values_total' is missing"),
+        ("weights", {"net": {"says": 3}}, "field 'weights.net.says' is 3; expected str"),
+        ("pairing", {"net": []}, "field 'tests[0].pairing.net' is []; expected a JSON object"),
+        ("pairing", {"net": {"missing": 5}}, "field 'tests[0].pairing.net.missing' is 5; expected list"),
+    ],
+)
+def test_parts_of_which_only_some_keys_are_read_are_checked(key: str, value: Any, says: str) -> None:
+    document = _first_schema()
+    (document["tests"][0] if key == "pairing" else document)[key] = value
+    with pytest.raises(InputError) as told:
+        decode(BisectResult, document, "result.json")
+    assert says in str(told.value)
+
+
 def test_a_missing_field_is_named() -> None:
     document = encode(_row())
     del document["verdict"]
@@ -308,7 +341,8 @@ def _row() -> LayerRow:
     return LayerRow(0, "c", "n", "v", "Conv", stats, "ok", True, Replay(nodes=("a",)))
 
 
-def test_files_of_the_first_schema_still_open(tmp_path: Path) -> None:
+def _first_schema() -> dict[str, Any]:
+    """A document of the first schema's first version."""
     row = encode(_row())
     late = ("kind", "not_emulated", "precision", "instead", "range_loss", "reference_excess")
     for key in late:  # written since
@@ -321,12 +355,16 @@ def test_files_of_the_first_schema_still_open(tmp_path: Path) -> None:
         "oracle": None,
     }
     block |= {"layers": [row], "stages": [], "outputs": []}
-    document = {
+    return {
         "schema": "cpdebug.bisect/1",
         "model": "m",
         "backends": [record, record],
         "samples": ["s"],
         "tests": [block],
     }
+
+
+def test_files_of_the_first_schema_still_open(tmp_path: Path) -> None:
+    document = _first_schema()
     (tmp_path / "result.json").write_text(json.dumps(document))
     assert SavedResult.open(tmp_path).result.tests[0].rows == [_row()]

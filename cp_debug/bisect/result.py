@@ -20,7 +20,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.randomness import DRAWS_NUMBERS
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.safe_text import one_line
-from cp_debug.serialize import BadField, JsonForm, encode, number_keys, part
+from cp_debug.serialize import BadField, JsonForm, check_entries, encode, number_keys, part
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -286,6 +286,7 @@ class TestResult(JsonForm):
 
         Raises BadField for a row that is none of the layers.
         """
+        check_entries(document, "pairing", {"missing": list[str]})
         rows = part(list[LayerRow], document, "layers")
         by_place = {(row.component, row.onnx): row for row in rows}
 
@@ -298,6 +299,13 @@ class TestResult(JsonForm):
 
         stages = [item | {"layer": row} for item, row in listed("stages")]
         return document | {"layers": rows, "stages": stages, "outputs": [row for _, row in listed("outputs")]}
+
+
+_COVERAGE: dict[str, Any] = {
+    **dict.fromkeys(("values", "values_total", "modules", "modules_total"), int),
+    **dict.fromkeys(("absorbed", "unmatched_values", "unmatched_modules"), list[str]),
+}
+"""What is read of a component's alignment → its type."""
 
 
 @dataclass
@@ -346,6 +354,8 @@ class BisectResult(JsonForm):
         """
         if (schema := part(str, document, "schema")) != SCHEMA:
             raise BadField("schema", f"{schema!r}; this version reads {SCHEMA!r}")
+        check_entries(document, "coverage", _COVERAGE, needed=True)
+        check_entries(document, "weights", {"says": str})
         records = part(list[RunRecord], document, "backends")
         blocks = part(list[dict[str, Any]], document, "tests")
         if not blocks or len(records) != len(blocks) + 1:
