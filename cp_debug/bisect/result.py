@@ -305,7 +305,7 @@ _COVERAGE: dict[str, Any] = {
     **dict.fromkeys(("values", "values_total", "modules", "modules_total"), int),
     **dict.fromkeys(("absorbed", "unmatched_values", "unmatched_modules"), list[str]),
 }
-"""What is read of a component's alignment → its type."""
+"""Key that is read of a component's alignment → its type."""
 
 
 @dataclass
