@@ -134,7 +134,8 @@ def _entries(**kinds: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any
 COUNTS, NAMED = st.integers(0, 99), st.lists(st.text(max_size=4), max_size=2)
 COVERAGE = _entries(
     **dict.fromkeys(("values", "values_total", "modules", "modules_total"), COUNTS),
-    **dict.fromkeys(("absorbed", "unmatched_values", "unmatched_modules"), NAMED),
+    absorbed=st.dictionaries(st.text(max_size=4), st.text(max_size=4), max_size=2),
+    **dict.fromkeys(("unmatched_values", "unmatched_modules"), NAMED),
 )
 
 CHECKED = {"coverage": COVERAGE, "weights": _entries(says=st.text(max_size=4))}

@@ -303,7 +303,8 @@ class TestResult(JsonForm):
 
 _COVERAGE: dict[str, Any] = {
     **dict.fromkeys(("values", "values_total", "modules", "modules_total"), int),
-    **dict.fromkeys(("absorbed", "unmatched_values", "unmatched_modules"), list[str]),
+    "absorbed": dict[str, str],
+    **dict.fromkeys(("unmatched_values", "unmatched_modules"), list[str]),
 }
 """Key that is read of a component's alignment → its type."""
 
