@@ -42,11 +42,6 @@ class StoredCodes:
     axis: int = 0
     block: int = 0
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight as the file has it, float64."""
-        return self.codes * self.scale
-
     def refitted(self, weight: Tensor) -> Tensor:
         """The scales by which the codes come nearest to a float ``weight`` of their shape, spread like ``scale``."""
         top, bottom = self._sums(weight * self.codes), self._sums(self.codes * self.codes)

@@ -27,7 +27,7 @@ def cache(
         float | None, typer.Option(min=0.0, help="Only what was not used for this number of days.")
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option("--cache", help="Folder of engines, as it was named to `bisect` or `build`.")
+        Path | None, typer.Option("--cache", help="Folder of engines, as it was named to `bisect`.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Machine-readable, on stdout: every entry.")] = False,
 ) -> None:

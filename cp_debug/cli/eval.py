@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -135,16 +136,7 @@ def evaluate(
 
 
 _OF_MODULES = ("checkpoint", "exporter", "unfolded")
-_OF_BUILDS = (
-    "strongly_typed",
-    "profile",
-    "workspace",
-    "timing_cache",
-    "cache",
-    "no_cache",
-    "builder_level",
-    "build_timeout",
-)
+_OF_BUILDS = tuple(field.name for field in fields(tensorrt.TensorRTFlags) if field.name != "trt_python")
 
 
 def _files(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from cp_debug.files import complete_folder
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.surgery import save
 from cp_debug.probes.alignment import Alignment
-from cp_debug.probes.statistics import compare
+from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.programs.align import TOLERANCE, align
 from cp_debug.programs.export import export
 from cp_debug.programs.walk import Walk, example_args, run_module
@@ -224,17 +225,23 @@ def checker(runtime: str = "ort", instead: str = "emu-fp32") -> Backend:
         return create(BackendSpec(instead))
 
 
+def run_once(backend: Backend, program: Program, inputs: Mapping[str, np.ndarray]) -> Arrays:
+    """The outputs of a program on a backend, which is closed again; any shapes and dtypes that the program takes."""
+    with closing(backend.open(program)) as session:
+        return session.run(inputs)
+
+
+def worst_output(expected: Arrays, outputs: Arrays) -> tuple[str, TensorStats]:
+    """The output that is furthest from what is expected, and by how much."""
+    compared = {name: compare(array, outputs[name]) for name, array in expected.items()}
+    return max(compared.items(), key=lambda item: item[1].severity)
+
+
 def _distance(
     backend: Backend, graph: Graph, component: Component, inputs: Mapping[str, np.ndarray], expected: Arrays
 ) -> float:
     """Relative L2 distance of the worst output of a graph. Raises InputError beyond ``TOLERANCE``."""
-    session = backend.open(Program(component.name, graph))
-    try:
-        outputs = session.run(inputs)
-    finally:
-        session.close()
-    compared = {name: compare(array, outputs[name]) for name, array in expected.items()}
-    worst, stats = max(compared.items(), key=lambda item: item[1].severity)
+    worst, stats = worst_output(expected, run_once(backend, Program(component.name, graph), inputs))
     if not stats.shape_mismatch and not stats.mismatched and stats.finite_rel_l2 <= TOLERANCE:
         return stats.finite_rel_l2
     if not stats.shape_mismatch and stats.nan_ref + stats.inf_ref:

@@ -6,18 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import onnx
 
-from cp_debug.backends.base import Backend, Program
-from cp_debug.deploy.exporting import Exported, OnStep, checker, shapes_of
+from cp_debug.backends.base import Program
+from cp_debug.deploy.exporting import Exported, OnStep, checker, run_once, shapes_of, worst_output
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.files import complete_folder, resolved
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.opset import converted, inlined
 from cp_debug.graph.randomness import refuse_random
 from cp_debug.graph.surgery import save
-from cp_debug.probes.statistics import compare
 from cp_debug.programs.align import TOLERANCE
 from cp_debug.programs.walk import Walk
 from cp_debug.recipes.base import Arrays, Model, Sample
@@ -54,7 +52,7 @@ def export_files(
         for step in Walk(model, sample):
             on_step(f"writing {step.name}", step.place, len(programs))
             source = named[step.name].graph
-            step.outputs = _run(backend, source, step.name, step.inputs)
+            step.outputs = run_once(backend, Program(step.name, source), step.inputs)
             proto = source.proto
             if simplify or opset not in (None, source.opsets.get("", 1)):
                 proto = inlined(source)
@@ -62,7 +60,7 @@ def export_files(
                 proto = _simplified(proto, source) if simplify else proto
             save(proto, source, path := scratch / names[step.name])
             graph = _checked(path, source)
-            error = _distance(source, step.outputs, _run(backend, graph, step.name, step.inputs))
+            error = _distance(source, step.outputs, run_once(backend, Program(step.name, graph), step.inputs))
             program = replace(named[step.name], graph=graph)
             written.append(Exported(program, (shapes_of(step.inputs),), error, str(backend.spec), source))
     return [replace(w, program=replace(w.program, graph=Graph(folder / w.program.graph.path.name))) for w in written]
@@ -93,19 +91,9 @@ def _checked(path: Path, source: Graph) -> Graph:
     return graph
 
 
-def _run(backend: Backend, graph: Graph, name: str, inputs: Mapping[str, np.ndarray]) -> Arrays:
-    session = backend.open(Program(name, graph))
-    try:
-        return session.run(inputs)
-    finally:
-        session.close()
-
-
 def _distance(source: Graph, ours: Arrays, theirs: Arrays) -> float:
     """Relative L2 distance of the worst output. Raises InputError beyond ``TOLERANCE``."""
-    worst, stats = max(
-        ((name, compare(array, theirs[name])) for name, array in ours.items()), key=lambda item: item[1].severity
-    )
+    worst, stats = worst_output(ours, theirs)
     if stats.shape_mismatch or stats.mismatched or not stats.finite_rel_l2 <= TOLERANCE:
         raise InputError(
             f"{source}: rewritten it gives another {worst} than before: {list(stats.shape_test)}, relative L2 "

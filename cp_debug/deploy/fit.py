@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from cp_debug.backends.base import Program
 from cp_debug.deploy.schema import ComponentConfig, DeployConfig
 from cp_debug.errors import InputError
+from cp_debug.graph.graph import fits_shape
 from cp_debug.programs.walk import Walk, run_module
 from cp_debug.recipes.base import Component, Model, Sample
 
@@ -67,8 +68,7 @@ def check_profiles(config: DeployConfig, programs: Sequence[Program], source: st
                 raise InputError(f"{key}: there is no such input; expected one of {', '.join(inputs)}")
             shape = inputs[tensor].shape or ()
             for side, sizes in zip(("min", "opt", "max"), profile.shapes, strict=True):
-                fixed = all(n == d for n, d in zip(sizes, shape, strict=False) if isinstance(d, int))
-                if len(sizes) != len(shape) or not fixed:
+                if not fits_shape(sizes, shape):
                     raise InputError(f"{key}.{side} is {sizes}; {config.model} takes {inputs[tensor]}")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.errors import InputError
+from cp_debug.graph.graph import fits_shape
 from cp_debug.probes.arrays import is_torch
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 from cp_debug.recipes.centerpoint.config import HEAD_CHANNELS, CenterPointConfig
@@ -101,7 +102,7 @@ class InterfaceChecks:
     ) -> None:
         """Raise InputError, ending with ``feed``, unless shape, dtype, device and layout of a tensor fit."""
         actual = list(tensor.shape)
-        if len(actual) != len(shape) or any(isinstance(w, int) and n != w for n, w in zip(actual, shape, strict=False)):
+        if not fits_shape(actual, shape):
             raise InputError(f"{name} has shape {actual}; expected [{', '.join(map(str, shape))}]: {feed}")
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in dtypes:

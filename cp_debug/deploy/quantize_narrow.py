@@ -6,7 +6,6 @@ Nothing is trained and no module gets fake quantizers: torch models are exported
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.deploy.exporting import ExportOptions, OnStep, checker, export_model, own_files
+from cp_debug.deploy.exporting import ExportOptions, OnStep, checker, export_model, own_files, run_once
 from cp_debug.deploy.quantize_output import MEASURED, First
 from cp_debug.display import Shown
 from cp_debug.errors import InputError
@@ -237,8 +236,7 @@ def _check(
         return None, ""
     backend = _runner(layers.options)
     emulated = _run(Executor(program.graph, FP32, overrides=layers.emulated()), inputs)
-    with closing(backend.open(written)) as session:
-        outputs = session.run(inputs)
+    outputs = run_once(backend, written, inputs)
     errors, costs = ({n: relative_l2(run[n], emulated[n]) for n in emulated} for run in (outputs, exact))
     worst = max(errors, key=errors.__getitem__)
     if not errors[worst] <= FILE_ERROR + sum(costs.values()):

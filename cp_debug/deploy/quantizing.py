@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from cp_debug.backends.base import Backend, Program
-from cp_debug.deploy.exporting import Axes, Exported, ExportOptions, OnStep, checker, export_model
+from cp_debug.deploy.exporting import Axes, Exported, ExportOptions, OnStep, checker, export_model, run_once
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path
 from cp_debug.graph.graph import Graph
@@ -94,11 +94,7 @@ def _check(
 
     Raises InputError where the file is further from the module than the module is from FP32.
     """
-    session = backend.open(exported.program)
-    try:
-        outputs = session.run(inputs)
-    finally:
-        session.close()
+    outputs = run_once(backend, exported.program, inputs)
     errors, limits = (
         {name: relative_l2(arrays[name], expected[name]) for name in expected} for arrays in (outputs, plain)
     )

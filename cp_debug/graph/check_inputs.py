@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from cp_debug.errors import InputError
-from cp_debug.graph.graph import Graph, ValueInfo
+from cp_debug.graph.graph import Graph, ValueInfo, fits_shape
 from cp_debug.graph.other_inputs import check_other
 
 _TAKE_ALL = "`bisect`, `capture`, `check`, `predict` and `search`"
@@ -88,8 +88,7 @@ def with_shapes(expected: Sequence[ValueInfo], shapes: Mapping[str, Sequence[int
         declared = by_name[name].shape
         if declared is None:
             continue
-        fits = [d == n for d, n in zip(declared, shape, strict=False) if isinstance(d, int)]
-        if len(declared) != len(shape) or not all(fits):
+        if not fits_shape(shape, declared):
             raise InputError(f"{asked}: does not fit {by_name[name]}")
         for symbol, size in zip(declared, shape, strict=True):
             if isinstance(symbol, str) and sizes.setdefault(symbol, size) != size:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -73,6 +73,14 @@ class ValueInfo:
     def __str__(self) -> str:
         text = self.container or ("string" if self.kind is not None else self.dtype or "no tensor")
         return f"{self.name}: {text}{'' if self.shape is None else _show(self.shape)}"
+
+
+def fits_shape(actual: Sequence[int], declared: Sequence[int | str | None] | None) -> bool:
+    """Whether an array may have this shape, as far as a graph says: fixed dimensions are equal, others are free."""
+    if declared is None:
+        return True
+    sizes = zip(declared, actual, strict=False)
+    return len(actual) == len(declared) and all(not isinstance(size, int) or size == real for size, real in sizes)
 
 
 class Graph:

@@ -20,7 +20,7 @@ from cp_debug.backends.capabilities import build_info_of, calibrates_itself, kep
 from cp_debug.errors import InputError
 from cp_debug.graph.check_inputs import no_numbers
 from cp_debug.graph.declared import declared_precisions
-from cp_debug.graph.graph import Graph
+from cp_debug.graph.graph import Graph, fits_shape
 from cp_debug.probes.capture import array_hash
 from cp_debug.programs.align import Alignment, align
 from cp_debug.programs.batchnorm_folding import fuse_model_bn
@@ -288,10 +288,8 @@ def check_profiles_of(backend: Backend, programs: Sequence[Program]) -> None:
             near = difflib.get_close_matches(name, inputs, n=1, cutoff=0.0)
             hint = f"; nearest is {near[0]!r}" if near else ""
             raise InputError(f"--profile: no input is called {name!r}{hint}")
-        shape = inputs[name].shape
-        for sizes in profile if shape is not None else ():
-            fixed = all(n == d for n, d in zip(sizes, shape or (), strict=False) if isinstance(d, int))
-            if len(sizes) != len(shape or ()) or not fixed:
+        for sizes in profile:
+            if not fits_shape(sizes, inputs[name].shape):
                 raise InputError(f"--profile: {name} as {'x'.join(map(str, sizes))}; the graph takes {inputs[name]}")
 
 

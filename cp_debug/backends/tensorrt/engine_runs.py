@@ -15,7 +15,7 @@ from cp_debug.backends.tensorrt.answers import Ran
 from cp_debug.backends.tensorrt.client import RunnerClient
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.check_inputs import check_inputs
-from cp_debug.graph.graph import Graph
+from cp_debug.graph.graph import Graph, fits_shape
 from cp_debug.reading import read_npy
 
 RUNS = 20
@@ -137,14 +137,6 @@ class EngineRuns:
                 raise self.nonsense(f"the output {value} has the shape {list(array.shape)}")
             outputs[value.name] = array.astype(value.dtype, copy=False)
         return outputs
-
-
-def fits_shape(actual: tuple[int, ...], declared: tuple[int | str | None, ...] | None) -> bool:
-    """Whether an array may have this shape, as far as a graph says."""
-    if declared is None:
-        return True
-    sizes = zip(declared, actual, strict=False)
-    return len(actual) == len(declared) and all(not isinstance(size, int) or size == real for size, real in sizes)
 
 
 def output_distance(reference: Mapping[Any, np.ndarray], test: Mapping[Any, np.ndarray]) -> float:
