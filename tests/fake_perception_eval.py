@@ -137,7 +137,7 @@ class PerceptionEvaluationManager:
         estimated_objects: list[Any],
         critical_object_filter_config: Any,
         frame_pass_fail_config: Any,
-    ) -> None:
+    ) -> Any:
         def near(item: Any) -> bool:
             return math.hypot(*item.position[:2]) < self._settings["max_distance"]
 
@@ -145,6 +145,7 @@ class PerceptionEvaluationManager:
         truth = [item for item in ground_truth_now_frame.objects if near(item) and item.pointcloud_num >= least]
         self._frames.append((truth, list(filter(near, estimated_objects))))
         FRAMES.append((ground_truth_now_frame, estimated_objects))
+        return SimpleNamespace(frame_ground_truth=SimpleNamespace(objects=truth))
 
     def get_scene_result(self) -> Any:
         modes = {"Center Distance BEV": "center_distance_bev_thresholds", "Plane Distance": "plane_distance_thresholds"}
@@ -153,14 +154,15 @@ class PerceptionEvaluationManager:
     def _mode(self, name: str, thresholds: list[float]) -> Any:
         aps = {
             AutowareLabel(label): [
-                SimpleNamespace(matching_threshold=limit, ap=self._found(label, limit)) for limit in thresholds
+                SimpleNamespace(matching_threshold=limit, ap=self._found(label, limit), object_results=[])
+                for limit in thresholds
             ]
             for label in self._settings["target_labels"]
         }
         known = [each.ap for each_label in aps.values() for each in each_label if not math.isnan(each.ap)]
         mean = sum(known) / len(known) if known else math.nan
         mode = SimpleNamespace(value=name)
-        return SimpleNamespace(matching_mode=mode, map=mean, maph=mean, label_to_aps=aps)
+        return SimpleNamespace(matching_mode=mode, map=mean, maph=mean, label_to_aps=aps, label_to_aphs=aps)
 
     def _found(self, label: str, limit: float) -> float:
         hits = [

@@ -296,6 +296,10 @@ def test_both_tables_fit_the_terminal(width: int) -> None:
             share = f"{figures['found']}/{figures['objects']}"
             assert any(spec in line and share in line and f"{figures['AP'].value:.3f}" in line for line in lines)
     assert "…" not in "".join(lines)
+    if width >= 80:  # two backends are one row for each metric
+        values = [f"{each.summary['mAP'].value:.3f}" for each in result.backends]
+        assert any(line.startswith("mAP") and all(value in line for value in values) for line in lines)
+    assert "emulated: emu-fp16" in "".join(lines)
 
 
 def test_predictions_come_back_from_their_file(tmp_path: Path) -> None:

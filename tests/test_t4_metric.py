@@ -6,7 +6,7 @@ import io
 import math
 import sys
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import fake_perception_eval
 import numpy as np
@@ -15,8 +15,10 @@ from rich.console import Console
 from test_cli import run
 from test_evaluation import record
 
-from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, score_backends
+from cp_debug.detection.bootstrap import ConfidenceInterval
+from cp_debug.detection.evaluation import BackendScores, EvaluationOptions, EvaluationResult, score_backends
 from cp_debug.detection.predictions import Predictions
+from cp_debug.detection.t4_draws import FRAME_TIME, scene_draws
 from cp_debug.detection.t4_metric import t4_figures
 from cp_debug.errors import InputError
 from cp_debug.recipes.data.base import Truth
@@ -66,9 +68,11 @@ FOUND = Predictions(
     np.array([0.9, 0.8, 0.7, 0.6], np.float32), np.array([0, 1, 0, 0], np.int16), np.array([3, 1]),
 )  # fmt: skip
 
+WEIGHTS = np.array([[1, 1], [2, 0], [0, 2]], float)
+
 
 def test_objects_are_given_as_the_package_wants_them(frames: list) -> None:
-    figures, notes = t4_figures({"ort": FOUND}, TRUTHS, CLASSES, distance=120, min_points=1)
+    figures, notes = t4_figures({"ort": FOUND}, TRUTHS, CLASSES, distance=120, min_points=1, weights=WEIGHTS)
     (first, found), (second, _) = frames
     assert [item.position for item in first.objects] == [(10, 0, 1), (0, 20, 1), (200, 0, 1)]
     assert first.objects[0].shape.size == (2, 4, 1.5), "width, length, height"
@@ -81,15 +85,16 @@ def test_objects_are_given_as_the_package_wants_them(frames: list) -> None:
     assert found[0].velocity == (1, 2, 0)
     assert found[0].semantic_score == pytest.approx(0.9)
     assert found[0].pointcloud_num is None
-    got = figures["ort"]
+    got = {name: draws[0] for name, draws in figures["ort"].items()}
     assert [got[f"car_AP_center_distance_bev_{limit}"] for limit in (0.5, 1.0, 2.0, 4.0)] == [0.5, 0.5, 1, 1]
     assert got["truck_AP_center_distance_bev_0.5"] == 1
     assert got["mAP_center_distance_bev"] == got["mAPH_center_distance_bev"] == 0.875
     assert list(got)[-6:-4] == ["mAP_plane_distance", "mAPH_plane_distance"]
     assert "perception_eval 1.3.6, objects and detections within 120 m, classes car, truck" in notes[0]
-    assert "leaves out cyclist" in notes[1]
+    assert "no intervals: perception_eval 1.3.6 averages precision in another way" in notes[1], "the stand-in does"
+    assert "leaves out cyclist" in notes[2]
     with pytest.raises(InputError, match="T4's metric has no labels for the classes cyclist"):
-        t4_figures({"ort": FOUND}, TRUTHS, ("cyclist",), distance=120, min_points=1)
+        t4_figures({"ort": FOUND}, TRUTHS, ("cyclist",), distance=120, min_points=1, weights=WEIGHTS)
 
 
 def test_t4s_figures_stand_in_table_and_json(frames: list) -> None:
@@ -112,8 +117,8 @@ def test_t4s_figures_stand_in_table_and_json(frames: list) -> None:
 
 
 def test_a_class_without_objects_has_no_figure(frames: list) -> None:
-    figures, _ = t4_figures({"ort": FOUND}, TRUTHS, CLASSES, distance=1, min_points=1)
-    assert all(math.isnan(value) for value in figures["ort"].values())
+    figures, _ = t4_figures({"ort": FOUND}, TRUTHS, CLASSES, distance=1, min_points=1, weights=WEIGHTS)
+    assert all(math.isnan(draws[0]) for draws in figures["ort"].values())
 
 
 @pytest.mark.parametrize("there", [None, ModuleType("perception_eval")])
@@ -128,3 +133,59 @@ def test_a_missing_package_is_one_sentence_with_its_command(
     words = " ".join(text.split())
     assert "pip install 'git+https://github.com/tier4/autoware_perception_evaluation@v1.3.6'" in words
     assert words.count("error:") <= 1
+
+
+def scored(found: list[tuple[int, float, bool]], ap: float, gain: float = 1.0) -> SimpleNamespace:
+    """An ``Ap`` of the package: of each detection its frame, its score, and whether it is right."""
+    results = [
+        SimpleNamespace(
+            estimated_object=SimpleNamespace(unix_time=frame * FRAME_TIME, semantic_score=score),
+            ground_truth_object=object() if right else None,
+            is_label_correct=right,
+        )
+        for frame, score, right in found
+    ]
+    metrics = SimpleNamespace(get_value=lambda result: gain)
+    return SimpleNamespace(object_results=results, tp_metrics=metrics, ap=ap, matching_threshold=2.0)
+
+
+def scene(aps: list[SimpleNamespace], aphs: list[SimpleNamespace]) -> SimpleNamespace:
+    mode, car = SimpleNamespace(value="Plane Distance"), fake_perception_eval.AutowareLabel.CAR
+    by_mode = SimpleNamespace(matching_mode=mode, label_to_aps={car: aps}, label_to_aphs={car: aphs})
+    return SimpleNamespace(mean_ap_values=[by_mode])
+
+
+def test_draws_count_frames_as_often_as_they_were_drawn() -> None:
+    """Of two frames with an object each, the second's is missed.
+
+    Of the 90 recalls from 0.11 on 39 have precision 1, and the fortieth, 0.5, that of both detections. A heading that
+    is worth half ends at recall 0.25.
+    """
+    half, heading = (39 + (1 / 2 - 0.1) / 0.9) / 90, (14 + (1 / 3 - 0.1) / 0.9) / 90
+    car, found = fake_perception_eval.AutowareLabel.CAR, [(0, 0.9, True), (1, 0.2, False)]
+    truths = [{car: 1}, {car: 1}]
+    draws = scene_draws(scene([scored(found, half)], [scored(found, half, 0.5)]), truths, WEIGHTS)
+    assert draws is None, "mAPH is not what the package says"
+    draws = scene_draws(scene([scored(found, half)], [scored(found, heading, 0.5)]), truths, WEIGHTS)
+    assert draws is not None
+    assert draws["car_AP_plane_distance_2.0"] == pytest.approx([half, 1, 0])
+    assert draws["mAP_plane_distance"] == pytest.approx([half, 1, 0])
+    assert draws["mAPH_plane_distance"][2] == 0
+    nothing = scene_draws(scene([scored([], math.nan)], [scored([], math.nan)]), [{}, {}], WEIGHTS)
+    assert nothing is not None
+    assert np.isnan(nothing["mAP_plane_distance"]).all()
+
+
+def test_a_drop_of_t4s_metric_decides_too() -> None:
+    def scores(value: float, high: float) -> BackendScores:
+        changes = {"mAP_plane_distance": ConfidenceInterval(value, value, high), "car_AP_x_2.0": WORSE}
+        same = {"mAP": ConfidenceInterval(0, 0, 0)}
+        return BackendScores(record("ort"), 1, same, same, {}, t4={}, t4_difference=changes)
+
+    assert scores(-0.05, -0.02).dropped(0.01) == ["mAP_plane_distance"]
+    assert scores(-0.05, -0.02).worse(0.01)
+    assert not scores(-0.05, 0.01).worse(0.01), "by chance"
+    assert not scores(-0.05, -0.02).worse(0.1), "allowed"
+
+
+WORSE = ConfidenceInterval(-1, -1, -1)

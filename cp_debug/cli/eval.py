@@ -60,8 +60,9 @@ def evaluate(
 ) -> None:
     """Score backends on a data set: mAP, NDS and errors as nuScenes defines them, AP by overlap, with intervals.
 
-    Exit code 1 when a backend's mAP is lower than the reference's by more than --max-drop and the 95 % interval of the
-    difference is below 0, or when its outputs hold NaN or Inf on more samples than the reference's.
+    Exit code 1 when a backend's mAP, T4's among them, is lower than the reference's by more than --max-drop and the
+    95 % interval of the difference is below 0, or when its outputs hold NaN or Inf on more samples than the
+    reference's.
     """
     from cp_debug.backends.spec import parse_backends
     from cp_debug.cli.console import steps

@@ -30,6 +30,7 @@ NUSCENES_RANGES = {
     **dict.fromkeys(("traffic_cone", "barrier"), 30.0),
 }
 """Metres within which nuScenes evaluates a class. The devkit takes them from the car's centre, this from the sensor."""
+_T4 = ("t4", "t4_intervals", "t4_difference")
 FEW = 20
 """Number of samples below which an interval says little."""
 
@@ -102,18 +103,26 @@ class BackendScores(JsonForm):
     """Number of samples on which an output held NaN or Inf."""
     t4: dict[str, float] = field(default_factory=dict, metadata={"written": False})
     """T4's metric, where it was asked for, by T4MetricV2's names."""
+    t4_intervals: dict[str, ConfidenceInterval] = field(default_factory=dict, metadata={"written": False})
+    """Intervals of T4's metric, where there are some."""
+    t4_difference: dict[str, ConfidenceInterval] = field(default_factory=dict, metadata={"written": False})
+    """Differences of T4's metric from the reference; empty for the reference itself."""
+
+    def dropped(self, max_drop: float) -> list[str]:
+        """The names of each mAP that is lower by more than ``max_drop``, which chance in the choice of samples does
+        not explain: ``mAP``, and T4's by distance of centres and of planes."""
+        changes = {"mAP": self.difference["mAP"]} if self.difference is not None else {}
+        changes |= {name: change for name, change in self.t4_difference.items() if name.startswith("mAP_")}
+        return [name for name, change in changes.items() if change.value < -max_drop and change.high < 0]
 
     def worse(self, max_drop: float) -> bool:
-        """mAP is lower by more than ``max_drop``, and chance in the choice of samples does not explain it."""
-        if self.difference is None:
-            return False
-        change = self.difference["mAP"]
-        return change.value < -max_drop and change.high < 0
+        """Whether some mAP is lower than the reference's, by ``dropped``."""
+        return bool(self.dropped(max_drop))
 
     def derived(self) -> dict[str, Any]:
         """The spec, and all figures: an interval is value, low, high; an undefined figure is None."""
         figures: dict[str, Any] = {"summary": self.summary, "difference": self.difference, "classes": self.classes}
-        figures |= {"t4": self.t4} if self.t4 else {}
+        figures |= {key: value for key in _T4 if (value := getattr(self, key))}
         record = {"backend": self.backend.spec, "precision": str(self.backend.precision)}
         return record | {key: _plain(value) for key, value in figures.items()}
 
@@ -121,7 +130,7 @@ class BackendScores(JsonForm):
     def fields_from(cls, document: dict[str, Any]) -> dict[str, Any]:
         """The document with its figures as they were: intervals, and NaN for an undefined figure."""
         return document | {
-            key: _figures(document[key]) for key in ("summary", "difference", "classes", "t4") if key in document
+            key: _figures(document[key]) for key in ("summary", "difference", "classes", *_T4) if key in document
         }
 
 
@@ -244,10 +253,30 @@ def score_backends(
         from cp_debug.detection.t4_metric import t4_figures
 
         found = {record.spec: predicted for record, predicted in predictions.values()}
-        figures, more = t4_figures(found, truths, class_names, distance=options.farthest, min_points=options.min_points)
-        listed = [replace(each, t4=figures[each.backend.spec]) for each in listed]
+        figures, more = t4_figures(
+            found, truths, class_names, distance=options.farthest, min_points=options.min_points, weights=weights
+        )
+        first = figures[listed[0].backend.spec]
+        listed = [_with_t4(each, figures[each.backend.spec], None if each is listed[0] else first) for each in listed]
         notes += more
     return listed, notes
+
+
+def _with_t4(
+    scores: BackendScores, draws: Mapping[str, Floats], reference: Mapping[str, Floats] | None
+) -> BackendScores:
+    """The scores with T4's metric in each draw; ``reference``, that of the reference, for every other backend."""
+    values = {name: float(each[0]) for name, each in draws.items()}
+    if any(len(each) == 1 for figures in (draws, reference or {}) for each in figures.values()):
+        return replace(scores, t4=values)
+    changes = {name: each - reference[name] for name, each in draws.items()} if reference is not None else {}
+    intervals, differences = ({name: _known(each) for name, each in which.items()} for which in (draws, changes))
+    return replace(scores, t4=values, t4_intervals=intervals, t4_difference=differences)
+
+
+def _known(draws: Floats) -> ConfidenceInterval:
+    """The interval over those draws in which a figure is defined."""
+    return ConfidenceInterval.of(np.concatenate((draws[:1], draws[1:][~np.isnan(draws[1:])])))
 
 
 def _objects(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from cp_debug.detection.boxes import Floats
 from cp_debug.detection.predictions import Predictions
+from cp_debug.detection.t4_draws import FRAME_TIME, scene_draws
 from cp_debug.errors import InputError, MissingPackage
 from cp_debug.recipes.data.base import Truth
 
@@ -27,8 +30,8 @@ def check_installed() -> None:
     except ImportError as error:
         here = "" if error.name == "perception_eval" else f", which cannot be imported here ({error})"
         raise MissingPackage(
-            f"--t4: T4's metric needs the package perception_eval{here}: pip install '{SOURCE}' (Python 3.10 to 3.12; "
-            "it brings numpy 1)"
+            f"--t4: T4's metric needs the package perception_eval{here}: pip install '{SOURCE}' (it is in no index; "
+            "Python 3.10 to 3.12, numpy 1 and pandas 2: `pip install '.[t4]'` chooses what goes with these)"
         ) from None
 
 
@@ -39,25 +42,33 @@ def t4_figures(
     *,
     distance: float,
     min_points: int,
-) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Spec → figure → value, with the names of AWML's T4MetricV2, such as ``mAP_center_distance_bev``; and notes.
+    weights: Floats,
+) -> tuple[dict[str, dict[str, Floats]], list[str]]:
+    """Spec → figure → its value in each draw, with the names of AWML's T4MetricV2, such as ``mAP_center_distance_bev``;
+    and notes.
 
     Objects and detections within ``distance`` m of the sensor, seen from above, count, objects from ``min_points``
     points on. Detections with NaN or Inf are left out, as T4MetricV2 leaves them out; an unknown velocity is 0. A
-    figure is NaN where a class has neither objects nor detections. Raises MissingPackage without ``perception_eval``,
-    InputError where it knows none of the classes.
+    figure is NaN where a class has neither objects nor detections. ``weights`` [draws, samples] says how often each
+    sample was drawn, once in the first draw, which is the package's own; it is the only one where the package computes
+    average precision in a way that ``scene_draws`` does not know.
+
+    Raises MissingPackage without ``perception_eval``, InputError where it knows none of the classes.
     """
     check_installed()
     from perception_eval import __version__ as version
 
     labels = _Labels(class_names)
     figures = {
-        spec: _scores(predicted, truths, labels, distance, min_points) for spec, predicted in predictions.items()
+        spec: _scores(predicted, truths, labels, distance, min_points, weights)
+        for spec, predicted in predictions.items()
     }
     notes = [
         f"T4's metric: perception_eval {version}, objects and detections within {distance:g} m, "
         f"classes {', '.join(labels.targets)}"
     ]
+    if any(len(draws) < len(weights) for of_spec in figures.values() for draws in of_spec.values()):
+        notes.append(f"T4's metric has no intervals: perception_eval {version} averages precision in another way")
     if labels.unknown:
         notes.append(f"T4's metric leaves out {', '.join(labels.unknown)}: perception_eval has no such label")
     return figures, notes
@@ -85,8 +96,13 @@ class _Labels:
 
 
 def _scores(
-    predicted: Predictions, truths: Sequence[Truth], labels: _Labels, distance: float, min_points: int
-) -> dict[str, float]:
+    predicted: Predictions,
+    truths: Sequence[Truth],
+    labels: _Labels,
+    distance: float,
+    min_points: int,
+    weights: Floats,
+) -> dict[str, Floats]:
     from perception_eval.common.dataset import FrameGroundTruth
     from perception_eval.config import PerceptionEvaluationConfig
     from perception_eval.evaluation.result.perception_frame_config import (
@@ -121,14 +137,15 @@ def _scores(
             config, names, max_distance_list=[distance] * count, min_distance_list=[0.0] * count
         )
         pass_fail = PerceptionPassFailConfig(config, names, matching_threshold_list=[PASS_FAIL] * count)
+        counted = []
         starts = np.concatenate(([0], np.cumsum(predicted.counts)))
         for index, truth in enumerate(truths):
             found = slice(starts[index], starts[index + 1])
             points = np.where(truth.num_points >= 0, truth.num_points, min_points)  # unknown numbers count
             boxes = np.column_stack((truth.boxes, np.nan_to_num(truth.velocities)))
             objects = _objects(index, boxes, truth.labels, np.ones(len(boxes)), labels, points)
-            time = index * 100_000  # µs
-            manager.add_frame_result(
+            time = index * FRAME_TIME
+            frame = manager.add_frame_result(
                 unix_time=time,
                 ground_truth_now_frame=FrameGroundTruth(unix_time=time, frame_name=str(index), objects=list(objects)),
                 estimated_objects=list(
@@ -137,7 +154,11 @@ def _scores(
                 critical_object_filter_config=critical,
                 frame_pass_fail_config=pass_fail,
             )
-        return dict(_figures(manager.get_scene_result()))
+            counted.append(Counter(item.semantic_label.label for item in frame.frame_ground_truth.objects))
+        scene = manager.get_scene_result()
+        figures = {name: np.array([value]) for name, value in _figures(scene)}
+        draws = scene_draws(scene, counted, weights)
+        return {name: draws[name] for name in figures} if draws else figures
 
 
 def _objects(
@@ -159,7 +180,7 @@ def _objects(
             continue
         x, y, z, length, width, height, yaw, vx, vy = box.tolist()
         yield DynamicObject(
-            unix_time=index * 100_000,
+            unix_time=index * FRAME_TIME,
             frame_id=FrameID.from_value(FRAME),
             position=(x, y, z),
             orientation=Quaternion(axis=(0, 0, 1), radians=yaw),

@@ -38,7 +38,7 @@ def summary_table(result: EvaluationResult) -> Sheet:
     reference, *tests = result.backends
     columns = [Column("metric", "mark"), Column(reference.backend.spec, "number", show=_interval)]
     for each in tests:
-        columns += [Column(_name(each), "number", show=_number), Column("Δ", "number", show=_difference)]
+        columns += [Column(each.backend.spec, "number", show=_number), Column("Δ", "number", show=_difference)]
     rows = []
     for metric in reference.summary:
         values: list[Any] = [metric, reference.summary[metric]]
@@ -47,20 +47,22 @@ def summary_table(result: EvaluationResult) -> Sheet:
             values += [each.summary[metric].value, each.difference[metric]]
         rows.append(Row(values, "strong" if metric in ("mAP", "NDS") else ""))
     title = f"{CONFIDENCE:.0%} intervals from {result.options.draws} draws of the samples"
+    if emulated := [each.backend.spec for each in result.backends if each.backend.emulated]:
+        title += f"; emulated: {', '.join(emulated)}"  # in the heading it would be too wide for 80 columns
     return Sheet(columns, rows, title, ruled=True)
 
 
 def t4_table(result: EvaluationResult) -> Sheet:
     """A row for each of T4's figures: each backend's value, and for a test its difference from the reference."""
     reference, *tests = result.backends
-    columns = [Column("T4's metric", "mark"), Column(reference.backend.spec, "number", show=_number)]
+    columns = [Column("T4's metric", "mark"), Column(reference.backend.spec, "number", show=_figure)]
     for each in tests:
-        columns += [Column(_name(each), "number", show=_number), Column("Δ", "number", show=_signed)]
+        columns += [Column(_name(each), "number", show=_number), Column("Δ", "number", show=_change)]
     rows = []
     for name, value in reference.t4.items():
-        values: list[Any] = [name, value]
+        values: list[Any] = [name, reference.t4_intervals.get(name, value)]
         for each in tests:
-            values += [each.t4[name], each.t4[name] - value]
+            values += [each.t4[name], each.t4_difference.get(name, each.t4[name] - value)]
         rows.append(Row(values, "strong" if name.startswith("mAP_") else ""))
     return Sheet(columns, rows, "", ruled=True)
 
@@ -107,8 +109,10 @@ def verdict(result: EvaluationResult) -> Iterator[Text]:
             text += f"; but its outputs hold NaN or Inf on {each.not_finite} of {count} samples"
             text += f", those of {reference.backend.spec} on {reference.not_finite}"
             style = "bold red" if each.not_finite > reference.not_finite else "yellow"
-        if each.worse(limit):
+        if dropped := each.dropped(limit):
             text, style = f"worse by more than {limit:g}, and the choice of samples does not explain it", "bold red"
+            t4 = [f"{name} {_difference(each.t4_difference[name])}" for name in dropped if name != "mAP"]
+            change = "; ".join([change, *(f"T4's {name}" for name in t4)])
         yield Text(f"{_name(each)}: {change}: {text}", style=style)
 
 
@@ -122,6 +126,18 @@ def _number(value: float) -> str:
 
 def _signed(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:+.4f}"
+
+
+def _figure(value: float | ConfidenceInterval) -> str:
+    if not isinstance(value, ConfidenceInterval):
+        return _number(value)
+    return "–" if math.isnan(value.value) else _interval(value)
+
+
+def _change(value: float | ConfidenceInterval) -> str:
+    if not isinstance(value, ConfidenceInterval):
+        return _signed(value)
+    return "–" if math.isnan(value.value) else _difference(value)
 
 
 def _interval(figure: ConfidenceInterval) -> str:
