@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from test_cli import run
+from typer.testing import CliRunner
 
 from cp_debug.backends.tensorrt.config import decide
+from cp_debug.cli.main import app
 from cp_debug.cli.plain_steps import PlainSteps
 from cp_debug.deploy.config import load_config, override
 from cp_debug.deploy.schema import DeployConfig
@@ -50,6 +52,14 @@ def test_the_first_int8_files_say_how_to_calibrate(tmp_path: Path) -> None:
         read(tmp_path, "quantization = dict(enabled=True, fusion=dict(fuse_bn=False))\n")
 
 
+def test_the_tolerance_between_quantized_model_and_files_does_not_limit_what_int8_costs(tmp_path: Path) -> None:
+    text = "verification = dict(enabled=True, tolerance=0.1)\n"
+    assert read(tmp_path, text).verify.max_abs == 0.1
+    config = read(tmp_path, f"{text}quantization = dict(enabled=True)\n")
+    assert config.verify.max_abs is None
+    assert ["verification.tolerance is not used" in note for note in config.notes] == [True]
+
+
 def test_strongly_typed_engines_of_quantized_files(tmp_path: Path) -> None:
     config = read(
         tmp_path,
@@ -87,6 +97,54 @@ def test_ptq_block_calibrates_where_the_quantized_checkpoint_is_not_there_yet(tm
     assert idle(config) == ["evaluation.num_warmup", "quantization.ptq.batch_size", "quantization.ptq.calib_seed"]
     (tmp_path / "q.pth").touch()
     assert read(tmp_path, text).checkpoint == tmp_path / "q.pth"
+
+
+def test_words_of_lists_may_be_capitals_and_members_of_awmls_enumerations(tmp_path: Path) -> None:
+    config = load_config(
+        write(
+            tmp_path,
+            "from deployment.configs.enums import ExportMode as Mode, PrecisionPolicy\n"
+            "from deployment.core.backend import Backend\n"
+            "WORK = 'w' + '/d'\n"
+            "export = dict(mode=Mode.BOTH.value, work_dir=WORK)\n"
+            "tensorrt_config = dict(precision_policy=PrecisionPolicy.FP16)\n"
+            "evaluation = dict(enabled=True, backends={Backend.PYTORCH.value: dict(enabled=True, device=' CPU')})\n"
+            "verification = dict(scenarios={'BOTH': [dict(ref_backend='PyTorch', ref_device='cpu',\n"
+            "    test_backend=Backend.TENSORRT, test_device='CUDA:1')]})\n",
+        )
+    )
+    (scenario,) = config.scenarios()
+    assert (scenario.reference, scenario.test) == ("torch@cpu", "trt-fp16@cuda:1")
+    assert (config.export.mode, config.work_dir, config.evaluated()) == ("both", Path("w/d"), ["torch@cpu"])
+    with pytest.raises(InputError, match="there is no item 'JAX'"):
+        read(tmp_path, "from deployment.core.backend import Backend\nx = Backend.JAX\n")
+    with pytest.raises(InputError, match="unknown key 'colour'"):
+        read(tmp_path, "colour = 'red'\n")
+
+
+def test_an_empty_log_path_means_none_and_a_tilde_the_users_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = read(tmp_path, "checkpoint_path = '~/a.pth'\ndeploy_log_path = ' '\n")
+    assert (config.checkpoint, config.log_file) == (tmp_path / "a.pth", None)
+
+
+@pytest.mark.parametrize("inherits", [False, True])
+def test_awmls_settings_may_stand_in_yaml(tmp_path: Path, inherits: bool) -> None:
+    text = "export: {mode: onnx, work_dir: w}\nruntime_io: {info_file: a.pkl}\nevaluation: {num_warmup: 3}\n"
+    if inherits:
+        write(tmp_path, "export = dict(mode='both')\nonnx_config = dict(opset_version=13)\n", "base.py")
+        text += "_base_: base.py\n"
+    config = load_config(write(tmp_path, text, "deploy.yaml"))
+    assert (config.export.mode, config.data.path, config.export.opset) == (
+        "onnx",
+        Path("a.pkl"),
+        13 if inherits else 17,
+    )
+    assert idle(config) == ["evaluation.num_warmup"]
+    with pytest.raises(InputError, match="a configuration of mmdeploy for mmdet3d"):
+        load_config(write(tmp_path, "codebase_config: {type: mmdet3d}\n", "m.yaml"))
 
 
 def test_qat_block_and_the_base_files_of_variants(tmp_path: Path) -> None:
@@ -265,6 +323,18 @@ def test_flags_of_a_python_file_count_and_the_log_says_what_happened(tmp_path: P
     (tmp_path / "file").touch()
     code, printed = run("deploy", path, "--model", "centerpoint:tiny", "--log-file", tmp_path / "file" / "log")
     assert code == 2, printed
+
+
+@pytest.mark.parametrize("flags", [(), ("--log-level", "debug")])
+def test_notes_and_errors_are_said_once(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    text = "export = dict(work_dir='w')\nevaluation = dict(verbose=True)\ncheckpoint_path = 'gone.pth'\n"
+    text += "export.update(mode='onnx')\n"
+    arguments = ["deploy", str(write(tmp_path, text)), "--model", "centerpoint:tiny", *flags]
+    done = CliRunner().invoke(app, arguments)
+    assert "checkpoint is gone.pth: no such file" in str(done.exception), "which main prints"
+    said = "".join(done.output.split())
+    assert said.count("withouteffecthere:evaluation.verbose") == 1
+    assert "nosuchfile" not in said
 
 
 def test_long_steps_are_said_where_nobody_draws_a_bar() -> None:

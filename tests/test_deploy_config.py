@@ -12,7 +12,7 @@ from test_cli import run
 
 from cp_debug import plugins
 from cp_debug.deploy.config import load_config
-from cp_debug.deploy.literals import read_literals
+from cp_debug.deploy.literals import read_settings
 from cp_debug.deploy.schema import DeployConfig, EvaluateConfig, ExportConfig, TensorRTConfig
 from cp_debug.deploy.stages import Deployment
 from cp_debug.errors import InputError
@@ -109,7 +109,7 @@ def test_all_samples_need_data_that_ends(tmp_path: Path) -> None:
 )
 def test_anything_but_literals_is_refused_with_its_line(tmp_path: Path, line: str, says: str) -> None:
     with pytest.raises(InputError) as error:
-        read_literals(write(tmp_path, "c.py", f'"""doc"""\n{line}\n'))
+        read_settings(write(tmp_path, "c.py", f'"""doc"""\n{line}\n'))
     assert says in str(error.value)
     assert "c.py" in str(error.value)
 
@@ -124,7 +124,7 @@ def test_settings_are_inherited_as_mmengine_does(tmp_path: Path) -> None:
         "build = dict(policy='int8', shapes=dict(_delete_=True, z=[3]))\n"
         "device = {{_base_.devices.cuda}}\nwhere = f'{_base_.name}/onnx'\n",
     )
-    assert read_literals(path) == {
+    assert read_settings(path) == {
         "build": {"policy": "int8", "size": 1 << 30, "shapes": {"z": [3]}},
         "name": "a",
         "devices": {"cuda": "cuda:0"},
@@ -133,11 +133,53 @@ def test_settings_are_inherited_as_mmengine_does(tmp_path: Path) -> None:
     }
 
 
+def test_dictionaries_are_changed_and_spread_as_in_python(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "c.py",
+        "a: dict = dict(x=1, deep=dict(y=[1] + [2]))\nb = {**a, 'x': 2}\nc = dict(a, z=not True)\n"
+        "a['deep']['y'] = 3\na.update(x=4)\na.update({'w': 5}, **c)\n",
+    )
+    deep = {"y": 3}
+    assert read_settings(path) == {
+        "a": {"x": 1, "deep": deep, "w": 5, "z": False},
+        "b": {"x": 2, "deep": deep},
+        "c": {"x": 1, "deep": deep, "z": False},
+    }
+    for text, says in (
+        ("a = {}\na['a'] = a\n", "nested too deep"),
+        ("a = 'text'\na['b'] = 1\n", "expected a dictionary"),
+        ("a = dict(**[1])\n", "expected a dictionary"),
+        ("a = {}\na[[1]] = 2\n", "unhashable"),
+        ("a = [0] * 3\n", "expected a number"),
+        ("a = {}\nb = [a] * 1\n", "expected a number"),
+        ("a = {}\nb = [" + "a, " * 5000 + "]\na['x'] = ['b', 'c', 'd', 'e']\n", "unfolds to more than"),
+    ):
+        with pytest.raises(InputError, match=says):
+            read_settings(write(tmp_path, "d.py", text))
+
+
+def test_yaml_and_toml_inherit(tmp_path: Path) -> None:
+    write(tmp_path, "a.yaml", "model: centerpoint:tiny\nexport: {mode: onnx, opset: 13}\n")
+    write(tmp_path, "b.toml", "_base_ = 'a.yaml'\nwork_dir = 'w'\n[export]\nopset = 18\n")
+    config = load_config(tmp_path / "b.toml")
+    assert (config.model, config.export.mode, config.export.opset) == ("centerpoint:tiny", "onnx", 18)
+    for text, says in (
+        ("_base_: gone.yaml\n", r"c\.yaml: _base_ is 'gone\.yaml': there is no .*gone\.yaml"),
+        ("_base_: [1]\n", r"c\.yaml: _base_ is '\[1\]': expected the names of files"),
+        ("_base_: c.yaml\n", "inherits from itself"),
+        ("_base_: d.yaml\n", "d.yaml holds no settings by name"),
+    ):
+        write(tmp_path, "d.yaml", "- 1\n")
+        with pytest.raises(InputError, match=says):
+            load_config(write(tmp_path, "c.yaml", text))
+
+
 def test_two_bases_may_not_set_the_same(tmp_path: Path) -> None:
     write(tmp_path, "a.py", "name = 'a'\n")
     write(tmp_path, "b.py", "name = 'b'\n")
     with pytest.raises(InputError, match="name is set by two of them"):
-        read_literals(write(tmp_path, "c.py", "_base_ = ['a.py', 'b.py']\n"))
+        read_settings(write(tmp_path, "c.py", "_base_ = ['a.py', 'b.py']\n"))
 
 
 LITERALS = st.recursive(
@@ -152,7 +194,7 @@ LITERALS = st.recursive(
 def test_every_literal_is_read_as_python_reads_it(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
     path = tmp_path_factory.mktemp("literal") / "c.py"
     path.write_text(f"x = {value!r}\n", encoding="utf-8")
-    assert read_literals(path) == {"x": value}
+    assert read_settings(path) == {"x": value}
 
 
 @pytest.mark.parametrize(

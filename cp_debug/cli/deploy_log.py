@@ -31,8 +31,8 @@ class DeployLog:
         self._logger = logger
 
     def note(self, text: str) -> None:
-        """Log a remark."""
-        self._logger.warning("%s", text)
+        """Log a remark that the terminal has already."""
+        self._logger.warning("%s", text, extra=_SHOWN)
 
     def stage(self, name: str, record: StageRecord | None) -> None:
         """Log that a stage begins (no record), or what it gave."""
@@ -66,8 +66,7 @@ def deploy_log(file: Path | None, level: LogLevel | None) -> Iterator[DeployLog]
     from cp_debug.files import make_folder
 
     logger = logging.Logger("cpdebug.deploy", getattr(logging, (level or LogLevel.info).name.upper()))
-    if level is not None:
-        logger.addHandler(_Console(errors.print))
+    logger.addHandler(logging.NullHandler() if level is None else _Console(errors.print))
     if file is not None:
         try:
             make_folder(file.parent)
@@ -79,16 +78,21 @@ def deploy_log(file: Path | None, level: LogLevel | None) -> Iterator[DeployLog]
     try:
         yield DeployLog(logger)
     except CpdebugError as error:
-        logger.error("%s", error)
+        logger.error("%s", error, extra=_SHOWN)
         raise
     finally:
         for opened in logger.handlers:
             opened.close()
 
 
+_SHOWN = {"shown": True}
+"""Mark of lines that the command shows itself."""
+
+
 class _Console(logging.Handler):
     def __init__(self, say: Callable[[str], None]) -> None:
         super().__init__()
+        self.addFilter(lambda record: not hasattr(record, "shown"))
         self._say = say
 
     def emit(self, record: logging.LogRecord) -> None:

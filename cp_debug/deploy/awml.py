@@ -7,13 +7,26 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug.deploy.awml_schema import AwmlConfig, AwmlQuantization, Framework, idle_keys
-from cp_debug.deploy.literals import read_literals
-from cp_debug.deploy.schema import VARIANTS, validate
+from cp_debug.deploy.literals import Dialect, read_settings
+from cp_debug.deploy.schema import VARIANTS, DeployConfig, validate
 from cp_debug.errors import InputError
 
 ALL = 1 << 31
 """Number of samples where AWML says -1."""
 BACKENDS = {"pytorch": "torch", "onnx": "ort"}
+_ENUMS = {
+    "Backend": {"PYTORCH": "pytorch", "ONNX": "onnx", "TENSORRT": "tensorrt"},
+    "ExportMode": {"ONNX": "onnx", "TRT": "trt", "BOTH": "both", "NONE": "none"},
+    "PrecisionPolicy": {
+        "AUTO": "auto",
+        "FP16": "fp16",
+        "FP32_TF32": "fp32_tf32",
+        "INT8": "int8",
+        "STRONGLY_TYPED": "strongly_typed",
+    },
+}
+"""Enumerations that AWML's files import, with the values of their members."""
+DIALECT = Dialect(_ENUMS, frozenset(AwmlConfig.model_fields))
 _MMDEPLOY = ("codebase_config", "ir_config", "partition_config", "calib_config")
 """Keys that mmdeploy's configurations have, and AWML's do not."""
 
@@ -23,9 +36,20 @@ def read_awml(path: Path) -> dict[str, Any] | None:
 
     ``notes`` of the document are lines for people. Raises InputError that names the file and the key or line.
     """
-    if path.suffix != ".py":
-        return None
-    settings = read_literals(path)
+    return awml_document(read_settings(path, DIALECT), path) if path.suffix == ".py" else None
+
+
+def is_awml(settings: Any) -> bool:
+    """Whether settings are AWML's, or mmdeploy's, by their keys, and not this project's."""
+    ours = DeployConfig.model_fields.keys()
+    theirs = {*AwmlConfig.model_fields, *_MMDEPLOY} - ours
+    if not isinstance(settings, Mapping) or settings.keys() & (ours - AwmlConfig.model_fields.keys()):
+        return False
+    return not settings.keys().isdisjoint(theirs)
+
+
+def awml_document(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """AWML's settings from the file ``path`` as ``read_awml`` gives them. Raises InputError as it does."""
     _check_kind(settings, path)
     return _document(validate(AwmlConfig, settings, path), path)
 
@@ -98,6 +122,11 @@ def _document(awml: AwmlConfig, path: Path) -> dict[str, Any]:
         spec(f, given_devices[f] or awml.export.device) for f in (*evaluation.models, *evaluation.models_to_evaluate)
     ]
     checkpoint, notes = _checkpoint(awml)
+    if quantization.enabled and verification.enabled and "tolerance" in verification.model_fields_set:
+        notes.append(
+            "verification.tolerance is not used: it is between the quantized model and its files, which the export "
+            "compares; outputs in INT8 are verified against FP32, within the limit of each"
+        )
     folders, idle = _folders(awml)
     idle = [*idle_keys(awml), *idle]
     if idle:
@@ -129,7 +158,7 @@ def _document(awml: AwmlConfig, path: Path) -> dict[str, Any]:
         "verify": {
             "enabled": verification.enabled if awml.export.verify is None else awml.export.verify,
             "samples": verification.num_verify_samples,
-            "max_abs": verification.tolerance,
+            "max_abs": None if quantization.enabled else verification.tolerance,
             "scenarios": scenarios
             and [
                 {
@@ -159,10 +188,18 @@ def _checkpoint(awml: AwmlConfig) -> tuple[str | None, list[str]]:
     )
     quantization = awml.quantization
     before = quantization.ptq.checkpoint if quantization.ptq is not None else None
-    if quantization.enabled and before is not None and not (named and Path(named).is_file()):
+    if quantization.enabled and before is not None and not (named and _home(named).is_file()):
         gone = f"checkpoint_path ({named}) is not there" if named else "no checkpoint_path is named"
-        return before, [f"{gone}: quantization.ptq.checkpoint is calibrated instead"]
-    return named, []
+        return str(_home(before)), [f"{gone}: quantization.ptq.checkpoint is calibrated instead"]
+    return named and str(_home(named)), []
+
+
+def _home(text: str) -> Path:
+    """A path in which ``~`` is the user's folder, as AWML takes it."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # no such user
+        return Path(text)
 
 
 def _folders(awml: AwmlConfig) -> tuple[dict[str, str | None], list[str]]:
@@ -190,8 +227,10 @@ def _folders(awml: AwmlConfig) -> tuple[dict[str, str | None], list[str]]:
 
 def _log_file(awml: AwmlConfig) -> str | None:
     """The log; a name without a folder stands in the work folder."""
-    name = awml.deploy_log_path or awml.output_path
-    return str(Path(awml.export.work_dir) / name) if name and len(Path(name).parts) == 1 else name
+    name = (awml.deploy_log_path or "").strip() or awml.output_path
+    if not name:
+        return None
+    return str(Path(awml.export.work_dir) / name if len(Path(name).parts) == 1 else _home(name))
 
 
 def _quantization(settings: AwmlQuantization) -> dict[str, Any]:

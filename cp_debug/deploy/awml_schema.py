@@ -13,7 +13,15 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from cp_debug.deploy.schema import Mode, Policy, Section
 
-Framework = Literal["pytorch", "onnx", "tensorrt"]
+
+def _word(value: Any) -> Any:
+    """A word of a list, which AWML takes in capitals, too."""
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+Framework = Annotated[Literal["pytorch", "onnx", "tensorrt"], BeforeValidator(_word)]
+ExportMode = Annotated[Mode, BeforeValidator(_word)]
+Device = Annotated[str, BeforeValidator(_word)]
 
 
 class WithoutEffect:
@@ -85,19 +93,19 @@ class EngineFile(Section):
 class Devices(Section):
     """Devices that the words ``cpu`` and ``cuda`` mean."""
 
-    cpu: str = "cpu"
-    cuda: str | None = "cuda:0"
+    cpu: Device = "cpu"
+    cuda: Device | None = "cuda:0"
 
 
 class AwmlExport(Section):
     """Export: its mode, its folders and its sample."""
 
-    mode: Mode = "both"
+    mode: ExportMode = "both"
     work_dir: str = "work_dirs"
     onnx_path: str | None = None
     checkpoint_path: str | None = None
     verify: bool | None = None
-    device: str | None = None
+    device: Device | None = None
     sample_idx: int | None = None
 
 
@@ -164,7 +172,7 @@ class EvaluatedBackend(Section):
     """One backend that is scored."""
 
     enabled: bool = True
-    device: str | None = None
+    device: Device | None = None
     model_dir: str | None = None
     engine_dir: str | None = None
     checkpoint: str | None = None
@@ -182,18 +190,18 @@ class Evaluation(Section):
     models: dict[Framework, str | None] = Field(default={})
     models_to_evaluate: list[Framework] = Field(default=[])
     devices: IdleAnything = None
-    pytorch_device: str | None = None
-    onnx_device: str | None = None
-    tensorrt_device: str | None = None
+    pytorch_device: Device | None = None
+    onnx_device: Device | None = None
+    tensorrt_device: Device | None = None
 
 
 class AwmlScenario(Section):
     """A reference and a test."""
 
     ref_backend: Framework
-    ref_device: str
+    ref_device: Device
     test_backend: Framework
-    test_device: str
+    test_device: Device
 
 
 class Verification(Section):
@@ -203,7 +211,7 @@ class Verification(Section):
     num_verify_samples: int = 3
     tolerance: float = 0.1
     devices: Devices | None = None
-    scenarios: dict[Mode, list[AwmlScenario] | None] | None = None
+    scenarios: dict[ExportMode, list[AwmlScenario] | None] | None = None
 
 
 class AwmlCalibration(Section):

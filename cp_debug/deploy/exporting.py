@@ -58,9 +58,9 @@ class Exported(JsonForm):
 
     program: Program = field(metadata={"written": False})
     sizes: tuple[str, ...] = field(metadata={"key": "checked_on"})
-    """Shapes of the inputs of both runs; empty without a check."""
+    """Shapes of the inputs of each run; empty without a check."""
     error: float | None
-    """Largest relative L2 distance of any output from the module's, over both runs; None without a check."""
+    """Largest relative L2 distance of any output from the module's, over all runs; None without a check."""
     checked_by: str
     """The backend that ran the graph; empty without a check."""
     source: Graph | None = field(default=None, metadata={"written": False})

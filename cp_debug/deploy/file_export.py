@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import onnx
 
-from cp_debug.backends.base import Program
-from cp_debug.deploy.exporting import Exported, OnStep, checker, run_once, shapes_of, worst_output
+from cp_debug.backends.base import Backend, Program
+from cp_debug.deploy.exporting import Exported, OnStep, checker, resized, shapes_of, worst_output
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.files import complete_folder, resolved
 from cp_debug.graph.graph import Graph
@@ -17,14 +18,17 @@ from cp_debug.graph.opset import converted, inlined
 from cp_debug.graph.randomness import refuse_random
 from cp_debug.graph.surgery import save
 from cp_debug.programs.align import TOLERANCE
-from cp_debug.programs.walk import Walk
+from cp_debug.programs.walk import ComponentStep, Walk
 from cp_debug.recipes.base import Arrays, Model, Sample
+
+SAMPLES = 3
+"""Samples on which a written file is compared with its original, where they are made up."""
 
 
 def export_files(
     model: Model,
     programs: Sequence[Program],
-    sample: Sample,
+    samples: Sequence[Sample],
     folder: Path,
     *,
     opset: int | None = None,
@@ -36,8 +40,9 @@ def export_files(
 
     ``opset`` None keeps the file's; ``simplify`` runs onnxscript's optimizer over it. Weights in external data go into
     the file, or beside it where they are too many. Each file is checked by ``onnx.checker`` and gives the original's
-    outputs on ``sample``, before one of them appears. Raises InputError for what does not, for a file that would
-    replace its own original, and for an opset to which ONNX does not convert.
+    outputs on all ``samples``, at least one, and on a second size of the free axes where the original runs on one,
+    before one of them appears. Raises InputError for what does not, for a file that would replace its own original, and
+    for an opset to which ONNX does not convert.
     """
     names = {program.name: (files or {}).get(program.name, f"{program.name}.onnx") for program in programs}
     for program in programs:
@@ -45,25 +50,52 @@ def export_files(
         if resolved(target) == resolved(program.graph.path):
             raise InputError(f"--output: {target} would replace MODEL itself; expected another folder")
         refuse_random([program.graph], "the written file cannot be compared with it")
-    named = {program.name: program for program in programs}
-    written = []
+    written, walks = [], [Walk(model, sample) for sample in samples]
     with complete_folder(folder) as scratch:
         backend = checker()
-        for step in Walk(model, sample):
-            on_step(f"writing {step.name}", step.place, len(programs))
-            source = named[step.name].graph
-            step.outputs = run_once(backend, Program(step.name, source), step.inputs)
-            proto = source.proto
-            if simplify or opset not in (None, source.opsets.get("", 1)):
-                proto = inlined(source)
-                proto = converted(proto, source, opset) if opset is not None else proto
-                proto = _simplified(proto, source) if simplify else proto
-            save(proto, source, path := scratch / names[step.name])
-            graph = _checked(path, source)
-            error = _distance(source, step.outputs, run_once(backend, Program(step.name, graph), step.inputs))
-            program = replace(named[step.name], graph=graph)
-            written.append(Exported(program, (shapes_of(step.inputs),), error, str(backend.spec), source))
+        for place, program in enumerate(programs):
+            on_step(f"writing {program.name}", place, len(programs))
+            source = program.graph
+            graph = _checked(_rewritten(source, scratch / names[program.name], opset, simplify), source)
+            steps = [walk.at(program.name) for walk in walks]
+            distances = _distances(backend, Program(program.name, source), Program(program.name, graph), steps)
+            sizes, errors = zip(*distances, strict=True)
+            written.append(Exported(replace(program, graph=graph), sizes, max(errors), str(backend.spec), source))
     return [replace(w, program=replace(w.program, graph=Graph(folder / w.program.graph.path.name))) for w in written]
+
+
+def _rewritten(source: Graph, path: Path, opset: int | None, simplify: bool) -> Path:
+    """``source`` written to ``path``, in another opset or simplified where that is asked for."""
+    proto = source.proto
+    if simplify or opset not in (None, source.opsets.get("", 1)):
+        proto = inlined(source)
+        proto = converted(proto, source, opset) if opset is not None else proto
+        proto = _simplified(proto, source) if simplify else proto
+    save(proto, source, path)
+    return path
+
+
+def _distances(
+    backend: Backend, source: Program, rewritten: Program, steps: Sequence[ComponentStep]
+) -> Iterator[tuple[str, float]]:
+    """(Shapes, relative L2 distance of the worst output) of each run of both graphs; ``steps`` get their outputs.
+
+    The last run has other sizes along the free axes, where there are some and the original runs on them.
+    """
+    graph = source.graph
+    axes = {v.name: {i: str(d) for i, d in enumerate(v.shape or ()) if not isinstance(d, int)} for v in graph.inputs}
+    fed = [step.inputs for step in steps]
+    with closing(backend.open(source)) as session:
+        for step in steps:
+            step.outputs = session.run(step.inputs)
+        expected: list[Arrays] = [step.outputs for step in steps]
+        if shapes_of(other := resized(fed[0], axes)) != shapes_of(fed[0]):
+            with suppress(InputError):  # of a size that the original does not take
+                expected.append(session.run(other))
+                fed.append(other)
+    with closing(backend.open(rewritten)) as session:
+        for inputs, outputs in zip(fed, expected, strict=True):
+            yield shapes_of(inputs), _distance(graph, outputs, session.run(inputs))
 
 
 def _simplified(proto: onnx.ModelProto, source: Graph) -> onnx.ModelProto:

@@ -1,7 +1,7 @@
 """A Python file of settings, read without running it.
 
 Assignments of literals are read, and the little arithmetic that settings use; everything else is refused with its line.
-Files that it names in ``_base_`` are read the same way and merged as mmengine does
+Files that it names in ``_base_``, YAML and TOML among them, are read the same way and merged as mmengine does
 (``mmengine.config.Config._merge_a_into_b``).
 """
 
@@ -11,9 +11,11 @@ import ast
 import operator
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cp_debug.deploy.documents import SUFFIXES, read_document
 from cp_debug.errors import InputError
 from cp_debug.files import resolved
 from cp_debug.reading import plain, read_text
@@ -31,36 +33,55 @@ _LARGEST_SHIFT = 64
 _LARGEST_VALUE = 20_000
 
 
-def read_literals(path: Path) -> dict[str, Any]:
-    """The settings of a Python file by name; names that begin with ``_`` are left out.
+@dataclass(frozen=True)
+class Dialect:
+    """Python files of one tool. enums: class that a file may import → member → value. keys: names of its settings."""
 
-    Admitted are constants, containers, ``dict(key=…)``, names assigned before, their items, sums and products of
-    numbers, ``<<``, f-strings, ``str(…)``, ``.strip()``, and of inherited settings ``{{_base_.name}}``. Raises
-    InputError with file and line for anything else.
+    enums: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    keys: frozenset[str] = frozenset()
+
+
+def read_settings(path: Path, dialect: Dialect = Dialect()) -> Any:
+    """The settings of a file by name.
+
+    Left out of a Python file are names that begin with ``_``, and variables: names that the file reads again and that
+    are no keys of ``dialect``. Admitted are constants, containers, ``dict(key=…)``, ``**`` in both, names assigned
+    before, their items, sums, products of numbers, ``<<``, ``not``, ``update(…)``, assignments to items, f-strings,
+    ``str(…)``, ``.strip()``, members of the dialect's enumerations and their imports, and of inherited settings
+    ``{{_base_.name}}``. A YAML or TOML file without ``_base_`` may be any document.
+
+    Raises InputError with file and line for anything else.
     """
-    return plain(_read(path, ()), str(path), nulls=True)
+    return plain(_read(path, (), dialect), str(path), nulls=path.suffix not in SUFFIXES)
 
 
-def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, children: tuple[Path, ...], dialect: Dialect) -> Any:
     """Settings of a file; ``children`` are the files that inherit from it.
 
     Raises InputError for one that is its own heir.
     """
     if resolved(path) in children:
         raise InputError(f"{path}: inherits from itself")
+    reader = _Reader(path, (*children, resolved(path)), dialect)
+    if path.suffix in SUFFIXES:
+        settings = read_document(path)
+        if not isinstance(settings, dict) or "_base_" not in settings:
+            return settings
+        files = settings.pop("_base_")
+        reader.inherit([files] if isinstance(files, str) else files, f"{path}: _base_ is {str(files)[:60]!r}")
+        return merge(reader.base, settings)
     text = read_text(path, what="configuration")
-    reader = _Reader(path, (*children, resolved(path)))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the parser, about what the file says
             tree = ast.parse(text, str(path))
         for statement in tree.body:
             reader.take(statement)
+        settings = reader.settings()
     except (SyntaxError, ValueError) as error:
         raise InputError(f"{path}: not Python ({error})") from None
     except (RecursionError, MemoryError):  # the parser says either
         raise InputError(f"{path}: nested too deep") from None
-    settings = {name: value for name, value in reader.values.items() if not name.startswith("_")}
     return merge(reader.base, settings)
 
 
@@ -80,39 +101,75 @@ def merge(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any
 
 
 class _Reader:
-    def __init__(self, path: Path, lineage: tuple[Path, ...]) -> None:
-        self._path, self._lineage = path, lineage
+    def __init__(self, path: Path, lineage: tuple[Path, ...], dialect: Dialect) -> None:
+        self._path, self._lineage, self._dialect = path, lineage, dialect
+        self._used: set[str] = set()
+        """Names that expressions read."""
         self.values: dict[str, Any] = {}
+        self._imported: dict[str, Mapping[str, str]] = {}
+        """Name in the file → members of an enumeration."""
         self._sizes: dict[int, int] = {}
         """Values in each container, those of containers in it included, by its identity."""
         self._kept: list[Any] = []
         self.base: dict[str, Any] = {}
 
     def take(self, statement: ast.stmt) -> None:
-        """Execute one statement. Raises InputError for anything but an assignment to a name, or a docstring."""
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            return  # a docstring
-        if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1):
-            self._refuse(statement)
-        target = statement.targets[0]
-        if not isinstance(target, ast.Name):
-            self._refuse(statement)
-        value = self._value(statement.value)
-        if target.id == "_base_":
-            self._inherit(statement, [value] if isinstance(value, str) else value)
-        else:
-            self.values[target.id] = value
+        """Execute one statement. Raises InputError for anything but an assignment, ``update(…)``, or a docstring."""
+        match statement:
+            case ast.Expr(value=ast.Constant()):
+                pass  # a docstring
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                self._assign(statement, name, self._value(value))
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+                self._assign(statement, name, self._value(value))
+            case ast.Assign(targets=[ast.Subscript(value=of, slice=index)], value=value):
+                self._update(of, lambda: {self._value(index): self._value(value)})
+            case ast.Expr(value=ast.Call(func=ast.Attribute(value=of, attr="update"), args=args, keywords=keywords)):
+                self._update(of, lambda: self._merged([*args, *((word.arg, word.value) for word in keywords)]))
+            case ast.ImportFrom(names=names) if all(name.name in self._dialect.enums for name in names):
+                self._imported |= {name.asname or name.name: self._dialect.enums[name.name] for name in names}
+            case _:
+                self._refuse(statement)
 
-    def _inherit(self, statement: ast.stmt, files: Any) -> None:
+    def settings(self) -> dict[str, Any]:
+        """The settings that were assigned, without variables. Raises InputError where it unfolds to too many values."""
+        variables = self._used - self._dialect.keys if self._dialect.keys else set()
+        settings = {k: value for k, value in self.values.items() if not k.startswith("_") and k not in variables}
+        if any(self._size(value) > _LARGEST_VALUE for value in settings.values()):  # changed after it was assigned
+            raise InputError(f"{self._path}: unfolds to more than {_LARGEST_VALUE} values or characters")
+        return settings
+
+    def _assign(self, statement: ast.stmt, name: str, value: Any) -> None:
+        if name != "_base_":
+            self.values[name] = value
+            return
+        source = self._at(statement)
+        self.inherit([value] if isinstance(value, str) else value, source)
+
+    def _update(self, target: ast.expr, items: Callable[[], dict[Any, Any]]) -> None:
+        """Put items into a dictionary that was assigned before."""
+        settings = self._value(target)
+        if not isinstance(settings, dict):
+            self._refuse(target, "expected a dictionary")
+        try:
+            settings.update(items())
+        except TypeError as error:  # a list as key
+            self._refuse(target, str(error))
+        self._sizes.clear()  # of the containers that hold this one, too
+
+    def inherit(self, files: Any, source: str) -> None:
+        """Read the files that this one inherits from. Raises InputError, starting with ``source``."""
         if not (isinstance(files, list) and all(isinstance(file, str) for file in files)):
-            self._refuse(statement, "expected the names of files")
+            raise InputError(f"{source}: expected the names of files")
         for file in files:
             path = self._path.parent / file
             if not path.is_file():
-                self._refuse(statement, f"there is no {path}")
-            settings = _read(path, self._lineage)
-            if twice := sorted(settings.keys() & self.base.keys()):
-                self._refuse(statement, f"{twice[0]} is set by two of them")
+                raise InputError(f"{source}: there is no {path}")
+            settings = _read(path, self._lineage, self._dialect)
+            if not isinstance(settings, dict):
+                raise InputError(f"{source}: {path} holds no settings by name")
+            if twice := sorted(map(str, settings.keys() & self.base.keys())):
+                raise InputError(f"{source}: {twice[0]} is set by two of them")
             self.base |= settings
 
     def _value(self, node: ast.expr) -> Any:
@@ -143,14 +200,22 @@ class _Reader:
             case ast.List(elts=items) | ast.Tuple(elts=items):
                 return [self._value(item) for item in items]
             case ast.Dict(keys=keys, values=values):
-                return {
-                    self._value(key or self._refuse(node)): self._value(value)
-                    for key, value in zip(keys, values, strict=True)
-                }
+                return self._merged(
+                    [
+                        value if key is None else (self._value(key), value)
+                        for key, value in zip(keys, values, strict=True)
+                    ]
+                )
             case ast.Name(id=name):
+                self._used.add(name)
                 return self.values[name] if name in self.values else self._refuse(node, f"{name} is not assigned above")
             case ast.Set(elts=[ast.Set(elts=[inherited])]):  # {{_base_.name}}
                 return self._value(inherited)
+            case (
+                ast.Attribute(value=ast.Name(id=enum), attr=name)
+                | ast.Attribute(value=ast.Attribute(value=ast.Name(id=enum), attr=name), attr="value")
+            ) if enum in self._imported:
+                return self._item(node, self._imported[enum], name)
             case ast.Attribute(value=ast.Name(id="_base_"), attr=name):
                 return self._item(node, self.base, name)
             case ast.Attribute(value=ast.Attribute() as of, attr=name):
@@ -159,6 +224,8 @@ class _Reader:
                 return self._item(node, self._value(of), self._value(index))
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return -self._number(operand)
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                return not self._value(operand)
             case ast.BinOp():
                 return self._arithmetic(node)
             case ast.JoinedStr(values=parts):
@@ -166,6 +233,20 @@ class _Reader:
             case ast.Call():
                 return self._call(node)
         self._refuse(node)
+
+    def _merged(self, parts: list[Any]) -> dict[Any, Any]:
+        """A dictionary of pairs (key, expression), and of expressions that are dictionaries themselves."""
+        merged: dict[Any, Any] = {}
+        for part in parts:
+            match part:
+                case (None, ast.expr() as node) | (ast.expr() as node):  # **settings
+                    settings = self._value(node)
+                    if not isinstance(settings, dict):
+                        self._refuse(node, "expected a dictionary")
+                    merged |= settings
+                case (key, node):
+                    merged[key] = self._value(node)
+        return merged
 
     def _item(self, node: ast.expr, container: Any, index: Any) -> Any:
         try:
@@ -179,7 +260,11 @@ class _Reader:
 
     def _arithmetic(self, node: ast.BinOp) -> Any:
         compute = _ARITHMETIC.get(type(node.op)) or self._refuse(node)
-        left, right = self._number(node.left), self._number(node.right)
+        left, right = self._value(node.left), self._value(node.right)
+        if isinstance(node.op, ast.Add) and type(left) is type(right) and isinstance(left, str | list):
+            return left + right
+        if not (isinstance(left, int | float) and isinstance(right, int | float)):
+            self._refuse(node, "expected a number")
         if isinstance(node.op, ast.LShift) and not (isinstance(right, int) and 0 <= right <= _LARGEST_SHIFT):
             self._refuse(node, f"expected a shift of 0 to {_LARGEST_SHIFT}")
         try:
@@ -196,8 +281,8 @@ class _Reader:
 
     def _call(self, node: ast.Call) -> Any:
         match node:
-            case ast.Call(func=ast.Name(id="dict"), args=[], keywords=keywords):
-                return {word.arg or self._refuse(node): self._value(word.value) for word in keywords}
+            case ast.Call(func=ast.Name(id="dict"), args=args, keywords=keywords) if len(args) < 2:
+                return self._merged([*args, *((word.arg, word.value) for word in keywords)])
             case ast.Call(func=ast.Name(id="str"), args=[value], keywords=[]):
                 return str(self._value(value))
             case ast.Call(func=ast.Attribute(value=of, attr=name), args=args, keywords=[]) if name in _TEXT_METHODS:
@@ -206,9 +291,12 @@ class _Reader:
                     return getattr(text, name)(*arguments)
         self._refuse(node)
 
-    def _refuse(self, node: ast.AST, why: str = "") -> NoReturn:
-        line = getattr(node, "lineno", 0)
+    def _at(self, node: ast.AST) -> str:
+        """The place of a node, and its beginning, for messages."""
         source = ast.unparse(node).splitlines()[0]
         excerpt = source if len(source) <= 60 else f"{source[:57]}..."
+        return f"{self._path}, line {getattr(node, 'lineno', 0)}: {excerpt!r}"
+
+    def _refuse(self, node: ast.AST, why: str = "") -> NoReturn:
         reason = why or "only literals are read from a configuration, nothing in it is executed"
-        raise InputError(f"{self._path}, line {line}: {excerpt!r}: {reason}")
+        raise InputError(f"{self._at(node)}: {reason}")

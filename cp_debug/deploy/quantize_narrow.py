@@ -19,7 +19,7 @@ from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.deploy.exporting import ExportOptions, OnStep, checker, export_model, own_files, run_once
-from cp_debug.deploy.quantize_output import MEASURED, First
+from cp_debug.deploy.quantize_output import MEASURED, First, earlier_files, remove_others
 from cp_debug.display import Shown
 from cp_debug.errors import InputError
 from cp_debug.files import complete_folder, complete_path, resolved
@@ -99,6 +99,7 @@ def quantize_narrow(
     method: str = "max",
     skip_layers: Sequence[str] = (),
     options: ExportOptions = ExportOptions(21),  # noqa: B008, frozen
+    overwrite: bool = False,
     on_step: OnStep = lambda text, done, total: None,
 ) -> NarrowResult:
     """Write ``model`` in ``precision`` into the folder ``output``: ONNX with Q/DQ nodes, and a recipe for ModelOpt.
@@ -108,7 +109,8 @@ def quantize_narrow(
     over layers that stay in FP32. Each file is run on the first sample and compared with the emulation.
 
     Raises InputError for options that no file can say, a model that is quantized already, globs that mean nothing or
-    leave nothing, NaN or Inf in weights and calibration, and a file that computes something else.
+    leave nothing, NaN or Inf in weights and calibration, a file that computes something else, and an ``output`` that
+    holds an earlier run's files where ``overwrite`` is false.
     """
     check_exportable(precision)
     check_method(precision, method)
@@ -118,6 +120,7 @@ def quantize_narrow(
         if resolved(target) == resolved(program.graph.path):
             raise InputError(f"{target}: that is the model itself; expected another folder")
         _refuse_quantized(program.graph)
+    earlier = earlier_files(output, model, overwrite)
     first = First(MEASURED)
     samples = first(calibration_samples(model, inputs, batches if calibrated(precision) else MEASURED, on_step))
     head = next(samples, None)
@@ -147,6 +150,7 @@ def quantize_narrow(
             text = yaml.safe_dump(recipe, sort_keys=False)
             (scratch / FILE).write_text(text, encoding="utf-8")
         paths = sorted(output / file.name for file in scratch.iterdir())
+    remove_others(earlier, paths)
     return NarrowResult(
         model=model.name,
         precision=str(precision),

@@ -17,6 +17,7 @@ from cp_debug.files import complete_folder, resolved
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import insert_qdq
 from cp_debug.graph.scales import Scales
+from cp_debug.quantization import modelopt_recipe
 from cp_debug.quantization.checkpoint import FILE, save_ptq_model
 from cp_debug.quantization.models import QuantizedComponent, output_sqnr, quantize_model, reapply_scales, with_modules
 from cp_debug.quantization.open_quantized import calibration_samples
@@ -100,6 +101,29 @@ def write_quantized(
     return paths
 
 
+def earlier_files(folder: Path, model: Model, overwrite: bool) -> list[Path]:
+    """The files of an earlier quantization of ``model`` in ``folder``, which a new one replaces.
+
+    Raises InputError where there are some and ``overwrite`` is false, before anything long.
+    """
+    kinds = (".onnx", ".onnx.data", ".alignment.json", ".calibration.safetensors")
+    names = [
+        FILE,
+        modelopt_recipe.FILE,
+        *(f"{component.name}{kind}" for component in model.components for kind in kinds),
+    ]
+    found = [path for name in names if (path := folder / name).exists()]
+    if found and not overwrite:
+        raise InputError(f"--output: {folder} holds {found[0].name} of an earlier run; --overwrite replaces it")
+    return found
+
+
+def remove_others(earlier: Sequence[Path], files: Sequence[Path]) -> None:
+    """Remove those of the earlier files that the new run did not write."""
+    for path in {*earlier} - {*files}:
+        path.unlink(missing_ok=True)
+
+
 def cache_file(folder: Path, component: str) -> Path:
     """Path of a component's calibration cache."""
     return folder / f"{component}.calibration.safetensors"
@@ -136,18 +160,21 @@ def quantize_ptq(
     skip_layers: Sequence[str] = (),
     cache: Path | None = None,
     options: ExportOptions = ExportOptions(),  # noqa: B008, frozen
+    overwrite: bool = False,
     on_step: OnStep = lambda text, done, total: None,
 ) -> PtqResult:
     """Calibrate ``model`` on at most ``batches`` samples and write it in INT8 into the folder ``output``.
 
     ``inputs`` are files to calibrate on, None the model's own samples; ``cache`` gives the scales of an earlier run
     instead. Raises InputError as ``quantize_model``, ``read_caches`` and ``write_quantized`` do, and where
-    ``skip_layers`` leave nothing to quantize, or a file would replace the model's own.
+    ``skip_layers`` leave nothing to quantize, a file would replace the model's own, or ``output`` holds an earlier
+    run's and ``overwrite`` is false.
     """
     for graph in model.components:
         target = output / f"{graph.name}.onnx"
         if graph.onnx_path is not None and resolved(target) == resolved(graph.onnx_path):
             raise InputError(f"{target}: that is the model itself; expected another folder")
+    earlier = earlier_files(output, model, overwrite)
     first = First(MEASURED)
     samples = first(calibration_samples(model, inputs, MEASURED if cache else batches, on_step))
     if cache:
@@ -158,6 +185,7 @@ def quantize_ptq(
     if skip_layers and not any(part.scales.layers for part in quantized.values()):
         raise InputError(f"--skip-layers: {', '.join(skip_layers)}: that leaves no layer to quantize")
     files = write_quantized(model, quantized, first.kept[0], output, options, on_step=on_step)
+    remove_others(earlier, files)
     return PtqResult(
         model=model.name,
         method=next(iter(quantized.values())).scales.method,

@@ -15,7 +15,7 @@ from cp_debug.deploy.bench import BackendBench, bench
 from cp_debug.deploy.config import load_config
 from cp_debug.deploy.engines import MANIFEST, BuiltEngine, build_engines, check_engines
 from cp_debug.deploy.exporting import Exported, ExportOptions, export_model, load_exported, own_files, take_files
-from cp_debug.deploy.file_export import export_files
+from cp_debug.deploy.file_export import SAMPLES, export_files
 from cp_debug.deploy.fit import check_components, check_profiles, check_profiles_of_modules
 from cp_debug.deploy.interface_checks import checked
 from cp_debug.deploy.quantizing import export_quantized, in_int8
@@ -216,7 +216,7 @@ class Deployment:
             return export_files(
                 self.model,
                 programs,
-                self.samples(1)[0],
+                self.samples(SAMPLES),
                 self.onnx_dir,
                 opset=opset,
                 simplify=export.simplify,

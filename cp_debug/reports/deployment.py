@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def export_lines(exported: Sequence[Exported]) -> Iterator[Text]:
             )
         else:
             yield Text(f"  alignment: {alignment.coverage() if alignment else 'none'}")
-        yield Text(f"  {each.checked_by} on {' and '.join(each.sizes)}: relative L2 at most {each.error:.2g}")
+        runs = [f"{f'{count} samples of ' if count > 1 else ''}{size}" for size, count in Counter(each.sizes).items()]
+        yield Text(f"  {each.checked_by} on {' and '.join(runs)}: relative L2 at most {each.error:.2g}")
 
 
 def stage_table(records: Sequence[StageRecord]) -> Sheet:
