@@ -32,6 +32,14 @@ class Neck(nn.Module):
         return self.head(torch.relu(up) + x)
 
 
+class GroupedNeck(Neck):
+    """Its transposed convolution has two groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(6, 6, 2, 2, groups=2, bias=False)
+
+
 class Depthwise(nn.Module):
     """A chain of depthwise and pointwise convolutions of one size."""
 
@@ -118,9 +126,9 @@ def test_whose_batch_norm_was_folded_is_named(
     assert finding.explained > 0.99
 
 
-@pytest.mark.parametrize("norm", ["up_norm", "down_norm"])
-def test_a_transposed_convolution_scaled_along_the_wrong_axis(norm: str) -> None:
-    module = trained(Neck, seed=4)
+@pytest.mark.parametrize(("kind", "norm"), [(Neck, "up_norm"), (Neck, "down_norm"), (GroupedNeck, "up_norm")])
+def test_a_transposed_convolution_scaled_along_the_wrong_axis(kind: type[nn.Module], norm: str) -> None:
+    module = trained(kind, seed=4)
     (finding,) = findings(module, folded(module, {"up": [norm]}, wrong_axis=["up"]))
     assert finding.layers == ["up_norm"]
     assert "input channels" in finding.says
@@ -160,8 +168,11 @@ def test_parameters_of_no_layer_of_the_network_are_no_wrong_pairing() -> None:
 
 def test_evidence_is_told_in_words() -> None:
     pairs = {f"conv{place}": f"norm{place}" for place in range(6)}
-    finding = Finding("x", "says", ["conv0"], ["Conv"], evidence={"pairs": pairs, "declared": True, "clipped": False})
+    shares = {"overflows": 6.1e-4, "vanishes": 0.0}
+    evidence = {**shares, "pairs": pairs, "declared": True, "clipped": False}
+    finding = Finding("x", "says", ["conv0"], ["Conv"], evidence=evidence)
     (text,) = (text for label, text in lines(finding) if label == "evidence")
     assert "BatchNorm taken from conv0: norm0, conv1: norm1, conv2: norm2, conv3: norm3 and 2 more" in text
+    assert text.startswith("0.06% of the values overflow; BatchNorm taken from")
     assert text.endswith("; declared; not clipped")
     assert not set(text) & set("{}'")

@@ -215,6 +215,24 @@ def test_another_order_of_fp16_sums_is_named_by_its_magnitude(tmp_path: Path) ->
     assert another_order.explained < 0.5
 
 
+def test_a_split_sum_is_computed_as_the_kernel_tells(tmp_path: Path) -> None:
+    net = NetBuilder(7)
+    net.conv("x", 256, 8, k=1, name="conv")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, 256, 20, 20])}, ["conv"]))
+    given = {"x": torch.randn(1, 256, 20, 20, generator=torch.Generator().manual_seed(0)).half().float()}
+    context = SegmentContext(Program("net", graph), Executor(graph, FP32), "fp16")
+    found = Segment(context, graph.nodes, "conv", given, context.oracle.run(given)["conv"])
+    silent = spoilt(found, found.run(replace(FP16ACC, tile=64, split=3)))
+    told = spoilt(found, found.run(replace(FP16ACC, tile=64, split=3)))
+    told.tactic = "sm80_xmma_gemm_f16f16_f16f16_f16_nn_n_tilesize32x32x64_stage6_warpsize2x2x1_tensor16x8x16"
+    told.tactic += " numSplitK: 3 numBuffers: 2 numKernels: 1"
+    told_cause, silent_cause = named(told).cause, named(silent).cause
+    assert told_cause is not None
+    assert silent_cause is not None
+    assert (told_cause.evidence["bit_identical"], told_cause.evidence["split"]) == (1.0, 3)
+    assert silent_cause.evidence["bit_identical"] < 0.9
+
+
 def test_a_residual_added_before_the_bias_is_fp16_accumulation_bit_by_bit(tmp_path: Path) -> None:
     """The order behind the sum is that of the engines' kernels, as the benchmarks and predictions have it."""
     net = NetBuilder(7)

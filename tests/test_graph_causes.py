@@ -98,6 +98,19 @@ def behind(value: str, op: str, *constants: np.ndarray, **attributes: object) ->
     return edit
 
 
+def in_front(value: str, op: str, number: float) -> Edit:
+    """One more node with a number in front of the node that computes a value."""
+
+    def edit(graph: onnx.GraphProto) -> None:
+        own, name = node(graph, value), f"{value}.number"
+        graph.initializer.append(numpy_helper.from_array(np.float32(number), name))
+        added = onnx.helper.make_node(op, [own.input[0], name], [f"{value}.in"], name=f"{value}.{op}")
+        own.input[0] = added.output[0]
+        graph.node.insert(list(graph.node).index(own), added)
+
+    return edit
+
+
 def both(*edits: Edit) -> Edit:
     return lambda graph: [edit(graph) for edit in edits] and None
 
@@ -152,6 +165,8 @@ KNOWN_ONLY: list[tuple[str, Edit, set[str]]] = [
     ),
     ("lstm", attribute("lstm", direction="reverse"), {"attribute"}),
     ("sum", behind("sum", "Neg"), {"extra-operator"}),
+    ("elu", behind("elu", "Mul", np.float32(np.arange(12) < 9)), {"truncated"}),
+    ("elu", behind("elu", "Mul", np.float32(np.arange(12) % 3 > 0)), {"channels-zeroed"}),
     ("sum", behind("sum", "Add", np.float32(0.01)), {"shifted"}),
     ("other", both(behind("other", "Cast", to=1), behind("other.before", "Cast", to=16)), {"bf16"}),
 ]
@@ -184,6 +199,13 @@ def test_the_cause_is_found_without_the_other_graph(
 ) -> None:
     monkeypatch.setattr(GraphReader, "_other", lambda self, component: None)
     assert explained(net, tmp_path, edit, value).cause in causes
+
+
+@pytest.mark.parametrize(("value", "cause"), [("sigmoid", "extra-operator"), ("matmul", "scaled")])
+def test_a_factor_in_front_scales_the_result_of_what_is_linear(
+    net: Path, tmp_path: Path, value: str, cause: str
+) -> None:
+    assert explained(net, tmp_path, in_front(value, "Mul", 1.7), value).cause == cause
 
 
 def test_gates_in_another_order(net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,13 +307,15 @@ def test_a_pair_of_quantizers_does_not_make_a_quantized_network(net: Path, tmp_p
 
 @pytest.fixture(scope="module")
 def folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``x`` [1, 8, 12, 12]: Conv, BatchNormalization and Relu, which ONNX Runtime makes one node, and a Clip."""
+    """``x`` [1, 8, 12, 12]: twice Conv, BatchNormalization and Relu, which ONNX Runtime makes one node, and a Clip."""
     made = NetBuilder(6)
     kernel = made.weight((made.rng.standard_normal((16, 8, 3, 3)) * 0.2).astype(np.float32))
     x = made.op("Conv", "x", kernel, pads=[1] * 4, name="conv")
     made.op("Relu", made.batch_norm(x, 16), name="relu")
     made.op("Clip", "x", made.weight(np.float32(0.0), "least"), made.weight(np.float32(1.2), "most"), name="clip")
-    return made.save(tmp_path_factory.mktemp("folded") / "net.onnx", {"x": (1, [1, 8, 12, 12])}, ["relu", "clip"])
+    made.op("Relu", made.batch_norm(made.conv("x", 8, 16, name="side"), 16), name="second")
+    outputs = ["relu", "clip", "second"]
+    return made.save(tmp_path_factory.mktemp("folded") / "net.onnx", {"x": (1, [1, 8, 12, 12])}, outputs)
 
 
 @pytest.mark.parametrize(

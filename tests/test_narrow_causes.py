@@ -24,6 +24,7 @@ from cp_debug.bisect.engine import bisect
 from cp_debug.bisect.narrow_variants import variants
 from cp_debug.bisect.options import Options
 from cp_debug.bisect.result import TestResult
+from cp_debug.reports.tables import verdict_line
 
 NET = "g (float[12,256] x) => (float[12,40] y) { m = MatMul(x, w)  y = Add(m, b) }"
 
@@ -126,6 +127,9 @@ SPIKED = W * np.where(np.random.default_rng(4).random(W.shape) < 0.01, 20, 1).as
         ("fp8", hot(128, 1e5, 0), "block-scale"),
         ("fp8:block", hot(64, 5e5), "fp8-underflow"),
         ("mxfp4", hot(8, 60.0), "fp4-outlier"),
+        ("mxfp4", hot(4, 60.0, 0), "fp4-outlier"),  # in one block, where they could hide each other
+        ("nvfp4", hot(2, 60.0, 0), "fp4-outlier"),
+        ("int4:g128", hot(8, 60.0), "int4-outlier"),
         ("int4:g256", (X, SPIKED), "int4-group"),
         ("fp8:acc=9-bit", (abs(X), abs(W)), "fp8-accumulation"),
     ],
@@ -142,11 +146,24 @@ def test_a_declaration_that_does_not_fit_the_numbers(
     assert "m" in finding.fix
 
 
+def test_the_last_line_tells_that_another_declaration_loses_less(tmp_path: Path) -> None:
+    test, _ = judged(tmp_path, "mxfp4", None, *hot(20, 1e3))
+    assert not test.agrees
+    assert verdict_line(test).plain.endswith(", but 1 layer would lose less if declared better (fp4-outlier)")
+
+
 @pytest.mark.parametrize("claim", ["fp8", "fp8:block", "mxfp8", "mxfp4", "nvfp4", "int4"])
 def test_numbers_that_fit_their_format_have_no_finding(tmp_path: Path, claim: str) -> None:
     test, findings = judged(tmp_path, claim, None, X, W)
     assert not test.guilty
-    assert not findings.keys() & {"block-scale", "fp8-underflow", "fp4-outlier", "int4-group", "fp8-accumulation"}
+    assert not findings.keys() & {
+        "block-scale",
+        "fp8-underflow",
+        "fp4-outlier",
+        "int4-group",
+        "int4-outlier",
+        "fp8-accumulation",
+    }
 
 
 def test_scales_of_calibration_are_no_fault(tmp_path: Path) -> None:

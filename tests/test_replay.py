@@ -151,6 +151,15 @@ def test_the_error_of_booleans_and_unsigned_numbers_has_a_sign(tmp_path: Path, k
     assert exact.tolist() == [[False, True]] if kind is np.bool_ else [[0, 3]]
 
 
+def test_booleans_that_another_runtime_gave_for_floats_have_an_error(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Relu", "x", name="y")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, 2])}, ["y"]))
+    values = {"x": np.array([[-1, 3]], np.float32), "y": np.array([[False, True]])}
+    introduced, _ = Replayer(graph, ("fp32", "fp32"), "fp64", {"y"}).introduced("y", values.__getitem__)
+    assert introduced.tolist() == [[0.0, -2.0]]
+
+
 def excess(replay: Replay) -> float:
     assert replay.excess is not None
     return replay.excess

@@ -35,7 +35,7 @@ from cp_debug.bisect.verdict import judge
 from cp_debug.errors import InputError
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.integer_values import is_quantized, parent_values, rounded_values
+from cp_debug.graph.integer_values import is_quantized, parent_values, rounded_values, unscaled_levels
 from cp_debug.graph.qdq import has_own_pairs
 from cp_debug.graph.source_lines import source_lines
 from cp_debug.probes.arrays import as_numpy
@@ -88,6 +88,7 @@ class CandidateRun:
             if is_file and by_its_nodes and is_quantized(program.graph):
                 _prefer_own_names(names, plain, program.graph)
                 names |= parent_values(plain, program.graph, names)
+                names |= {v: f"{v} (test)" for v in unscaled_levels(plain, program.graph, names)}
                 file_names = {name: value for value, name in names.items()}
                 self._files[program.name] = FileQuantization(
                     plain, program.graph, file_names, rounds_weights=is_optimized(pipeline.backend)

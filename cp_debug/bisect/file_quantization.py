@@ -71,6 +71,9 @@ class FileQuantization:
         self._schemes: dict[str, Scheme] = {}
         parent_values = {*plain.producer, *(v.name for v in plain.inputs)}
         file_values = self._own = frozenset(value for name, value in names.items() if name in parent_values)
+        self._levels_in_both = {
+            v for n, v in names.items() if n in plain.producer and produced_grid(plain, n) is not None
+        }
         for name, value in names.items():
             if value in graph.producer and (scheme := self._scheme(value, file_values)):
                 self._schemes[name] = scheme
@@ -278,9 +281,9 @@ class FileQuantization:
         The shape stays; levels, which are integers, become float32.
         """
         grid = self._constant_grid(own) if own in self._own else None
-        if grid is None:
-            return tensor
         array = as_numpy(tensor)
+        if grid is None or not grid.fits(array.shape):
+            return tensor
         if grid.codec is not None and array.dtype == _STORED[grid.codec.name]:
             array = array.astype(np.float32)
         elif as_torch(array).is_floating_point():
@@ -289,7 +292,7 @@ class FileQuantization:
 
     def _levels_of(self, own: str, value: AnyTensor | None) -> AnyTensor | None:
         grid = self._constant_grid(own)
-        if grid is None or value is None:
+        if grid is None or value is None or not grid.fits(value.shape):
             return value
         levels = grid.kept(grid.levels(as_torch(as_numpy(value)).double()))
         if grid.codec is not None:
@@ -297,20 +300,24 @@ class FileQuantization:
         return levels.to(torch.uint8 if grid.low == 0 and grid.high == 255 else torch.int8)
 
     def _constant_grid(self, own: str) -> QuantizerGrid | None:
-        """The grid of a value that the file holds as levels, where its scale is a constant."""
+        """The grid of a value that the file holds as levels and its parent does not, where its scale is a constant."""
+        if own in self._levels_in_both:  # the parent is quantized as well
+            return None
         names = produced_grid(self._graph, own)
         if names is None or not self._constants.holds(names.scale):
             return None
-        return self._grid(names.scale, names.zero)
+        return self._grid(names.scale, names.zero, self._graph.producer.get(own))
 
-    def _grid(self, scale: str, zero: str) -> QuantizerGrid | None:
+    def _grid(self, scale: str, zero: str, node: Node | None = None) -> QuantizerGrid | None:
+        """``node`` names the axis of several scales, where it has one."""
         if not self._constants.holds(scale) or (zero and not self._constants.holds(zero)):
             return None
         offset = _plain(self._constants[zero]) if zero else torch.zeros((), dtype=torch.uint8)
         kind = constant_type(self._graph, zero) if zero else 2
         bits = _BITS.get(kind or 2, 8)
         low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if kind in _SIGNED else (0, 2**bits - 1)
-        return QuantizerGrid(self._constants[scale].double(), offset.double(), low, high, 1, _CODECS.get(kind or 2))
+        axis = next((a.i for a in node.proto.attribute if a.name == "axis"), 1) if node is not None else 1
+        return QuantizerGrid(self._constants[scale].double(), offset.double(), low, high, axis, _CODECS.get(kind or 2))
 
     def _of(self, nodes: Sequence[Node]) -> Scheme:
         schemes = [self._schemes[o] for node in nodes for o in node.outputs if o in self._schemes]
@@ -340,13 +347,13 @@ class FileQuantization:
                 if is_constant(self._graph, inputs[0]):
                     weights = levels
                 else:
-                    data, grid = levels, self._grid(inputs[1], inputs[2])
+                    data, grid = levels, self._grid(inputs[1], inputs[2], node)
             elif op == "DequantizeLinear":
                 grid_of_levels = produced_grid(self._graph, inputs[0])
                 if is_constant(self._graph, inputs[0]):
                     weights = self._levels(inputs[1], inputs[2], inputs[0], node) or weights
                 elif grid_of_levels is not None and data is None:  # a value of the parent that is held as levels
-                    data, grid = self._levels(inputs[1], inputs[2]), self._grid(inputs[1], inputs[2])
+                    data, grid = self._levels(inputs[1], inputs[2]), self._grid(inputs[1], inputs[2], node)
             elif op in (
                 "DynamicQuantizeLinear",
                 "DynamicQuantizeMatMul",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,6 +102,7 @@ def match_dump(
     outputs = [value.name for value in graph.outputs]
     ordered = {name: values[name] for name in names if name in values}
     missing = [name for name in graph.values if name not in ordered]
+    unknown = {name: tensors[name] for name in extra}
     return ImportedDump(
         model=str(graph.path),
         source=source,
@@ -111,7 +113,7 @@ def match_dump(
         missing_outputs=[name for name in outputs if name not in ordered],
         missing=len([name for name in missing if name not in outputs]),
         extra=extra,
-        suggestions=_suggestions(graph, {name: tensors[name] for name in extra}, missing),
+        suggestions=_suggestions(graph, unknown, missing) | _input_suggestions(graph, unknown, ordered),
         dtypes=_other_dtypes(graph, ordered),
         shapes=_other_shapes(graph, ordered),
     )
@@ -162,6 +164,33 @@ def _suggestions(graph: Graph, extra: Mapping[str, np.ndarray], missing: Sequenc
         near = difflib.get_close_matches(name, missing, n=1, cutoff=0.6)
         if len(same) == 1 or near:
             suggestions[name] = same[0] if len(same) == 1 else near[0]
+    return suggestions
+
+
+def _input_suggestions(
+    graph: Graph, extra: Mapping[str, np.ndarray], known: Mapping[str, np.ndarray]
+) -> dict[str, str]:
+    """Extra name → the missing input of its kind and shape: one that is called so, else what a module read there.
+
+    Of modules that read the same the one with the shortest path is the outermost.
+    """
+    suggestions: dict[str, str] = {}
+    for place, value in enumerate(graph.inputs):
+        if value.name in known or value.dtype is None or value.shape is None:
+            continue
+        fixed = [size for size in value.shape if isinstance(size, int) and size != 1]
+        free = sum(not isinstance(size, int) for size in value.shape)
+        fitting = [
+            name
+            for name, array in extra.items()
+            if name not in suggestions
+            and array.dtype.kind == value.dtype.kind
+            and len(fixed) <= len(sizes := [size for size in array.shape if size != 1]) <= len(fixed) + free
+            and not Counter(fixed) - Counter(sizes)
+            and (value.name in name or name.endswith(f"/inputs_{place}"))
+        ]
+        if fitting:
+            suggestions[min(fitting, key=lambda name: (value.name not in name, len(name)))] = value.name
     return suggestions
 
 

@@ -26,7 +26,7 @@ from cp_debug.probes.distance import relative_l2
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Key, Pipeline
 from cp_debug.programs.scene import decode
-from cp_debug.recipes.abilities import HasScores, Remarks
+from cp_debug.recipes.abilities import MADE_UP, HasScores, Remarks
 from cp_debug.recipes.base import Arrays, Model, Sample
 
 LONG = 1152
@@ -73,7 +73,9 @@ class Preflight:
             remarks = Remarks(self.model)
             remarks.see(self.sample)
             listed += (
-                Concern("inputs", RISK, says, [], "give another sample with --inputs") for says in remarks.sentences
+                Concern("inputs", RISK, says, [], "give another sample with --inputs")
+                for says in remarks.sentences
+                if not says.startswith(MADE_UP)
             )
             listed += self._activations(self.sample)
         return sorted(listed, key=lambda c: c.severity != PROBLEM)
@@ -164,8 +166,8 @@ def _ranges_of_weights(program: Program, weights: Weights) -> Iterator[Concern]:
     lost = {}
     for node in program.graph.nodes:
         for name in node.inputs:
-            value = weights[name] if weights.holds(name) else None
-            if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
+            value = weights.numbers(name)
+            if value is not None and value.is_floating_point() and value.dim():
                 if not bool(torch.isfinite(value).all()):
                     says = f"NaN or Inf in the weight {name}"
                     yield Concern("weights", PROBLEM, says, [_layer(program, node)], "export from a sound checkpoint")
@@ -184,9 +186,9 @@ def _long_sums(program: Program, weights: Weights) -> Iterator[Concern]:
     """Reduction lengths at which FP16 accumulation shows."""
     lengths = {}
     for node in program.graph.nodes:
-        constant = [i for i in node.inputs[1:2] if weights.holds(i)]
-        if node.op in PRODUCTS and constant:
-            shape = weights[constant[0]].shape
+        weight = weights.numbers(node.inputs[1]) if node.op in PRODUCTS and len(node.inputs) > 1 else None
+        if weight is not None:
+            shape = weight.shape
             summed = {"MatMul": shape[-2:-1] or shape[:1], "ConvTranspose": shape[:1]}.get(node.op, shape[1:])
             long = math.prod(summed)
             if long >= LONG:
@@ -205,9 +207,10 @@ def _normalizations(program: Program, weights: Weights) -> Iterator[Concern]:
     """BatchNorms in which ε outweighs a variance: any other ε, or any rounding of the variance, shows there."""
     small: dict[str, int] = {}
     for node in program.graph.nodes:
-        if node.op == "BatchNormalization" and weights.holds(node.proto.input[4]):
+        batch_norm = node.op == "BatchNormalization"
+        if batch_norm and (variance := weights.numbers(node.proto.input[4])) is not None:
             eps = next((a.f for a in node.proto.attribute if a.name == "epsilon"), 1e-5)
-            small[_layer(program, node)] = int((weights[node.proto.input[4]] <= eps).sum())
+            small[_layer(program, node)] = int((variance <= eps).sum())
     if not small and program.module is not None:
         prefix = program.alignment.prefix if program.alignment else ""
         for path, module in program.module.named_modules():
@@ -223,9 +226,9 @@ def _normalizations(program: Program, weights: Weights) -> Iterator[Concern]:
 
 def _quantizers(program: Program, weights: Weights) -> Iterator[Concern]:
     for node in program.graph.nodes:
-        if node.op not in ("QuantizeLinear", "DequantizeLinear") or not weights.holds(node.inputs[1]):
+        if node.op not in ("QuantizeLinear", "DequantizeLinear") or (scale := weights.numbers(node.inputs[1])) is None:
             continue
-        layer, scale = _layer(program, node), weights[node.inputs[1]].double()
+        layer, scale = _layer(program, node), scale.double()
         if not bool(((scale > 0) & torch.isfinite(scale)).all()):
             says = f"a scale is {float(scale.min()):.3g}: it must be positive and finite"
             yield Concern("quantization", PROBLEM, says, [layer], "calibrate this tensor again")
@@ -233,8 +236,8 @@ def _quantizers(program: Program, weights: Weights) -> Iterator[Concern]:
             if reader.op == "DequantizeLinear" and not _same(node, reader, weights):
                 says = f"{node.name} and {reader.name} disagree in scale or zero point"
                 yield Concern("quantization", PROBLEM, says, [layer], "give both the same parameters")
-        if node.op == "DequantizeLinear" and weights.holds(node.inputs[0]):
-            yield from _quantized_weight(layer, weights[node.inputs[0]].double(), scale)
+        if node.op == "DequantizeLinear" and (levels := weights.numbers(node.inputs[0])) is not None:
+            yield from _quantized_weight(layer, levels.double(), scale)
 
 
 def _quantized_weight(layer: str, levels: Tensor, scale: Tensor) -> Iterator[Concern]:
@@ -268,13 +271,14 @@ def _clipped(clipped: Mapping[str, float]) -> Iterator[Concern]:
 
 def _same(quantize: Node, dequantize: Node, weights: Weights) -> bool:
     for ours, theirs in zip(quantize.inputs[1:], dequantize.inputs[1:], strict=False):
-        if weights.holds(ours) and weights.holds(theirs) and not torch.equal(weights[ours], weights[theirs]):
+        one, other = weights.numbers(ours), weights.numbers(theirs)
+        if one is not None and other is not None and not torch.equal(one, other):
             return False
     return True
 
 
 def _scale_of(node: Node, weights: Weights) -> float | None:
-    scale = weights[node.inputs[1]] if weights.holds(node.inputs[1]) else None
+    scale = weights.numbers(node.inputs[1])
     return float(scale) if scale is not None and scale.numel() == 1 else None
 
 

@@ -11,6 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import ml_dtypes
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +57,11 @@ class QuantizerGrid:
             return -self.codec.largest * scale, self.codec.largest * scale
         zero = float(self.zero.flatten()[0])
         return (self.low - zero) * scale, (self.high - zero) * scale
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of this shape has one scale and one zero point, or one for each channel."""
+        counts = {self.scale.numel(), self.zero.numel()} - {1}
+        return not counts or (-len(shape) <= self.axis < len(shape) and counts == {shape[self.axis]})
 
     def levels(self, tensor: Tensor) -> Tensor:
         """Levels that the elements are rounded to before the range cuts them off.
@@ -157,11 +164,22 @@ class Quantized:
         dequantizer = self._quantizers.get(node.name, {}).get(place)
         if dequantizer is None or not all(map(self._constants.holds, dequantizer.proto.input[1:])):
             return None
-        scale, *zeros = (self._constants[name] for name in dequantizer.proto.input[1:])
-        zero = zeros[0] if zeros else torch.zeros((), dtype=torch.uint8)  # as ONNX has it
-        low, high = (0, 255) if zero.dtype == torch.uint8 else (-LEVELS - 1, LEVELS)
+        scale, *points = dequantizer.proto.input[1:]
+        scales, zero = self._constants.numbers(scale), torch.zeros(())
+        low, high = 0, 255  # without a zero point levels are uint8, as ONNX has it
+        for name in points:
+            held, numbers = self._constants[name], self._constants.numbers(name)
+            if numbers is None:
+                return None
+            if isinstance(held, np.ndarray) and held.dtype.name in ("int2", "uint2", "int4", "uint4"):
+                low, high = int(ml_dtypes.iinfo(held.dtype).min), int(ml_dtypes.iinfo(held.dtype).max)
+            elif isinstance(held, np.ndarray):  # FP8
+                return None
+            elif held.dtype != torch.uint8:
+                low, high = -LEVELS - 1, LEVELS
+            zero = numbers
         axis = next((a.i for a in dequantizer.proto.attribute if a.name == "axis"), 1)
-        return QuantizerGrid(scale.double(), zero.double(), low, high, axis)
+        return None if scales is None else QuantizerGrid(scales.double(), zero.double(), low, high, axis)
 
     def ideal(
         self,

@@ -141,7 +141,7 @@ class Replayer:
         nodes, starts = self.graph.segment([target], self.known)
         exact = as_tensor(self.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [target])[target])
         held = self._hold(test(target))
-        if not (exact.is_floating_point() or exact.is_complex()):  # booleans have no difference, unsigned ones wrap
+        if not all(t.is_floating_point() or t.is_complex() for t in (held, exact)):  # booleans have no difference
             return held.double() - exact.double(), exact
         return held - exact, exact
 
@@ -309,7 +309,7 @@ class Replayer:
         test: Load,
     ) -> Replay:
         """The replay without the elements that the claimed type cannot hold, where nothing that reads them notices."""
-        if tuple(captured.shape) != tuple(exact.shape):
+        if tuple(captured.shape) != tuple(exact.shape) or not exact.is_floating_point():
             return replay
         beyond = self._range_loss.beyond(target, self._hold(captured), exact, claim, test)
         if beyond is None:

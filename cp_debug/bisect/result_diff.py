@@ -139,6 +139,9 @@ def diff_results(before: BisectResult, after: BisectResult, *, factor: float = F
     ``factor`` on, for layers that are beyond what their precision explains in either result. Raises InputError where no
     backend or no layer is in both.
     """
+    for side, result in (("before", before), ("after", after)):
+        if not isinstance(result, BisectResult):
+            raise InputError(f"{side}: {type(result).__name__}; expected a result, as diagnose or open_result give it")
     pairs = _pairs(before, after)
     if not pairs:
         names = [", ".join(test.backend.spec for test in result.tests) for result in (before, after)]

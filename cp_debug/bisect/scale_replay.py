@@ -51,9 +51,10 @@ class ScaleReplay:
     ) -> None:
         """Write into ``replay`` how far a layer is from its own scales, and channel by channel from the best ones.
 
-        ``ideal`` is the result by the best scales. Results of another shape are left alone.
+        ``ideal`` is the result by the best scales. Results of another shape, and those that are no floats, are left
+        alone.
         """
-        if tuple(captured.shape) != tuple(exact.shape):
+        if tuple(captured.shape) != tuple(exact.shape) or not exact.is_floating_point():
             return
         declared = self.quantized.declared(target, self._known, given)
         if declared is not None and declared.shape == exact.shape:
@@ -128,11 +129,12 @@ class ScaleReplay:
         exact = as_tensor(self._oracle.run_nodes(nodes, given, [target])[target])
         if declared is None or declared.shape != exact.shape:
             return False
-        best = [
-            quantized.ideal(self._emulator, nodes, given, [target], whole_range=w).results[target]
-            for w in (False, True)
-        ]
-        best += self._recalibrated(nodes, target, given)
+        best: list[AnyTensor] = []
+        for margin in (1.0, *SCALE_MARGINS):
+            for whole in (False, True):
+                emulated = quantized.ideal(self._emulator, nodes, given, [target], margin, whole_range=whole)
+                best.append(emulated.results[target])
+            best += self._recalibrated(nodes, target, given, margin)
         return (Replay.of(declared, exact, best, BESIDE_INT8).excess or 0.0) <= EXCESS
 
     def _recalibrated(

@@ -19,8 +19,11 @@ NAMED = 4
 
 SHOWN = 0.02
 """Share of the error from which a channel is named."""
-SAID = {"magnitude_only", "why"}
-"""Evidence that is said in words here, or in the verdict."""
+SAID = {
+    *("magnitude_only", "why", "explained_least"),
+    *("layers_in_all", "layers_asked", "of_products", "excess_least", "excess_most", "share_in_all"),
+}
+"""Evidence that is said in words here, in the headline, or in the verdict."""
 
 
 def findings(test: TestResult) -> Iterator[RenderableType]:
@@ -61,13 +64,18 @@ def _evidence(finding: Finding) -> Iterator[str]:
         share = (
             f"{finding.explained:.1%}" if finding.explained > 0 else "nothing"
         )  # an order of sums that is none of it
-        yield f"explains {share} of the introduced error"
+        least = finding.evidence.get("explained_least")
+        of_each = "" if least is None else f", at least {least:.1%} in each layer"
+        yield f"explains {share} of the introduced error{of_each}"
     if finding.runner_up:
         near = finding.runner_up_explained or 0.0
         best = "nearest" if finding.cause == UNKNOWN else "next best"
         yield f"{best} {finding.runner_up} {near:.1%}"
     for name, value in finding.evidence.items():
         if name in SAID or (not isinstance(value, bool) and value in (None, "", [], {})):
+            continue
+        if name in _SHARES:
+            yield from [f"{value:.2%} {_SHARES[name]}"] if value else []
             continue
         words = _LABELS.get(name, name.replace("_", " "))
         yield f"{'' if value else 'not '}{words}" if isinstance(value, bool) else f"{words} {_show(value)}"
@@ -106,8 +114,12 @@ def _effect(finding: Finding) -> Iterator[str]:
         yield f"by itself {finding.effect.detections}"
 
 
-_LABELS = {"pairs": "BatchNorm taken from", "batchnorm_of": "BatchNorm of"}
+_LABELS = {"pairs": "BatchNorm taken from", "batchnorm_of": "BatchNorm of", "explained_over": "layers tried:"}
 """Evidence whose name in the JSON form is no text."""
+
+
+_SHARES = {"overflows": "of the values overflow", "vanishes": "vanish", "subnormal": "become subnormal"}
+"""Evidence that is a share of a tensor's values, with what happens to them."""
 
 
 def _show(value: Any) -> str:

@@ -93,6 +93,8 @@ CAUSES: list[Cause] = []
 BY_NODE = (
     "batchnorm",
     "batchnorm_pairing",
+    "cut_weights",
+    "few_weights",
     "fitted_weights",
     "operators",
     "quantized",

@@ -121,11 +121,14 @@ def _apply(segment: Segment, norm: BatchNorm, x: Tensor) -> Tensor:
 def _wrong_axis(segment: Segment, norm: BatchNorm) -> Tensor | None:
     node = segment.product
     weight = segment.weight(node, 1) if node is not None else None
-    if node is None or weight is None or weight.dim() < 3 or weight.shape[0] != weight.shape[1]:
+    if node is None or weight is None or weight.dim() < 3:
         return None
-    right, wrong = (1, 0) if node.op == "ConvTranspose" else (0, 1)
-    shapes = [[-1 if d == axis else 1 for d in range(weight.dim())] for axis in (right, wrong)]
-    return segment.edited(node, inputs={1: weight / norm.scale.reshape(shapes[0]) * norm.scale.reshape(shapes[1])})
+    transposed = node.op == "ConvTranspose"
+    wrong, right = 0 if transposed else 1, norm.scale_of(weight, transposed=transposed)
+    if right is None or weight.shape[wrong] != len(norm.scale):
+        return None
+    inputs = norm.scale.reshape([-1 if d == wrong else 1 for d in range(weight.dim())])
+    return segment.edited(node, inputs={1: weight / right * inputs})
 
 
 def _fitted(segment: Segment, norm: BatchNorm) -> float | None:

@@ -37,6 +37,21 @@ class BatchNorm:
         """[C] factor of each channel: weight ÷ √(variance + eps)."""
         return self.weight / torch.sqrt(self.variance + self.eps)
 
+    def scale_of(self, weight: Tensor, *, transposed: bool) -> Tensor | None:
+        """The factor of each output channel in a shape that meets the ``weight`` it is folded into: [C, …], or of a
+        transposed convolution [inputs, C ÷ groups, …]. None for a weight of another size.
+        """
+        flat = [1] * (weight.dim() - 2)
+        if not transposed:
+            return self.scale.reshape(-1, 1, *flat) if weight.shape[0] == len(self.scale) else None
+        inputs, outputs = weight.shape[:2]
+        groups, rest = divmod(len(self.scale), outputs)
+        if rest or inputs % groups:
+            return None
+        return (
+            self.scale.reshape(groups, outputs).repeat_interleave(inputs // groups, 0).reshape(inputs, outputs, *flat)
+        )
+
     def rounded(self, rounding: Callable[[Tensor], Tensor]) -> BatchNorm:
         """The BatchNormalization with every parameter rounded by itself.
 

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
 from cp_debug.programs.node_differences import named, role_of_constant
-from cp_debug.programs.tensor_change import TensorChange
+from cp_debug.programs.tensor_change import TensorChange, interleaved_forms
 
 SIGNIFICANT = 5.0
 """Multiple of its deviation from which a fitted slice counts as another one than the declared one."""
@@ -62,6 +63,12 @@ def rearranged(own: Tensor) -> Iterator[Change]:
     spatial = list(range(2, own.dim()))
     if len(spatial) > 1:
         yield Change("flipped", "the kernel runs backwards", own.flip(spatial), 0, {"axis": spatial})
+
+
+def interleavings(own: Tensor) -> Iterator[Change]:
+    """Slices of a constant inside one another, in its shape: dealt out in turn, or blocks transposed."""
+    for kind, says, value, evidence in interleaved_forms(own.numpy()):
+        yield Change(kind, says, torch.from_numpy(np.ascontiguousarray(value)), 0, evidence)
 
 
 def of_slices(own: Tensor, fitted: Tensor, deviation: Tensor) -> Iterator[Change]:

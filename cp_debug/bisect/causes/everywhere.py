@@ -55,6 +55,7 @@ def counted(
             continue
     return {
         "layers_in_all": len(affected),
+        "layers_asked": len(products) - sum(name is None for name in arithmetic_of.values()) + len(unnamed),
         "of_products": len(products),
         "excess_least": min(excesses),
         "excess_most": max(excesses),
@@ -79,7 +80,8 @@ def _told(tactic: Tactic, figures: Mapping[str, Any]) -> bool:
         return False
     if tactic.vector or figures.get("vector"):
         return tactic.vector == figures.get("vector", 0)
-    return (tactic.tile[2], tactic.slices) == (figures.get("tile"), figures.get("slices"))
+    order = (figures.get("tile"), figures.get("slices"), figures.get("split", 1))
+    return (tactic.tile[2], tactic.slices, tactic.split) == order
 
 
 def in_words(says: str, figures: Mapping[str, Any]) -> str:
@@ -88,7 +90,9 @@ def in_words(says: str, figures: Mapping[str, Any]) -> str:
         return says
     least, most = figures["excess_least"], figures["excess_most"]
     excess = f"excess {least:.2g}" if f"{least:.2g}" == f"{most:.2g}" else f"excess {least:.2g} to {most:.2g}"
-    text = f"{says}, in {figures['layers_in_all']} of {figures['of_products']} layers with products, {excess}"
+    total, asked = figures["of_products"], figures.get("layers_asked", figures["of_products"])
+    among = f"{total} layers with products" if asked == total else f"{asked} layers asked, of {total} with products"
+    text = f"{says}, in {figures['layers_in_all']} of {among}, {excess}"
     share = figures["share_in_all"]
     return text if share is None else f"{text}, together {share:.0%} of the final divergence"
 

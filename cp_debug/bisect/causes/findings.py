@@ -193,6 +193,7 @@ class Explainer:
             segment = Segment.of_input(context, key.value, self.exact_input(key), load(key.value))
         else:
             segment = Segment.of(context, key.value, replayer.known, load)
+        segment.tactic = row.tactic if row.side == "test" else ""
         later, views = self._later(key, capture), self._views(key)
         segment.others = [
             (
@@ -298,6 +299,8 @@ class Explainer:
     def _fix(self, cause: Candidate, rows: Sequence[LayerRow]) -> str:
         """The cause's advice with the layers' names, and with flags where it is about INT8."""
         names = self._overflowing(rows) if cause.cause == "fp16-overflow" else [row.name for row in rows]
+        if cause.cause in PROMOTED:
+            names = _node_names(rows)
         fix = cause.fix.replace("{layers}", _some(names))
         if "{unquantized}" not in fix:  # else no row is an input, which nothing quantizes
             return fix
@@ -394,15 +397,18 @@ class Explainer:
             return
         segments = [self.segment(key, row) for key, row in replayed[:8]]
         explained = fmean(segment.explained(segment.claimed)[0] for segment in segments)
-        names = [row.name for _, row in replayed]
+        affected = [row for _, row in replayed]
+        # Where less than half is explained, the kernels sum in another order: what the emulation has right is the size.
+        magnitude = {"magnitude_only": True} if explained < 0.5 else {}
+        lead = "accept it, or compute in FP32: " if claim == "tf32" else "accept it, or, where it matters most, "
         yield Finding(
             claim,
-            f"{claim.upper()} as declared: its rounding adds up over {len(names)} layers",
-            names,
-            [row.op for _, row in replayed],
+            f"{claim.upper()} as declared: its rounding adds up over {len(affected)} layers",
+            [row.name for row in affected],
+            [row.op for row in affected],
             explained=explained,
-            evidence={"declared": True, "explained_over": len(segments)},
-            fix="accept it, or compute in FP32 where it matters most: " + PROMOTED[claim].format(layers=_some(names)),
+            evidence={"declared": True, "explained_over": len(segments), **magnitude},
+            fix=lead + PROMOTED[claim].format(layers=_some(_node_names(affected))),
         )
 
 
@@ -410,6 +416,11 @@ def _unexplained(explanation: Explanation) -> str:
     says = "no known cause explains what these layers introduce"
     differ = "; ".join(explanation.graphs_differ)
     return f"{says}; the two graphs differ there: {differ}" if differ else says
+
+
+def _node_names(rows: Sequence[LayerRow]) -> list[str]:
+    """Names that a list of nodes takes: the label of a region is none."""
+    return [name for row in rows for name in (row.region.nodes if row.region else [row.name])]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.probes.held import CapturedRun
-from cp_debug.programs.added_nodes import what_is_added
+from cp_debug.programs.added_nodes import FEW, what_is_added
 from cp_debug.programs.node_differences import NodeDifference, Pieces
 from cp_debug.programs.weight_differences import WeightDifferences, weight_differences
 
@@ -29,6 +29,9 @@ FOLDED = {"channels-scaled", "other-weights", "weights-scaled", "bias-scaled"}
 """Causes that a weight comparison finds when another BatchNorm was folded into the weights."""
 _OF_NORMS = ("batchnorm", "normalization")
 """Beginnings of the names of causes about a BatchNormalization."""
+_AFFINE = {"scaled", "shifted", "affine"}
+AFFINE = 1e-3
+"""Share of a change that a factor and a summand may leave, if they are to be called its cause."""
 MANY = 0.5
 """Share of values that a scale makes 0 from which it is too coarse."""
 SHOWN = 3
@@ -154,8 +157,12 @@ def added(
     if named is None or value is None:
         return None
     name, says = named
+    if name in _AFFINE and not any(n is nodes[-1] for n in pieces.added) and not _is_affine(value, segment.exact):
+        name = "extra-operator"  # in front of something that is not linear
     if name.startswith("channels-") and segment.test.numel() == segment.test.shape[segment.axis]:
-        return None  # a number for each element is no pattern
+        if int((value - segment.exact).abs().gt(segment.expected).sum()) > FEW:
+            return None  # a number for each element is no pattern
+        name = "isolated"
     if name == "int8" and _clipped(segment, value):
         name, says = "int8-clipped", f"{says}: their scale clips"
     elif name == "int8" and (lost := _lost(segment, other, nodes, starts, pieces.added)) is not None:
@@ -200,12 +207,23 @@ def _clipped(segment: Segment, value: Tensor) -> bool:
     return float(error[ends].sum()) > 0.5 * float(error.sum())
 
 
-def _folded(segment: Segment, other: OtherProgram, known: set[str]) -> bool:
+def _is_affine(value: Tensor, exact: Tensor) -> bool:
+    """Whether one of two tensors of a shape is the other times a number plus a number."""
+    if value.shape != exact.shape:
+        return False
+    basis = torch.stack([exact.flatten(), torch.ones(exact.numel(), dtype=exact.dtype)], 1)
+    left = value.flatten() - basis @ torch.linalg.lstsq(basis, value.flatten()[:, None]).solution[:, 0]
+    return exact.numel() > 2 and float(left.norm()) <= AFFINE * float((value - exact).norm())
+
+
+def _folded(segment: Segment, other: OtherProgram, known: set[str], differences: Sequence[NodeDifference]) -> bool:
     """Whether a layer's weights may hold a BatchNormalization, its own or another's, or its node may be another's."""
     piece = other.piece(segment.target, known)
+    nodes = [*segment.nodes, *(piece[1] if piece is not None else ())]
+    norms = {n.name for n in nodes if n.op == "BatchNormalization"}
     own = piece is not None and any(n.op == "BatchNormalization" for n in piece[1])
-    if own:
-        return len(segment.context.batch_norms) > 1
+    if own:  # it is there, with nothing folded: what differs is its constants, or it is not about norms
+        return len(segment.context.batch_norms) > 1 and any(d.node in norms for d in differences)
     return segment.batch_norm is not None or bool(segment.context.batch_norms)
 
 
@@ -297,7 +315,11 @@ class GraphReader:
         known = {*self._run.replayer(component, self._test).known, *(v.name for v in segment.graph.inputs)}
         candidate, differences = difference(segment, other, known)
         several = len(differences) > 1 and candidate is not None and candidate.cause.startswith(_OF_NORMS)
-        if candidate is not None and (several or candidate.cause in FOLDED) and _folded(segment, other, known):
+        if (
+            candidate is not None
+            and (several or candidate.cause in FOLDED)
+            and _folded(segment, other, known, differences)
+        ):
             explanation, family = explain(segment, families, failed)  # what was folded in tells more than weights do
             if explanation.cause is not None and explanation.cause.cause.startswith(_OF_NORMS):
                 return explanation, family

@@ -85,9 +85,23 @@ def permuted(segment: Segment) -> Iterator[Candidate]:
         says = f"axis {axis} is permuted: {pairs}" + (", …" if len(moved) > 6 else "")
         evidence = {"axis": axis, "moved": len(moved), "order": order[:64].tolist(), "bijective": bijective}
         fix = f"restore the order of axis {axis} of {{layers}}"
-        # Copied rows of a big table leave no room for chance: their order counts as one number.
-        parameters = len(moved) if count <= MOST_SLICES else 1
+        rule = _rule(order.tolist())
+        says = f"axis {axis} is permuted: {rule}" if rule else says
+        # Copied rows of a big table leave no room for chance: their order counts as one number, like one with a rule.
+        parameters = len(moved) if count <= MOST_SLICES and not rule else 1
         yield Candidate("permuted", says, value, parameters, evidence, fix)
+
+
+def _rule(order: list[int]) -> str:
+    """One number that tells a whole order, in words: by how many slices it is rolled, how many lie inside one another;
+    empty without one."""
+    count = len(order)
+    if count > FEW and len({(i - j) % count for i, j in enumerate(order)}) == 1:
+        return f"rolled by {-order[0] % count}"
+    for parts in (p for p in range(2, count // 2 + 1) if count % p == 0):
+        if order == [i * parts + j for j in range(parts) for i in range(count // parts)]:
+            return f"{count // parts} × {parts} slices are read as {parts} × {count // parts}"
+    return ""
 
 
 def _nearest(exact_slices: Tensor, test_slices: Tensor) -> Tensor:

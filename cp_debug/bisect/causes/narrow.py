@@ -39,7 +39,7 @@ ROWS_SEEN, OUTPUTS_SEEN = 12, 32
 """Rows, and outputs of each half, that a scale is fitted to."""
 UNSCALED = 1.05
 """Squared error without a scale, relative to that with the best one, up to which there is said to be none."""
-BF16_ADVICE = "keep {layers} in BF16"
+BF16_ADVICE = "keep them in BF16"
 FIXES = {
     "fp8-accumulation": "promote the sums of {layers} into FP32 every 128 products (torch._scaled_mm: "
     "use_fast_accum=False; DeepGEMM does), or " + BF16_ADVICE,
@@ -50,6 +50,8 @@ FIXES = {
     "margin, or calibrate again on data like this",
     "block-scale": "scale {layers} by finer blocks: 1x128 for data and 128x128 for weights, or " + BF16_ADVICE,
     "int4-group": "quantize the weights of {layers} in smaller groups, or " + BF16_ADVICE,
+    "int4-outlier": "scale the input channels of {layers} by the size of their data before quantizing (AWQ), and "
+    "divide what writes the data by it, or keep these channels in BF16",
     "fp4-outlier": "keep the outliers of {layers} apart in BF16, rotate them away (Hadamard), or " + BF16_ADVICE,
     "fp8-element": "use E4M3 in the forward pass of {layers}",
 }

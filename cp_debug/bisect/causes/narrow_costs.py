@@ -28,6 +28,8 @@ OUTLIER = 6.0
 """Magnitude of an outlier, in root mean squares of the other values of its block."""
 SMALLEST_GROUP = 32
 """The smallest group of INT4 that every runtime has."""
+POWERS = (0.25, 0.5, 0.75, 1.0)
+"""Powers of the inputs' mean magnitudes that are tried as scales of INT4 weights' channels."""
 NOTABLE = 0.5
 """Introduced error, in unit roundoffs of the element type, from which a layer is asked for a remedy: numbers that fit
 their scales introduce less than one."""
@@ -89,7 +91,7 @@ def remedy(segment: Segment, options: NarrowOptions) -> Remedy | None:
         gain = declared / error if error else float("inf")
         if gain >= GAIN:
             figures = {"error_as_declared": declared, "error_then": error, "gain": gain, **evidence}
-            says = f"{text}: its error is {declared:.2g}, {error:.2g} with that ({gain:.3g} times less)"
+            says = f"{text}: the error falls from {declared:.2g} to {error:.2g}"
             found.append(Remedy(cause, says, gain, FIXES[cause], figures))
     best = max((r.gain for r in found), default=0.0)
     return next((r for r in found if r.gain >= AS_GOOD * best), None)
@@ -118,18 +120,24 @@ def _tried(segment: Segment, options: NarrowOptions) -> Iterator[tuple[str, str,
             other = replace(options, granularity=granularity)
             yield "block-scale", f"one scale spans too much; take {by[granularity]}", run(other), evidence
     operands = Operands.of(segment)
-    if operands is None or options.family == "int4":
+    if operands is None:
         return
     scaling = Scaling(options)
+    if options.family == "int4":
+        if (found := _channels_scaled(segment, operands, scaling)) is not None:
+            value, power, times = found
+            text = f"inputs of some channels are up to {times:.3g} times the usual size, and their weights are lost in "
+            text += f"groups of {options.group}; scale channels by the size of their inputs before quantizing"
+            yield "int4-outlier", text, value, {"power": power, "largest_input": times}
+        return
     if options.family in ("mxfp4", "nvfp4"):
         block = MX_BLOCK if options.family == "mxfp4" else NVFP4_BLOCK
-        found = _outliers_apart(segment, operands, scaling, block)
-        if found is not None:
-            kept, shares = found
-            text = (
-                f"outliers ({shares[0]:.2%} of operand 0, {shares[1]:.2%} of operand 1) take the scale of their blocks "
-            )
-            yield "fp4-outlier", text + f"of {block}; keep them apart", kept, {"outliers": shares, "block": block}
+        apart = _outliers_apart(segment, operands, scaling, block)
+        if apart is not None:
+            kept, shares = apart
+            of = " and ".join(f"{share:.2%} of operand {place}" for place, share in enumerate(shares) if share >= 5e-5)
+            text = f"outliers ({of or 'few'}) take the scale of their blocks of {block}; keep them apart"
+            yield "fp4-outlier", text, kept, {"outliers": shares, "block": block}
     if options.family in ("fp8", "mxfp8"):
         unlimited = {place: _without_underflow(values, scaling, axes, place) for place, (values, axes) in
                      enumerate(zip(operands.values, operands.axes, strict=True))}  # fmt: skip
@@ -140,6 +148,30 @@ def _tried(segment: Segment, options: NarrowOptions) -> Iterator[tuple[str, str,
             ]
             text = f"numbers lie below the normal range of their scale ({lost[0]:.1%} of operand 0, {lost[1]:.1%} of "
             yield "fp8-underflow", text + "operand 1); more exponents would keep them", result, {"below_normal": lost}
+
+
+def _channels_scaled(segment: Segment, operands: Operands, scaling: Scaling) -> tuple[Tensor, float, float] | None:
+    """The result with weights whose input channels were scaled before they were quantized, as by AWQ (Lin et al., 2023,
+    equation 4), the power of the mean magnitude of the inputs that the scales are, and the largest of these magnitudes
+    in multiples of their median; None without data or weights."""
+    (x, x_axes), (w, w_axes) = zip(operands.values, operands.axes, strict=True)
+    axis = x_axes.reduced % x.dim()
+    sizes = x.abs().mean([d for d in range(x.dim()) if d != axis])
+    middle = float(sizes.median()) if sizes.numel() else 0.0
+    if not middle or not bool(sizes.isfinite().all()):
+        return None
+    shape = [1] * w.dim()
+    shape[w_axes.reduced] = -1
+    best: tuple[float, Tensor, float] | None = None
+    for power in POWERS:
+        scale = (sizes / middle).clamp(min=1e-4).pow(power).reshape(shape)
+        value = segment.edited(operands.node, inputs={1: scaling.encode(w * scale, w_axes, 1).values.double() / scale})
+        if value is None:
+            return None
+        error = relative_l2(value, segment.exact)
+        if best is None or error < best[0]:
+            best = error, value, power
+    return None if best is None else (best[1], best[2], float(sizes.max()) / middle)
 
 
 def _outliers_apart(
@@ -171,16 +203,24 @@ def _outliers_apart(
 
 
 def _outlying(x: Tensor, axes: Axes, block: int) -> Tensor:
-    """Mask of the elements of ``x`` that are far larger than the others of their block along the reduced axis."""
+    """Mask of the elements of ``x`` that are far larger than the rest of their block along the reduced axis.
+
+    Up to an eighth of a block's elements: the most of them of which the smallest is still far larger than the root mean
+    square of the rest. Several outliers in one block do not hide each other.
+    """
     axis = axes.reduced % x.dim()
     squares = x.square().movedim(axis, -1)
     size = squares.shape[-1]
-    padded = torch.nn.functional.pad(squares, (0, -size % block)).unflatten(-1, (-1, block))
-    counts = torch.nn.functional.pad(torch.ones_like(squares), (0, -size % block)).unflatten(-1, (-1, block)).sum(-1)
-    largest = padded.amax(-1)
-    others = (padded.sum(-1) - largest) / (counts - 1).clamp(min=1)
-    limit = (OUTLIER**2 * others).unsqueeze(-1)
-    return ((padded > limit) & (padded > 0)).flatten(-2)[..., :size].movedim(-1, axis)
+    # What fills the last block up is below everything, and no part of the rest.
+    padded = torch.nn.functional.pad(squares, (0, -size % block), value=-1.0).unflatten(-1, (-1, block))
+    ordered = padded.sort(-1, descending=True).values
+    counts = (ordered >= 0).sum(-1, keepdim=True) - torch.arange(1, block + 1)
+    ordered = ordered.clamp(min=0)
+    rest = (ordered.sum(-1, keepdim=True) - ordered.cumsum(-1)).clamp(min=0) / counts.clamp(min=1)
+    most = max(1, block // 8)
+    far = ((ordered > OUTLIER**2 * rest) & (counts > 0))[..., :most]
+    limit = torch.where(far, ordered[..., :most], torch.inf).amin(-1, keepdim=True)
+    return (padded >= limit).flatten(-2)[..., :size].movedim(-1, axis)
 
 
 def _scales(scaling: Scaling, x: Tensor, axes: Axes, place: int) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,21 @@ ACTIVATIONS = {
     "Gelu": functional.gelu,
     "Silu": functional.silu,
 }
+FURTHER: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "Abs": torch.abs,
+    "Celu": functional.celu,
+    "Elu": functional.elu,
+    "Erf": torch.erf,
+    "HardSigmoid": functional.hardsigmoid,
+    "HardSwish": functional.hardswish,
+    "LeakyRelu": functional.leaky_relu,
+    "Mish": functional.mish,
+    "Selu": functional.selu,
+    "Softsign": functional.softsign,
+    "Sqrt": torch.sqrt,
+    "Square": torch.square,
+}
+"""Functions that are put behind a layer less often; with the frameworks' defaults."""
 EPSILONS = (1e-3, 1e-5, 1e-6, 1e-12, 1e-8, 1e-4, 1e-2, 0.0)
 """Values of ε that are tried, the defaults of frameworks first."""
 
@@ -93,6 +109,25 @@ def done_twice(segment: Segment) -> Iterator[Candidate]:
             says = f"{segment.op} is applied twice"
             fix = f"remove one {segment.op} behind {{layers}}"
             yield Candidate("doubled-activation", says, again, evidence={"op": segment.op}, fix=fix)
+
+
+@cause()
+def further_activation(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: a function behind the layer that is seldom put there, and Softmax along each axis."""
+    functions = dict(FURTHER)
+    for axis in range(segment.exact.dim()):
+        if segment.exact.shape[axis] > 1:
+            functions |= {
+                f"Softmax along axis {axis}": partial(torch.softmax, dim=axis),
+                f"LogSoftmax along axis {axis}": partial(torch.log_softmax, dim=axis),
+            }
+    for name, function in functions.items():
+        value = function(segment.exact)
+        if segment.op != name.partition(" ")[0] and not torch.equal(value, segment.exact):
+            says = f"{name} is applied although the graph has none here"
+            yield Candidate(
+                "extra-activation", says, value, evidence={"op": name}, fix=f"remove one {name} behind {{layers}}"
+            )
 
 
 @cause()

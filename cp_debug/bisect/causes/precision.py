@@ -11,6 +11,7 @@ import torch
 from cp_debug.backends.arithmetic import BF16, FP16, FP16ACC, TF32, TF32_CUT, TF32_DECONV, Arithmetic
 from cp_debug.backends.kernels.epilogue import fused
 from cp_debug.backends.rounding import round_bf16, round_fp16
+from cp_debug.backends.tensorrt.tactics import decode
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
@@ -101,6 +102,7 @@ def fp16_accumulation(segment: Segment) -> Iterator[Candidate]:
         same = float((value == segment.test).double().mean())
         figures: dict[str, Any] = {"tile": arithmetic.tile, "slices": arithmetic.slices, "bit_identical": same}
         figures |= {"vector": arithmetic.vector} if arithmetic.vector else {}
+        figures |= {"split": arithmetic.split} if arithmetic.split > 1 else {}
         figures |= {"reduction_length": _reduction(segment)} | ({"epilogue": epilogue} if epilogue else {})
         by_magnitude, says = False, "sums are accumulated in FP16"
         if bool(torch.isfinite(value[segment.finite]).all()):
@@ -119,6 +121,11 @@ def _kernels(segment: Segment) -> Iterator[tuple[Arithmetic, Sequence[Node], Map
     """Ways to compute the segment with partial sums in FP16: arithmetic, nodes, further values, and what comes in the
     order of TensorRT's kernels behind the sum, where that changes anything (``epilogue.fused``); that order first."""
     orders = [replace(FP16ACC, tile=tile, slices=slices) for tile, slices in ORDERS]
+    told = decode(segment.tactic)
+    if told.arithmetic == "fp16acc" and told.tile and not told.vector:
+        named = replace(FP16ACC, tile=told.tile[2], slices=told.slices)
+        named = replace(named, split=told.split, split_kernels=told.split_kernels)
+        orders = [named, *(order for order in orders if order != named)]
     nodes, biases = fused(segment.graph, segment.nodes, segment.given)
     plain, _ = fused(segment.graph, segment.nodes, segment.given, bias_first=True)
     said = "x·sigmoid(x) rounded once" if len(plain) != len(segment.nodes) else ""

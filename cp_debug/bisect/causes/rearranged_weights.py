@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
-from cp_debug.bisect.causes.constant_changes import Change, cause_of, constants_of, rearranged
+from cp_debug.bisect.causes.constant_changes import Change, cause_of, constants_of, interleavings, rearranged
 from cp_debug.bisect.causes.linear_parts import fit
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.causes.single_numbers import search
@@ -22,6 +22,10 @@ from cp_debug.graph.graph import Node
 
 MOST_WORK = 1 << 27
 """Elements of results and inputs that are computed for one constant's slices."""
+FEWEST_DEALT = 8
+"""Elements of a constant from which its slices may be interleaved."""
+MOVES = 100.0
+"""Share of a result's size, its inverse, below which its error is too small for weights that are all elsewhere."""
 BLOCKS = 64
 """Parts of a longer axis that are left out as a whole first; the best of them slice by slice."""
 BEST_BLOCKS = 3
@@ -38,6 +42,19 @@ def as_a_whole(segment: Segment) -> Iterator[Candidate]:
     for node in segment.nodes:
         for place, own in constants_of(segment, node).items():
             for change in rearranged(own):
+                yield from _tried(segment, node, place, change)
+
+
+@cause(costly=True)
+def interleaved(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: slices of a constant dealt out in turn (even ones first, heads or groups inside one another), and
+    the blocks of a recurrent layer's weights transposed."""
+    size = float(torch.linalg.vector_norm(torch.where(segment.finite, segment.exact, 0.0)))
+    if MOVES * segment.introduced < size:
+        return
+    for node in segment.nodes:
+        for place, own in constants_of(segment, node, FEWEST_DEALT).items():
+            for change in interleavings(own):
                 yield from _tried(segment, node, place, change)
 
 

@@ -44,6 +44,8 @@ SKIPPED = {"pads", "epsilon", "kernel_shape", "to", "dtype", "group", "hidden_si
 """Attributes with causes of their own, or that change what is computed altogether."""
 FITTED = {"LeakyRelu": ["alpha"], "Elu": ["alpha"], "Gemm": ["alpha", "beta"], "HardSigmoid": ["alpha", "beta"]}
 """Attributes in which the result is affine."""
+SLOPED = ("LeakyRelu", "Elu")
+"""Activations that are affine in their alpha, and Relu where it is 0."""
 EXCHANGED = (
     (
         *("Relu", "LeakyRelu", "Elu", "Selu", "Sigmoid", "HardSigmoid", "Tanh", "Softplus", "HardSwish", "Gelu"),
@@ -56,8 +58,7 @@ EXCHANGED = (
     ("Exp", "Log", "Sqrt", "Reciprocal"),
     ("MaxPool", "AveragePool", "LpPool"),
     ("GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"),
-    ("Add", "Sub", "Mul", "Div"),
-    ("Min", "Max"),
+    ("Add", "Sub", "Mul", "Div", "Min", "Max"),
     ("Floor", "Ceil", "Round"),
     ("Softmax", "LogSoftmax"),
 )
@@ -342,3 +343,21 @@ def another_operator(segment: Segment) -> Iterator[Candidate]:
                 says = f"{node.op} is computed as {op}"
                 fix = f"compare both programs at {{layers}}: {says}"
                 yield Candidate("other-operator", says, value, 0, {"op": node.op, "test_op": op}, fix)
+
+
+@cause(costly=True)
+def fitted_activation(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: another activation whose slope is none of the usual ones, by least squares on one half."""
+    for node in segment.nodes:
+        for op in SLOPED if node.op in EXCHANGED[0] else ():
+            start, moved = (segment.edited(node, op=op, reads=node.proto.input[:1], alpha=a) for a in (0.0, 1.0))
+            if op == node.op or start is None or moved is None:
+                continue
+            basis = moved - start
+            fit = cross_fit(segment.test - start, [basis], halves(segment.finite & (basis != 0)))
+            if fit is not None:
+                change, theta = fit
+                says = f"{node.op} is computed as {op} with alpha = {float(theta[0, 0]):.4g}"
+                evidence = {"op": node.op, "test_op": op, "alpha": float(theta[0, 0])}
+                fix = f"compare both programs at {{layers}}: {says}"
+                yield Candidate("other-operator", says, start + change, 1, evidence, fix)

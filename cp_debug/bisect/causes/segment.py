@@ -81,6 +81,8 @@ class Segment:
         self.exact = self._exact()
         self.others: Iterable[tuple[str, Callable[[], Any]]] = ()
         """Names of other values of the same run, and how to load them."""
+        self.tactic = ""
+        """Name of the kernel that computed the target, where the backend tells."""
         self.op = nodes[-1].op if nodes else "input"
 
     @classmethod
@@ -183,8 +185,10 @@ class Segment:
         if weight is None or bias is None or (norm is not None and not bool((norm.weight != 0).all())):
             return None
         if norm is not None:
-            place = 1 if node.op == "ConvTranspose" else 0
-            weight = weight / norm.scale.reshape([-1 if d == place else 1 for d in range(weight.dim())])
+            scale = norm.scale_of(weight, transposed=node.op == "ConvTranspose")
+            if scale is None:
+                return None
+            weight = weight / scale
             bias = (bias - norm.bias) / norm.scale + norm.mean
             bias = torch.where(bias.abs() < 1e-5 * norm.mean.abs().max(), 0.0, bias)  # folded in FP32 where it is none
         proto = onnx.NodeProto()

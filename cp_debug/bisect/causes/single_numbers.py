@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -116,9 +116,10 @@ def _factors(segment: Segment, node: Node) -> Iterator[Candidate]:
         yield Candidate(cause_name, says, value, 1, evidence, "compare the weights of {layers} in both programs")
 
 
-def search(segment: Segment, own: float, emulate: Emulate) -> tuple[float, Tensor] | None:
+def search(segment: Segment, own: float, emulate: Emulate, starts: Sequence[float] = ()) -> tuple[float, Tensor] | None:
     """The number that leaves least, and the result with it, of the captured shape; None where none is better than the
-    declared one."""
+    declared one, ``own``. ``starts``: numbers that are tried first, in ascending order, ``own`` among them; without
+    them, multiples of it."""
 
     def left(number: float) -> float:
         value = emulate(number)
@@ -126,7 +127,7 @@ def search(segment: Segment, own: float, emulate: Emulate) -> tuple[float, Tenso
 
     if segment.strange:
         return None
-    starts = sorted(own * f for f in FACTORS) if own else list(SUMMANDS)
+    starts = starts or (sorted(own * f for f in FACTORS) if own else SUMMANDS)
     figures = [segment.introduced if s == own else left(s) for s in starts]
     best = min(range(len(starts)), key=figures.__getitem__)
     if figures[best] > PROMISING * segment.introduced and not _tends(segment, own, emulate):

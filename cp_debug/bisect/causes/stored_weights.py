@@ -16,6 +16,8 @@ from cp_debug.programs.tensor_change import int8_forms
 
 FEWEST = 4
 """Elements of a constant from which its storage is looked at."""
+COPIED = 4
+"""Output channels that may be copies of others: near ones are found for any."""
 MOST_LAYERS = 32
 """Other constants of one shape that are tried."""
 _KEEP = "keep the weights of {layers} in FP32, or accept it"
@@ -72,7 +74,8 @@ def of_another_layer(segment: Segment) -> Iterator[Candidate]:
 
 @cause(costly=True)
 def exchanged_channels(segment: Segment) -> Iterator[Candidate]:
-    """Candidate: output channels of the weight in another order, the bias as it was, by the nearest slices."""
+    """Candidate: output channels of the weight in another order, or a few of them copies of others, the bias as it was,
+    by the nearest slices."""
     node = segment.product
     weight = segment.weight(node, 1) if node is not None else None
     if node is None or weight is None or weight.dim() < 2 or segment.test.shape != segment.exact.shape:
@@ -90,11 +93,13 @@ def exchanged_channels(segment: Segment) -> Iterator[Candidate]:
     distance = exact_slices.square().sum(1) - 2 * test_slices @ exact_slices.T
     order = torch.where(distance.diagonal() <= distance.min(1).values, torch.arange(count), distance.argmin(1))
     moved = (order != torch.arange(count)).nonzero().flatten()
-    if not len(moved) or len(order.unique()) != count:
+    copied = len(order.unique()) != count
+    if not len(moved) or (copied and len(moved) > COPIED):
         return
     if (value := segment.edited(node, inputs={1: weight.index_select(axis, order)})) is not None:
         pairs = ", ".join(f"{int(i)}←{int(order[i])}" for i in moved[:6])
-        says = f"output channels of the weight are exchanged: {pairs}" + (", …" if len(moved) > 6 else "")
+        what = "hold those of others" if copied else "are exchanged"
+        says = f"output channels of the weight {what}: {pairs}" + (", …" if len(moved) > 6 else "")
         yield Candidate(
             "weight-layout", says, value, len(moved), {"moved": len(moved)}, "compare both checkpoints: {layers}"
         )
