@@ -1,11 +1,13 @@
 """Wall time of whole bisects on a GPU, and of the comparison of two tensors there; JSON out.
 
-    python benchmarks/gpu_speed.py OUT.json [--only statistics,pillar,vit] [--rounds 5]
+    python benchmarks/gpu_speed.py OUT.json [--only statistics,pillar,vit,decoder,kernels] [--rounds 5] [--no-oracle]
 
 ``pillar``: ``bisect centerpoint:nus-pillar02 -b torch@cuda,torch-tf32@cuda``; ``vit``: ViT-L (24 blocks, batch 4, 576
-tokens) ``-b torch@cuda,torch-bf16@cuda``. Each from a cold process, wall time of the whole process; then the same
-functions called twice in one process, the second time of which is the time after imports. Both are judged by the CPU's
-oracle, too: verdicts must be the same, excesses within 1 %. ``statistics``: ``compare`` on 1 GiB pairs against the
+tokens) ``-b torch@cuda,torch-bf16@cuda``; ``decoder``: the same of 1.0 G parameters. Each from a cold process, wall
+time of the whole process; then the same functions called twice in one process, the second time of which is the time
+after imports, with the most device memory. Both are judged by the CPU's oracle, too (but for ``--no-oracle``):
+verdicts must be the same, excesses within 1 %. ``kernels``: convolutions of nus-pillar02 in ``emu-fp16acc``'s order,
+their bits against the CPU's, their time against cuDNN's in FP16. ``statistics``: ``compare`` on 1 GiB pairs against the
 card's own copy, PyTorch eager, ``torch.compile``, and NumPy after copying back; CUDA events, medians.
 """
 
@@ -68,7 +70,10 @@ for _ in range(int(sys.argv[3])):
     engine.bisect(sys.argv[1], sys.argv[2], options=Options(cache=True))
     took.append(round(time.perf_counter() - start, 3))
 peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-print(json.dumps({"seconds": took, "peak_device_bytes": peak}))
+model = load_model(sys.argv[1])
+bytes_ = sum(p.numel() * 4 for c in model.components if c.module is not None for p in c.module.parameters())
+found = {"seconds": took, "peak_device_bytes": peak, "model_bytes_fp32": bytes_, "times_model": peak / max(bytes_, 1)}
+print(json.dumps(found))
 """
 
 
@@ -99,9 +104,11 @@ def agreement(found: dict[str, Any], oracle: dict[str, Any]) -> dict[str, Any]:
     return {"layers": rows, "verdicts_that_differ": differ, "largest_relative_difference_of_excess": worst}
 
 
-def bisects(name: str, rounds: int) -> dict[str, Any]:
+def bisects(name: str, rounds: int, oracle: bool) -> dict[str, Any]:
     """One of ``BISECTS``, cold, warm, and judged on the CPU."""
     model, backends = BISECTS[name]
+    if not rounds:
+        return {"warm": warm(model, backends, 1)}
     first = cold(model, backends)  # exports, and compiles Python's own files
     runs = [cold(model, backends) for _ in range(rounds)]
     found: dict[str, Any] = {
@@ -113,6 +120,8 @@ def bisects(name: str, rounds: int) -> dict[str, Any]:
         "errors": [run["error"] for run in runs if "error" in run],
         "warm": warm(model, backends, rounds),
     }
+    if not oracle:
+        return found
     on_cpu = cold(model, backends, "--oracle-device", "cpu")
     found["oracle_on_cpu_seconds"] = on_cpu["seconds"]
     if "result" in runs[-1] and "result" in on_cpu:
@@ -176,12 +185,99 @@ def of_statistics(rounds: int) -> dict[str, Any]:
     return found
 
 
+def convolutions() -> list[tuple[str, Any, Any]]:
+    """(Name, module, input) of the convolutions of nus-pillar02 on its first sample, FP32 on the CPU.
+
+    Of six heads, which are alike, the first.
+    """
+    import torch
+    from torch import nn
+
+    from cp_debug.programs.walk import Walk, run_module
+    from cp_debug.recipes.registry import load_model
+
+    model: Any = load_model("centerpoint:nus-pillar02")
+    found: list[tuple[str, Any, Any]] = []
+    for step in Walk(model, next(iter(model.samples(1, 0, None)))):
+        module = step.component.module
+        hooks = [
+            part.register_forward_hook(
+                lambda m, given, _, name=f"{step.component.name}.{name}": found.append((name, m, given[0].clone()))
+            )
+            for name, part in module.named_modules()
+            if isinstance(part, (nn.Conv2d, nn.ConvTranspose2d))
+            and ("task_heads." not in name or "task_heads.0." in name)
+        ]
+        with torch.no_grad():
+            step.outputs = run_module(step.component, step.inputs)
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def of_kernels(rounds: int) -> dict[str, Any]:
+    """Convolutions of nus-pillar02 with FP16 accumulation: bits against the CPU's, milliseconds against cuDNN."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    from cp_debug.backends.kernels import fp16_accumulation as emulated
+    from cp_debug.backends.kernels.windows import Window
+    from cp_debug.backends.rounding import round_fp16
+
+    rows = []
+    for name, module, given in convolutions():
+        x, weight = round_fp16(given), round_fp16(module.weight.detach())
+        pads = tuple(module.padding)
+        window = Window(tuple(module.kernel_size), tuple(module.stride), tuple(module.dilation), pads, pads)
+        down = isinstance(module, nn.Conv2d)
+        size = module(given).shape[2:]
+
+        def emulate(x: Any, w: Any, window: Any = window, down: bool = down, size: Any = size, m: Any = module) -> Any:
+            if down:
+                return emulated.conv(x, w, None, window, m.groups, 64)
+            return emulated.conv_transpose(x, w, None, window, size, m.groups, 64)
+
+        def cudnn(x: Any, w: Any, m: Any = module, down: bool = down) -> Any:
+            function = functional.conv2d if down else functional.conv_transpose2d
+            return function(x, w, None, m.stride, m.padding, groups=m.groups)
+
+        on = x.cuda(), weight.cuda()
+        half = [t.half().contiguous(memory_format=torch.channels_last) for t in on]
+        try:
+            start = time.perf_counter()
+            expected = emulate(x, weight)
+            seconds = time.perf_counter() - start
+            equal = (emulate(*on).cpu() == expected).float().mean().item()
+            ours = timed(lambda on=on, emulate=emulate: emulate(*on), rounds)
+            library = timed(lambda half=half, cudnn=cudnn: cudnn(*half), 3 * rounds)
+            products = expected.numel() * weight[0].numel() if down else x.numel() * weight[0].numel()
+            rows.append(
+                {
+                    "layer": name, "shape": list(expected.shape), "weights": list(weight.shape), "equal": equal,
+                    "ms": round(ours, 4), "cudnn_ms": round(library, 4), "times": round(ours / library, 2),
+                    "cpu_seconds": round(seconds, 3), "tflops": round(2e-9 * products / ours, 2),
+                    "cudnn_tflops": round(2e-9 * products / library, 2),
+                }
+            )  # fmt: skip
+        except Exception:
+            rows.append({"layer": name, "error": traceback.format_exc()[-1500:]})
+        print(rows[-1], flush=True)
+    done = [row for row in rows if "times" in row]
+    return {
+        "device": torch.cuda.get_device_name(), "layers": rows,
+        "bit_equal_layers": sum(row["equal"] == 1 for row in done),
+        "ms": sum(row["ms"] for row in done), "cudnn_ms": sum(row["cudnn_ms"] for row in done),
+    }  # fmt: skip
+
+
 def main() -> None:
     """Run what was asked for; the file is rewritten after every part."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", default="statistics,pillar,vit")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-oracle", action="store_true")
     args = parser.parse_args()
     found: dict[str, Any] = {
         "command": "python benchmarks/gpu_speed.py " + " ".join(sys.argv[1:]),
@@ -189,7 +285,12 @@ def main() -> None:
     }
     for part in args.only.split(","):
         try:
-            found[part] = of_statistics(args.rounds) if part == "statistics" else bisects(part, args.rounds)
+            if part == "statistics":
+                found[part] = of_statistics(args.rounds)
+            elif part == "kernels":
+                found[part] = of_kernels(args.rounds)
+            else:
+                found[part] = bisects(part, args.rounds, not args.no_oracle)
         except Exception:
             found[part] = {"error": traceback.format_exc()[-3000:]}
         args.out.write_text(json.dumps(found, indent=1))

@@ -85,7 +85,8 @@ def told_by(tactic: Tactic, dtype: str = "") -> Arithmetic:
     if tactic.arithmetic == "fp16acc":
         if not tactic.tile:
             return FP16ACC
-        return replace(FP16ACC, tile=tactic.tile[2], slices=tactic.slices, vector=tactic.vector)
+        told = replace(FP16ACC, tile=tactic.tile[2], slices=tactic.slices, vector=tactic.vector)
+        return replace(told, split=tactic.split, split_kernels=tactic.split_kernels)
     if tactic.arithmetic == "tf32" and "deconv" in tactic.name:
         return TF32_DECONV
     if tactic.arithmetic == "tf32" and "wo_smem" in tactic.name:
@@ -104,7 +105,8 @@ def label(arithmetic: Arithmetic) -> str:
     if arithmetic.vector:
         return f"{arithmetic.name}/v{arithmetic.vector}"
     tile = "all" if arithmetic.tile > 4096 else str(arithmetic.tile)
-    return f"{arithmetic.name}/{tile}" + (f"÷{arithmetic.slices}" if arithmetic.slices > 1 else "")
+    shared = f"÷{arithmetic.slices}" if arithmetic.slices > 1 else ""
+    return f"{arithmetic.name}/{tile}{shared}" + (f" split {arithmetic.split}" if arithmetic.split > 1 else "")
 
 
 def candidates(tactic: Tactic) -> Iterator[Arithmetic]:

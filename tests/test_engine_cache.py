@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,50 @@ def test_a_builder_that_reports_nothing_is_counted_from_its_log(monkeypatch: pyt
     assert [(e["phase"], e["done"]) for e in events] == [(f"timing /c{i}/Conv", i + 1) for i in range(3)]
 
 
+def test_a_builder_that_reports_nothing_is_shown_by_the_layers_that_fusing_left() -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from cp_debug.cli.console import Steps
+    from cp_debug.cli.plain_steps import PlainSteps
+
+    slow = PlainSteps(print, clock=lambda: 0.0)
+    with Progress(console=Console(file=StringIO(), force_terminal=True, width=120)) as bars:
+        shown = Steps(bars, slow)
+        shown("opening the backends", 1, 7)
+        job = runner.Job(shown.on_event)
+        job.count_tactics = True
+        job.log("VERBOSE", "After vertical fusions: 9 layers")
+        job.log("VERBOSE", "After final dead-layer removal: 4 layers")
+        for name in ("/c0/Conv", "/c0/Conv", "/c1/Conv + /r/Relu", "Optimizer Reformat(<in> -> x)"):
+            job.told = 0.0
+            job.log("VERBOSE", f"--------------- Timing Runner: {name} (CaskConvolution[0x80000009])")
+        assert slow.line == "0 s: timing Optimizer Reformat(<in> -> x) (layer 2 of 4, 4 kernels so far)"
+        assert "--builder-level" in slow.stopped
+        (bar,) = [task for task in bars.tasks if task.total == 4]
+        assert bar.visible
+        assert bar.completed == 2
+        shown("capturing", 2, 7)
+        assert "--builder-level" not in slow.stopped
+
+
+def test_ctrl_c_says_what_the_job_was_at(capsys: pytest.CaptureFixture[str]) -> None:
+    from cp_debug.cli.console import steps
+
+    def job() -> None:
+        event = {"event": "progress", "phase": "timing /c/Conv", "done": 3, "steps": 0, "layer": 2, "layers": 9}
+        with steps() as shown:
+            shown("opening the backends", 1, 7)
+            shown.on_event(event)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job()
+    assert "stopped after 0 s: timing /c/Conv (layer 2 of 9, 3 kernels so far); --builder-level 0 to 2" in (
+        capsys.readouterr().err
+    )
+
+
 def test_the_command_line_keeps_engines(tmp_path: Path, tensorrt: list[str]) -> None:
     save_net(tmp_path)
     np.savez(tmp_path / "x.npz", x=X)
@@ -266,3 +311,13 @@ def test_the_command_line_keeps_engines(tmp_path: Path, tensorrt: list[str]) -> 
     assert done.exit_code != 0
     done = CliRunner().invoke(app, ["bisect", str(tmp_path / "net.onnx"), "-b", "ort-none,ort", "--max-builds", "2"])
     assert done.exit_code != 0
+
+
+def test_an_entry_that_another_process_removes_stops_nobody(tmp_path: Path) -> None:
+    """A link to nothing is what a listed entry is that is gone when its size is asked for."""
+    cache = cache_in(tmp_path / "cache")
+    (cache.folder / "gone.engine").symlink_to("nowhere")
+    engine, key = tmp_path / "made", cache.key({"net": "one"})
+    engine.write_bytes(b"engine")
+    cache.put(key, engine, {"seconds": 1, "flags": {}, "timing_cache": None, "marked": [], "missing": [], "layers": []})
+    assert cache.get(key) is not None

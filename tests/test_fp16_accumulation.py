@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
-from cp_debug.backends.kernels import fp16_accumulation
+from cp_debug.backends.kernels import fp16_accumulation, fp16_accumulation_cuda
+from cp_debug.backends.kernels.fp16_accumulation import Order
 from cp_debug.backends.kernels.windows import Window
 from cp_debug.backends.rounding import round_fp16
 
@@ -70,6 +73,21 @@ def test_conv_walks_k_in_the_documented_order(
     expected = plain(x.numpy(), weight.numpy(), bias.numpy(), window, groups, tile=32, slices=slices)
     assert np.mean(got == expected) > 0.99  # a float32 sum may fall on the other side of an FP16 tie
     np.testing.assert_allclose(got, expected, rtol=2**-9, atol=2**-6)
+
+
+@pytest.mark.parametrize("kernels", [1, 2])
+@pytest.mark.parametrize("k", [150, 128])
+def test_a_split_sum_gives_its_tiles_to_the_parts_in_turn(k: int, kernels: int) -> None:
+    a, b = halves(3, 5, k, seed=1), halves(k, 6, seed=2)
+    got = fp16_accumulation.matmul(a, b, 32, split=3, split_kernels=kernels)
+    tiles = [list(range(i, min(i + 32, k))) for i in range(0, k, 32)]
+    places = [[place for tile in tiles[part::3] for place in tile] for part in range(3)]
+    parts = [fp16_accumulation.matmul(a[..., place], b[place], 32) for place in places]
+    total, *others = parts if kernels == 2 else [parts[-1], *parts[:-1]]
+    for other in others:
+        total = round_fp16(total + other)
+    assert torch.equal(got, total)
+    assert not torch.equal(got, fp16_accumulation.matmul(a, b, 32))
 
 
 def in_vectors(x: np.ndarray, weight: np.ndarray, pads: int, stride: int, vector: int) -> np.ndarray:
@@ -184,3 +202,77 @@ def test_sums_of_slices_are_added_in_their_order() -> None:
     assert float(fp16_accumulation.conv(x, ones, bias, window, 1, tile=64, slices=4)) == 0
     x[0, ::16, 0] = torch.tensor([1.0, 1.0, 2048.0, -2048.0])
     assert float(fp16_accumulation.conv(x, ones, bias, window, 1, tile=64, slices=4)) == 2
+
+
+def by_tables(sliced: bool) -> Any:
+    """The CUDA kernel in NumPy, one instruction after the other, from the tables that it is given."""
+
+    def run(grid: tuple[int, ...], block: tuple[int, ...], args: list[Any]) -> None:
+        tensors, (group, rows, padded, outputs, places, steps) = args[:6], args[6:]
+        x, weight, offset, place, step, out = (tensor.numpy().reshape(-1) for tensor in tensors)
+        assert grid == (-(-places // 128), padded // 64, out.size // (outputs * places))
+        for g in range(grid[2]):
+            data, w = x[g * group : (g + 1) * group], weight.reshape(-1, rows, padded)[g, :, :outputs]
+            total, result, begin = np.zeros((outputs, places), np.float32), None, 0
+            for what in step[:steps]:
+                part = np.zeros_like(total)
+                for k in range(begin, begin + (what & 255)):
+                    part += w[k][:, None] * data[offset[k] + place]
+                begin += what & 255
+                total = (total + part).astype(np.float16).astype(np.float32)
+                if what & 256:
+                    result = total if result is None else (result + total).astype(np.float16).astype(np.float32)
+                    total = np.zeros_like(total)
+            assert begin + 16 == rows, "the kernel loads whole blocks"
+            out[g * outputs * places : (g + 1) * outputs * places] = result.reshape(-1)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("channels", "outputs", "groups", "kernel", "stride", "order", "vector"),
+    [
+        (40, 70, 1, (3, 3), (1, 1), Order(32), 0),
+        (66, 4, 2, (3, 2), (2, 1), Order(32, slices=2), 0),
+        (64, 3, 1, (1,), (1,), Order(64, slices=4), 0),
+        (20, 3, 1, (1,), (1,), Order(64, slices=4), 0),
+        (170, 3, 1, (1,), (1,), Order(32, split=4), 0),
+        (170, 3, 1, (1,), (1,), Order(32, split=4, split_kernels=2), 0),
+        (3, 8, 1, (5, 5), (2, 2), Order(0), 4),
+        (20, 3, 1, (3, 3), (1, 1), Order(0), 8),
+    ],
+)
+def test_tables_of_the_gpu_s_kernel_hold_the_same_order(
+    channels: int, outputs: int, groups: int, kernel: tuple[int, ...], stride: tuple[int, ...], order: Order,
+    vector: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(fp16_accumulation_cuda, "_kernel", lambda capability, sliced: by_tables(sliced))
+    monkeypatch.setattr(fp16_accumulation_cuda, "_capability", lambda index: "90")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    x = halves(groups, channels // groups, *(7, 9)[: len(kernel)], seed=1)
+    weight = halves(groups, outputs, channels // groups, *kernel, seed=2)
+    taps = [(weight[(..., *k)].contiguous(), k) for k in itertools.product(*map(range, kernel))]
+    size = tuple((n - k) // s + 1 for n, k, s in zip(x.shape[2:], kernel, stride, strict=True))
+    per_group = channels // groups
+    if vector:
+        expected = fp16_accumulation.accumulate_vectors(x, taps, stride, size, vector)
+        steps = fp16_accumulation.vector_instructions(len(taps), per_group, vector)
+    else:
+        expected = fp16_accumulation.accumulate(x, taps, stride, size, order)
+        steps = fp16_accumulation.instructions(per_group, len(taps), order)
+    found = fp16_accumulation_cuda.accumulate(x, taps, stride, size, steps, order.slices * order.split)
+    # The matrix product that the CPU uses for thin operands may begin with the partial sum: a tie falls otherwise.
+    assert (found != expected).float().mean() < 0.01
+    np.testing.assert_allclose(found, expected, rtol=2**-9, atol=2**-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("slices", "vector", "split"), [(1, 0, 1), (2, 0, 1), (1, 4, 1), (1, 0, 3)])
+def test_the_gpu_gives_the_cpu_s_bits(slices: int, vector: int, split: int) -> None:
+    assert fp16_accumulation_cuda._is_right(torch.cuda.current_device())
+    x, weight, bias = halves(1, 80, 60, 70, seed=1), halves(96, 80, 3, 3, seed=2), halves(96, seed=3)
+    window = Window((3, 3), (2, 1), (1, 1), (1, 1), (1, 1))
+    expected = fp16_accumulation.conv(x, weight, bias, window, 1, 64, slices, vector, split)
+    found = fp16_accumulation.conv(x.cuda(), weight.cuda(), bias.cuda(), window, 1, 64, slices, vector, split)
+    assert torch.equal(found.cpu(), expected)

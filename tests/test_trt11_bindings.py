@@ -11,9 +11,10 @@ import numpy as np
 import onnx
 import pytest
 from test_narrow_files import net as fp8_net
+from test_regions import save_transformer
 from test_trt_runner import NODES, save_net
 
-from cp_debug.backends.tensorrt.client import ParseFailed, RunnerClient
+from cp_debug.backends.tensorrt.client import BuildTimedOut, ParseFailed, RunnerClient
 from cp_debug.backends.tensorrt.config import decide
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.casts import cast_surgery
@@ -153,3 +154,81 @@ def test_what_the_parser_refuses_is_named(trt11: str, tmp_path: Path) -> None:
     step = {"command": "build", "onnx": str(tmp_path / "det.onnx"), "engine": str(tmp_path / "e"), "nodes": nodes}
     with pytest.raises(ParseFailed, match="/d/Det"):
         RunnerClient(trt11).execute([{**step, **config.step(), "timing_cache": None}])
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+def test_a_transformer_is_built_with_what_stands_inside_shown(trt11: str, tmp_path: Path, variant: str) -> None:
+    path = save_transformer(tmp_path)
+    values = ("s0", "p0", "o0", "n1", "p1", "x1")
+    probes = {"method": "outputs", "tensors": {value: {"dtype": "", "format": ""} for value in values}}
+    plain, _ = build(trt11, tmp_path, path, variant)
+    before = plain.stat().st_size
+    kept = [node.name for node in Graph(path).nodes if node.op in ("Split", "Softmax")]
+    shown, _ = build(trt11, tmp_path, path, variant, keep=kept, probes=probes)
+    assert shown.stat().st_size != before
+
+
+BRANCH = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[1,4,8,8] x, bool often) => (float[1,4,8,8] y) {
+        r = Relu (x)
+        i = If (often) <
+            then_branch = then () => (float[1,4,8,8] a) { a = Mul (r, two) },
+            else_branch = else () => (float[1,4,8,8] b) { b = Sigmoid (r) }
+        >
+        y = Add (i, x)
+    }"""
+LOOP = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[1,4] x) => (float[1,4] y) {
+        y = Loop (three, yes, x) <
+            body = body (int64 i, bool on, float[1,4] v) => (bool go, float[1,4] w) {
+                go = Identity (on)
+                w = Mul (v, two)
+            }
+        >
+    }"""
+
+
+@pytest.mark.parametrize("text", [BRANCH, LOOP])
+def test_control_flow_is_built(trt11: str, tmp_path: Path, text: str) -> None:
+    model = onnx.parser.parse_model(text)
+    constants = {"two": np.float32(2), "three": np.int64(3), "yes": np.bool_(True)}
+    model.graph.initializer.extend(
+        onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items() if name in text
+    )
+    for node in model.graph.node:
+        node.name = f"/{node.output[0]}/{node.op_type}"
+    onnx.save(model, tmp_path / "flow.onnx")
+    for variant in ("fp32", "fp16"):
+        assert build(trt11, tmp_path, tmp_path / "flow.onnx", variant)[0].stat().st_size > 1000
+
+
+def test_a_build_is_stopped_at_its_limit_and_says_how_far_it_was(trt11: str, tmp_path: Path) -> None:
+    path = save_transformer(tmp_path)
+    nodes = [[node.name, node.op, list(node.outputs)] for node in Graph(path).nodes]
+    step = {"command": "build", "onnx": str(path), "engine": str(tmp_path / "e"), "nodes": nodes, "timing_cache": None}
+    with pytest.raises(BuildTimedOut, match=r"stopped after 0\.2 s \(--build-timeout\)"):
+        RunnerClient(trt11).execute([{**step, **decide("fp32", "11.4.0.106").step()}], build_timeout=0.2)
+    assert not list(tmp_path.glob("e*"))
+
+
+def test_shapes_beside_the_profile_are_refused_before_a_build(trt11: str, tmp_path: Path) -> None:
+    path = save_net(tmp_path, "N,3,8,8")
+    step = {"command": "build", "onnx": str(path), "engine": str(tmp_path / "e"), "nodes": NODES, "timing_cache": None}
+    step |= {**decide("fp32", "11.4.0.106").step(), "profiles": {"x": [[4, 3, 8, 8], [2, 3, 8, 8], [1, 3, 8, 8]]}}
+    with pytest.raises(InputError, match="profile"):
+        RunnerClient(trt11).execute([step])
+
+
+def test_a_plug_in_that_is_not_there_is_named(trt11: str, tmp_path: Path) -> None:
+    model = onnx.load(save_net(tmp_path))
+    node = onnx.helper.make_node("NoSuchPlugin_TRT", ["y"], ["d"], name="/d/NoSuchPlugin_TRT", domain="trt.plugins")
+    model.graph.node.append(node)
+    model.graph.output.append(onnx.helper.make_tensor_value_info("d", 1, None))
+    model.opset_import.append(onnx.helper.make_opsetid("trt.plugins", 1))
+    onnx.save(model, tmp_path / "plug.onnx")
+    nodes = [*NODES, ["/d/NoSuchPlugin_TRT", "NoSuchPlugin_TRT", ["d"]]]
+    step = {"command": "build", "onnx": str(tmp_path / "plug.onnx"), "engine": str(tmp_path / "e"), "nodes": nodes}
+    with pytest.raises(ParseFailed, match="NoSuchPlugin_TRT"):
+        RunnerClient(trt11).execute([{**step, **decide("fp32", "11.4.0.106").step(), "timing_cache": None}])

@@ -15,8 +15,9 @@ from cp_debug.backends.tensorrt.inspector import (
     parse_layers,
     realised_precision,
 )
-from cp_debug.backends.tensorrt.tactics import decode
+from cp_debug.backends.tensorrt.tactics import decode, with_split
 from cp_debug.bisect.causes.everywhere import orders
+from cp_debug.reports.engines import kernel, sums
 
 CONV = "sm80_xmma_fprop_implicit_gemm_{}_nhwckrsc_nhwc_tilesize128x128x64_stage4_warpsize2x2x1_g1_tensor16x8x16"
 HALF = "Channel major FP16 format where channel % 8 == 0"
@@ -188,6 +189,49 @@ def test_kernels_without_shared_memory_tell_their_vectors(tile: str, more: str, 
     assert decode(f"{start}_{end}").vector == 0
 
 
+GEMM = "sm80_xmma_gemm_f16f16_f16f16_f16_nn_n_tilesize32x32x64_stage6_warpsize2x2x1_tensor16x8x16"
+
+
+@pytest.mark.parametrize(
+    ("number", "split", "kernels"),  # as TensorRT 8.6's log and inspector gave them
+    [
+        ("0x00000000000207e5", 1, 1),
+        ("0x000000000c0e07e5", 7, 1),
+        ("0x00000002080802df", 4, 2),
+        ("0x00000000080a02df", 5, 1),
+        ("0x00000002181807e5", 12, 2),
+        ("0x0000000280800939", 64, 2),
+        ("0x0000000002080939", 1, 1),  # four parts, one buffer: not such a number
+        ("0xc5b678b79dec25fd", 1, 1),  # the hash of a convolution
+        ("", 1, 1),
+    ],
+)
+def test_the_number_of_a_gemm_tells_how_its_sum_is_split(number: str, split: int, kernels: int) -> None:
+    entry = {"Name": "/a/MatMul", "LayerType": "CaskGemmMatrixMultiply", "TacticName": GEMM, "TacticValue": number}
+    (layer,) = parse_layers([entry], {"/a/MatMul"})
+    assert (layer.tactic.split, layer.tactic.split_kernels, layer.tactic.tile) == (split, kernels, (32, 32, 64))
+    assert decode(layer.tactic.name) == layer.tactic
+    assert kernel(layer.tactic.name) == ("fp16acc/64" if split == 1 else f"fp16acc/64 split {split}")
+    assert decode(with_split(GEMM.replace("_gemm_", "_fprop_"), number)).split == 1
+
+
+def test_an_engine_tells_how_its_products_sum_whatever_their_excess() -> None:
+    layers = [
+        {"kind": "CaskConvolution", "tactic": GEMM},
+        {"kind": "CaskGemmMatrixMultiply", "tactic": with_split(GEMM, "0xc0e07e5")},
+        {"kind": "CaskConvolution", "tactic": GEMM.replace("f16f16_f16f16_f16", "f32f32_f32f32_f32")},
+        {"kind": "CaskPooling", "tactic": "sm50_xmma_pooling_max"},
+        {"kind": "Reformat", "tactic": ""},
+        {"kind": "Myelin", "tactic": ""},
+    ]
+    told = "products: 2 sum in FP16, 1 FP32, 1 of them with a split sum, 1 region without a kernel's name"
+    assert sums(layers) == told
+    assert (
+        sums([{**layers[2], "tactic": GEMM.replace("f16f16_f16f16_f16", "f32f32_tf32f32_f32")}]) == "products: 1 TF32"
+    )
+    assert sums(layers[3:5]) == ""
+
+
 def test_orders_told_by_a_name_are_told_from_fitted_ones() -> None:
     start, end = "sm80_xmma_fprop_implicit_gemm", "f16f16_f16f16_f16_nhwckrsc_nhwc_tilesize128x16x64_stage1"
     tiled, direct, silent = f"{start}_{end}", f"{start}_indexed_wo_smem_{end}_alignc4", "sm50_xmma_gemvx"
@@ -197,4 +241,6 @@ def test_orders_told_by_a_name_are_told_from_fitted_ones() -> None:
         (silent, {"tile": 64, "slices": 1}),
     ]
     assert orders("fp16-accumulation", layers) == {"orders_told": 2, "orders_fitted": 4}
+    split = [(with_split(GEMM, "0xc0e07e5"), {"tile": 64, "slices": 1, "split": parts}) for parts in (7, 1)]
+    assert orders("fp16-accumulation", split) == {"orders_told": 1, "orders_fitted": 1}
     assert orders("tf32", layers) == {}

@@ -49,6 +49,10 @@ class Arithmetic:
     """Number of partial sums that share a tile's channels; a divisor of ``tile`` ÷ 16."""
     vector: int = 0
     """Values that a thread of a convolution kernel without shared memory loads at once, 4 or 8; 0 for other kernels."""
+    split: int = 1
+    """Parts of a product's sum that are added at the end (split-K); the tiles take turns."""
+    split_kernels: int = 1
+    """Kernels that add the parts: 2 do so front to back, 1 begins with the last part."""
     scaling: Scaling | None = None
     """Encoding of operands in 4 and 8 bits, in place of ``operand``."""
     running_sum: RunningSum | None = None
@@ -132,6 +136,7 @@ class Arithmetic:
             "accumulation": f"float16, {order}" if self.tile else accumulated,
             "tile": self.tile,
             "slices": self.slices,
+            **({"split": self.split, "split_kernels": self.split_kernels} if self.split > 1 else {}),
             **({"vector": self.vector} if self.vector else {}),
             **(self.scaling.settings if self.scaling else {}),
             **(self.running_sum.settings if self.running_sum else {}),

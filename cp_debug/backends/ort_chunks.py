@@ -132,32 +132,39 @@ def to_ort(arrays: Mapping[str, np.ndarray]) -> dict[str, onnxruntime.OrtValue]:
 
 
 def to_numpy(value: onnxruntime.OrtValue) -> np.ndarray:
-    """The tensor as numpy, bfloat16, FP8 and 4 bits as ``ml_dtypes``; a view on the CPU where there is one."""
+    """The tensor as numpy, bfloat16, FP8, 4 and 2 bits as ``ml_dtypes``; a view on the CPU where there is one."""
     dtype = onnx.helper.tensor_dtype_to_np_dtype(value.element_type())
     if value.data_type().startswith(_REFUSED):
         count = math.prod(value.shape())
-        packed = value.data_type().startswith(_PACKED)
-        buffer = (ctypes.c_char * ((count + 1) // 2 if packed else count * dtype.itemsize)).from_address(
-            value.data_ptr()
-        )
-        if not packed:
+        each = next((n for kinds, n in _PACKED.items() if value.data_type().startswith(kinds)), 1)
+        size = -(-count // each) if each > 1 else count * dtype.itemsize
+        buffer = (ctypes.c_char * size).from_address(value.data_ptr())
+        if each == 1:
             return np.frombuffer(buffer, dtype).reshape(value.shape()).copy()
-        pairs = np.frombuffer(buffer, np.uint8)
-        codes = np.stack([pairs & 15, pairs >> 4], -1).reshape(-1)[:count].reshape(value.shape())
-        return codes.view(dtype) if dtype.kind == "V" and "float" in dtype.name else _integers(codes, dtype)
+        width = 8 // each
+        shifts = np.arange(0, 8, width, dtype=np.uint8)
+        codes = np.frombuffer(buffer, np.uint8)[:, None] >> shifts & (2**width - 1)
+        codes = codes.reshape(-1)[:count].reshape(value.shape())
+        return codes.view(dtype) if dtype.kind == "V" and "float" in dtype.name else _integers(codes, dtype, width)
     array = value.numpy()
     return array if array.dtype.itemsize != dtype.itemsize else array.view(dtype)
 
 
-_PACKED = ("tensor(int4", "tensor(uint4", "tensor(float4")
-"""Types of ONNX Runtime with two elements a byte, the first in the low half."""
-_REFUSED = (*_PACKED, "tensor(bfloat16", "tensor(float8e5m2", "tensor(float8e4m3fnuz")
+_PACKED = {("tensor(int4", "tensor(uint4", "tensor(float4"): 2, ("tensor(int2", "tensor(uint2"): 4}
+"""Types of ONNX Runtime with several elements a byte, the first in its lowest bits."""
+_REFUSED = (
+    *(kind for kinds in _PACKED for kind in kinds),
+    "tensor(bfloat16",
+    "tensor(float8e5m2",
+    "tensor(float8e4m3fnuz",
+)
 """Types that its own conversion to numpy refuses."""
 
 
-def _integers(codes: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Codes of 4 bits, uint8 of any shape, as the integers that they are in ``dtype``."""
-    return np.where((codes > 7) & (dtype.name == "int4"), codes.astype(np.int8) - 16, codes).astype(dtype)
+def _integers(codes: np.ndarray, dtype: np.dtype, width: int) -> np.ndarray:
+    """Codes of ``width`` bits, uint8 of any shape, as the integers that they are in ``dtype``."""
+    negative = (codes >= 2 ** (width - 1)) & dtype.name.startswith("int")
+    return np.where(negative, codes.astype(np.int8) - 2**width, codes).astype(dtype)
 
 
 def _size(value: onnxruntime.OrtValue | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from cp_debug.backends.arithmetic import Arithmetic
@@ -43,6 +44,14 @@ class Weights:
             self._room -= value.nbytes
             self._kept[key] = value
         return value
+
+    def numbers(self, name: str) -> torch.Tensor | None:
+        """The constant in its shape, those of types that torch lacks (some FP8, 2 and 4 bits) in float64; None where
+        there are no real numbers, and for a name that is no constant."""
+        value = self[name] if self.holds(name) else None
+        if isinstance(value, np.ndarray) and value.dtype.kind not in "OSUc":
+            return torch.from_numpy(value.astype(np.float64))
+        return value if isinstance(value, torch.Tensor) and not value.is_complex() else None
 
     def _read(self, name: str) -> Any:
         node = self._constants.get(name)

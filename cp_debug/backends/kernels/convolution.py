@@ -29,9 +29,8 @@ def conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         x, weight = call.operands(x, weight)
     if call.arithmetic.tile:
         order = call.arithmetic
-        return fp16_accumulation.conv(
-            x, weight, bias, window, call["group"], call.arithmetic.tile, order.slices, order.vector
-        )
+        how = (call.arithmetic.tile, order.slices, order.vector, order.split, order.split_kernels)
+        return fp16_accumulation.conv(x, weight, bias, window, call["group"], *how)
     if x.dtype == torch.float64 and not x.is_cuda and call["group"] == 1 and max(window.kernel) > 1:
         return blocked_convolution.conv(x, weight, bias, window)
     padding = window.begin

@@ -3,7 +3,9 @@
 K is walked in channel tiles, inside a tile over the kernel taps row by row, inside a tap over blocks of 16 channels:
 one tensor-core instruction. Each instruction adds 16 exact products to the partial sum, which is then rounded to FP16.
 Some kernels share a tile's channels among slices (``warpsize2x1x2`` in the name: two), each with a sum of its own;
-these are added at the end. docs/gpu/h100.md has how many elements of TensorRT 8.6's layers this reproduces bit by bit.
+these are added at the end. GEMMs may split the sum (split-K): the tiles are given to the parts in turn, each part has a
+sum of its own, and these are added in FP16: front to back by a second kernel, or by the one kernel, which begins with
+the last part. docs/gpu/h100.md has how many elements of TensorRT 8.6's layers this reproduces bit by bit.
 
 Kernels without shared memory (``wo_smem``), which take layers with few channels, walk taps and channels as one axis,
 channels padded to vectors of 4 or 8 values. Each of four threads loads one vector, and an instruction takes four values
@@ -15,15 +17,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cp_debug.backends.kernels import fp16_accumulation_cuda
+from cp_debug.backends.kernels.fp16_accumulation_cuda import BLOCK, Instruction
 from cp_debug.backends.kernels.windows import Window
 from cp_debug.backends.rounding import round_fp16
 
-BLOCK = 16
 THREADS = 4
 """Threads that share the K of one instruction."""
 _AT_A_TIME = {"cpu": 1 << 17, "cuda": 1 << 26}
@@ -33,28 +37,45 @@ Tap = tuple[Tensor, tuple[int, ...]]
 """Weights (groups, outputs per group, channels per group) and where the tap starts on each spatial axis."""
 
 
-def accumulate(
-    x: Tensor, taps: Sequence[Tap], stride: Sequence[int], size: Sequence[int], tile: int, slices: int = 1
-) -> Tensor:
+class Order(NamedTuple):
+    """Order of a sum: channels per tile, partial sums that share a tile, parts that take tiles in turn, and the kernels
+    that add these parts (1 or 2)."""
+
+    tile: int
+    slices: int = 1
+    split: int = 1
+    split_kernels: int = 1
+
+    def part(self, tile: int) -> int:
+        """Place of the part of a tile among the parts as they are added: one kernel begins with the last part."""
+        return (tile + self.split_kernels % 2) % self.split
+
+
+def accumulate(x: Tensor, taps: Sequence[Tap], stride: Sequence[int], size: Sequence[int], order: Order) -> Tensor:
     """Sum the taps over ``x`` (groups, channels per group, *spatial) → (groups, outputs per group, *size).
 
-    All operands hold FP16 values in float32; ``tile`` is channels per tile, ``slices`` the partial sums of a tile.
+    All operands hold FP16 values in float32.
     """
+    tile, slices, split, _ = order
     groups, channels = x.shape[:2]
     outputs = taps[0][0].shape[1]
     result = x.new_empty(groups, outputs, *size)
     if not result.numel():
         return result
+    if (slices == 1 or split == 1) and fp16_accumulation_cuda.takes(x):
+        steps = instructions(channels, len(taps), order)
+        return fp16_accumulation_cuda.accumulate(x, taps, stride, size, steps, slices * split)
     row = result[0, 0, 0].numel()
-    rows = max(1, _AT_A_TIME[x.device.type] // (groups * outputs * row))
+    rows = max(1, _AT_A_TIME[x.device.type] // (groups * outputs * row * split))
     for first in range(0, size[0], rows):
         count = min(rows, size[0] - first)
         extent = (count, *size[1:])
-        sums = x.new_zeros(slices, groups, outputs, count * row)
-        half = torch.empty_like(sums[0], dtype=torch.float16)
+        parts = x.new_zeros(split, slices, groups, outputs, count * row)
+        half = torch.empty_like(parts[0, 0], dtype=torch.float16)
         columns = x.new_empty(groups, min(tile, channels), *extent)
         for channel in range(0, channels, tile):
-            for weight, start in taps:
+            for place, (weight, start) in enumerate(taps):
+                sums = parts[order.part(channel // tile * len(taps) + place)]
                 begin = (start[0] + first * stride[0], *start[1:])
                 window = tuple(slice(b, b + (n - 1) * s + 1, s) for b, n, s in zip(begin, extent, stride, strict=True))
                 part = x[(slice(None), slice(channel, channel + tile), *window)]
@@ -64,10 +85,25 @@ def accumulate(
                     partial_sum = sums[k * slices // tile]
                     partial_sum.baddbmm_(block, matrix[:, k : k + BLOCK])
                     partial_sum.copy_(half.copy_(partial_sum))
-        for slice_sum in sums[1:]:
-            sums[0].copy_(half.copy_(sums[0].add_(slice_sum)))
-        result[:, :, first : first + count] = sums[0].unflatten(2, extent)
+        for slice_sum in parts[:, 1:].unbind(1):
+            parts[:, 0] = parts[:, 0].add_(slice_sum).half()
+        total, *others = parts[:, 0]
+        for other in others:
+            total.copy_(half.copy_(total.add_(other)))
+        result[:, :, first : first + count] = total.unflatten(2, extent)
     return result
+
+
+def instructions(channels: int, taps: int, order: Order) -> list[Instruction]:
+    """Instructions of ``accumulate``, in the order in which it adds them; slices or parts, not both."""
+    tile, slices = order.tile, order.slices
+    return [
+        Instruction(k * slices // tile + order.part(channel // tile * taps + tap), [tap] * len(block), block)
+        for channel in range(0, channels, tile)
+        for tap in range(taps)
+        for k in range(0, min(tile, channels - channel), BLOCK)
+        if (block := range(channel + k, min(channel + k + BLOCK, channel + tile, channels)))
+    ]
 
 
 def accumulate_vectors(
@@ -79,8 +115,11 @@ def accumulate_vectors(
     result = x.new_empty(groups, outputs, *size)
     if not result.numel():
         return result
-    weight = torch.cat([w for w, _ in taps], -1)
     blocks = vector_blocks(len(taps), channels, vector)
+    if fp16_accumulation_cuda.takes(x):
+        order = vector_instructions(len(taps), channels, vector)
+        return fp16_accumulation_cuda.accumulate(x, taps, stride, size, order, 1)
+    weight = torch.cat([w for w, _ in taps], -1)
     row = result[0, 0, 0].numel()
     rows = max(1, _AT_A_TIME[x.device.type] // (groups * max(outputs, len(taps) * channels) * row))
     for first in range(0, size[0], rows):
@@ -112,6 +151,12 @@ def vector_blocks(taps: int, channels: int, vector: int) -> list[list[int]]:
     return [block for block in blocks if block]
 
 
+def vector_instructions(taps: int, channels: int, vector: int) -> list[Instruction]:
+    """Instructions of ``accumulate_vectors``, in the order in which it adds them."""
+    blocks = vector_blocks(taps, channels, vector)
+    return [Instruction(0, [k // channels for k in block], [k % channels for k in block]) for block in blocks]
+
+
 def conv(
     x: Tensor,
     weight: Tensor,
@@ -121,9 +166,12 @@ def conv(
     tile: int,
     slices: int = 1,
     vector: int = 0,
+    split: int = 1,
+    split_kernels: int = 1,
 ) -> Tensor:
-    """ONNX Conv of ``x`` (N, C, *spatial); every operand already holds FP16 values. ``vector`` instead of ``tile`` and
-    ``slices`` is for kernels without shared memory."""
+    """ONNX Conv of ``x`` (N, C, *spatial); every operand already holds FP16 values. ``vector`` instead of the others is
+    for kernels without shared memory."""
+    order = Order(tile, slices, split, split_kernels)
     size = window.output_size(x.shape[2:])
     grouped = weight.unflatten(0, (groups, -1))
     taps: list[Tap] = [
@@ -135,7 +183,7 @@ def conv(
         (
             accumulate_vectors(sample, taps, window.stride, size, vector)
             if vector
-            else accumulate(sample, taps, window.stride, size, tile, slices)
+            else accumulate(sample, taps, window.stride, size, order)
         ).flatten(0, 1)
         for sample in padded
     ]
@@ -181,16 +229,18 @@ def conv_transpose(
             for tap in itertools.product(*axes)
         ]
         for sample, target in zip(functional.pad(samples, pads), part, strict=True):
-            target.copy_(accumulate(sample, taps, (1,) * len(size), part.shape[2:], tile, slices).flatten(0, 1))
+            summed = accumulate(sample, taps, (1,) * len(size), part.shape[2:], Order(tile, slices))
+            target.copy_(summed.flatten(0, 1))
     return add_bias(result, bias)
 
 
-def matmul(a: Tensor, b: Tensor, tile: int, slices: int = 1) -> Tensor:
+def matmul(a: Tensor, b: Tensor, tile: int, slices: int = 1, split: int = 1, split_kernels: int = 1) -> Tensor:
     """``numpy.matmul`` of operands that hold FP16 values, accumulated in FP16."""
+    order = Order(tile, slices, split, split_kernels)
     left, right = a[None] if a.dim() == 1 else a, b[:, None] if b.dim() == 1 else b
     batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     left, right = (m.expand(*batch, *m.shape[-2:]).reshape(batch.numel(), *m.shape[-2:]) for m in (left, right))
-    result = accumulate(right, [(left, (0,))], (1,), right.shape[-1:], tile, slices)
+    result = accumulate(right, [(left, (0,))], (1,), right.shape[-1:], order)
     result = result.reshape(*batch, *result.shape[1:])
     result = result.squeeze(-2) if a.dim() == 1 else result
     return result.squeeze(-1) if b.dim() == 1 else result

@@ -18,8 +18,10 @@ def matmul(call: Call, a: Tensor, b: Tensor) -> Tensor:
     if scaling and running_sum:
         return scaled_products.matmul(a, b, scaling, running_sum)
     a, b = call.operands(a, b)
-    tile, slices = call.arithmetic.tile, call.arithmetic.slices
-    return fp16_accumulation.matmul(a, b, tile, slices) if tile else torch.matmul(a, b)
+    order = call.arithmetic
+    if not order.tile:
+        return torch.matmul(a, b)
+    return fp16_accumulation.matmul(a, b, order.tile, order.slices, order.split, order.split_kernels)
 
 
 @kernel("Gemm", multiplies=True)

@@ -145,7 +145,8 @@ class RunnerClient:
     def _timed_out(self, step: Mapping[str, Any], limit: float) -> BuildTimedOut:
         last = self._progress
         of = f" of {last['steps']}" if last.get("steps") else ""
-        far = f"; it was at {last['phase']!r}, {last['done']}{of}" if last else ""
+        at = f", layer {last['layer']} of {last['layers']}" if last.get("layers") else ""
+        far = f"; it was at {last['phase']!r}, {last['done']}{of}{' kernels' if at else ''}{at}" if last else ""
         message = f"{step.get('onnx', self.spec)}: the build was stopped after {limit:g} s (--build-timeout){far}"
         return BuildTimedOut(f"{message}; --builder-level 0 to 2 builds faster")
 

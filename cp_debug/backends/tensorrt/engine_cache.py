@@ -108,9 +108,9 @@ class EngineCache:
                 shutil.copyfile(engine, partial)
             document = {"key": key, "sha256": file_hash(engine), "facts": dict(facts)}
             write_text(json.dumps(document) + "\n", self.folder / f"{key}.json")
+            self._trim()  # another process may remove the same entries meanwhile
         except (InputError, OSError):
             return
-        self._trim()
 
     def _trim(self) -> None:
         files = sorted(self.folder.glob("*.engine"), key=lambda path: path.stat().st_mtime, reverse=True)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cp_debug.backends.tensorrt.tactics import Tactic, decode
+from cp_debug.backends.tensorrt.tactics import Tactic, decode, with_split
 from cp_debug.serialize import JsonForm
 
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\x1e\x1f]*?)\](?=[\x1e\x1f\[]|$)")
@@ -160,7 +160,7 @@ def _layer(entry: Mapping[str, Any], known: frozenset[str]) -> EngineLayer:
         nodes=tuple(dict.fromkeys(node for node in layer_nodes if node in known)),
         inputs=tuple(_tensor(t) for t in entry.get("Inputs") or ()),
         outputs=tuple(_tensor(t) for t in entry.get("Outputs") or ()),
-        tactic=decode(entry.get("TacticName") or ""),
+        tactic=decode(with_split(entry.get("TacticName") or "", entry.get("TacticValue") or "")),
         tactic_id=entry.get("TacticValue") or "",
     )
 

@@ -174,6 +174,7 @@ class Job:
         self.emit, self.deadline = emit, deadline
         self.errors: list[str] = []
         self.count_tactics, self.tactics, self.told = False, 0, 0.0
+        self.layers, self.timed = 0, set()  # type: ignore[var-annotated]
         self.kept: list[Any] = []
         if not isinstance(Job._logger, trt.ILogger):
             Job._logger = _make_logger(trt)
@@ -191,15 +192,23 @@ class Job:
             self.emit({"event": "log", "level": level, "text": text})
 
     def _count(self, text: str) -> None:
-        """Progress of builders that report none: their log names each kernel that they time."""
+        """Progress of builders that report none: their log says how many layers fusing left, and names each kernel
+        that is timed, with its layer."""
+        left = re.match(r"After .*: (\d+) layers?\s*$", text)
+        if left is not None:
+            self.layers = int(left.group(1))
         match = re.search(r"Timing Runner: (.+?) \(", text)
         if match is None:
             return
         self.tactics += 1
+        name = match.group(1)[:80]
+        if not name.startswith("Optimizer Reformat"):  # between layers, not one of them
+            self.timed.add(match.group(1))
         now = time.monotonic()
         if now - self.told >= 0.5:
             self.told = now
-            self.emit({"event": "progress", "phase": "timing " + match.group(1)[:80], "done": self.tactics, "steps": 0})
+            at = {"layer": len(self.timed), "layers": self.layers}
+            self.emit({"event": "progress", "phase": "timing " + name, "done": self.tactics, "steps": 0, **at})
 
     def out_of_time(self) -> bool:
         """Whether the job's time is up."""

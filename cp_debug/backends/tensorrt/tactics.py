@@ -6,13 +6,14 @@ The newer kernels carry their types in the name as ``<in><out>_<multiplied as><a
 out (``wngd_f32f32_f32_f32``), and so do products by a vector (``gemvx_f16f16_f32_f32``) and depthwise convolutions
 (``conv3d_c1_k1_f16f16_f16_f16``; those with ``depthwiseHMMA`` accumulate in FP32). Older kernels say
 ``h884``/``h1688``/``h16816`` (FP16 accumulation) or ``s…`` (FP32), those without tensor cores
-``…_fused_conv_act_fp32_…_Accfloat`` and ``…_FP32FP32FP32NCHW_…``.
+``…_fused_conv_act_fp32_…_Accfloat`` and ``…_FP32FP32FP32NCHW_…``. Whether a GEMM splits its sum no name tells; the
+tactic's number does.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _TYPE = r"(?:tf32|bf16|f16|f32|f64|e4m3|e5m2|i8|u8|s8|i32|s32)"
 _TYPES = re.compile(
@@ -31,6 +32,7 @@ _OLD_TENSOR_CORE = re.compile(r"(?:^|_)(?P<kind>[hsi])(?:884|1688|16816|8816|168
 _SLICES = re.compile(r"_warpsize\d+x\d+x(\d+)(?=_|$)")
 _ALIGNED = re.compile(r"_aligna(\d+)(?=_|$)")
 _TILE = re.compile(r"tilesize(\d+)x(\d+)x(\d+)")
+_SPLIT = re.compile(r" numSplitK: (\d+) numBuffers: (\d+) numKernels: (\d+)$")
 _LONG = {"f16": "fp16", "f32": "fp32", "f64": "fp64", "i8": "int8", "s8": "int8", "u8": "int8", "i32": "int32"}
 _LONG["s32"] = "int32"
 
@@ -54,6 +56,11 @@ class Tactic:
     """Values that a thread loads at once in kernels without shared memory (``wo_smem``), else 0. The name tells it: the
     alignment, at most an eighth of the tile's depth; fitted on 3 layers and right on 4 others."""
 
+    split: int = 1
+    """Parts of a sum (split-K): part i takes the tiles i, i + ``split``, i + 2 · ``split`` and so on."""
+    split_kernels: int = 1
+    """Kernels of a split sum: where there are two, the second adds the parts."""
+
     @property
     def arithmetic(self) -> str | None:
         """Arithmetic in the project's words: ``fp32 tf32 bf16 fp16 fp16acc int8``; None where unknown."""
@@ -62,8 +69,28 @@ class Tactic:
         return self.multiplies
 
 
+def with_split(name: str, number: str) -> str:
+    """The name of a GEMM with what TensorRT's log says behind it where the tactic's number tells a split sum.
+
+    Such a number, ``0x2080802df``, has the parts in bits 17 to 24, the buffers between them in bits 25 to 32, and in
+    bit 33 whether a second kernel adds them, as TensorRT 8.6's log says beside 1,200 of them. Those of convolutions are
+    hashes.
+    """
+    try:
+        value = int(number, 16)
+    except ValueError:
+        return name
+    parts, buffers, kernels = value >> 17 & 255, value >> 25 & 255, 1 + (value >> 33)
+    if "_gemm_" not in name or parts < 2 or kernels > 2 or buffers != parts + kernels - 2:
+        return name
+    return f"{name} numSplitK: {parts} numBuffers: {buffers} numKernels: {kernels}"
+
+
 def decode(name: str) -> Tactic:
     """Decode a tactic name; an unknown one gives a Tactic that only has its name."""
+    if split := _SPLIT.search(name):
+        whole = decode(name[: split.start()])
+        return replace(whole, name=name, split=int(split[1]), split_kernels=int(split[3]))
     tile, slices = _TILE.search(name), _SLICES.search(name)
     aligned = _ALIGNED.search(name)
     vector = min(int(aligned[1]) if aligned else 8, int(tile[3]) // 8) if tile and "wo_smem" in name else 0
