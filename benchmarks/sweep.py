@@ -64,14 +64,19 @@ def tasks_of(kind: str, model: str, quantized: Path | None, scenes: int) -> list
 
 
 def measured(tasks: list[Task], workers: int, warm: Task | None = None) -> tuple[float, str, list[float]]:
-    """Seconds, the results as text, seconds of each task; after ``warm`` on every worker, else with their start."""
+    """Seconds, the results as text, seconds of each task; after ``warm`` on every worker, else with their start.
+
+    Workers share exports and calibrations, as those of the command do.
+    """
     with ExitStack() as stack:
+        shared = stack.enter_context(tempfile.TemporaryDirectory())
+        tasks = [replace(task, params={**task.params, "shared": shared}) for task in tasks]
         log = stack.enter_context(SweepLog(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log.jsonl"))
         if warm is None:
             finished = run(lambda: tasks, log, lambda gpu: local_workers(workers, gpu=gpu))
         else:
             client = stack.enter_context(local_workers(workers))
-            client.run(run_task, warm.kind, dict(warm.params))
+            client.run(run_task, warm.kind, {**warm.params, "shared": shared})
             finished = run(lambda: tasks, log, lambda gpu: nullcontext(client))
         assert not finished.failures(), finished.failures()[0]
         found = {record["key"]: record for record in finished.results()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from cp_debug.programs import pipeline
 from cp_debug.programs.export_cache import ENTRY, ExportCache
 from cp_debug.programs.pipeline import Export, prepare
 from cp_debug.recipes.base import Component
@@ -33,20 +31,6 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.relu(self.linear(x)) * self.factor
-
-
-@pytest.fixture
-def exports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Names of the components that were exported."""
-    names: list[str] = []
-    export = pipeline._export
-
-    def counted(component: Any, *rest: Any) -> Any:
-        names.append(component.name)
-        return export(component, *rest)
-
-    monkeypatch.setattr(pipeline, "_export", counted)
-    return names
 
 
 def prepared(module: nn.Module, tmp_path: Path, place: str, **how: Any) -> Any:

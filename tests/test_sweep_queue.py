@@ -356,7 +356,11 @@ def test_a_worker_that_dies_while_it_starts(tmp_path: Path) -> None:
     """As it does when a script that starts a sweep has no guard: its workers import it and would start their own."""
     file = tmp_path / "unguarded.py"
     file.write_text("from cp_debug.sweep.workers import local_workers\nwith local_workers(1):\n    print('started')\n")
-    done = subprocess.run([sys.executable, str(file)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    environment = {**ENVIRONMENT, "TMPDIR": str(scratch)}
+    done = subprocess.run([sys.executable, str(file)], env=environment, capture_output=True, text=True, timeout=120)
+    assert not [path.name for path in scratch.iterdir() if "dask" in path.name or "cpdebug" in path.name]
     assert done.returncode != 0
     assert "started" not in done.stdout
     assert "behind if __name__ == '__main__'" in done.stderr

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -69,6 +70,10 @@ class Desk:
     cluster: Annotated[
         str | None, typer.Option(help="Instead, a Dask scheduler: tcp://host:8786.", rich_help_panel=QUEUE)
     ] = None
+    shared: Annotated[
+        str | None,
+        typer.Option(help="Folder or URL (s3://…) of exports and calibrations for all workers.", rich_help_panel=QUEUE),
+    ] = None
     log: Annotated[
         Path | None,
         typer.Option(help="FILE.jsonl, which a restart reads; FILE.parquet: that too.", rich_help_panel=QUEUE),
@@ -115,12 +120,17 @@ class Desk:
                 return remote_workers(self.cluster)
             return local_workers(self.workers, gpu=gpu, gpus=self.gpus)
 
+        def sharing() -> Iterator[Task]:
+            return (replace(task, params={**task.params, "shared": shared}) for task in tasks())
+
         target = self.log or (self.output / "log.jsonl" if self.output else Path("sweep.jsonl"))
         if target.suffix not in (".jsonl", ".parquet"):
             raise InputError(f"--log: {target}; expected FILE.jsonl or FILE.parquet")
-        with SweepLog(target.with_suffix(".jsonl")) as log:
+        with ExitStack() as stack:
+            shared = self._shared(stack)
+            log = stack.enter_context(SweepLog(target.with_suffix(".jsonl")))
             with view(f"sweep {kind}") as on_progress:
-                finished = run(tasks, log, connect, retry_failed=self.retry_failed, on_progress=on_progress)
+                finished = run(sharing, log, connect, retry_failed=self.retry_failed, on_progress=on_progress)
             try:
                 result = SweepResult.of(kind, finished, merge(finished.results()), command_line())
                 if target.suffix == ".parquet":
@@ -143,6 +153,16 @@ class Desk:
         if html:
             write_page(result, html)
         raise typer.Exit(0 if result.passed else 2 if result.failures else 1)
+
+    def _shared(self, stack: ExitStack) -> str | None:
+        """Place of what workers share: that of the flag, else a folder that goes with the sweep's own processes."""
+        from cp_debug.sweep.shared import SharedStore
+
+        if self.shared is None:
+            return None if self.cluster else stack.enter_context(TemporaryDirectory(prefix="cpdebug-"))
+        place = self.shared if "://" in self.shared else str(resolved(Path(self.shared)))
+        SharedStore(place).check()
+        return place
 
 
 @app.command("bisect", cls=Command)
@@ -244,7 +264,7 @@ def sweep_sensitivity(
     """
     from cp_debug.sweep import sensitivity
 
-    refuse(("calib_samples", "calib_method"), unless=not quantized, why="the scales are those of --from")
+    refuse(("calib_samples", "calib_method", "shared"), unless=not quantized, why="the scales are those of --from")
     refuse(("draws",), unless=by is Axis.layers, why="intervals are drawn with --by layers")
     how = {"batches": calib_samples, "method": calib_method.value, "draws": draws}
     grid = _grid(models, "torch,torch-fp64", checkpoint, samples, seed, data, Exporter.auto, False, how)
@@ -285,6 +305,7 @@ def sweep_search(
     """
     from cp_debug.sweep import searching
 
+    refuse(("shared",), unless=False, why="every search exports its model itself")
     how = {"goal": goal, "max_builds": max_builds, "test_model": test_model and str(resolved(test_model))}
     grid = _grid(models, backends, checkpoint, samples, seed, inputs, exporter, unfolded, how)
     if test_model is not None:
@@ -317,6 +338,8 @@ def _grid(
     from cp_debug.sweep.grid import Grid
 
     refuse_export_flags(models or [DEFAULT])
+    modules = any(not model.endswith(".onnx") for model in models or [DEFAULT])
+    refuse(("shared",), unless=modules, why="no model of the sweep is exported or calibrated as a torch module")
     refuse_seed(models or [DEFAULT], inputs, samples)
     check_made_up(samples, inputs, given_by="--inputs or --data")
     return Grid(

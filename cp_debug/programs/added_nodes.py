@@ -73,12 +73,20 @@ def _arithmetic(nodes: Sequence[Node], constants: Constants) -> tuple[str, str] 
         count = int((own[0] != neutral).sum())
         if own[0].size == 1:
             names.append("shifted" if node.op in ("Add", "Sub") else "scaled")
-        elif count <= FEW:
-            names.append("isolated")
         elif own[0].size == max(own[0].shape):
             names.append("channels-shifted" if node.op in ("Add", "Sub") else "channels-scaled")
+        elif count <= FEW:
+            names.append("isolated")
         else:
             return None
+    if len(nodes) == 1 and nodes[0].op == "Mul" and names == ["channels-scaled"]:
+        (factors,) = [np.ravel(constants[n]) for n in nodes[0].proto.input if n in constants]
+        if np.isin(factors, (0.0, 1.0)).all():
+            kept = int(np.flatnonzero(factors).max(initial=-1)) + 1
+            if kept and factors[:kept].all():
+                return "truncated", f"a Mul is added that makes all after the first {kept} of {factors.size} slices 0"
+            zeros = int((factors == 0).sum())
+            return "channels-zeroed", f"a Mul is added that makes {zeros} of {factors.size} slices 0: {nodes[0].name}"
     if not np.isfinite([np.abs(constants[n]).max() for d in nodes for n in d.proto.input if n in constants]).all():
         return None
     says = f"{' and '.join(n.op for n in nodes)} {'is' if len(nodes) == 1 else 'are'} added: {nodes[0].name}"

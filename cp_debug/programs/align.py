@@ -22,6 +22,7 @@ from cp_debug.probes.trace import TorchValue, Trace, trace
 from cp_debug.programs.draws import Draws
 from cp_debug.programs.matching import Matching, nearest
 from cp_debug.programs.scope_names import scope_hints
+from cp_debug.programs.stored_tensors import stored_tensors
 
 TOLERANCE = 1e-4
 """Relative L2 distance up to which two FP32 computations of one value are the same."""
@@ -160,7 +161,7 @@ def _modules(matching: Matching, record: Trace) -> dict[str, Any]:
 def module_digest(module: nn.Module) -> str:
     """SHA-256 of the names and values of all weights and buffers."""
     sha = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
+    for name, tensor in stored_tensors(module).items():
         sha.update(name.encode())
-        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()

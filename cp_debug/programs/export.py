@@ -24,6 +24,7 @@ from cp_debug.backends.determinism import fp32_precision
 from cp_debug.errors import InputError, raise_if_interrupted, system_reason
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.programs.module_source import note_modules
+from cp_debug.programs.stored_tensors import stored_tensors
 
 EXPORTERS = ("dynamo", "torchscript")
 _PROTOBUF_LIMIT = 2_000_000_000
@@ -59,7 +60,7 @@ def export(
     args = tuple(_example(arg, axes.get(name, {})) for name, arg in zip(input_names, args, strict=True))
     options: dict[str, Any] = {"input_names": list(input_names), "output_names": list(output_names)}
     options |= {} if opset is None else {"opset_version": opset}
-    size = sum(tensor.nbytes for tensor in module.state_dict().values())
+    size = sum(tensor.nbytes for tensor in stored_tensors(module).values())
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
         raw = Path(folder) / "raw.onnx"

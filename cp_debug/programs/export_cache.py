@@ -28,7 +28,7 @@ import torch
 
 from cp_debug.backends.base import Program
 from cp_debug.errors import InputError
-from cp_debug.files import key_of
+from cp_debug.files import file_hash, key_of
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.alignment import Alignment
 from cp_debug.probes.arrays import as_numpy
@@ -143,6 +143,27 @@ class ExportCache:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+class ExportedFolder(ExportCache):
+    """Exports that lie where they would be written: nothing is hashed, copied or kept."""
+
+    def key(self, component: Component, inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> str:
+        """The component's name, whatever shapes and dtypes its inputs have."""
+        return component.name
+
+    def get(self, key: str, path: Path) -> bool:
+        """Whether the file is there."""
+        return path.is_file()
+
+    def put(self, key: str, path: Path) -> None:
+        """Leave it where it is."""
+
+
+def user_code() -> list[str]:
+    """SHA-256 of each loaded file of code that belongs to no library and not to this package, sorted."""
+    files = {module.__file__ for name, module in list(sys.modules.items()) if _is_users(name, module)}
+    return sorted({file_hash(Path(file)) for file in files if file})
+
+
 class _Pickler(pickle.Pickler):
     """Pickles into a hash; tensors as type, shape and bytes, each once."""
 
@@ -176,12 +197,10 @@ def _put_surroundings(digest: Any) -> None:
     """Add the global values of the user's modules and classes, and the environment where one of them reads it."""
     reads_environment = False
     for name, module in sorted(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        own = name.partition(".")[0] == "cp_debug"
-        if own or not file or not Path(file).is_absolute() or _is_library(file):
+        if not _is_users(name, module):
             continue
         with contextlib.suppress(OSError):
-            text = Path(file).read_text(encoding="utf-8", errors="replace")
+            text = Path(str(module.__file__)).read_text(encoding="utf-8", errors="replace")
             reads_environment |= "environ" in text or "getenv" in text
         kinds = [kind for kind in list(vars(module).values()) if isinstance(kind, type) and kind.__module__ == name]
         for owner in (module, *kinds):
@@ -191,6 +210,12 @@ def _put_surroundings(digest: Any) -> None:
     if reads_environment:
         given = {name: value for name, value in os.environ.items() if not name.startswith(SET_BY_LIBRARIES)}
         digest.update(repr(sorted(given.items())).encode())
+
+
+def _is_users(name: str, module: ModuleType) -> bool:
+    """Whether a loaded module is the user's own: of no library, and not of this package."""
+    file = getattr(module, "__file__", None)
+    return bool(name.partition(".")[0] != "cp_debug" and file and Path(file).is_absolute() and not _is_library(file))
 
 
 def _digest_of(value: Any) -> str:

@@ -18,6 +18,7 @@ from cp_debug.probes.arrays import Sink, Tensor
 from cp_debug.probes.capture import Capture, CaptureWriter
 from cp_debug.probes.fingerprint import Fingerprint, fingerprint
 from cp_debug.programs.pairing_numbers import NumericPairing
+from cp_debug.programs.stored_tensors import stored_tensors
 from cp_debug.programs.walk import Walk, tensors_as_arrays
 from cp_debug.programs.weight_differences import WeightDifferences, differences_of_states, weight_differences
 from cp_debug.recipes.base import Model, Sample
@@ -73,7 +74,7 @@ def differing_weights(programs: Sequence[Program], tests: Sequence[Program]) -> 
         if test.graph is program.graph:
             continue
         if ours is not None and theirs is not None and ours is not theirs:
-            states = [{n: t.detach().cpu().numpy() for n, t in m.state_dict().items()} for m in (ours, theirs)]
+            states = [{n: t.detach().cpu().numpy() for n, t in stored_tensors(m).items()} for m in (ours, theirs)]
             by_component[program.name] = differences_of_states(states[0], states[1])
         else:
             by_component[program.name] = weight_differences(program.graph, test.graph)

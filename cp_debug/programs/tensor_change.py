@@ -19,6 +19,8 @@ NARROW = {"float16": 5e-4, "bfloat16": 4e-3}
 """Relative L2 distance up to which a description reproduces a tensor of a narrow type."""
 CLOSE = 1e-7
 """Relative L2 distance up to which two tensors count as equal."""
+PARTS = (2, 3, 4, 6, 8, 12, 16, 32, 64)
+"""Counts of heads, groups, gates and window cells in which slices may lie inside one another."""
 FEW = 3
 """Elements that are named one by one."""
 MOST_CHANNELS = 4096
@@ -32,7 +34,7 @@ class TensorChange:
     kind: str
     """``scaled``, ``channels-scaled``, ``channels-zero``, ``shifted``, ``negated``, ``elements``, ``permuted``,
     ``gates-permuted``, ``transposed``, ``flipped``, ``rolled``, ``fp16``, ``bf16``, ``int8-per-tensor``,
-    ``int8-per-channel``, ``another``, ``shape``, ``other``."""
+    ``int8-per-channel``, ``pruned``, ``clipped``, ``coarse``, ``another``, ``shape``, ``other``."""
     says: str
     evidence: dict[str, Any] = field(default_factory=dict)
     size: float = 0.0
@@ -111,6 +113,7 @@ def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
         changes = ", ".join(f"{p}: {a[tuple(p)]:.6g} → {b[tuple(p)]:.6g}" for p in places)
         yield "elements", f"{count} of {a.size} elements: {changes}", b, {"elements": places}
     yield from _int8(a)
+    yield from _cut(a, b)
 
 
 def _by_channel(a: np.ndarray, b: np.ndarray) -> Iterator[_Way]:
@@ -183,6 +186,30 @@ def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
             pairs = ", ".join(f"{i}←{places[i]}" for i in moved[:6]) + (", …" if len(moved) > 6 else "")
             text = f"{_axis_name(axis, a.ndim)}s in another order: {pairs}"
             yield "permuted", text, value, {"axis": axis, "moved": len(moved), "order": places[:64]}
+    yield from (way for way in interleaved_forms(a) if way[0] == "transposed")
+
+
+def interleaved_forms(a: np.ndarray) -> Iterator[_Way]:
+    """A tensor with slices inside one another, in its shape: of a parts of b slices, b parts of a; halves exchanged;
+    square blocks (gates of a recurrent layer, heads) each transposed."""
+    for axis, count in enumerate(a.shape):
+        before, behind = a.shape[:axis], a.shape[axis + 1 :]
+        for parts in (p for p in PARTS if count % p == 0 and 1 < p < count):
+            for m, n in dict.fromkeys(((parts, count // parts), (count // parts, parts))):
+                value = a.reshape(*before, m, n, *behind).swapaxes(axis, axis + 1).reshape(a.shape)
+                text = f"{_axis_name(axis, a.ndim)}s {m} × {n} are read as {n} × {m}"
+                yield "permuted", text, value, {"axis": axis, "parts": [m, n]}
+        if count > 3 and count % 2 == 0:
+            text = f"both halves of the {_axis_name(axis, a.ndim)}s are exchanged"
+            yield "permuted", text, np.roll(a, count // 2, axis), {"axis": axis, "by": count // 2}
+    for axis, other in itertools.permutations(range(a.ndim), 2):
+        count, size = a.shape[axis], a.shape[other]
+        if size > 1 and count > size and count % size == 0 and count // size in PARTS:
+            blocks = np.moveaxis(a, (axis, other), (-2, -1))
+            moved = blocks.reshape(*blocks.shape[:-2], -1, size, size).swapaxes(-1, -2).reshape(blocks.shape)
+            text = f"{count // size} blocks of {size} × {size} are transposed"
+            value = np.moveaxis(moved, (-2, -1), (axis, other))
+            yield "transposed", text, value, {"axis": axis, "blocks": count // size}
 
 
 def _shifted_in(a: np.ndarray, b: np.ndarray, axis: int, step: int) -> np.ndarray:
@@ -215,26 +242,67 @@ def _int8(a: np.ndarray) -> Iterator[_Way]:
         yield kind, f"stored in INT8, {name}", value, {"scales": scales}
 
 
-def int8_forms(a: np.ndarray) -> Iterator[tuple[str, str, np.ndarray, int]]:
+def _cut(a: np.ndarray, b: np.ndarray) -> Iterator[_Way]:
+    """The small ones are zero, the large ones cut off, or all are stored in few bits."""
+    if a.ndim < 2 or not np.isfinite(a).all():
+        return
+    gone = (b == 0) & (a != 0)
+    if gone.any() and not gone.all():
+        threshold, share = float(np.abs(a[gone]).max()), float((b == 0).mean())
+        if threshold:
+            yield "pruned", f"the smallest {share:.3g} are zero", np.where(np.abs(a) <= threshold, 0.0, a), {}
+    if b.min() > a.min() or b.max() < a.max():
+        yield "clipped", f"cut off at {b.min():.4g} and {b.max():.4g}", a.clip(b.min(), b.max()), {}
+    for text, value in few_bit_forms(a):
+        yield "coarse", f"stored {text}", value, {}
+
+
+def few_bit_forms(a: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """A tensor in fewer bits than INT8 and BF16 have, or in FP8: (in words, values), of float64 and any shape.
+
+    Integers of 2 to 7 bits, mantissas of 2 to 9 bits to the nearest, those of FP16 and BF16 also cut off.
+    """
+    for bits in (4, 6, 5, 3, 2, 7):
+        for text, _, values, _ in int8_forms(a, bits):
+            yield f"in {bits} bits, {text}", values
+    for name, kind in (("E4M3", ml_dtypes.float8_e4m3fn), ("E5M2", ml_dtypes.float8_e5m2)):
+        largest = float(ml_dtypes.finfo(kind).max)
+        for text, scale in (("no scale", 1.0), ("one scale for all", float(np.abs(a).max() or 1.0) / largest)):
+            values = np.clip(a / scale, -largest, largest).astype(kind).astype(np.float64) * scale
+            yield f"in FP8 {name}, {text}", values
+    mantissa, exponent = np.frexp(a)
+    for bits in (2, 3, 4, 5, 6, 8, 9):
+        yield (
+            f"with {bits} bits of mantissa",
+            np.ldexp(np.round(mantissa * 2 ** (bits + 1)) / 2 ** (bits + 1), exponent),
+        )
+    for bits in (7, 10):
+        cut = np.ldexp(np.trunc(mantissa * 2 ** (bits + 1)) / 2 ** (bits + 1), exponent)
+        yield f"with {bits} bits of mantissa, the others cut off", cut
+
+
+def int8_forms(a: np.ndarray, bits: int = 8) -> Iterator[tuple[str, str, np.ndarray, int]]:
     """A tensor rounded to INT8 in the usual ways: (in words, kind, values, number of scales).
 
     Values are numbers, not levels: ``scale · (level − zero point)``, in the shape and dtype of ``a``. Levels reach from
-    −127 to 127, −128 to 127 or 0 to 255.
+    −127 to 127, −128 to 127 or 0 to 255, with other ``bits`` accordingly.
     """
 
+    most = 2 ** (bits - 1) - 1
+
     def symmetric(largest: np.ndarray) -> np.ndarray:
-        step = np.maximum(largest, 1e-30) / 127
-        return np.clip(np.round(a / step), -127, 127) * step
+        step = np.maximum(largest, 1e-30) / most
+        return np.clip(np.round(a / step), -most, most) * step
 
     def full(largest: np.ndarray) -> np.ndarray:
-        step = np.maximum(largest, 1e-30) / 127.5
-        return np.clip(np.round(a / step), -128, 127) * step
+        step = np.maximum(largest, 1e-30) / (most + 0.5)
+        return np.clip(np.round(a / step), -most - 1, most) * step
 
     def asymmetric(low: np.ndarray, high: np.ndarray) -> np.ndarray:
         low, high = np.minimum(low, 0), np.maximum(high, 0)
-        step = np.maximum(high - low, 1e-30) / 255
+        step = np.maximum(high - low, 1e-30) / (2 * most + 1)
         zero = np.round(-low / step)
-        return (np.clip(np.round(a / step) + zero, 0, 255) - zero) * step
+        return (np.clip(np.round(a / step) + zero, 0, 2 * most + 1) - zero) * step
 
     size = np.abs(a)
     forms: list[tuple[str, Callable[[Any], np.ndarray]]] = [

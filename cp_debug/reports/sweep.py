@@ -121,7 +121,7 @@ def _(group: EvalGroup) -> GroupSection:
 
 @section.register
 def _(group: SensitivityGroup) -> GroupSection:
-    headers = ("layer", ">error alone: median", ">p95", ">worst", ">introduced", ">left out", "worst on")
+    headers = ("layer", ">error alone: median", ">p95", ">worst", ">introduced", ">error without", "worst on")
     rows = [
         (
             row.layer,
@@ -145,8 +145,8 @@ def _(group: SensitivityGroup) -> GroupSection:
 @section.register
 def _(group: ProfileGroup) -> GroupSection:
     profile = group.profile
-    scores = [f">Δ {name} {mode}" for mode in ("alone", "left out") for name in profile.scores]
-    headers = ("layer", ">introduced", ">error alone", ">error left out", *scores)
+    scores = [f">Δ {name} {mode}" for mode in ("alone", "without") for name in profile.scores]
+    headers = ("layer", ">introduced", ">error alone", ">error without", *scores)
     rows = [
         (
             row.layer,

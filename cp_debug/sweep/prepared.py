@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,15 +15,26 @@ from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
+from cp_debug.files import file_hash, key_of
+from cp_debug.programs.export_cache import ExportCache, ExportedFolder, user_code
 from cp_debug.programs.pipeline import Export, choose_export, prepare
-from cp_debug.quantization.checkpoint import FILE
+from cp_debug.quantization.checkpoint import FILE, save_ptq_model
 from cp_debug.quantization.models import QuantizedComponent
-from cp_debug.quantization.open_quantized import calibration_samples
-from cp_debug.quantization.quantized_programs import Calibration, already_quantized, load_quantized, quantize_programs
+from cp_debug.quantization.open_quantized import calibration_samples, open_quantized
+from cp_debug.quantization.quantized_programs import (
+    Calibration,
+    already_quantized,
+    calibrate,
+    load_quantized,
+    of_modules,
+    quantize_programs,
+)
 from cp_debug.recipes.abilities import HasData
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions
 from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS
+from cp_debug.sweep.admission import code_hash
+from cp_debug.sweep.shared import opened
 from cp_debug.sweep.tasks import Parameters
 
 _KEPT = 2
@@ -37,6 +48,8 @@ class Subject(NamedTuple):
     checkpoint: str | None
     seed: int
     files: tuple[tuple[str, str], ...]
+    shared: str | None = None
+    """Store of exports and calibrations; None shares none."""
 
     @classmethod
     def of(cls, params: Parameters) -> Subject:
@@ -44,7 +57,7 @@ class Subject(NamedTuple):
         model, checkpoint = params["model"], params["checkpoint"]
         model_files = {model, model.rpartition(":")[0], checkpoint, checkpoint and str(Path(checkpoint) / FILE)}
         files = tuple((path, digest) for path, digest in params["files"].items() if path in model_files)
-        return cls(model, checkpoint, params["seed"], files)
+        return cls(model, checkpoint, params["seed"], files, params.get("shared"))
 
 
 class Prepared(NamedTuple):
@@ -116,8 +129,47 @@ def _load(subject: Subject) -> tuple[Model, Mapping[str, QuantizedComponent]]:
 def _export(subject: Subject, how: Export, folded: bool) -> Prepared:
     model = load_subject(subject)
     folder = TemporaryDirectory(prefix="cpdebug-")
+    path, made = Path(folder.name), list[Program]()
     (example,) = model.samples(1, subject.seed, None)
-    return Prepared(prepare(model, example, Path(folder.name), how=how, folded=folded), folder)
+
+    def make() -> None:
+        made.extend(prepare(model, example, path, how=how, folded=folded))
+
+    _shared(subject, model, {"export": repr(how), "folded": folded}, path, make)
+    return Prepared(made or prepare(model, example, path, how=how, folded=folded, cache=ExportedFolder(path)), folder)
+
+
+def _shared(
+    subject: Subject, model: Model, settings: Mapping[str, Any], folder: Path, make: Callable[[], None]
+) -> None:
+    """Fill ``folder`` from the subject's store, else by ``make``, which is then kept there for others."""
+    hashing = ExportCache(folder)
+    modules = [hashing.key(component, {}, {}) for component in model.components if component.module is not None]
+    if subject.shared is None or not modules or None in modules:  # nothing to share, or code that is not known
+        make()
+        return
+    known = {"modules": modules, "subject": subject._replace(shared=None), "user": user_code(), "code": code_hash()}
+    opened(subject.shared).make_once(key_of({**known, **settings}), folder, make)
+
+
+def calibrated(
+    subject: Subject,
+    model: Model,
+    settings: Mapping[str, Any],
+    calibrate: Callable[[], Mapping[str, QuantizedComponent]],
+) -> Mapping[str, QuantizedComponent]:
+    """Components as ``calibrate`` gives them, or gave them to another worker with the same ``settings`` (JSON-safe)."""
+    if subject.shared is None or any(component.module is None for component in model.components):
+        return calibrate()
+    with TemporaryDirectory(prefix="cpdebug-") as folder:
+        file = Path(folder) / FILE
+
+        def make() -> None:
+            modules = {name: part.module for name, part in calibrate().items() if part.module is not None}
+            save_ptq_model(modules, file)
+
+        _shared(subject, model, {"calibration": settings}, Path(folder), make)
+        return open_quantized(model, file)
 
 
 @lru_cache(_KEPT)
@@ -126,8 +178,18 @@ def _quantize(subject: Subject, how: Export, folded: bool, calibration: Calibrat
     if int8_programs := already_quantized(exported.programs):
         return Prepared(int8_programs, exported.folder)
     folder = TemporaryDirectory(prefix="cpdebug-")
-    samples = calibration_samples(model, calibration.data, calibration.samples)
+    samples = list(calibration_samples(model, calibration.data, calibration.samples))
+    if not parts and of_modules(model, exported.programs):
+        settings = {"how": repr(calibration), "data": [(str(p), file_hash(p)) for p in _files_of(calibration.data)]}
+        parts = calibrated(subject, model, settings, lambda: calibrate(model, exported.programs, samples, calibration))
     int8_programs, _ = quantize_programs(
         model, exported.programs, Path(folder.name), samples, parts=parts, calibration=calibration
     )
     return Prepared(int8_programs, folder)
+
+
+def _files_of(data: Path | None) -> list[Path]:
+    """The file, or the files of the folder, that are calibrated on."""
+    if data is None:
+        return []
+    return sorted(path for path in data.iterdir() if path.is_file()) if data.is_dir() else [data]

@@ -27,7 +27,7 @@ from cp_debug.quantization.open_quantized import modules_of, open_quantized
 from cp_debug.serialize import JsonForm, json_safe
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record
-from cp_debug.sweep.prepared import Subject, load_subject, pick
+from cp_debug.sweep.prepared import Subject, calibrated, load_subject, pick
 from cp_debug.sweep.spread import Outlier, Spread, columns, numeric, outliers
 from cp_debug.sweep.tasks import Parameters, Task, digests
 
@@ -81,8 +81,11 @@ def task(params: Parameters) -> dict[str, Any]:
 def _bench(subject: Subject, quantized: str | None, digest: str | None, batches: int, method: str) -> FakeQuantRunner:
     """``digest`` is the checkpoint's: one that was written again is another."""
     model = load_subject(subject)
-    path = None if quantized is None else Path(quantized)
-    return FakeQuantRunner(model, modules_of(open_quantized(model, path, None, batches, method=method)))
+    if quantized is not None:
+        return FakeQuantRunner(model, modules_of(open_quantized(model, Path(quantized), None, batches, method=method)))
+    settings = {"batches": batches, "method": method}
+    parts = calibrated(subject, model, settings, lambda: open_quantized(model, None, None, batches, method=method))
+    return FakeQuantRunner(model, modules_of(parts))
 
 
 def rows(record: Record) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from cp_debug.errors import CpdebugError, InputError
 from cp_debug.files import file_hash, resolved
+from cp_debug.safe_text import prints_aside
 from cp_debug.version import __version__
 
 KINDS = {
@@ -37,7 +38,7 @@ class Task:
     ``kind`` is one of ``KINDS``, or ``module:function`` of anything that workers can import.
 
     params: JSON-safe. ``files``, where there is one, is path → digest of every file that the task reads; ``label`` is
-    what the user calls it, and does not matter to the result.
+    what the user calls it, ``shared`` where exports are kept; neither matters to the result.
 
     gpu: whether it needs a worker with the resource ``GPU``.
     """
@@ -50,7 +51,7 @@ class Task:
     def key(self) -> str:
         """Hash of the parameters, the files' names and contents (not where they lie) and this project's version."""
         files = self.params.get("files", {})
-        text = json.dumps({name: value for name, value in self.params.items() if name != "label"}, sort_keys=True)
+        text = json.dumps({n: v for n, v in self.params.items() if n not in ("label", "shared")}, sort_keys=True)
         for path in sorted(files, key=len, reverse=True):
             text = text.replace(json.dumps(path)[1:-1], f"{Path(path).name} {files[path]}")
         return hashlib.sha256(f"{__version__} {self.kind} {text}".encode()).hexdigest()[:32]
@@ -71,12 +72,14 @@ def function_of(kind: str) -> Callable[[Parameters], dict[str, Any]]:
 def run_task(kind: str, params: Parameters) -> dict[str, Any]:
     """Run one task, on a worker: ``result`` or ``error``, ``seconds``, and ``worker``.
 
-    An exception becomes text here, because not every exception survives the way back.
+    An exception becomes text here, because not every exception survives the way back. What the task prints goes to
+    stderr, since workers share stdout with the command that started them.
     """
     start = time.perf_counter()
     try:
         check_files(params.get("files", {}))
-        outcome: dict[str, Any] = {"result": function_of(kind)(params)}
+        with prints_aside():
+            outcome: dict[str, Any] = {"result": function_of(kind)(params)}
     except CpdebugError as error:
         outcome = {"error": str(error)}
     except Exception as error:  # a defect in one task must not end the sweep

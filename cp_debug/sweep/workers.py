@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from cp_debug.errors import BackendUnavailable, CpdebugError, InputError
@@ -66,8 +67,11 @@ def local_workers(count: int | None, *, gpu: bool = False, gpus: int | None = No
         count = gpus or min(count or len(devices), len(devices))
         options |= {"worker_class": _pinned(devices), "resources": {"GPU": 1}}
     with ExitStack() as stack:
+        # Dask leaves the folder of a worker that dies while it starts.
+        folder = stack.enter_context(TemporaryDirectory(prefix="cpdebug-workers-", ignore_cleanup_errors=True))
         environment = dask.config.get(_PRE_SPAWN) | _KEEP_FREED
-        stack.enter_context(dask.config.set({**_QUIET, **_LOCAL, _PRE_SPAWN: environment}))
+        settings = {"temporary-directory": folder, _PRE_SPAWN: environment}
+        stack.enter_context(dask.config.set({**_QUIET, **_LOCAL, **settings}))
         try:
             cluster = stack.enter_context(LocalCluster(n_workers=count, **options))
         except RuntimeError as error:
