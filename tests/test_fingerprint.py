@@ -70,3 +70,9 @@ def test_a_distance_is_relative_to_the_larger_of_both() -> None:
             fingerprint(x).distance(fingerprint(factor * x))
         )
         assert 0.5 * (1 - factor) < fingerprint(x).distance(fingerprint(factor * x)) < 1.7 * (1 - factor)
+
+
+def test_a_number_of_numpy_is_an_array_without_axes() -> None:
+    number = np.float64(2.5)
+    assert fingerprint(number).shape == ()  # type: ignore[arg-type]
+    assert fingerprint(number).distance(fingerprint(np.array(2.5))) == 0  # type: ignore[arg-type]

@@ -235,3 +235,14 @@ def test_sizes_are_refused_where_files_have_theirs(one: Path, tmp_path: Path) ->
         code, text = run(*command, "--inputs", tmp_path / "a.npz", "--shape", "image=1x3x8x8")
         assert code == 2
         assert "--shape: it would do nothing here: the inputs have the sizes that" in text
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["{'descr': '<f4'}", "{'descr': f(), 'fortran_order': False, 'shape': (2**3,), }", "[", "{'descr': '<f9'}", "\n"],
+)
+def test_a_header_that_says_nothing_is_told_without_pythons_words(one: Path, tmp_path: Path, header: str) -> None:
+    text = f"{header}\n".encode()
+    (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+    with pytest.raises(InputError, match="has a header that says no type, order and shape"):
+        next(iter(OnnxFileModel(one).samples(1, 0, tmp_path / "x.npy")))

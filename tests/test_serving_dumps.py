@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,75 @@ def test_tensors_by_module_become_a_capture(dump: Any, scopes: bool, tmp_path: P
     np.testing.assert_array_equal(kept["out_1"], values["model.layers.1.mlp"])  # the first step, with its batch
     code, text = run("bisect", net, "-b", "ort", "--test-tensors", tmp_path / "here", "--rtol", "1e-4")
     assert code == 0, text
+
+
+def test_a_run_of_vllm_lies_in_a_folder_of_a_random_name(tmp_path: Path) -> None:
+    net, values = decoder(tmp_path / "net.onnx", scopes=True)
+    as_vllm(tmp_path / "out", values)
+    code, text = run("import", tmp_path / "out", "--model", net, "-o", tmp_path / "here")
+    assert code == 0, text
+    assert "extra: model/inputs_0 may be hidden: --map hidden=model/inputs_0" in text
+    as_vllm(tmp_path / "again", values).rename(tmp_path / "out" / "another")
+    with pytest.raises(InputError, match="holds 2 runs, 010fed05, another; give the folder of one"):
+        read_dump(tmp_path / "out")
+
+
+class Decoder(torch.nn.Module):
+    """``model`` with two parts, and a head that runs after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = torch.nn.Sequential()
+        self.model.add_module("embed_tokens", torch.nn.Linear(2, 2))
+        self.model.add_module("norm", torch.nn.Tanh())
+        self.logits_processor = torch.nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.logits_processor(self.model(x))
+
+
+@pytest.mark.parametrize("inputs_noted", [True, False])
+def test_sglang_writes_a_pass_before_its_top_module_has_returned(tmp_path: Path, inputs_noted: bool) -> None:
+    """Hooks in the order of SGLang's ``_dump_hook``: the file of a pass lacks its logits, which begin the next one."""
+    net, folder = Decoder(), tmp_path / "TP0_PP0_Rank0_pid7"
+    plain = copy.deepcopy(net)
+    folder.mkdir()
+    noted: Arrays = {}
+    passes = 0
+
+    def hook(name: str, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        nonlocal passes
+        if name == "model":
+            if inputs_noted:
+                noted["model.forward_batch_info.input_ids"] = inputs[0].clone()
+            torch.save(dict(noted), folder / f"Pass{passes:05d}.pt")
+            noted.clear()
+            passes += 1
+        noted[name] = output.clone()
+
+    for name, module in net.named_modules():
+        if name:
+            module.register_forward_hook(lambda module, inputs, output, name=name: hook(name, module, inputs, output))
+    given = [torch.full((1, 2), float(i)) for i in range(3)]
+    with torch.no_grad():
+        results = [net(x) for x in given]
+    for index, (x, result) in enumerate(zip(given, results, strict=True)):
+        path = folder / f"Pass{index:05d}.pt"
+        tensors = read_dump(path if index else folder)
+        np.testing.assert_array_equal(tensors["model.embed_tokens"], plain.model.embed_tokens(x).detach())
+        if index == 2:  # of the last pass nobody wrote the logits
+            assert not {"model", "logits_processor"} & {*tensors}
+        else:
+            np.testing.assert_array_equal(tensors["logits_processor"], result)
+            np.testing.assert_array_equal(tensors["model"], plain.model(x).detach())
+
+
+def test_types_that_numpy_lacks_are_told(tmp_path: Path) -> None:
+    header = b"{'descr': 'x', 'fortran_order': False, 'shape': (4, )}"
+    header += b" " * (-(len(header) + 11) % 16) + b"\n"
+    (tmp_path / "kv.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + b"1234")
+    with pytest.raises(InputError, match=r"kv\.npy: its dtype is 'x': TensorRT-LLM writes that for types that numpy l"):
+        read_dump(tmp_path)
 
 
 def test_tensorrt_llm_writes_a_folder_an_iteration(tmp_path: Path) -> None:

@@ -121,6 +121,55 @@ def test_example_inputs_that_do_not_fit_are_refused() -> None:
             flat_inputs("net", net, given)
 
 
+class Options(nn.Module):
+    """Takes what an exporter's example inputs may mean in two ways."""
+
+    def forward(self, x: Any, mask: Tensor | None = None, *rest: Tensor, scale: Any = 1.0, **more: Tensor) -> Tensor:
+        y = x["image"] if isinstance(x, dict) else x[0] if isinstance(x, tuple) else x
+        y = y if mask is None else y * mask
+        y = y * (scale["by"] if isinstance(scale, dict) else scale)
+        return sum((*rest, *more.values()), y)
+
+
+HALF, TWICE = torch.full((3, 4), 0.5), torch.full((3, 4), 2.0)
+TORCH_CALLS = {
+    "keywords last": ((IMAGE, {"mask": HALF}), ["x", "mask"], IMAGE * 0.5),
+    "keywords beside a tuple": (((IMAGE,), {"mask": HALF}), ["x", "mask"], IMAGE * 0.5),
+    "keywords alone": (({"x": IMAGE, "mask": HALF},), ["x", "mask"], IMAGE * 0.5),
+    "in another order": ((IMAGE, {"scale": TWICE, "mask": HALF}), ["x", "mask", "scale"], IMAGE),
+    "only by name": ((IMAGE, HALF, TWICE, {"scale": TWICE}), ["x", "mask", "input_2", "scale"], IMAGE + TWICE),
+    "any name": ((IMAGE, HALF, {"bias": TWICE}), ["x", "mask", "bias"], IMAGE * 0.5 + TWICE),
+    "a mapping among them": ((IMAGE, {"scale": {"by": TWICE}}), ["x", "scale.by"], IMAGE * 2),
+    "no keywords": ((IMAGE, {}), ["x"], IMAGE),
+    "a mapping is the argument": (({"image": IMAGE},), ["x.image"], IMAGE),
+    "a mapping, and that there are no keywords": (({"image": IMAGE}, {}), ["x.image"], IMAGE),
+}
+
+
+@pytest.mark.parametrize("call", TORCH_CALLS)
+def test_keyword_arguments_stand_where_torch_has_them(call: str) -> None:
+    given, names, result = TORCH_CALLS[call]
+    flat = flat_inputs("net", Options(), given)
+    assert flat.names == names
+    torch.testing.assert_close(flat.module(*flat.tensors), result, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_keyword_arguments_of_programs_and_their_diagnosis() -> None:
+    program = torch.export.export(Plain().eval(), (IMAGE,), {"shift": seeded(2)})
+    for model in (Plain().eval(), program, torch.jit.trace(Plain().eval(), (IMAGE, seeded(2)))):
+        prepared = to_model(model, (IMAGE, {"shift": seeded(2)}))[0]
+        assert list(prepared.components[0].input_names) == ["x", "shift"]
+    assert cp_debug.diagnose(Plain().eval(), inputs=((IMAGE,), {"shift": seeded(2)})).agrees
+
+
+def test_a_mapping_that_forward_cannot_use_is_told() -> None:
+    with pytest.raises(
+        cp_debug.InputError, match=r"the mapping at the end is an argument; forward\(x, shift\) has no parameter 'shft'"
+    ):
+        cp_debug.diagnose(Plain().eval(), inputs=(IMAGE, {"shft": seeded(2)}))
+
+
 class Sparse(nn.Module):
     """Makes a sparse tensor on its way, and returns one if asked."""
 

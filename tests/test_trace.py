@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from stress import make_stress
@@ -55,6 +56,17 @@ def test_names_of_repeated_modules_tuples_and_functions() -> None:
     by_name = {v.name: v for v in record.values}
     assert by_name["/add"].inputs == (by_name["/relu"], by_name["gru.0"])
     assert by_name["shared@2"].path == "shared"
+
+
+def test_a_compiled_module_runs_as_it_is_written() -> None:
+    net, counts = nn.Sequential(nn.Linear(3, 3), nn.ReLU()), []
+    compiled, x = torch.compile(net, backend="eager"), torch.randn(2, 3)
+    trace(compiled, {"x": x}, lambda value, tensor: counts.append(int((tensor.numpy().view(np.uint32) >> 9).size)))
+    record, seen = run(compiled, x)
+    assert counts
+    assert set(counts) == {6}
+    with torch.no_grad():
+        assert torch.equal(seen[record.outputs[0].name], net(x))
 
 
 def test_a_prefix_completes_the_paths() -> None:

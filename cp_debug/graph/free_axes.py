@@ -241,7 +241,7 @@ def _wanted(graph: Graph, value: ValueInfo) -> Iterator[tuple[int, dict[int, int
                     yield len(axes), _beside_constant(graph, node, name, axes)
             elif node.op == "Transpose" and axes is not None:
                 order = attribute(node, "perm", list(reversed(range(len(axes)))))
-                if len(order) == len(axes):
+                if sorted(order) == list(range(len(axes))):
                     stack.append((node.outputs[0], tuple(axes[i] for i in order)))
             elif (weight_wants := _by_weight(graph, node, name, axes)) is not None:
                 wanted_rank, sizes = weight_wants

@@ -49,29 +49,55 @@ _LARGE = 16.0
 
 
 @dataclass(frozen=True)
+class Way:
+    """One way to fill an input."""
+
+    make: Maker
+    says: str = ""
+    """The values, and why these, to follow the input's name; empty for numbers that nothing asks for."""
+
+
+@dataclass(frozen=True)
 class Ways:
     """Ways to fill an input: the first one to try, then others."""
 
-    makers: tuple[Maker, ...]
+    ways: tuple[Way, ...]
     certain: bool
     """Whether any values of this dtype do, so that nothing need be tried."""
 
 
 def ways(graph: Graph, value: ValueInfo) -> Ways:
-    """Makers of values for one input, best first, and whether any values of its dtype would do."""
+    """Ways to fill one input, best first, and whether any values of its dtype would do."""
     assert value.dtype is not None
     kind = _kind(value.dtype)
     uses = list(_uses(graph, value.name))
     if kind == "b":
-        return Ways((_booleans, _filled(True), _filled(False)), certain=False)
+        return Ways((Way(_booleans), Way(_filled(True), "true"), Way(_filled(False), "false")), certain=False)
     if kind == "i":
         first = list(_integers(graph, value, uses))
         if not first and value.dtype.itemsize <= 2:
-            return Ways((_whole_range(value.dtype), _bits), certain=True)
-        fallback = (_bits, _filled(1), _filled(0), _counted, _longest, _below(10))
+            pixels = ", as an image has" if value.dtype == np.uint8 and looks_like_image(value.shape) else ""
+            whole = Way(_whole_range(value.dtype), f"over the range of {value.dtype}{pixels}")
+            return Ways((whole, Way(_bits, "0 or 1")), certain=True)
+        fallback = (
+            Way(_bits, "0 or 1, as nothing asks for other integers"),
+            Way(_filled(1), "1"),
+            Way(_filled(0), "0"),
+            Way(_counted, "0, 1, 2 …"),
+            Way(_longest, "the size of the longest free axis"),
+            Way(_below(10), "below 10"),
+        )
         return Ways((*first, *fallback), certain=False)
     special = list(_floats(graph, value, uses))
-    return Ways((*special, _normal, _positive, _uniform(0, 1), _filled(1), _filled(0)), certain=not special)
+    normal = Way(_normal, "N(0, 1), as a normalized image has" if looks_like_image(value.shape) else "")
+    others = (
+        normal,
+        Way(_positive, "positive"),
+        Way(_uniform(0, 1), "between 0 and 1"),
+        Way(_filled(1), "1"),
+        Way(_filled(0), "0"),
+    )
+    return Ways((*special, *others), certain=not special)
 
 
 def plain(dtype: np.dtype) -> Maker:
@@ -83,35 +109,49 @@ def plain(dtype: np.dtype) -> Maker:
     return _normal
 
 
+def looks_like_image(shape: Sequence[int | str | None] | None) -> bool:
+    """Whether a shape of rank 4 has 1, 3 or 4 channels, first or last."""
+    return shape is not None and len(shape) == 4 and bool({shape[1], shape[3]} & {1, 3, 4})
+
+
 def _kind(dtype: np.dtype) -> str:
     """``b``, ``i`` or ``f``; the types of ``ml_dtypes``, which numpy calls void, included."""
     return {"b": "b", "i": "i", "u": "i"}.get(dtype.kind, "i" if "int" in dtype.name else "f")
 
 
-def _integers(graph: Graph, value: ValueInfo, uses: Sequence[tuple[Node, int]]) -> Iterator[Maker]:
-    """Makers for an integer input, from the operators that read it (``uses``) and from its name."""
-    limits = [limit for node, place in uses if (limit := _index_limit(graph, node, place)) is not None]
+def _integers(graph: Graph, value: ValueInfo, uses: Sequence[tuple[Node, int]]) -> Iterator[Way]:
+    """Ways to fill an integer input, from the operators that read it (``uses``) and from its name."""
+    limits = {limit: node for node, place in uses if (limit := _index_limit(graph, node, place)) is not None}
     name = value.name.lower()
-    if limits and 0 in limits:  # chosen from an axis whose size is free
-        yield from (_below_longest, _below(1))
+    if 0 in limits:  # chosen from an axis whose size is free
+        reader = f"of what {_reader(limits[0])} chooses from"
+        yield from (Way(_below_longest, f"indices {reader}"), Way(_below(1), f"0, an index {reader}"))
     elif limits:
-        yield _counted_below(min(limits)) if "position" in name else _below(min(limits))
+        says = f"below {min(limits)}, of which {_reader(limits[min(limits)])} chooses"
+        if "position" in name:
+            yield Way(_counted_below(min(limits)), f"0, 1, 2 … below {min(limits)}: positions, by its name")
+        else:
+            yield Way(_below(min(limits)), says)
     for node, place in uses:
         compared = node.op == "Equal" and not limits and "mask" not in name
         if compared and (compared_with := scalar(graph, node.proto.input[1 - place])):  # a sample rate, a mode
-            yield _filled(compared_with)
+            yield Way(_filled(compared_with), f"{compared_with:g}, with which {_reader(node)} compares it")
         if (node.op, place) in _LENGTHS:
-            yield _longest
+            yield Way(_longest, f"the size of the longest free axis, as a length that {_reader(node)} takes")
         if (node.op, place) in _ARGUMENTS:
-            yield from _arguments(node.op, place)
+            yield from _arguments(node, place)
     if "mask" in name:
-        yield _filled(1)
+        yield Way(_filled(1), "1 everywhere: a mask, by its name")
     elif "position" in name and not limits:
-        yield _counted
+        yield Way(_counted, "0, 1, 2 …: positions, by its name")
     elif _IMAGE_SIZE.search(name) and not limits:
-        yield _image_size(graph)
+        yield Way(_image_size(graph), "height and width of the image, by its name")
     elif re.search(r"len(gth)?s?$|_len|length", name) and not limits:
-        yield _longest
+        yield Way(_longest, "the size of the longest free axis: a length, by its name")
+
+
+def _reader(node: Node) -> str:
+    return f"{node.op} {node.name!r}" if node.proto.name else node.op
 
 
 def _index_limit(graph: Graph, node: Node, place: int) -> int | None:
@@ -130,49 +170,72 @@ def _index_limit(graph: Graph, node: Node, place: int) -> int | None:
     return None
 
 
-def _arguments(op: str, place: int) -> Iterator[Maker]:
+def _arguments(node: Node, place: int) -> Iterator[Way]:
     """Values for what says how an operator computes."""
+    op, why = node.op, f"an argument of {_reader(node)}"
     if op in ("Reshape", "Split"):
-        yield _one_free
+        yield Way(_one_free, f"-1, 1, 1 …: {why}")
     if op in ("Pad", "CumSum", "Trilu", "Squeeze", "Unsqueeze", "Dropout") or (op, place) in {
         ("Slice", 1),
         ("Range", 0),
     }:
-        yield _filled(0)
+        yield Way(_filled(0), f"0: {why}")
     if (op, place) in {("Slice", 2), ("Range", 1), ("OneHot", 1), ("Resize", 3), ("NonMaxSuppression", 2)}:
-        yield _filled(8)
+        yield Way(_filled(8), f"8: {why}")
     if (op, place) == ("Slice", 3):
-        yield _counted
+        yield Way(_counted, f"0, 1, 2 …: {why}")
     if op == "NonMaxSuppression" and place > 2:
-        yield _filled(0.5)
+        yield Way(_filled(0.5), f"0.5: {why}")
     if op == "Loop":
-        yield _filled(3)
-    yield _filled(1)
+        yield Way(_filled(3), f"3: {why}")
+    yield Way(_filled(1), f"1: {why}")
 
 
-def _floats(graph: Graph, value: ValueInfo, reads: Sequence[tuple[Node, int]]) -> Iterator[Maker]:
-    direct = {(node.op, place) for node, place in _uses(graph, value.name, _KEEP_SIGN)}
-    uses = {(node.op, place) for node, place in reads}
+def _floats(graph: Graph, value: ValueInfo, reads: Sequence[tuple[Node, int]]) -> Iterator[Way]:
+    direct = {(node.op, place): node for node, place in _uses(graph, value.name, _KEEP_SIGN)}
+    uses = {(node.op, place): node for node, place in reads}
     name = value.name.lower()
     if _IMAGE_SIZE.search(name):
-        yield from (_image_size(graph), _longest)
+        yield Way(_image_size(graph), "height and width of the image, by its name")
+        yield Way(_longest, "the size of the longest free axis")
     elif _FACTOR.search(name):
-        yield _filled(1)
-    for op, place in sorted(uses & _ARGUMENTS):
-        yield from _arguments(op, place)
-    if direct & _WITHIN_ONE:
-        yield _uniform(-0.99, 0.99)
-    if direct & _POSITIVE and not direct <= {("Div", 0), ("Div", 1)}:
-        yield _above_one if ("Acosh", 0) in direct else _positive
+        yield Way(_filled(1), "1: a factor, by its name")
+    for op, place in sorted(uses.keys() & _ARGUMENTS):
+        yield from _arguments(uses[op, place], place)
+    if bounded := sorted(direct.keys() & _WITHIN_ONE):
+        yield Way(_uniform(-0.99, 0.99), f"within ±0.99, for {_reader(direct[bounded[0]])}")
+    positive = sorted(direct.keys() & _POSITIVE)
+    if positive and not direct.keys() <= {("Div", 0), ("Div", 1)}:
+        if ("Acosh", 0) in direct:
+            yield Way(_above_one, f"above 1, for {_reader(direct['Acosh', 0])}")
+        else:
+            yield Way(_positive, f"positive, for {_reader(direct[positive[0]])}")
     elif ("Div", 1) in direct:
-        yield _positive
-    if any(_unscaled(graph, node, place) for node, place in reads) and value.shape is not None and len(value.shape) > 2:
-        yield _uniform(0, 255)
-    if {("LSTM", 5), ("GRU", 5), ("RNN", 5)} & uses:
-        yield _squeezed
+        yield Way(_positive, f"positive, as {_reader(direct['Div', 1])} divides by it")
+    scalers = [node for node, place in reads if _unscaled(graph, node, place)]
+    if scalers and value.shape is not None and len(value.shape) > 2:
+        yield Way(_uniform(0, 255), f"0 to 255: pixels, which {_reader(scalers[0])} scales")
+    if states := sorted({("LSTM", 5), ("GRU", 5), ("RNN", 5)} & uses.keys()):
+        yield Way(_squeezed, f"within ±1, as a state of {_reader(uses[states[0]])}")
     if "mask" in name:
-        added = ("Add", 0) in uses or ("Add", 1) in uses
-        yield _filled(0) if added and not uses & {("Sub", 1), ("Mul", 0), ("Mul", 1)} else _filled(1)
+        added = [uses[key] for key in (("Add", 0), ("Add", 1)) if key in uses]
+        if added and not uses.keys() & {("Sub", 1), ("Mul", 0), ("Mul", 1)}:
+            yield Way(_filled(0), f"0 everywhere: a mask, by its name, that {_reader(added[0])} adds")
+        else:
+            yield Way(_filled(1), "1 everywhere: a mask, by its name")
+    axis = _point_axis(value)
+    if axis is not None and not uses.keys() & _ARGUMENTS:
+        yield Way(_points(axis), "x, y within ±10, z within ±2, others 0 to 1: a point cloud, by its name and shape")
+
+
+_POINTS = re.compile(r"(^|_)(points?|point_?clouds?|clouds?|pcd|pcl|lidar)$")
+
+
+def _point_axis(value: ValueInfo) -> int | None:
+    """Axis of x, y, z … in an input that is called a point cloud: of size 3 to 6, the last or the first but one."""
+    if value.shape is None or len(value.shape) not in (2, 3) or not _POINTS.search(value.name.lower()):
+        return None
+    return next((axis for axis in (-1, -2) if value.shape[axis] in (3, 4, 5, 6)), None)
 
 
 def _unscaled(graph: Graph, node: Node, place: int) -> bool:
@@ -263,6 +326,16 @@ def _below(limit: int) -> Maker:
 
 def _below_longest(rng: np.random.Generator, shape: Sequence[int], longest: int) -> np.ndarray:
     return np.asarray(rng.integers(0, max(longest, 1), shape))
+
+
+def _points(axis: int) -> Maker:
+    def maker(rng: np.random.Generator, shape: Sequence[int], longest: int) -> np.ndarray:
+        low, high = np.zeros(shape[axis]), np.ones(shape[axis])
+        low[:3], high[:3] = (-10, -10, -2), (10, 10, 2)
+        cloud = rng.uniform(low, high, (*np.delete(np.asarray(shape), axis), shape[axis]))
+        return np.asarray(np.moveaxis(cloud, -1, axis))
+
+    return maker
 
 
 def _counted_below(limit: int) -> Maker:

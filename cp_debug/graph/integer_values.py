@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from cp_debug.graph.graph import Graph
+from onnx import TensorProto
+
+from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import PRODUCTS
 
 _KEEP_LEVELS = {
@@ -14,6 +16,11 @@ _KEEP_LEVELS = {
 }
 _CUT_OFF = {"Relu", "Clip"}
 """Activations that quantizers leave out, because the range of the result does the same."""
+_INTEGERS = {
+    *(TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16, TensorProto.INT32),
+    *(TensorProto.UINT32, TensorProto.INT4, TensorProto.UINT4),
+}
+_FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 _SUFFIXES = ("_quantized", "_QuantizeLinear_Output", "_DequantizeLinear_Output")
 
 
@@ -25,8 +32,9 @@ class GridNames(NamedTuple):
 
 
 def is_quantized(graph: Graph) -> bool:
-    """Whether this is a quantized network: nodes compute with levels, weights are stored or rounded to them, or most
-    products read what was quantized. A pair of quantizers by itself makes none: it is something put in.
+    """Whether this is a quantized network: nodes compute with levels, weights are stored or rounded to them, most
+    products read what was quantized, or a quantizer named the levels. A pair of quantizers by itself makes none: it is
+    something put in.
     """
     marks = ("QLinear", "QGemm", "MatMulNBits", "Integer", "DynamicQuantize", "BlockQuantized")
     if any(mark in node.op for node in graph.nodes for mark in marks):
@@ -34,6 +42,8 @@ def is_quantized(graph: Graph) -> bool:
     quantizers = [n for n in graph.nodes if n.op in ("QuantizeLinear", "DequantizeLinear")]
     if any(is_constant(graph, n.inputs[0]) for n in quantizers if n.inputs):
         return True
+    if any(n.outputs[0] == n.inputs[0] + _SUFFIXES[1] for n in quantizers if n.op == "QuantizeLinear" and n.inputs):
+        return True  # named as ONNX Runtime's and ModelOpt's quantizers do, however little they quantized
     levels = {name for n in quantizers if n.op == "DequantizeLinear" for name in n.outputs}
     products = [n for n in graph.nodes if n.op in PRODUCTS]
     return 2 * sum(not levels.isdisjoint(n.inputs) for n in products) > len(products) > 0 or bool(
@@ -97,10 +107,55 @@ def _read_as(graph: Graph, levels: str) -> GridNames | None:
             if node.op == "DequantizeLinear" or node.op.removeprefix("com.microsoft.").startswith(("QLinear", "QGemm")):
                 place = inputs.index(name)  # the scale and the zero point of levels stand behind them
                 return GridNames(inputs[place + 1], inputs[place + 2])
+            if node.op in ("ConvInteger", "MatMulInteger") and (scales := _scales_behind(graph, node)):
+                place = inputs.index(name)
+                return GridNames(scales[place], inputs[place + 2])
+            if node.op.removeprefix("com.microsoft.") == "MatMulIntegerToFloat":
+                place = inputs.index(name)
+                return GridNames(inputs[place + 2], inputs[place + 4])
             if node.op in _KEEP_LEVELS and node.proto.input[0] in seen:
                 names += [name for name in node.outputs if name not in seen]
                 seen.update(node.outputs)
     return None
+
+
+def _scales_behind(graph: Graph, product: Node) -> tuple[str, str] | None:
+    """Scales of both operands of an integer product: it has none, but the Mul behind it multiplies by theirs.
+
+    In the order of ONNX Runtime's quantizers, that of the operands (onnxruntime/quantization/operators/conv.py,
+    matmul.py). None where the Mul reads a product of the two that was folded to a constant, or something else.
+    """
+    value = product.outputs[0]
+    while len(readers := graph.consumers.get(value, [])) == 1:
+        (reader,) = readers
+        if reader.op == "Mul":
+            (factor,) = [name for name in reader.proto.input if name != value] or [""]
+            maker = graph.producer.get(factor)
+            return (maker.proto.input[0], maker.proto.input[1]) if maker is not None and maker.op == "Mul" else None
+        if reader.op not in ("Cast", *_KEEP_LEVELS):
+            return None
+        value = reader.outputs[0]
+    return None
+
+
+def unscaled_levels(plain: Graph, graph: Graph, names: Mapping[str, str]) -> set[str]:
+    """Values of a quantized ``graph`` that are integers where its float parent ``plain`` has floats, while no constant
+    tells the scale: as floats they are nothing.
+
+    ``names``: value of ``graph`` → the parent's. A value whose type is not known is none of them.
+    """
+
+    def kind(of: Graph, name: str) -> int:
+        known = of.types.get(name)
+        return int(known.tensor_type.elem_type) if known is not None else TensorProto.UNDEFINED
+
+    return {
+        value
+        for value, name in names.items()
+        if kind(graph, value) in _INTEGERS
+        and kind(plain, name) in _FLOATS
+        and ((grid := produced_grid(graph, value)) is None or not is_constant(graph, grid.scale))
+    }
 
 
 def parent_values(plain: Graph, graph: Graph, names: Mapping[str, str]) -> dict[str, str]:

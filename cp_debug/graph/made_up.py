@@ -90,6 +90,20 @@ class MadeUp:
         arrays = self._make(self._chosen, seed)
         return arrays if self._others is None else self._others.sample(arrays)
 
+    def reasons(self) -> list[str]:
+        """Contents of the inputs and their reasons, an entry for each input of which there is something to say.
+
+        Raises InputError, with ONNX Runtime's reason, when no input was found that runs.
+        """
+        said = []
+        codes = {} if self._others is None else self._others.tables
+        for value, input_ways, way in zip(self.graph.inputs, self._ways, self._chosen.ways, strict=True):
+            says = "strings that its operators know" if value.name in codes else input_ways.ways[way].says
+            says = says or ("N(0, 1)" if way else "")
+            tried = " (found by trying)" if way else ""
+            said += [f"{value.name.removesuffix('.codes')} is {says}{tried}"] if says else []
+        return said
+
     def _of_numbers(self, others: TensorInputs, graph: Graph) -> Graph:
         """The graph with tensors of numbers for other inputs, in a folder that goes with this object."""
         self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-made-up-")
@@ -112,7 +126,7 @@ class MadeUp:
     def others(self, choice: _InputChoice) -> Iterator[_InputChoice]:
         """Choices that differ from ``choice`` in one respect."""
         for place, input_ways in enumerate(self._ways):
-            for way in range(len(input_ways.makers)):
+            for way in range(len(input_ways.ways)):
                 if way != choice.ways[place]:
                     yield replace(choice, ways=(*choice.ways[:place], way, *choice.ways[place + 1 :]))
         for sizes in self._axes.others(choice.sizes):
@@ -132,7 +146,7 @@ class MadeUp:
         arrays = {}
         for value, shape, input_ways, way in zip(self.graph.inputs, shapes, self._ways, choice.ways, strict=True):
             assert value.dtype is not None
-            arrays[value.name] = input_ways.makers[way](rng, shape, longest).astype(value.dtype)
+            arrays[value.name] = input_ways.ways[way].make(rng, shape, longest).astype(value.dtype)
         return arrays
 
     def _uncertain(self, first: _InputChoice) -> bool:

@@ -68,9 +68,21 @@ def weight_axis(node: Node, rank: int) -> int:
 
 
 def quantizable(graph: Graph) -> list[Node]:
-    """The nodes of ``PRODUCTS`` that multiply data by a weight, in execution order."""
+    """The nodes of ``PRODUCTS`` that multiply data by a weight, in execution order; those of integers are none."""
     data = _data(graph)
-    return [n for n in graph.nodes if n.op in PRODUCTS and n.proto.input[1] not in data]
+    return [n for n in graph.nodes if n.op in PRODUCTS and n.proto.input[1] not in data and gives_floats(graph, n)]
+
+
+def gives_floats(graph: Graph, node: Node) -> bool:
+    """Whether a node's result may be floating-point numbers, by its declared type."""
+    kind = graph.types.get(node.outputs[0])
+    return kind is None or kind.tensor_type.elem_type in (
+        onnx.TensorProto.UNDEFINED,
+        onnx.TensorProto.FLOAT,
+        onnx.TensorProto.FLOAT16,
+        onnx.TensorProto.BFLOAT16,
+        onnx.TensorProto.DOUBLE,
+    )
 
 
 @dataclass

@@ -31,7 +31,9 @@ def is_torch(tensor: Any) -> TypeGuard[torch.Tensor]:
 
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether a tensor of torch, of any shape, is as an array is: not sparse, nested, quantized or without values."""
-    return str(tensor.layout) == "torch.strided" and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
+    # Subclasses that only say they lie on ``meta`` may have values.
+    has_none = tensor.is_meta and type(tensor).__name__ in ("Tensor", "Parameter")
+    return str(tensor.layout) == "torch.strided" and not (tensor.is_nested or tensor.is_quantized or has_none)
 
 
 def device_of(tensor: Tensor) -> str:

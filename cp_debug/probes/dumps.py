@@ -17,7 +17,7 @@ import numpy as np
 
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import MANIFEST, Capture
-from cp_debug.probes.serving_dumps import is_step_of_vllm, read_pt, step_folder, vllm_step
+from cp_debug.probes.serving_dumps import is_step_of_vllm, step_folder, tensors_of_pt, vllm_step
 from cp_debug.reading import LARGEST_DOCUMENT, array_of, check_file, read_bytes, read_json, read_npy, read_npz, typed
 
 
@@ -56,7 +56,14 @@ def _file(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     if read is None:
         check_file(path, "file of tensors")
         raise InputError(f"{path}: expected a folder, or a file that ends in {', '.join(_READERS)}")
-    for name, array in read(path).items():
+    try:
+        arrays = read(path)
+    except InputError as error:
+        if "has the dtype 'x'" in str(error):
+            why = "TensorRT-LLM writes that for types that numpy lacks, such as FP8; take the file out of the dump"
+            raise InputError(f"{path}: its dtype is 'x': {why}") from None
+        raise
+    for name, array in arrays.items():
         if array.dtype.kind not in "biufV":
             raise InputError(f"{path}: {name!r} has dtype {array.dtype}; expected numbers")
         yield name, array
@@ -171,7 +178,7 @@ _READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
     ".npy": lambda path: {path.stem: read_npy(path)},
     ".npz": read_npz,
     ".safetensors": _safetensors,
-    ".pt": read_pt,
+    ".pt": tensors_of_pt,
     ".pb": _proto,
     ".tensorproto": _proto,  # what ONNX Runtime's node dumps are
     ".bin": _raw,

@@ -43,7 +43,7 @@ def fingerprint(tensor: Tensor | np.ndarray) -> Fingerprint:
 
     Complex numbers count as pairs of their parts.
     """
-    if isinstance(tensor, np.ndarray):
+    if not isinstance(tensor, Tensor):  # a numpy scalar counts as an array
         tensor = torch.from_numpy(np.asarray(tensor, order="C"))
     flat = tensor.detach().reshape(-1)
     if flat.is_complex():

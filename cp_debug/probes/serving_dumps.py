@@ -3,6 +3,9 @@
 TensorRT-LLM (``DebugConfig``): ``tllm_debug/PP_1/TP_1/iteration_0/NAME.npy``. vLLM (pull request 21215,
 ``--intermediate-log-config``): ``step_0/MODULE/outputs_cuda_0.pt`` with ``inputs_0_cuda_0.pt`` beside it. SGLang
 (``--debug-tensor-dump-output-folder``): ``TP0_PP0_Rank0_pid7/Pass00000.pt``, a mapping of module to tensor.
+
+SGLang writes a pass when its top module has run, before it notes what that module returned: that, and all that follows
+it (the logits), stands at the beginning of the next file.
 """
 
 from __future__ import annotations
@@ -21,13 +24,14 @@ from cp_debug.reading import check_file
 _RANKS = (re.compile(r"PP_\d+"), re.compile(r"TP_\d+"), re.compile(r"TP\d+_PP\d+_Rank\d+_pid\d+"))
 _STEPS = (re.compile(r"iteration_(\d+)"), re.compile(r"step_(\d+)"))
 _PASS = re.compile(r"Pass(\d+)\.pt")
+_INPUT_OF_TOP = re.compile(r"(.+)\.forward_batch_info\.\w+")
 _VLLM = re.compile(r"(?P<what>outputs|inputs)(?P<place>(?:_[^_]+)*?)_(?P<device>cpu|(?:cuda|xpu|hpu|npu|tpu)_\d+)\.pt")
 
 
 def step_folder(folder: Path) -> Path:
     """The folder, or the file, of the first step in what a runtime wrote; ``folder`` itself where it is no such thing.
 
-    Raises InputError where it holds several ranks: each of them has a part of every tensor.
+    Raises InputError where it holds several ranks, each of which has a part of every tensor, or several runs.
     """
     while folder.is_dir():
         inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -41,13 +45,24 @@ def step_folder(folder: Path) -> Path:
             for kind in ((_PASS,) if path.is_file() else _STEPS)
             if (found := kind.fullmatch(path.name))
         )
+        runs = [path for path in inside if path.is_dir() and _has_steps(path)]
+        if len(runs) > 1 and not ranks and not steps:
+            names = ", ".join(path.name for path in runs[:4]) + (" …" if len(runs) > 4 else "")
+            raise InputError(f"{folder}: holds {len(runs)} runs, {names}; give the folder of one")
         if folder.name != "tllm_debug" and (folder / "tllm_debug").is_dir() and not ranks and not steps:
             folder /= "tllm_debug"
         elif ranks or steps:
             folder = ranks[0] if ranks else steps[0][1]
+        elif runs:
+            folder = runs[0]
         else:
             break
     return folder
+
+
+def _has_steps(folder: Path) -> bool:
+    """Whether a folder holds steps, as a run of vLLM does, whose folder has a random name."""
+    return any(path.is_dir() and _STEPS[1].fullmatch(path.name) for path in folder.iterdir())
 
 
 def is_step_of_vllm(folder: Path) -> bool:
@@ -72,6 +87,34 @@ def vllm_step(folder: Path) -> dict[str, np.ndarray]:
     if len(devices) > 1:
         raise InputError(f"{folder}: tensors of {', '.join(sorted(devices))}, each with a part; expected one device's")
     return arrays
+
+
+def tensors_of_pt(path: Path) -> dict[str, np.ndarray]:
+    """The tensors in a file of ``torch.save``, as ``read_pt``; in a pass of SGLang, those of that pass.
+
+    What its top module and those after it returned is taken from the next file, where there is one. Shapes and dtypes
+    are those that the files hold. Raises InputError as ``read_pt`` does.
+    """
+    tensors = read_pt(path)
+    found = _PASS.fullmatch(path.name)
+    if found is None or not any(kind.fullmatch(path.parent.name) for kind in _RANKS):
+        return tensors
+    top = next((inputs[1] for name in tensors if (inputs := _INPUT_OF_TOP.fullmatch(name))), "model")
+    following = path.with_name(f"Pass{int(found[1]) + 1:0{len(found[1])}d}.pt")
+    after = read_pt(following) if following.is_file() else {}
+    earlier = _of_the_pass_before(tensors, top)
+    own = {name: array for name, array in tensors.items() if name not in earlier}
+    return own | {name: after[name] for name in _of_the_pass_before(after, top)}
+
+
+def _of_the_pass_before(tensors: Mapping[str, np.ndarray], top: str) -> list[str]:
+    """Names at the beginning of a pass that belong to the one before: the top module's result, and what follows it."""
+    proxies = f"{top}.pp_proxy_tensors."
+    names = [*tensors]
+    if not names or not (re.fullmatch(rf"{re.escape(top)}(/\d+)?", names[0]) or names[0].startswith(proxies)):
+        return []
+    end = next((i for i, n in enumerate(names) if n.startswith(f"{top}.") and not n.startswith(proxies)), len(names))
+    return names[:end]
 
 
 def read_pt(path: Path) -> dict[str, np.ndarray]:

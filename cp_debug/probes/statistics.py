@@ -22,7 +22,16 @@ from typing import Any
 import numpy as np
 
 from cp_debug.errors import InputError
-from cp_debug.probes.arrays import Tensor, as_numpy, device_of, dtype_name, has_torch_type, is_torch, to_device
+from cp_debug.probes.arrays import (
+    Tensor,
+    as_numpy,
+    device_of,
+    dtype_name,
+    has_torch_type,
+    is_dense,
+    is_torch,
+    to_device,
+)
 from cp_debug.probes.distance import ratio
 from cp_debug.probes.statistics_reduce import reduce_device, reduce_host
 from cp_debug.probes.statistics_totals import PairPiece, Totals
@@ -91,10 +100,11 @@ def compare(reference: Tensor, test: Tensor) -> TensorStats:
     Raises InputError for dtypes without real numbers.
     """
     for side, tensor in (("reference", reference), ("test", test)):
+        if is_torch(tensor) and not (hasattr(tensor, "layout") and is_dense(tensor)):
+            raise InputError(f"cannot compare: the {side} is no dense tensor with values: {type(tensor).__name__}")
         if not _is_real(tensor):
-            raise InputError(
-                f"cannot compare: the {side} has dtype {dtype_name(tensor)}; expected real numbers or bool"
-            )
+            kind = dtype_name(tensor) if hasattr(tensor, "dtype") else np.asarray(tensor).dtype.name
+            raise InputError(f"cannot compare: the {side} has dtype {kind}; expected real numbers or bool")
     reduce: Callable[[Any, Any], Totals] = reduce_host
     if (device := _common_device(reference, test)) is not None:
         reduce, reference, test = reduce_device, to_device(reference, device), to_device(test, device)

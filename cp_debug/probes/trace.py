@@ -88,7 +88,7 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], sink: TorchSink | Non
     Raises ModuleFailed, with the path, when a module raises in forward; what the sink raises comes through as it is.
     """
     tracer = _Tracer(module, sink, prefix)
-    with torch.no_grad(), tracer.hooks():
+    with torch.no_grad(), as_written(), tracer.hooks():
         args = [tensor.clone() for tensor in inputs.values()]
         for name, tensor in zip(inputs, args, strict=True):
             tracer.add(tensor, name, "input", (), from_data=True, version=tensor._version)
@@ -107,6 +107,16 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], sink: TorchSink | Non
         record.tensors = tensors
         record.outputs = [tracer.value_of(t) for t in tensors]
     return record
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Context in which what ``torch.compile`` compiled runs as it is written: a compiler would take the probes, too."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled; importing the compiler takes 1.7 s
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @dataclass

@@ -73,6 +73,8 @@ class RemarksOnSamples(Protocol):
         ...
 
 
+MADE_UP = "inputs that were made up: "
+"""Beginning of a remark that says what made-up inputs hold, and so of no concern about the model."""
 MOST_REMARKS = 8
 """Remarks on samples that are told; the others are counted."""
 

@@ -10,6 +10,7 @@ import numpy as np
 from cp_debug.graph.check_inputs import with_shapes
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
+from cp_debug.recipes.abilities import MADE_UP
 from cp_debug.recipes.base import Arrays, Component, Sample
 from cp_debug.recipes.input_files import DEFAULT_READING, Reading, file_samples
 from cp_debug.recipes.stages import stages_of
@@ -23,6 +24,7 @@ class OnnxFileModel:
         self.name = str(path)
         self._inputs = (graph := Graph(path)).inputs
         self._path, self._reading = path, reading
+        self._made_up: dict[str, list[str]] = {}
         with_shapes(graph.inputs, reading.shapes)  # refuses those that do not fit
         self.components: Sequence[Component] = [
             Component(
@@ -43,13 +45,21 @@ class OnnxFileModel:
         if inputs is None:
             made_up = MadeUp(Graph(self._path), self._reading.shapes)
             for index in range(count):
-                yield Sample(made_up.sample([seed, index]), f"random, seed {seed}, sample {index}")
+                source = f"random, seed {seed}, sample {index}"
+                sample = Sample(made_up.sample([seed, index]), source)
+                self._made_up[source] = made_up.reasons()
+                yield sample
             return
         yield from file_samples(inputs, self._inputs, count, self._reading)
 
     def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
         """The sample's arrays by input name, unchanged."""
         return sample.arrays
+
+    def remarks(self, sample: Sample) -> Sequence[str]:
+        """Contents of made-up inputs and their reasons, where the sample was and there is something to say."""
+        reasons = self._made_up.get(sample.source)
+        return [f"{MADE_UP}{'; '.join(reasons)}"] if reasons else []
 
     def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> None:
         """Nothing: an ONNX file has no decoder."""

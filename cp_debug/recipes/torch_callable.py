@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -58,7 +59,7 @@ class TorchModel:
             Component(
                 name=type(module).__name__,
                 input_names=names,
-                output_names=_output_names(name, module, tensors),
+                output_names=_output_names(name, module, tensors, flat.remark),
                 module=module,
                 stages=[Stage(child, child) for child, _ in module.named_children()],
             )
@@ -135,7 +136,9 @@ def _import(source: str) -> ModuleType:
     except (InputError, KeyboardInterrupt):
         raise
     except BaseException as error:  # whatever the user's file raises while it is imported
-        raise InputError(f"MODEL: cannot import {source}: {_first_line(error)}") from error
+        near = difflib.get_close_matches(source, ["centerpoint", "mmdet3d"], n=1)
+        hint = f"; did you mean {near[0]}:…?" if near and isinstance(error, ModuleNotFoundError) else ""
+        raise InputError(f"MODEL: cannot import {source}: {_first_line(error)}{hint}") from error
 
 
 def private_name(path: Path) -> str:
@@ -168,16 +171,23 @@ def _check_values(name: str, module: torch.nn.Module) -> None:
             raise InputError(f"MODEL: {name}: {kind} is on the device meta, where it has no values")
 
 
-def _output_names(name: str, module: torch.nn.Module, tensors: Sequence[torch.Tensor]) -> list[str]:
-    """Names of the tensors that a forward on the examples returns. Raises ModuleFailed when it raises."""
+def _output_names(name: str, module: torch.nn.Module, tensors: Sequence[torch.Tensor], remark: str = "") -> list[str]:
+    """Names of the tensors that a forward on the examples returns.
+
+    Raises ModuleFailed, with ``remark`` on how the examples were read, when it raises.
+    """
     try:
         with torch.no_grad():
             outputs = flatten_outputs(module(*tensors))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the user's forward may raise anything; a trace knows in which module
-        with own_code(f"MODEL: {name}: forward"):
-            trace(module, {str(i): tensor for i, tensor in enumerate(tensors)})
+        try:
+            with own_code(f"MODEL: {name}: forward"):
+                trace(module, {str(i): tensor for i, tensor in enumerate(tensors)})
+        except InputError as failed:
+            failed.args = ("; ".join(filter(None, (str(failed), remark))),)
+            raise
         raise ModuleFailed(f"MODEL: {name}: forward raised {_first_line(error)}") from error
     if not outputs:
         raise InputError(f"MODEL: {name}: forward returned no tensor; expected a tensor, or some in a container")

@@ -29,6 +29,9 @@ class FlatInputs:
     module: nn.Module
     """The module itself where it takes the tensors as they stand; else a shallow copy of it, with the same submodules,
     parameters and paths, whose ``forward`` puts the containers together again."""
+    remark: str = ""
+    """Reading of a mapping that might have been meant as keyword arguments: for the error of a ``forward`` that
+    cannot use it."""
 
 
 def flat_inputs(
@@ -40,6 +43,7 @@ def flat_inputs(
 ) -> FlatInputs:
     """Flatten the example inputs of ``module``: a tensor, a tuple or list of arguments, or a mapping by parameter.
 
+    A mapping at the end of a tuple holds keyword arguments where ``forward`` takes them so (``with_keywords``).
     An argument is a tensor or an array, or a mapping, list, tuple or dataclass of them, nested at will. Numbers, text
     and None in it are constants of the call. ``parameters`` names the positional arguments and ``keywords`` those
     that are passed by name, where the signature of ``forward`` does not say so.
@@ -50,9 +54,13 @@ def flat_inputs(
     if not isinstance(inputs, list | tuple | Mapping):
         type_text = f"the example inputs are {type(inputs).__name__}"
         raise InputError(f"MODEL: {name}: {type_text}; expected tensors, in a tuple or by parameter")
-    signature = _parameters(module) if parameters is None else []
-    known = [p.name for p in signature if p.kind not in _STARS] if parameters is None else [*parameters, *keywords]
-    by_name = {*keywords, *(p.name for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY)}
+    signature = _parameters(module) if parameters is None else _named(parameters, keywords)
+    known = [p.name for p in signature if p.kind not in _STARS]
+    by_name = {p.name for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    positional = [key for key in known if key not in by_name]
+    remark = ""
+    args: Sequence[Any] = ()
+    given_by_name: Mapping[str, Any]
     if isinstance(inputs, Mapping):
         unknown = [key for key in inputs if key not in known]
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature)
@@ -60,12 +68,17 @@ def flat_inputs(
             raise InputError(
                 f"MODEL: {name}: example input {unknown[0]!r} is no parameter of forward({', '.join(known)})"
             )
-        order = [key for key in known if key in inputs] + unknown
-        arguments = [(key, inputs[key]) for key in order]
-        by_name |= {key for index, key in enumerate(order) if index >= len(known) or known[index] != key}
+        given_by_name = inputs
     else:
-        positional = [*known, *(f"input_{i}" for i in range(len(known), len(inputs)))]
-        arguments = list(zip(positional, inputs, strict=False))
+        args, given_by_name = with_keywords(inputs, signature)
+        if args is inputs and args and isinstance(args[-1], Mapping):
+            strange = next((str(key) for key in args[-1] if key not in known), "")
+            remark = f"the mapping at the end is an argument; forward({', '.join(known)}) has no parameter {strange!r}"
+    names = [*positional, *(f"input_{i}" for i in range(len(positional), len(args)))]
+    order = [key for key in known if key in given_by_name] + [key for key in given_by_name if key not in known]
+    arguments = [*zip(names, args, strict=False), *((key, given_by_name[key]) for key in order)]
+    in_place = {key for key, (given, _) in zip(names, arguments, strict=False) if key == given}
+    by_name |= {key for key in order if key not in in_place}
     tensors: dict[str, Tensor] = {}
     builds = [_flatten(name, key, value, tensors) for key, value in arguments]
     if not tensors:
@@ -74,7 +87,7 @@ def flat_inputs(
         module = _taking_flat(
             module, [((key, key in by_name), build) for (key, _), build in zip(arguments, builds, strict=True)]
         )
-    return FlatInputs(list(tensors), list(tensors.values()), module)
+    return FlatInputs(list(tensors), list(tensors.values()), module, remark)
 
 
 _STARS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -85,6 +98,45 @@ def _parameters(module: nn.Module) -> list[inspect.Parameter]:
         return list(inspect.signature(module.forward).parameters.values())
     except ValueError:  # of compiled code
         return []
+
+
+def with_keywords(
+    inputs: Sequence[Any], parameters: Sequence[inspect.Parameter]
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """The positional and the keyword arguments in a tuple of example inputs, as torch's exporters take them.
+
+    ``(x, {"mask": mask})`` is what ``torch.onnx.export`` takes, ``((x,), {"mask": mask})`` what ``torch.export.export``
+    does. Where ``parameters`` fit more than one reading, a mapping of parameters' names holds keyword arguments, and
+    any other mapping is the argument in whose place it stands; where none has that place, torch's reading holds.
+    """
+    last = inputs[-1] if inputs else None
+    if not isinstance(last, Mapping) or not all(isinstance(key, str) for key in last):
+        return inputs, {}
+    signature = inspect.Signature(parameters)
+    nested = len(inputs) == 2 and type(inputs[0]) is tuple
+    readings = [inputs[0], inputs[:-1]] if nested else [inputs[:-1]]
+    named = {p.name for p in parameters if p.kind not in _STARS}
+    places = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    if not {*last} <= named and len(inputs) <= places and _binds(signature, inputs, {}):
+        return inputs, {}
+    return next(((args, last) for args in readings if _binds(signature, args, last)), (inputs, {}))
+
+
+def _binds(signature: inspect.Signature, args: Sequence[Any], keywords: Mapping[str, Any]) -> bool:
+    try:
+        signature.bind(*args, **keywords)
+    except TypeError:
+        return False
+    return True
+
+
+def _named(positional: Sequence[str], keywords: Sequence[str]) -> list[inspect.Parameter]:
+    """Parameters of these names, for a module whose ``forward`` does not say them; none of them is required."""
+    kind = inspect.Parameter
+    return [
+        *(kind(name, kind.POSITIONAL_OR_KEYWORD, default=None) for name in positional),
+        *(kind(name, kind.KEYWORD_ONLY, default=None) for name in keywords),
+    ]
 
 
 def _flatten(name: str, path: str, value: Any, tensors: dict[str, Tensor]) -> Build:

@@ -47,20 +47,24 @@ def read_points(path: Path, features: Sequence[str], columns: Sequence[str] | No
 def columns_of(path: Path, ending: str) -> tuple[tuple[str, ...], str]:
     """The columns of a ``.bin`` file, and what is to be said of the choice: nothing where content and ending agree.
 
-    Columns are those of the ending, unless the size fits five, too, and the content five only. Intensity is never
-    negative, rings are small whole numbers, and ages of points (``dt``) are short: rows cut at another width hold
-    coordinates there.
+    Where the size fits four columns and five, the content decides, and the ending where both or neither can be.
+    Intensity is never negative, rings are small whole numbers, and ages of points (``dt``) are short: rows cut at
+    another width hold coordinates there.
     """
-    usual, wide = COLUMNS[ending], COLUMNS[".pcd.bin"]
+    usual, wide, narrow = COLUMNS[ending], COLUMNS[".pcd.bin"], COLUMNS[".bin"]
     size = check_file(path, "point file")
-    if usual == wide or not size or any(size % (4 * len(names)) for names in (usual, wide)):
+    if not size or any(size % (4 * len(names)) for names in (wide, narrow)):
         return usual, ""
-    fifth, fits_usual = _fifth(_read_raw(path, wide)), _intensities(_read_raw(path, usual))
-    if fifth and not fits_usual:
-        age = ", the last as dt" if fifth == "dt" else ""
-        return (*usual, fifth), f"{len(wide)} columns{age}, by its content"
-    unclear = f"{len(usual)} columns, by its ending; {len(wide)} fit its size, too, and its content does not tell"
-    return usual, "" if fits_usual and not fifth else unclear
+    five = _read_raw(path, wide)
+    fifth, four = _fifth(five), _intensities(_read_raw(path, narrow))
+    if bool(fifth) == four or (four and usual == wide and _intensities(five)):  # nothing speaks against the ending
+        other = len(wide if usual == narrow else narrow)
+        return usual, f"{len(usual)} columns, by its ending; {other} fit its size, too, and its content does not tell"
+    found = (*narrow, fifth) if fifth else narrow
+    age = ", the last as dt" if fifth == "dt" else ""
+    if len(found) == len(usual):  # files of one folder are read alike, whatever their sizes fit
+        return usual, ""
+    return found, f"{len(found)} columns{age}, by its content"
 
 
 def _fifth(points: Points) -> str:
@@ -115,4 +119,5 @@ def _read_numpy(path: Path, features: Sequence[str]) -> Points:
     if points.ndim != 2 or points.shape[1] != len(features) or points.dtype.kind not in "fiu":
         expected = f"numbers of shape [N, {len(features)}] ({', '.join(features)})"
         raise InputError(f"{path}: points are {points.dtype} of shape {list(points.shape)}; expected {expected}")
-    return points.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # what FP32 cannot hold is Inf, which is told of every cloud
+        return points.astype(np.float32, copy=False)

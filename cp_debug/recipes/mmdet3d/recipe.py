@@ -49,13 +49,13 @@ def load_detector(name: str, *, checkpoint: Path | None = None, seed: int = 0) -
         weights = checkpoint.name
     try:
         settings = center_point_config(config.stem, about["model"], about["columns"])
-        return Mmdet3dCenterPoint(name, client, settings, weights, about)
+        model: Mmdet3dCenterPoint | DetectorLayers = Mmdet3dCenterPoint(name, client, settings, weights, about)
     except Unlike as reason:
-        layers = DetectorLayers(name, client, about, seed)
-        layers.notes.append(f"layers alone, without boxes: {reason}")
-        if checkpoint is None:
-            layers.notes.append(random_weights(seed))
-        return layers
+        model = DetectorLayers(name, client, about, seed)
+        model.notes.append(f"layers alone, without boxes: {reason}")
+    if checkpoint is None:
+        model.notes.append(random_weights(seed))
+    return model
 
 
 class Mmdet3dCenterPoint(CenterPointModel):
@@ -85,8 +85,6 @@ class Mmdet3dCenterPoint(CenterPointModel):
             f"mmdet3d {about['versions']['mmdet3d']} in {client.where}: {len(self.verified)} stages of one synthetic "
             f"scene equal up to {max(self.verified.values()):.2g} (max |Δ|)"
         ]
-        if weights.startswith("untrained"):
-            self.notes.append(f"the weights are {weights.partition(', ')[2]}: no checkpoint was given")
         if nms not in ("circle", "rotate"):
             self.notes.append(f"boxes after circle NMS; this configuration has {nms} NMS in mmdet3d")
 
