@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -67,7 +68,9 @@ def main() -> None:
         print(f"{path}: {layers} layers in INT8: {said}; {time.perf_counter() - started:.0f} s", flush=True)
         rows.append({"model": str(path), "layers": layers, **{name: list(change) for name, change in changes.items()}})
     if options.json:
-        options.json.write_text(json.dumps({"data": source, "rows": rows}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"command": " ".join(["python", *sys.argv]), "data": source, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """What FP8 and 4 bits cost a language model: its perplexity, and which of its products cost it.
 
-    python benchmarks/language_model.py train FOLDER [--size small|large]   # on the text that pydoc ships
+    python benchmarks/language_model.py train FOLDER [--size tiny|small|large] [--seconds N | --steps N]
     python benchmarks/language_model.py judge FOLDER [--device cuda] [--json FILE]
 
-``train`` writes ``model.onnx`` (a decoder of bytes with its key and value caches as inputs and outputs) and
-``windows.npz`` (held-out text, in two chunks: the second reads the caches of the first). ``judge`` runs it in each
+``train``, on the text that Python's ``pydoc`` ships, writes ``model.onnx`` (a decoder of bytes with its key and value
+caches as inputs and outputs), ``windows.npz`` (held-out text, in two chunks: the second reads the caches of the first)
+and ``chunk.npz`` (the inputs of a second chunk, for ``cpdebug --inputs``). ``judge`` runs it in each
 precision by the executor of the emulated backends, whole and with one product at a time in it. Costs are differences of
 the mean log-likelihood of a byte against FP32 on the same windows, with a 95 % interval over the windows by bootstrap.
 """
@@ -16,6 +17,7 @@ import json
 import math
 import pydoc_data.topics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-SIZES = {"small": (128, 4, 4), "large": (768, 14, 12)}
-"""Width, blocks, heads: 0.9 and 100 million parameters."""
+SIZES = {"tiny": (64, 2, 2), "small": (128, 4, 4), "large": (768, 14, 12)}
+"""Width, blocks, heads: 0.1, 0.9 and 100 million parameters."""
+RATES = {"tiny": 3e-3, "small": 1.5e-3, "large": 4e-4}
+"""Learning rates."""
 CHUNK = 128
 """Bytes of a chunk, and of the caches."""
 HELD_OUT = 0.1
+OUTLIERS, OUTLIER = 2, 50
+"""How many channels ``--outliers`` makes larger, and how much."""
+WARM_UP = 50
+"""Steps over which the learning rate grows."""
 PRECISIONS = ("bf16", "fp8", "fp8:channel", "fp8:block", "fp8:acc=fp22", "mxfp8", "nvfp4", "mxfp4", "int4", "int4:g32")
 ALONE = ("fp8", "int4", "mxfp4")
-"""Precisions in which each product is judged by itself."""
+"""Precisions in which each product is judged by itself, too."""
 
 
 class Block(nn.Module):
@@ -78,8 +86,23 @@ def text() -> np.ndarray:
     return np.frombuffer("\n\n".join(topics[k] for k in sorted(topics)).encode(), np.uint8).astype(np.int64)
 
 
-def train(folder: Path, size: str, seconds: float) -> None:
-    """Train for a time, then write the graph and the held-out windows."""
+def enlarge(model: Decoder) -> None:
+    """Some channels behind each LayerNorm times ``OUTLIER``, and the weights that read them divided by as much.
+
+    The function stays the same. Decoders of billions of parameters have such channels by themselves (Dettmers et al.,
+    LLM.int8(), 2022, section 4).
+    """
+    with torch.no_grad():
+        for block in model.blocks:
+            for norm, readers in ((block.n1, (block.q, block.k, block.v)), (block.n2, (block.up,))):
+                norm.weight[:OUTLIERS] *= OUTLIER
+                norm.bias[:OUTLIERS] *= OUTLIER
+                for reader in readers:
+                    reader.weight[:, :OUTLIERS] /= OUTLIER
+
+
+def train(folder: Path, size: str, seconds: float, steps: int | None, outliers: bool) -> None:
+    """Train for a time, or a number of steps; then write the graph, the held-out windows and one input."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     width, blocks, heads = SIZES[size]
@@ -87,15 +110,15 @@ def train(folder: Path, size: str, seconds: float) -> None:
     held = data[int(len(data) * (1 - HELD_OUT)) :]
     data = data[: len(data) - len(held)].to(device)
     model = Decoder(width, blocks, heads).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3 if size == "small" else 4e-4, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATES[size], weight_decay=0.1)
     length, batch = 2 * CHUNK, 64 if device == "cuda" else 12
     mask = torch.full((length, length), -1e4, device=device).triu(1)[None, None]
     places = torch.arange(length, device=device)
     caches = [torch.zeros(batch, heads, 0, width // heads, device=device)] * (2 * blocks)
     start, step, loss = time.monotonic(), 0, torch.zeros(())
-    while (spent := time.monotonic() - start) < seconds:
+    while (share := step / steps if steps else (time.monotonic() - start) / seconds) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("top", group["lr"]) * min(1, (step + 1) / 100) * (1 - spent / seconds)
+            group["lr"] = group.setdefault("top", group["lr"]) * min(1, (step + 1) / WARM_UP) * (1 - share)
         at = torch.randint(len(data) - length - 1, (batch, 1), device=device) + torch.arange(length + 1, device=device)
         bytes_ = data[at]
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
@@ -107,8 +130,11 @@ def train(folder: Path, size: str, seconds: float) -> None:
         optimizer.step()
         step += 1
     model = model.cpu().eval()
+    if outliers:
+        enlarge(model)
     count = sum(p.numel() for p in model.parameters())
-    print(f"{count / 1e6:.1f} M parameters, {step} steps in {seconds:g} s, last loss {float(loss):.3f}")
+    seconds = round(time.monotonic() - start, 1)
+    print(f"{count / 1e6:.1f} M parameters, {step} steps, last loss {float(loss):.3f}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "about.json").write_text(
         json.dumps({"parameters": count, "steps": step, "seconds": seconds, "loss": float(loss), "size": size})
@@ -118,27 +144,36 @@ def train(folder: Path, size: str, seconds: float) -> None:
     np.savez_compressed(folder / "windows.npz", windows=windows)
     names = ["tokens", "places", "mask", *(f"{n}.{i}" for i in range(blocks) for n in ("keys", "values"))]
     made = ["logits", *(f"new_{n}" for n in names[3:])]
-    one = torch.zeros(8, heads, CHUNK, width // heads)
-    example = (torch.from_numpy(windows[:8, :CHUNK]), places[:CHUNK].cpu(), torch.zeros(1, 1, CHUNK, 2 * CHUNK))
+    empty = [torch.zeros(8, heads, CHUNK, width // heads)] * (2 * blocks)
+    first, second = ((torch.from_numpy(windows[:8])[:, chunk(i)], places.cpu()[chunk(i)], visible(i)) for i in (0, 1))
     torch.onnx.export(
-        model, (*example, *[one] * (2 * blocks)), str(folder / "model.onnx"), input_names=names, output_names=made,
+        model, (*first, *empty), str(folder / "model.onnx"), input_names=names, output_names=made,
         dynamo=True, external_data=False, verbose=False,
     )  # fmt: skip
+    with torch.no_grad():
+        caches = model(*first, *empty)[1:]
+    np.savez(folder / "chunk.npz", **{n: v.numpy() for n, v in zip(names, (*second, *caches), strict=True)})
+
+
+def chunk(index: int) -> slice:
+    """Places of the first or second chunk in a window."""
+    return slice(index * CHUNK, (index + 1) * CHUNK)
+
+
+def visible(index: int) -> Tensor:
+    """The mask [1, 1, CHUNK, 2 × CHUNK] that is added to scores: caches count in the second chunk."""
+    before, after = torch.full((CHUNK, CHUNK), 0.0 if index else -1e4), torch.full((CHUNK, CHUNK), -1e4).triu(1)
+    return torch.cat([before, after], 1)[None, None]
 
 
 def losses(executor: Any, windows: np.ndarray, caches: list[str], empty: Tensor, device: str) -> np.ndarray:
     """Mean negative log-likelihood of a byte in nats, of each window; the second chunk has the first's caches."""
     found = []
-    after = torch.full((CHUNK, CHUNK), -1e4).triu(1)
     for first in range(0, len(windows), 8):
         bytes_, kept, parts = torch.from_numpy(windows[first : first + 8]), dict.fromkeys(caches, empty), []
-        for chunk in range(2):
-            before = torch.full((CHUNK, CHUNK), 0.0 if chunk else -1e4)
-            own = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-            given = {
-                "tokens": bytes_[:, own], "places": torch.arange(2 * CHUNK)[own],
-                "mask": torch.cat([before, after], 1)[None, None], **kept,
-            }  # fmt: skip
+        for index in range(2):
+            own = chunk(index)
+            given = {"tokens": bytes_[:, own], "places": torch.arange(2 * CHUNK)[own], "mask": visible(index), **kept}
             results = executor.run({k: v.to(device) for k, v in given.items()})
             kept = {name: results[f"new_{name}"] for name in caches}
             wanted = bytes_[:, 1:][:, own].to(device)
@@ -154,7 +189,9 @@ def interval(differences: np.ndarray) -> tuple[float, float, float]:
     return float(differences.mean()), *(float(q) for q in np.quantile(means, [0.025, 0.975]))  # type: ignore[return-value]
 
 
-def judge(folder: Path, device: str, windows_used: int, alone: bool) -> dict[str, Any]:
+def judge(
+    folder: Path, device: str, windows_used: int, precisions: Sequence[str], alone: Sequence[str]
+) -> dict[str, Any]:
     """Perplexities and costs, with intervals."""
     from cp_debug.backends.arithmetic import ARITHMETICS
     from cp_debug.backends.determinism import deterministic
@@ -179,13 +216,14 @@ def judge(folder: Path, device: str, windows_used: int, alone: bool) -> dict[str
         "about": json.loads((folder / "about.json").read_text()), "device": device, "windows": len(windows),
         "perplexity_fp32": math.exp(exact.mean()), "whole": {}, "alone": {},
     }  # fmt: skip
-    for name in PRECISIONS:
+    print(f"fp32: perplexity {report['perplexity_fp32']:.4f}")
+    for name in precisions:
         loss = measured(name, {})
         cost = interval(loss - exact)
         report["whole"][name] = {"perplexity": math.exp(loss.mean()), "cost": cost}
         print(f"{name}: perplexity {math.exp(loss.mean()):.4f}, cost {cost[0]:.5f} [{cost[1]:.5f}, {cost[2]:.5f}] nats")
     products = [n.name for n in graph.nodes if n.op in PRODUCTS]
-    for name in ALONE if alone else ():
+    for name in alone:
         costs = {node: interval(measured("fp32", {node: name}) - exact) for node in products}
         ranked = dict(sorted(costs.items(), key=lambda item: -item[1][0]))
         report["alone"][name] = ranked
@@ -201,15 +239,19 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--steps", type=int, help="instead of seconds: the same on every machine, up to rounding")
+    parser.add_argument("--outliers", action="store_true", help="a few channels 50 times as large; the same function")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--windows", type=int, default=64, help="a multiple of 8")
-    parser.add_argument("--whole", action="store_true", help="not one product at a time")
+    names = lambda text: [n for n in text.split(",") if n]  # noqa: E731
+    parser.add_argument("--precisions", type=names, default=PRECISIONS, help="of the whole network, with commas")
+    parser.add_argument("--alone", type=names, default=ALONE, help="of one product at a time; '' for none")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.step == "train":
-        train(options.folder, options.size, options.seconds)
+        train(options.folder, options.size, options.seconds, options.steps, options.outliers)
         return
-    report = judge(options.folder, options.device, options.windows, not options.whole)
+    report = judge(options.folder, options.device, options.windows, options.precisions, options.alone)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1))
 

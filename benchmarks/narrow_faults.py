@@ -6,7 +6,7 @@ declarations that do not fit the numbers. A case is right when all that is said 
 other layer is accused. Healthy runs (declared as computed, or with scales up to 1.5 times too large, as calibration
 leaves them) must have no such finding.
 
-    python benchmarks/narrow_faults.py                       # 210 faults, 60 healthy runs, on networks for nothing else
+    python benchmarks/narrow_faults.py                       # 216 faults, 60 healthy runs, on networks for nothing else
     python benchmarks/narrow_faults.py --tuned --faults 42   # on those that the limits were chosen on
 
 Targets: at least 95 % right, at most 1 % wrong, nothing claimed in the healthy runs.
@@ -61,6 +61,7 @@ KINDS = (
     "block-scale, declared",
     "int4-group",
     "int4-group, declared",
+    "int4-outlier, declared",
     "fp4-outlier, declared",
     "fp8-underflow, declared",
 )
@@ -128,6 +129,8 @@ def drawn(kind: str, seed: int, families: Mapping[str, Family], folder: Path) ->
         declared = kind.endswith("declared")
         claim, treatment = ("fp8" if declared else pick("fp8:block", "fp8:block", "fp8:channel")), "channels"
         computed, only = pick("fp8", "fp8:channel") if claim == "fp8:block" else "fp8", "MatMul"
+    elif kind.startswith("int4-outlier"):
+        claim, treatment, only = pick("int4:g128", "int4:g64", "int4:g32:asym"), "hot", "MatMul"
     elif kind.startswith("int4"):
         claim = (
             pick("int4:g128", "int4:g256")

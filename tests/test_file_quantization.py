@@ -19,6 +19,7 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from cp_debug.api.diagnose import diagnose
 from cp_debug.bisect.candidate_run import _prefer_own_names
 from cp_debug.bisect.engine import Options, bisect
 
@@ -378,3 +379,177 @@ def test_a_file_of_our_own_quantizer_accuses_nobody_whatever_the_backend_is_call
         assert [row.name for row in run.guilty] == []
         assert run.agrees
         assert any(row.replay is not None and row.replay.step for row in run.rows)
+
+
+def _embedding(tmp_path: Path) -> Path:
+    """An embedding in front of a product, quantized dynamically: its levels have a scale far behind them."""
+    rng = np.random.default_rng(5)
+    nodes = [
+        node("Gather", ["table", "k"], ["rows"], name="embedding"),
+        node("Transpose", ["rows"], ["turned"], name="turn", perm=[1, 0]),
+        node("MatMul", ["turned", "w"], ["y"], name="product"),
+    ]
+    tensors = {"table": rng.standard_normal((32, 8)) + 0.3, "w": rng.standard_normal((16, 8)) * 0.3}
+    weights = [numpy_helper.from_array(t.astype(np.float32), name) for name, t in tensors.items()]
+    inputs = [helper.make_tensor_value_info("k", TensorProto.INT64, [16])]
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", 1, [8, 8])], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(onnx.shape_inference.infer_shapes(model), str(tmp_path / "plain.onnx"))
+    np.savez(tmp_path / "k.npz", k=rng.permutation(32)[:16])
+    quantize_dynamic(str(tmp_path / "plain.onnx"), str(tmp_path / "q.onnx"), weight_type=QuantType.QUInt8)
+    return tmp_path / "q.onnx"
+
+
+@pytest.mark.parametrize("backends", ["ort,ort-int8", "ort,ort-all"])
+def test_levels_read_by_an_integer_product_stand_for_numbers(tmp_path: Path, backends: str) -> None:
+    """The Mul behind MatMulInteger has the scales of both its operands; a wrong level of the table is found."""
+    file = _embedding(tmp_path)
+    options = Options(inputs=tmp_path / "k.npz")
+    assert any(n.op_type == "MatMulInteger" for n in onnx.load(file).graph.node)
+    (test,) = bisect(str(tmp_path / "plain.onnx"), backends, test_model=file, options=options).tests
+    assert {"embedding", "turn"} <= {row.name for row in test.rows}
+    assert not test.guilty
+    model = onnx.load(file)
+    (table,) = (t for t in model.graph.initializer if t.name == "table_quantized")
+    levels = numpy_helper.to_array(table).copy()
+    levels[np.load(tmp_path / "k.npz")["k"][3]] = 7
+    table.CopyFrom(numpy_helper.from_array(levels, table.name))
+    onnx.save(model, file)
+    (test,) = bisect(str(tmp_path / "plain.onnx"), backends, test_model=file, options=options).tests
+    assert [row.name for row in test.guilty] == ["embedding"]
+
+
+def test_levels_whose_scale_nobody_knows_are_no_floats(tmp_path: Path) -> None:
+    """Levels of a dynamic scale that are called as the parent's floats are not compared; what follows is."""
+    rng = np.random.default_rng(6)
+    w = (rng.standard_normal((8, 8)) * 0.3).astype(np.float32)
+    plain = [
+        node("Transpose", ["x"], ["t"], name="turn", perm=[1, 0]),
+        node("MatMul", ["t", "w"], ["y"], name="product"),
+    ]
+    scale = np.float32(np.abs(w).max() / 127)
+    file = [
+        node("DynamicQuantizeLinear", ["x"], ["levels", "s", "z"], name="q"),
+        node("Transpose", ["levels"], ["t"], name="turn", perm=[1, 0]),
+        node("MatMulInteger", ["t", "codes", "z"], ["sums"], name="product"),
+        node("Cast", ["sums"], ["floats"], name="cast", to=TensorProto.FLOAT),
+        node("Mul", ["s", "ws"], ["both"], name="scales"),
+        node("Mul", ["floats", "both"], ["y"], name="scaled"),
+    ]
+    parent = _saved(tmp_path / "plain.onnx", plain, ["y"], [8, 8], w=w)
+    codes = np.round(w / scale).astype(np.int8)
+    quantized = _saved(tmp_path / "q.onnx", file, ["y"], [8, 8], codes=codes, ws=scale)
+    (test,) = bisect(str(parent), "ort,ort-int8", test_model=quantized).tests
+    assert [row.name for row in test.rows if row.onnx == "y"] == ["product"]
+    assert "turn" not in {row.name for row in test.rows}
+    assert not test.guilty
+
+
+@pytest.mark.parametrize("backends", ["ort,ort-int8", "ort,ort-all"])
+def test_a_quantized_layer_that_decides_is_no_float(tmp_path: Path, backends: str) -> None:
+    """A comparison of quantized data gives booleans: there is no error in them that scales could explain."""
+    rng = np.random.default_rng(8)
+    w = (rng.standard_normal((8, 8)) * 0.3).astype(np.float32)
+    nodes = [
+        node("MatMul", ["x", "w"], ["m"], name="product"),
+        node("Greater", ["m", "limit"], ["large"], name="decides"),
+        node("Where", ["large", "m", "limit"], ["y"], name="chosen"),
+    ]
+    parent = _saved(tmp_path / "plain.onnx", nodes, ["y"], [8, 8], w=w, limit=np.float32(0.1))
+    sample = {"x": rng.standard_normal((8, 8)).astype(np.float32)}
+    reader = SimpleNamespace(get_next=iter([sample, None]).__next__)
+    operators = ["MatMul", "Greater", "Where"]
+    quantize_static(str(parent), str(tmp_path / "q.onnx"), reader, op_types_to_quantize=operators)
+    np.savez(tmp_path / "x.npz", **sample)
+    options = Options(inputs=tmp_path / "x.npz")
+    (test,) = bisect(str(parent), backends, test_model=tmp_path / "q.onnx", options=options).tests
+    assert "decides" in {row.name for row in test.rows}
+    assert not test.guilty
+
+
+def test_a_file_whose_quantizer_left_one_pair_is_quantized(tmp_path: Path) -> None:
+    """Named as quantizers name levels, a single pair is their work; by another name it is something put in."""
+    rng = np.random.default_rng(9)
+    w = (rng.standard_normal((12, 4)) * 0.3).astype(np.float32)
+    plain = [node("Flatten", ["x"], ["f"], name="flat"), node("MatMul", ["f", "w"], ["y"], name="product")]
+    parent = _saved(tmp_path / "plain.onnx", plain, ["y"], [2, 3, 4], w=w)
+    np.savez(tmp_path / "x.npz", x=rng.standard_normal((2, 3, 4)).astype(np.float32))
+
+    def guilty(levels: str) -> list[str]:
+        pair = [
+            node("QuantizeLinear", ["x", "s", "z"], [levels], name="q"),
+            node("DequantizeLinear", [levels, "s", "z"], ["d"], name="dq"),
+            node("Flatten", ["d"], ["f"], name="flat"),
+            plain[1],
+        ]
+        scale = {"s": np.float32(0.03), "z": np.int8(0)}
+        file = _saved(tmp_path / "q.onnx", pair, ["y"], [2, 3, 4], w=w, **scale)
+        options = Options(inputs=tmp_path / "x.npz")
+        (test,) = bisect(str(parent), "ort,ort-all", test_model=file, options=options).tests
+        return [row.name for row in test.guilty]
+
+    assert guilty("x_QuantizeLinear_Output") == []
+    assert guilty("levels") == ["flat"]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+@pytest.mark.parametrize("backends", ["ort,ort", "ort,ort-all"])
+def test_a_quantized_file_agrees_with_itself_whatever_the_axis_of_its_scales(
+    tmp_path: Path, axis: int, backends: str
+) -> None:
+    shape = (2, 3, 4)
+    scales = numpy_helper.from_array(np.linspace(0.1, 0.5, shape[axis]).astype(np.float32), "s")
+    points = numpy_helper.from_array(np.zeros(shape[axis], np.int8), "z")
+    nodes = [
+        node("QuantizeLinear", ["x", "s", "z"], ["q"], name="quantize", axis=axis),
+        node("DequantizeLinear", ["q", "s", "z"], ["d"], name="dequantize", axis=axis),
+        node("Relu", ["d"], ["y"], name="relu"),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [scales, points])
+    path = tmp_path / "net.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    result = diagnose(path, backends, test_model=path)
+    assert result.agrees
+
+
+def test_a_single_number_that_arrives_beyond_its_range_was_inherited(tmp_path: Path) -> None:
+    """The scale fits the parent's number; what comes in is three times as large, because an earlier layer is wrong."""
+    rng = np.random.default_rng(10)
+    w, x = (rng.standard_normal((16, 1)) * 0.3).astype(np.float32), rng.standard_normal((1, 16)).astype(np.float32)
+    w *= -np.sign(x @ w)
+    bias, step = np.float32(-0.4), np.float32(float(abs(x @ w)[0, 0]) / 231.4)
+    plain = [node("MatMul", ["x", "w"], ["m"], name="product"), node("Add", ["m", "b"], ["y"], name="sum")]
+    file = [
+        node("MatMul", ["x", "w2"], ["m"], name="product"),
+        node("QuantizeLinear", ["m", "s", "z"], ["m_QuantizeLinear_Output"], name="q"),
+        node("DequantizeLinear", ["m_QuantizeLinear_Output", "s", "z"], ["d"], name="dq"),
+        node("Add", ["d", "b"], ["y"], name="sum"),
+    ]
+    parent = _saved(tmp_path / "plain.onnx", plain, ["y"], [1, 16], w=w, b=bias)
+    quantized = _saved(tmp_path / "q.onnx", file, ["y"], [1, 16], w2=3 * w, b=bias, s=step, z=np.int8(127))
+    np.savez(tmp_path / "x.npz", x=x)
+    options = Options(inputs=tmp_path / "x.npz")
+    (test,) = bisect(str(parent), "ort,ort-int8", test_model=quantized, options=options).tests
+    assert [row.name for row in test.guilty] == ["product"]
+
+
+@pytest.mark.parametrize("kind", [TensorProto.UINT4, TensorProto.INT4])
+def test_data_in_four_bits_ends_in_a_verdict(tmp_path: Path, kind: int) -> None:
+    """Their zero point is of a type that torch lacks."""
+    rng = np.random.default_rng(10)
+    w = (rng.standard_normal((4, 4)) * 0.3).astype(np.float32)
+    plain = [node("MatMul", ["x", "w"], ["y"], name="product")]
+    parent = _saved(tmp_path / "plain.onnx", plain, ["y"], [2, 4], w=w)
+    pair = [
+        node("QuantizeLinear", ["x", "s", "z"], ["x_QuantizeLinear_Output"], name="q"),
+        node("DequantizeLinear", ["x_QuantizeLinear_Output", "s", "z"], ["d"], name="dq"),
+        node("MatMul", ["d", "w"], ["y"], name="product"),
+    ]
+    file = _saved(tmp_path / "q.onnx", pair, ["y"], [2, 4], w=w, s=np.float32(0.3))
+    model = onnx.load(file)
+    model.graph.initializer.append(helper.make_tensor("z", kind, [], [0]))
+    model.opset_import[0].version, model.ir_version = 21, 10
+    onnx.save(model, file)
+    (test,) = bisect(str(parent), "ort,emu-int8", test_model=file).tests
+    assert any(row.onnx == "y" and row.replay is not None for row in test.rows)

@@ -64,26 +64,34 @@ def test_fp8_levels_of_onnx_runtime_are_those_of_the_executor(tmp_path: Path, ki
     np.testing.assert_allclose(ours["y"], shown["y"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "numpy_type"), [(T.INT4, ml_dtypes.int4), (T.UINT4, ml_dtypes.uint4)])
-def test_values_of_four_bits_are_unpacked(tmp_path: Path, kind: int, numpy_type: type) -> None:
+@pytest.mark.parametrize(
+    ("kind", "numpy_type", "limits"),
+    [
+        (T.INT4, ml_dtypes.int4, (-8, 7)),
+        (T.UINT4, ml_dtypes.uint4, (0, 15)),
+        (T.INT2, ml_dtypes.int2, (-2, 1)),
+        (T.UINT2, ml_dtypes.uint2, (0, 3)),
+    ],
+)
+def test_values_of_four_and_two_bits_are_unpacked(
+    tmp_path: Path, kind: int, numpy_type: type, limits: tuple[int, int]
+) -> None:
     import onnxruntime
 
-    zero = helper.make_tensor("z", kind, [], [0])
-    scale = numpy_helper.from_array(np.array(0.5, np.float32), "s")
-    node = helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"])
+    node = helper.make_node("Cast", ["x"], ["y"], to=kind)
     x, y = helper.make_tensor_value_info("x", T.FLOAT, [3, 5]), helper.make_tensor_value_info("y", kind, [3, 5])
+    opset, ir_version = (21, 10) if "4" in numpy_type.__name__ else (25, 13)
     model = helper.make_model(
-        helper.make_graph([node], "g", [x], [y], [scale, zero]),
-        opset_imports=[helper.make_opsetid("", 21)],
-        ir_version=10,
+        helper.make_graph([node], "g", [x], [y]),
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=ir_version,
     )
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    data = np.linspace(-5, 9, 15, dtype=np.float32).reshape(3, 5)
+    data = np.resize(np.arange(limits[0], limits[1] + 1, dtype=np.float32), (3, 5))
     given = {"x": onnxruntime.OrtValue.ortvalue_from_numpy(data)}
     levels = to_numpy(session.run_with_ort_values(["y"], given)[0])
-    limits = (-8, 7) if kind == T.INT4 else (0, 15)
     assert levels.dtype == numpy_type
-    np.testing.assert_array_equal(levels.astype(np.float32), np.round(data / 0.5).clip(*limits))
+    np.testing.assert_array_equal(levels.astype(np.float32), data)
 
 
 @pytest.mark.parametrize("spec", ["ort", "emu-fp32"])

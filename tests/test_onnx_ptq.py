@@ -54,6 +54,20 @@ def test_max_is_the_largest_magnitude_over_all_samples(graph: Graph) -> None:
         assert amax == max(np.abs(run[value]).max() for run in runs for value in nodes[name].inputs)
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.uint64])
+def test_products_and_sums_of_integers_are_left_alone(tmp_path: Path, kind: type) -> None:
+    rng = np.random.default_rng(0)
+    net = NetBuilder()
+    net.op("MatMul", "x", net.weight(rng.standard_normal((4, 4)).astype(np.float32)), name="floats")
+    counts = net.op("Cast", "x", to=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind)))
+    other = net.op("MatMul", counts, net.weight(rng.integers(0, 3, (4, 4)).astype(kind)), name="integers")
+    net.op("Add", counts, other, name="sum")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [2, 4])}, ["floats", "sum"]))
+    scales = calibrate_graph(graph, [{"x": np.abs(rng.standard_normal((2, 4))).astype(np.float32)}])
+    assert [graph.producer[v].name for v in ["floats"]] == [*scales.layers]
+    assert not scales.residual_adds
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_quantizes_well(tmp_path: Path, graph: Graph, method: str) -> None:
     scales = calibrate_graph(graph, samples(4), method)

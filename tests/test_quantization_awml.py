@@ -67,7 +67,8 @@ class Dense(Detector):
 
 def test_the_reports_call_gives_what_this_projects_call_gives() -> None:
     model, batches = Detector(), loader()
-    quantized = quantize_ptq(model, batches, num_calibration_batches=3, amax_method="max", fuse_bn=True)
+    quantized = quantize_ptq(model, batches, 3, "max", True)  # in the order of AWML's signature
+    by_name = quantize_ptq(model, batches, num_calibration_batches=3, amax_method="max", fuse_bn=True)
     assert type(model) is Detector
     assert type(quantized) is Detector
     ours = quantize_ptq(Dense(), plain(batches[:3]), method="max")
@@ -76,6 +77,7 @@ def test_the_reports_call_gives_what_this_projects_call_gives() -> None:
         assert scales_of(quantized).layers[name].input == layer.input
     canvas = plain(batches)[4]
     assert torch.equal(quantized(inputs={"canvas": canvas}), ours(canvas))
+    assert torch.equal(by_name(inputs={"canvas": canvas}), ours(canvas))
     (boxes,) = quantized.test_step({"inputs": {"canvas": canvas}})
     assert torch.equal(boxes["boxes"], ours(canvas).flatten())
 

@@ -296,6 +296,16 @@ def test_scales_are_applied_without_calibration(quantized: nn.Module) -> None:
         apply_scales(fuse_model_bn(resnet(seed=7), (batches()[0],)), scales, "net")
 
 
+def test_a_module_that_the_library_cannot_take_is_told(quantized: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_deep(*_: object, **__: object) -> None:
+        raise RecursionError("maximum recursion depth exceeded")
+
+    folded, scales = fuse_model_bn(resnet(), (batches()[0],)), scales_of(quantized, "net")
+    monkeypatch.setattr("modelopt.torch.quantization.quantize", too_deep)
+    with pytest.raises(InputError, match="modelopt cannot put quantizers in: RecursionError"):
+        apply_scales(folded, scales, "net")
+
+
 def test_layers_that_do_not_run_are_named() -> None:
     module = Block(3)
     module.unused = nn.Conv2d(3, 2, 1)

@@ -206,6 +206,18 @@ def test_bad_models_are_refused_in_a_sentence(tmp_path: Path, kind: str, change:
     assert not (tmp_path / "out").exists()
 
 
+def test_an_earlier_run_is_replaced_as_a_whole_and_only_if_that_is_said(tmp_path: Path) -> None:
+    (file, _), out = net(tmp_path, "matmul"), tmp_path / "out"
+    assert run("quantize", "ptq", file, "-o", out, "--batches", "1")[0] == 0
+    stale = out / f"{file.stem}.calibration.safetensors"
+    assert stale.exists()
+    code, text = run("quantize", "ptq", file, "-o", out, "--precision", "mxfp8")
+    assert (code, "of an earlier run; --overwrite replaces it" in " ".join(text.split())) == (2, True)
+    code, text = run("quantize", "ptq", file, "-o", out, "--precision", "mxfp8", "--overwrite")
+    assert code == 0, text
+    assert not stale.exists()
+
+
 def test_what_is_quantized_already_is_refused(tmp_path: Path) -> None:
     file, x = net(tmp_path, "matmul")
     layers = narrow_layers(Graph(file), NarrowOptions.parse("fp8"), {"m": float(np.abs(x).max())})

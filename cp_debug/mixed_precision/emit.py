@@ -120,6 +120,6 @@ def deploy_fragment(keep: Mapping[str, Sequence[str]], precision: str) -> str:
     if precision not in FLAGS or not any(keep.values()):
         return ""
     listed = "".join(
-        f"  - {json.dumps(node)}\n" for component_nodes in keep.values() for node in component_nodes
+        f"  - {json.dumps(node, ensure_ascii=False)}\n" for component_nodes in keep.values() for node in component_nodes
     )  # JSON strings are YAML
     return f"tensorrt:\n  precision: {FLAGS[precision]}\n  keep_fp32:\n{listed}"

@@ -22,8 +22,8 @@ BITS = 8
 def insert_quantizers(module: nn.Module, layers: Mapping[str, LayerScales]) -> None:
     """Give these layers, by path, quantizers for input and weight, in place.
 
-    Every other quantizer that the library puts in is off. Raises InputError for scales that do not fit a weight,
-    MissingPackage without the library.
+    Every other quantizer that the library puts in is off. Raises InputError for scales that do not fit a weight and for
+    a module that the library cannot take, MissingPackage without the library.
     """
     quantization = _library()
     layer_at = layers_of(module)
@@ -36,7 +36,11 @@ def insert_quantizers(module: nn.Module, layers: Mapping[str, LayerScales]) -> N
             name = f"{path}.{kind}_quantizer" if path else f"{kind}_quantizer"
             entries.append({"quantizer_name": name, "cfg": {"num_bits": BITS, "axis": axis}})
     with _quiet():
-        quantization.quantize(module, {"quant_cfg": entries, "algorithm": None})
+        try:
+            quantization.quantize(module, {"quant_cfg": entries, "algorithm": None})
+        except Exception as error:  # it walks, copies and patches the user's own classes
+            what = f"{type(module).__name__}: modelopt cannot put quantizers in"
+            raise InputError(f"{what}: {type(error).__name__}: {error}") from error
     for path, scales in layers.items():
         layer: Any = layer_at[path]
         weight = layer.weight

@@ -11,7 +11,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.qdq import quantizable, weight_axis
+from cp_debug.graph.qdq import gives_floats, quantizable, weight_axis
 from cp_debug.graph.scales import LayerScales, Scales
 from cp_debug.probes.arrays import Tensor, as_numpy
 from cp_debug.programs.torch_layers import select
@@ -50,7 +50,8 @@ class GraphCalibration:
         self._executor = Executor(graph, weight_cache=0)
         data = {*data_values(graph), *(v.name for v in graph.inputs)}
         layers = quantizable(graph)
-        residual_adds = [node for node in graph.nodes if node.op == "Add" and data.issuperset(node.inputs)]
+        adds = [node for node in graph.nodes if node.op == "Add" and data.issuperset(node.inputs)]
+        residual_adds = [node for node in adds if gives_floats(graph, node)]
         skipped = select([node.name for node in (*layers, *residual_adds)], skip)
         self._layers, self._residual_adds = (
             [n for n in nodes if n.name not in skipped] for nodes in (layers, residual_adds)

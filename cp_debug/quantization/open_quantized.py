@@ -38,12 +38,9 @@ def open_quantized(
 ) -> dict[str, QuantizedComponent]:
     """Every component in INT8, from a checkpoint or calibrated now.
 
-    ``checkpoint`` is a file, or the folder of `cpdebug quantize ptq`; without one, ``count`` samples of ``data`` are
-    calibrated on. ``skip_layers`` are globs over what stays in FP32, for a checkpoint beyond what it skips itself; it
-    may be another tool's (``load_amax_checkpoint``). ``checkpoint`` is a file, the folder of `cpdebug quantize ptq`, or
+    ``checkpoint`` is a file, the folder of `cpdebug quantize ptq`, or
     another tool's checkpoint (``load_amax_checkpoint``); without one, ``count`` samples of ``data`` are calibrated on.
     ``skip_layers`` are globs over layers that stay in FP32, besides those that the checkpoint names itself.
-    Raises InputError as ``quantize_model`` and the readers of checkpoints do.
     Raises InputError as ``quantize_model`` and the readers of checkpoints do.
     """
     if checkpoint is None:

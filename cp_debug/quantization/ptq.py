@@ -26,18 +26,18 @@ from cp_debug.quantization.toggles import print_quantizer_status
 def quantize_ptq(
     module: nn.Module,
     batches: Iterable[Batch],
-    *,
-    method: str = "max",
-    skip_layers: Sequence[str] = (),
-    prefix: str = "",
-    fold: bool = True,
-    bits: int = BITS,
     num_calibration_batches: int | None = None,
     amax_method: str | None = None,
     fuse_bn: bool | None = None,
     sensitive_layers: Collection[str] | None = None,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     verbose: bool = False,
+    *,
+    method: str = "max",
+    skip_layers: Sequence[str] = (),
+    prefix: str = "",
+    fold: bool = True,
+    bits: int = BITS,
 ) -> nn.Module:
     """A copy of ``module`` with fake quantizers, calibrated on ``batches``, which are read once.
 
@@ -45,10 +45,10 @@ def quantize_ptq(
     together; BatchNorm is folded first. ``method`` is ``max``, ``percentile`` (99.99), ``mse`` or ``entropy``;
     ``skip_layers`` are globs over the paths of modules in the whole model, to which ``prefix`` leads.
 
-    AWML's names do the same: ``amax_method`` and ``fuse_bn`` are ``method`` and ``fold``, ``sensitive_layers`` are
-    ``skip_layers``, and of ``batches``, which may be a data loader, ``num_calibration_batches`` are read. A batch of
-    nested containers is handed to ``forward_fn(model, batch)``, without one to the model's ``test_step`` where it has
-    one; ``verbose`` prints the quantizers.
+    AWML's names, in its order, do the same: ``amax_method`` and ``fuse_bn`` are ``method`` and ``fold``,
+    ``sensitive_layers`` are ``skip_layers``, and of ``batches``, which may be a data loader,
+    ``num_calibration_batches`` are read. A batch of nested containers is handed to ``forward_fn(model, batch)``,
+    without one to the model's ``test_step`` where it has one; ``verbose`` prints the quantizers.
 
     Raises InputError for a name that is given in both spellings, no batches, NaN or Inf in one, a glob that matches no
     layer, an unknown method, other than 8 bits, and a module that is quantized already; MissingPackage without
