@@ -17,6 +17,8 @@ from cp_debug.errors import InputError, system_reason
 
 SHORTENED = 100
 """Number of characters of a name that a temporary name repeats."""
+results: TextIO | None = None
+"""The stream of reports that no file was named for; None: ``sys.stdout``, unless that is set aside for prints."""
 
 
 @contextmanager
@@ -138,8 +140,9 @@ def complete_file(path: Path) -> Iterator[TextIO]:
 def write_text(text: str, target: Path | None) -> None:
     """Write a report to a file, or to stdout without one. Raises InputError when it cannot be written."""
     if target is None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        stream = results or sys.stdout
+        stream.write(text)
+        stream.flush()
         return
     with complete_file(target) as stream:
         stream.write(text)

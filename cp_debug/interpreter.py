@@ -47,6 +47,16 @@ OnEvent = Callable[[Mapping[str, Any]], None]
 """Takes ``{"event": "log" | "progress" | "step" | "output", …}`` as the script sends them."""
 
 
+def how_far(event: Mapping[str, Any]) -> str:
+    """One line for a ``progress`` event. A builder that reports none of its own is followed by its log: kernels timed,
+    and the layer that it is at, of those that fusing left."""
+    phase, done, steps = event["phase"], event["done"], event["steps"]
+    if not event.get("layer"):
+        return f"{phase} ({done} of {steps})" if steps else f"{phase} ({done})"
+    of = f" of {event['layers']}" if event.get("layers") else ""
+    return f"{phase} (layer {event['layer']}{of}, {done} kernels so far)"
+
+
 class InterpreterFailed(Exception):
     """Another Python gave no result; the message says why.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import zlib
 from collections.abc import Iterator, Mapping
@@ -254,7 +255,12 @@ def array_of(stream: IO[bytes], size: int, name: str) -> np.ndarray:
     if read_header is None:
         raise ValueError(f"{name} is in version {version} of the format; expected 1.0 or 2.0")
     shape: tuple[Any, ...]
-    shape, fortran, dtype = read_header(stream)
+    try:
+        shape, fortran, dtype = read_header(stream)
+    except Exception as error:  # numpy evaluates its text as a literal of Python, and makes a type of what comes
+        if (found := re.search(r"dtype descriptor: ('\w{1,16}')", str(error))) is not None:
+            raise ValueError(f"{name} has the dtype {found[1]}, which numpy lacks") from None
+        raise ValueError(f"{name} has a header that says no type, order and shape") from None
     if dtype.hasobject:
         raise ValueError(f"{name} holds Python objects; expected numbers")
     if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in shape):

@@ -7,9 +7,12 @@ raw can move its cursor, and what reaches a spreadsheet or a page can be run.
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from html import escape
-from typing import Any
+from typing import Any, TextIO, cast
 
 LINES = 12
 """Largest number of lines of an error message."""
@@ -36,6 +39,38 @@ def visible(text: str, keep: str = "\n") -> str:
 def no_command(text: str) -> str:
     """Text of a line in a log, of which GitHub's runner takes none for a command of its workflow (``::error::…``)."""
     return _COMMAND.sub(lambda found: f"{found[1]}\\x{ord(found[2][0]):02x}{found[2][1:]}", text)
+
+
+class SafeStream:
+    """A stream for text of others: what is written goes to ``stream``, with control characters as escapes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write the text; a carriage return begins a new line, as it could hide the old one."""
+        lines = visible(text.replace("\r\n", "\n").replace("\r", "\n"), keep="\n\t").split("\n")
+        self._stream.write("\n".join(map(no_command, lines)))
+        return len(text)
+
+    def writelines(self, texts: Iterable[str]) -> None:
+        """Write the texts one after the other."""
+        for text in texts:
+            self.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def prints_aside() -> Iterator[None]:
+    """Context in which what is printed, as by a user's module, goes to stderr as ``SafeStream`` writes it."""
+    out, err = sys.stdout, sys.stderr
+    sys.stdout = sys.stderr = cast(TextIO, SafeStream(err))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = out, err
 
 
 def one_line(text: str) -> str:
@@ -82,7 +117,7 @@ def csv_cell(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     cell_text = one_line(value)
-    if value.startswith(_FORMULA) and not _is_number(value):
+    if (value.startswith(_FORMULA) or value.lstrip().startswith(_FORMULA)) and not _is_number(value):
         return f"'{cell_text}"
     return cell_text
 

@@ -7,6 +7,7 @@ import os
 import signal
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.testing
@@ -53,3 +54,19 @@ def shared() -> Path:
     if not (folder / "parity").is_dir():
         pytest.skip(f"no shared material at {folder} (set CPDEBUG_SHARED)")
     return folder
+
+
+@pytest.fixture
+def exports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the components that were exported."""
+    from cp_debug.programs import pipeline
+
+    names: list[str] = []
+    export = pipeline._export
+
+    def counted(component: Any, *rest: Any) -> Any:
+        names.append(component.name)
+        return export(component, *rest)
+
+    monkeypatch.setattr(pipeline, "_export", counted)
+    return names

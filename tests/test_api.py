@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,48 @@ def test_errors_name_arguments_of_python_not_flags(tmp_path: Path) -> None:
     for message, call in wrong.items():
         with pytest.raises(cp_debug.InputError, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "says"),
+    [
+        ("diagnose", {"backends": 3}, "backends: int; expected text or a list of backends"),
+        ("diagnose", {"backends": ["ort", "ort-all"]}, "backends: list; expected text or a list of backends"),
+        ("diagnose", {"options": {"samples": 3}}, "options: dict; expected Options"),
+        ("diagnose", {"inputs": object()}, "inputs: object holds no arrays; expected a mapping by input name"),
+        ("diagnose", {"inputs": {"x": torch.ones(1, device="meta")}}, "inputs: 'x' cannot be read as an array"),
+        ("diagnose", {"inputs": {"x": torch.ones(2).to_sparse()}}, "inputs: 'x' cannot be read as an array"),
+        ("diagnose", {"channels_last": "yes"}, "channels_last: str; expected True or False"),
+        ("verify", {"options": torch.ones(2)}, "options: Tensor; expected VerifyOptions"),
+        ("verify", {"samples": True}, "samples: bool; expected a whole number"),
+        ("search", {"goal": 1.0}, "goal: float; expected text or Goal"),
+        ("evaluate", {"backends": lambda: 0}, "backends: function; expected"),
+        ("predict", {"precision": None}, "precision: NoneType; expected text"),
+        ("quantize", {"output": None}, "output: NoneType; expected text or a path"),
+        ("quantize", {"output": "o", "skip_layers": "conv"}, "skip_layers: str; expected a list of texts"),
+    ],
+)
+def test_arguments_of_other_types_are_refused_by_name(
+    tmp_path: Path, name: str, arguments: dict[str, object], says: str
+) -> None:
+    with pytest.raises(cp_debug.InputError) as refused:
+        getattr(cp_debug, name)(small(tmp_path), **arguments)
+    assert says in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: cp_debug.open_result(None),
+        lambda: cp_debug.diff_results("kept", "kept-today"),
+        lambda: cp_debug.compare(torch.ones(2).to_sparse(), torch.ones(2)),
+        lambda: cp_debug.compare(None, np.ones(2)),
+        lambda: cp_debug.compare(torch.nn.ReLU(), np.ones(2)),
+    ],
+)
+def test_what_is_no_result_and_no_tensor_is_refused(call: Callable[[], object]) -> None:
+    with pytest.raises(cp_debug.InputError):
+        call()
 
 
 def test_the_page_of_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

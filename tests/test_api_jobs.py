@@ -94,8 +94,35 @@ def test_quantize_writes_a_file_that_diagnose_reads(net: Path, image: np.ndarray
     assert (tmp_path / "q" / "net.onnx") in result.files
     assert "net" in str(result)
     assert cp_debug.diagnose(tmp_path / "q" / "net.onnx", "ort,ort-all", inputs=image).agrees
+    (tmp_path / "q" / "notes.txt").write_text("mine")
+    before = (tmp_path / "q" / "net.onnx").read_bytes()
+    with pytest.raises(
+        cp_debug.InputError, match=r"^output: .*q holds net\.onnx of an earlier run; overwrite=True repl"
+    ):
+        cp_debug.quantize(net, tmp_path / "q", inputs=[{"image": image * 3}], method="max")
+    assert (tmp_path / "q" / "net.onnx").read_bytes() == before
+    cp_debug.quantize(net, tmp_path / "q", inputs=[{"image": image * 3}], method="max", overwrite=True)
+    assert (tmp_path / "q" / "net.onnx").read_bytes() != before
+    assert (tmp_path / "q" / "notes.txt").exists()
     with pytest.raises(cp_debug.InputError, match="method: 'mean'"):
         cp_debug.quantize(net, tmp_path / "other", method="mean")
     with pytest.raises(cp_debug.InputError, match="checkpoint"):
         cp_debug.quantize(torch.nn.ReLU(), tmp_path / "other", inputs=torch.ones(1), checkpoint="a.pt")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_result_is_kept_where_the_options_say_in_text_or_as_a_path(net: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path / "path", str(tmp_path / "text")):
+        result = cp_debug.diagnose(net, "ort-none,ort-basic", options=cp_debug.Options(save=folder))  # type: ignore[arg-type]
+        assert str(cp_debug.open_result(folder)) == str(result)
+    with pytest.raises(cp_debug.InputError, match=r"^options\.samples: str; expected a whole number"):
+        cp_debug.diagnose(net, "ort,ort-all", options=cp_debug.Options(samples="2"))  # type: ignore[arg-type]
+    with pytest.raises(cp_debug.InputError, match=r"cannot import centrepoint: .*; did you mean centerpoint:…"):
+        cp_debug.diagnose("centrepoint:tiny")
+
+
+def test_a_class_is_no_module() -> None:
+    import torch
+
+    with pytest.raises(cp_debug.InputError, match=r"model: ReLU is a class; expected a module made of it: ReLU\(…\)"):
+        cp_debug.diagnose(torch.nn.ReLU, inputs=torch.ones(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import shutil
 import signal
@@ -19,10 +20,11 @@ from onnx import numpy_helper
 from test_cli import run
 from test_trt_runner import install
 from typer.main import get_command
+from typer.testing import CliRunner
 
 import cp_debug
 from cp_debug.cli import crash
-from cp_debug.cli.main import app
+from cp_debug.cli.main import app, main
 
 FAILING = """
 import sys
@@ -207,6 +209,49 @@ def test_an_earlier_run_is_replaced_when_asked_for(net: Path, tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+PRINTS = """
+import sys, logging, threading
+def make():
+    print("\\x1b[31mloading\\r100 %")
+    sys.stdout.writelines(["::error::", "x"])
+    print("written", file=sys.stdout.buffer and sys.stdout, flush=True)
+    logging.warning("\\x1b[31mlogged")
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    raise ValueError("too far")
+"""
+
+
+def test_what_a_users_module_prints_is_never_among_the_results(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(PRINTS)
+    done = CliRunner().invoke(app, ["check", f"{tmp_path / 'nets.py'}:make", "--json"])
+    assert "too far" in str(done.exception)
+    assert done.stdout == ""
+    assert "\\x1b[31mloading\n100 %\n" in done.stderr
+    assert "note: ZeroDivisionError was raised where nobody waits for it" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "\x1b" not in done.stderr
+    assert not any(line.startswith("::") for line in done.stderr.splitlines())
+
+
+@pytest.mark.slow
+def test_json_on_stdout_is_json_though_the_module_prints(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(
+        "import torch\nclass Net(torch.nn.Module):\n    def forward(self, x):\n"
+        "        print('here')\n        return x * 2\n"
+        "def make():\n    return Net(), (torch.ones(2),)\n"
+    )
+    model = f"{tmp_path / 'nets.py'}:make"
+    sweep = ["sweep", "bisect", model, "-b", "torch,emu-fp16", "--workers", "1", "--log", str(tmp_path / "l.jsonl")]
+    for command in (["check", model, "--json"], ["bisect", model, "-b", "torch,emu-fp16", "--json", "-"], sweep):
+        arguments = command if "--json" in command else [*command, "--json", "-"]
+        done = subprocess.run([sys.executable, "-m", "cp_debug", *arguments], capture_output=True, text=True)
+        assert done.returncode == 0
+        assert json.loads(done.stdout) is not None
+        assert "here" in done.stderr
+
+
 def test_what_others_wrote_is_never_replaced(net: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     for command in (["bisect", net, "-b", "ort,ort-all", "--save", tmp_path], ["capture", net, "-o", tmp_path]):
@@ -234,8 +279,19 @@ def test_memory_that_torch_cannot_get_is_told_in_words() -> None:
     assert done.stderr.strip() == "error: out of memory: this asks for more than the machine has"
 
 
+def test_memory_that_is_too_little_even_for_the_log_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("cp_debug.cli.main.app", lambda **_: 1 / 0)
+    monkeypatch.setattr("cp_debug.cli.crash.write_log", too_large)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+
+
 WRITES = {"--output", "--json", "--csv", "--html", "--junit", "--plot", "--onnx", "--predictions", "--save", "--log"}
-WRITES |= {"--log-file"}
+WRITES |= {"--log-file", "--shared"}
 """Options that name what is written."""
 ACTS = {
     "--samples": "so many are made up or read; fewer than asked for are noted",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from extras import needs
+from nets import second_like
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -116,3 +119,55 @@ def test_the_workflow_is_one(tmp_path: Path) -> None:
         told = run(tmp_path, "-m", "cp_debug", words[1], "--help")
         assert all(word in told for word in words if word.startswith("--"))
     assert [words[1] for words in commands] == ["bisect", "report"]
+
+
+def steps_of_the_workflow(folder: Path, change: dict[str, str]) -> tuple[dict[str, int], str]:
+    """Run the workflow's shell steps as GitHub's runner does; exit code of each that ran, by its command, and the log.
+
+    ``bash -e`` a step; once one has failed, only steps with ``always()`` or ``failure()`` run. Installing is left out:
+    the commands are those of this environment. ``change``: text in a step → text instead.
+    """
+    tools = folder / "bin"
+    tools.mkdir()
+    for name, module in (("cpdebug", "cp_debug"), ("pytest", "pytest")):
+        (tools / name).write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
+        (tools / name).chmod(0o755)
+    [job] = yaml.safe_load((EXAMPLES / "github-actions.yaml").read_text(encoding="utf-8"))["jobs"].values()
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "GITHUB_ACTIONS": "true"}
+    codes: dict[str, int] = {}
+    log = ""
+    for step in job["steps"]:
+        command = step.get("run", "")
+        if not command or "pip install" in command:
+            continue
+        wanted = {"": not any(codes.values()), "always()": True, "failure()": any(codes.values())}[step.get("if", "")]
+        for text, other in change.items():
+            command = command.replace(text, other)
+        if wanted:
+            shell = ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail", "-c", command]
+            done = subprocess.run(shell, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+            codes[command] = done.returncode
+            log += done.stdout + done.stderr
+    return codes, log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("faulty", [False, True])
+def test_the_workflow_runs_as_it_stands(tmp_path: Path, faulty: bool) -> None:
+    second_like(tmp_path / "net.onnx", depth=1, size=8)
+    (tmp_path / "tests").mkdir()
+    shutil.copy(EXAMPLES / "test_export.py", tmp_path / "tests")
+    change = {"ort-none,ort-all": "ort-none,emu-fp16 --rtol 1e-6 --atol 1e-9"} if faulty else {}
+    if faulty:
+        text = (tmp_path / "tests" / "test_export.py").read_text(encoding="utf-8")
+        (tmp_path / "tests" / "test_export.py").write_text(text.replace("rtol=1e-2", "rtol=1e-6"), encoding="utf-8")
+    codes, log = steps_of_the_workflow(tmp_path, change)
+    assert [*codes.values()] == ([0, 1, 0, 1] if faulty else [0, 0, 0, 0]), log
+    annotations = [line for line in log.splitlines() if line.startswith("::")]
+    kinds = [line.split(" ", 1)[0].removeprefix("::").split("::")[0] for line in annotations]
+    assert kinds == (["warning", "warning"] if faulty else ["notice"]), annotations
+    assert all(re.fullmatch(r"::(error|warning|notice) title=[^,:]+::\S.*", line) for line in annotations), annotations
+    assert "emu-fp16" in annotations[0] if faulty else "ort-all" in annotations[0]
+    pages = {path.name for path in (tmp_path / "reports").glob("*.html")}
+    assert pages >= {"net.html"}
+    assert len(pages) == (2 if faulty else 1)

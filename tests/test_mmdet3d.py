@@ -54,6 +54,8 @@ def test_a_pillar_centerpoint_is_this_projects_own_with_its_weights(python: Path
     assert set(model.verified) >= {"voxels", "spatial_features", "backbone.2", "neck", "task1.heatmap", "boxes"}
     assert set(model.verified.values()) == {0.0}
     assert f"mmdet3d 0.1 in {python}: 25 stages" in model.notes[0]
+    assert not any("random" in note for note in model.notes)
+    assert any(n.startswith("the weights are random (seed 0): no checkpoint was given") for n in load_model(NAME).notes)
     ours, theirs = own.network.state_dict(), model.network.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 

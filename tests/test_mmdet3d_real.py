@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_field import MMDET3D, rows_of
+from test_tutorial import tutorial
 
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.errors import InputError
@@ -136,3 +138,9 @@ def test_an_unknown_configuration_is_told_the_nearest() -> None:
 def test_a_checkpoint_of_another_head_names_the_layer() -> None:
     with pytest.raises(InputError, match=r"pts_backbone\.blocks\.0\.0\.weight \[32, 32, 3, 3\] \(expected \[64, 64, 3"):
         load_model(f"mmdet3d:{PILLARS}", checkpoint=WEIGHTS / "tiny.safetensors")
+
+
+@pytest.mark.parametrize(("command", "line"), rows_of(MMDET3D))
+def test_rows_of_the_field_reports_print_their_lines(tmp_path: Path, command: str, line: str) -> None:
+    ((_, holds),) = tutorial.updated([line], tutorial.run(command, tmp_path))
+    assert holds, command

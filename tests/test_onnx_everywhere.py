@@ -13,6 +13,9 @@ from onnx import numpy_helper
 from test_cli import run
 from test_trt_backend import install
 
+from cp_debug.deploy import file_export
+from cp_debug.recipes.registry import load_model
+
 MODULE = """
 import torch
 from torch import nn
@@ -137,6 +140,36 @@ def test_a_file_is_exported_to_another_opset_where_onnx_converts_it(tmp_path: Pa
     assert code == 2
     assert "is in opset 18, and ONNX's converter does not bring it to 9: No Adapter" in text
     assert not (tmp_path / "old").exists()
+
+
+@pytest.mark.parametrize("fault", ["of other values", "of another size"])
+def test_a_written_file_is_compared_on_several_samples_and_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    b = NetBuilder()
+    net = b.save(tmp_path / "net.onnx", {"x": (1, ["batch", 6])}, [b.op("Relu", "x")])
+    code, text = run("export", net, "-o", tmp_path / "fine", "--simplify")
+    assert code == 0, text
+    assert "ort on 3 samples of x 1×6 and x 2×6: relative L2 at most 0" in text
+    (first,) = load_model(str(net)).samples(1, 0, None)
+
+    def wrong(proto: onnx.ModelProto, source: object) -> onnx.ModelProto:
+        wrong = NetBuilder()
+        if fault == "of other values":  # doubles all but the first sample
+            known = wrong.op("Equal", "x", wrong.weight(first.arrays["x"]))
+            out = wrong.op("Where", known, wrong.op("Relu", "x", name="inner"), wrong.op("Add", "x", "x"))
+        else:
+            out = wrong.op("Reshape", wrong.op("Relu", "x", name="inner"), wrong.weight(np.array([1, 6])))
+        wrong.save(tmp_path / "wrong.onnx", {"x": (1, ["batch", 6])}, [out])
+        made = onnx.load(tmp_path / "wrong.onnx")
+        made.graph.node[-1].output[0] = made.graph.output[0].name = proto.graph.output[0].name
+        return made
+
+    monkeypatch.setattr(file_export, "_simplified", wrong)
+    code, text = run("export", net, "-o", tmp_path / "out", "--simplify")
+    assert code == 2, text
+    assert ("rewritten it gives another" if fault == "of other values" else "ONNX Runtime failed") in text
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flags", [["--exporter", "dynamo"], ["--unfolded"], ["--quantized", "x.pt"]])

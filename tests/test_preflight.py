@@ -6,7 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 import torch
 from nets import NetBuilder, second_like
@@ -33,6 +35,24 @@ def build(folder: Path, net: NetBuilder, output: str, channels: int = 4) -> Path
 
 def test_a_sound_model_has_no_concern(tmp_path: Path) -> None:
     assert check(second_like(tmp_path / "net.onnx")) == []
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int16, np.int8, ml_dtypes.int4, ml_dtypes.float8_e4m3fn])
+def test_zero_points_of_all_types_are_compared(tmp_path: Path, kind: type) -> None:
+    net = NetBuilder()
+    scale = net.weight(np.array(0.1, np.float32))
+    points = [onnx.numpy_helper.from_array(np.array(value, kind), f"point{value}") for value in (0, 1)]
+    levels = net.op("QuantizeLinear", "x", scale, "point0")
+    path = build(tmp_path, net, net.op("DequantizeLinear", levels, scale, "point1"))
+    model = onnx.load(path)
+    model.graph.initializer.extend(points)
+    model.opset_import[0].version = 21
+    model.ir_version = 10
+    onnx.save(model, path)
+    opened = OnnxFileModel(path)
+    sample = next(iter(opened.samples(1, 0, None)))
+    found = Preflight(opened, prepare(opened, sample, tmp_path), None).concerns()
+    assert any("disagree in scale or zero point" in concern.says for concern in found)
 
 
 @pytest.mark.parametrize(("scale", "words"), [(1e6, "overflow"), (1e-7, "vanish")])

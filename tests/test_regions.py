@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ from cp_debug.backends.spec import parse_backends
 from cp_debug.backends.tensorrt import engines
 from cp_debug.backends.tensorrt.inspector import EngineLayer, EngineTensor
 from cp_debug.backends.tensorrt.tactics import decode
+from cp_debug.bisect.causes import findings
 from cp_debug.bisect.causes.base import CAUSES
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.regions.marks import choose, cuts
-from cp_debug.bisect.regions.region import region_of
+from cp_debug.bisect.regions.region import Region, region_of
 from cp_debug.bisect.result import BisectResult, TestResult
 from cp_debug.graph.graph import Graph
 from cp_debug.reports.causes import lines
@@ -353,3 +355,9 @@ def test_a_plugin_inside_a_region(region: pytest.MonkeyPatch, tmp_path: Path, al
     else:
         label = f"fused region of 28 nodes (/n0/LayerNormalization … /x{BLOCKS}/Add)"
         assert (rows["x2"].name, rows["x2"].replay.skipped) == (label, reason)
+
+
+def test_a_fix_names_nodes_where_a_row_is_a_region() -> None:
+    region = Region(("/a/MatMul", "/b/Softmax", "/c/MatMul"), "Myelin", "{ForeignNode[/a/MatMul.../c/MatMul]}")
+    rows = [SimpleNamespace(name=region.label, region=region), SimpleNamespace(name="/d/Conv", region=None)]
+    assert findings._node_names(rows) == ["/a/MatMul", "/b/Softmax", "/c/MatMul", "/d/Conv"]  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ def test_a_message_has_twelve_lines_of_limited_length() -> None:
     assert message("short") == "short"
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1+1", "-1+1", "@SUM(1)", "\t=1", "\r=1"])
+@pytest.mark.parametrize("text", ["=1+1", "+1+1", "-1+1", "@SUM(1)", "\t=1", "\r=1", " =1+1"])
 def test_a_cell_is_no_formula(text: str) -> None:
     assert str(csv_cell(text)).startswith("'")
 

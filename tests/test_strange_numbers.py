@@ -240,7 +240,7 @@ def cloud(columns: int, rows: int = 40) -> np.ndarray:
     return made
 
 
-@pytest.mark.parametrize(("name", "columns"), [("cloud.bin", 4), ("cloud.bin", 5), ("cloud.pcd.bin", 5)])
+@pytest.mark.parametrize(("name", "columns"), [("a.bin", 4), ("a.bin", 5), ("a.pcd.bin", 4), ("a.pcd.bin", 5)])
 def test_a_size_that_fits_both_widths_is_decided_by_content(tmp_path: Path, name: str, columns: int) -> None:
     made = cloud(columns)
     made.tofile(tmp_path / name)
@@ -250,10 +250,21 @@ def test_a_size_that_fits_both_widths_is_decided_by_content(tmp_path: Path, name
     assert source.endswith(f" ({columns} columns, by its content)") == unusual
 
 
+def test_a_coordinate_that_fp32_cannot_hold_is_inf_without_a_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    np.save(tmp_path / "a.npy", np.full((3, 5), 1e300))
+    assert np.isinf(read_points(tmp_path / "a.npy", FEATURES)).all()
+    assert not recwarn.list
+
+
 def test_a_cloud_that_could_be_either_is_read_by_its_ending(tmp_path: Path) -> None:
     np.zeros((20, 4), np.float32).tofile(tmp_path / "zeros.bin")
     assert read_points(tmp_path / "zeros.bin", FEATURES).shape == (20, 5)
     assert "5 fit its size, too, and its content does not tell" in FolderData(tmp_path, FEATURES, 1).sample(0).source
+    (tmp_path / "zeros.bin").rename(tmp_path / "zeros.pcd.bin")
+    assert read_points(tmp_path / "zeros.pcd.bin", FEATURES).shape == (16, 5)
+    assert "5 columns, by its ending; 4 fit its size, too" in FolderData(tmp_path, FEATURES, 1).sample(0).source
 
 
 def test_a_fifth_column_may_be_the_age_of_points_and_intensity_may_be_nan(tmp_path: Path) -> None:

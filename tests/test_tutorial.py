@@ -42,4 +42,4 @@ def test_lines_that_changed_are_told() -> None:
         ("guilty: y 3e-04", False),
         ("a  0.5", False),
     ]
-    assert len(SECTIONS) == 7
+    assert len(SECTIONS) == 8

@@ -21,6 +21,8 @@ from test_report import EVIL, save_faulty
 
 from cp_debug.reports.server import ResultServer
 
+EMPTY = '{"schema": "cpdebug.bisect/1", "model": "x", "backends": [], "tests": []}'
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -34,7 +36,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             row["name"] = EVIL
     (root / "other").mkdir()
     (root / "other" / "today<b>.json").write_text(json.dumps(document))
-    for name, text in {"a": "{", "b": "[1]", "c": '{"schema": "cpdebug.bisect/1"}', "d": "\0" * 100}.items():
+    for name, text in {
+        "a": "{",
+        "b": "[1]",
+        "c": '{"schema": "cpdebug.bisect/1"}',
+        "d": "\0" * 100,
+        "e": EMPTY,
+    }.items():
         (root / name).mkdir()
         (root / name / "result.json").write_text(text)
     os.mkfifo(root / "pipe.json")
@@ -69,8 +77,8 @@ def keys(page: str) -> list[str]:
 def test_results_are_listed_and_opened_and_compared(server: ResultServer) -> None:
     status, page = ask(server, "/")
     assert status == 200
-    assert "6 results" in page
-    assert page.count("cannot be read") == 4
+    assert "7 results" in page
+    assert page.count("cannot be read") == 5
     assert "✗ ort → ort-none@cpu" in page
     assert len(keys(page)) == 2
     pages = [ask(server, f"/result?of={key}") for key in keys(page)]
@@ -132,7 +140,7 @@ def test_a_result_that_goes_or_changes_is_told(server: ResultServer, folder: Pat
     fresh.mkdir()
     shutil.copy(folder / "saved" / "result.json", fresh / "result.json")
     page = ask(server, "/")[1]
-    assert "7 results" in page
+    assert "8 results" in page
     key = re.search(r'of=(\w+)">fresh', page)
     assert key is not None
     (fresh / "result.json").write_text('{"schema": "cpdebug.bisect/1", "model": ')

@@ -15,6 +15,7 @@ from cp_debug.backends.base import Backend
 from cp_debug.bisect.engine import OnStep, Options, bisect
 from cp_debug.bisect.result import BisectResult
 from cp_debug.errors import InputError
+from cp_debug.reports.files import write_json
 from cp_debug.reports.summary import disagreement
 
 DEFAULTS = Options()
@@ -45,6 +46,7 @@ def diagnose(
     path of a dump (``.npy`` files in a folder, ``.npz``, safetensors, Polygraphy's JSON, ``.pb``). They were computed
     elsewhere in ``tensors_precision``, from ``inputs`` or from the inputs that the dump holds; ``channels_last``: as
     NHWC. ``backends`` is then the reference alone.
+    ``options.save`` is a folder for the result and its tensors, which ``open_result`` reads.
     ``progress`` None shows what is being done in a terminal or notebook; ``on_step`` is told it instead.
 
     Raises InputError for unusable models, inputs and options, BackendUnavailable and MissingPackage for what is not
@@ -69,7 +71,10 @@ def diagnose(
                 inputs_given=inputs is not None,
             )
         prepared_test = None if test_model is None else _test_model(test_model, inputs)
-        return bisect(prepared, backends, test_model=prepared_test, options=options, on_step=step)
+        result = bisect(prepared, backends, test_model=prepared_test, options=options, on_step=step)
+        if options.save is not None:
+            write_json(result, options.save / "result.json")
+        return result
 
 
 @in_python_words

@@ -203,6 +203,7 @@ def quantize(
     checkpoint: str | Path | None = None,
     seed: int = 0,
     options: ExportOptions = EXPORT,
+    overwrite: bool = False,
     progress: bool | None = None,
     on_step: OnStep | None = None,
 ) -> PtqResult:
@@ -210,7 +211,9 @@ def quantize(
 
     ``inputs`` are calibrated on, at most ``batches`` samples; None has them made up. ``method``: max, percentile, mse
     or entropy. ``skip_layers``: globs over layers that stay in FP32. ``cache``: scales of an earlier run, instead of
-    calibrating. Raises InputError for what cannot be quantized or exported, MissingPackage without the extra ``quant``.
+    calibrating. ``overwrite`` replaces the files of an earlier run in ``output``. Raises InputError for what cannot be
+    quantized or exported, and for an ``output`` that holds an earlier run's files; MissingPackage without the extra
+    ``quant``.
     """
     if method not in ("max", "percentile", "mse", "entropy"):
         raise InputError(f"method: {method!r}; expected max, percentile, mse or entropy")
@@ -225,6 +228,7 @@ def quantize(
             skip_layers=skip_layers,
             cache=None if cache is None else Path(cache),
             options=options,
+            overwrite=overwrite,
             on_step=step,
         )
 

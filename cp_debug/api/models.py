@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -101,6 +101,8 @@ def _of_torch(model: Any, inputs: Any, path: Path | None, what: str) -> tuple[Mo
             type_name = type(model).__name__
             raise InputError(f"{what}: {type_name} is no model; expected a path, a module, a program or an ONNX proto")
         name = getattr(model, "__name__", type(model).__name__)
+        if isinstance(model, type) and issubclass(model, torch.nn.Module):
+            raise InputError(f"{what}: {name} is a class; expected a module made of it: {name}(…)")
         if inputs is None:
             return _of_factory(model, name, what), None
         model = _function_module(model, what)
@@ -160,6 +162,9 @@ def _with_arrays(model: Model, inputs: Any, path: Path | None) -> tuple[Model, P
     samples = []
     for index, each in enumerate(inputs if several else [inputs]):
         if not isinstance(each, Mapping):
+            if not isinstance(each, Sequence) or isinstance(each, str | bytes):
+                where = f"inputs[{index}]" if several else "inputs"
+                raise InputError(f"{where}: {type(each).__name__} holds no arrays; expected a mapping by input name")
             if len(each) != len(names):
                 raise InputError(f"inputs: {len(each)} arrays; expected {len(names)}: {', '.join(names)}")
             each = dict(zip(names, each, strict=True))
@@ -204,9 +209,10 @@ def _is_array(value: Any) -> bool:
 
 
 def _as_array(value: Any, name: str) -> np.ndarray:
-    if hasattr(value, "detach"):
-        return as_numpy(value.detach().cpu())
-    array = np.asarray(value)
+    try:
+        array = as_numpy(value.detach().cpu()) if hasattr(value, "detach") else np.asarray(value)
+    except Exception as error:  # sparse, quantized, nested and fake tensors; objects that convert themselves
+        raise InputError(f"inputs: {name!r} cannot be read as an array: {type(error).__name__}: {error}") from error
     if array.dtype == object:
         raise InputError(f"inputs: {name!r} is no array of numbers")
     return array

@@ -6,9 +6,11 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from numbers import Integral, Real
+from pathlib import Path, PurePath
+from typing import Any, ParamSpec, TypeVar
 
 from cp_debug.errors import InputError
 
@@ -32,14 +34,20 @@ def in_python_words(function: Callable[P, R]) -> Callable[P, R]:
     """The function, whose InputErrors name its own arguments: ``--test-model`` becomes ``test_model``.
 
     A flag that is a field of its ``options`` becomes ``options.field``; one without an argument in Python stays.
+    Arguments of other types than the signature says are refused by InputError, too.
     """
-    parameters = inspect.signature(function).parameters
+    signature = inspect.signature(function)
+    parameters = signature.parameters
     options = parameters["options"].default if "options" in parameters else None
     fields = {field.name for field in dataclasses.fields(options)} if dataclasses.is_dataclass(options) else set()
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
         __tracebackhide__ = True  # in pytest the test's own line is what matters
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            _check_type(name, value, str(parameters[name].annotation))
+        if dataclasses.is_dataclass(given := kwargs.get("options")):
+            kwargs["options"] = _checked(given)
         try:
             return function(*args, **kwargs)
         except InputError as error:
@@ -47,6 +55,76 @@ def in_python_words(function: Callable[P, R]) -> Callable[P, R]:
             raise
 
     return called
+
+
+_TYPES: dict[str, Any] = {
+    "str": str,
+    "Path": PurePath,
+    "int": Integral,
+    "float": Real,
+    "bool": bool,
+    "None": type(None),
+    "Sequence": Sequence,
+    "Mapping": Mapping,
+    "OnStep": Callable,
+}
+"""Types behind the names in annotations; classes of this package are known by their own names."""
+
+
+def _check_type(name: str, value: Any, annotation: str) -> None:
+    """Raise InputError for a value of none of an annotation's types; those with Any or a model in it take all."""
+    expected = [part.strip() for part in annotation.split("|")]
+    if not any(part in ("Any", "ModelLike") or _fits(value, part) for part in expected):
+        raise InputError(f"{name}: {type(value).__name__}; expected {' or '.join(map(_spoken, expected))}")
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    kind, _, inner = annotation.partition("[")
+    if kind not in _TYPES:
+        return kind in (base.__name__ for base in type(value).__mro__)
+    if not isinstance(value, _TYPES[kind]) or (kind in ("int", "float") and isinstance(value, bool)):
+        return False
+    if kind != "Sequence":
+        return True
+    texts = inner.startswith("str")
+    return not isinstance(value, str) and all(isinstance(e, str) if texts else hasattr(e, "open") for e in value)
+
+
+def _spoken(annotation: str) -> str:
+    return _SPOKEN.get(annotation, annotation)
+
+
+_SPOKEN = {
+    "str": "text",
+    "Path": "a path",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "True or False",
+    "Sequence[str]": "a list of texts",
+    "Sequence[Backend]": "a list of backends",
+    "Mapping[str, Any]": "a mapping by name",
+    "OnStep": "a function",
+}
+
+
+def _checked(options: Any) -> Any:
+    """The options with paths where their fields are paths and text was given.
+
+    Raises InputError for fields of plain types that hold something else.
+    """
+    texts = {
+        field.name: Path(value)
+        for field in dataclasses.fields(options)
+        if "Path" in str(field.type) and isinstance(value := getattr(options, field.name), str)
+    }
+    options = dataclasses.replace(options, **texts) if texts else options
+    for field in dataclasses.fields(options):
+        if {part.strip() for part in str(field.type).split("|")} <= _PLAIN:
+            _check_type(f"options.{field.name}", getattr(options, field.name), str(field.type))
+    return options
+
+
+_PLAIN = {"str", "int", "float", "bool", "Path", "None"}
 
 
 @contextmanager
@@ -67,6 +145,8 @@ def _translated(text: str, parameters: set[str], fields: set[str]) -> str:
         name = _ELSEWHERE.get(flag[1], name)
         return f"options.{name}" if name.partition(".")[0] in fields else flag[0]
 
+    if "overwrite" in parameters:
+        text = text.replace("--overwrite", "overwrite=True")
     if "channels_last" in parameters:
         text = text.replace("--tensors-layout nhwc", "channels_last=True")
     return _FLAG.sub(word, re.sub(r"^MODEL(?=: )", "model", text))

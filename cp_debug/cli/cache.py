@@ -44,6 +44,7 @@ def cache(
     from cp_debug.caches import KINDS, cache_folder, kept, remove
     from cp_debug.cli.console import console
     from cp_debug.errors import InputError
+    from cp_debug.files import write_text
 
     if folder is not None and kind is CacheKind.exports:
         raise InputError("--cache: it would do nothing here: it names a folder of engines, and exports were asked for")
@@ -67,7 +68,7 @@ def cache(
             }
             for name, found in entries.items()
         }
-        print(dumps(document, indent=1))
+        write_text(dumps(document, indent=1) + "\n", None)
         return
     if freed is None:
         _show(folders, entries)

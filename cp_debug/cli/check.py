@@ -37,6 +37,7 @@ def check(
     from rich.text import Text
 
     from cp_debug.cli.console import console
+    from cp_debug.files import write_text
     from cp_debug.serialize import json_safe
 
     why = "--no-activations runs nothing"
@@ -56,7 +57,7 @@ def check(
         programs = prepare(loaded, sample, Path(scratch))
         concerns = Preflight(loaded, programs, sample if activations else None).concerns()
     if json:
-        print(dumps(json_safe([asdict(concern) for concern in concerns]), indent=1, allow_nan=False))
+        write_text(dumps(json_safe([asdict(concern) for concern in concerns]), indent=1, allow_nan=False) + "\n", None)
     for concern in () if json else concerns:
         style = "bold red" if concern.severity == PROBLEM else "bold yellow"
         console.print(Text.assemble((f"{concern.severity}: {concern.check}", style), f": {concern.says}"))

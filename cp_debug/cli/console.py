@@ -6,6 +6,7 @@ import codecs
 import os
 import shlex
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
@@ -28,7 +29,8 @@ from rich.segment import Segment
 from rich.text import Text
 
 from cp_debug.cli.plain_steps import PlainSteps
-from cp_debug.safe_text import message, no_command, visible
+from cp_debug.interpreter import how_far
+from cp_debug.safe_text import message, no_command, prints_aside, visible
 
 if TYPE_CHECKING:
     from cp_debug.bisect.result import BisectResult
@@ -108,6 +110,34 @@ console = SafeConsole(width=_width(sys.stdout.isatty()))
 errors = SafeConsole(stderr=True, width=_width(sys.stderr.isatty()))
 
 
+@contextmanager
+def results_alone() -> Iterator[None]:
+    """Context in which stdout takes cpdebug's results alone; what a user's module prints goes to stderr, made safe."""
+    from cp_debug import files
+
+    def told(event: Any) -> None:
+        kind, says = getattr(event.exc_type, "__name__", "an error"), "without words"
+        with suppress(Exception):  # its own ``__str__`` may fail
+            says = message(str(event.exc_value), lines=1)
+        say(f"note: {kind} was raised where nobody waits for it, in a thread or a finalizer: {says}")
+
+    # Consoles that write elsewhere already stay as they are.
+    pairs = [(c, stream) for c, stream in ((console, sys.stdout), (errors, sys.stderr)) if c.file is stream]
+    for each, stream in pairs:
+        each.file = stream
+    files.results = sys.stdout
+    hooks = threading.excepthook, sys.unraisablehook
+    threading.excepthook = sys.unraisablehook = told
+    try:
+        with prints_aside():
+            yield
+    finally:
+        threading.excepthook, sys.unraisablehook = hooks
+        for each, _ in pairs:
+            each.file = None  # type: ignore[assignment]
+        files.results = None
+
+
 def show_error(text: str) -> None:
     """An error message on stderr, within the limits of ``cp_debug.safe_text.message``."""
     with suppress(OSError):  # stderr can be full, too; the exit code says enough then
@@ -142,7 +172,7 @@ def show_anywhere() -> None:
 def forget_output() -> None:
     """Send what is left to be flushed to stdout nowhere."""
     with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), console.file.fileno())
 
 
 def _plainly(error: UnicodeError) -> tuple[str, int]:
@@ -207,8 +237,13 @@ class Steps:
         if self._slow is not None:
             self._slow.on_event(event)
         phase, done, total = event["phase"], event["done"], event["steps"]
-        task = self._builds.get(phase) or self._builds.setdefault(phase, self._progress.add_task(phase, total=total))
-        self._progress.update(task, completed=done, total=total, visible=done < total)
+        key, text = phase, phase
+        if not total:  # a builder whose log is followed: one bar of layers, whose end is known after fusing
+            key, text, done, total = "", how_far(event), event.get("layer", done), event.get("layers") or None
+        if key not in self._builds:
+            self._builds[key] = self._progress.add_task("", total=total)
+        seen = total is None or done < total or not key
+        self._progress.update(self._builds[key], description=text, completed=done, total=total, visible=seen)
 
 
 @contextmanager
@@ -224,12 +259,24 @@ def steps() -> Iterator[Steps]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=errors, transient=True) as progress:
+    slow = PlainSteps(say)
+    with told_when_stopped(slow), Progress(*columns, console=errors, transient=True) as progress:
         if progress.console.is_terminal:
-            yield Steps(progress)
-            return
-        with PlainSteps(say).running() as slow:
             yield Steps(progress, slow)
+            return
+        with slow.running():
+            yield Steps(progress, slow)
+
+
+@contextmanager
+def told_when_stopped(steps: PlainSteps) -> Iterator[None]:
+    """Say on Ctrl-C what the job was at."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if steps.line:
+            say(f"stopped after {steps.stopped}")
+        raise
 
 
 def say(text: str) -> None:

@@ -15,13 +15,14 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Machine-readable, 
     from rich.text import Text
 
     from cp_debug.cli.console import console
+    from cp_debug.files import write_text
     from cp_debug.reports.environment import examine
     from cp_debug.reports.sheet import Cell, Column, Sheet
     from cp_debug.reports.sheet_terminal import Terminal
 
     report = examine()
     if json:
-        print(dumps(asdict(report), indent=1))
+        write_text(dumps(asdict(report), indent=1) + "\n", None)
         return
     packages = [(each.name, each.version or Cell("missing", "note")) for each in report.packages]
     console.print(Terminal(Sheet((Column("package", "mark"), Column("version", "mark")), packages)))

@@ -38,7 +38,7 @@ def export(
     quantized: Annotated[
         Path | None, typer.Option(help="Checkpoint of `quantize ptq` or `qat`: the files get its Q/DQ pairs.")
     ] = None,
-    inputs: Annotated[Path | None, typer.Option(help="Sample to export with; else a made-up one.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help="Samples to export and compare with; else made up.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
 ) -> None:
     """Export every component with free axes, align it with its module, check it on two inputs of different sizes.
@@ -55,7 +55,7 @@ def export(
     refuse_seed([model], inputs)
     check_given(model, inputs=inputs, checkpoint=checkpoint)
     from cp_debug.deploy.exporting import OPSET, ExportOptions, export_model, own_files
-    from cp_debug.deploy.file_export import export_files
+    from cp_debug.deploy.file_export import SAMPLES, export_files
     from cp_debug.deploy.quantizing import export_quantized
     from cp_debug.deploy.stages import turn_outputs
     from cp_debug.quantization.open_quantized import open_quantized
@@ -68,17 +68,18 @@ def export(
         turn_outputs(loaded)
     options = ExportOptions(opset or OPSET, exporter.chosen, not unfolded, simplify)
     with steps() as on_step:
-        sample = next(iter(loaded.samples(1, seed, inputs)))
+        samples = list(loaded.samples(SAMPLES if is_file else 1, seed, inputs))
         remarks = Remarks(loaded)
-        remarks.see(sample)
+        for sample in samples:
+            remarks.see(sample)
         show_notes(remarks.sentences)
         if is_file:
             programs = own_files(loaded) or []
-            exported = export_files(loaded, programs, sample, output, opset=opset, simplify=simplify, on_step=on_step)
+            exported = export_files(loaded, programs, samples, output, opset=opset, simplify=simplify, on_step=on_step)
         elif quantized is None:
-            exported = export_model(loaded, sample, output, options, on_step=on_step)
+            exported = export_model(loaded, samples[0], output, options, on_step=on_step)
         else:
             opened = open_quantized(loaded, quantized)
-            exported = export_quantized(loaded, opened, sample, output, options, on_step=on_step)
+            exported = export_quantized(loaded, opened, samples[0], output, options, on_step=on_step)
     for line in export_lines(exported):
         console.print(line, soft_wrap=True)

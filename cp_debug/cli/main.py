@@ -148,8 +148,11 @@ def main() -> None:
         if isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY):
             show_error("out of memory: this asks for more than the machine has")
             sys.exit(InputError.exit_code)
-        message = crash.log_crash(error)
+        code = crash.EXIT_CODE
         try:
-            show_error(message)
+            show_error(crash.log_crash(error))
+        except MemoryError:  # too little even for the log
+            code = InputError.exit_code
+            show_error("out of memory: this asks for more than the process may have")
         finally:
-            sys.exit(crash.EXIT_CODE)
+            sys.exit(code)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from cp_debug.interpreter import how_far
+
 FIRST = 10.0
 """Seconds after which a job is worth a line."""
 RAREST = 300.0
@@ -24,7 +26,7 @@ class PlainSteps:
         self, say: Callable[[str], None], first: float = FIRST, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._say, self._first, self._clock = say, first, clock
-        self._text = ""
+        self._text, self._building = "", False
         self._since = self._begun = clock()
         self._start, self._done, self._total = 0, 0, -1
         self._over = threading.Event()
@@ -33,14 +35,15 @@ class PlainSteps:
         """Note that ``done`` of ``total`` steps are done, and that ``text`` has begun."""
         if total != self._total or done < self._done:  # another row of steps
             self._begun, self._start, self._total = self._clock(), done, total
-        self._done = done
+        self._done, self._building = done, False
         self._text = f"{text} ({done + 1} of {total})" if total > 1 and done < total else text
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         """Note the phase of TensorRT's build, where its version tells."""
         if event["event"] == "progress":
             self._total = -1  # the pace of the steps before says nothing about a phase
-            self._text = f"{event['phase']} ({event['done']} of {event['steps']})"
+            self._text = how_far(event)
+            self._building = True
 
     @property
     def line(self) -> str:
@@ -48,10 +51,19 @@ class PlainSteps:
         if not self._text:
             return ""
         now = self._clock()
-        said = f"{now - self._since:.0f} s: {self._text}"
+        said = self._said(now)
         if (each := self._each(now)) is None:
             return said
         return f"{said}, {each:.2g} s each, about {span(each * (self._total - self._done))} left at this pace"
+
+    @property
+    def stopped(self) -> str:
+        """The line for a job that Ctrl-C ended."""
+        hint = "; --builder-level 0 to 2 builds faster" if self._building else ""
+        return self._said(self._clock()) + hint
+
+    def _said(self, now: float) -> str:
+        return f"{now - self._since:.0f} s: {self._text}"
 
     def _each(self, now: float) -> float | None:
         """Seconds that a step takes; None where too few are done to say."""

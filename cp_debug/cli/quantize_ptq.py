@@ -43,6 +43,7 @@ def ptq(
     opset: Annotated[
         int, typer.Option(min=13, max=100, help="Opset of the files; TensorRT 8 reads up to 17; FP8 needs 19, INT4 21.")
     ] = 17,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run's files in --output.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     files: reading.ReadingFlags,
 ) -> None:
@@ -83,6 +84,7 @@ def ptq(
                 method=method.value if typed(("method",)) else "max",
                 skip_layers=skip_layers or (),
                 options=ExportOptions(opset if typed(("opset",)) else 21),
+                overwrite=overwrite,
                 on_step=on_step,
             )
         show_document(render_narrow(made), made.to_dict(), json)
@@ -97,6 +99,7 @@ def ptq(
             skip_layers=skip_layers or (),
             cache=cache,
             options=ExportOptions(opset),
+            overwrite=overwrite,
             on_step=on_step,
         )
     show_document(render(result), result.to_dict(), json)

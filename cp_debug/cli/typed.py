@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import typer
 from typer.core import TyperCommand
 
-from cp_debug.cli.console import NO_READER, errors, forget_output
+from cp_debug.cli.console import NO_READER, errors, forget_output, results_alone
 from cp_debug.cli.saving import check_outputs
 from cp_debug.errors import InputError
 
@@ -37,7 +37,8 @@ class Command(TyperCommand):
         check_outputs(ctx.params, {p.name: _flag(p.opts) for p in self.params if p.name})
         token = _TYPED.set(_spelled(self, ctx))
         try:
-            return super().invoke(ctx)
+            with results_alone():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             errors.print("interrupted")
             raise typer.Exit(INTERRUPTED) from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from rich.text import Text
 
@@ -11,6 +13,9 @@ from cp_debug.backends.build_info import BuildInfo
 from cp_debug.backends.tensorrt.tactics import decode
 from cp_debug.programs.pipeline import settings_by_component
 from cp_debug.reports.numbers import number
+
+_KINDS = {"fp16acc": "sum in FP16", "fp16": "FP16 with sums in FP32", "bf16": "BF16 with sums in FP32"}
+_KINDS |= {name: name.upper() for name in ("fp32", "tf32", "int8")}
 
 
 def engine_lines(record: RunRecord) -> Iterator[Text]:
@@ -31,20 +36,42 @@ def engine_lines(record: RunRecord) -> Iterator[Text]:
             parts.append(info.stopped)
         if info.unmarked:
             parts.append(f"{len(info.unmarked)} values not looked at, which would have changed it")
+        if said := sums(info.layers):
+            parts.append(said)
         if info.search:
             first_value = f"first value that departs: {info.search['first'] or 'none'}"
             parts.append(f"{first_value}, found with {info.search['builds']} builds of one probe each")
-        yield Text(f"engine{f' of {component}' if component else ''}: {'; '.join(parts)}", style="dim")
+        about = "; ".join(filter(None, parts))
+        yield Text(f"engine{f' of {component}' if component else ''}: {about}", style="dim")
+
+
+def sums(layers: Iterable[Mapping[str, Any]]) -> str:
+    """Arithmetics of an engine's products by their kernels' names, ``products: 57 sum in FP16, 4 FP32``; empty where no
+    layer tells.
+
+    ``layers``: as ``BuildInfo.layers``. Regions of several operators name no kernel and are counted apart.
+    """
+    found = [layer for layer in layers if isinstance(layer, Mapping)]  # a saved result may hold anything
+    tactics = [decode(str(layer.get("tactic") or "")) for layer in found]
+    counts = Counter(tactic.arithmetic for tactic in tactics if tactic.arithmetic)
+    told = [f"{count} {_KINDS.get(name, name)}" for name, count in counts.most_common()]
+    if split := sum(tactic.split > 1 for tactic in tactics):
+        told.append(f"{split} of them with a split sum")
+    if silent := sum(layer.get("kind") in ("Myelin", "ForeignNode") for layer in found):
+        told.append(f"{silent} region{'s' * (silent > 1)} without a kernel's name")
+    return f"products: {', '.join(told)}" if told else ""
 
 
 def kernel(tactic: str) -> str:
     """A kernel's arithmetic and the depth of its tile, as far as its name tells: ``fp16acc/64``, ``fp32 winograd``.
 
-    ``fp16acc/64÷2`` shares each tile between two partial sums; ``fp16acc/v8`` loads vectors of 8 channels.
+    ``fp16acc/64÷2`` shares each tile between two partial sums, ``fp16acc/64 split 7`` gives the tiles to 7 in turn
+    (split-K), ``fp16acc/v8`` loads vectors of 8 channels.
     """
     tactic_parts = decode(tactic)
     text = tactic_parts.arithmetic or ""
     if tactic_parts.arithmetic == "fp16acc" and tactic_parts.tile:
         depth = f"v{tactic_parts.vector}" if tactic_parts.vector else str(tactic_parts.tile[2])
         text += f"/{depth}" + (f"÷{tactic_parts.slices}" if tactic_parts.slices > 1 else "")
+        text += f" split {tactic_parts.split}" if tactic_parts.split > 1 else ""
     return f"{text} winograd".strip() if tactic_parts.winograd else text

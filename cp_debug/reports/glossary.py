@@ -73,9 +73,36 @@ GLOSSARY: dict[str, str] = {
     "pairing": "Finding which values of two graphs are the same: by name, by what they hold, by structure.",
     "side value": "A value that carries no data of the network: a constant that was folded, or a shape.",
     "emulated": "Computed here in FP32 with operands, results and sums rounded as the hardware would do it.",
-    "p50, p95, p99": "Latency that 50, 95 or 99 of 100 passes stay below, in milliseconds.",
+    "p50, p95, p99": "The figure that 50, 95 or 99 of 100 stay below: of passes, latency in milliseconds; of the "
+    "samples of a sweep, an excess or an error.",
+    "median, worst": "Of a figure over the samples of a sweep; `worst on` names the sample that has the largest.",
+    "robust z": "How far a sample stands out: robust standard deviations above the median, on a logarithmic scale.",
     "× reference": "Latency of a backend divided by that of the first one: below 1 is faster.",
     "mAP, NDS": "Mean average precision and the nuScenes detection score: what the boxes are worth, 0 to 1.",
+    "AP": "Average precision of one class, 0 to 1: the mean over the distances 0.5, 1, 2 and 4 m within which a "
+    "detection counts as found, which have a column each.",
+    "BEV, 3D": "AP where a detection must overlap an object by 0.5 or 0.7 (intersection ÷ union), from above or in "
+    "space.",
+    "ATE, ASE, AOE, AVE, AAE": "nuScenes' errors of the objects that were found: place in metres, size (1 − overlap), "
+    "direction in radians, speed in m/s, attributes (1 − accuracy). An m in front: the mean over the classes.",
+    "found": "Objects with a detection of their class within 2 m, of all objects.",
+    "Δ": "A test's metric minus the reference's. In brackets its 95 % interval over draws of the samples.",
+    "T4's metric": "Figures of Autoware's own evaluation, for data sets in T4's format.",
+    "mixed-precision search": "Finding few layers to keep in FP32, none of them needless, so that a goal holds.",
+    "goal": "What a search must reach: limits of figures, `rel_l2<1e-3 and boxes_lost==0`.",
+    "layers kept": "Layers that a trial of a search left in FP32, of all that could be lowered.",
+    "effect alone": "Search: the error at the worst final output, relative L2, when this layer alone is lowered.",
+    "without it": "Search: what the goal's figure becomes when this layer is lowered, too.",
+    "needed": "Sweep of a search: on how many samples the layer had to be kept.",
+    "introduces": "Search and predict: the error that a layer would make by itself in the lower precision, emulated.",
+    "from … to": "Predict: the interval of the figure in front of it, over all kernels that the engine may choose.",
+    "largest": "Predict: the largest magnitude of the layer's result in FP32. FP16 ends at 65504.",
+    "keep in FP32": "Predict: why this layer should stay in FP32, where it should.",
+    "error alone, error without": "Sensitivity: relative L2 of the outputs with this layer alone in INT8, and with all "
+    "layers in INT8 but this one.",
+    "optimizer": "ONNX Runtime's graph transformer. `rel. L2 alone` is what it changes when no other runs; `rewrites` "
+    "names nodes before and after.",
+    "held-out loss": "QAT: the loss on samples that are not trained on.",
 }
 """Word, or words that belong together → explanation, in the order in which a reader meets them."""
 

@@ -92,14 +92,14 @@ class ResultFolder:
             "key": hashlib.sha256(os.fsencode(place)).hexdigest()[:16],
             "place": place,
             "path": path.parent if path.name == RESULT else path,
-            "modified": datetime.fromtimestamp(status.st_mtime, timezone.utc),
+            "modified": _time(status.st_mtime),
         }
         try:
             document = read_json(path, what="saved result", most=LARGEST_RESULT)
             return ListedResult(**listed, **_said(document))  # type: ignore[arg-type]
         except InputError as error:
             return ListedResult(**listed, problem=str(error).removeprefix(f"{path}: "))  # type: ignore[arg-type]
-        except (KeyError, TypeError, AttributeError):
+        except (LookupError, TypeError, AttributeError, ValueError):
             return ListedResult(**listed, problem=f"is no result of schema {SCHEMA}")  # type: ignore[arg-type]
 
 
@@ -139,6 +139,14 @@ def _candidates(root: Path) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
+def _time(seconds: float) -> datetime:
+    """The time of a change; the beginning of 1970 for one that no calendar has."""
+    try:
+        return datetime.fromtimestamp(seconds, timezone.utc)
+    except (ValueError, OverflowError, OSError):
+        return datetime.fromtimestamp(0, timezone.utc)
+
+
 def _is_result(path: Path, size: int) -> bool:
     """Whether the file names the schema of results somewhere: where, depends on who wrote it."""
     wanted, before = json.dumps(SCHEMA).encode(), b""
@@ -158,7 +166,7 @@ def _is_result(path: Path, size: int) -> bool:
 def _said(document: Any) -> dict[str, Any]:
     """Model, reference and tests as the file says them, without reading its layers.
 
-    Raises KeyError, TypeError or AttributeError for what is no result.
+    Raises LookupError, TypeError, AttributeError or ValueError for what is no result.
     """
     if document["schema"] != SCHEMA:
         raise KeyError("schema")

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from cp_debug.bisect.result import BisectResult, TestResult
 from cp_debug.errors import InputError
@@ -72,4 +72,6 @@ class SavedResult:
 
 def open_result(path: str | Path) -> BisectResult:
     """The result in a folder that ``bisect --save`` wrote, or in a JSON file. Raises InputError as ``SavedResult``."""
+    if not isinstance(path, str | PurePath):
+        raise InputError(f"path: {type(path).__name__}; expected the path of a folder or of a JSON file")
     return SavedResult.open(Path(path)).result

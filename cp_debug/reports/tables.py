@@ -233,10 +233,20 @@ def _verdict_line(test: TestResult) -> Text:
         )
         if test.oracle:
             says = f": {test.remainder}" if test.remainder else ""
-            text.append(f"; no layer introduces more than its precision explains{says}")
+            text.append(f"; no layer introduces more than its precision explains{says}{_avoidable(test)}")
         return text.append(_uncovered(test))
     style = "bold yellow" if _unpaired(test) else "bold green"
     return Text.assemble((f"✓ {spec}: agrees", style), f" within {tolerance}, {test.coverage}{_unpaired(test)}{end}")
+
+
+def _avoidable(test: TestResult) -> str:
+    """Phrase about layers that do what they declare, and would lose less by a better declaration."""
+    found = [f for f in test.findings if "gain" in f.evidence]
+    layers = sum(len(f.layers) for f in found)
+    if not found:
+        return ""
+    causes = ", ".join(dict.fromkeys(f.cause for f in found))
+    return f", but {layers} layer{'s' * (layers != 1)} would lose less if declared better ({causes})"
 
 
 def _uncovered(test: TestResult) -> str:
