@@ -154,7 +154,9 @@ def test_batchnorm_may_be_left_alone(tmp_path: Path, net: Net) -> None:
     ("options", "says"),
     [
         ({"amax_method": "median"}, "QATHook: amax_method: 'median' is unknown"),
-        ({"calibration_batches": 0}, "expected at least 1"),
+        ({"sensitive_layers": "head"}, "QATHook: sensitive_layers is 'head'; expected a list of module paths"),
+        ({"keep_fp16": [0]}, r"QATHook: keep_fp16 is \[0\]; expected a list of module paths"),
+        ({"calib_cache_path": "epoch_29.calib"}, "QATHook: calib_cache_path: 'epoch_29.calib' is not read"),
     ],
 )
 def test_bad_options(options: dict[str, Any], says: str) -> None:
@@ -177,6 +179,31 @@ def test_the_snippet_of_the_report(tmp_path: Path) -> None:
     runner(tmp_path, net, epochs=1, **hook, **parts).train()
     assert list(scales_of(net).layers) == ["head"]
     assert quantization_of(net).skipped["pts_bbox_head"] == "skipped by 'pts_bbox_head'"
+
+
+def test_the_later_spelling_of_the_report(
+    tmp_path: Path, net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``keep_fp16``, all batches, and settings that change nothing here, which the log names."""
+    said: list[str] = []
+    training = runner(
+        tmp_path, net, 1, calibration_batches=None, keep_fp16=["head"], disable_recipes=["add"], quant_add=False
+    )
+    monkeypatch.setattr(training.logger, "warning", said.append)
+    read: list[int] = []
+    monkeypatch.setattr(type(net.data_preprocessor), "forward", _counted(type(net.data_preprocessor).forward, read))
+    training.train()
+    assert list(scales_of(net).layers) == ["stem.0"]
+    assert "QATHook: without effect here: quant_add, disable_recipes" in said
+    assert len(read) == 4 + 4, "all batches were calibrated on, and all trained on"
+
+
+def _counted(function: Any, calls: list[int]) -> Any:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    return called
 
 
 def test_a_later_epoch_calibrates_what_was_trained_until_then(tmp_path: Path, net: Net) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,40 @@ def test_the_reports_call_gives_what_this_projects_call_gives() -> None:
     assert torch.equal(by_name(inputs={"canvas": canvas}), ours(canvas))
     (boxes,) = quantized.test_step({"inputs": {"canvas": canvas}})
     assert torch.equal(boxes["boxes"], ours(canvas).flatten())
+
+
+def test_every_call_takes_awmls_keywords(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``model=``, ``dataloader=`` and ``checkpoint_path=`` are ours under AWML's names; without a method it is mse."""
+    batches = loader()
+    quantized = quantize_ptq(model=Detector(), dataloader=batches, num_calibration_batches=3)
+    assert scales_of(quantized).method == "mse"
+    same = quantize_ptq(Detector(), batches[:3], method="mse")
+    canvas = {"canvas": plain(batches)[4]}
+    assert torch.equal(quantized(inputs=canvas), same(inputs=canvas))
+    print_quantizer_status(model=quantized)
+    assert "pts_backbone.0.weight_quantizer" in capsys.readouterr().out
+    save_ptq_model(model=quantized, path=tmp_path / "ptq.pth")
+    loaded = load_ptq_model(model=Detector(), checkpoint_path=tmp_path / "ptq.pth")
+    assert torch.equal(loaded(inputs=canvas), quantized(inputs=canvas))
+    with disable_quantization(model=quantized):
+        off = quantized(inputs=canvas)
+    assert not torch.equal(off, quantized(inputs=canvas))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: quantize_ptq(Detector(), model=Detector(), dataloader=[]), TypeError, "multiple values .* 'module'"),
+        (lambda: quantize_ptq(module=Detector(), model=Detector(), dataloader=[]), InputError, "are one thing"),
+        (lambda: quantize_ptq(model="net", dataloader=loader()), InputError, "^module: str; expected a torch module"),
+        (lambda: quantize_ptq(model=Detector(), dataloader=5), InputError, "^batches: int; expected batches"),
+        (lambda: quantize_ptq(Detector(), loader(), num_batches=3), TypeError, "unexpected keyword .*num_batches"),
+        (lambda: CalibrationManager(model=Detector()).calibrate(loader(), 0), InputError, "num_batches is 0"),
+    ],
+)
+def test_calls_that_cannot_be_meant(call: Callable[[], Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        call()
 
 
 def test_sensitive_layers_forward_fn_and_no_folding() -> None:
@@ -172,3 +207,16 @@ def test_a_calibration_manager_takes_the_data_loader() -> None:
     """The reports' ``CalibrationManager(model).calibrate(loader)``."""
     scales = CalibrationManager(Detector(), method="max").calibrate(loader())
     assert scales.layers.keys() >= {"pts_backbone.0", "pts_bbox_head"}
+
+
+def test_a_calibration_manager_is_called_in_awmls_order() -> None:
+    """``CalibrationManager(model).calibrate(dataloader, num_batches, method, forward_fn)``."""
+    manager, batches = CalibrationManager(model=Detector()), loader()
+    scales = manager.calibrate(batches, 3, "max", lambda model, batch: model(batch["inputs"]))
+    by_name = CalibrationManager(Detector()).calibrate(dataloader=batches, num_batches=3, method="max")
+    whole = CalibrationManager(Detector(), method="max").calibrate(batches)
+    inputs = [found.layers["pts_backbone.0"].input for found in (scales, by_name, whole)]
+    assert scales.method == "max"
+    assert inputs[0] == inputs[1] < inputs[2], "the largest magnitude is in the fourth batch or later"
+    with pytest.raises(InputError, match="the batches before were watched for 'max'"):
+        manager.calibrate(batches, 1, "mse")

@@ -85,7 +85,7 @@ def images() -> Tensor:
 
 @pytest.fixture
 def quantized(net: Net, images: Tensor) -> nn.Module:
-    return quantize_ptq(net, [images[0]])
+    return quantize_ptq(net, [images[0]], method="max")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +18,7 @@ from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.probes.trace import unwatched
 from cp_debug.programs.align import module_digest
 from cp_debug.programs.torch_layers import full_path, is_quantized, layers_of, matches, own_path, select, weight_axis
+from cp_debug.quantization.awml_names import also_named
 from cp_debug.quantization.histogram import PERCENTILE, Histogram, check_method, weight_amax
 from cp_debug.quantization.nested_batches import NestedBatches, is_plain, tensors_only
 from cp_debug.quantization.output_error import BATCHES, OutputErrors
@@ -40,11 +41,12 @@ class CalibrationManager:
     that is quantized already.
     """
 
+    @also_named(model="module")
     def __init__(
         self,
         module: nn.Module,
         *,
-        method: str = "max",
+        method: str = "mse",
         skip_layers: Sequence[str] = (),
         prefix: str = "",
         percentile: float = PERCENTILE,
@@ -63,14 +65,29 @@ class CalibrationManager:
         """Layer or addition → what it read."""
         self._errors = OutputErrors() if method == "mse" else None
 
-    def calibrate(self, batches: Iterable[Any], forward_fn: Callable[[nn.Module, Any], Any] | None = None) -> Scales:
-        """The scales from these batches and all before.
+    @also_named(dataloader="batches")
+    def calibrate(
+        self,
+        batches: Iterable[Any],
+        num_batches: int | None = None,
+        method: str | None = None,
+        forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    ) -> Scales:
+        """The scales from these batches, of which ``num_batches`` are read (None: all), and all before.
 
-        ``batches`` may be a data loader: a batch of nested containers is handed to ``forward_fn(model, batch)``,
-        without one to the module's ``test_step`` where it has one.
-        Raises InputError without a batch, and as ``run`` does.
+        ``batches``, AWML's ``dataloader``, may be a data loader: a batch of nested containers is handed to
+        ``forward_fn(model, batch)``, without one to the module's ``test_step`` where it has one. ``method`` takes the
+        place of the manager's. Raises InputError without a batch, for fewer than one, for another method once batches
+        were watched, and as ``run`` does.
         """
-        stream = iter(batches)
+        if num_batches is not None and num_batches < 1:
+            raise InputError(f"num_batches is {num_batches}; expected at least 1")
+        if method is not None and method != self.method:
+            check_method(method)
+            if self.batches:
+                raise InputError(f"method is {method!r}; the batches before were watched for {self.method!r}")
+            self.method, self._errors = method, OutputErrors() if method == "mse" else None
+        stream: Iterator[Any] = islice(batches, num_batches)
         first = next(stream, None)
         if first is None:
             return self.scales()

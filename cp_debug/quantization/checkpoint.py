@@ -18,6 +18,7 @@ from cp_debug.files import complete_path
 from cp_debug.graph.scales import LayerScales
 from cp_debug.programs.batchnorm_folding import Folding, apply_folding
 from cp_debug.programs.torch_layers import channels, is_quantized, layers_of, quantizers
+from cp_debug.quantization.awml_names import also_named
 from cp_debug.quantization.ptq import install
 from cp_debug.quantization.record import Quantization, quantization_of
 from cp_debug.reading import check_file, typed
@@ -28,6 +29,7 @@ FILE = "model.pt"
 """Name of the checkpoint in the folder that ``cpdebug quantize ptq`` writes."""
 
 
+@also_named(model="module")
 def save_ptq_model(module: nn.Module | Mapping[str, nn.Module], path: Path) -> None:
     """Write what ``quantize_ptq`` returned, or several such components by name: weights, scales, folding and skips.
 
@@ -39,6 +41,7 @@ def save_ptq_model(module: nn.Module | Mapping[str, nn.Module], path: Path) -> N
         torch.save({"format": FORMAT, "components": components}, partial)
 
 
+@also_named(model="module", checkpoint_path="path")
 def load_ptq_model(module: nn.Module, path: Path, component: str = "") -> nn.Module:
     """The quantized model of a file, bit for bit as it was saved, on the device of ``module``.
 

@@ -37,21 +37,23 @@ KEY = "cpdebug_quantization"
 class QATHook(Hook):
     """Quantizes the runner's model before training, calibrated on its own training data.
 
-    ``calibration_batches``: how many batches. ``calibration_epoch``: the epoch in front of which the model is folded,
+    ``calibration_batches``: how many batches, all of them for None, 0 or less. ``calibration_epoch``: the epoch in front of which the model is folded,
     calibrated and quantized; before it trains in FP32. ``freeze_bn``: fold BatchNorm where that is possible and keep
     the others in eval mode from then on. ``sensitive_layers``: globs over module paths that stay in FP32.
     ``amax_method``: ``max``, ``percentile``, ``mse`` or ``entropy``. ``quant_backbone``, ``quant_neck``, ``quant_head``
     and ``quant_voxel_encoder``: whether ``pts_backbone``, ``pts_neck``, ``pts_bbox_head`` and ``pts_voxel_encoder``,
-    where the model has them, are quantized. A checkpoint of such a run holds scales and folding; resuming from it, or
+    where the model has them, are quantized. ``keep_fp16`` is AWML's later name of ``sensitive_layers``. Sums and linear
+    layers are quantized wherever there are some, so ``quant_add``, ``quant_linear_backbone`` and ``disable_recipes``
+    change nothing, and the log says so where they are given. A checkpoint of such a run holds scales and folding; resuming from it, or
     loading it, restores them and calibrates nothing.
 
     Hooks that copied the model before training (``EMAHook``) hold the FP32 one. Raises InputError for an unknown
-    method, a glob that matches nothing, and a model that is wrapped for several processes.
+    method, a glob that matches nothing, a ``calib_cache_path``, and a model that is wrapped for several processes.
     """
 
     def __init__(
         self,
-        calibration_batches: int = 100,
+        calibration_batches: int | None = 100,
         calibration_epoch: int = 0,
         freeze_bn: bool = True,
         sensitive_layers: Collection[str] | None = None,
@@ -60,15 +62,34 @@ class QATHook(Hook):
         quant_neck: bool = True,
         quant_head: bool = True,
         quant_voxel_encoder: bool = True,
+        quant_add: bool | None = None,
+        quant_linear_backbone: bool | None = None,
+        calib_cache_path: str | None = None,
+        keep_fp16: Collection[str] | None = None,
+        disable_recipes: Collection[str] | None = None,
     ) -> None:
         check_method(amax_method, "QATHook: amax_method")
-        if calibration_batches < 1:
-            raise InputError(f"QATHook: calibration_batches is {calibration_batches}; expected at least 1")
+        if calib_cache_path is not None:
+            raise InputError(
+                f"QATHook: calib_cache_path: {calib_cache_path!r} is not read; leave it out (scales come from "
+                "calibration, or with load_from from a checkpoint that has them)"
+            )
+        for name, globs in (("sensitive_layers", sensitive_layers), ("keep_fp16", keep_fp16)):
+            if isinstance(globs, str) or not all(isinstance(glob, str) for glob in globs or ()):
+                raise InputError(f"QATHook: {name} is {globs!r}; expected a list of module paths")
         if calibration_epoch < 0:
             raise InputError(f"QATHook: calibration_epoch is {calibration_epoch}; expected at least 0")
-        self.calibration_batches, self.freeze_bn = calibration_batches, freeze_bn
+        self.calibration_batches = calibration_batches if calibration_batches and calibration_batches > 0 else None
+        self.freeze_bn = freeze_bn
         self.calibration_epoch = calibration_epoch
-        self.sensitive_layers, self.amax_method = sorted(sensitive_layers or ()), amax_method
+        self.sensitive_layers = sorted({*(sensitive_layers or ()), *(keep_fp16 or ())})
+        self.amax_method = amax_method
+        given = {
+            "quant_add": quant_add,
+            "quant_linear_backbone": quant_linear_backbone,
+            "disable_recipes": disable_recipes or None,
+        }
+        self.idle = [name for name, value in given.items() if value is not None]
         self.parts = {
             "pts_voxel_encoder": quant_voxel_encoder,
             "pts_backbone": quant_backbone,
@@ -88,6 +109,8 @@ class QATHook(Hook):
         Raises InputError where training ends before.
         """
         _model(runner)
+        if self.idle:
+            runner.logger.warning(f"QATHook: without effect here: {', '.join(self.idle)}")
         last = getattr(runner, "max_epochs", None)
         if last is not None and self.calibration_epoch >= last:
             raise InputError(

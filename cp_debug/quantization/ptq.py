@@ -14,6 +14,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.scales import LayerScales, Scales
 from cp_debug.programs.batchnorm_folding import Folding, fuse_model_bn
 from cp_debug.programs.torch_layers import full_path, is_quantized, layers_of, own_path
+from cp_debug.quantization.awml_names import also_named
 from cp_debug.quantization.calibration import Batch, CalibrationManager, check_model
 from cp_debug.quantization.histogram import check_method
 from cp_debug.quantization.library import BITS, activation_quantizer, insert_quantizers
@@ -23,6 +24,7 @@ from cp_debug.quantization.residual_adds import add_quantizers, attach
 from cp_debug.quantization.toggles import print_quantizer_status
 
 
+@also_named(model="module", dataloader="batches")
 def quantize_ptq(
     module: nn.Module,
     batches: Iterable[Batch],
@@ -33,7 +35,7 @@ def quantize_ptq(
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     verbose: bool = False,
     *,
-    method: str = "max",
+    method: str | None = None,
     skip_layers: Sequence[str] = (),
     prefix: str = "",
     fold: bool = True,
@@ -42,30 +44,37 @@ def quantize_ptq(
     """A copy of ``module`` with fake quantizers, calibrated on ``batches``, which are read once.
 
     Weights get a scale for each output channel, inputs of layers one each, both operands of a residual addition one
-    together; BatchNorm is folded first. ``method`` is ``max``, ``percentile`` (99.99), ``mse`` or ``entropy``;
-    ``skip_layers`` are globs over the paths of modules in the whole model, to which ``prefix`` leads.
+    together; BatchNorm is folded first. ``method`` is ``mse``, also without one, ``max``, ``percentile``
+    (99.99) or ``entropy``; ``skip_layers`` are globs over the paths of modules in the whole model, to which ``prefix``
+    leads.
 
-    AWML's names, in its order, do the same: ``amax_method`` and ``fuse_bn`` are ``method`` and ``fold``,
-    ``sensitive_layers`` are ``skip_layers``, and of ``batches``, which may be a data loader,
-    ``num_calibration_batches`` are read. A batch of nested containers is handed to ``forward_fn(model, batch)``,
-    without one to the model's ``test_step`` where it has one; ``verbose`` prints the quantizers.
+    AWML's names, in its order, do the same: ``model`` and ``dataloader`` are ``module`` and ``batches``,
+    ``amax_method`` and ``fuse_bn`` are ``method`` and ``fold``, ``sensitive_layers`` are ``skip_layers``, and
+    ``num_calibration_batches`` are read, all without it. A batch of nested containers is handed to
+    ``forward_fn(model, batch)``, without one to the model's ``test_step`` where it has one; ``verbose`` prints the
+    quantizers. AWML changes the model that it is given; here that one stays as it is.
 
-    Raises InputError for a name that is given in both spellings, no batches, NaN or Inf in one, a glob that matches no
-    layer, an unknown method, other than 8 bits, and a module that is quantized already; MissingPackage without
-    nvidia-modelopt.
+    Raises InputError for a name that is given in both spellings, what is no module, no batches, NaN or Inf in one, a
+    glob that matches no layer, an unknown method, other than 8 bits, and a module that is quantized already;
+    MissingPackage without nvidia-modelopt.
     """
     if bits != BITS:
         raise InputError(f"bits: {bits} is not supported; expected {BITS}: engines have kernels for INT8")
+    if not isinstance(module, nn.Module):
+        raise InputError(f"module: {type(module).__name__}; expected a torch module")
+    if not isinstance(batches, Iterable):
+        raise InputError(f"batches: {type(batches).__name__}; expected batches, or a data loader of them")
     if is_quantized(module):
         raise InputError(f"{type(module).__name__} is quantized already; expected the FP32 model")
     for ours, given, default, theirs, value in (
-        ("method", method, "max", "amax_method", amax_method),
+        ("method", method, None, "amax_method", amax_method),
         ("fold", fold, True, "fuse_bn", fuse_bn),
         ("skip_layers", tuple(skip_layers), (), "sensitive_layers", sensitive_layers),
     ):
         if value is not None and given != default:
             raise InputError(f"{ours} and {theirs} are one thing; expected one of them")
-    check_method(amax_method or method, "method" if amax_method is None else "amax_method")
+    chosen = amax_method or method or "mse"
+    check_method(chosen, "method" if amax_method is None else "amax_method")
     if num_calibration_batches is not None and num_calibration_batches < 1:
         raise InputError(f"num_calibration_batches is {num_calibration_batches}; expected at least 1")
     stream: Iterator[Any] = islice(batches, num_calibration_batches)
@@ -79,7 +88,7 @@ def quantize_ptq(
         made = _calibrated(
             module,
             stream if nested is None else nested.tensors(stream),
-            amax_method or method,
+            chosen,
             sorted(sensitive_layers) if sensitive_layers is not None else skip_layers,
             prefix,
             fold if fuse_bn is None else fuse_bn,

@@ -10,6 +10,7 @@ from torch import nn
 
 from cp_debug.display import terminal
 from cp_debug.programs.torch_layers import is_quantized, quantizers, select
+from cp_debug.quantization.awml_names import also_named
 from cp_debug.quantization.record import quantization_of
 from cp_debug.quantization.residual_adds import add_quantizers
 
@@ -47,6 +48,7 @@ def _chosen(module: nn.Module, globs: tuple[str, ...]) -> list[Any]:
     return chosen
 
 
+@also_named(model="module")
 def disable_quantization(module: nn.Module, *globs: str) -> _Toggle:
     """Let the layers and additions that a glob means compute in FP32, all of them without a glob.
 
@@ -58,6 +60,7 @@ def disable_quantization(module: nn.Module, *globs: str) -> _Toggle:
     return _Toggle(module, globs, on=False)
 
 
+@also_named(model="module")
 def enable_quantization(module: nn.Module, *globs: str) -> _Toggle:
     """The opposite of ``disable_quantization``. Quantizers that have no scale stay off: outputs, BatchNorm, skips."""
     return _Toggle(module, globs, on=True)
@@ -84,6 +87,7 @@ def quantizer_table(module: nn.Module) -> list[QuantizerRow]:
     return [_row(module, path, quantizer, record.skipped) for path, quantizer in quantizers(module)]
 
 
+@also_named(model="module")
 def print_quantizer_status(module: nn.Module) -> None:
     """Print the table of a module's quantizers: whole, however narrow the terminal is."""
     from rich.console import Console

@@ -1,0 +1,34 @@
+"""Arguments by the names that AWML gives them, beside this project's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from cp_debug.errors import InputError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def also_named(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator: the function takes ``their_name=`` for the argument that it calls ``our_name``.
+
+    ``names``: their name → ours. A call that gives one argument by both names raises InputError.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def called(*args: P.args, **kwargs: P.kwargs) -> R:
+            for theirs, ours in names.items():
+                if theirs not in kwargs:
+                    continue
+                if ours in kwargs:
+                    raise InputError(f"{ours} and {theirs} are one thing; expected one of them")
+                kwargs[ours] = kwargs.pop(theirs)
+            return function(*args, **kwargs)
+
+        return called
+
+    return decorate
