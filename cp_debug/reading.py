@@ -95,18 +95,27 @@ def read_json(path: Path, *, what: str = "file", most: int = LARGEST_DOCUMENT) -
     return parse_json(read_bytes(path, what=what, most=most), str(path))
 
 
-def parse_json(data: bytes | str, source: str) -> Any:
+def parse_json(data: bytes | str, source: str, *, unique: bool = False) -> Any:
     """A JSON document of text and numbers that others can hold: 64 bits, no halves of surrogates.
 
-    Raises InputError, starting with ``source``, for what is none or nests more than ``DEPTH`` deep.
+    Raises InputError, starting with ``source``, for what is none or nests more than ``DEPTH`` deep, and where keys are
+    to be ``unique`` for one that stands twice in an object.
     """
     try:
-        document = json.loads(data, parse_int=_integer)
+        document = json.loads(data, parse_int=_integer, object_pairs_hook=_unique if unique else None)
         _check_tree(document)
     except RecursionError:
         raise InputError(f"{source}: nested too deep; expected at most {DEPTH} levels") from None
     except ValueError as error:  # a UnicodeError is one
         raise InputError(f"{source}: not JSON that can be read ({error})") from None
+    return document
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is set twice")
     return document
 
 

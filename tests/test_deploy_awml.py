@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -147,6 +148,29 @@ def test_awmls_settings_may_stand_in_yaml(tmp_path: Path, inherits: bool) -> Non
         load_config(write(tmp_path, "codebase_config: {type: mmdet3d}\n", "m.yaml"))
 
 
+def test_awmls_settings_may_stand_in_json(tmp_path: Path) -> None:
+    settings = {
+        "export": {"mode": "onnx", "work_dir": "w"},
+        "components": {
+            "pts_voxel_encoder": {
+                "onnx_file": "a.onnx",
+                "io": {
+                    "inputs": [{"name": "input_features"}],
+                    "outputs": [{"name": "pillar_features"}],
+                    "dynamic_axes": {"input_features": {"0": "num_voxels"}},
+                },
+            }
+        },
+        "tensorrt_config": {"precision_policy": "fp16", "max_workspace_size": 1 << 32},
+    }
+    config = load_config(write(tmp_path, json.dumps(settings), "a.json"))
+    same = load_config(write(tmp_path, "\n".join(f"{key} = {value!r}" for key, value in settings.items()), "a.py"))
+    assert config == same
+    assert config.components["pts_voxel_encoder"].dynamic_axes == {"input_features": {0: "num_voxels"}}
+    heir = load_config(write(tmp_path, '{"_base_": "a.json", "export": {"mode": "trt"}}', "b.json"))
+    assert (heir.export.mode, heir.tensorrt.workspace_mib) == ("trt", 4096)
+
+
 def test_qat_block_and_the_base_files_of_variants(tmp_path: Path) -> None:
     write(tmp_path, "quantization = dict(enabled=True, mode='ptq', ptq=dict(checkpoint='fp32.pth'))\n", "ptq.py")
     config = load_config(
@@ -211,7 +235,10 @@ def test_every_key_without_effect_is_named_once_and_defaults_are_not(tmp_path: P
 
 
 def test_folders_devices_and_the_log_count(tmp_path: Path) -> None:
-    backends = "dict(onnx=dict(device='cpu', model_dir='%s'), tensorrt=dict(device='cuda:1', engine_dir='%s'))"
+    backends = (
+        "dict(onnx=dict(enabled=True, model_dir='%s', device='cpu'), pytorch=dict(device='cuda'),\n"
+        "    tensorrt=dict(enabled=True, device='cuda:1', engine_dir='%s'))"
+    )
     text = (
         "export = dict(mode='none', work_dir='w')\ndeploy_log_path = 'deployment.log'\ndata_root = 'data/t4'\n"
         f"evaluation = dict(enabled=True, num_samples=2, backends={backends % ('elsewhere/onnx', 'elsewhere/trt')})\n"
@@ -257,7 +284,11 @@ def test_tensorrt_settings_with_a_common_part_and_engines_of_their_own(tmp_path:
         ("task_type = 'classification'\nx = 1\n", "task_type is 'classification'; expected 'detection3d'"),
         ("runtime_io = dict(ann_file='a.json', img_dir='b')\n", "runtime_io.ann_file names annotations of images"),
         ("tensorrt_config = dict(points=dict(min_shape=[1, 4]))\n", "tensorrt_config holds shapes of inputs (FRNet)"),
-        ("quantization = dict(enabled=True, spconv_int8=True)\n", "INT8 of a sparse encoder (BEVFusion)"),
+        ("quantization = dict(enabled=True, spconv_int8=True)\n", "quantization.spconv_int8 is BEVFusion's"),
+        ("spconv_do_sort = False\n", "a deployment of another model: spconv_do_sort is BEVFusion's"),
+        ("components = dict(bevfusion_sparse=dict(onnx_file='a'))\n", "components.bevfusion_sparse is BEVFusion's"),
+        ("components = dict(pts_head_memory=dict(onnx_file='a'))\n", "components.pts_head_memory is StreamPETR's"),
+        ("task_type = 'classification'\ncodebase_config = dict(type='mmpretrain')\n", "task_type is 'classification'"),
         ("_base_ = ['./gone.py']\n", "there is no "),
     ],
 )

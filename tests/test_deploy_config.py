@@ -85,6 +85,42 @@ def test_all_samples_need_data_that_ends(tmp_path: Path) -> None:
         load_config(write(tmp_path, "c.py", text.replace("-1", "0")))
 
 
+def doubling(functions: int) -> str:
+    """A chain of functions that each call the one before twice."""
+    lines = ["def f0(n):\n  return n"]
+    lines += [f"def f{i}(n):\n  return f{i - 1}(n) + f{i - 1}(n)" for i in range(1, functions)]
+    return "\n".join([*lines, f"x = f{functions - 1}(1)"])
+
+
+def test_several_names_functions_and_mmengines_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = """
+_H, _W = 480, 640
+(_C, _D) = [_H // 16, _W // 16]
+
+def _static(shape, batch):
+    \"\"\"All alike.\"\"\"
+    return dict(min=shape, opt=shape, batch=batch)
+
+x = _static([1, _C], batch=_D)
+folder = '{{ fileDirname }}/{{ fileBasenameNoExtension }}{{ fileExtname }}'
+data = '{{$CPDEBUG_TEST_DATA:/default/set}}/images'
+count = {{'$CPDEBUG_TEST_COUNT:80'}}
+"""
+    path = write(tmp_path, "c.py", text)
+    monkeypatch.setenv("CPDEBUG_TEST_COUNT", "7")
+    assert read_settings(path) == {
+        "x": {"min": [1, 30], "opt": [1, 30], "batch": 40},
+        "folder": f"{tmp_path}/c.py",
+        "data": "/default/set/images",
+        "count": 7,
+    }
+    monkeypatch.setenv("CPDEBUG_TEST_DATA", "/mine")
+    yaml = write(tmp_path, "c.yaml", "work_dir: '{{$CPDEBUG_TEST_DATA:/default}}/w'\nlog_file: ~/deploy.log\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config(yaml).work_dir == Path("/mine/w")
+    assert load_config(yaml).log_file == tmp_path / "deploy.log"
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -105,6 +141,16 @@ def test_all_samples_need_data_that_ends(tmp_path: Path) -> None:
         ("x = {{_base_.y}}", "there is no item 'y'"),
         ("x = lambda: 1", "only literals"),
         ("if True:\n  x = 1", "line 2"),
+        ("x, y = 1, 2, 3", "expected 2 values"),
+        ("x, y[0] = 1, 2", "only literals"),
+        ("def f(n):\n  import os\n  return n", "line 2"),
+        ("def f(n=1):\n  return n", "line 2"),
+        ("def f(n):\n  return f(n)\nx = f(1)", "only literals"),
+        ("def f(n):\n  return n\nx = f(1, 2)", "expected as arguments: n"),
+        ("def f(n):\n  return n\nx = f(m=2)", "expected as arguments: n"),
+        ("def f(n):\n  return open(n)\nx = f('y')", "line 3"),
+        ("x = dict(a=1, a=2)", "keyword argument repeated: a"),
+        (doubling(12), "more than 1000 calls"),
     ],
 )
 def test_anything_but_literals_is_refused_with_its_line(tmp_path: Path, line: str, says: str) -> None:
@@ -214,7 +260,13 @@ def test_every_literal_is_read_as_python_reads_it(tmp_path_factory: pytest.TempP
         ),
         ("a.yaml", "[1, 2", "a.yaml: not YAML"),
         ("a.toml", "x = ", "a.toml: not TOML"),
-        ("a.json", "{}", "expected a .yaml, .toml or .py file"),
+        ("a.json", "{}", "a.json: work_dir is missing"),
+        ("a.json", '{"work_dir": "w",}', "a.json: not JSON that can be read"),
+        ("a.json", '{"work_dir": "w", "work_dir": "v"}', "a.json: not JSON that can be read ('work_dir' is set twice)"),
+        ("a.yaml", "work_dir: w\nexport: {mode: trt, mode: onnx}", "a.yaml: not YAML ('mode' is set twice in line 2"),
+        ("a.yaml", "work_dir: $HOME/w", "work_dir: '$HOME/w': variables are not expanded; expected the path itself"),
+        ("a.yaml", "work_dir: '{{$CPDEBUG_NOWHERE}}/w'", "the environment has no CPDEBUG_NOWHERE"),
+        ("a.txt", "{}", "expected a .yaml, .toml, .json or .py file"),
         ("a.py", "export = dict(mod='onnx')", "a.py: export: unknown key 'mod'; the nearest known one is mode"),
         ("a.py", "tensorrt_config = dict(precision_policy='fp61')", 'precision_policy is "fp61"; expected'),
     ],
@@ -329,7 +381,7 @@ def test_a_plug_in_reads_another_team_s_configuration(tmp_path: Path, monkeypatc
     plugins.names.cache_clear()
     try:
         assert load_config(write(tmp_path, "net.ours", "their/folder")).work_dir == Path("their/folder")
-        with pytest.raises(InputError, match=r"net\.other: expected a \.yaml, \.toml or \.py file"):
+        with pytest.raises(InputError, match=r"net\.other: expected a \.yaml, \.toml, \.json or \.py file"):
             load_config(write(tmp_path, "net.other", ""))
         monkeypatch.setitem(plugins.BUILT_IN, plugins.CONFIGS, {"gone": "their_reader:missing"})
         plugins.names.cache_clear()

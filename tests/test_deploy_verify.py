@@ -157,7 +157,7 @@ def test_a_deployment_needs_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     code, text = run("deploy", "centerpoint:tiny")
     assert code == 2
-    assert "centerpoint:tiny: expected a .yaml, .toml or .py file" in text
+    assert "centerpoint:tiny: expected a .yaml, .toml, .json or .py file" in text
     assert not list(tmp_path.iterdir())
 
 

@@ -27,6 +27,7 @@ def test_the_tables_have_commands_of_every_kind() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # the rows of a table run in one folder
 @needs("modelopt")
 @pytest.mark.parametrize("rows", TABLES)
 def test_every_row_prints_its_line(tmp_path: Path, rows: list[tuple[str, str]]) -> None:

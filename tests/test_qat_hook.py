@@ -181,9 +181,7 @@ def test_the_snippet_of_the_report(tmp_path: Path) -> None:
     assert quantization_of(net).skipped["pts_bbox_head"] == "skipped by 'pts_bbox_head'"
 
 
-def test_the_later_spelling_of_the_report(
-    tmp_path: Path, net: Net, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_later_spelling_of_the_report(tmp_path: Path, net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     """``keep_fp16``, all batches, and settings that change nothing here, which the log names."""
     said: list[str] = []
     training = runner(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def deploy(
-    config: Annotated[Path, typer.Argument(help="A .yaml or .toml file, or AWML's deploy_config.py as it is.")],
+    config: Annotated[Path, typer.Argument(help="A .yaml, .toml or .json file, or AWML's deploy_config.py as it is.")],
     model: Annotated[str | None, typer.Option(help="For a configuration that names no model, such as AWML's.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Do again what an earlier run has done.")] = False,
     html: Annotated[Path | None, typer.Option(help="The page.  [default: report.html in the work folder]")] = None,

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 def evaluate(
     model: Annotated[
         str,
-        typer.Argument(help="A recipe that detects (`cpdebug models`), or the description of exported files (.yaml)."),
+        typer.Argument(
+            help="A recipe that detects (`cpdebug models`), or the description of exported files (.yaml, .toml, .json)."
+        ),
     ] = "centerpoint:tiny",
     backends: Annotated[str, typer.Option("--backends", "-b", help="Reference first, then the tests.")] = "torch,ort",
     data: Annotated[
@@ -66,6 +68,7 @@ def evaluate(
     """
     from cp_debug.backends.spec import parse_backends
     from cp_debug.cli.console import steps
+    from cp_debug.deploy.documents import SUFFIXES
     from cp_debug.recipes.data.base import DataOptions, iterate
 
     specs = parse_backends(backends)
@@ -73,7 +76,7 @@ def evaluate(
         from cp_debug.detection.t4_metric import check_installed
 
         check_installed()
-    if model.endswith((".yaml", ".yml")):
+    if model.endswith(SUFFIXES):
         refuse(_OF_MODULES, unless=False, why=f"{model} describes exported files, which are taken as they are")
         engines.check(specs)
         refuse(_OF_BUILDS, unless=False, why=f"the engines of {model} are built already")

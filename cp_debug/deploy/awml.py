@@ -8,7 +8,7 @@ from typing import Any
 
 from cp_debug.deploy.awml_schema import AwmlConfig, AwmlQuantization, Framework, idle_keys
 from cp_debug.deploy.literals import Dialect, read_settings
-from cp_debug.deploy.schema import VARIANTS, DeployConfig, validate
+from cp_debug.deploy.schema import VARIANTS, DeployConfig, home, validate
 from cp_debug.errors import InputError
 
 ALL = 1 << 31
@@ -29,6 +29,11 @@ _ENUMS = {
 DIALECT = Dialect(_ENUMS, frozenset(AwmlConfig.model_fields))
 _MMDEPLOY = ("codebase_config", "ir_config", "partition_config", "calib_config")
 """Keys that mmdeploy's configurations have, and AWML's do not."""
+_OTHER_MODELS = {
+    "BEVFusion's (a sparse encoder)": ("bevfusion_", "spconv_", "fuse_spconv"),
+    "StreamPETR's (images and a memory)": ("extract_img_feat", "position_embedding", "pts_head_memory"),
+}
+"""Models of AWML by how their keys and components begin."""
 
 
 def read_awml(path: Path) -> dict[str, Any] | None:
@@ -55,7 +60,10 @@ def awml_document(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _check_kind(settings: Mapping[str, Any], path: Path) -> None:
-    """Raise InputError, with one sentence, for deployments of other tools and of other tasks."""
+    """Raise InputError, with one sentence, for deployments of other tools, tasks and models."""
+    kind = settings.get("task_type")
+    if isinstance(kind, str) and kind != "detection3d":
+        raise InputError(f"{path}: a deployment of another task: task_type is {kind!r}; expected 'detection3d'")
     backend = settings.get("backend_config")
     codebase = settings.get("codebase_config")
     if any(key in settings for key in _MMDEPLOY) or "type" in _mapping(settings.get("onnx_config")):
@@ -64,11 +72,9 @@ def _check_kind(settings: Mapping[str, Any], path: Path) -> None:
         runtime = f" and {where}" if task and isinstance(where, str) else ""
         raise InputError(
             f"{path}: a configuration of mmdeploy{task}{runtime}, which says how mmdeploy exports; expected AWML's "
-            "deploy_config.py or this project's YAML or TOML (`cpdebug bisect` takes the ONNX file that mmdeploy wrote)"
+            "deploy_config.py or this project's YAML, TOML or JSON (`cpdebug bisect` takes the ONNX file that mmdeploy "
+            "wrote)"
         )
-    kind = settings.get("task_type")
-    if isinstance(kind, str) and kind != "detection3d":
-        raise InputError(f"{path}: a deployment of another task: task_type is {kind!r}; expected 'detection3d'")
     if "ann_file" in _mapping(settings.get("runtime_io")):
         raise InputError(
             f"{path}: a deployment of another task: runtime_io.ann_file names annotations of images; expected "
@@ -79,10 +85,24 @@ def _check_kind(settings: Mapping[str, Any], path: Path) -> None:
             f"{path}: a deployment of another model: tensorrt_config holds shapes of inputs (FRNet); expected them in "
             "components.NAME.tensorrt_profile"
         )
-    if any(str(key).startswith("spconv") for key in _mapping(settings.get("quantization"))):
-        raise InputError(
-            f"{path}: quantization.spconv_…: INT8 of a sparse encoder (BEVFusion); expected a CenterPoint with pillars"
-        )
+    _check_model(settings, path)
+
+
+def _check_model(settings: Mapping[str, Any], path: Path) -> None:
+    """Raise InputError, with one sentence, for AWML's deployments of models whose parts only AWML can export."""
+    quantization, parts = _mapping(settings.get("quantization")), _mapping(settings.get("components"))
+    signs = {
+        **{f"quantization.{key}": str(key) for key in quantization},
+        **{f"components.{key}": str(key) for key in parts},
+        **{str(key): str(key) for key in settings},
+    }
+    for model, marks in _OTHER_MODELS.items():
+        place = next((place for place, key in signs.items() if any(key.startswith(mark) for mark in marks)), None)
+        if place is not None:
+            raise InputError(
+                f"{path}: a deployment of another model: {place} is {model}; expected a CenterPoint with pillars "
+                "(`cpdebug bisect` takes the ONNX files that AWML exported)"
+            )
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -188,18 +208,10 @@ def _checkpoint(awml: AwmlConfig) -> tuple[str | None, list[str]]:
     )
     quantization = awml.quantization
     before = quantization.ptq.checkpoint if quantization.ptq is not None else None
-    if quantization.enabled and before is not None and not (named and _home(named).is_file()):
+    if quantization.enabled and before is not None and not (named and home(Path(named)).is_file()):
         gone = f"checkpoint_path ({named}) is not there" if named else "no checkpoint_path is named"
-        return str(_home(before)), [f"{gone}: quantization.ptq.checkpoint is calibrated instead"]
-    return named and str(_home(named)), []
-
-
-def _home(text: str) -> Path:
-    """A path in which ``~`` is the user's folder, as AWML takes it."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:  # no such user
-        return Path(text)
+        return before, [f"{gone}: quantization.ptq.checkpoint is calibrated instead"]
+    return named, []
 
 
 def _folders(awml: AwmlConfig) -> tuple[dict[str, str | None], list[str]]:
@@ -230,7 +242,7 @@ def _log_file(awml: AwmlConfig) -> str | None:
     name = (awml.deploy_log_path or "").strip() or awml.output_path
     if not name:
         return None
-    return str(Path(awml.export.work_dir) / name if len(Path(name).parts) == 1 else _home(name))
+    return str(Path(awml.export.work_dir) / name if len(Path(name).parts) == 1 else name)
 
 
 def _quantization(settings: AwmlQuantization) -> dict[str, Any]:

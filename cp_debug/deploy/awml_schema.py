@@ -169,9 +169,9 @@ class BackendConfig(Section):
 
 
 class EvaluatedBackend(Section):
-    """One backend that is scored."""
+    """One backend that may be scored."""
 
-    enabled: bool = True
+    enabled: bool = False
     device: Device | None = None
     model_dir: str | None = None
     engine_dir: str | None = None

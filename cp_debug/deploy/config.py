@@ -1,4 +1,4 @@
-"""Configuration of ``cpdebug deploy``: one YAML or TOML file, or another team's configuration through a plug-in.
+"""Configuration of ``cpdebug deploy``: one YAML, TOML or JSON file, or another team's configuration through a plug-in.
 
 A plug-in of the group ``cpdebug.configs`` is a callable that takes the file's path and returns the document as the
 schema has it, with lines for people as ``notes``, or None for a file that is not its own. AWML's ``deploy_config.py``
@@ -21,9 +21,9 @@ from cp_debug.errors import InputError
 
 
 def load_config(path: Path) -> DeployConfig:
-    """Read a configuration from ``.yaml``, ``.toml``, or a file that a plug-in reads.
+    """Read a configuration from ``.yaml``, ``.toml``, ``.json``, or a file that a plug-in reads.
 
-    YAML and TOML may hold AWML's keys as well as this project's, and ``_base_``. Raises InputError, which names the
+    The first three may hold AWML's keys as well as this project's, and ``_base_``. Raises InputError, which names the
     file, the key and what was expected.
     """
     if path.suffix in SUFFIXES:
@@ -42,7 +42,7 @@ def load_config(path: Path) -> DeployConfig:
             continue
         if document is not None:
             return _with_notes(document, path)
-    raise first or InputError(f"{path}: expected a .yaml, .toml or .py file")
+    raise first or InputError(f"{path}: expected a .yaml, .toml, .json or .py file")
 
 
 def _with_notes(document: Any, path: Path) -> DeployConfig:

@@ -15,6 +15,7 @@ from cp_debug.backends.ort_options import LEVELS
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.tensorrt.client import RunnerClient
 from cp_debug.backends.tensorrt.engine_runs import EngineRuns
+from cp_debug.deploy.documents import read_document
 from cp_debug.deploy.engines import check_engines
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, score_backends
 from cp_debug.detection.predictions import Predictions
@@ -22,7 +23,6 @@ from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.onnx_runtime import session_options, told
 from cp_debug.optional import require
-from cp_debug.reading import plain, read_text
 from cp_debug.recipes.abilities import Remarks
 from cp_debug.recipes.centerpoint.clouds import cloud_remarks
 from cp_debug.recipes.centerpoint.config import CenterPointConfig, get_config
@@ -31,7 +31,6 @@ from cp_debug.recipes.data.base import DataOptions, Truth, iterate
 from cp_debug.recipes.data.open_data import open_data
 
 COMPONENTS = ("pts_voxel_encoder", "pts_backbone_neck_head")
-SUFFIXES = (".yaml", ".yml")
 _KEYS = ("model", "folder", "files", "engines", "glue", "rot_y_axis_reference")
 
 
@@ -52,18 +51,15 @@ class FilesDescription:
 
 
 def read_description(path: Path) -> FilesDescription:
-    """The description in a YAML file: ``model``, ``folder`` or ``files``, ``glue`` over the model's own settings.
+    """The description in a YAML, TOML or JSON file: ``model``, ``folder`` or ``files``, ``glue`` over the model's own
+    settings.
 
     ``engines`` is a folder, or a mapping of backends to folders. Paths are relative to the file. Raises InputError,
     which names the file and the key.
     """
-    import yaml
     from pydantic import TypeAdapter, ValidationError
 
-    try:
-        document = plain(yaml.safe_load(read_text(path, what="description")), str(path))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise InputError(f"{path}: not YAML that can be read ({' '.join(str(error).split())[:200]})") from None
+    document = read_document(path, "description")
     if not isinstance(document, dict):
         raise InputError(f"{path}: expected a mapping with the keys {', '.join(_KEYS)}")
     if unknown := [key for key in document if key not in _KEYS]:

@@ -1,7 +1,7 @@
 """A Python file of settings, read without running it.
 
 Assignments of literals are read, and the little arithmetic that settings use; everything else is refused with its line.
-Files that it names in ``_base_``, YAML and TOML among them, are read the same way and merged as mmengine does
+Files that it names in ``_base_``, YAML, TOML and JSON among them, are read the same way and merged as mmengine does
 (``mmengine.config.Config._merge_a_into_b``).
 """
 
@@ -10,15 +10,15 @@ from __future__ import annotations
 import ast
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cp_debug.deploy.documents import SUFFIXES, read_document
+from cp_debug.deploy.documents import SUFFIXES, read_document, settings_text
 from cp_debug.errors import InputError
 from cp_debug.files import resolved
-from cp_debug.reading import plain, read_text
+from cp_debug.reading import plain
 
 _ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -31,6 +31,7 @@ _ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
 _TEXT_METHODS = ("strip", "lstrip", "rstrip")
 _LARGEST_SHIFT = 64
 _LARGEST_VALUE = 20_000
+_MOST_CALLS = 1000
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,10 @@ def read_settings(path: Path, dialect: Dialect = Dialect()) -> Any:
 
     Left out of a Python file are names that begin with ``_``, and variables: names that the file reads again and that
     are no keys of ``dialect``. Admitted are constants, containers, ``dict(key=…)``, ``**`` in both, names assigned
-    before, their items, sums, products of numbers, ``<<``, ``not``, ``update(…)``, assignments to items, f-strings,
-    ``str(…)``, ``.strip()``, members of the dialect's enumerations and their imports, and of inherited settings
-    ``{{_base_.name}}``. A YAML or TOML file without ``_base_`` may be any document.
+    before, their items, sums, products of numbers, ``<<``, ``not``, ``update(…)``, assignments to items and to several
+    names, f-strings, ``str(…)``, ``.strip()``, functions of one ``return``, members of the dialect's enumerations and
+    their imports, of inherited settings ``{{_base_.name}}``, and mmengine's variables in double braces. A YAML, TOML or
+    JSON file without ``_base_`` may be any document.
 
     Raises InputError with file and line for anything else.
     """
@@ -70,7 +72,7 @@ def _read(path: Path, children: tuple[Path, ...], dialect: Dialect) -> Any:
         files = settings.pop("_base_")
         reader.inherit([files] if isinstance(files, str) else files, f"{path}: _base_ is {str(files)[:60]!r}")
         return merge(reader.base, settings)
-    text = read_text(path, what="configuration")
+    text = settings_text(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the parser, about what the file says
@@ -108,6 +110,9 @@ class _Reader:
         self.values: dict[str, Any] = {}
         self._imported: dict[str, Mapping[str, str]] = {}
         """Name in the file → members of an enumeration."""
+        self._functions: dict[str, tuple[list[str], ast.expr]] = {}
+        """Name → its arguments, and what it returns."""
+        self._calls = 0
         self._sizes: dict[int, int] = {}
         """Values in each container, those of containers in it included, by its identity."""
         self._kept: list[Any] = []
@@ -120,12 +125,25 @@ class _Reader:
                 pass  # a docstring
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
                 self._assign(statement, name, self._value(value))
+            case ast.Assign(targets=[ast.Tuple(elts=targets)], value=value):
+                values = self._value(value)
+                if not isinstance(values, list) or len(values) != len(targets):
+                    self._refuse(statement, f"expected {len(targets)} values")
+                for target, part in zip(targets, values, strict=True):
+                    self._assign(statement, target.id if isinstance(target, ast.Name) else self._refuse(target), part)
+            case ast.FunctionDef(
+                name=name,
+                args=ast.arguments(posonlyargs=[], args=args, vararg=None, kwonlyargs=[], kwarg=None, defaults=[]),
+                body=[*documentation, ast.Return(value=ast.expr() as value)],
+                decorator_list=[],
+            ) if all(isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) for line in documentation):
+                self._functions[name] = [arg.arg for arg in args], value
             case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
                 self._assign(statement, name, self._value(value))
             case ast.Assign(targets=[ast.Subscript(value=of, slice=index)], value=value):
                 self._update(of, lambda: {self._value(index): self._value(value)})
-            case ast.Expr(value=ast.Call(func=ast.Attribute(value=of, attr="update"), args=args, keywords=keywords)):
-                self._update(of, lambda: self._merged([*args, *((word.arg, word.value) for word in keywords)]))
+            case ast.Expr(value=ast.Call(func=ast.Attribute(value=of, attr="update")) as call):
+                self._update(of, lambda: self._merged([*call.args, *self._by_name(call)]))
             case ast.ImportFrom(names=names) if all(name.name in self._dialect.enums for name in names):
                 self._imported |= {name.asname or name.name: self._dialect.enums[name.name] for name in names}
             case _:
@@ -234,7 +252,7 @@ class _Reader:
                 return self._call(node)
         self._refuse(node)
 
-    def _merged(self, parts: list[Any]) -> dict[Any, Any]:
+    def _merged(self, parts: Sequence[Any]) -> dict[Any, Any]:
         """A dictionary of pairs (key, expression), and of expressions that are dictionaries themselves."""
         merged: dict[Any, Any] = {}
         for part in parts:
@@ -281,8 +299,10 @@ class _Reader:
 
     def _call(self, node: ast.Call) -> Any:
         match node:
-            case ast.Call(func=ast.Name(id="dict"), args=args, keywords=keywords) if len(args) < 2:
-                return self._merged([*args, *((word.arg, word.value) for word in keywords)])
+            case ast.Call(func=ast.Name(id=name)) if name in self._functions:
+                return self._returned(node, name)
+            case ast.Call(func=ast.Name(id="dict"), args=args) if len(args) < 2:
+                return self._merged([*args, *self._by_name(node)])
             case ast.Call(func=ast.Name(id="str"), args=[value], keywords=[]):
                 return str(self._value(value))
             case ast.Call(func=ast.Attribute(value=of, attr=name), args=args, keywords=[]) if name in _TEXT_METHODS:
@@ -290,6 +310,30 @@ class _Reader:
                 if isinstance(text, str) and all(isinstance(arg, str) for arg in arguments) and len(arguments) < 2:
                     return getattr(text, name)(*arguments)
         self._refuse(node)
+
+    def _by_name(self, node: ast.Call) -> list[tuple[str | None, ast.expr]]:
+        """Arguments that a call names, each once."""
+        names = [word.arg for word in node.keywords if word.arg is not None]
+        if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+            self._refuse(node, f"keyword argument repeated: {twice[0]}")
+        return [(word.arg, word.value) for word in node.keywords]
+
+    def _returned(self, node: ast.Call, name: str) -> Any:
+        """What a function of the file returns. It sees itself no more than what is assigned below it."""
+        self._calls += 1
+        if self._calls > _MOST_CALLS:
+            self._refuse(node, f"more than {_MOST_CALLS} calls")
+        parameters, returned = self._functions[name]
+        given = self._merged([*zip(parameters, node.args, strict=False), *self._by_name(node)])
+        if given.keys() != set(parameters) or len(node.args) + len(node.keywords) != len(parameters):
+            self._refuse(node, f"expected as arguments: {', '.join(parameters) or 'none'}")
+        outside = self.values, self._functions
+        self.values = {**self.values, **given}
+        self._functions = {other: what for other, what in self._functions.items() if other != name}
+        try:
+            return self._value(returned)
+        finally:
+            self.values, self._functions = outside
 
     def _at(self, node: ast.AST) -> str:
         """The place of a node, and its beginning, for messages."""

@@ -21,9 +21,10 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.deploy import documents
 from cp_debug.errors import BackendUnavailable, InputError
 
-SUFFIXES = (".yaml", ".yml", ".toml", ".py")
+SUFFIXES = (*documents.SUFFIXES, ".py")
 """Suffixes of configurations; any other text names a model."""
 MOST_SAMPLES = 1_000_000
 Mode = Literal["onnx", "trt", "both", "none"]
@@ -59,6 +60,21 @@ def _backend(text: str) -> str:
         raise ValueError(str(error).removeprefix("--backends: ")) from None
 
 
+def home(path: Path) -> Path:
+    """The path, in which ``~`` is the user's folder."""
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user
+        return path
+
+
+def _written(path: Path) -> Path:
+    """A path that is written to. Variables of a shell are not expanded: a folder of that name would be made."""
+    if "$" in str(path):
+        raise ValueError(f"{str(path)!r}: variables are not expanded; expected the path itself")
+    return path
+
+
 def _work_folder(path: Path) -> Path:
     """A folder that is written to: with a relative path one below the folder where the command runs."""
     if not path.is_absolute() and ".." in path.parts:
@@ -73,6 +89,8 @@ def _file_name(text: str) -> str:
     return text
 
 
+HomePath = Annotated[Path, AfterValidator(home)]
+WrittenPath = Annotated[HomePath, AfterValidator(_written)]
 Backend = Annotated[str, AfterValidator(_backend)]
 FileName = Annotated[str, AfterValidator(_file_name)]
 Shape = list[Annotated[int, Field(gt=0, lt=1 << 31)]]
@@ -120,7 +138,7 @@ class ExportConfig(Section):
     fold: bool = True
     simplify: bool = False
     rot_y_axis_reference: bool = False
-    onnx_dir: Path | None = None
+    onnx_dir: HomePath | None = None
 
 
 class TensorRTConfig(Section):
@@ -129,9 +147,9 @@ class TensorRTConfig(Section):
     precision: Policy = "auto"
     workspace_mib: Annotated[int, Field(gt=0, lt=1 << 32)] | None = None
     python: str | None = None
-    timing_cache: Path | None = None
+    timing_cache: WrittenPath | None = None
     keep_fp32: list[str] = []
-    engine_dir: Path | None = None
+    engine_dir: WrittenPath | None = None
 
     @property
     def variant(self) -> str:
@@ -146,9 +164,9 @@ class QuantizationConfig(Section):
     calibrated on ``samples`` of ``data``. ``skip_layers``: globs over module paths that stay unquantized.
     """
 
-    checkpoint: Path | None = None
+    checkpoint: HomePath | None = None
     method: Literal["max", "percentile", "mse", "entropy"] = "mse"
-    data: Path | None = None
+    data: HomePath | None = None
     samples: Count = 100
     skip_layers: list[str] = []
 
@@ -156,8 +174,8 @@ class QuantizationConfig(Section):
 class DataConfig(Section):
     """An info file, point files or a folder of them; None: the model's own samples from ``first`` on."""
 
-    path: Path | None = None
-    root: Path | None = None
+    path: HomePath | None = None
+    root: HomePath | None = None
     sweeps: Annotated[int, Field(ge=0, le=1000)] = 9
     skip_missing: bool = False
     first: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
@@ -201,9 +219,9 @@ class DeployConfig(Section):
     """
 
     model: str | None = None
-    checkpoint: Path | None = None
-    work_dir: Annotated[Path, AfterValidator(_work_folder)]
-    log_file: Path | None = None
+    checkpoint: HomePath | None = None
+    work_dir: Annotated[WrittenPath, AfterValidator(_work_folder)]
+    log_file: WrittenPath | None = None
     export: ExportConfig = ExportConfig()
     components: dict[str, ComponentConfig] = {}
     tensorrt: TensorRTConfig = TensorRTConfig()
