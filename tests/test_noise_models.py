@@ -15,8 +15,8 @@ from nets import NetBuilder
 from cp_debug.backends.arithmetic import ARITHMETICS, FP64, Arithmetic
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.operator_errors import ANY, BY_FAMILY, errors_of
-from cp_debug.bisect.perturbation import doubt
-from cp_debug.bisect.summation import ROUNDING, U, in_any_order
+from cp_debug.bisect.perturbation import FLIPPED, doubt, spread
+from cp_debug.bisect.summation import ROUNDING, U, in_any_order, summation
 from cp_debug.graph.graph import Graph, Node
 
 Array = np.ndarray
@@ -153,3 +153,197 @@ def test_a_rounding_is_off_by_what_the_models_say() -> None:
     numbers = np.random.default_rng(0).uniform(1, 2, 100_000)
     off = (numbers.astype(np.float32) - numbers) / numbers
     assert math.sqrt(np.square(off).mean()) / U == pytest.approx(ROUNDING, rel=0.05)
+
+
+# Terms, by counting ones ---------------------------------------------------------------------------------------------
+
+PRODUCTS: list[tuple[str, tuple[int, ...], tuple[int, ...], dict[str, object]]] = [
+    ("Conv", (1, 6, 5, 5), (4, 3, 3, 3), {"group": 2}),
+    ("ConvTranspose", (1, 6, 4, 4), (6, 2, 3, 3), {}),
+    ("ConvTranspose", (1, 6, 4, 4), (6, 2, 2, 2), {"strides": [2, 2]}),
+    ("MatMul", (2, 5, 7), (7, 3), {}),
+    ("Gemm", (4, 6), (6, 3), {}),
+    ("Gemm", (6, 4), (6, 3), {"transA": 1}),
+    ("Gemm", (4, 6), (3, 6), {"transB": 1}),
+    ("Einsum", (2, 3, 5), (2, 5, 4), {"equation": "bik,bkj->bij"}),
+    ("Einsum", (2, 3, 5), (2, 5, 4), {"equation": "bik, bkj"}),  # what stands twice is summed
+    ("Einsum", (2, 3, 4, 5), (5, 6), {"equation": "...k,kj->...j"}),
+    ("Einsum", (4, 5), (4, 5), {"equation": "ij,ij->"}),
+]
+
+
+@pytest.mark.parametrize(("op", "shape", "weight", "attributes"), PRODUCTS)
+def test_a_product_of_ones_counts_its_terms(
+    tmp_path: Path, op: str, shape: tuple[int, ...], weight: tuple[int, ...], attributes: dict[str, object]
+) -> None:
+    path = one_node(tmp_path, op, np.ones(shape, np.float32), np.ones(weight, np.float32), **attributes)
+    graph = Graph(path)
+    oracle, inputs = Executor(graph, FP64), {"x": torch.ones(shape).double(), "w_0": torch.ones(weight).double()}
+    counts = torch.as_tensor(oracle.run_nodes(graph.nodes, inputs, ["y"])["y"])
+    found = summation(oracle, graph.nodes[0], inputs, counts)
+    assert found is not None
+    torch.testing.assert_close(found, in_any_order(counts, counts, float(counts.mean())))
+
+
+SUMMED: list[tuple[str, tuple[int, ...], list[Array], dict[str, object], float]] = [
+    ("ReduceSum", (3, 16, 4), [np.array([1], np.int64)], {}, 16),
+    ("ReduceMean", (3, 16, 4), [], {"axes": [1, 2]}, 64),
+    ("GlobalAveragePool", (1, 2, 8, 4), [], {}, 32),
+    ("AveragePool", (1, 2, 8, 8), [], {"kernel_shape": [4, 2], "strides": [4, 2]}, 8),
+    ("CumSum", (64, 16), [np.array(1, np.int64)], {}, 16),
+    ("CumSum", (64, 16), [np.array(-2, np.int64)], {}, 64),
+]
+
+
+@pytest.mark.parametrize(("op", "shape", "weights", "attributes", "terms"), SUMMED)
+def test_a_sum_of_ones_counts_its_terms(
+    tmp_path: Path, op: str, shape: tuple[int, ...], weights: list[Array], attributes: dict[str, object], terms: float
+) -> None:
+    """A mean is off by what its sum is off by, divided; and is rounded itself."""
+    graph = Graph(one_node(tmp_path, op, np.ones(shape, np.float32), *weights, **attributes))
+    oracle, inputs = Executor(graph, FP64), {"x": torch.ones(shape).double()}
+    inputs |= {f"w_{i}": torch.from_numpy(w) for i, w in enumerate(weights)}
+    result = torch.as_tensor(oracle.run_nodes(graph.nodes, inputs, ["y"])["y"])
+    found = summation(oracle, graph.nodes[0], inputs, result)
+    assert found is not None
+    sums = result * (terms if bool((result == 1).all()) else 1)
+    off = in_any_order(sums, sums, terms) * result / sums
+    torch.testing.assert_close(found, torch.hypot(off, ROUNDING * result))
+
+
+# Elementwise models, by hand -----------------------------------------------------------------------------------------
+
+BY_HAND: list[tuple[str, str, list[list[float]], float, float]] = [
+    ("Exp", "torch", [[2.0]], 7.0, 0.7 * 7),
+    ("Gelu", "torch", [[-40.0]], -3.0, math.hypot(3.0, 2 * 32)),
+    ("Gelu", "torch", [[-4.0]], -3.0, math.hypot(3.0, 2 * 4)),
+    ("Elu", "ort", [[-4.0]], -1.0, math.hypot(0.6, 0.6)),
+    ("Elu", "ort", [[4.0]], 4.0, 0.6 * 4),
+    ("LogSoftmax", "torch", [[5.0]], -2.0, math.hypot(2.0, 1 + 7)),
+    ("ReduceLogSumExp", "torch", [[1.0, 2.0, 3.0, 4.0]], 6.0, math.hypot(6.0, 1 + 6 + math.log(4))),
+    # x, scale, bias, mean, variance: a is 3 ÷ √4; |5·1.5| + |−7·1.5| + |−2|
+    ("BatchNormalization", "torch", [[5.0], [3.0], [-2.0], [-7.0], [3.99999]], 16.0, math.hypot(8.0, 0.5 * 20)),
+]
+
+
+@pytest.mark.parametrize(("op", "family", "inputs", "result", "expected"), BY_HAND)
+def test_an_error_is_a_part_of_the_result_and_one_of_what_it_refers_to(
+    op: str, family: str, inputs: list[list[float]], result: float, expected: float
+) -> None:
+    errors = errors_of(elementwise(op), family)
+    assert errors is not None
+    shaped = [torch.tensor(v).double() if i else torch.tensor(v).double()[None] for i, v in enumerate(inputs)]
+    found = errors.spread(elementwise(op), shaped, torch.tensor([[result]]).double())
+    assert found.flatten().tolist() == pytest.approx([expected], rel=1e-5)
+
+
+# One operator spelled in two ways -------------------------------------------------------------------------------------
+
+
+def test_a_normalization_over_two_axes_is_one_over_all_their_elements(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((4, 8, 16)).astype(np.float32)
+    scale, bias = (np.random.default_rng(i).uniform(1, 2, (8, 16)).astype(np.float32) for i in (1, 2))
+    two = doubted(one_node(tmp_path, "LayerNormalization", x, scale, bias, axis=1), x)
+    flat = one_node(tmp_path, "LayerNormalization", x.reshape(4, 128), scale.ravel(), bias.ravel())
+    assert two == pytest.approx(doubted(flat, x.reshape(4, 128)), rel=1e-6)
+
+
+def test_a_scale_of_each_group_is_one_of_each_of_its_channels(tmp_path: Path) -> None:
+    """Opsets 18 to 20 have one scale a group, 21 one a channel."""
+    x = np.random.default_rng(0).standard_normal((2, 6, 4, 4)).astype(np.float32)
+    scale, bias = np.array([0.5, 4], np.float32), np.array([1, -3], np.float32)
+    old = doubted(one_node(tmp_path, "GroupNormalization", x, scale, bias, opset=18, num_groups=2), x)
+    weights = (np.repeat(scale, 3), np.repeat(bias, 3))
+    assert old == pytest.approx(
+        doubted(one_node(tmp_path, "GroupNormalization", x, *weights, opset=21, num_groups=2), x), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("op", ["LayerNormalization", "InstanceNormalization"])
+def test_an_epsilon_is_that_of_the_node(tmp_path: Path, op: str) -> None:
+    """x, ε and 2·x, 4·ε give the same result, off by the same."""
+    x = np.random.default_rng(0).standard_normal((2, 8, 8)).astype(np.float32)
+    weights = np.ones(8, np.float32), np.zeros(8, np.float32)
+    one = doubted(one_node(tmp_path, op, x, *weights, epsilon=1.0), x)
+    assert doubted(one_node(tmp_path, op, 2 * x, *weights, epsilon=4.0), 2 * x) == pytest.approx(one, rel=1e-6)
+    assert doubted(one_node(tmp_path, op, x, *weights, epsilon=1e-5), x) > 1.2 * one
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_a_softmax_sums_along_its_axis(tmp_path: Path, axis: int) -> None:
+    x = np.zeros((1, 1024), np.float32) if axis == -1 else np.zeros((1, 1024, 3), np.float32)
+    found = spread_of(one_node(tmp_path, "Softmax", x, axis=axis), x)
+    y = 1 / 1024
+    expected = y * math.hypot(1.5, 1 + ROUNDING * math.sqrt(1024 / 3))
+    assert found.flatten().tolist() == pytest.approx([expected] * x.size, rel=1e-3)
+
+
+def spread_of(path: Path, x: Array, family: str = "", claim: Arithmetic | None = None) -> torch.Tensor:
+    """The model of a network's only node, in unit roundoffs."""
+    graph = Graph(path)
+    oracle, values = Executor(graph, FP64), {"x": torch.from_numpy(x).double()}
+    result = torch.as_tensor(oracle.run_nodes(graph.nodes, values, ["y"])["y"])
+    return spread(oracle, graph.nodes[0], values, result, "y", family, claim)
+
+
+def test_an_enlarged_map_is_off_by_its_slope_times_its_coordinate(tmp_path: Path) -> None:
+    """A ramp of 3 a pixel that reaches 0 at its end, where the coordinate 63 is off by a roundoff of its size."""
+    x = (3 * (np.arange(64, dtype=np.float32) - 63))[None, None, None]
+    scales = np.array([1, 1, 1, 4], np.float32)
+    path = one_node(tmp_path, "Resize", x, np.array([], np.float32), scales, mode="linear")
+    found = spread_of(path, x).flatten()
+    assert float(found[4 * 63]) == pytest.approx(3 * 63, rel=0.05)
+    assert float(found[0]) == pytest.approx(1.5 * 3 * 63, rel=0.05)  # the result's own rounding, no coordinate
+
+
+def test_a_sampled_image_is_off_by_its_slope_wherever_its_coordinates_are_small(tmp_path: Path) -> None:
+    """The coordinate 0 is the middle of the image: it is off by a part of the image, not of itself."""
+    image = np.broadcast_to(np.arange(9, dtype=np.float32) - 4, (1, 1, 9, 9)).copy()
+    net = NetBuilder()
+    net.op("GridSample", net.weight(image), "x", name="y", align_corners=1)
+    grid = np.zeros((1, 16, 16, 2), np.float32)
+    path = net.save(tmp_path / "net.onnx", {"x": (1, list(grid.shape))}, ["y"])
+    found = spread_of(path, grid)
+    assert float(found.square().mean().sqrt()) == pytest.approx(4, rel=0.3)  # 4 pixels, each of slope 1, are half of it
+
+
+# Claims and levels ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("claim", ["tf32", "fp16", "bf16"])
+def test_a_product_is_doubted_by_the_rounding_of_its_operands(tmp_path: Path, claim: str) -> None:
+    rng = np.random.default_rng(0)
+    x, weight = (rng.standard_normal(shape).astype(np.float32) for shape in ((32, 64), (64, 32)))
+    path = one_node(tmp_path, "MatMul", x, weight)
+    exact, rounded = (
+        np.asarray(Executor(Graph(path), arithmetic).run({"x": x})["y"], np.float64)
+        for arithmetic in (FP64, ARITHMETICS[claim])
+    )
+    assert np.linalg.norm(rounded - exact) == pytest.approx(doubted(path, x, claim=ARITHMETICS[claim]), rel=0.25)
+
+
+def test_levels_are_doubted_by_what_lies_between_two(tmp_path: Path) -> None:
+    """0.3 of a level each, whether they are shown as levels or as what they stand for."""
+    net = NetBuilder()
+    scale, zero = net.weight(np.array(0.25, np.float32)), net.weight(np.array(3, np.uint8))
+    levels = net.op("QuantizeLinear", net.op("Neg", "x"), scale, zero, name="levels")
+    net.op("DequantizeLinear", levels, scale, zero, name="y")
+    x = np.random.default_rng(0).standard_normal((1, 400)).astype(np.float32)
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 400])}, ["levels", "y"])
+    assert doubted(path, x, last=2) == pytest.approx(FLIPPED * 20)
+    assert doubted(path, x) == pytest.approx(FLIPPED * 0.25 * 20, rel=1e-3)
+    read = Graph(path)
+    given = {"levels": np.asarray(Executor(read, FP64).run({"x": x})["levels"])}
+    # Levels that were given are nobody's doubt.
+    assert doubt(Executor(read, FP64), read.nodes[2:], given, "y") < 1e-4
+
+
+def test_sizes_are_not_doubted(tmp_path: Path) -> None:
+    """A factor of 2.9999999 would give a map of another size."""
+    net = NetBuilder()
+    factors = net.op("Mul", net.weight(np.array([1, 1, 3, 3], np.float32)), "s", name="factors")
+    net.op("Resize", "x", "", factors, name="y", mode="nearest")
+    inputs = {"x": (1, [1, 1, 4, 4]), "s": (1, [4])}
+    graph = Graph(net.save(tmp_path / "net.onnx", inputs, ["y"]))
+    given = {"x": np.ones((1, 1, 4, 4), np.float32), "s": np.ones(4, np.float32)}
+    assert 0 <= doubt(Executor(graph, FP64), graph.nodes, given, "y") < 1e-4

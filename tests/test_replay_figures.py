@@ -11,7 +11,7 @@ import pytest
 import torch
 from nets import NetBuilder
 
-from cp_debug.backends.arithmetic import FP64
+from cp_debug.backends.arithmetic import ARITHMETICS, FP64
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.consequences import difference, matters
 from cp_debug.bisect.range_loss import storage_loss
@@ -209,3 +209,133 @@ def test_the_nodes_without_a_kernel_are_those_of_the_tests_claim(tmp_path: Path)
         replayer = Replayer(graph, precisions, "fp64", {"mel", "n", "y"})
         with_figures = dict(replayer.layers(ones.__getitem__, ones.__getitem__))
         assert {n: r.not_emulated for n, r in with_figures.items()} == {"mel": unknown, "n": (), "y": ()}
+
+
+# Emulated tests -----------------------------------------------------------------------------------------------------
+
+
+def test_an_emulated_layer_introduces_what_it_rounds_and_nothing_where_it_only_chooses(tmp_path: Path) -> None:
+    """In FP16 the emulation rounds inputs, constants and new results; the larger of two of its own values is one."""
+    net = NetBuilder()
+    net.op("Neg", "x", name="n")
+    net.op("Mul", "n", "n", name="product")
+    net.op("Max", "n", "product", name="larger")
+    net.op("Max", "n", constant(net, 0.1), name="bounded")
+    net.op("Relu", "x", name="relu")
+    names = ["larger", "bounded", "relu"]
+    graph = saved(tmp_path, net, [1, 64], *names)
+    x = np.linspace(-2, 2, 64, dtype=np.float32)[None] / 3
+    reference: Values = {"x": x, "n": -x, "product": x * x, "larger": np.maximum(-x, x * x)}
+    reference |= {"bounded": np.maximum(-x, np.float32(0.1)), "relu": np.maximum(x, 0)}
+    test: Values = {"x": x}
+    Executor(graph, ARITHMETICS["fp16"]).run({"x": x}, lambda name, t: test.update({name: np.asarray(t)}))
+    found = replays(graph, reference, test, "fp16", oracle="fp32", emulated=True)
+    assert found["larger"].introduced == 0
+    from_oracle = {
+        "product": test["n"] * test["n"],
+        "bounded": np.maximum(test["n"], np.float32(0.1)),
+        "relu": reference["relu"],
+    }
+    for name, exact in from_oracle.items():
+        off = np.linalg.norm((test[name] - exact).astype(np.float64)) / np.linalg.norm(exact.astype(np.float64))
+        assert off > 0
+        assert found[name].introduced == pytest.approx(off, rel=1e-6), name
+        assert 0 < found[name].excess <= 1, name
+
+
+def test_an_emulated_file_introduces_what_its_own_narrow_types_round(tmp_path: Path) -> None:
+    """In FP32, but for a value that the file itself holds in FP16."""
+    net = NetBuilder()
+    net.op("Neg", "x", name="n")
+    net.op("Abs", "n", name="y")
+    graph = saved(tmp_path, net, [1, 64], "y")
+    x = np.linspace(1, 2, 64, dtype=np.float32)[None] / 3
+    half = x.astype(np.float16).astype(np.float32)
+    test: Values = {"x": x, "n": -half, "y": half}
+    found = replays(
+        graph, {"x": x, "n": -x, "y": x}, test, oracle="fp32", emulated=True, narrow=({}, {"n": "fp16"})
+    )  # fmt: skip
+    assert found["n"].introduced == pytest.approx(np.linalg.norm(half - x) / np.linalg.norm(x), rel=1e-4)
+    assert found["y"].introduced == 0
+
+
+# Several inputs -----------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_amplifies_what_all_its_inputs_together_are_off_by(tmp_path: Path) -> None:
+    """‖(3, 4)‖ on ‖(30, 40)‖ is a tenth; the difference of the two is off by 7 on 10: sevenfold."""
+    net = NetBuilder()
+    net.op("Neg", "x", name="a")
+    net.op("Abs", "x", name="b")
+    net.op("Sub", "a", "b", name="y")
+    graph = saved(tmp_path, net, [1, 1], "y")
+    one = np.ones((1, 1), np.float32)
+    reference: Values = {"x": one, "a": 40 * one, "b": 30 * one, "y": 10 * one}
+    test: Values = {"x": one, "a": 44 * one, "b": 27 * one, "y": 17 * one}
+    found = replays(graph, reference, test)["y"]
+    assert found.inherited == pytest.approx(0.7)
+    assert found.amplification == pytest.approx(7)
+    assert found.introduced == 0
+    assert found.nodes == ("node_y",)
+    assert found.precision == "fp32"
+
+
+def test_what_an_input_is_off_by_is_taken_from_the_comparison_only_where_it_is_alone(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Neg", "x", name="a")
+    net.op("Neg", "a", name="b")
+    net.op("Sub", "a", "b", name="y")
+    graph = saved(tmp_path, net, [1, 1], "y")
+    one = np.ones((1, 1), np.float32)
+    reference: Values = {"x": one, "a": -one, "b": one, "y": -2 * one}
+    test: Values = {"x": one, "a": -1.5 * one, "b": 1.5 * one, "y": -3 * one}
+    replayer = Replayer(graph, ("fp32", "fp32"), "fp64", {"a", "b", "y"})
+    found = dict(replayer.layers(reference.__getitem__, test.__getitem__, {"a": 0.25, "b": 0.25}))
+    assert found["b"].amplification == pytest.approx(0.5 / 0.25)  # as it was told
+    assert found["y"].amplification == pytest.approx(1)  # of both inputs, computed
+
+
+@pytest.mark.parametrize(("op", "weight", "terms"), [("MatMul", (64, 9), 64), ("Conv", (6, 16, 1, 1), 16)])
+def test_the_oracle_itself_is_off_by_the_root_of_its_terms(
+    tmp_path: Path, op: str, weight: tuple[int, ...], terms: int
+) -> None:
+    net = NetBuilder()
+    net.op(op, "x", net.weight(np.ones(weight, np.float32)), name="y")
+    shape = [1, 64] if op == "MatMul" else [1, 16, 2, 2]
+    graph = saved(tmp_path, net, shape, "y")
+    x = np.ones(shape, np.float32)
+    y = np.full((1, 9) if op == "MatMul" else (1, 6, 2, 2), float(terms), np.float32)
+    for oracle, roundoff in (("fp32", U), ("fp64", 2.0**-53)):
+        found = replays(graph, {"x": x, "y": y}, {"x": x, "y": y}, oracle=oracle)["y"]
+        assert found.oracle_error == pytest.approx(roundoff * math.sqrt(terms))
+
+
+def test_the_introduced_error_is_the_test_less_the_oracle(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Neg", "x", name="y")
+    net.op("Cast", net.op("Neg", "x", name="n"), name="whole", to=7)
+    graph = saved(tmp_path, net, [1, 2], "y", "whole")
+    test: Values = {"x": np.array([[1, 2]], np.float32), "y": np.array([[-1, -1.5]], np.float32)}
+    test |= {"n": np.array([[-1, -2]], np.float32), "whole": np.array([[2, -2]], np.int64)}
+    replayer = Replayer(graph, ("fp32", "fp32"), "fp64", set(test) - {"x"})
+    for name, error, exact in (("y", [0, 0.5], [-1, -2]), ("whole", [3, 0], [-1, -2])):
+        introduced, oracle = replayer.introduced(name, test.__getitem__)
+        assert introduced.tolist() == [error]
+        assert oracle.tolist() == [exact]
+
+
+def test_an_input_that_glue_made_is_held_against_the_right_one(tmp_path: Path) -> None:
+    """The test's input is off by 0.5 on 5 of what its glue should have made, and that by 5 on 10 of the reference's;
+    FP16 held in the program allows for its own rounding."""
+    net = NetBuilder()
+    net.op("Neg", "x", name="y")
+    graph = saved(tmp_path, net, [1, 2], "y")
+    exact, test = np.array([[3, 4]], np.float32), np.array([[3, 4.5]], np.float32)
+    reference = np.array([[6, 8]], np.float32)
+    for narrow, roundoff in (({}, 2.0**-24), ({"x": "fp16"}, 2.0**-11)):
+        replayer = Replayer(graph, ("bf16", "fp32"), "fp64", {"y"}, narrow=({}, narrow))
+        found = replayer.given("x", exact, {"x": reference}.__getitem__, {"x": test}.__getitem__)
+        assert found.introduced == pytest.approx(0.1)
+        assert found.inherited == pytest.approx(0.5)
+        assert found.expected == pytest.approx(roundoff / 2)
+        assert found.amplification is None

@@ -136,7 +136,7 @@ def _terms(node: Node, inputs: Mapping[str, Tensor], result: Tensor) -> float:
     if node.op == "Einsum":
         return _contracted(node, inputs)
     if node.op == "CumSum":
-        return max(first.shape, default=1)
+        return first.shape[int(inputs[node.inputs[1]])] if first.dim() else 1
     if node.op == "AveragePool":
         return math.prod(next((a.ints for a in node.proto.attribute if a.name == "kernel_shape"), [1]))
     return first.numel() / elements

@@ -1,8 +1,15 @@
-"""A process that has imported the heavy packages, and forks to run tests: a line of JSON in, a line of JSON out."""
+"""A process that forks to run tests: a line of JSON in, a line of JSON out.
+
+``forks.py --import PACKAGES`` has imported the heavy packages; each fork collects its tests itself. ``forks.py
+--collect FILES`` has collected the quick tests of these files; each fork gives the functions of a changed file their
+new code and runs the tests, which takes as long as the tests alone.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import importlib
 import json
 import os
@@ -10,65 +17,128 @@ import signal
 import sys
 import tempfile
 import time
-from typing import Any
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+QUICK = "not slow and not gpu and not mmdet3d"
 
 
 class Noted:
-    """pytest plug-in that notes the first test that failed, and the seconds of each."""
+    """pytest plug-in that notes the first test that failed, the seconds of each, and ends when the time is over."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
         self.test = ""
         self.durations: dict[str, float] = {}
+        self.over = False
+        self._end = time.monotonic() + seconds
+
+    def pytest_runtest_setup(self, item: Any) -> None:
+        """End before the first test that begins too late."""
+        import pytest
+
+        if time.monotonic() > self._end:
+            self.over = True
+            pytest.exit("the time is over", returncode=0)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        """Note a test's outcome."""
         self.durations[report.nodeid] = round(self.durations.get(report.nodeid, 0.0) + report.duration, 3)
         if report.failed and not self.test:
             self.test = report.nodeid
 
     def pytest_collectreport(self, report: Any) -> None:
+        """Note a file that cannot be collected."""
         if report.failed and not self.test:
             self.test = f"collection of {report.nodeid}"
 
 
-def child(arguments: list[str], seconds: float, answer: int) -> None:
-    """Run pytest with ``arguments`` until it ends or the time is over."""
+def collect_and_run(asked: dict[str, Any]) -> dict[str, Any]:
+    """Run pytest with ``asked["arguments"]`` until it ends or the time is over."""
     import pytest
 
-    os.setsid()
-    with open(os.devnull, "w") as nowhere:  # noqa: PTH123, for the file descriptor
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
-    noted, end = Noted(), time.monotonic() + seconds
-
-    class Limit:
-        def pytest_runtest_setup(self, item: Any) -> None:
-            if time.monotonic() > end:
-                pytest.exit("the time is over", returncode=0)
-
-    code = int(pytest.main(["-q", "-p", "no:cacheprovider", *arguments], plugins=[noted, Limit()]))
+    noted = Noted(asked["seconds"])
+    code = int(pytest.main(["-q", "-p", "no:cacheprovider", *asked["arguments"]], plugins=[noted]))
     # 4: a test of the list is not there, as where the mutant takes a parameter away. 5: none is.
-    outcome = "survived" if code == 0 else "killed"
-    told = {"outcome": outcome, "by": noted.test or f"exit code {code}", "durations": noted.durations}
-    os.write(answer, json.dumps(told).encode())
-    os._exit(0)
+    outcome = ("undecided" if noted.over else "survived") if code == 0 else "killed"
+    return {"outcome": outcome, "by": noted.test or f"exit code {code}", "durations": noted.durations}
 
 
-def main() -> None:
-    """Import, then serve."""
-    for name in sys.argv[1].split(","):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+class Collected:
+    """pytest plug-in that serves in place of running what was collected."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._items: dict[str, Any] = {}
+
+    def pytest_runtestloop(self, session: Any) -> bool:
+        """Serve until the input ends."""
+        self._items = {item.nodeid: item for item in session.items}
+        serve(self._run, self._out)
+        return True
+
+    def _run(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Run ``asked["tests"]`` with the source ``asked["changed"]`` of the file ``asked["path"]``."""
+        import pytest
+
+        if "changed" in asked:
+            renew(asked["path"], asked["changed"])
+        items = [self._items[t] for t in asked["tests"] if t in self._items]
+        if not items:
+            return {"outcome": "untested", "by": "", "durations": {}}
+        noted = Noted(asked["seconds"])
+        items[0].config.pluginmanager.register(noted)
+        with contextlib.suppress(pytest.exit.Exception):
+            for item, after in zip(items, [*items[1:], None], strict=True):
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+                if noted.test:
+                    break
+        outcome = "killed" if noted.test else "undecided" if noted.over else "survived"
+        return {"outcome": outcome, "by": noted.test, "durations": noted.durations}
+
+
+def renew(path: str, changed: str) -> None:
+    """Give every function of the file ``path`` its code from the source ``changed``, and empty what they remember.
+
+    Functions that ``changed`` has under the same name at the same line are renewed, those that stand in others when the
+    others run again. What ran when the module was imported is as it was.
+    """
+    new = {(c.co_qualname, c.co_firstlineno): c for c in _codes(compile(changed, path, "exec"))}
+    for found in gc.get_objects():
+        if isinstance(found, functools._lru_cache_wrapper) and str(found.__module__).startswith("cp_debug"):
+            found.cache_clear()
+        elif isinstance(found, types.FunctionType) and found.__code__.co_filename == path:
+            code = new.get((found.__code__.co_qualname, found.__code__.co_firstlineno))
+            if code is not None and code.co_freevars == found.__code__.co_freevars:
+                found.__code__ = code
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _codes(inner)
+
+
+def serve(run: Callable[[dict[str, Any]], dict[str, Any]], out: TextIO) -> None:
+    """Answer each line of the standard input by ``run`` in a fork."""
     for line in sys.stdin:
         asked = json.loads(line)
         with tempfile.TemporaryFile() as answer:
             process = os.fork()
             if not process:
-                child(asked["arguments"], asked["seconds"], answer.fileno())
+                os.setsid()
+                with Path(os.devnull).open("w") as nowhere:
+                    os.dup2(nowhere.fileno(), 1)
+                    os.dup2(nowhere.fileno(), 2)
+                os.write(answer.fileno(), json.dumps(run(asked)).encode())
+                os._exit(0)
             hung = _hangs(process, 2 * asked["seconds"] + 30)
             answer.seek(0)
             told = answer.read().decode()
         ended = {"outcome": "hung" if hung else "killed", "by": "" if hung else "ended", "durations": {}}
-        print(told if told and not hung else json.dumps(ended), flush=True)
+        print(told if told and not hung else json.dumps(ended), file=out, flush=True)
 
 
 def _hangs(process: int, seconds: float) -> bool:
@@ -82,6 +152,24 @@ def _hangs(process: int, seconds: float) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+def main() -> None:
+    """Import or collect, then serve."""
+    import pytest
+
+    what, *names = sys.argv[1:]
+    out = os.fdopen(os.dup(1), "w")
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    if what == "--import":
+        for name in names:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+        serve(collect_and_run, out)
+    else:
+        arguments = ["-q", "-s", "-p", "no:cacheprovider", "-m", QUICK, *names]
+        pytest.main(arguments, plugins=[Collected(out)])
 
 
 if __name__ == "__main__":

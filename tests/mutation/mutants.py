@@ -4,10 +4,13 @@ Usage: ``python tests/mutation/mutants.py --minutes 60 --seed 0 --out mutants.js
 
 cosmic-ray makes the changes. Which tests run a line is told by coverage with a context for each test, measured once for
 each file of quick tests and kept as each file ends, so that a measurement that was stopped goes on where it stood.
-Each worker has its own copy of the tree and a process that has imported the heavy packages; the tests of a mutant run
-in a fork of it, the quickest first, until one fails or ``--limit`` seconds are over. A survivor that
-``equivalent.toml`` lists, with the reason, does not count. Each outcome is a line of ``--out``, written when it is
-known; a run with the same seed leaves out the mutants that stand there.
+Each worker has its own copy of the tree and two processes: one has collected the tests, and its forks renew the
+functions of the changed file; one has imported the heavy packages only, for changes of what runs at import. The tests
+of a mutant run in a fork, the quickest first, where files that are named after its module or import it count as 8
+times quicker, until one fails or ``--limit`` seconds are over; then it is undecided, and ``--again`` judges it once
+more. A survivor that ``equivalent.toml`` lists, with the reason, does not count. Mutants are drawn so that every
+definition has one before any has two. Each outcome is a line of ``--out``, written when it is known; a run with the
+same seed leaves out the mutants that stand there.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import argparse
 import ast
 import contextlib
 import json
+import math
 import os
 import queue
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -34,6 +39,8 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+from forks import QUICK
 
 try:
     import tomllib
@@ -59,11 +66,12 @@ OPERATORS = (
     "AddNot", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ReplaceAndWithOr", "ReplaceOrWithAnd",
     "ReplaceContinueWithBreak", "NumberReplacer", "ZeroIterationForLoop",
 )  # fmt: skip
+COSMETIC = ("frozen", "repr", "strict", "costly")
+"""Arguments that say how code may be used or how long it takes, not what comes out: they are not changed."""
 PRELOADED = (
     "numpy,torch,torch.export,torch.onnx,torch.fx,onnx,onnx.reference,onnxruntime,onnxruntime.quantization,onnxscript,"
     "numba,scipy.stats,pandas,pydantic,cattrs,jinja2,rich.console,typer,yaml,pytest,hypothesis,safetensors"
 )
-QUICK = "not slow and not gpu and not mmdet3d"
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ class Mutant:
 
 @dataclass
 class Outcome:
-    """What became of a mutant: ``killed``, ``hung``, ``survived``, ``untested`` or ``equivalent``."""
+    """What became of a mutant: ``killed``, ``hung``, ``survived``, ``undecided``, ``untested`` or ``equivalent``."""
 
     mutant: Mutant
     outcome: str
@@ -115,6 +123,9 @@ def _unread(path: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         notes = [getattr(node, "annotation", None), getattr(node, "returns", None)]
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             notes.append(node)
+        notes += [k.value for k in getattr(node, "keywords", ()) if k.arg in COSMETIC]
+        if isinstance(node, ast.BinOp) and isinstance(node.right, ast.Constant) and node.right.value is None:
+            notes.append(node)  # the type of an alias
         spans += [
             ((n.lineno, n.col_offset), (n.end_lineno or n.lineno, n.end_col_offset or 0))
             for n in notes
@@ -129,7 +140,9 @@ class Affected:
     def __init__(self, folder: Path) -> None:
         """Read what ``Worker.measure`` left in ``folder``."""
         self._tests: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))  # path → line → tests
+        self._imported: dict[str, set[int]] = defaultdict(set)  # path → lines
         self._durations: dict[str, float] = {}
+        self._near: dict[tuple[str, str], bool] = {}
         for log in sorted(folder.glob("*.json")):
             self._durations.update(json.loads(log.read_text(encoding="utf-8")))
             self._read(log.with_suffix(".db"))
@@ -140,22 +153,46 @@ class Affected:
         with contextlib.closing(sqlite3.connect(coverage)) as db:
             rows = db.execute(
                 "select path, context, numbits from line_bits join file on file.id = file_id "
-                "join context on context.id = context_id where context != ''"
+                "join context on context.id = context_id"
             )
             for path, context, bits in rows:
-                lines = self._tests[_inside(path)]
+                lines, imported = self._tests[_inside(path)], self._imported[_inside(path)]
                 for n in range(8 * len(bits)):
                     if bits[n // 8] >> (n % 8) & 1:
-                        lines[n].add(context.rpartition("|")[0])
+                        if context:
+                            lines[n].add(context.rpartition("|")[0])
+                        else:
+                            imported.add(n)
+
+    def at_import(self, path: str, lines: tuple[int, int]) -> bool:
+        """Whether one of the lines runs when its module is imported or tests are collected."""
+        return any(n in self._imported[path] for n in range(lines[0], lines[1] + 1))
 
     def __call__(self, path: str, lines: tuple[int, int], definition: str) -> list[str]:
-        """Tests that run one of the lines, the quickest first; for a line that runs at import, those that run any line
-        of the file."""
+        """Tests that run one of the lines; for a line that runs at import, those that run any line of the file.
+
+        The quickest first, each file's together; those of files that concern the module count as 8 times quicker.
+        """
         of_file = self._tests.get(path, {})
         names = set().union(*(of_file.get(n, ()) for n in range(lines[0], lines[1] + 1)))
         if not names and not definition:
             names = set().union(*of_file.values())
-        return sorted(names, key=lambda name: (self._durations.get(name, 1.0), name))
+        return sorted(names, key=lambda name: self._rank(path, name))
+
+    def _rank(self, path: str, test: str) -> tuple[int, str, float, str]:
+        file, seconds = test.partition("::")[0], self._durations.get(test, 1.0)
+        return math.ceil(math.log2(seconds + 0.1)) - 3 * self._is_near(path, file), file, seconds, test
+
+    def _is_near(self, path: str, file: str) -> bool:
+        """Whether a file of tests is named after the module, or imports it."""
+        if (path, file) not in self._near:
+            module, text = Path(path).with_suffix(""), (ROOT / file).read_text(encoding="utf-8")
+            package = f"from {'.'.join(module.parts[:-1])} import "
+            imports = re.search(
+                rf"{re.escape('.'.join(module.parts))}\b|{re.escape(package)}[^\n]*\b{module.name}\b", text
+            )
+            self._near[path, file] = Path(file).stem == f"test_{module.name}" or imports is not None
+        return self._near[path, file]
 
 
 def _inside(path: str) -> str:
@@ -174,10 +211,18 @@ class Worker:
         shared = ROOT.parent / "shared"
         if shared.exists() and not (folder.parent / "shared").exists():
             (folder.parent / "shared").symlink_to(shared.resolve())
-        environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-        self._server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("forks.py")), PRELOADED],
-            cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        self._imported = self._server("--import", *PRELOADED.split(","))
+        self._collected = self._imported
+
+    def collect(self, files: list[str]) -> None:
+        """Start the process that has collected the quick tests of these files."""
+        self._collected = self._server("--collect", *files)
+
+    def _server(self, *arguments: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, "PYTHONPATH": str(self._tree), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("forks.py")), *arguments],
+            cwd=self._tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def measure(self, tests: str, folder: Path) -> None:
@@ -187,19 +232,28 @@ class Worker:
         settings = self._tree.parent / "coverage.rc"
         settings.write_text(f"[run]\nsource = cp_debug\ndata_file = {log.with_suffix('.db')}\n", encoding="utf-8")
         cover = ["--cov", f"--cov-config={settings}", "--cov-context=test", "--cov-report="]
-        answer = self._ask(["-m", QUICK, *cover, tests], 600)
+        answer = self._ask(self._imported, {"arguments": ["-m", QUICK, *cover, tests], "seconds": 600})
         _replace(log, json.dumps(answer["durations"]))
 
-    def run(self, tests: list[str], seconds: float) -> tuple[str, str]:
-        """(``killed``, ``hung`` or ``survived``, the test that failed)."""
-        answer = self._ask(["-x", "-m", "", *tests], seconds)
+    def run(self, mutant: Mutant, changed: str, tests: list[str], seconds: float, fresh: bool) -> tuple[str, str]:
+        """(``killed``, ``hung``, ``survived`` or ``undecided``, the test that failed).
+
+        ``fresh``: the change tells when its module is imported.
+        """
+        path = self._tree / mutant.path
+        if fresh or "numba" in changed:
+            asked: dict[str, Any] = {"arguments": ["-x", "-m", "", *tests], "seconds": seconds}
+            answer = self._ask(self._imported, asked)
+        else:
+            asked = {"path": str(path), "changed": changed, "tests": tests, "seconds": seconds}
+            answer = self._ask(self._collected, asked)
         return answer["outcome"], answer["by"]
 
-    def _ask(self, arguments: list[str], seconds: float) -> dict[str, Any]:
-        assert self._server.stdin
-        assert self._server.stdout
-        print(json.dumps({"arguments": arguments, "seconds": seconds}), file=self._server.stdin, flush=True)
-        answer: dict[str, Any] = json.loads(self._server.stdout.readline())
+    def _ask(self, server: subprocess.Popen[str], asked: dict[str, Any]) -> dict[str, Any]:
+        assert server.stdin
+        assert server.stdout
+        print(json.dumps(asked), file=server.stdin, flush=True)
+        answer: dict[str, Any] = json.loads(server.stdout.readline())
         return answer
 
     def judge(self, mutant: Mutant, affected: Affected, limit: float) -> Outcome:
@@ -217,13 +271,14 @@ class Worker:
         outcome = Outcome(mutant, "untested", before, after)
         if not tests:
             return outcome
+        fresh = affected.at_import(mutant.path, mutant.lines)
         begun = time.monotonic()
         while True:
             tests = [t for t in tests if t not in self._broken]
             _forget(path)
             path.write_text(changed, encoding="utf-8")
             try:
-                outcome.outcome, outcome.by = self.run(tests, limit)
+                outcome.outcome, outcome.by = self.run(mutant, changed, tests, limit, fresh)
             finally:
                 path.write_text(source, encoding="utf-8")
                 os.utime(path, ns=(written.st_atime_ns, written.st_mtime_ns))
@@ -236,14 +291,17 @@ class Worker:
 
     def _passes(self, test: str, limit: float) -> bool:
         """Whether a test passes in this copy of the tree as it is."""
-        if test not in self._sound and self.run([test], limit)[0] == "survived":
-            self._sound.add(test)
+        if test not in self._sound:
+            answer = self._ask(self._collected, {"arguments": [test], "tests": [test], "seconds": limit})
+            if answer["outcome"] == "survived":
+                self._sound.add(test)
         return test in self._sound
 
     def close(self) -> None:
-        """End the process."""
-        self._server.send_signal(signal.SIGTERM)
-        self._server.wait()
+        """End the processes."""
+        for server in {self._imported, self._collected}:
+            server.send_signal(signal.SIGTERM)
+            server.wait()
 
 
 def _forget(path: Path) -> None:
@@ -266,14 +324,20 @@ def equivalents() -> dict[tuple[str, str, str], str]:
 
 
 def chosen(only: str | None, where: str, seed: int) -> list[Mutant]:
-    """All mutants, shuffled: three of the verdict's path for two of elsewhere."""
+    """All mutants, shuffled, one of each definition before any second; three here to two elsewhere."""
     rng = random.Random(seed)
     pools = []
     for patterns in (VERDICT if where != "elsewhere" else (), ELSEWHERE if where != "verdict" else ()):
         paths = sorted(p for p in (ROOT / "cp_debug").rglob("*.py") if _matches(p, patterns, only))
         pool = [m for path in paths for m in mutants(path)]
         rng.shuffle(pool)
-        pools.append(pool)
+        taken: Counter[tuple[str, str]] = Counter()
+        turns = []
+        for mutant in pool:
+            taken[mutant.path, mutant.definition] += 1
+            turns.append((taken[mutant.path, mutant.definition], mutant))
+        turns.sort(key=lambda turn: -turn[0])  # the last is the first that is drawn
+        pools.append([mutant for _, mutant in turns])
     mixed: list[Mutant] = []
     while any(pools):
         for pool, count in zip(pools, (3, 2), strict=True):
@@ -294,14 +358,14 @@ def report(outcomes: list[Outcome]) -> str:
         verdict = any(fnmatch(path, p) for p in VERDICT)
         for name in (f"  {'/'.join(path.split('/')[1:-1])}", "the verdict's path" if verdict else "elsewhere"):
             rows[name][each.outcome] += 1
-    lines = [f"{'':32} killed  hung  survived  untested  equivalent  caught"]
+    lines = [f"{'':32} killed  hung  survived  undecided  untested  equivalent  caught"]
     for name in sorted(rows):
         row = rows[name]
         judged = sum(row.values()) - row["equivalent"]
         caught = f"{(row['killed'] + row['hung']) / judged:7.1%}" if judged else "      -"
         lines.append(
-            f"{name:32} {row['killed']:6} {row['hung']:5} {row['survived']:9} {row['untested']:9} "
-            f"{row['equivalent']:11} {caught}"
+            f"{name:32} {row['killed']:6} {row['hung']:5} {row['survived']:9} {row['undecided']:10} "
+            f"{row['untested']:9} {row['equivalent']:11} {caught}"
         )
     return "\n".join(lines)
 
@@ -311,12 +375,13 @@ def finished(path: Path, seed: int) -> list[Outcome]:
     if not path.exists():
         return []
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    found = []
+    found = {}
     for row in rows:
         if row.pop("seed") == seed:
             m = row.pop("mutant")
-            found.append(Outcome(Mutant(**{**m, "lines": tuple(m["lines"])}), **row))
-    return found
+            mutant = Mutant(**{**m, "lines": tuple(m["lines"])})
+            found[mutant] = Outcome(mutant, **row)  # the last counts
+    return list(found.values())
 
 
 def main() -> None:
@@ -329,12 +394,15 @@ def main() -> None:
     parser.add_argument("--where", choices=("verdict", "elsewhere", "both"), default="both")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--limit", type=float, default=90, help="seconds of tests for one mutant")
+    parser.add_argument("--again", action="append", help="judge those with this outcome once more: undecided")
     parser.add_argument("--tests", action="append", help="pattern of test files to use: 'tests/test_replay.py'")
     parser.add_argument("--coverage", type=Path, default=ROOT / ".mutants" / "coverage")
     parser.add_argument("--out", type=Path, default=ROOT / ".mutants" / "mutants.jsonl")
     parser.add_argument("--table", type=Path, help="write the table of outcomes here, too")
     given = parser.parse_args()
     known, outcomes, lock = equivalents(), finished(given.out, given.seed), threading.Lock()
+    if given.again:
+        outcomes = [o for o in outcomes if o.outcome not in given.again]
     unmeasured: queue.SimpleQueue[str] = queue.SimpleQueue()
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         name = str(path.relative_to(ROOT))
@@ -360,7 +428,10 @@ def main() -> None:
         while time.monotonic() < end and not waiting.empty():
             outcome = worker.judge(waiting.get(), affected, given.limit)
             m = outcome.mutant
-            if outcome.outcome in ("survived", "untested") and (m.path, outcome.before, outcome.after) in known:
+            if (
+                outcome.outcome in ("survived", "undecided", "untested")
+                and (m.path, outcome.before, outcome.after) in known
+            ):
                 outcome.outcome, outcome.by = "equivalent", known[m.path, outcome.before, outcome.after]
             with lock, given.out.open("a", encoding="utf-8") as out:
                 outcomes.append(outcome)
@@ -372,6 +443,9 @@ def main() -> None:
         try:
             with ThreadPoolExecutor(given.workers) as pool:
                 list(pool.map(measuring, workers))
+                collected = [f"tests/{log.stem[6:]}" for log in sorted(given.coverage.glob("*.json"))]
+                for worker in workers:
+                    worker.collect([name for name in collected if (ROOT / name).exists()])
                 affected, end = Affected(given.coverage), time.monotonic() + 60 * given.minutes
                 list(pool.map(working, workers))
         finally:
