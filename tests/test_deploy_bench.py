@@ -19,7 +19,7 @@ from cp_debug.backends.build_info import BuildInfo
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.tensorrt.prebuilt import PrebuiltBackend
-from cp_debug.deploy.bench import timer_of
+from cp_debug.deploy.bench import Latency, timer_of
 from cp_debug.deploy.engines import MANIFEST, build_engines, check_engines
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
@@ -41,6 +41,11 @@ def test_bench_times_every_part_of_every_backend(tmp_path: Path) -> None:
         assert backend["memory_mib"] >= 0
 
 
+def test_latencies_are_told_in_milliseconds() -> None:
+    figures = Latency("net", [k / 1000 for k in range(101)]).figures()
+    assert figures == pytest.approx({"mean": 50, "p50": 50, "p95": 95, "p99": 99})
+
+
 def test_bench_of_nothing_is_refused() -> None:
     code, text = run("bench", "-b", " ,")
     assert code == 2
@@ -56,11 +61,11 @@ def test_a_session_in_another_process_is_asked_for_its_time() -> None:
             return {"y": inputs["x"]}
 
         def timings(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
-            return [0.25] * repeats
+            return [9.0, 0.5, 0.25][:repeats]
 
     timer = timer_of(Elsewhere(), 3)  # type: ignore[arg-type]
     inputs = {"x": np.ones(2)}
-    assert [timer(inputs)[1] for _ in range(3)] == [0.25] * 3
+    assert [timer(inputs)[1] for _ in range(3)] == [9.0, 0.5, 0.25]  # the first is the one that warms up
     assert len(runs) == 1
 
 
