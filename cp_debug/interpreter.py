@@ -35,13 +35,27 @@ LINE = 1 << 16
 """Number of bytes of output taken at once, and about the longest line that is taken as one."""
 OLDEST = (3, 8)
 
-_EVENTS: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "log": {"text": str},
-    "progress": {"phase": str, "done": (int, float), "steps": (int, float)},
-    "step": {"command": str},
+_LARGEST = 1 << 53
+"""Largest number that a progress event may hold."""
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= _LARGEST  # nor is NaN
+
+
+_EVENTS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "log": {"text": _is_text},
+    "progress": {"phase": _is_text, "done": _is_number, "steps": _is_number},
+    "step": {"command": _is_text},
     "done": {},
 }
 """Event → fields that it must have; a line that lacks one is output."""
+_LAYERS = ("layer", "layers")
+"""Fields that a progress event may have besides: whole numbers."""
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 """Takes ``{"event": "log" | "progress" | "step" | "output", …}`` as the script sends them."""
@@ -222,8 +236,8 @@ def _event(line: str) -> dict[str, Any]:
     """A line of the protocol, or what a library printed."""
     try:
         event = json.loads(line)
-        field_types = _EVENTS[event["event"]]
-        if all(isinstance(event[field], kind) for field, kind in field_types.items()):
+        fits = all(check(event[field]) for field, check in _EVENTS[event["event"]].items())
+        if fits and all(event.get(field) is None or _is_number(event[field]) for field in _LAYERS):
             return event
     except (ValueError, TypeError, KeyError, RecursionError):
         pass

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, distributions, entry_points
 from typing import Any
 
 from cp_debug.errors import CpdebugError, InputError, in_one_line
@@ -108,12 +108,28 @@ def names(group: str) -> dict[str, Plugin]:
     declared: dict[str, list[Plugin]] = {}
     for name, target in BUILT_IN.get(group, {}).items():
         declared.setdefault(name, []).append(Plugin(group, name, target))
-    for entry in sorted(entry_points(group=group), key=lambda each: (each.name, _distribution(each))):
+    for entry in sorted(_declared(group), key=lambda each: (each.name, _distribution(each))):
         declared.setdefault(entry.name, []).append(_plugin(group, entry))
     return {
         name: Plugin(group, name, first.target, first.distribution, first.summary, [r.distribution for r in rivals])
         for name, (first, *rivals) in declared.items()
     }
+
+
+def _declared(group: str) -> Iterator[EntryPoint]:
+    """Entry points of all distributions but those whose own file of them cannot be read: theirs are nobody's."""
+    try:
+        yield from entry_points(group=group)
+    except (TypeError, ValueError):  # Python reads all in one, and gives up
+        seen: set[str] = set()
+        for distribution in distributions():
+            try:
+                entries, name = distribution.entry_points, distribution.name
+            except (TypeError, ValueError):
+                continue
+            if name not in seen:  # the first on the path, as when it is imported
+                yield from entries.select(group=group)
+            seen.add(name)
 
 
 def find(group: str, name: str) -> Plugin | None:

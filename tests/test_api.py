@@ -175,6 +175,8 @@ def test_arguments_of_other_types_are_refused_by_name(
     "call",
     [
         lambda: cp_debug.open_result(None),
+        lambda: cp_debug.Capture.open({}),
+        lambda: cp_debug.compare_tensors({3: np.ones(2)}, {3: np.ones(2)}),
         lambda: cp_debug.diff_results("kept", "kept-today"),
         lambda: cp_debug.compare(torch.ones(2).to_sparse(), torch.ones(2)),
         lambda: cp_debug.compare(None, np.ones(2)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -17,7 +18,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import insert_qdq, quantizable, weight_axis
 from cp_debug.quantization.histogram import METHODS
-from cp_debug.quantization.onnx_ptq import calibrate_graph
+from cp_debug.quantization.onnx_ptq import GraphCalibration, calibrate_graph
 
 SHAPE = (2, 16, 16, 16)
 
@@ -75,6 +76,13 @@ def test_every_method_quantizes_well(tmp_path: Path, graph: Graph, method: str) 
     (other,) = samples(1, seed=9)
     exact, found = values(graph, other)["logits"], values(made, other)["logits"]
     assert 20 * np.log10(np.linalg.norm(exact) / np.linalg.norm(found - exact)) > 20
+
+
+def test_values_of_types_that_only_torch_has_are_counted(graph: Graph) -> None:
+    calibration = GraphCalibration(graph)
+    for name in sorted(calibration.watched):
+        calibration.see(name, np.full((1, 4), -3.0, ml_dtypes.bfloat16))
+    assert {layer.input for layer in calibration.scales().layers.values()} == {3.0}
 
 
 def test_skipped_layers_have_no_scales(graph: Graph) -> None:

@@ -73,6 +73,12 @@ def test_the_example_s_recipe_and_backend_are_bisected(example: Path, tmp_path: 
     assert "cpdebug-example 1.0" in " ".join(out.split())
 
 
+def test_a_distribution_whose_entry_points_cannot_be_read_hides_no_other(example: Path) -> None:
+    install(example, "torn", {})
+    (example / "torn-1.0.dist-info" / "entry_points.txt").write_text("[console_scripts]\nno equals sign\n")
+    assert [plugin.name for plugin in plugins.others(plugins.BACKENDS)] == ["onnxref"]
+
+
 def test_the_example_says_what_it_lacks(example: Path) -> None:
     with pytest.raises(InputError, match="there is no 'huge'; expected one of small, wide"):
         load_model("example:huge")

@@ -107,6 +107,17 @@ def test_garbage_is_no_result(tmp_path: Path, line: str) -> None:
         RunnerClient(interpreter(tmp_path, line)).execute(STEPS)
 
 
+@pytest.mark.parametrize(
+    "fields", ['"layer": "\\u001b[2J"', '"layers": [1]', '"done": NaN', '"steps": 1e400', '"done": 1e99']
+)
+def test_progress_in_numbers_that_no_bar_can_show_is_output(tmp_path: Path, fields: str) -> None:
+    events: list[str] = []
+    line = '{"event": "progress", "phase": "p", "done": 1, "steps": 0, ' + fields + "}"
+    script = [f"print({line!r})", "(folder / 'result.json').write_text('{\"results\": [{}]}')"]
+    RunnerClient(interpreter(tmp_path, *script), on_event=lambda event: events.append(event["event"])).execute(STEPS)
+    assert events == ["output"]
+
+
 def test_a_huge_log_is_passed_on_and_not_kept(tmp_path: Path) -> None:
     count, longest = 0, 0
 

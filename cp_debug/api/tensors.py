@@ -53,6 +53,8 @@ def compare_tensors(reference: Mapping[str, Any], test: Mapping[str, Any]) -> Te
     for side, given in (("reference", reference), ("test", test)):
         if not isinstance(given, Mapping):
             raise InputError(f"{side}: {type(given).__name__}; expected a mapping of tensors by name")
+        if unnamed := [name for name in given if not isinstance(name, str)]:
+            raise InputError(f"{side}: {type(unnamed[0]).__name__} among the names; expected text")
     common = [name for name in reference if name in test]
     if not common:
         raise InputError(f"no name in common: {_names(reference)} against {_names(test)}")

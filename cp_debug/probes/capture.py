@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any, TypedDict
 
@@ -232,6 +232,8 @@ class Capture:
     @classmethod
     def open(cls, folder: Path) -> Capture:
         """Read the manifest. Raises InputError when this is not a capture or one of another schema version."""
+        if not isinstance(folder, str | PurePath):
+            raise InputError(f"folder: {type(folder).__name__}; expected the path of a capture")
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; expected a capture, as `cpdebug capture` writes it")

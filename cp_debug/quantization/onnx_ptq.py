@@ -13,7 +13,7 @@ from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.qdq import gives_floats, quantizable, weight_axis
 from cp_debug.graph.scales import LayerScales, Scales
-from cp_debug.probes.arrays import Tensor, as_numpy
+from cp_debug.probes.arrays import Tensor, to_device
 from cp_debug.programs.torch_layers import select
 from cp_debug.quantization.histogram import Histogram, check_method, weight_amax
 
@@ -77,7 +77,7 @@ class GraphCalibration:
         for histogram in self._counts.get(name, ()):
             self._shapes[name] = tuple(tensor.shape)
             try:
-                histogram.add(torch.as_tensor(as_numpy(tensor)))
+                histogram.add(to_device(tensor, "cpu"))
             except ValueError as error:
                 raise InputError(f"{self._graph}: {name!r} holds {error} during calibration") from None
 
