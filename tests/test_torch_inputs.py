@@ -201,6 +201,23 @@ class Grudging(nn.Module):
         raise ValueError("never")
 
 
+def test_what_others_say_is_made_safe_in_errors_of_python_too() -> None:
+    class Rude(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("\x1b[2Jgone\u202e")
+
+    with pytest.raises(cp_debug.InputError, match=r"ValueError: \\x1b\[2Jgone\\u202e") as caught:
+        cp_debug.diagnose(Rude(), "torch,ort", inputs=torch.ones(2), progress=False)
+    assert str(caught.value).isprintable()
+
+
+def test_a_module_of_files_may_refuse_its_own_names(tmp_path: Path) -> None:
+    path = tmp_path / "shy.py"
+    path.write_text("def __getattr__(name): raise RuntimeError('not yet')")
+    with pytest.raises(cp_debug.InputError, match=r"shy\.py:build raised RuntimeError: not yet"):
+        cp_debug.diagnose(f"{path}:build", "torch,ort", progress=False)
+
+
 def test_what_a_callable_gives_may_raise_anything(tmp_path: Path) -> None:
     circle: list[object] = [torch.ones(1)]
     circle.append(circle)

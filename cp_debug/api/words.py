@@ -12,7 +12,8 @@ from numbers import Integral, Real
 from pathlib import Path, PurePath
 from typing import Any, ParamSpec, TypeVar
 
-from cp_debug.errors import InputError
+from cp_debug.errors import CpdebugError, InputError
+from cp_debug.safe_text import message
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,7 +35,8 @@ def in_python_words(function: Callable[P, R]) -> Callable[P, R]:
     """The function, whose InputErrors name its own arguments: ``--test-model`` becomes ``test_model``.
 
     A flag that is a field of its ``options`` becomes ``options.field``; one without an argument in Python stays.
-    Arguments of other types than the signature says are refused by InputError, too.
+    Arguments of other types than the signature says are refused by InputError, too. What others wrote into a message
+    is made safe, as Python prints it as it is.
     """
     signature = inspect.signature(function)
     parameters = signature.parameters
@@ -50,8 +52,9 @@ def in_python_words(function: Callable[P, R]) -> Callable[P, R]:
             kwargs["options"] = _checked(given)
         try:
             return function(*args, **kwargs)
-        except InputError as error:
-            error.args = (_translated(str(error), set(parameters), fields), *error.args[1:])
+        except CpdebugError as error:
+            text = _translated(str(error), set(parameters), fields) if isinstance(error, InputError) else str(error)
+            error.args = (message(text), *error.args[1:])
             raise
 
     return called

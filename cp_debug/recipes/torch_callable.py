@@ -97,7 +97,9 @@ def load_callable(text: str, checkpoint: Path | None = None) -> TorchModel:
     ``checkpoint`` is strict-loaded into the module. Raises InputError when importing, calling or loading fails.
     """
     source, _, attribute = text.rpartition(":")
-    target = getattr(_import(source), attribute, None)
+    imported = _import(source)
+    with own_code(f"MODEL: {text}"):  # a module may have a __getattr__
+        target = getattr(imported, attribute, None)
     if not callable(target):
         raise InputError(f"MODEL: {source} has no callable {attribute!r}")
     with own_code(f"MODEL: {text}()"):
