@@ -38,14 +38,15 @@ class QATHook(Hook):
     """Quantizes the runner's model before training, calibrated on its own training data.
 
     ``calibration_batches``: how many batches, all of them for None, 0 or less. ``calibration_epoch``: the epoch in
-    front of which the model is folded, calibrated and quantized; before it trains in FP32. ``freeze_bn``: fold BatchNorm where that is possible and keep
-    the others in eval mode from then on. ``sensitive_layers``: globs over module paths that stay in FP32.
-    ``amax_method``: ``max``, ``percentile``, ``mse`` or ``entropy``. ``quant_backbone``, ``quant_neck``, ``quant_head``
-    and ``quant_voxel_encoder``: whether ``pts_backbone``, ``pts_neck``, ``pts_bbox_head`` and ``pts_voxel_encoder``,
-    where the model has them, are quantized. ``keep_fp16`` is AWML's later name of ``sensitive_layers``. Sums and linear
-    layers are quantized wherever there are some, so ``quant_add``, ``quant_linear_backbone`` and ``disable_recipes``
-    change nothing, and the log says so where they are given. A checkpoint of such a run holds scales and folding;
-    resuming from it, or loading it, restores them and calibrates nothing.
+    front of which the model is folded, calibrated and quantized; before it trains in FP32. ``freeze_bn``: fold
+    BatchNorm where that is possible and keep the others in eval mode from then on. ``sensitive_layers``: globs over
+    module paths that stay in FP32. ``amax_method``: ``max``, ``percentile``, ``mse`` or ``entropy``.
+    ``quant_backbone``, ``quant_neck``, ``quant_head`` and ``quant_voxel_encoder``: whether ``pts_backbone``,
+    ``pts_neck``, ``pts_bbox_head`` and ``pts_voxel_encoder``, where the model has them, are quantized. ``keep_fp16``
+    is AWML's later name of ``sensitive_layers``. Sums and linear layers are quantized wherever there are some, so
+    ``quant_add``, ``quant_linear_backbone`` and ``disable_recipes`` change nothing, and the log says so where they
+    are given. A checkpoint of such a run holds scales and folding; resuming from it, or loading it, restores them and
+    calibrates nothing.
 
     Hooks that copied the model before training (``EMAHook``) hold the FP32 one. Raises InputError for an unknown
     method, a glob that matches nothing, a ``calib_cache_path``, and a model that is wrapped for several processes.
