@@ -296,6 +296,12 @@ def test_what_is_not_on_the_command_line_is_as_configured(
     config = write(tmp_path, "c.yaml", "model: centerpoint:tiny\nwork_dir: w\ntensorrt: {precision: fp16}\n")
     code, text = run("build", config, "-o", tmp_path / "engines", *options)
     assert (code, asked) == (2, [built]), text
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "engines" / "engines.json").touch()
+    code, text = run("build", config, "-o", tmp_path / "engines", *options)
+    assert "engines.json exists already; --overwrite replaces it" in " ".join(text.split())
+    run("build", config, "-o", tmp_path / "engines", *options, "--overwrite")
+    assert (code, asked) == (2, [built, built]), "the second was refused before a backend was asked for"
 
 
 @pytest.mark.parametrize(

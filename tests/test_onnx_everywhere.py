@@ -185,6 +185,17 @@ def test_an_exported_file_never_replaces_its_original(net: Path) -> None:
     assert net.read_bytes() == before
 
 
+def test_an_earlier_export_is_replaced_only_when_that_is_asked_for(net: Path, tmp_path: Path) -> None:
+    written = tmp_path / "out" / net.name
+    written.parent.mkdir()
+    written.write_text("mine")
+    code, text = run("export", net, "-o", tmp_path / "out")
+    assert (code, f"{written} exists already; --overwrite replaces it" in text.replace("\n", " ")) == (2, True)
+    assert written.read_text() == "mine"
+    assert run("export", net, "-o", tmp_path / "out", "--overwrite")[0] == 0
+    assert onnx.load(written).graph.output
+
+
 def test_a_file_is_deployed_as_it_is_and_a_changed_one_again(net: Path, tmp_path: Path) -> None:
     config = tmp_path / "deploy.yaml"
     config.write_text(f"model: {net}\nwork_dir: {tmp_path / 'work'}\nverify: {{samples: 1}}\n")

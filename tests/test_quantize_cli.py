@@ -55,8 +55,21 @@ def test_qat_writes_a_checkpoint_that_opens(tmp_path: Path, checkpoint: Path) ->
     code, text = run(*common, *options, "--steps", 2, "--resume", "--json", "-")
     assert code == 0
     assert [entry["step"] for entry in json.loads(text)["history"]] == [0, 1, 2]
+    code, text = run(*common, *options, "--steps", 1)
+    assert (code, "qat.pt exists already; --overwrite replaces it" in " ".join(text.split())) == (2, True)
     opened = open_quantized(load_model("centerpoint:tiny"), tmp_path / "qat.pt")
     assert sum(len(part.scales.layers) for part in opened.values()) == 38
+
+
+def test_fine_tuning_that_was_cut_off_is_not_begun_anew_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "qat.pt.state").write_text("of yesterday")
+    code, text = run("quantize", "qat", "--from", "q.pt", "-o", tmp_path / "qat.pt")
+    assert code == 2
+    assert "qat.pt.state is of an earlier run; --resume goes on from it, --overwrite starts anew" in " ".join(
+        text.split()
+    )
+    code, text = run("quantize", "qat", "--from", "q.pt", "-o", tmp_path / "qat.pt", "--overwrite")
+    assert (code, "q.pt: no such checkpoint" in text) == (2, True)
 
 
 @pytest.mark.parametrize(

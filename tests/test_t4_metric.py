@@ -15,6 +15,7 @@ from rich.console import Console
 from test_cli import run
 from test_evaluation import record
 
+from cp_debug.detection import t4_draws
 from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.detection.evaluation import BackendScores, EvaluationOptions, EvaluationResult, score_backends
 from cp_debug.detection.predictions import Predictions
@@ -72,7 +73,17 @@ WEIGHTS = np.array([[1, 1], [2, 0], [0, 2]], float)
 
 
 def test_objects_are_given_as_the_package_wants_them(frames: list) -> None:
-    figures, notes = t4_figures({"ort": FOUND}, TRUTHS, CLASSES, distance=120, min_points=1, weights=WEIGHTS)
+    told: list[tuple[str, int, int]] = []
+    figures, notes = t4_figures(
+        {"ort": FOUND},
+        TRUTHS,
+        CLASSES,
+        distance=120,
+        min_points=1,
+        weights=WEIGHTS,
+        on_step=lambda *step: told.append(step),
+    )
+    assert told == [("T4's metric, ort", 0, 2), ("T4's metric, ort", 1, 2)]
     (first, found), (second, _) = frames
     assert [item.position for item in first.objects] == [(10, 0, 1), (0, 20, 1), (200, 0, 1)]
     assert first.objects[0].shape.size == (2, 4, 1.5), "width, length, height"
@@ -171,6 +182,12 @@ def test_draws_count_frames_as_often_as_they_were_drawn() -> None:
     assert draws["car_AP_plane_distance_2.0"] == pytest.approx([half, 1, 0])
     assert draws["mAP_plane_distance"] == pytest.approx([half, 1, 0])
     assert draws["mAPH_plane_distance"][2] == 0
+    many = np.concatenate((WEIGHTS, np.tile(WEIGHTS, (20, 1))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t4_draws, "BLOCK", 14)  # seven draws of the two detections at once
+        in_blocks = scene_draws(scene([scored(found, half)], [scored(found, heading, 0.5)]), truths, many)
+    assert in_blocks is not None
+    assert in_blocks["mAP_plane_distance"] == pytest.approx(np.tile([half, 1, 0], 21))
     nothing = scene_draws(scene([scored([], math.nan)], [scored([], math.nan)]), [{}, {}], WEIGHTS)
     assert nothing is not None
     assert np.isnan(nothing["mAP_plane_distance"]).all()

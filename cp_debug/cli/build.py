@@ -10,6 +10,7 @@ import typer
 
 from cp_debug.cli import tensorrt
 from cp_debug.cli.given import check_given, check_installed
+from cp_debug.cli.saving import check_new
 from cp_debug.cli.typed import once, refuse, refuse_export_folder
 
 
@@ -41,6 +42,7 @@ def build(
     calibration_cache: tensorrt.CalibrationCache = None,
     trt_calibrator: tensorrt.CalibratorKind = None,
     trt_calib_data: tensorrt.CalibrationData = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier engines in --output.")] = False,
 ) -> None:
     """Build one engine a component, and a manifest that is checked before an engine is loaded."""
     from contextlib import ExitStack
@@ -59,9 +61,10 @@ def build(
         check_installed(backend_name, trt_python=trt_python)
     from cp_debug.backends.spec import BackendSpec
     from cp_debug.deploy.config import override
-    from cp_debug.deploy.engines import build_engines
+    from cp_debug.deploy.engines import MANIFEST, build_engines
     from cp_debug.deploy.stages import Deployment, configured
 
+    check_new("--output", [output / MANIFEST], overwrite)
     with ExitStack() as stack, steps() as on_step:
         scratch = stack.enter_context(TemporaryDirectory(prefix="cpdebug-"))
         config, source = configured(model, None, Path(scratch))

@@ -10,6 +10,7 @@ import typer
 from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import LAST_SEED
 from cp_debug.cli.given import check_given
+from cp_debug.cli.saving import check_new
 from cp_debug.cli.typed import refuse, refuse_seed
 from cp_debug.errors import InputError
 
@@ -40,6 +41,7 @@ def export(
     ] = None,
     inputs: Annotated[Path | None, typer.Option(help="Samples to export and compare with; else made up.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in --output.")] = False,
 ) -> None:
     """Export every component with free axes, align it with its module, check it on two inputs of different sizes.
 
@@ -58,12 +60,16 @@ def export(
     from cp_debug.deploy.file_export import SAMPLES, export_files
     from cp_debug.deploy.quantizing import export_quantized
     from cp_debug.deploy.stages import turn_outputs
+    from cp_debug.files import resolved
     from cp_debug.quantization.open_quantized import open_quantized
     from cp_debug.recipes.abilities import Remarks
     from cp_debug.recipes.registry import load_model
     from cp_debug.reports.deployment import export_lines
 
     loaded = load_model(model, checkpoint=checkpoint, seed=seed)
+    originals = {resolved(component.onnx_path) for component in loaded.components if component.onnx_path is not None}
+    files = [output / f"{component.name}.onnx" for component in loaded.components]
+    check_new("--output", (file for file in files if resolved(file) not in originals), overwrite)
     if rot_y_axis_reference:
         turn_outputs(loaded)
     options = ExportOptions(opset or OPSET, exporter.chosen, not unfolded, simplify)

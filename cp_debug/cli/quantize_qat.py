@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli.flags import LAST_SEED, MOST
+from cp_debug.cli.saving import check_new
 from cp_debug.cli.typed import refuse
+from cp_debug.errors import InputError
 
 
 class Criterion(str, Enum):
@@ -49,6 +51,7 @@ def qat(
     ] = Criterion.loss,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUTPUT.state, with the same options.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of order and augmentation.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier OUTPUT, and its state.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
 ) -> None:
     """Fine-tune from the PTQ checkpoint: BatchNorm frozen, scales as calibrated, the best weights kept.
@@ -73,6 +76,10 @@ def qat(
     refuse(("steps",), unless=epochs is None, why="--epochs says how long it trains")
     scenes_only = data is None and val_data is None
     refuse(("data_root",), unless=not scenes_only, why="without --data or --val-data there are synthetic scenes only")
+    check_new("--output", [output], overwrite or resume)
+    state = output.with_name(f"{output.name}.state")
+    if state.exists() and not resume and not overwrite:
+        raise InputError(f"--output: {state} is of an earlier run; --resume goes on from it, --overwrite starts anew")
     with progress() as on_step:
         loaded = as_trainable(load_model(model))
         training = training_scenes(loaded, data, scenes, DataOptions(data_root))
@@ -87,7 +94,7 @@ def qat(
             batch=batch,
             criterion=early_stop.value,
             seed=seed,
-            state=output.with_name(f"{output.name}.state"),
+            state=state,
             resume=resume,
             on_step=on_step,
         )

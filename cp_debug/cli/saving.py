@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,13 @@ def check_target(flag: str, folder: Path, overwrite: bool) -> None:
         raise InputError(f"{flag}: {folder} exists and is none of cpdebug's; expected a new or empty folder")
     if not overwrite:
         raise InputError(f"{flag}: {folder} holds an earlier run; --overwrite replaces it")
+
+
+def check_new(flag: str, files: Iterable[Path], overwrite: bool) -> None:
+    """Raise InputError where one of the files that a command is to write exists, before anything long."""
+    earlier = next((file for file in files if file.exists()), None)
+    if earlier is not None and not overwrite:
+        raise InputError(f"{flag}: {earlier} exists already; --overwrite replaces it")
 
 
 @contextmanager

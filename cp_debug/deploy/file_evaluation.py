@@ -296,7 +296,7 @@ def evaluate_files(
         for detector, boxes in zip(detectors, detected, strict=True)
     }
     strange = {str(detector.spec): detector.strange for detector in detectors}
-    scores, notes = score_backends(predictions, truths, config.class_names, options, strange)
+    scores, notes = score_backends(predictions, truths, config.class_names, options, strange, on_step)
     return EvaluationResult(
         model=f"{config.name} ({', '.join(path.name for path in description.files.values())})",
         data=opened.name,

@@ -122,7 +122,7 @@ def evaluate(
     with clock("score"):
         predictions = [Predictions.gather(detections) for detections in detected]
         runs = {record.spec: pair for record, pair in zip(records, zip(records, predictions, strict=True), strict=True)}
-        scores, notes = score_backends(runs, truths, model.class_names, options, strange)
+        scores, notes = score_backends(runs, truths, model.class_names, options, strange, on_step)
     return EvaluationResult(
         model=model.name,
         data=data.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -217,10 +217,12 @@ def score_backends(
     class_names: Sequence[str],
     options: EvaluationOptions,
     not_finite: Mapping[str, int] | None = None,
+    on_step: Callable[[str, int, int], None] = lambda text, done, total: None,
 ) -> tuple[list[BackendScores], list[str]]:
     """Figures of all backends, the reference first, and notes on the ground truth that they were scored on.
 
-    ``not_finite``: spec → number of samples on which an output held NaN or Inf.
+    ``not_finite``: spec → number of samples on which an output held NaN or Inf. ``on_step`` is told the frames of T4's
+    metric, which takes long.
     """
     truth, notes = _objects(truths, class_names, options)
     weights = draw_samples(len(truths), options.draws, options.seed)
@@ -254,7 +256,13 @@ def score_backends(
 
         found = {record.spec: predicted for record, predicted in predictions.values()}
         figures, more = t4_figures(
-            found, truths, class_names, distance=options.farthest, min_points=options.min_points, weights=weights
+            found,
+            truths,
+            class_names,
+            distance=options.farthest,
+            min_points=options.min_points,
+            weights=weights,
+            on_step=on_step,
         )
         first = figures[listed[0].backend.spec]
         listed = [_with_t4(each, figures[each.backend.spec], None if each is listed[0] else first) for each in listed]

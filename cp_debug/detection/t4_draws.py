@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cp_debug.detection.boxes import Floats
 
@@ -14,6 +13,8 @@ FRAME_TIME = 100_000
 """Time between frames in µs, by which a detection tells its frame."""
 RECALLS = np.linspace(0.0, 1.0, 101)
 LEAST_RECALL, LEAST_PRECISION = 0.1, 0.1
+BLOCK = 1 << 20
+"""Numbers of draws × detections that are computed at once."""
 CLOSE = 1e-9
 """Largest difference of an average precision from the package's own at which the two are the same metric."""
 
@@ -71,19 +72,26 @@ def _average_precisions(scored: Any, objects: Floats, weights: Floats) -> Floats
     ]
     gain, miss = np.array(gains, float)[order], (~hit).astype(float)[order]
     frames = np.array([result.estimated_object.unix_time // FRAME_TIME for result in results], int)[order]
-    return np.array(
-        [_average_precision(gain * row[frames], miss * row[frames], row[frames].any(), count)
-         for row, count in zip(weights, objects, strict=True)]
+    if not len(results):
+        return np.where(objects == 0, np.nan, 0.0)
+    most = max(1, BLOCK // len(results))
+    blocks = [slice(start, start + most) for start in range(0, len(weights), most)]
+    return np.concatenate(
+        [_of_draws(gain, miss, weights[block][:, frames], objects[block]) for block in blocks]
     )  # fmt: skip
 
 
-def _average_precision(gain: NDArray[Any], miss: NDArray[Any], found: bool, objects: float) -> float:
-    """Average precision of detections by falling confidence: what each gains, and whether it is false, with weights."""
-    if not found:
-        return np.nan if objects == 0 else 0.0
-    gained, missed = np.cumsum(gain), np.cumsum(miss)
+def _of_draws(gain: Floats, miss: Floats, counts: Floats, objects: Floats) -> Floats:
+    """Average precision [draws] of detections [N] by falling confidence: what each gains, and whether it is false.
+
+    ``counts`` [draws, N] is how often each detection was drawn; NaN where neither a detection nor an object was.
+    """
+    gained, missed = np.cumsum(counts * gain, axis=1), np.cumsum(counts * miss, axis=1)
     precision = np.divide(gained, gained + missed, out=np.zeros_like(gained), where=gained + missed > 0)
-    recall = gained / objects if objects else np.zeros_like(gained)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    at_recalls = np.interp(RECALLS, recall, envelope, right=0)[round(100 * LEAST_RECALL) + 1 :]
-    return float(np.clip(at_recalls - LEAST_PRECISION, 0, None).mean() / (1 - LEAST_PRECISION))
+    recall = gained / np.where(objects > 0, objects, np.inf)[:, None]
+    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    needed = RECALLS[round(100 * LEAST_RECALL) + 1 :]
+    pairs = zip(recall, envelope, strict=True)
+    at_recalls = np.array([np.interp(needed, of_draw, best, right=0) for of_draw, best in pairs])
+    means = np.clip(at_recalls - LEAST_PRECISION, 0, None).mean(axis=1) / (1 - LEAST_PRECISION)
+    return np.where(counts.any(axis=1), means, np.where(objects == 0, np.nan, 0.0))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ def t4_figures(
     distance: float,
     min_points: int,
     weights: Floats,
+    on_step: Callable[[str, int, int], None] = lambda text, done, total: None,
 ) -> tuple[dict[str, dict[str, Floats]], list[str]]:
     """Spec → figure → its value in each draw, with the names of AWML's T4MetricV2, such as ``mAP_center_distance_bev``;
     and notes.
@@ -51,7 +53,7 @@ def t4_figures(
     points on. Detections with NaN or Inf are left out, as T4MetricV2 leaves them out; an unknown velocity is 0. A
     figure is NaN where a class has neither objects nor detections. ``weights`` [draws, samples] says how often each
     sample was drawn, once in the first draw, which is the package's own; it is the only one where the package computes
-    average precision in a way that ``scene_draws`` does not know.
+    average precision in a way that ``scene_draws`` does not know. ``on_step`` is told every frame.
 
     Raises MissingPackage without ``perception_eval``, InputError where it knows none of the classes.
     """
@@ -59,10 +61,10 @@ def t4_figures(
     from perception_eval import __version__ as version
 
     labels = _Labels(class_names)
-    figures = {
-        spec: _scores(predicted, truths, labels, distance, min_points, weights)
-        for spec, predicted in predictions.items()
-    }
+    figures, total = {}, len(predictions) * len(truths)
+    for number, (spec, predicted) in enumerate(predictions.items()):
+        begin = partial(_told, on_step, f"T4's metric, {spec}", number * len(truths), total)
+        figures[spec] = _scores(predicted, truths, labels, distance, min_points, weights, begin)
     notes = [
         f"T4's metric: perception_eval {version}, objects and detections within {distance:g} m, "
         f"classes {', '.join(labels.targets)}"
@@ -72,6 +74,10 @@ def t4_figures(
     if labels.unknown:
         notes.append(f"T4's metric leaves out {', '.join(labels.unknown)}: perception_eval has no such label")
     return figures, notes
+
+
+def _told(on_step: Callable[[str, int, int], None], text: str, before: int, total: int, frame: int) -> None:
+    on_step(text, before + frame, total)
 
 
 class _Labels:
@@ -102,7 +108,9 @@ def _scores(
     distance: float,
     min_points: int,
     weights: Floats,
+    begin: Callable[[int], None],
 ) -> dict[str, Floats]:
+    """Figure → its value in each draw; ``begin`` is told the number of each frame."""
     from perception_eval.common.dataset import FrameGroundTruth
     from perception_eval.config import PerceptionEvaluationConfig
     from perception_eval.evaluation.result.perception_frame_config import (
@@ -140,6 +148,7 @@ def _scores(
         counted = []
         starts = np.concatenate(([0], np.cumsum(predicted.counts)))
         for index, truth in enumerate(truths):
+            begin(index)
             found = slice(starts[index], starts[index + 1])
             points = np.where(truth.num_points >= 0, truth.num_points, min_points)  # unknown numbers count
             boxes = np.column_stack((truth.boxes, np.nan_to_num(truth.velocities)))
