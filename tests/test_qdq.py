@@ -150,6 +150,26 @@ def test_readers_with_one_scale_share_a_pair(tmp_path: Path, other: float, pairs
     assert sum(n.op == "QuantizeLinear" and n.inputs[0] == "x" for n in made.nodes) == pairs
 
 
+def test_one_weight_read_along_two_axes_has_a_pair_for_each(tmp_path: Path) -> None:
+    """Its rows and its columns have the same scales, and the channels of a product are these or those."""
+    net = NetBuilder()
+    w = net.weight(np.array([[1, 2, 0], [0.5, 0.25, 4], [0, 4, 1]], np.float32), "w")
+    net.op("MatMul", "x", w, name="columns")
+    net.op("Gemm", "x", w, name="rows", transB=1)
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (FLOAT, [2, 3])}, ["columns", "rows"]))
+    scales = LayerScales(8.0, np.array([1, 4, 4], np.float32))
+    inside = Graph(insert_qdq(graph, {"node_columns": scales, "node_rows": scales}, tmp_path / "int8.onnx"))
+    pairs = [n for n in inside.nodes if n.op == "QuantizeLinear" and n.proto.input[0] == "w"]
+    assert sorted(n.proto.attribute[0].i for n in pairs) == [0, 1]
+    x = np.array([[1, 2, 3], [-3, 0.5, 8]], np.float32)
+    weight, held = graph.initializer("w"), fake_quant(x, 8.0)
+    for name, found in zip(("columns", "rows"), run_ort(inside, x=x), strict=True):
+        amax = scales.weight if name == "columns" else scales.weight[:, None]
+        rounded = fake_quant(weight, amax)
+        expected = held @ (rounded if name == "columns" else rounded.T)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_both_operands_of_an_add_get_one_scale(tmp_path: Path) -> None:
     made = quantized(fork(tmp_path / "net.onnx"), layers={}, residual_adds={"node_sum": 2.5})
     x = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)

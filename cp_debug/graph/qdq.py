@@ -93,8 +93,8 @@ class _QdqSurgery:
     layers: Mapping[str, LayerScales]
     residual_adds: Mapping[str, float]
     stored: Mapping[str, float]
-    pairs: dict[tuple[str, bytes], str] = field(default_factory=dict)
-    """(Value, its scale) → the value that went through INT8."""
+    pairs: dict[tuple[str, bytes, int | None], str] = field(default_factory=dict)
+    """(Value, its scale, the scale's axis) → the value that went through INT8."""
     weights: list[onnx.TensorProto] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -180,7 +180,7 @@ class _QdqSurgery:
         if not np.isfinite(amax).all() or (amax < 0).any():
             raise InputError(f"{self.graph}: node {node!r}: the range of {value!r} is {amax}; expected ≥ 0")
         scale = np.where(amax > 0, amax / np.float32(LEVELS), np.float32(1))  # what is all zero stays zero
-        key = (value, scale.tobytes())
+        key = (value, scale.tobytes(), axis)
         if key in self.pairs:
             return self.pairs[key], []
         levels, result = self.fresh(f"{value}__int8"), self.fresh(f"{value}__dequantized")
