@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment
+from cp_debug.graph.qdq import weight_axis
 
 LEVELS = 256
 _PERCENTILE = "calibrate {layers} again: entropy or a higher percentile"
@@ -85,8 +86,7 @@ def weights(segment: Segment) -> Iterator[Candidate]:
     weight = segment.weight(node, 1) if node is not None else None
     if node is None or weight is None or weight.dim() < 2:
         return
-    output = 1 if node.op in ("ConvTranspose", "MatMul") else 0
-    other_axes = [d for d in range(weight.dim()) if d != output]
+    other_axes = [d for d in range(weight.dim()) if d != weight_axis(node, weight.dim())]
     ways = (
         ("int8-per-tensor", "INT8 weights with one scale for all channels", weight.abs().max()),
         ("int8-weights", "INT8 weights with a scale for each channel", weight.abs().amax(other_axes, keepdim=True)),
