@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -18,6 +19,13 @@ REPO = Path(__file__).resolve().parents[1]
 # Before torch is imported, here and in the processes that tests start: with one test process a core, threads that wait
 # for each other take several times the processor time of the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes says nothing about the code on a machine that does other work.
+with contextlib.suppress(ImportError):
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("cpdebug", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("cpdebug")
 
 # What commands keep for the next run is no business of the user's own cache folder.
 if "XDG_CACHE_HOME" not in os.environ:
