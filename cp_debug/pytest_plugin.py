@@ -54,10 +54,11 @@ def assert_agree(request: pytest.FixtureRequest) -> Callable[..., BisectResult]:
 
                 config.stash[_ANNOTATIONS].append(render_github(SavedResult.of(result)))
             if folder and result is not None:
-                page = _free(Path(config.rootpath, folder), request.node.nodeid)
-                result.write_html(page)
-                config.stash[_REPORTS].append(page)
-                raise pytest.fail.Exception(f"{error}\nreport: {page}", pytrace=True) from None  # told once
+                report = _written(result, Path(config.rootpath, folder), request.node.nodeid)
+                if isinstance(report, Path):
+                    config.stash[_REPORTS].append(report)
+                text = f"{error}\nreport: {_visible(str(report))}"
+                raise pytest.fail.Exception(text, pytrace=True) from None  # told once
             raise
 
     return check
@@ -68,9 +69,29 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if pages := config.stash.get(_REPORTS, []):
         terminalreporter.section("cpdebug reports")
         for page in pages:
-            terminalreporter.line(str(page))
+            terminalreporter.line(_visible(str(page)))
     for text in config.stash.get(_ANNOTATIONS, []):
         terminalreporter.write("\n" + text)  # a workflow command stands at the beginning of a line
+
+
+def _written(result: BisectResult, folder: Path, node: str) -> Path | str:
+    """The page of a failed test, or why there is none: that is no reason to hide the failure."""
+    from cp_debug.errors import InputError, system_reason
+
+    try:
+        page = _free(folder, node)
+        result.write_html(page)
+    except OSError as error:
+        return f"{folder}: cannot be written ({system_reason(error)})"
+    except InputError as error:
+        return str(error)
+    return page
+
+
+def _visible(text: str) -> str:
+    from cp_debug.safe_text import visible
+
+    return visible(text)
 
 
 def _free(folder: Path, node: str) -> Path:

@@ -188,6 +188,13 @@ def test_what_is_no_result_and_no_tensor_is_refused(call: Callable[[], object]) 
         call()
 
 
+def test_a_page_has_a_path(tmp_path: Path) -> None:
+    result = cp_debug.diagnose(small(tmp_path), "ort,ort-all", progress=False)
+    for wrong in (object(), 3, [], b"x"):
+        with pytest.raises(cp_debug.InputError, match=r"^path: \w+; expected the path of a file"):
+            result.show(wrong)  # type: ignore[arg-type]
+
+
 def test_the_page_of_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)

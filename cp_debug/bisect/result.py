@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.base import RunRecord
@@ -384,6 +384,8 @@ class BisectResult(JsonForm):
 
     def write_html(self, path: str | Path) -> None:
         """Write the HTML report: one file that works offline. Raises InputError when it cannot be written."""
+        if not isinstance(path, str | PurePath):
+            raise InputError(f"path: {type(path).__name__}; expected the path of a file")
         write_page(self, Path(path), BisectResult)
 
     def show(self, path: str | Path | None = None) -> Path:
@@ -394,8 +396,9 @@ class BisectResult(JsonForm):
         import tempfile
         import webbrowser
 
-        target = Path(path) if path is not None else Path(tempfile.mkdtemp(prefix="cpdebug-")) / "report.html"
+        target = path if path is not None else Path(tempfile.mkdtemp(prefix="cpdebug-")) / "report.html"
         self.write_html(target)
+        target = Path(target)
         webbrowser.open(target.resolve().as_uri())
         return target
 

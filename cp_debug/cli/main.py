@@ -41,6 +41,7 @@ from cp_debug.cli import (
 )
 from cp_debug.cli import eval as evaluation
 from cp_debug.cli.console import NO_READER, errors, forget_output, show_anywhere, show_error, show_usage
+from cp_debug.cli.library_log import safe_library_log
 from cp_debug.cli.typed import INTERRUPTED, Command
 from cp_debug.errors import CpdebugError, InputError, system_reason
 
@@ -83,6 +84,8 @@ def options(
         if context.invoked_subcommand in RUNS_NOTHING:
             raise InputError(f"--verbose: it would do nothing here: {context.invoked_subcommand} runs no model")
         os.environ.setdefault("CPDEBUG_ORT_LOG", "warning")
+    if os.environ.get("CPDEBUG_ORT_LOG"):
+        context.with_resource(safe_library_log())
 
 
 for command in (
