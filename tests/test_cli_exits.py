@@ -283,7 +283,7 @@ def test_memory_that_is_too_little_even_for_the_log_is_told_in_words(monkeypatch
     def too_large(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("cp_debug.cli.main.app", lambda **_: 1 / 0)
+    monkeypatch.setattr("cp_debug.cli.main.application", lambda _: 1 / 0)
     monkeypatch.setattr("cp_debug.cli.crash.write_log", too_large)
     with pytest.raises(SystemExit) as ended:
         main()

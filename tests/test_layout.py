@@ -12,9 +12,9 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "cp_debug"
 ORDER = (
-    "version errors safe_text reading files caches optional plugins interpreter progress serialize minimize display "
-    "graph probes recipes backends programs detection quantization bisect mixed_precision prediction deploy sweep "
-    "reports api cli pytest_plugin"
+    "version errors safe_text reading files caches loading optional plugins interpreter progress serialize minimize "
+    "display graph probes recipes backends programs detection quantization bisect mixed_precision prediction deploy "
+    "sweep reports api cli pytest_plugin"
 )
 ROOMS = ORDER.split()
 """A room imports from itself and from those before it in this list."""

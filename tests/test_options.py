@@ -196,6 +196,13 @@ EARLY = {
     ("compare", "missing-a", "missing-b"): (2, "missing-a: no such folder"),
     ("report", "missing.json"): (2, "missing.json: no such file"),
     ("bundle", "missing"): (2, "no such file"),
+    ("deploy", "missing.yaml"): (2, "missing.yaml: no such configuration"),
+    ("sweep", "bisect", "missing.onnx"): (2, "missing.onnx: no such ONNX file"),
+    ("sweep", "eval", "centerpoint:tini"): (2, "did you mean centerpoint:tiny?"),
+    ("sweep", "search", "missing.onnx"): (2, "missing.onnx: no such ONNX file"),
+    ("sweep", "sensitivity", "centerpoint:tini"): (2, "did you mean centerpoint:tiny?"),
+    ("quantize", "ptq", "missing.onnx", "-o", "out"): (2, "missing.onnx: no such ONNX file"),
+    ("import", "missing.npz", "--model", "NET", "-o", "out"): (2, "missing.npz: no such file of tensors"),
 }
 """Command line → exit code, and what is said. A wrong word must not cost the seconds in which torch is imported."""
 

@@ -11,6 +11,7 @@ from cp_debug.cli import reading, tensorrt
 from cp_debug.cli.flags import MOST, grouped
 from cp_debug.cli.given import check_configured, check_given
 from cp_debug.cli.typed import refuse, refuse_export_folder
+from cp_debug.loading import load_torch
 
 
 @grouped
@@ -44,6 +45,7 @@ def bench(
 
     if not model.endswith(SUFFIXES):
         check_given(model, checkpoint=checkpoint)
+    load_torch()
     from cp_debug.deploy.config import override
     from cp_debug.deploy.stages import Deployment, configured
     from cp_debug.errors import InputError

@@ -14,6 +14,7 @@ from cp_debug.cli.flags import LAST_SEED, MOST, Atol, Rtol, check_device, check_
 from cp_debug.cli.given import check_given
 from cp_debug.cli.saving import replacing
 from cp_debug.cli.typed import refuse, refuse_export_flags, refuse_seed
+from cp_debug.loading import load_torch
 
 if TYPE_CHECKING:
     from cp_debug.backends.base import Backend
@@ -178,6 +179,7 @@ def bisect(
     check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, test_model=test_model, reading=how)
     engines.check_installed(specs)
     calibration.check_calibration(model, int8.calib_data, int8.calib_samples, reading=how)
+    load_torch()
     from cp_debug.api.dumps import with_dump
     from cp_debug.bisect.engine import Options
     from cp_debug.bisect.engine import bisect as run

@@ -12,6 +12,7 @@ from cp_debug.cli import tensorrt
 from cp_debug.cli.given import check_given, check_installed
 from cp_debug.cli.saving import check_new
 from cp_debug.cli.typed import once, refuse, refuse_export_folder
+from cp_debug.loading import load_torch
 
 
 class PrecisionPolicy(str, Enum):
@@ -59,6 +60,7 @@ def build(
         backend_name = f"trt-{VARIANTS.get(policy, policy)}"
         _refuse_ranges(backend_name)
         check_installed(backend_name, trt_python=trt_python)
+    load_torch()
     from cp_debug.backends.spec import BackendSpec
     from cp_debug.deploy.config import override
     from cp_debug.deploy.engines import MANIFEST, build_engines

@@ -13,6 +13,7 @@ from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.saving import replacing
 from cp_debug.cli.typed import refuse_export_flags, refuse_seed
+from cp_debug.loading import load_torch
 
 
 @grouped
@@ -47,6 +48,7 @@ def capture(
     how = files.chosen(model, inputs)
     check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, reading=how)
     engines.check_installed(specs)
+    load_torch()
     from cp_debug.bisect.recording import record
     from cp_debug.recipes.registry import load_model
 

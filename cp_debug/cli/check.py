@@ -11,6 +11,7 @@ from cp_debug.cli import reading
 from cp_debug.cli.flags import LAST_SEED, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse, refuse_seed
+from cp_debug.loading import load_torch
 
 
 @grouped
@@ -45,6 +46,7 @@ def check(
     refuse_seed([model], inputs)
     how = files.chosen(model, inputs)
     check_given(model, inputs=inputs, checkpoint=checkpoint, reading=how)
+    load_torch()
     from cp_debug.bisect.preflight import PROBLEM, Preflight
     from cp_debug.programs.pipeline import prepare
     from cp_debug.programs.tensor_inputs import numbers_where_needed

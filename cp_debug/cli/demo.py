@@ -11,6 +11,7 @@ import typer
 
 from cp_debug.cli.typed import refuse
 from cp_debug.errors import InputError
+from cp_debug.loading import load_torch
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -28,6 +29,7 @@ def demo(
     """Put a known fault into the built-in model and watch it being found: the tutorial in one command."""
     from rich.text import Text
 
+    load_torch()
     from cp_debug.bisect.engine import Options, bisect
     from cp_debug.bisect.faults.catalog import FAULTS
     from cp_debug.cli.console import console, show, steps

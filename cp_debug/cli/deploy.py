@@ -11,6 +11,7 @@ from cp_debug.cli import tensorrt
 from cp_debug.cli.deploy_log import LogLevel, deploy_log
 from cp_debug.cli.given import check_configured, check_installed
 from cp_debug.cli.typed import refuse
+from cp_debug.loading import load_torch
 
 if TYPE_CHECKING:
     from cp_debug.deploy.schema import DeployConfig
@@ -43,11 +44,7 @@ def deploy(
     from rich.text import Text
 
     from cp_debug.cli.console import command_line, show_document, show_notes, steps
-    from cp_debug.deploy.config import override
-    from cp_debug.deploy.runner import deploy as run
-    from cp_debug.deploy.stages import Deployment, named_config
-    from cp_debug.reports.deployment import stage_table, write_summary
-    from cp_debug.reports.sheet_terminal import Terminal
+    from cp_debug.deploy.config import named_config, override
 
     overrides = {
         "tensorrt.python": trt_python,
@@ -67,6 +64,12 @@ def deploy(
     )
     refuse(("data_root",), unless=settings.data.path is not None, why=f"{config} names no data")
     refuse(("trt_python",), unless=engines, why=f"{config} builds no engine")
+    load_torch()
+    from cp_debug.deploy.runner import deploy as run
+    from cp_debug.deploy.stages import Deployment
+    from cp_debug.reports.deployment import stage_table, write_summary
+    from cp_debug.reports.sheet_terminal import Terminal
+
     with deploy_log(settings.log_file, log_level) as log, steps() as on_step:
         for note in settings.notes:
             log.note(note)

@@ -14,6 +14,7 @@ from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse, refuse_data_flags, refuse_export_flags
+from cp_debug.loading import load_torch
 
 if TYPE_CHECKING:
     from cp_debug.backends.base import Program
@@ -95,6 +96,7 @@ def evaluate(
     check_given(model, inputs=data, samples=samples, checkpoint=checkpoint, options=read, truth=True, flag="--data")
     engines.check_installed(specs)
     calibration.check_calibration(model, int8.calib_data, int8.calib_samples)
+    load_torch()
     from cp_debug.detection.evaluate import as_detector
     from cp_debug.detection.evaluate import evaluate as run
     from cp_debug.detection.evaluation import EvaluationOptions, parse_ranges

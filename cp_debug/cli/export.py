@@ -13,6 +13,7 @@ from cp_debug.cli.given import check_given
 from cp_debug.cli.saving import check_new
 from cp_debug.cli.typed import refuse, refuse_seed
 from cp_debug.errors import InputError
+from cp_debug.loading import load_torch
 
 OLDEST_EXPORTED = 11
 """Oldest opset to which a torch module is exported."""
@@ -56,6 +57,7 @@ def export(
         raise InputError(f"--opset: {opset}; expected {OLDEST_EXPORTED} or more to export a torch module")
     refuse_seed([model], inputs)
     check_given(model, inputs=inputs, checkpoint=checkpoint)
+    load_torch()
     from cp_debug.deploy.exporting import OPSET, ExportOptions, export_model, own_files
     from cp_debug.deploy.file_export import SAMPLES, export_files
     from cp_debug.deploy.quantizing import export_quantized

@@ -9,6 +9,7 @@ import typer
 
 from cp_debug.cli.bisect import DumpLayout
 from cp_debug.cli.saving import replacing
+from cp_debug.loading import load_torch
 
 
 def import_dump(
@@ -33,14 +34,20 @@ def import_dump(
     `cpdebug compare` and `cpdebug bisect --test-tensors` read it. Exit code 1 where outputs are missing or shapes
     differ.
     """
-    from cp_debug.backends.arithmetic import ARITHMETICS
     from cp_debug.errors import InputError
     from cp_debug.graph.graph import Graph
+    from cp_debug.reading import check_file
+
+    graph = Graph(model)
+    if not dump.is_dir():
+        check_file(dump, "file of tensors")
+    load_torch()
+    from cp_debug.backends.arithmetic import ARITHMETICS
     from cp_debug.probes.dumps import read_dump
 
     if precision not in ARITHMETICS:
         raise InputError(f"--precision: {precision!r}; expected one of {', '.join(ARITHMETICS)}")
-    graph, tensors = Graph(model), read_dump(dump)
+    tensors = read_dump(dump)
     from cp_debug.bisect.import_dump import match_dump, write_dump
     from cp_debug.cli.console import show_document
     from cp_debug.reports.import_dump import render

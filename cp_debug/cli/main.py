@@ -9,37 +9,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import Annotated
+from functools import lru_cache
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
 
 from cp_debug import __version__
-from cp_debug.cli import (
-    bench,
-    bisect,
-    build,
-    bundle,
-    cache,
-    capture,
-    check,
-    compare,
-    crash,
-    demo,
-    deploy,
-    diff,
-    doctor,
-    export,
-    import_dump,
-    models,
-    predict,
-    quantize,
-    report,
-    search,
-    sweep,
-    ui,
-    verify,
-)
-from cp_debug.cli import eval as evaluation
+from cp_debug.cli import crash
 from cp_debug.cli.console import NO_READER, errors, forget_output, show_anywhere, show_error, show_usage
 from cp_debug.cli.library_log import safe_library_log
 from cp_debug.cli.typed import INTERRUPTED, Command
@@ -53,13 +30,34 @@ RUNS_NOTHING = ("cache", "compare", "doctor", "models", "report", "ui")
 _NO_MEMORY = ("can't allocate memory", "out of memory")
 """Ways in which torch says so, on the CPU and on a GPU, by errors that are no MemoryError."""
 
-app = typer.Typer(
-    name="cpdebug",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
+COMMANDS = (
+    "bench",
+    "bisect",
+    "build",
+    "bundle",
+    "cache",
+    "capture",
+    "check",
+    "compare",
+    "demo",
+    "deploy",
+    "diff",
+    "doctor",
+    "export",
+    "models",
+    "predict",
+    "report",
+    "search",
+    "ui",
+    "verify",
+    "eval",
+    "import",
+    "quantize",
+    "sweep",
 )
+"""Commands in the order of the help; each is a module of this package."""
+_ELSEWHERE = {"eval": ("eval", "evaluate"), "import": ("import_dump", "import_dump")}
+"""Module and function of the commands that Python's own words name."""
 
 
 def _show_version(wanted: bool) -> None:
@@ -68,7 +66,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def options(
     context: typer.Context,
     version: Annotated[
@@ -88,32 +85,32 @@ def options(
         context.with_resource(safe_library_log())
 
 
-for command in (
-    bench.bench,
-    bisect.bisect,
-    build.build,
-    bundle.bundle,
-    cache.cache,
-    capture.capture,
-    check.check,
-    compare.compare,
-    demo.demo,
-    deploy.deploy,
-    diff.diff,
-    doctor.doctor,
-    export.export,
-    models.models,
-    predict.predict,
-    report.report,
-    search.search,
-    ui.ui,
-    verify.verify,
-):
-    app.command(cls=Command)(command)
-app.command("eval", cls=Command)(evaluation.evaluate)
-app.command("import", cls=Command)(import_dump.import_dump)
-app.add_typer(quantize.app)
-app.add_typer(sweep.app)
+@lru_cache(2)
+def application(first: str = "") -> typer.Typer:
+    """The command line; where ``first``, its first word, is a command, with that one alone, which loads sooner."""
+    made = typer.Typer(
+        name="cpdebug",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    made.callback()(options)
+    for name in (first,) if first in COMMANDS else COMMANDS:
+        where, function = _ELSEWHERE.get(name, (name, name))
+        module = import_module(f"cp_debug.cli.{where}")
+        if hasattr(module, "app"):
+            made.add_typer(module.app)
+        else:
+            made.command(name, cls=Command)(getattr(module, function))
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    """``app``: the whole command line."""
+    if name == "app":
+        return application()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def main() -> None:
@@ -124,7 +121,7 @@ def main() -> None:
     show_anywhere()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))  # so that what is half-written is removed
     try:
-        code = app(standalone_mode=False)
+        code = application(sys.argv[1] if len(sys.argv) > 1 else "")(standalone_mode=False)
         sys.stdout.flush()
         sys.exit(code)
     except CpdebugError as error:

@@ -12,6 +12,7 @@ from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse_export_flags, refuse_seed
+from cp_debug.loading import load_torch
 
 
 @grouped
@@ -57,6 +58,7 @@ def predict(
     from cp_debug.prediction.targets import kernels_of, target_of
 
     kernels_of(target_of(target), precision)
+    load_torch()
     from cp_debug.prediction.predict import PredictOptions
     from cp_debug.prediction.predict import predict as run
     from cp_debug.reports.prediction import render

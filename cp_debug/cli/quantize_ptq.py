@@ -10,7 +10,9 @@ import typer
 from cp_debug.cli import reading
 from cp_debug.cli.calibration import Method, check_calibration
 from cp_debug.cli.flags import MOST, grouped
+from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse, typed
+from cp_debug.loading import load_torch
 
 if TYPE_CHECKING:
     from cp_debug.backends.narrow_options import NarrowOptions
@@ -61,7 +63,9 @@ def ptq(
     refuse(("opset",), unless=not model.endswith(".onnx"), why=f"{model} has an opset, which its copy keeps")
     narrow = _narrow(precision, method, opset)
     how = files.chosen(model, calib_data)
+    check_given(model, checkpoint=checkpoint)
     check_calibration(model, calib_data, batches, "--batches", how)
+    load_torch()
     from cp_debug.deploy.exporting import ExportOptions
     from cp_debug.deploy.quantize_output import quantize_ptq
     from cp_debug.quantization.open_quantized import is_quantized_checkpoint

@@ -12,6 +12,7 @@ from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up
 from cp_debug.cli.given import check_given
 from cp_debug.cli.quantize_ptq import narrow_options
 from cp_debug.cli.typed import refuse
+from cp_debug.loading import load_torch
 
 
 def sensitivity(
@@ -74,6 +75,7 @@ def sensitivity(
     check_calibration(model, calib_data, batches, "--batches")
     read = DataOptions(data_root)
     check_given(model, inputs=data, samples=samples, checkpoint=checkpoint, options=read, flag="--data")
+    load_torch()
     from cp_debug.files import complete_file
     from cp_debug.mixed_precision.sensitivity import (
         build_sensitivity_profile,

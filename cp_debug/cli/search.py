@@ -14,6 +14,7 @@ from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse, refuse_export_flags, refuse_seed
 from cp_debug.errors import InputError
+from cp_debug.loading import load_torch
 
 _DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>[smh]?)")
 
@@ -84,6 +85,7 @@ def search(
         reading=how,
     )
     engines.check_installed(specs)
+    load_torch()
     from cp_debug.mixed_precision.search import MixedPrecisionOptions, samples_for
     from cp_debug.mixed_precision.search import search as run
     from cp_debug.quantization.quantized_programs import load_quantized

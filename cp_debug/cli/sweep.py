@@ -17,9 +17,11 @@ from cp_debug.backends.spec import parse_backends
 from cp_debug.cli import calibration
 from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import LAST_SEED, MOST, Atol, Rtol, check_made_up, grouped
+from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import Command, refuse, refuse_data_flags, refuse_export_flags, refuse_seed
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.files import resolved
+from cp_debug.loading import load_torch
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -187,6 +189,7 @@ def sweep_bisect(
 
     A task is one test backend on one sample. Exit code 1 when a backend disagrees on some sample, 2 when a task failed.
     """
+    _check_models(models)
     from cp_debug.sweep import bisecting
 
     int8.check(parse_backends(backends))
@@ -222,6 +225,7 @@ def sweep_eval(
 
     A task is one backend on one sample. Exit code 1 when a backend detects significantly less, 2 when a task failed.
     """
+    _check_models(models)
     from cp_debug.detection.evaluation import EvaluationOptions
     from cp_debug.recipes.data.base import DataOptions
     from cp_debug.sweep import evaluating
@@ -262,6 +266,7 @@ def sweep_sensitivity(
 
     Exit code 2 when a task failed.
     """
+    _check_models(models)
     from cp_debug.sweep import sensitivity
 
     refuse(("calib_samples", "calib_method", "shared"), unless=not quantized, why="the scales are those of --from")
@@ -303,6 +308,7 @@ def sweep_search(
 
     Exit code 1 when the goal was not reached on some sample, 2 when a task failed.
     """
+    _check_models(models)
     from cp_debug.sweep import searching
 
     refuse(("shared",), unless=False, why="every search exports its model itself")
@@ -321,6 +327,13 @@ def _calibration(flags: calibration.CalibrationFlags, inputs: Path | None = None
         "method": flags.calib_method.value,
         "skip_layers": flags.skip_layers or [],
     }
+
+
+def _check_models(models: list[str] | None) -> None:
+    """Raise InputError for a name that is no model and a file that cannot be read; then load torch."""
+    for model in models or ():
+        check_given(model)
+    load_torch()
 
 
 def _grid(

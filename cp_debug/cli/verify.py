@@ -13,6 +13,7 @@ from cp_debug.cli import reading, tensorrt
 from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
 from cp_debug.cli.given import check_configured, check_given
 from cp_debug.cli.typed import once, refuse, refuse_export_folder
+from cp_debug.loading import load_torch
 
 if TYPE_CHECKING:
     from cp_debug.deploy.schema import ScenarioConfig
@@ -69,6 +70,7 @@ def verify(
     if not model.endswith(SUFFIXES):
         check_made_up(samples or 1, inputs)
         check_given(model, checkpoint=checkpoint)
+    load_torch()
     from cp_debug.deploy.config import override
     from cp_debug.deploy.stages import Deployment, configured
     from cp_debug.files import write_text

@@ -45,6 +45,16 @@ def load_config(path: Path) -> DeployConfig:
     raise first or InputError(f"{path}: expected a .yaml, .toml, .json or .py file")
 
 
+def named_config(path: Path, recipe: str | None) -> DeployConfig:
+    """The configuration in a file, which names a model; ``recipe`` replaces it. Raises InputError."""
+    config = load_config(path)
+    if recipe is not None:
+        config = config.model_copy(update={"model": recipe})
+    if config.model is None:
+        raise InputError(f"{path}: model is missing; name one there or with --model, such as centerpoint:awml-base")
+    return config
+
+
 def _with_notes(document: Any, path: Path) -> DeployConfig:
     """The configuration of a document whose ``notes``, where it has some, are lines for people."""
     notes = document.pop("notes", ()) if isinstance(document, dict) else ()

@@ -12,7 +12,7 @@ from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import TEST, BackendSpec
 from cp_debug.deploy.bench import BackendBench, bench
-from cp_debug.deploy.config import load_config
+from cp_debug.deploy.config import named_config
 from cp_debug.deploy.engines import MANIFEST, BuiltEngine, build_engines, check_engines
 from cp_debug.deploy.exporting import Exported, ExportOptions, export_model, load_exported, own_files, take_files
 from cp_debug.deploy.file_export import SAMPLES, export_files
@@ -47,16 +47,6 @@ def configured(text: str, recipe: str | None, scratch: Path) -> tuple[DeployConf
     if not text.endswith(SUFFIXES):
         return DeployConfig(model=text, work_dir=scratch), "command line"
     return named_config(Path(text), recipe), text
-
-
-def named_config(path: Path, recipe: str | None) -> DeployConfig:
-    """The configuration in a file, which names a model; ``recipe`` replaces it. Raises InputError."""
-    config = load_config(path)
-    if recipe is not None:
-        config = config.model_copy(update={"model": recipe})
-    if config.model is None:
-        raise InputError(f"{path}: model is missing; name one there or with --model, such as centerpoint:awml-base")
-    return config
 
 
 class Deployment:
