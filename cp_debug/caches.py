@@ -88,6 +88,18 @@ def remove(entries: Iterable[KeptEntry]) -> int:
     return freed
 
 
+def trim(kind: str, folder: Path, most: int) -> None:
+    """Remove the least recently used entries of a cache, so that the others have at most ``most`` bytes.
+
+    Raises InputError for what cannot be read or removed.
+    """
+    total = 0
+    for entry in kept(kind, folder):
+        total += entry.size
+        if total > most:
+            remove([entry])
+
+
 def _key(kind: str, path: Path) -> str:
     """Key of the entry that a file or folder belongs to; empty for a foreign one, and for one that is being written."""
     if path.name.startswith(".") and path.name.endswith(".partial"):

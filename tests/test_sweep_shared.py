@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_cli import run
+from test_trt_backend import X, collect
+from test_trt_runner import install, save_net
 
-from cp_debug.backends.spec import parse_backends
+from cp_debug.backends.base import Program
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec, parse_backends
+from cp_debug.backends.tensorrt import runner
+from cp_debug.backends.tensorrt.engine_cache import EngineCache
 from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
 from cp_debug.programs import export_cache
 from cp_debug.sweep import bisecting, prepared, sensitivity, shared
 from cp_debug.sweep.grid import Grid
@@ -30,9 +42,41 @@ def net():
 """
 
 
-@pytest.fixture(params=["folder", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> SharedStore:
-    found = SharedStore(str(tmp_path / "store") if request.param == "folder" else f"memory://{tmp_path.name}")
+S3 = all(find_spec(package) for package in ("s3fs", "moto", "flask"))
+"""Whether an S3 server can run here: ``pip install s3fs 'moto[server]'``."""
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """A bucket of a server on this machine; only where S3's packages are installed."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    logging.getLogger("werkzeug").disabled = True
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+            patch.setenv(f"AWS_{name}", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        boto3.client("s3").create_bucket(Bucket="sweeps")
+        yield "s3://sweeps"
+    server.stop()
+
+
+@pytest.fixture(params=["folder", "memory", *["s3"] * S3])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A store's folder or URL."""
+    if request.param == "s3":
+        return f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
+    return str(tmp_path / "store") if request.param == "folder" else f"memory://{tmp_path.name}"
+
+
+@pytest.fixture
+def store(place: str) -> SharedStore:
+    found = SharedStore(place)
     found.check()
     return found
 
@@ -68,20 +112,19 @@ def test_the_second_gets_what_the_first_made(store: SharedStore, tmp_path: Path)
 def test_others_wait_while_one_makes_it(store: SharedStore, tmp_path: Path) -> None:
     made, folders = [], [tmp_path / str(number) for number in range(3)]
 
-    def take(folder: Path, first: bool) -> None:
+    def take(folder: Path) -> None:
         folder.mkdir()
-        time.sleep(0.0 if first else 0.15)
         make, calls = writer(folder, folder.name, 0.4)
         store.make_once("k", folder, make)
         made.extend(calls)
 
-    threads = [threading.Thread(target=take, args=(folder, folder == folders[0])) for folder in folders]
+    threads = [threading.Thread(target=take, args=(folder,)) for folder in folders]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert made == ["0"]
-    assert {(folder / "net.onnx").read_text() for folder in folders} == {"0"}
+    assert len(made) == 1
+    assert {(folder / "net.onnx").read_text() for folder in folders} == set(made)
 
 
 def test_a_claim_of_a_process_that_died_is_taken_over(
@@ -124,6 +167,54 @@ def test_a_damaged_entry_is_made_anew(damage: Callable[[bytes], bytes], tmp_path
         assert (folder / "net.onnx").read_text() == "again"
 
 
+def test_what_another_process_adds_is_seen(store: SharedStore, place: str, tmp_path: Path) -> None:
+    other = SharedStore(place)
+    store._files.pipe_file(store._place("notes"), b"x")
+    other._files.ls(other._root)  # stores remember such lists
+    store.make_once("k", tmp_path / "a", writer(tmp_path / "a")[0])
+    make, calls = writer(tmp_path / "b")
+    (tmp_path / "b").mkdir()
+    other.make_once("k", tmp_path / "b", make)
+    assert not calls
+
+
+def test_a_store_is_listed_and_cleared(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, keys = SharedStore(place), ["a" * 64, "b" * 64]
+    store.check()
+    assert store.entries() == []
+    for key in keys:
+        folder = tmp_path / key
+        folder.mkdir()
+        store.make_once(key, folder, writer(folder)[0])
+    for foreign in ("notes.tar", f"{'c' * 64}.claim"):  # the claim is new: somebody makes that entry
+        store._files.pipe_file(store._place(foreign), b"x")
+    code, text = run("cache", "--shared", place, "--json")
+    listed = json.loads(text)["shared"]
+    assert (code, sorted(entry["key"] for entry in listed["entries"])) == (0, keys)
+    assert listed["bytes"] > 2000
+    assert json.loads(run("cache", "--shared", place, "--unused", "1", "--json")[1])["shared"]["entries"] == []
+    code, text = run("cache", "--shared", place)
+    assert (code, f"cpdebug cache --shared {place} --clear" in text) == (0, True)
+    assert "shared: removed 2 entries" in run("cache", "--shared", place, "--clear")[1]
+    monkeypatch.setattr(shared, "UNFINISHED", -60.0)
+    assert [entry.key for entry in store.entries()] == [f"{'c' * 64}.claim"]
+    assert store._files.exists(store._place("notes.tar"))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["engines", "--shared", "."], "KIND: it would do nothing here: --shared names a store"),
+        (["--cache", ".", "--shared", "."], "--cache: it would do nothing here: --shared names a store"),
+        (["--shared", "nowhere"], "--shared: nowhere: no such folder"),
+        (["--shared", "nonsense://there"], "--shared: nonsense://there: ValueError: Protocol not known"),
+    ],
+)
+def test_a_store_that_cannot_be_listed_is_told(words: list[str], says: str) -> None:
+    code, text = run("cache", *words)
+    assert (code, says in text) == (2, True), text
+
+
 class Broken:
     """A store that answers ``working`` calls and then only with errors."""
 
@@ -139,7 +230,8 @@ class Broken:
 
 @pytest.mark.parametrize("working", [0, 1, 2, 3, 4, 5, 6, 8])
 def test_a_store_that_fails_is_done_without(working: int, tmp_path: Path) -> None:
-    store = SharedStore(str(tmp_path / "store"))
+    said: list[str] = []
+    store = SharedStore(str(tmp_path / "store"), said.append)
     store.check()
     store._files = Broken(store._files, working)
     for name in ("a", "b"):
@@ -147,6 +239,98 @@ def test_a_store_that_fails_is_done_without(working: int, tmp_path: Path) -> Non
         store.make_once("k", tmp_path / name, make)
         assert (tmp_path / name / "net.onnx").read_text() == "made"
     assert SharedStore(str(tmp_path / "store"))._get("k", tmp_path) or calls, "whole, or made by each"
+    url = tmp_path / "store"
+    assert said == [f"shared store {url}: done without from now on, as it failed: ConnectionError: reset by peer"]
+
+
+class Slow(Broken):
+    """A store each of whose answers takes a while, and that does everything twice."""
+
+    def __init__(self, files: Any) -> None:
+        super().__init__(files, sys.maxsize)
+
+    def __getattr__(self, name: str) -> Any:
+        there = super().__getattr__(name)
+
+        def twice(*given: Any, **more: Any) -> Any:
+            time.sleep(0.01)
+            there(*given, **more)
+            return there(*given, **more)
+
+        return twice if name in ("get_file", "put_file", "pipe_file", "cat_file", "exists", "makedirs") else there
+
+
+def test_a_store_that_is_slow_and_repeats_itself_gives_the_same(store: SharedStore, tmp_path: Path) -> None:
+    store._files = Slow(store._files)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        make, calls = writer(tmp_path / name)
+        store.make_once("k", tmp_path / name, make)
+        assert (len(calls), (tmp_path / name / "net.onnx").read_text()) == (name == "a", "made")
+    assert store._works
+
+
+@pytest.mark.slow
+def test_the_client_is_told_once_that_a_store_failed(tmp_path: Path) -> None:
+    from distributed import Client
+
+    from cp_debug.sweep.log import SweepLog
+    from cp_debug.sweep.queue import Progress, Queue
+
+    with (
+        Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client,
+        SweepLog(tmp_path / "log.jsonl") as log,
+    ):
+        queue = Queue(client, log, Progress(1), lambda progress: None)
+        for text in ("first", "second"):
+            client.submit(shared._tell_client, text).result()
+        end = time.monotonic() + 10
+        while not queue.progress.store and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert queue.progress.store == "first"
+    shared._tell_client("of no worker")
+
+
+def test_another_machine_takes_engines_with_their_timings(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("8.6.0", monkeypatch)
+    built: list[str] = []
+    real = runner.COMMANDS["build"]
+
+    def build(job: Any, step: dict[str, Any]) -> dict[str, Any]:
+        built.append(Path(step["engine"]).name)
+        return real(job, step)
+
+    monkeypatch.setitem(runner.COMMANDS, "build", build)
+    graph, shown = Graph(save_net(tmp_path)), []
+    for machine in ("a", "b", "b"):
+        cache = EngineCache.open(tmp_path / machine, asked=True)
+        assert cache is not None
+        backend = create(BackendSpec.parse("trt-fp16"), cache=replace(cache, store=SharedStore(place)))
+        session = backend.open(Program("net", graph))
+        shown.append(collect(session, {"x": X})[0])
+        session.close()
+    assert len(built) == 3, "plain, again, and with probes: all by the first"
+    for name, array in shown[0].items():
+        np.testing.assert_array_equal(shown[1][name], array)
+        np.testing.assert_array_equal(shown[2][name], array)
+    kept, taken = ({f.name: f.read_bytes() for f in (tmp_path / m).iterdir()} for m in ("a", "b"))
+    assert kept == taken
+    assert {Path(name).suffix for name in kept} == {".engine", ".json", ".timings"}
+
+
+def test_what_is_no_engine_in_a_store_is_built_anew(tmp_path: Path) -> None:
+    store = SharedStore(str(tmp_path / "store"))
+    store.check()
+    store.make_once("k" * 64, tmp_path / "f", writer(tmp_path / "f")[0])  # whole, but something else
+    cache = EngineCache(tmp_path / "cache", store=store)
+    cache.folder.mkdir()
+    engine = tmp_path / "net.engine"
+    engine.write_bytes(b"engine")
+    path, facts = cache.make_once("k" * 64, None, lambda: (engine, {"seconds": 1.0}))
+    assert (path, facts) == (engine, {"seconds": 1.0})
 
 
 def fresh() -> None:

@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cp_debug.caches import KINDS
+from cp_debug.cli.typed import refuse
+
 if TYPE_CHECKING:
     from cp_debug.caches import KeptEntry
+    from cp_debug.sweep.shared import SharedStore
+
+SHARED = "exports, calibrations and engines that the workers of sweeps share"
+"""What a store keeps."""
 
 
 class CacheKind(str, Enum):
@@ -29,11 +36,15 @@ def cache(
     folder: Annotated[
         Path | None, typer.Option("--cache", help="Folder of engines, as it was named to `bisect`.")
     ] = None,
+    shared: Annotated[
+        str | None, typer.Option(help="Instead, the store of sweeps, folder or URL, as it was named to `sweep`.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Machine-readable, on stdout: every entry.")] = False,
 ) -> None:
     """Show what is kept for later runs, TensorRT's engines and exported graphs, or clear it.
 
-    Nothing is lost but time: the next run makes again what it needs.
+    Nothing is lost but time: the next run makes again what it needs. In a store, an entry's last use is when it was
+    written.
     """
     import time
     from dataclasses import asdict
@@ -41,27 +52,38 @@ def cache(
 
     from rich.filesize import decimal
 
-    from cp_debug.caches import KINDS, cache_folder, kept, remove
+    from cp_debug.caches import cache_folder, kept, remove
     from cp_debug.cli.console import console
     from cp_debug.errors import InputError
     from cp_debug.files import write_text
 
     if folder is not None and kind is CacheKind.exports:
         raise InputError("--cache: it would do nothing here: it names a folder of engines, and exports were asked for")
+    if shared is not None:
+        why = "--shared names a store, whose entries do not tell what they are"
+        if kind is not None:
+            raise InputError(f"KIND: it would do nothing here: {why}")
+        refuse(("folder",), unless=False, why=why)
     if folder is not None and not folder.is_dir():
         raise InputError(f"--cache: {folder}: no such folder")
-    kinds = [kind.value] if kind else ["engines"] if folder else list(KINDS)
-    folders = {name: folder or cache_folder(name) for name in kinds}
+    store = None if shared is None else _opened(shared)
+    kinds = ["shared"] if store else [kind.value] if kind else ["engines"] if folder else list(KINDS)
+    folders = {name: store.url if store else str(folder or cache_folder(name)) for name in kinds}
     before = time.time() - (unused or 0.0) * 86400
     entries = {
-        name: [entry for entry in kept(name, at) if unused is None or entry.used <= before]
+        name: [
+            entry
+            for entry in (store.entries() if store else kept(name, Path(at)))
+            if unused is None or entry.used <= before
+        ]
         for name, at in folders.items()
     }
-    freed = {name: remove(found) for name, found in entries.items()} if clear else None
+    take = store.remove if store else remove
+    freed = {name: take(found) for name, found in entries.items()} if clear else None
     if json:
         document = {
             name: {
-                "folder": str(folders[name]),
+                "folder": folders[name],
                 "bytes": sum(entry.size for entry in found),
                 "removed": clear,
                 "entries": [asdict(entry) | {"paths": [str(path) for path in entry.paths]} for entry in found],
@@ -71,18 +93,29 @@ def cache(
         write_text(dumps(document, indent=1) + "\n", None)
         return
     if freed is None:
-        _show(folders, entries)
+        _show(folders, entries, f" --shared {shared}" if store else "")
         return
     for name, found in entries.items():
         console.print(f"{name}: removed {_count(found)}, {decimal(freed[name])}, of {folders[name]}", soft_wrap=True)
 
 
-def _show(folders: Mapping[str, Path], entries: Mapping[str, Sequence[KeptEntry]]) -> None:
+def _opened(place: str) -> SharedStore:
+    """The store of ``--shared``. Raises InputError for a folder that is not there, and what opening it raises."""
+    from cp_debug.errors import InputError
+    from cp_debug.optional import require
+    from cp_debug.sweep.shared import SharedStore
+
+    require("fsspec", "dask")
+    if "://" not in place and not Path(place).is_dir():
+        raise InputError(f"--shared: {place}: no such folder")
+    return SharedStore(place)
+
+
+def _show(folders: Mapping[str, str], entries: Mapping[str, Sequence[KeptEntry]], flag: str) -> None:
     from datetime import datetime
 
     from rich.filesize import decimal
 
-    from cp_debug.caches import KINDS
     from cp_debug.cli.console import console
     from cp_debug.reports.sheet import Column, Sheet
     from cp_debug.reports.sheet_terminal import Terminal
@@ -93,7 +126,7 @@ def _show(folders: Mapping[str, Path], entries: Mapping[str, Sequence[KeptEntry]
             len(found),
             decimal(sum(entry.size for entry in found)),
             f"{datetime.fromtimestamp(found[0].used):%Y-%m-%d %H:%M}" if found else "",
-            KINDS[name],
+            KINDS.get(name, SHARED),
         )
         for name, found in entries.items()
     ]
@@ -108,7 +141,8 @@ def _show(folders: Mapping[str, Path], entries: Mapping[str, Sequence[KeptEntry]
     for name, at in folders.items():
         console.print(f"{name}: {at}", soft_wrap=True)
     if any(entries.values()):
-        console.print("remove them: cpdebug cache --clear; those of a month ago: --unused 30 --clear", soft_wrap=True)
+        remedy = f"remove them: cpdebug cache{flag} --clear; those of a month ago: --unused 30 --clear"
+        console.print(remedy, soft_wrap=True, markup=False)
 
 
 def _count(entries: Sequence[KeptEntry]) -> str:

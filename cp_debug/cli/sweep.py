@@ -74,7 +74,7 @@ class Desk:
     ] = None
     shared: Annotated[
         str | None,
-        typer.Option(help="Folder or URL (s3://…) of exports and calibrations for all workers.", rich_help_panel=QUEUE),
+        typer.Option(help="Folder or URL (s3://…) of exports, calibrations, engines for all.", rich_help_panel=QUEUE),
     ] = None
     log: Annotated[
         Path | None,
@@ -189,7 +189,7 @@ def sweep_bisect(
 
     A task is one test backend on one sample. Exit code 1 when a backend disagrees on some sample, 2 when a task failed.
     """
-    _check_models(models)
+    _check_models(models, backends)
     from cp_debug.sweep import bisecting
 
     int8.check(parse_backends(backends))
@@ -225,7 +225,7 @@ def sweep_eval(
 
     A task is one backend on one sample. Exit code 1 when a backend detects significantly less, 2 when a task failed.
     """
-    _check_models(models)
+    _check_models(models, backends)
     from cp_debug.detection.evaluation import EvaluationOptions
     from cp_debug.recipes.data.base import DataOptions
     from cp_debug.sweep import evaluating
@@ -308,10 +308,9 @@ def sweep_search(
 
     Exit code 1 when the goal was not reached on some sample, 2 when a task failed.
     """
-    _check_models(models)
+    _check_models(models, backends, exports=False)
     from cp_debug.sweep import searching
 
-    refuse(("shared",), unless=False, why="every search exports its model itself")
     how = {"goal": goal, "max_builds": max_builds, "test_model": test_model and str(resolved(test_model))}
     grid = _grid(models, backends, checkpoint, samples, seed, inputs, exporter, unfolded, how)
     if test_model is not None:
@@ -329,8 +328,19 @@ def _calibration(flags: calibration.CalibrationFlags, inputs: Path | None = None
     }
 
 
-def _check_models(models: list[str] | None) -> None:
-    """Raise InputError for a name that is no model and a file that cannot be read; then load torch."""
+def _check_models(models: list[str] | None, backends: str = "", *, exports: bool = True) -> None:
+    """Raise InputError for a name that is no model and a file that cannot be read; then load torch.
+
+    Exports, where the tasks share them, and engines are what goes into a shared store.
+    """
+    from cp_debug.recipes.registry import DEFAULT
+
+    modules = exports and any(not model.endswith(".onnx") for model in models or [DEFAULT])
+    engines = backends and any(spec.family == "trt" for spec in parse_backends(backends))
+    why = "nothing is shared: no backend is TensorRT, and " + (
+        "no model is exported or calibrated as a torch module" if exports else "every search exports its model itself"
+    )
+    refuse(("shared",), unless=bool(modules or engines), why=why)
     for model in models or ():
         check_given(model)
     load_torch()
@@ -351,8 +361,6 @@ def _grid(
     from cp_debug.sweep.grid import Grid
 
     refuse_export_flags(models or [DEFAULT])
-    modules = any(not model.endswith(".onnx") for model in models or [DEFAULT])
-    refuse(("shared",), unless=modules, why="no model of the sweep is exported or calibrated as a torch module")
     refuse_seed(models or [DEFAULT], inputs, samples)
     check_made_up(samples, inputs, given_by="--inputs or --data")
     return Grid(

@@ -39,7 +39,7 @@ class QueueView:
         self._task = self._bar.add_task("", total=None)
         self._kind = kind
         self._slow = slow
-        self._refused = ""
+        self._refused = self._store = ""
 
     def __call__(self, progress: Queued) -> None:
         """Show how far it is."""
@@ -57,6 +57,9 @@ class QueueView:
         if progress.refused != self._refused:  # told for good: the view vanishes
             self._refused = progress.refused
             say(f"warning: given no tasks: {progress.refused}")
+        if progress.store != self._store:
+            self._store = progress.store
+            say(f"warning: {progress.store}")
         busiest = sorted(rates.items(), key=lambda item: -item[1])[:MOST]
         workers = [Text(f"  {name}  {progress.workers[name]} done, {60 * rate:.3g} a minute") for name, rate in busiest]
         self._live.update(Group(self._bar, line, *workers))

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from cp_debug.backends.base import Program
+from cp_debug.caches import trim
 from cp_debug.errors import InputError
 from cp_debug.files import file_hash, key_of
 from cp_debug.graph.graph import Graph
@@ -128,19 +129,11 @@ class ExportCache:
             (partial / ENTRY).write_text(json.dumps({"name": path.stem, "code": code}), encoding="utf-8")
             shutil.rmtree(self.folder / key, ignore_errors=True)
             partial.replace(self.folder / key)
-            self._trim()
-        except OSError:
+            trim("exports", self.folder, LARGEST)
+        except (InputError, OSError):
             return
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-
-    def _trim(self) -> None:
-        entries = [folder for folder in self.folder.iterdir() if (folder / ENTRY).is_file()]
-        total = 0
-        for folder in sorted(entries, key=lambda entry: entry.stat().st_mtime, reverse=True):
-            total += sum(file.stat().st_size for file in folder.iterdir())
-            if total > LARGEST:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 class ExportedFolder(ExportCache):

@@ -60,7 +60,7 @@ def tasks(grid: Grid) -> Iterator[Task]:
 
 def task(params: Parameters) -> dict[str, Any]:
     """Bisect one test backend on one sample; the result is JSON-safe."""
-    backends = make_backends(params["backends"])
+    backends = make_backends(params)
     model = load(params)
     options = Options(
         seed=params["seed"],

@@ -41,7 +41,7 @@ def task(params: Parameters) -> dict[str, Any]:
     Raises InputError for a sample without ground truth.
     """
     model = as_detector(load(params))
-    (backend,) = make_backends(params["backends"])
+    (backend,) = make_backends(params)
     root = params["data_root"] and Path(params["data_root"])
     sample = pick(model, params, DataOptions(root, params["sweeps"], params["skip_missing"]))
     if sample.truth is None:

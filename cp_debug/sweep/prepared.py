@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.caches import cache_folder
 from cp_debug.errors import InputError
 from cp_debug.files import file_hash, key_of
 from cp_debug.programs.export_cache import ExportCache, ExportedFolder, user_code
@@ -86,11 +88,25 @@ def int8_programs_of(params: Parameters, backends: Sequence[Backend]) -> list[Pr
     return _quantize(Subject.of(params), how, params["folded"], calibration).programs
 
 
-def make_backends(specs: Sequence[str]) -> list[Backend]:
-    """Backends that use as many threads as torch does here, so that workers do not take each other's cores."""
-    parsed = [BackendSpec.parse(spec) for spec in specs]
-    threads = torch.get_num_threads()
-    return [create(spec, threads=threads) if spec.family == "ort" else create(spec) for spec in parsed]
+def make_backends(params: Parameters) -> list[Backend]:
+    """Backends that use as many threads as torch does here, so that workers do not take each other's cores.
+
+    Engines are kept where ``bisect`` keeps them, and shared with the other workers.
+    """
+    return [_backend(BackendSpec.parse(spec), params.get("shared")) for spec in params["backends"]]
+
+
+def _backend(spec: BackendSpec, shared: str | None) -> Backend:
+    if spec.family == "ort":
+        return create(spec, threads=torch.get_num_threads())
+    if spec.family != "trt":
+        return create(spec)
+    from cp_debug.backends.tensorrt.engine_cache import EngineCache
+
+    cache = EngineCache.open(cache_folder("engines"), asked=False)
+    if cache is not None and shared is not None:
+        cache = replace(cache, store=opened(shared))
+    return create(spec, cache=cache)
 
 
 def pick(model: Model, params: Parameters, options: DataOptions = DEFAULT_OPTIONS) -> Sample:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cp_debug.sweep.admission import Admission
 from cp_debug.sweep.log import SweepLog
+from cp_debug.sweep.shared import TOPIC
 from cp_debug.sweep.tasks import Task, run_task
 from cp_debug.sweep.workers import ClusterLost
 
@@ -52,6 +53,8 @@ class Progress:
     """Workers that are there now."""
     refused: str = ""
     """Workers of a cluster that get no tasks, and why."""
+    store: str = ""
+    """What the first worker told whose shared store failed."""
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -85,6 +88,11 @@ class Queue:
         self._admission = Admission(client) if client.cluster is None else None
         self._admitted: list[str] | None = None
         self._manned = time.monotonic()
+        client.subscribe_topic(TOPIC, self._told)
+
+    def _told(self, event: Any) -> None:
+        """Take a worker's word about its store; Dask gives the time and the text."""
+        self.progress.store = self.progress.store or str(event[1])
 
     def run(self, tasks: Iterator[Task]) -> None:
         """Run tasks until each is in the log. Raises ClusterLost when the scheduler, or all workers here, stay away."""

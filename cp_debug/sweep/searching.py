@@ -48,7 +48,7 @@ def task(params: Parameters) -> dict[str, Any]:
         test_model=params["test_model"] and Path(params["test_model"]),
         quantized=parts_of(params),
     )
-    result = search(model, make_backends(params["backends"]), Goal.parse(params["goal"]), [sample], options)
+    result = search(model, make_backends(params), Goal.parse(params["goal"]), [sample], options)
     return json_safe(
         {
             "sample": sample.source,

@@ -1,27 +1,30 @@
-"""Work that tasks share, exports and calibrations: made once, kept by content hash in a folder or an object store.
+"""Work that tasks share, exports, calibrations, engines: made once, kept by content hash in a folder or object store.
 
 An entry is one file ``<key>.tar``: 64 hexadecimal digits, the SHA-256 of what follows, and a tar archive of plain
 files. What is cut off or changed is made anew. While one process makes an entry the others wait: it writes
-``<key>.claim`` anew every few seconds, and a claim that does not change any more belongs to a process that died. Two
-that claim at the same time both make the entry, which costs time and nothing else. A store that fails in the middle of
-a sweep is done without.
+``<key>.claim`` anew every few seconds, and a claim that does not change any more belongs to a process that died. Of
+several that claim at the same time the last one makes it; should two of them, that costs time and nothing else. A store
+that fails in the middle of a sweep is done without, and said to have failed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import tarfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from cp_debug.caches import UNFINISHED, KeptEntry
 from cp_debug.errors import InputError, in_one_line
 
 REFRESH = 5.0
@@ -31,29 +34,36 @@ STALE = 30.0
 _LOOK = 0.2
 """Seconds between two looks for an entry that another process makes."""
 _DIGITS = 64
+TOPIC = "cpdebug-shared-store"
+"""Topic of Dask's events on which workers tell that a store failed."""
+_BUCKETS = {"s3", "s3a", "gs", "gcs", "oss", "cos", "obs"}
+"""Protocols without folders: making one makes a bucket, which is not asked for."""
+_ENTRY = re.compile(r"[0-9a-f]{64}\.tar|[0-9a-f]{64}\.claim|\.[0-9a-f]{32}\.partial|[0-9a-f]{32}\.probe")
 
 
 class SharedStore:
     """A folder, or an object store by its URL (``s3://bucket/prefix`` and whatever else fsspec opens).
 
-    Raises InputError for an unknown protocol, and for one whose package is missing.
+    ``on_say`` is told once, in one line, that it failed and why. Raises InputError for an unknown protocol, and for one
+    whose package is missing.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, on_say: Callable[[str], None] = lambda text: None) -> None:
         import fsspec
 
-        try:
-            self._files, self._root = fsspec.core.url_to_fs(url)
+        try:  # lists that are remembered do not have what other processes add
+            self._files, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError, OSError) as error:
             raise InputError(f"--shared: {url}: {in_one_line(error)}") from None
         self.url = url
         self._works = True
+        self._on_say = on_say
 
     def check(self) -> None:
         """Raise InputError where nothing can be written and read back."""
         place, text = self._place(f"{uuid.uuid4().hex}.probe"), b"cpdebug"
         try:
-            self._files.makedirs(self._root, exist_ok=True)
+            self._make_folder()
             self._files.pipe_file(place, text)
             found = self._files.cat_file(place)
             self._files.rm_file(place)
@@ -61,6 +71,38 @@ class SharedStore:
             raise InputError(f"--shared: {self.url}: cannot be written and read ({in_one_line(error)})") from None
         if found != text:
             raise InputError(f"--shared: {self.url}: gives back other bytes than were written")
+
+    def entries(self) -> list[KeptEntry]:
+        """List what is kept, the last written first; foreign files are left out, a folder that is not there is empty.
+
+        Raises InputError where it cannot be read.
+        """
+        try:
+            found = self._files.ls(self._root, detail=True)
+        except FileNotFoundError:
+            return []
+        except Exception as error:  # every store has errors of its own
+            raise InputError(f"--shared: {self.url}: cannot be read ({in_one_line(error)})") from None
+        named = [(str(one["name"]).rpartition("/")[2], one) for one in found]
+        kept = [
+            KeptEntry("shared", name.removesuffix(".tar"), (Path(name),), int(one.get("size") or 0), _written(one))
+            for name, one in named
+            if _ENTRY.fullmatch(name) and (name.endswith(".tar") or time.time() - _written(one) > UNFINISHED)
+        ]
+        return sorted(kept, key=lambda entry: entry.used, reverse=True)
+
+    def remove(self, entries: Iterable[KeptEntry]) -> int:
+        """Remove entries; returns the bytes that are free now. Raises InputError for what cannot be removed."""
+        freed = 0
+        for entry in entries:
+            try:
+                self._files.rm_file(self._place(entry.paths[0].name))
+            except FileNotFoundError:  # another process was faster
+                continue
+            except Exception as error:  # every store has errors of its own
+                raise InputError(f"--shared: {self.url}: cannot be removed ({in_one_line(error)})") from None
+            freed += entry.size
+        return freed
 
     def make_once(self, key: str, folder: Path, make: Callable[[], None]) -> None:
         """Fill ``folder`` with the files of an entry: those that are kept, else those that ``make`` writes there.
@@ -90,8 +132,8 @@ class SharedStore:
                 return _unpack(archive, folder)
             except FileNotFoundError:
                 return False
-            except Exception:  # every store has errors of its own
-                self._works = False
+            except Exception as error:  # every store has errors of its own
+                self._failed(error)
                 return False
 
     def _put(self, key: str, folder: Path) -> None:
@@ -101,24 +143,38 @@ class SharedStore:
             archive, partial = Path(temporary) / "entry", self._place(f".{uuid.uuid4().hex}.partial")
             try:
                 _pack(folder, archive)
-                self._files.makedirs(self._root, exist_ok=True)
+                self._make_folder()
                 self._files.put_file(str(archive), partial)
                 self._files.mv(partial, self._place(f"{key}.tar"))
-            except Exception:  # every store has errors of its own, and a disk may be full
-                self._works = False
+            except Exception as error:  # every store has errors of its own, and a disk may be full
+                self._failed(error)
+
+    def _make_folder(self) -> None:
+        protocols = self._files.protocol
+        if not _BUCKETS & ({protocols} if isinstance(protocols, str) else set(protocols)):
+            self._files.makedirs(self._root, exist_ok=True)
+
+    def _failed(self, error: Exception) -> None:
+        if self._works:
+            self._works = False
+            why = in_one_line(error) or type(error).__name__
+            self._on_say(f"shared store {self.url}: done without from now on, as it failed: {why}")
 
     @contextmanager
     def _claimed(self, key: str, folder: Path) -> Iterator[bool]:
         """Wait while another process makes the entry; whether its files are in ``folder`` now, else it is claimed."""
-        place, seen, since = self._place(f"{key}.claim"), b"", time.monotonic()
+        place, seen, since, owner = self._place(f"{key}.claim"), b"", time.monotonic(), uuid.uuid4().hex
         while self._works:
+            looked = time.monotonic()
             claim = self._read(place)
-            if not claim:
-                break
             if claim != seen:
-                seen, since = claim, time.monotonic()
-            elif time.monotonic() - since > STALE:
-                break
+                seen, since = claim, looked
+            if not claim or looked - since > STALE:
+                self._claim(place, owner, 0)
+                time.sleep(2 * (time.monotonic() - looked))  # whoever saw no claim either has written one by now
+                seen, since = self._read(place), time.monotonic()
+                if not seen or seen.startswith(owner.encode()):
+                    break
             time.sleep(_LOOK)
             if self._get(key, folder):
                 yield True
@@ -127,7 +183,7 @@ class SharedStore:
             yield True
             return
         done = threading.Event()
-        keeper = threading.Thread(target=self._keep, args=(place, done), daemon=True)
+        keeper = threading.Thread(target=self._keep, args=(place, owner, done), daemon=True)
         keeper.start()
         try:
             yield False
@@ -137,14 +193,15 @@ class SharedStore:
             with suppress(Exception):
                 self._files.rm_file(place)
 
-    def _keep(self, place: str, done: threading.Event) -> None:
-        owner, count = uuid.uuid4().hex, 0
-        while self._works:
-            with suppress(Exception):
-                self._files.pipe_file(place, f"{owner} {count}".encode())
+    def _keep(self, place: str, owner: str, done: threading.Event) -> None:
+        count = 0
+        while self._works and not done.wait(REFRESH):
             count += 1
-            if done.wait(REFRESH):
-                return
+            self._claim(place, owner, count)
+
+    def _claim(self, place: str, owner: str, count: int) -> None:
+        with suppress(Exception):
+            self._files.pipe_file(place, f"{owner} {count}".encode())
 
     def _read(self, place: str) -> bytes:
         try:
@@ -155,8 +212,25 @@ class SharedStore:
 
 @lru_cache(4)
 def opened(url: str) -> SharedStore:
-    """The store of a URL, opened once in this process."""
-    return SharedStore(url)
+    """The store of a URL, opened once in this process; where it fails, Dask's client is told."""
+    return SharedStore(url, _tell_client)
+
+
+def _tell_client(text: str) -> None:
+    from distributed import get_worker
+
+    with suppress(ValueError):  # no worker: tasks run in this process
+        get_worker().log_event(TOPIC, text)
+
+
+def _written(about: Mapping[str, Any]) -> float:
+    """Time of a file's last write, in seconds since 1970, as stores of several kinds tell it; 0 where none does."""
+    for name in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        if isinstance(told := about.get(name), datetime):
+            return told.timestamp()
+        if isinstance(told, (int, float)):
+            return float(told)
+    return 0.0
 
 
 def _pack(folder: Path, archive: Path) -> None:

@@ -6,13 +6,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
 
 from typing_extensions import TypedDict
 
 from cp_debug.backends.tensorrt.answers import Built
+from cp_debug.caches import trim
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.files import complete_path, file_hash, key_of, write_text
 from cp_debug.reading import check_file, read_json, typed
@@ -31,6 +34,13 @@ class CachedEngine(TypedDict):
     facts: Built
 
 
+class EngineStore(Protocol):
+    """A place that several machines reach, where one makes an entry while the others wait for it."""
+
+    def make_once(self, key: str, folder: Path, make: Callable[[], None]) -> None:
+        """Fill ``folder`` with the files that are kept under ``key``, else with those that ``make`` writes there."""
+
+
 @dataclass(frozen=True)
 class EngineCache:
     """A folder of ``<key>.engine``, ``<key>.json`` (what its build told) and timing caches.
@@ -42,6 +52,8 @@ class EngineCache:
     folder: Path
     on_say: Callable[[str], None] = field(default=lambda text: None, compare=False, repr=False)
     """Told of entries that cannot be used."""
+    store: EngineStore | None = None
+    """Where engines are looked for that are not in the folder, and put for others."""
 
     @classmethod
     def open(
@@ -70,6 +82,37 @@ class EngineCache:
     def timing_cache(self, parts: Mapping[str, Any]) -> Path:
         """File of the kernels' timings of one graph on one machine."""
         return self.folder / f"{self.key(parts)}.timings"
+
+    def make_once(
+        self, key: str, timings: Path | None, build: Callable[[], tuple[Path, dict[str, Any]]]
+    ) -> tuple[Path, dict[str, Any]]:
+        """The engine's file and the facts of its build, which ``build`` gives where neither folder nor store has them.
+
+        ``timings``: the file of kernel timings that a build reads and writes. It goes with the engine, so that whoever
+        takes the engine builds others of the graph with the same kernels. Facts of what was not built have ``cached``.
+        """
+        if (found := self.get(key)) is not None:
+            return found[0], {**found[1], "cached": True}
+        built: list[tuple[Path, dict[str, Any]]] = []
+        if self.store is not None:
+            with TemporaryDirectory(prefix="cpdebug-") as name:
+                entry = EngineCache(Path(name), self.on_say)
+
+                def make() -> None:
+                    built.append(build())
+                    entry.put(key, *built[0])
+                    _copy(timings, entry.folder)
+
+                self.store.make_once(key, entry.folder, make)
+                if not built and (found := entry.get(key)) is not None:
+                    self.put(key, *found)
+                    if timings is not None and not timings.exists():
+                        _copy(entry.folder / timings.name, timings.parent)
+            if not built and (found := self.get(key)) is not None:
+                return found[0], {**found[1], "cached": True}
+        engine, facts = built[0] if built else build()
+        self.put(key, engine, facts)
+        return engine, facts
 
     def get(self, key: str) -> tuple[Path, dict[str, Any]] | None:
         """The engine's file and the facts of its build; None where the cache has no usable entry.
@@ -108,18 +151,9 @@ class EngineCache:
                 shutil.copyfile(engine, partial)
             document = {"key": key, "sha256": file_hash(engine), "facts": dict(facts)}
             write_text(json.dumps(document) + "\n", self.folder / f"{key}.json")
-            self._trim()  # another process may remove the same entries meanwhile
+            trim("engines", self.folder, LARGEST)  # another process may remove the same entries meanwhile
         except (InputError, OSError):
             return
-
-    def _trim(self) -> None:
-        files = sorted(self.folder.glob("*.engine"), key=lambda path: path.stat().st_mtime, reverse=True)
-        total = 0
-        for path in files:
-            total += path.stat().st_size
-            if total > LARGEST:
-                path.unlink(missing_ok=True)
-                path.with_suffix(".json").unlink(missing_ok=True)
 
 
 def _make_room(path: Path) -> None:
@@ -128,3 +162,11 @@ def _make_room(path: Path) -> None:
         path.unlink()
     elif path.is_dir():
         shutil.rmtree(path)
+
+
+def _copy(file: Path | None, folder: Path) -> None:
+    """Copy a file of timings, where there is one; a full disk is no reason to stop."""
+    with suppress(OSError):
+        if file is not None and file.is_file():
+            with complete_path(folder / file.name) as partial:
+                shutil.copyfile(file, partial)

@@ -82,12 +82,11 @@ class EngineBuilder:
     def _build(self, name: str, probes: Mapping[str, Any], profiles: Mapping[str, Profile]) -> Engine:
         nodes = [node.name for node in self.graph.nodes]
         key = self._key(name, probes, profiles)
-        if self.cache is not None and key is not None and (cached := self.cache.get(key)) is not None:
-            path, facts = cached
-            return Engine(path, tuple(parse_layers(facts.pop("layers"), nodes)), {**facts, "cached": True})
-        engine, facts = self._built(name, probes, profiles)
-        if self.cache is not None and key is not None:
-            self.cache.put(key, engine, facts)
+        if self.cache is None or key is None:
+            engine, facts = self._built(name, probes, profiles)
+        else:
+            timings = Path(self.step["timing_cache"]) if self.step.get("timing_cache") else None
+            engine, facts = self.cache.make_once(key, timings, lambda: self._built(name, probes, profiles))
         return Engine(engine, tuple(parse_layers(facts.pop("layers"), nodes)), facts)
 
     def _key(self, name: str, probes: Mapping[str, Any], profiles: Mapping[str, Profile]) -> str | None:
