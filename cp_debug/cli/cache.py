@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cp_debug.sweep.shared import SharedStore
 
 SHARED = "exports, calibrations and engines that the workers of sweeps share"
-"""What a store keeps."""
+"""Content of a store."""
 
 
 class CacheKind(str, Enum):

@@ -54,7 +54,7 @@ class Progress:
     refused: str = ""
     """Workers of a cluster that get no tasks, and why."""
     store: str = ""
-    """What the first worker told whose shared store failed."""
+    """Words of the first worker whose shared store failed."""
     started: float = field(default_factory=time.monotonic)
 
     @property

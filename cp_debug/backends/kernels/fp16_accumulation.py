@@ -32,6 +32,8 @@ THREADS = 4
 """Threads that share the K of one instruction."""
 _AT_A_TIME = {"cpu": 1 << 17, "cuda": 1 << 26}
 """Number of partial sums worked on at a time: on a CPU as many as stay in its cache through all steps of K."""
+NARROWEST = 16
+"""Columns of the smallest product: for fewer than 12, MKL adds an instruction's terms in another order."""
 
 Tap = tuple[Tensor, tuple[int, ...]]
 """Weights (groups, outputs per group, channels per group) and where the tap starts on each spatial axis."""
@@ -69,17 +71,18 @@ def accumulate(x: Tensor, taps: Sequence[Tap], stride: Sequence[int], size: Sequ
     rows = max(1, _AT_A_TIME[x.device.type] // (groups * outputs * row * split))
     for first in range(0, size[0], rows):
         count = min(rows, size[0] - first)
-        extent = (count, *size[1:])
-        parts = x.new_zeros(split, slices, groups, outputs, count * row)
+        extent, places = (count, *size[1:]), count * row
+        parts = x.new_zeros(split, slices, groups, outputs, max(places, NARROWEST))
         half = torch.empty_like(parts[0, 0], dtype=torch.float16)
-        columns = x.new_empty(groups, min(tile, channels), *extent)
+        columns = x.new_zeros(groups, min(tile, channels), parts.shape[-1])
         for channel in range(0, channels, tile):
             for place, (weight, start) in enumerate(taps):
                 sums = parts[order.part(channel // tile * len(taps) + place)]
                 begin = (start[0] + first * stride[0], *start[1:])
                 window = tuple(slice(b, b + (n - 1) * s + 1, s) for b, n, s in zip(begin, extent, stride, strict=True))
                 part = x[(slice(None), slice(channel, channel + tile), *window)]
-                matrix = columns[:, : part.shape[1]].copy_(part).flatten(2)
+                matrix = columns[:, : part.shape[1]]
+                matrix[..., :places].unflatten(2, extent).copy_(part)
                 for k in range(0, matrix.shape[1], BLOCK):
                     block = weight[:, :, channel + k : channel + min(k + BLOCK, matrix.shape[1])]
                     partial_sum = sums[k * slices // tile]
@@ -90,7 +93,7 @@ def accumulate(x: Tensor, taps: Sequence[Tap], stride: Sequence[int], size: Sequ
         total, *others = parts[:, 0]
         for other in others:
             total.copy_(half.copy_(total.add_(other)))
-        result[:, :, first : first + count] = total.unflatten(2, extent)
+        result[:, :, first : first + count] = total[..., :places].unflatten(2, extent)
     return result
 
 
@@ -129,12 +132,13 @@ def accumulate_vectors(
             begin = (start[0] + first * stride[0], *start[1:])
             window = tuple(slice(b, b + (n - 1) * s + 1, s) for b, n, s in zip(begin, extent, stride, strict=True))
             columns.append(x[(slice(None), slice(None), *window)].flatten(2))
-        matrix = torch.cat(columns, 1)
+        places = extent[0] * row
+        matrix = functional.pad(torch.cat(columns, 1), (0, max(NARROWEST - places, 0)))
         total = x.new_zeros(groups, outputs, matrix.shape[-1])
         for block in blocks:
             total.baddbmm_(weight[:, :, block], matrix[:, block])
             total.copy_(total.half())
-        result[:, :, first : first + extent[0]] = total.unflatten(2, extent)
+        result[:, :, first : first + extent[0]] = total[..., :places].unflatten(2, extent)
     return result
 
 

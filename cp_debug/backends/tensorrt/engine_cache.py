@@ -53,7 +53,7 @@ class EngineCache:
     on_say: Callable[[str], None] = field(default=lambda text: None, compare=False, repr=False)
     """Told of entries that cannot be used."""
     store: EngineStore | None = None
-    """Where engines are looked for that are not in the folder, and put for others."""
+    """Place of engines that are not in the folder; those built here are put there for others."""
 
     @classmethod
     def open(
