@@ -115,3 +115,13 @@ def test_of_equal_causes_the_one_from_the_family_with_the_fewest_others_is_named
     found = chosen(layer(residuals=residuals), many, Family(candidate("rare")))
     assert found.cause is not None
     assert found.cause.cause == "rare"
+
+
+@pytest.mark.parametrize(("simple", "many", "cause"), [(9e-4, 32, "plain"), (2e-3, 32, "fitted"), (9e-4, 1, "fitted")])
+def test_many_numbers_that_gain_rounding_alone_lose_to_none(simple: float, many: int, cause: str) -> None:
+    """Both leave nothing but rounding, the fit half as much: that half is what its numbers have learnt of rounding."""
+    segment = layer(residuals={"plain": simple, "fitted": simple / 2}, expected=simple / 2)
+    families = Family(candidate("plain")), Family(candidate("fitted", parameters=many))
+    best = chosen(segment, *families).cause
+    assert best is not None
+    assert best.cause == cause

@@ -135,3 +135,39 @@ def test_one_model_has_no_differences(tmp_path: Path) -> None:
     path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 4, 8, 8])}, ["y"])
     assert not weight_differences(Graph(path), Graph(path)).differing
     assert bisect(str(path), "ort,emu-fp32").weights == {}
+
+
+def test_a_constant_that_only_the_test_reads_is_none_of_the_references(tmp_path: Path) -> None:
+    """Where an exporter left a bias out and its tensor in the file, the other program reads it."""
+    files = []
+    for name, reads in (("ours", False), ("theirs", True)):
+        made = NetBuilder(1)
+        value = made.conv("x", 4, 4)
+        kept = made.weight(made.rng.standard_normal((4, 12, 12)).astype(np.float32), "kept")
+        value = made.op("Add", value, kept) if reads else value
+        made.op("Relu", value, name="y")
+        files.append(Graph(made.save(tmp_path / f"{name}.onnx", {"x": (1, [1, 4, 12, 12])}, ["y"])))
+    found = weight_differences(*files)
+    assert (found.differing, found.added) == ([], ["kept"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind", "says"),
+    [
+        (KERNEL[[0, 0, *range(2, 16)]], "permuted", "channels that hold those of others: 1←0"),
+        (KERNEL.clip(-2.5, 2.5), "clipped", "cut off at -2.5 and 2.5"),
+        (GATES.swapaxes(1, 2).reshape(GATES.shape), "transposed", "read in the old shape"),
+    ],
+)
+def test_further_changes_are_described(changed: np.ndarray, kind: str, says: str) -> None:
+    change = describe(GATES if changed.shape == GATES.shape else KERNEL, changed)
+    assert change is not None
+    assert (change.kind, says in change.says) == (kind, True)
+
+
+def test_two_elements_at_one_bound_are_clipped() -> None:
+    array = KERNEL.ravel()[:64].reshape(8, 8)
+    bound = np.sort(array.ravel())[-3]
+    change = describe(array, array.clip(None, bound))
+    assert change is not None
+    assert change.kind == "clipped"

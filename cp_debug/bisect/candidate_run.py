@@ -193,8 +193,15 @@ class CandidateRun:
                 narrow=(self._narrow(component, sides[0]), self._narrow(component, sides[1])),
                 quantized=(self._quantized(component, sides[0]), self._quantized(component, sides[1], test)),
                 families=(sides[0].backend.spec.family, sides[1].backend.spec.family),
+                moved=self._moved(graph, component),
             )
         return self._replayers[component]
+
+    def _moved(self, graph: Graph, component: str) -> FileQuantization | None:
+        """The quantizers of a file that both sides run, where the test's backend may move them."""
+        if component in self._files or not is_optimized(self.pipeline.backend) or not is_quantized(graph):
+            return None
+        return FileQuantization(graph, graph, {}, rounds_weights=True)
 
     def _quantized(self, component: str, side: Pipeline, capture: CapturedRun | None = None) -> AnyQuantized | None:
         """The quantization of a component on one side; None where it claims none, or where nothing else is known.

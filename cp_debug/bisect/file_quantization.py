@@ -82,14 +82,14 @@ class FileQuantization:
         """Whether the file quantizes anything that these nodes of ``plain`` compute."""
         return bool(self._of(nodes))
 
-    def for_readers(self, name: str, captured: AnyTensor) -> list[Levels]:
-        """Levels of the quantizers that read a value, or what only moves it, where ``captured`` lies on their grid.
+    def for_readers(self, name: str, captured: AnyTensor) -> list[tuple[Levels, QuantizerGrid]]:
+        """Levels and grids of the quantizers that read a value, or what only moves it, on which ``captured`` lies.
 
         ``captured``: the value by the parent's name, any shape. Empty unless the backend optimizes: ONNX Runtime's
         QDQPropagation moves quantizers in front of what moves values, which is then shown rounded
-        (onnxruntime/core/optimizer/qdq_transformer/qdq_propagation.cc).
+        (onnxruntime/core/optimizer/qdq_transformer/qdq_propagation.cc), and its transpose optimizer does so at level 1.
         """
-        found: list[Levels] = []
+        found: list[tuple[Levels, QuantizerGrid]] = []
         if not self._rounds_weights:
             return found
         waiting = [self._names.get(name, name)]
@@ -100,7 +100,7 @@ class FileQuantization:
                     scale, zero = [*node.proto.input[1:3], ""][:2]
                     levels, grid = self._levels(scale, zero), self._grid(scale, zero)
                     if levels is not None and grid is not None and grid.holds(torch.as_tensor(captured)):
-                        found.append(levels)
+                        found.append((levels, grid))
                 elif node.op in _MOVED_BEHIND and node.proto.input[0] == value:
                     waiting += node.outputs
         return found

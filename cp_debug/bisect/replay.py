@@ -24,6 +24,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
 from cp_debug.backends.memory import Trimmer
 from cp_debug.bisect.consequences import matters
+from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.narrow_variants import departures, spread
 from cp_debug.bisect.perturbation import doubt
 from cp_debug.bisect.quantized_segment import EmulatedSegment
@@ -64,13 +65,15 @@ class Replayer:
         narrow: tuple[Mapping[str, str], Mapping[str, str]] = (MappingProxyType({}), MappingProxyType({})),
         quantized: tuple[AnyQuantized | None, AnyQuantized | None] = (None, None),
         families: tuple[str, str] = ("", ""),
+        moved: FileQuantization | None = None,
     ) -> None:
         """Prepare the oracle and the emulation of both sides' claims.
 
         ``precisions`` are those that the reference and the test claim to have; ``quantized`` what each of them does in
         INT8, where that is known; ``narrow`` the values (by their names in ``graph``) that each holds in ``fp16`` or
-        ``bf16`` because its own program says so; ``families`` those of their backends. ``emulated``: the test is the
-        emulation of its claim, of this very graph, so that emulating its layers again would give what was captured.
+        ``bf16`` because its own program says so; ``families`` those of their backends; ``moved`` the quantizers of
+        ``graph`` itself, which the test's optimizer may have moved in front of other values. ``emulated``: the test is
+        the emulation of its claim, of this very graph, so that emulating its layers again would give what was captured.
         """
         self.graph = graph
         self.precision = PRECISIONS[precisions[1]]
@@ -81,7 +84,7 @@ class Replayer:
         self._device = device
         self._narrow = narrow
         self._claims = precisions
-        self._families = families
+        self._families, self._moved = families, moved
         first = self._emulator(0, oracle)
         alike = precisions[0] == precisions[1] and narrow[0] == narrow[1]
         self._emulators = first, first if alike else self._emulator(1, oracle)
@@ -265,6 +268,8 @@ class Replayer:
         if (replay.excess or 0.0) <= (EXCESS if scales is None else ASKED):
             return replay
         others: list[AnyTensor] = [] if scales is None else [*scales.for_readers(target, captured, result)]
+        if scales is None and side == 1 and self._moved is not None:
+            others = [g.quantized(as_tensor(result)) for _, g in self._moved.for_readers(target, captured)]
         if scales is not None and scales.quantized.touches(nodes):
             others += scales.larger(nodes, given, target)
         if others:

@@ -93,7 +93,7 @@ class ScaleReplay:
         ``captured`` is the value that the test shows; all are of one shape.
         """
         if isinstance(self.quantized, FileQuantization):
-            for levels in self.quantized.for_readers(target, captured):
+            for levels, _ in self.quantized.for_readers(target, captured):
                 for scale_margin in (1.0, *SCALE_MARGINS):
                     yield levels.applied(torch.as_tensor(result), None, scale_margin)
 

@@ -66,7 +66,7 @@ class Pieces:
         self._reference, self._test = reference, test
         self._ours, self._theirs = Constants(reference), Constants(test)
         self._mine, self._own = list(ours), list(theirs)
-        self._names = dict(names)
+        self._names, self._given = dict(names), names
         self._pairs = self._matched()
         for a, b in self._pairs:
             self._names.update(zip(b.outputs, a.outputs, strict=False))
@@ -158,6 +158,10 @@ class Pieces:
                     "other-operator", says, ours.name, {"op": ours.op, "test_op": theirs.op}, structural=True
                 )
             return
+        results = [self._given.get(o, o) for o in theirs.outputs]
+        if results != list(ours.outputs) and sorted(results) == sorted(ours.outputs):
+            says = f"the results of {ours.op} have changed places: {', '.join(results)}"
+            yield NodeDifference("another-tensor", says, ours.name, {"results": results})
         yield from self._attributes(ours, theirs)
         exchanged = self._exchanged(ours, theirs)
         if exchanged is not None:
@@ -221,7 +225,7 @@ class Pieces:
         elif len(computed[0]) == len(computed[1]):
             pairs = [(x, y) for x, y in zip(computed[0], computed[1], strict=True) if x != y]
             says = f"{ours.op} reads {pairs[0][1]} instead of {pairs[0][0]}"
-            yield NodeDifference("another-tensor", says, ours.name, {"of": pairs[0][1], "instead_of": pairs[0][0]})
+            yield NodeDifference("another-operand", says, ours.name, {"of": pairs[0][1], "instead_of": pairs[0][0]})
 
     def _constants(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
         our_inputs, their_inputs = list(ours.proto.input), list(theirs.proto.input)
@@ -332,6 +336,7 @@ def named(change: TensorChange, role: str, op: str) -> str:
         "gates-permuted": "gate-order",
         "int8-per-channel": "int8-weights",
         "int8-per-tensor": "int8-per-tensor",
+        "negated": "bias-scaled" if role == "bias" else "weights-scaled",
         "permuted": "weight-layout",
         "pruned": "weights-pruned",
         "rolled": "index-shifted",
@@ -340,7 +345,7 @@ def named(change: TensorChange, role: str, op: str) -> str:
     }
     if role in ("weights", "bias"):
         return weights.get(change.kind, "other-weights")
-    return weights[change.kind] if change.kind in ("another", "int8-per-channel") else "constant-differs"
+    return weights[change.kind] if change.kind in ("another", "int8-per-channel", "rolled") else "constant-differs"
 
 
 def attributes(graph: Graph, node: Node) -> dict[str, Any]:

@@ -108,6 +108,8 @@ def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
     count = int(different.sum())
     yield from _by_channel(a, b)
     yield from _orders(a, b, gates)
+    if _cut_off(a, b, different):
+        yield "clipped", f"cut off at {b.min():.4g} and {b.max():.4g}", a.clip(b.min(), b.max()), {}
     if 0 < count <= FEW and a.size > 2 * count:
         places = np.argwhere(different).tolist()
         changes = ", ".join(f"{p}: {a[tuple(p)]:.6g} → {b[tuple(p)]:.6g}" for p in places)
@@ -162,8 +164,11 @@ def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
                 value = np.concatenate([blocks[i] for i in order], axis=1)
                 yield "gates-permuted", f"the gates are in the order {list(order)}", value, {"order": list(order)}
     for order in itertools.permutations(range(a.ndim)) if 1 < a.ndim <= 4 else ():
-        if list(order) != list(range(a.ndim)) and a.transpose(order).shape == b.shape:
-            yield "transposed", f"axes in the order {list(order)}", a.transpose(order), {"axes": list(order)}
+        if list(order) == list(range(a.ndim)):
+            continue
+        turned, text = a.transpose(order), f"axes in the order {list(order)}"
+        old = "" if turned.shape == b.shape else ", read in the old shape"
+        yield "transposed", text + old, turned.reshape(b.shape), {"axes": list(order)}
     for axis in range(a.ndim):
         if a.shape[axis] > 1:
             yield "flipped", f"axis {axis} runs backwards", np.flip(a, axis), {"axis": axis}
@@ -184,7 +189,8 @@ def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
             value, places = permutation
             moved = [i for i, j in enumerate(places) if i != j]
             pairs = ", ".join(f"{i}←{places[i]}" for i in moved[:6]) + (", …" if len(moved) > 6 else "")
-            text = f"{_axis_name(axis, a.ndim)}s in another order: {pairs}"
+            how = "in another order" if len(set(places)) == len(places) else "that hold those of others"
+            text = f"{_axis_name(axis, a.ndim)}s {how}: {pairs}"
             yield "permuted", text, value, {"axis": axis, "moved": len(moved), "order": places[:64]}
     yield from (way for way in interleaved_forms(a) if way[0] == "transposed")
 
@@ -223,17 +229,25 @@ def _shifted_in(a: np.ndarray, b: np.ndarray, axis: int, step: int) -> np.ndarra
 
 
 def _permuted(a: np.ndarray, b: np.ndarray, axis: int) -> tuple[np.ndarray, list[int]] | None:
-    """``a`` with the slices along ``axis`` in the order that ``b`` has them, and that order; None if there is none."""
+    """``a`` with the slices along ``axis`` in the order that ``b`` has them, and that order; None if there is none.
+
+    Slices of more than one element may also be copies of others, one taking another's place.
+    """
     places: dict[bytes, list[int]] = {}
     rows_a, rows_b = (np.ascontiguousarray(np.moveaxis(x, axis, 0)) for x in (a, b))
     for index, row in enumerate(rows_a):
         places.setdefault(row.tobytes(), []).append(index)
+    left = {row: list(indices) for row, indices in places.items()}
     order = []
     for index, row in enumerate(rows_b):
-        candidates = places.get(row.tobytes())
-        if not candidates:
+        key = row.tobytes()
+        if key not in places or (not left[key] and row.size < 2):
             return None
-        order.append(candidates.pop(candidates.index(index) if index in candidates else 0))
+        candidates = left[key] or places[key]
+        place = index if index in candidates else candidates[0]
+        order.append(place)
+        if left[key]:
+            left[key].remove(place)
     return np.take(a, order, axis), order
 
 
@@ -251,10 +265,18 @@ def _cut(a: np.ndarray, b: np.ndarray) -> Iterator[_Way]:
         threshold, share = float(np.abs(a[gone]).max()), float((b == 0).mean())
         if threshold:
             yield "pruned", f"the smallest {share:.3g} are zero", np.where(np.abs(a) <= threshold, 0.0, a), {}
-    if b.min() > a.min() or b.max() < a.max():
-        yield "clipped", f"cut off at {b.min():.4g} and {b.max():.4g}", a.clip(b.min(), b.max()), {}
     for text, value in few_bit_forms(a):
         yield "coarse", f"stored {text}", value, {}
+
+
+def _cut_off(a: np.ndarray, b: np.ndarray, different: np.ndarray) -> bool:
+    """Whether the elements that differ, two or more, are the largest or the smallest of ``b``, all alike, and were
+    beyond them."""
+    if different.sum() < 2 or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return False
+    low, high = float(b.min()), float(b.max())
+    ends = (a > high) & (b == high) | (a < low) & (b == low)
+    return bool(ends[different].all())
 
 
 def few_bit_forms(a: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

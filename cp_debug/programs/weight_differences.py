@@ -131,9 +131,9 @@ def _paired(ours: Constants, theirs: Constants, names: Mapping[str, str] | None)
         for a, b in zip(twin.proto.input, node.proto.input, strict=False):
             if a in ours and b in theirs:
                 pairs.setdefault(b, a)
-    used = set(pairs.values())
+    used, read = set(pairs.values()), set(ours.names)
     for name in theirs.names:
-        if name in ours and name not in pairs and name not in used and names is None:
+        if name in read and name not in pairs and name not in used and names is None:
             pairs[name] = name
     unique: dict[str, str] = {}
     for b, a in pairs.items():

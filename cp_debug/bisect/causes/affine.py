@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,11 +76,24 @@ def channel_by_channel(segment: Segment) -> Iterator[Candidate]:
     """Candidates: a factor and a summand for each channel, for all channels or only for those that are off."""
     if segment.test.dim() < 2 or segment.test.shape[segment.axis] < 2:
         return
-    axis = segment.axis
+    yield from _sliced(segment, segment.axis)
+
+
+@cause(costly=True)
+def slice_by_slice(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: the same along the other axes (positions, heads, tokens), where few of their slices are off."""
+    for axis in range(segment.test.dim()):
+        count = segment.test.shape[axis]
+        if axis != segment.axis and count > 1 and 0 < int(off_channels(segment, axis).sum()) <= count // 2:
+            yield from _sliced(segment, axis)
+
+
+def _sliced(segment: Segment, axis: int) -> Iterator[Candidate]:
     error = segment.test - segment.before
-    off = off_channels(segment)
+    off = off_channels(segment, axis)
     count = int(off.sum())
-    chosen = segment.along(off)
+    chosen = off.reshape(-1, *[1] * (segment.test.dim() - axis - 1))
+    one = "channel" if axis == segment.axis else f"axis {axis}, slice"
     affine = [segment.before, torch.ones((), dtype=torch.float64)]
     bases = [b for b in _bases(segment) if b[0] != "bias-scaled"]
     for name, _, basis in (*bases, ("affine", "", affine)):
@@ -89,11 +103,14 @@ def channel_by_channel(segment: Segment) -> Iterator[Candidate]:
         change, theta = fit
         value = segment.activate(segment.before + torch.where(chosen, change, 0.0))
         places = off.nonzero().flatten().tolist()
-        which = f"channel {places[0]}" if count == 1 else f"{count} of {len(off)} channels"
+        which = f"{one} {places[0]}" if count == 1 else f"{count} of {len(off)} channels"
+        which = which if count == 1 or axis == segment.axis else f"{count} of {len(off)} slices of axis {axis}"
         says = f"{which} {'is' if count == 1 else 'are'} off {OFF[name]}"
-        evidence = {"channels": places[:32], "factors": (1 + theta[off][:32, 0]).tolist()}
+        evidence: dict[str, Any] = {"channels": places[:32], "factors": (1 + theta[off][:32, 0]).tolist()}
         if name == "shifted":
             evidence = {"channels": places[:32], "summands": theta[off][:32, 0].tolist()}
+        if axis != segment.axis:
+            evidence["axis"] = axis
         cause_name = f"channels-{name.removeprefix('weights-')}"
         if name in ("scaled", "weights-scaled") and bool(((1 + theta[off]).abs() < NOTHING).all()):
             cause_name = "channels-zeroed"
@@ -102,9 +119,11 @@ def channel_by_channel(segment: Segment) -> Iterator[Candidate]:
         yield Candidate(cause_name, says, value, count * len(basis), evidence, _FIX)
 
 
-def off_channels(segment: Segment) -> Tensor:
-    """[C] bool: channels that are off by more than the claimed rounding, evenly, and not merely by a trace."""
-    dims = [d for d in range(segment.error.dim()) if d != segment.axis]
+def off_channels(segment: Segment, axis: int | None = None) -> Tensor:
+    """[C] bool: channels (slices of an ``axis``) that are off by more than the claimed rounding, evenly, and not merely
+    by a trace."""
+    along = segment.axis if axis is None else axis
+    dims = [d for d in range(segment.error.dim()) if d != along]
     error = segment.error.square().sum(dims)
     rounding = 16 * segment.expected**2 / len(error)
     return error > torch.clamp(error.max() * 1e-8, min=min(rounding, float(error.max()) / 2))

@@ -96,6 +96,7 @@ BY_NODE = (
     "cut_weights",
     "few_weights",
     "fitted_weights",
+    "operands",
     "operators",
     "quantized",
     "rearranged_weights",

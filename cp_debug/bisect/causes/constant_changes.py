@@ -50,9 +50,11 @@ def rearranged(own: Tensor) -> Iterator[Change]:
         yield Change("channels-zero", "all zero", torch.zeros_like(own))
         yield Change("negated", "the sign is the other one", -own)
     for order in itertools.permutations(range(own.dim())) if 1 < own.dim() <= 4 else ():
-        moved = own.permute(order)
-        if list(order) != list(range(own.dim())) and moved.shape == own.shape and not torch.equal(moved, own):
-            yield Change("transposed", f"axes in the order {list(order)}", moved, 0, {"axes": list(order)})
+        moved, text = own.permute(order), f"axes in the order {list(order)}"
+        if moved.shape != own.shape:
+            moved, text = moved.reshape(own.shape), f"{text}, read in the old shape"
+        if list(order) != list(range(own.dim())) and not torch.equal(moved, own):
+            yield Change("transposed", text, moved, 0, {"axes": list(order)})
     for axis in range(own.dim()):
         if own.shape[axis] < 2:
             continue

@@ -239,6 +239,8 @@ class Explainer:
         if len(pairs) > 1 and len(pairs) == len(group):
             says = pairs_in_words(pairs)
         equals = {other.cause: other.says for other in explanation.equals[:EQUALS]}
+        if cause is not None and explanation.alike:
+            says += f" ({', '.join(explanation.alike[:EQUALS])} would give the same)"
         if cause is not None and equals:
             says += "; or, which explains it as well: " + "; or ".join(equals.values())
         finding = Finding(

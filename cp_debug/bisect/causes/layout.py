@@ -171,6 +171,20 @@ def cut_off(segment: Segment) -> Iterator[Candidate]:
 
 
 @cause()
+def another_result(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: another result of the same node, as of a Split whose parts have changed places."""
+    node = segment.nodes[-1] if segment.nodes else None
+    for index, name in enumerate(node.outputs if node is not None and len(node.outputs) > 1 else ()):
+        if not name or name == segment.target:
+            continue
+        value = segment.run(segment.context.oracle.arithmetic, target=name)
+        if value.shape == segment.test.shape:
+            says = f"this is result {index} of {segment.op}, {name}"
+            fix = "compare the order of the results of {layers} in both programs"
+            yield Candidate("another-tensor", says, value, evidence={"of": name}, fix=fix)
+
+
+@cause()
 def another_tensor(segment: Segment) -> Iterator[Candidate]:
     """Candidates: the contents of another value of the same run, read in this shape and repeated to its size."""
     captured = segment.test.flatten()

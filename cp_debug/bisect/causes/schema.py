@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import onnx
@@ -224,9 +224,12 @@ def _shifted(segment: Segment, node: Node) -> Iterator[tuple[dict[int, Tensor], 
             yield {1: starts + step}, f"begins {shift}"
             if ends is not None:
                 yield {2: ends + step}, f"ends {shift}"
-    elif node.op in ("Gather", "GatherElements", "GatherND") and (indices := constant(1)) is not None:
-        for step, shift in steps:
-            yield {1: indices + step}, shift
+    elif node.op in ("Gather", "GatherElements", "GatherND"):
+        indices, name = constant(1), node.proto.input[1]
+        if indices is None and name in segment.given:
+            indices = segment.input(name).long()
+        if indices is not None:
+            yield from (({1: indices + step}, shift) for step, shift in steps)
     elif node.op == "Pad" and (pads := constant(1)) is not None:
         rank = pads.numel() // 2
         for axis, (step, shift) in itertools.product(range(rank), steps):
@@ -317,11 +320,18 @@ def gate_order(segment: Segment) -> Iterator[Candidate]:
         weights = {place: w for place in (1, 2, 3) if gates and (w := segment.weight(node, place)) is not None}
         if not weights:
             continue
-        for order in itertools.islice(itertools.permutations(range(gates)), 1, None):
-            moved = {place: _regated(w, order, 2 if place == 3 else 1) for place, w in weights.items()}
+        groups = {"": list(weights)} | {f", those of {node.proto.input[p]} alone": [p] for p in weights}
+        for order, (whose, places) in itertools.product(itertools.permutations(range(gates)), groups.items()):
+            if list(order) == list(range(gates)) or (len(places) < len(weights) and _moved(order) > 2):
+                continue
+            moved = {place: _regated(weights[place], order, 2 if place == 3 else 1) for place in places}
             if (value := segment.edited(node, inputs=moved)) is not None:
-                says = f"the gates of {node.op} are in the order {list(order)}"
+                says = f"the gates of {node.op} are in the order {list(order)}{whose}"
                 yield Candidate("gate-order", says, value, 0, {"order": list(order)}, "reorder the gates of {layers}")
+
+
+def _moved(order: Sequence[int]) -> int:
+    return sum(i != j for i, j in enumerate(order))
 
 
 def _regated(weight: Tensor, order: tuple[int, ...], parts: int) -> Tensor:

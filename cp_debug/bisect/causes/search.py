@@ -22,6 +22,9 @@ CLOSE = 1.6
 SMALL = 1 << 16
 """Elements of a result up to which structural families are asked, too, where something cheap explains the layer without
 a fitted number: another cause may do so as well."""
+NEARLY_ALL = 0.999
+"""Share of the introduced error from which a complete cause stands beside one that fits many more numbers and leaves
+less: what many numbers gain there is a part of the rounding."""
 FEW = 2
 """Fitted numbers up to which an explanation is simple: only structural families are asked of the costly ones then."""
 TRIED = 300.0
@@ -46,6 +49,8 @@ class Explanation:
     equals: tuple[Candidate, ...] = ()
     """Other causes, each as simple, that explain the layer equally well: nothing in the captured values tells them
     from ``cause``."""
+    alike: tuple[str, ...] = ()
+    """Other operators of which ``cause`` holds as well: a saturated Tanh and a saturated Sigmoid give one result."""
 
 
 @dataclass
@@ -99,16 +104,25 @@ def explain(
 def _chosen(results: list[_Tried]) -> tuple[Explanation, Cause | None]:
     if not results:
         return Explanation(None, 0.0, None, 0.0), None
-    best = min(t.residual for t in results)
-    equal = [t for t in results if t.residual <= CLOSE * best]
+    first = min(results, key=lambda t: t.residual)
+    best = first.residual
+    equal = [t for t in results if t.residual <= CLOSE * best or _simpler(t, first)]
     chosen = min(equal, key=_rank)
     if chosen.accepted:
         others = [t for t in results if t.candidate.cause != chosen.candidate.cause and t.residual > CLOSE * best]
         second = max(others, key=lambda t: t.explained, default=None)
-        return _explanation(chosen, second, _equals(chosen, equal)), chosen.family
+        explanation = _explanation(chosen, second, _equals(chosen, equal))
+        explanation.alike = _alike(chosen, equal)
+        return explanation, chosen.family
     if likely := max((t for t in results if t.candidate.by_magnitude), key=lambda t: t.explained, default=None):
         return _explanation(likely, chosen), likely.family
     return Explanation(None, 0.0, chosen.candidate, chosen.explained), None
+
+
+def _simpler(tried: _Tried, best: _Tried) -> bool:
+    """Whether nothing but rounding is left, and what is left least fits many numbers more."""
+    more = best.candidate.parameters - tried.candidate.parameters
+    return more > FEW and tried.complete and tried.explained >= NEARLY_ALL
 
 
 def _rank(judged: _Tried) -> tuple[bool, bool, int, int, int, float]:
@@ -128,6 +142,16 @@ def _equals(chosen: _Tried, equal: list[_Tried]) -> tuple[Candidate, ...]:
         if tried.accepted and candidate.parameters <= chosen.candidate.parameters and not candidate.observed:
             found.setdefault(candidate.cause, tried)
     return tuple(t.candidate for name, t in found.items() if name != chosen.candidate.cause)
+
+
+def _alike(chosen: _Tried, equal: list[_Tried]) -> tuple[str, ...]:
+    """Operators that the same cause with no more numbers may name as well."""
+    own = chosen.candidate
+    same = (
+        t.candidate for t in equal if t.accepted and t.candidate.cause == own.cause and "op" in t.candidate.evidence
+    )
+    ops = dict.fromkeys(str(c.evidence["op"]) for c in same if c.parameters <= own.parameters)
+    return tuple(op for op in ops if "op" in own.evidence and op != own.evidence["op"])
 
 
 def _explanation(chosen: _Tried, second: _Tried | None, equals: tuple[Candidate, ...] = ()) -> Explanation:
