@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
-from nets import second_like
+from nets import NetBuilder, second_like
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
@@ -22,6 +22,8 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from cp_debug.api.diagnose import diagnose
 from cp_debug.bisect.candidate_run import _prefer_own_names
 from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.file_quantization import FileQuantization
+from cp_debug.graph.graph import Graph
 
 node = helper.make_node
 
@@ -553,3 +555,50 @@ def test_data_in_four_bits_ends_in_a_verdict(tmp_path: Path, kind: int) -> None:
     onnx.save(model, file)
     (test,) = bisect(str(parent), "ort,emu-int8", test_model=file).tests
     assert any(row.onnx == "y" and row.replay is not None for row in test.rows)
+
+
+def test_a_quantizer_that_the_optimizer_moves_in_front_of_a_transpose_accuses_nobody(tmp_path):
+    """One file on both sides: at level 1 ONNX Runtime moves the Transpose behind the pair, and shows it rounded."""
+    made = NetBuilder(4)
+
+    def weight(*shape):
+        return made.weight(made.rng.standard_normal(shape).astype(np.float32))
+
+    def pair(value, scale):
+        own = made.weight(np.float32(scale)), made.weight(np.int8(0))
+        return made.op("DequantizeLinear", made.op("QuantizeLinear", value, *own), *own)
+
+    value = made.op("Add", made.op("MatMul", pair("x", 0.03), weight(8, 8)), weight(8))
+    value = made.op("Reshape", value, made.weight(np.array([1, 6, 2, 4])))
+    turned = made.op("Transpose", value, perm=[0, 2, 1, 3], name="turned")
+    made.op("MatMul", pair(turned, 0.08), pair(weight(4, 5), 0.02), name="y")
+    path = made.save(tmp_path / "net.onnx", {"x": (1, [1, 6, 8])}, ["y"])
+    (test,) = bisect(str(path), "ort-none,ort-basic").tests
+    (row,) = (row for row in test.rows if row.onnx == "turned")
+    assert row.stats.rel_l2 > 0.01
+    assert test.guilty == []
+
+
+def test_a_result_that_leaves_the_file_as_numbers_is_read_inside_as_levels(tmp_path):
+    """``k`` is an output, dequantized for it; the product reads the levels in front of that. Given ``k`` alone, it is
+    known what the file's own nodes make of it."""
+    made = NetBuilder(4)
+    weight = made.weight(made.rng.standard_normal((8, 4)).astype(np.float32))
+    k = made.op("Add", "x", made.weight(made.rng.standard_normal(8).astype(np.float32)), name="k")
+    made.op("MatMul", k, weight, name="y")
+    plain = made.save(tmp_path / "plain.onnx", {"x": (1, [6, 8])}, ["k", "y"])
+
+    samples = iter({"x": np.random.default_rng(i).standard_normal((6, 8)).astype(np.float32)} for i in range(4))
+
+    class Samples(CalibrationDataReader):
+        def get_next(self):
+            return next(samples, None)
+
+    quantize_static(plain, tmp_path / "file.onnx", Samples(), quant_format=QuantFormat.QOperator)
+    graphs = Graph(plain), Graph(tmp_path / "file.onnx")
+    (levels,) = graphs[1].producer["k"].proto.input[:1]
+    assert levels in {name for node in graphs[1].nodes if "MatMul" in node.op for name in node.inputs}
+    file = FileQuantization(*graphs, {"x": "x", "k": "k", "y": "y"})
+    declared = file.declared("y", {"x", "k"}, {"k": np.zeros((6, 8), np.float32)})
+    assert declared is not None
+    assert float(declared.abs().max()) < 0.1
