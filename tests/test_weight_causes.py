@@ -81,7 +81,7 @@ CHANGES: list[tuple[str, str, int, Callable[[Tensor], Tensor]]] = [
     ("coarse-weights", "coarse", 0, lambda w: _levels(w, 4)),
     ("coarse-weights", "coarse", 0, lambda w: _short(w, 5)),
     ("other-weights", "elements", 2, _flipped_bit),
-    ("weight-layout", "other", 1, _copied),
+    ("weight-layout", "copied", 1, _copied),
     ("weight-layout", "permuted", 0, lambda w: torch.cat([w[::2], w[1::2]])),
 ]
 
@@ -100,7 +100,7 @@ def test_what_happened_to_weights_is_told_without_a_fit(
     best = _explained(found, test).cause
     assert best is not None
     # Outputs in another order, and copies of others where no bias is added.
-    same_for_outputs = (target, kind) in {("conv", "permuted"), ("product", "other")}
+    same_for_outputs = (target, kind) in {("conv", "permuted"), ("product", "copied")}
     assert best.cause in ({"permuted", cause} if same_for_outputs else {cause})
     assert same_for_outputs or best.parameters == parameters
     both = describe(weight.float().numpy(), change(weight).float().numpy())

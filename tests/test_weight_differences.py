@@ -154,7 +154,7 @@ def test_a_constant_that_only_the_test_reads_is_none_of_the_references(tmp_path:
 @pytest.mark.parametrize(
     ("changed", "kind", "says"),
     [
-        (KERNEL[[0, 0, *range(2, 16)]], "permuted", "channels that hold those of others: 1←0"),
+        (KERNEL[[0, 0, *range(2, 16)]], "copied", "channels that hold those of others: 1←0"),
         (KERNEL.clip(-2.5, 2.5), "clipped", "cut off at -2.5 and 2.5"),
         (GATES.swapaxes(1, 2).reshape(GATES.shape), "transposed", "read in the old shape"),
     ],

@@ -332,6 +332,7 @@ def named(change: TensorChange, role: str, op: str) -> str:
         "channels-zero": "channels-zeroed",
         "clipped": "weights-clipped",
         "coarse": "coarse-weights",
+        "copied": "weight-layout",
         "flipped": "weight-layout",
         "gates-permuted": "gate-order",
         "int8-per-channel": "int8-weights",

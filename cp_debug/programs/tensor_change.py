@@ -33,7 +33,7 @@ class TensorChange:
 
     kind: str
     """``scaled``, ``channels-scaled``, ``channels-zero``, ``shifted``, ``negated``, ``elements``, ``permuted``,
-    ``gates-permuted``, ``transposed``, ``flipped``, ``rolled``, ``fp16``, ``bf16``, ``int8-per-tensor``,
+    ``copied``, ``gates-permuted``, ``transposed``, ``flipped``, ``rolled``, ``fp16``, ``bf16``, ``int8-per-tensor``,
     ``int8-per-channel``, ``pruned``, ``clipped``, ``coarse``, ``another``, ``shape``, ``other``."""
     says: str
     evidence: dict[str, Any] = field(default_factory=dict)
@@ -189,9 +189,12 @@ def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
             value, places = permutation
             moved = [i for i, j in enumerate(places) if i != j]
             pairs = ", ".join(f"{i}←{places[i]}" for i in moved[:6]) + (", …" if len(moved) > 6 else "")
-            how = "in another order" if len(set(places)) == len(places) else "that hold those of others"
-            text = f"{_axis_name(axis, a.ndim)}s {how}: {pairs}"
-            yield "permuted", text, value, {"axis": axis, "moved": len(moved), "order": places[:64]}
+            copied = len(set(places)) < len(places)
+            text = (
+                f"{_axis_name(axis, a.ndim)}s {'that hold those of others' if copied else 'in another order'}: {pairs}"
+            )
+            evidence = {"axis": axis, "moved": len(moved), "order": places[:64]}
+            yield "copied" if copied else "permuted", text, value, evidence
     yield from (way for way in interleaved_forms(a) if way[0] == "transposed")
 
 
