@@ -329,6 +329,7 @@ ACTS = {
     "--by": "what a sweep is split into",
     "--workers": "processes of a sweep",
     "--retry-failed": "tasks of a sweep's log",
+    "--partition": "how the table of a sweep's log is written",
     "--method": "how quantize finds scales; refused beside scales that are given (above)",
     "--batches": "samples of calibration; refused beside scales that are given (above)",
     "--scenes": "scenes of fine-tuning",

@@ -80,6 +80,12 @@ class Desk:
         Path | None,
         typer.Option(help="FILE.jsonl, which a restart reads; FILE.parquet: that too.", rich_help_panel=QUEUE),
     ] = None
+    partition: Annotated[
+        bool,
+        typer.Option(
+            "--partition", help="FILE.parquet is a folder, a table a model and backend.", rich_help_panel=QUEUE
+        ),
+    ] = False
     retry_failed: Annotated[
         bool,
         typer.Option("--retry-failed", help="Try tasks again that failed in an earlier run.", rich_help_panel=QUEUE),
@@ -104,7 +110,7 @@ class Desk:
         from cp_debug.cli.console import command_line, show_document
         from cp_debug.cli.sweep_view import view
         from cp_debug.reports.sweep import render, write_csv, write_page
-        from cp_debug.sweep.log import SweepLog, write_parquet
+        from cp_debug.sweep.log import SweepLog, write_parquet, write_parts
         from cp_debug.sweep.result import SweepResult
         from cp_debug.sweep.run import run
         from cp_debug.sweep.workers import local_workers, remote_workers
@@ -128,6 +134,7 @@ class Desk:
         target = self.log or (self.output / "log.jsonl" if self.output else Path("sweep.jsonl"))
         if target.suffix not in (".jsonl", ".parquet"):
             raise InputError(f"--log: {target}; expected FILE.jsonl or FILE.parquet")
+        refuse(("partition",), unless=target.suffix == ".parquet", why=f"--log {target} is no FILE.parquet")
         with ExitStack() as stack:
             shared = self._shared(stack)
             log = stack.enter_context(SweepLog(target.with_suffix(".jsonl")))
@@ -136,7 +143,8 @@ class Desk:
             try:
                 result = SweepResult.of(kind, finished, merge(finished.results()), command_line())
                 if target.suffix == ".parquet":
-                    write_parquet(finished.results(), *flat, target)
+                    write = write_parts if self.partition else write_parquet
+                    write(finished.results(), *flat, target)
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
                 if not finished.reread:
                     raise

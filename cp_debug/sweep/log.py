@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug.errors import InputError, system_reason
-from cp_debug.files import complete_path, make_folder
+from cp_debug.files import complete_path, make_folder, partial_name
 from cp_debug.optional import require
 from cp_debug.reading import check_file, sealed, unsealed
 
@@ -20,6 +21,9 @@ SCHEMA = "cpdebug.sweep/1"
 _HEADER = (json.dumps({"schema": SCHEMA}) + "\n").encode()
 _BATCH = 256
 """Number of records in a Parquet row group."""
+
+PARTITIONS = ("label", "backend")
+"""Columns of which every pair has a table of its own: the model and the test backend."""
 
 Record = dict[str, Any]
 """``key``, ``kind``, ``params``, ``seconds``, ``worker``, and ``result`` or ``error``."""
@@ -127,13 +131,62 @@ class SweepLog:
 def write_parquet(records: Iterable[Record], flatten: Flatten, columns: Mapping[str, type], target: Path) -> None:
     """The records as one flat table, a batch at a time. Raises MissingPackage without pyarrow."""
     require("pyarrow", "parquet")
-    import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    arrow = {str: pa.string(), float: pa.float64(), int: pa.int64(), bool: pa.bool_()}
-    schema = pa.schema([(name, arrow[kind]) for name, kind in columns.items()])
-    remaining = iter(records)
+    schema = _schema(columns)
     with complete_path(target) as partial, pq.ParquetWriter(partial, schema) as writer:
-        while batch := list(islice(remaining, _BATCH)):
-            rows = [row for record in batch for row in flatten(record)]
-            writer.write_table(pa.Table.from_pylist(rows, schema))
+        for batch in _batches(records, flatten, schema):
+            writer.write_batch(batch)
+
+
+def write_parts(records: Iterable[Record], flatten: Flatten, columns: Mapping[str, type], target: Path) -> None:
+    """The records as a folder of tables, ``label=…/backend=…/part-0.parquet``, a batch at a time.
+
+    An earlier folder of this kind is replaced. Raises InputError for another folder or a file of that name,
+    MissingPackage without pyarrow.
+    """
+    require("pyarrow", "parquet")
+    import pyarrow as pa
+    import pyarrow.dataset as ds  # type: ignore[import-untyped]
+
+    schema = _schema(columns)
+    names = [name for name in PARTITIONS if name in columns]
+    make_folder(target.parent)
+    try:
+        if os.path.lexists(target) and not all(entry.name.startswith(f"{names[0]}=") for entry in target.iterdir()):
+            raise InputError(f"{target}: holds other files; expected a folder that --partition wrote, or none")
+        partial = partial_name(target)
+        try:
+            ds.write_dataset(
+                _batches(records, flatten, schema),
+                partial,
+                schema=schema,
+                format="parquet",
+                partitioning=ds.partitioning(pa.schema([schema.field(name) for name in names]), flavor="hive"),
+                basename_template="part-{i}.parquet",
+                max_partitions=1 << 20,
+            )
+            shutil.rmtree(target, ignore_errors=True)
+            partial.replace(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written ({system_reason(error)})") from error
+
+
+def _schema(columns: Mapping[str, type]) -> Any:
+    """Arrow's schema of columns. Raises MissingPackage without pyarrow."""
+    require("pyarrow", "parquet")
+    import pyarrow as pa
+
+    arrow = {str: pa.string(), float: pa.float64(), int: pa.int64(), bool: pa.bool_()}
+    return pa.schema([(name, arrow[kind]) for name, kind in columns.items()])
+
+
+def _batches(records: Iterable[Record], flatten: Flatten, schema: Any) -> Iterator[Any]:
+    """Rows of so many records at a time, as Arrow holds them."""
+    import pyarrow as pa
+
+    remaining = iter(records)
+    while batch := list(islice(remaining, _BATCH)):
+        yield pa.RecordBatch.from_pylist([row for record in batch for row in flatten(record)], schema)
