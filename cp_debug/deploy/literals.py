@@ -319,7 +319,7 @@ class _Reader:
         return [(word.arg, word.value) for word in node.keywords]
 
     def _returned(self, node: ast.Call, name: str) -> Any:
-        """Value that a function of the file returns. The function sees itself no more than what is assigned below it."""
+        """Value that a function of the file returns. It sees neither itself nor what is assigned below it."""
         self._calls += 1
         if self._calls > _MOST_CALLS:
             self._refuse(node, f"more than {_MOST_CALLS} calls")
