@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,12 +11,12 @@ from extras import needs
 from test_tutorial import DOCS, tutorial
 
 PAGE = (DOCS / "field.md").read_text(encoding="utf-8")
-*PARTS, MMDET3D, ELSEWHERE = PAGE.split("\n## ")[1:]
+*PARTS, MMDET3D, GPU, ELSEWHERE = PAGE.split("\n## ")[1:]
 
 
 def rows_of(part: str) -> list[tuple[str, str]]:
     """(command, line that it prints) of a part of the page."""
-    return re.findall(r"^\| .* \| `(.+)` \| `(.+)` \|$", part, re.MULTILINE)
+    return re.findall(r"^\| .* \| `(.+?)` \| ``? ?(.+?) ?`?` \|$", part, re.MULTILINE)
 
 
 TABLES = [rows_of(part) for part in PARTS]
@@ -38,10 +39,18 @@ def test_every_row_prints_its_line(tmp_path: Path, rows: list[tuple[str, str]]) 
 
 
 def test_what_ran_elsewhere_is_recorded_or_tested() -> None:
-    recorded = re.findall(r'"(.+)" in \[.+\]\((.+)\) \|$', ELSEWHERE, re.MULTILINE)
+    recorded = re.findall(r'"(.+)" in \[.+?\]\((.+?)\)', GPU + ELSEWHERE)
     tested = re.findall(r"`(test_\w+)` in (tests/\w+\.py)", ELSEWHERE)
-    assert len(recorded) + len(tested) == ELSEWHERE.count("\n| ") - 1, "each row but the head"
+    rows = GPU.count("\n| ") + ELSEWHERE.count("\n| ") - 2
+    assert len(recorded) + len(tested) == rows, "each row but the heads"
     for figure, page in recorded:
         assert figure in (DOCS / page).read_text(encoding="utf-8"), page
     for name, path in tested:
         assert f"def {name}(" in (DOCS.parent / path).read_text(encoding="utf-8"), path
+
+
+def test_what_a_gpu_did_has_its_raw_data_beside_it() -> None:
+    rows = re.findall(r"^\| .+ \| `cpdebug (\w+) .+\]\((gpu/data/.+\.json)\) \|$", GPU, re.MULTILINE)
+    assert len(rows) == GPU.count("\n| ") - 1
+    for command, path in rows:
+        assert f"cpdebug {command} " in json.loads((DOCS / path).read_text(encoding="utf-8"))["command"], path
