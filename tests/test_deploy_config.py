@@ -101,7 +101,10 @@ def _static(shape, batch):
     \"\"\"All alike.\"\"\"
     return dict(min=shape, opt=shape, batch=batch)
 
+_size = 2 ** 5
+_size += _C if _D else 0
 x = _static([1, _C], batch=_D)
+size = _size if _C else 0
 folder = '{{ fileDirname }}/{{ fileBasenameNoExtension }}{{ fileExtname }}'
 data = '{{$CPDEBUG_TEST_DATA:/default/set}}/images'
 count = {{'$CPDEBUG_TEST_COUNT:80'}}
@@ -110,6 +113,7 @@ count = {{'$CPDEBUG_TEST_COUNT:80'}}
     monkeypatch.setenv("CPDEBUG_TEST_COUNT", "7")
     assert read_settings(path) == {
         "x": {"min": [1, 30], "opt": [1, 30], "batch": 40},
+        "size": 62,
         "folder": f"{tmp_path}/c.py",
         "data": "/default/set/images",
         "count": 7,
@@ -130,8 +134,13 @@ count = {{'$CPDEBUG_TEST_COUNT:80'}}
         ("x = [i for i in range(9)]", "line 2"),
         ("x = unknown", "unknown is not assigned above"),
         ("x = dict(a=1)['b']", "there is no item 'b'"),
-        ("x = 1 << 10 ** 9", "only literals"),
+        ("x = 1 << 10 ** 9", "expected a shift of 0 to 64"),
         ("x = 1 << 1000000", "expected a shift of 0 to 64"),
+        ("x = 2 ** 1000000", "expected a power of 0 to 64"),
+        ("x = 99999 ** 64", "expected a power of 0 to 64"),
+        ("x = 0.0 ** -1", "expected a power of 0 to 64"),
+        ("x = 1 if y else 2", "y is not assigned above"),
+        ("x += 1", "x is not assigned above"),
         ("x = 'a' * 10", "expected a number"),
         ("x = 1 / 0", "division by zero"),
         ("x.y = 1", "only literals"),
@@ -261,6 +270,15 @@ def test_every_literal_is_read_as_python_reads_it(tmp_path_factory: pytest.TempP
         ("a.yaml", "[1, 2", "a.yaml: not YAML"),
         ("a.toml", "x = ", "a.toml: not TOML"),
         ("a.json", "{}", "a.json: work_dir is missing"),
+        ("a.json", "[]", "a.json: the document is []; expected settings by name"),
+        ("a.json", '{"work_dir": null}', "a.json: work_dir is null; expected a path"),
+        ("a.py", "", "a.py: holds no settings; expected AWML's, such as export and components"),
+        (
+            "a.py",
+            "model = dict(type='CenterPoint')",
+            "a.py: a model's configuration (model is a dictionary with a type)",
+        ),
+        ("a.py", "work_dir = 'w'", "a.py: work_dir is this project's own; its settings stand in YAML, TOML or JSON"),
         ("a.json", '{"work_dir": "w",}', "a.json: not JSON that can be read"),
         ("a.json", '{"work_dir": "w", "work_dir": "v"}', "a.json: not JSON that can be read ('work_dir' is set twice)"),
         ("a.yaml", "work_dir: w\nexport: {mode: trt, mode: onnx}", "a.yaml: not YAML ('mode' is set twice in line 2"),

@@ -60,7 +60,16 @@ def awml_document(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _check_kind(settings: Mapping[str, Any], path: Path) -> None:
-    """Raise InputError, with one sentence, for deployments of other tools, tasks and models."""
+    """Raise InputError, with one sentence, for deployments of other tools, tasks and models, and what is none."""
+    if not settings:
+        raise InputError(f"{path}: holds no settings; expected AWML's, such as export and components")
+    if "type" in _mapping(settings.get("model")):
+        raise InputError(
+            f"{path}: a model's configuration (model is a dictionary with a type), which says nothing about its "
+            f"deployment; expected AWML's deploy_config.py, beside --model mmdet3d:{path.name}"
+        )
+    if path.suffix == ".py" and (ours := [key for key in ("work_dir", "model") if key in settings]):
+        raise InputError(f"{path}: {ours[0]} is this project's own; its settings stand in YAML, TOML or JSON")
     kind = settings.get("task_type")
     if isinstance(kind, str) and kind != "detection3d":
         raise InputError(f"{path}: a deployment of another task: task_type is {kind!r}; expected 'detection3d'")

@@ -27,6 +27,7 @@ _ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
     ast.LShift: operator.lshift,
+    ast.Pow: operator.pow,
 }
 _TEXT_METHODS = ("strip", "lstrip", "rstrip")
 _LARGEST_SHIFT = 64
@@ -47,10 +48,10 @@ def read_settings(path: Path, dialect: Dialect = Dialect()) -> Any:
 
     Left out of a Python file are names that begin with ``_``, and variables: names that the file reads again and that
     are no keys of ``dialect``. Admitted are constants, containers, ``dict(key=…)``, ``**`` in both, names assigned
-    before, their items, sums, products of numbers, ``<<``, ``not``, ``update(…)``, assignments to items and to several
-    names, f-strings, ``str(…)``, ``.strip()``, functions of one ``return``, members of the dialect's enumerations and
-    their imports, of inherited settings ``{{_base_.name}}``, and mmengine's variables in double braces. A YAML, TOML or
-    JSON file without ``_base_`` may be any document.
+    before, their items, sums, products and powers of numbers, ``<<``, ``not``, ``a if b else c``, ``update(…)``,
+    ``+=``, assignments to items and to several names, f-strings, ``str(…)``, ``.strip()``, functions of one
+    ``return``, members of the dialect's enumerations and their imports, of inherited settings ``{{_base_.name}}``,
+    and mmengine's variables in double braces. A YAML, TOML or JSON file without ``_base_`` may be any document.
 
     Raises InputError with file and line for anything else.
     """
@@ -131,6 +132,9 @@ class _Reader:
                     self._refuse(statement, f"expected {len(targets)} values")
                 for target, part in zip(targets, values, strict=True):
                     self._assign(statement, target.id if isinstance(target, ast.Name) else self._refuse(target), part)
+            case ast.AugAssign(target=ast.Name(id=name), op=op, value=value):
+                read = ast.copy_location(ast.Name(name, ast.Load()), statement)
+                self._assign(statement, name, self._value(ast.copy_location(ast.BinOp(read, op, value), statement)))
             case ast.FunctionDef(
                 name=name,
                 args=ast.arguments(posonlyargs=[], args=args, vararg=None, kwonlyargs=[], kwarg=None, defaults=[]),
@@ -246,6 +250,8 @@ class _Reader:
                 return not self._value(operand)
             case ast.BinOp():
                 return self._arithmetic(node)
+            case ast.IfExp(test=test, body=body, orelse=other):
+                return self._value(body if self._value(test) else other)
             case ast.JoinedStr(values=parts):
                 return "".join(self._text(part) for part in parts)
             case ast.Call():
@@ -285,6 +291,8 @@ class _Reader:
             self._refuse(node, "expected a number")
         if isinstance(node.op, ast.LShift) and not (isinstance(right, int) and 0 <= right <= _LARGEST_SHIFT):
             self._refuse(node, f"expected a shift of 0 to {_LARGEST_SHIFT}")
+        if isinstance(node.op, ast.Pow) and not (abs(left) <= _LARGEST_VALUE and 0 <= right <= _LARGEST_SHIFT):
+            self._refuse(node, f"expected a power of 0 to {_LARGEST_SHIFT}")
         try:
             return compute(left, right)
         except (ArithmeticError, TypeError) as error:

@@ -290,11 +290,17 @@ def validate(schema: type[T], document: Any, source: Path | str) -> T:
         raise InputError("\n".join(f"{source}: {_said(problem)}" for problem in error.errors())) from None
 
 
+_WORDS = {"path_type": "expected a path", "model_type": "expected settings by name"}
+"""Kinds of errors whose own message is about Python's classes."""
+
+
 def _said(error: ErrorDetails) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "missing":
         return f"{key} is missing"
-    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    message = _WORDS.get(error["type"]) or error["msg"].removeprefix("Value error, ").replace(
+        "Input should be", "expected"
+    )
     if error["type"] in ("unknown_key", "value_error"):
         return f"{key}: {message}" if key else message
     return f"{key or 'the document'} is {json.dumps(error['input'], default=str)[:80]}; {message}"
