@@ -221,3 +221,20 @@ def test_progress_in_a_notebook_without_widgets_is_one_line_that_goes(monkeypatc
     with progress.shown_steps(True, None) as on_step:
         on_step("exporting", 1, 3)
     assert shown == ["exporting (1 of 3)", ""]
+
+
+def test_a_result_says_what_two_models_it_is_about(tmp_path: Path) -> None:
+    right = second_like(tmp_path / "right.onnx", depth=1, size=8)
+    proto = onnx.load(right)
+    weights = next(each for each in proto.graph.initializer if len(each.dims) == 4)
+    weights.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weights) * np.float32(1.02), weights.name))
+    onnx.save(proto, tmp_path / "wrong.onnx")
+    two = cp_debug.diagnose(right, "ort,ort", test_model=tmp_path / "wrong.onnx")
+    assert str(two).startswith(f"{right} against {tmp_path / 'wrong.onnx'}: ort against ort.test\n")
+    assert two.findings == two.tests[0].findings != []
+    assert cp_debug.diagnose(right, "ort,ort-all").test_model == ""
+
+
+def test_a_folder_for_a_result_is_answered_with_how_to_read_it() -> None:
+    with pytest.raises(cp_debug.InputError, match=r"before: a path; expected a result, as open_result\('kept'\) reads"):
+        cp_debug.diff_results("kept", "today")  # type: ignore[arg-type]

@@ -31,6 +31,7 @@ def diagnose(
     test_tensors: str | Path | Mapping[str, Any] | None = None,
     tensors_precision: str = "fp32",
     channels_last: bool = False,
+    flat: bool = False,
     options: Options = DEFAULTS,
     progress: bool | None = None,
     on_step: OnStep | None = None,
@@ -45,7 +46,7 @@ def diagnose(
     ``test_tensors`` are the test's values instead of a run: a mapping by the names of an ONNX file's values, or the
     path of a dump (``.npy`` files in a folder, ``.npz``, safetensors, Polygraphy's JSON, ``.pb``). They were computed
     elsewhere in ``tensors_precision``, from ``inputs`` or from the inputs that the dump holds; ``channels_last``: as
-    NHWC. ``backends`` is then the reference alone.
+    NHWC; ``flat``: row by row, without the graph's axes. ``backends`` is then the reference alone.
     ``options.save`` is a folder for the result and its tensors, which ``open_result`` reads.
     ``progress`` None shows what is being done in a terminal or notebook; ``on_step`` is told it instead.
 
@@ -68,6 +69,7 @@ def diagnose(
                 tensors,
                 tensors_precision,
                 channels_last=channels_last,
+                flat=flat,
                 inputs_given=inputs is not None,
             )
         prepared_test = None if test_model is None else _test_model(test_model, inputs)
@@ -87,6 +89,7 @@ def assert_agree(
     test_tensors: str | Path | Mapping[str, Any] | None = None,
     tensors_precision: str = "fp32",
     channels_last: bool = False,
+    flat: bool = False,
     options: Options = DEFAULTS,
     progress: bool | None = False,
     on_step: OnStep | None = None,
@@ -106,6 +109,7 @@ def assert_agree(
         test_tensors=test_tensors,
         tensors_precision=tensors_precision,
         channels_last=channels_last,
+        flat=flat,
         options=options,
         progress=progress,
         on_step=on_step,

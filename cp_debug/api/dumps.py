@@ -10,13 +10,14 @@ import numpy as np
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Backend
-from cp_debug.backends.dumped import DumpedBackend, channels_first, dumped_inputs
+from cp_debug.backends.dumped import DumpedBackend, as_in_graph, dumped_inputs
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
+from cp_debug.graph.check_inputs import known_shape
 from cp_debug.graph.graph import Graph, ValueInfo
 from cp_debug.probes.dumps import read_dump
-from cp_debug.recipes.abilities import with_samples
+from cp_debug.recipes.abilities import with_notes, with_samples
 from cp_debug.recipes.base import Model, Sample
 
 DEFAULT_REFERENCE = "ort"
@@ -29,13 +30,15 @@ def with_dump(
     precision: str,
     *,
     channels_last: bool = False,
+    flat: bool = False,
     inputs_given: bool,
 ) -> tuple[Model, Sequence[Backend]]:
     """The model fed with what the dump was fed with, and the two backends: ``reference``, and the dump.
 
     ``tensors`` is the path of a dump (see ``read_dump``) or a mapping of arrays by value name; ``channels_last``: those
-    of rank 4 and 5 were dumped as NHWC. ``inputs_given``: the model's samples are those that the dump was computed
-    from; else the dump must hold the graph's inputs.
+    of rank 4 and 5 were dumped as NHWC; ``flat``: those of another shape hold their numbers row by row. A tensor in
+    between that still has another shape is left out, and a note of the model tells so. ``inputs_given``: the model's
+    samples are those that the dump was computed from; else the dump must hold the graph's inputs.
     Raises InputError for a model that is no ONNX file, and for dumps without a usable input or output.
     """
     source = str(tensors) if isinstance(tensors, Path) else "test_tensors"
@@ -49,7 +52,9 @@ def with_dump(
         raise InputError(f"--backends: {reference!r}; with tensors as the test expected the reference alone")
     arrays = read_dump(tensors) if isinstance(tensors, Path) else {n: np.asarray(a) for n, a in tensors.items()}
     graph = Graph(path)
-    arrays = channels_first(graph, arrays, source, last=channels_last)
+    arrays = as_in_graph(graph, arrays, source, last=channels_last, flat=flat)
+    arrays, left_out = _of_known_shape(graph, arrays)
+    model = with_notes(model, left_out)
     if not inputs_given:
         inputs = dumped_inputs(graph, arrays)
         if inputs is None:
@@ -58,6 +63,21 @@ def with_dump(
         sample = Sample({value.name: _in_dtype(inputs[value.name], value) for value in graph.inputs}, source)
         model = with_samples(model, [sample])
     return model, [create(BackendSpec.parse(names[0])), DumpedBackend(arrays, source, precision)]
+
+
+def _of_known_shape(graph: Graph, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The arrays but for those in between whose shape is none that the graph allows, and a note on each of these.
+
+    They are no values of the graph, so nothing may be computed from them; inputs and outputs stay, and are told.
+    """
+    ends = {value.name for value in (*graph.inputs, *graph.outputs)}
+    known = {name: known_shape(graph, name) for name in arrays if name not in ends}
+    others = {name: shape for name, shape in known.items() if shape not in (None, arrays[name].shape)}
+    notes = [
+        f"{name} is {list(arrays[name].shape)} in the dump and {list(shape or ())} in the graph: left out"
+        for name, shape in others.items()
+    ]
+    return {name: array for name, array in arrays.items() if name not in others}, notes
 
 
 def _in_dtype(array: np.ndarray, value: ValueInfo) -> np.ndarray:

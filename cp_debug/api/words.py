@@ -152,4 +152,5 @@ def _translated(text: str, parameters: set[str], fields: set[str]) -> str:
         text = text.replace("--overwrite", "overwrite=True")
     if "channels_last" in parameters:
         text = text.replace("--tensors-layout nhwc", "channels_last=True")
+        text = text.replace("--tensors-layout flat", "flat=True")
     return _FLAG.sub(word, re.sub(r"^MODEL(?=: )", "model", text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -79,29 +80,47 @@ def named_values(graph: Graph, tensors: Mapping[str, np.ndarray]) -> dict[str, n
     return tensor_of
 
 
-def channels_first(
-    graph: Graph, tensors: Mapping[str, np.ndarray], source: str, *, last: bool, flag: str = "--tensors-layout"
+def as_in_graph(
+    graph: Graph,
+    tensors: Mapping[str, np.ndarray],
+    source: str,
+    *,
+    last: bool,
+    flat: bool = False,
+    flag: str = "--tensors-layout",
 ) -> dict[str, np.ndarray]:
     """The tensors by the names of the graph's values, those of rank 4 and 5 with channels at axis 1.
 
-    ``last``: they were dumped with channels at the last axis; ``flag`` is the option that says so. Raises InputError
-    for a tensor whose shape fits the graph's only the other way, saying how to read it, and for levels of a quantizer.
+    ``last``: they were dumped with channels at the last axis; ``flat``: a tensor of another shape holds its value's
+    numbers row by row, as a buffer does; ``flag`` is the option that says so. Raises InputError for a tensor whose
+    shape fits the graph's only so, saying how to read it, and for levels of a quantizer.
     """
     values = named_values(graph, tensors)
     for name, tensor in values.items():
         _refuse_levels(graph, name, tensor, source)
         shape = known_shape(graph, name)
-        if tensor.ndim not in (4, 5) or (shape is not None and shape == tensor.shape):
+        if shape is not None and shape == tensor.shape:
             continue
-        moved = np.moveaxis(tensor, -1, 1)
-        if last and (shape is None or shape == moved.shape):
+        moved = np.moveaxis(tensor, -1, 1) if tensor.ndim in (4, 5) else None
+        same_numbers = shape is not None and _has_its_numbers(tensor, shape)
+        if last and moved is not None and shape in (None, moved.shape):
             values[name] = moved
-        elif not last and shape == moved.shape:
+        elif flat and same_numbers:
+            values[name] = tensor.reshape(shape)
+        elif not last and shape is not None and (same_numbers or (moved is not None and shape == moved.shape)):
+            same_moved = moved is not None and shape == moved.shape
+            how, layout = ("with channels last", "nhwc") if same_moved else ("without its axes, row by row", "flat")
             raise InputError(
                 f"{source}: {name!r} has shape {list(tensor.shape)}, the graph's is {list(shape)}: it seems to be "
-                f"dumped with channels last; read it so with {flag} nhwc"
+                f"dumped {how}; read it so with {flag} {layout}"
             )
     return values
+
+
+def _has_its_numbers(tensor: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has the elements of a value of ``shape``, in one row or without axes of size 1."""
+    in_one_row = tensor.ndim <= 1 and tensor.size == math.prod(shape)
+    return in_one_row or [n for n in shape if n != 1] == [n for n in tensor.shape if n != 1]
 
 
 def _refuse_levels(graph: Graph, name: str, tensor: np.ndarray, source: str) -> None:

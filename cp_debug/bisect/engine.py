@@ -63,7 +63,7 @@ class Bisection:
         options: Options,
         on_step: OnStep,
     ) -> None:
-        self.options, self._test_model = options, test_model
+        self.options, self._test_model, self._named_test = options, test_model, test_model
         self._progress = StepCounter(on_step)
         if isinstance(backends, str):
             differs = test_model is not None or options.differs
@@ -126,6 +126,7 @@ class Bisection:
                 self._blame_optimizers(first, taken)
             return BisectResult(
                 model=self.model.name,
+                test_model=self._other_name(),
                 reference=reference.record(),
                 tests=self._results(taken, sides, layers),
                 samples=sources,
@@ -134,6 +135,15 @@ class Bisection:
                 reference_observation=taken.observation,
                 weights={component: differences.to_dict() for component, differences in sides.weights.items()},
             )
+
+    def _other_name(self) -> str:
+        """Name of the tests' file or model, where it has another than the reference's; else empty."""
+        if self.options.test_checkpoint is not None:
+            return f"{self.test_model.name} with {self.options.test_checkpoint}"
+        if isinstance(self._test_model, Path):
+            return str(self._named_test)  # not the file of numbers that was made of it
+        name = self.test_model.name
+        return name if name != self.model.name else ""
 
     def _take_numbers(self, folder: Path) -> None:
         """Let both sides take tensors of numbers where their files take strings, sequences, optionals or maps."""

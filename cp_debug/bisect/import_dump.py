@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cp_debug.backends.base import Program
-from cp_debug.backends.dumped import channels_first, named_values
+from cp_debug.backends.dumped import as_in_graph, named_values
 from cp_debug.display import Shown
 from cp_debug.errors import InputError
 from cp_debug.graph.check_inputs import known_shape
@@ -70,14 +70,16 @@ def match_dump(
     *,
     maps: Sequence[str] = (),
     channels_last: bool = False,
+    flat: bool = False,
 ) -> ImportedDump:
     """Match the tensors of a dump (name → array of any shape and dtype) with the values of ``graph``.
 
     A tensor that is called as a torch module is the value that leaves the module, where the exporter recorded modules;
     axes of size 1 that it lacks, or has too many, are put right: serving runtimes drop the batch.
-    ``maps``: ``VALUE=TENSOR`` each, for names that say nothing. ``channels_last``: tensors of rank 4 and 5 are NHWC.
-    Raises InputError for a map that fits nothing, for tensors that fit only with their channels elsewhere, and for a
-    dump of which no tensor is in the graph.
+    ``maps``: ``VALUE=TENSOR`` each, for names that say nothing. ``channels_last``: tensors of rank 4 and 5 are NHWC;
+    ``flat``: tensors of another shape hold the value's numbers row by row.
+    Raises InputError for a map that fits nothing, for tensors that fit only with their channels elsewhere or without
+    their axes, and for a dump of which no tensor is in the graph.
     """
     names = [*(value.name for value in graph.inputs), *graph.values]
     pairs = parse_map_of(maps, names, list(tensors))
@@ -94,7 +96,7 @@ def match_dump(
             f"{source}: none of its {len(tensors)} tensors is a value of {graph}: {_some(tensors)} against "
             f"{_some(names)}; --map VALUE=TENSOR pairs two of them"
         )
-    values = channels_first(graph, given, source, last=channels_last, flag="--layout")
+    values = as_in_graph(graph, given, source, last=channels_last, flat=flat, flag="--layout")
     used = {id(array) for array in matched.values()}
     extra = [name for name, array in tensors.items() if id(given[pairs.get(name, name)]) not in used]
     own = {id(array): name for name, array in tensors.items()}

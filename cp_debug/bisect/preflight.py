@@ -17,7 +17,7 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.rounding import round_fp16
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.weights import Weights
-from cp_debug.bisect.causes.ranges import HALF, half_figures
+from cp_debug.bisect.causes.ranges import HALF, half_figures, where
 from cp_debug.bisect.verdict import RANGE
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS
@@ -142,10 +142,10 @@ def leaves_half(exact: Tensor) -> dict[str, float] | None:
     ``exact`` has any shape and a float dtype; ``storage_loss`` is relative L2.
     """
     figures = half_figures(exact)
-    finite = exact[torch.isfinite(exact)]
+    finite = where(torch.isfinite(exact), exact)
     stored = round_fp16(finite.float()).double()
     is_stored = torch.isfinite(stored)
-    figures["storage_loss"] = relative_l2(stored[is_stored], finite[is_stored])
+    figures["storage_loss"] = relative_l2(where(is_stored, stored), where(is_stored, finite))
     return figures if figures["overflows"] or figures["storage_loss"] > RANGE * HALF.roundoff else None
 
 

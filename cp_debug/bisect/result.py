@@ -327,6 +327,18 @@ class BisectResult(JsonForm):
     command: str = ""
     weights: dict[str, Any] = field(default_factory=dict)
     """Component → how the weights of two models differ (``WeightDifferences.to_dict``); empty where both run one."""
+    test_model: str = ""
+    """Name of the tests' file, model or checkpoint, where it has another than the reference's; else empty."""
+
+    @property
+    def subject(self) -> str:
+        """Name of the model, and of the tests' where that is another."""
+        return f"{self.model} against {self.test_model}" if self.test_model else self.model
+
+    @property
+    def findings(self) -> list[Finding]:
+        """The findings of all test backends, one after the other."""
+        return [finding for test in self.tests for finding in test.findings]
 
     @property
     def layers(self) -> pd.DataFrame:

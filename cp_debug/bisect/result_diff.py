@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cp_debug.bisect.result import DIVERGENT, GUILTY, INHERITED, OK, SHAPE, BisectResult, LayerRow, TestResult
@@ -140,6 +141,8 @@ def diff_results(before: BisectResult, after: BisectResult, *, factor: float = F
     backend or no layer is in both.
     """
     for side, result in (("before", before), ("after", after)):
+        if isinstance(result, str | Path):
+            raise InputError(f"{side}: a path; expected a result, as open_result({str(result)!r}) reads it")
         if not isinstance(result, BisectResult):
             raise InputError(f"{side}: {type(result).__name__}; expected a result, as diagnose or open_result give it")
     pairs = _pairs(before, after)

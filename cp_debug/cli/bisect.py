@@ -42,10 +42,11 @@ class Exporter(str, Enum):
 
 
 class DumpLayout(str, Enum):
-    """Place of the channels of dumped tensors."""
+    """Order of the numbers of dumped tensors: the graph's, channels last, or the graph's without its axes."""
 
     nchw = "nchw"
     nhwc = "nhwc"
+    flat = "flat"
 
 
 class Oracle(str, Enum):
@@ -76,7 +77,8 @@ def bisect(
     ] = None,
     tensors_precision: Annotated[str, typer.Option(help="Precision in which --test-tensors were computed.")] = "fp32",
     tensors_layout: Annotated[
-        DumpLayout, typer.Option(help="Layout in which --test-tensors were dumped.")
+        DumpLayout,
+        typer.Option(help="Layout in which --test-tensors were dumped; flat: row by row, without the graph's axes."),
     ] = DumpLayout.nchw,
     maps: Annotated[
         list[str] | None, typer.Option("--map", help="REFERENCE=TEST: compare these two values; repeatable.")
@@ -134,7 +136,7 @@ def bisect(
     from tempfile import TemporaryDirectory
 
     from cp_debug.backends.spec import BackendSpec, parse_backends
-    from cp_debug.cli.console import command_line, errors, show, steps
+    from cp_debug.cli.console import command_line, console, errors, show, steps
     from cp_debug.errors import InputError
 
     if other is not None and test_model is not None:
@@ -215,6 +217,8 @@ def bisect(
         maps=maps or (),
         save=run_folder,
     )
+    # On a terminal the table below says it again.
+    said_before = (lambda text: None) if console.is_terminal and errors.is_terminal else errors.print
     with stack, steps() as on_step:
         engine_options = engines.calibrated(model, checkpoint, stack)
         opened_backends: Sequence[Backend] = tensorrt.make(specs, engine_options, on_step)
@@ -226,11 +230,12 @@ def bisect(
                 test_tensors,
                 tensors_precision,
                 channels_last=tensors_layout is DumpLayout.nhwc,
+                flat=tensors_layout is DumpLayout.flat,
                 inputs_given=inputs is not None,
             )
             opened_backends = [*opened_backends, dump]
         result = run(
-            subject, opened_backends, test_model=test_model, options=options, on_step=on_step, on_say=errors.print
+            subject, opened_backends, test_model=test_model, options=options, on_step=on_step, on_say=said_before
         )
         result.command = command_line()
         if html:

@@ -37,7 +37,7 @@ def check(
 
     from rich.text import Text
 
-    from cp_debug.cli.console import console
+    from cp_debug.cli.console import console, steps
     from cp_debug.files import write_text
     from cp_debug.serialize import json_safe
 
@@ -54,9 +54,11 @@ def check(
 
     loaded = load_model(model, checkpoint=checkpoint, seed=seed, reading=how)
     sample = next(iter(loaded.samples(1, seed, inputs)))
-    with TemporaryDirectory(prefix="cpdebug-") as scratch:
+    with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:
+        on_step("exporting and aligning", 0, 2)
         loaded, [sample] = numbers_where_needed(loaded, [sample], Path(scratch))
         programs = prepare(loaded, sample, Path(scratch))
+        on_step("weights and sums, and what one sample shows" if activations else "weights and sums", 1, 2)
         concerns = Preflight(loaded, programs, sample if activations else None).concerns()
     if json:
         write_text(dumps(json_safe([asdict(concern) for concern in concerns]), indent=1, allow_nan=False) + "\n", None)

@@ -22,7 +22,9 @@ def import_dump(
     model: Annotated[Path, typer.Option(help="The .onnx file whose values the tensors are.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the capture; new or empty.")],
     precision: Annotated[str, typer.Option(help="Precision in which they were computed.")] = "fp32",
-    layout: Annotated[DumpLayout, typer.Option(help="Layout in which they were dumped.")] = DumpLayout.nchw,
+    layout: Annotated[
+        DumpLayout, typer.Option(help="Layout in which they were dumped; flat: row by row, without the graph's axes.")
+    ] = DumpLayout.nchw,
     maps: Annotated[
         list[str] | None, typer.Option("--map", help="VALUE=TENSOR: the name in the graph and in the dump; repeatable.")
     ] = None,
@@ -52,7 +54,8 @@ def import_dump(
     from cp_debug.cli.console import show_document
     from cp_debug.reports.import_dump import render
 
-    matched = match_dump(graph, tensors, str(dump), maps=maps or (), channels_last=layout is DumpLayout.nhwc)
+    last, flat = layout is DumpLayout.nhwc, layout is DumpLayout.flat
+    matched = match_dump(graph, tensors, str(dump), maps=maps or (), channels_last=last, flat=flat)
     with replacing("--output", output, overwrite) as target:
         write_dump(matched, graph, target, precision)
     show_document(render(matched), matched.to_dict(), json)

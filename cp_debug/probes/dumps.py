@@ -1,5 +1,5 @@
-"""Tensors that another program wrote: ``.npy``, ``.npz``, safetensors, Polygraphy's JSON, ONNX's ``test_data_set``
-folders, ONNX Runtime's node dumps, raw files with a sidecar, captures, ``.pt``, debug tensors of serving runtimes."""
+"""Tensors that another program wrote: ``.npy``, ``.npz``, safetensors, Polygraphy's JSON, servers' JSON, ONNX's
+``test_data_set`` folders, ONNX Runtime's node dumps, raw files with a sidecar, captures, ``.pt``, debug tensors."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import MANIFEST, Capture
+from cp_debug.probes.served_json import served_tensors
 from cp_debug.probes.serving_dumps import is_step_of_vllm, step_folder, tensors_of_pt, vllm_step
 from cp_debug.reading import LARGEST_DOCUMENT, array_of, check_file, read_bytes, read_json, read_npy, read_npz, typed
 
@@ -143,11 +144,14 @@ def _proto(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_iterations(path: Path) -> list[dict[str, np.ndarray]]:
-    """The tensors of each iteration in a file of Polygraphy (``--save-inputs``, or the first runner's outputs).
+    """The tensors of each iteration in a file of Polygraphy (``--save-inputs``, or the first runner's outputs), or the
+    one of a server's request or answer (``served_json``).
 
     Name → array in the shape and dtype that the file says. Raises InputError, with the file, for what is none.
     """
-    document = read_json(path, what="Polygraphy file", most=LARGEST_TENSOR)
+    document = read_json(path, what="file of tensors", most=LARGEST_TENSOR)
+    if (served := served_tensors(document, str(path))) is not None:
+        return [served]
     try:
         # RunResults hold [runner, [iteration, …]] …; --save-inputs writes one mapping an iteration.
         runs = document["lst"][0][1] if isinstance(document, Mapping) else document
@@ -155,7 +159,10 @@ def read_iterations(path: Path) -> list[dict[str, np.ndarray]]:
         each[0]  # of no iteration: an error
         return [{str(name): _encoded(value, f"{path}: {name!r}") for name, value in v.items()} for v in each]
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise InputError(f"{path}: expected what Polygraphy's --save-inputs or --save-outputs writes") from None
+        raise InputError(
+            f"{path}: expected what Polygraphy's --save-inputs or --save-outputs writes, or a request or an answer of "
+            "an inference server (KServe's protocol V2, TensorFlow Serving)"
+        ) from None
 
 
 def _polygraphy(path: Path) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -144,3 +145,12 @@ def with_samples(model: M, samples: Sequence[Sample]) -> M:
     chosen: M = kind.__new__(kind)
     vars(chosen).update(vars(model), given=tuple(samples))
     return chosen
+
+
+def with_notes(model: M, notes: Sequence[str]) -> M:
+    """A copy of ``model`` with more remarks for the reader of its results; the model itself where there are none."""
+    if not notes:
+        return model
+    noted = copy(model)
+    vars(noted)["notes"] = [*(model.notes if isinstance(model, HasNotes) else ()), *notes]
+    return noted

@@ -22,7 +22,7 @@ def render_markdown(saved: SavedResult) -> str:
 
 def _lines(saved: SavedResult) -> Iterator[str]:
     result = saved.result
-    yield f"## cpdebug: {markdown(result.model)}"
+    yield f"## cpdebug: {markdown(result.subject)}"
     yield ""
     sources = markdown(", ".join(result.samples[:3]))
     yield f"Reference {markdown(result.reference.spec)}, {len(result.samples)} sample(s): {sources}"

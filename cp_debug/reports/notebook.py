@@ -11,7 +11,7 @@ from cp_debug.reports.tables import short_layer_table, verdict_line
 
 def render_notebook(result: BisectResult) -> str:
     """HTML of a verdict and a small table for each test backend."""
-    title = Markup("<p><b>{}</b>, reference {}</p>").format(result.model, result.reference.spec)
+    title = Markup("<p><b>{}</b>, reference {}</p>").format(result.subject, result.reference.spec)
     return str(title + Markup("").join(_test(test) for test in result.tests))
 
 

@@ -18,7 +18,7 @@ MOST_LINES = 9
 def summary(result: BisectResult) -> str:
     """The model, the verdict on each test, and of its findings the largest: cause, effect and fix."""
     tests = ", ".join(test.backend.spec for test in result.tests)
-    text = [f"{result.model}: {result.reference.spec} against {tests}"]
+    text = [f"{result.subject}: {result.reference.spec} against {tests}"]
     for test in result.tests:
         text += _test(test)
     return "\n".join(map(one_line, text))
@@ -28,7 +28,9 @@ def disagreement(result: BisectResult) -> str:
     """Message of a failed check, in at most ``MOST_LINES`` lines: the first test that does not agree, with as many of
     its findings as there is room for but at least the largest, and the verdicts on the others."""
     first, *others = (test for test in result.tests if not test.agrees)
-    heading = f"{result.model}: {result.reference.spec} against {', '.join(test.backend.spec for test in result.tests)}"
+    heading = (
+        f"{result.subject}: {result.reference.spec} against {', '.join(test.backend.spec for test in result.tests)}"
+    )
     told = [[heading, *_test(first, findings)] for findings in range(MOST_FINDINGS, 0, -1)]
     text = next((lines for lines in told if len(lines) + len(others) <= MOST_LINES), told[-1])
     room = MOST_LINES - len(text)

@@ -55,7 +55,7 @@ MOST_NAMES = 5
 
 def render(result: BisectResult, *, layers: bool = True, show_all: bool = False) -> Iterator[RenderableType]:
     """The parts of a result, in the order in which they are read."""
-    yield Text.assemble((result.model, "bold"), f" · {_samples(result.samples)}")
+    yield Text.assemble((result.subject, "bold"), f" · {_samples(result.samples)}")
     yield Terminal(backends_table([result.reference, *(t.backend for t in result.tests)]))
     yield from _coverage(result.coverage)
     for line in weight_lines(result):

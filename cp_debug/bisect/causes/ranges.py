@@ -36,7 +36,7 @@ def half_figures(exact: Tensor) -> dict[str, float]:
     ``exact`` has any shape and a float dtype; shares are of its finite elements that are not 0.
     """
     size = exact.abs()
-    present = size[torch.isfinite(size) & (size > 0)]
+    present = where(torch.isfinite(size) & (size > 0), size)
     count = max(present.numel(), 1)
     return {
         "largest": float(present.max()) if present.numel() else 0.0,
@@ -44,6 +44,11 @@ def half_figures(exact: Tensor) -> dict[str, float]:
         "vanishes": float((present <= SMALLEST / 2).sum()) / count,
         "subnormal": float(((present > SMALLEST / 2) & (present < HALF.tiniest)).sum()) / count,
     }
+
+
+def where(chosen: Tensor, values: Tensor) -> Tensor:
+    """The values where ``chosen`` is true, of the same shape, in one row; without a copy where all are."""
+    return values.flatten() if bool(chosen.all()) else values[chosen]
 
 
 @cause()
