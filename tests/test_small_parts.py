@@ -1,0 +1,187 @@
+"""Small parts that much stands on: paths of modules, windows, sizes of weights, kinds of layers, flags in a remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from nets import NetBuilder
+from torch import nn
+
+from cp_debug.backends.base import Program
+from cp_debug.backends.kernels.windows import Window, split_padding
+from cp_debug.bisect.causes.findings import Explainer
+from cp_debug.bisect.result import LayerRow, check_not_empty, has_no_elements
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.opset import converted
+from cp_debug.graph.surgery import tensor_bytes, unused_names
+from cp_debug.probes.fingerprint import fingerprint
+from cp_debug.probes.outputs import flatten_outputs
+from cp_debug.probes.statistics import compare
+from cp_debug.programs.layers import all_layers, layers_of
+from cp_debug.programs.torch_layers import channels, full_path, matches, own_path, select, weight_axis
+
+
+def test_paths_in_a_component_and_in_the_whole_model_lead_back() -> None:
+    pairs = {
+        ("head", "conv.0"): "head.conv.0",
+        ("", "conv"): "conv",
+        ("head", ""): "head",
+        ("head", "/add"): "head/add",
+    }
+    for (prefix, own), whole in pairs.items():
+        assert full_path(prefix, own) == whole
+        assert own_path(prefix, whole) == own
+    assert own_path("head", "headless.conv") == "less.conv"  # never asked: the prefix is a whole module's
+
+
+def test_a_glob_means_a_layer_or_what_a_container_holds() -> None:
+    assert matches("head.conv", "head")
+    assert matches("head/add", "head")
+    assert matches("head.conv.0", "*.conv")
+    assert not matches("header.conv", "head")
+    assert select(["a.x", "a.y", "b"], ["a", "*.y"]) == {"a.x": "a", "a.y": "*.y"}
+    with pytest.raises(InputError, match=r"no layer matches 'a\.z'; the nearest names are"):
+        select(["a.x", "b"], ["a.z"])
+
+
+def test_output_channels_lie_along_the_axis_of_their_layer() -> None:
+    for layer in (nn.Linear(3, 7), nn.Conv2d(3, 7, 2), nn.ConvTranspose2d(3, 7, 2)):
+        assert channels(layer) == 7
+        assert layer.weight.shape[weight_axis(layer)] == 7
+
+
+# Windows ------------------------------------------------------------------------------------------------------------
+
+
+def test_windows_that_are_padded_alike_at_both_ends() -> None:
+    def window(*pads: int) -> Window:
+        return Window((3, 3), (1, 2), (1, 1), pads[:2], pads[2:])
+
+    assert window(1, 2, 1, 2).symmetric
+    assert not window(1, 2, 2, 1).symmetric
+    assert window(1, 2, 3, 4).torch_pads() == [2, 4, 1, 3]
+    assert window(1, 2, 3, 4).torch_pads([10, 20]) == [2, 24, 1, 13]
+    assert window(1, 0, 1, 0).output_size((8, 8)) == (8, 3)
+    assert window(0, 0, 0, 0).output_size((8, 8), ceil=True) == (6, 4)
+    assert window(0, 0, 0, 1).output_size((8, 6), ceil=True) == (6, 3)
+    assert split_padding([3, 2], extra_at_end=True) == (1, 1, 2, 1)
+    assert split_padding([3, 2], extra_at_end=False) == (2, 1, 1, 1)
+
+
+# Graphs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_weight_takes_its_elements_times_their_size() -> None:
+    for dtype, size in ((np.float32, 4), (np.float16, 2), (np.int64, 8), (np.uint8, 1)):
+        assert tensor_bytes(onnx.numpy_helper.from_array(np.zeros((3, 5), dtype))) == 15 * size
+
+
+def test_new_names_are_those_that_nobody_has(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Add", "x", net.weight(np.ones(1, np.float32), "w"), name="y")
+    fresh = unused_names(Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1])}, ["y"])))
+    assert [fresh(n) for n in ("x", "w", "y", "node_y", "z", "z")] == ["x_", "w_", "y_", "node_y_", "z", "z_"]
+
+
+def test_an_opset_is_one_that_the_converter_describes(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Relu", "x", name="y")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1])}, ["y"], opset=8))
+    newest = onnx.defs.onnx_opset_version()
+    assert [o.version for o in converted(graph.proto, graph, 7).opset_import] == [7]
+    for opset in (6, newest + 1):
+        with pytest.raises(InputError, match=f"--opset: {opset}; expected 7 to {newest}"):
+            converted(graph.proto, graph, opset)
+
+
+def test_layers_of_data_are_told_from_those_of_shapes_and_constants(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Neg", "x", name="data")
+    net.op("Neg", net.weight(np.ones(2, np.float32), "w"), name="made")
+    net.op("Shape", "data", name="shape")
+    net.op("Cast", "shape", name="cast", to=1)
+    net.op("Add", "data", "made", name="y")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [2])}, ["y", "cast", "w"]))
+    listed = all_layers([Program("net", graph)])
+    assert {layer.onnx: layer.kind for layer in listed} == {
+        "x": "data", "data": "data", "made": "constant", "shape": "shape", "cast": "shape", "y": "data", "w": "constant"
+    }  # fmt: skip
+    assert [layer.onnx for layer in layers_of([Program("net", graph)])] == ["x", "data", "y"]
+    assert {layer.onnx: layer.op for layer in listed}["x"] == "input"
+    assert [layer.index for layer in listed] == list(range(7))
+
+
+# Results ------------------------------------------------------------------------------------------------------------
+
+
+def row(name: str, *shape: int) -> LayerRow:
+    return LayerRow(0, "net", name, name, "Neg", compare(np.ones(shape), np.ones(shape)), "ok", True)
+
+
+def test_a_verdict_about_nothing_is_refused() -> None:
+    assert has_no_elements(row("a", 0, 3))
+    assert not has_no_elements(row("a", 1, 3))
+    check_not_empty("ort", [])
+    check_not_empty("ort", [row("a", 0, 3), row("b", 1)])
+    with pytest.raises(InputError, match=r"ort: no output was compared: a \(0×3\), b \(0\) without an element"):
+        check_not_empty("ort", [row("a", 0, 3), row("b", 0)])
+
+
+def explainer(implicit: bool) -> Any:
+    made = Explainer.__new__(Explainer)
+    made.notes = []
+    made.run = SimpleNamespace(implicit=implicit, quantized_names=lambda r: [f"{r.component}.{r.name}"])  # type: ignore[assignment]
+    return made
+
+
+def test_layers_are_left_out_of_int8_by_the_flag_that_the_backend_has() -> None:
+    assert explainer(False)._unquantized([row("a", 1)]) == "--skip-layers net.a"
+    assert explainer(True)._unquantized([row("a", 1)]) == "--keep-fp32 net.a"
+
+
+def test_a_cause_that_could_not_be_tried_is_told_once() -> None:
+    made = explainer(False)
+    for name in ("a", "a", "b"):
+        made._failed(row(name, 1), ValueError("no room"))
+    assert [note.partition(":")[0] for note in made.notes] == ["a", "b"]
+    assert all("no room" in note for note in made.notes)
+
+
+# Outputs and fingerprints -------------------------------------------------------------------------------------------
+
+
+def test_outputs_are_named_by_where_they_stand() -> None:
+    t = torch.zeros(1)
+    assert list(flatten_outputs(t)) == ["output"]
+    assert list(flatten_outputs((t, [t, None, 3], {"a": t, "b": (t, t)}))) == [
+        "output_0", "output_1.0", "output_2.a", "output_2.b.0", "output_2.b.1"
+    ]  # fmt: skip
+    assert list(flatten_outputs({"b": t, "a": {"c": t}})) == ["b", "a.c"]
+
+
+def test_a_fingerprint_counts_what_is_not_finite_and_measures_the_rest() -> None:
+    x = torch.tensor([3.0, -torch.inf, 4.0, torch.nan, torch.inf, -torch.inf])
+    found = fingerprint(x)
+    assert found.special == (1, 1, 2)
+    assert found.norm == pytest.approx(5)
+    assert found.distance(fingerprint(x)) == 0
+    assert found.distance(fingerprint(x[:5])) == float("inf")
+    assert found.distance(fingerprint(torch.where(x == torch.inf, 0.0, x))) == float("inf")
+
+
+def test_a_fingerprints_distance_is_relative_to_the_larger_one() -> None:
+    """16 projections know it to a fifth."""
+    generator = torch.Generator().manual_seed(0)
+    distances = []
+    for _ in range(20):
+        x, d = torch.randn(2, 10_000, generator=generator).double()
+        distances.append(fingerprint(x).distance(fingerprint(10 * x + 0.1 * d)))
+        assert distances[-1] == fingerprint(10 * x + 0.1 * d).distance(fingerprint(x))
+    assert np.mean(distances) == pytest.approx(0.9, rel=0.15)
