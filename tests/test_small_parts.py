@@ -15,7 +15,8 @@ from torch import nn
 
 from cp_debug.backends.base import Program
 from cp_debug.backends.kernels.windows import Window, split_padding
-from cp_debug.bisect.causes.findings import Explainer
+from cp_debug.bisect.causes.findings import Explainer, _node_names, _some
+from cp_debug.bisect.regions.region import Region, region_of
 from cp_debug.bisect.result import LayerRow, check_not_empty, has_no_elements
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
@@ -152,6 +153,62 @@ def test_a_cause_that_could_not_be_tried_is_told_once() -> None:
         made._failed(row(name, 1), ValueError("no room"))
     assert [note.partition(":")[0] for note in made.notes] == ["a", "b"]
     assert all("no room" in note for note in made.notes)
+
+
+def test_a_remedy_names_nodes_a_regions_own_where_the_row_stands_for_one() -> None:
+    rows = [row("a", 1), row("b", 1)]
+    rows[1].region = Region(("n1", "n2"))
+    assert _node_names(rows) == ["a", "n1", "n2"]
+    assert _some(["a", "b"]) == "a, b"
+    assert _some([str(i) for i in range(8)]) == "0, 1, 2, 3, 4, 5, 6, 7"
+    assert _some([str(i) for i in range(11)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 3 more"
+
+
+def chain(folder: Path, *ops: str) -> Graph:
+    net, value = NetBuilder(), "x"
+    for place, op in enumerate(ops):
+        weights = [net.weight(np.eye(3, dtype=np.float32))] if op == "MatMul" else []
+        value = net.op(op, value, *weights, name=f"v{place}")
+    return Graph(net.save(folder / "net.onnx", {"x": (1, [3, 3])}, [value]))
+
+
+@pytest.mark.parametrize(
+    ("ops", "is_region"),
+    [
+        (("MatMul", *["Neg"] * 7), False), (("MatMul", *["Neg"] * 8), True), (("MatMul", "Neg", "MatMul"), True),
+        (("MatMul", *["Neg"] * 7, *["Identity"] * 9), False), (("Neg",), False),
+    ],
+)  # fmt: skip
+def test_many_nodes_or_two_products_are_a_region(tmp_path: Path, ops: tuple[str, ...], is_region: bool) -> None:
+    graph = chain(tmp_path, *ops)
+    names, last = [n.name for n in graph.nodes], graph.nodes[-1].outputs[0]
+    found = region_of(names, last, graph)
+    assert (found is not None) == is_region
+    if found is not None:
+        assert found.nodes == tuple(names)
+        assert found.label == f"fused region of {len(names)} nodes ({names[0]} … {names[-1]})"
+        assert (found.kind, found.layer) == ("", "")
+
+
+def test_a_region_is_called_after_the_layer_that_holds_most_of_it(tmp_path: Path) -> None:
+    graph = chain(tmp_path, "MatMul", "Neg", "MatMul", "Neg")
+    names = [n.name for n in graph.nodes]
+
+    def engine(name: str, kind: str, nodes: list[str], output: str = "") -> Any:
+        return SimpleNamespace(name=name, kind=kind, nodes=nodes, outputs=[SimpleNamespace(name=output)])
+
+    most, few = engine("most", "Myelin", names[:3]), engine("few", "Conv", names[3:], "v3")
+    found = region_of(names, "v3", graph, [few, most])
+    assert found is not None
+    assert (found.kind, found.layer) == ("Myelin", "most")
+    halves = [engine("front", "Myelin", names[:2]), engine("back", "Conv", names[2:], "v3")]
+    found = region_of(names, "v3", graph, halves)
+    assert found is not None
+    assert (found.kind, found.layer) == ("2 layers", "back")  # none holds most of it: who writes the result
+    copies = [engine("copy", "Reformat", names[2:], "v3"), engine("writer", "Conv", [], "v3")]
+    found = region_of(names, "v3", graph, copies)
+    assert found is not None
+    assert (found.kind, found.layer) == ("Conv", "writer")
 
 
 # Outputs and fingerprints -------------------------------------------------------------------------------------------
