@@ -80,6 +80,34 @@ def test_a_reference_is_replayed_where_a_layer_seems_to_amplify_beyond_reason(
     assert (figures.reference_excess > EXCESS) == asked
 
 
+@pytest.mark.parametrize(("roundings", "asked"), [(1.8, False), (2.2, True)])
+def test_a_reference_is_not_replayed_for_its_own_rounding(tmp_path: Path, roundings: float, asked: bool) -> None:
+    """Equal inputs: what is inherited is the rounding of the reference, the root of its 64 terms, however coarse the
+    test."""
+    net = NetBuilder()
+    net.op("MatMul", "x", net.weight(np.eye(64, dtype=np.float32)), name="y")
+    graph = saved(tmp_path, net, [1, 64], "y")
+    x = np.linspace(1, 2, 64, dtype=np.float32)[None]
+    reference = {"x": x, "y": x.astype(np.float64) * (1 + roundings * 8 * U)}
+    found = replays(graph, reference, {"x": x, "y": x}, "fp16")["y"]
+    assert found.inherited == pytest.approx(roundings * 8 * U, rel=1e-3)
+    assert (found.reference_excess > 0) == asked
+
+
+@pytest.mark.parametrize(("nodes", "matters_in_the_end"), [(14, False), (16, True)])
+def test_a_change_is_followed_through_sixteen_nodes(tmp_path: Path, nodes: int, matters_in_the_end: bool) -> None:
+    """Behind them it is multiplied by 0."""
+    net, value = NetBuilder(), "n"
+    net.op("Neg", "x", name="n")
+    for _ in range(nodes):
+        value = net.op("Neg", value)
+    net.op("Mul", value, constant(net, 0.0), name="y")
+    graph = saved(tmp_path, net, [1, 2], "y")
+    n = torch.ones(1, 2, dtype=torch.float64)
+    change = ("n", n, 2 * n)
+    assert matters(graph, Executor(graph, FP64), {"n"}, {"n": n}.__getitem__, change, 1e-9) == matters_in_the_end
+
+
 def test_an_fp32_oracle_is_not_trusted_about_fp32(tmp_path: Path) -> None:
     """A long sum that cancels: the FP32 oracle is off itself, and one in FP64 says what the layer may introduce."""
     net = NetBuilder()

@@ -18,9 +18,11 @@ from cp_debug.backends.codecs import E4M3
 from cp_debug.bisect import assemble, candidate_run
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.int8_notes import int8_notes
+from cp_debug.bisect.options import Options
 from cp_debug.bisect.quantization_scheme import Levels
 from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.result import LayerRow, Remainder, StageRow, TestResult
+from cp_debug.bisect.standards import tolerance
 from cp_debug.bisect.worst_samples import Collected
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.statistics import compare
@@ -230,12 +232,12 @@ def test_a_replayer_is_told_each_sides_own_claims_the_references_first(
 
 
 @pytest.mark.parametrize(
-    ("off", "within", "diverges"), [(1e-7, True, False), (5e-3, True, True), (1e-7, False, True), (3e-4, True, False)]
+    ("off", "within", "diverges"), [(1e-7, True, False), (8e-4, True, False), (1.1e-3, True, True), (1e-7, False, True)]
 )
 def test_an_engine_is_looked_into_where_its_outputs_are_further_off_than_its_precision_makes_them(
     tmp_path: Path, off: float, within: bool, diverges: bool
 ) -> None:
-    """FP16 makes some 2e-4 of a third: twice that is let through, and nothing beyond the tolerance."""
+    """FP16 is 2.4e-4 off a third: twice that and a roundoff, 9.8e-4, are let through; the tolerance goes before."""
     net = NetBuilder()
     net.op("Neg", "x", name="y")
     graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, 8])}, ["y"]))
@@ -246,6 +248,21 @@ def test_an_engine_is_looked_into_where_its_outputs_are_further_off_than_its_pre
     reference: Any = SimpleNamespace(load=lambda name, component: -x)
     outputs = {"y": (-x.astype(np.float64) * (1 + off))}
     assert run._diverges("net", reference, {"x": x}, outputs) == diverges
+
+
+def test_tolerances_are_those_that_were_asked_for_or_of_the_coarser_side() -> None:
+    def side(precision: str) -> Any:
+        return SimpleNamespace(precision=precision, implicit_int8=False, spec=precision)
+
+    def found(*sides: str, **asked: Any) -> tuple[float, float]:
+        return tolerance(side(sides[0]), side(sides[1]), [], Options(**asked))
+
+    fp16 = PRECISIONS["fp16"]
+    assert found("fp32", "fp16") == found("fp16", "fp32") == (fp16.rtol, fp16.atol)
+    assert found("fp32", "fp32") == (PRECISIONS["fp32"].rtol, PRECISIONS["fp32"].atol)
+    assert found("fp32", "fp16", rtol=0.25) == (0.25, fp16.atol)
+    assert found("fp32", "fp16", atol=0.5) == (fp16.rtol, 0.5)
+    assert found("fp32", "fp16", rtol=0.25, atol=0.0) == (0.25, 0.0)
 
 
 # Grids --------------------------------------------------------------------------------------------------------------
