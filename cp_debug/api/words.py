@@ -69,6 +69,7 @@ _TYPES: dict[str, Any] = {
     "None": type(None),
     "Sequence": Sequence,
     "Mapping": Mapping,
+    "tuple": tuple,
     "OnStep": Callable,
 }
 """Types behind the names in annotations; classes of this package are known by their own names."""
@@ -87,6 +88,10 @@ def _fits(value: Any, annotation: str) -> bool:
         return kind in (base.__name__ for base in type(value).__mro__)
     if not isinstance(value, _TYPES[kind]) or (kind in ("int", "float") and isinstance(value, bool)):
         return False
+    if inner == "str, float]":
+        return all(isinstance(key, str) and _fits(number, "float") for key, number in value.items())
+    if kind == "tuple":
+        return len(value) == inner.count("float") and all(_fits(number, "float") for number in value)
     if kind != "Sequence":
         return True
     texts = inner.startswith("str")
@@ -106,6 +111,8 @@ _SPOKEN = {
     "Sequence[str]": "a list of texts",
     "Sequence[Backend]": "a list of backends",
     "Mapping[str, Any]": "a mapping by name",
+    "Mapping[str, float]": "numbers by name",
+    "tuple[float, float, float, float]": "a tuple of four numbers",
     "OnStep": "a function",
 }
 
@@ -122,12 +129,13 @@ def _checked(options: Any) -> Any:
     }
     options = dataclasses.replace(options, **texts) if texts else options
     for field in dataclasses.fields(options):
-        if {part.strip() for part in str(field.type).split("|")} <= _PLAIN:
+        if {part.strip().partition("[")[0] for part in str(field.type).split("|")} <= {*_TYPES, *_SETTINGS}:
             _check_type(f"options.{field.name}", getattr(options, field.name), str(field.type))
     return options
 
 
-_PLAIN = {"str", "int", "float", "bool", "Path", "None"}
+_SETTINGS = {"Reading", "Calibration"}
+"""Classes of this package among the options' fields."""
 
 
 @contextmanager

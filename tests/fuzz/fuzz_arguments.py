@@ -325,7 +325,7 @@ def callables(rng: random.Random, world: World, folder: Path) -> Case:
 
 
 RUNNER = """
-import importlib.util, json, os, random, sys
+import importlib.util, json, math, os, random, sys
 from pathlib import Path
 
 sys.path[:0] = [{tests!r}, {fuzz!r}]
@@ -391,6 +391,12 @@ def execute(job, emit):
         sys.exit(rng.choice((0, 1, 3, 139)))
     elif kind == 5:
         os.abort()
+    elif kind == 6:
+        odd = [math.nan, math.inf, 10**400, "x", [1], {{}}, None, -1, True, "\\x1b[2J"]
+        fields = {{"phase": "p", "done": 1, "steps": rng.choice((0, 3)), "layer": 2, "layers": 5}}
+        for field in rng.sample(sorted(fields), 2):
+            fields[field] = rng.choice(odd)
+        emit({{"event": "progress", **fields}})
     return spoilt(result)
 
 

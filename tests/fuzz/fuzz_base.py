@@ -88,6 +88,10 @@ class Case:
     """Whether the terminal knows ASCII alone."""
     file_limit: int | None = None
     """Bytes that a file may have, in place of a full disk."""
+    program: str = ""
+    """A Python script in the folder, to run in place of the command."""
+    prints: bool = False
+    """Whether its own code prints what it likes: then control characters are no fault."""
     subprocess: bool = False
     """Whether to run the installed command instead of a fork."""
     environment: dict[str, str] = field(default_factory=dict)

@@ -497,6 +497,9 @@ def plugins(rng: random.Random, world: World, folder: Path) -> Case:
             ["bisect", "net.onnx", "-b", "ort,ort-all"],
         )
     )
+    if told == ["models"] and rng.random() < 0.5:  # torch itself cannot be imported then
+        torn = rng.choice(("no equals sign", "[console_scripts", "= x:y"))
+        (info / "entry_points.txt").write_text("\n".join([*lines, torn]))
     return Case("plug-ins", [told], ["site/__pycache__"], environment={"PYTHONPATH": str(place)}, subprocess=True)
 
 

@@ -11,6 +11,7 @@ import io
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -164,9 +165,12 @@ def _child(argv: list[str], folder: Path, temporary: Path, output: Path, case: C
     sys.argv = ["cpdebug", *argv]
     code = 0
     try:
-        from cp_debug.cli.main import main
+        if case is not None and case.program:
+            runpy.run_path(case.program, run_name="__main__")
+        else:
+            from cp_debug.cli.main import main
 
-        main()
+            main()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except BaseException:
@@ -236,7 +240,8 @@ def judge(case: Case, folder: Path) -> Outcome:
         outcome.codes.append(code)
         out, err = (Path(f"{output}.{kind}").read_bytes() for kind in ("out", "err"))
         outcome.stderr += err.decode("utf-8", "replace")
-        outcome.faults += judged_streams(code, hung, out, err, temporary)
+        faults = judged_streams(code, hung, out, err, temporary)
+        outcome.faults += [fault for fault in faults if not (case.prints and fault[0] == "control")]
     if case.signal and outcome.codes[-1] in (130, 143):
         case = replace(case, writes=())  # what was interrupted has written nothing
     outcome.faults += _judged_files(case, work, folder, before)

@@ -41,6 +41,9 @@ def commands(rng: random.Random, model: str, *, fed: bool = True) -> tuple[list[
         ([["export", model, "-o", "out"]], ["out"]),
         ([["build", model, "-o", "out"]], ["out"]),
     ]
+    if rng.random() < 0.05:
+        told, writes = rng.choice(choices)
+        return [["--verbose", *told[0]]], writes
     return choices[min(int(rng.expovariate(0.45)), len(choices) - 1)] if rng.random() < 0.5 else rng.choice(choices)
 
 
@@ -471,8 +474,21 @@ def quantized(model: onnx.ModelProto, rng: random.Random) -> None:
     graph.output.add(name="dq")
 
 
+def half_precision(model: onnx.ModelProto, rng: random.Random) -> None:
+    """Weights, inputs and outputs in types that numpy has not."""
+    kind = rng.choice((TensorProto.BFLOAT16, TensorProto.BFLOAT16, TensorProto.FLOAT16, TensorProto.FLOAT8E4M3FN))
+    dtype = helper.tensor_dtype_to_np_dtype(kind)
+    for weight in model.graph.initializer:
+        if weight.data_type == TensorProto.FLOAT:
+            array = numpy_helper.to_array(weight).astype(dtype)
+            weight.CopyFrom(helper.make_tensor(weight.name, kind, array.shape, array.tobytes(), raw=True))
+    for info in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
+        if info.type.tensor_type.elem_type == TensorProto.FLOAT:
+            info.type.tensor_type.elem_type = kind
+
+
 EDITS: tuple[Edit, ...] = (
     *(weight_dims, weight_type, weight_data, weight_external, weight_external, weight_sparse, names_odd, not_utf8),
     *(dataflow, dataflow, opsets, io_types, io_types, attributes, attributes, constants, other_kinds, subgraphs),
-    *(metadata, quantized),
+    *(metadata, quantized, half_precision),
 )

@@ -28,6 +28,7 @@ import fuzz_harness
 import fuzz_more
 import fuzz_newer
 import fuzz_onnx
+import fuzz_python
 import fuzz_records
 from fuzz_base import Case, Make
 from fuzz_world import World
@@ -73,11 +74,14 @@ KINDS: dict[str, tuple[Make, int]] = {
     "leaves": (fuzz_crossed.leaves, 10),
     "collisions": (fuzz_crossed.collisions, 5),
     "wrong-files": (fuzz_crossed.wrong_files, 8),
+    "python-values": (fuzz_python.values, 12),
+    "python-modules": (fuzz_python.modules, 8),
+    "pytest-plug-in": (fuzz_python.pytest_plugin, 3),
     "signals": (fuzz_foreign.signals, 3),
 }
 """Name → (generator, how often)."""
 
-DEAR = {"runners", "infos", "states", "logs", "sealed-logs", "caches", "strange-values", "plug-ins"}
+DEAR = {"runners", "infos", "states", "logs", "sealed-logs", "caches", "strange-values", "plug-ins", "pytest-plug-in"}
 """Kinds of which a case takes seconds: left out of the quick run."""
 
 ASKED = {"signals"}
