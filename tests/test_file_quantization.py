@@ -599,6 +599,6 @@ def test_a_result_that_leaves_the_file_as_numbers_is_read_inside_as_levels(tmp_p
     (levels,) = graphs[1].producer["k"].proto.input[:1]
     assert levels in {name for node in graphs[1].nodes if "MatMul" in node.op for name in node.inputs}
     file = FileQuantization(*graphs, {"x": "x", "k": "k", "y": "y"})
-    declared = file.declared("y", {"x", "k"}, {"k": np.zeros((6, 8), np.float32)})
+    declared = file.declared("y", {"x", "k", "y"}, {"k": np.zeros((6, 8), np.float32)})
     assert declared is not None
     assert float(declared.abs().max()) < 0.1

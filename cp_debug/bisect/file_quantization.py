@@ -172,7 +172,7 @@ class FileQuantization:
         plain_names = {self._names.get(name, name): name for name in known}
         for own, name in [*plain_names.items()]:  # a result that leaves the file as numbers is read inside as levels
             maker = self._graph.producer.get(own)
-            if maker is not None and maker.op == "DequantizeLinear" and maker.proto.input[0] in self._graph.producer:
+            if name in given and maker is not None and maker.op == "DequantizeLinear":
                 plain_names.setdefault(maker.proto.input[0], name)
         nodes, starts = self._graph.segment([file_name], plain_names.keys())
         values = {start: given.get(plain_names.get(start, start)) for start in starts}
