@@ -63,8 +63,8 @@ def ptq(
     refuse(("opset",), unless=not model.endswith(".onnx"), why=f"{model} has an opset, which its copy keeps")
     narrow = _narrow(precision, method, opset)
     how = files.chosen(model, calib_data)
-    check_given(model, checkpoint=checkpoint)
     check_calibration(model, calib_data, batches, "--batches", how)
+    check_given(model, checkpoint=checkpoint)
     load_torch()
     from cp_debug.deploy.exporting import ExportOptions
     from cp_debug.deploy.quantize_output import quantize_ptq

@@ -197,7 +197,7 @@ def sweep_bisect(
 
     A task is one test backend on one sample. Exit code 1 when a backend disagrees on some sample, 2 when a task failed.
     """
-    _check_models(models, backends)
+    _check_models(models, backends, samples, inputs)
     from cp_debug.sweep import bisecting
 
     int8.check(parse_backends(backends))
@@ -233,7 +233,7 @@ def sweep_eval(
 
     A task is one backend on one sample. Exit code 1 when a backend detects significantly less, 2 when a task failed.
     """
-    _check_models(models, backends)
+    _check_models(models, backends, samples, data)
     from cp_debug.detection.evaluation import EvaluationOptions
     from cp_debug.recipes.data.base import DataOptions
     from cp_debug.sweep import evaluating
@@ -274,7 +274,7 @@ def sweep_sensitivity(
 
     Exit code 2 when a task failed.
     """
-    _check_models(models)
+    _check_models(models, "torch", samples, data)
     from cp_debug.sweep import sensitivity
 
     refuse(("calib_samples", "calib_method", "shared"), unless=not quantized, why="the scales are those of --from")
@@ -316,7 +316,7 @@ def sweep_search(
 
     Exit code 1 when the goal was not reached on some sample, 2 when a task failed.
     """
-    _check_models(models, backends, exports=False)
+    _check_models(models, backends, samples, inputs, exports=False)
     from cp_debug.sweep import searching
 
     how = {"goal": goal, "max_builds": max_builds, "test_model": test_model and str(resolved(test_model))}
@@ -336,7 +336,9 @@ def _calibration(flags: calibration.CalibrationFlags, inputs: Path | None = None
     }
 
 
-def _check_models(models: list[str] | None, backends: str = "", *, exports: bool = True) -> None:
+def _check_models(
+    models: list[str] | None, backends: str, samples: int, inputs: Path | None, *, exports: bool = True
+) -> None:
     """Raise InputError for a name that is no model and a file that cannot be read; then load torch.
 
     Exports, where the tasks share them, and engines are what goes into a shared store.
@@ -349,6 +351,7 @@ def _check_models(models: list[str] | None, backends: str = "", *, exports: bool
         "no model is exported or calibrated as a torch module" if exports else "every search exports its model itself"
     )
     refuse(("shared",), unless=bool(modules or engines), why=why)
+    check_made_up(samples, inputs, given_by="--inputs or --data")
     for model in models or ():
         check_given(model)
     load_torch()
@@ -370,7 +373,6 @@ def _grid(
 
     refuse_export_flags(models or [DEFAULT])
     refuse_seed(models or [DEFAULT], inputs, samples)
-    check_made_up(samples, inputs, given_by="--inputs or --data")
     return Grid(
         models=models or [DEFAULT],
         backends=parse_backends(backends),
