@@ -274,7 +274,7 @@ def sweep_sensitivity(
 
     Exit code 2 when a task failed.
     """
-    _check_models(models, "torch", samples, data)
+    _check_models(models, "torch,torch-fp64", samples, data)
     from cp_debug.sweep import sensitivity
 
     refuse(("calib_samples", "calib_method", "shared"), unless=not quantized, why="the scales are those of --from")
