@@ -143,3 +143,8 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def amount(count: int, noun: str) -> str:
+    """A count and what is counted: ``1 layer``, ``2 layers``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -143,8 +143,8 @@ def test_a_deployment_of_broken_files_fails_in_page_and_exit_code(broken: Path, 
         (["--max-abs", 0], "command line: verify.max_abs is 0.0; expected greater than 0"),
         (["--tolerance", "fp32=-1"], "command line: verify.tolerances.fp32 is -1.0; expected greater than 0"),
         (["--tolerance", "fp32=x"], "--tolerance: 'fp32=x'; expected NAME=NUMBER"),
-        (["--scenario", "torch"], "--scenario: 'torch' names 1 backend(s); expected REFERENCE,TEST"),
-        (["--scenario", "torch,ort,emu-fp16"], "names 3 backend(s)"),
+        (["--scenario", "torch"], "--scenario: 'torch' names 1 backend; expected REFERENCE,TEST"),
+        (["--scenario", "torch,ort,emu-fp16"], "names 3 backends"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: list[object], says: str) -> None:

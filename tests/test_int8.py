@@ -92,7 +92,7 @@ def departures(test: TestResult) -> list[float]:
 def test_healthy_layers_introduce_what_int8_must(result: BisectResult) -> None:
     for test in result.tests:
         assert test.guilty == []
-        assert any("quantized on the fly: mse on 8 sample(s)" in note for note in test.notes)
+        assert any("quantized on the fly: mse on 8 samples" in note for note in test.notes)
         assert len(departures(test)) == 8, (
             test.backend.spec
         )  # four convolutions, one transposed, a linear one, two sums
@@ -286,7 +286,7 @@ def test_an_onnx_file_is_quantized_by_itself(net: Path) -> None:
     result = bisect(str(net), "ort,ort-int8,emu-int8", options=options)
     for test in result.tests:
         assert test.guilty == []
-        assert "quantized on the fly: max on 3 sample(s)" in test.notes
+        assert "quantized on the fly: max on 3 samples" in test.notes
         assert test.rows[1].replay is not None
         assert test.rows[1].replay.step is None
         assert test.rows[1].replay.introduced < 1e-5

@@ -221,21 +221,21 @@ def test_what_was_not_emulated_or_not_replayed_is_counted_and_named() -> None:
     collected.explained(["a share is not known"])
     collected.ways["an If went another way"] = None
     notes = collected.notes("ort")
-    assert "7 layer(s) not emulated, so nobody knows what they may introduce: a, b, c, d, e and 2 more" in notes
-    assert "3 layer(s) not replayed: it draws" in notes
+    assert "7 layers not emulated, so nobody knows what they may introduce: a, b, c, d, e and 2 more" in notes
+    assert "3 layers not replayed: it draws" in notes
     assert {"a share is not known", "an If went another way"} <= set(notes)
-    assert any(note.startswith("1 layer(s) have the same bits on both sides") for note in notes)
+    assert any(note.startswith("1 layer has the same bits on both sides") for note in notes)
 
 
 def test_layers_that_are_inexact_on_both_sides_are_told_with_the_worst() -> None:
     same = stats(1.0, 2.0)
     rows = [row(n, stats=same, replay=replace(GUILTY, excess=e)) for n, e in (("a", 7.0), ("b", 70.0), ("c", 3.0))]
     (said,) = both_inexact(rows)
-    assert said.startswith("2 layer(s) have the same bits on both sides, and both are inexact, up to 70×")
-    assert said.endswith("what their precision explains (b): a, b")
+    assert said.startswith("2 layers have the same bits on both sides, and both are inexact, up to 70×")
+    assert said.endswith("what precision explains (b): a, b")
     assert both_inexact(rows[2:]) == []
     (doubt,) = both_inexact([row("d", stats=stats(1.0, 2.0 + 4e-7), replay=replace(GUILTY, expected=6e-8, excess=1e6))])
-    assert doubt.startswith("1 layer(s) agree on both sides")
+    assert doubt.startswith("1 layer agrees on both sides")
     assert doubt.endswith("the doubt is of the oracle: d")
 
 

@@ -109,7 +109,7 @@ def test_int8_is_scored_and_timed_like_any_backend(checkpoint: Path, tmp_path: P
     code, text = run("eval", "-b", "torch,emu-int8", *wanted, "--calib-method", "max", "--calib-samples", 2)
     assert code in (0, 1), text
     calibrated = json.loads(target.read_text())
-    assert "quantized on the fly: max on 2 sample(s)" in calibrated["notes"]
+    assert "quantized on the fly: max on 2 samples" in calibrated["notes"]
     # the checkpoint was made of the same samples in the same way
     assert calibrated["backends"][1]["summary"] == given["backends"][1]["summary"]
 

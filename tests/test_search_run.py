@@ -99,7 +99,7 @@ def test_a_goal_out_of_reach_is_said(tmp_path: Path) -> None:
 
 def test_the_limit_on_trials_leaves_what_was_verified(overflowing: Path) -> None:
     one = run(overflowing, max_builds=1)
-    assert (one.reached, one.kept, one.stopped) == (False, [], "stopped after 1 trials")
+    assert (one.reached, one.kept, one.stopped) == (False, [], "stopped after 1 trial")
     two = run(overflowing, max_builds=2)
     assert (two.reached, two.minimal, names(two)) == (True, False, ["node_c2", "node_c3"])
     assert "some may not be needed: stopped after 2 trials" in two.verdict
@@ -173,7 +173,7 @@ def test_clipped_int8_layers_are_left_unquantized(tmp_path: Path) -> None:
 def test_what_is_not_quantized_is_quantized_first(tmp_path: Path, backend: str) -> None:
     path = chain(tmp_path / "net.onnx")
     whole = run(path, f"torch,{backend}", "rel_l2<1")
-    assert "quantized on the fly: mse on 8 sample(s)" in whole.notes
+    assert "quantized on the fly: mse on 8 samples" in whole.notes
     limit = whole.baseline.measured.figures["rel_l2"] / 2
     result = run(path, f"torch,{backend}", f"rel_l2<{limit}", onnx=tmp_path / "kept.onnx")
     assert result.minimal

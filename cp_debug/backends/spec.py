@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from cp_debug import plugins
 from cp_debug.backends.narrow_options import FAMILIES, NarrowOptions, TorchFp8Options
 from cp_debug.errors import BackendUnavailable, InputError
+from cp_debug.safe_text import amount
 
 KNOWN = {
     "torch": "PyTorch FP32, TF32 off, deterministic",
@@ -122,7 +123,9 @@ def parse_backends(text: str, *, repeats: bool = False) -> list[BackendSpec]:
     if repeats and len(specs) == 1:
         specs *= 2
     if len(specs) < 2:
-        raise InputError(f"--backends: {text!r} names {len(specs)} backend(s); expected a reference and some tests")
+        raise InputError(
+            f"--backends: {text!r} names {amount(len(specs), 'backend')}; expected a reference and some tests"
+        )
     if repeats:
         specs[1:] = [replace(spec, repeated=True) if spec == specs[0] else spec for spec in specs[1:]]
     if len(set(specs)) < len(specs):

@@ -15,6 +15,7 @@ from cp_debug.bisect.verdict import oracle_is_alone
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
 from cp_debug.programs.pipeline import Key
 from cp_debug.recipes.abilities import DetectsBoxes
+from cp_debug.safe_text import amount
 
 
 class Collected:
@@ -69,9 +70,9 @@ class Collected:
         if unknown := [row.name for row in rows if row.replay and row.replay.not_emulated]:
             layer_names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
             notes.append(
-                f"{len(unknown)} layer(s) not emulated, so nobody knows what they may introduce: {layer_names}"
+                f"{amount(len(unknown), 'layer')} not emulated, so nobody knows what they may introduce: {layer_names}"
             )
-        notes.extend(f"{count} layer(s) not replayed: {reason}" for reason, count in skipped.items())
+        notes.extend(f"{amount(count, 'layer')} not replayed: {reason}" for reason, count in skipped.items())
         return notes
 
 
@@ -80,19 +81,21 @@ def both_inexact(rows: Collection[LayerRow]) -> list[str]:
     explains: with the same bits, and within the precision."""
     off = [r for r in rows if r.replay and (r.replay.new_nonfinite or (r.replay.excess or 0.0) > EXCESS)]
     alike = [r for r in off if not r.stats.equal and r.replay and oracle_is_alone(r.stats, r.replay)]
+    verb = "agrees" if len(alike) == 1 else "agree"
     doubts = [
-        f"{len(alike)} layer(s) agree on both sides as closely as their precision can, and not with the oracle, so the "
-        f"doubt is of the oracle: {_names(alike)}"
+        f"{amount(len(alike), 'layer')} {verb} on both sides as closely as precision "
+        f"allows, and not with the oracle, so the doubt is of the oracle: {_names(alike)}"
     ] * bool(alike)
     inexact = [r for r in off if r.stats.equal]
     if not inexact:
         return doubts
     worst = max(inexact, key=lambda r: r.replay.excess or 0.0 if r.replay else 0.0)
     excess = worst.replay.excess if worst.replay else None
+    verb = "has" if len(inexact) == 1 else "have"
     return [
         *doubts,
-        f"{len(inexact)} layer(s) have the same bits on both sides, and both are inexact, up to "
-        f"{excess or 0.0:.3g}× what their precision explains ({worst.name}): {_names(inexact)}",
+        f"{amount(len(inexact), 'layer')} {verb} the same bits on both sides, and both "
+        f"are inexact, up to {excess or 0.0:.3g}× what precision explains ({worst.name}): {_names(inexact)}",
     ]
 
 

@@ -12,6 +12,7 @@ import typer
 from cp_debug.cli.typed import refuse
 from cp_debug.errors import InputError
 from cp_debug.loading import load_torch
+from cp_debug.safe_text import amount
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -83,7 +84,7 @@ def verdict(seeded: Seeded, test: TestResult) -> Text:
     injected = [row.name for row in test.rows if seeded.strikes(row.name, row.op)]
     guilty = [row.name for row in test.guilty]
     if injected == guilty:
-        return Text(f"found: yes, exactly the {len(guilty)} injected layer(s)", "bold green")
+        return Text(f"found: yes, exactly the {amount(len(guilty), 'injected layer')}", "bold green")
     wrong = [f"{name} is innocent" for name in guilty if name not in injected]
     missed = [f"{name} was missed" for name in injected if name not in guilty]
     return Text(f"found: no: {'; '.join(wrong + missed)}", "bold red")

@@ -14,6 +14,7 @@ from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
 from cp_debug.cli.given import check_configured, check_given
 from cp_debug.cli.typed import once, refuse, refuse_export_folder
 from cp_debug.loading import load_torch
+from cp_debug.safe_text import amount
 
 if TYPE_CHECKING:
     from cp_debug.deploy.schema import ScenarioConfig
@@ -134,7 +135,7 @@ def parse_scenarios(texts: Sequence[str], *, repeats: bool = False) -> list[Scen
     for text in texts:
         count = sum(bool(part.strip()) for part in text.split(","))
         if count != 2 and not (repeats and count == 1):
-            raise InputError(f"--scenario: {text!r} names {count} backend(s); expected REFERENCE,TEST")
+            raise InputError(f"--scenario: {text!r} names {amount(count, 'backend')}; expected REFERENCE,TEST")
         reference, test = parse_backends(text, repeats=repeats)
         test = replace(test, repeated=False)
         scenarios.append(ScenarioConfig(reference=str(reference), test=str(test)))

@@ -43,6 +43,7 @@ from cp_debug.quantization.quantized_programs import DEFAULT_CALIBRATION, alread
 from cp_debug.recipes.abilities import Remarks
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions, iterate
+from cp_debug.safe_text import amount
 
 OnStep = Callable[[str, int, int], None]
 
@@ -254,7 +255,7 @@ class _MixedPrecisionSearch:
     def _check_builds(self) -> None:
         limit, count = self._options.max_builds, self._tried if self._backend.emulated else self.runner.builds
         if limit is not None and count >= limit:
-            raise OutOfBudget(f"stopped after {count} {'trials' if self._backend.emulated else 'builds'}")
+            raise OutOfBudget(f"stopped after {amount(count, 'trial' if self._backend.emulated else 'build')}")
 
     def _regroup(self) -> None:
         """Take the layers as the engine fused them, where it told."""

@@ -24,6 +24,7 @@ from cp_debug.quantization.open_quantized import open_quantized
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 from cp_debug.recipes.registry import load_model
+from cp_debug.safe_text import amount
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def quantize_programs(
     samples, how = list(samples), ""
     if not parts or not of_modules(model, programs):
         parts = calibrate(model, programs, samples, calibration)
-        how = f"quantized on the fly: {calibration.method} on {len(samples)} sample(s)"
+        how = f"quantized on the fly: {calibration.method} on {amount(len(samples), 'sample')}"
     folder.mkdir(exist_ok=True)
     return quantized_programs(model, programs, parts, samples[0], folder), how
 

@@ -13,6 +13,7 @@ from typing import Any
 from cp_debug.backends.determinism import deterministic, read_settings
 from cp_debug.errors import CpdebugError
 from cp_debug.optional import install
+from cp_debug.safe_text import amount
 
 PACKAGES = {
     "torch": "",
@@ -133,7 +134,7 @@ def _devices(environment: Environment) -> None:
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
-    environment.devices.append(f"cpu: {platform.machine()}, {capability}, {torch.get_num_threads()} threads")
+    environment.devices.append(f"cpu: {platform.machine()}, {capability}, {amount(torch.get_num_threads(), 'thread')}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     environment.devices += [f"cuda:{i}: {name}" for i, name in enumerate(gpus)] or [
         "cuda: no device that torch can use"

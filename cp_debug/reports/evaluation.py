@@ -15,11 +15,12 @@ from cp_debug.detection.matching import THRESHOLDS
 from cp_debug.detection.metrics import ERRORS, OVERLAPS, TP_THRESHOLD
 from cp_debug.reports.sheet import Column, Row, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
+from cp_debug.safe_text import amount
 
 
 def render(result: EvaluationResult) -> Iterator[RenderableType]:
     """The parts of a result, in the order in which they are read."""
-    yield Text.assemble((result.model, "bold"), f" · {result.data} · {len(result.samples)} samples")
+    yield Text.assemble((result.model, "bold"), f" · {result.data} · {amount(len(result.samples), 'sample')}")
     yield Text()
     yield Terminal(summary_table(result))
     yield Text()

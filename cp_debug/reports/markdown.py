@@ -12,7 +12,7 @@ from cp_debug.reports.saved import SavedResult
 from cp_debug.reports.sheet import Column, Sheet
 from cp_debug.reports.sheet_markup import table_markdown
 from cp_debug.reports.tables import SETTINGS, short_layer_table, verdict_line, weight_lines
-from cp_debug.safe_text import markdown, visible
+from cp_debug.safe_text import amount, markdown, visible
 
 
 def render_markdown(saved: SavedResult) -> str:
@@ -25,7 +25,7 @@ def _lines(saved: SavedResult) -> Iterator[str]:
     yield f"## cpdebug: {markdown(result.subject)}"
     yield ""
     sources = markdown(", ".join(result.samples[:3]))
-    yield f"Reference {markdown(result.reference.spec)}, {len(result.samples)} sample(s): {sources}"
+    yield f"Reference {markdown(result.reference.spec)}, {amount(len(result.samples), 'sample')}: {sources}"
     for line in weight_lines(result):
         yield f"\n{markdown(line)}"
     for test in result.tests:

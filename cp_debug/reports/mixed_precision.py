@@ -11,6 +11,7 @@ from rich.text import Text
 from cp_debug.mixed_precision.emit import arguments, deploy_fragment
 from cp_debug.reports.sheet import Column, Row, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
+from cp_debug.safe_text import amount
 
 if TYPE_CHECKING:
     from cp_debug.mixed_precision.result import MixedPrecisionResult
@@ -32,9 +33,9 @@ def render(result: MixedPrecisionResult) -> Iterator[RenderableType]:
     style = "bold red" if not result.reached else ("green" if result.minimal or not result.kept else "yellow")
     yield Text(result.verdict, style=style)
     emulated = sum(trial.emulated for trial in result.trials)
-    trials = f"{len(result.trials) - emulated} trials on {backend}"
+    trials = f"{amount(len(result.trials) - emulated, 'trial')} on {backend}"
     if not result.emulated:
-        trials += f" ({result.builds} builds in this run), {emulated} on the emulator"
+        trials += f" ({amount(result.builds, 'build')} in this run), {emulated} on the emulator"
     yield Text(f"{trials}; {result.seconds:.1f} s", style="dim")
     if result.reached:
         yield from tool_arguments(result)

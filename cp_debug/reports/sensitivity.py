@@ -17,6 +17,7 @@ from cp_debug.reports.page import environment, page_parts
 from cp_debug.reports.sheet import Cell, Column, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.reports.svg import Canvas, Scale, decades, standalone
+from cp_debug.safe_text import amount
 from cp_debug.safe_text import page as page_text
 from cp_debug.version import __version__
 
@@ -29,7 +30,7 @@ WIDTH, ROW, TOP, BOTTOM, NAMES, GAP = 1040, 17, 12, 46, 330, 34
 
 def render(profile: SensitivityProfile, *, show_all: bool = False) -> Iterator[RenderableType]:
     """The parts of a profile, in the order in which they are read."""
-    yield Text.assemble((profile.model, "bold"), f" · {profile.data} · {profile.samples} samples")
+    yield Text.assemble((profile.model, "bold"), f" · {profile.data} · {amount(profile.samples, 'sample')}")
     shown = profile.layers if show_all else profile.layers[:SHOWN]
     yield Terminal(layer_table(profile, len(shown)))
     if count_left := len(profile.layers) - len(shown):

@@ -301,7 +301,7 @@ def layers_shown(test: TestResult) -> list[LayerRow]:
 def _selection(test: TestResult) -> str:
     shown, total = len(layers_shown(test)), len(test.rows)
     if shown == total:
-        return f"all {total} layers"
+        return "the one layer" if total == 1 else f"all {total} layers"
     if test.first_divergent is None:
         criterion = "the largest excess" if test.oracle else "the largest divergence"
         return f"{shown} of {total} layers, those with {criterion}; --all shows the rest"

@@ -16,6 +16,7 @@ from cp_debug.reports.numbers import number
 from cp_debug.reports.sheet import Column, Row, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.reports.tables import verdict_line
+from cp_debug.safe_text import amount
 
 FAR = 10.0
 """Times the limit from which on a percentage says less than a factor."""
@@ -23,7 +24,7 @@ FAR = 10.0
 
 def render(result: VerifyResult) -> Iterator[RenderableType]:
     """The parts of a result, in the order in which they are read."""
-    yield Text.assemble((result.model, "bold"), f" · {len(result.samples)} samples")
+    yield Text.assemble((result.model, "bold"), f" · {amount(len(result.samples), 'sample')}")
     for note in result.notes:
         yield Text(f"note: {note}", style="yellow")
     for scenario in result.scenarios:
@@ -66,7 +67,8 @@ def of_the_limit(used: float) -> str:
 def verdict(scenario: ScenarioResult) -> Text:
     """One line: passed, or what is wrong and whose fault it is."""
     if scenario.passed:
-        within = f"all {len(scenario.checks)} outputs are within their limits"
+        count = len(scenario.checks)
+        within = "the one output is within its limits" if count == 1 else f"all {count} outputs are within their limits"
         empty = f" ({', '.join(scenario.empty)}: without an element on both sides)" if scenario.empty else ""
         return Text(f"✓ {scenario.name}: {within}{empty}", style="yellow" if empty else "green")
     return Text(f"✗ {scenario.name}: {'; '.join(reasons(scenario))}", style="bold red")

@@ -17,6 +17,7 @@ from cp_debug.errors import InputError
 from cp_debug.minimize import Minimizer
 from cp_debug.reports.bundle.case import Case, Cutter, Piece, declared
 from cp_debug.reports.bundle.verify import Measured, Verifier, fails, strength
+from cp_debug.safe_text import amount
 
 MARGIN = 0.1
 """Share of the first case's strength that a smaller one must keep."""
@@ -50,7 +51,7 @@ class Shrinker:
         """
         nodes, hops, reasons = layer, 1, []
         while True:
-            self.on_text(f"does it fail with {len(nodes)} node(s)?")
+            self.on_text(f"does it fail with {amount(len(nodes), 'node')}?")
             for self.cutter.compares_layer in (False, True) if len(nodes) > len(layer) else (False,):
                 begun = time.monotonic()
                 try:
@@ -60,9 +61,9 @@ class Shrinker:
                         self.needed = MARGIN * strength(measured)
                         self._end = time.monotonic() + self.seconds
                         return nodes
-                    reasons.append(f"{len(nodes)} node(s): {_innocent(measured)}")
+                    reasons.append(f"{amount(len(nodes), 'node')}: {_innocent(measured)}")
                 except InputError as error:
-                    reasons.append(f"{len(nodes)} node(s): {error}")
+                    reasons.append(f"{amount(len(nodes), 'node')}: {error}")
             grown = self.cutter.grow(nodes, hops)
             if grown == nodes:
                 lines = [*reasons[:2], "…", reasons[-1]] if len(reasons) > 3 else reasons
