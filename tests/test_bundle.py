@@ -118,9 +118,9 @@ def test_polygraphy_sees_the_fault_with_the_command_of_the_page(bundled: Path) -
 def test_a_fault_that_isolation_hides_takes_its_neighbours_along(tmp_path: Path) -> None:
     """The bias is quantized only where a QuantizeLinear follows the convolution, so the layer alone is innocent.
 
-    Scales of 1 round the biases, which are below 1, away: several levels of what the convolution gives.
+    Their levels are 8 apart, those of what the convolution gives 1: the biases are several of these levels off.
     """
-    model = quantized(tmp_path / "net.onnx", largest=1, weight=1.0, data=1.0, bias=0.3, y=0.1)
+    model = quantized(tmp_path / "net.onnx", largest=1, weight=8.0, data=1.0, bias=10, y=25)
     saved = save(tmp_path / "saved", model, "ort-none,ort-all")
     bundle(SavedResult.open(saved), tmp_path / "out")
     operators = [node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node]

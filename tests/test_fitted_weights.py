@@ -114,7 +114,7 @@ def _exchanged(axis: int, i: int, j: int) -> Callable[[Tensor], Tensor]:
         ("MatMul", _exchanged(0, 2, 6), "weight-layout"),
         ("MatMul", lambda w: w.roll(1, 0), "index-shifted"),
         ("Gemm", _zero(1, 5), "channels-zeroed"),
-        ("LayerNormalization", lambda w: w.roll(1), "constant-differs"),
+        ("LayerNormalization", lambda w: w.roll(1), "index-shifted"),
         ("LayerNormalization", lambda w: w.flip(0), "constant-differs"),
         ("Mul", _exchanged(0, 3, 7), "constant-differs"),
         ("one sample", _exchanged(0, 2, 6), "weight-layout"),

@@ -208,11 +208,11 @@ def test_a_replayer_is_told_each_sides_own_claims_the_references_first(
     graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1])}, ["y"]))
 
     def side(family: str, precision: str) -> Any:
-        spec = SimpleNamespace(family=family)
+        spec = SimpleNamespace(family=family, name=family)
         return SimpleNamespace(backend=SimpleNamespace(precision=precision, spec=spec), name=family)
 
     run = CandidateRun.__new__(CandidateRun)
-    run._replayers, run.oracle, run.device = {}, "fp64", "cpu"
+    run._replayers, run._files, run.oracle, run.device = {}, {}, "fp64", "cpu"
     run._seen = {Key("net", "y")}
     run.reference, run.pipeline = side("torch", "fp32"), side("ort", "fp16")
     run.programs = {"net": SimpleNamespace(graph=graph)}  # type: ignore[dict-item]

@@ -23,16 +23,15 @@ from cp_debug.errors import InputError
 def load_config(path: Path) -> DeployConfig:
     """Read a configuration from ``.yaml``, ``.toml``, ``.json``, or a file that a plug-in reads.
 
-    The first three may hold AWML's keys as well as this project's, and ``_base_``. Raises InputError, which names the
-    file, the key and what was expected.
+    The first three may hold AWML's keys as well as this project's, and ``_base_``; plug-ins of others are asked about
+    ``.json`` first. Raises InputError, which names the file, the key and what was expected.
     """
-    if path.suffix in SUFFIXES:
-        settings = read_settings(path)
-        if not is_awml(settings):
-            return validate(DeployConfig, settings, path)
-        return _with_notes(awml_document(settings, path), path)
+    if path.suffix in SUFFIXES and path.suffix != ".json":
+        return _own(path)
     first: InputError | None = None
     for plugin in plugins.names(plugins.CONFIGS).values():
+        if path.suffix in SUFFIXES and plugin.own:
+            continue
         try:
             read = plugin.load()
             with plugin.running():
@@ -42,7 +41,20 @@ def load_config(path: Path) -> DeployConfig:
             continue
         if document is not None:
             return _with_notes(document, path)
-    raise first or InputError(f"{path}: expected a .yaml, .toml, .json or .py file")
+    if path.suffix not in SUFFIXES:
+        raise first or InputError(f"{path}: expected a .yaml, .toml, .json or .py file")
+    try:
+        return _own(path)
+    except InputError as error:
+        raise first or error from None
+
+
+def _own(path: Path) -> DeployConfig:
+    """The configuration of a file with this project's keys, or AWML's."""
+    settings = read_settings(path)
+    if not is_awml(settings):
+        return validate(DeployConfig, settings, path)
+    return _with_notes(awml_document(settings, path), path)
 
 
 def named_config(path: Path, recipe: str | None) -> DeployConfig:

@@ -15,8 +15,9 @@ from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import GATES, PRODUCTS
 
 LINEAR = {
-    *PRODUCTS, *GATES, "BatchNormalization", "Div", "Einsum", "Identity", "LayerNormalization", "Mul", "Reshape",
-    "Transpose",
+    *PRODUCTS, *GATES, "Abs", "AveragePool", "BatchNormalization", "Div", "Einsum", "Flatten", "GlobalAveragePool",
+    "GlobalMaxPool", "Identity", "LayerNormalization", "LeakyRelu", "MaxPool", "Mul", "Neg", "ReduceMax", "ReduceMean",
+    "ReduceSum", "Relu", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze",
 }  # fmt: skip
 """Operators of which a factor on what they read is one on their result or their weights, or changes nothing."""
 SLOPED: Mapping[str, Callable[[Tensor], Tensor]] = {"Sigmoid": torch.sigmoid, "Tanh": torch.tanh}
