@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+from cp_debug.safe_text import visible
+
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -41,6 +43,10 @@ class CpdebugError(Exception):
     """An error that is told to the user in words, without a traceback."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        """The message; what others wrote into it, such as names, has escapes for what is unseen: people print it."""
+        return visible(super().__str__(), keep="\n\t")
 
 
 class InputError(CpdebugError):

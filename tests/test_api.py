@@ -16,6 +16,7 @@ from nets import second_like
 from onnx import numpy_helper
 
 import cp_debug
+from cp_debug.errors import InputError
 
 
 @pytest.mark.parametrize("order", ["", pytest.param("reversed", marks=pytest.mark.slow)])
@@ -251,3 +252,8 @@ def test_a_result_says_what_two_models_it_is_about(tmp_path: Path) -> None:
 def test_a_folder_for_a_result_is_answered_with_how_to_read_it() -> None:
     with pytest.raises(cp_debug.InputError, match=r"before: a path; expected a result, as open_result\('kept'\) reads"):
         cp_debug.diff_results("kept", "today")  # type: ignore[arg-type]
+
+
+def test_a_type_is_no_model() -> None:
+    with pytest.raises(InputError, match="nothing tells what int takes"):
+        cp_debug.diagnose(int, inputs=torch.ones(2))

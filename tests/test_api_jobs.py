@@ -79,6 +79,7 @@ def test_predict_and_search_take_arrays(net: Path, image: np.ndarray) -> None:
         cp_debug.search(net, "ort,emu-fp16", "nothing<1", inputs=image)
 
 
+@pytest.mark.slow
 def test_evaluate_refuses_what_detects_nothing(net: Path) -> None:
     with pytest.raises(cp_debug.InputError, match="decodes no boxes"):
         cp_debug.evaluate(net, "ort,ort-all")

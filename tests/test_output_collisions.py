@@ -12,6 +12,7 @@ from onnx import helper, numpy_helper
 from typer.testing import CliRunner
 
 from cp_debug.cli.main import app
+from cp_debug.cli.saving import check_outputs
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 
@@ -73,6 +74,17 @@ def test_no_output_replaces_the_model(folder: Path, argv: list[str]) -> None:
 def test_no_output_replaces_the_file_of_a_callable(folder: Path) -> None:
     Path("own.py").write_text("def make(): return None")
     assert refused(["bisect", "own.py:make", "--json", "own.py"]).startswith("--json: own.py is what MODEL reads")
+
+
+def test_no_output_replaces_a_part_of_a_folder_that_is_read(folder: Path) -> None:
+    (folder / "kept").mkdir()
+    for name in ("manifest.json", "x.npy", "page.html"):
+        (folder / "kept" / name).write_text("as it was")
+    for name in ("manifest.json", "x.npy"):
+        result = CliRunner().invoke(app, ["compare", "kept", "kept", "--json", f"kept/{name}"])
+        assert "is a part of what" in str(result.exception or result.output)
+        assert (folder / "kept" / name).read_text() == "as it was"
+    check_outputs({"folder": "kept", "html": "kept/page.html"}, {"folder": "FOLDER", "html": "--html"})
 
 
 def test_two_outputs_share_no_file(folder: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cp_debug.cli.library_log import safe_library_log
+from cp_debug.errors import InputError
 from cp_debug.safe_text import annotation, csv_cell, markdown, message, one_line, page, visible, without_traceback
 
 
@@ -85,3 +86,7 @@ def test_a_console_shows_markup_and_escapes_as_text() -> None:
     own = Console(file=io.StringIO(), width=80)  # as a user's, who prints a result
     own.print(table)
     assert "[red]a[/]" in own.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_an_error_is_safe_to_print() -> None:
+    assert str(InputError("a\x1b[31m\u202e: no such\nfile")) == "a\\x1b[31m\\u202e: no such\nfile"

@@ -31,6 +31,7 @@ def written(folder: Path, document: object, name: str = "answer.json") -> Path:
     return folder / name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_request_and_its_answer_are_a_dump(tmp_path: Path, nested: bool) -> None:
     path = second_like(tmp_path / "net.onnx", depth=1, size=8)

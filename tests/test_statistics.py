@@ -329,3 +329,8 @@ def test_of_equal_differences_in_several_chunks_the_first_is_told() -> None:
     assert compare(reference, test).argmax == (5,)
     test[5] = 1.0
     assert compare(reference, test).argmax == (statistics_reduce.HOST_CHUNK + 3,)
+
+
+def test_what_is_no_array_is_refused() -> None:
+    with pytest.raises(InputError, match="cannot compare: no array"):
+        compare([[1, 2], [3]], np.zeros(2))  # type: ignore[arg-type]

@@ -231,7 +231,10 @@ def _function_module(function: Any, what: str) -> Any:
             raise InputError(f"{what}: the function calls the module {name!r}; expected a module that holds it")
     name = getattr(function, "__name__", type(function).__name__)
     forward = functools.wraps(function)(lambda self, *args, **kwargs: function(*args, **kwargs))
-    signature = inspect.signature(function)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        raise InputError(f"{what}: nothing tells what {name} takes; expected a function or a module") from None
     self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     forward.__signature__ = signature.replace(parameters=[self_parameter, *signature.parameters.values()])  # type: ignore[attr-defined]
     return type(name if name.isidentifier() else "Function", (torch.nn.Module,), {"forward": forward})()

@@ -35,6 +35,8 @@ def check_outputs(given: Mapping[str, Any], flags: Mapping[str, str]) -> None:
                     continue
                 if _same_file(output, str(text)):
                     raise InputError(f"{flag}: {output} is what {flags[name]} reads; expected another file")
+                if _is_part(Path(output), Path(str(text))):
+                    raise InputError(f"{flag}: {output} is a part of what {flags[name]} reads; expected another file")
                 if given.get("overwrite") and resolved(Path(output)) in resolved(Path(str(text))).parents:
                     raise InputError(f"{flag}: --overwrite would remove {text}, which {flags[name]} reads, with it")
 
@@ -55,6 +57,18 @@ def _same_file(output: str, text: str) -> bool:
     with suppress(OSError):
         places = (Path(text), Path(text.rpartition(":")[0]))
         return Path(output).is_file() and any(place.exists() and place.samefile(output) for place in places)
+    return False
+
+
+_PARTS = {"manifest.json", "result.json"}
+_REPORTS = {".json", ".csv", ".html", ".md", ".xml", ".svg", ".png", ".log", ".txt"}
+
+
+def _is_part(output: Path, folder: Path) -> bool:
+    """Whether a file lies in a folder that is read, and is no report of an earlier run."""
+    with suppress(OSError):
+        inside = folder.is_dir() and output.is_file() and folder.resolve() in output.resolve().parents
+        return inside and (output.name in _PARTS or output.suffix not in _REPORTS)
     return False
 
 

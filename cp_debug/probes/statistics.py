@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from cp_debug.errors import InputError
+from cp_debug.errors import InputError, in_one_line
 from cp_debug.probes.arrays import (
     Tensor,
     as_numpy,
@@ -129,7 +129,10 @@ def _common_device(reference: Tensor, test: Tensor) -> str | None:
 def _is_real(tensor: Tensor) -> bool:
     if is_torch(tensor):
         return not tensor.is_complex()
-    dtype = np.asarray(tensor).dtype
+    try:
+        dtype = np.asarray(tensor).dtype
+    except Exception as error:  # a list of rows of other lengths, or somebody's object that raises
+        raise InputError(f"cannot compare: no array: {in_one_line(error)}") from error
     return dtype.kind in "biuf" or (dtype.kind == "V" and np.can_cast(dtype, np.float64))
 
 

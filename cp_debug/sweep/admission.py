@@ -37,6 +37,8 @@ class Admission:
         present = list(workers)
         if new := [address for address in present if address not in self._known]:
             for address, answer in self._answers(new).items():
+                if isinstance(answer, (OSError, asyncio.TimeoutError)):  # gone again: the next one there is asked
+                    continue
                 self._known.add(address)
                 if why := refusal(answer):
                     self.refused[address] = why

@@ -276,7 +276,8 @@ def judged_streams(code: int, hung: bool, out: bytes, err: bytes, temporary: Pat
         message = told.strip() or ""
         if not message:
             yield "message", f"exit {code} without a word"
-        lines = message.splitlines()
+        lines = [line for line in message.splitlines() if line and not _LOGGED.match(line)]  # --verbose asks for those
+        message = "\n".join(lines)
         if len(lines) > LINES:
             yield "message", f"{len(lines)} lines: {message[:300]!r}"
         elif len(message) > LENGTH:
@@ -285,6 +286,10 @@ def judged_streams(code: int, hung: bool, out: bytes, err: bytes, temporary: Pat
         yield "message", f"{len(told.splitlines())} lines on stderr: {told[:200]!r}"
     if shown.startswith(("::error", "::warning", "::notice")):
         yield from _judged_annotations(shown)
+
+
+_LOGGED = re.compile(r"\d{4}-\d\d-\d\d [\d:.]+ \[\w:onnxruntime")
+"""A line of ONNX Runtime's log."""
 
 
 def _judged_annotations(text: str) -> Iterator[tuple[str, str]]:
@@ -318,7 +323,8 @@ def _judged_files(
         if not fresh and (
             relative == name
             or not any(
-                relative == w or relative.startswith(f"{w}/") or w.startswith(f"{relative}/") for w in case.writes
+                relative == w or relative.startswith(f"{w}/") or w.startswith(f"{relative}/")
+                for w in map(os.path.normpath, case.writes)
             )
         ):
             if "__pycache__" not in name:

@@ -67,7 +67,8 @@ def readme(
         ]
     lines += ["## See it", "", "```", "python repro.py", "```", ""]
     lines += ["In a fresh process, before this was written, it printed (exit status 1: the fault is there):", ""]
-    lines += ["```", printed.strip(), "```", ""]
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", printed)), default=0))
+    lines += [fence, printed.strip(), fence, ""]
     if polygraphy:
         lines += ["The same with Polygraphy:", "", "```", polygraphy, "```", ""]
     lines += ["## What fails", "", *_table(("output", "shape", "introduced", "expected", "excess", "verdict"), [
