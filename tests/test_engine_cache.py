@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_trt_backend import X, collect
-from test_trt_runner import install, save_net
+from test_trt_runner import install_counted, save_net
 from typer.testing import CliRunner
 
 from cp_debug.backends.base import Program
@@ -33,16 +33,7 @@ from cp_debug.reports.engines import engine_lines
 @pytest.fixture(autouse=True)
 def tensorrt(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """TensorRT 8.6 whose builds are counted: the engine files of those that ran."""
-    install("8.6.0", monkeypatch)
-    built: list[str] = []
-    real = runner.COMMANDS["build"]
-
-    def build(job: Any, step: dict[str, Any]) -> dict[str, Any]:
-        built.append(Path(step["engine"]).name)
-        return real(job, step)
-
-    monkeypatch.setitem(runner.COMMANDS, "build", build)
-    return built
+    return install_counted("8.6.0", monkeypatch)
 
 
 def cache_in(folder: Path) -> EngineCache:

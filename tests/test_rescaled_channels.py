@@ -170,3 +170,38 @@ def test_factors_stop_where_an_operator_does_not_pass_them_on(tmp_path: Path) ->
     other["a_w"], other["a_b"] = weights["a_w"] * by[:, None, None, None], weights["a_b"] * by
     other["d_w"] = weights["d_w"] / by[:, None, None, None]
     assert guilty(judged(tmp_path, text, weights, other)) == ["a", "d"]
+
+
+REDUCED = """<ir_version: 8, opset_import: ["": 17]>
+net (float[1,3,8,8] x) => (float[1,4] y) {
+  a = Conv <pads = [1,1,1,1]> (x, a_w, a_b)
+  r = ReduceMean <axes = [1], keepdims = 0> (a)
+  f = Flatten (r)
+  y = Gemm <transB = 1> (f, y_w, y_b)
+}"""
+
+
+def test_factors_stop_where_their_channels_are_summed(tmp_path: Path) -> None:
+    """The axis that is left has as many places, and weights that are divided there as if they were the channels."""
+    weights = drawn(a_w=(8, 3, 3, 3), a_b=(8,), y_w=(4, 64), y_b=(4,))
+    other, by = dict(weights), factors(7)
+    other["a_w"], other["a_b"] = weights["a_w"] * by[:, None, None, None], weights["a_b"] * by
+    other["y_w"] = weights["y_w"] / np.repeat(by, 8)
+    assert guilty(judged(tmp_path, REDUCED, weights, other)) == ["a", "y"]
+
+
+CAST = """<ir_version: 8, opset_import: ["": 17]>
+net (float[1,3,8,8] x) => (float[1,4,8,8] y) {
+  a = Conv <pads = [1,1,1,1]> (x, a_w, a_b)
+  i = Cast <to = 6> (a)
+  c = Cast <to = 1> (i)
+  y = Conv (c, y_w)
+}"""
+
+
+def test_factors_stop_at_whole_numbers(tmp_path: Path) -> None:
+    weights = drawn(a_w=(8, 3, 3, 3), a_b=(8,), y_w=(4, 8, 1, 1))
+    other, by = dict(weights), factors(8)
+    other["a_w"], other["a_b"] = weights["a_w"] * by[:, None, None, None], weights["a_b"] * by
+    other["y_w"] = weights["y_w"] / by[:, None, None]
+    assert guilty(judged(tmp_path, CAST, weights, other)) == ["a", "y"]

@@ -17,12 +17,11 @@ import numpy as np
 import pytest
 from test_cli import run
 from test_trt_backend import X, collect
-from test_trt_runner import install, save_net
+from test_trt_runner import install_counted, save_net
 
 from cp_debug.backends.base import Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec, parse_backends
-from cp_debug.backends.tensorrt import runner
 from cp_debug.backends.tensorrt.engine_cache import EngineCache
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
@@ -295,15 +294,7 @@ def test_the_client_is_told_once_that_a_store_failed(tmp_path: Path) -> None:
 def test_another_machine_takes_engines_with_their_timings(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install("8.6.0", monkeypatch)
-    built: list[str] = []
-    real = runner.COMMANDS["build"]
-
-    def build(job: Any, step: dict[str, Any]) -> dict[str, Any]:
-        built.append(Path(step["engine"]).name)
-        return real(job, step)
-
-    monkeypatch.setitem(runner.COMMANDS, "build", build)
+    built = install_counted("8.6.0", monkeypatch)
     graph, shown = Graph(save_net(tmp_path)), []
     for machine in ("a", "b", "b"):
         cache = EngineCache.open(tmp_path / machine, asked=True)

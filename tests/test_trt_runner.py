@@ -58,6 +58,20 @@ def install(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "Cuda", FakeCuda)
 
 
+def install_counted(version: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """``install``, with the engine files of the builds that ran."""
+    install(version, monkeypatch)
+    built: list[str] = []
+    real = runner.COMMANDS["build"]
+
+    def build(job: Any, step: dict[str, Any]) -> dict[str, Any]:
+        built.append(Path(step["engine"]).name)
+        return real(job, step)
+
+    monkeypatch.setitem(runner.COMMANDS, "build", build)
+    return built
+
+
 def build_step(folder: Path, version: str, variant: str = "fp32", **changes: Any) -> dict[str, Any]:
     config = decide(variant, version, quantized=variant == "int8", keep_fp32=changes.pop("keep_fp32", ()))
     step = {"command": "build", "engine": str(folder / "net.engine"), "nodes": NODES, **config.step()}

@@ -102,13 +102,13 @@ def as_in_graph(
         if shape is not None and shape == tensor.shape:
             continue
         moved = np.moveaxis(tensor, -1, 1) if tensor.ndim in (4, 5) else None
+        same_moved = moved is not None and shape == moved.shape
         same_numbers = shape is not None and _has_its_numbers(tensor, shape)
-        if last and moved is not None and shape in (None, moved.shape):
+        if last and moved is not None and (shape is None or same_moved):
             values[name] = moved
         elif flat and same_numbers:
             values[name] = tensor.reshape(shape)
-        elif not last and shape is not None and (same_numbers or (moved is not None and shape == moved.shape)):
-            same_moved = moved is not None and shape == moved.shape
+        elif not last and shape is not None and (same_numbers or same_moved):
             how, layout = ("with channels last", "nhwc") if same_moved else ("without its axes, row by row", "flat")
             raise InputError(
                 f"{source}: {name!r} has shape {list(tensor.shape)}, the graph's is {list(shape)}: it seems to be "

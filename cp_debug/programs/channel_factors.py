@@ -24,7 +24,7 @@ from cp_debug.programs.row_factors import BETTER, EQUAL, Fit, fit
 NEAR = 0.3
 """Relative difference of two opinions about a factor up to which they are about one."""
 
-MOVES = ("Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+REARRANGING = ("Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 SCALES_ALONG = (
     "Abs", "AveragePool", "Cast", "Dropout", "GlobalAveragePool", "GlobalMaxPool", "LeakyRelu", "MaxPool", "Neg",
     "PRelu", "Relu", "Resize", "Upsample",
@@ -100,7 +100,7 @@ class FactorWalk:
                 continue
             made: dict[str, Factors] = {}
             try:
-                if node.op in MOVES:
+                if node.op in REARRANGING:
                     made = self._moved(node)
                 elif (factors := self._of(node)) is not None:
                     made = {node.outputs[0]: factors}
@@ -130,7 +130,7 @@ class FactorWalk:
             return self._multiplied(node) if node.op == "MatMul" else _only_plain(scaled)
         if node.op in SCALES_ALONG:
             spatial = range(2, first.array.ndim) if "Pool" in node.op or node.op in ("Resize", "Upsample") else ()
-            passes = (first.array > 0).all() and not any(map(first.varies, spatial))
+            passes = node.outputs[0] not in self._numbers and not any(map(first.varies, spatial))
             return first if passes else _only_plain(scaled)
         if node.op in REDUCTIONS:
             return self._reduced(node, first)
@@ -251,17 +251,21 @@ class FactorWalk:
         return {n: Factors(_narrowed(array.double().numpy()), first.origins) for n, array in moved.items()}
 
     def _reduced(self, node: Node, given: Factors) -> Factors | None:
-        result = len(self._shapes.get(node.outputs[0], ()))
-        lost = given.array.ndim - result
-        ones = [axis for axis in range(given.array.ndim) if not given.varies(axis)]
-        before, after = self._shapes.get(node.proto.input[0], ()), self._shapes.get(node.outputs[0], ())
-        if not lost:  # an axis that is gone is 1 now, unless it was before
-            varying = [axis for axis in range(given.array.ndim) if given.varies(axis)]
-            return given if all(before[axis] == after[axis] for axis in varying) else _only_plain([given])
-        kept = [size for axis, size in enumerate(before) if axis not in ones[-lost:]]
-        if len(ones) < lost or tuple(kept) != tuple(after):
+        attributes = {a.name: a for a in node.proto.attribute}
+        name = node.proto.input[1] if len(node.proto.input) > 1 else ""
+        if "axes" in attributes:
+            chosen: Sequence[int] = attributes["axes"].ints
+        elif name:
+            values = self._constants[name] if name in self._constants else self._numbers.get(name)
+            if values is None:
+                return _only_plain([given])
+            chosen = values.tolist()
+        else:
+            chosen = range(given.array.ndim)
+        if any(given.varies(axis) for axis in chosen):
             return _only_plain([given])
-        return Factors(given.array.squeeze(tuple(ones[-lost:])), given.origins)
+        keeps = attributes["keepdims"].i if "keepdims" in attributes else 1
+        return given if keeps else Factors(given.array.squeeze(tuple(chosen)), given.origins)
 
     def _multiplied(self, node: Node) -> Factors | None:
         """A product of two results: factors along the summed axis do not pass."""
@@ -272,6 +276,14 @@ class FactorWalk:
 
     def _rescale(self, node: Node, place: int, array: np.ndarray) -> None:
         self.scaled[node, place] = array
+
+
+def channel_rows(node: Node, weight: np.ndarray) -> np.ndarray | None:
+    """The weights of a layer, any shape, with a row for each channel of its result, FP64; None where none is known."""
+    if node.op not in PRODUCTS:
+        return weight.reshape(-1, 1).astype(np.float64)
+    layout = _ProductWeights.of(node, weight)
+    return None if layout is None else layout.rows(weight)
 
 
 @dataclass(frozen=True)

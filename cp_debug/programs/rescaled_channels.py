@@ -8,14 +8,16 @@ that is a fault. ``channel_factors`` finds them.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
+from torch import Tensor
 
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor, constants_of
@@ -26,13 +28,16 @@ from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.pairing import believable
 from cp_debug.graph.surgery import save, unused_names
-from cp_debug.programs.channel_factors import NORMS, FactorWalk
+from cp_debug.probes.distance import relative_l2
+from cp_debug.programs.channel_factors import NORMS, FactorWalk, channel_rows
 from cp_debug.programs.row_factors import fit
 from cp_debug.programs.walk import tensors_as_arrays, walk
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 ROUNDING = 5e-7
 """Relative difference up to which a rescaled weight is the test's, which was rounded in FP32."""
+CHANGED = 1e-4
+"""Relative L2 distance of an output up to which rescaling changed nothing but its rounding; else it is not done."""
 LARGEST = 1 << 27
 """Weights of a component, in FP64 1 GiB, up to which it is rescaled."""
 _TOO_LARGE = (
@@ -52,8 +57,15 @@ def rescale(
     Programs of torch modules stay as they are: their layers run as they were written. A test that rescales nothing, or
     does not take back what it scaled, leaves its reference alone.
     """
+    with TemporaryDirectory(prefix="cpdebug-") as scratch:
+        return _rescale(model, sample, programs, tests, folder, Path(scratch))
+
+
+def _rescale(
+    model: Model, sample: Sample, programs: Sequence[Program], tests: Sequence[Program], folder: Path, scratch: Path
+) -> tuple[list[Program], list[str]]:
     asked = {
-        p.name: _TestWeights(p.graph, t.graph, folder / f"{p.name}.folded.onnx")
+        p.name: _TestWeights(p.graph, t.graph, scratch / f"{p.name}.onnx")
         for p, t in zip(programs, tests, strict=True)
         if t.graph is not p.graph and p.module is None
     }
@@ -62,12 +74,12 @@ def rescale(
     asked = {name: weights for name, weights in asked.items() if weights.size() <= LARGEST}
     if not asked:
         return list(programs), notes
-    shapes, numbers = _seen(model, sample, programs, asked)
+    runs = _seen(model, sample, programs, asked)
     made = []
     for program in programs:
         graph, note = program.graph, ""
-        if program.name in asked and shapes.get(program.name):
-            graph, note = _rescaled(asked[program.name], shapes[program.name], numbers[program.name], folder, program)
+        if (run := runs.get(program.name)) is not None:
+            graph, note = _rescaled(asked[program.name], run, folder, program)
         made.append(program if graph is program.graph else replace(program, graph=graph))
         notes += [note] if note else []
     return made, notes
@@ -98,17 +110,11 @@ class _TestWeights:
             place = self.place(node)
             if place is None or self._equal(node, place):
                 continue
-            theirs = self(node)
-            ours = np.asarray(self._constants[node.proto.input[place]], np.float64)
+            theirs, ours = self(node), self._constants[node.proto.input[place]]
             if theirs is None or ours.shape != theirs.shape or ours.size < 2:
                 continue
-            axis = 0
-            if node.op in ("MatMul", "ConvTranspose") or (node.op == "Gemm" and not _flag(node, "transB")):
-                axis = 1
-            if node.op in PRODUCTS and ours.ndim < 2:
-                continue
-            shape = (ours.shape[axis] if node.op in PRODUCTS else ours.size, -1)
-            if fit(*(np.moveaxis(w, axis, 0).reshape(shape) for w in (ours, theirs))).scaled:
+            rows = [channel_rows(node, weight) for weight in (ours, theirs)]
+            if rows[0] is not None and rows[1] is not None and fit(rows[0], rows[1]).scaled:
                 return True
         return False
 
@@ -184,47 +190,54 @@ class _TestWeights:
             if name not in self._test.producer:
                 return np.asarray(self._test.initializer(name)).astype(np.float64)
             nodes, _ = self._test.segment([name], given)
-            return self._executor.run_nodes(nodes, given, [name])[name].double().numpy()
-        except (InputError, AttributeError):
+            value = self._executor.run_nodes(nodes, given, [name])[name]
+        except InputError:
             return None
+        return value.double().numpy() if isinstance(value, Tensor) else None
+
+
+@dataclass
+class _Run:
+    """One run of a reference on a sample."""
+
+    inputs: Arrays
+    outputs: Arrays
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of each value."""
+    numbers: dict[str, np.ndarray]
+    """Values that are no floats."""
 
 
 def _seen(
     model: Model, sample: Sample, programs: Sequence[Program], asked: Mapping[str, _TestWeights]
-) -> tuple[dict[str, dict[str, tuple[int, ...]]], dict[str, dict[str, np.ndarray]]]:
-    """Component → the shapes of all values of one run, and the integers among them."""
+) -> dict[str, _Run]:
+    """Component → its run on the sample, for those asked; none where something cannot be executed here."""
     graphs = {p.name: asked[p.name].graph if p.name in asked else p.graph for p in programs}
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in asked}
-    numbers: dict[str, dict[str, np.ndarray]] = {name: {} for name in asked}
+    runs: dict[str, _Run] = {}
 
     def run(component: Component, given: Arrays) -> Arrays:
-        name = component.name
+        seen = _Run(given, {}, {n: a.shape for n, a in given.items()}, {})
 
         def see(value: str, tensor: Any) -> None:
-            shapes[name][value] = tuple(tensor.shape)
+            seen.shapes[value] = tuple(tensor.shape)
             if not tensor.is_floating_point():
-                numbers[name][value] = tensor.numpy()
+                seen.numbers[value] = tensor.numpy()
 
-        if name in asked:
-            shapes[name] |= {n: a.shape for n, a in given.items()}
-        return tensors_as_arrays(Executor(graphs[name]).run(given, see if name in asked else None))
+        seen.outputs = tensors_as_arrays(Executor(graphs[component.name]).run(given, see))
+        if component.name in asked:
+            runs[component.name] = seen
+        return seen.outputs
 
     try:
         walk(model, sample, run)
-    except InputError:  # what cannot be executed here is compared as it stands
-        return {}, {}
-    return shapes, numbers
+    except InputError:  # it is compared as it stands
+        return {}
+    return runs
 
 
-def _rescaled(
-    weights: _TestWeights,
-    shapes: Mapping[str, tuple[int, ...]],
-    numbers: Mapping[str, np.ndarray],
-    folder: Path,
-    program: Program,
-) -> tuple[Graph, str]:
+def _rescaled(weights: _TestWeights, run: _Run, folder: Path, program: Program) -> tuple[Graph, str]:
     """The reference on the test's scales, and what was rescaled; the reference itself and no words if nothing was."""
-    walks = [_settled(weights, shapes, numbers, by_bias=by_bias) for by_bias in (False, True)]
+    walks = [_settled(weights, run, by_bias=by_bias) for by_bias in (False, True)]
     found = min(walks, key=lambda one: _unlike(one, weights))
     if not found.readers:
         return weights.original, ""
@@ -249,20 +262,19 @@ def _rescaled(
             stored[name].CopyFrom(tensor)
     path = folder / f"{program.name}.rescaled.onnx"
     save(model, weights.graph, path)
-    return Graph(path, source=program.graph), _note(program.name, found)
+    graph = Graph(path, source=program.graph)
+    rescaled = tensors_as_arrays(Executor(graph).run(run.inputs, probes=()))
+    if any(relative_l2(rescaled[name], output) > CHANGED for name, output in run.outputs.items()):
+        path.unlink()
+        return weights.original, ""
+    return graph, _note(program.name, found)
 
 
-def _settled(
-    weights: _TestWeights,
-    shapes: Mapping[str, tuple[int, ...]],
-    numbers: Mapping[str, np.ndarray],
-    *,
-    by_bias: bool,
-) -> FactorWalk:
+def _settled(weights: _TestWeights, run: _Run, *, by_bias: bool) -> FactorWalk:
     """The walk in which all factors that a layer starts are taken back."""
     refused: frozenset[Node] = frozenset()
     while True:
-        found = FactorWalk(weights.graph, weights, shapes, numbers, refused, weights.biases, by_bias=by_bias)
+        found = FactorWalk(weights.graph, weights, run.shapes, run.numbers, refused, weights.biases, by_bias=by_bias)
         if not (broken := found.run()):
             return found
         refused |= broken
@@ -313,7 +325,3 @@ def _same_kind(ours: Node, theirs: Node) -> bool:
 def _stored(node: Node) -> bool:
     """Whether a product keeps its weights in codes."""
     return node.op == "com.microsoft.MatMulNBits"
-
-
-def _flag(node: Node, name: str) -> bool:
-    return any(a.name == name and a.i for a in node.proto.attribute)
