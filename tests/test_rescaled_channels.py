@@ -13,6 +13,7 @@ from test_pairing import renamed
 
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import TestResult
+from cp_debug.programs.row_factors import fit
 
 Weights = dict[str, np.ndarray]
 
@@ -205,3 +206,11 @@ def test_factors_stop_at_whole_numbers(tmp_path: Path) -> None:
     other["a_w"], other["a_b"] = weights["a_w"] * by[:, None, None, None], weights["a_b"] * by
     other["y_w"] = weights["y_w"] / by[:, None, None]
     assert guilty(judged(tmp_path, CAST, weights, other)) == ["a", "y"]
+
+
+def test_levels_that_are_mostly_zero_tell_a_factor() -> None:
+    """The largest weight of a row takes a level of its own, and most of the others round to 0."""
+    ours = np.tile([7.0, 3.0, 0.4, 0.4, 0.4, 0.4, 0.4], (2, 1))
+    found = fit(ours, 2 * np.round(ours))
+    assert found.scaled
+    assert found.factors == pytest.approx(2, rel=0.02)

@@ -58,4 +58,5 @@ def _common_ratio(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
         ratios[(ours == 0).all(1)] = 1.0
         common = np.nanquantile(ratios, 0.5, axis=1, method="lower") if ratios.size else np.ones(len(ours))
         agree = np.abs(ratios - common[:, None]) <= EQUAL * np.abs(common)[:, None]
-    return np.where(2 * agree.sum(1) > (ours != 0).sum(1), common, np.nan)
+    shared = (common != 0) & (2 * agree.sum(1) > (ours != 0).sum(1))  # levels of few bits are 0 in many places
+    return np.where(shared, common, np.nan)
