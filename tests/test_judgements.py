@@ -203,12 +203,40 @@ def test_only_a_sample_worse_than_all_before_is_explained() -> None:
     assert not collected.is_worst({})
 
 
-def test_the_observation_with_the_largest_gap_is_kept() -> None:
+def observed(*samples: tuple[float, float]) -> Collected:
+    """What was seen in samples with these noise floors and observer gaps."""
     collected = Collected()
-    for gap in (0.1, 0.3, 0.2):
-        collected.observe(Observation(0.0, gap))
+    for place, (floor, gap) in enumerate(samples):
+        collected.observe(Observation(floor, gap, first_unsteady=f"conv_{place}" if floor else None))
+    return collected
+
+
+def test_the_observation_with_the_largest_gap_is_kept() -> None:
+    found = observed((0.0, 0.1), (0.0, 0.3), (0.0, 0.2)).observation
+    assert found is not None
+    assert found.observer_gap == 0.3
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_gap_is_judged_by_the_noise_of_its_own_sample(order: int) -> None:
+    # The larger gap is no more than the noise of its sample, the smaller one is not explained by any.
+    collected = observed(*[(0.5, 0.4), (0.0, 0.01)][::order])
     assert collected.observation is not None
-    assert collected.observation.observer_gap == 0.3
+    assert (collected.observation.noise_floor, collected.observation.observer_gap) == (0.0, 0.01)
+    noise, gap = collected.notes("ort")
+    assert "(noise floor 0.5)" in noise
+    assert gap.startswith("observer gap 0.01: ")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_noise_that_only_one_sample_shows_is_told(order: int) -> None:
+    collected = observed(*[(0.0, 0.0), (0.02, 0.0)][::order])
+    (noise,) = collected.notes("ort")
+    assert noise.endswith("(noise floor 0.02)")
+    assert collected.observation is not None
+    assert collected.observation.noise_floor == 0.02
+    assert collected.first_observation is not None
+    assert collected.first_observation.noise_floor == (0.0 if order > 0 else 0.02)
 
 
 def test_what_was_not_emulated_or_not_replayed_is_counted_and_named() -> None:

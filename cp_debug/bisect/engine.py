@@ -204,7 +204,7 @@ class Bisection:
         from cp_debug.bisect.optimizer_blame import blame_optimizers
 
         for run, collected in zip(taken.runs, taken.collected, strict=True):
-            pipeline, seen = run.pipeline, collected.observation
+            pipeline, seen = run.pipeline, collected.first_observation
             if isinstance(pipeline.backend, OrtBackend) and is_optimized(pipeline.backend):
                 self._progress.step(f"{pipeline.backend.spec}: knobs")
                 floor = seen.noise_floor if seen else 0.0

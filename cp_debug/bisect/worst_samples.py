@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cp_debug.bisect.finding import Finding
@@ -24,6 +24,10 @@ class Collected:
     def __init__(self) -> None:
         self.rows: dict[Key, LayerRow] = {}
         self.observation: Observation | None = None
+        """Of the sample whose observer gap stands out of its own noise the most, where none does of the noisiest."""
+        self.first_observation: Observation | None = None
+        """Of the first sample."""
+        self._noisiest: Observation | None = None
         self.optimizer_blame: OptimizerBlame | None = None
         self.findings: list[Finding] = []
         self.detections: DetectionChange | None = None
@@ -51,8 +55,11 @@ class Collected:
                 self.rows[key] = row
 
     def observe(self, observation: Observation) -> None:
-        """Keep the observation with the largest gap."""
-        if self.observation is None or observation.observer_gap > self.observation.observer_gap:
+        """Keep what one sample adds: a gap counts by what its own sample's noise leaves of it."""
+        self.first_observation = self.first_observation or observation
+        if self._noisiest is None or observation.noise_floor > self._noisiest.noise_floor:
+            self._noisiest = observation
+        if self.observation is None or _standing_out(observation) > _standing_out(self.observation):
             self.observation = observation
 
     def explained(self, notes: Iterable[str]) -> None:
@@ -61,7 +68,7 @@ class Collected:
 
     def notes(self, spec: str, *, draws: bool = False) -> list[str]:
         """Notes that a reader must know besides the rows. ``draws``: the program draws random numbers."""
-        notes = observation_notes(spec, self.observation, draws=draws)
+        notes = [*_noise(spec, self._noisiest, draws=draws), *_gap(spec, self.observation, draws=draws)]
         notes += self.ways
         rows = self.rows.values()
         skipped = Counter(row.replay.skipped for row in rows if row.replay and row.replay.skipped)
@@ -103,23 +110,31 @@ def _names(rows: Sequence[LayerRow]) -> str:
     return ", ".join(row.name for row in rows[:4]) + (" …" if len(rows) > 4 else "")
 
 
+def _standing_out(observation: Observation) -> tuple[float, float]:
+    """How much of an observer gap noise does not explain; among those where it explains all, how much noise."""
+    return max(observation.observer_gap - observation.noise_floor, 0.0), observation.noise_floor
+
+
 def observation_notes(spec: str, observation: Observation | None, *, draws: bool = False) -> list[str]:
     """Sentences for a backend that does not agree with itself, or that probes change.
 
     ``draws``: its program draws random numbers, so that no two runs need be alike.
     """
-    notes = []
+    return [*_noise(spec, observation, draws=draws), *_gap(spec, observation, draws=draws)]
+
+
+def _noise(spec: str, observation: Observation | None, *, draws: bool) -> Iterator[str]:
     if observation is not None and observation.first_unsteady:
         reason = (
             "another thread count changes its sums" if observation.repeats else "it is not deterministic: two runs part"
         )
         reason = "it draws random numbers: two runs part" if draws else reason
-        notes.append(
-            f"{spec}: {reason}, first at {observation.first_unsteady} (noise floor {observation.noise_floor:.2g})"
-        )
+        yield f"{spec}: {reason}, first at {observation.first_unsteady} (noise floor {observation.noise_floor:.2g})"
+
+
+def _gap(spec: str, observation: Observation | None, *, draws: bool) -> Iterator[str]:
     if observation is not None and observation.observer_gap > observation.noise_floor and not draws:
-        notes.append(
+        yield (
             f"observer gap {observation.observer_gap:.2g}: with probes {spec} runs a different program, "
             "so the layer values do not belong to the one that is deployed"
         )
-    return notes
