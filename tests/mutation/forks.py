@@ -1,8 +1,9 @@
 """A process that forks to run tests: a line of JSON in, a line of JSON out.
 
 ``forks.py --import PACKAGES`` has imported the heavy packages; each fork collects its tests itself. ``forks.py
---collect FILES`` has collected the quick tests of these files; each fork gives the functions of a changed file their
-new code and runs the tests, which takes as long as the tests alone.
+--collect PACKAGES FILES`` has collected the quick tests of these files, too; each fork gives the functions of a changed
+file their new code and runs the tests, which takes as long as the tests alone. Limits are seconds of processor time,
+so that a busy machine changes no outcome.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import gc
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import tempfile
 import time
 import types
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,26 +28,45 @@ from typing import Any, TextIO
 QUICK = "not slow and not gpu and not mmdet3d"
 
 
-class Noted:
-    """pytest plug-in that notes the first test that failed, the seconds of each, and ends when the time is over."""
+ROOM = 8 << 30
+"""Bytes of address space that a fork may take more than it has."""
 
-    def __init__(self, seconds: float) -> None:
+
+def spent() -> float:
+    """Seconds of processor time of this process and of those that it started and that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+class Noted:
+    """pytest plug-in that notes the first test that failed, the seconds of each, and ends when the time is over.
+
+    A test that takes 10 times as long as ``known`` says, and 10 seconds more, hangs: the process is ended.
+    """
+
+    def __init__(self, seconds: float, known: dict[str, float] | None = None) -> None:
         self.test = ""
         self.durations: dict[str, float] = {}
         self.over = False
-        self._end = time.monotonic() + seconds
+        self._known = known or {}
+        self._begun = 0.0
+        self._end = spent() + seconds
 
     def pytest_runtest_setup(self, item: Any) -> None:
         """End before the first test that begins too late."""
         import pytest
 
-        if time.monotonic() > self._end:
+        self._begun = spent()
+        if self._begun > self._end:
             self.over = True
             pytest.exit("the time is over", returncode=0)
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        longest = time.process_time() + 10 * self._known.get(item.nodeid, 60.0) + 10
+        resource.setrlimit(resource.RLIMIT_CPU, (int(longest), hard))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Note a test's outcome."""
-        self.durations[report.nodeid] = round(self.durations.get(report.nodeid, 0.0) + report.duration, 3)
+        self.durations[report.nodeid] = round(spent() - self._begun, 3)
         if report.failed and not self.test:
             self.test = report.nodeid
 
@@ -58,7 +80,7 @@ def collect_and_run(asked: dict[str, Any]) -> dict[str, Any]:
     """Run pytest with ``asked["arguments"]`` until it ends or the time is over."""
     import pytest
 
-    noted = Noted(asked["seconds"])
+    noted = Noted(asked["seconds"], asked.get("known"))
     code = int(pytest.main(["-q", "-p", "no:cacheprovider", *asked["arguments"]], plugins=[noted]))
     # 4: a test of the list is not there, as where the mutant takes a parameter away. 5: none is.
     outcome = ("undecided" if noted.over else "survived") if code == 0 else "killed"
@@ -75,6 +97,8 @@ class Collected:
     def pytest_runtestloop(self, session: Any) -> bool:
         """Serve until the input ends."""
         self._items = {item.nodeid: item for item in session.items}
+        self._parts = Parts()
+        gc.freeze()  # a fork does not visit, and so copy, what it will not free
         serve(self._run, self._out)
         return True
 
@@ -83,11 +107,11 @@ class Collected:
         import pytest
 
         if "changed" in asked:
-            renew(asked["path"], asked["changed"])
+            self._parts.renew(asked["path"], asked["changed"])
         items = [self._items[t] for t in asked["tests"] if t in self._items]
         if not items:
             return {"outcome": "untested", "by": "", "durations": {}}
-        noted = Noted(asked["seconds"])
+        noted = Noted(asked["seconds"], asked.get("known"))
         items[0].config.pluginmanager.register(noted)
         with contextlib.suppress(pytest.exit.Exception):
             for item, after in zip(items, [*items[1:], None], strict=True):
@@ -98,20 +122,31 @@ class Collected:
         return {"outcome": outcome, "by": noted.test, "durations": noted.durations}
 
 
-def renew(path: str, changed: str) -> None:
-    """Give every function of the file ``path`` its code from the source ``changed``, and empty what they remember.
+class Parts:
+    """The functions of cp_debug in this process, by file, and what remembers results."""
 
-    Functions that ``changed`` has under the same name at the same line are renewed, those that stand in others when the
-    others run again. What ran when the module was imported is as it was.
-    """
-    new = {(c.co_qualname, c.co_firstlineno): c for c in _codes(compile(changed, path, "exec"))}
-    for found in gc.get_objects():
-        if isinstance(found, functools._lru_cache_wrapper) and str(found.__module__).startswith("cp_debug"):
-            found.cache_clear()
-        elif isinstance(found, types.FunctionType) and found.__code__.co_filename == path:
-            code = new.get((found.__code__.co_qualname, found.__code__.co_firstlineno))
-            if code is not None and code.co_freevars == found.__code__.co_freevars:
-                found.__code__ = code
+    def __init__(self) -> None:
+        self._functions: dict[str, list[types.FunctionType]] = defaultdict(list)
+        self._caches = []
+        for found in gc.get_objects():
+            if type(found) is functools._lru_cache_wrapper and str(found.__module__).startswith("cp_debug"):
+                self._caches.append(found)
+            elif type(found) is types.FunctionType and "/cp_debug/" in found.__code__.co_filename:
+                self._functions[found.__code__.co_filename].append(found)
+
+    def renew(self, path: str, changed: str) -> None:
+        """Give every function of the file ``path`` its code from the source ``changed``, and empty what they remember.
+
+        Functions that ``changed`` has under the same name at the same line are renewed, those that stand in others when
+        the others run again. What ran when the module was imported is as it was.
+        """
+        new = {(c.co_qualname, c.co_firstlineno): c for c in _codes(compile(changed, path, "exec"))}
+        for cache in self._caches:
+            cache.cache_clear()
+        for function in self._functions[path]:
+            code = new.get((function.__code__.co_qualname, function.__code__.co_firstlineno))
+            if code is not None and code.co_freevars == function.__code__.co_freevars:
+                function.__code__ = code
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -129,46 +164,54 @@ def serve(run: Callable[[dict[str, Any]], dict[str, Any]], out: TextIO) -> None:
             process = os.fork()
             if not process:
                 os.setsid()
+                resource.setrlimit(resource.RLIMIT_AS, (_address_space() + ROOM, resource.RLIM_INFINITY))
                 with Path(os.devnull).open("w") as nowhere:
                     os.dup2(nowhere.fileno(), 1)
                     os.dup2(nowhere.fileno(), 2)
                 os.write(answer.fileno(), json.dumps(run(asked)).encode())
                 os._exit(0)
-            hung = _hangs(process, 2 * asked["seconds"] + 30)
+            hung = _hangs(process, 20 * asked["seconds"] + 60)
             answer.seek(0)
             told = answer.read().decode()
         ended = {"outcome": "hung" if hung else "killed", "by": "" if hung else "ended", "durations": {}}
         print(told if told and not hung else json.dumps(ended), file=out, flush=True)
 
 
+def _address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
 def _hangs(process: int, seconds: float) -> bool:
-    """Wait for a child; end it and all that it started, and return True, when it takes longer than ``seconds``."""
+    """Wait for a child: whether it used up its processor time, or waited so long that it and all that it started had to
+    be ended after ``seconds``."""
     end = time.monotonic() + seconds
-    while os.waitpid(process, os.WNOHANG)[0] == 0:
+    while True:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
         if time.monotonic() > end:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process, signal.SIGKILL)
             os.waitpid(process, 0)
             return True
         time.sleep(0.02)
-    return False
 
 
 def main() -> None:
     """Import or collect, then serve."""
     import pytest
 
-    what, *names = sys.argv[1:]
+    what, packages, *files = sys.argv[1:]
     out = os.fdopen(os.dup(1), "w")
     with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
+    for name in packages.split(","):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     if what == "--import":
-        for name in names:
-            with contextlib.suppress(ImportError):
-                importlib.import_module(name)
         serve(collect_and_run, out)
     else:
-        arguments = ["-q", "-s", "-p", "no:cacheprovider", "-m", QUICK, *names]
+        arguments = ["-q", "-s", "-p", "no:cacheprovider", "-m", QUICK, *files]
         pytest.main(arguments, plugins=[Collected(out)])
 
 

@@ -7,10 +7,10 @@ each file of quick tests and kept as each file ends, so that a measurement that 
 Each worker has its own copy of the tree and two processes: one has collected the tests, and its forks renew the
 functions of the changed file; one has imported the heavy packages only, for changes of what runs at import. The tests
 of a mutant run in a fork, the quickest first, where files that are named after its module or import it count as 8
-times quicker, until one fails or ``--limit`` seconds are over; then it is undecided, and ``--again`` judges it once
-more. A survivor that ``equivalent.toml`` lists, with the reason, does not count. Mutants are drawn so that every
-definition has one before any has two. Each outcome is a line of ``--out``, written when it is known; a run with the
-same seed leaves out the mutants that stand there.
+times quicker, until one fails or ``--limit`` seconds of processor time are over; then it is undecided, and ``--again``
+judges it once more. A survivor that ``equivalent.toml`` lists, with the reason, does not count. Mutants are drawn so
+that every definition has one before any has two. Each outcome is a line of ``--out``, written when it is known; a run
+with the same seed leaves out the mutants that stand there.
 """
 
 from __future__ import annotations
@@ -121,8 +121,10 @@ def _unread(path: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     spans = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         notes = [getattr(node, "annotation", None), getattr(node, "returns", None)]
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'"):
             notes.append(node)
+        if isinstance(node, ast.arguments) and node.kwonlyargs and node.vararg is None:
+            spans.append(_star(node))
         notes += [k.value for k in getattr(node, "keywords", ()) if k.arg in COSMETIC]
         if isinstance(node, ast.BinOp) and isinstance(node.right, ast.Constant) and node.right.value is None:
             notes.append(node)  # the type of an alias
@@ -134,13 +136,27 @@ def _unread(path: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     return spans
 
 
+def _star(arguments: ast.arguments) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Where the ``*`` stands before parameters that are given by name only, which says how code may be called."""
+    before = [*arguments.posonlyargs, *arguments.args, *arguments.defaults]
+    first = arguments.kwonlyargs[0]
+    begin = max(((b.end_lineno or 0, b.end_col_offset or 0) for b in before), default=(first.lineno - 1, 0))
+    return begin, (first.lineno, first.col_offset)
+
+
+def functions_of(path: Path) -> list[tuple[int, int]]:
+    """First and last line of every function's body: what is in none runs when the module is imported."""
+    found = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return [(n.body[0].lineno, n.end_lineno or 0) for n in found if isinstance(n, ast.FunctionDef)]
+
+
 class Affected:
     """The tests that run a line, by coverage."""
 
     def __init__(self, folder: Path) -> None:
         """Read what ``Worker.measure`` left in ``folder``."""
         self._tests: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))  # path → line → tests
-        self._imported: dict[str, set[int]] = defaultdict(set)  # path → lines
+        self._functions: dict[str, list[tuple[int, int]]] = {}
         self._durations: dict[str, float] = {}
         self._near: dict[tuple[str, str], bool] = {}
         for log in sorted(folder.glob("*.json")):
@@ -156,28 +172,34 @@ class Affected:
                 "join context on context.id = context_id"
             )
             for path, context, bits in rows:
-                lines, imported = self._tests[_inside(path)], self._imported[_inside(path)]
+                lines = self._tests[_inside(path)]
                 for n in range(8 * len(bits)):
-                    if bits[n // 8] >> (n % 8) & 1:
-                        if context:
-                            lines[n].add(context.rpartition("|")[0])
-                        else:
-                            imported.add(n)
+                    if context and bits[n // 8] >> (n % 8) & 1:
+                        lines[n].add(context.rpartition("|")[0])
 
-    def at_import(self, path: str, lines: tuple[int, int]) -> bool:
-        """Whether one of the lines runs when its module is imported or tests are collected."""
-        return any(n in self._imported[path] for n in range(lines[0], lines[1] + 1))
+    def at_import(self, path: str, line: int) -> bool:
+        """Whether a line runs when its module is imported."""
+        if path not in self._functions:
+            self._functions[path] = functions_of(ROOT / path)
+        return not any(first <= line <= last for first, last in self._functions[path])
 
-    def __call__(self, path: str, lines: tuple[int, int], definition: str) -> list[str]:
-        """Tests that run one of the lines; for a line that runs at import, those that run any line of the file.
+    def __call__(self, path: str, lines: tuple[int, int]) -> list[str]:
+        """Tests that run one of the lines; for a line that runs at import, those that run a function of the file, or
+        where it has none, those of files that concern the module.
 
         The quickest first, each file's together; those of files that concern the module count as 8 times quicker.
         """
         of_file = self._tests.get(path, {})
-        names = set().union(*(of_file.get(n, ()) for n in range(lines[0], lines[1] + 1)))
-        if not names and not definition:
-            names = set().union(*of_file.values())
+        if self.at_import(path, lines[0]):  # some test is the first to import a module
+            run = (tests for line, tests in of_file.items() if not self.at_import(path, line))
+            names = set().union(*run) or {t for t in self._durations if self._is_near(path, t.partition("::")[0])}
+        else:
+            names = set().union(*(of_file.get(n, ()) for n in range(lines[0], lines[1] + 1)))
         return sorted(names, key=lambda name: self._rank(path, name))
+
+    def known(self, tests: list[str]) -> dict[str, float]:
+        """The seconds that each test takes."""
+        return {test: self._durations.get(test, 60.0) for test in tests}
 
     def _rank(self, path: str, test: str) -> tuple[int, str, float, str]:
         file, seconds = test.partition("::")[0], self._durations.get(test, 1.0)
@@ -211,12 +233,12 @@ class Worker:
         shared = ROOT.parent / "shared"
         if shared.exists() and not (folder.parent / "shared").exists():
             (folder.parent / "shared").symlink_to(shared.resolve())
-        self._imported = self._server("--import", *PRELOADED.split(","))
+        self._imported = self._server("--import", PRELOADED)
         self._collected = self._imported
 
     def collect(self, files: list[str]) -> None:
         """Start the process that has collected the quick tests of these files."""
-        self._collected = self._server("--collect", *files)
+        self._collected = self._server("--collect", PRELOADED, *files)
 
     def _server(self, *arguments: str) -> subprocess.Popen[str]:
         environment = {**os.environ, "PYTHONPATH": str(self._tree), "OMP_NUM_THREADS": "1"}
@@ -235,17 +257,20 @@ class Worker:
         answer = self._ask(self._imported, {"arguments": ["-m", QUICK, *cover, tests], "seconds": 600})
         _replace(log, json.dumps(answer["durations"]))
 
-    def run(self, mutant: Mutant, changed: str, tests: list[str], seconds: float, fresh: bool) -> tuple[str, str]:
+    def run(
+        self, mutant: Mutant, changed: str, known: dict[str, float], seconds: float, fresh: bool
+    ) -> tuple[str, str]:
         """(``killed``, ``hung``, ``survived`` or ``undecided``, the test that failed).
 
-        ``fresh``: the change tells when its module is imported.
+        ``known``: the tests in their order, with the seconds that each takes. ``fresh``: the change tells when its
+        module is imported.
         """
-        path = self._tree / mutant.path
+        path, tests = self._tree / mutant.path, list(known)
         if fresh or "numba" in changed:
-            asked: dict[str, Any] = {"arguments": ["-x", "-m", "", *tests], "seconds": seconds}
+            asked: dict[str, Any] = {"arguments": ["-x", "-m", "", *tests], "seconds": seconds, "known": known}
             answer = self._ask(self._imported, asked)
         else:
-            asked = {"path": str(path), "changed": changed, "tests": tests, "seconds": seconds}
+            asked = {"path": str(path), "changed": changed, "tests": tests, "seconds": seconds, "known": known}
             answer = self._ask(self._collected, asked)
         return answer["outcome"], answer["by"]
 
@@ -257,7 +282,7 @@ class Worker:
         return answer
 
     def judge(self, mutant: Mutant, affected: Affected, limit: float) -> Outcome:
-        """Run the tests of ``mutant`` for ``limit`` seconds; a hang is twice as long."""
+        """Run the tests of ``mutant`` until one fails or ``limit`` seconds are over."""
         from cosmic_ray import plugins
         from cosmic_ray.mutating import mutate_code
 
@@ -267,26 +292,29 @@ class Worker:
         assert changed is not None, mutant
         pairs = zip(source.splitlines(), changed.splitlines(), strict=False)
         before, after = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("", ""))
-        tests = affected(mutant.path, mutant.lines, mutant.definition)
+        tests = affected(mutant.path, mutant.lines)
         outcome = Outcome(mutant, "untested", before, after)
         if not tests:
             return outcome
-        fresh = affected.at_import(mutant.path, mutant.lines)
+        fresh = affected.at_import(mutant.path, mutant.lines[0])
+        run = affected.known(tests if not fresh else _of_few_files(tests))
         begun = time.monotonic()
         while True:
-            tests = [t for t in tests if t not in self._broken]
+            run = {t: seconds for t, seconds in run.items() if t not in self._broken}
             _forget(path)
             path.write_text(changed, encoding="utf-8")
             try:
-                outcome.outcome, outcome.by = self.run(mutant, changed, tests, limit, fresh)
+                outcome.outcome, outcome.by = self.run(mutant, changed, run, limit, fresh)
             finally:
                 path.write_text(source, encoding="utf-8")
                 os.utime(path, ns=(written.st_atime_ns, written.st_mtime_ns))
                 _forget(path)
-            if outcome.outcome != "killed" or outcome.by not in tests or self._passes(outcome.by, limit):
+            if outcome.outcome != "killed" or outcome.by not in run or self._passes(outcome.by, limit):
                 break
             self._broken.add(outcome.by)  # it fails here without any mutant, too
-        outcome.tests, outcome.seconds = len(tests), round(time.monotonic() - begun, 2)
+        if outcome.outcome == "survived" and len(run) < len(tests) - len(self._broken):
+            outcome.outcome = "undecided"
+        outcome.tests, outcome.seconds = len(run), round(time.monotonic() - begun, 2)
         return outcome
 
     def _passes(self, test: str, limit: float) -> bool:
@@ -302,6 +330,12 @@ class Worker:
         for server in {self._imported, self._collected}:
             server.send_signal(signal.SIGTERM)
             server.wait()
+
+
+def _of_few_files(tests: list[str]) -> list[str]:
+    """The first tests, of at most 8 files: to collect more takes longer than they run."""
+    files = list(dict.fromkeys(t.partition("::")[0] for t in tests))[:8]
+    return [t for t in tests if t.partition("::")[0] in files]
 
 
 def _forget(path: Path) -> None:
@@ -400,7 +434,7 @@ def main() -> None:
     parser.add_argument("--only", help="pattern of paths: 'cp_debug/bisect/*'")
     parser.add_argument("--where", choices=("verdict", "elsewhere", "both"), default="both")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--limit", type=float, default=90, help="seconds of tests for one mutant")
+    parser.add_argument("--limit", type=float, default=90, help="seconds of processor time of tests for one mutant")
     parser.add_argument("--again", action="append", help="judge those with this outcome once more: undecided")
     parser.add_argument("--tests", action="append", help="pattern of test files to use: 'tests/test_replay.py'")
     parser.add_argument("--coverage", type=Path, default=ROOT / ".mutants" / "coverage")
