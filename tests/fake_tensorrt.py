@@ -241,6 +241,7 @@ class IBuilderConfig:
 
     def __init__(self, trt: ModuleType) -> None:
         self._trt, self._flags, self._profiles, self._cache, self._limits = trt, {trt.BuilderFlag.TF32}, [], None, {}
+        self._sources = 1 << int(trt.TacticSource.JIT_CONVOLUTIONS)
 
     def set_flag(self, flag: Any) -> None:
         self._flags.add(flag)
@@ -273,6 +274,13 @@ class IBuilderConfig:
 
     def get_timing_cache(self) -> ITimingCache:
         return self._cache
+
+    def get_tactic_sources(self) -> int:
+        return self._sources
+
+    def set_tactic_sources(self, sources: int) -> bool:
+        self._sources = sources
+        return sources != 0
 
 
 class Builder:

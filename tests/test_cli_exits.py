@@ -136,6 +136,7 @@ NO_EFFECT = [
     "-b ort,ort-all --trt-python python3",
     "-b ort,ort-all --workspace 100",
     "-b ort,ort-all --timing-cache cache",
+    "-b ort,ort-all --tactic-sources +CUDNN",
     "-b ort,ort-all --profile x:1x1:1x1:1x1",
     "-b ort,emu-fp16 --trt-calibrator entropy",
     "-b ort,emu-fp16 --trt-calib-data x",
@@ -153,6 +154,20 @@ NO_EFFECT = [
     "-b ort,ort-all --no-replay --oracle fp64",
     "-b ort,ort-all --level stages --all",
 ]
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ("CUDNN", "--tactic-sources: expected +NAME or -NAME, as -JIT_CONVOLUTIONS,+CUBLAS; got 'CUDNN'"),
+        ("-CUDNN,", "--tactic-sources: expected +NAME or -NAME, as -JIT_CONVOLUTIONS,+CUBLAS; got ''"),
+        ("-CUDNN,+CUDNN", "--tactic-sources: 'CUDNN' is given twice; expected it once"),
+    ],
+)
+def test_tactic_sources_are_read_before_anything_is_built(net: Path, sources: str, message: str) -> None:
+    code, text = run("bisect", net, "-b", "ort,trt-fp16", "--trt-python", sys.executable, f"--tactic-sources={sources}")
+    assert code == 2
+    assert message in " ".join(text.split())
 
 
 @pytest.mark.parametrize("flags", NO_EFFECT)

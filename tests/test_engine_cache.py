@@ -60,7 +60,13 @@ def test_the_same_engines_are_built_once(tmp_path: Path, tensorrt: list[str]) ->
 
 
 @pytest.mark.parametrize(
-    "change", [{"builder_level": 1}, {"keep_fp32": frozenset({"/c2/Conv"})}, {"workspace_mib": 64}]
+    "change",
+    [
+        {"builder_level": 1},
+        {"keep_fp32": frozenset({"/c2/Conv"})},
+        {"workspace_mib": 64},
+        {"tactic_sources": ("+EDGE_MASK_CONVOLUTIONS",)},
+    ],
 )
 def test_other_settings_are_other_engines(tmp_path: Path, tensorrt: list[str], change: dict[str, Any]) -> None:
     cache = cache_in(tmp_path / "cache")

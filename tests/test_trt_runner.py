@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,30 @@ def test_every_named_flag_exists_in_its_version(version: str, strongly_typed: bo
     assert config.unfused_debug_tensors == has_unfused
     assert ("TF32" in config.set_flags) == (variant in ("tf32", "best"))
     assert (config.regime == "strong") == (strongly_typed or major >= 11)
+
+
+def test_tactic_sources_are_chosen(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensorrt = sys.modules["tensorrt"]
+    save_net(tmp_path)
+    step = build_step(tmp_path, version, "fp32", tactic_sources=["+EDGE_MASK_CONVOLUTIONS", "-JIT_CONVOLUTIONS"])
+    chosen: list[int] = []
+    monkeypatch.setattr(tensorrt.IBuilderConfig, "set_tactic_sources", lambda self, bits: not chosen.append(bits))
+    assert "error" not in execute(step)
+    assert chosen == [1 << int(tensorrt.TacticSource.EDGE_MASK_CONVOLUTIONS)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("-CUTLASS", "there is no tactic source CUTLASS; TensorRT .* has .*EDGE_MASK_CONVOLUTIONS, JIT_CONVOLUTIONS"),
+        ("-JIT_CONVOLUTIONS", "TensorRT refused the tactic sources -JIT_CONVOLUTIONS"),
+    ],
+)
+def test_tactic_sources_that_cannot_be_are_refused(version: str, tmp_path: Path, change: str, message: str) -> None:
+    save_net(tmp_path)
+    error = execute(build_step(tmp_path, version, "fp32", tactic_sources=[change]))["error"]
+    assert error["kind"] == "unsupported"
+    assert re.fullmatch(message, error["message"])
 
 
 def test_int8_without_scales_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -94,6 +95,14 @@ BuilderLevel = Annotated[
     int | None,
     typer.Option("--builder-level", min=0, max=5, help="Builder optimization level.", rich_help_panel=PANEL),
 ]
+TacticSources = Annotated[
+    str | None,
+    typer.Option(
+        "--tactic-sources",
+        help="Kernels' sources left out or added, as for trtexec: -JIT_CONVOLUTIONS,+CUBLAS.",
+        rich_help_panel=PANEL,
+    ),
+]
 BuildTimeout = Annotated[
     float | None,
     typer.Option(
@@ -122,6 +131,7 @@ class TensorRTFlags:
     cache: Cache = None
     no_cache: NoCache = False
     builder_level: BuilderLevel = None
+    tactic_sources: TacticSources = None
     build_timeout: BuildTimeout = None
 
     def check(self, specs: Sequence[BackendSpec], *, exports: bool = False) -> None:
@@ -162,6 +172,7 @@ class TensorRTFlags:
             "timing_cache": self.timing_cache,
             "cache": self._open_cache,
             "builder_level": self.builder_level,
+            "tactic_sources": parse_sources(self.tactic_sources),
             "build_timeout": self.build_timeout,
         }
 
@@ -253,6 +264,17 @@ def make(specs: Sequence[BackendSpec], options: Mapping[str, Any], steps: Steps)
             backend.keeping(fp32_nodes) if fp32_nodes and spec.family != "trt" and keeps_fp32(spec) else backend
         )
     return opened_backends
+
+
+def parse_sources(text: str | None) -> tuple[str, ...]:
+    """``-CUDNN,+CUBLAS`` → its changes. Raises InputError for one without a sign, or with another name than letters."""
+    if text is None:
+        return ()
+    changes = tuple(text.split(","))
+    for change in changes:
+        if not re.fullmatch(r"[+-][A-Z][A-Z_]*", change):
+            raise InputError(f"--tactic-sources: expected +NAME or -NAME, as -JIT_CONVOLUTIONS,+CUBLAS; got {change!r}")
+    return tuple(once(((change[1:], change) for change in changes), "--tactic-sources").values())
 
 
 def parse_profile(text: str) -> tuple[str, tuple[tuple[int, ...], ...]]:

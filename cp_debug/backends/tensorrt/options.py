@@ -41,6 +41,8 @@ class TensorRTOptions:
     """Cache of built engines and their timings; None builds each engine anew."""
     builder_level: int | None = None
     """Optimization level of the builder, 0 to 5; None leaves it to TensorRT."""
+    tactic_sources: tuple[str, ...] = ()
+    """Changes to the places that the builder takes kernels from, as ``-JIT_CONVOLUTIONS`` or ``+CUBLAS``."""
     build_timeout: float | None = None
     """Seconds for one build; None has no limit of its own."""
     time_limit: float = 3600.0

@@ -489,8 +489,26 @@ def _configure(job: Job, config: Any, owners: list[tuple[Any, Any]], step: Step)
         if not hasattr(config, "builder_optimization_level"):
             raise RunnerFailure("unsupported", f"TensorRT {trt.__version__} has no builder optimization level")
         config.builder_optimization_level = int(step["builder_level"])
+    _choose_sources(job, config, step.get("tactic_sources") or [])
     _constrain(job, owners, step.get("layer_precisions") or {})
     return _load_timing_cache(config, step.get("timing_cache"))
+
+
+def _choose_sources(job: Job, config: Any, changes: list[str]) -> None:
+    """Change where kernels are taken from: ``-NAME`` leaves a source out, ``+NAME`` adds one."""
+    if not changes:
+        return
+    sources = int(config.get_tactic_sources())
+    known = job.trt.TacticSource.__members__
+    for change in changes:
+        name = change[1:]
+        if name not in known:
+            has = f"{job.trt.__version__} has {', '.join(sorted(known))}"
+            raise RunnerFailure("unsupported", f"there is no tactic source {name}; TensorRT {has}")
+        bit = 1 << int(known[name])
+        sources = sources | bit if change[0] == "+" else sources & ~bit
+    if not config.set_tactic_sources(sources):
+        raise RunnerFailure("unsupported", job.reasons(f"TensorRT refused the tactic sources {','.join(changes)}"))
 
 
 def _constrain(job: Job, owners: list[tuple[Any, Any]], precisions: dict[str, str]) -> None:

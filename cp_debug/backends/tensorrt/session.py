@@ -128,6 +128,7 @@ class EngineSession:
             "timing_cache": str(options.timing_cache or self._timings(version, graph)),
             "calibration": calibrated,
             "builder_level": options.builder_level,
+            "tactic_sources": list(options.tactic_sources),
         }
         values = tuple(data_values(source_graph))
         cache, limit = options.cache, options.build_timeout
