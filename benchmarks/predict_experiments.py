@@ -41,6 +41,19 @@ SIZED = (
 )
 """Networks of ``engine_networks_sized.py``, and lower builder levels. ``predicted.py`` follows each, on the GPU."""
 
+DETECTOR = (
+    ("yolov8n-3", "yolov8n-3-again", "yolov8n-3-boundaries", "kernels-yolov8n-3-boundaries"),
+    ("ppocr-det-1", "ppocr-det-2", "ppocr-det-3", *(f"kernels-ppocr-det-{level}" for level in (3, 2, 1))),
+    ("yolov8n-static", "kernels-yolov8n-static"),
+)
+"""Trained detectors with free axes at the builder's own levels: run one queue at a time (``--only``) for seconds that
+count. ``again`` and ``boundaries`` take engines and timings of the first command from its cache."""
+PLUGINS = (("plug", "plug-handles", "plug-nms", "plug-norm", "branch", "loop"),)
+"""Networks of ``engine_networks_plugins.py``."""
+SETS = {"sized": SIZED, "detector": DETECTOR, "plugins": PLUGINS, "": QUEUES}
+WITHOUT_HANDLES = "--tactic-sources=-CUBLAS,-CUBLAS_LT,-CUDNN"
+"""Plug-ins are handed cuBLAS and cuDNN while these are sources of kernels, and packages need not have them."""
+
 
 def steps(out: Path, work: Path, networks: Path, shared: Path, device: str = "cuda") -> dict[str, Step]:
     """Every step by name."""
@@ -73,7 +86,22 @@ def steps(out: Path, work: Path, networks: Path, shared: Path, device: str = "cu
     for name in ("detr", "diffusion", "painter", "convnext_sized", "slim", "slim_aside", "batched", "batched_aside"):
         more = ["--probes", "boundaries", "--no-explain", "--save", work / name]
         made.append(bisect(name, net(name), *more, limit=250))
-    for name in [name for queue in SIZED for name in queue if name != "pillar-0"]:
+    for name, level in [("yolov8n-3", 3), *((f"ppocr-det-{n}", n) for n in (1, 2, 3))]:
+        more = ["--no-explain", "--cache", work / f"cache-{name}", *(["--builder-level", level] if level != 3 else [])]
+        made.append(bisect(name, net(name[:-2]), *more, "--save", work / name, limit=700))
+        if level == 3:
+            made.append(bisect(f"{name}-again", net(name[:-2]), *more, limit=100))
+            more += ["--probes", "boundaries", "--save", work / f"{name}-boundaries"]
+            made.append(bisect(f"{name}-boundaries", net(name[:-2]), *more, limit=300))
+    more = ["--no-explain", "--no-cache", "--tactic-sources=-JIT_CONVOLUTIONS", "--probes", "boundaries"]
+    made.append(bisect("yolov8n-static", net("yolov8n"), *more, "--save", work / "yolov8n-static", limit=500))
+    for name in ("plug", "plug_nms", "plug_norm"):
+        more = ["--no-cache", WITHOUT_HANDLES]
+        made.append(bisect(name.replace("_", "-"), net(name), *more, limit=90, reference="trt-fp32"))
+    made.append(bisect("plug-handles", net("plug"), "--no-cache", limit=60, reference="trt-fp32"))
+    made += [bisect(name, net(name), "--no-cache", limit=90) for name in ("branch", "loop")]
+    kernels = [name.removeprefix("kernels-") for queue in DETECTOR for name in queue if name.startswith("kernels-")]
+    for name in [*kernels, *(name for queue in SIZED for name in queue if name != "pillar-0")]:
         files = ["--json", out / f"kernels-{name}.json", "--crops", out / f"crops-{name}.npz"]
         command = script("predicted", work / name, "--device", device, *files)
         made.append(Step(f"kernels-{name}", command, 60, work / name / "result.json"))
@@ -94,7 +122,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=REPO.parent / "shared", help="parity checkpoint and frame")
     parser.add_argument("--work", type=Path, help="for captures and engines  [default: a temporary folder]")
     parser.add_argument("--only", default="", help="beginnings of steps, separated by commas")
-    parser.add_argument("--sized", action="store_true", help="networks of deployed sizes, lower builder levels")
+    parser.add_argument("--set", choices=[*SETS], default="", help="other queues: SIZED, DETECTOR, PLUGINS")
     parser.add_argument("--device", default="cuda", help="where predicted.py emulates  [default: cuda]")
     parser.add_argument("--budget", type=float, default=530.0, help="seconds in all")
     args = parser.parse_args()
@@ -104,10 +132,12 @@ def main() -> None:
         work = (args.work or Path(scratch)).resolve()
         known = steps(args.out.resolve(), work, args.networks.resolve(), args.shared.resolve(), args.device)
         series = Series(args.out, time.monotonic() + args.budget)
-        queues = [[each for name in queue for each in (name, f"kernels-{name}")] for queue in SIZED if args.sized]
-        queues = queues or [[*queue] for queue in QUEUES]
+        queues = [[*queue] for queue in SETS[args.set]]
+        if args.set == "sized":
+            queues = [[each for name in queue for each in (name, f"kernels-{name}")] for queue in queues]
         chosen = [[known[n] for n in queue if n in known and (not words or n.startswith(words))] for queue in queues]
-        with ThreadPoolExecutor(len(chosen)) as pool:
+        chosen = [queue for queue in chosen if queue]
+        with ThreadPoolExecutor(len(chosen) or 1) as pool:
             list(pool.map(series.experiment, chosen))
 
 
