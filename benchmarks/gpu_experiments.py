@@ -118,6 +118,7 @@ def experiments(out: Path, work: Path, shared: Path) -> Experiments:
                 "calibrated-net", net, "ort,trt-int8", *minmax, "--keep-fp32", "/6/ConvTranspose", limit=120, save=False
             ),
             bisect("calibrated-tiny", tiny, "torch,trt-int8", *minmax, "--keep-fp32", deblocks, limit=200),
+            bisect("calibrated-pillar", pillar, "torch,trt-int8", *frame, *minmax, "--keep-fp32", deblocks, limit=300),
         ],
         "best": [
             bisect("best-tiny", tiny, "torch,trt-best", limit=240),
