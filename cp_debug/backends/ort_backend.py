@@ -21,6 +21,7 @@ from cp_debug.backends.ort_chunks import ChunkedGraph, to_numpy, to_ort
 from cp_debug.backends.ort_optimized import OptimizedProgram, Replacement, build, replacements
 from cp_debug.backends.ort_options import LEVELS, Runtime, device_of, read_settings
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.doing import doing
 from cp_debug.errors import InputError
 from cp_debug.graph import onnx_runtime
 from cp_debug.graph.casts import cast_surgery
@@ -193,7 +194,8 @@ def run_whole(
     """
     names = [v.name for v in graph.outputs]
     try:
-        values = onnx_runtime.run(session, names, to_ort(inputs), limit)
+        with doing(f"ONNX Runtime ran {graph}"):
+            values = onnx_runtime.run(session, names, to_ort(inputs), limit)
     except onnx_runtime.Endless as error:
         raise onnx_runtime.Endless(f"{graph}: {error}") from error
     except Exception as error:  # each status of ONNX Runtime is a class of its own, directly below Exception

@@ -14,6 +14,7 @@ import onnx
 from cp_debug.backends.base import Sink
 from cp_debug.backends.memory import Trimmer
 from cp_debug.backends.ort_options import Runtime
+from cp_debug.doing import doing
 from cp_debug.errors import InputError
 from cp_debug.graph import onnx_runtime, surgery
 from cp_debug.graph.graph import Graph, Node
@@ -107,7 +108,8 @@ class ChunkedGraph:
             chunk.limit = onnx_runtime.time_limit(self._graph, chunk.nodes)
         feed = {i.name: live[i.name] for i in session.get_inputs()}
         try:
-            return onnx_runtime.run(session, wanted, feed, chunk.limit)
+            with doing(f"ONNX Runtime ran {self._graph}"):
+                return onnx_runtime.run(session, wanted, feed, chunk.limit)
         except onnx_runtime.Endless as error:
             loops = ", ".join(node.name for node in chunk.nodes if onnx_runtime.time_limit(self._graph, [node]))
             raise onnx_runtime.Endless(f"{self._graph}: node {loops}: {error}") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.doing import doing
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.onnx_runtime import SEVERITIES, session_options, severity, told
 from cp_debug.optional import install, require
@@ -114,16 +115,17 @@ class Runtime:
                 "session.optimized_model_external_initializers_file_name", f"{write.name}.data"
             )
             options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        name = shown or (model if isinstance(model, Path) else "a piece of the model")
         try:
-            return ort.InferenceSession(
-                str(model) if isinstance(model, Path) else model,
-                options,
-                providers=list(self.providers),
-                enable_fallback=0,
-                disabled_optimizers=list(disabled_optimizers) or None,
-            )
+            with doing(f"ONNX Runtime opened {name}"):
+                return ort.InferenceSession(
+                    str(model) if isinstance(model, Path) else model,
+                    options,
+                    providers=list(self.providers),
+                    enable_fallback=0,
+                    disabled_optimizers=list(disabled_optimizers) or None,
+                )
         except Exception as error:  # each status of ONNX Runtime is a class of its own, directly below Exception
-            name = shown or (model if isinstance(model, Path) else "a piece of the model")
             reason = told(error).replace(str(model), str(name)) if isinstance(model, Path) else told(error)
             raise InputError(f"{name}: ONNX Runtime cannot open it: {reason}") from error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from functools import lru_cache
 from importlib import import_module
 from typing import Annotated, Any
@@ -24,6 +25,8 @@ from cp_debug.errors import CpdebugError, InputError, system_reason
 
 ENDED = 143
 """Exit code after SIGTERM, as in shells."""
+TOGETHER = 0.3
+"""Seconds within which two signals are one wish."""
 RUNS_NOTHING = ("cache", "compare", "doctor", "models", "report", "ui")
 """Commands in which ONNX Runtime has nothing to log."""
 
@@ -113,13 +116,33 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+class _Ending:
+    """What a signal that asks for the end does: it raises, but once for all that come within ``TOGETHER`` seconds.
+
+    A signal for a whole process group comes to this process twice, and the second one would end the tidying.
+    """
+
+    def __init__(self) -> None:
+        self._last = -TOGETHER
+
+    def __call__(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        before, self._last = self._last, now
+        if now - before < TOGETHER:
+            return
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(ENDED)
+
+
 def main() -> None:
     """Run the command line; every expected failure is one message on stderr and an exit code."""
     # Threads that wait in vain spin, and so take the cores from those they wait for when other programs run, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it leaves a file in the folder for temporary ones
     show_anywhere()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))  # so that what is half-written is removed
+    signal.signal(signal.SIGTERM, _Ending())  # so that what is half-written is removed
+    signal.signal(signal.SIGINT, _Ending())
     try:
         code = application(sys.argv[1] if len(sys.argv) > 1 else "")(standalone_mode=False)
         sys.stdout.flush()

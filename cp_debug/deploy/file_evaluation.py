@@ -19,6 +19,7 @@ from cp_debug.deploy.documents import read_document
 from cp_debug.deploy.engines import check_engines
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, score_backends
 from cp_debug.detection.predictions import Predictions
+from cp_debug.doing import doing
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.onnx_runtime import session_options, told
@@ -131,7 +132,8 @@ class OnnxRuns:
         self._sessions: dict[str, Any] = {}
         for part, path in description.files.items():
             try:
-                self._sessions[part] = ort.InferenceSession(str(path), options, providers=providers)
+                with doing(f"ONNX Runtime opened {path}"):
+                    self._sessions[part] = ort.InferenceSession(str(path), options, providers=providers)
             except Exception as error:  # the library's own classes, of which it has a dozen
                 raise InputError(f"{path}: ONNX Runtime refuses it: {told(error)[:300]}") from None
         self.record = RunRecord(str(spec), "fp32", spec.device or "cpu", False, {"onnxruntime": ort.__version__})

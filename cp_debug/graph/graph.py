@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import external_data_helper
 
+from cp_debug.doing import doing
 from cp_debug.errors import InputError
 from cp_debug.graph.onnx_file import read_model, reads
 from cp_debug.graph.onnx_tensors import array_of, external_data
@@ -159,7 +160,8 @@ class Graph:
     @cached_property
     def types(self) -> dict[str, onnx.TypeProto]:
         """Value → ONNX type, for inputs, outputs and values where the file or ONNX's shape inference states it."""
-        inferred = _infer(self.proto)
+        with doing(f"onnx inferred the shapes of {self}"):
+            inferred = _infer(self.proto)
         return {
             v.name: v.type
             for v in (*inferred.value_info, *inferred.input, *inferred.output)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
+from cp_debug.doing import doing
 from cp_debug.errors import InputError
 from cp_debug.files import resolved
 from cp_debug.graph import onnx_runtime, surgery
@@ -173,7 +174,8 @@ class MadeUp:
         folder = str(resolved(self.graph.path).parent)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
-            return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            with doing(f"ONNX Runtime opened {self.named}"):
+                return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception:  # each status of ONNX Runtime is a class of its own; a backend will say why
             return None
 

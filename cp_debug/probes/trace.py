@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from cp_debug.doing import doing
 from cp_debug.errors import ModuleFailed
 from cp_debug.probes.arrays import is_dense
 from cp_debug.probes.outputs import flatten_outputs
@@ -93,7 +94,11 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], sink: TorchSink | Non
         for name, tensor in zip(inputs, args, strict=True):
             tracer.add(tensor, name, "input", (), from_data=True, version=tensor._version)
         try:
-            with _Functions(tracer) if sink else nullcontext(), tracer if sink else nullcontext():
+            with (
+                doing(f"{type(module).__name__} ran"),
+                _Functions(tracer) if sink else nullcontext(),
+                tracer if sink else nullcontext(),
+            ):
                 result = module(*args)
         except Exception as error:
             if tracer.sink_error is not None:

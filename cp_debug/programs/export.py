@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cp_debug.backends.determinism import fp32_precision
+from cp_debug.doing import doing
 from cp_debug.errors import InputError, raise_if_interrupted, system_reason
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.programs.module_source import note_modules
@@ -105,9 +106,10 @@ def _dynamo(
     options: Mapping[str, Any],
 ) -> None:
     shapes = tuple(axes.get(name) for name in options["input_names"]) if axes else None
-    program = torch.onnx.export(
-        module, tuple(args), None, dynamo=True, dynamic_shapes=shapes, optimize=folded, verbose=False, **options
-    )
+    with doing("torch exported the module (--exporter dynamo)"):
+        program = torch.onnx.export(
+            module, tuple(args), None, dynamo=True, dynamic_shapes=shapes, optimize=folded, verbose=False, **options
+        )
     assert program is not None
     if not folded:
         # Constants and shape arithmetic go, modules stay: the optimizer proper would fuse BatchNorm.
@@ -126,9 +128,10 @@ def _torchscript(
     folded: bool,
     options: Mapping[str, Any],
 ) -> None:
-    torch.onnx.export(
-        module, tuple(args), path, dynamo=False, dynamic_axes=axes or None, do_constant_folding=folded, **options
-    )
+    with doing("torch exported the module (--exporter torchscript)"):
+        torch.onnx.export(
+            module, tuple(args), path, dynamo=False, dynamic_axes=axes or None, do_constant_folding=folded, **options
+        )
 
 
 def _example(arg: Tensor, axes: Mapping[int, str]) -> Tensor:

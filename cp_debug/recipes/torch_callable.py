@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cp_debug.doing import doing
 from cp_debug.errors import InputError, ModuleFailed
 from cp_debug.graph.graph import ValueInfo
 from cp_debug.probes.arrays import as_numpy, is_dense
@@ -115,6 +116,11 @@ def load_callable(text: str, checkpoint: Path | None = None) -> TorchModel:
 
 
 def _import(source: str) -> ModuleType:
+    with doing(f"{source} was imported"):
+        return _imported(source)
+
+
+def _imported(source: str) -> ModuleType:
     try:
         if not source.endswith(".py"):
             if (working_folder := str(Path.cwd())) not in sys.path:

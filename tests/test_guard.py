@@ -1,0 +1,143 @@
+"""A library that ends the process leaves a sentence and an exit code, and nothing else."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the guard is for Linux")
+
+GUARDED = """
+import os, signal, sys, tempfile
+from cp_debug.cli.guard import guarded
+from cp_debug.doing import doing
+
+def command():
+    {}
+
+guarded(command)
+"""
+
+
+def started(body: str, **options: object) -> "subprocess.Popen[str]":
+    """A process whose command has this body."""
+    script = GUARDED.format(body)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", script], **(pipes | options))  # type: ignore[call-overload, no-any-return]
+
+
+def ended(body: str, **options: object) -> tuple[int, str]:
+    """Exit code of a guarded command, and what stands on stderr."""
+    process = started(body, **options)
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said
+
+
+def test_a_library_that_aborts_on_a_file_is_bad_input() -> None:
+    code, said = ended("with doing('onnx read net.onnx'): os.abort()")
+    assert code == 2
+    assert said == "error: a library ended the process (SIGABRT) while onnx read net.onnx: nothing was decided\n"
+
+
+def test_a_crash_of_nothing_known_is_unexpected() -> None:
+    code, said = ended("os.kill(os.getpid(), signal.SIGSEGV)")
+    assert (code, said) == (70, "error: a library ended the process (SIGSEGV): nothing was decided\n")
+
+
+def test_what_was_done_before_is_not_blamed() -> None:
+    code, said = ended("with doing('onnx read net.onnx'): pass\n    os.abort()")
+    assert code == 70
+    assert "net.onnx" not in said
+
+
+def test_leaving_without_a_word_is_told() -> None:
+    code, said = ended("with doing('Net ran'): os._exit(0)")
+    assert code == 2
+    assert said == "error: the process was ended from within (os._exit(0)) while Net ran: nothing was decided\n"
+
+
+def test_a_crash_after_the_end_changes_nothing() -> None:
+    assert ended("import atexit; atexit.register(os.abort); sys.exit(1)") == (1, "")
+
+
+def test_temporary_folders_of_a_process_that_died_are_removed(tmp_path: Path) -> None:
+    body = "f = tempfile.mkdtemp(); open(f + '/half', 'w').write('x'); tempfile.mkstemp(); os.abort()"
+    assert ended(body, env=os.environ | {"TMPDIR": str(tmp_path)})[0] == 70
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("body", "code"), [("sys.exit(3)", 3), ("pass", 0), ("sys.exit('no')", 1), ("1 / 0", 1)])
+def test_other_ends_are_as_without_it(body: str, code: int) -> None:
+    assert ended(body)[0] == code
+
+
+@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_command_once(group: bool, number: signal.Signals, tmp_path: Path) -> None:
+    body = f"""
+    from cp_debug.cli.main import _Ending
+    import time
+    signal.signal({int(number)}, _Ending())
+    try:
+        open({str(tmp_path / "ready")!r}, "w").close()
+        time.sleep(60)
+    finally:
+        time.sleep(0.1)
+        open({str(tmp_path / "tidied")!r}, "w").close()"""
+    process = started(body, start_new_session=True)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    (os.killpg if group else os.kill)(process.pid, number)
+    process.communicate(timeout=60)
+    assert process.returncode in (143, 1, 130)
+    assert (tmp_path / "tidied").exists()
+
+
+def test_a_killed_guard_takes_the_command_along(tmp_path: Path) -> None:
+    alive = tmp_path / "alive"
+    process = started(f"""
+    import time
+    while True:
+        open({str(alive)!r}, "w").write("x")
+        time.sleep(0.01)""")
+    while not alive.exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    time.sleep(0.1)
+    alive.unlink()
+    time.sleep(0.1)
+    assert not alive.exists()
+
+
+@pytest.mark.slow
+def test_the_command_names_the_file_on_which_onnx_aborts(tmp_path: Path) -> None:
+    """Shape inference of onnx 1.23 fails an assertion on a Slice that counts backwards from a negative start."""
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            """
+import onnx, os
+onnx.shape_inference.infer_shapes = lambda model: os.abort()
+from cp_debug.__main__ import main
+import sys; sys.argv = ["cpdebug", "check", "net.onnx"]
+from onnx import TensorProto, helper
+x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in "xy")
+graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+onnx.save(helper.make_model(graph), "net.onnx")
+main()
+""",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2
+    assert process.stderr == (
+        "error: a library ended the process (SIGABRT) while onnx inferred the shapes of net.onnx: nothing was decided\n"
+    )
