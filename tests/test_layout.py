@@ -13,8 +13,8 @@ REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "cp_debug"
 ORDER = (
     "version doing safe_text errors reading files caches loading optional plugins interpreter progress serialize "
-    "minimize display graph probes recipes backends programs detection quantization bisect mixed_precision prediction deploy "
-    "sweep reports api cli pytest_plugin"
+    "minimize display graph probes recipes backends programs detection quantization bisect mixed_precision prediction "
+    "deploy sweep reports api cli pytest_plugin"
 )
 ROOMS = ORDER.split()
 """A room imports from itself and from those before it in this list."""
