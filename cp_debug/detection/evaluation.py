@@ -205,7 +205,7 @@ def draws_of(
     predicted: Predictions, truths: Sequence[Truth], class_names: Sequence[str], options: EvaluationOptions
 ) -> dict[str, Floats]:
     """mAP, NDS and the other figures in each draw [1 + draws]; the first is of the samples themselves."""
-    truth, _ = _objects(truths, class_names, options)
+    truth, _ = objects_that_count(truths, class_names, options)
     boxes = predicted.as_boxes(class_names)
     weights = draw_samples(len(truths), options.draws, options.seed)
     return score(boxes.take(options.counts(boxes, class_names)), truth, class_names, weights).summary()
@@ -224,7 +224,7 @@ def score_backends(
     ``not_finite``: spec → number of samples on which an output held NaN or Inf. ``on_step`` is told the frames of T4's
     metric, which takes long.
     """
-    truth, notes = _objects(truths, class_names, options)
+    truth, notes = objects_that_count(truths, class_names, options)
     weights = draw_samples(len(truths), options.draws, options.seed)
     listed: list[BackendScores] = []
     reference: dict[str, Floats] = {}
@@ -287,10 +287,13 @@ def _known(draws: Floats) -> ConfidenceInterval:
     return ConfidenceInterval.of(np.concatenate((draws[:1], draws[1:][~np.isnan(draws[1:])])))
 
 
-def _objects(
+def objects_that_count(
     truths: Sequence[Truth], class_names: Sequence[str], options: EvaluationOptions
 ) -> tuple[Boxes, list[str]]:
-    """Objects of the ground truth that count, and notes about the others."""
+    """Objects of the ground truth that count, and notes about the others.
+
+    ``truths``: of each sample; boxes are in metres and radians.
+    """
     boxes = np.concatenate(
         [np.column_stack((truth_of_sample.boxes, truth_of_sample.velocities)) for truth_of_sample in truths]
     )

@@ -151,7 +151,7 @@ class _MixedPrecisionSearch:
             check_exportable(NarrowOptions.parse(self.precision.name))
         self._step(str(reference.spec))
         if self.precision.name == "int8":
-            programs = [_plain(program, scratch) for program in programs]
+            programs = [plain_program(program, scratch) for program in programs]
         with Pipeline(model, programs, reference) as pipeline:
             self._judge = Judge(model, samples, [pipeline.run(sample) for sample in samples], goal)
         remarks = Remarks(model)
@@ -164,7 +164,7 @@ class _MixedPrecisionSearch:
             raise InputError(
                 f"--backends: no layer of {model.name} computes in {self.precision.name} on {self._backend.spec}"
             )
-        self.emulator = EmulatedRunner(model, self._tests, samples, self.precision, _device(self._backend))
+        self.emulator = EmulatedRunner(model, self._tests, samples, self.precision, emulation_device(self._backend))
         self.runner: Runner = self.emulator
         if not self._backend.emulated:
             self.runner = BackendRunner(model, self._tests, samples, self.precision, self._backend, scratch)
@@ -333,7 +333,7 @@ class _MixedPrecisionSearch:
         self._on_step(text, self._tried, max(self._options.max_builds or 0, self._tried))
 
 
-def _plain(program: Program, folder: Path) -> Program:
+def plain_program(program: Program, folder: Path) -> Program:
     """The program without Q/DQ pairs, which is what its INT8 is measured against."""
     quantized = quantized_inputs(program.graph)
     if not quantized:
@@ -342,7 +342,7 @@ def _plain(program: Program, folder: Path) -> Program:
     return Program(program.name, graph, example=program.example)
 
 
-def _device(backend: Backend) -> str:
+def emulation_device(backend: Backend) -> str:
     """Device to emulate on: the emulation's own, else the GPU that the backend has, if torch has it."""
     import torch
 

@@ -12,6 +12,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from cp_debug.detection.bootstrap import CONFIDENCE, ConfidenceInterval
+from cp_debug.detection.breakdown import PartScores
 from cp_debug.files import write_text
 from cp_debug.reports.files import csv_text
 from cp_debug.reports.heat_map import Strip, strips
@@ -20,6 +21,7 @@ from cp_debug.reports.page import environment, page_parts
 from cp_debug.reports.sensitivity import whole_line
 from cp_debug.reports.sheet import Column, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
+from cp_debug.sweep.ablating import AblationGroup, AblationRow, PartCounts
 from cp_debug.sweep.bisecting import BisectGroup, LayerSpread
 from cp_debug.sweep.evaluating import EvalGroup
 from cp_debug.sweep.result import FailedTasks, ResultGroup, SweepResult
@@ -31,6 +33,8 @@ from cp_debug.version import __version__
 MOST_LAYERS = 12
 """Layers that a terminal shows; the page has all."""
 MOST_FAILURES = 10
+BEST = 3
+"""Layers of which the tables by class and distance tell what they bring back."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,81 @@ def _(group: EvalGroup) -> GroupSection:
         for spec, samples in group.outliers.items()
         for sheet in _outliers(samples, f"{spec}: boxes lost or gained")
     ]
-    return GroupSection(group.label, group.passed, sentence, [_sheet(title, headers, rows), *outliers], notes)
+    parts = [*_parts("Class by class", "class", group.classes), *_parts("By distance", "distance", group.distances)]
+    return GroupSection(group.label, group.passed, sentence, [_sheet(title, headers, rows), *parts, *outliers], notes)
+
+
+def _parts(title: str, name: str, parts: Sequence[PartScores]) -> list[Sheet]:
+    """A table of classes or rings, with what each test gains or loses there; none of an older result."""
+    if not parts:
+        return []
+    reference, *tests = parts[0].figures
+    headers, rows = [name, ">objects"], []
+    for figure in parts[0].figures[reference]:
+        headers += [f">{figure}: {reference}", *(f">{figure}: {test}, Δ" for test in tests)]
+    for part in parts:
+        cells: list[Any] = [part.part, part.objects]
+        for figure, value in part.figures[reference].items():
+            cells += [f"{value.value:.4f}", *(_change(part.differences[test][figure]) for test in tests)]
+        rows.append(cells)
+    return [_sheet(title, headers, rows)]
+
+
+@section.register
+def _(group: AblationGroup) -> GroupSection:
+    title = f"{group.label}: {group.reference} → {group.backend}{' (emulated)' if group.emulated else ''}"
+    sentence = (
+        f"{len(group.samples)} samples; of {group.boxes} boxes {_count(group.lost)} are lost, "
+        f"{_count(group.gained)} gained, {_count(group.moved)} moved"
+    )
+    if group.scores:
+        sentence += "; " + ", ".join(f"{name} {_change(figure)}" for name, figure in group.scores.items())
+    best = group.single[0] if group.single else None
+    if best is not None and best.back.value:
+        sentence += f"; {best.layers[0]} alone brings {_count(best.back)} back"
+    every = group.together[-1]
+    sentence += f"; all {group.layers} layers exact bring {_count(every.back)} back"
+    scores = [f">Δ {name}" for name in group.scores]
+    headers = (">back", ">lost", ">gained", ">moved", *scores, ">error: median", ">worst")
+
+    def cells(row: AblationRow) -> tuple[Any, ...]:
+        counts = (_count(figure) for figure in (row.back, row.lost, row.gained, row.moved))
+        return (*counts, *(_change(row.scores[name]) for name in group.scores), *_percentiles(row.error)[::2])
+
+    single = [(row.layers[0], *cells(row), row.leverage) for row in group.single]
+    together = [
+        (f"all {group.layers}" if row.kind == "all" else f"first {len(row.layers)}", *cells(row))
+        for row in group.together
+    ]
+    drawn = f"{CONFIDENCE:.0%} intervals over the samples"
+    sheets = [
+        _sheet(f"Single layers with exact values; {drawn}", ("layer", *headers, ">leverage"), single, MOST_LAYERS),
+        _sheet("Layers together, those of most leverage first", ("layers", *headers), together),
+        *_lost("Boxes by class", "class", group.classes, group.single, "classes"),
+        *_lost("Boxes by distance", "distance", group.distances, group.single, "distances"),
+        *_outliers(group.outliers, "boxes lost or gained"),
+    ]
+    return GroupSection(title, group.passed, sentence, sheets, group.notes)
+
+
+def _lost(title: str, name: str, parts: Sequence[PartCounts], rows: Sequence[AblationRow], field: str) -> list[Sheet]:
+    """Boxes lost in each part, and those that the most effective single layers bring back there."""
+    best = [row for row in rows if row.back.value][:BEST]
+    headers = (name, ">boxes", ">lost", *(f">back: {_layer(row)}" for row in best))
+    cells = [
+        (part.part, part.boxes, _count(part.lost), *(_count(getattr(row, field)[part.part]) for row in best))
+        for part in parts
+    ]
+    return [_sheet(title, headers, cells)] if cells else []
+
+
+def _layer(row: AblationRow) -> str:
+    """Name of a single layer without its component."""
+    return row.layers[0].partition("/")[2]
+
+
+def _count(figure: ConfidenceInterval) -> str:
+    return f"{figure.value:.0f} [{figure.low:.0f}, {figure.high:.0f}]" if figure.high else "0"
 
 
 @section.register

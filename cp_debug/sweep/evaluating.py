@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cp_debug.backends.base import RunRecord
+from cp_debug.detection.breakdown import PartScores, by_class, by_distance, rings_of
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
 from cp_debug.detection.evaluate import as_detector, finite
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, score_backends
@@ -17,16 +16,16 @@ from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import Pipeline, wants_int8
 from cp_debug.recipes.abilities import Remarks, RemarksOnSamples
-from cp_debug.recipes.data.base import DataOptions, Truth
+from cp_debug.recipes.data.base import DataOptions
 from cp_debug.serialize import JsonForm, encode, json_safe
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record
+from cp_debug.sweep.packed import BOX, detections_from, pack_detections, pack_truth, truth_from
 from cp_debug.sweep.prepared import int8_programs_of, load, make_backends, pick, programs_of
 from cp_debug.sweep.spread import Outlier, outliers
 from cp_debug.sweep.tasks import Parameters, Task
 
-_BOX = ("x", "y", "z", "length", "width", "height", "yaw", "vx", "vy")
-COLUMNS = {"label": str, "backend": str, "sample": str, "class": str, "score": float, **dict.fromkeys(_BOX, float)}
+COLUMNS = {"label": str, "backend": str, "sample": str, "class": str, "score": float, **dict.fromkeys(BOX, float)}
 """Columns of the flat table: a row for each detection; z of the bottom centre."""
 
 
@@ -49,9 +48,8 @@ def task(params: Parameters) -> dict[str, Any]:
     programs = (int8_programs_of if wants_int8(backend) else programs_of)(params, [backend])
     with Pipeline(model, programs, backend) as pipeline:
         outputs = pipeline.run(sample)
-        detections = model.decode(sample, outputs)
+        detections: Any = model.decode(sample, outputs)
         record = pipeline.record()
-    detected: Any = detections
     return json_safe(
         {
             "sample": sample.source,
@@ -60,12 +58,8 @@ def task(params: Parameters) -> dict[str, Any]:
             "region": list(model.region),
             "remarks": list(model.remarks(sample)) if isinstance(model, RemarksOnSamples) else [],
             "finite": finite(outputs[model.components[-1].name]),
-            "detected": {
-                name: np.asarray(getattr(detected, name)).tolist() for name in _SampleDetections.__annotations__
-            },
-            "truth": {
-                truth_field.name: getattr(sample.truth, truth_field.name).tolist() for truth_field in fields(Truth)
-            },
+            "detected": pack_detections(detections),
+            "truth": pack_truth(sample.truth),
         }
     )
 
@@ -73,10 +67,10 @@ def task(params: Parameters) -> dict[str, Any]:
 def rows(record: Record) -> list[dict[str, Any]]:
     """A record as rows of ``COLUMNS``."""
     result = record["result"]
-    detections = _SampleDetections.read(result["detected"])
+    detections = detections_from(result["detected"])
     about = {"label": record["params"]["label"], "backend": result["record"]["spec"], "sample": result["sample"]}
     return [
-        about | {"class": result["classes"][label], "score": score} | dict(zip(_BOX, box, strict=True))
+        about | {"class": result["classes"][label], "score": score} | dict(zip(BOX, box, strict=True))
         for box, score, label in zip(
             detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True
         )
@@ -93,6 +87,8 @@ class EvalGroup(JsonForm):
     """Test backend → change of the reference's detections, over all samples."""
     outliers: dict[str, list[Outlier]]
     """Test backend → samples in which unusually many boxes were lost or gained."""
+    classes: list[PartScores] = field(default_factory=list, metadata={"key": "by_class"})
+    distances: list[PartScores] = field(default_factory=list, metadata={"key": "by_distance"})
 
     @property
     def passed(self) -> bool:
@@ -104,45 +100,43 @@ class EvalGroup(JsonForm):
         return {"passed": self.passed}
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each backend and class, and one for all classes."""
-        return [{"model": self.label, **row} for row in self.result.to_pandas().to_dict("records")]  # type: ignore[dict-item]
+        """A row for each backend and class, one for all classes, and one for each ring of distances."""
+        rows: list[Any] = self.result.to_pandas().to_dict("records")
+        for part in self.distances:
+            for spec, figures in part.figures.items():
+                flat: dict[str, Any] = {"backend": spec, "class": "all", "distance": part.part}
+                changes = {f"Δ {name}": value for name, value in part.differences.get(spec, {}).items()}
+                for name, figure in (figures | changes).items():
+                    flat |= {name: figure.value, f"{name} low": figure.low, f"{name} high": figure.high}
+                rows.append(flat)
+        return [{"model": self.label, **row} for row in rows]
 
 
-@dataclass(frozen=True)
-class _SampleDetections:
-    """Detections of one sample: boxes [N, 9], scores and labels [N]."""
+def merge(records: Iterable[Record], options: EvaluationOptions, edges: Sequence[float] = ()) -> list[EvalGroup]:
+    """One group for each model, in the order of the grid, whose first backend is the reference.
 
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-
-    @classmethod
-    def read(cls, plain: Mapping[str, Any]) -> _SampleDetections:
-        """Detections from the lists in a record."""
-        boxes = np.array(plain["boxes"], dtype=np.float32).reshape(-1, len(_BOX))
-        return cls(boxes, np.array(plain["scores"], dtype=np.float32), np.array(plain["labels"], dtype=np.int64))
-
-
-def merge(records: Iterable[Record], options: EvaluationOptions) -> list[EvalGroup]:
-    """One group for each model, in the order of the grid, whose first backend is the reference."""
+    ``edges``: of the rings of distances, in m. Raises InputError for edges that do not rise.
+    """
     groups: dict[str, dict[str, dict[Any, Any]]] = {}
     for record in sorted(records, key=lambda each: each["place"]):
         params = record["params"]
         sample = (params["inputs"] or "", params["index"])
         of_model = groups.setdefault(params["label"], {})
         of_model.setdefault(params["backends"][0], {})[sample] = record["result"]
-    merged = (_merge(label, backends, options) for label, backends in groups.items())
+    merged = (_merge(label, backends, options, edges) for label, backends in groups.items())
     return [group for group in merged if group is not None]
 
 
-def _merge(label: str, backends: Mapping[str, Mapping[Any, Any]], options: EvaluationOptions) -> EvalGroup | None:
+def _merge(
+    label: str, backends: Mapping[str, Mapping[Any, Any]], options: EvaluationOptions, edges: Sequence[float]
+) -> EvalGroup | None:
     reference, *tests = backends
     shared = [sample for sample in backends[reference] if all(sample in backends[test] for test in tests)]
     if not shared or not tests:  # the tasks that failed say why
         return None
     results = {spec: [by_backend[sample] for sample in shared] for spec, by_backend in backends.items()}
     detected = {
-        spec: [_SampleDetections.read(sample_result["detected"]) for sample_result in by_backend]
+        spec: [detections_from(sample_result["detected"]) for sample_result in by_backend]
         for spec, by_backend in results.items()
     }
     first = results[reference]
@@ -156,8 +150,10 @@ def _merge(label: str, backends: Mapping[str, Mapping[Any, Any]], options: Evalu
     for sample_result in first:
         remarks.add(sample_result.get("remarks", ()))  # logs of older versions have none
     strange = {spec: sum(not each.get("finite", True) for each in by_backend) for spec, by_backend in results.items()}
-    truths = [_truth(sample_result["truth"]) for sample_result in first]
+    truths = [truth_from(sample_result["truth"]) for sample_result in first]
     scores, notes = score_backends(runs, truths, first[0]["classes"], options, strange)
+    found = {spec: predicted for spec, (_, predicted) in runs.items()}
+    of_parts = found, truths, first[0]["classes"], options
     left_out = max(map(len, backends.values())) - len(shared)
     if left_out:
         notes.append(f"{left_out} samples are left out: some backend did not finish them")
@@ -171,20 +167,11 @@ def _merge(label: str, backends: Mapping[str, Mapping[Any, Any]], options: Evalu
             samples=names,
             options=options,
             backends=scores,
-            predictions={spec: by_backend for spec, (_, by_backend) in runs.items()},
+            predictions=found,
             notes=[*remarks.sentences, *notes],
         ),
         changes={test: sum(by_backend[1:], by_backend[0]) for test, by_backend in pairs.items()},
         outliers={test: outliers(names, by_backend, {}) for test, by_backend in moved.items()},
-    )
-
-
-def _truth(plain: Mapping[str, Any]) -> Truth:
-    """Objects of one sample; "NaN" for unknown velocities becomes NaN again."""
-    return Truth(
-        boxes=np.array(plain["boxes"], dtype=np.float32).reshape(-1, 7),
-        labels=np.array(plain["labels"], dtype=np.int64),
-        velocities=np.array(plain["velocities"], dtype=object).reshape(-1, 2).astype(np.float32),
-        num_points=np.array(plain["num_points"], dtype=np.int64),
-        attributes=np.array(plain["attributes"], dtype=np.str_),
+        classes=by_class(*of_parts),
+        distances=by_distance(*of_parts, rings_of(edges, options)),
     )

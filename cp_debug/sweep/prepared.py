@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -17,7 +18,7 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.caches import cache_folder
 from cp_debug.errors import InputError
-from cp_debug.files import file_hash, key_of
+from cp_debug.files import file_hash, key_of, write_text
 from cp_debug.programs.export_cache import ExportCache, ExportedFolder, user_code
 from cp_debug.programs.pipeline import Export, choose_export, prepare
 from cp_debug.quantization.checkpoint import FILE, save_ptq_model
@@ -186,6 +187,14 @@ def calibrated(
 
         _shared(subject, model, {"calibration": settings}, Path(folder), make)
         return open_quantized(model, file)
+
+
+def shared_figures(subject: Subject, model: Model, settings: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
+    """Figures as ``measure`` gives them, or gave them to another worker with the same ``settings``; both are JSON-safe."""
+    with TemporaryDirectory(prefix="cpdebug-") as folder:
+        file = Path(folder) / "figures.json"
+        _shared(subject, model, settings, Path(folder), lambda: write_text(json.dumps(measure()), file))
+        return json.loads(file.read_text())
 
 
 @lru_cache(_KEPT)

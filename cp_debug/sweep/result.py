@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from cp_debug.serialize import BadField, JsonForm, part
 from cp_debug.sweep.log import SCHEMA, Record
 from cp_debug.sweep.run import Finished
+from cp_debug.sweep.tasks import KINDS
 
 
 class ResultGroup(Protocol):
@@ -86,18 +87,19 @@ class SweepResult(JsonForm):
     def fields_from(cls, document: dict[str, Any]) -> dict[str, Any]:
         """The document with its groups read as those of its kind. Raises BadField."""
         kind = part(str, document, "kind")
-        if kind not in ("bisect", "eval", "search", "sensitivity"):
-            raise BadField("kind", f"{kind!r}; expected bisect, eval, search or sensitivity")
+        if kind not in KINDS:
+            raise BadField("kind", f"{kind!r}; expected {', '.join(KINDS)}")
         groups = part(list[dict[str, Any]], document, "groups")
         return document | {"groups": [part(_group_type(kind, group), {"groups": group}, "groups") for group in groups]}
 
 
 def _group_type(kind: str, group: Mapping[str, Any]) -> type:
-    from cp_debug.sweep import bisecting, evaluating, searching, sensitivity
+    from cp_debug.sweep import ablating, bisecting, evaluating, searching, sensitivity
 
     if kind == "sensitivity" and "samples" in group and not isinstance(group["samples"], list):
         return sensitivity.ProfileGroup
     groups: dict[str, type] = {
+        "ablate": ablating.AblationGroup,
         "bisect": bisecting.BisectGroup,
         "eval": evaluating.EvalGroup,
         "search": searching.MixedPrecisionGroup,

@@ -22,6 +22,7 @@ from cp_debug.version import __version__
 KINDS = {
     "bisect": "cp_debug.sweep.bisecting:task",
     "eval": "cp_debug.sweep.evaluating:task",
+    "ablate": "cp_debug.sweep.ablating:task",
     "sensitivity": "cp_debug.sweep.sensitivity:task",
     "search": "cp_debug.sweep.searching:task",
 }

@@ -1,0 +1,377 @@
+"""``sweep ablate``: layers that cost boxes. One task gives layers of one test backend their exact values on one sample.
+
+Merged, of every layer: the boxes that come back, and the mAP and NDS, with intervals over the samples.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from cp_debug.backends.base import Backend
+from cp_debug.detection.bootstrap import ConfidenceInterval, draw_samples
+from cp_debug.detection.boxes import Floats
+from cp_debug.detection.breakdown import rings_of
+from cp_debug.detection.changes import GAINED, LOST, MOVED_BOX, changes
+from cp_debug.detection.evaluate import Detector, as_detector
+from cp_debug.detection.evaluation import EvaluationOptions, draws_of
+from cp_debug.detection.predictions import Predictions
+from cp_debug.errors import InputError
+from cp_debug.mixed_precision.ablation import ALL, FIRST, LAYER, NONE, AblatedSet, Ablation
+from cp_debug.mixed_precision.goal import Goal
+from cp_debug.mixed_precision.judge import Judge, Results
+from cp_debug.mixed_precision.search import plain_program
+from cp_debug.programs.pipeline import Pipeline, wants_int8
+from cp_debug.programs.scene import DecodedBoxes, decode
+from cp_debug.recipes.abilities import Remarks, RemarksOnSamples
+from cp_debug.recipes.base import Model, Sample
+from cp_debug.recipes.data.base import DataOptions
+from cp_debug.serialize import JsonForm, json_safe
+from cp_debug.sweep.grid import Grid
+from cp_debug.sweep.log import Record
+from cp_debug.sweep.packed import detections_from, pack_detections, pack_truth, truth_from
+from cp_debug.sweep.prepared import Subject, int8_programs_of, load, make_backends, pick, programs_of, shared_figures
+from cp_debug.sweep.spread import Outlier, Spread, columns, numeric, outliers
+from cp_debug.sweep.tasks import Parameters, Task
+
+_COUNTS = ("lost", "gained", "moved")
+COLUMNS = {
+    **dict.fromkeys(("label", "backend", "sample", "kind", "layers"), str),
+    **dict.fromkeys(("back", *_COUNTS), int),
+    "error": float,
+}
+"""Columns of the flat table: a row for each sample and set of layers."""
+SCORES = ("mAP", "NDS")
+
+
+def tasks(grid: Grid) -> Iterator[Task]:
+    """Tasks for each model × each test backend × each sample.
+
+    The layers are ranked on the first sample of each model, whose parameters every task has as ``first``. Raises
+    InputError for unusable files.
+    """
+    reference, *tests = grid.backends
+    if reference.variant.startswith("int8"):
+        raise InputError(f"--backends: the reference of a sweep cannot be in INT8, as {reference} is; make it a test")
+    first: dict[str, dict[str, Any]] = {}
+    for task in grid.tasks("ablate", [(reference, test) for test in tests]):
+        params = task.params
+        sample = first.setdefault(params["label"], {name: params[name] for name in ("inputs", "index", "files")})
+        shown = {name: sample[name] for name in ("inputs", "index")}
+        yield replace(task, params={**params, "first": shown, "files": {**sample["files"], **params["files"]}})
+
+
+def task(params: Parameters) -> dict[str, Any]:
+    """Run the reference and every set of layers on one sample; the result is JSON-safe.
+
+    Raises InputError for a model that detects nothing, and for a backend whose layers cannot be told apart.
+    """
+    model = as_detector(load(params))
+    reference, test = make_backends(params)
+    sample = _sample(model, params)
+    ablation = _ablation(model, params, test)
+    ranking = json.dumps({name: value for name, value in params.items() if name not in ("inputs", "index", "label")})
+    leverages = _leverages(ranking)
+    wanted = ablation.sets(leverages, params["layers"])
+    with TemporaryDirectory(prefix="cpdebug-") as scratch:
+        folder = Path(scratch)
+        programs = [plain_program(program, folder) for program in programs_of(params, [reference])]
+        with Pipeline(model, programs, reference) as pipeline:
+            exact = pipeline.run(sample)
+        judge = Judge(model, [sample], [exact], Goal.parse("rel_l2<1"))
+        runner = ablation.runner(sample, folder)
+        found = _boxes(model, sample, exact)
+        measured = [_measured(model, sample, judge, found, each, runner.run(frozenset(each.groups))[0])
+                    for each in wanted]  # fmt: skip
+    of_group = dict(zip(ablation.groups, leverages, strict=True))
+    return json_safe(
+        {
+            "sample": sample.source,
+            "reference": str(reference.spec),
+            "backend": str(test.spec),
+            "emulated": test.emulated,
+            "precision": ablation.precision.name,
+            "classes": list(model.class_names),
+            "region": list(model.region),
+            "remarks": list(model.remarks(sample)) if isinstance(model, RemarksOnSamples) else [],
+            "layers": len(ablation.groups),
+            "leverages": {each.names[0]: of_group[each.groups[0]] for each in wanted if each.kind == LAYER},
+            "detected": pack_detections(found),
+            "truth": None if sample.truth is None else pack_truth(sample.truth),
+            "sets": measured,
+        }
+    )
+
+
+def _measured(
+    model: Detector, sample: Sample, judge: Judge, reference: DecodedBoxes, ablated: AblatedSet, results: Results
+) -> dict[str, Any]:
+    found = _boxes(model, sample, results)
+    listed = changes(reference, found)
+    return {
+        "kind": ablated.kind,
+        "layers": ablated.names if ablated.kind != ALL else [],
+        "lost": sorted(change.reference for change in listed if change.kind == LOST and change.reference is not None),
+        **{kind: sum(change.kind == kind for change in listed) for kind in (GAINED, MOVED_BOX)},
+        "error": judge.measure([results]).figures["rel_l2"],
+        "detected": None if sample.truth is None else pack_detections(found),
+    }
+
+
+def _boxes(model: Detector, sample: Sample, results: Results) -> DecodedBoxes:
+    """Detections; none where the decoder cannot read what a broken backend gave it."""
+    detected = decode(model, sample, results)
+    if detected is None:
+        return DecodedBoxes(np.zeros((0, 9), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
+    return DecodedBoxes(*(np.asarray(getattr(detected, name)) for name in ("boxes", "scores", "labels")))
+
+
+def _sample(model: Model, params: Parameters) -> Sample:
+    root = params["data_root"] and Path(params["data_root"])
+    return pick(model, params, DataOptions(root, params["sweeps"], params["skip_missing"]))
+
+
+def _ablation(model: Model, params: Parameters, test: Backend) -> Ablation:
+    programs = (int8_programs_of if wants_int8(test) else programs_of)(params, [test])
+    return Ablation(model, programs, test)
+
+
+@lru_cache(2)
+def _leverages(ranking: str) -> list[float]:
+    """Leverages of the layers on the first sample of the sweep, measured once; ``ranking``: parameters, as JSON."""
+    params = json.loads(ranking)
+    model = load(params)
+    _, test = make_backends(params)
+    sample = _sample(model, {**params, **params["first"]})
+    about = {name: params[name] for name in ("backends", "exporter", "folded", "calibration", "first", "files")}
+    figures = shared_figures(
+        Subject.of(params),
+        model,
+        {"leverages": about},
+        lambda: json_safe(_ablation(model, params, test).leverages(sample)),
+    )
+    return [numeric(figure) for figure in figures]
+
+
+def rows(record: Record) -> list[dict[str, Any]]:
+    """A record as rows of ``COLUMNS``."""
+    result = record["result"]
+    about = {"label": record["params"]["label"], "backend": result["backend"], "sample": result["sample"]}
+    lost = set(result["sets"][0]["lost"])
+    return [
+        about
+        | {"kind": each["kind"], "layers": " ".join(each["layers"]), "back": len(lost.difference(each["lost"]))}
+        | {"lost": len(each["lost"]), "gained": each["gained"], "moved": each["moved"], "error": numeric(each["error"])}
+        for each in result["sets"]
+    ]
+
+
+@dataclass(frozen=True)
+class AblationRow:
+    """Figures of a set of layers with exact values, over all samples."""
+
+    kind: str
+    """``layer``, ``first`` (the first few by leverage) or ``all``."""
+    layers: list[str]
+    """Layers of the set, ``component/name``, the one of most leverage first; none are listed of ``all``."""
+    leverage: float | None
+    """Leverage of a single layer: see ``Ablation.leverages``."""
+    back: ConfidenceInterval
+    """Boxes that the test loses and finds with these layers exact."""
+    lost: ConfidenceInterval
+    """Boxes that are still lost."""
+    gained: ConfidenceInterval
+    moved: ConfidenceInterval
+    error: Spread | None
+    """Relative L2 error of the worst final output."""
+    scores: dict[str, ConfidenceInterval]
+    """mAP and NDS gained over the test as it is; empty without ground truth."""
+    classes: dict[str, ConfidenceInterval]
+    """Class → boxes back."""
+    distances: dict[str, ConfidenceInterval]
+    """Ring of distances → boxes back."""
+
+
+@dataclass(frozen=True)
+class PartCounts:
+    """Boxes of the reference in one class or ring, and those that the test loses."""
+
+    part: str
+    boxes: int
+    lost: ConfidenceInterval
+
+
+@dataclass(frozen=True)
+class AblationGroup(JsonForm):
+    """One model on one test backend, over all samples. Counts are totals, with intervals over the samples."""
+
+    label: str
+    reference: str
+    backend: str
+    emulated: bool
+    precision: str
+    samples: list[str]
+    layers: int
+    """Layers that compute in the test's precision."""
+    boxes: int
+    """Boxes of the reference."""
+    lost: ConfidenceInterval
+    """Boxes of the reference that the test, as it is, loses."""
+    gained: ConfidenceInterval
+    moved: ConfidenceInterval
+    error: Spread | None
+    scores: dict[str, ConfidenceInterval]
+    """mAP and NDS of the test less the reference's; empty without ground truth."""
+    classes: list[PartCounts]
+    distances: list[PartCounts]
+    single: list[AblationRow]
+    """Single layers, those that bring most back first."""
+    together: list[AblationRow]
+    """The first few layers by leverage, and all of them."""
+    outliers: list[Outlier]
+    """Samples in which the test loses or gains unusually many boxes."""
+    notes: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """True: nothing is judged here."""
+        return True
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each set of layers."""
+        about = {"model": self.label, "reference": self.reference, "backend": self.backend}
+        flat_rows = []
+        for row in (*self.single, *self.together):
+            flat: dict[str, Any] = {**about, "kind": row.kind, "layers": " ".join(row.layers), "leverage": row.leverage}
+            parts = {f"back in {part}": figure for part, figure in (row.classes | row.distances).items()}
+            scores = {f"Δ {name}": figure for name, figure in row.scores.items()}
+            intervals = {"back": row.back, **{name: getattr(row, name) for name in _COUNTS}, **scores, **parts}
+            for name, figure in intervals.items():
+                flat |= {name: figure.value, f"{name} low": figure.low, f"{name} high": figure.high}
+            flat_rows.append(flat | columns("error", row.error, self.samples))
+        return flat_rows
+
+
+def merge(records: Iterable[Record], options: EvaluationOptions, edges: Sequence[float] = ()) -> list[AblationGroup]:
+    """One group for each model and test backend, in the order of the grid. ``edges``: of rings, in m."""
+    groups: dict[tuple[str, ...], list[Record]] = defaultdict(list)
+    for record in sorted(records, key=lambda each: each["place"]):
+        groups[(record["params"]["label"], *record["params"]["backends"])].append(record)
+    return [_merge(key[0], [record["result"] for record in found], options, edges) for key, found in groups.items()]
+
+
+def _merge(
+    label: str, results: Sequence[Mapping[str, Any]], options: EvaluationOptions, edges: Sequence[float]
+) -> AblationGroup:
+    first = results[0]
+    options = replace(options, region=tuple(first["region"]))
+    rings = rings_of(edges, options)
+    weights = draw_samples(len(results), options.draws, options.seed)
+    references = [detections_from(result["detected"]) for result in results]
+    labels = [reference.labels for reference in references]
+    ring_of = [rings.of(reference.boxes) for reference in references]
+    test_lost = [np.array(result["sets"][0]["lost"], dtype=np.int64) for result in results]
+
+    def total(each: Iterable[float]) -> ConfidenceInterval:
+        return ConfidenceInterval.of(weights @ np.array(list(each), dtype=np.float64))
+
+    def inside(boxes: Sequence[Any], of_box: Sequence[Any], part: int) -> ConfidenceInterval:
+        return total(float((parts[chosen] == part).sum()) for parts, chosen in zip(of_box, boxes, strict=True))
+
+    def count(of_box: Sequence[Any], part: int) -> int:
+        return sum(int((parts == part).sum()) for parts in of_box)
+
+    classes = [label for label in range(len(first["classes"])) if any((each == label).any() for each in labels)]
+    distances = [ring for ring in range(len(rings.names)) if any((each == ring).any() for each in ring_of)]
+    truths = None
+    if all(result["truth"] is not None for result in results):
+        truths = [truth_from(result["truth"]) for result in results]
+
+    @lru_cache(2)
+    def scored(place: int | None) -> dict[str, Floats]:
+        """Scores of a set in each draw; None: of the reference."""
+        if truths is None:
+            return {}
+        found = references if place is None else [detections_from(r["sets"][place]["detected"]) for r in results]
+        draws = draws_of(Predictions.gather(found), truths, first["classes"], options)
+        return {name: draws[name] for name in SCORES}
+
+    def gain(place: int, before: Mapping[str, Floats]) -> dict[str, ConfidenceInterval]:
+        return {name: ConfidenceInterval.of(draws - before[name]) for name, draws in scored(place).items()}
+
+    as_it_is = scored(0)
+
+    def row(place: int) -> AblationRow:
+        sets = [result["sets"][place] for result in results]
+        back = [
+            np.setdiff1d(lost, np.array(each["lost"], np.int64)) for lost, each in zip(test_lost, sets, strict=True)
+        ]
+        kind, layers = sets[0]["kind"], sets[0]["layers"]
+        return AblationRow(
+            kind=kind,
+            layers=layers,
+            leverage=numeric(first["leverages"][layers[0]]) if kind == LAYER else None,
+            back=total(map(len, back)),
+            lost=total(len(each["lost"]) for each in sets),
+            gained=total(each["gained"] for each in sets),
+            moved=total(each["moved"] for each in sets),
+            error=Spread.of([numeric(each["error"]) for each in sets]),
+            scores=gain(place, as_it_is),
+            classes={first["classes"][label]: inside(back, labels, label) for label in classes},
+            distances={rings.names[ring]: inside(back, ring_of, ring) for ring in distances},
+        )
+
+    difference = gain(0, scored(None))
+    table = [row(place) for place in range(1, len(first["sets"]))]
+    single = [each for each in table if each.kind == LAYER]
+    names, changed = [result["sample"] for result in results], partial(_changed, results)
+    remarks = Remarks()
+    for result in results:
+        remarks.add(result["remarks"])
+    notes = remarks.sentences
+    if truths is None:
+        notes = [*notes, "samples without ground truth: boxes are compared with the reference's, no mAP"]
+    without = {
+        name for name, each in zip(("lost", "gained", "moved"), map(changed, _COUNTS), strict=True) if not any(each)
+    }
+    if without == set(_COUNTS):
+        notes = [*notes, "the test changes no box, so there is nothing to bring back"]
+    return AblationGroup(
+        label=label,
+        **{name: first[name] for name in ("reference", "backend", "emulated", "precision", "layers")},
+        samples=names,
+        boxes=sum(map(len, labels)),
+        lost=total(changed("lost")),
+        gained=total(changed("gained")),
+        moved=total(changed("moved")),
+        error=Spread.of([numeric(result["sets"][0]["error"]) for result in results]),
+        scores=difference,
+        classes=[PartCounts(first["classes"][k], count(labels, k), inside(test_lost, labels, k)) for k in classes],
+        distances=[PartCounts(rings.names[k], count(ring_of, k), inside(test_lost, ring_of, k)) for k in distances],
+        single=sorted(single, key=_returns),
+        together=[each for each in table if each.kind in (FIRST, ALL)],
+        outliers=outliers(names, [a + b for a, b in zip(changed("lost"), changed("gained"), strict=True)], {}),
+        notes=notes,
+    )
+
+
+def _changed(results: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """Boxes that the test as it is has lost, gained or moved, by sample."""
+    counts = [result["sets"][0][name] for result in results]
+    assert all(result["sets"][0]["kind"] == NONE for result in results)
+    return [float(len(count) if isinstance(count, list) else count) for count in counts]
+
+
+def _returns(row: AblationRow) -> tuple[float, ...]:
+    """Sort key: boxes that come back, then those that are wrong no more, then the leverage."""
+    wrong = row.lost.value + row.gained.value + row.moved.value
+    return -row.back.value, wrong, -(row.leverage if row.leverage is not None else math.inf)
