@@ -190,7 +190,7 @@ def calibrated(
 
 
 def shared_figures(subject: Subject, model: Model, settings: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
-    """Figures as ``measure`` gives them, or gave them to another worker with the same ``settings``; both are JSON-safe."""
+    """Figures as ``measure`` gives them, or gave them to another worker with the same ``settings``, all JSON-safe."""
     with TemporaryDirectory(prefix="cpdebug-") as folder:
         file = Path(folder) / "figures.json"
         _shared(subject, model, settings, Path(folder), lambda: write_text(json.dumps(measure()), file))
