@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 from cp_debug.cli.guard import guarded
 
@@ -19,7 +22,20 @@ def run() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    command_line()
+    try:
+        command_line()
+    finally:
+        _end()
+
+
+def _end() -> None:
+    """What is left to do once everything is said: Ctrl-C cannot change it, and torch's empty folder goes."""
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    folders = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
+    if folders is not None:
+        with suppress(Exception):  # its exporter makes it among temporary files, when it is imported
+            Path(folders.default_cache_dir()).rmdir()
 
 
 if __name__ == "__main__":

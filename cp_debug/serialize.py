@@ -55,11 +55,11 @@ class JsonForm:
         return document
 
 
-class BadField(Exception):
+class BadField(InputError):
     """A field of a document that does not fit: its path, and what it is instead."""
 
     def __init__(self, path: str, problem: str) -> None:
-        super().__init__(path, problem)
+        super().__init__(f"field {path!r} is {problem}" if path else problem)
         self.path, self.problem = path, problem
 
 
@@ -111,6 +111,8 @@ def decode(kind: type[T], document: Any, source: str, path: str = "") -> T:
 
 def part(kind: type[T], document: Mapping[str, Any], key: str) -> T:
     """One field of a document, of any type that a field may have. Raises BadField, also where it is missing."""
+    if not isinstance(document, Mapping):
+        raise BadField("", f"a document is a JSON object; this is of type {type(document).__name__}")
     if key not in document:
         raise BadField(key, "missing")
     return _structure(kind, document[key], key)

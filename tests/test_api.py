@@ -168,6 +168,16 @@ def test_errors_name_arguments_of_python_not_flags(tmp_path: Path) -> None:
         ),
         ("evaluate", {"options": cp_debug.EvaluationOptions(region=(0.0, 1.0))}, "expected a tuple of four numbers"),
         ("diagnose", {"options": cp_debug.Options(reading=3)}, "options.reading: int; expected Reading"),
+        (
+            "diagnose",
+            {"options": cp_debug.Options(reading=cp_debug.Reading(shapes=1.5))},
+            "options.reading.shapes: float; expected a list of whole numbers by input",
+        ),
+        (
+            "diagnose",
+            {"options": cp_debug.Options(reading=cp_debug.Reading(shapes={"x": "2x8"}))},
+            "options.reading.shapes: dict; expected a list of whole numbers by input",
+        ),
         ("diagnose", {"options": cp_debug.Options(maps=3)}, "options.maps: int; expected a list of texts"),
         ("verify", {"samples": True}, "samples: bool; expected a whole number"),
         ("search", {"goal": 1.0}, "goal: float; expected text or Goal"),
@@ -257,3 +267,9 @@ def test_a_folder_for_a_result_is_answered_with_how_to_read_it() -> None:
 def test_a_type_is_no_model() -> None:
     with pytest.raises(InputError, match="nothing tells what int takes"):
         cp_debug.diagnose(int, inputs=torch.ones(2))
+
+
+@pytest.mark.parametrize("document", [dict, None, [], 3])
+def test_a_document_that_is_no_object_is_refused(document: object) -> None:
+    with pytest.raises(cp_debug.InputError, match="a document is a JSON object"):
+        cp_debug.BisectResult.fields_from(document)  # type: ignore[arg-type]

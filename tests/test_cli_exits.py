@@ -680,3 +680,37 @@ def test_a_duration_is_told_as_people_do() -> None:
 
     said = [span(s) for s in (3.2, 119, 120, 5000, 4e4, 2e5, 1e9)]
     assert said == ["3 s", "119 s", "2 min", "83 min", "11 h", "2.3 days", "11,574 days"]
+
+
+def test_at_the_end_ctrl_c_changes_nothing_and_torchs_empty_folder_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import types
+
+    from cp_debug import __main__ as entry
+
+    folder, handlers = tmp_path / "torchinductor_me", []
+    folder.mkdir()
+    monkeypatch.setitem(
+        sys.modules, "torch._inductor.runtime.cache_dir_utils", types.SimpleNamespace(default_cache_dir=lambda: folder)
+    )
+    monkeypatch.setattr(signal, "signal", lambda *given: handlers.append(given))
+    monkeypatch.setattr("cp_debug.cli.main.main", lambda: sys.exit(1))
+    with pytest.raises(SystemExit, match="1"):
+        entry.main()
+    assert (signal.SIGINT, signal.SIG_IGN) in handlers
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "kept").touch()
+    with pytest.raises(SystemExit):
+        entry.main()
+    assert (folder / "kept").exists()
+
+
+def test_a_module_that_ends_the_process_gives_no_verdict(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("import os\ndef build():\n    os._exit(0)\n")
+    command = [sys.executable, "-m", "cp_debug", "capture", "net.py:build", "-o", "c"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "net.py:build() raised SystemExit: os._exit(0)" in done.stderr
+    assert not (tmp_path / "c").exists()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cp_debug.backends.tensorrt.answers import Facts
 from cp_debug.backends.tensorrt.client import ENVIRONMENT, RunnerClient
 from cp_debug.errors import BackendUnavailable, InputError
 
@@ -219,3 +220,18 @@ def test_one_process_takes_job_after_job_until_it_dies(tmp_path: Path) -> None:
     pid = client._interpreter.process.pid
     client.close()
     assert gone(pid)
+
+
+@pytest.mark.parametrize("version", ["", "x", "10", "8.x", "99999.1", "\x1b[31m8.6"])
+def test_a_version_that_tells_nothing_is_refused(tmp_path: Path, version: str) -> None:
+    facts = {
+        "tensorrt": "8.6.0",
+        "python": "3.10",
+        "device": {"name": "a", "compute_capability": "8.6", "cuda_driver": 12020},
+        "builder_flags": [],
+        **dict.fromkeys(["layer_precision", "calibrator", "debug_tensors", "unfused_debug_tensors"], True),
+    }
+    client = RunnerClient(interpreter(tmp_path))
+    assert client.checked(Facts, [facts])[0]["tensorrt"] == "8.6.0"
+    with pytest.raises(BackendUnavailable, match=r"gave an answer that cannot be read.*tensorrt"):
+        client.checked(Facts, [facts | {"tensorrt": version}])

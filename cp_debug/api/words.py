@@ -48,8 +48,9 @@ def in_python_words(function: Callable[P, R]) -> Callable[P, R]:
         __tracebackhide__ = True  # in pytest the test's own line is what matters
         for name, value in signature.bind(*args, **kwargs).arguments.items():
             _check_type(name, value, str(parameters[name].annotation))
-        if dataclasses.is_dataclass(given := kwargs.get("options")):
-            kwargs["options"] = _checked(given)
+        for name, value in kwargs.items():
+            if name in ("options", "export", "data") and _is_settings(value):
+                kwargs[name] = _checked(name, value)
         try:
             return function(*args, **kwargs)
         except CpdebugError as error:
@@ -71,6 +72,8 @@ _TYPES: dict[str, Any] = {
     "Mapping": Mapping,
     "tuple": tuple,
     "OnStep": Callable,
+    "Shapes": Mapping,
+    "ImageLayout": str,
 }
 """Types behind the names in annotations; classes of this package are known by their own names."""
 
@@ -86,6 +89,10 @@ def _fits(value: Any, annotation: str) -> bool:
     kind, _, inner = annotation.partition("[")
     if kind not in _TYPES:
         return kind in (base.__name__ for base in type(value).__mro__)
+    if kind == "Shapes":
+        return isinstance(value, Mapping) and all(
+            isinstance(key, str) and _fits(shape, "Sequence[int]") for key, shape in value.items()
+        )
     if not isinstance(value, _TYPES[kind]) or (kind in ("int", "float") and isinstance(value, bool)):
         return False
     if inner == "str, float]":
@@ -94,8 +101,10 @@ def _fits(value: Any, annotation: str) -> bool:
         return len(value) == inner.count("float") and all(_fits(number, "float") for number in value)
     if kind != "Sequence":
         return True
-    texts = inner.startswith("str")
-    return not isinstance(value, str) and all(isinstance(e, str) if texts else hasattr(e, "open") for e in value)
+    element = inner.partition("]")[0]
+    return not isinstance(value, str | bytes) and all(
+        _fits(each, element) if element in _TYPES else hasattr(each, "open") for each in value
+    )
 
 
 def _spoken(annotation: str) -> str:
@@ -113,28 +122,36 @@ _SPOKEN = {
     "Mapping[str, Any]": "a mapping by name",
     "Mapping[str, float]": "numbers by name",
     "tuple[float, float, float, float]": "a tuple of four numbers",
+    "Sequence[float]": "a list of numbers",
+    "Shapes": "a list of whole numbers by input",
+    "ImageLayout": "text",
     "OnStep": "a function",
 }
 
 
-def _checked(options: Any) -> Any:
-    """The options with paths where their fields are paths and text was given.
+def _is_settings(value: Any) -> bool:
+    """Whether a value is one of this package's groups of settings."""
+    return dataclasses.is_dataclass(value) and type(value).__module__.startswith("cp_debug.")
+
+
+def _checked(name: str, options: Any) -> Any:
+    """The settings with paths where their fields are paths and text was given, those in them too.
 
     Raises InputError for fields of plain types that hold something else.
     """
-    texts = {
-        field.name: Path(value)
-        for field in dataclasses.fields(options)
-        if "Path" in str(field.type) and isinstance(value := getattr(options, field.name), str)
-    }
-    options = dataclasses.replace(options, **texts) if texts else options
+    changed: dict[str, Any] = {}
     for field in dataclasses.fields(options):
-        if {part.strip().partition("[")[0] for part in str(field.type).split("|")} <= {*_TYPES, *_SETTINGS}:
-            _check_type(f"options.{field.name}", getattr(options, field.name), str(field.type))
-    return options
+        value, annotation = getattr(options, field.name), str(field.type)
+        if "Path" in annotation and isinstance(value, str):
+            changed[field.name] = Path(value)
+        elif {part.strip().partition("[")[0] for part in annotation.split("|")} <= {*_TYPES, *_SETTINGS}:
+            _check_type(f"{name}.{field.name}", value, annotation)
+        if _is_settings(value):
+            changed[field.name] = _checked(f"{name}.{field.name}", value)
+    return dataclasses.replace(options, **changed) if changed else options
 
 
-_SETTINGS = {"Reading", "Calibration"}
+_SETTINGS = {"Reading", "Calibration", "ImageFormat"}
 """Classes of this package among the options' fields."""
 
 

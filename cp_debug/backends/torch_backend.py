@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping
 from itertools import chain
 from typing import Any
@@ -20,6 +19,7 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.probes.arrays import as_numpy, as_torch, dtype_name
+from cp_debug.probes.module_copy import copied
 from cp_debug.probes.trace import TorchValue, trace
 
 _DTYPES = {
@@ -92,7 +92,7 @@ class _ModuleSession:
         self._dtype, self._device, self._tf32 = dtype, torch.device(device), tf32
         if device != "cpu" or dtype != torch.float32:  # FP32 is what the module is in, FP16 where it was made so
             converted_dtype = None if dtype == torch.float32 else dtype
-            self._module = copy.deepcopy(program.module).to(self._device, converted_dtype)
+            self._module = copied(program.module).to(self._device, converted_dtype)
         self._names = [v.name for v in program.graph.outputs]
         links = program.alignment.links if program.alignment else ()
         # Inside a function of torch, other devices and dtypes go other ways under the same names.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from cp_debug.errors import InputError
+from cp_debug.probes.module_copy import copied
 from cp_debug.probes.trace import TorchValue, Trace, trace, unwatched
 from cp_debug.programs.torch_layers import Transposed, WeightedLayer, channels, is_quantized
 
@@ -37,7 +37,7 @@ def fuse_model_bn(module: nn.Module, example_args: tuple[Tensor, ...]) -> nn.Mod
     was done. ``example_args`` are positional arguments, of any shape and dtype that the module takes.
     Raises InputError for a module that is quantized, ModuleFailed when it raises in forward.
     """
-    folded = copy.deepcopy(module).eval()
+    folded = copied(module).eval()
     apply_folding(folded, find_folding(folded, example_args))
     return folded
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from cp_debug.graph.check_inputs import no_numbers
 from cp_debug.graph.declared import declared_precisions
 from cp_debug.graph.graph import Graph, fits_shape
 from cp_debug.probes.capture import array_hash
+from cp_debug.probes.module_copy import copied
 from cp_debug.programs.align import Alignment, align
 from cp_debug.programs.batchnorm_folding import fuse_model_bn
 from cp_debug.programs.export import export
@@ -160,7 +160,7 @@ def changed_state(program: Program, *, train: bool, out_of_place: bool) -> Progr
     """
     if program.module is None:
         raise InputError("--test-train-mode and --test-out-of-place need a torch module; this model is an ONNX file")
-    module = copy.deepcopy(program.module).train(train)
+    module = copied(program.module).train(train)
     if out_of_place:
         for child in module.modules():
             if getattr(child, "inplace", False):

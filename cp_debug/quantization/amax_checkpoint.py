@@ -6,7 +6,6 @@ checkpoints among them).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from cp_debug.errors import InputError
 from cp_debug.graph.scales import LayerScales, Scales
+from cp_debug.probes.module_copy import copied
 from cp_debug.programs.align import module_digest
 from cp_debug.programs.batchnorm_folding import Folding, apply_folding, find_folding
 from cp_debug.programs.torch_layers import WeightedLayer, channels, full_path, layers_of
@@ -67,7 +67,7 @@ def _load(
         return full_path(component.prefix, own)
 
     pairs = [(layer, norm) for layer, norm in folding.pairs if name(f"{norm}.running_mean") not in state]
-    folded = copy.deepcopy(module).eval()
+    folded = copied(module).eval()
     apply_folding(folded, Folding(pairs, folding.notes))
     load_state(
         folded,

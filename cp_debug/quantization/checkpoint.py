@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing_extensions import TypedDict
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path
 from cp_debug.graph.scales import LayerScales
+from cp_debug.probes.module_copy import copied
 from cp_debug.programs.batchnorm_folding import Folding, apply_folding
 from cp_debug.programs.torch_layers import channels, is_quantized, layers_of, quantizers
 from cp_debug.quantization.awml_names import also_named
@@ -62,7 +62,7 @@ def rebuild(module: nn.Module, entry: Mapping[str, Any], source: str) -> nn.Modu
     """
     if is_quantized(module):
         raise InputError(f"{source}: {type(module).__name__} is quantized already; expected the FP32 model")
-    plain = copy.deepcopy(module)
+    plain = copied(module)
     try:
         written = dict(entry["about"])
         written["residual_adds"] = written.pop("adds", ())

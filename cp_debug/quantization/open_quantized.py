@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from cp_debug.errors import InputError
+from cp_debug.probes.module_copy import copied
 from cp_debug.programs.align import module_digest
 from cp_debug.programs.batchnorm_folding import apply_folding
 from cp_debug.programs.torch_layers import full_path, layers_of, matches, select
@@ -86,7 +86,7 @@ def unquantized(module: nn.Module, quantized: nn.Module) -> nn.Module:
 
     ``module`` is the FP32 one from which ``quantized`` was made; its weights are not used.
     """
-    plain = copy.deepcopy(module).eval()
+    plain = copied(module).eval()
     apply_folding(plain, quantization_of(quantized).folding)
     weights = quantized.state_dict()
     plain.load_state_dict({name: weights[name] for name in plain.state_dict()})

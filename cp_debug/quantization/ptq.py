@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 
 from cp_debug.errors import InputError
 from cp_debug.graph.scales import LayerScales, Scales
+from cp_debug.probes.module_copy import copied
 from cp_debug.programs.batchnorm_folding import Folding, fuse_model_bn
 from cp_debug.programs.torch_layers import full_path, is_quantized, layers_of, own_path
 from cp_debug.quantization.awml_names import also_named
@@ -146,7 +146,7 @@ def install(
 
     Raises InputError for a name that the module does not have.
     """
-    quantized_module = copy.deepcopy(module).eval()
+    quantized_module = copied(module).eval()
     present = layers_of(quantized_module)
     if unknown := sorted(layers.keys() - present.keys()):
         raise InputError(f"{type(module).__name__} has no layer {unknown[0]!r}")

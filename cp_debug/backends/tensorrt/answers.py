@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, StringConstraints
 from typing_extensions import NotRequired, TypedDict
 
 _OPEN = ConfigDict(extra="allow")
@@ -20,12 +20,16 @@ class Device(TypedDict):
     cuda_driver: int | str
 
 
+Version = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}(\.|$)")]
+"""A version of TensorRT, of which the first two numbers decide what it can do: ``10.12.0.36``, ``10.0.0b6``."""
+
+
 class Facts(TypedDict):
     """Answer to ``probe``: versions, device and abilities."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
 
-    tensorrt: str
+    tensorrt: Version
     python: str
     device: Device
     builder_flags: list[str]
