@@ -50,6 +50,7 @@ def cold(model: str, backends: str, *more: str, limit: float = 300) -> dict[str,
             "exit": done.returncode,
             "command": " ".join(command[1:]),
         }
+        print(found, file=sys.stderr, flush=True)  # what is known, should this process be stopped
         if done.returncode not in (0, 1):
             found["error"] = done.stderr[-3000:]
         elif out.is_file():
@@ -66,13 +67,17 @@ from cp_debug.bisect.options import Options
 from cp_debug.recipes.registry import load_model
 took = []
 for _ in range(int(sys.argv[3])):
-    start = time.perf_counter()
-    engine.bisect(sys.argv[1], sys.argv[2], options=Options(cache=True))
+    start, steps = time.perf_counter(), []
+    def step(text, done, total):
+        steps.append([round(time.perf_counter() - start, 3), text])
+    engine.bisect(sys.argv[1], sys.argv[2], options=Options(cache=True), on_step=step)
     took.append(round(time.perf_counter() - start, 3))
+    print(took[-1], steps, file=sys.stderr, flush=True)
 peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 model = load_model(sys.argv[1])
 bytes_ = sum(p.numel() * 4 for c in model.components if c.module is not None for p in c.module.parameters())
-found = {"seconds": took, "peak_device_bytes": peak, "model_bytes_fp32": bytes_, "times_model": peak / max(bytes_, 1)}
+found = {"seconds": took, "steps_of_the_last": steps, "peak_device_bytes": peak}
+found |= {"model_bytes_fp32": bytes_, "times_model": peak / max(bytes_, 1)}
 print(json.dumps(found))
 """
 
@@ -81,10 +86,10 @@ def warm(model: str, backends: str, rounds: int, limit: float = 300) -> dict[str
     """The same bisect over and over in one process: the first has the device's start in it, the others have not."""
     done = subprocess.run(
         [sys.executable, "-c", WARM, model, backends, str(rounds)],
-        capture_output=True, text=True, timeout=limit, check=False,
+        stdout=subprocess.PIPE, text=True, timeout=limit, check=False,
     )  # fmt: skip
     if done.returncode:
-        return {"error": done.stderr[-3000:]}
+        return {"error": f"exit {done.returncode}, see the console"}
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -102,6 +107,15 @@ def agreement(found: dict[str, Any], oracle: dict[str, Any]) -> dict[str, Any]:
             if isinstance(a, float) and isinstance(b, float) and b and math.isfinite(a) and math.isfinite(b):
                 worst = max(worst, abs(a - b) / abs(b))
     return {"layers": rows, "verdicts_that_differ": differ, "largest_relative_difference_of_excess": worst}
+
+
+def judged_twice(name: str) -> dict[str, Any]:
+    """One of ``BISECTS`` judged by the test's own device and by the CPU, and where they differ."""
+    here, there = (cold(*BISECTS[name], *more) for more in ((), ("--oracle-device", "cpu")))
+    found = {"seconds": here["seconds"], "oracle_on_cpu_seconds": there["seconds"]}
+    if "result" not in here or "result" not in there:
+        return found | {"errors": [each["error"] for each in (here, there) if "error" in each]}
+    return found | {"agreement": agreement(here["result"], there["result"])}
 
 
 def bisects(name: str, rounds: int, oracle: bool) -> dict[str, Any]:
@@ -151,6 +165,7 @@ def of_statistics(rounds: int) -> dict[str, Any]:
     import torch
 
     from cp_debug.probes.statistics import compare
+    from cp_debug.probes.statistics_cuda import launch
 
     def eager(a: torch.Tensor, b: torch.Tensor) -> Any:
         x, y = a.float(), b.float()
@@ -170,6 +185,7 @@ def of_statistics(rounds: int) -> dict[str, Any]:
         into, of = torch.empty_like(a), {}
         of["copy"] = 2 * GIB / 1e6 / timed(lambda into=into, a=a: into.copy_(a), 3 * rounds)
         del into
+        of["kernel"] = 2 * GIB / 1e6 / timed(lambda a=a, b=b: launch(a, b), 3 * rounds)
         of["compare"] = 2 * GIB / 1e6 / timed(lambda a=a, b=b: compare(a, b), 3 * rounds)
         of["eager"] = 2 * GIB / 1e6 / timed(lambda a=a, b=b: eager(a, b), rounds)
         try:
@@ -179,7 +195,7 @@ def of_statistics(rounds: int) -> dict[str, Any]:
         start = time.perf_counter()
         numpy(a, b)
         of["host"] = 2 * GIB / 1e9 / (time.perf_counter() - start)
-        of["share_of_copy"] = of["compare"] / of["copy"]
+        of |= {"kernel_share_of_copy": of["kernel"] / of["copy"], "share_of_copy": of["compare"] / of["copy"]}
         found[str(dtype).removeprefix("torch.")] = of
         print(dtype, {k: v if isinstance(v, str) else round(v, 3) for k, v in of.items()}, flush=True)
     return found
@@ -278,6 +294,7 @@ def main() -> None:
     parser.add_argument("--only", default="statistics,pillar,vit")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-oracle", action="store_true")
+    parser.add_argument("--only-oracle", action="store_true")
     args = parser.parse_args()
     found: dict[str, Any] = {
         "command": "python benchmarks/gpu_speed.py " + " ".join(sys.argv[1:]),
@@ -289,6 +306,8 @@ def main() -> None:
                 found[part] = of_statistics(args.rounds)
             elif part == "kernels":
                 found[part] = of_kernels(args.rounds)
+            elif args.only_oracle:
+                found[part] = judged_twice(part)
             else:
                 found[part] = bisects(part, args.rounds, not args.no_oracle)
         except Exception:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -55,23 +57,48 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.blocks(self.embed(x))))
 
 
-def _made(module: nn.Module, shape: tuple[int, ...]) -> tuple[nn.Module, dict[str, Tensor]]:
-    return module.eval(), {"x": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+POOL = 4_000_037
+"""Random numbers that all weights are pieces of: making them is no part of what is measured."""
+
+
+def _fill(tensor: Tensor, pool: Tensor, begin: int, scale: float) -> int:
+    """Fill a tensor of any shape with the pool's numbers from ``begin`` on, over and over; returns where they end."""
+    flat, done = tensor.detach().view(-1), 0
+    while done < len(flat):
+        count = min(len(flat) - done, POOL - begin)
+        torch.mul(pool[begin : begin + count], scale, out=flat[done : done + count])
+        done, begin = done + count, (begin + count) % POOL
+    return begin
+
+
+def _made(*sizes: int, shape: tuple[int, ...], causal: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A ``Transformer`` of these sizes, its linear layers distributed as torch has them."""
+    with mock.patch.object(nn.Linear, "reset_parameters", return_value=None):
+        module = Transformer(*sizes, causal=causal)
+    draw = torch.Generator().manual_seed(0)
+    pool, begin = torch.rand(POOL, generator=draw) * 2 - 1, 0
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            for tensor in (part.weight, part.bias):
+                begin = _fill(tensor, pool, begin, part.in_features**-0.5)
+    return module.eval(), {"x": torch.randn(shape, generator=draw)}
 
 
 def vit_large() -> tuple[nn.Module, dict[str, Tensor]]:
     """ViT-L without its patches: 24 blocks of width 1024, 303 M parameters; 4 images of 576 tokens."""
-    torch.manual_seed(0)
-    return _made(Transformer(768, 1024, 24, 16, 1000), (4, 576, 768))
+    return _made(768, 1024, 24, 16, 1000, shape=(4, 576, 768))
 
 
 def vit_small() -> tuple[nn.Module, dict[str, Tensor]]:
     """The same in small, to try the commands: 2 blocks of width 64."""
-    torch.manual_seed(0)
-    return _made(Transformer(32, 64, 2, 4, 10), (2, 16, 32))
+    return _made(32, 64, 2, 4, 10, shape=(2, 16, 32))
+
+
+def vit_narrow() -> tuple[nn.Module, dict[str, Tensor]]:
+    """ViT-L with few tokens and a quarter of its weights: what a bisect costs beside its arithmetic."""
+    return _made(384, 512, 24, 8, 1000, shape=(1, 8, 384))
 
 
 def decoder_1b() -> tuple[nn.Module, dict[str, Tensor]]:
     """A decoder of 24 layers of width 1856, 1.0 G parameters; one sequence of 512."""
-    torch.manual_seed(0)
-    return _made(Transformer(1856, 1856, 24, 29, 1856, causal=True), (1, 512, 1856))
+    return _made(1856, 1856, 24, 29, 1856, shape=(1, 512, 1856), causal=True)

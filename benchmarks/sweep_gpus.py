@@ -8,6 +8,8 @@ loading, export), and seconds of all tasks after that. "With start-up" is the su
 worker is killed (SIGKILL) after a quarter of the tasks, its nanny starts another; ``--kill card``: nanny and worker of
 one GPU are killed and stay away, on a cluster of a scheduler and workers of their own. Both on the largest number of
 GPUs. ``--only-kill`` leaves the undisturbed runs out; ``--same-as FILE`` compares the bits with an earlier OUT.
+``--serial``: the tasks one after the other in this process, without Dask, for the same bits. ``--share N``: N worker
+processes on the first GPU.
 """
 
 from __future__ import annotations
@@ -111,6 +113,27 @@ def undisturbed(args: argparse.Namespace, tasks: list[Task], count: int) -> dict
     return {"gpus": count, "start_seconds": round(started, 2), **found, "with_start_up_seconds": total}
 
 
+def serial(args: argparse.Namespace, tasks: list[Task], count: int) -> dict[str, Any]:
+    """All tasks in this process, without Dask."""
+    warm_up(warm_tasks(tasks))
+    start = time.perf_counter()
+    outcomes = {task.key: run_task(task.kind, task.params) for task in tasks}
+    seconds = time.perf_counter() - start
+    failed = [each["error"] for each in outcomes.values() if "error" in each]
+    digest = digest_of({key: each.get("result") for key, each in outcomes.items()})
+    return {"tasks": len(outcomes), "failed": failed[:3], "seconds": round(seconds, 2), "sha256": digest}
+
+
+def sharing(args: argparse.Namespace, tasks: list[Task], count: int) -> dict[str, Any]:
+    """All tasks by ``count`` processes that share the first GPU."""
+    start = time.perf_counter()
+    with cluster(args, count, share=True) as (address, _), remote_workers(address) as client:
+        client.wait_for_workers(count, timeout=120)
+        started = time.perf_counter() - start
+        ran = Ran(tasks, client)
+    return {"gpus": 1, "processes": count, "start_seconds": round(started, 2), **ran.figures()}
+
+
 def workers_here(args: argparse.Namespace, count: int) -> Any:
     """One process a GPU, or as many processes where no backend needs one."""
     return local_workers(None, gpu=True, gpus=count) if "cuda" in args.backends else local_workers(count)
@@ -140,8 +163,10 @@ def killed_worker(args: argparse.Namespace, tasks: list[Task], count: int) -> di
 
 
 @contextmanager
-def cluster(args: argparse.Namespace, count: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
-    """A scheduler and ``count`` workers, each with a nanny and a process group of its own."""
+def cluster(
+    args: argparse.Namespace, count: int, share: bool = False
+) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """A scheduler and ``count`` workers, each with a nanny and a process group of its own; ``share``: all on one."""
     gpu = "cuda" in args.backends
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -161,7 +186,7 @@ def cluster(args: argparse.Namespace, count: int) -> Iterator[tuple[str, list[su
         workers = [
             started(
                 "distributed.cli.dask_worker", "--scheduler-file", str(file), "--nthreads", "1", *resources,
-                **({"CUDA_VISIBLE_DEVICES": str(index)} if gpu else {}),
+                **({"CUDA_VISIBLE_DEVICES": str(0 if share else index)} if gpu else {}),
             )
             for index in range(count)
         ]  # fmt: skip
@@ -200,6 +225,8 @@ def main() -> None:
     parser.add_argument("--kill", default="")
     parser.add_argument("--only-kill", action="store_true")
     parser.add_argument("--same-as", type=Path)
+    parser.add_argument("--serial", action="store_true")
+    parser.add_argument("--share", type=int, default=0)
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # workers end with this process
     counts, tasks = [int(count) for count in args.gpus.split(",")], tasks_of(args)
@@ -212,6 +239,8 @@ def main() -> None:
     jobs: list[tuple[str, Callable[..., dict[str, Any]], int]] = []
     if not args.only_kill:
         jobs += [("undisturbed", undisturbed, count) for count in counts]
+    jobs += [("serial", serial, 0)] if args.serial else []
+    jobs += [("sharing one GPU", sharing, args.share)] if args.share else []
     ways = {"worker": killed_worker, "card": cut_card}
     jobs += [(name, ways[name], max(counts)) for name in args.kill.split(",") if name]
     digests = {json.loads(args.same_as.read_text())["runs"][0]["sha256"]} if args.same_as else set()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import cp_debug
 from cp_debug.api.models import to_model
 from cp_debug.probes.trace import trace
+from cp_debug.recipes import torch_callable
 from cp_debug.recipes.registry import load_model
 from cp_debug.recipes.torch_callable import TorchModel, load_callable
 from cp_debug.recipes.torch_inputs import flat_inputs
@@ -333,3 +334,34 @@ def test_the_mode_of_the_callers_module_is_kept() -> None:
     assert net.training
     assert net.drop.training
     assert not net.body.training
+
+
+class Branching(nn.Module):
+    """Keeps where it ran; ``by_value`` makes it look at its numbers."""
+
+    def __init__(self, by_value: bool) -> None:
+        super().__init__()
+        self.layer, self.by_value = nn.Linear(3, 2), by_value
+        self.places: list[str] = []
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        self.places.append(str(x.device))
+        if self.by_value and x.sum() > 1e9:
+            return {"never": x}
+        return {"left": self.layer(x), "right": x.new_zeros(2)}
+
+
+@pytest.mark.parametrize("by_value", [False, True])
+def test_a_large_module_is_run_without_numbers_where_shapes_tell_its_outputs(
+    by_value: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_callable, "_LARGE", 1)
+    module = Branching(by_value)
+    weight = module.layer.weight
+    model = TorchModel("net", module, (torch.ones(4, 3),))
+    assert model.components[0].output_names == ["left", "right"]
+    assert module.places == (["cpu"] if by_value else [])
+    assert module.layer.weight is weight
+    seen: list[str] = []
+    module.layer.register_forward_hook(lambda m, given, made: seen.append(str(made.device)))
+    assert torch_callable._names_alone(module, [torch.ones(4, 3)]) is None  # a hook may keep what it sees

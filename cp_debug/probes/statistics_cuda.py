@@ -8,7 +8,7 @@ the histogram have the same bits there. Sums are float64 in another order: relat
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,28 +18,16 @@ if TYPE_CHECKING:
     import torch
 
 
-class _Shape(NamedTuple):
-    """Threads of a block, blocks that share a multiprocessor, and vectors that a thread loads at a time."""
-
-    threads: int
-    blocks: int
-    vectors: int
-
-
 MOST = 1 << 30
 """Elements of one launch: indices are 32 bits wide."""
 _NUMBERS = 16
 """Numbers that a block writes, float64 each."""
 _TYPES = {"torch.float32": 0, "torch.float16": 1, "torch.bfloat16": 2}
 
+_THREADS, _BLOCKS = 512, 2
+"""Threads of a block, and blocks that share a multiprocessor."""
 _OPTIONS = ["-default-device"]
 """Functions without a mark, lambdas among them, are the device's: NVRTC knows no others."""
-
-
-def _shape(ref: int, test: int) -> _Shape:
-    """The fastest of 14 shapes on an H100: 97 % of its copy rate for FP32, 83 % for FP16 and BF16."""
-    return _Shape(1024, 1, 2) if ref and test else _Shape(512, 2, 1)
-
 
 _SOURCE = r"""
 typedef unsigned int u32;
@@ -90,7 +78,7 @@ template <> struct Side<2> {
 struct Sums {
   double abs_, dd, rr, tt, rt;
   u32 top, top_ref;
-  int where, zeros;
+  int vector;  // the first eight elements among which top is
 };
 
 // Counts of what is rare, for the whole block: pairs that are not finite, NaN and Inf on each side, mismatched pairs,
@@ -112,16 +100,45 @@ __device__ __noinline__ void strange(int* rare, float r, float t, int i) {
   }
 }
 
-__device__ __forceinline__ void add(Sums& s, u32* histogram, int* rare, float r, float t, int i) {
-  float d = fabsf(t - r);  // NaN or Inf where either side is
+// One pair by itself: the few behind the last vector, and those of a vector with something strange in it.
+template <int REF, int TEST>
+__device__ __forceinline__ void add_one(Sums& s, u32* histogram, int* rare, const void* ref, const void* test, int i) {
+  float r = Side<REF>::one(ref, i), t = Side<TEST>::one(test, i), d = fabsf(t - r);  // NaN or Inf where either side is
   u32 br = __float_as_uint(r) & 0x7fffffffu, bd = __float_as_uint(d) & 0x7fffffffu;
   if (br < 0x7f800000u) s.top_ref = max(s.top_ref, br);
   if (bd >= 0x7f800000u) { strange(rare, r, t, i); return; }
-  if (bd > s.top) { s.top = bd; s.where = i; }
+  if (bd > s.top) { s.top = bd; s.vector = i / 8; }
   double x = r, y = t, z = d;
   s.abs_ += z; s.dd = fma(z, z, s.dd); s.rr = fma(x, x, s.rr); s.tt = fma(y, y, s.tt); s.rt = fma(x, y, s.rt);
-  if (bd >> SHIFT == 0) { s.zeros++; return; }
   atomicAdd(&histogram[bd >> SHIFT], 1u);
+}
+
+// Eight pairs without a branch between them, so that they overlap.
+template <int REF, int TEST>
+__device__ __forceinline__ void add_vector(
+    Sums& s, u32* histogram, int* rare, const void* ref, const void* test, int v) {
+  float r[8], t[8], d[8];
+  Side<REF>::vector(ref, 8LL * v, r); Side<TEST>::vector(test, 8LL * v, t);
+  u32 top = 0, top_ref = 0;
+#pragma unroll
+  for (int k = 0; k < 8; k++) {
+    d[k] = t[k] - r[k];
+    top = max(top, __float_as_uint(d[k]) & 0x7fffffffu);
+    top_ref = max(top_ref, __float_as_uint(r[k]) & 0x7fffffffu);
+  }
+  if (top >= 0x7f800000u) {
+#pragma unroll 1
+    for (int k = 0; k < 8; k++) add_one<REF, TEST>(s, histogram, rare, ref, test, 8 * v + k);
+    return;
+  }
+  s.top_ref = max(s.top_ref, top_ref);
+  if (top > s.top) { s.top = top; s.vector = v; }
+#pragma unroll
+  for (int k = 0; k < 8; k++) {
+    double x = r[k], y = t[k], z = fabsf(d[k]);
+    s.abs_ += z; s.dd = fma(z, z, s.dd); s.rr = fma(x, x, s.rr); s.tt = fma(y, y, s.tt); s.rt = fma(x, y, s.rt);
+    atomicAdd(&histogram[(__float_as_uint(d[k]) & 0x7fffffffu) >> SHIFT], 1u);
+  }
 }
 
 template <class T, class F> __device__ __forceinline__ T across(T v, F f) {
@@ -137,32 +154,13 @@ __device__ __forceinline__ void body(const void* ref, const void* test, double* 
   __shared__ int rare[RARE];
   if (threadIdx.x < RARE) rare[threadIdx.x] = threadIdx.x == FIRST ? 0x7fffffff : 0;
   __syncthreads();
-  Sums s = {0, 0, 0, 0, 0, 0, 0, 0, 0};
+  Sums s = {0, 0, 0, 0, 0, 0, 0, 0};
   int vectors = n / 8, stride = gridDim.x * blockDim.x, me = blockIdx.x * blockDim.x + threadIdx.x;
-  int v = me;
-#if UNROLL == 2
-  for (; v + stride < vectors; v += 2 * stride) {
-    float r[8], t[8], r2[8], t2[8];
-    Side<REF>::vector(ref, 8LL * v, r); Side<TEST>::vector(test, 8LL * v, t);
-    Side<REF>::vector(ref, 8LL * (v + stride), r2); Side<TEST>::vector(test, 8LL * (v + stride), t2);
-#pragma unroll
-    for (int k = 0; k < 8; k++) add(s, histogram, rare, r[k], t[k], 8 * v + k);
-#pragma unroll
-    for (int k = 0; k < 8; k++) add(s, histogram, rare, r2[k], t2[k], 8 * (v + stride) + k);
-  }
-#endif
-  for (; v < vectors; v += stride) {
-    float r[8], t[8];
-    Side<REF>::vector(ref, 8LL * v, r);
-    Side<TEST>::vector(test, 8LL * v, t);
-#pragma unroll
-    for (int k = 0; k < 8; k++) add(s, histogram, rare, r[k], t[k], 8 * v + k);
-  }
-  if (8 * vectors + me < n) {
-    int i = 8 * vectors + me;
-    add(s, histogram, rare, Side<REF>::one(ref, i), Side<TEST>::one(test, i), i);
-  }
-  if (s.zeros) atomicAdd(&histogram[0], (u32)s.zeros);
+  for (int v = me; v < vectors; v += stride) add_vector<REF, TEST>(s, histogram, rare, ref, test, v);
+  if (8 * vectors + me < n) add_one<REF, TEST>(s, histogram, rare, ref, test, 8 * vectors + me);
+  int where = 0;
+  for (int i = min(8 * s.vector + 7, n - 1); s.top && i >= 8 * s.vector; i--)
+    if ((__float_as_uint(Side<TEST>::one(test, i) - Side<REF>::one(ref, i)) & 0x7fffffffu) == s.top) where = i;
   __syncthreads();
   for (int b = threadIdx.x; b < BINS; b += blockDim.x)
     if (histogram[b]) atomicAdd(&counts[b], histogram[b]);
@@ -170,7 +168,7 @@ __device__ __forceinline__ void body(const void* ref, const void* test, double* 
   auto sum = [] (auto a, auto b) { return a + b; };
   auto most = [] (auto a, auto b) { return a > b ? a : b; };
   double sums[5] = {across(s.abs_, sum), across(s.dd, sum), across(s.rr, sum), across(s.tt, sum), across(s.rt, sum)};
-  u64 place = across(((u64)s.top << 32) | (0xffffffffu - (u32)s.where), most);
+  u64 place = across(((u64)s.top << 32) | (0xffffffffu - (u32)where), most);
   u32 top_ref = across(s.top_ref, most);
   __shared__ double parts[32][5];
   __shared__ u64 places[32];
@@ -224,9 +222,8 @@ def _device(index: int) -> tuple[str, int]:
 
 def source_of(ref: int, test: int) -> str:
     """The kernel's text for two of ``_TYPES``."""
-    shape = _shape(ref, test)
     constants = {
-        "REF_KIND": ref, "TEST_KIND": test, "THREADS": shape.threads, "BLOCKS": shape.blocks, "UNROLL": shape.vectors,
+        "REF_KIND": ref, "TEST_KIND": test, "THREADS": _THREADS, "BLOCKS": _BLOCKS,
         "BINS": BINS, "SHIFT": BIN_SHIFT, "NUMBERS": _NUMBERS,
     }  # fmt: skip
     return "".join(f"#define {name} {value}\n" for name, value in constants.items()) + _SOURCE
@@ -247,19 +244,10 @@ def _kernel(ref: int, test: int, capability: str) -> Any:
 
 def reduce_pair(ref: torch.Tensor, test: torch.Tensor) -> tuple[list[tuple[int, PairPiece]], np.ndarray] | None:
     """Pieces and histogram of two flat tensors that ``can_reduce`` takes; None where a difference overflows FP32."""
-    import torch
-
-    kinds = _TYPES[str(ref.dtype)], _TYPES[str(test.dtype)]
-    capability, processors = _device(ref.device.index)
-    kernel, shape = _kernel(*kinds, capability), _shape(*kinds)
     pieces, histogram = [], np.zeros(BINS, np.int64)
     for start in range(0, ref.numel(), MOST):
         r, t = ref[start : start + MOST], test[start : start + MOST]
-        blocks = max(1, min(processors * shape.blocks, -(-r.numel() // (8 * shape.threads))))
-        memory = torch.zeros(blocks * _NUMBERS + -(-BINS // 2), dtype=torch.float64, device=ref.device)
-        with torch.cuda.device(ref.device):
-            counts = memory[blocks * _NUMBERS :]
-            kernel(grid=(blocks, 1, 1), block=(shape.threads, 1, 1), args=[r, t, memory, counts, r.numel()])
+        memory, blocks = launch(r, t)
         numbers = memory.cpu().numpy()
         histogram += numbers[blocks * _NUMBERS :].view(np.uint32)[:BINS]
         rows = numbers[: blocks * _NUMBERS].reshape(blocks, _NUMBERS)
@@ -267,6 +255,23 @@ def reduce_pair(ref: torch.Tensor, test: torch.Tensor) -> tuple[list[tuple[int, 
             return None
         pieces.append((start, _piece(rows, r.numel())))
     return pieces, histogram
+
+
+def launch(ref: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Start the kernel on two flat tensors of at most ``MOST`` elements that ``can_reduce`` takes.
+
+    Returns what it is going to write, float64 [n], and the number of its blocks: 16 numbers each, then the histogram.
+    """
+    import torch
+
+    capability, processors = _device(ref.device.index)
+    kernel = _kernel(_TYPES[str(ref.dtype)], _TYPES[str(test.dtype)], capability)
+    blocks = max(1, min(processors * _BLOCKS, -(-ref.numel() // (8 * _THREADS))))
+    memory = torch.zeros(blocks * _NUMBERS + -(-BINS // 2), dtype=torch.float64, device=ref.device)
+    with torch.cuda.device(ref.device):
+        counts = memory[blocks * _NUMBERS :]
+        kernel(grid=(blocks, 1, 1), block=(_THREADS, 1, 1), args=[ref, test, memory, counts, ref.numel()])
+    return memory, blocks
 
 
 def _piece(rows: np.ndarray, count: int) -> PairPiece:

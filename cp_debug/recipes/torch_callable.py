@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import importlib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +31,8 @@ from cp_debug.recipes.input_files import DEFAULT_READING, file_samples
 from cp_debug.recipes.torch_inputs import flat_inputs
 
 TRAIN_MODE = "the module came in train mode and runs in eval mode; --test-train-mode shows what the other one does"
+_LARGE = 1 << 26
+"""Parameters from which on a forward on the CPU takes longer than a copy of the module without its values."""
 _OTHER_IN_TRAINING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase, nn.RNNBase)
 
 
@@ -184,6 +188,8 @@ def _output_names(name: str, module: torch.nn.Module, tensors: Sequence[torch.Te
 
     Raises ModuleFailed, with ``remark`` on how the examples were read, when it raises.
     """
+    if (names := _names_alone(module, tensors)) is not None:
+        return names
     try:
         with torch.no_grad():
             outputs = flatten_outputs(module(*tensors))
@@ -205,6 +211,31 @@ def _output_names(name: str, module: torch.nn.Module, tensors: Sequence[torch.Te
             text = f"{kind} {tensor.dtype} on {tensor.device}"
             raise InputError(f"MODEL: {name}: forward returned {key!r} as {text}; expected dense tensors")
     return list(outputs)
+
+
+def _names_alone(module: nn.Module, tensors: Sequence[torch.Tensor]) -> list[str] | None:
+    """Names of the outputs of a large module, from a forward of a copy that has shapes and no values.
+
+    None where that is not worth it, or where only values tell: then a forward on the CPU has to.
+    """
+    stored = [*module.parameters(), *module.buffers()]
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())  # they may keep what they see
+    if hooked or isinstance(module, torch.jit.ScriptModule) or sum(map(torch.numel, stored)) < _LARGE:
+        return None
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            twins = {id(t): torch.empty_like(t, device="meta") for t in stored}
+            twins |= {
+                id(p): nn.Parameter(twins[id(p)], requires_grad=p.requires_grad) for p in module.parameters()
+            }  # fmt: skip
+            copied = copy.deepcopy(module, twins)
+            with torch.device("meta"):
+                outputs = flatten_outputs(copied(*(t.to("meta") for t in tensors)))
+    except Exception:  # an operator that needs values, or whatever the user's code raises
+        return None
+    plain = all(type(t) is torch.Tensor and t.is_meta and t.layout is torch.strided for t in outputs.values())
+    return list(outputs) if outputs and plain else None
 
 
 def _like(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
