@@ -132,6 +132,25 @@ def _declared(group: str) -> Iterator[EntryPoint]:
             seen.add(name)
 
 
+def told_by(error: BaseException) -> str | None:
+    """The sentence for an error of a library that gave up reading entry points: the file that cannot be read, or None.
+
+    torch and others read those of all distributions while they are imported.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_globals.get("__name__") != "importlib.metadata":
+        trace = trace.tb_next
+    if trace is None:
+        return None
+    for distribution in distributions():
+        try:
+            _ = distribution.entry_points
+        except (TypeError, ValueError):
+            file = distribution.locate_file(f"{getattr(distribution, '_path', '')}/entry_points.txt")
+            return f"{file}: damaged, which no library reads that asks for plug-ins; install its distribution again"
+    return None
+
+
 def find(group: str, name: str) -> Plugin | None:
     """The plug-in of a name. Raises InputError when it is declared more than once."""
     plugin = names(group).get(name)

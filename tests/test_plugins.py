@@ -79,6 +79,18 @@ def test_a_distribution_whose_entry_points_cannot_be_read_hides_no_other(example
     assert [plugin.name for plugin in plugins.others(plugins.BACKENDS)] == ["onnxref"]
 
 
+def test_a_library_that_gives_up_over_entry_points_is_told_by_the_file(example: Path) -> None:
+    from importlib.metadata import entry_points
+
+    install(example, "torn", {})
+    file = example / "torn-1.0.dist-info" / "entry_points.txt"
+    file.write_text("[console_scripts]\nno equals sign\n")
+    with pytest.raises(TypeError) as raised:
+        entry_points(group="torch.backends")
+    assert (plugins.told_by(raised.value) or "").startswith(f"{file}: damaged")
+    assert plugins.told_by(TypeError("of another place")) is None
+
+
 def test_the_example_says_what_it_lacks(example: Path) -> None:
     with pytest.raises(InputError, match="there is no 'huge'; expected one of small, wide"):
         load_model("example:huge")

@@ -16,12 +16,12 @@ from typing import Annotated, Any
 
 import typer
 
-from cp_debug import __version__
+from cp_debug import __version__, plugins
 from cp_debug.cli import crash
 from cp_debug.cli.console import NO_READER, errors, forget_output, show_anywhere, show_error, show_usage
 from cp_debug.cli.library_log import safe_library_log
 from cp_debug.cli.typed import INTERRUPTED, Command
-from cp_debug.errors import CpdebugError, InputError, system_reason
+from cp_debug.errors import CpdebugError, InputError, MissingPackage, system_reason
 
 ENDED = 143
 """Exit code after SIGTERM, as in shells."""
@@ -171,6 +171,10 @@ def main() -> None:
         if isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY):
             show_error("out of memory: this asks for more than the machine has")
             sys.exit(InputError.exit_code)
+        damaged = plugins.told_by(error)
+        if damaged is not None:
+            show_error(damaged)
+            sys.exit(MissingPackage.exit_code)
         code = crash.EXIT_CODE
         try:
             show_error(crash.log_crash(error))
