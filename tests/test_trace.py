@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -160,3 +162,16 @@ def test_names_without_a_colon_mean_the_same_on_every_device() -> None:
     assert set(public) == {name for name in found if ":" not in name}
     for name in public:
         torch.testing.assert_close(found[name].cpu(), expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_a_trace_imports_no_compiler() -> None:
+    """``torch._dynamo`` takes seconds to import, and torch does so for every dispatch mode that does not refuse."""
+    code = """
+import sys, torch
+from cp_debug.probes.trace import trace
+found = trace(torch.nn.Linear(2, 2), {"x": torch.ones(1, 2)}, lambda value, tensor: None)
+print(len(found.leaves), "torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)
+    assert done.stdout.split() == ["1", "False"]

@@ -187,7 +187,16 @@ class _Tracer(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch imports its compiler to keep it off a mode, seconds where nothing else needs it."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        watch = self._watch_uncompiled if "torch._dynamo" in sys.modules else self._watch
+        return watch(func, types, args, kwargs)
+
+    def _watch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
         inputs = () if _SHAPE_ONLY.fullmatch(name) else tuple(self._values([args, kwargs]))
@@ -208,6 +217,8 @@ class _Tracer(TorchDispatchMode):
         for tensor in written:
             self._writer[tensor.untyped_storage()._cdata] = self._known[tensor][0]
         return result
+
+    _watch_uncompiled = torch._disable_dynamo(_watch, recursive=True)
 
     def add(
         self, tensor: Tensor, name: str, op: str, inputs: tuple[TorchValue, ...], from_data: bool, version: int
