@@ -19,6 +19,8 @@ from cp_debug.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from cp_debug.recipes.packed_weights import PackedWeight
+
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -52,6 +54,8 @@ class Component:
     deployed_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     """``dynamic_axes`` of files that are deployed: axes that stay free there, though a debugged model has one size."""
     stages: Sequence[Stage] = ()
+    packed: Mapping[str, PackedWeight] = field(default_factory=dict)
+    """Path of a linear layer → its weight in few bits, as the model's folder stores it; ``module`` has it in floats."""
 
 
 @dataclass

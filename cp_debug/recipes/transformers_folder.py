@@ -12,8 +12,10 @@ import numpy as np
 from cp_debug.errors import InputError
 from cp_debug.optional import require
 from cp_debug.reading import read_json
+from cp_debug.recipes.quantized_folder import packing_of, read_state, weight_files
 
 if TYPE_CHECKING:
+    from cp_debug.recipes.packed_weights import PackedWeight, Packing
     from cp_debug.recipes.torch_callable import TorchModel
 
 TOKENS = 16
@@ -33,11 +35,19 @@ def check_folder(path: Path) -> None:
         pickled = [file.name for file in sorted(path.glob("*.bin"))]
         why = f"{pickled[0]} is pickled, and unpickling runs code" if pickled else "there are no weights"
         raise InputError(f"MODEL: {path}: {why}; expected .safetensors beside config.json")
+    if packing_of(path, config) is not None:
+        weight_files(path)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder of transformers."""
+    return (path / "config.json").is_file()
 
 
 def load_folder(path: Path) -> TorchModel:
     """The model of a folder, in FP32 with plain attention, and example inputs that fit its configuration.
 
+    Weights that GPTQ, AWQ or compressed-tensors packed are unpacked; the component keeps their levels, too.
     Nothing is downloaded, and code in the folder is never run. Raises InputError where that would be needed, or where
     transformers cannot load it; MissingPackage without transformers.
     """
@@ -53,6 +63,7 @@ def load_folder(path: Path) -> TorchModel:
             f"MODEL: {path}: config.json names code of its own ({', '.join(map(str, config['auto_map'].values()))}), "
             "which is never run; load it in file.py:callable"
         )
+    packing = packing_of(path, config)
     with own_code(f"MODEL: {path}: transformers"):
         transformers.logging.set_verbosity_error()
         settings = transformers.AutoConfig.from_pretrained(path, **local)
@@ -61,11 +72,33 @@ def load_folder(path: Path) -> TorchModel:
         kind = getattr(transformers, name, transformers.AutoModel)
         if kind is not transformers.AutoModel:
             local.pop("trust_remote_code")
-        module = kind.from_pretrained(
-            path, config=settings, dtype="float32", attn_implementation="eager", use_safetensors=True, **local
-        )
+        how = {"config": settings, "dtype": "float32", "attn_implementation": "eager", **local}
+        if packing is None:
+            module, packed = kind.from_pretrained(path, use_safetensors=True, **how), {}
+        else:
+            module, packed = _unpacked(path, packing, kind, how)
     inputs = _inputs(path, module, settings)
-    return TorchModel(str(path), module, inputs, source=f"made up to fit config.json: {', '.join(inputs)}")
+    model = TorchModel(str(path), module, inputs, source=f"made up to fit config.json: {', '.join(inputs)}")
+    model.components[0].packed = packed
+    return model
+
+
+def _unpacked(path: Path, packing: Packing, kind: Any, how: dict[str, Any]) -> tuple[Any, dict[str, PackedWeight]]:
+    """A packed folder's model in floats, and its packed weights by the path of their layer.
+
+    Raises InputError as ``read_state``, for weights that the model has and the folder lacks, and for layers that it
+    lacks.
+    """
+    state, packed = read_state(path, packing)
+    settings = how["config"]
+    if hasattr(settings, "quantization_config"):
+        del settings.quantization_config  # it would ask for the quantizer's own package
+    module, report = kind.from_pretrained(None, state_dict=state, output_loading_info=True, **how)
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(f"MODEL: {path}: holds no {missing[0]}, which {type(module).__name__} has")
+    if unknown := sorted({f"{layer}.weight" for layer in packed} & {*report["unexpected_keys"]}):
+        raise InputError(f"MODEL: {path}: holds {unknown[0]}, packed, which {type(module).__name__} lacks")
+    return module, packed
 
 
 def _inputs(path: Path, module: Any, config: Any) -> dict[str, np.ndarray]:
