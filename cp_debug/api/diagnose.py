@@ -15,6 +15,7 @@ from cp_debug.backends.base import Backend
 from cp_debug.bisect.engine import OnStep, Options, bisect
 from cp_debug.bisect.result import BisectResult
 from cp_debug.errors import InputError
+from cp_debug.recipes.registry import is_folder
 from cp_debug.reports.files import write_json
 from cp_debug.reports.summary import disagreement
 
@@ -39,7 +40,7 @@ def diagnose(
     """Run a model on several backends, compare them layer by layer, and name the layers that introduce an error.
 
     ``model`` and ``test_model`` (another model for the tests): the path of an ``.onnx``, ``.pt2`` or TorchScript file,
-    an ``onnx.ModelProto``, a ``torch.nn.Module``, ``ScriptModule`` or ``ExportedProgram``, a function of tensors, a
+    a folder of transformers, an ``onnx.ModelProto``, a ``torch.nn.Module``, ``ScriptModule`` or ``ExportedProgram``, a function of tensors, a
     recipe's name (``centerpoint:tiny``) or ``file.py:callable``. ``backends``: the reference and the tests, as on the
     command line. ``inputs``: tensors or arrays (a tuple, or a mapping by name; for ONNX files also a list of
     mappings, one a sample), or the path of a file of them; None has an ONNX file's made up from ``options.seed``.
@@ -124,9 +125,11 @@ def assert_agree(
 
 def _test_model(test_model: ModelLike, inputs: Any) -> Any:
     """The test model in a form that ``bisect`` takes: the path of an ONNX file as it is, else a model."""
-    if isinstance(test_model, str | Path) and (str(test_model).endswith(".onnx") or Path(test_model).is_dir()):
+    folder = isinstance(test_model, str | Path) and is_folder(Path(test_model))
+    is_path = isinstance(test_model, str | Path) and not folder
+    if is_path and (str(test_model).endswith(".onnx") or Path(test_model).is_dir()):
         if not Path(test_model).exists():
             raise InputError(f"test_model: no such file {test_model}")
         return Path(test_model)
     with about("test_model"):
-        return to_model(test_model, inputs, what="test_model")[0]
+        return to_model(test_model, None if folder else inputs, what="test_model")[0]

@@ -11,6 +11,7 @@ from cp_debug.bisect.options import Options, Rewrite, StepCounter
 from cp_debug.caches import cache_folder
 from cp_debug.graph.randomness import drawing, drawing_note
 from cp_debug.programs.export_cache import ExportCache
+from cp_debug.programs.packed_graph import with_levels
 from cp_debug.programs.paired import differing_weights, pair_programs
 from cp_debug.programs.pipeline import Export, changed_state, load_test_programs, prepare, wants_int8
 from cp_debug.programs.rescaled_channels import rescale
@@ -141,8 +142,11 @@ class Preparation:
         if callable(self._test_model):
             return programs, self._test_model(programs, folder)
         if test_model.components is not model.components:
-            (folder / "test").mkdir(exist_ok=True)
-            return programs, prepare(test_model, sample, folder / "test", how=how, folded=folded, cache=cache)
+            own = folder / "test"
+            own.mkdir(exist_ok=True)
+            changed = prepare(test_model, sample, own, how=how, folded=folded, cache=cache)
+            pairs = zip(changed, test_model.components, strict=True)
+            return programs, [with_levels(program, component.packed, own) for program, component in pairs]
         return programs, programs
 
     def _for(self, backend: Backend, side: Side, programs: list[Program], folder: Path) -> list[Program]:

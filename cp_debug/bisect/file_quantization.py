@@ -27,6 +27,7 @@ from cp_debug.bisect.quantized_segment import EmulatedSegment, QuantizerGrid
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import constant_type, is_constant, produced_grid
+from cp_debug.graph.narrow_types import order_behind, stated_bits
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.qdq import weight_axis
 from cp_debug.probes.arrays import as_numpy, as_torch
@@ -190,8 +191,8 @@ class FileQuantization:
     def with_fitted_weight(
         self, target: str, known: Collection[str], given: Mapping[str, AnyTensor], op: str, weight: Tensor
     ) -> Tensor | None:
-        """Result ``target`` by the file's own nodes, with the scales by which the codes of the product of ``op`` come
-        nearest to ``weight`` (float64); None where those that it has fit as well, and as for ``declared``."""
+        """Result ``target`` by the file's own nodes, with the codes of the product of ``op`` read as they come nearest to
+        ``weight`` (float64); None where that is about as near as they are, and as for ``declared``."""
         own = self._names.get(target, target)
         if own not in self._graph.producer:
             return None
@@ -200,13 +201,13 @@ class FileQuantization:
         values = {start: given.get(plain_names.get(start, start)) for start in starts}
         product = product_of(nodes, op)
         stored = stored_codes(self._graph, product) if product is not None else None
-        if stored is None or not stored.misfits(weight) or any(value is None for value in values.values()):
+        repair = stored.repair(weight) if stored is not None else None
+        if stored is None or repair is None or any(value is None for value in values.values()):
             return None
         if self._constant_grid(own) is not None or any(self._constant_grid(s) is not None for s in starts):
             return None
-        fitted = (stored.refitted(weight) * stored.codes).float()
         rest = [node for node in nodes if node is not stored.dequantizer]
-        fed = {**values, stored.dequantizer.outputs[0]: fitted}
+        fed = {**values, stored.dequantizer.outputs[0]: repair.value.float()}
         return torch.as_tensor(self._executor.run_nodes(rest, fed, [own])[own])
 
     def recalibrated(
@@ -412,12 +413,21 @@ class FileQuantization:
         many = self._constants.holds(scale) and np.asarray(self._constants[scale]).size > 1
         block = attributes.get("block_size", 0)
         axis = attributes.get("axis", 1) if block else None
-        codec = _CODECS.get(kind)
-        return Levels(_BITS[kind], signed and centred, bool(many), block, axis, codec)
+        codec, bits, behind, symmetric = _CODECS.get(kind), _BITS[kind], None, signed and centred
+        if node is not None and levels:
+            bits, behind = stated_bits(node) or bits, order_behind(self._graph, node)
+            symmetric = symmetric or _in_the_middle(offset, bits)
+        order = None if behind is None else torch.from_numpy(behind[1])
+        return Levels(bits, symmetric, bool(many), block, axis, codec, order)
 
     def _many(self, node: Node) -> bool:
         constants = [name for name in node.inputs if self._constants.holds(name)]
         return any(np.asarray(self._constants[name]).size > 1 for name in constants)
+
+
+def _in_the_middle(offset: AnyTensor | None, bits: int) -> bool:
+    """Whether all zero points are the middle of levels from 0 on, as GPTQ has them for symmetric weights."""
+    return offset is not None and bool((np.asarray(offset).astype(np.float64) == 1 << (bits - 1)).all())
 
 
 def _plain(values: AnyTensor) -> Tensor:

@@ -1,13 +1,15 @@
 """Weights that a quantized file stores in codes, beside the float ones that they were made from.
 
 Codes tell the scales that they were made with: those by which they come nearest to the float weight. A stored scale
-that is another one makes an error that no rounding makes.
+that is another one makes an error that no rounding makes. The same goes for zero points, for the group that each input
+belongs to, and for the order in which codes lie within their words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import constant_type
-from cp_debug.graph.narrow_types import FIRST_OPSET
+from cp_debug.graph.narrow_types import FIRST_OPSET, order_behind, stated_bits
 from cp_debug.graph.operators import PRODUCTS
 
 BETTER = 1.6
@@ -24,6 +26,19 @@ BETTER = 1.6
 at most."""
 OFF = 0.05
 """Relative difference from which a scale counts as another one; a block of 16 codes tells its scale to 2 %."""
+WORD = 8
+"""Codes of 4 bits in a word."""
+
+
+@dataclass(frozen=True)
+class Repair:
+    """A weight that its codes make when one thing is read otherwise."""
+
+    kind: str
+    """``scales``, ``zero-points``, ``groups`` or ``order``."""
+    value: Tensor
+    """float64, in the shape of the weight."""
+    evidence: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,7 @@ class StoredCodes:
     """The constant codes that one product of a file reads, with their scales."""
 
     dequantizer: Node
+    """The node whose result is the weight: DequantizeLinear, or the Gather that puts its slices in order."""
     kind: int
     """ONNX data type of the codes."""
     codes: Tensor
@@ -38,9 +54,14 @@ class StoredCodes:
     scale: Tensor
     """Scales, spread to the shape of the weight."""
     axes: tuple[int, ...] | None
-    """Axes that a scale covers; None: ``block`` along ``axis``."""
+    """Axes that a scale covers; None: ``groups`` along ``axis``."""
     axis: int = 0
-    block: int = 0
+    groups: Tensor | None = None
+    """int64 [length of ``axis``], the group of each slice."""
+    zero: Tensor | None = None
+    """Zero points, spread to the shape of the weight; None: none are stored."""
+    bits: int | None = None
+    """Bits that the codes were made for, where the file says it."""
 
     def refitted(self, weight: Tensor) -> Tensor:
         """The scales by which the codes come nearest to a float ``weight`` of their shape, spread like ``scale``."""
@@ -48,20 +69,91 @@ class StoredCodes:
         return torch.where(bottom > 0, top / torch.where(bottom > 0, bottom, 1.0), self.scale)
 
     def _sums(self, x: Tensor) -> Tensor:
-        if self.axes is not None:
+        if self.axes is not None or self.groups is None:
             return x.sum(self.axes, keepdim=True).expand_as(x) if self.axes else x
-        moved = x.movedim(self.axis, -1)
-        size = moved.shape[-1]
-        padded = torch.nn.functional.pad(moved, (0, -size % self.block)).unflatten(-1, (-1, self.block))
-        total = padded.sum(-1, keepdim=True).expand_as(padded).flatten(-2)[..., :size]
-        return total.movedim(-1, self.axis)
+        count = int(self.groups.max()) + 1
+        shape = [count if d == self.axis else size for d, size in enumerate(x.shape)]
+        return x.new_zeros(shape).index_add(self.axis, self.groups, x).index_select(self.axis, self.groups)
 
-    def misfits(self, weight: Tensor) -> bool:
-        """Whether other scales bring the codes much nearer to ``weight``, float64 in the shape of the codes."""
+    def repair(self, weight: Tensor) -> Repair | None:
+        """The reading that brings the codes nearest to ``weight``, float64 in their shape; None where the stored one is
+        about as near as any."""
         if weight.shape != self.codes.shape:
-            return False
-        now, then = (float((weight - s * self.codes).norm()) for s in (self.scale, self.refitted(weight)))
-        return now > BETTER * then and now - then > 1e-3 * float(weight.norm())
+            return None
+        now, least = float((weight - self.scale * self.codes).norm()), 1e-3 * float(weight.norm())
+        best, then = None, now
+        for tried in self._readings(weight):
+            distance = float((weight - tried.value).norm())
+            if distance < then:
+                best, then = tried, distance
+        return best if now > BETTER * then and now - then > least else None
+
+    def _readings(self, weight: Tensor) -> Iterator[Repair]:
+        scale = self.refitted(weight)
+        yield Repair("scales", scale * self.codes, {"fitted": scale})
+        if self.zero is None:
+            return
+        if (shifted := self._shifted(weight)) is not None:
+            yield shifted
+        if self.groups is not None and self.codes.dim() == 2:
+            yield from self._regrouped(weight)
+            yield from self._reordered(weight)
+
+    def _shifted(self, weight: Tensor) -> Repair | None:
+        """Other zero points, whole numbers, the scales as stored."""
+        assert self.zero is not None
+        steps = torch.where(self.scale != 0, weight / torch.where(self.scale != 0, self.scale, 1.0), self.codes)
+        by = (self._sums(self.codes - steps) / self._sums(torch.ones_like(steps))).round()
+        if not bool((by != 0).any()):
+            return None
+        counts = torch.unique(by, return_counts=True)
+        most = float(counts[0][counts[1].argmax()])
+        share = float((by == most).double().mean())
+        return Repair("zero-points", self.scale * (self.codes - by), {"by": most, "share": share})
+
+    def _regrouped(self, weight: Tensor) -> Iterator[Repair]:
+        """Inputs in other groups: each in that whose scales and zero points bring its codes nearest."""
+        assert self.groups is not None and self.zero is not None
+        count = int(self.groups.max()) + 1
+        if count < 2:
+            return
+        first = torch.stack([(self.groups == g).nonzero()[0, 0] if bool((self.groups == g).any()) else
+                             self.groups.new_zeros(()) for g in range(count)])  # fmt: skip
+        w, codes, s, z = (
+            t if self.axis == 0 else t.T for t in (weight, self.codes + self.zero, self.scale, self.zero)
+        )
+        scale, offset = s[first], (s * z)[first]
+        # |w - s (c - z)|², multiplied out, for every input and every group
+        squares = (
+            -2 * (w * codes) @ scale.T + 2 * w @ offset.T + codes.square() @ scale.square().T
+            - 2 * codes @ (scale * offset).T + offset.square().sum(1)
+        )  # fmt: skip
+        nearest = squares.argmin(1)
+        moved = int((nearest != self.groups).sum())
+        if moved:
+            value = scale[nearest] * codes - offset[nearest]
+            evidence = {"moved": moved, "of": len(nearest)}
+            yield Repair("groups", value if self.axis == 0 else value.T, evidence)
+
+    def _reordered(self, weight: Tensor) -> Iterator[Repair]:
+        """Codes in another order within words of eight, along either axis, with their zero points or without."""
+        assert self.zero is not None
+        for axis in (0, 1):
+            w, codes, s, z = (
+                t if axis == 0 else t.T for t in (weight, self.codes + self.zero, self.scale, self.zero)
+            )
+            if len(w) % WORD:
+                continue
+            ours, theirs = ((t - t.mean()).unflatten(0, (-1, WORD)) for t in (w, s * (codes - z)))
+            alike = torch.einsum("bix,bjx->ij", ours, theirs)
+            order = alike.argmax(1)
+            if len(order.unique()) != WORD or torch.equal(order, torch.arange(WORD)):
+                continue
+            places = (torch.arange(0, len(w), WORD)[:, None] + order).flatten()
+            for zero, what in ((z, "codes"), (z[places], "codes and zero points")):
+                value = s * (codes[places] - zero)
+                evidence = {"order": order.tolist(), "axis": axis, "what": what}
+                yield Repair("order", value if axis == 0 else value.T, evidence)
 
 
 def product_of(nodes: Sequence[Node], op: str) -> Node | None:
@@ -72,9 +164,11 @@ def product_of(nodes: Sequence[Node], op: str) -> Node | None:
 
 def stored_codes(graph: Graph, product: Node) -> StoredCodes | None:
     """Constant codes behind the second operand of ``product``; None without such, and where a scale is computed."""
-    node = graph.producer.get(product.proto.input[1]) if len(product.proto.input) > 1 else None
-    constants = Constants(graph)
-    if node is None or node.op != "DequantizeLinear" or node.proto.input[0] not in constants:
+    node = last = graph.producer.get(product.proto.input[1]) if len(product.proto.input) > 1 else None
+    constants, order = Constants(graph), None
+    if node is not None and node.op == "Gather":
+        node = graph.producer.get(node.proto.input[0])
+    if node is None or last is None or node.op != "DequantizeLinear" or node.proto.input[0] not in constants:
         return None
     kind = constant_type(graph, node.proto.input[0])
     arrays = [constants[name] for name in node.proto.input if name in constants]
@@ -83,18 +177,29 @@ def stored_codes(graph: Graph, product: Node) -> StoredCodes | None:
     codes, scale, *zero = (torch.from_numpy(np.asarray(array).astype(np.float64)) for array in arrays)
     attributes = {a.name: a.i for a in node.proto.attribute}
     axis, block = attributes.get("axis", 1) % max(codes.dim(), 1), attributes.get("block_size", 0)
+    shape = codes.shape
 
     def spread(part: Tensor) -> Tensor:
         if part.numel() == 1:
-            return part.reshape(()).expand_as(codes)
+            return part.reshape(()).expand(shape)
         if block:
-            return part.repeat_interleave(block, axis).narrow(axis, 0, codes.shape[axis])
-        return part.reshape([-1 if d == axis else 1 for d in range(codes.dim())]).expand_as(codes)
+            return part.repeat_interleave(block, axis).narrow(axis, 0, shape[axis])
+        return part.reshape([-1 if d == axis else 1 for d in range(len(shape))]).expand(shape)
 
-    if zero:
-        codes = codes - spread(zero[0])
+    zeros = spread(zero[0]) if zero else None
+    codes, scales = codes if zeros is None else codes - zeros, spread(scale)
+    groups = torch.arange(shape[axis]) // block if block else None
+    if last is not node:
+        behind = order_behind(graph, node)
+        if behind is None or groups is None or next((a.i for a in last.proto.attribute if a.name == "axis"), 0) != axis:
+            return None
+        order = torch.from_numpy(behind[1]).long()
+        codes, scales = codes.index_select(axis, order), scales.index_select(axis, order)
+        zeros, groups = None if zeros is None else zeros.index_select(axis, order), groups[order]
     axes = tuple(d for d in range(codes.dim()) if d != axis or scale.numel() == 1)
-    return StoredCodes(node, kind, codes, spread(scale), None if block else axes, axis, block)
+    return StoredCodes(
+        last, kind, codes, scales, None if block else axes, axis, groups, zeros, stated_bits(node)
+    )
 
 
 def is_narrow_kind(kind: int | None) -> bool:

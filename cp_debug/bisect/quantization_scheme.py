@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class Levels:
     """Axis that blocks lie along, where the file says it; None: the reduced one of a weight."""
     codec: Codec | None = None
     """Floating-point type of the levels; None: whole numbers."""
+    order: Tensor | None = field(default=None, compare=False)
+    """Place of each slice of the block axis in a sequence of whole blocks; None: blocks lie in order."""
 
     def applied(
         self, tensor: Tensor, axis: int | None, scale_margin: float = 1.0, least: tuple[float, float] = (0.0, 0.0)
@@ -34,9 +36,16 @@ class Levels:
         """
         if self.block and self.block_axis is not None and -tensor.dim() <= self.block_axis < tensor.dim():
             rows = tensor.movedim(self.block_axis, -1)
-            padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % self.block))
+            order = None if self.order is None else self.order.to(rows.device)
+            if order is not None and len(order) == rows.shape[-1]:
+                size = int(order.max()) + 1
+                padded = rows.new_zeros((*rows.shape[:-1], size + -size % self.block))
+                padded[..., order] = rows
+            else:
+                order, padded = None, torch.nn.functional.pad(rows, (0, -rows.shape[-1] % self.block))
             rounded = self._on(padded.unflatten(-1, (-1, self.block)), [-1], scale_margin).flatten(-2)
-            return rounded[..., : rows.shape[-1]].movedim(-1, self.block_axis)
+            kept = rounded[..., : rows.shape[-1]] if order is None else rounded[..., order]
+            return kept.movedim(-1, self.block_axis)
         if self.block and tensor.dim() > 1:
             rows = tensor.transpose(0, 1) if axis != 0 else tensor
             padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % self.block))

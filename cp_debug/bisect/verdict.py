@@ -51,7 +51,7 @@ def judge(
         says = f"its worst channels introduce {replay.channel_excess:.3g}× what {precision.name.upper()} explains"
         return Judgement(GUILTY, within, says + _scales(replay))
     if replay.misfit and replay.introduced > floor:
-        why = f"introduces {replay.misfit:.3g}× what it would with the scales that its weights' codes were made with"
+        why = f"introduces {replay.misfit:.3g}× what its weights' codes would, read as they were made"
         return Judgement(GUILTY, within, why)
     if replay.computed_in:
         declared = precision.name if replay.precision is None else replay.precision

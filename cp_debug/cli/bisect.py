@@ -63,13 +63,13 @@ def bisect(
         str, typer.Argument(help="A recipe (`cpdebug models`), an .onnx file, or module:callable / file.py:callable.")
     ] = "centerpoint:tiny",
     other: Annotated[
-        Path | None, typer.Argument(metavar="[TEST_MODEL]", help="A second .onnx file, as --test-model.")
+        Path | None, typer.Argument(metavar="[TEST_MODEL]", help="A second file or folder, as --test-model.")
     ] = None,
     backends: Annotated[
         str, typer.Option("--backends", "-b", help="Reference first, then the tests: ort,emu-fp8:block:acc=fp22.")
     ] = "torch,ort",
     test_model: Annotated[
-        Path | None, typer.Option(help="Another .onnx for the tests (a folder, for several components).")
+        Path | None, typer.Option(help="Another .onnx for the tests (a folder: several components, or transformers).")
     ] = None,
     test_tensors: Annotated[
         Path | None,
@@ -138,13 +138,16 @@ def bisect(
     from cp_debug.backends.spec import BackendSpec, parse_backends
     from cp_debug.cli.console import command_line, console, errors, show, steps
     from cp_debug.errors import InputError
+    from cp_debug.recipes.registry import is_folder
 
     if other is not None and test_model is not None:
         raise InputError(
             f"--test-model: {test_model}, while {other} is given as the second model; expected one of them"
         )
     test_model = test_model or other
-    if other is not None and backends == "torch,ort" and model.endswith(".onnx"):
+    folder = test_model is not None and is_folder(test_model)
+    two = other is not None and (model.endswith(".onnx") or (folder and is_folder(Path(model))))
+    if two and backends == "torch,ort":
         backends = "ort,ort"  # two files: the question is what differs between them, not between runtimes
     differs = test_model is not None or test_checkpoint is not None or test_train_mode or test_out_of_place
     dumped = test_tensors is not None
@@ -234,8 +237,9 @@ def bisect(
                 inputs_given=inputs is not None,
             )
             opened_backends = [*opened_backends, dump]
+        test = load_model(str(test_model), reading=how) if folder else test_model
         result = run(
-            subject, opened_backends, test_model=test_model, options=options, on_step=on_step, on_say=said_before
+            subject, opened_backends, test_model=test, options=options, on_step=on_step, on_say=said_before
         )
         result.command = command_line()
         if html:

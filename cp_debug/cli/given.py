@@ -33,19 +33,22 @@ def check_given(
     ``truth``: whether every sample must have ground truth. Raises InputError for the first file that cannot be used;
     where it is one of the inputs, starting with ``flag``, which named them; and for a text that names no model.
     """
-    from cp_debug.recipes.registry import kind_of
+    from cp_debug.recipes.registry import is_folder, kind_of
 
     if kind_of(model) == "callable":
         _check_source(model.rpartition(":")[0])
-    if kind_of(model) == "transformers":
+    folders = [Path(model)] if kind_of(model) == "transformers" else []
+    if test_model is not None and is_folder(test_model):
+        folders.append(test_model)
+    for folder in folders:
         from cp_debug.recipes.transformers_folder import check_folder
 
-        check_folder(Path(model))
+        check_folder(folder)
     if checkpoint is not None and not checkpoint.is_dir():
         check_file(checkpoint, "checkpoint")
     opened: list[Graph] = []
     graphs = [Path(model)] if model.endswith(".onnx") else []
-    if test_model is not None:
+    if test_model is not None and test_model not in folders:
         graphs += sorted(test_model.glob("*.onnx")) if test_model.is_dir() else [test_model]
     if graphs:
         from cp_debug.graph.graph import Graph

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.narrow_types import FIRST_OPSET
+from cp_debug.graph.narrow_types import BITS, FIRST_OPSET
 from cp_debug.graph.qdq import own_named, raised
 from cp_debug.graph.surgery import save, unused_names
 
@@ -29,6 +29,7 @@ _CODES = {
     TensorProto.FLOAT4E2M1: ml_dtypes.float4_e2m1fn,
     TensorProto.INT4: ml_dtypes.int4,
     TensorProto.UINT4: ml_dtypes.uint4,
+    TensorProto.UINT8: np.uint8,
 }
 _LARGEST = {TensorProto.FLOAT8E4M3FN: 448.0, TensorProto.FLOAT8E5M2: 57344.0, TensorProto.FLOAT4E2M1: 6.0}
 _BLOCK_OPSET = 21
@@ -53,6 +54,10 @@ class StoredWeight:
     """Zero points in the shape of ``scale``; None: 0."""
     coarse: float | None = None
     """FP32 scale of the tensor, where ``scale`` holds numbers of E4M3 to be multiplied by it (NVFP4)."""
+    bits: int | None = None
+    """Bits that the codes were made for, where ``kind`` has more; written as metadata of the node."""
+    order: np.ndarray | None = None
+    """int64 [length of ``axis`` in the layer], the place in ``codes`` of each slice; None: in order."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class NarrowLayer:
 def needed_opset(layers: Mapping[str, NarrowLayer]) -> int:
     """The oldest opset in which these layers can be written."""
     parts = [part for layer in layers.values() for part in (layer.weight, layer.data) if part is not None]
-    return max((max(FIRST_OPSET[part.kind], _BLOCK_OPSET if part.block else 0) for part in parts), default=19)
+    return max((max(FIRST_OPSET.get(part.kind, 19), _BLOCK_OPSET if part.block else 0) for part in parts), default=19)
 
 
 def insert_narrow_qdq(graph: Graph, layers: Mapping[str, NarrowLayer], target: Path, what: str) -> Path:
@@ -148,7 +153,7 @@ class _NarrowSurgery:
         key = (value, weight.codes.tobytes(), weight.axis, weight.block)
         if key in self.made:
             return self.made[key]
-        codes = nodes.constant(f"{value}__codes", weight.codes.astype(_CODES[weight.kind]))
+        codes = nodes.constant(f"{value}__codes", weight.codes.astype(_CODES[weight.kind], copy=False))
         scale = weight.scale.astype(np.float32)
         along = {"axis": weight.axis} if scale.ndim else {}
         if weight.block:
@@ -164,8 +169,14 @@ class _NarrowSurgery:
             zero = [nodes.constant(f"{value}__zero_point", weight.zero.astype(_CODES[weight.kind]))]
         elif weight.coarse is None:
             zero = [nodes.constant(f"{value}__zero_point", np.zeros(scale.shape, _CODES[weight.kind]))]
-        self.made[key] = nodes.add("DequantizeLinear", [codes, scales, *zero], f"{value}__dequantized", **along)
-        return self.made[key]
+        whole = nodes.add("DequantizeLinear", [codes, scales, *zero], f"{value}__dequantized", **along)
+        if weight.bits is not None:
+            helper.set_metadata_props(nodes.made[-1], {BITS: str(weight.bits)})
+        if weight.order is not None:
+            order = nodes.integers(f"{value}__order", weight.order)
+            whole = nodes.add("Gather", [whole, order], f"{value}__in_order", axis=weight.axis)
+        self.made[key] = whole
+        return whole
 
     def _data(self, value: str, data: DataCodes, nodes: _Nodes) -> str:
         codes, result = f"{value}__codes", f"{value}__dequantized"
@@ -250,7 +261,7 @@ class _Nodes:
         self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
         return name
 
-    def integers(self, wish: str, numbers: list[int]) -> str:
+    def integers(self, wish: str, numbers: list[int] | np.ndarray) -> str:
         return self.constant(wish, np.asarray(numbers, np.int64))
 
     def number(self, wish: str, number: float) -> str:

@@ -23,6 +23,8 @@ FIRST_OPSET = {
     TensorProto.FLOAT4E2M1: 23,
 }
 """ONNX opset since which QuantizeLinear and DequantizeLinear take a type."""
+BITS = "cpdebug.bits"
+"""Metadata of a DequantizeLinear whose codes were made for fewer bits than their type has."""
 _NAMES = {**FP8, TensorProto.INT4: "INT4", TensorProto.UINT4: "UINT4", TensorProto.FLOAT4E2M1: "FLOAT4E2M1"}
 
 
@@ -62,6 +64,22 @@ def narrow_kinds(graph: Graph) -> set[str]:
     check_narrow_types(graph)
     kinds = {TensorProto.INT4: "INT4", TensorProto.UINT4: "INT4", TensorProto.FLOAT4E2M1: "FP4"}
     return {kinds.get(kind, "FP8") for _, kind in quantizers(graph)}
+
+
+def stated_bits(node: Node) -> int | None:
+    """Bits that a DequantizeLinear's codes were made for, where it says so."""
+    said = next((entry.value for entry in node.proto.metadata_props if entry.key == BITS), "")
+    return int(said) if said.isdecimal() and 0 < int(said) <= 16 else None
+
+
+def order_behind(graph: Graph, dequantizer: Node) -> tuple[Node, np.ndarray] | None:
+    """The Gather that puts slices of a dequantized weight in another order, and its indices; None without one."""
+    readers = graph.consumers.get(dequantizer.outputs[0], [])
+    if len(readers) != 1 or readers[0].op != "Gather" or readers[0].proto.input[0] != dequantizer.outputs[0]:
+        return None
+    name = readers[0].proto.input[1]
+    order = graph.initializer(name) if name in graph.initializers else None
+    return (readers[0], order) if order is not None and order.ndim == 1 and order.size else None
 
 
 def quantizers(graph: Graph) -> Iterator[tuple[Node, int]]:

@@ -98,7 +98,7 @@ def kind_of(text: str) -> Literal["onnx", "program", "transformers", "centerpoin
         return "onnx"
     if Path(text).suffix in PROGRAMS:
         return "program"
-    if (Path(text) / "config.json").is_file():
+    if is_folder(Path(text)):
         return "transformers"
     if text.endswith(".ort"):
         raise InputError(
@@ -118,6 +118,11 @@ def kind_of(text: str) -> Literal["onnx", "program", "transformers", "centerpoin
     near = difflib.get_close_matches(text, names, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise InputError(f"MODEL: {text!r} is not a recipe, an .onnx or .pt2 file or module:callable{hint}")
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder of transformers, which holds its configuration."""
+    return (path / "config.json").is_file()
 
 
 def known_models() -> list[tuple[str, str]]:

@@ -39,11 +39,6 @@ def check_folder(path: Path) -> None:
         weight_files(path)
 
 
-def is_folder(path: Path) -> bool:
-    """Whether a path is a folder of transformers."""
-    return (path / "config.json").is_file()
-
-
 def load_folder(path: Path) -> TorchModel:
     """The model of a folder, in FP32 with plain attention, and example inputs that fit its configuration.
 

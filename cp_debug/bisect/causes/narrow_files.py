@@ -13,7 +13,7 @@ from torch import Tensor
 from cp_debug.backends.codecs import E2M1, E4M3, E5M2, Codec
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.causes.segment import as_double
-from cp_debug.bisect.file_weights import BETTER, OFF, StoredCodes, is_narrow_kind, product_of, stored_codes
+from cp_debug.bisect.file_weights import BETTER, OFF, Repair, StoredCodes, is_narrow_kind, product_of, stored_codes
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.probes.distance import relative_l2
@@ -57,10 +57,10 @@ def wrong_scale(
 
     now, found = error({}), []
     stored = stored_codes(graph, twin)
-    if stored is not None and is_narrow_kind(stored.kind) and weight is not None and stored.misfits(weight):
-        fitted = stored.refitted(weight)
-        value = (fitted * stored.codes).to(executor.arithmetic.held(torch.float32))
-        found.append((error({stored.dequantizer.outputs[0]: value}), _of_weight(stored, fitted)))
+    narrow = stored is not None and (is_narrow_kind(stored.kind) or stored.bits is not None)
+    if stored is not None and narrow and weight is not None and (repair := stored.repair(weight)) is not None:
+        value = repair.value.to(executor.arithmetic.held(torch.float32))
+        found.append((error({stored.dequantizer.outputs[0]: value}), _of_weight(stored, repair)))
     data = _data(graph, twin)
     if data is not None:
         quantizer, dequantizer, kind, scale = data
@@ -91,8 +91,36 @@ def _data(graph: Graph, product: Node) -> tuple[Node, Node, int, float] | None:
     return (quantizer, dequantizer, kind, float(np.ravel(constants[scale])[0])) if kind in _CODECS else None
 
 
-def _of_weight(stored: StoredCodes, fitted: Tensor) -> WrongScale:
-    family = _FAMILIES[stored.kind]
+def _of_weight(stored: StoredCodes, repair: Repair) -> WrongScale:
+    family = f"int{stored.bits}" if stored.bits is not None else _FAMILIES[stored.kind]
+    name = "int4-weights" if family.startswith("int") else f"{family}-weights"
+    if repair.kind == "scales":
+        says, evidence = _scales(stored, repair.evidence["fitted"], family)
+        fix = "store the scales with which the weights of {layers} were rounded, in their order, or quantize them again"
+        return WrongScale(name, says, fix, evidence)
+    evidence = {"wrong": repair.kind, **repair.evidence}
+    if repair.kind == "zero-points":
+        says, fix = _zero_points(repair.evidence), "store the zero points of {layers} as their format has them: GPTQ's "
+        return WrongScale(name, says, fix + "first format stores them minus 1, gptq_v2 and AWQ as they are", evidence)
+    if repair.kind == "groups":
+        moved, of = repair.evidence["moved"], repair.evidence["of"]
+        says = f"{moved} of {of} inputs are in other groups than those that their {family.upper()} codes were made in"
+        fix = "keep g_idx of {layers}, which says the group of each input (desc_act), or quantize without it"
+        return WrongScale(name, says, fix, evidence)
+    what, order, along = repair.evidence["what"], repair.evidence["order"], repair.evidence["axis"]
+    says = f"its {family.upper()} {what} lie in another order within words of eight along axis {along}: {order}"
+    fix = "unpack the words of {layers} in the order of their format: AWQ's is 0, 2, 4, 6, 1, 3, 5, 7, GPTQ's is plain"
+    return WrongScale(name, says, fix, evidence)
+
+
+def _zero_points(evidence: Mapping[str, Any]) -> str:
+    by, share = evidence["by"], evidence["share"]
+    if by and share > 1 - OFF:
+        return f"its zero points are {abs(by):g} too {'small' if by > 0 else 'large'}"
+    return f"{1 - share if not by else 1.0:.0%} of its zero points are not those that its codes were made with"
+
+
+def _scales(stored: StoredCodes, fitted: Tensor, family: str) -> tuple[str, dict[str, Any]]:
     ratios = (stored.scale / fitted).abs()
     told = stored.codes != 0
     wrong = ((ratios - 1).abs() > OFF) & told
@@ -106,9 +134,7 @@ def _of_weight(stored: StoredCodes, fitted: Tensor) -> WrongScale:
     says = (
         f"the {family.upper()} scales of {share:.0%} of its weights are {times} those that their codes were made with"
     )
-    evidence = {"share": share, "low": low, "high": high}
-    fix = "store the scales with which the weights of {layers} were rounded, in their order, or quantize them again"
-    return WrongScale(f"{family}-weights", says, fix, evidence)
+    return says, {"share": share, "low": low, "high": high}
 
 
 def _of_data(x: Tensor, codec: Codec, kind: int, scale: float, needed: float) -> WrongScale:
