@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from extras import needs
+from safetensors.torch import load_file, save_file
 from test_cli import run
+from test_packed_weights import GPTQ, gptq, quantized
 
 
 def folder(path: Path, **config: object) -> Path:
@@ -67,3 +71,64 @@ def test_a_model_is_bisected(kind: str, tmp_path: Path) -> None:
     code, text = run("bisect", tmp_path / "net", "-b", "torch,ort")
     assert code == 0, text
     assert "1 of 1 outputs" in text
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small decoder in floats, and packed by GPTQ with groups in another order."""
+    import transformers
+
+    parent, test = (tmp_path_factory.mktemp("folders") / name for name in ("floats", "gptq"))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=1, vocab_size=50, max_position_embeddings=12)
+    model = transformers.LlamaForCausalLM(config)
+    for folder in (parent, test):
+        model.save_pretrained(folder)
+    state = load_file(test / "model.safetensors")
+    for name in [name for name in state if name.endswith("_proj.weight")]:
+        weight = np.ascontiguousarray(state.pop(name).numpy().T)
+        order = np.random.default_rng(len(state)).permutation(len(weight)) // 16
+        made = gptq(quantized(weight, 4, order=order))
+        state |= {f"{name.removesuffix('.weight')}.{end}": torch.from_numpy(array) for end, array in made.items()}
+    save_file(state, test / "model.safetensors")
+    _configured(test, quantization_config=GPTQ | {"desc_act": True})
+    return parent, test
+
+
+def _configured(path: Path, **changes: object) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+
+
+@needs("transformers")
+@pytest.mark.slow
+def test_a_packed_folder_is_compared_with_its_parent(packed: tuple[Path, Path]) -> None:
+    parent, test = packed
+    code, text = run("bisect", test, "-b", "torch,ort")
+    assert code == 0, text
+    assert "agrees within rtol 0.0001" in text
+    code, text = run("bisect", parent, test, "--rtol", "0.5", "--atol", "0.5")
+    assert code == 0, text
+    assert "every layer, given its own inputs, agrees with what its scales say" in text
+    _configured(test, quantization_config=GPTQ | {"desc_act": True, "checkpoint_format": "gptq_v2"})
+    code, text = run("bisect", parent, test)
+    _configured(test, quantization_config=GPTQ | {"desc_act": True})
+    assert code == 1, text
+    assert "7 layers (MatMul): its zero points are 1 too small" in text
+
+
+@needs("transformers")
+def test_a_packed_folder_that_does_not_fit_its_model(packed: tuple[Path, Path], tmp_path: Path) -> None:
+    whole = load_file(packed[1] / "model.safetensors")
+    for name, changes, message in (
+        ("lacks", {"model.norm.weight": None}, "holds no model.norm.weight, which LlamaForCausalLM has"),
+        ("more", {"intermediate_size": 128}, "gate_proj"),
+    ):
+        path = tmp_path / name
+        path.mkdir()
+        save_file({n: t for n, t in whole.items() if n not in changes}, path / "model.safetensors")
+        (path / "config.json").write_text((packed[1] / "config.json").read_text())
+        _configured(path, **{key: value for key, value in changes.items() if value is not None})
+        code, text = run("bisect", path)
+        assert (code, message in text) == (2, True), text

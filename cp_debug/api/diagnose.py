@@ -40,10 +40,11 @@ def diagnose(
     """Run a model on several backends, compare them layer by layer, and name the layers that introduce an error.
 
     ``model`` and ``test_model`` (another model for the tests): the path of an ``.onnx``, ``.pt2`` or TorchScript file,
-    a folder of transformers, an ``onnx.ModelProto``, a ``torch.nn.Module``, ``ScriptModule`` or ``ExportedProgram``, a function of tensors, a
-    recipe's name (``centerpoint:tiny``) or ``file.py:callable``. ``backends``: the reference and the tests, as on the
-    command line. ``inputs``: tensors or arrays (a tuple, or a mapping by name; for ONNX files also a list of
-    mappings, one a sample), or the path of a file of them; None has an ONNX file's made up from ``options.seed``.
+    or of a folder of transformers; an ``onnx.ModelProto``, a ``torch.nn.Module``, ``ScriptModule`` or
+    ``ExportedProgram``, a function of tensors, a recipe's name (``centerpoint:tiny``) or ``file.py:callable``.
+    ``backends``: the reference and the tests, as on the command line. ``inputs``: tensors or arrays (a tuple, or a
+    mapping by name; for ONNX files also a list of mappings, one a sample), or the path of a file of them; None has an
+    ONNX file's made up from ``options.seed``.
     ``test_tensors`` are the test's values instead of a run: a mapping by the names of an ONNX file's values, or the
     path of a dump (``.npy`` files in a folder, ``.npz``, safetensors, Polygraphy's JSON, ``.pb``). They were computed
     elsewhere in ``tensors_precision``, from ``inputs`` or from the inputs that the dump holds; ``channels_last``: as

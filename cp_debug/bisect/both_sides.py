@@ -97,7 +97,9 @@ class Preparation:
         reference, *tests = backends
         folder = self._options.save or scratch
         originals, changed = self._programs(first, folder, exported)
-        originals, rescaled = rescale(self._reference.model, first, originals, changed, folder)
+        # A reference that torch runs is a module, which cannot be rewritten.
+        modules = any(backend.spec.family == "torch" for backend in backends)
+        originals, rescaled = rescale(self._reference.model, first, originals, changed, folder, modules=modules)
         for note in rescaled:
             say(note)
         weights = differing_weights(originals, changed)

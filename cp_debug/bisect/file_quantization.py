@@ -191,8 +191,8 @@ class FileQuantization:
     def with_fitted_weight(
         self, target: str, known: Collection[str], given: Mapping[str, AnyTensor], op: str, weight: Tensor
     ) -> Tensor | None:
-        """Result ``target`` by the file's own nodes, with the codes of the product of ``op`` read as they come nearest to
-        ``weight`` (float64); None where that is about as near as they are, and as for ``declared``."""
+        """Result ``target`` by the file's own nodes, with the codes of the product of ``op`` read so that they come
+        nearest to ``weight`` (float64); None where that is about as near as they are, and as for ``declared``."""
         own = self._names.get(target, target)
         if own not in self._graph.producer:
             return None

@@ -113,15 +113,14 @@ class StoredCodes:
 
     def _regrouped(self, weight: Tensor) -> Iterator[Repair]:
         """Inputs in other groups: each in that whose scales and zero points bring its codes nearest."""
-        assert self.groups is not None and self.zero is not None
+        assert self.groups is not None
+        assert self.zero is not None
         count = int(self.groups.max()) + 1
         if count < 2:
             return
         first = torch.stack([(self.groups == g).nonzero()[0, 0] if bool((self.groups == g).any()) else
                              self.groups.new_zeros(()) for g in range(count)])  # fmt: skip
-        w, codes, s, z = (
-            t if self.axis == 0 else t.T for t in (weight, self.codes + self.zero, self.scale, self.zero)
-        )
+        w, codes, s, z = (t if self.axis == 0 else t.T for t in (weight, self.codes + self.zero, self.scale, self.zero))
         scale, offset = s[first], (s * z)[first]
         # |w - s (c - z)|², multiplied out, for every input and every group
         squares = (
@@ -139,12 +138,10 @@ class StoredCodes:
         """Codes in another order within words of eight, along either axis, with their zero points or without."""
         assert self.zero is not None
         for axis in (0, 1):
-            w, codes, s, z = (
-                t if axis == 0 else t.T for t in (weight, self.codes + self.zero, self.scale, self.zero)
-            )
+            w, codes, s, z = (t if axis == 0 else t.T for t in (weight, self.codes + self.zero, self.scale, self.zero))
             if len(w) % WORD:
                 continue
-            ours, theirs = ((t - t.mean()).unflatten(0, (-1, WORD)) for t in (w, s * (codes - z)))
+            ours, theirs = (_standardized(t).unflatten(0, (-1, WORD)) for t in (w, codes))
             alike = torch.einsum("bix,bjx->ij", ours, theirs)
             order = alike.argmax(1)
             if len(order.unique()) != WORD or torch.equal(order, torch.arange(WORD)):
@@ -154,6 +151,11 @@ class StoredCodes:
                 value = s * (codes[places] - zero)
                 evidence = {"order": order.tolist(), "axis": axis, "what": what}
                 yield Repair("order", value if axis == 0 else value.T, evidence)
+
+
+def _standardized(rows: Tensor) -> Tensor:
+    """Rows without their mean, of length 1: scales and zero points of a whole row make no difference."""
+    return torch.nn.functional.normalize(rows - rows.mean(1, keepdim=True), dim=1)
 
 
 def product_of(nodes: Sequence[Node], op: str) -> Node | None:
@@ -197,9 +199,7 @@ def stored_codes(graph: Graph, product: Node) -> StoredCodes | None:
         codes, scales = codes.index_select(axis, order), scales.index_select(axis, order)
         zeros, groups = None if zeros is None else zeros.index_select(axis, order), groups[order]
     axes = tuple(d for d in range(codes.dim()) if d != axis or scale.numel() == 1)
-    return StoredCodes(
-        last, kind, codes, scales, None if block else axes, axis, groups, zeros, stated_bits(node)
-    )
+    return StoredCodes(last, kind, codes, scales, None if block else axes, axis, groups, zeros, stated_bits(node))
 
 
 def is_narrow_kind(kind: int | None) -> bool:

@@ -238,9 +238,7 @@ def bisect(
             )
             opened_backends = [*opened_backends, dump]
         test = load_model(str(test_model), reading=how) if folder else test_model
-        result = run(
-            subject, opened_backends, test_model=test, options=options, on_step=on_step, on_say=said_before
-        )
+        result = run(subject, opened_backends, test_model=test, options=options, on_step=on_step, on_say=said_before)
         result.command = command_line()
         if html:
             from cp_debug.reports.page import write_page

@@ -80,6 +80,4 @@ def stored(weight: PackedWeight, *, turned: bool) -> StoredWeight:
     # Types of 4 bits allow no scale below 0, which some quantizers make.
     kind = TensorProto.UINT4 if weight.bits == 4 and (scale > 0).all() else TensorProto.UINT8
     parts = [np.ascontiguousarray(part.T) if turned else part for part in (levels, scale, zero)]
-    return StoredWeight(
-        kind, parts[0], parts[1], int(turned), block, parts[2], bits=weight.bits, order=order
-    )
+    return StoredWeight(kind, parts[0], parts[1], int(turned), block, parts[2], bits=weight.bits, order=order)

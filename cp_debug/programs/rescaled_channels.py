@@ -50,24 +50,36 @@ WIDEST = 8192
 
 
 def rescale(
-    model: Model, sample: Sample, programs: Sequence[Program], tests: Sequence[Program], folder: Path
+    model: Model,
+    sample: Sample,
+    programs: Sequence[Program],
+    tests: Sequence[Program],
+    folder: Path,
+    *,
+    modules: bool = True,
 ) -> tuple[list[Program], list[str]]:
     """``programs`` with the channels of ``tests``' scales, and a sentence for each that was rewritten, to ``folder``.
 
-    Programs of torch modules stay as they are: their layers run as they were written. A test that rescales nothing, or
-    does not take back what it scaled, leaves its reference alone.
+    Where ``modules`` run, programs of torch modules stay as they are: their layers run as they were written. A test
+    that rescales nothing, or does not take back what it scaled, leaves its reference alone.
     """
     with TemporaryDirectory(prefix="cpdebug-") as scratch:
-        return _rescale(model, sample, programs, tests, folder, Path(scratch))
+        return _rescale(model, sample, programs, tests, folder, Path(scratch), modules)
 
 
 def _rescale(
-    model: Model, sample: Sample, programs: Sequence[Program], tests: Sequence[Program], folder: Path, scratch: Path
+    model: Model,
+    sample: Sample,
+    programs: Sequence[Program],
+    tests: Sequence[Program],
+    folder: Path,
+    scratch: Path,
+    modules: bool,
 ) -> tuple[list[Program], list[str]]:
     asked = {
         p.name: _TestWeights(p.graph, t.graph, scratch / f"{p.name}.onnx")
         for p, t in zip(programs, tests, strict=True)
-        if t.graph is not p.graph and p.module is None
+        if t.graph is not p.graph and (p.module is None or not modules)
     }
     asked = {name: weights for name, weights in asked.items() if weights.start()}
     notes = [f"{name}: {_TOO_LARGE}" for name, weights in asked.items() if weights.size() > LARGEST]
@@ -80,7 +92,10 @@ def _rescale(
         graph, note = program.graph, ""
         if (run := runs.get(program.name)) is not None:
             graph, note = _rescaled(asked[program.name], run, folder, program)
-        made.append(program if graph is program.graph else replace(program, graph=graph))
+        if graph is not program.graph:
+            alignment = program.alignment and replace(program.alignment, graph_sha256=graph.digest)
+            program = replace(program, graph=graph, module=None, alignment=alignment)
+        made.append(program)
         notes += [note] if note else []
     return made, notes
 

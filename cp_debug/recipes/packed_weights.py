@@ -123,7 +123,9 @@ class _Tensors:
 
     def error(self, end: str, what: str) -> InputError:
         name = f"{self.layer}.{end}"
-        return InputError(f"MODEL: {self._names.get(name, self._names[self.layer + self.packing.marker])}: {name} {what}")
+        return InputError(
+            f"MODEL: {self._names.get(name, self._names[self.layer + self.packing.marker])}: {name} {what}"
+        )
 
     def has(self, end: str) -> bool:
         return f"{self.layer}.{end}" in self._names
@@ -174,7 +176,9 @@ class _Tensors:
             raise self.error(end, "is missing, though the configuration says that groups are in another order")
         if -(-inputs // size) != groups:
             scales = "weight_scale" if self.packing.method == "compressed-tensors" else "scales"
-            raise self.error(scales, f"holds {groups} groups; {inputs} inputs in groups of {size} are {-(-inputs // size)}")
+            raise self.error(
+                scales, f"holds {groups} groups; {inputs} inputs in groups of {size} are {-(-inputs // size)}"
+            )
         if self.packing.method != "gptq" and inputs % size:
             raise self.error(self.packing.marker[1:], f"has {inputs} inputs; groups of {size} do not divide them")
         return np.arange(inputs) // size

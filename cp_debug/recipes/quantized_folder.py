@@ -1,4 +1,4 @@
-"""Folders whose linear layers are packed into few bits, by GPTQ, AWQ or compressed-tensors, read without their packages.
+"""Folders whose linear layers GPTQ, AWQ or compressed-tensors packed into few bits, read without these packages.
 
 The configuration says how (``quantization_config`` of ``config.json``, as transformers has it; AutoGPTQ's own
 ``quantize_config.json``). Every packed weight is unpacked into floats; nothing else of the folder changes.
@@ -69,24 +69,29 @@ def _compressed(said: Mapping[str, Any], where: str) -> Packing:
         raise InputError(f"MODEL: {where}.format is {said.get('format')!r}; expected pack-quantized")
     groups = said.get("config_groups")
     chosen = list(groups.values()) if isinstance(groups, dict) else []
-    weights = [g.get("weights") if isinstance(g, dict) else None for g in chosen]
-    if len(weights) != 1 or not isinstance(weights[0], dict):
+    group = chosen[0] if len(chosen) == 1 and isinstance(chosen[0], dict) else {}
+    weight = group.get("weights")
+    if not isinstance(groups, dict) or not isinstance(weight, dict):
         raise InputError(f"MODEL: {where}.config_groups holds {len(chosen)} groups; expected one, with weights")
-    if chosen[0].get("input_activations"):
+    if group.get("input_activations"):
         raise InputError(f"MODEL: {where}.config_groups quantizes activations; expected weights alone")
-    (weight,), place = weights, f"{where}.config_groups.{next(iter(groups))}.weights"  # type: ignore[arg-type]
+    place = f"{where}.config_groups.{next(iter(groups))}.weights"
     if weight.get("type", "int") != "int":
         raise InputError(f"MODEL: {place}.type is {weight['type']!r}; expected int")
     if weight.get("strategy") not in ("group", "channel"):
         raise InputError(f"MODEL: {place}.strategy is {weight.get('strategy')!r}; expected group or channel")
     bits = _number(weight, "num_bits", place, BITS)
-    group = -1 if weight["strategy"] == "channel" else _number(weight, "group_size", place)
-    return Packing("compressed-tensors", bits, group, reordered=weight.get("actorder") in ("group", "dynamic"))
+    size = -1 if weight["strategy"] == "channel" else _number(weight, "group_size", place)
+    return Packing("compressed-tensors", bits, size, reordered=weight.get("actorder") in ("group", "dynamic"))
 
 
 def _number(said: Mapping[str, Any], key: str, where: str, among: tuple[int, ...] = ()) -> int:
     value = said.get(key)
-    fits = isinstance(value, int) and not isinstance(value, bool) and (value in among if among else value == -1 or value > 0)
+    fits = (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and (value in among if among else value == -1 or value > 0)
+    )
     if not fits:
         expected = f"one of {', '.join(map(str, among))}" if among else "a number above 0, or -1"
         raise InputError(f"MODEL: {where}.{key} is {value!r}; expected {expected}")
@@ -103,7 +108,9 @@ def weight_files(path: Path) -> list[Path]:
         found = sorted(path.glob("*.safetensors"))
         whole = [file for file in found if file.name == "model.safetensors"]
         if len(found) > 1 and not whole:
-            raise InputError(f"MODEL: {path}: {len(found)} .safetensors files and no {INDEX}, which says what is in which")
+            raise InputError(
+                f"MODEL: {path}: {len(found)} .safetensors files and no {INDEX}, which says what is in which"
+            )
         return whole or found
     mapped = read_json(index, what="index")
     names = mapped.get("weight_map") if isinstance(mapped, dict) else None
@@ -136,7 +143,9 @@ def read_state(path: Path, packing: Packing) -> tuple[dict[str, Tensor], dict[st
 
         layers = sorted(name.removesuffix(packing.marker) for name in names if name.endswith(packing.marker))
         if not layers:
-            raise InputError(f"MODEL: {path}: config.json says {packing.method}, and no tensor is called *{packing.marker}")
+            raise InputError(
+                f"MODEL: {path}: config.json says {packing.method}, and no tensor is called *{packing.marker}"
+            )
         packed = {layer: unpack(layer, names, read, packing) for layer in layers}
         apart = {f"{layer}{end}" for layer in layers for end in packing.ends}
         state = {name: opened[file].get_tensor(name) for name, file in place.items() if name not in apart}

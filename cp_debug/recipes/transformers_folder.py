@@ -68,8 +68,9 @@ def load_folder(path: Path) -> TorchModel:
         if kind is not transformers.AutoModel:
             local.pop("trust_remote_code")
         how = {"config": settings, "dtype": "float32", "attn_implementation": "eager", **local}
+        packed: dict[str, PackedWeight] = {}
         if packing is None:
-            module, packed = kind.from_pretrained(path, use_safetensors=True, **how), {}
+            module = kind.from_pretrained(path, use_safetensors=True, **how)
         else:
             module, packed = _unpacked(path, packing, kind, how)
     inputs = _inputs(path, module, settings)
