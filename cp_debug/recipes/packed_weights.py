@@ -59,7 +59,7 @@ class PackedWeight:
 
 @dataclass(frozen=True)
 class Packing:
-    """How a folder's layers are packed, as its configuration says."""
+    """Packing of a folder's layers, as its configuration says it."""
 
     method: str
     """``gptq``, ``awq`` or ``compressed-tensors``."""

@@ -26,7 +26,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def packing_of(path: Path, config: Mapping[str, Any]) -> Packing | None:
-    """How a folder's layers are packed; None for a folder in floats, and for one that transformers reads by itself.
+    """Packing of a folder's layers; None for a folder in floats, and for one that transformers reads by itself.
 
     ``config``: the content of ``config.json``. Raises InputError, with the file and the field, for another method,
     format or number of bits than those that are read here.
