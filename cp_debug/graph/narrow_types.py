@@ -73,7 +73,7 @@ def stated_bits(node: Node) -> int | None:
 
 
 def order_behind(graph: Graph, dequantizer: Node) -> tuple[Node, np.ndarray] | None:
-    """The Gather that puts slices of a dequantized weight in order, and its indices, int64 [slices]; None without one."""
+    """The Gather that puts slices of a dequantized weight in order, and its int64 indices [slices]; else None."""
     readers = graph.consumers.get(dequantizer.outputs[0], [])
     if len(readers) != 1 or readers[0].op != "Gather" or readers[0].proto.input[0] != dequantizer.outputs[0]:
         return None

@@ -89,7 +89,11 @@ def _unpacked(path: Path, packing: Packing, kind: Any, how: dict[str, Any]) -> t
     settings = how["config"]
     if hasattr(settings, "quantization_config"):
         del settings.quantization_config  # it would ask for the quantizer's own package
-    module, report = kind.from_pretrained(None, state_dict=state, output_loading_info=True, **how)
+    loading = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported, and refused below
+    module, report = kind.from_pretrained(None, state_dict=state, **loading, **how)
+    for name, shape, own in sorted(report["mismatched_keys"], key=str):
+        text = f"holds {name} with the shape {list(shape)}; config.json makes it {list(own)}"
+        raise InputError(f"MODEL: {path}: {text}")
     if missing := sorted(report["missing_keys"]):
         raise InputError(f"MODEL: {path}: holds no {missing[0]}, which {type(module).__name__} has")
     if unknown := sorted({f"{layer}.weight" for layer in packed} & {*report["unexpected_keys"]}):
