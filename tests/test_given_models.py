@@ -84,3 +84,27 @@ def test_given_samples_are_all_that_changes() -> None:
     other = Sample({}, "other")
     assert list(with_samples(chosen, [other]).samples(1, 0, None)) == [other]
     assert list(chosen.samples(1, 0, None)) == [sample]
+
+
+@pytest.mark.parametrize(
+    ("line", "refused"), [("if not self.done: self.a.weight.data.mul_(2)", False), ("self.a.weight.data.mul_(2)", True)]
+)
+def test_a_forward_that_changes_its_own_weights_each_time_is_refused(tmp_path: Path, line: str, refused: bool) -> None:
+    file = tmp_path / "own_weights.py"
+    file.write_text(f"""
+import torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.done = torch.nn.Linear(4, 4), False
+    def forward(self, x):
+        {line}
+        self.done = True
+        return self.a(x)
+def build(): return Net(), torch.ones(2, 4)
+""")
+    if refused:
+        with pytest.raises(InputError, match=r"each forward changes its weight 'a.weight', so no two runs"):
+            load_callable(f"{file}:build")
+    else:
+        load_callable(f"{file}:build")

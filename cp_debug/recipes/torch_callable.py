@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -192,7 +193,11 @@ def _output_names(name: str, module: torch.nn.Module, tensors: Sequence[torch.Te
         return names
     try:
         with torch.no_grad():
+            before = _weights(module)
             outputs = flatten_outputs(module(*tensors))
+            if changed := _changed(before, once := _weights(module)):
+                module(*tensors)  # what a first forward prepares for all others is no harm
+                changed = _changed(once, _weights(module))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the user's forward may raise anything; a trace knows in which module
@@ -203,6 +208,10 @@ def _output_names(name: str, module: torch.nn.Module, tensors: Sequence[torch.Te
             failed.args = ("; ".join(filter(None, (str(failed), remark))),)
             raise
         raise ModuleFailed(f"MODEL: {name}: forward raised {_first_line(error)}") from error
+    if changed:
+        raise InputError(
+            f"MODEL: {name}: each forward changes its weight {changed!r}, so no two runs are of one network"
+        )
     if not outputs:
         raise InputError(f"MODEL: {name}: forward returned no tensor; expected a tensor, or some in a container")
     for key, tensor in outputs.items():
@@ -211,6 +220,23 @@ def _output_names(name: str, module: torch.nn.Module, tensors: Sequence[torch.Te
             text = f"{kind} {tensor.dtype} on {tensor.device}"
             raise InputError(f"MODEL: {name}: forward returned {key!r} as {text}; expected dense tensors")
     return list(outputs)
+
+
+def _weights(module: nn.Module) -> dict[str, tuple[float, float]]:
+    """Sum and norm of each parameter that has numbers, by which a change of its values is told."""
+    told = {}
+    for name, weight in module.named_parameters():
+        plain = type(weight) is nn.Parameter and is_dense(weight) and weight.numel()
+        if plain and weight.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            norm = torch.linalg.vector_norm(weight, dtype=torch.float64)
+            told[name] = (float(weight.sum(dtype=torch.float64)), float(norm))
+    return told
+
+
+def _changed(before: Mapping[str, tuple[float, float]], after: Mapping[str, tuple[float, float]]) -> str | None:
+    """The first parameter of other values. NaN is no change."""
+    plain = {name: told for name, told in after.items() if not any(map(math.isnan, told))}
+    return next((name for name, told in plain.items() if told != before.get(name, told)), None)
 
 
 def _names_alone(module: nn.Module, tensors: Sequence[torch.Tensor]) -> list[str] | None:
