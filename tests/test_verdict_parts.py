@@ -29,6 +29,7 @@ from cp_debug.bisect.result_diff import LayerState, TestDiff
 from cp_debug.errors import InputError
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.input_values import ways
 from cp_debug.graph.integer_values import unscaled_levels
 from cp_debug.probes.distance import distance, relative_l2
 from cp_debug.probes.statistics_cuda import source_of
@@ -297,3 +298,38 @@ def test_a_difference_of_two_results_in_a_sentence(agrees: tuple[bool, bool], sa
     diff = TestDiff("ort", "ort", agrees, [], [], [], [], 7)
     assert diff.says == f"{said}; layers: none changed, 7 as before"
     assert diff.worse == (agrees == (True, False))
+
+
+# Made-up inputs -----------------------------------------------------------------------------------------------------
+
+
+def made(folder: Path, op: str, kind: int = TensorProto.FLOAT, **attributes: Any) -> np.ndarray:
+    """What is made up first for an input of 64 elements that ``op`` reads."""
+    net = NetBuilder()
+    net.op(op, "x", name="y", **attributes)
+    graph = Graph(net.save(folder / "n.onnx", {"x": (kind, [4, 16])}, ["y"]))
+    way = ways(graph, graph.inputs[0]).ways[0]
+    return np.asarray(way.make(np.random.default_rng(0), (4, 16), 99))
+
+
+@pytest.mark.parametrize(
+    ("op", "low", "high"),
+    [("Log", 0, np.inf), ("Sqrt", 0, np.inf), ("Acosh", 1, np.inf), ("Atanh", -1, 1), ("Asin", -1, 1), ("Acos", -1, 1)],
+)
+def test_made_up_numbers_lie_where_the_function_has_a_value(tmp_path: Path, op: str, low: float, high: float) -> None:
+    values = made(tmp_path, op)
+    assert ((low < values) & (values < high)).all()
+    assert len(np.unique(values)) == 64  # they differ
+
+
+def test_made_up_integers_fill_the_range_of_their_type(tmp_path: Path) -> None:
+    for kind, low, high in (
+        (TensorProto.INT8, -128, 127),
+        (TensorProto.UINT8, 0, 255),
+        (TensorProto.INT16, -32768, 32767),
+    ):
+        values = made(tmp_path, "Identity", kind)
+        assert (values >= low).all()
+        assert (values <= high).all()
+        assert values.max() - values.min() > 0.7 * (high - low)
+    assert set(np.unique(made(tmp_path, "Not", TensorProto.BOOL))) == {0, 1}
