@@ -50,13 +50,15 @@ class Noted:
         self.over = False
         self._known = known or {}
         self._begun = 0.0
-        self._end = spent() + seconds
+        self._seconds = seconds
+        self._end = 0.0
 
     def pytest_runtest_setup(self, item: Any) -> None:
         """End before the first test that begins too late."""
         import pytest
 
         self._begun = spent()
+        self._end = self._end or self._begun + self._seconds  # without the collection
         if self._begun > self._end:
             self.over = True
             pytest.exit("the time is over", returncode=0)
@@ -98,6 +100,7 @@ class Collected:
         """Serve until the input ends."""
         self._items = {item.nodeid: item for item in session.items}
         self._parts = Parts()
+        warm()
         gc.freeze()  # a fork does not visit, and so copy, what it will not free
         serve(self._run, self._out)
         return True
@@ -120,6 +123,19 @@ class Collected:
                     break
         outcome = "killed" if noted.test else "undecided" if noted.over else "survived"
         return {"outcome": outcome, "by": noted.test, "durations": noted.durations}
+
+
+def warm() -> None:
+    """Have compiled what most tests use, so that not every fork compiles it."""
+    import numpy as np
+
+    from cp_debug.probes.distance import distance
+    from cp_debug.probes.statistics import compare
+
+    for kind in (np.float32, np.float64):
+        array = np.linspace(0, 1, 1 << 17, dtype=kind)
+        compare(array, array[::-1].copy())
+        distance(array, array[::-1].copy())
 
 
 class Parts:

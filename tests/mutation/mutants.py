@@ -311,7 +311,8 @@ class Worker:
                 _forget(path)
             if outcome.outcome != "killed" or outcome.by not in run or self._passes(outcome.by, limit):
                 break
-            self._broken.add(outcome.by)  # it fails here without any mutant, too
+            self._broken.add(outcome.by)
+            print(f"fails without any mutant, and is left out: {outcome.by}", flush=True)
         if outcome.outcome == "survived" and len(run) < len(tests) - len(self._broken):
             outcome.outcome = "undecided"
         outcome.tests, outcome.seconds = len(run), round(time.monotonic() - begun, 2)
@@ -333,8 +334,8 @@ class Worker:
 
 
 def _of_few_files(tests: list[str]) -> list[str]:
-    """The first tests, of at most 8 files: to collect more takes longer than they run."""
-    files = list(dict.fromkeys(t.partition("::")[0] for t in tests))[:8]
+    """The first tests, of at most 5 files: to collect more takes longer than they run."""
+    files = list(dict.fromkeys(t.partition("::")[0] for t in tests))[:5]
     return [t for t in tests if t.partition("::")[0] in files]
 
 
