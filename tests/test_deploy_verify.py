@@ -121,6 +121,7 @@ def test_a_reference_of_two_scenarios_runs_each_sample_once(deployed: Path, monk
         assert {**scenario.to_dict(), "seconds": 0} == {**alone.to_dict(), "seconds": 0}
 
 
+@pytest.mark.slow
 def test_a_deployment_of_broken_files_fails_in_page_and_exit_code(broken: Path, tmp_path: Path) -> None:
     folder = tmp_path / "work"
     folder.mkdir()

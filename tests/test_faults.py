@@ -18,11 +18,9 @@ from cp_debug.cli.main import app
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 
-QUICK = ("fp16-underflow",)
-"""A model in a narrower type; the rest are slow, and so is the demo that runs another."""
 
-
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAULTS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
 def test_the_fault_is_found_exactly(name: str) -> None:
     seeded = FAULTS[name].seed()
     result = bisect(seeded.model, seeded.backends, test_model=seeded.test_model)

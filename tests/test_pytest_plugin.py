@@ -24,6 +24,7 @@ def test_other(assert_agree):
 """
 
 
+@pytest.mark.slow
 def test_the_fixture_and_the_kept_report(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     second_like(pytester.path / "a.onnx", depth=1, size=8)
