@@ -6,12 +6,15 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-
-from cp_debug.cli.guard import guarded
+from typing import NoReturn
 
 
 def main() -> None:
     """Run the command line, and end with its exit code, also where a library ends the process."""
+    try:
+        from cp_debug.cli.guard import guarded
+    except KeyboardInterrupt:
+        _interrupted()
     guarded(run)
 
 
@@ -20,12 +23,16 @@ def run() -> None:
     try:
         from cp_debug.cli.main import main as command_line
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _interrupted()
     try:
         command_line()
     finally:
         _end()
+
+
+def _interrupted() -> NoReturn:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 
 def _end() -> None:

@@ -141,3 +141,15 @@ main()
     assert process.stderr == (
         "error: a library ended the process (SIGABRT) while onnx inferred the shapes of net.onnx: nothing was decided\n"
     )
+
+
+def test_ctrl_c_before_the_command_begins_says_so() -> None:
+    script = """
+import os, signal
+from cp_debug.cli import guard
+
+guard._die_with = lambda parent: os.kill(os.getpid(), signal.SIGINT)  # while it is blocked
+guard.guarded(lambda: print("ran"))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -84,11 +84,19 @@ def _report_to(pipe: int) -> None:
     sys.addaudithook(hook)
 
 
-def _run(command: Callable[[], Any], pipe: int) -> None:
-    """Run the command, tell the pipe its exit code, and end as it does."""
+def _run(command: Callable[[], Any], pipe: int, unblocked: Collection[Any]) -> None:
+    """Run the command, tell the pipe its exit code, and end as it does.
+
+    ``unblocked``: the mask of signals from before; Ctrl-C may have come meanwhile.
+    """
     code: Any = 0
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         command()
+    except KeyboardInterrupt:  # outside of what the command does about it
+        code = 128 + signal.SIGINT
+        print("interrupted", file=sys.stderr)
+        sys.exit(code)
     except SystemExit as end:
         code = end.code
         raise
