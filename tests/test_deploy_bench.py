@@ -126,6 +126,22 @@ def test_unsound_folders_are_refused(built: tuple[Path, list[Program]], tmp_path
         check_engines(folder, programs, VERSIONS)
 
 
+def test_a_build_that_fails_leaves_the_folder_as_it_was(built: tuple[Path, list[Program]], tmp_path: Path) -> None:
+    class FailsAtTheSecond(FakeBackend):
+        def open(self, program: Program) -> SimpleNamespace:
+            if program.name == "b":
+                raise InputError("TensorRT cannot build it")
+            return super().open(program)
+
+    folder, programs = built
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises(InputError, match="TensorRT cannot build it"):
+            build_engines(programs, FailsAtTheSecond(tmp_path), target)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"engines"}
+
+
 def test_engine_files_run_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CPDEBUG_TRT_PYTHON", raising=False)
     install("10.3.0", monkeypatch)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.errors import InputError
-from cp_debug.files import complete_path, file_hash, write_text
+from cp_debug.files import complete_folder, file_hash, write_text
 from cp_debug.reading import read_json, typed, within
 
 if TYPE_CHECKING:
@@ -53,37 +53,37 @@ def build_engines(
 
     ``backend`` is a TensorRT backend with a profile for every dynamic input; ``files``: component → another file name.
     Raises InputError where a profile is missing, a node to keep in FP32 is not there, TensorRT refuses a graph, or no
-    layer of any engine runs in the precision asked for; there is no manifest then.
+    layer of any engine runs in the precision asked for; the folder then stays as it was.
     """
     from cp_debug.programs.pipeline import check_profiles_of, check_realised, with_kept
 
     backend = with_kept(backend, programs)
     check_profiles_of(backend, programs)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
     built, infos = [], []
-    for place, program in enumerate(programs):
-        on_step(f"building {program.name}", place, len(programs))
-        session: Any = backend.open(program)
-        try:
-            engine = session.plain
-            target = folder / (files or {}).get(program.name, f"{program.name}.engine")
-            with complete_path(target) as partial:
-                shutil.copyfile(engine.path, partial)
-            info: BuildInfo = session.build_info
-        finally:
-            session.close()
-        infos.append(info)
-        seconds, realised = engine.facts["seconds"], info.realised_precision
-        built.append(BuiltEngine(program.name, target.name, file_hash(target), program.graph.digest, seconds, realised))
-    check_realised(backend, infos)
-    versions = backend.versions()
-    manifest = {
-        "schema": SCHEMA,
-        "backend": str(backend.spec),
-        **{key: versions[key] for key in MACHINE},
-        "engines": [asdict(engine_entry) for engine_entry in built],
-    }
+    with complete_folder(folder) as scratch:
+        for place, program in enumerate(programs):
+            on_step(f"building {program.name}", place, len(programs))
+            session: Any = backend.open(program)
+            try:
+                engine = session.plain
+                target = scratch / (files or {}).get(program.name, f"{program.name}.engine")
+                shutil.copyfile(engine.path, target)
+                info: BuildInfo = session.build_info
+            finally:
+                session.close()
+            infos.append(info)
+            seconds, realised = engine.facts["seconds"], info.realised_precision
+            digest = program.graph.digest
+            built.append(BuiltEngine(program.name, target.name, file_hash(target), digest, seconds, realised))
+        check_realised(backend, infos)
+        versions = backend.versions()
+        manifest = {
+            "schema": SCHEMA,
+            "backend": str(backend.spec),
+            **{key: versions[key] for key in MACHINE},
+            "engines": [asdict(engine_entry) for engine_entry in built],
+        }
+        (folder / MANIFEST).unlink(missing_ok=True)  # it describes what the new ones replace
     write_text(json.dumps(manifest, indent=1) + "\n", folder / MANIFEST)
     return built
 
