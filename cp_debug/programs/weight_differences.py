@@ -114,8 +114,12 @@ def differences_of_states(ours: Mapping[str, np.ndarray], theirs: Mapping[str, n
     Arrays may have any shape and dtype, also others on each side.
     """
     common = [name for name in ours if name in theirs]
-    changes = ((name, describe(ours[name], theirs[name])) for name in common)
-    differences = [Difference(name, name, change) for name, change in changes if change is not None]
+    differences, budget = [], DESCRIBED
+    for name in common:
+        if not np.array_equal(ours[name], theirs[name]):
+            budget -= ours[name].size
+        if (change := describe(ours[name], theirs[name], closely=budget > 0)) is not None:
+            differences.append(Difference(name, name, change))
     missing, added = [n for n in ours if n not in theirs], [n for n in theirs if n not in ours]
     return WeightDifferences(len(common), differences, missing, added)
 
