@@ -317,3 +317,13 @@ def test_channels_that_awq_scaled_are_no_fault(tmp_path: Path) -> None:
     test = compared(tmp_path, WIDE, packed)
     assert not test.guilty
     assert any("other scales between layers" in note for note in test.notes)
+
+
+def test_groups_in_another_order_are_expected_as_they_are(tmp_path: Path) -> None:
+    """Inputs with large weights have a group of their own: in groups in order the error would be far larger."""
+    pytest.importorskip("onnxruntime")
+    weights = WIDE | {"a": _outliers(WIDE["a"])}
+    packed = {"a": quantized(weights["a"], 4, order=LARGE_FIRST), "b": quantized(weights["b"], 4)}
+    [row] = [row for row in compared(tmp_path, weights, packed).rows if row.op == "MatMul"]
+    assert row.replay is not None
+    assert row.replay.excess == pytest.approx(1, abs=0.15)
