@@ -156,5 +156,6 @@ def test_tensorrt_takes_narrow_types_where_it_has_them(version: str, kind: str, 
 
 def test_kinds_of_narrow_types(tmp_path: Path) -> None:
     assert narrow_kinds(net(tmp_path, T.FLOAT8E4M3FN)) == {"FP8"}
+    assert narrow_kinds(net(tmp_path, T.FLOAT8E5M2)) == {"FLOAT8E5M2"}
     with pytest.raises(InputError, match="one FP8 type"):
         narrow_kinds(net(tmp_path, T.FLOAT8E4M3FN, weights=T.FLOAT8E5M2))

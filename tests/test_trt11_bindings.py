@@ -14,12 +14,16 @@ from test_narrow_files import net as fp8_net
 from test_regions import save_transformer
 from test_trt_runner import NODES, save_net
 
-from cp_debug.backends.tensorrt.client import BuildTimedOut, ParseFailed, RunnerClient
+from cp_debug.backends.narrow_options import NarrowOptions
+from cp_debug.backends.tensorrt.client import BuildFailed, BuildTimedOut, ParseFailed, RunnerClient
 from cp_debug.backends.tensorrt.config import decide
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.dimension_names import tell_apart
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.narrow_qdq import insert_narrow_qdq
+from cp_debug.graph.narrow_types import narrow_kinds
+from cp_debug.quantization.narrow_layers import narrow_layers
 
 pytestmark = [pytest.mark.slow, pytest.mark.tensorrt, pytest.mark.timeout(600)]
 NO_GPU = "cudaError 35"
@@ -111,6 +115,57 @@ def test_a_graph_with_quantizers_is_built(trt11: str, tmp_path: Path) -> None:
 def test_a_graph_with_fp8_quantizers_is_built(trt11: str, tmp_path: Path) -> None:
     engine, _ = build(trt11, tmp_path, fp8_net(tmp_path, onnx.TensorProto.FLOAT8E4M3FN).path, "fp32")
     assert engine.stat().st_size > 1000
+
+
+def narrow_file(folder: Path, op: str, precision: str) -> Path:
+    """A file with one layer in a narrow precision."""
+    shape, weight = ([2, 64, 6, 6], [32, 64, 3, 3]) if op == "Conv" else ([8, 256], [256, 64])
+    rng = np.random.default_rng(0)
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(op, ["x", "w"], ["y"], "m")],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(rng.standard_normal(weight).astype("f4"), "w")],
+    )
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)]), folder / "net.onnx")
+    plain, options = Graph(folder / "net.onnx"), NarrowOptions.parse(precision)
+    return insert_narrow_qdq(plain, narrow_layers(plain, options, {"m": 4.0}).layers, folder / "narrow.onnx", precision)
+
+
+@pytest.mark.parametrize(
+    ("op", "precision"),
+    [
+        *(("MatMul", "int4:sym"), ("Gemm", "int4:g64:sym"), ("MatMul", "nvfp4"), ("Gemm", "mxfp4")),
+        *(("MatMul", "fp8"), ("Conv", "fp8"), ("Conv", "fp8:channel")),
+    ],
+)
+def test_narrow_files_are_built(trt11: str, tmp_path: Path, op: str, precision: str) -> None:
+    assert build(trt11, tmp_path, narrow_file(tmp_path, op, precision), "fp32")[0].stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("op", "precision", "error", "message"),
+    [
+        ("MatMul", "int4", ParseFailed, "Failed to import initializer: w__codes"),
+        ("MatMul", "fp8:e5m2", ParseFailed, "Failed to import initializer: x__zero_point"),
+        ("Conv", "mxfp8", ParseFailed, "blocking dimension must be the last or second to last"),
+        ("MatMul", "mxfp8", BuildFailed, "is_constant"),
+        ("MatMul", "fp8:block", BuildFailed, "is_constant"),
+    ],
+)
+def test_narrow_files_that_it_does_not_take(
+    trt11: str, tmp_path: Path, op: str, precision: str, error: type[Exception], message: str
+) -> None:
+    """What the documents say of these precisions: the day that one is taken, they are to be changed."""
+    path = narrow_file(tmp_path, op, precision)
+    nodes = [[node.name, node.op, list(node.outputs)] for node in Graph(path).nodes]
+    step = {"command": "build", "onnx": str(path), "engine": str(tmp_path / "e"), "nodes": nodes, "timing_cache": None}
+    with pytest.raises(error, match=message):
+        RunnerClient(trt11).execute([{**step, **decide("fp32", "11.4.0.106").step()}])
+    if precision in ("int4", "fp8:e5m2"):
+        with pytest.raises(BackendUnavailable, match="which no TensorRT takes; it takes FLOAT8E4M3FN, INT4"):
+            decide("fp32", "11.4.0.106", narrow=narrow_kinds(Graph(path)))
 
 
 def test_dynamic_shapes_take_a_profile(trt11: str, tmp_path: Path) -> None:

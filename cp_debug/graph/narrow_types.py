@@ -57,13 +57,13 @@ def check_narrow_types(graph: Graph) -> None:
 
 
 def narrow_kinds(graph: Graph) -> set[str]:
-    """Kinds of the narrow types of a graph's Q/DQ nodes: ``FP8``, ``INT4`` (UINT4 too), ``FP4``.
+    """Kinds of the narrow types of a graph's Q/DQ nodes: ``FP8`` (E4M3), ``INT4``, ``FP4``; others by ONNX's name.
 
     Raises InputError as ``check_narrow_types`` does.
     """
     check_narrow_types(graph)
-    kinds = {TensorProto.INT4: "INT4", TensorProto.UINT4: "INT4", TensorProto.FLOAT4E2M1: "FP4"}
-    return {kinds.get(kind, "FP8") for _, kind in quantizers(graph)}
+    kinds = {TensorProto.FLOAT8E4M3FN: "FP8", TensorProto.FLOAT4E2M1: "FP4"}
+    return {kinds.get(kind, _NAMES[kind]) for _, kind in quantizers(graph)}
 
 
 def stated_bits(node: Node) -> int | None:

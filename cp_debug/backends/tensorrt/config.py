@@ -77,11 +77,17 @@ def decide(
     ``quantized``: the graph has Q/DQ nodes. ``calibrated``: TensorRT's calibrator has a cache or data for it.
     ``keep_fp32``: ONNX nodes that stay FP32. ``fp16_fallback``: layers of an INT8 engine that are not quantized
     may run in FP16, where the network is weakly typed. ``narrow``: types of its Q/DQ nodes, of ``FP8``, ``INT4``,
-    ``FP4``. Raises InputError or BackendUnavailable where the version has no
+    ``FP4``, others by ONNX's name. Raises InputError or BackendUnavailable where the version has no
     way to do it.
     """
     release = _release(version)
     for kind in sorted(narrow):
+        if kind not in NARROW:
+            raise BackendUnavailable(
+                f"trt-{variant}",
+                f"the graph has {kind} Q/DQ nodes, which no TensorRT takes; it takes FLOAT8E4M3FN, INT4 and FLOAT4E2M1",
+                nearest="ort",
+            )
         if release < (first := NARROW[kind][0]):
             needed = ".".join(map(str, first))
             raise BackendUnavailable(
