@@ -446,6 +446,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / ".mutants" / "mutants.jsonl")
     parser.add_argument("--table", type=Path, help="write the table of outcomes here, too")
     given = parser.parse_args()
+    given.coverage = given.coverage.resolve()  # workers are elsewhere
     known, outcomes, lock = equivalents(), finished(given.out, given.seed), threading.Lock()
     if given.again:
         outcomes = [o for o in outcomes if o.outcome not in given.again]
