@@ -61,9 +61,11 @@ def test_mse_of_a_tensor_is_the_least() -> None:
 
 def test_entropy_clips_a_long_tail_but_not_a_box() -> None:
     box = torch.rand(100_000, generator=torch.Generator().manual_seed(0))  # even spacing hides coarse steps
-    tail = torch.cat((box, torch.tensor([50.0])))
     assert histogram(box).amax("entropy") > 0.95
-    assert histogram(tail).amax("entropy") < 10
+    # Not of a box: coarse levels are as even as fine ones there, and 11 of 40 seeds are not clipped.
+    for seed in range(3):
+        bell = torch.randn(100_000, generator=torch.Generator().manual_seed(seed))
+        assert 3 < histogram(torch.cat((bell, torch.tensor([50.0])))).amax("entropy") < 10  # 3.9 to 5.3 of 40 seeds
 
 
 @pytest.mark.filterwarnings("error")
