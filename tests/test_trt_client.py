@@ -10,11 +10,15 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from nets import second_like
 
 from cp_debug.backends.tensorrt.answers import Facts
 from cp_debug.backends.tensorrt.client import ENVIRONMENT, RunnerClient
+from cp_debug.backends.tensorrt.engine_runs import EngineRuns
 from cp_debug.errors import BackendUnavailable, InputError
+from cp_debug.graph.graph import Graph
 
 STEPS = [{"command": "build", "onnx": "net.onnx"}]
 ANSWER = '(folder / "result.json").write_text(json.dumps({"results": [{"seconds": 1}]}))'
@@ -235,3 +239,27 @@ def test_a_version_that_tells_nothing_is_refused(tmp_path: Path, version: str) -
     assert client.checked(Facts, [facts])[0]["tensorrt"] == "8.6.0"
     with pytest.raises(BackendUnavailable, match=r"gave an answer that cannot be read.*tensorrt"):
         client.checked(Facts, [facts | {"tensorrt": version}])
+
+
+@pytest.mark.parametrize("seconds", [[], [0.1], [0.1] * 9, [float("nan")] * 3, [-1.0] * 3])
+def test_times_that_fit_no_runs_are_refused(tmp_path: Path, seconds: list[float]) -> None:
+    graph = Graph(second_like(tmp_path / "net.onnx"))
+    inputs = {
+        value.name: np.zeros([size if isinstance(size, int) else 1 for size in value.shape or ()], value.dtype)
+        for value in graph.inputs
+    }
+    client = RunnerClient(interpreter(tmp_path))
+
+    def execute(steps: list[dict[str, str]]) -> list[dict[str, object]]:
+        files = [
+            {"name": v.name, "file": str(Path(steps[0]["folder"]) / "0.npy"), "dtype": "FLOAT"} for v in graph.outputs
+        ]
+        return [{"tensors": files, "seconds": given}]
+
+    client.execute = execute  # type: ignore[method-assign, assignment]
+    runs = EngineRuns(client, graph, 0)
+    given = [0.5, 0.25, 0.125]
+    assert runs.timings(tmp_path / "e", inputs, 2) == [0.25, 0.125]
+    given = seconds
+    with pytest.raises(BackendUnavailable, match="gave an answer that cannot be"):
+        runs.timings(tmp_path / "e", inputs, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, StringConstraints
+from pydantic import ConfigDict, Field, StringConstraints
 from typing_extensions import NotRequired, TypedDict
 
 _OPEN = ConfigDict(extra="allow")
@@ -22,6 +22,10 @@ class Device(TypedDict):
 
 Version = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}(\.|$)")]
 """A version of TensorRT, of which the first two numbers decide what it can do: ``10.12.0.36``, ``10.0.0b6``."""
+
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""How long a build or a run took."""
 
 
 class Facts(TypedDict):
@@ -67,7 +71,7 @@ class Built(TypedDict):
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
 
-    seconds: float
+    seconds: Seconds
     flags: dict[str, bool]
     timing_cache: Any
     marked: list[str]
@@ -89,7 +93,7 @@ class Ran(TypedDict):
     __pydantic_config__ = _OPEN  # type: ignore[misc]
 
     tensors: list[Written]
-    seconds: list[float]
+    seconds: list[Seconds]
 
 
 class Failure(TypedDict):

@@ -72,7 +72,7 @@ class EngineRuns:
             for i, engine in enumerate(engines)
         ]
         return [
-            RanEngine(self._written(result["tensors"], Path(str(step["folder"]))), result["seconds"])
+            RanEngine(self._written(result["tensors"], Path(str(step["folder"]))), self._seconds(step, result))
             for step, result in zip(steps, self._client.checked(Ran, self._client.execute(steps)), strict=True)
         ]
 
@@ -96,6 +96,13 @@ class EngineRuns:
         with tempfile.TemporaryDirectory(prefix="cpdebug-engine-") as folder:
             (ran,) = self.execute([engine], inputs, Path(folder), repeat=repeats)
         return ran.seconds[1:]
+
+    def _seconds(self, step: Mapping[str, Any], result: Mapping[str, Any]) -> list[float]:
+        """Seconds of each run. Raises BackendUnavailable where there are more or fewer than were asked for."""
+        expected, seconds = 1 + int(step["repeat"]), list(result["seconds"])
+        if len(seconds) != expected:
+            raise self.nonsense(f"it tells the time of {len(seconds)} runs; expected {expected}")
+        return seconds
 
     def _written(self, entries: Sequence[Mapping[str, str]], folder: Path) -> dict[str, Path]:
         """Value → file. Raises BackendUnavailable for files elsewhere, and where an output is missing."""
