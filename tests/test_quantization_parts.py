@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +16,11 @@ import torch
 from nets import NetBuilder
 from torch import Tensor, nn
 
+from cp_debug.detection.centerpoint_training import score_table
 from cp_debug.detection.evaluate import finite
 from cp_debug.detection.evaluation import BackendScores
-from cp_debug.errors import InputError
+from cp_debug.detection.t4_metric import check_installed
+from cp_debug.errors import InputError, MissingPackage
 from cp_debug.graph.graph import Graph
 from cp_debug.quantization.data_ranges import DataRanges
 from cp_debug.quantization.histogram import METHODS, Histogram, check_method, weight_amax
@@ -24,6 +28,7 @@ from cp_debug.quantization.models import output_sqnr, with_modules
 from cp_debug.quantization.narrow_layers import weighted_layers
 from cp_debug.quantization.nested_batches import NestedBatches, is_plain, tensors_only
 from cp_debug.quantization.output_error import OutputErrors
+from cp_debug.quantization.residual_adds import add_quantizers, attach
 from cp_debug.quantization.toggles import disable_quantization, enable_quantization
 from cp_debug.recipes.base import Component, Sample
 
@@ -185,6 +190,41 @@ def test_switches_last_or_end_with_their_block() -> None:
     assert on() == [True, True, False]
 
 
+class Doubled(nn.Module):
+    """Stands in for a quantizer: twice what it reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class Sums(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first = x + y
+        second = first * 10 + y
+        third = second.clone()
+        third += x
+        return first, second, third
+
+
+def test_operands_of_named_additions_go_through_a_module_until_it_is_taken_away() -> None:
+    net = nn.Sequential()
+    net.add_module("sums", Sums())
+    x, y = torch.ones(2), torch.full((2,), 3.0)
+
+    def run() -> list[float]:
+        return [float(part[0]) for part in net.sums(x, y)]
+
+    plain = [4.0, 43.0, 44.0]
+    assert run() == plain
+    undo = attach(net, {"sums/add": Doubled(), "sums/add#3": Doubled()})
+    assert list(add_quantizers(net)) == ["sums/add", "sums/add#3"]
+    assert run() == [8.0, 83.0, 168.0]
+    undo()
+    assert run() == plain
+    assert add_quantizers(net) == {}
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in net.modules())
+
+
 # Models -------------------------------------------------------------------------------------------------------------
 
 
@@ -258,3 +298,31 @@ def test_figures_of_a_result_come_back_as_intervals() -> None:
     assert found["backend"] == "ort"
     assert (found["summary"]["mAP"].value, found["summary"]["mAP"].low, found["summary"]["mAP"].high) == (0.5, 0.4, 0.6)
     assert "difference" not in found
+
+
+def test_a_metric_that_cannot_be_imported_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "perception_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    importlib.invalidate_caches()
+    with pytest.raises(MissingPackage, match=r"needs the package perception_eval: pip install"):
+        check_installed()
+    (tmp_path / "perception_eval").mkdir()
+    (tmp_path / "perception_eval" / "__init__.py").write_text("")
+    (tmp_path / "perception_eval" / "manager.py").write_text("import nowhere")
+    importlib.invalidate_caches()
+    with pytest.raises(
+        MissingPackage, match=r"perception_eval, which cannot be imported here \(No module named 'nowhere'"
+    ):
+        check_installed()
+    monkeypatch.delitem(sys.modules, "perception_eval")
+
+
+def test_the_table_of_scores_has_a_row_for_each_class() -> None:
+    config: Any = SimpleNamespace(class_names=("car", "bus"))
+    table = score_table(np.array([[0.1, 0.2, 0.3, 0.4], [1.0, 1.0, 0.5, 0.5]]), config, 7)
+    columns = [list(column.cells) for column in table.columns]
+    assert columns[0] == ["car", "bus"]
+    assert columns[-1] == ["0.250", "0.750"]
+    assert columns[2] == ["0.200", "1.000"]
+    assert table.title == "7 held-out scenes: mAP 0.500"
