@@ -13,6 +13,7 @@ import pytest
 from nets import NetBuilder
 
 from cp_debug.backends.base import Program
+from cp_debug.bisect.options import Options
 from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
@@ -21,6 +22,7 @@ from cp_debug.mixed_precision.fusion_groups import FusionGroup, fused, nodes_of
 from cp_debug.mixed_precision.graph_runners import BackendRunner
 from cp_debug.mixed_precision.precision import TrialPrecision
 from cp_debug.mixed_precision.result import MixedPrecisionResult
+from cp_debug.mixed_precision.search import MixedPrecisionOptions
 from cp_debug.mixed_precision.sensitivity import (
     Int8Effect,
     choose_layers,
@@ -282,3 +284,8 @@ def test_the_outcome_of_a_search_in_a_sentence() -> None:
 
 def _any(value: Any) -> Any:
     return value
+
+
+def test_networks_are_folded_unless_told_otherwise() -> None:
+    assert MixedPrecisionOptions().folded
+    assert Options().folded
