@@ -14,6 +14,7 @@ from fuzz_world import World
 
 SCRIPT = """
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -22,6 +23,8 @@ import torch
 from torch import nn
 
 import cp_debug
+from cp_debug.quantization.quantized_programs import Calibration
+from cp_debug.recipes.images import ImageFormat
 
 warnings.simplefilter("ignore")
 class Odd:
@@ -107,11 +110,23 @@ BODIES = (
     "return tuple(y + i for i in range(200))",
     "return y.expand(10**4, *y.shape)",
     "return y / 0",
+    "self.a.weight.data.mul_(1.5); return y",
+    "self.kept = y; return y",
     "return y * 1e-42",
     "return torch.zeros(2, 2)",
     "raise SystemExit(0)",
 )
 """What a module may do in ``forward``, with its input ``x`` and the result ``y`` of two layers."""
+SETTINGS = (
+    ("reading=cp_debug.Reading({})", "shapes"),
+    *(("reading=cp_debug.Reading(images=ImageFormat({}))", name) for name in ("mean", "std", "scale", "layout", "bgr")),
+    *(("calibration=Calibration({})", name) for name in ("data", "samples", "method", "skip_layers")),
+)
+"""Settings inside of settings: how they are written, and a field of theirs."""
+
+HELD = ("None", "threading.Lock()", "(i for i in [1])", "self.a(torch.ones(1, 4))", "open('/dev/null')", "Odd()")
+"""What a module holds beside its layers; most of it cannot be copied."""
+
 FED = ("x", "x", "x", "(x,)", "{'x': x}", "x.double()", "x[:0]", "(x, None)", "None", "(x, {'x': x})", "x.to_sparse()")
 
 CASE = """
@@ -158,7 +173,10 @@ def values(rng: random.Random, world: World, folder: Path) -> Case:
         given = {argument: value for argument, value in GIVEN.items() if argument in CALLS[name]}
         for argument in rng.sample(CALLS[name], rng.choice((1, 1, 2))):
             given[argument] = rng.choice(VALUES)
-        if name in OPTIONS and rng.random() < 0.3:
+        if name in ("diagnose", "assert_agree") and rng.random() < 0.15:
+            inner, field = rng.choice(SETTINGS)
+            given["options"] = f"cp_debug.Options({inner.format(f'{field}={rng.choice(VALUES)}')})"
+        elif name in OPTIONS and rng.random() < 0.3:
             field, value = rng.choice(FIELDS), rng.choice(VALUES)
             given["options"] = f"cp_debug.{OPTIONS[name]}(**{{{field!r}: {value}}})"
         if name == "quantize":
@@ -183,6 +201,7 @@ def modules(rng: random.Random, world: World, folder: Path) -> Case:
         "        def __init__(self):\n"
         "            super().__init__()\n"
         "            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 2)\n"
+        f"            self.held = {rng.choice(HELD) if rng.random() < 0.3 else None}\n"
         "        def forward(self, x):\n"
         "            y = self.b(torch.relu(self.a(x)))\n"
         f"            {rng.choice(BODIES)}\n"
