@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -350,6 +351,44 @@ def test_a_scheduler_of_another_version_of_dask(tmp_path: Path, cluster: Cluster
         remote_workers(cluster.address),
     ):
         pass
+
+
+def test_something_else_that_listens_is_not_waited_for() -> None:
+    import dask
+
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        address = f"tcp://127.0.0.1:{deaf.getsockname()[1]}"
+        with (
+            dask.config.set({"distributed.comm.timeouts.connect": "200ms"}),
+            pytest.raises(InputError, match=r"no scheduler answers at .*; expected tcp://HOST:PORT"),
+            remote_workers(address),
+        ):
+            pass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every worker imports for itself")
+def test_workers_are_forks_of_the_process_that_imported_ahead(tmp_path: Path) -> None:
+    """They have torch from the start, on one thread, and the environment of the time when they are started."""
+    (tmp_path / "ahead.py").write_text(
+        "import os, sys\n"
+        "def look():\n"
+        "    torch = sys.modules['torch']\n"
+        "    return torch.get_num_threads(), os.environ['LATER'], os.environ['MALLOC_ARENA_MAX'], os.getpid()\n"
+        "if __name__ == '__main__':\n"
+        "    from cp_debug.sweep import ahead\n"
+        "    from cp_debug.sweep.workers import local_workers\n"
+        "    ahead.begin(int8=False)\n"
+        "    assert 'MALLOC_ARENA_MAX' not in os.environ\n"
+        "    os.environ['LATER'] = 'here'\n"
+        "    with local_workers(2) as client:\n"
+        "        found = client.run(look)\n"
+        "    assert {each[:3] for each in found.values()} == {(1, 'here', '1')}, found\n"
+        "    assert len({each[3] for each in found.values()}) == 2\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run([sys.executable, "ahead.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_worker_that_dies_while_it_starts(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ class QueueView:
         self._kind = kind
         self._slow = slow
         self._refused = self._store = ""
+        self._told = False
 
     def __call__(self, progress: Queued) -> None:
         """Show how far it is."""
@@ -50,10 +51,16 @@ class QueueView:
         rates = progress.rates
         line = Text(f"{progress.done} done · {progress.failed} failed · {progress.running} running", style="dim")
         line.append(f" · {60 * sum(rates.values()):.3g} a minute on {progress.present} workers")
+        waiting = ""
         if progress.waiting_for_gpu:
-            line.append("\nwaiting for a worker with GPU=1: dask worker … --resources GPU=1", style="yellow")
+            waiting = "waiting for a worker with GPU=1: dask worker … --resources GPU=1"
         elif not progress.present and finished < progress.total:
-            line.append("\nwaiting for workers", style="yellow")
+            waiting = "waiting for workers"
+        if waiting:
+            line.append(f"\n{waiting}", style="yellow")
+        if self._slow is not None and progress.waiting_for_gpu and not self._told:
+            self._told = True  # lines that stay tell of it once
+            say(f"{waiting}; until one is there, its tasks are not begun")
         if progress.refused != self._refused:  # told for good: the view vanishes
             self._refused = progress.refused
             say(f"warning: given no tasks: {progress.refused}")

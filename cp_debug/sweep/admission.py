@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from functools import lru_cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -83,17 +85,41 @@ def refusal(answer: Any) -> str:
     return ""
 
 
-def check_scheduler(client: Client, address: str) -> None:
-    """Raise InputError for a scheduler of another version of Dask than is installed here."""
-    found: Any = client.get_versions(check=False)  # a coroutine only of asynchronous clients
-    theirs, ours = (
-        ((found.get(side) or {}).get("packages") or {}).get("distributed") for side in ("scheduler", "client")
-    )
+def check_scheduler(address: str) -> None:
+    """Raise InputError for a scheduler of another version of Dask than is installed here, OSError where none answers.
+
+    It is asked before there is a client: one that meets another version may fail in ways of its own, and never end.
+    """
+    answer: Future[Any] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(asyncio.run(_versions(address)))
+        except Exception as error:
+            answer.set_exception(error)
+
+    # A thread has an event loop of its own, in a notebook too, and what it waits for holds no exit up.
+    threading.Thread(target=ask, daemon=True).start()
+    found = answer.result()
+    theirs, ours = (found.get("packages") or {}).get("distributed"), version("distributed")
     if theirs and theirs != ours:
         raise InputError(
             f"--cluster: the scheduler at {address} is of Dask {theirs}, here is {ours}; expected one version for "
             f"scheduler, workers and this command: pip install 'distributed=={theirs}' here, or {ours} there"
         )
+
+
+async def _versions(address: str) -> Any:
+    import dask
+    from dask.utils import parse_timedelta
+    from distributed.core import rpc
+
+    seconds = parse_timedelta(dask.config.get("distributed.comm.timeouts.connect"))
+    async with rpc(address) as scheduler:
+        try:
+            return await asyncio.wait_for(scheduler.versions(packages=None), seconds)
+        except (asyncio.TimeoutError, TypeError, ValueError):
+            raise OSError(f"what listens there gave no answer of a scheduler within {seconds:g} s") from None
 
 
 @lru_cache(maxsize=1)

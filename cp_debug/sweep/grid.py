@@ -19,6 +19,7 @@ from cp_debug.recipes.data.points import ENDINGS
 from cp_debug.recipes.registry import kind_of
 from cp_debug.sweep.prepared import load
 from cp_debug.sweep.tasks import Task, digests
+from cp_debug.sweep.workers import needs_gpu
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,3 @@ def sample_files(inputs: Path) -> list[Path]:
     if files := sorted(file for file in inputs.iterdir() if file.name.endswith(ENDINGS)):
         return files
     raise InputError(f"{inputs}: holds no sample (a file whose name ends in {' '.join(ENDINGS)})")
-
-
-def needs_gpu(spec: BackendSpec) -> bool:
-    """Whether a backend runs on CUDA: because its spec says so, or because nothing else can run it."""
-    if spec.device is not None:
-        return spec.device != "cpu"
-    from cp_debug.backends.ort_options import CUDA_ONLY
-
-    return spec.family == "trt" or spec.name == "torch-tf32" or (spec.family == "ort" and spec.variant in CUDA_ONLY)

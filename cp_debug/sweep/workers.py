@@ -10,9 +10,12 @@ from contextlib import ExitStack, contextmanager
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, CpdebugError, InputError
 from cp_debug.optional import require
+from cp_debug.sweep import ahead
 from cp_debug.sweep.admission import check_scheduler
+from cp_debug.sweep.ahead import KEEP_FREED
 
 if TYPE_CHECKING:
     from distributed import Client, Nanny
@@ -21,11 +24,6 @@ if TYPE_CHECKING:
 _QUIET = {"distributed.admin.low-level-log-length": 10}
 """Dask keeps its last messages, tasks included, for its developers: here they are what would grow."""
 _PRE_SPAWN = "distributed.nanny.pre-spawn-environ"
-_KEEP_FREED = {name: str(1 << 40) for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")}
-_KEEP_FREED["MALLOC_ARENA_MAX"] = "1"
-"""Workers keep freed memory. Dask would have them give every freed 64 KiB back to the system, and glibc every tensor
-above 32 MiB, or above 64 MiB in a thread with a heap of its own. A task of large tensors then takes up to twice as
-long, for page faults."""
 _LOCAL = {
     "distributed.scheduler.worker-saturation": 1.0,  # none waits behind a task, so one that kills takes no other along
     "distributed.worker.profile.enabled": False,
@@ -48,6 +46,7 @@ def local_workers(count: int | None, *, gpu: bool = False, gpus: int | None = No
 
     Each takes one task at a time on one thread, so that results do not depend on how many they are. gpu: one process a
     GPU at most, each seeing its own, with the resource ``GPU=1``; gpus: so many of them, whatever ``count`` is.
+    After ``ahead.begin`` they are forks, unless they need a GPU.
     Raises BackendUnavailable where there are fewer GPUs, MissingPackage without Dask, ClusterLost when a process dies
     while it starts.
     """
@@ -69,8 +68,11 @@ def local_workers(count: int | None, *, gpu: bool = False, gpus: int | None = No
     with ExitStack() as stack:
         # Dask leaves the folder of a worker that dies while it starts.
         folder = stack.enter_context(TemporaryDirectory(prefix="cpdebug-workers-", ignore_cleanup_errors=True))
-        environment = dask.config.get(_PRE_SPAWN) | _KEEP_FREED
-        settings = {"temporary-directory": folder, _PRE_SPAWN: environment}
+        environment = dask.config.get(_PRE_SPAWN) | KEEP_FREED
+        settings: dict[str, Any] = {"temporary-directory": folder, _PRE_SPAWN: environment}
+        if ahead.has_begun() and not gpu:  # CUDA does not survive a fork
+            settings["distributed.worker.multiprocessing-method"] = ahead.METHOD
+            options["env"] = dict(os.environ)  # a fork has that of the time when the imports began
         stack.enter_context(dask.config.set({**_QUIET, **_LOCAL, **settings}))
         try:
             cluster = stack.enter_context(LocalCluster(n_workers=count, **options))
@@ -80,6 +82,15 @@ def local_workers(count: int | None, *, gpu: bool = False, gpus: int | None = No
                 "script that starts them: there it must stand behind if __name__ == '__main__'"
             ) from None
         yield stack.enter_context(Client(cluster, set_as_default=False))
+
+
+def needs_gpu(spec: BackendSpec) -> bool:
+    """Whether a backend runs on CUDA: because its spec says so, or because nothing else can run it."""
+    if spec.device is not None:
+        return spec.device != "cpu"
+    from cp_debug.backends.ort_options import CUDA_ONLY
+
+    return spec.family == "trt" or spec.name == "torch-tf32" or (spec.family == "ort" and spec.variant in CUDA_ONLY)
 
 
 def _pinned(devices: list[str]) -> type[Nanny]:
@@ -105,7 +116,7 @@ def _devices(least: int) -> list[str]:
         seen = f"torch sees {count or 'no'} CUDA device{'s' if count > 1 else ''} here"
         if count:
             raise BackendUnavailable("cuda", f"{seen}, --gpus asks for {least}", nearest=f"--gpus {count}")
-        raise BackendUnavailable("cuda", seen, nearest="--cluster with a worker that has GPU=1")
+        raise BackendUnavailable("cuda", f"{seen}; --cluster ADDRESS takes workers elsewhere that have GPU=1")
     named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return (named or [str(index) for index in range(count)])[:count]
 
@@ -123,12 +134,12 @@ def remote_workers(address: str) -> Iterator[Client]:
 
     with dask.config.set(_QUIET):
         try:
-            with warnings.catch_warnings():  # other versions are refused by name, here and in ``admission``
+            check_scheduler(address)
+            with warnings.catch_warnings():  # other versions are refused by name, above and in ``admission``
                 warnings.simplefilter("ignore", VersionMismatchWarning)
                 client = Client(address, set_as_default=False)
         except (OSError, ValueError) as error:
             expected = "expected tcp://HOST:PORT"
             raise InputError(f"--cluster: no scheduler answers at {address} ({error}); {expected}") from None
         with client:
-            check_scheduler(client, address)
             yield client
