@@ -311,3 +311,15 @@ def test_files_go_where_the_configuration_says_and_else_below_the_work_folder() 
     assert (onnx(deployment), engines(deployment)) == (Path("work/onnx"), Path("work/tensorrt"))
     config.export.onnx_dir, config.tensorrt.engine_dir = Path("o"), Path("e")
     assert (onnx(deployment), engines(deployment)) == (Path("o"), Path("e"))
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_outputs_are_turned_where_the_configuration_says_so(monkeypatch: pytest.MonkeyPatch, turned: bool) -> None:
+    log: list[Any] = []
+    monkeypatch.setattr("cp_debug.deploy.stages.load_model", lambda name, **options: (name, options["checkpoint"]))
+    monkeypatch.setattr("cp_debug.deploy.stages.turn_outputs", log.append)
+    config = SimpleNamespace(model="m", export=SimpleNamespace(rot_y_axis_reference=turned))
+    deployment: Any = SimpleNamespace(config=config, _trained="weights", _reading=None)
+    loaded = Deployment.__dict__["_loaded"].func(deployment)
+    assert loaded == ("m", "weights")
+    assert log == [loaded] * turned

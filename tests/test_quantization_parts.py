@@ -28,6 +28,7 @@ from cp_debug.quantization.models import output_sqnr, with_modules
 from cp_debug.quantization.narrow_layers import weighted_layers
 from cp_debug.quantization.nested_batches import NestedBatches, is_plain, tensors_only
 from cp_debug.quantization.output_error import OutputErrors
+from cp_debug.quantization.quantized_programs import Calibration, calibrate, of_modules
 from cp_debug.quantization.residual_adds import add_quantizers, attach
 from cp_debug.quantization.toggles import disable_quantization, enable_quantization
 from cp_debug.recipes.base import Component, Sample
@@ -326,3 +327,18 @@ def test_the_table_of_scores_has_a_row_for_each_class() -> None:
     assert columns[-1] == ["0.250", "0.750"]
     assert columns[2] == ["0.200", "1.000"]
     assert table.title == "7 held-out scenes: mAP 0.500"
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_programs_of_other_modules_are_calibrated_as_graphs(monkeypatch: pytest.MonkeyPatch, own: bool) -> None:
+    model: Any = Chain()
+    programs: Any = [SimpleNamespace(module=c.module if own else Scaled(1.0)) for c in model.components]
+    monkeypatch.setattr("cp_debug.quantization.quantized_programs._of_graphs", lambda model, programs: "graphs")
+    monkeypatch.setattr(
+        "cp_debug.quantization.quantized_programs.quantize_model", lambda model, samples, **options: (model, options)
+    )
+    calibrated, options = calibrate(model, programs, [], Calibration(method="max", skip_layers=("a",)))  # type: ignore[misc]
+    assert calibrated is (model if own else "graphs")
+    assert options == {"method": "max", "skip_layers": ("a",)}
+    assert of_modules(model, programs) == own
+    assert not of_modules(model, [programs[0], SimpleNamespace(module=None)])  # type: ignore[list-item]

@@ -34,6 +34,7 @@ from cp_debug.graph.integer_values import unscaled_levels
 from cp_debug.probes.distance import distance, relative_l2
 from cp_debug.probes.statistics_cuda import source_of
 from cp_debug.programs.folded import Folded
+from cp_debug.programs.pipeline import as_declared
 from cp_debug.programs.precision import coarsest, oracle_for
 from cp_debug.programs.scope_names import enclosing_modules, module_values
 from cp_debug.programs.torch_layers import is_quantized
@@ -333,3 +334,16 @@ def test_made_up_integers_fill_the_range_of_their_type(tmp_path: Path) -> None:
         assert (values <= high).all()
         assert values.max() - values.min() > 0.7 * (high - low)
     assert set(np.unique(made(tmp_path, "Not", TensorProto.BOOL))) == {0, 1}
+
+
+def test_inputs_of_another_file_have_the_float_type_that_it_declares(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Add", net.op("Cast", "half", to=TensorProto.FLOAT), net.op("Cast", "whole", to=TensorProto.FLOAT), name="y")
+    inputs = {"half": (TensorProto.FLOAT16, [2]), "whole": (TensorProto.INT64, [2])}
+    graph = Graph(net.save(tmp_path / "n.onnx", inputs, ["y"]))
+    given = {"half": np.float32([1, 2]), "whole": np.array([3, 4]), "other": np.float32([5])}
+    found = as_declared(graph, given)
+    assert {n: a.dtype for n, a in found.items()} == {"half": np.float16, "whole": np.int64, "other": np.float32}
+    assert all(np.array_equal(found[n], given[n]) for n in given)
+    levels = as_declared(graph, {"half": np.array([1, 2])})["half"]
+    assert levels.dtype == np.int64  # whoever gives integers is told, not served
