@@ -83,3 +83,17 @@ def test_numbers_that_json_lacks(value: object, number: float) -> None:
 
 def test_what_is_absent_is_not_broken() -> None:
     assert math.isnan(numeric(None))
+
+
+def test_a_reason_is_told_once_though_every_message_names_its_own_sample() -> None:
+    from cp_debug.reports.sweep import by_reason
+    from cp_debug.sweep.result import FailedTasks
+
+    def failed(file: str, error: str) -> FailedTasks:
+        return FailedTasks("net.onnx", ["ort", "emu-fp16"], f"{file}, sample 0", error)
+
+    failures = [failed(f"/in/{n}.npz", f"/in/{n}.npz: unknown input 'y'; /in/{n}.npz has no x") for n in range(3)]
+    failures.append(FailedTasks("net.onnx", ["ort"], "sample 4", "out of memory"))
+    (first, tasks), (second, others) = by_reason(failures)
+    assert (first, tasks) == ("unknown input 'y'; its file has no x", failures[:3])
+    assert (second, others) == ("out of memory", failures[3:])

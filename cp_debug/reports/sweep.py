@@ -325,7 +325,9 @@ def by_reason(failures: Sequence[FailedTasks]) -> list[tuple[str, list[FailedTas
     """Errors with the tasks that ended in them, the most frequent first: one cause is told once, whatever it took."""
     found: dict[str, list[FailedTasks]] = {}
     for each in failures:
-        found.setdefault(each.error, []).append(each)
+        file = each.sample.rpartition(", sample ")[0]  # which ``_where`` names; each has its own
+        reason = each.error.removeprefix(f"{file}: ").replace(file, "its file") if file else each.error
+        found.setdefault(reason, []).append(each)
     return sorted(found.items(), key=lambda item: -len(item[1]))
 
 
