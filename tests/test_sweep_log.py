@@ -142,3 +142,11 @@ def test_a_log_without_a_record_goes_with_the_error(tmp_path: Path) -> None:
     with pytest.raises(InputError), SweepLog(tmp_path / "kept.jsonl"):
         raise InputError("bad")
     assert (tmp_path / "kept.jsonl").is_file()
+
+
+def test_records_of_other_grids_are_left_alone_and_counted(tmp_path: Path) -> None:
+    with SweepLog(tmp_path / "log.jsonl") as log:
+        for key in ("mine", "theirs", "theirs", "hers"):
+            log.append({"key": key, "result": {}})
+        assert [record["key"] for record in log.records({"mine"})] == ["mine"]
+        assert log.others == {"theirs", "hers"}

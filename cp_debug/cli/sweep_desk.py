@@ -20,6 +20,7 @@ from cp_debug.cli.typed import refuse, refuse_export_flags, refuse_seed
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.files import resolved
 from cp_debug.loading import load_torch
+from cp_debug.safe_text import amount
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -92,7 +93,7 @@ class Desk:
         flat: tuple[Flatten, Mapping[str, type]],
     ) -> None:
         """Run what is left, merge what there is, show it, and exit. ``flat``: how records become rows of a table."""
-        from cp_debug.cli.console import command_line, show_document
+        from cp_debug.cli.console import command_line, say, show_document
         from cp_debug.cli.sweep_view import view
         from cp_debug.reports.sweep import render, write_csv, write_page
         from cp_debug.sweep.log import SweepLog, write_parquet, write_parts
@@ -125,6 +126,8 @@ class Desk:
             log = stack.enter_context(SweepLog(target.with_suffix(".jsonl")))
             with view(f"sweep {kind}") as on_progress:
                 finished = run(sharing, log, connect, retry_failed=self.retry_failed, on_progress=on_progress)
+            if log.others:
+                say(f"note: {log.path} also holds {amount(len(log.others), 'task')} of other sweeps, left alone")
             try:
                 result = SweepResult.of(kind, finished, merge(finished.results()), command_line())
                 if target.suffix == ".parquet":

@@ -42,6 +42,8 @@ class SweepLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.others: set[str] = set()
+        """Keys of records that ``records`` was not asked for: of other grids."""
         self._new = [place for place in (path, *path.parents) if not os.path.lexists(place)]
         make_folder(path.parent)
         if path.exists() and not path.is_dir():
@@ -101,7 +103,10 @@ class SweepLog:
         yielded: set[str] = set()
         for record in self:
             key = record["key"]
-            if key not in keys or key in yielded:
+            if key not in keys:
+                self.others.add(key)
+                continue
+            if key in yielded:
                 continue
             if "error" in record:
                 failed[key] = record
