@@ -109,6 +109,17 @@ def test_another_cause_that_explains_as_much_with_no_more_numbers_is_told_with_i
     assert {found.cause.cause, *(c.cause for c in found.equals)} == {"a", "b"}
 
 
+@pytest.mark.parametrize(("both", "told"), [(False, set()), (True, {"left out"})])
+def test_beside_what_is_read_off_the_numbers_nothing_is_told_that_has_only_the_same_effect(
+    both: bool, told: set[str]
+) -> None:
+    families = [Family(candidate("underflow", heard=True)), Family(candidate("left out", heard=both))]
+    found = chosen(layer(residuals={"underflow": 0.002, "left out": 0.003}), *families)
+    assert found.cause is not None
+    assert found.cause.cause == "underflow"
+    assert {c.cause for c in found.equals} == told
+
+
 def test_of_equal_causes_the_one_from_the_family_with_the_fewest_others_is_named() -> None:
     many = Family(candidate("many"), *(candidate(f"other {i}") for i in range(8)))
     residuals = {"many": 0.002, "rare": 0.003} | {f"other {i}": 0.9 for i in range(8)}

@@ -67,8 +67,8 @@ def _evidence(finding: Finding) -> Iterator[str]:
         least = finding.evidence.get("explained_least")
         of_each = "" if least is None else f", at least {least:.1%} in each layer"
         yield f"explains {share} of the introduced error{of_each}"
-    if finding.runner_up:
-        near = finding.runner_up_explained or 0.0
+    near = finding.runner_up_explained or 0.0
+    if finding.runner_up and near > 0:
         best = "nearest" if finding.cause == UNKNOWN else "next best"
         yield f"{best} {finding.runner_up} {near:.1%}"
     for name, value in finding.evidence.items():

@@ -133,13 +133,19 @@ def _rank(judged: _Tried) -> tuple[bool, bool, int, int, int, float]:
 
 
 def _equals(chosen: _Tried, equal: list[_Tried]) -> tuple[Candidate, ...]:
-    """The other causes that explain as much with no more numbers, one candidate each."""
+    """The other causes that explain as much with no more numbers, one candidate each.
+
+    What is heard, being read off the numbers, stands against nothing that only has the same effect: where a constant
+    vanishes in FP16, ``x + c`` gives ``x`` as if the addition had been left out.
+    """
     if chosen.candidate.located:
         return ()
+    heard = chosen.candidate.heard
     found: dict[str, _Tried] = {}
     for tried in sorted(equal, key=_rank):
         candidate = tried.candidate
-        if tried.accepted and candidate.parameters <= chosen.candidate.parameters and not candidate.observed:
+        fits = tried.accepted and candidate.parameters <= chosen.candidate.parameters
+        if fits and not candidate.observed and (candidate.heard or not heard):
             found.setdefault(candidate.cause, tried)
     return tuple(t.candidate for name, t in found.items() if name != chosen.candidate.cause)
 
