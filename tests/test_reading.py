@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from cp_debug.errors import InputError, system_reason
@@ -207,3 +208,26 @@ def test_a_folder_without_a_name_can_be_written_to(tmp_path: Path, monkeypatch: 
     with complete_folder(Path()) as partial:
         (partial / "a").write_text("x")
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(("domain", "version"), [("", 1 << 40), ("", 0), ("", -1), ("own", 1 << 40), ("own", -1)])
+@pytest.mark.parametrize("of_a_function", [False, True])
+def test_versions_of_operators_that_none_has_are_refused(
+    tmp_path: Path, domain: str, version: int, of_a_function: bool
+) -> None:
+    from onnx import TensorProto, helper
+
+    from cp_debug.graph.onnx_file import read_model
+
+    def opsets(changed: bool) -> list[onnx.OperatorSetIdProto]:
+        known = {"": 17, "own": 1} | ({domain: version} if changed else {})
+        return [helper.make_opsetid(*entry) for entry in known.items()]
+
+    nodes = [helper.make_node("Relu", ["a"], ["b"])]
+    function = helper.make_function("own", "F", ["a"], ["b"], nodes, opsets(of_a_function))
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("F", ["x"], ["y"], domain="own")], "g", [x], [y])
+    model = helper.make_model(graph, functions=[function], opset_imports=opsets(not of_a_function))
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match=f"(opset|version) {version}"):
+        read_model(tmp_path / "m.onnx")

@@ -143,12 +143,21 @@ class _Check:
         for entry in self.model.opset_import:
             domain = self._name(entry.domain, "the domain of an opset")
             versions["" if domain == "ai.onnx" else domain] = entry.version
-        newest = onnx.defs.onnx_opset_version()
+            self._known(entry, "is in")
         if not versions:
             raise self._error("names no opset; expected one of ONNX's own")
-        if "" in versions and not 1 <= versions[""] <= newest:
-            raise self._error(f"is in opset {versions['']}; the installed onnx package knows 1 to {newest}")
-        self._version = versions.get("", newest)
+        for function in self.model.functions:
+            for entry in function.opset_import:
+                self._known(entry, f"function {function.name!r} is in")
+        self._version = versions.get("", onnx.defs.onnx_opset_version())
+
+    def _known(self, opset: onnx.OperatorSetIdProto, what: str) -> None:
+        newest = onnx.defs.onnx_opset_version()
+        if opset.domain in ("", "ai.onnx"):
+            if not 1 <= opset.version <= newest:
+                raise self._error(f"{what} opset {opset.version}; the installed onnx package knows 1 to {newest}")
+        elif not 0 <= opset.version < 1 << 31:
+            raise self._error(f"{what} version {opset.version} of the domain {opset.domain!r}, which is none")
 
     def _graph(self, graph: onnx.GraphProto, outer: Collection[str]) -> set[str]:
         """Check a graph or body; return the values that exist behind its last node.
