@@ -18,10 +18,11 @@ from cp_debug.backends.executor import Executor
 from cp_debug.bisect.file_weights import is_narrow_kind
 from cp_debug.bisect.preflight import _clipped, _quantized_weight
 from cp_debug.bisect.quantized_segment import QuantizerGrid
-from cp_debug.bisect.result import BisectResult
+from cp_debug.bisect.result import BisectResult, LayerRow
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.opset import inlined
+from cp_debug.graph.source_lines import quotes_source, source_line
 from cp_debug.probes.alignment import Coverage
 from cp_debug.programs.weight_differences import _same_reader
 
@@ -189,3 +190,36 @@ def test_a_result_stands_for_its_tests() -> None:
     result.tests = tests[:1]
     assert result.agrees
     assert result.first_divergent is None
+
+
+TRACE = """File "/home/me/nets/net.py", line 8, in forward
+    y = self.inner(x)
+File "/home/me/nets/inner.py", line 3, in forward
+    return torch.relu(x)
+File "/usr/lib/python3/site-packages/torch/nn/functional.py", line 99, in relu
+    result = torch.relu(input)
+"""
+
+
+@pytest.mark.parametrize(
+    ("trace", "doc", "line"),
+    [
+        (TRACE, "", "nets/inner.py:3: return torch.relu(x)"),
+        ("", "/home/me/nets/net.py(8): forward\n/usr/lib/site-packages/torch/nn/module.py(5): call\n", "nets/net.py:8"),
+        ("", "/usr/lib/site-packages/torch/nn/module.py(5): call\n/a/b/net.py(7): f\n", "b/net.py:7"),
+        ("", "nothing of the kind", ""),
+    ],
+)
+def test_the_innermost_line_of_the_network_itself(trace: str, doc: str, line: str) -> None:
+    node = helper.make_node("Relu", ["x"], ["y"], doc_string=doc)
+    if trace:
+        node.metadata_props.add(key="pkg.torch.onnx.stack_trace", value=trace)
+    assert source_line(node) == line
+    assert quotes_source(node) == bool(line)
+
+
+def test_a_row_in_a_word_says_why_where_it_knows() -> None:
+    row: Any = SimpleNamespace(name="conv", op="Conv", verdict="guilty", why="")
+    assert LayerRow.__repr__(row) == "<LayerRow conv (Conv): guilty>"
+    row.why = "excess 70"
+    assert LayerRow.__repr__(row) == "<LayerRow conv (Conv): guilty: excess 70>"
