@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +22,13 @@ from cp_debug.bisect.file_weights import is_narrow_kind
 from cp_debug.bisect.preflight import _clipped, _quantized_weight
 from cp_debug.bisect.quantized_segment import QuantizerGrid
 from cp_debug.bisect.result import BisectResult, LayerRow
+from cp_debug.errors import InputError
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.opset import inlined
 from cp_debug.graph.source_lines import quotes_source, source_line
 from cp_debug.probes.alignment import Coverage
+from cp_debug.probes.dumps import read_iterations
 from cp_debug.programs.weight_differences import _same_reader
 
 RNG = np.random.default_rng(0)
@@ -223,3 +228,15 @@ def test_a_row_in_a_word_says_why_where_it_knows() -> None:
     assert LayerRow.__repr__(row) == "<LayerRow conv (Conv): guilty>"
     row.why = "excess 70"
     assert LayerRow.__repr__(row) == "<LayerRow conv (Conv): guilty: excess 70>"
+
+
+def test_text_that_is_no_base64_is_refused_with_the_tensor(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    np.save(stream, np.float32([1, 2]))
+    text = base64.b64encode(stream.getvalue()).decode()
+    path = tmp_path / "inputs.json"
+    path.write_text(json.dumps([{"x": {"array": text}}]))
+    assert read_iterations(path)[0]["x"].tolist() == [1, 2]
+    path.write_text(json.dumps([{"x": {"array": f"{text[:40]}!{text[40:]}"}}]))
+    with pytest.raises(InputError, match="'x'"):
+        read_iterations(path)
