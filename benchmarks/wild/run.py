@@ -192,7 +192,7 @@ def code_version() -> str:
 
 def make(args: argparse.Namespace) -> int:
     """Write networks, variants and faults; what exists stays."""
-    from .faults import write_faults
+    from .faults import FAULTY, write_faults
     from .networks import write
     from .variants import write_variants
 
@@ -200,7 +200,7 @@ def make(args: argparse.Namespace) -> int:
         for name, error in writer():
             if error:
                 print(f"{name}: {error}")
-    count = write_faults(args.zoo, args.seed or 0)
+    count = write_faults(args.zoo, args.seed or 0, args.faulty or FAULTY)
     print(f"{len(list(args.zoo.glob('*.onnx')))} files, {count} faults")
     return 0
 
@@ -239,6 +239,7 @@ def main() -> None:
     parser.add_argument("--half", choices=("tuning", "held-out"), help="one half of the networks, by their names")
     parser.add_argument("--limit", type=int, help="at most so many cases")
     parser.add_argument("--seed", type=int, help="shuffles the cases; of make: draws the faults")
+    parser.add_argument("--faulty", action="append", help="of make: put faults into this network instead; repeatable")
     parser.add_argument("--quick", action="store_true", help="six networks, faults at one level")
     parser.add_argument("--again", action="store_true", help="also what is in the log")
     parser.add_argument("--time-limit", type=float, default=TIME_LIMIT, help="processor seconds a case")
