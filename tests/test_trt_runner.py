@@ -6,6 +6,8 @@ import ast
 import json
 import re
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +345,51 @@ def test_why_a_build_failed(text: str, kind: str, nodes: list[str], monkeypatch:
     job.log("ERROR", text)
     failure = runner._build_failure(job)
     assert (failure.kind, failure.nodes, failure.message) == (kind, nodes, text)
+
+
+def test_a_build_that_is_stopped_leaves_its_timings_to_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str
+) -> None:
+    """The builder waits until what it timed is in the file, then ends without an engine."""
+    kept, read = tmp_path / "timing.cache", []
+    module = sys.modules["tensorrt"]
+    real = module.Builder.build_serialized_network
+
+    def stopped(self: Any, network: Any, config: Any) -> None:
+        config.get_timing_cache()._data += b" of c1"
+        end = time.monotonic() + 5
+        while time.monotonic() < end and not (kept.is_file() and kept.read_bytes().endswith(b" of c1")):
+            time.sleep(0.005)
+
+    def resumed(self: Any, network: Any, config: Any) -> Any:
+        read.append(config.get_timing_cache()._data)
+        return real(self, network, config)
+
+    save_net(tmp_path)
+    monkeypatch.setattr(runner, "KEEP_EVERY", 0.01)
+    monkeypatch.setattr(module.Builder, "build_serialized_network", stopped)
+    assert "error" in execute(build_step(tmp_path, version))
+    assert kept.read_bytes() == b"timings of c1"
+    assert not any(thread.name == "timing cache" for thread in threading.enumerate())
+    runner._TIMING_CACHES.clear()  # as in another process
+    monkeypatch.setattr(module.Builder, "build_serialized_network", resumed)
+    (built,) = execute(build_step(tmp_path, version))["results"]
+    assert built["timing_cache"] == "used"
+    assert read == [b"timings of c1"]
+
+
+def test_a_build_goes_on_where_its_timings_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tried = threading.Event()
+
+    def full(cache: Any, path: str) -> None:
+        tried.set()
+        raise OSError("no space left")
+
+    monkeypatch.setattr(runner, "KEEP_EVERY", 0.001)
+    monkeypatch.setattr(runner, "_keep_timing_cache", full)
+    config = type("Config", (), {"get_timing_cache": lambda self: object()})()
+    with runner._kept_meanwhile(config, object(), str(tmp_path / "timing.cache")):
+        assert tried.wait(5)
 
 
 def test_a_refused_timing_cache_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,15 +15,17 @@ import os
 import platform
 import re
 import sys
+import threading
 import time
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:  # evaluated by no interpreter, so newer than Python 3.8
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     Step = dict[str, Any]
     Emit = Callable[[dict[str, Any]], None]
@@ -379,7 +381,8 @@ def build(job: Job, step: Step) -> dict[str, Any]:
     profile = _add_profile(builder, network, config, step.get("profiles") or {})
     calibrator = _calibrate(job, network, config, profile, step)
     marked, missing = _mark(job, network, step.get("probes") or {})
-    plan = builder.build_serialized_network(network, config)
+    with _kept_meanwhile(config, timing_cache, step.get("timing_cache")):
+        plan = builder.build_serialized_network(network, config)
     if calibrator is not None:
         calibrator.cuda.close()
         if calibrator.failure is not None:
@@ -559,6 +562,9 @@ def _calibrate(job: Job, network: Any, config: Any, profile: Any, step: Step) ->
     return calibrator
 
 
+KEEP_EVERY = 30.0
+"""Seconds after which a build writes its timings again; writing took a millisecond."""
+
 _TIMING_CACHES: dict[str, tuple[Any, bytes]] = {}
 """Path → the cache of the last build, and the bytes that were written of it: 8.6 cannot always read what it wrote."""
 
@@ -582,6 +588,31 @@ def _keep_timing_cache(cache: Any, path: str) -> None:
     data = bytes(cache.serialize())
     _write(Path(path), data)
     _TIMING_CACHES[path] = cache, data
+
+
+@contextmanager
+def _kept_meanwhile(config: Any, cache: Any, path: str | None) -> Iterator[None]:
+    """Write the timing cache now and then while the block builds, so that the build after one that was stopped times
+    only what is left. A full disk is no reason to stop."""
+    if cache is None or path is None:
+        yield
+        return
+    over = threading.Event()
+
+    def keep() -> None:
+        while not over.wait(KEEP_EVERY):
+            try:
+                _keep_timing_cache(config.get_timing_cache(), path)
+            except OSError:
+                return
+
+    keeper = threading.Thread(target=keep, name="timing cache", daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        over.set()
+        keeper.join()
 
 
 def _mark(job: Job, network: Any, probes: dict[str, Any]) -> tuple[list[str], list[str]]:
