@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -117,3 +118,50 @@ def test_what_cannot_be_known_or_kept_is_no_reason_to_stop(tmp_path: Path, expor
     prepared(Net(), tmp_path, "b")
     assert len(exports) == 2
     assert not list(tmp_path.glob(".*.partial"))
+
+
+class Node:
+    """A member of a set that knows the set."""
+
+    def __init__(self, name: str, group: set[Any]) -> None:
+        self.name, self.group = name, group
+
+
+def test_the_order_of_a_set_is_no_part_of_the_key(tmp_path: Path) -> None:
+    def key(found: Any) -> str | None:
+        module = Net()
+        module.found = found
+        return ExportCache(tmp_path).key(Component("net", ["x"], ["y"], module=module), INPUTS, {})
+
+    one, other = {0, 8}, {8, 0}
+    assert list(one) != list(other)
+    assert key(one) == key(other) == key({8, 0}) != key({0, 16})
+    assert key(one) != key(frozenset(one))
+    assert key({"a": [frozenset(one)]}) == key({"a": [frozenset(other)]}) != key({"a": [frozenset({8})]})
+    group: set[Any] = set()
+    group.add(Node("a", group))
+    assert key(group) == key(group) is not None
+
+
+def test_what_pip_put_elsewhere_is_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its global values are its own affair; those of a file beside it are the user's."""
+    for name in ("cpdebug_put_here", "cpdebug_own_here"):
+        (tmp_path / f"{name}.py").write_text("COUNT = 0\n")
+    about = tmp_path / "cpdebug_put_here-1.0.dist-info"
+    about.mkdir()
+    (about / "RECORD").write_text("cpdebug_put_here.py,sha256=x,10\ncpdebug_put_here-1.0.dist-info/RECORD,,\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def key() -> str | None:
+        return ExportCache(tmp_path / "cache").key(Component("net", ["x"], ["y"], module=Net()), INPUTS, {})
+
+    put, own = (importlib.import_module(f"cpdebug_{which}_here") for which in ("put", "own"))
+    try:
+        first = key()
+        put.COUNT = 1
+        assert key() == first is not None
+        own.COUNT = 1
+        assert key() != first
+    finally:
+        for module in (put, own):
+            del sys.modules[module.__name__]

@@ -7,6 +7,7 @@ An entry is a folder ``<key>``: the ONNX file, its weights beside it where they 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import io
@@ -17,7 +18,7 @@ import shutil
 import sys
 import sysconfig
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -158,15 +159,21 @@ def user_code() -> list[str]:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles into a hash; tensors as type, shape and bytes, each once."""
+    """Pickles into a hash; tensors as type, shape and bytes, each once; sets without an order.
 
-    def __init__(self, digest: Any) -> None:
+    A set of strings has another order in every process. ``within``: sets (ids) that this is the content of.
+    """
+
+    def __init__(self, digest: Any, within: frozenset[int] = frozenset()) -> None:
         super().__init__(_Sink(digest), protocol=4)
         self._digest = digest
+        self._within = within
         self._seen: dict[int, tuple[str, torch.Tensor]] = {}
 
     def persistent_id(self, value: Any) -> str | None:
-        """Tensors by what is in them: pickle would write their storages."""
+        """Tensors by what is in them: pickle would write their storages. Sets by the sorted hashes of their members."""
+        if type(value) in (set, frozenset):
+            return f"{type(value).__name__} {self._members(value)}"
         if not isinstance(value, torch.Tensor):
             return None
         if id(value) not in self._seen:
@@ -175,6 +182,16 @@ class _Pickler(pickle.Pickler):
             own.update(np.ascontiguousarray(as_numpy(value)).reshape(-1).view(np.uint8).data)
             self._seen[id(value)] = own.hexdigest(), value
         return str(self._seen[id(value)][0])
+
+    def _members(self, values: Collection[Any]) -> list[str]:
+        if id(values) in self._within:  # a member holds the set that it is in
+            return ["itself"]
+        found = []
+        for value in values:
+            own = hashlib.sha256()
+            _Pickler(own, self._within | {id(values)}).dump(value)
+            found.append(own.hexdigest())
+        return sorted(found)
 
 
 class _Sink(io.RawIOBase):
@@ -222,8 +239,21 @@ def _digest_of(value: Any) -> str:
 
 
 def _is_library(file: str) -> bool:
-    """Whether a file is of Python's own library or of an installed package."""
-    return "-packages" in file or file.startswith(sysconfig.get_path("stdlib"))
+    """Whether a file is of Python's own library or of an installed package, wherever pip put it (``--target``)."""
+    if "-packages" in file or file.startswith(sysconfig.get_path("stdlib")):
+        return True
+    roots = (root.rstrip(os.sep) + os.sep for root in sys.path if root)
+    return any(file.startswith(root) and Path(file[len(root) :]).parts[0] in _installed(root) for root in roots)
+
+
+@functools.cache
+def _installed(folder: str) -> frozenset[str]:
+    """First parts of the paths that pip put into a folder, as its ``*.dist-info/RECORD`` have them."""
+    found: set[str] = set()
+    for record in Path(folder).glob("*.dist-info/RECORD"):
+        with contextlib.suppress(OSError, UnicodeError):
+            found |= {line.split("/")[0].split(",")[0] for line in record.read_text(encoding="utf-8").splitlines()}
+    return frozenset(found)
 
 
 def _source(kind: type) -> str | None:
