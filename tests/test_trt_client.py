@@ -163,6 +163,16 @@ def test_errors_say_what_to_do(tmp_path: Path, kind: str, error: type[Exception]
     assert "because" in str(caught.value)
 
 
+def test_a_library_for_plug_ins_that_cannot_be_loaded_is_left_out_by_a_setting(tmp_path: Path) -> None:
+    because = "3: SymbolAddress for cublasGetProperty could not be loaded, check function name against library symbol"
+    told = {"results": [], "error": {"kind": "build", "message": because, "nodes": []}}
+    client = RunnerClient(
+        interpreter(tmp_path, f"(folder / 'result.json').write_text(json.dumps({told!r}))", "sys.exit(1)")
+    )
+    with pytest.raises(InputError, match="--tactic-sources=-CUBLAS,-CUBLAS_LT,-CUDNN builds without"):
+        client.execute(STEPS)
+
+
 def test_where_there_is_no_tensorrt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -392,6 +392,18 @@ def test_a_build_goes_on_where_its_timings_cannot_be_written(monkeypatch: pytest
         assert tried.wait(5)
 
 
+def test_an_error_logged_again_with_its_place_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    install("8.6.0", monkeypatch)
+    job = runner.Job(lambda event: None)
+    for text in ("3: no symbol", "3: [loader.cpp::364] Error Code 3: Internal Error (no symbol)", "4: no kernel"):
+        job.log("ERROR", text)
+    assert job.reasons("") == "3: [loader.cpp::364] Error Code 3: Internal Error (no symbol)\n4: no kernel"
+    job.errors = ["3: no symbol", "no symbol", "3: no symbol"]
+    assert job.reasons("") == "3: no symbol"
+    job.errors = []
+    assert job.reasons("none given") == "none given"
+
+
 def test_a_refused_timing_cache_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install("8.6.0", monkeypatch)
     save_net(tmp_path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -213,12 +214,19 @@ def _to_exception(spec: str, error: Failure, step: Mapping[str, Any]) -> Cpdebug
     if kind == "time":
         return InputError(f"{subject}: {message}")
     if kind == "build":
-        return BuildFailed(f"{subject}: TensorRT cannot build it\n{message}")
+        return BuildFailed(f"{subject}: TensorRT cannot build it\n{message}{_without_libraries(message)}")
     if kind == "internal":
         return BackendUnavailable(
             spec, f"the runner failed in {step['command']}: {message}\n{_innermost(error.get('traceback', ''))}"
         )
     return InputError(f"{subject}: {message}")
+
+
+def _without_libraries(message: str) -> str:
+    """What to do where cuBLAS or cuDNN, which TensorRT 8.6 hands to plug-ins, cannot be loaded; else nothing."""
+    if not re.search(r"SymbolAddress for (cublas|cudnn)\w+ could not be loaded", message):
+        return ""
+    return "\n--tactic-sources=-CUBLAS,-CUBLAS_LT,-CUDNN builds without these libraries; plug-ins are handed none then"
 
 
 def _innermost(traceback: str) -> str:

@@ -224,8 +224,11 @@ class Job:
             raise RunnerFailure("unsupported", f"TensorRT {self.trt.__version__} has no {enum}.{name}") from None
 
     def reasons(self, otherwise: str) -> str:
-        """Every error that TensorRT logged, once."""
-        return "\n".join(dict.fromkeys(self.errors)) or otherwise
+        """Every error that TensorRT logged, once: many are logged bare, and again with the place in its source."""
+        once = list(dict.fromkeys(self.errors))
+        bare = {text: re.sub(r"^\d+: ", "", text) for text in once}
+        longest = [text for text in once if not any(bare[text] in o and len(o) > len(text) for o in once)]
+        return "\n".join(longest) or otherwise
 
 
 def _import_tensorrt() -> Any:
