@@ -36,7 +36,7 @@ def _interrupted() -> NoReturn:
 
 
 def _end() -> None:
-    """What is left to do once everything is said: Ctrl-C cannot change it, and torch's empty folder goes."""
+    """Do the last things once everything is said: Ctrl-C cannot change it, and torch's empty folder goes."""
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     folders = sys.modules.get("torch._inductor.runtime.cache_dir_utils")

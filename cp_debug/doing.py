@@ -1,4 +1,4 @@
-"""What a library is asked to do at the moment, kept where it outlives a process that the library ends."""
+"""The job that a library does at the moment, kept where it outlives a process that the library ends."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ def doing(text: str) -> Iterator[None]:
 
 
 def last() -> str:
-    """What was begun last and has not ended; empty: nothing."""
+    """The job begun last that has not ended; empty: none."""
     return "" if _page is None else _page[:].rstrip(b"\0").decode("utf-8", "replace")

@@ -24,9 +24,9 @@ class Collected:
     def __init__(self) -> None:
         self.rows: dict[Key, LayerRow] = {}
         self.observation: Observation | None = None
-        """Of the sample whose observer gap stands out of its own noise the most, where none does of the noisiest."""
+        """Observation whose observer gap stands out of its own noise the most; where none does, of the noisiest sample."""
         self.first_observation: Observation | None = None
-        """Of the first sample."""
+        """Observation of the first sample."""
         self._noisiest: Observation | None = None
         self.optimizer_blame: OptimizerBlame | None = None
         self.findings: list[Finding] = []
@@ -111,7 +111,7 @@ def _names(rows: Sequence[LayerRow]) -> str:
 
 
 def _standing_out(observation: Observation) -> tuple[float, float]:
-    """How much of an observer gap noise does not explain; among those where it explains all, how much noise."""
+    """Part of an observer gap that noise does not explain; then, for those where it explains all, the noise."""
     return max(observation.observer_gap - observation.noise_floor, 0.0), observation.noise_floor
 
 

@@ -117,7 +117,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Ending:
-    """What a signal that asks for the end does: it raises, but once for all that come within ``TOGETHER`` seconds.
+    """Handler of signals that ask for the end: it raises, but once for all that come within ``TOGETHER`` seconds.
 
     A signal for a whole process group comes to this process twice, and the second one would end the tidying.
     """

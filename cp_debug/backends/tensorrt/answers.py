@@ -25,7 +25,7 @@ Version = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}(\.|
 
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-"""How long a build or a run took."""
+"""Duration of a build or a run."""
 
 
 class Facts(TypedDict):
