@@ -42,7 +42,7 @@ from cp_debug.programs.torch_layers import is_quantized
 # Numbers and arithmetic ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("codec", [E4M3, E5M2, E2M1], ids=str)
+@pytest.mark.parametrize("codec", [E4M3, E5M2, E2M1], ids=lambda c: c.name)
 def test_codes_stop_at_the_largest_number_on_both_sides(codec: Any) -> None:
     x = torch.tensor([0.0, 1.0, -1.0, codec.largest, 3 * codec.largest, -3 * codec.largest, codec.smallest / 8])
     expected = [0.0, 1.0, -1.0, codec.largest, codec.largest, -codec.largest, 0.0]

@@ -24,7 +24,7 @@ class Collected:
     def __init__(self) -> None:
         self.rows: dict[Key, LayerRow] = {}
         self.observation: Observation | None = None
-        """Observation whose observer gap stands out of its own noise the most; where none does, of the noisiest sample."""
+        """Observation whose gap stands out of its own noise the most; where none does, that of the noisiest sample."""
         self.first_observation: Observation | None = None
         """Observation of the first sample."""
         self._noisiest: Observation | None = None
