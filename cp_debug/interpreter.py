@@ -61,6 +61,10 @@ OnEvent = Callable[[Mapping[str, Any]], None]
 """Takes ``{"event": "log" | "progress" | "step" | "output", …}`` as the script sends them."""
 
 
+BUILD_STOPPED = "; --builder-level 0 to 2 builds faster; without --no-cache the next run goes on from about here"
+"""What to do after a build of TensorRT's was stopped."""
+
+
 def how_far(event: Mapping[str, Any]) -> str:
     """One line for a ``progress`` event. A builder that reports none of its own is followed by its log: kernels timed,
     and the layer that it is at, of those that fusing left."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from cp_debug.interpreter import how_far
+from cp_debug.interpreter import BUILD_STOPPED, how_far
 
 FIRST = 10.0
 """Seconds after which a job is worth a line."""
@@ -59,7 +59,7 @@ class PlainSteps:
     @property
     def stopped(self) -> str:
         """The line for a job that Ctrl-C ended."""
-        hint = "; --builder-level 0 to 2 builds faster" if self._building else ""
+        hint = BUILD_STOPPED if self._building else ""
         return self._said(self._clock()) + hint
 
     def _said(self, now: float) -> str:

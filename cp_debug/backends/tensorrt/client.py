@@ -14,7 +14,7 @@ from typing import Any
 from cp_debug.backends.tensorrt import runner
 from cp_debug.backends.tensorrt.answers import Facts, Failure
 from cp_debug.errors import BackendUnavailable, CpdebugError, InputError
-from cp_debug.interpreter import Interpreter, InterpreterFailed, OnEvent
+from cp_debug.interpreter import BUILD_STOPPED, Interpreter, InterpreterFailed, OnEvent
 from cp_debug.optional import install
 from cp_debug.reading import typed
 
@@ -149,7 +149,7 @@ class RunnerClient:
         at = f", layer {last['layer']} of {last['layers']}" if last.get("layers") else ""
         far = f"; it was at {last['phase']!r}, {last['done']}{of}{' kernels' if at else ''}{at}" if last else ""
         message = f"{step.get('onnx', self.spec)}: the build was stopped after {limit:g} s (--build-timeout){far}"
-        return BuildTimedOut(f"{message}; --builder-level 0 to 2 builds faster")
+        return BuildTimedOut(message + BUILD_STOPPED)
 
     def _unavailable(self, error: InterpreterFailed) -> BackendUnavailable:
         how = _install() if error.unusable else None

@@ -670,7 +670,7 @@ def _inspect(job: Job, step: Step) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, data: Any) -> None:
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # two builds of a graph share its timings
     with temporary.open("wb") as stream:
         stream.write(data)
     os.replace(temporary, path)  # noqa: PTH105
