@@ -62,7 +62,7 @@ OnEvent = Callable[[Mapping[str, Any]], None]
 
 
 BUILD_STOPPED = "; --builder-level 0 to 2 builds faster; without --no-cache the next run goes on from about here"
-"""What to do after a build of TensorRT's was stopped."""
+"""Advice after a build of TensorRT's was stopped."""
 
 
 def how_far(event: Mapping[str, Any]) -> str:

@@ -109,11 +109,11 @@ def test_another_cause_that_explains_as_much_with_no_more_numbers_is_told_with_i
     assert {found.cause.cause, *(c.cause for c in found.equals)} == {"a", "b"}
 
 
-@pytest.mark.parametrize(("both", "told"), [(False, set()), (True, {"left out"})])
-def test_beside_what_is_read_off_the_numbers_nothing_is_told_that_has_only_the_same_effect(
-    both: bool, told: set[str]
+@pytest.mark.parametrize(("declared", "told"), [(True, set()), (False, {"left out"})])
+def test_beside_what_the_declared_precision_gives_nothing_is_told_that_has_only_the_same_effect(
+    declared: bool, told: set[str]
 ) -> None:
-    families = [Family(candidate("underflow", heard=True)), Family(candidate("left out", heard=both))]
+    families = [Family(candidate("underflow", heard=True, declared=declared)), Family(candidate("left out"))]
     found = chosen(layer(residuals={"underflow": 0.002, "left out": 0.003}), *families)
     assert found.cause is not None
     assert found.cause.cause == "underflow"

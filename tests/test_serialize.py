@@ -262,7 +262,7 @@ def test_a_sweep_survives(kind: str, data: st.DataObject) -> None:
 
 
 def test_a_sweep_of_no_kind_is_refused() -> None:
-    with pytest.raises(InputError, match="field 'kind' is 'dance'; expected bisect, eval, search or sensitivity"):
+    with pytest.raises(InputError, match="field 'kind' is 'dance'; expected bisect, eval, ablate, sensitivity, search"):
         decode(SweepResult, {"kind": "dance", "groups": []}, "sweep.json")
 
 

@@ -73,7 +73,7 @@ PLAIN = {
     ),
     *("checked on", "SHA-256", "ONNX nodes", "operators", "latency", "error", "kind", "weights", "dB", "training loss"),
     *("object", "change", "score", "shift", "index", "bits", "axis", "worst on", "guilty", "tasks", "why", "first"),
-    *("last", "in layers", "error in INT8", "boxes lost or gained", "final rel. L2"),
+    *("last", "in layers", "error in INT8", "boxes lost or gained", "final rel. L2", "boxes", "layers"),
 }
 """Column headings that say themselves what they hold, beside a table's title."""
 OTHER_SPELLINGS = {
@@ -88,6 +88,7 @@ OTHER_SPELLINGS = {
     "Δ {} alone": "error alone",
     "Δ {} without": "error without",
     "Δ {} {}": "error without",
+    "Δ {}": "Δ",
     "{} m": "AP",
     "{} {}": "BEV",
 }

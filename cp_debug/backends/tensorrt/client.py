@@ -223,7 +223,7 @@ def _to_exception(spec: str, error: Failure, step: Mapping[str, Any]) -> Cpdebug
 
 
 def _without_libraries(message: str) -> str:
-    """What to do where cuBLAS or cuDNN, which TensorRT 8.6 hands to plug-ins, cannot be loaded; else nothing."""
+    """Advice where cuBLAS or cuDNN, which TensorRT 8.6 hands to plug-ins, cannot be loaded; else empty."""
     if not re.search(r"SymbolAddress for (cublas|cudnn)\w+ could not be loaded", message):
         return ""
     return "\n--tactic-sources=-CUBLAS,-CUBLAS_LT,-CUDNN builds without these libraries; plug-ins are handed none then"

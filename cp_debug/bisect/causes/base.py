@@ -32,6 +32,8 @@ class Candidate:
     """Only the size of the error speaks for it: taken where nothing else explains the layer, and said so."""
     heard: bool = False
     """Whether numbers leave a range, by the verdict or altogether: it goes before what explains the layer as well."""
+    declared: bool = False
+    """Whether the value is what the declared precision itself gives: nothing of the same effect stands beside it."""
     degenerate: int = 0
     """Rank by what it leaves of the layer: 0, more than whole numbers; 1, whole numbers; 2, nothing but zeros. The
     lowest goes first of causes that explain as much with as few numbers."""

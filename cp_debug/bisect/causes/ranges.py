@@ -84,7 +84,8 @@ def underflow(segment: Segment) -> Iterator[Candidate]:
         if loss > RANGE * HALF.roundoff and small > 0.01:
             says = f"FP16 underflow: {small:.0%} of the {tensor_name} lie below the smallest normal FP16 number"
             evidence = {**figures, "of": tensor_name, "storage_loss": loss}
-            yield Candidate("fp16-underflow", says, segment.claimed, evidence=evidence, fix=_RESCALE, heard=True)
+            given = segment.claimed
+            yield Candidate("fp16-underflow", says, given, 0, evidence, _RESCALE, heard=True, declared=True)
 
 
 def _undeclared(segment: Segment) -> Iterator[Candidate]:

@@ -135,17 +135,15 @@ def _rank(judged: _Tried) -> tuple[bool, bool, int, int, int, float]:
 def _equals(chosen: _Tried, equal: list[_Tried]) -> tuple[Candidate, ...]:
     """The other causes that explain as much with no more numbers, one candidate each.
 
-    What is heard, being read off the numbers, stands against nothing that only has the same effect: where a constant
-    vanishes in FP16, ``x + c`` gives ``x`` as if the addition had been left out.
+    Where FP16 is declared and a constant vanishes in it, ``x + c`` gives ``x`` as if the addition had been left out,
+    which is no second explanation.
     """
-    if chosen.candidate.located:
+    if chosen.candidate.located or chosen.candidate.declared:
         return ()
-    heard = chosen.candidate.heard
     found: dict[str, _Tried] = {}
     for tried in sorted(equal, key=_rank):
         candidate = tried.candidate
-        fits = tried.accepted and candidate.parameters <= chosen.candidate.parameters
-        if fits and not candidate.observed and (candidate.heard or not heard):
+        if tried.accepted and candidate.parameters <= chosen.candidate.parameters and not candidate.observed:
             found.setdefault(candidate.cause, tried)
     return tuple(t.candidate for name, t in found.items() if name != chosen.candidate.cause)
 
