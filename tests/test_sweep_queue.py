@@ -391,6 +391,18 @@ def test_workers_are_forks_of_the_process_that_imported_ahead(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every worker imports for itself")
+def test_imports_ahead_end_with_the_process(tmp_path: Path) -> None:
+    script = (
+        "from multiprocessing import forkserver\n"
+        "from cp_debug.sweep import ahead\n"
+        "ahead.begin(int8=False)\n"
+        "print(forkserver._forkserver._forkserver_pid)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not Path(f"/proc/{int(done.stdout)}").exists()
+
+
 def test_a_worker_that_dies_while_it_starts(tmp_path: Path) -> None:
     """As it does when a script that starts a sweep has no guard: its workers import it and would start their own."""
     file = tmp_path / "unguarded.py"

@@ -5,11 +5,13 @@ A worker that is started afresh imports torch and this project for itself, secon
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 
 METHOD = "forkserver"
@@ -38,12 +40,23 @@ def begin(*, int8: bool) -> None:
     multiprocessing.get_context(METHOD).set_forkserver_preload([_MODULES, *([_WITH_INT8] if int8 else [])])
     with _environment({**_ONE_THREAD, "PYTHONHASHSEED": "6640", **KEEP_FREED}):  # the seed that Dask's nanny sets
         forkserver.ensure_running()
+    atexit.register(_end, os.getpid())
     _begun = True
 
 
 def has_begun() -> bool:
     """Whether workers can be forks."""
     return _begun
+
+
+def _end(owner: int) -> None:
+    """End the process at once: by itself it would go on importing, for seconds after the command."""
+    process = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    if process is None or os.getpid() != owner:  # a fork that ends has its parent's list of last things to do
+        return
+    with suppress(ProcessLookupError, ChildProcessError):
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
 
 
 @contextmanager
