@@ -225,3 +225,17 @@ def test_a_cache_belongs_to_its_model(tmp_path: Path) -> None:
         module.layer.weight += 1
     with pytest.raises(InputError, match="cache: these scales were calibrated on other weights"):
         check_model(module, found, "cache")
+
+
+@pytest.mark.slow
+def test_what_was_compiled_is_calibrated_as_it_is_written() -> None:
+    """A compiler would take the watchers, too, for seconds, and warn of each."""
+    compiled: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        compiled.append(graph)
+        return graph.forward
+
+    net = nn.Sequential(torch.compile(nn.Linear(4, 6), backend=backend), nn.ReLU(), nn.Linear(6, 2)).eval()
+    assert "2" in CalibrationManager(net).calibrate([torch.ones(2, 4)]).layers
+    assert not compiled

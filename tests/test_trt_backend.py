@@ -21,6 +21,7 @@ from cp_debug.backends.capabilities import build_info_of
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.tensorrt.calibration import read_cache
+from cp_debug.backends.tensorrt.engine_runs import EngineRuns
 from cp_debug.backends.tensorrt.engines import to_exclude
 from cp_debug.bisect.engine import Options as BisectOptions
 from cp_debug.bisect.engine import bisect
@@ -387,6 +388,20 @@ def test_one_probe_a_build_finds_the_first_bad_value(
     assert list(again) == list(seen)
     np.testing.assert_array_equal(outputs["y"], seen["y"])
     assert session.tactics[f"r{broken}"]
+
+
+def test_a_run_that_leaves_out_the_value_asked_for_is_nonsense(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install("8.6.0", monkeypatch)
+    session = create(BackendSpec.parse("trt-fp16"), probes="bisect").open(Program("net", Graph(save_chain(tmp_path))))
+    whole = EngineRuns._written
+
+    def without(self: EngineRuns, entries: Any, folder: Path) -> dict[str, Path]:
+        return {name: file for name, file in whole(self, entries, folder).items() if name == "y"}
+
+    monkeypatch.setattr(EngineRuns, "_written", without)
+    x = np.zeros((1, 4, 6, 6), np.float32)
+    with pytest.raises(BackendUnavailable, match=r"'r\d' is missing"):
+        collect(session, {"x": x})
 
 
 def test_a_sound_engine_departs_nowhere(version: str, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from cp_debug.probes.trace import as_written
+
 Call = Callable[..., Any]
 Around = Callable[[nn.Module, Call, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -46,7 +48,7 @@ class Reuse:
             self._calls.setdefault(module, []).append(_RecordedCall(call_inputs, output, _versions(output)))
             return output
 
-        with torch.no_grad(), self._around_calls(keep):
+        with torch.no_grad(), as_written(), self._around_calls(keep):
             return self.module(*inputs)
 
     def rerun(self, changed: Collection[str], *inputs: Tensor) -> tuple[Any, dict[str, list[Any]]]:
@@ -66,7 +68,7 @@ class Reuse:
                 results[path].append(output)
             return output
 
-        with torch.no_grad(), self._around_calls(look_up):
+        with torch.no_grad(), as_written(), self._around_calls(look_up):
             return self.module(*inputs), results
 
     def outputs(self, layer: str) -> list[Any]:

@@ -17,6 +17,7 @@ import torch
 from cp_debug.errors import ModuleFailed, in_one_line
 from cp_debug.probes.arrays import as_numpy, as_torch
 from cp_debug.probes.outputs import flatten_outputs
+from cp_debug.probes.trace import as_written
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 Run = Callable[[Component, Arrays], Arrays]
@@ -116,7 +117,7 @@ def run_module(component: Component, inputs: Mapping[str, np.ndarray]) -> dict[s
     """
     assert component.module is not None
     try:
-        with torch.no_grad():
+        with torch.no_grad(), as_written():
             outputs = flatten_outputs(component.module(*example_args(component, inputs)))
     except Exception as error:
         raise ModuleFailed(f"{component.name} raised in forward: {in_one_line(error)}") from error

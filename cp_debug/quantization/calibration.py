@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cp_debug.errors import InputError
 from cp_debug.graph.scales import LayerScales, Scales
 from cp_debug.probes.outputs import flatten_outputs
-from cp_debug.probes.trace import unwatched
+from cp_debug.probes.trace import as_written, unwatched
 from cp_debug.programs.align import module_digest
 from cp_debug.programs.torch_layers import full_path, is_quantized, layers_of, matches, own_path, select, weight_axis
 from cp_debug.quantization.awml_names import also_named
@@ -118,6 +118,7 @@ class CalibrationManager:
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(errors is not None))
             stack.enter_context(_frozen(self.module))
+            stack.enter_context(as_written())
             for path, layer in layers_of(self.module).items():
                 if path not in self.skipped:
                     handle = layer.register_forward_pre_hook(self._in_front(path, errors), with_kwargs=True)

@@ -289,9 +289,9 @@ class EngineSession:
         def look(value: str) -> tuple[np.ndarray, float]:
             place = Path(tempfile.mkdtemp(dir=folder))
             (ran,) = self._runs.execute([engines.probe(value).path], inputs, place, [value])
-            written[value] = ran.written[value]
             if value not in ran.written:
                 raise self._runs.nonsense(f"{value!r} is missing")
+            written[value] = ran.written[value]
             return self._runs.load(value, ran.written[value]), output_distance(outputs, self._runs.outputs(ran.written))
 
         if engines.search is None:
