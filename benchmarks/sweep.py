@@ -92,12 +92,10 @@ def as_text(results: dict[str, Any]) -> str:
 def start_up(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The command with two workers against one, from the shell's prompt to the next: all that a user waits for.
 
-    ``--spawn`` has every worker import for itself, as before there was one process to import for all. The load of the
-    machine is told, as other processes on the same cores make both figures worthless.
+    The load of the machine is told, as other processes on the same cores make both figures worthless.
     """
     found: dict[str, Any] = {"scenes": options.scenes, "kind": options.kind, "model": options.model, "runs": []}
-    begin = "" if not options.spawn else "import cp_debug.sweep.ahead as a; a.begin = lambda **_: None; "
-    command = f"{begin}from cp_debug.cli.main import main; main()"
+    command = "from cp_debug.cli.main import main; main()"
     flags = [options.model, "-n", options.scenes]
     if options.kind == "sensitivity":
         flags += ["--from", options.quantized] if options.quantized else ["--calib-samples", 8]
@@ -123,7 +121,7 @@ def start_up(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             }
         )
     one, two = (run["seconds"] for run in found["runs"])
-    found |= {"ratio": round(one / two, 3), "same_bits": len(results) == 1, "spawn": options.spawn}
+    found |= {"ratio": round(one / two, 3), "same_bits": len(results) == 1}
     console.print(found)
     return found
 
@@ -217,7 +215,6 @@ def main() -> None:
     parser.add_argument("--model", default="centerpoint:tiny")
     parser.add_argument("--from", dest="quantized", type=Path, help="Quantized checkpoint, for sensitivity.")
     parser.add_argument("--only", choices=("scaling", "start-up", "queue"))
-    parser.add_argument("--spawn", action="store_true", help="For start-up: every worker imports for itself.")
     parser.add_argument("--json", type=Path, help="Of start-up, the figures.")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)

@@ -197,3 +197,8 @@ def test_unknown_and_unavailable_backends() -> None:
 def test_unknown_model_names_the_nearest() -> None:
     with pytest.raises(InputError, match="centerpoint:tiny"):
         bisect("centerpoint:tinny", "torch,ort")
+
+
+def test_no_sample_is_refused() -> None:
+    with pytest.raises(InputError, match="samples: 0; expected at least 1"):
+        bisect("centerpoint:tiny", "torch,ort", options=Options(samples=0))

@@ -32,7 +32,7 @@ WITH_MMENGINE = {"addict", "mmcv", "mmdet", "mmdet3d", "mmengine"}
 
 IN_NOTEBOOKS = {"IPython"}
 """What every notebook's Python has, and is imported in one only."""
-ONLY_WITH = {"quantization/mmengine_hook.py", "pytest_plugin.py", "sweep/imported.py"}
+ONLY_WITH = {"quantization/mmengine_hook.py", "pytest_plugin.py"}
 """What an extra or pytest completes: imported by those who have it."""
 
 

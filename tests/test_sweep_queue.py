@@ -366,43 +366,6 @@ def test_something_else_that_listens_is_not_waited_for() -> None:
             pass
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every worker imports for itself")
-def test_workers_are_forks_of_the_process_that_imported_ahead(tmp_path: Path) -> None:
-    """They have torch from the start, on one thread, and the environment of the time when they are started."""
-    (tmp_path / "ahead.py").write_text(
-        "import os, sys\n"
-        "def look():\n"
-        "    torch = sys.modules['torch']\n"
-        "    return torch.get_num_threads(), os.environ['LATER'], os.environ['MALLOC_ARENA_MAX'], os.getpid()\n"
-        "if __name__ == '__main__':\n"
-        "    from cp_debug.sweep import ahead\n"
-        "    from cp_debug.sweep.workers import local_workers\n"
-        "    ahead.begin(int8=False)\n"
-        "    assert 'MALLOC_ARENA_MAX' not in os.environ\n"
-        "    os.environ['LATER'] = 'here'\n"
-        "    with local_workers(2) as client:\n"
-        "        found = client.run(look)\n"
-        "    assert {each[:3] for each in found.values()} == {(1, 'here', '1')}, found\n"
-        "    assert len({each[3] for each in found.values()}) == 2\n"
-    )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    done = subprocess.run([sys.executable, "ahead.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every worker imports for itself")
-def test_imports_ahead_end_with_the_process(tmp_path: Path) -> None:
-    script = (
-        "from multiprocessing import forkserver\n"
-        "from cp_debug.sweep import ahead\n"
-        "ahead.begin(int8=False)\n"
-        "print(forkserver._forkserver._forkserver_pid)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert not Path(f"/proc/{int(done.stdout)}").exists()
-
-
 def test_a_worker_that_dies_while_it_starts(tmp_path: Path) -> None:
     """As it does when a script that starts a sweep has no guard: its workers import it and would start their own."""
     file = tmp_path / "unguarded.py"

@@ -70,7 +70,7 @@ def sweep_bisect(
 
     A task is one test backend on one sample. Exit code 1 when a backend disagrees on some sample, 2 when a task failed.
     """
-    check_models(models, backends, samples, inputs, desk)
+    check_models(models, backends, samples, inputs)
     from cp_debug.sweep import bisecting
 
     int8.check(parse_backends(backends))
@@ -107,7 +107,7 @@ def sweep_eval(
 
     A task is one backend on one sample. Exit code 1 when a backend detects significantly less, 2 when a task failed.
     """
-    check_models(models, backends, samples, data, desk)
+    check_models(models, backends, samples, data)
     from cp_debug.detection.evaluation import EvaluationOptions
     from cp_debug.recipes.data.base import DataOptions
     from cp_debug.sweep import evaluating
@@ -153,7 +153,7 @@ def sweep_ablate(
 
     A task is one test backend on one sample, with every set of layers. Exit code 2 when a task failed.
     """
-    check_models(models, backends, samples, data, desk)
+    check_models(models, backends, samples, data)
     from cp_debug.backends.registry import create
     from cp_debug.detection.evaluation import EvaluationOptions
     from cp_debug.mixed_precision.precision import precision_of
@@ -201,7 +201,7 @@ def sweep_sensitivity(
 
     Exit code 2 when a task failed.
     """
-    check_models(models, "torch,torch-fp64", samples, data, desk, fake_quantizers=True)
+    check_models(models, "torch,torch-fp64", samples, data)
     from cp_debug.sweep import sensitivity
 
     refuse(("calib_samples", "calib_method", "shared"), unless=not quantized, why="the scales are those of --from")
@@ -243,7 +243,7 @@ def sweep_search(
 
     Exit code 1 when the goal was not reached on some sample, 2 when a task failed.
     """
-    check_models(models, backends, samples, inputs, desk, exports=False)
+    check_models(models, backends, samples, inputs, exports=False)
     from cp_debug.sweep import searching
 
     how = {"goal": goal, "max_builds": max_builds, "test_model": test_model and str(resolved(test_model))}

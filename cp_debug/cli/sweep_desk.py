@@ -194,20 +194,14 @@ def check_models(
     backends: str,
     samples: int,
     inputs: Path | None,
-    desk: Desk,
     *,
     exports: bool = True,
-    fake_quantizers: bool = False,
 ) -> None:
     """Raise InputError for a name that is no model and a file that cannot be read; then load torch.
-
-    Meanwhile the imports of the sweep's own processes begin, with those for ``fake_quantizers`` where they are needed.
 
     Exports, where the tasks share them, and engines are what goes into a shared store.
     """
     from cp_debug.recipes.registry import DEFAULT
-    from cp_debug.sweep import ahead
-    from cp_debug.sweep.workers import needs_gpu
 
     modules = exports and any(not model.endswith(".onnx") for model in models or [DEFAULT])
     engines = backends and any(spec.family == "trt" for spec in parse_backends(backends))
@@ -218,10 +212,6 @@ def check_models(
     check_made_up(samples, inputs, given_by="--inputs or --data")
     for model in models or ():
         check_given(model)
-    specs = parse_backends(backends)
-    if desk.cluster is None and not any(map(needs_gpu, specs)):
-        int8 = fake_quantizers or any(spec.variant.startswith("int8") for spec in specs)
-        ahead.begin(int8=int8)
     load_torch()
 
 

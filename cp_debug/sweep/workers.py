@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, CpdebugError, InputError
 from cp_debug.optional import require
-from cp_debug.sweep import ahead
 from cp_debug.sweep.admission import check_scheduler
-from cp_debug.sweep.ahead import KEEP_FREED
 
 if TYPE_CHECKING:
     from distributed import Client, Nanny
@@ -24,6 +22,11 @@ if TYPE_CHECKING:
 _QUIET = {"distributed.admin.low-level-log-length": 10}
 """Dask keeps its last messages, tasks included, for its developers: here they are what would grow."""
 _PRE_SPAWN = "distributed.nanny.pre-spawn-environ"
+_KEEP_FREED = {name: str(1 << 40) for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")}
+_KEEP_FREED["MALLOC_ARENA_MAX"] = "1"
+"""Workers keep freed memory. Dask would have them give every freed 64 KiB back to the system, and glibc every tensor
+above 32 MiB, or above 64 MiB in a thread with a heap of its own. A task of large tensors then takes up to twice as
+long, for page faults."""
 _LOCAL = {
     "distributed.scheduler.worker-saturation": 1.0,  # none waits behind a task, so one that kills takes no other along
     "distributed.worker.profile.enabled": False,
@@ -46,7 +49,6 @@ def local_workers(count: int | None, *, gpu: bool = False, gpus: int | None = No
 
     Each takes one task at a time on one thread, so that results do not depend on how many they are. gpu: one process a
     GPU at most, each seeing its own, with the resource ``GPU=1``; gpus: so many of them, whatever ``count`` is.
-    After ``ahead.begin`` they are forks, unless they need a GPU.
     Raises BackendUnavailable where there are fewer GPUs, MissingPackage without Dask, ClusterLost when a process dies
     while it starts.
     """
@@ -68,11 +70,8 @@ def local_workers(count: int | None, *, gpu: bool = False, gpus: int | None = No
     with ExitStack() as stack:
         # Dask leaves the folder of a worker that dies while it starts.
         folder = stack.enter_context(TemporaryDirectory(prefix="cpdebug-workers-", ignore_cleanup_errors=True))
-        environment = dask.config.get(_PRE_SPAWN) | KEEP_FREED
+        environment = dask.config.get(_PRE_SPAWN) | _KEEP_FREED
         settings: dict[str, Any] = {"temporary-directory": folder, _PRE_SPAWN: environment}
-        if ahead.has_begun() and not gpu:  # CUDA does not survive a fork
-            settings["distributed.worker.multiprocessing-method"] = ahead.METHOD
-            options["env"] = dict(os.environ)  # a fork has that of the time when the imports began
         stack.enter_context(dask.config.set({**_QUIET, **_LOCAL, **settings}))
         try:
             cluster = stack.enter_context(LocalCluster(n_workers=count, **options))

@@ -81,6 +81,7 @@ BASES: dict[tuple[str, ...], list[str]] = {
     ("search",): ["net.onnx", "-b", "ort,emu-fp16", "--goal", "rel_l2<0.5"],
     ("sweep", "bisect"): ["nowhere.onnx", "-b", "ort,emu-fp16", "-n", "1", "--workers", "1"],
     ("sweep", "eval"): ["nowhere.onnx", "-n", "1", "--workers", "1"],
+    ("sweep", "ablate"): ["nowhere.onnx", "-n", "1", "--workers", "1"],
     ("sweep", "sensitivity"): ["nowhere.onnx", "-n", "1", "--workers", "1"],
     ("sweep", "search"): ["nowhere.onnx", "-b", "ort,emu-fp16", "-n", "1", "--workers", "1"],
     ("demo",): ["no-such-fault"],
