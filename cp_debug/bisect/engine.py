@@ -89,7 +89,7 @@ class Bisection:
         self._sides = side, other
 
     def run(self, exported: Sequence[Program] | None, on_say: Callable[[str], None]) -> BisectResult:
-        """Run and judge all samples on all tests."""
+        """Run and judge all samples on all tests. Raises InputError for fewer than one sample."""
         options, progress = self.options, self._progress
         if options.save is not None:
             for backend in (self._reference, *self._tests):
