@@ -25,7 +25,7 @@ from cp_debug.errors import CpdebugError, InputError, MissingPackage, system_rea
 
 ENDED = 143
 """Exit code after SIGTERM, as in shells."""
-TOGETHER = 0.3
+TOGETHER = 1.0
 """Seconds within which two signals are one wish."""
 RUNS_NOTHING = ("cache", "compare", "doctor", "models", "report", "ui")
 """Commands in which ONNX Runtime has nothing to log."""
