@@ -16,6 +16,7 @@ import torch
 from onnx import numpy_helper
 from test_cli import run
 
+from cp_debug.cli.verify import each_test, parse_scenarios
 from cp_debug.deploy.config import load_config
 from cp_debug.deploy.preprocessing import compare_voxels, read_voxels
 from cp_debug.deploy.runner import deploy
@@ -146,12 +147,19 @@ def test_a_deployment_of_broken_files_fails_in_page_and_exit_code(broken: Path, 
         (["--tolerance", "fp32=x"], "--tolerance: 'fp32=x'; expected NAME=NUMBER"),
         (["--scenario", "torch"], "--scenario: 'torch' names 1 backend; expected REFERENCE,TEST"),
         (["--scenario", "torch,ort,emu-fp16"], "names 3 backends"),
+        (["-b", "torch"], "--backends: 'torch'; expected a reference and at least one test, as in torch,ort"),
+        (["-b", "torch,ort", "-s", "torch,ort"], "--backends: it would do nothing here: --scenario says which"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: list[object], says: str) -> None:
     code, text = run("verify", "centerpoint:tiny", *options)
     assert code == 2
     assert says in " ".join(text.split())
+
+
+def test_backends_are_a_scenario_for_each_test() -> None:
+    assert each_test("torch,ort,emu-fp16") == parse_scenarios(["torch,ort", "torch,emu-fp16"])
+    assert each_test("ort", repeats=True) == parse_scenarios(["ort"], repeats=True)
 
 
 def test_a_deployment_needs_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

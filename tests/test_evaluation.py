@@ -299,6 +299,12 @@ def test_both_tables_fit_the_terminal(width: int) -> None:
     if width >= 80:  # two backends are one row for each metric
         values = [f"{each.summary['mAP'].value:.3f}" for each in result.backends]
         assert any(line.startswith("mAP") and all(value in line for value in values) for line in lines)
+    else:  # each backend has a row of its own
+        first = next(i for i, line in enumerate(lines) if line.startswith("mAP"))
+        for line, spec, scores in zip(lines[first:], ("torch", "emu-fp16"), result.backends, strict=False):
+            assert f" {spec} " in f"{line} "
+            assert f" {scores.summary['mAP'].value:.3f}" in line
+        assert "[" in lines[first + 1], "a difference stands beside its backend"
     assert "emulated: emu-fp16" in "".join(lines)
 
 

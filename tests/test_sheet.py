@@ -10,10 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
+from rich.console import Console
+from rich.progress import Progress
 from test_cli import run
 
 from cp_debug.cli import console
 from cp_debug.cli.console import SafeConsole
+from cp_debug.reports.progress_bar import progress_bar
 from cp_debug.reports.sheet import Cell, Column, Row, Sheet
 from cp_debug.reports.sheet_markup import table_html, table_markdown, table_notebook
 from cp_debug.reports.sheet_terminal import Terminal, shortened
@@ -150,6 +153,43 @@ def test_pages_notebooks_and_markdown_show_the_same_values() -> None:
 def test_a_row_has_a_value_for_every_column() -> None:
     with pytest.raises(ValueError, match="shorter"):
         drawn(Sheet(COLUMNS, [("1", "a")]), 80)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_a_line_of_progress_cuts_no_number_and_waits_with_what_is_not_known(width: int) -> None:
+    out = io.StringIO()
+    bar = progress_bar(Console(file=out, width=width, force_terminal=True, color_system=None))
+    task = bar.add_task("", total=None)
+    shown = [line(bar, width)]
+    bar.update(task, description="ort.test, sample 0: noise floor of a long name", completed=45, total=146)
+    bar.tasks[0].start_time = bar.get_time() - 3725
+    shown.append(line(bar, width))
+    assert re.fullmatch(r". +━* *0:00 *", shown[0]), "no 0/?, and no time left where nobody knows"
+    assert shown[1].rstrip().endswith("45/146 1:02:05")
+    assert "ort.test" in shown[1]
+
+
+def line(bar: Progress, width: int) -> str:
+    """The one line that ``bar`` shows."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(bar.get_renderable())
+    (one,) = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return str(one)
+
+
+def test_progress_leaves_nothing_in_a_log() -> None:
+    out = io.StringIO()
+    with progress_bar(Console(file=out)) as bar:
+        bar.add_task("exporting", total=3)
+    assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize("sign", ["e\u0301", "🇩🇪", "👍🏽", "\\u200d", "\\x1b", "नि"])
+def test_what_a_reader_takes_for_one_sign_is_never_cut(sign: str) -> None:
+    for width in range(6, 24):
+        (short,) = shortened([sign * 30], width)
+        assert set(short.replace(sign, "")) == {"…"}
+        assert cell_len(short) <= width
 
 
 def test_doctor_and_the_list_of_models_fit_any_width(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,15 +23,15 @@ def shown_steps(progress: bool | None, on_step: OnStep | None) -> Iterator[OnSte
         yield lambda text, done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from cp_debug.reports.progress_bar import progress_bar
 
     console = Console(stderr=True, markup=False)
     if console.is_jupyter and find_spec("ipywidgets") is None:  # without it rich shows warnings instead of a bar
         with _notebook_line() as on_line:
             yield on_line
         return
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("", total=None)
         yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total or None)
 

@@ -15,16 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 from rich.segment import Segment
 from rich.text import Text
 
@@ -250,17 +241,10 @@ class Steps:
 def steps() -> Iterator[Steps]:
     """A progress bar on stderr while the block runs, with the time that is left; without a terminal lines now and
     then."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
+    from cp_debug.reports.progress_bar import progress_bar
+
     slow = PlainSteps(say)
-    with told_when_stopped(slow), Progress(*columns, console=errors, transient=True) as progress:
+    with told_when_stopped(slow), progress_bar(errors) as progress:
         if progress.console.is_terminal:
             yield Steps(progress, slow)
             return

@@ -36,6 +36,8 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Machine-readable, 
     ]
     columns = (Column("setting"), Column("here"), Column("in a run"), Column("", "mark"))  # nothing is cut
     console.print(Terminal(Sheet(columns, settings)))
+    if not all(setting.safe for setting in report.settings):
+        console.print(Text("where ✗ stands, a run of cpdebug sets the value itself; in programs of your own, set it:"))
     for setting in report.settings:
         if not setting.safe:
             console.print(Text(f"✗ {setting.name}: {setting.advice}", "yellow"), soft_wrap=True)

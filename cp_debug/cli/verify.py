@@ -26,6 +26,9 @@ def verify(
     scenario: Annotated[
         list[str] | None, typer.Option("--scenario", "-s", help="REFERENCE,TEST, as torch@cpu,ort@cpu; repeatable.")
     ] = None,
+    backends: Annotated[
+        str | None, typer.Option("--backends", "-b", help="Reference first, then the tests: a scenario for each test.")
+    ] = None,
     onnx_dir: Annotated[
         Path | None, typer.Option(help="Folder of `cpdebug export`; without one the model is exported for this run.")
     ] = None,
@@ -68,6 +71,7 @@ def verify(
     from cp_debug.cli.console import show_document, show_notes, steps
     from cp_debug.deploy.schema import SUFFIXES
 
+    refuse(("backends",), unless=not scenario, why="--scenario says which backends are compared")
     if not model.endswith(SUFFIXES):
         check_made_up(samples or 1, inputs)
         check_given(model, checkpoint=checkpoint)
@@ -90,7 +94,11 @@ def verify(
             "verify.samples": samples,
             "verify.tolerances": {**config.verify.tolerances, **parse_tolerances(tolerance or ())},
             "verify.max_abs": max_abs,
-            "verify.scenarios": parse_scenarios(scenario, repeats=test_model is not None) if scenario else None,
+            "verify.scenarios": parse_scenarios(scenario, repeats=test_model is not None)
+            if scenario
+            else each_test(backends, repeats=test_model is not None)
+            if backends is not None
+            else None,
         }
         config = override(config, overrides)
         specs = [
@@ -140,6 +148,20 @@ def parse_scenarios(texts: Sequence[str], *, repeats: bool = False) -> list[Scen
         test = replace(test, repeated=False)
         scenarios.append(ScenarioConfig(reference=str(reference), test=str(test)))
     return scenarios
+
+
+def each_test(text: str, *, repeats: bool = False) -> list[ScenarioConfig]:
+    """Parse ``torch,ort,ort-all`` as a reference and its tests, a scenario for each of these.
+
+    ``repeats``: the tests run another model, so one may run on the reference's backend. Raises InputError for a text
+    that is none.
+    """
+    from cp_debug.errors import InputError
+
+    names = [part.strip() for part in text.split(",")]
+    if not all(names) or len(names) < (1 if repeats else 2):
+        raise InputError(f"--backends: {text!r}; expected a reference and at least one test, as in torch,ort")
+    return parse_scenarios([f"{names[0]},{test}" for test in names[1:]] or names, repeats=repeats)
 
 
 def parse_tolerances(texts: Sequence[str]) -> dict[str, float]:

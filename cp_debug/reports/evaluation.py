@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.console import RenderableType
@@ -13,7 +14,7 @@ from cp_debug.detection.bootstrap import CONFIDENCE, ConfidenceInterval
 from cp_debug.detection.evaluation import BackendScores, EvaluationResult
 from cp_debug.detection.matching import THRESHOLDS
 from cp_debug.detection.metrics import ERRORS, OVERLAPS, TP_THRESHOLD
-from cp_debug.reports.sheet import Column, Row, Sheet
+from cp_debug.reports.sheet import Column, Row, Sheet, Tone
 from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.safe_text import amount
 
@@ -40,16 +41,31 @@ def summary_table(result: EvaluationResult) -> Sheet:
     columns = [Column("metric", "mark"), Column(reference.backend.spec, "number", show=_interval)]
     for each in tests:
         columns += [Column(each.backend.spec, "number", show=_number), Column("Δ", "number", show=_difference)]
-    rows = []
+    rows, one_each = [], []
     for metric in reference.summary:
+        tone: Tone = "strong" if metric in ("mAP", "NDS") else ""
         values: list[Any] = [metric, reference.summary[metric]]
+        one_each.append(Row((metric, reference.backend.spec, reference.summary[metric].value, ""), tone))
         for each in tests:
             assert each.difference is not None
             values += [each.summary[metric].value, each.difference[metric]]
-        rows.append(Row(values, "strong" if metric in ("mAP", "NDS") else ""))
+            one_each.append(Row(("", each.backend.spec, *values[-2:]), tone))
+        one_each[-1] = replace(one_each[-1], ends=True)
+        rows.append(Row(values, tone))
     title = f"{CONFIDENCE:.0%} intervals from {result.options.draws} draws of the samples"
     if emulated := [each.backend.spec for each in result.backends if each.backend.emulated]:
         title += f"; emulated: {', '.join(emulated)}"  # in the heading it would be too wide for 80 columns
+    return Sheet(columns, rows, title, ruled=True, narrow=_one_each("metric", one_each, _difference, title))
+
+
+def _one_each(first: str, rows: Sequence[Row], difference: Callable[[Any], str], title: str = "") -> Sheet:
+    """A row for each metric and backend: the value, and the difference from the reference."""
+    columns = (
+        Column(first, "mark"),
+        Column("backend", "name"),
+        Column("value", "number", show=_number),
+        Column("Δ", "number", show=difference),
+    )
     return Sheet(columns, rows, title, ruled=True)
 
 
@@ -59,13 +75,17 @@ def t4_table(result: EvaluationResult) -> Sheet:
     columns = [Column("T4's metric", "mark"), Column(reference.backend.spec, "number", show=_figure)]
     for each in tests:
         columns += [Column(_name(each), "number", show=_number), Column("Δ", "number", show=_change)]
-    rows = []
+    rows, one_each = [], []
     for name, value in reference.t4.items():
+        tone: Tone = "strong" if name.startswith("mAP_") else ""
         values: list[Any] = [name, reference.t4_intervals.get(name, value)]
+        one_each.append(Row((name, reference.backend.spec, value, ""), tone))
         for each in tests:
             values += [each.t4[name], each.t4_difference.get(name, each.t4[name] - value)]
-        rows.append(Row(values, "strong" if name.startswith("mAP_") else ""))
-    return Sheet(columns, rows, "", ruled=True)
+            one_each.append(Row(("", _name(each), *values[-2:]), tone))
+        one_each[-1] = replace(one_each[-1], ends=True)
+        rows.append(Row(values, tone))
+    return Sheet(columns, rows, "", ruled=True, narrow=_one_each("T4's metric", one_each, _change))
 
 
 def class_table(result: EvaluationResult) -> Sheet:

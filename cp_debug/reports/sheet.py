@@ -85,6 +85,8 @@ class Sheet:
     """Whether a line stands below the header in a terminal."""
     details: str = field(default="", kw_only=True)
     """Hint where a reader finds the columns and rows that a terminal leaves out."""
+    narrow: Sheet | None = field(default=None, kw_only=True)
+    """Table of the same figures with fewer columns and more rows, for terminals that this one does not fit into."""
 
     def lines(self) -> Iterable[tuple[Row, list[list[str]]]]:
         """Every row with the lines of text of each of its cells."""

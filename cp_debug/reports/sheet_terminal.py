@@ -7,7 +7,8 @@ takes several lines. A pipe or a file has room for every name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -25,6 +26,9 @@ TIGHT = {"name": 14, "text": 12}
 """The least that it takes when none can be left out."""
 HEAD = 4
 """Cells of a name's start that are kept where its end is what tells it from others."""
+_SIGN = re.compile(r"\\x[0-9a-f]{2}|\\u[0-9a-f]{4}|\\U[0-9a-f]{8}|[🇦-🇿]{2}|.", re.S)
+_ON_THE_ONE_BEFORE = {"Mn", "Me", "Mc"}
+"""Unicode's categories of accents and other marks on the character before."""
 IN_A_PIPE = 40
 """The least that a column of text takes where lines may be long."""
 STYLES: dict[Tone, str] = {
@@ -57,12 +61,15 @@ def lines(sheet: Sheet, width: int, console: Console, *, unlimited: bool = False
         max([cell_len(column.header), *(cell_len(text) for row, cells in shown if not row.gap for text in cells[i])])
         for i, column in enumerate(sheet.columns)
     ]
+    places, widths = _fitted(sheet.columns, natural, width)
+    if not (unlimited or widths) and sheet.narrow:
+        yield from lines(sheet.narrow, width, console)
+        return
     if sheet.title:
         yield Text(sheet.title, style="italic")
     if unlimited:
         yield from _drawn(sheet, shown, list(range(len(natural))), _in_a_pipe(sheet.columns, natural, width))
     else:
-        places, widths = _fitted(sheet.columns, natural, width)
         if widths:
             yield from _drawn(sheet, shown, places, widths)
         else:
@@ -99,7 +106,7 @@ def _apart(names: Sequence[str], room: int) -> dict[str, str]:
 
 
 def _cut(name: str, head: int, tail: int) -> str:
-    return f"{_start(name, head)}…{_start(name[::-1], tail)[::-1]}"
+    return f"{_start(name, head)}…{_fitting(reversed(_signs(name)), tail, before=True)}"
 
 
 def _around(name: str, place: int, room: int) -> str:
@@ -112,13 +119,31 @@ def _around(name: str, place: int, room: int) -> str:
 
 def _start(text: str, width: int) -> str:
     """The longest start of ``text`` that fits into ``width`` cells."""
-    fitting, used = [], 0
-    for character in text:
-        used += cell_len(character)
+    return _fitting(_signs(text), width)
+
+
+def _fitting(signs: Iterable[str], width: int, *, before: bool = False) -> str:
+    """The first of ``signs``, as many as fit into ``width`` cells; ``before``: each stands before the last one."""
+    fitting, used = "", 0
+    for sign in signs:
+        used += cell_len(sign)
         if used > width:
             break
-        fitting.append(character)
-    return "".join(fitting)
+        fitting = sign + fitting if before else fitting + sign
+    return fitting
+
+
+def _signs(text: str) -> list[str]:
+    """The text in pieces that a reader takes for one: a letter with its accents, a flag, an escape (``\\u200d``)."""
+    if text.isascii() and "\\" not in text:
+        return list(text)
+    signs: list[str] = []
+    for piece in _SIGN.findall(text):
+        if signs and (unicodedata.category(piece[0]) in _ON_THE_ONE_BEFORE or "🏻" <= piece <= "🏿"):
+            signs[-1] += piece
+        else:
+            signs.append(piece)
+    return signs
 
 
 def _total(widths: Sequence[int]) -> int:
