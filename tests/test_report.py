@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 import re
@@ -22,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from nets import second_like
+from rich.console import Console
 from test_bisect import scale_weight
 from typer.testing import CliRunner
 
@@ -32,16 +34,19 @@ from cp_debug.detection.changes import GAINED, KEPT, LOST, MOVED_BOX, changes
 from cp_debug.errors import CpdebugError, InputError, MissingPackage
 from cp_debug.programs.scene import DecodedBoxes, SavedScene, keep_scene
 from cp_debug.recipes.base import Sample
-from cp_debug.reports.evidence import charts, evidence, worst_elements
+from cp_debug.reports import finite
+from cp_debug.reports.evidence import charts, chosen_rows, evidence, worst_elements
 from cp_debug.reports.files import write_json
 from cp_debug.reports.gates import render_github, render_junit
 from cp_debug.reports.growth import growth_chart, stage_spans
 from cp_debug.reports.markdown import render_markdown
-from cp_debug.reports.matrix import matrix, told_before
+from cp_debug.reports.matrix import matrix, shown, told_before, tone
 from cp_debug.reports.page import render_page
 from cp_debug.reports.png import opacity_png
 from cp_debug.reports.saved import SavedResult
+from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.reports.svg import Scale
+from cp_debug.reports.tables import layer_table
 
 EVIL = '<script>alert(1)</script>"&|`\n'
 FINDING = {
@@ -453,6 +458,41 @@ def test_inf_and_nan_are_drawn_as_what_they_are(saved: SavedResult) -> None:
     for wanted in ("1 NaN", "1 Inf", "1 −Inf"):
         assert wanted in histogram
     assert "NaN" not in dict(charts(x, x + 1, None, "fp16", upwards=False))["Values on both sides"].__html__()
+
+
+def test_a_layer_that_makes_inf_says_so_wherever_its_verdict_stands(saved: SavedResult) -> None:
+    first, second = saved.result.tests
+    i = next(i for i, row in enumerate(first.rows) if row.verdict == GUILTY)
+    guilty = first.rows[i]
+    assert guilty.replay is not None
+    stats = replace(guilty.stats, inf_test=18, rel_l2=math.inf)
+    made = replace(guilty, stats=stats, replay=replace(guilty.replay, new_nonfinite=18, excess=0.76), share=None)
+    came_in = replace(first.rows[i + 1], verdict="inherited", stats=replace(stats, inf_test=0, nan_test=2))
+    rows = [*first.rows[:i], made, came_in, *first.rows[i + 2 :]]
+    test = replace(first, rows=rows)
+    assert finite.verdict(made) == "guilty: 18 Inf"
+    line = matrix([test, second])[i]
+    assert shown(line.rows[0]) == "✗ Inf"
+    assert (shown(came_in), tone(came_in)) == ("NaN", "gained")
+    assert shown(first.rows[0]) == "–"
+    page = render_page(SavedResult.of(replace(saved.result, tests=[test, second])))
+    assert "✗ Inf</a>" in page
+    assert '<span class="badge guilty">guilty: 18 Inf</span>' in page
+    out = Console(file=io.StringIO(), width=80)
+    out.print(Terminal(layer_table(test)))
+    assert "guilty: 18 Inf" in out.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_where_nothing_differs_there_are_no_empty_charts() -> None:
+    x = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 4, 4, 4)
+    assert [caption for caption, _ in charts(x, x, None, "fp16", upwards=False)] == ["Values on both sides"]
+    assert worst_elements(x, x, None) == []
+
+
+def test_layers_of_the_highest_excess_are_none_that_compute_nothing(saved: SavedResult) -> None:
+    test = saved.result.tests[0]
+    innocent = replace(test, rows=[replace(row, verdict="ok") for row in test.rows])
+    assert all(row.replay and row.replay.excess is not None for row in chosen_rows(innocent))
 
 
 def test_a_stage_that_holds_all_is_told_by_what_is_in_it(saved: SavedResult) -> None:

@@ -155,6 +155,15 @@ def test_a_row_has_a_value_for_every_column() -> None:
         drawn(Sheet(COLUMNS, [("1", "a")]), 80)
 
 
+def test_names_that_differ_in_the_middle_and_at_the_end_keep_their_end() -> None:
+    heads = [
+        f"pts_bbox_head.task_heads.{i}.reg.0.conv.{kind}_quantizer" for i in (0, 1) for kind in ("input", "weight")
+    ]
+    short = shortened(heads, 32)
+    assert len(set(short)) == 4
+    assert all(name.endswith("_quantizer") for name in short)
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_a_line_of_progress_cuts_no_number_and_waits_with_what_is_not_known(width: int) -> None:
     out = io.StringIO()

@@ -52,7 +52,8 @@ def chosen_rows(test: TestResult) -> list[LayerRow]:
     """The guilty layers, else those of the highest excess; in execution order."""
     guilty = [row for row in test.rows if row.verdict in (GUILTY, SHAPE)]
     most = MOST_GUILTY if guilty else MOST_OTHERS
-    return sorted(sorted(guilty or test.rows, key=_excess, reverse=True)[:most], key=lambda row: row.index)
+    computed = [row for row in test.rows if row.replay and row.replay.excess is not None]
+    return sorted(sorted(guilty or computed or test.rows, key=_excess, reverse=True)[:most], key=lambda row: row.index)
 
 
 def evidence(saved: SavedResult, test: TestResult, rows: Sequence[LayerRow] = ()) -> list[Evidence]:
@@ -104,12 +105,14 @@ def charts(
 
 
 def worst_elements(ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray | None) -> list[Worst]:
-    """The ``WORST`` elements, the largest error first."""
+    """The ``WORST`` elements, the largest error first; none that have no error."""
     error = _error(ours, theirs, exact)
     most = min(WORST, error.size)
     top = np.argpartition(error, error.size - most, axis=None)[error.size - most :]
     elements = []
     for place in top[np.argsort(error.flat[top])[::-1]]:
+        if error.flat[place] == 0:
+            break
         index = np.unravel_index(place, error.shape)
         value = None if exact is None else float(exact[index])
         elements.append(Worst(tuple(int(i) for i in index), float(ours[index]), float(theirs[index]), value))
@@ -226,13 +229,14 @@ def _against(magnitude: np.ndarray, error: np.ndarray, precision: str) -> Canvas
     ends = max(x.low, y.low / roundoff), min(x.high, y.high / roundoff)
     if ends[0] < ends[1]:
         canvas.path([(x(m), y(m * roundoff)) for m in ends], "line expected")
-        canvas.text(x(ends[1]) - 6, y(ends[1] * roundoff) - 8, f"one {precision} roundoff", "tick end")
+        beside = max(y(ends[1] * roundoff) - 8, top + 12)  # inside, where the line ends at the top
+        canvas.text(x(ends[1]) - 6, beside, f"one {precision} roundoff", "tick end")
     return canvas
 
 
 def _channels(error: np.ndarray) -> Canvas | None:
     axis = 1 if error.ndim >= 4 else error.ndim - 1
-    if error.ndim < 2 or error.shape[axis] < 2:
+    if error.ndim < 2 or error.shape[axis] < 2 or not error.any():
         return None
     other_axes = tuple(a for a in range(error.ndim) if a != axis)
     heights = np.sqrt(np.mean(np.square(error, dtype=np.float64), axis=other_axes))
@@ -250,7 +254,7 @@ def _channels(error: np.ndarray) -> Canvas | None:
 
 
 def _heat(error: np.ndarray, upwards: bool) -> Canvas | None:
-    if error.ndim < 4 or min(error.shape[-2:]) < 4:
+    if error.ndim < 4 or min(error.shape[-2:]) < 4 or not error.any():
         return None
     field_ = error.reshape(-1, *error.shape[-2:]).max(axis=0)
     rows, columns = field_.shape

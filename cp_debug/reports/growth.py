@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import accumulate, groupby, pairwise
 
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow, TestResult
+from cp_debug.reports.finite import not_finite
 from cp_debug.reports.numbers import number
 from cp_debug.reports.svg import Canvas, Scale, decades
 
@@ -95,15 +96,6 @@ def _value(row: LayerRow, name: str) -> float:
     """0 for what is not known or not finite: a log axis leaves it out."""
     value = row.stats.rel_l2 if name == "divergence" else getattr(row.replay, name, None)
     return 0.0 if value is None or not math.isfinite(value) else value
-
-
-def not_finite(row: LayerRow) -> str:
-    """``∞`` or ``NaN`` for a row with a figure that is no number, or with such elements in its tensors; else empty."""
-    stats, replay = row.stats, row.replay
-    figures = [stats.rel_l2, stats.max_abs, *((replay.introduced, replay.inherited) if replay else ())]
-    if stats.nan_ref or stats.nan_test or any(v is not None and math.isnan(v) for v in figures):
-        return "NaN"
-    return "∞" if stats.inf_ref or stats.inf_test or any(v is not None and math.isinf(v) for v in figures) else ""
 
 
 def overview(test: TestResult) -> Canvas:

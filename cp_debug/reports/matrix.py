@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.result import DIVERGENT, GUILTY, SHAPE, LayerRow, TestResult
+from cp_debug.reports.finite import side_by_side
+from cp_debug.reports.numbers import number
 
 MOST_LAYERS = 400
 """Layers that the matrix shows: accused ones first, then those of the highest excess."""
@@ -55,8 +57,20 @@ def tone(row: LayerRow | None) -> str:
         return "muted"
     if row.verdict in (GUILTY, SHAPE, DIVERGENT):
         return row.verdict
+    if side_by_side(row):
+        return "gained"
     excess = row.replay.excess if row.replay else None
     return "" if excess is None else "ok" if excess <= 1 else "inherited"
+
+
+def shown(row: LayerRow | None) -> str:
+    """Text of a cell: what is not finite, else the excess, with a mark where the layer is accused."""
+    if row is None:
+        return "–"
+    mark = "✗ " if row.verdict in (GUILTY, SHAPE, DIVERGENT) else ""
+    if row.verdict in (SHAPE, DIVERGENT):
+        return mark + row.verdict
+    return mark + (side_by_side(row) or number(row.replay.excess if row.replay else None))
 
 
 def told_before(tests: Sequence[TestResult], finding: Finding) -> int | None:

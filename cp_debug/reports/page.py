@@ -16,13 +16,14 @@ from markupsafe import Markup
 from cp_debug.bisect.result import BisectResult, LayerRow, TestResult
 from cp_debug.errors import InputError
 from cp_debug.files import write_text
+from cp_debug.reports import finite
 from cp_debug.reports.birdseye import SceneView, birdseye
 from cp_debug.reports.causes import lines
 from cp_debug.reports.evidence import Evidence, chosen_rows, evidence, layer_evidence
 from cp_debug.reports.glossary import GLOSSARY, anchor
-from cp_debug.reports.growth import growth_chart, not_finite, overview
+from cp_debug.reports.growth import growth_chart, overview
 from cp_debug.reports.layer_graph import graph_data, json_script, libraries, licences
-from cp_debug.reports.matrix import matrix, told_before, tone
+from cp_debug.reports.matrix import matrix, shown, told_before, tone
 from cp_debug.reports.numbers import number, share
 from cp_debug.reports.page_tables import changes_table, settings_table, worst_table
 from cp_debug.reports.saved import SavedResult
@@ -52,7 +53,7 @@ class BackendSection:
     @property
     def strange(self) -> bool:
         """Whether a layer is not finite."""
-        return any(map(not_finite, self.test.rows))
+        return any(map(finite.not_finite, self.test.rows))
 
     @property
     def charted(self) -> set[tuple[str, str]]:
@@ -121,7 +122,13 @@ def environment() -> Environment:
     jinja.filters |= {"number": number, "share": share, "breakable": breakable, "said": lines, "table": table_html}
     jinja.filters |= {"anchor": anchor, "json_script": json_script, "shell": quote}
     jinja.globals |= {"libraries": libraries, "licences": licences, "graph_script": script("graph.js")}
-    jinja.globals |= {"overview": overview, "tone": tone, "told_before": told_before}
+    jinja.globals |= {
+        "overview": overview,
+        "tone": tone,
+        "shown": shown,
+        "verdict": finite.verdict,
+        "told_before": told_before,
+    }
     jinja.globals |= {"changes_table": changes_table, "stage_table": stage_table, "worst_table": worst_table}
     return jinja
 

@@ -97,7 +97,7 @@ def shortened(names: Sequence[str], width: int) -> list[str]:
 
 def _apart(names: Sequence[str], room: int) -> dict[str, str]:
     """Names that are the same when cut as usual, cut where most of them differ."""
-    heads = dict.fromkeys((room // 2, room * 2 // 3, min(HEAD, room)))
+    heads = dict.fromkeys((room // 2, room * 2 // 3, min(HEAD, room), 0))
     ways = [[_cut(name, head, room - head) for name in names] for head in heads]
     common = next(i for i, each in enumerate(zip_longest(*names)) if len(set(each)) > 1)
     ways += [[_around(name, common - before, room) for name in names] for before in (HEAD, 1)]

@@ -21,6 +21,7 @@ from cp_debug.bisect.result import (
     StageRow,
     TestResult,
 )
+from cp_debug.reports import finite
 from cp_debug.reports.causes import findings
 from cp_debug.reports.engines import engine_lines, kernel
 from cp_debug.reports.numbers import number, share, share_in_words
@@ -181,7 +182,7 @@ def short_layer_table(test: TestResult) -> Sheet:
     """The layers that a terminal shows, in fewer columns."""
     shown = layers_shown(test)
     columns, cells = _layers(shown, _SHORT)
-    rows = [[*values, row.verdict] for row, values in zip(shown, cells, strict=True)]
+    rows = [[*values, finite.verdict(row)] for row, values in zip(shown, cells, strict=True)]
     return Sheet([*columns, Column("verdict", "mark")], rows)
 
 
@@ -284,7 +285,7 @@ def _scale(row: LayerRow) -> tuple[str, str]:
 
 def _verdict(row: LayerRow) -> Cell:
     of_end = f" {share(row.share)}" if row.share is not None else ""
-    return Cell(row.verdict + of_end, TONES[row.verdict])
+    return Cell(finite.verdict(row) + of_end, TONES[row.verdict])
 
 
 def layers_shown(test: TestResult) -> list[LayerRow]:
