@@ -45,6 +45,7 @@ def complete_folder(path: Path) -> Iterator[Path]:
     ``path`` is made then where it does not exist; files that it has under other names stay. Raises InputError when it
     cannot be written.
     """
+    new = missing_folders(path)
     make_folder(path.parent)
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: exists and is no folder")
@@ -55,10 +56,22 @@ def complete_folder(path: Path) -> Iterator[Path]:
         make_folder(path)
         for file in sorted(partial.iterdir()):
             file.replace(path / file.name)
+        new = []
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({system_reason(error)})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in new:
+            with suppress(OSError):  # somebody else's file lies there by now
+                folder.rmdir()
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """The folder ``path`` and those around it as far as they do not exist yet, the innermost first."""
+    try:
+        return [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+    except ValueError:  # a null byte, of which ``make_folder`` has a sentence
+        return []
 
 
 def partial_name(path: Path) -> Path:

@@ -10,7 +10,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from html import escape
 from typing import Any, TextIO, cast
 
@@ -62,15 +62,72 @@ class SafeStream:
         return getattr(self._stream, name)
 
 
+class LimitedStream(SafeStream):
+    """A ``SafeStream`` that passes on so many lines, of so many characters each, and counts those that follow."""
+
+    def __init__(self, stream: TextIO, lines: int = LINES, width: int = WIDTH) -> None:
+        super().__init__(stream)
+        self._left, self._width = lines, width
+        self._line = ""
+        """What was passed on of the line that is not yet at its end."""
+        self._more = 0
+        self._open = False
+        """Whether a line that is not passed on has begun."""
+
+    def write(self, text: str) -> int:
+        """Write the text as far as it goes."""
+        first, *others = visible(text.replace("\r\n", "\n").replace("\r", "\n"), keep="\n\t").split("\n")
+        self._pass_on(first)
+        for piece in others:
+            self._end_line()
+            self._pass_on(piece)
+        return len(text)
+
+    def _pass_on(self, piece: str) -> None:
+        if self._left <= 0:
+            self._open = self._open or bool(piece)
+            return
+        if self._line:  # a command of a workflow may come in pieces
+            if piece and no_command(self._line + piece) != self._line + piece:
+                piece = f"\\x{ord(piece[0]):02x}{piece[1:]}"
+        else:
+            piece = no_command(piece)
+        room = self._width - len(self._line)
+        if room <= 0:
+            return
+        shown = piece if len(piece) <= room else f"{piece[: room - 1]}…"
+        self._line += shown
+        self._stream.write(shown)
+
+    def _end_line(self) -> None:
+        if self._left > 0:
+            self._left -= 1
+            self._line = ""
+            self._stream.write("\n")
+        else:
+            self._more += 1
+            self._open = False
+
+    def finish(self) -> None:
+        """Say how many lines were not passed on."""
+        more = self._more + self._open
+        if more:
+            self._stream.write(f"… ({amount(more, 'more line')} printed by the model or a library)\n")
+        self._more, self._open = 0, False
+
+
 @contextmanager
 def prints_aside() -> Iterator[None]:
-    """Context in which what is printed, as by a user's module, goes to stderr as ``SafeStream`` writes it."""
+    """Context in which what is printed, as by a user's module, goes to stderr as ``LimitedStream`` writes it."""
     out, err = sys.stdout, sys.stderr
-    sys.stdout = sys.stderr = cast(TextIO, SafeStream(err))
+    aside = LimitedStream(err)
+    sys.stdout = sys.stderr = cast(TextIO, aside)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = out, err
+        with suppress(OSError, ValueError):  # stderr may be full, or closed by now
+            aside.finish()
 
 
 def one_line(text: str) -> str:

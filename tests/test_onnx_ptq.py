@@ -14,6 +14,7 @@ from torch import nn
 
 import cp_debug
 from cp_debug.backends.executor import Executor
+from cp_debug.deploy import quantize_output
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import insert_qdq, quantizable, weight_axis
@@ -131,3 +132,14 @@ def test_what_int8_costs_is_no_unexplained_remainder(tmp_path: Path) -> None:
     assert not result.tests[0].guilty
     assert not result.agrees
     assert "the rounding adds up" in str(result)
+
+
+def test_files_that_fail_their_own_check_are_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise InputError("the file does not run")
+
+    monkeypatch.setattr(quantize_output, "output_sqnr", fail)
+    residual(tmp_path / "net.onnx")
+    with pytest.raises(InputError, match="does not run"):
+        cp_debug.quantize(str(tmp_path / "net.onnx"), tmp_path / "new" / "out", progress=False)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["net.onnx"]

@@ -251,6 +251,19 @@ def test_a_graph_with_levels_computes_the_same(tmp_path: Path, bits: int) -> Non
         np.testing.assert_array_equal(np.asarray(value), np.asarray(plain[name]))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_levels_of_four_bits_are_not_judged_as_int8(tmp_path: Path, bits: int) -> None:
+    file = levels_file(tmp_path, {"a": quantized(weight(1), bits), "b": quantized(weight(2, OUTPUTS, 24), bits)})
+    if bits == 8:
+        assert cp_debug.diagnose(str(file.path), "ort,emu-int8", progress=False).agrees
+        return
+    with pytest.raises(
+        cp_debug.InputError, match=r"quantized to U?INT4, which INT8 is no measure of; expected emu-fp32"
+    ):
+        cp_debug.diagnose(str(file.path), "ort,emu-int8", progress=False)
+    assert cp_debug.diagnose(str(file.path), "ort,emu-fp32", progress=False).agrees
+
+
 def compared(folder: Path, weights: Mapping[str, np.ndarray], packed: Mapping[str, PackedWeight]) -> TestResult:
     """A bisect of the float parent and the file with levels."""
     file, test = parent(folder / "net.onnx", weights), levels_file(folder, packed)

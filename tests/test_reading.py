@@ -165,7 +165,7 @@ def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "out"
 
     def fail() -> None:
-        with complete_folder(target) as made:
+        with complete_folder(target / "in" / "new" / "ones") as made:
             (made / "half").touch()
             raise RuntimeError
 

@@ -13,7 +13,18 @@ from rich.console import Console
 
 from cp_debug.cli.library_log import safe_library_log
 from cp_debug.errors import InputError
-from cp_debug.safe_text import annotation, csv_cell, markdown, message, one_line, page, visible, without_traceback
+from cp_debug.safe_text import (
+    LimitedStream,
+    annotation,
+    csv_cell,
+    markdown,
+    message,
+    no_command,
+    one_line,
+    page,
+    visible,
+    without_traceback,
+)
 
 
 @given(st.text())
@@ -86,6 +97,28 @@ def test_a_console_shows_markup_and_escapes_as_text() -> None:
     own = Console(file=io.StringIO(), width=80)  # as a user's, who prints a result
     own.print(table)
     assert "[red]a[/]" in own.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_what_others_print_has_twelve_lines_of_limited_length() -> None:
+    stream = io.StringIO()
+    aside = LimitedStream(stream)
+    for number in range(2000):
+        aside.write("x" * 1000)
+        aside.write(f"{number}\n")
+    aside.write("the last, without an end")
+    aside.finish()
+    *lines, last = stream.getvalue().splitlines()
+    assert lines == ["x" * 399 + "…"] * 12
+    assert last == "… (1989 more lines printed by the model or a library)"
+
+
+@pytest.mark.parametrize("pieces", [["::error::x"], [":", ":error::x"], [" :", ":", "error"], ["#", "#[group]x"]])
+def test_no_command_of_a_workflow_comes_in_pieces(pieces: list[str]) -> None:
+    stream = io.StringIO()
+    aside = LimitedStream(stream)
+    for piece in pieces:
+        aside.write(piece)
+    assert no_command(stream.getvalue()) == stream.getvalue()
 
 
 def test_an_error_is_safe_to_print() -> None:

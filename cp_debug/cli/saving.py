@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug.errors import InputError
-from cp_debug.files import resolved
+from cp_debug.files import missing_folders, resolved
 
 OUTPUTS = {"charts", "csv", "html", "json", "junit", "log", "log_file", "onnx", "output", "plot", "predictions", "save"}
 """Parameters of commands that name what is written; every other text or path may name what is read."""
@@ -39,6 +39,20 @@ def check_outputs(given: Mapping[str, Any], flags: Mapping[str, str]) -> None:
                     raise InputError(f"{flag}: {output} is a part of what {flags[name]} reads; expected another file")
                 if given.get("overwrite") and resolved(Path(output)) in resolved(Path(str(text))).parents:
                     raise InputError(f"{flag}: --overwrite would remove {text}, which {flags[name]} reads, with it")
+
+
+@contextmanager
+def no_empty_folders(given: Mapping[str, Any]) -> Iterator[None]:
+    """Context that, where it fails, removes the empty folders that it made for the outputs among ``given``."""
+    outputs = [Path(str(value)) for name, value in given.items() if name in OUTPUTS and _names_file(value)]
+    new = {folder for output in outputs for folder in missing_folders(output)}
+    try:
+        yield
+    except BaseException:
+        for folder in sorted(new, key=lambda folder: -len(folder.parts)):
+            with suppress(OSError):  # not made, or not empty
+                folder.rmdir()
+        raise
 
 
 def _names_file(value: object) -> bool:

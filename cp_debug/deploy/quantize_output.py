@@ -75,30 +75,26 @@ def write_quantized(
     options: ExportOptions,
     *,
     on_step: OnStep = lambda text, done, total: None,
-) -> list[Path]:
+) -> None:
     """Write ``model.pt``, and for every component its calibration cache and its ONNX file with Q/DQ pairs.
 
     A torch component's file is exported from the FP32 module, BatchNorm folded, keeps its alignment manifest beside it
-    and is checked against the fake-quantized module on ``sample``. Returns the files' paths. Raises InputError as
-    ``export_model`` does.
+    and is checked against the fake-quantized module on ``sample``. Raises InputError as ``export_model`` does.
     """
-    with complete_folder(folder) as scratch:
-        for component, part in quantized.items():
-            part.scales.save(cache_file(scratch, component))
-        modules = {component: part.module for component, part in quantized.items() if part.module is not None}
-        folded = {component: part.folded for component, part in quantized.items() if part.folded is not None}
-        if modules:
-            save_ptq_model(modules, scratch / FILE)
-            plain = with_modules(model, folded)
-            exported = export_model(plain, sample, scratch, options, on_step=on_step)
-            quantize_exported(plain, exported, quantized, sample)
-        else:
-            for graph in model.components:
-                assert graph.onnx_path is not None
-                scales = quantized[graph.name].scales
-                insert_qdq(Graph(graph.onnx_path), scales.layers, scratch / f"{graph.name}.onnx", scales.residual_adds)
-        paths = sorted(folder / file.name for file in scratch.iterdir())
-    return paths
+    for component, part in quantized.items():
+        part.scales.save(cache_file(folder, component))
+    modules = {component: part.module for component, part in quantized.items() if part.module is not None}
+    folded = {component: part.folded for component, part in quantized.items() if part.folded is not None}
+    if modules:
+        save_ptq_model(modules, folder / FILE)
+        plain = with_modules(model, folded)
+        exported = export_model(plain, sample, folder, options, on_step=on_step)
+        quantize_exported(plain, exported, quantized, sample)
+        return
+    for graph in model.components:
+        assert graph.onnx_path is not None
+        scales = quantized[graph.name].scales
+        insert_qdq(Graph(graph.onnx_path), scales.layers, folder / f"{graph.name}.onnx", scales.residual_adds)
 
 
 def earlier_files(folder: Path, model: Model, overwrite: bool) -> list[Path]:
@@ -184,14 +180,17 @@ def quantize_ptq(
         quantized = quantize_model(model, samples, method=method, skip_layers=skip_layers)
     if skip_layers and not any(part.scales.layers for part in quantized.values()):
         raise InputError(f"--skip-layers: {', '.join(skip_layers)}: that leaves no layer to quantize")
-    files = write_quantized(model, quantized, first.kept[0], output, options, on_step=on_step)
+    with complete_folder(output) as scratch:
+        write_quantized(model, quantized, first.kept[0], scratch, options, on_step=on_step)
+        sqnr = measure(model, quantized, scratch, first.kept)
+        files = sorted(output / file.name for file in scratch.iterdir())
     remove_others(earlier, files)
     return PtqResult(
         model=model.name,
         method=next(iter(quantized.values())).scales.method,
         calibrated_on=str(cache) if cache else f"{first.passed} samples",
         components=quantized,
-        sqnr=measure(model, quantized, output, first.kept),
+        sqnr=sqnr,
         measured_on=f"{len(first.kept)} of the samples",
         files=files,
     )

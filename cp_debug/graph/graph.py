@@ -21,7 +21,7 @@ _NAMELESS = {"", "?", "-1", "none", "null", "unk", "unknown", "dynamic", "any"}
 """Placeholders that stand for the name of a free axis; two such axes have nothing to do with each other."""
 
 
-_QUANTIZING = ("uantizeLinear", "QLinear", "QGemm", "MatMulNBits", "Integer", "DynamicQuantize", "BlockQuantized")
+QUANTIZING = ("uantizeLinear", "QLinear", "QGemm", "MatMulNBits", "Integer", "DynamicQuantize", "BlockQuantized")
 """Parts of the names of operators that quantize, compute with levels, or make floats of levels."""
 
 
@@ -182,7 +182,7 @@ class Graph:
     @cached_property
     def precision(self) -> str:
         """``int8`` for a file that quantizes, ``fp16`` or ``bf16`` for one that holds such tensors, else ``fp32``."""
-        if any(mark in node.op for node in self.nodes for mark in _QUANTIZING):
+        if any(mark in node.op for node in self.nodes for mark in QUANTIZING):
             return "int8"
         names = {onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
         return next((name for kind, name in names.items() if kind in self.element_types), "fp32")

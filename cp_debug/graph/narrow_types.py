@@ -8,7 +8,7 @@ import numpy as np
 from onnx import TensorProto
 
 from cp_debug.errors import InputError
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.graph import QUANTIZING, Graph, Node
 
 FP8 = {
     TensorProto.FLOAT8E4M3FN: "FLOAT8E4M3FN",
@@ -64,6 +64,20 @@ def narrow_kinds(graph: Graph) -> set[str]:
     check_narrow_types(graph)
     kinds = {TensorProto.FLOAT8E4M3FN: "FP8", TensorProto.FLOAT4E2M1: "FP4"}
     return {kinds.get(kind, _NAMES[kind]) for _, kind in quantizers(graph)}
+
+
+def without_int8(graph: Graph) -> str | None:
+    """What a graph quantizes to, in words, where none of it is INT8: ``INT4``, ``levels of 4 bits``; else None."""
+    kinds = {node.name: _NAMES[kind] for node, kind in quantizers(graph)}
+    for node in graph.nodes:
+        if node.op.rpartition(".")[2] in ("MatMulNBits", "GatherBlockQuantized"):
+            bits = next((a.i for a in node.proto.attribute if a.name == "bits"), 4)
+            if bits < 8:
+                kinds[node.name] = f"levels of {bits} bits"
+    quantizing = [node for node in graph.nodes if any(mark in node.op for mark in QUANTIZING)]
+    if not quantizing or any(node.name not in kinds for node in quantizing):
+        return None
+    return ", ".join(sorted(set(kinds.values())))
 
 
 def stated_bits(node: Node) -> int | None:

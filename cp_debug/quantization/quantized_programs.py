@@ -10,7 +10,9 @@ from pathlib import Path
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.tensorrt.calibration import Ranges
+from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.narrow_types import without_int8
 from cp_debug.graph.qdq import insert_qdq, quantizable, weight_axis
 from cp_debug.graph.scales import LayerScales, Scales
 from cp_debug.programs.align import align
@@ -144,10 +146,18 @@ def with_ranges(graph: Graph, ranges: Ranges, target: Path) -> Graph:
 def already_quantized(programs: Sequence[Program]) -> list[Program] | None:
     """The programs, if any of them has Q/DQ pairs; else None.
 
-    Those without pairs then count as left in FP32 on purpose.
+    Those without pairs then count as left in FP32 on purpose. Raises InputError where none of them holds INT8, but FP8
+    or levels of fewer bits: INT8 would be no measure of them.
     """
     if all(program.graph.precision != "int8" for program in programs):
         return None
+    quantized = [program.graph for program in programs if program.graph.precision == "int8"]
+    others = [without_int8(graph) for graph in quantized]
+    if all(others):
+        raise InputError(
+            f"--backends: {quantized[0]} is quantized to {others[0]}, which INT8 is no measure of; expected emu-fp32, "
+            "which computes the file's own levels, or ort"
+        )
     return [p if p.graph.precision == "int8" else replace(p, plain=p.graph) for p in programs]
 
 
