@@ -22,6 +22,7 @@ from cp_debug.reports.layer_graph import (
     MOST_MEMBERS,
     FoldedLayers,
     GraphLayer,
+    _named_path,
     fold,
     graph_data,
     json_script,
@@ -122,6 +123,19 @@ def test_sizes_are_no_edges_and_scopes_are_modules(tmp_path: Path) -> None:
         ("Reshape", "Concat"),
     }  # fmt: skip
     assert data["groups"] == [("left", -1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "modules", "label"),
+    [
+        ("stage1.block.2.conv/Conv", ("stage1", "block.2", "conv"), "Conv"),
+        ("enc/attn/MatMul", ("enc", "attn"), "MatMul"),
+        ("Conv_12", (), "Conv_12"),
+        ("./", (), "./"),
+    ],
+)
+def test_names_stand_for_modules_where_the_file_records_none(name: str, modules: tuple[str, ...], label: str) -> None:
+    assert _named_path(name) == (modules, label)
 
 
 def test_without_its_file_or_with_another_there_is_no_graph(saved: SavedResult, tmp_path: Path) -> None:

@@ -193,6 +193,24 @@ def test_three_thousand_layers_come_folded_and_open_on_demand(driver: Any, saved
     assert driver.get_log("browser") == []
 
 
+@pytest.mark.slow
+def test_a_healthy_network_is_shown_whole(driver: Any, saved: SavedResult, tmp_path: Path) -> None:
+    result = many_layers(saved, 90, tmp_path).result
+    healthy = replace(result.tests[0], rows=[replace(row, verdict="ok") for row in result.tests[0].rows], findings=[])
+    write_page(SavedResult.of(replace(result, tests=[healthy])), tmp_path / "healthy.html")
+    driver.get((tmp_path / "healthy.html").as_uri())
+    opened_graph(driver)
+    seen, all_of_it, zoom = driver.execute_script(
+        "const {cy} = document.getElementById('graph').graph, a = cy.extent(), b = cy.elements().boundingBox();"
+        "return [[a.x1, a.y1, a.x2, a.y2], [b.x1, b.y1, b.x2, b.y2], cy.zoom()]"
+    )
+    assert zoom >= 0.55, "names can be read"
+    assert seen[0] <= all_of_it[0]
+    assert seen[1] <= all_of_it[1]
+    assert seen[2] >= all_of_it[2]
+    assert seen[3] >= all_of_it[3]
+
+
 def many_layers(saved: SavedResult, count: int, folder: Path) -> SavedResult:
     """The result as if its network had ``count`` layers, in stages of 300 and blocks of ten."""
     test, nodes, rows = saved.result.tests[0], [], []

@@ -178,6 +178,8 @@ def _layer(saved: SavedResult, graphs: dict[str, Graph], key: Key, row: LayerRow
         path, label = _torch_path(row.name)
     else:
         path, label = scope_of(producer) if producer else (), row.name.rpartition("/")[2] or row.name
+        if not path:
+            path, label = _named_path(row.name)
     return GraphLayer(key, row, (((key[0],) if len(graphs) > 1 else ()) + path)[:DEEPEST], label)
 
 
@@ -186,6 +188,12 @@ def _torch_path(name: str) -> tuple[tuple[str, ...], str]:
     module, _, step = name.partition("/")
     parts = re.findall(r"[^.]+(?:\.\d+(?=\.))*", module)
     return (tuple(parts), step) if step else (tuple(parts[:-1]), parts[-1] if parts else name)
+
+
+def _named_path(name: str) -> tuple[tuple[str, ...], str]:
+    """Modules and label that a name without recorded modules suggests: ``stage1.block.2/Conv`` is a ``Conv``."""
+    parts = re.findall(r"[^./]+(?:\.\d+(?=[./]))*", name)
+    return tuple(parts[:-1]), parts[-1] if parts else name
 
 
 def _edges(graphs: dict[str, Graph], rows: dict[Key, LayerRow]) -> Iterator[tuple[Key, Key]]:

@@ -130,7 +130,7 @@ class Canvas:
             self.line(x.start, y(value), x.end, y(value), "grid")
             self.text(x.start - 6, y(value) + 4, tick_label(value / factor, y.log), "tick end")
         self.x_axis(x, y.start, x_label, ticks=x_ticks)
-        self.text(x.start - 44, (y.start + y.end) / 2, name, "name middle", turn=-90)
+        self.text(x.start - 52, (y.start + y.end) / 2, name, "name middle", turn=-90)
 
     def x_axis(self, x: Scale, bottom: float, label: str, *, ticks: bool = True) -> None:
         """Add a horizontal axis with its ticks and name."""

@@ -271,12 +271,13 @@
     if (cy.zoom() < 0.7) cy.zoom(0.9);
     cy.center(cy.getElementById(`n${layer}`));
   };
+  const READABLE = 0.55;
   const fit = () => cy.fit(undefined, 20);
   // The whole graph where its names can be read then, else the first guilty layer and what is around it.
   const frame = () => {
     fit();
     const first = layers.find((l) => guilty(l.id));
-    if (cy.zoom() < 0.55) {
+    if (cy.zoom() < READABLE) {
       cy.zoom(0.8);
       cy.center(cy.getElementById(current ?? standIn(first ? first.id : 0)));
     } else if (cy.zoom() > 1.2) {
@@ -349,7 +350,8 @@
     const script = make("script", await new Response(stream).text());
     document.head.append(script);
   };
-  const openSome = () => {
+  const openSome = (most) => {
+    for (const group of groups) group.open = false;
     let visible = members.get(ROOT).length;
     const open = (group, limit) => {
       if (groups[group].open || visible + members.get(group).length > limit) return;
@@ -357,7 +359,7 @@
       visible += members.get(group).length - 1;
     };
     layers.filter((l) => guilty(l.id)).slice(0, 3).forEach((l) => paths[l.id].forEach((group) => open(group, 150)));
-    for (const group of groups) if (group.parent === ROOT || groups[group.parent].open) open(group.id, 50);
+    for (const group of groups) if (group.parent === ROOT || groups[group.parent].open) open(group.id, most);
   };
   const start = async () => {
     const began = performance.now();
@@ -371,9 +373,14 @@
       container: canvas, elements: [], layout: { name: "preset" }, autoungrabify: true, boxSelectionEnabled: false,
       minZoom: 0.02, maxZoom: 4, userZoomingEnabled: false, hideEdgesOnViewport: layers.length > 1500, textureOnViewport: layers.length > MANY,
     });
-    openSome();
-    await draw();
     const first = layers.find((l) => guilty(l.id));
+    // Without a guilty layer to look at, as much is opened as can be read when all of it is seen.
+    for (const most of [50, 25, 12, 1]) {
+      openSome(most);
+      await draw();
+      fit();
+      if (first || cy.zoom() >= READABLE) break;
+    }
     frame();
     if (first) choose(standIn(first.id));
     cy.on("tap", "node", ({ target }) => (target.id()[0] === "g" ? toggle(target.id()) : choose(target.id())));
