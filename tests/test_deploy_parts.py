@@ -16,11 +16,22 @@ from cp_debug.deploy.runner import Outcome, deploy
 from cp_debug.deploy.stages import Deployment
 from cp_debug.deploy.state import StageRecord, State
 from cp_debug.deploy.tolerance import MARGIN, Tolerances
-from cp_debug.deploy.verify import VerifyResult, _check_not_empty, _check_outputs, _RunningScenario, what_is_wrong
+from cp_debug.deploy.verify import (
+    ScenarioResult,
+    TensorCheck,
+    VerifyOptions,
+    VerifyResult,
+    _check_not_empty,
+    _check_outputs,
+    _RunningScenario,
+    verify,
+    what_is_wrong,
+)
 from cp_debug.errors import InputError
 from cp_debug.files import hashes
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.pipeline import Key
+from cp_debug.recipes.base import Sample
 
 # Records ------------------------------------------------------------------------------------------------------------
 
@@ -323,3 +334,47 @@ def test_outputs_are_turned_where_the_configuration_says_so(monkeypatch: pytest.
     loaded = Deployment.__dict__["_loaded"].func(deployment)
     assert loaded == ("m", "weights")
     assert log == [loaded] * turned
+
+
+def test_pillars_of_a_file_are_those_of_the_first_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, Path | None]] = []
+    monkeypatch.setattr(
+        "cp_debug.deploy.verify._Passes", lambda model, sample, voxels: seen.append((sample.source, voxels))
+    )
+    monkeypatch.setattr("cp_debug.deploy.verify.checked", lambda model: model)
+    model: Any = SimpleNamespace(name="m", components=[])
+    samples = [Sample({}, name) for name in "abc"]
+    found = verify(model, [], [], samples, VerifyOptions(voxels=Path("v.npz")))
+    assert seen == [("a", Path("v.npz")), ("b", None), ("c", None)]
+    assert found.samples == ["a", "b", "c"]
+
+
+def check(off: float, why: str) -> TensorCheck:
+    import numpy as np
+
+    stats = compare(np.ones(4, np.float32), np.full(4, 1 + off, np.float32))
+    return TensorCheck("net", "y", stats, 0.0, 0.1, "s", why)
+
+
+def test_what_is_beyond_its_limit_is_worse_than_any_larger_difference() -> None:
+    assert check(0.1, "too much").severity > check(5.0, "").severity > check(0.1, "").severity
+    assert check(0.2, "too much").severity > check(0.1, "too much").severity
+
+
+@pytest.mark.parametrize(("why", "agrees", "passes"), [("", True, True), ("too much", True, False), ("", False, False)])
+def test_a_scenario_passes_where_tensors_are_within_limits_and_pillars_agree(
+    why: str, agrees: bool, passes: bool
+) -> None:
+    side: Any = SimpleNamespace(spec="torch")
+    pillars: Any = {"a": SimpleNamespace(agrees=True), "b": SimpleNamespace(agrees=agrees)}
+    found = ScenarioResult(side, side, [check(0.1, ""), check(0.1, why)], pillars, None, {})
+    assert found.passed == passes
+    assert len(found.failures) == bool(why)
+
+
+def test_the_largest_difference_is_limited_not_the_mean() -> None:
+    import numpy as np
+
+    stats = compare(np.ones(100, np.float32), np.r_[np.ones(99), 1.5].astype(np.float32))
+    assert what_is_wrong(stats, 1.0, 0.4) == "max |Δ| 0.5; expected at most 0.4"
+    assert what_is_wrong(stats, 1.0, 0.6) == ""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from cp_debug.programs.export_cache import ENTRY, ExportCache
+from cp_debug.programs.export_cache import ENTRY, ExportCache, _is_library
 from cp_debug.programs.pipeline import Export, prepare
 from cp_debug.recipes.base import Component
 from cp_debug.recipes.torch_callable import TorchModel
@@ -165,3 +165,11 @@ def test_what_pip_put_elsewhere_is_a_library(tmp_path: Path, monkeypatch: pytest
     finally:
         for module in (put, own):
             del sys.modules[module.__name__]
+
+
+def test_what_is_installed_belongs_to_a_library_wherever_it_lies(tmp_path: Path) -> None:
+    assert _is_library(json.__file__)
+    assert _is_library(str(tmp_path / "dist-packages" / "part.py"))
+    assert _is_library(np.__file__)
+    assert not _is_library(str(tmp_path / "part.py"))
+    assert not _is_library(__file__)

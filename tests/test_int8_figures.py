@@ -176,3 +176,31 @@ def test_scales_that_fit_what_the_reference_gives_are_not_to_blame(
     if innocent:
         assert figures.expected == figures.introduced
         assert figures.channel_excess is None
+
+
+def test_a_layer_is_judged_by_the_worst_of_what_good_scales_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = torch.ones(1, 8, 4, 4).double()
+    monkeypatch.setattr(ScaleReplay, "_recalibrated", lambda self, nodes, target, given: [1.1 * exact])
+    assert compared(1.4 * exact, exact, None, 1.2 * exact).channel_excess == pytest.approx(2)
+    assert compared(1.4 * exact, exact, None, 1.05 * exact).channel_excess == pytest.approx(4)
+
+
+@pytest.mark.parametrize(("refitted", "misfit"), [(1.1, 4.0), (1.2, 2.0), (1.26, None), (1.4, None)])
+def test_a_stored_weight_misfits_by_the_factor_that_fitting_scales_gain(
+    tmp_path: Path, refitted: float, misfit: float | None
+) -> None:
+    net = NetBuilder()
+    net.op("MatMul", "x", net.weight(np.ones((4, 4), np.float32)), name="y")
+    graph = Graph(net.save(tmp_path / "n.onnx", {"x": (1, [1, 4])}, ["y"]))
+    exact = torch.ones(1, 4).double()
+
+    class Fitting(FileQuantization):
+        def __init__(self) -> None:
+            pass
+
+        def with_fitted_weight(self, *given: Any) -> Any:
+            return refitted * exact
+
+    replaying = ScaleReplay(Fitting(), Executor(graph, FP64), Executor(graph, FP64), ())
+    found = replaying._misfit(graph.nodes, "y", {"x": exact}, 1.4 * exact, exact)
+    assert found == (misfit if misfit is None else pytest.approx(misfit))

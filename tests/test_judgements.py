@@ -12,17 +12,22 @@ import pytest
 import torch
 from nets import NetBuilder
 
+from cp_debug.backends.arithmetic import FP64
+from cp_debug.backends.executor import Executor
 from cp_debug.bisect.int8_notes import int8_notes
 from cp_debug.bisect.observe import Observation
-from cp_debug.bisect.remainder import not_replayed
+from cp_debug.bisect.perturbation import DRAWS, FEW, doubt
+from cp_debug.bisect.remainder import _rounding, not_replayed, remainder
 from cp_debug.bisect.replayed import EXCESS, Replay
-from cp_debug.bisect.result import LayerRow
+from cp_debug.bisect.result import LayerRow, Remainder
 from cp_debug.bisect.verdict import Judgement, judge, oracle_is_alone
 from cp_debug.bisect.worst_samples import Collected, both_inexact, observation_notes
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.programs.pipeline import Key
 from cp_debug.programs.precision import PRECISIONS
+from cp_debug.recipes.base import Sample
+from cp_debug.recipes.registry import load_model
 
 FP16, FP32 = PRECISIONS["fp16"], PRECISIONS["fp32"]
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}
@@ -307,3 +312,60 @@ def test_the_layer_that_agrees_least_with_its_scales_is_named() -> None:
     ]
     (note,) = int8_notes(reference, pipeline, rows, {})
     assert note.endswith("agrees with what its scales say to 60 dB or better, the least at far")
+
+
+def lone(monkeypatch: pytest.MonkeyPatch, missing: dict[str, str], emulated: bool) -> Remainder:
+    """The remainder of a run whose one output is off by half of what it should be."""
+    monkeypatch.setattr("cp_debug.bisect.remainder.not_replayed", lambda graph, replays: missing)
+    monkeypatch.setattr("cp_debug.bisect.remainder._rounding", lambda run, sample: 0.25)
+    model = SimpleNamespace(components=[SimpleNamespace(name="net")])
+    run: Any = SimpleNamespace(
+        pipeline=SimpleNamespace(model=model, backend=SimpleNamespace(emulated=emulated)),
+        programs={"net": SimpleNamespace(graph=None)},
+    )
+    ours, theirs = np.full((1, 4), 2, np.float32), np.full((1, 4), 3, np.float32)
+    sample: Any = None
+    return remainder(run, sample, {"net": {"y": theirs}}, {"net": {"y": ours}}, {})
+
+
+def test_what_rounding_makes_is_told_where_all_was_replayed_and_nothing_was_emulated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert lone(monkeypatch, {}, emulated=False).rounding == 0.25
+    assert lone(monkeypatch, {}, emulated=False).divergence == pytest.approx(0.5)
+    assert lone(monkeypatch, {}, emulated=True).rounding is None
+    assert lone(monkeypatch, {"a": "why"}, emulated=False).rounding is None
+    assert lone(monkeypatch, {"a": "why"}, emulated=False).not_replayed == {"a": "why"}
+
+
+def test_what_rounding_makes_is_relative_to_the_oracle(tmp_path: Path) -> None:
+    """FP16 has 10⁻¹⁰ as 0: all of the output is gone."""
+    net = NetBuilder()
+    net.op("Mul", "x", net.weight(np.full(4, 1e-5, np.float32)), name="y")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 4])}, ["y"])
+    model = load_model(str(path))
+    sample = Sample({"x": np.full((1, 4), 1e-5, np.float32)}, "s")
+    graph = Graph(path)
+    run: Any = SimpleNamespace(
+        pipeline=SimpleNamespace(model=model), precision=PRECISIONS["fp16"], oracle="fp32", device="cpu",
+        programs={c.name: SimpleNamespace(graph=graph) for c in model.components}, graphs={"net": graph},
+    )  # fmt: skip
+    assert _rounding(run, sample) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("count", "draws"), [(FEW, DRAWS), (FEW - 1, 4 * DRAWS)])
+def test_few_elements_take_more_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, draws: int) -> None:
+    """The norm is the root of the mean square over the draws, on top of the last node's own."""
+    net = NetBuilder()
+    net.op("Neg", net.op("Tanh", "x", name="mid"), name="y")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, count])}, ["y"]))
+    asked: list[int] = []
+
+    def known(oracle: Any, nodes: Any, exact: Any, spreads: Any, target: str, draws: int) -> Any:
+        asked.append(draws)
+        return [torch.full((4,), 1e-3 * (k % 2)) for k in range(draws)]
+
+    monkeypatch.setattr("cp_debug.bisect.perturbation._differences", known)
+    found = doubt(Executor(graph, FP64), graph.nodes, {"x": torch.ones(1, count)}, "y")
+    assert asked == [draws]
+    assert found == pytest.approx(2e-3 / 2**0.5, rel=1e-3)

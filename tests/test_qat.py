@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -204,3 +205,29 @@ def test_models_without_a_training_loss() -> None:
     other = as_trainable(load_model("centerpoint:awml-base"))
     with pytest.raises(InputError, match="needs an info file"):
         training_scenes(other, None, 4)
+
+
+@needs("modelopt")
+def test_the_rate_falls_along_a_cosine_gradients_are_bounded_and_losses_averaged(
+    quantized: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates, norms, losses = [], [], []
+    step = torch.optim.Adam.step
+
+    def noted(optimizer: torch.optim.Adam) -> None:
+        (group,) = optimizer.param_groups
+        rates.append(group["lr"])
+        norms.append(math.hypot(*(float(p.grad.norm()) for p in group["params"] if p.grad is not None)))
+        step(optimizer)
+
+    def steep(module: nn.Module, each: Batch) -> Tensor:
+        value = 1e6 * loss(module, each)
+        losses.append(value.item())
+        return value
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    result = finetune(quantized, batch, steep, validate, QatOptions(steps=5, rate=1e-3, interval=3))
+    assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * k / 5)) / 2 for k in range(5)])
+    assert norms == pytest.approx([35.0] * 5, rel=1e-3)
+    assert [done for done, *_ in result.history] == [0, 3, 5]
+    assert [mean for _, mean, _ in result.history[1:]] == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 2])

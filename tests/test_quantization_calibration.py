@@ -15,6 +15,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.scales import QMAX, Scales
 from cp_debug.quantization.calibration import CalibrationManager, check_model
 from cp_debug.quantization.histogram import METHODS, Histogram, weight_amax
+from cp_debug.quantization.output_error import BATCHES, OutputErrors
 
 
 def rounded(x: Tensor, amax: float) -> Tensor:
@@ -239,3 +240,62 @@ def test_what_was_compiled_is_calibrated_as_it_is_written() -> None:
     net = nn.Sequential(torch.compile(nn.Linear(4, 6), backend=backend), nn.ReLU(), nn.Linear(6, 2)).eval()
     assert "2" in CalibrationManager(net).calibrate([torch.ones(2, 4)]).layers
     assert not compiled
+
+
+def test_a_percentile_ends_the_bin_that_it_falls_into() -> None:
+    values = torch.arange(100) + 0.5
+    made = histogram(values[:60], values[60:], values[:10])  # a smaller batch at the end takes nothing away
+    width = made.limit / len(made.counts)
+    for percentile, expected in ((50.0, 44.5), (9.0, 4.5), (99.99, 99.5)):  # the least 10 of 110 count twice
+        assert expected <= made.amax("percentile", percentile) <= expected + width
+    assert made.amax("max") == 99.5
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_weights_limit_is_the_best_of_those_down_to_a_third(axis: int) -> None:
+    rows = torch.randn(3, 400, generator=torch.Generator().manual_seed(0))
+    rows[:, 0] = torch.tensor([3.0, 6.0, 12.0])  # what is best lies at 0.35 to 1 of the largest
+    found = weight_amax(rows if axis == 0 else rows.T.contiguous(), axis, "mse")
+    for row, amax in zip(rows, found.tolist(), strict=True):
+        limits = [float(row.abs().max()) * share for share in torch.linspace(0.3, 1, 128).tolist()]
+        least = min(float((rounded(row, limit) - row).square().sum()) for limit in limits)
+        assert float((rounded(row, amax) - row).square().sum()) == pytest.approx(least, rel=1e-4)
+
+
+def limit_for(weights: list[list[float]], x: list[float]) -> float:
+    """The limit with the least error at outputs that are ``x`` times each of ``weights``."""
+    errors = OutputErrors()
+    watched = errors.watch("layer", torch.tensor(x))
+    assert errors.differentiate([watched * torch.tensor(weight) for weight in weights])
+    found = errors.amax("layer", max(map(abs, x)))
+    assert found is not None
+    return found
+
+
+def test_every_output_counts_alike_and_zeros_cost_nothing() -> None:
+    x, small = [0.9, -0.37, 0.61, 100.0], [1.0, 1.0, 1.0, 0.0]
+    limits = [limit_for([small, [0.0, 0.0, 0.0, factor]], x) for factor in (1e-3, 1.0, 1e3)]
+    assert limits == pytest.approx([limits[1]] * 3)
+    assert limit_for([[0.0, 1.0, 1.0, 1.0]], [0.0, 0.9, -0.37, 0.61]) == pytest.approx(
+        limit_for([[1e6, 1.0, 1.0, 1.0]], [0.0, 0.9, -0.37, 0.61])
+    )
+
+
+class Watching(Spread):
+    """Notes whether its outputs could be differentiated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(torch.is_grad_enabled())
+        return super().forward(x)
+
+
+def test_gradients_are_taken_of_the_first_batches() -> None:
+    module = Watching().eval()
+    manager = CalibrationManager(module, method="mse")
+    manager.calibrate([torch.randn(1, 8)] * (BATCHES + 2))
+    assert module.seen[1:] == [True] * BATCHES + [False] * 2  # the first call looks for additions
+    assert manager.batches == BATCHES + 2

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extras import needs
 from nets import NetBuilder
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from cp_debug.detection.evaluation import BackendScores
 from cp_debug.detection.t4_metric import check_installed
 from cp_debug.errors import InputError, MissingPackage
 from cp_debug.graph.graph import Graph
+from cp_debug.quantization.amax_checkpoint import load_amax_checkpoint
 from cp_debug.quantization.data_ranges import DataRanges
 from cp_debug.quantization.histogram import METHODS, Histogram, check_method, weight_amax
 from cp_debug.quantization.models import output_sqnr, with_modules
@@ -32,6 +34,7 @@ from cp_debug.quantization.quantized_programs import Calibration, calibrate, of_
 from cp_debug.quantization.residual_adds import add_quantizers, attach
 from cp_debug.quantization.toggles import disable_quantization, enable_quantization
 from cp_debug.recipes.base import Component, Sample
+from cp_debug.recipes.torch_callable import TorchModel
 
 # Batches ------------------------------------------------------------------------------------------------------------
 
@@ -342,3 +345,25 @@ def test_programs_of_other_modules_are_calibrated_as_graphs(monkeypatch: pytest.
     assert options == {"method": "max", "skip_layers": ("a",)}
     assert of_modules(model, programs) == own
     assert not of_modules(model, [programs[0], SimpleNamespace(module=None)])  # type: ignore[list-item]
+
+
+def state_of(layer: nn.Linear, **more: Tensor) -> dict[str, Tensor]:
+    own = {f"layer.{name}": tensor for name, tensor in layer.state_dict().items()}
+    ranges = {"_input": torch.tensor([1.0, 3.0]), "_weight": torch.tensor(2.0)}
+    return own | {f"layer.{kind}_quantizer._amax": amax for kind, amax in ranges.items()} | more
+
+
+@needs("modelopt")
+def test_scales_of_another_tools_checkpoint_are_the_largest_and_belong_to_layers(tmp_path: Path) -> None:
+    module = nn.Sequential()
+    module.add_module("layer", nn.Linear(4, 3))
+    model = TorchModel("net", module.eval(), torch.ones(1, 4))
+    (sample,) = model.samples(1, 0, None)
+    torch.save(state_of(module.layer), tmp_path / "a.pt")  # type: ignore[arg-type]
+    (found,) = load_amax_checkpoint(model, tmp_path / "a.pt", sample).values()
+    (scales,) = found.scales.layers.values()
+    assert scales.input == 3.0
+    assert scales.weight.tolist() == [2.0] * 3
+    torch.save(state_of(module.layer, **{"other._input_quantizer._amax": torch.tensor(1.0)}), tmp_path / "b.pt")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"b\.pt: other\._input_quantizer\._amax is the scale of no layer of net"):
+        load_amax_checkpoint(model, tmp_path / "b.pt", sample)

@@ -6,6 +6,7 @@ import copy
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -361,3 +362,33 @@ def test_names_of_the_package() -> None:
     assert all(getattr(quantization, name) is not None for name in quantization.__all__)
     with pytest.raises(AttributeError, match="quantise_ptq"):
         _ = quantization.quantise_ptq
+
+
+def test_scales_are_those_of_layers_and_additions_that_are_wholly_on(quantized: nn.Module) -> None:
+    module = copy.deepcopy(quantized)
+    before = scales_of(module)
+    stem: Any = module.stem
+    stem.weight_quantizer.disable()
+    first = next(iter(before.residual_adds))
+    add_quantizers(module)[first].disable()
+    after = scales_of(module)
+    assert before.layers.keys() - after.layers.keys() == {"stem"}
+    assert before.residual_adds.keys() - after.residual_adds.keys() == {first}
+    stem.weight_quantizer.enable()
+    stem.input_quantizer.disable()
+    assert "stem" not in scales_of(module).layers
+
+
+class Twice(nn.Module):
+    """Runs one residual block twice, and one once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.own = Block(4), Block(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(self.shared(self.shared(x)))
+
+
+def test_additions_of_a_module_that_runs_twice_are_left_out() -> None:
+    assert [name.partition("/")[0] for name in find_adds(Twice().eval(), (torch.randn(1, 4, 5, 5),))] == ["own"]

@@ -13,7 +13,7 @@ from cp_debug.detection.bootstrap import ConfidenceInterval, draw_samples
 from cp_debug.detection.boxes import Boxes
 from cp_debug.detection.changes import MATCHING, MOVED, RESCORED, BoxChange, changes
 from cp_debug.detection.detection_change import compare_detections
-from cp_debug.detection.metrics import Scores, box_errors
+from cp_debug.detection.metrics import Scores, box_errors, score
 from cp_debug.mixed_precision.fusion_groups import FusionGroup
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.predict import Predictor, enough_of, left_of
@@ -288,3 +288,15 @@ def test_merged_trials_keep_each_mode_with_its_layer() -> None:
         ("a", 0.1, 0.4, 0.05),
     ]
     assert (found.int8.error, found.model, found.data, found.samples) == (0.5, "m", "d", 2)
+
+
+def test_an_object_is_found_as_often_as_its_sample_is_drawn() -> None:
+    def boxes(*places: tuple[float, int]) -> Boxes:
+        rows = np.array([[x, 0, 0, 4, 2, 1.5, 0, 0, 0] for x, _ in places], np.float64)
+        count = len(places)
+        return Boxes.of(rows, np.array([s for _, s in places]), [0] * count, [0.9] * count, np.array([""] * count))
+
+    predicted, truth = boxes((0.0, 0), (0.0, 1), (9.0, 1), (50.0, 2)), boxes((0.1, 0), (0.1, 1), (9.1, 1), (0.0, 2))
+    draws = np.array([[1.0, 1.0, 1.0], [3.0, 0.0, 0.0], [0.0, 2.0, 1.0]])
+    found = score(predicted, truth, ["car"], draws)
+    assert found.found.tolist() == [[3.0], [3.0], [4.0]]

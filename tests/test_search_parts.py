@@ -19,10 +19,11 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.mixed_precision.fake_quant_runner import Int8Layer, is_scored
 from cp_debug.mixed_precision.fusion_groups import FusionGroup, fused, nodes_of
+from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.graph_runners import BackendRunner
 from cp_debug.mixed_precision.precision import TrialPrecision
 from cp_debug.mixed_precision.result import MixedPrecisionResult
-from cp_debug.mixed_precision.search import MixedPrecisionOptions
+from cp_debug.mixed_precision.search import MixedPrecisionOptions, _MixedPrecisionSearch
 from cp_debug.mixed_precision.sensitivity import (
     Int8Effect,
     choose_layers,
@@ -32,7 +33,7 @@ from cp_debug.mixed_precision.sensitivity import (
     profile_trials,
     run_trials,
 )
-from cp_debug.mixed_precision.trial import Measured, Trial
+from cp_debug.mixed_precision.trial import Measured, Trial, nodes_in
 from cp_debug.recipes.base import Component, Sample
 from cp_debug.recipes.data.base import Truth
 
@@ -289,3 +290,41 @@ def _any(value: Any) -> Any:
 def test_networks_are_folded_unless_told_otherwise() -> None:
     assert MixedPrecisionOptions().folded
     assert Options().folded
+
+
+@pytest.mark.parametrize(
+    ("layers", "best"), [({1: 0.9, 2: 0.1, 3: 0.2}, 2), ({1: 0.9, 2: 0.8, 3: 0.8}, 2), ({1: 0.1, 2: 0.4, 3: 0.2}, 1)]
+)
+def test_where_a_search_is_stopped_the_fewest_layers_that_hold_are_the_best_else_those_that_come_closest(
+    layers: Mapping[int, float], best: int
+) -> None:
+    groups = [FusionGroup("net", (n,), n) for n in "abc"]
+    trials = {}
+    for count, error in {0: 1.0, **layers}.items():
+        nodes = nodes_in(frozenset(groups[:count]))
+        trials[False, nodes] = Trial(nodes, count, False, Measured({"rel_l2": error}), 1.0)
+    refused = nodes_in(frozenset(groups[1:2]))
+    trials[False, refused] = Trial(refused, 1, False, Measured(), 1.0, error="no kernel")
+    search: Any = object.__new__(_MixedPrecisionSearch)
+    search._model, search._reference, search._tests, search._notes = SimpleNamespace(name="m"), "torch", [], []
+    search._backend = SimpleNamespace(spec="trt", emulated=False)
+    search.precision, search._goal, search.groups = TrialPrecision("fp16"), Goal.parse("rel_l2<0.5"), groups
+    search.log, search._started = SimpleNamespace(trials=trials), 0.0
+    search.runner, search.emulator = SimpleNamespace(builds=4), SimpleNamespace(passes=0)
+    search._kept_layer = lambda group, kept_groups, predictor: group
+    found = search._result(None, None, "stopped after 9 s")
+    assert found.best.layers == best
+    assert found.kept == groups[:best]
+    assert found.baseline.layers == 0
+    assert found.reached == (min(layers.values()) < 0.5)
+    assert not found.minimal
+
+
+def test_int4_is_of_products_with_stored_weights(tmp_path: Path) -> None:
+    net = NetBuilder()
+    stored = net.op("MatMul", "x", net.weight(np.ones((4, 4), np.float32)), name="stored")
+    gemm = net.op("Gemm", stored, net.weight(np.ones((4, 4), np.float32)), name="gemm")
+    net.op("MatMul", gemm, net.op("Transpose", stored, perm=[1, 0]), name="y")
+    graph = Graph(net.save(tmp_path / "n.onnx", {"x": (1, [2, 4])}, ["y"]))
+    assert TrialPrecision("int4:weights").candidates(graph) == {"node_stored", "node_gemm"}
+    assert TrialPrecision("tf32").candidates(graph) == {"node_stored", "node_gemm", "node_y"}
