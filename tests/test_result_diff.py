@@ -67,6 +67,14 @@ def test_the_other_way_it_is_better_and_exit_0(folder: Path, tmp_path: Path) -> 
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
+def test_what_is_no_worse_and_still_not_right_is_no_green_tick(folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "same.html"
+    assert run("diff", folder / "bad.json", folder / "bad.json", "--html", page)[0] == 0
+    text = page.read_text(encoding="utf-8")
+    assert "– no worse, still not right" in text
+    assert '<article class="verdict ok">' not in text
+
+
 def test_a_result_against_itself_is_unchanged(folder: Path) -> None:
     code, text = run("diff", folder / "bad.json", folder / "bad.json")
     assert code == 0

@@ -135,6 +135,13 @@ def test_the_columns_of_every_table_have_entries() -> None:
     assert {*ERRORS, "mAP", "NDS", "BEV", "3D"} <= WORDS
 
 
+def test_every_word_of_the_glossary_has_a_place_of_its_own() -> None:
+    places = [anchor(words) for words in GLOSSARY]
+    assert len(set(places)) == len(places)
+    assert all(places)
+    assert anchor("max |Δ|") == "max-delta"
+
+
 def test_links_into_the_glossary_lead_somewhere() -> None:
     known = {anchor(words) for words in GLOSSARY}
     for path in DOCS.rglob("*.md"):

@@ -7,6 +7,7 @@ import re
 GLOSSARY: dict[str, str] = {
     "backend": "A library with a precision and a device that runs the network: `torch`, `ort-all`, `trt-fp16@cuda:0`.",
     "reference, test": "The first backend of `-b` is what the others are compared with; each of the others is a test.",
+    "recipe": "How a model is got, fed and decoded: `centerpoint:tiny`, say; `cpdebug models` lists them.",
     "component": "A part of a model that is exported and deployed by itself, such as an encoder and a head.",
     "stage": "A coarse cut of a component, seen at its last tensor: a row of the first table.",
     "layer": "An operator of the deployed graph with what exporters split off it: a convolution and its bias, say.",
@@ -23,6 +24,7 @@ GLOSSARY: dict[str, str] = {
     "max |Δ|": "The largest absolute difference between test and reference, in the tensor's own unit.",
     "mean |Δ|": "The mean of the absolute differences between test and reference.",
     "rel. L2": "Relative L2: the root of the sum of squared differences, divided by that of the reference's squares.",
+    "cosine": "The cosine of the angle between the two tensors taken as vectors: 1 where they point the same way.",
     "SQNR": "Signal to quantization noise ratio in dB: −20 · log10 of the relative L2 distance. 20 dB more is a tenth.",
     "oracle": "A computation of one layer, in FP64 where both sides claim FP32, else in FP32, from the inputs that the "
     "layer really had in the test. It tells what the layer should have given, as exactly as the test can be judged.",
@@ -34,6 +36,12 @@ GLOSSARY: dict[str, str] = {
     "expected": "The error that the claimed precision must make in this layer, found by emulating it on the "
     "same inputs.",
     "excess": "Introduced ÷ expected. About 1 is rounding; beyond 4 the layer is guilty.",
+    "amplifies": "By which factor a layer enlarges the relative error of its inputs.",
+    "NaN, Inf": "Not a number, such as Inf − Inf; and a number beyond the precision's range. They are born in the "
+    "layer that makes them of finite values: that layer is guilty, and its figures are of the finite values alone.",
+    "overflow, underflow": "Becoming Inf beyond the largest number of a precision; becoming 0 below the smallest.",
+    "roundoff": "The largest relative error of rounding one number to a precision: 5e-4 in FP16, 6e-8 in FP32.",
+    "accused": "Guilty, divergent or of another shape on some backend.",
     "ok": "A verdict: the layer is within the tolerance.",
     "guilty": "A verdict: the layer introduced more than its precision explains.",
     "divergent": "A verdict: beyond the tolerance, and nobody could replay the layer.",
@@ -66,6 +74,7 @@ GLOSSARY: dict[str, str] = {
     "folding": "Computing at export what is known then: BatchNorm becomes part of the weights in front of it.",
     "opset": "The version of ONNX's operators that a file is written in. TensorRT 8 reads up to 17.",
     "free axis": "An axis of an input whose size the graph leaves open, such as the batch.",
+    "NCHW, NHWC": "Order of an image's axes: batch, then the channels before the two of the picture, or behind them.",
     "engine": "What TensorRT builds of a graph for one GPU.",
     "tactic, kernel": "The routine that computes a layer. TensorRT picks one by measuring; two of them round "
     "differently.",
@@ -113,7 +122,7 @@ GLOSSARY: dict[str, str] = {
 
 def anchor(words: str) -> str:
     """The name that links to an entry use: ``rel. L2`` → ``rel-l2``."""
-    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", words.lower().replace("δ", "delta")).strip("-")
 
 
 def as_markdown() -> str:
