@@ -21,6 +21,7 @@ from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.faults import edits
 from cp_debug.bisect.faults.edits import Editor
 from cp_debug.bisect.perturbation import doubt
+from cp_debug.bisect.remainder import _apart
 from cp_debug.bisect.replay import Replayer
 from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.result import TestResult
@@ -363,3 +364,33 @@ def test_only_what_neither_a_node_nor_the_caller_reads_is_unread(tmp_path: Path)
     values = run(graph, {"x": np.ones((1, 4), np.float32)})
     found = replayed(graph, values, values)
     assert {name for name, replay in found.items() if replay.unread} == {"part_1"}
+
+
+@pytest.mark.parametrize("ours", ["finite", "nan"])
+def test_nan_that_the_graph_itself_makes_and_the_reference_does_not(tmp_path: Path, ours: str) -> None:
+    """An exporter left out ``+ 1e-9`` in front of a division: the graph divides by 0, the module does not."""
+    net = NetBuilder()
+    net.op("Add", net.op("Div", "x", "y"), net.weight(np.float32([1])), name="out")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [3]), "y": (1, [3])}, ["out"]))
+    given = {"x": np.float32([0, 2, 3]), "y": np.float32([0, 1, 2])}
+    test = given | {"out": np.float32([np.nan, 3, 2.5])}
+    reference = test | ({"out": np.float32([1, 3, 2.5])} if ours == "finite" else {})
+    replay = replayed(graph, reference, test)["out"]
+    judgement = judge(compare(reference["out"], test["out"]), replay, PRECISIONS["fp32"], 1e-4, 1e-6, 0.0)
+    div = next(n.name for n in graph.nodes if n.op == "Div")
+    assert (judgement.verdict == "guilty") == (ours == "finite")
+    assert replay.nonfinite_in == (f"{div} (Div)" if ours == "finite" else "")
+    assert judgement.side == ("reference" if ours == "finite" else "test")
+    outputs = {"out": test["out"]}, {"out": reference["out"]}
+    assert _apart(*outputs) == _apart(*outputs[::-1]) == (np.inf if ours == "finite" else 0)
+
+
+def test_nan_that_comes_in_is_nobodys_fault(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Div", "x", "y", name="out")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [2]), "y": (1, [2])}, ["out"]))
+    reference = {"x": np.float32([1, 2]), "y": np.float32([1, 2]), "out": np.float32([1, 1])}
+    test = reference | {"x": np.float32([np.nan, 2]), "out": np.float32([np.nan, 1])}
+    replay = replayed(graph, reference, test)["out"]
+    assert replay.nonfinite_in == ""
+    assert replay.reference_excess < EXCESS

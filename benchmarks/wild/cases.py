@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .faults import renamed_file
-from .networks import SLOW, base, half
+from .networks import SLOW, UNUSUAL, base, half
 
 HEALTHY = ("ort-none,ort-basic", "ort-none,ort-all", "ort,emu-tf32", "ort,emu-bf16", "ort,emu-fp16")
 """What is asked of every network in FP32: nobody may be accused."""
@@ -90,8 +90,8 @@ def all_cases(folder: Path) -> Iterator[Case]:
         other = name.replace(".torchscript", ".dynamo")
         if other != name and other in own:
             yield Case("again", name, "ort,ort-none", f"{name}.onnx", f"{other}.onnx", f"{name}.npz")
-    torch_file = Path(__file__).with_name("architectures.py")
     for kind in sorted({base(n) for n in own if "." in n}):
+        torch_file = Path(__file__).with_name("unusual.py" if kind in UNUSUAL else "architectures.py")
         yield Case("torch", f"{kind}.torch", "torch,ort", f"{torch_file}:{kind}")
     for fault in faults:
         for backends in ("ort,ort-none", "ort,ort-all"):

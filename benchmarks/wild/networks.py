@@ -11,7 +11,7 @@ import logging
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +138,24 @@ TUNING = frozenset(
 EXPORTERS = ("torchscript", "dynamo")
 UNFOLDED = ("vit", "gru", "tagger")
 """Architectures that are also exported without constant folding: Slice, Concat and Transpose of weights stay."""
+UNUSUAL = (
+    "ssm",
+    "gated",
+    "kan",
+    "deformable",
+    "fno",
+    "fft",
+    "experts",
+    "upsampler",
+    "linear",
+    "codec",
+    "flow",
+    "radiance",
+    "graphnet",
+    "sinkhorn",
+    "hyper",
+)
+"""Architectures of ``unusual.py``, which have a folder of their own."""
 STORED = {"resnet.weights16": "resnet.dynamo", "unet.weights8": "unet.torchscript"}
 """Networks whose weights are stored in FP16 (Cast) or INT8 by channel (DequantizeLinear), and their parents."""
 
@@ -175,18 +193,29 @@ def write(folder: Path, packages: list[Path]) -> Iterator[tuple[str, str]]:
             np.savez(folder / f"{name}.npz", **shipped.sample(np.random.default_rng(zlib.crc32(name.encode()))))
             shutil.copyfile(found, folder / f"{name}.onnx")
         yield name, ""
-    for name in exported_names():
+    yield from write_exported(folder, exported_names())
+    for name, parent in STORED.items():
+        if (folder / f"{parent}.onnx").exists() and not (folder / f"{name}.onnx").exists():
+            store_weights(folder / f"{parent}.onnx", folder / f"{name}.onnx", in_int8=name.endswith("8"))
+            shutil.copyfile(folder / f"{parent}.npz", folder / f"{name}.npz")
+        yield name, ""
+
+
+def write_exported(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Export networks by name; yields (name, error), as ``write`` does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
         try:
             if not (folder / f"{name}.onnx").exists():
                 export(name, folder)
             yield name, ""
         except Exception as error:  # an exporter that refuses a network is a line of the log, not the end of it
             yield name, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    for name, parent in STORED.items():
-        if (folder / f"{parent}.onnx").exists() and not (folder / f"{name}.onnx").exists():
-            store_weights(folder / f"{parent}.onnx", folder / f"{name}.onnx", in_int8=name.endswith("8"))
-            shutil.copyfile(folder / f"{parent}.npz", folder / f"{name}.npz")
-        yield name, ""
+
+
+def unusual_names() -> list[str]:
+    """Every way in which ``unusual.py`` is exported."""
+    return [f"{name}.{exporter}" for name in UNUSUAL for exporter in (*EXPORTERS, "unfolded")]
 
 
 def store_weights(source: Path, target: Path, *, in_int8: bool) -> None:
@@ -224,10 +253,10 @@ def export(name: str, folder: Path) -> None:
     import onnx
     import torch
 
-    from .architectures import ARCHITECTURES
+    from . import architectures, unusual
 
     kind, _, exporter = name.partition(".")
-    module, inputs = ARCHITECTURES[kind]()
+    module, inputs = {**architectures.ARCHITECTURES, **unusual.ARCHITECTURES}[kind]()
     target, made = folder / f"{name}.onnx", folder / f"{name}.tmp.onnx"
     names = [f"x{i}" if i else "x" for i in range(len(inputs))]
     logging.disable(logging.WARNING)

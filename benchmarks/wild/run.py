@@ -12,6 +12,7 @@ again; delete the log (or ``--again``) after the code changed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -193,14 +194,16 @@ def code_version() -> str:
 def make(args: argparse.Namespace) -> int:
     """Write networks, variants and faults; what exists stays."""
     from .faults import FAULTY, write_faults
-    from .networks import write
-    from .variants import write_variants
+    from .networks import unusual_names, write, write_exported
+    from .variants import PARENTS, write_variants
 
-    for writer in (lambda: write(args.zoo, site_packages(args.packages)), lambda: write_variants(args.zoo)):
-        for name, error in writer():
-            if error:
-                print(f"{name}: {error}")
-    count = write_faults(args.zoo, args.seed or 0, args.faulty or FAULTY)
+    names = unusual_names() if args.unusual else []
+    parents = [name for name in names if name.endswith(".dynamo")] or PARENTS
+    networks = write_exported(args.zoo, names) if names else write(args.zoo, site_packages(args.packages))
+    for name, error in itertools.chain(networks, write_variants(args.zoo, parents)):
+        if error:
+            print(f"{name}: {error}")
+    count = write_faults(args.zoo, args.seed or 0, args.faulty or (names or FAULTY))
     print(f"{len(list(args.zoo.glob('*.onnx')))} files, {count} faults")
     return 0
 
@@ -240,6 +243,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="at most so many cases")
     parser.add_argument("--seed", type=int, help="shuffles the cases; of make: draws the faults")
     parser.add_argument("--faulty", action="append", help="of make: put faults into this network instead; repeatable")
+    parser.add_argument("--unusual", action="store_true", help="of make: the networks of unusual.py instead")
     parser.add_argument("--quick", action="store_true", help="six networks, faults at one level")
     parser.add_argument("--again", action="store_true", help="also what is in the log")
     parser.add_argument("--time-limit", type=float, default=TIME_LIMIT, help="processor seconds a case")

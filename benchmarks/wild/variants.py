@@ -12,7 +12,7 @@ import json
 import logging
 import multiprocessing
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -189,12 +189,12 @@ VARIANTS: dict[str, tuple[str, Write]] = {
 ELSEWHERE = frozenset({"autocast", "modelopt"})
 
 
-def write_variants(folder: Path) -> Iterator[tuple[str, str]]:
-    """Write every variant of ``PARENTS``; yields (name, error). A converter's failure is no failure of the zoo: ONNX
-    Runtime must run the variant, else it is not kept."""
+def write_variants(folder: Path, parents: Iterable[str] = PARENTS) -> Iterator[tuple[str, str]]:
+    """Write every variant of the parents that lie in the folder; yields (name, error). A converter's failure is no
+    failure of the zoo: ONNX Runtime must run the variant, else it is not kept."""
     index = folder / "variants.json"
     known: dict[str, dict[str, str]] = json.loads(index.read_text()) if index.exists() else {}
-    for parent in PARENTS:
+    for parent in parents:
         source = folder / f"{parent}.onnx"
         if not source.exists():
             continue

@@ -90,5 +90,8 @@ def _apart(a: Arrays, b: Arrays) -> float:
             continue
         if a[name].shape != theirs.shape:
             return math.inf
-        worst = max(worst, distance(np.asarray(a[name], np.float64), np.asarray(theirs, np.float64)).relative)
+        x, y = (np.asarray(array, np.float64) for array in (a[name], theirs))
+        if (np.isfinite(x) != np.isfinite(y)).any():
+            return math.inf
+        worst = max(worst, distance(x, y).relative)
     return worst

@@ -208,7 +208,9 @@ class Replayer:
             replay.range_loss = self._range_loss(nodes, given, target, exact[target], of_node, test)
             self._trace_back(replay, exact[target], reference(target), divergence)
             rounding = self.claim(0, nodes).roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
-            if replay.inherited is not None and replay.inherited > SUSPICIOUS * divergence + 2 * rounding:
+            replay.nonfinite_in = self._nonfinite_in(nodes, given, exact[target], reference(target))
+            amplified = replay.inherited is not None and replay.inherited > SUSPICIOUS * divergence + 2 * rounding
+            if amplified or replay.nonfinite_in:
                 replay.reference_excess = self._reference_excess(nodes, starts, target, reference)
             results[target] = replay
             self._trimmer.freed(exact[target].nbytes)
@@ -301,7 +303,23 @@ class Replayer:
         given = {s: reference(s) for s in starts}
         exact = as_tensor(self.oracle.run_nodes(nodes, given, [target])[target])
         expected, claim = self._expect(0, nodes, given, {target: exact})
-        return self._asked(0, nodes, given, target, reference(target), exact, expected, claim).excess or 0.0
+        replay = self._asked(0, nodes, given, target, reference(target), exact, expected, claim)
+        if replay.introduced is not None and distance(exact, reference(target)).new_nonfinite:
+            return math.inf
+        return replay.excess or 0.0
+
+    def _nonfinite_in(
+        self, nodes: list[Node], given: Mapping[str, AnyTensor], exact: Tensor, reference: AnyTensor
+    ) -> str:
+        """The node that makes NaN or Inf of finite inputs in exact arithmetic, where the reference has neither."""
+        if tuple(reference.shape) != tuple(exact.shape) or not distance(exact, reference).new_nonfinite:
+            return ""
+        if any(not _is_finite(t) for t in given.values()):
+            return ""
+        results = [name for node in nodes for name in node.outputs]
+        values = self.oracle.run_nodes(nodes, given, results)
+        first = next((n for n in nodes if any(o in values and not _is_finite(values[o]) for o in n.outputs)), None)
+        return "" if first is None else f"{first.name} ({first.op})"
 
     def _in_range(
         self,
@@ -355,3 +373,7 @@ class Replayer:
 
     def _hold(self, tensor: AnyTensor) -> Tensor:
         return as_tensor(FP64.hold(tensor, self._device))
+
+
+def _is_finite(tensor: AnyTensor) -> bool:
+    return bool(torch.isfinite(as_tensor(tensor)).all())

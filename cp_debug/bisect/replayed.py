@@ -39,6 +39,9 @@ class Replay:
     """Bound of the oracle's own rounding, relative."""
     new_nonfinite: int = field(default=0, metadata={"key": "born_nonfinite"})
     """Elements that are NaN or Inf here although the oracle, from the same inputs, says they are finite."""
+    nonfinite_in: str = ""
+    """Name and operator of the node that makes NaN or Inf of the test's finite inputs, by the oracle's account too,
+    where the reference has neither."""
     wanted: int = 0
     """Elements beyond the type's range that became Inf, or its largest number, and change nothing that reads them."""
     unread: bool = False

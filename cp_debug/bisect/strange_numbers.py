@@ -49,7 +49,9 @@ def nonfinite_origins(rows: Sequence[ComparedRow]) -> Iterator[str]:
                 verbs = {"input": "comes in with the input", "": "is first in"}  # captures tell no operators
                 verb = verbs.get(first.op, "is born at")
                 op = "" if first.op in verbs else f" ({first.op})"
-                places.setdefault(f"{verb} {first.name}{op}", []).append(side)
+                # A row that stands for several nodes may know in which of them the test's are born.
+                inside = getattr(getattr(first, "replay", None), "nonfinite_in", "") if side == "test" else ""
+                places.setdefault(f"{verb} {inside or f'{first.name}{op}'}", []).append(side)
         for place, sides in places.items():
             on = "on both sides" if len(sides) == len(SIDES) else f"in the {sides[0]}"
             yield f"{_WRITTEN[kind]} {place} {on}"

@@ -60,6 +60,9 @@ def judge(
         lost = f"storing them loses {replay.range_loss:.2g}"
         return Judgement(GUILTY, within, f"its numbers leave the range of {precision.name.upper()}: {lost}")
     if replay.reference_excess > EXCESS:
+        if replay.nonfinite_in:
+            why = f"NaN or Inf come of finite numbers in {replay.nonfinite_in}, in exact arithmetic too: "
+            return Judgement(GUILTY, within, why + "the reference has none, so it computes something else", "reference")
         why = f"the reference introduces {replay.reference_excess:.3g}× what its precision explains"
         return Judgement(GUILTY, within, why, "reference")
     return Judgement(OK if within else INHERITED, within)
