@@ -11,14 +11,19 @@ import pytest
 
 from cp_debug.detection.bootstrap import ConfidenceInterval, draw_samples
 from cp_debug.detection.boxes import Boxes
+from cp_debug.detection.breakdown import Rings, by_class, by_distance, rings_of
 from cp_debug.detection.changes import MATCHING, MOVED, RESCORED, BoxChange, changes
 from cp_debug.detection.detection_change import compare_detections
+from cp_debug.detection.evaluation import EvaluationOptions
 from cp_debug.detection.metrics import Scores, box_errors, score
+from cp_debug.detection.predictions import Predictions
+from cp_debug.errors import InputError
 from cp_debug.mixed_precision.fusion_groups import FusionGroup
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.predict import Predictor, enough_of, left_of
 from cp_debug.mixed_precision.sensitivity import Int8Effect, LayerSensitivity, merge_trials
 from cp_debug.mixed_precision.trial import Measured
+from cp_debug.recipes.data.base import Truth
 
 
 @dataclass
@@ -300,3 +305,57 @@ def test_an_object_is_found_as_often_as_its_sample_is_drawn() -> None:
     draws = np.array([[1.0, 1.0, 1.0], [3.0, 0.0, 0.0], [0.0, 2.0, 1.0]])
     found = score(predicted, truth, ["car"], draws)
     assert found.found.tolist() == [[3.0], [3.0], [4.0]]
+
+
+# In parts -----------------------------------------------------------------------------------------------------------
+
+
+def test_rings_begin_where_the_one_before_ends() -> None:
+    rings = rings_of([20, 40.5], EvaluationOptions())
+    assert rings.names == ["0–20 m", "20–40.5 m", "from 40.5 m"]
+    places = np.array([[0, 0], [12, 16.1], [20, 0], [-40.5, 0], [30, 27], [math.nan, 0]])
+    assert rings.of(places).tolist() == [0, 1, 1, 2, 1, 2]
+    assert rings_of([], EvaluationOptions(region=(-30, -54, 40, 20))).edges == (18.0, 36.0)
+    assert rings_of([], EvaluationOptions(ranges={"car": 30, "bus": 50})).edges == (16.7, 33.3)
+    assert rings_of([], EvaluationOptions()).edges == (20.0, 40.0)
+    for edges in ([20, 20], [20, 10], [0, 10], [-1]):
+        with pytest.raises(InputError, match="expected metres that rise, as in 20,40"):
+            rings_of(edges, EvaluationOptions())
+
+
+def in_parts(*lost: float) -> tuple[dict[str, Predictions], list[Truth]]:
+    """Two samples of two classes: cars at 5, 30 and 55 m, buses at 8 m; the test finds none at the places ``lost``."""
+    objects = [(5.0, 0), (30.0, 0), (55.0, 0), (8.0, 1)]
+    rows = np.array([[x, 0, 1, 4, 2, 2, 0, 0, 0] for x, _ in objects], np.float32)
+    labels, count = np.array([label for _, label in objects]), len(objects)
+    truth = Truth(rows[:, :7], labels, rows[:, 7:], np.full(count, 9), np.array([""] * count))
+
+    def predictions(missing: tuple[float, ...]) -> Predictions:
+        kept = ~np.isin(rows[:, 0], missing)
+        boxes, kinds = np.tile(rows[kept], (2, 1)), np.tile(labels[kept], 2)
+        scores = np.full(len(boxes), 0.9, np.float32)
+        return Predictions(boxes, scores, kinds.astype(np.int16), np.array([kept.sum()] * 2))
+
+    return {"torch": predictions(()), "trt": predictions(lost)}, [truth, truth]
+
+
+def test_each_class_has_its_own_precision_and_difference() -> None:
+    options = EvaluationOptions(draws=3)
+    car, bus = by_class(*in_parts(8.0), ["car", "bus"], options)
+    assert (car.part, car.objects, bus.part, bus.objects) == ("car", 6, "bus", 2)
+    assert car.figures["trt"]["AP"].value == bus.figures["torch"]["AP"].value == pytest.approx(1)
+    assert car.differences["trt"]["AP"].value == 0
+    assert bus.figures["trt"]["AP"].value == 0
+    assert bus.differences["trt"]["AP"].value == pytest.approx(-1)
+    assert "torch" not in bus.differences
+
+
+def test_each_ring_has_the_classes_that_stand_there() -> None:
+    options, rings = EvaluationOptions(draws=3), Rings((20.0, 60.0))
+    near, middle = by_distance(*in_parts(8.0, 55.0), ["car", "bus"], options, rings)  # nothing stands beyond 60 m
+    assert (near.part, near.objects, middle.part, middle.objects) == ("0–20 m", 4, "20–60 m", 4)
+    assert near.figures["torch"]["mAP"].value == middle.figures["torch"]["mAP"].value == pytest.approx(1)
+    assert near.figures["trt"]["mAP"].value == pytest.approx(0.5)  # the cars there, no buses
+    assert 0 < middle.figures["trt"]["mAP"].value < 0.6  # cars alone: half of them
+    assert near.differences["trt"]["mAP"].value == pytest.approx(-0.5)
+    assert set(near.figures["trt"]) == {"mAP", "NDS"}

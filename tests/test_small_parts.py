@@ -13,19 +13,28 @@ import torch
 from nets import NetBuilder
 from torch import nn
 
+from cp_debug.backends.arithmetic import FP32
 from cp_debug.backends.base import Program
+from cp_debug.backends.codecs import E4M3
+from cp_debug.backends.kernels.registry import Call
 from cp_debug.backends.kernels.windows import Window, split_padding
 from cp_debug.bisect.causes.findings import Explainer, _node_names, _some
+from cp_debug.bisect.causes.layout import _same_rows
+from cp_debug.bisect.causes.narrow_files import _of_data
+from cp_debug.bisect.regions.hypotheses import _reduce
 from cp_debug.bisect.regions.region import Region, region_of
 from cp_debug.bisect.result import LayerRow, check_not_empty, has_no_elements
 from cp_debug.errors import InputError
+from cp_debug.graph.bodies import _scan_batch
+from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.opset import converted
+from cp_debug.graph.opset import _keep_notes, converted
 from cp_debug.graph.surgery import tensor_bytes, unused_names
 from cp_debug.probes.fingerprint import fingerprint
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.layers import all_layers, layers_of
+from cp_debug.programs.pairing_numbers import run_in_ort
 from cp_debug.programs.torch_layers import channels, full_path, matches, own_path, select, weight_axis
 
 
@@ -242,3 +251,90 @@ def test_a_fingerprints_distance_is_relative_to_the_larger_one() -> None:
         distances.append(fingerprint(x).distance(fingerprint(10 * x + 0.1 * d)))
         assert distances[-1] == fingerprint(10 * x + 0.1 * d).distance(fingerprint(x))
     assert np.mean(distances) == pytest.approx(0.9, rel=0.15)
+
+
+# Definitions that faults alone reach --------------------------------------------------------------------------------
+
+
+def test_rows_of_equal_numbers_are_taken_in_their_order() -> None:
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0], [5.0, 6.0]])
+    order = _same_rows(rows, rows[[3, 0, 1, 2]])
+    assert order is not None
+    assert order.tolist() == [3, 0, 1, 2]
+    assert _same_rows(rows, rows[[3, 0, 1, 1]]) is None  # one row twice, another gone
+    assert _same_rows(rows, rows + 1) is None
+
+
+@pytest.mark.parametrize(
+    ("scale", "cause", "what"),
+    [
+        (1.0, "fp8-saturated", "25.00% are cut off at 448"), (0.5, "scale-stale", "50.00% are cut off at 224"),
+        (4.0, "scale-stale", "25% lie below its normal numbers"),
+    ],
+)  # fmt: skip
+def test_a_scale_that_is_not_that_of_its_data_is_told_with_what_it_costs(scale: float, cause: str, what: str) -> None:
+    """E4M3 ends at 448, its normal numbers begin at 1/64."""
+    x = torch.tensor([0.05, 10.0, 300.0, 900.0])
+    found = _of_data(x, E4M3, 17, scale, 900 / 448)
+    assert found.cause == cause
+    assert found.says == (f"its data reaches 900, the file's FP8 scale {scale:.3g} is for {scale * 448:.4g}: {what}")
+    assert found.fix.endswith("a scale of 2.01")
+    assert found.evidence["needed_scale"] == pytest.approx(900 / 448)
+    assert found.evidence["clipped"] == (0.5 if scale < 1 else 0.25 if scale == 1 else 0.0)
+    assert found.evidence["below_normal"] == (0.25 if scale == 4 else 0.0)
+
+
+def test_a_converted_graph_keeps_the_notes_of_its_nodes() -> None:
+    def graph(*notes: str) -> onnx.GraphProto:
+        nodes = []
+        for place, note in enumerate(notes):
+            node = onnx.helper.make_node("Neg", ["x"], [f"y{place}"])
+            if note:
+                node.metadata_props.add(key="source", value=note)
+            nodes.append(node)
+        return onnx.helper.make_graph(nodes, "net", [], [])
+
+    new = graph("", "own", "")
+    _keep_notes(graph("a", "b"), new)
+    assert [[p.value for p in node.metadata_props] for node in new.node] == [["a"], ["own"], []]
+
+
+def test_scan_of_opset_8_goes_over_each_entry_of_the_batch_by_itself() -> None:
+    """Running sums; the second entry is two long, one input is read backwards."""
+
+    def execute(body: Any, values: Any) -> Any:
+        total, forward, backward = values
+        return [total + forward, total * 10 + backward]
+
+    body: Any = SimpleNamespace(outputs=["total", "mixed"])
+    x = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    attributes: Any = {"num_scan_inputs": 2, "directions": [0, 1]}
+    total, mixed = _scan_batch(body, execute, attributes, torch.tensor([3, 2]), [torch.tensor([0.0, 1.0]), x, x])
+    assert total.tolist() == [6, 10]
+    assert mixed.tolist() == [[3, 12, 31], [15, 54, 0]]
+    attributes["directions"] = None
+    total, mixed = _scan_batch(body, execute, attributes, None, [torch.tensor([0.0, 1.0]), x, x])
+    assert total.tolist() == [6, 16]
+    assert mixed.tolist() == [[1, 12, 33], [14, 55, 106]]
+
+
+def test_what_is_known_to_onnx_runtime_alone_is_computed_by_it(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Sub", "x", net.weight(np.float32([1, 2]), name="w"), name="y")
+    graph = Graph(net.save(tmp_path / "n.onnx", {"x": (1, [2])}, ["y"]))
+    (node,) = graph.nodes
+    given = {"x": torch.tensor([5.0, 5.0])}
+    found = run_in_ort(graph, Constants(graph), node, given, ["y"])
+    assert found["y"].tolist() == [4, 3]
+    assert run_in_ort(graph, Constants(graph), node, {"x": torch.zeros(3)}, ["y"]) == {}
+
+
+@pytest.mark.parametrize(("divide", "keep"), [(True, 1), (False, 0)])
+def test_reductions_round_each_partial_sum(divide: bool, keep: int) -> None:
+    """2048 + 1 is 2048 in FP16."""
+    node = onnx.helper.make_node("ReduceMean" if divide else "ReduceSum", ["x"], ["y"], axes=[1], keepdims=keep)
+    x = torch.tensor([[2048.0, 1.0, 1.0, 2.0], [1.0, 1.0, 2.0, 4.0]])
+    call: Any = Call.of(SimpleNamespace(proto=node, op=node.op_type, domain=""), 13, FP32, torch.device("cpu"))  # type: ignore[arg-type]
+    found = _reduce(divide)(call, [x])
+    assert found.shape == ((2, 1) if keep else (2,))
+    assert found.flatten().tolist() == ([512.5, 2.0] if divide else [2050.0, 8.0])
