@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import getpass
+import os
+import re
 import signal
 import sys
+import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -36,13 +41,33 @@ def _interrupted() -> NoReturn:
 
 
 def _end() -> None:
-    """Do the last things once everything is said: Ctrl-C cannot change it, and torch's empty folder goes."""
+    """Do the last things once everything is said: a signal cannot change it, and torch's empty folder goes."""
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, _Last())
     folders = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
-    if folders is not None:
-        with suppress(Exception):  # its exporter makes it among temporary files, when it is imported
-            Path(folders.default_cache_dir()).rmdir()
+    if folders is not None or "distributed" in sys.modules:
+        with suppress(Exception):  # its exporter makes it among temporary files, when it is imported, in workers too
+            Path(folders.default_cache_dir() if folders is not None else _torch_folder()).rmdir()
+
+
+class _Last:
+    """Handler of SIGTERM while the process ends: what is tidied then is not stopped, unless it is asked for again."""
+
+    def __init__(self) -> None:
+        self._first = 0.0
+
+    def __call__(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        self._first = self._first or now
+        if now - self._first > 1.0:  # a thread of the user's that does not end
+            os._exit(128 + number)
+
+
+def _torch_folder() -> str:
+    """Torch's folder for kernels, as its ``default_cache_dir`` names it."""
+    name = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    return os.path.join(tempfile.gettempdir(), f"torchinductor_{name}")  # noqa: PTH118
 
 
 if __name__ == "__main__":

@@ -701,9 +701,19 @@ def test_at_the_end_ctrl_c_changes_nothing_and_torchs_empty_folder_goes(
     with pytest.raises(SystemExit, match="1"):
         entry.main()
     assert (signal.SIGINT, signal.SIG_IGN) in handlers
+    (last,) = (handler for number, handler in handlers if number == signal.SIGTERM and handler is not signal.SIG_DFL)
+    last(signal.SIGTERM, None)  # does nothing
     assert not folder.exists()
     folder.mkdir()
     (folder / "kept").touch()
     with pytest.raises(SystemExit):
         entry.main()
     assert (folder / "kept").exists()
+
+
+def test_torchs_folder_is_known_without_torch() -> None:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    from cp_debug.__main__ import _torch_folder
+
+    assert default_cache_dir() == _torch_folder()
