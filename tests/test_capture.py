@@ -27,6 +27,7 @@ from cp_debug.bisect.recording import compare_captures
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture, CaptureWriter, array_hash
 from cp_debug.probes.statistics import compare
+from cp_debug.reports.tables import render
 
 HEADER = {"backend": "torch@cpu", "model": {"name": "m", "sha256": "1"}, "inputs": [{"x": "a"}], "samples": ["seed 0"]}
 DTYPES = ["?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8", ">f4", ">i8"]
@@ -206,6 +207,22 @@ def test_a_folder_that_is_no_capture_is_named(tmp_path: Path) -> None:
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(InputError, match=message):
             Capture.open(tmp_path)
+
+
+@pytest.mark.parametrize("sample", [-1, 1])
+def test_a_tensor_of_no_sample_is_refused(tmp_path: Path, sample: int) -> None:
+    manifest = write(tmp_path / "capture", {"x": np.arange(9.0)}, samples=["one"]).folder / "manifest.json"
+    document = json.loads(manifest.read_text())
+    document["tensors"][0]["sample"] = sample
+    manifest.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=f"tensor 'x' is of sample {sample}, which is not listed"):
+        Capture.open(manifest.parent)
+
+
+def test_captures_whose_samples_have_no_names_are_shown(tmp_path: Path) -> None:
+    about = {"precision": "fp32", "device": "cpu", "emulated": False, "versions": {}, "settings": {}, "outputs": []}
+    ours, theirs = (write(tmp_path / name, {"x": np.arange(9.0)}, **about, samples=[]) for name in ("a", "b"))
+    assert "a sample without a name" in str(next(iter(render(compare_captures(ours, theirs)))))
 
 
 def test_a_damaged_tensor_is_named(tmp_path: Path) -> None:

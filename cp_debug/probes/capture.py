@@ -250,6 +250,8 @@ class Capture:
                 raise InputError(f"{path}: tensor {entry.name!r} is {entry.dtype!r}, which no capture holds")
             if any(size < 0 for size in entry.shape):
                 raise InputError(f"{path}: tensor {entry.name!r} has the shape {list(entry.shape)}")
+            if not 0 <= entry.sample < len(contents.samples or contents.inputs or [{}]):
+                raise InputError(f"{path}: tensor {entry.name!r} is of sample {entry.sample}, which is not listed")
             within(folder, entry.file, f"{path}: tensor {entry.name!r}")
         if len({(each.sample, each.component, each.name) for each in contents.tensors}) < len(contents.tensors):
             raise InputError(f"{path}: lists a tensor twice")

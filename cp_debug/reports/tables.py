@@ -333,6 +333,8 @@ def _coverage(coverage: dict[str, Any]) -> Iterator[Text]:
 
 
 def _samples(samples: Sequence[str]) -> str:
+    if not samples:  # a capture that another program wrote
+        return "a sample without a name"
     return samples[0] if len(samples) == 1 else f"{len(samples)} samples, from {samples[0]} to {samples[-1]}"
 
 
