@@ -34,6 +34,8 @@ TAIL = 12
 LINE = 1 << 16
 """Number of bytes of output taken at once, and about the longest line that is taken as one."""
 OLDEST = (3, 8)
+ANSWER = 20.0
+"""Seconds within which an interpreter says its version."""
 
 _LARGEST = 1 << 53
 """Largest number that a progress event may hold."""
@@ -189,15 +191,20 @@ class Interpreter:
 
 def _check(python: str) -> None:
     hello = "import sys; print('cpdebug', *sys.version_info[:2])"
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     try:
-        answer = subprocess.run([python, "-c", hello], capture_output=True, text=True, errors="replace", timeout=60)
+        process = subprocess.Popen([python, "-c", hello], **streams, start_new_session=True)
     except OSError as error:
         raise InterpreterFailed(f"{python} cannot be run ({system_reason(error)})", unusable=True) from None
     except ValueError:
         raise InterpreterFailed(f"{python!r} cannot be run (a null byte in its name)", unusable=True) from None
-    except subprocess.TimeoutExpired:
+    try:
+        # One line is enough: what is no interpreter may write without end.
+        words = next(_lines(process, time.monotonic() + ANSWER), "").split()
+    except TimeoutError:
         raise InterpreterFailed(f"{python} does not answer like a Python interpreter", unusable=True) from None
-    words = answer.stdout.split()
+    finally:
+        _end(process)
     if words[:1] != ["cpdebug"] or len(words) != 3:
         raise InterpreterFailed(f"{python} is not a Python interpreter", unusable=True)
     if not (words[1].isdigit() and words[2].isdigit() and len(words[1] + words[2]) < 9):

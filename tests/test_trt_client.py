@@ -190,6 +190,16 @@ def test_where_there_is_no_tensorrt(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         RunnerClient()
 
 
+def test_what_answers_without_end_is_no_interpreter(tmp_path: Path) -> None:
+    program = tmp_path / "endless"
+    program.write_text("#!/bin/sh\nexec yes\n")
+    program.chmod(0o755)
+    start = time.monotonic()
+    with pytest.raises(BackendUnavailable, match="endless is not a Python interpreter"):
+        RunnerClient(str(program))
+    assert time.monotonic() - start < 10
+
+
 def test_an_interpreter_that_lacks_tensorrt(tmp_path: Path) -> None:
     """The real runner, in a real Python of its own that sees no packages but numpy."""
     site = tmp_path / "site"
