@@ -153,3 +153,34 @@ guard.guarded(lambda: print("ran"))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_whatever_runs_of_the_user_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its callable, its forward wherever one runs: where that ends the process, the message says so."""
+    from cp_debug import doing
+    from cp_debug.programs.walk import Walk, run_module
+    from cp_debug.quantization.models import quantize_model
+    from cp_debug.recipes.registry import load_model
+
+    (tmp_path / "net.py").write_text(
+        "import torch\n"
+        "from cp_debug.doing import last\n"
+        "told = []\n"
+        "class Net(torch.nn.Sequential):\n"
+        "    def forward(self, x):\n"
+        "        told.append(last())\n"
+        "        return super().forward(x)\n"
+        "def build():\n"
+        "    told.append(last())\n"
+        "    return Net(torch.nn.Linear(4, 4)), torch.ones(2, 4)\n"
+    )
+    monkeypatch.setattr(doing, "_page", None)
+    doing.share()
+    model = load_model(f"{tmp_path / 'net.py'}:build")
+    told = sys.modules[type(model.components[0].module).__module__].told
+    sample = next(iter(model.samples(1, 0, None)))
+    for step in Walk(model, sample):
+        step.outputs = run_module(step.component, step.inputs)
+    quantize_model(model, iter([sample]), method="max")
+    assert told
+    assert all(text.endswith((" ran", "() was called")) for text in told), told

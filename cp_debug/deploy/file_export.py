@@ -11,6 +11,7 @@ import onnx
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.deploy.exporting import Exported, OnStep, checker, resized, shapes_of, worst_output
+from cp_debug.doing import doing
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.files import complete_folder, resolved
 from cp_debug.graph.graph import Graph
@@ -110,7 +111,8 @@ def _simplified(proto: onnx.ModelProto, source: Graph) -> onnx.ModelProto:
 def _checked(path: Path, source: Graph) -> Graph:
     """The written file, opened. Raises InputError where ``onnx.checker`` refuses it, or its signature is another."""
     try:
-        onnx.checker.check_model(path)
+        with doing(f"onnx checked {source}"):
+            onnx.checker.check_model(path)
     except Exception as error:  # ValidationError, and what the checker's own parser raises
         raise InputError(f"{source}: onnx.checker refuses it: {in_one_line(error)}") from error
     graph = Graph(path)

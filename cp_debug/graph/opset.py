@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx
 from onnx import defs, external_data_helper, helper, version_converter
 
+from cp_debug.doing import doing
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.graph.graph import Graph, external_files
 from cp_debug.graph.surgery import INLINE_LIMIT, tensor_bytes, weights_folder
@@ -49,7 +50,8 @@ def converted(model: onnx.ModelProto, graph: Graph, opset: int) -> onnx.ModelPro
     if changed or model.functions:
         where = f"--opset: {graph} is in opset {old}, and ONNX's converter"
         try:
-            new = version_converter.convert_version(model, opset)
+            with doing(f"onnx converted {graph} to opset {opset}"):
+                new = version_converter.convert_version(model, opset)
         except Exception as error:  # the converter raises whatever its adapters do
             reason = in_one_line(error).rpartition("failed: ")[2]  # behind a line of its C++ source
             raise InputError(f"{where} does not bring it to {opset}: {reason}") from error

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from onnx import defs, external_data_helper, helper, numpy_helper, version_converter
 
+from cp_debug.doing import doing
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.graph.downstream import from_inputs
 from cp_debug.graph.graph import Graph, Node
@@ -226,7 +227,8 @@ def raised(model: onnx.ModelProto, graph: Graph, opset: int, need: str) -> onnx.
         if any(external_data_helper.uses_external_data(weight) for weight in model.graph.initializer):
             raise InputError(f"{where} {first} cannot be raised to it beside external weights; export the model again")
         try:
-            model = version_converter.convert_version(model, opset)
+            with doing(f"onnx converted {graph} to opset {opset}"):
+                model = version_converter.convert_version(model, opset)
         except Exception as error:  # the converter raises whatever its adapters do
             says = f"{where} {first} cannot be raised to it: {in_one_line(error)}"
             raise InputError(f"{says}; export the model again") from error

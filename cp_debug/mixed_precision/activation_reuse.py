@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from cp_debug.doing import doing
 from cp_debug.probes.trace import as_written
 
 Call = Callable[..., Any]
@@ -48,7 +49,7 @@ class Reuse:
             self._calls.setdefault(module, []).append(_RecordedCall(call_inputs, output, _versions(output)))
             return output
 
-        with torch.no_grad(), as_written(), self._around_calls(keep):
+        with torch.no_grad(), as_written(), self._around_calls(keep), doing(f"{type(self.module).__name__} ran"):
             return self.module(*inputs)
 
     def rerun(self, changed: Collection[str], *inputs: Tensor) -> tuple[Any, dict[str, list[Any]]]:
@@ -68,7 +69,7 @@ class Reuse:
                 results[path].append(output)
             return output
 
-        with torch.no_grad(), as_written(), self._around_calls(look_up):
+        with torch.no_grad(), as_written(), self._around_calls(look_up), doing(f"{type(self.module).__name__} ran"):
             return self.module(*inputs), results
 
     def outputs(self, layer: str) -> list[Any]:

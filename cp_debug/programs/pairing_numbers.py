@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.ort_chunks import to_numpy, to_ort
+from cp_debug.doing import doing
 from cp_debug.errors import InputError
 from cp_debug.graph import onnx_runtime
 from cp_debug.graph.constants import Constants
@@ -348,8 +349,9 @@ def run_in_ort(
         options = onnx_runtime.session_options()
         options.intra_op_num_threads = 1
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        values = onnx_runtime.run(session, wanted, to_ort(arrays), onnx_runtime.time_limit(graph, [node]))
+        with doing(f"ONNX Runtime ran {node.name} of {graph}"):
+            session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            values = onnx_runtime.run(session, wanted, to_ort(arrays), onnx_runtime.time_limit(graph, [node]))
         return {name: to_numpy(value) for name, value in zip(wanted, values, strict=True)}
     except onnx_runtime.Endless:
         raise

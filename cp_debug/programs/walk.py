@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cp_debug.doing import doing
 from cp_debug.errors import ModuleFailed, in_one_line
 from cp_debug.probes.arrays import as_numpy, as_torch
 from cp_debug.probes.outputs import flatten_outputs
@@ -117,7 +118,7 @@ def run_module(component: Component, inputs: Mapping[str, np.ndarray]) -> dict[s
     """
     assert component.module is not None
     try:
-        with torch.no_grad(), as_written():
+        with torch.no_grad(), as_written(), doing(f"{component.name} ran"):
             outputs = flatten_outputs(component.module(*example_args(component, inputs)))
     except Exception as error:
         raise ModuleFailed(f"{component.name} raised in forward: {in_one_line(error)}") from error

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from cp_debug.doing import doing
 from cp_debug.errors import InputError
 from cp_debug.graph.scales import LayerScales, Scales
 from cp_debug.probes.outputs import flatten_outputs
@@ -124,6 +125,7 @@ class CalibrationManager:
                     handle = layer.register_forward_pre_hook(self._in_front(path, errors), with_kwargs=True)
                     stack.callback(handle.remove)
             stack.callback(attach(self.module, {name: _Watcher(self, name, errors) for name in self._adds}))
+            stack.enter_context(doing(f"{type(self.module).__name__} ran"))
             outputs = flatten_outputs(self.module(*args))
             if errors is not None and not errors.differentiate(list(outputs.values())):
                 self._errors = None

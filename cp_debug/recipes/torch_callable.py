@@ -108,7 +108,7 @@ def load_callable(text: str, checkpoint: Path | None = None) -> TorchModel:
         target = getattr(imported, attribute, None)
     if not callable(target):
         raise InputError(f"MODEL: {source} has no callable {attribute!r}")
-    with own_code(f"MODEL: {text}()"):
+    with own_code(f"MODEL: {text}()"), doing(f"{text}() was called"):
         built = target()
     if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], torch.nn.Module)):
         raise InputError(f"MODEL: {text}() returned {type(built).__name__}; expected (module, example_inputs)")
@@ -192,7 +192,7 @@ def _output_names(name: str, module: torch.nn.Module, tensors: Sequence[torch.Te
     if (names := _names_alone(module, tensors)) is not None:
         return names
     try:
-        with torch.no_grad():
+        with torch.no_grad(), doing(f"{type(module).__name__} ran"):
             before = _weights(module)
             outputs = flatten_outputs(module(*tensors))
             if changed := _changed(before, once := _weights(module)):
