@@ -69,6 +69,7 @@ def test_a_result_prints_its_verdict_and_keeps_numbers(tmp_path: Path) -> None:
     assert len(repr(result)) < 200
     assert result.layers["sqnr_db"].dtype == float  # of equal layers infinite, which JSON writes as text
     assert math.isinf(result.layers["sqnr_db"].max())
+    assert list(result.layers)[:5] == ["index", "name", "op", "max_abs", "rel_l2"]
     assert {result.layers[key].dtype.kind for key in ("step", "clipped", "share", "excess", "count")} <= {"f", "i"}
     row = result.tests[0].rows[1]
     assert repr(row) == f"<LayerRow {row.name} ({row.op}): ok>"
@@ -148,8 +149,13 @@ def test_errors_name_arguments_of_python_not_flags(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "says"),
     [
-        ("diagnose", {"backends": 3}, "backends: int; expected text or a list of backends"),
-        ("diagnose", {"backends": ["ort", "ort-all"]}, "backends: list; expected text or a list of backends"),
+        ("diagnose", {"backends": 3}, "backends: int; expected text or a list of texts or a list of backends"),
+        (
+            "diagnose",
+            {"backends": ["ort", 3]},
+            "backends: list; expected text or a list of texts or a list of backends",
+        ),
+        ("diagnose", {"backends": []}, "backends: '' names 0 backends; expected a reference and some tests"),
         ("diagnose", {"options": {"samples": 3}}, "options: dict; expected Options"),
         ("diagnose", {"inputs": object()}, "inputs: object holds no arrays; expected a mapping by input name"),
         ("diagnose", {"inputs": {"x": torch.ones(1, device="meta")}}, "inputs: 'x' cannot be read as an array"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,9 @@ def test_outputs_alone_are_compared_on_given_inputs(path: Path) -> None:
     inputs = {value.name: values[value.name] for value in graph.inputs}
     outputs = {value.name: values[value.name] for value in graph.outputs}
     assert cp_debug.diagnose(path, "ort", inputs=inputs, test_tensors=outputs).agrees
+    wrong = {name: array * np.float32(1.5) for name, array in outputs.items()}
+    said = str(cp_debug.diagnose(path, "ort", inputs=inputs, test_tensors=wrong))
+    assert re.search(r"with the \d+ nodes before it, from \S+ on: nothing between was compared", said)
     with pytest.raises(cp_debug.InputError, match=f"lacks the input {graph.inputs[0].name!r}.*give inputs$"):
         cp_debug.diagnose(path, "ort", test_tensors=outputs)
     outputs.pop(graph.outputs[-1].name)

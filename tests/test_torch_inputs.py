@@ -277,6 +277,10 @@ def test_files_that_hold_no_program_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(cp_debug.InputError, match=says):
             cp_debug.diagnose(str(tmp_path / name))
+    for name in ("test.ort", "renamed.onnx"):
+        (tmp_path / name).write_bytes(b"\x18\0\0\0ORTM" + bytes(40))
+        with pytest.raises(cp_debug.InputError, match=r"in ONNX Runtime's own format.*expected the .onnx file"):
+            cp_debug.diagnose(torch.nn.ReLU(), "torch,ort", inputs=torch.ones(1), test_model=tmp_path / name)
 
 
 def test_a_program_of_another_torch_is_refused_with_both_versions(tmp_path: Path) -> None:

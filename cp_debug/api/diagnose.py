@@ -25,7 +25,7 @@ DEFAULTS = Options()
 @in_python_words
 def diagnose(
     model: ModelLike,
-    backends: str | Sequence[Backend] = "torch,ort",
+    backends: str | Sequence[str] | Sequence[Backend] = "torch,ort",
     *,
     inputs: Any = None,
     test_model: ModelLike | None = None,
@@ -75,7 +75,8 @@ def diagnose(
                 inputs_given=inputs is not None,
             )
         prepared_test = None if test_model is None else _test_model(test_model, inputs)
-        result = bisect(prepared, backends, test_model=prepared_test, options=options, on_step=step)
+        made = backends if isinstance(backends, str) else [each for each in backends if not isinstance(each, str)]
+        result = bisect(prepared, made, test_model=prepared_test, options=options, on_step=step)
         if options.save is not None:
             write_json(result, options.save / "result.json")
         return result
@@ -84,7 +85,7 @@ def diagnose(
 @in_python_words
 def assert_agree(
     model: ModelLike,
-    backends: str | Sequence[Backend] = "torch,ort",
+    backends: str | Sequence[str] | Sequence[Backend] = "torch,ort",
     *,
     inputs: Any = None,
     test_model: ModelLike | None = None,

@@ -76,7 +76,7 @@ def predict(
 @in_python_words
 def search(
     model: ModelLike,
-    backends: str | Sequence[Backend] = "torch,emu-fp16acc",
+    backends: str | Sequence[str] | Sequence[Backend] = "torch,emu-fp16acc",
     goal: str | Goal = "rel_l2<1e-3",
     *,
     inputs: Any = None,
@@ -116,7 +116,7 @@ def search(
 @in_python_words
 def evaluate(
     model: ModelLike,
-    backends: str | Sequence[Backend] = "torch,ort",
+    backends: str | Sequence[str] | Sequence[Backend] = "torch,ort",
     *,
     inputs: str | Path | None = None,
     samples: int = 50,
@@ -153,7 +153,7 @@ def evaluate(
 @in_python_words
 def verify(
     model: ModelLike,
-    backends: str | Sequence[Backend] = "torch,ort",
+    backends: str | Sequence[str] | Sequence[Backend] = "torch,ort",
     *,
     inputs: Any = None,
     test_model: str | Path | None = None,
@@ -233,7 +233,7 @@ def quantize(
         )
 
 
-def _backends(backends: str | Sequence[Backend], *, repeats: bool = False) -> list[Backend]:
+def _backends(backends: str | Sequence[str] | Sequence[Backend], *, repeats: bool = False) -> list[Backend]:
     if not isinstance(backends, str):
-        return list(backends)
+        return [each for each in backends if not isinstance(each, str)]  # names are one text by now
     return [create(spec) for spec in parse_backends(backends, repeats=repeats)]

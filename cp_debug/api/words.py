@@ -46,13 +46,15 @@ def in_python_words(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
         __tracebackhide__ = True  # in pytest the test's own line is what matters
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
+        given = signature.bind(*args, **kwargs)
+        for name, value in given.arguments.items():
             _check_type(name, value, str(parameters[name].annotation))
-        for name, value in kwargs.items():
-            if name in ("options", "export", "data") and _is_settings(value):
-                kwargs[name] = _checked(name, value)
+            if name == "backends" and not isinstance(value, str) and all(isinstance(each, str) for each in value):
+                given.arguments[name] = ",".join(value)
+            if name in ("options", "export", "data") and name in kwargs and _is_settings(value):
+                given.arguments[name] = _checked(name, value)
         try:
-            return function(*args, **kwargs)
+            return function(*given.args, **given.kwargs)
         except CpdebugError as error:
             text = _translated(str(error), set(parameters), fields) if isinstance(error, InputError) else str(error)
             error.args = (message(text), *error.args[1:])

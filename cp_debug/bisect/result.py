@@ -35,6 +35,10 @@ OK, INHERITED, DIVERGENT, GUILTY, SHAPE = "ok", "inherited", "divergent", "guilt
 ``shape``: the shapes differ."""
 
 
+_FIRST_COLUMNS = ("index", "name", "op", "max_abs", "rel_l2", "introduced", "expected", "excess", "verdict", "share")
+"""Columns of a table of layers that stand first: what a terminal shows of a layer."""
+
+
 @dataclass
 class LayerRow:
     """One layer of one test backend, for its worst sample."""
@@ -257,10 +261,12 @@ class TestResult(JsonForm):
 
     @property
     def layers(self) -> pd.DataFrame:
-        """One row a layer, with the columns of the JSON schema; a figure that a layer has not is NaN."""
+        """One row a layer, with the columns of the JSON schema, a table's first; what a layer has not is NaN."""
         import pandas as pd
 
         frame = pd.DataFrame([row.to_dict(json=False) for row in self.rows])
+        first = [name for name in _FIRST_COLUMNS if name in frame]
+        frame = frame[[*first, *(name for name in frame if name not in first)]]
         none = [key for key in number_keys(LayerRow) if key in frame and frame[key].dtype == object]
         return frame.astype(dict.fromkeys(none, float))
 

@@ -56,6 +56,14 @@ _VALUE = {
 }
 
 
+_ORT_FORMAT = b"ORTM"
+"""Bytes 4 to 7 of a file in ONNX Runtime's own format: the mark of its FlatBuffers."""
+OTHER_FORMAT = (
+    "in ONNX Runtime's own format, which only it reads; expected the .onnx file from which "
+    "onnxruntime.tools.convert_onnx_models_to_ort made it"
+)
+
+
 def read_model(path: Path) -> onnx.ModelProto:
     """Read and check an ONNX file; external data stay on disk.
 
@@ -63,6 +71,8 @@ def read_model(path: Path) -> onnx.ModelProto:
     value, node or weight.
     """
     data = read_bytes(path, what="ONNX file", most=LARGEST)
+    if data[4:8] == _ORT_FORMAT:
+        raise InputError(f"{path} is {OTHER_FORMAT}")
     try:
         model = onnx.load_model_from_string(data)
     except Exception as error:  # protobuf raises its own DecodeError, whose module moves between versions

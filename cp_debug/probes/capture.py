@@ -33,6 +33,7 @@ from cp_debug.probes.arrays import Tensor, as_numpy
 from cp_debug.reading import check_file, read_json, typed, within
 
 SCHEMA = "cpdebug.capture/1"
+NO_CAPTURE = "expected a capture, as `cpdebug capture` writes it; of tensors from elsewhere `cpdebug import` makes one"
 MANIFEST = "manifest.json"
 
 _SAFETENSORS = {
@@ -236,10 +237,12 @@ class Capture:
             raise InputError(f"folder: {type(folder).__name__}; expected the path of a capture")
         folder = Path(folder)
         if not folder.is_dir():
+            if folder.exists():
+                raise InputError(f"{folder}: a file; {NO_CAPTURE}")
             raise InputError(f"{folder}: no such folder; expected a capture, as `cpdebug capture` writes it")
         path = folder / MANIFEST
         if not path.exists():
-            raise InputError(f"{folder}: has no {MANIFEST}; expected a capture, as `cpdebug capture` writes it")
+            raise InputError(f"{folder}: has no {MANIFEST}; {NO_CAPTURE}")
         manifest = read_json(path, what="manifest")
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         if schema != SCHEMA:

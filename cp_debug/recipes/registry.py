@@ -101,10 +101,9 @@ def kind_of(text: str) -> Literal["onnx", "program", "transformers", "centerpoin
     if is_folder(Path(text)):
         return "transformers"
     if text.endswith(".ort"):
-        raise InputError(
-            f"MODEL: {text} is in ONNX Runtime's own format, which only it reads; expected the .onnx file from which "
-            "onnxruntime.tools.convert_onnx_models_to_ort made it"
-        )
+        from cp_debug.graph.onnx_file import OTHER_FORMAT
+
+        raise InputError(f"MODEL: {text} is {OTHER_FORMAT}")
     names = [name for name, _ in known_models()]
     plugin = plugins.find(plugins.RECIPES, head)
     if plugin is not None and not plugin.own:

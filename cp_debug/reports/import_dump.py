@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from cp_debug.bisect.import_dump import ImportedDump
+from cp_debug.safe_text import amount
 
 MOST = 8
 """Names that are told of each kind."""
@@ -15,7 +16,8 @@ MOST = 8
 
 def render(dump: ImportedDump) -> Iterator[RenderableType]:
     """The parts of an import, in the order in which they are read."""
-    yield Text.assemble((dump.source, "bold"), f": {len(dump.tensors)} tensors of {dump.model}, {dump.values} values")
+    found = f"{amount(len(dump.tensors), 'tensor')} of {dump.model}, which has {amount(dump.values, 'value')}"
+    yield Text.assemble((dump.source, "bold"), f": {found}")
     yield from _pairs("renamed", dump.renamed, "is")
     yield from _names("missing output", dump.missing_outputs, "bold red")
     yield from _names("missing input", dump.missing_inputs, "yellow")

@@ -28,6 +28,7 @@ from cp_debug.reports.numbers import number, share, share_in_words
 from cp_debug.reports.optimizer_blame import render_optimizer_blame
 from cp_debug.reports.sheet import Cell, Column, Row, Sheet, Tone
 from cp_debug.reports.sheet_terminal import Terminal
+from cp_debug.safe_text import one_line
 
 TONES: dict[str, Tone] = {OK: "good", INHERITED: "note", DIVERGENT: "bad", GUILTY: "worst", SHAPE: "worst"}
 SETTINGS = {
@@ -221,7 +222,8 @@ def _verdict_line(test: TestResult) -> Text:
         names = f"{len(test.guilty)} layers are guilty, the first is" if len(test.guilty) > 1 else "guilty:"
         of_end = f", {share_in_words(first.share)}" if first.share is not None else ""
         text = Text.assemble(
-            (f"✗ {spec}: {names} {first.name}", "bold red"), f" ({first.op}): {first.why}{of_end}{end}"
+            (f"✗ {spec}: {names} {first.name}", "bold red"),
+            f" ({first.op}{_judged_together(first)}): {first.why}{of_end}{end}",
         )
         if test.first_beyond is not None and test.first_beyond.index != first.index:
             text.append(_why_views_differ(test, first, test.first_beyond))
@@ -238,6 +240,15 @@ def _verdict_line(test: TestResult) -> Text:
         return text.append(_uncovered(test))
     style = "bold yellow" if _unpaired(test) else "bold green"
     return Text.assemble((f"✓ {spec}: agrees", style), f" within {tolerance}, {test.coverage}{_unpaired(test)}{end}")
+
+
+def _judged_together(row: LayerRow) -> str:
+    """Phrase about nodes before a layer whose results nobody showed, so that any of them may be guilty."""
+    nodes = row.replay.nodes if row.replay and row.region is None else ()
+    before = [one_line(name) for name in nodes if name != row.name]
+    if len(before) < 2:
+        return ""
+    return f", with the {len(before)} nodes before it, from {before[0]} on: nothing between was compared"
 
 
 def _avoidable(test: TestResult) -> str:
