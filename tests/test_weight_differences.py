@@ -12,6 +12,7 @@ from nets import NetBuilder, second_like
 from cp_debug.bisect.engine import bisect
 from cp_debug.bisect.faults.edits import Editor
 from cp_debug.graph.graph import Graph
+from cp_debug.programs.node_differences import named
 from cp_debug.programs.tensor_change import describe
 from cp_debug.programs.weight_differences import weight_differences
 
@@ -64,6 +65,33 @@ def test_how_a_tensor_differs(theirs: np.ndarray, kind: str, says: str) -> None:
     assert change is not None
     assert change.kind == kind
     assert says in change.says
+
+
+def test_a_step_along_an_axis_is_simpler_than_a_factor_for_every_column() -> None:
+    """Slices that are constant could be anything times a factor each."""
+    ours = np.tile(np.arange(1, 7, dtype=np.float32), (24, 1))
+    change = describe(ours, np.roll(ours, 1, 1))
+    assert change is not None
+    assert (change.kind, change.says) == ("rolled", "off by +1 along axis 1")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "cause"),
+    [(per_tensor(), "int8-per-tensor"), (KERNEL.astype(np.float16), "fp16-weights"), (2 * KERNEL, "constant-differs")],
+)
+def test_how_a_constant_that_is_no_weight_is_stored_has_a_name(theirs: np.ndarray, cause: str) -> None:
+    change = describe(KERNEL, theirs)
+    assert change is not None
+    assert named(change, "", "Mul") == cause
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_slices_that_are_all_alike_have_not_moved(place: int) -> None:
+    """A norm's weight of ones whose end is another number: no neighbour came in."""
+    ours = np.ones(4, np.float32)
+    change = describe(ours, np.where(np.arange(4) == place, np.float32(1.05), ours))
+    assert change is not None
+    assert change.kind == "elements"
 
 
 @pytest.mark.parametrize(

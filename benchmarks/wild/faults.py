@@ -18,6 +18,8 @@ import onnx
 
 from .edits import Net, rename
 from .kinds import KINDS, Place
+from .networks import UNUSUAL, base
+from .unusual_kinds import UNUSUAL_KINDS
 
 FAULTY = (
     "resnet.dynamo",
@@ -70,7 +72,8 @@ def write_faults(folder: Path, seed: int = 0, networks: Collection[str] = FAULTY
             continue
         net, sample = Net(onnx.load(source)), dict(np.load(folder / f"{network}.npz"))
         net.values = net.run(sample) | sample
-        for kind in KINDS:
+        kinds = {**KINDS, **UNUSUAL_KINDS} if base(network) in UNUSUAL else KINDS
+        for kind in kinds:
             rng = np.random.default_rng([seed, zlib.crc32(f"{network}:{kind}".encode())])
             if (fault := put(net, kind, network, sample, rng, folder)) is not None:
                 known.append(asdict(fault))
@@ -91,7 +94,8 @@ def put(
     net: Net, kind: str, network: str, sample: dict[str, np.ndarray], rng: np.random.Generator, folder: Path
 ) -> Fault | None:
     """Write the network with one fault of a kind; None where no place suits it."""
-    places = list(KINDS[kind].places(net, rng))
+    about = {**KINDS, **UNUSUAL_KINDS}[kind]
+    places = list(about.places(net, rng))
     for index in rng.permutation(len(places))[:PLACES]:
         place = places[index]
         spoilt = net.copy()
@@ -101,7 +105,7 @@ def put(
             continue
         file = f"{network}.fault-{kind}.onnx"
         onnx.save(spoilt.model, folder / file)
-        right, near = KINDS[kind].right, KINDS[kind].near
+        right, near = about.right, about.near
         nodes = [name for value in place.values if (name := _node_name(net, value))]
         return Fault(network, kind, file, nodes, place.values, place.what, size, sorted(right), sorted(near))
     return None

@@ -346,7 +346,8 @@ def named(change: TensorChange, role: str, op: str) -> str:
     }
     if role in ("weights", "bias"):
         return weights.get(change.kind, "other-weights")
-    return weights[change.kind] if change.kind in ("another", "int8-per-channel", "rolled") else "constant-differs"
+    plain = ("another", "int8-per-channel", "int8-per-tensor", "rolled")
+    return weights[change.kind] if change.kind in plain else "constant-differs"
 
 
 def attributes(graph: Graph, node: Node) -> dict[str, Any]:

@@ -106,6 +106,7 @@ def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
         yield "shifted", f"{summand:+.4g}", a + summand, {"summand": summand}
     different = a != b
     count = int(different.sum())
+    yield from _rolled(a)
     yield from _by_channel(a, b)
     yield from _orders(a, b, gates)
     if _cut_off(a, b, different):
@@ -116,6 +117,14 @@ def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
         yield "elements", f"{count} of {a.size} elements: {changes}", b, {"elements": places}
     yield from _int8(a)
     yield from _cut(a, b)
+
+
+def _rolled(a: np.ndarray) -> Iterator[_Way]:
+    """One step along an axis: it has no factor that is fitted, so that it goes before one for every channel."""
+    for axis in range(a.ndim):
+        for step in (1, -1) if a.shape[axis] > 2 else ():
+            says, evidence = f"off by {step:+d} along axis {axis}", {"axis": axis, "by": step}
+            yield "rolled", says, np.roll(a, step, axis), evidence
 
 
 def _by_channel(a: np.ndarray, b: np.ndarray) -> Iterator[_Way]:
@@ -173,14 +182,8 @@ def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
         if a.shape[axis] > 1:
             yield "flipped", f"axis {axis} runs backwards", np.flip(a, axis), {"axis": axis}
             for step in (1, -1):
-                yield (
-                    "rolled",
-                    f"off by {step:+d} along axis {axis}",
-                    np.roll(a, step, axis),
-                    {"axis": axis, "by": step},
-                )
-                value = _shifted_in(a, b, axis, step)
-                yield "rolled", f"off by {step:+d} along axis {axis}", value, {"axis": axis, "by": step}
+                if (moved_in := _shifted_in(a, b, axis, step)) is not None:
+                    yield "rolled", f"off by {step:+d} along axis {axis}", moved_in, {"axis": axis, "by": step}
     if a.ndim > 2:
         value = np.flip(a, tuple(range(2, a.ndim)))
         yield "flipped", "the kernel runs backwards", value, {"axis": list(range(2, a.ndim))}
@@ -221,12 +224,18 @@ def interleaved_forms(a: np.ndarray) -> Iterator[_Way]:
             yield "transposed", text, value, {"axis": axis, "blocks": count // size}
 
 
-def _shifted_in(a: np.ndarray, b: np.ndarray, axis: int, step: int) -> np.ndarray:
-    """``a`` moved by one slice; what comes in at the end, another part of a larger tensor, is taken from ``b``."""
+def _shifted_in(a: np.ndarray, b: np.ndarray, axis: int, step: int) -> np.ndarray | None:
+    """``a`` moved by one slice; what comes in at the end, another part of a larger tensor, is taken from ``b``.
+
+    None where nothing else differs from ``a``: slices that are all alike have not moved.
+    """
     value = np.roll(a, step, axis)
     end = [slice(None)] * a.ndim
     end[axis] = slice(0, 1) if step > 0 else slice(-1, None)
     if a.shape[axis] > 2:
+        value[tuple(end)] = a[tuple(end)]
+        if np.array_equal(value, a):
+            return None
         value[tuple(end)] = b[tuple(end)]
     return value
 
