@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from cp_debug.deploy.file_evaluation import (
     _check,
     _engine_folders,
     open_runs,
+    read_description,
 )
 from cp_debug.deploy.file_export import _checked, _distance, export_files
 from cp_debug.errors import InputError
@@ -189,3 +191,46 @@ def test_files_must_have_the_inputs_and_outputs_of_their_model(tmp_path: Path) -
             _check(description(right, [1, 32, height, width]))
     with pytest.raises(InputError, match=r"it has \['spatial_features'\] → \['other'\]"):
         _check(description(right, [1, 32, ny, nx], ["other"]))
+
+
+def test_a_description_names_files_engines_and_what_differs_from_the_model(tmp_path: Path) -> None:
+    path = tmp_path / "files.yaml"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "built").mkdir()
+    for part in (f"{COMPONENTS[0]}.onnx", "head.onnx"):
+        (tmp_path / "out" / part).write_bytes(b"")
+    path.write_text(
+        "model: centerpoint:tiny\nfolder: out\nfiles: {pts_backbone_neck_head: head.onnx}\nengines: built\n"
+        "glue: {score_threshold: 0.25}\nrot_y_axis_reference: true\n"
+    )
+    found = read_description(path)
+    assert found.files == {
+        COMPONENTS[0]: tmp_path / "out" / f"{COMPONENTS[0]}.onnx", COMPONENTS[1]: tmp_path / "out" / "head.onnx",
+    }  # fmt: skip
+    assert found.config == replace(TINY, score_threshold=0.25)
+    assert found.engines == {"": tmp_path / "built"}
+    assert found.turned
+    assert found.source == str(path)
+    path.write_text("model: tiny\nfolder: out\nfiles: {pts_backbone_neck_head: head.onnx}\n")
+    plain = read_description(path)
+    assert (plain.config, plain.engines, plain.turned) == (TINY, {}, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[1]", "expected a mapping with the keys model, folder, files"),
+        ("{model: tiny, fold: a}", "unknown key 'fold'; expected model, folder"),
+        ("{model: 1}", "expected model as the name of a CenterPoint"),
+        ("{model: tiny, glue: [a]}", "expected model as the name of a CenterPoint, glue and files as mappings"),
+        ("{model: tiny, glue: {size: 1}}", r"glue\.size: there is no such setting"),
+        ("{model: tiny, files: {neck: a.onnx}}", r"files\.neck: there is no such component"),
+        ("{model: tiny, glue: {score_threshold: high}}", r"glue\.score_threshold: "),
+        ("{model: tiny}", r"pts_voxel_encoder: there is no .*pts_voxel_encoder\.onnx; expected what `cpdebug export`"),
+    ],
+)
+def test_a_description_that_says_something_else_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "files.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=says):
+        read_description(path)
