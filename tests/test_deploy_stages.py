@@ -24,11 +24,15 @@ def stages(
         export=SimpleNamespace(mode=mode, rot_y_axis_reference=True), checkpoint=None, model="centerpoint:tiny",
         quantization=SimpleNamespace(checkpoint=None) if quantized else None,
         verify=SimpleNamespace(enabled=verified), scenarios=lambda: ["one"], model_dump=lambda mode: PLAIN,
-        tensorrt=SimpleNamespace(precision=precision), int8=scales, source="d.yaml",
+        tensorrt=SimpleNamespace(precision=precision), int8=scales,
     )  # fmt: skip
     used: list[str] = []
     deployment: Any = SimpleNamespace(
-        config=config, onnx_dir=folder, evaluates=scored, use_quantized=lambda: used.append("quantized")
+        config=config,
+        source="d.yaml",
+        onnx_dir=folder,
+        evaluates=scored,
+        use_quantized=lambda: used.append("quantized"),
     )
     found = {name: (needs, run) for name, needs, run in runner._stages(deployment)}
     return found, used
