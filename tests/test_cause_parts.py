@@ -9,9 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nets import NetBuilder
 from onnx import helper
 
+from cp_debug.bisect.both_sides import Side
+from cp_debug.bisect.causes.findings import _unexplained
 from cp_debug.bisect.causes.schema import EPSILONS, _shifted, epsilon_of_a_composite
+from cp_debug.bisect.options import Options
+from cp_debug.bisect.result import GUILTY, INHERITED
+from cp_debug.bisect.sides import _OWN_INPUTS, counts_told
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.made_up import MadeUp
+from cp_debug.programs.rescaled_channels import _seen
 from cp_debug.programs.scene import FOLDER, keep_scene
 from cp_debug.recipes.base import Sample
 
@@ -93,3 +102,66 @@ def test_a_scene_keeps_points_and_the_boxes_of_each_backend(tmp_path: Path) -> N
     assert [float(capture.load("boxes", component=spec)[0, 0]) for spec in ("torch", "ort")] == [1.0, 2.0]
     assert capture.manifest["class_names"] == ["car", "bus"]
     assert capture.manifest["samples"] == ["cloud.bin"]
+
+
+def test_what_nothing_explains_is_told_with_what_the_graphs_say() -> None:
+    says = "no known cause explains what these layers introduce"
+    for differ, told in (([], says), (["a", "b"], f"{says}; the two graphs differ there: a; b")):
+        explanation: Any = SimpleNamespace(graphs_differ=differ)
+        assert _unexplained(explanation) == told
+
+
+def test_counts_that_hang_on_values_are_told_of_layers_that_inherit_theirs() -> None:
+    def row(index: int, name: str, verdict: str, why: str) -> Any:
+        stats = SimpleNamespace(shape=(3,), shape_test=(5,))
+        return SimpleNamespace(index=index, name=name, op="NonZero", verdict=verdict, why=why, stats=stats)
+
+    own = "another shape" + _OWN_INPUTS
+    rows: Any = dict(
+        enumerate([row(2, "b", INHERITED, own), row(1, "a", INHERITED, own), row(0, "c", GUILTY, own),
+                   row(3, "d", INHERITED, "another shape")])
+    )  # fmt: skip
+    told = counts_told(rows)
+    assert [line.split(" gives ")[0] for line in told] == ["a (NonZero)", "b (NonZero)"]
+    assert told[0].startswith("a (NonZero) gives [5], the reference [3]: how many results it has hangs on the values")
+
+
+def test_a_component_that_is_asked_for_runs_as_its_pair_and_the_others_as_they_are(tmp_path: Path) -> None:
+    graphs = {}
+    for name, op in (("plain", "Neg"), ("pair", "Abs")):
+        net = NetBuilder()
+        net.op(op, "x", name="y")
+        graphs[name] = Graph(net.save(tmp_path / f"{name}.onnx", {"x": (1, [2])}, ["y"]))
+    seen: list[tuple[str, list[float]]] = []
+
+    def walked(model: Any, sample: Any, run: Any) -> None:
+        for name in ("first", "second"):
+            out = run(SimpleNamespace(name=name), {"x": np.float32([-1, 2])})
+            seen.append((name, out["y"].tolist()))
+
+    programs: Any = [SimpleNamespace(name=n, graph=graphs["plain"]) for n in ("first", "second")]
+    asked: Any = {"second": SimpleNamespace(graph=graphs["pair"])}
+    nobody: Any = None
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("cp_debug.programs.rescaled_channels.walk", walked)
+        runs = _seen(nobody, nobody, programs, asked)
+    assert seen == [("first", [1, -2]), ("second", [1, 2])]
+    assert list(runs) == ["second"]
+    assert runs["second"].shapes == {"x": (2,), "y": (2,)}
+
+
+def test_trials_of_made_up_inputs_have_the_first_seed(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Neg", "x", name="y")
+    made = MadeUp(Graph(net.save(tmp_path / "n.onnx", {"x": (1, [2, 3])}, ["y"])))
+    trial = made.make(made._chosen)["x"]
+    assert np.array_equal(trial, made._make(made._chosen, 0)["x"])
+    assert not np.array_equal(trial, made._make(made._chosen, 1)["x"])
+
+
+@pytest.mark.parametrize("parts", [None, {}, {"net": "in INT8"}])
+def test_a_side_says_where_its_int8_is_from(monkeypatch: pytest.MonkeyPatch, parts: Any) -> None:
+    monkeypatch.setattr("cp_debug.bisect.both_sides.load_quantized", lambda name, *how: (name, parts))
+    side = Side.load("net.onnx", Path("a.pt"), Options())
+    assert side.model == "net.onnx"
+    assert (side.parts, side.how) == ((parts, "quantized as in a.pt") if parts else (None, ""))

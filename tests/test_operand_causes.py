@@ -86,6 +86,13 @@ def test_a_factor_on_what_a_function_reads(tmp_path: Path, monkeypatch: pytest.M
     assert "sum is multiplied by 1.7" in finding.says
 
 
+def test_a_bound_on_both_sides_of_what_a_product_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = net(tmp_path / "ours.onnx")
+    finding = alone(monkeypatch, ours, net(tmp_path / "theirs.onnx", ("Min", 0.4), ("Max", -0.4)))
+    assert (finding.cause, finding.layers) == ("saturated", ["node_product"])
+    assert "sum stops at ±0.4 before MatMul reads it" in finding.says
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_results_of_a_split_that_changed_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
     ours, theirs = net(tmp_path / "ours.onnx"), net(tmp_path / "theirs.onnx", back=True)

@@ -21,7 +21,7 @@ from cp_debug.cli.main import app
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.integer_values import named_levels
-from cp_debug.graph.pairing import believable
+from cp_debug.graph.pairing import Pairing, believable
 from cp_debug.probes.capture import Capture
 from cp_debug.recipes.registry import load_model
 
@@ -273,3 +273,9 @@ def test_branches_alike_are_paired_by_what_a_quantizer_calls_their_levels(tmp_pa
         graphs.append(Graph(tmp_path / f"{name}.onnx"))
     assert named_levels(*graphs) == {"c_quantized": "c", "r_quantized": "r"}
     assert named_levels(graphs[0], graphs[0]) == {}
+
+
+def test_a_pairing_is_written_without_the_names_of_all_values() -> None:
+    written = Pairing({"a": "b"}, {"x": "x1"}, {"y": "y1"}, missing=["c"]).to_dict()
+    assert "names" not in written
+    assert (written["inputs"], written["outputs"], written["missing"]) == ({"x": "x1"}, {"y": "y1"}, ["c"])

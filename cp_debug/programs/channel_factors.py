@@ -74,7 +74,7 @@ class FactorWalk:
         refused: frozenset[Node] = frozenset(),
         bias_of: Callable[[Node], tuple[np.ndarray, np.ndarray] | None] = lambda node: None,
         *,
-        by_bias: bool = False,
+        by_bias: bool,
     ) -> None:
         """``weights_of`` a reference's node: the same weights in the test, in the reference's layout; None: unknown.
 
