@@ -14,7 +14,7 @@ from nets import NetBuilder
 from onnx import numpy_helper
 
 from cp_debug.bisect.causes.graphs import GraphReader
-from cp_debug.bisect.engine import bisect
+from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.finding import Finding
 
 Edit = Callable[[onnx.GraphProto], None]
@@ -359,3 +359,25 @@ def test_a_scale_that_a_mask_has_ruined_is_too_coarse(tmp_path: Path) -> None:
     assert [row.onnx for row in test.guilty] == ["softmax"]
     assert test.findings[0].cause == "int8-coarse"
     assert "2.68e+36" in test.findings[0].says
+
+
+def test_a_quantizer_that_makes_0_of_a_divisor_is_named(tmp_path: Path) -> None:
+    """``x ÷ (y + 1e-9)`` where y holds 0: the scale rounds the summand away, as FP16 would do, and 0 ÷ 0 is NaN."""
+    files = []
+    for quantized in (False, True):
+        made = NetBuilder()
+        total = made.op("Add", "y", made.weight(np.float32([1e-9]), "tiny"), name="total")
+        if quantized:
+            grid = made.weight(np.float32(0.05), "scale"), made.weight(np.uint8(0), "zero")
+            total = made.op("DequantizeLinear", made.op("QuantizeLinear", total, *grid), *grid, name="back")
+        made.op("Div", "x", total, name="out")
+        path = tmp_path / f"net{len(files)}.onnx"
+        files.append(made.save(path, {"x": (1, [1, 6]), "y": (1, [1, 6])}, ["out"]))
+    inputs = {"x": np.float32([[0, 1, 2, 0, 3, 4]]), "y": np.float32([[0, 1, 2, 0, 5, 7]])}
+    np.savez(tmp_path / "inputs.npz", **inputs)  # type: ignore[arg-type]
+    options = Options(inputs=tmp_path / "inputs.npz")
+    test = bisect(str(files[0]), "ort,ort-none", test_model=files[1], options=options).tests[0]
+    assert [row.onnx for row in test.guilty] == ["out"]
+    (found,) = [f for f in test.findings if test.guilty[0].name in f.layers]
+    assert found.evidence["read_off"] == "the difference of the two graphs"
+    assert "QuantizeLinear" in found.says

@@ -148,13 +148,15 @@ def added(
 ) -> Candidate | None:
     """The candidate of nodes that only the test has, where they are all that differs and what they do has a name."""
     piece = other.piece(segment.target, known)
-    if piece is None or not additions or not all(d.added for d in additions) or segment.strange:
+    if piece is None or not additions or not all(d.added for d in additions):
         return None
     own, nodes, starts = piece
     pieces = Pieces(segment.graph, segment.nodes, other.graph, nodes, other.names)
     named = what_is_added(other.graph, pieces.added, pieces.common)
     value = _computed(segment, other, own, nodes, starts) if named is not None else None
     if named is None or value is None:
+        return None
+    if segment.strange and not torch.equal(torch.isfinite(value), torch.isfinite(segment.test)):
         return None
     name, says = named
     if name in _AFFINE and not any(n is nodes[-1] for n in pieces.added) and not _is_affine(value, segment.exact):
