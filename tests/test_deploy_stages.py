@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cp_debug.deploy import runner
+from cp_debug.deploy.stages import Deployment
 from cp_debug.errors import InputError
 
 PLAIN = {
@@ -82,3 +83,24 @@ def test_files_that_were_taken_say_whether_they_were_rewritten() -> None:
         assert told.line == f"a.onnx, b.onnx: {how}"
         assert told.document == {"components": [{"file": "a.onnx"}, {"file": "b.onnx"}]}
         assert told.passed
+
+
+def test_what_was_quantized_is_read_and_not_calibrated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path | None] = []
+    monkeypatch.setattr(
+        "cp_debug.deploy.stages.open_quantized", lambda model, path, *data, **how: asked.append(path) or {"net": path}
+    )
+    monkeypatch.setattr(Deployment, "_loaded", "model")
+    monkeypatch.setattr(Deployment, "_quantized_checkpoint", None)
+    for written, path in ((False, None), (True, tmp_path / "quantized" / "quantized.pt")):
+        deployment: Any = object.__new__(Deployment)
+        quantization = SimpleNamespace(data=None, samples=2, method="max", skip_layers=(), checkpoint=None)
+        deployment.config = SimpleNamespace(
+            quantization=quantization, data=SimpleNamespace(path=None), work_dir=tmp_path, model="m"
+        )
+        deployment.on_step = None
+        deployment._written = False
+        if written:
+            deployment.use_quantized()
+        assert deployment.quantized == {"net": path}
+    assert asked == [None, tmp_path / "quantized" / "quantized.pt"]

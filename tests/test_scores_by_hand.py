@@ -15,6 +15,7 @@ from cp_debug.detection.breakdown import Rings, by_class, by_distance, rings_of
 from cp_debug.detection.changes import MATCHING, MOVED, RESCORED, BoxChange, changes
 from cp_debug.detection.detection_change import compare_detections
 from cp_debug.detection.evaluation import EvaluationOptions
+from cp_debug.detection.matching import _position_in_group
 from cp_debug.detection.metrics import Scores, box_errors, score
 from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
@@ -359,3 +360,9 @@ def test_each_ring_has_the_classes_that_stand_there() -> None:
     assert 0 < middle.figures["trt"]["mAP"].value < 0.6  # cars alone: half of them
     assert near.differences["trt"]["mAP"].value == pytest.approx(-0.5)
     assert set(near.figures["trt"]) == {"mAP", "NDS"}
+
+
+def test_positions_count_what_stands_before_in_the_same_group() -> None:
+    assert _position_in_group(np.array([7, 3, 7, 7])).tolist() == [0, 0, 1, 2]
+    assert _position_in_group(np.array([2, 2, 0, 1, 0, 2])).tolist() == [0, 1, 0, 0, 1, 2]
+    assert _position_in_group(np.array([], np.int64)).tolist() == []
