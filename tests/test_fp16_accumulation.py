@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from cp_debug.backends.kernels import fp16_accumulation, fp16_accumulation_cuda
 from cp_debug.backends.kernels.fp16_accumulation import Order
+from cp_debug.backends.kernels.fp16_accumulation_cuda import Taps, Tile
 from cp_debug.backends.kernels.windows import Window
 from cp_debug.backends.rounding import round_fp16
 
@@ -204,29 +205,41 @@ def test_sums_of_slices_are_added_in_their_order() -> None:
     assert float(fp16_accumulation.conv(x, ones, bias, window, 1, tile=64, slices=4)) == 2
 
 
-def by_tables(sliced: bool) -> Any:
+def by_tables(tile: Tile) -> Any:
     """The CUDA kernel in NumPy, one instruction after the other, from the tables that it is given."""
 
     def run(grid: tuple[int, ...], block: tuple[int, ...], args: list[Any]) -> None:
-        tensors, (group, rows, padded, outputs, places, steps) = args[:6], args[6:]
-        x, weight, offset, place, step, out = (tensor.numpy().reshape(-1) for tensor in tensors)
-        assert grid == (-(-places // 128), padded // 64, out.size // (outputs * places))
-        for g in range(grid[2]):
-            data, w = x[g * group : (g + 1) * group], weight.reshape(-1, rows, padded)[g, :, :outputs]
+        tensors, (image, channel, images, groups, rows, padded, outputs, places, steps) = args[:8], args[8:]
+        x, weight, offset, place, to, start, step, out = (tensor.numpy().reshape(-1) for tensor in tensors)
+        phases = len(start)
+        assert grid == (-(-places // tile.places), padded // tile.outputs, images * phases)
+        assert block == (tile.threads, 1, 1)
+        for phase, of in itertools.product(range(phases), range(images)):
+            data, own = x[of * image : (of + 1) * image], offset.reshape(phases, rows)[phase]
+            w = weight.reshape(phases, groups, rows, padded)[phase, of % groups, :, :outputs]
             total, result, begin = np.zeros((outputs, places), np.float32), None, 0
             for what in step[:steps]:
                 part = np.zeros_like(total)
                 for k in range(begin, begin + (what & 255)):
-                    part += w[k][:, None] * data[offset[k] + place]
+                    part += w[k][:, None] * data[own[k] + place]
                 begin += what & 255
                 total = (total + part).astype(np.float16).astype(np.float32)
                 if what & 256:
                     result = total if result is None else (result + total).astype(np.float16).astype(np.float32)
                     total = np.zeros_like(total)
             assert begin + 16 == rows, "the kernel loads whole blocks"
-            out[g * outputs * places : (g + 1) * outputs * places] = result.reshape(-1)
+            assert result is not None
+            out.reshape(images, outputs, channel)[of][:, start[phase] + to] = result
 
     return run
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``_launch`` runs on a CPU."""
+    monkeypatch.setattr(fp16_accumulation_cuda, "_kernel", lambda capability, sliced, tile: by_tables(tile))
+    monkeypatch.setattr(fp16_accumulation_cuda, "_capability", lambda index: "90")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
 
 
 @pytest.mark.parametrize(
@@ -242,33 +255,67 @@ def by_tables(sliced: bool) -> Any:
         (20, 3, 1, (3, 3), (1, 1), Order(0), 8),
     ],
 )
+@pytest.mark.usefixtures("tables")
 def test_tables_of_the_gpu_s_kernel_hold_the_same_order(
     channels: int, outputs: int, groups: int, kernel: tuple[int, ...], stride: tuple[int, ...], order: Order,
-    vector: int, monkeypatch: pytest.MonkeyPatch,
+    vector: int,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(fp16_accumulation_cuda, "_kernel", lambda capability, sliced: by_tables(sliced))
-    monkeypatch.setattr(fp16_accumulation_cuda, "_capability", lambda index: "90")
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    x = halves(groups, channels // groups, *(7, 9)[: len(kernel)], seed=1)
-    weight = halves(groups, outputs, channels // groups, *kernel, seed=2)
-    taps = [(weight[(..., *k)].contiguous(), k) for k in itertools.product(*map(range, kernel))]
+    x = halves(2 * groups, channels // groups, *(7, 9)[: len(kernel)], seed=1)
+    places = tuple(itertools.product(*map(range, kernel)))
+    weight = halves(groups, outputs, channels // groups, len(places), seed=2)
+    taps = Taps(weight, tuple(range(len(places))), places)
     size = tuple((n - k) // s + 1 for n, k, s in zip(x.shape[2:], kernel, stride, strict=True))
     per_group = channels // groups
     if vector:
         expected = fp16_accumulation.accumulate_vectors(x, taps, stride, size, vector)
-        steps = fp16_accumulation.vector_instructions(len(taps), per_group, vector)
+        total = fp16_accumulation.vector_instructions(len(places), per_group, vector)
     else:
         expected = fp16_accumulation.accumulate(x, taps, stride, size, order)
-        steps = fp16_accumulation.instructions(per_group, len(taps), order)
-    found = fp16_accumulation_cuda.accumulate(x, taps, stride, size, steps, order.slices * order.split)
+        total = fp16_accumulation.instructions(per_group, len(places), order)
+    found = fp16_accumulation_cuda._launch(x, [taps], stride, size, total, None, fp16_accumulation_cuda.TILES[1])
     assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("tables")
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("kernel", "stride", "pad"), [(2, 2, 0), (4, 2, 1), (3, 2, 1), (1, 2, 0)])
+def test_phases_of_a_transposed_convolution_go_to_their_places_at_once(
+    kernel: int, stride: int, pad: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight = halves(2, 36, 5, 4, seed=1), halves(36, 6 // groups, kernel, kernel, seed=2)
+    size = [(n - 1) * stride + kernel - 2 * pad for n in x.shape[2:]]
+    window = Window((kernel,) * 2, (stride,) * 2, (1, 1), (pad,) * 2, (pad,) * 2)
+    expected = fp16_accumulation.conv_transpose(x, weight, None, window, size, groups, tile=32)
+    launched: list[int] = []
+
+    def launch(
+        x: torch.Tensor, phases: Any, stride: Any, size: Any, total: Any, spread: Any = None
+    ) -> torch.Tensor | None:
+        launched.append(len(phases))
+        tile = fp16_accumulation_cuda.TILES[0]
+        return fp16_accumulation_cuda._launch(x, phases, stride, size, total, spread, tile)
+
+    monkeypatch.setattr(fp16_accumulation_cuda, "accumulate", launch)
+    found = fp16_accumulation.conv_transpose(x, weight, None, window, size, groups, tile=32)
+    assert torch.equal(found, expected)
+    assert sum(launched) == min(kernel, stride) ** 2, "each phase once"
+    assert len(launched) == 1 or kernel == 3, "phases of as many taps together"
+
+
+def test_a_tile_leaves_few_multiprocessors_without_work() -> None:
+    chosen = fp16_accumulation_cuda.chosen_tile
+    assert chosen(1, 16384, 1, 132).outputs == 16, "a head of one output"
+    assert chosen(256, 1 << 20, 1, 132).outputs >= 64
+    small = chosen(256, 4096, 1, 132)
+    assert small.outputs * small.places < 128 * 128, "64 blocks for 132 multiprocessors"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("slices", "vector", "split"), [(1, 0, 1), (2, 0, 1), (1, 4, 1), (1, 0, 3)])
 def test_the_gpu_gives_the_cpu_s_bits(slices: int, vector: int, split: int) -> None:
-    assert fp16_accumulation_cuda._is_right(torch.cuda.current_device())
+    for tile in fp16_accumulation_cuda.TILES:
+        assert fp16_accumulation_cuda._is_right(torch.cuda.current_device(), slices > 1 or split > 1, tile)
     x, weight, bias = halves(1, 80, 60, 70, seed=1), halves(96, 80, 3, 3, seed=2), halves(96, seed=3)
     window = Window((3, 3), (2, 1), (1, 1), (1, 1), (1, 1))
     expected = fp16_accumulation.conv(x, weight, bias, window, 1, 64, slices, vector, split)
@@ -276,10 +323,11 @@ def test_the_gpu_gives_the_cpu_s_bits(slices: int, vector: int, split: int) -> N
     assert torch.equal(found.cpu(), expected)
 
 
-@pytest.mark.parametrize("places", [1, 2, 7, 9, 11, 12, 64])
-def test_few_places_are_summed_in_the_same_order(places: int) -> None:
-    """MKL's product of few columns adds in another order: 28 of 23,640 elements with 10."""
-    x, weight = halves(12, 197, places, seed=1), halves(12, 197, 197, seed=2)
-    steps = fp16_accumulation.instructions(197, 1, Order(64))
-    expected = fp16_accumulation_cuda.defined(x, [(weight, (0,))], steps, 1)
-    assert torch.equal(fp16_accumulation.accumulate(x, [(weight, (0,))], (1,), (places,), Order(64)), expected)
+@pytest.mark.parametrize("places", [1, 2, 7, 11, 12, 17, 31, 47])
+@pytest.mark.parametrize("outputs", [1, 2, 3, 6, 197])
+def test_products_of_any_size_are_summed_in_the_same_order(places: int, outputs: int) -> None:
+    """MKL adds in another order where columns are fewer than 12, or 2 or 3 rows (6 in two threads) stand over 17."""
+    x, weight = halves(12, 197, places, seed=1), halves(12, outputs, 197, seed=2)
+    expected = fp16_accumulation_cuda.defined(x, weight, fp16_accumulation.instructions(197, 1, Order(64)))
+    taps = Taps(weight[..., None], (0,), ((0,),))
+    assert torch.equal(fp16_accumulation.accumulate(x, taps, (1,), (places,), Order(64)), expected)

@@ -16,7 +16,10 @@ first layers with 3 channels are equal bit by bit (``docs/gpu/h100.md``).
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -24,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cp_debug.backends.kernels import fp16_accumulation_cuda
-from cp_debug.backends.kernels.fp16_accumulation_cuda import BLOCK, Instruction
+from cp_debug.backends.kernels.fp16_accumulation_cuda import BLOCK, Instruction, Spread, Sum, Taps
 from cp_debug.backends.kernels.windows import Window
 from cp_debug.backends.rounding import round_fp16
 
@@ -32,11 +35,9 @@ THREADS = 4
 """Threads that share the K of one instruction."""
 _AT_A_TIME = {"cpu": 1 << 17, "cuda": 1 << 26}
 """Number of partial sums worked on at a time: on a CPU as many as stay in its cache through all steps of K."""
-NARROWEST = 16
-"""Columns of the smallest product: for fewer than 12, MKL adds an instruction's terms in another order."""
-
-Tap = tuple[Tensor, tuple[int, ...]]
-"""Weights (groups, outputs per group, channels per group) and where the tap starts on each spatial axis."""
+ROWS, COLUMNS = 4, 16
+"""Products are filled up to multiples of these, so that MKL adds an instruction's terms one after the other: it adds in
+another order where 2 or 3 rows stand over 17 columns, over fewer than 12, and on some CPUs in a single row."""
 
 
 class Order(NamedTuple):
@@ -53,31 +54,54 @@ class Order(NamedTuple):
         return (tile + self.split_kernels % 2) % self.split
 
 
-def accumulate(x: Tensor, taps: Sequence[Tap], stride: Sequence[int], size: Sequence[int], order: Order) -> Tensor:
-    """Sum the taps over ``x`` (groups, channels per group, *spatial) → (groups, outputs per group, *size).
+def accumulate(x: Tensor, taps: Taps, stride: Sequence[int], size: Sequence[int], order: Order) -> Tensor:
+    """Sum the taps over ``x`` (images, channels per group, *spatial) → (images, outputs per group, *size).
 
-    All operands hold FP16 values in float32.
+    Image i is of group i modulo the groups. All operands hold FP16 values in float32.
     """
+    groups, outputs, channels = taps.weight.shape[:3]
+    if not (len(x) and outputs and all(size)):
+        return x.new_zeros(len(x), outputs, *size)
+    if order.slices == 1 or order.split == 1:
+        total = instructions(channels, len(taps.places), order)
+        found = fp16_accumulation_cuda.accumulate(x, [taps], stride, size, total)
+        if found is not None:
+            return found
+    weights = [_tall(taps.weight[..., place]) for place in taps.places]
+    parts = [_accumulate(part, weights, taps.starts, stride, size, order) for part in x.split(groups)]
+    return torch.cat(parts)[:, :outputs]
+
+
+def _tall(weight: Tensor) -> Tensor:
+    """(groups, outputs, channels), contiguous, outputs filled up to a multiple of ``ROWS``."""
+    return functional.pad(weight, (0, 0, 0, -weight.shape[1] % ROWS)).contiguous()
+
+
+def _accumulate(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    starts: Sequence[tuple[int, ...]],
+    stride: Sequence[int],
+    size: Sequence[int],
+    order: Order,
+) -> Tensor:
+    """Sum over ``x`` (groups, channels per group, *spatial), a matrix product an instruction; ``weights`` of each tap:
+    (groups, outputs per group, channels per group)."""
     tile, slices, split, _ = order
     groups, channels = x.shape[:2]
-    outputs = taps[0][0].shape[1]
+    outputs = weights[0].shape[1]
     result = x.new_empty(groups, outputs, *size)
-    if not result.numel():
-        return result
-    if (slices == 1 or split == 1) and fp16_accumulation_cuda.takes(x):
-        steps = instructions(channels, len(taps), order)
-        return fp16_accumulation_cuda.accumulate(x, taps, stride, size, steps, slices * split)
     row = result[0, 0, 0].numel()
     rows = max(1, _AT_A_TIME[x.device.type] // (groups * outputs * row * split))
     for first in range(0, size[0], rows):
         count = min(rows, size[0] - first)
         extent, places = (count, *size[1:]), count * row
-        parts = x.new_zeros(split, slices, groups, outputs, max(places, NARROWEST))
+        parts = x.new_zeros(split, slices, groups, outputs, places + -places % COLUMNS)
         half = torch.empty_like(parts[0, 0], dtype=torch.float16)
         columns = x.new_zeros(groups, min(tile, channels), parts.shape[-1])
         for channel in range(0, channels, tile):
-            for place, (weight, start) in enumerate(taps):
-                sums = parts[order.part(channel // tile * len(taps) + place)]
+            for place, (weight, start) in enumerate(zip(weights, starts, strict=True)):
+                sums = parts[order.part(channel // tile * len(weights) + place)]
                 begin = (start[0] + first * stride[0], *start[1:])
                 window = tuple(slice(b, b + (n - 1) * s + 1, s) for b, n, s in zip(begin, extent, stride, strict=True))
                 part = x[(slice(None), slice(channel, channel + tile), *window)]
@@ -97,43 +121,58 @@ def accumulate(x: Tensor, taps: Sequence[Tap], stride: Sequence[int], size: Sequ
     return result
 
 
-def instructions(channels: int, taps: int, order: Order) -> list[Instruction]:
+@lru_cache(maxsize=256)
+def instructions(channels: int, taps: int, order: Order) -> Sum:
     """Instructions of ``accumulate``, in the order in which it adds them; slices or parts, not both."""
     tile, slices = order.tile, order.slices
-    return [
+    of = [
         Instruction(k * slices // tile + order.part(channel // tile * taps + tap), [tap] * len(block), block)
         for channel in range(0, channels, tile)
         for tap in range(taps)
         for k in range(0, min(tile, channels - channel), BLOCK)
         if (block := range(channel + k, min(channel + k + BLOCK, channel + tile, channels)))
     ]
+    return Sum(tuple(of), slices * order.split)
 
 
-def accumulate_vectors(
-    x: Tensor, taps: Sequence[Tap], stride: Sequence[int], size: Sequence[int], vector: int
-) -> Tensor:
+def accumulate_vectors(x: Tensor, taps: Taps, stride: Sequence[int], size: Sequence[int], vector: int) -> Tensor:
     """Sum the taps as kernels without shared memory do; shapes as for ``accumulate``, ``vector`` is 4 or 8."""
+    groups, outputs, channels = taps.weight.shape[:3]
+    if not (len(x) and outputs and all(size)):
+        return x.new_zeros(len(x), outputs, *size)
+    total = vector_instructions(len(taps.places), channels, vector)
+    found = fp16_accumulation_cuda.accumulate(x, [taps], stride, size, total)
+    if found is not None:
+        return found
+    blocks = vector_blocks(len(taps.places), channels, vector)
+    weight = _tall(torch.cat([taps.weight[..., place] for place in taps.places], -1))
+    parts = [_accumulate_vectors(part, weight, taps.starts, stride, size, blocks) for part in x.split(groups)]
+    return torch.cat(parts)[:, :outputs]
+
+
+def _accumulate_vectors(
+    x: Tensor,
+    weight: Tensor,
+    starts: Sequence[tuple[int, ...]],
+    stride: Sequence[int],
+    size: Sequence[int],
+    blocks: Sequence[list[int]],
+) -> Tensor:
+    """Sum over ``x`` (groups, channels per group, *spatial) by ``weight`` (groups, outputs, taps · channels)."""
     groups, channels = x.shape[:2]
-    outputs = taps[0][0].shape[1]
+    outputs = weight.shape[1]
     result = x.new_empty(groups, outputs, *size)
-    if not result.numel():
-        return result
-    blocks = vector_blocks(len(taps), channels, vector)
-    if fp16_accumulation_cuda.takes(x):
-        order = vector_instructions(len(taps), channels, vector)
-        return fp16_accumulation_cuda.accumulate(x, taps, stride, size, order, 1)
-    weight = torch.cat([w for w, _ in taps], -1)
     row = result[0, 0, 0].numel()
-    rows = max(1, _AT_A_TIME[x.device.type] // (groups * max(outputs, len(taps) * channels) * row))
+    rows = max(1, _AT_A_TIME[x.device.type] // (groups * max(outputs, len(starts) * channels) * row))
     for first in range(0, size[0], rows):
         extent = (min(rows, size[0] - first), *size[1:])
         columns = []
-        for _, start in taps:
+        for start in starts:
             begin = (start[0] + first * stride[0], *start[1:])
             window = tuple(slice(b, b + (n - 1) * s + 1, s) for b, n, s in zip(begin, extent, stride, strict=True))
             columns.append(x[(slice(None), slice(None), *window)].flatten(2))
         places = extent[0] * row
-        matrix = functional.pad(torch.cat(columns, 1), (0, max(NARROWEST - places, 0)))
+        matrix = functional.pad(torch.cat(columns, 1), (0, -places % COLUMNS))
         total = x.new_zeros(groups, outputs, matrix.shape[-1])
         for block in blocks:
             total.baddbmm_(weight[:, :, block], matrix[:, block])
@@ -155,10 +194,12 @@ def vector_blocks(taps: int, channels: int, vector: int) -> list[list[int]]:
     return [block for block in blocks if block]
 
 
-def vector_instructions(taps: int, channels: int, vector: int) -> list[Instruction]:
+@lru_cache(maxsize=256)
+def vector_instructions(taps: int, channels: int, vector: int) -> Sum:
     """Instructions of ``accumulate_vectors``, in the order in which it adds them."""
     blocks = vector_blocks(taps, channels, vector)
-    return [Instruction(0, [k // channels for k in block], [k % channels for k in block]) for block in blocks]
+    of = [Instruction(0, [k // channels for k in block], [k % channels for k in block]) for block in blocks]
+    return Sum(tuple(of), 1)
 
 
 def conv(
@@ -177,21 +218,15 @@ def conv(
     for kernels without shared memory."""
     order = Order(tile, slices, split, split_kernels)
     size = window.output_size(x.shape[2:])
-    grouped = weight.unflatten(0, (groups, -1))
-    taps: list[Tap] = [
-        (grouped[(..., *k)].contiguous(), tuple(i * d for i, d in zip(k, window.dilation, strict=True)))
-        for k in itertools.product(*map(range, window.kernel))
-    ]
-    padded = functional.pad(x, window.torch_pads()).unflatten(1, (groups, -1))
-    result = [
-        (
-            accumulate_vectors(sample, taps, window.stride, size, vector)
-            if vector
-            else accumulate(sample, taps, window.stride, size, order)
-        ).flatten(0, 1)
-        for sample in padded
-    ]
-    return add_bias(torch.stack(result), bias)
+    places = itertools.product(*map(range, window.kernel))
+    starts = tuple(tuple(i * d for i, d in zip(k, window.dilation, strict=True)) for k in places)
+    taps = Taps(weight.unflatten(0, (groups, -1)).flatten(3), tuple(range(len(starts))), starts)
+    images = functional.pad(x, window.torch_pads()).unflatten(1, (groups, -1)).flatten(0, 1)
+    if vector:
+        result = accumulate_vectors(images, taps, window.stride, size, vector)
+    else:
+        result = accumulate(images, taps, window.stride, size, order)
+    return add_bias(result.unflatten(0, (-1, groups)).flatten(1, 2), bias)
 
 
 def conv_transpose(
@@ -208,34 +243,41 @@ def conv_transpose(
 
     Data [N, C, …], weights [C, M ÷ group, …]; the dtype stays.
     """
-    grouped = weight.unflatten(0, (groups, -1)).transpose(1, 2)
-    result = x.new_zeros(x.shape[0], grouped.shape[0] * grouped.shape[1], *size)
-    samples = x.unflatten(1, (groups, -1))
+    grouped = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(3)
+    order, ones = Order(tile, slices), (1,) * len(size)
+    # Phases of one size and with as many taps are summed at once on a GPU.
+    alike = defaultdict(list)
     for phase in itertools.product(*map(range, window.stride)):
-        places = tuple(slice(p, None, s) for p, s in zip(phase, window.stride, strict=True))
-        part = result[(slice(None), slice(None), *places)]
+        extent = tuple(len(range(p, n, s)) for p, n, s in zip(phase, size, window.stride, strict=True))
         # Output p + s·q reads input q + offset through tap k wherever p + begin − k·d = s·offset.
         axes = [
             [(k, (p + b - k * d) // s) for k in range(n) if (p + b - k * d) % s == 0]
             for p, b, n, d, s in zip(phase, window.begin, window.kernel, window.dilation, window.stride, strict=True)
         ]
-        if not part.numel() or not all(axes):
-            continue
-        axes = [sorted(axis, key=lambda pair: pair[1]) for axis in axes]
-        low = [max(0, -axis[0][1]) for axis in axes]
-        high = [max(0, axis[-1][1] + n - m) for axis, n, m in zip(axes, part.shape[2:], x.shape[2:], strict=True)]
-        pads = [p for pair in zip(reversed(low), reversed(high), strict=True) for p in pair]
-        taps: list[Tap] = [
-            (
-                grouped[(..., *(k for k, _ in tap))].contiguous(),
-                tuple(o + pad for (_, o), pad in zip(tap, low, strict=True)),
-            )
-            for tap in itertools.product(*axes)
-        ]
-        for sample, target in zip(functional.pad(samples, pads), part, strict=True):
-            summed = accumulate(sample, taps, (1,) * len(size), part.shape[2:], Order(tile, slices))
-            target.copy_(summed.flatten(0, 1))
-    return add_bias(result, bias)
+        if all(extent) and all(axes):
+            taps = list(itertools.product(*(sorted(axis, key=lambda pair: pair[1]) for axis in axes)))
+            alike[extent, len(taps)].append((phase, taps))
+    images = x.unflatten(1, (groups, -1)).flatten(0, 1)
+    result = x.new_zeros(len(images), grouped.shape[1], *size)
+    for (extent, count), members in alike.items():
+        offsets = list(zip(*((o for _, o in tap) for _, taps in members for tap in taps), strict=True))
+        low = [max(0, -min(axis)) for axis in offsets]
+        high = [max(0, max(axis) + n - m) for axis, n, m in zip(offsets, extent, x.shape[2:], strict=True)]
+        data = functional.pad(images, [p for pair in zip(reversed(low), reversed(high), strict=True) for p in pair])
+        begins, phases = tuple(phase for phase, _ in members), []
+        for _, taps in members:
+            places = tuple(sum(k * prod(window.kernel[i + 1 :]) for i, (k, _) in enumerate(tap)) for tap in taps)
+            starts = tuple(tuple(o + pad for (_, o), pad in zip(tap, low, strict=True)) for tap in taps)
+            phases.append(Taps(grouped, places, starts))
+        if result.numel():
+            spread = Spread(result, begins, window.stride)
+            total = instructions(x.shape[1] // groups, count, order)
+            if fp16_accumulation_cuda.accumulate(data, phases, ones, extent, total, spread) is not None:
+                continue
+        for phase, of_phase in zip(begins, phases, strict=True):
+            where = tuple(slice(p, None, s) for p, s in zip(phase, window.stride, strict=True))
+            result[(slice(None), slice(None), *where)] = accumulate(data, of_phase, ones, extent, order)
+    return add_bias(result.unflatten(0, (-1, groups)).flatten(1, 2), bias)
 
 
 def matmul(a: Tensor, b: Tensor, tile: int, slices: int = 1, split: int = 1, split_kernels: int = 1) -> Tensor:
@@ -244,7 +286,7 @@ def matmul(a: Tensor, b: Tensor, tile: int, slices: int = 1, split: int = 1, spl
     left, right = a[None] if a.dim() == 1 else a, b[:, None] if b.dim() == 1 else b
     batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     left, right = (m.expand(*batch, *m.shape[-2:]).reshape(batch.numel(), *m.shape[-2:]) for m in (left, right))
-    result = accumulate(right, [(left, (0,))], (1,), right.shape[-1:], order)
+    result = accumulate(right, Taps(left[..., None], (0,), ((0,),)), (1,), right.shape[-1:], order)
     result = result.reshape(*batch, *result.shape[1:])
     result = result.squeeze(-2) if a.dim() == 1 else result
     return result.squeeze(-1) if b.dim() == 1 else result

@@ -1,114 +1,51 @@
 """FP16 accumulation on an NVIDIA GPU: one CUDA kernel for convolutions and products, compiled by torch's NVRTC.
 
-A thread holds 4 outputs × 8 places. An instruction's products are added one after the other in FP32, beginning with 0;
-their sum is added to the partial sum, which is then rounded to FP16. That is what the CPU's matrix product does.
+An instruction's products are added one after the other in FP32, beginning with 0; their sum is added to the partial
+sum, which is then rounded to FP16. That is what the CPU's matrix product does. Between instructions a thread keeps its
+partial sums as pairs of FP16, which leaves registers for a tile of up to 8 outputs × 8 places.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cp_debug.backends.kernels.fp16_accumulation_source import SOURCE
+
 BLOCK = 16
 """Products that one instruction adds."""
-_OUTPUTS, _PLACES, _THREADS = 64, 128, 256
 _LARGEST = 1 << 31
-"""Elements of a group: offsets are 32 bits wide."""
+"""Elements of an image, and of a channel of the result: offsets are 32 bits wide."""
+_DEEPEST = 65535
+"""Images times phases of one launch."""
+_TABLES = 64
+"""Geometries whose tables stay on a device; those of 256 × 256 places take 0.5 MB."""
+_OPTIONS = ["-default-device"]
+"""Functions without a mark, lambdas among them, are the device's: NVRTC knows no others."""
 
-_SOURCE = r"""
-__device__ __forceinline__ float rounded(float v) {
-  unsigned short h; float f;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v));
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
-  return f;
-}
 
-// x: groups of `group` values; w: (groups, rows, outputs), rows in the order of addition; offset: of a row's
-// channel and tap in x; place: of an output's place in x; step: products of each instruction, + 256 at a slice's end.
-extern "C" __global__ void __launch_bounds__(256, SLICED ? 1 : 2) fp16_accumulate(
-    const float* x, const float* w, const int* offset, const int* place, const int* step, float* out,
-    int group, int rows, int padded, int outputs, int places, int steps) {
-  __shared__ __align__(16) float weights[2][16][64];
-  __shared__ __align__(16) float data[2][16][128];
-  int me = threadIdx.x, p0 = blockIdx.x * 128, o0 = blockIdx.y * 64;
-  long long g = blockIdx.z;
-  x += g * group; w += g * rows * padded; out += g * outputs * places;
-  int column = me % 128, half = me / 128, row = me / 16, quad = me % 16 * 4;
-  const float* mine = x + (p0 + column < places ? place[p0 + column] : place[0]);
-  float4 next_weights;
-  float next_data[8];
-#define FETCH(begin) \
-  next_weights = *reinterpret_cast<const float4*>(w + (long long)((begin) + row) * padded + o0 + quad); \
-  _Pragma("unroll") for (int i = 0; i < 8; i++) next_data[i] = mine[offset[(begin) + half + 2 * i]];
-#define PUT(b) \
-  *reinterpret_cast<float4*>(&weights[b][row][quad]) = next_weights; \
-  _Pragma("unroll") for (int i = 0; i < 8; i++) data[b][half + 2 * i][column] = next_data[i];
-  float total[4][8], sum[4][8];
-#pragma unroll
-  for (int i = 0; i < 4; i++)
-#pragma unroll
-    for (int j = 0; j < 8; j++) total[i][j] = 0;
-#if SLICED
-  float result[4][8];
-  bool first = true;
-#endif
-  int begin = 0, now = 0, o = me / 16 * 4, p = me % 16 * 4;
-  FETCH(0); PUT(0);
-  __syncthreads();
-  for (int s = 0; s < steps; s++) {
-    int what = step[s], count = what & 255;
-    begin += count;
-    if (s + 1 < steps) { FETCH(begin); }
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-#pragma unroll
-      for (int j = 0; j < 8; j++) sum[i][j] = 0;
-#define ADD(k) { \
-    float4 a4 = *reinterpret_cast<float4*>(&weights[now][k][o]); \
-    float4 b4 = *reinterpret_cast<float4*>(&data[now][k][p]), c4 = *reinterpret_cast<float4*>(&data[now][k][64 + p]); \
-    float a[4] = {a4.x, a4.y, a4.z, a4.w}, b[8] = {b4.x, b4.y, b4.z, b4.w, c4.x, c4.y, c4.z, c4.w}; \
-    _Pragma("unroll") for (int i = 0; i < 4; i++) \
-      _Pragma("unroll") for (int j = 0; j < 8; j++) sum[i][j] = __fmaf_rn(a[i], b[j], sum[i][j]); }
-    if (count == 16) {
-#pragma unroll
-      for (int k = 0; k < 16; k++) ADD(k)
-    } else {
-      for (int k = 0; k < count; k++) ADD(k)
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-#pragma unroll
-      for (int j = 0; j < 8; j++) total[i][j] = rounded(__fadd_rn(total[i][j], sum[i][j]));
-#if SLICED
-    if (what & 256) {
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-          result[i][j] = first ? total[i][j] : rounded(__fadd_rn(result[i][j], total[i][j]));
-          total[i][j] = 0;
-        }
-      first = false;
-    }
-#endif
-    if (s + 1 < steps) { PUT(now ^ 1); }
-    __syncthreads();
-    now ^= 1;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; i++)
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-      int at = p0 + p + (j & 3) + (j >> 2) * 64;
-      if (o0 + o + i < outputs && at < places) out[(long long)(o0 + o + i) * places + at] = LAST[i][j];
-    }
-}
-"""
+class Tile(NamedTuple):
+    """Outputs × places of a block and of one of its threads, and blocks that share a multiprocessor."""
+
+    outputs: int
+    places: int
+    of_thread: tuple[int, int]
+    blocks: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.outputs // self.of_thread[0] * self.places // self.of_thread[1]
+
+
+TILES = (Tile(128, 128, (8, 8), 1), Tile(64, 128, (8, 4), 2), Tile(64, 64, (8, 4), 3), Tile(16, 128, (4, 4), 4))
 
 
 class Instruction(NamedTuple):
@@ -120,85 +57,184 @@ class Instruction(NamedTuple):
     channels: Sequence[int]
 
 
-def takes(x: Tensor) -> bool:
-    """Whether ``accumulate`` can be used for ``x`` (groups, channels per group, *spatial), float32: on a GPU where the
-    kernel is compiled, and gives this project's definition bit by bit."""
-    return x.is_cuda and x[0].numel() < _LARGEST and x.dtype == torch.float32 and _is_right(x.device.index)
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """Instructions in the order in which they are added, and the number of partial sums, which are added at the end.
+
+    One object stands for one order: a device's tables are kept for it.
+    """
+
+    instructions: tuple[Instruction, ...]
+    slices: int
+
+
+class Taps(NamedTuple):
+    """Weights of a sum, and its taps: where each stands in them, and where it starts on each spatial axis."""
+
+    weight: Tensor
+    """(groups, outputs per group, channels per group, places of the kernel)."""
+    places: tuple[int, ...]
+    starts: tuple[tuple[int, ...], ...]
+
+
+class Spread(NamedTuple):
+    """Results' places in a larger tensor: each phase's first place, and the step from place to place."""
+
+    into: Tensor
+    """(images, outputs per group, *spatial)."""
+    begins: tuple[tuple[int, ...], ...]
+    step: tuple[int, ...]
+
+
+class _Tables(NamedTuple):
+    order: Tensor
+    """(phases, K): places in the weights (channels × places of the kernel), in the order of addition."""
+    offset: Tensor
+    place: Tensor
+    to: Tensor
+    start: Tensor
+    step: Tensor
 
 
 def accumulate(
     x: Tensor,
-    taps: Sequence[tuple[Tensor, tuple[int, ...]]],
+    phases: Sequence[Taps],
     stride: Sequence[int],
     size: Sequence[int],
-    instructions: Sequence[Instruction],
-    slices: int,
-) -> Tensor:
-    """Sum ``instructions`` over ``x`` (groups, channels per group, *spatial) → (groups, outputs per group, *size).
+    total: Sum,
+    spread: Spread | None = None,
+) -> Tensor | None:
+    """Sum the taps over ``x`` (images, channels per group, *spatial) → (images, outputs per group, *size).
 
-    Each of ``slices`` has a partial sum; these are added at the end. All operands hold FP16 values in float32.
+    Image i is of group i modulo the groups. All operands hold FP16 values in float32. Several phases, which share their
+    weights and differ in their taps, need a ``spread``, whose tensor is written to and returned. None where there is no
+    GPU, or where its kernel does not give this project's definition bit by bit.
     """
-    x = x.contiguous()
-    groups, outputs, places = x.shape[0], taps[0][0].shape[1], int(np.prod(size))
-    spatial = x.stride()[2:]
-    by_slice = [[i for i in instructions if i.slice == s] or [Instruction(s, (), ())] for s in range(slices)]
+    outputs = phases[0].weight.shape[1]
+    images, places = len(x), prod(size)
+    if not x.is_cuda or x.dtype != torch.float32 or images * len(phases) > _DEEPEST:
+        return None
+    if max(x[0].numel(), prod(spread.into.shape[2:]) if spread else places) >= _LARGEST:
+        return None
+    index = x.device.index
+    tile = chosen_tile(outputs, places, images * len(phases), _processors(index))
+    if not _is_right(index, total.slices > 1, tile):
+        return None
+    return _launch(x.contiguous(), phases, stride, size, total, spread, tile)
+
+
+def chosen_tile(outputs: int, places: int, images: int, processors: int) -> Tile:
+    """The tile with which a GPU's multiprocessors do least in all turns that they need."""
+
+    def cost(tile: Tile) -> int:
+        blocks = -(-outputs // tile.outputs) * -(-places // tile.places) * images
+        return -(-blocks // (processors * tile.blocks)) * tile.blocks * tile.outputs * tile.places
+
+    return min(TILES, key=cost)
+
+
+def _launch(
+    x: Tensor,
+    phases: Sequence[Taps],
+    stride: Sequence[int],
+    size: Sequence[int],
+    total: Sum,
+    spread: Spread | None,
+    tile: Tile,
+) -> Tensor:
+    weight = phases[0].weight
+    groups, outputs = weight.shape[:2]
+    places = prod(size)
+    into, begins, step = spread or Spread(x.new_empty(len(x), outputs, *size), ((0,) * len(size),), (1,) * len(size))
+    tables = _tables(
+        str(x.device), total, weight.shape[3], tuple((p.places, p.starts) for p in phases), tuple(x.shape[2:]),
+        tuple(stride), tuple(size), tuple(into.shape[2:]), begins, step,
+    )  # fmt: skip
+    padded = -(-outputs // tile.outputs) * tile.outputs
+    depth = tables.order.shape[1]
+    rows = depth + BLOCK  # the kernel loads whole blocks
+    ordered = x.new_zeros(len(phases), groups, rows, padded)
+    columns = weight.flatten(2).index_select(2, tables.order.flatten()).unflatten(2, tables.order.shape)
+    ordered[:, :, :depth, :outputs] = columns.permute(2, 0, 3, 1)
+    with torch.cuda.device(x.device):
+        _kernel(_capability(x.device.index), total.slices > 1, tile)(
+            grid=(-(-places // tile.places), padded // tile.outputs, len(x) * len(phases)),
+            block=(tile.threads, 1, 1),
+            args=[
+                x, ordered, tables.offset, tables.place, tables.to, tables.start, tables.step, into,
+                x[0].numel(), into[0, 0].numel(), len(x), groups, rows, padded, outputs, places, len(tables.step),
+            ],
+        )  # fmt: skip
+    return into
+
+
+@lru_cache(maxsize=_TABLES)
+def _tables(
+    device: str,
+    total: Sum,
+    kernel: int,
+    phases: tuple[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]], ...],
+    spatial: tuple[int, ...],
+    stride: tuple[int, ...],
+    size: tuple[int, ...],
+    spread: tuple[int, ...],
+    begins: tuple[tuple[int, ...], ...],
+    step: tuple[int, ...],
+) -> _Tables:
+    """What the kernel looks up: weights have ``kernel`` places, data the shape ``spatial``, results ``spread``."""
+    by_slice = [
+        [i for i in total.instructions if i.slice == s] or [Instruction(s, (), ())] for s in range(total.slices)
+    ]
     steps = [len(i.taps) + 256 * (i is part[-1]) for part in by_slice for i in part]
     tap = np.array([t for part in by_slice for i in part for t in i.taps], np.int64)
     channel = np.array([c for part in by_slice for i in part for c in i.channels], np.int64)
-    start = np.array([sum(b * s for b, s in zip(begin, spatial, strict=True)) for _, begin in taps], np.int64)
-    offset = np.zeros(len(tap) + BLOCK, np.int32)  # the kernel loads whole blocks
-    offset[: len(tap)] = start[tap] + channel * x.stride(1)
-    axes = [np.arange(n) * s * step for n, s, step in zip(size, stride, spatial, strict=True)]
-    place = np.stack(np.meshgrid(*axes, indexing="ij")).sum(0).reshape(-1).astype(np.int32)
-    padded = -(-outputs // _OUTPUTS) * _OUTPUTS
-    weight = x.new_zeros(groups, len(offset), padded)
-    rows, columns = (torch.from_numpy(index).to(x.device) for index in (tap, channel))
-    stacked = torch.stack([w for w, _ in taps])  # (taps, groups, outputs, channels)
-    weight[:, : len(tap), :outputs] = stacked.permute(0, 3, 1, 2)[rows, columns].transpose(0, 1)
-    result = x.new_empty(groups, outputs, *size)
-    tables = [torch.from_numpy(table).to(x.device) for table in (offset, place, np.array(steps, np.int32))]
-    with torch.cuda.device(x.device):
-        _kernel(_capability(x.device.index), slices > 1)(
-            grid=(-(-places // _PLACES), padded // _OUTPUTS, groups),
-            block=(_THREADS, 1, 1),
-            args=[
-                x, weight, *tables, result,
-                x[0].numel(), len(offset), padded, outputs, places, len(steps),
-            ],
-        )  # fmt: skip
-    return result
+    offset = np.zeros((len(phases), len(tap) + BLOCK), np.int64)
+    for row, (_, starts) in zip(offset, phases, strict=True):
+        row[: len(tap)] = _flat(starts, spatial)[tap] + channel * prod(spatial)
+    grid = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), -1).reshape(-1, len(size))
+    tables = (
+        offset, _flat(grid * stride, spatial), _flat(grid * step, spread), _flat(begins, spread), np.array(steps),
+    )  # fmt: skip
+    index = np.array([channel * kernel + np.array(places)[tap] for places, _ in phases])
+    return _Tables(
+        torch.from_numpy(index).to(device), *(torch.from_numpy(table.astype(np.int32)).to(device) for table in tables)
+    )
 
 
-def defined(
-    x: Tensor, taps: Sequence[tuple[Tensor, tuple[int, ...]]], instructions: Sequence[Instruction], slices: int
-) -> Tensor:
-    """The definition for one tap, term by term: float32 [groups, K, places] to [groups, outputs, places]."""
-    weight = taps[0][0]
-    sums = [x.new_zeros(x.shape[0], weight.shape[1], x.shape[2]) for _ in range(slices)]
-    for instruction in instructions:
+def _flat(places: Any, shape: Sequence[int]) -> np.ndarray:
+    """Flat places in a tensor of ``shape``: (n, axes) to (n), int64."""
+    return np.asarray(places, np.int64) @ np.array([prod(shape[axis + 1 :]) for axis in range(len(shape))], np.int64)
+
+
+def defined(x: Tensor, weight: Tensor, total: Sum) -> Tensor:
+    """The definition for one tap, term by term: float32 [groups, K, places] and [groups, outputs, K] to [groups,
+    outputs, places]."""
+    sums = [x.new_zeros(x.shape[0], weight.shape[1], x.shape[2]) for _ in range(total.slices)]
+    for instruction in total.instructions:
         part = torch.zeros_like(sums[0])
         for c in instruction.channels:
             part = part + weight[:, :, c : c + 1] * x[:, c : c + 1]
         sums[instruction.slice] = (sums[instruction.slice] + part).half().float()
-    total = sums[0]
+    result = sums[0]
     for other in sums[1:]:
-        total = (total + other).half().float()
-    return total
+        result = (result + other).half().float()
+    return result
 
 
 @cache
-def _is_right(index: int) -> bool:
-    """Whether the kernel compiles for this GPU and gives the definition's bits on a small product."""
-    if any(_kernel(_capability(index), sliced) is None for sliced in (False, True)):
+def _is_right(index: int, sliced: bool, tile: Tile) -> bool:
+    """Whether a kernel compiles for this GPU and gives the definition's bits on a small product."""
+    if _kernel(_capability(index), sliced, tile) is None:
         return False
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(2, 40, 150, generator=draw).half().float()
-    taps = [(torch.randn(2, 70, 40, generator=draw).half().float(), (0,))]
-    places = [(0, range(16)), (1, range(16, 32)), (0, range(32, 40))]
-    instructions = [Instruction(s, [0] * len(c), c) for s, c in places]
-    on_device = [(weight.to(f"cuda:{index}"), begin) for weight, begin in taps]
-    found = accumulate(x.to(f"cuda:{index}"), on_device, (1,), (150,), instructions, 2).cpu()
-    return bool(torch.equal(found, defined(x, taps, instructions, 2)))
+    weight = torch.randn(2, 70, 40, generator=draw).half().float()
+    places = [(0, range(16)), (int(sliced), range(16, 32)), (0, range(32, 40))]
+    total = Sum(tuple(Instruction(s, [0] * len(c), c) for s, c in places), 1 + sliced)
+    device = f"cuda:{index}"
+    taps = Taps(weight.to(device)[..., None], (0,), ((0,),))
+    found = _launch(x.to(device), [taps], (1,), (150,), total, None, tile)
+    return bool(torch.equal(found.cpu(), defined(x, weight, total)))
 
 
 @cache
@@ -206,15 +242,26 @@ def _capability(index: int) -> str:
     return "{}{}".format(*torch.cuda.get_device_capability(index))
 
 
-def source_of(sliced: bool) -> str:
+@cache
+def _processors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def source_of(sliced: bool, tile: Tile) -> str:
     """The kernel's text; ``sliced`` where there is more than one partial sum."""
-    return f"#define SLICED {int(sliced)}\n#define LAST {'result' if sliced else 'total'}\n{_SOURCE}"
+    constants = {
+        "OT": tile.outputs, "PT": tile.places, "TO": tile.of_thread[0], "TP": tile.of_thread[1],
+        "BLOCKS": tile.blocks, "SLICED": int(sliced), "LAST": "result" if sliced else "total",
+    }  # fmt: skip
+    return "".join(f"#define {name} {value}\n" for name, value in constants.items()) + SOURCE
 
 
 @cache
-def _kernel(capability: str, sliced: bool) -> Any:
+def _kernel(capability: str, sliced: bool, tile: Tile) -> Any:
     """The compiled kernel; None where this torch or driver cannot compile it."""
     try:
-        return torch.cuda._compile_kernel(source_of(sliced), "fp16_accumulate", compute_capability=capability)
+        return torch.cuda._compile_kernel(
+            source_of(sliced, tile), "fp16_accumulate", compute_capability=capability, nvcc_options=_OPTIONS
+        )
     except (AttributeError, RuntimeError, OSError, ImportError):
         return None
