@@ -37,17 +37,26 @@ BISECTS = {
 GIB = 1 << 30
 
 
+def kept_exports() -> set[str]:
+    """Names of the kept exports."""
+    from cp_debug.caches import cache_folder
+
+    return {path.name for path in cache_folder("exports").glob("*")}
+
+
 def cold(model: str, backends: str, *more: str, limit: float = 300) -> dict[str, Any]:
-    """One command in a process of its own: seconds, exit status, and its result."""
+    """One command in a process of its own: seconds, exit status, whether it found its exports kept, and its result."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         command = [sys.executable, "-m", "cp_debug", "bisect", model, "-b", backends, *more, "--json", str(out)]
+        before = kept_exports()
         start = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
         seconds = time.perf_counter() - start
         found: dict[str, Any] = {
             "seconds": round(seconds, 2),
             "exit": done.returncode,
+            "new_exports": len(kept_exports() - before),
             "command": " ".join(command[1:]),
         }
         print(found, file=sys.stderr, flush=True)  # what is known, should this process be stopped
@@ -137,6 +146,7 @@ def bisects(name: str, rounds: int, oracle: bool) -> dict[str, Any]:
         "cold_seconds": [run["seconds"] for run in runs],
         "cold_median": statistics.median(run["seconds"] for run in runs),
         "exits": [run["exit"] for run in runs],
+        "new_exports": [first["new_exports"], *(run["new_exports"] for run in runs)],
         "errors": [run["error"] for run in runs if "error" in run],
         "warm": warm(model, backends, rounds),
     }

@@ -190,9 +190,9 @@ def interval(differences: np.ndarray) -> tuple[float, float, float]:
 
 
 def judge(
-    folder: Path, device: str, windows_used: int, precisions: Sequence[str], alone: Sequence[str]
-) -> dict[str, Any]:
-    """Perplexities and costs, with intervals."""
+    folder: Path, device: str, windows_used: int, precisions: Sequence[str], alone: Sequence[str], out: Path | None
+) -> None:
+    """Perplexities and costs, with intervals; ``out`` is rewritten after each precision."""
     from cp_debug.backends.arithmetic import ARITHMETICS
     from cp_debug.backends.determinism import deterministic
     from cp_debug.backends.executor import Executor
@@ -217,11 +217,18 @@ def judge(
         "perplexity_fp32": math.exp(exact.mean()), "whole": {}, "alone": {},
     }  # fmt: skip
     print(f"fp32: perplexity {report['perplexity_fp32']:.4f}")
+
+    def keep() -> None:
+        report["seconds"] = round(time.monotonic() - start, 1)
+        if out:
+            out.write_text(json.dumps(report, indent=1))
+
     for name in precisions:
         loss = measured(name, {})
         cost = interval(loss - exact)
         report["whole"][name] = {"perplexity": math.exp(loss.mean()), "cost": cost}
         print(f"{name}: perplexity {math.exp(loss.mean()):.4f}, cost {cost[0]:.5f} [{cost[1]:.5f}, {cost[2]:.5f}] nats")
+        keep()
     products = [n.name for n in graph.nodes if n.op in PRODUCTS]
     for name in alone:
         costs = {node: interval(measured("fp32", {node: name}) - exact) for node in products}
@@ -229,8 +236,8 @@ def judge(
         report["alone"][name] = ranked
         for node, cost in list(ranked.items())[:5]:
             print(f"{name} in {node} alone: {cost[0]:.6f} [{cost[1]:.6f}, {cost[2]:.6f}]")
-    report["seconds"] = time.monotonic() - start
-    return report
+        keep()
+    keep()
 
 
 def main() -> None:
@@ -251,9 +258,7 @@ def main() -> None:
     if options.step == "train":
         train(options.folder, options.size, options.seconds, options.steps, options.outliers)
         return
-    report = judge(options.folder, options.device, options.windows, options.precisions, options.alone)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1))
+    judge(options.folder, options.device, options.windows, options.precisions, options.alone, options.json)
 
 
 if __name__ == "__main__":

@@ -209,16 +209,19 @@ def by_tables(tile: Tile) -> Any:
     """The CUDA kernel in NumPy, one instruction after the other, from the tables that it is given."""
 
     def run(grid: tuple[int, ...], block: tuple[int, ...], args: list[Any]) -> None:
-        tensors, (image, channel, images, groups, rows, padded, outputs, places, steps) = args[:8], args[8:]
-        x, weight, offset, place, to, start, step, out = (tensor.numpy().reshape(-1) for tensor in tensors)
-        phases = len(start)
-        assert grid == (-(-places // tile.places), padded // tile.outputs, images * phases)
+        x, weight, tables, out = (tensor.numpy().reshape(-1) for tensor in args)
+        image, channel, groups, rows, outputs, places, steps, phases = tables[:8].tolist()
+        sizes = [phases * rows, places, places, phases, steps]
+        offset, place, to, start, step = np.split(tables[8:], np.cumsum(sizes)[:-1])
+        assert len(step) == steps
+        images, padded = out.size // (outputs * channel), outputs + -outputs % 4
+        assert grid == (-(-places // tile.places), -(-outputs // tile.outputs), images * phases)
         assert block == (tile.threads, 1, 1)
         for phase, of in itertools.product(range(phases), range(images)):
             data, own = x[of * image : (of + 1) * image], offset.reshape(phases, rows)[phase]
             w = weight.reshape(phases, groups, rows, padded)[phase, of % groups, :, :outputs]
             total, result, begin = np.zeros((outputs, places), np.float32), None, 0
-            for what in step[:steps]:
+            for what in step:
                 part = np.zeros_like(total)
                 for k in range(begin, begin + (what & 255)):
                     part += w[k][:, None] * data[own[k] + place]
@@ -272,7 +275,7 @@ def test_tables_of_the_gpu_s_kernel_hold_the_same_order(
     else:
         expected = fp16_accumulation.accumulate(x, taps, stride, size, order)
         total = fp16_accumulation.instructions(per_group, len(places), order)
-    found = fp16_accumulation_cuda._launch(x, [taps], stride, size, total, None, fp16_accumulation_cuda.TILES[1])
+    found = fp16_accumulation_cuda._launch(x, [taps], stride, size, total, None, fp16_accumulation_cuda.WIDE)
     assert torch.equal(found, expected)
 
 
@@ -292,8 +295,7 @@ def test_phases_of_a_transposed_convolution_go_to_their_places_at_once(
         x: torch.Tensor, phases: Any, stride: Any, size: Any, total: Any, spread: Any = None
     ) -> torch.Tensor | None:
         launched.append(len(phases))
-        tile = fp16_accumulation_cuda.TILES[0]
-        return fp16_accumulation_cuda._launch(x, phases, stride, size, total, spread, tile)
+        return fp16_accumulation_cuda._launch(x, phases, stride, size, total, spread, fp16_accumulation_cuda.NARROW)
 
     monkeypatch.setattr(fp16_accumulation_cuda, "accumulate", launch)
     found = fp16_accumulation.conv_transpose(x, weight, None, window, size, groups, tile=32)
@@ -302,19 +304,11 @@ def test_phases_of_a_transposed_convolution_go_to_their_places_at_once(
     assert len(launched) == 1 or kernel == 3, "phases of as many taps together"
 
 
-def test_a_tile_leaves_few_multiprocessors_without_work() -> None:
-    chosen = fp16_accumulation_cuda.chosen_tile
-    assert chosen(1, 16384, 1, 132).outputs == 16, "a head of one output"
-    assert chosen(256, 1 << 20, 1, 132).outputs >= 64
-    small = chosen(256, 4096, 1, 132)
-    assert small.outputs * small.places < 128 * 128, "64 blocks for 132 multiprocessors"
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("slices", "vector", "split"), [(1, 0, 1), (2, 0, 1), (1, 4, 1), (1, 0, 3)])
 def test_the_gpu_gives_the_cpu_s_bits(slices: int, vector: int, split: int) -> None:
-    for tile in fp16_accumulation_cuda.TILES:
+    for tile in (fp16_accumulation_cuda.WIDE, fp16_accumulation_cuda.NARROW):
         assert fp16_accumulation_cuda._is_right(torch.cuda.current_device(), slices > 1 or split > 1, tile)
     x, weight, bias = halves(1, 80, 60, 70, seed=1), halves(96, 80, 3, 3, seed=2), halves(96, seed=3)
     window = Window((3, 3), (2, 1), (1, 1), (1, 1), (1, 1))

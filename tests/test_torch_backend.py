@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,15 @@ import torch
 from stress import OUTPUTS, make_stress
 from torch import nn
 
+from cp_debug.backends import torch_backend
 from cp_debug.backends.base import Program
+from cp_debug.backends.capabilities import FreesMemory
 from cp_debug.backends.determinism import deterministic, read_settings
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError, ModuleFailed
 from cp_debug.graph.graph import Graph
+from cp_debug.probes.module_copy import copied
 from cp_debug.programs.align import align
 from cp_debug.programs.export import export
 
@@ -36,6 +41,36 @@ def run(
     values: dict[str, torch.Tensor] = {}
     session = create(BackendSpec.parse(spec)).open(program)
     return session.run(inputs, lambda n, t: values.update({n: t.clone()}), **options), values
+
+
+def test_the_copy_of_a_large_module_is_there_only_while_it_runs(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, inputs = program
+    made: list[weakref.ref[nn.Module]] = []
+
+    def counted(module: nn.Module) -> nn.Module:
+        copy = copied(module)
+        made.append(weakref.ref(copy))
+        return copy
+
+    def alive() -> int:
+        gc.collect()
+        return sum(copy() is not None for copy in made)
+
+    monkeypatch.setattr(torch_backend, "copied", counted)
+    session = create(BackendSpec.parse("torch-bf16")).open(program)
+    assert isinstance(session, FreesMemory)
+    first = session.run(inputs)
+    session.free_memory()
+    assert alive() == 1, "a small one stays"
+    monkeypatch.setattr(torch_backend, "LARGE", 1)
+    session.free_memory()
+    assert alive() == 0
+    again = session.run(inputs)
+    assert alive() == 1
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    own = create(BackendSpec.parse("torch")).open(program)
+    own.free_memory()  # type: ignore[attr-defined]
+    assert own.run(inputs).keys() == first.keys(), "the module itself is not its to free"
 
 
 @pytest.mark.parametrize("spec", SPECS)

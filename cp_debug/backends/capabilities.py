@@ -105,6 +105,15 @@ class TimesItself(Protocol):
         ...
 
 
+@runtime_checkable
+class FreesMemory(Protocol):
+    """A session that holds much memory between its runs."""
+
+    def free_memory(self) -> None:
+        """Free what the next run can have again."""
+        ...
+
+
 class BuiltVariation(Protocol):
     """One more engine of a program, with its results on one input."""
 

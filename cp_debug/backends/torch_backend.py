@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cp_debug.backends.arithmetic import FP32, FP64
 from cp_debug.backends.base import Program, Session, Sink
@@ -30,6 +30,9 @@ _DTYPES = {
     "fp16": torch.float16,
     "int8": torch.float32,
 }
+
+LARGE = 1 << 29
+"""Bytes of a module whose copy, on a GPU or in another precision, is there only while it runs."""
 
 
 class TorchBackend:
@@ -88,11 +91,10 @@ class TorchBackend:
 class _ModuleSession:
     def __init__(self, program: Program, dtype: torch.dtype, device: str, *, tf32: bool) -> None:
         assert program.module is not None
-        self._program, self._module, self._alignment = program, program.module, program.alignment
+        self._program, self._alignment = program, program.alignment
         self._dtype, self._device, self._tf32 = dtype, torch.device(device), tf32
-        if device != "cpu" or dtype != torch.float32:  # FP32 is what the module is in, FP16 where it was made so
-            converted_dtype = None if dtype == torch.float32 else dtype
-            self._module = copied(program.module).to(self._device, converted_dtype)
+        self._converted = device != "cpu" or dtype != torch.float32
+        self._module: nn.Module | None = self._made()
         self._names = [v.name for v in program.graph.outputs]
         links = program.alignment.links if program.alignment else ()
         # Inside a function of torch, other devices and dtypes go other ways under the same names.
@@ -106,6 +108,20 @@ class _ModuleSession:
         with deterministic(tf32=tf32) as settings:
             self.settings: Mapping[str, Any] = settings | {"dtype": dtype_name(torch.empty(0, dtype=dtype))}
 
+    def _made(self) -> nn.Module:
+        """The module on the device, in the dtype: FP32 is what it is in, FP16 where it was made so."""
+        module = self._program.module
+        assert module is not None
+        if not self._converted:
+            return module
+        return copied(module).to(self._device, None if self._dtype == torch.float32 else self._dtype)
+
+    def free_memory(self) -> None:
+        """Free the copy of a large module; the next run makes it again."""
+        if self._converted and self._module is not None:
+            held = sum(t.nbytes for t in chain(self._module.parameters(), self._module.buffers()))
+            self._module = None if held >= LARGE else self._module
+
     def run(
         self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] | None = None
     ) -> dict[str, np.ndarray]:
@@ -113,6 +129,8 @@ class _ModuleSession:
 
         Raises ModuleFailed when it raises in forward, InputError when inputs or outputs are not those of the graph.
         """
+        if self._module is None:
+            self._module = self._made()
         graph, alignment = self._program.graph, self._alignment
         declared = {v.name: v.dtype for v in graph.inputs}
         inputs = {n: _in_float_of(a, declared.get(n)) for n, a in inputs.items()}
@@ -146,7 +164,7 @@ class _ModuleSession:
 
     def close(self) -> None:
         """Free the copy of the module."""
-        del self._module
+        self._module = None
 
 
 def _in_float_of(array: np.ndarray, declared: np.dtype | None) -> np.ndarray:

@@ -78,6 +78,7 @@ class SampleRuns:
         self._progress.step(f"{spec}, sample {index}")
         with self._holder(folder, self._reference, sample) as writer:
             given = self._reference.run(sample, lambda k, tensor: writer.put(k.value, tensor, component=k.component))
+        self._reference.free_memory()
         decoded = {spec: decode(self._model, sample, given)}
         captured = writer.capture
         if index == 0 and self._options.replay:
@@ -100,6 +101,7 @@ class SampleRuns:
         self._progress.step(f"{run.pipeline.backend.spec}, sample {index}")
         with self._holder(side.captured.folder.parent, run.pipeline, sample) as writer:
             stats, results = run.run(sample, side.captured, writer)
+            run.pipeline.free_memory()
             settings = run.pipeline.record().settings  # engines know more once they ran
             writer.update({"settings": json_safe(settings)})
         decoded = decode(model, sample, results)

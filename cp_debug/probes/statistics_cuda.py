@@ -2,13 +2,14 @@
 
 Every thread keeps counts, maxima and sums of its elements, every block a histogram in shared memory. Differences of
 FP32, FP16 and BF16 values are taken in FP32, as ``statistics_kernel`` does on the host: counts, maxima, positions and
-the histogram have the same bits there. Sums are float64 in another order: relative error up to n·2⁻⁵³ for n elements.
+the histogram have the same bits there. Sums are float64 in another order: relative error up to n·2⁻⁵³ for n elements;
+of two tensors in 16 bits eight terms are added in FP32 first, which adds up to 2⁻²¹ of the terms' magnitudes.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -24,8 +25,24 @@ _NUMBERS = 16
 """Numbers that a block writes, float64 each."""
 _TYPES = {"torch.float32": 0, "torch.float16": 1, "torch.bfloat16": 2}
 
-_THREADS, _BLOCKS = 512, 2
-"""Threads of a block, and blocks that share a multiprocessor."""
+
+class _Shape(NamedTuple):
+    """Threads of a block, blocks that share a multiprocessor, and what a thread takes in a turn: groups of elements
+    side by side."""
+
+    threads: int
+    blocks: int
+    group: int
+    groups: int
+
+    @property
+    def turn(self) -> int:
+        """Elements that a block takes in a turn."""
+        return self.threads * self.group * self.groups
+
+
+_IN_16_BITS, _WITH_FP32 = _Shape(384, 3, 8, 1), _Shape(256, 3, 4, 2)
+"""The best shapes of some dozens on an H200 (``docs/gpu/speed.md``)."""
 _OPTIONS = ["-default-device"]
 """Functions without a mark, lambdas among them, are the device's: NVRTC knows no others."""
 
@@ -33,52 +50,48 @@ _SOURCE = r"""
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-template <int KIND> struct Side;
-template <> struct Side<0> {
-  static __device__ __forceinline__ void vector(const void* p, long long i, float* v) {
-    const uint4* q = reinterpret_cast<const uint4*>(reinterpret_cast<const float*>(p) + i);
-    uint4 a = __ldcs(q), b = __ldcs(q + 1);
-    v[0] = __uint_as_float(a.x); v[1] = __uint_as_float(a.y); v[2] = __uint_as_float(a.z); v[3] = __uint_as_float(a.w);
-    v[4] = __uint_as_float(b.x); v[5] = __uint_as_float(b.y); v[6] = __uint_as_float(b.z); v[7] = __uint_as_float(b.w);
-  }
-  static __device__ __forceinline__ float one(const void* p, long long i) {
-    return reinterpret_cast<const float*>(p)[i];
-  }
-};
-template <> struct Side<1> {
-  static __device__ __forceinline__ float half(unsigned short h) {
-    float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f;
-  }
-  static __device__ __forceinline__ void vector(const void* p, long long i, float* v) {
-    uint4 a = __ldcs(reinterpret_cast<const uint4*>(reinterpret_cast<const unsigned short*>(p) + i));
-    u32 w[4] = {a.x, a.y, a.z, a.w};
+template <int KIND> __device__ __forceinline__ float half_of(u32 h) {
+  if (KIND == 2) return __uint_as_float(h << 16);
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"((unsigned short)h));
+  return f;
+}
+
+template <int KIND> __device__ __forceinline__ float one(const void* p, long long i) {
+  if (KIND == 0) return reinterpret_cast<const float*>(p)[i];
+  return half_of<KIND>(reinterpret_cast<const unsigned short*>(p)[i]);
+}
+
+// GROUP elements side by side, as words.
+template <int KIND> struct Group {
+  static constexpr int WORDS = KIND == 0 ? GROUP : GROUP / 2;
+  u32 words[WORDS];
+  __device__ __forceinline__ void load(const void* p, long long i) {
+    const char* at = reinterpret_cast<const char*>(p) + i * (KIND == 0 ? 4 : 2);
+    if (WORDS == 2) {
+      uint2 a = __ldcs(reinterpret_cast<const uint2*>(at));
+      words[0] = a.x; words[1] = a.y;
+      return;
+    }
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-      v[2 * k] = half((unsigned short)(w[k] & 0xffffu)); v[2 * k + 1] = half((unsigned short)(w[k] >> 16));
+    for (int k = 0; k + 3 < WORDS; k += 4) {
+      uint4 a = __ldcs(reinterpret_cast<const uint4*>(at) + k / 4);
+      words[k] = a.x; words[k + 1] = a.y; words[k + 2] = a.z; words[k + 3] = a.w;
     }
   }
-  static __device__ __forceinline__ float one(const void* p, long long i) {
-    return half(reinterpret_cast<const unsigned short*>(p)[i]);
+  __device__ __forceinline__ float operator[](int k) const {
+    if (KIND == 0) return __uint_as_float(words[k]);
+    return half_of<KIND>(k & 1 ? words[k / 2] >> 16 : words[k / 2] & 0xffffu);
   }
 };
-template <> struct Side<2> {
-  static __device__ __forceinline__ void vector(const void* p, long long i, float* v) {
-    uint4 a = __ldcs(reinterpret_cast<const uint4*>(reinterpret_cast<const unsigned short*>(p) + i));
-    u32 w[4] = {a.x, a.y, a.z, a.w};
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      v[2 * k] = __uint_as_float(w[k] << 16); v[2 * k + 1] = __uint_as_float(w[k] & 0xffff0000u);
-    }
-  }
-  static __device__ __forceinline__ float one(const void* p, long long i) {
-    return __uint_as_float((u32)reinterpret_cast<const unsigned short*>(p)[i] << 16);
-  }
-};
+
+#define STEP (THREADS * GROUP)
+#define TURN (STEP * GROUPS)
 
 struct Sums {
   double abs_, dd, rr, tt, rt;
   u32 top, top_ref;
-  int vector;  // the first eight elements among which top is
+  int base;  // first element of the turn among which top is; of one by itself, -1 less its place
 };
 
 // Counts of what is rare, for the whole block: pairs that are not finite, NaN and Inf on each side, mismatched pairs,
@@ -100,45 +113,62 @@ __device__ __noinline__ void strange(int* rare, float r, float t, int i) {
   }
 }
 
-// One pair by itself: the few behind the last vector, and those of a vector with something strange in it.
+// One pair by itself: the few behind the last turn, and those of a turn with something strange in it.
 template <int REF, int TEST>
-__device__ __forceinline__ void add_one(Sums& s, u32* histogram, int* rare, const void* ref, const void* test, int i) {
-  float r = Side<REF>::one(ref, i), t = Side<TEST>::one(test, i), d = fabsf(t - r);  // NaN or Inf where either side is
+__device__ __forceinline__ void add_one(
+    Sums& s, u32* histogram, int* rare, const void* ref, const void* test, int i, int base) {
+  float r = one<REF>(ref, i), t = one<TEST>(test, i), d = fabsf(t - r);  // NaN or Inf where either side is
   u32 br = __float_as_uint(r) & 0x7fffffffu, bd = __float_as_uint(d) & 0x7fffffffu;
   if (br < 0x7f800000u) s.top_ref = max(s.top_ref, br);
   if (bd >= 0x7f800000u) { strange(rare, r, t, i); return; }
-  if (bd > s.top) { s.top = bd; s.vector = i / 8; }
+  if (bd > s.top) { s.top = bd; s.base = base; }
   double x = r, y = t, z = d;
   s.abs_ += z; s.dd = fma(z, z, s.dd); s.rr = fma(x, x, s.rr); s.tt = fma(y, y, s.tt); s.rt = fma(x, y, s.rt);
   atomicAdd(&histogram[bd >> SHIFT], 1u);
 }
 
-// Eight pairs without a branch between them, so that they overlap.
+// GROUPS groups of pairs without a branch between them, so that they overlap.
 template <int REF, int TEST>
-__device__ __forceinline__ void add_vector(
-    Sums& s, u32* histogram, int* rare, const void* ref, const void* test, int v) {
-  float r[8], t[8], d[8];
-  Side<REF>::vector(ref, 8LL * v, r); Side<TEST>::vector(test, 8LL * v, t);
+__device__ __forceinline__ void add_turn(
+    Sums& s, u32* histogram, int* rare, const Group<REF>* a, const Group<TEST>* b, const void* ref, const void* test,
+    int first) {
   u32 top = 0, top_ref = 0;
 #pragma unroll
-  for (int k = 0; k < 8; k++) {
-    d[k] = t[k] - r[k];
-    top = max(top, __float_as_uint(d[k]) & 0x7fffffffu);
-    top_ref = max(top_ref, __float_as_uint(r[k]) & 0x7fffffffu);
-  }
-  if (top >= 0x7f800000u) {
+  for (int u = 0; u < GROUPS; u++)
+#pragma unroll
+    for (int k = 0; k < GROUP; k++) {
+      float r = a[u][k];
+      top = max(top, __float_as_uint(b[u][k] - r) & 0x7fffffffu);
+      top_ref = max(top_ref, __float_as_uint(r) & 0x7fffffffu);
+    }
+  bool alone = top >= 0x7f800000u;
+  // Sums in FP32 neither overflow nor lose what counts where both maxima are 0, or between 2^-50 and 2^60.
+  if (IN_FP32) alone |= max(top, top_ref) >= 0x5d800000u | top - 1 < 0x267fffffu | top_ref - 1 < 0x267fffffu;
+  if (alone) {
 #pragma unroll 1
-    for (int k = 0; k < 8; k++) add_one<REF, TEST>(s, histogram, rare, ref, test, 8 * v + k);
+    for (int u = 0; u < GROUPS; u++)
+#pragma unroll 1
+      for (int k = 0; k < GROUP; k++)
+        add_one<REF, TEST>(s, histogram, rare, ref, test, first + u * STEP + k, first);
     return;
   }
   s.top_ref = max(s.top_ref, top_ref);
-  if (top > s.top) { s.top = top; s.vector = v; }
+  if (top > s.top) { s.top = top; s.base = first; }
+  float fa = 0, fd = 0, fr = 0, ft = 0, fx = 0;
 #pragma unroll
-  for (int k = 0; k < 8; k++) {
-    double x = r[k], y = t[k], z = fabsf(d[k]);
-    s.abs_ += z; s.dd = fma(z, z, s.dd); s.rr = fma(x, x, s.rr); s.tt = fma(y, y, s.tt); s.rt = fma(x, y, s.rt);
-    atomicAdd(&histogram[(__float_as_uint(d[k]) & 0x7fffffffu) >> SHIFT], 1u);
-  }
+  for (int u = 0; u < GROUPS; u++)
+#pragma unroll
+    for (int k = 0; k < GROUP; k++) {
+      float r = a[u][k], t = b[u][k], d = t - r;
+      if (IN_FP32) {
+        fa += fabsf(d); fd = fmaf(d, d, fd); fr = fmaf(r, r, fr); ft = fmaf(t, t, ft); fx = fmaf(r, t, fx);
+      } else {
+        double x = r, y = t, z = fabsf(d);
+        s.abs_ += z; s.dd = fma(z, z, s.dd); s.rr = fma(x, x, s.rr); s.tt = fma(y, y, s.tt); s.rt = fma(x, y, s.rt);
+      }
+      atomicAdd(&histogram[(__float_as_uint(d) & 0x7fffffffu) >> SHIFT], 1u);
+    }
+  if (IN_FP32) { s.abs_ += fa; s.dd += fd; s.rr += fr; s.tt += ft; s.rt += fx; }
 }
 
 template <class T, class F> __device__ __forceinline__ T across(T v, F f) {
@@ -155,12 +185,30 @@ __device__ __forceinline__ void body(const void* ref, const void* test, double* 
   if (threadIdx.x < RARE) rare[threadIdx.x] = threadIdx.x == FIRST ? 0x7fffffff : 0;
   __syncthreads();
   Sums s = {0, 0, 0, 0, 0, 0, 0, 0};
-  int vectors = n / 8, stride = gridDim.x * blockDim.x, me = blockIdx.x * blockDim.x + threadIdx.x;
-  for (int v = me; v < vectors; v += stride) add_vector<REF, TEST>(s, histogram, rare, ref, test, v);
-  if (8 * vectors + me < n) add_one<REF, TEST>(s, histogram, rare, ref, test, 8 * vectors + me);
-  int where = 0;
-  for (int i = min(8 * s.vector + 7, n - 1); s.top && i >= 8 * s.vector; i--)
-    if ((__float_as_uint(Side<TEST>::one(test, i) - Side<REF>::one(ref, i)) & 0x7fffffffu) == s.top) where = i;
+  long long whole = n - n % TURN, stride = (long long)gridDim.x * TURN;
+  long long at = (long long)blockIdx.x * TURN + threadIdx.x * GROUP;
+  Group<REF> a[GROUPS], next_a[GROUPS];
+  Group<TEST> b[GROUPS], next_b[GROUPS];
+  auto load = [&](Group<REF>* x, Group<TEST>* y, long long i) {
+#pragma unroll
+    for (int u = 0; u < GROUPS; u++) { x[u].load(ref, i + u * STEP); y[u].load(test, i + u * STEP); }
+  };
+  if (at < whole) load(a, b, at);
+  for (; at < whole; at += stride) {  // the next turn is on its way while this one is added
+    if (at + stride < whole) load(next_a, next_b, at + stride);
+    add_turn<REF, TEST>(s, histogram, rare, a, b, ref, test, (int)at);
+#pragma unroll
+    for (int u = 0; u < GROUPS; u++) { a[u] = next_a[u]; b[u] = next_b[u]; }
+  }
+  for (long long i = whole + blockIdx.x * THREADS + threadIdx.x; i < n; i += (long long)gridDim.x * THREADS)
+    add_one<REF, TEST>(s, histogram, rare, ref, test, (int)i, -1 - (int)i);
+  int where = s.base < 0 ? -1 - s.base : 0;
+  if (s.top && s.base >= 0)
+    for (int u = GROUPS - 1; u >= 0; u--)
+      for (int k = GROUP - 1; k >= 0; k--) {
+        int i = s.base + u * STEP + k;
+        if ((__float_as_uint(one<TEST>(test, i) - one<REF>(ref, i)) & 0x7fffffffu) == s.top) where = i;
+      }
   __syncthreads();
   for (int b = threadIdx.x; b < BINS; b += blockDim.x)
     if (histogram[b]) atomicAdd(&counts[b], histogram[b]);
@@ -220,11 +268,17 @@ def _device(index: int) -> tuple[str, int]:
     return f"{properties.major}{properties.minor}", properties.multi_processor_count
 
 
+def _shape(ref: int, test: int) -> _Shape:
+    return _IN_16_BITS if ref and test else _WITH_FP32
+
+
 def source_of(ref: int, test: int) -> str:
     """The kernel's text for two of ``_TYPES``."""
+    shape = _shape(ref, test)
     constants = {
-        "REF_KIND": ref, "TEST_KIND": test, "THREADS": _THREADS, "BLOCKS": _BLOCKS,
-        "BINS": BINS, "SHIFT": BIN_SHIFT, "NUMBERS": _NUMBERS,
+        "REF_KIND": ref, "TEST_KIND": test, "THREADS": shape.threads, "BLOCKS": shape.blocks, "GROUP": shape.group,
+        "GROUPS": shape.groups, "IN_FP32": int(shape is _IN_16_BITS), "BINS": BINS, "SHIFT": BIN_SHIFT,
+        "NUMBERS": _NUMBERS,
     }  # fmt: skip
     return "".join(f"#define {name} {value}\n" for name, value in constants.items()) + _SOURCE
 
@@ -265,12 +319,13 @@ def launch(ref: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, int]:
     import torch
 
     capability, processors = _device(ref.device.index)
-    kernel = _kernel(_TYPES[str(ref.dtype)], _TYPES[str(test.dtype)], capability)
-    blocks = max(1, min(processors * _BLOCKS, -(-ref.numel() // (8 * _THREADS))))
+    kinds = _TYPES[str(ref.dtype)], _TYPES[str(test.dtype)]
+    kernel, shape = _kernel(*kinds, capability), _shape(*kinds)
+    blocks = max(1, min(processors * shape.blocks, -(-ref.numel() // shape.turn)))
     memory = torch.zeros(blocks * _NUMBERS + -(-BINS // 2), dtype=torch.float64, device=ref.device)
     with torch.cuda.device(ref.device):
         counts = memory[blocks * _NUMBERS :]
-        kernel(grid=(blocks, 1, 1), block=(_THREADS, 1, 1), args=[ref, test, memory, counts, ref.numel()])
+        kernel(grid=(blocks, 1, 1), block=(shape.threads, 1, 1), args=[ref, test, memory, counts, ref.numel()])
     return memory, blocks
 
 

@@ -15,7 +15,14 @@ import numpy as np
 
 from cp_debug.backends.base import Backend, Program, RunRecord, Session, Sink, Tensor
 from cp_debug.backends.build_info import BuildInfo
-from cp_debug.backends.capabilities import build_info_of, calibrates_itself, kept_in_fp32, largest_opset, profiles_of
+from cp_debug.backends.capabilities import (
+    FreesMemory,
+    build_info_of,
+    calibrates_itself,
+    kept_in_fp32,
+    largest_opset,
+    profiles_of,
+)
 from cp_debug.errors import InputError
 from cp_debug.graph.check_inputs import no_numbers
 from cp_debug.graph.declared import declared_precisions
@@ -225,6 +232,12 @@ class Pipeline:
             check_realised(self.backend, [build_info_of(session) for session in self.sessions.values()])
             self._realised = True
         return results
+
+    def free_memory(self) -> None:
+        """Free what sessions hold between their runs and can have again."""
+        for session in (*self.sessions.values(), *self._deployed.values()):
+            if isinstance(session, FreesMemory):
+                session.free_memory()
 
     def program(self, component: str) -> Program:
         """The program of a component by its name. Raises KeyError where there is none."""

@@ -221,7 +221,8 @@ def conv(
     places = itertools.product(*map(range, window.kernel))
     starts = tuple(tuple(i * d for i, d in zip(k, window.dilation, strict=True)) for k in places)
     taps = Taps(weight.unflatten(0, (groups, -1)).flatten(3), tuple(range(len(starts))), starts)
-    images = functional.pad(x, window.torch_pads()).unflatten(1, (groups, -1)).flatten(0, 1)
+    pads = window.torch_pads()
+    images = (functional.pad(x, pads) if any(pads) else x).unflatten(1, (groups, -1)).flatten(0, 1)
     if vector:
         result = accumulate_vectors(images, taps, window.stride, size, vector)
     else:

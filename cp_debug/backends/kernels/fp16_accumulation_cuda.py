@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cp_debug.backends.kernels.fp16_accumulation_source import SOURCE
 
@@ -45,7 +46,10 @@ class Tile(NamedTuple):
         return self.outputs // self.of_thread[0] * self.places // self.of_thread[1]
 
 
-TILES = (Tile(128, 128, (8, 8), 1), Tile(64, 128, (8, 4), 2), Tile(64, 64, (8, 4), 3), Tile(16, 128, (4, 4), 4))
+WIDE, NARROW = Tile(64, 64, (8, 4), 3), Tile(16, 128, (4, 4), 4)
+"""The best of twelve on an H200, for 64 to 256 outputs and for 1 to 3 (``docs/gpu/speed.md``)."""
+FEW = 16
+"""Outputs up to which a tile is narrow."""
 
 
 class Instruction(NamedTuple):
@@ -88,12 +92,9 @@ class Spread(NamedTuple):
 
 class _Tables(NamedTuple):
     order: Tensor
-    """(phases, K): places in the weights (channels × places of the kernel), in the order of addition."""
-    offset: Tensor
-    place: Tensor
-    to: Tensor
-    start: Tensor
-    step: Tensor
+    """(phases · rows): places in the weights (channels × places of the kernel), in the order of addition."""
+    numbers: Tensor
+    """What the kernel looks up, as its text has it."""
 
 
 def accumulate(
@@ -116,21 +117,10 @@ def accumulate(
         return None
     if max(x[0].numel(), prod(spread.into.shape[2:]) if spread else places) >= _LARGEST:
         return None
-    index = x.device.index
-    tile = chosen_tile(outputs, places, images * len(phases), _processors(index))
-    if not _is_right(index, total.slices > 1, tile):
+    tile = NARROW if outputs <= FEW else WIDE
+    if not _is_right(x.device.index, total.slices > 1, tile):
         return None
     return _launch(x.contiguous(), phases, stride, size, total, spread, tile)
-
-
-def chosen_tile(outputs: int, places: int, images: int, processors: int) -> Tile:
-    """The tile with which a GPU's multiprocessors do least in all turns that they need."""
-
-    def cost(tile: Tile) -> int:
-        blocks = -(-outputs // tile.outputs) * -(-places // tile.places) * images
-        return -(-blocks // (processors * tile.blocks)) * tile.blocks * tile.outputs * tile.places
-
-    return min(TILES, key=cost)
 
 
 def _launch(
@@ -143,28 +133,21 @@ def _launch(
     tile: Tile,
 ) -> Tensor:
     weight = phases[0].weight
-    groups, outputs = weight.shape[:2]
-    places = prod(size)
+    groups, outputs, _, kernel = weight.shape
     into, begins, step = spread or Spread(x.new_empty(len(x), outputs, *size), ((0,) * len(size),), (1,) * len(size))
     tables = _tables(
-        str(x.device), total, weight.shape[3], tuple((p.places, p.starts) for p in phases), tuple(x.shape[2:]),
-        tuple(stride), tuple(size), tuple(into.shape[2:]), begins, step,
+        str(x.device), total, (groups, outputs, kernel), tuple((p.places, p.starts) for p in phases),
+        tuple(x.shape[1:]), tuple(stride), tuple(size), tuple(into.shape[2:]), begins, step,
     )  # fmt: skip
-    padded = -(-outputs // tile.outputs) * tile.outputs
-    depth = tables.order.shape[1]
-    rows = depth + BLOCK  # the kernel loads whole blocks
-    ordered = x.new_zeros(len(phases), groups, rows, padded)
-    columns = weight.flatten(2).index_select(2, tables.order.flatten()).unflatten(2, tables.order.shape)
-    ordered[:, :, :depth, :outputs] = columns.permute(2, 0, 3, 1)
+    if outputs % 4:
+        weight = functional.pad(weight, (0, 0, 0, 0, 0, -outputs % 4))
+    ordered = weight.flatten(2).index_select(2, tables.order).unflatten(2, (len(phases), -1)).permute(2, 0, 3, 1)
     with torch.cuda.device(x.device):
         _kernel(_capability(x.device.index), total.slices > 1, tile)(
-            grid=(-(-places // tile.places), padded // tile.outputs, len(x) * len(phases)),
+            grid=(-(-prod(size) // tile.places), -(-outputs // tile.outputs), len(x) * len(phases)),
             block=(tile.threads, 1, 1),
-            args=[
-                x, ordered, tables.offset, tables.place, tables.to, tables.start, tables.step, into,
-                x[0].numel(), into[0, 0].numel(), len(x), groups, rows, padded, outputs, places, len(tables.step),
-            ],
-        )  # fmt: skip
+            args=[x, ordered.contiguous(), tables.numbers, into],
+        )
     return into
 
 
@@ -172,33 +155,35 @@ def _launch(
 def _tables(
     device: str,
     total: Sum,
-    kernel: int,
+    weight: tuple[int, int, int],
     phases: tuple[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]], ...],
-    spatial: tuple[int, ...],
+    image: tuple[int, ...],
     stride: tuple[int, ...],
     size: tuple[int, ...],
     spread: tuple[int, ...],
     begins: tuple[tuple[int, ...], ...],
     step: tuple[int, ...],
 ) -> _Tables:
-    """What the kernel looks up: weights have ``kernel`` places, data the shape ``spatial``, results ``spread``."""
+    """Tables for weights of so many groups, outputs and places of the kernel, data of the shape ``image`` (channels,
+    *spatial) and results that go into ``spread``."""
+    (groups, outputs, kernel), spatial = weight, image[1:]
     by_slice = [
         [i for i in total.instructions if i.slice == s] or [Instruction(s, (), ())] for s in range(total.slices)
     ]
-    steps = [len(i.taps) + 256 * (i is part[-1]) for part in by_slice for i in part]
+    steps = np.array([len(i.taps) + 256 * (i is part[-1]) for part in by_slice for i in part])
     tap = np.array([t for part in by_slice for i in part for t in i.taps], np.int64)
     channel = np.array([c for part in by_slice for i in part for c in i.channels], np.int64)
-    offset = np.zeros((len(phases), len(tap) + BLOCK), np.int64)
+    # The kernel loads whole blocks: what is behind the last row is read and not used.
+    order, offset = np.zeros((2, len(phases), len(tap) + BLOCK), np.int64)
+    for row, (places, _) in zip(order, phases, strict=True):
+        row[: len(tap)] = channel * kernel + np.array(places)[tap]
     for row, (_, starts) in zip(offset, phases, strict=True):
         row[: len(tap)] = _flat(starts, spatial)[tap] + channel * prod(spatial)
     grid = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), -1).reshape(-1, len(size))
-    tables = (
-        offset, _flat(grid * stride, spatial), _flat(grid * step, spread), _flat(begins, spread), np.array(steps),
-    )  # fmt: skip
-    index = np.array([channel * kernel + np.array(places)[tap] for places, _ in phases])
-    return _Tables(
-        torch.from_numpy(index).to(device), *(torch.from_numpy(table.astype(np.int32)).to(device) for table in tables)
-    )
+    head = [prod(image), prod(spread), groups, order.shape[1], outputs, len(grid), len(steps), len(phases)]
+    numbers = [head, offset, _flat(grid * stride, spatial), _flat(grid * step, spread), _flat(begins, spread), steps]
+    flat = np.concatenate([np.asarray(part, np.int64).reshape(-1) for part in numbers]).astype(np.int32)
+    return _Tables(torch.from_numpy(order.reshape(-1)).to(device), torch.from_numpy(flat).to(device))
 
 
 def _flat(places: Any, shape: Sequence[int]) -> np.ndarray:
@@ -240,11 +225,6 @@ def _is_right(index: int, sliced: bool, tile: Tile) -> bool:
 @cache
 def _capability(index: int) -> str:
     return "{}{}".format(*torch.cuda.get_device_capability(index))
-
-
-@cache
-def _processors(index: int) -> int:
-    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 def source_of(sliced: bool, tile: Tile) -> str:

@@ -23,32 +23,34 @@ __device__ __forceinline__ float high(u32 h) {
   return f;
 }
 
-// x: images of `image` values; w: (phases, groups, rows, padded), rows in the order of addition; offset of a row's
-// channel and tap in x: (phases, rows); place of an output's place in x, to: in a channel of `out`; start of a phase
-// there; step: products of each instruction, + 256 at a slice's end.
+// x: images of `image` values; w: (phases, groups, rows, outputs), rows in the order of addition, outputs filled up to
+// a multiple of 4; tables: the eight numbers below, then the offset in x of a row's channel and tap: (phases, rows);
+// the place in x of an output's place, and in a channel of `out`: (places) each; the start of a phase there: (phases);
+// the products of each instruction, + 256 at a slice's end: (steps).
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp16_accumulate(
-    const float* x, const float* w, const int* offset, const int* place, const int* to, const int* start,
-    const int* step, float* out, int image, int channel, int images, int groups, int rows, int padded, int outputs,
-    int places, int steps) {
+    const float* x, const float* w, const int* tables, float* out) {
+  const int image = tables[0], channel = tables[1], groups = tables[2], rows = tables[3], outputs = tables[4],
+            places = tables[5], steps = tables[6], phases = tables[7], padded = (outputs + 3) & ~3;
+  const int *offset = tables + 8, *place = offset + phases * rows, *to = place + places, *start = to + places,
+            *step = start + phases;
   __shared__ __align__(16) float weights[2][16][OT];
   __shared__ __align__(16) float data[2][16][PT];
   constexpr int FOURS = 4 * OT, LOADS = (FOURS + THREADS - 1) / THREADS, ROWS = THREADS / PT, VALUES = 16 / ROWS;
   int me = threadIdx.x, p0 = blockIdx.x * PT, o0 = blockIdx.y * OT;
-  int phase = blockIdx.z / images, of = blockIdx.z % images;
+  int images = gridDim.z / phases, phase = blockIdx.z / images, of = blockIdx.z % images;
   x += (long long)of * image;
   w += (long long)(phase * groups + of % groups) * rows * padded;
   offset += phase * rows;
   int column = me % PT, first_row = me / PT;
   const float* mine = x + (p0 + column < places ? place[p0 + column] : place[0]);
-  float4 next_weights[LOADS];
+  float4 next_weights[LOADS] = {};
   float next_data[VALUES];
   auto fetch = [&](int begin) {
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-      int at = me + i * THREADS;
-      if (FOURS % THREADS == 0 || at < FOURS)
-        next_weights[i] = *reinterpret_cast<const float4*>(
-            w + (long long)(begin + at / (OT / 4)) * padded + o0 + at % (OT / 4) * 4);
+      int at = me + i * THREADS, row = begin + at / (OT / 4), output = o0 + at % (OT / 4) * 4;
+      if ((FOURS % THREADS == 0 || at < FOURS) && output < padded)
+        next_weights[i] = *reinterpret_cast<const float4*>(w + (long long)row * padded + output);
     }
 #pragma unroll
     for (int i = 0; i < VALUES; i++) next_data[i] = mine[offset[begin + first_row + ROWS * i]];
@@ -82,10 +84,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp16_accumulate(
     int what = step[s], count = what & 255;
     begin += count;
     if (s + 1 < steps) fetch(begin);
-#pragma unroll
-    for (int i = 0; i < TO; i++)
-#pragma unroll
-      for (int j = 0; j < TP; j++) sum[i][j] = 0;
     auto add = [&](int k) {
       float a[TO], b[TP];
 #pragma unroll
@@ -97,14 +95,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) fp16_accumulate(
 #pragma unroll
       for (int i = 0; i < TO; i++)
 #pragma unroll
-        for (int j = 0; j < TP; j++) sum[i][j] = __fmaf_rn(a[i], b[j], sum[i][j]);
+        for (int j = 0; j < TP; j++) sum[i][j] = k ? __fmaf_rn(a[i], b[j], sum[i][j]) : __fmul_rn(a[i], b[j]);
     };
     if (count == 16) {
 #pragma unroll
       for (int k = 0; k < 16; k++) add(k);
     } else {
+      add(0);
 #pragma unroll 1
-      for (int k = 0; k < count; k++) add(k);
+      for (int k = 1; k < count; k++) add(k);
     }
 #pragma unroll
     for (int i = 0; i < TO; i++)
