@@ -146,13 +146,13 @@ def test_the_reduction_of_a_device_says_the_same(pair: tuple[np.ndarray, np.ndar
     _assert_totals_agree(device, host)
 
 
-def _assert_totals_agree(device: Totals, host: Totals) -> None:
+def _assert_totals_agree(device: Totals, host: Totals, rel: float = 1e-12) -> None:
     for name in host.whole._fields:
         if name != "first_mismatch" or host.whole.mismatched:
-            tolerance = 1e-12 * math.sqrt(host.whole.sum_rr * host.whole.sum_tt) if name == "sum_rt" else 0.0
-            assert getattr(device.whole, name) == pytest.approx(getattr(host.whole, name), rel=1e-12, abs=tolerance), (
-                name
-            )
+            tolerance = rel * math.sqrt(host.whole.sum_rr * host.whole.sum_tt) if name == "sum_rt" else 0.0
+            allowed = rel if name.startswith("sum_") else 0.0
+            expected = pytest.approx(getattr(host.whole, name), rel=allowed, abs=tolerance)
+            assert getattr(device.whole, name) == expected, name
     assert device.histogram.sum() == host.histogram.sum()
     assert device.quantile(0.5) == pytest.approx(host.quantile(0.5), rel=2 * RESOLUTION, abs=1.2e-38)
 
@@ -274,7 +274,10 @@ def test_cuda_tensors_are_reduced_where_they_lie(dtype: torch.dtype) -> None:
     if dtype.is_floating_point:
         test.view(torch.uint8)[0, 3, : 4 * dtype.itemsize] = 0x7F  # NaN in every one of these types
     device = statistics_reduce.reduce_device(ref.cuda(), test.cuda())
-    _assert_totals_agree(device, statistics_reduce.reduce_host(as_numpy(ref), as_numpy(test)))
+    in_16_bits = dtype in (torch.float16, torch.bfloat16)  # eight terms are added in FP32
+    _assert_totals_agree(
+        device, statistics_reduce.reduce_host(as_numpy(ref), as_numpy(test)), 2.0**-21 if in_16_bits else 1e-12
+    )
     stats, host = compare(ref.cuda().mT, test.cuda().mT), compare(ref.mT, test.mT)
     assert (stats.max_abs, stats.argmax, stats.equal, stats.nan_test) == (
         host.max_abs,
