@@ -69,7 +69,7 @@ class LimitedStream(SafeStream):
         super().__init__(stream)
         self._left, self._width = lines, width
         self._line = ""
-        """What was passed on of the line that is not yet at its end."""
+        """The part of an unfinished line that was passed on."""
         self._more = 0
         self._open = False
         """Whether a line that is not passed on has begun."""

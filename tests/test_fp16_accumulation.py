@@ -292,10 +292,10 @@ def test_phases_of_a_transposed_convolution_go_to_their_places_at_once(
     launched: list[int] = []
 
     def launch(
-        x: torch.Tensor, phases: Any, stride: Any, size: Any, total: Any, spread: Any = None
+        x: torch.Tensor, phases: Any, stride: Any, size: Any, total: Any, scattered: Any = None
     ) -> torch.Tensor | None:
         launched.append(len(phases))
-        return fp16_accumulation_cuda._launch(x, phases, stride, size, total, spread, fp16_accumulation_cuda.NARROW)
+        return fp16_accumulation_cuda._launch(x, phases, stride, size, total, scattered, fp16_accumulation_cuda.NARROW)
 
     monkeypatch.setattr(fp16_accumulation_cuda, "accumulate", launch)
     found = fp16_accumulation.conv_transpose(x, weight, None, window, size, groups, tile=32)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cp_debug.backends.kernels import fp16_accumulation_cuda
-from cp_debug.backends.kernels.fp16_accumulation_cuda import BLOCK, Instruction, Spread, Sum, Taps
+from cp_debug.backends.kernels.fp16_accumulation_cuda import BLOCK, Instruction, Scattered, Sum, Taps
 from cp_debug.backends.kernels.windows import Window
 from cp_debug.backends.rounding import round_fp16
 
@@ -271,9 +271,9 @@ def conv_transpose(
             starts = tuple(tuple(o + pad for (_, o), pad in zip(tap, low, strict=True)) for tap in taps)
             phases.append(Taps(grouped, places, starts))
         if result.numel():
-            spread = Spread(result, begins, window.stride)
+            scattered = Scattered(result, begins, window.stride)
             total = instructions(x.shape[1] // groups, count, order)
-            if fp16_accumulation_cuda.accumulate(data, phases, ones, extent, total, spread) is not None:
+            if fp16_accumulation_cuda.accumulate(data, phases, ones, extent, total, scattered) is not None:
                 continue
         for phase, of_phase in zip(begins, phases, strict=True):
             where = tuple(slice(p, None, s) for p, s in zip(phase, window.stride, strict=True))

@@ -81,7 +81,7 @@ class Taps(NamedTuple):
     starts: tuple[tuple[int, ...], ...]
 
 
-class Spread(NamedTuple):
+class Scattered(NamedTuple):
     """Results' places in a larger tensor: each phase's first place, and the step from place to place."""
 
     into: Tensor
@@ -94,7 +94,7 @@ class _Tables(NamedTuple):
     order: Tensor
     """(phases · rows): places in the weights (channels × places of the kernel), in the order of addition."""
     numbers: Tensor
-    """What the kernel looks up, as its text has it."""
+    """The tables that the kernel reads, in the order that its text tells."""
 
 
 def accumulate(
@@ -103,24 +103,24 @@ def accumulate(
     stride: Sequence[int],
     size: Sequence[int],
     total: Sum,
-    spread: Spread | None = None,
+    scattered: Scattered | None = None,
 ) -> Tensor | None:
     """Sum the taps over ``x`` (images, channels per group, *spatial) → (images, outputs per group, *size).
 
     Image i is of group i modulo the groups. All operands hold FP16 values in float32. Several phases, which share their
-    weights and differ in their taps, need a ``spread``, whose tensor is written to and returned. None where there is no
-    GPU, or where its kernel does not give this project's definition bit by bit.
+    weights and differ in their taps, need a ``scattered``, whose tensor is written to and returned. None where there is
+    no GPU, or where its kernel does not give this project's definition bit by bit.
     """
     outputs = phases[0].weight.shape[1]
     images, places = len(x), prod(size)
     if not x.is_cuda or x.dtype != torch.float32 or images * len(phases) > _DEEPEST:
         return None
-    if max(x[0].numel(), prod(spread.into.shape[2:]) if spread else places) >= _LARGEST:
+    if max(x[0].numel(), prod(scattered.into.shape[2:]) if scattered else places) >= _LARGEST:
         return None
     tile = NARROW if outputs <= FEW else WIDE
     if not _is_right(x.device.index, total.slices > 1, tile):
         return None
-    return _launch(x.contiguous(), phases, stride, size, total, spread, tile)
+    return _launch(x.contiguous(), phases, stride, size, total, scattered, tile)
 
 
 def _launch(
@@ -129,12 +129,14 @@ def _launch(
     stride: Sequence[int],
     size: Sequence[int],
     total: Sum,
-    spread: Spread | None,
+    scattered: Scattered | None,
     tile: Tile,
 ) -> Tensor:
     weight = phases[0].weight
     groups, outputs, _, kernel = weight.shape
-    into, begins, step = spread or Spread(x.new_empty(len(x), outputs, *size), ((0,) * len(size),), (1,) * len(size))
+    into, begins, step = scattered or Scattered(
+        x.new_empty(len(x), outputs, *size), ((0,) * len(size),), (1,) * len(size)
+    )
     tables = _tables(
         str(x.device), total, (groups, outputs, kernel), tuple((p.places, p.starts) for p in phases),
         tuple(x.shape[1:]), tuple(stride), tuple(size), tuple(into.shape[2:]), begins, step,
@@ -160,12 +162,12 @@ def _tables(
     image: tuple[int, ...],
     stride: tuple[int, ...],
     size: tuple[int, ...],
-    spread: tuple[int, ...],
+    scattered: tuple[int, ...],
     begins: tuple[tuple[int, ...], ...],
     step: tuple[int, ...],
 ) -> _Tables:
     """Tables for weights of so many groups, outputs and places of the kernel, data of the shape ``image`` (channels,
-    *spatial) and results that go into ``spread``."""
+    *spatial) and results that go into ``scattered``."""
     (groups, outputs, kernel), spatial = weight, image[1:]
     by_slice = [
         [i for i in total.instructions if i.slice == s] or [Instruction(s, (), ())] for s in range(total.slices)
@@ -180,8 +182,15 @@ def _tables(
     for row, (_, starts) in zip(offset, phases, strict=True):
         row[: len(tap)] = _flat(starts, spatial)[tap] + channel * prod(spatial)
     grid = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), -1).reshape(-1, len(size))
-    head = [prod(image), prod(spread), groups, order.shape[1], outputs, len(grid), len(steps), len(phases)]
-    numbers = [head, offset, _flat(grid * stride, spatial), _flat(grid * step, spread), _flat(begins, spread), steps]
+    head = [prod(image), prod(scattered), groups, order.shape[1], outputs, len(grid), len(steps), len(phases)]
+    numbers = [
+        head,
+        offset,
+        _flat(grid * stride, spatial),
+        _flat(grid * step, scattered),
+        _flat(begins, scattered),
+        steps,
+    ]
     flat = np.concatenate([np.asarray(part, np.int64).reshape(-1) for part in numbers]).astype(np.int32)
     return _Tables(torch.from_numpy(order.reshape(-1)).to(device), torch.from_numpy(flat).to(device))
 
