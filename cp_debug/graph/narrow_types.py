@@ -67,7 +67,7 @@ def narrow_kinds(graph: Graph) -> set[str]:
 
 
 def without_int8(graph: Graph) -> str | None:
-    """Words for the type that a graph quantizes to where none of it is INT8 (``INT4``, ``levels of 4 bits``); else None."""
+    """Words for what a graph quantizes to where none of it is INT8 (``INT4``, ``levels of 4 bits``); else None."""
     kinds = {node.name: _NAMES[kind] for node, kind in quantizers(graph)}
     for node in graph.nodes:
         if node.op.rpartition(".")[2] in ("MatMulNBits", "GatherBlockQuantized"):
