@@ -98,6 +98,14 @@ class Case:
     signal: int = 0
     """Signal that the command gets ``signal_after`` seconds; 0: none."""
     signal_after: float = 0.0
+    guarded: bool = False
+    """Whether the command runs in a copy of the process, as it does when it is typed."""
+    unchanged: bool = False
+    """Whether the commands leave everything as it was where they fail."""
+    streams: str = ""
+    """What is wrong with stdout and stderr: ``both closed``, ``stdout full``, ``stdout unread`` …"""
+    limits: dict[str, int] = field(default_factory=dict)
+    """Limits of the process: ``NOFILE``, ``AS`` → number."""
 
 
 Make = Callable[[random.Random, Any, Path], Case]

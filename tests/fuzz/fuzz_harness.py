@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from fuzz_base import ANYTHING_NEW, MARK, Case
 
@@ -48,7 +49,11 @@ class Outcome:
 
 
 def prepare() -> None:
-    """Import what commands import, so that forks need not."""
+    """Import what commands import, so that forks need not; processes that cases leave come to this one."""
+    with contextlib.suppress(OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
     os.environ["NO_COLOR"] = "1"
@@ -153,11 +158,14 @@ def _child(argv: list[str], folder: Path, temporary: Path, output: Path, case: C
     tempfile.tempdir = None
     encoding = "ascii" if case is not None and case.ascii else "utf-8"
     sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: PTH123, SIM115
-    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w"), encoding, errors="strict", write_through=True)
-    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w"), encoding, errors="backslashreplace", write_through=True)
+    _spoil("" if case is None else case.streams)
+    sys.stdout = _stream(1, encoding, "strict")
+    sys.stderr = _stream(2, encoding, "backslashreplace")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if case is not None:
+        for name, number in case.limits.items():
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (number, number))
         os.environ.update(case.environment)
         if case.file_limit is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -167,6 +175,10 @@ def _child(argv: list[str], folder: Path, temporary: Path, output: Path, case: C
     try:
         if case is not None and case.program:
             runpy.run_path(case.program, run_name="__main__")
+        elif case is not None and case.guarded:
+            from cp_debug.__main__ import main as guarded
+
+            guarded()
         else:
             from cp_debug.cli.main import main
 
@@ -186,6 +198,29 @@ def _child(argv: list[str], folder: Path, temporary: Path, output: Path, case: C
 
         weakref.finalize._exitfunc()  # temporary folders, as at the end of a process
     return code & 0xFF
+
+
+def _spoil(streams: str) -> None:
+    """Make stdout and stderr as the case has them."""
+    which, _, how = streams.partition(" ")
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        if which not in (name, "both"):
+            continue
+        if how == "closed":
+            os.close(descriptor)
+            continue
+        read, write = os.pipe() if how == "unread" else (None, os.open("/dev/full", os.O_WRONLY))
+        os.dup2(write, descriptor)
+        if read is not None:
+            os.close(read)
+        os.close(write)
+
+
+def _stream(descriptor: int, encoding: str, errors: str) -> Any:
+    """As Python opens a standard stream: None for one that is closed."""
+    with contextlib.suppress(OSError):
+        return io.TextIOWrapper(io.FileIO(descriptor, "w"), encoding, errors=errors, write_through=True)
+    return None
 
 
 def _to_files(output: Path) -> None:
@@ -240,12 +275,41 @@ def judge(case: Case, folder: Path) -> Outcome:
         outcome.codes.append(code)
         out, err = (Path(f"{output}.{kind}").read_bytes() for kind in ("out", "err"))
         outcome.stderr += err.decode("utf-8", "replace")
-        faults = judged_streams(code, hung, out, err, temporary)
-        outcome.faults += [fault for fault in faults if not (case.prints and fault[0] == "control")]
+        faults = judged_streams(_told(code, case), hung, out, err, temporary)
+        outcome.faults += [
+            fault
+            for fault in faults
+            if not (case.prints and fault[0] == "control") and not (case.streams and fault[0] == "message")
+        ]
     if case.signal and outcome.codes[-1] in (130, 143):
         case = replace(case, writes=())  # what was interrupted has written nothing
+    if case.unchanged and outcome.codes[-1] in (2, 3, 70):
+        case = replace(case, writes=())
     outcome.faults += _judged_files(case, work, folder, before)
+    outcome.faults += [("outside", f"a process is left: {name}") for name in _left_processes()]
     return outcome
+
+
+def _told(code: int, case: Case) -> int:
+    """The exit status, with 130 for those that a signal to this case, or a reader that has gone, explains."""
+    ends = (-signal.SIGKILL, -signal.SIGHUP, 128 + signal.SIGHUP)
+    return 130 if (case.signal and code in ends) or (case.streams and code == 141) else code
+
+
+def _left_processes() -> Iterator[str]:
+    """Processes that ended cases left, which are ended, too: this process is the one that gets them."""
+    with contextlib.suppress(OSError):
+        for name in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+            pid = int(name)
+            with contextlib.suppress(OSError):
+                for _ in range(40):  # what ends by itself
+                    if os.waitpid(pid, os.WNOHANG)[0]:
+                        break
+                    time.sleep(0.05)
+                else:
+                    yield Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:100]
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
 
 
 def judged_streams(code: int, hung: bool, out: bytes, err: bytes, temporary: Path) -> Iterator[tuple[str, str]]:
@@ -315,7 +379,7 @@ def _judged_files(
         if name.startswith("said-") or before.get(name) == after.get(name):
             continue
         if name.startswith("tmp/"):
-            if _LEFT_OVER.search(name.split("/")[1]):
+            if _LEFT_OVER.search(name.split("/")[1]) and case.signal != signal.SIGKILL:
                 yield "outside", f"left behind: {name}"
             continue
         relative = name.removeprefix("work/")
@@ -329,7 +393,7 @@ def _judged_files(
         ):
             if "__pycache__" not in name:
                 yield "outside", f"{'changed' if name in before else 'written'}: {name[:200]}"
-        elif _LEFT_OVER.search(Path(name).name) and name not in before:
+        elif _LEFT_OVER.search(Path(name).name) and name not in before and case.signal != signal.SIGKILL:
             yield "outside", f"left behind: {name}"
         elif name in after and Path(name).suffix in _TEXTS:
             yield from judged_text(folder / name)

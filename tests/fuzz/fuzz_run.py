@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import fuzz_arguments
 import fuzz_crossed
 import fuzz_deploy
+import fuzz_ends
 import fuzz_files
 import fuzz_foreign
 import fuzz_harness
@@ -77,14 +78,20 @@ KINDS: dict[str, tuple[Make, int]] = {
     "python-values": (fuzz_python.values, 12),
     "python-modules": (fuzz_python.modules, 8),
     "pytest-plug-in": (fuzz_python.pytest_plugin, 3),
+    "quantized": (fuzz_ends.quantized, 8),
+    "streams": (fuzz_ends.streams, 4),
+    "failing": (fuzz_ends.failing, 6),
+    "endless": (fuzz_ends.endless, 1),
+    "options": (fuzz_ends.options, 6),
     "signals": (fuzz_foreign.signals, 3),
+    "kills": (fuzz_ends.kills, 3),
 }
 """Name → (generator, how often)."""
 
 DEAR = {"runners", "infos", "states", "logs", "sealed-logs", "caches", "strange-values", "plug-ins", "pytest-plug-in"}
 """Kinds of which a case takes seconds: left out of the quick run."""
 
-ASKED = {"signals"}
+ASKED = {"signals", "kills"}
 """Kinds that run where ``--only`` names them: time decides what they do, not the seed alone."""
 
 
