@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any, TextIO
 
 from cp_debug.errors import InputError, system_reason
 
+READER = 10.0
+"""Seconds to wait for somebody who reads a pipe; opened as a file it would wait for ever."""
 SHORTENED = 100
 """Number of characters of a name that a temporary name repeats."""
 results: TextIO | None = None
@@ -27,6 +31,7 @@ def complete_path(path: Path) -> Iterator[Path]:
     check_target(path)
     partial = partial_name(path)
     special = path.exists() and not path.is_file()
+    pipe = _read_pipe(path) if special and path.is_fifo() else None
     try:
         yield path if special else partial  # a device or a pipe, such as /dev/stdout, is written to as it is
         if not special:
@@ -34,8 +39,24 @@ def complete_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({system_reason(error)})") from error
     finally:
+        if pipe is not None:
+            os.close(pipe)
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _read_pipe(path: Path) -> int:
+    """A descriptor of a pipe that somebody reads, open so that its reader stays. Raises InputError where none comes."""
+    end = time.monotonic() + READER
+    while True:
+        try:
+            return os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise InputError(f"{path}: cannot be written ({system_reason(error)})") from None
+        if time.monotonic() > end:
+            raise InputError(f"{path}: cannot be written (a pipe that nobody reads)")
+        time.sleep(0.05)
 
 
 @contextmanager
@@ -141,6 +162,8 @@ def make_folder(path: Path, what: str = "folder") -> None:
         raise InputError(f"{path}: cannot be made ({system_reason(error)})") from None
     except ValueError:
         raise InputError(f"{str(path)!r}: cannot be made (a null byte in its name)") from None
+    except RecursionError:  # a call for each folder around it
+        raise InputError(f"{path}: cannot be made ({len(path.parts)} folders in each other)") from None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from cp_debug.errors import InputError
 from cp_debug.recipes.centerpoint.config import AWML_BASE, TINY
 from cp_debug.recipes.centerpoint.model import build_model
-from cp_debug.recipes.checkpoint import load_checkpoint
+from cp_debug.recipes.checkpoint import load_checkpoint, read_torch
 from cp_debug.recipes.data.points import read_points
 
 TINY_FEATURES = TINY.point_features
@@ -118,6 +118,13 @@ def test_a_checkpoint_that_needs_pickled_code_is_refused(tmp_path: Path) -> None
     torch.save({"state_dict": {}, "meta": Marker()}, tmp_path / "a.pth")
     with pytest.raises(InputError, match=r"a\.pth: refused, because loading it would run code"):
         load_checkpoint(build_model(TINY), tmp_path / "a.pth")
+
+
+def test_what_torch_warns_of_its_reader_is_not_told(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pth", pickle_protocol=4)
+    with pytest.raises(InputError, match="refused"):  # the protocol is another, of which torch warns, too
+        read_torch(tmp_path / "a.pth")
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])

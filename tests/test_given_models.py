@@ -108,3 +108,22 @@ def build(): return Net(), torch.ones(2, 4)
             load_callable(f"{file}:build")
     else:
         load_callable(f"{file}:build")
+
+
+def test_lazy_weights_that_no_forward_reaches_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "lazy.py"
+    file.write_text("""
+import torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.LazyLinear(4), torch.nn.LazyLinear(4)
+    def forward(self, x): return self.a(x)
+class Whole(Net):
+    def forward(self, x): return self.b(self.a(x))
+def build(): return Net(), torch.ones(2, 4)
+def whole(): return Whole(), torch.ones(2, 4)
+""")
+    with pytest.raises(InputError, match=r"b.weight has no values: it is of a lazy module that forward never reaches"):
+        load_callable(f"{file}:build")
+    load_callable(f"{file}:whole")

@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 import pytest
 
+from cp_debug import files
+from cp_debug.cli.saving import check_outputs
 from cp_debug.errors import InputError, system_reason
 from cp_debug.files import complete_folder, complete_path, partial_name, write_text
 from cp_debug.reading import (
@@ -159,6 +161,20 @@ def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     write_text("through", tmp_path / "pipe")
     assert os.read(reader, 99) == b"through"
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_pipe_that_nobody_reads_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "READER", 0.2)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"pipe: cannot be written \(a pipe that nobody reads\)"):
+        write_text("x", tmp_path / "pipe")
+
+
+def test_folders_too_deep_to_be_made_are_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="folders in each other"), complete_folder(Path("d/" * 1500)):
+        pass
+    with pytest.raises(InputError, match=r"--output: d/d.* 1500 folders in each other; expected at most 400"):
+        check_outputs({"output": Path("d/" * 1500)}, {"output": "--output"})
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:

@@ -337,3 +337,10 @@ def test_of_equal_differences_in_several_chunks_the_first_is_told() -> None:
 def test_what_is_no_array_is_refused() -> None:
     with pytest.raises(InputError, match="cannot compare: no array"):
         compare([[1, 2], [3]], np.zeros(2))  # type: ignore[arg-type]
+
+
+def test_a_signalling_nan_is_counted_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    a = np.ones(500_000, np.float32)
+    a.view(np.uint32)[7] = 0x7FA00000
+    assert compare(a, np.ones_like(a)).nan_ref == 1
+    assert not recwarn.list

@@ -17,12 +17,20 @@ OUTPUTS = {"charts", "csv", "html", "json", "junit", "log", "log_file", "onnx", 
 """Parameters of commands that name what is written; every other text or path may name what is read."""
 
 
+DEEPEST = 400
+"""Largest number of folders around an output: to make them takes a call within a call each."""
+
+
 def check_outputs(given: Mapping[str, Any], flags: Mapping[str, str]) -> None:
-    """Raise InputError where an output would replace a file that the same command line reads, or another output.
+    """Raise InputError where an output would replace a file that the same command line reads, or another output, or
+    lies too deep.
 
     ``given``: parameter → value; ``flags``: parameter → its spelling.
     """
     outputs = [(flags[name], str(value)) for name, value in given.items() if name in OUTPUTS and _names_file(value)]
+    for flag, output in outputs:
+        if (folders := len(Path(output).parts)) > DEEPEST:
+            raise InputError(f"{flag}: {output}: {folders} folders in each other; expected at most {DEEPEST}")
     for place, (flag, output) in enumerate(outputs):
         for other, text in outputs[:place]:
             if resolved(Path(output)) == resolved(Path(text)) and not _is_special(output):

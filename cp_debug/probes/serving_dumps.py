@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cp_debug.errors import InputError
-from cp_debug.reading import check_file
+from cp_debug.reading import check_file, load_plain
 
 _RANKS = (re.compile(r"PP_\d+"), re.compile(r"TP_\d+"), re.compile(r"TP\d+_PP\d+_Rank\d+_pid\d+"))
 _STEPS = (re.compile(r"iteration_(\d+)"), re.compile(r"step_(\d+)"))
@@ -123,13 +123,12 @@ def read_pt(path: Path) -> dict[str, np.ndarray]:
     A tensor alone is called as the file is. Shapes and dtypes are those that the file holds. Raises InputError for a
     file with anything but tensors and plain values: unpickling that could run code.
     """
-    import torch
 
     from cp_debug.probes.arrays import as_numpy, is_dense
 
     check_file(path, "file of tensors")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_plain(path)
     except pickle.UnpicklingError:
         raise InputError(
             f"{path}: holds more than tensors, and unpickling that runs code; save tensors alone"

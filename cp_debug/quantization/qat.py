@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path
 from cp_debug.programs.torch_layers import is_quantized
+from cp_debug.reading import load_plain
 from cp_debug.serialize import JsonForm
 from cp_debug.serialize import part as read_part
 
@@ -225,7 +226,7 @@ def _load(
     if path is None or not path.is_file():
         raise InputError(f"--resume: there is no state {path or ''}".rstrip() + "; start without it")
     try:
-        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        saved: dict[str, Any] = load_plain(path)
         if saved["format"] != FORMAT:
             raise ValueError(saved["format"])
         for name in ("rate", "steps", "interval"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cp_debug.errors import InputError
 from cp_debug.probes.arrays import is_dense
-from cp_debug.reading import check_file
+from cp_debug.reading import check_file, load_plain
 
 SHOWN = 5
 
@@ -125,7 +125,7 @@ def read_torch(path: Path) -> object:
     """
     try:
         with torch.serialization.safe_globals([(_LeftOut, name) for name in _LOG_OF_TRAINING]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return load_plain(path)
     except pickle.UnpicklingError:
         raise InputError(
             f"{path}: refused, because loading it would run code pickled into it; only plain tensors are accepted. "

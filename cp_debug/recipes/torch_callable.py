@@ -10,7 +10,7 @@ import importlib.util
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from cp_debug.doing import doing
 from cp_debug.errors import InputError, ModuleFailed
@@ -110,6 +111,8 @@ def load_callable(text: str, checkpoint: Path | None = None) -> TorchModel:
         raise InputError(f"MODEL: {source} has no callable {attribute!r}")
     with own_code(f"MODEL: {text}()"), doing(f"{text}() was called"):
         built = target()
+    if isinstance(built, Coroutine):
+        built.close()  # else Python says at the end that nobody awaited it
     if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], torch.nn.Module)):
         raise InputError(f"MODEL: {text}() returned {type(built).__name__}; expected (module, example_inputs)")
     module, example_inputs = built
@@ -208,6 +211,9 @@ def _output_names(name: str, module: torch.nn.Module, tensors: Sequence[torch.Te
             failed.args = ("; ".join(filter(None, (str(failed), remark))),)
             raise
         raise ModuleFailed(f"MODEL: {name}: forward raised {_first_line(error)}") from error
+    for path, weight in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(weight):
+            raise InputError(f"MODEL: {name}: {path} has no values: it is of a lazy module that forward never reaches")
     if changed:
         raise InputError(
             f"MODEL: {name}: each forward changes its weight {changed!r}, so no two runs are of one network"

@@ -49,11 +49,8 @@ class Outcome:
 
 
 def prepare() -> None:
-    """Import what commands import, so that forks need not; processes that cases leave come to this one."""
-    with contextlib.suppress(OSError, AttributeError):
-        import ctypes
-
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    """Import what commands import, so that forks need not."""
+    adopt()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
     os.environ["NO_COLOR"] = "1"
@@ -83,6 +80,14 @@ def prepare() -> None:
         from cp_debug.probes.statistics import compare
 
         compare(np.ones(3, np.float32), np.ones(3, np.float32))
+
+
+def adopt() -> None:
+    """Have processes that cases leave come to this one, where ``judge`` sees them."""
+    with contextlib.suppress(OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
 def call(argv: list[str], folder: Path, temporary: Path, output: Path, *, case: Case | None = None) -> tuple[int, bool]:
@@ -266,7 +271,7 @@ def judge(case: Case, folder: Path) -> Outcome:
     outside.mkdir(exist_ok=True)
     (outside / "x").write_text("stays")
     outcome = Outcome()
-    before = _listing(folder)
+    before, own = _listing(folder), _children()
     for index, argv in enumerate(case.commands):
         started = time.monotonic()
         output = folder / f"said-{index}"
@@ -286,7 +291,7 @@ def judge(case: Case, folder: Path) -> Outcome:
     if case.unchanged and outcome.codes[-1] in (2, 3, 70):
         case = replace(case, writes=())
     outcome.faults += _judged_files(case, work, folder, before)
-    outcome.faults += [("outside", f"a process is left: {name}") for name in _left_processes()]
+    outcome.faults += [("outside", f"a process is left: {name}") for name in _left(_children() - own)]
     return outcome
 
 
@@ -296,20 +301,24 @@ def _told(code: int, case: Case) -> int:
     return 130 if (case.signal and code in ends) or (case.streams and code == 141) else code
 
 
-def _left_processes() -> Iterator[str]:
-    """Processes that ended cases left, which are ended, too: this process is the one that gets them."""
+def _children() -> set[int]:
     with contextlib.suppress(OSError):
-        for name in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-            pid = int(name)
-            with contextlib.suppress(OSError):
-                for _ in range(40):  # what ends by itself
-                    if os.waitpid(pid, os.WNOHANG)[0]:
-                        break
-                    time.sleep(0.05)
-                else:
-                    yield Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:100]
-                    os.kill(pid, signal.SIGKILL)
-                    os.waitpid(pid, 0)
+        return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+    return set()
+
+
+def _left(processes: set[int]) -> Iterator[str]:
+    """The command lines of those that do not end by themselves; they are ended."""
+    for pid in processes:
+        with contextlib.suppress(OSError):
+            for _ in range(40):
+                if os.waitpid(pid, os.WNOHANG)[0]:
+                    break
+                time.sleep(0.05)
+            else:
+                yield Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:100]
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
 
 
 def judged_streams(code: int, hung: bool, out: bytes, err: bytes, temporary: Path) -> Iterator[tuple[str, str]]:

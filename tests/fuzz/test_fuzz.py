@@ -56,6 +56,23 @@ def test_the_fuzzer_sees_what_is_wrong(tmp_path: Path) -> None:
         assert bool(list(judged_text(tmp_path / name))) == bad, name
 
 
+def test_the_fuzzer_sees_what_a_failed_command_leaves(tmp_path: Path) -> None:
+    sys.path.insert(0, str(RUN.parent))
+    from fuzz_base import Case
+    from fuzz_harness import adopt, judge
+
+    adopt()
+    script = "import os, subprocess, sys\nos.mkdir('out')\nsubprocess.Popen(['sleep', '30'])\n"
+    script += "print('no', file=sys.stderr)\n"
+    for code, unchanged, found in ((0, True, 1), (2, False, 1), (2, True, 2)):
+        place = tmp_path / f"{code}-{unchanged}"
+        (place / "work").mkdir(parents=True)
+        (place / "work" / "case.py").write_text(f"{script}sys.exit({code})")
+        outcome = judge(Case("x", [[]], ["out"], program="case.py", unchanged=unchanged), place)
+        assert [kind for kind, _ in outcome.faults] == ["outside"] * found, outcome.faults
+        assert "a process is left: sleep 30" in outcome.faults[-1][1]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_two_thousand_cases() -> None:
