@@ -359,7 +359,7 @@ def _kind(mode: int) -> str:
 
 
 def load_plain(path: Path) -> Any:
-    """What a file of ``torch.save`` holds, on the CPU, without code; raises as ``torch.load`` does.
+    """Content of a file of ``torch.save``, on the CPU, without code; raises as ``torch.load`` does.
 
     What torch warns of is about its own reader, and says nothing to who only has the file.
     """

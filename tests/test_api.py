@@ -279,3 +279,10 @@ def test_a_type_is_no_model() -> None:
 def test_a_document_that_is_no_object_is_refused(document: object) -> None:
     with pytest.raises(cp_debug.InputError, match="a document is a JSON object"):
         cp_debug.BisectResult.fields_from(document)  # type: ignore[arg-type]
+
+
+def test_a_function_without_a_signature_needs_inputs() -> None:
+    with pytest.raises(
+        cp_debug.InputError, match=r"inputs: sin\(\) does not say what it takes; expected example inputs"
+    ):
+        cp_debug.diagnose(torch.sin, "torch,ort", progress=False)

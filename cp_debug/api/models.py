@@ -139,7 +139,11 @@ def _of_factory(model: Any, name: str, what: str) -> Model:
 
     from cp_debug.recipes.torch_callable import TorchModel, own_code
 
-    needed = [p for p in inspect.signature(model).parameters.values() if p.default is p.empty and p.kind < 2]
+    try:
+        parameters = inspect.signature(model).parameters
+    except (ValueError, TypeError):  # a function of C++, or one that hides what it takes
+        raise InputError(f"inputs: {name}() does not say what it takes; expected example inputs for it") from None
+    needed = [p for p in parameters.values() if p.default is p.empty and p.kind < 2]
     if needed:
         raise InputError(f"inputs: {name}() takes {needed[0].name!r}; expected example inputs for it")
     with own_code(f"{what}: {name}()"):
