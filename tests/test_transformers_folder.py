@@ -46,8 +46,10 @@ def test_a_checkpoint_beside_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 @needs("transformers")
-def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
-    path = folder(tmp_path / "a", model_type="of-their-own", auto_map={"AutoModel": "modeling.Net"})
+@pytest.mark.parametrize("kind", ["of-their-own", "bert"])
+def test_code_in_a_folder_is_never_run(kind: str, tmp_path: Path) -> None:
+    auto_map = {"AutoModel": "modeling.Net"}
+    path = folder(tmp_path / "a", model_type=kind, architectures=["Net"], auto_map=auto_map)
     (path / "model.safetensors").write_bytes(b"")
     (path / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     code, text = run("bisect", path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,11 +54,16 @@ def load_folder(path: Path) -> TorchModel:
     transformers = require("transformers", "transformers")
     config = read_json(path / "config.json", what="configuration")
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    if config.get("auto_map") and config["model_type"] not in transformers.CONFIG_MAPPING:
-        raise InputError(
-            f"MODEL: {path}: config.json names code of its own ({', '.join(map(str, config['auto_map'].values()))}), "
-            "which is never run; load it in file.py:callable"
-        )
+    if own := config.get("auto_map"):
+        classes = config.get("architectures") or []
+        known = config["model_type"] in transformers.CONFIG_MAPPING
+        # The library's own class of that name is taken; for a class that it lacks any other is another network.
+        if not known or not all(isinstance(name, str) and hasattr(transformers, name) for name in classes[:1]):
+            names = own.values() if isinstance(own, Mapping) else [own]
+            raise InputError(
+                f"MODEL: {path}: config.json names code of its own ({', '.join(map(str, names))}), "
+                "which is never run; load it in file.py:callable"
+            )
     packing = packing_of(path, config)
     with own_code(f"MODEL: {path}: transformers"):
         transformers.logging.set_verbosity_error()
