@@ -166,7 +166,9 @@ def test_a_deployment_needs_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     code, text = run("deploy", "centerpoint:tiny")
     assert code == 2
-    assert "centerpoint:tiny: expected a .yaml, .toml, .json or .py file" in text
+    assert "centerpoint:tiny: expected a .yaml, .toml, .json or .py file, whose `model` may be that" in " ".join(
+        text.split()
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -123,3 +123,16 @@ def test_the_command_exits_with_one_on_problems_only(tmp_path: Path) -> None:
     told = CliRunner().invoke(app, ["check", str(broken), "--json", "--no-activations"])
     assert told.exit_code == 1
     assert [c["check"] for c in json.loads(told.stdout)] == ["weights"]
+
+
+def test_what_is_in_order_says_what_was_looked_at(tmp_path: Path) -> None:
+    net = NetBuilder()
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 3, 8, 8])}, [net.conv("x", 3, 4)])
+    for more, says in (
+        ([], "and the activations of one sample"),
+        (["--no-activations"], "in weights, sums and scales"),
+    ):
+        done = CliRunner().invoke(app, ["check", str(path), *more])
+        assert done.exit_code == 0
+        assert "✓ nothing found in weights, sums" in done.output.replace("\n", " ")
+        assert says in " ".join(done.output.split())

@@ -70,5 +70,8 @@ def check(
             console.print(Text(f"   layers   {', '.join(concern.layers[:6])}{more}", "dim"))
         console.print(Text(f"   fix      {concern.fix}"))
     if not concerns and not json:
-        console.print(Text("✓ nothing to worry about", "bold green"))
+        looked = (
+            "weights, sums, scales, and the activations of one sample" if activations else "weights, sums and scales"
+        )
+        console.print(Text.assemble(("✓ nothing found", "bold green"), f" in {looked}"))
     raise typer.Exit(int(any(concern.severity == PROBLEM for concern in concerns)))

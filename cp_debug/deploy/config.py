@@ -42,7 +42,7 @@ def load_config(path: Path) -> DeployConfig:
         if document is not None:
             return _with_notes(document, path)
     if path.suffix not in SUFFIXES:
-        raise first or InputError(f"{path}: expected a .yaml, .toml, .json or .py file")
+        raise first or InputError(f"{path}: expected a .yaml, .toml, .json or .py file, whose `model` may be that")
     try:
         return _own(path)
     except InputError as error:
