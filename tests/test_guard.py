@@ -184,3 +184,24 @@ def test_whatever_runs_of_the_user_is_named(tmp_path: Path, monkeypatch: pytest.
     quantize_model(model, iter([sample]), method="max")
     assert told
     assert all(text.endswith((" ran", "() was called")) for text in told), told
+
+
+def test_a_terminal_that_goes_ends_the_command_as_sigterm_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    entry = importlib.import_module("cp_debug.cli.main")
+
+    def run(standalone_mode: bool) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(5)
+
+    monkeypatch.setattr(entry, "application", lambda first: run)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    try:
+        with pytest.raises(SystemExit) as end:
+            entry.main()
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    assert end.value.code == 129

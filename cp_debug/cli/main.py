@@ -23,8 +23,6 @@ from cp_debug.cli.library_log import safe_library_log
 from cp_debug.cli.typed import INTERRUPTED, Command
 from cp_debug.errors import CpdebugError, InputError, MissingPackage, system_reason
 
-ENDED = 143
-"""Exit code after SIGTERM, as in shells."""
 TOGETHER = 1.0
 """Seconds within which two signals are one wish."""
 RUNS_NOTHING = ("cache", "compare", "doctor", "models", "report", "ui")
@@ -132,7 +130,7 @@ class _Ending:
             return
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        sys.exit(ENDED)
+        sys.exit(128 + number)
 
 
 def main() -> None:
@@ -143,6 +141,8 @@ def main() -> None:
     show_anywhere()
     signal.signal(signal.SIGTERM, _Ending())  # so that what is half-written is removed
     signal.signal(signal.SIGINT, _Ending())
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, _Ending())
     try:
         code = application(sys.argv[1] if len(sys.argv) > 1 else "")(standalone_mode=False)
         sys.stdout.flush()
