@@ -185,7 +185,11 @@ def serve(run: Callable[[dict[str, Any]], dict[str, Any]], out: TextIO) -> None:
                 with Path(os.devnull).open("w") as nowhere:
                     os.dup2(nowhere.fileno(), 1)
                     os.dup2(nowhere.fileno(), 2)
-                os.write(answer.fileno(), json.dumps(run(asked)).encode())
+                try:
+                    told = run(asked)
+                except BaseException as error:  # leaving the fork otherwise would wait for threads that it lacks
+                    told = {"outcome": "undecided", "by": f"{type(error).__name__}: {error}", "durations": {}}
+                os.write(answer.fileno(), json.dumps(told).encode())
                 os._exit(0)
             hung = _hangs(process, 20 * asked["seconds"] + 60)
             answer.seek(0)

@@ -144,6 +144,20 @@ def _star(arguments: ast.arguments) -> tuple[tuple[int, int], tuple[int, int]]:
     return begin, (first.lineno, first.col_offset)
 
 
+def is_python(mutant: Mutant) -> bool:
+    """Whether the changed file can be compiled: ``{"a": b, **c}`` with one star cannot."""
+    from cosmic_ray import plugins
+    from cosmic_ray.mutating import mutate_code
+
+    source = (ROOT / mutant.path).read_text(encoding="utf-8")
+    changed = mutate_code(source, plugins.get_operator(f"core/{mutant.operator}")(), mutant.occurrence)
+    try:
+        compile(changed or "", mutant.path, "exec")
+    except SyntaxError:
+        return False
+    return True
+
+
 def functions_of(path: Path) -> list[tuple[int, int]]:
     """First and last line of every function's body: what is in none runs when the module is imported."""
     found = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
@@ -471,8 +485,10 @@ def main() -> None:
 
     def working(worker: Worker) -> None:
         while time.monotonic() < end and not waiting.empty():
-            outcome = worker.judge(waiting.get(), affected, given.limit)
-            m = outcome.mutant
+            m = waiting.get()
+            if not is_python(m):
+                continue
+            outcome = worker.judge(m, affected, given.limit)
             if (
                 outcome.outcome in ("survived", "undecided", "untested")
                 and (m.path, outcome.before, outcome.after) in known
