@@ -19,6 +19,7 @@ from cp_debug.backends import ort_chunks, ort_optimized, ort_options
 from cp_debug.backends.base import Program
 from cp_debug.backends.ort_backend import OrtBackend, OrtSession
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect.engine import Options, bisect
 from cp_debug.errors import BackendUnavailable, InputError, MissingPackage
 from cp_debug.graph.graph import Graph
 
@@ -468,3 +469,18 @@ def test_an_input_without_axes_stays_one():
     from cp_debug.backends.ort_chunks import to_ort
 
     assert to_ort({"rate": np.array(16000)})["rate"].numpy().shape == ()
+
+
+def test_a_constant_that_the_optimizer_holds_with_more_axes_is_no_fault(tmp_path: Path) -> None:
+    """ONNX Runtime moves a Transpose behind the Mul, and a factor of shape [1] becomes [1, 1, 1, 1]."""
+    made = NetBuilder()
+    grid = made.weight(np.float32(0.0055), "scale"), made.weight(np.uint8(0), "zero")
+    stored = made.op("QuantizeLinear", made.weight(np.float32([0.7]), "factor"), *grid, name="stored")
+    turned = made.op("Transpose", "x", perm=[0, 2, 3, 1])
+    scaled = made.op("Mul", made.op("DequantizeLinear", stored, *grid, name="back"), turned)
+    made.op("Transpose", scaled, perm=[0, 3, 1, 2], name="out")
+    net = made.save(tmp_path / "net.onnx", {"x": (1, [1, 2, 4, 4])}, ["out"])
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).standard_normal((1, 2, 4, 4)).astype(np.float32))
+    test = bisect(str(net), "ort-none,ort-all", options=Options(inputs=tmp_path / "x.npz")).tests[0]
+    assert test.agrees
+    assert {row.verdict for row in test.rows} == {"ok"}

@@ -34,6 +34,7 @@ from cp_debug.bisect.sides import judged, trace_shapes, without_emulation
 from cp_debug.bisect.verdict import judge
 from cp_debug.errors import InputError
 from cp_debug.graph.declared import narrow_values
+from cp_debug.graph.downstream import from_inputs
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.integer_values import is_quantized, parent_values, rounded_values, unscaled_levels
 from cp_debug.graph.qdq import has_own_pairs
@@ -97,6 +98,9 @@ class CandidateRun:
         """Component → graph that the backend computes; once replayed, with the calibrator's Q/DQ pairs."""
         self._ranges: dict[str, Ranges] = {}
         """Component → ranges that TensorRT's calibrator chose."""
+        optimized = is_optimized(pipeline.backend)
+        self._folded = {Key(p.name, v) for p in pipeline.programs if optimized for v in _of_constants(p.graph)}
+        """Values that an optimizer computes beforehand, and may write with other axes of length 1."""
         self._folder = folder
         self._replayers: dict[str, Replayer] = {}
         self._seen: set[Key] = set()
@@ -116,7 +120,10 @@ class CandidateRun:
         stats: dict[Key, TensorStats] = {}
 
         def sink(key: Key, tensor: Tensor) -> None:
+            is_folded = key in self._folded
             key, tensor = self._as_of_reference(key, tensor)
+            if is_folded and key in captured:
+                tensor = _in_shape(tensor, reference.load(key.value, component=key.component))
             writer.put(key.value, tensor, component=key.component)
             if key in self.layers and key in captured:
                 stats[key] = compare(reference.load(key.value, component=key.component), tensor)
@@ -368,3 +375,14 @@ def _prefer_own_names(names: dict[str, str], plain: Graph, file: Graph) -> None:
 def loader(capture: CapturedRun, component: str) -> Load:
     """A function by which a replayer reads the values of one component."""
     return lambda name: capture.load(name, component=component)
+
+
+def _of_constants(graph: Graph) -> set[str]:
+    """The values of a graph that no input reaches."""
+    return set(graph.producer).difference(from_inputs(graph))
+
+
+def _in_shape(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor in the shape of another where the two differ in axes of length 1 alone."""
+    ours, theirs = ([n for n in t.shape if n != 1] for t in (tensor, like))
+    return tensor.reshape(tuple(like.shape)) if ours == theirs else tensor
