@@ -18,9 +18,10 @@ def main() -> None:
     """Run the command line, and end with its exit code, also where a library ends the process."""
     try:
         from cp_debug.cli.guard import guarded
+
+        guarded(run)
     except KeyboardInterrupt:
         _interrupted()
-    guarded(run)
 
 
 def run() -> None:

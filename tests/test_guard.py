@@ -93,8 +93,22 @@ def test_a_signal_ends_the_command_once(group: bool, number: signal.Signals, tmp
         time.sleep(0.01)
     (os.killpg if group else os.kill)(process.pid, number)
     process.communicate(timeout=60)
-    assert process.returncode in (143, 1, 130)
+    assert process.returncode == 128 + number
     assert (tmp_path / "tidied").exists()
+
+
+def test_signals_within_a_second_are_one_and_later_ones_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cp_debug.cli import main
+
+    now, heard = 0.0, []
+    monkeypatch.setattr(main.time, "monotonic", lambda: now)
+    ending = main._Ending()
+    for now in (100, 100.6, 101.2, 101.8, 102.4):
+        try:
+            ending(signal.SIGINT, None)
+        except KeyboardInterrupt:
+            heard.append(now)
+    assert heard == [100, 101.2, 102.4]
 
 
 def test_a_killed_guard_takes_the_command_along(tmp_path: Path) -> None:
@@ -146,10 +160,12 @@ main()
 def test_ctrl_c_before_the_command_begins_says_so() -> None:
     script = """
 import os, signal
+from cp_debug import __main__
 from cp_debug.cli import guard
 
 guard._die_with = lambda parent: os.kill(os.getpid(), signal.SIGINT)  # while it is blocked
-guard.guarded(lambda: print("ran"))
+__main__.run = lambda: print("ran")
+__main__.main()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

@@ -97,8 +97,6 @@ class Bisection:
         progress.steps = 2 + options.replay + options.samples * (1 + len(self._tests) * (3 if options.replay else 1))
         progress.steps += sum(map(is_optimized, self._tests)) if options.optimizer_blame else 0
         with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:
-            if options.samples < 1:
-                raise InputError(f"samples: {options.samples}; expected at least 1")
             check_samples(self.model, options.samples, options.inputs)
             self._take_numbers(options.save or Path(scratch))
             samples = iter(self._samples())

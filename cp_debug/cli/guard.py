@@ -94,8 +94,7 @@ def _run(command: Callable[[], Any], pipe: int, unblocked: Collection[Any]) -> N
         command()
     except KeyboardInterrupt:  # outside of what the command does about it
         code = 128 + signal.SIGINT
-        print("interrupted", file=sys.stderr)
-        sys.exit(code)
+        raise
     except SystemExit as end:
         code = end.code
         raise

@@ -125,9 +125,9 @@ class _Ending:
 
     def __call__(self, number: int, frame: object) -> None:
         now = time.monotonic()
-        before, self._last = self._last, now
-        if now - before < TOGETHER:
+        if now - self._last < TOGETHER:
             return
+        self._last = now
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(128 + number)

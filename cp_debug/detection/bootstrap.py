@@ -25,6 +25,10 @@ class ConfidenceInterval(NamedTuple):
         low, high = np.percentile(draws[1:], (tail, 100 - tail)) if len(draws) > 1 else (draws[0], draws[0])
         return cls(float(draws[0]), float(low), float(high))
 
+    def columns(self, name: str) -> dict[str, float]:
+        """The figure as columns of a table: ``name``, and the range's ends."""
+        return {name: self.value, f"{name} low": self.low, f"{name} high": self.high}
+
 
 def draw_samples(samples: int, draws: int, seed: int) -> Floats:
     """Weights [1 + draws, samples]: a row of ones, then how often each sample was drawn (multinomial).

@@ -195,7 +195,7 @@ def _columns(figures: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in figures.items():
         if isinstance(value, ConfidenceInterval):
-            flat |= {name: value.value, f"{name} low": value.low, f"{name} high": value.high}
+            flat |= value.columns(name)
         else:
             flat[name] = value
     return flat

@@ -25,7 +25,7 @@ def insert_quantizers(module: nn.Module, layers: Mapping[str, LayerScales]) -> N
     Every other quantizer that the library puts in is off. Raises InputError for scales that do not fit a weight and for
     a module that the library cannot take, MissingPackage without the library.
     """
-    quantization = load_library()
+    quantization = _library()
     layer_at = layers_of(module)
     for path, scales in layers.items():
         if len(scales.weight) != channels(layer_at[path]):
@@ -51,13 +51,13 @@ def insert_quantizers(module: nn.Module, layers: Mapping[str, LayerScales]) -> N
 
 def activation_quantizer(amax: float, device: torch.device) -> nn.Module:
     """A fake quantizer with one scale for a whole tensor. Raises MissingPackage without the library."""
-    quantization = load_library()
+    quantization = _library()
     quantizer = quantization.nn.TensorQuantizer(quantization.config.QuantizerAttributeConfig(num_bits=BITS, axis=None))
     quantizer.amax = torch.tensor(amax, device=device)
     return quantizer
 
 
-def load_library() -> Any:
+def _library() -> Any:
     """The library, imported without its warnings. Raises MissingPackage without it."""
     with _quiet():
         try:

@@ -99,7 +99,9 @@ class Model(Protocol):
 def check_samples(model: Model, count: int, inputs: Path | None) -> None:
     """Read all samples that files give, so that a bad one is told before anything slow begins.
 
-    Raises InputError as ``Model.samples`` does, and where the files give none.
+    Raises InputError as ``Model.samples`` does, for fewer than one sample, and where the files give none.
     """
+    if count < 1:
+        raise InputError(f"samples: {count}; expected at least 1")
     if inputs is not None and not sum(1 for _ in model.samples(count, 0, inputs)):
         raise InputError(f"--inputs: {inputs} gives no sample")

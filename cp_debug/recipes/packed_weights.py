@@ -79,6 +79,11 @@ class Packing:
         return ".weight_packed" if self.method == "compressed-tensors" else ".qweight"
 
     @property
+    def scales(self) -> str:
+        """Name of the tensor of a layer's scales."""
+        return "weight_scale" if self.method == "compressed-tensors" else "scales"
+
+    @property
     def ends(self) -> tuple[str, ...]:
         """Ends of the names of all tensors that stand for one packed weight."""
         if self.method == "compressed-tensors":
@@ -110,8 +115,9 @@ def unpack(layer: str, names: Mapping[str, str], read: Read, packing: Packing) -
     made = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed}[packing.method](tensors)
     wrong = ~np.isfinite(made.scale) | (made.scale == 0)
     if wrong.any():
-        scales = "weight_scale" if packing.method == "compressed-tensors" else "scales"
-        raise tensors.error(scales, f"holds {made.scale[wrong].flat[0]:g}; expected finite numbers other than 0")
+        raise tensors.error(
+            packing.scales, f"holds {made.scale[wrong].flat[0]:g}; expected finite numbers other than 0"
+        )
     return made
 
 
@@ -175,9 +181,9 @@ class _Tensors:
         if self.packing.reordered:
             raise self.error(end, "is missing, though the configuration says that groups are in another order")
         if -(-inputs // size) != groups:
-            scales = "weight_scale" if self.packing.method == "compressed-tensors" else "scales"
             raise self.error(
-                scales, f"holds {groups} groups; {inputs} inputs in groups of {size} are {-(-inputs // size)}"
+                self.packing.scales,
+                f"holds {groups} groups; {inputs} inputs in groups of {size} are {-(-inputs // size)}",
             )
         if self.packing.method != "gptq" and inputs % size:
             raise self.error(self.packing.marker[1:], f"has {inputs} inputs; groups of {size} do not divide them")

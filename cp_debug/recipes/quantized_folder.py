@@ -7,7 +7,7 @@ The configuration says how (``quantization_config`` of ``config.json``, as trans
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,8 +158,6 @@ def read_state(path: Path, packing: Packing) -> tuple[dict[str, Tensor], dict[st
 
 @contextmanager
 def _opened(files: list[Path]) -> Iterator[dict[Path, Any]]:
-    from contextlib import ExitStack
-
     from safetensors import SafetensorError, safe_open
 
     with ExitStack() as stack:

@@ -256,7 +256,7 @@ class AblationGroup(JsonForm):
             scores = {f"Δ {name}": figure for name, figure in row.scores.items()}
             intervals = {"back": row.back, **{name: getattr(row, name) for name in _COUNTS}, **scores, **parts}
             for name, figure in intervals.items():
-                flat |= {name: figure.value, f"{name} low": figure.low, f"{name} high": figure.high}
+                flat |= figure.columns(name)
             flat_rows.append(flat | columns("error", row.error, self.samples))
         return flat_rows
 
@@ -340,10 +340,7 @@ def _merge(
     notes = remarks.sentences
     if truths is None:
         notes = [*notes, "samples without ground truth: boxes are compared with the reference's, no mAP"]
-    without = {
-        name for name, each in zip(("lost", "gained", "moved"), map(changed, _COUNTS), strict=True) if not any(each)
-    }
-    if without == set(_COUNTS):
+    if not any(any(changed(name)) for name in _COUNTS):
         notes = [*notes, "the test changes no box, so there is nothing to bring back"]
     return AblationGroup(
         label=label,

@@ -107,7 +107,7 @@ class EvalGroup(JsonForm):
                 flat: dict[str, Any] = {"backend": spec, "class": "all", "distance": part.part}
                 changes = {f"Δ {name}": value for name, value in part.differences.get(spec, {}).items()}
                 for name, figure in (figures | changes).items():
-                    flat |= {name: figure.value, f"{name} low": figure.low, f"{name} high": figure.high}
+                    flat |= figure.columns(name)
                 rows.append(flat)
         return [{"model": self.label, **row} for row in rows]
 
