@@ -6,7 +6,7 @@ from dataclasses import replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,17 +17,22 @@ from cp_debug.cli.flags import MOST, Atol, Rtol, grouped
 from cp_debug.cli.sweep_desk import (
     Backends,
     Checkpoints,
+    DataRoot,
     Desk,
     Distances,
     Exporters,
     Inputs,
+    MinPoints,
     Models,
     Seed,
+    SkipMissing,
+    Sweeps,
     Unfolded,
     calibration_settings,
     check_models,
     edges_of,
     grid_of,
+    reading_of,
 )
 from cp_debug.cli.typed import Command, refuse, refuse_data_flags
 from cp_debug.files import resolved
@@ -89,10 +94,10 @@ def sweep_eval(
         Path | None, typer.Option(help="An mmdet3d info file (.pkl); else the held-out synthetic scenes.")
     ] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")] = 50,
-    data_root: Annotated[Path | None, typer.Option(help="Folder that paths in the info file are relative to.")] = None,
-    sweeps: Annotated[int, typer.Option(min=0, max=MOST, help="Earlier sweeps to merge, at most.")] = 9,
-    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out samples without a cloud.")] = False,
-    min_points: Annotated[int, typer.Option(min=0, max=MOST, help="Points that an object must have to count.")] = 1,
+    data_root: DataRoot = None,
+    sweeps: Sweeps = 9,
+    skip_missing: SkipMissing = False,
+    min_points: MinPoints = 1,
     draws: Annotated[int, typer.Option(min=0, max=MOST, help="Bootstrap draws for the intervals.")] = 1000,
     seed: Seed = 0,
     max_drop: Annotated[float, typer.Option(min=0, help="mAP that a backend may lose.")] = 0.01,
@@ -109,14 +114,11 @@ def sweep_eval(
     """
     check_models(models, backends, samples, data)
     from cp_debug.detection.evaluation import EvaluationOptions
-    from cp_debug.recipes.data.base import DataOptions
     from cp_debug.sweep import evaluating
 
     int8.check(parse_backends(backends))
     refuse_data_flags(data)
-    read = DataOptions(data_root and resolved(data_root), sweeps, skip_missing)
-    how: dict[str, Any] = {"data_root": read.root and str(read.root), "sweeps": sweeps, "skip_missing": skip_missing}
-    how["calibration"] = calibration_settings(int8)
+    read, how = reading_of(data_root, sweeps, skip_missing, int8)
     grid = replace(grid_of(models, backends, checkpoint, samples, seed, data, exporter, unfolded, how), data=read)
     options = EvaluationOptions(min_points=min_points, draws=draws, seed=seed, max_drop=max_drop)
     merge = partial(evaluating.merge, options=options, edges=edges_of(distances))
@@ -136,10 +138,10 @@ def sweep_ablate(
     layers: Annotated[
         int, typer.Option(min=1, max=MOST, help="Layers to try one by one, those of most leverage first.")
     ] = 12,
-    data_root: Annotated[Path | None, typer.Option(help="Folder that paths in the info file are relative to.")] = None,
-    sweeps: Annotated[int, typer.Option(min=0, max=MOST, help="Earlier sweeps to merge, at most.")] = 9,
-    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out samples without a cloud.")] = False,
-    min_points: Annotated[int, typer.Option(min=0, max=MOST, help="Points that an object must have to count.")] = 1,
+    data_root: DataRoot = None,
+    sweeps: Sweeps = 9,
+    skip_missing: SkipMissing = False,
+    min_points: MinPoints = 1,
     draws: Annotated[int, typer.Option(min=0, max=MOST, help="Bootstrap draws for the intervals.")] = 200,
     seed: Seed = 0,
     distances: Distances = None,
@@ -157,7 +159,6 @@ def sweep_ablate(
     from cp_debug.backends.registry import create
     from cp_debug.detection.evaluation import EvaluationOptions
     from cp_debug.mixed_precision.precision import precision_of
-    from cp_debug.recipes.data.base import DataOptions
     from cp_debug.sweep import ablating
     from cp_debug.sweep.workers import needs_gpu
 
@@ -167,9 +168,8 @@ def sweep_ablate(
         if not needs_gpu(spec):
             precision_of(create(spec), quantized=False)
     refuse_data_flags(data)
-    read = DataOptions(data_root and resolved(data_root), sweeps, skip_missing)
-    how: dict[str, Any] = {"data_root": read.root and str(read.root), "sweeps": sweeps, "skip_missing": skip_missing}
-    how |= {"calibration": calibration_settings(int8), "layers": layers}
+    read, how = reading_of(data_root, sweeps, skip_missing, int8)
+    how |= {"layers": layers}
     grid = replace(grid_of(models, backends, checkpoint, samples, seed, data, exporter, unfolded, how), data=read)
     options = EvaluationOptions(min_points=min_points, draws=draws, seed=seed)
     merge = partial(ablating.merge, options=options, edges=edges_of(distances))

@@ -14,7 +14,7 @@ import typer
 from cp_debug.backends.spec import parse_backends
 from cp_debug.cli import calibration
 from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.flags import LAST_SEED, check_made_up
+from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up
 from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse, refuse_export_flags, refuse_seed
 from cp_debug.errors import InputError, in_one_line
@@ -25,6 +25,7 @@ from cp_debug.safe_text import amount
 if TYPE_CHECKING:
     from distributed import Client
 
+    from cp_debug.recipes.data.base import DataOptions
     from cp_debug.sweep.grid import Grid
     from cp_debug.sweep.log import Flatten, Record
     from cp_debug.sweep.result import ResultGroup
@@ -40,6 +41,10 @@ Exporters = Annotated[Exporter, typer.Option(help="For torch models; auto: what 
 Distances = Annotated[
     str | None, typer.Option(help="Metres from the sensor where rings end, as 20,40; default: thirds of the region.")
 ]
+DataRoot = Annotated[Path | None, typer.Option(help="Folder that paths in the info file are relative to.")]
+Sweeps = Annotated[int, typer.Option(min=0, max=MOST, help="Earlier sweeps to merge, at most.")]
+SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="Leave out samples without a cloud.")]
+MinPoints = Annotated[int, typer.Option(min=0, max=MOST, help="Points that an object must have to count.")]
 Unfolded = Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")]
 
 
@@ -176,6 +181,17 @@ def edges_of(text: str | None) -> list[float]:
         raise InputError(f"--distances: {text!r}; expected metres that rise, as in 20,40") from None
     rings_of(edges, EvaluationOptions())
     return edges
+
+
+def reading_of(
+    root: Path | None, sweeps: int, skip_missing: bool, int8: calibration.CalibrationFlags
+) -> tuple[DataOptions, dict[str, Any]]:
+    """Reading of clouds, and the same, with INT8's calibration, as the settings that a log keeps."""
+    from cp_debug.recipes.data.base import DataOptions
+
+    read = DataOptions(root and resolved(root), sweeps, skip_missing)
+    settings = {"data_root": read.root and str(read.root), "sweeps": sweeps, "skip_missing": skip_missing}
+    return read, settings | {"calibration": calibration_settings(int8)}
 
 
 def calibration_settings(flags: calibration.CalibrationFlags, inputs: Path | None = None) -> dict[str, Any]:
