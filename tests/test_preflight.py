@@ -15,7 +15,9 @@ from nets import NetBuilder, second_like
 from typer.testing import CliRunner
 
 from cp_debug.backends.base import Program
-from cp_debug.bisect.preflight import PROBLEM, RISK, Concern, Preflight
+from cp_debug.bisect.causes.ranges import HALF
+from cp_debug.bisect.preflight import PROBLEM, RISK, Concern, Preflight, leaves_half
+from cp_debug.bisect.verdict import RANGE
 from cp_debug.cli.main import app
 from cp_debug.programs.pipeline import prepare
 from cp_debug.recipes.base import Arrays, Sample
@@ -136,3 +138,26 @@ def test_what_is_in_order_says_what_was_looked_at(tmp_path: Path) -> None:
         assert done.exit_code == 0
         assert "✓ nothing found in weights, sums" in done.output.replace("\n", " ")
         assert says in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize("rare", [0.0, 1e-3, 1.0])
+def test_what_fp16_loses_of_a_tensor_is_what_numpy_says(rare: float) -> None:
+    """Two quick passes leave most tensors out; what is lost is none the less found at every size of the numbers."""
+    rng = np.random.default_rng(0)
+    found = []
+    for scale in (0, 1e-12, 1e-9, 1e-8, 1e-7, 3e-7, 1e-6, 1e-5, 1e-4, 1e-2, 1, 1e4, 6e4, 7e4):
+        values = np.clip(rng.standard_normal(5000), -0.99, 0.99) * scale
+        values[rng.random(5000) < rare] *= 1e-6
+        with np.errstate(over="ignore"):
+            stored = values.astype(np.float16).astype(np.float64)
+        kept = np.isfinite(stored)
+        lost = np.linalg.norm((stored - values)[kept]) / (np.linalg.norm(values[kept]) or 1.0)
+        leaves = bool((~kept).any() or lost > RANGE * HALF.roundoff)
+        figures = leaves_half(torch.from_numpy(values))
+        assert (figures is not None) == leaves, scale
+        assert figures is None or figures["storage_loss"] == pytest.approx(lost, rel=1e-6)
+        found.append(leaves)
+    assert True in found
+    assert False in found
+    assert leaves_half(torch.zeros(0, dtype=torch.float64)) is None
+    assert leaves_half(torch.tensor([1.0, np.inf, np.nan])) is None, "what is not finite is another finding"

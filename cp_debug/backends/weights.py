@@ -53,6 +53,13 @@ class Weights:
             return torch.from_numpy(value.astype(np.float64))
         return value if isinstance(value, torch.Tensor) and not value.is_complex() else None
 
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a constant of numbers, an initializer's without reading it; None as for ``numbers``."""
+        if name in self._graph.initializers:
+            return tuple(self._graph.weight(name).dims)
+        value = self.numbers(name)
+        return None if value is None else tuple(value.shape)
+
     def _read(self, name: str) -> Any:
         node = self._constants.get(name)
         return self._graph.initializer(name) if node is None else constant(node)

@@ -17,7 +17,8 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.rounding import round_fp16
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.weights import Weights
-from cp_debug.bisect.causes.ranges import HALF, half_figures, where
+from cp_debug.bisect.causes.precision import OVERFLOWS
+from cp_debug.bisect.causes.ranges import HALF, SMALLEST, half_figures, where
 from cp_debug.bisect.verdict import RANGE
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS
@@ -97,7 +98,7 @@ class Preflight:
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 return
             name = self._names.get(key, key.value)
-            if not bool(torch.isfinite(value).all()):
+            if not _all_finite(value):
                 strange.append(name)
             if figures := leaves_half(value):
                 lost[name] = figures
@@ -141,12 +142,31 @@ def leaves_half(exact: Tensor) -> dict[str, float] | None:
 
     ``exact`` has any shape and a float dtype; ``storage_loss`` is relative L2.
     """
+    if _stays_half(exact):
+        return None
     figures = half_figures(exact)
     finite = where(torch.isfinite(exact), exact)
     stored = round_fp16(finite.float()).double()
     is_stored = torch.isfinite(stored)
     figures["storage_loss"] = relative_l2(where(is_stored, stored), where(is_stored, finite))
     return figures if figures["overflows"] or figures["storage_loss"] > RANGE * HALF.roundoff else None
+
+
+def _stays_half(exact: Tensor) -> bool:
+    """Whether two passes show that FP16 loses no more than its rounding: nothing is too large, and what may be lost of
+    all numbers below its normal ones is little beside the tensor's norm."""
+    if not exact.numel():
+        return True
+    low, high = (float(end) for end in torch.aminmax(exact))
+    if not max(-low, high) < OVERFLOWS:  # or NaN
+        return False
+    norm = float(torch.linalg.vector_norm(exact, dtype=torch.float64))
+    return math.sqrt(exact.numel()) * SMALLEST / 2 <= (RANGE - 1) * HALF.roundoff * norm
+
+
+def _all_finite(value: Tensor) -> bool:
+    """Whether there is no NaN and no Inf; a sum, where it is finite, tells in one pass."""
+    return math.isfinite(float(value.sum())) or bool(torch.isfinite(value).all())
 
 
 def _beyond_half(check: str, lost: Mapping[str, Mapping[str, float]]) -> Iterator[Concern]:
@@ -168,7 +188,7 @@ def _ranges_of_weights(program: Program, weights: Weights) -> Iterator[Concern]:
         for name in node.inputs:
             value = weights.numbers(name)
             if value is not None and value.is_floating_point() and value.dim():
-                if not bool(torch.isfinite(value).all()):
+                if not _all_finite(value):
                     says = f"NaN or Inf in the weight {name}"
                     yield Concern("weights", PROBLEM, says, [_layer(program, node)], "export from a sound checkpoint")
                 if figures := leaves_half(value):
@@ -186,9 +206,8 @@ def _long_sums(program: Program, weights: Weights) -> Iterator[Concern]:
     """Reduction lengths at which FP16 accumulation shows."""
     lengths = {}
     for node in program.graph.nodes:
-        weight = weights.numbers(node.inputs[1]) if node.op in PRODUCTS and len(node.inputs) > 1 else None
-        if weight is not None:
-            shape = weight.shape
+        shape = weights.shape(node.inputs[1]) if node.op in PRODUCTS and len(node.inputs) > 1 else None
+        if shape is not None:
             summed = {"MatMul": shape[-2:-1] or shape[:1], "ConvTranspose": shape[:1]}.get(node.op, shape[1:])
             long = math.prod(summed)
             if long >= LONG:
