@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from nets import residual
 from test_cli import run
 
+from cp_debug.backends.base import Program
+from cp_debug.backends.capabilities import kept_in_fp32
 from cp_debug.backends.emulated import EmulatedBackend
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
@@ -17,6 +20,8 @@ from cp_debug.bisect.faults import edits
 from cp_debug.bisect.faults.edits import Editor
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
+from cp_debug.programs.layers import layers_of
+from cp_debug.programs.pipeline import with_kept
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +77,23 @@ def test_layers_are_kept_by_their_names_in_the_tables() -> None:
     rows = {row.name: row for row in bisect("centerpoint:tiny", backends).tests[0].rows}
     assert rows[layer].replay.introduced < 1e-6
     assert rows["pts_backbone.blocks.0.4"].replay.introduced > 1e-3
+
+
+def test_a_node_is_kept_in_its_own_component(tmp_path: Path) -> None:
+    """Exporters give nodes of different files one name: ``node_conv2d`` stands in every part of a detector."""
+    program = Program("one", Graph(residual(tmp_path / "net.onnx")))
+    programs = [program, replace(program, name="two")]
+    conv, other = [node.name for node in program.graph.nodes if node.op == "Conv"][:2]
+
+    def chosen(*names: str) -> dict[str, frozenset[str]]:
+        return {name: kept_in_fp32(each) for name, each in with_kept(kept("emu-bf16", *names), programs).items()}
+
+    assert chosen(f"two/{conv}") == {"one": frozenset(), "two": {conv}}
+    assert chosen(f"one/{conv}", other) == {"one": {conv, other}, "two": {other}}
+    layer = next(layer for layer in layers_of(programs) if layer.component == "two" and layer.op == "Conv")
+    assert chosen(layer.name)["two"] == {conv}
+    with pytest.raises(InputError, match="no layer and no ONNX node is called 'three/"):
+        chosen(f"three/{conv}")
 
 
 @pytest.mark.parametrize("name", ["node_conv_99", "no such name at all"])

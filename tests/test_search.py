@@ -344,7 +344,7 @@ def test_the_fragment_is_a_configuration(tmp_path: Path) -> None:
     fragment = deploy_fragment({"a": ["/b0/Conv", "no"], "b": ["123"]}, "fp16acc")
     path.write_text(f"model: centerpoint:tiny\nwork_dir: {tmp_path}\n{fragment}")
     config = load_config(path).tensorrt
-    assert (config.precision, config.keep_fp32) == ("fp16", ["/b0/Conv", "no", "123"])
+    assert (config.precision, config.keep_fp32) == ("fp16", ["a//b0/Conv", "a/no", "b/123"])
     assert '- "/层/Conv"' in deploy_fragment({"a": ["/层/Conv"]}, "fp16")
     assert deploy_fragment({"a": ["n"]}, "tf32") == ""
 

@@ -64,7 +64,9 @@ Profiles = Annotated[
 ]
 KeepFp32 = Annotated[
     list[str] | None,
-    typer.Option("--keep-fp32", help="Layer or node that stays FP32, in emulated backends too; repeatable."),
+    typer.Option(
+        "--keep-fp32", help="Layer, node or COMPONENT/NODE that stays FP32, in emulated backends too; repeatable."
+    ),
 ]
 Workspace = Annotated[
     int | None, typer.Option("--workspace", min=1, max=1 << 30, help="Limit in MiB.", rich_help_panel=PANEL)

@@ -57,13 +57,13 @@ def build_engines(
     """
     from cp_debug.programs.pipeline import check_profiles_of, check_realised, with_kept
 
-    backend = with_kept(backend, programs)
+    backends = with_kept(backend, programs)
     check_profiles_of(backend, programs)
     built, infos = [], []
     with complete_folder(folder) as scratch:
         for place, program in enumerate(programs):
             on_step(f"building {program.name}", place, len(programs))
-            session: Any = backend.open(program)
+            session: Any = backends[program.name].open(program)
             try:
                 engine = session.plain
                 target = scratch / (files or {}).get(program.name, f"{program.name}.engine")

@@ -119,7 +119,10 @@ def deploy_fragment(keep: Mapping[str, Sequence[str]], precision: str) -> str:
     """The part of a configuration of ``cpdebug deploy`` (YAML) that keeps the nodes; empty where it has no such key."""
     if precision not in FLAGS or not any(keep.values()):
         return ""
+    where = {component: f"{component}/" if len(keep) > 1 else "" for component in keep}
     listed = "".join(
-        f"  - {json.dumps(node, ensure_ascii=False)}\n" for component_nodes in keep.values() for node in component_nodes
+        f"  - {json.dumps(where[component] + node, ensure_ascii=False)}\n"
+        for component, nodes in keep.items()
+        for node in nodes
     )  # JSON strings are YAML
     return f"tensorrt:\n  precision: {FLAGS[precision]}\n  keep_fp32:\n{listed}"

@@ -206,11 +206,11 @@ class Pipeline:
         self._realised = False
 
     def __enter__(self) -> Pipeline:
-        self.backend = with_kept(self.backend, self.programs)
+        self._backends = with_kept(self.backend, self.programs)
         check_profiles_of(self.backend, self.programs)
         try:
             for program in self.programs:
-                self.sessions[program.name] = self.backend.open(program)
+                self.sessions[program.name] = self._backends[program.name].open(program)
                 self._stack.callback(self.sessions[program.name].close)
         except BaseException:
             self._stack.close()
@@ -273,7 +273,7 @@ class Pipeline:
         if program.deployed is None:
             return self.sessions[program.name]
         if program.name not in self._deployed:
-            session = self.backend.open(replace(program, graph=program.deployed, deployed=None))
+            session = self._backends[program.name].open(replace(program, graph=program.deployed, deployed=None))
             self._deployed[program.name] = session
             self._stack.callback(session.close)
         return self._deployed[program.name]
@@ -306,24 +306,34 @@ def check_profiles_of(backend: Backend, programs: Sequence[Program]) -> None:
                 raise InputError(f"--profile: {name} as {'x'.join(map(str, sizes))}; the graph takes {inputs[name]}")
 
 
-def with_kept(backend: Backend, programs: Sequence[Program]) -> Backend:
-    """The backend with ONNX nodes in place of the names that it shall keep in FP32, which may be layers' names.
+def with_kept(backend: Backend, programs: Sequence[Program]) -> dict[str, Backend]:
+    """Component → the backend that opens it, which keeps in FP32 what the backend was told of that component.
 
+    Told are layers, ``component/node``, or nodes, which are kept in each component that has one of that name.
     Raises InputError for a name that no program has.
     """
     requested = kept_in_fp32(backend)
     if not requested:
-        return backend
+        return {program.name: backend for program in programs}
     graphs = {program.name: program.graph for program in programs}
-    computed = [layer for layer in layers_of(programs) if layer.op != "input"]
-    nodes = {layer.name: graphs[layer.component].producer[layer.onnx].name for layer in computed}
-    nodes |= {node.name: node.name for graph in graphs.values() for node in graph.nodes}
+    nodes: dict[str, set[tuple[str, str]]] = {}
+    for layer in layers_of(programs):
+        if layer.op != "input":
+            node = graphs[layer.component].producer[layer.onnx].name
+            nodes.setdefault(layer.name, set()).add((layer.component, node))
+    for component, graph in graphs.items():
+        for name in (node.name for node in graph.nodes):
+            nodes.setdefault(name, set()).add((component, name))
+            nodes.setdefault(f"{component}/{name}", set()).add((component, name))
     if unknown := sorted(requested - nodes.keys()):
         near = difflib.get_close_matches(unknown[0], nodes, n=1, cutoff=0.0)
         hint = f"; nearest is {near[0]!r}" if near else ""
         raise InputError(f"--keep-fp32: no layer and no ONNX node is called {unknown[0]!r}{hint}")
-    fp32_nodes = frozenset(nodes[name] for name in requested)
-    return backend if fp32_nodes == requested else backend.keeping(fp32_nodes)  # type: ignore[attr-defined]
+    chosen = set().union(*(nodes[name] for name in requested))
+    return {
+        component: backend.keeping(frozenset(node for of, node in chosen if of == component))  # type: ignore[attr-defined]
+        for component in graphs
+    }
 
 
 def by_reference(program: Program, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
