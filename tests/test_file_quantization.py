@@ -553,7 +553,7 @@ def test_data_in_four_bits_ends_in_a_verdict(tmp_path: Path, kind: int) -> None:
     model.graph.initializer.append(helper.make_tensor("z", kind, [], [0]))
     model.opset_import[0].version, model.ir_version = 21, 10
     onnx.save(model, file)
-    (test,) = bisect(str(parent), "ort,emu-int8", test_model=file).tests
+    (test,) = bisect(str(parent), "ort,emu-fp32", test_model=file).tests
     assert any(row.onnx == "y" and row.replay is not None for row in test.rows)
 
 

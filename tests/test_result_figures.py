@@ -8,12 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from nets import NetBuilder
 from torch import Tensor
 
-from cp_debug.backends.base import RunRecord
+from cp_debug.backends.base import Program, RunRecord
 from cp_debug.backends.codecs import E4M3
 from cp_debug.bisect import assemble, candidate_run
 from cp_debug.bisect.candidate_run import CandidateRun
@@ -263,6 +264,25 @@ def test_tolerances_are_those_that_were_asked_for_or_of_the_coarser_side() -> No
     assert found("fp32", "fp16", rtol=0.25) == (0.25, fp16.atol)
     assert found("fp32", "fp16", atol=0.5) == (fp16.rtol, 0.5)
     assert found("fp32", "fp16", rtol=0.25, atol=0.0) == (0.25, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("element", "shown"), [("INT8", "int8"), ("INT4", "int4"), ("FLOAT8E4M3FN", "fp8"), ("FLOAT4E2M1", "mxfp4")]
+)
+def test_the_tolerance_of_a_quantized_file_is_that_of_its_own_levels(element: str, shown: str, tmp_path: Path) -> None:
+    kind = getattr(onnx.TensorProto, element)
+    weight = onnx.helper.make_tensor("w", kind, [8, 4], np.ones(32))
+    scale = onnx.numpy_helper.from_array(np.float32(0.1), "s")
+    nodes = [
+        onnx.helper.make_node("DequantizeLinear", ["w", "s"], ["d"], name="d"),
+        onnx.helper.make_node("MatMul", ["x", "d"], ["y"], name="m"),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1, k]) for n, k in (("x", 8), ("y", 4))]
+    graph = onnx.helper.make_graph(nodes, "net", ends[:1], ends[1:], [weight, scale])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)]), tmp_path / "net.onnx")
+    side: Any = SimpleNamespace(precision="fp32", implicit_int8=False, spec="ort")
+    found = tolerance(side, side, [Program("net", Graph(tmp_path / "net.onnx"))], Options())
+    assert found == (PRECISIONS[shown].rtol, PRECISIONS[shown].atol)
 
 
 # Grids --------------------------------------------------------------------------------------------------------------

@@ -80,6 +80,16 @@ def without_int8(graph: Graph) -> str | None:
     return ", ".join(sorted(set(kinds.values())))
 
 
+def narrow_precision(graph: Graph) -> str | None:
+    """The coarsest precision that a graph quantizes to where none of it is INT8: fp8, int4 or mxfp4; else None."""
+    words = without_int8(graph)
+    if words is None:
+        return None
+    if "FLOAT4" in words:
+        return "mxfp4"
+    return "int4" if "INT4" in words or "bits" in words else "fp8"
+
+
 def stated_bits(node: Node) -> int | None:
     """Bits that a DequantizeLinear's codes were made for, where it says so."""
     said = next((entry.value for entry in node.proto.metadata_props if entry.key == BITS), "")
