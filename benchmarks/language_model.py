@@ -134,10 +134,10 @@ def train(folder: Path, size: str, seconds: float, steps: int | None, outliers: 
         enlarge(model)
     count = sum(p.numel() for p in model.parameters())
     seconds = round(time.monotonic() - start, 1)
-    print(f"{count / 1e6:.1f} M parameters, {step} steps, last loss {float(loss):.3f}")
+    print(f"{count / 1e6:.1f} M parameters, {step} steps, last loss {loss.item():.3f}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "about.json").write_text(
-        json.dumps({"parameters": count, "steps": step, "seconds": seconds, "loss": float(loss), "size": size})
+        json.dumps({"parameters": count, "steps": step, "seconds": seconds, "loss": loss.item(), "size": size})
     )
     starts = np.linspace(0, len(held) - length - 1, 64).astype(int)
     windows = np.stack([held.numpy()[s : s + length + 1] for s in starts])

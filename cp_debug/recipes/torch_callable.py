@@ -234,8 +234,9 @@ def _weights(module: nn.Module) -> dict[str, tuple[float, float]]:
     for name, weight in module.named_parameters():
         plain = type(weight) is nn.Parameter and is_dense(weight) and weight.numel()
         if plain and weight.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            norm = torch.linalg.vector_norm(weight, dtype=torch.float64)
-            told[name] = (float(weight.sum(dtype=torch.float64)), float(norm))
+            numbers = weight.detach()
+            norm = torch.linalg.vector_norm(numbers, dtype=torch.float64)
+            told[name] = (float(numbers.sum(dtype=torch.float64)), float(norm))
     return told
 
 
