@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -369,3 +370,10 @@ def test_a_large_module_is_run_without_numbers_where_shapes_tell_its_outputs(
     seen: list[str] = []
     module.layer.register_forward_hook(lambda m, given, made: seen.append(str(made.device)))
     assert torch_callable._names_alone(module, [torch.ones(4, 3)]) is None  # a hook may keep what it sees
+
+
+def test_parameters_that_have_gradients_are_told_apart_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = torch_callable._weights(Plain())
+    assert before.keys() == {"body.weight", "body.bias", "head.weight", "head.bias"}
