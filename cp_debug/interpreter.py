@@ -63,6 +63,8 @@ OnEvent = Callable[[Mapping[str, Any]], None]
 """Takes ``{"event": "log" | "progress" | "step" | "output", …}`` as the script sends them."""
 
 
+UNASKED = 300_000
+"""Lines that a process may print before its first step: what writes more does not run the script."""
 BUILD_STOPPED = "; --builder-level 0 to 2 builds faster; without --no-cache the next run goes on from about here"
 """Advice after a build of TensorRT's was stopped."""
 
@@ -80,7 +82,6 @@ def how_far(event: Mapping[str, Any]) -> str:
 class InterpreterFailed(Exception):
     """Another Python gave no result; the message says why.
 
-    ``unusable``: it is not an interpreter that can run the script at all. ``timed_out``: it was killed at its limit.
     ``unusable``: it is no interpreter that can run the script. ``timed_out``: it was killed at its time limit.
     """
 
@@ -158,10 +159,14 @@ class Interpreter:
         """Pass the output on until the job is done; returns its last lines and the command that ran last."""
         end = time.monotonic() + self.time_limit
         tail: deque[str] = deque(maxlen=TAIL)
-        doing = "starting"
+        doing, before = "starting", 0
         try:
             for line in _lines(process, end):
                 event = _event(line)
+                before += doing == "starting"
+                if before > UNASKED:
+                    reason = f"{self.python} writes without end and does not run {Path(self._script).name}"
+                    raise InterpreterFailed(reason + _quote(tail), unusable=True)
                 if event["event"] == "done":
                     return tail, doing
                 if event["event"] == "step":

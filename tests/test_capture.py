@@ -101,7 +101,7 @@ def test_large_tensors_are_mapped_not_read(tmp_path: Path) -> None:
 
 
 def test_samples_and_components_keep_their_own_order(tmp_path: Path) -> None:
-    with CaptureWriter(tmp_path / "capture", HEADER) as writer:
+    with CaptureWriter(tmp_path / "capture", HEADER | {"samples": ["first", "second"]}) as writer:
         for sample in (0, 1):
             for component in ("encoder", "head"):
                 for name in ("relu", "conv"):

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from nets import NetBuilder
+from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 import cp_debug
@@ -341,3 +343,14 @@ def test_a_first_convolution_of_few_channels_is_computed_as_its_kernels_do(tmp_p
     assert first.introduced is not None
     assert first.may_stay
     assert first.introduced.expected < 0.8 * first.introduced.high / prediction.spread, "fewer sums than tap by tap"
+
+
+def test_an_output_that_is_a_sequence_is_left_out(tmp_path: Path) -> None:
+    net = NetBuilder()
+    value = net.op("Relu", net.conv("x", 3, 4))
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 3, 8, 8])}, [value])
+    model = onnx.load(path)
+    model.graph.node.append(helper.make_node("SplitToSequence", [value], ["parts"], axis=1))
+    model.graph.output.append(helper.make_tensor_sequence_value_info("parts", TensorProto.FLOAT, None))
+    onnx.save(model, path)
+    assert [output.name for output in predict(str(path), "fp16").outputs] == [value]

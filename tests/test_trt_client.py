@@ -198,6 +198,10 @@ def test_what_answers_without_end_is_no_interpreter(tmp_path: Path) -> None:
     with pytest.raises(BackendUnavailable, match="endless is not a Python interpreter"):
         RunnerClient(str(program))
     assert time.monotonic() - start < 10
+    program.write_text("#!/bin/sh\nexec yes cpdebug 3 11\n")
+    with pytest.raises(BackendUnavailable, match="endless writes without end and does not run"):
+        RunnerClient(str(program)).probe()
+    assert time.monotonic() - start < 20
 
 
 def test_an_interpreter_that_lacks_tensorrt(tmp_path: Path) -> None:

@@ -251,8 +251,8 @@ class _ModelPrediction:
         from cp_debug.probes.statistics import compare
 
         exact = outputs[EXACT].get(key.value)
-        if exact is None or not np.issubdtype(exact.dtype, np.floating):
-            return
+        if not isinstance(exact, np.ndarray) or not np.issubdtype(exact.dtype, np.floating):
+            return  # whole numbers, sequences, optionals
         errors = {}
         for kernel in self._kernels:
             error = compare(exact, outputs[kernel.name][key.value]).rel_l2
