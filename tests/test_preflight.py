@@ -19,6 +19,7 @@ from cp_debug.bisect.causes.ranges import HALF
 from cp_debug.bisect.preflight import PROBLEM, RISK, Concern, Preflight, leaves_half
 from cp_debug.bisect.verdict import RANGE
 from cp_debug.cli.main import app
+from cp_debug.probes.distance import all_finite
 from cp_debug.programs.pipeline import prepare
 from cp_debug.recipes.base import Arrays, Sample
 from cp_debug.recipes.onnx_file import OnnxFileModel
@@ -161,3 +162,17 @@ def test_what_fp16_loses_of_a_tensor_is_what_numpy_says(rare: float) -> None:
     assert False in found
     assert leaves_half(torch.zeros(0, dtype=torch.float64)) is None
     assert leaves_half(torch.tensor([1.0, np.inf, np.nan])) is None, "what is not finite is another finding"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int32])
+def test_one_nan_or_inf_among_many_is_seen(dtype: torch.dtype) -> None:
+    values = torch.full((3, 1000), 3e4).to(dtype)  # whose sum FP16 has no room for
+    assert all_finite(values)
+    assert all_finite(values[:0])
+    if dtype.is_floating_point:
+        for number in (np.nan, np.inf, -np.inf):
+            strange = values.clone()
+            strange[1, 7] = number
+            assert not all_finite(strange)
+        strange[2, 7] = np.inf
+        assert not all_finite(strange), "Inf less Inf"

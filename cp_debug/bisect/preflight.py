@@ -23,7 +23,7 @@ from cp_debug.bisect.verdict import RANGE
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.randomness import drawing, drawing_note
-from cp_debug.probes.distance import relative_l2
+from cp_debug.probes.distance import all_finite, relative_l2
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Key, Pipeline
 from cp_debug.programs.scene import decode
@@ -98,7 +98,7 @@ class Preflight:
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 return
             name = self._names.get(key, key.value)
-            if not _all_finite(value):
+            if not all_finite(value):
                 strange.append(name)
             if figures := leaves_half(value):
                 lost[name] = figures
@@ -164,11 +164,6 @@ def _stays_half(exact: Tensor) -> bool:
     return math.sqrt(exact.numel()) * SMALLEST / 2 <= (RANGE - 1) * HALF.roundoff * norm
 
 
-def _all_finite(value: Tensor) -> bool:
-    """Whether there is no NaN and no Inf; a sum, where it is finite, tells in one pass."""
-    return math.isfinite(float(value.sum())) or bool(torch.isfinite(value).all())
-
-
 def _beyond_half(check: str, lost: Mapping[str, Mapping[str, float]]) -> Iterator[Concern]:
     ways = (
         ("overflow FP16 (beyond 65504)", {n: f for n, f in lost.items() if f["overflows"]}),
@@ -188,7 +183,7 @@ def _ranges_of_weights(program: Program, weights: Weights) -> Iterator[Concern]:
         for name in node.inputs:
             value = weights.numbers(name)
             if value is not None and value.is_floating_point() and value.dim():
-                if not _all_finite(value):
+                if not all_finite(value):
                     says = f"NaN or Inf in the weight {name}"
                     yield Concern("weights", PROBLEM, says, [_layer(program, node)], "export from a sound checkpoint")
                 if figures := leaves_half(value):

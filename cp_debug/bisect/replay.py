@@ -36,7 +36,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.randomness import DRAWS_NUMBERS, draws
-from cp_debug.probes.distance import distance, ratio
+from cp_debug.probes.distance import all_finite, distance, ratio
 from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision, coarsest, of_operators
 
 Load = Callable[[str], AnyTensor]
@@ -312,13 +312,16 @@ class Replayer:
         self, nodes: list[Node], given: Mapping[str, AnyTensor], exact: Tensor, reference: AnyTensor
     ) -> str:
         """The node that makes NaN or Inf of finite inputs in exact arithmetic, where the reference has neither."""
-        if tuple(reference.shape) != tuple(exact.shape) or not distance(exact, reference).new_nonfinite:
+        if all_finite(exact) or tuple(reference.shape) != tuple(exact.shape):
             return ""
-        if any(not _is_finite(t) for t in given.values()):
+        if not distance(exact, reference).new_nonfinite:
+            return ""
+        if any(not all_finite(as_tensor(t)) for t in given.values()):
             return ""
         results = [name for node in nodes for name in node.outputs]
         values = self.oracle.run_nodes(nodes, given, results)
-        first = next((n for n in nodes if any(o in values and not _is_finite(values[o]) for o in n.outputs)), None)
+        strange = {name for name, value in values.items() if not all_finite(as_tensor(value))}
+        first = next((node for node in nodes if not strange.isdisjoint(node.outputs)), None)
         return "" if first is None else f"{first.name} ({first.op})"
 
     def _in_range(
@@ -373,7 +376,3 @@ class Replayer:
 
     def _hold(self, tensor: AnyTensor) -> Tensor:
         return as_tensor(FP64.hold(tensor, self._device))
-
-
-def _is_finite(tensor: AnyTensor) -> bool:
-    return bool(torch.isfinite(as_tensor(tensor)).all())

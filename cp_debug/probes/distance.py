@@ -36,6 +36,13 @@ class Distance(NamedTuple):
         return ratio(self.difference, self.whole)
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN and no Inf: where the sum of real numbers is finite, that one pass tells it."""
+    if tensor.dtype in (torch.float64, torch.float32) and math.isfinite(float(tensor.sum())):
+        return True
+    return bool(torch.isfinite(tensor).all())
+
+
 def distance(ours: AnyTensor, theirs: AnyTensor) -> Distance:
     """Compare two tensors of one shape and real dtypes, numpy (memory-mapped too) or torch, in float64."""
     if any(device_of(t) != "cpu" for t in (ours, theirs)):
