@@ -37,7 +37,8 @@ class Distance(NamedTuple):
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether there is no NaN and no Inf: where the sum of real numbers is finite, that one pass tells it."""
+    """Whether a tensor of any shape and dtype has no NaN and no Inf. Where the sum of FP32 or FP64 is finite, that one
+    pass tells it."""
     if tensor.dtype in (torch.float64, torch.float32) and math.isfinite(float(tensor.sum())):
         return True
     return bool(torch.isfinite(tensor).all())
