@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from extras import needs
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the guard is for Linux")
 
@@ -171,6 +172,7 @@ __main__.main()
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+@needs("modelopt")
 def test_whatever_runs_of_the_user_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its callable, its forward wherever one runs: where that ends the process, the message says so."""
     from cp_debug import doing
