@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cp_debug.api.dumps import DEFAULT_REFERENCE, with_dump
 from cp_debug.api.models import ModelLike, modes_kept, samples_in, to_model
@@ -75,7 +75,7 @@ def diagnose(
                 inputs_given=inputs is not None,
             )
         prepared_test = None if test_model is None else _test_model(test_model, inputs)
-        made = backends if isinstance(backends, str) else [each for each in backends if not isinstance(each, str)]
+        made = cast("str | Sequence[Backend]", backends)  # names in a list are one text by now
         result = bisect(prepared, made, test_model=prepared_test, options=options, on_step=step)
         if options.save is not None:
             write_json(result, options.save / "result.json")

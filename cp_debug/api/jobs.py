@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cp_debug.api.models import ModelLike, modes_kept, samples_in, to_model
 from cp_debug.api.progress import shown_steps
@@ -235,5 +235,5 @@ def quantize(
 
 def _backends(backends: str | Sequence[str] | Sequence[Backend], *, repeats: bool = False) -> list[Backend]:
     if not isinstance(backends, str):
-        return [each for each in backends if not isinstance(each, str)]  # names are one text by now
+        return list(cast("Sequence[Backend]", backends))  # names in a list are one text by now
     return [create(spec) for spec in parse_backends(backends, repeats=repeats)]

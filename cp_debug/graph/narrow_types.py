@@ -26,6 +26,12 @@ FIRST_OPSET = {
 BITS = "cpdebug.bits"
 """Metadata of a DequantizeLinear whose codes were made for fewer bits than their type has."""
 _NAMES = {**FP8, TensorProto.INT4: "INT4", TensorProto.UINT4: "UINT4", TensorProto.FLOAT4E2M1: "FLOAT4E2M1"}
+_PRECISIONS = {
+    **dict.fromkeys(FP8, "fp8"),
+    TensorProto.INT4: "int4",
+    TensorProto.UINT4: "int4",
+    TensorProto.FLOAT4E2M1: "mxfp4",
+}
 
 
 def check_narrow_types(graph: Graph) -> None:
@@ -68,26 +74,25 @@ def narrow_kinds(graph: Graph) -> set[str]:
 
 def without_int8(graph: Graph) -> str | None:
     """Words for what a graph quantizes to where none of it is INT8 (``INT4``, ``levels of 4 bits``); else None."""
-    kinds = {node.name: _NAMES[kind] for node, kind in quantizers(graph)}
-    for node in graph.nodes:
-        if node.op.rpartition(".")[2] in ("MatMulNBits", "GatherBlockQuantized"):
-            bits = next((a.i for a in node.proto.attribute if a.name == "bits"), 4)
-            if bits < 8:
-                kinds[node.name] = f"levels of {bits} bits"
-    quantizing = [node for node in graph.nodes if any(mark in node.op for mark in QUANTIZING)]
-    if not quantizing or any(node.name not in kinds for node in quantizing):
-        return None
-    return ", ".join(sorted(set(kinds.values())))
+    return ", ".join(sorted(_narrow_levels(graph))) or None
 
 
 def narrow_precision(graph: Graph) -> str | None:
     """The coarsest precision that a graph quantizes to where none of it is INT8: fp8, int4 or mxfp4; else None."""
-    words = without_int8(graph)
-    if words is None:
-        return None
-    if "FLOAT4" in words:
-        return "mxfp4"
-    return "int4" if "INT4" in words or "bits" in words else "fp8"
+    found = _narrow_levels(graph).values()
+    return next((precision for precision in ("mxfp4", "int4", "fp8") if precision in found), None)
+
+
+def _narrow_levels(graph: Graph) -> dict[str, str]:
+    """Words for each kind of levels → the precision that it stands for; empty where any are INT8."""
+    levels = {node.name: (_NAMES[kind], _PRECISIONS[kind]) for node, kind in quantizers(graph)}
+    for node in graph.nodes:
+        if node.op.rpartition(".")[2] in ("MatMulNBits", "GatherBlockQuantized"):
+            bits = next((a.i for a in node.proto.attribute if a.name == "bits"), 4)
+            if bits < 8:
+                levels[node.name] = f"levels of {bits} bits", "int4"
+    quantizing = [node for node in graph.nodes if any(mark in node.op for mark in QUANTIZING)]
+    return dict(levels.values()) if all(node.name in levels for node in quantizing) else {}
 
 
 def stated_bits(node: Node) -> int | None:

@@ -123,7 +123,6 @@ def read_pt(path: Path) -> dict[str, np.ndarray]:
     A tensor alone is called as the file is. Shapes and dtypes are those that the file holds. Raises InputError for a
     file with anything but tensors and plain values: unpickling that could run code.
     """
-
     from cp_debug.probes.arrays import as_numpy, is_dense
 
     check_file(path, "file of tensors")
