@@ -261,6 +261,43 @@ def test_a_sweep_survives(kind: str, data: st.DataObject) -> None:
     _equal_again(SweepResult, data.draw(_made(SweepResult, kind=st.just(kind), groups=groups, failures=failures)))
 
 
+KEYS: dict[str, str] = json.loads((Path(__file__).parent / "data" / "result_keys.json").read_text(encoding="utf-8"))
+"""Class → the keys of its document, those of a part that stands beside its owner's fields included."""
+KINDS = {
+    **{kind.__name__: _made(kind) for kind in PARTS},
+    **{kind.__name__: made for kind, made in COMPLETE.items()},
+    "LayerRow": ROWS,
+    "OptimizerBlame": KNOBS,
+    "Trial": TRIALS,
+    "KeptLayer": LAYERS,
+    "Prediction": _made(Prediction),
+    "TestResult": _tests(),
+    "MixedPrecisionResult": _made(
+        MixedPrecisionResult, best=TRIALS, baseline=TRIALS, trials=st.just([]), kept=st.lists(LAYERS, max_size=1)
+    ),
+    "BisectResult": _made(BisectResult, tests=st.lists(_tests(), min_size=1, max_size=1), **CHECKED),
+    "Int8Effect": EFFECTS,
+    "ScenarioResult": _made(
+        ScenarioResult,
+        reference=_made(RunRecord),
+        test=_made(RunRecord),
+        checks=st.just([]),
+        preprocessing=st.just({}),
+        bisect=st.none(),
+    ),
+    "Difference": _made(Difference, change=_made(TensorChange)),
+}
+SOMETIMES = {"BackendScores": {"t4", "t4_difference", "t4_intervals"}, "Int8Effect": {"mAP", "NDS"}}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+@settings(max_examples=2, suppress_health_check=list(HealthCheck), deadline=None)
+@given(data=st.data())
+def test_the_keys_of_a_document_are_those_of_its_schema(kind: str, data: st.DataObject) -> None:
+    found = set(encode(data.draw(KINDS[kind])))
+    assert found - SOMETIMES.get(kind, set()) == set(KEYS[kind].split())
+
+
 def test_a_sweep_of_no_kind_is_refused() -> None:
     with pytest.raises(InputError, match="field 'kind' is 'dance'; expected bisect, eval, ablate, sensitivity, search"):
         decode(SweepResult, {"kind": "dance", "groups": []}, "sweep.json")

@@ -1,29 +1,29 @@
 """A process that forks to run tests: a line of JSON in, a line of JSON out.
 
-``forks.py --import PACKAGES`` has imported the heavy packages; each fork collects its tests itself. ``forks.py
---collect PACKAGES FILES`` has collected the quick tests of these files, too; each fork gives the functions of a changed
-file their new code and runs the tests, which takes as long as the tests alone. Limits are seconds of processor time,
-so that a busy machine changes no outcome.
+``forks.py --import PACKAGES`` has imported the heavy packages; each fork collects its tests itself. ``forks.py --ready
+PACKAGES`` has imported all of cp_debug, too. ``forks.py --collect PACKAGES FILES`` has collected the quick tests of
+these files; each fork gets what a changed file has in the place of what the file had and runs the tests, which takes as
+long as the tests alone. Limits are seconds of processor time, so that a busy machine changes no outcome.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import importlib
 import json
 import os
+import pkgutil
 import resource
 import signal
 import sys
 import tempfile
 import time
-import types
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
+
+from parts import Parts
 
 QUICK = "not slow and not gpu and not mmdet3d"
 
@@ -110,7 +110,9 @@ class Collected:
         """Run ``asked["tests"]`` with the source ``asked["changed"]`` of the file ``asked["path"]``."""
         import pytest
 
-        if "changed" in asked:
+        if asked.get("at_import"):
+            self._parts.execute(asked["path"], asked["source"], asked["changed"])
+        elif "changed" in asked:
             self._parts.renew(asked["path"], asked["changed"])
         items = [self._items[t] for t in asked["tests"] if t in self._items]
         if not items:
@@ -139,38 +141,14 @@ def warm() -> None:
         distance(array, array[::-1].copy())
 
 
-class Parts:
-    """The functions of cp_debug in this process, by file, and what remembers results."""
+def import_all() -> None:
+    """Import every module of cp_debug that can be imported here."""
+    import cp_debug
 
-    def __init__(self) -> None:
-        self._functions: dict[str, list[types.FunctionType]] = defaultdict(list)
-        self._caches = []
-        for found in gc.get_objects():
-            if type(found) is functools._lru_cache_wrapper and str(found.__module__).startswith("cp_debug"):
-                self._caches.append(found)
-            elif type(found) is types.FunctionType and "/cp_debug/" in found.__code__.co_filename:
-                self._functions[found.__code__.co_filename].append(found)
-
-    def renew(self, path: str, changed: str) -> None:
-        """Give every function of the file ``path`` its code from the source ``changed``, and empty what they remember.
-
-        Functions that ``changed`` has under the same name at the same line are renewed, those that stand in others when
-        the others run again. What ran when the module was imported is as it was.
-        """
-        new = {(c.co_qualname, c.co_firstlineno): c for c in _codes(compile(changed, path, "exec"))}
-        for cache in self._caches:
-            cache.cache_clear()
-        for function in self._functions[path]:
-            code = new.get((function.__code__.co_qualname, function.__code__.co_firstlineno))
-            if code is not None and code.co_freevars == function.__code__.co_freevars:
-                function.__code__ = code
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            yield from _codes(inner)
+    for found in pkgutil.walk_packages(cp_debug.__path__, "cp_debug.", onerror=lambda name: None):
+        if not found.name.endswith("__main__"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(found.name)
 
 
 def serve(run: Callable[[dict[str, Any]], dict[str, Any]], out: TextIO) -> None:
@@ -229,7 +207,10 @@ def main() -> None:
     for name in packages.split(","):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    if what == "--import":
+    if what == "--ready":
+        import_all()
+        warm()
+    if what != "--collect":
         serve(collect_and_run, out)
     else:
         arguments = ["-q", "-s", "-p", "no:cacheprovider", "-m", QUICK, *files]

@@ -4,13 +4,13 @@ Usage: ``python tests/mutation/mutants.py --minutes 60 --seed 0 --out mutants.js
 
 cosmic-ray makes the changes. Which tests run a line is told by coverage with a context for each test, measured once for
 each file of quick tests and kept as each file ends, so that a measurement that was stopped goes on where it stood.
-Each worker has its own copy of the tree and two processes: one has collected the tests, and its forks renew the
-functions of the changed file; one has imported the heavy packages only, for changes of what runs at import. The tests
-of a mutant run in a fork, the quickest first, where files that are named after its module or import it count as 8
-times quicker, until one fails or ``--limit`` seconds of processor time are over; then it is undecided, and ``--again``
-judges it once more. A survivor that ``equivalent.toml`` lists, with the reason, does not count. Mutants are drawn so
-that every definition has one before any has two. Each outcome is a line of ``--out``, written when it is known; a run
-with the same seed leaves out the mutants that stand there.
+Each worker has its own copy of the tree and two processes: one has collected the tests, and its forks renew what the
+changed file has made; one has imported the heavy packages only, and confirms what changes of what runs at import do.
+The tests of a mutant run in a fork, the quickest first, where files that are named after its module or import it count
+as 8 times quicker, until one fails or ``--limit`` seconds of processor time are over; then it is undecided, and
+``--again`` judges it once more. A survivor that ``equivalent.toml`` lists, with the reason, does not count. Mutants are
+drawn so that every definition has one before any has two. Each outcome is a line of ``--out``, written when it is
+known; a run with the same seed leaves out the mutants that stand there.
 """
 
 from __future__ import annotations
@@ -173,6 +173,7 @@ class Affected:
         self._functions: dict[str, list[tuple[int, int]]] = {}
         self._durations: dict[str, float] = {}
         self._near: dict[tuple[str, str], bool] = {}
+        self._words: dict[str, set[str]] = {}
         for log in sorted(folder.glob("*.json")):
             self._durations.update(json.loads(log.read_text(encoding="utf-8")))
             self._read(log.with_suffix(".db"))
@@ -197,11 +198,13 @@ class Affected:
             self._functions[path] = functions_of(ROOT / path)
         return not any(first <= line <= last for first, last in self._functions[path])
 
-    def __call__(self, path: str, lines: tuple[int, int]) -> list[str]:
+    def __call__(self, path: str, lines: tuple[int, int], definition: str = "") -> list[str]:
         """Tests that run one of the lines; for a line that runs at import, those that run a function of the file, or
         where it has none, those of files that concern the module.
 
-        The quickest first, each file's together; those of files that concern the module count as 8 times quicker.
+        The quickest first, each file's together; those of files that concern the module count as 8 times quicker, those
+        of files that name the definition as 4 times, and of the cases of one test the second as half as quick as the
+        first, the fourth as a quarter.
         """
         of_file = self._tests.get(path, {})
         if self.at_import(path, lines[0]):  # some test is the first to import a module
@@ -211,15 +214,28 @@ class Affected:
             names = set().union(*(of_file.get(n, ()) for n in range(lines[0], lines[1] + 1)))
             if not names and "numba" in (ROOT / path).read_text(encoding="utf-8"):  # compiled lines are not seen to run
                 names = set().union(*of_file.values())
-        return sorted(names, key=lambda name: self._rank(path, name))
+        place: Counter[str] = Counter()
+        ranks = {}
+        for name in sorted(names):
+            case = place[name.partition("[")[0]]
+            place[name.partition("[")[0]] += 1
+            ranks[name] = self._rank(path, definition, name, case)
+        return sorted(names, key=ranks.__getitem__)
 
     def known(self, tests: list[str]) -> dict[str, float]:
         """The seconds that each test takes."""
         return {test: self._durations.get(test, 60.0) for test in tests}
 
-    def _rank(self, path: str, test: str) -> tuple[int, str, float, str]:
+    def _rank(self, path: str, definition: str, test: str, case: int) -> tuple[int, str, float, str]:
         file, seconds = test.partition("::")[0], self._durations.get(test, 1.0)
-        return math.ceil(math.log2(seconds + 0.1)) - 3 * self._is_near(path, file), file, seconds, test
+        nearer = 3 * self._is_near(path, file) + 2 * self._names(definition, file)
+        return math.ceil(math.log2(seconds + 0.1) + math.log2(1 + case)) - nearer, file, seconds, test
+
+    def _names(self, definition: str, file: str) -> bool:
+        """Whether a file of tests names a definition."""
+        if file not in self._words:
+            self._words[file] = {*re.findall(r"\w+", (ROOT / file).read_text(encoding="utf-8"))}
+        return definition in self._words[file]
 
     def _is_near(self, path: str, file: str) -> bool:
         """Whether a file of tests is named after the module, or imports it."""
@@ -250,10 +266,11 @@ class Worker:
         if shared.exists() and not (folder.parent / "shared").exists():
             (folder.parent / "shared").symlink_to(shared.resolve())
         self._imported = self._server("--import", PRELOADED)
-        self._collected = self._imported
+        self._ready = self._collected = self._server("--ready", PRELOADED)
 
     def collect(self, files: list[str]) -> None:
         """Start the process that has collected the quick tests of these files, and wait until it has."""
+        self._end(self._ready)
         self._collected = self._server("--collect", PRELOADED, *files)
         assert self._collected.stdout
         self._collected.stdout.readline()  # before any file is changed: it would import the changed one
@@ -272,24 +289,35 @@ class Worker:
         settings = self._tree.parent / "coverage.rc"
         settings.write_text(f"[run]\nsource = cp_debug\ndata_file = {log.with_suffix('.db')}\n", encoding="utf-8")
         cover = ["--cov", f"--cov-config={settings}", "--cov-context=test", "--cov-report="]
-        answer = self._ask(self._imported, {"arguments": ["-m", QUICK, *cover, tests], "seconds": 600})
+        answer = self._ask(self._ready, {"arguments": ["-m", QUICK, *cover, tests], "seconds": 600})
         _replace(log, json.dumps(answer["durations"]))
 
     def run(
-        self, mutant: Mutant, changed: str, known: dict[str, float], seconds: float, fresh: bool
+        self, mutant: Mutant, source: str, changed: str, known: dict[str, float], seconds: float, at_import: bool
     ) -> tuple[str, str]:
         """(``killed``, ``hung``, ``survived`` or ``undecided``, the test that failed).
 
-        ``known``: the tests in their order, with the seconds that each takes. ``fresh``: the change tells when its
-        module is imported.
+        ``known``: the tests in their order, with the seconds that each takes. ``at_import``: the change tells when its
+        module is imported. It is then put in the place of what the module made; a process that imports the module anew
+        must confirm the test that fails, and where none does runs those of the first files once more.
         """
-        path, tests = self._tree / mutant.path, list(known)
-        if fresh or "numba" in changed:
-            asked: dict[str, Any] = {"arguments": ["-x", "-m", "", *tests], "seconds": seconds, "known": known}
-            answer = self._ask(self._imported, asked)
-        else:
-            asked = {"path": str(path), "changed": changed, "tests": tests, "seconds": seconds, "known": known}
-            answer = self._ask(self._collected, asked)
+        asked = {"path": str(self._tree / mutant.path), "source": source, "changed": changed, "at_import": at_import}
+        if "numba" in changed:
+            return self._anew(known, seconds)
+        answer = self._ask(self._collected, {**asked, "tests": list(known), "seconds": seconds, "known": known})
+        found, by = answer["outcome"], answer["by"]
+        if not at_import:
+            return found, by
+        if by in known and self._anew({by: known[by]}, seconds)[0] in ("killed", "hung"):
+            return found, by
+        near = _of_few_files(list(known))
+        anew = self._anew({test: known[test] for test in near}, seconds)
+        return anew if anew[0] in ("killed", "hung") or found == "survived" else ("undecided", by)
+
+    def _anew(self, known: dict[str, float], seconds: float) -> tuple[str, str]:
+        """The outcome in a process that imports cp_debug anew."""
+        asked = {"arguments": ["-x", "-m", "", *known], "seconds": seconds, "known": known}
+        answer = self._ask(self._imported, asked)
         return answer["outcome"], answer["by"]
 
     def _ask(self, server: subprocess.Popen[str], asked: dict[str, Any]) -> dict[str, Any]:
@@ -310,19 +338,18 @@ class Worker:
         assert changed is not None, mutant
         pairs = zip(source.splitlines(), changed.splitlines(), strict=False)
         before, after = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("", ""))
-        tests = affected(mutant.path, mutant.lines)
+        tests = affected(mutant.path, mutant.lines, mutant.definition)
         outcome = Outcome(mutant, "untested", before, after)
         if not tests:
             return outcome
-        fresh = affected.at_import(mutant.path, mutant.lines[0])
-        run = affected.known(tests if not fresh else _of_few_files(tests))
+        at_import, run = affected.at_import(mutant.path, mutant.lines[0]), affected.known(tests)
         begun = time.monotonic()
         while True:
             run = {t: seconds for t, seconds in run.items() if t not in self._broken}
             _forget(path)
             path.write_text(changed, encoding="utf-8")
             try:
-                outcome.outcome, outcome.by = self.run(mutant, changed, run, limit, fresh)
+                outcome.outcome, outcome.by = self.run(mutant, source, changed, run, limit, at_import)
             finally:
                 path.write_text(source, encoding="utf-8")
                 os.utime(path, ns=(written.st_atime_ns, written.st_mtime_ns))
@@ -331,8 +358,6 @@ class Worker:
                 break
             self._broken.add(outcome.by)
             print(f"fails without any mutant, and is left out: {outcome.by}", flush=True)
-        if outcome.outcome == "survived" and len(run) < len(tests) - len(self._broken):
-            outcome.outcome = "undecided"
         outcome.tests, outcome.seconds = len(run), round(time.monotonic() - begun, 2)
         return outcome
 
@@ -346,9 +371,13 @@ class Worker:
 
     def close(self) -> None:
         """End the processes."""
-        for server in {self._imported, self._collected}:
-            server.send_signal(signal.SIGTERM)
-            server.wait()
+        for server in {self._imported, self._ready, self._collected}:
+            self._end(server)
+
+    @staticmethod
+    def _end(server: subprocess.Popen[str]) -> None:
+        server.send_signal(signal.SIGTERM)
+        server.wait()
 
 
 def _of_few_files(tests: list[str]) -> list[str]:
