@@ -50,7 +50,7 @@ PRECISIONS: dict[str, Precision] = _Precisions(
         Precision("fp64", 2.0**-53, 1.7976931348623157e308, 2.2250738585072014e-308, 1e-5, 1e-7),
         Precision("fp32", 2.0**-24, *_FP32, 1e-4, 1e-6),
         Precision("tf32", 2.0**-11, *_FP32, 1e-2, 1e-5),
-        Precision("bf16", 2.0**-9, 3.3895314e38, 1.1754944e-38, 5e-2, 1e-4),
+        Precision("bf16", 2.0**-8, 3.3895314e38, 1.1754944e-38, 5e-2, 1e-4),
         Precision("fp16", 2.0**-11, 65504.0, 6.103515625e-05, 2e-2, 1e-4),
         Precision("fp16acc", 2.0**-11, 65504.0, 6.103515625e-05, 5e-2, 1e-4),
         Precision("int8", 2.0**-8, *_FP32, 2e-1, 1e-3),
