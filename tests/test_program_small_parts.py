@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,16 +16,22 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from cp_debug.backends.narrow_options import NarrowOptions
+from cp_debug.deploy.engines import check_engines
+from cp_debug.errors import InputError
+from cp_debug.files import file_hash
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.mixed_precision import activation_reuse
+from cp_debug.mixed_precision import activation_reuse, fusion_groups
 from cp_debug.mixed_precision.predict import enough_of
-from cp_debug.programs import node_differences, row_factors, scope_names
+from cp_debug.programs import channel_factors, node_differences, row_factors, scope_names
 from cp_debug.programs.align import module_digest
 from cp_debug.programs.export import _reason
 from cp_debug.programs.pipeline import choose_export, merge_settings, settings_by_component
 from cp_debug.programs.precision import PRECISIONS, coarser, of_operators
-from cp_debug.quantization import histogram, narrow_layers
+from cp_debug.quantization import amax_checkpoint, histogram, narrow_layers
+from cp_debug.quantization.awml_names import also_named
 from cp_debug.quantization.calibration import _frozen
+from cp_debug.quantization.nested_batches import tensors_only
+from cp_debug.quantization.qat import _stale, _unfreeze
 
 
 def node_of(folder: Path, op: str, inputs: list[str], **attributes: Any) -> Node:
@@ -284,3 +291,99 @@ def test_parameters_are_frozen_for_a_while_and_only_those_that_were_not() -> Non
         assert not net.weight.requires_grad
     assert net.weight.requires_grad
     assert not net.bias.requires_grad
+
+
+def test_validations_since_the_best_one() -> None:
+    assert _stale([(0, 0.0, 3.0), (1, 0.0, 1.0), (2, 0.0, 2.0)]) == 1
+    assert _stale([(0, 0.0, 1.0), (1, 0.0, 1.0)]) == 1
+    assert _stale([(0, 0.0, 2.0), (1, 9.0, 1.0)]) == 0
+
+
+def test_batch_norms_stay_as_they_are_while_the_rest_is_trained() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 1, 1)).requires_grad_(False).train()
+    trained = _unfreeze(net)
+    assert [id(p) for p in trained] == [id(p) for part in (net[0], net[2]) for p in part.parameters()]
+    assert not net[1].training
+    assert net[0].training
+
+
+def test_arguments_may_have_the_names_that_others_gave_them() -> None:
+    @also_named(amax_method="method")
+    def called(method: str = "mse") -> str:
+        return method
+
+    assert called(amax_method="max") == called("max") == called(method="max") == "max"  # type: ignore[call-arg]
+    assert called() == "mse"
+    with pytest.raises(InputError, match="method and amax_method are one thing"):
+        called(method="a", amax_method="b")  # type: ignore[call-arg]
+
+
+def test_of_what_a_model_predicts_tensors_alone_count() -> None:
+    ones = torch.ones(2)
+    assert tensors_only(lambda model, batch: {"a": [ones, "text"], "b": None})(nn.Identity(), None) == (ones,)
+    assert tensors_only(lambda model, batch: "text")(nn.Identity(), None) == torch.zeros(())
+
+
+def test_a_scale_of_a_whole_weight_is_repeated_for_its_channels() -> None:
+    conv = nn.Conv2d(1, 3, 1)
+    assert amax_checkpoint._for_channels(conv, torch.tensor(2.0), "w").tolist() == [2, 2, 2]
+    assert amax_checkpoint._for_channels(conv, torch.tensor([[1.0], [2], [3]]), "w").tolist() == [1, 2, 3]
+    with pytest.raises(InputError, match="w has 2 scales for its weight; expected one, or one for each of its 3"):
+        amax_checkpoint._for_channels(conv, torch.ones(2), "w")
+
+
+def test_factors_are_as_short_as_they_can_be() -> None:
+    same = np.broadcast_to(np.array([[1.0], [2.0]]), (2, 5))
+    assert channel_factors._narrowed(same).tolist() == [[1], [2]]
+    assert channel_factors._narrowed(np.ones((2, 3))).shape == (1, 1)
+    assert channel_factors._narrowed(np.array([[1.0, 2], [1, 3]])).shape == (2, 2)
+    assert channel_factors._narrowed(np.zeros((0, 3))).shape == (0, 1)
+
+
+def test_what_belongs_to_the_layer_before_it(tmp_path: Path) -> None:
+    """An activation of a product's only result belongs to it; one of an output, or of a result read twice, does not."""
+    weight = numpy_helper.from_array(np.zeros((4, 4), np.float32), "w")
+    reads = [("MatMul", ["x", "w"]), ("Relu", ["n0"]), ("MatMul", ["n1", "w"]), ("Sigmoid", ["n2"]), ("Tanh", ["n2"])]
+    reads += [("Add", ["n3", "n4"]), ("Relu", ["x"]), ("Relu", ["n5"])]
+    nodes = [helper.make_node(op, inputs, [f"n{i}"], f"n{i}") for i, (op, inputs) in enumerate(reads)]
+    outputs = [helper.make_empty_tensor_value_info(name) for name in ("n5", "n6", "n7")]
+    given = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 4])]
+    graph = helper.make_graph(nodes, "g", given, outputs, [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "g.onnx")
+    opened = Graph(tmp_path / "g.onnx")
+    joined = [fusion_groups._joined(opened, each) for each in opened.nodes]
+    assert [each.name if each else None for each in joined] == [None, "n0", None, None, None, None, None, None]
+
+
+def engine_manifest(folder: Path, program: Any, **changes: Any) -> Path:
+    """A folder with an engine of ``program`` and its manifest."""
+    folder.mkdir()
+    (folder / "net.engine").write_bytes(b"engine")
+    entry = {"component": "net", "file": "net.engine", "sha256": file_hash(folder / "net.engine"), "seconds": 1.0}
+    entry |= {"onnx_sha256": program.graph.digest, "realised_precision": {"fp16": 1.0}}
+    machine = {"tensorrt": "10.3", "gpu": "A", "compute_capability": "9.0"}
+    document = {"backend": "trt-fp16@cuda:0", **machine, "engines": [entry | changes]}
+    (folder / "engines.json").write_text(json.dumps(document), encoding="utf-8")
+    return folder
+
+
+def test_engines_are_those_of_this_machine_and_these_graphs(tmp_path: Path) -> None:
+    node_of(tmp_path, "MatMul", ["x", "w"])
+    program: Any = SimpleNamespace(name="net", graph=Graph(tmp_path / "g.onnx"))
+    here = {"tensorrt": "10.3", "gpu": "A", "compute_capability": "9.0"}
+    folder = engine_manifest(tmp_path / "good", program)
+    assert check_engines(folder, [program], here, "trt-fp16") == {"net": folder / "net.engine"}
+    assert check_engines(folder, [program], here) == {"net": folder / "net.engine"}
+    refused = [
+        (folder, here, "trt-int8", r"these are engines of trt-fp16@cuda:0; expected those of trt-int8"),
+        (folder, here | {"gpu": "B"}, "", r"gpu is 'A'; here it is 'B'"),
+        (folder, here | {"compute_capability": "8.0"}, "", r"compute_capability is '9.0'; here it is '8.0'"),
+        (engine_manifest(tmp_path / "b", program, sha256="0"), here, "", "changed since it was built"),
+        (engine_manifest(tmp_path / "c", program, onnx_sha256="0"), here, "", "built from another graph than"),
+        (engine_manifest(tmp_path / "d", program, component="other"), here, "", "there is no engine of net"),
+        (engine_manifest(tmp_path / "e", program, file="gone.engine"), here, "", "there is no engine of net"),
+        (tmp_path, here, "", "not the manifest of `cpdebug build`"),
+    ]
+    for where, versions, backend, says in refused:
+        with pytest.raises(InputError, match=says):
+            check_engines(where, [program], versions, backend)

@@ -199,8 +199,8 @@ class Affected:
         return not any(first <= line <= last for first, last in self._functions[path])
 
     def __call__(self, path: str, lines: tuple[int, int], definition: str = "") -> list[str]:
-        """Tests that run one of the lines; for a line that runs at import, those that run a function of the file, or
-        where it has none, those of files that concern the module.
+        """Tests that run one of the lines; for a line that runs at import, those that run a function of the file, and
+        those of files that concern the module.
 
         The quickest first, each file's together; those of files that concern the module count as 8 times quicker, those
         of files that name the definition as 4 times, and of the cases of one test the second as half as quick as the
@@ -209,7 +209,8 @@ class Affected:
         of_file = self._tests.get(path, {})
         if self.at_import(path, lines[0]):  # some test is the first to import a module
             run = (tests for line, tests in of_file.items() if not self.at_import(path, line))
-            names = set().union(*run) or {t for t in self._durations if self._is_near(path, t.partition("::")[0])}
+            near = {t for t in self._durations if self._is_near(path, t.partition("::")[0])}
+            names = set().union(*run) | near
         else:
             names = set().union(*(of_file.get(n, ()) for n in range(lines[0], lines[1] + 1)))
             if not names and "numba" in (ROOT / path).read_text(encoding="utf-8"):  # compiled lines are not seen to run
