@@ -107,7 +107,11 @@ def parse_json(data: bytes | str, source: str, *, unique: bool = False) -> Any:
         _check_tree(document)
     except RecursionError:
         raise InputError(f"{source}: nested too deep; expected at most {DEPTH} levels") from None
-    except ValueError as error:  # a UnicodeError is one
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source}: not JSON that can be read (no text in UTF-8 at byte {error.start})") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{source}: not JSON that can be read (a text holds half of a surrogate pair)") from None
+    except ValueError as error:
         raise InputError(f"{source}: not JSON that can be read ({error})") from None
     return document
 
@@ -157,7 +161,7 @@ def typed(kind: type[T] | Any, document: Any, source: str) -> T:
         return TypeAdapter(kind).validate_python(document)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
-        phrases = [f"{_place(problem['loc'])}: {_said(problem)}" for problem in problems[:SHOWN]]
+        phrases = [f"{_place(problem, document)}: {_said(problem)}" for problem in problems[:SHOWN]]
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise InputError(f"{source}: {'; '.join([*phrases, *more])}") from None
 
@@ -331,11 +335,19 @@ def _check_tree(document: Any) -> None:
     raise RecursionError
 
 
-def _place(keys: tuple[Any, ...]) -> str:
+def _place(error: Any, document: Any) -> str:
+    """``field 'tensors' (1.dtype)``: the keys on the way to what is wrong, without pydantic's own names of types."""
+    keys, value = [], document
+    for place, key in enumerate(error["loc"], 1):
+        inside = isinstance(value, Mapping) and key in value
+        if inside or isinstance(key, int) or (error["type"] == "missing" and place == len(error["loc"])):
+            keys.append(str(key))
+        if inside or (isinstance(value, list | tuple) and isinstance(key, int) and key < len(value)):
+            value = value[key]
     if not keys:
         return "the document"
-    inner = ".".join(map(str, keys[1:]))
-    return f"field {str(keys[0])!r}{f' ({inner})' if inner else ''}"
+    inner = ".".join(keys[1:])
+    return f"field {keys[0]!r}{f' ({inner})' if inner else ''}"
 
 
 def _said(error: Any) -> str:

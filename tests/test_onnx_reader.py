@@ -112,6 +112,14 @@ CASES: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
         edits(lambda g: g.node.append(helper.make_node("Add", ["c", ""], ["s"], name="sum"))),
         "node 'sum' has 1 of 2 inputs$",
     ),
+    "too many inputs": (
+        edits(lambda g: g.node.append(helper.make_node("Add", ["c", "c", "c"], ["s"], name="sum"))),
+        "node 'sum' has 3 inputs; expected at most 2$",
+    ),
+    "too many outputs": (
+        edits(lambda g: g.node.append(helper.make_node("Relu", ["c"], ["s", "t"], name="relu"))),
+        "node 'relu' has 2 outputs; expected at most 1$",
+    ),
     "no outputs of a node": (edits(lambda g: g.node.add(op_type="F", domain="o", input=["c"])), "puts out nothing$"),
     "empty output": (
         edits(lambda g: g.node.append(helper.make_node("Dropout", ["c"], ["", "mask"], name="drop"))),

@@ -6,10 +6,12 @@ import errno
 import os
 import zipfile
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import onnx
 import pytest
+from pydantic import AfterValidator
 
 from cp_debug import files
 from cp_debug.cli.saving import check_outputs
@@ -60,12 +62,13 @@ def test_text_is_utf8_and_limited(tmp_path: Path) -> None:
         ("[" * 100_000, "nested too deep|not JSON"),
         ("[" * 70 + "]" * 70, "nested too deep"),
         ("9" * 5000, "more than 64 bits"),
-        ('"\\ud800"', "not JSON"),
+        ('"\\ud800"', r"\(a text holds half of a surrogate pair\)"),
+        (b'{"a": "\xe6"}', r"\(no text in UTF-8 at byte 7\)"),
         ("{", "not JSON"),
         ("\x00", "not JSON"),
     ],
 )
-def test_json_that_nobody_can_use_is_refused(text: str, why: str) -> None:
+def test_json_that_nobody_can_use_is_refused(text: str | bytes, why: str) -> None:
     with pytest.raises(InputError, match=why):
         parse_json(text, "a.json")
 
@@ -79,6 +82,12 @@ def test_fields_of_other_types_are_named() -> None:
     assert typed(dict[str, float], {"a": "NaN", "b": 1}, "f")["b"] == 1.0
     with pytest.raises(InputError, match=r"^f: field 'b' \(0\): 'x'; expected a valid integer"):
         typed(dict[str, list[int]], {"a": [1], "b": ["x"]}, "f")
+    with pytest.raises(
+        InputError, match=r"^f: field 'b': None; expected a valid dictionary; field 'b': None; expected"
+    ):
+        typed(dict[str, dict[str, Annotated[int, AfterValidator(abs)]] | list[int]], {"b": None}, "f")
+    with pytest.raises(InputError, match=r"^f: field 'b' \(c\): 'x'; expected a valid integer"):
+        typed(dict[str, dict[str, int] | None], {"b": {"c": "x"}}, "f")
 
 
 def test_settings_do_not_unfold_without_end() -> None:

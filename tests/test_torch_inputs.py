@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import cp_debug
 from cp_debug.api.models import to_model
 from cp_debug.probes.trace import trace
+from cp_debug.programs.export import export
 from cp_debug.recipes import torch_callable
 from cp_debug.recipes.registry import load_model
 from cp_debug.recipes.torch_callable import TorchModel, load_callable
@@ -377,3 +378,17 @@ def test_parameters_that_have_gradients_are_told_apart_without_a_warning() -> No
         warnings.simplefilter("error")
         before = torch_callable._weights(Plain())
     assert before.keys() == {"body.weight", "body.bias", "head.weight", "head.bias"}
+
+
+def test_what_was_compiled_is_loaded_and_exported_as_it_is_written(tmp_path: Path) -> None:
+    """A compiler would take half a minute, and leave its kernels among temporary files."""
+    compiled: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        compiled.append(graph)
+        return graph.forward
+
+    net = torch.compile(nn.Sequential(nn.Linear(4, 6), nn.ReLU()), backend=backend)
+    assert TorchModel("net", net, (torch.randn(2, 4),)).components
+    export(net, (torch.randn(2, 4),), tmp_path / "net.onnx", input_names=["x"], output_names=["y"])
+    assert not compiled

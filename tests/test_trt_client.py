@@ -163,6 +163,19 @@ def test_errors_say_what_to_do(tmp_path: Path, kind: str, error: type[Exception]
     assert "because" in str(caught.value)
 
 
+def test_the_place_of_an_error_in_the_runner_is_told_in_words(tmp_path: Path) -> None:
+    frames = 'Traceback (most recent call last):\n  File "/a/x.py", line 3, in main\n    f()\n'
+    frames += '  File "/a/runner.py", line 12, in _run\n    1 / 0\nZeroDivisionError: because\n'
+    error = {"kind": "internal", "message": "because", "nodes": [], "traceback": frames}
+    told = {"results": [], "error": error}
+    client = RunnerClient(
+        interpreter(tmp_path, f"(folder / 'result.json').write_text(json.dumps({told!r}))", "sys.exit(1)")
+    )
+    with pytest.raises(BackendUnavailable, match=r"because\nin _run of runner\.py, line 12") as caught:
+        client.execute(STEPS)
+    assert "File" not in str(caught.value)
+
+
 def test_a_library_for_plug_ins_that_cannot_be_loaded_is_left_out_by_a_setting(tmp_path: Path) -> None:
     because = "3: SymbolAddress for cublasGetProperty could not be loaded, check function name against library symbol"
     told = {"results": [], "error": {"kind": "build", "message": because, "nodes": []}}

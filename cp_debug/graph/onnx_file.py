@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from onnx import AttributeProto, TensorProto
 from cp_debug.errors import InputError
 from cp_debug.graph.onnx_tensors import BITS, FIELD, LARGEST_RANK, byte_count, described, external_data, shown
 from cp_debug.reading import check_file, read_bytes
-from cp_debug.safe_text import one_line
+from cp_debug.safe_text import amount, one_line
 
 LARGEST = (1 << 31) - 1
 """Bytes of a protobuf message."""
@@ -88,17 +89,19 @@ def read_model(path: Path) -> onnx.ModelProto:
 
 
 @functools.cache
-def _needed(op_type: str, version: int) -> tuple[list[int], list[int]]:
-    """Places of the inputs and of the outputs that an operator of ONNX's own must have in an opset; none for others."""
+def _needed(op_type: str, version: int) -> tuple[tuple[list[int], int], tuple[list[int], int]]:
+    """Places of the inputs and of the outputs that an operator of ONNX's own must have in an opset, and how many it may
+    have; none and any number for others."""
     try:
         schema = onnx.defs.get_schema(op_type, version, "")
     except onnx.defs.SchemaError:
-        return [], []
+        return ([], sys.maxsize), ([], sys.maxsize)
     single = onnx.defs.OpSchema.FormalParameterOption.Single
     inputs, outputs = schema.inputs[: schema.min_input], schema.outputs[: schema.min_output]
-    return [i for i, v in enumerate(inputs) if v.option == single], [
-        i for i, v in enumerate(outputs) if v.option == single
-    ]
+    return ([i for i, v in enumerate(inputs) if v.option == single], schema.max_input), (
+        [i for i, v in enumerate(outputs) if v.option == single],
+        schema.max_output,
+    )
 
 
 class _Check:
@@ -261,11 +264,13 @@ class _Check:
         if not any(node.output):
             raise self._error(f"{_title(node)} puts out nothing")
         if node.domain in ("", "ai.onnx") and (node.domain, node.op_type) not in self._functions:
-            needed = _needed(node.op_type, self._version)
-            for kind, values, places in zip(("input", "output"), (node.input, node.output), needed, strict=True):
+            inputs, outputs = _needed(node.op_type, self._version)
+            for kind, values, (places, most) in (("input", node.input, inputs), ("output", node.output, outputs)):
                 given = sum(place < len(values) and bool(values[place]) for place in places)
                 if given < len(places):
                     raise self._error(f"{_title(node)} has {given} of {len(places)} {kind}s")
+                if len(values) > most:
+                    raise self._error(f"{_title(node)} has {amount(len(values), kind)}; expected at most {most}")
 
     def _counts(self, node: onnx.NodeProto) -> None:
         """Raise InputError where an attribute counts more inputs or outputs than the node has."""

@@ -24,6 +24,7 @@ from cp_debug.backends.determinism import fp32_precision
 from cp_debug.doing import doing
 from cp_debug.errors import InputError, raise_if_interrupted, system_reason
 from cp_debug.probes.outputs import flatten_outputs
+from cp_debug.probes.trace import as_written
 from cp_debug.programs.module_source import note_modules
 from cp_debug.programs.stored_tensors import stored_tensors
 
@@ -66,7 +67,7 @@ def export(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
         raw = Path(folder) / "raw.onnx"
         try:
-            with _flat_outputs(module), _quiet(), _old_flag_readable():
+            with as_written(), _flat_outputs(module), _quiet(), _old_flag_readable():
                 if exporter == "dynamo":
                     _dynamo(module, args, raw, axes, folded, size, options)
                 else:

@@ -27,7 +27,7 @@ from cp_debug.errors import InputError, ModuleFailed
 from cp_debug.graph.graph import ValueInfo
 from cp_debug.probes.arrays import as_numpy, is_dense
 from cp_debug.probes.outputs import flatten_outputs
-from cp_debug.probes.trace import trace
+from cp_debug.probes.trace import as_written, trace
 from cp_debug.recipes.base import Arrays, Component, Sample, Stage
 from cp_debug.recipes.input_files import DEFAULT_READING, file_samples
 from cp_debug.recipes.torch_inputs import flat_inputs
@@ -195,7 +195,7 @@ def _output_names(name: str, module: torch.nn.Module, tensors: Sequence[torch.Te
     if (names := _names_alone(module, tensors)) is not None:
         return names
     try:
-        with torch.no_grad(), doing(f"{type(module).__name__} ran"):
+        with torch.no_grad(), as_written(), doing(f"{type(module).__name__} ran"):
             before = _weights(module)
             outputs = flatten_outputs(module(*tensors))
             if changed := _changed(before, once := _weights(module)):

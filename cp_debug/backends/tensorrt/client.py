@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cp_debug.backends.tensorrt import runner
@@ -230,6 +231,9 @@ def _without_libraries(message: str) -> str:
 
 
 def _innermost(traceback: str) -> str:
-    """Place where an error was raised: the last frame of a Python traceback."""
-    frames = [line.strip() for line in traceback.splitlines() if line.startswith("  File ")]
-    return frames[-1] if frames else ""
+    """Place where an error was raised, as ``in main of runner.py, line 12``: the last frame of a Python traceback."""
+    frames = re.findall(r'^  File "(.+)", line (\d+), in (.+)$', traceback, re.M)
+    if not frames:
+        return ""
+    file, line, function = frames[-1]
+    return f"in {function} of {Path(file).name}, line {line}"
