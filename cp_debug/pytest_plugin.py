@@ -5,9 +5,12 @@ pytest loads this module wherever cpdebug is installed, so it imports nothing be
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +19,10 @@ import pytest
 if TYPE_CHECKING:
     from cp_debug.bisect.result import BisectResult
 
-_REPORTS = pytest.StashKey[list[Path]]()
-_ANNOTATIONS = pytest.StashKey[list[str]]()
+_REPORT, _ANNOTATION = "cpdebug_report", "cpdebug_annotation"
+"""Properties of a test: they travel with its report, from the processes of pytest-xdist, too."""
+_WRITTEN = pytest.StashKey[set[Path]]()
+"""Pages of this run; those of an earlier one are replaced."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,8 +35,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Prepare the lists of reports and of annotations."""
-    config.stash[_REPORTS], config.stash[_ANNOTATIONS] = [], []
+    """Prepare what is collected while the tests run."""
+    config.stash[_WRITTEN] = set()
+    config.pluginmanager.register(Summary(), "cpdebug-summary")
+
+
+class Summary:
+    """What failed tests leave for the end: their pages, and their annotations in a workflow of GitHub."""
+
+    def __init__(self) -> None:
+        self.told: dict[tuple[str, str], None] = {}
+        """(kind, text) in the order of the tests; each once, as every phase of a test reports its properties."""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Collect the properties of a test, of another process, too."""
+        for kind, text in report.user_properties:
+            if kind in (_REPORT, _ANNOTATION):
+                self.told[kind, str(text)] = None
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """List the pages that were written; in a workflow of GitHub, annotate."""
+        if pages := [text for kind, text in self.told if kind == _REPORT]:
+            terminalreporter.section("cpdebug reports")
+            for page in pages:
+                terminalreporter.line(page)
+        for kind, text in self.told:
+            if kind == _ANNOTATION:
+                terminalreporter.write(f"\n{text}\n")  # a workflow command stands at the beginning of a line
 
 
 @pytest.fixture
@@ -39,24 +69,29 @@ def assert_agree(request: pytest.FixtureRequest) -> Callable[..., BisectResult]:
     """``cp_debug.assert_agree``; where it fails and ``--cpdebug-report`` is given, the page of the result is kept."""
     config = request.config
     folder = config.getoption("--cpdebug-report") or config.getini("cpdebug_report")
+    tell = request.node.user_properties.append
 
     def check(*args: Any, **kwargs: Any) -> BisectResult:
         __tracebackhide__ = True
         import cp_debug
+        from cp_debug.errors import CpdebugError
 
         try:
-            return cp_debug.assert_agree(*args, **kwargs)
+            with _without_torchs_trace():
+                return cp_debug.assert_agree(*args, **kwargs)
+        except CpdebugError as error:
+            raise error.with_traceback(None) from None  # what was given is wrong: the test's own line is what matters
         except AssertionError as error:
             result = getattr(error, "result", None)
             if result is not None and os.environ.get("GITHUB_ACTIONS") == "true":
                 from cp_debug.reports.gates import render_github
                 from cp_debug.reports.saved import SavedResult
 
-                config.stash[_ANNOTATIONS].append(render_github(SavedResult.of(result)))
+                tell((_ANNOTATION, render_github(SavedResult.of(result)).strip()))
             if folder and result is not None:
-                report = _written(result, Path(config.rootpath, folder), request.node.nodeid)
+                report = _written(result, Path(config.rootpath, folder), request.node.nodeid, config.stash[_WRITTEN])
                 if isinstance(report, Path):
-                    config.stash[_REPORTS].append(report)
+                    tell((_REPORT, _visible(str(report))))
                 text = f"{error}\nreport: {_visible(str(report))}"
                 raise pytest.fail.Exception(text, pytrace=True) from None  # told once
             raise
@@ -64,23 +99,29 @@ def assert_agree(request: pytest.FixtureRequest) -> Callable[..., BisectResult]:
     return check
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """List the reports that were written; in a workflow of GitHub, annotate."""
-    if pages := config.stash.get(_REPORTS, []):
-        terminalreporter.section("cpdebug reports")
-        for page in pages:
-            terminalreporter.line(_visible(str(page)))
-    for text in config.stash.get(_ANNOTATIONS, []):
-        terminalreporter.write("\n" + text)  # a workflow command stands at the beginning of a line
+@contextmanager
+def _without_torchs_trace() -> Iterator[None]:
+    """Keep records for torch's own trace, lines without text, out of what pytest shows of a failure."""
+
+    def wanted(_: logging.LogRecord) -> bool:
+        return "TORCH_TRACE" in os.environ
+
+    trace = logging.getLogger("torch.__trace")
+    trace.addFilter(wanted)
+    try:
+        yield
+    finally:
+        trace.removeFilter(wanted)
 
 
-def _written(result: BisectResult, folder: Path, node: str) -> Path | str:
+def _written(result: BisectResult, folder: Path, node: str, written: set[Path]) -> Path | str:
     """The page of a failed test, or why there is none: that is no reason to hide the failure."""
     from cp_debug.errors import InputError, system_reason
 
     try:
-        page = _free(folder, node)
+        page = _free(folder, node, written)
         result.write_html(page)
+        written.add(page)
     except OSError as error:
         return f"{folder}: cannot be written ({system_reason(error)})"
     except InputError as error:
@@ -94,9 +135,11 @@ def _visible(text: str) -> str:
     return visible(text)
 
 
-def _free(folder: Path, node: str) -> Path:
-    """A file name made from the test's that is not taken: a test may check several models."""
+def _free(folder: Path, node: str, written: set[Path]) -> Path:
+    """A file name made from the test's that this run has not written: a test may check several models."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^\w.-]+", "-", node).strip("-")[-120:]
+    if stem != node.replace("::", "-").replace("/", "-"):  # another test, in another process, may come to the same
+        stem += f"-{hashlib.sha256(node.encode()).hexdigest()[:6]}"
     names = (f"{stem}.html", *(f"{stem}-{index}.html" for index in range(2, 1000)))
-    return next(path for name in names if not (path := folder / name).exists())
+    return next(path for name in names if (path := folder / name) not in written)

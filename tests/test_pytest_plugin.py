@@ -11,7 +11,7 @@ import pytest
 from nets import second_like
 from test_api import scaled
 
-from cp_debug.pytest_plugin import _REPORTS, _written, pytest_configure, pytest_terminal_summary
+from cp_debug.pytest_plugin import Summary, _written
 
 pytest_plugins = ["pytester"]
 
@@ -25,18 +25,37 @@ def test_other(assert_agree):
 
 
 @pytest.mark.slow
-def test_the_fixture_and_the_kept_report(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("processes", [(), ("-n", "2")])
+def test_the_fixture_and_the_kept_report(
+    processes: tuple[str, ...], pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     second_like(pytester.path / "a.onnx", depth=1, size=8)
     scaled(second_like(pytester.path / "b.onnx", depth=1, size=8), 1.05)
     pytester.makepyfile(CASE)
-    done = pytester.runpytest_subprocess("--cpdebug-report=pages", "-p", "no:cacheprovider")
+    done = pytester.runpytest_subprocess("--cpdebug-report=pages", "-p", "no:cacheprovider", *processes)
     done.assert_outcomes(passed=1, failed=1)
-    done.stdout.fnmatch_lines(["*guilty*", "*fix:*", "*cpdebug reports*", "::error title=cpdebug*guilty*"])
+    shown = [
+        "*guilty*",
+        "*fix:*",
+        "*cpdebug reports*",
+        "*test_other.html",
+        "::error title=cpdebug*guilty*",
+        "FAILED*guilty*",
+    ]
+    done.stdout.fnmatch_lines(shown)
     assert "During handling" not in done.stdout.str()  # the finding is told once
     [page] = Path(pytester.path, "pages").iterdir()
     assert page.name.endswith("test_other.html")
     assert "guilty" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_what_was_given_wrong_is_told_at_the_test_s_own_line(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile('def test_it(assert_agree):\n    assert_agree("nowhere.onnx", "ort,ort-all")')
+    done = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+    done.stdout.fnmatch_lines(["E * nowhere.onnx: no such ONNX file", "*.py:2: InputError"])
+    assert "cp_debug/" not in done.stdout.str()
 
 
 def test_the_plugin_costs_nothing_where_it_is_not_used() -> None:
@@ -52,7 +71,6 @@ class Reporter:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.stash = pytest.Stash()
 
     def section(self, title: str) -> None:
         self.lines.append(title)
@@ -65,11 +83,23 @@ class Reporter:
 
 def test_a_folder_s_name_is_shown_and_one_that_is_none_hides_no_failure(tmp_path: Path) -> None:
     reporter: Any = Reporter()
-    pytest_configure(reporter)
-    page = _written(reporter, tmp_path / "\x1b[31m", "test_a.py::test_b")
-    assert isinstance(page, Path)
-    reporter.stash[_REPORTS].append(page)
-    pytest_terminal_summary(reporter, reporter)
-    assert reporter.lines[-1].endswith("\\x1b[31m/test_a.py-test_b.html")
+    written: set[Path] = set()
+    names = [_written(reporter, tmp_path / "pages", "test_a.py::test_b", written) for _ in range(2)]
+    assert [Path(name).name for name in names] == ["test_a.py-test_b.html", "test_a.py-test_b-2.html"]
+    assert _written(reporter, tmp_path / "pages", "test_a.py::test_b", set()) == names[0]  # a later run replaces it
+    alike = [_written(reporter, tmp_path / "pages", f"test_a.py::test_b[{sign}]", set()) for sign in "/-?"]
+    assert len(set(alike)) == 3  # processes do not know of each other's
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in str(_written(reporter, tmp_path / "file" / "x", "test_b"))
+    assert "cannot be written" in str(_written(reporter, tmp_path / "file" / "x", "test_b", written))
+
+
+def test_the_end_tells_every_page_and_annotation_once() -> None:
+    reporter: Any = Reporter()
+    summary = Summary()
+    for when in ("setup", "call", "teardown"):
+        told = [("other", "x"), ("cpdebug_report", "a.html"), ("cpdebug_annotation", "::error::b")]
+        summary.pytest_runtest_logreport(
+            pytest.TestReport("a", ("a", 1, "a"), {}, "failed", None, when, user_properties=told)  # type: ignore[arg-type]
+        )
+    summary.pytest_terminal_summary(reporter)
+    assert reporter.lines == ["cpdebug reports", "a.html", "\n::error::b\n"]

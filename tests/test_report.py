@@ -227,6 +227,22 @@ def test_growth_marks_guilty_layers_and_stages(saved: SavedResult) -> None:
     assert {stage.name for stage in test.stages} <= titles
 
 
+def test_the_smallest_error_is_drawn_above_the_axis(saved: SavedResult) -> None:
+    test = saved.result.tests[0]
+    rows = [
+        replace(row, verdict="ok", replay=replace(row.replay, introduced=6.9e-8, inherited=9.8e-8, expected=9.8e-8))
+        for row in test.rows
+        if row.replay is not None
+    ]
+    chart = growth_chart(replace(test, rows=rows, stages=[]), "t0-layer-")
+    assert chart is not None
+    picture = ET.fromstring(chart.__html__())
+    (dots,) = (path.get("d") for path in picture.iter("path") if path.get("class") == "dot")
+    (stems,) = (path.get("d") for path in picture.iter("path") if path.get("class") == "stem")
+    bottom = {float(y) for y in re.findall(r"M[\d.]+ ([\d.]+)V", stems or "")}
+    assert max(float(y) for y in re.findall(r" ([\d.]+)h0", dots or "")) < min(bottom)
+
+
 def test_evidence_shows_the_guilty_layer_as_captured(saved: SavedResult) -> None:
     test = saved.result.tests[0]
     (found,) = evidence(saved, test)

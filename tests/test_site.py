@@ -78,6 +78,8 @@ PLAIN = {
 """Column headings that say themselves what they hold, beside a table's title."""
 OTHER_SPELLINGS = {
     "relative L2": "rel. L2",
+    "input amax": "amax",
+    "weights' amax": "amax",
     "quantizer": "fake quantizer",
     "engine layer": "engine",
     "rel. L2 alone": "optimizer",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ import onnx
 import pytest
 import torch
 from nets import NetBuilder
+from rich.console import Console
 from torch import nn
 
 from cp_debug.backends.arithmetic import FP32
@@ -24,11 +27,14 @@ from cp_debug.bisect.causes.narrow_files import _of_data
 from cp_debug.bisect.regions.hypotheses import _reduce
 from cp_debug.bisect.regions.region import Region, region_of
 from cp_debug.bisect.result import LayerRow, check_not_empty, has_no_elements
+from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.errors import InputError
 from cp_debug.graph.bodies import _scan_batch
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.onnx_tensors import array_of
 from cp_debug.graph.opset import _keep_notes, converted
+from cp_debug.graph.pairing import believable
 from cp_debug.graph.surgery import tensor_bytes, unused_names
 from cp_debug.probes.fingerprint import fingerprint
 from cp_debug.probes.outputs import flatten_outputs
@@ -36,6 +42,10 @@ from cp_debug.probes.statistics import compare
 from cp_debug.programs.layers import all_layers, layers_of
 from cp_debug.programs.pairing_numbers import run_in_ort
 from cp_debug.programs.torch_layers import channels, full_path, matches, own_path, select, weight_axis
+from cp_debug.programs.weight_differences import weight_differences
+from cp_debug.quantization.toggles import QuantizerRow
+from cp_debug.reports.numbers import fixed, signed
+from cp_debug.reports.quantization import layers
 
 
 def test_paths_in_a_component_and_in_the_whole_model_lead_back() -> None:
@@ -338,3 +348,71 @@ def test_reductions_round_each_partial_sum(divide: bool, keep: int) -> None:
     found = _reduce(divide)(call, [x])
     assert found.shape == ((2, 1) if keep else (2,))
     assert found.flatten().tolist() == ([512.5, 2.0] if divide else [2050.0, 8.0])
+
+
+# What is printed ----------------------------------------------------------------------------------------------------
+
+
+def test_what_rounds_to_zero_has_no_minus() -> None:
+    assert [signed(v) for v in (-0.00001, -0.0, 0.00001, -0.00006)] == ["+0.0000", "+0.0000", "+0.0000", "-0.0001"]
+    assert [fixed(v, 1) for v in (-0.04, -0.06, math.nan)] == ["0.0", "-0.1", "–"]
+    change = DetectionChange(3, 0, 0, mean_score=-0.0)
+    assert "+0 on average" in str(change)
+
+
+def quantizer(name: str, amax: float | tuple[float, float] | None, why: str = "") -> QuantizerRow:
+    return QuantizerRow(name, 8, 0 if isinstance(amax, tuple) else None, amax, not why, why)
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_quantized_layer_is_one_row_with_its_whole_name(width: int) -> None:
+    rows = [
+        quantizer("pts_bbox_head.heads.0.conv.input_quantizer", 9.47),
+        quantizer("pts_bbox_head.heads.0.conv.weight_quantizer", (0.0273, 0.154)),
+        quantizer("pts_bbox_head.heads.0.conv.output_quantizer", None, "what reads this output quantizes it"),
+        quantizer("pts_bbox_head.out.input_quantizer", None, "skipped by 'out'"),
+        quantizer("pts_bbox_head.out.weight_quantizer", None, "skipped by 'out'"),
+        quantizer("stem.input_quantizer", 1.5),
+        quantizer("stem.weight_quantizer", (0.1, 0.2), "switched off"),
+    ]
+    console = Console(width=width, file=StringIO(), color_system=None)
+    for part in layers(rows):
+        console.print(part)
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    names = ("pts_bbox_head.heads.0.conv ", "pts_bbox_head.out ") if width == 80 else ("pts_", "0.conv ")
+    for whole in (*names, "9.47", "0.0273 … 0.154", "skipped", "switched", "3 quantizers on in 3 layers"):
+        assert whole in told
+    assert "output_quantizer" not in told
+    assert max(map(len, told.splitlines())) <= width
+
+
+# Weights of gigabytes -----------------------------------------------------------------------------------------------
+
+
+def test_weights_are_read_once_for_their_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = NetBuilder()
+    net.op("Conv", "x", net.weight(np.ones((4, 3, 3, 3), np.float32), "w"), name="y")
+    net.op("Conv", "y", net.weight(np.full((4, 4, 3, 3), 2, np.float32), "v"), name="z")
+    ours, theirs = (Graph(net.save(tmp_path / name, {"x": (1, [1, 3, 8, 8])}, ["z"])) for name in ("a.onnx", "b.onnx"))
+    read: list[tuple[int, str]] = []
+    initializer = Graph.initializer
+    monkeypatch.setattr(Graph, "initializer", lambda g, n: read.append((id(g), n)) or initializer(g, n))
+    assert believable(ours, theirs)
+    assert weight_differences(ours, theirs).compared == 2
+    assert weight_differences(ours, theirs).compared == 2
+    assert sorted(read) == sorted({(id(graph), name) for graph in (ours, theirs) for name in ("w", "v")})
+
+
+@pytest.mark.parametrize("kind", ["FLOAT", "FLOAT16", "BFLOAT16", "FLOAT8E4M3FN", "INT64", "BOOL", "INT4", "COMPLEX64"])
+def test_external_data_of_any_type_is_what_onnx_reads(kind: str, tmp_path: Path) -> None:
+    number = onnx.TensorProto.DataType.Value(kind)
+    values = np.arange(-6, 6).reshape(3, 4).astype(onnx.helper.tensor_dtype_to_np_dtype(number))
+    inline = onnx.numpy_helper.from_array(values, "w")
+    assert inline.data_type == number
+    outside = onnx.TensorProto(name="w", data_type=number, dims=inline.dims, data_location=onnx.TensorProto.EXTERNAL)
+    (tmp_path / "w.bin").write_bytes(b"12345678" + inline.raw_data + b"behind")
+    for key, value in (("location", "w.bin"), ("offset", "8"), ("length", str(len(inline.raw_data)))):
+        outside.external_data.add(key=key, value=value)
+    found = array_of(outside, tmp_path / "net.onnx")
+    assert found.dtype == values.dtype
+    assert found.tobytes() == values.tobytes()

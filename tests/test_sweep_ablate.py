@@ -85,7 +85,7 @@ def grid_of(
     model = Faulty(net(tmp_path / "net.onnx"), with_truth=with_truth)
     monkeypatch.setattr("cp_debug.quantization.quantized_programs.load_model", lambda *_, **__: model)
     (tmp_path / "pictures.py").write_text("def make(): ...")
-    return Grid([f"{tmp_path / 'pictures.py'}:make"], parse_backends(backends), samples=3, how=HOW)
+    return Grid(["centerpoint:tiny"], parse_backends(backends), samples=3, how=HOW)
 
 
 def test_the_faulty_layer_brings_all_boxes_back_and_no_other_any(
@@ -140,6 +140,16 @@ def test_without_truth_boxes_are_counted_and_nothing_is_scored(tmp_path: Path, m
     assert (group.scores, group.single[0].scores) == ({}, {})
     assert group.single[0].back.value == 15
     assert any("without ground truth" in note for note in group.notes)
+
+
+def test_a_model_without_boxes_is_refused_before_anything_is_queued(tmp_path: Path) -> None:
+    file = net(tmp_path / "net.onnx")
+    for kind, goal in (("ablate", ()), ("eval", ()), ("search", ("--goal", "boxes_lost==0"))):
+        log = tmp_path / f"{kind}.jsonl"
+        code, text = cli("sweep", kind, file, "-b", "ort,emu-fp16acc", "--log", log, *goal)
+        assert (code, "decodes no boxes" in text) == (2, True)
+        assert "task" not in text
+        assert not log.exists() or not log.read_text()
 
 
 def test_every_task_has_the_first_sample_to_rank_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,8 +100,8 @@ def assert_agree(
     """Check that every test backend agrees with the reference: no guilty layer, every output within the tolerance.
 
     The arguments are those of ``diagnose``, but progress is not shown unless it is asked for. Returns its result.
-    Raises AssertionError of at most ten lines, which name the first guilty layer, the cause, the fix and how to see
-    more, when they do not agree; its attribute ``result`` is the result. Raises the errors of ``diagnose``.
+    Raises AssertionError of at most ten lines, which name the guilty layer first, then the cause, the fix and how to
+    see more, when they do not agree; its attribute ``result`` is the result. Raises the errors of ``diagnose``.
     """
     __tracebackhide__ = True  # in pytest the test's own line is what matters
     result = diagnose(

@@ -33,7 +33,7 @@ class DetectionChange:
             return counts
         return (
             f"{counts}, {self.moved} moved; at most {self.max_center:.2g} m in centre, {self.max_size:.2g} m in size, "
-            f"{self.max_yaw:.2g} rad in yaw, {self.max_score:.2g} in score ({self.mean_score:+.2g} on average)"
+            f"{self.max_yaw:.2g} rad in yaw, {self.max_score:.2g} in score ({self.mean_score + 0.0:+.2g} on average)"
         )
 
     def __add__(self, other: DetectionChange) -> DetectionChange:

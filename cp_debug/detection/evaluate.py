@@ -48,8 +48,15 @@ class Detector(Model, Protocol):
 def as_detector(model: Model) -> Detector:
     """``model`` itself. Raises InputError for one that detects nothing, such as an ONNX file."""
     if not isinstance(model, HasClasses) or not isinstance(model, HasData):
-        raise InputError(f"MODEL: {model.name} decodes no boxes, so it cannot be scored; try centerpoint:tiny")
+        raise without_boxes(model.name)
     return model  # type: ignore[return-value]
+
+
+def without_boxes(name: str) -> InputError:
+    """What is said of a model that detects nothing where detections are scored."""
+    return InputError(
+        f"MODEL: {name} decodes no boxes, so it cannot be scored; expected a recipe with boxes, as centerpoint:tiny"
+    )
 
 
 class Clock:

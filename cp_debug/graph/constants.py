@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from onnx import helper, numpy_helper
@@ -14,13 +15,17 @@ TELLING = 16
 """Elements from which the contents of a constant tell which node it belongs to."""
 
 
+_DIGESTS: WeakKeyDictionary[Graph, dict[str, str]] = WeakKeyDictionary()
+"""Digests by graph and name: gigabytes of weights are read for them once, whoever asks."""
+
+
 class Constants:
     """The constants of a graph by what they hold."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self._nodes = {n.outputs[0]: n for n in graph.nodes if n.op == "Constant"}
-        self._digests: dict[str, str] = {}
+        self._digests = _DIGESTS.setdefault(graph, {})
 
     def __contains__(self, name: str) -> bool:
         return name in self.graph.initializers or name in self._nodes

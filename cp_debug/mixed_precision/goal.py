@@ -21,6 +21,7 @@ FIGURES = {
 }
 """Figures that a goal can limit; the worst sample counts, for boxes the sum over samples."""
 DETECTIONS = ("boxes_lost", "boxes_gained", "boxes_moved")
+"""Those that count detections."""
 
 _OPERATORS = {"<": operator.lt, "<=": operator.le, "==": operator.eq}
 _CONDITION = re.compile(r"\s*(?P<figure>\w+)\s*(?P<sign><=|==|<|[=!>]+)\s*(?P<limit>\S+)\s*")
@@ -69,6 +70,11 @@ class Goal:
     def excess(self, figures: Mapping[str, float]) -> float:
         """Ratio of the worst figure to its limit, infinite for a limit of 0 that is not kept."""
         return max((_excess(figures[c.figure], c.limit) for c in self.conditions), default=0.0)
+
+
+def without_counts(name: str) -> InputError:
+    """What is said of a model that detects nothing where a goal counts boxes."""
+    return InputError(f"--goal: {name} decodes no boxes; limit rel_l2 or max_abs")
 
 
 def _excess(value: float, limit: float) -> float:

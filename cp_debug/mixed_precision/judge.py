@@ -11,7 +11,7 @@ from cp_debug.detection.detection_change import compare_detections
 from cp_debug.detection.evaluation import EvaluationOptions, score_backends
 from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
-from cp_debug.mixed_precision.goal import DETECTIONS, Goal
+from cp_debug.mixed_precision.goal import DETECTIONS, Goal, without_counts
 from cp_debug.mixed_precision.trial import Measured
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.scene import decode
@@ -46,7 +46,7 @@ class Judge:
         if self._counts or self._scored:
             self._decoded = [decode(model, *pair) for pair in zip(samples, reference, strict=True)]
             if not all(isinstance(decoded, DetectsBoxes) for decoded in self._decoded):
-                raise InputError(f"--goal: {model.name} decodes no boxes; limit rel_l2 or max_abs")
+                raise without_counts(model.name)
         if self._scored and any(sample.truth is None for sample in samples):
             raise InputError("--goal: map_drop needs samples with ground truth; give an info file with --data")
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from cp_debug.deploy.exporting import Exported
 from cp_debug.deploy.state import StageRecord
 from cp_debug.files import write_text
-from cp_debug.reports.numbers import number
+from cp_debug.reports.numbers import number, signed
 from cp_debug.reports.page import environment, page_parts
 from cp_debug.reports.sheet import Cell, Column, Row, Sheet
 from cp_debug.version import __version__
@@ -116,7 +116,7 @@ def metric_table(backends: Sequence[Mapping[str, Any]]) -> Sheet:
     for metric in backends[0]["summary"] if backends else ():
         cells = []
         for each in backends:
-            change = f" ({each['difference'][metric]['value'] or 0:+.4f})" if each["difference"] else ""
+            change = f" ({signed(each['difference'][metric]['value'] or 0)})" if each["difference"] else ""
             cells.append(number(each["summary"][metric]["value"]) + change)
         rows.append([metric, *cells])
     return Sheet([Column("metric", "mark"), *columns], rows, "Evaluation")

@@ -14,6 +14,7 @@ from cp_debug.detection.bootstrap import CONFIDENCE, ConfidenceInterval
 from cp_debug.detection.evaluation import BackendScores, EvaluationResult
 from cp_debug.detection.matching import THRESHOLDS
 from cp_debug.detection.metrics import ERRORS, OVERLAPS, TP_THRESHOLD
+from cp_debug.reports.numbers import fixed, signed
 from cp_debug.reports.sheet import Column, Row, Sheet, Tone
 from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.safe_text import amount
@@ -98,7 +99,7 @@ def class_table(result: EvaluationResult) -> Sheet:
         for limit in OVERLAPS
     }
     figures = {**distances, **errors, **volumes}
-    fixed = (Column("class", "name"), Column("backend", "name"), Column("found", "number"))
+    about = (Column("class", "name"), Column("backend", "name"), Column("found", "number"))
     rows = [
         Row(
             (
@@ -113,7 +114,7 @@ def class_table(result: EvaluationResult) -> Sheet:
         for name in result.backends[0].classes
         for position, each in enumerate(result.backends)
     ]
-    columns = (*fixed, Column("AP", "number", show=_number), *figures.values())
+    columns = (*about, Column("AP", "number", show=_number), *figures.values())
     title = f"found: objects with a detection within {TP_THRESHOLD:g} m"
     return Sheet(columns, rows, title, ruled=True, details="--json and --csv have all")
 
@@ -142,11 +143,7 @@ def _name(each: BackendScores) -> str:
 
 
 def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.3f}"
-
-
-def _signed(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:+.4f}"
+    return fixed(value, 3)
 
 
 def _figure(value: float | ConfidenceInterval) -> str:
@@ -157,13 +154,13 @@ def _figure(value: float | ConfidenceInterval) -> str:
 
 def _change(value: float | ConfidenceInterval) -> str:
     if not isinstance(value, ConfidenceInterval):
-        return _signed(value)
+        return signed(value)
     return "–" if math.isnan(value.value) else _difference(value)
 
 
 def _interval(figure: ConfidenceInterval) -> str:
-    return f"{figure.value:.4f} [{figure.low:.3f}, {figure.high:.3f}]"
+    return f"{fixed(figure.value)} [{_number(figure.low)}, {_number(figure.high)}]"
 
 
 def _difference(figure: ConfidenceInterval) -> str:
-    return f"{figure.value:+.4f} [{figure.low:+.4f}, {figure.high:+.4f}]"
+    return f"{signed(figure.value)} [{signed(figure.low)}, {signed(figure.high)}]"

@@ -14,6 +14,8 @@ from cp_debug.reports.svg import Canvas, Scale, decades
 
 WIDTH, HEIGHT = 1040, 440
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 104, 46
+LOW_TOP = 26
+"""Room above the plot where no stage's name stands upright."""
 MOST_OF_ALL, MOST_NESTED = 0.8, 24
 """Share of the rows from which on a stage is told by what is nested in it, and the most stages told so."""
 NAME_HEIGHT, NAME_LENGTH = 12, 16
@@ -32,27 +34,34 @@ def growth_chart(test: TestResult, anchor: str) -> Canvas | None:
     rows = test.rows
     if not rows:
         return None
-    names = SERIES if test.oracle else ("divergence",)
-    series = {name: [_value(row, name) for row in rows] for name in names}
-    low, high = decades(2 * v for values in series.values() for v in values)  # room for the marks at the top
+    kinds = SERIES if test.oracle else ("divergence",)
+    series = {kind: [_value(row, kind) for row in rows] for kind in kinds}
+    low, high = decades(each for values in series.values() for v in values for each in (v, 2 * v))  # room for marks
     strange = {i: text for i, row in enumerate(rows) if (text := not_finite(row))}
     x = Scale(-0.5, len(rows) - 0.5, LEFT, WIDTH - RIGHT)
-    y = Scale(low, high, HEIGHT - BOTTOM, TOP, log=True)
-    label = f"Relative error of {len(rows)} layers of {test.backend.spec}, log scale: {', '.join(names)}"
+    names = [_named(stage, x) for stage in stage_spans(test)]
+    top = TOP if any(upright for _, _, upright in names) else LOW_TOP
+    height = HEIGHT - TOP + top
+    y = Scale(low, high, height - BOTTOM, top, log=True)
+    label = f"Relative error of {len(rows)} layers of {test.backend.spec}, log scale: {', '.join(kinds)}"
     if strange:
         label += f"; {len(strange)} layers are not finite"
     accused = [i for i, row in enumerate(rows) if row.verdict in (GUILTY, SHAPE)]
     canvas = Canvas(
-        WIDTH, HEIGHT, label, "growth", {"left": LEFT, "right": x.end, "count": len(rows), "accused": accused}
+        WIDTH, height, label, "growth", {"left": LEFT, "right": x.end, "count": len(rows), "accused": accused}
     )
     clip = f"{anchor}plot"
     canvas.add(
-        '<clipPath id="{}"><rect x="{}" y="0" width="{}" height="{}"/></clipPath>', clip, LEFT, x.end - LEFT, HEIGHT
+        '<clipPath id="{}"><rect x="{}" y="0" width="{}" height="{}"/></clipPath>', clip, LEFT, x.end - LEFT, height
     )
     canvas.open_group(clip)
     _bands(canvas, test, x, y)
     canvas.close_group()
-    _stages(canvas, test, x)
+    for text, middle, upright in names:
+        if upright:
+            canvas.text(middle + 4, top - 6, text, "stage", turn=-90, at=middle)
+        elif text:
+            canvas.text(middle, top - 7, text, "stage middle", at=middle)
     canvas.axes(x, y, "layer, in execution order", "relative L2 error", x_ticks=False)
     for tick in x.ticks(10):
         if float(tick).is_integer() and 0 <= tick < len(rows):
@@ -61,10 +70,10 @@ def growth_chart(test: TestResult, anchor: str) -> Canvas | None:
     for name, values in series.items():
         _draw(canvas, name, values, x, y)
     for i, row in enumerate(rows):
-        canvas.rect(x(i - 0.5), TOP, x(i + 0.5) - x(i - 0.5), y.start - TOP, "hit", _title(row))
+        canvas.rect(x(i - 0.5), top, x(i + 0.5) - x(i - 0.5), y.start - top, "hit", _title(row))
     canvas.close_group()
     for i, text in strange.items():
-        canvas.text(x(i), TOP + 12, text, "strange", at=x(i))
+        canvas.text(x(i), top + 12, text, "strange", at=x(i))
     for i, row in enumerate(rows):
         if row.verdict in (GUILTY, SHAPE):
             place = x(i), y(max(v for v in (values[i] for values in series.values()))), x(i)
@@ -115,19 +124,18 @@ def overview(test: TestResult) -> Canvas:
 def _bands(canvas: Canvas, test: TestResult, x: Scale, y: Scale) -> None:
     """A band for each stage, ending where the stage ends; every other one is shaded."""
     for number_, (name, start, end) in enumerate(stage_spans(test)):
-        canvas.rect(x(start), TOP, x(end) - x(start), y.start - TOP, f"band{number_ % 2}", name)
+        canvas.rect(x(start), y.end, x(end) - x(start), y.start - y.end, f"band{number_ % 2}", name)
 
 
-def _stages(canvas: Canvas, test: TestResult, x: Scale) -> None:
-    """The names of the stages above their bands."""
-    for name, start, end in stage_spans(test):
-        left, right = x(start), x(end)
-        middle = (left + right) / 2
-        if right - left > 6.5 * len(name):
-            canvas.text(middle, TOP - 7, name, "stage middle", at=middle)
-        elif right - left >= NAME_HEIGHT:
-            short = name if len(name) <= NAME_LENGTH else "…" + name[1 - NAME_LENGTH :]
-            canvas.text(middle + 4, TOP - 6, short, "stage", turn=-90, at=middle)
+def _named(stage: tuple[str, float, float], x: Scale) -> tuple[str, float, bool]:
+    """The name of a stage as there is room for it above its band, its place, and whether it stands upright."""
+    name, left, right = stage[0], x(stage[1]), x(stage[2])
+    middle = (left + right) / 2
+    if right - left > 6.5 * len(name):
+        return name, middle, False
+    if right - left >= NAME_HEIGHT:
+        return name if len(name) <= NAME_LENGTH else "…" + name[1 - NAME_LENGTH :], middle, True
+    return "", middle, False
 
 
 def stage_spans(test: TestResult) -> list[tuple[str, float, float]]:

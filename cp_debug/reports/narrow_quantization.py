@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from cp_debug.deploy.quantize_narrow import NarrowResult
-from cp_debug.reports.numbers import number
+from cp_debug.reports.numbers import fixed, number
 from cp_debug.reports.sheet import Column, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
 
@@ -23,7 +23,7 @@ def render(result: NarrowResult) -> Iterator[RenderableType]:
         yield Text(text)
         for layer, why in component.left_out.items():
             yield Text(f"  {layer}: {why}", style="dim")
-    columns = (Column("output", "name"), Column("SQNR", "number", unit="dB", show=lambda value: f"{value:.1f}"))
+    columns = (Column("output", "name"), Column("SQNR", "number", unit="dB", show=lambda value: fixed(value, 1)))
     yield Terminal(Sheet(columns, list(result.sqnr.items()), ruled=True))
     how = f"{result.method}, calibrated on {result.calibrated_on}" if result.method else "no scale is calibrated"
     yield Text(f"{how}; SQNR: {result.precision} against FP32 on {result.measured_on}")

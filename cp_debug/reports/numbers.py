@@ -24,6 +24,16 @@ def share_in_words(share: float) -> str:
     return f"{percent(share)} of the final divergence"
 
 
+def fixed(value: float, digits: int = 4) -> str:
+    """So many digits behind the point, ``0.5231``; zero without a sign, and a dash for NaN."""
+    return "–" if math.isnan(value) else f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def signed(value: float, digits: int = 4) -> str:
+    """A change with its sign, ``-0.0023``; what rounds to zero is ``+0.0000``, and a dash for NaN."""
+    return "–" if math.isnan(value) else f"{round(value, digits) + 0.0:+.{digits}f}"
+
+
 def number(value: float | None) -> str:
     """Three digits: ``1.23e-04``, ``0``, ``inf``, and a dash for None."""
     if value is None:

@@ -9,6 +9,7 @@ from cp_debug.backends.base import RunRecord
 from cp_debug.detection.changes import MOVED_BOX
 from cp_debug.reports.birdseye import SceneView
 from cp_debug.reports.evidence import Evidence
+from cp_debug.reports.numbers import signed
 from cp_debug.reports.sheet import Cell, Column, Row, Sheet
 
 MOST_CHANGES = 24
@@ -26,7 +27,7 @@ def changes_table(view: SceneView) -> Sheet:
     columns = (
         Column("object", "mark"),
         Column("change", "mark"),
-        Column("score", "number", show=lambda change: f"{change:+.3f}".replace("-", "−")),
+        Column("score", "number", show=lambda change: signed(change, 3).replace("-", "−")),
         Column("shift", "number", unit="m", show=lambda distance: f"{distance:.2f}"),
     )
     rows = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from cp_debug.quantization.qat import QatResult
+from cp_debug.reports.numbers import fixed
 from cp_debug.reports.sheet import Column, Row, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
 
@@ -25,14 +25,14 @@ def render(result: QatResult, criterion: str, output: Path) -> Iterator[Renderab
     best, value = result.best
     columns = (
         Column("step", "number", show=str),
-        Column("training loss", "number", show=lambda loss: "–" if math.isnan(loss) else f"{loss:.4f}"),
-        Column(f"held-out {criterion}", "number", show=lambda value: f"{_shown(value, criterion):.4f}"),
+        Column("training loss", "number", show=lambda loss: fixed(loss)),
+        Column(f"held-out {criterion}", "number", show=lambda value: fixed(_shown(value, criterion))),
     )
     rows = [Row(values, "strong" if values[0] == best else "") for values in result.history]
     yield Terminal(Sheet(columns, rows, ruled=True))
     start = _shown(result.history[0][2], criterion)
     yield Text(
-        f"{ENDED[result.ended]}; held-out {criterion} {start:.4f} → {_shown(value, criterion):.4f} at step {best}"
+        f"{ENDED[result.ended]}; held-out {criterion} {fixed(start)} → {fixed(_shown(value, criterion))} at step {best}"
     )
     yield Text(str(output), style="bold")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -10,10 +10,11 @@ from rich.text import Text
 from cp_debug.deploy.quantize_output import PtqResult
 from cp_debug.quantization.checkpoint import FILE
 from cp_debug.quantization.toggles import QuantizerRow
-from cp_debug.reports.numbers import number
-from cp_debug.reports.sheet import Cell, Column, Sheet
+from cp_debug.reports.numbers import fixed, number
+from cp_debug.reports.sheet import Cell, Column, Row, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
 
+_INPUT, _WEIGHT = "input_quantizer", "weight_quantizer"
 _OUTPUT = ".output_quantizer"
 _LOW = 10.0
 """SQNR of an output, in dB, below which the next step is shown."""
@@ -41,12 +42,50 @@ def quantizers(rows: Iterable[QuantizerRow]) -> Iterator[RenderableType]:
     yield Text(f"{on} quantizers on, {off} off; outputs ({outputs}) are quantized by what reads them", style="dim")
 
 
+def layers(rows: Iterable[QuantizerRow]) -> Iterator[RenderableType]:
+    """A row for each layer: the ranges of what it reads and of its weights, or why it stays in FP32."""
+    columns = (
+        Column("layer", "name"),
+        Column("input amax", "number"),
+        Column("weights' amax", "number"),
+        Column("axis", "number", leave_out=3, show=str),
+        Column("bits", "number", leave_out=2, show=str),
+        Column(""),
+    )
+    by_layer: dict[str, dict[str, QuantizerRow]] = {}
+    for row in rows:
+        layer, _, kind = row.name.rpartition(".")
+        by_layer.setdefault(layer, {})[kind] = row
+    shown: list[Row] = []
+    for layer, parts in by_layer.items():
+        inputs, weight = parts.get(_INPUT), parts.get(_WEIGHT)
+        both = [part for part in (inputs, weight) if part is not None]
+        if both:
+            amax = [None if part is None else _amax(part) for part in (inputs, weight)]
+            axis = next((part.axis for part in reversed(both)), None)
+            shown.append(Row((layer, *amax, axis, both[0].bits, _state(both))))
+    yield Terminal(Sheet(columns, shown, ruled=True))
+    on = sum(row.enabled for parts in by_layer.values() for row in parts.values())
+    yield Text(f"{on} quantizers on in {len(shown)} layers; outputs are quantized by what reads them", style="dim")
+
+
+def _state(parts: Sequence[QuantizerRow]) -> Cell:
+    """On, or why not; of one alone where the input and the weights are not alike."""
+    states = ["on" if part.enabled else part.why for part in parts]
+    if len(set(states)) == 1:
+        return Cell(states[0], "good" if parts[0].enabled else "quiet")
+    named = (
+        f"{'weights' if part.name.endswith(_WEIGHT) else 'input'} {s}" for part, s in zip(parts, states, strict=True)
+    )
+    return Cell(", ".join(named), "note")
+
+
 def render(result: PtqResult) -> Iterator[RenderableType]:
     """Quantizers, their cost at the outputs, and the files written."""
     for name, component in result.components.items():
         yield Text(name, style="bold")
         if component.module is not None:
-            yield from quantizers(result.quantizers(name))
+            yield from layers(result.quantizers(name))
             for note in result.notes(name):
                 yield Text(note, style="yellow")
         else:
@@ -54,7 +93,7 @@ def render(result: PtqResult) -> Iterator[RenderableType]:
                 f"{len(component.scales.layers)} layers, {len(component.scales.residual_adds)} residual additions"
             )
         yield Text()
-    columns = (Column("output", "name"), Column("SQNR", "number", unit="dB", show=lambda value: f"{value:.1f}"))
+    columns = (Column("output", "name"), Column("SQNR", "number", unit="dB", show=lambda value: fixed(value, 1)))
     yield Terminal(Sheet(columns, list(result.sqnr.items()), ruled=True))
     yield Text(
         f"{result.method}, calibrated on {result.calibrated_on}; SQNR: INT8 against FP32 on {result.measured_on}"

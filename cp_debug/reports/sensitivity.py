@@ -12,7 +12,7 @@ from rich.text import Text
 from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.files import write_text
 from cp_debug.mixed_precision.sensitivity import METRIC, Int8Effect, SensitivityProfile
-from cp_debug.reports.numbers import number
+from cp_debug.reports.numbers import fixed, number, signed
 from cp_debug.reports.page import environment, page_parts
 from cp_debug.reports.sheet import Cell, Column, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
@@ -46,7 +46,7 @@ def layer_table(profile: SensitivityProfile, count: int, *, sizes: bool = False)
         *([Column("kind", "mark"), Column("weights", "number", show=str)] if sizes else []),
         Column("introduced", "number", leave_out=2),
         Column("error alone", "number"),
-        Column("dB", "number", leave_out=4, show=lambda value: f"{value:.1f}"),
+        Column("dB", "number", leave_out=4, show=lambda value: fixed(value, 1)),
         *(Column(f"Δ {name} alone", "number", leave_out=1) for name in profile.scores),
         Column("error without", "number", leave_out=3),
         *(Column(f"Δ {name} without", "number", leave_out=5) for name in profile.scores),
@@ -71,8 +71,10 @@ def layer_table(profile: SensitivityProfile, count: int, *, sizes: bool = False)
 def whole_line(profile: SensitivityProfile) -> str:
     """A sentence about all layers in INT8."""
     effect: Int8Effect = profile.int8
-    scores = [f"{n} {profile.scores[n]:.4f} → {profile.scores[n] + c.value:.4f}" for n, c in effect.scores.items()]
-    parts = [f"error {number(effect.error)} ({effect.sqnr:.1f} dB)", *scores]
+    scores = [
+        f"{n} {fixed(profile.scores[n])} → {fixed(profile.scores[n] + c.value)}" for n, c in effect.scores.items()
+    ]
+    parts = [f"error {number(effect.error)} ({fixed(effect.sqnr, 1)} dB)", *scores]
     low = f"all {len(profile.layers)} layers in {profile.precision.upper()}"
     return f"{low}: {', '.join(parts)}; measured in {profile.seconds:.0f} s"
 
@@ -83,7 +85,7 @@ def choice_lines(profile: SensitivityProfile) -> Iterator[Text]:
     if choice is None:
         return
     metric = METRIC if profile.scores else "output error"
-    loss = f"{metric} loss {choice.loss.value:.4f} [{choice.loss.low:+.4f}, {choice.loss.high:+.4f}]"
+    loss = f"{metric} loss {fixed(choice.loss.value)} [{signed(choice.loss.low)}, {signed(choice.loss.high)}]"
     kept_layers = f"{len(choice.skipped)} of {len(profile.layers)} layers stay in FP32"
     yield Text(f"budget {choice.budget:g}: {kept_layers}: {loss}, {choice.tried} sets run", style="green")
     if choice.skipped:
@@ -92,7 +94,7 @@ def choice_lines(profile: SensitivityProfile) -> Iterator[Text]:
 
 def _change(change: ConfidenceInterval) -> Cell:
     sure = change.low > 0 or change.high < 0
-    return Cell(f"{change.value:+.4f}", "" if not sure else "bad" if change.value < 0 else "good")
+    return Cell(signed(change.value), "" if not sure else "bad" if change.value < 0 else "good")
 
 
 def chart(profile: SensitivityProfile) -> Canvas:
@@ -119,7 +121,7 @@ def chart(profile: SensitivityProfile) -> Canvas:
             change = changes[index]
             start, end = sorted((cost(0.0), cost(change.value)))
             kind = "bars loss" if change.high < 0 else "bars"
-            canvas.rect(start, y + 2, end - start, ROW - 4, kind, f"{row.layer}: {change.value:+.4f}")
+            canvas.rect(start, y + 2, end - start, ROW - 4, kind, f"{row.layer}: {signed(change.value)}")
             canvas.line(cost(change.low), y + ROW / 2, cost(change.high), y + ROW / 2, "axis")
     return canvas
 

@@ -28,9 +28,8 @@ def disagreement(result: BisectResult) -> str:
     """Message of a failed check, in at most ``MOST_LINES`` lines: the first test that does not agree, with as many of
     its findings as there is room for but at least the largest, and the verdicts on the others."""
     first, *others = (test for test in result.tests if not test.agrees)
-    heading = (
-        f"{result.subject}: {result.reference.spec} against {', '.join(test.backend.spec for test in result.tests)}"
-    )
+    tests = ", ".join(test.backend.spec for test in result.tests)
+    heading = f"{_accused(first)}{result.subject}: {result.reference.spec} against {tests}"
     told = [[heading, *_test(first, findings)] for findings in range(MOST_FINDINGS, 0, -1)]
     text = next((lines for lines in told if len(lines) + len(others) <= MOST_LINES), told[-1])
     room = MOST_LINES - len(text)
@@ -39,6 +38,14 @@ def disagreement(result: BisectResult) -> str:
     if len(named) < len(others):
         text.append(f"and {len(others) - len(named)} more that do not agree")
     return "\n".join(map(one_line, text))
+
+
+def _accused(test: TestResult) -> str:
+    """The guilty layer in front of all else: the first line is the one that a list of failed tests shows."""
+    if not test.guilty:
+        return ""
+    first, *others = test.guilty
+    return f"guilty: {first.name} ({first.op}){f' and {len(others)} more' if others else ''}: "
 
 
 def _test(test: TestResult, findings: int = MOST_FINDINGS) -> Iterator[str]:

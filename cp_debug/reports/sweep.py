@@ -16,7 +16,7 @@ from cp_debug.detection.breakdown import PartScores
 from cp_debug.files import write_text
 from cp_debug.reports.files import csv_text
 from cp_debug.reports.heat_map import Strip, strips
-from cp_debug.reports.numbers import number
+from cp_debug.reports.numbers import fixed, number, signed
 from cp_debug.reports.page import environment, page_parts
 from cp_debug.reports.sensitivity import whole_line
 from cp_debug.reports.sheet import Column, Sheet
@@ -108,10 +108,10 @@ def _(group: EvalGroup) -> GroupSection:
         headers += [f">{each.backend.spec}{' (emulated)' if each.backend.emulated else ''}", ">Δ"]
     rows = []
     for metric, value in reference.summary.items():
-        cells = [metric, f"{value.value:.4f}"]
+        cells = [metric, fixed(value.value)]
         for each in tests:
             assert each.difference is not None
-            cells += [f"{each.summary[metric].value:.4f}", _change(each.difference[metric])]
+            cells += [fixed(each.summary[metric].value), _change(each.difference[metric])]
         rows.append(cells)
     title = f"Metrics, {CONFIDENCE:.0%} intervals from {result.options.draws} draws of the samples"
     notes = [f"{spec}: {change}" for spec, change in group.changes.items()] + list(result.notes)
@@ -135,7 +135,7 @@ def _parts(title: str, name: str, parts: Sequence[PartScores]) -> list[Sheet]:
     for part in parts:
         cells: list[Any] = [part.part, part.objects]
         for figure, value in part.figures[reference].items():
-            cells += [f"{value.value:.4f}", *(_change(part.differences[test][figure]) for test in tests)]
+            cells += [fixed(value.value), *(_change(part.differences[test][figure]) for test in tests)]
         rows.append(cells)
     return [_sheet(title, headers, rows)]
 
@@ -366,7 +366,7 @@ def _percentiles(spread: Spread | None) -> tuple[float | None, ...]:
 
 
 def _change(figure: ConfidenceInterval) -> str:
-    return f"{figure.value:+.4f} [{figure.low:+.4f}, {figure.high:+.4f}]"
+    return f"{signed(figure.value)} [{signed(figure.low)}, {signed(figure.high)}]"
 
 
 def _columns(headers: Sequence[str]) -> list[Column]:

@@ -22,7 +22,7 @@ from cp_debug.detection.bootstrap import ConfidenceInterval, draw_samples
 from cp_debug.detection.boxes import Floats
 from cp_debug.detection.breakdown import rings_of
 from cp_debug.detection.changes import GAINED, LOST, MOVED_BOX, changes
-from cp_debug.detection.evaluate import Detector, as_detector
+from cp_debug.detection.evaluate import Detector, as_detector, without_boxes
 from cp_debug.detection.evaluation import EvaluationOptions, draws_of
 from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
@@ -57,8 +57,10 @@ def tasks(grid: Grid) -> Iterator[Task]:
     """Tasks for each model × each test backend × each sample.
 
     The layers are ranked on the first sample of each model, whose parameters every task has as ``first``. Raises
-    InputError for unusable files.
+    InputError for unusable files, and for a model that detects nothing.
     """
+    if model := grid.without_boxes():
+        raise without_boxes(model)
     reference, *tests = grid.backends
     if reference.variant.startswith("int8"):
         raise InputError(f"--backends: the reference of a sweep cannot be in INT8, as {reference} is; make it a test")

@@ -10,7 +10,7 @@ from typing import Any
 from cp_debug.backends.base import RunRecord
 from cp_debug.detection.breakdown import PartScores, by_class, by_distance, rings_of
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
-from cp_debug.detection.evaluate import as_detector, finite
+from cp_debug.detection.evaluate import as_detector, finite, without_boxes
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, score_backends
 from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
@@ -30,7 +30,12 @@ COLUMNS = {"label": str, "backend": str, "sample": str, "class": str, "score": f
 
 
 def tasks(grid: Grid) -> Iterator[Task]:
-    """Tasks for each model × each backend, the reference too × each sample. Raises InputError for unusable files."""
+    """Tasks for each model × each backend, the reference too × each sample.
+
+    Raises InputError for unusable files, and for a model that detects nothing.
+    """
+    if model := grid.without_boxes():
+        raise without_boxes(model)
     return grid.tasks("eval", [(spec,) for spec in grid.backends])
 
 

@@ -21,6 +21,9 @@ from cp_debug.sweep.prepared import load
 from cp_debug.sweep.tasks import Task, digests
 from cp_debug.sweep.workers import needs_gpu
 
+WITHOUT_BOXES = ("onnx", "program", "transformers", "callable")
+"""Kinds of models that detect nothing."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -55,6 +58,13 @@ class Grid:
                 files = {**subject["files"], **sample["files"]}
                 settings = {"backends": [str(spec) for spec in pair], "exporter": self.exporter, "folded": self.folded}
                 yield Task(kind, {**subject, **sample, **settings, **self.how, "files": files}, gpu[pair])
+
+    def without_boxes(self) -> str | None:
+        """The first model whose kind alone tells that it detects nothing; of others only the loaded model tells.
+
+        Raises InputError for a text that names no model.
+        """
+        return next((model for model in self.models if kind_of(model) in WITHOUT_BOXES), None)
 
     def subjects(self) -> Iterator[dict[str, Any]]:
         """Parameters of each model; paths are absolute, as workers run elsewhere.

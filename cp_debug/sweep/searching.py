@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug.errors import InputError
-from cp_debug.mixed_precision.goal import Goal
+from cp_debug.mixed_precision.goal import DETECTIONS, Goal, without_counts
 from cp_debug.mixed_precision.search import MixedPrecisionOptions, search
 from cp_debug.serialize import JsonForm, json_safe
 from cp_debug.sweep.grid import Grid
@@ -29,9 +29,12 @@ COLUMNS = {**dict.fromkeys(("label", "backend", "sample", "layer"), str), "intro
 def tasks(grid: Grid) -> Iterator[Task]:
     """Tasks for each model × each test backend × each sample.
 
-    Raises InputError for a goal that needs many samples at once, and for unusable files.
+    Raises InputError for a goal that needs many samples at once or boxes that a model lacks, and for unusable files.
     """
-    if "map_drop" in Goal.parse(grid.how["goal"]).figures:
+    goal = Goal.parse(grid.how["goal"])
+    if goal.figures.intersection(DETECTIONS) and (model := grid.without_boxes()):
+        raise without_counts(model)
+    if "map_drop" in goal.figures:
         raise InputError("--goal: map_drop needs many samples at once; expected figures of a single one")
     reference, *tests = grid.backends
     return grid.tasks("search", [(reference, test) for test in tests])
