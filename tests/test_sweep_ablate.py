@@ -84,8 +84,9 @@ def grid_of(
 ) -> Grid:
     model = Faulty(net(tmp_path / "net.onnx"), with_truth=with_truth)
     monkeypatch.setattr("cp_debug.quantization.quantized_programs.load_model", lambda *_, **__: model)
+    monkeypatch.setattr("cp_debug.sweep.grid.WITHOUT_BOXES", ())  # this callable's model does detect
     (tmp_path / "pictures.py").write_text("def make(): ...")
-    return Grid(["centerpoint:tiny"], parse_backends(backends), samples=3, how=HOW)
+    return Grid([f"{tmp_path / 'pictures.py'}:make"], parse_backends(backends), samples=3, how=HOW)
 
 
 def test_the_faulty_layer_brings_all_boxes_back_and_no_other_any(

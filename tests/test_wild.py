@@ -66,7 +66,7 @@ def test_the_runner_logs_each_case_once(zoo: Path, tmp_path: Path) -> None:
     assert 0 < fault["once"] < fault["cpu"] < 60
 
     page = markdown(list(records.values()))
-    assert "**No answer (exit code other than 0 and 1): 1 of 3**" in page
+    assert "- No answer (exit code other than 0 and 1): **1 of 3**" in page
     assert "| `ort,ort-none` | both | 1 | 1 (100 %) | 1 (100 %) | 0 | 0 |" in page
 
     with log.open("a") as half_written:
