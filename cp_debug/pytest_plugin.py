@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Summary:
-    """What failed tests leave for the end: their pages, and their annotations in a workflow of GitHub."""
+    """Pages of failed tests, and their annotations in a workflow of GitHub, collected for the end of the run."""
 
     def __init__(self) -> None:
         self.told: dict[tuple[str, str], None] = {}

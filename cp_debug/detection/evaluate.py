@@ -53,7 +53,7 @@ def as_detector(model: Model) -> Detector:
 
 
 def without_boxes(name: str) -> InputError:
-    """What is said of a model that detects nothing where detections are scored."""
+    """The refusal to score a model that detects nothing."""
     return InputError(
         f"MODEL: {name} decodes no boxes, so it cannot be scored; expected a recipe with boxes, as centerpoint:tiny"
     )

@@ -21,7 +21,7 @@ FIGURES = {
 }
 """Figures that a goal can limit; the worst sample counts, for boxes the sum over samples."""
 DETECTIONS = ("boxes_lost", "boxes_gained", "boxes_moved")
-"""Those that count detections."""
+"""Figures that count detections."""
 
 _OPERATORS = {"<": operator.lt, "<=": operator.le, "==": operator.eq}
 _CONDITION = re.compile(r"\s*(?P<figure>\w+)\s*(?P<sign><=|==|<|[=!>]+)\s*(?P<limit>\S+)\s*")
@@ -73,7 +73,7 @@ class Goal:
 
 
 def without_counts(name: str) -> InputError:
-    """What is said of a model that detects nothing where a goal counts boxes."""
+    """The refusal of a goal that counts boxes for a model that detects nothing."""
     return InputError(f"--goal: {name} decodes no boxes; limit rel_l2 or max_abs")
 
 
