@@ -14,8 +14,11 @@ import pytest
 import torch
 from torch import nn
 
+from cp_debug.graph.graph import Graph
+from cp_debug.programs import pipeline
 from cp_debug.programs.export_cache import ENTRY, ExportCache, _is_library
 from cp_debug.programs.pipeline import Export, prepare
+from cp_debug.recipes import torch_callable
 from cp_debug.recipes.base import Component
 from cp_debug.recipes.torch_callable import TorchModel
 
@@ -103,6 +106,51 @@ def test_code_that_changed_and_damaged_files_are_exported_anew(tmp_path: Path, e
     (folder / ENTRY).write_text(json.dumps(entry))
     prepared(Net(), tmp_path, "c")
     assert len(exports) == 3
+
+
+class Wide(Net):
+    """A product whose weights onnx writes beside the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 400)
+
+
+def test_weights_that_changed_in_a_kept_file_are_exported_anew(
+    tmp_path: Path, exports: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_LARGEST_FILE", 0)  # as with large weights, which lie beside the graph
+    first, second = (prepared(Wide(), tmp_path, place) for place in ("a", "b"))
+    assert len(exports) == 1
+    assert second.graph.digest == first.graph.digest == Graph(second.graph.path).digest
+    name = next(iter(second.graph.initializers))
+    np.testing.assert_array_equal(second.graph.initializer(name), first.graph.initializer(name))
+    (data,) = (tmp_path / "cache").glob("*/*.data")
+    content = bytearray(data.read_bytes())
+    content[0] ^= 1  # of the same length
+    data.write_bytes(bytes(content))
+    prepared(Wide(), tmp_path, "c")
+    assert len(exports) == 2
+
+
+def test_a_large_module_is_not_run_where_its_export_is_kept(
+    tmp_path: Path, exports: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_callable, "_LARGE", 1)
+    runs: list[str] = []
+    forward = Net.forward
+
+    def counted(self: Net, x: torch.Tensor) -> torch.Tensor:
+        runs.append(str(x.device))
+        return forward(self, x)
+
+    monkeypatch.setattr(Net, "forward", counted)
+    first = prepared(Net(), tmp_path, "a")
+    assert runs
+    runs.clear()
+    second = prepared(Net(), tmp_path, "b")
+    assert (runs, len(exports)) == ([], 1)
+    assert [v.name for v in second.graph.outputs] == [v.name for v in first.graph.outputs]
 
 
 def test_what_cannot_be_known_or_kept_is_no_reason_to_stop(tmp_path: Path, exports: list[str]) -> None:

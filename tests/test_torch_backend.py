@@ -20,7 +20,7 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError, ModuleFailed
 from cp_debug.graph.graph import Graph
-from cp_debug.probes.module_copy import copied
+from cp_debug.probes.module_copy import copied_to
 from cp_debug.programs.align import align
 from cp_debug.programs.export import export
 
@@ -47,8 +47,8 @@ def test_the_copy_of_a_large_module_is_there_only_while_it_runs(program: Any, mo
     program, inputs = program
     made: list[weakref.ref[nn.Module]] = []
 
-    def counted(module: nn.Module) -> nn.Module:
-        copy = copied(module)
+    def counted(*args: Any) -> nn.Module:
+        copy: nn.Module = copied_to(*args)
         made.append(weakref.ref(copy))
         return copy
 
@@ -56,7 +56,7 @@ def test_the_copy_of_a_large_module_is_there_only_while_it_runs(program: Any, mo
         gc.collect()
         return sum(copy() is not None for copy in made)
 
-    monkeypatch.setattr(torch_backend, "copied", counted)
+    monkeypatch.setattr(torch_backend, "copied_to", counted)
     session = create(BackendSpec.parse("torch-bf16")).open(program)
     assert isinstance(session, FreesMemory)
     first = session.run(inputs)

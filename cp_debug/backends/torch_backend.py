@@ -19,7 +19,7 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.probes.arrays import as_numpy, as_torch, dtype_name
-from cp_debug.probes.module_copy import copied
+from cp_debug.probes.module_copy import copied_to
 from cp_debug.probes.trace import TorchValue, trace
 
 _DTYPES = {
@@ -114,7 +114,7 @@ class _ModuleSession:
         assert module is not None
         if not self._converted:
             return module
-        return copied(module).to(self._device, None if self._dtype == torch.float32 else self._dtype)
+        return copied_to(module, self._device, None if self._dtype == torch.float32 else self._dtype)
 
     def free_memory(self) -> None:
         """Free the copy of a large module; the next run makes it again."""

@@ -39,7 +39,7 @@ from cp_debug.graph.graph import Graph
 from cp_debug.graph.integer_values import is_quantized, parent_values, rounded_values, unscaled_levels
 from cp_debug.graph.qdq import has_own_pairs
 from cp_debug.graph.source_lines import source_lines
-from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.arrays import as_numpy, has_torch_type, to_device
 from cp_debug.probes.held import CapturedRun, CaptureHolder
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.programs.layers import Layer, layer_name
@@ -126,6 +126,8 @@ class CandidateRun:
                 tensor = _in_shape(tensor, reference.load(key.value, component=key.component))
             writer.put(key.value, tensor, component=key.component)
             if key in self.layers and key in captured:
+                if torch.device(self.device).type != "cpu" and has_torch_type(tensor):  # the host has a kernel to load
+                    tensor = to_device(tensor, self.device)
                 stats[key] = compare(reference.load(key.value, component=key.component), tensor)
 
         return stats, self.pipeline.run(sample, sink)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -90,9 +91,13 @@ class Graph:
     Raises InputError as ``read_model`` does: for what is missing, truncated, not ONNX, or contradicts itself.
     """
 
-    def __init__(self, path: Path | str, *, source: Graph | str | None = None) -> None:
-        """``source``: what messages name in place of ``path``, which is a working copy that nobody has seen."""
+    def __init__(self, path: Path | str, *, source: Graph | str | None = None, digest: str = "") -> None:
+        """``source``: what messages name in place of ``path``, which is a working copy that nobody has seen.
+
+        ``digest`` is the property of that name where it is known, which else reads all weights.
+        """
         self.path = Path(path)
+        self._known_digest = digest
         self._shown = str(path if source is None else source)
         try:
             self.proto = read_model(self.path)
@@ -212,6 +217,8 @@ class Graph:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the file and its external data files: two captures with equal digests ran the same model."""
+        if self._known_digest:
+            return self._known_digest
         sha = hashlib.sha256()
         for file in [self.path, *sorted(external_files(self.proto, self.path.parent))]:
             with file.open("rb") as stream:
@@ -254,14 +261,14 @@ def external_files(model: onnx.ModelProto, folder: Path) -> dict[Path, int]:
 
 
 def _infer(model: onnx.ModelProto) -> onnx.GraphProto:
-    """The graph with inferred types; weights of 4 KiB and more, which inference does not read, are left out."""
+    """The graph with inferred types; weights of 1024 elements and more, which inference does not read, are left out."""
     skeleton = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     graph, source = skeleton.graph, model.graph
     graph.name = source.name
     for part in ("node", "input", "output", "value_info"):
         getattr(graph, part).extend(getattr(source, part))
     for tensor in source.initializer:
-        if tensor.ByteSize() < 4096:
+        if math.prod(tensor.dims) < 1024:
             graph.initializer.append(tensor)
         else:
             stub = graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)

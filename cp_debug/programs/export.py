@@ -44,13 +44,14 @@ def export(
     folded: bool = True,
     simplify: bool = False,
     opset: int | None = None,
+    largest: int = _PROTOBUF_LIMIT,
 ) -> Path:
     """Export ``module``, which is in eval mode, to ``path`` and return it; the file appears when it is complete.
 
     ``args`` are example inputs, ``output_names`` name the flattened outputs in order. ``folded`` folds BatchNorm as
     deployment does (dynamo into Conv and ConvTranspose, TorchScript into Conv only); without it every module stays
-    visible. ``simplify`` runs onnxscript's optimizer over the result. Weights go to ``<path>.data`` when one file
-    cannot hold them. ``opset`` None is the exporter's default.
+    visible. ``simplify`` runs onnxscript's optimizer over the result. Weights go to ``<path>.data`` when they
+    take more than ``largest`` bytes, which one file can hold at most. ``opset`` None is the exporter's default.
 
     Shapes and dtypes of ``args`` become the graph's.
 
@@ -87,10 +88,10 @@ def export(
             note_modules(proto, module)
         onnx.helper.set_model_props(proto, {"cpdebug.exporter": exporter, "cpdebug.folded": str(folded).lower()})
         complete = Path(folder) / path.name
-        large = size > _PROTOBUF_LIMIT
+        large = size > largest
         data = f"{path.name}.data"
         onnx.save(proto, complete, save_as_external_data=large, location=data if large else None)
-        if large:
+        if (complete.parent / data).is_file():  # onnx leaves small weights inside
             (complete.parent / data).chmod(0o644)  # onnx creates it for the owner alone
             (complete.parent / data).replace(path.with_name(data))
         complete.replace(path)

@@ -19,6 +19,7 @@ import sys
 import sysconfig
 import uuid
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -43,6 +44,8 @@ LARGEST = 10 << 30
 ENTRY = "entry.json"
 SET_BY_LIBRARIES = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_")
 """Beginnings of environment variables that change while a program runs."""
+_SIDE_BY_SIDE = 1 << 20
+"""Bytes from which on a tensor is hashed in a thread."""
 _LARGEST_ENTRY = 16 << 20
 """Bytes of an entry's JSON: a line for each loaded file of code."""
 
@@ -54,6 +57,10 @@ class _Entry:
     name: str
     code: dict[str, tuple[int, int]]
     """Path of every loaded file of code → its size, and when it was changed, in nanoseconds."""
+    files: dict[str, tuple[int, int]]
+    """The same of the files that are kept here, by their names."""
+    digest: str
+    """``Graph.digest`` of the kept graph, which it has for as long as its files are these."""
 
 
 class ExportCache:
@@ -74,7 +81,9 @@ class ExportCache:
             return None
         digest = hashlib.sha256()
         try:
-            _Pickler(digest).dump(module)
+            pickler = _Pickler(digest)
+            pickler.hash_beforehand([*module.parameters(), *module.buffers()])
+            pickler.dump(module)
         except Exception:  # pickle raises nearly everything
             return None
         _put_surroundings(digest)
@@ -87,39 +96,46 @@ class ExportCache:
             {"module": digest.hexdigest(), "own": repr(own), "settings": dict(settings), "versions": versions}
         )
 
-    def get(self, key: str, path: Path) -> bool:
-        """Put an entry's files where the export would have written ``path``; False where there is no usable entry."""
+    def get(self, key: str, path: Path) -> str | None:
+        """Put an entry's files where the export would have written ``path``.
+
+        Returns the digest of the graph, None where there is no usable entry.
+        """
         folder = self.folder / key
         try:
             entry: _Entry = typed(_Entry, read_json(folder / ENTRY, what="entry", most=_LARGEST_ENTRY), str(folder))
-            if any(_stamp(file) != tuple(stamp) for file, stamp in entry.code.items()):
-                return False
+            stamps = {**entry.code, **{str(folder / Path(name).name): stamp for name, stamp in entry.files.items()}}
+            if any(_stamp(file) != tuple(stamp) for file, stamp in stamps.items()):
+                return None
             path.parent.mkdir(parents=True, exist_ok=True)
             for file in sorted(folder.iterdir()):
-                if file.name == ENTRY or not file.name.startswith(entry.name) or file.is_symlink():
+                if file.name not in entry.files or not file.name.startswith(entry.name) or file.is_symlink():
                     continue
                 target = path.with_name(path.stem + file.name.removeprefix(entry.name))
                 target.unlink(missing_ok=True)
                 shutil.copyfile(file, target)
             os.utime(folder)
         except (InputError, OSError, ValueError):
-            return False
-        return path.is_file()
+            return None
+        return entry.digest if path.is_file() else None
 
     def program(self, key: str, component: Component, inputs: Mapping[str, np.ndarray], path: Path) -> Program | None:
         """The component's program, its files put where the export would have written ``path``; None where it has none.
 
         ``inputs`` become the program's example, shapes and dtypes as they are.
         """
-        if self.get(key, path):
+        if (digest := self.get(key, path)) is not None:
             with contextlib.suppress(InputError):  # cut off, or changed since: the alignment is that of another graph
-                graph = Graph(path)
+                graph = Graph(path, digest=digest)
                 alignment = Alignment.load(path.with_suffix(".alignment.json"), graph)
                 return Program(component.name, graph, component.module, alignment, example=inputs)
         return None
 
-    def put(self, key: str, path: Path) -> None:
-        """Keep copies of the files that an export wrote: all beside ``path`` that begin with its name's stem."""
+    def put(self, key: str, path: Path, digest: str) -> None:
+        """Keep copies of the files that an export wrote: the graph ``path`` with its weights, and its alignment.
+
+        ``digest`` is ``Graph.digest`` of that graph.
+        """
         partial = self.folder / f".{uuid.uuid4().hex[:12]}.partial"
         try:
             partial.mkdir(parents=True)
@@ -127,7 +143,9 @@ class ExportCache:
                 if file.is_file():
                     shutil.copyfile(file, partial / file.name)
             code = {file: stamp for file in _loaded() if (stamp := _stamp(file)) is not None}
-            (partial / ENTRY).write_text(json.dumps({"name": path.stem, "code": code}), encoding="utf-8")
+            files = {file.name: _stamp(str(file)) for file in partial.iterdir()}
+            entry = {"name": path.stem, "code": code, "files": files, "digest": digest}
+            (partial / ENTRY).write_text(json.dumps(entry), encoding="utf-8")
             shutil.rmtree(self.folder / key, ignore_errors=True)
             partial.replace(self.folder / key)
             trim("exports", self.folder, LARGEST)
@@ -144,11 +162,11 @@ class ExportedFolder(ExportCache):
         """The component's name, whatever shapes and dtypes its inputs have."""
         return component.name
 
-    def get(self, key: str, path: Path) -> bool:
-        """Whether the file is there."""
-        return path.is_file()
+    def get(self, key: str, path: Path) -> str | None:
+        """An empty digest, which says nothing, where the file is there; else None."""
+        return "" if path.is_file() else None
 
-    def put(self, key: str, path: Path) -> None:
+    def put(self, key: str, path: Path, digest: str) -> None:
         """Leave it where it is."""
 
 
@@ -177,11 +195,15 @@ class _Pickler(pickle.Pickler):
         if not isinstance(value, torch.Tensor):
             return None
         if id(value) not in self._seen:
-            kind = f"{type(value).__qualname__} {value.dtype} {tuple(value.shape)} {value.requires_grad}"
-            own = hashlib.sha256(kind.encode())
-            own.update(np.ascontiguousarray(as_numpy(value)).reshape(-1).view(np.uint8).data)
-            self._seen[id(value)] = own.hexdigest(), value
+            self._seen[id(value)] = _tensor_digest(value), value
         return str(self._seen[id(value)][0])
+
+    def hash_beforehand(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Hash large tensors side by side, of any shapes and dtypes: hashing lets other threads run."""
+        large = list({id(tensor): tensor for tensor in tensors if tensor.nbytes >= _SIDE_BY_SIDE}.values())
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            for tensor, digest in zip(large, pool.map(_tensor_digest, large), strict=True):
+                self._seen[id(tensor)] = digest, tensor
 
     def _members(self, values: Collection[Any]) -> list[str]:
         if id(values) in self._within:  # a member holds the set that it is in
@@ -192,6 +214,13 @@ class _Pickler(pickle.Pickler):
             _Pickler(own, self._within | {id(values)}).dump(value)
             found.append(own.hexdigest())
         return sorted(found)
+
+
+def _tensor_digest(tensor: torch.Tensor) -> str:
+    kind = f"{type(tensor).__qualname__} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}"
+    own = hashlib.sha256(kind.encode())
+    own.update(np.ascontiguousarray(as_numpy(tensor)).reshape(-1).view(np.uint8).data)
+    return own.hexdigest()
 
 
 class _Sink(io.RawIOBase):

@@ -36,7 +36,7 @@ from cp_debug.programs.export_cache import ExportCache
 from cp_debug.programs.folded import Folded
 from cp_debug.programs.layers import constant_outputs, layers_of
 from cp_debug.programs.walk import Walk, example_args, run_module, walk
-from cp_debug.recipes.base import Arrays, Component, Model, Sample
+from cp_debug.recipes.base import Arrays, Component, Model, NamesOnDemand, Sample
 from cp_debug.serialize import json_safe
 
 
@@ -58,6 +58,8 @@ class Export(NamedTuple):
 
 
 DEFAULT_EXPORT = Export()
+_LARGEST_FILE = 1 << 28
+"""Bytes of weights from which on they lie beside the graph: what is read again must not be parsed whole."""
 
 
 def prepare(
@@ -90,9 +92,11 @@ def prepare(
         kept = None if cache is None or key is None else cache.program(key, component, step.inputs, path)
         if kept is None or not step.last:
             step.outputs = run_module(component, step.inputs)
+        if kept is not None and isinstance(component.output_names, NamesOnDemand):
+            component.output_names = [value.name for value in kept.graph.outputs]
         programs.append(kept or _export(component, step.inputs, folder, how, folded))
         if cache is not None and key is not None and kept is None:
-            cache.put(key, path)
+            cache.put(key, path, programs[-1].graph.digest)
     return programs
 
 
@@ -110,6 +114,7 @@ def _export(component: Component, inputs: Mapping[str, np.ndarray], folder: Path
         exporter=how.exporter,
         opset=how.opset,
         folded=folded,
+        largest=_LARGEST_FILE,
     )
     graph = Graph(path, source=f"{component.name}, as exported")
     alignment = align(graph, module, args, prefix=component.prefix)

@@ -7,10 +7,11 @@ outputs, as in a deployed pipeline, so an error in the first component reaches t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, overload, runtime_checkable
 
 import numpy as np
 
@@ -34,6 +35,33 @@ class Stage:
 
     name: str
     path: str
+
+
+class NamesOnDemand(Sequence[str]):
+    """Names that take a forward to find, which is run when one of them is first asked for.
+
+    They follow from a module and its inputs, and stand for those two in ``repr``. Whatever ``find`` raises passes.
+    """
+
+    def __init__(self, find: Callable[[], Sequence[str]]) -> None:
+        self._find = find
+
+    @cached_property
+    def _names(self) -> Sequence[str]:
+        return self._find()
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        return self._names[index]
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __repr__(self) -> str:
+        return "names of what a forward returns"
 
 
 @dataclass

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,7 +29,7 @@ from cp_debug.graph.graph import ValueInfo
 from cp_debug.probes.arrays import as_numpy, is_dense
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.probes.trace import as_written, trace
-from cp_debug.recipes.base import Arrays, Component, Sample, Stage
+from cp_debug.recipes.base import Arrays, Component, NamesOnDemand, Sample, Stage
 from cp_debug.recipes.input_files import DEFAULT_READING, file_samples
 from cp_debug.recipes.torch_inputs import flat_inputs
 
@@ -62,11 +63,16 @@ class TorchModel:
             self.module = module = flat.module
             names, tensors = flat.names, flat.tensors
             self._examples = {n: as_numpy(t) for n, t in zip(names, tensors, strict=True)}
+            large = _is_large(module)
+
+        def find() -> list[str]:
+            return _output_names(name, module, tensors, flat.remark)
+
         self.components: Sequence[Component] = [
             Component(
                 name=type(module).__name__,
                 input_names=names,
-                output_names=_output_names(name, module, tensors, flat.remark),
+                output_names=NamesOnDemand(find) if large else find(),
                 module=module,
                 stages=[Stage(child, child) for child, _ in module.named_children()],
             )
@@ -246,15 +252,21 @@ def _changed(before: Mapping[str, tuple[float, float]], after: Mapping[str, tupl
     return next((name for name, told in plain.items() if told != before.get(name, told)), None)
 
 
+def _is_large(module: nn.Module) -> bool:
+    """Whether a forward on the CPU takes long, and one that has no values may do."""
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())  # they may keep what they see
+    stored = chain(module.parameters(), module.buffers())
+    return not hooked and not isinstance(module, torch.jit.ScriptModule) and sum(map(torch.numel, stored)) >= _LARGE
+
+
 def _names_alone(module: nn.Module, tensors: Sequence[torch.Tensor]) -> list[str] | None:
     """Names of the outputs of a large module, from a forward of a copy that has shapes and no values.
 
     None where that is not worth it, or where only values tell: then a forward on the CPU has to.
     """
-    stored = [*module.parameters(), *module.buffers()]
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())  # they may keep what they see
-    if hooked or isinstance(module, torch.jit.ScriptModule) or sum(map(torch.numel, stored)) < _LARGE:
+    if not _is_large(module):
         return None
+    stored = [*module.parameters(), *module.buffers()]
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
