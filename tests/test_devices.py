@@ -30,6 +30,7 @@ from cp_debug.errors import DeviceUnavailable, InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.arrays import has_torch_type, is_torch, to_device
 from cp_debug.probes.distance import distance
+from cp_debug.probes.distance_cuda import sums_of_pair
 from cp_debug.probes.held import CaptureHolder, HeldCapture, Room
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.pipeline import Pipeline
@@ -187,6 +188,14 @@ def test_the_kernel_on_a_gpu_equals_the_host(kind: str) -> None:
         if kind == "plain":  # squares that FP32 has no room for
             for factor in (1e-30, 1e-20, 1e19, 1e30):
                 same_statistics((a.double() * factor).to(ref), (b.double() * factor).to(test), device="cuda")
+    for ref, test, count in itertools.product(
+        (*types, torch.float64), (*types, torch.float64), (1, 8, 4097, 3_000_001)
+    ):
+        a, b = pair(kind, (torch.float32, torch.float32), count)
+        a, b = a.to(ref), b.to(test)
+        given = a.double().cuda().to(ref), b.double().cuda().to(test)
+        assert sums_of_pair(*given) is not None
+        assert distance(*given) == pytest.approx(distance(a.double(), b.double()), rel=1e-12)
 
 
 def taken(room: Room, folder: Path, tensors: dict[str, Any], *, saved: bool = False) -> HeldCapture:

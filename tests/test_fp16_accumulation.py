@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -208,7 +208,7 @@ def test_sums_of_slices_are_added_in_their_order() -> None:
 def by_tables(tile: Tile) -> Any:
     """The CUDA kernel in NumPy, one instruction after the other, from the tables that it is given."""
 
-    def run(grid: tuple[int, ...], block: tuple[int, ...], args: list[Any]) -> None:
+    def run(grid: tuple[int, ...], threads: int, *args: torch.Tensor, device: torch.device) -> None:
         x, weight, tables, out = (tensor.numpy().reshape(-1) for tensor in args)
         image, channel, groups, rows, outputs, places, steps, phases = tables[:8].tolist()
         sizes = [phases * rows, places, places, phases, steps]
@@ -216,7 +216,7 @@ def by_tables(tile: Tile) -> Any:
         assert len(step) == steps
         images, padded = out.size // (outputs * channel), outputs + -outputs % 4
         assert grid == (-(-places // tile.places), -(-outputs // tile.outputs), images * phases)
-        assert block == (tile.threads, 1, 1)
+        assert threads == tile.threads
         for phase, of in itertools.product(range(phases), range(images)):
             data, own = x[of * image : (of + 1) * image], offset.reshape(phases, rows)[phase]
             w = weight.reshape(phases, groups, rows, padded)[phase, of % groups, :, :outputs]
@@ -234,15 +234,13 @@ def by_tables(tile: Tile) -> Any:
             assert result is not None
             out.reshape(images, outputs, channel)[of][:, start[phase] + to] = result
 
-    return run
+    return SimpleNamespace(launch=run)
 
 
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """``_launch`` runs on a CPU."""
-    monkeypatch.setattr(fp16_accumulation_cuda, "_kernel", lambda capability, sliced, tile: by_tables(tile))
-    monkeypatch.setattr(fp16_accumulation_cuda, "_capability", lambda index: "90")
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(fp16_accumulation_cuda, "_kernel", lambda index, sliced, tile: by_tables(tile))
 
 
 @pytest.mark.parametrize(

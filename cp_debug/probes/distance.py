@@ -12,6 +12,7 @@ from torch import Tensor
 from cp_debug.probes import statistics_small
 from cp_debug.probes.arrays import Tensor as AnyTensor
 from cp_debug.probes.arrays import as_numpy, device_of, has_torch_type, is_torch, to_device
+from cp_debug.probes.distance_cuda import sums_of_pair
 from cp_debug.probes.statistics_small import SMALL
 
 BLOCK = 1 << 20
@@ -70,6 +71,8 @@ def _on_device(ours: AnyTensor, theirs: AnyTensor) -> Distance:
     """``distance`` where one of the tensors lies on a device; three numbers of each block come to the host."""
     device = next(device for t in (theirs, ours) if (device := device_of(t)) != "cpu")
     a, b = (to_device(_plain(t), device).reshape(-1) for t in (ours, theirs))
+    if (reduced := sums_of_pair(a, b)) is not None:
+        return Distance(math.sqrt(reduced[0]), math.sqrt(reduced[1]), int(reduced[2]))
     sums = []
     for start in range(0, len(b), DEVICE_BLOCK):
         x, y = (side[start : start + DEVICE_BLOCK].double() for side in (a, b))

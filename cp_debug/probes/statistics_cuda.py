@@ -9,10 +9,11 @@ of two tensors in 16 bits eight terms are added in FP32 first, which adds up to 
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from cp_debug.probes.cuda_kernel import CudaKernel, capability, compiled, multiprocessors
 from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, PairPiece
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ class _Shape(NamedTuple):
 
 _IN_16_BITS, _WITH_FP32 = _Shape(384, 3, 8, 1), _Shape(256, 3, 4, 2)
 """The best shapes of some dozens on an H200 (``docs/gpu/speed.md``)."""
-_OPTIONS = ["-default-device"]
-"""Functions without a mark, lambdas among them, are the device's: NVRTC knows no others."""
 
 _SOURCE = r"""
 typedef unsigned int u32;
@@ -255,17 +254,8 @@ def can_reduce(ref: torch.Tensor, test: torch.Tensor) -> bool:
     return (
         all(str(t.dtype) in _TYPES and t.is_cuda and t.data_ptr() % 16 == 0 for t in (ref, test))
         and ref.device == test.device
-        and _kernel(_TYPES[str(ref.dtype)], _TYPES[str(test.dtype)], _device(ref.device.index)[0]) is not None
+        and _kernel(_TYPES[str(ref.dtype)], _TYPES[str(test.dtype)], ref.device.index) is not None
     )
-
-
-@cache
-def _device(index: int) -> tuple[str, int]:
-    """(Compute capability, multiprocessors) of a GPU; asking torch takes half a millisecond each time."""
-    import torch
-
-    properties = torch.cuda.get_device_properties(index)
-    return f"{properties.major}{properties.minor}", properties.multi_processor_count
 
 
 def _shape(ref: int, test: int) -> _Shape:
@@ -284,16 +274,9 @@ def source_of(ref: int, test: int) -> str:
 
 
 @cache
-def _kernel(ref: int, test: int, capability: str) -> Any:
-    """The compiled kernel; None where this torch or driver cannot compile it."""
-    import torch
-
-    try:
-        return torch.cuda._compile_kernel(
-            source_of(ref, test), "compare_pair", compute_capability=capability, nvcc_options=_OPTIONS
-        )
-    except (AttributeError, RuntimeError, OSError, ImportError):
-        return None
+def _kernel(ref: int, test: int, index: int) -> CudaKernel | None:
+    """The compiled kernel for a GPU; None where this torch or driver cannot compile it."""
+    return compiled(source_of(ref, test), "compare_pair", capability(index))
 
 
 def reduce_pair(ref: torch.Tensor, test: torch.Tensor) -> tuple[list[tuple[int, PairPiece]], np.ndarray] | None:
@@ -318,14 +301,13 @@ def launch(ref: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, int]:
     """
     import torch
 
-    capability, processors = _device(ref.device.index)
     kinds = _TYPES[str(ref.dtype)], _TYPES[str(test.dtype)]
-    kernel, shape = _kernel(*kinds, capability), _shape(*kinds)
-    blocks = max(1, min(processors * shape.blocks, -(-ref.numel() // shape.turn)))
+    kernel, shape = _kernel(*kinds, ref.device.index), _shape(*kinds)
+    assert kernel is not None
+    blocks = max(1, min(multiprocessors(ref.device.index) * shape.blocks, -(-ref.numel() // shape.turn)))
     memory = torch.zeros(blocks * _NUMBERS + -(-BINS // 2), dtype=torch.float64, device=ref.device)
-    with torch.cuda.device(ref.device):
-        counts = memory[blocks * _NUMBERS :]
-        kernel(grid=(blocks, 1, 1), block=(shape.threads, 1, 1), args=[ref, test, memory, counts, ref.numel()])
+    counts = memory[blocks * _NUMBERS :]
+    kernel.launch((blocks, 1, 1), shape.threads, ref, test, memory, counts, ref.numel(), device=ref.device)
     return memory, blocks
 
 

@@ -58,7 +58,7 @@ class _Entry:
     code: dict[str, tuple[int, int]]
     """Path of every loaded file of code → its size, and when it was changed, in nanoseconds."""
     files: dict[str, tuple[int, int]]
-    """The same of the files that are kept here, by their names."""
+    """Name of every kept file → its size, and when it was written, in nanoseconds."""
     digest: str
     """``Graph.digest`` of the kept graph, which it has for as long as its files are these."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cp_debug.backends.kernels.fp16_accumulation_source import SOURCE
+from cp_debug.probes.cuda_kernel import CudaKernel, capability, compiled
 
 BLOCK = 16
 """Products that one instruction adds."""
@@ -28,8 +29,6 @@ _DEEPEST = 65535
 """Images times phases of one launch."""
 _TABLES = 64
 """Geometries whose tables stay on a device; those of 256 × 256 places take 0.5 MB."""
-_OPTIONS = ["-default-device"]
-"""Functions without a mark, lambdas among them, are the device's: NVRTC knows no others."""
 
 
 class Tile(NamedTuple):
@@ -144,12 +143,10 @@ def _launch(
     if outputs % 4:
         weight = functional.pad(weight, (0, 0, 0, 0, 0, -outputs % 4))
     ordered = weight.flatten(2).index_select(2, tables.order).unflatten(2, (len(phases), -1)).permute(2, 0, 3, 1)
-    with torch.cuda.device(x.device):
-        _kernel(_capability(x.device.index), total.slices > 1, tile)(
-            grid=(-(-prod(size) // tile.places), -(-outputs // tile.outputs), len(x) * len(phases)),
-            block=(tile.threads, 1, 1),
-            args=[x, ordered.contiguous(), tables.numbers, into],
-        )
+    blocks = -(-prod(size) // tile.places), -(-outputs // tile.outputs), len(x) * len(phases)
+    launched = _kernel(x.device.index, total.slices > 1, tile)
+    assert launched is not None
+    launched.launch(blocks, tile.threads, x, ordered.contiguous(), tables.numbers, into, device=x.device)
     return into
 
 
@@ -218,7 +215,7 @@ def defined(x: Tensor, weight: Tensor, total: Sum) -> Tensor:
 @cache
 def _is_right(index: int, sliced: bool, tile: Tile) -> bool:
     """Whether a kernel compiles for this GPU and gives the definition's bits on a small product."""
-    if _kernel(_capability(index), sliced, tile) is None:
+    if _kernel(index, sliced, tile) is None:
         return False
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(2, 40, 150, generator=draw).half().float()
@@ -231,11 +228,6 @@ def _is_right(index: int, sliced: bool, tile: Tile) -> bool:
     return bool(torch.equal(found.cpu(), defined(x, weight, total)))
 
 
-@cache
-def _capability(index: int) -> str:
-    return "{}{}".format(*torch.cuda.get_device_capability(index))
-
-
 def source_of(sliced: bool, tile: Tile) -> str:
     """The kernel's text; ``sliced`` where there is more than one partial sum."""
     constants = {
@@ -246,11 +238,6 @@ def source_of(sliced: bool, tile: Tile) -> str:
 
 
 @cache
-def _kernel(capability: str, sliced: bool, tile: Tile) -> Any:
-    """The compiled kernel; None where this torch or driver cannot compile it."""
-    try:
-        return torch.cuda._compile_kernel(
-            source_of(sliced, tile), "fp16_accumulate", compute_capability=capability, nvcc_options=_OPTIONS
-        )
-    except (AttributeError, RuntimeError, OSError, ImportError):
-        return None
+def _kernel(index: int, sliced: bool, tile: Tile) -> CudaKernel | None:
+    """The compiled kernel for a GPU; None where this torch or driver cannot compile it."""
+    return compiled(source_of(sliced, tile), "fp16_accumulate", capability(index))
