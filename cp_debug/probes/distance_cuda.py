@@ -32,7 +32,7 @@ template <int KIND> __device__ __forceinline__ double value(const void* p, long 
   return (double)f;
 }
 
-__device__ __forceinline__ bool finite(double v) {
+__device__ __forceinline__ bool is_finite(double v) {
   return ((u64)__double_as_longlong(v) & 0x7ff0000000000000ull) != 0x7ff0000000000000ull;
 }
 
@@ -48,11 +48,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) distance_of_pair(
 #pragma unroll 4
   for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < n; i += step) {
     const double x = value<OURS>(ours, i), y = value<THEIRS>(theirs, i);
-    const bool both = finite(x) && finite(y);
+    const bool both = is_finite(x) && is_finite(y);
     const double d = both ? x - y : 0.0, r = both ? y : 0.0;
     sums[0] += d * d;
     sums[1] += r * r;
-    sums[2] += !both && finite(y);
+    sums[2] += !both && is_finite(y);
   }
   __shared__ double of_warps[3][THREADS / 32];
   for (int k = 0; k < 3; ++k) {
