@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
+from contextlib import suppress
 
 
 def load_torch() -> None:
@@ -21,3 +23,20 @@ def load_torch() -> None:
         if enabled:
             gc.enable()
     gc.freeze()
+
+
+def start_gpu() -> None:
+    """Start CUDA and the library of convolutions in a thread, while other things are read.
+
+    That of products is left alone: it looks once at the environment, which a deterministic run sets. Where there is no GPU, or no memory on it, nothing happens: whoever uses it will say so.
+    """
+
+    def start() -> None:
+        import torch
+
+        with suppress(Exception), torch.no_grad():
+            if torch.cuda.is_available():
+                image = torch.zeros(1, 8, 8, 8, device="cuda")
+                torch.nn.functional.conv2d(image, torch.zeros(8, 8, 3, 3, device="cuda"))
+
+    threading.Thread(target=start).start()  # no daemon: CUDA must not be shut down while it starts

@@ -14,7 +14,7 @@ from cp_debug.cli.flags import LAST_SEED, MOST, Atol, Rtol, check_device, check_
 from cp_debug.cli.given import check_given
 from cp_debug.cli.saving import replacing
 from cp_debug.cli.typed import refuse, refuse_export_flags, refuse_seed
-from cp_debug.loading import load_torch
+from cp_debug.loading import load_torch, start_gpu
 
 if TYPE_CHECKING:
     from cp_debug.backends.base import Backend
@@ -185,6 +185,8 @@ def bisect(
     engines.check_installed(specs)
     calibration.check_calibration(model, int8.calib_data, int8.calib_samples, reading=how)
     load_torch()
+    if any((spec.device or "").startswith("cuda") for spec in specs):
+        start_gpu()
     from cp_debug.api.dumps import with_dump
     from cp_debug.bisect.engine import Options
     from cp_debug.bisect.engine import bisect as run

@@ -1,6 +1,7 @@
-"""CUDA kernels from source text: compiled by the NVRTC that comes with torch, started through the driver.
+"""CUDA kernels from source text: compiled by the NVRTC that comes with torch, loaded and started through the driver.
 
-torch's own object for a kernel opens the driver's library anew in every call, which takes longer than small kernels.
+torch's own way imports setuptools to compile, and opens the driver's library anew in every call of a kernel, which
+takes longer than small kernels do.
 """
 
 from __future__ import annotations
@@ -12,16 +13,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-_OPTIONS = ["-default-device"]
-"""Functions without a mark, lambdas among them, are the device's: NVRTC knows no others."""
-
 
 class CudaKernel:
-    """A compiled kernel. Launches neither wait for it nor check what they are given."""
+    """A kernel that is loaded on one GPU. Launches neither wait for it nor check what they are given."""
 
-    def __init__(self, compiled: Any) -> None:
-        """``compiled`` is what ``torch.cuda._compile_kernel`` returns."""
-        self._compiled = compiled
+    def __init__(self, function: ctypes.c_void_p) -> None:
+        """``function`` is the driver's handle."""
+        self._function = function
 
     def launch(self, blocks: tuple[int, int, int], threads: int, *args: Any, device: torch.device) -> None:
         """Start the kernel on the current stream of ``device``.
@@ -34,43 +32,25 @@ class CudaKernel:
         given = [arg if isinstance(arg, ctypes._SimpleCData) else _as_c(arg) for arg in args]
         places = (ctypes.c_void_p * len(given))(*(ctypes.addressof(value) for value in given))
         with torch.cuda.device(device):
-            stream = torch.cuda.current_stream(device).cuda_stream
-            code = _driver()(self._compiled.func, *blocks, threads, 1, 1, 0, ctypes.c_void_p(stream), places, None)
-        if code:
-            raise RuntimeError(f"a CUDA kernel was not started: the driver's error {code}")
+            stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+            _check(_driver().cuLaunchKernel(self._function, *blocks, threads, 1, 1, 0, stream, places, None))
 
 
 @cache
-def compiled(source: str, name: str, capability: str) -> CudaKernel | None:
-    """The kernel ``name`` of a source text for GPUs of a compute capability (``90``); None where this torch or driver
-    cannot compile it."""
+def compiled(source: str, name: str, index: int) -> CudaKernel | None:
+    """The kernel ``name``, which is ``extern "C"``, of a source text, on GPU ``index``; None where this torch or driver
+    cannot compile or load it."""
     import torch
 
     try:
-        made = torch.cuda._compile_kernel(source, name, compute_capability=capability, nvcc_options=_OPTIONS.copy())
+        with torch.cuda.device(index):
+            torch.cuda.current_stream()  # makes the context
+            module, function = ctypes.c_void_p(), ctypes.c_void_p()
+            _check(_driver().cuModuleLoadData(ctypes.byref(module), _binary(source, name, index)))
+            _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
     except (AttributeError, RuntimeError, OSError, ImportError):
         return None
-    return CudaKernel(made)
-
-
-@cache
-def capability(index: int) -> str:
-    """Compute capability of a GPU, ``90``; asking torch takes half a millisecond each time."""
-    import torch
-
-    return "{}{}".format(*torch.cuda.get_device_capability(index))
-
-
-@cache
-def _driver() -> Any:
-    """The driver's function that starts a kernel."""
-    from torch.cuda import _utils
-
-    return _utils._get_gpu_runtime_library().cuLaunchKernel
-
-
-def _as_c(arg: Any) -> Any:
-    return ctypes.c_int(arg) if isinstance(arg, int) else ctypes.c_void_p(arg.data_ptr())
+    return CudaKernel(function)
 
 
 @cache
@@ -79,3 +59,42 @@ def multiprocessors(index: int) -> int:
     import torch
 
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def _binary(source: str, name: str, index: int) -> bytes:
+    """The code of a source text for GPU ``index``. Raises RuntimeError where it does not compile."""
+    import torch
+    from torch.cuda import _utils
+
+    nvrtc, program = _utils._get_gpu_rtc_library(), ctypes.c_void_p()
+    major, minor = torch.cuda.get_device_capability(index)
+    # Functions without a mark, lambdas among them, are the device's: NVRTC knows no others.
+    options = [f"--gpu-architecture=sm_{major}{minor}".encode(), b"-default-device"]
+    given = (ctypes.c_char_p * len(options))(*options)
+    _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), f"{name}.cu".encode(), 0, None, None))
+    try:
+        _check(nvrtc.nvrtcCompileProgram(program, len(options), given))
+        size = ctypes.c_size_t()
+        _check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)))
+        binary = ctypes.create_string_buffer(size.value)
+        _check(nvrtc.nvrtcGetCUBIN(program, binary))
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return binary.raw
+
+
+@cache
+def _driver() -> Any:
+    """The driver's library."""
+    from torch.cuda import _utils
+
+    return _utils._get_gpu_runtime_library()
+
+
+def _check(code: int) -> None:
+    if code:
+        raise RuntimeError(f"a CUDA kernel could not be made or started: error {code}")
+
+
+def _as_c(arg: Any) -> Any:
+    return ctypes.c_int(arg) if isinstance(arg, int) else ctypes.c_void_p(arg.data_ptr())

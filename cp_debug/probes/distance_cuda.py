@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-from cp_debug.probes.cuda_kernel import CudaKernel, capability, compiled, multiprocessors
+from cp_debug.probes.cuda_kernel import CudaKernel, compiled, multiprocessors
 
 if TYPE_CHECKING:
     import torch
@@ -96,4 +96,4 @@ def sums_of_pair(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float
 @cache
 def _kernel(ours: int | None, theirs: int | None, index: int) -> CudaKernel | None:
     head = f"#define OURS {ours}\n#define THEIRS {theirs}\n#define THREADS {_THREADS}\n"
-    return compiled(head + _SOURCE, "distance_of_pair", capability(index))
+    return compiled(head + _SOURCE, "distance_of_pair", index)

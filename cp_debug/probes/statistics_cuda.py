@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cp_debug.probes.cuda_kernel import CudaKernel, capability, compiled, multiprocessors
+from cp_debug.probes.cuda_kernel import CudaKernel, compiled, multiprocessors
 from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, PairPiece
 
 if TYPE_CHECKING:
@@ -276,7 +276,7 @@ def source_of(ref: int, test: int) -> str:
 @cache
 def _kernel(ref: int, test: int, index: int) -> CudaKernel | None:
     """The compiled kernel for a GPU; None where this torch or driver cannot compile it."""
-    return compiled(source_of(ref, test), "compare_pair", capability(index))
+    return compiled(source_of(ref, test), "compare_pair", index)
 
 
 def reduce_pair(ref: torch.Tensor, test: torch.Tensor) -> tuple[list[tuple[int, PairPiece]], np.ndarray] | None:

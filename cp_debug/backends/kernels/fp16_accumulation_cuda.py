@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cp_debug.backends.kernels.fp16_accumulation_source import SOURCE
-from cp_debug.probes.cuda_kernel import CudaKernel, capability, compiled
+from cp_debug.probes.cuda_kernel import CudaKernel, compiled
 
 BLOCK = 16
 """Products that one instruction adds."""
@@ -240,4 +240,4 @@ def source_of(sliced: bool, tile: Tile) -> str:
 @cache
 def _kernel(index: int, sliced: bool, tile: Tile) -> CudaKernel | None:
     """The compiled kernel for a GPU; None where this torch or driver cannot compile it."""
-    return compiled(source_of(sliced, tile), "fp16_accumulate", capability(index))
+    return compiled(source_of(sliced, tile), "fp16_accumulate", index)
