@@ -28,7 +28,8 @@ def load_torch() -> None:
 def start_gpu() -> None:
     """Start CUDA and the library of convolutions in a thread, while other things are read.
 
-    That of products is left alone: it looks once at the environment, which a deterministic run sets. Where there is no GPU, or no memory on it, nothing happens: whoever uses it will say so.
+    That of products is left alone: it looks once at the environment, which a deterministic run sets. Where there is no
+    GPU, or no memory on it, nothing happens: whoever uses it will say so.
     """
 
     def start() -> None:
