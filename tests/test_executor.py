@@ -292,6 +292,22 @@ def test_weights_beyond_the_cache_are_read_again(tmp_path: Path) -> None:
     assert torch.equal(Executor(net, FP32, weight_cache=0).run(x)["y"], Executor(net, FP32).run(x)["y"])
 
 
+def test_the_weights_that_were_used_last_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = graph(tmp_path, "g (float[1,4] x) => (float[1,4] y) { y = Add(x, a) }", {n: random(4, 4) for n in "abc"})
+    read: list[str] = []
+    original = net.initializer
+    monkeypatch.setattr(net, "initializer", lambda name: read.append(name) or original(name))
+    executor = Executor(net, FP32, weight_cache=2 * 64)  # room for two
+    for name in "abacab":
+        np.testing.assert_array_equal(executor.run_nodes([], {}, [name])[name], original(name))
+    assert read == ["a", "b", "c", "b"]
+    executor.free_memory()
+    executor.run_nodes([], {}, ["a"])
+    executor.run_nodes([], {}, ["b"])
+    executor.run_nodes([], {}, ["a"])
+    assert read == ["a", "b", "c", "b", "a", "b"]
+
+
 def test_empty_tensors(tmp_path: Path) -> None:
     net = graph(
         tmp_path,

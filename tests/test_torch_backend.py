@@ -62,8 +62,13 @@ def test_the_copy_of_a_large_module_is_there_only_while_it_runs(program: Any, mo
     first = session.run(inputs)
     session.free_memory()
     assert alive() == 1, "a small one stays"
+    session.close()
     monkeypatch.setattr(torch_backend, "LARGE", 1)
-    session.free_memory()
+    session = create(BackendSpec.parse("torch-bf16")).open(program)
+    assert alive() == 0
+    session.run(inputs)
+    assert alive() == 1
+    session.free_memory()  # type: ignore[attr-defined]
     assert alive() == 0
     again = session.run(inputs)
     assert alive() == 1

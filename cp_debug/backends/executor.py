@@ -93,8 +93,8 @@ class Executor:
     ) -> None:
         """``overrides``: other arithmetics for some nodes of the main graph, by node name. Then every node rounds what
         it reads, inputs and constants included, which are held as they are given.
-        ``weight_cache``: bytes of converted weights that are kept (4 GiB on a CPU, 1 GiB on a GPU, where several
-        executors share the memory); what does not fit is read at each use.
+        ``weight_cache``: bytes of converted weights that are kept (4 GiB on a CPU, half a GiB on a GPU, where several
+        executors share the memory), the last ones that were used.
         ``literal``: where runtimes agree with each other and not with ONNX's reference implementation, compute as the
         latter does.
         ``drawn``: asked for the result of each node that draws random numbers, with the node's inputs; None draws anew.
@@ -106,7 +106,7 @@ class Executor:
         self._literal = literal
         self._drawn = drawn
         if weight_cache is None:
-            weight_cache = 4 << 30 if self.device.type == "cpu" else 1 << 30
+            weight_cache = 4 << 30 if self.device.type == "cpu" else 1 << 29
         self._weights = Weights(graph, arithmetic, self.device, weight_cache)
         self._other_weights = {a: Weights(graph, a, self.device, weight_cache) for a in overrides.values()}
         self._reference = Reference(graph)
@@ -124,6 +124,11 @@ class Executor:
         self.not_emulated: dict[str, str] = {}
         """Node → operator of those that ran and whose inner rounding nobody knows here: they were computed in the held
         dtype and rounded once. Nothing is missing in arithmetics that round nothing else."""
+
+    def free_memory(self) -> None:
+        """Free the converted weights; they are read again when they are used."""
+        for weights in (self._weights, *self._other_weights.values()):
+            weights.free_memory()
 
     def emulates(self, node: Node) -> bool:
         """Whether ``node`` is computed with this arithmetic's own rounding, as far as that is known before a run."""

@@ -94,7 +94,9 @@ class _ModuleSession:
         self._program, self._alignment = program, program.alignment
         self._dtype, self._device, self._tf32 = dtype, torch.device(device), tf32
         self._converted = device != "cpu" or dtype != torch.float32
-        self._module: nn.Module | None = self._made()
+        held = sum(t.nbytes for t in chain(program.module.parameters(), program.module.buffers()))
+        self._large = self._converted and held >= LARGE
+        self._module: nn.Module | None = None if self._large else self._made()
         self._names = [v.name for v in program.graph.outputs]
         links = program.alignment.links if program.alignment else ()
         # Inside a function of torch, other devices and dtypes go other ways under the same names.
@@ -118,9 +120,8 @@ class _ModuleSession:
 
     def free_memory(self) -> None:
         """Free the copy of a large module; the next run makes it again."""
-        if self._converted and self._module is not None:
-            held = sum(t.nbytes for t in chain(self._module.parameters(), self._module.buffers()))
-            self._module = None if held >= LARGE else self._module
+        if self._large:
+            self._module = None
 
     def run(
         self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] | None = None

@@ -23,7 +23,13 @@ class Weights:
         self._graph, self._arithmetic, self._device = graph, arithmetic, device
         self._constants = {n.outputs[0]: n for n in graph.nodes if n.op == "Constant"}
         self._kept: dict[tuple[str, bool], Any] = {}
-        self._room = limit
+        """The last that were asked for, the latest at the end."""
+        self._limit, self._held = limit, 0
+
+    def free_memory(self) -> None:
+        """Free what is kept; it is read again when it is asked for."""
+        self._kept.clear()
+        self._held = 0
 
     def holds(self, name: str) -> bool:
         """Whether ``name`` is a constant of the graph."""
@@ -36,13 +42,16 @@ class Weights:
         """The constant as a kernel wants it. Raises KeyError for a name that is none."""
         key = (name, rounded and self._arithmetic.value is not None)
         if key in self._kept:
-            return self._kept[key]
+            self._kept[key] = kept = self._kept.pop(key)
+            return kept
         value = self._arithmetic.hold(self._read(name), self._device)
         if rounded:
             value = self._arithmetic.round_constant(value)
-        if value.nbytes <= self._room:
-            self._room -= value.nbytes
+        if value.nbytes <= self._limit:
             self._kept[key] = value
+            self._held += value.nbytes
+            while self._held > self._limit:
+                self._held -= self._kept.pop(next(iter(self._kept))).nbytes
         return value
 
     def numbers(self, name: str) -> torch.Tensor | None:

@@ -165,8 +165,11 @@ class CandidateRun:
         for component in self.programs:
             ours, theirs = loader(reference, component), loader(test, component)
             apart = {key.value: s.finite_rel_l2 for key, s in stats.items() if key.component == component}
-            for value, replay in self.replayer(component, test).layers(ours, theirs, apart):
+            replayer = self.replayer(component, test)
+            for value, replay in replayer.layers(ours, theirs, apart):
                 replays[Key(component, value)] = replay
+            if self.device != "cpu":  # where the next run's weights have to find room
+                replayer.free_memory()
         return replays
 
     def replay_inputs(

@@ -100,6 +100,11 @@ class Replayer:
         self._range_loss = RangeLoss(graph, self.oracle, self.known)
         self._departures = None if emulated or quantized[1] is not None else departures(graph, precisions[1], device)
 
+    def free_memory(self) -> None:
+        """Free the weights that were converted for the oracle and the emulation."""
+        for executor in filter(None, (self.oracle, *self._emulators, self._finer)):
+            executor.free_memory()
+
     def _emulator(self, side: int, oracle: str) -> Executor:
         """The executor that computes as the reference (0) or the test (1) claims to."""
         arithmetic = ARITHMETICS[self._claims[side]]
