@@ -138,6 +138,9 @@ def report(found: list[Outcome]) -> str:
     lines = [
         "# Operators",
         "",
+        "Which ONNX operators the emulation and the oracle can compute, and which of them only in FP32. Look here where a "
+        "run says that an operator is *not emulated*, or ends with an operator's name.",
+        "",
         f"Written by `python benchmarks/operators.py --write docs/operators.md` with onnx {onnx.__version__}.",
         "",
         f"All {len(found)} operator tests that the `onnx` package ships, through the executor in FP32:",
@@ -159,16 +162,16 @@ def report(found: list[Outcome]) -> str:
     for o in found:
         if o.outcome == "reference":
             inside[", ".join(o.operators)] += 1
-    lines += ["Operators of the tests that agree by the reference implementation (tests):", ""]
+    lines += ["Operators in tests that agree by ONNX's reference implementation, with the number of tests:", ""]
     lines += [", ".join(f"{name} ({count})" for name, count in sorted(inside.items())) + ".", ""]
     contrib = sorted(name.removeprefix("com.microsoft.") for name in KERNELS if name.startswith("com.microsoft."))
     lines += [
-        "## Of ONNX Runtime",
+        "## ONNX Runtime's own operators",
         "",
         f"{len(contrib)} operators of `com.microsoft` have a kernel, most compared with ONNX Runtime's on the CPU "
         "(`tests/test_contrib_operators.py` says which): " + ", ".join(contrib) + ".",
         "",
-        "## Without emulation",
+        "## Operators without emulation",
         "",
         "These operators of ONNX have neither a kernel nor a definition by others, nor do they merely move values. "
         "They run in FP32 and are rounded once. Where they give floats, a result, its table, its JSON "

@@ -52,6 +52,17 @@ GLOSSARY: dict[str, str] = {
     "share": "The part of the final divergence that goes away when this layer's own error is taken out.",
     "cause, finding": "A known mechanism that explains what guilty layers introduced, with its evidence, effect "
     "and fix.",
+    "evidence": "What a cause rests on: the share of the introduced error that it reproduces when the layer is "
+    "computed so, the next best cause with its share, and the figures that it was read from.",
+    "the rounding adds up": "No layer introduces more than its precision explains, and still an output is beyond the "
+    "tolerance: many small errors together. Only a higher precision or a wider tolerance helps.",
+    "alignment": "Which value of the graph is which tensor of the torch module, verified in a run. A leaf module is "
+    "one that holds no others; one that is folded has no node of its own any more.",
+    "made-up inputs": "Inputs that nobody gave: drawn from `--seed`, of the kind that the graph shows (an image, token "
+    "ids, a mask); a note says which. Give `--inputs` for your own.",
+    "risk": "Check: what will go wrong in a lower precision, told from weights, sums and one sample, before any run.",
+    "trial": "One run of a search, with some layers in FP32; on TensorRT it is a build of an engine.",
+    "bundle": "An archive with the failing part of the graph, its captured inputs and a script that shows the failure.",
     "observer gap": "The difference that looking makes: outputs of a run with probes against one without.",
     "FP32 noise": "How far the network in FP32 is from the same network in FP64 at an output, relative L2.",
     "noise floor": "How far a backend is from itself when it runs again, or with another number of threads.",
