@@ -138,8 +138,8 @@ def report(found: list[Outcome]) -> str:
     lines = [
         "# Operators",
         "",
-        "Which ONNX operators the emulation and the oracle can compute, and which of them only in FP32. Look here where a "
-        "run says that an operator is *not emulated*, or ends with an operator's name.",
+        "Which ONNX operators the emulation and the oracle can compute, and which of them only in FP32. Look here "
+        "where a run says that an operator is *not emulated*, or ends with an operator's name.",
         "",
         f"Written by `python benchmarks/operators.py --write docs/operators.md` with onnx {onnx.__version__}.",
         "",

@@ -386,9 +386,11 @@ def test_rows_without_their_mean_have_length_one() -> None:
 def test_tensors_of_a_dump_that_are_not_as_declared(monkeypatch: pytest.MonkeyPatch) -> None:
     value = ValueInfo("x", np.dtype(np.float32), (2, 3))
     graph: Any = SimpleNamespace(inputs=[value], outputs=[])
-    monkeypatch.setattr("cp_debug.bisect.import_dump.known_shape", lambda graph, name: (2, 3) if name == "x" else None)
+    monkeypatch.setattr(
+        "cp_debug.bisect.import_dump.known_shape", lambda graph, name, types: (2, 3) if name == "x" else None
+    )
     tensors = {"x": np.zeros((3, 2), np.float16), "z": np.zeros(1)}
     assert _other_dtypes(graph, tensors) == {"x": "float16, declared float32"}
-    assert _other_shapes(graph, tensors) == {"x": "[3, 2], the graph's is [2, 3]"}
+    assert _other_shapes(graph, tensors, {}) == {"x": "[3, 2], the graph's is [2, 3]"}
     assert _other_dtypes(graph, {"x": np.zeros((2, 3), np.float32)}) == {}
-    assert _other_shapes(graph, {"x": np.zeros((2, 3))}) == {}
+    assert _other_shapes(graph, {"x": np.zeros((2, 3))}, {}) == {}

@@ -113,6 +113,42 @@ def test_other_dtypes_shapes_and_layouts(net: Path, values: dict, tmp_path: Path
     assert "other shape: scores is [1, 2, 3, 8], the graph's is [1, 2, 8, 8]" in text
 
 
+@pytest.mark.parametrize("what", ["image", "scores"])
+def test_sizes_of_free_axes_follow_from_the_dumped_inputs(what: str, net: Path, values: dict, tmp_path: Path) -> None:
+    """Where the image's height and width are free, what is dumped channels last is still known by its content."""
+    model = onnx.load(net)
+    for axis, name in ((2, "h"), (3, "w")):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = name
+    del model.graph.value_info[:]
+    for value in model.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    free = tmp_path / "free.onnx"
+    onnx.save(model, free)
+    last = {name: array.transpose(0, 2, 3, 1) if name == what else array for name, array in values.items()}
+    np.savez(tmp_path / "last.npz", **last)
+    for command in (
+        ("import", tmp_path / "last.npz", "--model", free, "-o", tmp_path / "here"),
+        ("bisect", free, "-b", "ort", "--test-tensors", tmp_path / "last.npz"),
+    ):
+        code, text = run(*command)
+        assert (code, f"'{what}' has shape" in text, "layout nhwc" in text) == (2, True, True), text
+    cut = {name: array[:, :1] if name == "scores" else array for name, array in values.items()}
+    np.savez(tmp_path / "cut.npz", **cut)
+    code, text = run("import", tmp_path / "cut.npz", "--model", free, "-o", tmp_path / "there")
+    assert (code, "other shape: scores is" in text) == (1, True), text
+    np.savez(tmp_path / "right.npz", **values)
+    assert run("import", tmp_path / "right.npz", "--model", free, "-o", tmp_path / "right")[0] == 0
+
+
+def test_a_dump_in_half_precision_says_how_to_judge_it(net: Path, values: dict, tmp_path: Path) -> None:
+    halves = {name: array if name == "image" else array.astype(np.float16) for name, array in values.items()}
+    np.savez(tmp_path / "half.npz", **halves)
+    command = ("bisect", net, "-b", "ort", "--test-tensors", tmp_path / "half.npz")
+    assert "--tensors-precision fp16 allows them its rounding" in " ".join(run(*command)[1].split())
+    code, text = run(*command, "--tensors-precision", "fp16")
+    assert (code, "allows them" in text) == (0, False), text
+
+
 def test_raw_numbers_in_types_that_numpy_lacks(tmp_path: Path) -> None:
     array = np.arange(6).astype(ml_dtypes.bfloat16).reshape(2, 3)
     [(name, read)] = read_dump(raw_dump(tmp_path / "dump", {"x": array})).items()

@@ -10,12 +10,13 @@ import numpy as np
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Backend
-from cp_debug.backends.dumped import DumpedBackend, as_in_graph, dumped_inputs
+from cp_debug.backends.dumped import DumpedBackend, as_in_graph, dumped_inputs, types_of
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
 from cp_debug.graph.check_inputs import known_shape
 from cp_debug.graph.graph import Graph, ValueInfo
+from cp_debug.probes.arrays import dtype_name
 from cp_debug.probes.dumps import read_dump
 from cp_debug.recipes.abilities import with_notes, with_samples
 from cp_debug.recipes.base import Model, Sample
@@ -54,7 +55,7 @@ def with_dump(
     graph = Graph(path)
     arrays = as_in_graph(graph, arrays, source, last=channels_last, flat=flat)
     arrays, left_out = _of_known_shape(graph, arrays)
-    model = with_notes(model, left_out)
+    model = with_notes(model, [*left_out, *_other_precision(graph, arrays, precision)])
     if not inputs_given:
         inputs = dumped_inputs(graph, arrays)
         if inputs is None:
@@ -71,13 +72,27 @@ def _of_known_shape(graph: Graph, arrays: Mapping[str, np.ndarray]) -> tuple[dic
     They are no values of the graph, so nothing may be computed from them; inputs and outputs stay, and are told.
     """
     ends = {value.name for value in (*graph.inputs, *graph.outputs)}
-    known = {name: known_shape(graph, name) for name in arrays if name not in ends}
+    types = types_of(graph, arrays)
+    known = {name: known_shape(graph, name, types) for name in arrays if name not in ends}
     others = {name: shape for name, shape in known.items() if shape not in (None, arrays[name].shape)}
     notes = [
         f"{name} is {list(arrays[name].shape)} in the dump and {list(shape or ())} in the graph: left out"
         for name, shape in others.items()
     ]
     return {name: array for name, array in arrays.items() if name not in others}, notes
+
+
+def _other_precision(graph: Graph, arrays: Mapping[str, np.ndarray], precision: str) -> list[str]:
+    """A note where all that the dump computed is in a lower precision than it is said to be computed in."""
+    computed = [arrays[name] for name in graph.values if name in arrays and arrays[name].dtype.kind in "fV"]
+    found = {dtype_name(array) for array in computed}
+    named = {"float16": "fp16", "bfloat16": "bf16"}.get(found.pop() if len(found) == 1 else "")
+    if named is None or precision != "fp32":
+        return []
+    return [
+        f"all tensors of the dump are {named.upper()}, and they are judged as FP32: --tensors-precision {named} allows "
+        "them its rounding"
+    ]
 
 
 def _in_dtype(array: np.ndarray, value: ValueInfo) -> np.ndarray:

@@ -8,13 +8,14 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+import onnx
 from onnx import TensorProto
 
 from cp_debug.backends.base import Program, Session, Sink
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
 from cp_debug.graph.check_inputs import known_shape
-from cp_debug.graph.graph import Graph
+from cp_debug.graph.graph import Graph, fits_shape
 
 
 class DumpedBackend:
@@ -96,9 +97,14 @@ def as_in_graph(
     shape fits the graph's only so, saying how to read it, and for levels of a quantizer.
     """
     values = named_values(graph, tensors)
+    types = types_of(graph, values, last=last)
+    declared = {value.name: value.shape for value in graph.inputs if value.shape is not None}
     for name, tensor in values.items():
         _refuse_levels(graph, name, tensor, source)
-        shape = known_shape(graph, name)
+        shape = known_shape(graph, name, types)
+        if shape is None and name in declared and not fits_shape(tensor.shape, declared[name]):  # free axes
+            moved_shape = np.moveaxis(tensor, -1, 1).shape if tensor.ndim in (4, 5) else ()
+            shape = moved_shape if fits_shape(moved_shape, declared[name]) else None
         if shape is not None and shape == tensor.shape:
             continue
         moved = np.moveaxis(tensor, -1, 1) if tensor.ndim in (4, 5) else None
@@ -115,6 +121,19 @@ def as_in_graph(
                 f"dumped {how}; read it so with {flag} {layout}"
             )
     return values
+
+
+def types_of(graph: Graph, values: Mapping[str, np.ndarray], *, last: bool = False) -> dict[str, onnx.TypeProto]:
+    """Value → ONNX type, free axes sized by the inputs among ``values``; ``last``: these have channels last."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for value in graph.inputs:
+        if value.name in values and value.shape is not None:
+            array = values[value.name]
+            moved = last and array.ndim in (4, 5) and not fits_shape(array.shape, value.shape)
+            shape = np.moveaxis(array, -1, 1).shape if moved else array.shape
+            if fits_shape(shape, value.shape):
+                shapes[value.name] = shape
+    return graph.types_for(shapes) if shapes else graph.types
 
 
 def _has_its_numbers(tensor: np.ndarray, shape: tuple[int, ...]) -> bool:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from cp_debug.backends.base import Program
-from cp_debug.backends.dumped import as_in_graph, named_values
+from cp_debug.backends.dumped import as_in_graph, named_values, types_of
 from cp_debug.display import Shown
 from cp_debug.errors import InputError
 from cp_debug.graph.check_inputs import known_shape
@@ -26,6 +27,7 @@ from cp_debug.programs.scope_names import module_values
 from cp_debug.serialize import JsonForm
 
 SCHEMA = "cpdebug.import/1"
+_Types = Mapping[str, onnx.TypeProto]
 
 
 @dataclass(repr=False)
@@ -88,7 +90,8 @@ def match_dump(
     pairs |= {
         n: modules[n] for n in tensors if n not in pairs and n not in names and modules.get(n, n) not in {n, *taken}
     }
-    tensors = {name: _batched(graph, pairs.get(name), array) for name, array in tensors.items()}
+    types = types_of(graph, named_values(graph, {pairs.get(n, n): a for n, a in tensors.items()}), last=channels_last)
+    tensors = {name: _batched(graph, pairs.get(name), array, types) for name, array in tensors.items()}
     given = {pairs.get(name, name): array for name, array in tensors.items()}
     matched = named_values(graph, given)
     if not matched:
@@ -115,9 +118,9 @@ def match_dump(
         missing_outputs=[name for name in outputs if name not in ordered],
         missing=len([name for name in missing if name not in outputs]),
         extra=extra,
-        suggestions=_suggestions(graph, unknown, missing) | _input_suggestions(graph, unknown, ordered),
+        suggestions=_suggestions(graph, unknown, missing, types) | _input_suggestions(graph, unknown, ordered),
         dtypes=_other_dtypes(graph, ordered),
-        shapes=_other_shapes(graph, ordered),
+        shapes=_other_shapes(graph, ordered, types),
     )
 
 
@@ -146,19 +149,21 @@ def write_dump(dump: ImportedDump, graph: Graph, folder: Path, precision: str) -
             writer.put(name, array, 0, component)
 
 
-def _batched(graph: Graph, value: str | None, array: np.ndarray) -> np.ndarray:
+def _batched(graph: Graph, value: str | None, array: np.ndarray, types: _Types) -> np.ndarray:
     """The array in the value's shape, where they differ in axes of size 1 alone; else as it is."""
-    shape = known_shape(graph, value) if value is not None else None
+    shape = known_shape(graph, value, types) if value is not None else None
     if shape is None or [n for n in shape if n != 1] != [n for n in array.shape if n != 1]:
         return array
     return array.reshape(shape)
 
 
-def _suggestions(graph: Graph, extra: Mapping[str, np.ndarray], missing: Sequence[str]) -> dict[str, str]:
+def _suggestions(
+    graph: Graph, extra: Mapping[str, np.ndarray], missing: Sequence[str], types: _Types
+) -> dict[str, str]:
     """Extra name → the one missing value of its shape, else the one with the nearest name."""
     shapes: dict[tuple[int, ...], list[str]] = {}
     for name in missing:
-        if (shape := known_shape(graph, name)) is not None:
+        if (shape := known_shape(graph, name, types)) is not None:
             shapes.setdefault(shape, []).append(name)
     suggestions = {}
     for name, array in extra.items():
@@ -205,8 +210,8 @@ def _other_dtypes(graph: Graph, tensors: Mapping[str, np.ndarray]) -> dict[str, 
     }
 
 
-def _other_shapes(graph: Graph, tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
-    shapes = {name: known_shape(graph, name) for name in tensors}
+def _other_shapes(graph: Graph, tensors: Mapping[str, np.ndarray], types: _Types) -> dict[str, str]:
+    shapes = {name: known_shape(graph, name, types) for name in tensors}
     return {
         name: f"{list(array.shape)}, the graph's is {list(shape)}"
         for name, array in tensors.items()

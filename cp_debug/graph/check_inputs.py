@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import onnx
 
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, ValueInfo, fits_shape
@@ -106,9 +107,12 @@ def _sized(
     return tuple(sizes.get(d, d) if isinstance(d, str) else d for d in value.shape)
 
 
-def known_shape(graph: Graph, name: str) -> tuple[int, ...] | None:
-    """The shape of a value that the file states or ONNX infers, where every size is known."""
-    kind = graph.types.get(name)
+def known_shape(graph: Graph, name: str, types: Mapping[str, onnx.TypeProto] | None = None) -> tuple[int, ...] | None:
+    """The shape of a value that the file states or ONNX infers, where every size is known.
+
+    ``types``: those of ``Graph.types_for``, for inputs of certain sizes.
+    """
+    kind = (graph.types if types is None else types).get(name)
     if kind is None or not kind.HasField("tensor_type") or not kind.tensor_type.HasField("shape"):
         return None
     sizes = kind.tensor_type.shape.dim

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -165,8 +165,12 @@ class Graph:
     @cached_property
     def types(self) -> dict[str, onnx.TypeProto]:
         """Value → ONNX type, for inputs, outputs and values where the file or ONNX's shape inference states it."""
+        return self.types_for({})
+
+    def types_for(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, onnx.TypeProto]:
+        """``types`` where inputs have the given ``shapes``, which fit theirs: free axes have sizes then."""
         with doing(f"onnx inferred the shapes of {self}"):
-            inferred = _infer(self.proto)
+            inferred = _infer(self.proto, shapes)
         return {
             v.name: v.type
             for v in (*inferred.value_info, *inferred.input, *inferred.output)
@@ -260,13 +264,19 @@ def external_files(model: onnx.ModelProto, folder: Path) -> dict[Path, int]:
     return files
 
 
-def _infer(model: onnx.ModelProto) -> onnx.GraphProto:
-    """The graph with inferred types; weights of 1024 elements and more, which inference does not read, are left out."""
+def _infer(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> onnx.GraphProto:
+    """The graph with inferred types for inputs of ``shapes``.
+
+    Weights of 1024 elements and more, which inference does not read, are left out.
+    """
     skeleton = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     graph, source = skeleton.graph, model.graph
     graph.name = source.name
     for part in ("node", "input", "output", "value_info"):
         getattr(graph, part).extend(getattr(source, part))
+    for value in graph.input:
+        for axis, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
+            axis.dim_value = size
     for tensor in source.initializer:
         if math.prod(tensor.dims) < 1024:
             graph.initializer.append(tensor)

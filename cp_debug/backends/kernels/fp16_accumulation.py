@@ -5,12 +5,12 @@ one tensor-core instruction. Each instruction adds 16 exact products to the part
 Some kernels share a tile's channels among slices (``warpsize2x1x2`` in the name: two), each with a sum of its own;
 these are added at the end. GEMMs may split the sum (split-K): the tiles are given to the parts in turn, each part has a
 sum of its own, and these are added in FP16: front to back by a second kernel, or by the one kernel, which begins with
-the last part. docs/gpu/h100.md has how many elements of TensorRT 8.6's layers this reproduces bit by bit.
+the last part. docs/gpu/h100-kernels.md has how many elements of TensorRT 8.6's layers this reproduces bit by bit.
 
 Kernels without shared memory (``wo_smem``), which take layers with few channels, walk taps and channels as one axis,
 channels padded to vectors of 4 or 8 values. Each of four threads loads one vector, and an instruction takes four values
 of each: of two taps with 8 channels, channels 0 to 3 of 4 vectors, then 4 to 7. On an H100 99.99 % of the elements of
-first layers with 3 channels are equal bit by bit (``docs/gpu/h100.md``).
+first layers with 3 channels are equal bit by bit (``docs/gpu/h100-kernels.md``).
 """
 
 from __future__ import annotations
