@@ -1,8 +1,8 @@
 """Epilogue of TensorRT's FP16 convolution kernels, as a change of the nodes that are executed.
 
 Fitted on TensorRT 8.6 and an H100, element by element (``docs/gpu/h100-kernels.md``): a residual is added to the
-accumulated sum *before* the bias, each addition rounded to FP16, and ``x · sigmoid(x)`` behind it is rounded once, not twice.
-Kernels without shared memory add the bias first.
+accumulated sum *before* the bias, each addition rounded to FP16, and ``x · sigmoid(x)`` behind it is rounded once, not
+twice. Kernels without shared memory add the bias first.
 """
 
 from __future__ import annotations
