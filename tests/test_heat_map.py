@@ -55,6 +55,13 @@ def test_strips_say_what_they_show() -> None:
     assert list(zlib.decompress(data[start:])[1:3]) == [0, LEVELS - 1]
 
 
+def test_what_is_rounding_is_not_red() -> None:
+    (strip,) = strips(HeatMap(["a"], 1, [[0.3, 1.0, 4.0, 100.0]]), ["s0", "s1", "s2", "s3"])
+    data = base64.b64decode(strip.picture.partition(",")[2])
+    levels = list(zlib.decompress(data[data.index(b"IDAT") + 4 :])[1:5])
+    assert levels == [0, 0, round(math.log10(4) / 2 * (LEVELS - 1)), LEVELS - 1]
+
+
 @pytest.fixture
 def result() -> SweepResult:
     heat_map = HeatMap(["a<b>"], 1, [[5.0, math.nan]])
@@ -71,6 +78,7 @@ def test_one_reason_of_many_failures_is_told_once(result: SweepResult) -> None:
     page = render_page(result)
     assert page.count("no TensorRT here") == 1
     assert "a&lt;b&gt;" in page
+    assert "at 4, where a layer is guilty" in page
     assert "a<b>" not in page
 
 

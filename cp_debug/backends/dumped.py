@@ -124,7 +124,10 @@ def as_in_graph(
 
 
 def types_of(graph: Graph, values: Mapping[str, np.ndarray], *, last: bool = False) -> dict[str, onnx.TypeProto]:
-    """Value → ONNX type, free axes sized by the inputs among ``values``; ``last``: these have channels last."""
+    """Value → ONNX type, free axes sized by the shapes of the inputs among ``values``, channels last or not.
+
+    ``values``: name → array of any dtype.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for value in graph.inputs:
         if value.name in values and value.shape is not None:

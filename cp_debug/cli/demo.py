@@ -33,7 +33,7 @@ def demo(
     load_torch()
     from cp_debug.bisect.engine import Options, bisect
     from cp_debug.bisect.faults.catalog import FAULTS
-    from cp_debug.cli.console import console, show, steps
+    from cp_debug.cli.console import command_line, console, show, steps
     from cp_debug.reports.page import write_page
     from cp_debug.reports.saved import SavedResult
     from cp_debug.reports.sheet_terminal import Terminal
@@ -57,6 +57,7 @@ def demo(
             options=Options(save=captures),
             on_step=on_step,
         )
+        result.command = command_line()
         if html:
             write_page(SavedResult.of(result, captures), html)
     if json != "-":

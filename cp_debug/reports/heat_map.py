@@ -12,8 +12,8 @@ from cp_debug.reports.png import opacity_png
 from cp_debug.sweep.bisecting import HeatMap
 
 RED = (207, 34, 46)
-FAINTEST, FULL = 0.1, 100.0
-"""Excess from which a column is seen, and from which it is red all over; between them by its logarithm."""
+FAINTEST, FULL = 1.0, 100.0
+"""Excess from which a column is seen, where rounding ends, and from which it is red all over; by its logarithm."""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,9 @@ def _cell(column: Column, value: Any, texts: Sequence[str]) -> Markup:
     shown = Markup("<br>").join(breakable(text) if column.kind in ("name", "text") else text for text in texts)
     if isinstance(value, Cell) and value.badge:
         return Markup('<td><span class="badge {}">{}</span></td>').format(value.badge, shown)
-    return Markup("<td{}>{}</td>").format(_class(_numeric(column), _CLASSES.get(tone_of(value), "")), shown)
+    return Markup("<td{}>{}</td>").format(
+        _class(_numeric(column), _CLASSES.get(tone_of(value), ""), "name" if column.kind == "name" else ""), shown
+    )
 
 
 def table_notebook(sheet: Sheet) -> Markup:
