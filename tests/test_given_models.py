@@ -127,3 +127,14 @@ def whole(): return Whole(), torch.ones(2, 4)
     with pytest.raises(InputError, match=r"b.weight has no values: it is of a lazy module that forward never reaches"):
         load_callable(f"{file}:build")
     load_callable(f"{file}:whole")
+
+
+def test_a_callable_that_returns_something_else_is_told_the_form(tmp_path: Path) -> None:
+    file = tmp_path / "three.py"
+    file.write_text(
+        "from torch import nn\n\ndef build():\n    return nn.ReLU(), ({},), {}\n\ndef other():\n    return 3"
+    )
+    with pytest.raises(InputError, match=r"returned a tuple of ReLU, tuple, dict; expected \(module, .*keywords"):
+        load_callable(f"{file}:build")
+    with pytest.raises(InputError, match=r"other\(\) returned int; expected \(module"):
+        load_callable(f"{file}:other")

@@ -137,7 +137,7 @@ def modes_kept(*models: Any) -> Iterator[None]:
 def _of_factory(model: Any, name: str, what: str) -> Model:
     import torch
 
-    from cp_debug.recipes.torch_callable import TorchModel, own_code
+    from cp_debug.recipes.torch_callable import EXPECTED, TorchModel, own_code, returned
 
     try:
         parameters = inspect.signature(model).parameters
@@ -149,7 +149,7 @@ def _of_factory(model: Any, name: str, what: str) -> Model:
     with own_code(f"{what}: {name}()"):
         built = model()
     if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], torch.nn.Module)):
-        raise InputError(f"{what}: {name}() returned {type(built).__name__}; expected (module, example_inputs)")
+        raise InputError(f"{what}: {name}() returned {returned(built)}; {EXPECTED}")
     return TorchModel(name, *built)
 
 

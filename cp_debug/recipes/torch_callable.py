@@ -104,6 +104,20 @@ class TorchModel:
         return None
 
 
+EXPECTED = (
+    "expected (module, example_inputs), the inputs a tensor, a tuple of arguments with a dict of keywords at its end, "
+    "or a dict by parameter"
+)
+"""Form of what a callable of the user returns."""
+
+
+def returned(built: Any) -> str:
+    """What a callable returned instead, in words: ``a tuple of Net, tuple, dict``."""
+    if isinstance(built, tuple):
+        return f"a tuple of {', '.join(type(part).__name__ for part in built) or 'nothing'}"
+    return type(built).__name__
+
+
 def load_callable(text: str, checkpoint: Path | None = None) -> TorchModel:
     """Import and call ``package.module:callable`` or ``file.py:callable`` for its module and example inputs.
 
@@ -120,7 +134,7 @@ def load_callable(text: str, checkpoint: Path | None = None) -> TorchModel:
     if isinstance(built, Coroutine):
         built.close()  # else Python says at the end that nobody awaited it
     if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], torch.nn.Module)):
-        raise InputError(f"MODEL: {text}() returned {type(built).__name__}; expected (module, example_inputs)")
+        raise InputError(f"MODEL: {text}() returned {returned(built)}; {EXPECTED}")
     module, example_inputs = built
     if checkpoint is not None:
         from cp_debug.recipes.checkpoint import load_checkpoint
