@@ -112,7 +112,7 @@ EXPECTED = (
 
 
 def returned(built: Any) -> str:
-    """What a callable returned instead, in words: ``a tuple of Net, tuple, dict``."""
+    """The returned object in words: ``a tuple of Net, tuple, dict``."""
     if isinstance(built, tuple):
         return f"a tuple of {', '.join(type(part).__name__ for part in built) or 'nothing'}"
     return type(built).__name__
