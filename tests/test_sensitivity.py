@@ -234,7 +234,7 @@ def test_faces(model: TorchModel, bench: FakeQuantRunner, samples: list[Sample],
     write_page(profile, "cpdebug quantize sensitivity net", tmp_path / "page.html")
     write_chart(profile, tmp_path / "chart.svg")
     page, chart = (tmp_path / "page.html").read_text(), (tmp_path / "chart.svg").read_text()
-    assert page.count("<td>fragile</td>") == 1
+    assert page.count('<td class="name">fragile</td>') == 1
     assert chart.startswith('<svg xmlns="http://www.w3.org/2000/svg"')
     assert chart.count('class="bars"') == len(profile.layers)
 

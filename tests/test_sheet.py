@@ -138,8 +138,11 @@ def test_a_column_without_a_title_has_no_empty_header() -> None:
 def test_pages_notebooks_and_markdown_show_the_same_values() -> None:
     page, notebook, markdown = table_html(ODD), table_notebook(ODD), "\n".join(table_markdown(ODD))
     assert '<th scope="col" class="n">error, dB</th>' in page
-    assert "<td>a|b&lt;i&gt;.<wbr>c</td>" in page
-    assert '<tr class="guilty"><td>d</td><td class="n">1.5</td><td><span class="badge lost">z</span></td></tr>' in page
+    assert '<td class="name">a|b&lt;i&gt;.<wbr>c</td>' in page
+    assert (
+        '<tr class="guilty"><td class="name">d</td><td class="n">1.5</td><td><span class="badge lost">z</span></td></tr>'
+        in page
+    )
     assert 'aria-label="Title"' in page
     assert "<td>a|b&lt;i&gt;.c</td><td>–</td><td>x y</td>" in notebook
     assert markdown.splitlines() == [
