@@ -5,7 +5,7 @@
 The raw read is the faster of one numpy sum and a sum in as many threads as ``compare`` uses. Extra memory is
 the peak of the resident set during a comparison less what was resident before (Linux only).
 
-Targets: at least 100 times faster than Polygraphy, at most 4 raw reads, at most 32 MiB of extra memory.
+Targets: at least 100 times faster than Polygraphy, at most 1.5 raw reads, at most 32 MiB of extra memory.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from rich.table import Table
 
 from cp_debug.probes.statistics import compare
 from cp_debug.probes.statistics_reduce import HOST_CHUNK, MAX_THREADS
+from cp_debug.probes.statistics_small import SMALL
 
 BLOCKS = ((4, 64, 256), (6, 128, 128), (6, 256, 64))
 """SECOND with a canvas of 512×512: convolutions, channels, side of the feature map."""
@@ -112,7 +113,8 @@ def measure(rounds: int) -> dict[str, Any]:
     """Everything that is printed."""
     ref, test = make_runs()
     start = time.perf_counter()
-    compare(np.zeros(1, np.float32), np.zeros(1, np.float32))
+    some = np.zeros(SMALL + 1, np.float32)  # fewer are compared without the kernel, which would be loaded later
+    compare(some, some)
     kernel = time.perf_counter() - start
     methods = {
         "cpdebug": (by_cpdebug, 5),
@@ -140,7 +142,7 @@ def measure(rounds: int) -> dict[str, Any]:
         "kernel_seconds": kernel,
         "faster_than_polygraphy": faster,
         "raw_reads": raw_reads,
-        "met": faster >= 100 and raw_reads <= 4 and (extra["cpdebug"] or 0) <= 32 * 2**20,
+        "met": faster >= 100 and raw_reads <= 1.5 and (extra["cpdebug"] or 0) <= 32 * 2**20,
     }
 
 
@@ -166,7 +168,7 @@ def main() -> None:
     verdict = "met" if result["met"] else "MISSED"
     console.print(
         f"{result['faster_than_polygraphy']:.0f} times faster than Polygraphy {polygraphy.__version__} (target 100), "
-        f"{result['raw_reads']:.1f} raw reads (target 4): {verdict}. Kernel loaded in {result['kernel_seconds']:.1f} s."
+        f"{result['raw_reads']:.1f} raw reads (target 1.5): {verdict}. Kernel loaded in {result['kernel_seconds']:.1f} s."
     )
 
 

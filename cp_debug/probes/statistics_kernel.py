@@ -20,15 +20,17 @@ from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, FLOAT64_OFFSET, F
 BLOCK = 1024
 """Elements a turn: both inputs, the differences and their histogram stay in the first-level cache."""
 
-LANES = 4
-"""Histograms side by side, so that equal neighbours do not wait for each other's store."""
+WORD = np.uint64((1 << 32) - 1)
+LANES = 2
+"""Counts side by side in a bin, so that equal neighbours do not wait for each other's store; more take longer."""
 
 
 def _signature(real: Any, bits: Any) -> Any:
     def readonly(item: Any) -> Any:
         return types.Array(item, 1, "C", readonly=True)
 
-    return readonly(real), readonly(real), readonly(bits), real[::1], bits[::1], uint32[:, ::1], bits, bits, bits, bits
+    scratch = real[::1], bits[::1], uint64[::1], uint32[::1]
+    return readonly(real), readonly(real), readonly(bits), *scratch, bits, bits, bits, bits
 
 
 def compiled(*signatures: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -46,7 +48,7 @@ def compiled(*signatures: Any) -> Callable[[Callable[..., Any]], Callable[..., A
 
 
 @compiled(_signature(float32, uint32), _signature(float64, uint64))
-def _accumulate(ref, test, ref_bits, diff, diff_bits, histogram, mask, infinity, shift, lowest):  # type: ignore[no-untyped-def]
+def _accumulate(ref, test, ref_bits, diff, diff_bits, pairs, histogram, mask, infinity, shift, lowest):  # type: ignore[no-untyped-def]
     zero = mask ^ mask
     largest, largest_ref = zero, zero
     where = used = 0
@@ -80,11 +82,17 @@ def _accumulate(ref, test, ref_bits, diff, diff_bits, histogram, mask, infinity,
             highest = lowest + (np.uint64(INFINITE_BIN) << shift)
             for i in range(size):
                 diff_bits[i] = min(max(diff_bits[i], lowest), highest) - lowest
-        for i in range(0, size - LANES + 1, LANES):
-            for lane in range(LANES):
-                histogram[np.uint64(lane), diff_bits[i + lane] >> shift] += 1
-        for i in range(size - size % LANES, size):
-            histogram[0, diff_bits[i] >> shift] += 1
+            for i in range(size):
+                histogram[(diff_bits[i] >> shift) * np.uint64(LANES) + np.uint64(i & 1)] += np.uint32(1)
+        else:  # two differences of 32 bits are loaded at once
+            for i in range(size // 2):
+                pair = pairs[i]
+                histogram[((pair & WORD) >> np.uint64(shift)) * np.uint64(LANES)] += np.uint32(1)
+                histogram[(pair >> (np.uint64(32) + np.uint64(shift))) * np.uint64(LANES) + np.uint64(1)] += np.uint32(
+                    1
+                )
+            if size % 2:
+                histogram[np.uint64(diff_bits[size - 1] >> shift) * np.uint64(LANES)] += np.uint32(1)
         used += size
     diff_bits[0], diff_bits[1] = largest, largest_ref
     return used, np.float64(diff[0]), where, np.float64(diff[1]), *sums
@@ -121,14 +129,15 @@ class Accumulator:
         )
         self._constants = [self._bits.type(value) for value in constants]
         self._diff = np.empty(BLOCK, dtype)
-        self._lanes = np.zeros((LANES, BINS), np.uint32)
+        self._lanes = np.zeros(BINS * LANES, np.uint32)
 
     @property
     def histogram(self) -> np.ndarray:
         """(BINS,) int64: how many |differences| fell into each bin."""
-        return self._lanes.sum(axis=0, dtype=np.int64)
+        return self._lanes.reshape(BINS, LANES).sum(axis=1, dtype=np.int64)
 
     def add(self, ref: np.ndarray, test: np.ndarray) -> PairPiece:
         """Reduce two contiguous, aligned arrays (n,) of this dtype, up to the first block that is not finite."""
         bits, diff = ref.view(self._bits), self._diff
-        return PairPiece(*_accumulate(ref, test, bits, diff, diff.view(self._bits), self._lanes, *self._constants))
+        scratch = diff, diff.view(self._bits), diff.view(np.uint64), self._lanes
+        return PairPiece(*_accumulate(ref, test, bits, *scratch, *self._constants))
