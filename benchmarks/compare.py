@@ -168,7 +168,8 @@ def main() -> None:
     verdict = "met" if result["met"] else "MISSED"
     console.print(
         f"{result['faster_than_polygraphy']:.0f} times faster than Polygraphy {polygraphy.__version__} (target 100), "
-        f"{result['raw_reads']:.1f} raw reads (target 1.5): {verdict}. Kernel loaded in {result['kernel_seconds']:.1f} s."
+        f"{result['raw_reads']:.1f} raw reads (target 1.5): {verdict}. "
+        f"Kernel loaded in {result['kernel_seconds']:.1f} s."
     )
 
 

@@ -3,6 +3,7 @@
     python benchmarks/sweep.py                       # everything, about ten minutes on two quiet cores
     python benchmarks/sweep.py --kind bisect -n 4    # another kind, fewer scenes
     python benchmarks/sweep.py --only queue          # the queue alone: 1,000 and 10,000 tiny tasks
+    python benchmarks/sweep.py --only resumed        # 100,000 of them, the client killed when 40,000 are done
     python benchmarks/sweep.py --only start-up --model centerpoint:nus-pillar02 --from int8/model.pt
 
 Targets: two workers at least 1.8 times as fast as one on an 8-scene sensitivity sweep; results identical to the serial
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -147,9 +149,9 @@ def scaling(tasks: list[Task], title: str, console: Console) -> None:
     console.print(f"results identical to the loop, bit for bit: {'yes' if same else 'NO'}")
 
 
-def queue(count: int, address: str | None) -> dict[str, float]:
+def queue(count: int, address: str | None, path: Path | None = None) -> dict[str, float]:
     """Tiny tasks in this process, which is the client: seconds a task, processor seconds of client and scheduler, and
-    resident memory before and at its highest."""
+    resident memory before and at its highest. ``path``: a log that stays, and is gone on with."""
     import psutil
 
     process, highest = psutil.Process(), 0
@@ -158,7 +160,7 @@ def queue(count: int, address: str | None) -> dict[str, float]:
         nonlocal highest
         highest = max(highest, process.memory_info().rss)
 
-    with tempfile.TemporaryDirectory() as folder, SweepLog(Path(folder) / "log.jsonl") as log:
+    with tempfile.TemporaryDirectory() as folder, SweepLog(path or Path(folder) / "log.jsonl") as log:
         with remote_workers(address) if address else local_workers(2) as client:
             warm = [Task("sweep:tiny", {"i": -i - 1, "label": "warm"}) for i in range(200)]
             run(lambda: warm, log, lambda gpu: nullcontext(client))
@@ -166,8 +168,9 @@ def queue(count: int, address: str | None) -> dict[str, float]:
             finished = run(lambda: tiny_tasks(count), log, lambda gpu: nullcontext(client), on_progress=look)
             own, scheduler = time.process_time() - used[0], client.run_on_scheduler(time.process_time) - used[1]
         assert sum(1 for _ in finished.results()) == count
-    cost = {"seconds": finished.seconds / count, "client": own / count, "scheduler": scheduler / count}
-    return {**cost, "before": before / 2**20, "highest": highest / 2**20}
+    ran = finished.ran
+    cost = {"seconds": finished.seconds / ran, "client": own / ran, "scheduler": scheduler / ran}
+    return {**cost, "before": before / 2**20, "highest": highest / 2**20, "ran": ran}
 
 
 def queue_table(console: Console) -> None:
@@ -185,6 +188,29 @@ def queue_table(console: Console) -> None:
             memory = (f"{found[name]:.0f} MiB" for name in ("before", "highest"))
             table.add_row(f"{count:,}", where, *costs, *memory)
     console.print(table)
+
+
+def resumed(count: int, console: Console) -> dict[str, Any]:
+    """``count`` tiny tasks by a client that is killed when two fifths of them are done, and by one that goes on."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "log.jsonl"
+        command = [sys.executable, __file__, "--one", str(count), "--log", str(path)]
+        start = time.perf_counter()
+        first = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+        while not path.is_file() or path.read_bytes().count(b"\n") < 0.4 * count:
+            time.sleep(2)
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+        killed, logged = time.perf_counter() - start, path.read_bytes().count(b"\n")
+        done = subprocess.run(command, check=True, capture_output=True)
+        after = json.loads(done.stdout.splitlines()[-1])
+        found = {
+            "tasks": count, "killed_after_seconds": round(killed, 1), "logged_when_killed": logged,
+            "ran_afterwards": after.pop("ran"), "afterwards": after, "log_bytes": path.stat().st_size,
+            "load": os.getloadavg()[0],
+        }  # fmt: skip
+    console.print(found)
+    return found
 
 
 @contextmanager
@@ -214,17 +240,18 @@ def main() -> None:
     parser.add_argument("-n", "--scenes", type=int, default=8)
     parser.add_argument("--model", default="centerpoint:tiny")
     parser.add_argument("--from", dest="quantized", type=Path, help="Quantized checkpoint, for sensitivity.")
-    parser.add_argument("--only", choices=("scaling", "start-up", "queue"))
-    parser.add_argument("--json", type=Path, help="Of start-up, the figures.")
+    parser.add_argument("--only", choices=("scaling", "start-up", "queue", "resumed"))
+    parser.add_argument("--json", type=Path, help="Of start-up and resumed, the figures.")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
+    parser.add_argument("--log", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(queue(options.one, options.address)))
+        print(json.dumps(queue(options.one, options.address, options.log)))
         return
     console = Console()
-    if options.only == "start-up":
-        found = start_up(options, console)
+    if options.only in ("start-up", "resumed"):
+        found = start_up(options, console) if options.only == "start-up" else resumed(100_000, console)
         if options.json:
             options.json.write_text(json.dumps(found, indent=1) + "\n")
         return
