@@ -101,7 +101,7 @@ class Collected:
         self._items = {item.nodeid: item for item in session.items}
         self._parts = Parts()
         warm()
-        print(json.dumps({"collected": len(self._items)}), file=self._out, flush=True)
+        print(json.dumps([*self._items]), file=self._out, flush=True)
         gc.freeze()  # a fork does not visit, and so copy, what it will not free
         serve(self._run, self._out)
         return True

@@ -33,7 +33,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -167,8 +167,11 @@ def functions_of(path: Path) -> list[tuple[int, int]]:
 class Affected:
     """The tests that run a line, by coverage."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read what ``Worker.measure`` left in ``folder``."""
+    def __init__(self, folder: Path, collected: Sequence[str]) -> None:
+        """Read what ``Worker.measure`` left in ``folder``.
+
+        Of the ``collected`` tests those of files that were not measured are taken for what their file concerns.
+        """
         self._tests: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))  # path → line → tests
         self._functions: dict[str, list[tuple[int, int]]] = {}
         self._durations: dict[str, float] = {}
@@ -177,6 +180,8 @@ class Affected:
         for log in sorted(folder.glob("*.json")):
             self._durations.update(json.loads(log.read_text(encoding="utf-8")))
             self._read(log.with_suffix(".db"))
+        measured = {test.partition("::")[0] for test in self._durations}
+        self._unmeasured = [test for test in collected if test.partition("::")[0] not in measured]
 
     def _read(self, coverage: Path) -> None:
         if not coverage.exists():  # no test of the file ran
@@ -215,6 +220,7 @@ class Affected:
             names = set().union(*(of_file.get(n, ()) for n in range(lines[0], lines[1] + 1)))
             if not names and "numba" in (ROOT / path).read_text(encoding="utf-8"):  # compiled lines are not seen to run
                 names = set().union(*of_file.values())
+        names |= {test for test in self._unmeasured if self._is_near(path, test.partition("::")[0])}
         place: Counter[str] = Counter()
         ranks = {}
         for name in sorted(names):
@@ -269,12 +275,13 @@ class Worker:
         self._imported = self._server("--import", PRELOADED)
         self._ready = self._collected = self._server("--ready", PRELOADED)
 
-    def collect(self, files: list[str]) -> None:
-        """Start the process that has collected the quick tests of these files, and wait until it has."""
+    def collect(self, files: list[str]) -> list[str]:
+        """Start the process that has collected the quick tests of these files, and wait until it has: the tests."""
         self._end(self._ready)
         self._collected = self._server("--collect", PRELOADED, *files)
         assert self._collected.stdout
-        self._collected.stdout.readline()  # before any file is changed: it would import the changed one
+        tests: list[str] = json.loads(self._collected.stdout.readline())
+        return tests  # before any file is changed: it would import the changed one
 
     def _server(self, *arguments: str) -> subprocess.Popen[str]:
         environment = {**os.environ, "PYTHONPATH": str(self._tree), "OMP_NUM_THREADS": "1"}
@@ -486,6 +493,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=90, help="seconds of processor time of tests for one mutant")
     parser.add_argument("--again", action="append", help="judge those with this outcome once more: undecided")
     parser.add_argument("--tests", action="append", help="pattern of test files to use: 'tests/test_replay.py'")
+    parser.add_argument("--unmeasured", action="store_true", help="measure no further coverage")
     parser.add_argument("--coverage", type=Path, default=ROOT / ".mutants" / "coverage")
     parser.add_argument("--out", type=Path, default=ROOT / ".mutants" / "mutants.jsonl")
     parser.add_argument("--table", type=Path, help="write the table of outcomes here, too")
@@ -495,7 +503,8 @@ def main() -> None:
     if given.again:
         outcomes = [o for o in outcomes if o.outcome not in given.again]
     unmeasured: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for name in wanted(given.tests or ["*"]):
+    used = wanted(given.tests or ["*"])
+    for name in used if not given.unmeasured else ():
         if not (given.coverage / f"{name.replace('/', '-')}.json").exists():
             unmeasured.put(name)
     waiting: queue.SimpleQueue[Mutant] = queue.SimpleQueue()
@@ -534,10 +543,10 @@ def main() -> None:
         try:
             with ThreadPoolExecutor(given.workers) as pool:
                 list(pool.map(measuring, workers))
-                collected = [f"tests/{log.stem[6:]}" for log in sorted(given.coverage.glob("*.json"))]
+                files = {f"tests/{log.stem[6:]}" for log in given.coverage.glob("*.json")} | {*used}
                 for worker in workers:
-                    worker.collect([name for name in collected if (ROOT / name).exists()])
-                affected, end = Affected(given.coverage), time.monotonic() + 60 * given.minutes
+                    tests = worker.collect(sorted(name for name in files if (ROOT / name).exists()))
+                affected, end = Affected(given.coverage, tests), time.monotonic() + 60 * given.minutes
                 list(pool.map(working, workers))
         finally:
             for worker in workers:
