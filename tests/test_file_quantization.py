@@ -602,3 +602,29 @@ def test_a_result_that_leaves_the_file_as_numbers_is_read_inside_as_levels(tmp_p
     declared = file.declared("y", {"x", "k", "y"}, {"k": np.zeros((6, 8), np.float32)})
     assert declared is not None
     assert float(declared.abs().max()) < 0.1
+
+
+def test_a_relu_that_a_quantizer_drops_behind_a_reshape_is_named(tmp_path):
+    """Of a batched product ONNX Runtime makes Gemm, Reshape and Relu; its quantizer leaves out the Relu, but the Gemm's
+    scale has negative levels. What passes then is clipped where the next scale, calibrated behind the Relu, ends."""
+    made = NetBuilder(4)
+
+    def layer(value, *shape):
+        weight = made.weight(made.rng.standard_normal(shape).astype(np.float32) / 4)
+        return made.op("Add", made.op("MatMul", value, weight), made.weight(np.full(shape[1], -0.5, np.float32)))
+
+    made.op("Sin", layer(made.op("Relu", layer("x", 12, 16)), 16, 8), name="y")
+    plain = made.save(tmp_path / "plain.onnx", {"x": (1, [2, 16, 12])}, ["y"])
+    samples = iter({"x": np.random.default_rng(i).standard_normal((2, 16, 12)).astype(np.float32)} for i in range(4))
+
+    class Samples(CalibrationDataReader):
+        def get_next(self):
+            return next(samples, None)
+
+    quant_pre_process(plain, str(tmp_path / "pre.onnx"), skip_symbolic_shape=True)
+    options = {"quant_format": QuantFormat.QOperator, "activation_type": QuantType.QUInt8}
+    quantize_static(str(tmp_path / "pre.onnx"), tmp_path / "file.onnx", Samples(), **options)
+    assert "Relu" not in {node.op for node in Graph(tmp_path / "file.onnx").nodes}
+    (test,) = bisect(str(plain), "ort,ort-all", test_model=tmp_path / "file.onnx").tests
+    assert [row.op for row in test.guilty] == ["Add"]
+    assert test.findings[0].cause == "missing-activation"

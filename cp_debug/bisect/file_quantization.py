@@ -110,6 +110,16 @@ class FileQuantization:
         """The grid of the data that a node of ``plain`` reads, where the file states it."""
         return self._of([node]).grid if place == 0 else None
 
+    def range(self, name: str) -> tuple[float, float] | None:
+        """The smallest and the largest number that the file can hold for a value; None where it has no scale of its own,
+        or several."""
+        own = self._names.get(name, name)
+        made_by = self._graph.producer.get(own)
+        if made_by is not None and made_by.op == "DequantizeLinear":
+            own = made_by.proto.input[0]
+        grid = self._constant_grid(own)
+        return grid.range if grid is not None and grid.scale.numel() == grid.zero.numel() == 1 else None
+
     def ideal(
         self,
         executor: Executor,

@@ -179,7 +179,7 @@ def accepted(segment: Segment, candidate: Candidate) -> Explanation | None:
 
 def _judged(segment: Segment, candidate: Candidate, family: Cause | None) -> _Tried:
     """``family`` None: the candidate was read off, and is the only one."""
-    explained, residual = segment.explained(candidate.value)
+    explained, residual = segment.explained(segment.held(candidate.value))
     candidate.value = segment.exact  # free the large tensor; the figures are kept
     segment.context.trimmer.freed(segment.exact.nbytes)
     if segment.strange:

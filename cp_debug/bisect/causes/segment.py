@@ -20,6 +20,7 @@ from cp_debug.backends.memory import Trimmer
 from cp_debug.backends.weights import Weights
 from cp_debug.bisect.causes.batchnorm_parameters import BatchNorm, batch_norms, folded_batch_norm
 from cp_debug.bisect.causes.fits import halves
+from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.replay import Load
 from cp_debug.bisect.replayed import FLOOR
 from cp_debug.bisect.scale_replay import AnyQuantized
@@ -367,6 +368,20 @@ class Segment:
     def strange(self) -> bool:
         """Whether NaN or Inf are born here."""
         return bool(self.new_nonfinite.any())
+
+    @cached_property
+    def _range(self) -> tuple[float, float] | None:
+        quantized = self.context.quantized
+        found = quantized.range(self.target) if isinstance(quantized, FileQuantization) else None
+        if found is None or self.exact.shape != self.test.shape:
+            return None
+        beyond = torch.where(self.finite, self.exact - self.exact.clamp(*found), 0.0)
+        return found if float(torch.linalg.vector_norm(beyond)) <= self.expected else None
+
+    def held(self, value: Tensor) -> Tensor:
+        """``value`` as a quantized file can hold it: within the range of the result's scale, where that range is wide
+        enough for the exact result (else clipping is a cause of its own)."""
+        return value if self._range is None else value.clamp(*self._range)
 
     def explained(self, value: Tensor) -> tuple[float, float]:
         """(Share of the introduced error that ``value`` explains, L2 norm of the error that it leaves).
