@@ -17,11 +17,13 @@ from nets import NetBuilder
 from wild import run as runner
 from wild.cases import all_cases
 from wild.edits import Net
-from wild.faults import put
+from wild.faults import Fault, put, write_faults
 from wild.kinds import KINDS
 from wild.networks import half
+from wild.packaged_kinds import PACKAGED_KINDS
 from wild.score import score
 from wild.table import markdown
+from wild.unusual_kinds import UNUSUAL_KINDS
 
 WILD = Path(runner.__file__).parent
 
@@ -53,11 +55,13 @@ def test_the_runner_logs_each_case_once(zoo: Path, tmp_path: Path) -> None:
     np.savez(zoo / "broken.npz", x=np.zeros(1))
     log = tmp_path / "log.jsonl"
     command = [sys.executable, str(WILD / "run.py"), "run", "--zoo", str(zoo), "--log", str(log)]
-    command += ["--only", "ort-basic|fault.*ort-none"]
+    command += ["--only", "ort-basic|fault.*ort-none|tensors"]
     first = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert first.returncode == 1, first.stderr
     records = {r["network"] + r["group"]: r for r in runner.read_log(log)}
     healthy, broken, fault = records["tinyhealthy"], records["brokenhealthy"], records["tinyfault"]
+    values = records["tinytensors"]
+    assert (values["verdict"], values["cause"], values["backends"]) == ("exact", "right", "ort")
     assert healthy["verdict"] == "clean"
     assert healthy["layers"] == healthy["replayed"] == 6
     assert (broken["verdict"], broken["exit"]) == ("error", 2)
@@ -66,7 +70,7 @@ def test_the_runner_logs_each_case_once(zoo: Path, tmp_path: Path) -> None:
     assert 0 < fault["once"] < fault["cpu"] < 60
 
     page = markdown(list(records.values()))
-    assert "- No answer (exit code other than 0 and 1): **1 of 3**" in page
+    assert "- No answer (exit code other than 0 and 1): **1 of 4**" in page
     assert "| `ort,ort-none` | both | 1 | 1 (100 %) | 1 (100 %) | 0 | 0 |" in page
 
     with log.open("a") as half_written:
@@ -74,7 +78,7 @@ def test_the_runner_logs_each_case_once(zoo: Path, tmp_path: Path) -> None:
     args = argparse.Namespace(zoo=zoo, log=log, only="ort-basic", half=None, limit=None, seed=None, quick=False)
     args.again, args.time_limit = False, 60.0
     assert runner.run(args) == 0
-    assert len(runner.read_log(log)) == 3
+    assert len(runner.read_log(log)) == 4
 
 
 def test_a_case_that_runs_too_long_is_ended(tmp_path: Path) -> None:
@@ -135,10 +139,65 @@ def test_a_guilty_layer_of_a_healthy_network_is_an_accusation() -> None:
 
 def test_every_kind_declares_its_causes(zoo: Path) -> None:
     """A right name at least, and no name both right and near; halves and keys of cases are stable."""
-    for name, kind in KINDS.items():
+    for name, kind in (KINDS | UNUSUAL_KINDS | PACKAGED_KINDS).items():
         assert kind.right, name
         assert not kind.right & kind.near, name
     cases = list(all_cases(zoo))
     assert len({case.key for case in cases}) == len(cases)
     assert half("resnet.dynamo.fp16") == half("resnet.torchscript")
     assert {half(name) for name in ("resnet", "unet", "vit", "yolo", "gru", "magika")} == {"tuning", "held-out"}
+
+
+def test_a_network_gets_so_many_faults_and_seldom_kinds_first(zoo: Path, tmp_path: Path) -> None:
+    """Of two networks with two faults each, no kind is used twice; each file has its fault's result."""
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.onnx").write_bytes((zoo / "tiny.onnx").read_bytes())
+        (tmp_path / f"{name}.npz").write_bytes((zoo / "tiny.npz").read_bytes())
+    assert write_faults(tmp_path, 0, ["one", "two"], each=2) == 4
+    faults = json.loads((tmp_path / "faults.json").read_text())
+    assert [fault["network"] for fault in faults] == ["one", "one", "two", "two"]
+    assert len({fault["kind"] for fault in faults}) == 4
+
+
+def faulty_run(folder: Path, kind: str, build: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Fault]:
+    """The values of a small network, those with a fault of a kind in it, and the fault."""
+    net = NetBuilder(3)
+    weight = net.weight(net.rng.standard_normal((8, 8)).astype(np.float32))
+    if build == "attention":
+        scores = net.op("Mul", net.op("MatMul", "x", weight), net.weight(np.float32(0.25)), name="scores")
+        net.op("Add", net.op("Softmax", scores, name="shares"), scores, name="last")
+    else:
+        weight = net.weight(net.rng.standard_normal((8, 2, 3, 3)).astype(np.float32))
+        made = net.op("Conv", "x", weight, group=4, pads=[2] * 4, dilations=[2, 2], name="dilated")
+        net.op("Erf", made, name="last")
+    shape = [1, 8, 8] if build == "attention" else [1, 8, 6, 6]
+    net.save(folder / "net.onnx", {"x": (1, shape)}, ["last"])
+    sample = {"x": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+    whole = Net(onnx.load(folder / "net.onnx"))
+    whole.values = whole.run(sample) | sample
+    fault = put(whole, kind, "net", sample, np.random.default_rng(1), folder)
+    assert fault is not None
+    return whole.values, Net(onnx.load(folder / fault.file)).run(sample), fault
+
+
+@pytest.mark.parametrize(
+    ("kind", "build", "value"),
+    [
+        ("scale-missing", "attention", "scores"),
+        ("softmax-twice", "attention", "shares"),
+        ("residual-dropped", "attention", "last"),
+        ("block-transposed", "attention", "matmul"),
+        ("dilation-dropped", "convolution", "dilated"),
+        ("regrouped", "convolution", "dilated"),
+        ("gelu-tanh", "convolution", "last"),
+    ],
+)
+def test_kinds_of_faults_change_the_layer_that_they_name(tmp_path: Path, kind: str, build: str, value: str) -> None:
+    """Its values differ, and those in front of it do not."""
+    before, after, fault = faulty_run(tmp_path, kind, build)
+    struck = fault.values[0]
+    assert value in struck or value in fault.nodes[0]
+    assert not np.allclose(before[struck], after[struck], rtol=1e-4)
+    names = [node.output[0] for node in onnx.load(tmp_path / "net.onnx").graph.node]
+    for earlier in names[: names.index(struck)]:
+        assert np.array_equal(before[earlier], after[earlier])

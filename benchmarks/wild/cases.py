@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .faults import renamed_file
-from .networks import SLOW, UNUSUAL, base, half
+from .networks import SLOW, base, half, source_file
 
 HEALTHY = ("ort-none,ort-basic", "ort-none,ort-all", "ort,emu-tf32", "ort,emu-bf16", "ort,emu-fp16")
 """What is asked of every network in FP32: nobody may be accused."""
@@ -33,8 +33,8 @@ class Case:
     """One run of ``cpdebug bisect MODEL -b BACKENDS [--test-model …] [--inputs …]``."""
 
     group: str
-    """``healthy``, ``fp16``, ``int8``, ``again`` (the same network exported again), ``torch``, ``fault`` or ``renamed``
-    (a fault in a network whose every name is another one)."""
+    """``healthy``, ``fp16``, ``int8``, ``again`` (the same network exported again), ``torch``, ``fault``, ``renamed``
+    (a fault in a network whose every name is another one) or ``tensors`` (a fault by its values alone)."""
     network: str
     backends: str
     model: str
@@ -57,11 +57,13 @@ class Case:
         """``tuning`` or ``held-out``."""
         return half(self.network)
 
-    def command(self, folder: Path) -> list[str]:
-        """The arguments of ``cpdebug``."""
+    def command(self, folder: Path, tensors: Path | None = None) -> list[str]:
+        """The arguments of ``cpdebug``; ``tensors`` is where the values of ``test_model`` lie, for ``tensors``."""
         model = self.model if ":" in self.model else str(folder / self.model)
         found = ["bisect", model, "-b", self.backends]
-        if self.test_model:
+        if self.group == "tensors":
+            found += ["--test-tensors", str(tensors)]
+        elif self.test_model:
             found += ["--test-model", str(folder / self.test_model)]
         if self.inputs:
             found += ["--inputs", str(folder / self.inputs)]
@@ -87,17 +89,17 @@ def all_cases(folder: Path) -> Iterator[Case]:
     for name, about in variants.items():
         yield from _of_variant(name, about)
     for name in own:
-        other = name.replace(".torchscript", ".dynamo")
+        other = name.replace(".torchscript", ".dynamo").replace(".opset13", ".dynamo")
         if other != name and other in own:
             yield Case("again", name, "ort,ort-none", f"{name}.onnx", f"{other}.onnx", f"{name}.npz")
     for kind in sorted({base(n) for n in own if "." in n}):
-        torch_file = Path(__file__).with_name("unusual.py" if kind in UNUSUAL else "architectures.py")
-        yield Case("torch", f"{kind}.torch", "torch,ort", f"{torch_file}:{kind}")
+        yield Case("torch", f"{kind}.torch", "torch,ort", f"{source_file(kind)}:{kind}")
     for fault in faults:
         for backends in ("ort,ort-none", "ort,ort-all"):
             about = {k: fault[k] for k in ("kind", "nodes", "values", "right", "near", "what", "size")}
             parent = fault["network"]
             yield Case("fault", parent, backends, f"{parent}.onnx", fault["file"], f"{parent}.npz", about)
+        yield Case("tensors", parent, "ort", f"{parent}.onnx", fault["file"], f"{parent}.npz", about)
         other = renamed_file(fault["file"])
         if (folder / other).exists():
             yield Case("renamed", parent, "ort,ort-none", f"{parent}.onnx", other, f"{parent}.npz", about)

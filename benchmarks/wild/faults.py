@@ -6,19 +6,22 @@ all stays finite. Its record says which layer is faulty and which names of a cau
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import zlib
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 
 from .edits import Net, rename
 from .kinds import KINDS, Place
-from .networks import UNUSUAL, base
+from .networks import PACKAGED, UNUSUAL, base
+from .packaged_kinds import PACKAGED_KINDS
 from .unusual_kinds import UNUSUAL_KINDS
 
 FAULTY = (
@@ -61,8 +64,11 @@ class Fault:
     near: list[str]
 
 
-def write_faults(folder: Path, seed: int = 0, networks: Collection[str] = FAULTY) -> int:
-    """Write every kind into every one of ``networks`` that lies in the folder, and ``faults.json``; how many."""
+def write_faults(folder: Path, seed: int = 0, networks: Collection[str] = FAULTY, each: int | None = None) -> int:
+    """Write every kind into every one of ``networks`` that lies in the folder, and ``faults.json``; how many.
+
+    ``each`` is the number of faults that a network gets at most: kinds that were used least come first.
+    """
     index = folder / "faults.json"
     known = json.loads(index.read_text()) if index.exists() else []
     done = {fault["network"] for fault in known}
@@ -72,17 +78,35 @@ def write_faults(folder: Path, seed: int = 0, networks: Collection[str] = FAULTY
             continue
         net, sample = Net(onnx.load(source)), dict(np.load(folder / f"{network}.npz"))
         net.values = net.run(sample) | sample
-        kinds = {**KINDS, **UNUSUAL_KINDS} if base(network) in UNUSUAL else KINDS
-        for kind in kinds:
+        count = 0
+        for kind in _order(network, known, seed):
+            if count == each:
+                break
             rng = np.random.default_rng([seed, zlib.crc32(f"{network}:{kind}".encode())])
             if (fault := put(net, kind, network, sample, rng, folder)) is not None:
                 known.append(asdict(fault))
+                count += 1
         index.write_text(json.dumps(known, indent=1))
     for fault in known:
         renamed = folder / renamed_file(fault["file"])
         if fault["kind"] in RENAMED and not renamed.exists():
             rename(folder / fault["file"], renamed)
     return len(known)
+
+
+def _order(network: str, known: list[dict[str, Any]], seed: int) -> list[str]:
+    """The kinds that suit a network, those of few faults first, else drawn."""
+    used = collections.Counter(fault["kind"] for fault in known)
+    kinds = _kinds(network)
+    np.random.default_rng([seed, zlib.crc32(network.encode())]).shuffle(kinds)
+    return sorted(kinds, key=lambda kind: used[kind])
+
+
+def _kinds(network: str) -> list[str]:
+    kind = base(network)
+    if kind in PACKAGED:
+        return [*KINDS, *UNUSUAL_KINDS, *PACKAGED_KINDS]
+    return [*KINDS, *UNUSUAL_KINDS] if kind in UNUSUAL else [*KINDS]
 
 
 def renamed_file(file: str) -> str:
@@ -94,7 +118,7 @@ def put(
     net: Net, kind: str, network: str, sample: dict[str, np.ndarray], rng: np.random.Generator, folder: Path
 ) -> Fault | None:
     """Write the network with one fault of a kind; None where no place suits it."""
-    about = {**KINDS, **UNUSUAL_KINDS}[kind]
+    about = (KINDS | UNUSUAL_KINDS | PACKAGED_KINDS)[kind]
     places = list(about.places(net, rng))
     for index in rng.permutation(len(places))[:PLACES]:
         place = places[index]

