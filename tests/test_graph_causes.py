@@ -381,3 +381,32 @@ def test_a_quantizer_that_makes_0_of_a_divisor_is_named(tmp_path: Path) -> None:
     (found,) = [f for f in test.findings if test.guilty[0].name in f.layers]
     assert found.evidence["read_off"] == "the difference of the two graphs"
     assert "QuantizeLinear" in found.says
+
+
+def gelu(path: Path, approximately: bool, noise: float = 0.0) -> Path:
+    """Gelu by Erf, which the other network approximates by Tanh of a cubic; ``noise`` is in a tensor that is added."""
+    made = NetBuilder(3)
+    x = made.op("Div", made.conv("x", 4, 8), made.weight(np.float32(2**0.5)), name="scaled")
+    if approximately:
+        cube = made.op("Mul", made.op("Mul", x, x), x)
+        cubic = made.op("Mul", cube, made.weight(np.float32(0.08943)))
+        inner = made.op("Mul", made.op("Add", x, cubic), made.weight(np.float32(2 / np.pi**0.5)))
+        if noise:
+            inner = made.op("Add", inner, made.weight(noise * made.rng.standard_normal((8, 6, 6)).astype(np.float32)))
+        y = made.op("Tanh", inner, name="erf")
+    else:
+        y = made.op("Erf", x, name="erf")
+    made.op("Mul", x, y, name="y")
+    return Path(made.save(path, {"x": (1, [1, 4, 6, 6])}, ["y"]))
+
+
+def test_an_operator_that_others_compute_to_another_result_is_another_operator(tmp_path: Path) -> None:
+    """None of the causes has such a formula; the other graph has it. With a dense tensor in it, nothing is claimed."""
+    exact, formula = gelu(tmp_path / "exact.onnx", False), gelu(tmp_path / "tanh.onnx", True)
+    (test,) = bisect(str(exact), "ort,ort-none", test_model=formula).tests
+    (finding,) = test.findings
+    assert (finding.cause, finding.layers) == ("other-operator", ["node_erf"])
+    assert "Erf is computed by Mul, Mul, Mul, Add, Mul, Tanh in the test" in finding.says
+    noisy = gelu(tmp_path / "noisy.onnx", True, 0.3)
+    (test,) = bisect(str(exact), "ort,ort-none", test_model=noisy).tests
+    assert [f.cause for f in test.findings if "node_erf" in f.layers] == ["unknown"]

@@ -179,3 +179,11 @@ def test_arguments_get_values_that_their_operator_takes(op: str, place: int, say
     proto = helper.make_node(op, ["a", "b", "c", "d"], ["y"], name="node")
     node: Any = SimpleNamespace(op=op, name="node", proto=proto)
     assert [way.says.partition(":")[0] for way in _arguments(node, place)] == says
+
+
+def test_a_fill_of_no_sizes_is_a_number(tmp_path: Path) -> None:
+    """Without axes, though the value that it is filled with has one."""
+    for name, value in (("bool", np.array([True])), ("float", np.array([0.5], np.float32)), ("none", None)):
+        fill = {} if value is None else {"value": onnx.numpy_helper.from_array(value)}
+        arrays = {"sizes": np.zeros(0, np.int64)}
+        check(tmp_path / f"{name}.onnx", "ConstantOfShape", ["sizes"], arrays, **fill)

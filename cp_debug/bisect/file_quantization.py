@@ -111,8 +111,7 @@ class FileQuantization:
         return self._of([node]).grid if place == 0 else None
 
     def range(self, name: str) -> tuple[float, float] | None:
-        """The smallest and the largest number that the file can hold for a value; None where it has no scale of its own,
-        or several."""
+        """The smallest and the largest number that the file can hold for a value; None without a scale of its own."""
         own = self._names.get(name, name)
         made_by = self._graph.producer.get(own)
         if made_by is not None and made_by.op == "DequantizeLinear":

@@ -46,7 +46,8 @@ def constant_of_shape(call: Call, sizes: Tensor) -> Tensor:
     if fill is None:
         return torch.zeros(sizes.tolist(), dtype=call.arithmetic.dtype, device=call.device)
     value = call.arithmetic.hold(numpy_helper.to_array(fill), call.device)
-    return value.expand(sizes.tolist()) if isinstance(value, Tensor) else NotImplemented
+    # The value has one axis of length 1; no sizes make a number, without axes.
+    return value.reshape(()).expand(sizes.tolist()) if isinstance(value, Tensor) else NotImplemented
 
 
 @kernel("EyeLike", rounds=False)

@@ -174,6 +174,30 @@ def added(
     return Candidate(name, says, value, 0, evidence, _FIX + says)
 
 
+def _written_out(segment: Segment, other: OtherProgram, known: set[str]) -> Candidate | None:
+    """The candidate of an operator that the test computes by several others, where these, without any rounding, give
+    another result. None where they read constants that the operator does not: what those hold may be what is wrong."""
+    piece = other.piece(segment.target, known)
+    if piece is None or len(segment.nodes) != 1 or len(piece[1]) < 2 or segment.test.shape != segment.exact.shape:
+        return None
+    (node,), (own, nodes, starts) = segment.nodes, piece
+    ours, theirs = Constants(segment.graph), Constants(other.graph)
+    digests = {ours.digest(name) for name in node.inputs if name in ours}
+    if any(theirs.size(n) > FEW and theirs.digest(n) not in digests for m in nodes for n in m.inputs if n in theirs):
+        return None
+    try:
+        inputs = {s: other.load(other.names.get(s, s)) for s in starts}
+        value = as_double(other.executor.run_nodes(nodes, inputs, [own])[own])
+    except InputError:  # an operator that nobody here can compute
+        return None
+    if value.shape != segment.test.shape:
+        return None
+    ops = [n.op for n in nodes if n.op != "Constant"]
+    says = f"{node.op} is computed by {', '.join(ops)} in the test, which give another result"
+    evidence = {"node": node.name, "op": node.op, "test_ops": ops, "read_off": "the difference of the two graphs"}
+    return Candidate("other-operator", says, value, 0, evidence, f"let {node.op} be itself at {{layers}}")
+
+
 def _of_scale(segment: Segment, other: OtherProgram, known: set[str]) -> Candidate | None:
     """The candidate of a wrong scale in a file of FP8 or 4 bits, where the test's own nodes reproduce the layer."""
     piece, product = other.piece(segment.target, known), segment.product
@@ -338,6 +362,9 @@ class GraphReader:
         if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
             return read_off, None
         explanation, family = explain(segment, families, failed)
+        candidate = _written_out(segment, other, known) if explanation.cause is None else None
+        if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
+            return read_off, None
         if explanation.cause is None and differences:
             # What an added node does has no name here: it is told, not called a cause.
             explanation.graphs_differ = tuple(d.says for d in differences[:SHOWN])
