@@ -23,6 +23,7 @@ from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import GUILTY
 from cp_debug.bisect.shares import Propagation, set_shares
 from cp_debug.bisect.sides import counts_told
+from cp_debug.bisect.undone import acquit_undone
 from cp_debug.bisect.worst_samples import Collected
 from cp_debug.errors import in_one_line
 from cp_debug.probes.held import CaptureHolder, HeldCapture, Room
@@ -133,6 +134,7 @@ class SampleRuns:
         ways = list(other_ways(run, (side.captured, test)))
         collected.ways |= dict.fromkeys(map(str, ways))
         settled = judge_ways(ways, run.programs, rows)
+        collected.undone |= acquit_undone(run, rows)
         # Behind control flow that goes another way, no error is carried to the outputs: there are other nodes.
         failures = [] if ways else set_shares(run, rows, sample, side.captured, test)
         if run.oracle is not None and collected.is_worst(rows):

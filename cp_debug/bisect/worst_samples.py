@@ -10,7 +10,7 @@ from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.optimizer_blame import OptimizerBlame
 from cp_debug.bisect.replayed import EXCESS
-from cp_debug.bisect.result import LayerRow, Remainder
+from cp_debug.bisect.result import GUILTY, LayerRow, Remainder
 from cp_debug.bisect.verdict import oracle_is_alone
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
 from cp_debug.programs.pipeline import Key
@@ -33,6 +33,8 @@ class Collected:
         self.detections: DetectionChange | None = None
         self.ways: dict[str, None] = {}
         """Control flow that went another way than the reference's, in words."""
+        self.undone: dict[str, list[str]] = {}
+        """Layers that hold their result in another basis → the layers that undo it, by name."""
         self._unexplained: dict[str, None] = {}
         self.remainder: Remainder | None = None
         """Remainder of the worst sample, where no layer is guilty of its divergence."""
@@ -73,7 +75,11 @@ class Collected:
         rows = self.rows.values()
         skipped = Counter(row.replay.skipped for row in rows if row.replay and row.replay.skipped)
         notes.extend(self._unexplained)
-        notes.extend(both_inexact(rows))
+        guilty = {row.name for row in rows if row.verdict == GUILTY}
+        undone = {name: by for name, by in self.undone.items() if name not in guilty}
+        undoing = {name for names in undone.values() for name in names}
+        notes.extend(both_inexact([row for row in rows if row.name not in undoing]))
+        notes.extend(_undone(undone))
         if unknown := [row.name for row in rows if row.replay and row.replay.not_emulated]:
             layer_names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
             notes.append(
@@ -81,6 +87,17 @@ class Collected:
             )
         notes.extend(f"{amount(count, 'layer')} not replayed: {reason}" for reason, count in skipped.items())
         return notes
+
+
+def _undone(undone: Mapping[str, Sequence[str]]) -> list[str]:
+    if not undone:
+        return []
+    verb = "holds its result" if len(undone) == 1 else "hold their results"
+    by = list(dict.fromkeys(name for names in undone.values() for name in names))
+    return [
+        f"{amount(len(undone), 'layer')} {verb} in another basis (channels permuted, rotated or scaled), which what "
+        f"reads them undoes, so nothing is wrong: {_few(list(undone))}; undone by {_few(by)}"
+    ]
 
 
 def both_inexact(rows: Collection[LayerRow]) -> list[str]:
@@ -107,7 +124,11 @@ def both_inexact(rows: Collection[LayerRow]) -> list[str]:
 
 
 def _names(rows: Sequence[LayerRow]) -> str:
-    return ", ".join(row.name for row in rows[:4]) + (" …" if len(rows) > 4 else "")
+    return _few([row.name for row in rows])
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
 
 
 def _standing_out(observation: Observation) -> tuple[float, float]:

@@ -380,7 +380,7 @@ class Segment:
 
     def held(self, value: Tensor) -> Tensor:
         """``value`` as a quantized file can hold it: within the range of the result's scale, where that range is wide
-        enough for the exact result (else clipping is a cause of its own)."""
+        enough for the exact result (else clipping is a cause of its own). Shape and dtype stay."""
         return value if self._range is None else value.clamp(*self._range)
 
     def explained(self, value: Tensor) -> tuple[float, float]:
