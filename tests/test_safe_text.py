@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import sys
+import warnings
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cp_debug.cli.library_log import safe_library_log
+from cp_debug.cli.library_log import no_library_warnings, safe_library_log
 from cp_debug.errors import InputError
 from cp_debug.safe_text import (
     LimitedStream,
@@ -123,3 +126,24 @@ def test_no_command_of_a_workflow_comes_in_pieces(pieces: list[str]) -> None:
 
 def test_an_error_is_safe_to_print() -> None:
     assert str(InputError("a\x1b[31m\u202e: no such\nfile")) == "a\\x1b[31m\\u202e: no such\nfile"
+
+
+def test_warnings_of_libraries_are_left_out_and_those_of_a_module_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"torch": torch.__file__, "copy": copy.__file__, "mine": "/home/nets.py", "theirs": "/site-packages/x/y.py"}
+    told: list[str] = []
+
+    def warn() -> list[str]:
+        told.clear()
+        for what, file in files.items():
+            warnings.showwarning(what, UserWarning, file, 1)
+        return told
+
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: told.append(str(message))
+        monkeypatch.setattr(sys, "warnoptions", [])
+        with no_library_warnings():
+            assert warn() == ["mine", "theirs"]
+        assert warn() == list(files)
+        monkeypatch.setattr(sys, "warnoptions", ["default"])
+        with no_library_warnings():
+            assert warn() == list(files)

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from cp_debug.cli.console import NO_READER, errors, forget_output, results_alone
+from cp_debug.cli.library_log import no_library_warnings
 from cp_debug.cli.saving import check_outputs, no_empty_folders
 from cp_debug.errors import InputError
 
@@ -37,7 +38,7 @@ class Command(TyperCommand):
         check_outputs(ctx.params, {p.name: _flag(p.opts) for p in self.params if p.name})
         token = _TYPED.set(_spelled(self, ctx))
         try:
-            with results_alone(), no_empty_folders(ctx.params):
+            with results_alone(), no_library_warnings(), no_empty_folders(ctx.params):
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             errors.print("interrupted")
