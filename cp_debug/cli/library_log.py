@@ -1,4 +1,4 @@
-"""What libraries write to stderr past Python, made safe as what Python writes is; and what they warn of, left out."""
+"""Lines that libraries write to stderr past Python, made safe as what Python writes is, and their warnings, left out."""
 
 from __future__ import annotations
 
