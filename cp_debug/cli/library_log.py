@@ -1,4 +1,4 @@
-"""Lines that libraries write to stderr past Python, made safe as what Python writes is, and their warnings, left out."""
+"""Lines that libraries write to stderr past Python, made safe as what Python writes is; their warnings, left out."""
 
 from __future__ import annotations
 
