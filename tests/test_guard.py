@@ -112,6 +112,28 @@ def test_signals_within_a_second_are_one_and_later_ones_are_heard(monkeypatch: p
     assert heard == [100, 101.2, 102.4]
 
 
+ENDING = """
+import atexit, os, signal, sys, time
+sys.argv = ["cpdebug", "--version"]
+from cp_debug.cli import main
+main.TOGETHER = 0.01
+def signals():
+    for _ in range({count}):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+    time.sleep({then})
+atexit.register(signals)
+main.main()"""
+"""A command that gets signals while Python ends."""
+
+
+@pytest.mark.parametrize(("count", "code"), [(1, 0), (2, 128 + signal.SIGTERM)])
+def test_signals_while_python_ends_say_nothing_and_the_second_is_heard(count: int, code: int) -> None:
+    script = ENDING.format(count=count, then=0 if count == 1 else 60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=False)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
 def test_a_killed_guard_takes_the_command_along(tmp_path: Path) -> None:
     alive = tmp_path / "alive"
     process = started(f"""

@@ -45,6 +45,21 @@ def test_a_checkpoint_beside_a_folder_is_refused(tmp_path: Path) -> None:
     assert (code, "already holds its weights" in text) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"model_type": 3}, "model_type is '3'; expected a name"),
+        ({"architectures": -1}, "architectures is '-1'; expected a list of names"),
+        ({"architectures": [["Net"]]}, "expected a list of names"),
+    ],
+)
+def test_a_configuration_of_other_types_is_refused(config: dict[str, object], told: str, tmp_path: Path) -> None:
+    path = folder(tmp_path / "a", **config)
+    (path / "model.safetensors").write_bytes(b"")
+    code, text = run("bisect", path)
+    assert (code, told in " ".join(text.split())) == (2, True), text
+
+
 @needs("transformers")
 @pytest.mark.parametrize("kind", ["of-their-own", "bert"])
 def test_code_in_a_folder_is_never_run(kind: str, tmp_path: Path) -> None:

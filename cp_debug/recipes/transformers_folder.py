@@ -32,6 +32,14 @@ def check_folder(path: Path) -> None:
     config = read_json(path / "config.json", what="configuration")
     if not isinstance(config, dict) or "model_type" not in config:
         raise InputError(f"MODEL: {path / 'config.json'} has no model_type; expected a folder of transformers")
+    classes = config.get("architectures")
+    named = classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))
+    for key, right, expected in (
+        ("model_type", isinstance(config["model_type"], str), "a name"),
+        ("architectures", named, "a list of names"),
+    ):
+        if not right:
+            raise InputError(f"MODEL: {path / 'config.json'}: {key} is {str(config[key])[:80]!r}; expected {expected}")
     if not any(path.glob("*.safetensors")):
         pickled = [file.name for file in sorted(path.glob("*.bin"))]
         why = f"{pickled[0]} is pickled, and unpickling runs code" if pickled else "there are no weights"
@@ -58,7 +66,7 @@ def load_folder(path: Path) -> TorchModel:
         classes = config.get("architectures") or []
         known = config["model_type"] in transformers.CONFIG_MAPPING
         # The library's own class of that name is taken; for a class that it lacks any other is another network.
-        if not known or not all(isinstance(name, str) and hasattr(transformers, name) for name in classes[:1]):
+        if not known or not all(hasattr(transformers, name) for name in classes[:1]):
             names = own.values() if isinstance(own, Mapping) else [own]
             raise InputError(
                 f"MODEL: {path}: config.json names code of its own ({', '.join(map(str, names))}), "
