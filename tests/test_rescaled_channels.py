@@ -173,6 +173,24 @@ def test_factors_stop_where_an_operator_does_not_pass_them_on(tmp_path: Path) ->
     assert guilty(judged(tmp_path, text, weights, other)) == ["a", "d"]
 
 
+GROUPS = """<ir_version: 8, opset_import: ["": 17]>
+net (float[1,3,8,8] x) => (float[1,4,8,8] y, float[1,4,8,8] z) {
+  a = Conv <pads = [1,1,1,1]> (x, a_w, a_b)
+  s, z = Split <axis = 1> (a)
+  y = Conv <group = 4> (s, d_w)
+}"""
+
+
+@pytest.mark.parametrize("taken_back", [False, True])
+def test_one_factor_for_all_channels_reaches_layers_of_groups(tmp_path: Path, taken_back: bool) -> None:
+    """A weight that is 5 % too large, read in groups behind a Split, which leaves a single factor."""
+    weights = drawn(a_w=(8, 3, 3, 3), a_b=(8,), d_w=(4, 1, 3, 3))
+    other = weights | {"a_w": weights["a_w"] * np.float32(1.05), "a_b": weights["a_b"] * np.float32(1.05)}
+    if taken_back:
+        other["d_w"] = weights["d_w"] / np.float32(1.05)
+    assert guilty(judged(tmp_path, GROUPS, weights, other))[0] == "a"
+
+
 REDUCED = """<ir_version: 8, opset_import: ["": 17]>
 net (float[1,3,8,8] x) => (float[1,4] y) {
   a = Conv <pads = [1,1,1,1]> (x, a_w, a_b)

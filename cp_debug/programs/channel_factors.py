@@ -327,7 +327,7 @@ class _ProductWeights:
 
     def of_inputs(self, given: Factors) -> np.ndarray:
         """Factors of the input channels, to be broadcast with ``rows``."""
-        by_group = given.array.reshape(1 if given.plain else self.groups, -1, 1)
+        by_group = given.array.reshape(1 if given.array.size == 1 else self.groups, -1, 1)
         return by_group if len(by_group) == 1 else np.repeat(by_group, self.outputs // self.groups, axis=0)
 
 
