@@ -160,6 +160,17 @@ def test_numbers_without_their_axes_are_offered_never_taken_silently(path: Path,
     assert result.tests[0].compared == result.tests[0].total
 
 
+def test_a_single_number_is_taken_whatever_its_axes(tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["": 17]>
+    net (float[2,3] x) => (float[2,3] y) { m = ReduceMax <keepdims = 0> (x)  y = Div (x, m) }"""
+    onnx.save(onnx.parser.parse_model(text), str(tmp_path / "net.onnx"))
+    x = np.arange(1, 7, dtype=np.float32).reshape(2, 3)
+    dump = {"x": x, "m": np.array([6], np.float32), "y": x / 6}  # the graph's has no axes
+    result = cp_debug.diagnose(tmp_path / "net.onnx", "ort", test_tensors=dump)
+    assert result.agrees
+    assert result.tests[0].compared == result.tests[0].total
+
+
 def test_one_channel_last_is_read_as_either_layout(tmp_path: Path) -> None:
     image = onnx.helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 1, 4, 5])
     made = onnx.helper.make_tensor_value_info("made", TensorProto.FLOAT, [1, 1, 4, 5])

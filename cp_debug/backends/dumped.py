@@ -107,6 +107,9 @@ def as_in_graph(
             shape = moved_shape if fits_shape(moved_shape, declared[name]) else None
         if shape is not None and shape == tensor.shape:
             continue
+        if shape is not None and tensor.size == math.prod(shape) == 1:  # a single number lies in one way
+            values[name] = tensor.reshape(shape)
+            continue
         moved = np.moveaxis(tensor, -1, 1) if tensor.ndim in (4, 5) else None
         same_moved = moved is not None and shape == moved.shape
         same_numbers = shape is not None and _has_its_numbers(tensor, shape)
