@@ -23,7 +23,7 @@ def layer(*, residuals: dict[str, float], contrast: float = 1.0, wrong: int = 10
     context = SimpleNamespace(trimmer=SimpleNamespace(freed=lambda size: None))
     return SimpleNamespace(
         explained=explained, exact=nothing, test=nothing, context=context, strange=False,
-        expected=expected, introduced=1.0, contrast=contrast, wrong=wrong,
+        expected=expected, introduced=1.0, contrast=contrast, wrong=wrong, held=lambda value: value,
     )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def floats(*shape: int) -> np.ndarray:
         ("BatchNormalization", (7,), {}, (4, {1: 7})),
         ("LayerNormalization", (7,), {}, (3, {-1: 7})),
         ("LayerNormalization", (7,), {"axis": 1}, None),
-        ("Relu", (7,), {}, None),
+        ("Add", (7,), {}, None),
     ],
 )
 def test_sizes_that_a_weight_wants(
