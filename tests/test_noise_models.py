@@ -278,6 +278,19 @@ def test_a_softmax_sums_along_its_axis(tmp_path: Path, axis: int) -> None:
     assert found.flatten().tolist() == pytest.approx([expected] * x.size, rel=1e-3)
 
 
+@pytest.mark.parametrize("opset", [11, 17])
+def test_what_all_numbers_of_a_row_have_in_common_moves_no_softmax(tmp_path: Path, opset: int) -> None:
+    """The largest number is subtracted exactly from what is near it; a row of −3.4e38 is as sure as one of 0."""
+    x = np.random.default_rng(0).integers(-8, 8, (2, 16)).astype(np.float32)
+    path = one_node(tmp_path, "Softmax", x, opset=opset)
+    near = spread_of(path, x)
+    assert torch.allclose(spread_of(path, x + 4096), near, rtol=1e-6)
+    masked = np.full((2, 16), np.finfo(np.float32).min, np.float32)
+    assert torch.allclose(spread_of(path, masked), spread_of(path, 0 * x), rtol=1e-6)
+    masked[:, 3] = 0
+    assert torch.isfinite(spread_of(path, masked)).all()
+
+
 def spread_of(path: Path, x: Array, family: str = "", claim: Arithmetic | None = None) -> torch.Tensor:
     """The model of a network's only node, in unit roundoffs."""
     graph = Graph(path)

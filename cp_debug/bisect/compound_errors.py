@@ -76,8 +76,20 @@ def _softmax(oracle: Executor, node: Node, inputs: Mapping[str, Tensor], result:
     axis = next((a.i for a in node.proto.attribute if a.name == "axis"), -1)
     summed = ROUNDING * math.sqrt(x.shape[axis] / 3) if x.dim() else 0.0
     size = result.abs() if node.op == "Softmax" else torch.ones_like(result)
-    moved = _moved(oracle, node, inputs, result, node.outputs[0], 0.5)
+    # Implementations subtract the largest number first, and round what is left: −3.4e38 of a mask is not off by 2e31.
+    # (The logarithm of the sum may be added to the largest number before.)
+    shifted = dict(inputs)
+    if x.dim() and node.op == "Softmax":
+        together = [axis] if oracle.graph.opsets.get("", 13) >= 13 else list(range(_old_axis(node, x), x.dim()))
+        left = x - x.amax(together, keepdim=True)
+        shifted[node.inputs[0]] = torch.where(torch.isfinite(left), left, x)
+    moved = _moved(oracle, node, shifted, result, node.outputs[0], 0.5)
     return torch.hypot(torch.hypot(RESULT * result.abs(), (1.0 + summed) * size), moved)
+
+
+def _old_axis(node: Node, x: Tensor) -> int:
+    """The axis from which on all elements are normalized together, before opset 13."""
+    return next((a.i for a in node.proto.attribute if a.name == "axis"), 1) % x.dim()
 
 
 def _normalized(node: Node, inputs: Mapping[str, Tensor], result: Tensor, family: str) -> Tensor:
