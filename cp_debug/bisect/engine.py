@@ -24,7 +24,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.randomness import drawing
 from cp_debug.probes.capture import check_free
 from cp_debug.programs.layers import Layer, all_layers
-from cp_debug.programs.pipeline import Pipeline, choose_export, is_exported
+from cp_debug.programs.pipeline import Pipeline, choose_export, is_exported, preparing
 from cp_debug.programs.tensor_inputs import as_numbers, file_as_numbers, has_other_inputs
 from cp_debug.recipes.abilities import HasNotes, Remarks
 from cp_debug.recipes.base import Model, Sample, check_samples
@@ -101,7 +101,7 @@ class Bisection:
             self._take_numbers(options.save or Path(scratch))
             samples = iter(self._samples())
             first = next(samples)
-            progress.step("exporting and aligning")
+            progress.step(preparing(self.model, self.test_model))
             preparation = Preparation(self._sides, self._test_model, self._export, options, self._samples, progress)
             backends = [self._reference, *self._tests]
             sides = preparation.make(first, backends, Path(scratch), exported, on_say)

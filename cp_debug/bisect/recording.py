@@ -18,7 +18,7 @@ from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture, CaptureWriter, array_hash
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.paired_captures import Tensor, pair_captures
-from cp_debug.programs.pipeline import Pipeline, choose_export, header, prepare
+from cp_debug.programs.pipeline import Pipeline, choose_export, header, prepare, preparing
 from cp_debug.programs.precision import PRECISIONS, coarsest
 from cp_debug.programs.tensor_inputs import as_numbers, has_other_inputs
 from cp_debug.programs.unroll import Unroller
@@ -45,7 +45,7 @@ def record(
     created = create(BackendSpec.parse(backend)) if isinstance(backend, str) else backend
     how, _ = choose_export([created], exporter)
     check_samples(model, samples, inputs)
-    on_step("exporting and aligning", 0, samples + 1)
+    on_step(preparing(model), 0, samples + 1)
     with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch:
         if has_other_inputs(model):
             model = as_numbers(model, list(model.samples(samples, seed, inputs)), Path(scratch))

@@ -48,14 +48,14 @@ def check(
     check_given(model, inputs=inputs, checkpoint=checkpoint, reading=how)
     load_torch()
     from cp_debug.bisect.preflight import PROBLEM, Preflight
-    from cp_debug.programs.pipeline import prepare
+    from cp_debug.programs.pipeline import prepare, preparing
     from cp_debug.programs.tensor_inputs import numbers_where_needed
     from cp_debug.recipes.registry import load_model
 
     loaded = load_model(model, checkpoint=checkpoint, seed=seed, reading=how)
     sample = next(iter(loaded.samples(1, seed, inputs)))
     with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:
-        on_step("exporting and aligning", 0, 2)
+        on_step(preparing(loaded), 0, 2)
         loaded, [sample] = numbers_where_needed(loaded, [sample], Path(scratch))
         programs = prepare(loaded, sample, Path(scratch))
         on_step("weights and sums, and what one sample shows" if activations else "weights and sums", 1, 2)

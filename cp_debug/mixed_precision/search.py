@@ -34,7 +34,15 @@ from cp_debug.mixed_precision.result import KeptLayer, MixedPrecisionResult
 from cp_debug.mixed_precision.strategy import smallest
 from cp_debug.mixed_precision.trial import Measured, Trial, nodes_in
 from cp_debug.probes.capture import array_hash
-from cp_debug.programs.pipeline import Pipeline, choose_export, is_exported, load_test_programs, prepare, wants_int8
+from cp_debug.programs.pipeline import (
+    Pipeline,
+    choose_export,
+    is_exported,
+    load_test_programs,
+    prepare,
+    preparing,
+    wants_int8,
+)
 from cp_debug.programs.tensor_inputs import has_other_inputs, numbers_where_needed
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.narrow_layers import check_exportable
@@ -137,7 +145,7 @@ class _MixedPrecisionSearch:
         self._reference = str(reference.spec)
         how, note = choose_export(backends, options.exporter)
         self._notes = [note] if note and is_exported(model) else []
-        self._step("exporting and aligning")
+        self._step(preparing(model))
         programs = prepare(model, samples[0], scratch, how=how, folded=options.folded)
         refuse_random((program.graph for program in programs), "no goal can be judged")
         self._tests = load_test_programs(programs, options.test_model) if options.test_model else programs

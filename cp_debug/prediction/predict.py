@@ -47,7 +47,7 @@ from cp_debug.prediction.targets import Kernel, Target, kernels_of, target_of
 from cp_debug.prediction.walk import EXACT, GraphWalk, Walked
 from cp_debug.probes.distance import relative_l2
 from cp_debug.programs.layers import layer_name
-from cp_debug.programs.pipeline import Export, Key, is_exported, prepare
+from cp_debug.programs.pipeline import Export, Key, is_exported, prepare, preparing
 from cp_debug.programs.scene import decode
 from cp_debug.programs.tensor_inputs import numbers_where_needed
 from cp_debug.programs.walk import Walk
@@ -111,7 +111,7 @@ def predict(
     if not samples:
         raise InputError("--inputs: there is no sample to predict with")
     with tempfile.TemporaryDirectory(prefix="cpdebug-predict-") as scratch:
-        on_step("exporting and aligning", 0, len(samples))
+        on_step(preparing(loaded), 0, len(samples))
         loaded, samples = numbers_where_needed(loaded, samples, Path(scratch))
         how = Export(options.exporter or ("torchscript" if runtime.opset else "dynamo"), runtime.opset)
         programs = prepare(loaded, samples[0], Path(scratch), how=how)

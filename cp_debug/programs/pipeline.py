@@ -406,6 +406,11 @@ def is_exported(model: Model) -> bool:
     return any(component.module is not None for component in model.components)
 
 
+def preparing(*models: Model) -> str:
+    """Words for the first step with models; files of graphs are not exported."""
+    return "exporting and aligning" if any(map(is_exported, models)) else "reading the graphs"
+
+
 def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
     """Manifest of a capture of this run: what ran, on what, in which settings, and the names of its layers."""
     record = pipeline.record()
