@@ -46,6 +46,8 @@ def _end() -> None:
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, _Last())
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(signal.SIGHUP, _Last())
     folders = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
     if folders is not None or "distributed" in sys.modules:
         with suppress(Exception):  # its exporter makes it among temporary files, when it is imported, in workers too
@@ -53,7 +55,8 @@ def _end() -> None:
 
 
 class _Last:
-    """Handler of SIGTERM while the process ends: what is tidied then is not stopped, unless it is asked for again."""
+    """Handler of SIGTERM and SIGHUP while the process ends: nothing that is tidied then is stopped, unless one comes again
+    later."""
 
     def __init__(self) -> None:
         self._first = 0.0

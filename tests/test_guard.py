@@ -115,22 +115,22 @@ def test_signals_within_a_second_are_one_and_later_ones_are_heard(monkeypatch: p
 ENDING = """
 import atexit, os, signal, sys, time
 sys.argv = ["cpdebug", "--version"]
-from cp_debug.cli import main
-main.TOGETHER = 0.01
+from cp_debug import __main__
 def signals():
     for _ in range({count}):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.05)
-    time.sleep({then})
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(1.2 * {count} - 1.2)
 atexit.register(signals)
-main.main()"""
+__main__.run()"""
 """A command that gets signals while Python ends."""
 
 
-@pytest.mark.parametrize(("count", "code"), [(1, 0), (2, 128 + signal.SIGTERM)])
-def test_signals_while_python_ends_say_nothing_and_the_second_is_heard(count: int, code: int) -> None:
-    script = ENDING.format(count=count, then=0 if count == 1 else 60)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_signals_while_python_ends_say_nothing_and_a_later_one_is_heard(count: int, name: str) -> None:
+    script = ENDING.format(count=count, name=name)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=False)
+    code = 0 if count == 1 else 128 + getattr(signal, name)
     assert (done.returncode, done.stderr) == (code, "")
 
 

@@ -117,27 +117,17 @@ def __getattr__(name: str) -> Any:
 class _Ending:
     """Handler of signals that ask for the end: it raises, but once for all that come within ``TOGETHER`` seconds.
 
-    A signal for a whole process group comes to this process twice, and the second one would end the tidying. Where the
-    command is over and Python itself ends, nobody would hear it: the first is left out, and one that comes later ends
-    the process at once.
+    A signal for a whole process group comes to this process twice, and the second one would end the tidying.
     """
 
     def __init__(self) -> None:
         self._last = -TOGETHER
-        self._after = False
-        self.over = False
-        """Whether the command is over."""
 
     def __call__(self, number: int, frame: object) -> None:
         now = time.monotonic()
         if now - self._last < TOGETHER:
             return
         self._last = now
-        if self.over:
-            if self._after:
-                os._exit(128 + number)
-            self._after = True
-            return
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(128 + number)
@@ -149,12 +139,10 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it leaves a file in the folder for temporary ones
     show_anywhere()
-    numbers = [signal.SIGTERM, signal.SIGINT]  # so that what is half-written is removed
+    signal.signal(signal.SIGTERM, _Ending())  # so that what is half-written is removed
+    signal.signal(signal.SIGINT, _Ending())
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
-        numbers.append(signal.SIGHUP)
-    endings = [_Ending() for _ in numbers]
-    for number, ending in zip(numbers, endings, strict=True):
-        signal.signal(number, ending)
+        signal.signal(signal.SIGHUP, _Ending())
     try:
         code = application(sys.argv[1] if len(sys.argv) > 1 else "")(standalone_mode=False)
         sys.stdout.flush()
@@ -195,6 +183,3 @@ def main() -> None:
             show_error("out of memory: this asks for more than the process may have")
         finally:
             sys.exit(code)
-    finally:
-        for ending in endings:
-            ending.over = True
