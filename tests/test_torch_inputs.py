@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -393,3 +394,14 @@ def test_what_was_compiled_is_loaded_and_exported_as_it_is_written(tmp_path: Pat
     assert TorchModel("net", net, (torch.randn(2, 4),)).components
     export(net, (torch.randn(2, 4),), tmp_path / "net.onnx", input_names=["x"], output_names=["y"])
     assert not compiled
+
+
+def test_a_limit_of_recursion_that_a_callable_lowers_is_put_back(tmp_path: Path) -> None:
+    limit = sys.getrecursionlimit()
+    lines = ["import sys", "import torch", "def make():", f"    sys.setrecursionlimit({limit - 100})"]
+    (tmp_path / "net.py").write_text("\n".join([*lines, "    return torch.nn.ReLU(), torch.ones(2)"]))
+    try:
+        load_callable(f"{tmp_path / 'net.py'}:make")
+        assert sys.getrecursionlimit() == limit
+    finally:
+        sys.setrecursionlimit(limit)

@@ -184,13 +184,19 @@ def private_name(path: Path) -> str:
 
 @contextmanager
 def own_code(what: str) -> Iterator[None]:
-    """Context that turns whatever the user's code raises into InputError; Ctrl-C passes."""
+    """Context that turns whatever the user's code raises into InputError; Ctrl-C passes.
+
+    A limit of recursion that the code lowered is raised again: it would end what comes after.
+    """
+    limit = sys.getrecursionlimit()
     try:
         yield
     except (KeyboardInterrupt, InputError):
         raise
     except BaseException as error:
         raise InputError(f"{what} raised {_first_line(error)}") from error
+    finally:
+        sys.setrecursionlimit(max(limit, sys.getrecursionlimit()))
 
 
 def _first_line(error: BaseException) -> str:
