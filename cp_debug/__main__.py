@@ -55,8 +55,7 @@ def _end() -> None:
 
 
 class _Last:
-    """Handler of SIGTERM and SIGHUP while the process ends: nothing that is tidied then is stopped, unless one comes again
-    later."""
+    """Handler of SIGTERM and SIGHUP while the process ends: what is tidied is not stopped, unless one comes again."""
 
     def __init__(self) -> None:
         self._first = 0.0
