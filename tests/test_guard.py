@@ -115,6 +115,7 @@ def test_signals_within_a_second_are_one_and_later_ones_are_heard(monkeypatch: p
 ENDING = """
 import atexit, os, signal, sys, time
 sys.argv = ["cpdebug", "--version"]
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup leaves it ignored
 from cp_debug import __main__
 def signals():
     for _ in range({count}):
