@@ -25,8 +25,8 @@ def load_torch() -> None:
     gc.freeze()
 
 
-def start_gpu() -> None:
-    """Start CUDA and the library of convolutions in a thread, while other things are read.
+def start_gpu(device: str) -> None:
+    """Start CUDA and the library of convolutions on a GPU, ``cuda:0``, in a thread, while other things are read.
 
     That of products is left alone: it looks once at the environment, which a deterministic run sets. Where there is no
     GPU, or no memory on it, nothing happens: whoever uses it will say so.
@@ -37,7 +37,7 @@ def start_gpu() -> None:
 
         with suppress(Exception), torch.no_grad():
             if torch.cuda.is_available():
-                image = torch.zeros(1, 8, 8, 8, device="cuda")
-                torch.nn.functional.conv2d(image, torch.zeros(8, 8, 3, 3, device="cuda"))
+                image = torch.zeros(1, 8, 8, 8, device=device)
+                torch.nn.functional.conv2d(image, torch.zeros(8, 8, 3, 3, device=device))
 
     threading.Thread(target=start).start()  # no daemon: CUDA must not be shut down while it starts

@@ -135,9 +135,7 @@ def modes_kept(*models: Any) -> Iterator[None]:
 
 
 def _of_factory(model: Any, name: str, what: str) -> Model:
-    import torch
-
-    from cp_debug.recipes.torch_callable import EXPECTED, TorchModel, own_code, returned
+    from cp_debug.recipes.torch_callable import TorchModel, module_and_inputs, own_code
 
     try:
         parameters = inspect.signature(model).parameters
@@ -148,9 +146,7 @@ def _of_factory(model: Any, name: str, what: str) -> Model:
         raise InputError(f"inputs: {name}() takes {needed[0].name!r}; expected example inputs for it")
     with own_code(f"{what}: {name}()"):
         built = model()
-    if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], torch.nn.Module)):
-        raise InputError(f"{what}: {name}() returned {returned(built)}; {EXPECTED}")
-    return TorchModel(name, *built)
+    return TorchModel(name, *module_and_inputs(built, f"{what}: {name}()"))
 
 
 def _with_arrays(model: Model, inputs: Any, path: Path | None) -> tuple[Model, Path | None]:

@@ -101,16 +101,14 @@ def as_in_graph(
     declared = {value.name: value.shape for value in graph.inputs if value.shape is not None}
     for name, tensor in values.items():
         _refuse_levels(graph, name, tensor, source)
-        shape = known_shape(graph, name, types)
+        shape, moved = known_shape(graph, name, types), _channels_first(tensor)
         if shape is None and name in declared and not fits_shape(tensor.shape, declared[name]):  # free axes
-            moved_shape = np.moveaxis(tensor, -1, 1).shape if tensor.ndim in (4, 5) else ()
-            shape = moved_shape if fits_shape(moved_shape, declared[name]) else None
+            shape = moved.shape if moved is not None and fits_shape(moved.shape, declared[name]) else None
         if shape is not None and shape == tensor.shape:
             continue
         if shape is not None and tensor.size == math.prod(shape) == 1:  # a single number lies in one way
             values[name] = tensor.reshape(shape)
             continue
-        moved = np.moveaxis(tensor, -1, 1) if tensor.ndim in (4, 5) else None
         same_moved = moved is not None and shape == moved.shape
         same_numbers = shape is not None and _has_its_numbers(tensor, shape)
         if last and moved is not None and (shape is None or same_moved):
@@ -133,13 +131,19 @@ def types_of(graph: Graph, values: Mapping[str, np.ndarray], *, last: bool = Fal
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for value in graph.inputs:
-        if value.name in values and value.shape is not None:
+        is_free = value.shape is not None and not all(isinstance(size, int) for size in value.shape)
+        if value.name in values and is_free:
             array = values[value.name]
-            moved = last and array.ndim in (4, 5) and not fits_shape(array.shape, value.shape)
-            shape = np.moveaxis(array, -1, 1).shape if moved else array.shape
+            moved = _channels_first(array) if last and not fits_shape(array.shape, value.shape) else None
+            shape = array.shape if moved is None else moved.shape
             if fits_shape(shape, value.shape):
                 shapes[value.name] = shape
     return graph.types_for(shapes) if shapes else graph.types
+
+
+def _channels_first(tensor: np.ndarray) -> np.ndarray | None:
+    """A tensor with channels last as the graph has it; None of other ranks than 4 and 5."""
+    return np.moveaxis(tensor, -1, 1) if tensor.ndim in (4, 5) else None
 
 
 def _has_its_numbers(tensor: np.ndarray, shape: tuple[int, ...]) -> bool:

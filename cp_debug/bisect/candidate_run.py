@@ -126,7 +126,7 @@ class CandidateRun:
                 tensor = _in_shape(tensor, reference.load(key.value, component=key.component))
             writer.put(key.value, tensor, component=key.component)
             if key in self.layers and key in captured:
-                if torch.device(self.device).type != "cpu" and has_torch_type(tensor):  # the host has a kernel to load
+                if self.device != "cpu" and has_torch_type(tensor):  # the host has a kernel to load
                     tensor = to_device(tensor, self.device)
                 stats[key] = compare(reference.load(key.value, component=key.component), tensor)
 

@@ -185,8 +185,8 @@ def bisect(
     engines.check_installed(specs)
     calibration.check_calibration(model, int8.calib_data, int8.calib_samples, reading=how)
     load_torch()
-    if any((spec.device or "").startswith("cuda") for spec in specs):
-        start_gpu()
+    for device in {spec.device for spec in specs if spec.device and spec.device.startswith("cuda")}:
+        start_gpu(device)
     from cp_debug.api.dumps import with_dump
     from cp_debug.bisect.engine import Options
     from cp_debug.bisect.engine import bisect as run

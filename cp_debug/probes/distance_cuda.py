@@ -5,6 +5,7 @@ Terms are added in float64, in another order than on the host: relative error up
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -75,8 +76,6 @@ def sums_of_pair(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float
     Both are flat, contiguous, on one GPU and of one length. None for types other than FP64, FP32, FP16 and BF16, and
     where the kernel does not compile.
     """
-    import ctypes
-
     import torch
 
     kinds = [_TYPES.get(str(tensor.dtype)) for tensor in (ours, theirs)]

@@ -50,8 +50,8 @@ def export(
 
     ``args`` are example inputs, ``output_names`` name the flattened outputs in order. ``folded`` folds BatchNorm as
     deployment does (dynamo into Conv and ConvTranspose, TorchScript into Conv only); without it every module stays
-    visible. ``simplify`` runs onnxscript's optimizer over the result. Weights go to ``<path>.data`` when they
-    take more than ``largest`` bytes, which one file can hold at most. ``opset`` None is the exporter's default.
+    visible. ``simplify`` runs onnxscript's optimizer over the result. Weights of more than ``largest`` bytes go to
+    ``<path>.data``; the default is what one file can hold. ``opset`` None is the exporter's default.
 
     Shapes and dtypes of ``args`` become the graph's.
 

@@ -104,18 +104,24 @@ class TorchModel:
         return None
 
 
-EXPECTED = (
+_EXPECTED = (
     "expected (module, example_inputs), the inputs a tensor, a tuple of arguments with a dict of keywords at its end, "
     "or a dict by parameter"
 )
 """Form of what a callable of the user returns."""
 
 
-def returned(built: Any) -> str:
-    """The returned object in words: ``a tuple of Net, tuple, dict``."""
-    if isinstance(built, tuple):
-        return f"a tuple of {', '.join(type(part).__name__ for part in built) or 'nothing'}"
-    return type(built).__name__
+def module_and_inputs(built: Any, what: str) -> tuple[nn.Module, Any]:
+    """The module and its example inputs, as the callable ``what`` of the user returned them.
+
+    Raises InputError where it returned something else.
+    """
+    if isinstance(built, Coroutine):
+        built.close()  # else Python says at the end that nobody awaited it
+    if isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], nn.Module):
+        return built
+    parts = ", ".join(type(part).__name__ for part in built) or "nothing" if isinstance(built, tuple) else ""
+    raise InputError(f"{what} returned {f'a tuple of {parts}' if parts else type(built).__name__}; {_EXPECTED}")
 
 
 def load_callable(text: str, checkpoint: Path | None = None) -> TorchModel:
@@ -131,11 +137,7 @@ def load_callable(text: str, checkpoint: Path | None = None) -> TorchModel:
         raise InputError(f"MODEL: {source} has no callable {attribute!r}")
     with own_code(f"MODEL: {text}()"), doing(f"{text}() was called"):
         built = target()
-    if isinstance(built, Coroutine):
-        built.close()  # else Python says at the end that nobody awaited it
-    if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], torch.nn.Module)):
-        raise InputError(f"MODEL: {text}() returned {returned(built)}; {EXPECTED}")
-    module, example_inputs = built
+    module, example_inputs = module_and_inputs(built, f"MODEL: {text}()")
     if checkpoint is not None:
         from cp_debug.recipes.checkpoint import load_checkpoint
 
