@@ -8,6 +8,7 @@ at most 1 whatever happens.
     python benchmarks/healthy.py --networks 16                 # 16 random networks, 8 torch networks, the operators
     python benchmarks/healthy.py --model net.onnx net.npz      # a network and its inputs besides, any number
     python benchmarks/healthy.py --json docs/data/healthy.json  # what is printed, by backend and operator
+    python benchmarks/healthy.py --backends torch@cuda,ort@cuda,trt-fp16    # on a GPU: these instead
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import math
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,7 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import TestResult
+from cp_debug.errors import CpdebugError
 from cp_debug.recipes.base import Model
 from cp_debug.recipes.torch_callable import TorchModel
 
@@ -86,11 +90,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", type=int, default=16, help="random networks; half as many torch networks")
     parser.add_argument("--model", nargs=2, action="append", default=[], metavar=("ONNX", "NPZ"))
-    parser.add_argument("--json", type=Path, help="write the tables here")
+    parser.add_argument("--backends", help="specs, each a test by itself, instead of ONNX Runtime's levels and torch")
+    parser.add_argument("--first", type=int, help="the first so many networks of each set alone")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no network after so many")
+    parser.add_argument("--json", type=Path, help="write the tables here, after each network")
     options = parser.parse_args()
+    start = time.monotonic()
     found: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
     operators: dict[str, list[float]] = collections.defaultdict(list)
     runs, accused = collections.Counter[tuple[str, str]](), list[dict[str, Any]]()
+    failed: list[dict[str, str]] = []
 
     def add(group: str, backend: str, name: str, result: TestResult) -> None:
         runs[group, backend] += 1
@@ -103,39 +112,61 @@ def main() -> None:
             for row in result.guilty
         )
 
+    def save() -> None:
+        if options.json:
+            document = {
+                "runs": {f"{g}: {b}": n for (g, b), n in runs.items()},
+                **{title: {label: figures(values) for label, values in groups.items()} for title, groups in tables()},
+                "accused": accused,
+                "failed": failed,
+            }
+            options.json.write_text(json.dumps(document, indent=1) + "\n")
+
+    def tables() -> list[tuple[str, dict[str, list[float]]]]:
+        by_backend = {f"{g}: {b}": v for (g, b), v in found.items() if v}
+        return [("backend", by_backend), ("operator", dict(sorted(operators.items())))]
+
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(prefix="healthy-") as folder:
         tests: list[Backend] = [OrtBackend(BackendSpec.parse(s), threads=n) for n in THREADS for s in LEVELS]
         labels = [f"{level}, {n} thread{'s' * (n > 1)}" for n in THREADS for level in LEVELS]
+        of_modules = ["torch"]
+        if options.backends:
+            labels = options.backends.split(",")
+            tests = [create(BackendSpec.parse(s)) for s in labels]
+            of_modules = [s for s in labels if s.startswith("torch")]
+        counts = collections.Counter[str]()
         for group, model, inputs in networks(options.networks, Path(folder), options.model):
-            for label, result in zip(labels, judged(model, inputs, tests), strict=True):
-                add(group, label, Path(model).stem, result)
+            counts[group] += 1
+            if (options.first or math.inf) < counts[group] or time.monotonic() - start > 60 * options.minutes:
+                continue
+            for label, test in zip(labels, tests, strict=True):
+                try:
+                    add(group, label, Path(model).stem, *judged(model, inputs, [test]))
+                except CpdebugError as error:  # an operator that a backend lacks
+                    failed.append({"network": Path(model).stem, "backend": label, "error": str(error)[:300]})
+            save()
         for seed in range(options.networks // 2):
             module, example = torch_net(seed * 10 + 5)
             name = f"torch{seed}"
-            (result,) = judged(TorchModel(name, module, example), None, [create(BackendSpec.parse("torch"))])
-            add(SETS[0], "torch", name, result)
+            for spec in of_modules:
+                add(
+                    SETS[0],
+                    spec,
+                    name,
+                    *judged(TorchModel(name, module, example), None, [create(BackendSpec.parse(spec))]),
+                )
     console = Console(width=120)
-    tables = (
-        ("backend", {f"{g}: {b}": v for (g, b), v in found.items()}),
-        ("operator", dict(sorted(operators.items()))),
-    )
-    for title, groups in tables:
+    for title, groups in tables():
         table = Table(title, "layers", "median", "99 %", "largest", "beyond 2", box=None)
         for label, values in groups.items():
             f = figures(values)
             table.add_row(label, str(f["n"]), *(f"{f[k]:.2f}" for k in ("median", "p99", "max")), str(f["beyond_2"]))
         console.print(table)
-    console.print(f"{sum(runs.values())} runs, {len(accused)} layers accused")
-    for entry in accused:
+    console.print(f"{sum(runs.values())} runs, {len(accused)} layers accused, {len(failed)} runs refused")
+    for entry in (*accused, *failed):
         console.print(entry, style="red")
-    if options.json:
-        document = {
-            "runs": {f"{g}: {b}": n for (g, b), n in runs.items()},
-            **{title: {label: figures(values) for label, values in groups.items()} for title, groups in tables},
-            "accused": accused,
-        }
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    save()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ transforms of random signals follow.
 
     python benchmarks/operator_errors.py                                        # measure, and compare with the models
     python benchmarks/operator_errors.py --json docs/data/operator_errors.json  # also write what was measured
+    python benchmarks/operator_errors.py --cuda --json docs/gpu/data/operator_errors.json  # on a GPU instead
 """
 
 from __future__ import annotations
@@ -131,29 +132,44 @@ def exact(name: str, path: Path, x: np.ndarray) -> np.ndarray:
     return Executor(graph, FP64).run({"x": x})[graph.outputs[0].name].numpy()
 
 
-def measure() -> tuple[dict[str, dict[str, list[list[float]]]], Table]:
-    """What was found in every bin, ``COLUMNS`` by function and implementation; and how it compares with the models."""
-    found: dict[str, dict[str, list[list[float]]]] = {}
-    table = Table("function", "by", "rms ÷ model", "at", "largest ÷ model", "at", box=None)
+FAMILIES = {"ort": "ort", "torch": "torch", "onednn": "torch", "ort@cuda": "ort@cuda", "torch@cuda": "torch@cuda"}
+"""Implementation → whose models it is compared with."""
+
+
+def session_of(path: Path, *, cuda: bool) -> onnxruntime.InferenceSession:
+    """A session on the CPU, or on CUDA without TF32. Raises what ONNX Runtime does, also where CUDA has no kernel."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if cuda:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        providers = [("CUDAExecutionProvider", {"use_tf32": "0"})]
+    return onnxruntime.InferenceSession(path, options, providers=providers)
+
+
+def measure(cuda: bool) -> tuple[dict[str, dict[str, list[list[float]]]], Table]:
+    """What was found in every bin, ``COLUMNS`` by function and implementation; and how it compares with the models."""
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    table = Table("function", "by", "rms ÷ model", "at", "largest ÷ model", "at", box=None)
+    device = "cuda" if cuda else "cpu"
+    suffix = "@cuda" if cuda else ""
     with tempfile.TemporaryDirectory() as folder:
         for name in FUNCTIONS:
             path = graph_of(name, Path(folder))
             implementations: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
             try:
-                session = onnxruntime.InferenceSession(path, options)
-                implementations["ort"] = lambda x, s=session: s.run(None, {"x": x})[0]
+                session = session_of(path, cuda=cuda)
+                implementations[f"ort{suffix}"] = lambda x, s=session: s.run(None, {"x": x})[0]
             except Exception as error:
                 print(f"{name}: ONNX Runtime does not run it: {error}", file=sys.stderr)
-            for kind, functions in (("torch", TORCH), ("onednn", ONEDNN)):
+            for kind, functions in ((f"torch{suffix}", TORCH), ("onednn", {} if cuda else ONEDNN)):
                 if name in functions:
-                    implementations[kind] = lambda x, f=functions[name]: f(torch.from_numpy(x)).numpy()
+                    implementations[kind] = lambda x, f=functions[name]: f(torch.from_numpy(x).to(device)).cpu().numpy()
             found[name] = {kind: [] for kind in implementations}
             node = Graph(path).nodes[0]
             for kind, compute in implementations.items():
-                errors = errors_of(node, "ort" if kind == "ort" else "torch")
+                errors = errors_of(node, FAMILIES[kind])
                 assert errors is not None
                 worst = [(0.0, 0.0), (0.0, 0.0)]
                 for low, x in bins(name):
@@ -204,16 +220,20 @@ def main() -> None:
     """Measure and print where each implementation is worst."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write what was measured here")
+    parser.add_argument("--cuda", action="store_true", help="measure ONNX Runtime's CUDA provider and torch on a GPU")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    measured, table = measure()
+    measured, table = measure(options.cuda)
     Console(width=120).print(table)
-    spectra = transforms()
+    spectra = {} if options.cuda else transforms()
     for length, errors in spectra.items():
         print(f"DFT of {length}: " + ", ".join(f"{kind} {error:g} u" for kind, error in errors.items()))
     if options.json:
         versions = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__}
-        document = {"versions": versions, "columns": COLUMNS, "measured": measured, "dft": spectra}
+        if options.cuda:
+            versions["gpu"] = torch.cuda.get_device_name()
+        command = "python benchmarks/operator_errors.py" + " --cuda" * options.cuda
+        document = {"command": command, "versions": versions, "columns": COLUMNS, "measured": measured, "dft": spectra}
         options.json.write_text(json.dumps(document, separators=(",", ":")).replace('},"', '},\n"') + "\n")
 
 
