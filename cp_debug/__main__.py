@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import getpass
 import os
-import re
 import signal
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+_ARENA_MAX = -8
+"""``M_ARENA_MAX`` of ``mallopt(3)``."""
+
 
 def main() -> None:
-    """Run the command line, and end with its exit code, also where a library ends the process."""
+    """Run the command line, and end with its exit code, also where a library ends the process.
+
+    Raises RuntimeError where it runs in this process already.
+    """
+    _refuse_itself()
     try:
         from cp_debug.cli.guard import guarded
 
@@ -26,6 +30,8 @@ def main() -> None:
 
 def run() -> None:
     """Run the command line in this process. Ctrl-C while it is still being loaded ends it as it does later."""
+    _refuse_itself()
+    _spare_addresses()
     try:
         from cp_debug.cli.main import main as command_line
     except KeyboardInterrupt:
@@ -36,13 +42,37 @@ def run() -> None:
         _end()
 
 
+def _refuse_itself() -> None:
+    """Refuse a command whose model is this command, before anything of the process is changed that it needs."""
+    running = sys.modules.get("cp_debug.cli.main")
+    if running is not None and hasattr(running, "refuse_itself"):
+        running.refuse_itself()
+
+
+def _spare_addresses() -> None:
+    """Let threads share one heap where addresses are limited (``ulimit -v``): glibc takes 128 MiB for each one's own,
+    and ONNX Runtime waits for ever where it cannot start its threads."""
+    with suppress(ImportError, OSError, AttributeError):  # neither is everywhere
+        import resource
+
+        if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+            import ctypes
+
+            ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
+
+
 def _interrupted() -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks again is not told in another way
     print("interrupted", file=sys.stderr)
     sys.exit(130)
 
 
 def _end() -> None:
     """Do the last things once everything is said: a signal cannot change it, and torch's empty folder goes."""
+    if "cp_debug.safe_text" in sys.modules:  # the user's code may print when Python ends
+        from cp_debug.safe_text import SafeStream
+
+        sys.stdout, sys.stderr = (s and SafeStream(s) for s in (sys.stdout, sys.stderr))
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, _Last())
@@ -50,8 +80,10 @@ def _end() -> None:
             signal.signal(signal.SIGHUP, _Last())
     folders = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
     if folders is not None or "distributed" in sys.modules:
+        from cp_debug.cli.guard import torch_folder
+
         with suppress(Exception):  # its exporter makes it among temporary files, when it is imported, in workers too
-            Path(folders.default_cache_dir() if folders is not None else _torch_folder()).rmdir()
+            Path(folders.default_cache_dir() if folders is not None else torch_folder()).rmdir()
 
 
 class _Last:
@@ -65,12 +97,6 @@ class _Last:
         self._first = self._first or now
         if now - self._first > 1.0:  # a thread of the user's that does not end
             os._exit(128 + number)
-
-
-def _torch_folder() -> str:
-    """Torch's folder for kernels, as its ``default_cache_dir`` names it."""
-    name = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    return os.path.join(tempfile.gettempdir(), f"torchinductor_{name}")  # noqa: PTH118
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 
 from cp_debug.safe_text import visible
 
@@ -84,8 +85,25 @@ class ModuleFailed(InputError):
     """A torch module raised in forward; the message names the module's path."""
 
 
+class Damage(ValueError):
+    """Damage that one of this project's readers found in a file: the text is for the user as it stands."""
+
+
+TOGETHER = 1.0
+"""Seconds within which two signals that ask for the end are one wish."""
+
+
+class Terminated(KeyboardInterrupt):
+    """A request to end, by SIGTERM or SIGHUP: passes wherever Ctrl-C does, and keeps nothing of what was under way."""
+
+    def __init__(self, code: int) -> None:
+        """``code``: the exit code, 128 and the signal's number."""
+        super().__init__(code)
+        self.code = code
+
+
 def raise_if_interrupted(error: BaseException) -> None:
-    """Raise KeyboardInterrupt if ``error`` was raised in consequence of one.
+    """Raise KeyboardInterrupt, or Terminated, if ``error`` was raised in consequence of one.
 
     Libraries that catch every exception, Ctrl-C among them, raise one of their own in its place.
     """
@@ -93,12 +111,58 @@ def raise_if_interrupted(error: BaseException) -> None:
     cause: BaseException | None = error
     while cause is not None and cause not in seen:
         if isinstance(cause, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
+            raise type(cause)(*cause.args) from error
         seen.append(cause)
         cause = cause.__cause__ or cause.__context__
 
 
+_PYTHON = re.compile(
+    r"<class |<object|object at 0x|'\w+' object|\w\(\)|argument|unpack|not iterable|subscriptable|NoneType|"
+    r"operand type|__\w+__|dtype\('|Issues with types|truth value|std::|codec|invalid literal|could not convert|"
+    r"is not in list|\w+(?:Error|Exception)\b|expected scalar type|INTERNAL ASSERT|ambiguous|torch\.|np\.|numpy"
+)
+"""Parts of messages that speak of Python's objects, of which who gave a file knows nothing."""
+
+
+_PYTHONS_OWN = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, RecursionError, SyntaxError,
+    SystemError, TypeError, UnicodeError,
+)  # fmt: skip
+"""Errors that Python raises itself, or whose text tells nothing: that of a KeyError is the key."""
+DAMAGED = "what it holds is damaged, or of another kind"
+"""Reason where a library's error gives none in words."""
+
+
+def library_reason(error: BaseException) -> str:
+    """First line of a library's error, without the error's type; empty where it speaks of Python's
+    objects alone."""
+    if isinstance(error, CpdebugError | Damage):
+        return next(iter(str(error).splitlines()), "")
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    if isinstance(error, OSError) and error.errno is not None:
+        return system_reason(error)
+    if isinstance(error, _PYTHONS_OWN):
+        return ""
+    line = visible(next((line.strip() for line in text_of(error).splitlines() if line.strip()), ""))
+    return "" if _PYTHON.search(line) else line[:300]
+
+
 def in_one_line(error: Exception) -> str:
     """An error's message without line breaks; with the error's type before it, unless it is one of cpdebug's."""
-    message = " ".join(str(error).split())
+    message = " ".join(text_of(error).split())
     return message if isinstance(error, CpdebugError) else f"{type(error).__name__}: {message}"
+
+
+def module_of(kind: type) -> str:
+    """Name of the module that a class says it is from; empty where it has something else there, as Python lets it."""
+    name = kind.__module__
+    return name if isinstance(name, str) else ""
+
+
+def text_of(error: BaseException) -> str:
+    """An error's message; empty where a class of the user's makes none, but raises itself."""
+    try:
+        return str(error)
+    except Exception:
+        return ""

@@ -9,6 +9,7 @@ import os
 import shutil
 import stat
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,8 +22,18 @@ READER = 10.0
 """Seconds to wait for somebody who reads a pipe; opened as a file it would wait for ever."""
 SHORTENED = 100
 """Number of characters of a name that a temporary name repeats."""
+PARTIAL, MADE = "cpdebug.partial", "cpdebug.made"
+"""Audit events by which it is known what goes when the process dies: a temporary path; a folder, if it is empty."""
 results: TextIO | None = None
 """The stream of reports that no file was named for; None: ``sys.stdout``, unless that is set aside for prints."""
+
+
+def named(path: Path) -> str:
+    """The name of a file in messages: of one in a working folder of this program, which nobody knows, where that is."""
+    temporary = Path(tempfile.gettempdir())
+    if path.is_relative_to(temporary) and str(path.relative_to(temporary)).startswith("cpdebug-"):
+        return f"a working file in {temporary}"
+    return str(path)
 
 
 @contextmanager
@@ -37,7 +48,7 @@ def complete_path(path: Path) -> Iterator[Path]:
         if not special:
             partial.replace(path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({system_reason(error)})") from error
+        raise InputError(f"{named(path)}: cannot be written ({system_reason(error)})") from error
     finally:
         if pipe is not None:
             os.close(pipe)
@@ -79,7 +90,7 @@ def complete_folder(path: Path) -> Iterator[Path]:
             file.replace(path / file.name)
         new = []
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({system_reason(error)})") from error
+        raise InputError(f"{named(path)}: cannot be written ({system_reason(error)})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for folder in new:
@@ -95,8 +106,8 @@ def missing_folders(path: Path) -> list[Path]:
         return []
 
 
-def partial_name(path: Path) -> Path:
-    """The temporary name beside ``path`` under which this process writes.
+def partial_name(path: Path, mark: str = "") -> Path:
+    """The temporary name beside ``path`` under which this process writes; ``mark`` tells apart those of one process.
 
     Files that processes left which are gone are removed.
     """
@@ -106,7 +117,9 @@ def partial_name(path: Path) -> Path:
             owner = entry.name[len(stem) :].removesuffix(".partial").partition("-")[0]
             if entry.name.startswith(stem) and entry.name.endswith(".partial") and _is_gone(owner):
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    return path.with_name(f"{stem}{os.getpid()}.partial")
+    partial = path.with_name(f"{stem}{os.getpid()}{f'-{mark}' if mark else ''}.partial")
+    sys.audit(PARTIAL, str(partial.absolute()))
+    return partial
 
 
 def _is_gone(owner: str) -> bool:
@@ -137,6 +150,8 @@ def check_target(path: Path) -> None:
     """Raise InputError where no file can be written: an empty or impossible name, a folder, no folder around it."""
     if "\0" in str(path):
         raise InputError(f"{str(path)!r}: cannot be written (a null byte in its name)")
+    if str(path) == "-":
+        raise InputError("-: expected the name of a file; the standard output is /dev/stdout")
     try:
         if not path.name or path.is_dir():
             raise InputError(f"{path}: cannot be written (it is a folder); expected the name of a file")
@@ -154,6 +169,8 @@ def make_folder(path: Path, what: str = "folder") -> None:
 
     ``what`` names the folder in messages. Raises InputError when it cannot be made.
     """
+    if str(path) == "-":
+        raise InputError(f"-: expected the name of a {what}")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:

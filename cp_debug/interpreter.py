@@ -64,7 +64,11 @@ OnEvent = Callable[[Mapping[str, Any]], None]
 
 
 UNASKED = 300_000
-"""Lines that a process may print before its first step: what writes more does not run the script."""
+"""Lines that a process may print before its first step: what writes more does not run the script. A long line counts as
+one for each ``WIDTH`` characters."""
+WIDTH = 200
+CLOSING = 1.0
+"""Seconds that the output of a process that has ended is waited for: a child of its may hold the pipe."""
 BUILD_STOPPED = "; --builder-level 0 to 2 builds faster; without --no-cache the next run goes on from about here"
 """Advice after a build of TensorRT's was stopped."""
 
@@ -161,9 +165,9 @@ class Interpreter:
         tail: deque[str] = deque(maxlen=TAIL)
         doing, before = "starting", 0
         try:
-            for line in _lines(process, end):
+            for line in filter(str.strip, _lines(process, end)):
                 event = _event(line)
-                before += doing == "starting"
+                before += (1 + len(line) // WIDTH) * (doing == "starting")
                 if before > UNASKED:
                     reason = f"{self.python} writes without end and does not run {Path(self._script).name}"
                     raise InterpreterFailed(reason + _quote(tail), unusable=True)
@@ -220,10 +224,10 @@ def _check(python: str) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill the process and its children, if it still runs, and close its pipes."""
-    if process.poll() is None:
+    """Kill the process and its children, as far as they still run, and close its pipes."""
+    with suppress(ProcessLookupError, PermissionError):  # all have ended
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             with suppress(OSError):  # what was written last may not have been read
@@ -236,9 +240,13 @@ def _lines(process: subprocess.Popen[bytes], end: float) -> Iterator[str]:
     file = process.stdout.fileno()
     unfinished = b""
     while True:
-        remaining_time = end - time.monotonic()
-        if remaining_time <= 0 or not select.select([file], [], [], remaining_time)[0]:
-            raise TimeoutError
+        while not select.select([file], [], [], max(0.0, min(end - time.monotonic(), CLOSING)))[0]:
+            if process.poll() is not None:
+                if unfinished:
+                    yield unfinished.decode(errors="replace")
+                return
+            if time.monotonic() >= end:
+                raise TimeoutError
         chunk = os.read(file, LINE)
         *lines, unfinished = (unfinished + chunk).split(b"\n")
         if unfinished and (not chunk or len(unfinished) > LINE):

@@ -18,7 +18,7 @@ from datetime import date, time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cp_debug.errors import InputError, system_reason
+from cp_debug.errors import DAMAGED, Damage, InputError, library_reason, system_reason
 
 if TYPE_CHECKING:
     from typing import IO
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+RESULT = "result.json"
+"""File of the result in a saved folder."""
 SHOWN = 3
 """Largest number of fields that a message names."""
 DEPTH = 64
@@ -39,7 +41,7 @@ LONGEST_NUMBER = 1024
 """Largest number of bits of a number in settings."""
 LARGEST_DOCUMENT = 1 << 30
 """Largest size of a JSON document in bytes."""
-LARGEST_SETTINGS = 1 << 20
+LARGEST_SETTINGS = 1 << 17
 """Largest size in bytes of a file that a person writes: a configuration, settings."""
 
 
@@ -94,6 +96,16 @@ def read_json(path: Path, *, what: str = "file", most: int = LARGEST_DOCUMENT) -
     Raises InputError as ``read_bytes`` and ``parse_json`` do.
     """
     return parse_json(read_bytes(path, what=what, most=most), str(path))
+
+
+def result_file(path: Path) -> Path:
+    """The file of a saved result, which is in a folder or is the path itself. Raises InputError where there is none."""
+    file = path / RESULT if path.is_dir() else path
+    if file.exists():
+        return file
+    if any(path.glob("sample-*/*/manifest.json")):
+        raise InputError(f"{path}: the run was interrupted before it had a result; run it again with --overwrite")
+    raise InputError(f"{file}: no such file; expected what `cpdebug bisect --save FOLDER` writes")
 
 
 def parse_json(data: bytes | str, source: str, *, unique: bool = False) -> Any:
@@ -257,7 +269,7 @@ def reading(path: Path) -> Iterator[None]:
 def array_of(stream: IO[bytes], size: int, name: str) -> np.ndarray:
     """Array that follows a ``.npy`` header in ``stream``, which holds ``size`` bytes of it.
 
-    Raises ValueError, or what numpy raises, for a header that claims something else.
+    Raises Damage, or what numpy raises, for a header that claims something else.
     """
     import math
 
@@ -267,25 +279,25 @@ def array_of(stream: IO[bytes], size: int, name: str) -> np.ndarray:
     version = npy.read_magic(stream)
     read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
     if read_header is None:
-        raise ValueError(f"{name} is in version {version} of the format; expected 1.0 or 2.0")
+        raise Damage(f"{name} is in version {version} of the format; expected 1.0 or 2.0")
     shape: tuple[Any, ...]
     try:
         shape, fortran, dtype = read_header(stream)
     except Exception as error:  # numpy evaluates its text as a literal of Python, and makes a type of what comes
         if (found := re.search(r"dtype descriptor: ('\w{1,16}')", str(error))) is not None:
-            raise ValueError(f"{name} has the dtype {found[1]}, which numpy lacks") from None
-        raise ValueError(f"{name} has a header that says no type, order and shape") from None
+            raise Damage(f"{name} has the dtype {found[1]}, which numpy lacks") from None
+        raise Damage(f"{name} has a header that says no type, order and shape") from None
     if dtype.hasobject:
-        raise ValueError(f"{name} holds Python objects; expected numbers")
+        raise Damage(f"{name} holds Python objects; expected numbers")
     if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in shape):
-        raise ValueError(f"{name} has the shape {shape}")
+        raise Damage(f"{name} has the shape {shape}")
     sizes: list[int] = list(shape)
     count = math.prod(sizes)
     needed, available = count * dtype.itemsize, size - stream.tell()
     if needed != available:
-        raise ValueError(f"{name} is {dtype}{list(shape)}, {needed} bytes; {available} bytes follow")
+        raise Damage(f"{name} is {dtype}{list(shape)}, {needed} bytes; {available} bytes follow")
     if count and not needed:
-        raise ValueError(f"{name} has elements of no bytes")
+        raise Damage(f"{name} has elements of no bytes")
     values = np.frombuffer(bytearray(stream.read(needed)), dtype, count) if needed else np.empty(0, dtype)
     return values.reshape(sizes, order="F" if fortran else "C")
 
@@ -299,7 +311,7 @@ def _numpy_file(path: Path, kind: str) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({system_reason(error)})") from None
     except Exception as error:  # zipfile, zlib, tokenize and numpy raise nearly anything on what is no such file
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = library_reason(error) or DAMAGED
         raise InputError(
             f"{path}: not a readable {kind} file; not a complete {kind} file of plain arrays: {reason[:200]}"
         ) from None

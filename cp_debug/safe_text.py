@@ -6,6 +6,8 @@ raw can move its cursor, and what reaches a spreadsheet or a page can be run.
 
 from __future__ import annotations
 
+import io
+import json
 import re
 import sys
 import unicodedata
@@ -22,23 +24,28 @@ WIDTH = 400
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode's categories of what is not seen, and of what turns or breaks lines: control and format characters (bidi
 overrides are among them), halves of surrogates, private and unassigned characters, separators."""
+_IGNORED = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\uffa0]")
+"""Marks and letters that nobody sees either (Unicode's property Default_Ignorable_Code_Point), but for the selectors of
+emoji."""
 _MARKDOWN = re.compile(r"([\\`*\[\]|#~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")  # inside a word, _ is a letter
-_COMMAND = re.compile(r"^(\s*)(::|##\[)", re.M)
+_COMMAND = re.compile(r"^(\s*)::|##\[", re.M)
+_REFERENCE = re.compile(r"(?<!\w)@(?=\w)|(?<=\\#)(?=\d)|\bGH-(?=\d)|://|\bwww\.", re.I)
+"""Text that GitHub makes a link of, or a message to somebody, wherever it stands in a page of Markdown."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def visible(text: str, keep: str = "\n") -> str:
     """The text with everything unseen as an escape (``\\x1b``, ``\\u202e``), but for the characters to ``keep``."""
     if text.isprintable():
-        return text
-    return "".join(
-        c if c.isprintable() or c in keep or unicodedata.category(c) not in _UNSEEN else _escaped(c) for c in text
-    )
+        return text if text.isascii() else _IGNORED.sub(lambda found: _escaped(found[0]), text)
+    shown = (c if c.isprintable() or c in keep or unicodedata.category(c) not in _UNSEEN else _escaped(c) for c in text)
+    return _IGNORED.sub(lambda found: _escaped(found[0]), "".join(shown))
 
 
 def no_command(text: str) -> str:
-    """Text of a line in a log, of which GitHub's runner takes none for a command of its workflow (``::error::…``)."""
-    return _COMMAND.sub(lambda found: f"{found[1]}\\x{ord(found[2][0]):02x}{found[2][1:]}", text)
+    """Text of a line in a log, of which GitHub's runner takes none for a command of its workflow: ``::error::…`` where
+    a line begins, ``##[error]`` anywhere."""
+    return _COMMAND.sub(lambda found: "\\x23#[" if found[1] is None else f"{found[1]}\\x3a:", text)
 
 
 class SafeStream:
@@ -58,8 +65,31 @@ class SafeStream:
         for text in texts:
             self.write(text)
 
+    @property
+    def buffer(self) -> SafeBuffer:
+        """A stream of bytes, which are text of the same kind."""
+        return SafeBuffer(self)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class SafeBuffer(io.RawIOBase):
+    """Bytes for a ``SafeStream``, in UTF-8; others are shown as U+FFFD."""
+
+    def __init__(self, stream: SafeStream) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def writable(self) -> bool:
+        """Whether it can be written to."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Write what a buffer of bytes holds; returns their number."""
+        content = bytes(data)
+        self._stream.write(content.decode("utf-8", "replace"))
+        return len(content)
 
 
 class LimitedStream(SafeStream):
@@ -159,29 +189,41 @@ def without_traceback(text: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """The text in one line in which nothing is Markdown or HTML."""
-    return escape(_MARKDOWN.sub(r"\\\1", one_line(text)), quote=False)
+    """The text in one line in which nothing is Markdown or HTML, and nothing a link or addresses anybody."""
+    return _REFERENCE.sub(_broken, escape(_MARKDOWN.sub(r"\\\1", one_line(text)), quote=False))
+
+
+def _broken(found: re.Match[str]) -> str:
+    """A reference with an empty comment in it: readers see the same."""
+    text = found[0]
+    return f"{text[0]}<!-- -->{text[1:]}" if text[:1] in tuple(":wW") else f"{text}<!-- -->"
 
 
 def code_span(text: str) -> str:
     """The text as Markdown's code, in one line; its own backticks are apostrophes."""
-    inside = one_line(text).replace("`", "'")
+    inside = one_line(text).replace("`", "'").replace("##[", "\\x23#[")
     return f"`{inside}`"
 
 
 def csv_cell(value: Any) -> Any:
-    """A cell that no spreadsheet takes for a formula: such text gets an apostrophe before it; numbers stay."""
+    """A cell that no spreadsheet takes for a formula: such text gets an apostrophe before it; numbers stay.
+
+    Nor does GitHub's runner take a row for a command, where the table is printed. Lists and mappings are JSON.
+    """
+    if isinstance(value, list | tuple | dict):
+        return no_command(one_line(json.dumps(value, ensure_ascii=False, default=str)))
     if not isinstance(value, str):
         return value
-    cell_text = one_line(value)
-    if (value.startswith(_FORMULA) or value.lstrip().startswith(_FORMULA)) and not _is_number(value):
-        return f"'{cell_text}"
-    return cell_text
+    cell_text = no_command(one_line(value))
+    # Spreadsheets in East Asian languages take wide signs for the narrow ones.
+    begins = [unicodedata.normalize("NFKC", text[:1]) for text in (value, value.lstrip())]
+    formula = any(first.startswith(_FORMULA) for first in begins) and not _is_number(value)
+    return f"'{cell_text}" if formula else cell_text
 
 
 def annotation(text: str, *, name: bool = False) -> str:
     """Text of a GitHub annotation, which ends with the line; ``name``: of a property such as its title."""
-    escaped = visible(text).replace("%", "%25").replace("\n", "%0A")
+    escaped = visible(text).replace("##[", "\\x23#[").replace("%", "%25").replace("\n", "%0A")
     return escaped.replace(":", "%3A").replace(",", "%2C") if name else escaped
 
 
@@ -205,3 +247,8 @@ def _is_number(text: str) -> bool:
 def amount(count: int, noun: str) -> str:
     """A count and what is counted: ``1 layer``, ``2 layers``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def in_digits(value: float) -> str:
+    """Six digits, ``0.0233179``; whole numbers with all of theirs, up to fifteen: ``16777217``."""
+    return f"{value:.{15 if abs(value) < 1e15 and float(value).is_integer() else 6}g}"
