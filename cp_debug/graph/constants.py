@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -55,9 +56,23 @@ class Constants:
             return math.prod(self.graph.weight(name).dims)
         return self[name].size
 
+    def uniform(self, name: str) -> bool:
+        """Whether all elements are equal: zeros and ones lie in many layers, so that they tell none from another."""
+        return is_uniform(self[name])
+
+    def readers(self, name: str) -> Sequence[Node]:
+        """The nodes that read a constant."""
+        return self.graph.consumers.get(name, [])
+
     def of(self, node: Node) -> tuple[str, ...]:
         """The digests of a node's constants that are large enough to tell it from others."""
         return tuple(self.digest(n) for n in node.proto.input if n in self and self.size(n) >= TELLING)
+
+
+def is_uniform(array: np.ndarray) -> bool:
+    """Whether all elements of an array of any shape and dtype are equal."""
+    flat = array.reshape(-1)
+    return not flat.size or bool((flat == flat[0]).all())
 
 
 def _digest(array: np.ndarray) -> str:

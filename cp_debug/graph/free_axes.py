@@ -6,6 +6,7 @@ import ast
 import math
 import operator
 import re
+import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -133,7 +134,8 @@ class FreeAxes:
     def shape(self, value: ValueInfo, chosen: Choice) -> list[int]:
         """The shape of an input under the sizes ``chosen``; an expression of other symbols (``past + 1``) is computed.
 
-        Raises InputError when the values would take more than a quarter of the machine's memory.
+        Raises InputError when the values would take more than a quarter of the machine's memory, and when an array
+        without elements has axes that numpy cannot count beside its empty one.
         """
         expressions = self._expressions()
         sizes = []
@@ -147,6 +149,8 @@ class FreeAxes:
         if (size := math.prod(sizes) * 8) > physical_memory() // 4:  # values are made in FP64
             too_large = f"made-up values would take {size / 2**30:.3g} GiB"
             raise InputError(f"input {value}: {too_large}; give values with --inputs, or free the dimension")
+        if math.prod(length or 1 for length in sizes) * 8 > sys.maxsize:
+            raise InputError(f"input {value}: no array has axes of these sizes; free the dimension")
         return sizes
 
     def _size(self, value: ValueInfo, axis: int, symbol: str | None) -> int:

@@ -231,6 +231,11 @@ class Graph:
         return sha.hexdigest()
 
 
+def digest_of(graphs: Iterable[Graph]) -> str:
+    """SHA-256 over the files of a model's graphs, external data files included."""
+    return hashlib.sha256("".join(graph.digest for graph in graphs).encode()).hexdigest()
+
+
 def _sort(graph: onnx.GraphProto) -> None:
     """Put nodes behind those they read from, else in file order: runtimes accept files that break ONNX's rule."""
     nodes = list(graph.node)

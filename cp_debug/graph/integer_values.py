@@ -16,10 +16,17 @@ _KEEP_LEVELS = {
 }
 _CUT_OFF = {"Relu", "Clip"}
 """Activations that quantizers leave out, because the range of the result does the same."""
+_OF_LEVELS = {
+    *("Add", "Sub", "Mul", "Div", "Sum", "Max", "Min", "Abs", "Neg", "Mod", "Where", "TopK", "Tile", "ScatterND"),
+    *("ReduceMax", "ReduceMin", "ReduceSum", "ReduceMean", "CumSum", "GatherND", "GatherElements", *_CUT_OFF),
+}
+"""Operators whose results are levels, or sums and products of levels, where they read some."""
 _INTEGERS = {
     *(TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16, TensorProto.INT32),
     *(TensorProto.UINT32, TensorProto.INT4, TensorProto.UINT4),
 }
+WHOLE = frozenset({*_INTEGERS, TensorProto.INT64, TensorProto.UINT64, TensorProto.BOOL})
+"""ONNX data types of whole numbers: integers of all sizes, and bool."""
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 _SUFFIXES = ("_quantized", "_QuantizeLinear_Output", "_DequantizeLinear_Output")
 
@@ -68,6 +75,24 @@ def rounded_values(graph: Graph) -> set[str]:
         ):
             rounded.update(node.outputs)
     return rounded
+
+
+def level_values(graph: Graph) -> set[str]:
+    """Values in which a graph holds levels, or sums and products of levels: what quantizers and integer kernels give,
+    and what moves it, adds it up or stores it in another integer type. They are rounded, other integers are not.
+    """
+    made = ("QLinear", "QGemm", "QAttention", "DynamicQuantize", "ConvInteger", "MatMulInteger")
+    levels: set[str] = set()
+    for node in graph.nodes:
+        op = node.op.rpartition(".")[2]
+        if op == "QuantizeLinear" or op.startswith(made):
+            levels.update(node.outputs)
+        elif not levels.isdisjoint(node.inputs) and (op in _OF_LEVELS or node.op in _KEEP_LEVELS):
+            levels.update(node.outputs[:1] if op == "TopK" else node.outputs)
+        elif op == "Cast" and not levels.isdisjoint(node.inputs):
+            to = next((a.i for a in node.proto.attribute if a.name == "to"), TensorProto.UNDEFINED)
+            levels.update(node.outputs if to in WHOLE - {TensorProto.BOOL} else ())
+    return levels
 
 
 def produced_grid(graph: Graph, value: str) -> GridNames | None:

@@ -10,6 +10,7 @@ import functools
 import math
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,16 @@ from onnx import AttributeProto, TensorProto
 
 from cp_debug.errors import InputError
 from cp_debug.graph.onnx_tensors import BITS, FIELD, LARGEST_RANK, byte_count, described, external_data, shown
+from cp_debug.graph.operators import CONTRIB_INPUTS
 from cp_debug.reading import check_file, read_bytes
 from cp_debug.safe_text import amount, one_line
 
 LARGEST = (1 << 31) - 1
 """Bytes of a protobuf message."""
+MOST_NODES = 1_000_000
+"""Nodes of a graph with its functions written out."""
+DEEPEST = 100
+"""Functions and bodies inside each other, where functions are written out."""
 LONGEST = 4096
 """Characters of a name."""
 _CONSTANT = ("value", "sparse_value")
@@ -140,16 +146,29 @@ class _Check:
             self._version = own[0] if own else outer
             for node in function.node:
                 self._node(node)
-        self._acyclic_functions()
+        self._finite_functions()
         self._external()
 
-    def _acyclic_functions(self) -> None:
-        calls = {(f.domain, f.name): {(n.domain, n.op_type) for n in f.node} for f in self.model.functions}
-        while leaves := [name for name, called in calls.items() if not called & calls.keys()]:
-            for name in leaves:
-                del calls[name]
-        if calls:
-            raise self._error(f"the function {shown(next(iter(calls))[1])} calls itself, or one that calls it")
+    def _finite_functions(self) -> None:
+        """Refuse functions that call themselves, and those that are too many nodes or too deep, written out."""
+        within = {(f.domain, f.name): _called(f.node) for f in self.model.functions}
+        calls = {name: within.keys() & (called for called, _ in inside) for name, inside in within.items()}
+        sizes: dict[tuple[str, str], int] = {}
+        depths: dict[tuple[str, str], int] = {}
+
+        def written_out(inside: list[tuple[tuple[str, str], int]]) -> tuple[int, int]:
+            deepest = max((depths[called] + depth for called, depth in inside if called in depths), default=0)
+            return sum(sizes.get(called, 1) for called, _ in inside), deepest + 1
+
+        try:
+            for name in TopologicalSorter(calls).static_order():
+                sizes[name], depths[name] = written_out(within[name])
+        except CycleError as error:
+            raise self._error(f"the function {shown(error.args[1][0][1])} calls itself, or one that calls it") from None
+        count, depth = written_out(_called(self.model.graph.node))
+        for found, most, what in ((count, MOST_NODES, "nodes"), (depth, DEEPEST, "levels")):
+            if sizes and found > most:
+                raise self._error(f"functions, written out where they are called, make {found} {what}: {most} at most")
 
     def _opsets(self) -> None:
         versions: dict[str, int] = {}
@@ -263,7 +282,9 @@ class _Check:
         self._counts(node)
         if not any(node.output):
             raise self._error(f"{_title(node)} puts out nothing")
-        if node.domain in ("", "ai.onnx") and (node.domain, node.op_type) not in self._functions:
+        if (node.domain, node.op_type) in self._functions:
+            return
+        if node.domain in ("", "ai.onnx"):
             inputs, outputs = _needed(node.op_type, self._version)
             for kind, values, (places, most) in (("input", node.input, inputs), ("output", node.output, outputs)):
                 given = sum(place < len(values) and bool(values[place]) for place in places)
@@ -271,6 +292,8 @@ class _Check:
                     raise self._error(f"{_title(node)} has {given} of {len(places)} {kind}s")
                 if len(values) > most:
                     raise self._error(f"{_title(node)} has {amount(len(values), kind)}; expected at most {most}")
+        elif node.domain == "com.microsoft" and len(node.input) < (least := CONTRIB_INPUTS.get(node.op_type, 0)):
+            raise self._error(f"{_title(node)} has {len(node.input)} of {least} inputs")
 
     def _counts(self, node: onnx.NodeProto) -> None:
         """Raise InputError where an attribute counts more inputs or outputs than the node has."""
@@ -367,6 +390,16 @@ def reads(node: onnx.NodeProto) -> Iterable[str]:
         for child in graph.node:
             yield from (name for name in reads(child) if name not in inner)
             inner.update(child.output)
+
+
+def _called(nodes: Iterable[onnx.NodeProto], depth: int = 0) -> list[tuple[tuple[str, str], int]]:
+    """Domain and name of each node's operator, those of bodies too, and in how many bodies it stands."""
+    found = []
+    for node in nodes:
+        found.append(((node.domain, node.op_type), depth))
+        for inner in _graphs(node):
+            found += _called(inner.node, depth + 1)
+    return found
 
 
 def _graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx
 from onnx import numpy_helper
@@ -150,8 +150,10 @@ def run(
     names: Sequence[str],
     inputs: Mapping[str, onnxruntime.OrtValue],
     limit: float | None = None,
-) -> list[onnxruntime.OrtValue]:
-    """The outputs ``names`` of one run.
+    *,
+    plain: bool = False,
+) -> list[Any]:
+    """The outputs ``names`` of one run, as OrtValues; ``plain``: as arrays, lists of arrays, lists of dicts, or None.
 
     Raises KeyboardInterrupt on Ctrl-C, also while ONNX Runtime computes; Endless when ``limit`` (seconds) is over, and
     whatever ONNX Runtime raises: each of its statuses is a class of its own, directly below Exception.
@@ -162,7 +164,7 @@ def run(
     options.log_severity_level = severity()
     with _ending(options, limit) as call:
         try:
-            return list(session.run_with_ort_values(names, inputs, options))
+            return list((session.run if plain else session.run_with_ort_values)(names, inputs, options))
         except Exception as error:
             if call.expired:
                 raise Endless(

@@ -2,7 +2,8 @@
 
 Equal names are believed where the nodes behind them agree. Else what each value holds on the same inputs decides, and
 the dataflow decides among equal tensors (``programs/pairing_numbers.py``). Inputs and outputs are paired by name, else
-by what they hold, else by position and shape. What the user said goes before all of it.
+by what they hold, else by position and shape; a torch module's outputs, which have places alone, must not stand in
+another order. What the user said goes before all of it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, ValueInfo
 from cp_debug.graph.integer_values import named_levels
 from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.tensor_ends import part_of
 from cp_debug.serialize import JsonForm
 
 UNPAIRED = " (test)"
@@ -41,16 +43,30 @@ class Pairing(JsonForm):
     """Reference input → test input."""
     outputs: Mapping[str, str]
     """Reference output → test output; those without a counterpart are left out."""
+    inside: Mapping[str, str] = field(default_factory=dict)
+    """Reference output → value of the test that is none of its outputs, where the user said so: a probe shows it."""
     how: Mapping[str, int] = field(default_factory=dict)
     """``name``, ``numbers``, ``structure``, ``position``, ``map`` → how many values were paired so."""
     missing: Sequence[str] = ()
     """Values of the reference that the test does not have: left out, or inside a fused operator."""
     added: Sequence[str] = ()
     """Values that only the test has."""
+    left_out: Sequence[str] = ()
+    """Outputs of the reference that are compared with nothing, as the user said."""
+    moved: Mapping[str, str] = field(default_factory=dict)
+    """Output of a torch module → output of the test that stands in its place, but holds what another one of the module
+    does."""
 
     def reference_outputs(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
         """A run's outputs under the reference's names, in the reference's order; unpaired ones are left out."""
-        return {name: outputs[test_name] for name, test_name in self.outputs.items()}
+        by_reference: dict[str, Any] = {}
+        for name, test_name in self.outputs.items():
+            if test_name in outputs:
+                by_reference[name] = outputs[test_name]
+            else:  # parts of an output that is no tensor
+                parts = [part for part in outputs if part_of(part) == test_name]
+                by_reference |= {name + part.removeprefix(test_name): outputs[part] for part in parts}
+        return by_reference
 
     def other_names(self, told: Sequence[str] = ()) -> list[str]:
         """A sentence about the inputs and outputs that are paired under different names, other than those ``told``."""
@@ -60,10 +76,12 @@ class Pairing(JsonForm):
             for name, test_name in pairs.items()
             if name != test_name and f"{name}={test_name}" not in told
         ]
-        more = f" and {len(ends) - MOST_TOLD} more" if len(ends) > MOST_TOLD else ""
-        names = f"{', '.join(ends[:MOST_TOLD])}{more}"
-        how = "paired by what they hold, else by position and shape; --map REFERENCE=TEST decides"
-        return [f"inputs and outputs have other names in the test: {names}: {how}"] if ends else []
+        how = "paired by what they hold, else by position and shape; `--map REFERENCE=TEST` pairs others"
+        return [f"inputs and outputs have other names in the test: {some_of(ends)}: {how}"] if ends else []
+
+    def lacks(self, output: str) -> bool:
+        """Whether an output of the reference has no counterpart in the test, although nobody left it out."""
+        return not (output in self.outputs or output in self.inside or output in self.left_out)
 
     def derived(self) -> dict[str, Any]:
         """The pairs whose names differ; the others are not written."""
@@ -75,12 +93,46 @@ class Pairing(JsonForm):
         return {"names": document.get("renamed", {})} | document
 
 
+def places(moved: Mapping[str, str]) -> str:
+    """A phrase about ``Pairing.moved``: ``in the place of a is y1``."""
+    return some_of([f"in the place of {name} is {other}" for name, other in moved.items()])
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first names of a sentence, and how many more there are."""
+    more = f" and {len(names) - MOST_TOLD} more" if len(names) > MOST_TOLD else ""
+    return f"{', '.join(names[:MOST_TOLD])}{more}"
+
+
+def left_out(texts: Iterable[str], outputs: Collection[str]) -> tuple[list[str], list[str]]:
+    """The outputs of the reference that ``--map OUTPUT=`` leaves out of the comparison, and the other texts.
+
+    Raises InputError for a name that is none of ``outputs``.
+    """
+    omitted = [text for text in texts if text.endswith("=")]
+    names = [text.removesuffix("=") for text in omitted]
+    if (unknown := next((name for name in names if name not in outputs), None)) is not None:
+        raise InputError(f"--map: {unknown!r} is no output of the reference; its outputs are {', '.join(outputs)}")
+    return names, [text for text in texts if text not in omitted]
+
+
 def parse_map(texts: Iterable[str], reference: Iterable[Graph], test: Iterable[Graph]) -> dict[str, str]:
     """``--map REFERENCE=TEST`` as test value → reference value.
 
-    Raises InputError for a text without ``=``, and for a name that no graph of its side has, with the nearest.
+    Raises InputError for a text without ``=``, for a name that no graph of its side has, with the nearest, and for an
+    input paired with a value that the other side computes.
     """
-    return parse_map_of(texts, known_names(reference), known_names(test))
+    reference, test = [*reference], [*test]
+    pairs = parse_map_of(texts, known_names(reference), known_names(test))
+    fed, fed_test = ({v.name for g in graphs for v in g.inputs} for graphs in (reference, test))
+    for test_name, name in pairs.items():
+        if (name in fed) != (test_name in fed_test):
+            one, other = ("reference", "test") if name in fed else ("test", "reference")
+            raise InputError(
+                f"--map: '{name}={test_name}' pairs an input of the {one} with a value that the {other} computes; "
+                "expected two inputs, or two computed values"
+            )
+    return pairs
 
 
 def parse_map_of(texts: Iterable[str], ours: Collection[str], theirs: Collection[str]) -> dict[str, str]:
@@ -128,16 +180,18 @@ def pair_outputs(
     test: Graph,
     names: Mapping[str, str],
     shapes: tuple[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, ...]]],
+    paired: Collection[str] = (),
 ) -> dict[str, str]:
     """Reference output → test output: by ``names`` (test value → reference value), else by position and shape.
 
-    ``shapes`` are those that values had in a run, where there was one.
+    ``shapes`` are those that values had in a run, where there was one; outputs in ``paired`` have their counterpart.
     """
 
     def seen(infos: Sequence[ValueInfo], known: Mapping[str, tuple[int, ...]]) -> list[ValueInfo]:
         return [replace(v, shape=known.get(v.name, v.shape)) for v in infos]
 
-    return _pair_ends(seen(reference.outputs, shapes[0]), seen(test.outputs, shapes[1]), names, names)
+    ours = [value for value in reference.outputs if value.name not in paired]
+    return _pair_ends(seen(ours, shapes[0]), seen(test.outputs, shapes[1]), names, names)
 
 
 def _pair_ends(
@@ -304,7 +358,13 @@ def finish(
     """A whole ``Pairing`` from ``pairs``: outputs by position and shape where names do not tell, names for the rest."""
     pairs = _behind_folded(ours, theirs, pairs)
     names = {test_name: name for test_name, (name, _) in pairs.items()}
-    outputs = pair_outputs(ours, theirs, names, shapes)
+    ends = {v.name for v in ours.outputs}, {v.name for v in theirs.outputs}
+    inside = {
+        name: test_name
+        for test_name, (name, kind) in pairs.items()
+        if kind == "map" and name in ends[0] and test_name not in ends[1]
+    }
+    outputs = pair_outputs(ours, theirs, names, shapes, inside)
     how = Counter(kind for test_name, (_, kind) in pairs.items() if test_name in theirs.producer)
     for name, test_name in outputs.items():
         if names.get(test_name) != name:
@@ -316,4 +376,4 @@ def finish(
     for value in theirs.values:
         if value not in names and value in our_names:
             names[value] = value + UNPAIRED
-    return Pairing(names, inputs, outputs, how, [v for v in data if v not in used], added)
+    return Pairing(names, inputs, outputs, inside, how, [v for v in data if v not in used], added)

@@ -8,7 +8,8 @@ so are added to the graph; nothing that the network computes is changed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,51 @@ MOST = 256
 """Elements of a sequence that are compared each by itself; of a longer one only the length is."""
 _ML = "ai.onnx.ml"
 _CODE_BYTES = 6
+_PART = re.compile(r"(\.given|(\.value)?(\.length|\.values|\.keys|\[\d+\])|\.value)$")
 
 
 def other_outputs(graph: Graph) -> list[str]:
     """Names of the outputs that are known to be no tensors of numbers, and that a node computes."""
     names = [v.name for v in graph.outputs if v.name in graph.producer and v.name in graph.types]
     return [name for name in names if name not in graph.tensors]
+
+
+def as_arrays(
+    graph: Graph, outputs: Mapping[str, Any], array: Callable[[Any], np.ndarray] = np.asarray
+) -> dict[str, np.ndarray]:
+    """A run's outputs as arrays, those that are no tensors under the names by which nodes would give their parts.
+
+    ``outputs``: name → array of numbers or strings, a list of them, a list of maps, None for an empty optional. Shapes
+    and dtypes stay, ``array`` makes them of a runtime's tensors. Of sequences longer than ``MOST`` only the length is
+    given.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for name, value in outputs.items():
+        kind = graph.types.get(name)
+        if kind is not None and kind.HasField("optional_type"):
+            arrays[f"{name}.given"] = np.array(value is not None)
+            name = f"{name}.value"
+        if value is not None:
+            arrays |= _parts(name, value, array)
+    return arrays
+
+
+def part_of(name: str) -> str:
+    """The output that ``name`` is a part of, by the names that ``as_arrays`` gives."""
+    return _PART.sub("", name)
+
+
+def _parts(name: str, value: Any, array: Callable[[Any], np.ndarray]) -> dict[str, np.ndarray]:
+    if not isinstance(value, list | tuple):
+        return {name: array(value)}
+    if value and isinstance(value[0], dict):  # what ``ZipMap`` gives: one map a row, all of the same keys
+        keys = [[k if isinstance(k, int) else str(k) for k in each] for each in value]
+        return {f"{name}.values": np.array([[*each.values()] for each in value]), f"{name}.keys": np.array(keys)}
+    elements = value if len(value) <= MOST else ()
+    return {
+        f"{name}.length": np.array(len(value), np.int64),
+        **{f"{name}[{place}]": array(element) for place, element in enumerate(elements)},
+    }
 
 
 def without_maps(graph: Graph) -> onnx.ModelProto | None:
