@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard, Union
 import ml_dtypes
 import numpy as np
 
+from cp_debug.errors import InputError, in_one_line, module_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -26,7 +28,7 @@ _TORCH_TYPES = {"bool", "uint8", "int8", "int16", "int32", "int64", "float16", "
 
 def is_torch(tensor: Any) -> TypeGuard[torch.Tensor]:
     """Whether this is a torch tensor, found out without importing torch."""
-    return type(tensor).__module__.partition(".")[0] == "torch"
+    return module_of(type(tensor)).partition(".")[0] == "torch"
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -34,6 +36,11 @@ def is_dense(tensor: torch.Tensor) -> bool:
     # Subclasses that only say they lie on ``meta`` may have values.
     has_none = tensor.is_meta and type(tensor).__name__ in ("Tensor", "Parameter")
     return str(tensor.layout) == "torch.strided" and not (tensor.is_nested or tensor.is_quantized or has_none)
+
+
+def layout_of(tensor: torch.Tensor) -> str:
+    """The layout, dtype and device of a tensor of any shape, for messages: ``nested torch.float32 on cpu``."""
+    return f"{'nested' if tensor.is_nested else tensor.layout} {tensor.dtype} on {tensor.device}"
 
 
 def device_of(tensor: Tensor) -> str:
@@ -44,10 +51,18 @@ def device_of(tensor: Tensor) -> str:
 def as_numpy(tensor: Tensor) -> np.ndarray:
     """The tensor as a numpy array of the same shape, sharing memory where it lies on the host.
 
-    bfloat16 and float8 tensors of torch become arrays of the ``ml_dtypes`` type of that name, bit for bit.
+    bfloat16 and float8 tensors of torch become arrays of the ``ml_dtypes`` type of that name, bit for bit. Raises
+    InputError for tensors that are no arrays: sparse, nested, quantized, without values, subclasses that refuse.
     """
-    if not is_torch(tensor):
-        return np.asarray(tensor)
+    try:
+        return _as_numpy(tensor) if is_torch(tensor) else np.asarray(tensor)
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        # A module may return them in one forward, and arrays in those before.
+        what = f"a tensor of {dtype_name(tensor)} ({type(tensor).__name__})"
+        raise InputError(f"{what} cannot be read as an array: {in_one_line(error)}") from error
+
+
+def _as_numpy(tensor: torch.Tensor) -> np.ndarray:
     import torch
 
     host = tensor.detach().resolve_neg().resolve_conj().cpu()

@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from cp_debug.errors import InputError, system_reason
-from cp_debug.files import partial_name
+from cp_debug.files import named, partial_name
 from cp_debug.probes.arrays import Tensor, as_numpy
 from cp_debug.reading import check_file, read_json, typed, within
 
@@ -99,6 +99,7 @@ class _Kept:
     emulated: bool = False
     layers: dict[str, dict[str, str]] = field(default_factory=dict)
     outputs: list[tuple[str, str]] = field(default_factory=list)
+    levels: dict[str, list[str]] = field(default_factory=dict)
     class_names: list[str] = field(default_factory=list)
 
 
@@ -137,8 +138,7 @@ class CaptureWriter:
 
     def __enter__(self) -> CaptureWriter:
         check_free(self.folder)
-        partial = partial_name(self.folder)
-        self._partial = partial.with_name(f"{partial.stem}-{uuid.uuid4().hex[:8]}.partial")
+        self._partial = partial_name(self.folder, uuid.uuid4().hex[:8])
         with self._disk():
             self._partial.mkdir(parents=True)
         return self
@@ -158,7 +158,8 @@ class CaptureWriter:
             raise InputError(f"{self.folder}: tensor {name!r} of sample {sample} was written twice")
         array = as_numpy(tensor)
         if array.dtype.name not in _SAFETENSORS:
-            raise InputError(f"{self.folder}: tensor {name!r} has dtype {array.dtype}, which safetensors cannot hold")
+            what = f"tensor {name!r} has dtype {array.dtype}"
+            raise InputError(f"{named(self.folder)}: {what}, which safetensors cannot hold")
         # The running number makes the name unique, on file systems that fold case too; the rest is for people.
         file = f"{len(self._entries):05d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', name)[:80]}.safetensors"
         raw = _raw(array)
@@ -340,8 +341,7 @@ def _raw(array: np.ndarray) -> memoryview:
 
 
 def _dtype(name: str) -> np.dtype:
-    dtype = np.dtype(getattr(ml_dtypes, name, name))
-    return dtype.newbyteorder("<") if dtype.kind in "iuf" else dtype
+    return np.dtype(getattr(ml_dtypes, name, name)).newbyteorder("<")
 
 
 def _file_header(array: np.ndarray) -> bytes:

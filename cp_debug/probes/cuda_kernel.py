@@ -7,11 +7,16 @@ takes longer than small kernels do.
 from __future__ import annotations
 
 import ctypes
+import struct
+import threading
+from contextlib import nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+_HERE = nullcontext()
 
 
 class CudaKernel:
@@ -20,20 +25,26 @@ class CudaKernel:
     def __init__(self, function: ctypes.c_void_p) -> None:
         """``function`` is the driver's handle."""
         self._function = function
+        self._of_thread = threading.local()
 
     def launch(self, blocks: tuple[int, int, int], threads: int, *args: Any, device: torch.device) -> None:
         """Start the kernel on the current stream of ``device``.
 
-        ``args`` are tensors, of which it gets the address, and integers of 32 bits, or objects of ctypes. Raises
-        RuntimeError where the driver refuses.
+        ``args`` are tensors, of which it gets the address, and integers, of 32 bits unless the kernel takes wider ones,
+        or ctypes' integers. Raises RuntimeError where the driver refuses.
         """
         import torch
 
-        given = [arg if isinstance(arg, ctypes._SimpleCData) else _as_c(arg) for arg in args]
-        places = (ctypes.c_void_p * len(given))(*(ctypes.addressof(value) for value in given))
-        with torch.cuda.device(device):
-            stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-            _check(_driver().cuLaunchKernel(self._function, *blocks, threads, 1, 1, 0, stream, places, None))
+        numbers = [arg if type(arg) is int else _number(arg) for arg in args]
+        own = self._of_thread  # the driver has read them when it returns
+        if len(getattr(own, "values", ())) != len(numbers):
+            own.values, own.places, own.form = _slots(len(numbers))
+        struct.pack_into(own.form, own.values, 0, *numbers)
+        # torch's context takes longer than all else here.
+        elsewhere = device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else _HERE:
+            stream = ctypes.c_void_p(_stream(device))
+            _check(_driver().cuLaunchKernel(self._function, *blocks, threads, 1, 1, 0, stream, own.places, None))
 
 
 @cache
@@ -96,5 +107,21 @@ def _check(code: int) -> None:
         raise RuntimeError(f"a CUDA kernel could not be made or started: error {code}")
 
 
-def _as_c(arg: Any) -> Any:
-    return ctypes.c_int(arg) if isinstance(arg, int) else ctypes.c_void_p(arg.data_ptr())
+def _slots(count: int) -> tuple[Any, Any, str]:
+    """Room for arguments, 8 bytes each, of which the kernel reads as many as it takes; its addresses; struct's form."""
+    values = (ctypes.c_longlong * count)()
+    first = ctypes.addressof(values)
+    return values, (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8)), f"{count}q"
+
+
+def _number(arg: Any) -> int:
+    number = arg.value if isinstance(arg, ctypes._SimpleCData) else arg if isinstance(arg, int) else arg.data_ptr()
+    return int(number)
+
+
+def _stream(device: torch.device) -> int:
+    """The driver's handle of a GPU's current stream, without an object of torch's for it where that can be had."""
+    import torch
+
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return int(raw(device.index) if raw else torch.cuda.current_stream(device).cuda_stream)

@@ -13,6 +13,7 @@ from cp_debug.probes import statistics_small
 from cp_debug.probes.arrays import Tensor as AnyTensor
 from cp_debug.probes.arrays import as_numpy, device_of, has_torch_type, is_torch, to_device
 from cp_debug.probes.distance_cuda import sums_of_pair
+from cp_debug.probes.integers import are_wide, differences
 from cp_debug.probes.statistics_small import SMALL
 
 BLOCK = 1 << 20
@@ -29,7 +30,7 @@ class Distance(NamedTuple):
     whole: float
     """‖theirs‖."""
     new_nonfinite: int
-    """Elements that are NaN or Inf in ours and finite in theirs."""
+    """Elements that are NaN or Inf in ours and finite in theirs, or Inf of the other sign."""
 
     @property
     def relative(self) -> float:
@@ -45,6 +46,11 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
+def opposite_inf(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Mask of the elements that are Inf on both sides, of other signs; bool, in the shape of both."""
+    return torch.isinf(theirs) & (ours == -theirs)
+
+
 def distance(ours: AnyTensor, theirs: AnyTensor) -> Distance:
     """Compare two tensors of one shape and real dtypes, numpy (memory-mapped too) or torch, in float64."""
     if any(device_of(t) != "cpu" for t in (ours, theirs)):
@@ -53,15 +59,17 @@ def distance(ours: AnyTensor, theirs: AnyTensor) -> Distance:
         return fast
     a, b = ours.reshape(-1), theirs.reshape(-1)
     differing, whole, new_nonfinite = 0.0, 0.0, 0
+    wide = are_wide(a, b)
     for start in range(0, len(b), BLOCK):
         x, y = _block(a, start), _block(b, start)
-        difference = float(torch.linalg.vector_norm(x - y))
+        apart = _differences(a, b, start) if wide else x - y
+        difference = float(torch.linalg.vector_norm(apart))
         size = float(torch.linalg.vector_norm(y))
         if not (math.isfinite(difference) and math.isfinite(size)):
             finite_y = torch.isfinite(y)
             finite = torch.isfinite(x) & finite_y
-            new_nonfinite += int((finite_y & ~finite).sum())
-            difference = float(torch.linalg.vector_norm(torch.where(finite, x - y, 0.0)))
+            new_nonfinite += int(((finite_y & ~finite) | opposite_inf(x, y)).sum())
+            difference = float(torch.linalg.vector_norm(torch.where(finite, apart, 0.0)))
             size = float(torch.linalg.vector_norm(torch.where(finite, y, 0.0)))
         differing, whole = math.hypot(differing, difference), math.hypot(whole, size)
     return Distance(differing, whole, new_nonfinite)
@@ -73,13 +81,15 @@ def _on_device(ours: AnyTensor, theirs: AnyTensor) -> Distance:
     a, b = (to_device(_plain(t), device).reshape(-1) for t in (ours, theirs))
     if (reduced := sums_of_pair(a, b)) is not None:
         return Distance(math.sqrt(reduced[0]), math.sqrt(reduced[1]), int(reduced[2]))
-    sums = []
+    sums, wide = [], are_wide(a, b)
     for start in range(0, len(b), DEVICE_BLOCK):
-        x, y = (side[start : start + DEVICE_BLOCK].double() for side in (a, b))
+        unrounded = [side[start : start + DEVICE_BLOCK] for side in (a, b)]
+        x, y = (side.double() for side in unrounded)
+        apart = differences(*unrounded) if wide else x - y
         finite_y = torch.isfinite(y)
         finite = torch.isfinite(x) & finite_y
-        difference, size = torch.where(finite, x - y, 0.0), torch.where(finite, y, 0.0)
-        new_nonfinite = (finite_y & ~finite).sum().double()
+        difference, size = torch.where(finite, apart, 0.0), torch.where(finite, y, 0.0)
+        new_nonfinite = ((finite_y & ~finite) | opposite_inf(x, y)).sum().double()
         sums.append(torch.stack([difference.square().sum(), size.square().sum(), new_nonfinite]))
     if not sums:
         return Distance(0.0, 0.0, 0)
@@ -93,7 +103,7 @@ def _plain(tensor: AnyTensor) -> AnyTensor:
 
 
 def relative_l2(ours: AnyTensor, theirs: AnyTensor) -> float:
-    """‖ours − theirs‖ ÷ ‖theirs‖; infinite where the shapes differ, or ours is NaN or Inf and theirs finite."""
+    """‖ours − theirs‖ ÷ ‖theirs‖; infinite where the shapes differ, or for ``new_nonfinite`` elements."""
     if tuple(ours.shape) != tuple(theirs.shape):
         return math.inf
     apart = distance(ours, theirs)
@@ -117,6 +127,11 @@ def _finite(ours: AnyTensor, theirs: AnyTensor) -> Distance | None:
     differing, whole = squares(a, b)
     finite = math.isfinite(differing) and math.isfinite(whole)
     return Distance(math.sqrt(differing), math.sqrt(whole), 0) if finite else None
+
+
+def _differences(a: AnyTensor, b: AnyTensor, start: int) -> Tensor:
+    """a − b of two flat tensors of integers, from one element on, in float64."""
+    return torch.from_numpy(differences(*(as_numpy(side[start : start + BLOCK]) for side in (a, b))))
 
 
 def _block(flat: AnyTensor, start: int) -> Tensor:

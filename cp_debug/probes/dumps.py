@@ -15,11 +15,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from cp_debug.errors import InputError
+from cp_debug.errors import DAMAGED, InputError, library_reason
 from cp_debug.probes.capture import MANIFEST, Capture
 from cp_debug.probes.served_json import served_tensors
-from cp_debug.probes.serving_dumps import is_step_of_vllm, step_folder, tensors_of_pt, vllm_step
-from cp_debug.reading import LARGEST_DOCUMENT, array_of, check_file, read_bytes, read_json, read_npy, read_npz, typed
+from cp_debug.probes.serving_dumps import is_step_of_vllm, step_folder, steps_in, tensors_of_pt, vllm_step
+from cp_debug.reading import array_of, check_file, read_bytes, read_json, read_npy, read_npz, typed
 
 
 def read_dump(path: Path) -> dict[str, np.ndarray]:
@@ -52,6 +52,25 @@ def read_dump(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+def read_dumps(path: Path) -> list[dict[str, np.ndarray]]:
+    """The tensors of every sample in a capture, and of every iteration in a file of Polygraphy.
+
+    Of any other dump what ``read_dump`` gives. Each is name → array, in the shapes and dtypes of the files. Raises
+    InputError as ``read_dump`` does.
+    """
+    if path.is_dir() and (path / MANIFEST).is_file():
+        return [_capture(path, sample) for sample in Capture.open(path).samples] or [_capture(path)]
+    if path.suffix == ".json" and not path.is_dir():
+        return [_checked(path, tensors) for tensors in read_iterations(path)]
+    return [read_dump(path)]
+
+
+def steps_left_out(path: Path) -> int:
+    """Number of steps that a serving runtime wrote beside the one that ``read_dump`` takes."""
+    taken = step_folder(path) if path.is_dir() and not (path / MANIFEST).is_file() else path
+    return 0 if taken == path else max(len(steps_in(taken.parent)) - 1, 0)
+
+
 def _file(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     read = _READERS.get(path.suffix)
     if read is None:
@@ -64,18 +83,23 @@ def _file(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             why = "TensorRT-LLM writes that for types that numpy lacks, such as FP8; take the file out of the dump"
             raise InputError(f"{path}: its dtype is 'x': {why}") from None
         raise
+    yield from _checked(path, arrays).items()
+
+
+def _checked(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     for name, array in arrays.items():
         if array.dtype.kind not in "biufV":
             raise InputError(f"{path}: {name!r} has dtype {array.dtype}; expected numbers")
-        yield name, array
+    return arrays
 
 
-def _capture(folder: Path) -> dict[str, np.ndarray]:
-    """The tensors of a capture's first sample, by name. Raises InputError for a name of two components."""
+def _capture(folder: Path, sample: int | None = None) -> dict[str, np.ndarray]:
+    """The tensors of a capture's sample, None its first, by name. Raises InputError for a name of two components."""
     capture = Capture.open(folder)
+    sample = capture.samples[0] if sample is None and capture.samples else sample
     arrays: dict[str, np.ndarray] = {}
     for entry in capture.entries:
-        if entry.sample != capture.samples[0]:
+        if entry.sample != sample:
             continue
         if entry.name in arrays:
             raise InputError(f"{folder}: holds {entry.name!r} of several components; expected those of one ONNX file")
@@ -139,7 +163,7 @@ def _proto(path: Path) -> dict[str, np.ndarray]:
         tensor.ParseFromString(data)
         return {tensor.name or path.stem: numpy_helper.to_array(tensor)}
     except Exception as error:  # protobuf's own errors, and whatever onnx raises on what is none
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = library_reason(error) or DAMAGED
         raise InputError(f"{path}: not an onnx.TensorProto with its data inside: {reason}") from None
 
 
@@ -171,6 +195,8 @@ def _polygraphy(path: Path) -> dict[str, np.ndarray]:
 
 def _encoded(value: Any, source: str) -> np.ndarray:
     array = value.get("values", value)["array"]  # a LazyArray holds the array proper
+    if not isinstance(array, str):
+        raise InputError(f"{source}: array: expected its bytes in base64, not {type(array).__name__}")
     try:
         data = base64.b64decode(array, validate=True)
         return array_of(io.BytesIO(data), len(data), "the array")
@@ -178,7 +204,7 @@ def _encoded(value: Any, source: str) -> np.ndarray:
         raise InputError(f"{source}: {error}") from None
 
 
-LARGEST_TENSOR = max(LARGEST_DOCUMENT, 1 << 31)
+LARGEST_TENSOR = 1 << 31
 """Bytes of a file that holds tensors as text, in a message or as they are."""
 _SIDECARS = (".bin.json", ".raw.json")
 _READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {

@@ -18,6 +18,10 @@ HOST_MEMORY = 1 << 29
 """Bytes of captured values that are held on the host, unless somebody says otherwise."""
 DEVICE_SHARE = 0.4
 """Share of a device's free memory that captured values may take, unless somebody says otherwise."""
+MANY_WEIGHTS = 1 << 31
+"""Bytes of FP32 weights from which on a GPU holds no more in all than ``TIMES_WEIGHTS`` of them: what fits one card now
+should fit it where the model is a few times larger."""
+TIMES_WEIGHTS = 2.4
 
 
 class CapturedRun(Protocol):
@@ -40,9 +44,14 @@ class CapturedRun(Protocol):
 class Room:
     """Bytes that may still be taken by captured values, device by device."""
 
-    def __init__(self, limit: int | None = None) -> None:
-        """``limit``: bytes on each device; None: ``HOST_MEMORY``, and ``DEVICE_SHARE`` of what a GPU has free."""
+    def __init__(self, limit: int | None = None, *, weights: int = 0) -> None:
+        """``limit``: bytes on each device; None: ``HOST_MEMORY``, and ``DEVICE_SHARE`` of what a GPU has free.
+
+        ``weights``: bytes of the model's weights in FP32. Where they are many and there is no ``limit``, a GPU has room
+        while torch has taken less than ``TIMES_WEIGHTS`` of them there, modules and what they compute included.
+        """
         self._limit = limit
+        self._most = int(weights * TIMES_WEIGHTS) if limit is None and weights >= MANY_WEIGHTS else None
         self._left: dict[str, int] = {}
 
     def take(self, device: str, size: int) -> bool:
@@ -50,7 +59,7 @@ class Room:
         left = self._left.get(device)
         if left is None:
             left = self._left[device] = self._whole(device)
-        if size > left:
+        if size > left or self._is_full(device, size):
             return False
         self._left[device] = left - size
         return True
@@ -58,6 +67,13 @@ class Room:
     def give(self, device: str, size: int) -> None:
         """Give back what was taken."""
         self._left[device] += size
+
+    def _is_full(self, device: str, size: int) -> bool:
+        if self._most is None or not device.startswith("cuda"):
+            return False
+        import torch
+
+        return torch.cuda.memory_allocated(torch.device(device)) + size > self._most
 
     def _whole(self, device: str) -> int:
         if self._limit is not None:

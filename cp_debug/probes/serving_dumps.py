@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from cp_debug.errors import InputError
+from cp_debug.errors import DAMAGED, InputError, library_reason
 from cp_debug.reading import check_file, load_plain
 
 _RANKS = (re.compile(r"PP_\d+"), re.compile(r"TP_\d+"), re.compile(r"TP\d+_PP\d+_Rank\d+_pid\d+"))
@@ -26,6 +26,17 @@ _STEPS = (re.compile(r"iteration_(\d+)"), re.compile(r"step_(\d+)"))
 _PASS = re.compile(r"Pass(\d+)\.pt")
 _INPUT_OF_TOP = re.compile(r"(.+)\.forward_batch_info\.\w+")
 _VLLM = re.compile(r"(?P<what>outputs|inputs)(?P<place>(?:_[^_]+)*?)_(?P<device>cpu|(?:cuda|xpu|hpu|npu|tpu)_\d+)\.pt")
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """The steps that a runtime wrote into a folder, files or folders, in their order."""
+    steps = [
+        (int(found[1]), path)
+        for path in folder.iterdir()
+        for kind in ((_PASS,) if path.is_file() else _STEPS)
+        if (found := kind.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(steps)]
 
 
 def step_folder(folder: Path) -> Path:
@@ -39,12 +50,7 @@ def step_folder(folder: Path) -> Path:
         if len(ranks) > 1:
             names = ", ".join(path.name for path in ranks)
             raise InputError(f"{folder}: holds {names}, each with a part of every tensor; give the folder of one")
-        steps = sorted(
-            (int(found[1]), path)
-            for path in inside
-            for kind in ((_PASS,) if path.is_file() else _STEPS)
-            if (found := kind.fullmatch(path.name))
-        )
+        steps = steps_in(folder)
         runs = [path for path in inside if path.is_dir() and _has_steps(path)]
         if len(runs) > 1 and not ranks and not steps:
             names = ", ".join(path.name for path in runs[:4]) + (" …" if len(runs) > 4 else "")
@@ -52,7 +58,7 @@ def step_folder(folder: Path) -> Path:
         if folder.name != "tllm_debug" and (folder / "tllm_debug").is_dir() and not ranks and not steps:
             folder /= "tllm_debug"
         elif ranks or steps:
-            folder = ranks[0] if ranks else steps[0][1]
+            folder = ranks[0] if ranks else steps[0]
         elif runs:
             folder = runs[0]
         else:
@@ -133,7 +139,7 @@ def read_pt(path: Path) -> dict[str, np.ndarray]:
             f"{path}: holds more than tensors, and unpickling that runs code; save tensors alone"
         ) from None
     except Exception as error:  # torch raises nearly everything on a damaged file
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = library_reason(error) or DAMAGED
         raise InputError(f"{path}: not a readable file of torch.save: {reason}") from None
     tensors = {name or path.stem: as_numpy(tensor) for name, tensor in _tensors(content, "") if is_dense(tensor)}
     if not tensors:

@@ -8,8 +8,8 @@ NaN and Inf never vanish into a summary:
   ``finite_rel_l2`` keep what the rest says.
 * Another shape is a finding too: all differences are infinite, ``argmax`` is None; what each side alone holds is kept.
 
-Sums are float64 (squares of float64 values beyond 1e154 overflow to inf). Integers of 64 bits are rounded to float64
-for the numbers, not for ``equal``.
+Sums are float64 (squares of float64 values beyond 1e154 overflow to inf). Differences of integers are exact before they
+are rounded to float64; one beside a number in floating point is rounded first.
 """
 
 from __future__ import annotations
@@ -76,6 +76,14 @@ class TensorStats(JsonForm):
     """Same shape and every value equal, NaN equal to NaN, −0 to 0, whatever the dtypes."""
     finite_max_abs: float
     finite_rel_l2: float
+    unequal: int | None = None
+    """Number of elements that differ, where a side holds integers or bool; None in floating point, and for other
+    shapes."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a side holds integers or bool: indices, ids, counts, masks, which are right or wrong, not rounded."""
+        return self.unequal is not None
 
     @property
     def shape_mismatch(self) -> bool:
@@ -86,6 +94,19 @@ class TensorStats(JsonForm):
     def severity(self) -> tuple[float, ...]:
         """Sort key, larger is worse: other shape, then ``max_abs``, then how many mismatched, then ``rel_l2``."""
         return self.shape_mismatch, self.max_abs, self.mismatched, self.rel_l2
+
+    @property
+    def nothing_compared(self) -> str:
+        """Reason in words why no two numbers could be compared; empty where some were, or where the sides differ."""
+        if self.shape_mismatch or self.mismatched or self.nan_ref + self.inf_ref < self.count:
+            return ""
+        return "NaN or Inf everywhere on both sides" if self.count else "without an element on both sides"
+
+    @property
+    def both_zero(self) -> bool:
+        """Whether every element is 0 on both sides: most faults could hide behind that."""
+        strange = self.nan_ref or self.inf_ref or self.mismatched or self.shape_mismatch
+        return self.count > 0 and self.max_ref == self.max_abs == 0 and not strange
 
     def derived(self) -> dict[str, Any]:
         """Whether the shapes differ."""
@@ -157,9 +178,10 @@ def _finish(reference: Tensor, test: Tensor, totals: Totals) -> TensorStats:
         p99_abs=totals.quantile(0.99),
         mismatched=whole.mismatched,
         argmax=tuple(int(i) for i in np.unravel_index(totals.argmax, shape)) if 0 not in shape else None,
-        equal=totals.max_abs == 0 and totals.same_integers,
+        equal=totals.max_abs == 0,
         finite_max_abs=whole.max_abs,
         finite_rel_l2=rel_l2,
+        unequal=totals.unequal,
     )
 
 

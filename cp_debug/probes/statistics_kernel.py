@@ -49,7 +49,7 @@ def compiled(*signatures: Any) -> Callable[[Callable[..., Any]], Callable[..., A
 
 @compiled(_signature(float32, uint32), _signature(float64, uint64))
 def _accumulate(ref, test, ref_bits, diff, diff_bits, pairs, histogram, mask, infinity, shift, lowest):  # type: ignore[no-untyped-def]
-    zero = mask ^ mask
+    zero = ref_bits.dtype.type(0)
     largest, largest_ref = zero, zero
     where = used = 0
     sums = (0.0, 0.0, 0.0, 0.0, 0.0)
@@ -60,7 +60,8 @@ def _accumulate(ref, test, ref_bits, diff, diff_bits, pairs, histogram, mask, in
         sum_abs = sum_dd = sum_rr = sum_tt = sum_rt = 0.0
         for i in range(size):
             diff[i] = abs(block_test[i] - block_ref[i])
-            top_ref = max(top_ref, block_bits[i] & mask)
+            # numba widens 32 bits & 32 bits to 64, which would take the whole loop with it
+            top_ref = max(top_ref, ref_bits.dtype.type(block_bits[i] & mask))
             r, t, d = np.float64(block_ref[i]), np.float64(block_test[i]), np.float64(diff[i])
             sum_abs += d
             sum_dd += d * d

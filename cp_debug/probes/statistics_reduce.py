@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cp_debug.probes import statistics_cuda
+from cp_debug.probes.integers import are_wide, differences, is_whole
 from cp_debug.probes.statistics_small import SMALL, SmallAccumulator
 from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, PairPiece, Totals
 
@@ -24,6 +25,8 @@ HOST_CHUNK = 1 << 17
 DEVICE_CHUNK = 1 << 24
 """Elements a turn on a GPU: 128 MiB in float64, some five times over."""
 MAX_THREADS = 8
+
+_Add = Callable[[np.ndarray, np.ndarray], PairPiece]
 
 _LARGEST = np.finfo(np.float64).max / 2
 """Limit of magnitudes, so that a difference of two such numbers is finite."""
@@ -44,16 +47,23 @@ def reduce_host(ref: np.ndarray, test: np.ndarray) -> Totals:
         make, threads = Accumulator, min(numba.config.NUMBA_NUM_THREADS, MAX_THREADS, ref.size // HOST_CHUNK)
     single = all(np.can_cast(array.dtype, np.float32) for array in (ref, test))
     dtype = np.dtype(np.float32 if single else np.float64)
-    integers = all(array.dtype.kind in "iu" for array in (ref, test)) and not single
+    whole, of_64_bits = any(map(is_whole, (ref, test))), are_wide(ref, test)
     starts = iter(range(0, ref.size, HOST_CHUNK))  # shared: next() on it is atomic
     pieces: list[tuple[int, PairPiece]] = []
     unequal: list[int] = []
+    """Number of elements of each block that differ."""
 
     def work(_: int) -> np.ndarray:
         accumulator, exact = make(dtype), make(np.dtype(np.float64))
         read_ref, read_test = _reader(ref, dtype), _reader(test, dtype)
         for start in starts:
             a, b = read_ref(start), read_test(start)
+            x, y = (side.flat[start : start + a.size] for side in (ref, test)) if of_64_bits else (a, b)
+            differ = int(np.count_nonzero(x != y)) if whole else 0
+            unequal.append(differ)
+            if of_64_bits and differ:
+                pieces.append((start, _of_gaps(accumulator.add, make(dtype).add, a, b, abs(differences(x, y)))))
+                continue
             piece = accumulator.add(a, b)
             pieces.append((start, piece))
             if piece.finite < a.size:
@@ -65,13 +75,18 @@ def reduce_host(ref: np.ndarray, test: np.ndarray) -> Totals:
                 if (done := rest.finite) < clean_ref.size:  # a difference overflows the type of its operands
                     wide = exact.add(clean_ref[done:], clean_test[done:])
                     pieces.append((start + piece.finite + done, wide._replace(finite=0)))
-            if integers and not np.array_equal(ref.flat[start : start + a.size], test.flat[start : start + a.size]):
-                unequal.append(start)
         return accumulator.histogram + exact.histogram
 
     work_on = _pool().map if threads > 1 else map
     histogram = np.sum(list(work_on(work, range(max(threads, 1)))), axis=0)
-    return Totals.of(pieces, histogram, not unequal)
+    return Totals.of(pieces, histogram, sum(unequal) if whole else None)
+
+
+def _of_gaps(add: _Add, add_aside: _Add, ref: np.ndarray, test: np.ndarray, gap: np.ndarray) -> PairPiece:
+    """The piece of two blocks (n,) of float64, rounded from integers, whose |differences| are ``gap``, float64 (n,)."""
+    sides, piece = add_aside(ref, test), add(np.zeros_like(gap), gap)
+    of_sides = {name: getattr(sides, name) for name in ("max_ref", "sum_rr", "sum_tt", "sum_rt")}
+    return piece._replace(**of_sides)
 
 
 @lru_cache(maxsize=1)
@@ -132,10 +147,12 @@ def reduce_device(ref: torch.Tensor, test: torch.Tensor) -> Totals:
     ):
         return Totals.of(*reduced)
     histogram = torch.zeros(BINS, dtype=torch.int64, device=ref.device)
+    wide = are_wide(ref, test)
     pieces = []
     for start in range(0, flat_ref.numel(), DEVICE_CHUNK):
-        r, t = (side[start : start + DEVICE_CHUNK].double() for side in (flat_ref, flat_test))
-        d = (t - r).abs_()
+        unrounded = [side[start : start + DEVICE_CHUNK] for side in (flat_ref, flat_test)]
+        r, t = (side.double() for side in unrounded)
+        d = differences(*unrounded).abs_() if wide else (t - r).abs_()
         special: dict[str, Any] = {}
         if not d.max().isfinite():
             r, t, special = _set_aside(torch, r, t)
@@ -146,9 +163,8 @@ def reduce_device(ref: torch.Tensor, test: torch.Tensor) -> Totals:
         numbers = (max_abs, argmax, max_ref, d.sum(), d @ d, r @ r, t @ t, r @ t)
         largest, where, *sums = torch.stack([number.double() for number in numbers]).tolist()
         pieces.append((start, PairPiece(d.numel(), largest, int(where), *sums)._replace(**special)))
-    integers = not (ref.is_floating_point() or test.is_floating_point())
-    same = not integers or bool((flat_ref == flat_test).all())
-    return Totals.of(pieces, histogram.cpu().numpy(), same)
+    unequal = int((flat_ref != flat_test).sum()) if is_whole(ref) or is_whole(test) else None
+    return Totals.of(pieces, histogram.cpu().numpy(), unequal)
 
 
 def _count(keys: torch.Tensor) -> torch.Tensor:

@@ -50,18 +50,18 @@ class Totals:
     whole: PairPiece
     histogram: np.ndarray
     """(BINS,) int64: |difference| of the finite pairs; mismatched pairs in the last bin."""
-    same_integers: bool = True
-    """False when 64-bit integers differ, though perhaps not as float64."""
+    unequal: int | None = None
+    """Number of elements that differ, where a side holds integers or bool."""
 
     @classmethod
-    def of(cls, pieces: Iterable[tuple[int, PairPiece]], histogram: np.ndarray, same_integers: bool = True) -> Totals:
+    def of(cls, pieces: Iterable[tuple[int, PairPiece]], histogram: np.ndarray, unequal: int | None = None) -> Totals:
         """Add up pieces, each with the flat index where it starts, in any order.
 
         ``histogram``, [bins] int64, holds all pairs, those that are not finite as zeros; it is corrected here.
         """
         ordered = sorted(pieces, key=lambda item: item[0])
         if not ordered:
-            return cls(PairPiece(0, 0.0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), histogram, same_integers)
+            return cls(PairPiece(0, 0.0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), histogram, unequal)
         columns = dict(zip(PairPiece._fields, zip(*(piece for _, piece in ordered), strict=True), strict=True))
         sums: dict[str, Any] = {name: sum(column) for name, column in columns.items()}
         start, worst = max(ordered, key=lambda item: item[1].max_abs)
@@ -69,7 +69,7 @@ class Totals:
         extremes = {"max_abs": worst.max_abs, "argmax": start + worst.argmax, "max_ref": max(columns["max_ref"])}
         histogram[0] -= histogram.sum() - sums["finite"]
         histogram[-1] += sums["mismatched"]
-        return cls(PairPiece(**(sums | extremes | {"first_mismatch": mismatch})), histogram, same_integers)
+        return cls(PairPiece(**(sums | extremes | {"first_mismatch": mismatch})), histogram, unequal)
 
     @property
     def max_abs(self) -> float:

@@ -25,6 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from cp_debug.doing import doing
 from cp_debug.errors import ModuleFailed
 from cp_debug.probes.arrays import is_dense
+from cp_debug.probes.module_state import state_kept
 from cp_debug.probes.outputs import flatten_outputs
 
 _SHAPE_ONLY = re.compile(r"new_\w+|\w+_like")
@@ -85,17 +86,17 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], sink: TorchSink | Non
 
     ``prefix`` completes the module paths. The inputs are copied, so an in-place operation leaves the caller's alone.
     Without a sink no operation is watched: the record then holds the calls and the output tensors only. Inputs may have
-    any shape and dtype that the module takes.
+    any shape and dtype that the module takes. State that the module keeps between forwards is afterwards what it was.
     Raises ModuleFailed, with the path, when a module raises in forward; what the sink raises comes through as it is.
     """
     tracer = _Tracer(module, sink, prefix)
-    with torch.no_grad(), as_written(), tracer.hooks():
+    with torch.no_grad(), as_written(), state_kept(module), tracer.hooks():
         args = [tensor.clone() for tensor in inputs.values()]
         for name, tensor in zip(inputs, args, strict=True):
             tracer.add(tensor, name, "input", (), from_data=True, version=tensor._version)
         try:
             with (
-                doing(f"{type(module).__name__} ran"),
+                doing(f"{type(module).__name__} ran", in_their_folder=True),
                 _Functions(tracer) if sink else nullcontext(),
                 tracer if sink else nullcontext(),
             ):
@@ -103,9 +104,11 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], sink: TorchSink | Non
         except Exception as error:
             if tracer.sink_error is not None:
                 raise tracer.sink_error from None
-            where = tracer.failed.get(error, prefix)
+            cause = error.__cause__  # of what ``doing`` raises
+            raised = error if cause is None or isinstance(cause, Exception) else cause
+            where = tracer.failed.get(raised, prefix)
             raise ModuleFailed(
-                f"module {where or type(module).__name__!r} raised in forward: {type(error).__name__}: {error}"
+                f"module {where or type(module).__name__!r} raised in forward: {type(raised).__name__}: {raised}"
             ) from error
         tensors = list(flatten_outputs(result).values())
         record = tracer.record
@@ -179,8 +182,13 @@ class _Tracer(TorchDispatchMode):
         handles = []
         for path, module in self.module.named_modules():
             full = ".".join(p for p in (self.prefix, path) if p)
-            handles.append(module.register_forward_pre_hook(lambda part, __, path=full: self._enter(path, part)))
-            handles.append(module.register_forward_hook(lambda _, __, output: self._leave(output), always_call=True))
+            # A class may have methods of these names itself.
+            handles.append(
+                nn.Module.register_forward_pre_hook(module, lambda part, __, path=full: self._enter(path, part))
+            )
+            handles.append(
+                nn.Module.register_forward_hook(module, lambda _, __, output: self._leave(output), always_call=True)
+            )
         try:
             yield
         finally:
