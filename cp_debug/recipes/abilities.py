@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from cp_debug.errors import InputError
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions, DataSet
 
@@ -74,6 +76,15 @@ class RemarksOnSamples(Protocol):
         ...
 
 
+@runtime_checkable
+class CountsSamples(Protocol):
+    """A model that knows how many samples files hold."""
+
+    def sample_count(self, inputs: Path) -> int:
+        """Number of samples in ``inputs``. Raises InputError for unusable files."""
+        ...
+
+
 MADE_UP = "inputs that were made up: "
 """Beginning of a remark that says what made-up inputs hold, and so of no concern about the model."""
 MOST_REMARKS = 8
@@ -87,7 +98,8 @@ class Remarks:
         self._model, self._lines = model, list[str]()
 
     def see(self, sample: Sample) -> None:
-        """Ask the model about a sample, once."""
+        """Take the sample's own remarks, and ask the model about it, once."""
+        self.add(sample.remarks)
         if isinstance(self._model, RemarksOnSamples):
             self.add(self._model.remarks(sample))
 
@@ -154,3 +166,33 @@ def with_notes(model: M, notes: Sequence[str]) -> M:
     noted = copy(model)
     vars(noted)["notes"] = [*(model.notes if isinstance(model, HasNotes) else ()), *notes]
     return noted
+
+
+def with_components_of(reference: Model, test: M) -> M:
+    """A test's model whose components have the reference's names: a single one may be an instance of another class.
+
+    Raises InputError where several are called otherwise.
+    """
+    ours, theirs = ([component.name for component in model.components] for model in (reference, test))
+    if ours == theirs:
+        return test
+    if len(ours) != 1 or len(theirs) != 1:
+        raise InputError(
+            f"--test-model: {test.name} has the components {', '.join(theirs)}; expected those of {reference.name}: "
+            f"{', '.join(ours)}"
+        )
+    renamed = copy(test)
+    vars(renamed)["components"] = [replace(test.components[0], name=ours[0])]
+    return renamed
+
+
+def samples_left_out(model: Model, inputs: Path | None, asked: int, taken: int) -> list[str]:
+    """A sentence where ``inputs`` hold more samples than the ``asked`` ones, all of which were ``taken``; else none.
+
+    Of samples that were handed over, or made up, there are no more.
+    """
+    if inputs is None or taken < asked or isinstance(model, _GivenSamples) or not isinstance(model, CountsSamples):
+        return []
+    total, verb = model.sample_count(inputs), "was" if taken == 1 else "were"
+    looked = f"{taken} of {total} samples of {inputs} {verb} looked at; --samples {total} takes all"
+    return [looked] if taken < total else []

@@ -75,6 +75,8 @@ class Component:
     """The torch module in eval mode, on the CPU, in FP32. ``prefix`` completes its module paths."""
     onnx_path: Path | None = None
     """Set for models that come as ONNX; else the debugger exports ``module``."""
+    shown: str | None = None
+    """The name of the user's file, where ``onnx_path`` is a working copy that nobody has seen."""
     prefix: str = ""
     """Prefix of the module paths of ``module``: ``pts_voxel_encoder`` when that submodule is the component."""
     dynamic_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
@@ -95,6 +97,8 @@ class Sample:
     """A file name, or ``random seed 3``, or ``synthetic scene 7``."""
     truth: Any = None
     """Ground truth, where the recipe knows it."""
+    remarks: tuple[str, ...] = ()
+    """Sentences about how it was read that a reader of the result must know."""
 
 
 @runtime_checkable

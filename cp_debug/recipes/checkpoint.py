@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cp_debug.errors import InputError
+from cp_debug.errors import DAMAGED, InputError, library_reason
 from cp_debug.probes.arrays import is_dense
 from cp_debug.reading import check_file, load_plain
 
@@ -133,7 +133,7 @@ def read_torch(path: Path) -> object:
             f'torch.save(torch.load("{path.name}", weights_only=False)["state_dict"], "weights.pt")'
         ) from None
     except Exception as error:  # torch's unpickler raises nearly anything on what is none
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = library_reason(error) or DAMAGED
         raise InputError(f"{path}: not a readable torch checkpoint ({reason})") from None
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from cp_debug.errors import InputError
+from cp_debug.errors import DAMAGED, InputError, library_reason
 from cp_debug.graph.graph import ValueInfo
 from cp_debug.optional import require
 from cp_debug.reading import check_file
@@ -108,7 +108,7 @@ def _pixels(path: Path, mode: str, height: int | None, width: int | None) -> tup
     except InputError:
         raise
     except Exception as error:  # Pillow raises many kinds on what is no image
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = library_reason(error) or DAMAGED
         raise InputError(f"{path}: not a readable image: {reason[:200]}") from None
     size = (width or image.width, height or image.height)
     about = []

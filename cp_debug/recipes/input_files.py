@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cp_debug.errors import InputError
+from cp_debug.errors import DAMAGED, InputError, library_reason
 from cp_debug.graph.check_inputs import check_given_inputs
 from cp_debug.graph.graph import ValueInfo
 from cp_debug.graph.other_inputs import of_objects
@@ -47,16 +47,30 @@ def file_samples(
     Files that name no inputs (``.npy``, images, ``arr_0`` of ``numpy.savez``) are taken in the model's order. Raises
     InputError for files that cannot be read, and for wrong names, dtypes and shapes in them.
     """
-    for arrays, source in islice(_arrays(inputs, expected, reading), count):
+    try:
+        chosen = _chosen(inputs, expected)
+    except InputError as error:
+        raise _flagged(error) from None
+    for arrays, source in islice(_arrays(chosen, expected, reading), count):
         arrays = _typed(arrays, expected)
         check_given_inputs(expected, arrays, source.partition(" (")[0])
-        yield Sample(arrays, source)
+        yield Sample(arrays, source, remarks=chosen.remarks)
+
+
+def count_samples(inputs: Path, expected: Sequence[ValueInfo]) -> int:
+    """Number of samples that ``file_samples`` can give. Raises InputError for files that cannot be read."""
+    try:
+        chosen = _chosen(inputs, expected)
+        files = (len(read_iterations(source)) if source.suffix == ".json" else 1 for source in chosen.sources)
+        return sum(files) + bool(chosen.named)
+    except InputError as error:
+        raise _flagged(error) from None
 
 
 def first_arrays(inputs: Path) -> dict[str, np.ndarray] | np.ndarray:
     """The arrays of the first file, unchecked; of a ``.npy`` file the array. Raises InputError for unreadable files."""
     try:
-        source = next(_sources(inputs))
+        source = _chosen(inputs).sources[0]
         if source.suffix == ".npy":
             return read_npy(source)
         return next(iter(_read(source)))[0]
@@ -64,12 +78,49 @@ def first_arrays(inputs: Path) -> dict[str, np.ndarray] | np.ndarray:
         raise _flagged(error) from None
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """The files that a path stands for."""
+
+    inputs: Path
+    """The file, or the folder."""
+    sources: Sequence[Path] = ()
+    """Files, or folders of protos, of a sample each (some hold several)."""
+    named: Mapping[str, Path] = field(default_factory=dict)
+    """Instead: input → file of one sample that is called like it."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """A sentence about files of the folder that could be inputs too, and are left out."""
+        if not self.inputs.is_dir():
+            return ()
+        read = {*self.sources, *self.named.values()}
+        left = [path for path in _readable(self.inputs) if path not in read and self.inputs not in read]
+        if not left:
+            return ()
+        more = [f"{len(left) - 3} more"] if len(left) > 3 else []
+        files = ", ".join([*(path.name for path in left[:3]), *more])
+        if self.named:
+            taken = ", ".join(path.name for path in self.named.values())
+            return (f"{self.inputs} is one sample, by the names of the inputs: {taken}; left out: {files}",)
+        kinds = ", ".join(dict.fromkeys(path.suffix or "folder" for path in self.sources))
+        return (f"{self.inputs}: a sample is a {kinds}; left out: {files}",)
+
+
+def _readable(folder: Path) -> list[Path]:
+    """The files of a folder that may hold inputs, by name."""
+    suffixes = (*TENSORS, *IMAGES)
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.is_file())
+
+
 def _arrays(
-    inputs: Path, expected: Sequence[ValueInfo], reading: Reading
+    chosen: _Chosen, expected: Sequence[ValueInfo], reading: Reading
 ) -> Iterator[tuple[dict[str, np.ndarray], str]]:
     """The arrays of each sample by input name, and what they came from."""
     try:
-        for source in _sources(inputs, expected):
+        if chosen.named:
+            yield _named_arrays(chosen, expected, reading)
+        for source in chosen.sources:
             if source.suffix.lower() in IMAGES:
                 value = _only(expected, source)
                 array, about = read_image(source, value, reading.images, reading.shapes.get(value.name))
@@ -83,7 +134,59 @@ def _arrays(
         raise _flagged(error) from None
 
 
-def _sources(inputs: Path, expected: Sequence[ValueInfo] = ()) -> Iterator[Path]:
+def _named_arrays(
+    chosen: _Chosen, expected: Sequence[ValueInfo], reading: Reading
+) -> tuple[dict[str, np.ndarray], str]:
+    """The one sample of a folder whose files are called like the inputs, and what it came from."""
+    arrays, about = dict[str, np.ndarray](), dict[str, None]()
+    for value in expected:
+        file = chosen.named[value.name]
+        if file.suffix.lower() in IMAGES:
+            arrays[value.name], how = read_image(file, value, reading.images, reading.shapes.get(value.name))
+            about[how] = None
+        elif file.suffix == ".npy":
+            arrays[value.name] = read_npy(file)
+        else:
+            [(array_of_file, _)] = _read(file)
+            [arrays[value.name]] = array_of_file.values()
+    return arrays, f"{chosen.inputs} ({'; '.join(about)})" if about else str(chosen.inputs)
+
+
+def _by_names(inputs: Path, expected: Sequence[ValueInfo]) -> dict[str, Path]:
+    """Input → the file of a folder that is called like it and holds one array; empty unless each input has one.
+
+    Raises InputError where an input has several, and where only some of several have one in a folder of ``.npy`` files.
+    """
+    names = {value.name for value in expected}
+    found: dict[str, list[Path]] = {}
+    for file in _readable(inputs):
+        if file.stem in names and _holds_one(file):
+            found.setdefault(file.stem, []).append(file)
+    for name, files in found.items():
+        if len(files) > 1:
+            both = " and ".join(file.name for file in files)
+            raise InputError(f"{inputs}: {both} are called like the input {name!r}; expected one of them")
+    missing = [name for name in names if name not in found]
+    if found and missing and all(file.suffix == ".npy" for file in _readable(inputs)):
+        has = ", ".join(files[0].name for files in found.values())
+        raise InputError(f"{inputs}: holds {has}, and no file for the input {missing[0]!r}; expected {missing[0]}.npy")
+    return {} if missing else {value.name: found[value.name][0] for value in expected}
+
+
+def _holds_one(file: Path) -> bool:
+    """Whether a file is one array: by its kind, or as it names none, or by the file's name."""
+    if file.suffix == ".json":
+        return False
+    if file.suffix == ".npy" or file.suffix.lower() in IMAGES:
+        return True
+    try:
+        [(arrays, _)] = _read(file)
+    except InputError:  # told by who reads it, if anybody does
+        return False
+    return len(arrays) == 1 and all(name == file.stem or _NUMBERED.fullmatch(name) for name in arrays)
+
+
+def _chosen(inputs: Path, expected: Sequence[ValueInfo] = ()) -> _Chosen:
     """The files, or folders of one sample each, that ``inputs`` holds."""
     if not inputs.is_dir():
         if inputs.suffix not in (*TENSORS, ".pb") and inputs.suffix.lower() not in IMAGES:
@@ -93,26 +196,19 @@ def _sources(inputs: Path, expected: Sequence[ValueInfo] = ()) -> Iterator[Path]
             )
         if not inputs.exists():
             raise InputError(f"no such file {inputs}")
-        yield inputs
-        return
+        return _Chosen(inputs, [inputs])
     sets = sorted((path for path in inputs.iterdir() if path.is_dir() and any(path.glob("input_*.pb"))), key=_number)
-    if sets:
-        yield from sets
-        return
-    if any(inputs.glob("input_*.pb")):
-        yield inputs
-        return
+    if sets or any(inputs.glob("input_*.pb")):
+        return _Chosen(inputs, sets or [inputs])
+    if named := _by_names(inputs, expected):
+        return _Chosen(inputs, named=named)
     for suffix in TENSORS:
         if files := sorted(inputs.glob(f"*{suffix}")):
-            if suffix == ".npy" and {file.stem for file in files} == {value.name for value in expected}:
-                yield inputs  # a file an input, all of one sample
-                return
-            yield from files
-            return
+            return _Chosen(inputs, files)
     images = sorted(path for path in inputs.iterdir() if path.suffix.lower() in IMAGES)
     if not images:
         raise InputError(f"{inputs} holds no .npz file, and none of {_others()}")
-    yield from images
+    return _Chosen(inputs, images)
 
 
 def _others() -> str:
@@ -149,7 +245,7 @@ def _read_container(file: Path, value: ValueInfo) -> dict[str, np.ndarray]:
         proto.ParseFromString(data)
         held = numpy_helper.to_list(proto) if sequence else numpy_helper.to_optional(proto)
     except Exception as error:  # protobuf's own errors, and whatever onnx raises on what is none
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = library_reason(error) or DAMAGED
         raise InputError(f"{file}: not {value.container} of ONNX: {reason}") from None
     assert value.kind is not None
     return {name: np.asarray(array) for name, array in of_objects(value.name, value.kind, held).items()}

@@ -12,7 +12,7 @@ from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
 from cp_debug.recipes.abilities import MADE_UP
 from cp_debug.recipes.base import Arrays, Component, Sample
-from cp_debug.recipes.input_files import DEFAULT_READING, Reading, file_samples
+from cp_debug.recipes.input_files import DEFAULT_READING, Reading, count_samples, file_samples
 from cp_debug.recipes.stages import stages_of
 
 
@@ -51,6 +51,10 @@ class OnnxFileModel:
                 yield sample
             return
         yield from file_samples(inputs, self._inputs, count, self._reading)
+
+    def sample_count(self, inputs: Path) -> int:
+        """Number of samples in these files. Raises InputError for unusable files."""
+        return count_samples(inputs, self._inputs)
 
     def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
         """The sample's arrays by input name, unchanged."""

@@ -72,7 +72,7 @@ def load_model(
         return load_detector(text, checkpoint=checkpoint, seed=seed)
     if kind == "plug-in":
         return _from_plugin(text, checkpoint, seed)
-    from cp_debug.recipes.torch_callable import load_callable
+    from cp_debug.recipes.callables import load_callable
 
     module = load_callable(text, checkpoint=checkpoint)
     module.reading = reading

@@ -1,21 +1,17 @@
-"""Any torch module: a callable that returns ``(module, example_inputs)``."""
+"""Any torch module with example inputs as a model."""
 
 from __future__ import annotations
 
 import copy
-import difflib
-import hashlib
-import importlib
-import importlib.util
 import math
+import os
 import sys
 import warnings
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,16 +20,21 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from cp_debug.doing import doing
-from cp_debug.errors import InputError, ModuleFailed
+from cp_debug.errors import CpdebugError, InputError, ModuleFailed, library_reason
 from cp_debug.graph.graph import ValueInfo
-from cp_debug.probes.arrays import as_numpy, is_dense
+from cp_debug.graph.pairing import some_of
+from cp_debug.probes.arrays import as_numpy, is_dense, layout_of
+from cp_debug.probes.module_state import ModuleState, state_kept
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.probes.trace import as_written, trace
 from cp_debug.recipes.base import Arrays, Component, NamesOnDemand, Sample, Stage
-from cp_debug.recipes.input_files import DEFAULT_READING, file_samples
+from cp_debug.recipes.input_files import DEFAULT_READING, count_samples, file_samples
 from cp_debug.recipes.torch_inputs import flat_inputs
 
-TRAIN_MODE = "the module came in train mode and runs in eval mode; --test-train-mode shows what the other one does"
+TRAIN_MODE = (
+    "the module came in train mode and runs in eval mode; "
+    "`cpdebug bisect --test-train-mode` shows what the other one does"
+)
 _LARGE = 1 << 26
 """Parameters from which on a forward on the CPU takes longer than a copy of the module without its values."""
 _OTHER_IN_TRAINING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase, nn.RNNBase)
@@ -59,14 +60,14 @@ class TorchModel:
             _check_values(name, module)
             training = any(m.training for m in module.modules() if isinstance(m, _OTHER_IN_TRAINING))
             self.notes = [TRAIN_MODE] if training else []
-            flat = flat_inputs(name, module.eval(), example_inputs, parameters, keywords)
+            flat = flat_inputs(name, _in_eval_mode(module), example_inputs, parameters, keywords)
             self.module = module = flat.module
             names, tensors = flat.names, flat.tensors
             self._examples = {n: as_numpy(t) for n, t in zip(names, tensors, strict=True)}
             large = _is_large(module)
 
         def find() -> list[str]:
-            return _output_names(name, module, tensors, flat.remark)
+            return _output_names(name, module, tensors, self.notes, flat.remark)
 
         self.components: Sequence[Component] = [
             Component(
@@ -85,15 +86,22 @@ class TorchModel:
         files.
         """
         if inputs is not None:
-            expected = [ValueInfo(n, a.dtype, (None,) * a.ndim) for n, a in self._examples.items()]
             shapes = {n: a.shape for n, a in self._examples.items()}
-            yield from file_samples(inputs, expected, count, replace(self.reading, shapes=shapes))
+            yield from file_samples(inputs, self._expected, count, replace(self.reading, shapes=shapes))
             return
         if count:
             yield Sample(dict(self._examples), self._source)
         for index in range(1, count):
             rng = np.random.default_rng([seed, index])
             yield Sample({n: _like(a, rng) for n, a in self._examples.items()}, f"random like the example, seed {seed}")
+
+    @property
+    def _expected(self) -> list[ValueInfo]:
+        return [ValueInfo(n, a.dtype, (None,) * a.ndim) for n, a in self._examples.items()]
+
+    def sample_count(self, inputs: Path) -> int:
+        """Number of samples in these files. Raises InputError for unusable files."""
+        return count_samples(inputs, self._expected)
 
     def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
         """The sample's arrays by input name, unchanged."""
@@ -104,109 +112,69 @@ class TorchModel:
         return None
 
 
-_EXPECTED = (
-    "expected (module, example_inputs), the inputs a tensor, a tuple of arguments with a dict of keywords at its end, "
-    "or a dict by parameter"
-)
-"""Form of what a callable of the user returns."""
-
-
-def module_and_inputs(built: Any, what: str) -> tuple[nn.Module, Any]:
-    """The module and its example inputs, as the callable ``what`` of the user returned them.
-
-    Raises InputError where it returned something else.
-    """
-    if isinstance(built, Coroutine):
-        built.close()  # else Python says at the end that nobody awaited it
-    if isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], nn.Module):
-        return built
-    parts = ", ".join(type(part).__name__ for part in built) or "nothing" if isinstance(built, tuple) else ""
-    raise InputError(f"{what} returned {f'a tuple of {parts}' if parts else type(built).__name__}; {_EXPECTED}")
-
-
-def load_callable(text: str, checkpoint: Path | None = None) -> TorchModel:
-    """Import and call ``package.module:callable`` or ``file.py:callable`` for its module and example inputs.
-
-    ``checkpoint`` is strict-loaded into the module. Raises InputError when importing, calling or loading fails.
-    """
-    source, _, attribute = text.rpartition(":")
-    imported = _import(source)
-    with own_code(f"MODEL: {text}"):  # a module may have a __getattr__
-        target = getattr(imported, attribute, None)
-    if not callable(target):
-        raise InputError(f"MODEL: {source} has no callable {attribute!r}")
-    with own_code(f"MODEL: {text}()"), doing(f"{text}() was called"):
-        built = target()
-    module, example_inputs = module_and_inputs(built, f"MODEL: {text}()")
-    if checkpoint is not None:
-        from cp_debug.recipes.checkpoint import load_checkpoint
-
-        load_checkpoint(module, checkpoint)
-    return TorchModel(text, module, example_inputs)
-
-
-def _import(source: str) -> ModuleType:
-    with doing(f"{source} was imported"):
-        return _imported(source)
-
-
-def _imported(source: str) -> ModuleType:
-    try:
-        if not source.endswith(".py"):
-            if (working_folder := str(Path.cwd())) not in sys.path:
-                sys.path.insert(0, working_folder)
-            return importlib.import_module(source)
-        path = Path(source)
-        if not path.is_file():
-            raise InputError(f"MODEL: no such file {source}")
-        name = private_name(path)
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # where dataclasses and pickle look a class's module up
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-        return module
-    except (InputError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # whatever the user's file raises while it is imported
-        near = difflib.get_close_matches(source, ["centerpoint", "mmdet3d"], n=1)
-        hint = f"; did you mean {near[0]}:…?" if near and isinstance(error, ModuleNotFoundError) else ""
-        raise InputError(f"MODEL: cannot import {source}: {_first_line(error)}{hint}") from error
-
-
-def private_name(path: Path) -> str:
-    """Name of the module that a file is loaded as: one that no installed module has, and each file its own."""
-    return f"_cpdebug_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
-
-
 @contextmanager
 def own_code(what: str) -> Iterator[None]:
-    """Context that turns whatever the user's code raises into InputError; Ctrl-C passes.
-
-    A limit of recursion that the code lowered is raised again: it would end what comes after.
-    """
-    limit = sys.getrecursionlimit()
+    """Context that turns whatever the user's code raises into InputError; Ctrl-C passes. See ``kept_usable``."""
     try:
-        yield
+        with kept_usable():
+            yield
     except (KeyboardInterrupt, InputError):
         raise
     except BaseException as error:
-        raise InputError(f"{what} raised {_first_line(error)}") from error
+        raise InputError(f"{what} raised {first_line(error)}") from error
+
+
+@contextmanager
+def kept_usable() -> Iterator[None]:
+    """Context at whose end what was set inside, and would end all that comes after, is taken back: a lower limit of
+    recursion, more threads of torch than there are cores, and tensors without values by default.
+
+    Raises InputError where such tensors cannot be taken back, since a context was entered and not left.
+    """
+    limit, threads = sys.getrecursionlimit(), torch.get_num_threads()
+    try:
+        yield
     finally:
         sys.setrecursionlimit(max(limit, sys.getrecursionlimit()))
+        if torch.get_num_threads() > max(threads, os.cpu_count() or 1):
+            torch.set_num_threads(threads)
+        if torch.get_default_device().type == "meta":
+            torch.set_default_device(None)
+    if torch.get_default_device().type == "meta":
+        raise InputError("MODEL: its code leaves torch in a context of the meta device, where tensors have no values")
 
 
-def _first_line(error: BaseException) -> str:
+@contextmanager
+def library_call(what: str, path: Path) -> Iterator[None]:
+    """Context that turns whatever a library raises over the user's file into InputError; Ctrl-C passes.
+
+    ``what``: the library as messages name it.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, CpdebugError):
+        raise
+    except BaseException as error:
+        why = library_reason(error)
+        raise InputError(f"MODEL: {path}: {what} cannot load it{f': {why}' if why else ''}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error that the user's code raised."""
+    if isinstance(error.__cause__, SystemExit):
+        error = error.__cause__
     try:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         return f"{type(error).__name__}: {first}"
     except Exception:  # its own ``__str__`` fails
         return type(error).__name__
+
+
+def _in_eval_mode(module: nn.Module) -> nn.Module:
+    try:
+        return module.eval()
+    except NotImplementedError:  # of a program of torch.export, whose mode was settled when it was exported
+        return module
 
 
 def _check_values(name: str, module: torch.nn.Module) -> None:
@@ -215,20 +183,27 @@ def _check_values(name: str, module: torch.nn.Module) -> None:
             raise InputError(f"MODEL: {name}: {kind} is on the device meta, where it has no values")
 
 
-def _output_names(name: str, module: torch.nn.Module, tensors: Sequence[torch.Tensor], remark: str = "") -> list[str]:
+def _output_names(
+    name: str, module: torch.nn.Module, tensors: Sequence[torch.Tensor], notes: list[str], remark: str = ""
+) -> list[str]:
     """Names of the tensors that a forward on the examples returns.
 
+    ``notes`` is told of what a forward leaves behind in the module and the next one reads.
     Raises ModuleFailed, with ``remark`` on how the examples were read, when it raises.
     """
     if (names := _names_alone(module, tensors)) is not None:
         return names
     try:
-        with torch.no_grad(), as_written(), doing(f"{type(module).__name__} ran"):
+        with torch.no_grad(), as_written(), doing(f"{type(module).__name__} ran", in_their_folder=True):
             before = _weights(module)
-            outputs = flatten_outputs(module(*tensors))
-            if changed := _changed(before, once := _weights(module)):
-                module(*tensors)  # what a first forward prepares for all others is no harm
-                changed = _changed(once, _weights(module))
+            with state_kept(module) as state:
+                outputs = flatten_outputs(module(*tensors))
+                changed = _changed(before, once := _weights(module))
+                if changed or state.changed():  # what a first forward prepares for all others is no harm
+                    kept = ModuleState(module)
+                    again = flatten_outputs(module(*tensors))
+                    changed = _changed(once, _weights(module))
+                    notes += _stateful(kept.changed(), outputs, again)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the user's forward may raise anything; a trace knows in which module
@@ -238,7 +213,7 @@ def _output_names(name: str, module: torch.nn.Module, tensors: Sequence[torch.Te
         except InputError as failed:
             failed.args = ("; ".join(filter(None, (str(failed), remark))),)
             raise
-        raise ModuleFailed(f"MODEL: {name}: forward raised {_first_line(error)}") from error
+        raise ModuleFailed(f"MODEL: {name}: forward raised {first_line(error)}") from error
     for path, weight in (*module.named_parameters(), *module.named_buffers()):
         if is_lazy(weight):
             raise InputError(f"MODEL: {name}: {path} has no values: it is of a lazy module that forward never reaches")
@@ -250,10 +225,23 @@ def _output_names(name: str, module: torch.nn.Module, tensors: Sequence[torch.Te
         raise InputError(f"MODEL: {name}: forward returned no tensor; expected a tensor, or some in a container")
     for key, tensor in outputs.items():
         if not is_dense(tensor):
-            kind = "nested" if tensor.is_nested else tensor.layout
-            text = f"{kind} {tensor.dtype} on {tensor.device}"
-            raise InputError(f"MODEL: {name}: forward returned {key!r} as {text}; expected dense tensors")
+            returned = f"{key!r} as {layout_of(tensor)}"
+            raise InputError(f"MODEL: {name}: forward returned {returned}; expected dense tensors")
     return list(outputs)
+
+
+def _stateful(changed: Sequence[str], once: Mapping[str, Any], again: Mapping[str, Any]) -> list[str]:
+    """A note on what a forward changes, where the next one gave another result."""
+    if not changed or all(name in again and _alike(tensor, again[name]) for name, tensor in once.items()):
+        return []
+    return [
+        f"each forward changes {some_of(changed)} of the module, and its results with it: every run starts from what "
+        "was given, and an exported file keeps nothing from one run to the next"
+    ]
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return not (is_dense(one) and is_dense(other)) or torch.equal(one, other)
 
 
 def _weights(module: nn.Module) -> dict[str, tuple[float, float]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cp_debug.errors import InputError
-from cp_debug.probes.arrays import is_dense
+from cp_debug.probes.arrays import is_dense, layout_of
 
 Build = Callable[[Iterator[Tensor]], Any]
 """Makes a value again out of its tensors, which it takes from the iterator in their order."""
@@ -194,10 +194,8 @@ def _sequence_like(like: Any, parts: list[Any]) -> Any:
 
 def _check_dense(name: str, key: str, tensor: Tensor) -> None:
     if not is_dense(tensor) or tensor.is_complex():
-        kind = "nested" if tensor.is_nested else tensor.layout
-        tensor_text = f"{kind} {tensor.dtype} on {tensor.device}"
         raise InputError(
-            f"MODEL: {name}: example input {key!r} is {tensor_text}; expected a dense tensor of real numbers"
+            f"MODEL: {name}: example input {key!r} is {layout_of(tensor)}; expected a dense tensor of real numbers"
         )
 
 

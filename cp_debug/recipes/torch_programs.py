@@ -19,12 +19,29 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_unflatten
 
-from cp_debug.errors import InputError
-from cp_debug.recipes.torch_callable import TorchModel, own_code
+from cp_debug.errors import InputError, library_reason
+from cp_debug.recipes.torch_callable import TorchModel, library_call, own_code
 from cp_debug.safe_text import one_line
 
 PATIENCE = 60.0
 """Seconds that reading a TorchScript file may take."""
+
+
+def model_of(
+    name: str,
+    module: torch.nn.Module | torch.export.ExportedProgram,
+    inputs: Any,
+    source: str = "the callable's example inputs",
+) -> TorchModel:
+    """A module of any kind as a model, fed with example ``inputs`` that are from ``source``.
+
+    Raises InputError as ``exported_model``, ``scripted_model`` and ``TorchModel`` do.
+    """
+    if isinstance(module, torch.export.ExportedProgram):
+        return exported_model(name, module, inputs)
+    if isinstance(module, torch.jit.ScriptModule):
+        return scripted_model(name, module, inputs)
+    return TorchModel(name, module, inputs, source=source)
 
 
 def exported_model(
@@ -82,15 +99,16 @@ def load_program(path: Path, inputs: Any = None) -> TorchModel:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise InputError(f"MODEL: {path} is no archive of torch.export or torch.jit: {error}") from None
+        why = f": {reason}" if (reason := library_reason(error)) else ""
+        raise InputError(f"MODEL: {path} is no archive of torch.export or torch.jit{why}") from None
     content = path.read_bytes()
     if path.suffix == ".pt2":
         try:
-            with own_code(f"MODEL: {path}: torch.export.load"), _without_log():
+            with library_call("torch.export.load", path), _without_log():
                 program = torch.export.load(io.BytesIO(content))
         except InputError as error:
             raise InputError(f"{error}{_other_torch(content)}") from None
-        with own_code(f"MODEL: {path}: torch.export.load"):
+        with library_call("torch.export.load", path):
             return exported_model(str(path), program, inputs)
     if not any("/code/" in f"/{name}" for name in names):
         raise InputError(
@@ -99,7 +117,7 @@ def load_program(path: Path, inputs: Any = None) -> TorchModel:
         )
     _survives(path, lambda: _touch(torch.jit.load(io.BytesIO(content), map_location="cpu")))
     try:
-        with own_code(f"MODEL: {path}: torch.jit.load"):
+        with library_call("torch.jit.load", path):
             module = torch.jit.load(io.BytesIO(content), map_location="cpu")
     except InputError as error:
         if "Unknown builtin op" not in str(error):

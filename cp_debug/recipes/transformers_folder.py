@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,10 @@ TOKENS = 16
 """Length of made-up text."""
 IMAGE = 224
 """Size of made-up images where the configuration names none."""
+_REPEATED = re.compile(r"(layers?|depths?|blocks|experts)$")
+"""Names of numbers of parts that have weights each."""
+_FEW = 1000
+"""Parts that are built without asking: several may share their weights."""
 _SOURCES = ("", "text_config", "vision_config")
 """Parts of a configuration that may hold sizes."""
 
@@ -55,7 +60,7 @@ def load_folder(path: Path) -> TorchModel:
     Nothing is downloaded, and code in the folder is never run. Raises InputError where that would be needed, or where
     transformers cannot load it; MissingPackage without transformers.
     """
-    from cp_debug.recipes.torch_callable import TorchModel, own_code
+    from cp_debug.recipes.torch_callable import TorchModel, library_call
 
     check_folder(path)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -73,8 +78,9 @@ def load_folder(path: Path) -> TorchModel:
                 "which is never run; load it in file.py:callable"
             )
     packing = packing_of(path, config)
-    with own_code(f"MODEL: {path}: transformers"):
+    with library_call("transformers", path):
         transformers.logging.set_verbosity_error()
+        _check_counts(path, config)
         settings = transformers.AutoConfig.from_pretrained(path, **local)
         settings.use_cache = False  # a cache is no output to compare
         name = next(iter(settings.architectures or []), "")
@@ -91,6 +97,26 @@ def load_folder(path: Path) -> TorchModel:
     model = TorchModel(str(path), module, inputs, source=f"made up to fit config.json: {', '.join(inputs)}")
     model.components[0].packed = packed
     return model
+
+
+def _check_counts(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise InputError where a configuration asks for more layers than there can be weights for: building them could
+    take hours before the first one is missed."""
+    from safetensors import safe_open
+
+    most = _FEW
+    for file in weight_files(path):
+        with safe_open(file, "np") as opened:
+            most += len(opened.keys())
+    for part in _SOURCES:
+        named = config.get(part) if part else config
+        for name, value in named.items() if isinstance(named, Mapping) else ():
+            counts = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)]
+            if _REPEATED.search(str(name)) and sum(counts) > most:
+                raise InputError(
+                    f"MODEL: {path / 'config.json'}: {name} is {str(value)[:80]}; "
+                    f"number of tensors beside it: {most - _FEW}"
+                )
 
 
 def _unpacked(path: Path, packing: Packing, kind: Any, how: dict[str, Any]) -> tuple[Any, dict[str, PackedWeight]]:

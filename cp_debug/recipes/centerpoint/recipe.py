@@ -20,7 +20,7 @@ from cp_debug.recipes.centerpoint.rotation import TurnedBackboneNeckHead, turn
 from cp_debug.recipes.centerpoint.scatter import scatter
 from cp_debug.recipes.centerpoint.voxelize import Voxels, voxelize_batch
 from cp_debug.recipes.data.base import DataOptions, DataSet, iterate
-from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS, open_data
+from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS, count_data, open_data
 
 ENCODER, BACKBONE_NECK_HEAD = "pts_voxel_encoder", "pts_backbone_neck_head"
 WEIGHTS = Path(__file__).parent / "weights"
@@ -88,6 +88,10 @@ class CenterPointModel:
     def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
         """At most ``count`` point clouds: ``points`` [N, C] float32; see ``data``."""
         return iterate(self.data(inputs, count, seed))
+
+    def sample_count(self, inputs: Path) -> int:
+        """Number of samples in an info file, a point file or a folder of them. Raises InputError for unusable files."""
+        return count_data(inputs)
 
     def data(self, inputs: Path | None, count: int, seed: int = 0, options: DataOptions = DEFAULT_OPTIONS) -> DataSet:
         """A data set: an info file (``.pkl``), point files, or held-out synthetic scenes from ``seed`` on.

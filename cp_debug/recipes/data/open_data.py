@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from cp_debug.errors import InputError
 from cp_debug.recipes.data.base import DataOptions, DataSet
 from cp_debug.recipes.data.folder import FolderData
 from cp_debug.recipes.data.infos import InfoData
+from cp_debug.recipes.data.unpickle import load_plain_pickle
 
 DEFAULT_OPTIONS = DataOptions()
 
@@ -39,3 +41,14 @@ def open_data(
     if path.suffix == ".pkl":
         return InfoData(path, features, class_names, count, options)
     return FolderData(path, features, count)
+
+
+def count_data(path: Path) -> int:
+    """Number of samples that ``open_data`` finds in an info file, a point file or a folder of them.
+
+    Clouds that an info file names may be missing. Raises InputError for a file that cannot be read.
+    """
+    if path.suffix == ".pkl":
+        content = load_plain_pickle(path)
+        return len(content["data_list"]) if isinstance(content, dict) and "data_list" in content else 0
+    return len(FolderData(path, (), sys.maxsize))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cp_debug.errors import InputError
+from cp_debug.errors import DAMAGED, Damage, InputError, library_reason
 from cp_debug.reading import read_bytes
 
 LARGEST = 1 << 31
@@ -29,10 +29,10 @@ def read_pcd(path: Path) -> dict[str, np.ndarray]:
         names, dtype = _fields(header)
         count = int(header["POINTS"][0]) if "POINTS" in header else int(header["WIDTH"][0]) * int(header["HEIGHT"][0])
         if count < 0 or count > LARGEST // dtype.itemsize:
-            raise ValueError(f"{count} points")
+            raise Damage(f"{count} points")
         rows = _body(content[start:], header["DATA"][0], dtype, count)
     except Exception as error:  # header and body are taken apart by numpy, which raises nearly anything
-        raise InputError(f"{path}: not a readable .pcd file ({type(error).__name__}: {error})") from None
+        raise InputError(f"{path}: not a readable .pcd file ({library_reason(error) or DAMAGED})") from None
     return {name: rows[name] for name in names if rows[name].ndim == 1}
 
 
@@ -45,7 +45,7 @@ def _header(content: bytes) -> tuple[dict[str, list[str]], int]:
         key, *values = content[start:end].decode("ascii").split() or ["#"]
         if not key.startswith("#"):
             if key not in _KEYS:
-                raise ValueError(f"unknown header entry {key!r}")
+                raise Damage(f"unknown header entry {key!r}")
             header[key] = values
         start = end + 1
     return header, start
@@ -64,7 +64,7 @@ def _fields(header: dict[str, list[str]]) -> tuple[list[str], np.dtype]:
 
 
 def _body(body: bytes, encoding: str, dtype: np.dtype, count: int) -> np.ndarray:
-    """Rows [N] of the structured type ``dtype``. Raises ValueError for a body that does not fit the header."""
+    """Rows [N] of the structured type ``dtype``. Raises Damage for a body that does not fit the header."""
     if encoding == "ascii":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there are no rows
@@ -72,10 +72,10 @@ def _body(body: bytes, encoding: str, dtype: np.dtype, count: int) -> np.ndarray
     if encoding == "binary":
         return np.frombuffer(body, dtype, count)
     if encoding != "binary_compressed":
-        raise ValueError(f"DATA {encoding}; expected ascii, binary or binary_compressed")
+        raise Damage(f"DATA {encoding}; expected ascii, binary or binary_compressed")
     packed, size = struct.unpack_from("<II", body)
     if size != dtype.itemsize * count or size > LONGEST_COPY * max(len(body), 1):
-        raise ValueError(f"{size} bytes for {count} rows of {dtype.itemsize}")
+        raise Damage(f"{size} bytes for {count} rows of {dtype.itemsize}")
     plain = lzf_decompress(body[8 : 8 + packed], size)
     rows, start = np.empty(count, dtype), 0
     for name in dtype.names or ():  # one field after the other, not one row after the other
@@ -88,7 +88,7 @@ def _body(body: bytes, encoding: str, dtype: np.dtype, count: int) -> np.ndarray
 def lzf_decompress(packed: bytes, size: int) -> bytes:
     """Decompress Marc Lehmann's LZF: literal runs, and copies of output up to 8 KiB before.
 
-    ``size`` is the length of the result. Raises ValueError when the data do not unpack to it.
+    ``size`` is the length of the result. Raises Damage when the data do not unpack to it.
     """
     plain = bytearray()
     at = 0
@@ -106,9 +106,9 @@ def lzf_decompress(packed: bytes, size: int) -> bytes:
         start = len(plain) - ((control & 31) << 8) - packed[at] - 1
         at += 1
         if start < 0:
-            raise ValueError("a copy from before the start")
+            raise Damage("a copy from before the start")
         chunk = plain[start : start + length + 2]
         plain += (chunk * (length // len(chunk) + 2))[: length + 2]  # a copy may run into itself
     if len(plain) != size:
-        raise ValueError(f"{len(plain)} bytes unpacked; expected {size}")
+        raise Damage(f"{len(plain)} bytes unpacked; expected {size}")
     return bytes(plain)

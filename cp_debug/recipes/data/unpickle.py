@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cp_debug.errors import InputError
+from cp_debug.errors import DAMAGED, InputError, library_reason
 from cp_debug.reading import read_bytes
 
 LARGEST = 1 << 32
@@ -68,4 +68,4 @@ def load_plain_pickle(path: Path) -> Any:
             f"{path}: refused, because it asks for {refused}; expected numpy arrays and plain containers only"
         ) from None
     except Exception as error:  # a broken pickle can raise anything
-        raise InputError(f"{path}: not a readable pickle ({type(error).__name__}: {str(error)[:200]})") from None
+        raise InputError(f"{path}: not a readable pickle ({library_reason(error) or DAMAGED})") from None

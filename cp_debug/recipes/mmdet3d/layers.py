@@ -15,8 +15,8 @@ from torch import fx, nn
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import ValueInfo
 from cp_debug.recipes.base import Arrays, Component, Sample, Stage
-from cp_debug.recipes.data.open_data import open_data
-from cp_debug.recipes.input_files import file_samples
+from cp_debug.recipes.data.open_data import count_data, open_data
+from cp_debug.recipes.input_files import count_samples, file_samples
 from cp_debug.recipes.mmdet3d.client import DetectorClient, ProgramFailed
 from cp_debug.recipes.mmdet3d.convert import COLUMNS
 
@@ -87,13 +87,17 @@ class DetectorLayers:
             if not difference <= TOLERANCE * np.abs(real).max(initial=0):
                 raise InputError(f"{self.name}: the exported program of {branch} differs from it by {difference:.3g}")
 
+    def sample_count(self, inputs: Path) -> int:
+        """Number of samples in these files. Raises InputError for unusable files."""
+        return count_samples(inputs, self._expected) if _holds_tensors(inputs) else count_data(inputs)
+
     def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
         """At most ``count`` samples, noise included for branches that no cloud reaches.
 
         ``inputs``: ``.npz`` files of the branches' tensors, point files, or None for synthetic scenes from ``seed`` on.
         Raises InputError for unusable files.
         """
-        if inputs is not None and (inputs.suffix == ".npz" or (inputs.is_dir() and any(inputs.glob("*.npz")))):
+        if inputs is not None and _holds_tensors(inputs):
             yield from file_samples(inputs, self._expected, count)
             return
         clouds = open_data(inputs, features=self._columns, class_names=(), count=count, first=seed)
@@ -140,3 +144,7 @@ def _input(branch: str) -> str:
 def _shape(channels: int) -> tuple[int, int, int, int]:
     """Shape of noise for a backbone whose first convolution takes ``channels``: an image's, or a canvas's."""
     return (1, channels, *(IMAGE if channels == 3 else CANVAS))
+
+
+def _holds_tensors(inputs: Path) -> bool:
+    return inputs.suffix == ".npz" or (inputs.is_dir() and any(inputs.glob("*.npz")))

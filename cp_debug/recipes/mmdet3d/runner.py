@@ -347,7 +347,7 @@ def main(folder: Path) -> int:
     """Work on ``folder``, then on those named on stdin, one a line. Returns the process's exit status."""
 
     def emit(event: dict[str, Any]) -> None:
-        print(json.dumps(event), flush=True)
+        print("\n" + json.dumps(event), flush=True)  # a library may have left its line open
 
     detectors: list[BuiltDetector] = []
     while True:
