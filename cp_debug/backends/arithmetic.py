@@ -57,6 +57,8 @@ class Arithmetic:
     """Encoding of operands in 4 and 8 bits, in place of ``operand``."""
     running_sum: RunningSum | None = None
     """Running sum of scaled products; None accumulates in ``dtype``."""
+    paired_sums: bool = False
+    """Whether products of unsigned and signed bytes are added in pairs in 16 bits, which saturate."""
 
     def held(self, dtype: torch.dtype) -> torch.dtype:
         """Dtype in which values are held that the graph declares as ``dtype``."""
@@ -138,6 +140,7 @@ class Arithmetic:
             "slices": self.slices,
             **({"split": self.split, "split_kernels": self.split_kernels} if self.split > 1 else {}),
             **({"vector": self.vector} if self.vector else {}),
+            **({"paired_sums": True} if self.paired_sums else {}),
             **(self.scaling.settings if self.scaling else {}),
             **(self.running_sum.settings if self.running_sum else {}),
         }

@@ -10,6 +10,7 @@ import numpy as np
 
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
+from cp_debug.graph.control_flow import ControlFlow
 from cp_debug.probes.arrays import Sink as Sink
 from cp_debug.probes.arrays import Tensor as Tensor
 
@@ -45,9 +46,17 @@ class Program:
     """The graph as it is deployed, if bodies and functions were flattened to look inside."""
     branches: Sequence[Branch] = ()
     """Decisions of the flattening: which branch each If takes, how often each loop runs."""
-
+    flow: ControlFlow = field(default_factory=ControlFlow)
+    """Control flow on all samples: what ran, and what did not."""
     example: Mapping[str, np.ndarray] | None = None
     """Inputs by name, like those that it will be run with, where they are known when it is opened."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the module's weights and buffers in FP32; 0 where there is no module."""
+        if self.module is None:
+            return 0
+        return sum(4 * tensor.numel() for tensor in (*self.module.parameters(), *self.module.buffers()))
 
     def require_int8(self, spec: BackendSpec) -> None:
         """Raise InputError unless the program tells what is quantized."""

@@ -22,6 +22,8 @@ from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.narrow_types import check_narrow_types
+from cp_debug.graph.tensor_ends import as_arrays
+from cp_debug.probes.arrays import as_numpy
 
 
 class EmulatedBackend:
@@ -128,7 +130,7 @@ class ExecutorSession:
             outputs = self._executor.run(inputs, sink, probes)
         if self._executor.not_emulated:
             self.settings["not_emulated"] = dict(self._executor.not_emulated)
-        return {n: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for n, v in outputs.items()}
+        return as_arrays(self._graph, outputs, as_numpy)
 
     def close(self) -> None:
         """Free the weights."""

@@ -16,10 +16,11 @@ from torch import Tensor
 from cp_debug.backends.arithmetic import FP32, Arithmetic
 from cp_debug.backends.base import Sink
 from cp_debug.backends.kernels import KERNELS, Call, OperatorKernel
+from cp_debug.backends.node_failures import described, reason
 from cp_debug.backends.reference import Reference
 from cp_debug.backends.schema_functions import function_body, is_defined
 from cp_debug.backends.weights import Weights
-from cp_debug.errors import CpdebugError, InputError
+from cp_debug.errors import InputError
 from cp_debug.graph.bodies import Body, LoopClock, run_loop, run_scan
 from cp_debug.graph.check_inputs import no_numbers
 from cp_debug.graph.constants import constant
@@ -221,7 +222,16 @@ class Executor:
     def _given(self, name: str, given: Mapping[str, Any]) -> Any:
         if name not in given:
             raise InputError(f"{self.graph}: value {name!r} is needed, but neither given nor computed")
-        return self._hold(given[name])
+        return self._as_declared(name, self._hold(given[name]))
+
+    def _as_declared(self, name: str, value: Any) -> Any:
+        """A value of the main graph as this graph holds its floats: another program may have made it in FP32 where this
+        one declares FP64, or the other way round."""
+        declared = None if self._place else self.graph.types.get(name)
+        kind = 0 if declared is None else declared.tensor_type.elem_type
+        if kind not in _FLOATS or not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return value.to(torch.float64 if kind == onnx.TensorProto.DOUBLE else self.arithmetic.dtype)
 
     def _hold(self, value: Any) -> Any:
         held = self.arithmetic.hold(value, self.device)
@@ -241,10 +251,10 @@ class Executor:
             if KERNELS.get(node.op) is None and not self._reference.knows(node):
                 place = f"{self.graph}: node {node.name!r} ({node.op})"
                 raise NodeFailed(f"{place} failed: nothing here implements it") from error
-            given = f" on ({', '.join(_describe(i) for i in inputs)})" if inputs else ""
-            raise NodeFailed(
-                f"{self.graph}: node {node.name!r} ({node.op}) failed{given}: {_first_line(error)}"
-            ) from error
+            given = f" on ({', '.join(map(described, inputs))})" if inputs else ""
+            step = self._steps.get(node)
+            why = reason(node, self.graph.opsets if step is None else step.opsets, inputs, error)
+            raise NodeFailed(f"{self.graph}: node {node.name!r} ({node.op}) failed{given}: {why}") from error
 
     def _computed(self, node: Node, live: Mapping[str, Any], inputs: list[Any]) -> list[Any]:
         """``inputs`` is filled with what the node is given."""
@@ -337,9 +347,8 @@ class Executor:
             except NodeFailed:
                 raise
             except Exception as error:
-                raise NodeFailed(
-                    f"{self.graph}: node {node.name!r} ({node.op}) cannot be read: {_first_line(error)}"
-                ) from error
+                why = reason(node, opsets, (), error)
+                raise NodeFailed(f"{self.graph}: node {node.name!r} ({node.op}) cannot be read: {why}") from error
         return step
 
     def _prepared(self, node: Node, opsets: Mapping[str, int]) -> _ExecutionStep:
@@ -376,22 +385,8 @@ def _has_numbers(value: Any) -> bool:
     return isinstance(value, Tensor) or (hasattr(value, "dtype") and value.dtype.kind not in "OSU")
 
 
-def _first_line(error: Exception) -> str:
-    """Message of an error, without the lists that ONNX's reference implementation adds."""
-    line = next(iter(str(error).splitlines()), "").partition(", schema.has_function")[0]
-    return line if isinstance(error, CpdebugError) else f"{type(error).__name__}: {line}".removesuffix(": ")
-
-
 def _within(node: Node, bodies: Mapping[str, Body], body: Body, run: int) -> str:
     """Part of a path for the place in a node where ``body`` runs."""
     if node.op == "If":
         return f"{next(name for name, candidate in bodies.items() if candidate is body)}/"
     return f"#{run}/" if node.op in ("Loop", "Scan") else ""
-
-
-def _describe(value: Any) -> str:
-    if value is None:
-        return "absent"
-    if isinstance(value, list):
-        return f"sequence of {len(value)}"
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"

@@ -29,6 +29,7 @@ from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
 from cp_debug.graph.narrow_types import check_narrow_types
+from cp_debug.graph.tensor_ends import as_arrays
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -187,7 +188,7 @@ class OrtSession:
 def run_whole(
     session: onnxruntime.InferenceSession, graph: Graph, inputs: Mapping[str, np.ndarray], limit: float | None = None
 ) -> dict[str, np.ndarray]:
-    """The outputs of ``graph``, open in ``session``, as far as they are tensors.
+    """The outputs of ``graph``, open in ``session``; parts of those that are no tensors, as ``as_arrays`` names them.
 
     Takes and returns name → array in the dtype that the graph declares.
     Raises InputError when it fails, and when ``limit`` (seconds, of ``onnx_runtime.time_limit``) is over.
@@ -195,19 +196,27 @@ def run_whole(
     names = [v.name for v in graph.outputs]
     try:
         with doing(f"ONNX Runtime ran {graph}"):
-            values = onnx_runtime.run(session, names, to_ort(inputs), limit)
+            fed = to_ort(inputs)
+            values = onnx_runtime.run(session, names, fed, limit)
+            others = [n for n, v in zip(names, values, strict=True) if not v.is_tensor()]
+            # An OrtValue gives no element of a sequence.
+            parts = dict(
+                zip(others, onnx_runtime.run(session, others, fed, limit, plain=True) if others else (), strict=True)
+            )
     except onnx_runtime.Endless as error:
         raise onnx_runtime.Endless(f"{graph}: {error}") from error
     except Exception as error:  # each status of ONNX Runtime is a class of its own, directly below Exception
         raise InputError(f"{graph}: ONNX Runtime failed: {onnx_runtime.told(error)}") from error
-    return {n: to_numpy(v) for n, v in zip(names, values, strict=True) if v.is_tensor()}
+    plain = {n: parts[n] if n in parts else to_numpy(v) for n, v in zip(names, values, strict=True)}
+    return as_arrays(graph, plain)
 
 
 def _gap(untouched: Mapping[str, np.ndarray], observed: Mapping[str, np.ndarray]) -> float:
     """Largest difference of any output, 0 when all are equal bit for bit, infinite when NaNs or shapes differ."""
     gap = 0.0
     for name, a in untouched.items():
-        b = observed[name]
+        if (b := observed.get(name)) is None:  # a part of a sequence, whose elements are observed themselves
+            continue
         if a.dtype.kind in "OSU":  # strings are the same or not
             gap = gap if np.array_equal(a, b) else np.inf
         elif a.tobytes() != b.tobytes() or a.shape != b.shape:

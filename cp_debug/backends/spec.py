@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from cp_debug import plugins
 from cp_debug.backends.narrow_options import FAMILIES, NarrowOptions, TorchFp8Options
-from cp_debug.errors import BackendUnavailable, InputError
+from cp_debug.errors import InputError
 from cp_debug.safe_text import amount
 
 KNOWN = {
@@ -88,8 +88,8 @@ class BackendSpec:
     def parse(cls, text: str) -> BackendSpec:
         """Parse one spec. Which variants a plug-in's family has, it says itself.
 
-        Raises BackendUnavailable for a name nobody knows, InputError for a malformed one, for options that the backend
-        does not have, and for a family that two distributions declare.
+        Raises InputError for a name that nobody knows, for a malformed one, for options that the backend does not have,
+        and for a family that two distributions declare; whether a known one can run here, ``create`` says.
         """
         match = _SPEC.fullmatch(text.strip())
         if match is None:
@@ -99,7 +99,10 @@ class BackendSpec:
         if spec.name not in KNOWN and (plugin is None or plugin.own):
             known = [*KNOWN, *(each.name for each in plugins.others(plugins.BACKENDS))]
             near = difflib.get_close_matches(spec.name, known, n=1, cutoff=0.0)
-            raise BackendUnavailable(text, f"no such backend; known are {', '.join(known)}", nearest=near[0])
+            all_known = ", ".join(known)
+            raise InputError(
+                f"--backends: no such backend {text!r}; the nearest known one is {near[0]}; known are {all_known}"
+            )
         if spec.family == "emu" and spec.variant in FAMILIES:
             options = NarrowOptions.parse(spec.variant + match["options"])
             return replace(spec, options=str(options).removeprefix(spec.variant))

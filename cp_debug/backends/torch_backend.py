@@ -18,7 +18,7 @@ from cp_debug.backends.emulated import ExecutorSession
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.check_inputs import check_inputs
-from cp_debug.probes.arrays import as_numpy, as_torch, dtype_name
+from cp_debug.probes.arrays import as_numpy, as_torch, dtype_name, is_dense, layout_of
 from cp_debug.probes.module_copy import copied_to
 from cp_debug.probes.trace import TorchValue, trace
 
@@ -155,6 +155,9 @@ class _ModuleSession:
             raise InputError(f"{self._program.name}: the module returned {len(results)} tensors for {self._names}")
         outputs = dict(zip(self._names, results, strict=True))
         for name, tensor in outputs.items():
+            if not is_dense(tensor):  # though those of the first forward were
+                returned = f"{name!r} as {layout_of(tensor)}"
+                raise InputError(f"{self._program.name}: the module returned {returned}; expected a dense tensor")
             give(name, tensor)
         return {n: as_numpy(t.float() if t.dtype == torch.bfloat16 else t) for n, t in outputs.items()}
 

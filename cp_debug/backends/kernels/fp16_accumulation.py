@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cp_debug.backends.kernels import fp16_accumulation_cuda
-from cp_debug.backends.kernels.fp16_accumulation_cuda import BLOCK, Instruction, Scattered, Sum, Taps
+from cp_debug.backends.kernels.fp16_accumulation_cuda import BLOCK, Instruction, Scattered, Sum, Taps, filled_up
 from cp_debug.backends.kernels.windows import Window
 from cp_debug.backends.rounding import round_fp16
 
@@ -54,19 +54,23 @@ class Order(NamedTuple):
         return (tile + self.split_kernels % 2) % self.split
 
 
-def accumulate(x: Tensor, taps: Taps, stride: Sequence[int], size: Sequence[int], order: Order) -> Tensor:
+def accumulate(
+    x: Tensor, taps: Taps, stride: Sequence[int], size: Sequence[int], order: Order, pads: tuple[int, ...] = ()
+) -> Tensor:
     """Sum the taps over ``x`` (images, channels per group, *spatial) → (images, outputs per group, *size).
 
-    Image i is of group i modulo the groups. All operands hold FP16 values in float32.
+    Image i is of group i modulo the groups. All operands hold FP16 values in float32. ``pads``, of zeros around each
+    image, as ``torch.nn.functional.pad`` takes them.
     """
     groups, outputs, channels = taps.weight.shape[:3]
-    if not (len(x) and outputs and all(size)):
+    if not (x.shape[0] and outputs and all(size)):
         return x.new_zeros(len(x), outputs, *size)
     if order.slices == 1 or order.split == 1:
         total = instructions(channels, len(taps.places), order)
-        found = fp16_accumulation_cuda.accumulate(x, [taps], stride, size, total)
+        found = fp16_accumulation_cuda.accumulate(x, [taps], stride, size, total, pads)
         if found is not None:
             return found
+    x = filled_up(x, pads)
     weights = [_tall(taps.weight[..., place]) for place in taps.places]
     parts = [_accumulate(part, weights, taps.starts, stride, size, order) for part in x.split(groups)]
     return torch.cat(parts)[:, :outputs]
@@ -135,15 +139,18 @@ def instructions(channels: int, taps: int, order: Order) -> Sum:
     return Sum(tuple(of), slices * order.split)
 
 
-def accumulate_vectors(x: Tensor, taps: Taps, stride: Sequence[int], size: Sequence[int], vector: int) -> Tensor:
+def accumulate_vectors(
+    x: Tensor, taps: Taps, stride: Sequence[int], size: Sequence[int], vector: int, pads: tuple[int, ...] = ()
+) -> Tensor:
     """Sum the taps as kernels without shared memory do; shapes as for ``accumulate``, ``vector`` is 4 or 8."""
     groups, outputs, channels = taps.weight.shape[:3]
-    if not (len(x) and outputs and all(size)):
+    if not (x.shape[0] and outputs and all(size)):
         return x.new_zeros(len(x), outputs, *size)
     total = vector_instructions(len(taps.places), channels, vector)
-    found = fp16_accumulation_cuda.accumulate(x, [taps], stride, size, total)
+    found = fp16_accumulation_cuda.accumulate(x, [taps], stride, size, total, pads)
     if found is not None:
         return found
+    x = filled_up(x, pads)
     blocks = vector_blocks(len(taps.places), channels, vector)
     weight = _tall(torch.cat([taps.weight[..., place] for place in taps.places], -1))
     parts = [_accumulate_vectors(part, weight, taps.starts, stride, size, blocks) for part in x.split(groups)]
@@ -216,18 +223,32 @@ def conv(
 ) -> Tensor:
     """ONNX Conv of ``x`` (N, C, *spatial); every operand already holds FP16 values. ``vector`` instead of the others is
     for kernels without shared memory."""
-    order = Order(tile, slices, split, split_kernels)
-    size = window.output_size(x.shape[2:])
+    on = _geometry(window, tuple(x.shape[2:]))
+    taps = Taps(weight.reshape(groups, -1, weight.shape[1], len(on.starts)), on.places, on.starts)
+    images = x if groups == 1 else x.reshape(-1, x.shape[1] // groups, *x.shape[2:])
+    if vector:
+        result = accumulate_vectors(images, taps, window.stride, on.size, vector, on.pads)
+    else:
+        order = Order(tile, slices, split, split_kernels)
+        result = accumulate(images, taps, window.stride, on.size, order, on.pads)
+    return add_bias(result if groups == 1 else result.reshape(x.shape[0], -1, *on.size), bias)
+
+
+class _Geometry(NamedTuple):
+    """Spatial sizes of a result, the taps' places and starts, and the padding as torch takes it."""
+
+    size: tuple[int, ...]
+    places: tuple[int, ...]
+    starts: tuple[tuple[int, ...], ...]
+    pads: tuple[int, ...]
+
+
+@lru_cache(maxsize=256)
+def _geometry(window: Window, spatial: tuple[int, ...]) -> _Geometry:
+    """A window over images of that size, its taps row by row."""
     places = itertools.product(*map(range, window.kernel))
     starts = tuple(tuple(i * d for i, d in zip(k, window.dilation, strict=True)) for k in places)
-    taps = Taps(weight.unflatten(0, (groups, -1)).flatten(3), tuple(range(len(starts))), starts)
-    pads = window.torch_pads()
-    images = (functional.pad(x, pads) if any(pads) else x).unflatten(1, (groups, -1)).flatten(0, 1)
-    if vector:
-        result = accumulate_vectors(images, taps, window.stride, size, vector)
-    else:
-        result = accumulate(images, taps, window.stride, size, order)
-    return add_bias(result.unflatten(0, (-1, groups)).flatten(1, 2), bias)
+    return _Geometry(window.output_size(spatial), tuple(range(len(starts))), starts, tuple(window.torch_pads()))
 
 
 def conv_transpose(
@@ -246,7 +267,40 @@ def conv_transpose(
     """
     grouped = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(3)
     order, ones = Order(tile, slices), (1,) * len(size)
-    # Phases of one size and with as many taps are summed at once on a GPU.
+    images = x.unflatten(1, (groups, -1)).flatten(0, 1)
+    alike = _phases(window, tuple(x.shape[2:]), tuple(size))
+    result = x.new_zeros(len(images), grouped.shape[1], *size)
+    for together in alike:
+        if result.numel():
+            phases = [Taps(grouped, *of) for of in together.taps]
+            scattered = Scattered(result, together.begins, window.stride)
+            total = instructions(x.shape[1] // groups, len(together.taps[0][0]), order)
+            found = fp16_accumulation_cuda.accumulate(
+                images, phases, ones, together.extent, total, together.pads, scattered
+            )
+            if found is not None:
+                continue
+        data = filled_up(images, together.pads)
+        for phase, of in zip(together.begins, together.taps, strict=True):
+            where = tuple(slice(p, None, s) for p, s in zip(phase, window.stride, strict=True))
+            summed = accumulate(data, Taps(grouped, *of), ones, together.extent, order)
+            result[(slice(None), slice(None), *where)] = summed
+    return add_bias(result.unflatten(0, (-1, groups)).flatten(1, 2), bias)
+
+
+class _Phases(NamedTuple):
+    """Output phases of one size and with as many taps, which are summed at once on a GPU."""
+
+    extent: tuple[int, ...]
+    begins: tuple[tuple[int, ...], ...]
+    taps: tuple[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]], ...]
+    """The places of each phase's taps in the weights, and their starts in the padded data."""
+    pads: tuple[int, ...]
+
+
+@lru_cache(maxsize=256)
+def _phases(window: Window, spatial: tuple[int, ...], size: tuple[int, ...]) -> list[_Phases]:
+    """The phases of a transposed convolution from ``spatial`` to ``size``."""
     alike = defaultdict(list)
     for phase in itertools.product(*map(range, window.stride)):
         extent = tuple(len(range(p, n, s)) for p, n, s in zip(phase, size, window.stride, strict=True))
@@ -258,27 +312,19 @@ def conv_transpose(
         if all(extent) and all(axes):
             taps = list(itertools.product(*(sorted(axis, key=lambda pair: pair[1]) for axis in axes)))
             alike[extent, len(taps)].append((phase, taps))
-    images = x.unflatten(1, (groups, -1)).flatten(0, 1)
-    result = x.new_zeros(len(images), grouped.shape[1], *size)
-    for (extent, count), members in alike.items():
+    found = []
+    for (extent, _), members in alike.items():
         offsets = list(zip(*((o for _, o in tap) for _, taps in members for tap in taps), strict=True))
         low = [max(0, -min(axis)) for axis in offsets]
-        high = [max(0, max(axis) + n - m) for axis, n, m in zip(offsets, extent, x.shape[2:], strict=True)]
-        data = functional.pad(images, [p for pair in zip(reversed(low), reversed(high), strict=True) for p in pair])
-        begins, phases = tuple(phase for phase, _ in members), []
+        high = [max(0, max(axis) + n - m) for axis, n, m in zip(offsets, extent, spatial, strict=True)]
+        of_phases = []
         for _, taps in members:
             places = tuple(sum(k * prod(window.kernel[i + 1 :]) for i, (k, _) in enumerate(tap)) for tap in taps)
             starts = tuple(tuple(o + pad for (_, o), pad in zip(tap, low, strict=True)) for tap in taps)
-            phases.append(Taps(grouped, places, starts))
-        if result.numel():
-            scattered = Scattered(result, begins, window.stride)
-            total = instructions(x.shape[1] // groups, count, order)
-            if fp16_accumulation_cuda.accumulate(data, phases, ones, extent, total, scattered) is not None:
-                continue
-        for phase, of_phase in zip(begins, phases, strict=True):
-            where = tuple(slice(p, None, s) for p, s in zip(phase, window.stride, strict=True))
-            result[(slice(None), slice(None), *where)] = accumulate(data, of_phase, ones, extent, order)
-    return add_bias(result.unflatten(0, (-1, groups)).flatten(1, 2), bias)
+            of_phases.append((places, starts))
+        pads = tuple(p for pair in zip(reversed(low), reversed(high), strict=True) for p in pair)
+        found.append(_Phases(extent, tuple(phase for phase, _ in members), tuple(of_phases), pads))
+    return found
 
 
 def matmul(a: Tensor, b: Tensor, tile: int, slices: int = 1, split: int = 1, split_kernels: int = 1) -> Tensor:

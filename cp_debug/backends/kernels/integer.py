@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from cp_debug.backends.kernels.contrib import MS
 from cp_debug.backends.kernels.matmul import matmul
+from cp_debug.backends.kernels.paired_sums import lost_in_product
 from cp_debug.backends.kernels.pooling import average_pool
 from cp_debug.backends.kernels.quantization import dynamic_quantize_linear
 from cp_debug.backends.kernels.registry import Call, kernel
@@ -128,7 +129,11 @@ def qgemm(
     y_zero: Tensor | None = None,
 ) -> Tensor:
     left, right = _shifted(a, a_zero), _shifted(b, b_zero, 0 if call["transB"] else 1)
-    sums = (left.mT if call["transA"] else left) @ (right.mT if call["transB"] else right) * call["alpha"]
+    if call["transA"]:
+        a, left = a.mT, left.mT
+    if call["transB"]:
+        b, right = b.mT, right.mT
+    sums = (left @ right + lost_in_product(call, a, b)) * call["alpha"]
     result = (sums if c is None else sums + c.double()) * (a_scale.double() * b_scale.double())
     return result.to(a_scale.dtype) if y_scale is None else _levels(result, y_scale.double(), y_zero)
 
@@ -144,7 +149,7 @@ def matmul_integer_to_float(
     b_zero: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    sums = torch.matmul(_shifted(a, a_zero), _shifted(b, b_zero))
+    sums = torch.matmul(_shifted(a, a_zero), _shifted(b, b_zero)) + lost_in_product(call, a, b)
     result = (sums * (a_scale.double() * b_scale.double())).to(call.arithmetic.dtype)
     return result if bias is None else result + bias
 

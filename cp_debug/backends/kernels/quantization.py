@@ -10,6 +10,7 @@ from onnx import TensorProto
 from torch import Tensor
 from torch.nn import functional
 
+from cp_debug.backends.kernels.paired_sums import lost_in_convolution, lost_in_product
 from cp_debug.backends.kernels.registry import Call, kernel
 from cp_debug.backends.kernels.windows import Window
 
@@ -72,7 +73,7 @@ def matmul_integer(
     rows = a_zero is not None and a_zero.dim() == 1 and a_zero.numel() > 1
     left = a.double() if a_zero is None else a.double() - (a_zero[:, None] if rows else a_zero).double()
     right = b.double() if b_zero is None else b.double() - b_zero.double()
-    return torch.matmul(left, right).to(torch.int32)
+    return (torch.matmul(left, right) + lost_in_product(call, a, b)).to(torch.int32)
 
 
 @kernel("ConvInteger", rounds=False, exact=True)
@@ -95,7 +96,7 @@ def qlinear_conv(
     y_zero: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    total = _convolved(call, _centred(x, x_zero), _centred(w, w_zero))
+    total = _convolved(call, _centred(x, x_zero), _centred(w, w_zero)) + lost_in_convolution(call, x, w, x_zero)
     shape = [-1, *[1] * (x.dim() - 2)]
     if bias is not None:
         total = total + bias.double().reshape(1, *shape)
@@ -117,7 +118,7 @@ def qlinear_matmul(
 ) -> Tensor:
     if a_scale.numel() > 1 or y_scale.numel() > 1:
         return NotImplemented
-    total = torch.matmul(a.double() - a_zero.double(), b.double() - b_zero.double())
+    total = torch.matmul(a.double() - a_zero.double(), b.double() - b_zero.double()) + lost_in_product(call, a, b)
     return _requantized(total * (a_scale.double() * b_scale.double() / y_scale.double()), y_zero)
 
 

@@ -11,17 +11,48 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from cp_debug.backends.kernels.matmul import matmul
+from cp_debug.backends.kernels.paired_sums import lost_in_product
 from cp_debug.backends.kernels.quantization import dynamic_quantize_linear
 from cp_debug.backends.kernels.registry import Call, kernel
 
 Activation = Callable[[Tensor], Tensor]
-Multiply = Callable[[Call, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _LevelWeights:
+    """Weights as levels [(D,) gates × H, I], with scales and zero points [(D,) gates × H or 1, 1]."""
+
+    levels: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    @classmethod
+    def of(cls, levels: Tensor, scale: Tensor, zero: Tensor) -> _LevelWeights:
+        """Weights of levels [D, I, gates × H], as ONNX Runtime has them."""
+        directions = levels.shape[0]
+        return cls(levels.mT, scale.reshape(directions, -1, 1), zero.reshape(directions, -1, 1))
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.levels.shape
+
+    def __getitem__(self, place: int | slice) -> _LevelWeights:
+        """One direction; of one direction all its gates."""
+        if isinstance(place, slice):
+            assert place == slice(None), "gates are not taken apart"
+            return self
+        return _LevelWeights(self.levels[place], self.scale[place], self.zero[place])
+
+
+Weight = Tensor | _LevelWeights
+Multiply = Callable[[Call, Tensor, Any], Tensor]
 """x [.., I] times the transpose of a weight [gates × H, I]."""
 
 _PLAIN: dict[str, Activation] = {
@@ -49,11 +80,12 @@ def _in_floats(call: Call, x: Tensor, weight: Tensor) -> Tensor:
     return result
 
 
-def _in_integers(call: Call, x: Tensor, weight: Tensor) -> Tensor:
+def _in_integers(call: Call, x: Tensor, weight: _LevelWeights) -> Tensor:
     """The product with x on levels of its own range, as DynamicQuantizeLinear has them; their sums are exact."""
     levels, scale, zero = dynamic_quantize_linear(call, x)
-    sums = torch.matmul(levels.double() - zero.double(), weight.double().mT)
-    return (sums * scale.double()).to(call.arithmetic.dtype)
+    shifted = weight.levels.double() - weight.zero.double()
+    sums = torch.matmul(levels.double() - zero.double(), shifted.mT) + lost_in_product(call, levels, weight.levels.mT)
+    return (sums * scale.double() * weight.scale.double().mT).to(call.arithmetic.dtype)
 
 
 @dataclass(frozen=True)
@@ -62,8 +94,8 @@ class _Direction:
 
     call: Call
     activations: Sequence[Activation]
-    weight: Tensor
-    recurrence: Tensor
+    weight: Weight
+    recurrence: Weight
     bias: Tensor
     recurrent_bias: Tensor
     peepholes: Sequence[Tensor]
@@ -83,7 +115,7 @@ class _Direction:
         bound = self.call["clip"]
         return self.activations[which](gate.clamp(-bound, bound) if bound else gate)
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def _product(self, x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
         result = self.multiply(self.call, x, weight)
         return self.call.arithmetic.round(result + bias)
 
@@ -143,14 +175,27 @@ def recurrent(
     h: Tensor | None = None,
     c: Tensor | None = None,
     peepholes: Tensor | None = None,
-    *,
-    multiply: Multiply = _in_floats,
 ) -> list[Tensor]:
     """RNN, GRU or LSTM: outputs Y [T, D, B, H], the last h and, of an LSTM, c [D, B, H].
 
     x [T, B, I], W [D, gates × H, I], R [D, gates × H, H], B [D, 2 gates × H], lengths [B], h and c [D, B, H], P [D, 3
     H]; with ``layout`` 1 the batch comes first.
     """
+    return _layers(call, x, weight, recurrence, bias, lengths, h, c, peepholes, _in_floats)
+
+
+def _layers(
+    call: Call,
+    x: Tensor,
+    weight: Weight,
+    recurrence: Weight,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    h: Tensor | None,
+    c: Tensor | None,
+    peepholes: Tensor | None,
+    multiply: Multiply,
+) -> list[Tensor]:
     step, gates, default = _STEPS[call.node.proto.op_type.removeprefix("DynamicQuantize")]
     if call["layout"]:
         x, h, c = x.transpose(0, 1), *(s if s is None else s.transpose(0, 1) for s in (h, c))
@@ -191,21 +236,19 @@ def dynamic_quantize_lstm(
 
     ``grids``: scale and zero point of W, then of R, each [D] or [D, 4 H].
     """
-    w, r = (_real(levels, *grid) for levels, grid in ((weight, grids[:2]), (recurrence, grids[2:])))
-    return list(recurrent(call, x, w, r, bias, lengths, h, c, peepholes, multiply=_in_integers))
-
-
-def _real(levels: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Weights [D, gates × H, I] of levels [D, I, gates × H], in FP64: exact products of levels and scales."""
-    directions = levels.shape[0]
-    scale, zero = (t.double().reshape(directions, 1, -1) for t in (scale, zero))
-    return ((levels.double() - zero) * scale).mT
+    w, r = (_LevelWeights.of(levels, *grid) for levels, grid in ((weight, grids[:2]), (recurrence, grids[2:])))
+    return list(_layers(call, x, w, r, bias, lengths, h, c, peepholes, _in_integers))
 
 
 def _unroll(
     step: Step, cell: _Direction, x: Tensor, state: State, lengths: Tensor | None, backward: bool
 ) -> tuple[Tensor, ...]:
-    """All h [T, B, H] of one direction, zero behind the end of a sequence, and the last state."""
+    """All h [T, B, H] of one direction, zero behind the end of a sequence, and the last state.
+
+    What lies behind the end of the longest sequence is not even read: levels are made for the rest.
+    """
+    behind = 0 if lengths is None else len(x) - int(lengths.clamp(0, len(x)).max())
+    x = x[: len(x) - behind]
     time, batch = x.shape[:2]
     steps = torch.arange(time, device=x.device)[:, None].expand(time, batch)
     ends = steps.new_full((batch,), time) if lengths is None else lengths.to(torch.int64)
@@ -222,7 +265,8 @@ def _unroll(
         state = after
         rows.append((state[0] * inside[t][:, None])[None])
     y = torch.cat(rows)
-    return (y[places, columns] if backward else y, *state)
+    y = y[places, columns] if backward else y
+    return (torch.cat([y, y.new_zeros(behind, *y.shape[1:])]), *state)
 
 
 def _activations(names: Sequence[str], alphas: Sequence[float], betas: Sequence[float]) -> Iterator[Activation]:

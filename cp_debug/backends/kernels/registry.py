@@ -45,7 +45,7 @@ class Call:
         """Parse the attributes of ``node`` once."""
         proto = node.proto
         attributes: dict[str, Any] = {}
-        if (schema := _schema(proto, opset)) is not None:
+        if (schema := schema_of(proto, opset)) is not None:
             attributes = {n: _value(a.default_value) for n, a in schema.attributes.items() if a.default_value.type}
         attributes |= {a.name: _value(a) for a in proto.attribute}
         return cls(node, attributes, opset, arithmetic, device, literal, weights)
@@ -86,9 +86,9 @@ _EXTENDED = {"FusedConv": "Conv", "FusedGemm": "Gemm", "QGemm": "Gemm", "QLinear
 """Operators of ONNX Runtime that have the attributes of one of ONNX's, and its defaults."""
 
 
-def _schema(proto: onnx.NodeProto, opset: int) -> onnx.defs.OpSchema | None:
-    """Schema with the defaults of the attributes; the newest one for opsets before an operator's first, which ONNX
-    Runtime allows for some."""
+def schema_of(proto: onnx.NodeProto, opset: int) -> onnx.defs.OpSchema | None:
+    """The node's schema, with the defaults of its attributes; the newest one for opsets before an operator's first,
+    which ONNX Runtime allows for some."""
     name, domain = proto.op_type, proto.domain
     if domain == "com.microsoft" and name in _EXTENDED:
         return onnx.defs.get_schema(_EXTENDED[name])

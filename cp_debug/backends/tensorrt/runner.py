@@ -875,7 +875,7 @@ def main(folder: Path, stay: bool = False) -> int:
     """
 
     def emit(event: dict[str, Any]) -> None:
-        print(json.dumps(event), flush=True)
+        print("\n" + json.dumps(event), flush=True)  # a library may have left its line open
 
     while True:
         result = execute(json.loads((folder / "job.json").read_text(encoding="utf-8")), emit)

@@ -30,7 +30,7 @@ from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.narrow_types import narrow_kinds
 
-HEALTHY = "nothing diverges, so no engine was built to show values inside (--probes boundaries does)"
+HEALTHY = "nothing diverges, so no engine was built to show values inside (`cpdebug bisect --probes boundaries` does)"
 
 
 @dataclass(frozen=True)
