@@ -159,9 +159,16 @@ def _modules(matching: Matching, record: Trace) -> dict[str, Any]:
 
 
 def module_digest(module: nn.Module) -> str:
-    """SHA-256 of the names and values of all weights and buffers."""
+    """SHA-256 of the names and values of all weights and buffers.
+
+    Raises InputError where one has no values: its maker exchanged it while the module was exported.
+    """
     sha = hashlib.sha256()
     for name, tensor in stored_tensors(module).items():
         sha.update(name.encode())
-        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        try:
+            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        except (RuntimeError, NotImplementedError) as error:
+            lost = f"{name!r} has no values any more ({type(tensor.data).__name__})"
+            raise InputError(f"MODEL: weight {lost}: a forward exchanged it") from error
     return sha.hexdigest()

@@ -104,9 +104,9 @@ class _Flow:
         for path, part in self._modules.items():
             if isinstance(part, WeightedLayer):
                 axis = -1 if isinstance(part, nn.Linear) else 1
-                handles.append(part.register_forward_hook(self._keep(path, axis)))
+                handles.append(nn.Module.register_forward_hook(part, self._keep(path, axis)))
             elif isinstance(part, _BatchNorm):
-                handles.append(part.register_forward_hook(self._keep(path, 1, of_input=True)))
+                handles.append(nn.Module.register_forward_hook(part, self._keep(path, 1, of_input=True)))
         try:
             record = trace(module, {str(i): arg for i, arg in enumerate(args)}, lambda value, tensor: None)
         finally:

@@ -69,6 +69,7 @@ class FactorWalk:
         self,
         graph: Graph,
         weights_of: Callable[[Node], np.ndarray | None],
+        fit_of: Callable[[Node], Fit | None],
         shapes: Mapping[str, tuple[int, ...]],
         numbers: Mapping[str, np.ndarray],
         refused: frozenset[Node] = frozenset(),
@@ -77,6 +78,7 @@ class FactorWalk:
         by_bias: bool,
     ) -> None:
         """``weights_of`` a reference's node: the same weights in the test, in the reference's layout; None: unknown.
+        ``fit_of`` it: the factors that lead from its own to those; None: they are equal, or unknown.
 
         ``shapes`` of all values of a run, ``numbers``: those of them that hold integers. ``refused``: layers that start
         no factors. ``bias_of`` a node: what is added to its results, in the reference and in the test. It tells the
@@ -84,7 +86,7 @@ class FactorWalk:
         """
         self._graph, self._constants, self._weights_of = graph, Constants(graph), weights_of
         self._shapes, self._numbers, self._refused = shapes, numbers, refused
-        self._bias_of, self._by_bias = bias_of, by_bias
+        self._fit_of, self._bias_of, self._by_bias = fit_of, bias_of, by_bias
         self._executor = Executor(graph)
         self._factors: dict[str, Factors] = {}
         self.scaled: dict[tuple[Node, int], np.ndarray] = {}
@@ -144,16 +146,19 @@ class FactorWalk:
 
     def _product(self, node: Node) -> Factors | None:
         given = self._given(node.proto.input[0])
+        own = self._fit_of(node) if given is None or given.plain else None
+        if given is None or (given.plain and (own is None or not own.scaled or node in self._refused)):
+            return None
         weight = np.asarray(self._constants[node.proto.input[1]], np.float64)
         layout = _ProductWeights.of(node, weight)
-        if given is None or layout is None or (not given.plain and not layout.takes(given)):
-            return _only_plain([given] if given else [])
+        if layout is None or (not given.plain and not layout.takes(given)):
+            return _only_plain([given])
         theirs = self._weights_of(node)
         if theirs is None or theirs.shape != weight.shape:
-            return None if given.plain else _only_plain([given])
+            return _only_plain([given])
         ours, theirs = layout.rows(weight), layout.rows(theirs)
         rescaled = ours / layout.of_inputs(given)
-        fitted = fit(rescaled, theirs)
+        fitted = own or fit(rescaled, theirs)
         starts = node not in self._refused and fitted.scaled
         out = self._told(node, fitted) if starts else np.ones(len(ours))
         if not given.plain:
@@ -164,8 +169,6 @@ class FactorWalk:
                 raise Broken(given)
             for origin in given.origins:
                 self.readers.setdefault(origin, []).append(node)
-        if given.plain and not starts:
-            return None
         self._rescale(node, 1, layout.whole(rescaled * out[:, None, None], weight.shape))
         if len(node.proto.input) > 2 and node.proto.input[2]:
             if node.proto.input[2] not in self._constants:

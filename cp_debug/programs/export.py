@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from cp_debug.backends.determinism import fp32_precision
 from cp_debug.doing import doing
 from cp_debug.errors import InputError, raise_if_interrupted, system_reason
+from cp_debug.files import named
+from cp_debug.probes.module_state import state_kept
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.probes.trace import as_written
 from cp_debug.programs.module_source import note_modules
@@ -66,9 +68,9 @@ def export(
     size = sum(tensor.nbytes for tensor in stored_tensors(module).values())
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
-        raw = Path(folder) / "raw.onnx"
+        raw = Path(folder).absolute() / "raw.onnx"  # the module may go to another working folder
         try:
-            with as_written(), _flat_outputs(module), _quiet(), _old_flag_readable():
+            with as_written(), state_kept(module), _flat_outputs(module), _quiet(), _old_flag_readable():
                 if exporter == "dynamo":
                     _dynamo(module, args, raw, axes, folded, size, options)
                 else:
@@ -81,7 +83,7 @@ def export(
         except Exception as error:  # the exporters raise nearly everything
             raise_if_interrupted(error)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise InputError(f"{path}: cannot be written ({system_reason(error)})") from error
+                raise InputError(f"{named(path)}: cannot be written ({system_reason(error)})") from error
             raise InputError(f"{type(module).__name__} cannot be exported by {exporter}: {_reason(error)}") from error
         _check(proto, output_names, exporter, opset)
         if exporter == "torchscript":
@@ -108,7 +110,7 @@ def _dynamo(
     options: Mapping[str, Any],
 ) -> None:
     shapes = tuple(axes.get(name) for name in options["input_names"]) if axes else None
-    with doing("torch exported the module (--exporter dynamo)"):
+    with doing("torch exported the module (--exporter dynamo)", in_their_folder=True):
         program = torch.onnx.export(
             module, tuple(args), None, dynamo=True, dynamic_shapes=shapes, optimize=folded, verbose=False, **options
         )
@@ -130,7 +132,7 @@ def _torchscript(
     folded: bool,
     options: Mapping[str, Any],
 ) -> None:
-    with doing("torch exported the module (--exporter torchscript)"):
+    with doing("torch exported the module (--exporter torchscript)", in_their_folder=True):
         torch.onnx.export(
             module, tuple(args), path, dynamo=False, dynamic_axes=axes or None, do_constant_folding=folded, **options
         )

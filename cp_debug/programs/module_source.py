@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx
 from torch import nn
 
+from cp_debug.errors import module_of
 from cp_debug.graph.source_lines import KEY, shortened
 from cp_debug.programs.scope_names import enclosing_modules
 
@@ -26,7 +27,7 @@ def _innermost(module: nn.Module, name: str) -> nn.Module:
             inner = module.get_submodule(path)
         except AttributeError:
             break
-        if not type(inner).__module__.startswith("torch."):
+        if not module_of(type(inner)).startswith("torch."):
             own = inner
     return own
 
@@ -34,6 +35,6 @@ def _innermost(module: nn.Module, name: str) -> nn.Module:
 def _forward(module: nn.Module) -> str:
     """The place where the class's ``forward`` is written; empty for those of torch, and for what is not Python."""
     code = getattr(type(module).forward, "__code__", None)
-    if code is None or type(module).__module__.startswith("torch."):
+    if code is None or module_of(type(module)).startswith("torch."):
         return ""
     return f"{shortened(code.co_filename)}:{code.co_firstlineno}: {type(module).__name__}.forward"

@@ -18,6 +18,7 @@ from onnx import helper
 from cp_debug.graph.constants import TELLING, Constants
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import GATES, PRODUCTS
+from cp_debug.programs.attribute_meaning import implied, same_axes, says_nothing
 from cp_debug.programs.tensor_change import TensorChange, describe
 
 MOVES = {"Cast", "Transpose", "Reshape", "Slice", "Concat", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Split"}
@@ -27,16 +28,17 @@ ACTIVATIONS = {
     "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "LogSoftmax", "Mish", "PRelu",
     "Relu", "Selu", "Sigmoid", "Softmax", "Softplus", "Softsign", "Swish", "Tanh", "ThresholdedRelu",
 }  # fmt: skip
-NAMES = {"auto_pad": "padding", "epsilon": "normalization-eps", "pads": "padding"}
+NAMES = {
+    "auto_pad": "padding",
+    "epsilon": "normalization-eps",
+    "pads": "padding",
+    "training_mode": "batchnorm-statistics",
+}
 """Attribute → the name of the cause, where it has one of its own."""
 FUSED = {"FusedConv": "Conv", "FusedGemm": "Gemm", "FusedMatMul": "MatMul"}
 """Operators of ONNX Runtime that are one of ONNX's and an activation or scale behind it."""
 MOST_EXCHANGED = 2
 """Operators that are exchanged, left out or added, up to which that is a fault and not another way to write it."""
-SHAPES = {"axes", "hidden_size", "kernel_shape", "num_outputs", "output_shape", "split"}
-"""Attributes that are inferred where they are absent: they differ only where both sides have them."""
-ACTIVATIONS_OF = {"GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"], "RNN": ["Tanh"]}
-"""Activations of recurrent layers that name none."""
 FEW = 8
 """Elements of a constant up to which it is written out."""
 INDICES = {"Gather", "GatherElements", "GatherND", "Slice", "ScatterND", "ScatterElements"}
@@ -134,9 +136,11 @@ class Pieces:
         listed = [d for a, b in self._pairs for d in self._of_pair(a, b)]
         for node in self._missing:
             kind = "activation" if node.op in ACTIVATIONS else "operator"
-            listed.append(
-                NodeDifference(f"missing-{kind}", f"{node.op} is left out", node.name, {"op": node.op}, structural=True)
-            )
+            says, evidence = f"{node.op} is left out", {"op": node.op}
+            if constant := self._constant_for(node):
+                says = f"{constant} is a constant in the test, the reference computes it by {node.op}"
+                evidence["constant"] = constant
+            listed.append(NodeDifference(f"missing-{kind}", says, node.name, evidence, structural=True))
         for node in self._added:
             kind = "activation" if node.op in ACTIVATIONS else "operator"
             says = f"{node.op} is added: {node.name}"
@@ -144,6 +148,11 @@ class Pieces:
                 NodeDifference(f"extra-{kind}", says, node.name, {"op": node.op}, added=True, structural=True)
             )
         return listed
+
+    def _constant_for(self, node: Node) -> str:
+        """Constant that the test reads in place of what ``node`` computes; empty where it reads none."""
+        places = ((x, y) for a, b in self._pairs for x, y in zip(a.proto.input, b.proto.input, strict=False))
+        return next((y for x, y in places if x in node.outputs and y in self._theirs), "")
 
     def _of_pair(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
         if ours.op != _plain(theirs):
@@ -178,13 +187,20 @@ class Pieces:
         names = our_values.keys() | their_values.keys() if alike else our_values.keys() & their_values.keys()
         for name in sorted(names, key=lambda n: (n in NAMES, n)):
             a, b = our_values.get(name), their_values.get(name)
-            if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) or a == b or _says_nothing(ours.op, name, a, b):
+            if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) or a == b or says_nothing(ours.op, name, a, b):
                 continue
+            if same_axes(self._reference, ours, name, a, b) or same_axes(self._test, theirs, name, a, b):
+                continue
+            a, b = (implied(n, name) if v is None else v for n, v in ((ours, a), (theirs, b)))
             says = f"{ours.op}: {name} is {_shown(b)} instead of {_shown(a)}"
             evidence: dict[str, Any] = {name: b, "instead_of": a}
             if name == "epsilon" and isinstance(a, float) and isinstance(b, float):
                 says = f"{ours.op}: eps is {b:.3g} instead of {a:.3g}"
                 evidence = {"eps": b, "instead_of": a}
+            if name == "training_mode":
+                batch, running = "the statistics of the batch", "the running statistics"
+                used, wanted = (batch, running) if b else (running, batch)
+                says = f"{ours.op} normalizes with {used} instead of {wanted}: {name} is {b} instead of {a}"
             yield NodeDifference(NAMES.get(name, "attribute"), says, ours.name, evidence)
 
     def _exchanged(self, ours: Node, theirs: Node) -> NodeDifference | None:
@@ -226,6 +242,9 @@ class Pieces:
             pairs = [(x, y) for x, y in zip(computed[0], computed[1], strict=True) if x != y]
             says = f"{ours.op} reads {pairs[0][1]} instead of {pairs[0][0]}"
             yield NodeDifference("another-operand", says, ours.name, {"of": pairs[0][1], "instead_of": pairs[0][0]})
+        else:
+            says = f"{ours.op} reads {', '.join(computed[1]) or 'nothing'} instead of {', '.join(computed[0])}"
+            yield NodeDifference("another-operand", says, ours.name, {"of": computed[1], "instead_of": computed[0]})
 
     def _constants(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
         our_inputs, their_inputs = list(ours.proto.input), list(theirs.proto.input)
@@ -248,7 +267,7 @@ class Pieces:
 
     def _other(self, a: str, b: str) -> TensorChange | None:
         """The change "another", if the test's constant ``b`` equals a constant of the reference other than ``a``."""
-        if self._ours.size(a) < TELLING:
+        if self._ours.size(a) < TELLING or self._theirs.uniform(b):
             return None
         digest = self._theirs.digest(b)
         alike = (n for n in self._ours.names if n != a and self._ours.size(n) == self._theirs.size(b))
@@ -375,23 +394,6 @@ def _plain_value(value: Any) -> Any:
     if isinstance(value, float | int | str):
         return value
     return [_plain_value(v) for v in value]
-
-
-def _says_nothing(op: str, name: str, a: Any, b: Any) -> bool:
-    """Whether only one side has the attribute, and it says there what holds without it."""
-    if a is not None and b is not None:
-        return False
-    value = b if a is None else a
-    if name in ("pads", "output_padding"):
-        return not any(value)
-    if name in ("strides", "dilations"):
-        return all(v == 1 for v in value)
-    if name == "perm":
-        return list(value) == list(range(len(value)))[::-1]
-    if name == "activations":
-        usual = ACTIVATIONS_OF[op]
-        return [v.lower() for v in value] == [v.lower() for v in usual] * (len(value) // len(usual))
-    return name in SHAPES
 
 
 def _shown(value: Any) -> str:

@@ -12,16 +12,31 @@ import numpy as np
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
 from cp_debug.graph.integer_values import named_levels
-from cp_debug.graph.pairing import Pairing, believable, finish, moved_names, pair_by_names, pair_inputs, parse_map
+from cp_debug.graph.pairing import (
+    Pairing,
+    believable,
+    finish,
+    left_out,
+    moved_names,
+    pair_by_names,
+    pair_inputs,
+    pair_outputs,
+    parse_map,
+)
 from cp_debug.probes.arrays import Sink, Tensor
 from cp_debug.probes.capture import Capture, CaptureWriter
+from cp_debug.probes.distance import relative_l2
 from cp_debug.probes.fingerprint import Fingerprint, fingerprint
 from cp_debug.programs.pairing_numbers import NumericPairing
 from cp_debug.programs.stored_tensors import stored_tensors
 from cp_debug.programs.walk import Walk, tensors_as_arrays
 from cp_debug.programs.weight_differences import WeightDifferences, differences_of_states, weight_differences
 from cp_debug.recipes.base import Model, Sample
+
+TOO_MUCH_ALIKE = 0.01
+"""Relative distance of two outputs up to which what they hold does not tell which is which."""
 
 
 def pair_programs(
@@ -34,11 +49,13 @@ def pair_programs(
 ) -> list[Program]:
     """``tests`` with their values paired with those of ``programs``: at once where names agree, else in a run of both.
 
-    ``maps``: ``REFERENCE=TEST`` each. Raises InputError for a wrong one, and where inputs cannot be paired.
+    ``maps``: ``REFERENCE=TEST`` each, or ``OUTPUT=`` for one that is not to be compared. Raises InputError for a wrong
+    one, where inputs cannot be paired, and for a component without an output that others are computed from.
     """
     changed = [(p, t) for p, t in zip(programs, tests, strict=True) if t.graph is not p.graph]
-    fixed = parse_map(maps, [p.graph for p, _ in changed], [t.graph for _, t in changed]) if changed else {}
-    if maps and not changed:
+    omitted, pairs = left_out(maps, [v.name for v in programs[-1].graph.outputs])
+    fixed = parse_map(pairs, [p.graph for p, _ in changed], [t.graph for _, t in changed]) if changed else {}
+    if (maps and not changed) or (omitted and tests[-1].graph is programs[-1].graph):
         raise InputError("--map pairs values of two models; here both sides run one: --test-model gives another")
     paired_tests = []
     last = max((i for i, (p, t) in enumerate(zip(programs, tests, strict=True)) if t.graph is not p.graph), default=-1)
@@ -58,6 +75,12 @@ def pair_programs(
         on_step(f"pairing the values of {test.graph.path.name}")
         pairing, step.outputs = pair_by_numbers(program, test, step.inputs, fixed)
         paired_tests.append(_with(test, pairing))
+    for program, test in zip(programs[:-1], paired_tests[:-1], strict=True):
+        check_outputs(program.graph, test)
+    if omitted:
+        last_test = paired_tests[-1]
+        assert last_test.pairing is not None
+        paired_tests[-1] = replace(last_test, pairing=replace(last_test.pairing, left_out=omitted))
     return paired_tests
 
 
@@ -79,6 +102,14 @@ def differing_weights(programs: Sequence[Program], tests: Sequence[Program]) -> 
         else:
             by_component[program.name] = weight_differences(program.graph, test.graph)
     return by_component
+
+
+def check_outputs(ours: Graph, test: Program) -> None:
+    """Raise InputError where a test lacks an output of ``ours``, from which the next component is computed."""
+    lost = [v.name for v in ours.outputs if test.pairing is not None and test.pairing.lacks(v.name)]
+    if lost:
+        given = ", ".join(value.name for value in test.graph.outputs)
+        raise InputError(f"--test-model: {test.graph} has no output that is {lost[0]!r}; its outputs are {given}")
 
 
 def _inputs(program: Program, test: Program, fixed: Mapping[str, str]) -> dict[str, str]:
@@ -140,7 +171,29 @@ def pair_by_numbers(
         matcher = NumericPairing(program.graph, test.graph, pairs, prints, capture.load)
         matched = matcher.run()
         shapes = {name: p.shape for name, p in prints.items()}
-        return finish(program.graph, test.graph, matched, ends, (shapes, matcher.shapes)), outputs
+        pairing = finish(program.graph, test.graph, matched, ends, (shapes, matcher.shapes))
+        if program.module is None:  # names of both files, which their users know the outputs by
+            return pairing, outputs
+        told = {test_name: name for test_name, (name, how) in matched.items() if how == "map" or test_name == name}
+        at_place = pair_outputs(program.graph, test.graph, told, (shapes, matcher.shapes), pairing.inside)
+        return replace(pairing, moved=_moved(pairing.outputs, at_place, capture.load)), outputs
+
+
+def _moved(
+    outputs: Mapping[str, str], at_place: Mapping[str, str], load: Callable[[str], np.ndarray]
+) -> dict[str, str]:
+    """Reference outputs whose place in the test is taken by another one of theirs, with the test's output there.
+
+    ``at_place`` pairs by position; ``load`` gives the reference's arrays, of which two may be too much alike to tell.
+    """
+    home = {test_name: name for name, test_name in outputs.items()}
+    return {
+        name: placed
+        for name, placed in at_place.items()
+        if placed != outputs.get(name, placed)
+        and placed in home
+        and relative_l2(load(home[placed]), load(name)) > TOO_MUCH_ALIKE
+    }
 
 
 def _run(program: Program, inputs: Mapping[str, np.ndarray], keep: Sink) -> dict[str, np.ndarray]:

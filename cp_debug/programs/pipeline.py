@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -26,7 +25,8 @@ from cp_debug.backends.capabilities import (
 from cp_debug.errors import InputError
 from cp_debug.graph.check_inputs import no_numbers
 from cp_debug.graph.declared import declared_precisions
-from cp_debug.graph.graph import Graph, fits_shape
+from cp_debug.graph.graph import Graph, digest_of, fits_shape
+from cp_debug.graph.integer_values import level_values
 from cp_debug.probes.capture import array_hash
 from cp_debug.probes.module_copy import copied
 from cp_debug.programs.align import Alignment, align
@@ -82,7 +82,7 @@ def prepare(
         component = step.component
         if component.module is None:
             assert component.onnx_path is not None
-            example, graph = step.inputs if step.fed else None, Graph(component.onnx_path)
+            example, graph = step.inputs if step.fed else None, Graph(component.onnx_path, source=component.shown)
             if refused := next(filter(None, map(no_numbers, graph.inputs)), None):
                 raise InputError(f"{graph}: {refused}")
             programs.append(Program(component.name, graph, example=example))
@@ -411,10 +411,14 @@ def preparing(*models: Model) -> str:
     return "exporting and aligning" if any(map(is_exported, models)) else "reading the graphs"
 
 
+def digest_before_int8(programs: Sequence[Program]) -> str:
+    """SHA-256 of a model's graphs with weights, before cpdebug quantized them: the same for any scales."""
+    return digest_of([program.plain or program.deployed or program.graph for program in programs])
+
+
 def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
     """Manifest of a capture of this run: what ran, on what, in which settings, and the names of its layers."""
     record = pipeline.record()
-    digests = "".join((program.deployed or program.graph).digest for program in pipeline.programs)
     last = pipeline.model.components[-1]
     program = pipeline.program(last.name)
     names = [v.name for v in program.graph.outputs] if program.pairing is None else last.output_names
@@ -426,11 +430,12 @@ def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
         "device": record.device,
         "settings": json_safe(record.settings),
         "declared": record.declared,
-        "model": {"name": pipeline.model.name, "sha256": hashlib.sha256(digests.encode()).hexdigest()},
+        "model": {"name": pipeline.model.name, "sha256": digest_before_int8(pipeline.programs)},
         "inputs": [{name: array_hash(array) for name, array in sample.arrays.items()} for sample in samples],
         "samples": [sample.source for sample in samples],
         "layers": {p.name: {layer.onnx: layer.name for layer in layers_of([p])} for p in pipeline.programs},
         "outputs": [[last.name, name] for name in names],
+        "levels": {p.name: sorted(level_values(p.graph)) for p in pipeline.programs},
         "control_flow": {p.name: [asdict(branch) for branch in p.branches] for p in pipeline.programs if p.branches},
     }
 

@@ -22,7 +22,7 @@ class Precision:
     largest: float
     tiniest: float
     rtol: float
-    atol: float = 0.0
+    atol: float
 
 
 _FP32 = (3.4028235e38, 1.1754944e-38)

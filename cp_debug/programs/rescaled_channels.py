@@ -30,7 +30,7 @@ from cp_debug.graph.pairing import believable
 from cp_debug.graph.surgery import save, unused_names
 from cp_debug.probes.distance import relative_l2
 from cp_debug.programs.channel_factors import NORMS, FactorWalk, channel_rows
-from cp_debug.programs.row_factors import fit
+from cp_debug.programs.row_factors import Fit, fit
 from cp_debug.programs.walk import tensors_as_arrays, walk
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
@@ -56,7 +56,7 @@ def rescale(
     tests: Sequence[Program],
     folder: Path,
     *,
-    modules: bool = True,
+    modules: bool,
 ) -> tuple[list[Program], list[str]]:
     """``programs`` with the channels of ``tests``' scales, and a sentence for each that was rewritten, to ``folder``.
 
@@ -112,6 +112,7 @@ class _TestWeights:
         self._static, self._exact, self._executor = constants_of(test), Constants(test), Executor(test)
         self._twins = self._paired()
         self._read: dict[Node, np.ndarray | None] = {}
+        self._fits: dict[Node, Fit | None] = {}
 
     def __call__(self, node: Node) -> np.ndarray | None:
         """The weights [as the reference has them] of a node of the reference in the test, FP64; None: unknown."""
@@ -120,18 +121,29 @@ class _TestWeights:
         return self._read[node]
 
     def start(self) -> bool:
-        """Whether any layer's weights are the reference's times a factor a channel: all else starts behind one."""
-        for node in self._twins:
-            place = self.place(node)
-            if place is None or self._equal(node, place):
-                continue
-            theirs, ours = self(node), self._constants[node.proto.input[place]]
-            if theirs is None or ours.shape != theirs.shape or ours.size < 2:
-                continue
-            rows = [channel_rows(node, weight) for weight in (ours, theirs)]
-            if rows[0] is not None and rows[1] is not None and fit(rows[0], rows[1]).scaled:
-                return True
-        return False
+        """Whether any layer's weights are the reference's times a factor a channel, and another's differ, too: all else
+        starts behind one, and what takes it back has other weights."""
+        differing = [n for n in self._twins if (p := self.place(n)) is not None and not self._equal(n, p)]
+        if len(differing) < 2:
+            return False
+        return any((fitted := self.fit(node)) is not None and fitted.scaled for node in differing)
+
+    def fit(self, node: Node) -> Fit | None:
+        """Factors of a layer's channels that lead from its weights to the test's; None where they are equal bit for
+        bit, unknown, of another shape, or a single one."""
+        if node not in self._fits:
+            self._fits[node] = self._fitted(node)
+        return self._fits[node]
+
+    def _fitted(self, node: Node) -> Fit | None:
+        place = self.place(node)
+        if place is None or node not in self._twins or self._equal(node, place):
+            return None
+        theirs, ours = self(node), self._constants[node.proto.input[place]]
+        if theirs is None or ours.shape != theirs.shape or ours.size < 2:
+            return None
+        rows = [channel_rows(node, weight) for weight in (ours, theirs)]
+        return None if rows[0] is None or rows[1] is None else fit(rows[0], rows[1])
 
     def _equal(self, node: Node, place: int) -> bool:
         """Whether a layer's weights are stored alike on both sides, bit for bit."""
@@ -289,7 +301,9 @@ def _settled(weights: _TestWeights, run: _Run, *, by_bias: bool) -> FactorWalk:
     """The walk in which all factors that a layer starts are taken back."""
     refused: frozenset[Node] = frozenset()
     while True:
-        found = FactorWalk(weights.graph, weights, run.shapes, run.numbers, refused, weights.biases, by_bias=by_bias)
+        found = FactorWalk(
+            weights.graph, weights, weights.fit, run.shapes, run.numbers, refused, weights.biases, by_bias=by_bias
+        )
         if not (broken := found.run()):
             return found
         refused |= broken

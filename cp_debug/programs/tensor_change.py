@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from cp_debug.graph.constants import is_uniform
 from cp_debug.probes.distance import relative_l2
+from cp_debug.probes.integers import differences
+from cp_debug.safe_text import in_digits
 
 EXACT = 2e-6
 """Relative L2 distance up to which a description reproduces a tensor in FP32: some roundings."""
@@ -42,29 +45,56 @@ class TensorChange:
 
 
 def describe(ours: np.ndarray, theirs: np.ndarray, gates: int = 0, *, closely: bool = True) -> TensorChange | None:
-    """The change that makes ``theirs`` out of ``ours``; None where both are equal up to FP32's rounding.
+    """The change that makes ``theirs`` out of ``ours``; None where both are equal, numbers up to FP32's rounding.
 
-    ``gates``: blocks along the second axis of a recurrent layer's weight, whose order may differ. ``closely`` False
-    tells the distance alone.
+    Integers are compared to the last bit, whatever their size: they are indices, ids and levels. ``gates``: blocks
+    along the second axis of a recurrent layer's weight, whose order may differ. ``closely`` False tells the distance
+    alone.
     """
     if ours.dtype.kind not in "fiubV" or theirs.dtype.kind not in "fiubV":
         return None if np.array_equal(ours, theirs) else TensorChange("other", "they differ")
-    a, b = (np.asarray(x).astype(np.float64) for x in (ours, theirs))
-    if a.shape != b.shape and not a.size == b.size == 1:
-        return _reshaped(a, b)
-    a, b = (a.reshape(-1), b.reshape(-1)) if a.size == b.size == 1 else (a, b)
-    if np.array_equal(a, b, equal_nan=True) or not a.size:
+    whole = all(x.dtype.kind in "iub" for x in (ours, theirs))
+    if ours.shape != theirs.shape and not ours.size == theirs.size == 1:
+        return _reshaped(ours, theirs) if whole else _reshaped(*(x.astype(np.float64) for x in (ours, theirs)))
+    if ours.size == theirs.size == 1:
+        ours, theirs = ours.reshape(-1), theirs.reshape(-1)
+    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    if (np.array_equal(ours, theirs) if whole else np.array_equal(a, b, equal_nan=True)) or not a.size:
         return None
-    size = _distance(b, a)
+    size = _distance(theirs, ours) if whole else _distance(b, a)
     if size <= CLOSE and theirs.dtype.kind == "f":
         return None
-    for kind, says, value, evidence in _ways(a, b, gates) if closely else ():
+    for kind, says, value, evidence in _ways(a, b, gates) if closely and not np.array_equal(a, b) else ():
+        if whole and kind == "elements":
+            break
+        if whole and says == "× 1":
+            continue
         limit = max(min(EXACT, max(size / 4, CLOSE)), NARROW.get(str(theirs.dtype), 0.0))
         with np.errstate(invalid="ignore"):  # beyond what an integer type holds: no such change
-            cast = value.astype(theirs.dtype)
-        if _distance(b, value) <= limit or np.array_equal(cast, theirs):
+            cast = (np.rint(value) if whole else value).astype(theirs.dtype)
+        if np.array_equal(cast, theirs) or (not whole and _distance(b, value) <= limit):
             return TensorChange(kind, says, evidence, size)
-    return TensorChange("other", f"differs by {size:.3g} (rel. L2)", {}, size)
+    return _whole(ours, theirs, size) if whole else TensorChange("other", f"differs by {size:.3g} (rel. L2)", {}, size)
+
+
+def _whole(ours: np.ndarray, theirs: np.ndarray, size: float) -> TensorChange:
+    """The change of integers that nothing but themselves describes: the elements that differ, or how many."""
+    places = np.argwhere(ours != theirs).tolist()
+    if len(places) <= FEW and ours.size > 2 * len(places):
+        return TensorChange("elements", _elements(ours, theirs, places), {"elements": places}, size)
+    most = float(abs(differences(ours, theirs)).max())
+    says = f"{len(places)} of {ours.size} elements differ, by up to {in_digits(most)}"
+    return TensorChange("other", says, {}, size)
+
+
+def _elements(a: np.ndarray, b: np.ndarray, places: Sequence[list[int]]) -> str:
+    """The elements at some places, as in ``1 of 4 elements: [1]: 15043 → 15044``; integers with all their digits."""
+
+    def number(x: np.ndarray, place: list[int]) -> str:
+        return str(x[tuple(place)]) if x.dtype.kind in "iub" else f"{x[tuple(place)]:.6g}"
+
+    changes = ", ".join(f"{place}: {number(a, place)} → {number(b, place)}" for place in places)
+    return f"{len(places)} of {a.size} elements: {changes}"
 
 
 def _distance(theirs: np.ndarray, ours: np.ndarray) -> float:
@@ -81,11 +111,16 @@ def _distance(theirs: np.ndarray, ours: np.ndarray) -> float:
 def _reshaped(a: np.ndarray, b: np.ndarray) -> TensorChange:
     for order in itertools.permutations(range(a.ndim)) if a.ndim <= 5 else ():
         moved = a.transpose(order)
-        if moved.shape == b.shape and _distance(b, moved) <= EXACT:
+        if moved.shape == b.shape and _same(b, moved):
             return TensorChange("transposed", f"axes in the order {list(order)}", {"axes": list(order)})
-    if a.size == b.size and _distance(b.ravel(), a.ravel()) <= EXACT:
+    if a.size == b.size and _same(b.ravel(), a.ravel()):
         return TensorChange("shape", f"the shape is {list(b.shape)} instead of {list(a.shape)}", {}, 0.0)
     return TensorChange("shape", f"the shape is {list(b.shape)} instead of {list(a.shape)}", {}, float("inf"))
+
+
+def _same(theirs: np.ndarray, ours: np.ndarray) -> bool:
+    """Whether two arrays of one shape are equal: integers to the last bit, numbers up to FP32's rounding."""
+    return np.array_equal(theirs, ours) if theirs.dtype.kind in "iub" else _distance(theirs, ours) <= EXACT
 
 
 _Way = tuple[str, str, np.ndarray, dict[str, Any]]
@@ -93,6 +128,10 @@ _Way = tuple[str, str, np.ndarray, dict[str, Any]]
 
 def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
     """Every description with what it makes of ``a``, the simplest first."""
+    if b.size > 1 and not b.any():
+        yield "channels-zero", "all zero", np.zeros_like(a), {"axis": 0, "channels": list(range(min(len(a), 32)))}
+    elif b.size > 1 and is_uniform(b) and not is_uniform(a):
+        yield "other", f"all {b.flat[0]:.6g}", b, {}
     yield "negated", "the sign is the other one", -a, {}
     for name, kind in (("fp16", np.float16), ("bf16", ml_dtypes.bfloat16)):
         with np.errstate(over="ignore"):
@@ -113,8 +152,7 @@ def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
         yield "clipped", f"cut off at {b.min():.4g} and {b.max():.4g}", a.clip(b.min(), b.max()), {}
     if 0 < count <= FEW and a.size > 2 * count:
         places = np.argwhere(different).tolist()
-        changes = ", ".join(f"{p}: {a[tuple(p)]:.6g} → {b[tuple(p)]:.6g}" for p in places)
-        yield "elements", f"{count} of {a.size} elements: {changes}", b, {"elements": places}
+        yield "elements", _elements(a, b, places), b, {"elements": places}
     yield from _int8(a)
     yield from _cut(a, b)
 
@@ -145,7 +183,6 @@ def _by_channel(a: np.ndarray, b: np.ndarray) -> Iterator[_Way]:
         axis_name = _axis_name(axis, a.ndim)
         if not factors.any():
             text = f"{axis_name} {channel_names} {'is' if len(changed) == 1 else 'are'} zero"
-            text = "all zero" if not b.any() else text
             yield "channels-zero", text, value, {"axis": axis, "channels": changed[:32].tolist()}
         if rows_a.shape[1] > 1:  # a row of one element is any other one times something
             spread = f"{factors.min():.6g} … {factors.max():.6g}" if np.ptp(factors) > 1e-6 else f"{factors[0]:.6g}"

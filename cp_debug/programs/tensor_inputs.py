@@ -31,13 +31,13 @@ def as_numbers(model: Model, samples: Sequence[Sample], folder: Path, names_of: 
     """
     [component] = model.components
     assert component.onnx_path is not None
-    graph = Graph(component.onnx_path)
+    graph = Graph(component.onnx_path, source=component.shown)
     names = _names(graph, names_of)
     made = with_tensor_inputs(graph, [sample.arrays for sample in samples], names)
     path = _written(graph, made, folder)
     changed: Model = copy.copy(model)
     numbers = [v.name for v in Graph(path).inputs]
-    changed.components = [replace(component, onnx_path=path, input_names=numbers)]
+    changed.components = [replace(component, onnx_path=path, shown=str(graph), input_names=numbers)]
     return with_samples(changed, [_numbers(sample, made) for sample in samples])
 
 

@@ -13,11 +13,13 @@ import onnx
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Program
-from cp_debug.backends.executor import Executor
+from cp_debug.backends.executor import Executor, constants_of
 from cp_debug.errors import InputError
 from cp_debug.graph import surgery
+from cp_debug.graph.control_flow import ControlFlow
 from cp_debug.graph.flatten import Decision, flatten, has_control_flow, needs_flattening
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.idle_bodies import decisions_by_node, idle_bodies
 from cp_debug.graph.onnx_runtime import Endless
 from cp_debug.graph.tensor_ends import other_outputs, with_tensors, without_maps
 from cp_debug.programs.pipeline import as_declared
@@ -28,6 +30,8 @@ Decisions = dict[str, dict[str, Decision]]
 """Component → path → what every sample decides."""
 Ends = dict[str, dict[str, Any]]
 """Component → output that is no tensor of numbers → its value."""
+Flows = dict[str, ControlFlow]
+"""Component → what its control flow did on all samples."""
 UNDECIDED = -1
 
 
@@ -49,18 +53,20 @@ class Unroller:
             return programs
         decisions: Decisions = {}
         ends: Ends = {}
+        flows: Flows = {}
         if any(has_control_flow(p.graph) or other_outputs(p.graph) for p in programs):
             try:
-                decisions, ends = decide(programs, model, samples(), arithmetic)
+                decisions, ends, flows = decide(programs, model, samples(), arithmetic)
             except Endless:
                 raise
             except InputError as error:
                 what = "If, Loop and Scan" if any(has_control_flow(p.graph) for p in programs) else "other outputs"
                 note = f"nobody looked into {what}, for the model cannot be executed beforehand: {error}"
                 self.notes += [note] if note not in self.notes else []
-        key = tuple(programs), repr((decisions, ends))
+        key = tuple(programs), repr((decisions, ends, [flow.idle for flow in flows.values()]))
         if key not in self._made:
-            self._made[key] = unroll(programs, decisions, self._folder, ends)
+            unrolled = unroll(programs, decisions, self._folder, ends)
+            self._made[key] = [replace(p, flow=flows[p.name]) if p.name in flows else p for p in unrolled]
         return self._made[key]
 
     def _without_maps(self, programs: list[Program]) -> list[Program]:
@@ -74,15 +80,16 @@ class Unroller:
 
 def decide(
     programs: Sequence[Program], model: Model, samples: Iterable[Sample], arithmetic: str
-) -> tuple[Decisions, Ends]:
-    """Decisions of the control flow of ``programs`` on ``samples``, executed in an arithmetic by its name, and the
-    values of outputs that are no tensors of numbers, on the first of them.
+) -> tuple[Decisions, Ends, Flows]:
+    """Decisions of the control flow of ``programs`` on ``samples``, executed in an arithmetic by its name, the values
+    of outputs that are no tensors of numbers, on the first of them, and what ran at all.
 
     Where samples differ, nothing is decided. Raises InputError for a program that the executor cannot run.
     """
     executors = {p.name: Executor(p.graph, ARITHMETICS[arithmetic]) for p in programs}
     decided: Decisions = {}
     ends: Ends = {}
+    runs: dict[str, list[dict[str, Decision]]] = {name: [] for name in executors}
     for sample in samples:
         for executor in executors.values():
             executor.decisions.clear()
@@ -97,11 +104,18 @@ def decide(
 
         walk(model, sample, run)
         for name, executor in executors.items():
+            runs[name].append(dict(executor.decisions))
             earlier = decided.setdefault(name, dict(executor.decisions))
             for path, decision in executor.decisions.items():
                 if earlier.setdefault(path, decision) != decision:
                     earlier[path] = UNDECIDED
-    return {name: {p: d for p, d in own.items() if d != UNDECIDED} for name, own in decided.items()}, ends
+    flows = {name: _flow(executors[name].graph, of_samples) for name, of_samples in runs.items()}
+    return {name: {p: d for p, d in own.items() if d != UNDECIDED} for name, own in decided.items()}, ends, flows
+
+
+def _flow(graph: Graph, runs: Sequence[Mapping[str, Decision]]) -> ControlFlow:
+    taken = decisions_by_node(runs)
+    return ControlFlow(frozenset(taken), tuple(idle_bodies(graph, taken, constants_of(graph))))
 
 
 def _as_called(graph: Graph, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:

@@ -17,6 +17,7 @@ import torch
 from cp_debug.doing import doing
 from cp_debug.errors import ModuleFailed, in_one_line
 from cp_debug.probes.arrays import as_numpy, as_torch
+from cp_debug.probes.module_state import state_kept
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.probes.trace import as_written
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
@@ -118,7 +119,12 @@ def run_module(component: Component, inputs: Mapping[str, np.ndarray]) -> dict[s
     """
     assert component.module is not None
     try:
-        with torch.no_grad(), as_written(), doing(f"{component.name} ran"):
+        with (
+            torch.no_grad(),
+            as_written(),
+            state_kept(component.module),
+            doing(f"{component.name} ran", in_their_folder=True),
+        ):
             outputs = flatten_outputs(component.module(*example_args(component, inputs)))
     except Exception as error:
         raise ModuleFailed(f"{component.name} raised in forward: {in_one_line(error)}") from error
@@ -128,8 +134,11 @@ def run_module(component: Component, inputs: Mapping[str, np.ndarray]) -> dict[s
 def named_outputs(component: Component, outputs: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """Outputs of a component's module, flat as by ``flatten_outputs``, as arrays by output name.
 
-    Shapes and dtypes stay.
+    Shapes and dtypes stay. Raises ModuleFailed where they are not as many as in the first forward.
     """
+    if len(outputs) != len(component.output_names):
+        returned = f"{len(outputs)} tensors, in its first forward {len(component.output_names)}"
+        raise ModuleFailed(f"{component.name} returned {returned}; expected the same in each")
     return {n: as_numpy(t) for n, t in zip(component.output_names, outputs.values(), strict=True)}
 
 

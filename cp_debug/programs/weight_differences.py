@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cp_debug.graph.body_constants import BodyConstants
 from cp_debug.graph.constants import TELLING, Constants
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.operators import GATES
@@ -71,13 +72,14 @@ class WeightDifferences(JsonForm):
 
 
 def weight_differences(reference: Graph, test: Graph, names: Mapping[str, str] | None = None) -> WeightDifferences:
-    """Compare the constants of two graphs.
+    """Compare the constants of two graphs, and of the branches, loop bodies and functions in them.
 
     They are paired by name, by equal nodes, by equal contents, and what is left by shape and nearness. ``names``: test
     value → reference value, where they are known; equal names else.
     """
-    ours, theirs = Constants(reference), Constants(test)
-    gates = {name: GATES[n.op] for n in reference.nodes if n.op in GATES for name in n.proto.input[1:4]}
+    ours, theirs = BodyConstants(reference), BodyConstants(test)
+    nodes = (*reference.nodes, *ours.inner_nodes.values())
+    gates = {name: GATES[n.op] for n in nodes if n.op in GATES for name in [*ours.inputs(n)][1:4]}
     if names is None and not believable(reference, test):
         names = {}
     pairs = _paired(ours, theirs, names)
@@ -124,15 +126,15 @@ def differences_of_states(ours: Mapping[str, np.ndarray], theirs: Mapping[str, n
     return WeightDifferences(len(common), differences, missing, added)
 
 
-def _paired(ours: Constants, theirs: Constants, names: Mapping[str, str] | None) -> list[tuple[str, str]]:
+def _paired(ours: BodyConstants, theirs: BodyConstants, names: Mapping[str, str] | None) -> list[tuple[str, str]]:
     """(Reference, test) names of constants with one name, or at one input of nodes that make the same value."""
     pairs: dict[str, str] = {}
-    for node in theirs.graph.nodes:
-        value = node.outputs[0] if node.outputs else ""
-        twin = ours.graph.producer.get(value if names is None else names.get(value, ""))
+    makers = ours.inner_nodes | ours.graph.producer
+    for value, node in (theirs.inner_nodes | theirs.graph.producer).items():
+        twin = makers.get(value if names is None else names.get(value, ""))
         if twin is None or twin.op != node.op:
             continue
-        for a, b in zip(twin.proto.input, node.proto.input, strict=False):
+        for a, b in zip(ours.inputs(twin), theirs.inputs(node), strict=False):
             if a in ours and b in theirs:
                 pairs.setdefault(b, a)
     used, read = set(pairs.values()), set(ours.names)
@@ -184,7 +186,7 @@ def _same_reader(ours: Constants, theirs: Constants, a: str, b: str) -> bool:
         layout = ("transA", "transB")
         return {
             (n.op, str(sorted((x.name, x.i) for x in n.proto.attribute if x.name in layout)))
-            for n in constants.graph.consumers.get(name, [])
+            for n in constants.readers(name)
         }
 
     return readers(ours, a) == readers(theirs, b)
@@ -192,7 +194,7 @@ def _same_reader(ours: Constants, theirs: Constants, a: str, b: str) -> bool:
 
 def _of_another(ours: Constants, theirs: Constants, a: str, b: str) -> TensorChange | None:
     """The change "another", if the test's tensor ``b`` equals a constant of the reference other than ``a``."""
-    if ours.size(a) < TELLING:
+    if ours.size(a) < TELLING or theirs.uniform(b):
         return None
     digest = theirs.digest(b)
     alike = (n for n in ours.names if n != a and ours.size(n) == theirs.size(b))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from cp_debug.doing import doing
-from cp_debug.errors import InputError
+from cp_debug.errors import CpdebugError, InputError, ModuleFailed, in_one_line
 from cp_debug.graph.scales import LayerScales, Scales
+from cp_debug.probes.arrays import is_dense
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.probes.trace import as_written, unwatched
 from cp_debug.programs.align import module_digest
@@ -122,12 +123,17 @@ class CalibrationManager:
             stack.enter_context(as_written())
             for path, layer in layers_of(self.module).items():
                 if path not in self.skipped:
-                    handle = layer.register_forward_pre_hook(self._in_front(path, errors), with_kwargs=True)
+                    handle = nn.Module.register_forward_pre_hook(layer, self._in_front(path, errors), with_kwargs=True)
                     stack.callback(handle.remove)
             stack.callback(attach(self.module, {name: _Watcher(self, name, errors) for name in self._adds}))
-            stack.enter_context(doing(f"{type(self.module).__name__} ran"))
-            outputs = flatten_outputs(self.module(*args))
-            if errors is not None and not errors.differentiate(list(outputs.values())):
+            try:
+                with doing(f"{type(self.module).__name__} ran", in_their_folder=True):
+                    outputs = flatten_outputs(self.module(*args))
+            except CpdebugError:
+                raise
+            except Exception as error:
+                raise ModuleFailed(f"{type(self.module).__name__} raised in forward: {in_one_line(error)}") from error
+            if errors is not None and not errors.differentiate([t for t in outputs.values() if is_dense(t)]):
                 self._errors = None
         self.batches += 1
         return {name: tensor.detach() for name, tensor in outputs.items()}

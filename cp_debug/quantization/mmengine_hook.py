@@ -22,6 +22,7 @@ from cp_debug.quantization.nested_batches import NestedBatches
 from cp_debug.quantization.ptq import quantize_ptq
 from cp_debug.quantization.qat import freeze_batchnorm
 from cp_debug.quantization.record import quantization_of
+from cp_debug.safe_text import amount
 
 require("mmengine", "mmdet3d")
 
@@ -146,7 +147,7 @@ class QATHook(Hook):
         nested.restore(quantized)
         _become(runner, model, quantized)
         about = quantization_of(model)
-        runner.logger.info(f"QATHook: {len(about.layers)} layers in INT8, {len(about.skipped)} in FP32")
+        runner.logger.info(f"QATHook: {amount(len(about.layers), 'layer')} in INT8, {len(about.skipped)} in FP32")
 
     def _unquantized(self, model: nn.Module) -> list[str]:
         """Parts that stay in FP32, of those that the model has."""

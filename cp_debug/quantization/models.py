@@ -19,10 +19,15 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import quantizable
 from cp_debug.graph.scales import Scales
+from cp_debug.graph.tensor_ends import as_arrays
+from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.caveats import why_nothing
 from cp_debug.probes.distance import distance
+from cp_debug.probes.statistics import TensorStats
+from cp_debug.probes.strings import compare_any, is_text
 from cp_debug.programs.batchnorm_folding import fuse_model_bn
 from cp_debug.programs.torch_layers import full_path, layers_of, matches, select
-from cp_debug.programs.walk import Walk, example_args, named_outputs, run_module, tensors_as_arrays, walk
+from cp_debug.programs.walk import Walk, example_args, named_outputs, run_module, walk
 from cp_debug.quantization.calibration import CalibrationManager
 from cp_debug.quantization.onnx_ptq import GraphCalibration
 from cp_debug.quantization.ptq import apply_scales, quantized, scales_of
@@ -104,21 +109,41 @@ def output_sqnr(model: Model, tests: Mapping[str, nn.Module | Path], samples: It
     """``component/output`` → signal to quantization noise over all samples in dB: 10·log10(Σ ref² ÷ Σ (test − ref)²).
 
     The reference is ``model``. In the test, components are other modules or ONNX files, and are fed each other's
-    results, as deployed. Infinite without noise.
+    results, as deployed. Infinite without noise, and minus infinity where a shape is another or NaN and Inf are not at
+    the same places. NaN for outputs that tell nothing: without an element, NaN or Inf everywhere, or 0 everywhere in
+    both. Raises InputError where no output of any sample holds a finite number.
     """
     reference = {c.name: _runner(c, c.module or c.onnx_path) for c in model.components}
     test = {c.name: _runner(c, tests[c.name]) for c in model.components}
     noise: dict[str, float] = defaultdict(float)
     signal: dict[str, float] = defaultdict(float)
+    seen: dict[str, list[TensorStats]] = defaultdict(list)
     for sample in samples:
         expected = walk(model, sample, lambda component, inputs: reference[component.name](inputs))
         actual = walk(model, sample, lambda component, inputs: test[component.name](inputs))
         for component, outputs in expected.items():
             for name, array in outputs.items():
-                apart = distance(actual[component][name], array)
-                noise[f"{component}/{name}"] += apart.difference**2
-                signal[f"{component}/{name}"] += apart.whole**2
-    return {name: 10 * math.log10(signal[name] / noise[name]) if noise[name] else math.inf for name in noise}
+                if name not in actual[component]:  # of a sequence whose length differs, which is an output, too
+                    continue
+                stats, key = compare_any(array, actual[component][name]), f"{component}/{name}"
+                seen[key].append(stats)
+                if stats.shape_mismatch or stats.mismatched:
+                    noise[key] = math.inf
+                elif is_text(array):
+                    noise[key], signal[key] = noise[key] + stats.mean_abs * stats.count, signal[key] + stats.count
+                else:
+                    apart = distance(actual[component][name], array)
+                    noise[key], signal[key] = noise[key] + apart.difference**2, signal[key] + apart.whole**2
+    if why := why_nothing(seen):
+        raise InputError(f"{model.name}: no cost at the outputs can be measured: {why}; give other inputs")
+    return {name: _decibel(signal[name], noise[name]) for name in seen}
+
+
+def _decibel(signal: float, noise: float) -> float:
+    """10·log10(signal ÷ noise); NaN where there is neither."""
+    if not noise:
+        return math.inf if signal else math.nan
+    return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf
 
 
 def _runner(component: Component, program: nn.Module | Path | None) -> Callable[[Mapping[str, np.ndarray]], Arrays]:
@@ -126,11 +151,11 @@ def _runner(component: Component, program: nn.Module | Path | None) -> Callable[
     if isinstance(program, nn.Module):
         return partial(run_module, replace(component, module=program))
     assert program is not None
-    return partial(_run_graph, Executor(Graph(program)))
+    return partial(_run_graph, Executor(Graph(program, source=component.shown)))
 
 
 def _run_graph(executor: Executor, inputs: Mapping[str, np.ndarray], *watch: Any) -> Arrays:
-    return tensors_as_arrays(executor.run(inputs, *watch))
+    return as_arrays(executor.graph, executor.run(inputs, *watch), as_numpy)
 
 
 class _ModuleCalibration:
@@ -155,7 +180,7 @@ class _GraphRunCalibration:
         self, component: Component, inputs: Mapping[str, np.ndarray], method: str, globs: Sequence[str]
     ) -> None:
         assert component.onnx_path is not None
-        graph = Graph(component.onnx_path)
+        graph = Graph(component.onnx_path, source=component.shown)
         self._calibration, self._executor = GraphCalibration(graph, method, globs), Executor(graph)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:

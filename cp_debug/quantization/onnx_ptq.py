@@ -13,7 +13,7 @@ from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.qdq import gives_floats, quantizable, weight_axis
 from cp_debug.graph.scales import LayerScales, Scales
-from cp_debug.probes.arrays import Tensor, to_device
+from cp_debug.probes.arrays import Tensor, dtype_name, has_torch_type, to_device
 from cp_debug.programs.torch_layers import select
 from cp_debug.quantization.histogram import Histogram, check_method, weight_amax
 
@@ -74,6 +74,10 @@ class GraphCalibration:
 
         Any shape, float dtype.
         """
+        if name in self._counts and not has_torch_type(tensor):
+            raise InputError(
+                f"{self._graph}: {name!r} is {dtype_name(tensor)}, which is not calibrated; expected floats"
+            )
         for histogram in self._counts.get(name, ()):
             self._shapes[name] = tuple(tensor.shape)
             try:

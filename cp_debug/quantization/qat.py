@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cp_debug.errors import InputError
+from cp_debug.errors import InputError, Terminated
 from cp_debug.files import complete_path
 from cp_debug.programs.torch_layers import is_quantized
 from cp_debug.reading import load_plain
@@ -145,6 +145,8 @@ def finetune(
                 total = 0.0
                 if state:
                     _save(module, optimizer, options, progress, state)
+    except Terminated:
+        raise
     except KeyboardInterrupt:
         if not progress.history:
             raise

@@ -172,8 +172,10 @@ def with_modules_beside(programs: list[Program], model: Model, folder: Path) -> 
 def _of_graphs(model: Model, programs: Sequence[Program]) -> Model:
     """The model with these graphs instead of its modules."""
     changed = copy.copy(model)
-    graphs = {program.name: program.graph.path for program in programs}
-    changed.components = tuple(replace(c, module=None, onnx_path=graphs[c.name]) for c in model.components)
+    graphs = {program.name: program.graph for program in programs}
+    changed.components = tuple(
+        replace(c, module=None, onnx_path=graphs[c.name].path, shown=str(graphs[c.name])) for c in model.components
+    )
     return changed
 
 

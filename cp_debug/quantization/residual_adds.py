@@ -59,8 +59,8 @@ def attach(module: nn.Module, operands: Mapping[str, nn.Module]) -> Callable[[],
     handles = []
     if owners:
         for part in list(module.modules()):
-            handles.append(part.register_forward_pre_hook(_enter))
-            handles.append(part.register_forward_hook(_leave, always_call=True))
+            handles.append(nn.Module.register_forward_pre_hook(part, _enter))
+            handles.append(nn.Module.register_forward_hook(part, _leave, always_call=True))
 
     def undo() -> None:
         for handle in handles:
