@@ -14,7 +14,9 @@ from cp_debug.bisect.strange_numbers import nan_without_trace
 from cp_debug.bisect.worst_samples import Collected
 from cp_debug.errors import InputError
 from cp_debug.files import resolved
+from cp_debug.graph.control_flow import idle_on_both
 from cp_debug.graph.graph import Graph
+from cp_debug.programs.end_notes import end_notes
 from cp_debug.programs.layers import Layer, stage_layers
 from cp_debug.recipes.base import Model
 
@@ -27,11 +29,12 @@ def result_of(
     notes: Iterable[str],
     save: Path | None,
     told_by_user: Sequence[str] = (),
+    model_sha256: str = "",
 ) -> TestResult:
     """The block of one test in the result.
 
     ``model`` is the reference's, ``save`` the folder to which saved files are relative, ``told_by_user`` the texts of
-    --map. Raises InputError where no output was compared.
+    --map, ``model_sha256`` that of what the test runs. Raises InputError where no output was compared.
     """
     rows = [collected.rows[key] for key in sorted(collected.rows, key=lambda k: collected.rows[k].index)]
     by_key = {(row.component, row.onnx): row for row in rows}
@@ -47,9 +50,11 @@ def result_of(
     ]
     last = model.components[-1]
     program = run.pipeline.program(last.name)
-    expected = [v.name for v in run.programs[last.name].graph.outputs]
-    names_given = expected if program.pairing is None else program.pairing.outputs
-    outputs = [by_key[last.name, n] for n in expected if n in names_given and (last.name, n) in by_key]
+    pairing, expected = program.pairing, [v.name for v in run.programs[last.name].graph.outputs]
+    if pairing is not None:
+        expected = [name for name in expected if name not in pairing.left_out]
+    given = [name for name in expected if pairing is None or not pairing.lacks(name)]
+    outputs = [by_key[last.name, name] for name in given if (last.name, name) in by_key]
     if not outputs:
         raise InputError(nothing_compared(run, last.name, expected))
     check_not_empty(str(run.pipeline.backend.spec), outputs)
@@ -60,6 +65,7 @@ def result_of(
         stages=stages,
         outputs=outputs,
         expected_outputs=expected,
+        moved_outputs=dict(pairing.moved) if pairing is not None else {},
         pairing={p.name: p.pairing.to_dict() for p in run.pipeline.programs if p.pairing is not None},
         compared=sum(row.kind == "data" for row in rows),
         total=sum(layer.kind == "data" for layer in layers),
@@ -70,13 +76,19 @@ def result_of(
         notes=[
             *notes,
             *nan_without_trace(rows, outputs),
-            *(note for p in run.pipeline.programs if p.pairing for note in p.pairing.other_names(told_by_user)),
+            *end_notes(list(run.programs.values()), run.pipeline.programs, told_by_user),
         ],
         programs={name: saved_name(graph, save) for name, graph in run.graphs.items()},
         optimizer_blame=collected.optimizer_blame,
         remainder=collected.remainder,
+        model_sha256=model_sha256,
         findings=collected.findings,
         detections=collected.detections,
+        not_run=[
+            str(body)
+            for ours, theirs in zip(run.programs.values(), run.pipeline.programs, strict=True)
+            for body in idle_on_both(ours.flow, theirs.flow)
+        ],
     )
 
 

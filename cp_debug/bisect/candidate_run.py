@@ -21,8 +21,10 @@ from cp_debug.backends.capabilities import (
 from cp_debug.backends.emulated import EmulatedBackend
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.tensorrt.calibration import Ranges
+from cp_debug.bisect.contradictions import contradicted, trace_contradictions
 from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.observe import Observation, observe
+from cp_debug.bisect.operator_errors import implementer
 from cp_debug.bisect.options import is_optimized
 from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid
 from cp_debug.bisect.regions.region import Region, region_of
@@ -31,18 +33,20 @@ from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import DIVERGENT, OK, LayerRow
 from cp_debug.bisect.scale_replay import AnyQuantized
 from cp_debug.bisect.sides import judged, trace_shapes, without_emulation
-from cp_debug.bisect.verdict import judge
+from cp_debug.bisect.verdict import is_within, judge
 from cp_debug.errors import InputError
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.downstream import from_inputs
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.integer_values import is_quantized, parent_values, rounded_values, unscaled_levels
+from cp_debug.graph.narrow_types import narrow_precision
 from cp_debug.graph.qdq import has_own_pairs
 from cp_debug.graph.source_lines import source_lines
 from cp_debug.probes.arrays import as_numpy, has_torch_type, to_device
 from cp_debug.probes.held import CapturedRun, CaptureHolder
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.programs.layers import Layer, layer_name
+from cp_debug.programs.levels import levels_of_both
 from cp_debug.programs.pipeline import Key, Pipeline, value_map, wants_int8
 from cp_debug.programs.precision import PRECISIONS, Precision, coarsest
 from cp_debug.programs.walk import Walk
@@ -85,8 +89,7 @@ class CandidateRun:
             plain, names = self.programs[program.name].graph, self._names[program.name]
             # With a backend of INT8, files of this project are known better: ``Replayer`` reads their pairs.
             by_its_nodes = pipeline.backend.precision != "int8" or not has_own_pairs(program.graph)
-            is_file = program.plain is None and program.graph is not plain
-            if is_file and by_its_nodes and is_quantized(program.graph):
+            if by_its_nodes and self.came_quantized(program.name):
                 _prefer_own_names(names, plain, program.graph)
                 names |= parent_values(plain, program.graph, names)
                 names |= {v: f"{v} (test)" for v in unscaled_levels(plain, program.graph, names)}
@@ -94,6 +97,7 @@ class CandidateRun:
                 self._files[program.name] = FileQuantization(
                     plain, program.graph, file_names, rounds_weights=is_optimized(pipeline.backend)
                 )
+        self._levels = levels_of_both(programs, pipeline.programs)
         self.graphs = {p.name: p.graph for p in pipeline.programs}
         """Component → graph that the backend computes; once replayed, with the calibrator's Q/DQ pairs."""
         self._ranges: dict[str, Ranges] = {}
@@ -103,6 +107,7 @@ class CandidateRun:
         """Values that an optimizer computes beforehand, and may write with other axes of length 1."""
         self._folder = folder
         self._replayers: dict[str, Replayer] = {}
+        self._kinds: dict[str, str] = {}
         self._seen: set[Key] = set()
         """Values that the reference shows."""
 
@@ -144,7 +149,7 @@ class CandidateRun:
         for name, value in outputs.items():
             exact = reference.load(name, component=component)
             stats = compare(exact, value)
-            if stats.shape_mismatch or stats.max_abs > atol + rtol * stats.max_ref:
+            if not is_within(stats, rtol, atol, levels=Key(component, name) in self._levels):
                 return True
             expected = compare(exact, emulated[name]).rel_l2
             if not stats.rel_l2 <= 2 * expected + self.precision.roundoff:
@@ -167,7 +172,10 @@ class CandidateRun:
             apart = {key.value: s.finite_rel_l2 for key, s in stats.items() if key.component == component}
             replayer = self.replayer(component, test)
             for value, replay in replayer.layers(ours, theirs, apart):
-                replays[Key(component, value)] = replay
+                key = Key(component, value)
+                if self.graphs[component] is self.programs[component].graph:
+                    replay.contradicted = contradicted(replayer, value, replay, stats.get(key), ours, theirs)
+                replays[key] = replay
             if self.device != "cpu":  # where the next run's weights have to find room
                 replayer.free_memory()
         return replays
@@ -204,7 +212,10 @@ class CandidateRun:
                 emulated=self._emulates(graph),
                 narrow=(self._narrow(component, sides[0]), self._narrow(component, sides[1])),
                 quantized=(self._quantized(component, sides[0]), self._quantized(component, sides[1], test)),
-                families=(sides[0].backend.spec.family, sides[1].backend.spec.family),
+                implementers=(
+                    implementer(sides[0].backend.spec.family, sides[0].backend.device),
+                    implementer(sides[1].backend.spec.family, sides[1].backend.device),
+                ),
                 moved=self._moved(graph, component),
             )
         return self._replayers[component]
@@ -244,6 +255,12 @@ class CandidateRun:
             if QuantizerGrid.symmetric(largest_kept[n]).holds(torch.tensor(as_numpy(load(n))))
         }
         return Quantized(plain.graph, graph, names, rounded)
+
+    def _kind(self, component: str) -> str:
+        """Precision of what a component is quantized to: ``int8``, or a narrower one where none of it is INT8."""
+        if component not in self._kinds:
+            self._kinds[component] = narrow_precision(self.graphs[component]) or "int8"
+        return self._kinds[component]
 
     def _narrow(self, component: str, side: Pipeline) -> dict[str, str]:
         """Value → narrow precision, for values that one side's program holds, or computes through, in less than FP32.
@@ -287,6 +304,12 @@ class CandidateRun:
     def implicit(self) -> bool:
         """Whether the backend chooses the scales itself: TensorRT with its own calibrator."""
         return calibrates_itself(self.pipeline.backend)
+
+    def came_quantized(self, component: str) -> bool:
+        """Whether the test's file holds the Q/DQ pairs itself: nothing here has put them in."""
+        program = self.pipeline.program(component)
+        is_file = program.plain is None and program.graph is not self.programs[component].graph
+        return is_file and is_quantized(program.graph)
 
     def quantized_names(self, row: LayerRow) -> list[str]:
         """Names of the layer that computes a value, where layers are chosen for INT8.
@@ -338,7 +361,9 @@ class CandidateRun:
                 continue
             replay, floor = replays.get(key), floors.get(key, 0.0)
             claim = PRECISIONS[(replay and replay.precision) or self.precision.name]
-            judgement = judge(stats[key], replay, claim, *self.tolerance, floor)
+            kind = self._kind(key.component) if replay is not None and replay.clipped is not None else ""
+            is_level = key in self._levels
+            judgement = judge(stats[key], replay, claim, *self.tolerance, floor, kind=kind, levels=is_level)
             judgement = without_emulation(judgement, replay)
             if layer.kind != "data":
                 judgement = judged(judgement, replay)
@@ -362,6 +387,7 @@ class CandidateRun:
                 source=sources.get(key, ""),
             )
         trace_shapes(self.programs, rows)
+        trace_contradictions(rows)
         return rows
 
 

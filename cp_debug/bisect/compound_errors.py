@@ -30,21 +30,19 @@ NEAR = 1e-5
 """Pixels by which a coordinate may be off in FP32, in images of some hundred pixels."""
 
 
-def compound(
-    oracle: Executor, node: Node, inputs: Mapping[str, Tensor], result: Tensor, name: str, family: str
-) -> Tensor:
+def compound(oracle: Executor, node: Node, inputs: Mapping[str, Tensor], result: Tensor, name: str, by: str) -> Tensor:
     """Possible error of a correct implementation in each element of ``name``, in FP32's unit roundoffs.
 
-    ``family`` names the backend; ``result`` is the oracle's, and gives the shape.
+    ``by`` is the ``implementer``; ``result`` is the oracle's, and gives the shape.
     """
     if node.op in ("Softmax", "LogSoftmax"):
         return _softmax(oracle, node, inputs, result)
     if node.op in ("LayerNormalization", "InstanceNormalization", "GroupNormalization") and name == node.outputs[0]:
-        return _normalized(node, inputs, result, family)
+        return _normalized(node, inputs, result, by)
     if node.op in ("Resize", "Upsample"):
         return _resized(oracle, node, inputs, result)
     if node.op in ("DFT", "STFT"):
-        return torch.full_like(result, _fourier(node, inputs, family) * float(result.square().mean().sqrt()))
+        return torch.full_like(result, _fourier(node, inputs, by) * float(result.square().mean().sqrt()))
     floats = [n for n, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()]
     lengths = [inputs[n].shape[-1] for n in floats[:2] if inputs[n].dim()]
     step = max(1.0, ROUNDING * math.sqrt(max(lengths, default=1)))
@@ -92,7 +90,7 @@ def _old_axis(node: Node, x: Tensor) -> int:
     return next((a.i for a in node.proto.attribute if a.name == "axis"), 1) % x.dim()
 
 
-def _normalized(node: Node, inputs: Mapping[str, Tensor], result: Tensor, family: str) -> Tensor:
+def _normalized(node: Node, inputs: Mapping[str, Tensor], result: Tensor, by: str) -> Tensor:
     """(x − mean) ÷ √(variance + ε) · scale + bias: errors of the mean, of the variance and of the subtraction."""
     operands = [inputs[n] if n else None for n in node.proto.input]
     attributes = {a.name: a for a in node.proto.attribute}
@@ -122,7 +120,7 @@ def _normalized(node: Node, inputs: Mapping[str, Tensor], result: Tensor, family
     epsilon = attributes["epsilon"].f if "epsilon" in attributes else 1e-5
     of_mean = torch.hypot(in_any_order(total, squared, count), one_sided(flat, add, total, squared)) / count
     of_variance = U * of_mean.square() + ROUNDING * math.sqrt(count / 3) * variance
-    if node.op == "GroupNormalization" and family not in ("torch", "emu"):
+    if node.op == "GroupNormalization" and not by.startswith("torch"):
         of_variance = of_variance + 2 * (mean.square() + variance)  # one pass: the mean of squares − mean²
     slope = scale.abs() / (variance + epsilon).sqrt()
     shifted = slope * (of_mean + 0.6 * flat.abs())
@@ -153,12 +151,12 @@ def _resized(oracle: Executor, node: Node, inputs: Mapping[str, Tensor], result:
     return off
 
 
-def _fourier(node: Node, inputs: Mapping[str, Tensor], family: str) -> float:
+def _fourier(node: Node, inputs: Mapping[str, Tensor], by: str) -> float:
     """Unit roundoffs by which a Fourier transform is off, relative to its root mean square."""
     signal = inputs[node.inputs[0]]
     arguments = [inputs[n] for n in node.proto.input[1:] if n and isinstance(inputs[n], Tensor)]
     lengths = [int(t) for t in arguments if t.numel() == 1 and not t.is_floating_point()]
     length = max([*lengths, *(t.numel() for t in arguments)]) if lengths else max(signal.shape[1:], default=1)
-    if family in ("torch", "emu"):
+    if by.startswith("torch"):
         return 0.5 + 0.2 * math.log2(max(length, 2))
     return 1.5 + math.log2(max(length, 2)) if length & (length - 1) == 0 else 2.2 * length

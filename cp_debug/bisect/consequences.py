@@ -32,11 +32,12 @@ def matters(
     load: Load,
     change: tuple[str, Tensor, Tensor],
     negligible: float,
+    furthest: int = FURTHEST,
 ) -> bool:
     """Whether a change of a value, (its name, as it is, as it would be), changes what is computed from it.
 
     Its readers are followed, on ``oracle``, until the relative L2 change is ``negligible`` everywhere, or is none that
-    will go away: at an output of the graph, after ``FURTHEST`` nodes, where nothing can be computed. NaN or Inf that
+    will go away: at an output of the graph, after ``furthest`` nodes, where nothing can be computed. NaN or Inf that
     only one of both has is never negligible. ``load`` gives the values that are ``known``. Both tensors of the change
     have one shape and dtype.
     """
@@ -60,7 +61,7 @@ def matters(
             size = difference(value_before, value_after)
             if size <= negligible:
                 continue
-            if value in outputs or followed >= FURTHEST:
+            if value in outputs or followed >= furthest:
                 return True
             before[value], after[value] = value_before, value_after
     return False

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
@@ -18,15 +19,16 @@ from cp_debug.bisect.int8_notes import int8_notes
 from cp_debug.bisect.one_sample import SampleRuns
 from cp_debug.bisect.options import DEFAULT_OPTIONS, OnStep, Options, Rewrite, StepCounter, is_optimized
 from cp_debug.bisect.result import BisectResult, TestResult
-from cp_debug.bisect.standards import oracle, oracle_device, tolerance
+from cp_debug.bisect.standards import doubles_note, oracle, oracle_device, tolerance
 from cp_debug.bisect.worst_samples import observation_notes
 from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph, digest_of
 from cp_debug.graph.randomness import drawing
-from cp_debug.probes.capture import check_free
+from cp_debug.probes.capture import array_hash, check_free
 from cp_debug.programs.layers import Layer, all_layers
-from cp_debug.programs.pipeline import Pipeline, choose_export, is_exported, preparing
+from cp_debug.programs.pipeline import Pipeline, choose_export, digest_before_int8, is_exported, preparing
 from cp_debug.programs.tensor_inputs import as_numbers, file_as_numbers, has_other_inputs
-from cp_debug.recipes.abilities import HasNotes, Remarks
+from cp_debug.recipes.abilities import HasNotes, Remarks, samples_left_out, with_components_of
 from cp_debug.recipes.base import Model, Sample, check_samples
 
 
@@ -82,11 +84,12 @@ class Bisection:
             self._notes.append("BatchNorm is folded all the same: INT8 scales belong to folded weights")
         self._notes += self.model.notes if isinstance(self.model, HasNotes) else ()
         is_model = test_model is not None and not isinstance(test_model, Path) and not callable(test_model)
-        other = Side(test_model) if is_model else side  # type: ignore[arg-type]
+        other = Side(with_components_of(self.model, cast("Model", test_model))) if is_model else side
         if options.test_checkpoint is not None:
             other = Side.load(self.model.name, options.test_checkpoint, options)
         self.test_model = other.model
         self._sides = side, other
+        self._read = "", ""
 
     def run(self, exported: Sequence[Program] | None, on_say: Callable[[str], None]) -> BisectResult:
         """Run and judge all samples on all tests. Raises InputError for fewer than one sample."""
@@ -98,6 +101,7 @@ class Bisection:
         progress.steps += sum(map(is_optimized, self._tests)) if options.optimizer_blame else 0
         with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:
             check_samples(self.model, options.samples, options.inputs)
+            given = self.model
             self._take_numbers(options.save or Path(scratch))
             samples = iter(self._samples())
             first = next(samples)
@@ -114,12 +118,14 @@ class Bisection:
                 for backend, own in zip(self._tests, sides.tests, strict=True)
             ]
             taken = SampleRuns(self.model, reference, runs, options, Path(scratch), progress)
-            sources, remarks = [], Remarks(self.model)
+            sources, inputs, remarks = [], [], Remarks(self.model)
             for index, sample in enumerate((first, *samples)):
                 sources.append(sample.source)
+                inputs.append({name: array_hash(array) for name, array in sample.arrays.items()})
                 remarks.see(sample)
                 taken.take(index, sample)
             self._notes += remarks.sentences
+            self._notes += samples_left_out(given, options.inputs, options.samples, len(sources))
             if options.inputs is not None and len(sources) < options.samples:
                 self._notes.append(f"{options.samples} samples were asked for; {options.inputs} gives {len(sources)}")
             if options.optimizer_blame:
@@ -133,6 +139,8 @@ class Bisection:
                 coverage=coverage_of(sides.programs),
                 programs={p.name: saved_name(p.graph, options.save) for p in sides.programs},
                 reference_observation=taken.observation,
+                model_sha256=self._read[0] or digest_before_int8(sides.programs),
+                inputs=inputs,
                 weights={component: differences.to_dict() for component, differences in sides.weights.items()},
             )
 
@@ -150,6 +158,8 @@ class Bisection:
         if not has_other_inputs(self.model):
             return
         samples, model = list(self._samples()), self.model
+        file = self._test_model if isinstance(self._test_model, Path) else self.test_model.components[0].onnx_path
+        self._read = _digest(model.components[0].onnx_path), _digest(file)
         self.model = as_numbers(model, samples, folder)
         if isinstance(self._test_model, Path) and self._test_model.is_file():
             self._test_model = file_as_numbers(self._test_model, samples, folder, model)
@@ -190,12 +200,22 @@ class Bisection:
             notes = [
                 *self._notes,
                 *sides.notes,
+                *doubles_note(sides.programs, run.pipeline.programs, self.options),
                 *int8_notes(run.reference, run.pipeline, rows, sides.quantized_how),
                 *observation_notes(str(self._reference.spec), taken.observation, draws=draws),
                 *collected_run.notes(str(run.pipeline.backend.spec), draws=draws),
             ]
             results.append(
-                result_of(self.model, run, collected_run, layers, notes, self.options.save, self.options.maps)
+                result_of(
+                    self.model,
+                    run,
+                    collected_run,
+                    layers,
+                    notes,
+                    self.options.save,
+                    self.options.maps,
+                    self._read[1] or digest_before_int8(run.pipeline.programs),
+                )
             )
         return results
 
@@ -211,3 +231,7 @@ class Bisection:
                 collected.optimizer_blame = blame_optimizers(
                     pipeline.model, pipeline.programs, pipeline.backend, sample, floor
                 )
+
+
+def _digest(file: Path | None) -> str:
+    return digest_of([Graph(file)]) if file is not None and file.is_file() else ""

@@ -21,7 +21,9 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.codecs import E2M1, E4M3, E5M2
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.weights import Weights
+from cp_debug.bisect.bias_steps import bias_step, rounded_bias
 from cp_debug.bisect.file_weights import product_of, stored_codes
+from cp_debug.bisect.paired_nodes import PAIRED, with_paired_sums
 from cp_debug.bisect.quantization_scheme import Levels, Scheme
 from cp_debug.bisect.quantized_segment import EmulatedSegment, QuantizerGrid
 from cp_debug.errors import InputError
@@ -155,6 +157,8 @@ class FileQuantization:
                             float(scheme.grid.scale.flatten()[0]),
                             scheme.grid.clipped(tensor),
                         )
+                if scheme.bias_step is not None:
+                    rounded_values |= rounded_bias(executor, node, values, scheme.bias_step)
             values |= executor.run_nodes([node], rounded_values, node.outputs)
         results = {}
         for target in targets:
@@ -170,11 +174,14 @@ class FileQuantization:
         segment.results = results
         return segment
 
-    def declared(self, target: str, known: Collection[str], given: Mapping[str, AnyTensor]) -> Tensor | None:
+    def declared(
+        self, target: str, known: Collection[str], given: Mapping[str, AnyTensor], *, paired_sums: bool = False
+    ) -> Tensor | None:
         """Result ``target`` by the file's own nodes; None where it cannot be computed from ``given``.
 
         That is where its segment starts from other values, or holds an operator that cannot be executed here.
-        ``given``: name → tensor of the parent, in any float dtype.
+        ``given``: name → tensor of the parent, in any float dtype. ``paired_sums``: as on a processor without VNNI,
+        and None where nothing of the segment could differ there.
         """
         file_name = self._names.get(target, target)
         if file_name not in self._graph.producer:
@@ -189,8 +196,12 @@ class FileQuantization:
         if any(value is None for value in values.values()):
             return None
         fed = {start: self._levels_of(start, value) for start, value in values.items()}
+        changed = with_paired_sums(self._graph, nodes) if paired_sums else nodes
+        if changed is None:
+            return None
+        executor = Executor(self._graph, PAIRED) if paired_sums else self._executor
         try:
-            result = torch.as_tensor(self._executor.run_nodes(nodes, fed, [file_name])[file_name])
+            result = torch.as_tensor(executor.run_nodes(changed, fed, [file_name])[file_name])
         except InputError:
             return None
         if (grid := self._constant_grid(file_name)) is not None and not result.is_floating_point():
@@ -336,7 +347,7 @@ class FileQuantization:
     def _of(self, nodes: Sequence[Node]) -> Scheme:
         schemes = [self._schemes[o] for node in nodes for o in node.outputs if o in self._schemes]
         pick = lambda part: next((value for s in schemes if (value := getattr(s, part)) is not None), None)  # noqa: E731
-        return Scheme(pick("data"), pick("weights"), pick("result"), pick("grid"))
+        return Scheme(pick("data"), pick("weights"), pick("result"), pick("grid"), pick("bias_step"))
 
     def _floats(
         self, executor: Executor, node: Node, values: Mapping[str, AnyTensor]
@@ -352,8 +363,10 @@ class FileQuantization:
         """Quantization by the nodes that compute one of the file's values from others that are the parent's."""
         nodes, _ = self._graph.segment([value], set(own) - {value})
         data = weights = None
-        grid = None
+        grid = step = None
         for node in nodes:
+            if step is None:
+                step = bias_step(self._graph, self._constants, node, rounds_floats=self._rounds_weights)
             inputs = [*node.proto.input, *[""] * 9]
             op = node.op.removeprefix("com.microsoft.")
             if op == "QuantizeLinear":
@@ -399,7 +412,7 @@ class FileQuantization:
         result = (data or Levels()) if holds_levels else None
         if holds_levels and is_constant(self._graph, last.proto.input[0]):
             result = weights  # of what the parent computes from constants alone
-        return Scheme(data, weights, result, grid)
+        return Scheme(data, weights, result, grid, step)
 
     def _between_levels(self, node: Node) -> bool:
         """Whether a layer with a constant weight in floats reads dequantized data, or only quantizers read it."""

@@ -55,10 +55,10 @@ class StoredCodes:
     """Scales, spread to the shape of the weight."""
     axes: tuple[int, ...] | None
     """Axes that a scale covers; None: ``groups`` along ``axis``."""
-    axis: int = 0
-    groups: Tensor | None = None
+    axis: int
+    groups: Tensor | None
     """int64 [length of ``axis``], the group of each slice."""
-    zero: Tensor | None = None
+    zero: Tensor | None
     """Zero points, spread to the shape of the weight; None: none are stored."""
     bits: int | None = None
     """Bits that the codes were made for, where the file says it."""

@@ -19,6 +19,7 @@ from cp_debug.display import Shown
 from cp_debug.errors import InputError
 from cp_debug.graph.check_inputs import known_shape
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.integer_values import level_values
 from cp_debug.graph.pairing import parse_map_of
 from cp_debug.probes.arrays import dtype_name
 from cp_debug.probes.capture import CaptureWriter, array_hash
@@ -39,7 +40,9 @@ class ImportedDump(JsonForm, Shown):
     tensors: dict[str, np.ndarray] = field(metadata={"written": False})
     """Value → array as dumped, channels first."""
     values: int
-    """Number of values that the graph computes."""
+    """Number of values that a bisect compares: the graph's inputs, and what is computed from them."""
+    matched: int
+    """Number of those that the dump has."""
     renamed: dict[str, str]
     """Name in the dump → value of the graph, where a sign differs or the user paired them."""
     missing_inputs: list[str]
@@ -54,6 +57,8 @@ class ImportedDump(JsonForm, Shown):
     """Value → its dtype in the dump and in the graph, where they differ."""
     shapes: dict[str, str]
     """Value → its shape in the dump and in the graph, where they differ."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences about how the tensors were read, where it is not as asked."""
 
     @property
     def complete(self) -> bool:
@@ -78,7 +83,7 @@ def match_dump(
 
     A tensor that is called as a torch module is the value that leaves the module, where the exporter recorded modules;
     axes of size 1 that it lacks, or has too many, are put right: serving runtimes drop the batch.
-    ``maps``: ``VALUE=TENSOR`` each, for names that say nothing. ``channels_last``: tensors of rank 4 and 5 are NHWC;
+    ``maps``: ``VALUE=TENSOR`` each, for names that say nothing. ``channels_last``: tensors of rank 3 to 5 are NHWC;
     ``flat``: tensors of another shape hold the value's numbers row by row.
     Raises InputError for a map that fits nothing, for tensors that fit only with their channels elsewhere or without
     their axes, and for a dump of which no tensor is in the graph.
@@ -91,7 +96,11 @@ def match_dump(
         n: modules[n] for n in tensors if n not in pairs and n not in names and modules.get(n, n) not in {n, *taken}
     }
     types = types_of(graph, named_values(graph, {pairs.get(n, n): a for n, a in tensors.items()}), last=channels_last)
-    tensors = {name: _batched(graph, pairs.get(name), array, types) for name, array in tensors.items()}
+    tensors = {
+        # Of those with channels last a batch comes in front once the channels are where they belong.
+        name: array if channels_last and array.ndim > 2 else _batched(graph, pairs.get(name), array, types)
+        for name, array in tensors.items()
+    }
     given = {pairs.get(name, name): array for name, array in tensors.items()}
     matched = named_values(graph, given)
     if not matched:
@@ -99,28 +108,31 @@ def match_dump(
             f"{source}: none of its {len(tensors)} tensors is a value of {graph}: {_some(tensors)} against "
             f"{_some(names)}; --map VALUE=TENSOR pairs two of them"
         )
-    values = as_in_graph(graph, given, source, last=channels_last, flat=flat, flag="--layout")
+    values, notes = as_in_graph(graph, given, source, last=channels_last, flat=flat, flag="--layout")
     used = {id(array) for array in matched.values()}
     extra = [name for name, array in tensors.items() if id(given[pairs.get(name, name)]) not in used]
     own = {id(array): name for name, array in tensors.items()}
     renamed = {own[id(array)]: name for name, array in matched.items() if own.get(id(array), name) != name}
     outputs = [value.name for value in graph.outputs]
     ordered = {name: values[name] for name in names if name in values}
+    compared = {layer.onnx for layer in layers_of([Program(graph.path.stem, graph)])}
     missing = [name for name in graph.values if name not in ordered]
     unknown = {name: tensors[name] for name in extra}
     return ImportedDump(
         model=str(graph.path),
         source=source,
         tensors=ordered,
-        values=len(graph.values),
+        values=len(compared),
+        matched=len(compared & ordered.keys()),
         renamed=renamed,
         missing_inputs=[value.name for value in graph.inputs if value.name not in ordered],
         missing_outputs=[name for name in outputs if name not in ordered],
-        missing=len([name for name in missing if name not in outputs]),
+        missing=len([name for name in missing if name in compared and name not in outputs]),
         extra=extra,
         suggestions=_suggestions(graph, unknown, missing, types) | _input_suggestions(graph, unknown, ordered),
         dtypes=_other_dtypes(graph, ordered),
         shapes=_other_shapes(graph, ordered, types),
+        notes=notes,
     )
 
 
@@ -143,6 +155,7 @@ def write_dump(dump: ImportedDump, graph: Graph, folder: Path, precision: str) -
         "samples": [dump.source],
         "layers": {component: {layer.onnx: layer.name for layer in layers_of([Program(component, graph)])}},
         "outputs": [[component, value.name] for value in graph.outputs],
+        "levels": {component: sorted(level_values(graph))},
     }
     with CaptureWriter(folder, manifest) as writer:
         for name, array in dump.tensors.items():

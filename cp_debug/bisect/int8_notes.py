@@ -7,13 +7,34 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.capabilities import integer_kernels_of
-from cp_debug.bisect.result import LayerRow
+from cp_debug.bisect.result import GUILTY, LayerRow
+from cp_debug.bisect.verdict import obeys_scales
 from cp_debug.programs.pipeline import Pipeline, wants_int8
 
 
 def both_int8(reference: Backend, test: Backend) -> bool:
     """Whether the divergence of two backends says nothing: roundings at ties tip over, and grow from layer to layer."""
     return wants_int8(reference) and wants_int8(test)
+
+
+def _of_scales(spec: str, rows: Sequence[LayerRow]) -> Iterator[str]:
+    """The sentence about how well layers do what their scales say; those that are guilty of another result do not."""
+    departures = {
+        row.name: row.replay.deviation_from_scales
+        for row in rows
+        if row.replay and row.replay.deviation_from_scales is not None
+    }
+    others = [row.name for row in rows if row.verdict == GUILTY and row.replay and obeys_scales(row.replay) is False]
+    named = ", ".join(others[:4]) + (" …" if len(others) > 4 else "")
+    obeying = {name: off for name, off in departures.items() if name not in others}
+    if obeying:
+        name = max(obeying, key=lambda name: obeying[name])
+        off = obeying[name]
+        noise = f"to {-20 * math.log10(off):.0f} dB or better, the least at {name}" if off else "bit for bit"
+        who = f"every layer but {named}" if others else "every layer"
+        yield f"{spec}: {who}, given its own inputs, agrees with what its scales say {noise}"
+    elif others:
+        yield f"{spec}: given their own inputs, no layer gives what its scales say: {named}"
 
 
 def int8_notes(
@@ -31,15 +52,7 @@ def int8_notes(
             "both sides are INT8, where roundings at ties tip over and grow from layer to layer: layers are judged by "
             "what they introduce, not by max |Δ| or rel. L2"
         )
-    departures = [
-        (row.replay.deviation_from_scales, row.name)
-        for row in rows
-        if row.replay and row.replay.deviation_from_scales is not None
-    ]
-    if departures:
-        largest, name = max(departures)
-        noise = f"to {-20 * math.log10(largest):.0f} dB or better, the least at {name}" if largest else "bit for bit"
-        yield f"{backend.spec}: every layer, given its own inputs, agrees with what its scales say {noise}"
+    yield from _of_scales(str(backend.spec), rows)
     counts = [integer_kernels_of(session) for session in pipeline.sessions.values()]
     if counts and all(count == 0 for count in counts):
         yield (

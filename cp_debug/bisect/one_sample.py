@@ -15,8 +15,10 @@ from cp_debug.bisect.branches import judge_ways, other_ways
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.findings import Explainer
+from cp_debug.bisect.masks import acquit_masks
 from cp_debug.bisect.observe import Observation, observe
 from cp_debug.bisect.options import Options, StepCounter
+from cp_debug.bisect.origins import trace_origins
 from cp_debug.bisect.regions.guilty import can_build, look_inside
 from cp_debug.bisect.remainder import remainder
 from cp_debug.bisect.replayed import Replay
@@ -70,7 +72,7 @@ class SampleRuns:
         self.observation: Observation | None = None
         """The reference against itself, on the first sample."""
         self._reference_floors: dict[Key, float] = {}
-        self._room = Room(options.memory)
+        self._room = Room(options.memory, weights=sum(program.weight_bytes for program in reference.programs))
 
     def take(self, index: int, sample: Sample) -> None:
         """Run and judge one sample; ``index`` is its place."""
@@ -134,6 +136,8 @@ class SampleRuns:
         ways = list(other_ways(run, (side.captured, test)))
         collected.ways |= dict.fromkeys(map(str, ways))
         settled = judge_ways(ways, run.programs, rows)
+        trace_origins(run, rows, side.captured, test)
+        collected.masks |= dict.fromkeys(acquit_masks(run, rows, side.captured, test))
         collected.undone |= acquit_undone(run, rows)
         # Behind control flow that goes another way, no error is carried to the outputs: there are other nodes.
         failures = [] if ways else set_shares(run, rows, sample, side.captured, test)

@@ -6,9 +6,9 @@ and no absolute part. Approximations whose authors bound the *absolute* error ha
 rational function plus ½ (MLAS, ``logistic.cpp``), right to 1.5 u of 1 where it should give 1e-8.
 
 The figures for elementary functions are measured: ``benchmarks/operator_errors.py`` compares ONNX Runtime, torch and
-oneDNN with FP64 in each half octave of the argument; ``docs/data/operator_errors.json`` holds what it found. A model is
-about the root mean square of the worst half octave and at least a third of the largest error, since a flat map repeats
-one argument and its error.
+oneDNN with FP64 in each half octave of the argument, on a CPU and on CUDA; ``docs/data/operator_errors.json`` and
+``docs/gpu/data/h200-operators.json`` hold what it found. A model is about the root mean square of the worst half octave
+and at least a third of the largest error, since a flat map repeats one argument and its error.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -50,8 +51,17 @@ def _logarithm_of_sum(node: Node, inputs: Sequence[Tensor], result: Tensor) -> T
 
 
 def _terms_of_batch_norm(node: Node, inputs: Sequence[Tensor], result: Tensor) -> Tensor:
-    """|x·a| + |mean·a| + |bias| with a = scale ÷ √(variance + ε): x·a + (bias − mean·a) may cancel."""
+    """|x·a| + |mean·a| + |bias| with a = scale ÷ √(variance + ε): x·a + (bias − mean·a) may cancel.
+
+    In training mode mean and variance are those of the batch; of the running ones, the other outputs, the size is that
+    of the sums over each channel.
+    """
     x, scale, bias, mean, variance = inputs[:5]
+    if any(a.name == "training_mode" and a.i for a in node.proto.attribute):
+        channels = x.transpose(0, 1).flatten(1)
+        if result.shape != x.shape:
+            return result.abs() + channels.abs().mean(1) + channels.square().mean(1)
+        mean, variance = channels.mean(1), channels.var(1, correction=0)
     epsilon = next((a.f for a in node.proto.attribute if a.name == "epsilon"), 1e-5)
     along = [1, -1, *[1] * (x.dim() - 2)]
     factor = (scale / (variance + epsilon).sqrt()).abs()
@@ -140,14 +150,53 @@ ONNX_RUNTIME = TORCH | {
 """Errors measured with ONNX Runtime 1.31 on the CPU (MLAS, Eigen)."""
 
 
+TORCH_CUDA = TORCH | {
+    "Tanh": Errors(1.6),
+    "Exp": Errors(0.9),
+    "Elu": Errors(0.8),
+    "Selu": Errors(1.1),
+    "Celu": Errors(0.8),
+    "Mish": Errors(1.6),
+    "HardSwish": Errors(1.0, 0.6, _argument),
+    "Cos": Errors(0.7),
+    "Tan": Errors(1.1),
+    "Atan": Errors(0.9),
+    "Sinh": Errors(0.9),
+    "Cosh": Errors(0.9),
+    "Asin": Errors(0.9),
+    "Acos": Errors(0.8),
+    "Atanh": Errors(1.1),
+}
+"""Errors measured with torch 2.11 on CUDA 13."""
+
+ONNX_RUNTIME_CUDA = TORCH_CUDA | {
+    "Sigmoid": Errors(0.9, 0.8),
+    "Softplus": Errors(1.2, 0.7),  # log(1 + exp(x)): what exp gives below 1e-8 is lost in the sum
+    **{op: ONNX_RUNTIME[op] for op in ("Elu", "Selu", "Gelu", "Mish", "HardSwish")},
+    **{
+        f"com.microsoft.{op}": ONNX_RUNTIME[f"com.microsoft.{op}"]
+        for op in ("Gelu", "BiasGelu", "FastGelu", "QuickGelu")
+    },
+}
+"""Errors measured with ONNX Runtime 1.31's CUDA provider; those of functions that it lacks are computed on the CPU."""
+
+
 def _wider(a: Errors, b: Errors) -> Errors:
     return Errors(max(a.relative, b.relative), max(a.absolute, b.absolute), b.of if b.absolute else a.of)
 
 
-ANY = {op: _wider(TORCH.get(op, ROUNDED), errors) for op, errors in ONNX_RUNTIME.items()}
-"""Errors for implementations that nobody has measured: the wider of those that were."""
-BY_FAMILY = {"ort": ONNX_RUNTIME, "torch": TORCH, "emu": TORCH}
-"""Family of the backend's spec → operator → errors; ``emu-*`` computes with torch."""
+BY_IMPLEMENTER = {
+    "ort": ONNX_RUNTIME,
+    "torch": TORCH,
+    "ort@cuda": {op: _wider(ONNX_RUNTIME.get(op, ROUNDED), errors) for op, errors in ONNX_RUNTIME_CUDA.items()},
+    "torch@cuda": TORCH_CUDA,
+}
+"""Library, and where it computes → operator → errors. What a GPU's provider lacks runs on the CPU."""
+ANY = {
+    op: reduce(_wider, (errors[op] for errors in BY_IMPLEMENTER.values() if op in errors))
+    for op in dict.fromkeys(op for errors in BY_IMPLEMENTER.values() for op in errors)
+}
+"""Errors for implementations that nobody has measured: the widest of those that were."""
 
 _CORRECTLY_ROUNDED = {
     "Add", "Sub", "Mul", "Div", "Sum", "Mean", "Mod", "Neg", "Abs", "PRelu", "LeakyRelu", "Relu",
@@ -155,12 +204,19 @@ _CORRECTLY_ROUNDED = {
 }  # fmt: skip
 
 
-def errors_of(node: Node, family: str) -> Errors | None:
-    """The errors of an elementwise operator as the backends of a family compute it.
+def implementer(family: str, device: str) -> str:
+    """Whoever computes the functions of a family's backends on a device, ``cpu`` or ``cuda:N``: a key of
+    ``BY_IMPLEMENTER``, or the family's name. ``emu-*`` computes with torch."""
+    library = "torch" if family == "emu" else family
+    return f"{library}@cuda" if device.startswith("cuda") and library in BY_IMPLEMENTER else library
+
+
+def errors_of(node: Node, by: str) -> Errors | None:
+    """The errors of an elementwise operator as an ``implementer`` computes it.
 
     None for operators whose error depends on more than their own elements: sums, products, normalizations.
     """
-    if measured := BY_FAMILY.get(family, ANY).get(node.op):
+    if measured := BY_IMPLEMENTER.get(by, ANY).get(node.op):
         return measured
     if node.op in _CORRECTLY_ROUNDED:
         return ROUNDED

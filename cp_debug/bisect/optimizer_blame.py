@@ -75,7 +75,7 @@ class OptimizerBlame(JsonForm):
 
 
 def blame_optimizers(
-    model: Model, programs: Sequence[Program], backend: OrtBackend, sample: Sample, noise_floor: float = 0.0
+    model: Model, programs: Sequence[Program], backend: OrtBackend, sample: Sample, noise_floor: float
 ) -> OptimizerBlame:
     """Find optimizers, none too many, whose disabling makes the outputs those of the unoptimized program.
 

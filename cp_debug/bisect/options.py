@@ -54,7 +54,7 @@ class Options:
     optimizer_blame: bool = False
     """Find the graph optimizers that are responsible for the difference of optimized ONNX Runtime tests."""
     maps: Sequence[str] = ()
-    """``REFERENCE=TEST`` each: values of two models that are to be compared."""
+    """``REFERENCE=TEST`` each: values of two models that are to be compared; ``OUTPUT=``: one that is left out."""
     save: Path | None = None
     """Folder for the captures: ``sample-0/torch``, ``sample-0/ort`` …"""
 

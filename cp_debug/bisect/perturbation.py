@@ -42,15 +42,15 @@ def doubt(
     nodes: Sequence[Node],
     given: Mapping[str, AnyTensor],
     target: str,
-    family: str = "",
+    by: str = "",
     claim: Arithmetic | None = None,
 ) -> float:
     """L2 norm by which correct implementations of a segment may be off at ``target``, over its finite elements.
 
-    ``family`` names the backend (``ort``, ``torch`` …) where its functions were measured; ``claim`` is the arithmetic
+    ``by`` is the ``implementer`` of the functions, where it was measured; ``claim`` is the arithmetic
     it claims, FP32 where None. Raises InputError as ``Executor.run_nodes`` does.
     """
-    exact, spreads = _spreads(oracle, nodes, given, family, claim)
+    exact, spreads = _spreads(oracle, nodes, given, by, claim)
     last = spreads.pop(target, None)
     exact_target = torch.as_tensor(exact[target])
     own_norm = 0.0 if last is None else _norm(U * last * torch.isfinite(exact_target))
@@ -67,7 +67,7 @@ def doubt(
 
 
 def _spreads(
-    oracle: Executor, nodes: Sequence[Node], given: Mapping[str, AnyTensor], family: str, claim: Arithmetic | None
+    oracle: Executor, nodes: Sequence[Node], given: Mapping[str, AnyTensor], by: str, claim: Arithmetic | None
 ) -> tuple[dict[str, AnyTensor], dict[str, Tensor]]:
     """Every value of a segment, and how much each may be off, in FP32's unit roundoffs."""
     values: dict[str, AnyTensor] = dict(given)
@@ -76,7 +76,7 @@ def _spreads(
         results = oracle.run_nodes([node], values, node.outputs)
         for name, value in results.items():
             if isinstance(value, Tensor) and value.is_floating_point():
-                spreads[name] = spread(oracle, node, values, value, name, family, claim)
+                spreads[name] = spread(oracle, node, values, value, name, by, claim)
                 if node.op == "DequantizeLinear" and _rounded_here(node, nodes, given):
                     (scale,) = oracle.run_nodes([], values, [node.proto.input[1]]).values()
                     step = float(torch.as_tensor(scale).abs().max())
@@ -102,7 +102,10 @@ def _differences(
     generator = torch.Generator().manual_seed(0)
     for _ in range(draws):
         noisy = torch.as_tensor(_noisy(oracle, nodes, exact, spreads, generator)[target])
-        yield (noisy - torch.as_tensor(exact[target])).nan_to_num(0.0, 0.0, 0.0)
+        exact_target = torch.as_tensor(exact[target])
+        if not exact_target.is_floating_point():  # a difference of unsigned levels wraps around
+            noisy, exact_target = noisy.double(), exact_target.double()
+        yield (noisy - exact_target).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _noisy(
@@ -145,7 +148,7 @@ def spread(
     values: Mapping[str, AnyTensor],
     result: Tensor,
     name: str = "",
-    family: str = "",
+    by: str = "",
     claim: Arithmetic | None = None,
 ) -> Tensor:
     """Error of each element of a node's result that correct implementations may make.
@@ -163,10 +166,10 @@ def spread(
     ):
         squared = oracle.run_nodes([node], squares(node, inputs), node.outputs)[node.outputs[0]]
         error = torch.hypot(error, ROUNDING * _roundoff(operand) / U * (2 * squared).sqrt())
-    if error is None and (errors := errors_of(node, family)) is not None:
+    if error is None and (errors := errors_of(node, by)) is not None:
         error = errors.spread(node, [inputs[n] for n in node.proto.input if n], result)
     if error is None:
-        error = compound(oracle, node, inputs, result, name, family)
+        error = compound(oracle, node, inputs, result, name, by)
     if claim is not None and claim.value is not None:
         error = torch.hypot(error, ROUNDING * _roundoff(claim.value) / U * result.abs())
     return error.nan_to_num(0.0, 0.0, 0.0)

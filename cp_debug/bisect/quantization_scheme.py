@@ -89,6 +89,9 @@ class Scheme:
     result: Levels | None = None
     grid: QuantizerGrid | None = None
     """Grid of the data, where its scale is constant."""
+    bias_step: Tensor | None = None
+    """Step of a bias of 32 bits, one number or one for each channel: the scale of the data times those of the weights,
+    as every integer kernel has it, float64. None for a bias that is not rounded, or on another scale."""
 
     def __bool__(self) -> bool:
         return any((self.data, self.weights, self.result))

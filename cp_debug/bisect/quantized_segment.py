@@ -21,6 +21,7 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.codecs import Codec
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.weights import Weights
+from cp_debug.bisect.paired_nodes import PAIRED, with_paired_sums
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.qdq import LEVELS, weight_axis
@@ -219,10 +220,13 @@ class Quantized:
         segment.results = {target: self._as_shown(target, torch.as_tensor(values[target])) for target in targets}
         return segment
 
-    def declared(self, target: str, known: Collection[str], given: Mapping[str, AnyTensor]) -> Tensor | None:
+    def declared(
+        self, target: str, known: Collection[str], given: Mapping[str, AnyTensor], *, paired_sums: bool = False
+    ) -> Tensor | None:
         """Result ``target`` of ``given`` by the graph's own scales; None where its segment starts from other values.
 
-        ``given``: name → tensor, in any float dtype.
+        ``given``: name → tensor, in any float dtype. ``paired_sums``: as on a processor without VNNI, and None where
+        nothing of the segment could differ there.
         """
         quantized_name = self._names.get(target, target)
         if quantized_name not in self._graph.producer:
@@ -231,7 +235,11 @@ class Quantized:
         values = {start: self._plain_names.get(start, start) for start in starts}
         if not given.keys() >= set(values.values()):
             return None
-        results = self._executor.run_nodes(nodes, {s: given[name] for s, name in values.items()}, [quantized_name])
+        changed = with_paired_sums(self._graph, nodes) if paired_sums else nodes
+        if changed is None:
+            return None
+        executor = Executor(self._graph, PAIRED) if paired_sums else self._executor
+        results = executor.run_nodes(changed, {s: given[name] for s, name in values.items()}, [quantized_name])
         return self._as_shown(target, torch.as_tensor(results[quantized_name]))
 
     def _as_shown(self, name: str, tensor: Tensor) -> Tensor:

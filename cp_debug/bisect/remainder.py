@@ -91,7 +91,8 @@ def _apart(a: Arrays, b: Arrays) -> float:
         if a[name].shape != theirs.shape:
             return math.inf
         x, y = (np.asarray(array, np.float64) for array in (a[name], theirs))
-        if (np.isfinite(x) != np.isfinite(y)).any():
+        apart = distance(x, y)
+        if apart.new_nonfinite or (np.isfinite(x) != np.isfinite(y)).any():
             return math.inf
-        worst = max(worst, distance(x, y).relative)
+        worst = max(worst, apart.relative)
     return worst

@@ -34,9 +34,11 @@ from cp_debug.bisect.scale_replay import AnyQuantized, ScaleReplay
 from cp_debug.bisect.whole_numbers import as_tensor, instead
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.integer_values import WHOLE, level_values
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.randomness import DRAWS_NUMBERS, draws
 from cp_debug.probes.distance import all_finite, distance, ratio
+from cp_debug.probes.integers import is_whole
 from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision, coarsest, of_operators
 
 Load = Callable[[str], AnyTensor]
@@ -64,14 +66,14 @@ class Replayer:
         emulated: bool = False,
         narrow: tuple[Mapping[str, str], Mapping[str, str]] = (MappingProxyType({}), MappingProxyType({})),
         quantized: tuple[AnyQuantized | None, AnyQuantized | None] = (None, None),
-        families: tuple[str, str] = ("", ""),
+        implementers: tuple[str, str] = ("", ""),
         moved: FileQuantization | None = None,
     ) -> None:
         """Prepare the oracle and the emulation of both sides' claims.
 
         ``precisions`` are those that the reference and the test claim to have; ``quantized`` what each of them does in
         INT8, where that is known; ``narrow`` the values (by their names in ``graph``) that each holds in ``fp16`` or
-        ``bf16`` because its own program says so; ``families`` those of their backends; ``moved`` the quantizers of
+        ``bf16`` because its own program says so; ``implementers`` those of their functions; ``moved`` the quantizers of
         ``graph`` itself, which the test's optimizer may have moved in front of other values. ``emulated``: the test is
         the emulation of its claim, of this very graph, so that emulating its layers again would give what was captured.
         """
@@ -84,7 +86,7 @@ class Replayer:
         self._device = device
         self._narrow = narrow
         self._claims = precisions
-        self._families, self._moved = families, moved
+        self._implementers, self._moved = implementers, moved
         first = self._emulator(0, oracle)
         alike = precisions[0] == precisions[1] and narrow[0] == narrow[1]
         self._emulators = first, first if alike else self._emulator(1, oracle)
@@ -97,6 +99,7 @@ class Replayer:
         self._finer: Executor | None = None
         self._trimmer = Trimmer(TRIM_AFTER)
         self._outputs = {v.name for v in graph.outputs}
+        self._levels = level_values(graph)
         self._range_loss = RangeLoss(graph, self.oracle, self.known)
         self._departures = None if emulated or quantized[1] is not None else departures(graph, precisions[1], device)
 
@@ -149,7 +152,9 @@ class Replayer:
         nodes, starts = self.graph.segment([target], self.known)
         exact = as_tensor(self.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [target])[target])
         held = self._hold(test(target))
-        if not all(t.is_floating_point() or t.is_complex() for t in (held, exact)):  # booleans have no difference
+        if not any(t.is_floating_point() or t.is_complex() for t in (held, exact)):
+            return (held.long() - exact.long()).double(), exact
+        if not all(t.is_floating_point() or t.is_complex() for t in (held, exact)):
             return held.double() - exact.double(), exact
         return held - exact, exact
 
@@ -216,7 +221,7 @@ class Replayer:
             replay.nonfinite_in = self._nonfinite_in(nodes, given, exact[target], reference(target))
             amplified = replay.inherited is not None and replay.inherited > SUSPICIOUS * divergence + 2 * rounding
             if amplified or replay.nonfinite_in:
-                replay.reference_excess = self._reference_excess(nodes, starts, target, reference)
+                replay.reference_excess = self.reference_excess(nodes, starts, target, reference)
             results[target] = replay
             self._trimmer.freed(exact[target].nbytes)
         return results
@@ -271,7 +276,8 @@ class Replayer:
         Where emulating one correct implementation has raised a doubt, others are asked.
         """
         scales, result = self._scales[side], expected.results[target]
-        replay = Replay.of(captured, exact, [result], claim)
+        unrounded = is_whole(exact) and target not in self._levels and self._rounds_nothing(nodes, given, claim)
+        replay = Replay.of(captured, exact, [result], claim, unrounded=unrounded)
         if (replay.excess or 0.0) <= (EXCESS if scales is None else ASKED):
             return replay
         others: list[AnyTensor] = [] if scales is None else [*scales.for_readers(target, captured, result)]
@@ -280,13 +286,24 @@ class Replayer:
         if scales is not None and scales.quantized.touches(nodes):
             others += scales.larger(nodes, given, target)
         if others:
-            return Replay.of(captured, exact, [result, *others], claim)
+            return Replay.of(captured, exact, [result, *others], claim, unrounded=unrounded)
         oracle = self._oracle_of(claim)
         if oracle is not self.oracle:
             exact = as_tensor(oracle.run_nodes(nodes, given, [target])[target])
         arithmetic = None if scales is not None else ARITHMETICS[claim.name]
-        allowed = doubt(oracle, nodes, given, target, self._families[side], arithmetic)
-        return Replay.of(captured, exact, [expected.results[target]], claim, allowed)
+        allowed = doubt(oracle, nodes, given, target, self._implementers[side], arithmetic)
+        return Replay.of(captured, exact, [expected.results[target]], claim, allowed, unrounded=unrounded)
+
+    def _rounds_nothing(self, nodes: Iterable[Node], given: Mapping[str, AnyTensor], claim: Precision) -> bool:
+        """Whether the integers that a segment gives hang on nothing rounded but what it was given.
+
+        Below FP32 an engine may read its operands as they were before they were rounded to what it shows.
+        """
+        if claim.roundoff <= PRECISIONS["fp32"].roundoff:
+            return True
+        made = [self.graph.types.get(name) for node in nodes for name in node.outputs]
+        only_integers = all(kind is not None and kind.tensor_type.elem_type in WHOLE for kind in made)
+        return only_integers and all(map(is_whole, given.values()))
 
     def _oracle_of(self, claim: Precision) -> Executor:
         """The oracle, or one in FP64 where it is no finer than what is judged."""
@@ -304,7 +321,8 @@ class Replayer:
         if divergence:
             replay.amplification = replay.inherited / divergence
 
-    def _reference_excess(self, nodes: list[Node], starts: list[str], target: str, reference: Load) -> float:
+    def reference_excess(self, nodes: list[Node], starts: list[str], target: str, reference: Load) -> float:
+        """Excess of the reference's ``target``, given its own inputs; infinite for NaN and Inf of its own."""
         given = {s: reference(s) for s in starts}
         exact = as_tensor(self.oracle.run_nodes(nodes, given, [target])[target])
         expected, claim = self._expect(0, nodes, given, {target: exact})

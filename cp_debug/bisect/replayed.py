@@ -38,7 +38,8 @@ class Replay:
     oracle_error: float = 0.0
     """Bound of the oracle's own rounding, relative."""
     new_nonfinite: int = field(default=0, metadata={"key": "born_nonfinite"})
-    """Elements that are NaN or Inf here although the oracle, from the same inputs, says they are finite."""
+    """Elements that are NaN or Inf here although the oracle, from the same inputs, says they are finite or
+    Inf of the other sign."""
     nonfinite_in: str = ""
     """Name and operator of the node that makes NaN or Inf of the test's finite inputs, by the oracle's account too,
     where the reference has neither."""
@@ -51,6 +52,9 @@ class Replay:
     overflow or vanish; 0 where that changes nothing that is computed from them."""
     reference_excess: float = 0.0
     """Excess of the reference, for layers that amplify suspiciously."""
+    contradicted: tuple[str, ...] = ()
+    """Captured inputs that are other than the reference's, where the result is the reference's and not what they make:
+    they were written again after they had been read."""
     declared: float | None = None
     """Error that the graph's own scales make of the same inputs, for a layer in INT8."""
     deviation_from_scales: float | None = field(default=None, metadata={"key": "departs"})
@@ -76,18 +80,26 @@ class Replay:
 
     @classmethod
     def of(
-        cls, captured: AnyTensor, exact: Tensor, correct: Iterable[AnyTensor], claim: Precision, doubt: float = 0.0
+        cls,
+        captured: AnyTensor,
+        exact: Tensor,
+        correct: Iterable[AnyTensor],
+        claim: Precision,
+        doubt: float = 0.0,
+        *,
+        unrounded: bool = False,
     ) -> Replay:
         """The figures of a captured value against the oracle's result for the same inputs.
 
-        ``correct``: what implementations without a fault give; ``doubt``: how far others may be off, an L2 norm. All
-        tensors have the value's shape, in any float dtypes.
+        ``correct``: what implementations without a fault give; ``doubt``: how far others may be off, an L2 norm;
+        ``unrounded``: nothing of it is rounded, as of indices and ids. All tensors have the value's shape, in any real
+        dtypes.
         """
         if tuple(captured.shape) != tuple(exact.shape):
             return cls(skipped=f"the shape is {list(captured.shape)}, the oracle's {list(exact.shape)}")
         introduced, scale, new_nonfinite = distance(captured, exact)
         allowed = (introduced if c is captured else distance(c, exact).difference for c in correct)
-        expected = max(*allowed, doubt, FLOOR * claim.roundoff * scale)
+        expected = max(*allowed, doubt, 0.0 if unrounded else FLOOR * claim.roundoff * scale)
         return cls(
             introduced=ratio(introduced, scale),
             expected=ratio(expected, scale),

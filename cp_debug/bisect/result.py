@@ -18,6 +18,7 @@ from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.display import notebook, plain, terminal, write_page
 from cp_debug.errors import InputError
 from cp_debug.graph.randomness import DRAWS_NUMBERS
+from cp_debug.probes.caveats import ALL_ZERO
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.safe_text import one_line
 from cp_debug.serialize import BadField, JsonForm, check_entries, encode, number_keys, part
@@ -34,6 +35,9 @@ OK, INHERITED, DIVERGENT, GUILTY, SHAPE = "ok", "inherited", "divergent", "guilt
 ``divergent``: beyond it, and nobody replayed the layer. ``guilty``: it introduced what its precision cannot explain.
 ``shape``: the shapes differ."""
 
+
+MOST_NAMES = 5
+"""Names in one line."""
 
 _FIRST_COLUMNS = ("index", "name", "op", "max_abs", "rel_l2", "introduced", "expected", "excess", "verdict", "share")
 """Columns of a table of layers that stand first: what a terminal shows of a layer."""
@@ -67,6 +71,9 @@ class LayerRow:
     """Region that the row stands for, where that is more than a layer; then ``name`` is its label."""
     source: str = ""
     """Line of the torch module that computes it, ``net.py:8: y = torch.relu(y)``, where the export tells."""
+    nonfinite_from: list[str] = field(default_factory=list)
+    """Origins of NaN or Inf that have no row of their own: ``nan reference: is born at sq (Sqrt)``. They are constants,
+    nodes that read nothing else, nodes between two probes; told in the first row that holds any."""
     kind: str = field(default="data", metadata={"one_of": ("data", "constant", "shape")})
     """``data``; ``constant`` or ``shape`` for a side value: see ``Layer``. Side values have a row where they differ."""
 
@@ -163,7 +170,7 @@ class Remainder(JsonForm):
             return f"not replayed or not emulated, so not explained: {names}{more}"
         if self.adds_up:
             return "the rounding adds up"
-        return f"but rounding alone makes {self.rounding:.2g} of it: the rest is not explained"
+        return f"but rounding alone makes {self.rounding:.2g} (rel. L2): the rest is not explained"
 
 
 @dataclass
@@ -195,11 +202,18 @@ class TestResult(JsonForm):
     optimizer_blame: OptimizerBlame | None = field(default=None, metadata={"key": "knobs"})
     """Differences that ONNX Runtime's optimizer is responsible for, where it was asked."""
     expected_outputs: list[str] = field(default_factory=list, metadata={"key": "compared.outputs_expected"})
-    """The final outputs of the reference; ``outputs`` are those that were compared."""
+    """The final outputs of the reference, those apart that the user left out; ``outputs`` are those that were
+    compared."""
+    moved_outputs: dict[str, str] = field(default_factory=dict, metadata={"key": "compared.moved"})
+    """Final outputs of the reference in whose place the test gives another one: its name there."""
     pairing: dict[str, Any] = field(default_factory=dict)
     """Component → how its values were paired with the reference's, where the test runs another graph."""
     remainder: Remainder | None = None
     """Whether rounding adds up to the divergence, after a replay in which no layer is guilty and outputs differ."""
+    model_sha256: str = ""
+    """SHA-256 of the graphs, with weights, that it ran, as ``BisectResult.model_sha256``."""
+    not_run: list[str] = field(default_factory=list)
+    """Branches of If and bodies of loops that no sample ran, in words: nothing in them was compared."""
 
     @property
     def missing_outputs(self) -> list[str]:
@@ -214,10 +228,24 @@ class TestResult(JsonForm):
     @property
     def all_zeros(self) -> bool:
         """Whether every final output with elements is 0 everywhere on both sides: any fault could hide behind it."""
-        stats = [row.stats for row in self.outputs if not has_no_elements(row)]
-        return all(
-            s.max_ref == s.max_abs == 0 and not (s.nan_ref or s.inf_ref or s.nan_test or s.inf_test) for s in stats
-        )
+        return all(row.stats.both_zero for row in self.outputs if not has_no_elements(row))
+
+    @property
+    def caveats(self) -> list[str]:
+        """Phrases about what says little though it agrees: final outputs without an element, or 0 everywhere, and
+        control flow that did not run."""
+        empty = self.empty_outputs
+        phrases = [f"{', '.join(empty[:MOST_NAMES])}: without an element on both sides"] if empty else []
+        phrases += [idle] if (idle := self.says_not_run) else []
+        return [*phrases, ALL_ZERO] if self.all_zeros and self.agrees else phrases
+
+    @property
+    def says_not_run(self) -> str:
+        """Phrase about control flow that was not compared, for it did not run; empty where all ran."""
+        if not self.not_run:
+            return ""
+        more = f" and {len(self.not_run) - MOST_NAMES} more" if len(self.not_run) > MOST_NAMES else ""
+        return f"{', '.join(self.not_run[:MOST_NAMES])}{more} did not run with these inputs: --inputs gives others"
 
     @property
     def coverage(self) -> str:
@@ -242,16 +270,30 @@ class TestResult(JsonForm):
 
     @property
     def agrees(self) -> bool:
-        """No guilty layer, and every final output that was compared within the tolerance; never without one, nor where
-        an output holds NaN or Inf: two of them are equal, and nothing is known."""
+        """No guilty layer, and every final output of the reference compared, in its place and within the tolerance;
+        never without one, nor where an output holds NaN, or Inf alone: two of them are equal, and nothing is known."""
         decided = any(not has_no_elements(row) for row in self.outputs) and not any(map(undecided, self.outputs))
-        return decided and not self.guilty and all(row.within for row in self.outputs)
+        return decided and self._is_within and not self.missing_outputs and not self.moved_outputs
+
+    @property
+    def moves_outputs_alone(self) -> bool:
+        """Whether final outputs in another order are all that keeps the test from agreeing."""
+        decided = not self.missing_outputs and not any(map(undecided, self.outputs))
+        return bool(self.moved_outputs) and self._is_within and decided
+
+    @property
+    def lacks_outputs_alone(self) -> bool:
+        """Whether final outputs that the test lacks are all that keeps it from agreeing."""
+        return bool(self.missing_outputs) and self._is_within and not any(map(undecided, self.outputs))
+
+    @property
+    def _is_within(self) -> bool:
+        return not self.guilty and all(row.within for row in self.outputs)
 
     @property
     def undecided(self) -> bool:
-        """Whether NaN or Inf in a final output is all that keeps the test from agreeing."""
-        within = not self.guilty and all(row.within for row in self.outputs)
-        return within and any(map(undecided, self.outputs))
+        """Whether NaN, or an output of Inf alone, is all that keeps the test from agreeing."""
+        return self._is_within and any(map(undecided, self.outputs)) and not self.missing_outputs
 
     @property
     def not_finite(self) -> str:
@@ -277,6 +319,7 @@ class TestResult(JsonForm):
             "backend": self.backend.spec,
             "compared.says": self.coverage,
             "compared.outputs": len(self.outputs),
+            "compared.missing": self.missing_outputs,
             "compared.values": self.compared,
             "compared.values_expected": self.total,
             "first_divergent": first.name if first else None,
@@ -335,6 +378,10 @@ class BisectResult(JsonForm):
     """Component → how the weights of two models differ (``WeightDifferences.to_dict``); empty where both run one."""
     test_model: str = ""
     """Name of the tests' file, model or checkpoint, where it has another than the reference's; else empty."""
+    model_sha256: str = ""
+    """SHA-256 of the reference's graphs, with weights, before INT8; empty where it is not known."""
+    inputs: list[dict[str, str]] = field(default_factory=list)
+    """Samples' inputs: name → SHA-256 of its dtype, shape and values."""
 
     @property
     def subject(self) -> str:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cp_debug.bisect.result import DIVERGENT, GUILTY, INHERITED, OK, SHAPE, BisectResult, LayerRow, TestResult
+from cp_debug.bisect.result_notes import paired_components, result_notes, was_replayed
 from cp_debug.display import Shown
 from cp_debug.errors import InputError
+from cp_debug.safe_text import amount
 from cp_debug.serialize import JsonForm
 
 SCHEMA = "cpdebug.diff/1"
 FACTOR = 2.0
 """Smallest factor between two errors of a layer that is told: noise of atomics and of other tactics is below it."""
-WORSE, BETTER, NEW, GONE = "worse", "better", "new", "gone"
+WORSE, BETTER, NEW, GONE, UNKNOWN = "worse", "better", "new", "gone", "unknown"
 _RANKS = (OK, INHERITED, DIVERGENT, SHAPE, GUILTY)
 
 
@@ -45,8 +47,17 @@ class LayerState:
     @property
     def error(self) -> float:
         """Relative L2 of the error that the layer introduced, where it was replayed; else of its divergence."""
-        figure = self.rel_l2 if self.introduced is None else self.introduced
+        return self.error_as(self.replayed)
+
+    def error_as(self, replayed: bool) -> float:
+        """``error``, or without ``replayed`` the relative L2 of the divergence; infinite for NaN."""
+        figure = self.rel_l2 if self.introduced is None or not replayed else self.introduced
         return math.inf if math.isnan(figure) else figure
+
+    @property
+    def replayed(self) -> bool:
+        """Whether a replay judged it; else nobody knows what the layer introduced."""
+        return self.introduced is not None or self.verdict in (GUILTY, INHERITED)
 
 
 @dataclass
@@ -57,9 +68,12 @@ class LayerChange:
     name: str
     op: str
     change: str
-    """``worse``, ``better``, ``new`` (only after) or ``gone`` (only before)."""
+    """``worse``, ``better``, ``new`` (only after), ``gone`` (only before); ``unknown``: guilty in one result, and not
+    replayed in the other."""
     before: LayerState | None
     after: LayerState | None
+    onnx: str = ""
+    """Name of the value in the graph."""
 
     @property
     def weight(self) -> tuple[float, ...]:
@@ -88,27 +102,54 @@ class TestDiff(JsonForm):
     gone_causes: list[str]
     same: int
     """Number of layers that are as they were."""
+    replayed: tuple[bool, bool] = (True, True)
+    """Whether any layer was replayed before, and after."""
 
     @property
     def worse(self) -> bool:
-        """Whether it agreed and no longer does, a layer became guilty, or an output left its tolerance."""
-        guilty = [c for c in self.layers if c.change in (WORSE, NEW) and c.after and c.after.verdict == GUILTY]
-        lost = [c for c in self.outputs if c.change == GONE or (c.change == WORSE and c.after and not c.after.within)]
-        was_guilty = [c for c in guilty if c.before is not None and c.before.verdict == GUILTY]
-        return self.agrees == (True, False) or len(guilty) > len(was_guilty) or bool(lost)
+        """Whether it agreed and no longer does, or there is another of the ``reasons``."""
+        return self.agrees == (True, False) or bool(self.reasons)
+
+    @property
+    def reasons(self) -> list[str]:
+        """Reasons besides the verdict why it is worse: layers that became guilty, outputs gone or farther off."""
+        said = []
+        for change in self.layers:
+            guilty = change.change in (WORSE, NEW) and change.after is not None and change.after.verdict == GUILTY
+            if guilty and (change.before is None or change.before.verdict != GUILTY):
+                said.append(f"layer {change.name} {'is new and' if change.before is None else 'became'} guilty")
+        said = _few(said)
+        for change in self.outputs:
+            if change.change == GONE:
+                said.append(f"output {change.onnx} is gone")
+            elif change.change == WORSE and change.after and not change.after.within:
+                left = change.before is not None and change.before.within
+                said.append(f"output {change.onnx} {'left its tolerance' if left else 'is farther off'}")
+        return said
 
     @property
     def says(self) -> str:
         """The difference in a sentence."""
-        counts = {kind: sum(c.change == kind for c in self.layers) for kind in (WORSE, BETTER, NEW, GONE)}
+        counts = {kind: sum(c.change == kind for c in self.layers) for kind in (WORSE, BETTER, NEW, GONE, UNKNOWN)}
         parts = [f"{count} {kind}" for kind, count in counts.items() if count]
         words = {(True, True): "agrees as before", (True, False): "no longer agrees", (False, True): "agrees now"}
         verdict = words.get(self.agrees, "still does not agree")
-        return f"{verdict}; layers: {', '.join(parts) or 'none changed'}, {self.same} as before"
+        unsure = {(True, False, False): "before", (False, True, True): "after"}  # agreed, agrees, replayed before
+        side = unsure.get((*self.agrees, self.replayed[0])) if self.replayed[0] != self.replayed[1] else None
+        aside = f" (nothing was replayed {side})" if side else ""
+        why = f", but {', '.join(self.reasons)}" if self.reasons and self.agrees[1] else ""
+        why = f": {', '.join(self.reasons)}" if self.reasons and not self.agrees[1] else why
+        return f"{verdict}{aside}{why}; layers: {', '.join(parts) or 'none changed'}, {self.same} as before"
 
     def derived(self) -> dict[str, Any]:
         """Whether the test got worse, and the difference in a sentence."""
         return {"worse": self.worse, "says": self.says}
+
+
+def _few(about_layers: list[str], most: int = 3) -> list[str]:
+    """The first texts, and how many more there are."""
+    more = len(about_layers) - most
+    return [*about_layers[:most], f"so did {amount(more, 'other layer')}"] if more > 0 else about_layers
 
 
 @dataclass(repr=False)
@@ -136,9 +177,9 @@ class ResultDiff(JsonForm, Shown):
 def diff_results(before: BisectResult, after: BisectResult, *, factor: float = FACTOR) -> ResultDiff:
     """The layers, outputs and causes in which two results differ; backends are paired by their specs.
 
-    Where each result has one test, they are compared whatever they are called. A number counts as changed from
-    ``factor`` on, for layers that are beyond what their precision explains in either result. Raises InputError where no
-    backend or no layer is in both.
+    Where each result has one test, or one component, these are compared whatever they are called. A number counts as
+    changed from ``factor`` on, for layers that are beyond what their precision explains in either result. Raises
+    InputError where no backend or no layer is in both.
     """
     for side, result in (("before", before), ("after", after)):
         if isinstance(result, str | Path):
@@ -149,10 +190,13 @@ def diff_results(before: BisectResult, after: BisectResult, *, factor: float = F
     if not pairs:
         names = [", ".join(test.backend.spec for test in result.tests) for result in (before, after)]
         raise InputError(f"no backend is in both results: {names[0]} against {names[1]}")
-    tests = [_test(a, b, factor) for a, b in pairs]
+    components = [paired_components(a, b) for a, b in pairs]
+    tests = [_test(a, b, names, factor) for (a, b), names in zip(pairs, components, strict=True)]
     if not any(test.same or any(c.before and c.after for c in test.layers) for test in tests):
         raise InputError(f"no layer is in both results, of {before.model} and of {after.model}")
-    return ResultDiff(after.model, before.model, after.model, tests, factor, list(_notes(before, after, pairs)))
+    return ResultDiff(
+        after.model, before.model, after.model, tests, factor, list(result_notes(before, after, pairs, components))
+    )
 
 
 def _pairs(before: BisectResult, after: BisectResult) -> list[tuple[TestResult, TestResult]]:
@@ -163,48 +207,32 @@ def _pairs(before: BisectResult, after: BisectResult) -> list[tuple[TestResult, 
     return pairs
 
 
-def _notes(before: BisectResult, after: BisectResult, pairs: Sequence[tuple[TestResult, TestResult]]) -> Iterator[str]:
-    if before.model != after.model:
-        yield f"the models are called differently: {before.model}, {after.model}"
-    if before.samples != after.samples:
-        yield "the samples are others, so numbers may differ for that reason alone"
-    if before.reference.spec != after.reference.spec:
-        yield f"the references differ: {before.reference.spec}, {after.reference.spec}"
-    for a, b in pairs:
-        yield from (
-            f"{b.backend.spec}: {name} was {version}, is {b.backend.versions[name]}"
-            for name, version in a.backend.versions.items()
-            if b.backend.versions.get(name, version) != version
-        )
-    for side, result, place in (("before", before, 0), ("after", after, 1)):
-        paired = [pair[place] for pair in pairs]
-        alone = [test.backend.spec for test in result.tests if not any(test is each for each in paired)]
-        if alone:
-            yield f"only {side}: {', '.join(alone)}"
-
-
-def _test(before: TestResult, after: TestResult, factor: float) -> TestDiff:
-    layers, same = _changes(before.rows, after.rows, factor)
-    outputs, _ = _changes(before.outputs, after.outputs, factor)
+def _test(before: TestResult, after: TestResult, components: Mapping[str, str], factor: float) -> TestDiff:
+    layers, same = _changes(before.rows, after.rows, components, factor)
+    outputs, _ = _changes(before.outputs, after.outputs, components, factor)
     causes = [
         {(finding.cause, *sorted(finding.layers)): finding.headline for finding in test.findings}
         for test in (before, after)
     ]
+    replayed = was_replayed(before), was_replayed(after)
     return TestDiff(
         before.backend.spec,
         after.backend.spec,
         (before.agrees, after.agrees),
         layers,
         outputs,
-        [text for key, text in causes[1].items() if key not in causes[0]],
-        [text for key, text in causes[0].items() if key not in causes[1]],
+        [text for key, text in causes[1].items() if key not in causes[0]] if replayed[0] else [],
+        [text for key, text in causes[0].items() if key not in causes[1]] if replayed[1] else [],
         same,
+        replayed,
     )
 
 
-def _changes(before: Sequence[LayerRow], after: Sequence[LayerRow], factor: float) -> tuple[list[LayerChange], int]:
-    """The rows that differ, most important first, and how many do not."""
-    matched = dict(_matched(before, after))
+def _changes(
+    before: Sequence[LayerRow], after: Sequence[LayerRow], components: Mapping[str, str], factor: float
+) -> tuple[list[LayerChange], int]:
+    """The rows that differ, most important first, and how many do not. ``components``: before → after."""
+    matched = dict(_matched(before, after, components))
     changes, same = [], 0
     for index, row in enumerate(before):
         other = after[matched[index]] if index in matched else None
@@ -213,18 +241,21 @@ def _changes(before: Sequence[LayerRow], after: Sequence[LayerRow], factor: floa
         same += not change
         if change:
             shown = other or row
-            changes.append(LayerChange(shown.component, shown.name, shown.op, change, *states))
+            changes.append(LayerChange(shown.component, shown.name, shown.op, change, *states, shown.onnx))
     taken = set(matched.values())
     changes += [
-        LayerChange(row.component, row.name, row.op, NEW, None, LayerState.of(row))
+        LayerChange(row.component, row.name, row.op, NEW, None, LayerState.of(row), row.onnx)
         for index, row in enumerate(after)
         if index not in taken
     ]
     return sorted(changes, key=lambda change: change.weight), same
 
 
-def _matched(before: Sequence[LayerRow], after: Sequence[LayerRow]) -> Iterator[tuple[int, int]]:
+def _matched(
+    before: Sequence[LayerRow], after: Sequence[LayerRow], components: Mapping[str, str]
+) -> Iterator[tuple[int, int]]:
     """Places of rows about the same value: by its name in the graph, else by the layer's name where that is unique."""
+    before = [replace(row, component=components.get(row.component, f"before/{row.component}")) for row in before]
     left = set(range(len(before)))
     right = dict(enumerate(after))
     for key in (lambda row: (row.component, row.onnx), lambda row: (row.component, row.name, row.op)):
@@ -240,6 +271,12 @@ def _matched(before: Sequence[LayerRow], after: Sequence[LayerRow]) -> Iterator[
 
 
 def _change(before: LayerState, after: LayerState, factor: float) -> str:
+    replayed = before.replayed and after.replayed
+    if before.replayed != after.replayed:
+        verdicts = {before.verdict, after.verdict}
+        if GUILTY in verdicts and verdicts & {OK, DIVERGENT}:
+            return UNKNOWN
+        before, after = _not_replayed(before), _not_replayed(after)
     ranks = _RANKS.index(before.verdict), _RANKS.index(after.verdict)
     if ranks[0] != ranks[1]:
         return WORSE if ranks[1] > ranks[0] else BETTER
@@ -247,7 +284,14 @@ def _change(before: LayerState, after: LayerState, factor: float) -> str:
         return BETTER if after.within else WORSE
     if all(state.within and (state.excess is None or state.excess <= 1) for state in (before, after)):
         return ""  # rounding, however it is done
-    low, high = sorted((before.error, after.error))
+    errors = before.error_as(replayed), after.error_as(replayed)
+    low, high = sorted(errors)
     if high == low or high < factor * low:
         return ""
-    return WORSE if after.error > before.error else BETTER
+    return WORSE if errors[1] > errors[0] else BETTER
+
+
+def _not_replayed(state: LayerState) -> LayerState:
+    """The state as it is without a replay."""
+    verdict = state.verdict if state.verdict == SHAPE else OK if state.within else DIVERGENT
+    return replace(state, verdict=verdict, introduced=None, excess=None)

@@ -11,11 +11,12 @@ from cp_debug.backends.arithmetic import FP32
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.result import GUILTY, LayerRow
-from cp_debug.errors import in_one_line
+from cp_debug.errors import InputError, in_one_line
 from cp_debug.graph.downstream import downstream
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.distance import ratio
 from cp_debug.probes.held import CapturedRun
+from cp_debug.probes.integers import are_wide, differences
 from cp_debug.programs.pipeline import Key
 from cp_debug.programs.walk import tensors_as_arrays, walk
 from cp_debug.recipes.base import Arrays, Component, Sample
@@ -32,8 +33,8 @@ def set_shares(
     The introduced error of a layer is added to the reference's value there and carried to the final outputs in FP32,
     giving Δ. Its share is ⟨Δ, D⟩ ÷ ‖D‖² for the final divergence D, each output scaled by its reference norm: shares
     of independent errors in a nearly linear network add up to 1. Glue has no node to replay, and what NaN and Inf
-    that are born in a layer or stand in the test's outputs alone do to the end is no number: no share. Returns a
-    sentence for each share that could not be computed.
+    that are born in a layer or stand in the test's outputs alone do to the end is no number: no share; nor is there one
+    where the outputs have no finite difference. Returns a sentence for each share that could not be computed.
     """
     guilty = [
         (key, row)
@@ -49,7 +50,7 @@ def set_shares(
     if not guilty:
         return notes
     propagate = Propagation(run, sample, reference, test)
-    if propagate.ends_in_infinity:
+    if propagate.ends_in_infinity or not propagate.differs:
         return notes
     for key, row in guilty[:MOST]:
         try:
@@ -68,8 +69,18 @@ class Propagation:
         self._components = [c.name for c in self._model.components]
 
     def share(self, key: Key) -> float:
-        """⟨Δ, D⟩ ÷ ‖D‖² of the layer ``key``. Raises InputError where its segment cannot be replayed."""
+        """⟨Δ, D⟩ ÷ ‖D‖² of the layer ``key``.
+
+        Raises InputError where its segment cannot be replayed, and where the final outputs do not differ.
+        """
+        if not self.differs:
+            raise InputError("the final outputs have no finite difference of which a layer could have a share")
         return ratio(float(self.change(key) @ self.divergence), float(self.divergence @ self.divergence))
+
+    @property
+    def differs(self) -> bool:
+        """Whether the final outputs have a finite difference."""
+        return bool(self.divergence.any())
 
     @cached_property
     def divergence(self) -> np.ndarray:
@@ -78,13 +89,13 @@ class Propagation:
         [elements of all final outputs] float64, each output divided by the norm of the reference's.
         """
         component = self._components[-1]
-        return self._vector({n: _array(self._test, n, component) for n in self._outputs(component)})
+        return self._vector({n: _array(self._test, n, component) for n in self._in_both})
 
     @property
     def ends_in_infinity(self) -> bool:
         """Whether the test's final outputs hold NaN or Inf where the reference's are finite."""
         component = self._components[-1]
-        for name in self._outputs(component):
+        for name in self._in_both:
             ours, theirs = (_array(c, name, component) for c in (self._reference, self._test))
             floats = ours.shape == theirs.shape and ours.dtype.kind == theirs.dtype.kind == "f"
             if floats and bool((np.isfinite(ours) & ~np.isfinite(theirs)).any()):
@@ -123,6 +134,8 @@ class Propagation:
         introduced, _ = replayer.introduced(key.value, loader(self._test, key.component))
         value = as_numpy(load(key.value))
         added = np.nan_to_num(as_numpy(introduced), posinf=0.0, neginf=0.0)
+        if value.dtype.kind in "iu":  # which float64 may not hold
+            added = np.rint(added).astype(value.dtype)
         changed = {key.value: (value + added).astype(value.dtype)}
         reached = {key.value, *downstream(graph.nodes, [key.value])}
         outputs = self._outputs(key.component)
@@ -139,14 +152,25 @@ class Propagation:
     def _outputs(self, component: str) -> list[str]:
         return [v.name for v in self._run.programs[component].graph.outputs]
 
+    @cached_property
+    def _in_both(self) -> list[str]:
+        """The final outputs that the test has, too."""
+        component = self._components[-1]
+        shown = set(self._test.names(component=component))
+        return [name for name in self._outputs(component) if name in shown]
+
     def _vector(self, outputs: Arrays) -> np.ndarray:
         component, parts = self._components[-1], []
-        for name in self._outputs(component):
-            reference = _array(self._reference, name, component).astype(np.float64)
+        for name in self._in_both:
+            reference, output = _array(self._reference, name, component), np.asarray(outputs[name])
             if tuple(self._test.load(name, component=component).shape) != reference.shape:
                 continue
-            difference = np.nan_to_num(np.asarray(outputs[name], np.float64) - reference, posinf=0.0, neginf=0.0)
-            parts.append(difference.ravel() / (np.linalg.norm(reference) or 1.0))
+            rounded = reference.astype(np.float64)
+            exact = are_wide(output, reference)
+            difference = differences(output, reference) if exact else output.astype(np.float64) - rounded
+            difference = np.nan_to_num(difference, posinf=0.0, neginf=0.0)
+            size = np.linalg.norm(rounded[np.isfinite(rounded)])
+            parts.append(difference.ravel() / (size or 1.0))
         return np.concatenate([np.empty(0), *parts])
 
 

@@ -34,9 +34,6 @@ def trace_shapes(programs: Mapping[str, Program], rows: Mapping[Key, LayerRow]) 
     Only values that differ are followed backwards: side values with a row, and data of another shape. Where that began
     with a layer that gives what its own inputs make, and nobody above it is guilty, the inputs differ by what they may:
     another number of boxes or indices is inherited, and nobody's fault. ``programs`` are the reference's, by component.
-    Only values that differ are followed backwards: side values with a row, and data of another shape. The row is not at
-    fault where the layer at that place gives what its own inputs make and no layer above it is guilty: another number
-    of boxes or indices is then inherited.
     """
     wrong = [(key, row) for key, row in rows.items() if row.verdict == SHAPE and row.op != "input"]
     origins = [(row, _origin(programs[key.component], key, rows)) for key, row in wrong]

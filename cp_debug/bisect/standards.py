@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from onnx import TensorProto
+
 from cp_debug.backends.base import Backend, Program
 from cp_debug.bisect.int8_notes import both_int8
 from cp_debug.bisect.options import Options
@@ -52,6 +54,30 @@ def tolerance(reference: Backend, test: Backend, programs: Iterable[Program], op
         precision.rtol if options.rtol is None else options.rtol,
         unjudged if options.atol is None else options.atol,
     )
+
+
+def doubles_note(reference: Iterable[Program], test: Iterable[Program], options: Options) -> list[str]:
+    """A sentence about FP64 on both sides, which FP32's limits judge; none elsewhere, nor where a user set them."""
+    if options.rtol is not None or not (_is_double(reference) and _is_double(test)):
+        return []
+    says = (
+        "both sides compute in FP64 but are judged by the limits of FP32, so smaller differences pass: --rtol and "
+        "--atol set narrower ones"
+    )
+    exact = "; the oracle is FP64, too, no more exact than the test"
+    return [says + exact * (options.replay and options.oracle != "fp32")]
+
+
+def _is_double(programs: Iterable[Program]) -> bool:
+    """Whether all results that are floating point, as far as their types are known, are doubles."""
+    floats = {TensorProto.DOUBLE, TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
+    kinds = {
+        program.graph.types[value].tensor_type.elem_type
+        for program in programs
+        for value in program.graph.values
+        if value in program.graph.types
+    }
+    return kinds & floats == {TensorProto.DOUBLE}
 
 
 def oracle(reference: Backend, test: Backend, options: Options) -> str | None:

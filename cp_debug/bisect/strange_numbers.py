@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from cp_debug.probes.statistics import TensorStats
 
@@ -17,6 +17,7 @@ class ComparedRow(Protocol):
     stats: TensorStats
 
 
+_Row = TypeVar("_Row", bound=ComparedRow)
 SIDES = ("reference", "test")
 KINDS = ("nan", "inf")
 _WRITTEN = {"nan": "NaN", "inf": "Inf"}
@@ -35,17 +36,26 @@ def count(row: ComparedRow, kind: str, side: str) -> int:
 
 
 def undecided(row: ComparedRow) -> bool:
-    """Whether nothing can be said of an output although both sides agree: it holds NaN or Inf on a side."""
-    return any(count(row, kind, side) for kind in KINDS for side in SIDES)
+    """Whether nothing can be said of an output although both sides agree: it holds NaN on a side, or no number at all.
+
+    Inf of one sign at the same places is agreement, where the rest is finite: masks and scores left out are such.
+    """
+    holds_nan = any(count(row, "nan", side) for side in SIDES)
+    return holds_nan or row.stats.mismatched > 0 or (row.stats.count > 0 and bool(row.stats.nothing_compared))
 
 
 def nonfinite_origins(rows: Sequence[ComparedRow]) -> Iterator[str]:
-    """A phrase for each kind and side, equal ones together: the first value, in execution order, that holds any."""
+    """A phrase for each kind and side, equal ones together: the first value, in execution order, that holds any, or
+    the constant or node behind it from which they come."""
     for kind in KINDS:
         places: dict[str, list[str]] = {}
         for side in SIDES:
-            first = next((row for row in sorted(rows, key=lambda r: r.index) if count(row, kind, side)), None)
+            first = first_with(rows, kind, side)
             if first is not None:
+                told, which = getattr(first, "nonfinite_from", ()), f"{kind} {side}: "
+                if known := [text.removeprefix(which) for text in told if text.startswith(which)]:
+                    places.setdefault(known[0], []).append(side)
+                    continue
                 verbs = {"input": "comes in with the input", "": "is first in"}  # captures tell no operators
                 verb = verbs.get(first.op, "is born at")
                 op = "" if first.op in verbs else f" ({first.op})"
@@ -55,6 +65,11 @@ def nonfinite_origins(rows: Sequence[ComparedRow]) -> Iterator[str]:
         for place, sides in places.items():
             on = "on both sides" if len(sides) == len(SIDES) else f"in the {sides[0]}"
             yield f"{_WRITTEN[kind]} {place} {on}"
+
+
+def first_with(rows: Sequence[_Row], kind: str, side: str) -> _Row | None:
+    """The first row, in execution order, that holds NaN (``nan``) or Inf (``inf``) on a side."""
+    return next((row for row in sorted(rows, key=lambda r: r.index) if count(row, kind, side)), None)
 
 
 def nan_without_trace(rows: Sequence[ComparedRow], outputs: Sequence[ComparedRow]) -> Iterator[str]:

@@ -23,11 +23,38 @@ class Judgement(NamedTuple):
     """Whose result is at fault: ``test`` or ``reference``."""
 
 
+def is_within(stats: TensorStats, rtol: float, atol: float, *, levels: bool = False) -> bool:
+    """Whether max |Δ| is within the tolerance, ``atol + rtol · max |reference|``.
+
+    Indices, ids, counts and masks are right or wrong, however large: of integers ``atol`` alone counts, which is
+    below 1 unless somebody said so, and bool must be equal. ``levels``: integers that a quantizer rounded to.
+    """
+    if stats.shape_mismatch:
+        return False
+    if stats.is_whole and not levels:
+        only_bool = stats.dtype_ref == stats.dtype_test == "bool"
+        return stats.max_abs <= (0.0 if only_bool and math.isfinite(atol) else atol)
+    return stats.max_abs <= atol + rtol * stats.max_ref
+
+
 def judge(
-    stats: TensorStats, replay: Replay | None, precision: Precision, rtol: float, atol: float, floor: float
+    stats: TensorStats,
+    replay: Replay | None,
+    precision: Precision,
+    rtol: float,
+    atol: float,
+    floor: float,
+    *,
+    kind: str = "",
+    levels: bool = False,
 ) -> Judgement:
-    """Judge one layer. ``floor`` is its noise floor, relative L2; ``rtol`` and ``atol`` limit max |Δ|."""
-    within = not stats.shape_mismatch and stats.max_abs <= atol + rtol * stats.max_ref
+    """Judge one layer.
+
+    ``floor`` is its noise floor, relative L2; ``rtol``, ``atol`` and ``levels``: see ``is_within``. ``kind`` names what
+    the layer is quantized to, where that is known: its rounding is expected besides that of ``precision``.
+    """
+    kind = (kind or precision.name).upper()
+    within = is_within(stats, rtol, atol, levels=levels)
     if stats.shape_mismatch:
         return Judgement(SHAPE, False, f"the shape is {list(stats.shape_test)}, the reference's {list(stats.shape)}")
     if replay is None or replay.introduced is None or replay.excess is None:
@@ -36,6 +63,8 @@ def judge(
         return Judgement(OK, within)
     if oracle_is_alone(stats, replay):  # whoever else computed this came to the same result
         return Judgement(OK, within)
+    if replay.contradicted:  # it read something else than was captured, and made of it what the reference has
+        return Judgement(OK if within else INHERITED, within)
     if replay.unread:  # runtimes need not even write it
         return Judgement(OK if within else INHERITED, within)
     if replay.new_nonfinite:
@@ -44,11 +73,13 @@ def judge(
             name = precision.name.upper()
             born += f": the reference reaches {stats.max_ref:.6g}, {name} ends at {precision.largest:.6g}"
         return Judgement(GUILTY, within, born)
+    if math.isinf(replay.excess) and replay.instead:
+        return Judgement(GUILTY, within, replay.instead)
     if replay.excess > EXCESS and replay.introduced > floor:
-        says = f"introduces {replay.excess:.3g}× what {precision.name.upper()} explains"
+        says = f"introduces {replay.excess:.3g}× what {kind} explains"
         return Judgement(GUILTY, within, says + _scales(replay))
     if (replay.channel_excess or 0.0) > EXCESS and replay.introduced > floor:
-        says = f"its worst channels introduce {replay.channel_excess:.3g}× what {precision.name.upper()} explains"
+        says = f"its worst channels introduce {replay.channel_excess:.3g}× what {kind} explains"
         return Judgement(GUILTY, within, says + _scales(replay))
     if replay.misfit and replay.introduced > floor:
         why = f"introduces {replay.misfit:.3g}× what its weights' codes would, read as they were made"
@@ -71,8 +102,7 @@ def judge(
 def oracle_is_alone(stats: TensorStats, replay: Replay) -> bool:
     """Whether reference and test agree as closely as their precision can, and the oracle with neither of them.
 
-    Two programs that share nothing but their inputs rarely make the same mistake: the doubt is of the oracle. No layer
-    hides so, because what it introduced would be part of the divergence. Two programs that share nothing but their
+    Two programs that share nothing but their
     inputs rarely make the same mistake, so it is the oracle that is doubted. No guilty layer is overlooked by this:
     what it introduced would be part of the divergence.
     """
@@ -83,12 +113,15 @@ def oracle_is_alone(stats: TensorStats, replay: Replay) -> bool:
     return near and (beyond or replay.new_nonfinite > 0)
 
 
+def obeys_scales(replay: Replay) -> bool | None:
+    """Whether a layer that is quantized comes nearer to what its scales say than to the oracle; None where nobody
+    knows."""
+    if replay.deviation_from_scales is None or replay.introduced is None:
+        return None
+    return replay.deviation_from_scales < replay.introduced / 2
+
+
 def _scales(replay: Replay) -> str:
     """Phrase about whether a layer in INT8 does what its scales say."""
-    if replay.deviation_from_scales is None or replay.introduced is None:
-        return ""
-    return (
-        ", as its scales say"
-        if replay.deviation_from_scales < replay.introduced / 2
-        else ", and not what its scales say"
-    )
+    obeys = obeys_scales(replay)
+    return "" if obeys is None else ", as its scales say" if obeys else ", and not what its scales say"

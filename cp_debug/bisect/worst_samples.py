@@ -35,6 +35,8 @@ class Collected:
         """Control flow that went another way than the reference's, in words."""
         self.undone: dict[str, list[str]] = {}
         """Layers that hold their result in another basis → the layers that undo it, by name."""
+        self.masks: dict[str, None] = {}
+        """Layers that mask by another number than the reference, of which what reads it makes the same, by name."""
         self._unexplained: dict[str, None] = {}
         self.remainder: Remainder | None = None
         """Remainder of the worst sample, where no layer is guilty of its divergence."""
@@ -80,6 +82,7 @@ class Collected:
         undoing = {name for names in undone.values() for name in names}
         notes.extend(both_inexact([row for row in rows if row.name not in undoing]))
         notes.extend(_undone(undone))
+        notes.extend(_masks([name for name in self.masks if name not in guilty]))
         if unknown := [row.name for row in rows if row.replay and row.replay.not_emulated]:
             layer_names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
             notes.append(
@@ -100,13 +103,27 @@ def _undone(undone: Mapping[str, Sequence[str]]) -> list[str]:
     ]
 
 
+def _masks(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    verb = "masks" if len(names) == 1 else "mask"
+    return [
+        f"{amount(len(names), 'layer')} {verb} by another number than in the reference (as −Inf instead of −1e9), of "
+        f"which what reads them makes the same, so nothing is wrong: {_few(names)}"
+    ]
+
+
 def both_inexact(rows: Collection[LayerRow]) -> list[str]:
     """Sentences about layers on whose results both sides agree, and which are farther from the oracle than precision
-    explains: with the same bits, and within the precision."""
+    explains: with the same bits, and within the precision; and about layers whose captured inputs are not those that
+    they read."""
     off = [r for r in rows if r.replay and (r.replay.new_nonfinite or (r.replay.excess or 0.0) > EXCESS)]
+    torn = {r.name: r.replay.contradicted for r in off if r.replay and r.replay.contradicted}
+    off = [r for r in off if r.name not in torn]
     alike = [r for r in off if not r.stats.equal and r.replay and oracle_is_alone(r.stats, r.replay)]
     verb = "agrees" if len(alike) == 1 else "agree"
-    doubts = [
+    doubts = _contradictions(torn)
+    doubts += [
         f"{amount(len(alike), 'layer')} {verb} on both sides as closely as precision "
         f"allows, and not with the oracle, so the doubt is of the oracle: {_names(alike)}"
     ] * bool(alike)
@@ -120,6 +137,19 @@ def both_inexact(rows: Collection[LayerRow]) -> list[str]:
         *doubts,
         f"{amount(len(inexact), 'layer')} {verb} the same bits on both sides, and both "
         f"are inexact, up to {excess or 0.0:.3g}× what precision explains ({worst.name}): {_names(inexact)}",
+    ]
+
+
+def _contradictions(torn: Mapping[str, Sequence[str]]) -> list[str]:
+    """The sentence about layers → their inputs that what was captured contradicts."""
+    if not torn:
+        return []
+    have, read = ("has", "it") if len(torn) == 1 else ("have", "they")
+    inputs = _few(list(dict.fromkeys(name for names in torn.values() for name in names)))
+    return [
+        f"what was captured contradicts itself: {_few(list(torn))} {have} the reference's result, which does not "
+        f"follow from {inputs} as captured; that is not what {read} read: a buffer was written again after it had been "
+        "read, or values of several runs were mixed"
     ]
 
 

@@ -82,7 +82,7 @@ class _Family:
     costly: bool
     structural: bool
     by_node: bool
-    approximate: bool = False
+    approximate: bool
 
     def __call__(self, segment: Segment) -> Iterator[Candidate]:
         return self.emulate(segment)

@@ -103,8 +103,10 @@ def unknown_statistics(segment: Segment) -> Iterator[Candidate]:
         evidence = {"implied_mean": mean[:8].tolist(), "mean": norm.mean[:8].tolist()}
         evidence |= {"implied_variance": variance[:8].tolist(), "variance": norm.variance[:8].tolist()}
         says = "BatchNorm: other statistics (channels are off in scale and offset)"
-        # One less than any affine fit of the same channels: it says more about the same numbers.
-        parameters = 2 * int(off.sum()) - 1 if axis is not None else 2
+        # One less than any affine fit of the same channels: it says more about the same numbers. Not as few as a factor
+        # for each: where that alone explains them, mean and variance would have to be off in step.
+        count = int(off.sum())
+        parameters = max(2 * count - 1, count + 1) if axis is not None else 2
         value = segment.activate(segment.before + change)
         yield Candidate("batchnorm-statistics", says, value, parameters, evidence, _CHECKPOINT)
 

@@ -19,6 +19,7 @@ from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.batchnorm_parameters import BatchNorm, of_graph_node, raw_layer
 from cp_debug.bisect.causes.fits import cross_fit
 from cp_debug.bisect.causes.segment import Segment
+from cp_debug.graph.constants import is_uniform
 from cp_debug.graph.graph import Node
 
 PAIRING = "batchnorm-pairing"
@@ -187,7 +188,14 @@ def _given(segment: Segment, norm: BatchNorm) -> Tensor | None:
 
 
 def _differs(norm: BatchNorm, place: _Place) -> bool:
-    return len(norm.mean) == place.before.shape[place.axis] and (place.own is None or not _equal(norm, place.own))
+    """Whether a BatchNormalization of as many channels is another than the place's own, and can be told from others."""
+    told = len(norm.mean) == place.before.shape[place.axis] and (place.own is None or not _equal(norm, place.own))
+    return told and not _plain(norm.mean, norm.variance, norm.weight, norm.bias)
+
+
+def _plain(*parameters: Tensor) -> bool:
+    """Whether parameters are as every BatchNormalization begins, zeros and ones: they are those of no certain layer."""
+    return all(is_uniform(parameter.numpy()) for parameter in parameters)
 
 
 def _equal(one: BatchNorm, other: BatchNorm) -> bool:
@@ -205,10 +213,12 @@ def _hypotheses(place: _Place, path: str, other: BatchNorm) -> Iterator[_OtherNo
     own = place.own
     yield _OtherNorm("BatchNorm is that of {}: paired with the wrong layer", place.x, other, path)
     yield _OtherNorm("the BatchNorm of {} is folded in besides its own", place.before, other, path)
-    statistics = replace(own, mean=other.mean, variance=other.variance)
-    yield _OtherNorm("BatchNorm has the running statistics of {}", place.x, statistics, path)
-    parameters = replace(own, weight=other.weight, bias=other.bias)
-    yield _OtherNorm("BatchNorm has the weight and bias of {}", place.x, parameters, path)
+    if not _plain(other.mean, other.variance):
+        statistics = replace(own, mean=other.mean, variance=other.variance)
+        yield _OtherNorm("BatchNorm has the running statistics of {}", place.x, statistics, path)
+    if not _plain(other.weight, other.bias):
+        parameters = replace(own, weight=other.weight, bias=other.bias)
+        yield _OtherNorm("BatchNorm has the weight and bias of {}", place.x, parameters, path)
 
 
 def _best(segment: Segment, place: _Place, hypotheses: Sequence[_OtherNorm]) -> Iterator[Candidate]:

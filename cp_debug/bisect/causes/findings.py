@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -239,6 +240,8 @@ class Explainer:
         if len(pairs) > 1 and len(pairs) == len(group):
             says = pairs_in_words(pairs)
         equals = {other.cause: other.says for other in explanation.equals[:EQUALS]}
+        located = [e.where for e in group if e.where.worst]  # none where float64 does not tell large integers apart
+        is_told = cause is not None and not cause.observed and bool(located)
         if cause is not None and explanation.alike:
             says += f" ({', '.join(explanation.alike[:EQUALS])} would give the same)"
         if cause is not None and equals:
@@ -249,7 +252,7 @@ class Explainer:
             layers=names,
             ops=[row.op for row in rows],
             side=worst.row.side,
-            explained=fmean(e.explanation.explained for e in group) if cause and not cause.observed else None,
+            explained=fmean(e.explanation.explained for e in group) if cause and is_told else None,
             runner_up=second.cause if second else None,
             runner_up_explained=explanation.runner_up_explained if second else None,
             evidence={
@@ -258,7 +261,7 @@ class Explainer:
                 **({"one_of": [cause.cause, *equals]} if cause and equals else {}),
                 **({"pairs": pairs} if len(pairs) > 1 else {}),
             },
-            where=[e.where for e in group[:LOCATED]],
+            where=located[:LOCATED],
             fix=self._fix(cause, rows) if cause else "cpdebug bundle RESULT --layer " + names[0],
         )
         if cause and worst.row.side == "test" and (figures := self._counted(cause.cause, worst)):
@@ -307,6 +310,8 @@ class Explainer:
         if "{unquantized}" not in fix:  # else no row is an input, which nothing quantizes
             return fix
         calibrate = "--trt-calib-data" if self.run.implicit else "--calib-data"
+        if self._came_quantized(rows):
+            calibrate = f"{self._quantize} --calib-data DATA"
         return fix.replace("{calibrate}", calibrate).replace("{unquantized}", self._unquantized(rows))
 
     def _overflowing(self, rows: Sequence[LayerRow]) -> list[str]:
@@ -327,10 +332,20 @@ class Explainer:
                         values.append(output)
         return list(names.values())
 
+    def _came_quantized(self, rows: Sequence[LayerRow]) -> bool:
+        """Whether no flag of this command reaches the Q/DQ pairs at these layers."""
+        return all(self.run.came_quantized(row.component) for row in rows)
+
+    @property
+    def _quantize(self) -> str:
+        return f"cpdebug quantize ptq {shlex.quote(self.run.pipeline.model.name)} -o FOLDER"
+
     def _unquantized(self, rows: Sequence[LayerRow]) -> str:
-        """The flag that leaves these layers out of INT8."""
+        """The flag that leaves these layers out of INT8, with the command for a file that came quantized."""
+        if self._came_quantized(rows):
+            return f"{self._quantize} {_flags('--skip-layers', [row.name for row in rows])}"
         names = [name for row in rows for name in self.run.quantized_names(row)]
-        return f"{'--keep-fp32' if self.run.implicit else '--skip-layers'} {_some(names)}"
+        return _flags("--keep-fp32" if self.run.implicit else "--skip-layers", names)
 
     def _unsteady(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:
         """Two runs of one backend differ by more than the order of a sum can make."""
@@ -373,13 +388,15 @@ class Explainer:
         """A finding about the layer whose correct INT8 rounding reaches the outputs most."""
         quantized = [(k, r) for k, r in rows.items() if r.verdict != GUILTY and r.replay and r.replay.step is not None]
         quantized.sort(key=lambda item: item[1].replay.introduced or 0.0, reverse=True)  # type: ignore[union-attr]
-        shares = {key: self.effects.propagation.share(key) for key, _ in quantized[:COSTLY]}
+        propagation = self.effects.propagation
+        shares = {key: propagation.share(key) for key, _ in quantized[:COSTLY]} if propagation.differs else {}
         ranked = sorted(shares, key=shares.__getitem__, reverse=True)
         if ranked:
             row, share = rows[ranked[0]], shares[ranked[0]]
             yield Finding(
                 "int8",
-                f"INT8 as declared; of {len(quantized)} layers that do what they must, this one costs most",
+                "INT8 as declared"
+                + f"; of {len(quantized)} layers that do what they must, this one costs most" * (len(quantized) > 1),
                 [row.name],
                 [row.op],
                 evidence={
@@ -423,6 +440,12 @@ def _unexplained(explanation: Explanation) -> str:
 def _node_names(rows: Sequence[LayerRow]) -> list[str]:
     """Names that a list of nodes takes: the label of a region is none."""
     return [name for row in rows for name in (row.region.nodes if row.region else [row.name])]
+
+
+def _flags(flag: str, names: Sequence[str]) -> str:
+    """The flag once for each name, as a shell takes it."""
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return " ".join(f"{flag} {shlex.quote(name)}" for name in names[:8]) + more
 
 
 def _some(names: Sequence[str]) -> str:

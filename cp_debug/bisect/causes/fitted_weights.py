@@ -17,6 +17,7 @@ from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.constant_changes import Change, cause_of, of_slices, rearranged
 from cp_debug.bisect.causes.linear_parts import FittedConstants, fit
 from cp_debug.bisect.causes.segment import Segment, as_double
+from cp_debug.graph.constants import is_uniform
 
 PROVED = 6
 """Changes of one constant, the nearest to the fit, that are computed anew."""
@@ -73,7 +74,9 @@ def _of_others(segment: Segment, estimate: FittedConstants, place: int, own: Ten
         if other == name or tuple(graph.weight(other).dims) != tuple(own.shape):
             continue
         stored = segment.context.constants[other]
-        if stored.is_floating_point() and (distance := _norm(estimate.tensors[place] - as_double(stored))) < best[0]:
+        if not stored.is_floating_point() or is_uniform(as_double(stored).numpy()):
+            continue
+        if (distance := _norm(estimate.tensors[place] - as_double(stored))) < best[0]:
             best = (distance, other, as_double(stored))
     if best[1]:
         yield Change("another", f"those of another layer ({best[1]})", best[2], 0, {"of": best[1]})

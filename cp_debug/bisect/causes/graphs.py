@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import Candidate, Cause
+from cp_debug.bisect.causes.clipped_scales import clipped_scale
 from cp_debug.bisect.causes.narrow_files import wrong_scale
 from cp_debug.bisect.causes.search import Explanation, accepted, explain
 from cp_debug.bisect.causes.segment import Segment, as_double
@@ -29,6 +31,8 @@ FOLDED = {"channels-scaled", "other-weights", "weights-scaled", "bias-scaled"}
 """Causes that a weight comparison finds when another BatchNorm was folded into the weights."""
 _OF_NORMS = ("batchnorm", "normalization")
 """Beginnings of the names of causes about a BatchNormalization."""
+_OF_WEIGHTS = {"int8-axis", "int8-per-tensor", "int8-weights"}
+"""Causes about the scales of weights that tell more than that one of them clips."""
 _AFFINE = {"scaled", "shifted", "affine"}
 AFFINE = 1e-3
 """Share of a change that a factor and a summand may leave, if they are to be called its cause."""
@@ -115,7 +119,11 @@ def difference(segment: Segment, other: OtherProgram, known: set[str]) -> tuple[
     evidence = {"node": first.node, **first.evidence, "read_off": "the difference of the two graphs"}
     if len(node_differences) > 1:
         evidence["differences"] = [d.says for d in node_differences[:8]]
-    return Candidate(first.cause, _says(node_differences), value, 0, evidence, _FIX + first.says), node_differences
+    fix = _FIX + first.says
+    if "training_mode" in first.evidence:
+        side = "test" if first.evidence["training_mode"] else "reference"
+        fix = f"call eval() before the export of the {side}, for {{layers}}"
+    return Candidate(first.cause, _says(node_differences), value, 0, evidence, fix), node_differences
 
 
 def _of_constants(segment: Segment, other: OtherProgram, pieces: Pieces) -> Candidate | None:
@@ -199,24 +207,16 @@ def _written_out(segment: Segment, other: OtherProgram, known: set[str]) -> Cand
 
 
 def _of_scale(segment: Segment, other: OtherProgram, known: set[str]) -> Candidate | None:
-    """The candidate of a wrong scale in a file of FP8 or 4 bits, where the test's own nodes reproduce the layer."""
+    """The candidate of a wrong scale of a quantized file, where the test's own nodes reproduce the layer: one of FP8 or
+    4 bits that is not that of its numbers, one of INT8 that clips."""
     piece, product = other.piece(segment.target, known), segment.product
     if piece is None or product is None or segment.strange or segment.test.shape != segment.exact.shape:
         return None
     own, nodes, starts = piece
     inputs = {s: other.load(other.names.get(s, s)) for s in starts}
-    weight = segment.weight(product, 1)
+    of_file = (other.graph, other.executor, nodes, inputs, own, product, segment.weight(product, 1), segment.exact)
     try:
-        wrong = wrong_scale(
-            other.graph,
-            other.executor,
-            nodes,
-            inputs,
-            own,
-            product,
-            None if weight is None else weight.double(),
-            segment.exact,
-        )
+        wrong = wrong_scale(*of_file) or clipped_scale(*of_file)
     except InputError:  # an operator that nobody here can compute
         return None
     value = _computed(segment, other, own, nodes, starts) if wrong is not None else None
@@ -338,6 +338,7 @@ class GraphReader:
         other = self._other(component)
         if other is None:
             return explain(segment, families, failed)
+        by_values = cache(lambda: explain(segment, families, failed))  # takes seconds: once, and only if asked for
         known = {*self._run.replayer(component, self._test).known, *(v.name for v in segment.graph.inputs)}
         candidate, differences = difference(segment, other, known)
         several = len(differences) > 1 and candidate is not None and candidate.cause.startswith(_OF_NORMS)
@@ -346,22 +347,31 @@ class GraphReader:
             and (several or candidate.cause in FOLDED)
             and _folded(segment, other, known, differences)
         ):
-            explanation, family = explain(segment, families, failed)  # what was folded in tells more than weights do
+            explanation, family = by_values()  # what was folded in tells more than weights do
             if explanation.cause is not None and explanation.cause.cause.startswith(_OF_NORMS):
                 return explanation, family
         if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
             return read_off, None
-        candidate = _of_scale(segment, other, known) or added(segment, other, known, differences)
-        if candidate is not None and candidate.cause.startswith("int8") and segment.context.quantized is not None:
-            explanation, family = explain(
-                segment, families, failed
-            )  # which scale is wrong tells more than that there are
+        of_pairs = segment.context.quantized is not None  # whose scales have causes of their own
+        candidate = _of_scale(segment, other, known)
+        told = candidate.evidence if candidate is not None else {}
+        if candidate is not None and (told.get("of") == "weights" or "channels" in told):
+            if of_pairs:
+                explanation, family = by_values()
+                if explanation.cause is not None and explanation.cause.cause in _OF_WEIGHTS:
+                    return explanation, family
+            if (read_off := accepted(segment, candidate)) is not None:
+                return read_off, None
+            candidate = None
+        candidate = candidate or added(segment, other, known, differences)
+        if candidate is not None and candidate.cause.startswith("int8") and of_pairs:
+            explanation, family = by_values()  # which scale is wrong tells more than that there are
             if explanation.cause is not None and explanation.cause.cause.startswith("int8"):
                 explanation.cause.evidence.setdefault("graphs_differ", [d.says for d in differences[:4]])
                 return explanation, family
         if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
             return read_off, None
-        explanation, family = explain(segment, families, failed)
+        explanation, family = by_values()
         candidate = _written_out(segment, other, known) if explanation.cause is None else None
         if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
             return read_off, None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,23 +12,13 @@ from torch import Tensor
 from cp_debug.backends.codecs import E2M1, E4M3, E5M2, Codec
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.causes.segment import as_double
-from cp_debug.bisect.file_weights import BETTER, OFF, Repair, StoredCodes, is_narrow_kind, product_of, stored_codes
+from cp_debug.bisect.causes.wrong_scales import WrongScale, worst_scale
+from cp_debug.bisect.file_weights import OFF, Repair, StoredCodes, is_narrow_kind, product_of, stored_codes
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.probes.distance import relative_l2
 
 _CODECS: dict[int, Codec] = {17: E4M3, 18: E4M3, 19: E5M2, 20: E5M2, 23: E2M1}
 _FAMILIES = {17: "fp8", 18: "fp8", 19: "fp8", 20: "fp8", 21: "int4", 22: "int4", 23: "fp4"}
-
-
-@dataclass(frozen=True)
-class WrongScale:
-    """A scale of a layer's file that is not that of its numbers."""
-
-    cause: str
-    says: str
-    fix: str
-    evidence: dict[str, Any]
 
 
 def wrong_scale(
@@ -51,16 +40,12 @@ def wrong_scale(
     if twin is None:
         return None
 
-    def error(values: Mapping[str, Tensor]) -> float:
-        rest = [node for node in nodes if values.keys().isdisjoint(node.outputs)]
-        return relative_l2(as_double(executor.run_nodes(rest, {**starts, **values}, [target])[target]), exact)
-
-    now, found = error({}), []
+    repairs: list[tuple[str, Tensor, WrongScale]] = []
     stored = stored_codes(graph, twin)
     narrow = stored is not None and (is_narrow_kind(stored.kind) or stored.bits is not None)
     if stored is not None and narrow and weight is not None and (repair := stored.repair(weight)) is not None:
         value = repair.value.to(executor.arithmetic.held(torch.float32))
-        found.append((error({stored.dequantizer.outputs[0]: value}), _of_weight(stored, repair)))
+        repairs.append((stored.dequantizer.outputs[0], value, _of_weight(stored, repair)))
     data = _data(graph, twin)
     if data is not None:
         quantizer, dequantizer, kind, scale = data
@@ -69,12 +54,8 @@ def wrong_scale(
         largest = float(torch.as_tensor(x).abs().max())
         needed = largest / codec.largest or 1.0
         better = (codec(as_double(x) / needed) * needed).to(torch.as_tensor(x).dtype)
-        found.append((error({dequantizer.outputs[0]: better}), _of_data(as_double(x), codec, kind, scale, needed)))
-    then, wrong = min(found, key=lambda pair: pair[0], default=(now, None))
-    if wrong is None or not now > BETTER * then:
-        return None
-    wrong.evidence.update(error=now, error_then=then)
-    return wrong
+        repairs.append((dequantizer.outputs[0], better, _of_data(as_double(x), codec, kind, scale, needed)))
+    return worst_scale(executor, nodes, starts, target, exact, repairs)
 
 
 def _data(graph: Graph, product: Node) -> tuple[Node, Node, int, float] | None:

@@ -17,7 +17,8 @@ from cp_debug.bisect.causes.operators import EPSILONS
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import GATES
-from cp_debug.programs.node_differences import ACTIVATIONS_OF, NAMES, RECURRENT, attributes
+from cp_debug.programs.attribute_meaning import ACTIVATIONS_OF
+from cp_debug.programs.node_differences import NAMES, RECURRENT, attributes
 
 TEXTS = {
     "approximate": ("none", "tanh"),

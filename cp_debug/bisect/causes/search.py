@@ -110,7 +110,8 @@ def _chosen(results: list[_Tried]) -> tuple[Explanation, Cause | None]:
     chosen = min(equal, key=_rank)
     if chosen.accepted:
         others = [t for t in results if t.candidate.cause != chosen.candidate.cause and t.residual > CLOSE * best]
-        second = max(others, key=lambda t: t.explained, default=None)
+        # Equal to a thousandth, the simpler one: which of two is nearer by a rounding depends on the processor.
+        second = max(sorted(others, key=_rank), key=lambda t: round(t.explained, 3), default=None)
         explanation = _explanation(chosen, second, _equals(chosen, equal))
         explanation.alike = _alike(chosen, equal)
         return explanation, chosen.family

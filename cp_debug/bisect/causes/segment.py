@@ -27,6 +27,7 @@ from cp_debug.bisect.scale_replay import AnyQuantized
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS
+from cp_debug.probes.distance import opposite_inf
 from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision
 
 FEW = 256
@@ -112,12 +113,15 @@ class Segment:
     ) -> Tensor:
         """The target, or another value, in one arithmetic; ``nodes`` and further ``values`` replace the segment's own.
 
-        A float64 tensor of the result's shape.
+        A float64 tensor of the result's shape. Raises InputError where the nodes cannot be computed, or give no tensor.
         """
         executor = self.context.executor(arithmetic)
         target_name = self.target if target is None else target
         known = {**self.given, **(values or {})}
-        return as_double(executor.run_nodes(self.nodes if nodes is None else nodes, known, [target_name])[target_name])
+        result = executor.run_nodes(self.nodes if nodes is None else nodes, known, [target_name])[target_name]
+        if not hasattr(result, "dtype"):  # a sequence, an empty optional
+            raise InputError(f"{self.graph}: {target_name!r} is no tensor but {type(result).__name__}")
+        return as_double(result)
 
     def edited(
         self,
@@ -242,11 +246,12 @@ class Segment:
 
     @cached_property
     def new_nonfinite(self) -> Tensor:
-        """Mask of the elements that are NaN or Inf in the captured result and finite in the exact one.
+        """Mask of the elements that are NaN or Inf in the captured result and finite in the exact one, or Inf of
+        the other sign.
 
         bool, in the result's shape.
         """
-        return ~torch.isfinite(self.test) & torch.isfinite(self.exact)
+        return (~torch.isfinite(self.test) & torch.isfinite(self.exact)) | opposite_inf(self.test, self.exact)
 
     @cached_property
     def error(self) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from cp_debug.backends.rounding import round_bf16, round_fp16
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment, as_double
+from cp_debug.graph.constants import is_uniform
 from cp_debug.graph.graph import Node
 from cp_debug.programs.tensor_change import int8_forms
 
@@ -64,7 +65,9 @@ def of_another_layer(segment: Segment) -> Iterator[Candidate]:
         alike = [n for n in graph.initializers if n != name and tuple(graph.weight(n).dims) == tuple(weight.shape)]
         for other_name in alike[:MOST_LAYERS]:
             stored = as_double(constants[other_name])
-            if not torch.equal(stored, weight) and (value := segment.edited(node, inputs={place: stored})) is not None:
+            if torch.equal(stored, weight) or is_uniform(stored.numpy()):  # zeros and ones are no layer's own
+                continue
+            if (value := segment.edited(node, inputs={place: stored})) is not None:
                 says = f"{node.op} has the weights of another layer ({other_name} instead of {name})"
                 evidence = {"of": other_name, "instead_of": name}
                 yield Candidate(

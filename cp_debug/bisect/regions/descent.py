@@ -24,7 +24,7 @@ from cp_debug.bisect.regions.learnt import Descent, Step
 from cp_debug.bisect.regions.marks import choose, cuts
 from cp_debug.bisect.regions.region import MOVING, Region
 from cp_debug.bisect.replayed import EXCESS
-from cp_debug.errors import CpdebugError, InputError
+from cp_debug.errors import CpdebugError, InputError, Terminated
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.probes.distance import relative_l2
@@ -56,9 +56,9 @@ def descend(
     reference: np.ndarray,
     build: Build,
     *,
-    inherited: float = 0.0,
+    inherited: float,
     max_builds: int = BUILDS,
-    lower: bool = True,
+    lower: bool,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Descent:
     """Find the nodes of ``region`` at fault, in at most ``max_builds`` engines.
@@ -71,6 +71,8 @@ def descend(
     search = _RegionSearch(region, segment, reference, build, inherited, max_builds, lower, tell)
     try:
         search.run()
+    except Terminated:
+        raise
     except KeyboardInterrupt:
         search.descent.ended = "interrupted"
     except _Spent as spent:

@@ -1,0 +1,63 @@
+"""Sums of INT8 products that saturate in 16 bits, as on processors without VNNI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.segment import Segment, as_double
+from cp_debug.bisect.paired_nodes import PAIRED, with_paired_sums
+from cp_debug.errors import InputError
+
+FIX = (
+    "quantize {layers} with reduce_range=True (weights of 7 bits) or weight_type=QUInt8 · or let ONNX Runtime take its "
+    'slower exact kernels: SessionOptions.add_session_config_entry("session.x64quantprecision", "1") · or run on a '
+    "processor with VNNI"
+)
+
+MAIN = 0.5
+"""Share of the introduced error that the program's own scales leave, above which saturation is the main cause."""
+
+
+@cause()
+def saturating(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: products of unsigned and signed bytes are added in pairs in 16 bits."""
+    if not segment.nodes or segment.strange:
+        return
+    pair = _from_scales(segment) if segment.context.quantized is not None else _from_nodes(segment)
+    if pair is None:
+        return
+    exact, value = pair
+    if not value.shape == exact.shape == segment.test.shape:
+        return
+    without = float(torch.linalg.vector_norm(torch.where(segment.finite, segment.test - exact, 0.0)))
+    changed = float((value != exact).double().mean())
+    if changed and without > MAIN * segment.introduced:
+        says = (
+            "products of unsigned and signed bytes are added in pairs in 16 bits and cut off there (ONNX Runtime on a "
+            "processor without VNNI)"
+        )
+        yield Candidate("int8-pair-saturation", says, value, 0, {"results_changed": changed}, FIX)
+
+
+def _from_scales(segment: Segment) -> tuple[Tensor, Tensor] | None:
+    """Results of the quantized graph behind a segment of its float parent: summed exactly, and in pairs."""
+    quantized = segment.context.quantized
+    assert quantized is not None
+    value = quantized.declared(segment.target, segment.given.keys(), segment.given, paired_sums=True)
+    exact = quantized.declared(segment.target, segment.given.keys(), segment.given) if value is not None else None
+    return None if value is None or exact is None else (as_double(exact), as_double(value))
+
+
+def _from_nodes(segment: Segment) -> tuple[Tensor, Tensor] | None:
+    """Results of a segment that is quantized itself: summed exactly, and in pairs."""
+    nodes = with_paired_sums(segment.graph, segment.nodes)
+    if nodes is None:
+        return None
+    try:
+        return segment.exact, segment.run(PAIRED, nodes)
+    except InputError:
+        return None
