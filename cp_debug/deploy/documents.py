@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cp_debug.errors import InputError
+from cp_debug.errors import DAMAGED, Damage, InputError, library_reason
 from cp_debug.reading import parse_json, plain, read_text
 
 if sys.version_info >= (3, 11):
@@ -60,9 +60,10 @@ def read_document(path: Path, what: str = "configuration") -> Any:
         document = tomllib.loads(text) if kind == "TOML" else _yaml(text)
     except RecursionError:
         raise InputError(f"{path}: not {kind} that can be read (nested too deep)") from None
+    except Damage as error:
+        raise InputError(f"{path}: not {kind} ({error})") from None
     except Exception as error:  # PyYAML lets through what dates, numbers and keys raise that are none
-        said = " ".join(str(error).replace('"<unicode string>", ', "").split())
-        raise InputError(f"{path}: not {kind} ({said[:300]})") from None
+        raise InputError(f"{path}: not {kind} ({library_reason(error) or DAMAGED})") from None
     return plain(document, str(path))
 
 
@@ -70,13 +71,24 @@ def _yaml(text: str) -> Any:
     """Plain YAML in which a date is the text that it looks like, and no key of a table stands twice."""
     import yaml
 
+    try:
+        return _load(text)
+    except yaml.MarkedYAMLError as error:
+        raise Damage(" ".join(str(error).replace('"<unicode string>", ', "").split())[:300]) from None
+
+
+def _load(text: str) -> Any:
+    import yaml
+
     class Loader(yaml.SafeLoader):
         def compose_mapping_node(self, anchor: Any) -> Any:
             node = super().compose_mapping_node(anchor)
             keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-            for place, key in enumerate(keys):
-                if key.value in (other.value for other in keys[:place]):
+            seen: set[str] = set()
+            for key in keys:
+                if key.value in seen:
                     raise yaml.MarkedYAMLError(problem=f"{key.value!r} is set twice", problem_mark=key.start_mark)
+                seen.add(key.value)
             return node
 
     Loader.yaml_implicit_resolvers = {

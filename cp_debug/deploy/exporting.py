@@ -19,7 +19,9 @@ from cp_debug.files import complete_folder
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.surgery import save
 from cp_debug.probes.alignment import Alignment
-from cp_debug.probes.statistics import TensorStats, compare
+from cp_debug.probes.caveats import caveats, why_nothing
+from cp_debug.probes.statistics import TensorStats
+from cp_debug.probes.strings import compare_any
 from cp_debug.programs.align import TOLERANCE, align
 from cp_debug.programs.export import export
 from cp_debug.programs.walk import Walk, example_args, run_module
@@ -60,9 +62,12 @@ class Exported(JsonForm):
     sizes: tuple[str, ...] = field(metadata={"key": "checked_on"})
     """Shapes of the inputs of each run; empty without a check."""
     error: float | None
-    """Largest relative L2 distance of any output from the module's, over all runs; None without a check."""
+    """Largest relative L2 distance of any output from the module's, over all runs; None without a check, or where no
+    number was compared."""
     checked_by: str
     """The backend that ran the graph; empty without a check."""
+    caveats: tuple[str, ...] = ()
+    """Phrases about outputs of which the check says little: no element, NaN everywhere, zeros."""
     source: Graph | None = field(default=None, metadata={"written": False})
     """The ONNX file that it was made from; None for a torch module's."""
 
@@ -94,7 +99,8 @@ def export_model(
 
     ``axes`` and ``files`` replace a component's free axes and its file's name. Files of an earlier export are replaced
     once the new one agrees with the module on two inputs of different sizes. Raises InputError for a model that is ONNX
-    already, for what cannot be exported at the opset, and for a graph that computes something else than its module.
+    already, for what cannot be exported at the opset, for a graph that computes something else than its module, and
+    where no output of any component holds a number.
     """
     modules = [component.name for component in model.components if component.module is not None]
     if len(modules) < len(model.components):
@@ -109,6 +115,7 @@ def export_model(
             free = (axes or {}).get(component.name) or component.deployed_axes or component.dynamic_axes
             target = scratch / (files or {}).get(component.name, f"{component.name}.onnx")
             exported.append(_export(component, step.inputs, step.outputs, target, free, options, backend))
+        check_compared(model.name, exported)
     return [_moved(item, folder) for item in exported]
 
 
@@ -147,13 +154,15 @@ def _export(
     graph = Graph(path)
     alignment = align(graph, module, args, prefix=component.prefix)
     second_inputs = resized(inputs, axes)
-    error = max(
-        _distance(backend, graph, component, inputs, outputs),
-        _distance(backend, graph, component, second_inputs, run_module(component, second_inputs)),
-    )
+    runs = [
+        _checked(backend, graph, component, inputs, outputs),
+        _checked(backend, graph, component, second_inputs, run_module(component, second_inputs)),
+    ]
+    sizes = shapes_of(inputs), shapes_of(second_inputs)
+    error, says = outcome(runs)
     alignment.save(path.with_suffix(".alignment.json"))
     program = Program(component.name, graph, module, alignment)
-    return Exported(program, (shapes_of(inputs), shapes_of(second_inputs)), error, str(backend.spec))
+    return Exported(program, sizes, error, str(backend.spec), says)
 
 
 def load_exported(model: Model, folder: Path, files: Mapping[str, str] | None = None) -> list[Program]:
@@ -231,19 +240,47 @@ def run_once(backend: Backend, program: Program, inputs: Mapping[str, np.ndarray
         return session.run(inputs)
 
 
-def worst_output(expected: Arrays, outputs: Arrays) -> tuple[str, TensorStats]:
+Run = Mapping[str, TensorStats]
+"""Output → how it compared in one run."""
+
+
+def compared_outputs(expected: Arrays, outputs: Arrays) -> dict[str, TensorStats]:
+    """Every output of one run against what is expected; elements that only one side's sequence has are left out, for
+    its length differs."""
+    return {name: compare_any(array, outputs[name]) for name, array in expected.items() if name in outputs}
+
+
+def worst_output(run: Run) -> tuple[str, TensorStats]:
     """The output that is furthest from what is expected, and by how much."""
-    compared = {name: compare(array, outputs[name]) for name, array in expected.items()}
-    return max(compared.items(), key=lambda item: item[1].severity)
+    return max(run.items(), key=lambda item: item[1].severity)
 
 
-def _distance(
+def outcome(runs: Sequence[Run]) -> tuple[float | None, tuple[str, ...]]:
+    """The largest relative L2 distance of all runs, None where no number was compared; and caveats."""
+    outputs: dict[str, list[TensorStats]] = {}
+    for run in runs:
+        for output, stats in run.items():
+            outputs.setdefault(output, []).append(stats)
+    if why_nothing(outputs):
+        return None, tuple(caveats(outputs))
+    return max(stats.finite_rel_l2 for run in runs for stats in run.values()), tuple(caveats(outputs))
+
+
+def check_compared(model: str, exported: Sequence[Exported]) -> None:
+    """Raise InputError where the check of no file compared any number."""
+    if exported and all(each.error is None for each in exported):
+        why = "; ".join(f"on {' and '.join(dict.fromkeys(e.sizes))} {', '.join(e.caveats)}" for e in exported)
+        raise InputError(f"{model}: nothing was compared: {why}; give other inputs with --inputs")
+
+
+def _checked(
     backend: Backend, graph: Graph, component: Component, inputs: Mapping[str, np.ndarray], expected: Arrays
-) -> float:
-    """Relative L2 distance of the worst output of a graph. Raises InputError beyond ``TOLERANCE``."""
-    worst, stats = worst_output(expected, run_once(backend, Program(component.name, graph), inputs))
+) -> Run:
+    """The outputs of a graph against its module's. Raises InputError beyond ``TOLERANCE``."""
+    run = compared_outputs(expected, run_once(backend, Program(component.name, graph), inputs))
+    worst, stats = worst_output(run)
     if not stats.shape_mismatch and not stats.mismatched and stats.finite_rel_l2 <= TOLERANCE:
-        return stats.finite_rel_l2
+        return run
     if not stats.shape_mismatch and stats.nan_ref + stats.inf_ref:
         ours, theirs = stats.nan_ref + stats.inf_ref, stats.nan_test + stats.inf_test
         raise InputError(
@@ -256,7 +293,7 @@ def _distance(
             f"{list(stats.shape_test)}, relative L2 {stats.rel_l2:.2g}, expected {list(stats.shape)} within "
             f"{TOLERANCE:g}; the trace froze something that depends on the input"
         )
-    return stats.rel_l2
+    return run
 
 
 def shapes_of(inputs: Mapping[str, np.ndarray]) -> str:

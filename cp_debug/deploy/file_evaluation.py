@@ -257,7 +257,7 @@ def evaluate_files(
     count: int,
     options: EvaluationOptions,
     *,
-    seed: int = 0,
+    seed: int,
     read: DataOptions | None = None,
     engine_options: Mapping[str, Any] | None = None,
     on_step: Callable[[str, int, int], None] = lambda text, done, total: None,

@@ -10,7 +10,18 @@ from pathlib import Path
 import onnx
 
 from cp_debug.backends.base import Backend, Program
-from cp_debug.deploy.exporting import Exported, OnStep, checker, resized, shapes_of, worst_output
+from cp_debug.deploy.exporting import (
+    Exported,
+    OnStep,
+    Run,
+    check_compared,
+    checker,
+    compared_outputs,
+    outcome,
+    resized,
+    shapes_of,
+    worst_output,
+)
 from cp_debug.doing import doing
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.files import complete_folder, resolved
@@ -42,8 +53,8 @@ def export_files(
     ``opset`` None keeps the file's; ``simplify`` runs onnxscript's optimizer over it. Weights in external data go into
     the file, or beside it where they are too many. Each file is checked by ``onnx.checker`` and gives the original's
     outputs on all ``samples``, at least one, and on a second size of the free axes where the original runs on one,
-    before one of them appears. Raises InputError for what does not, for a file that would replace its own original, and
-    for an opset to which ONNX does not convert.
+    before one of them appears. Raises InputError for what does not, where no output holds a number, for a file that
+    would replace its own original, and for an opset to which ONNX does not convert.
     """
     names = {program.name: (files or {}).get(program.name, f"{program.name}.onnx") for program in programs}
     for program in programs:
@@ -59,9 +70,11 @@ def export_files(
             source = program.graph
             graph = _checked(_rewritten(source, scratch / names[program.name], opset, simplify), source)
             steps = [walk.at(program.name) for walk in walks]
-            distances = _distances(backend, Program(program.name, source), Program(program.name, graph), steps)
-            sizes, errors = zip(*distances, strict=True)
-            written.append(Exported(replace(program, graph=graph), sizes, max(errors), str(backend.spec), source))
+            runs = _runs(backend, Program(program.name, source), Program(program.name, graph), steps)
+            sizes, compared = zip(*runs, strict=True)
+            error, says = outcome(compared)
+            written.append(Exported(replace(program, graph=graph), sizes, error, str(backend.spec), says, source))
+        check_compared(model.name, written)
     return [replace(w, program=replace(w.program, graph=Graph(folder / w.program.graph.path.name))) for w in written]
 
 
@@ -76,10 +89,10 @@ def _rewritten(source: Graph, path: Path, opset: int | None, simplify: bool) -> 
     return path
 
 
-def _distances(
+def _runs(
     backend: Backend, source: Program, rewritten: Program, steps: Sequence[ComponentStep]
-) -> Iterator[tuple[str, float]]:
-    """(Shapes, relative L2 distance of the worst output) of each run of both graphs; ``steps`` get their outputs.
+) -> Iterator[tuple[str, Run]]:
+    """(Shapes, outputs compared) of each run of both graphs; ``steps`` get their outputs.
 
     The last run has other sizes along the free axes, where there are some and the original runs on them.
     """
@@ -96,7 +109,7 @@ def _distances(
                 fed.append(other)
     with closing(backend.open(rewritten)) as session:
         for inputs, outputs in zip(fed, expected, strict=True):
-            yield shapes_of(inputs), _distance(graph, outputs, session.run(inputs))
+            yield shapes_of(inputs), _checked_run(graph, outputs, session.run(inputs))
 
 
 def _simplified(proto: onnx.ModelProto, source: Graph) -> onnx.ModelProto:
@@ -114,7 +127,7 @@ def _checked(path: Path, source: Graph) -> Graph:
         with doing(f"onnx checked {source}"):
             onnx.checker.check_model(path)
     except Exception as error:  # ValidationError, and what the checker's own parser raises
-        raise InputError(f"{source}: onnx.checker refuses it: {in_one_line(error)}") from error
+        raise InputError(f"{source}: onnx.checker refuses it: {' '.join(str(error).split())}") from error
     graph = Graph(path)
     for kind, ours, theirs in (
         ("inputs", [v.name for v in source.inputs], [v.name for v in graph.inputs]),
@@ -125,12 +138,13 @@ def _checked(path: Path, source: Graph) -> Graph:
     return graph
 
 
-def _distance(source: Graph, ours: Arrays, theirs: Arrays) -> float:
-    """Relative L2 distance of the worst output. Raises InputError beyond ``TOLERANCE``."""
-    worst, stats = worst_output(ours, theirs)
+def _checked_run(source: Graph, ours: Arrays, theirs: Arrays) -> Run:
+    """Every output compared. Raises InputError beyond ``TOLERANCE``."""
+    run = compared_outputs(ours, theirs)
+    worst, stats = worst_output(run)
     if stats.shape_mismatch or stats.mismatched or not stats.finite_rel_l2 <= TOLERANCE:
         raise InputError(
             f"{source}: rewritten it gives another {worst} than before: {list(stats.shape_test)}, relative L2 "
             f"{stats.rel_l2:.2g}; expected {list(stats.shape)} within {TOLERANCE:g}"
         )
-    return stats.finite_rel_l2
+    return run

@@ -30,6 +30,7 @@ _ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Pow: operator.pow,
 }
 _TEXT_METHODS = ("strip", "lstrip", "rstrip")
+_BAD_KEY = "a list or a dictionary cannot be a key"
 _LARGEST_SHIFT = 64
 _LARGEST_VALUE = 20_000
 _MOST_CALLS = 1000
@@ -175,8 +176,8 @@ class _Reader:
             self._refuse(target, "expected a dictionary")
         try:
             settings.update(items())
-        except TypeError as error:  # a list as key
-            self._refuse(target, str(error))
+        except TypeError:
+            self._refuse(target, _BAD_KEY)
         self._sizes.clear()  # of the containers that hold this one, too
 
     def inherit(self, files: Any, source: str) -> None:
@@ -197,8 +198,8 @@ class _Reader:
     def _value(self, node: ast.expr) -> Any:
         try:
             value = self._evaluated(node)
-        except TypeError as error:  # a list as key
-            self._refuse(node, str(error))
+        except TypeError:
+            self._refuse(node, _BAD_KEY)
         if self._size(value) > _LARGEST_VALUE:
             self._refuse(node, f"unfolds to more than {_LARGEST_VALUE} values or characters")
         return value
@@ -213,7 +214,7 @@ class _Reader:
             return self._sizes[id(value)]
         if isinstance(value, str | bytes):
             return max(1, len(value) // 16)
-        return value.bit_length() // 16 if isinstance(value, int) else 1
+        return max(1, value.bit_length() // 16) if isinstance(value, int) else 1
 
     def _evaluated(self, node: ast.expr) -> Any:
         match node:

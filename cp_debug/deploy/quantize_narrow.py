@@ -5,6 +5,7 @@ Nothing is trained and no module gets fake quantizers: torch models are exported
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +27,10 @@ from cp_debug.files import complete_folder, complete_path, resolved
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.integer_values import is_quantized
 from cp_debug.graph.narrow_qdq import insert_narrow_qdq
+from cp_debug.graph.tensor_ends import as_arrays
+from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.distance import relative_l2
+from cp_debug.probes.strings import compare_strings, is_text
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.torch_layers import matches, select
 from cp_debug.programs.walk import Walk, tensors_as_arrays
@@ -241,7 +245,7 @@ def _check(
     backend = _runner(layers.options)
     emulated = _run(Executor(program.graph, FP32, overrides=layers.emulated()), inputs)
     outputs = run_once(backend, written, inputs)
-    errors, costs = ({n: relative_l2(run[n], emulated[n]) for n in emulated} for run in (outputs, exact))
+    errors, costs = ({n: _apart(run.get(n), emulated[n]) for n in emulated} for run in (outputs, exact))
     worst = max(errors, key=errors.__getitem__)
     if not errors[worst] <= FILE_ERROR + sum(costs.values()):
         raise InputError(
@@ -251,13 +255,20 @@ def _check(
     return errors[worst], str(backend.spec)
 
 
+def _apart(array: np.ndarray | None, emulated: np.ndarray) -> float:
+    """Relative L2 distance of an output from the emulated one; infinite for an element that a sequence lacks."""
+    if array is None:
+        return math.inf
+    return compare_strings(emulated, array).rel_l2 if is_text(emulated) else relative_l2(array, emulated)
+
+
 def _runner(options: NarrowOptions) -> Backend:
     """ONNX Runtime, where it has the type; else this project's own executor."""
     return create(BackendSpec("emu-fp32")) if options.family in ("mxfp4", "nvfp4") else checker()
 
 
 def _run(executor: Executor, inputs: Mapping[str, np.ndarray]) -> Arrays:
-    return tensors_as_arrays(executor.run(inputs))
+    return as_arrays(executor.graph, executor.run(inputs), as_numpy)
 
 
 def _notes(precision: NarrowOptions, programs: Sequence[Program], layers: Mapping[str, NarrowLayers]) -> Iterator[str]:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cp_debug.deploy.verify import ScenarioResult
+from cp_debug.graph.pairing import places
 
 
 def reasons(scenario: ScenarioResult) -> Iterator[str]:
-    """Phrases for the worst tensor, the voxels, the guilty layer and its cause."""
+    """Phrases for missing and moved outputs, the worst tensor, the voxels, the guilty layer and its cause."""
+    if missing := scenario.missing:
+        yield f"the test lacks output{'s' * (len(missing) > 1)} {', '.join(missing)} of the reference"
+    if scenario.moved:
+        yield f"the outputs stand in another order: {places(scenario.moved)}"
     if failures := scenario.failures:
         worst = max(failures, key=lambda check: check.severity)
         yield f"{len(failures)} of {len(scenario.checks)} outputs fail, the worst is {worst.name}: {worst.why}"

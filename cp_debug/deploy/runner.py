@@ -16,6 +16,7 @@ from cp_debug.files import file_hash, hashes, key_of
 from cp_debug.graph.graph import Graph, external_files
 from cp_debug.graph.surgery import weights_folder
 from cp_debug.recipes.abilities import HasWeights
+from cp_debug.safe_text import amount
 from cp_debug.version import __version__
 
 PRODUCTIVE = ("load", "quantize", "export", "build")
@@ -119,7 +120,9 @@ def _quantize(deployment: Deployment) -> Outcome:
     path = deployment.quantize()
     scales = [part.scales for part in deployment.quantized.values()]
     count = sum(len(component_scales.layers) for component_scales in scales)
-    return Outcome(True, f"{count} layers in INT8, scales by {scales[0].method}", {"layers": count}, path.parent)
+    return Outcome(
+        True, f"{amount(count, 'layer')} in INT8, scales by {scales[0].method}", {"layers": count}, path.parent
+    )
 
 
 def _export(deployment: Deployment) -> Outcome:
@@ -134,6 +137,8 @@ def _export(deployment: Deployment) -> Outcome:
     worst = max(item.error for item in exported if item.error is not None)
     names = ", ".join(item.program.graph.path.name for item in exported)
     line = f"{names}; opset {deployment.config.export.opset}, within {worst:.1g} of the modules on two sizes"
+    little = [f"{item.program.name}, {caveat}" for item in exported for caveat in item.caveats]
+    line += f" ({'; '.join(little)})" if little else ""
     return Outcome(True, line, {"components": [item.to_dict() for item in exported]}, deployment.onnx_dir)
 
 

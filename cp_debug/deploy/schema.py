@@ -13,6 +13,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     PositiveFloat,
     PrivateAttr,
     ValidationError,
@@ -22,7 +23,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.deploy import documents
-from cp_debug.errors import BackendUnavailable, InputError
+from cp_debug.errors import InputError
 
 SUFFIXES = (*documents.SUFFIXES, ".py")
 """Suffixes of configurations; any other text names a model."""
@@ -54,8 +55,6 @@ class Section(BaseModel):
 def _backend(text: str) -> str:
     try:
         return str(BackendSpec.parse(text))
-    except BackendUnavailable as error:
-        raise ValueError(f"no such backend {text!r}; the nearest known one is {error.nearest}") from None
     except InputError as error:
         raise ValueError(str(error).removeprefix("--backends: ")) from None
 
@@ -198,7 +197,7 @@ class VerifyConfig(Section):
     enabled: bool = True
     samples: Count = 3
     tolerances: dict[str, PositiveFloat] = {}
-    max_abs: PositiveFloat | None = None
+    max_abs: NonNegativeFloat | None = None
     scenarios: list[ScenarioConfig] | None = None
 
 

@@ -25,12 +25,13 @@ from cp_debug.detection.evaluate import as_detector, evaluate
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, parse_ranges
 from cp_debug.errors import InputError
 from cp_debug.graph.randomness import refuse_random
+from cp_debug.programs.end_notes import end_notes
 from cp_debug.programs.paired import pair_programs
 from cp_debug.programs.pipeline import load_test_programs
 from cp_debug.quantization.checkpoint import file_of, save_ptq_model
 from cp_debug.quantization.models import QuantizedComponent, with_modules
 from cp_debug.quantization.open_quantized import is_quantized_checkpoint, modules_of, open_quantized
-from cp_debug.recipes.abilities import Batches, HasClasses, HasData, Remarks, TurnsYaw
+from cp_debug.recipes.abilities import Batches, HasClasses, HasData, Remarks, TurnsYaw, samples_left_out
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions, iterate
 from cp_debug.recipes.input_files import DEFAULT_READING, Reading
@@ -268,7 +269,9 @@ class Deployment:
         if test_model is not None:
             tests = pair_programs(self.model, samples[0], programs, load_test_programs(programs, test_model), maps)
         result = verify(self.model, programs, pairs, samples, options, test_programs=tests, on_step=self.on_step)
-        result.notes += [note for test in tests or () if test.pairing for note in test.pairing.other_names(maps)]
+        data = self.config.data
+        result.notes += samples_left_out(self.model, data.path, config.samples, len(samples))
+        result.notes += end_notes(programs, tests, maps) if tests is not None else ()
         return result
 
     @property

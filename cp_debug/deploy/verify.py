@@ -20,8 +20,15 @@ from cp_debug.detection.detection_change import DetectionChange, compare_detecti
 from cp_debug.detection.evaluate import Clock
 from cp_debug.display import Shown
 from cp_debug.errors import InputError
-from cp_debug.probes.statistics import TensorStats, compare
+from cp_debug.graph.declared import narrow_values
+from cp_debug.graph.tensor_ends import part_of
+from cp_debug.probes.caveats import caveats
+from cp_debug.probes.statistics import TensorStats
+from cp_debug.probes.strings import compare_any, difference_in_words, is_text
+from cp_debug.programs.levels import levels_of_both
+from cp_debug.programs.paired import check_outputs
 from cp_debug.programs.pipeline import Key, Pipeline
+from cp_debug.programs.precision import coarsest
 from cp_debug.programs.scene import decode
 from cp_debug.recipes.abilities import DetectsBoxes, Remarks, with_samples
 from cp_debug.recipes.base import Model, Sample
@@ -66,7 +73,7 @@ class TensorCheck:
     @property
     def severity(self) -> tuple[float, ...]:
         """Sort key, larger is worse."""
-        return bool(self.why), self.stats.count > 0, *self.stats.severity
+        return bool(self.why), not self.stats.nothing_compared, *self.stats.severity, self.stats.max_ref
 
 
 @dataclass
@@ -82,11 +89,18 @@ class ScenarioResult(JsonForm):
     seconds: dict[str, float]
     bisect: BisectResult | None = None
     """Bisection of the worst sample, where the scenario failed."""
+    judged_as: str = "fp32"
+    """The coarsest precision of the backends and of what the files declare, by which the limits are set."""
+    missing: list[str] = field(default_factory=list)
+    """Outputs of the reference that the test lacks."""
+    moved: dict[str, str] = field(default_factory=dict)
+    """Outputs of the reference in whose place the test gives another one: its name there."""
 
     @property
     def passed(self) -> bool:
-        """Whether every tensor is within its limit and both sides voxelize alike."""
-        return not self.failures and all(change.agrees for change in self.preprocessing.values())
+        """Whether the test has every tensor in its place, each is within its limit, and both sides voxelize alike."""
+        within = not self.failures and not self.missing and not self.moved
+        return within and all(change.agrees for change in self.preprocessing.values())
 
     @property
     def failures(self) -> list[TensorCheck]:
@@ -99,13 +113,19 @@ class ScenarioResult(JsonForm):
         return [check.name for check in self.checks if check.stats.count == 0 and not check.stats.shape_mismatch]
 
     @property
+    def caveats(self) -> list[str]:
+        """Phrases about outputs that say little though they pass: without an element, or 0 everywhere."""
+        return caveats({check.name: [check.stats] for check in self.checks})
+
+    @property
     def name(self) -> str:
         """``torch@cpu → ort@cpu``."""
         return f"{self.reference.spec} → {self.test.spec}"
 
     def derived(self) -> dict[str, Any]:
         """The specs of both sides, and the outcome."""
-        return {"reference": self.reference.spec, "test": self.test.spec, "passed": self.passed}
+        sides = {"reference": self.reference.spec, "test": self.test.spec}
+        return {**sides, "passed": self.passed, "caveats": self.caveats}
 
 
 @dataclass(repr=False)
@@ -142,15 +162,17 @@ def verify(
 
     A backend runs a sample once, in however many scenarios it is. ``programs`` are the deployed files with the modules
     they came from (``load_exported``); ``test_programs`` are other files for the tests, paired with them. What fails is
-    bisected against a fresh export of the modules. Raises BackendUnavailable and InputError, also for test programs
-    without some output, and where no output has an element; never for a divergence.
+    bisected against a fresh export of the modules. Outputs that the test programs lack fail. Raises BackendUnavailable
+    and InputError, also for test programs of which no output can be compared, and where no output has an element; never
+    for a divergence.
     """
     tests = programs if test_programs is None else test_programs
-    _check_outputs(programs, tests)
+    left_out, missing = _uncompared(programs, tests)
     names = [name for component in model.components for name in component.output_names]
     limits = Tolerances(options.tolerances, names)
     handed = checked(model)
     floors: dict[Key, float] = {}
+    skipped = {*left_out, *missing}
     with ExitStack() as stack:
         opened: dict[tuple[Backend, bool], Pipeline] = {}
 
@@ -176,23 +198,37 @@ def verify(
                     if not floors:
                         single = expected if scenario.sides[0].backend.precision == "fp32" else None
                         floors = noise_floors(handed, programs, sample, single)
-                    scenario.add(passes, floors)
+                    scenario.add(passes, {key: floor for key, floor in floors.items() if key not in skipped})
         results = [scenario.result() for scenario in running]
     _check_not_empty(results)
+    for result in results:
+        result.missing = [key.value for key in missing]
+        for test in tests:
+            result.moved |= test.pairing.moved if test.pairing is not None else {}
     for result, pair in zip(results, scenarios, strict=True):
         if result.failures and options.explain:
             result.bisect = _explain(model, tests, samples, result, pair)
     return VerifyResult(model.name, [sample.source for sample in samples], results, remarks.sentences)
 
 
-def _check_outputs(programs: Sequence[Program], tests: Sequence[Program]) -> None:
+def _uncompared(programs: Sequence[Program], tests: Sequence[Program]) -> tuple[set[Key], list[Key]]:
+    """The outputs that the user left out, and those that the test lacks.
+
+    Raises InputError where nothing is left to compare, and for a value inside the test, which has no probes here.
+    """
+    left_out: set[Key] = set()
+    missing: list[Key] = []
     for program, test in zip(programs, tests, strict=True):
-        lost = [
-            v.name for v in program.graph.outputs if test.pairing is not None and v.name not in test.pairing.outputs
-        ]
-        if lost:
+        if (pairing := test.pairing) is None:
+            continue
+        for name, inner in pairing.inside.items():
             given = ", ".join(value.name for value in test.graph.outputs)
-            raise InputError(f"--test-model: {test.graph} has no output that is {lost[0]!r}; its outputs are {given}")
+            raise InputError(f"--map: {name}={inner}: only outputs are verified; those of {test.graph} are {given}")
+        left_out.update(Key(program.name, name) for name in pairing.left_out)
+        if not pairing.outputs:
+            check_outputs(program.graph, test)
+        missing += [Key(program.name, value.name) for value in program.graph.outputs if pairing.lacks(value.name)]
+    return left_out, missing
 
 
 def _check_not_empty(results: Sequence[ScenarioResult]) -> None:
@@ -239,6 +275,9 @@ class _RunningScenario:
         self.name = f"{reference.backend.spec} → {test.backend.spec}"
         self.clock = Clock()
         self._limits, self._max_abs = limits, max_abs
+        graphs = (program.graph for side in self.sides for program in side.programs)
+        self._declared = sorted({precision for graph in graphs for precision in narrow_values(graph).values()})
+        self._levels = levels_of_both(reference.programs, test.programs)
         self._worst: dict[Key, TensorCheck] = {}
         self._preprocessing: dict[str, VoxelChange] = {}
         self._detections: DetectionChange | None = None
@@ -246,24 +285,38 @@ class _RunningScenario:
     def add(self, passes: _Passes, floors: Mapping[Key, float]) -> None:
         """Compare a sample."""
         for key, floor in floors.items():
-            check = self._check(passes, key, floor)
+            if (check := self._check(passes, key, floor)) is None:
+                continue
             self._worst[key] = max(self._worst.get(key, check), check, key=lambda c: c.severity)
         self._preprocessing |= passes.preprocessing(self.sides)
         if change := passes.detections(self.sides):
             self._detections = self._detections + change if self._detections else change
 
-    def _check(self, passes: _Passes, key: Key, floor: float) -> TensorCheck:
+    def _check(self, passes: _Passes, key: Key, floor: float) -> TensorCheck | None:
+        """One output; None for an element of a sequence that a side lacks, which the sequence's length tells."""
         reference, test = self.sides
-        stats = compare(*(passes.outputs(pipeline)[key.component][key.value] for pipeline in self.sides))
-        limit = self._limits.limit(key.value, floor, reference.backend.precision, test.backend.precision)
+        pair = [passes.outputs(pipeline)[key.component].get(key.value) for pipeline in self.sides]
+        ours, theirs = pair
+        if ours is None or theirs is None:
+            if part_of(key.value) != key.value:
+                return None
+            raise InputError(f"{self.name}: {key.component} gives no output {key.value!r} on one side")
+        stats = compare_any(ours, theirs)
+        whole = stats.is_whole and key not in self._levels
+        precisions = reference.backend.precision, test.backend.precision, *self._declared
+        limit = self._limits.limit(key.value, floor, *precisions, whole=whole)
         why = what_is_wrong(stats, limit, self._max_abs)
+        why = (is_text(ours) and difference_in_words(ours, theirs)) or why
         return TensorCheck(key.component, key.value, stats, floor, limit, passes.sample.source, why)
 
     def result(self) -> ScenarioResult:
         """Result over all samples."""
         reference, test = (pipeline.record() for pipeline in self.sides)
         checks = list(self._worst.values())
-        return ScenarioResult(reference, test, checks, self._preprocessing, self._detections, self.clock.seconds)
+        result = ScenarioResult(reference, test, checks, self._preprocessing, self._detections, self.clock.seconds)
+        backends = (pipeline.backend.precision for pipeline in self.sides)
+        result.judged_as = coarsest(*backends, *self._declared).name
+        return result
 
 
 def _explain(
@@ -286,15 +339,19 @@ def _explain(
 def what_is_wrong(stats: TensorStats, limit: float, max_abs: float | None) -> str:
     """The reason in words why a tensor is beyond its limits; empty when it is within them.
 
-    NaN and Inf always fail, even where both sides have the same.
+    NaN always fails, even where both sides have the same; Inf fails where it is not of one sign at the same places, or
+    where there is nothing else.
     """
     if stats.shape_mismatch:
         return f"the shape is {list(stats.shape_test)}; expected {list(stats.shape)}"
-    if strange := stats.nan_test + stats.inf_test:
-        return f"{strange} NaN or Inf"
-    if strange := stats.nan_ref + stats.inf_ref:
-        return f"the reference holds {strange} NaN or Inf, the test none"
+    if stats.mismatched or stats.nan_test or stats.nothing_compared:
+        if strange := stats.nan_test + stats.inf_test:
+            return f"{strange} NaN or Inf"
+        if strange := stats.nan_ref + stats.inf_ref:
+            return f"the reference holds {strange} NaN or Inf, the test none"
     if stats.rel_l2 > limit:
+        if not limit and stats.unequal:
+            return f"{stats.unequal} of {stats.count} elements differ"
         return f"relative L2 {stats.rel_l2:.2g}; expected at most {limit:.2g}"
     if max_abs is not None and stats.max_abs > max_abs:
         return f"max |Δ| {stats.max_abs:.2g}; expected at most {max_abs:g}"

@@ -35,6 +35,7 @@ class Reuse:
 
     def __init__(self, module: nn.Module, layers: Collection[str]) -> None:
         self.module = module
+        self._runs = f"{type(module).__name__} ran"
         inside = tuple(f"{layer}." for layer in layers)
         self._paths = {child: path for path, child in module.named_modules() if not path.startswith(inside)}
         self._calls: dict[nn.Module, list[_RecordedCall]] = {}
@@ -49,7 +50,12 @@ class Reuse:
             self._calls.setdefault(module, []).append(_RecordedCall(call_inputs, output, _versions(output)))
             return output
 
-        with torch.no_grad(), as_written(), self._around_calls(keep), doing(f"{type(self.module).__name__} ran"):
+        with (
+            torch.no_grad(),
+            as_written(),
+            self._around_calls(keep),
+            doing(self._runs, in_their_folder=True),
+        ):
             return self.module(*inputs)
 
     def rerun(self, changed: Collection[str], *inputs: Tensor) -> tuple[Any, dict[str, list[Any]]]:
@@ -69,7 +75,12 @@ class Reuse:
                 results[path].append(output)
             return output
 
-        with torch.no_grad(), as_written(), self._around_calls(look_up), doing(f"{type(self.module).__name__} ran"):
+        with (
+            torch.no_grad(),
+            as_written(),
+            self._around_calls(look_up),
+            doing(self._runs, in_their_folder=True),
+        ):
             return self.module(*inputs), results
 
     def outputs(self, layer: str) -> list[Any]:

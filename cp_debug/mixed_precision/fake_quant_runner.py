@@ -22,6 +22,7 @@ from cp_debug.mixed_precision.activation_reuse import Reuse
 from cp_debug.mixed_precision.trial import Measured
 from cp_debug.probes.distance import distance, ratio
 from cp_debug.probes.outputs import flatten_outputs
+from cp_debug.probes.strings import compare_strings, is_text
 from cp_debug.programs.torch_layers import full_path, quantizers
 from cp_debug.programs.walk import Walk, example_args, named_outputs, walk
 from cp_debug.quantization.residual_adds import add_quantizers
@@ -83,7 +84,11 @@ class ErrorSum:
     whole: float = 0.0
 
     def add(self, test: Any, reference: Any) -> None:
-        """Count a pair of tensors of one shape, arrays or tensors of any float dtype."""
+        """Count a pair of tensors of one shape, arrays or tensors of any dtype; of strings, those that differ."""
+        if is_text(reference):
+            stats = compare_strings(reference, test)
+            self.difference, self.whole = self.difference + stats.rel_l2**2 * stats.count, self.whole + stats.count
+            return
         norms = distance(test, reference)
         self.difference += math.inf if norms.new_nonfinite else norms.difference**2
         self.whole += norms.whole**2
@@ -92,6 +97,15 @@ class ErrorSum:
     def relative(self) -> float:
         """Relative L2 error over all pairs."""
         return ratio(math.sqrt(self.difference), math.sqrt(self.whole))
+
+
+def relative_errors(model: str, outputs: Mapping[str, ErrorSum]) -> dict[str, float]:
+    """Output → its error. Raises InputError where all are 0 in both runs, as far as they are finite: that is no error
+    of 0."""
+    if not any(error.whole or error.difference for error in outputs.values()):
+        names = ", ".join(outputs) or "none"
+        raise InputError(f"{model}: no error of an output can be measured: no finite number but 0 in {names}")
+    return {name: error.relative for name, error in outputs.items()}
 
 
 class _Changes(NamedTuple):
@@ -172,7 +186,7 @@ class FakeQuantRunner:
         return _Changes(from_int8, tuple(name for name in self.layers if name in (kept_layers if from_int8 else low)))
 
     def _measured(self, sums: _TrialSums, samples: Sequence[Sample], draws: int | None) -> Measured:
-        outputs = {name: error.relative for name, error in sums.outputs.items()}
+        outputs = relative_errors(self.model.name, sums.outputs)
         return Measured(
             {"rel_l2": max(outputs.values())},
             outputs,

@@ -13,7 +13,9 @@ from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.goal import DETECTIONS, Goal, without_counts
 from cp_debug.mixed_precision.trial import Measured
-from cp_debug.probes.statistics import compare
+from cp_debug.probes.caveats import caveats, why_nothing
+from cp_debug.probes.statistics import TensorStats
+from cp_debug.probes.strings import compare_any
 from cp_debug.programs.scene import decode
 from cp_debug.recipes.abilities import DetectsBoxes
 from cp_debug.recipes.base import Arrays, Model, Sample
@@ -25,8 +27,9 @@ Results = Mapping[str, Arrays]
 class Judge:
     """Measures against the reference's results, one a sample.
 
-    Raises InputError for a reference whose outputs are not finite, a goal on detections of a model that has none, and
-    for ``map_drop`` without ground truth.
+    Raises InputError for a reference with NaN in its outputs, or without a finite number in any of them, a goal on
+    detections of a model that has none, and for ``map_drop`` without ground truth. Inf is a value like others: a test
+    must have it at the same places.
     """
 
     def __init__(self, model: Model, samples: Sequence[Sample], reference: Sequence[Results], goal: Goal) -> None:
@@ -35,14 +38,19 @@ class Judge:
         self._counts = sorted(goal.figures.intersection(DETECTIONS))
         self._scored = "map_drop" in goal.figures
         self._decoded: list[Any] = []
+        own: dict[str, list[TensorStats]] = {}
+        """Output → what the reference holds there, by sample."""
         for sample, outputs in zip(samples, self._outputs, strict=True):
             for name, array in outputs.items():
-                stats = compare(array, array)
-                if strange := stats.nan_ref + stats.inf_ref:
+                own.setdefault(name, []).append(stats := compare_any(array, array))
+                if stats.nan_ref:
                     raise InputError(
-                        f"{sample.source}: the reference's output {name} holds {strange} NaN or Inf of {stats.count} "
+                        f"{sample.source}: the reference's output {name} holds {stats.nan_ref} NaN of {stats.count} "
                         "elements, so no goal can be judged by it; give other inputs"
                     )
+        if why := why_nothing(own):
+            raise InputError(f"{model.name}: no goal can be judged: {why}; give other inputs")
+        self._notes = caveats(own)
         if self._counts or self._scored:
             self._decoded = [decode(model, *pair) for pair in zip(samples, reference, strict=True)]
             if not all(isinstance(decoded, DetectsBoxes) for decoded in self._decoded):
@@ -54,7 +62,8 @@ class Judge:
     def notes(self) -> list[str]:
         """Remarks that a reader of the figures must know."""
         empty = self._decoded and not any(len(decoded.scores) for decoded in self._decoded)
-        return ["the reference detects nothing on these samples, so there is nothing to lose"] if empty else []
+        says = ["the reference detects nothing on these samples, so there is nothing to lose"] if empty else []
+        return [*self._notes, *says]
 
     def measure(self, results: Sequence[Results]) -> Measured:
         """Figures of one run over all samples. Raises InputError for a run that lacks an output."""
@@ -62,10 +71,10 @@ class Judge:
         largest = 0.0
         for reference, test in zip(self._outputs, results, strict=True):
             if missing := sorted(reference.keys() - test[self._last].keys()):
-                present = ", ".join(test[self._last])
+                present = ", ".join(test[self._last]) or "none"
                 raise InputError(f"{self._last}: the test gives no output {missing[0]!r}; its outputs are {present}")
             for name, array in reference.items():
-                stats = compare(array, test[self._last][name])
+                stats = compare_any(array, test[self._last][name])
                 outputs[name] = max(outputs.get(name, 0.0), _or_infinite(stats.rel_l2))
                 largest = max(largest, _or_infinite(stats.max_abs))
         figures = {"rel_l2": max(outputs.values(), default=0.0), "max_abs": largest}

@@ -19,7 +19,9 @@ from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.tensor_ends import as_arrays
 from cp_debug.graph.unquantize import quantized_inputs
+from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.distance import relative_l2
 
 
@@ -70,9 +72,9 @@ class MixedExecutor:
         return Computed(high, values)
 
     def outputs(self, computed: Computed) -> dict[str, np.ndarray]:
-        """The graph's outputs of a run: name → array."""
+        """The graph's outputs of a run: name → array, other outputs than tensors in parts as ``as_arrays`` has them."""
         results = self._high.run_nodes([], computed.values, [v.name for v in self.graph.outputs])
-        return {name: value.cpu().numpy() for name, value in results.items() if isinstance(value, torch.Tensor)}
+        return as_arrays(self.graph, results, as_numpy)
 
     def local_error(self, nodes: Collection[str], exact: Computed) -> float:
         """Error that ``nodes`` introduce by computing in the low arithmetic from the values of an FP32 run.

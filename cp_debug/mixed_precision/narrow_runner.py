@@ -12,7 +12,14 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.detection.changes import Detected
 from cp_debug.errors import InputError
-from cp_debug.mixed_precision.fake_quant_runner import ErrorSum, KeptLayers, OnStep, draws_of_scores, is_scored
+from cp_debug.mixed_precision.fake_quant_runner import (
+    ErrorSum,
+    KeptLayers,
+    OnStep,
+    draws_of_scores,
+    is_scored,
+    relative_errors,
+)
 from cp_debug.mixed_precision.mixed_graph import Computed, MixedExecutor
 from cp_debug.mixed_precision.trial import Measured
 from cp_debug.programs.layers import layer_name
@@ -100,7 +107,7 @@ class NarrowRunner:
         samples: Sequence[Sample],
         draws: int,
     ) -> Measured:
-        errors = {name: error.relative for name, error in outputs.items()}
+        errors = relative_errors(self.model.name, outputs)
         scores = draws_of_scores(self.model, detected, samples, draws) if detected else {}
         introduced = (sum(error**2 for error in own) / len(own)) ** 0.5 if own else None
         return Measured({"rel_l2": max(errors.values())}, errors, introduced, scores)

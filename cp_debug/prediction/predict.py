@@ -33,6 +33,7 @@ from cp_debug.graph.randomness import refuse_random
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.search import MixedPrecisionOptions, search
 from cp_debug.prediction.box_changes import BoxChanges, box_changes, joined, largest_changes
+from cp_debug.prediction.final_outputs import FinalOutputs
 from cp_debug.prediction.groups import Group
 from cp_debug.prediction.result import (
     CLOSE,
@@ -40,7 +41,6 @@ from cp_debug.prediction.result import (
     VANISHES,
     Interval,
     PredictedLayer,
-    PredictedOutput,
     Prediction,
 )
 from cp_debug.prediction.targets import Kernel, Target, kernels_of, target_of
@@ -51,7 +51,7 @@ from cp_debug.programs.pipeline import Export, Key, is_exported, prepare, prepar
 from cp_debug.programs.scene import decode
 from cp_debug.programs.tensor_inputs import numbers_where_needed
 from cp_debug.programs.walk import Walk
-from cp_debug.recipes.abilities import DetectsBoxes, Remarks
+from cp_debug.recipes.abilities import DetectsBoxes, Remarks, samples_left_out
 from cp_debug.recipes.base import Arrays, Model, Sample
 from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 from cp_debug.recipes.registry import load_model
@@ -110,6 +110,7 @@ def predict(
     samples = list(loaded.samples(options.samples, options.seed, options.inputs))
     if not samples:
         raise InputError("--inputs: there is no sample to predict with")
+    left_out = samples_left_out(loaded, options.inputs, options.samples, len(samples))
     with tempfile.TemporaryDirectory(prefix="cpdebug-predict-") as scratch:
         on_step(preparing(loaded), 0, len(samples))
         loaded, samples = numbers_where_needed(loaded, samples, Path(scratch))
@@ -120,6 +121,7 @@ def predict(
         for i, sample in enumerate(samples):
             job.add(sample, partial(_tell, on_step, i, len(samples)))
         result = job.result([sample.source for sample in samples])
+        result.notes += left_out
         if goal is not None:
             on_step(f"searching for {goal}", len(samples), len(samples))
             _reach(goal, loaded, samples, result, options)
@@ -145,7 +147,9 @@ class _ModelPrediction:
         self._mixed = any(kernel.mixed for kernel in kernels)
         self._programs = {program.name: program for program in programs}
         self._layers: dict[Key, PredictedLayer] = {}
-        self._outputs: dict[Key, PredictedOutput] = {}
+        self._outputs = FinalOutputs()
+        self._silent: dict[str, None] = {}
+        """Layers without a finite number in FP32, of which nothing is predicted."""
         self._least: dict[Key, float] = {}
         """Smallest errors of the last sample's values that may be in FP32 with everything above."""
         self._detections: dict[str, DetectionChange] = {}
@@ -185,8 +189,8 @@ class _ModelPrediction:
                     self._take(component.name, walked)
             for run, step in zip(ways, steps, strict=True):
                 step.outputs = walk.outputs[run]
-            for name in component.output_names:
-                self._take_output(Key(component.name, name), walk.outputs)
+            exact, ways_out = walk.outputs[EXACT], {kernel.name: walk.outputs[kernel.name] for kernel in self._kernels}
+            self._outputs.add(component.name, exact, ways_out, self._of_output)
         self._take_detections(sample, {run: way.results for run, way in ways.items()})
 
     def _take(self, component: str, walked: Walked) -> None:
@@ -194,9 +198,14 @@ class _ModelPrediction:
         if all(node.op in ("QuantizeLinear", "DequantizeLinear") for node in group.nodes):
             return
         self._least[key] = walked.least.get(walked.value, 0.0)
+        assert walked.exact is not None
+        name = layer_name(self._programs[component], walked.value) if self._knows(key) else walked.value
+        if not bool(torch.isfinite(walked.exact).any()):
+            self._silent[name] = None
+            return
         layer = PredictedLayer(
             component,
-            layer_name(self._programs[component], walked.value) if self._knows(key) else walked.value,
+            name,
             walked.value,
             [node.name for node in group.nodes],
             [node.op for node in group.nodes],
@@ -209,7 +218,6 @@ class _ModelPrediction:
             rounding, high = walked.introduced["fp16"], max(walked.introduced.values())
             layer.excess = high / rounding if rounding else 0.0
         layer.may_stay = self._mixed and walked.may_stay
-        assert walked.exact is not None
         if layer.may_stay and layer.introduced is not None and (stored := self._kernels[-1].stored) is not None:
             # What it reads may come in FP32, so that even a pool rounds.
             rounding = relative_l2(stored.round(walked.exact), walked.exact)
@@ -247,20 +255,8 @@ class _ModelPrediction:
         elif layer.excess > EXCESS:
             layer.keep = f"sums in FP16 introduce up to {layer.excess:.1f} times what rounding its results does"
 
-    def _take_output(self, key: Key, outputs: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-        from cp_debug.probes.statistics import compare
-
-        exact = outputs[EXACT].get(key.value)
-        if not isinstance(exact, np.ndarray) or not np.issubdtype(exact.dtype, np.floating):
-            return  # whole numbers, sequences, optionals
-        errors = {}
-        for kernel in self._kernels:
-            error = compare(exact, outputs[kernel.name][key.value]).rel_l2
-            errors[kernel.name] = error if np.isfinite(error) else float("inf")
-        output = PredictedOutput(key.component, key.value, self._interval(errors, least=self._least.get(key, 0.0)))
-        if key in self._outputs:
-            output.error = output.error.joined(self._outputs[key].error)
-        self._outputs[key] = output
+    def _of_output(self, key: Key, errors: Mapping[str, float]) -> Interval:
+        return self._interval(errors, least=self._least.get(key, 0.0))
 
     def _take_detections(self, sample: Sample, results: Mapping[str, Mapping[str, Arrays]]) -> None:
         reference: Any = decode(self._model, sample, results[EXACT])
@@ -280,7 +276,7 @@ class _ModelPrediction:
             self._largest_changes = joined(self._largest_changes, largest_changes([*families.values()]))
 
     def result(self, sources: Sequence[str]) -> Prediction:
-        """The prediction over all samples."""
+        """The prediction over all samples. Raises InputError where nothing is known of any output."""
         keep: dict[str, list[str]] = {}
         for layer in self._layers.values():
             if layer.keep:
@@ -290,7 +286,12 @@ class _ModelPrediction:
             some = ", ".join(f"{n} ({op})" for n, op in list(lost.items())[:3])
             self._notes.append(f"{len(lost)} nodes are rounded at their result only, not inside: {some}")
         last = self._model.components[-1].name
-        outputs = sorted(self._outputs.values(), key=lambda o: o.component != last)
+        self._outputs.check(self._model.name, last)
+        outputs = sorted(self._outputs.predicted.values(), key=lambda o: o.component != last)
+        self._notes += self._outputs.notes()
+        if self._silent:
+            some = ", ".join([*self._silent][:3])
+            self._notes.append(f"{len(self._silent)} layers hold no finite number in FP32, and are left out: {some}")
         return Prediction(
             model=self._model.name,
             target=self._target.name,
@@ -331,6 +332,8 @@ def _reach(goal: Goal, model: Model, samples: Sequence[Sample], result: Predicti
     backends = [create(s) for s in parse_backends(f"emu-fp32,emu-{EMULATED[result.precision]}")]
     search_result = search(model, backends, goal, samples, MixedPrecisionOptions(exporter=options.exporter))
     result.goal, result.reached = str(goal), search_result.reached
+    result.measured, result.measured_by = dict(search_result.best.measured.figures), search_result.backend
+    result.notes += [note for note in search_result.notes if note not in result.notes]
     groups = [layer.fusion_group for layer in search_result.kept]
     wanted = {(group.component, node) for group in groups for node in group.nodes}
     for layer in result.layers:

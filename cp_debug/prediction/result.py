@@ -13,6 +13,7 @@ from cp_debug.display import Shown
 from cp_debug.errors import InputError
 from cp_debug.files import write_text
 from cp_debug.reading import read_json
+from cp_debug.safe_text import amount
 from cp_debug.serialize import JsonForm, decode
 
 SCHEMA = "cpdebug.prediction/1"
@@ -124,6 +125,9 @@ class Prediction(JsonForm, Shown):
     """Goal that keeping them must reach, where one was asked for."""
     reached: bool | None = None
     """Whether the goal holds with them kept, on the emulator."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """Figures of all outputs with them kept (``rel_l2``, ``max_abs``, counts of boxes), on ``measured_by``."""
+    measured_by: str = ""
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -132,11 +136,13 @@ class Prediction(JsonForm, Shown):
         """The outcome in a sentence."""
         computing = [layer for layer in self.layers if layer.introduced is not None]
         worst = max(self.outputs, key=lambda o: o.error.expected, default=None)
-        parts = [f"{len(computing)} layers in {self.precision} on {self.target}"]
+        parts = [f"{amount(len(computing), 'layer')} in {self.precision} on {self.target}"]
         if worst is not None:
             e = worst.error
             ends = f"{e.least:.2g} to {e.high:.2g}, or as FP32" if e.least else f"{e.low:.2g} to {e.high:.2g}"
             parts.append(f"worst output {worst.name} off by about {e.expected:.2g} ({ends})")
+        else:
+            parts.append("no output has a relative error")
         if out := [layer for layer in self.layers if layer.range == OVERFLOWS]:
             parts.append(f"{len(out)} beyond FP16's range")
         if keep_count := sum(bool(layer.keep) for layer in self.layers):

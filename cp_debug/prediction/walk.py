@@ -18,11 +18,13 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels.epilogue import BIAS, fused
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.tensor_ends import as_arrays
 from cp_debug.graph.unquantize import quantized_inputs
 from cp_debug.prediction.groups import Group, groups_of
 from cp_debug.prediction.stretches import Stretches
 from cp_debug.prediction.targets import Kernel
 from cp_debug.prediction.undecided import FEW, LARGE, operations, undecided
+from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.distance import relative_l2
 
 VECTOR = 8
@@ -107,7 +109,7 @@ class GraphWalk:
                         stretches.forget(name)
         for run, values in live.items():
             tensors = self._oracle.run_nodes([], values, output_names)
-            self.outputs[run] = {n: v.cpu().numpy() if isinstance(v, Tensor) else v for n, v in tensors.items()}
+            self.outputs[run] = as_arrays(self.graph, tensors, as_numpy)
 
     def _stretches(self, inputs: Mapping[str, Mapping[str, np.ndarray]]) -> Stretches | None:
         """None where nothing, or nothing that this component reads, can be in FP32 throughout."""

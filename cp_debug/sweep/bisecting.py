@@ -89,7 +89,7 @@ def task(params: Parameters) -> dict[str, Any]:
         "final": json_safe(max((row.stats.rel_l2 for row in test.outputs), default=0.0)),
         "detections": encode(test.detections),
         "causes": sorted({finding.cause for finding in test.findings}),
-        "notes": [*test.notes, *_not_finite(test)],
+        "notes": [*test.notes, *test.caveats, *_not_finite(test)],
         "layers": [{name: row[name] for name in _KEPT} for row in rows],
     }
 

@@ -60,7 +60,8 @@ def run(
     """Run the tasks that ``log`` does not have; those that failed stay failed unless ``retry_failed``.
 
     ``tasks`` gives them anew at every call, so that nobody holds them all. Raises InputError for a grid that has a task
-    twice, ClusterLost, and what the tasks' files raise; never for a task that fails.
+    twice and for ``retry_failed`` where none failed, ClusterLost, and what the tasks' files raise; never for a task
+    that fails.
     """
     started = time.monotonic()
     places: dict[str, int] = {}
@@ -71,15 +72,18 @@ def run(
         places[task.key] = len(places)
         gpu |= task.gpu
     progress = Progress(len(places))
-    finished = set()
+    finished, failed = set(), False
     for record in log.records(places):
         if "result" in record:
             progress.done += 1
         elif retry_failed:
+            failed = True
             continue
         else:
             progress.failed += 1
         finished.add(record["key"])
+    if retry_failed and not failed:
+        raise InputError(f"--retry-failed: it would do nothing here: {log.path} has no task of this sweep that failed")
     left_count = len(places) - len(finished)
     on_progress(progress)
     if left_count:

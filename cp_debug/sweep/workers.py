@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import signal
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from multiprocessing.resource_tracker import ensure_running
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.errors import BackendUnavailable, CpdebugError, InputError
+from cp_debug.errors import TOGETHER, BackendUnavailable, CpdebugError, InputError
 from cp_debug.optional import require
 from cp_debug.sweep.admission import check_scheduler
 
 if TYPE_CHECKING:
-    from distributed import Client, Nanny
+    from distributed import Client, LocalCluster, Nanny
 
 
 _QUIET = {"distributed.admin.low-level-log-length": 10}
 """Dask keeps its last messages, tasks included, for its developers: here they are what would grow."""
+_ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Signals that ask for the end."""
+_OF_GROUPS = [getattr(signal, name) for name in ("SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+"""Signals that end a process, besides those that Python's tracker of resources ignores by itself."""
 _PRE_SPAWN = "distributed.nanny.pre-spawn-environ"
 _KEEP_FREED = {name: str(1 << 40) for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")}
 _KEEP_FREED["MALLOC_ARENA_MAX"] = "1"
@@ -63,24 +73,45 @@ def local_workers(count: int | None, *, gpu: bool = False, gpus: int | None = No
         "silence_logs": logging.CRITICAL,
         "scheduler_kwargs": {"allowed_failures": 0},  # the queue counts the tries: see ``queue``
     }
+    devices: list[str] = []
     if gpu:
         devices = _devices(gpus or 1)
         count = gpus or min(count or len(devices), len(devices))
-        options |= {"worker_class": _pinned(devices), "resources": {"GPU": 1}}
+        options["resources"] = {"GPU": 1}
+    options["worker_class"] = _nanny(devices)
     with ExitStack() as stack:
         # Dask leaves the folder of a worker that dies while it starts.
         folder = stack.enter_context(TemporaryDirectory(prefix="cpdebug-workers-", ignore_cleanup_errors=True))
         environment = dask.config.get(_PRE_SPAWN) | _KEEP_FREED
         settings: dict[str, Any] = {"temporary-directory": folder, _PRE_SPAWN: environment}
         stack.enter_context(dask.config.set({**_QUIET, **_LOCAL, **settings}))
+        stack.push(_quiet_after)
+        _start_tracker()
         try:
-            cluster = stack.enter_context(LocalCluster(n_workers=count, **options))
+            with _signals_wait():  # a cluster that is half there cannot be closed
+                cluster = LocalCluster(n_workers=count, **options)
+                stack.callback(_close, cluster)
         except RuntimeError as error:
             raise ClusterLost(
                 f"--workers: a process died while it started ({error}); what it said is above. Workers import the "
                 "script that starts them: there it must stand behind if __name__ == '__main__'"
             ) from None
         yield stack.enter_context(Client(cluster, set_as_default=False))
+
+
+def _start_tracker() -> None:
+    """Start the process of Python's that removes what others leave, deaf to signals that end a whole group.
+
+    Begun later, it would unblock signals in what starts workers, and these would have them.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        ensure_running()
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_GROUPS)
+    try:
+        ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def needs_gpu(spec: BackendSpec) -> bool:
@@ -92,18 +123,59 @@ def needs_gpu(spec: BackendSpec) -> bool:
     return spec.family == "trt" or spec.name == "torch-tf32" or (spec.family == "ort" and spec.variant in CUDA_ONLY)
 
 
-def _pinned(devices: list[str]) -> type[Nanny]:
+def _nanny(devices: list[str]) -> type[Nanny]:
     from distributed import Nanny
 
-    class Pinned(Nanny):
-        """Worker n sees the n-th GPU alone."""
+    class QuietNanny(Nanny):
+        """Starts a worker that Ctrl-C in the terminal does not reach; of ``devices`` worker n sees the n-th alone."""
 
         def __init__(self, scheduler: str, *, name: int, **options: Any) -> None:
-            super().__init__(
-                scheduler, name=name, env={"CUDA_VISIBLE_DEVICES": devices[name % len(devices)]}, **options
-            )
+            if hasattr(signal, "pthread_sigmask"):  # this is Dask's own thread, of which the worker has the mask
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            env = {"CUDA_VISIBLE_DEVICES": devices[name % len(devices)]} if devices else None
+            super().__init__(scheduler, name=name, env=env, **options)
 
-    return Pinned
+    return QuietNanny
+
+
+def _close(cluster: LocalCluster) -> None:
+    with _signals_wait():
+        cluster.close()
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Context at whose end the first signal that asked for the end meanwhile is answered; a second one at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[tuple[int, float]] = []
+    handlers = {number: handler for number in _ENDS if callable(handler := signal.getsignal(number))}
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if not held:
+            held.append((number, time.monotonic()))
+        elif time.monotonic() - held[0][1] > TOGETHER:
+            handlers[signal.Signals(number)](number, frame)
+
+    for number in handlers:
+        signal.signal(number, hold)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if held:
+            handlers[signal.Signals(held[0][0])](held[0][0], None)
+
+
+def _quiet_after(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    """Keep Dask from telling, once its work was interrupted, what became of each part of it."""
+    if kind is not None and not issubclass(kind, Exception):
+        from distributed.deploy.spec import close_clusters
+
+        atexit.unregister(close_clusters)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
 
 
 def _devices(least: int) -> list[str]:
