@@ -15,6 +15,7 @@ from cp_debug.backends.base import Backend
 from cp_debug.bisect.engine import OnStep, Options, bisect
 from cp_debug.bisect.result import BisectResult
 from cp_debug.errors import InputError
+from cp_debug.reading import RESULT
 from cp_debug.recipes.registry import is_folder
 from cp_debug.reports.files import write_json
 from cp_debug.reports.summary import disagreement
@@ -22,10 +23,20 @@ from cp_debug.reports.summary import disagreement
 DEFAULTS = Options()
 
 
+class _Default(str):
+    """A default that is told from the same text given by the caller."""
+
+    __slots__ = ()
+
+
+DEFAULT_BACKENDS = _Default("torch,ort")
+"""With ``test_tensors``, which are the test, the reference alone."""
+
+
 @in_python_words
 def diagnose(
     model: ModelLike,
-    backends: str | Sequence[str] | Sequence[Backend] = "torch,ort",
+    backends: str | Sequence[str] | Sequence[Backend] = DEFAULT_BACKENDS,
     *,
     inputs: Any = None,
     test_model: ModelLike | None = None,
@@ -61,31 +72,33 @@ def diagnose(
         if test_tensors is not None:
             if test_model is not None:
                 raise InputError("test_tensors: given beside test_model; expected one of them")
-            reference = DEFAULT_REFERENCE if backends == "torch,ort" else backends
+            reference = DEFAULT_REFERENCE if backends is DEFAULT_BACKENDS else backends
             if not isinstance(reference, str):
                 raise InputError("backends: with test_tensors expected the reference's name")
             tensors = Path(test_tensors) if isinstance(test_tensors, str) else test_tensors
-            prepared, backends = with_dump(
+            prepared, backends, taken = with_dump(
                 prepared,
                 reference,
                 tensors,
                 tensors_precision,
                 channels_last=channels_last,
                 flat=flat,
-                inputs_given=inputs is not None,
+                inputs_given=inputs is not None or path is not None,
+                inputs=path,
             )
+            options = replace(options, samples=taken)
         prepared_test = None if test_model is None else _test_model(test_model, inputs)
         made = cast("str | Sequence[Backend]", backends)  # names in a list are one text by now
         result = bisect(prepared, made, test_model=prepared_test, options=options, on_step=step)
         if options.save is not None:
-            write_json(result, options.save / "result.json")
+            write_json(result, options.save / RESULT)
         return result
 
 
 @in_python_words
 def assert_agree(
     model: ModelLike,
-    backends: str | Sequence[str] | Sequence[Backend] = "torch,ort",
+    backends: str | Sequence[str] | Sequence[Backend] = DEFAULT_BACKENDS,
     *,
     inputs: Any = None,
     test_model: ModelLike | None = None,

@@ -33,10 +33,12 @@ from cp_debug.mixed_precision.search import search as run_search
 from cp_debug.prediction.predict import PredictOptions
 from cp_debug.prediction.predict import predict as run_predict
 from cp_debug.prediction.result import Prediction
+from cp_debug.programs.end_notes import end_notes
 from cp_debug.programs.paired import pair_programs
 from cp_debug.programs.pipeline import load_test_programs
 from cp_debug.quantization.open_quantized import calibration_samples
 from cp_debug.quantization.quantized_programs import DEFAULT_CALIBRATION, quantize_programs
+from cp_debug.recipes.abilities import samples_left_out
 from cp_debug.recipes.data.base import DataOptions
 
 PREDICT, SEARCH, EVALUATE, VERIFY, EXPORT = (
@@ -100,17 +102,20 @@ def search(
         given = inputs if inputs is not None else options.inputs
         prepared, path = to_model(model, given, checkpoint=checkpoint, seed=seed)
         scored = "map_drop" in parsed.figures
+        count = samples_in(inputs, samples)
         loaded = samples_for(
             prepared,
             parsed,
             inputs=None if scored else path,
             data=path if scored else None,
-            count=samples_in(inputs, samples),
+            count=count,
             seed=seed,
         )
         test = options.test_model if test_model is None else Path(test_model)
         options = replace(options, inputs=None if scored else path, test_model=test)
-        return run_search(prepared, created, parsed, loaded, options, step)
+        result = run_search(prepared, created, parsed, loaded, options, step)
+        result.notes.extend(samples_left_out(prepared, path, count, len(loaded)))
+        return result
 
 
 @in_python_words
@@ -187,7 +192,10 @@ def verify(
         if test_model is not None:
             tests = pair_programs(prepared, loaded[0], programs, load_test_programs(programs, Path(test_model)))
         pairs = [(created[0], test) for test in created[1:]]
-        return run_verify(prepared, programs, pairs, loaded, options, test_programs=tests, on_step=step)
+        result = run_verify(prepared, programs, pairs, loaded, options, test_programs=tests, on_step=step)
+        result.notes += samples_left_out(prepared, path, samples_in(inputs, samples), len(loaded))
+        result.notes += end_notes(programs, tests) if tests is not None else ()
+        return result
 
 
 @in_python_words

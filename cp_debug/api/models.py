@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from cp_debug.errors import InputError
+from cp_debug.errors import InputError, module_of
 from cp_debug.graph.check_inputs import check_given_inputs
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.other_inputs import of_objects, other_inputs
@@ -55,7 +55,7 @@ def to_model(
     if isinstance(model, str | Path):
         return _of_text(str(model), inputs, path, weights, seed, reading)
     kind = type(model)
-    if kind.__module__.startswith("onnx.") and kind.__name__ == "ModelProto":
+    if module_of(kind).startswith("onnx.") and kind.__name__ == "ModelProto":
         return _with_arrays(_of_proto(model), inputs, path)
     if _is_recipe(model):
         if inputs is not None and path is None:
@@ -90,11 +90,9 @@ def _of_text(
 def _of_torch(model: Any, inputs: Any, path: Path | None, what: str) -> tuple[Model, Path | None]:
     import torch
 
-    from cp_debug.recipes.torch_callable import TorchModel
+    from cp_debug.recipes.torch_programs import exported_model, model_of
 
     if isinstance(model, torch.export.ExportedProgram):
-        from cp_debug.recipes.torch_programs import exported_model
-
         return exported_model(what, model, None if path else inputs), path
     if not isinstance(model, torch.nn.Module):
         if not callable(model):
@@ -112,11 +110,7 @@ def _of_torch(model: Any, inputs: Any, path: Path | None, what: str) -> tuple[Mo
         raise InputError(f"inputs: a module needs example tensors; expected them instead of the path {path}")
     if inputs is None:
         raise InputError(f"inputs: {name} needs example inputs; expected a tensor, a tuple or a mapping by parameter")
-    if isinstance(model, torch.jit.ScriptModule):
-        from cp_debug.recipes.torch_programs import scripted_model
-
-        return scripted_model(name, model, inputs), None
-    return TorchModel(name, model, inputs, source="the inputs given"), None
+    return model_of(name, model, inputs, "the inputs given"), None
 
 
 @contextmanager
@@ -135,7 +129,9 @@ def modes_kept(*models: Any) -> Iterator[None]:
 
 
 def _of_factory(model: Any, name: str, what: str) -> Model:
-    from cp_debug.recipes.torch_callable import TorchModel, module_and_inputs, own_code
+    from cp_debug.recipes.callables import module_and_inputs
+    from cp_debug.recipes.torch_callable import own_code
+    from cp_debug.recipes.torch_programs import model_of
 
     try:
         parameters = inspect.signature(model).parameters
@@ -146,7 +142,7 @@ def _of_factory(model: Any, name: str, what: str) -> Model:
         raise InputError(f"inputs: {name}() takes {needed[0].name!r}; expected example inputs for it")
     with own_code(f"{what}: {name}()"):
         built = model()
-    return TorchModel(name, *module_and_inputs(built, f"{what}: {name}()"))
+    return model_of(name, *module_and_inputs(built, f"{what}: {name}()"))
 
 
 def _with_arrays(model: Model, inputs: Any, path: Path | None) -> tuple[Model, Path | None]:

@@ -47,8 +47,8 @@ class TensorComparison(dict[str, TensorStats]):
 def compare_tensors(reference: Mapping[str, Any], test: Mapping[str, Any]) -> TensorComparison:
     """Compare tensors of equal names: numpy arrays (memory-mapped too) or torch tensors, of any real or bool dtype.
 
-    Lists of numbers are taken as arrays. Raises InputError for what is no mapping of tensors, where no name is in both,
-    and for dtypes without real numbers.
+    Lists of numbers are taken as arrays. Raises InputError for what is no mapping of tensors, where no name is in both
+    or no tensor has an element on a side, and for dtypes without real numbers.
     """
     for side, given in (("reference", reference), ("test", test)):
         if not isinstance(given, Mapping):
@@ -58,8 +58,11 @@ def compare_tensors(reference: Mapping[str, Any], test: Mapping[str, Any]) -> Te
     common = [name for name in reference if name in test]
     if not common:
         raise InputError(f"no name in common: {_names(reference)} against {_names(test)}")
+    statistics = {name: _compared(name, reference[name], test[name]) for name in common}
+    if all(stats.nothing_compared and not stats.count for stats in statistics.values()):
+        raise InputError(f"nothing was compared: {_names(statistics)} without an element on both sides")
     return TensorComparison(
-        {name: _compared(name, reference[name], test[name]) for name in common},
+        statistics,
         [name for name in reference if name not in test],
         [name for name in test if name not in reference],
     )
@@ -89,9 +92,14 @@ def _says(stats: TensorStats) -> str:
         return f"shapes differ: {stats.shape}, {stats.shape_test}"
     sides = (("reference", stats.nan_ref, stats.inf_ref), ("test", stats.nan_test, stats.inf_test))
     held = "; ".join(f"{side}: {nan} NaN, {inf} Inf" for side, nan, inf in sides)
+    if not stats.count:
+        return f"nothing to compare: {stats.nothing_compared}"
     if not stats.mismatched:
         alike = f"; NaN and Inf are alike on both sides ({held})" if any(nan or inf for _, nan, inf in sides) else ""
-        return f"max |Δ| {stats.max_abs:.3g}, rel. L2 {stats.rel_l2:.3g}{alike}"
+        if stats.nothing_compared:
+            return f"no number to compare{alike}"
+        unequal = f", {stats.unequal} of {stats.count} elements differ" if stats.unequal else ""
+        return f"max |Δ| {stats.max_abs:.3g}, rel. L2 {stats.rel_l2:.3g}{unequal}{alike}"
     rest = f"max |Δ| {stats.finite_max_abs:.3g}, rel. L2 {stats.finite_rel_l2:.3g}"
     return f"{stats.mismatched} of {stats.count} values meet NaN or Inf ({held}); the rest: {rest}"
 

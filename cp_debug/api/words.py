@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from pathlib import Path, PurePath
 from typing import Any, ParamSpec, TypeVar
 
-from cp_debug.errors import CpdebugError, InputError
+from cp_debug.errors import CpdebugError, InputError, module_of
 from cp_debug.safe_text import message
 
 P = ParamSpec("P")
@@ -133,7 +133,7 @@ _SPOKEN = {
 
 def _is_settings(value: Any) -> bool:
     """Whether a value is one of this package's groups of settings."""
-    return dataclasses.is_dataclass(value) and type(value).__module__.startswith("cp_debug.")
+    return dataclasses.is_dataclass(value) and module_of(type(value)).startswith("cp_debug.")
 
 
 def _checked(name: str, options: Any) -> Any:

@@ -13,7 +13,7 @@ from cp_debug.cli import calibration, reading, tensorrt
 from cp_debug.cli.flags import LAST_SEED, MOST, Atol, Rtol, check_device, check_made_up, grouped, size_in_bytes
 from cp_debug.cli.given import check_given
 from cp_debug.cli.saving import replacing
-from cp_debug.cli.typed import refuse, refuse_export_flags, refuse_seed
+from cp_debug.cli.typed import refuse, refuse_export_flags, refuse_seed, typed
 from cp_debug.loading import load_torch, start_gpu
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ def bisect(
         typer.Option(help="Layout in which --test-tensors were dumped; flat: row by row, without the graph's axes."),
     ] = DumpLayout.nchw,
     maps: Annotated[
-        list[str] | None, typer.Option("--map", help="REFERENCE=TEST: compare these two values; repeatable.")
+        list[str] | None,
+        typer.Option("--map", help="REFERENCE=TEST: compare these two values; OUTPUT=: leave one out; repeatable."),
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights: .pt, .safetensors, or what `cpdebug quantize` wrote.")
@@ -133,11 +134,13 @@ def bisect(
 ) -> None:
     """Run backends side by side and name the first layer whose result its precision cannot explain."""
     from contextlib import ExitStack
+    from dataclasses import replace
     from tempfile import TemporaryDirectory
 
     from cp_debug.backends.spec import BackendSpec, parse_backends
     from cp_debug.cli.console import command_line, console, errors, show, steps
     from cp_debug.errors import InputError
+    from cp_debug.reading import RESULT
     from cp_debug.recipes.registry import is_folder
 
     if other is not None and test_model is not None:
@@ -147,14 +150,16 @@ def bisect(
     test_model = test_model or other
     folder = test_model is not None and is_folder(test_model)
     two = other is not None and (model.endswith(".onnx") or (folder and is_folder(Path(model))))
-    if two and backends == "torch,ort":
+    chosen = typed(("backends",))
+    if two and not chosen:
         backends = "ort,ort"  # two files: the question is what differs between them, not between runtimes
     differs = test_model is not None or test_checkpoint is not None or test_train_mode or test_out_of_place
     dumped = test_tensors is not None
     refuse(("tensors_precision", "tensors_layout"), unless=dumped, why="it says how to read --test-tensors")
     why = "the test's values are those of --test-tensors"
-    refuse(("test_model", "other", "test_checkpoint", "samples", "knobs", "maps"), unless=not dumped, why=why)
-    if dumped and backends == "torch,ort":
+    refuse(("test_model", "other", "test_checkpoint", "knobs", "maps"), unless=not dumped, why=why)
+    refuse(("samples",), unless=not dumped, why="all samples of --test-tensors are taken")
+    if dumped and not chosen:
         backends = "ort"
     if dumped and "," in backends:
         raise InputError(f"--backends: {backends!r}; with --test-tensors as the test expected the reference alone")
@@ -229,7 +234,7 @@ def bisect(
         opened_backends: Sequence[Backend] = tensorrt.make(specs, engine_options, on_step)
         subject: str | Model = model
         if test_tensors is not None:
-            subject, [_, dump] = with_dump(
+            subject, [_, dump], taken = with_dump(
                 load_model(model, inputs=inputs, reading=how),
                 backends,
                 test_tensors,
@@ -237,7 +242,9 @@ def bisect(
                 channels_last=tensors_layout is DumpLayout.nhwc,
                 flat=tensors_layout is DumpLayout.flat,
                 inputs_given=inputs is not None,
+                inputs=inputs,
             )
+            options = replace(options, samples=taken)
             opened_backends = [*opened_backends, dump]
         test = load_model(str(test_model), reading=how) if folder else test_model
         result = run(subject, opened_backends, test_model=test, options=options, on_step=on_step, on_say=said_before)
@@ -249,6 +256,6 @@ def bisect(
             write_page(SavedResult.of(result, run_folder), html)
         if save:
             assert run_folder is not None
-            write_json(result, run_folder / "result.json")
+            write_json(result, run_folder / RESULT)
     show(result, json=json, csv=csv, layers=level is Level.layers, show_all=show_all)
     raise typer.Exit(0 if result.agrees else 1)

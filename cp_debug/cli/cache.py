@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cp_debug.caches import KINDS
+from cp_debug.cli.flags import JsonAlone
 from cp_debug.cli.typed import refuse
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def cache(
     shared: Annotated[
         str | None, typer.Option(help="Instead, the store of sweeps, folder or URL, as it was named to `sweep`.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Machine-readable, on stdout: every entry.")] = False,
+    json: JsonAlone = None,
 ) -> None:
     """Show what is kept for later runs, TensorRT's engines and exported graphs, or clear it.
 
@@ -48,14 +49,12 @@ def cache(
     """
     import time
     from dataclasses import asdict
-    from json import dumps
 
     from rich.filesize import decimal
 
     from cp_debug.caches import cache_folder, kept, remove
-    from cp_debug.cli.console import console
+    from cp_debug.cli.console import console, show_document
     from cp_debug.errors import InputError
-    from cp_debug.files import write_text
 
     if folder is not None and kind is CacheKind.exports:
         raise InputError("--cache: it would do nothing here: it names a folder of engines, and exports were asked for")
@@ -80,7 +79,7 @@ def cache(
     }
     take = store.remove if store else remove
     freed = {name: take(found) for name, found in entries.items()} if clear else None
-    if json:
+    if json:  # every entry
         document = {
             name: {
                 "folder": folders[name],
@@ -90,7 +89,8 @@ def cache(
             }
             for name, found in entries.items()
         }
-        write_text(dumps(document, indent=1) + "\n", None)
+        show_document((), document, json)
+    if json == "-":
         return
     if freed is None:
         _show(folders, entries, f" --shared {shared}" if store else "")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cp_debug.cli import reading, tensorrt
+from cp_debug.cli import calibration, reading, tensorrt
 from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
 from cp_debug.cli.given import check_given
@@ -31,6 +31,7 @@ def capture(
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier capture in --output.")] = False,
     *,
+    int8: calibration.CalibrationFlags,
     engines: tensorrt.ProbeFlags,
     files: reading.ReadingFlags,
 ) -> None:
@@ -38,26 +39,30 @@ def capture(
     from contextlib import ExitStack
 
     from cp_debug.backends.spec import BackendSpec
-    from cp_debug.cli.console import console, steps
+    from cp_debug.cli.console import console, show_notes, steps
 
     specs = [BackendSpec.parse(backend)]
     engines.check(specs)
+    int8.check(specs, calibration.own_scales(specs, model, checkpoint, None))
     refuse_export_flags([model])
     check_made_up(samples, inputs)
     refuse_seed([model], inputs, samples)
-    how = files.chosen(model, inputs)
+    calibrated = [int8.calib_data] if "int8" in specs[0].name else []
+    how = files.chosen(model, inputs, *calibrated)
     check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, reading=how)
     engines.check_installed(specs)
+    calibration.check_calibration(model, int8.calib_data, int8.calib_samples, reading=how)
     load_torch()
     from cp_debug.bisect.recording import record
-    from cp_debug.recipes.registry import load_model
+    from cp_debug.quantization.quantized_programs import load_quantized
 
     with ExitStack() as stack, steps() as on_step:
         target = stack.enter_context(replacing("--output", output, overwrite))
         engine_options = engines.calibrated(model, checkpoint, stack)
         (opened_backend,) = tensorrt.make(specs, engine_options, on_step)
+        loaded, parts = load_quantized(model, checkpoint, seed, inputs, how)
         recorded = record(
-            load_model(model, checkpoint=checkpoint, seed=seed, reading=how),
+            loaded,
             opened_backend,
             target,
             inputs=inputs,
@@ -66,7 +71,10 @@ def capture(
             exporter=exporter.chosen,
             folded=not unfolded,
             on_step=on_step,
+            parts=parts,
+            calibration=int8.chosen,
         )
+    show_notes(recorded.manifest.get("notes", []))
     size = sum(file.stat().st_size for file in output.iterdir()) / 2**10
     amount = f"{size / 2**10:.1f} MiB" if size >= 2**10 else f"{size:.0f} KiB"
     samples_taken = f"{len(recorded.samples)} sample" + ("s" if len(recorded.samples) > 1 else "")

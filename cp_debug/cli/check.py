@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cp_debug.cli import reading
-from cp_debug.cli.flags import LAST_SEED, grouped
+from cp_debug.cli.flags import LAST_SEED, JsonAlone, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse, refuse_seed
 from cp_debug.loading import load_torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from rich.text import Text
+
+    from cp_debug.bisect.preflight import Concern
 
 
 @grouped
@@ -23,7 +30,7 @@ def check(
     activations: Annotated[
         bool, typer.Option(help="Also look at the activations of one sample, in one FP32 pass.")
     ] = True,
-    json: Annotated[bool, typer.Option("--json", help="Machine-readable, on stdout.")] = False,
+    json: JsonAlone = None,
     *,
     files: reading.ReadingFlags,
 ) -> None:
@@ -31,18 +38,14 @@ def check(
 
     Exits with 1 when there is a problem; risks alone leave it at 0.
     """
-    from dataclasses import asdict
-    from json import dumps
+    from dataclasses import asdict, fields
     from tempfile import TemporaryDirectory
 
-    from rich.text import Text
-
-    from cp_debug.cli.console import console, steps
-    from cp_debug.files import write_text
+    from cp_debug.cli.console import show_document, steps
     from cp_debug.serialize import json_safe
 
     why = "--no-activations runs nothing"
-    refuse(("inputs", "seed"), unless=activations, why=why)
+    refuse(("inputs", "seed", *(f.name for f in fields(files))), unless=activations, why=why)
     refuse_seed([model], inputs)
     how = files.chosen(model, inputs)
     check_given(model, inputs=inputs, checkpoint=checkpoint, reading=how)
@@ -50,28 +53,37 @@ def check(
     from cp_debug.bisect.preflight import PROBLEM, Preflight
     from cp_debug.programs.pipeline import prepare, preparing
     from cp_debug.programs.tensor_inputs import numbers_where_needed
+    from cp_debug.recipes.abilities import CountsSamples
     from cp_debug.recipes.registry import load_model
 
     loaded = load_model(model, checkpoint=checkpoint, seed=seed, reading=how)
     sample = next(iter(loaded.samples(1, seed, inputs)))
+    total = loaded.sample_count(inputs) if inputs is not None and isinstance(loaded, CountsSamples) else 1
     with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:
         on_step(preparing(loaded), 0, 2)
         loaded, [sample] = numbers_where_needed(loaded, [sample], Path(scratch))
         programs = prepare(loaded, sample, Path(scratch))
         on_step("weights and sums, and what one sample shows" if activations else "weights and sums", 1, 2)
         concerns = Preflight(loaded, programs, sample if activations else None).concerns()
-    if json:
-        write_text(dumps(json_safe([asdict(concern) for concern in concerns]), indent=1, allow_nan=False) + "\n", None)
-    for concern in () if json else concerns:
+    lines = _lines(concerns, activations, total)
+    show_document(lines, json_safe([asdict(concern) for concern in concerns]), json)
+    raise typer.Exit(int(any(concern.severity == PROBLEM for concern in concerns)))
+
+
+def _lines(concerns: Sequence[Concern], activations: bool, total: int) -> Iterator[Text]:
+    """Lines about each concern, or that there is none in the first of ``total`` samples."""
+    from rich.text import Text
+
+    from cp_debug.bisect.preflight import PROBLEM
+
+    for concern in concerns:
         style = "bold red" if concern.severity == PROBLEM else "bold yellow"
-        console.print(Text.assemble((f"{concern.severity}: {concern.check}", style), f": {concern.says}"))
+        yield Text.assemble((f"{concern.severity}: {concern.check}", style), f": {concern.says}")
         more = f" and {len(concern.layers) - 6} more" if len(concern.layers) > 6 else ""
         if concern.layers:
-            console.print(Text(f"   layers   {', '.join(concern.layers[:6])}{more}", "dim"))
-        console.print(Text(f"   fix      {concern.fix}"))
-    if not concerns and not json:
-        looked = (
-            "weights, sums, scales, and the activations of one sample" if activations else "weights, sums and scales"
-        )
-        console.print(Text.assemble(("✓ nothing found", "bold green"), f" in {looked}"))
-    raise typer.Exit(int(any(concern.severity == PROBLEM for concern in concerns)))
+            yield Text(f"   layers   {', '.join(concern.layers[:6])}{more}", "dim")
+        yield Text(f"   fix      {concern.fix}")
+    if not concerns:
+        one = "one sample" if total == 1 else f"the first of {total} samples"
+        looked = f"weights, sums, scales, and the activations of {one}" if activations else "weights, sums and scales"
+        yield Text.assemble(("✓ nothing found", "bold green"), f" in {looked}")

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from json import dumps
@@ -63,6 +63,10 @@ NO_READER = 141
 """Exit code when the reader of the output has gone, as in shells; the library's is 1, here a divergence."""
 
 
+class Ended(SystemExit):
+    """The command's own end, with its exit code; any other ``SystemExit`` is of the user's code or of a library."""
+
+
 class SafeConsole(Console):
     """Console that prints foreign text literally: markup and control sequences in it have no effect."""
 
@@ -83,7 +87,7 @@ class SafeConsole(Console):
     def on_broken_pipe(self) -> None:
         """End the process with the code for a reader that has gone."""
         forget_output()
-        raise SystemExit(NO_READER)
+        raise Ended(NO_READER)
 
 
 def _usable_streams() -> None:
@@ -179,18 +183,29 @@ def command_line() -> str:
 
 
 def show(
-    result: BisectResult, *, json: str | None, csv: Path | None, layers: bool = True, show_all: bool = False
+    result: BisectResult,
+    *,
+    json: str | None,
+    csv: Path | None,
+    layers: bool = True,
+    show_all: bool = False,
+    rest: str = "--all shows the rest",
 ) -> None:
-    """Print the tables, and write the files that were asked for. With ``json`` on stdout, nothing else goes there."""
+    """Print the tables, and write the files that were asked for. With ``json`` on stdout, nothing else goes there.
+
+    ``rest``: how to see the layers that are left out.
+    """
     from cp_debug.reports.files import write_csv
     from cp_debug.reports.tables import render
 
-    show_document(render(result, layers=layers, show_all=show_all), result.to_dict(), json)
+    show_document(render(result, layers=layers, show_all=show_all, rest=rest), result.to_dict(), json)
     if csv:
         write_csv(result, csv)
 
 
-def show_document(parts: Iterable[RenderableType], document: Mapping[str, Any], json: str | None) -> None:
+def show_document(
+    parts: Iterable[RenderableType], document: Mapping[str, Any] | Sequence[Any], json: str | None
+) -> None:
     """Print the parts, and write the document as JSON to a file; with ``-`` to stdout, and nothing else goes there.
 
     Text that says ``no_wrap`` is not broken into lines: it is to be copied.
@@ -201,8 +216,8 @@ def show_document(parts: Iterable[RenderableType], document: Mapping[str, Any], 
         for part in parts:
             console.print(part, soft_wrap=bool(getattr(part, "no_wrap", False)))
     if json:
-        text = dumps(document, indent=1, allow_nan=False) + "\n"
-        write_text(text, None if json == "-" else Path(json))
+        text = dumps(document, indent=1, allow_nan=False).replace("##[", "\\u0023#[")  # a command, in a log of GitHub's
+        write_text(f"{text}\n", None if json == "-" else Path(json))
 
 
 class Steps:

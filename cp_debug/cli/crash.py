@@ -12,6 +12,8 @@ import time
 import traceback
 from pathlib import Path
 
+from cp_debug.errors import text_of
+
 EXIT_CODE = 70
 """Exit code other than those of a comparison (0 to 3): EX_SOFTWARE of sysexits.h."""
 REPORT = "https://github.com/cpdebug/cpdebug/issues"
@@ -24,7 +26,7 @@ PACKAGES = ("cpdebug", "torch", "numpy", "onnx", "onnxruntime", "onnxscript", "t
 
 def log_crash(error: BaseException) -> str:
     """Write the log, and return the message for the user: what happened, where the log lies, what to send."""
-    text = " ".join(str(error).split())
+    text = " ".join(text_of(error).split())
     excerpt = "".join(c if c.isprintable() else "?" for c in text[:SHOWN]) + ("…" if len(text) > SHOWN else "")
     summary = f"{type(error).__name__}: {excerpt}" if excerpt else type(error).__name__
     try:

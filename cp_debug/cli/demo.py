@@ -63,7 +63,7 @@ def demo(
     if json != "-":
         console.print(Text.assemble(("injected:", "bold"), f" {FAULTS[fault].summary} ({seeded.where})"))
         console.print(Text.assemble(("in the field:", "bold"), f" {FAULTS[fault].symptom}\n"))
-    show(result, json=json, csv=None)
+    show(result, json=json, csv=None, rest="--html has all")
     if json != "-":
         console.print(verdict(seeded, result.tests[0]))
     raise typer.Exit(0 if result.agrees else 1)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from cp_debug.errors import CpdebugError, InputError, system_reason
 
 if TYPE_CHECKING:
     from cp_debug.deploy.state import StageRecord
@@ -62,7 +65,6 @@ def deploy_log(file: Path | None, level: LogLevel | None) -> Iterator[DeployLog]
     An error that ends the block is logged. Raises InputError for a file that cannot be written.
     """
     from cp_debug.cli.console import errors
-    from cp_debug.errors import CpdebugError, InputError
     from cp_debug.files import make_folder
 
     logger = logging.Logger("cpdebug.deploy", getattr(logging, (level or LogLevel.info).name.upper()))
@@ -70,7 +72,7 @@ def deploy_log(file: Path | None, level: LogLevel | None) -> Iterator[DeployLog]
     if file is not None:
         try:
             make_folder(file.parent)
-            handler = logging.FileHandler(file, encoding="utf-8")
+            handler = _LogFile(file, encoding="utf-8")
         except OSError as error:
             raise InputError(f"{file}: the log cannot be written ({error.strerror})") from None
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -78,11 +80,29 @@ def deploy_log(file: Path | None, level: LogLevel | None) -> Iterator[DeployLog]
     try:
         yield DeployLog(logger)
     except CpdebugError as error:
-        logger.error("%s", error, extra=_SHOWN)
+        with suppress(InputError):  # a full disk is not what ended it
+            logger.error("%s", error, extra=_SHOWN)
         raise
     finally:
         for opened in logger.handlers:
             opened.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A file of the log; where it cannot be written, as on a full disk, the user is told."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raise InputError for what the system refused."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        raise InputError(f"{self.baseFilename}: the log cannot be written ({system_reason(error)})") from error
+
+    def close(self) -> None:
+        """Close the file, of which the rest may be lost."""
+        with suppress(OSError):
+            super().close()
 
 
 _SHOWN = {"shown": True}

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+from cp_debug.cli.flags import JsonAlone
 
 
-def doctor(json: Annotated[bool, typer.Option("--json", help="Machine-readable, on stdout.")] = False) -> None:
+def doctor(json: JsonAlone = None) -> None:
     """Show versions, devices and numeric settings, and which of them are not the safe ones."""
     from dataclasses import asdict
-    from json import dumps
 
     from rich.text import Text
 
-    from cp_debug.cli.console import console
-    from cp_debug.files import write_text
+    from cp_debug.cli.console import console, show_document
     from cp_debug.reports.environment import examine
     from cp_debug.reports.sheet import Cell, Column, Sheet
     from cp_debug.reports.sheet_terminal import Terminal
 
     report = examine()
-    if json:
-        write_text(dumps(asdict(report), indent=1) + "\n", None)
+    show_document((), asdict(report), json)
+    if json == "-":
         return
     packages = [(each.name, each.version or Cell("missing", "note")) for each in report.packages]
     console.print(Terminal(Sheet((Column("package", "mark"), Column("version", "mark")), packages)))

@@ -21,8 +21,17 @@ LONGEST_BUILD = 30 * 24 * 3600.0
 """Seconds."""
 LAST_SEED = (1 << 32) - 1
 
-Rtol = Annotated[float | None, typer.Option(min=0.0, help="Tolerance on max |Δ|, relative to max |reference|.")]
-Atol = Annotated[float | None, typer.Option(min=0.0, help="Absolute tolerance on max |Δ|.")]
+Rtol = Annotated[
+    float | None, typer.Option(min=0.0, help="Tolerance on max |Δ|, relative to max |reference|; none for integers.")
+]
+Atol = Annotated[
+    float | None, typer.Option(min=0.0, help="Absolute tolerance on max |Δ|; 1 or more counts for integers.")
+]
+
+JsonAlone = Annotated[
+    str | None, typer.Option("--json", metavar="[file|-]", help="Write JSON to a file; alone, or with -, to stdout.")
+]
+"""For the commands of ``main.JSON_ALONE``."""
 
 Command = Callable[..., None]
 

@@ -72,12 +72,9 @@ def check_installed(*backends: str, trt_python: str | None = None) -> None:
 
 def check_saved(path: Path) -> None:
     """Raise InputError for what is no saved result at all: no such file, or one that holds no JSON."""
-    from cp_debug.reading import read_json
+    from cp_debug.reading import read_json, result_file
 
-    file = path / "result.json" if path.is_dir() else path
-    if not file.exists():
-        raise InputError(f"{file}: no such file; expected what `cpdebug bisect --save FOLDER` writes")
-    read_json(file, what="saved result")
+    read_json(result_file(path), what="saved result")
 
 
 def _check_source(source: str) -> None:

@@ -6,10 +6,13 @@ memory kills. Linux alone has what this takes; elsewhere the command runs as it 
 
 from __future__ import annotations
 
+import getpass
 import os
+import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug import doing
+from cp_debug.files import MADE, PARTIAL
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE)
@@ -26,7 +30,7 @@ PAUSE = 0.5
 """Seconds after which the pipe is looked at."""
 _DIE_WITH_PARENT = 1
 """``PR_SET_PDEATHSIG`` of ``prctl(2)``."""
-_FOLDER, _CODE = b"d", b"c"
+_TEMPORARY, _MADE, _CODE = b"d", b"m", b"c"
 
 
 def guarded(command: Callable[[], Any]) -> None:
@@ -55,6 +59,12 @@ def guarded(command: Callable[[], Any]) -> None:
     os._exit(_conclude(status, told))
 
 
+def torch_folder() -> str:
+    """Torch's folder for kernels among temporary files, as its ``default_cache_dir`` names it."""
+    name = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    return os.path.join(tempfile.gettempdir(), f"torchinductor_{name}")  # noqa: PTH118
+
+
 def _can_guard() -> bool:
     """Whether this is Linux, and no thread and no debugger runs, which a copy of the process would lack."""
     return sys.platform == "linux" and threading.active_count() == 1 and sys.gettrace() is None
@@ -71,14 +81,17 @@ def _die_with(parent: int) -> None:
 
 
 def _report_to(pipe: int) -> None:
-    """Write into the pipe, a line each, the temporary folders that are made."""
+    """Write into the pipe, a line each, what is made and would be removed in the end: temporary files and folders, and
+    folders for outputs, as far as they are empty."""
     os.set_blocking(pipe, False)
     process = os.getpid()
+    kinds = {"tempfile.mkdtemp": _TEMPORARY, "tempfile.mkstemp": _TEMPORARY, PARTIAL: _TEMPORARY, MADE: _MADE}
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in ("tempfile.mkdtemp", "tempfile.mkstemp") and os.getpid() == process:
+        if event in kinds and os.getpid() == process:
             with suppress(OSError, TypeError, ValueError):  # a full pipe, a name that is none
-                os.write(pipe, _FOLDER + os.fsencode(arguments[0]) + b"\n")
+                if b"\n" not in (name := os.fsencode(arguments[0])):
+                    os.write(pipe, kinds[event] + name + b"\n")
 
     sys.addaudithook(hook)
 
@@ -92,8 +105,8 @@ def _run(command: Callable[[], Any], pipe: int, unblocked: Collection[Any]) -> N
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         command()
-    except KeyboardInterrupt:  # outside of what the command does about it
-        code = 128 + signal.SIGINT
+    except KeyboardInterrupt as end:  # outside of what the command does about it
+        code = getattr(end, "code", 128 + signal.SIGINT)
         raise
     except SystemExit as end:
         code = end.code
@@ -132,9 +145,14 @@ def _conclude(status: int, told: bytes) -> int:
     if codes:  # whatever libraries do while the interpreter is taken down
         return codes[-1]
     for line in lines:
-        if line[:1] == _FOLDER:
+        if line[:1] == _TEMPORARY:
             path = Path(os.fsdecode(line[1:]))
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            with suppress(OSError):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    made = [Path(os.fsdecode(line[1:])) for line in lines if line[:1] == _MADE]
+    for folder in (*reversed(made), Path(torch_folder())):
+        with suppress(OSError):  # not there, or not empty
+            folder.rmdir()
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     if number in ENDINGS:
         return 128 + number

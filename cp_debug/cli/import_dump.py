@@ -45,18 +45,22 @@ def import_dump(
         check_file(dump, "file of tensors")
     load_torch()
     from cp_debug.backends.arithmetic import ARITHMETICS
-    from cp_debug.probes.dumps import read_dump
+    from cp_debug.probes.dumps import read_dumps, steps_left_out
 
     if precision not in ARITHMETICS:
         raise InputError(f"--precision: {precision!r}; expected one of {', '.join(ARITHMETICS)}")
-    tensors = read_dump(dump)
+    tensors, *others = read_dumps(dump)
     from cp_debug.bisect.import_dump import match_dump, write_dump
-    from cp_debug.cli.console import show_document
+    from cp_debug.cli.console import show_document, show_notes
     from cp_debug.reports.import_dump import render
 
     last, flat = layout is DumpLayout.nhwc, layout is DumpLayout.flat
     matched = match_dump(graph, tensors, str(dump), maps=maps or (), channels_last=last, flat=flat)
     with replacing("--output", output, overwrite) as target:
         write_dump(matched, graph, target, precision)
+    if others:
+        show_notes([f"1 of {len(others) + 1} samples of {dump} is imported, the first"])
+    if steps := steps_left_out(dump):
+        show_notes([f"1 of {steps + 1} steps in {dump} is imported, the first; the folder of another one gives that"])
     show_document(render(matched), matched.to_dict(), json)
     raise typer.Exit(0 if matched.complete else 1)

@@ -18,13 +18,22 @@ import typer
 
 from cp_debug import __version__, plugins
 from cp_debug.cli import crash
-from cp_debug.cli.console import NO_READER, errors, forget_output, show_anywhere, show_error, show_usage
+from cp_debug.cli.console import NO_READER, Ended, errors, forget_output, show_anywhere, show_error, show_usage
 from cp_debug.cli.library_log import safe_library_log
-from cp_debug.cli.typed import INTERRUPTED, Command
-from cp_debug.errors import CpdebugError, InputError, MissingPackage, system_reason
+from cp_debug.cli.typed import INTERRUPTED, Command, JsonCommand
+from cp_debug.doing import asked_to_end
+from cp_debug.errors import (
+    TOGETHER,
+    CpdebugError,
+    InputError,
+    MissingPackage,
+    Terminated,
+    raise_if_interrupted,
+    system_reason,
+    text_of,
+)
+from cp_debug.loading import kept_torch_out
 
-TOGETHER = 1.0
-"""Seconds within which two signals are one wish."""
 RUNS_NOTHING = ("cache", "compare", "doctor", "models", "report", "ui")
 """Commands in which ONNX Runtime has nothing to log."""
 
@@ -57,6 +66,8 @@ COMMANDS = (
     "sweep",
 )
 """Commands in the order of the help; each is a module of this package."""
+JSON_ALONE = ("cache", "check", "doctor")
+"""Commands in which --json needs no value."""
 _ELSEWHERE = {"eval": ("eval", "evaluate"), "import": ("import_dump", "import_dump")}
 """Module and function of the commands that Python's own words name."""
 
@@ -103,8 +114,11 @@ def application(first: str = "") -> typer.Typer:
         if hasattr(module, "app"):
             made.add_typer(module.app)
         else:
-            made.command(name, cls=Command)(getattr(module, function))
+            made.command(name, cls=JsonCommand if name in JSON_ALONE else Command)(getattr(module, function))
     return made
+
+
+Command.whole = staticmethod(application)
 
 
 def __getattr__(name: str) -> Any:
@@ -120,6 +134,9 @@ class _Ending:
     A signal for a whole process group comes to this process twice, and the second one would end the tidying.
     """
 
+    asked: KeyboardInterrupt | None = None
+    """Exception of the last signal, raised in whatever library: one that swallows it fails in some other way."""
+
     def __init__(self) -> None:
         self._last = -TOGETHER
 
@@ -128,13 +145,34 @@ class _Ending:
         if now - self._last < TOGETHER:
             return
         self._last = now
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        sys.exit(128 + number)
+        _Ending.asked = KeyboardInterrupt() if number == signal.SIGINT else Terminated(128 + number)
+        raise _Ending.asked
+
+
+_runs = False
+
+
+def refuse_itself() -> None:
+    """Raise RuntimeError where the command line runs in this process already: a callable that was named calls it."""
+    if _runs:
+        raise RuntimeError("cpdebug's own command was called while it runs")
 
 
 def main() -> None:
-    """Run the command line; every expected failure is one message on stderr and an exit code."""
+    """Run the command line; every expected failure is one message on stderr and an exit code.
+
+    Raises RuntimeError where it runs in this process already.
+    """
+    global _runs
+    refuse_itself()
+    _runs = True
+    try:
+        _main()
+    finally:
+        _runs = False
+
+
+def _main() -> None:
     # Threads that wait in vain spin, and so take the cores from those they wait for when other programs run, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it leaves a file in the folder for temporary ones
@@ -146,40 +184,70 @@ def main() -> None:
     try:
         code = application(sys.argv[1] if len(sys.argv) > 1 else "")(standalone_mode=False)
         sys.stdout.flush()
-        sys.exit(code)
-    except CpdebugError as error:
+        # Typer takes every request to end that reaches it for Ctrl-C.
+        raise Ended(_Ending.asked.code if code == INTERRUPTED and isinstance(_Ending.asked, Terminated) else code)
+    except Ended:
+        raise
+    except KeyboardInterrupt as end:  # before or after a command; see ``Command`` for the time between
+        sys.exit(_interrupted(end))
+    except BaseException as error:
+        try:
+            raise_if_interrupted(error)
+        except KeyboardInterrupt as end:
+            sys.exit(_interrupted(end))
+        # What swallowed the request to end has failed in another way, which nobody wants to read.
+        sys.exit(_told(error) if _Ending.asked is None else _interrupted(_Ending.asked))
+
+
+def _interrupted(end: KeyboardInterrupt) -> int:
+    """The exit code for a request to end; of Ctrl-C is told."""
+    if isinstance(end, Terminated):
+        return end.code
+    errors.print("interrupted")
+    return INTERRUPTED
+
+
+def _told(error: BaseException) -> int:
+    """Tell the user about an error; returns the exit code."""
+    if isinstance(error, CpdebugError):
         show_error(str(error))
-        sys.exit(error.exit_code)
-    except MemoryError:
+        return error.exit_code
+    if isinstance(error, MemoryError):
         show_error("out of memory: this asks for more than the process may have")
-        sys.exit(InputError.exit_code)
-    except BrokenPipeError:  # before or after a command; see ``Command`` for the time between
+        return InputError.exit_code
+    if isinstance(error, BrokenPipeError):  # before or after a command
         forget_output()
-        sys.exit(NO_READER)
-    except OSError as error:
+        return NO_READER
+    if isinstance(error, OSError):
         place = error.filename if error.filename is not None else "the output"
         show_error(f"{place}: {system_reason(error)}")
         forget_output()
-        sys.exit(InputError.exit_code)
-    except KeyboardInterrupt:  # likewise
-        errors.print("interrupted")
-        sys.exit(INTERRUPTED)
-    except Exception as error:
-        if hasattr(error, "format_message"):  # what the parser raises
-            show_usage(error)
-            sys.exit(InputError.exit_code)
-        if isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY):
-            show_error("out of memory: this asks for more than the machine has")
-            sys.exit(InputError.exit_code)
-        damaged = plugins.told_by(error)
-        if damaged is not None:
-            show_error(damaged)
-            sys.exit(MissingPackage.exit_code)
-        code = crash.EXIT_CODE
-        try:
-            show_error(crash.log_crash(error))
-        except MemoryError:  # too little even for the log
-            code = InputError.exit_code
-            show_error("out of memory: this asks for more than the process may have")
-        finally:
-            sys.exit(code)
+        return InputError.exit_code
+    if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):  # of a help page
+        forget_output()
+        return NO_READER
+    if not isinstance(error, Exception):
+        show_error(asked_to_end(error))
+        return InputError.exit_code
+    if hasattr(error, "format_message"):  # what the parser raises
+        show_usage(error)
+        return InputError.exit_code
+    if isinstance(error, RuntimeError) and any(text in text_of(error) for text in _NO_MEMORY):
+        show_error("out of memory: this asks for more than the machine has")
+        return InputError.exit_code
+    if isinstance(error, RuntimeError) and "can't start new thread" in text_of(error):
+        show_error("no thread can be started: the system allows this user or process no more, or has no memory for it")
+        return InputError.exit_code
+    if said := kept_torch_out(error):
+        show_error(said)
+        return MissingPackage.exit_code
+    damaged = plugins.told_by(error)
+    if damaged is not None:
+        show_error(damaged)
+        return MissingPackage.exit_code
+    try:
+        show_error(crash.log_crash(error))
+        return crash.EXIT_CODE
+    except MemoryError:  # too little even for the log
+        show_error("out of memory: this asks for more than the process may have")
+        return InputError.exit_code

@@ -15,7 +15,7 @@ from cp_debug.cli.typed import once, refuse, typed
 from cp_debug.errors import InputError
 
 if TYPE_CHECKING:
-    from cp_debug.recipes.input_files import Reading
+    from cp_debug.recipes.input_files import Reading, Shapes
 
 PANEL = "Inputs from files, and their sizes"
 INPUTS_HELP = ".npz, .npy, Polygraphy JSON, test_data_set folder, image, point cloud, or a folder of them."
@@ -87,7 +87,18 @@ class ReadingFlags:
         sized = None in given or any(map(_may_be_image, given))
         read_from = ", ".join(str(path) for path in given if path is not None)
         refuse(("shape",), unless=sized, why=f"the inputs have the sizes that {read_from} gives them")
+        if model.endswith(".onnx"):
+            fixed = _fixed(Path(model), reading.shapes)
+            refuse(("shape",), unless=not fixed, why=f"{model} takes {fixed} and no other size")
         return reading
+
+
+def _fixed(model: Path, shapes: Shapes) -> str:
+    """The inputs of ``shapes``, in words, where each has this very shape in the file; else empty."""
+    from cp_debug.graph.graph import Graph
+
+    fixed = [v for v in Graph(model).inputs if v.name in shapes and v.shape == tuple(shapes[v.name])]
+    return ", ".join(map(str, fixed)) if len(fixed) == len(shapes) else ""
 
 
 def _may_be_image(given: Path | None) -> bool:

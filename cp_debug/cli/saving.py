@@ -3,30 +3,42 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cp_debug.errors import InputError
-from cp_debug.files import missing_folders, resolved
+from cp_debug.files import MADE, missing_folders, partial_name, resolved
+from cp_debug.files import check_target as check_writable
+from cp_debug.reading import RESULT, read_json
 
 OUTPUTS = {"charts", "csv", "html", "json", "junit", "log", "log_file", "onnx", "output", "plot", "predictions", "save"}
 """Parameters of commands that name what is written; every other text or path may name what is read."""
 
 
+SCHEMAS = "cpdebug."
+"""Beginning of the ``schema`` of every JSON document that a command writes."""
+FILES = {"csv", "html", "json", "junit", "log_file", "plot", "predictions"}
+"""Parameters of those that are files, in folders that must be there."""
+_MADE = OUTPUTS | {"cache", "engine_cache", "shared", "timing_cache"}
+"""Parameters that name what is made where it does not exist."""
 DEEPEST = 400
 """Largest number of folders around an output: to make them takes a call within a call each."""
 
 
 def check_outputs(given: Mapping[str, Any], flags: Mapping[str, str]) -> None:
     """Raise InputError where an output would replace a file that the same command line reads, or another output, or
-    lies too deep.
+    lies too deep, or where its folder is missing.
 
     ``given``: parameter → value; ``flags``: parameter → its spelling.
     """
+    for name, value in given.items():
+        if name in _MADE and isinstance(value, (str, Path)) and Path(value).parts[:1] == ("~",):
+            why = "~ is for the shell, which leaves it alone in quotes and after a ="
+            raise InputError(f"{flags[name]}: {value}: {why}; expected the whole path, or $HOME")
     outputs = [(flags[name], str(value)) for name, value in given.items() if name in OUTPUTS and _names_file(value)]
     for flag, output in outputs:
         if (folders := len(Path(output).parts)) > DEEPEST:
@@ -45,8 +57,26 @@ def check_outputs(given: Mapping[str, Any], flags: Mapping[str, str]) -> None:
                     raise InputError(f"{flag}: {output} is what {flags[name]} reads; expected another file")
                 if _is_part(Path(output), Path(str(text))):
                     raise InputError(f"{flag}: {output} is a part of what {flags[name]} reads; expected another file")
-                if given.get("overwrite") and resolved(Path(output)) in resolved(Path(str(text))).parents:
+                if given.get("overwrite") and Path(output).is_dir() and _lies_in(str(text), Path(output)):
                     raise InputError(f"{flag}: --overwrite would remove {text}, which {flags[name]} reads, with it")
+
+
+def check_folders(given: Mapping[str, Any], flags: Mapping[str, str]) -> None:
+    """Raise InputError for a file that could not be written at the end, unless another output makes its folder.
+
+    ``given`` and ``flags``: as ``check_outputs`` has them.
+    """
+    made = [resolved(Path(str(v))) for n, v in given.items() if n in OUTPUTS - FILES and _names_file(v)]
+    for name, value in given.items():
+        if name not in FILES or not _names_file(value):
+            continue
+        folder = resolved(Path(str(value))).parent
+        if not folder.exists() and any(place in (folder, *folder.parents) for place in made):
+            continue
+        try:
+            check_writable(Path(str(value)))
+        except InputError as error:
+            raise InputError(f"{flags[name]}: {error}") from None
 
 
 @contextmanager
@@ -54,6 +84,8 @@ def no_empty_folders(given: Mapping[str, Any]) -> Iterator[None]:
     """Context that, where it fails, removes the empty folders that it made for the outputs among ``given``."""
     outputs = [Path(str(value)) for name, value in given.items() if name in OUTPUTS and _names_file(value)]
     new = {folder for output in outputs for folder in missing_folders(output)}
+    for folder in sorted(new, key=lambda folder: len(folder.parts)):
+        sys.audit(MADE, str(folder.absolute()))
     try:
         yield
     except BaseException:
@@ -82,7 +114,15 @@ def _same_file(output: str, text: str) -> bool:
     return False
 
 
-_PARTS = {"manifest.json", "result.json"}
+def _lies_in(text: str, folder: Path) -> bool:
+    """Whether ``text``, which may be ``file.py:callable``, names a file or folder in ``folder``."""
+    with suppress(OSError):
+        places = [Path(part) for part in (text, text.rpartition(":")[0]) if part]
+        return any(place.exists() and resolved(folder) in resolved(place).parents for place in places)
+    return False
+
+
+_PARTS = {"manifest.json", RESULT}
 _REPORTS = {".json", ".csv", ".html", ".md", ".xml", ".svg", ".png", ".log", ".txt"}
 
 
@@ -96,17 +136,31 @@ def _is_part(output: Path, folder: Path) -> bool:
 
 def is_ours(folder: Path) -> bool:
     """Whether an earlier run wrote the folder: a saved result, also an incomplete one, or a capture."""
-    return any((folder / name).exists() for name in ("result.json", "sample-0", "manifest.json"))
+    files = (folder / RESULT, folder / "manifest.json", *folder.glob("sample-0/*/manifest.json"))
+    return any(_has_schema(file) for file in files)
+
+
+def _has_schema(file: Path) -> bool:
+    """Whether a file is a JSON document of this project's."""
+    try:
+        document = read_json(file)
+    except InputError:
+        return False
+    return isinstance(document, dict) and str(document.get("schema")).startswith(SCHEMAS)
 
 
 def check_target(flag: str, folder: Path, overwrite: bool) -> None:
     """Raise InputError where ``folder`` cannot be written as ``flag`` says, before anything long."""
+    if str(folder) == "-":
+        raise InputError(f"{flag}: -; expected the name of a folder")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not folder.is_dir() or not is_ours(folder):
         raise InputError(f"{flag}: {folder} exists and is none of cpdebug's; expected a new or empty folder")
     if not overwrite:
         raise InputError(f"{flag}: {folder} holds an earlier run; --overwrite replaces it")
+    if resolved(folder) in (here := resolved(Path()), *here.parents):
+        raise InputError(f"{flag}: --overwrite would remove {folder}, in which this command runs; expected another")
 
 
 def check_new(flag: str, files: Iterable[Path], overwrite: bool) -> None:
@@ -120,24 +174,31 @@ def check_new(flag: str, files: Iterable[Path], overwrite: bool) -> None:
 def replacing(flag: str, folder: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to write to, which takes the place of an earlier run's when the block succeeds; else that one stays.
 
-    A new or empty folder is given as it is. Raises InputError as ``check_target`` does.
+    An empty folder is given as it is: it may be where something is mounted. What is complete in a new one stays where
+    the block is interrupted. Raises InputError as ``check_target`` does.
     """
     check_target(flag, folder, overwrite)
-    if not folder.exists() or not any(folder.iterdir()):
-        there = folder.exists()
+    there = folder.exists()
+    if there and not any(folder.iterdir()):
         try:
-            yield folder
-        except Exception:
-            _empty(folder)
-            if not there:
-                shutil.rmtree(folder, ignore_errors=True)
+            yield folder.absolute()
+        except BaseException as error:
+            if isinstance(error, Exception) or not is_ours(folder):
+                _empty(folder)
             raise
         return
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    # Nobody takes it for whole where the process is killed; the user's code may go to another working folder.
+    partial = partial_name(folder).absolute()
     try:
-        yield partial
         try:
-            shutil.rmtree(folder)
+            yield partial
+        except BaseException as error:
+            if not isinstance(error, Exception) and not there and is_ours(partial):
+                partial.replace(folder)
+            raise
+        try:
+            if there:
+                shutil.rmtree(folder)
             partial.replace(folder)
         except OSError as error:
             raise InputError(f"{flag}: {folder} cannot be replaced ({error.strerror or error})") from error

@@ -89,6 +89,7 @@ def search(
     from cp_debug.mixed_precision.search import MixedPrecisionOptions, samples_for
     from cp_debug.mixed_precision.search import search as run
     from cp_debug.quantization.quantized_programs import load_quantized
+    from cp_debug.recipes.abilities import samples_left_out
     from cp_debug.reports.mixed_precision import render
 
     options = MixedPrecisionOptions(
@@ -106,6 +107,7 @@ def search(
         loaded_samples = samples_for(loaded, parsed, inputs=inputs, data=data, count=samples, seed=seed)
         created = tensorrt.make(specs, engines.options, on_step)
         result = run(loaded, created, parsed, loaded_samples, replace(options, quantized=parts), on_step)
+        result.notes.extend(samples_left_out(loaded, source, samples, len(loaded_samples)))
     show_document(render(result), result.to_dict(), json)
     if onnx and result.reached:
         errors.print(f"{onnx}: written", soft_wrap=True)

@@ -14,10 +14,11 @@ import typer
 from cp_debug.backends.spec import parse_backends
 from cp_debug.cli import calibration
 from cp_debug.cli.bisect import Exporter
+from cp_debug.cli.console import show_error
 from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up
 from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse, refuse_export_flags, refuse_seed
-from cp_debug.errors import InputError, in_one_line
+from cp_debug.errors import InputError
 from cp_debug.files import resolved
 from cp_debug.loading import load_torch
 from cp_debug.safe_text import amount
@@ -141,7 +142,7 @@ class Desk:
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
                 if not finished.reread:
                     raise
-                not_readable = f"{log.path}: what was read from it is no result of this version ({in_one_line(error)})"
+                not_readable = f"{log.path}: what was read from it is no result of this version"
                 raise InputError(f"{not_readable}; give another --log") from error
         json, csv, html = self.json, self.csv, self.html
         if self.output:
@@ -155,6 +156,9 @@ class Desk:
             write_csv(result, csv)
         if html:
             write_page(result, html)
+        if result.failures:
+            first = result.failures[0]
+            show_error(f"{amount(len(result.failures), 'task')} failed; {first.label}, {first.sample}: {first.error}")
         raise typer.Exit(0 if result.passed else 2 if result.failures else 1)
 
     def _shared(self, stack: ExitStack) -> str | None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import typer
 from typer.core import TyperCommand
 
 from cp_debug.cli.console import NO_READER, errors, forget_output, results_alone
 from cp_debug.cli.library_log import no_library_warnings
-from cp_debug.cli.saving import check_outputs, no_empty_folders
-from cp_debug.errors import InputError
+from cp_debug.cli.own_words import all_options, in_own_words
+from cp_debug.cli.saving import check_folders, check_outputs, no_empty_folders
+from cp_debug.errors import CpdebugError, InputError, Terminated
 
 _TYPED: ContextVar[Mapping[str, str] | None] = ContextVar("typed", default=None)
 
@@ -29,17 +30,30 @@ class Command(TyperCommand):
     Ctrl-C and a reader that has gone have exit codes of their own: the library's is 1, here a divergence.
     """
 
+    whole: ClassVar[Any] = None
+    """Makes the whole command line, which is asked what options other commands have."""
+
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Run the command, with its typed flags remembered meanwhile.
 
         Raises InputError for numbers without end, and for an output that would replace what is read or another output.
         """
         check_numbers(self, ctx.params)
-        check_outputs(ctx.params, {p.name: _flag(p.opts) for p in self.params if p.name})
+        flags = {p.name: _flag(p.opts) for p in self.params if p.name}
+        check_outputs(ctx.params, flags)
+        if ctx.params.get("config") is None:  # else its work folder may be made, and hold what is written
+            check_folders(ctx.params, flags)
         token = _TYPED.set(_spelled(self, ctx))
         try:
             with results_alone(), no_library_warnings(), no_empty_folders(ctx.params):
                 return super().invoke(ctx)
+        except CpdebugError as error:
+            if self.whole is not None and error.args and "--" in str(error.args[0]):
+                own = [option for p in self.params for option in (*p.opts, *p.secondary_opts)]
+                error.args = (in_own_words(str(error.args[0]), own, all_options(self.whole)), *error.args[1:])
+            raise
+        except Terminated as end:
+            raise typer.Exit(end.code) from None
         except KeyboardInterrupt:
             errors.print("interrupted")
             raise typer.Exit(INTERRUPTED) from None
@@ -48,6 +62,36 @@ class Command(TyperCommand):
             raise typer.Exit(NO_READER) from None
         finally:
             _TYPED.reset(token)
+
+
+class JsonCommand(Command):
+    """A command whose ``--json`` may stand alone, which is ``--json -``: what follows may be an argument."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Parse the words of the command line, with a value for every ``--json``."""
+        given, left = list[str](), list(args)
+        while left and left[0] != "--":
+            word = left.pop(0)
+            if word == "--json":
+                word = f"--json={left.pop(0) if left and self._is_target(ctx, given, left) else '-'}"
+            given.append(word)
+        return super().parse_args(ctx, [*given, *left])
+
+    def _is_target(self, ctx: typer.Context, given: list[str], left: list[str]) -> bool:
+        """Whether the first word of ``left`` says where JSON goes: else it is a flag, or an argument that is wanted."""
+        word = left[0]
+        if word == "-" or word.startswith("-"):
+            return word == "-"
+        if word.endswith(".json"):
+            return True
+        rest = ["--json=-" if each == "--json" else each for each in left]
+        try:
+            _, too_many, _ = self.make_parser(ctx).parse_args([*given, *rest])
+        except Exception as error:
+            if not hasattr(error, "format_message"):
+                raise
+            return False  # what the parser raises: it is told when all is parsed
+        return bool(too_many)
 
 
 def _flag(spellings: list[str]) -> str:
@@ -112,9 +156,9 @@ def refuse_export_folder(model: str) -> None:
     refuse(("onnx_dir",), unless=not model.endswith(".onnx"), why=f"{model} is exported already")
 
 
-def refuse_seed(models: Iterable[str], inputs: object, samples: int = 1) -> None:
+def refuse_seed(models: Iterable[str], inputs: object, samples: int | None = None) -> None:
     """Refuse --seed where nothing is made up: each model has weights of its own, and ``inputs`` are given, or one
-    sample is taken of models that come with an example."""
+    sample is taken of models that come with an example. ``samples`` None: the command takes one, and no --samples."""
     if not typed(("seed",)):
         return
     from cp_debug.recipes.registry import kind_of
@@ -123,7 +167,9 @@ def refuse_seed(models: Iterable[str], inputs: object, samples: int = 1) -> None
     own = kinds <= {"onnx", "program", "callable"}
     refuse(("seed",), unless=inputs is None or not own, why=f"the inputs are those of {inputs}")
     why = "the first sample is the model's own example; expected --samples 2 or more beside it"
-    refuse(("seed",), unless=samples > 1 or not kinds <= {"program", "callable"}, why=why)
+    if samples is None:
+        why = "the one sample is the model's own example"
+    refuse(("seed",), unless=(samples or 1) > 1 or not kinds <= {"program", "callable"}, why=why)
 
 
 def refuse_data_flags(data: object) -> None:

@@ -19,7 +19,7 @@ def ui(
     import webbrowser
 
     from cp_debug.cli.console import console
-    from cp_debug.errors import InputError
+    from cp_debug.errors import InputError, Terminated
 
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
@@ -31,5 +31,7 @@ def ui(
             webbrowser.open(server.url)
         try:
             server.serve_forever(poll_interval=0.2)
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             console.print("ended")

@@ -12,7 +12,7 @@ import typer
 from cp_debug.cli import reading, tensorrt
 from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
 from cp_debug.cli.given import check_configured, check_given
-from cp_debug.cli.typed import once, refuse, refuse_export_folder
+from cp_debug.cli.typed import once, refuse, refuse_export_folder, refuse_seed
 from cp_debug.loading import load_torch
 from cp_debug.safe_text import amount
 
@@ -36,7 +36,8 @@ def verify(
         Path | None, typer.Option(help="Another .onnx for the tests (a folder, for several components).")
     ] = None,
     maps: Annotated[
-        list[str] | None, typer.Option("--map", help="REFERENCE=TEST: these two are one value; repeatable.")
+        list[str] | None,
+        typer.Option("--map", help="REFERENCE=TEST: these two are one value; OUTPUT=: leave one out; repeatable."),
     ] = None,
     recipe: Annotated[str | None, typer.Option("--model", help="For a configuration that names no model.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights: .pt or .safetensors.")] = None,
@@ -110,6 +111,8 @@ def verify(
         refuse(("maps",), unless=test_model is not None, why="without --test-model both sides run one file")
         refuse_export_folder(config.model or "")
         check_made_up(config.verify.samples, config.data.path)
+        if config.model:
+            refuse_seed([config.model], config.data.path, config.verify.samples)
         how = files.chosen(config.model or "", config.data.path)
         check_configured(config, config.verify.samples, test_model=test_model, reading=how)
         deployment = Deployment(config, source, on_step, how, on_event=on_step.on_event)

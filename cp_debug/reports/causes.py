@@ -13,6 +13,7 @@ from cp_debug.bisect.result import TestResult
 from cp_debug.reports.numbers import number, share_in_words
 from cp_debug.reports.sheet import Cell, Column, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
+from cp_debug.safe_text import in_digits
 
 NAMED = 4
 """Layers and elements that are named; the JSON has all."""
@@ -102,7 +103,7 @@ def _where(where: Where) -> Iterator[str]:
         yield f"channels {', '.join(top) or 'all alike'}"
     if where.concentrated < 0.5:
         yield f"region {where.region}, {where.concentrated:.1%} of the tensor"
-    worst = (f"{e.index}: {e.value:.6g} for {e.oracle:.6g}" for e in where.worst[:2])
+    worst = (f"{e.index}: {in_digits(e.value)} for {in_digits(e.oracle)}" for e in where.worst[:2])
     if text := ", ".join(worst):
         yield f"worst {text}"
 

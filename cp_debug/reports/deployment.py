@@ -32,7 +32,9 @@ def export_lines(exported: Sequence[Exported]) -> Iterator[Text]:
         else:
             yield Text(f"  alignment: {alignment.coverage() if alignment else 'none'}")
         runs = [f"{f'{count} samples of ' if count > 1 else ''}{size}" for size, count in Counter(each.sizes).items()]
-        yield Text(f"  {each.checked_by} on {' and '.join(runs)}: relative L2 at most {each.error:.2g}")
+        says = f" ({'; '.join(each.caveats)})" if each.caveats else ""
+        distance = "nothing was compared" if each.error is None else f"relative L2 at most {each.error:.2g}"
+        yield Text(f"  {each.checked_by} on {' and '.join(runs)}: {distance}{says}")
 
 
 def stage_table(records: Sequence[StageRecord]) -> Sheet:

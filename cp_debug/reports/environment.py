@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from cp_debug.backends.determinism import deterministic, read_settings
 from cp_debug.errors import CpdebugError
 from cp_debug.optional import install
@@ -57,6 +59,8 @@ ADVICE = {
 }
 """Torch setting → the line that makes it the safe one, outside of cpdebug."""
 
+PROBE = 120.0
+"""Seconds within which TensorRT tells what it is: its libraries are gigabytes."""
 _UNSET_IS_SAFE = {"none", "ieee"}
 
 
@@ -131,6 +135,25 @@ def _other_settings() -> Iterator[Setting]:
     )  # fmt: skip
 
 
+def int8_sums_saturate() -> bool | None:
+    """Whether ONNX Runtime adds products of unsigned and signed bytes in pairs of 16 bits here, as on processors
+    without VNNI; None where it is not installed."""
+    try:
+        ort: Any = importlib.import_module("onnxruntime")
+    except ImportError:
+        return None
+    from onnx import TensorProto, helper
+
+    a = helper.make_tensor_value_info("a", TensorProto.UINT8, [4, 4])
+    b = helper.make_tensor_value_info("b", TensorProto.INT8, [4, 4])
+    y = helper.make_tensor_value_info("y", TensorProto.INT32, [4, 4])
+    graph = helper.make_graph([helper.make_node("MatMulInteger", ["a", "b"], ["y"])], "product", [a, b], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (sums,) = session.run(None, {"a": np.full((4, 4), 255, np.uint8), "b": np.full((4, 4), 127, np.int8)})
+    return bool((sums != 4 * 255 * 127).any())
+
+
 def _devices(environment: Environment) -> None:
     import torch
 
@@ -142,6 +165,11 @@ def _devices(environment: Environment) -> None:
     ]
     providers = _ort_providers()
     environment.devices.append(f"ONNX Runtime providers: {', '.join(providers) or 'none, it is not installed'}")
+    if providers and int8_sums_saturate():
+        environment.warnings.append(
+            "INT8 in ONNX Runtime: this processor has no VNNI, so sums of unsigned data and signed weights saturate in "
+            'pairs of products; quantize with reduce_range=True, or set session.x64quantprecision to "1"'
+        )
     ort_cuda = "CUDAExecutionProvider" in providers
     if providers and bool(gpus) != ort_cuda:
         able, unable = ("torch", "ONNX Runtime") if gpus else ("ONNX Runtime", "torch")
@@ -163,7 +191,7 @@ def _tensorrt() -> str:
     from cp_debug.backends.tensorrt.client import RunnerClient
 
     try:
-        probed = RunnerClient().probe()
+        probed = RunnerClient(time_limit=PROBE).probe()
     except CpdebugError as error:
         return str(error).replace("\n", "; ")
     return f"TensorRT: {probed}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from cp_debug.bisect.result import LayerRow
+from cp_debug.bisect.result import OK, LayerRow
 
 
 def not_finite(row: LayerRow) -> str:
@@ -24,7 +24,12 @@ def born(row: LayerRow) -> str:
 
 def verdict(row: LayerRow) -> str:
     """The verdict, with what is born in a guilty layer: its figures are of the finite values alone."""
-    return f"{row.verdict}: {born(row)}" if born(row) else row.verdict
+    return f"{row.verdict}: {born(row)}" if born(row) else unless_nothing(row, row.verdict)
+
+
+def unless_nothing(row: LayerRow, verdict: str) -> str:
+    """``verdict``, or ``not compared`` for one that would say that all is well where there was no number."""
+    return "not compared" if verdict == OK and row.stats.nothing_compared else verdict
 
 
 def side_by_side(row: LayerRow) -> str:

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow, TestResult
 from cp_debug.reports.numbers import number
 from cp_debug.reports.saved import SavedResult
-from cp_debug.reports.tables import verdict_line
+from cp_debug.reports.verdict_line import verdict_line
 from cp_debug.safe_text import annotation, visible
 
 
@@ -39,7 +39,8 @@ def document(root: ET.Element) -> str:
         for name, value in element.items():
             element.set(name, visible(value))
     ET.indent(root)
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+    text = ET.tostring(root, encoding="unicode").replace("##[", "&#35;#[")  # a command, in a log of GitHub's
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
 
 
 def render_github(saved: SavedResult) -> str:
@@ -52,7 +53,8 @@ def render_github(saved: SavedResult) -> str:
 
 def _annotation(test: TestResult, model: str) -> str:
     explained = test.remainder is None or test.remainder.adds_up
-    rounding = test.oracle and not test.guilty and not test.undecided and explained
+    otherwise = test.guilty or test.undecided or test.missing_outputs or test.moved_outputs
+    rounding = test.oracle and not otherwise and explained
     level = "notice" if test.agrees else "warning" if rounding else "error"
     title = annotation(f"cpdebug: {model} on {test.backend.spec}", name=True)
     return f"::{level} title={title}::{annotation(verdict_line(test).plain)}\n"

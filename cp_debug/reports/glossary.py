@@ -46,9 +46,12 @@ GLOSSARY: dict[str, str] = {
     "guilty": "A verdict: the layer introduced more than its precision explains.",
     "divergent": "A verdict: beyond the tolerance, and nobody could replay the layer.",
     "shape": "A verdict: the two tensors have different shapes.",
-    "tolerance": "The largest max |Δ| that is taken as equal: `atol` + `rtol` × the largest value of the reference.",
+    "tolerance": "The largest max |Δ| that is taken as equal: `atol` + `rtol` × the largest value of the reference. "
+    "Indices, ids, counts and masks have none: integers must be equal, or within an `--atol` of 1 or more that "
+    "somebody gave; only levels of a quantizer are rounded.",
     "limit": "What `verify` allows an output, as relative L2: eight times the noise that its precision "
-    "predicts there, or `--tolerance`. The column `of the limit` says how much of it is used.",
+    "predicts there, or `--tolerance`; 0 for integers, which must be equal. The column `of the limit` says how "
+    "much of it is used.",
     "share": "The part of the final divergence that goes away when this layer's own error is taken out.",
     "cause, finding": "A known mechanism that explains what guilty layers introduced, with its evidence, effect "
     "and fix.",

@@ -16,8 +16,10 @@ MOST = 8
 
 def render(dump: ImportedDump) -> Iterator[RenderableType]:
     """The parts of an import, in the order in which they are read."""
-    found = f"{amount(len(dump.tensors), 'tensor')} of {dump.model}, which has {amount(dump.values, 'value')}"
-    yield Text.assemble((dump.source, "bold"), f": {found}")
+    found = f"{dump.matched} of {amount(dump.values, 'value')} of {dump.model}, inputs among them"
+    more = len(dump.tensors) - dump.matched
+    besides = f", and {amount(more, 'constant')}, which no bisect compares" if more else ""
+    yield Text.assemble((dump.source, "bold"), f": {found}{besides}")
     yield from _pairs("renamed", dump.renamed, "is")
     yield from _names("missing output", dump.missing_outputs, "bold red")
     yield from _names("missing input", dump.missing_inputs, "yellow")
@@ -27,6 +29,8 @@ def render(dump: ImportedDump) -> Iterator[RenderableType]:
     yield from _names("extra, no value of the graph", [name for name in dump.extra if name not in dump.suggestions])
     for name, value in list(dump.suggestions.items())[:MOST]:
         yield Text(f"extra: {name} may be {value}: --map {value}={name}", "yellow")
+    for note in dump.notes:
+        yield Text(f"note: {note}", "yellow")
     yield from _pairs("other dtype", dump.dtypes, "is")
     yield from _pairs("other shape", dump.shapes, "is", "bold red")
     style = "green" if dump.complete else "bold red"

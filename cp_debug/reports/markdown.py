@@ -11,8 +11,9 @@ from cp_debug.reports.causes import lines
 from cp_debug.reports.saved import SavedResult
 from cp_debug.reports.sheet import Column, Sheet
 from cp_debug.reports.sheet_markup import table_markdown
-from cp_debug.reports.tables import SETTINGS, short_layer_table, verdict_line, weight_lines
-from cp_debug.safe_text import amount, markdown, visible
+from cp_debug.reports.tables import SETTINGS, short_layer_table, weight_lines
+from cp_debug.reports.verdict_line import verdict_line
+from cp_debug.safe_text import amount, markdown, no_command, visible
 
 
 def render_markdown(saved: SavedResult) -> str:
@@ -85,4 +86,4 @@ def _fenced(text: str) -> list[str]:
     """A code block, in a fence longer than any within."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return [f"{fence}sh", *visible(text).splitlines(), fence]
+    return [f"{fence}sh", *map(no_command, visible(text).splitlines()), fence]

@@ -6,7 +6,8 @@ from markupsafe import Markup
 
 from cp_debug.bisect.result import BisectResult, TestResult
 from cp_debug.reports.sheet_markup import table_notebook
-from cp_debug.reports.tables import short_layer_table, verdict_line
+from cp_debug.reports.tables import short_layer_table
+from cp_debug.reports.verdict_line import verdict_line
 
 
 def render_notebook(result: BisectResult) -> str:

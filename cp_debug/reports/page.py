@@ -29,7 +29,8 @@ from cp_debug.reports.page_tables import changes_table, settings_table, worst_ta
 from cp_debug.reports.saved import SavedResult
 from cp_debug.reports.sheet_markup import breakable, table_html
 from cp_debug.reports.svg import Canvas
-from cp_debug.reports.tables import stage_table, verdict_line, weight_lines
+from cp_debug.reports.tables import stage_table, weight_lines
+from cp_debug.reports.verdict_line import verdict_line
 from cp_debug.safe_text import page
 from cp_debug.version import __version__
 
@@ -44,7 +45,8 @@ class BackendSection:
     anchor: str
     test: TestResult
     verdict: str
-    """``ok``, ``rounding`` (beyond the tolerance, nobody guilty) or ``guilty``: a CSS class."""
+    """``ok``, ``rounding`` (beyond the tolerance, nobody guilty), ``undecided``, ``incomplete`` (an output is missing)
+    or ``guilty``: a CSS class."""
     sentence: str
     growth: Canvas | None
     evidence: Sequence[Evidence]
@@ -186,6 +188,15 @@ def layers_named(result: BisectResult, names: Sequence[str]) -> set[tuple[str, s
     return found
 
 
+def _verdict(test: TestResult) -> str:
+    if test.guilty:
+        return "guilty"
+    if test.agrees:
+        return "ok"
+    incomplete = test.lacks_outputs_alone or test.moves_outputs_alone
+    return "undecided" if test.undecided else "incomplete" if incomplete else "rounding"
+
+
 def _part(saved: SavedResult, anchor: str, test: TestResult, named: Collection[tuple[str, str]]) -> BackendSection:
     chosen = {(row.component, row.onnx) for row in chosen_rows(test)} | set(named)
     shown = [row for row in test.rows if (row.component, row.onnx) in chosen]
@@ -194,7 +205,7 @@ def _part(saved: SavedResult, anchor: str, test: TestResult, named: Collection[t
     return BackendSection(
         anchor=anchor,
         test=test,
-        verdict="guilty" if test.guilty else "ok" if test.agrees else "undecided" if test.undecided else "rounding",
+        verdict=_verdict(test),
         sentence=verdict_line(test).plain.partition(": ")[2].removeprefix("guilty: "),
         growth=growth_chart(test, f"{anchor}-layer-"),
         evidence=evidence(saved, test, shown),

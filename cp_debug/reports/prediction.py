@@ -28,7 +28,8 @@ def render(result: Prediction, *, show_all: bool = False) -> Iterator[Renderable
     yield Terminal(layer_table([layer for layer in layers if show_all or layer.keep or layer in worst]))
     if not show_all and len(layers) > MOST:
         yield Text(f"{len(layers)} layers; those that introduce most are shown, --all shows the rest", "dim")
-    yield Terminal(output_table(result))
+    if result.outputs:
+        yield Terminal(output_table(result))
     for kernel, change in result.detections.items():
         yield Text(f"detections, {kernel}: {change}")
     if result.largest_changes:
@@ -45,6 +46,8 @@ def render(result: Prediction, *, show_all: bool = False) -> Iterator[Renderable
     yield Text(result.verdict, style="yellow" if keeps_any else "green")
     if result.goal:
         says = f"{result.goal} holds on the emulator" if result.reached else f"{result.goal} was not reached"
+        figures = ", ".join(f"{name} {number(value)}" for name, value in result.measured.items())
+        says += f": {figures} over all outputs ({result.measured_by})" if figures else ""
         yield Text(says, style="green" if result.reached else "red")
     if keeps_any and result.precision != "int8":
         for component, tools in arguments(result.keep, result.precision).items():
@@ -55,23 +58,25 @@ def render(result: Prediction, *, show_all: bool = False) -> Iterator[Renderable
 
 def layer_table(layers: list[PredictedLayer]) -> Sheet:
     """A row for each layer."""
-    columns = (
+    columns = [
         Column("layer", "name"),
         Column("operators", "mark", leave_out=5),
         Column("introduces", "number"),
-        Column("from … to", "number", leave_out=3),
+        Column("introduces from … to", "number", leave_out=3),
         Column("error", "number"),
         Column("from … to", "number", leave_out=2),
         Column("largest", "number", leave_out=4),
-        Column("keep in FP32", leave_out=1),
-    )
+    ]
+    keeps = any(layer.keep or layer.range for layer in layers)
+    columns += [Column("keep in FP32", leave_out=1)] if keeps else []
     rows = []
     for layer in layers:
         assert layer.introduced is not None
         operators = "+".join(layer.ops[:4]) + ("…" if len(layer.ops) > 4 else "")
         figures = (*_cells(layer.introduced), *_cells(layer.error), layer.largest)
         keep = layer.keep or (layer.range and f"({layer.range} in FP16's range)")
-        rows.append(Row((layer.name, operators, *figures, keep), "worst" if layer.keep else ""))
+        cells = (layer.name, operators, *figures, *([keep] if keeps else []))
+        rows.append(Row(cells, "worst" if layer.keep else ""))
     return Sheet(columns, rows)
 
 

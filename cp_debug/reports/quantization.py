@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -93,17 +94,28 @@ def render(result: PtqResult) -> Iterator[RenderableType]:
                 f"{len(component.scales.layers)} layers, {len(component.scales.residual_adds)} residual additions"
             )
         yield Text()
-    columns = (Column("output", "name"), Column("SQNR", "number", unit="dB", show=lambda value: fixed(value, 1)))
-    yield Terminal(Sheet(columns, list(result.sqnr.items()), ruled=True))
+    yield from sqnr_table(result.sqnr)
     yield Text(
         f"{result.method}, calibrated on {result.calibrated_on}; SQNR: INT8 against FP32 on {result.measured_on}"
     )
     for file in result.files:
         yield Text(str(file), style="bold")
     checkpoint = next((file for file in result.files if file.name == FILE), None)
-    if checkpoint and min(result.sqnr.values()) < _LOW:
+    if checkpoint and any(value < _LOW for value in result.sqnr.values()):
         command = f"cpdebug quantize sensitivity MODEL --from {checkpoint}"
         yield Text(f"outputs below {_LOW:g} dB; which layers cost most: {command}", style="yellow")
+
+
+def sqnr_table(sqnr: Mapping[str, float]) -> Iterator[RenderableType]:
+    """A row for each output, with its SQNR where there is one."""
+    columns = (Column("output", "name"), Column("SQNR", "number", unit="dB", show=lambda value: fixed(value, 1)))
+    measured = {name: None if math.isnan(value) else value for name, value in sqnr.items()}
+    yield Terminal(Sheet(columns, list(measured.items()), ruled=True))
+    if nothing := [name for name, value in measured.items() if value is None]:
+        says = (
+            "nothing to measure, as FP32 gives no finite number but 0, and so does the test; other inputs may tell more"
+        )
+        yield Text(f"{', '.join(nothing)}: {says}", style="yellow")
 
 
 def _amax(row: QuantizerRow) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import RenderableType
 from rich.text import Text
 
-from cp_debug.bisect.result_diff import BETTER, GONE, NEW, WORSE, LayerChange, LayerState, ResultDiff, TestDiff
+from cp_debug.bisect.result_diff import BETTER, GONE, NEW, UNKNOWN, WORSE, LayerChange, LayerState, ResultDiff, TestDiff
 from cp_debug.files import write_text
 from cp_debug.reports.numbers import number
 from cp_debug.reports.page import environment, page_parts
@@ -18,7 +19,7 @@ from cp_debug.version import __version__
 
 MOST = 20
 """Layers that a terminal shows; the page has all."""
-_TONES: dict[str, Tone] = {WORSE: "bad", BETTER: "good", NEW: "note", GONE: "quiet"}
+_TONES: dict[str, Tone] = {WORSE: "bad", BETTER: "good", NEW: "note", GONE: "quiet", UNKNOWN: "note"}
 
 
 def render(result: ResultDiff) -> Iterator[RenderableType]:
@@ -63,7 +64,7 @@ def change_table(changes: Sequence[LayerChange], title: str, most: int = 0) -> S
                 Cell(change.change, _TONES[change.change]),
                 change.name,
                 change.op,
-                _two(change, lambda state: state.verdict),
+                _two(change, partial(_verdict, change)),
                 _two(change, lambda state: number(state.introduced) if state.introduced is not None else "–"),
                 _two(change, lambda state: number(state.rel_l2)),
             )
@@ -76,6 +77,10 @@ def change_table(changes: Sequence[LayerChange], title: str, most: int = 0) -> S
 def _two(change: LayerChange, show: Callable[[LayerState], str]) -> str:
     texts = [_shown(show, state) for state in (change.before, change.after)]
     return texts[1] if texts[0] == texts[1] else " → ".join(texts)
+
+
+def _verdict(change: LayerChange, state: LayerState) -> str:
+    return f"{state.verdict}, not replayed" if change.change == UNKNOWN and not state.replayed else state.verdict
 
 
 def _shown(show: Callable[[LayerState], str], state: LayerState | None) -> str:

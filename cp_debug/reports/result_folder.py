@@ -13,9 +13,8 @@ from typing import Any
 
 from cp_debug.bisect.result import SCHEMA
 from cp_debug.errors import InputError
-from cp_debug.reading import read_json
+from cp_debug.reading import RESULT, read_json
 from cp_debug.reports.page import environment, page_parts
-from cp_debug.reports.saved import RESULT
 from cp_debug.version import __version__
 
 DEEPEST, MOST_FOLDERS, MOST_RESULTS = 6, 20_000, 500
@@ -180,5 +179,7 @@ def _said(document: Any) -> dict[str, Any]:
         elif block["agrees"] is True:
             tests.append(ListedTest(spec, "ok", "agrees"))
         else:
-            tests.append(ListedTest(spec, "rounding", str(block.get("not_finite") or "beyond tolerance")))
+            missing = block.get("compared", {}).get("missing")
+            lacks = f"lacks output {missing[0]}" if missing else "beyond tolerance"
+            tests.append(ListedTest(spec, "rounding", str(block.get("not_finite") or lacks)))
     return {"model": str(document["model"]), "reference": specs[0], "tests": tests}

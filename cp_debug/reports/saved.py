@@ -16,10 +16,8 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.capture import Capture
 from cp_debug.programs.scene import SavedScene
-from cp_debug.reading import read_json
+from cp_debug.reading import read_json, result_file
 from cp_debug.serialize import decode
-
-RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,7 @@ class SavedResult:
     def open(cls, path: Path) -> SavedResult:
         """Read a saved folder, or a JSON file. Raises InputError that names the file and the field."""
         path = Path(path)
-        file = path / RESULT if path.is_dir() else path
-        if not file.exists():
-            raise InputError(f"{file}: no such file; expected what `cpdebug bisect --save FOLDER` writes")
+        file = result_file(path)
         document = read_json(file, what="saved result")
         return cls(decode(BisectResult, document, str(file)), path if path.is_dir() else None)
 

@@ -6,21 +6,33 @@ from collections.abc import Iterator
 
 from cp_debug.bisect.result import BisectResult, TestResult
 from cp_debug.reports.causes import lines
-from cp_debug.reports.tables import verdict_line
-from cp_debug.safe_text import one_line
+from cp_debug.reports.tables import weight_lines
+from cp_debug.reports.verdict_line import verdict_line
+from cp_debug.safe_text import amount, one_line
 
 MOST_FINDINGS = 3
 """Findings that are told of one test; the others are counted."""
+MOST_NOTES = 6
+"""Notes that are told of one test; the others are counted."""
 MOST_LINES = 9
 """Lines of the message of a failed check; one more says how to see more."""
 
 
 def summary(result: BisectResult) -> str:
-    """The model, the verdict on each test, and of its findings the largest: cause, effect and fix."""
+    """The model, the verdict on each test with its notes, and of its findings the largest: cause, effect and fix.
+
+    A note that several tests have is told once.
+    """
     tests = ", ".join(test.backend.spec for test in result.tests)
-    text = [f"{result.subject}: {result.reference.spec} against {tests}"]
-    for test in result.tests:
+    text = [f"{result.subject}: {result.reference.spec} against {tests}", *weight_lines(result)]
+    told = set[str]()
+    for place, test in enumerate(result.tests):
         text += _test(test)
+        notes = [note for note in dict.fromkeys(test.notes) if note not in told]
+        told.update(notes)
+        text += [f"  note: {note}" for note in notes[:MOST_NOTES]]
+        if (more := len(notes) - MOST_NOTES) > 0:
+            text.append(f"  and {amount(more, 'more note')}: result.tests[{place}].notes")
     return "\n".join(map(one_line, text))
 
 
@@ -55,6 +67,6 @@ def _test(test: TestResult, findings: int = MOST_FINDINGS) -> Iterator[str]:
         labelled = dict(lines(finding))
         yield from (f"    {label}: {labelled[label]}" for label in ("effect", "fix") if label in labelled)
     if (more := len(test.findings) - findings) > 0:
-        yield f"  and {more} more finding{'s' if more > 1 else ''}"
+        yield f"  and {amount(more, 'more finding')}"
     if test.detections is not None:
         yield f"  detections: {test.detections}"

@@ -1,8 +1,7 @@
-"""A result in a terminal: what ran, the stages, the ranked layers, one line of verdict."""
+"""A result in a terminal: what ran, the stages, the ranked layers, and the verdict."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,11 +23,11 @@ from cp_debug.bisect.result import (
 from cp_debug.reports import finite
 from cp_debug.reports.causes import findings
 from cp_debug.reports.engines import engine_lines, kernel
-from cp_debug.reports.numbers import number, share, share_in_words
+from cp_debug.reports.numbers import number, share
 from cp_debug.reports.optimizer_blame import render_optimizer_blame
 from cp_debug.reports.sheet import Cell, Column, Row, Sheet, Tone
 from cp_debug.reports.sheet_terminal import Terminal
-from cp_debug.safe_text import one_line
+from cp_debug.reports.verdict_line import setting_text, verdict_line
 
 TONES: dict[str, Tone] = {OK: "good", INHERITED: "note", DIVERGENT: "bad", GUILTY: "worst", SHAPE: "worst"}
 SETTINGS = {
@@ -51,12 +50,12 @@ SETTINGS = {
 AROUND = 5
 """Layers shown before and after the first divergent one."""
 MOST_STAGES = 24
-MOST_NAMES = 5
-"""Names in one line."""
 
 
-def render(result: BisectResult, *, layers: bool = True, show_all: bool = False) -> Iterator[RenderableType]:
-    """The parts of a result, in the order in which they are read."""
+def render(
+    result: BisectResult, *, layers: bool = True, show_all: bool = False, rest: str = "result.layers has all"
+) -> Iterator[RenderableType]:
+    """The parts of a result, in the order in which they are read. ``rest``: how to see the layers that are left out."""
     yield Text.assemble((result.subject, "bold"), f" · {_samples(result.samples)}")
     yield Terminal(backends_table([result.reference, *(t.backend for t in result.tests)]))
     yield from _coverage(result.coverage)
@@ -74,7 +73,7 @@ def render(result: BisectResult, *, layers: bool = True, show_all: bool = False)
                 yield Text()
             yield Terminal(layer_table(test, show_all=show_all))
             if not show_all:
-                yield Text(_selection(test), style="dim")
+                yield Text(_selection(test, rest), style="dim")
         yield from findings(test)
         for note in test.notes:
             yield Text(f"note: {note}", style="yellow")
@@ -97,7 +96,7 @@ def backends_table(records: Sequence[RunRecord]) -> Sheet:
     for index, record in enumerate(records):
         versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
         chosen = {short: record.settings.get(name) for name, short in SETTINGS.items()}
-        settings = ", ".join(f"{short} {_setting(v)}" for short, v in chosen.items() if v is not None)
+        settings = ", ".join(f"{short} {setting_text(v)}" for short, v in chosen.items() if v is not None)
         role = "test" if index else "reference"
         rows.append((role, record.spec, record.computes_in, record.device, Cell(f"{versions}; {settings}", "quiet")))
     columns = (
@@ -119,10 +118,10 @@ def stage_table(test: TestResult, *, show_all: bool = False) -> Sheet:
         (
             name,
             _shape(stage.layer),
-            stage.layer.stats.max_abs,
-            stage.layer.stats.mean_abs,
-            stage.layer.stats.rel_l2,
-            Cell(stage.verdict, TONES[stage.verdict], stage.verdict),
+            _compared(stage.layer, "max_abs"),
+            _compared(stage.layer, "mean_abs"),
+            _compared(stage.layer, "rel_l2"),
+            Cell(finite.unless_nothing(stage.layer, stage.verdict), TONES[stage.verdict], stage.verdict),
         )
         for name, stage in (((s.name, s) for s in test.stages) if show_all else _few_stages(test))
     ]
@@ -142,8 +141,8 @@ _LAYER_COLUMNS: dict[str, tuple[Column, Callable[[LayerRow], Any]]] = {
     "layer": (Column("layer", "name"), lambda row: row.name),
     "op": (Column("op", "mark", leave_out=5), lambda row: row.op),
     "shape": (Column("shape", "number", leave_out=7), lambda row: _shape(row)),
-    "max |Δ|": (Column("max |Δ|", "number", leave_out=6), lambda row: row.stats.max_abs),
-    "rel. L2": (Column("rel. L2", "number", leave_out=2), lambda row: row.stats.rel_l2),
+    "max |Δ|": (Column("max |Δ|", "number", leave_out=6), lambda row: _compared(row, "max_abs")),
+    "rel. L2": (Column("rel. L2", "number", leave_out=2), lambda row: _compared(row, "rel_l2")),
     "introduced": (Column("introduced", "number"), lambda row: _replayed(row, "introduced")),
     "expected": (Column("expected", "number", leave_out=3), lambda row: _replayed(row, "expected")),
     "excess": (Column("excess", "number"), lambda row: _replayed(row, "excess")),
@@ -195,96 +194,14 @@ def _layers(rows: Sequence[LayerRow], names: Sequence[str]) -> tuple[list[Column
 
 def _replayed(row: LayerRow, figure: str) -> Any:
     """A figure of the replay; empty for a layer that was not replayed."""
+    if row.replay and row.stats.nothing_compared:
+        return None
     return getattr(row.replay, figure) if row.replay else ""
 
 
-def verdict_line(test: TestResult) -> Text:
-    """One line: the guilty layer, its excess, its share of the final divergence, and what was not emulated."""
-    text = _verdict_line(test)
-    if strange := test.not_finite:
-        text.append(f"; {strange}", "yellow")
-    if left_out := test.backend.settings.get("not_emulated"):
-        text.append(f"; not emulated, but computed in FP32 and rounded once: {_setting(left_out)}", "yellow")
-    return text
-
-
-def _verdict_line(test: TestResult) -> Text:
-    first, worst = test.first_divergent, max(test.outputs, key=lambda row: row.stats.rel_l2, default=None)
-    end = f"; final outputs differ by {number(worst.stats.rel_l2)} (rel. L2, {worst.name})" if worst else ""
-    spec, tolerance = test.backend.spec, f"rtol {test.rtol:g}, atol {test.atol:g}"
-    if test.undecided:
-        return Text.assemble((f"✗ {spec}: nothing is decided", "bold yellow"), f", {test.coverage}{end}")
-    if math.isinf(test.atol) and not test.guilty:
-        text = Text(f"✓ {spec}: no layer introduces more than its precision explains", "bold green")
-        return text.append(f"; divergence was not judged, {test.coverage}{end}", "not bold")
-    if test.guilty:
-        assert first is not None
-        names = f"{len(test.guilty)} layers are guilty, the first is" if len(test.guilty) > 1 else "guilty:"
-        of_end = f", {share_in_words(first.share)}" if first.share is not None else ""
-        text = Text.assemble(
-            (f"✗ {spec}: {names} {first.name}", "bold red"),
-            f" ({first.op}{_judged_together(first)}): {first.why}{of_end}{end}",
-        )
-        if test.first_beyond is not None and test.first_beyond.index != first.index:
-            text.append(_why_views_differ(test, first, test.first_beyond))
-        return text.append(_uncovered(test))
-    if first is not None and not test.agrees:
-        style = "bold yellow" if test.oracle else "bold red"
-        text = Text.assemble(
-            (f"✗ {spec}: first divergent layer: {first.name}", style),
-            f"{f' ({first.op})' if first.op else ''}{f': {first.why}' if first.why else ''}, {tolerance}{end}",
-        )
-        if test.oracle:
-            says = f": {test.remainder}" if test.remainder else ""
-            text.append(f"; no layer introduces more than its precision explains{says}{_avoidable(test)}")
-        return text.append(_uncovered(test))
-    style = "bold yellow" if _unpaired(test) else "bold green"
-    return Text.assemble((f"✓ {spec}: agrees", style), f" within {tolerance}, {test.coverage}{_unpaired(test)}{end}")
-
-
-def _judged_together(row: LayerRow) -> str:
-    """Phrase about nodes before a layer whose results nobody showed, so that any of them may be guilty."""
-    nodes = row.replay.nodes if row.replay and row.region is None else ()
-    before = [one_line(name) for name in nodes if name != row.name]
-    if len(before) < 2:
-        return ""
-    return f", with the {len(before)} nodes before it, from {before[0]} on: nothing between was compared"
-
-
-def _avoidable(test: TestResult) -> str:
-    """Phrase about layers that do what they declare, and would lose less by a better declaration."""
-    found = [f for f in test.findings if "gain" in f.evidence]
-    layers = sum(len(f.layers) for f in found)
-    if not found:
-        return ""
-    causes = ", ".join(dict.fromkeys(f.cause for f in found))
-    return f", but {layers} layer{'s' * (layers != 1)} would lose less if declared better ({causes})"
-
-
-def _uncovered(test: TestResult) -> str:
-    """Phrase about values left out of a comparison of two models; empty where nothing was left out."""
-    unpaired = any(p.get("missing") for p in test.pairing.values())
-    is_complete = not (test.missing_outputs or test.empty_outputs or unpaired)
-    return "" if is_complete else f"; compared: {test.coverage}{_unpaired(test)}"
-
-
-def _unpaired(test: TestResult) -> str:
-    """The outputs and the number of values of which nothing could be compared, or nothing learned."""
-    missing = sum(len(p.get("missing", ())) for p in test.pairing.values())
-    parts = [f"without {', '.join(test.missing_outputs[:MOST_NAMES])}"] if test.missing_outputs else []
-    if empty := test.empty_outputs:
-        parts.append(f"{', '.join(empty[:MOST_NAMES])}: without an element on both sides")
-    if test.all_zeros and test.agrees:
-        parts.append("but every output is 0 everywhere on both sides: other inputs may tell more")
-    noun = "value has" if missing == 1 else "values have"
-    parts += [f"{missing} {noun} no counterpart in the test"] if missing else []
-    return f" ({'; '.join(parts)})" if parts else ""
-
-
-def _why_views_differ(test: TestResult, guilty: LayerRow, beyond: LayerRow) -> str:
-    if beyond.index > guilty.index:
-        return f"; its divergence passes the tolerance only at {beyond.name}, where the network amplifies it"
-    return f"; {beyond.name} passes the tolerance before it, but adds no more than its precision explains"
+def _compared(row: LayerRow, figure: str) -> Any:
+    """A figure of the comparison; None where nothing could be compared."""
+    return None if row.stats.nothing_compared else getattr(row.stats, figure)
 
 
 def _scale(row: LayerRow) -> tuple[str, str]:
@@ -310,14 +227,14 @@ def layers_shown(test: TestResult) -> list[LayerRow]:
     return [row for position, row in enumerate(test.rows) if position in near or row.verdict == GUILTY]
 
 
-def _selection(test: TestResult) -> str:
+def _selection(test: TestResult, rest: str) -> str:
     shown, total = len(layers_shown(test)), len(test.rows)
     if shown == total:
         return "the one layer" if total == 1 else f"all {total} layers"
     if test.first_divergent is None:
         criterion = "the largest excess" if test.oracle else "the largest divergence"
-        return f"{shown} of {total} layers, those with {criterion}; --all shows the rest"
-    return f"{shown} of {total} layers, around {test.first_divergent.name}; --all shows the rest"
+        return f"{shown} of {total} layers, those with {criterion}{rest and f'; {rest}'}"
+    return f"{shown} of {total} layers, around {test.first_divergent.name}{rest and f'; {rest}'}"
 
 
 def _few_stages(test: TestResult) -> Iterator[tuple[str, StageRow]]:
@@ -347,12 +264,6 @@ def _samples(samples: Sequence[str]) -> str:
     if not samples:  # a capture that another program wrote
         return "a sample without a name"
     return samples[0] if len(samples) == 1 else f"{len(samples)} samples, from {samples[0]} to {samples[-1]}"
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, dict):  # node → operator
-        return ", ".join(sorted(set(value.values())))
-    return ("off", "on")[value] if isinstance(value, bool) else str(value)
 
 
 def _shape(row: LayerRow) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 
@@ -10,12 +11,14 @@ from rich.text import Text
 
 from cp_debug.deploy.reasons import culprits, reasons
 from cp_debug.deploy.verify import ScenarioResult, VerifyResult
+from cp_debug.probes.distance import ratio
+from cp_debug.programs.precision import coarsest
 from cp_debug.reports.causes import findings
 from cp_debug.reports.gates import document, fail
 from cp_debug.reports.numbers import number
 from cp_debug.reports.sheet import Column, Row, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
-from cp_debug.reports.tables import verdict_line
+from cp_debug.reports.verdict_line import verdict_line
 from cp_debug.safe_text import amount
 
 FAR = 10.0
@@ -31,6 +34,8 @@ def render(result: VerifyResult) -> Iterator[RenderableType]:
         yield Text()
         yield Text(scenario.name, style="bold")
         yield Terminal(tensor_table(scenario))
+        if scenario.judged_as != coarsest(scenario.reference.precision, scenario.test.precision).name:
+            yield Text(f"limits: those of {scenario.judged_as.upper()}, in which the files compute", "dim")
         for source, change in scenario.preprocessing.items():
             if not change.agrees or source == result.samples[0]:
                 yield Text(f"voxels of {source}: {change}", style="dim" if change.agrees else "bold red")
@@ -54,13 +59,17 @@ def tensor_table(scenario: ScenarioResult) -> Sheet:
     )
     rows = []
     for check in scenario.checks:
-        values = (check.stats.max_abs, check.stats.rel_l2, check.floor, check.limit, check.stats.rel_l2 / check.limit)
+        figures = (check.stats.max_abs, check.stats.rel_l2, ratio(check.stats.rel_l2, check.limit))
+        largest, distance, used = (None,) * 3 if check.stats.nothing_compared else figures
+        values = (largest, distance, check.floor, check.limit, used)
         rows.append(Row((f"{check.component}/{check.name}", *values), "bad" if check.why else ""))
     return Sheet(columns, rows, ruled=True)
 
 
 def of_the_limit(used: float) -> str:
     """A distance as a share of its limit: a percentage, or how many times the limit where it is far beyond."""
+    if math.isinf(used):  # of what must be equal
+        return "beyond"
     return f"{used:.0%}" if used < FAR else f"{number(used)}×"
 
 
@@ -69,8 +78,8 @@ def verdict(scenario: ScenarioResult) -> Text:
     if scenario.passed:
         count = len(scenario.checks)
         within = "the one output is within its limits" if count == 1 else f"all {count} outputs are within their limits"
-        empty = f" ({', '.join(scenario.empty)}: without an element on both sides)" if scenario.empty else ""
-        return Text(f"✓ {scenario.name}: {within}{empty}", style="yellow" if empty else "green")
+        little = f" ({'; '.join(scenario.caveats)})" if scenario.caveats else ""
+        return Text(f"✓ {scenario.name}: {within}{little}", style="yellow" if little else "green")
     return Text(f"✗ {scenario.name}: {'; '.join(reasons(scenario))}", style="bold red")
 
 
@@ -80,6 +89,8 @@ def render_junit(result: VerifyResult) -> str:
     for scenario in result.scenarios:
         why = "; ".join(culprits(scenario))
         cases = {f"{c.component}/{c.name}": f"{c.why}; {why}" if c.why else "" for c in scenario.checks}
+        cases |= dict.fromkeys(scenario.missing, "the test lacks this output of the reference")
+        cases |= {name: f"{other} stands in the place of this output" for name, other in scenario.moved.items()}
         cases |= {
             f"voxels of {source}": "" if change.agrees else str(change)
             for source, change in scenario.preprocessing.items()

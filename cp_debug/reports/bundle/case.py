@@ -42,6 +42,8 @@ class Case:
     """Output of the program → its name in the reference. Inputs have the program's names on both sides."""
     computed: tuple[str, ...] = ()
     """Inputs that the capture lacks, computed in FP32 from those that it has."""
+    changed: tuple[str, ...] = ()
+    """Inputs that are not as they were: cut, set to zero or rounded."""
     notes: tuple[str, ...] = field(default=())
     """Changes besides the cut."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from cp_debug.reports.bundle.accused import find_accused
@@ -55,20 +56,21 @@ def bundle(
             "the graphs quote source lines and paths of the module that was exported: `--redact` leaves them out"
         )
     small = shrinker.values(shrinker.shapes(case))
+    small = replace(small, changed=tuple(_changes(case, small)))
     if shrinker.stopped:
         history.append(f"stopped after {seconds:.0f} s: it may not be as small as it could be")
-    history += [*_changes(case, small), f"{verifier.runs} runs, each verified against the oracle"]
+    history += [*_changes(case, small).values(), f"{verifier.runs} runs, each verified against the oracle"]
     on_text("running repro.py")
     return write_bundle(target, accused, small, verifier.measure(small), verifier.backend, history)
 
 
-def _changes(before: Case, after: Case) -> list[str]:
-    """Changes that were made to the inputs, in words."""
-    lines = []
+def _changes(before: Case, after: Case) -> dict[str, str]:
+    """Changes that were made to the inputs, in words, by name."""
+    changes = {}
     for name, array in after.inputs.items():
         old = before.inputs[name]
         if old.shape != array.shape:
-            lines.append(f"{code_span(name)}: cut from {list(old.shape)} to {list(array.shape)}")
+            changes[name] = f"{code_span(name)}: cut from {list(old.shape)} to {list(array.shape)}"
         elif old.tobytes() != array.tobytes():
-            lines.append(f"{code_span(name)}: elements set to zero or rounded")
-    return lines
+            changes[name] = f"{code_span(name)}: elements set to zero or rounded"
+    return changes

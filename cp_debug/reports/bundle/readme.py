@@ -89,8 +89,7 @@ def readme(
         ("share of the final divergence", "–" if row.share is None else share(row.share)),
     ])]  # fmt: skip
     lines += ["", "## Inputs", "", *_table(("input", "type", "shape", "not zero", "origin"), [
-        (code_span(n), str(a.dtype), _shape(a), str(np.count_nonzero(a)), "computed in FP32 from captured values"
-         if n in case.computed else "captured")
+        (code_span(n), str(a.dtype), _shape(a), str(np.count_nonzero(a)), _origin(case, n))
         for n, a in case.inputs.items()
     ])]  # fmt: skip
     lines += ["", *(f"- {step}" for step in (*history, *case.notes)), ""]
@@ -121,6 +120,11 @@ def polygraphy_command(arguments: Iterable[str], atol: Mapping[str, float]) -> s
 
 def _others(accused: Accused) -> str:
     return accused.test.backend.spec if accused.row.side == "reference" else "the reference"
+
+
+def _origin(case: Case, name: str) -> str:
+    made = "computed in FP32 from captured values" if name in case.computed else "captured"
+    return f"{made}, then cut, set to zero or rounded" if name in case.changed else made
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -16,7 +16,6 @@ _SCRIPT = Template('''\
 Needs $needs. Exit status: 1 while the fault is there, 0 when it is gone.
 """
 
-import sys
 $imports
 from pathlib import Path
 
@@ -40,9 +39,10 @@ def main():
     faults = 0
     with np.load(HERE / "expected.npz") as expected:
         for name, limit in LIMITS.items():
+            shown = ascii(name)[1:-1].replace("##[", "## [")  # which logs of GitHub take for a command
             actual, exact = (np.asarray(a, dtype=np.float64) for a in (outputs[name], expected[name]))
             if actual.shape != exact.shape:
-                print(f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}: FAULT")
+                print(f"output {shown}: shape {list(actual.shape)}, expected {list(exact.shape)}: FAULT")
                 faults += 1
                 continue
             finite = np.isfinite(actual) & np.isfinite(exact)
@@ -53,7 +53,7 @@ def main():
             fault = error > limit or born > 0
             faults += fault
             print(
-                f"{name}: max |error| {np.abs(difference).max(initial=0.0):.6g}, relative L2 {error:.3g} "
+                f"output {shown}: max |error| {np.abs(difference).max(initial=0.0):.6g}, relative L2 {error:.3g} "
                 f"(explained by its precision: {limit:.3g}), NaN or Inf {born}: {'FAULT' if fault else 'ok'}"
             )
             if difference.size:
@@ -74,8 +74,9 @@ def run(inputs):
     options.intra_op_num_threads = {threads}
     options.use_deterministic_compute = True
     options.log_severity_level = 4  # what fails is raised
+    os.chdir(HERE)  # the folder's own path may hold bytes that are no text
     session = ort.InferenceSession(
-        str(HERE / "model.onnx"), options, providers={providers}, disabled_optimizers={disabled}
+        "model.onnx", options, providers={providers}, disabled_optimizers={disabled}
     )
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, inputs)))
@@ -112,13 +113,15 @@ def run(inputs):
 
 def repro(title: str, backend: Backend, limits: Mapping[str, float], build: Mapping[str, Any] | None) -> str:
     """The script. ``build`` is the runner's step that builds the engine, for TensorRT."""
-    imports = ""
+    modules = ["sys"]
     if build is not None:
-        needs, imports, libraries = "numpy and tensorrt", "import tempfile", "import tensorrt\nimport trt_runner\n"
+        needs, libraries = "numpy and tensorrt", "import tensorrt\nimport trt_runner\n"
+        modules.append("tempfile")
         versions = '"tensorrt", tensorrt.__version__'
         run = _TENSORRT.format(build=repr(dict(build)))
     elif isinstance(backend, OrtBackend):
         needs, libraries = "numpy and onnxruntime", "import onnxruntime as ort\n"
+        modules.insert(0, "os")
         versions = '"onnxruntime", ort.__version__'
         run = _ONNXRUNTIME.format(
             level=LEVELS[backend.level],
@@ -135,9 +138,10 @@ def repro(title: str, backend: Backend, limits: Mapping[str, float], build: Mapp
         )
         versions = f'"{"emulated" if emulated else "backend"}:", {str(backend.spec)!r}'
         run = _EMULATED.format(spec=str(backend.spec), options=_emulation(backend) if emulated else "")
+    imports = "\n".join(f"import {module}" for module in modules)
     return _SCRIPT.substitute(
         title=title, needs=needs, imports=imports, libraries=libraries, limits=_dict(limits), versions=versions, run=run
-    ).replace("import sys\n\nfrom", "import sys\nfrom")
+    )
 
 
 def _emulation(backend: Any) -> str:

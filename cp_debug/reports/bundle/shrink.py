@@ -1,7 +1,8 @@
 """Makes a failing case smaller while it still fails: fewer nodes, then smaller shapes, then simpler values.
 
-Every step is verified by running it, and a case counts only while it fails about as strongly as the first one did: a
-reducer that accepts any failure wanders off to another one.
+Every step is verified by running it, and a case counts only while it fails in the same way as the first one did, and
+about as strongly: a reducer that accepts any failure wanders off to another one, such as a division by zeros that it
+put there.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ class Shrinker:
     on_text: OnText = lambda text: None
     needed: float = 0.0
     """The strength that a case must have."""
+    kinds: frozenset[str] = frozenset()
+    """Kinds of failure that count, those of the first case: ``shape``, ``nonfinite`` or ``numbers``."""
+    finite: bool = False
+    """Whether the oracle's values must be finite, as the first case's were."""
     seconds: float = math.inf
     """Time for making the case smaller, once it is known to fail: what would not fit into it is not tried."""
     _end: float = math.inf
@@ -59,6 +64,7 @@ class Shrinker:
                     self._longest = time.monotonic() - begun
                     if fails(measured):
                         self.needed = MARGIN * strength(measured)
+                        self.kinds, self.finite = _kinds(measured), _finite(measured)
                         self._end = time.monotonic() + self.seconds
                         return nodes
                     reasons.append(f"{amount(len(nodes), 'node')}: {_innocent(measured)}")
@@ -105,7 +111,7 @@ class Shrinker:
         return case
 
     def accepts(self, case: Case) -> bool:
-        """Whether the case fails about as strongly as the first one; False where there is no time left to try."""
+        """Whether the case fails as the first one did, about as strongly; False where there is no time left to try."""
         if self.stopped:
             return False
         begun = time.monotonic()
@@ -115,7 +121,8 @@ class Shrinker:
             return False
         finally:
             self._longest = max(self._longest, time.monotonic() - begun)
-        return fails(measured) and strength(measured) >= self.needed
+        alike = _kinds(measured) <= self.kinds and _finite(measured) >= self.finite
+        return fails(measured) and alike and strength(measured) >= self.needed
 
     @property
     def stopped(self) -> bool:
@@ -175,6 +182,14 @@ class Shrinker:
         array = case.inputs[name]
         candidates = (_with_input(case, name, rounded) for rounded in _roundings(array))
         return next((c for c in candidates if self.accepts(c)), case)
+
+
+def _kinds(measured: Measured) -> frozenset[str]:
+    return frozenset(output.kind for output in measured.values() if output.fails)
+
+
+def _finite(measured: Measured) -> bool:
+    return all(output.finite for output in measured.values())
 
 
 def _innocent(measured: Measured) -> str:

@@ -44,9 +44,21 @@ class Output:
         return self.judgement.verdict in (GUILTY, SHAPE) and self.judgement.side == "test"
 
     @property
+    def kind(self) -> str:
+        """``shape``, ``nonfinite`` (NaN or Inf on one side) or ``numbers``: the way in which it fails."""
+        if self.judgement.verdict == SHAPE:
+            return "shape"
+        return "nonfinite" if self.replay and self.replay.new_nonfinite else "numbers"
+
+    @property
+    def finite(self) -> bool:
+        """Whether the oracle's value has no NaN and no Inf."""
+        return not (self.stats.nan_ref or self.stats.inf_ref)
+
+    @property
     def strength(self) -> float:
         """Excess over the precision; infinite for NaN, Inf and wrong shapes."""
-        if self.judgement.verdict == SHAPE or (self.replay and self.replay.new_nonfinite):
+        if self.kind != "numbers":
             return math.inf
         return self.replay.excess or 0.0 if self.replay else 0.0
 

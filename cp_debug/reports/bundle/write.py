@@ -90,7 +90,9 @@ def run_script(folder: Path, backend: Backend) -> str:
         raise InputError(f"repro.py did not end within {TIME_LIMIT} s; nothing was written") from None
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     if finished.returncode != 1 or "FAULT" not in finished.stdout:
-        output = (finished.stdout + finished.stderr).strip()
+        raised = "Traceback (most recent call last)" in finished.stderr
+        said = finished.stderr.strip().rpartition("\n")[2] if raised else finished.stderr
+        output = (finished.stdout + said).strip()
         raise InputError(
             f"repro.py does not show the fault in a fresh process; nothing was written. It said:\n{output}"
         )

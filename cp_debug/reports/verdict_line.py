@@ -1,0 +1,167 @@
+"""One line of verdict: the guilty layer, or how far the test agrees, and with what it was compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.text import Text
+
+from cp_debug.bisect.result import DIVERGENT, INHERITED, MOST_NAMES, SHAPE, LayerRow, TestResult
+from cp_debug.graph.pairing import places
+from cp_debug.probes.caveats import ALL_ZERO
+from cp_debug.reports.numbers import number, share_in_words
+from cp_debug.safe_text import amount, one_line
+
+
+def verdict_line(test: TestResult) -> Text:
+    """One line: the guilty layer, its excess, its share of the final divergence, and what was not emulated."""
+    text = _verdict_line(test)
+    if strange := test.not_finite:
+        text.append(f"; {strange}", "yellow")
+    if left_out := test.backend.settings.get("not_emulated"):
+        text.append(f"; not emulated, but computed in FP32 and rounded once: {setting_text(left_out)}", "yellow")
+    return text
+
+
+def _verdict_line(test: TestResult) -> Text:
+    first, end = test.first_divergent, _end(test)
+    spec, tolerance = test.backend.spec, f"rtol {test.rtol:g}, atol {test.atol:g}"
+    if test.undecided:
+        return Text.assemble((f"✗ {spec}: nothing is decided", "bold yellow"), f", {test.coverage}{end}")
+    if test.lacks_outputs_alone:
+        text = Text(f"✗ {spec}: lacks {_outputs(test.missing_outputs)} of the reference", "bold red")
+        rest = f"within {tolerance}, {test.coverage}{_unpaired(test)}{end}"
+        return text.append(f"; what both have agrees {rest}", "not bold")
+    if test.moves_outputs_alone:
+        text = Text(f"✗ {spec}: the outputs stand in another order", "bold red")
+        rest = f"each agrees with what it holds, within {tolerance}, {test.coverage}{_unpaired(test)}{end}"
+        meant = "`--map REFERENCE=TEST` says that it is meant so"
+        return text.append(f": {places(test.moved_outputs)}; {rest}; {meant}", "not bold")
+    if math.isinf(test.atol) and not test.guilty:
+        text = Text(f"✓ {spec}: no layer introduces more than its precision explains", "bold green")
+        return text.append(f"; divergence was not judged, {test.coverage}{end}", "not bold")
+    if test.guilty:
+        assert first is not None
+        names = f"{len(test.guilty)} layers are guilty, the first is" if len(test.guilty) > 1 else "guilty:"
+        of_end = f", {share_in_words(first.share)}" if first.share is not None else ""
+        text = Text.assemble(
+            (f"✗ {spec}: {names} {first.name}", "bold red"),
+            f" ({first.op}{_judged_together(first)}): {first.why}{of_end}{end}",
+        )
+        if test.first_beyond is not None and test.first_beyond.index != first.index:
+            text.append(_why_views_differ(test, first, test.first_beyond))
+        return text.append(_uncovered(test))
+    if first is not None and not test.agrees:
+        style = "bold yellow" if test.oracle else "bold red"
+        text = Text.assemble(
+            (f"✗ {spec}: first divergent layer: {first.name}", style),
+            f"{f' ({first.op})' if first.op else ''}{f': {first.why}' if first.why else ''}, {tolerance}{end}",
+        )
+        if test.oracle:
+            says = f": {test.remainder}" if test.remainder else ""
+            text.append(f"; no layer introduces more than its precision explains{says}{_avoidable(test)}")
+        return text.append(_uncovered(test))
+    between = _beyond_between(test)
+    style = "bold yellow" if _unpaired(test) or between or test.not_finite else "bold green"
+    who = "the outputs agree" if between else "agrees"
+    covers = f"{test.coverage}{_unpaired(test)}{between}"
+    return Text.assemble((f"✓ {spec}: {who}", style), f" within {tolerance}, {covers}{end}")
+
+
+def _with_numbers(rows: Sequence[LayerRow]) -> list[LayerRow]:
+    return [row for row in rows if not row.stats.nothing_compared]
+
+
+def _outputs(names: Sequence[str]) -> str:
+    """``output b``, ``outputs b, c``."""
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return f"output{'s' * (len(names) > 1)} {', '.join(names[:MOST_NAMES])}{more}"
+
+
+def _end(test: TestResult) -> str:
+    """Phrase about the final outputs: by how much the worst one differs, and in how many elements where they are whole
+    numbers that had to be equal."""
+    compared = _with_numbers(test.outputs)
+    if not compared:
+        return "; no number of the final outputs could be compared" if test.outputs else ""
+    unequal = [row for row in compared if _counts(row)]
+    rest = [row for row in compared if not _counts(row)]
+    parts = []
+    if rest:
+        worst = max(rest, key=lambda row: row.stats.rel_l2)
+        parts.append(f"by {number(worst.stats.rel_l2)} (rel. L2, {worst.name})")
+    if unequal:
+        worst = max(unequal, key=lambda row: (row.stats.unequal or 0) / row.stats.count)
+        more = f" and {amount(len(unequal) - 1, 'more output')}" if len(unequal) > 1 else ""
+        parts.append(f"in {worst.stats.unequal} of {worst.stats.count} elements ({worst.name}){more}")
+    return f"; final outputs differ {', and '.join(parts)}"
+
+
+def _counts(row: LayerRow) -> bool:
+    return bool(row.stats.unequal) and not row.within
+
+
+def _judged_together(row: LayerRow) -> str:
+    """Phrase about nodes before a layer whose results nobody showed, so that any of them may be guilty."""
+    nodes = row.replay.nodes if row.replay and row.region is None else ()
+    before = [one_line(name) for name in nodes if name != row.name]
+    if len(before) < 2:
+        return ""
+    return f", with the {len(before)} nodes before it, from {before[0]} on: nothing between was compared"
+
+
+def _avoidable(test: TestResult) -> str:
+    """Phrase about layers that do what they declare, and would lose less by a better declaration."""
+    found = [f for f in test.findings if "gain" in f.evidence]
+    layers = sum(len(f.layers) for f in found)
+    if not found:
+        return ""
+    causes = ", ".join(dict.fromkeys(f.cause for f in found))
+    return f", but {layers} layer{'s' * (layers != 1)} would lose less if declared better ({causes})"
+
+
+def _uncovered(test: TestResult) -> str:
+    """Phrases about values left out of a comparison of two models, and outputs in another order; empty without any."""
+    unpaired = any(p.get("missing") for p in test.pairing.values())
+    is_complete = not (test.missing_outputs or test.empty_outputs or test.not_run or unpaired)
+    covers = "" if is_complete else f"; compared: {test.coverage}{_unpaired(test)}"
+    return f"{covers}; {places(test.moved_outputs)}" if test.moved_outputs else covers
+
+
+def _unpaired(test: TestResult) -> str:
+    """The outputs and the number of values of which nothing could be compared, or nothing learned."""
+    missing = sum(len(p.get("missing", ())) for p in test.pairing.values())
+    parts = [f"without {', '.join(test.missing_outputs[:MOST_NAMES])}"] if test.missing_outputs else []
+    parts += [f"but {caveat}" if caveat == ALL_ZERO else caveat for caveat in test.caveats]
+    noun = "value has" if missing == 1 else "values have"
+    parts += [f"{missing} {noun} no counterpart in the test"] if missing else []
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def _beyond_between(test: TestResult) -> str:
+    """Phrase about values that are beyond the tolerance although the outputs are not; empty without one."""
+    outputs = {(row.component, row.onnx) for row in test.outputs}
+    rows = [
+        row
+        for row in test.rows
+        if row.verdict in (INHERITED, DIVERGENT, SHAPE) and (row.component, row.onnx) not in outputs
+    ]
+    if not rows:
+        return ""
+    more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+    return f"; values in between do not: {rows[0].name} ({rows[0].verdict}){more}"
+
+
+def _why_views_differ(test: TestResult, guilty: LayerRow, beyond: LayerRow) -> str:
+    if beyond.index > guilty.index:
+        return f"; its divergence passes the tolerance only at {beyond.name}, where the network amplifies it"
+    return f"; {beyond.name} passes the tolerance before it, but adds no more than its precision explains"
+
+
+def setting_text(value: Any) -> str:
+    """A setting of a backend in words: ``on``, or the operators of a mapping by node."""
+    if isinstance(value, dict):  # node → operator
+        return ", ".join(sorted(set(value.values())))
+    return ("off", "on")[value] if isinstance(value, bool) else str(value)
