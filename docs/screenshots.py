@@ -24,7 +24,8 @@ from cp_debug.reports.causes import findings
 from cp_debug.reports.page import write_page
 from cp_debug.reports.saved import SavedResult
 from cp_debug.reports.sheet_terminal import Terminal
-from cp_debug.reports.tables import layer_table, verdict_line
+from cp_debug.reports.tables import layer_table
+from cp_debug.reports.verdict_line import verdict_line
 
 IMAGES = Path(__file__).parent / "images"
 FAULT = "weight-scale"

@@ -107,6 +107,19 @@ def test_compare_tensors_by_name() -> None:
     assert cp_debug.compare_tensors({"a": [1, 2, 3]}, {"a": a[1:]})["a"].equal
 
 
+def test_compare_tensors_says_where_nothing_was_compared() -> None:
+    """Tensors without an element agree about nothing: beside others that is told, alone it is no comparison."""
+    empty, nan, ones = np.ones((0, 8), np.float32), np.full(3, np.nan), np.ones(3)
+    both = cp_debug.compare_tensors({"a": empty, "b": ones}, {"a": empty, "b": ones + 1})
+    assert str(both).splitlines()[0] == "a  nothing to compare: without an element on both sides"
+    assert both.worst == "b"
+    said = str(cp_debug.compare_tensors({"a": nan}, {"a": nan}))
+    assert said.startswith("a  no number to compare; NaN and Inf are alike on both sides")
+    with pytest.raises(InputError, match="nothing was compared: a, c without an element on both sides"):
+        cp_debug.compare_tensors({"a": empty, "c": []}, {"a": empty, "c": []})
+    assert "shapes differ" in str(cp_debug.compare_tensors({"a": empty}, {"a": empty.T}))
+
+
 def test_compare_tensors_tells_nan_and_inf_from_large_differences() -> None:
     reference, test = np.array([1, np.nan, np.inf, 2]), np.array([1.5, 2, np.inf, np.inf])
     said = str(cp_debug.compare_tensors({"a": reference}, {"a": test}))
@@ -286,3 +299,15 @@ def test_a_function_without_a_signature_needs_inputs() -> None:
         cp_debug.InputError, match=r"inputs: sin\(\) does not say what it takes; expected example inputs"
     ):
         cp_debug.diagnose(torch.sin, "torch,ort", progress=False)
+
+
+def test_print_tells_the_notes_that_the_command_tells_once_for_all_tests() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout())  # in train mode
+    result = cp_debug.diagnose(module, "torch,ort,ort-all", inputs=torch.ones(1, 4))
+    text = str(result)
+    assert text.count("note: the module came in train mode and runs in eval mode") == 1
+    assert set(result.tests[0].notes) <= {line.strip().removeprefix("note: ") for line in text.splitlines()}
+    result.tests[1].notes = [f"number {i}" for i in range(9)]
+    lines = str(result).splitlines()
+    assert "  note: number 5" in lines
+    assert lines[-1] == "  and 3 more notes: result.tests[1].notes"

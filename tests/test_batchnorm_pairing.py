@@ -98,6 +98,20 @@ def test_a_right_folding_is_not_accused(kind: type[nn.Module]) -> None:
     assert findings(module, folded(module, {})) == []
 
 
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_batch_norm_of_zeros_and_ones_is_none_of_another_layer(fold: bool) -> None:
+    """As every BatchNorm begins, so does one that was never loaded, and one that learnt nothing."""
+    module = trained(Neck)
+    test = copy.deepcopy(module)
+    for norm in (module.down_norm, test.down_norm, test.up_norm):
+        assert isinstance(norm, nn.BatchNorm2d)
+        norm.reset_parameters()
+        norm.eps = 1e-3
+    (finding,) = findings(module, folded(test, {}) if fold else test, fold=fold)
+    assert finding.cause != "batchnorm-pairing"
+    assert "batchnorm-pairing" not in finding.evidence.get("one_of", [])
+
+
 SWAPPED = {"first": ["down_norm"], "down": ["first_norm"]}
 DEEP = {"deep": ["point_norm"], "point": ["deep_norm"]}
 

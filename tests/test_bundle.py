@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -81,6 +82,27 @@ def test_the_script_fails_for_the_named_reason_and_passes_without_the_fault(bund
     done = execute(repaired)
     assert done.returncode == 0, "the reference's piece gives what is expected"
     assert "FAULT" not in done.stdout
+
+
+def test_names_are_no_commands_in_what_the_script_prints(bundled: Path, tmp_path: Path) -> None:
+    """A log of GitHub's obeys lines that begin with ``::``, and ``##[`` anywhere."""
+    folder, name = shutil.copytree(bundled, tmp_path / "named"), "::error::\x1b[2J ##[error]é"
+    model = onnx.load(folder / "model.onnx")
+    old = model.graph.output[0].name
+    for node in model.graph.node:
+        node.output[:] = [name if output == old else output for output in node.output]
+    model.graph.output[0].name = name
+    onnx.save(model, folder / "model.onnx")
+    with np.load(folder / "expected.npz") as expected:
+        arrays = {name if key == old else key: expected[key] for key in expected}
+    np.savez(folder / "expected.npz", **arrays)
+    script = (folder / "repro.py").read_text()
+    assert f"{old!r}: " in script
+    (folder / "repro.py").write_text(script.replace(f"{old!r}: ", f"{name!r}: "))
+    done = execute(folder)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "output ::error::\\x1b[2J ## [error]\\xe9: max |error|" in done.stdout
+    assert not any(line.startswith("::") for line in done.stdout.splitlines())
 
 
 def test_what_is_left_is_one_small_convolution(bundled: Path) -> None:
@@ -381,6 +403,20 @@ def test_command_line_writes_a_zip(scaled: Path, tmp_path: Path) -> None:
     assert "exists" in str(again.exception)
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take text alone")
+def test_a_folder_whose_name_is_no_text_holds_a_script_that_runs(scaled: Path, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff\xfe")
+    bundle(SavedResult.open(scaled), folder)
+    assert execute(folder).returncode == 1
+
+
+def test_what_a_script_raised_is_told_in_a_line(scaled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cp_debug.reports.bundle.write.repro", lambda *given: "print('begun')\n1 / 0\n")
+    with pytest.raises(InputError) as refused:
+        bundle(SavedResult.open(scaled), tmp_path / "out")
+    assert str(refused.value).endswith("It said:\nbegun\nZeroDivisionError: division by zero")
+
+
 def test_a_script_that_shows_nothing_leaves_nothing(
     scaled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -412,3 +448,23 @@ def test_without_time_the_layer_is_bundled_as_it_is(scaled: Path, tmp_path: Path
     assert "stopped after 0 s" in page
     assert "1 runs, each verified" in page
     assert execute(tmp_path / "bundle").returncode == 1
+
+
+@pytest.mark.parametrize("operators", [("Sqrt", "Log"), ("Reciprocal", "Sigmoid")])
+def test_a_smaller_case_fails_in_no_other_way(operators: tuple[str, str], tmp_path: Path) -> None:
+    """Of zeros, which the network never has, these make Inf: not what was wrong."""
+    files = []
+    for operator in operators:
+        net = NetBuilder()
+        positive = net.op("Add", net.op("Abs", net.op("Relu", "x")), net.weight(np.full(1, 0.1, np.float32)), name="p")
+        files.append(
+            net.save(tmp_path / f"{operator}.onnx", {"x": (1, [2, 8])}, [net.op(operator, positive, name="y")])
+        )
+    saved = save(tmp_path / "saved", files[0], "ort,ort", test_model=files[1])
+    bundle(SavedResult.open(saved), tmp_path / "bundle", layer="y")
+    printed = execute(tmp_path / "bundle").stdout
+    assert "NaN or Inf 0: FAULT" in printed
+    assert "inf," not in printed
+    page = (tmp_path / "bundle" / "README.md").read_text()
+    (line,) = [line for line in page.splitlines() if line.startswith("| `p` |")]
+    assert line.endswith("| captured, then cut, set to zero or rounded |")

@@ -142,6 +142,42 @@ def test_orders_of_operands(op: str, count: int, orders: list[tuple[int, ...]]) 
     assert [schema._moved(order) for order in ((0, 1), (1, 0), (0, 2, 1))] == [0, 2, 2]
 
 
+def test_a_value_is_mixed_up_with_others_of_its_shape() -> None:
+    """At most 48 of them are tried, wherever they stand; values of another shape do not count."""
+    own, edits = torch.ones(2, 4), []
+
+    def edited(at: Node, inputs: dict[int, Tensor]) -> Tensor:
+        edits.append((at.op, inputs))
+        return next(iter(inputs.values()))
+
+    same = [(f"same{i}", lambda i=i: torch.full((2, 4), float(i))) for i in range(50)]
+    others = [(f"flat{i}", lambda: torch.ones(8)) for i in range(60)]
+    segment: Any = SimpleNamespace(
+        nodes=[node("Add", ["w", "x"]), node("Conv", ["x", "w"])],
+        given={"x": own},
+        input=lambda name: own,
+        others=[*others, ("x", lambda: own), *same, *others],
+        edited=edited,
+    )
+    found = list(schema.another_operand(segment))
+    assert [c.parameters for c in found] == [0] * 48
+    assert [c.evidence for c in found] == [{"of": f"same{i}", "instead_of": "x"} for i in range(48)]
+    assert {(op, *inputs) for op, inputs in edits} == {("Add", 1)}
+    assert all(torch.equal(c.value, torch.full((2, 4), float(i)).double()) for i, c in enumerate(found))
+
+
+@pytest.mark.parametrize(("count", "tried"), [(7, False), (8, True)])
+def test_few_numbers_are_like_too_many_others_to_be_told_apart(count: int, tried: bool) -> None:
+    segment: Any = SimpleNamespace(
+        nodes=[node("Add", ["x", "w"])],
+        given={"x": None},
+        input=lambda name: torch.ones(count),
+        others=[("other", lambda: torch.zeros(count))],
+        edited=lambda at, inputs: inputs[0],
+    )
+    assert bool(list(schema.another_operand(segment))) is tried
+
+
 def test_gates_are_moved_in_each_part() -> None:
     weight = torch.arange(8.0).reshape(1, 8, 1)  # two parts of two gates of two units
     assert schema._regated(weight, (1, 0), 2).flatten().tolist() == [2, 3, 0, 1, 6, 7, 4, 5]

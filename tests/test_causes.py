@@ -295,9 +295,26 @@ def _stale(layer: Layer) -> None:
     layer.norm.running_var *= torch.linspace(0.5, 2, 8)
 
 
+def _stale_channel(layer: Layer) -> None:
+    layer.norm.running_mean[5] += 0.3
+    layer.norm.running_var[5] *= 3
+
+
+def _scaled_channels(layer: Layer) -> None:
+    layer.conv.weight.data[5] *= 0.5
+
+
+def _two_scaled_channels(layer: Layer) -> None:
+    layer.conv.weight.data[2] *= 1.3
+    layer.conv.weight.data[5] *= 0.5
+
+
 @pytest.mark.parametrize(
     ("change", "cause", "parameters"),
     [
+        (_stale_channel, "batchnorm-statistics", 2),
+        (_scaled_channels, "channels-scaled", 1),
+        (_two_scaled_channels, "channels-scaled", 2),
         (_eps, "normalization-eps", 0),
         (_odd_eps, "normalization-eps", 1),
         (_fresh, "batchnorm-statistics", 0),

@@ -102,6 +102,15 @@ def test_of_equal_explanations_the_simplest_is_named_and_the_best_of_the_others_
     assert found.equals == ()
 
 
+@pytest.mark.parametrize(("first", "second", "told"), [(0.5, 0.5001, "b"), (0.5001, 0.5, "b"), (0.49, 0.5, "a")])
+def test_of_two_runners_up_that_are_as_near_the_simpler_is_told(first: float, second: float, told: str) -> None:
+    """Which one is nearer by a rounding depends on the processor."""
+    families = [Family(candidate("best")), Family(candidate("a", parameters=9)), Family(candidate("b", parameters=3))]
+    found = chosen(layer(residuals={"best": 0.001, "a": first, "b": second}), *families)
+    assert found.runner_up is not None
+    assert found.runner_up.cause == told
+
+
 def test_another_cause_that_explains_as_much_with_no_more_numbers_is_told_with_it() -> None:
     families = [Family(candidate("a")), Family(candidate("b")), Family(candidate("seen", observed=True))]
     found = chosen(layer(residuals={"a": 0.002, "b": 0.003, "seen": 0.002}), *families)

@@ -202,9 +202,13 @@ def test_unavailable_backends_are_exit_3(net: Path) -> None:
     code, text = run("bisect", net, "-b", "ort,torch@cuda")
     assert code == 3
     assert "torch@cpu" in text
-    code, text = run("bisect", net, "-b", "ort,warp-drive")
-    assert code == 3
-    assert "no such backend" in text
+
+
+def test_a_backend_that_nobody_knows_is_bad_usage(net: Path, tmp_path: Path) -> None:
+    for command in (("bisect", net, "-b", "ort,emu-fp61"), ("capture", net, "-b", "emu-fp61", "-o", tmp_path / "c")):
+        code, text = run(*command)
+        flag = "--backend" if command[0] == "capture" else "--backends"
+        assert (code, f"{flag}: no such backend 'emu-fp61'; the nearest known one is emu-fp16" in text) == (2, True)
 
 
 def test_an_output_that_cannot_be_written_leaves_nothing(net: Path, tmp_path: Path) -> None:
@@ -212,6 +216,15 @@ def test_an_output_that_cannot_be_written_leaves_nothing(net: Path, tmp_path: Pa
     assert code == 2
     assert "r.json" in text
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["--csv", "--html", "--save"])
+def test_a_dash_is_no_name_of_a_file(net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, text = run("bisect", net, "-b", "ort,ort-all", flag, "-")
+    assert code == 2
+    assert "expected the name of a" in text
+    assert not list(tmp_path.iterdir())
 
 
 def test_interrupting_leaves_no_half_capture(net: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from typer.testing import CliRunner
 import cp_debug
 from cp_debug.cli import crash
 from cp_debug.cli.main import app, main
+from cp_debug.cli.saving import replacing
 
 FAILING = """
 import sys
@@ -280,6 +282,70 @@ def test_what_others_wrote_is_never_replaced(net: Path, tmp_path: Path) -> None:
     assert run("capture", net, "-b", "ort", "-o", out)[0] == 2
 
 
+@pytest.mark.parametrize("name", ["result.json", "manifest.json", "sample-0/ort/manifest.json"])
+@pytest.mark.parametrize("content", ["{}", "[1]", "no JSON", '{"schema": "https://json-schema.org/draft-07/schema"}'])
+def test_a_folder_is_ours_by_what_its_files_say(name: str, content: str, net: Path, tmp_path: Path) -> None:
+    """Others call their files so too."""
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(content)
+    code, text = run("bisect", net, "-b", "ort,ort-all", "--save", tmp_path, "--overwrite")
+    assert (code, text) == (2, f"--save: {tmp_path} exists and is none of cpdebug's; expected a new or empty folder")
+    assert (tmp_path / name).read_text() == content
+
+
+@pytest.mark.parametrize("where", [".", "..", "../kept"])
+def test_the_folder_of_the_command_itself_is_not_replaced(
+    where: str, net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "kept"
+    assert run("bisect", net, "-b", "ort,ort-all", "--save", kept)[0] == 0
+    monkeypatch.chdir(kept / "sample-0" if where == ".." else kept)
+    code, text = run("bisect", net, "-b", "ort,ort-all", "--save", where, "--overwrite")
+    said = f"--save: --overwrite would remove {where}, in which this command runs; expected another"
+    assert (code, text) == (2, said)
+    assert (kept / "result.json").exists()
+
+
+@pytest.mark.parametrize("name", ["nets/net.onnx", "nets/deeper/net.onnx"])
+def test_a_folder_that_holds_what_is_read_is_not_replaced(name: str, net: Path, tmp_path: Path) -> None:
+    inside = tmp_path / name
+    inside.parent.mkdir(parents=True)
+    inside.write_bytes(net.read_bytes())
+    code, text = run("bisect", inside, "-b", "ort,ort-all", "--save", tmp_path / "nets", "--overwrite")
+    assert (code, text) == (2, f"--save: --overwrite would remove {inside}, which MODEL reads, with it")
+    assert inside.exists()
+
+
+@pytest.mark.parametrize(("made", "left"), [("sample-0", False), ("result.json", True)])
+def test_an_interrupted_run_leaves_no_half_of_a_folder(made: str, left: bool, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    with suppress(KeyboardInterrupt), replacing("--save", kept, False) as folder:
+        folder.mkdir()
+        (folder / made).write_text('{"schema": "cpdebug.bisect/1"}')
+        assert not kept.exists()  # nor would it if the process were killed now
+        raise KeyboardInterrupt
+    assert (kept / made).exists() is left
+    assert [entry.name for entry in tmp_path.iterdir()] == ["kept"] * left
+    assert kept.exists() is left
+
+
+def test_captures_of_a_run_that_was_interrupted_are_told_from_a_folder_of_others(tmp_path: Path) -> None:
+    for name, says in (("sample-0/ort/manifest.json", "was interrupted before it had a result"), ("x", "no such file")):
+        file = tmp_path / name.partition("/")[0].replace("-", "_") / name
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+        code, text = run("report", tmp_path / name.partition("/")[0].replace("-", "_"))
+        assert (code, says in " ".join(text.split())) == (2, True)
+
+
+@pytest.mark.parametrize("words", [("bisect", "-b", "ort,ort-all"), ("predict",), ("doctor",)])
+def test_torch_that_cannot_be_loaded_is_told(words: tuple[str, ...], net: Path) -> None:
+    command = [sys.executable, "-m", "cp_debug", *words[:1], *[str(net)] * (words != ("doctor",)), *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TORCH_LOGS": "no such log"})
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: torch cannot be loaded (ValueError: Invalid log settings")
+
+
 def test_doctor_cuts_no_advice_where_the_terminal_is_narrow() -> None:
     command = [sys.executable, "-m", "cp_debug", "doctor"]
     narrow = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "60"}).stdout
@@ -343,7 +409,7 @@ ACTS = {
     "--auto": "which layers sensitivity puts into --output",
     "--by": "what a sweep is split into",
     "--workers": "processes of a sweep",
-    "--retry-failed": "tasks of a sweep's log",
+    "--retry-failed": "tasks of a sweep's log; refused where none failed (tests/test_sweep_queue.py)",
     "--partition": "how the table of a sweep's log is written",
     "--method": "how quantize finds scales; refused beside scales that are given (above)",
     "--batches": "samples of calibration; refused beside scales that are given (above)",
@@ -618,7 +684,7 @@ def test_a_seed_is_refused_where_nothing_is_made_up(net: Path, tmp_path: Path) -
     code, text = run("bisect", net, "-b", "ort,ort-all", "--inputs", tmp_path / "x.npz", "--seed", "3")
     assert (code, "--seed: it would do nothing here: the inputs are those of" in text) == (2, True)
     code, text = run("check", "net.py:make", "--seed", "3")
-    assert (code, "--seed: it would do nothing here: the first sample is the model's own" in text) == (2, True)
+    assert (code, "--seed: it would do nothing here: the one sample is the model's own" in text) == (2, True)
     code, text = run("check", net, "--no-activations", "--inputs", tmp_path / "x.npz")
     assert (code, "--inputs: it would do nothing here: --no-activations" in text) == (2, True)
     code, text = run("quantize", "ptq", net, "-o", tmp_path / "out", "--opset", "18")
@@ -714,6 +780,6 @@ def test_at_the_end_ctrl_c_changes_nothing_and_torchs_empty_folder_goes(
 def test_torchs_folder_is_known_without_torch() -> None:
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    from cp_debug.__main__ import _torch_folder
+    from cp_debug.cli.guard import torch_folder
 
-    assert default_cache_dir() == _torch_folder()
+    assert default_cache_dir() == torch_folder()

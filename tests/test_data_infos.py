@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,14 @@ class Runs:
         import os
 
         return os.system, ("touch pwned",)
+
+
+@pytest.mark.parametrize("content", [b"\x80\x04\x8c\x02\x8f\x8f.", b"(i", b"", b"}K\x01s."])
+def test_a_broken_pickle_is_refused_without_words_about_python(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "i.pkl").write_bytes(content)
+    with pytest.raises(InputError, match=r"i\.pkl: .*not a readable pickle") as refused:
+        load_plain_pickle(tmp_path / "i.pkl")
+    assert not re.search(r"Error|codec|NoneType|object", str(refused.value))
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))

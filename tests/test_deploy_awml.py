@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 from cp_debug.backends.tensorrt.config import decide
 from cp_debug.cli.main import app
 from cp_debug.cli.plain_steps import PlainSteps
+from cp_debug.deploy.awml_schema import EvaluatedBackend
 from cp_debug.deploy.config import load_config, override
+from cp_debug.deploy.literals import read_settings
 from cp_debug.deploy.schema import DeployConfig
 from cp_debug.deploy.stages import Deployment
 from cp_debug.errors import InputError
@@ -302,6 +304,13 @@ def test_files_of_other_tools_and_tasks_get_one_sentence(tmp_path: Path, text: s
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("item", ["0", "True", "None", "''", "[]", "1.5"])
+def test_a_list_that_doubles_itself_without_end_is_refused(tmp_path: Path, item: str) -> None:
+    (tmp_path / "config.py").write_text(f"x = [{item}]\n" + "x = x + x\n" * 60)
+    with pytest.raises(InputError, match=r"config\.py, line \d+: .*unfolds to more than"):
+        read_settings(tmp_path / "config.py")
+
+
 def test_a_recipe_of_other_features_is_told_before_the_export(tmp_path: Path) -> None:
     profile = AWML.read_text().replace("20, 11]", "20, 10]").replace("work_dirs/tiny/", f"{tmp_path}/work/")
     code, text = run("deploy", write(tmp_path, profile), "--model", "centerpoint:tiny")
@@ -381,3 +390,7 @@ def test_long_steps_are_said_where_nobody_draws_a_bar() -> None:
     with PlainSteps(quick.append, first=60).running() as steps:
         steps("exporting", 0, 1)
     assert not quick
+
+
+def test_a_backend_that_is_not_enabled_is_not_scored() -> None:
+    assert not EvaluatedBackend().enabled

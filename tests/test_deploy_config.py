@@ -13,7 +13,7 @@ from test_cli import run
 from cp_debug import plugins
 from cp_debug.deploy.config import load_config
 from cp_debug.deploy.literals import read_settings
-from cp_debug.deploy.schema import DeployConfig, EvaluateConfig, ExportConfig, TensorRTConfig
+from cp_debug.deploy.schema import DeployConfig, EvaluateConfig, ExportConfig, TensorRTConfig, VerifyConfig
 from cp_debug.deploy.stages import Deployment
 from cp_debug.errors import InputError
 
@@ -159,6 +159,7 @@ count = {{'$CPDEBUG_TEST_COUNT:80'}}
         ("def f(n):\n  return n\nx = f(m=2)", "expected as arguments: n"),
         ("def f(n):\n  return open(n)\nx = f('y')", "line 3"),
         ("x = dict(a=1, a=2)", "keyword argument repeated: a"),
+        ("x = dict(a=1, b=1, c=1, b=2, c=2)", "keyword argument repeated: b"),
         (doubling(12), "more than 1000 calls"),
     ],
 )
@@ -205,7 +206,9 @@ def test_dictionaries_are_changed_and_spread_as_in_python(tmp_path: Path) -> Non
         ("a = {}\na['a'] = a\n", "nested too deep"),
         ("a = 'text'\na['b'] = 1\n", "expected a dictionary"),
         ("a = dict(**[1])\n", "expected a dictionary"),
-        ("a = {}\na[[1]] = 2\n", "unhashable"),
+        ("a = {}\na[[1]] = 2\n", "a list or a dictionary cannot be a key"),
+        ("a = {{}: 2}\n", "a list or a dictionary cannot be a key"),
+        ("a = {}\na.update({{}: 2})\n", "a list or a dictionary cannot be a key"),
         ("a = [0] * 3\n", "expected a number"),
         ("a = {}\nb = [a] * 1\n", "expected a number"),
         ("a = {}\nb = [" + "a, " * 5000 + "]\na['x'] = ['b', 'c', 'd', 'e']\n", "unfolds to more than"),
@@ -231,8 +234,8 @@ def test_yaml_and_toml_inherit(tmp_path: Path) -> None:
 
 
 def test_two_bases_may_not_set_the_same(tmp_path: Path) -> None:
-    write(tmp_path, "a.py", "name = 'a'\n")
-    write(tmp_path, "b.py", "name = 'b'\n")
+    write(tmp_path, "a.py", "order = 1\nname = 2\npath = 3\n")
+    write(tmp_path, "b.py", "path = 3\nname = 2\norder = 1\n")
     with pytest.raises(InputError, match="name is set by two of them"):
         read_settings(write(tmp_path, "c.py", "_base_ = ['a.py', 'b.py']\n"))
 
@@ -268,6 +271,8 @@ def test_every_literal_is_read_as_python_reads_it(tmp_path_factory: pytest.TempP
             "components.c.profile.x: expected min ≤ opt ≤ max",
         ),
         ("a.yaml", "[1, 2", "a.yaml: not YAML"),
+        ("a.yaml", 'x: !!int "abc"', "a.yaml: not YAML (what it holds is damaged, or of another kind)"),
+        ("a.yaml", "x: " + ":".join(["1"] * 100_000), "a.yaml: 200002 bytes; a configuration has at most 131072"),
         ("a.toml", "x = ", "a.toml: not TOML"),
         ("a.json", "{}", "a.json: work_dir is missing"),
         ("a.json", "[]", "a.json: the document is []; expected settings by name"),
@@ -371,10 +376,11 @@ def test_the_example_of_the_documentation_says_every_key_and_default(tmp_path: P
     assert plain.model_copy(update=changed) == config
     told = yaml.safe_load(example)
     assert set(told) == set(DeployConfig.model_fields)
-    assert {name: set(told[name]) for name in ("export", "tensorrt", "evaluate")} == {
+    assert {name: set(told[name]) for name in ("export", "tensorrt", "verify", "evaluate")} == {
         "export": set(ExportConfig.model_fields),
         "tensorrt": set(TensorRTConfig.model_fields),
-        "evaluate": set(EvaluateConfig.model_fields) - {"enabled"},
+        "verify": set(VerifyConfig.model_fields),
+        "evaluate": set(EvaluateConfig.model_fields),
     }
 
 

@@ -22,14 +22,16 @@ from cp_debug.deploy.verify import (
     VerifyOptions,
     VerifyResult,
     _check_not_empty,
-    _check_outputs,
     _RunningScenario,
+    _uncompared,
     verify,
     what_is_wrong,
 )
 from cp_debug.errors import InputError
 from cp_debug.files import hashes
+from cp_debug.graph.pairing import Pairing
 from cp_debug.probes.statistics import compare
+from cp_debug.programs.paired import check_outputs
 from cp_debug.programs.pipeline import Key
 from cp_debug.recipes.base import Sample
 
@@ -175,7 +177,9 @@ def test_an_evaluation_passes_where_no_backend_is_worse(worse: tuple[str, ...]) 
 
 def scenario(name: str, passed: bool) -> Any:
     change = SimpleNamespace(agrees=passed, __str__=lambda self: "1 of 3")
-    return SimpleNamespace(name=name, passed=passed, failures=[], checks=[], preprocessing={"s": change}, bisect=None)
+    return SimpleNamespace(
+        name=name, passed=passed, failures=[], missing=[], moved={}, checks=[], preprocessing={"s": change}, bisect=None
+    )
 
 
 def test_a_verification_says_which_scenario_failed_and_why() -> None:
@@ -198,7 +202,12 @@ def test_a_failure_names_the_worst_output_the_layer_and_the_cause() -> None:
     )
     calm = SimpleNamespace(first_divergent=SimpleNamespace(name="relu"), guilty=[], findings=[])
     failed: Any = SimpleNamespace(
-        failures=checks, checks=[*checks, None], preprocessing={}, bisect=SimpleNamespace(tests=[guilty, calm])
+        failures=checks,
+        missing=[],
+        moved={},
+        checks=[*checks, None],
+        preprocessing={},
+        bisect=SimpleNamespace(tests=[guilty, calm]),
     )
     assert list(reasons(failed)) == [
         "2 of 3 outputs fail, the worst is b: b is off",
@@ -252,11 +261,12 @@ def test_the_worst_sample_of_an_output_is_kept_with_its_source(monkeypatch: pyte
     import numpy as np
 
     sides: Any = [
-        SimpleNamespace(backend=SimpleNamespace(spec=s, precision="fp32"), record=lambda s=s: s)
+        SimpleNamespace(backend=SimpleNamespace(spec=s, precision="fp32"), record=lambda s=s: s, programs=[])
         for s in ("torch", "ort")
     ]
     running = _RunningScenario(*sides, Tolerances({}, ["y"]), None)
-    monkeypatch.setattr("cp_debug.deploy.verify.ScenarioResult", lambda *parts: parts)
+    made = lambda *parts: SimpleNamespace(parts=parts)  # noqa: E731
+    monkeypatch.setattr("cp_debug.deploy.verify.ScenarioResult", made)
     for number, (source, off) in enumerate((("a", 0.1), ("b", 0.5), ("c", 0.2))):
         values = {"torch": np.ones(4, np.float32), "ort": np.full(4, 1 + off, np.float32)}
         passes: Any = SimpleNamespace(
@@ -266,7 +276,8 @@ def test_the_worst_sample_of_an_output_is_kept_with_its_source(monkeypatch: pyte
             detections=lambda sides, number=number: number or None,
         )
         running.add(passes, {Key("net", "y"): 1e-7})
-    reference, test, (check,), voxels, detections, _ = running.result()  # type: ignore[misc]
+    reference, test, (check,), voxels, detections, _ = running.result().parts  # type: ignore[attr-defined]
+    assert running.result().judged_as == "fp32"
     assert (reference, test) == ("torch", "ort")
     assert (check.component, check.name, check.source, check.floor) == ("net", "y", "b", 1e-7)
     assert check.stats.rel_l2 == pytest.approx(0.5)
@@ -289,18 +300,25 @@ def test_a_scenario_of_which_nothing_was_compared_is_refused() -> None:
         _check_not_empty([some, none])
 
 
-def test_a_test_file_needs_every_output_under_some_name() -> None:
+def test_an_output_that_a_test_file_lacks_is_told_or_refused_where_others_hang_on_it() -> None:
     def outputs(*names: str) -> Any:
         return [SimpleNamespace(name=n) for n in names]
 
-    ours: Any = SimpleNamespace(graph=SimpleNamespace(outputs=outputs("heat", "reg")))
+    ours: Any = SimpleNamespace(name="head", graph=SimpleNamespace(outputs=outputs("heat", "reg")))
     theirs: Any = SimpleNamespace(graph=SimpleNamespace(outputs=outputs("h", "r")), pairing=None)
-    _check_outputs([ours], [theirs])  # the same names
-    theirs.pairing = SimpleNamespace(outputs={"heat": "h", "reg": "r"})
-    _check_outputs([ours], [theirs])
-    del theirs.pairing.outputs["reg"]
+    assert _uncompared([ours], [theirs]) == (set(), [])  # the same names
+    theirs.pairing = Pairing({}, {}, {"heat": "h", "reg": "r"})
+    assert _uncompared([ours], [theirs]) == (set(), [])
+    theirs.pairing = Pairing({}, {}, {"heat": "h"})
+    assert _uncompared([ours], [theirs]) == (set(), [Key("head", "reg")])
+    theirs.pairing = Pairing({}, {}, {"heat": "h"}, left_out=["reg"])
+    assert _uncompared([ours], [theirs]) == ({Key("head", "reg")}, [])
+    theirs.pairing = Pairing({}, {}, {"heat": "h"})
     with pytest.raises(InputError, match=r"has no output that is 'reg'; its outputs are h, r"):
-        _check_outputs([ours], [theirs])
+        check_outputs(ours.graph, theirs)  # of a component from which the next one computes on
+    theirs.pairing = Pairing({}, {}, {})
+    with pytest.raises(InputError, match=r"has no output that is 'heat'"):
+        _uncompared([ours], [theirs])
 
 
 # Times and places ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from cp_debug.cli.main import app
 from cp_debug.deploy import quantize_narrow
 from cp_debug.deploy.bench import Latency
 from cp_debug.deploy.config import load_config
-from cp_debug.deploy.exporting import resized, shapes_of, worst_output
+from cp_debug.deploy.engines import BuiltEngine
+from cp_debug.deploy.exporting import compared_outputs, resized, shapes_of, worst_output
 from cp_debug.deploy.preprocessing import _cells, _in_range, _padded
 from cp_debug.deploy.quantize_output import quantize_ptq
 from cp_debug.detection import t4_draws
@@ -129,12 +130,20 @@ def test_inputs_are_halved_to_multiples_of_strides_along_free_axes() -> None:
     assert small["a"].flags.c_contiguous
     assert resized({"e": np.zeros((0, 2))}, {"e": {0: "n"}})["e"].shape == (0, 2)
     assert shapes_of(small) == "a 1×16, b 16×1, c 4, d 2"
-    assert worst_output({"x": np.ones(2), "y": np.ones(2)}, {"x": np.full(2, 1.1), "y": np.full(2, 1.2)})[0] == "y"
+    run = compared_outputs({"x": np.ones(2), "y": np.ones(2)}, {"x": np.full(2, 1.1), "y": np.full(2, 1.2)})
+    assert worst_output(run)[0] == "y"
 
 
 def test_a_latency_is_told_in_milliseconds() -> None:
     figures = Latency("net", [i / 1000 for i in range(101)]).figures()
     assert figures == pytest.approx({"mean": 50, "p50": 50, "p95": 95, "p99": 99})
+
+
+@pytest.mark.parametrize(
+    ("shares", "says"), [({"fp16": 0.8, "fp32": 0.2}, "fp16 80%, fp32 20%"), ({}, "types not told")]
+)
+def test_types_of_an_engine_in_words(shares: dict[str, float], says: str) -> None:
+    assert BuiltEngine("net", "net.engine", "", "", 1.0, shares).types == says
 
 
 def test_pillars_are_numbered_by_cell_and_padded_behind() -> None:

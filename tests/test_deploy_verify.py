@@ -142,7 +142,6 @@ def test_a_deployment_of_broken_files_fails_in_page_and_exit_code(broken: Path, 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--max-abs", 0], "command line: verify.max_abs is 0.0; expected greater than 0"),
         (["--tolerance", "fp32=-1"], "command line: verify.tolerances.fp32 is -1.0; expected greater than 0"),
         (["--tolerance", "fp32=x"], "--tolerance: 'fp32=x'; expected NAME=NUMBER"),
         (["--scenario", "torch"], "--scenario: 'torch' names 1 backend; expected REFERENCE,TEST"),
@@ -260,3 +259,39 @@ def test_voxels_of_another_implementation_are_read_and_checked(cloud: np.ndarray
     np.savez(path, voxels=ours.voxels)
     with pytest.raises(InputError, match=r"v.npz: expected an .npz file with voxels, num_points, coors"):
         read_voxels(path, TINY)
+
+
+HALF_NET = """
+import torch
+
+def net(half=False, fault=1.0):
+    torch.manual_seed(0)
+    middle = torch.nn.Linear(8, 8)
+    module = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), middle, torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    middle.weight.data *= fault
+    x = torch.linspace(-1, 1, 8).reshape(2, 4)
+    return (module.eval().half(), (x.half(),)) if half else (module.eval(), (x,))
+
+def half():
+    return net(True)
+"""
+
+
+@pytest.mark.parametrize("reference", ["net", "half"])
+@pytest.mark.parametrize(("fault", "code"), [(1.0, 0), (1.1, 1)])
+def test_a_file_in_fp16_is_judged_by_limits_of_fp16(tmp_path: Path, reference: str, fault: float, code: int) -> None:
+    source = tmp_path / "nets.py"
+    source.write_text(HALF_NET)
+    space: dict[str, object] = {}
+    exec(HALF_NET, space)
+    module, arguments = space["net"](True, fault)  # type: ignore[operator]
+    names = {"input_names": ["input"], "output_names": ["output"]}
+    torch.onnx.export(module, arguments, str(tmp_path / "half.onnx"), dynamo=False, **names)
+    report = tmp_path / "verified.json"
+    options = ["--test-model", tmp_path / "half.onnx", "-b", "torch,ort", "--no-explain", "--json", report]
+    exit_code, text = run("verify", f"{source}:{reference}", *options)[:2]
+    assert exit_code == code, text
+    scenario = json.loads(report.read_text())["scenarios"][0]
+    assert scenario["judged_as"] == "fp16"
+    assert "limits: those of FP16" in text
+    assert 0.003 < scenario["tensors"][0]["limit"] < 0.05  # 8 times 2⁻¹¹, or more where the network amplifies

@@ -225,6 +225,20 @@ def test_captures_stay_in_memory_and_spill_beyond_the_bound(tmp_path: Path) -> N
             holder.put("a", np.zeros(1))
 
 
+def test_a_large_model_leaves_a_gpu_room_for_larger_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated = {0: 0, 1: 0}
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated[device.index])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 << 30, 80 << 30))
+    weights = 4 << 30
+    room = Room(weights=weights)
+    allocated[0] = 2 * weights
+    assert room.take("cuda:0", weights // 4)
+    assert not room.take("cuda:0", weights // 2)  # 2.5 times the weights
+    assert room.take("cuda:1", weights // 2)
+    assert Room(weights=weights // 4).take("cuda:0", weights)  # of a small model what is free decides,
+    assert Room(limit=weights, weights=weights).take("cuda:0", weights)  # of any model what the user says
+
+
 def test_captures_stay_on_their_device_and_are_saved_all_the_same(tmp_path: Path) -> None:
     with fake_device() as device:
         tensor = torch.arange(4.0).to(device)
@@ -278,3 +292,13 @@ def test_devices_and_sizes_that_are_none(arguments: list[str], says: str) -> Non
 
 def test_sizes_are_powers_of_1024() -> None:
     assert [size_in_bytes(text, "--memory") for text in ("7", "2k", "1.5M", "2 GiB")] == [7, 2048, 1572864, 2 << 30]
+
+
+def test_what_is_held_cannot_be_changed(tmp_path: Path) -> None:
+    ours = np.ones(3, np.float32)
+    held = taken(Room(), tmp_path / "held", {"x": ours})
+    ours[0] = 7
+    kept = held.load("x")
+    assert kept.tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="read-only"):
+        kept[0] = 2

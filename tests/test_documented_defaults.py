@@ -26,17 +26,20 @@ from cp_debug.deploy.quantize_narrow import quantize_narrow
 from cp_debug.deploy.quantize_output import quantize_ptq
 from cp_debug.deploy.runner import deploy
 from cp_debug.deploy.stages import Deployment
+from cp_debug.deploy.tolerance import MARGIN
 from cp_debug.deploy.verify import VerifyOptions
 from cp_debug.detection.evaluate import evaluate
 from cp_debug.detection.evaluation import EvaluationOptions
 from cp_debug.mixed_precision.search import MixedPrecisionOptions
 from cp_debug.mixed_precision.sensitivity import DRAWS
 from cp_debug.programs.export import export
-from cp_debug.programs.pipeline import prepare
+from cp_debug.programs.pipeline import DEFAULT_EXPORT, Export, prepare
 from cp_debug.quantization.open_quantized import open_quantized
 from cp_debug.quantization.qat import QatOptions
 from cp_debug.quantization.qat_centerpoint import finetune_centerpoint
 from cp_debug.quantization.quantized_programs import DEFAULT_CALIBRATION, Calibration
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def of_option(words: str, option: str) -> Any:
@@ -127,7 +130,7 @@ def test_opsets_are_those_of_the_help() -> None:
 
 
 def test_limits_of_guilt_are_those_of_the_documentation() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "thresholds.md").read_text(encoding="utf-8")
+    text = (DOCS / "thresholds.md").read_text(encoding="utf-8")
     told = dict(re.findall(r"^\| `([A-Z]+)` \| ([\d.]+)", text, flags=re.M))
     code = {"EXCESS": EXCESS, "FLOOR": FLOOR, "ROUNDING": ROUNDING, "RANGE": RANGE, "NEGLIGIBLE": NEGLIGIBLE}
     assert {name: float(value) for name, value in told.items()} == code
@@ -145,3 +148,12 @@ def test_nothing_was_wrong_before_a_tensor_is_read() -> None:
         for field in dataclasses.fields(kind):
             if field.default is not dataclasses.MISSING and isinstance(field.default, int | float):
                 assert not field.default, f"{kind.__name__}.{field.name}"
+
+
+def test_a_modules_export_is_dynamos_with_its_batch_norms_left_to_the_graph() -> None:
+    assert Export() == DEFAULT_EXPORT == Export("dynamo", None, fused=False)
+
+
+def test_the_room_of_a_verification_is_that_of_the_documentation() -> None:
+    text = (DOCS / "deploy.md").read_text(encoding="utf-8")
+    assert float(re.search(r"limit of a tensor is (\d+) times the noise", text).group(1)) == MARGIN  # type: ignore[union-attr]

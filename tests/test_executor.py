@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from pathlib import Path
@@ -24,6 +25,7 @@ from cp_debug.backends.kernels.windows import Window
 from cp_debug.backends.rounding import round_fp16, round_tf32
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.operators import CONTRIB_INPUTS
 
 
 def graph(folder: Path, text: str, weights: dict[str, np.ndarray] | None = None, opset: int = 21) -> Graph:
@@ -59,6 +61,19 @@ def conv_net(folder: Path) -> Graph:
     weights = {n: random(*s, seed=i) * 0.2 for i, (n, s) in enumerate(shapes.items())}
     weights |= {n: random(32, seed=9 + i) for i, n in enumerate(("scale", "bias", "mean"))}
     return graph(folder, CONV_NET, weights | {"var": random(32, seed=7) ** 2 + 0.5})
+
+
+@pytest.mark.parametrize("arithmetic", [FP16, BF16])
+def test_a_batch_norm_reads_its_parameters_as_the_file_has_them(tmp_path: Path, arithmetic: Any) -> None:
+    """In FP16 a variance of 2e7 would be Inf, and a mean of 1.0001 be 1."""
+    made = graph(
+        tmp_path,
+        "net (float[1,1,2] x) => (float[1,1,2] y) { y = BatchNormalization <epsilon = 0.0> (x, s, b, m, v) }",
+        {n: np.array([v], np.float32) for n, v in (("s", 4096.0), ("b", 0.0), ("m", 1.0001), ("v", 2.0**24))},
+    )
+    result = Executor(made, arithmetic).run({"x": torch.tensor([[[1.0, 1025.0]]])})["y"]
+    exact = [-0.0001, 1023.9999]
+    assert result.flatten().tolist() == pytest.approx(exact, rel=2**-8)
 
 
 @pytest.mark.slow
@@ -287,6 +302,41 @@ def test_a_failing_node_is_named_with_its_shapes(tmp_path: Path) -> None:
         Executor(net).run({})
 
 
+@pytest.mark.parametrize(
+    ("node", "said"),
+    [
+        ("y = Mul(x, w)", "the shapes of its inputs do not fit together"),
+        ("y = MaxPool(x)", "its attribute 'kernel_shape' is missing"),
+        ("y = Einsum<equation: ints = [1]>(x, w)", "its attribute 'equation' is of the type ints; expected string"),
+        ("y = Tile(x, w)", "its input 1 (repeats) is float32[3, 4]; expected integers"),
+        ("b = Cast<to: int = 9>(x)  y = MatMul(b, w)", "its input 0 (A) is bool[2, 5]; expected floats or integers"),
+        ("c = Cast<to: int = 7>(x)  y = MatMul(c, w)", "its inputs 0 and 1 are of different types; expected one"),
+        ("y = com.microsoft.QLinearAdd(x, , w, w, w, w, w)", "its input 1 (a_scale) is absent; expected one"),
+        ("y = com.microsoft.BiasGelu(x, w, w)", "it has 3 inputs; expected 2 at most"),
+        ("s = Cast<to: int = 8>(x)  y = Sinh(s)", "its input 0 (input) is string[2, 5]; expected floats"),
+        ("s = Cast<to: int = 8>(x)  y = com.microsoft.BiasGelu(s, w)", "its input 0 is string[2, 5]; expected numbers"),
+        ("s = SequenceConstruct(x)  y = Abs(s)", "its input 0 (X) is sequence of 1; expected floats or integers"),
+    ],
+)
+def test_a_failing_node_says_which_rule_it_breaks(tmp_path: Path, node: str, said: str) -> None:
+    """Never in words about Python's objects, of which who gave a file knows nothing."""
+    net = graph(tmp_path, f"g (float[A,B] x) => (y) {{ {node} }}", {"w": random(3, 4)})
+    with pytest.raises(NodeFailed) as failed:
+        Executor(net).run({"x": random(2, 5)})
+    assert said in str(failed.value)
+    assert "Error" not in str(failed.value)
+
+
+def test_operators_without_a_schema_need_the_inputs_of_their_kernels(tmp_path: Path) -> None:
+    for op, least in CONTRIB_INPUTS.items():
+        taken = [*inspect.signature(KERNELS[f"com.microsoft.{op}"].function).parameters.values()][1:]
+        assert least == max(
+            i for i, p in enumerate(taken, 1) if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
+        )
+        with pytest.raises(InputError, match=f"has {least - 1} of {least} inputs"):
+            graph(tmp_path, f"g (float[2] x) => (y) {{ y = com.microsoft.{op}({', '.join('x' * (least - 1))}) }}")
+
+
 def test_weights_beyond_the_cache_are_read_again(tmp_path: Path) -> None:
     net, x = conv_net(tmp_path), {"x": random(1, 8, 16, 16)}
     assert torch.equal(Executor(net, FP32, weight_cache=0).run(x)["y"], Executor(net, FP32).run(x)["y"])
@@ -351,7 +401,9 @@ def test_whatever_a_kernel_raises_names_node_and_operator(tmp_path: Path, shape:
 def test_a_node_whose_attributes_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = graph(tmp_path, "net (float[2] x) => (float[2] y) { y = Relu(x) }")
     monkeypatch.setattr("cp_debug.backends.executor.Call.of", lambda *given: [][5])
-    with pytest.raises(NodeFailed, match=r"\(Relu\) cannot be read: IndexError"):
+    with pytest.raises(
+        NodeFailed, match=r"\(Relu\) cannot be read: its inputs, attributes and bodies do not fit together$"
+    ):
         Executor(net).run({"x": np.ones(2, np.float32)})
 
 

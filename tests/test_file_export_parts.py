@@ -14,6 +14,7 @@ from nets import NetBuilder
 from cp_debug.backends.base import Program
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.deploy import file_evaluation
+from cp_debug.deploy.exporting import outcome
 from cp_debug.deploy.file_evaluation import (
     COMPONENTS,
     FileDetector,
@@ -24,7 +25,7 @@ from cp_debug.deploy.file_evaluation import (
     open_runs,
     read_description,
 )
-from cp_debug.deploy.file_export import _checked, _distance, export_files
+from cp_debug.deploy.file_export import _checked, _checked_run, export_files
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.recipes.base import Sample
@@ -81,12 +82,13 @@ def test_a_file_of_fixed_sizes_runs_on_them_alone_and_goes_where_it_is_told(tmp_
 def test_another_result_or_signature_is_refused(tmp_path: Path) -> None:
     graph = Graph(written(tmp_path))
     ours = {"y": np.ones(4, np.float32), "z": np.ones(4, np.float32)}
-    assert _distance(graph, ours, ours) == 0.0
+    assert outcome([_checked_run(graph, ours, ours)]) == (0.0, ())
     near = ours | {"z": np.full(4, 1 + 1e-6, np.float32)}
-    assert _distance(graph, ours, near) == pytest.approx(1e-6, rel=0.2)
+    error, _ = outcome([_checked_run(graph, ours, ours), _checked_run(graph, ours, near)])
+    assert error == pytest.approx(1e-6, rel=0.2)
     for strange, says in ((np.full(4, 2, np.float32), r"\[4\], relative L2 1;"), (np.ones(5, np.float32), r"\[5\]")):
         with pytest.raises(InputError, match=f"rewritten it gives another z than before: {says}"):
-            _distance(graph, ours, ours | {"z": strange})
+            _checked_run(graph, ours, ours | {"z": strange})
     (tmp_path / "other").mkdir()
     fewer = written(tmp_path / "other", outputs=("y",))
     with pytest.raises(InputError, match=r"its outputs are \['y', 'z'\]; rewritten they would be \['y'\]"):

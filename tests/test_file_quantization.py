@@ -65,6 +65,7 @@ class Reader(CalibrationDataReader):
 
 
 def quantized(folder, kind, opset=17):
+    """Weights have 7 bits where their levels are signed: no sum of theirs saturates, whatever the processor."""
     source, target = str(parent(folder / "parent.onnx", opset)), str(folder / f"{kind}.onnx")
     if kind == "dynamic":
         quantize_dynamic(source, target, weight_type=QuantType.QUInt8)
@@ -79,6 +80,7 @@ def quantized(folder, kind, opset=17):
             activation_type=QuantType.QInt8 if signed else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             per_channel=kind in ("static-int8", "trt"),
+            reduce_range=True,
             extra_options=options,
         )
     return folder / "parent.onnx", folder / f"{kind}.onnx"
@@ -94,6 +96,38 @@ def test_a_well_quantized_file_accuses_nobody(tmp_path, kind):
     path, test = quantized(tmp_path, kind)
     assert accused(path, test, "ort,ort-none,ort-all,ort-int8") == [[], [], []]
     assert accused(test, None, "ort-none,ort-all") == [[]]
+
+
+def dead(folder, kind):
+    """As ``quantized``, of a network whose first Relu gives zeros alone, which have a scale of 1."""
+    source = parent(folder / "alive.onnx")
+    model = onnx.load(str(source))
+    (bias,) = [t for t in model.graph.initializer if t.name == "b0"]
+    bias.CopyFrom(numpy_helper.from_array(np.full(16, -50, np.float32), "b0"))
+    onnx.save(model, str(folder / "parent.onnx"))
+    target = str(folder / f"{kind.name}.onnx")
+    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    quantize_static(str(folder / "parent.onnx"), target, Reader(), quant_format=kind, reduce_range=True, **types)
+    return folder / "parent.onnx", folder / f"{kind.name}.onnx"
+
+
+@pytest.mark.parametrize("kind", [QuantFormat.QDQ, QuantFormat.QOperator])
+def test_a_bias_on_the_scale_that_integer_kernels_give_it_is_no_fault(tmp_path, kind):
+    path, test = dead(tmp_path, kind)
+    assert accused(path, test) == [[], []]
+
+
+def test_a_bias_on_another_scale_than_that_of_data_times_weights_is_a_fault(tmp_path):
+    path, test = dead(tmp_path, QuantFormat.QDQ)
+    model = onnx.load(str(test))
+    for tensor in model.graph.initializer:
+        held = numpy_helper.to_array(tensor)
+        if tensor.name == "b1_quantized":
+            tensor.CopyFrom(numpy_helper.from_array(np.round(held / 8).astype(np.int32), tensor.name))
+        elif tensor.name == "b1_quantized_scale":
+            tensor.CopyFrom(numpy_helper.from_array(held * np.float32(8), tensor.name))
+    onnx.save(model, str(test))
+    assert accused(path, test, "ort,ort") == [["conv1"]]
 
 
 @pytest.mark.parametrize(
@@ -623,7 +657,7 @@ def test_a_relu_that_a_quantizer_drops_behind_a_reshape_is_named(tmp_path):
 
     quant_pre_process(plain, str(tmp_path / "pre.onnx"), skip_symbolic_shape=True)
     options = {"quant_format": QuantFormat.QOperator, "activation_type": QuantType.QUInt8}
-    quantize_static(str(tmp_path / "pre.onnx"), tmp_path / "file.onnx", Samples(), **options)
+    quantize_static(str(tmp_path / "pre.onnx"), tmp_path / "file.onnx", Samples(), reduce_range=True, **options)
     assert "Relu" not in {node.op for node in Graph(tmp_path / "file.onnx").nodes}
     (test,) = bisect(str(plain), "ort,ort-all", test_model=tmp_path / "file.onnx").tests
     assert [row.op for row in test.guilty] == ["Add"]

@@ -14,6 +14,7 @@ from torch.nn import functional
 from cp_debug.backends.kernels import fp16_accumulation, fp16_accumulation_cuda
 from cp_debug.backends.kernels.fp16_accumulation import Order
 from cp_debug.backends.kernels.fp16_accumulation_cuda import Taps, Tile
+from cp_debug.backends.kernels.fp16_accumulation_source import PREPARED
 from cp_debug.backends.kernels.windows import Window
 from cp_debug.backends.rounding import round_fp16
 
@@ -74,6 +75,41 @@ def test_conv_walks_k_in_the_documented_order(
     expected = plain(x.numpy(), weight.numpy(), bias.numpy(), window, groups, tile=32, slices=slices)
     assert np.mean(got == expected) > 0.99  # a float32 sum may fall on the other side of an FP16 tie
     np.testing.assert_allclose(got, expected, rtol=2**-9, atol=2**-6)
+
+
+@pytest.mark.parametrize("vector", [0, 4])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
+def test_chunks_of_rows_change_nothing(chunk: int, vector: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 5 rows the last chunk of 2 or 3 has fewer; the axes have strides of their own."""
+    x, weight = halves(1, 20, 11, 8, seed=1), halves(4, 20, 3, 2, seed=2)
+    window = Window((3, 2), (2, 3), (1, 1), (0, 0), (0, 0))
+    whole = fp16_accumulation.conv(x, weight, None, window, 1, 32, vector=vector)
+    at_a_time = chunk * 3 * (120 if vector else 4)  # rows of 3 places, of columns or of partial sums
+    monkeypatch.setitem(fp16_accumulation._AT_A_TIME, "cpu", at_a_time)
+    assert torch.equal(fp16_accumulation.conv(x, weight, None, window, 1, 32, vector=vector), whole)
+
+
+@pytest.mark.parametrize("vector", [0, 4])
+@pytest.mark.parametrize(("images", "outputs", "width"), [(0, 3, 5), (2, 0, 5), (2, 3, 0)])
+def test_nothing_to_sum_is_nothing(images: int, outputs: int, width: int, vector: int) -> None:
+    x, weight = torch.zeros(images, 4, 6, width), torch.zeros(outputs, 4, 1, 1)
+    window = Window((1, 1), (1, 1), (1, 1), (0, 0), (0, 0))
+    taps = Taps(weight.reshape(1, outputs, 4, 1), (0,), ((0, 0),))
+    size = window.output_size(x.shape[2:])
+    if vector:
+        found = fp16_accumulation.accumulate_vectors(x, taps, (1, 1), size, vector)
+    else:
+        found = fp16_accumulation.accumulate(x, taps, (1, 1), size, Order(64))
+    assert found.shape == (images, outputs, 6, width)
+
+
+@pytest.mark.parametrize("slices", [1, 2, 4])
+def test_the_definition_is_what_the_cpu_gives(slices: int) -> None:
+    x, weight = halves(2, 150, 40, seed=1), halves(2, 8, 150, seed=2)
+    total = fp16_accumulation.instructions(150, 1, Order(64, slices))
+    taps = Taps(weight[..., None], (0,), ((0,),))
+    expected = fp16_accumulation.accumulate(x, taps, (1,), (40,), Order(64, slices))
+    assert torch.equal(fp16_accumulation_cuda.defined(x, weight, total), expected)
 
 
 @pytest.mark.parametrize("kernels", [1, 2])
@@ -220,17 +256,15 @@ def by_tables(tile: Tile) -> Any:
         for phase, of in itertools.product(range(phases), range(images)):
             data, own = x[of * image : (of + 1) * image], offset.reshape(phases, rows)[phase]
             w = weight.reshape(phases, groups, rows, padded)[phase, of % groups, :, :outputs]
-            total, result, begin = np.zeros((outputs, places), np.float32), None, 0
-            for what in step:
+            total, result = np.zeros((outputs, places), np.float32), None
+            for begin, what in zip(range(0, rows, 16), step, strict=True):
                 part = np.zeros_like(total)
                 for k in range(begin, begin + (what & 255)):
-                    part += w[k][:, None] * data[own[k] + place]
-                begin += what & 255
+                    part += w[k][:, None] * data[(own[k] + place) // 4]  # bytes
                 total = (total + part).astype(np.float16).astype(np.float32)
                 if what & 256:
                     result = total if result is None else (result + total).astype(np.float16).astype(np.float32)
                     total = np.zeros_like(total)
-            assert begin + 16 == rows, "the kernel loads whole blocks"
             assert result is not None
             out.reshape(images, outputs, channel)[of][:, start[phase] + to] = result
 
@@ -273,7 +307,7 @@ def test_tables_of_the_gpu_s_kernel_hold_the_same_order(
     else:
         expected = fp16_accumulation.accumulate(x, taps, stride, size, order)
         total = fp16_accumulation.instructions(per_group, len(places), order)
-    found = fp16_accumulation_cuda._launch(x, [taps], stride, size, total, None, fp16_accumulation_cuda.WIDE)
+    found = fp16_accumulation_cuda._launch(x, [taps], stride, size, total, (), None, fp16_accumulation_cuda.WIDE)
     assert torch.equal(found, expected)
 
 
@@ -290,16 +324,83 @@ def test_phases_of_a_transposed_convolution_go_to_their_places_at_once(
     launched: list[int] = []
 
     def launch(
-        x: torch.Tensor, phases: Any, stride: Any, size: Any, total: Any, scattered: Any = None
+        x: torch.Tensor, phases: Any, stride: Any, size: Any, total: Any, pads: Any, scattered: Any = None
     ) -> torch.Tensor | None:
         launched.append(len(phases))
-        return fp16_accumulation_cuda._launch(x, phases, stride, size, total, scattered, fp16_accumulation_cuda.NARROW)
+        tile = fp16_accumulation_cuda.NARROW
+        return fp16_accumulation_cuda._launch(x, phases, stride, size, total, pads, scattered, tile)
 
     monkeypatch.setattr(fp16_accumulation_cuda, "accumulate", launch)
     found = fp16_accumulation.conv_transpose(x, weight, None, window, size, groups, tile=32)
     assert torch.equal(found, expected)
     assert sum(launched) == min(kernel, stride) ** 2, "each phase once"
     assert len(launched) == 1 or kernel == 3, "phases of as many taps together"
+
+
+def prepare(grid: tuple[int, ...], threads: int, *args: Any, device: Any) -> None:
+    """The kernel that orders weights and pads images: its reads and writes."""
+    weight, order, ordered, groups, outputs, padded, kernel, rows, group_step, output_step, channel_step = args[:11]
+    row_blocks, output_blocks, ordering, x, images, chunks, *sizes = args[11:]
+    phases, planes = order.shape[0], x.shape[0] * x.shape[1]
+    assert (row_blocks, output_blocks) == (-(-rows // 32), -(-padded // 32))
+    assert ordering == row_blocks * output_blocks * phases * groups
+    assert (grid, threads) == ((ordering + planes * chunks, 1, 1), 256)
+    ordered.zero_()
+    for phase, row in np.ndindex(phases, rows):
+        term = int(order[phase, row])
+        start = weight.storage_offset() + term // kernel * channel_step + term % kernel
+        read = torch.as_strided(weight, (groups, outputs), (group_step, output_step), start)
+        ordered[phase, :, row, :outputs] = read
+    assert x.is_contiguous()
+    if not chunks:
+        assert images is x
+        return
+    small, large, begins = np.reshape(sizes, (3, 3))
+    assert (chunks - 1) * PREPARED < np.prod(large) <= chunks * PREPARED
+    read, written = x.numpy().reshape(planes, *small), images.numpy().reshape(planes, *large)
+    written[:] = 0
+    for at in np.ndindex(*large):
+        source = at - begins
+        if np.all((source >= 0) & (source < small)):
+            written[(slice(None), *at)] = read[(slice(None), *source)]
+
+
+class OnGpu(torch.Tensor):
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True
+
+
+@pytest.mark.parametrize("swapped", [None, (1, 2), (2, 3), (0, 3)])
+@pytest.mark.parametrize(("groups", "outputs", "rows"), [(1, 70, 48), (2, 3, 64), (3, 4, 48)])
+def test_weights_are_ordered_on_the_gpu_as_on_the_cpu(
+    groups: int, outputs: int, rows: int, swapped: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, x = halves(groups, outputs, 5, 6, seed=1), halves(1, 5, 4, seed=3)
+    if swapped:  # in memory alone
+        weight = weight.transpose(*swapped).contiguous().transpose(*swapped)
+    order = torch.randint(30, (2, rows), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    _, expected = fp16_accumulation_cuda._prepared(x, (), weight, order)
+    monkeypatch.setattr(fp16_accumulation_cuda, "compiled", lambda *of: SimpleNamespace(launch=prepare))
+    images, found = fp16_accumulation_cuda._prepared(x, (), weight.as_subclass(OnGpu), order)
+    assert expected.shape == (2, groups, rows, outputs + -outputs % 4)
+    assert torch.equal(found, expected)
+    assert images is x
+
+
+@pytest.mark.parametrize(
+    ("spatial", "pads"),
+    [((7,), (2, 1)), ((50, 60), (1, 2, 3, 0)), ((5, 4, 3), (1, 0, 0, 2, 3, 1)), ((5, 4, 3), (0, 1))],
+)
+def test_images_are_padded_on_the_gpu_as_on_the_cpu(
+    spatial: tuple[int, ...], pads: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight = halves(2, 3, *spatial, seed=1), halves(1, 2, 3, 1, seed=2).as_subclass(OnGpu)
+    monkeypatch.setattr(fp16_accumulation_cuda, "compiled", lambda *of: SimpleNamespace(launch=prepare))
+    order = torch.zeros(1, 16, dtype=torch.int32)
+    for given in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        images, _ = fp16_accumulation_cuda._prepared(given, pads, weight, order)
+        assert torch.equal(images, torch.nn.functional.pad(x, pads))
 
 
 @pytest.mark.gpu

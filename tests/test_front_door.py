@@ -34,9 +34,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_captures_of_files_with_other_names_are_compared(folder: Path) -> None:
     for name in ("net", "other"):
         assert run("capture", folder / f"{name}.onnx", "-b", "ort", "-o", folder / f"of-{name}")[0] == 0
-    code, text = run("compare", folder / "of-net", folder / "of-other", "--force")
+    code, text = run("compare", folder / "of-net", folder / "of-other")
     assert code == 0, text
     assert "2 of 2 outputs" in text
+
+
+def test_a_capture_in_int8_is_calibrated_as_a_bisect_is(folder: Path, tmp_path: Path) -> None:
+    net, calibration = folder / "net.onnx", ("--calib-samples", 2, "--calib-method", "max")
+    assert run("bisect", net, "-b", "ort,emu-int8", *calibration, "--no-replay", "--json", tmp_path / "b.json")[0] == 0
+    code, text = run("capture", net, "-b", "emu-int8", "-o", tmp_path / "int8", *calibration)
+    assert code == 0, text
+    assert "note: quantized on the fly: max on 2 samples" in text
+    assert run("capture", net, "-b", "ort", "-o", tmp_path / "fp32")[0] == 0
+    assert run("compare", tmp_path / "fp32", tmp_path / "int8", "--json", tmp_path / "c.json")[0] == 0
+    ours, theirs = (json.loads((tmp_path / f"{name}.json").read_text())["outputs"] for name in "bc")
+    assert [row["rel_l2"] for row in ours] == [row["rel_l2"] for row in theirs]
+    assert ours[0]["rel_l2"] > 0
+    code, text = run("capture", net, "-b", "ort", "-o", tmp_path / "other", "--calib-samples", 2)
+    assert (code, "none of ort runs in INT8" in text) == (2, True)
 
 
 def test_the_stage_that_holds_the_guilty_layer_is_guilty(folder: Path) -> None:

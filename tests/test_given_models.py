@@ -8,13 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from onnx import helper
 
 from cp_debug.deploy.interface_checks import checked
 from cp_debug.errors import InputError
+from cp_debug.probes.arrays import is_torch
+from cp_debug.programs.module_source import note_modules
 from cp_debug.recipes.abilities import Batches, DetectsBoxes, HasClasses, HasData, TurnsYaw, with_samples
 from cp_debug.recipes.base import Sample
+from cp_debug.recipes.callables import load_callable
 from cp_debug.recipes.registry import load_model
-from cp_debug.recipes.torch_callable import load_callable
 
 NETWORK = """
 from __future__ import annotations
@@ -138,3 +142,25 @@ def test_a_callable_that_returns_something_else_is_told_the_form(tmp_path: Path)
         load_callable(f"{file}:build")
     with pytest.raises(InputError, match=r"other\(\) returned int; expected \(module"):
         load_callable(f"{file}:other")
+
+
+def test_a_callable_that_returns_a_tuple_that_fails_is_told_so(tmp_path: Path) -> None:
+    file = tmp_path / "fails.py"
+    file.write_text("""
+from torch import nn
+class Pair(tuple):
+    def __iter__(self): return 1 / 0
+def build(): return Pair((nn.ReLU(), 1))
+""")
+    with pytest.raises(InputError, match=r"build\(\): what was returned raised ZeroDivisionError: division by zero$"):
+        load_callable(f"{file}:build")
+
+
+@pytest.mark.parametrize("named", [None, 3])
+def test_a_class_may_have_anything_for_the_name_of_its_module(named: object) -> None:
+    linear = type("Odd", (torch.nn.Linear,), {"__module__": named})(3, 2)
+    graph = helper.make_graph([helper.make_node("Gemm", ["x", "w"], ["y"], name="/Gemm")], "g", [], [])
+    note_modules(proto := helper.make_model(graph), linear)
+    (line,) = proto.graph.node[0].metadata_props
+    assert line.value.endswith(": Odd.forward")
+    assert not is_torch(linear)

@@ -258,6 +258,12 @@ def test_inputs_that_may_be_the_same_one(ours: ValueInfo, theirs: ValueInfo, ali
     assert pairing._alike(theirs, ours) is alike
 
 
+def test_values_that_are_told_alike_are_equal_and_may_be_kept_in_sets() -> None:
+    """Their ONNX types, which nobody can hash, only say how to read them."""
+    kinds = [onnx.TypeProto(sequence_type=onnx.TypeProto.Sequence()), onnx.TypeProto()]
+    assert len({ValueInfo("x", None, None, "a sequence", kind) for kind in kinds}) == 1
+
+
 def weight(dims: list[int], element: int = TensorProto.FLOAT) -> onnx.TensorProto:
     return onnx.TensorProto(name="w", data_type=element, dims=dims)
 

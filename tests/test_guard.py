@@ -49,6 +49,31 @@ def test_a_crash_of_nothing_known_is_unexpected() -> None:
     assert (code, said) == (70, "error: a library ended the process (SIGSEGV): nothing was decided\n")
 
 
+@pytest.mark.parametrize("end", ["os.abort()", "os._exit(3)", "os.kill(os.getpid(), 9)", "os.kill(os.getpid(), 10)"])
+def test_what_was_being_written_goes(end: str, tmp_path: Path) -> None:
+    """A file, a folder, a capture and a folder for outputs; what somebody else put there stays."""
+    (tmp_path / "theirs").mkdir()
+    lines = [
+        "from pathlib import Path",
+        "from cp_debug.cli.saving import no_empty_folders, replacing",
+        "from cp_debug.files import complete_file, complete_folder, partial_name",
+        f"os.chdir({str(tmp_path)!r})",
+        "given = {'output': 'new/a/out.json', 'html': 'theirs/b/page.html'}",
+        "saved = replacing('--save', Path('kept'), False)",
+        "with no_empty_folders(given), saved as kept, complete_file(Path('out.json')):",
+        "    for made in (kept, Path('new/a'), Path('theirs/b')): made.mkdir(parents=True)",
+        "    (kept / 'part').touch(); Path('theirs/b/note').touch()",
+        "    partial_name(Path('capture'), 'mark').mkdir()",
+        "    with complete_folder(Path('more')) as more:",
+        "        (more / 'file').touch()",
+        f"        {end}",
+    ]
+    code, _ = ended("\n    ".join(lines))
+    assert code == 70
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert left == ["theirs", "theirs/b", "theirs/b/note"]
+
+
 def test_what_was_done_before_is_not_blamed() -> None:
     code, said = ended("with doing('onnx read net.onnx'): pass\n    os.abort()")
     assert code == 70

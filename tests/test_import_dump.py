@@ -200,3 +200,16 @@ def test_levels_of_a_quantizer_are_no_values(net: Path, values: dict, tmp_path: 
             assert code == 2
             assert "levels of a quantizer" in text
         assert not (tmp_path / "here").exists()
+
+
+def test_an_import_counts_what_a_bisect_counts(net: Path, values: dict, tmp_path: Path) -> None:
+    """The inputs are values too; constants are none, though a dump may hold them."""
+    np.savez(tmp_path / "all.npz", **values)
+    code, text = run("import", tmp_path / "all.npz", "--model", net, "-o", tmp_path / "here", "--json", tmp_path / "j")
+    assert f"{len(values)}of{len(values)}valuesof{net},inputsamongthem" in "".join(text.split())
+    assert (code, json.loads((tmp_path / "j").read_text())["matched"]) == (0, len(values))
+    code, text = run("bisect", net, "-b", "ort", "--test-tensors", tmp_path / "all.npz")
+    assert f"{len(values)} of {len(values)} values" in text
+    np.savez(tmp_path / "less.npz", **dict(list(values.items())[::2]))
+    text = run("import", tmp_path / "less.npz", "--model", net, "-o", tmp_path / "there")[1]
+    assert f"less.npz:2of{len(values)}values" in "".join(text.split())

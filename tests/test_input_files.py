@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,69 @@ def test_folders_of_arrays(one: Path, two: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "named" / "ids.npy", Y)
     [sample] = samples(two, tmp_path / "named")
     assert sorted(sample) == ["ids", "image"]
+
+
+@pytest.mark.parametrize("make", [np.save, np.savez, lambda file, array: np.savez(file, image=array)])
+@pytest.mark.parametrize("other", ["labels", "zebra"])
+def test_a_file_that_is_called_like_the_input_is_it_and_others_are_told(
+    one: Path, tmp_path: Path, make: Callable[[Path, np.ndarray], None], other: str
+) -> None:
+    make(tmp_path / ("image.npy" if make is np.save else "image.npz"), X)
+    np.save(tmp_path / f"{other}.npy", 0 * X)
+    (tmp_path / "notes.txt").write_text("no input")
+    for count in (1, 3):
+        [sample] = OnnxFileModel(one).samples(count, 0, tmp_path)
+        np.testing.assert_array_equal(sample.arrays["image"], X)
+        [told] = sample.remarks
+        assert "one sample, by the names of the inputs: image.np" in told
+        assert told.endswith(f"left out: {other}.npy")
+
+
+def test_several_inputs_by_the_names_of_files_of_several_kinds(two: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "image.npz", X)
+    np.save(tmp_path / "ids.npy", Y)
+    np.save(tmp_path / "a_labels.npy", Y)
+    [sample] = OnnxFileModel(two).samples(2, 0, tmp_path)
+    np.testing.assert_array_equal(sample.arrays["image"], X)
+    np.testing.assert_array_equal(sample.arrays["ids"], Y)
+    assert sample.remarks[0].endswith("left out: a_labels.npy")
+    np.save(tmp_path / "image.npy", X)
+    with pytest.raises(InputError, match=r"image.npy and image.npz are called like the input 'image'; expected one"):
+        samples(two, tmp_path)
+    (tmp_path / "image.npz").unlink()
+    (tmp_path / "ids.npy").unlink()
+    with pytest.raises(InputError, match=r"holds image.npy, and no file for the input 'ids'; expected ids.npy"):
+        samples(two, tmp_path)
+
+
+def test_an_image_that_is_called_like_the_input_is_it(one: Path, tmp_path: Path) -> None:
+    picture(tmp_path / "image.png")
+    picture(tmp_path / "depth.png", 8, 10)
+    [sample] = OnnxFileModel(one).samples(2, 0, tmp_path)
+    assert sample.arrays["image"].shape[-2:] == (4, 5)
+    assert sample.remarks[0].endswith("left out: depth.png")
+
+
+def test_files_of_other_kinds_than_the_one_that_is_read_are_told(one: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "0.npz", image=X)
+    np.save(tmp_path / "labels.npy", 0 * X)
+    [sample] = OnnxFileModel(one).samples(1, 0, tmp_path)
+    np.testing.assert_array_equal(sample.arrays["image"], X)
+    assert sample.remarks == (f"{tmp_path}: a sample is a .npz; left out: labels.npy",)
+    (tmp_path / "labels.npy").unlink()
+    [sample] = OnnxFileModel(one).samples(1, 0, tmp_path)
+    assert not sample.remarks
+
+
+def test_files_that_are_left_out_are_told_by_the_commands(one: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    np.save(folder / "image.npy", X)
+    np.save(folder / "labels.npy", 0 * X)
+    for command in (("bisect", one, "-b", "ort,ort-all"), ("capture", one, "-b", "ort", "-o", tmp_path / "c")):
+        code, text = run(*command, "--inputs", folder)
+        assert code == 0, text
+        assert "left out: labels.npy" in " ".join(text.split())
 
 
 def picture(path: Path, height: int = 4, width: int = 5) -> np.ndarray:

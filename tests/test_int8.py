@@ -14,6 +14,7 @@ import torch
 from extras import needs
 from nets import second_like
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from cp_debug.backends.base import Program
 from cp_debug.backends.ort_backend import OrtBackend, OrtSession
@@ -21,6 +22,7 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import BisectResult, TestResult
+from cp_debug.cli.main import app
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import insert_qdq
@@ -242,6 +244,28 @@ def test_a_bad_scale_is_guilty(net: Path, scales: Scales, tmp_path: Path, cause:
     name, layers = changed(scales, **parts(list(scales.layers.values())[LAYER]))
     file = insert_qdq(Graph(net), layers, tmp_path / "int8.onnx")
     assert worst(net, file) == ([name] if cause else [], cause)
+
+
+@pytest.mark.parametrize("backend", ["ort", "ort-int8"])
+def test_the_fix_for_a_file_that_came_quantized_quantizes_it_again(
+    net: Path, scales: Scales, tmp_path: Path, backend: str
+) -> None:
+    """No flag of the command that compares reaches the pairs of such a file; what is offered runs as it is written."""
+    name, layers = changed(scales, input=list(scales.layers.values())[LAYER].input / 6)
+    file = insert_qdq(Graph(net), layers, tmp_path / "int8.onnx")
+    (test,) = bisect(str(net), f"ort,{backend}", test_model=file).tests
+    (fix,) = (f.fix for f in test.findings if f.cause == "int8-clipped")
+    calibrating, _, skipping = fix.partition("(")[2].partition("), or leave it unquantized: ")
+    data = tmp_path / "data.npz"
+    np.savez(data, **next(iter(load_model(str(net)).samples(1, 0, None))).arrays)
+    for command, quantized in ((calibrating, True), (skipping, False)):
+        folder = tmp_path / f"again-{quantized}"
+        words = command.replace("FOLDER", str(folder)).replace("DATA", str(data)).split()
+        ran = CliRunner().invoke(app, [*words[1:], "--batches", "1"])
+        assert ran.exit_code == 0, ran.output
+        (made,) = folder.glob("*.onnx")
+        inputs = {node.name: node.input[0] for node in onnx.load(made).graph.node}
+        assert inputs[name].endswith("dequantized") == quantized
 
 
 def test_scales_along_the_wrong_axis_are_guilty(net: Path, scales: Scales, tmp_path: Path) -> None:

@@ -104,6 +104,8 @@ def test_a_layer_in_int8_does_what_its_scales_say_or_not(deviation: float, says:
     replay = replace(GUILTY, deviation_from_scales=deviation)
     replay = replace(replay, excess=1.0, channel_excess=9.0) if channels else replay
     assert judged(replay, precision="int8").why.endswith("what INT8 explains" + says)
+    quantized = judge(APART, replay, PRECISIONS["fp32"], 1e-4, 1e-6, 0.0, kind="int4")  # by its own nodes, on FP32
+    assert quantized.why.endswith("what INT4 explains" + says)
 
 
 def test_born_infinities_tell_how_far_the_reference_reaches() -> None:
@@ -272,6 +274,15 @@ def test_layers_that_are_inexact_on_both_sides_are_told_with_the_worst() -> None
     assert doubt.endswith("the doubt is of the oracle: d")
 
 
+@pytest.mark.parametrize("off", [0.0, 4e-7])
+def test_a_result_that_does_not_follow_from_what_was_captured_is_no_doubt_of_the_oracle(off: float) -> None:
+    torn = row("relu", stats=stats(1.0, 2.0 + off), replay=replace(GUILTY, contradicted=("u",)))
+    (said,) = both_inexact([torn])
+    assert said.startswith("what was captured contradicts itself: relu has the reference's result")
+    assert "follow from u as captured" in said
+    assert judge(torn.stats, torn.replay, PRECISIONS["fp32"], 1e-4, 1e-6, 0.0).verdict in ("ok", "inherited")
+
+
 def test_a_backend_that_differs_from_itself_says_why_where_and_by_how_much() -> None:
     unsteady = Observation(0.02, 0.01, first_unsteady="conv_3")
     (said,) = observation_notes("ort", unsteady)
@@ -311,7 +322,15 @@ def test_the_layer_that_agrees_least_with_its_scales_is_named() -> None:
         for i, (name, off) in enumerate((("near", 1e-6), ("far", 1e-3), ("exact", 0.0)))
     ]
     (note,) = int8_notes(reference, pipeline, rows, {})
-    assert note.endswith("agrees with what its scales say to 60 dB or better, the least at far")
+    assert note.endswith(
+        "every layer, given its own inputs, agrees with what its scales say to 60 dB or better, the least at far"
+    )
+    other = replace(GUILTY, introduced=0.3, deviation_from_scales=0.2)
+    rows.append(LayerRow(3, "net", "other", "other", "Conv", APART, "guilty", False, replay=other))
+    (note,) = int8_notes(reference, pipeline, rows, {})
+    assert "every layer but other, given its own inputs, agrees with what its scales say to 60 dB or better" in note
+    (note,) = int8_notes(reference, pipeline, rows[3:], {})
+    assert note.endswith("given their own inputs, no layer gives what its scales say: other")
 
 
 def lone(monkeypatch: pytest.MonkeyPatch, missing: dict[str, str], emulated: bool) -> Remainder:

@@ -332,3 +332,11 @@ def test_a_transposition_that_is_none_says_nothing_about_sizes(tmp_path: Path, p
         [net.op("MatMul", turned, net.weight(np.ones((3, 4), np.float32)))],
     )
     assert MadeUp(Graph(path)).sample([0, 0])["x"].ndim == 2
+
+
+@pytest.mark.parametrize("kind", [FLOAT, INT64, TensorProto.BOOL, TensorProto.UINT8])
+@pytest.mark.parametrize("shape", [[1 << 62, 2], [1 << 62, 0, 0, 1], [0, 1 << 31, 1 << 31]])
+def test_sizes_that_no_array_has_are_told_with_the_input(tmp_path: Path, kind: int, shape: list[int]) -> None:
+    path = save(tmp_path / "net.onnx", [node("Identity", ["x"], ["y"])], {"x": (kind, shape)})
+    with pytest.raises(InputError, match=r"input x: .*(GiB|no array has)"):
+        MadeUp(Graph(path)).sample(0)

@@ -62,3 +62,12 @@ def test_a_copy_in_another_dtype_is_what_a_copy_and_a_conversion_make(dtype: tor
     for tensor in ours.state_dict().values():
         tensor.zero_()
     assert all(tensor.any() for name, tensor in module.state_dict().items())
+
+
+def test_integers_keep_their_type_on_the_way_to_another_device() -> None:
+    there = copied_to(Tied(), torch.device("meta"), torch.float64)
+    assert {name: tensor.dtype for name, tensor in there.state_dict().items() if name in ("table", "embed.weight")} == {
+        "table": torch.int64,
+        "embed.weight": torch.float64,
+    }
+    assert {tensor.device.type for tensor in there.state_dict().values()} == {"meta"}

@@ -24,7 +24,7 @@ from cp_debug.bisect.engine import bisect
 from cp_debug.bisect.narrow_variants import variants
 from cp_debug.bisect.options import Options
 from cp_debug.bisect.result import TestResult
-from cp_debug.reports.tables import verdict_line
+from cp_debug.reports.verdict_line import verdict_line
 
 NET = "g (float[12,256] x) => (float[12,40] y) { m = MatMul(x, w)  y = Add(m, b) }"
 

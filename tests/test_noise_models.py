@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from nets import NetBuilder
 
 from cp_debug.backends.arithmetic import ARITHMETICS, FP64, Arithmetic
 from cp_debug.backends.executor import Executor
-from cp_debug.bisect.operator_errors import ANY, BY_FAMILY, errors_of
+from cp_debug.bisect.operator_errors import ANY, BY_IMPLEMENTER, errors_of, implementer
 from cp_debug.bisect.perturbation import FLIPPED, doubt, spread
 from cp_debug.bisect.summation import ROUNDING, U, in_any_order, summation
 from cp_debug.graph.graph import Graph, Node
@@ -22,11 +23,11 @@ from cp_debug.graph.graph import Graph, Node
 Array = np.ndarray
 
 
-def doubted(path: Path, x: Array, family: str = "", claim: Arithmetic | None = None, last: int | None = None) -> float:
+def doubted(path: Path, x: Array, by: str = "", claim: Arithmetic | None = None, last: int | None = None) -> float:
     """What the nodes up to ``last`` of a network may be off by at their end."""
     graph = Graph(path)
     nodes = graph.nodes[:last]
-    return doubt(Executor(graph, FP64), nodes, {"x": x}, nodes[-1].outputs[0], family, claim)
+    return doubt(Executor(graph, FP64), nodes, {"x": x}, nodes[-1].outputs[0], by, claim)
 
 
 def one_node(folder: Path, op: str, x: Array, *weights: Array, opset: int = 17, **attributes: object) -> Path:
@@ -123,9 +124,9 @@ def test_fourier_transforms_are_fast_for_powers_of_two_and_sums_elsewhere(tmp_pa
     exact = np.fft.fft(x.astype(np.float64)[..., 0], axis=1)
     (of_ort,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})
     of_torch = torch.fft.fft(torch.from_numpy(x[..., 0]), dim=1).numpy()
-    for family, result in (("ort", of_ort[..., 0] + 1j * of_ort[..., 1]), ("torch", of_torch)):
+    for by, result in (("ort", of_ort[..., 0] + 1j * of_ort[..., 1]), ("torch", of_torch)):
         error = np.linalg.norm(result.astype(np.complex128) - exact)
-        assert 0.05 * doubted(path, x, family) < error < doubted(path, x, family), family
+        assert 0.05 * doubted(path, x, by) < error < doubted(path, x, by), by
 
 
 def elementwise(op: str) -> Node:
@@ -141,11 +142,54 @@ def test_of_an_unknown_backend_the_wider_errors_are_believed() -> None:
         if op == "BatchNormalization":
             continue  # of five inputs
         node, widths = elementwise(op), {}
-        for family in ("", *BY_FAMILY):
-            if (errors := errors_of(node, family)) is not None:
-                widths[family] = errors.spread(node, [x], torch.tanh(x))
+        for by in ("", *BY_IMPLEMENTER):
+            if (errors := errors_of(node, by)) is not None:
+                widths[by] = errors.spread(node, [x], torch.tanh(x))
         assert all(bool((widths[""] >= width).all()) for width in widths.values()), op
-        assert torch.equal(widths.get("emu", x), widths.get("torch", x))  # emulation computes with torch
+
+
+@pytest.mark.parametrize(
+    ("family", "device", "by"),
+    [
+        ("ort", "cpu", "ort"), ("ort", "cuda:1", "ort@cuda"), ("torch", "cuda:0", "torch@cuda"),
+        ("emu", "cpu", "torch"), ("emu", "cuda:0", "torch@cuda"), ("trt", "cuda:0", "trt"), ("mine", "cpu", "mine"),
+    ],
+)  # fmt: skip
+def test_functions_are_judged_by_who_computes_them_and_where(family: str, device: str, by: str) -> None:
+    """Emulation computes with torch, and what nobody has measured by its own name."""
+    assert implementer(family, device) == by
+
+
+GPU_ERRORS = Path(__file__).parents[1] / "docs" / "gpu" / "data" / "h200-operators.json"
+
+
+@pytest.mark.parametrize("by", ["ort@cuda", "torch@cuda"])
+def test_errors_measured_on_a_gpu_are_within_their_models(by: str) -> None:
+    """In each half octave: the root mean square, and the largest error within 3 times the model."""
+    document = json.loads(GPU_ERRORS.read_text())
+    tried = 0
+    for name, measured in document["measured"].items():
+        if by not in measured or name in ("Gelu tanh", "LeakyRelu", "ThresholdedRelu"):
+            continue
+        node, worst = elementwise(name.split()[0]), 0.0
+        errors = errors_of(node, by)
+        assert errors is not None
+        for low, y, rms, largest, relative, largest_relative in measured[by]:
+            if abs(y) > 1e-30:  # numbers of a half octave may differ by far: either way to look at them will do
+                allowed = float(errors.spread(node, [torch.tensor([low]).double()], torch.tensor([abs(y)]).double()))
+                of_size = max(rms, largest / 3) / allowed
+                worst = max(worst, min(of_size, max(relative, largest_relative / 3) / errors.relative))
+        assert worst < 1.15, name
+        tried += 1
+    assert tried > 20
+
+
+def test_a_softplus_of_a_gpu_s_onnx_runtime_loses_what_the_sum_with_1_rounds_away() -> None:
+    """log(1 + exp(−20)) is 0 there and 2e-9 elsewhere."""
+    x, node = torch.tensor([-20.0]).double(), elementwise("Softplus")
+    y = torch.nn.functional.softplus(x)
+    off = {by: float(errors.spread(node, [x], y)) * U for by in BY_IMPLEMENTER if (errors := errors_of(node, by))}
+    assert {by for by, error in off.items() if 4 * error > float(y)} == {"ort@cuda"}
 
 
 def test_a_rounding_is_off_by_what_the_models_say() -> None:
@@ -226,11 +270,11 @@ BY_HAND: list[tuple[str, str, list[list[float]], float, float]] = [
 ]
 
 
-@pytest.mark.parametrize(("op", "family", "inputs", "result", "expected"), BY_HAND)
+@pytest.mark.parametrize(("op", "by", "inputs", "result", "expected"), BY_HAND)
 def test_an_error_is_a_part_of_the_result_and_one_of_what_it_refers_to(
-    op: str, family: str, inputs: list[list[float]], result: float, expected: float
+    op: str, by: str, inputs: list[list[float]], result: float, expected: float
 ) -> None:
-    errors = errors_of(elementwise(op), family)
+    errors = errors_of(elementwise(op), by)
     assert errors is not None
     shaped = [torch.tensor(v).double() if i else torch.tensor(v).double()[None] for i, v in enumerate(inputs)]
     found = errors.spread(elementwise(op), shaped, torch.tensor([[result]]).double())
@@ -291,12 +335,12 @@ def test_what_all_numbers_of_a_row_have_in_common_moves_no_softmax(tmp_path: Pat
     assert torch.isfinite(spread_of(path, masked)).all()
 
 
-def spread_of(path: Path, x: Array, family: str = "", claim: Arithmetic | None = None) -> torch.Tensor:
+def spread_of(path: Path, x: Array, by: str = "", claim: Arithmetic | None = None) -> torch.Tensor:
     """The model of a network's only node, in unit roundoffs."""
     graph = Graph(path)
     oracle, values = Executor(graph, FP64), {"x": torch.from_numpy(x).double()}
     result = torch.as_tensor(oracle.run_nodes(graph.nodes, values, ["y"])["y"])
-    return spread(oracle, graph.nodes[0], values, result, "y", family, claim)
+    return spread(oracle, graph.nodes[0], values, result, "y", by, claim)
 
 
 def test_an_enlarged_map_is_off_by_its_slope_times_its_coordinate(tmp_path: Path) -> None:

@@ -99,6 +99,9 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path: Path, graph: Graph) -> N
         calibrate_graph(graph, bad)
     with pytest.raises(InputError, match="at least one sample"):
         calibrate_graph(graph, [])
+    codes = samples(1)[0]["x"].astype(ml_dtypes.float4_e2m1fn)
+    with pytest.raises(InputError, match="'x' is float4_e2m1fn, which is not calibrated"):
+        GraphCalibration(graph, "max").see("x", codes)
     with pytest.raises(InputError, match="no layer matches 'node_con'"):
         calibrate_graph(graph, samples(1), skip=["node_con"])
     with pytest.raises(InputError, match="unknown"):

@@ -169,15 +169,53 @@ def test_a_sound_file_is_read(tmp_path: Path) -> None:
     assert [node.op for node in Graph(tmp_path / "net.onnx").nodes] == ["Conv", "Relu"]
 
 
-@pytest.mark.parametrize("calls", [["f"], ["g", "f"]])
-def test_functions_that_call_themselves_are_refused(tmp_path: Path, calls: list[str]) -> None:
+def with_functions(path: Path, functions: dict[str, list[onnx.NodeProto]], called: str) -> Path:
+    """The network with one of ``functions``, each from ``a`` to ``b``, in the place of its Relu."""
     net = model()
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
     net.opset_import.append(opsets[1])
-    for name, called in zip(["f", "g"], calls, strict=False):
-        node = helper.make_node(called, ["a"], ["b"], domain="own")
-        net.functions.append(helper.make_function("own", name, ["a"], ["b"], [node], opsets))
-    net.graph.node[1].CopyFrom(helper.make_node("f", ["c"], ["y"], name="r", domain="own"))
-    onnx.save(net, tmp_path / "net.onnx")
-    with pytest.raises(InputError, match=r"net.onnx: .*the function 'f' calls itself"):
-        Graph(tmp_path / "net.onnx")
+    for name, nodes in functions.items():
+        net.functions.append(helper.make_function("own", name, ["a"], ["b"], nodes, opsets))
+    net.graph.node[1].CopyFrom(helper.make_node(called, ["c"], ["y"], name="r", domain="own"))
+    onnx.save(net, path)
+    return path
+
+
+def own(called: str, source: str = "a", into: str = "b") -> onnx.NodeProto:
+    return helper.make_node(called, [source], [into], domain="own")
+
+
+def in_a_body(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    value = helper.make_tensor_value_info(node.output[0], 1, None)
+    bodies = [helper.make_graph([part], "body", [], [value]) for part in (node, node)]
+    constant = helper.make_node("Constant", [], ["c"], value=helper.make_tensor("c", TensorProto.BOOL, [], [True]))
+    return [constant, helper.make_node("If", ["c"], ["b"], then_branch=bodies[0], else_branch=bodies[1])]
+
+
+@pytest.mark.parametrize("body", [False, True])
+@pytest.mark.parametrize("calls", [["f"], ["g", "f"]])
+def test_functions_that_call_themselves_are_refused(tmp_path: Path, calls: list[str], body: bool) -> None:
+    called = {n: in_a_body(own(c, into="t")) if body else [own(c)] for n, c in zip(["f", "g"], calls, strict=False)}
+    with pytest.raises(InputError, match=r"net.onnx: .*the function '[fg]' calls itself"):
+        Graph(with_functions(tmp_path / "net.onnx", called, "f"))
+
+
+@pytest.mark.parametrize("body", [False, True])
+def test_functions_that_are_too_much_written_out_are_refused(tmp_path: Path, body: bool) -> None:
+    """Each calls the one before it twice: 25 of them are 16 million nodes."""
+    functions = {"f0": [helper.make_node("Relu", ["a"], ["b"])]}
+    for n in range(1, 25):
+        twice = [own(f"f{n - 1}", into="m"), own(f"f{n - 1}", "m")]
+        functions[f"f{n}"] = in_a_body(own(f"f{n - 1}", into="t")) if body else twice
+    with pytest.raises(InputError, match=r"net.onnx: functions, written out where they are called, make \d+ nodes"):
+        Graph(with_functions(tmp_path / "net.onnx", functions, "f24"))
+    assert len(Graph(with_functions(tmp_path / "some.onnx", functions, "f4")).nodes) > 1
+
+
+def test_functions_that_are_too_deep_written_out_are_refused(tmp_path: Path) -> None:
+    functions = {"f0": [helper.make_node("Relu", ["a"], ["b"])]}
+    functions |= {f"f{n}": [own(f"f{n - 1}")] for n in range(1, 200)}
+    with pytest.raises(InputError, match="make 201 levels: 100 at most"):
+        Graph(with_functions(tmp_path / "net.onnx", functions, "f199"))
+    some = Graph(with_functions(tmp_path / "some.onnx", functions, "f98"))
+    assert [node.op for node in some.nodes] == ["Conv", "own.f98"]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from nets import second_like
+from nets import NetBuilder, second_like
 from test_cli import run
 from typer.main import get_command
 
+import cp_debug
 from cp_debug.cli.main import app
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
 
 NOWHERE = "nowhere.onnx"
 REFUSED = ("nan", "inf", "-inf", "1e400", "-1", "1e999", "9" * 400, "x", "")
@@ -179,7 +183,7 @@ EARLY = {
     ("bisect", "centerpoint:tini"): (2, "did you mean centerpoint:tiny?"),
     ("bisect", "missing.py:net"): (2, "no such file missing.py"),
     ("bisect", "no_such_module:net"): (2, "there is no module 'no_such_module' here"),
-    ("bisect", "NET", "-b", "ort,foo"): (3, "no such backend"),
+    ("bisect", "NET", "-b", "ort,foo"): (2, "no such backend"),
     ("bisect", "NET", "-b", "ort,trt-fp16"): (3, "there is no TensorRT in this Python"),
     ("bisect", "NET", "-b", "ort,ort-all", "--workspace", "9"): (2, "--workspace"),
     ("bisect", "NET", "-b", "ort,ort-all", "--checkpoint", "missing.pt"): (2, "missing.pt"),
@@ -228,3 +232,45 @@ def test_a_small_network_is_judged_without_a_compiler(net: Path, monkeypatch: py
         monkeypatch.setitem(sys.modules, heavy, None)
     code, text = run("bisect", net, "-b", "ort,ort-all")
     assert code == 0, text
+
+
+DOES_NOTHING = [
+    ("bisect NET -b torch,ort --test-tensors D", "--backends: 'torch,ort'; with --test-tensors as the test expected"),
+    ("check NET --no-activations --shape image=1x3x32x32", "--shape: it would do nothing here: --no-activations"),
+    ("check NET --no-activations --image-mean 0", "--image-mean: it would do nothing here: --no-activations"),
+    ("check FIXED --shape x=1x4", "--shape: it would do nothing here: FIXED takes x: float32[1, 4] and no other size"),
+    ("bisect FIXED -b ort,ort-all --shape x=1x4", "--shape: it would do nothing here: FIXED takes x"),
+    ("verify NETS -b torch,ort --seed 3 --samples 1", "--seed: it would do nothing here: the first sample is"),
+    ("verify FIXED -b ort,ort-all --inputs D --seed 3", "--seed: it would do nothing here: the inputs are those of D"),
+]
+
+
+@pytest.mark.parametrize(("words", "says"), DOES_NOTHING, ids=lambda text: text.split(":")[0])
+def test_what_would_do_nothing_is_refused(net: Path, tmp_path: Path, words: str, says: str) -> None:
+    b = NetBuilder()
+    b.save(tmp_path / "fixed.onnx", {"x": (1, [1, 4])}, [b.op("Relu", "x")])
+    np.savez(tmp_path / "d.npz", x=np.ones((1, 4), np.float32))
+    (tmp_path / "n.py").write_text("import torch\ndef make(): return torch.nn.ReLU(), (torch.ones(1, 4),)\n")
+    places = {"NET": net, "FIXED": tmp_path / "fixed.onnx", "D": tmp_path / "d.npz", "NETS": f"{tmp_path}/n.py:make"}
+    code, text = run(*(places.get(word, word) for word in words.split()))
+    for word, place in places.items():
+        says = re.sub(rf"\b{word}\b", str(place).replace("\\", "/"), says)
+    assert (code, text[: len(says)]) == (2, says)
+
+
+def test_a_size_of_a_free_axis_is_one_beside_a_fixed_input(tmp_path: Path) -> None:
+    b = NetBuilder()
+    path = b.save(tmp_path / "two.onnx", {"x": (1, [1, 4]), "y": (1, ["n", 4])}, [b.op("Add", "x", "y")])
+    sizes = ("--shape", "x=1x4", "--shape", "y=3x4")
+    assert run("bisect", path, "-b", "ort,ort-all", *sizes)[0] == 0
+
+
+def test_a_reference_beside_tensors_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
+    b = NetBuilder()
+    path = b.save(tmp_path / "one.onnx", {"x": (1, [1, 4])}, [b.op("Relu", "x", name="y")])
+    x = np.ones((1, 4), np.float32)
+    values = {"x": x, Graph(path).outputs[0].name: x}
+    with pytest.raises(InputError, match=r"backends: 'torch,ort'; with tensors as the test expected the reference"):
+        cp_debug.diagnose(path, "torch,ort", test_tensors=values)
+    result = cp_debug.diagnose(path, test_tensors=values)
+    assert (result.reference.spec, result.agrees) == ("ort", True)

@@ -196,6 +196,20 @@ def test_sequences_and_optionals_of_test_data_sets(tmp_path: Path) -> None:
         assert bisect(str(path), BACKENDS[0], options=Options(inputs=tmp_path / name)).tests[0].agrees
 
 
+@pytest.mark.parametrize(
+    "command", [["check"], ["bisect", "-b", "ort,emu-fp16"], ["capture", "-b", "ort"], ["predict"]], ids=lambda c: c[0]
+)
+def test_messages_name_the_file_that_was_given(tmp_path: Path, command: list[str]) -> None:
+    """Not the working copy that reads numbers, nor Python's types."""
+    path = save(tmp_path / "net.onnx", "g (string[2] s) => (float[2] y) { y = Sinh(s) }")
+    outcome = CliRunner().invoke(app, [command[0], str(path), *command[1:], *(["-o", "o"] * (command[0] == "capture"))])
+    assert isinstance(outcome.exception, InputError)
+    text = str(outcome.exception)
+    assert str(path) in text
+    assert "numbers.onnx" not in text
+    assert "<class" not in text
+
+
 def test_samples_of_other_structures_are_refused(tmp_path: Path) -> None:
     path = sequences(tmp_path / "net.onnx", 2.0)
     (tmp_path / "in").mkdir()

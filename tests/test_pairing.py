@@ -174,6 +174,34 @@ def test_a_wrong_map_names_the_nearest(tmp_path: Path) -> None:
         bisect(str(reference), "ort,ort-basic", options=Options(maps=["y=y"]))
 
 
+def test_a_map_pairs_inputs_with_inputs_and_computed_values_with_such(tmp_path: Path) -> None:
+    net, other = two_matmuls(tmp_path)
+    with pytest.raises(InputError, match="'x=h' pairs an input of the reference with a value that the test computes"):
+        run(net, other, maps=["x=h"])
+    with pytest.raises(InputError, match="'h=x' pairs an input of the test with a value that the reference computes"):
+        run(net, other, maps=["h=x"])
+
+
+def test_a_map_that_leaves_an_output_without_its_partner_is_a_comparison(tmp_path: Path) -> None:
+    """``a`` of the test stands for ``h``, and nothing for ``a``: the other output is compared, and shares are of it."""
+    net, other = two_matmuls(tmp_path)
+    found = run(net, other, maps=["h=a"])
+    assert found.missing_outputs == ["a"]
+    assert [row.onnx for row in found.outputs] == ["b"]
+    assert found.guilty
+
+
+def two_matmuls(folder: Path) -> list[Path]:
+    """Two files: ``h`` = x·w, ``a`` = Relu(h), ``b`` = a·v, with ``a`` and ``b`` as outputs; the weights differ."""
+    files = []
+    for name, seed in (("net.onnx", 0), ("other.onnx", 1)):
+        net = NetBuilder(seed)
+        w, v = (net.weight(net.rng.standard_normal((8, 8)).astype(np.float32)) for _ in range(2))
+        net.op("MatMul", net.op("Relu", net.op("MatMul", "x", w, name="h"), name="a"), v, name="b")
+        files.append(net.save(folder / name, {"x": (1, [2, 8])}, ["a", "b"]))
+    return files
+
+
 def test_the_verdict_says_what_was_compared(tmp_path: Path) -> None:
     net = second_like(tmp_path / "net.onnx")
     done = CliRunner().invoke(app, ["bisect", str(net), "-b", "ort,emu-fp32"], env={"COLUMNS": "300"})

@@ -30,6 +30,7 @@ from cp_debug.prediction.groups import groups_of
 from cp_debug.prediction.predict import PredictOptions, predict
 from cp_debug.prediction.result import OVERFLOWS, Interval, Prediction
 from cp_debug.recipes.registry import load_model
+from cp_debug.reports.prediction import render
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from predict_score import Score, summary
@@ -345,7 +346,7 @@ def test_a_first_convolution_of_few_channels_is_computed_as_its_kernels_do(tmp_p
     assert first.introduced.expected < 0.8 * first.introduced.high / prediction.spread, "fewer sums than tap by tap"
 
 
-def test_an_output_that_is_a_sequence_is_left_out(tmp_path: Path) -> None:
+def test_a_sequence_is_predicted_element_by_element(tmp_path: Path) -> None:
     net = NetBuilder()
     value = net.op("Relu", net.conv("x", 3, 4))
     path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 3, 8, 8])}, [value])
@@ -353,4 +354,63 @@ def test_an_output_that_is_a_sequence_is_left_out(tmp_path: Path) -> None:
     model.graph.node.append(helper.make_node("SplitToSequence", [value], ["parts"], axis=1))
     model.graph.output.append(helper.make_tensor_sequence_value_info("parts", TensorProto.FLOAT, None))
     onnx.save(model, path)
-    assert [output.name for output in predict(str(path), "fp16").outputs] == [value]
+    outputs = predict(str(path), "fp16").outputs
+    assert [output.name for output in outputs] == [value, *(f"parts[{i}]" for i in range(4))]
+    assert all(0 < output.error.expected < 0.1 for output in outputs)
+
+
+def test_outputs_of_whole_numbers_are_counted_and_a_goal_shows_its_figures(tmp_path: Path) -> None:
+    """Columns that are nearly ties change places in FP16; those that are not stay."""
+    rng = np.random.default_rng(0)
+    for apart, says in ((1.0, "no way gives another"), (1e-4, "elements differ")):
+        net = NetBuilder()
+        columns = rng.standard_normal((8, 500)).astype(np.float32)
+        columns[:, 1::2] = columns[:, ::2] * np.float32(1 + 0.5 * apart)
+        product = net.op("MatMul", "x", net.weight(columns))
+        path = net.save(tmp_path / "net.onnx", {"x": (1, [16, 8])}, [net.op("ArgMax", product, axis=1, keepdims=0)])
+        result = predict(str(path), "fp16", options=PredictOptions(goal="rel_l2<1e-30"))
+        assert not result.outputs
+        assert "no output has a relative error" in result.verdict
+        assert any(says in note for note in result.notes), result.notes
+        assert result.measured["rel_l2"] == 0
+        shown = "\n".join(str(part) for part in render(result))
+        assert "rel_l2<1e-30 holds on the emulator: rel_l2 0, max_abs 0 over all outputs (emu-fp16acc)" in shown
+
+
+@pytest.mark.parametrize(
+    ("op", "says"),
+    [("Sqrt", "is NaN or Inf everywhere in FP32"), ("Slice", "has no element"), ("Div", "is NaN or Inf")],
+)
+def test_an_output_without_a_number_is_not_predicted(tmp_path: Path, op: str, says: str) -> None:
+    """Alone it is refused; beside another output it is told."""
+    for alone in (True, False):
+        net = NetBuilder()
+        product = net.op("MatMul", "x", net.weight(np.eye(8, dtype=np.float32)), name="p")
+        square = net.op("Mul", product, product)
+        zero = net.weight(np.zeros(1, np.int64 if op == "Slice" else np.float32))
+        made = {
+            "Sqrt": lambda: net.op("Sqrt", net.op("Sub", zero, net.op("Exp", product))),  # noqa: B023
+            "Slice": lambda: net.op("Slice", square, zero, zero, zero),  # noqa: B023
+            "Div": lambda: net.op("Div", net.op("Exp", product), zero),  # noqa: B023
+        }[op]()
+        ends = [made] if alone else [made, square]
+        path = str(net.save(tmp_path / "net.onnx", {"x": (1, [2, 8])}, ends))
+        if alone:
+            with pytest.raises(InputError, match=f"no error of an output can be predicted: {made} {says}"):
+                predict(path, "fp16")
+            continue
+        result = predict(path, "fp16")
+        assert [output.name for output in result.outputs] == [square]
+        assert any(f"nothing is predicted of {made}, which {says}" in note for note in result.notes)
+        assert all(layer.value != made for layer in result.layers)
+
+
+def test_an_output_that_is_partly_finite_is_predicted_by_the_rest(tmp_path: Path) -> None:
+    net = NetBuilder()
+    product = net.op("MatMul", "x", net.weight(net.rng.standard_normal((8, 8)).astype(np.float32)))
+    made = net.op(
+        "Where", net.op("Greater", product, net.weight(np.float32([0.5]))), net.weight(np.float32([-np.inf])), product
+    )
+    result = predict(str(net.save(tmp_path / "net.onnx", {"x": (1, [4, 8])}, [made])), "fp16")
+    assert 0 < result.outputs[0].error.expected < 0.1
+    assert any("NaN or Inf of 32 elements in FP32: its error is that of the others" in note for note in result.notes)

@@ -24,6 +24,7 @@ from cp_debug.mixed_precision import activation_reuse, fusion_groups
 from cp_debug.mixed_precision.predict import enough_of
 from cp_debug.programs import channel_factors, node_differences, row_factors, scope_names
 from cp_debug.programs.align import module_digest
+from cp_debug.programs.attribute_meaning import says_nothing
 from cp_debug.programs.export import _reason
 from cp_debug.programs.pipeline import choose_export, merge_settings, settings_by_component
 from cp_debug.programs.precision import PRECISIONS, coarser, of_operators
@@ -147,9 +148,9 @@ def test_what_a_node_reads_has_a_role(op: str, roles: list[str]) -> None:
 )
 def test_an_attribute_that_says_its_default_says_nothing(op: str, name: str, value: Any, nothing: bool) -> None:
     given = node_differences._plain_value(value)
-    assert node_differences._says_nothing(op, name, given, None) is nothing
-    assert node_differences._says_nothing(op, name, None, given) is nothing
-    assert not node_differences._says_nothing(op, name, given, given)
+    assert says_nothing(op, name, given, None) is nothing
+    assert says_nothing(op, name, None, given) is nothing
+    assert not says_nothing(op, name, given, given)
 
 
 def test_values_are_shown_with_six_digits() -> None:
@@ -338,6 +339,13 @@ def test_factors_are_as_short_as_they_can_be() -> None:
     assert channel_factors._narrowed(np.ones((2, 3))).shape == (1, 1)
     assert channel_factors._narrowed(np.array([[1.0, 2], [1, 3]])).shape == (2, 2)
     assert channel_factors._narrowed(np.zeros((0, 3))).shape == (0, 1)
+
+
+def test_only_factors_of_1_are_lost_unnoticed() -> None:
+    plain, scaled = (channel_factors.Factors(np.array([number])) for number in (1.0, 2.0))
+    assert channel_factors._only_plain([plain, plain]) is None
+    with pytest.raises(channel_factors.Broken):
+        channel_factors._only_plain([plain, scaled])
 
 
 def test_what_belongs_to_the_layer_before_it(tmp_path: Path) -> None:

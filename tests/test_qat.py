@@ -6,6 +6,8 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -199,6 +201,16 @@ def test_centerpoint_is_fine_tuned_in_place() -> None:
         finetune_centerpoint(model, modules, scenes, held_out, OPTIONS, criterion="speed")
     with pytest.raises(InputError, match="nothing to train"):
         finetune_centerpoint(model, modules, Scenes(0, scenes.__getitem__), held_out, OPTIONS)
+
+
+def test_a_quantized_network_has_the_parts_of_the_quantized_components() -> None:
+    own, encoder, head = nn.Identity(), nn.Identity(), nn.Identity()
+    network, rest = nn.Module(), nn.Module()
+    network.pts_voxel_encoder, network.pts_bbox_head, rest.pts_bbox_head = own, own, head
+    model: Any = SimpleNamespace(network=network)
+    found = quantized_network(model, {"pts_voxel_encoder": encoder, "pts_backbone_neck_head": rest})
+    assert (found.pts_voxel_encoder, found.pts_bbox_head) == (encoder, head)
+    assert (network.pts_voxel_encoder, network.pts_bbox_head) == (own, own)
 
 
 def test_models_without_a_training_loss() -> None:

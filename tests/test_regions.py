@@ -290,7 +290,7 @@ def test_a_region_is_not_asked_for_every_cause_of_a_layer(region: pytest.MonkeyP
             asked.append(family.by_node)
             return family(segment)
 
-        watching.append(type(family)(watched, family.costly, family.structural, family.by_node))
+        watching.append(replace(family, emulate=watched))
     for module in ("search", "findings"):
         region.setattr(f"cp_debug.bisect.causes.{module}.CAUSES", watching)
     region.setattr("fake_tensorrt.CROSSED", {f"/q{i}/Split" for i in range(BLOCKS)})

@@ -49,10 +49,10 @@ def test_what_was_inherited_is_relative_to_the_reference(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("families", "of_test", "of_reference"), [(("ort", "torch"), 0.7, 2.5), (("torch", "ort"), 2.5, 0.7)]
+    ("implementers", "of_test", "of_reference"), [(("ort", "torch"), 0.7, 2.5), (("torch", "ort"), 2.5, 0.7)]
 )
 def test_each_side_is_judged_by_the_functions_of_its_own_backend(
-    tmp_path: Path, families: tuple[str, str], of_test: float, of_reference: float
+    tmp_path: Path, implementers: tuple[str, str], of_test: float, of_reference: float
 ) -> None:
     """ONNX Runtime's Tanh may be off by 2.5 units, torch's by 0.7: both sides are off by 4, one of them too much."""
     net = NetBuilder()
@@ -62,7 +62,7 @@ def test_each_side_is_judged_by_the_functions_of_its_own_backend(
     exact = np.tanh(x.astype(np.float64))
     for off in (4, 8):
         wrong = {"x": x, "y": exact * (1 + off * U)}
-        figures = replays(graph, wrong, wrong, families=families)["y"]
+        figures = replays(graph, wrong, wrong, implementers=implementers)["y"]
         assert figures.excess == pytest.approx(off / of_test, rel=0.1)
         assert figures.reference_excess == pytest.approx(off / of_reference, rel=0.1)
 

@@ -29,6 +29,7 @@ from typer.testing import CliRunner
 
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import GUILTY, BisectResult
+from cp_debug.cli.console import show_document
 from cp_debug.cli.main import app
 from cp_debug.detection.changes import GAINED, KEPT, LOST, MOVED_BOX, changes
 from cp_debug.errors import CpdebugError, InputError, MissingPackage
@@ -36,7 +37,7 @@ from cp_debug.programs.scene import DecodedBoxes, SavedScene, keep_scene
 from cp_debug.recipes.base import Sample
 from cp_debug.reports import finite
 from cp_debug.reports.evidence import charts, chosen_rows, evidence, worst_elements
-from cp_debug.reports.files import write_json
+from cp_debug.reports.files import csv_text, layer_frame, write_json
 from cp_debug.reports.gates import render_github, render_junit
 from cp_debug.reports.growth import growth_chart, stage_spans
 from cp_debug.reports.markdown import render_markdown
@@ -205,6 +206,27 @@ def test_text_of_users_is_never_markup(saved: SavedResult) -> None:
     assert "<script>alert" not in re.sub(r"```sh.*?```", "", render_markdown(again), flags=re.S)
     ET.fromstring(render_junit(again))
     assert len(render_github(again).splitlines()) == 1
+
+
+def test_no_printed_report_holds_a_command_of_a_workflow(
+    saved: SavedResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = "a ##[error]b"
+    test = saved.result.tests[0]
+    rows = [replace(row, name=command, onnx=command, op=command, why=command) for row in test.rows]
+    evil = replace(test, rows=rows, outputs=rows[-1:], stages=[], notes=[command])
+    typed = f"cpdebug bisect 'a\n::endgroup::b' '{command}'"
+    result = replace(saved.result, model=command, samples=[command], tests=[evil], command=typed)
+    again = SavedResult.of(result)
+    assert not any(line.startswith("::") for line in render_markdown(again).splitlines())
+    show_document([], result.to_dict(), "-")
+    printed = capsys.readouterr().out
+    assert json.loads(printed)["model"] == command
+    suites = render_junit(again)
+    assert command in [case.get("name", "").partition(" (")[0] for case in ET.fromstring(suites).iter("testcase")]
+    for text in (printed, suites, render_markdown(again), csv_text(layer_frame(again.result)), render_github(again)):
+        assert text.strip()
+        assert "##[" not in text
 
 
 def test_two_hundred_layers_on_three_backends_stay_below_five_megabytes(saved: SavedResult) -> None:

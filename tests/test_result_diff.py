@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,8 @@ from onnx import numpy_helper
 from test_cli import run
 
 import cp_debug
-from cp_debug.bisect.result_diff import BETTER, GONE, NEW, WORSE
+from cp_debug.bisect.result import BisectResult, TestResult
+from cp_debug.bisect.result_diff import BETTER, GONE, NEW, UNKNOWN, WORSE
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,8 @@ def test_a_layer_that_became_guilty(folder: Path) -> None:
     [first, *_] = diff.tests[0].layers
     assert first.name.endswith("second")
     assert first.change == WORSE
-    assert str(diff).splitlines()[-1].startswith("✗")
+    *_, verdict = [line for line in str(diff).splitlines() if line[:1] in "✓✗–"]
+    assert verdict.startswith("✗")
 
 
 def test_the_other_way_it_is_better_and_exit_0(folder: Path, tmp_path: Path) -> None:
@@ -125,3 +129,108 @@ def test_what_cannot_be_compared_is_refused(folder: Path, tmp_path: Path) -> Non
     assert "no layer is in both results" in text
     code, text = run("diff", folder / "good.json", folder / "good.json", "--factor", "0.5")
     assert code == 2
+
+
+def result_of(target: Path, *models: Path, more: tuple[str, ...] = ()) -> Path:
+    tests = "ort,ort" if len(models) == 2 else "ort,ort-all"
+    assert run("bisect", *models, "-b", tests, *more, "--json", target)[0] < 2
+    return target
+
+
+@pytest.fixture(scope="module")
+def renamed(folder: Path) -> Path:
+    """``one.json`` of ``net.onnx``, and of its copy under another name; ``less.json`` of it with another output."""
+    shutil.copyfile(folder / "net.onnx", folder / "net_v2.onnx")
+    for name in ("net", "net_v2"):
+        result_of(folder / f"one_{name}.json", folder / f"{name}.onnx")
+    return folder
+
+
+def test_the_same_file_under_another_name_is_paired_and_that_is_said(renamed: Path) -> None:
+    code, text = run("diff", renamed / "one_net.json", renamed / "one_net_v2.json")
+    assert code == 0, text
+    assert "layers: none changed" in text
+    assert "components paired: net = net_v2, as each result has one" in text
+    assert "the models are the same network" in text
+
+
+def test_components_of_other_names_are_paired_by_what_they_share(renamed: Path, tmp_path: Path) -> None:
+    """Three components each, one of equal name; two whose values are as much those of both stay alone."""
+    first, second = (cp_debug.open_result(renamed / f"one_{name}.json") for name in ("net", "net_v2"))
+
+    def parts(result: BisectResult, values: dict[str, list[str]]) -> TestResult:
+        row = result.tests[0].rows[0]
+        rows = [replace(row, component=part, onnx=name, name=name) for part, names in values.items() for name in names]
+        return replace(result.tests[0], rows=rows, outputs=rows[-1:])
+
+    ours = {"head": ["a", "b"], "neck": ["x", "y", "z"], "twin": ["same"], "twin2": ["same"]}
+    theirs = {"head_v2": ["a", "b", "c"], "neck": ["x"], "neck_v2": ["q"], "other": ["same"]}
+    first.tests, second.tests = [parts(first, ours)], [parts(second, theirs)]
+    diff = cp_debug.diff_results(first, second)
+    assert diff.tests[0].same == 3  # a, b, x
+    assert "components paired: head = head_v2, by the values they share" in diff.notes
+    assert "components only before: twin, twin2" in diff.notes
+    assert "components only after: neck_v2, other" in diff.notes
+
+
+def test_other_weights_under_the_same_name_are_told(folder: Path, tmp_path: Path) -> None:
+    results = []
+    for name in ("net", "wrong"):
+        shutil.copyfile(folder / f"{name}.onnx", tmp_path / "cur.onnx")
+        results.append(result_of(tmp_path / f"{name}.json", tmp_path / "cur.onnx"))
+    code, text = run("diff", *results)
+    assert code == 0
+    assert "cur.onnxisnotthenetworkthatitwas" in "".join(text.split())
+    assert "isnotthenetwork" not in "".join(run("diff", results[0], results[0])[1].split())
+
+
+def test_other_weights_of_the_tests_alone_are_told(folder: Path, tmp_path: Path) -> None:
+    results = []
+    for name in ("net", "wrong"):
+        shutil.copyfile(folder / f"{name}.onnx", tmp_path / "cur.onnx")
+        results.append(result_of(tmp_path / f"{name}.json", folder / "net.onnx", tmp_path / "cur.onnx"))
+    text = " ".join(run("diff", *results)[1].split())
+    assert "ran another network than before" in text
+    assert "is not the network that it was" not in text
+
+
+def test_other_values_under_the_same_names_of_samples_are_told(folder: Path, tmp_path: Path) -> None:
+    results = []
+    for value in (1, 2):
+        np.savez(tmp_path / "x.npz", image=np.full((1, 3, 8, 8), value, np.float32))
+        given = ("--inputs", str(tmp_path / "x.npz"))
+        results.append(result_of(tmp_path / f"{value}.json", folder / "net.onnx", more=given))
+    assert "the samples hold other values under the same names" in " ".join(run("diff", *results)[1].split())
+
+
+def test_a_lost_output_is_the_reason_that_is_named(folder: Path, tmp_path: Path) -> None:
+    before = cp_debug.open_result(folder / "good.json")
+    after = cp_debug.open_result(folder / "good.json")
+    name = after.tests[0].outputs.pop().onnx
+    after.tests[0].outputs = [after.tests[0].rows[0]]
+    diff = cp_debug.diff_results(before, after)
+    assert diff.worse
+    assert diff.tests[0].says.startswith(f"no longer agrees: output {name} is gone;")
+
+
+def test_without_a_replay_nothing_got_worse_or_better(folder: Path, tmp_path: Path) -> None:
+    for name in ("net", "wrong"):
+        pair = (folder / "net.onnx", folder / f"{name}.onnx")
+        result_of(tmp_path / f"{name}.json", *pair, more=("--no-replay",))
+    for full, bare, unknown in (("good", "net", 0), ("bad", "wrong", 1)):
+        results = [cp_debug.open_result(path) for path in (folder / f"{full}.json", tmp_path / f"{bare}.json")]
+        for before, after in (results, results[::-1]):
+            diff = cp_debug.diff_results(before, after)
+            [test] = diff.tests
+            assert [change.change for change in test.layers] == [UNKNOWN] * unknown
+            assert not test.new_causes
+            assert not test.gone_causes
+            assert not diff.worse
+            assert any("no layer was replayed" in note for note in diff.notes)
+
+
+def test_a_divergence_that_only_one_side_replayed_is_still_compared(folder: Path, tmp_path: Path) -> None:
+    bare = result_of(tmp_path / "w.json", folder / "net.onnx", folder / "wrong.onnx", more=("--no-replay",))
+    diff = cp_debug.diff_results(cp_debug.open_result(folder / "good.json"), cp_debug.open_result(bare))
+    assert diff.worse
+    assert WORSE in {change.change for change in diff.tests[0].layers}

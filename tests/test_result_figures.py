@@ -25,11 +25,13 @@ from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.result import LayerRow, Remainder, StageRow, TestResult
 from cp_debug.bisect.standards import tolerance
 from cp_debug.bisect.worst_samples import Collected
+from cp_debug.graph.control_flow import ControlFlow
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.layers import Layer
 from cp_debug.programs.pipeline import Key
 from cp_debug.programs.precision import PRECISIONS
+from cp_debug.reports.verdict_line import verdict_line
 
 
 def row(name: str, off: float = 0.0, *, index: int = 0, kind: str = "data", **fields: Any) -> LayerRow:
@@ -89,6 +91,17 @@ def test_an_output_with_nan_on_both_sides_decides_nothing() -> None:
     assert not result([guilty], [clean]).agrees
 
 
+@pytest.mark.parametrize("verdict", ["divergent", "inherited", "shape"])
+def test_outputs_that_agree_say_so_of_themselves_alone_where_a_value_between_does_not(verdict: str) -> None:
+    rows = [row("a"), row("b", within=False, verdict=verdict), row("c", within=False, verdict=verdict), row("d")]
+    said = verdict_line(result(rows, rows[-1:])).plain
+    assert "the outputs agree within" in said
+    assert f"values in between do not: b ({verdict}) and 1 more" in said
+    said = verdict_line(result([rows[0], rows[3]], rows[-1:])).plain
+    assert ": agrees within" in said
+    assert "between" not in said
+
+
 def test_the_first_layer_beyond_tolerance_is_told_beside_the_first_guilty_one() -> None:
     rows = [row("a"), row("b", within=False, verdict="inherited"), row("c", verdict="guilty"), row("d", within=False)]
     found = result(rows, rows[-1:])
@@ -115,7 +128,7 @@ def test_rounding_adds_up_to_a_few_times_what_it_makes(ratio: float, adds_up: bo
     found = Remainder(ratio * 0.01, 0.01)
     assert found.adds_up == adds_up
     assert str(found) == (
-        "the rounding adds up" if adds_up else "but rounding alone makes 0.01 of it: the rest is not explained"
+        "the rounding adds up" if adds_up else "but rounding alone makes 0.01 (rel. L2): the rest is not explained"
     )
     assert Remainder(9.0).adds_up
     assert not Remainder(0.01, 1.0, {"n": "why"}).adds_up
@@ -169,7 +182,7 @@ def test_a_stage_names_its_own_guilty_layers_and_side_values_are_not_counted(mon
     ]
     monkeypatch.setattr(assemble, "stage_layers", lambda components, layers: stages)
     graph = SimpleNamespace(outputs=[SimpleNamespace(name="c")])
-    program = SimpleNamespace(name="net", graph=graph, pairing=None)
+    program = SimpleNamespace(name="net", graph=graph, pairing=None, flow=ControlFlow())
     pipeline = SimpleNamespace(
         programs=[program], program=lambda name: program, record=lambda: None, backend=SimpleNamespace(spec="ort")
     )
@@ -208,14 +221,14 @@ def test_a_replayer_is_told_each_sides_own_claims_the_references_first(
     net.op("Neg", "x", name="y")
     graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1])}, ["y"]))
 
-    def side(family: str, precision: str) -> Any:
+    def side(family: str, precision: str, device: str) -> Any:
         spec = SimpleNamespace(family=family, name=family)
-        return SimpleNamespace(backend=SimpleNamespace(precision=precision, spec=spec), name=family)
+        return SimpleNamespace(backend=SimpleNamespace(precision=precision, spec=spec, device=device), name=family)
 
     run = CandidateRun.__new__(CandidateRun)
     run._replayers, run._files, run.oracle, run.device = {}, {}, "fp64", "cpu"
     run._seen = {Key("net", "y")}
-    run.reference, run.pipeline = side("torch", "fp32"), side("ort", "fp16")
+    run.reference, run.pipeline = side("torch", "fp32", "cuda:1"), side("ort", "fp16", "cpu")
     run.programs = {"net": SimpleNamespace(graph=graph)}  # type: ignore[dict-item]
     told: list[Any] = []
     monkeypatch.setattr(candidate_run, "Replayer", lambda *given, **named: told.append((given, named)))
@@ -226,7 +239,7 @@ def test_a_replayer_is_told_each_sides_own_claims_the_references_first(
     run.replayer("net", capture)
     ((given, named),) = told
     assert given == (graph, ("fp32", "fp16"), "fp64", ["y"], "cpu")
-    assert named["families"] == ("torch", "ort")
+    assert named["implementers"] == ("torch@cuda", "ort")
     assert named["narrow"] == ({"torch": "narrow"}, {"ort": "narrow"})
     assert named["quantized"] == (("torch", None), ("ort", capture))
     assert named["emulated"]
@@ -245,6 +258,7 @@ def test_an_engine_is_looked_into_where_its_outputs_are_further_off_than_its_pre
     x = np.full((1, 8), 1 / 3, np.float32)
     run = CandidateRun.__new__(CandidateRun)
     run.tolerance, run.precision, run.device = (0.0, 1.0 if within else 1e-9), PRECISIONS["fp16"], "cpu"
+    run._levels = set()
     run.programs = {"net": SimpleNamespace(graph=graph)}  # type: ignore[dict-item]
     reference: Any = SimpleNamespace(load=lambda name, component: -x)
     outputs = {"y": (-x.astype(np.float64) * (1 + off))}

@@ -78,6 +78,57 @@ def test_markdown_and_annotations_stay_in_their_line() -> None:
     assert annotation("a:b,c", name=True) == "a%3Ab%2Cc"
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("@user", "@<!-- -->user"),
+        ("torch@cuda", "torch@cuda"),
+        ("see #12", "see \\#<!-- -->12"),
+        ("gh-7", "gh-<!-- -->7"),
+        ("high-7", "high-7"),
+        ("http://a.b", "http:<!-- -->//a.b"),
+        ("WWW.a.b", "W<!-- -->WW.a.b"),
+    ],
+)
+def test_markdown_addresses_nobody_and_links_nowhere(text: str, shown: str) -> None:
+    assert markdown(text) == shown
+
+
+def test_commands_of_the_older_kind_are_none_anywhere_in_a_line() -> None:
+    assert no_command("layer ##[error]x") == "layer \\x23#[error]x"
+    assert no_command("a\n  ::error::b ::c::") == "a\n  \\x3a:error::b ::c::"
+    assert annotation("a ##[add-mask]b") == "a \\x23#[add-mask]b"
+
+
+def test_letters_that_nobody_sees_are_escapes() -> None:
+    assert visible("a\u034fb\u3164c\u115f") == "a\\u034fb\\u3164c\\u115f"
+    assert visible("naïve 日本 ❤️") == "naïve 日本 ❤️"
+
+
+@pytest.mark.parametrize("text", ["＝1+1", "＠SUM(A1)", " ＋1", "－x"])
+def test_wide_signs_begin_no_formula_either(text: str) -> None:
+    assert csv_cell(text) == f"'{text}"
+
+
+@pytest.mark.parametrize("text", ["a ##[error]b", "::error::b", "  ::add-mask::b"])
+def test_no_row_of_a_printed_table_is_a_command(text: str) -> None:
+    assert no_command(csv_cell(text)) == csv_cell(text) != text
+
+
+def test_a_list_in_a_cell_is_json_and_no_command() -> None:
+    assert csv_cell([1, "ä", None]) == '[1, "ä", null]'
+    assert csv_cell({"a": ("##[error]x\n\x1b",)}) == '{"a": ["\\x23#[error]x\\n\\u001b"]}'
+
+
+def test_bytes_of_a_module_are_made_safe() -> None:
+    written = io.StringIO()
+    stream = LimitedStream(written)
+    assert stream.buffer.write(b"a\x1b[31m\xff\n" * 20) == 160
+    stream.finish()
+    assert written.getvalue().startswith("a\\x1b[31m\ufffd\n")
+    assert len(written.getvalue().splitlines()) == 13
+
+
 def test_frames_of_tracebacks_are_left_out() -> None:
     text = 'before\nTraceback (most recent call last):\n  File "a", line 1\n    x\nValueError: no\nafter'
     assert without_traceback(text) == "before\nValueError: no\nafter"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 from dataclasses import replace
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.activation_reuse import Reuse
-from cp_debug.mixed_precision.fake_quant_runner import FakeQuantRunner
+from cp_debug.mixed_precision.fake_quant_runner import FakeQuantRunner, Int8Layer
 from cp_debug.mixed_precision.sensitivity import (
     build_sensitivity_profile,
     choose_layers,
@@ -185,6 +186,29 @@ def test_quantizers_are_on_again_afterwards(
         before = quantized(x)["first"]
         bench.measure(samples[:1], [bench.all - {"fragile"}, frozenset({"stem", "second"})])
         assert torch.equal(quantized(x)["first"], before)
+
+
+class Switch:
+    """Stands in for a quantizer."""
+
+    on = True
+
+    def enable(self) -> None:
+        self.on = True
+
+    def disable(self) -> None:
+        self.on = False
+
+
+def test_all_layers_are_in_int8_again_whatever_happened() -> None:
+    layers = {name: Int8Layer(name, name, "net", "Conv2d", 1, [Switch(), Switch()]) for name in ("stem", "first")}
+    runner = object.__new__(FakeQuantRunner)
+    runner.layers = layers
+    with contextlib.suppress(KeyboardInterrupt), runner._restored():
+        for layer in layers.values():
+            layer.switch(False)
+        raise KeyboardInterrupt
+    assert all(quantizer.on for layer in layers.values() for quantizer in layer.quantizers)
 
 
 @needs("modelopt")

@@ -220,6 +220,8 @@ COMPLETE = {
         how=st.dictionaries(st.text(max_size=4), st.integers()),
         missing=st.lists(st.text()),
         added=st.lists(st.text()),
+        inside=PAIRS,
+        left_out=st.lists(st.text()),
     ),
     ResultDiff: _made(ResultDiff),
 }
@@ -382,7 +384,7 @@ def _row() -> LayerRow:
 def _first_schema() -> dict[str, Any]:
     """A document of the first schema's first version."""
     row = encode(_row())
-    late = ("kind", "not_emulated", "precision", "instead", "range_loss", "reference_excess")
+    late = ("kind", "not_emulated", "precision", "instead", "range_loss", "reference_excess", "unequal")
     for key in late:  # written since
         row.pop(key)
     record = {"spec": "ort", "precision": "fp32", "device": "cpu", "emulated": False}

@@ -77,6 +77,7 @@ PLAIN = {
 }
 """Column headings that say themselves what they hold, beside a table's title."""
 OTHER_SPELLINGS = {
+    "introduces from … to": "from … to",
     "relative L2": "rel. L2",
     "input amax": "amax",
     "weights' amax": "amax",

@@ -157,13 +157,20 @@ def test_a_verdict_about_nothing_is_refused() -> None:
 def explainer(implicit: bool) -> Any:
     made = Explainer.__new__(Explainer)
     made.notes = []
-    made.run = SimpleNamespace(implicit=implicit, quantized_names=lambda r: [f"{r.component}.{r.name}"])  # type: ignore[assignment]
+    run: Any = SimpleNamespace(
+        implicit=implicit,
+        quantized_names=lambda r: [f"{r.component}.{r.name}"],
+        came_quantized=lambda component: False,
+    )
+    made.run = run
     return made
 
 
 def test_layers_are_left_out_of_int8_by_the_flag_that_the_backend_has() -> None:
     assert explainer(False)._unquantized([row("a", 1)]) == "--skip-layers net.a"
     assert explainer(True)._unquantized([row("a", 1)]) == "--keep-fp32 net.a"
+    several = explainer(False)._unquantized([row(name, 1) for name in ("a", "b c")])
+    assert several == "--skip-layers net.a --skip-layers 'net.b c'", "as a shell takes them"
 
 
 def test_a_cause_that_could_not_be_tried_is_told_once() -> None:

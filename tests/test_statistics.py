@@ -132,7 +132,7 @@ def test_small_tensors_are_reduced_as_large_ones_are(pair: tuple[np.ndarray, np.
         patch.setattr(statistics_reduce, "SMALL", 0)
         compiled = statistics_reduce.reduce_host(ref, test)
     _assert_totals_agree(small, compiled)
-    assert small.same_integers == compiled.same_integers
+    assert small.unequal == compiled.unequal
     assert (small.histogram == compiled.histogram).all()
     for name in set(small.whole._fields) - {"sum_abs", "sum_dd", "sum_rr", "sum_tt", "sum_rt"}:
         assert getattr(small.whole, name) == getattr(compiled.whole, name), name
@@ -227,9 +227,52 @@ def test_empty_tensors_agree() -> None:
     assert (stats.count, stats.max_abs, stats.equal, stats.argmax) == (0, 0.0, True, None)
 
 
-def test_integers_that_float64_cannot_tell_apart_are_not_equal() -> None:
-    stats = compare(np.array([2**53]), np.array([2**53 + 1]))
-    assert not stats.equal
+NANOSECONDS = 1_700_000_000_000_000_000
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("on", ["host", "torch", "device"])
+@pytest.mark.parametrize(
+    ("ref", "test", "gap"),
+    [
+        (np.array([5, 2**53, 7]), np.array([5, 2**53 + 1, 7]), 1),
+        (np.array([5, NANOSECONDS, 7]), np.array([5, NANOSECONDS + 100, 7]), 100),
+        (np.array([5, -(2**62), 7]), np.array([5, -(2**62) - 3, 7]), 3),
+        (np.array([5, -(2**63), 7]), np.array([5, 2**63 - 1, 7]), 2.0**64),
+        (np.array([5, 2**64 - 9, 7], np.uint64), np.array([5, 2**64 - 2, 7], np.uint64), 7),
+        (np.array([5, 2**60, 7], ">i8"), np.array([5, 2**60 + 2, 7], "<u8"), 2),
+        (np.array([5, 2**30, 7], np.int32), np.array([5, 2**30 + 1, 7], np.int32), 1),
+    ],
+)
+def test_differences_of_integers_are_exact(
+    monkeypatch: pytest.MonkeyPatch, ref: np.ndarray, test: np.ndarray, gap: float, on: str, is_compiled: bool
+) -> None:
+    monkeypatch.setattr(statistics_reduce, "SMALL", 0 if is_compiled else 1 << 16)
+    pair: tuple[Any, Any] = (ref, test)
+    if on != "host":
+        if ref.dtype.kind == "u" or test.dtype.kind == "u":
+            pytest.skip("torch does not reckon with wide unsigned integers")
+        pair = torch.from_numpy(ref), torch.from_numpy(test)
+    if on == "device":
+        totals = statistics_reduce.reduce_device(*pair)
+        assert (totals.max_abs, totals.argmax, totals.unequal) == (gap, 1, 1)
+        return
+    stats = compare(*pair)
+    assert (stats.max_abs, stats.argmax, stats.unequal, stats.equal) == (gap, (1,), 1, False)
+    size = math.hypot(*map(float, ref))
+    assert (stats.mean_abs, stats.rel_l2) == (pytest.approx(gap / 3), pytest.approx(gap / size))
+    assert (stats.p50_abs, stats.p99_abs) == (0.0, pytest.approx(gap, rel=RESOLUTION))
+    assert relative_l2(pair[1], pair[0]) == pytest.approx(stats.rel_l2)
+    assert compare(pair[0], pair[0]).equal
+
+
+def test_unequal_elements_are_counted_where_a_side_holds_whole_numbers() -> None:
+    ids, flags = np.arange(300_000) % 7, np.array([True, False, True])
+    assert compare(ids, ids + (np.arange(300_000) % 3 == 0)).unequal == 100_000
+    assert compare(flags, ~flags).unequal == 3
+    assert compare(ids[:4], np.array([0.0, 1.0, NAN, 4.0])).unequal == 2
+    assert compare(ids[:4].astype(np.float32), ids[:4].astype(np.float32)).unequal is None
+    assert compare(ids[:4], ids[:3]).unequal is None
 
 
 def test_the_overflow_of_a_difference_is_not_an_infinity() -> None:
@@ -344,3 +387,32 @@ def test_a_signalling_nan_is_counted_without_a_warning(recwarn: pytest.WarningsR
     a.view(np.uint32)[7] = 0x7FA00000
     assert compare(a, np.ones_like(a)).nan_ref == 1
     assert not recwarn.list
+
+
+def test_a_percentile_is_as_near_as_half_a_bin_and_at_its_ends_no_nearer() -> None:
+    """Between 1 and 2 a bin is 1/32 wide."""
+    errors = []
+    for value in np.linspace(1, 1.0625, 200, dtype=np.float32):
+        stats = compare(np.zeros(8, np.float32), np.full(8, value))
+        errors.append(abs(stats.p99_abs / float(value) - 1))
+    assert 0.9 * RESOLUTION < max(errors) <= RESOLUTION
+
+
+def test_every_tenth_of_the_distance_is_20_decibels_more() -> None:
+    reference = np.full(4, 2.0)
+    levels = [compare(reference, reference * (1 + 10.0**-n)).sqnr_db for n in (1, 2, 3)]
+    assert levels == pytest.approx([20, 40, 60])
+
+
+def test_of_two_shapes_no_elements_are_paired() -> None:
+    stats = compare(np.zeros(3), np.zeros(4))
+    assert (stats.mismatched, stats.argmax, stats.equal) == (0, None, False)
+
+
+def test_the_first_pair_that_does_not_match_is_told() -> None:
+    """After a NaN on both sides and a number, which do match."""
+    reference, test = np.array([np.nan, 1, np.inf, np.nan]), np.array([np.nan, 1, 3, 2])
+    for pair in ((reference, test), tuple(map(torch.from_numpy, (reference, test)))):
+        stats = compare(*pair)
+        assert (stats.mismatched, stats.argmax) == (2, (2,))
+    assert statistics_reduce.reduce_device(*map(torch.from_numpy, (reference, test))).argmax == 2

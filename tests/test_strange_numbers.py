@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -16,34 +18,42 @@ from cp_debug.backends.base import RunRecord
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.result import TestResult
+from cp_debug.bisect.result import BisectResult, TestResult
+from cp_debug.bisect.strange_numbers import undecided
 from cp_debug.deploy.preprocessing import compare_voxels, voxelize_on
 from cp_debug.deploy.reasons import reasons
 from cp_debug.deploy.verify import ScenarioResult, TensorCheck, what_is_wrong
 from cp_debug.detection.evaluate import evaluate
 from cp_debug.detection.evaluation import EvaluationOptions
+from cp_debug.probes.distance import distance, relative_l2
 from cp_debug.probes.statistics import compare
+from cp_debug.probes.statistics_reduce import reduce_device, reduce_host
 from cp_debug.recipes.base import Sample
 from cp_debug.recipes.centerpoint.config import CONFIGS
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.data.folder import FolderData
 from cp_debug.recipes.data.points import read_points
-from cp_debug.reports.tables import verdict_line
+from cp_debug.reports.tables import layer_table
+from cp_debug.reports.verdict_line import verdict_line
+from cp_debug.serialize import decode
 
+CONSTANTS = {"hundred": 100.0, "zero": 0.0, "minus": -1.0, "nan": float("nan"), "inf": float("inf")}
 FEATURES = ("x", "y", "z", "intensity", "dt")
 
 
-def net(folder: Path, ops: list[tuple[str, list[str], str]], outputs: list[str]) -> Path:
-    """``x`` [1, 4] through operators (type, inputs, result); the constants ``hundred`` and ``zero`` are known."""
+def net(
+    folder: Path, ops: list[tuple[str, list[str], str]], outputs: list[str], name: str = "net.onnx", **others: float
+) -> Path:
+    """``x`` [1, 4] through operators (type, inputs, result); ``CONSTANTS`` and ``others`` are known."""
     nodes = [helper.make_node(op, inputs, [made], name=f"node_{made}") for op, inputs, made in ops]
     given = [helper.make_tensor_value_info("x", 1, [1, 4])]
     shown = [helper.make_tensor_value_info(name, 1, [1, 4]) for name in outputs]
-    constants = [
-        numpy_helper.from_array(np.full(1, value, np.float32), n) for n, value in (("hundred", 100), ("zero", 0))
-    ]
+    read = {name for _, names, _ in ops for name in names}
+    held = {n: value for n, value in (CONSTANTS | others).items() if n in read}
+    constants = [numpy_helper.from_array(np.full(1, value, np.float32), n) for n, value in held.items()]
     graph = helper.make_graph(nodes, "net", given, shown, constants)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), folder / "net.onnx")
-    return folder / "net.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), folder / name)
+    return folder / name
 
 
 def judged(path: Path, x: list[float], backends: str = "ort,ort-all") -> TestResult:
@@ -83,14 +93,70 @@ def test_nan_of_the_input_is_said_to_come_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("x", [[1, -2, 3, -4], [1, 2, 3, 4], [-1, -2, -3, 4]])
-def test_inf_at_the_same_places_is_no_pass(tmp_path: Path, x: list[float]) -> None:
+def test_inf_at_the_same_places_passes_where_the_rest_is_finite_and_is_said(tmp_path: Path, x: list[float]) -> None:
     path = net(tmp_path, [("Div", ["x", "zero"], "d"), ("Max", ["d", "x"], "y")], ["y"])
     test = judged(path, x)
-    assert not test.agrees
+    nothing = min(x) > 0  # Inf everywhere
+    assert test.agrees != nothing
     text = verdict_line(test)
-    assert text.plain.startswith("✗ ort-all: nothing is decided")
+    assert text.plain.startswith("✗ ort-all: nothing is decided" if nothing else "✓ ort-all: agrees")
+    assert ("no number of the final outputs could be compared" in text.plain) == nothing
     assert "Inf is born at node_d (Div) on both sides" in text.plain
     assert "green" not in str(text.spans[0].style)
+
+
+def test_inf_that_only_one_side_has_never_passes(tmp_path: Path) -> None:
+    """Even without a tolerance: an infinite one lets through what is finite."""
+    assert undecided(row_of([1.0, np.inf], [1.0, 2.0]))
+    assert undecided(row_of([1.0, np.inf], [1.0, -np.inf]))
+    assert not undecided(row_of([1.0, -np.inf], [1.0, -np.inf]))
+    assert undecided(row_of([-np.inf], [-np.inf]))
+
+
+def row_of(reference: list[float], test: list[float]) -> SimpleNamespace:
+    return SimpleNamespace(stats=compare(np.array(reference), np.array(test)), index=0, name="y", op="")
+
+
+@pytest.mark.parametrize(
+    ("ops", "outputs", "says"),
+    [
+        ([("Sqrt", ["minus"], "s"), ("Add", ["x", "s"], "y")], ["y"], "NaN is born at node_s (Sqrt) on both sides"),
+        ([("Add", ["x", "nan"], "y")], ["y"], "NaN comes in with the constant nan on both sides"),
+        ([("Abs", ["x"], "z"), ("Max", ["z", "inf"], "y")], ["y", "z"], "Inf comes in with the constant inf on both"),
+    ],
+)
+@pytest.mark.parametrize("backends", ["ort,ort-all", "torch,ort", "ort,emu-fp32"])
+def test_constants_and_nodes_that_read_nothing_else_are_named_as_origin(
+    tmp_path: Path, ops: list[tuple[str, list[str], str]], outputs: list[str], says: str, backends: str
+) -> None:
+    net(tmp_path, ops, outputs)
+    np.savez(tmp_path / "x.npz", x=np.array([[1, 2, 3, 4]], np.float32))
+    result = bisect(str(tmp_path / "net.onnx"), backends, options=Options(inputs=tmp_path / "x.npz"))
+    read = decode(BisectResult, result.to_dict(), "result.json")
+    assert says in verdict_line(result.tests[0]).plain
+    assert says in verdict_line(read.tests[0]).plain
+
+
+def test_what_is_nan_on_both_sides_has_no_figures_and_no_share(tmp_path: Path) -> None:
+    ops = [("Mul", ["x", "hundred"], "m"), ("Sqrt", ["minus"], "s"), ("Add", ["m", "s"], "y")]
+    path = net(tmp_path, ops, ["y"])
+    other = net(tmp_path, ops, ["y"], name="other.onnx", hundred=300)
+    test = bisect(str(path), "ort,ort", test_model=other).tests[0]
+    assert [(row.onnx, row.share) for row in test.guilty] == [("m", None)]
+    text = " ".join([verdict_line(test).plain, *map(str, layer_table(test).rows)])
+    assert "nan%" not in text
+    assert "differ by 0" not in text
+    assert "no number of the final outputs could be compared" in text
+    assert "not compared" in text
+
+
+def test_an_output_that_is_partly_nan_leaves_the_shares_of_the_rest(tmp_path: Path) -> None:
+    ops = [("Mul", ["x", "hundred"], "m"), ("Sqrt", ["x"], "s"), ("Add", ["m", "s"], "y")]
+    path = net(tmp_path, ops, ["y"])
+    other = net(tmp_path, ops, ["y"], name="other.onnx", hundred=300)
+    np.savez(tmp_path / "x.npz", x=np.array([[1, 2, -3, 4]], np.float32))
+    result = bisect(str(path), "ort,ort", test_model=other, options=Options(inputs=tmp_path / "x.npz"))
+    assert result.tests[0].guilty[0].share == pytest.approx(1, abs=0.05)
 
 
 def test_minus_inf_that_masks_inside_the_network_is_fine(tmp_path: Path) -> None:
@@ -127,7 +193,11 @@ def test_a_search_by_outputs_that_are_not_finite_is_refused(tmp_path: Path) -> N
     np.savez(tmp_path / "x.npz", x=np.ones((1, 4), np.float32))
     code, text = run("search", path, "-b", "ort,emu-fp16", "--goal", "rel_l2<0.1", "--inputs", tmp_path / "x.npz")
     assert code == 2
-    assert "the reference's output y holds 4 NaN or Inf of 4 elements" in text
+    assert "no goal can be judged: y is NaN or Inf everywhere" in text
+    np.savez(tmp_path / "x.npz", x=np.array([[1, 0, 2, 3]], np.float32))
+    code, text = run("search", path, "-b", "ort,emu-fp16", "--goal", "rel_l2<0.1", "--inputs", tmp_path / "x.npz")
+    assert code == 2
+    assert "the reference's output y holds 1 NaN of 4 elements" in text
 
 
 def test_what_is_finite_says_nothing(tmp_path: Path) -> None:
@@ -158,7 +228,11 @@ def test_verification_does_not_blame_the_export_for_the_models_own_nan() -> None
     )
     assert "the reference has" not in said(ones, nan)
     assert "the reference holds 1 NaN or Inf, the test none" in said(nan, ones)
-    assert "NaN or Inf" in said(np.array([np.inf, 1], np.float32), np.array([np.inf, 1], np.float32))
+    inf = np.array([np.inf, 1], np.float32)
+    assert said(inf, inf) == ""
+    assert "1 NaN or Inf" in said(inf, -inf)
+    assert "the reference holds 1 NaN or Inf, the test none" in said(inf, ones)
+    assert "2 NaN or Inf" in said(inf[[0, 0]], inf[[0, 0]])
 
 
 @pytest.mark.parametrize(
@@ -275,3 +349,29 @@ def test_a_fifth_column_may_be_the_age_of_points_and_intensity_may_be_nan(tmp_pa
     np.testing.assert_array_equal(read_points(tmp_path / "sweeps.bin", FEATURES), made)
     source = FolderData(tmp_path, FEATURES, 1).sample(0).source
     assert source.endswith(" (5 columns, the last as dt, by its content)")
+
+
+@pytest.mark.parametrize("size", [3, 5000])
+def test_inf_of_the_other_sign_is_born_wherever_it_is_measured(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = (torch.ones(size, dtype=torch.float64) for _ in range(2))
+    ours[:2], theirs[:2] = torch.tensor([-torch.inf, torch.inf]), torch.inf
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        x, y = ours.to(dtype), theirs.to(dtype)
+        for device in ("cpu", "cpu:0"):  # the second is taken for a device
+            monkeypatch.setattr("cp_debug.probes.distance.device_of", lambda tensor, device=device: device)
+            assert distance(x, y).new_nonfinite == 1
+            assert relative_l2(x, y) == math.inf
+    for totals in (reduce_host(theirs.numpy(), ours.numpy()), reduce_device(theirs, ours)):
+        assert (totals.whole.mismatched, totals.max_abs) == (1, math.inf)
+
+
+def test_a_layer_that_makes_inf_of_the_other_sign_is_guilty(tmp_path: Path) -> None:
+    """The reference divides by zero, the test by minus zero; the layer behind it is innocent."""
+    ops = [("Add", ["x", "one"], "a"), ("Div", ["a", "zero"], "d"), ("Identity", ["d"], "y")]
+    right = net(tmp_path, ops, ["y"], zero=0.0, one=1.0)
+    wrong = net(tmp_path, ops, ["y"], "wrong.onnx", zero=-0.0, one=1.0)
+    np.savez(tmp_path / "x.npz", x=np.array([[1.0, 2.0, 3.0, 4.0]], np.float32))
+    options = Options(inputs=tmp_path / "x.npz")
+    test = bisect(str(right), "ort,ort-none", test_model=wrong, options=options).tests[0]
+    assert not test.agrees
+    assert [row.onnx for row in test.guilty] == ["d"]

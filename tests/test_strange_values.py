@@ -170,6 +170,29 @@ def test_sequences_are_compared_element_by_element(tmp_path: Path) -> None:
     assert [row.onnx for row in compared(good, "ort,ort-all", network("bad.onnx", 1.5)).guilty] == ["z"]
     longer = compared(good, "ort,ort-all", network("longer.onnx", 1.0, "z"))
     assert [row.onnx for row in longer.guilty] == ["s.length"]
+    assert "SequenceConstruct reads x, t, z instead of x, t" in longer.findings[0].headline
+    assert not any("could be tried" in note for note in longer.notes)
+
+
+@pytest.mark.parametrize("more", [("t",), ("t", "x", "t")])
+def test_sequences_of_other_lengths_diverge_in_their_length(tmp_path: Path, more: tuple[str, ...]) -> None:
+    """Elements that only one side has are not compared, and no share of a divergence hangs on them."""
+
+    def network(name: str, *elements: str) -> Path:
+        nodes = [helper.make_node("Tanh", ["x"], ["t"]), helper.make_node("SequenceConstruct", elements, ["s"])]
+        if not elements:
+            nodes[1] = helper.make_node("SequenceEmpty", [], ["s"])
+        kind = helper.make_sequence_type_proto(helper.make_tensor_type_proto(TensorProto.FLOAT, None))
+        ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, 8]) for name in ("x", "t")]
+        net = helper.make_graph(nodes, "net", ends[:1], [ends[1], helper.make_value_info("s", kind)])
+        onnx.save(helper.make_model(net, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / name)
+        return tmp_path / name
+
+    pair = [network("some.onnx", *more), network("empty.onnx")]
+    for reference, test in (pair, pair[::-1]):
+        found = compared(reference, "ort,ort", test)
+        assert [row.onnx for row in found.guilty] == ["s.length"]
+        assert found.guilty[0].share == pytest.approx(1)
 
 
 @pytest.mark.parametrize("backends", [*BACKENDS, "torch,ort"])

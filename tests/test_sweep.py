@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from extras import needs
-from nets import second_like
+from nets import NetBuilder, second_like
 from onnx import numpy_helper
 from test_cli import run as cli
 
@@ -27,6 +27,7 @@ from cp_debug.bisect.engine import Options, bisect
 from cp_debug.detection.evaluate import as_detector, evaluate
 from cp_debug.detection.evaluation import EvaluationOptions
 from cp_debug.errors import InputError
+from cp_debug.probes.caveats import ALL_ZERO
 from cp_debug.quantization.quantized_programs import Calibration
 from cp_debug.recipes.data.base import DataOptions
 from cp_debug.recipes.registry import load_model
@@ -66,6 +67,20 @@ def records(tasks: Iterator[Task]) -> list[dict[str, Any]]:
         assert "error" not in outcome, outcome
         found.append({"key": task.key, "kind": task.kind, "params": task.params, "place": place, **outcome})
     return found
+
+
+def test_outputs_that_say_little_are_noted(tmp_path: Path) -> None:
+    """Zeros everywhere, and an output without an element: the samples agree, and the notes say what that is worth."""
+    net = NetBuilder()
+    dead = net.op("Relu", net.op("Neg", net.op("Abs", net.op("Mul", "x", net.weight(np.float32([2]))))))
+    zero = net.weight(np.array([0]))
+    path = net.save(
+        tmp_path / "net.onnx", {"x": (1, [2, 8])}, [dead, net.op("Slice", dead, zero, zero, zero, name="s")]
+    )
+    (group,) = bisecting.merge(records(bisecting.tasks(grid_of(path, backends="ort,ort-all", samples=2))))
+    assert group.passed
+    assert group.notes[ALL_ZERO] == 2
+    assert group.notes["s: without an element on both sides"] == 2
 
 
 def test_a_grid_is_the_product_of_its_axes(net: Path, tmp_path: Path) -> None:

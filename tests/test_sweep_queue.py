@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from distributed import Client
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(HERE), "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "5s"}
+PATHS = f"{HERE}{os.pathsep}{HERE.parent}"
+"""This folder, and that of the package that it tests, whatever is installed."""
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "5s"}
 
 
 def grid(kind: str, count: int, **params: Any) -> list[Task]:
@@ -59,7 +61,7 @@ def _whole(tasks: list[Task], finished: Finished) -> None:
 @pytest.fixture(autouse=True, scope="module")
 def importable() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(HERE))
+        patch.setenv("PYTHONPATH", PATHS)
         yield
 
 
@@ -92,7 +94,7 @@ class Cluster:
         return self._start("worker", self.address, *where, *flags, path=path)
 
     def _start(self, *command: str, path: Path | None = None) -> subprocess.Popen[bytes]:
-        environment = ENVIRONMENT | ({"PYTHONPATH": f"{path}{os.pathsep}{HERE}"} if path else {})
+        environment = ENVIRONMENT | ({"PYTHONPATH": f"{path}{os.pathsep}{PATHS}"} if path else {})
         process = subprocess.Popen(
             [sys.executable, "-m", "dask", *command], env=environment, cwd=self._folder, stderr=subprocess.DEVNULL
         )
@@ -162,6 +164,8 @@ def test_failures_are_kept_and_tried_again_when_asked(tmp_path: Path, client: Cl
     finished = sweep(tasks, path, client, retry_failed=True)
     assert finished.ran == 3
     assert len(finished.failures()) == 3
+    with pytest.raises(InputError, match=r"--retry-failed: it would do nothing here: .*log2.jsonl has no task of this"):
+        sweep(tasks, tmp_path / "log2.jsonl", client, retry_failed=True)
 
 
 @pytest.mark.slow
@@ -264,6 +268,78 @@ def test_interrupted_as_by_the_keyboard(tmp_path: Path, client: Client) -> None:
         done = len(list(log))
     assert 0 < done < 30
     assert sweep(tasks, tmp_path / "log.jsonl", client).ran == 30 - done
+
+
+_STARTS = """
+import signal, sys
+from pathlib import Path
+from cp_debug.__main__ import _end
+from cp_debug.cli.main import _Ending
+from cp_debug.sweep import workers
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, _Ending())
+    try:
+        with workers.local_workers(2):
+            Path(sys.argv[1], "up").touch()
+            {inside}
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        _end()  # Python itself lets a signal kill it while it ends
+else:  # a worker, which imports the script that started it
+    import time
+    Path(sys.argv[1], "starts").touch()
+    time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "inside"),
+    [("starts", "pass"), pytest.param("up", "import time; time.sleep(60)", marks=pytest.mark.slow)],
+)
+def test_ctrl_c_for_all_processes_while_workers_start_says_one_line(tmp_path: Path, when: str, inside: str) -> None:
+    """The terminal sends it to the whole group; the second one comes while the workers are ended."""
+    file = tmp_path / "starting.py"
+    file.write_text(_STARTS.format(inside=inside))
+    process = subprocess.Popen(
+        [sys.executable, str(file), str(tmp_path)], env=ENVIRONMENT, stderr=subprocess.PIPE, start_new_session=True
+    )
+    wait_for((tmp_path / when).is_file)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.3)
+    assert process.communicate(timeout=60)[1].decode() == "interrupted\n"
+    assert process.returncode == 130
+    wait_for(lambda: not _in_group(process.pid))
+
+
+def test_python_s_tracker_of_resources_outlives_signals_to_the_group() -> None:
+    """Else what it would remove stays, and it says so in a traceback; this process hears them as before."""
+    script = """
+import os, signal, time
+from multiprocessing.resource_tracker import _resource_tracker as tracker
+from cp_debug.sweep.workers import _start_tracker
+_start_tracker()
+for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+    os.kill(tracker._pid, number)
+time.sleep(0.5)
+print(os.waitpid(tracker._pid, os.WNOHANG), signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("(0, 0) set()\n", "")
+
+
+def _in_group(group: int) -> bool:
+    with suppress(ChildProcessError):  # a process that adopts orphans, as the fuzzer's harness makes it, buries them
+        while os.waitpid(-group, os.WNOHANG)[0]:
+            pass
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_tasks_that_need_a_gpu_go_to_workers_that_have_one(tmp_path: Path, cluster: Cluster) -> None:

@@ -16,7 +16,17 @@ from torch import Tensor
 from cp_debug.backends.arithmetic import FP64
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
-from cp_debug.bisect.causes import affine, layout, nonfinite, quantized, ranges, scales, single_numbers, stored_weights
+from cp_debug.bisect.causes import (
+    affine,
+    fitted_weights,
+    layout,
+    nonfinite,
+    quantized,
+    ranges,
+    scales,
+    single_numbers,
+    stored_weights,
+)
 from cp_debug.bisect.causes.base import Candidate
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
 from cp_debug.graph.graph import Graph
@@ -349,6 +359,21 @@ def test_weights_of_another_layer_are_told_by_both_names(tmp_path: Path) -> None
     assert explains(candidate, found)
     assert candidate.says == "MatMul has the weights of another layer (other instead of own)"
     assert candidate.evidence == {"of": "other", "instead_of": "own"}
+
+
+@pytest.mark.parametrize("number", [0.0, 1.0])
+@pytest.mark.parametrize("family", [stored_weights.of_another_layer, fitted_weights.fitted])
+def test_zeros_and_ones_are_not_the_weights_of_another_layer(
+    tmp_path: Path, number: float, family: Callable[[Segment], Iterable[Candidate]]
+) -> None:
+    rng, net = np.random.default_rng(0), NetBuilder()
+    own, plain = rng.standard_normal((24, 5)).astype(np.float32), np.full((24, 5), number, np.float32)
+    net.op("MatMul", "x", net.weight(own, "own"), name="y")
+    net.op("MatMul", "x", net.weight(plain, "plain"), name="z")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, list(SHAPE))}, ["y", "z"]))
+    context = SegmentContext(Program("net", graph), Executor(graph, FP64), "fp32")
+    found = Segment(context, graph.nodes[:1], "y", {"x": X}, X @ torch.from_numpy(plain).double())
+    assert not [c for c in family(found) if c.evidence.get("of") == "plain"]
 
 
 def test_exchanged_channels_of_a_weight_are_told_in_the_direction_of_the_copy(tmp_path: Path) -> None:

@@ -5,26 +5,37 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import subprocess
 import sys
 import warnings
 import zipfile
+from collections import deque
 from pathlib import Path
+from textwrap import dedent
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from extras import needs
 from nets import second_like
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from typer.testing import CliRunner
 
 import cp_debug
 from cp_debug.api.models import to_model
+from cp_debug.cli.main import app
+from cp_debug.errors import CpdebugError, InputError
 from cp_debug.probes.trace import trace
+from cp_debug.programs.align import module_digest
 from cp_debug.programs.export import export
+from cp_debug.programs.walk import run_module
 from cp_debug.recipes import torch_callable
+from cp_debug.recipes.callables import load_callable
 from cp_debug.recipes.registry import load_model
-from cp_debug.recipes.torch_callable import TorchModel, load_callable
+from cp_debug.recipes.torch_callable import TorchModel
 from cp_debug.recipes.torch_inputs import flat_inputs
 
 
@@ -236,6 +247,43 @@ def test_what_a_callable_gives_may_raise_anything(tmp_path: Path) -> None:
         load_callable(f"{tmp_path / 'net.py'}:make")
 
 
+PROGRAMS = """
+import torch
+def net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3)), torch.randn(2, 4)
+def traced():
+    module, x = net()
+    return torch.jit.trace(module, x), x
+def scripted():
+    module, x = net()
+    return torch.jit.script(module), x
+def alone():
+    module, x = net()
+    return torch.export.export(module, (x,))
+def exported():
+    return alone(), None
+def of_an_export():
+    return alone().module(), net()[1]
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["traced", "scripted", "alone", "exported", "of_an_export"])
+def test_a_callable_may_return_what_torch_made_of_a_module(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(PROGRAMS)
+    result = cp_debug.diagnose(f"{tmp_path / 'nets.py'}:{kind}", "torch,ort")
+    assert result.agrees
+    assert result.tests[0].compared == result.tests[0].total == 4
+
+
+def test_an_exported_program_takes_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(PROGRAMS)
+    torch.save({}, tmp_path / "weights.pth")
+    with pytest.raises(cp_debug.InputError, match="alone\\(\\) returned an exported program, which has its weights"):
+        load_callable(f"{tmp_path / 'nets.py'}:alone", tmp_path / "weights.pth")
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_exported_and_scripted_programs_keep_their_layers(tmp_path: Path) -> None:
     net = Plain().eval()
@@ -349,7 +397,7 @@ class Branching(nn.Module):
     def __init__(self, by_value: bool) -> None:
         super().__init__()
         self.layer, self.by_value = nn.Linear(3, 2), by_value
-        self.places: list[str] = []
+        self.places: deque[str] = deque()  # no list, whose elements are put back after each run
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         self.places.append(str(x.device))
@@ -366,9 +414,9 @@ def test_a_large_module_is_run_without_numbers_where_shapes_tell_its_outputs(
     module = Branching(by_value)
     weight = module.layer.weight
     model = TorchModel("net", module, (torch.ones(4, 3),))
-    assert module.places == []  # before somebody asks for the names
+    assert not module.places  # before somebody asks for the names
     assert list(model.components[0].output_names) == ["left", "right"]
-    assert module.places == (["cpu"] if by_value else [])
+    assert list(module.places) == (["cpu"] if by_value else [])
     assert module.layer.weight is weight
     seen: list[str] = []
     module.layer.register_forward_hook(lambda m, given, made: seen.append(str(made.device)))
@@ -405,3 +453,184 @@ def test_a_limit_of_recursion_that_a_callable_lowers_is_put_back(tmp_path: Path)
         assert sys.getrecursionlimit() == limit
     finally:
         sys.setrecursionlimit(limit)
+
+
+@pytest.mark.parametrize("when", ["when it is imported", "when it is called"])
+def test_threads_that_a_file_asks_for_beyond_all_cores_are_taken_back(tmp_path: Path, when: str) -> None:
+    """The library that starts them ends the process where the system refuses one."""
+    threads = torch.get_num_threads()
+    ask = "torch.set_num_threads(1000)"
+    first, second = (ask, "pass") if "imported" in when else ("pass", ask)
+    lines = ["import torch", first, "def make():", f"    {second}", "    return torch.nn.ReLU(), torch.ones(2)"]
+    (tmp_path / "net.py").write_text("\n".join(lines))
+    try:
+        load_callable(f"{tmp_path / 'net.py'}:make")
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("set_by", ["torch.set_default_device('meta')", "torch.device('meta').__enter__()"])
+def test_tensors_without_values_are_no_default_for_what_comes_after(tmp_path: Path, set_by: str) -> None:
+    code = f"import torch\ndef make():\n    r, x = torch.nn.ReLU(), torch.ones(2)\n    {set_by}\n    return r, x\n"
+    (tmp_path / "net.py").write_text(code)
+    script = """
+import sys, torch
+from cp_debug.errors import InputError
+from cp_debug.recipes.callables import load_callable
+try:
+    load_callable(sys.argv[1])
+except InputError as error:
+    print(error)
+else:
+    print(torch.ones(1).item())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, f"{tmp_path / 'net.py'}:make"], capture_output=True, text=True, timeout=60
+    )
+    expected = "1.0" if "default" in set_by else "leaves torch in a context of the meta device"
+    assert expected in done.stdout, done.stderr
+
+
+def test_tensors_without_values_that_a_forward_makes_the_default_are_taken_back(tmp_path: Path) -> None:
+    class Careless(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch.set_default_device("meta")
+            return super().forward(x)
+
+    try:
+        model = TorchModel("careless", Careless(4, 2), (torch.ones(2, 4),))
+        (component,) = model.components
+        assert run_module(component, {component.input_names[0]: np.ones((2, 4), np.float32)})
+        assert torch.get_default_device().type == "cpu"
+    finally:
+        torch.set_default_device(None)
+
+
+def test_a_weight_that_was_exchanged_while_the_module_was_exported_is_told() -> None:
+    net = nn.Linear(4, 2)
+    with FakeTensorMode():
+        net.late = nn.Linear(2, 2)
+    with pytest.raises(InputError, match=r"'late\.weight' has no values any more"):
+        module_digest(net)
+
+
+def test_a_users_file_leaves_no_compiled_one_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    (tmp_path / "helped.py").write_text("make = None\n")
+    lines = ("import sys, torch", f"sys.path.insert(0, {str(tmp_path)!r})", "import helped")
+    make = "def build(): return torch.nn.ReLU(), torch.ones(1)"
+    (tmp_path / "own.py").write_text("\n".join([*lines, make, ""]))
+    load_callable(f"{tmp_path / 'own.py'}:build")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["helped.py", "own.py"]
+    assert not sys.dont_write_bytecode
+
+
+@pytest.mark.parametrize("goes", ["import", "forward"])
+def test_what_is_written_lies_where_it_was_asked_for_wherever_the_users_code_goes(
+    goes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code itself stays where it went: a file that goes to its data reads them in its forward, too."""
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "factor.txt").write_text("2")
+    (tmp_path / "goes.py").write_text(
+        dedent(f"""\
+        import os, torch
+
+        def move():
+            os.chdir({str(there)!r})
+
+        class Net(torch.nn.Linear):
+            def forward(self, x):
+                move() if {goes == "forward"} else None
+                return super().forward(x) * float(open("factor.txt").read())
+
+        move() if {goes == "import"} else None
+
+        def build():
+            return Net(4, 3), torch.ones(2, 4)
+        """)
+    )
+    monkeypatch.chdir(tmp_path)
+    flags = ["-b", "torch,emu-fp16", "--no-cache", "--save", "kept", "--json", "o.json", "--html", "o.html"]
+    ran = CliRunner().invoke(app, ["bisect", "goes.py:build", *flags])
+    assert ran.exit_code == 0, (ran.output, ran.exception)
+    assert (
+        CliRunner().invoke(app, ["export", "goes.py:build", "-o", "made", "--exporter", "torchscript"]).exit_code == 0
+    )
+    assert [path.name for path in there.iterdir()] == ["factor.txt"]
+    assert {"kept", "made", "o.json", "o.html"} <= {path.name for path in tmp_path.iterdir()}
+    assert (tmp_path / "kept" / "result.json").is_file()
+
+
+def test_methods_of_a_class_that_hide_torchs_own_are_not_called() -> None:
+    class Hides(nn.Linear):
+        def register_forward_hook(self, *_: Any, **__: Any) -> Any:
+            raise ValueError("mine")
+
+        register_forward_pre_hook = register_forward_hook
+
+    assert trace(Hides(4, 2), {"x": torch.ones(1, 4)}).leaves
+
+
+def test_two_modules_of_other_classes_are_compared() -> None:
+    class Other(Plain):
+        pass
+
+    torch.manual_seed(0)
+    ours, theirs = Plain(), Other()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.ones(2, 4)
+    result = cp_debug.diagnose(ours, "torch,torch", inputs=x, test_model=theirs)
+    assert result.agrees
+
+
+def test_a_damaged_program_is_refused_without_words_about_python(tmp_path: Path) -> None:
+    path = tmp_path / "p.pt2"
+    torch.save({"weight": torch.ones(2)}, path)
+    with pytest.raises(cp_debug.InputError, match=r"p\.pt2: torch\.export\.load cannot load it") as caught:
+        load_model(str(path))
+    assert "RuntimeError" not in str(caught.value)
+
+
+@pytest.mark.parametrize("nth", range(2, 7))
+@pytest.mark.parametrize(
+    "returned", ["None", "(y, y)", "y.to_sparse()", "y.to('meta')", "torch.nested.nested_tensor([y[0]])", "1 / 0"]
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        "bisect -b torch-fp64,torch --no-replay",
+        "bench -b torch -n 2 --warmup 1",
+        pytest.param("quantize ptq -o q --batches 2", marks=needs("modelopt")),
+    ],
+)
+def test_a_forward_that_returns_something_else_than_the_one_before_is_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, returned: str, nth: int
+) -> None:
+    """Whoever runs the module sees it: no command ends with an exception of torch's or of Python's own."""
+    (tmp_path / "moody.py").write_text(
+        dedent(f"""\
+        import torch
+
+        class Moody(torch.nn.Linear):
+            calls = 0
+
+            def forward(self, x):
+                y = super().forward(x)
+                Moody.calls += 1
+                return ({returned}) if Moody.calls == {nth} else y
+
+        def build():
+            return Moody(4, 3), torch.ones(2, 4)
+        """)
+    )
+    monkeypatch.chdir(tmp_path)
+    verb, _, rest = command.partition(" -")
+    ran = CliRunner().invoke(app, [*verb.split(), "moody.py:build", *f"-{rest}".split()])
+    if Path("q").exists() or ran.exit_code == 0:
+        assert ran.exception is None  # that forward is not one of this command's, or its result is of no account
+    else:
+        assert isinstance(ran.exception, CpdebugError), ran.exception
+        assert ran.exception.exit_code == 2

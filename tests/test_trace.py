@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch.nn import functional
 from cp_debug.backends.determinism import deterministic
 from cp_debug.errors import ModuleFailed
 from cp_debug.probes.outputs import flatten_outputs
-from cp_debug.probes.trace import Trace, trace
+from cp_debug.probes.trace import Trace, _Tracer, as_written, trace
 
 
 def run(module: nn.Module, *tensors: Tensor, prefix: str = "") -> tuple[Trace, dict[str, Tensor]]:
@@ -162,6 +164,48 @@ def test_names_without_a_colon_mean_the_same_on_every_device() -> None:
     assert set(public) == {name for name in found if ":" not in name}
     for name in public:
         torch.testing.assert_close(found[name].cpu(), expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_what_is_compiled_is_only_sought_where_the_compiler_is_loaded(
+    loaded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stances, left = [], []
+
+    @contextmanager
+    def set_stance(stance: str) -> Iterator[None]:
+        stances.append(stance)
+        yield
+        left.append(stance)
+
+    monkeypatch.setattr(torch.compiler, "set_stance", set_stance)
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    if loaded:
+        monkeypatch.setitem(sys.modules, "torch._dynamo", torch)
+    with as_written():
+        assert stances == ["force_eager"] * loaded
+        assert not left
+    assert left == stances
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_compiler_that_is_loaded_leaves_the_watching_alone(loaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    if loaded:
+        monkeypatch.setitem(sys.modules, "torch._dynamo", torch)
+    for name in ("_watch", "_watch_uncompiled"):
+        monkeypatch.setattr(_Tracer, name, lambda self, *given, name=name: name)
+    tracer = _Tracer(nn.ReLU(), None, "")
+    assert tracer.__torch_dispatch__(torch.relu, ()) == ("_watch_uncompiled" if loaded else "_watch")
+
+
+def test_torch_keeps_no_compiler_off_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To do so it imports the compiler, wherever a mode may be compiled."""
+    asked: list[Any] = []
+    monkeypatch.setattr(torch, "_disable_dynamo", lambda function, recursive: asked.append(function) or function)
+    kind = type("Watcher", (_Tracer,), {"__torch_dispatch__": lambda self, func, *rest: func})
+    assert kind is not None
+    assert not asked
 
 
 @pytest.mark.slow

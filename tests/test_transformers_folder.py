@@ -149,3 +149,14 @@ def test_a_packed_folder_that_does_not_fit_its_model(packed: tuple[Path, Path], 
         _configured(path, **{key: value for key, value in changes.items() if value is not None})
         code, text = run("bisect", path)
         assert (code, message in text) == (2, True), text
+
+
+@needs("transformers")
+@pytest.mark.parametrize("part", ["", "text_config"])
+def test_a_configuration_with_more_layers_than_weights_is_refused_before_it_is_built(part: str, tmp_path: Path) -> None:
+    asked = {"num_hidden_layers": 1_000_000}
+    path = folder(tmp_path / "deep", **({part: asked} if part else asked))
+    save_file({"a": torch.zeros(1)}, path / "model.safetensors")
+    code, text = run("bisect", path, "-b", "torch,torch-bf16")
+    assert code == 2
+    assert "config.json: num_hidden_layers is 1000000; number of tensors beside it: 1" in " ".join(text.split())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import os
 import signal
 import subprocess
@@ -9,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,6 +46,34 @@ def test_results_and_events_arrive(tmp_path: Path) -> None:
     client = RunnerClient(interpreter(tmp_path, *lines), on_event=events.append)
     assert client.execute(STEPS) == [{"seconds": 1}]
     assert [event["event"] for event in events] == ["step", "output"]
+
+
+def test_blank_lines_are_no_events(tmp_path: Path) -> None:
+    events = []
+    client = RunnerClient(interpreter(tmp_path, 'print("\\n" * 2000)', SAY, ANSWER), on_event=events.append)
+    client.execute(STEPS)
+    assert [event["event"] for event in events] == ["step"]
+
+
+@pytest.mark.parametrize("runner", ["cp_debug.backends.tensorrt.runner", "cp_debug.recipes.mmdet3d.runner"])
+def test_an_event_has_a_line_of_its_own_whatever_a_library_left_open(
+    runner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Glued to what was printed it would be no event, and the client would wait for the job's end."""
+    module = importlib.import_module(runner)
+
+    def execute(job: Any, emit: Any, *more: Any) -> dict[str, Any]:
+        print("loading ", end="")
+        emit({"event": "log", "text": "built"})
+        print("unloading ", end="")
+        return {"results": []}
+
+    monkeypatch.setattr(module, "execute", execute)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    (tmp_path / "job.json").write_text("{}")
+    assert module.main(tmp_path, *([True] if "tensorrt" in runner else [])) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert lines == ["loading ", '{"event": "log", "text": "built"}', "unloading ", '{"event": "done"}']
 
 
 @pytest.mark.parametrize("through_a_shell", [False, True])
@@ -214,7 +245,23 @@ def test_what_answers_without_end_is_no_interpreter(tmp_path: Path) -> None:
     program.write_text("#!/bin/sh\nexec yes cpdebug 3 11\n")
     with pytest.raises(BackendUnavailable, match="endless writes without end and does not run"):
         RunnerClient(str(program)).probe()
+    program.write_text('#!/bin/sh\n[ "$1" = -c ] && exec echo cpdebug 3 11\nexec yes | tr -d "\\n"\n')
+    with pytest.raises(BackendUnavailable, match="endless writes without end and does not run"):
+        RunnerClient(str(program)).probe()
     assert time.monotonic() - start < 20
+
+
+def test_a_child_that_holds_the_output_is_not_waited_for(tmp_path: Path) -> None:
+    """An interpreter that has ended: what it left in the background has its pipe."""
+    program = tmp_path / "python"
+    lines = ["#!/bin/sh", '[ "$1" = -c ] && exec echo cpdebug 3 11', "sleep 60 &", f"echo $! > {tmp_path / 'child'}"]
+    program.write_text("\n".join([*lines, "printf 'the last word'", "exit 1"]) + "\n")
+    program.chmod(0o755)
+    start = time.monotonic()
+    with pytest.raises(BackendUnavailable, match=r"left no result \(exit status 1[\s\S]*the last word"):
+        RunnerClient(str(program)).probe()
+    assert time.monotonic() - start < 20
+    assert gone(int((tmp_path / "child").read_text()))
 
 
 def test_an_interpreter_that_lacks_tensorrt(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from nets import NetBuilder, second_like
 
@@ -157,6 +159,26 @@ def test_the_weights_of_another_layer_are_recognized(tmp_path: Path) -> None:
     assert [d.says for d in found.differing] == ["w_6, holds w_12"]
 
 
+@pytest.mark.parametrize(("number", "says"), [(0, "all zero"), (1, "all 1")])
+def test_zeros_and_ones_are_not_those_of_another_layer(tmp_path: Path, number: float, says: str) -> None:
+    made = NetBuilder(1)
+    plain = made.weight(np.full((16, 1, 1), number, np.float32), "plain")
+    slope = made.weight(made.rng.uniform(0.1, 0.3, (16, 1, 1)).astype(np.float32), "slope")
+    value = made.op("Mul", made.conv("x", 4, 16), plain) if number else made.op("Add", made.conv("x", 4, 16), plain)
+    made.op("PRelu", value, slope, name="act")
+    net = made.save(tmp_path / "net.onnx", {"x": (1, [1, 4, 8, 8])}, ["act"])
+    model = onnx.load(net)
+    (stored,) = [t for t in model.graph.initializer if t.name == "slope"]
+    stored.CopyFrom(onnx.numpy_helper.from_array(np.full((16, 1, 1), number, np.float32), "slope"))
+    onnx.save(model, tmp_path / "test.onnx")
+    said: list[str] = []
+    result = bisect(str(net), "ort,ort", test_model=tmp_path / "test.onnx", on_say=said.append)
+    assert said[0].endswith(f"tensors differs: slope, {says}")
+    (finding,) = result.tests[0].findings
+    assert finding.cause == "constant-differs"
+    assert finding.says == f"slope of PRelu: {says}"
+
+
 def test_one_model_has_no_differences(tmp_path: Path) -> None:
     net = NetBuilder()
     net.conv("x", 4, 4, name="y")
@@ -191,6 +213,33 @@ def test_further_changes_are_described(changed: np.ndarray, kind: str, says: str
     change = describe(GATES if changed.shape == GATES.shape else KERNEL, changed)
     assert change is not None
     assert (change.kind, says in change.says) == (kind, True)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "kind", "says"),
+    [
+        ([2**60, 1, 1, 1], [2**60 + 100, 1, 1, 1], "elements", "1 of 4 elements: [0]: 1152921504606846976 → "),
+        ([2**60, 1, 1, 1], [2**60 + 10_000, 1, 1, 1], "elements", "→ 1152921504606856976"),
+        ([1234567] * 4, [1234567, 1234568, 1234567, 1234567], "elements", "[1]: 1234567 → 1234568"),
+        (range(10**15, 10**15 + 64), range(10**15 + 3, 10**15 + 67), "shifted", "+3"),
+        (range(2**60, 2**60 + 64), range(2**60 + 1, 2**60 + 65), "other", "64 of 64 elements differ, by up to 1"),
+        (range(1, 9), range(3, 27, 3), "scaled", "× 3"),
+        ([[2**60, 7]], [[2**60], [8]], "shape", "the shape is [2, 1] instead of [1, 2]"),
+    ],
+)
+def test_integers_are_compared_to_the_last_bit(ours: Any, theirs: Any, kind: str, says: str) -> None:
+    change = describe(np.array(ours), np.array(theirs))
+    assert change is not None
+    assert (change.kind, says in change.says) == (kind, True), change.says
+    assert change.size > 0
+    assert describe(np.array(ours), np.array(ours)) is None
+
+
+def test_how_far_numbers_differ_is_told_in_six_digits() -> None:
+    change = describe(KERNEL, KERNEL + np.random.default_rng(0).standard_normal(KERNEL.shape).astype(np.float32))
+    assert change is not None
+    digits = change.says.rpartition("by up to ")[2]
+    assert len(digits.replace(".", "").lstrip("0")) <= 6, change.says
 
 
 def test_two_elements_at_one_bound_are_clipped() -> None:

@@ -1,0 +1,90 @@
+"""Scales of INT8 files that clip single channels: the scale and the channels are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from nets import NetBuilder
+
+from cp_debug.bisect.engine import bisect
+from cp_debug.bisect.result import TestResult
+
+CHANNELS = 32
+
+
+def network(path: Path, op: str, *, quantized: bool = False, clipped: tuple[int, ...] = (), data: bool = False) -> Path:
+    """One product and a Relu; in INT8 with scales of all output channels, ``clipped`` ones 8 times too small.
+
+    ``data``: those of the data along its channels in place of those of the weight.
+    """
+    net = NetBuilder(3)
+    conv = op == "Conv"
+    shape = (CHANNELS, CHANNELS, 3, 3) if conv else (CHANNELS, CHANNELS)
+    weight, axis = (net.rng.standard_normal(shape) / 8).astype(np.float32), 0 if conv else 1
+    x, w = "x", ""
+    if quantized:
+        scales = np.abs(weight).max(axis=tuple(d for d in range(weight.ndim) if d != axis)) / 127
+        of_data = np.full(CHANNELS, 4.5 / 127)
+        for channel in clipped:
+            (of_data if data else scales)[channel] /= 8
+        along = scales.reshape([-1 if d == axis else 1 for d in range(weight.ndim)])
+        levels = net.weight(np.clip(np.rint(weight / along), -128, 127).astype(np.int8), "w_levels")
+        zero = net.weight(np.zeros(CHANNELS, np.int8), "zero")
+        w = net.op("DequantizeLinear", levels, net.weight(scales.astype(np.float32), "w_scale"), zero, axis=axis)
+        x_scale = net.weight(of_data.astype(np.float32), "x_scale")
+        x = net.op("DequantizeLinear", net.op("QuantizeLinear", x, x_scale, zero, axis=1), x_scale, zero, axis=1)
+    else:
+        w = net.weight(weight)
+    made = net.op("Conv", x, w, name="made", pads=[1] * 4) if conv else net.op("MatMul", x, w, name="made")
+    net.op("Relu", made, name="y")
+    return net.save(path, {"x": (onnx.TensorProto.FLOAT, [2, CHANNELS, 8, 8] if conv else [64, CHANNELS])}, ["y"])
+
+
+def compared(folder: Path, op: str, clipped: tuple[int, ...], data: bool = False) -> TestResult:
+    ours = network(folder / "ours.onnx", op)
+    theirs = network(folder / "theirs.onnx", op, quantized=True, clipped=clipped, data=data)
+    (test,) = bisect(str(ours), "ort,ort", test_model=theirs).tests
+    return test
+
+
+@pytest.mark.parametrize("op", ["Conv", "MatMul"])
+@pytest.mark.parametrize(("clipped", "data"), [((5,), False), ((2, 7, 30), False), ((3,), True)])
+def test_channels_whose_scale_clips_are_named(tmp_path: Path, op: str, clipped: tuple[int, ...], data: bool) -> None:
+    test = compared(tmp_path, op, clipped, data)
+    assert [row.onnx for row in test.guilty] == ["made"]
+    (finding,) = [f for f in test.findings if "made" in " ".join(f.layers)]
+    assert finding.cause == "int8-clipped"
+    assert finding.evidence["channels"] == list(clipped)
+    assert finding.evidence["scale_of"] == ("x_scale" if data else "w_scale")
+    count = "1 channel of 32" if len(clipped) == 1 else f"{len(clipped)} channels of 32"
+    assert f"{count} clipped: {', '.join(map(str, clipped))}" in finding.says
+
+
+@pytest.mark.parametrize("op", ["Conv", "MatMul"])
+def test_scales_that_fit_every_channel_are_no_fault(tmp_path: Path, op: str) -> None:
+    assert not compared(tmp_path, op, ()).guilty
+
+
+def test_one_layer_that_does_what_it_must_is_told_in_the_singular(tmp_path: Path) -> None:
+    files = []
+    for quantized in (False, True):
+        net, x = NetBuilder(3), "x"
+        for layer in range(2):
+            weight = (net.rng.standard_normal((CHANNELS, CHANNELS)) / 8).astype(np.float32)
+            scales = (np.abs(weight).max(axis=0) / 127).astype(np.float32)
+            scales[5] /= 1 if layer else 8
+            w = net.weight(weight)
+            if quantized:
+                levels = net.weight(np.clip(np.rint(weight / scales), -128, 127).astype(np.int8))
+                zeros, one = net.weight(np.zeros(CHANNELS, np.int8)), net.weight(np.zeros((), np.int8))
+                w = net.op("DequantizeLinear", levels, net.weight(scales), zeros, axis=1)
+                step = net.weight(np.array(4.5 / 127, np.float32))
+                x = net.op("DequantizeLinear", net.op("QuantizeLinear", x, step, one), step, one)
+            x = net.op("MatMul", x, w, name=f"made{layer}")
+        files.append(net.save(tmp_path / f"{quantized}.onnx", {"x": (1, [64, CHANNELS])}, [x]))
+    (test,) = bisect(str(files[0]), "ort,ort", test_model=files[1]).tests
+    assert [row.onnx for row in test.guilty] == ["made0"]
+    assert [finding.says for finding in test.findings if finding.cause == "int8"] == ["INT8 as declared"]

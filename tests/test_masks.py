@@ -1,0 +1,108 @@
+"""Masks of attention that the two sides write by other numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from nets import NetBuilder
+
+from cp_debug.bisect.engine import bisect
+from cp_debug.bisect.result import TestResult
+
+LATER = np.triu(np.ones((6, 6), bool), 1)
+LOWEST = float(np.finfo(np.float32).min)
+
+
+def attention(
+    path: Path,
+    mask: float,
+    way: str,
+    left_out: np.ndarray = LATER,
+    layers: int = 1,
+    factor: float = 1,
+    shown: bool = False,
+) -> Path:
+    """Layers of one head that share a mask, put on in a ``way``; ``shown``: the masked scores are an output, too."""
+    made = NetBuilder(6)
+    number = made.weight(np.float32(mask))
+    if way == "bias":
+        bias = made.op("Where", made.weight(left_out), number, made.weight(np.float32(0)), name="bias")
+    if way == "product":
+        bias = made.op("Mul", made.weight(left_out.astype(np.float32)), made.op("Neg", "one"), name="ones")
+        bias = made.op("Mul", bias, made.weight(np.float32(-mask)), name="bias")
+    if way == "constant":
+        bias = made.weight(np.where(left_out, np.float32(mask), np.float32(0)))
+    x = "x"
+    for layer in range(layers):
+        queries, keys = (
+            made.op("MatMul", x, made.weight(made.rng.standard_normal((8, 8)).astype(np.float32))) for _ in "qk"
+        )
+        scores = made.op("MatMul", queries, made.op("Transpose", keys, perm=[0, 2, 1]))
+        scores = made.op("Mul", scores, made.weight(np.float32(factor)))
+        if way == "where":
+            masked = made.op("Where", made.weight(left_out), number, scores, name=f"masked_{layer}")
+        else:
+            masked = made.op("Add", scores, bias, name=f"masked_{layer}")
+        x = made.op("MatMul", made.op("Softmax", masked, axis=-1), keys, name=f"y_{layer}")
+    inputs = {"x": (1, [1, 6, 8])} | ({"one": (1, [])} if way == "product" else {})
+    return Path(made.save(path, inputs, [x, *["masked_0"] * shown]))
+
+
+def compared(reference: Path, test: Path) -> TestResult:
+    (result,) = bisect(str(reference), "ort,ort", test_model=test).tests
+    return result
+
+
+@pytest.mark.parametrize("way", ["constant", "where", "bias", "product"])
+@pytest.mark.parametrize(("ours", "theirs"), [(-1e9, -np.inf), (-np.inf, -1e9), (-65504.0, LOWEST), (LOWEST, -1e4)])
+def test_another_number_that_softmax_makes_zero_is_no_fault(
+    way: str, ours: float, theirs: float, tmp_path: Path
+) -> None:
+    if way == "product" and not np.isfinite([ours, theirs]).all():
+        ours, theirs = -1e9, LOWEST  # 0 · ∞ is NaN
+    result = compared(attention(tmp_path / "a.onnx", ours, way), attention(tmp_path / "b.onnx", theirs, way))
+    assert result.guilty == []
+    assert result.agrees
+
+
+def test_a_mask_that_many_layers_share_is_no_fault(tmp_path: Path) -> None:
+    """As in a Transformer, where one mask has more readers than a change is followed through elsewhere."""
+    result = compared(
+        attention(tmp_path / "a.onnx", -1e9, "bias", layers=20),
+        attention(tmp_path / "b.onnx", -np.inf, "bias", layers=20),
+    )
+    assert result.guilty == []
+    (note,) = (note for note in result.notes if "masks by another number" in note)
+    assert note.endswith(": node_bias")
+
+
+def test_a_mask_that_an_output_shows_is_a_fault(tmp_path: Path) -> None:
+    files = [attention(tmp_path / f"{n}.onnx", n, "where", shown=True) for n in (-1e9, -np.inf)]
+    assert [row.name for row in compared(*files).guilty] == ["node_masked_0"]
+
+
+def test_a_row_of_which_everything_is_masked_is_a_fault(tmp_path: Path) -> None:
+    """Softmax makes NaN of a row of −Inf, and equal shares of a row of −1e9."""
+    left_out = LATER.copy()
+    left_out[0] = True
+    files = [attention(tmp_path / f"{n}.onnx", n, "where", left_out) for n in (-1e9, -np.inf)]
+    assert [row.name for row in compared(*files).guilty] == ["node_masked_0"]
+
+
+def test_a_mask_that_lets_something_through_is_a_fault(tmp_path: Path) -> None:
+    files = [attention(tmp_path / f"{n}.onnx", n, "where", factor=20) for n in (-1e9, -120)]
+    assert [row.name for row in compared(*files).guilty] == ["node_masked_0"]
+
+
+def test_a_fault_beside_another_mask_is_found(tmp_path: Path) -> None:
+    files = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
+    for file, mask, at_left in zip(files, (-1e9, -np.inf), (0.0, 0.5), strict=True):
+        made = NetBuilder(6)
+        bias = np.where(LATER, np.float32(mask), np.float32(0))
+        bias[3, 0] = at_left
+        masked = made.op("Add", "x", made.weight(bias), name="masked")
+        made.op("Softmax", masked, axis=-1, name="y")
+        made.save(file, {"x": (1, [1, 6, 6])}, ["y"])
+    assert [row.name for row in compared(*files).guilty] == ["node_masked"]
