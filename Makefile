@@ -29,7 +29,7 @@ mmdet3d-env:
 
 # cpdebug against the real mmdet3d: from $(PYTHON), which has cpdebug but no mmdet3d, then in the same process.
 test-mmdet3d: mmdet3d-env
-	CPDEBUG_MMDET3D_PYTHON=$(MMDET3D_ENV)/bin/python $(PYTHON) -m pytest -m mmdet3d $(call report,apart) tests/test_mmdet3d_real.py
+	CPDEBUG_MMDET3D_PYTHON=$(abspath $(MMDET3D_ENV))/bin/python $(PYTHON) -m pytest -m mmdet3d $(call report,apart) tests/test_mmdet3d_real.py
 	PYTHONPATH=. $(MMDET3D_ENV)/bin/python -m pytest -m mmdet3d $(call report,together) tests/test_mmdet3d_real.py
 
 # The packages whose networks benchmarks/wild opens: 165 MB of wheels, without what they depend on.
