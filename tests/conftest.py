@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import random
 import signal
+import sys
 import tempfile
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "shared" in getattr(item, "fixturenames", ()):
             item.add_marker("shared")
+
+
+def _seed() -> None:
+    """The same random numbers whichever tests ran before. torch begins with a seed that is always the same."""
+    random.seed(0)
+    for library, name in (("numpy", "random.seed"), ("torch", "manual_seed")):
+        if library in sys.modules:
+            attrgetter(name)(sys.modules[library])(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    """A fixture of a module is made by whichever of its tests comes first."""
+    _seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Fixtures have drawn numbers."""
+    _seed()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from states import until
 from test_cli import run
 
 from cp_debug.cli import main as command_line
@@ -80,12 +80,13 @@ def test_any_other_request_to_end_decides_nothing(
 @pytest.mark.parametrize("named", ["cp_debug.__main__:main", "cp_debug.__main__:run", "cp_debug.cli.main:main"])
 def test_the_command_itself_is_no_model(named: str) -> None:
     command = [sys.executable, "-m", "cp_debug", "bench", named, "-b", "torch,ort", "-n", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     expected = f"error: MODEL: {named}() raised RuntimeError: cpdebug's own command was called while it runs"
     assert done.stderr.splitlines() == [expected]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("place", ["first", "end"])
 def test_a_signal_while_user_code_runs_is_no_fault_of_the_code(number: int, place: str, tmp_path: Path) -> None:
@@ -95,13 +96,13 @@ def test_a_signal_while_user_code_runs_is_no_fault_of_the_code(number: int, plac
     heard = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); from cp_debug.__main__ import main; main()"
     command = [sys.executable, "-c", heard, "bisect", model, "-b", "torch,torch-fp64"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    while not (tmp_path / "there").exists():
-        time.sleep(0.05)
+    until((tmp_path / "there").exists)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate()
     assert (process.returncode, said) == (128 + number, "")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, (130, "interrupted\n")), (signal.SIGTERM, (143, ""))])
 @pytest.mark.parametrize("failure", ["RuntimeError('lost')", "InputError('lost')", "OSError(5, 'lost')"])
 def test_a_library_that_swallows_a_request_to_end_and_fails(
@@ -136,6 +137,7 @@ def test_what_the_users_code_prints_when_python_ends_is_made_visible() -> None:
     assert (done.stdout, done.stderr) == ("\\x1b[2J\n", "\\x1b[2J\n")
 
 
+@pytest.mark.process
 def test_ctrl_c_twice_while_the_command_is_loaded_is_told_once() -> None:
     lines = [
         "import os, signal, sys, types",
@@ -150,6 +152,7 @@ def test_ctrl_c_twice_while_the_command_is_loaded_is_told_once() -> None:
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
+@pytest.mark.process
 def test_a_request_to_end_that_the_parser_takes_for_ctrl_c_has_its_own_code() -> None:
     lines = [
         "import os, signal, typer",
@@ -166,6 +169,7 @@ def test_a_request_to_end_that_the_parser_takes_for_ctrl_c_has_its_own_code() ->
     assert (done.returncode, done.stderr) == (143, "")
 
 
+@pytest.mark.process
 def test_a_reader_of_the_help_that_goes_is_no_error() -> None:
     command = [sys.executable, "-m", "cp_debug", "bisect", "--help"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -211,6 +215,7 @@ def test_a_log_that_the_disk_has_no_room_for_is_told_in_a_line(tmp_path: Path) -
         log.stage("export", None)
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's heaps")
 @pytest.mark.parametrize("limited", [False, True])
 def test_where_addresses_are_limited_threads_share_a_heap(limited: bool) -> None:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 from nets import NetBuilder, second_like
 from onnx import numpy_helper
+from states import until
 from test_cli import run
 from test_trt_runner import install
 from typer.main import get_command
@@ -98,12 +98,22 @@ def test_version() -> None:
     assert run("--version") == (0, f"cpdebug {cp_debug.__version__}\n")
 
 
-def test_ctrl_c_says_so_and_is_no_verdict() -> None:
-    command = [sys.executable, "-m", "cp_debug", "bisect", "-b", "torch,emu-tf32", "--samples", "50"]
+@pytest.mark.process
+def test_ctrl_c_says_so_and_is_no_verdict(tmp_path: Path) -> None:
+    """It comes while a model's forward runs."""
+    (tmp_path / "nets.py").write_text(
+        "import pathlib, time, torch\n"
+        "class Net(torch.nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        pathlib.Path(__file__).with_name('runs').touch()\n"
+        "        time.sleep(1000)\n"
+        "def build(): return Net(4, 4), torch.ones(1, 4)\n"
+    )
+    command = [sys.executable, "-m", "cp_debug", "bisect", f"{tmp_path / 'nets.py'}:build", "-b", "torch,emu-tf32"]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(4)
+    until((tmp_path / "runs").exists)
     started.send_signal(signal.SIGINT)
-    _, said = started.communicate(timeout=60)
+    _, said = started.communicate()
     assert started.returncode in (130, -signal.SIGINT)  # Python ends so inside exec(); a shell calls both 130
     assert said.strip().splitlines()[-1] == "interrupted"
     assert "Traceback" not in said

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
+from states import until
 from test_cli import run
 from typer.testing import CliRunner
 
@@ -382,9 +382,7 @@ def test_long_steps_are_said_where_nobody_draws_a_bar() -> None:
     steps = PlainSteps(said.append, first=0.02)
     with steps.running():
         steps("exporting pts_backbone_neck_head", 1, 2)
-        deadline = time.monotonic() + 5
-        while not said and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: said)
     assert said[0].endswith("s: exporting pts_backbone_neck_head (2 of 2)")
     quick: list[str] = []
     with PlainSteps(quick.append, first=60).running() as steps:

@@ -17,7 +17,7 @@ from onnx import numpy_helper
 
 COMMAND = [sys.executable, "-m", "cp_debug"]
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.process,
     pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root may mount"),
 ]
 

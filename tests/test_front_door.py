@@ -168,6 +168,7 @@ def test_a_file_is_named_like_a_command_of_a_workflow(
     assert "\\x3a:error::x.onnx" in done.stdout
 
 
+@pytest.mark.process
 def test_a_file_that_ends_torch_is_told(tmp_path: Path) -> None:
     import os
     import signal

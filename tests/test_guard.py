@@ -4,13 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from extras import needs
+from states import gone, until
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the guard is for Linux")
+pytestmark = [pytest.mark.process, pytest.mark.skipif(sys.platform != "linux", reason="the guard is for Linux")]
 
 GUARDED = """
 import os, signal, sys, tempfile
@@ -34,7 +34,7 @@ def started(body: str, **options: object) -> "subprocess.Popen[str]":
 def ended(body: str, **options: object) -> tuple[int, str]:
     """Exit code of a guarded command, and what stands on stderr."""
     process = started(body, **options)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate()
     return process.returncode, said
 
 
@@ -115,10 +115,9 @@ def test_a_signal_ends_the_command_once(group: bool, number: signal.Signals, tmp
         time.sleep(0.1)
         open({str(tmp_path / "tidied")!r}, "w").close()"""
     process = started(body, start_new_session=True)
-    while not (tmp_path / "ready").exists():
-        time.sleep(0.01)
+    until((tmp_path / "ready").exists)
     (os.killpg if group else os.kill)(process.pid, number)
-    process.communicate(timeout=60)
+    process.communicate()
     assert process.returncode == 128 + number
     assert (tmp_path / "tidied").exists()
 
@@ -128,6 +127,7 @@ def test_signals_within_a_second_are_one_and_later_ones_are_heard(monkeypatch: p
 
     now, heard = 0.0, []
     monkeypatch.setattr(main.time, "monotonic", lambda: now)
+    monkeypatch.setattr(main._Ending, "asked", None)
     ending = main._Ending()
     for now in (100, 100.6, 101.2, 101.8, 102.4):
         try:
@@ -155,26 +155,21 @@ __main__.run()"""
 @pytest.mark.parametrize("count", [1, 2])
 def test_signals_while_python_ends_say_nothing_and_a_later_one_is_heard(count: int, name: str) -> None:
     script = ENDING.format(count=count, name=name)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     code = 0 if count == 1 else 128 + getattr(signal, name)
     assert (done.returncode, done.stderr) == (code, "")
 
 
 def test_a_killed_guard_takes_the_command_along(tmp_path: Path) -> None:
-    alive = tmp_path / "alive"
+    note = tmp_path / "pid"
     process = started(f"""
     import time
-    while True:
-        open({str(alive)!r}, "w").write("x")
-        time.sleep(0.01)""")
-    while not alive.exists():
-        time.sleep(0.01)
+    open({str(note)!r}, "w").write(str(os.getpid()))
+    time.sleep(1000)""")
+    command = int(until(lambda: note.exists() and note.read_text()))
     process.kill()
     process.wait()
-    time.sleep(0.1)
-    alive.unlink()
-    time.sleep(0.1)
-    assert not alive.exists()
+    until(lambda: gone(command))
 
 
 @pytest.mark.slow
@@ -259,9 +254,10 @@ def test_a_terminal_that_goes_ends_the_command_as_sigterm_does(monkeypatch: pyte
 
     def run(standalone_mode: bool) -> None:
         os.kill(os.getpid(), signal.SIGHUP)
-        time.sleep(5)
+        until(lambda: False)
 
     monkeypatch.setattr(entry, "application", lambda first: run)
+    monkeypatch.setattr(entry._Ending, "asked", None)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
     try:

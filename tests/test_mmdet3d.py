@@ -219,6 +219,7 @@ def test_a_checkpoint_of_another_shape_names_the_layer(python: Path, tmp_path: P
         load_model(NAME, checkpoint=tmp_path / "a.pth")
 
 
+@pytest.mark.process
 def test_a_detector_that_crashes(python: Path, tmp_path: Path) -> None:
     config = tmp_path / "crash.py"
     config.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
@@ -226,6 +227,7 @@ def test_a_detector_that_crashes(python: Path, tmp_path: Path) -> None:
         load_model(f"mmdet3d:{config}")
 
 
+@pytest.mark.process
 def test_the_process_ends_with_its_client(python: Path) -> None:
     client = DetectorClient()
     assert set(client.call("configs").result["configs"]) == {"centerpoint_pillar_tiny", "voxel_net"}
@@ -233,7 +235,7 @@ def test_the_process_ends_with_its_client(python: Path) -> None:
     process = client._interpreter.process
     assert process is not None
     del client
-    assert process.wait(timeout=10) != 0
+    assert process.wait() != 0
 
 
 def test_what_mmengine_saves_while_it_trains_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

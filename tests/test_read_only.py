@@ -30,7 +30,7 @@ def _allowed() -> bool:
 
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.process,
     pytest.mark.skipif(not _allowed(), reason="no name space of one's own may be mounted in"),
 ]
 

@@ -47,7 +47,6 @@ def test_the_report_names_the_line(exporter: str, tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=200,
         env=os.environ | {"COLUMNS": "120"},
     )
     assert done.returncode == 1, done.stdout + done.stderr

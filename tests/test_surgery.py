@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import time
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -198,6 +197,7 @@ class TestBadFiles:
             Graph(path)
 
 
+@pytest.mark.process
 def test_three_gigabytes_are_marked_and_cut_without_reading_them(tmp_path):
     """A sparse file stands for the weights: 24 matrices of 128 MiB."""
     side, layers = 8192, 12
@@ -217,11 +217,9 @@ def test_three_gigabytes_are_marked_and_cut_without_reading_them(tmp_path):
     onnx.save(model, str(tmp_path / "big.onnx"))
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
     big = Graph(tmp_path / "big.onnx")
     surgery.save(marked(big, big.tensors), big, tmp_path / "marked.onnx")
     segment = surgery.extract(big, big.nodes[3:4], ["y3"])
-    assert time.perf_counter() - start < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes"
     assert (tmp_path / "marked.onnx").stat().st_size < 1 << 20
     assert len(Graph(tmp_path / "marked.onnx").outputs) == layers

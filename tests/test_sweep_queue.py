@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from states import until
 
 from cp_debug.errors import BackendUnavailable, InputError, MissingPackage
 from cp_debug.sweep.log import SweepLog
@@ -29,6 +29,8 @@ from cp_debug.sweep.workers import ClusterLost, local_workers, remote_workers
 
 if TYPE_CHECKING:
     from distributed import Client
+
+pytestmark = pytest.mark.process
 
 HERE = Path(__file__).parent
 PATHS = f"{HERE}{os.pathsep}{HERE.parent}"
@@ -84,7 +86,7 @@ class Cluster:
         file.unlink(missing_ok=True)
         where = ["--host", "127.0.0.1", "--port", str(port), "--no-dashboard", "--scheduler-file", str(file)]
         process = self._start("scheduler", *where, path=path)
-        wait_for(lambda: file.is_file() and file.stat().st_size)
+        until(lambda: file.is_file() and file.stat().st_size)
         self.address = json.loads(file.read_text())["address"]
         return process
 
@@ -111,13 +113,6 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     made = Cluster(tmp_path)
     yield made
     made.close()
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
 
 
 @contextmanager
@@ -168,7 +163,6 @@ def test_failures_are_kept_and_tried_again_when_asked(tmp_path: Path, client: Cl
         sweep(tasks, tmp_path / "log2.jsonl", client, retry_failed=True)
 
 
-@pytest.mark.slow
 def test_poison_is_tried_three_times_and_the_rest_completes(tmp_path: Path) -> None:
     tasks = grid("deadly", 30, folder=str(tmp_path), poison=[3, 4])
     failures = sweep(tasks, tmp_path / "log.jsonl").failures()
@@ -177,7 +171,6 @@ def test_poison_is_tried_three_times_and_the_rest_completes(tmp_path: Path) -> N
     assert all((tmp_path / f"{i}.tries").read_text() == "xxx" for i in (3, 4))
 
 
-@pytest.mark.slow
 def test_a_scheduler_with_its_own_number_of_tries(tmp_path: Path, cluster: Cluster) -> None:
     """Four deaths are Dask's default; the task is then asked once more, alone."""
     from distributed import Client
@@ -185,7 +178,7 @@ def test_a_scheduler_with_its_own_number_of_tries(tmp_path: Path, cluster: Clust
     cluster.start_worker()
     with Client(cluster.address) as client:
         client.wait_for_workers(1)
-    time.sleep(1)  # a nanny whose worker dies while it starts gives up
+        client.submit(os.getpid).result()  # a nanny whose worker dies while it starts gives up
     tasks = grid("deadly", 8, folder=str(tmp_path), poison=[2])
     with SweepLog(tmp_path / "log.jsonl") as log:
         finished = run(lambda: tasks, log, lambda gpu: remote_workers(cluster.address))
@@ -199,7 +192,7 @@ def test_a_worker_killed_in_mid_task(tmp_path: Path, cluster: Cluster) -> None:
     tasks = grid("slow", 12, folder=str(tmp_path), seconds=0.3)
 
     def kill() -> None:
-        wait_for((tmp_path / "4.pid").is_file)
+        until((tmp_path / "4.pid").is_file)
         os.kill(int((tmp_path / "4.pid").read_text()), signal.SIGKILL)
 
     with SweepLog(tmp_path / "log.jsonl") as log, meanwhile(kill):
@@ -208,13 +201,12 @@ def test_a_worker_killed_in_mid_task(tmp_path: Path, cluster: Cluster) -> None:
         assert not finished.failures()
 
 
-@pytest.mark.slow
 def test_a_scheduler_restarted_in_mid_sweep(tmp_path: Path, cluster: Cluster) -> None:
     cluster.start_worker()
     tasks = grid("slow", 12, folder=str(tmp_path), seconds=0.3)
 
     def restart() -> None:
-        wait_for((tmp_path / "5.pid").is_file)
+        until((tmp_path / "5.pid").is_file)
         cluster.scheduler.kill()
         cluster.scheduler.wait()
         cluster.start_scheduler(int(cluster.address.rpartition(":")[2]))
@@ -235,7 +227,7 @@ def test_a_scheduler_that_stays_away_and_the_same_command_again(
     tasks, path = grid("slow", 8, folder=str(tmp_path), seconds=0.3), tmp_path / "log.jsonl"
 
     def kill() -> None:
-        wait_for((tmp_path / "3.pid").is_file)
+        until((tmp_path / "3.pid").is_file)
         cluster.scheduler.kill()
 
     with SweepLog(path) as log, meanwhile(kill), dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
@@ -246,7 +238,6 @@ def test_a_scheduler_that_stays_away_and_the_same_command_again(
     assert sweep(tasks, path, client).ran == 8 - done
 
 
-@pytest.mark.slow
 def test_interrupted_as_by_the_keyboard(tmp_path: Path, client: Client) -> None:
     """Ctrl-C goes to the workers too; the log stays usable."""
     script = (
@@ -259,9 +250,9 @@ def test_interrupted_as_by_the_keyboard(tmp_path: Path, client: Client) -> None:
     process = subprocess.Popen(
         [sys.executable, str(file), str(tmp_path)], env=ENVIRONMENT, stderr=subprocess.PIPE, start_new_session=True
     )
-    wait_for((tmp_path / "6.pid").is_file)
+    until((tmp_path / "6.pid").is_file)
     os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=30)[1].decode()
+    said = process.communicate()[1].decode()
     assert "KeyboardInterrupt" in said
     tasks = grid("slow", 30, folder=str(tmp_path), seconds=0.2)
     with SweepLog(tmp_path / "log.jsonl") as log:
@@ -297,7 +288,7 @@ else:  # a worker, which imports the script that started it
 
 @pytest.mark.parametrize(
     ("when", "inside"),
-    [("starts", "pass"), pytest.param("up", "import time; time.sleep(60)", marks=pytest.mark.slow)],
+    [("starts", "pass"), pytest.param("up", "import time; time.sleep(1000)")],
 )
 def test_ctrl_c_for_all_processes_while_workers_start_says_one_line(tmp_path: Path, when: str, inside: str) -> None:
     """The terminal sends it to the whole group; the second one comes while the workers are ended."""
@@ -306,13 +297,12 @@ def test_ctrl_c_for_all_processes_while_workers_start_says_one_line(tmp_path: Pa
     process = subprocess.Popen(
         [sys.executable, str(file), str(tmp_path)], env=ENVIRONMENT, stderr=subprocess.PIPE, start_new_session=True
     )
-    wait_for((tmp_path / when).is_file)
+    until((tmp_path / when).is_file)
     for _ in range(2):
         os.killpg(process.pid, signal.SIGINT)
-        time.sleep(0.3)
-    assert process.communicate(timeout=60)[1].decode() == "interrupted\n"
+    assert process.communicate()[1].decode() == "interrupted\n"
     assert process.returncode == 130
-    wait_for(lambda: not _in_group(process.pid))
+    until(lambda: not _in_group(process.pid))
 
 
 def test_python_s_tracker_of_resources_outlives_signals_to_the_group() -> None:
@@ -327,7 +317,7 @@ for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
 time.sleep(0.5)
 print(os.waitpid(tracker._pid, os.WNOHANG), signal.pthread_sigmask(signal.SIG_BLOCK, ()))
 """
-    done = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("(0, 0) set()\n", "")
 
 
@@ -353,7 +343,7 @@ def test_tasks_that_need_a_gpu_go_to_workers_that_have_one(tmp_path: Path, clust
         waited.append(progress.waiting_for_gpu)
 
     def add() -> None:
-        wait_for(lambda: True in waited)
+        until(lambda: True in waited)
         cluster.start_worker("--no-nanny", "--resources", "GPU=1", "--name", "gpu")
 
     with SweepLog(tmp_path / "log.jsonl") as log, meanwhile(add):
@@ -391,7 +381,6 @@ def other_code(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_workers_with_other_code_get_no_tasks(tmp_path: Path, cluster: Cluster, other_code: Path) -> None:
     cluster.start_worker("--no-nanny", path=other_code)
     missing = tmp_path / "missing/cp_debug"
@@ -413,7 +402,6 @@ def test_workers_with_other_code_get_no_tasks(tmp_path: Path, cluster: Cluster, 
     assert "with other code than here" in told[-1]
 
 
-@pytest.mark.slow
 def test_a_scheduler_of_another_version_of_dask(tmp_path: Path, cluster: Cluster) -> None:
     cluster.scheduler.kill()
     (tmp_path / "sitecustomize.py").write_text(
@@ -449,7 +437,7 @@ def test_a_worker_that_dies_while_it_starts(tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     environment = {**ENVIRONMENT, "TMPDIR": str(scratch)}
-    done = subprocess.run([sys.executable, str(file)], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, str(file)], env=environment, capture_output=True, text=True)
     assert not [path.name for path in scratch.iterdir() if "dask" in path.name or "cpdebug" in path.name]
     assert done.returncode != 0
     assert "started" not in done.stdout

@@ -6,7 +6,6 @@ import json
 import logging
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from states import until
 from test_cli import run
 from test_trt_backend import X, collect
 from test_trt_runner import install_counted, save_net
@@ -80,13 +80,15 @@ def store(place: str) -> SharedStore:
     return found
 
 
-def writer(folder: Path, text: str = "made", seconds: float = 0.0) -> tuple[Callable[[], None], list[str]]:
+def writer(
+    folder: Path, text: str = "made", wait: Callable[[], object] = lambda: None
+) -> tuple[Callable[[], None], list[str]]:
     """A function that fills ``folder``, and a list that grows with its calls."""
     calls: list[str] = []
 
     def make() -> None:
         calls.append(text)
-        time.sleep(seconds)
+        wait()
         folder.mkdir(exist_ok=True)
         (folder / "net.onnx").write_text(text)
         (folder / "net.alignment.json").write_text("{}")
@@ -109,11 +111,12 @@ def test_the_second_gets_what_the_first_made(store: SharedStore, tmp_path: Path)
 
 
 def test_others_wait_while_one_makes_it(store: SharedStore, tmp_path: Path) -> None:
-    made, folders = [], [tmp_path / str(number) for number in range(3)]
+    made, folders, come = [], [tmp_path / str(number) for number in range(3)], []
 
     def take(folder: Path) -> None:
         folder.mkdir()
-        make, calls = writer(folder, folder.name, 0.4)
+        come.append(folder)
+        make, calls = writer(folder, folder.name, lambda: until(lambda: len(come) == len(folders)))
         store.make_once("k", folder, make)
         made.extend(calls)
 
@@ -144,10 +147,8 @@ def test_what_raises_leaves_no_claim(store: SharedStore, tmp_path: Path) -> None
     with pytest.raises(InputError, match="no export"):
         store.make_once("k", tmp_path, fail)
     make, calls = writer(tmp_path / "a")
-    start = time.monotonic()
     store.make_once("k", tmp_path / "a", make)
     assert calls
-    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(
@@ -242,8 +243,8 @@ def test_a_store_that_fails_is_done_without(working: int, tmp_path: Path) -> Non
     assert said == [f"shared store {url}: done without from now on, as it failed: ConnectionError: reset by peer"]
 
 
-class Slow(Broken):
-    """A store each of whose answers takes a while, and that does everything twice."""
+class Repeating(Broken):
+    """A store that does everything twice."""
 
     def __init__(self, files: Any) -> None:
         super().__init__(files, sys.maxsize)
@@ -252,15 +253,14 @@ class Slow(Broken):
         there = super().__getattr__(name)
 
         def twice(*given: Any, **more: Any) -> Any:
-            time.sleep(0.01)
             there(*given, **more)
             return there(*given, **more)
 
         return twice if name in ("get_file", "put_file", "pipe_file", "cat_file", "exists", "makedirs") else there
 
 
-def test_a_store_that_is_slow_and_repeats_itself_gives_the_same(store: SharedStore, tmp_path: Path) -> None:
-    store._files = Slow(store._files)
+def test_a_store_that_repeats_itself_gives_the_same(store: SharedStore, tmp_path: Path) -> None:
+    store._files = Repeating(store._files)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         make, calls = writer(tmp_path / name)
@@ -269,7 +269,7 @@ def test_a_store_that_is_slow_and_repeats_itself_gives_the_same(store: SharedSto
     assert store._works
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_the_client_is_told_once_that_a_store_failed(tmp_path: Path) -> None:
     from distributed import Client
 
@@ -283,10 +283,7 @@ def test_the_client_is_told_once_that_a_store_failed(tmp_path: Path) -> None:
         queue = Queue(client, log, Progress(1), lambda progress: None)
         for text in ("first", "second"):
             client.submit(shared._tell_client, text).result()
-        end = time.monotonic() + 10
-        while not queue.progress.store and time.monotonic() < end:
-            time.sleep(0.01)
-        time.sleep(0.1)
+        until(lambda: queue.progress.store)
         assert queue.progress.store == "first"
     shared._tell_client("of no worker")
 

@@ -7,7 +7,6 @@ import json
 import re
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from fake_tensorrt import RECORDED, VERSIONS, FakeCuda, fake_tensorrt
+from states import until
 
 from cp_debug.backends.tensorrt import runner
 from cp_debug.backends.tensorrt.calibration import read_cache
@@ -357,9 +357,7 @@ def test_a_build_that_is_stopped_leaves_its_timings_to_the_next(
 
     def stopped(self: Any, network: Any, config: Any) -> None:
         config.get_timing_cache()._data += b" of c1"
-        end = time.monotonic() + 5
-        while time.monotonic() < end and not (kept.is_file() and kept.read_bytes().endswith(b" of c1")):
-            time.sleep(0.005)
+        until(lambda: kept.is_file() and kept.read_bytes().endswith(b" of c1"))
 
     def resumed(self: Any, network: Any, config: Any) -> Any:
         read.append(config.get_timing_cache()._data)
@@ -389,7 +387,7 @@ def test_a_build_goes_on_where_its_timings_cannot_be_written(monkeypatch: pytest
     monkeypatch.setattr(runner, "_keep_timing_cache", full)
     config = type("Config", (), {"get_timing_cache": lambda self: object()})()
     with runner._kept_meanwhile(config, object(), str(tmp_path / "timing.cache")):
-        assert tried.wait(5)
+        tried.wait()
 
 
 def test_an_error_logged_again_with_its_place_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
@@ -21,6 +20,7 @@ from test_report import EVIL, save_faulty
 
 from cp_debug.reports.server import ResultServer
 
+pytestmark = pytest.mark.process
 EMPTY = '{"schema": "cpdebug.bisect/1", "model": "x", "backends": [], "tests": []}'
 
 
@@ -63,7 +63,7 @@ def server(folder: Path) -> Iterator[ResultServer]:
 
 def ask(server: ResultServer, path: str, host: str = "", method: str = "GET") -> tuple[int, str]:
     port = server.server_address[1]
-    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = HTTPConnection("127.0.0.1", port)
     connection.request(method, path, headers={"Host": host or f"127.0.0.1:{port}"})
     answer = connection.getresponse()
     assert answer.getheader("Content-Security-Policy", "").startswith("default-src 'none'")
@@ -129,7 +129,7 @@ def test_other_hosts_and_methods_are_refused(server: ResultServer) -> None:
     assert server.server_address[0] == "127.0.0.1"
     port = server.server_address[1]
     for method in ("POST", "PUT", "DELETE"):
-        connection = HTTPConnection("127.0.0.1", port, timeout=10)
+        connection = HTTPConnection("127.0.0.1", port)
         connection.request(method, "/", body=b"x")
         assert connection.getresponse().status == 501
     assert ask(server, "/", method="HEAD") == (200, "")
@@ -149,14 +149,13 @@ def test_a_result_that_goes_or_changes_is_told(server: ResultServer, folder: Pat
     assert ask(server, f"/result?of={key[1]}")[0] == 404
 
 
-@pytest.mark.slow
 def test_the_command_ends_with_ctrl_c_and_refuses_a_port_in_use(folder: Path) -> None:
     command = [sys.executable, "-m", "cp_debug", "ui"]
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        refused = subprocess.run([*command, str(folder), "--port", port], capture_output=True, text=True, timeout=120)
+        refused = subprocess.run([*command, str(folder), "--port", port], capture_output=True, text=True)
     assert refused.returncode == 2
     assert re.fullmatch(rf"error: --port {port}: cannot be used \(.*\); another one may be free\n", refused.stderr)
     running = subprocess.Popen(
@@ -165,14 +164,13 @@ def test_the_command_ends_with_ctrl_c_and_refuses_a_port_in_use(folder: Path) ->
     assert running.stdout is not None
     line = running.stdout.readline()
     assert "http://127.0.0.1:" in line
-    time.sleep(0.5)
     running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate()
     assert (running.returncode, out, err) == (0, "ended\n", "")
 
 
 def test_what_is_no_folder_is_an_error(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cp_debug", "ui", str(tmp_path / "nothing")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "no such folder" in done.stderr
