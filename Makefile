@@ -10,7 +10,11 @@ report = $(if $(JUNIT),--junitxml=$(JUNIT)/mmdet3d-$(1).xml)
 FUZZ_CASES ?= 10000
 FUZZ_SEED ?= $(shell date +%s)
 
-.PHONY: mmdet3d-env test-mmdet3d wild-env fuzz mutants
+.PHONY: nightly mmdet3d-env test-mmdet3d wild-env fuzz mutants
+
+# All tests that the gate (.ci/run) leaves out, part by part; goes on where it stopped. PARTS="slow fuzz": these alone.
+nightly:
+	$(PYTHON) .ci/nightly.py $(PARTS)
 
 fuzz:
 	$(PYTHON) tests/fuzz/fuzz_run.py --seed $(FUZZ_SEED) --cases $(FUZZ_CASES)

@@ -42,4 +42,8 @@ def test_lines_that_changed_are_told() -> None:
         ("guilty: y 3e-04", False),
         ("a  0.5", False),
     ]
+    moved = ["at most 2e-07 m in centre, 2e-07 rad"]
+    assert next(iter(tutorial.updated(moved, ["at most 5e-06 m in centre, 2e-07 rad"])))[1]
+    assert not next(iter(tutorial.updated(moved, ["at most 5e-05 m in centre, 2e-07 rad"])))[1]
+    assert not next(iter(tutorial.updated(moved, ["at most 2e-07 m in centre, 5e-06 rad"])))[1]
     assert len(SECTIONS) == 8
