@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 from parts import Parts
 
-QUICK = "not slow and not gpu and not mmdet3d"
+QUICK = "not slow and not process and not gpu and not mmdet3d"
 
 
 ROOM = 8 << 30
@@ -144,10 +144,11 @@ def warm() -> None:
 def import_all() -> None:
     """Import every module of cp_debug that can be imported here."""
     import cp_debug
+    from cp_debug.errors import MissingPackage
 
     for found in pkgutil.walk_packages(cp_debug.__path__, "cp_debug.", onerror=lambda name: None):
         if not found.name.endswith("__main__"):
-            with contextlib.suppress(ImportError):
+            with contextlib.suppress(ImportError, MissingPackage):
                 importlib.import_module(found.name)
 
 
