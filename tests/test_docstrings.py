@@ -1,4 +1,4 @@
-"""Docstrings: every module, class and public function has one, and it starts with what the thing is or does."""
+"""Docstrings: every module, class and public function has one; functions on arrays name shapes or types, and the errors that they raise."""
 
 from __future__ import annotations
 
@@ -12,11 +12,6 @@ import cp_debug
 from cp_debug import errors
 
 PACKAGE = Path(cp_debug.__file__).parent
-RIDDLE = re.compile(
-    r"(Also|And|As|But|By|For what|From|How|It|Its|Likewise|Nor|Not|Of|Or|Such|That|The same|Their|Them|Then|There|"
-    r"These|They|This|Those|What|Whatever|When|Where|Which|Whichever|Who|Why)\b"
-)
-"""Openings that leave a reader to find the subject elsewhere: genitives, pronouns, comparisons, indirect questions."""
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -43,16 +38,6 @@ def explains_itself(node: Definition) -> bool:
     return bool(names & {"kernel", "setter"})
 
 
-def texts(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and text of every docstring, those below variables and fields included."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | Definition):
-            for statement in node.body:
-                match statement:
-                    case ast.Expr(value=ast.Constant(value=str(text))):
-                        yield statement.lineno, text.strip()
-
-
 def test_every_public_definition_has_a_docstring() -> None:
     missing = [path for path, tree in modules().items() if not ast.get_docstring(tree)]
     missing += [
@@ -62,16 +47,6 @@ def test_every_public_definition_has_a_docstring() -> None:
         if not ast.get_docstring(node) and not explains_itself(node)
     ]
     assert not missing, "\n".join(missing)
-
-
-def test_docstrings_start_with_their_subject() -> None:
-    riddles = [
-        f"{path}:{line}: {text.splitlines()[0]}"
-        for path, tree in modules().items()
-        for line, text in texts(tree)
-        if RIDDLE.match(text)
-    ]
-    assert not riddles, "\n".join(riddles)
 
 
 ROOMS = ("graph", "probes", "backends", "programs", "detection", "quantization", "bisect")
