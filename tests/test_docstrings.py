@@ -1,4 +1,4 @@
-"""Docstrings: every module, class and public function has one; functions on arrays name shapes or types, and the errors that they raise."""
+"""Docstrings: every public definition has one; functions on arrays name shapes or types, and the errors they raise."""
 
 from __future__ import annotations
 
