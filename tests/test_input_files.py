@@ -252,24 +252,27 @@ def test_what_cannot_be_read_is_named(one: Path, tmp_path: Path, name: str, cont
     assert says in text
 
 
-@pytest.mark.parametrize("flag", ["--image-mean=a", "--image-std=0", "--image-scale=0", "--image-mean=1,2"])
+@pytest.mark.parametrize(
+    "flag", ["mean=a", "std=0", "scale=0", "mean=1,2", "scale=1,2", "layout=hwc", "order=x", "gamma=2", "mean"]
+)
 def test_image_flags_that_do_not_fit(one: Path, tmp_path: Path, flag: str) -> None:
     picture(tmp_path / "a.png")
-    code, text = run("bisect", one, "-b", "ort,ort-all", "--inputs", tmp_path / "a.png", flag)
+    code, text = run("bisect", one, "-b", "ort,ort-all", "--inputs", tmp_path / "a.png", "--image", flag)
     assert code == 2
+    assert "--image" in text
     assert flag.partition("=")[0] in text
 
 
 def test_sizes_and_images_are_refused_where_nothing_takes_them() -> None:
     code, text = run("bisect", "centerpoint:tiny", "--shape", "points=1x4")
     assert (code, "brings inputs of its own" in text) == (2, True)
-    code, text = run("bisect", "centerpoint:tiny", "--image-bgr")
+    code, text = run("bisect", "centerpoint:tiny", "--image", "order=bgr")
     assert (code, "takes no images" in text) == (2, True)
 
 
 def test_the_whole_way_on_the_command_line(one: Path, tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
-    code, text = run("bisect", one, "-b", "ort,ort-all", "--inputs", tmp_path / "a.png", "--image-mean", "0.5")
+    code, text = run("bisect", one, "-b", "ort,ort-all", "--inputs", tmp_path / "a.png", "--image", "mean=0.5")
     assert code == 0, text
     assert onnx.load(one).graph.input[0].name == "image"
 
@@ -289,7 +292,7 @@ def test_every_command_reads_images_as_it_is_told(
     monkeypatch.chdir(tmp_path)
     picture(tmp_path / "a.png")
     words = [str(one) if word == "NET" else word for word in command.split()]
-    code, text = run(*words, "--inputs", "a.png", "--image-mean", "0.5")
+    code, text = run(*words, "--inputs", "a.png", "--image", "mean=0.5")
     assert code == 0, text
 
 

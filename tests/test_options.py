@@ -237,7 +237,7 @@ def test_a_small_network_is_judged_without_a_compiler(net: Path, monkeypatch: py
 DOES_NOTHING = [
     ("bisect NET -b torch,ort --test-tensors D", "--backends: 'torch,ort'; with --test-tensors as the test expected"),
     ("check NET --no-activations --shape image=1x3x32x32", "--shape: it would do nothing here: --no-activations"),
-    ("check NET --no-activations --image-mean 0", "--image-mean: it would do nothing here: --no-activations"),
+    ("check NET --no-activations --image mean=0", "--image: it would do nothing here: --no-activations"),
     ("check FIXED --shape x=1x4", "--shape: it would do nothing here: FIXED takes x: float32[1, 4] and no other size"),
     ("bisect FIXED -b ort,ort-all --shape x=1x4", "--shape: it would do nothing here: FIXED takes x"),
     ("verify NETS -b torch,ort --seed 3 --samples 1", "--seed: it would do nothing here: the first sample is"),

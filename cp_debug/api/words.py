@@ -23,10 +23,7 @@ _ELSEWHERE = {
     "map": "maps",
     "knobs": "optimizer_blame",
     "shape": "reading.shapes",
-    "image-mean": "reading.images.mean",
-    "image-std": "reading.images.std",
-    "image-scale": "reading.images.scale",
-    "image-layout": "reading.images.layout",
+    "image": "reading.images",
 }
 """Flags whose field of the options has another name."""
 

@@ -36,7 +36,8 @@ def bench(
     *,
     files: reading.ReadingFlags,
 ) -> None:
-    """Time every component, the glue before it, decoding and the whole on each backend, with percentiles and memory."""
+    """Measure latency and memory on each backend. Every component, the glue in front of it, decoding and the
+    whole are timed, with percentiles."""
     from tempfile import TemporaryDirectory
 
     from cp_debug.backends.spec import BackendSpec

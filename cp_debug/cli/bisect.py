@@ -63,7 +63,7 @@ def bisect(
         str, typer.Argument(help="A recipe (`cpdebug models`), an .onnx file, or module:callable / file.py:callable.")
     ] = "centerpoint:tiny",
     other: Annotated[
-        Path | None, typer.Argument(metavar="[TEST_MODEL]", help="A second file or folder, as --test-model.")
+        Path | None, typer.Argument(metavar="TEST_MODEL", help="A second file or folder, as --test-model.")
     ] = None,
     backends: Annotated[
         str, typer.Option("--backends", "-b", help="Reference first, then the tests: ort,emu-fp8:block:acc=fp22.")
@@ -132,7 +132,7 @@ def bisect(
     engines: tensorrt.ProbeFlags,
     files: reading.ReadingFlags,
 ) -> None:
-    """Run backends side by side and name the first layer whose result its precision cannot explain."""
+    """Run backends side by side; name the layer that is wrong."""
     from contextlib import ExitStack
     from dataclasses import replace
     from tempfile import TemporaryDirectory

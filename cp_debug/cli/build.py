@@ -45,7 +45,7 @@ def build(
     trt_calib_data: tensorrt.CalibrationData = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier engines in --output.")] = False,
 ) -> None:
-    """Build one engine a component, and a manifest that is checked before an engine is loaded."""
+    """Build TensorRT engines, one for each component. A manifest beside them is checked before one is loaded."""
     from contextlib import ExitStack
     from tempfile import TemporaryDirectory
 

@@ -22,7 +22,8 @@ def bundle(
         float, typer.Option(min=0, help="Time for making it smaller; 0: the layer or region as it is.")
     ] = 120.0,
 ) -> None:
-    """Cut out the guilty layer with its captured inputs, make it as small as it gets, and prove that it still fails."""
+    """Pack the guilty layer as a bug report that runs by itself. It is cut out with its captured inputs, made
+    smaller while it still fails, and run once more."""
     from cp_debug.cli.console import console, steps
 
     check_saved(result)

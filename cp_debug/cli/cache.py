@@ -42,7 +42,7 @@ def cache(
     ] = None,
     json: JsonAlone = None,
 ) -> None:
-    """Show what is kept for later runs, TensorRT's engines and exported graphs, or clear it.
+    """Show or clear the engines and exports kept for later runs.
 
     Nothing is lost but time: the next run makes again what it needs. In a store, an entry's last use is when it was
     written.

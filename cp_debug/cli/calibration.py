@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cp_debug.quantization.quantized_programs import Calibration
     from cp_debug.recipes.input_files import Reading
 
-PANEL = "INT8, where the model is not quantized"
+PANEL = "INT8"
 
 
 class Method(str, Enum):

@@ -34,7 +34,8 @@ def check(
     *,
     files: reading.ReadingFlags,
 ) -> None:
-    """Look for what will go wrong: ranges of FP16, long sums, tiny variances, INT8 scales, logits read as scores.
+    """Look for trouble in an ONNX file before any run. FP16's range, long sums, tiny variances, INT8 scales,
+    logits that are read as scores.
 
     Exits with 1 when there is a problem; risks alone leave it at 0.
     """

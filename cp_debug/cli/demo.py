@@ -27,7 +27,7 @@ def demo(
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the HTML report: one file, works offline.")] = None,
 ) -> None:
-    """Put a known fault into the built-in model and watch it being found: the tutorial in one command."""
+    """Watch cpdebug find a known fault in the built-in model."""
     from rich.text import Text
 
     load_torch()

@@ -37,7 +37,7 @@ def deploy(
     ] = None,
     trt_python: tensorrt.Python = None,
 ) -> None:
-    """Load, export, build, verify and evaluate as the configuration says; exit code 1 when a stage fails.
+    """Export, build, verify and evaluate from one configuration. Exit code 1 when a stage fails.
 
     A run that was interrupted goes on where it stopped: a stage whose inputs and files are unchanged is not repeated.
     """

@@ -19,7 +19,7 @@ def diff(
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the page: one file, works offline.")] = None,
 ) -> None:
-    """Compare two results: layers that got worse or better, that are new or gone; causes that came and went.
+    """Compare two results: what got worse, better, or is new.
 
     Exit code 1 when a test no longer agrees, a layer became guilty, or an output left its tolerance.
     """

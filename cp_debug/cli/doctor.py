@@ -6,7 +6,7 @@ from cp_debug.cli.flags import JsonAlone
 
 
 def doctor(json: JsonAlone = None) -> None:
-    """Show versions, devices and numeric settings, and which of them are not the safe ones."""
+    """Show versions, devices and settings that can change numbers."""
     from dataclasses import asdict
 
     from rich.text import Text

@@ -61,7 +61,7 @@ def evaluate(
     int8: calibration.CalibrationFlags,
     engines: tensorrt.TensorRTFlags,
 ) -> None:
-    """Score backends on a data set: mAP, NDS and errors as nuScenes defines them, AP by overlap, with intervals.
+    """Score backends on a data set: mAP, NDS, with intervals. Errors as nuScenes defines them, or AP by overlap.
 
     Exit code 1 when a backend's mAP, T4's among them, is lower than the reference's by more than --max-drop and the
     95 % interval of the difference is below 0, or when its outputs hold NaN or Inf on more samples than the

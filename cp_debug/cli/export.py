@@ -44,7 +44,8 @@ def export(
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in --output.")] = False,
 ) -> None:
-    """Export every component with free axes, align it with its module, check it on two inputs of different sizes.
+    """Export a model's components as ONNX files. Their batch and spatial axes are free; each file is aligned with
+    its module and checked on two inputs of different sizes.
 
     An ONNX file is checked, brought to --opset by ONNX's own converter, and compared with the original by ONNX Runtime.
     """

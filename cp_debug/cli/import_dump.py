@@ -31,7 +31,7 @@ def import_dump(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier capture in --output.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
 ) -> None:
-    """Match dumped tensors with a graph's values, tell what does not fit, and keep them as a capture.
+    """Match dumped tensors with a graph and keep them as a capture. What does not fit is listed.
 
     `cpdebug compare` and `cpdebug bisect --test-tensors` read it. Exit code 1 where outputs are missing or shapes
     differ.

@@ -88,7 +88,7 @@ def options(
         typer.Option("--verbose", help="Let ONNX Runtime log its warnings; CPDEBUG_ORT_LOG=info or verbose: more."),
     ] = False,
 ) -> None:
-    """PyTorch, ONNX Runtime and TensorRT side by side: names the first layer that its precision cannot explain."""
+    """Find the layer that makes PyTorch, ONNX Runtime and TensorRT disagree."""
     if verbose:
         if context.invoked_subcommand in RUNS_NOTHING:
             raise InputError(f"--verbose: it would do nothing here: {context.invoked_subcommand} runs no model")
@@ -104,7 +104,7 @@ def application(first: str = "") -> typer.Typer:
         name="cpdebug",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
-        rich_markup_mode="markdown",
+        rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     made.callback()(options)

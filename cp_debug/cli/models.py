@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def models() -> None:
-    """List the built-in recipes, those of plug-ins, and the other ways to name a model."""
+    """List the models that cpdebug knows, and the ways to name yours."""
     from cp_debug.cli.console import console
     from cp_debug.recipes.registry import known_models
     from cp_debug.reports.sheet import Column, Sheet

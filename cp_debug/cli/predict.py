@@ -40,7 +40,8 @@ def predict(
     *,
     files: reading.ReadingFlags,
 ) -> None:
-    """Predict each layer's error with its interval, what leaves FP16's range, the effect on outputs and detections.
+    """Predict what a precision will do, without an engine. Each layer's error with an interval, values beyond
+    FP16's range, the effect on outputs and detections.
 
     Nothing is built: the network is emulated in the ways in which the target's kernels may compute it. Exit code 1 when
     some layer should stay in FP32.

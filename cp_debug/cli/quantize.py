@@ -9,7 +9,7 @@ from cp_debug.cli.typed import Command
 
 app = typer.Typer(
     name="quantize",
-    help="INT8: calibrate a model, measure what each layer costs, fine-tune it.",
+    help="Quantize to INT8: calibrate, measure each layer, fine-tune.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,16 +15,8 @@ from cp_debug.errors import InputError
 if TYPE_CHECKING:
     from cp_debug.recipes.input_files import Reading, Shapes
 
-PANEL = "Inputs from files, and their sizes"
+PANEL = "Images and shapes"
 INPUTS_HELP = ".npz, .npy, Polygraphy JSON, test_data_set folder, image, point cloud, or a folder of them."
-
-
-class ImageLayoutFlag(str, Enum):
-    """Place of the channels of an input that is an image."""
-
-    auto = "auto"
-    nchw = "nchw"
-    nhwc = "nhwc"
 
 
 @dataclass(frozen=True)
@@ -39,26 +29,14 @@ class ReadingFlags:
             help="INPUT=1x3x320x320: sizes of its free axes, made up or of an image; repeatable.", rich_help_panel=PANEL
         ),
     ] = None
-    image_scale: Annotated[
-        float | None,
+    image: Annotated[
+        list[str] | None,
         typer.Option(
-            min=0.0, help="Factor on pixels of 0 to 255.  [default: 1/255; 1 for integers]", rich_help_panel=PANEL
+            help="How images become inputs: mean=0.485,0.456,0.406, std=, scale= (else 1/255), layout=nhwc,"
+            " order=bgr; repeatable.",
+            rich_help_panel=PANEL,
         ),
     ] = None
-    image_mean: Annotated[
-        str | None,
-        typer.Option(help="Taken off then: one number, or one a channel: 0.485,0.456,0.406.", rich_help_panel=PANEL),
-    ] = None
-    image_std: Annotated[
-        str | None, typer.Option(help="Divisor then: one number, or one a channel.", rich_help_panel=PANEL)
-    ] = None
-    image_layout: Annotated[
-        ImageLayoutFlag,
-        typer.Option(help="Place of the channels; auto: where 1, 3 or 4 are.", rich_help_panel=PANEL),
-    ] = ImageLayoutFlag.auto
-    image_bgr: Annotated[
-        bool, typer.Option("--image-bgr", help="Blue first, as OpenCV reads images.", rich_help_panel=PANEL)
-    ] = False
 
     def chosen(self, model: str, *given: Path | None) -> Reading:
         """The settings that the flags ask for; ``given`` are the files and folders that inputs come from.
@@ -71,19 +49,10 @@ class ReadingFlags:
 
         if not typed(f.name for f in fields(self)):
             return DEFAULT_READING
-        images = ImageFormat(
-            _numbers(self.image_mean, "mean") or (0.0,),
-            _numbers(self.image_std, "std") or (1.0,),
-            self.image_scale,
-            self.image_layout.value,
-            self.image_bgr,
-        )
-        if 0 in images.std or images.scale == 0:
-            raise InputError(f"--image-{'std' if 0 in images.std else 'scale'}: 0; expected another number")
+        images = ImageFormat(**once(map(_image_setting, self.image or ()), "--image"))
         reading = Reading(once(map(parse_shape, self.shape or ()), "--shape"), images)
         check_reading(model, kind_of(model), reading)
-        names = [f.name for f in fields(self) if f.name.startswith("image_")]
-        refuse(names, unless=any(map(_may_be_image, given)), why="no image is read; expected one as input")
+        refuse(("image",), unless=any(map(_may_be_image, given)), why="no image is read; expected one as input")
         sized = None in given or any(map(_may_be_image, given))
         read_from = ", ".join(str(path) for path in given if path is not None)
         refuse(("shape",), unless=sized, why=f"the inputs have the sizes that {read_from} gives them")
@@ -121,13 +90,22 @@ def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
     return name, tuple(map(int, parts))
 
 
-def _numbers(text: str | None, flag: str) -> Sequence[float]:
-    if text is None:
-        return ()
+def _image_setting(text: str) -> tuple[str, Any]:
+    """``mean=0.5`` as a field of ``ImageFormat``. Raises InputError for a text that is none."""
+    key, _, value = text.partition("=")
+    words = {"layout": ("auto", "nchw", "nhwc"), "order": ("rgb", "bgr")}
+    if key in words:
+        if value not in words[key]:
+            raise InputError(f"--image: {text!r}; expected {key}={' or '.join(words[key])}")
+        return (key, value) if key == "layout" else ("bgr", value == "bgr")
+    if key not in ("mean", "std", "scale"):
+        raise InputError(f"--image: {text!r}; expected mean=, std=, scale=, layout= or order=")
     try:
-        numbers = [float(part) for part in text.split(",")]
+        numbers = [float(part) for part in value.split(",")]
     except ValueError:
         numbers = []
-    if not numbers or not all(map(math.isfinite, numbers)):
-        raise InputError(f"--image-{flag}: {text!r}; expected numbers, such as 0.485,0.456,0.406")
-    return numbers
+    if not numbers or not all(map(math.isfinite, numbers)) or (key == "scale" and len(numbers) > 1):
+        raise InputError(f"--image: {text!r}; expected numbers, such as mean=0.485,0.456,0.406 or scale=0.0039")
+    if key != "mean" and not all(number > 0 for number in numbers):
+        raise InputError(f"--image: {text!r}; expected positive numbers")
+    return key, numbers[0] if key == "scale" else tuple(numbers)

@@ -36,7 +36,7 @@ def report(
         typer.Option(help="Layer that gets charts, too: a name, or a pattern such as 'backbone.*'; '*' takes all."),
     ] = None,
 ) -> None:
-    """Show a saved result: one HTML page, Markdown, CI annotations, tables, or an annotated ONNX file."""
+    """Show a saved result as HTML, Markdown, CI annotations or ONNX."""
     from cp_debug.cli.console import console
     from cp_debug.errors import InputError
     from cp_debug.files import write_text

@@ -55,7 +55,7 @@ def search(
     engines: tensorrt.TensorRTFlags,
     files: reading.ReadingFlags,
 ) -> None:
-    """Mixed-precision search: few layers to keep in FP32 (of an INT8 graph: unquantized) so that a goal holds.
+    """Find layers to keep in FP32, none needless, to meet a goal. Of an INT8 graph: layers to leave unquantized.
 
     Unless a limit ends it first, none of them can be left out; that no smaller set exists is not shown.
 

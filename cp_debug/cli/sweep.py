@@ -39,7 +39,7 @@ from cp_debug.files import resolved
 
 app = typer.Typer(
     name="sweep",
-    help="A grid of models, checkpoints, backends and samples, on many workers; started again, it goes on.",
+    help="Run a command over models, backends and samples on many workers. Started again, it goes on.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},

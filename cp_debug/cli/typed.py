@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from cp_debug.cli.console import NO_READER, errors, forget_output, results_alone
+from cp_debug.cli.help import write_options
 from cp_debug.cli.library_log import no_library_warnings
 from cp_debug.cli.own_words import all_options, in_own_words
 from cp_debug.cli.saving import check_folders, check_outputs, no_empty_folders
@@ -32,6 +33,15 @@ class Command(TyperCommand):
 
     whole: ClassVar[Any] = None
     """Makes the whole command line, which is asked what options other commands have."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Parse the words of the command line; ``--help-all`` is ``--help`` with every option described."""
+        ctx.meta[_EVERY] = "--help-all" in args
+        return super().parse_args(ctx, ["--help" if word == "--help-all" else word for word in args])
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options in groups; see ``help.write_options``."""
+        write_options(self, ctx, formatter, every=ctx.meta[_EVERY])
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Run the command, with its typed flags remembered meanwhile.
@@ -62,6 +72,9 @@ class Command(TyperCommand):
             raise typer.Exit(NO_READER) from None
         finally:
             _TYPED.reset(token)
+
+
+_EVERY = "cp_debug.help_all"
 
 
 class JsonCommand(Command):

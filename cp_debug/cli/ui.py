@@ -15,7 +15,7 @@ def ui(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")] = 8650,
     browser: Annotated[bool, typer.Option("--browser", help="Open the list in a browser.")] = False,
 ) -> None:
-    """Show a folder of results: list them, open each, compare two. Read-only, on 127.0.0.1; Ctrl-C ends it."""
+    """Browse a folder of results. Read-only, on 127.0.0.1; Ctrl-C ends it."""
     import webbrowser
 
     from cp_debug.cli.console import console

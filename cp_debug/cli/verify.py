@@ -62,7 +62,7 @@ def verify(
     *,
     files: reading.ReadingFlags,
 ) -> None:
-    """Compare every output of every component with the reference, over several samples; exit code 1 if one is off.
+    """Compare every output of every component with the reference. Several samples; exit code 1 if one is off.
 
     Limits are multiples of the noise that rounding makes in this very network; NaN and Inf always fail. What fails is
     bisected, and the summary names the layer.

@@ -121,7 +121,7 @@ def _pixels(path: Path, mode: str, height: int | None, width: int | None) -> tup
 
 def _each(numbers: Sequence[float], channels: int, flag: str) -> np.ndarray:
     if len(numbers) not in (1, channels):
-        raise InputError(f"--image-{flag}: {len(numbers)} numbers; expected 1, or {channels}, one a channel")
+        raise InputError(f"--image {flag}=: {len(numbers)} numbers; expected 1, or {channels}, one a channel")
     return np.asarray(numbers, np.float64)
 
 

@@ -85,7 +85,7 @@ def check_reading(text: str, kind: str, reading: Reading) -> None:
         also = ", or takes them by --inputs" if kind == "program" else ""
         raise InputError(f"--shape: {text} brings inputs of its own{also}; expected an .onnx file with free axes")
     if reading.images != DEFAULT_READING.images and kind not in ("onnx", "program", "transformers", "callable"):
-        raise InputError(f"--image-…: {text} takes no images; expected an .onnx file or a torch module")
+        raise InputError(f"--image: {text} takes no images; expected an .onnx file or a torch module")
 
 
 def kind_of(text: str) -> Literal["onnx", "program", "transformers", "centerpoint", "mmdet3d", "plug-in", "callable"]:

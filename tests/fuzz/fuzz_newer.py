@@ -155,8 +155,8 @@ def _reading(rng: random.Random) -> list[str]:
     if rng.random() < 0.15:
         flags += ["--inputs", rng.choice(("x.npz", "x.png", "no.npz", "."))]
     if rng.random() < 0.15:
-        flags += rng.choice((["--image-mean", rng.choice(("1,2,3", "1,2", "nan", "", "x"))], ["--image-std", "0"],
-                             ["--image-scale", "1e-320"], ["--image-bgr"], ["--image-layout", "nhwc"]))  # fmt: skip
+        means = [f"mean={mean}" for mean in ("1,2,3", "1,2", "nan", "", "x")]
+        flags += ["--image", rng.choice((*means, "std=0", "scale=1e-320", "order=bgr", "layout=nhwc"))]
     return flags
 
 
