@@ -162,6 +162,12 @@ def check_target(path: Path) -> None:
         raise InputError(f"{path}: cannot be written ({reason})") from None
     if not stat.S_ISDIR(parent.st_mode):
         raise InputError(f"{path}: cannot be written ({path.parent} is no folder)")
+    if path.is_file() or not path.exists():  # else it is written as it is: a pipe, a device
+        try:
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({system_reason(error)})") from None
 
 
 def make_folder(path: Path, what: str = "folder") -> None:

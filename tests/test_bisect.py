@@ -186,6 +186,8 @@ def test_a_residual_net_in_fp16_stays_within_its_precision(tmp_path: Path) -> No
 
 
 def test_unknown_and_unavailable_backends() -> None:
+    with pytest.raises(InputError, match=r"'ort-cuda'; the nearest known one is ort@cuda;"):
+        bisect("centerpoint:tiny", "torch,ort-cuda")
     with pytest.raises(InputError, match="no such backend 'emu-fp61'; the nearest known one is emu-fp16"):
         bisect("centerpoint:tiny", "torch,emu-fp61")
     with pytest.raises(BackendUnavailable, match="emu-tf32"):

@@ -98,10 +98,13 @@ class BackendSpec:
         plugin = plugins.find(plugins.BACKENDS, spec.family)
         if spec.name not in KNOWN and (plugin is None or plugin.own):
             known = [*KNOWN, *(each.name for each in plugins.others(plugins.BACKENDS))]
-            near = difflib.get_close_matches(spec.name, known, n=1, cutoff=0.0)
+            near = difflib.get_close_matches(spec.name, known, n=1, cutoff=0.0)[0]
+            name, _, device = spec.name.rpartition("-")
+            if name in known and device in ("cpu", "cuda", "gpu"):
+                near = f"{name}@{device.replace('gpu', 'cuda')}"
             all_known = ", ".join(known)
             raise InputError(
-                f"--backends: no such backend {text!r}; the nearest known one is {near[0]}; known are {all_known}"
+                f"--backends: no such backend {text!r}; the nearest known one is {near}; known are {all_known}"
             )
         if spec.family == "emu" and spec.variant in FAMILIES:
             options = NarrowOptions.parse(spec.variant + match["options"])

@@ -12,7 +12,6 @@ import typer
 from cp_debug.cli.typed import refuse
 from cp_debug.errors import InputError
 from cp_debug.loading import load_torch
-from cp_debug.safe_text import amount
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -66,7 +65,7 @@ def demo(
     show(result, json=json, csv=None, rest="--html has all")
     if json != "-":
         console.print(verdict(seeded, result.tests[0]))
-    raise typer.Exit(0 if result.agrees else 1)
+    raise typer.Exit(0 if found(seeded, result.tests[0]) else 1)
 
 
 def catalogue() -> Sheet:
@@ -78,14 +77,20 @@ def catalogue() -> Sheet:
     return Sheet((Column("fault", "name"), Column("what is wrong"), Column("in the field")), rows)
 
 
+def found(seeded: Seeded, test: TestResult) -> bool:
+    """Whether the guilty layers are the injected ones, no more and no fewer."""
+    return [row.name for row in test.rows if seeded.strikes(row.name, row.op)] == [row.name for row in test.guilty]
+
+
 def verdict(seeded: Seeded, test: TestResult) -> Text:
-    """One line: whether the guilty layers are the injected ones, no more and no fewer."""
+    """One line: what was found, and what was missed or wrongly accused."""
     from rich.text import Text
 
     injected = [row.name for row in test.rows if seeded.strikes(row.name, row.op)]
     guilty = [row.name for row in test.guilty]
-    if injected == guilty:
-        return Text(f"found: yes, exactly the {amount(len(guilty), 'injected layer')}", "bold green")
+    if found(seeded, test):
+        what = f"the {len(guilty)} injected layers" if len(guilty) > 1 else "the one injected layer"
+        return Text(f"found: {what}, and no other", "bold green")
     wrong = [f"{name} is innocent" for name in guilty if name not in injected]
     missed = [f"{name} was missed" for name in injected if name not in guilty]
-    return Text(f"found: no: {'; '.join(wrong + missed)}", "bold red")
+    return Text(f"not found: {'; '.join(wrong + missed)}", "bold red")
