@@ -72,6 +72,7 @@ def quantized(folder, kind, opset=17):
     else:
         signed = kind in ("static-int8", "trt")
         options = {"ActivationSymmetric": True, "WeightSymmetric": True} if kind == "trt" else {}
+        options |= {"UseQDQContribOps": True} if kind == "contrib" else {}
         quantize_static(
             source,
             target,
@@ -91,7 +92,7 @@ def accused(path, test, backends="ort,ort-none,ort-all"):
     return [[row.name for row in run.guilty] for run in result.tests]
 
 
-@pytest.mark.parametrize("kind", ["static", "static-int8", "trt", "qoperator", "dynamic"])
+@pytest.mark.parametrize("kind", ["static", "static-int8", "trt", "qoperator", "dynamic", "contrib"])
 def test_a_well_quantized_file_accuses_nobody(tmp_path, kind):
     path, test = quantized(tmp_path, kind)
     assert accused(path, test, "ort,ort-none,ort-all,ort-int8") == [[], [], []]

@@ -30,7 +30,7 @@ DRAWS = 4
 FEW = 256
 
 
-TO_LEVELS = frozenset({"QuantizeLinear", "com.microsoft.QuantizeLinear", "QLinearConv", "QLinearMatMul"})
+TO_LEVELS = frozenset({"QuantizeLinear", "QLinearConv", "QLinearMatMul"})
 FLIPPED = 0.3
 """Levels, root mean square, by which integer kernels may be off: what lies between two levels becomes either."""
 SIZED = frozenset({"Resize", "Upsample"})

@@ -17,6 +17,7 @@ from cp_debug.doing import doing
 from cp_debug.errors import InputError
 from cp_debug.graph.onnx_file import read_model, reads
 from cp_debug.graph.onnx_tensors import array_of, external_data
+from cp_debug.graph.operators import operator_of
 
 _NAMELESS = {"", "?", "-1", "none", "null", "unk", "unknown", "dynamic", "any"}
 """Placeholders that stand for the name of a free axis; two such axes have nothing to do with each other."""
@@ -30,7 +31,7 @@ QUANTIZING = ("uantizeLinear", "QLinear", "QGemm", "MatMulNBits", "Integer", "Dy
 class Node:
     """One ONNX node, equal to itself alone.
 
-    ``op`` carries the domain unless it is ONNX's own: ``com.microsoft.FusedConv``.
+    ``op`` carries the domain unless it means the same as ONNX's own: ``com.microsoft.FusedConv``.
     """
 
     index: int
@@ -47,7 +48,7 @@ class Node:
         return cls(
             index=index,
             name=proto.name or f"{proto.op_type}_{index}",
-            op=proto.op_type if proto.domain in ("", "ai.onnx") else f"{proto.domain}.{proto.op_type}",
+            op=operator_of(proto),
             inputs=tuple(dict.fromkeys(reads(proto))),
             outputs=tuple(o for o in proto.output if o),
             proto=proto,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from onnx import NodeProto
+
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators that multiply data by weights and sum: INT8 is for them, and no runtime fuses two of them."""
 GATES = {"LSTM": 4, "GRU": 3}
 """Operator → gates of its weights, which lie one after the other along their rows."""
 CONTRACTIONS = (*PRODUCTS, "Einsum")
 """Operators that sum products of any two operands."""
+_SAME = ("DequantizeLinear", "QLinearMatMul", "QuantizeLinear")
+"""Operators that ONNX Runtime had before ONNX, for 16 and 4 bits: ``quantize_static`` still writes them so."""
 CONTRIB_INPUTS = {
     **dict.fromkeys(("FastGelu", "Gelu", "MultiHeadAttention", "QuickGelu"), 1),
     **dict.fromkeys(("Attention", "BiasGelu", "BiasSoftmax", "BiasSplitGelu", "DequantizeLinear", "FusedConv"), 2),
@@ -22,3 +26,9 @@ CONTRIB_INPUTS = {
     "QLinearWhere": 9,
 }
 """Operator of ONNX Runtime's own → least number of its inputs, up to the last that it must have."""
+
+
+def operator_of(proto: NodeProto) -> str:
+    """Operator of a node, with its domain unless it means the same as ONNX's own of that name."""
+    own = proto.domain in ("", "ai.onnx") or (proto.domain == "com.microsoft" and proto.op_type in _SAME)
+    return proto.op_type if own else f"{proto.domain}.{proto.op_type}"

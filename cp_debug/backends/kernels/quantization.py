@@ -17,7 +17,7 @@ from cp_debug.backends.kernels.windows import Window
 _QUANTIZED = {TensorProto.INT8: torch.int8, TensorProto.UINT8: torch.uint8, TensorProto.INT16: torch.int16}
 
 
-@kernel("QuantizeLinear", "com.microsoft.QuantizeLinear", rounds=False, exact=True)
+@kernel("QuantizeLinear", rounds=False, exact=True)
 def quantize_linear(call: Call, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     dtype: torch.dtype | None
     if zero_point is not None:
@@ -36,7 +36,7 @@ def quantize_linear(call: Call, x: Tensor, scale: Tensor, zero_point: Tensor | N
     return levels.clamp(limits.min, limits.max).to(dtype)
 
 
-@kernel("DequantizeLinear", "com.microsoft.DequantizeLinear", rounds=False, exact=True)
+@kernel("DequantizeLinear", rounds=False, exact=True)
 def dequantize_linear(call: Call, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     levels = x.to(scale.dtype)
     if zero_point is not None:
@@ -104,7 +104,7 @@ def qlinear_conv(
     return _requantized(total * (factor.reshape(shape) if factor.numel() > 1 else factor), y_zero)
 
 
-@kernel("QLinearMatMul", "com.microsoft.QLinearMatMul", rounds=False, exact=True)
+@kernel("QLinearMatMul", rounds=False, exact=True)
 def qlinear_matmul(
     call: Call,
     a: Tensor,
