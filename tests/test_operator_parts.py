@@ -148,17 +148,23 @@ def test_a_symmetric_grid_holds_its_largest_magnitude() -> None:
 
 
 def test_weights_at_the_end_of_their_range_are_told() -> None:
-    scale, levels = torch.ones(1), torch.full((2, 50), 100.0)
+    scale, levels = torch.ones(1), torch.full((2, 50), 100, dtype=torch.int8)
     assert list(_quantized_weight("layer", levels, scale)) == []
-    levels[0, 0] = 127  # one of a hundred may be
+    levels[0, :2] = torch.tensor([127, -127])  # the largest weight of either sign
     assert list(_quantized_weight("layer", levels, scale)) == []
-    levels[0, 1] = -128
+    levels[0, 2] = -128
     (concern,) = _quantized_weight("layer", levels, scale)
-    assert "2.0% of the quantized weights are at the end of the range" in str(concern)
+    assert "3.0% of the quantized weights are at the end of the range" in str(concern)
+    levels[1, :10] = 122  # a distribution that thins out, and is not cut off
+    assert list(_quantized_weight("layer", levels, scale)) == []
+    biases = torch.full((8,), 1 << 20, dtype=torch.int32)
+    assert list(_quantized_weight("layer", biases, torch.ones(8))) == []
+    biases[3] = torch.iinfo(torch.int32).max
+    assert "12.5% of the quantized biases" in str(*_quantized_weight("layer", biases, torch.ones(8)))
 
 
 def test_channels_of_very_different_range_want_a_scale_each() -> None:
-    levels = torch.full((4, 50), 1.0)
+    levels = torch.full((4, 50), 1, dtype=torch.int8)
     levels[0] = 120
     (concern,) = _quantized_weight("layer", levels, torch.ones(1))
     assert "one scale for channels whose ranges differ 120 times" in str(concern)
@@ -168,9 +174,9 @@ def test_channels_of_very_different_range_want_a_scale_each() -> None:
 
 
 def test_activations_are_compared_with_what_their_scales_hold() -> None:
-    assert list(_clipped({"a": 1.0, "b": 0.5, "c": 0.0})) == []
-    over, coarse = _clipped({"a": 3.5, "b": 1.2, "c": 0.1, "d": 0.2})
-    assert "activations reach 3.50 times what their INT8 scale holds" in str(over)
+    assert list(_clipped({"a": (1.0, 0.0), "b": (1.3, 0.9), "c": (0.0, 0.0)})) == []
+    over, coarse = _clipped({"a": (3.5, 20.0), "b": (1.2, 2.0), "c": (0.1, 0.0), "d": (0.2, 0.0)})
+    assert "activations reach 3.50 times what their INT8 scale holds; clipping them costs 20 times" in str(over)
     assert "INT8 scales up to 10 times too coarse" in str(coarse)
 
 

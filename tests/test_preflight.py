@@ -176,3 +176,25 @@ def test_one_nan_or_inf_among_many_is_seen(dtype: torch.dtype) -> None:
             assert not all_finite(strange)
         strange[2, 7] = np.inf
         assert not all_finite(strange), "Inf less Inf"
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8])
+def test_a_sound_quantized_file_has_nothing_to_say(tmp_path: Path, kind: type) -> None:
+    """Scales of an INT32 bias are tiny, its levels beyond those of weights; a range that begins at 0 is a Relu's."""
+    rng, net = np.random.default_rng(0), NetBuilder()
+    weight, zero = rng.integers(-127, 128, (4, 1, 3, 3)).astype(np.int8), net.weight(np.zeros(4, np.int8))
+    scale, activation = net.weight(np.full(4, 1e-3, np.float32)), net.weight(np.float32(4 / np.iinfo(kind).max))
+    start = net.weight(kind(0))
+    x = net.op("DequantizeLinear", net.op("QuantizeLinear", "x", activation, start), activation, start)
+    bias = net.weight(rng.integers(-(2**20), 2**20, 4).astype(np.int32))
+    tiny = net.weight(np.full(4, 4e-3 / 127 * 1e-3, np.float32))
+    b = net.op("DequantizeLinear", bias, tiny, net.weight(np.zeros(4, np.int32)), axis=0)
+    w = net.op("DequantizeLinear", net.weight(weight), scale, zero, axis=0)
+    found = check(build(tmp_path, net, net.op("Conv", x, w, b, pads=[1] * 4), 1))
+    assert [c for c in found if c.check in ("quantization", "weights")] == []
+
+
+def test_constant_nodes_are_no_activations(tmp_path: Path) -> None:
+    net = NetBuilder()
+    eps = net.op("Constant", value=onnx.numpy_helper.from_array(np.float32(1e-12)))
+    assert not check(build(tmp_path, net, net.op("Add", "x", eps)))

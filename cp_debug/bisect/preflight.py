@@ -39,6 +39,7 @@ UNEVEN = 8.0
 """Ratio of the largest to the median channel range from which one INT8 scale is too few."""
 
 PROBLEM, RISK = "problem", "risk"
+QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
 
 @dataclass
@@ -85,25 +86,28 @@ class Preflight:
         """One FP32 pass over the whole chain."""
         lost: dict[str, dict[str, float]] = {}
         strange: list[str] = []
-        clipped: dict[str, float] = {}
+        clipped: dict[str, tuple[float, float]] = {}
         quantizers = {
-            Key(p.name, node.inputs[0]): _scale_of(node, Weights(p.graph, FP64, torch.device("cpu"), 0))
+            Key(p.name, node.inputs[0]): _range_of(node, Weights(p.graph, FP64, torch.device("cpu"), 0))
             for p in self.programs
             for node in p.graph.nodes
             if node.op == "QuantizeLinear"
         }
+        constants = {
+            Key(p.name, o) for p in self.programs for n in p.graph.nodes if n.op == "Constant" for o in n.outputs
+        }
 
         def look(key: Key, tensor: Any) -> None:
             value = FP64.hold(tensor, "cpu")
-            if not isinstance(value, Tensor) or not value.is_floating_point():
+            if not isinstance(value, Tensor) or not value.is_floating_point() or key in constants:
                 return
             name = self._names.get(key, key.value)
             if not all_finite(value):
                 strange.append(name)
             if figures := leaves_half(value):
                 lost[name] = figures
-            if (scale := quantizers.get(key)) and value.numel():
-                clipped[name] = float(value.abs().max()) / (127 * scale)
+            if (ends := quantizers.get(key)) and value.numel():
+                clipped[name] = _beyond(value, ends)
 
         with Pipeline(self.model, self.programs, create(BackendSpec.parse("emu-fp32"))) as pipeline:
             results = pipeline.run(sample, look)
@@ -171,16 +175,16 @@ def _beyond_half(check: str, lost: Mapping[str, Mapping[str, float]]) -> Iterato
     )
     for loss, layers in ways:
         if layers:
-            worst = max(layers.values(), key=lambda f: (f["overflows"], f["storage_loss"]))
-            says = f"{check} {loss}: largest {worst['largest']:.3g}, storage loses {worst['storage_loss']:.2g}"
+            figures = {name: max(f[name] for f in layers.values()) for name in next(iter(layers.values()))}
+            says = f"{check} {loss}: largest {figures['largest']:.3g}, storage loses {figures['storage_loss']:.2g}"
             fix = "rescale these layers and their readers, or keep them in FP32 or BF16"
-            yield Concern(check, PROBLEM, says, list(layers), fix, dict(worst))
+            yield Concern(check, PROBLEM, says, list(layers), fix, figures)
 
 
 def _ranges_of_weights(program: Program, weights: Weights) -> Iterator[Concern]:
     lost = {}
     for node in program.graph.nodes:
-        for name in node.inputs:
+        for name in node.inputs[:1] if node.op in QUANTIZERS else node.inputs:  # scales stay in FP32
             value = weights.numbers(name)
             if value is not None and value.is_floating_point() and value.dim():
                 if not all_finite(value):
@@ -240,7 +244,7 @@ def _normalizations(program: Program, weights: Weights) -> Iterator[Concern]:
 
 def _quantizers(program: Program, weights: Weights) -> Iterator[Concern]:
     for node in program.graph.nodes:
-        if node.op not in ("QuantizeLinear", "DequantizeLinear") or (scale := weights.numbers(node.inputs[1])) is None:
+        if node.op not in QUANTIZERS or (scale := weights.numbers(node.inputs[1])) is None:
             continue
         layer, scale = _layer(program, node), scale.double()
         if not bool(((scale > 0) & torch.isfinite(scale)).all()):
@@ -251,17 +255,25 @@ def _quantizers(program: Program, weights: Weights) -> Iterator[Concern]:
                 says = f"{node.name} and {reader.name} disagree in scale or zero point"
                 yield Concern("quantization", PROBLEM, says, [layer], "give both the same parameters")
         if node.op == "DequantizeLinear" and (levels := weights.numbers(node.inputs[0])) is not None:
-            yield from _quantized_weight(layer, levels.double(), scale)
+            yield from _quantized_weight(layer, levels, scale)
 
 
 def _quantized_weight(layer: str, levels: Tensor, scale: Tensor) -> Iterator[Concern]:
     """Weights at the end of the range, or with one scale for channels of very different range."""
-    share = float((levels.abs() >= 127).double().mean())
-    if share > 0.01:
-        says = f"{share:.1%} of the quantized weights are at the end of the range: the scale clips"
-        yield Concern("quantization", RISK, says, [layer], "calibrate the weight by its maximum")
+    if levels.is_floating_point() or not levels.numel():
+        return
+    ends = torch.iinfo(levels.dtype)
+    last = (levels == ends.max) | (levels <= ends.min + (ends.min < 0))
+    # A sound scale has its largest weight there, and a distribution that is cut off has a heap.
+    near = ((levels >= ends.max - 8) | (levels <= ends.min + 9)) & ~last
+    bias = levels.dtype == torch.int32  # no sound one comes near
+    most = 0 if bias else max(2 * scale.numel(), int(near.sum()), levels.numel() // 100)
+    if int(last.sum()) > most:
+        what = "biases" if bias else "weights"
+        says = f"{float(last.double().mean()):.1%} of the quantized {what} are at the end of the range: the scale clips"
+        yield Concern("quantization", RISK, says, [layer], "calibrate it by its maximum")
     if scale.numel() == 1 and levels.dim() > 1:
-        ranges = levels.abs().flatten(1).amax(1)
+        ranges = levels.double().abs().flatten(1).amax(1)
         ranges = ranges[ranges > 0]
         if len(ranges) > 1 and float(ranges.max() / ranges.median()) > UNEVEN:
             ratio = float(ranges.max() / ranges.median())
@@ -269,12 +281,25 @@ def _quantized_weight(layer: str, levels: Tensor, scale: Tensor) -> Iterator[Con
             yield Concern("quantization", RISK, says, [layer], "quantize the weight per channel")
 
 
-def _clipped(clipped: Mapping[str, float]) -> Iterator[Concern]:
-    """Activations against the range of their quantizers."""
-    over = {n: r for n, r in clipped.items() if r > 1.01}
-    coarse = {n: r for n, r in clipped.items() if 0 < r < 0.25}
+def _beyond(value: Tensor, ends: tuple[float, float, float]) -> tuple[float, float]:
+    """(how far an activation reaches, of what its quantizer holds; loss by clipping ÷ loss by rounding)."""
+    low, high, scale = ends
+    # Where a range ends at 0, the quantizer is the Relu, too.
+    held = value.clamp(low if low else None, high if high else None) if low or high else value
+    lost = float(torch.linalg.vector_norm(value - held, dtype=torch.float64))
+    reached = max(float(end) / limit for end, limit in ((value.min(), low), (value.max(), high)) if limit)
+    return reached, lost / (scale * math.sqrt(value.numel() / 12))
+
+
+def _clipped(clipped: Mapping[str, tuple[float, float]]) -> Iterator[Concern]:
+    """Activations against the range of their quantizers: clipping costs more than rounding, or the range is empty."""
+    over = {n: reach for n, (reach, loss) in clipped.items() if loss > 1}
+    coarse = {n: reach for n, (reach, _) in clipped.items() if 0 < reach < 0.25}
     if over:
-        says = f"activations reach {max(over.values()):.2f} times what their INT8 scale holds"
+        says = (
+            f"activations reach {max(over.values()):.2f} times what their INT8 scale holds; clipping them costs "
+            f"{max(clipped[n][1] for n in over):.2g} times as much as rounding"
+        )
         yield Concern("quantization", RISK, says, list(over), "calibrate again: a higher percentile", {"reach": over})
     if coarse:
         says = f"INT8 scales up to {1 / min(coarse.values()):.0f} times too coarse for their activations"
@@ -291,9 +316,14 @@ def _same(quantize: Node, dequantize: Node, weights: Weights) -> bool:
     return True
 
 
-def _scale_of(node: Node, weights: Weights) -> float | None:
+def _range_of(node: Node, weights: Weights) -> tuple[float, float, float] | None:
+    """(smallest, largest value that a quantizer of one scale holds, the scale); None for one that is not known."""
     scale = weights.numbers(node.inputs[1])
-    return float(scale) if scale is not None and scale.numel() == 1 else None
+    zero = weights.numbers(node.inputs[2]) if len(node.inputs) > 2 else torch.zeros((), dtype=torch.uint8)
+    if scale is None or scale.numel() != 1 or not float(scale) > 0 or zero is None or zero.is_floating_point():
+        return None
+    ends, step = torch.iinfo(zero.dtype), float(scale)
+    return (ends.min - int(zero)) * step, (ends.max - int(zero)) * step, step
 
 
 def _layer(program: Program, node: Node) -> str:
