@@ -1,4 +1,4 @@
-"""The Python API in a terminal of 80 columns: a few lines, whatever the model prints and however often it is exported."""
+"""The Python API in a terminal of 80 columns: a few lines, whatever the model prints, however often it is exported."""
 
 import os
 import pty
@@ -35,9 +35,9 @@ CALLS = {
     "diagnose, torch first": 'cp_debug.diagnose(net.net, "torch,ort", inputs=image)',
     "diagnose a file": 'cp_debug.diagnose("net.onnx", "ort,emu-fp16")',
     "assert_agree": 'cp_debug.assert_agree(net.net, "torch,ort", inputs=image)',
-    "predict": 'cp_debug.predict(net.net, inputs=image)',
-    "search": 'cp_debug.search(net.net, inputs=image)',
-    "verify": 'cp_debug.verify(net, inputs=image)',
+    "predict": "cp_debug.predict(net.net, inputs=image)",
+    "search": "cp_debug.search(net.net, inputs=image)",
+    "verify": "cp_debug.verify(net, inputs=image)",
     "verify, TorchScript": 'cp_debug.verify(net, inputs=image, export=cp_debug.ExportOptions(exporter="torchscript"))',
     "evaluate": 'cp_debug.evaluate("centerpoint:tiny", samples=1)',
     "quantize": 'cp_debug.quantize(net.net, "int8", inputs=image)',

@@ -26,7 +26,7 @@ def shown_steps(progress: bool | None, on_step: OnStep | None) -> Iterator[OnSte
 
     from cp_debug.reports.progress_bar import progress_bar
 
-    # The stream as it is now: an export puts another in its place, and a bar that wrote to that would draw itself again.
+    # The stream as it is now: an export puts another in its place, and a bar there draws itself again.
     console = Console(file=sys.stderr, markup=False)
     if console.is_jupyter and find_spec("ipywidgets") is None:  # without it rich shows warnings instead of a bar
         with _notebook_line() as on_line:
