@@ -9,7 +9,7 @@ finding, but that the declared precision adds up to more than the tolerance.
 
     python benchmarks/explain.py                 # 300 faults, 60 healthy runs
     python benchmarks/explain.py --faults 40     # a quick look
-    python benchmarks/explain.py --library       # also every fault of `cpdebug demo`, on centerpoint:tiny
+    python benchmarks/explain.py --library       # also every fault of `faults/catalog.py`, on centerpoint:tiny
 
 Targets: at least 95 % named right, most of the rest "unknown", no cause in the healthy runs.
 """
@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from faults.catalog import FAULTS
+from faults.precision import LoweredBackend
 from localise import TESTS, healthy
 from random_faults import inject
 from random_graphs import FAMILIES, build
@@ -35,8 +37,6 @@ from cp_debug.backends.kernels.fp16_accumulation import BLOCK
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import bisect
-from cp_debug.bisect.faults.catalog import FAULTS
-from cp_debug.bisect.faults.precision import LoweredBackend
 from cp_debug.bisect.finding import UNKNOWN
 from cp_debug.bisect.result import TestResult
 from cp_debug.graph.graph import Graph, Node

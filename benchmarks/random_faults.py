@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from faults import edits
+from faults.edits import Editor
 
 from cp_debug.backends.arithmetic import ARITHMETICS, FP64
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.bisect.faults import edits
-from cp_debug.bisect.faults.edits import Editor
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.made_up import MadeUp
 from cp_debug.programs.precision import PRECISIONS

@@ -19,9 +19,10 @@ import numpy as np
 from onnx import TensorProto
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from faults.edits import Editor, rescale
+
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
-from cp_debug.bisect.faults.edits import Editor, rescale
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
 from cp_debug.graph.qdq import insert_qdq, quantizable

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from faults.edits import Editor, rescale
 
 from cp_debug.backends.arithmetic import FP32
 from cp_debug.backends.base import Program
@@ -33,7 +34,6 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
 from cp_debug.backends.tensorrt.client import RunnerClient
 from cp_debug.backends.tensorrt.engine_runs import output_distance
-from cp_debug.bisect.faults.edits import Editor, rescale
 from cp_debug.files import write_text
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.mixed_precision.goal import Goal

@@ -16,8 +16,8 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.support.ui import WebDriverWait
 
+from cp_debug.bisect.demos import DEMOS
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.faults.catalog import FAULTS
 from cp_debug.reports.page import write_page
 from cp_debug.reports.saved import SavedResult
 
@@ -40,7 +40,7 @@ def picture(driver: Any, target: Path, selector: str, width: int, height: int) -
 
 
 def main() -> None:
-    seeded = FAULTS[FAULT].seed()
+    seeded = DEMOS[FAULT].seed()
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or "chromium"
     for flag in FLAGS:

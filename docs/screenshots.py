@@ -17,8 +17,8 @@ from rich.terminal_theme import MONOKAI
 from rich.text import Text
 from selenium import webdriver
 
+from cp_debug.bisect.demos import DEMOS
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.faults.catalog import FAULTS
 from cp_debug.bisect.result import BisectResult
 from cp_debug.reports.causes import findings
 from cp_debug.reports.page import write_page
@@ -41,7 +41,7 @@ def terminal(result: BisectResult, target: Path) -> None:
     console = Console(record=True, width=122, file=StringIO(), force_terminal=True)
     test = result.tests[0]
     console.print(Text.assemble(("$ ", "dim"), (f"cpdebug demo {FAULT}", "bold")))
-    console.print(Text(f"injected: {FAULTS[FAULT].summary}\n", "dim"))
+    console.print(Text(f"injected: {DEMOS[FAULT].summary}\n", "dim"))
     console.print(Terminal(layer_table(test)))
     for part in (*findings(test), Text(), verdict_line(test), Text()):
         console.print(part)
@@ -66,7 +66,7 @@ def browser(page: Path, target: Path) -> None:
 
 def main() -> None:
     IMAGES.mkdir(exist_ok=True)
-    seeded = FAULTS[FAULT].seed()
+    seeded = DEMOS[FAULT].seed()
     with tempfile.TemporaryDirectory() as scratch:
         saved = Path(scratch) / "saved"
         result = bisect(seeded.model, seeded.backends, test_model=seeded.test_model, options=Options(save=saved))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from faults.edits import Editor, clip, scale_weights
 from nets import NetBuilder, second_like
 from test_knobs import quantized
 from test_trt_runner import install
@@ -26,7 +27,6 @@ from cp_debug.backends.base import Backend
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.faults.edits import Editor, clip, scale_weights
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from faults.precision import LoweredBackend
 from nets import NetBuilder
 from torch import Tensor, nn
 
@@ -24,7 +25,6 @@ from cp_debug.backends.torch_backend import TorchBackend
 from cp_debug.bisect.causes.search import Explanation, explain
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.faults.precision import LoweredBackend
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
 from cp_debug.graph.graph import Graph
 from cp_debug.recipes.torch_callable import TorchModel

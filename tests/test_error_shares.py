@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faults import edits
+from faults.edits import Editor
 from nets import NetBuilder
 
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.faults import edits
-from cp_debug.bisect.faults.edits import Editor
 from cp_debug.bisect.result import TestResult
 
 X = np.linspace(1, 2, 32, dtype=np.float32).reshape(1, 32)

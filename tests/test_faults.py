@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from faults import edits
+from faults.catalog import FAULTS
+from faults.edits import Editor
 from nets import residual, second_like
 from typer.testing import CliRunner
 
+from cp_debug.bisect.demos import DEMOS
 from cp_debug.bisect.engine import bisect
-from cp_debug.bisect.faults import edits
-from cp_debug.bisect.faults.catalog import FAULTS
-from cp_debug.bisect.faults.edits import Editor
 from cp_debug.cli.demo import verdict
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
@@ -104,17 +105,17 @@ def test_an_unknown_layer_is_refused(files: dict[str, Path]) -> None:
 def test_demo_lists_and_refuses() -> None:
     listed = CliRunner().invoke(app, ["demo"])
     assert listed.exit_code == 0
-    assert all(name in listed.output for name in FAULTS)
-    refused = CliRunner().invoke(app, ["demo", "swaped-dimensions"])
+    assert all(name in listed.output for name in DEMOS)
+    refused = CliRunner().invoke(app, ["demo", "wieght-scale"])
     assert isinstance(refused.exception, InputError)
-    assert "did you mean swapped-dimensions?" in str(refused.exception)
+    assert "did you mean weight-scale?" in str(refused.exception)
 
 
 @pytest.mark.slow
 def test_demo_shows_what_it_finds(tmp_path: Path) -> None:
     page = tmp_path / "demo.html"
-    shown = CliRunner().invoke(app, ["demo", "swapped-dimensions", "--html", str(page)])
+    shown = CliRunner().invoke(app, ["demo", "weight-scale", "--html", str(page)])
     assert shown.exit_code == 0, "it found what it promised"
     assert "Values on both sides" in page.read_text(encoding="utf-8")  # with the tensors, not the tables alone
-    assert "injected: length and width" in shown.output
+    assert "injected: one convolution's weights" in shown.output
     assert "found: the one injected layer, and no other" in shown.output

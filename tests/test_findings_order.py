@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from faults import edits
+from faults.edits import Editor
 from nets import NetBuilder
 
 from cp_debug.backends.base import Program
@@ -17,8 +19,6 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.faults import edits
-from cp_debug.bisect.faults.edits import Editor
 from cp_debug.bisect.result import LayerRow, TestResult
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.pipeline import Key

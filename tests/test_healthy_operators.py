@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faults import edits
+from faults.edits import Editor
 from healthy_operators import CASES, write
 from nets import NetBuilder
 
@@ -13,8 +15,6 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.causes import CAUSES
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.faults import edits
-from cp_debug.bisect.faults.edits import Editor
 from cp_debug.bisect.result import TestResult
 from cp_debug.graph.graph import Graph
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from faults import edits
+from faults.edits import Editor
 from nets import residual
 from test_cli import run
 
@@ -16,8 +18,6 @@ from cp_debug.backends.emulated import EmulatedBackend
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import bisect
-from cp_debug.bisect.faults import edits
-from cp_debug.bisect.faults.edits import Editor
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.programs.layers import layers_of

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from faults.edits import Editor, scale_weights
 from nets import NetBuilder, residual, second_like
 from onnx import helper, numpy_helper
 from typer.testing import CliRunner
 
 from cp_debug.backends.spec import parse_backends
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.faults.edits import Editor, scale_weights
 from cp_debug.bisect.recording import compare_captures, record
 from cp_debug.bisect.result import TestResult
 from cp_debug.cli.main import app

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from faults.edits import Editor, rescale
 from nets import NetBuilder
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
@@ -18,7 +19,6 @@ from cp_debug.backends.emulated import EmulatedBackend
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.faults.edits import Editor, rescale
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
 from cp_debug.graph.fold_batchnorm import fold_batchnorm

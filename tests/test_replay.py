@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from faults import edits
+from faults.edits import Editor
 from nets import NetBuilder, random_dag, second_like
 from onnx import helper
 
@@ -18,8 +20,6 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.faults import edits
-from cp_debug.bisect.faults.edits import Editor
 from cp_debug.bisect.perturbation import doubt
 from cp_debug.bisect.remainder import _apart
 from cp_debug.bisect.replay import Replayer

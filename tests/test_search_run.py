@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from faults.edits import Editor, rescale
 from nets import NetBuilder
 from test_trt_runner import install, save_net
 from typer.testing import CliRunner
@@ -15,7 +16,6 @@ from typer.testing import CliRunner
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
-from cp_debug.bisect.faults.edits import Editor, rescale
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
 from cp_debug.graph.casts import cast_surgery

@@ -1,4 +1,4 @@
-"""The faults of the demo by themselves: each spoils what it says, and nothing else."""
+"""The seeded faults by themselves: each spoils what it says, and nothing else."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from faults.catalog import FAULTS
+from faults.seeding import layers
 
-from cp_debug.bisect.faults.base import Seeded
-from cp_debug.bisect.faults.catalog import FAULTS
-from cp_debug.bisect.faults.seeding import layers
+from cp_debug.bisect.demos import Seeded
 from cp_debug.recipes.centerpoint.recipe import BACKBONE_NECK_HEAD, ENCODER
 
 

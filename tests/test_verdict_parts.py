@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from faults import edits
+from faults.edits import Editor
 from nets import NetBuilder
 from onnx import TensorProto, helper
 from torch import nn
@@ -20,8 +22,6 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.rounding import round_fp16
 from cp_debug.backends.scaling import Encoded
 from cp_debug.bisect.branches import in_words
-from cp_debug.bisect.faults import edits
-from cp_debug.bisect.faults.edits import Editor
 from cp_debug.bisect.int8_notes import both_int8
 from cp_debug.bisect.narrow_variants import departures
 from cp_debug.bisect.operator_errors import ANY, ONNX_RUNTIME, TORCH

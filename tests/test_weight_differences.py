@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from faults.edits import Editor
 from nets import NetBuilder, second_like
 
 from cp_debug.bisect.engine import bisect
-from cp_debug.bisect.faults.edits import Editor
 from cp_debug.graph.graph import Graph
 from cp_debug.programs.node_differences import named
 from cp_debug.programs.tensor_change import describe

@@ -16,7 +16,7 @@ from cp_debug.loading import load_torch
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from cp_debug.bisect.faults.base import Seeded
+    from cp_debug.bisect.demos import Seeded
     from cp_debug.bisect.result import TestResult
     from cp_debug.reports.sheet import Sheet
 
@@ -30,8 +30,8 @@ def demo(
     from rich.text import Text
 
     load_torch()
+    from cp_debug.bisect.demos import DEMOS
     from cp_debug.bisect.engine import Options, bisect
-    from cp_debug.bisect.faults.catalog import FAULTS
     from cp_debug.cli.console import command_line, console, show, steps
     from cp_debug.reports.page import write_page
     from cp_debug.reports.saved import SavedResult
@@ -42,11 +42,11 @@ def demo(
         console.print(Terminal(catalogue()))
         console.print("\nrun one:  cpdebug demo weight-scale")
         return
-    if fault not in FAULTS:
-        near = difflib.get_close_matches(fault, FAULTS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(FAULTS)}"
+    if fault not in DEMOS:
+        near = difflib.get_close_matches(fault, DEMOS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(DEMOS)}"
         raise InputError(f"FAULT: there is no fault {fault!r}{hint}")
-    seeded = FAULTS[fault].seed()
+    seeded = DEMOS[fault].seed()
     with TemporaryDirectory(prefix="cpdebug-") as folder, steps() as on_step:
         captures = Path(folder, "kept") if html else None  # the report shows tensors
         result = bisect(
@@ -60,8 +60,8 @@ def demo(
         if html:
             write_page(SavedResult.of(result, captures), html)
     if json != "-":
-        console.print(Text.assemble(("injected:", "bold"), f" {FAULTS[fault].summary} ({seeded.where})"))
-        console.print(Text.assemble(("in the field:", "bold"), f" {FAULTS[fault].symptom}\n"))
+        console.print(Text.assemble(("injected:", "bold"), f" {DEMOS[fault].summary} ({seeded.where})"))
+        console.print(Text.assemble(("in the field:", "bold"), f" {DEMOS[fault].symptom}\n"))
     show(result, json=json, csv=None, rest="--html has all")
     if json != "-":
         console.print(verdict(seeded, result.tests[0]))
@@ -70,10 +70,10 @@ def demo(
 
 def catalogue() -> Sheet:
     """Table of all faults: name, what is wrong, what one would see."""
-    from cp_debug.bisect.faults.catalog import FAULTS
+    from cp_debug.bisect.demos import DEMOS
     from cp_debug.reports.sheet import Column, Sheet
 
-    rows = [(name, fault.summary, fault.symptom) for name, fault in FAULTS.items()]
+    rows = [(name, fault.summary, fault.symptom) for name, fault in DEMOS.items()]
     return Sheet((Column("fault", "name"), Column("what is wrong"), Column("in the field")), rows)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from cp_debug.bisect.faults.base import Fault
-from cp_debug.bisect.faults.edits import add, scale_channel, scale_weights, store_as
-from cp_debug.bisect.faults.seeding import Edit, edited
+from faults.edits import add, scale_channel, scale_weights, store_as
+from faults.seeding import Edit, edited
+
+from cp_debug.bisect.demos import Fault
 
 _SCALED: dict[str, Edit] = {"pts_backbone.blocks.0.7": lambda editor, value: scale_weights(editor, value, 0.02)}
 _CHANNEL: dict[str, Edit] = {"pts_neck.deblocks.1.1": lambda editor, value: scale_channel(editor, value, -0.5)}

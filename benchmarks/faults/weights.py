@@ -1,19 +1,11 @@
-"""Faults in the weights: scale, BatchNorm's epsilon and statistics, the order of channels."""
+"""Faults in the weights: BatchNorm's epsilon and statistics, the order of channels."""
 
 from __future__ import annotations
 
 import torch
 
-from cp_debug.bisect.faults.base import Fault, Seeded
-from cp_debug.bisect.faults.seeding import changed
+from cp_debug.bisect.demos import Fault, Seeded, changed
 from cp_debug.recipes.centerpoint.model import CenterPoint
-
-
-def _weight_scale() -> Seeded:
-    def change(network: CenterPoint) -> None:
-        network.get_parameter("pts_backbone.blocks.1.3.weight").data *= 1.02
-
-    return changed(change, "the weights of pts_backbone.blocks.1.3 × 1.02", "pts_backbone.blocks.1.4")
 
 
 def _batch_norm_eps() -> Seeded:
@@ -44,8 +36,6 @@ def _swapped_dimensions() -> Seeded:
 
 
 WEIGHTS = (
-    Fault("weight-scale", "one convolution's weights are 2 % too large", "slightly worse scores, nothing broken",
-          _weight_scale),
     Fault("bn-eps", "BatchNorm was built with torch's default eps", "a small offset everywhere after export",
           _batch_norm_eps),
     Fault("stale-statistics", "BatchNorm's running statistics were never loaded", "objects of one scale are missed",

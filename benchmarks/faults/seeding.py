@@ -1,25 +1,18 @@
-"""The ways to put a fault into ``centerpoint:tiny``: other weights, an edited graph."""
+"""A fault put into ``centerpoint:tiny`` by an edit of its graph."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
+from faults.edits import Editor
+
 from cp_debug.backends.base import Program
-from cp_debug.bisect.faults.base import Seeded
-from cp_debug.bisect.faults.edits import Editor
+from cp_debug.bisect.demos import Seeded
 from cp_debug.graph.graph import Graph
-from cp_debug.recipes.centerpoint.model import CenterPoint
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 
 Edit = Callable[[Editor, str], None]
-
-
-def changed(change: Callable[[CenterPoint], None], where: str, *layers: str) -> Seeded:
-    """The fault of a model changed by ``change`` and exported anew."""
-    test = CenterPointModel("tiny")
-    change(test.network)
-    return Seeded(CenterPointModel("tiny"), where, layers, test_model=test)
 
 
 def edited(where: str, edits: dict[str, Edit]) -> Seeded:

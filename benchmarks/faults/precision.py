@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from faults.seeding import layers
+
 from cp_debug.backends.base import Program, Session
 from cp_debug.backends.emulated import EmulatedBackend
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.bisect.faults.base import Fault, Seeded
-from cp_debug.bisect.faults.seeding import layers
+from cp_debug.bisect.demos import Fault, Seeded
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 
