@@ -98,7 +98,8 @@ class _ModuleSession:
         self._large = self._converted and held >= LARGE
         self._module: nn.Module | None = None if self._large else self._made()
         self._names = [v.name for v in program.graph.outputs]
-        links = program.alignment.links if program.alignment else ()
+        # What the module returned is given at its end, by position: an equal tensor inside is no output.
+        links = [k for k in program.alignment.links if k.onnx not in self._names] if program.alignment else []
         # Inside a function of torch, other devices and dtypes go other ways under the same names.
         inner = device == "cpu" and dtype == torch.float32
         self._values: dict[str, list[str]] = {}
