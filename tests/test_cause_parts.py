@@ -20,7 +20,6 @@ from cp_debug.bisect.result import GUILTY, INHERITED
 from cp_debug.bisect.sides import _OWN_INPUTS, counts_told
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
-from cp_debug.programs.rescaled_channels import _seen
 from cp_debug.programs.scene import FOLDER, keep_scene
 from cp_debug.recipes.base import Sample
 
@@ -124,30 +123,6 @@ def test_counts_that_hang_on_values_are_told_of_layers_that_inherit_theirs() -> 
     told = counts_told(rows)
     assert [line.split(" gives ")[0] for line in told] == ["a (NonZero)", "b (NonZero)"]
     assert told[0].startswith("a (NonZero) gives [5], the reference [3]: how many results it has hangs on the values")
-
-
-def test_a_component_that_is_asked_for_runs_as_its_pair_and_the_others_as_they_are(tmp_path: Path) -> None:
-    graphs = {}
-    for name, op in (("plain", "Neg"), ("pair", "Abs")):
-        net = NetBuilder()
-        net.op(op, "x", name="y")
-        graphs[name] = Graph(net.save(tmp_path / f"{name}.onnx", {"x": (1, [2])}, ["y"]))
-    seen: list[tuple[str, list[float]]] = []
-
-    def walked(model: Any, sample: Any, run: Any) -> None:
-        for name in ("first", "second"):
-            out = run(SimpleNamespace(name=name), {"x": np.float32([-1, 2])})
-            seen.append((name, out["y"].tolist()))
-
-    programs: Any = [SimpleNamespace(name=n, graph=graphs["plain"]) for n in ("first", "second")]
-    asked: Any = {"second": SimpleNamespace(graph=graphs["pair"])}
-    nobody: Any = None
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("cp_debug.programs.rescaled_channels.walk", walked)
-        runs = _seen(nobody, nobody, programs, asked)
-    assert seen == [("first", [1, -2]), ("second", [1, 2])]
-    assert list(runs) == ["second"]
-    assert runs["second"].shapes == {"x": (2,), "y": (2,)}
 
 
 def test_trials_of_made_up_inputs_have_the_first_seed(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from numpy.testing import assert_allclose
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
@@ -22,7 +21,7 @@ from cp_debug.files import file_hash
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.mixed_precision import activation_reuse, fusion_groups
 from cp_debug.mixed_precision.predict import enough_of
-from cp_debug.programs import channel_factors, node_differences, row_factors, scope_names
+from cp_debug.programs import node_differences, scope_names
 from cp_debug.programs.align import module_digest
 from cp_debug.programs.attribute_meaning import says_nothing
 from cp_debug.programs.export import _reason
@@ -49,15 +48,6 @@ def node_of(folder: Path, op: str, inputs: list[str], **attributes: Any) -> Node
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / "g.onnx")
     return Graph(folder / "g.onnx").nodes[0]
-
-
-def test_a_ratio_is_shared_by_most_elements_of_a_row() -> None:
-    ours = np.array([[1.0, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4], [0, 0, 0, 0], [1, 0, 0, 0]])
-    theirs = np.array([[2.0, 4, 6, 9], [2, 4, 9, 9], [0, 0, 0, 0], [5, 0, 0, 0], [3, 0, 0, 0]])
-    found = row_factors._common_ratio(ours, theirs)
-    assert_allclose(found, [2, np.nan, np.nan, 1, 3])
-    near = row_factors._common_ratio(ours[:1], ours[:1] * (1 + np.array([0, 0.9e-6, -0.9e-6, 3e-6])))
-    assert_allclose(near, [1], rtol=1e-5)
 
 
 def test_settings_of_all_components_stand_once() -> None:
@@ -331,21 +321,6 @@ def test_a_scale_of_a_whole_weight_is_repeated_for_its_channels() -> None:
     assert amax_checkpoint._for_channels(conv, torch.tensor([[1.0], [2], [3]]), "w").tolist() == [1, 2, 3]
     with pytest.raises(InputError, match="w has 2 scales for its weight; expected one, or one for each of its 3"):
         amax_checkpoint._for_channels(conv, torch.ones(2), "w")
-
-
-def test_factors_are_as_short_as_they_can_be() -> None:
-    same = np.broadcast_to(np.array([[1.0], [2.0]]), (2, 5))
-    assert channel_factors._narrowed(same).tolist() == [[1], [2]]
-    assert channel_factors._narrowed(np.ones((2, 3))).shape == (1, 1)
-    assert channel_factors._narrowed(np.array([[1.0, 2], [1, 3]])).shape == (2, 2)
-    assert channel_factors._narrowed(np.zeros((0, 3))).shape == (0, 1)
-
-
-def test_only_factors_of_1_are_lost_unnoticed() -> None:
-    plain, scaled = (channel_factors.Factors(np.array([number])) for number in (1.0, 2.0))
-    assert channel_factors._only_plain([plain, plain]) is None
-    with pytest.raises(channel_factors.Broken):
-        channel_factors._only_plain([plain, scaled])
 
 
 def test_what_belongs_to_the_layer_before_it(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from cp_debug.programs.export_cache import ExportCache
 from cp_debug.programs.packed_graph import with_levels
 from cp_debug.programs.paired import differing_weights, pair_programs
 from cp_debug.programs.pipeline import Export, changed_state, load_test_programs, prepare, wants_int8
-from cp_debug.programs.rescaled_channels import rescale
 from cp_debug.programs.unroll import Unroller
 from cp_debug.programs.weight_differences import WeightDifferences
 from cp_debug.quantization.models import QuantizedComponent
@@ -97,11 +96,6 @@ class Preparation:
         reference, *tests = backends
         folder = self._options.save or scratch
         originals, changed = self._programs(first, folder, exported)
-        # A reference that torch runs is a module, which cannot be rewritten.
-        modules = any(backend.spec.family == "torch" for backend in backends)
-        originals, rescaled = rescale(self._reference.model, first, originals, changed, folder, modules=modules)
-        for note in rescaled:
-            say(note)
         weights = differing_weights(originals, changed)
         for component, differences in weights.items():
             say(f"weights of {component}: {differences.says}")
@@ -109,9 +103,7 @@ class Preparation:
         programs = unroller.unrolled(originals, self._reference.model, self._samples, reference.precision)
         ours = self._for(reference, self._reference, programs, folder)
         theirs = [unroller.unrolled(changed, self._test.model, self._samples, b.precision) for b in tests]
-        notes = (
-            rescaled + unroller.notes + [drawing_note(node) for program in programs for node in drawing(program.graph)]
-        )
+        notes = unroller.notes + [drawing_note(node) for program in programs for node in drawing(program.graph)]
         step, maps = self._progress.step, self._options.maps
         paired = {tuple(own): pair_programs(self._reference.model, first, programs, own, maps, step) for own in theirs}
         theirs = [paired[tuple(own)] for own in theirs]
