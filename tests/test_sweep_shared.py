@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -30,6 +29,9 @@ from cp_debug.sweep import bisecting, prepared, sensitivity, shared
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.shared import SharedStore
 from cp_debug.sweep.tasks import Task, run_task
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 NET = """
 import torch
@@ -110,55 +112,65 @@ def test_the_second_gets_what_the_first_made(store: SharedStore, tmp_path: Path)
     assert calls, "another key"
 
 
-def test_others_wait_while_one_makes_it(store: SharedStore, tmp_path: Path) -> None:
-    made, folders, come = [], [tmp_path / str(number) for number in range(3)], []
+@pytest.fixture
+def client() -> Iterator[Client]:
+    """A worker in this process that runs three tasks at a time."""
+    from distributed import Client
 
-    def take(folder: Path) -> None:
+    with Client(processes=False, n_workers=1, threads_per_worker=3, dashboard_address=None) as made:
+        yield made
+
+
+def test_others_wait_while_one_makes_it(place: str, tmp_path: Path, client: Client) -> None:
+    folders = [tmp_path / f"come-{number}" for number in range(3)]
+
+    def take(folder: Path) -> bool:
         folder.mkdir()
-        come.append(folder)
-        make, calls = writer(folder, folder.name, lambda: until(lambda: len(come) == len(folders)))
-        store.make_once("k", folder, make)
-        made.extend(calls)
+        make, calls = writer(folder, folder.name, lambda: until(lambda: len(list(tmp_path.glob("come-*"))) == 3))
+        SharedStore(place).make_once("k", folder, make)
+        return bool(calls)
 
-    threads = [threading.Thread(target=take, args=(folder,)) for folder in folders]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(made) == 1
-    assert {(folder / "net.onnx").read_text() for folder in folders} == set(made)
+    made = client.gather([client.submit(take, folder) for folder in folders])
+    assert sorted(made) == [False, False, True]
+    maker = folders[made.index(True)].name
+    assert {(folder / "net.onnx").read_text() for folder in folders} == {maker}
 
 
-def test_a_claim_of_a_process_that_died_is_taken_over(
-    store: SharedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shared, "STALE", 0.3)
-    store._files.pipe_file(store._place("k.claim"), b"gone 3")
-    make, calls = writer(tmp_path / "a")
-    store.make_once("k", tmp_path / "a", make)
-    assert calls
-    assert not store._files.exists(store._place("k.claim"))
+def test_a_lock_of_a_worker_that_died_is_given_to_another(tmp_path: Path) -> None:
+    import dask
+    from distributed import Client, Lock
+
+    quick = {f"distributed.scheduler.locks.lease-{name}": "100ms" for name in ("timeout", "validation-interval")}
+    with (
+        dask.config.set(quick),
+        Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client,
+    ):
+        store = SharedStore(str(tmp_path / "store"))
+        lock = Lock(f"cpdebug {store.url} k")
+        lock.acquire()
+        lock.refresh_callback.stop()  # as when its process is gone
+        client.submit(store.make_once, "k", tmp_path / "a", writer(tmp_path / "a")[0]).result()
+        assert (tmp_path / "a/net.onnx").read_text() == "made"
 
 
-def test_what_raises_leaves_no_claim(store: SharedStore, tmp_path: Path) -> None:
+def test_what_raises_holds_nobody_up(store: SharedStore, tmp_path: Path, client: Client) -> None:
     def fail() -> None:
         raise InputError("no export")
 
     with pytest.raises(InputError, match="no export"):
-        store.make_once("k", tmp_path, fail)
-    make, calls = writer(tmp_path / "a")
-    store.make_once("k", tmp_path / "a", make)
-    assert calls
+        client.submit(store.make_once, "k", tmp_path, fail).result()
+    client.submit(store.make_once, "k", tmp_path / "a", writer(tmp_path / "a")[0]).result()
+    assert (tmp_path / "a/net.onnx").read_text() == "made"
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[:-600], lambda data: data[:700] + b"x" + data[701:], lambda d: b""]
+    "damage", [lambda data: data[:-20], lambda data: data.replace(b"made", b"fade"), lambda d: b""]
 )
 def test_a_damaged_entry_is_made_anew(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     store, folder = SharedStore(str(tmp_path / "store")), tmp_path / "a"
     store.check()
     store.make_once("k", folder, writer(folder)[0])
-    entry = tmp_path / "store/k.tar"
+    entry = tmp_path / "store/k.zip"
     entry.write_bytes(damage(entry.read_bytes()))
     for expected in (1, 0):
         make, calls = writer(folder, "again")
@@ -186,19 +198,19 @@ def test_a_store_is_listed_and_cleared(place: str, tmp_path: Path, monkeypatch: 
         folder = tmp_path / key
         folder.mkdir()
         store.make_once(key, folder, writer(folder)[0])
-    for foreign in ("notes.tar", f"{'c' * 64}.claim"):  # the claim is new: somebody makes that entry
+    for foreign in ("notes.zip", f".{'c' * 32}.partial"):  # the partial one is new: somebody writes it
         store._files.pipe_file(store._place(foreign), b"x")
     code, text = run("cache", "--shared", place, "--json")
     listed = json.loads(text)["shared"]
     assert (code, sorted(entry["key"] for entry in listed["entries"])) == (0, keys)
-    assert listed["bytes"] > 2000
+    assert listed["bytes"] > 200
     assert json.loads(run("cache", "--shared", place, "--unused", "1", "--json")[1])["shared"]["entries"] == []
     code, text = run("cache", "--shared", place)
     assert (code, f"cpdebug cache --shared {place} --clear" in text) == (0, True)
     assert "shared: removed 2 entries" in run("cache", "--shared", place, "--clear")[1]
     monkeypatch.setattr(shared, "UNFINISHED", -60.0)
-    assert [entry.key for entry in store.entries()] == [f"{'c' * 64}.claim"]
-    assert store._files.exists(store._place("notes.tar"))
+    assert [entry.key for entry in store.entries()] == [f".{'c' * 32}.partial"]
+    assert store._files.exists(store._place("notes.zip"))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +240,7 @@ class Broken:
         return getattr(self._files, name)
 
 
-@pytest.mark.parametrize("working", [0, 1, 2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("working", [0, 1, 2, 3, 4, 5])
 def test_a_store_that_fails_is_done_without(working: int, tmp_path: Path) -> None:
     said: list[str] = []
     store = SharedStore(str(tmp_path / "store"), said.append)
@@ -256,7 +268,7 @@ class Repeating(Broken):
             there(*given, **more)
             return there(*given, **more)
 
-        return twice if name in ("get_file", "put_file", "pipe_file", "cat_file", "exists", "makedirs") else there
+        return twice if name in ("get_file", "put_file", "pipe_file", "cat_file", "makedirs") else there
 
 
 def test_a_store_that_repeats_itself_gives_the_same(store: SharedStore, tmp_path: Path) -> None:

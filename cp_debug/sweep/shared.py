@@ -1,23 +1,18 @@
 """Work that tasks share, exports, calibrations, engines: made once, kept by content hash in a folder or object store.
 
-An entry is one file ``<key>.tar``: 64 hexadecimal digits, the SHA-256 of what follows, and a tar archive of plain
-files. What is cut off or changed is made anew. While one process makes an entry the others wait: it writes
-``<key>.claim`` anew every few seconds, and a claim that does not change any more belongs to a process that died. Of
-several that claim at the same time the last one makes it; should two of them, that costs time and nothing else. A store
-that fails in the middle of a sweep is done without, and said to have failed.
+An entry is one file ``<key>.zip`` of plain files; what is cut off or changed is made anew. While one task makes it the
+others of its sweep wait, by a lock of Dask's, which a worker that died gives back. Should two sweeps make it at once,
+that costs time and nothing else. A store that fails in the middle of a sweep is done without, and said to have failed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-import shutil
-import tarfile
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -27,18 +22,11 @@ from typing import Any
 from cp_debug.caches import UNFINISHED, KeptEntry
 from cp_debug.errors import InputError, in_one_line
 
-REFRESH = 5.0
-"""Seconds between two writes of a claim."""
-STALE = 30.0
-"""Seconds after which a claim that did not change is nobody's."""
-_LOOK = 0.2
-"""Seconds between two looks for an entry that another process makes."""
-_DIGITS = 64
 TOPIC = "cpdebug-shared-store"
 """Topic of Dask's events on which workers tell that a store failed."""
 _BUCKETS = {"s3", "s3a", "gs", "gcs", "oss", "cos", "obs"}
 """Protocols without folders: making one makes a bucket, which is not asked for."""
-_ENTRY = re.compile(r"[0-9a-f]{64}\.tar|[0-9a-f]{64}\.claim|\.[0-9a-f]{32}\.partial|[0-9a-f]{32}\.probe")
+_ENTRY = re.compile(r"[0-9a-f]{64}\.zip|\.[0-9a-f]{32}\.partial|[0-9a-f]{32}\.probe")
 
 
 class SharedStore:
@@ -85,9 +73,9 @@ class SharedStore:
             raise InputError(f"--shared: {self.url}: cannot be read ({in_one_line(error)})") from None
         named = [(str(one["name"]).rpartition("/")[2], one) for one in found]
         kept = [
-            KeptEntry("shared", name.removesuffix(".tar"), (Path(name),), int(one.get("size") or 0), _written(one))
+            KeptEntry("shared", name.removesuffix(".zip"), (Path(name),), int(one.get("size") or 0), _written(one))
             for name, one in named
-            if _ENTRY.fullmatch(name) and (name.endswith(".tar") or time.time() - _written(one) > UNFINISHED)
+            if _ENTRY.fullmatch(name) and (name.endswith(".zip") or time.time() - _written(one) > UNFINISHED)
         ]
         return sorted(kept, key=lambda entry: entry.used, reverse=True)
 
@@ -111,8 +99,8 @@ class SharedStore:
         """
         if self._get(key, folder):
             return
-        with self._claimed(key, folder) as there:
-            if not there:
+        with _alone(f"cpdebug {self.url} {key}"):
+            if not self._get(key, folder):
                 make()
                 self._put(key, folder)
 
@@ -126,15 +114,15 @@ class SharedStore:
         with TemporaryDirectory(prefix="cpdebug-") as temporary:
             archive = Path(temporary) / "entry"
             try:
-                if not self._files.exists(self._place(f"{key}.tar")):
-                    return False
-                self._files.get_file(self._place(f"{key}.tar"), str(archive))
-                return _unpack(archive, folder)
-            except FileNotFoundError:
+                self._files.get_file(self._place(f"{key}.zip"), str(archive))
+                with zipfile.ZipFile(archive) as entry:  # of each file it knows the sum, and checks it
+                    entry.extractall(folder)
+            except (FileNotFoundError, zipfile.BadZipFile):
                 return False
             except Exception as error:  # every store has errors of its own
                 self._failed(error)
                 return False
+        return True
 
     def _put(self, key: str, folder: Path) -> None:
         if not self._works:
@@ -142,10 +130,12 @@ class SharedStore:
         with TemporaryDirectory(prefix="cpdebug-") as temporary:
             archive, partial = Path(temporary) / "entry", self._place(f".{uuid.uuid4().hex}.partial")
             try:
-                _pack(folder, archive)
+                with zipfile.ZipFile(archive, "w") as entry:
+                    for file in sorted(folder.iterdir()):
+                        entry.write(file, file.name)
                 self._make_folder()
                 self._files.put_file(str(archive), partial)
-                self._files.mv(partial, self._place(f"{key}.tar"))
+                self._files.mv(partial, self._place(f"{key}.zip"))
             except Exception as error:  # every store has errors of its own, and a disk may be full
                 self._failed(error)
 
@@ -160,54 +150,16 @@ class SharedStore:
             why = in_one_line(error) or type(error).__name__
             self._on_say(f"shared store {self.url}: done without from now on, as it failed: {why}")
 
-    @contextmanager
-    def _claimed(self, key: str, folder: Path) -> Iterator[bool]:
-        """Wait while another process makes the entry; whether its files are in ``folder`` now, else it is claimed."""
-        place, seen, since, owner = self._place(f"{key}.claim"), b"", time.monotonic(), uuid.uuid4().hex
-        while self._works:
-            looked = time.monotonic()
-            claim = self._read(place)
-            if claim != seen:
-                seen, since = claim, looked
-            if not claim or looked - since > STALE:
-                self._claim(place, owner, 0)
-                time.sleep(2 * (time.monotonic() - looked))  # whoever saw no claim either has written one by now
-                seen, since = self._read(place), time.monotonic()
-                if not seen or seen.startswith(owner.encode()):
-                    break
-            time.sleep(_LOOK)
-            if self._get(key, folder):
-                yield True
-                return
-        if self._get(key, folder):  # made between the first look and the claim's end
-            yield True
-            return
-        done = threading.Event()
-        keeper = threading.Thread(target=self._keep, args=(place, owner, done), daemon=True)
-        keeper.start()
-        try:
-            yield False
-        finally:
-            done.set()
-            keeper.join()
-            with suppress(Exception):
-                self._files.rm_file(place)
 
-    def _keep(self, place: str, owner: str, done: threading.Event) -> None:
-        count = 0
-        while self._works and not done.wait(REFRESH):
-            count += 1
-            self._claim(place, owner, count)
+def _alone(name: str) -> AbstractContextManager[object]:
+    """Context that one task of a sweep is in at a time; outside of a worker it holds nobody up."""
+    from distributed import Lock, get_worker
 
-    def _claim(self, place: str, owner: str, count: int) -> None:
-        with suppress(Exception):
-            self._files.pipe_file(place, f"{owner} {count}".encode())
-
-    def _read(self, place: str) -> bytes:
-        try:
-            return bytes(self._files.cat_file(place))
-        except Exception:  # not there, or a store's own error: then there is no claim to wait for
-            return b""
+    try:
+        get_worker()
+    except ValueError:
+        return nullcontext()
+    return Lock(name)
 
 
 @lru_cache(4)
@@ -231,41 +183,3 @@ def _written(about: Mapping[str, Any]) -> float:
         if isinstance(told, (int, float)):
             return float(told)
     return 0.0
-
-
-def _pack(folder: Path, archive: Path) -> None:
-    """Write an archive of the files in ``folder``, its digest before it."""
-    with archive.open("w+b") as stream:
-        stream.write(bytes(_DIGITS))
-        with tarfile.open(fileobj=stream, mode="w") as tar:
-            for file in sorted(folder.iterdir()):
-                tar.add(file, file.name, recursive=False)
-        digest = _digest_after(stream)
-        stream.seek(0)
-        stream.write(digest)
-
-
-def _unpack(archive: Path, folder: Path) -> bool:
-    """Put an archive's files into ``folder``; False, and none of them, where it is not whole."""
-    with archive.open("rb") as stream:
-        said = stream.read(_DIGITS)
-        if said != _digest_after(stream):
-            return False
-        stream.seek(_DIGITS)
-        with tarfile.open(fileobj=stream, mode="r:") as tar:
-            for member in tar:
-                content = tar.extractfile(member) if member.isreg() and Path(member.name).name == member.name else None
-                if content is None:
-                    return False
-                with content, (folder / member.name).open("wb") as target:
-                    shutil.copyfileobj(content, target)
-    return True
-
-
-def _digest_after(stream: Any) -> bytes:
-    """SHA-256 of a file after its first 64 bytes."""
-    stream.seek(_DIGITS)
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest().encode()
