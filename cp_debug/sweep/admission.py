@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-import threading
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from cp_debug.errors import InputError, in_one_line
-from cp_debug.version import __version__
 
 if TYPE_CHECKING:
     from distributed import Client
 
 NAMED = 3
 """Workers that a message names; of others it has their number."""
-PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 class Admission:
@@ -38,12 +33,15 @@ class Admission:
         """
         present = list(workers)
         if new := [address for address in present if address not in self._known]:
-            for address, answer in self._answers(new).items():
-                if isinstance(answer, (OSError, asyncio.TimeoutError)):  # gone again: the next one there is asked
-                    continue
-                self._known.add(address)
-                if why := refusal(answer):
-                    self.refused[address] = why
+            try:
+                answers = self._client.run(_question(), workers=new, on_error="return") or {}
+            except (OSError, asyncio.TimeoutError):  # gone again: those that come back are asked then
+                answers = {}
+            for address, answer in answers.items():
+                if not isinstance(answer, (OSError, asyncio.TimeoutError)):
+                    self._known.add(address)
+                    if why := refusal(answer):
+                        self.refused[address] = why
         admitted = [address for address in present if address not in self.refused]
         if present and not admitted:
             raise InputError(f"--cluster: {self.told()}")
@@ -54,17 +52,8 @@ class Admission:
         reasons: dict[str, list[str]] = {}
         for address, why in self.refused.items():
             reasons.setdefault(why, []).append(address)
-        return "; ".join(
-            f"{', '.join(addresses[:NAMED])}{f' and {len(addresses) - NAMED} more' if len(addresses) > NAMED else ''}"
-            f": {why}"
-            for why, addresses in reasons.items()
-        )
-
-    def _answers(self, addresses: list[str]) -> Mapping[str, Any]:
-        try:
-            return self._client.run(_question(), workers=addresses, on_error="return") or {}
-        except (OSError, asyncio.TimeoutError):  # gone again: those that come back are asked then
-            return {}
+        more = {why: f" and {len(of) - NAMED} more" if len(of) > NAMED else "" for why, of in reasons.items()}
+        return "; ".join(f"{', '.join(of[:NAMED])}{more[why]}: {why}" for why, of in reasons.items())
 
 
 def refusal(answer: Any) -> str:
@@ -72,16 +61,14 @@ def refusal(answer: Any) -> str:
     wanted = "expected the code that the sweep was started with"
     if isinstance(answer, Exception):
         return f"it cannot say what it runs ({in_one_line(answer)}); {wanted}"
-    if answer["python"] != PYTHON:
-        return f"Python {answer['python']}, here {PYTHON}; expected the same on all workers"
-    if answer["dask"] != version("distributed"):
-        return f"Dask {answer['dask']}, here {version('distributed')}; expected the same on all workers"
-    if missing := answer.get("missing"):
-        return f"cpdebug cannot be imported there ({missing}); install it on all workers"
-    if answer["version"] != __version__:
-        return f"cpdebug {answer['version']}, here {__version__}; {wanted}"
-    if answer["code"] != code_hash():
-        return f"cpdebug {answer['version']} with other code than here (another commit, or changed files); {wanted}"
+    here = _here()
+    for name in ("Python", "Dask", "cpdebug"):
+        if name not in answer:
+            return f"cpdebug cannot be imported there ({answer['missing']}); install it on all workers"
+        if answer[name] != here[name]:
+            return f"{name} {answer[name]}, here {here[name]}; expected the same on all workers"
+    if answer["code"] != here["code"]:
+        return f"cpdebug {here['cpdebug']} with other code than here (another commit, or changed files); {wanted}"
     return ""
 
 
@@ -90,17 +77,14 @@ def check_scheduler(address: str) -> None:
 
     It is asked before there is a client: one that meets another version may fail in ways of its own, and never end.
     """
-    answer: Future[Any] = Future()
+    from distributed.utils import LoopRunner
 
-    def ask() -> None:
-        try:
-            answer.set_result(asyncio.run(_versions(address)))
-        except Exception as error:
-            answer.set_exception(error)
-
-    # A thread has an event loop of its own, in a notebook too, and what it waits for holds no exit up.
-    threading.Thread(target=ask, daemon=True).start()
-    found = answer.result()
+    loop = LoopRunner()  # in a thread of its own where one runs already, as in a notebook
+    loop.start()
+    try:
+        found = loop.run_sync(_versions, address)
+    finally:
+        loop.stop()
     theirs, ours = (found.get("packages") or {}).get("distributed"), version("distributed")
     if theirs and theirs != ours:
         raise InputError(
@@ -122,10 +106,14 @@ async def _versions(address: str) -> Any:
             raise OSError(f"what listens there gave no answer of a scheduler within {seconds:g} s") from None
 
 
-@lru_cache(maxsize=1)
 def code_hash() -> str:
     """SHA-256 of the package's source files, by their paths in it."""
-    return str(_question()()["code"])
+    return _here()["code"]
+
+
+@lru_cache(maxsize=1)
+def _here() -> dict[str, str]:
+    return _question()()
 
 
 def _question() -> Callable[[], dict[str, str]]:
@@ -136,22 +124,19 @@ def _question() -> Callable[[], dict[str, str]]:
         import importlib.metadata
         import importlib.util
         import pathlib
-        import sys
+        import platform
 
-        answer = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
-        answer["dask"] = importlib.metadata.version("distributed")
+        answer = {"Dask": importlib.metadata.version("distributed")}
+        answer["Python"] = ".".join(platform.python_version_tuple()[:2])
         try:
             from cp_debug.version import __version__ as ours
 
-            found = importlib.util.find_spec("cp_debug")
-            assert found is not None
-            assert found.origin is not None
-            folder = pathlib.Path(found.origin).parent
+            folder = pathlib.Path(importlib.util.find_spec("cp_debug").origin).parent  # type: ignore[union-attr, arg-type]
             digest = hashlib.sha256()
             for file in sorted(folder.rglob("*.py")):
                 digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes() + b"\0")
         except Exception as error:
             return {**answer, "missing": f"{type(error).__name__}: {error}"}
-        return {**answer, "version": ours, "code": digest.hexdigest()}
+        return {**answer, "cpdebug": ours, "code": digest.hexdigest()}
 
     return tell

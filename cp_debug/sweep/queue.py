@@ -1,18 +1,20 @@
-"""One queue: tasks go to Dask's workers a bounded number at a time, and each result is in the log before it is counted.
+"""One queue: tasks go to Dask a bounded number at a time, and each result is in the log before it is counted.
 
-A task that kills its worker is tried three times. Dask holds a death against every task that waited on that worker,
-so the third try is made at the end, alone: who dies then has done it.
+Dask tries a task again whose worker died, as often as its scheduler allows. It holds a death against every task that
+the worker had been given. So none waits behind another there; what is more than can run waits with our own scheduler.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import chain
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
 
 from cp_debug.sweep.admission import Admission
 from cp_debug.sweep.log import SweepLog
@@ -21,19 +23,19 @@ from cp_debug.sweep.tasks import Task, run_task
 from cp_debug.sweep.workers import ClusterLost
 
 if TYPE_CHECKING:
-    from distributed import Client, Future, as_completed
+    from distributed import Client, Future
 
-TRIES = 3
-"""Number of workers that a task may kill."""
 LEAST = 16
-"""Smallest number of tasks in flight, so that new workers find work."""
+"""Smallest number of tasks that our own scheduler has, where they wait: results then come many at a time."""
 _LOOK = 2.0
 """Seconds after which the number of workers is asked for again."""
+_WAIT = 0.5
+"""Seconds for which a result is waited for before the view is drawn anew."""
+_MORE = 0.005
+"""Seconds for more results to come along, as each question to the scheduler wants this core."""
 PATIENCE = 60.0
 """Seconds after which workers of this machine that are all gone are not waited for: a nanny whose worker dies while it
 starts gives up. A cluster may get others at any time."""
-_POLL, _LONGEST_POLL = 0.005, 0.1
-"""Seconds between two looks for results: ever longer while there are none, as workers here want this core."""
 
 
 @dataclass
@@ -64,13 +66,6 @@ class Progress:
         return {worker: count / seconds for worker, count in self.workers.items()}
 
 
-class _Flight(NamedTuple):
-    """A task that Dask has. ``alone``: no other is in flight."""
-
-    task: Task
-    alone: bool
-
-
 class Queue:
     """Runs tasks on a client's workers and writes what they give into a log."""
 
@@ -79,52 +74,48 @@ class Queue:
     ) -> None:
         self._client, self._log, self.progress, self._on_progress = client, log, progress, on_progress
         self._address = client.scheduler.address
-        self._flying: dict[Any, _Flight] = {}
-        self._again: deque[Task] = deque()
-        self._suspects: deque[Task] = deque()
-        self._deaths: Counter[str] = Counter()
+        self._flying: dict[Any, Task] = {}
+        self._landed: SimpleQueue[Future] = SimpleQueue()
         self._submitted = 0
-        self._threads, self._looked = 0, float("-inf")
+        self._threads: Counter[bool] = Counter()
+        """Threads of all workers, and of those with a GPU."""
         self._admission = Admission(client) if client.cluster is None else None
         self._admitted: list[str] | None = None
-        self._manned = time.monotonic()
+        self._looked, self._manned = float("-inf"), time.monotonic()
         client.subscribe_topic(TOPIC, self._told)
 
     def _told(self, event: Any) -> None:
         """Take a worker's word about its store; Dask gives the time and the text."""
         self.progress.store = self.progress.store or str(event[1])
 
-    def run(self, tasks: Iterator[Task]) -> None:
+    def run(self, tasks: Callable[[], Iterable[Task]]) -> None:
         """Run tasks until each is in the log. Raises ClusterLost when the scheduler, or all workers here, stay away."""
-        from distributed import as_completed
-
-        landed, pause = as_completed(loop=self._client.loop), _POLL
-        while self._fill(tasks, landed):
-            batch = landed.next_batch(block=False)
-            self._land(batch)
-            self.progress.running = min(len(self._flying), self._threads)
+        left: dict[bool, Iterator[Task]] = {
+            True: (task for task in tasks() if task.gpu),
+            False: (task for task in tasks() if not task.gpu),
+        }
+        while True:
+            self._look()
+            for gpu in left:
+                count = sum(task.gpu == gpu for task in self._flying.values())
+                while count < self._most(gpu) and (task := next(left[gpu], None)):
+                    self._submit(task)
+                    count += 1
+            if not self._flying:
+                return
+            for task in self._land(self._batch()):
+                left[task.gpu] = chain((task,), left[task.gpu])
+            self.progress.running = min(len(self._flying), self._threads[False])
             self._on_progress(self.progress)
-            pause = _POLL if batch else min(2 * pause, _LONGEST_POLL)
-            if not landed.has_ready():
-                time.sleep(pause)
 
-    def _fill(self, tasks: Iterator[Task], landed: as_completed) -> bool:
-        """Submit what fits; whether anything is in flight."""
-        self._look()
-        if any(flight.alone for flight in islice(self._flying.values(), 1)):
-            return True
-        while len(self._flying) < max(2 * self._threads, LEAST):
-            if (task := self._again.popleft() if self._again else next(tasks, None)) is None:
-                break
-            self._submit(task, landed, alone=False)
-        if not self._flying and self._suspects:
-            self._submit(self._suspects.popleft(), landed, alone=True)
-        return bool(self._flying)
+    def _most(self, gpu: bool) -> int:
+        """Tasks that Dask has at a time; those with resources never wait with the scheduler."""
+        threads = self._threads[gpu]
+        return max(threads, 1) if gpu or self._admission else max(2 * threads, LEAST)
 
-    def _submit(self, task: Task, landed: as_completed, *, alone: bool) -> None:
+    def _submit(self, task: Task) -> None:
         self._connected()
         self._submitted += 1  # a key of its own for every try, as Dask remembers what became of the last
-        # Keys that begin alike make a group, of which Dask sends a worker no more than it can run at once.
         future = self._client.submit(
             run_task,
             task.kind,
@@ -133,11 +124,21 @@ class Queue:
             resources={"GPU": 1} if task.gpu else None,
             workers=self._admitted,
         )
-        self._flying[future.key] = _Flight(task, alone)
-        landed.add(future)
+        self._flying[future.key] = task
+        future.add_done_callback(self._landed.put)
 
-    def _land(self, futures: Sequence[Future]) -> None:
-        """Take what is finished, in one question to the scheduler."""
+    def _batch(self) -> list[Future]:
+        """Wait for what is finished; none when that takes long."""
+        batch: list[Future] = []
+        with suppress(Empty):
+            batch.append(self._landed.get(timeout=_WAIT))
+            time.sleep(_MORE)
+            while True:
+                batch.append(self._landed.get_nowait())
+        return batch
+
+    def _land(self, futures: Sequence[Future]) -> Iterator[Task]:
+        """Record what is finished, in one question to the scheduler; the tasks whose results are lost."""
         from distributed import CancelledError, KilledWorker
 
         finished = {future.key: future for future in futures if future.status == "finished"}
@@ -146,27 +147,18 @@ class Queue:
         except (OSError, CancelledError, KilledWorker):  # the scheduler went away, or the workers that held them
             results = {}
         for future in futures:
-            flight = self._flying.pop(future.key)
-            error = future.exception() if future.status == "error" else None
+            task, error = self._flying.pop(future.key), None
+            if future.status == "error":
+                error = future.exception()
             if future.key in results:
-                self._record(flight.task, results[future.key])
+                self._record(task, results[future.key])
             elif isinstance(error, KilledWorker):
-                self._killed(flight, error.allowed_failures + 1)
+                self._fail(task, f"killed {error.allowed_failures + 1} workers")
             elif error is not None:  # it never came to ``run_task``: a worker without this package
-                self._fail(flight.task, f"{type(error).__name__}: {error}")
+                self._fail(task, f"{type(error).__name__}: {error}")
             else:
-                self._again.append(flight.task)
+                yield task
             future.release()
-
-    def _killed(self, flight: _Flight, deaths: int) -> None:
-        task = flight.task
-        self._deaths[task.key] += deaths
-        if flight.alone:
-            self._fail(task, f"killed {self._deaths[task.key]} workers, the last with nothing else running")
-        elif self._deaths[task.key] >= TRIES - 1:
-            self._suspects.append(task)
-        else:
-            self._again.append(task)
 
     def _fail(self, task: Task, why: str) -> None:
         self._record(task, {"error": why, "seconds": 0.0, "worker": ""})
@@ -213,6 +205,8 @@ class Queue:
             self._admitted = self._admission.look(workers)
             self.progress.refused = self._admission.told()
             workers = {address: worker for address, worker in workers.items() if address not in self._admission.refused}
-        self._threads = sum(worker["nthreads"] for worker in workers.values())
-        gpus = any(worker["resources"].get("GPU") for worker in workers.values())
-        self.progress.waiting_for_gpu = not gpus and any(flight.task.gpu for flight in self._flying.values())
+        self._threads.clear()
+        for worker in workers.values():
+            self._threads[False] += worker["nthreads"]
+            self._threads[True] += worker["nthreads"] if worker["resources"].get("GPU") else 0
+        self.progress.waiting_for_gpu = not self._threads[True] and any(task.gpu for task in self._flying.values())

@@ -89,5 +89,5 @@ def run(
     if left_count:
         with connect(gpu) as client:
             progress.started = time.monotonic()
-            Queue(client, log, progress, on_progress).run(task for task in tasks() if task.key not in finished)
+            Queue(client, log, progress, on_progress).run(lambda: (t for t in tasks() if t.key not in finished))
     return Finished(log, places, time.monotonic() - started, left_count)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from distributed import Client, LocalCluster, Nanny
 
 
+TRIES = 3
+"""Number of workers here that a task may kill."""
 _QUIET = {"distributed.admin.low-level-log-length": 10}
 """Dask keeps its last messages, tasks included, for its developers: here they are what would grow."""
 _ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -71,7 +73,7 @@ def local_workers(count: int | None, *, gpu: bool = False, gpus: int | None = No
         "processes": True,
         "dashboard_address": "127.0.0.1:0",
         "silence_logs": logging.CRITICAL,
-        "scheduler_kwargs": {"allowed_failures": 0},  # the queue counts the tries: see ``queue``
+        "scheduler_kwargs": {"allowed_failures": TRIES - 1},
     }
     devices: list[str] = []
     if gpu:
