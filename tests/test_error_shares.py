@@ -1,7 +1,9 @@
-"""Shares of guilty layers in the final divergence, on networks so small that each share is known."""
+"""Shares of layers in the final divergence, on networks so small that each share is known."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ from nets import NetBuilder
 
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import TestResult
+from cp_debug.recipes.base import Arrays, Component, Sample
+from cp_debug.recipes.onnx_file import OnnxFileModel
 
 X = np.linspace(1, 2, 32, dtype=np.float32).reshape(1, 32)
 
@@ -75,9 +79,13 @@ def test_behind_a_bend_the_error_is_carried_from_the_reference(tmp_path: Path) -
     r = net.op("Relu", times(net, "x", 3, "w"), name="r")
     times(net, net.op("Mul", r, r, name="square"), 5, "v")
     path = net.save(tmp_path / "bend.onnx", {"x": (1, [1, 32])}, ["v"])
-    found = shares(compared(path, {"w": 0.5, "v": 0.5}))
+    result = compared(path, {"w": 0.5, "v": 0.5})
+    found = shares(result)
     whole = 1.5 * 2.25 - 1
     assert found == {"w": pytest.approx(1.25 / whole, rel=1e-3), "v": pytest.approx(0.5 * 2.25 / whole, rel=1e-3)}
+    assert result.attribution is not None
+    assert result.attribution.carried == ["node_w"], "to first order it is 1.5 · 1.5 · 0.5 of 2.375; v is linear"
+    assert result.attribution.remainder == pytest.approx(0, abs=1e-3)
 
 
 def test_an_end_in_infinity_has_no_shares(tmp_path: Path) -> None:
@@ -87,12 +95,98 @@ def test_an_end_in_infinity_has_no_shares(tmp_path: Path) -> None:
     assert shares(compared(path, {"m": 0.5})) == {"m": None, "y": None}
 
 
-def test_the_most_excessive_of_many_have_shares(tmp_path: Path) -> None:
+def test_every_layer_has_a_share_and_they_add_up(tmp_path: Path) -> None:
     net, value = NetBuilder(), "x"
     for i in range(10):
         value = times(net, value, 1 + i / 8, f"n{i}")
     path = net.save(tmp_path / "long.onnx", {"x": (1, [1, 32])}, [value])
     result = compared(path, {f"n{i}": 1e-3 * (i + 1) for i in range(10)})
     assert len(result.guilty) == 10
-    assert [row.onnx for row in result.guilty if row.share is None] == ["n0", "n1"]
-    assert sum(row.share or 0 for row in result.guilty) == pytest.approx(52 / 55, rel=0.05)
+    found = shares(result)
+    assert [found[f"n{i}"] for i in range(10)] == pytest.approx([(i + 1) / 55 for i in range(10)], rel=0.05)
+    assert result.attribution is not None
+    assert result.attribution.layers == pytest.approx(1, abs=0.05)
+    assert result.attribution.reference is None, "not asked, for the layers make all of it"
+
+
+def test_layers_that_do_what_they_must_have_shares_too(tmp_path: Path) -> None:
+    """A mean is taken off behind + 1000, where FP16 has steps of one half: nearly all of the end comes from there."""
+    net = NetBuilder()
+    offset = net.op("Add", times(net, "x", 0.7, "scaled"), net.weight(np.array(1000, np.float32)), name="offset")
+    mean = net.op("ReduceMean", offset, name="mean", axes=[-1])
+    net.op("Mul", net.op("Sub", offset, mean, name="centred"), net.weight(np.array(3, np.float32)), name="y")
+    path = net.save(tmp_path / "offset.onnx", {"x": (1, [1, 32])}, ["y"])
+    np.savez(tmp_path / "x.npz", x=X)
+    (test,) = bisect(str(path), "ort,emu-fp16", options=Options(inputs=tmp_path / "x.npz", explain=False)).tests
+    found = {row.onnx: row.share or 0.0 for row in test.rows if row.op != "input"}
+    assert test.guilty == []
+    assert max(found, key=found.__getitem__) == "offset"
+    assert found["offset"] > 0.8, "the mean's own rounding makes the rest"
+    assert sum(found.values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_references_own_rounding_is_told_by_itself(tmp_path: Path) -> None:
+    """An exact test and a reference that is 1 % off: the layers of the test make nothing of it."""
+    editor = Editor(chain(tmp_path))
+    edits.scale_weights(editor, "second", 0.01)
+    spoilt = editor.save(tmp_path / "spoilt.onnx")
+    np.savez(tmp_path / "x.npz", x=X)
+    options = Options(inputs=tmp_path / "x.npz", explain=False)
+    (test,) = bisect(str(spoilt), "ort,emu-fp32", test_model=tmp_path / "chain.onnx", options=options).tests
+    assert test.attribution is not None
+    assert test.attribution.layers + (test.attribution.reference or 0.0) == pytest.approx(1, abs=1e-3)
+
+
+class Glued:
+    """Two components; what is between them moves numbers about, or computes with them."""
+
+    name = "glued"
+
+    def __init__(self, first: Path, second: Path, *, computes: bool, too_large: float = 0.0) -> None:
+        self._too_large = too_large
+        parts = OnnxFileModel(first), OnnxFileModel(second)
+        self.components = [replace(p.components[0], name=n) for p, n in zip(parts, ("a", "b"), strict=True)]
+        self._computes = computes
+
+    def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
+        yield from [Sample({"x": X}, "seed")] * count
+
+    def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
+        if component.name == "a":
+            return dict(sample.arrays)
+        value = results["a"]["y"]
+        moved = np.concatenate([value[:, 16:], np.zeros((1, 1), value.dtype), value[:, :15]], axis=1)
+        return {"x": (moved * 2 if self._computes else moved) * np.float32(1 + self._too_large)}
+
+    def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> None:
+        return None
+
+
+@pytest.mark.parametrize("computes", [False, True])
+def test_shares_reach_back_through_glue_that_moves_numbers(tmp_path: Path, computes: bool) -> None:
+    folders = tmp_path / "1", tmp_path / "2"
+    for folder in folders:
+        folder.mkdir()
+    first, second = map(chain, folders)
+    spoilt = []
+    for path, size in ((first, 0.02), (second, 0.01)):
+        editor = Editor(path)
+        edits.scale_weights(editor, "first", size)
+        spoilt.append(editor.save(path.with_suffix(".spoilt.onnx")))
+    model, other = Glued(first, second, computes=computes), Glued(*spoilt, computes=computes)
+    (test,) = bisect(model, "ort,ort-none", test_model=other, options=Options(explain=False)).tests
+    found = {row.component: row.share for row in test.guilty}
+    whole = 1.02 * 1.01 - 1
+    assert found["b"] == pytest.approx(0.01 * 1.02 / whole, rel=1e-2)
+    if computes:
+        assert any("the glue in front of b computes its input x" in note for note in test.notes)
+    else:
+        assert found["a"] == pytest.approx(0.02 / whole, rel=2e-2)
+
+
+def test_an_input_that_the_tests_own_glue_makes_wrong_has_the_share(tmp_path: Path) -> None:
+    paths = chain(tmp_path), chain(tmp_path)
+    models = [Glued(*paths, computes=False, too_large=size) for size in (0.0, 0.1)]
+    (test,) = bisect(models[0], "ort,ort-none", test_model=models[1], options=Options(explain=False)).tests
+    assert [(row.component, row.op) for row in test.guilty] == [("b", "input")]
+    assert test.guilty[0].share == pytest.approx(1, rel=1e-3)

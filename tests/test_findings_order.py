@@ -192,11 +192,11 @@ def test_a_score_that_an_error_raises_is_told_as_raised(change: float) -> None:
         return SimpleNamespace(boxes=boxes, scores=results["net"]["scores"], labels=np.zeros(1, np.int64))
 
     model: Any = SimpleNamespace(components=[SimpleNamespace(name="net")], decode=decode)
-    propagation: Any = SimpleNamespace(outputs=lambda key: {"scores": outputs["net"]["scores"] + np.float32(change)})
+    shares: Any = SimpleNamespace(change=lambda key: {"scores": np.array([change])})
     sample: Any = None
     stats = compare(np.ones(1), np.ones(1))
     row = LayerRow(0, "net", "layer", "layer", "Conv", stats, "guilty", False, share=0.75)
-    effect = Effects(model, sample, propagation, outputs).of([row])
+    effect = Effects(model, sample, shares, outputs).of([row])
     assert effect.share == 0.75
     assert effect.detections is not None
     assert effect.detections.mean_score == pytest.approx(change, rel=1e-5)

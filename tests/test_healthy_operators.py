@@ -103,7 +103,7 @@ def test_equal_bits_are_innocent_and_a_note_says_that_both_are_inexact(tmp_path:
     assert [row.name for row in test.guilty] == [test.rows[-1].name]
 
 
-@pytest.mark.parametrize("where", ["family", "segment", "effect", "share"])
+@pytest.mark.parametrize("where", ["family", "segment", "effect"])
 def test_a_failure_while_explaining_is_a_note_on_its_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -119,7 +119,6 @@ def test_a_failure_while_explaining_is_a_note_on_its_layer(
         place = {
             "segment": "cp_debug.bisect.causes.findings.Segment.of",
             "effect": "cp_debug.bisect.causes.effects.Effects.of",
-            "share": "cp_debug.bisect.shares.Propagation.share",
         }[where]
         monkeypatch.setattr(place, fails)
     (test,) = compared("rms_norm", tmp_path, "ort,ort-none", spoilt=1e-2, explain=True)
@@ -127,6 +126,16 @@ def test_a_failure_while_explaining_is_a_note_on_its_layer(
     assert [f.layers for f in test.findings] == [[layer.name]]
     assert test.findings[0].cause == ("unknown" if where == "segment" else "scaled")
     assert any(layer.name in note and "ZeroDivisionError: no such thing" in note for note in test.notes)
+
+
+def test_a_failure_of_the_shares_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError("no such thing")
+
+    monkeypatch.setattr("cp_debug.bisect.shares.Backward.walk", fails)
+    (test,) = compared("rms_norm", tmp_path, "ort,ort-none", spoilt=1e-2)
+    assert [row.share for row in test.guilty] == [None]
+    assert "the layers' shares of the final divergence are not known: ZeroDivisionError: no such thing" in test.notes
 
 
 def test_a_product_behind_other_nodes_of_its_segment_is_explained(tmp_path: Path) -> None:

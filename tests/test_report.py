@@ -308,7 +308,7 @@ def test_markdown_names_the_guilty_layer(saved: SavedResult) -> None:
     assert re.search(rf"\| {re.escape(name)} .*\| guilty \|".replace("_", r"\\?_"), text)
     assert saved.result.command in text
     widths = {line.count(" | ") for line in text.splitlines() if line.startswith("| ") and "verdict" in line}
-    assert widths == {8}
+    assert widths == {9}
 
 
 def test_junit_fails_where_a_layer_is_guilty(saved: SavedResult) -> None:

@@ -20,7 +20,7 @@ from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.optimizer_blame import Culprit, OptimizerBlame, Rewrite
 from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replayed import Replay
-from cp_debug.bisect.result import BisectResult, LayerRow, Remainder, StageRow, TestResult
+from cp_debug.bisect.result import Attribution, BisectResult, LayerRow, Remainder, StageRow, TestResult
 from cp_debug.bisect.result_diff import ResultDiff
 from cp_debug.deploy.bench import BackendBench, Latency
 from cp_debug.deploy.preprocessing import VoxelChange
@@ -48,7 +48,19 @@ from cp_debug.sweep.result import FailedTasks, SweepResult
 from cp_debug.sweep.searching import MixedPrecisionGroup
 from cp_debug.sweep.sensitivity import ProfileGroup, SensitivityGroup
 
-PARTS = (RunRecord, Finding, Where, Element, Observation, Replay, Remainder, DetectionChange, TensorStats, LayerRow)
+PARTS = (
+    RunRecord,
+    Finding,
+    Where,
+    Element,
+    Observation,
+    Replay,
+    Attribution,
+    Remainder,
+    DetectionChange,
+    TensorStats,
+    LayerRow,
+)
 NAMES = {kind.__name__: kind for kind in (*PARTS, OptimizerBlame)}
 """What some modules import for type checkers only."""
 PLAIN = st.dictionaries(st.text(max_size=4), st.integers() | st.booleans() | st.text(max_size=4), max_size=2)

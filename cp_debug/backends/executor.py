@@ -165,7 +165,13 @@ class Executor:
             return self._execute(self.graph.nodes, inputs, [v.name for v in self.graph.outputs], sink, probes)
 
     def run_nodes(
-        self, nodes: Sequence[Node], values: Mapping[str, Any], wanted: Collection[str], sink: Sink | None = None
+        self,
+        nodes: Sequence[Node],
+        values: Mapping[str, Any],
+        wanted: Collection[str],
+        sink: Sink | None = None,
+        *,
+        differentiable: bool = False,
     ) -> dict[str, Tensor]:
         """Replay ``nodes`` (a ``Graph.segment``) from captured ``values`` and return the ``wanted`` results.
 
@@ -175,9 +181,11 @@ class Executor:
         captured inputs of exactly that layer. ``values`` may load lazily; only what the nodes read is asked for, once.
         Given values are rounded like graph inputs; one named like a weight takes its place. Results are tensors on the
         executor's device, in the dtype in which its arithmetic holds them; shapes are those of the run.
+        ``differentiable``: torch's autograd follows the results back to given tensors that require a gradient. Levels
+        of quantizers are floats then, with the slope of what they round (straight-through), 0 where it is cut off.
         Raises InputError when a value is neither given nor computed, NodeFailed when an operator raises.
         """
-        with torch.no_grad():
+        with torch.set_grad_enabled(differentiable):
             return self._execute(nodes, values, wanted, sink)
 
     def _execute(

@@ -31,7 +31,7 @@ class Reference:
 
     def run(self, node: Node, inputs: Mapping[str, Any]) -> list[Any]:
         """The outputs of ``node`` as numpy arrays or lists of them, for inputs by value name."""
-        arrays = {n: v.cpu().numpy() if isinstance(v, Tensor) else v for n, v in inputs.items()}
+        arrays = {n: v.detach().cpu().numpy() if isinstance(v, Tensor) else v for n, v in inputs.items()}
         outputs = dict(zip(node.outputs, self._evaluator(node, arrays).run(None, arrays), strict=True))
         return [outputs.get(name) for name in node.proto.output]
 

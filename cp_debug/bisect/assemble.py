@@ -81,6 +81,7 @@ def result_of(
         programs={name: saved_name(graph, save) for name, graph in run.graphs.items()},
         optimizer_blame=collected.optimizer_blame,
         remainder=collected.remainder,
+        attribution=collected.attribution,
         model_sha256=model_sha256,
         findings=collected.findings,
         detections=collected.detections,

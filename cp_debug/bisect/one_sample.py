@@ -22,8 +22,8 @@ from cp_debug.bisect.origins import trace_origins
 from cp_debug.bisect.regions.guilty import can_build, look_inside
 from cp_debug.bisect.remainder import remainder
 from cp_debug.bisect.replayed import Replay
-from cp_debug.bisect.result import GUILTY
-from cp_debug.bisect.shares import Propagation, set_shares
+from cp_debug.bisect.result import GUILTY, Attribution
+from cp_debug.bisect.shares import Shares, set_shares
 from cp_debug.bisect.sides import counts_told
 from cp_debug.bisect.undone import acquit_undone
 from cp_debug.bisect.worst_samples import Collected
@@ -139,9 +139,20 @@ class SampleRuns:
         trace_origins(run, rows, side.captured, test)
         collected.masks |= dict.fromkeys(acquit_masks(run, rows, side.captured, test))
         collected.undone |= acquit_undone(run, rows)
+        failures: list[str] = []
+        feed = partial(self._exact_input, sample, results)
+        shares = Shares(run, sample, side.captured, test, results, feed)
+        attribution: Attribution | None = None
         # Behind control flow that goes another way, no error is carried to the outputs: there are other nodes.
-        failures = [] if ways else set_shares(run, rows, sample, side.captured, test)
+        if run.oracle is not None and not ways:
+            self._progress.tell(f"{spec}, sample {index}: shares")
+            try:
+                attribution = set_shares(shares, rows)
+            except Exception as error:
+                failures.append(f"the layers' shares of the final divergence are not known: {in_one_line(error)}")
+            failures += shares.notes
         if run.oracle is not None and collected.is_worst(rows):
+            collected.attribution = attribution
             unexplained = not any(row.verdict == GUILTY for row in rows.values())
             differs = unexplained and not all(row.within for row in rows.values())
             try:
@@ -149,8 +160,7 @@ class SampleRuns:
             except Exception as error:
                 failures.append(f"whether rounding adds up to the divergence is not known: {in_one_line(error)}")
             if self._options.explain:
-                feed = partial(self._exact_input, sample, results)
-                effects = Effects(self._model, sample, Propagation(run, sample, side.captured, test), side.outputs)
+                effects = Effects(self._model, sample, shares, side.outputs)
                 precision = self._reference.backend.precision
                 explainer = Explainer(run, precision, side.captured, test, feed, effects, settled)
                 explainer.goes_inside = partial(can_build, run)

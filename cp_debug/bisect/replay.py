@@ -99,7 +99,7 @@ class Replayer:
         self._finer: Executor | None = None
         self._trimmer = Trimmer(TRIM_AFTER)
         self._outputs = {v.name for v in graph.outputs}
-        self._levels = level_values(graph)
+        self.levels = level_values(graph)
         self._range_loss = RangeLoss(graph, self.oracle, self.known)
         self._departures = None if emulated or quantized[1] is not None else departures(graph, precisions[1], device)
 
@@ -276,7 +276,7 @@ class Replayer:
         Where emulating one correct implementation has raised a doubt, others are asked.
         """
         scales, result = self._scales[side], expected.results[target]
-        unrounded = is_whole(exact) and target not in self._levels and self._rounds_nothing(nodes, given, claim)
+        unrounded = is_whole(exact) and target not in self.levels and self._rounds_nothing(nodes, given, claim)
         replay = Replay.of(captured, exact, [result], claim, unrounded=unrounded)
         if (replay.excess or 0.0) <= (EXCESS if scales is None else ASKED):
             return replay

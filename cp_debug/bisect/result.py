@@ -62,7 +62,7 @@ class LayerRow:
     side: str = field(default="test", metadata={"one_of": ("test", "reference")})
     """Whose result is at fault: ``test``, or ``reference`` when the reference deviates from the oracle."""
     share: float | None = None
-    """Share of the final divergence that this layer's introduced error explains, for guilty layers."""
+    """Share of the final divergence that this layer's introduced error makes; None where it is no number."""
     noise_floor: float = 0.0
     sample: int = 0
     tactic: str = ""
@@ -174,6 +174,28 @@ class Remainder(JsonForm):
 
 
 @dataclass
+class Attribution(JsonForm):
+    """The final divergence of the worst sample, shared out: layers, reference and what is not linear add up to 1."""
+
+    layers: float
+    """Sum of the shares of all layers of the test."""
+    reference: float | None = None
+    """Share of the reference's own rounding; None where the layers' shares add up without it."""
+    carried: list[str] = field(default_factory=list)
+    """Layers whose share is their error carried to the end, as the network is not linear; all others are to first
+    order."""
+
+    @property
+    def remainder(self) -> float:
+        """What no share explains: the network is not linear over errors of this size."""
+        return 1 - self.layers - (self.reference or 0.0)
+
+    def derived(self) -> dict[str, Any]:
+        """The remainder."""
+        return {"remainder": self.remainder}
+
+
+@dataclass
 class TestResult(JsonForm):
     """One test backend against the reference."""
 
@@ -210,6 +232,8 @@ class TestResult(JsonForm):
     """Component → how its values were paired with the reference's, where the test runs another graph."""
     remainder: Remainder | None = None
     """Whether rounding adds up to the divergence, after a replay in which no layer is guilty and outputs differ."""
+    attribution: Attribution | None = None
+    """How the layers' shares add up; None where the outputs have no finite difference, or nothing was replayed."""
     model_sha256: str = ""
     """SHA-256 of the graphs, with weights, that it ran, as ``BisectResult.model_sha256``."""
     not_run: list[str] = field(default_factory=list)

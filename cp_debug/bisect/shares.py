@@ -1,177 +1,245 @@
-"""Shares of guilty layers in the final divergence: each introduced error, carried through the network by itself."""
+"""Shares of all layers in the final divergence, by one walk backward over the replayed segments.
+
+D is the test's final outputs minus the reference's, each output scaled by its reference norm. The share of layer i,
+which introduced eᵢ, is ⟨D, J eᵢ⟩ ÷ ‖D‖² = ⟨Jᵀ D, eᵢ⟩ ÷ ‖D‖², and Jᵀ D is the same for all (``backward``). Behind it
+stands an exact sum: with Gᵢ the oracle from layer i to the end, test − exact = Σ Gᵢ(testᵢ) − Gᵢ(oracleᵢ of the test's
+inputs). The reference has such a sum of its own; D is the difference of the two, and what the reference's rounding
+makes of it is told by itself. All of it adds up to 1, less what is not linear; where that is much, the largest shares
+are carried forward.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import numpy as np
 
-from cp_debug.backends.arithmetic import FP32
-from cp_debug.backends.executor import Executor
+from cp_debug.backends.base import Tensor
+from cp_debug.bisect.backward import Backward
 from cp_debug.bisect.candidate_run import CandidateRun, loader
-from cp_debug.bisect.result import GUILTY, LayerRow
+from cp_debug.bisect.glue import through_glue
+from cp_debug.bisect.result import Attribution, LayerRow
 from cp_debug.errors import InputError, in_one_line
-from cp_debug.graph.downstream import downstream
 from cp_debug.probes.arrays import as_numpy
-from cp_debug.probes.distance import ratio
 from cp_debug.probes.held import CapturedRun
 from cp_debug.probes.integers import are_wide, differences
 from cp_debug.programs.pipeline import Key
 from cp_debug.programs.walk import tensors_as_arrays, walk
 from cp_debug.recipes.base import Arrays, Component, Sample
 
-MOST = 8
-"""Number of guilty layers whose share is computed, the most excessive first: each costs part of a forward pass."""
+NOT_LINEAR = 0.1
+"""What the shares may leave of the final divergence before the largest of them are carried forward."""
+CARRIED = 4
+"""Layers whose error is carried forward at most, the largest shares first: each takes two runs of what is behind."""
 
 
-def set_shares(
-    run: CandidateRun, rows: Mapping[Key, LayerRow], sample: Sample, reference: CapturedRun, test: CapturedRun
-) -> list[str]:
-    """Give every guilty row (up to ``MOST``) its share of the final divergence.
+def set_shares(shares: Shares, rows: Mapping[Key, LayerRow]) -> Attribution | None:
+    """Give every replayed row of the test its share of the final divergence.
 
-    The introduced error of a layer is added to the reference's value there and carried to the final outputs in FP32,
-    giving Δ. Its share is ⟨Δ, D⟩ ÷ ‖D‖² for the final divergence D, each output scaled by its reference norm: shares
-    of independent errors in a nearly linear network add up to 1. Glue has no node to replay, and what NaN and Inf
-    that are born in a layer or stand in the test's outputs alone do to the end is no number: no share; nor is there one
-    where the outputs have no finite difference. Returns a sentence for each share that could not be computed.
+    None where the final outputs have no finite difference, or end in NaN or Inf in the test alone. Where the reference
+    is at fault, and where NaN and Inf are born, no row has a share: what that does to the end is no number.
     """
-    guilty = [
-        (key, row)
-        for key, row in rows.items()
-        if row.verdict == GUILTY
-        and row.side == "test"
-        and row.op != "input"
-        and row.replay
-        and not row.replay.new_nonfinite
-    ]
-    guilty.sort(key=lambda item: item[1].replay.excess or 0.0, reverse=True)  # type: ignore[union-attr]
-    notes: list[str] = []
-    if not guilty:
-        return notes
-    propagate = Propagation(run, sample, reference, test)
-    if propagate.ends_in_infinity or not propagate.differs:
-        return notes
-    for key, row in guilty[:MOST]:
-        try:
-            row.share = propagate.share(key)
-        except Exception as error:
-            notes.append(f"{row.name}: its share of the final divergence is not known: {in_one_line(error)}")
-    return notes
+    if not shares.differs or shares.ends_in_infinity:
+        return None
+    told = shares.attribution({key: row.name for key, row in rows.items()})
+    for key, row in rows.items():
+        is_number = row.replay is not None and row.replay.introduced is not None and not row.replay.new_nonfinite
+        if is_number and row.side == "test":
+            row.share = shares.of_layers.get(key, 0.0)
+    return told
 
 
-class Propagation:
-    """Carries a change of one value to the final outputs, everything else as the reference computed it."""
+class Shares:
+    """Shares of one test's layers in its final divergence on one sample."""
 
-    def __init__(self, run: CandidateRun, sample: Sample, reference: CapturedRun, test: CapturedRun) -> None:
+    def __init__(
+        self,
+        run: CandidateRun,
+        sample: Sample,
+        reference: CapturedRun,
+        test: CapturedRun,
+        results: Mapping[str, Arrays],
+        feed: Callable[[Key], Tensor],
+    ) -> None:
+        """``results``: component → output name → array, of the test; ``feed``: what glue makes of them for an input."""
         self._run, self._sample, self._reference, self._test = run, sample, reference, test
+        self._results, self._feed = results, feed
         self._model = run.pipeline.model
         self._components = [c.name for c in self._model.components]
+        self.notes: list[str] = []
+        """Sentences about what has no share and why."""
+
+    @cached_property
+    def of_layers(self) -> dict[Key, float]:
+        """Share of every replayed value, with a row or without; linear, but for what ``attribution`` carries."""
+        found: dict[Key, float] = {}
+        derivatives: dict[tuple[str, str], np.ndarray] = {}
+        for name, difference in self._divergence.items():
+            shape = _array(self._reference, name, self._components[-1]).shape
+            derivatives[self._components[-1], name] = (difference / (self._norm(name) * self._size)).reshape(shape)
+        for component in reversed(self._model.components):
+            backward = Backward(self._run.replayer(component.name, self._test), loader(self._test, component.name))
+            of_outputs = {n: d for (c, n), d in derivatives.items() if c == component.name}
+            found |= {Key(component.name, value): share for value, share in backward.walk(of_outputs)}
+            for reason in dict.fromkeys(backward.stopped.values()):
+                values = [value for value, why in backward.stopped.items() if why == reason]
+                more = f" and {len(values) - 1} more" if len(values) > 1 else ""
+                self.notes.append(f"shares of layers in front of {values[0]}{more} are not complete: {reason}")
+            at_inputs = {n: as_numpy(d) for n, d in backward.derivatives.items() if n in component.input_names}
+            if self._run.reference.model is not self._model:  # whose own glue may have made another input
+                for name, derivative in at_inputs.items():
+                    key = Key(component.name, name)
+                    introduced = _difference(_array(self._test, name, component.name), as_numpy(self._feed(key)))
+                    if introduced.shape == derivative.shape:
+                        found[key] = float(derivative.ravel() @ introduced.ravel())
+            earlier = {c: self._results[c] for c in self._components[: self._components.index(component.name)]}
+            if not earlier or not any(d.any() for d in at_inputs.values()):
+                continue
+            try:
+                of_earlier = through_glue(self._model, component, self._sample, earlier, at_inputs)
+            except Exception as error:
+                self.notes.append(f"layers in front of {component.name} have no share: {in_one_line(error)}")
+                break
+            for of, derivative in of_earlier.items():
+                derivatives[of] = derivatives.get(of, 0.0) + derivative
+        return found
+
+    def attribution(self, names: Mapping[Key, str]) -> Attribution:
+        """The sum of all shares, and what of the divergence they leave. ``names``: value → its layer's name.
+
+        Where they leave more than ``NOT_LINEAR``, the reference's own share is computed, and the layers with the
+        largest shares are carried forward, until it fits.
+        """
+        told = Attribution(sum(self.of_layers.values()))
+        if abs(1 - told.layers) <= NOT_LINEAR:
+            return told
+        told.reference = self._of_reference()
+        for key in sorted(self.of_layers, key=lambda key: -abs(self.of_layers[key]))[:CARRIED]:
+            if abs(told.remainder) <= NOT_LINEAR:
+                break
+            try:
+                self.of_layers[key] = self.share(key)
+            except InputError as error:
+                self.notes.append(f"{names.get(key, key.value)}: its share is to first order: {in_one_line(error)}")
+            told.carried.append(names.get(key, key.value))
+            told.layers = sum(self.of_layers.values())
+        return told
 
     def share(self, key: Key) -> float:
-        """⟨Δ, D⟩ ÷ ‖D‖² of the layer ``key``.
+        """⟨D, Δ⟩ ÷ ‖D‖² with Δ the change that the layer's introduced error makes of the outputs, carried to the end.
 
-        Raises InputError where its segment cannot be replayed, and where the final outputs do not differ.
+        Raises InputError where its segment, or what is behind it, cannot be replayed.
         """
-        if not self.differs:
-            raise InputError("the final outputs have no finite difference of which a layer could have a share")
-        return ratio(float(self.change(key) @ self.divergence), float(self.divergence @ self.divergence))
+        return self._along(self.change(key))
+
+    def _along(self, change: Arrays) -> float:
+        parts = (float(d @ change[n].ravel()) / self._norm(n) for n, d in self._divergence.items())
+        return sum(parts) / self._size
+
+    def _of_reference(self) -> float | None:
+        """Share of what the reference's own rounding makes; None where the oracle cannot compute the whole network."""
+
+        def exact(component: Component, inputs: Arrays) -> Arrays:
+            return tensors_as_arrays(self._run.replayer(component.name, self._test).oracle.run(inputs))
+
+        last = self._components[-1]
+        try:
+            outputs = walk(self._model, self._sample, exact)[last]
+        except InputError:
+            return None
+        return self._along({n: _difference(outputs[n], _array(self._reference, n, last)) for n in self._divergence})
 
     @property
     def differs(self) -> bool:
-        """Whether the final outputs have a finite difference."""
-        return bool(self.divergence.any())
+        """Whether the final outputs have a difference whose square is a finite number."""
+        return 0 < self._size < np.inf
 
     @cached_property
-    def divergence(self) -> np.ndarray:
-        """D: the test's final outputs minus the reference's, as one vector.
+    def _size(self) -> float:
+        """‖D‖²."""
+        with np.errstate(over="ignore"):
+            return sum(float(d @ d) for d in self._divergence.values())
 
-        [elements of all final outputs] float64, each output divided by the norm of the reference's.
-        """
-        component = self._components[-1]
-        return self._vector({n: _array(self._test, n, component) for n in self._in_both})
-
-    @property
+    @cached_property
     def ends_in_infinity(self) -> bool:
         """Whether the test's final outputs hold NaN or Inf where the reference's are finite."""
         component = self._components[-1]
-        for name in self._in_both:
+        for name in self._divergence:
             ours, theirs = (_array(c, name, component) for c in (self._reference, self._test))
-            floats = ours.shape == theirs.shape and ours.dtype.kind == theirs.dtype.kind == "f"
+            floats = ours.dtype.kind == theirs.dtype.kind == "f"
             if floats and bool((np.isfinite(ours) & ~np.isfinite(theirs)).any()):
                 return True
         return False
 
-    def change(self, key: Key) -> np.ndarray:
-        """Δ: change of the final outputs by the introduced error of the layer ``key``, as one vector.
+    @cached_property
+    def _divergence(self) -> dict[str, np.ndarray]:
+        """D by final output, [elements] float64, over the reference's norm; those that both have in one shape."""
+        component, found = self._components[-1], {}
+        shown = set(self._test.names(component=component))
+        for name in self._outputs(component):
+            if name not in shown:
+                continue
+            ours, theirs = (_array(c, name, component) for c in (self._reference, self._test))
+            if ours.shape == theirs.shape:
+                found[name] = _difference(theirs, ours).ravel() / self._norm(name)
+        return found
 
-        [elements of all final outputs] float64, as ``divergence``.
-        Raises InputError where its segment cannot be replayed.
+    def _norm(self, name: str) -> float:
+        value = _array(self._reference, name, self._components[-1]).astype(np.float64)
+        return float(np.linalg.norm(value[np.isfinite(value)])) or 1.0
+
+    def change(self, key: Key) -> dict[str, np.ndarray]:
+        """Change of the final outputs by the introduced error of the layer ``key``.
+
+        Everything in front is the test's, everything behind is computed by the oracle: once from what the layer gave,
+        once from what the oracle gives in its place. Output name → array in float64.
+        Raises InputError where its segment, or what is behind it, cannot be replayed.
         """
-        return self._vector(self.outputs(key))
+        test = loader(self._test, key.component)
+        replayer = self._run.replayer(key.component, self._test)
+        if key.value in replayer.graph.producer:
+            nodes, starts = replayer.graph.segment([key.value], replayer.known)
+            exact = as_numpy(replayer.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [key.value])[key.value])
+        else:
+            exact = as_numpy(self._feed(key))
+        captured = as_numpy(test(key.value))
+        with_error, without = (self._behind(key, value) for value in (captured, exact))
+        return {name: _difference(value, without[name]) for name, value in with_error.items()}
 
-    def outputs(self, key: Key) -> Arrays:
-        """The final outputs when the introduced error of the layer ``key`` is the only one.
+    def _behind(self, key: Key, value: np.ndarray) -> Arrays:
+        """The final outputs by the oracle, from the test's values in front of ``key`` and ``value`` in its place."""
+        place = self._components.index(key.component)
+        results: dict[str, Arrays] = {c: self._results[c] for c in self._components[:place]}
+        graph, load = self._run.programs[key.component].graph, loader(self._test, key.component)
+        replayer = self._run.replayer(key.component, self._test)
+        maker = graph.producer.get(key.value)
+        last = -1 if maker is None else maker.index
+        inputs = {v.name for v in graph.inputs}
+        in_front = {n for n in replayer.known if n in inputs or graph.producer[n].index <= last} | {key.value}
+        outputs = self._outputs(key.component)
+        behind = [n for n in outputs if n not in in_front]
+        own = {n: value if n == key.value else as_numpy(load(n)) for n in outputs if n in in_front}
+        if behind:
+            nodes, starts = graph.segment(behind, in_front)
+            given = {s: value if s == key.value else load(s) for s in starts}
+            own |= tensors_as_arrays(replayer.oracle.run_nodes(nodes, given, behind))
+        results[key.component] = own
 
-        Name → array of the reference's shape.
-        """
-        start = self._components.index(key.component)
-        results: dict[str, Arrays] = {
-            c: {n: _array(self._reference, n, c) for n in self._outputs(c)} for c in self._components[:start]
-        }
-        results[key.component] = self._downstream(key)
-
-        def run(component: Component, inputs: Arrays) -> Arrays:
-            graph = self._run.programs[component.name].graph
-            return tensors_as_arrays(Executor(graph, FP32, self._run.device).run(inputs))
+        def run(component: Component, arrays: Arrays) -> Arrays:
+            return tensors_as_arrays(self._run.replayer(component.name, self._test).oracle.run(arrays))
 
         return walk(self._model, self._sample, run, results)[self._components[-1]]
-
-    def _downstream(self, key: Key) -> dict[str, np.ndarray]:
-        """The outputs of the layer's own component when its value alone is changed."""
-        graph, load = self._run.programs[key.component].graph, loader(self._reference, key.component)
-        replayer = self._run.replayer(key.component, self._test)
-        introduced, _ = replayer.introduced(key.value, loader(self._test, key.component))
-        value = as_numpy(load(key.value))
-        added = np.nan_to_num(as_numpy(introduced), posinf=0.0, neginf=0.0)
-        if value.dtype.kind in "iu":  # which float64 may not hold
-            added = np.rint(added).astype(value.dtype)
-        changed = {key.value: (value + added).astype(value.dtype)}
-        reached = {key.value, *downstream(graph.nodes, [key.value])}
-        outputs = self._outputs(key.component)
-        captured = {n for n in self._reference.names(component=key.component) if n not in reached or n == key.value}
-        inside = [n for n in outputs if n in reached and n != key.value]
-        results = {n: as_numpy(changed[n] if n == key.value else load(n)) for n in outputs if n not in inside}
-        if inside:
-            nodes, starts = graph.segment(inside, captured)
-            inputs = {s: changed.get(s) if s in changed else load(s) for s in starts}
-            computed = Executor(graph, FP32, self._run.device).run_nodes(nodes, inputs, inside)
-            results.update({n: as_numpy(t) for n, t in computed.items()})
-        return results
 
     def _outputs(self, component: str) -> list[str]:
         return [v.name for v in self._run.programs[component].graph.outputs]
 
-    @cached_property
-    def _in_both(self) -> list[str]:
-        """The final outputs that the test has, too."""
-        component = self._components[-1]
-        shown = set(self._test.names(component=component))
-        return [name for name in self._outputs(component) if name in shown]
 
-    def _vector(self, outputs: Arrays) -> np.ndarray:
-        component, parts = self._components[-1], []
-        for name in self._in_both:
-            reference, output = _array(self._reference, name, component), np.asarray(outputs[name])
-            if tuple(self._test.load(name, component=component).shape) != reference.shape:
-                continue
-            rounded = reference.astype(np.float64)
-            exact = are_wide(output, reference)
-            difference = differences(output, reference) if exact else output.astype(np.float64) - rounded
-            difference = np.nan_to_num(difference, posinf=0.0, neginf=0.0)
-            size = np.linalg.norm(rounded[np.isfinite(rounded)])
-            parts.append(difference.ravel() / (size or 1.0))
-        return np.concatenate([np.empty(0), *parts])
+def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a − b in float64, exact for wide integers; 0 where either is NaN or Inf."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        apart = differences(a, b) if are_wide(a, b) else a.astype(np.float64) - b.astype(np.float64)
+    return np.nan_to_num(apart, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _array(capture: CapturedRun, name: str, component: str) -> np.ndarray:

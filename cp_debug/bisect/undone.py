@@ -41,7 +41,8 @@ def acquit_undone(run: CandidateRun, rows: Mapping[Key, LayerRow]) -> dict[str, 
         if run.pipeline.program(component).graph is program.graph:
             continue  # one program with one set of weights has one basis
         own = {key.value: row for key, row in rows.items() if key.component == component}
-        guilty = [value for value, row in own.items() if row.verdict == GUILTY and row.side == "test"]
+        layers = {value: row for value, row in own.items() if value in program.graph.producer}
+        guilty = [value for value, row in layers.items() if row.verdict == GUILTY and row.side == "test"]
         network = _Network(program.graph, own)
         walks = {value: walk for value in guilty if (walk := network.walk(value)) is not None}
         while True:

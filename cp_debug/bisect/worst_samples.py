@@ -10,7 +10,7 @@ from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.optimizer_blame import OptimizerBlame
 from cp_debug.bisect.replayed import EXCESS
-from cp_debug.bisect.result import GUILTY, LayerRow, Remainder
+from cp_debug.bisect.result import GUILTY, Attribution, LayerRow, Remainder
 from cp_debug.bisect.verdict import oracle_is_alone
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
 from cp_debug.programs.pipeline import Key
@@ -40,6 +40,8 @@ class Collected:
         self._unexplained: dict[str, None] = {}
         self.remainder: Remainder | None = None
         """Remainder of the worst sample, where no layer is guilty of its divergence."""
+        self.attribution: Attribution | None = None
+        """How the shares of the worst sample add up."""
 
     def is_worst(self, rows: Mapping[Key, LayerRow]) -> bool:
         """Whether no sample before has a row as severe as the worst of these."""

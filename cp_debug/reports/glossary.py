@@ -57,7 +57,9 @@ GLOSSARY: dict[str, str] = {
     "levels of a quantizer are rounded.",
     "limit": "The relative L2 that `verify` allows for an output: eight times the noise that its precision predicts, "
     "or `--tolerance`; 0 for integers, which must be equal. The column `of the limit` shows how much of it is used.",
-    "share": "The part of the final divergence that goes away when this layer's own error is taken out.",
+    "share": "The part of the final divergence that this layer's own error makes. The shares of all layers and of the "
+    "reference's own rounding add up to 1, less what is not linear. Errors that cancel each other have shares beyond 1 "
+    "and below 0.",
     "cause, finding": "A known mechanism that explains the error of guilty layers, with its evidence, its effect "
     "and a fix.",
     "evidence": "What supports a cause: the share of the introduced error that it reproduces, the next best cause "

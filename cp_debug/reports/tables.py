@@ -49,6 +49,8 @@ SETTINGS = {
 """Setting → its short name in the table; the JSON has all settings."""
 AROUND = 5
 """Layers shown before and after the first divergent one."""
+MUCH = 0.1
+"""Share of the final divergence from which a layer is shown."""
 MOST_STAGES = 24
 
 
@@ -149,10 +151,14 @@ _LAYER_COLUMNS: dict[str, tuple[Column, Callable[[LayerRow], Any]]] = {
     "step": (Column("step", "number", leave_out=8), lambda row: _scale(row)[0]),
     "clipped": (Column("clipped", "number", leave_out=9), lambda row: _scale(row)[1]),
     "kernel": (Column("kernel", "text", leave_out=10), lambda row: kernel(row.tactic)),
-    "verdict": (Column("verdict", "mark"), lambda row: _verdict(row)),
+    "share": (
+        Column("share", "number", leave_out=1, show=str),
+        lambda row: "" if row.share is None else share(row.share),
+    ),
+    "verdict": (Column("verdict", "mark"), lambda row: Cell(finite.verdict(row), TONES[row.verdict])),
 }
 """Column → (how it is shown, its value) for a layer, in the order in which columns are shown."""
-_SHORT = ("#", "layer", "op", "max |Δ|", "rel. L2", "introduced", "expected", "excess")
+_SHORT = ("#", "layer", "op", "max |Δ|", "rel. L2", "introduced", "expected", "excess", "share")
 """Columns shown where figures are few: in an issue tracker and in a notebook."""
 
 
@@ -163,6 +169,8 @@ def layer_table(test: TestResult, *, show_all: bool = False) -> Sheet:
         without |= {"step", "clipped"}
     if not any(row.tactic for row in test.rows):
         without.add("kernel")
+    if all(row.share is None for row in test.rows):
+        without.add("share")
     if not any(row.op for row in test.rows):  # captures tell none
         without.add("op")
     place = {row.index: position for position, row in enumerate(test.rows)}
@@ -211,20 +219,20 @@ def _scale(row: LayerRow) -> tuple[str, str]:
     return number(row.replay.step), f"{100 * (row.replay.clipped or 0.0):.2g}%"
 
 
-def _verdict(row: LayerRow) -> Cell:
-    of_end = f" {share(row.share)}" if row.share is not None else ""
-    return Cell(finite.verdict(row) + of_end, TONES[row.verdict])
-
-
 def layers_shown(test: TestResult) -> list[LayerRow]:
-    """The layers around the first divergent one, and every guilty one; else those that concern most."""
+    """The layers around the first divergent one, every guilty one, and those that make much of the final divergence;
+    else those that concern most."""
     first = test.first_divergent
     if first is None:
         worst = sorted(test.rows, key=lambda row: row.severity)[-2 * AROUND :]
         return sorted(worst, key=lambda row: row.index)
     place = test.rows.index(first)
     near = range(place - AROUND, place + AROUND + 1)
-    return [row for position, row in enumerate(test.rows) if position in near or row.verdict == GUILTY]
+    return [
+        row
+        for position, row in enumerate(test.rows)
+        if position in near or row.verdict == GUILTY or abs(row.share or 0.0) >= MUCH
+    ]
 
 
 def _selection(test: TestResult, rest: str) -> str:

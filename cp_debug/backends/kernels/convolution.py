@@ -31,7 +31,8 @@ def conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         order = call.arithmetic
         how = (call.arithmetic.tile, order.slices, order.vector, order.split, order.split_kernels)
         return fp16_accumulation.conv(x, weight, bias, window, call["group"], *how)
-    if x.dtype == torch.float64 and not x.is_cuda and call["group"] == 1 and max(window.kernel) > 1:
+    blocked = x.dtype == torch.float64 and not x.is_cuda and call["group"] == 1 and max(window.kernel) > 1
+    if blocked and not x.requires_grad:  # it writes into a buffer, through which autograd sees nothing
         return blocked_convolution.conv(x, weight, bias, window)
     padding = window.begin
     if not window.symmetric:

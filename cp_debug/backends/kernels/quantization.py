@@ -30,10 +30,12 @@ def quantize_linear(call: Call, x: Tensor, scale: Tensor, zero_point: Tensor | N
         return NotImplemented
     limits = torch.iinfo(dtype)
     # In FP32 on the oracle, too: the runtimes divide so, and a quotient may only then be a tie.
-    levels = torch.round(x.to(scale.dtype).float() / _along_axis(call, scale, x).float())
+    quotient = x.to(scale.dtype).float() / _along_axis(call, scale, x).float()
+    levels = _rounded(quotient)
     if zero_point is not None:
         levels = levels + _along_axis(call, zero_point, x)
-    return levels.clamp(limits.min, limits.max).to(dtype)
+    levels = levels.clamp(limits.min, limits.max)
+    return _stored(levels, dtype)
 
 
 @kernel("DequantizeLinear", rounds=False, exact=True)
@@ -42,6 +44,16 @@ def dequantize_linear(call: Call, x: Tensor, scale: Tensor, zero_point: Tensor |
     if zero_point is not None:
         levels = levels - _along_axis(call, zero_point, x)
     return levels * _along_axis(call, scale, x)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """x rounded to whole numbers, ties to even; where a gradient is asked for, with the slope 1 (straight-through)."""
+    return x + (torch.round(x) - x).detach() if x.requires_grad else torch.round(x)
+
+
+def _stored(levels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whole numbers in ``dtype``; as they are where a gradient is asked for, which integers do not pass on."""
+    return levels if levels.requires_grad else levels.to(dtype)
 
 
 def _along_axis(call: Call, parameter: Tensor, x: Tensor) -> Tensor:
@@ -73,14 +85,14 @@ def matmul_integer(
     rows = a_zero is not None and a_zero.dim() == 1 and a_zero.numel() > 1
     left = a.double() if a_zero is None else a.double() - (a_zero[:, None] if rows else a_zero).double()
     right = b.double() if b_zero is None else b.double() - b_zero.double()
-    return (torch.matmul(left, right) + lost_in_product(call, a, b)).to(torch.int32)
+    return _stored(torch.matmul(left, right) + lost_in_product(call, a, b), torch.int32)
 
 
 @kernel("ConvInteger", rounds=False, exact=True)
 def conv_integer(
     call: Call, x: Tensor, w: Tensor, x_zero: Tensor | None = None, w_zero: Tensor | None = None
 ) -> Tensor:
-    return _convolved(call, _centred(x, x_zero), _centred(w, w_zero)).to(torch.int32)
+    return _stored(_convolved(call, _centred(x, x_zero), _centred(w, w_zero)), torch.int32)
 
 
 @kernel("QLinearConv", rounds=False, exact=True)
@@ -139,5 +151,5 @@ def _convolved(call: Call, x: Tensor, w: Tensor) -> Tensor:
 
 def _requantized(levels: Tensor, zero: Tensor) -> Tensor:
     limits = torch.iinfo(zero.dtype)
-    rounded = torch.round(levels) + zero.double().reshape(())
-    return rounded.clamp(limits.min, limits.max).to(zero.dtype)
+    rounded = _rounded(levels) + zero.double().reshape(())
+    return _stored(rounded.clamp(limits.min, limits.max), zero.dtype)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from cp_debug.bisect.finding import Effect
 from cp_debug.bisect.result import LayerRow
-from cp_debug.bisect.shares import Propagation
+from cp_debug.bisect.shares import Shares
 from cp_debug.detection.detection_change import compare_detections
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import Key
@@ -21,14 +21,13 @@ from cp_debug.recipes.base import Arrays, Model, Sample
 
 @dataclass
 class Effects:
-    """Computes the effect of layers by themselves; ``shares.set_shares`` has computed the shares before."""
+    """Computes the effect of layers by themselves, whose rows have their shares."""
 
     model: Model
     sample: Sample
-    propagation: Propagation
+    shares: Shares
     results: Mapping[str, Arrays]
     """The reference's outputs, by component."""
-    _outputs: dict[Key, Arrays] = field(default_factory=dict)
 
     def of(self, rows: Sequence[LayerRow]) -> Effect:
         """The effect of the layers of ``rows`` together.
@@ -45,10 +44,10 @@ class Effects:
         outputs: dict[str, np.ndarray] = {n: v.astype(np.float32) for n, v in self.results[last].items()}
         for row in shared:
             try:
-                changed = self.propagation.outputs(Key(row.component, row.onnx))
+                changed = self.shares.change(Key(row.component, row.onnx))
             except InputError:
                 return effect
-            outputs = {n: v + (changed[n] - self.results[last][n]) for n, v in outputs.items()}
+            outputs = {n: v + changed[n].astype(np.float32) for n, v in outputs.items()}
         decoded = decode(self.model, self.sample, {**self.results, last: outputs})
         if decoded is not None:
             effect.detections = compare_detections(detected, decoded)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from cp_debug.backends.tensorrt.tactics import Tactic, decode
-from cp_debug.bisect.result import LayerRow
-from cp_debug.errors import InputError
+from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.programs.pipeline import Key
 
 ARITHMETIC = {"fp16-accumulation": "fp16acc", "tf32": "tf32"}
 """Cause → arithmetic of the kernels that have it, as ``decode`` names it."""
-SECONDS = 20.0
-"""Time for the shares of the final divergence: each costs part of a pass. Without all of them no sum is told."""
-ASKED = 16
-"""Layers of unknown kernels of which it is asked by emulation, the most excessive first."""
+ASKED = 0.01
+"""Share of the final divergence from which a layer of an unknown kernel is asked by emulation."""
 
 
 def counted(
@@ -27,32 +23,24 @@ def counted(
     rows: Mapping[Key, LayerRow],
     graphs: Mapping[str, Graph],
     holds: Callable[[Key, LayerRow], bool],
-    share: Callable[[Key], float],
 ) -> dict[str, Any]:
     """Figures over every layer with a product for which ``cause`` holds, whatever its excess; empty for other causes.
 
-    A kernel's name says so, where it is known; else ``holds`` is asked, which emulates. ``share`` is a layer's share of
-    the final divergence.
+    A kernel's name says so, where it is known; else ``holds`` is asked, which emulates.
     """
     arithmetic_name = ARITHMETIC.get(cause)
     if arithmetic_name is None:
         return {}
     products = [(key, row) for key, row in rows.items() if _has_product(row, graphs[key.component])]
     arithmetic_of = {key: decode(row.tactic).arithmetic for key, row in products}
-    products.sort(key=lambda item: (item[1].replay and item[1].replay.excess) or 0.0, reverse=True)
-    unnamed = [key for key, _ in products if arithmetic_of[key] is None][:ASKED]
+    unnamed = [
+        k for k, r in products if arithmetic_of[k] is None and (r.verdict == GUILTY or abs(r.share or 1) > ASKED)
+    ]
     affected = [(k, r) for k, r in products if arithmetic_of[k] == arithmetic_name or (k in unnamed and holds(k, r))]
     excesses = [row.replay.excess for _, row in affected if row.replay and row.replay.excess is not None]
     if not excesses:
         return {}
-    shares, end = [], time.monotonic() + SECONDS
-    for key, row in affected:
-        if time.monotonic() > end:
-            break
-        try:
-            shares.append(row.share if row.share is not None else share(key))
-        except InputError:  # the replay of this layer says why
-            continue
+    shares = [row.share for _, row in affected if row.share is not None]
     return {
         "layers_in_all": len(affected),
         "layers_asked": len(products) - sum(name is None for name in arithmetic_of.values()) + len(unnamed),

@@ -34,8 +34,6 @@ from cp_debug.programs.pipeline import Key
 
 MOST = 64
 """Guilty layers that are explained, the most excessive first."""
-COSTLY = 8
-"""Layers whose INT8 rounding is carried to the outputs, those first that introduce most."""
 LOCATED = 8
 """Layers of a finding for which it says where in them the error sits."""
 EQUALS = 3
@@ -296,7 +294,7 @@ class Explainer:
         explained = self._layers_of.get(cause, set())
         graphs = {name: program.graph for name, program in self.run.programs.items()}
         try:
-            return counted(cause, self._rows, graphs, holds, self.effects.propagation.share)
+            return counted(cause, self._rows, graphs, holds)
         except Exception as error:
             self._failed(worst.row, error)
             return {}
@@ -386,13 +384,10 @@ class Explainer:
 
     def _costliest(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:
         """A finding about the layer whose correct INT8 rounding reaches the outputs most."""
-        quantized = [(k, r) for k, r in rows.items() if r.verdict != GUILTY and r.replay and r.replay.step is not None]
-        quantized.sort(key=lambda item: item[1].replay.introduced or 0.0, reverse=True)  # type: ignore[union-attr]
-        propagation = self.effects.propagation
-        shares = {key: propagation.share(key) for key, _ in quantized[:COSTLY]} if propagation.differs else {}
-        ranked = sorted(shares, key=shares.__getitem__, reverse=True)
+        quantized = [r for r in rows.values() if r.verdict != GUILTY and r.replay and r.replay.step is not None]
+        ranked = sorted((r for r in quantized if r.share is not None), key=lambda r: r.share or 0.0, reverse=True)
         if ranked:
-            row, share = rows[ranked[0]], shares[ranked[0]]
+            row = ranked[0]
             yield Finding(
                 "int8",
                 "INT8 as declared"
@@ -401,9 +396,9 @@ class Explainer:
                 [row.op],
                 evidence={
                     "introduced": row.replay and row.replay.introduced,
-                    "then": ", ".join(f"{rows[key].name} ({shares[key]:.0%})" for key in ranked[1:4]),
+                    "then": ", ".join(f"{r.name} ({r.share:.0%})" for r in ranked[1:4]),
                 },
-                effect=Effect(share),
+                effect=Effect(row.share),
                 fix=f"accept it, or leave it unquantized: {self._unquantized([row])}",
             )
 
