@@ -229,7 +229,7 @@ def test_a_replayer_is_told_each_sides_own_claims_the_references_first(
     run._replayers, run._files, run.oracle, run.device = {}, {}, "fp64", "cpu"
     run._seen = {Key("net", "y")}
     run.reference, run.pipeline = side("torch", "fp32", "cuda:1"), side("ort", "fp16", "cpu")
-    run.programs = {"net": SimpleNamespace(graph=graph)}  # type: ignore[dict-item]
+    run.programs = {"net": SimpleNamespace(graph=graph, alignment=None)}  # type: ignore[dict-item]
     told: list[Any] = []
     monkeypatch.setattr(candidate_run, "Replayer", lambda *given, **named: told.append((given, named)))
     monkeypatch.setattr(run, "_narrow", lambda component, of: {of.name: "narrow"})
@@ -259,7 +259,7 @@ def test_an_engine_is_looked_into_where_its_outputs_are_further_off_than_its_pre
     run = CandidateRun.__new__(CandidateRun)
     run.tolerance, run.precision, run.device = (0.0, 1.0 if within else 1e-9), PRECISIONS["fp16"], "cpu"
     run._levels = set()
-    run.programs = {"net": SimpleNamespace(graph=graph)}  # type: ignore[dict-item]
+    run.programs = {"net": SimpleNamespace(graph=graph, alignment=None)}  # type: ignore[dict-item]
     reference: Any = SimpleNamespace(load=lambda name, component: -x)
     outputs = {"y": (-x.astype(np.float64) * (1 + off))}
     assert run._diverges("net", reference, {"x": x}, outputs) == diverges

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cp_debug.api.diagnose import diagnose
@@ -38,6 +39,17 @@ def bisected(op: Callable[[Tensor], Any], layers: int = 0, exporter: str = "torc
 def far_roll(x: Tensor) -> Tensor:
     """The TorchScript exporter writes a roll by more than the length as if nothing moved."""
     return torch.roll(x, 20, 1)
+
+
+def divided(x: Tensor) -> Tensor:
+    """Both exporters lose divisor_override."""
+    return F.avg_pool2d(x.unsqueeze(1), (1, 2), stride=1, padding=(0, 1), divisor_override=3)[:, 0, :, :16]
+
+
+def scattered(x: Tensor, **how: Any) -> Tensor:
+    """dynamo's exporter loses the reduction."""
+    index = torch.tensor([0, 0, 3, 3, 3, 4, 5, 5, 8]).view(1, 9, 1).expand(2, 9, 16)
+    return torch.scatter_reduce(x, 1, index, x * 2, "mean", **how)
 
 
 def written_late(x: Tensor) -> Tensor:
@@ -94,3 +106,84 @@ def test_an_output_that_is_an_input_is_compared(exporter: str) -> None:
     )
     assert result.agrees
     assert len(result.tests[0].outputs) == 3
+
+
+@pytest.mark.parametrize(
+    ("op", "exporter", "cause", "at", "says"),
+    [
+        (far_roll, "torchscript", "lost-operator", "roll", "leaves `roll(shifts=[20], dims=[1])` out"),
+        (divided, "torchscript", "lost-argument", "avg_pool2d", "without divisor_override=3"),
+        (divided, "dynamo", "lost-argument", "avg_pool2d", "without divisor_override=3"),
+        (scattered, "dynamo", "export", "scatter_reduce", "computes `scatter_reduce(dim=1, reduce='mean')`"),
+        (written_late, "torchscript", "lost-operator", "add_", "leaves `add_()` out"),
+    ],
+)
+def test_the_operator_that_was_exported_wrongly_is_named_alone(
+    op: Any, exporter: str, cause: str, at: str, says: str
+) -> None:
+    (test,) = bisected(op, 6, exporter).tests
+    (finding,) = test.findings
+    assert (finding.side, finding.cause) == ("export", cause)
+    assert f"the exported graph computes something else than the module, at `{at}` (" in finding.says
+    assert "test_wrong_exports.py:" in finding.says
+    assert says in finding.says
+    assert [row.name for row in test.guilty] == finding.layers
+    assert len(finding.layers) == 1
+    assert "reference" not in finding.headline
+    assert test.compared > 10  # the layers behind it are paired
+
+
+def test_each_of_several_faults_is_found() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = Around(far_roll, 2), nn.Linear(16, 6)
+            self.three = Around(divided, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.three(self.two(self.one(x)))
+            return y
+
+    options = Options(exporter="torchscript", cache=False)
+    (test,) = diagnose(Twice().eval(), "torch,ort", inputs=(torch.randn(2, 9, 6),), options=options).tests
+    assert sorted(f.cause for f in test.findings) == ["lost-argument", "lost-operator"]
+    assert [row.name for row in test.guilty] == ["one/roll", "three/avg_pool2d"]
+
+
+def test_the_module_as_the_test_is_told_likewise() -> None:
+    module = Around(divided, 3).eval()
+    (test,) = diagnose(module, "ort,torch", inputs=(torch.randn(2, 9, 6),), options=Options(cache=False)).tests
+    (finding,) = test.findings
+    assert (finding.side, finding.cause) == ("export", "lost-argument")
+
+
+def test_backends_that_run_the_wrong_graph_alike_agree() -> None:
+    module = Around(divided, 3).eval()
+    assert diagnose(module, "emu-fp32,ort", inputs=(torch.randn(2, 9, 6),), options=Options(cache=False)).agrees
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_nobody_is_guilty_of_a_tie(exporter: str) -> None:
+    def chosen(x: Tensor) -> Tensor:
+        scores = (x * 0)[..., 0]
+        best = torch.topk(scores, 5, 1)[1].unsqueeze(-1)
+        return x.gather(1, best.expand(-1, -1, 16))
+
+    (test,) = bisected(chosen, 3, exporter).tests
+    assert not test.guilty
+    assert not test.agrees
+    assert test.first_divergent is not None
+    assert "ties are broken differently in" in test.first_divergent.why
+
+
+@pytest.mark.parametrize("exporter", ["dynamo"])
+def test_wholly_masked_rows_are_laid_at_the_mask(exporter: str) -> None:
+    def attended(x: Tensor) -> Tensor:
+        mask = torch.ones(9, 9, dtype=torch.bool)
+        mask[6:] = False
+        x = x.unsqueeze(1)
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=mask).squeeze(1)
+
+    (finding,) = bisected(attended, 3, exporter).findings
+    assert (finding.side, finding.cause) == ("export", "lost-argument")
+    assert "a mask of -3.4e+38 where the module has −Inf" in finding.says

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cp_debug.backends.base import Program
 from cp_debug.bisect.candidate_run import CandidateRun
+from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.result import GUILTY, INHERITED, LayerRow
 from cp_debug.errors import InputError
 from cp_debug.graph.flatten import Branch, Decision
@@ -14,6 +15,8 @@ from cp_debug.graph.graph import Graph
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.pipeline import Key
+
+_FIX = "compare what the condition is computed from in both programs, and its threshold"
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,14 @@ def _decision_of(branch: Branch, condition: str, capture: CapturedRun, component
     return "then_branch" if value else "else_branch"
 
 
-def judge_ways(ways: list[OtherWay], programs: Mapping[str, Program], rows: Mapping[Key, LayerRow]) -> dict[Key, str]:
+def judge_ways(
+    ways: list[OtherWay], programs: Mapping[str, Program], rows: Mapping[Key, LayerRow]
+) -> dict[Key, Finding]:
     """Give the results of such control flow their verdict: guilty, unless a value that it decides by is.
 
-    Such a value's verdict tells what it leads to. Returns the values that are guilty now → of what.
+    Such a value's verdict tells what it leads to. Returns the values that are guilty now → their finding.
     """
-    settled = {}
+    settled: dict[Key, Finding] = {}
     for way in ways:
         above = _above(programs[way.component].graph, way.branch)
         keys = [Key(way.component, value) for value in above]
@@ -105,7 +110,8 @@ def judge_ways(ways: list[OtherWay], programs: Mapping[str, Program], rows: Mapp
             if (row := rows.get(row_key)) is not None:
                 row.verdict, row.why = INHERITED if accused else GUILTY, str(way)
                 if not accused:
-                    settled[row_key] = str(way)
+                    says, layers = str(way), [row.name]
+                    settled[row_key] = Finding("control-flow", says, layers, [row.op], fix=_FIX)
     return settled
 
 

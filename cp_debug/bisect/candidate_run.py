@@ -156,6 +156,14 @@ class CandidateRun:
                 return True
         return False
 
+    def module_side(self, component: str) -> str:
+        """The side that runs the torch module while the other one runs its graph: ``reference``, ``test``, or none."""
+        runs = [
+            side.backend.spec.family == "torch" and side.program(component).module is not None
+            for side in (self.reference, self.pipeline)
+        ]
+        return "" if runs[0] == runs[1] else "reference" if runs[0] else "test"
+
     def name(self, key: Key) -> Key:
         """The reference's name of a value of this test."""
         return Key(key.component, self._names[key.component].get(key.value, key.value))
@@ -201,7 +209,7 @@ class CandidateRun:
         if component not in self._replayers:
             assert self.oracle is not None
             sides = self.reference, self.pipeline
-            graph = self.programs[component].graph
+            graph, alignment = self.programs[component].graph, self.programs[component].alignment
             captured = [name for name in test.names(component=component) if Key(component, name) in self._seen]
             self._replayers[component] = Replayer(
                 graph,
@@ -217,6 +225,7 @@ class CandidateRun:
                     implementer(sides[1].backend.spec.family, sides[1].backend.device),
                 ),
                 moved=self._moved(graph, component),
+                suspects=[d.onnx for d in alignment.departures] if alignment is not None else (),
             )
         return self._replayers[component]
 

@@ -53,8 +53,8 @@ class Finding(JsonForm):
     """One line: the cause and its figures, for the layer that is worst."""
     layers: list[str]
     ops: list[str]
-    side: str = field(default="test", metadata={"one_of": ("test", "reference")})
-    """Side whose result is at fault: ``test`` or ``reference``."""
+    side: str = field(default="test", metadata={"one_of": ("test", "reference", "export")})
+    """Side whose result is at fault: ``test``, ``reference``, or ``export``, which made the graph."""
     explained: float | None = None
     """Share of the introduced error that the cause explains, over all its layers; None for observations."""
     runner_up: str | None = None

@@ -15,6 +15,7 @@ from cp_debug.bisect.branches import judge_ways, other_ways
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.findings import Explainer
+from cp_debug.bisect.exports import judge_exports
 from cp_debug.bisect.masks import acquit_masks
 from cp_debug.bisect.observe import Observation, observe
 from cp_debug.bisect.options import Options, StepCounter
@@ -135,7 +136,8 @@ class SampleRuns:
         rows = run.rows(stats, replays, floors, index)
         ways = list(other_ways(run, (side.captured, test)))
         collected.ways |= dict.fromkeys(map(str, ways))
-        settled = judge_ways(ways, run.programs, rows)
+        exports = judge_exports(run, rows)
+        settled = judge_ways(ways, run.programs, rows) | exports.settled
         trace_origins(run, rows, side.captured, test)
         collected.masks |= dict.fromkeys(acquit_masks(run, rows, side.captured, test))
         collected.undone |= acquit_undone(run, rows)
@@ -153,7 +155,7 @@ class SampleRuns:
             failures += shares.notes
         if run.oracle is not None and collected.is_worst(rows):
             collected.attribution = attribution
-            unexplained = not any(row.verdict == GUILTY for row in rows.values())
+            unexplained = not exports.tied and not any(row.verdict == GUILTY for row in rows.values())
             differs = unexplained and not all(row.within for row in rows.values())
             try:
                 collected.remainder = remainder(run, sample, results, side.outputs, replays) if differs else None

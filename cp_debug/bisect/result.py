@@ -59,8 +59,9 @@ class LayerRow:
     replay: Replay | None = field(default=None, metadata={"inline": True, "absent": Replay(skipped="not replayed")})
     why: str = ""
     """Reason why the layer is guilty, or of another shape, in words."""
-    side: str = field(default="test", metadata={"one_of": ("test", "reference")})
-    """Whose result is at fault: ``test``, or ``reference`` when the reference deviates from the oracle."""
+    side: str = field(default="test", metadata={"one_of": ("test", "reference", "export")})
+    """Whose result is at fault: ``test``; ``reference`` when that deviates from the oracle; ``export`` where the graph
+    that was exported computes something else than the module."""
     share: float | None = None
     """Share of the final divergence that this layer's introduced error makes; None where it is no number."""
     noise_floor: float = 0.0

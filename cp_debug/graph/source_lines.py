@@ -7,7 +7,9 @@ Paths are shortened: none of the machine's folders is part of what is told.
 
 from __future__ import annotations
 
+import linecache
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 
@@ -47,6 +49,18 @@ def source_line(node: onnx.NodeProto) -> str:
         return ""
     file, line, code = own
     return one_line(f"{shortened(file)}:{line}" + (f": {code}" if code else ""))[:_LONGEST]
+
+
+def own_line() -> str:
+    """The innermost line of the network's own code that is running, with its file; empty where there is none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not _of_library(file) and not file.startswith("<"):
+            code = linecache.getline(file, frame.f_lineno).strip()
+            return one_line(f"{shortened(file)}:{frame.f_lineno}" + (f": {code}" if code else ""))[:_LONGEST]
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
 
 
 def quotes_source(node: onnx.NodeProto) -> bool:

@@ -15,6 +15,8 @@ from cp_debug.graph.graph import Graph
 from cp_debug.reading import read_json, typed
 
 SCHEMA = "cpdebug.alignment/1"
+TIE = "tie"
+"""Cause of a departure that is none: equal numbers, of which either may be chosen."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,40 @@ class Link:
     """Path of the module that computes it."""
     error: float | None = None
     """Relative L2 distance to the torch value, as estimated by ``fingerprint``; for a step that of its result."""
+
+
+@dataclass(frozen=True)
+class Departure:
+    """A place where the exported graph computes something else than the module, from the module's own numbers."""
+
+    onnx: str
+    """Value of the graph behind it, in whose place torch's tensor stands."""
+    torch: str
+    """Name of that torch value."""
+    path: str
+    """Path of the module that computes it; empty for the outermost."""
+    at: str
+    """ATen's name of the operator, ``scatter_reduce``."""
+    calls: Sequence[str]
+    """All operators of torch between what is right and ``onnx``, with their arguments."""
+    source: str
+    """Line of the module, ``deep.py:27: x = x + …``, where it is known."""
+    error: float
+    """Relative L2 distance of what the graph makes from torch's; infinite for another shape."""
+    cause: str = ""
+    """``lost-argument`` or ``lost-operator``, where the module without it gives what the graph gives; ``TIE``; else
+    empty."""
+    says: str = ""
+    """That in words."""
+    right_by: str = ""
+    """The other exporter, where its graph was tried and has no such place."""
+
+    @property
+    def place(self) -> str:
+        """``at `scatter_reduce` (module blocks.2, deep.py:27)``."""
+        where = [f"module {self.path}"] if self.path else []
+        where += [self.source.partition(": ")[0]] if self.source else []
+        return f"at `{self.at}`" + (f" ({', '.join(where)})" if where else "")
 
 
 @dataclass(frozen=True)
@@ -72,6 +108,9 @@ class Alignment:
     """Module calls whose results reach no output: exporters drop them."""
     unmatched_values: Sequence[str] = ()
     unmatched_modules: Sequence[str] = ()
+    departures: Sequence[Departure] = ()
+    """Where the graph computes something else, in execution order. The values there are linked with what they should
+    be."""
     exporter: str | None = None
     folded: bool | None = None
     opset: int | None = None

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cp_debug.doing import doing
 from cp_debug.errors import ModuleFailed
+from cp_debug.graph.source_lines import own_line
 from cp_debug.probes.arrays import is_dense
 from cp_debug.probes.module_state import state_kept
 from cp_debug.probes.outputs import flatten_outputs
@@ -56,6 +57,29 @@ class TorchValue:
     inputs: tuple[TorchValue, ...]
     from_data: bool
     """Whether it depends on an input of the forward: false for what is computed from weights only."""
+    operation: Operation | None = None
+    """What computed it, where the trace was asked to keep that."""
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """One call of an ATen operator: enough to do it again."""
+
+    function: Any
+    """The overload, ``torch.ops.aten.roll.default``."""
+    args: tuple[Any, ...]
+    """Positional arguments; a ``TorchValue`` stands for each tensor of the forward, weights stand for themselves."""
+    kwargs: Mapping[str, Any]
+    source: str
+    """Line of the network's own code that called it, ``net.py:8: y = torch.relu(y)``; empty without one."""
+
+    def among(self, values: Sequence[TorchValue]) -> Operation:
+        """The same with the values of another trace of the same forward."""
+
+        def same(leaf: Any) -> Any:
+            return values[leaf.index] if isinstance(leaf, TorchValue) else leaf
+
+        return Operation(self.function, tree_map(same, self.args), tree_map(same, self.kwargs), self.source)
 
 
 TorchSink = Callable[[TorchValue, Tensor], None]
@@ -81,15 +105,23 @@ class Trace:
     """The flattened outputs themselves."""
 
 
-def trace(module: nn.Module, inputs: Mapping[str, Tensor], sink: TorchSink | None = None, *, prefix: str = "") -> Trace:
+def trace(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    sink: TorchSink | None = None,
+    *,
+    prefix: str = "",
+    operations: bool = False,
+) -> Trace:
     """Run ``module`` once on ``inputs``, in this order as positional arguments, without gradients.
 
     ``prefix`` completes the module paths. The inputs are copied, so an in-place operation leaves the caller's alone.
     Without a sink no operation is watched: the record then holds the calls and the output tensors only. Inputs may have
     any shape and dtype that the module takes. State that the module keeps between forwards is afterwards what it was.
+    ``operations``: values keep what computed them.
     Raises ModuleFailed, with the path, when a module raises in forward; what the sink raises comes through as it is.
     """
-    tracer = _Tracer(module, sink, prefix)
+    tracer = _Tracer(module, sink, prefix, operations=operations)
     with torch.no_grad(), as_written(), state_kept(module), tracer.hooks():
         args = [tensor.clone() for tensor in inputs.values()]
         for name, tensor in zip(inputs, args, strict=True):
@@ -163,9 +195,9 @@ class _Functions(TorchFunctionMode):
 class _Tracer(TorchDispatchMode):
     """Watches every ATen operation of a forward and records its results as values."""
 
-    def __init__(self, module: nn.Module, sink: TorchSink | None, prefix: str) -> None:
+    def __init__(self, module: nn.Module, sink: TorchSink | None, prefix: str, *, operations: bool = False) -> None:
         super().__init__()
-        self.module, self.sink, self.prefix = module, sink, prefix
+        self.module, self.sink, self.prefix, self._operations = module, sink, prefix, operations
         self.record = Trace()
         self.stack: list[_Frame] = []
         self.scope = prefix
@@ -212,6 +244,7 @@ class _Tracer(TorchDispatchMode):
         written = [
             t for spec in func._schema.arguments if spec.is_write for t in _tensors(arguments_by_name.get(spec.name))
         ]
+        operation = self._operation(func, args, kwargs) if self._operations else None
         result = func(*args, **kwargs)
         produced = {id(t): t for t in [*_tensors(result), *written]}
         from_data = any(value.from_data for value in inputs)
@@ -221,7 +254,7 @@ class _Tracer(TorchDispatchMode):
         for position, tensor in enumerate(produced.values()):
             part = key if len(produced) == 1 else f"{key}.{position}"
             version = tensor._version + 1 if any(tensor is w for w in written) else base
-            self.add(tensor, part, name, inputs, from_data, version)
+            self.add(tensor, part, name, inputs, from_data, version).operation = operation
         for tensor in written:
             self._writer[tensor.untyped_storage()._cdata] = self._known[tensor][0]
         return result
@@ -239,6 +272,12 @@ class _Tracer(TorchDispatchMode):
         self.record.values.append(value)
         self._emit(value, tensor)
         return value
+
+    def _operation(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Operation:
+        def known(leaf: Any) -> Any:
+            return (self.value_of(leaf) if isinstance(leaf, Tensor) else None) or leaf
+
+        return Operation(func, tree_map(known, args), tree_map(known, kwargs), own_line())
 
     def value_of(self, tensor: Tensor) -> TorchValue | None:
         """The value that a tensor holds now, or None for a weight."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -12,14 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from cp_debug.backends.determinism import deterministic
+from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
 from cp_debug.graph.downstream import data_values, from_inputs
 from cp_debug.graph.graph import Graph
-from cp_debug.probes.alignment import Alignment, Link
-from cp_debug.probes.arrays import Sink
+from cp_debug.probes.alignment import Alignment, Departure, Link
+from cp_debug.probes.arrays import is_dense
 from cp_debug.probes.fingerprint import Fingerprint, fingerprint
 from cp_debug.probes.trace import TorchValue, Trace, trace
+from cp_debug.programs.behind import Behind
 from cp_debug.programs.draws import Draws
+from cp_debug.programs.lost import Region, explained
 from cp_debug.programs.matching import Matching, nearest
 from cp_debug.programs.scope_names import scope_hints
 from cp_debug.programs.stored_tensors import stored_tensors
@@ -30,8 +33,8 @@ _NARROW = {"fp16": 1e-2, "bf16": 8e-2}
 """``TOLERANCE`` for graphs that hold values in FP16 or BF16, which torch rounds where the executor does not: about ten
 times a rounding, for what adds up over layers."""
 
-Run = Callable[[Mapping[str, Tensor], Sink], Any]
-"""Runs the whole graph once on inputs by name and gives the sink every value."""
+_MOST_KEPT = 4 << 30
+"""Bytes of torch's tensors that are held to go on behind a fault."""
 
 
 def align(
@@ -40,14 +43,14 @@ def align(
     args: Sequence[Tensor],
     *,
     prefix: str = "",
-    run: Run | None = None,
     tolerance: float | None = None,
 ) -> Alignment:
     """Run graph and module once each on ``args`` (FP32, CPU, in the graph's input order) and match their values.
 
-    Memory holds fingerprints, never both runs. ``run`` executes the graph, by default this project's executor in FP32,
-    which is given the random numbers that the module drew; ``tolerance`` is a relative L2 distance, by default that of
-    the graph's precision. Raises ModuleFailed when the module raises, InputError when the graph takes another number of
+    Memory holds fingerprints, never both runs, unless an output is not what the module returned: then both run again,
+    and where the graph computes something else, torch's own tensors stand in its place. The graph is executed in FP32,
+    with the random numbers that the module drew; ``tolerance`` is a relative L2 distance, by default that of the
+    graph's precision. Raises ModuleFailed when the module raises, InputError when the graph takes another number of
     inputs.
     """
     names = [info.name for info in graph.inputs]
@@ -70,12 +73,16 @@ def align(
     with deterministic():
         with (draws := Draws()):
             record = trace(module, inputs, keep_torch, prefix=prefix)
-        (run or _executor(graph, draws))(inputs, keep_onnx)
+        Executor(graph, drawn=draws.of).run(inputs, keep_onnx)
 
     called = [call[len(prefix) :].removeprefix(".") for call in record.calls]
     hints = {name: ".".join(p for p in (prefix, path) if p) for name, path in scope_hints(graph, called).items()}
     tolerance = _NARROW.get(graph.precision, TOLERANCE) if tolerance is None else tolerance
     matching = Matching(graph, data, onnx_prints, record, torch_prints, hints, tolerance)
+    outputs = zip(graph.outputs, record.tensors, strict=False)
+    returned = {info.name: fingerprint(tensor) for info, tensor in outputs if is_dense(tensor)}
+    wrong = [n for n, own in onnx_prints.items() if n in returned and own.distance(returned[n]) > tolerance]
+    departures = _departures(graph, module, inputs, prefix, data, record, matching) if wrong else []
     props = {entry.key: entry.value for entry in graph.proto.metadata_props}
     return Alignment(
         graph_sha256=graph.digest,
@@ -85,15 +92,46 @@ def align(
         folded={"true": True, "false": False}.get(props.get("cpdebug.folded", "")),
         opset=graph.opsets.get(""),
         versions={"torch": torch.__version__, "onnx": onnx.__version__},
+        departures=departures,
         **_links(graph, data, matching, record, hints),
         **_modules(matching, record),
     )
 
 
-def _executor(graph: Graph, draws: Draws) -> Run:
-    from cp_debug.backends.executor import Executor
+def _departures(
+    graph: Graph,
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    prefix: str,
+    data: Collection[str],
+    record: Trace,
+    matching: Matching,
+) -> list[Departure]:
+    """Where the graph computes something else than the module; torch's tensors stand there from now on."""
+    tensors: dict[int, Tensor] = {}
+    left = _MOST_KEPT
 
-    return Executor(graph, drawn=draws.of).run
+    def keep(value: TorchValue, tensor: Tensor) -> None:
+        nonlocal left
+        if value.index not in tensors and tensor.nbytes <= left:
+            tensors[value.index] = tensor.clone()
+            left -= tensor.nbytes
+
+    with deterministic(), (draws := Draws()):
+        again = trace(module, inputs, keep, prefix=prefix, operations=True)
+    if [v.name for v in again.values] != [v.name for v in record.values]:
+        return []  # a module that goes another way each time
+    for value, same in zip(record.values, again.values, strict=True):
+        value.operation = same.operation and same.operation.among(record.values)
+    kept = {value: tensors[value.index] for value in record.values if value.index in tensors}
+    record.tensors = again.tensors
+    with deterministic():
+        behind = Behind(graph, Executor(graph, drawn=draws.of), matching, data, record, kept, inputs)
+        faults = behind.faults()
+    found = []
+    for fault in faults:
+        found.append(explained(fault, Region(fault.value, fault.between, kept), graph, prefix))
+    return found
 
 
 def _links(

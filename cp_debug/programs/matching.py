@@ -38,7 +38,6 @@ class Matching:
         tolerance: float,
     ) -> None:
         self._graph, self._data, self._trace, self._hints = graph, data, trace, hints
-        self._prints, self._tolerance = torch_prints, tolerance
         self._content = {v: repr(p.shape).encode() + p.projections.tobytes() for v, p in torch_prints.items()}
         self._by_shape: dict[tuple[int, ...], list[TorchValue]] = {}
         for value in torch_prints:
@@ -49,14 +48,16 @@ class Matching:
         }
         self._taken: set[TorchValue] = {v for v, _ in self.pairs.values()}
         self._matched = {self._content[v] for v in self._taken}
+        self.prints, self.tolerance = torch_prints, tolerance
         for name in graph.values:
             if name in data and name in onnx_prints:
-                self._match(name, onnx_prints[name])
+                self.match(name, onnx_prints[name])
 
-    def _match(self, name: str, print_: Fingerprint) -> None:
-        near = [(self._prints[v].distance(print_), v) for v in self._by_shape.get(print_.shape, [])]
+    def match(self, name: str, print_: Fingerprint) -> None:
+        """Pair a value of the graph with the tensor that it equals, if there is one."""
+        near = [(self.prints[v].distance(print_), v) for v in self._by_shape.get(print_.shape, [])]
         best = min((d for d, _ in near), default=float("inf"))
-        if best > self._tolerance:
+        if best > self.tolerance:
             return
         # Rounding moves equal tensors apart by about as much as the best is away: more is another tensor.
         distances = {v: d for d, v in near if d <= max(10 * best, 1e-6)}
@@ -68,9 +69,27 @@ class Matching:
         for output in self._trace.leaves.get(chosen.call, []):
             if output in distances and output not in self._taken and output.index > chosen.index:
                 chosen = output
-        self.pairs[name] = (chosen, distances[chosen])
-        self._matched.add(self._content[chosen])
-        self._taken.add(chosen)
+        self.pair(name, chosen, distances[chosen])
+
+    def pair(self, name: str, value: TorchValue, distance: float) -> None:
+        """Let a torch value stand for a value of the graph, from which it has this relative L2 distance."""
+        self.pairs[name] = (value, distance)
+        self._matched.add(self._content[value])
+        self._taken.add(value)
+
+    def counterparts(self, name: str, op: str) -> list[TorchValue]:
+        """Torch values that nothing in the graph equals, those first that ``name`` most likely should be.
+
+        ``op`` is the operator of torch that the exporter recorded for it, or empty.
+        """
+        source, hint = self._onnx_source(name), self._hints.get(name)
+        free = [v for v in self.prints if v not in self._taken and self._content[v] not in self._matched]
+        ranked = [(self._rank(v, source, hint), v) for v in free]
+        return [v for _, v in sorted(ranked, key=lambda item: (item[0][0], bool(op) and item[1].op != op, item[0][1:]))]
+
+    def sources(self, value: TorchValue) -> tuple[list[TorchValue], list[TorchValue]]:
+        """The nearest paired values that a torch value is computed from, and the unpaired ones between."""
+        return nearest(value, lambda v: v.inputs, lambda v: v in self._taken or self._content.get(v) in self._matched)
 
     def _rank(self, value: TorchValue, source: Source, hint: str | None) -> tuple[int, bool, bool, bool, int, int]:
         torch_source, steps = self._torch_source(value)

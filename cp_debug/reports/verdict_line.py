@@ -105,7 +105,7 @@ def _counts(row: LayerRow) -> bool:
 
 def _judged_together(row: LayerRow) -> str:
     """Phrase about nodes before a layer whose results nobody showed, so that any of them may be guilty."""
-    nodes = row.replay.nodes if row.replay and row.region is None else ()
+    nodes = row.replay.nodes if row.replay and row.region is None and row.side != "export" else ()
     before = [one_line(name) for name in nodes if name != row.name]
     if len(before) < 2:
         return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from statistics import fmean
 from typing import Any
@@ -66,8 +66,8 @@ class Explainer:
     exact_input: Callable[[Key], Tensor]
     """Function that gives the value that glue should have made for an input of a component."""
     effects: Effects
-    settled: Mapping[Key, str] = field(default_factory=dict)
-    """Guilty rows whose cause is known before anything is tried → that cause in words: other control flow."""
+    settled: Mapping[Key, Finding] = field(default_factory=dict)
+    """Guilty rows whose cause is known before anything is tried: other control flow, a wrong export."""
     notes: list[str] = field(default_factory=list)
     """Layers that could not be explained and why not, one sentence each: explaining never ends a run."""
     adds_up: bool = True
@@ -113,11 +113,10 @@ class Explainer:
             self._layers_of.setdefault(key_of_group[1], set()).update(e.row.name for e in group)
         findings = [self._finding(group) for group in groups.values()]
         findings += self._shapes(rows)
-        for says in dict.fromkeys(self.settled.values()):
-            settled_rows = [rows[key] for key, reason in self.settled.items() if reason == says]
-            names = [row.name for row in settled_rows]
-            fix = "compare what the condition is computed from in both programs, and its threshold"
-            findings.append(Finding("control-flow", says, names, [row.op for row in settled_rows], fix=fix))
+        for says in dict.fromkeys(finding.says for finding in self.settled.values()):
+            alike = [finding for finding in self.settled.values() if finding.says == says]
+            names, ops = [n for f in alike for n in f.layers], [op for f in alike for op in f.ops]
+            findings.append(replace(alike[0], layers=names, ops=ops))
         findings += [*unsteady, *(() if self._draws else self._program(observation))]
         try:
             findings += costs(rows, self.run.precision.name, self.run.precision.roundoff, self.segment)
@@ -178,14 +177,15 @@ class Explainer:
 
     def segment(self, key: Key, row: LayerRow) -> Segment:
         """The layer of a row, cut out on its captured inputs. Raises InputError where the oracle cannot compute it."""
-        capture = self.test if row.side == "test" else self.reference
+        of_test = row.side == "test" or (row.side == "export" and self.run.module_side(key.component) == "test")
+        capture = self.test if of_test else self.reference
         declared = (row.replay and row.replay.precision) or self.run.precision.name
-        claim = declared if row.side == "test" else self.reference_precision
+        claim = declared if of_test else self.reference_precision
         program = self.run.programs[key.component]
         replayer = self.run.replayer(key.component, self.test)
         of = (key.component, row.side, claim)
         if of not in self._contexts:
-            quantized = replayer.quantized[row.side == "test"]
+            quantized = replayer.quantized[of_test]
             self._contexts[of] = SegmentContext(program, replayer.oracle, claim, quantized)
         context, load = self._contexts[of], loader(capture, key.component)
         if row.op == "input":

@@ -1,0 +1,93 @@
+"""The module against its own export: rows where the exported graph, and not a backend, computes something else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import onnx
+
+from cp_debug.bisect.candidate_run import CandidateRun
+from cp_debug.bisect.finding import Finding
+from cp_debug.bisect.result import GUILTY, INHERITED, LayerRow
+from cp_debug.graph.graph import Graph
+from cp_debug.probes.alignment import TIE, Departure
+from cp_debug.programs.pipeline import Key
+from cp_debug.safe_text import one_line
+
+SAYS = "the exported graph computes something else than the module"
+MOST_NODES = 4
+"""Nodes of a graph that are told with their attributes."""
+
+
+class Exports(NamedTuple):
+    """What the export is to blame for."""
+
+    settled: dict[Key, Finding]
+    """Guilty rows → their finding, where the alignment knows the place."""
+    tied: list[str]
+    """Names of layers where ties are broken differently: nobody is guilty of these."""
+
+
+def judge_exports(run: CandidateRun, rows: Mapping[Key, LayerRow]) -> Exports:
+    """Lay at the export's door what one side, the module, computes otherwise than the graph that the other one runs.
+
+    Changes the rows.
+    """
+    settled: dict[Key, Finding] = {}
+    tied: list[str] = []
+    for key, row in rows.items():
+        if row.verdict != GUILTY or run.module_side(key.component) != row.side:
+            continue
+        program = run.programs[key.component]
+        departures = program.alignment.departures if program.alignment is not None else ()
+        departure = next((d for d in departures if d.onnx == key.value), None)
+        if departure is None:
+            if row.side == "reference" and row.replay is not None:
+                row.side = "export"
+                row.why = f"{SAYS}: {row.replay.reference_excess:.3g}× what its precision explains"
+        elif departure.cause == TIE:
+            tied.append(row.name)
+            row.verdict, row.side, row.why = INHERITED, "test", f"nobody is guilty, {departure.place}: {departure.says}"
+        else:
+            nodes = row.replay.nodes if row.replay is not None else ()
+            row.side, row.why = "export", _sentence(departure, program.graph, nodes)
+            row.source = departure.source or row.source
+            settled[key] = Finding(
+                cause=departure.cause or "export",
+                says=row.why,
+                layers=[row.name],
+                ops=[row.op],
+                side="export",
+                evidence={
+                    "module": departure.path,
+                    "calls": list(departure.calls),
+                    "nodes": list(nodes),
+                    "off": departure.error,
+                },
+                fix=_fix(departure),
+            )
+    return Exports(settled, tied)
+
+
+def _sentence(departure: Departure, graph: Graph, nodes: tuple[str, ...]) -> str:
+    says = departure.says
+    if not says:
+        own = [node for node in graph.nodes if node.name in nodes and node.op != "Constant"]
+        more = f" and {len(own) - MOST_NODES} more" if len(own) > MOST_NODES else ""
+        in_graph = ", ".join(map(_in_words, (node.proto for node in own[-MOST_NODES:])))
+        says = f"the module computes {', '.join(departure.calls)}, the graph {in_graph}{more}"
+    return one_line(f"{SAYS}, {departure.place}: {says}")
+
+
+def _in_words(node: onnx.NodeProto) -> str:
+    values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if not a.HasField("t")}
+    plain = {n: v.decode(errors="replace") if isinstance(v, bytes) else v for n, v in values.items()}
+    told = ", ".join(f"{n}={v!r}" for n, v in plain.items() if isinstance(v, int | float | str | list))
+    return f"`{node.op_type}({told})`"
+
+
+def _fix(departure: Departure) -> str:
+    if departure.right_by:
+        return f"--exporter {departure.right_by}: tried, its graph computes what the module does here"
+    return f"write `{departure.at}` in the module by other operators, and compare again"

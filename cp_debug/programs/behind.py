@@ -1,0 +1,213 @@
+"""Goes on behind a fault of an export: where the graph computes something else, torch's own tensor takes its place.
+
+Behind the first wrong operator no number of the graph equals one of torch, so that nothing could be paired there. A
+value that is not paired is tried with the torch values that it may stand for, those first that the exporter's record
+and the dataflow propose. The pair is right where the numbers behind it match again; the fault then lies between it and
+what was matched before. Several faults are found one after the other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cp_debug.backends.executor import Executor
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.randomness import draws
+from cp_debug.probes.distance import relative_l2
+from cp_debug.probes.fingerprint import fingerprint
+from cp_debug.probes.trace import TorchValue, Trace
+from cp_debug.programs.matching import Matching
+
+LOOKAHEAD = 24
+"""Nodes behind a value that are computed to see whether their numbers match."""
+TRIED = 16
+"""Torch values that are tried for one value of the graph."""
+OPEN = 64
+"""Values of the graph for which that is done before a fault is given up."""
+_FX_NODE = "pkg.torch.onnx.fx_node"
+_FX_TARGET = re.compile(r"target=torch\.ops\.\w+\.(\w+)")
+_MOVES = {
+    "Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Tile",
+    "Transpose", "Unsqueeze",
+}  # fmt: skip
+"""Operators that make numbers of nothing but the numbers given: that these match says nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fault:
+    """A value of the graph that is computed from the module's own numbers, and is not what the module makes of them."""
+
+    name: str
+    value: TorchValue
+    """Counterpart in the module."""
+    got: Tensor
+    """What the graph makes, of any shape; ``value`` has another tensor."""
+    between: Collection[TorchValue]
+    """Values of torch between ``value`` and what is paired before it."""
+    error: float
+    """Relative L2 distance of the two; infinite where the shapes differ."""
+
+
+class Behind:
+    """The graph, computed once more with torch's tensors in the place of what is wrong."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        executor: Executor,
+        matching: Matching,
+        data: Collection[str],
+        record: Trace,
+        tensors: Mapping[TorchValue, Tensor],
+        inputs: Mapping[str, Tensor],
+    ) -> None:
+        """``tensors`` are those of ``record``'s values, FP32 or whole numbers; ``data`` as ``Matching`` has it."""
+        self._graph, self._executor, self._matching, self._data = graph, executor, matching, data
+        self._record, self._tensors = record, tensors
+        self._values: dict[str, Any] = dict(inputs)
+        executor.run(inputs, self._values.__setitem__)
+        returned = zip(graph.outputs, record.outputs, record.tensors, strict=True)
+        self._returned = {info.name: (value, tensor) for info, value, tensor in returned}
+        self._fx = {name: fx_node(node) for name, node in graph.producer.items()}
+
+    def faults(self) -> list[Fault]:
+        """The faults, in execution order; what they stand for is paired, and all that matches behind them."""
+        found = []
+        while (fault := self._next()) is not None:
+            found.append(self._take(*fault))
+        for name, (value, tensor) in self._returned.items():
+            wrong = name in self._values and apart(self._values[name], tensor) > self._matching.tolerance
+            if wrong and value is not None and value in self._tensors:  # by position, whatever else is equal
+                found.append(self._take(name, value))
+        return sorted(found, key=lambda fault: self._graph.producer[fault.name].index)
+
+    def _next(self) -> tuple[str, TorchValue] | None:
+        """The next value to be put right, and the torch value that what follows proves to be its counterpart."""
+        for name in self._open()[:OPEN]:
+            value = self._values.get(name)
+            if not isinstance(value, Tensor) or not self._leaves(name):
+                continue
+            fx = _FX_TARGET.search(self._fx[name])
+            own = self._matching.pairs[name][0] if name in self._matching.pairs else None
+            fitting = [
+                v
+                for v in self._matching.counterparts(name, fx.group(1) if fx else "")
+                if v in self._tensors and v is not own and _fits(self._tensors[v], value)
+            ]
+            for candidate in fitting[:TRIED]:
+                if self._proved(name, candidate):
+                    return name, candidate
+        return None
+
+    def _open(self) -> list[str]:
+        """Values of the graph without a counterpart, in execution order; before each what it reads that may be wrong.
+
+        That is what equals a torch value which an earlier value equals, too: a step that was left out.
+        """
+        pairs, producer = self._matching.pairs, self._graph.producer
+        first: dict[TorchValue, str] = {}
+        for name in (*self._values, *pairs):
+            if name in pairs:
+                first.setdefault(pairs[name][0], name)
+        found: dict[str, None] = {}
+        for name in self._graph.values:
+            if name not in self._data or name in pairs:
+                continue
+            if any(self._matching.consistent(n) for n in self._matching.next_matched(name)):
+                continue
+            for read in producer[name].inputs:
+                if read in pairs and read in producer and first[pairs[read][0]] != read:
+                    found[read] = None
+            found[name] = None
+        return list(found)
+
+    def _leaves(self, name: str) -> bool:
+        """Whether a value leaves the operator of torch that its node was made of, as far as the exporter recorded."""
+        readers = self._graph.consumers.get(name, [])
+        fx = self._fx[name]
+        return not fx or not readers or any(fx_node(node) != fx for node in readers)
+
+    def _proved(self, name: str, value: TorchValue) -> bool:
+        """Whether a number behind ``name`` matches one of torch behind ``value`` once that stands in its place."""
+        after = {value}
+        for later in self._record.values[value.index + 1 :]:
+            if not after.isdisjoint(later.inputs):
+                after.add(later)
+        changed: dict[str, Any] = {name: self._held(name, value)}
+        moved, prints = {name}, self._matching.prints
+        for node in self._readers(changed, LOOKAHEAD):
+            for output, result in self._compute(node, changed).items():
+                changed[output] = result
+                if not isinstance(result, Tensor):
+                    continue
+                returned = self._returned.get(output)
+                if returned is not None and apart(result, returned[1]) <= self._matching.tolerance:
+                    return True
+                if node.op in _MOVES and moved.issuperset(set(node.inputs) & changed.keys()):
+                    moved.add(output)
+                    continue
+                own = fingerprint(result)
+                near = (v for v in after if v is not value and v.shape == own.shape and v in prints)
+                if own.norm and any(prints[v].distance(own) <= self._matching.tolerance for v in near):
+                    return True
+        return False
+
+    def _take(self, name: str, value: TorchValue) -> Fault:
+        """Put torch's tensor in the place of a value, compute what reads it, and match that."""
+        got, right = self._values[name], self._tensors[value]
+        error, (_, between) = apart(got, right), self._matching.sources(value)
+        self._matching.pair(name, value, error)
+        changed: dict[str, Any] = {name: self._held(name, value)}
+        for node in self._readers(changed, len(self._graph.nodes)):
+            changed |= self._compute(node, changed)
+        self._values |= changed
+        for output, result in changed.items():
+            if output in self._data and output not in self._matching.pairs and isinstance(result, Tensor):
+                self._matching.match(output, fingerprint(result))
+        return Fault(name, value, got, between, error)
+
+    def _readers(self, changed: Mapping[str, Any], most: int) -> list[Node]:
+        """The first ``most`` nodes that are computed from ``changed``, in execution order."""
+        reached, nodes = set(changed), []
+        for node in self._graph.nodes:
+            if not reached.isdisjoint(node.inputs) and not draws(node, self._graph):
+                reached.update(node.outputs)
+                nodes.append(node)
+            if len(nodes) == most:
+                break
+        return nodes
+
+    def _compute(self, node: Node, changed: Mapping[str, Any]) -> dict[str, Any]:
+        given = {name: changed.get(name, self._values.get(name)) for name in node.inputs}
+        try:
+            wanted = [name for name in node.outputs if name in self._values]
+            return self._executor.run_nodes(
+                [node], {name: tensor for name, tensor in given.items() if tensor is not None}, wanted
+            )
+        except InputError:
+            return {}
+
+    def _held(self, name: str, value: TorchValue) -> Tensor:
+        return self._tensors[value].to(self._values[name].dtype)
+
+
+def fx_node(node: Node) -> str:
+    """The operator of torch that a node was made of, as dynamo's exporter wrote it; empty where nobody did."""
+    return next((entry.value for entry in node.proto.metadata_props if entry.key == _FX_NODE), "")
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """Relative L2 distance of two tensors; infinite where shapes, NaN or Inf differ."""
+    sides = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (one, other)]
+    return max(relative_l2(*sides), relative_l2(*reversed(sides)))
+
+
+def _fits(tensor: Tensor, value: Tensor) -> bool:
+    return tensor.shape == value.shape and tensor.is_floating_point() == value.is_floating_point()
