@@ -22,7 +22,7 @@ from cp_debug.probes.fingerprint import Fingerprint, fingerprint
 from cp_debug.probes.trace import TorchValue, Trace, trace
 from cp_debug.programs.behind import Behind
 from cp_debug.programs.draws import Draws
-from cp_debug.programs.lost import Region, explained
+from cp_debug.programs.lost import TorchSpan, explained
 from cp_debug.programs.matching import Matching, nearest
 from cp_debug.programs.scope_names import scope_hints
 from cp_debug.programs.stored_tensors import stored_tensors
@@ -130,7 +130,7 @@ def _departures(
         faults = behind.faults()
     found = []
     for fault in faults:
-        found.append(explained(fault, Region(fault.value, fault.between, kept), graph, prefix))
+        found.append(explained(fault, TorchSpan(fault.value, fault.between, kept), graph, prefix))
     return found
 
 

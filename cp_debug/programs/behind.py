@@ -41,7 +41,7 @@ _MOVES = {
 
 
 @dataclass(frozen=True, eq=False)
-class Fault:
+class WrongValue:
     """A value of the graph that is computed from the module's own numbers, and is not what the module makes of them."""
 
     name: str
@@ -77,7 +77,7 @@ class Behind:
         self._returned = {info.name: (value, tensor) for info, value, tensor in returned}
         self._fx = {name: fx_node(node) for name, node in graph.producer.items()}
 
-    def faults(self) -> list[Fault]:
+    def faults(self) -> list[WrongValue]:
         """The faults, in execution order; what they stand for is paired, and all that matches behind them."""
         found = []
         while (fault := self._next()) is not None:
@@ -159,7 +159,7 @@ class Behind:
                     return True
         return False
 
-    def _take(self, name: str, value: TorchValue) -> Fault:
+    def _take(self, name: str, value: TorchValue) -> WrongValue:
         """Put torch's tensor in the place of a value, compute what reads it, and match that."""
         got, right = self._values[name], self._tensors[value]
         error, (_, between) = apart(got, right), self._matching.sources(value)
@@ -171,7 +171,7 @@ class Behind:
         for output, result in changed.items():
             if output in self._data and output not in self._matching.pairs and isinstance(result, Tensor):
                 self._matching.match(output, fingerprint(result))
-        return Fault(name, value, got, between, error)
+        return WrongValue(name, value, got, between, error)
 
     def _readers(self, changed: Mapping[str, Any], most: int) -> list[Node]:
         """The first ``most`` nodes that are computed from ``changed``, in execution order."""

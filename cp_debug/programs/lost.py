@@ -17,7 +17,7 @@ from cp_debug.graph.graph import Graph
 from cp_debug.graph.source_lines import source_line
 from cp_debug.probes.alignment import TIE, Departure
 from cp_debug.probes.trace import Operation, TorchValue
-from cp_debug.programs.behind import Fault, apart
+from cp_debug.programs.behind import WrongValue, apart
 from cp_debug.programs.ties import ties
 
 MOST = 400
@@ -29,7 +29,7 @@ _WORDS = (None, "sum", "mean", "prod", "amax", "amin", "none", "tanh", "floor", 
 
 
 @dataclass(eq=False)
-class Region:
+class TorchSpan:
     """The operators of torch between a fault and what is right before it."""
 
     target: TorchValue
@@ -98,7 +98,7 @@ class Region:
         return made[self.target]
 
 
-def explained(fault: Fault, region: Region, graph: Graph, prefix: str) -> Departure:
+def explained(fault: WrongValue, region: TorchSpan, graph: Graph, prefix: str) -> Departure:
     """The fault in words: which operators of the module, what the graph makes of them, and the proof."""
     operations = region.operations
     culprit = next(reversed(operations), None)
@@ -125,7 +125,7 @@ def explained(fault: Fault, region: Region, graph: Graph, prefix: str) -> Depart
     )
 
 
-def _ties(fault: Fault, operation: Operation | None, tensors: Mapping[TorchValue, Tensor]) -> str:
+def _ties(fault: WrongValue, operation: Operation | None, tensors: Mapping[TorchValue, Tensor]) -> str:
     """In words, where the fault is no more than a tie that is broken differently; else empty."""
     if operation is None or fault.got.is_floating_point():
         return ""
@@ -140,7 +140,7 @@ def in_words(operation: Operation) -> str:
     return f"`{_name(operation)}({', '.join(given)})`"
 
 
-def _tried(region: Region) -> Iterator[tuple[Operation, str, Tensor]]:
+def _tried(region: TorchSpan) -> Iterator[tuple[Operation, str, Tensor]]:
     """Each change of one operator: which, how in words (empty: left out), and the target that it gives."""
     tried = 0
     for operation in reversed(region.operations):
