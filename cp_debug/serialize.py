@@ -15,16 +15,16 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from contextlib import suppress
+from functools import lru_cache
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from cp_debug.errors import InputError
 
-if TYPE_CHECKING:
-    from cattrs import Converter
-
 T = TypeVar("T")
+_ARRAYS = (list, tuple, frozenset, Sequence)
+"""Kinds of fields that are arrays in JSON."""
 
 
 class JsonForm:
@@ -104,7 +104,7 @@ def decode(kind: type[T], document: Any, source: str, path: str = "") -> T:
     if not isinstance(document, dict):
         raise InputError(f"{source}: {f'field {path!r}' if path else 'the document'} is not a JSON object")
     try:
-        return _structure(kind, document, path)
+        return _at(path, kind, document)
     except BadField as bad:
         raise InputError(f"{source}: field {bad.path!r} is {bad.problem}") from None
 
@@ -115,7 +115,7 @@ def part(kind: type[T], document: Mapping[str, Any], key: str) -> T:
         raise BadField("", f"a document is a JSON object; this is of type {type(document).__name__}")
     if key not in document:
         raise BadField(key, "missing")
-    return _structure(kind, document[key], key)
+    return _at(key, kind, document[key])
 
 
 def check_entries(document: Mapping[str, Any], key: str, kinds: Mapping[str, Any], *, needed: bool = False) -> None:
@@ -178,93 +178,115 @@ def _key(field: dataclasses.Field[Any]) -> str:
     return key
 
 
-def _structure(kind: Any, document: Any, path: str) -> Any:
+def _at(step: str, hint: Any, value: Any) -> Any:
+    """``value`` as what a type hint says. Raises BadField, whose path begins with ``step``."""
+    if type(value) is hint:  # most fields
+        return value
     try:
-        return _converter().structure(document, kind)
-    except Exception as error:  # cattrs gives groups of whatever was raised inside
-        raise _bad_field(error, path) from None
-
-
-def _bad_field(error: BaseException, path: str) -> BadField:
-    """The first field that does not fit, in what cattrs raised."""
-    from cattrs import BaseValidationError, ClassValidationError
-
-    if isinstance(error, BadField):
-        return BadField(_join(path, error.path), error.problem)
-    if not isinstance(error, BaseValidationError):
-        return BadField(path, _problem(error))
-    cause = error.exceptions[0]
-    step = ""
-    if isinstance(error, ClassValidationError):
-        keys = {field.name: _key(field) for field in dataclasses.fields(error.cl)}
-        noted = [(inner, keys[note.name]) for inner, note in error.group_exceptions()[0]]
-        cause, step = noted[0] if noted else (cause, "")
-    return _bad_field(cause, _join(path, step))
+        return _read(hint, value)
+    except Exception as error:  # older forms are read by code that expects nothing else, and classes check themselves
+        problem = "missing" if isinstance(error, KeyError) else f"not what was expected ({type(error).__name__})"
+        bad = error if isinstance(error, BadField) else BadField("", problem)
+        raise BadField(_join(step, bad.path), bad.problem) from None
 
 
 def _join(path: str, step: str) -> str:
     return f"{path}{step}" if step.startswith("[") or not path or not step else f"{path}.{step}"
 
 
-@lru_cache
-def _converter() -> Converter:
-    from cattrs import Converter
-
-    converter = Converter()
-    converter.register_structure_hook(float, _number)
-    for kind in (int, str, bool):
-        converter.register_structure_hook(kind, _strict)
-    converter.register_structure_hook_func(
-        lambda hint: _origin(hint) in (list, tuple, frozenset, Sequence), partial(_items, converter)
-    )
-    converter.register_structure_hook_func(lambda hint: _origin(hint) in (dict, Mapping), partial(_mapping, converter))
-    converter.register_structure_hook_func(_is_named_tuple, partial(_named_tuple, converter))
-    converter.register_structure_hook_func(_is_choice, partial(_choice, converter))
-    converter.register_structure_hook_func(lambda hint: getattr(hint, "_is_protocol", False), lambda value, _: value)
-    converter.register_structure_hook_factory(dataclasses.is_dataclass, partial(_reader, converter))
-    return converter
+def _wrong(value: Any, expected: str) -> BadField:
+    return BadField("", f"{json.dumps(value, default=str)[:40]}; expected {expected}")
 
 
-def _reader(converter: Converter, kind: Any) -> Any:
-    """A function that reads a dataclass: its own fields by cattrs, its inline parts from the same object."""
-    from cattrs.gen import make_dict_structure_fn, override
+def _read(hint: Any, value: Any) -> Any:
+    """``value`` as what a type hint says, by the kinds of fields that results have. Raises BadField."""
+    origin, kinds = _parts(hint)
+    if origin in (Union, UnionType):
+        some = [kind for kind in kinds if kind is not NoneType]
+        if value is None and len(some) < len(kinds):
+            return None
+        is_array = isinstance(value, list | tuple)  # of a number and an array JSON tells which it is
+        return _read(next((k for k in some if (_parts(k)[0] in _ARRAYS) == is_array), some[0]), value)
+    if origin is float:
+        return _number(value)
+    if origin in (int, str, bool):
+        if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
+            raise _wrong(value, origin.__name__)
+        return value
+    if origin in _ARRAYS:
+        return _items(origin, kinds, value)
+    if origin in (dict, Mapping):  # JSON turns whole numbers that are keys into text
+        if not isinstance(value, dict):
+            raise _wrong(value, "a JSON object")
+        key_kind, kind = kinds or (str, Any)
+        return {int(k) if key_kind is int else k: _at(str(k), kind, v) for k, v in value.items()}
+    if dataclasses.is_dataclass(origin):
+        return _dataclass(origin, value)
+    if hasattr(origin, "_fields"):  # a named tuple, from a list of its values or from an object of them
+        if isinstance(value, dict):
+            value = [_inside(value, name)[0] for name in origin._fields if name in value]
+        hints = get_type_hints(origin)
+        return origin(*_items(tuple, tuple(hints[name] for name in origin._fields), value))
+    if hint in (Any, object) or getattr(hint, "_is_protocol", False):
+        return value
+    raise TypeError(f"{hint}: no type that is read")
 
+
+@lru_cache(None)
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A generic type, or the type itself, and what it is made of."""
+    return get_origin(hint) or hint, get_args(hint)
+
+
+def _items(origin: Any, kinds: tuple[Any, ...], value: Any) -> Any:
+    """A list, tuple or frozenset of anything; a sequence becomes a list."""
+    if not isinstance(value, list | tuple):
+        raise _wrong(value, "list")
+    if origin is tuple and kinds and kinds[-1] is not Ellipsis:
+        if len(value) != len(kinds):
+            raise _wrong(value, f"{len(kinds)} entries")
+    else:
+        kinds = (kinds[0] if kinds else Any,) * len(value)
+    made = (_at(f"[{i}]", kind, item) for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+    return (list if origin is Sequence else origin)(made)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            return float(value)
+    raise _wrong(value, "a number")
+
+
+@lru_cache(None)
+def _plan(kind: type) -> list[tuple[dataclasses.Field[Any], str, Any]]:
+    """The fields of a dataclass that are read, each with its key and its type hint."""
     hints = get_type_hints(kind)
     fields = [field for field in dataclasses.fields(kind) if not field.metadata.get("omit")]
-    own = [field for field in fields if not field.metadata.get("inline")]
-    inline = [field for field in fields if field.metadata.get("inline")]
-    core = dataclasses.make_dataclass(
-        kind.__name__,
-        [(f.name, hints[f.name], dataclasses.field(**_default(f), metadata=f.metadata)) for f in own],
-        kw_only=True,
-    )
-    renamed = {f.name: override(rename=f.metadata["key"]) for f in own if "key" in f.metadata}
-    read_core: Any = make_dict_structure_fn(core, converter, **renamed)  # type: ignore[arg-type]
-    nested = [f.metadata["key"] for f in own if "." in f.metadata.get("key", "")]
-    absent = {_key(f): encode(f.metadata["absent"]) for f in own if "absent" in f.metadata}
+    return [(field, _key(field), hints[field.name]) for field in fields]
 
-    def read(document: Any, _: Any) -> Any:
-        if isinstance(document, kind):
-            return document
-        if not isinstance(document, dict):
-            raise TypeError(f"{json.dumps(document, default=str)[:40]}; expected a JSON object")
-        if issubclass(kind, JsonForm):
-            document = kind.fields_from(document)
-        document = document | {key: value for key in nested for value in _inside(document, key)}
-        document |= {key: None for key, value in absent.items() if document.get(key) == value}
-        values = vars(read_core(document, core))
-        for field in own:
-            allowed = field.metadata.get("one_of", (values[field.name],))
-            if values[field.name] not in allowed:
-                given = json.dumps(values[field.name], default=str)[:40]
-                raise BadField(_key(field), f"{given}; expected {', '.join(allowed)}")
-        for field in inline:
-            hint = hints[field.name]
-            absent_part = NoneType in get_args(hint) and _is_absent(document, field, _only(hint))
-            values[field.name] = None if absent_part else converter.structure(document, _only(hint))
-        return kind(**values)
 
-    return read
+def _dataclass(kind: Any, document: Any) -> Any:
+    """A dataclass: each field from under its key, its inline parts from the same object."""
+    if isinstance(document, kind):
+        return document
+    if not isinstance(document, dict):
+        raise _wrong(document, "a JSON object")
+    if issubclass(kind, JsonForm):
+        document = kind.fields_from(document)
+    values: dict[str, Any] = {}
+    for field, key, hint in _plan(kind):
+        if field.metadata.get("inline"):
+            absent = NoneType in get_args(hint) and _is_absent(document, field, _only(hint))
+            values[field.name] = None if absent else _read(_only(hint), document)
+        elif found := _inside(document, key) or ([document[key]] if key in document else []):
+            none = "absent" in field.metadata and found[0] == _for_none(field)
+            value = values[field.name] = _at(key, hint, None if none else found[0])
+            if value not in (allowed := field.metadata.get("one_of", (value,))):
+                raise BadField(key, _wrong(value, ", ".join(allowed)).problem)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise BadField(key, "missing")
+    return kind(**values)
 
 
 def _inside(document: dict[str, Any], key: str) -> list[Any]:
@@ -275,108 +297,23 @@ def _inside(document: dict[str, Any], key: str) -> list[Any]:
             return []
         document = document[section]
         if not isinstance(document, dict):
-            problem = f"{json.dumps(document, default=str)[:40]}; expected a JSON object"
-            raise BadField(".".join(sections[: i + 1]), problem)
+            raise BadField(".".join(sections[: i + 1]), _wrong(document, "a JSON object").problem)
     return [document[last]] if last in document else []
 
 
 def _is_absent(document: dict[str, Any], field: dataclasses.Field[Any], kind: Any) -> bool:
     """Whether an inline part is None: what is written for None is there, or nothing but null."""
-    if (written := field.metadata.get("absent")) is not None:
-        return all(document.get(key) == value for key, value in encode(written).items())
+    if field.metadata.get("absent") is not None:
+        return all(document.get(key) == value for key, value in _for_none(field).items())
     return all(document.get(_key(each)) is None for each in dataclasses.fields(kind))
 
 
-def _origin(hint: Any) -> Any:
-    return get_origin(hint) or hint
-
-
-def _items(converter: Converter, value: Any, hint: Any) -> Any:
-    """A list, tuple or frozenset of anything; a sequence becomes a list."""
-    origin, kinds = list if _origin(hint) is Sequence else _origin(hint), get_args(hint)
-    if not isinstance(value, list | tuple):
-        raise TypeError(f"{json.dumps(value, default=str)[:40]}; expected list")
-    if origin is tuple and kinds and kinds[-1] is not Ellipsis:
-        if len(value) != len(kinds):
-            raise TypeError(f"{json.dumps(value, default=str)[:40]}; expected {len(kinds)} entries")
-    else:
-        kinds = (kinds[0] if kinds else Any,) * len(value)
-    return origin(
-        _entry(converter, item, kind, f"[{i}]") for i, (item, kind) in enumerate(zip(value, kinds, strict=True))
-    )
-
-
-def _mapping(converter: Converter, value: Any, hint: Any) -> Any:
-    """A dict of anything, whose keys may be whole numbers, which JSON turns into text."""
-    key_kind, kind = get_args(hint) or (str, Any)
-    if not isinstance(value, dict):
-        raise TypeError(f"{json.dumps(value, default=str)[:40]}; expected a JSON object")
-    entries = {k: _entry(converter, v, kind, str(k)) for k, v in value.items()}
-    return {int(k): v for k, v in entries.items()} if key_kind is int else entries
-
-
-def _is_named_tuple(hint: Any) -> bool:
-    return isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields")
-
-
-def _named_tuple(converter: Converter, value: Any, kind: Any) -> Any:
-    """A named tuple, from a list of its values or from an object of them."""
-    if isinstance(value, dict):
-        value = [_inside(value, name)[0] for name in kind._fields if name in value]
-    hints = get_type_hints(kind)
-    return kind(*_items(converter, value, tuple[tuple(hints[name] for name in kind._fields)]))  # type: ignore[misc]
-
-
-def _is_choice(hint: Any) -> bool:
-    """Whether a hint is a union in which one kind is an array."""
-    return get_origin(hint) in (UnionType, Union) and any(_origin(kind) in (list, tuple) for kind in get_args(hint))
-
-
-def _choice(converter: Converter, value: Any, hint: Any) -> Any:
-    """A union of a number and an array: which of them it is, JSON tells."""
-    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
-    if value is None and len(kinds) < len(get_args(hint)):
-        return None
-    is_array = isinstance(value, list | tuple)
-    return converter.structure(value, next(kind for kind in kinds if (_origin(kind) in (list, tuple)) == is_array))
-
-
-def _entry(converter: Converter, value: Any, kind: Any, step: str) -> Any:
-    try:
-        return converter.structure(value, kind)
-    except Exception as error:  # see ``_structure``
-        raise _bad_field(error, step) from None
+@lru_cache(None)
+def _for_none(field: dataclasses.Field[Any]) -> Any:
+    """JSON that is written in place of None."""
+    return encode(field.metadata["absent"])
 
 
 def _only(hint: Any) -> Any:
     """The dataclass in the hint ``Part`` or ``Part | None``."""
     return next((argument for argument in get_args(hint) if dataclasses.is_dataclass(argument)), hint)
-
-
-def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:
-    if field.default is not dataclasses.MISSING:
-        return {"default": field.default}
-    return {} if field.default_factory is dataclasses.MISSING else {"default_factory": field.default_factory}
-
-
-def _number(value: Any, _: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise TypeError(f"{json.dumps(value)[:40]}; expected a number")
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        raise TypeError(f"{json.dumps(value)[:40]}; expected a number") from None
-
-
-def _strict(value: Any, kind: type) -> Any:
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"{json.dumps(value, default=str)[:40]}; expected {kind.__name__}")
-    return value
-
-
-def _problem(error: BaseException) -> str:
-    if isinstance(error, KeyError):
-        return "missing"
-    if isinstance(error, TypeError) and "; expected" in str(error):
-        return str(error)
-    return f"not what was expected ({type(error).__name__})"

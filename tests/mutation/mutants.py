@@ -70,7 +70,7 @@ COSMETIC = ("frozen", "repr", "strict", "costly")
 """Arguments that say how code may be used or how long it takes, not what comes out: they are not changed."""
 PRELOADED = (
     "numpy,torch,torch.export,torch.onnx,torch.fx,onnx,onnx.reference,onnxruntime,onnxruntime.quantization,onnxscript,"
-    "numba,scipy.stats,pandas,pydantic,cattrs,jinja2,rich.console,typer,yaml,pytest,hypothesis,safetensors"
+    "numba,scipy.stats,pandas,pydantic,jinja2,rich.console,typer,yaml,pytest,hypothesis,safetensors"
 )
 
 
