@@ -30,7 +30,7 @@ class Distance(NamedTuple):
     whole: float
     """‖theirs‖."""
     new_nonfinite: int
-    """Elements that are NaN or Inf in ours and finite in theirs, or Inf of the other sign."""
+    """Elements that are NaN or Inf in ours and something else in theirs, but for NaN there."""
 
     @property
     def relative(self) -> float:
@@ -46,9 +46,10 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def opposite_inf(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Mask of the elements that are Inf on both sides, of other signs; bool, in the shape of both."""
-    return torch.isinf(theirs) & (ours == -theirs)
+def born_nonfinite(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Mask of the elements that are NaN or Inf in ours and something else in theirs: a finite number, Inf where ours is
+    NaN or Inf of the other sign. NaN in theirs makes anything possible. Bool, in the shape of both."""
+    return ~torch.isfinite(ours) & ~torch.isnan(theirs) & (ours != theirs)
 
 
 def distance(ours: AnyTensor, theirs: AnyTensor) -> Distance:
@@ -66,9 +67,8 @@ def distance(ours: AnyTensor, theirs: AnyTensor) -> Distance:
         difference = float(torch.linalg.vector_norm(apart))
         size = float(torch.linalg.vector_norm(y))
         if not (math.isfinite(difference) and math.isfinite(size)):
-            finite_y = torch.isfinite(y)
-            finite = torch.isfinite(x) & finite_y
-            new_nonfinite += int(((finite_y & ~finite) | opposite_inf(x, y)).sum())
+            finite = torch.isfinite(x) & torch.isfinite(y)
+            new_nonfinite += int(born_nonfinite(x, y).sum())
             difference = float(torch.linalg.vector_norm(torch.where(finite, apart, 0.0)))
             size = float(torch.linalg.vector_norm(torch.where(finite, y, 0.0)))
         differing, whole = math.hypot(differing, difference), math.hypot(whole, size)
@@ -86,10 +86,9 @@ def _on_device(ours: AnyTensor, theirs: AnyTensor) -> Distance:
         unrounded = [side[start : start + DEVICE_BLOCK] for side in (a, b)]
         x, y = (side.double() for side in unrounded)
         apart = differences(*unrounded) if wide else x - y
-        finite_y = torch.isfinite(y)
-        finite = torch.isfinite(x) & finite_y
+        finite = torch.isfinite(x) & torch.isfinite(y)
         difference, size = torch.where(finite, apart, 0.0), torch.where(finite, y, 0.0)
-        new_nonfinite = ((finite_y & ~finite) | opposite_inf(x, y)).sum().double()
+        new_nonfinite = born_nonfinite(x, y).sum().double()
         sums.append(torch.stack([difference.square().sum(), size.square().sum(), new_nonfinite]))
     if not sums:
         return Distance(0.0, 0.0, 0)

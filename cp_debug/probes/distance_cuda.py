@@ -53,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) distance_of_pair(
     const double d = both ? x - y : 0.0, r = both ? y : 0.0;
     sums[0] += d * d;
     sums[1] += r * r;
-    sums[2] += !both && (is_finite(y) || x == -y);
+    sums[2] += !is_finite(x) && y == y && x != y;
   }
   __shared__ double of_warps[3][THREADS / 32];
   for (int k = 0; k < 3; ++k) {
@@ -72,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) distance_of_pair(
 
 def sums_of_pair(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float, float] | None:
     """Σ(ours − theirs)², Σ theirs² over the elements that are finite on both sides, and how many are
-    in theirs alone or Inf of other signs.
+    NaN or Inf in ours and something else, but no NaN, in theirs.
 
     Both are flat, contiguous, on one GPU and of one length. None for types other than FP64, FP32, FP16 and BF16, and
     where the kernel does not compile.

@@ -27,7 +27,7 @@ from cp_debug.bisect.scale_replay import AnyQuantized
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS
-from cp_debug.probes.distance import opposite_inf
+from cp_debug.probes.distance import born_nonfinite
 from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision
 
 FEW = 256
@@ -251,7 +251,7 @@ class Segment:
 
         bool, in the result's shape.
         """
-        return (~torch.isfinite(self.test) & torch.isfinite(self.exact)) | opposite_inf(self.test, self.exact)
+        return (~torch.isfinite(self.test) & torch.isfinite(self.exact)) | born_nonfinite(self.test, self.exact)
 
     @cached_property
     def error(self) -> Tensor:
