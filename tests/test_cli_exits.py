@@ -389,6 +389,7 @@ ACTS = {
     "--seed": "inputs, draws or orders are made from it; refused where none are (below)",
     "--level": "which tables are shown",
     "--all": "how many rows are shown",
+    "--quiet": "whether tables are shown",
     "--format": "what report writes",
     "--rtol": "the verdict's tolerance",
     "--atol": "the verdict's tolerance",

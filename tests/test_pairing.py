@@ -307,3 +307,40 @@ def test_a_pairing_is_written_without_the_names_of_all_values() -> None:
     written = Pairing({"a": "b"}, {"x": "x1"}, {"y": "y1"}, missing=["c"]).to_dict()
     assert "names" not in written
     assert (written["inputs"], written["outputs"], written["missing"]) == ({"x": "x1"}, {"y": "y1"}, ["c"])
+
+
+FOCUS = """<ir_version: 8, opset_import: ["": 13]>
+net (float[1,3,8,8] x) => (float[1,4,4,4] y)
+  <int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] rows = {2}, int64[1] cols = {3}, int64[1] big = {999}> {
+  r0 = Slice (x, zero, big, rows, two)
+  phase0 = Slice (r0, zero, big, cols, two)
+  r1 = Slice (x, one, big, rows, two)
+  phase1 = Slice (r1, zero, big, cols, two)
+  focus = Concat <axis = 1> (phase0, phase1)
+  c = Conv (focus, w)
+  y = Relu (c)
+}"""  # fmt: skip
+MERGED = """<ir_version: 8, opset_import: ["": 13]>
+net (float[1,3,8,8] x) => (float[1,4,4,4] y)
+  <int64[2] zero = {0, 0}, int64[2] one = {0, 1}, int64[2] two = {2, 2}, int64[2] axes = {2, 3}, int64[2] big = {999, 999}> {
+  phase0 = Slice (x, zero, big, axes, two)
+  phase1 = Slice (x, one, big, axes, two)
+  focus = Concat <axis = 1> (phase0, phase1)
+  c = Conv (focus, w)
+  y = Relu (c)
+}"""  # fmt: skip
+
+
+def test_merged_nodes_that_kept_the_last_name_are_judged_by_themselves(tmp_path: Path) -> None:
+    """Two Slices became one, whose starts are (0, 1) for (1, 0): that Slice is guilty, not the Conv behind it."""
+    weight = numpy_helper.from_array(np.random.default_rng(0).standard_normal((4, 6, 1, 1)).astype(np.float32), "w")
+    files = []
+    for name, text in (("focus", FOCUS), ("merged", MERGED)):
+        model = onnx.parser.parse_model(text)
+        for node in model.graph.node:
+            node.name = node.output[0]
+        model.graph.initializer.append(weight)
+        files.append(tmp_path / f"{name}.onnx")
+        onnx.save(model, files[-1])
+    (test,) = bisect(str(files[0]), "ort,ort", test_model=files[1], options=Options()).tests
+    assert [row.name for row in test.rows if row.verdict == "guilty"] == ["phase1"]

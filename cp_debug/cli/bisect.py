@@ -97,6 +97,7 @@ def bisect(
     show_all: Annotated[
         bool, typer.Option("--all", help="Every layer, not only those around the first divergent.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The verdict alone, one line for each test.")] = False,
     rtol: Rtol = None,
     atol: Atol = None,
     oracle: Annotated[Oracle, typer.Option(help="auto: FP64 for FP32 tests, FP32 below.")] = Oracle.auto,
@@ -178,6 +179,7 @@ def bisect(
     why = f"it changes the torch module, which none of the tests {names} runs; expected torch among them"
     refuse(("test_train_mode", "test_out_of_place"), unless=any(spec.family == "torch" for spec in tests), why=why)
     refuse(("oracle", "explain", "oracle_device"), unless=replay, why="--no-replay leaves nothing to judge or explain")
+    refuse(("level", "show_all"), unless=not quiet, why="--quiet shows no layers")
     refuse(("show_all",), unless=level is Level.layers, why="--level stages shows no layers")
     refuse(("overwrite",), unless=save is not None, why="without --save nothing is kept")
     check_device(oracle_device)
@@ -257,5 +259,5 @@ def bisect(
         if save:
             assert run_folder is not None
             write_json(result, run_folder / RESULT)
-    show(result, json=json, csv=csv, layers=level is Level.layers, show_all=show_all)
+    show(result, json=json, csv=csv, layers=level is Level.layers, show_all=show_all, quiet=quiet)
     raise typer.Exit(0 if result.agrees else 1)

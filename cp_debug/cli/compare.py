@@ -22,6 +22,7 @@ def compare(
         typer.Option("--map", help="REFERENCE=TEST: compare these two tensors; OUTPUT=: leave one out; repeatable."),
     ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="Every tensor.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The verdict alone, one line for each test.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the table as CSV.")] = None,
 ) -> None:
@@ -37,7 +38,7 @@ def compare(
     from cp_debug.cli.console import show
 
     result = compare_captures(*captures, rtol=rtol, atol=atol, force=force, maps=maps or ())
-    show(result, json=json, csv=csv, show_all=show_all)
+    show(result, json=json, csv=csv, show_all=show_all, quiet=quiet)
     raise typer.Exit(0 if result.agrees else 1)
 
 

@@ -189,16 +189,19 @@ def show(
     csv: Path | None,
     layers: bool = True,
     show_all: bool = False,
+    quiet: bool = False,
     rest: str = "--all shows the rest",
 ) -> None:
     """Print the tables, and write the files that were asked for. With ``json`` on stdout, nothing else goes there.
 
-    ``rest``: how to see the layers that are left out.
+    ``quiet``: one line for each test, the verdict alone. ``rest``: how to see the layers that are left out.
     """
     from cp_debug.reports.files import write_csv
     from cp_debug.reports.tables import render
+    from cp_debug.reports.verdict_line import verdict_line
 
-    show_document(render(result, layers=layers, show_all=show_all, rest=rest), result.to_dict(), json)
+    tables = render(result, layers=layers, show_all=show_all, rest=rest)
+    show_document(map(verdict_line, result.tests) if quiet else tables, result.to_dict(), json)
     if csv:
         write_csv(result, csv)
 

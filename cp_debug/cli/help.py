@@ -41,7 +41,20 @@ GROUPS = {
         *("rtol", "atol", "oracle", "oracle_device", "replay", "explain", "knobs", "memory", "max_builds", "goal"),
         *("scenario", "tolerance", "max_abs", "max_drop"),
     ),
-    "Report": ("level", "show_all", "json", "csv", "html", "save", "output", "overwrite", "junit", "plot", "log"),
+    "Report": (
+        "level",
+        "show_all",
+        "quiet",
+        "json",
+        "csv",
+        "html",
+        "save",
+        "output",
+        "overwrite",
+        "junit",
+        "plot",
+        "log",
+    ),
 }
 """Group → its options, by their names in Python; an option that declares a panel of its own stands there."""
 

@@ -231,7 +231,10 @@ def believable(reference: Graph, test: Graph) -> bool:
     common = [v for v in theirs if v in ours]
     if not common or 2 * len(common) < min(len(ours), len(theirs)):
         return False
-    agreeing = sum(_reads(reference, v) == _reads(test, v) for v in common)
+    known = known_names([reference]), known_names([test])
+    agreeing = sum(
+        reference.producer[v].op == test.producer[v].op and not _rewired(reference, test, v, known) for v in common
+    )
     return agreeing >= TRUST * len(common) and _misplaced(reference, test, common) <= MOST_MISPLACED
 
 
@@ -247,12 +250,8 @@ def moved_names(reference: Graph, test: Graph) -> set[str]:
     unlike = {v for v in common if _reads(reference, v) != _reads(test, v) or (v in data[0]) != (v in data[1])}
     known = known_names([reference]), known_names([test])
 
-    def rewired(value: str) -> bool:
-        """Whether both nodes read other values that both graphs have: not what a node put in or left out does."""
-        ours, theirs = _reads(reference, value)[1], _reads(test, value)[1]
-        return ours != theirs and ours <= known[1] and theirs <= known[0]
-
-    if sum(rewired(v) for v in unlike if v in data[0] or v in data[1]) <= MOST_MISPLACED:
+    rewired = (_rewired(reference, test, v, known) for v in unlike if v in data[0] or v in data[1])
+    if sum(rewired) <= MOST_MISPLACED:
         return set()
     mine, theirs = Constants(reference), Constants(test)
     moved: set[str] = set()
@@ -264,6 +263,14 @@ def moved_names(reference: Graph, test: Graph) -> set[str]:
         if value in unlike or not moved.isdisjoint(nodes[1].inputs):
             moved.add(value)
     return moved
+
+
+def _rewired(reference: Graph, test: Graph, value: str, known: tuple[Collection[str], Collection[str]]) -> bool:
+    """Whether both nodes read other values that both graphs have: not what a node put in or left out does.
+
+    ``known``: the names of each graph's values."""
+    ours, theirs = _reads(reference, value)[1], _reads(test, value)[1]
+    return ours != theirs and all(name in known[1] for name in ours) and all(name in known[0] for name in theirs)
 
 
 def _reads(graph: Graph, value: str) -> tuple[str, set[str]]:

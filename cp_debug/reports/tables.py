@@ -27,7 +27,7 @@ from cp_debug.reports.numbers import number, share
 from cp_debug.reports.optimizer_blame import render_optimizer_blame
 from cp_debug.reports.sheet import Cell, Column, Row, Sheet, Tone
 from cp_debug.reports.sheet_terminal import Terminal
-from cp_debug.reports.verdict_line import setting_text, verdict_line
+from cp_debug.reports.verdict_line import headline, setting_text, verdict_line
 
 TONES: dict[str, Tone] = {OK: "good", INHERITED: "note", DIVERGENT: "bad", GUILTY: "worst", SHAPE: "worst"}
 SETTINGS = {
@@ -59,6 +59,7 @@ def render(
 ) -> Iterator[RenderableType]:
     """The parts of a result, in the order in which they are read. ``rest``: how to see the layers that are left out."""
     yield Text.assemble((result.subject, "bold"), f" · {_samples(result.samples)}")
+    yield from map(headline, result.tests)
     yield Terminal(backends_table([result.reference, *(t.backend for t in result.tests)]))
     yield from _coverage(result.coverage)
     for line in weight_lines(result):

@@ -25,6 +25,14 @@ def verdict_line(test: TestResult) -> Text:
     return text
 
 
+def headline(test: TestResult) -> Text:
+    """The verdict in a few words, and how far the final outputs differ: what stands above the tables."""
+    whole = _verdict_line(test)
+    first = whole.spans[0]
+    lead = whole[: first.start or first.end]  # the rest may be what has a style of its own
+    return Text.assemble(lead, _end(test))
+
+
 def _verdict_line(test: TestResult) -> Text:
     first, end = test.first_divergent, _end(test)
     spec, tolerance = test.backend.spec, f"rtol {test.rtol:g}, atol {test.atol:g}"
@@ -133,6 +141,7 @@ def _uncovered(test: TestResult) -> str:
 def _unpaired(test: TestResult) -> str:
     """The outputs and the number of values of which nothing could be compared, or nothing learned."""
     missing = sum(len(p.get("missing", ())) for p in test.pairing.values())
+    missing = min(missing, test.total - test.compared)  # torch's values stand in for some
     parts = [f"without {', '.join(test.missing_outputs[:MOST_NAMES])}"] if test.missing_outputs else []
     parts += [f"but {caveat}" if caveat == ALL_ZERO else caveat for caveat in test.caveats]
     noun = "value has" if missing == 1 else "values have"

@@ -43,12 +43,13 @@ def nan_for_zero_or_all(segment: Segment) -> Iterator[Candidate]:
 def born_here(segment: Segment) -> Iterator[Candidate]:
     """Candidate of last resort: the place of the first NaN or Inf, and its operands."""
     if bool(segment.new_nonfinite.any()):
-        says = f"{int(segment.new_nonfinite.sum())} NaN or Inf are born here from finite operands"
+        count, right = int(segment.new_nonfinite.sum()), torch.isfinite(segment.exact[segment.new_nonfinite]).all()
+        says = f"{count} NaN or Inf are born here " + ("where a number is right" if right else "where Inf is right")
         yield Candidate(
             "nonfinite",
             says,
             segment.test,
-            int(segment.new_nonfinite.sum()),
+            count,
             operands(segment),
             "look at the operands in {layers}",
             observed=True,

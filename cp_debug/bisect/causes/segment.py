@@ -30,6 +30,8 @@ from cp_debug.graph.operators import PRODUCTS
 from cp_debug.probes.distance import born_nonfinite
 from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision
 
+SAME_NUMBER = 0.01
+"""Relative difference up to which numbers beside NaN and Inf are the same: more than FP16 and BF16 round."""
 FEW = 256
 """Elements of a result of which those that are equal count once."""
 _fresh = itertools.count(-1, -1)
@@ -246,12 +248,11 @@ class Segment:
 
     @cached_property
     def new_nonfinite(self) -> Tensor:
-        """Mask of the elements that are NaN or Inf in the captured result and finite in the exact one, or Inf of
-        the other sign.
+        """Mask of the elements that are NaN or Inf in the captured result and something else in the exact one.
 
         bool, in the result's shape.
         """
-        return (~torch.isfinite(self.test) & torch.isfinite(self.exact)) | born_nonfinite(self.test, self.exact)
+        return born_nonfinite(self.test, self.exact)
 
     @cached_property
     def error(self) -> Tensor:
@@ -393,10 +394,13 @@ class Segment:
 
         The share is 1 − ‖test − value‖ ÷ ‖test − exact‖ over the finite elements; −∞ where ``value`` is not finite.
         Where NaN or Inf arise, the share is that of the places where ``value`` has the same ones, among the places
-        where either has one. ``value`` is float64 in the result's shape.
+        where either has one, and those where a right number would become another one. ``value`` is float64 in the
+        result's shape.
         """
         if self.strange:
             either = self.new_nonfinite | (~torch.isfinite(value) & torch.isfinite(self.exact))
+            right = torch.isclose(self.test, self.exact, rtol=SAME_NUMBER, atol=0)
+            either |= self.finite & right & ~torch.isclose(self.test, value, rtol=SAME_NUMBER, atol=0)
             same = torch.where(torch.isnan(self.test), torch.isnan(value), self.test == value)
             share = float((same & either).sum() / either.sum())
             return share, 1 - share
