@@ -89,21 +89,28 @@ class Behind:
         return sorted(found, key=lambda fault: self._graph.producer[fault.name].index)
 
     def _next(self) -> tuple[str, TorchValue] | None:
-        """The next value to be put right, and the torch value that what follows proves to be its counterpart."""
+        """The next value to be put right, and the torch value that what follows proves to be its counterpart.
+
+        Values inside a function of torch, whose steps an exporter may write otherwise, come after all others.
+        """
+        pairs = self._matching.pairs
+        candidates: dict[str, list[TorchValue]] = {}
         for name in self._open()[:OPEN]:
             value = self._values.get(name)
-            if not isinstance(value, Tensor) or not self._leaves(name):
-                continue
-            fx = _FX_TARGET.search(self._fx[name])
-            own = self._matching.pairs[name][0] if name in self._matching.pairs else None
-            fitting = [
-                v
-                for v in self._matching.counterparts(name, fx.group(1) if fx else "")
-                if v in self._tensors and v is not own and _fits(self._tensors[v], value)
-            ]
-            for candidate in fitting[:TRIED]:
-                if self._proved(name, candidate):
-                    return name, candidate
+            if isinstance(value, Tensor) and self._leaves(name):
+                fx = _FX_TARGET.search(self._fx[name])
+                candidates[name] = [
+                    v
+                    for v in self._matching.counterparts(name, fx.group(1) if fx else "")
+                    if v in self._tensors
+                    and _fits(self._tensors[v], value)
+                    and (name not in pairs or v is not pairs[name][0])
+                ]
+        for inside in (False, True):
+            for name, values in candidates.items():
+                for candidate in [v for v in values if (":" in v.name) == inside][:TRIED]:
+                    if self._proved(name, candidate):
+                        return name, candidate
         return None
 
     def _open(self) -> list[str]:

@@ -116,13 +116,32 @@ def explained(fault: WrongValue, region: TorchSpan, graph: Graph, prefix: str) -
         onnx=fault.name,
         torch=fault.value.name,
         path=value.path or prefix,
-        calls=[in_words(operation) for operation in operations],
-        at=_name(culprit) if culprit is not None else fault.value.op,
+        calls=_calls(operations),
+        at=fault.value.op if culprit is None else _function(value, operations),
         source=(culprit.source if culprit is not None else "") or source_line(node.proto),
         error=fault.error,
         cause=cause,
         says=says,
     )
+
+
+def _function(value: TorchValue, operations: Mapping[Operation, TorchValue]) -> str:
+    """The function of torch in which a value was computed, where it has several steps; else its own operator."""
+    scope = value.name.partition(":")[0]
+    alone = sum(other.name.partition(":")[0] == scope for other in operations.values()) == 1
+    own = value.operation is None or alone or "/" not in scope
+    return value.op if own else scope.rpartition("/")[2].partition("#")[0]
+
+
+def _calls(operations: Mapping[Operation, TorchValue]) -> list[str]:
+    """The operators in words; those inside one function of torch, which the module's code calls, as that function."""
+    inside: dict[str, list[Operation]] = {}
+    for operation, value in operations.items():
+        inside.setdefault(value.name.partition(":")[0], []).append(operation)
+    return [
+        in_words(own[0]) if len(own) == 1 else f"`{scope.rpartition('/')[2]}` ({', '.join(map(_name, own))})"
+        for scope, own in inside.items()
+    ]
 
 
 def _ties(fault: WrongValue, operation: Operation | None, tensors: Mapping[TorchValue, Tensor]) -> str:
