@@ -45,13 +45,16 @@ def kept(spec: str, *nodes: str) -> EmulatedBackend:
 
 def test_the_advice_for_an_overflow_removes_it(overflowing: Path) -> None:
     before = bisect(str(overflowing), "ort,emu-fp16").tests[0]
-    (fix,) = [finding.fix for finding in before.findings if finding.cause == "fp16-overflow"]
-    names = fix.partition("keep these nodes in FP32: ")[2].split(", ")
+    (finding,) = [finding for finding in before.findings if finding.cause == "fp16-overflow"]
+    names = finding.evidence["keep_fp32"]
+    told = f"keep in FP32: {', '.join(names)}: {finding.evidence['after']:.2g} (inf before), emulated"
+    assert finding.fix == told
     assert len(names) == 3  # a convolution, its ReLU, and the convolution that makes the values small again
     after = bisect(str(overflowing), [create(BackendSpec.parse("ort")), kept("emu-fp16", *names)]).tests[0]
     assert not any(row.replay and row.replay.new_nonfinite for row in after.rows)
     assert "fp16-overflow" not in [finding.cause for finding in after.findings]
     assert all(row.within for row in after.outputs)
+    assert max(row.stats.rel_l2 for row in after.outputs) == pytest.approx(finding.evidence["after"], rel=1e-3)
     flags = [part for name in names for part in ("--keep-fp32", name)]
     code, text = run("bisect", overflowing, "-b", "ort,emu-fp16", *flags)
     assert code in (0, 1)

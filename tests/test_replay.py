@@ -21,7 +21,7 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.perturbation import doubt
-from cp_debug.bisect.remainder import _apart
+from cp_debug.bisect.remainder import apart
 from cp_debug.bisect.replay import Replayer
 from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.result import TestResult
@@ -382,7 +382,7 @@ def test_nan_that_the_graph_itself_makes_and_the_reference_does_not(tmp_path: Pa
     assert replay.nonfinite_in == (f"{div} (Div)" if ours == "finite" else "")
     assert judgement.side == ("reference" if ours == "finite" else "test")
     outputs = {"out": test["out"]}, {"out": reference["out"]}
-    assert _apart(*outputs) == _apart(*outputs[::-1]) == (np.inf if ours == "finite" else 0)
+    assert apart(*outputs) == apart(*outputs[::-1]) == (np.inf if ours == "finite" else 0)
 
 
 def test_nan_that_comes_in_is_nobodys_fault(tmp_path: Path) -> None:

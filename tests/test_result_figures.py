@@ -223,7 +223,8 @@ def test_a_replayer_is_told_each_sides_own_claims_the_references_first(
 
     def side(family: str, precision: str, device: str) -> Any:
         spec = SimpleNamespace(family=family, name=family)
-        return SimpleNamespace(backend=SimpleNamespace(precision=precision, spec=spec, device=device), name=family)
+        backend = SimpleNamespace(precision=precision, spec=spec, device=device)
+        return SimpleNamespace(backend=backend, name=family, kept=lambda component: frozenset())
 
     run = CandidateRun.__new__(CandidateRun)
     run._replayers, run._files, run.oracle, run.device = {}, {}, "fp64", "cpu"

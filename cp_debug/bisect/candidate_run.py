@@ -213,7 +213,7 @@ class CandidateRun:
             captured = [name for name in test.names(component=component) if Key(component, name) in self._seen]
             self._replayers[component] = Replayer(
                 graph,
-                (sides[0].backend.precision, sides[1].backend.precision),
+                (self._claim(component, sides[0]), self._claim(component, sides[1])),
                 self.oracle,
                 captured,
                 self.device,
@@ -271,6 +271,11 @@ class CandidateRun:
             self._kinds[component] = narrow_precision(self.graphs[component]) or "int8"
         return self._kinds[component]
 
+    @staticmethod
+    def _claim(component: str, side: Pipeline) -> str:
+        """Precision that one side claims for a component; FP32 where nodes are kept in it: ``_narrow`` has the rest."""
+        return "fp32" if side.kept(component) else side.backend.precision
+
     def _narrow(self, component: str, side: Pipeline) -> dict[str, str]:
         """Value → narrow precision, for values that one side's program holds, or computes through, in less than FP32.
 
@@ -280,6 +285,9 @@ class CandidateRun:
         # A pair of quantizers that somebody put into a network makes no levels that it must have.
         levels = rounded_values(program.graph) if is_quantized(program.graph) else set()
         narrow = dict.fromkeys(levels, "int8") | narrow_values(program.graph)
+        if kept := side.kept(component):
+            low = [node for node in program.graph.nodes if node.name not in kept]
+            narrow |= {name: side.backend.precision for node in low for name in node.outputs if name not in narrow}
         names = value_map(self.programs[component], program) if narrow else {}
         narrow_by_name = {names.get(v.name, v.name): narrow[v.name] for v in program.graph.inputs if v.name in narrow}
         for own_name, name in names.items():

@@ -42,7 +42,7 @@ def remainder(
     for component, program in run.programs.items():
         component_replays = {key.value: replay for key, replay in replays.items() if key.component == component}
         missing |= not_replayed(program.graph, component_replays)
-    remaining = Remainder(_apart(results[last], ours[last]), not_replayed=missing)
+    remaining = Remainder(apart(results[last], ours[last]), not_replayed=missing)
     if not missing and not run.pipeline.backend.emulated:
         remaining.rounding = _rounding(run, sample)
     return remaining
@@ -79,10 +79,10 @@ def _rounding(run: CandidateRun, sample: Sample) -> float | None:
             outputs.append(walk(model, sample, execute)[model.components[-1].name])
         except InputError:
             return None
-    return _apart(*outputs)
+    return apart(*outputs)
 
 
-def _apart(a: Arrays, b: Arrays) -> float:
+def apart(a: Arrays, b: Arrays) -> float:
     """The worst output's relative L2 distance; infinite where one has another shape."""
     worst = 0.0
     for name, theirs in b.items():
@@ -91,8 +91,8 @@ def _apart(a: Arrays, b: Arrays) -> float:
         if a[name].shape != theirs.shape:
             return math.inf
         x, y = (np.asarray(array, np.float64) for array in (a[name], theirs))
-        apart = distance(x, y)
-        if apart.new_nonfinite or (np.isfinite(x) != np.isfinite(y)).any():
+        between = distance(x, y)
+        if between.new_nonfinite or (np.isfinite(x) != np.isfinite(y)).any():
             return math.inf
-        worst = max(worst, apart.relative)
+        worst = max(worst, between.relative)
     return worst

@@ -77,7 +77,7 @@ def build(
             "tensorrt.python": trt_python,
             "tensorrt.workspace_mib": workspace,
             "tensorrt.timing_cache": timing_cache,
-            "tensorrt.keep_fp32": keep_fp32 or None,
+            "tensorrt.keep_fp32": list(tensorrt.named(keep_fp32)) if keep_fp32 else None,
         }
         config = override(config, overrides)
         refuse_export_folder(config.model or "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -65,7 +65,8 @@ Profiles = Annotated[
 KeepFp32 = Annotated[
     list[str] | None,
     typer.Option(
-        "--keep-fp32", help="Layer, node or COMPONENT/NODE that stays FP32, in emulated backends too; repeatable."
+        "--keep-fp32",
+        help="Layer, node or COMPONENT/NODE that stays FP32, in emulated backends too; repeatable. @FILE: one a line.",
     ),
 ]
 Workspace = Annotated[
@@ -209,13 +210,28 @@ class ProbeFlags(TensorRTFlags):
         return {
             **super().options,
             "probes": self.probes.value,
-            "keep_fp32": frozenset(self.keep_fp32 or ()),
+            "keep_fp32": frozenset(named(self.keep_fp32 or ())),
             "calibration_cache": self.calibration_cache,
         }
 
     def calibrated(self, model: str, checkpoint: Path | None, stack: ExitStack) -> dict[str, Any]:
         """``options`` with which TensorRT calibrates ``model`` where that is asked for: see ``calibration_data``."""
         return self.options | calibration_data(model, checkpoint, self.trt_calibrator, self.trt_calib_data, stack)
+
+
+def named(values: Iterable[str]) -> Iterator[str]:
+    """The names that ``--keep-fp32`` gives: as they are, or the lines of a file behind an @.
+
+    Raises InputError for a file that cannot be read.
+    """
+    from cp_debug.reading import read_text
+
+    for value in values:
+        if value.startswith("@"):
+            lines = read_text(Path(value[1:]), what="list of names").splitlines()
+            yield from filter(None, map(str.strip, lines))
+        else:
+            yield value
 
 
 def calibration_data(

@@ -222,6 +222,11 @@ class Pipeline:
             raise
         return self
 
+    def kept(self, component: str) -> frozenset[str]:
+        """Nodes of a component that the backend was told to keep in FP32 beside FP16 or BF16; known once it is open."""
+        narrow = self.backend.precision in ("fp16", "fp16acc", "bf16")
+        return kept_in_fp32(self._backends[component]) if narrow else frozenset()
+
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 

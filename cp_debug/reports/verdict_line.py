@@ -68,7 +68,7 @@ def _verdict_line(test: TestResult) -> Text:
             f"{f' ({first.op})' if first.op else ''}{f': {first.why}' if first.why else ''}, {tolerance}{end}",
         )
         if test.oracle:
-            says = f": {test.remainder}" if test.remainder else ""
+            says = f": {_comes_from(test) or test.remainder}" if test.remainder else ""
             text.append(f"; no layer introduces more than its precision explains{says}{_avoidable(test)}")
         return text.append(_uncovered(test))
     between = _beyond_between(test)
@@ -118,6 +118,15 @@ def _judged_together(row: LayerRow) -> str:
     if len(before) < 2:
         return ""
     return f", with the {len(before)} nodes before it, from {before[0]} on: nothing between was compared"
+
+
+def _comes_from(test: TestResult) -> str:
+    """Phrase about the few layers whose rounding makes most of the divergence; empty where it adds up over many."""
+    few = next((f for f in test.findings if f.evidence.get("declared") and f.effect.share is not None), None)
+    if few is None:
+        return ""
+    more = f" and {len(few.layers) - MOST_NAMES} more" if len(few.layers) > MOST_NAMES else ""
+    return f"{share_in_words(min(few.effect.share or 0.0, 1.0))} comes from {', '.join(few.layers[:MOST_NAMES])}{more}"
 
 
 def _avoidable(test: TestResult) -> str:

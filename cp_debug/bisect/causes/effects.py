@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.finding import Effect
+from cp_debug.bisect.kept import KeepTrials
 from cp_debug.bisect.result import LayerRow
 from cp_debug.bisect.shares import Shares
 from cp_debug.detection.detection_change import compare_detections
@@ -28,6 +30,10 @@ class Effects:
     shares: Shares
     results: Mapping[str, Arrays]
     """The reference's outputs, by component."""
+
+    def trials(self, run: CandidateRun) -> KeepTrials:
+        """Trials of nodes kept in FP32, judged by the reference's final outputs on this sample."""
+        return KeepTrials(run, self.sample, self.results[self.model.components[-1].name])
 
     def of(self, rows: Sequence[LayerRow]) -> Effect:
         """The effect of the layers of ``rows`` together.

@@ -11,6 +11,7 @@ from typing import Any
 
 from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.bisect.candidate_run import CandidateRun, loader
+from cp_debug.bisect.causes import declared
 from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause
 from cp_debug.bisect.causes.batchnorm_pairing import in_words as pairs_in_words
 from cp_debug.bisect.causes.effects import Effects
@@ -18,11 +19,13 @@ from cp_debug.bisect.causes.everywhere import counted, in_words, orders
 from cp_debug.bisect.causes.graphs import GraphReader
 from cp_debug.bisect.causes.narrow import departure
 from cp_debug.bisect.causes.narrow_costs import costs
-from cp_debug.bisect.causes.precision import OVERFLOWS, PROMOTED
+from cp_debug.bisect.causes.precision import PROMOTED
+from cp_debug.bisect.causes.ranges import RESCALE
 from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
 from cp_debug.bisect.causes.where import locate
-from cp_debug.bisect.finding import UNKNOWN, Effect, Finding, Where
+from cp_debug.bisect.finding import UNKNOWN, Finding, Where
+from cp_debug.bisect.kept import KeepTrials
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
 from cp_debug.errors import in_one_line
@@ -84,6 +87,10 @@ class Explainer:
         return GraphReader(self.run, self.test)
 
     @cached_property
+    def _trials(self) -> KeepTrials:
+        return self.effects.trials(self.run)
+
+    @cached_property
     def _draws(self) -> bool:
         """Whether the network draws random numbers: runs differ then, and probed runs from others, without a defect."""
         return any(drawing(program.graph) for program in self.run.programs.values())
@@ -122,10 +129,11 @@ class Explainer:
             findings += costs(rows, self.run.precision.name, self.run.precision.roundoff, self.segment)
         except Exception as error:
             self.notes.append(f"what would lower the cost of the declared precision is not known: {in_one_line(error)}")
-        if not all(row.within for row in rows.values()):
+        if any(not row.within or (row.replay and row.replay.step is not None) for row in rows.values()):
             try:
-                findings += self._costliest(rows)
-                findings += self._declared(rows) if self.adds_up and not findings else ()
+                findings += declared.int8(rows, self._unquantized)
+                if self.adds_up and not findings and not all(row.within for row in rows.values()):
+                    findings += declared.declared(self.run, rows, self.segment, self._trials)
             except Exception as error:
                 self.notes.append(f"what the declared precision costs is not known: {in_one_line(error)}")
         return sorted(findings, key=lambda f: -(abs(f.effect.share) if f.effect.share is not None else 0.0))
@@ -143,8 +151,8 @@ class Explainer:
                 self._failed(row, error)
                 continue
             if candidate is not None:
-                evidence = {"why": row.why, **candidate.evidence}
-                fix = self._fix(candidate, [row])
+                fix, tried = self._fix(candidate, [row])
+                evidence = {"why": row.why, **candidate.evidence, **tried}
                 yield Finding(candidate.cause, candidate.says, [row.name], [row.op], evidence=evidence, fix=fix)
 
     def _explained(self, key: Key, row: LayerRow, families: Sequence[Cause]) -> tuple[Explained, Cause | None]:
@@ -244,6 +252,7 @@ class Explainer:
             says += f" ({', '.join(explanation.alike[:EQUALS])} would give the same)"
         if cause is not None and equals:
             says += "; or, which explains it as well: " + "; or ".join(equals.values())
+        fix, tried = self._fix(cause, rows) if cause else ("cpdebug bundle RESULT --layer " + names[0], {})
         finding = Finding(
             cause=cause.cause if cause else UNKNOWN,
             says=says,
@@ -258,9 +267,10 @@ class Explainer:
                 **(cause.evidence if cause else {}),
                 **({"one_of": [cause.cause, *equals]} if cause and equals else {}),
                 **({"pairs": pairs} if len(pairs) > 1 else {}),
+                **tried,
             },
             where=located[:LOCATED],
-            fix=self._fix(cause, rows) if cause else "cpdebug bundle RESULT --layer " + names[0],
+            fix=fix,
         )
         if cause and worst.row.side == "test" and (figures := self._counted(cause.cause, worst)):
             finding.says = in_words(finding.says, figures)
@@ -299,36 +309,18 @@ class Explainer:
             self._failed(worst.row, error)
             return {}
 
-    def _fix(self, cause: Candidate, rows: Sequence[LayerRow]) -> str:
-        """The cause's advice with the layers' names, and with flags where it is about INT8."""
-        names = self._overflowing(rows) if cause.cause == "fp16-overflow" else [row.name for row in rows]
-        if cause.cause in PROMOTED:
-            names = _node_names(rows)
+    def _fix(self, cause: Candidate, rows: Sequence[LayerRow]) -> tuple[str, dict[str, Any]]:
+        """The cause's advice with the layers' names, with flags where it is about INT8; and figures of its trial."""
+        if cause.fix == RESCALE and self._trials.possible:
+            return declared.kept(self._trials, rows)
+        names = _node_names(rows) if cause.cause in PROMOTED else [row.name for row in rows]
         fix = cause.fix.replace("{layers}", _some(names))
         if "{unquantized}" not in fix:  # else no row is an input, which nothing quantizes
-            return fix
+            return fix, {}
         calibrate = "--trt-calib-data" if self.run.implicit else "--calib-data"
         if self._came_quantized(rows):
             calibrate = f"{self._quantize} --calib-data DATA"
-        return fix.replace("{calibrate}", calibrate).replace("{unquantized}", self._unquantized(rows))
-
-    def _overflowing(self, rows: Sequence[LayerRow]) -> list[str]:
-        """Names of the layers of ``rows`` and of those behind them that read values beyond FP16.
-
-        All of them must stay in FP32.
-        """
-        names = {(row.component, row.onnx): row.name for row in rows}
-        for row in rows:
-            graph, values = self.run.programs[row.component].graph, [row.onnx]
-            for value in values:  # grows
-                for output in (name for node in graph.consumers.get(value, ()) for name in node.outputs):
-                    reader = self._rows.get(Key(row.component, output))
-                    if reader is None or (row.component, output) in names:
-                        continue
-                    names[row.component, output] = reader.name
-                    if reader.stats.max_ref >= OVERFLOWS:
-                        values.append(output)
-        return list(names.values())
+        return fix.replace("{calibrate}", calibrate).replace("{unquantized}", self._unquantized(rows)), {}
 
     def _came_quantized(self, rows: Sequence[LayerRow]) -> bool:
         """Whether no flag of this command reaches the Q/DQ pairs at these layers."""
@@ -380,49 +372,6 @@ class Explainer:
             [],
             evidence={"observer_gap": observation.observer_gap, "noise_floor": observation.noise_floor},
             fix=knobs if family == "ort" else "build with fewer fusions, or mark one tensor at a time",
-        )
-
-    def _costliest(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:
-        """A finding about the layer whose correct INT8 rounding reaches the outputs most."""
-        quantized = [r for r in rows.values() if r.verdict != GUILTY and r.replay and r.replay.step is not None]
-        ranked = sorted((r for r in quantized if r.share is not None), key=lambda r: r.share or 0.0, reverse=True)
-        if ranked:
-            row = ranked[0]
-            yield Finding(
-                "int8",
-                "INT8 as declared"
-                + f"; of {len(quantized)} layers that do what they must, this one costs most" * (len(quantized) > 1),
-                [row.name],
-                [row.op],
-                evidence={
-                    "introduced": row.replay and row.replay.introduced,
-                    "then": ", ".join(f"{r.name} ({r.share:.0%})" for r in ranked[1:4]),
-                },
-                effect=Effect(row.share),
-                fix=f"accept it, or leave it unquantized: {self._unquantized([row])}",
-            )
-
-    def _declared(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:
-        """No layer is guilty, but the outputs differ: how much of it the declared precision makes."""
-        claim = self.run.precision.name
-        replayed = [(k, r) for k, r in rows.items() if r.replay and r.replay.introduced and r.op != "input"]
-        replayed.sort(key=lambda item: item[1].replay.introduced or 0.0, reverse=True)  # type: ignore[union-attr]
-        if claim not in PROMOTED or not replayed:
-            return
-        segments = [self.segment(key, row) for key, row in replayed[:8]]
-        explained = fmean(segment.explained(segment.claimed)[0] for segment in segments)
-        affected = [row for _, row in replayed]
-        # Where less than half is explained, the kernels sum in another order: what the emulation has right is the size.
-        magnitude = {"magnitude_only": True} if explained < 0.5 else {}
-        lead = "accept it, or compute in FP32: " if claim == "tf32" else "accept it, or, where it matters most, "
-        yield Finding(
-            claim,
-            f"{claim.upper()} as declared: its rounding adds up over {len(affected)} layers",
-            [row.name for row in affected],
-            [row.op for row in affected],
-            explained=explained,
-            evidence={"declared": True, "explained_over": len(segments), **magnitude},
-            fix=lead + PROMOTED[claim].format(layers=_some(_node_names(affected))),
         )
 
 

@@ -27,7 +27,7 @@ TINY = 64
 FEWEST_CUT = 3
 """Elements that must be at a bound there."""
 
-_RESCALE = "scale the layer down and its reader up, or keep these nodes in FP32: {layers}"
+RESCALE = "scale the layer down and its reader up, or keep these nodes in FP32: {layers}"
 
 
 def half_figures(exact: Tensor) -> dict[str, float]:
@@ -62,10 +62,10 @@ def overflow(segment: Segment) -> Iterator[Candidate]:
             round_fp16(segment.exact.float()).double(),
             segment.run(FP16) if segment.nodes else segment.exact,
         ):
-            yield Candidate("fp16-overflow", says, value, evidence=figures, fix=_RESCALE, heard=claimed)
+            yield Candidate("fp16-overflow", says, value, evidence=figures, fix=RESCALE, heard=claimed)
         clamped = segment.exact.clamp(-HALF.largest, HALF.largest)
         says = says.replace("overflow", "overflow, saturated")
-        yield Candidate("fp16-overflow", says, clamped, evidence=figures, fix=_RESCALE)
+        yield Candidate("fp16-overflow", says, clamped, evidence=figures, fix=RESCALE)
 
 
 @cause()
@@ -85,7 +85,7 @@ def underflow(segment: Segment) -> Iterator[Candidate]:
             says = f"FP16 underflow: {small:.0%} of the {tensor_name} lie below the smallest normal FP16 number"
             evidence = {**figures, "of": tensor_name, "storage_loss": loss}
             given = segment.claimed
-            yield Candidate("fp16-underflow", says, given, 0, evidence, _RESCALE, heard=True, declared=True)
+            yield Candidate("fp16-underflow", says, given, 0, evidence, RESCALE, heard=True, declared=True)
 
 
 def _undeclared(segment: Segment) -> Iterator[Candidate]:
@@ -94,7 +94,7 @@ def _undeclared(segment: Segment) -> Iterator[Candidate]:
     if figures["vanishes"] == 1 and figures["largest"] >= SMALLEST_NORMAL:  # else FP32 itself may flush it
         says = f"FP16 underflow: all of the result, up to {figures['largest']:.3g}, lies below the smallest FP16 number"
         value = torch.zeros_like(segment.exact)
-        yield Candidate("fp16-underflow", says, value, evidence={**figures, "of": "result"}, fix=_RESCALE, heard=True)
+        yield Candidate("fp16-underflow", says, value, evidence={**figures, "of": "result"}, fix=RESCALE, heard=True)
     for node in segment.nodes:
         for place, name in enumerate(node.proto.input):
             weight = segment.weight(node, place)
@@ -104,7 +104,7 @@ def _undeclared(segment: Segment) -> Iterator[Candidate]:
             if figures["vanishes"] == 1 and (v := segment.edited(node, inputs={place: 0 * weight})) is not None:
                 says = f"FP16 underflow: the constant {name} of {node.op}, up to {figures['largest']:.3g}, is 0 in FP16"
                 evidence = {**figures, "of": name}
-                yield Candidate("fp16-underflow", says, v, evidence=evidence, fix=_RESCALE, heard=True)
+                yield Candidate("fp16-underflow", says, v, evidence=evidence, fix=RESCALE, heard=True)
 
 
 @cause()
@@ -115,7 +115,7 @@ def flushed(segment: Segment) -> Iterator[Candidate]:
     if bool((small & (half != 0)).any()):
         says = "FP16 subnormals are flushed to zero"
         yield Candidate(
-            "fp16-flush", says, torch.where(small, 0.0, half), evidence=half_figures(segment.exact), fix=_RESCALE
+            "fp16-flush", says, torch.where(small, 0.0, half), evidence=half_figures(segment.exact), fix=RESCALE
         )
     subnormal = segment.exact.abs() < SMALLEST_NORMAL
     if bool((subnormal & (segment.exact != 0)).any()):

@@ -1,0 +1,147 @@
+"""Findings where no layer is guilty: which layers the declared precision costs most in, and which of them to keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from cp_debug.bisect.candidate_run import CandidateRun
+from cp_debug.bisect.causes.precision import PROMOTED
+from cp_debug.bisect.causes.segment import Segment
+from cp_debug.bisect.causes.where import locate
+from cp_debug.bisect.finding import Effect, Finding
+from cp_debug.bisect.kept import KeepTrials, in_words
+from cp_debug.bisect.result import GUILTY, LayerRow
+from cp_debug.errors import InputError
+from cp_debug.graph.downstream import downstream
+from cp_debug.programs.pipeline import Key
+from cp_debug.safe_text import in_digits
+
+MOST = 0.8
+"""Part of what all layers make of the divergence that the named layers make."""
+FEW = 3, 0.2
+"""At most so many layers, or such a part of all that round, are few."""
+ENLARGES = 3.0
+"""Amplification from which the layer that enlarges an error is named."""
+TRIED = 8
+"""Layers on which the emulation of the declared precision is tried."""
+BITS = {"fp16": 11, "fp16acc": 11, "tf32": 11, "bf16": 8}
+"""Significant bits of a value."""
+
+Rows = Mapping[Key, LayerRow]
+
+
+def int8(rows: Rows, unquantized: Callable[[Sequence[LayerRow]], str]) -> Iterator[Finding]:
+    """A finding about the layer whose correct INT8 rounding makes most of the final divergence.
+
+    ``unquantized``: the flag that leaves layers out of INT8.
+    """
+    quantized = [r for r in rows.values() if r.verdict != GUILTY and r.replay and r.replay.step is not None]
+    ranked = sorted((r for r in quantized if r.share is not None), key=lambda r: r.share or 0.0, reverse=True)
+    if not ranked:
+        return
+    row = ranked[0]
+    yield Finding(
+        "int8",
+        "INT8 as declared"
+        + f"; of {len(quantized)} layers that do what they must, this one costs most" * (len(quantized) > 1),
+        [row.name],
+        [row.op],
+        evidence={
+            "introduced": row.replay and row.replay.introduced,
+            "then": ", ".join(f"{r.name} ({r.share:.0%})" for r in ranked[1:4]),
+        },
+        effect=Effect(row.share),
+        fix=f"accept it, or leave it unquantized: {unquantized([row])}",
+    )
+
+
+def declared(
+    run: CandidateRun, rows: Rows, segment: Callable[[Key, LayerRow], Segment], trials: KeepTrials
+) -> Iterator[Finding]:
+    """A finding about what the rounding of a floating-point precision makes: where most of it comes from, or that it
+    adds up over many layers; with the nodes to keep in FP32, where a set was found that helps."""
+    claim = run.precision.name
+    rounds = [(key, row) for key, row in rows.items() if row.replay and row.replay.introduced and row.op != "input"]
+    if claim not in PROMOTED or not rounds:
+        return
+    rounds.sort(key=lambda item: (item[1].share or 0.0, item[1].replay.introduced), reverse=True)  # type: ignore[union-attr]
+    first = _first(rounds)
+    few = bool(first) and len(first) <= max(FEW[0], FEW[1] * len(rounds))
+    told = first if few else rounds
+    segments = [segment(key, row) for key, row in told[:TRIED]]
+    explained = fmean(part.explained(part.claimed)[0] for part in segments)
+    # Where less than half is explained, the kernels sum in another order: what the emulation has right is the size.
+    evidence: dict[str, Any] = {"declared": True, "explained_over": len(segments)} | (
+        {"magnitude_only": True} if explained < 0.5 else {}
+    )
+    name = claim.upper()
+    says = f"{name} as declared: its rounding adds up over {len(rounds)} layers"
+    if few:
+        says = _where_from(run, rows, first, segments[0])
+    elif rounds[0][1].share:
+        says += f"; none makes much of it, {rounds[0][1].name} most with {rounds[0][1].share:.0%}"
+    fix = "accept it, or compute in FP32: " + PROMOTED[claim] if claim == "tf32" else ""
+    if trials.possible:
+        fix, figures = kept(trials, [row for _, row in first or rounds])
+        evidence |= figures
+    yield Finding(
+        claim,
+        says,
+        [row.name for _, row in told],
+        [row.op for _, row in told],
+        explained=explained,
+        evidence=evidence,
+        where=[locate(segments[0], told[0][1].name)] if few else [],
+        effect=Effect(sum(row.share or 0.0 for _, row in told)) if few else Effect(),
+        fix=fix,
+    )
+
+
+def kept(trials: KeepTrials, rows: Sequence[LayerRow]) -> tuple[str, dict[str, Any]]:
+    """(What keeping these layers in FP32 gave, in words; all nodes of the set and the figures), as it was tried."""
+    nodes = [(row.component, node) for row in rows for node in (row.replay and row.replay.nodes) or ()]
+    try:
+        found = trials.find(nodes)
+    except InputError:
+        found = None
+    if found is None:
+        return "no fix found: with these layers and those around them in FP32, more than half of it stays, emulated", {}
+    names = trials.names(found.nodes)
+    return in_words(found, names), {"keep_fp32": names, "after": found.after, "before": found.before}
+
+
+def _first(rounds: Sequence[tuple[Key, LayerRow]]) -> list[tuple[Key, LayerRow]]:
+    """The layers with the largest shares that make ``MOST`` of what all layers make; empty where none has a share."""
+    total = sum(max(row.share or 0.0, 0.0) for _, row in rounds)
+    taken: list[tuple[Key, LayerRow]] = []
+    reached = 0.0
+    for item in rounds:
+        if reached >= MOST * total:
+            break
+        taken.append(item)
+        reached += item[1].share or 0.0
+    return taken
+
+
+def _where_from(run: CandidateRun, rows: Rows, first: Sequence[tuple[Key, LayerRow]], segment: Segment) -> str:
+    """``97% of the final divergence comes from here: 1000.37 is 1000.5 in FP16, which has 11 bits; ln/sub (Sub) behind
+    it enlarges it 3,300 times``."""
+    (key, row), claim = first[0], run.precision.name
+    share = sum(r.share or 0.0 for _, r in first)
+    parts = ", ".join(f"{r.name} {r.share:.0%}" for _, r in first) if len(first) > 1 else ""
+    text = f"{min(share, 1.0):.0%} of the final divergence comes from here" + (f" ({parts})" if parts else "")
+    worst = next(iter(locate(segment, row.name).worst), None)
+    if worst is not None and claim in BITS and row.op != "MatMul":
+        text += (
+            f": {in_digits(worst.oracle)} is {in_digits(worst.value)} in {claim.upper()}, which has {BITS[claim]} bits"
+        )
+    graph = run.programs[key.component].graph
+    behind = downstream(graph.nodes, [key.value])
+    rates = {k: r.replay.amplification or 0.0 for k, r in rows.items() if k.value in behind and r.replay}
+    rates = {k: rate for k, rate in rates.items() if k.component == key.component and math.isfinite(rate)}
+    if rates and rates[most := max(rates, key=rates.__getitem__)] >= ENLARGES:
+        text += f"; {rows[most].name} ({rows[most].op}) behind it enlarges it {float(f'{rates[most]:.2g}'):,.0f} times"
+    return text

@@ -1,0 +1,123 @@
+"""Nodes to keep in FP32, found by trying: the whole network is emulated with them, and its outputs are compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from cp_debug.backends.arithmetic import ARITHMETICS, FP32, overrides_of
+from cp_debug.backends.executor import Executor
+from cp_debug.bisect.candidate_run import CandidateRun
+from cp_debug.bisect.remainder import apart
+from cp_debug.graph.casts import MOVERS
+from cp_debug.graph.declared import narrow_values
+from cp_debug.programs.walk import tensors_as_arrays, walk
+from cp_debug.recipes.base import Arrays, Component, Sample
+
+Name = tuple[str, str]
+"""Component and node."""
+EMULATED = ("fp16", "bf16", "fp16acc")
+"""Precisions from which single nodes can be kept."""
+MOST = 8
+"""Names in a line."""
+TRIALS = 24
+"""Runs of the emulated network for one search."""
+ENOUGH = 0.1
+"""Part of the divergence that may be left for a set to grow no further."""
+HELPS = 0.5
+"""Part of the divergence that may be left for a set to be told."""
+
+
+@dataclass(frozen=True)
+class TriedSet:
+    """A set that was tried: relative L2 of the worst final output from the reference's, with it and without."""
+
+    nodes: tuple[Name, ...]
+    after: float
+    before: float
+    trials: int
+
+
+class KeepTrials:
+    """Tries sets of nodes to keep in FP32 on one sample."""
+
+    def __init__(self, run: CandidateRun, sample: Sample, reference: Arrays) -> None:
+        """``reference``: the reference's final outputs, name → array."""
+        self._run, self._sample, self._reference = run, sample, reference
+        self._model = run.pipeline.model
+        self._errors: dict[frozenset[Name], float] = {}
+
+    @property
+    def possible(self) -> bool:
+        """Whether the test computes the reference's graphs in a precision that can be emulated node by node."""
+        run = self._run
+        alike = all(run.graphs[name] is program.graph for name, program in run.programs.items())
+        return alike and run.precision.name in EMULATED
+
+    def find(self, first: Sequence[Name]) -> TriedSet | None:
+        """A set with the nodes ``first``, or some of them, that leaves less than half of the divergence.
+
+        A node in FP32 helps nothing where what feeds or reads it rounds the same numbers: the set grows by readers, and
+        by what moves numbers in front, until little is left; then what is needless is taken out again. None where no
+        set helps. Raises InputError where a run fails.
+        """
+        before = self._error(frozenset())
+        enough = ENOUGH * before if math.isfinite(before) else self._run.tolerance[0]
+        kept = best = frozenset(first)
+        while len(self._errors) < TRIALS:
+            if self._error(kept) < self._error(best):
+                best = kept
+            grown = kept | self._around(kept)
+            if self._error(best) <= enough or grown == kept:
+                break
+            kept = grown
+        if not self._error(best) <= HELPS * before or math.isinf(self._error(best)):
+            return None
+        most = max(1.1 * self._error(best), enough)
+        for name in sorted(best, key=lambda name: (name in first, name)):
+            if len(self._errors) >= TRIALS or len(best) == 1:
+                break
+            if self._error(best - {name}) <= most:
+                best -= {name}
+        ordered = [(c, n.name) for c, p in self._run.programs.items() for n in p.graph.nodes if (c, n.name) in best]
+        return TriedSet(tuple(ordered), self._error(best), before, len(self._errors))
+
+    def names(self, nodes: Sequence[Name]) -> list[str]:
+        """The nodes as ``--keep-fp32`` takes them: by their own names, with the component's where there are several."""
+        alone = len(self._run.programs) == 1
+        return [node if alone else f"{component}/{node}" for component, node in nodes]
+
+    def _around(self, kept: Collection[Name]) -> set[Name]:
+        """Readers of the nodes, and nodes in front of them that move or cast numbers."""
+        found: set[Name] = set()
+        for component, program in self._run.programs.items():
+            graph = program.graph
+            for node in (n for n in graph.nodes if (component, n.name) in kept):
+                found |= {(component, r.name) for output in node.outputs for r in graph.consumers.get(output, ())}
+                makers = (graph.producer.get(name) for name in node.inputs)
+                found |= {(component, m.name) for m in makers if m and (m.op in MOVERS or m.op == "Cast")}
+        return found
+
+    def _error(self, kept: frozenset[Name]) -> float:
+        if kept not in self._errors:
+            outputs = walk(self._model, self._sample, self._runner(kept))[self._model.components[-1].name]
+            self._errors[kept] = apart(outputs, self._reference)
+        return self._errors[kept]
+
+    def _runner(self, kept: frozenset[Name]) -> Callable[[Component, Arrays], Arrays]:
+        arithmetic, told = ARITHMETICS[self._run.precision.name], self._run.pipeline.kept
+
+        def execute(component: Component, inputs: Arrays) -> Arrays:
+            graph = self._run.programs[component.name].graph
+            nodes = {n.name for n in graph.nodes if n.name in told(component.name) or (component.name, n.name) in kept}
+            overrides = overrides_of(graph, narrow_values(graph), arithmetic) | dict.fromkeys(nodes, FP32)
+            return tensors_as_arrays(Executor(graph, arithmetic, self._run.device, overrides=overrides).run(inputs))
+
+        return execute
+
+
+def in_words(tried: TriedSet, names: Sequence[str]) -> str:
+    """``keep in FP32: a, b: 0.0011 (0.83 before), emulated``, of ``MOST`` names. ``names``: those of its nodes."""
+    more = f" and {len(names) - MOST} more (--json has all: evidence.keep_fp32)" if len(names) > MOST else ""
+    return f"keep in FP32: {', '.join(names[:MOST])}{more}: {tried.after:.2g} ({tried.before:.2g} before), emulated"

@@ -1,0 +1,151 @@
+"""Where the difference comes from when every layer does what its precision must, and a fix that was tried."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from nets import NetBuilder
+from test_cli import run
+
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.finding import Finding
+from cp_debug.bisect.kept import KeepTrials
+from cp_debug.bisect.result import TestResult
+from cp_debug.graph.graph import Graph
+
+
+def const(net: NetBuilder, value: float) -> str:
+    return net.weight(np.array(value, np.float32))
+
+
+def offset(folder: Path) -> Path:
+    """Four products, + 1000, − 1000, another product."""
+    net, value = NetBuilder(), "x"
+    for i in range(4):
+        weight = net.weight((net.rng.standard_normal((8, 8)) / 2).astype(np.float32))
+        value = net.op("Relu", net.op("MatMul", value, weight, name=f"fc{i}"), name=f"relu{i}")
+    value = net.op("Add", value, const(net, 1000), name="offset")
+    value = net.op("Sub", value, const(net, 1000), name="centred")
+    net.op("MatMul", value, net.weight(net.rng.standard_normal((8, 2)).astype(np.float32)), name="y")
+    np.savez(folder / "x.npz", x=net.rng.standard_normal((4, 8)).astype(np.float32))
+    return net.save(folder / "offset.onnx", {"x": (1, [4, 8])}, ["y"])
+
+
+def positions(folder: Path) -> Path:
+    """Whole positions of 5000 and more, cast to floats, as angles of a sine."""
+    net = NetBuilder()
+    frequencies = net.weight(np.array([[1, 0.3, 0.1, 0.03]], np.float32))
+    angle = net.op("Mul", net.op("Cast", "x", name="cast", to=1), frequencies, name="angle")
+    net.op("MatMul", net.op("Sin", angle, name="sin"), net.weight(np.ones((4, 2), np.float32)), name="y")
+    np.savez(folder / "x.npz", x=5000 + np.arange(8)[:, None])
+    return net.save(folder / "positions.onnx", {"x": (7, [8, 1])}, ["y"])
+
+
+def deep(folder: Path) -> Path:
+    """Twenty products: nothing stands out."""
+    net, value = NetBuilder(), "x"
+    for i in range(20):
+        weight = net.weight((net.rng.standard_normal((64, 64)) / 8).astype(np.float32))
+        value = net.op("MatMul", value, weight, name=f"fc{i}")
+    np.savez(folder / "x.npz", x=net.rng.standard_normal((4, 64)).astype(np.float32))
+    return net.save(folder / "deep.onnx", {"x": (1, [4, 64])}, [value])
+
+
+def found(path: Path, precision: str = "fp16", **options: Any) -> tuple[TestResult, Finding]:
+    (test,) = bisect(str(path), f"ort,emu-{precision}", options=Options(inputs=path.parent / "x.npz", **options)).tests
+    assert test.guilty == []
+    (finding,) = test.findings
+    return test, finding
+
+
+def followed(path: Path, finding: Finding, precision: str = "fp16") -> TestResult:
+    backend: Any = create(BackendSpec.parse(f"emu-{precision}"))
+    sides = [create(BackendSpec.parse("ort")), backend.keeping(finding.evidence["keep_fp32"])]
+    (test,) = bisect(str(path), sides, options=Options(inputs=path.parent / "x.npz")).tests
+    return test
+
+
+@pytest.mark.parametrize(
+    ("network", "layers", "says"),
+    [
+        (offset, ["node_offset"], "100% of the final divergence comes from here: 1001.27 is 1001.5 in FP16"),
+        (positions, ["node_cast"], "88% of the final divergence comes from here: 5002 is 5000 in FP16"),
+    ],
+)
+def test_the_layer_that_makes_most_is_named_and_what_is_told_to_keep_was_tried(
+    tmp_path: Path, network: Any, layers: list[str], says: str
+) -> None:
+    path = network(tmp_path)
+    test, finding = found(path)
+    assert finding.layers == layers
+    assert finding.says.startswith(says)
+    assert "which has 11 bits; " in finding.says
+    assert "behind it enlarges it" in finding.says
+    assert "adds up" not in str(test)
+    after = followed(path, finding)
+    assert finding.fix.startswith(f"keep in FP32: {', '.join(finding.evidence['keep_fp32'])}: ")
+    assert max(row.stats.rel_l2 for row in after.outputs) == pytest.approx(finding.evidence["after"], rel=1e-3)
+    assert max(row.stats.rel_l2 for row in test.outputs) == pytest.approx(finding.evidence["before"], rel=1e-3)
+    assert finding.evidence["after"] < 0.01 * finding.evidence["before"]
+
+
+def test_many_layers_add_up_and_those_that_make_most_come_first(tmp_path: Path) -> None:
+    test, finding = found(deep(tmp_path), "bf16", rtol=1e-6, atol=1e-6)
+    says = "BF16 as declared: its rounding adds up over 20 layers; none makes much of it, node_fc"
+    assert finding.says.startswith(says)
+    shares = {row.name: row.share or 0.0 for row in test.rows}
+    assert finding.layers == sorted(finding.layers, key=lambda name: -shares[name])
+    assert finding.evidence["after"] <= 0.5 * finding.evidence["before"]
+
+
+def test_a_layer_that_is_kept_in_fp32_is_not_accused_of_fp16(tmp_path: Path) -> None:
+    """x ÷ (sum + 1e-15) with a sum of 0: FP16 has no 1e-15, FP32 has."""
+    net = NetBuilder()
+    total = net.op("ReduceSum", "x", net.weight(np.array([1])), name="sum")
+    net.op("Div", "x", net.op("Add", total, const(net, 1e-15), name="eps"), name="div")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [4, 8])}, ["div"])
+    x = np.abs(net.rng.standard_normal((4, 8))).astype(np.float32)
+    x[2] = 0
+    np.savez(tmp_path / "x.npz", x=x)
+    (before,) = bisect(str(path), "ort,emu-fp16", options=Options(inputs=tmp_path / "x.npz")).tests
+    assert [row.name for row in before.guilty] == ["node_eps"]
+    assert before.findings[0].evidence["keep_fp32"] == ["node_eps", "node_div"]
+    assert before.findings[0].evidence["before"] == np.inf
+    after = followed(path, before.findings[0])
+    assert after.agrees
+    claims = {row.name: row.replay.precision for row in after.rows if row.replay}
+    assert claims["node_eps"] == "fp32"
+    assert claims["node_sum"] == "fp16"
+
+
+def test_a_set_that_does_not_help_is_not_told(tmp_path: Path) -> None:
+    class Tried(KeepTrials):
+        def _error(self, kept: frozenset[tuple[str, str]]) -> float:
+            return self._errors.setdefault(kept, 0.6 if kept else 1.0)
+
+    path = offset(tmp_path)
+    graph = Graph(path)
+    run_of: Any = SimpleNamespace(
+        programs={"net": SimpleNamespace(graph=graph)}, tolerance=(1e-2, 1e-4), pipeline=SimpleNamespace(model=None)
+    )
+    sample: Any = None
+    assert Tried(run_of, sample, {}).find([("net", "node_offset")]) is None
+
+
+def test_nodes_to_keep_are_read_from_a_file(tmp_path: Path) -> None:
+    path = offset(tmp_path)
+    _, finding = found(path)
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(finding.evidence["keep_fp32"]) + "\n", encoding="utf-8")
+    inputs = ["--inputs", tmp_path / "x.npz"]
+    assert run("bisect", path, "-b", "ort,emu-fp16", *inputs)[0] == 1
+    assert run("bisect", path, "-b", "ort,emu-fp16", *inputs, "--keep-fp32", f"@{names}")[0] == 0
+    code, text = run("bisect", path, "-b", "ort,emu-fp16", *inputs, "--keep-fp32", f"@{tmp_path / 'none.txt'}")
+    assert code == 2
+    assert "none.txt" in text
