@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cp_debug.backends.spec import parse_backends
 from cp_debug.cli import calibration
-from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.flags import MOST, Atol, Rtol, grouped
-from cp_debug.cli.sweep_desk import (
-    Backends,
-    Checkpoints,
-    DataRoot,
-    Desk,
-    Distances,
-    Exporters,
-    Inputs,
-    MinPoints,
-    Models,
-    Seed,
-    SkipMissing,
-    Sweeps,
-    Unfolded,
-    calibration_settings,
-    check_models,
-    edges_of,
-    grid_of,
-    reading_of,
-)
-from cp_debug.cli.typed import Command, refuse, refuse_data_flags
+from cp_debug.cli.sweep_desk import Backends, Compared, Desk, Draws, Inputs, Scored, Subjects, calibration_settings
+from cp_debug.cli.typed import Command, refuse
 from cp_debug.files import resolved
 
 app = typer.Typer(
@@ -56,18 +34,12 @@ class Axis(str, Enum):
 @app.command("bisect", cls=Command)
 @grouped
 def sweep_bisect(
-    models: Models = None,
-    backends: Backends = "torch,ort",
-    checkpoint: Checkpoints = None,
+    *,
     inputs: Inputs = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")] = 8,
-    seed: Seed = 0,
+    what: Compared,
     rtol: Rtol = None,
     atol: Atol = None,
     explain: Annotated[bool, typer.Option(help="Try the known causes on every guilty layer.")] = True,
-    exporter: Exporters = Exporter.auto,
-    unfolded: Unfolded = False,
-    *,
     int8: calibration.CalibrationFlags,
     desk: Desk,
 ) -> None:
@@ -75,36 +47,23 @@ def sweep_bisect(
 
     A task is one test backend on one sample. Exit code 1 when a backend disagrees on some sample, 2 when a task failed.
     """
-    check_models(models, backends, samples, inputs)
+    int8.check(what.check(what.backends, inputs))
     from cp_debug.sweep import bisecting
 
-    int8.check(parse_backends(backends))
     how = {"rtol": rtol, "atol": atol, "explain": explain, "calibration": calibration_settings(int8, inputs)}
-    grid = grid_of(models, backends, checkpoint, samples, seed, inputs, exporter, unfolded, how)
-    desk.run("bisect", lambda: bisecting.tasks(grid), bisecting.merge, (bisecting.rows, bisecting.COLUMNS))
+    grid = what.compared(inputs, how)
+    desk.run("bisect", lambda: bisecting.tasks(grid))
 
 
 @app.command("eval", cls=Command)
 @grouped
 def sweep_eval(
-    models: Models = None,
-    backends: Backends = "torch,ort",
-    checkpoint: Checkpoints = None,
+    *,
     data: Annotated[
         Path | None, typer.Option(help="An mmdet3d info file (.pkl); else the held-out synthetic scenes.")
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")] = 50,
-    data_root: DataRoot = None,
-    sweeps: Sweeps = 9,
-    skip_missing: SkipMissing = False,
-    min_points: MinPoints = 1,
-    draws: Annotated[int, typer.Option(min=0, max=MOST, help="Bootstrap draws for the intervals.")] = 1000,
-    seed: Seed = 0,
+    what: Scored,
     max_drop: Annotated[float, typer.Option(min=0, help="mAP that a backend may lose.")] = 0.01,
-    distances: Distances = None,
-    exporter: Exporters = Exporter.auto,
-    unfolded: Unfolded = False,
-    *,
     int8: calibration.CalibrationFlags,
     desk: Desk,
 ) -> None:
@@ -112,42 +71,32 @@ def sweep_eval(
 
     A task is one backend on one sample. Exit code 1 when a backend detects significantly less, 2 when a task failed.
     """
-    check_models(models, backends, samples, data)
+    int8.check(what.check(what.backends, data))
     from cp_debug.detection.evaluation import EvaluationOptions
     from cp_debug.sweep import evaluating
 
-    int8.check(parse_backends(backends))
-    refuse_data_flags(data)
-    read, how = reading_of(data_root, sweeps, skip_missing, int8)
-    grid = replace(grid_of(models, backends, checkpoint, samples, seed, data, exporter, unfolded, how), data=read)
-    options = EvaluationOptions(min_points=min_points, draws=draws, seed=seed, max_drop=max_drop)
-    merge = partial(evaluating.merge, options=options, edges=edges_of(distances))
-    desk.run("eval", lambda: evaluating.tasks(grid), merge, (evaluating.rows, evaluating.COLUMNS))
+    grid = what.scored(data, int8)
+    options = EvaluationOptions(min_points=what.min_points, draws=what.draws, seed=what.seed, max_drop=max_drop)
+    desk.run("eval", lambda: evaluating.tasks(grid), options=options, edges=what.edges)
+
+
+@dataclass(frozen=True)
+class _Ablated(Scored):
+    backends: Backends = "torch,emu-fp16acc"
+    draws: Draws = 200
 
 
 @app.command("ablate", cls=Command)
 @grouped
 def sweep_ablate(
-    models: Models = None,
-    backends: Backends = "torch,emu-fp16acc",
-    checkpoint: Checkpoints = None,
+    *,
     data: Annotated[
         Path | None, typer.Option(help="An mmdet3d info file (.pkl) or clouds; else the held-out synthetic scenes.")
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")] = 50,
+    what: _Ablated,
     layers: Annotated[
         int, typer.Option(min=1, max=MOST, help="Layers to try one by one, those of most leverage first.")
     ] = 12,
-    data_root: DataRoot = None,
-    sweeps: Sweeps = 9,
-    skip_missing: SkipMissing = False,
-    min_points: MinPoints = 1,
-    draws: Annotated[int, typer.Option(min=0, max=MOST, help="Bootstrap draws for the intervals.")] = 200,
-    seed: Seed = 0,
-    distances: Distances = None,
-    exporter: Exporters = Exporter.auto,
-    unfolded: Unfolded = False,
-    *,
     int8: calibration.CalibrationFlags,
     desk: Desk,
 ) -> None:
@@ -155,32 +104,27 @@ def sweep_ablate(
 
     A task is one test backend on one sample, with every set of layers. Exit code 2 when a task failed.
     """
-    check_models(models, backends, samples, data)
+    specs = what.check(what.backends, data)
     from cp_debug.backends.registry import create
     from cp_debug.detection.evaluation import EvaluationOptions
     from cp_debug.mixed_precision.precision import precision_of
     from cp_debug.sweep import ablating
     from cp_debug.sweep.workers import needs_gpu
 
-    specs = parse_backends(backends)
     int8.check(specs)
     for spec in specs[1:]:  # of those on a GPU, which may be elsewhere, the tasks say it
         if not needs_gpu(spec):
             precision_of(create(spec), quantized=False)
-    refuse_data_flags(data)
-    read, how = reading_of(data_root, sweeps, skip_missing, int8)
-    how |= {"layers": layers}
-    grid = replace(grid_of(models, backends, checkpoint, samples, seed, data, exporter, unfolded, how), data=read)
-    options = EvaluationOptions(min_points=min_points, draws=draws, seed=seed)
-    merge = partial(ablating.merge, options=options, edges=edges_of(distances))
-    desk.run("ablate", lambda: ablating.tasks(grid), merge, (ablating.rows, ablating.COLUMNS))
+    grid = what.scored(data, int8, layers=layers)
+    options = EvaluationOptions(min_points=what.min_points, draws=what.draws, seed=what.seed)
+    desk.run("ablate", lambda: ablating.tasks(grid), options=options, edges=what.edges)
 
 
 @app.command("sensitivity", cls=Command)
 @grouped
 def sweep_sensitivity(
-    models: Models = None,
-    checkpoint: Checkpoints = None,
+    *,
+    what: Subjects,
     quantized: Annotated[
         list[Path] | None,
         typer.Option("--from", help="Checkpoint of `quantize ptq` or `qat`; repeatable; else each worker calibrates."),
@@ -188,66 +132,56 @@ def sweep_sensitivity(
     calib_samples: calibration.Samples = 20,
     calib_method: calibration.Calibrator = calibration.Method.mse,
     data: Inputs = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")] = 8,
-    seed: Seed = 0,
     by: Annotated[
         Axis, typer.Option(help="Shape of a task: one sample and all layers, or all samples and a share of the layers.")
     ] = Axis.samples,
     draws: Annotated[int, typer.Option(min=0, max=MOST, help="Bootstrap draws for the intervals, by layers.")] = 200,
-    *,
     desk: Desk,
 ) -> None:
     """Find layers that suffer from INT8: their errors over samples, or the profile of `quantize sensitivity`.
 
     Exit code 2 when a task failed.
     """
-    check_models(models, "torch,torch-fp64", samples, data)
+    specs = what.check("torch,torch-fp64", data)
     from cp_debug.sweep import sensitivity
 
     refuse(("calib_samples", "calib_method", "shared"), unless=not quantized, why="the scales are those of --from")
     refuse(("draws",), unless=by is Axis.layers, why="intervals are drawn with --by layers")
-    how = {"batches": calib_samples, "method": calib_method.value, "draws": draws}
-    grid = grid_of(models, "torch,torch-fp64", checkpoint, samples, seed, data, Exporter.auto, False, how)
-    desk.run(
-        "sensitivity",
-        lambda: sensitivity.tasks(grid, quantized or (), by_layers=by is Axis.layers),
-        sensitivity.merge,
-        (sensitivity.rows, sensitivity.COLUMNS),
-    )
+    grid = what.grid(specs, data, {"batches": calib_samples, "method": calib_method.value, "draws": draws})
+    desk.run("sensitivity", lambda: sensitivity.tasks(grid, quantized or (), by_layers=by is Axis.layers))
+
+
+@dataclass(frozen=True)
+class _Searched(Compared):
+    backends: Backends = "torch,emu-fp16acc"
 
 
 @app.command("search", cls=Command)
 @grouped
 def sweep_search(
-    models: Models = None,
-    backends: Backends = "torch,emu-fp16acc",
-    checkpoint: Checkpoints = None,
+    *,
+    inputs: Inputs = None,
+    what: _Searched,
     goal: Annotated[
         str, typer.Option(help="rel_l2, max_abs, boxes_lost, boxes_gained, boxes_moved; joined by 'and'.")
     ] = "rel_l2<1e-3",
     test_model: Annotated[
         Path | None, typer.Option(help="The Q/DQ graph of the test (a folder, for several components).")
     ] = None,
-    inputs: Inputs = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")] = 8,
-    seed: Seed = 0,
     max_builds: Annotated[
         int | None, typer.Option(min=1, max=MOST, help="Builds (emulated: trials) a task at most.")
     ] = None,
-    exporter: Exporters = Exporter.auto,
-    unfolded: Unfolded = False,
-    *,
     desk: Desk,
 ) -> None:
     """Count on how many samples each layer must keep its precision. A task is one `cpdebug search` on one sample.
 
     Exit code 1 when the goal was not reached on some sample, 2 when a task failed.
     """
-    check_models(models, backends, samples, inputs, exports=False)
+    what.check(what.backends, inputs, exports=False)
     from cp_debug.sweep import searching
 
     how = {"goal": goal, "max_builds": max_builds, "test_model": test_model and str(resolved(test_model))}
-    grid = grid_of(models, backends, checkpoint, samples, seed, inputs, exporter, unfolded, how)
+    grid = what.compared(inputs, how)
     if test_model is not None:
         grid = replace(grid, reads=sorted(test_model.glob("*.onnx")) if test_model.is_dir() else [test_model])
-    desk.run("search", lambda: searching.tasks(grid), searching.merge, (searching.rows, searching.COLUMNS))
+    desk.run("search", lambda: searching.tasks(grid))

@@ -1,4 +1,4 @@
-"""Flags that all kinds of sweeps share, checks of what they are given, the grid, and the run with its reports."""
+"""Flags that kinds of sweeps share, checks of what they are given, the grid, and the run with its reports."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cp_debug.backends.spec import parse_backends
+from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.cli import calibration
 from cp_debug.cli.bisect import Exporter
 from cp_debug.cli.console import show_error
 from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up
 from cp_debug.cli.given import check_given
-from cp_debug.cli.typed import refuse, refuse_export_flags, refuse_seed
+from cp_debug.cli.typed import refuse, refuse_data_flags, refuse_export_flags, refuse_seed
 from cp_debug.errors import InputError
 from cp_debug.files import resolved
 from cp_debug.loading import load_torch
@@ -26,27 +26,112 @@ from cp_debug.safe_text import amount
 if TYPE_CHECKING:
     from distributed import Client
 
-    from cp_debug.recipes.data.base import DataOptions
     from cp_debug.sweep.grid import Grid
-    from cp_debug.sweep.log import Flatten, Record
-    from cp_debug.sweep.result import ResultGroup
     from cp_debug.sweep.tasks import Task
 
 QUEUE, REPORT = "Queue", "Report"
-Models = Annotated[list[str] | None, typer.Argument(help="Recipes, .onnx files, module:callable; else tiny.")]
 Backends = Annotated[str, typer.Option("--backends", "-b", help="Reference first, then the tests.")]
-Checkpoints = Annotated[list[Path] | None, typer.Option("--checkpoint", help="Weights; repeatable.")]
+Draws = Annotated[int, typer.Option(min=0, max=MOST, help="Bootstrap draws for the intervals.")]
+Samples = Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")]
 Inputs = Annotated[Path | None, typer.Option(help="Info file (.pkl), .npz, point file, or a folder of such.")]
-Seed = Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs; first synthetic scene.")]
-Exporters = Annotated[Exporter, typer.Option(help="For torch models; auto: what all backends read.")]
-Distances = Annotated[
-    str | None, typer.Option(help="Metres from the sensor where rings end, as 20,40; default: thirds of the region.")
-]
-DataRoot = Annotated[Path | None, typer.Option(help="Folder that paths in the info file are relative to.")]
-Sweeps = Annotated[int, typer.Option(min=0, max=MOST, help="Earlier sweeps to merge, at most.")]
-SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="Leave out samples without a cloud.")]
-MinPoints = Annotated[int, typer.Option(min=0, max=MOST, help="Points that an object must have to count.")]
-Unfolded = Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")]
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """Flags of all kinds of sweeps: models and samples."""
+
+    models: Annotated[list[str] | None, typer.Argument(help="Recipes, .onnx files, module:callable; else tiny.")] = None
+    checkpoint: Annotated[list[Path] | None, typer.Option("--checkpoint", help="Weights; repeatable.")] = None
+    samples: Samples = 8
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs; first synthetic scene.")] = 0
+
+    def check(self, backends: str, inputs: Path | None, *, exports: bool = True) -> list[BackendSpec]:
+        """The backends. Raises InputError for a name that is no model and a file that cannot be read; loads torch.
+
+        Exports, where the tasks share them, and engines are what goes into a shared store.
+        """
+        from cp_debug.recipes.registry import DEFAULT
+
+        specs = parse_backends(backends)
+        modules = exports and any(not model.endswith(".onnx") for model in self.models or [DEFAULT])
+        why = "nothing is shared: no backend is TensorRT, and " + (
+            "no model is exported or calibrated as a torch module"
+            if exports
+            else "every search exports its model itself"
+        )
+        refuse(("shared",), unless=modules or any(spec.family == "trt" for spec in specs), why=why)
+        check_made_up(self.samples, inputs, given_by="--inputs or --data")
+        for model in self.models or ():
+            check_given(model)
+        load_torch()
+        return specs
+
+    def grid(self, specs: Sequence[BackendSpec], inputs: Path | None, how: Mapping[str, Any], **more: Any) -> Grid:
+        """The grid of these flags. Raises InputError for flags that would do nothing."""
+        from cp_debug.recipes.registry import DEFAULT
+        from cp_debug.sweep.grid import Grid
+
+        models = self.models or [DEFAULT]
+        refuse_export_flags(models)
+        refuse_seed(models, inputs, self.samples)
+        return Grid(models, specs, self.checkpoint or (), self.samples, self.seed, inputs, how=how, **more)
+
+
+@dataclass(frozen=True)
+class Compared(Subjects):
+    """Flags of sweeps over backends."""
+
+    backends: Backends = "torch,ort"
+    exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what all backends read.")] = Exporter.auto
+    unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")] = False
+
+    def compared(self, inputs: Path | None, how: Mapping[str, Any], **more: Any) -> Grid:
+        """The grid, whose models are exported as these flags say. Raises InputError for flags that would do nothing."""
+        chosen = {"exporter": self.exporter.chosen, "folded": not self.unfolded}
+        return self.grid(parse_backends(self.backends), inputs, how, **chosen, **more)
+
+
+@dataclass(frozen=True)
+class Scored(Compared):
+    """Flags of sweeps over data with ground truth."""
+
+    samples: Samples = 50
+    data_root: Annotated[Path | None, typer.Option(help="Folder that paths in the info file are relative to.")] = None
+    sweeps: Annotated[int, typer.Option(min=0, max=MOST, help="Earlier sweeps to merge, at most.")] = 9
+    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out samples without a cloud.")] = False
+    min_points: Annotated[int, typer.Option(min=0, max=MOST, help="Points that an object must have to count.")] = 1
+    draws: Draws = 1000
+    distances: Annotated[
+        str | None,
+        typer.Option(help="Metres from the sensor where rings end, as 20,40; default: thirds of the region."),
+    ] = None
+
+    def scored(self, data: Path | None, int8: calibration.CalibrationFlags, **how: Any) -> Grid:
+        """The grid, and in its settings, which a log keeps, the reading of clouds and INT8's calibration.
+
+        Raises InputError for flags that would do nothing.
+        """
+        from cp_debug.recipes.data.base import DataOptions
+
+        refuse_data_flags(data)
+        read = DataOptions(self.data_root and resolved(self.data_root), self.sweeps, self.skip_missing)
+        settings = {"data_root": read.root and str(read.root), "sweeps": read.sweeps, "skip_missing": read.skip_missing}
+        return self.compared(data, {**settings, "calibration": calibration_settings(int8), **how}, data=read)
+
+    @property
+    def edges(self) -> list[float]:
+        """Edges of ``--distances`` in m, none without it. Raises InputError for what is no list of rising numbers."""
+        from cp_debug.detection.breakdown import rings_of
+        from cp_debug.detection.evaluation import EvaluationOptions
+
+        if self.distances is None:
+            return []
+        try:
+            edges = [float(part) for part in self.distances.split(",")]
+        except ValueError:
+            raise InputError(f"--distances: {self.distances!r}; expected metres that rise, as in 20,40") from None
+        rings_of(edges, EvaluationOptions())
+        return edges
 
 
 @dataclass(frozen=True)
@@ -91,20 +176,15 @@ class Desk:
     csv: Annotated[Path | None, typer.Option(help="Write the figures as CSV.", rich_help_panel=REPORT)] = None
     html: Annotated[Path | None, typer.Option(help="Write the report as one HTML file.", rich_help_panel=REPORT)] = None
 
-    def run(
-        self,
-        kind: str,
-        tasks: Callable[[], Iterable[Task]],
-        merge: Callable[[Iterable[Record]], Sequence[ResultGroup]],
-        flat: tuple[Flatten, Mapping[str, type]],
-    ) -> None:
-        """Run what is left, merge what there is, show it, and exit. ``flat``: how records become rows of a table."""
+    def run(self, kind: str, tasks: Callable[[], Iterable[Task]], **merging: Any) -> None:
+        """Run what is left, merge what there is, show it, and exit. ``merging``: settings of the kind's ``merge``."""
         from cp_debug.cli.console import command_line, say, show_document
         from cp_debug.cli.sweep_view import view
         from cp_debug.reports.sweep import render, write_csv, write_page
         from cp_debug.sweep.log import SweepLog, write_parquet, write_parts
         from cp_debug.sweep.result import SweepResult
         from cp_debug.sweep.run import run
+        from cp_debug.sweep.tasks import module_of
         from cp_debug.sweep.workers import local_workers, remote_workers
 
         if self.workers and self.cluster:
@@ -135,10 +215,11 @@ class Desk:
             if log.others:
                 say(f"note: {log.path} also holds {amount(len(log.others), 'task')} of other sweeps, left alone")
             try:
-                result = SweepResult.of(kind, finished, merge(finished.results()), command_line())
+                module = module_of(kind)
+                result = SweepResult.of(kind, finished, module.merge(finished.results(), **merging), command_line())
                 if target.suffix == ".parquet":
                     write = write_parts if self.partition else write_parquet
-                    write(finished.results(), *flat, target)
+                    write(finished.results(), module.rows, module.COLUMNS, target)
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
                 if not finished.reread:
                     raise
@@ -172,32 +253,6 @@ class Desk:
         return place
 
 
-def edges_of(text: str | None) -> list[float]:
-    """Edges of ``--distances`` in m, none without it. Raises InputError for what is no list of rising numbers."""
-    from cp_debug.detection.breakdown import rings_of
-    from cp_debug.detection.evaluation import EvaluationOptions
-
-    if text is None:
-        return []
-    try:
-        edges = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"--distances: {text!r}; expected metres that rise, as in 20,40") from None
-    rings_of(edges, EvaluationOptions())
-    return edges
-
-
-def reading_of(
-    root: Path | None, sweeps: int, skip_missing: bool, int8: calibration.CalibrationFlags
-) -> tuple[DataOptions, dict[str, Any]]:
-    """Reading of clouds, and the same, with INT8's calibration, as the settings that a log keeps."""
-    from cp_debug.recipes.data.base import DataOptions
-
-    read = DataOptions(root and resolved(root), sweeps, skip_missing)
-    settings = {"data_root": read.root and str(read.root), "sweeps": sweeps, "skip_missing": skip_missing}
-    return read, settings | {"calibration": calibration_settings(int8)}
-
-
 def calibration_settings(flags: calibration.CalibrationFlags, inputs: Path | None = None) -> dict[str, Any]:
     """Settings of the calibration, as tasks have them; ``inputs`` serve where no data are given for it."""
     data = flags.calib_data or inputs
@@ -207,59 +262,3 @@ def calibration_settings(flags: calibration.CalibrationFlags, inputs: Path | Non
         "method": flags.calib_method.value,
         "skip_layers": flags.skip_layers or [],
     }
-
-
-def check_models(
-    models: list[str] | None,
-    backends: str,
-    samples: int,
-    inputs: Path | None,
-    *,
-    exports: bool = True,
-) -> None:
-    """Raise InputError for a name that is no model and a file that cannot be read; then load torch.
-
-    Exports, where the tasks share them, and engines are what goes into a shared store.
-    """
-    from cp_debug.recipes.registry import DEFAULT
-
-    modules = exports and any(not model.endswith(".onnx") for model in models or [DEFAULT])
-    engines = backends and any(spec.family == "trt" for spec in parse_backends(backends))
-    why = "nothing is shared: no backend is TensorRT, and " + (
-        "no model is exported or calibrated as a torch module" if exports else "every search exports its model itself"
-    )
-    refuse(("shared",), unless=bool(modules or engines), why=why)
-    check_made_up(samples, inputs, given_by="--inputs or --data")
-    for model in models or ():
-        check_given(model)
-    load_torch()
-
-
-def grid_of(
-    models: list[str] | None,
-    backends: str,
-    checkpoints: list[Path] | None,
-    samples: int,
-    seed: int,
-    inputs: Path | None,
-    exporter: Exporter,
-    unfolded: bool,
-    how: Mapping[str, Any],
-) -> Grid:
-    """The grid of these flags. Raises InputError for flags that would do nothing."""
-    from cp_debug.recipes.registry import DEFAULT
-    from cp_debug.sweep.grid import Grid
-
-    refuse_export_flags(models or [DEFAULT])
-    refuse_seed(models or [DEFAULT], inputs, samples)
-    return Grid(
-        models=models or [DEFAULT],
-        backends=parse_backends(backends),
-        checkpoints=checkpoints or (),
-        samples=samples,
-        seed=seed,
-        inputs=inputs,
-        exporter=exporter.chosen,
-        folded=not unfolded,
-        how=how,
-    )

@@ -58,6 +58,11 @@ class Task:
         return hashlib.sha256(f"{__version__} {self.kind} {text}".encode()).hexdigest()[:32]
 
 
+def module_of(kind: str) -> Any:
+    """The module of one of ``KINDS``."""
+    return importlib.import_module(KINDS[kind].partition(":")[0])
+
+
 def function_of(kind: str) -> Callable[[Parameters], dict[str, Any]]:
     """The function that the ``kind`` of a task names.
 
