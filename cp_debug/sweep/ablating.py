@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -25,7 +24,6 @@ from cp_debug.detection.changes import GAINED, LOST, MOVED_BOX, changes
 from cp_debug.detection.evaluate import Detector, as_detector, without_boxes
 from cp_debug.detection.evaluation import EvaluationOptions, draws_of
 from cp_debug.detection.predictions import Predictions
-from cp_debug.errors import InputError
 from cp_debug.mixed_precision.ablation import ALL, FIRST, LAYER, NONE, AblatedSet, Ablation
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.judge import Judge, Results
@@ -34,12 +32,11 @@ from cp_debug.programs.pipeline import Pipeline, wants_int8
 from cp_debug.programs.scene import DecodedBoxes, decode
 from cp_debug.recipes.abilities import Remarks, RemarksOnSamples
 from cp_debug.recipes.base import Model, Sample
-from cp_debug.recipes.data.base import DataOptions
 from cp_debug.serialize import JsonForm, json_safe
 from cp_debug.sweep.grid import Grid
-from cp_debug.sweep.log import Record
+from cp_debug.sweep.log import Record, grouped
 from cp_debug.sweep.packed import detections_from, pack_detections, pack_truth, truth_from
-from cp_debug.sweep.prepared import Subject, int8_programs_of, load, make_backends, pick, programs_of, shared_figures
+from cp_debug.sweep.prepared import Subject, load, make_backends, pick, programs_of, shared_figures
 from cp_debug.sweep.spread import Outlier, Spread, columns, numeric, outliers
 from cp_debug.sweep.tasks import Parameters, Task
 
@@ -61,11 +58,8 @@ def tasks(grid: Grid) -> Iterator[Task]:
     """
     if model := grid.without_boxes():
         raise without_boxes(model)
-    reference, *tests = grid.backends
-    if reference.variant.startswith("int8"):
-        raise InputError(f"--backends: the reference of a sweep cannot be in INT8, as {reference} is; make it a test")
     first: dict[str, dict[str, Any]] = {}
-    for task in grid.tasks("ablate", [(reference, test) for test in tests]):
+    for task in grid.tests("ablate"):
         params = task.params
         sample = first.setdefault(params["label"], {name: params[name] for name in ("inputs", "index", "files")})
         shown = {name: sample[name] for name in ("inputs", "index")}
@@ -79,7 +73,7 @@ def task(params: Parameters) -> dict[str, Any]:
     """
     model = as_detector(load(params))
     reference, test = make_backends(params)
-    sample = _sample(model, params)
+    sample = pick(model, params)
     ablation = _ablation(model, params, test)
     ranking = json.dumps({name: value for name, value in params.items() if name not in ("inputs", "index", "label")})
     leverages = _leverages(ranking)
@@ -137,14 +131,8 @@ def _boxes(model: Detector, sample: Sample, results: Results) -> DecodedBoxes:
     return DecodedBoxes(*(np.asarray(getattr(detected, name)) for name in ("boxes", "scores", "labels")))
 
 
-def _sample(model: Model, params: Parameters) -> Sample:
-    root = params["data_root"] and Path(params["data_root"])
-    return pick(model, params, DataOptions(root, params["sweeps"], params["skip_missing"]))
-
-
 def _ablation(model: Model, params: Parameters, test: Backend) -> Ablation:
-    programs = (int8_programs_of if wants_int8(test) else programs_of)(params, [test])
-    return Ablation(model, programs, test)
+    return Ablation(model, programs_of(params, [test], int8=wants_int8(test)), test)
 
 
 @lru_cache(2)
@@ -153,7 +141,7 @@ def _leverages(ranking: str) -> list[float]:
     params = json.loads(ranking)
     model = load(params)
     _, test = make_backends(params)
-    sample = _sample(model, {**params, **params["first"]})
+    sample = pick(model, params | params["first"])
     about = {name: params[name] for name in ("backends", "exporter", "folded", "calibration", "first", "files")}
     figures = shared_figures(
         Subject.of(params),
@@ -265,10 +253,9 @@ class AblationGroup(JsonForm):
 
 def merge(records: Iterable[Record], options: EvaluationOptions, edges: Sequence[float] = ()) -> list[AblationGroup]:
     """One group for each model and test backend, in the order of the grid. ``edges``: of rings, in m."""
-    groups: dict[tuple[str, ...], list[Record]] = defaultdict(list)
-    for record in sorted(records, key=lambda each: each["place"]):
-        groups[(record["params"]["label"], *record["params"]["backends"])].append(record)
-    return [_merge(key[0], [record["result"] for record in found], options, edges) for key, found in groups.items()]
+    return [
+        _merge(label, [record["result"] for record in found], options, edges) for (label, *_), found in grouped(records)
+    ]
 
 
 def _merge(

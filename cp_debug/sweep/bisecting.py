@@ -14,13 +14,12 @@ from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import GUILTY, TestResult
 from cp_debug.bisect.strange_numbers import nonfinite_origins
 from cp_debug.detection.detection_change import DetectionChange
-from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import wants_int8
 from cp_debug.recipes.abilities import with_samples
 from cp_debug.serialize import JsonForm, encode, json_safe
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record
-from cp_debug.sweep.prepared import int8_programs_of, load, make_backends, pick, programs_of
+from cp_debug.sweep.prepared import load, make_backends, pick, programs_of
 from cp_debug.sweep.spread import Outlier, Spread, columns, numeric, outliers
 from cp_debug.sweep.tasks import Parameters, Task
 
@@ -52,10 +51,7 @@ COLUMNS = {"label": str, "reference": str, "backend": str, "sample": str, **_KEP
 
 def tasks(grid: Grid) -> Iterator[Task]:
     """Tasks for each model × each test backend × each sample. Raises InputError for unusable files."""
-    reference, *tests = grid.backends
-    if reference.variant.startswith("int8"):
-        raise InputError(f"--backends: the reference of a sweep cannot be in INT8, as {reference} is; make it a test")
-    return grid.tasks("bisect", [(reference, test) for test in tests])
+    return grid.tests("bisect")
 
 
 def task(params: Parameters) -> dict[str, Any]:
@@ -70,7 +66,7 @@ def task(params: Parameters) -> dict[str, Any]:
         exporter=params["exporter"],
         folded=params["folded"],
     )
-    quantized = int8_programs_of(params, backends) if wants_int8(backends[1]) else None
+    quantized = programs_of(params, backends, int8=True) if wants_int8(backends[1]) else None
     result = bisect(
         with_samples(model, [pick(model, params)]),
         backends,

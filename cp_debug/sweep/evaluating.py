@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from cp_debug.backends.base import RunRecord
@@ -16,12 +16,11 @@ from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import Pipeline, wants_int8
 from cp_debug.recipes.abilities import Remarks, RemarksOnSamples
-from cp_debug.recipes.data.base import DataOptions
 from cp_debug.serialize import JsonForm, encode, json_safe
 from cp_debug.sweep.grid import Grid
-from cp_debug.sweep.log import Record
+from cp_debug.sweep.log import Record, grouped
 from cp_debug.sweep.packed import BOX, detections_from, pack_detections, pack_truth, truth_from
-from cp_debug.sweep.prepared import int8_programs_of, load, make_backends, pick, programs_of
+from cp_debug.sweep.prepared import load, make_backends, pick, programs_of
 from cp_debug.sweep.spread import Outlier, outliers
 from cp_debug.sweep.tasks import Parameters, Task
 
@@ -46,12 +45,10 @@ def task(params: Parameters) -> dict[str, Any]:
     """
     model = as_detector(load(params))
     (backend,) = make_backends(params)
-    root = params["data_root"] and Path(params["data_root"])
-    sample = pick(model, params, DataOptions(root, params["sweeps"], params["skip_missing"]))
+    sample = pick(model, params)
     if sample.truth is None:
         raise InputError(f"{sample.source}: has no ground truth; expected an info file (.pkl)")
-    programs = (int8_programs_of if wants_int8(backend) else programs_of)(params, [backend])
-    with Pipeline(model, programs, backend) as pipeline:
+    with Pipeline(model, programs_of(params, [backend], int8=wants_int8(backend)), backend) as pipeline:
         outputs = pipeline.run(sample)
         detections: Any = model.decode(sample, outputs)
         record = pipeline.record()
@@ -122,12 +119,10 @@ def merge(records: Iterable[Record], options: EvaluationOptions, edges: Sequence
 
     ``edges``: of the rings of distances, in m. Raises InputError for edges that do not rise.
     """
-    groups: dict[str, dict[str, dict[Any, Any]]] = {}
-    for record in sorted(records, key=lambda each: each["place"]):
-        params = record["params"]
-        sample = (params["inputs"] or "", params["index"])
-        of_model = groups.setdefault(params["label"], {})
-        of_model.setdefault(params["backends"][0], {})[sample] = record["result"]
+    groups: dict[str, dict[str, dict[Any, Any]]] = defaultdict(dict)
+    for (label, backend), found in grouped(records):
+        samples = {(each["params"]["inputs"] or "", each["params"]["index"]): each["result"] for each in found}
+        groups[label][backend] = samples
     merged = (_merge(label, backends, options, edges) for label, backends in groups.items())
     return [group for group in merged if group is not None]
 

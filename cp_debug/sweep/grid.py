@@ -47,6 +47,18 @@ class Grid:
     reads: Sequence[Path] = ()
     """Further files of every task."""
 
+    def tests(self, kind: str) -> Iterator[Task]:
+        """A task for each model, each backend with the reference, and each sample.
+
+        Raises InputError for unusable files and a reference in INT8.
+        """
+        reference, *tests = self.backends
+        if reference.variant.startswith("int8"):
+            raise InputError(
+                f"--backends: the reference of a sweep cannot be in INT8, as {reference} is; make it a test"
+            )
+        return self.tasks(kind, [(reference, test) for test in tests])
+
     def tasks(self, kind: str, pairs: Sequence[Sequence[BackendSpec]]) -> Iterator[Task]:
         """A task for each model, each of ``pairs`` of backends, and each sample.
 

@@ -133,6 +133,15 @@ class SweepLog:
                     folder.rmdir()
 
 
+def grouped(records: Iterable[Record]) -> Iterable[tuple[tuple[str, ...], list[Record]]]:
+    """The model with its backends, and its records, in the order of the grid."""
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for record in sorted(records, key=lambda each: each["place"]):
+        params = record["params"]
+        groups.setdefault((params["label"], *params.get("backends", ())), []).append(record)
+    return groups.items()
+
+
 def write_parquet(records: Iterable[Record], flatten: Flatten, columns: Mapping[str, type], target: Path) -> None:
     """The records as one flat table, a batch at a time. Raises MissingPackage without pyarrow."""
     require("pyarrow", "parquet")

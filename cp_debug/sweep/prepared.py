@@ -75,18 +75,18 @@ def load(params: Parameters) -> Model:
     return load_subject(Subject.of(params))
 
 
-def programs_of(params: Parameters, backends: Sequence[Backend]) -> list[Program]:
-    """The model's programs for these backends, exported once."""
-    return _export(Subject.of(params), choose_export(backends, params["exporter"])[0], params["folded"]).programs
+def programs_of(params: Parameters, backends: Sequence[Backend], *, int8: bool = False) -> list[Program]:
+    """The model's programs for these backends, exported once.
 
-
-def int8_programs_of(params: Parameters, backends: Sequence[Backend]) -> list[Program]:
-    """Programs with Q/DQ pairs: as the checkpoint has them, else calibrated once, on ``params["calibration"]``."""
+    int8: with Q/DQ pairs, as the checkpoint has them, else calibrated once, on ``params["calibration"]``.
+    """
+    exported = Subject.of(params), choose_export(backends, params["exporter"])[0], params["folded"]
+    if not int8:
+        return _export(*exported).programs
     settings = params["calibration"]
     data = None if settings["data"] is None else Path(settings["data"])
     calibration = Calibration(data, settings["samples"], settings["method"], tuple(settings["skip_layers"]))
-    how, _ = choose_export(backends, params["exporter"])
-    return _quantize(Subject.of(params), how, params["folded"], calibration).programs
+    return _quantize(*exported, calibration).programs
 
 
 def make_backends(params: Parameters) -> list[Backend]:
@@ -110,11 +110,15 @@ def _backend(spec: BackendSpec, shared: str | None) -> Backend:
     return create(spec, cache=cache)
 
 
-def pick(model: Model, params: Parameters, options: DataOptions = DEFAULT_OPTIONS) -> Sample:
-    """Sample ``params["index"]`` of ``inputs``, or of those made from ``seed``.
+def pick(model: Model, params: Parameters) -> Sample:
+    """Sample ``params["index"]`` of ``inputs``, or of those made from ``seed``; clouds are read as the task says.
 
     Raises InputError where there is none.
     """
+    options = DEFAULT_OPTIONS
+    if "data_root" in params:
+        root = params["data_root"] and Path(params["data_root"])
+        options = DataOptions(root, params["sweeps"], params["skip_missing"])
     index, seed = params["index"], params["seed"]
     inputs = None if params["inputs"] is None else Path(params["inputs"])
     if isinstance(model, HasData):

@@ -16,7 +16,7 @@ from cp_debug.mixed_precision.goal import DETECTIONS, Goal, without_counts
 from cp_debug.mixed_precision.search import MixedPrecisionOptions, search
 from cp_debug.serialize import JsonForm, json_safe
 from cp_debug.sweep.grid import Grid
-from cp_debug.sweep.log import Record
+from cp_debug.sweep.log import Record, grouped
 from cp_debug.sweep.prepared import load, make_backends, parts_of, pick
 from cp_debug.sweep.spread import Spread, columns, numeric
 from cp_debug.sweep.tasks import Parameters, Task
@@ -129,10 +129,7 @@ class MixedPrecisionGroup(JsonForm):
 
 def merge(records: Iterable[Record]) -> list[MixedPrecisionGroup]:
     """One group for each model and test backend, in the order of the grid."""
-    groups: dict[tuple[str, ...], list[Record]] = defaultdict(list)
-    for record in sorted(records, key=lambda each: each["place"]):
-        groups[(record["params"]["label"], *record["params"]["backends"])].append(record)
-    return [_merge(key[0], [record["result"] for record in group_records]) for key, group_records in groups.items()]
+    return [_merge(label, [record["result"] for record in found]) for (label, *_), found in grouped(records)]
 
 
 def _merge(label: str, results: Sequence[Mapping[str, Any]]) -> MixedPrecisionGroup:

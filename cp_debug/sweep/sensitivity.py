@@ -5,7 +5,6 @@ One task measures all layers on one sample, or a share of the layers on all samp
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -26,7 +25,7 @@ from cp_debug.mixed_precision.sensitivity import (
 from cp_debug.quantization.open_quantized import modules_of, open_quantized
 from cp_debug.serialize import JsonForm, json_safe
 from cp_debug.sweep.grid import Grid
-from cp_debug.sweep.log import Record
+from cp_debug.sweep.log import Record, grouped
 from cp_debug.sweep.prepared import Subject, calibrated, load_subject, pick
 from cp_debug.sweep.spread import Outlier, Spread, columns, numeric, outliers
 from cp_debug.sweep.tasks import Parameters, Task, digests
@@ -161,15 +160,10 @@ def merge(records: Iterable[Record]) -> list[SensitivityGroup | ProfileGroup]:
 
     It is a profile where the layers were shared out, and left out where a share failed.
     """
-    groups: dict[str, list[Record]] = defaultdict(list)
-    for record in sorted(records, key=lambda each: each["place"]):
-        groups[record["params"]["label"]].append(record)
     return [
-        _over_samples(label, group_records)
-        if group_records[0]["params"]["shares"] == 1
-        else ProfileGroup(label, _together(group_records))
-        for label, group_records in groups.items()
-        if group_records[0]["params"]["shares"] in (1, len(group_records))
+        _over_samples(label, found) if found[0]["params"]["shares"] == 1 else ProfileGroup(label, _together(found))
+        for (label, *_), found in grouped(records)
+        if found[0]["params"]["shares"] in (1, len(found))
     ]
 
 
