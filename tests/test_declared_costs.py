@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -130,12 +129,10 @@ def test_a_set_that_does_not_help_is_not_told(tmp_path: Path) -> None:
             return self._errors.setdefault(kept, 0.6 if kept else 1.0)
 
     path = offset(tmp_path)
-    graph = Graph(path)
-    run_of: Any = SimpleNamespace(
-        programs={"net": SimpleNamespace(graph=graph)}, tolerance=(1e-2, 1e-4), pipeline=SimpleNamespace(model=None)
-    )
+    model: Any = None
     sample: Any = None
-    assert Tried(run_of, sample, {}).find([("net", "node_offset")]) is None
+    trials = Tried(model, {"net": Graph(path)}, "fp16", sample, {})
+    assert trials.find([("net", "node_offset")]) is None
 
 
 def test_nodes_to_keep_are_read_from_a_file(tmp_path: Path) -> None:

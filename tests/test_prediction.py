@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import cp_debug
 from cp_debug.backends.emulated import EmulatedBackend
 from cp_debug.backends.registry import create
-from cp_debug.backends.spec import parse_backends
+from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
@@ -414,3 +414,26 @@ def test_an_output_that_is_partly_finite_is_predicted_by_the_rest(tmp_path: Path
     result = predict(str(net.save(tmp_path / "net.onnx", {"x": (1, [4, 8])}, [made])), "fp16")
     assert 0 < result.outputs[0].error.expected < 0.1
     assert any("NaN or Inf of 32 elements in FP32: its error is that of the others" in note for note in result.notes)
+
+
+def test_an_overflow_inside_a_fused_layer_is_kept_with_its_readers_as_it_was_tried(tmp_path: Path) -> None:
+    """A LayerNorm taken apart, of values of 400: their squares, which nobody sees, are beyond FP16."""
+    net = NetBuilder()
+    mean = net.op("ReduceMean", "x", name="mean", axes=[-1])
+    centred = net.op("Sub", "x", mean, name="sub")
+    square = net.op("Pow", centred, net.weight(np.array(2, np.float32)), name="pow")
+    variance = net.op("ReduceMean", square, name="var", axes=[-1])
+    y = net.op("Div", centred, net.op("Sqrt", variance, name="sqrt"), name="div")
+    net.op("MatMul", y, net.weight(net.rng.standard_normal((8, 2)).astype(np.float32)), name="y")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [4, 8])}, ["y"])
+    x = net.rng.standard_normal((4, 8)).astype(np.float32)
+    x[0, 3] = 400
+    np.savez(tmp_path / "x.npz", x=x)
+    result = predict(str(path), options=PredictOptions(inputs=tmp_path / "x.npz"))
+    assert result.keep == {"net": ["node_pow", "node_var"]}
+    assert result.measured["rel_l2"] < 1e-2
+    assert not result.passes
+    backend = create(BackendSpec.parse("emu-fp16acc")).keeping(result.keep["net"])  # type: ignore[attr-defined]
+    sides = [create(BackendSpec.parse("ort")), backend]
+    (test,) = bisect(str(path), sides, options=Options(inputs=tmp_path / "x.npz")).tests
+    assert test.outputs[0].stats.rel_l2 == pytest.approx(result.measured["rel_l2"], rel=1e-2)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from cp_debug.backends.arithmetic import ARITHMETICS, FP32, overrides_of
 from cp_debug.backends.executor import Executor
@@ -12,8 +13,10 @@ from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.remainder import apart
 from cp_debug.graph.casts import MOVERS
 from cp_debug.graph.declared import narrow_values
+from cp_debug.graph.graph import Graph
+from cp_debug.programs.precision import PRECISIONS
 from cp_debug.programs.walk import tensors_as_arrays, walk
-from cp_debug.recipes.base import Arrays, Component, Sample
+from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 Name = tuple[str, str]
 """Component and node."""
@@ -42,18 +45,35 @@ class TriedSet:
 class KeepTrials:
     """Tries sets of nodes to keep in FP32 on one sample."""
 
-    def __init__(self, run: CandidateRun, sample: Sample, reference: Arrays) -> None:
-        """``reference``: the reference's final outputs, name → array."""
-        self._run, self._sample, self._reference = run, sample, reference
-        self._model = run.pipeline.model
+    def __init__(
+        self,
+        model: Model,
+        graphs: Mapping[str, Graph],
+        precision: str,
+        sample: Sample,
+        reference: Arrays,
+        *,
+        device: str = "cpu",
+        told: Mapping[str, Collection[str]] = MappingProxyType({}),
+    ) -> None:
+        """``graphs``: by component; ``reference``: its final outputs, name → array of the dtype that the graph declares;
+        ``told``: component → nodes that are kept anyway."""
+        self._model, self._graphs, self._sample, self._reference = model, graphs, sample, reference
+        self._precision, self._device, self._told = PRECISIONS[precision], device, told
         self._errors: dict[frozenset[Name], float] = {}
 
-    @property
-    def possible(self) -> bool:
-        """Whether the test computes the reference's graphs in a precision that can be emulated node by node."""
-        run = self._run
+    @classmethod
+    def of(cls, run: CandidateRun, sample: Sample, reference: Arrays) -> KeepTrials | None:
+        """Trials for one test; None where it computes no graph of the reference in a precision that is emulated.
+
+        ``reference``: the reference's final outputs, name → array in the dtype that the graph declares.
+        """
         alike = all(run.graphs[name] is program.graph for name, program in run.programs.items())
-        return alike and run.precision.name in EMULATED
+        if not alike or run.precision.name not in EMULATED:
+            return None
+        told = {name: run.pipeline.kept(name) for name in run.programs}
+        parts = run.pipeline.model, run.graphs, run.precision.name, sample, reference
+        return cls(*parts, device=run.device, told=told)
 
     def find(self, first: Sequence[Name]) -> TriedSet | None:
         """A set with the nodes ``first``, or some of them, that leaves less than half of the divergence.
@@ -63,7 +83,7 @@ class KeepTrials:
         set helps. Raises InputError where a run fails.
         """
         before = self._error(frozenset())
-        enough = ENOUGH * before if math.isfinite(before) else self._run.tolerance[0]
+        enough = ENOUGH * before if math.isfinite(before) else self._precision.rtol
         kept = best = frozenset(first)
         while len(self._errors) < TRIALS:
             if self._error(kept) < self._error(best):
@@ -80,19 +100,18 @@ class KeepTrials:
                 break
             if self._error(best - {name}) <= most:
                 best -= {name}
-        ordered = [(c, n.name) for c, p in self._run.programs.items() for n in p.graph.nodes if (c, n.name) in best]
+        ordered = [(c, n.name) for c, graph in self._graphs.items() for n in graph.nodes if (c, n.name) in best]
         return TriedSet(tuple(ordered), self._error(best), before, len(self._errors))
 
     def names(self, nodes: Sequence[Name]) -> list[str]:
         """The nodes as ``--keep-fp32`` takes them: by their own names, with the component's where there are several."""
-        alone = len(self._run.programs) == 1
+        alone = len(self._graphs) == 1
         return [node if alone else f"{component}/{node}" for component, node in nodes]
 
     def _around(self, kept: Collection[Name]) -> set[Name]:
         """Readers of the nodes, and nodes in front of them that move or cast numbers."""
         found: set[Name] = set()
-        for component, program in self._run.programs.items():
-            graph = program.graph
+        for component, graph in self._graphs.items():
             for node in (n for n in graph.nodes if (component, n.name) in kept):
                 found |= {(component, r.name) for output in node.outputs for r in graph.consumers.get(output, ())}
                 makers = (graph.producer.get(name) for name in node.inputs)
@@ -106,13 +125,13 @@ class KeepTrials:
         return self._errors[kept]
 
     def _runner(self, kept: frozenset[Name]) -> Callable[[Component, Arrays], Arrays]:
-        arithmetic, told = ARITHMETICS[self._run.precision.name], self._run.pipeline.kept
+        arithmetic = ARITHMETICS[self._precision.name]
 
         def execute(component: Component, inputs: Arrays) -> Arrays:
-            graph = self._run.programs[component.name].graph
-            nodes = {n.name for n in graph.nodes if n.name in told(component.name) or (component.name, n.name) in kept}
+            graph, told = self._graphs[component.name], self._told.get(component.name, ())
+            nodes = {n.name for n in graph.nodes if n.name in told or (component.name, n.name) in kept}
             overrides = overrides_of(graph, narrow_values(graph), arithmetic) | dict.fromkeys(nodes, FP32)
-            return tensors_as_arrays(Executor(graph, arithmetic, self._run.device, overrides=overrides).run(inputs))
+            return tensors_as_arrays(Executor(graph, arithmetic, self._device, overrides=overrides).run(inputs))
 
         return execute
 

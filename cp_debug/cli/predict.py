@@ -44,7 +44,7 @@ def predict(
     FP16's range, the effect on outputs and detections.
 
     Nothing is built: the network is emulated in the ways in which the target's kernels may compute it. Exit code 1 when
-    some layer should stay in FP32.
+    some layer should stay in FP32, or an output is expected to be further off than the goal, or the tolerance, allows.
     """
     from cp_debug.cli.console import show_document, steps
     from cp_debug.mixed_precision.goal import Goal
@@ -68,4 +68,4 @@ def predict(
     with steps() as on_step:
         result = run(model, precision, target, options=options, on_step=on_step)
     show_document(render(result, show_all=show_all), result.to_dict(), json)
-    raise typer.Exit(int(any(layer.keep for layer in result.layers)))
+    raise typer.Exit(int(not result.passes))

@@ -45,11 +45,14 @@ class TrialPrecision:
         return everything - computed_low(graph, _CASTS[self.name], kept_nodes)
 
     def keep(self, graph: Graph, kept_nodes: Collection[str]) -> frozenset[str]:
-        """The nodes that a backend must be told to keep: ``kept``, and operators that move numbers between them."""
+        """The nodes that a backend must be told to keep: ``kept``, operators that move numbers between them, and casts
+        from other types in front of them, which would round what they are to read."""
         if self.name not in _CASTS or not kept_nodes:
             return frozenset(kept_nodes)
         followers = self.high(graph, kept_nodes) - self.high(graph, ())
-        return frozenset(kept_nodes) | {n.name for n in graph.nodes if n.name in followers and n.op in MOVERS}
+        high = frozenset(kept_nodes) | {n.name for n in graph.nodes if n.name in followers and n.op in MOVERS}
+        read = {name for node in graph.nodes if node.name in high for name in node.inputs}
+        return high | {n.name for n in graph.nodes if n.op == "Cast" and not read.isdisjoint(n.outputs)}
 
 
 def precision_of(backend: Backend, quantized: bool) -> TrialPrecision:

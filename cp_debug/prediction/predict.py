@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cp_debug.backends.base import Program
 from cp_debug.backends.determinism import deterministic
@@ -24,6 +23,7 @@ from cp_debug.backends.executor import unsupported
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.bisect.causes.precision import OVERFLOWS as BEYOND
+from cp_debug.bisect.kept import KeepTrials, TriedSet
 from cp_debug.bisect.preflight import leaves_half
 from cp_debug.bisect.replayed import EXCESS
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
@@ -34,7 +34,6 @@ from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.search import MixedPrecisionOptions, search
 from cp_debug.prediction.box_changes import BoxChanges, box_changes, joined, largest_changes
 from cp_debug.prediction.final_outputs import FinalOutputs
-from cp_debug.prediction.groups import Group
 from cp_debug.prediction.result import (
     CLOSE,
     OVERFLOWS,
@@ -143,11 +142,16 @@ class _ModelPrediction:
         scratch: Path,
     ) -> None:
         timed = options.builder_level != 0
+        self._device = options.device
         self._model, self._target, self._precision, self._kernels = model, target, precision, kernels
         self._mixed = any(kernel.mixed for kernel in kernels)
         self._programs = {program.name: program for program in programs}
         self._layers: dict[Key, PredictedLayer] = {}
         self._outputs = FinalOutputs()
+        self._beyond: dict[tuple[str, str], None] = {}
+        """Nodes, by component, that give more than FP16's largest number."""
+        self._first: tuple[Sample, Arrays] | None = None
+        """The first sample, with the model's outputs in FP32."""
         self._silent: dict[str, None] = {}
         """Layers without a finite number in FP32, of which nothing is predicted."""
         self._least: dict[Key, float] = {}
@@ -191,6 +195,7 @@ class _ModelPrediction:
                 step.outputs = walk.outputs[run]
             exact, ways_out = walk.outputs[EXACT], {kernel.name: walk.outputs[kernel.name] for kernel in self._kernels}
             self._outputs.add(component.name, exact, ways_out, self._of_output)
+        self._first = self._first or (sample, ways[EXACT].results[self._model.components[-1].name])
         self._take_detections(sample, {run: way.results for run, way in ways.items()})
 
     def _take(self, component: str, walked: Walked) -> None:
@@ -222,8 +227,10 @@ class _ModelPrediction:
             # What it reads may come in FP32, so that even a pool rounds.
             rounding = relative_l2(stored.round(walked.exact), walked.exact)
             layer.introduced = replace(layer.introduced, high=max(layer.introduced.high, SPREAD * rounding))
-        self._range(layer, group, walked.exact)
+        self._range(layer, walked)
         self._keep(layer)
+        if layer.range == OVERFLOWS:
+            self._beyond |= {(component, node): None for node, most in walked.largest.items() if most >= BEYOND}
         self._layers[key] = layer if key not in self._layers else _worse(self._layers[key], layer)
 
     def _knows(self, key: Key) -> bool:
@@ -235,16 +242,16 @@ class _ModelPrediction:
         first = next(iter(errors.values())) if expected is None else expected
         return Interval.around(first, errors.values(), SPREAD, least)
 
-    def _range(self, layer: PredictedLayer, group: Group, exact: Tensor) -> None:
-        finite = exact[torch.isfinite(exact)].abs()
-        layer.largest = float(finite.max()) if finite.numel() else 0.0
-        if self._precision != "fp16" or not group.computes:
+    def _range(self, layer: PredictedLayer, walked: Walked) -> None:
+        assert walked.exact is not None
+        layer.largest = max(walked.largest.values(), default=0.0)
+        if self._precision != "fp16" or not walked.group.computes:
             return
         if layer.largest >= BEYOND:
             layer.range = OVERFLOWS
         elif layer.largest >= BEYOND / CLOSE_TO:
             layer.range = CLOSE
-        elif finite.numel() and leaves_half(exact.cpu()):
+        elif leaves_half(walked.exact.cpu()):
             layer.range = VANISHES
 
     def _keep(self, layer: PredictedLayer) -> None:
@@ -278,9 +285,13 @@ class _ModelPrediction:
     def result(self, sources: Sequence[str]) -> Prediction:
         """The prediction over all samples. Raises InputError where nothing is known of any output."""
         keep: dict[str, list[str]] = {}
+        tried = self._tried()
+        for component, node in () if tried is None else tried.nodes:
+            keep.setdefault(component, []).append(node)
         for layer in self._layers.values():
-            if layer.keep:
-                keep.setdefault(layer.component, []).extend(layer.nodes)
+            if layer.keep and (tried is None or layer.range != OVERFLOWS):
+                known = keep.setdefault(layer.component, [])
+                known += [node for node in layer.nodes if node not in known]
         lost = {n: op for walk in self._walks.values() for n, op in walk.not_emulated.items()}
         if lost:
             some = ", ".join(f"{n} ({op})" for n, op in list(lost.items())[:3])
@@ -305,8 +316,20 @@ class _ModelPrediction:
             detections=self._detections,
             largest_changes=self._largest_changes,
             keep=keep,
+            measured={} if tried is None else {"rel_l2": tried.after},
+            measured_by="" if tried is None else f"emu-{EMULATED[self._precision]}",
             notes=list(dict.fromkeys([*self._notes, *self._remarks.sentences])),
         )
+
+    def _tried(self) -> TriedSet | None:
+        """The nodes beyond FP16's range with those that must stay in FP32 beside them, as they were tried on the first
+        sample; None where none is beyond it, or no set helps."""
+        if not self._beyond or self._first is None:
+            return None
+        graphs = {name: program.graph for name, program in self._programs.items()}
+        sample, exact = self._first
+        trials = KeepTrials(self._model, graphs, EMULATED[self._precision], sample, exact, device=self._device)
+        return trials.find([*self._beyond])
 
 
 def _tell(on_step: OnStep, done: int, total: int, text: str) -> None:

@@ -12,6 +12,7 @@ from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.display import Shown
 from cp_debug.errors import InputError
 from cp_debug.files import write_text
+from cp_debug.programs.precision import PRECISIONS
 from cp_debug.reading import read_json
 from cp_debug.safe_text import amount
 from cp_debug.serialize import JsonForm, decode
@@ -78,7 +79,7 @@ class PredictedLayer:
     inside: dict[str, Interval] = field(default_factory=dict)
     """Value inside the group → its error: a target that does not fuse the group shows it."""
     largest: float = 0.0
-    """The largest magnitude of its result in FP32."""
+    """The largest magnitude of what any of its nodes gives in FP32."""
     range: str = ""
     """``overflows``, ``close`` or ``vanishes`` where FP16's range is likely to be left."""
     excess: float = 0.0
@@ -130,6 +131,14 @@ class Prediction(JsonForm, Shown):
     measured_by: str = ""
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def passes(self) -> bool:
+        """Whether nothing must stay in FP32, a goal that was asked for is reached, and no output is expected to be
+        further off than the precision's tolerance."""
+        limit = PRECISIONS[self.precision].rtol
+        near = all(output.error.expected <= limit for output in self.outputs)
+        return near and self.reached is not False and not any(layer.keep for layer in self.layers)
 
     @property
     def verdict(self) -> str:

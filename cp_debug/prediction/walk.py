@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from torch import Tensor
 
 from cp_debug.backends.arithmetic import FP32, Arithmetic
@@ -49,6 +50,8 @@ class Walked:
     """Value inside the group → its errors, of kernels that compute it."""
     exact: Tensor | None = None
     """The result in FP32."""
+    largest: dict[str, float] = field(default_factory=dict)
+    """Node of the group → the largest finite magnitude of its results in FP32."""
     may_stay: bool = False
     """Whether a weakly typed target may leave the group in FP32."""
     least: dict[str, float] = field(default_factory=dict)
@@ -173,6 +176,10 @@ class GraphWalk:
             for v in results
             if isinstance(x := exact[v], Tensor) and x.is_floating_point()
         }
+        computed = exact_inside | exact
+        largest = {node.name: _largest(computed.get(o) for o in node.outputs) for node in plain}
+        for value in walked.values():
+            value.largest = largest
         if stretches is not None and (may_stay or not group.computes) and stretches.reaches(reads):
             least = stretches.add(group, reads, live[EXACT], exact, exact_inside)
             for name, value in walked.items():
@@ -250,6 +257,11 @@ def _grouped(node: Node) -> bool:
 
 def _floats(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _largest(values: Iterable[Any]) -> float:
+    finite = [x[torch.isfinite(x)].abs() for x in values if _floats(x)]
+    return max((float(x.max()) for x in finite if x.numel()), default=0.0)
 
 
 def _error(ours: Any, theirs: Any) -> float:

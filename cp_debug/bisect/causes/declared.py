@@ -59,7 +59,7 @@ def int8(rows: Rows, unquantized: Callable[[Sequence[LayerRow]], str]) -> Iterat
 
 
 def declared(
-    run: CandidateRun, rows: Rows, segment: Callable[[Key, LayerRow], Segment], trials: KeepTrials
+    run: CandidateRun, rows: Rows, segment: Callable[[Key, LayerRow], Segment], trials: KeepTrials | None
 ) -> Iterator[Finding]:
     """A finding about what the rounding of a floating-point precision makes: where most of it comes from, or that it
     adds up over many layers; with the nodes to keep in FP32, where a set was found that helps."""
@@ -84,7 +84,7 @@ def declared(
     elif rounds[0][1].share:
         says += f"; none makes much of it, {rounds[0][1].name} most with {rounds[0][1].share:.0%}"
     fix = "accept it, or compute in FP32: " + PROMOTED[claim] if claim == "tf32" else ""
-    if trials.possible:
+    if trials is not None:
         fix, figures = kept(trials, [row for _, row in first or rounds])
         evidence |= figures
     yield Finding(

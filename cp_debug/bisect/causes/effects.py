@@ -31,9 +31,9 @@ class Effects:
     results: Mapping[str, Arrays]
     """The reference's outputs, by component."""
 
-    def trials(self, run: CandidateRun) -> KeepTrials:
-        """Trials of nodes kept in FP32, judged by the reference's final outputs on this sample."""
-        return KeepTrials(run, self.sample, self.results[self.model.components[-1].name])
+    def trials(self, run: CandidateRun) -> KeepTrials | None:
+        """Trials of nodes kept in FP32, judged by the reference's final outputs on this sample; None where none is."""
+        return KeepTrials.of(run, self.sample, self.results[self.model.components[-1].name])
 
     def of(self, rows: Sequence[LayerRow]) -> Effect:
         """The effect of the layers of ``rows`` together.

@@ -87,7 +87,7 @@ class Explainer:
         return GraphReader(self.run, self.test)
 
     @cached_property
-    def _trials(self) -> KeepTrials:
+    def _trials(self) -> KeepTrials | None:
         return self.effects.trials(self.run)
 
     @cached_property
@@ -311,7 +311,7 @@ class Explainer:
 
     def _fix(self, cause: Candidate, rows: Sequence[LayerRow]) -> tuple[str, dict[str, Any]]:
         """The cause's advice with the layers' names, with flags where it is about INT8; and figures of its trial."""
-        if cause.fix == RESCALE and self._trials.possible:
+        if cause.fix == RESCALE and self._trials is not None:
             return declared.kept(self._trials, rows)
         names = _node_names(rows) if cause.cause in PROMOTED else [row.name for row in rows]
         fix = cause.fix.replace("{layers}", _some(names))
