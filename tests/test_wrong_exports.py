@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cp_debug.api.diagnose import diagnose
+from cp_debug.bisect.engine import bisect
 from cp_debug.bisect.options import Options
 from cp_debug.bisect.result import BisectResult
+from cp_debug.errors import InputError
+from cp_debug.recipes.torch_callable import TorchModel
 
 
 class Around(nn.Module):
@@ -155,6 +160,54 @@ def test_the_module_as_the_test_is_told_likewise() -> None:
     (test,) = diagnose(module, "ort,torch", inputs=(torch.randn(2, 9, 6),), options=Options(cache=False)).tests
     (finding,) = test.findings
     assert (finding.side, finding.cause) == ("export", "lost-argument")
+
+
+def test_the_other_exporter_is_tried_and_named_where_it_is_right() -> None:
+    (finding,) = bisected(far_roll, 2, "torchscript").findings
+    assert finding.fix.startswith("--exporter dynamo: tried")
+    (finding,) = bisected(divided, 2, "torchscript").findings
+    assert "--exporter" not in finding.fix  # both lose it
+
+
+class Decides(nn.Module):
+    """Goes another way where the sum of a layer is negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y = torch.relu(y) if y.sum() > 0 else torch.tanh(y) * 2
+        result: Tensor = self.b(y)
+        return result
+
+
+def test_what_dynamo_refuses_torchscript_exports_and_that_is_said() -> None:
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    result = diagnose(Decides().eval(), "torch,ort", inputs=(x,), options=Options(cache=False))
+    assert result.agrees
+    assert any(
+        "cannot be exported by dynamo" in n and n.endswith("torchscript exported it") for n in result.tests[0].notes
+    )
+    with pytest.raises(InputError, match="cannot be exported by dynamo"):
+        diagnose(Decides().eval(), "torch,ort", inputs=(x,), options=Options(cache=False, exporter="dynamo"))
+
+
+def test_control_flow_that_tracing_fixed_is_named(tmp_path: Path) -> None:
+    module = Decides().eval()
+    made = torch.Generator().manual_seed(0)
+    samples = [torch.randn(3, 4, generator=made) for _ in range(8)]
+    ways = [bool(module.a(x).sum() > 0) for x in samples]
+    for name, x in (("0", samples[ways.index(True)]), ("1", samples[ways.index(False)])):
+        np.savez(tmp_path / f"{name}.npz", x=x.numpy())
+    options = Options(cache=False, exporter="torchscript", samples=2, inputs=tmp_path)
+    result = bisect(TorchModel("decides", module, (samples[0],)), "torch,ort", options=options)
+    (finding,) = result.findings
+    assert (finding.cause, finding.side) == ("control-flow", "export")
+    assert "tracing has fixed what the module decides at " in finding.says
+    assert "if y.sum() > 0 else" in finding.says
 
 
 def test_backends_that_run_the_wrong_graph_alike_agree() -> None:

@@ -104,6 +104,7 @@ class Preparation:
         ours = self._for(reference, self._reference, programs, folder)
         theirs = [unroller.unrolled(changed, self._test.model, self._samples, b.precision) for b in tests]
         notes = unroller.notes + [drawing_note(node) for program in programs for node in drawing(program.graph)]
+        notes += [note for program in originals if program.alignment for note in program.alignment.notes]
         step, maps = self._progress.step, self._options.maps
         paired = {tuple(own): pair_programs(self._reference.model, first, programs, own, maps, step) for own in theirs}
         theirs = [paired[tuple(own)] for own in theirs]

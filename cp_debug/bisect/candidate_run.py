@@ -121,7 +121,10 @@ class CandidateRun:
         for name, session in self.pipeline.sessions.items():
             if isinstance(session, LooksInsideOnDemand):
                 session.diverges = partial(self._diverges, name, reference)
-        captured = self._seen = {Key(e.component, e.name) for e in reference.entries}
+        captured = {Key(e.component, e.name) for e in reference.entries}
+        if captured != self._seen:  # the module goes another way with this sample
+            self._replayers.clear()
+        self._seen = captured
         stats: dict[Key, TensorStats] = {}
 
         def sink(key: Key, tensor: Tensor) -> None:
@@ -205,7 +208,7 @@ class CandidateRun:
         return replays
 
     def replayer(self, component: str, test: CapturedRun) -> Replayer:
-        """The replayer of a component, made once: every sample has the same probes."""
+        """The replayer of a component, made once for all samples of which the reference shows the same values."""
         if component not in self._replayers:
             assert self.oracle is not None
             sides = self.reference, self.pipeline

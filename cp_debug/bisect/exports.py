@@ -16,6 +16,7 @@ from cp_debug.programs.pipeline import Key
 from cp_debug.safe_text import one_line
 
 SAYS = "the exported graph computes something else than the module"
+_DECIDE = "decide by torch.where or torch.cond in the module, or export a graph for each way"
 MOST_NODES = 4
 """Nodes of a graph that are told with their attributes."""
 
@@ -47,9 +48,14 @@ def judge_exports(run: CandidateRun, rows: Mapping[Key, LayerRow]) -> Exports:
         departures = program.alignment.departures if program.alignment is not None else ()
         departure = next((d for d in departures if d.onnx == key.value), None)
         if departure is None:
-            if row.side == "reference" and row.replay is not None:
-                row.side = "export"
-                row.why = f"{SAYS}: {row.replay.reference_excess:.3g}× what its precision explains"
+            if row.side != "reference" or row.replay is None:
+                continue
+            fixed = ", ".join(program.alignment.decisions) if program.alignment is not None else ""
+            how = f"tracing has fixed what the module decides at {fixed}" if fixed else ""
+            row.side = "export"
+            row.why = f"{SAYS}: {how or f'{row.replay.reference_excess:.3g}× what its precision explains'}"
+            if fixed:
+                settled[key] = Finding("control-flow", row.why, [row.name], [row.op], side="export", fix=_DECIDE)
         elif departure.cause == TIE:
             tied.append(row.name)
             row.verdict, row.side, row.why = INHERITED, "test", f"nobody is guilty, {departure.place}: {departure.says}"

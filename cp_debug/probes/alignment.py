@@ -111,6 +111,10 @@ class Alignment:
     departures: Sequence[Departure] = ()
     """Where the graph computes something else, in execution order. The values there are linked with what they should
     be."""
+    decisions: Sequence[str] = ()
+    """Lines of the module that decide by numbers, ``net.py:7: if x.sum() > 0:``, where tracing has fixed the way."""
+    notes: Sequence[str] = ()
+    """Remarks on the export, one sentence each."""
     exporter: str | None = None
     folded: bool | None = None
     opset: int | None = None

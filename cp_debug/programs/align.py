@@ -22,6 +22,7 @@ from cp_debug.probes.fingerprint import Fingerprint, fingerprint
 from cp_debug.probes.trace import TorchValue, Trace, trace
 from cp_debug.programs.behind import Behind
 from cp_debug.programs.draws import Draws
+from cp_debug.programs.export import DECISIONS
 from cp_debug.programs.lost import TorchSpan, explained
 from cp_debug.programs.matching import Matching, nearest
 from cp_debug.programs.scope_names import scope_hints
@@ -93,6 +94,7 @@ def align(
         opset=graph.opsets.get(""),
         versions={"torch": torch.__version__, "onnx": onnx.__version__},
         departures=departures,
+        decisions=props.get(DECISIONS, "").splitlines(),
         **_links(graph, data, matching, record, hints),
         **_modules(matching, record),
     )

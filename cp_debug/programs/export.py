@@ -7,7 +7,9 @@ import errno
 import functools
 import inspect
 import io
+import linecache
 import logging
+import os
 import sys
 import tempfile
 import threading
@@ -24,6 +26,7 @@ from cp_debug.backends.determinism import fp32_precision
 from cp_debug.doing import doing
 from cp_debug.errors import InputError, raise_if_interrupted, system_reason
 from cp_debug.files import named
+from cp_debug.graph.source_lines import shortened
 from cp_debug.probes.module_state import state_kept
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.probes.trace import as_written
@@ -31,6 +34,8 @@ from cp_debug.programs.module_source import note_modules
 from cp_debug.programs.stored_tensors import stored_tensors
 
 EXPORTERS = ("dynamo", "torchscript")
+DECISIONS = "cpdebug.decisions"
+"""Key of a model's metadata: the lines whose decision, by numbers of the example, tracing has fixed."""
 _PROTOBUF_LIMIT = 2_000_000_000
 
 
@@ -70,7 +75,13 @@ def export(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
         raw = Path(folder).absolute() / "raw.onnx"  # the module may go to another working folder
         try:
-            with as_written(), state_kept(module), _flat_outputs(module), _quiet(), _old_flag_readable():
+            with (
+                as_written(),
+                state_kept(module),
+                _flat_outputs(module),
+                _quiet() as decisions,
+                _old_flag_readable(),
+            ):
                 if exporter == "dynamo":
                     _dynamo(module, args, raw, axes, folded, size, options)
                 else:
@@ -88,7 +99,8 @@ def export(
         _check(proto, output_names, exporter, opset)
         if exporter == "torchscript":
             note_modules(proto, module)
-        onnx.helper.set_model_props(proto, {"cpdebug.exporter": exporter, "cpdebug.folded": str(folded).lower()})
+        props = {"cpdebug.exporter": exporter, "cpdebug.folded": str(folded).lower()}
+        onnx.helper.set_model_props(proto, props | ({DECISIONS: "\n".join(decisions)} if decisions else {}))
         complete = Path(folder) / path.name
         large = size > largest
         data = f"{path.name}.data"
@@ -186,29 +198,52 @@ class _OtherThreads(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporters, save the warning that a trace froze a decision of the user's own code."""
+def _quiet() -> Iterator[list[str]]:
+    """Silence the exporters, save the warning that a trace froze a decision of the user's own code.
+
+    Yields the lines of these decisions, which are added as they are met.
+    """
+    decisions: list[str] = []
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     stream, show = sys.stderr, warnings.showwarning
 
-    def shown(*parts: Any, **more: Any) -> None:
+    def shown(message: Any, category: Any, filename: str, lineno: int, *more: Any, **others: Any) -> None:
+        decisions.append(f"{shortened(filename)}:{lineno}: {linecache.getline(filename, lineno).strip()}")
         with contextlib.redirect_stderr(stream):
-            show(*parts, **more)
+            show(message, category, filename, lineno, *more, **others)
 
     try:
         with (
             warnings.catch_warnings(),
             contextlib.redirect_stdout(io.StringIO()),
+            _mute(1),  # TorchScript prints its graph from C++
             contextlib.redirect_stderr(_OtherThreads(stream)),  # torch prints graphs that it cannot export
         ):
             warnings.showwarning = shown
             warnings.simplefilter("ignore")
             warnings.simplefilter("default", torch.jit.TracerWarning)
             warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"torch\.")
-            yield
+            yield decisions
     finally:
         logging.disable(level)
+
+
+@contextlib.contextmanager
+def _mute(descriptor: int) -> Iterator[None]:
+    """Drop what is written to a file descriptor of this process."""
+    try:
+        kept = os.dup(descriptor)
+    except OSError:  # closed
+        yield
+        return
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), descriptor)
+        yield
+    finally:
+        os.dup2(kept, descriptor)
+        os.close(kept)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,11 +28,12 @@ from cp_debug.graph.check_inputs import no_numbers
 from cp_debug.graph.declared import declared_precisions
 from cp_debug.graph.graph import Graph, digest_of, fits_shape
 from cp_debug.graph.integer_values import level_values
+from cp_debug.probes.alignment import TIE
 from cp_debug.probes.capture import array_hash
 from cp_debug.probes.module_copy import copied
 from cp_debug.programs.align import Alignment, align
 from cp_debug.programs.batchnorm_folding import fuse_model_bn
-from cp_debug.programs.export import export
+from cp_debug.programs.export import EXPORTERS, export
 from cp_debug.programs.export_cache import ExportCache
 from cp_debug.programs.folded import Folded
 from cp_debug.programs.layers import constant_outputs, layers_of
@@ -55,6 +57,8 @@ class Export(NamedTuple):
     """Opset of the graph; None: the exporter's default."""
     fused: bool = False
     """Fold BatchNorm in torch, in front of linear layers too: INT8 scales belong to folded weights."""
+    free: bool = False
+    """Nobody asked for this exporter, so that the other one may export what it refuses."""
 
 
 DEFAULT_EXPORT = Export()
@@ -103,21 +107,40 @@ def prepare(
 def _export(component: Component, inputs: Mapping[str, np.ndarray], folder: Path, how: Export, folded: bool) -> Program:
     module = component.module
     assert module is not None
-    args = example_args(component, inputs)
-    path = export(
-        fuse_model_bn(module, args) if how.fused else module,
-        args,
-        folder / f"{component.name}.onnx",
-        input_names=component.input_names,
-        output_names=component.output_names,
-        dynamic_axes=component.dynamic_axes,
-        exporter=how.exporter,
-        opset=how.opset,
-        folded=folded,
-        largest=_LARGEST_FILE,
-    )
-    graph = Graph(path, source=f"{component.name}, as exported")
-    alignment = align(graph, module, args, prefix=component.prefix)
+    args, other = example_args(component, inputs), next(name for name in EXPORTERS if name != how.exporter)
+    path = folder / f"{component.name}.onnx"
+
+    def made(exporter: str, path: Path) -> tuple[Graph, Alignment]:
+        export(
+            fuse_model_bn(module, args) if how.fused else module,
+            args,
+            path,
+            input_names=component.input_names,
+            output_names=component.output_names,
+            dynamic_axes=component.dynamic_axes,
+            exporter=exporter,
+            opset=how.opset,
+            folded=folded,
+            largest=_LARGEST_FILE,
+        )
+        graph = Graph(path, source=f"{component.name}, as exported")
+        return graph, align(graph, module, args, prefix=component.prefix)
+
+    try:
+        graph, alignment = made(how.exporter, path)
+    except InputError as refused:
+        if not how.free:
+            raise
+        try:
+            graph, alignment = made(other, path)
+        except InputError:
+            raise refused from None
+        alignment = replace(alignment, notes=[f"{refused}; {other} exported it", *alignment.notes])
+    if any(d.cause != TIE for d in alignment.departures) and alignment.exporter == how.exporter:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch, suppress(InputError):
+            if not made(other, Path(scratch) / path.name)[1].departures:
+                right = [replace(d, right_by=other) for d in alignment.departures]
+                alignment = replace(alignment, departures=right)
     alignment.save(path.with_suffix(".alignment.json"))
     return Program(component.name, graph, module, alignment, example=inputs)
 
@@ -399,10 +422,10 @@ def choose_export(backends: Sequence[Backend], exporter: str | None) -> tuple[Ex
     fused = any(map(wants_int8, backends))
     limits = {str(b.spec): limit for b in backends if (limit := largest_opset(b)) is not None}
     if not limits:
-        return Export(exporter or "dynamo", fused=fused), None
+        return Export(exporter or "dynamo", fused=fused, free=exporter is None), None
     spec = min(limits, key=limits.__getitem__)
     # dynamo cannot write every operator at an old opset
-    chosen = Export(exporter or "torchscript", limits[spec], fused)
+    chosen = Export(exporter or "torchscript", limits[spec], fused, exporter is None)
     return chosen, f"exported with {chosen.exporter} at opset {chosen.opset}, up to which {spec} reads ONNX"
 
 
