@@ -1,10 +1,9 @@
-"""Another operator: one left out, done twice, or with another attribute (eps, padding, slope, mode)."""
+"""Another operator: one left out, done twice, put behind a layer, or with other padding."""
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -41,33 +40,6 @@ FURTHER: Mapping[str, Callable[[Tensor], Tensor]] = {
     "Square": torch.square,
 }
 """Functions that are put behind a layer less often; with the frameworks' defaults."""
-EPSILONS = (1e-3, 1e-5, 1e-6, 1e-12, 1e-8, 1e-4, 1e-2, 0.0)
-"""Values of ε that are tried, the defaults of frameworks first."""
-
-_RESIZE = ("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel")
-_ROUND = ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
-NORMALIZATIONS = {
-    "BatchNormalization",
-    "GroupNormalization",
-    "InstanceNormalization",
-    "LayerNormalization",
-    "RMSNormalization",
-}
-ATTRIBUTES: Mapping[str, Sequence[Mapping[str, Any]]] = {
-    "Gelu": [{"approximate": "tanh"}, {"approximate": "none"}],
-    "LeakyRelu": [{"alpha": a} for a in (0.0, 0.01, 0.1, 0.2)],
-    "Elu": [{"alpha": a} for a in (1.0, 0.1)],
-    "Softmax": [{"axis": a} for a in (-1, 1, 2, 0)],
-    "AveragePool": [{"count_include_pad": 0}, {"count_include_pad": 1}],
-    "MaxPool": [{"dilations": None}, {"ceil_mode": 0}, {"ceil_mode": 1}],
-    "Resize": [
-        {"coordinate_transformation_mode": c, **n}
-        for c in _RESIZE
-        for n in ({}, *({"nearest_mode": r} for r in _ROUND), {"mode": "nearest"}, {"mode": "linear"})
-    ],
-    "Conv": [{"dilations": None}, {"auto_pad": "SAME_UPPER", "pads": None}, {"auto_pad": "SAME_LOWER", "pads": None}],
-    "Gemm": [{"alpha": None}, {"beta": None}, {"transA": None}, {"transB": None}, {"transB": 1}],
-}
 
 
 @cause()
@@ -143,52 +115,6 @@ def integers(segment: Segment) -> Iterator[Candidate]:
             says = f"the result passed an integer type: its fractions are {text}"
             fix = "remove the Cast to an integer behind {layers}"
             yield Candidate("integer-cast", says, value, fix=fix, degenerate=1)
-
-
-@cause()
-def attributes(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: the same node with another value of one attribute."""
-    for node in segment.nodes:
-        for change in ATTRIBUTES.get(node.op, ()):
-            if (value := segment.edited(node, **change)) is not None:
-                text = ", ".join(f"{k} = {'its default' if v is None else v}" for k, v in change.items())
-                says = f"{node.op} is computed with {text}"
-                fix = f"set it as the reference has it: {says}"
-                yield Candidate("attribute", says, value, evidence=dict(change), fix=fix)
-
-
-@cause()
-def epsilon(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: a normalization with the ε of another framework."""
-    for node in segment.nodes:
-        if node.op in NORMALIZATIONS:
-            for eps in EPSILONS:
-                if (value := segment.edited(node, epsilon=eps)) is not None:
-                    yield _with_epsilon(node, value, eps, 0)
-
-
-@cause(costly=True)
-def fitted_epsilon(segment: Segment) -> Iterator[Candidate]:
-    """Candidate: any other ε, found by ever finer grids."""
-    for node in segment.nodes:
-        if node.op not in NORMALIZATIONS:
-            continue
-        low, high, best = -8.0, 1.0, (math.inf, 0.0)
-        for _ in range(8):
-            for exponent in torch.linspace(low, high, 9).tolist():
-                value = segment.edited(node, epsilon=10**exponent)
-                best = min(best, (segment.explained(value)[1], exponent)) if value is not None else best
-            reach = (high - low) / 8
-            low, high = best[1] - reach, best[1] + reach
-        if (value := segment.edited(node, epsilon=10 ** best[1])) is not None:
-            yield _with_epsilon(node, value, 10 ** best[1], 1)
-
-
-def _with_epsilon(node: Node, value: Tensor, eps: float, parameters: int) -> Candidate:
-    declared_eps = next((a.f for a in node.proto.attribute if a.name == "epsilon"), 1e-5)
-    says = f"{node.op}: eps is {eps:.3g} instead of {declared_eps:.3g}"
-    fix = f"set eps={declared_eps:g} in {{layers}}, and export again"
-    return Candidate("normalization-eps", says, value, parameters, {"eps": eps, "instead_of": declared_eps}, fix)
 
 
 @cause()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.fits import cross_fit, halves
-from cp_debug.bisect.causes.operators import EPSILONS
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import GATES
 from cp_debug.programs.attribute_meaning import ACTIVATIONS_OF
 from cp_debug.programs.node_differences import NAMES, RECURRENT, attributes
 
+EPSILONS = (1e-3, 1e-5, 1e-6, 1e-12, 1e-8, 1e-4, 1e-2, 0.0)
+"""Values of ε that are tried, the defaults of frameworks first."""
 TEXTS = {
     "approximate": ("none", "tanh"),
     "coordinate_transformation_mode": ("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel"),
@@ -34,6 +36,13 @@ TEXTS = {
     "reduction": ("none", "add", "mul", "max", "min", "sum", "mean"),
 }
 """Attribute → what operators know for it; what an operator does not know gives no candidate."""
+RESIZED: list[dict[str, Any]] = [
+    {"coordinate_transformation_mode": where, name: other}
+    for where in TEXTS["coordinate_transformation_mode"]
+    for name, others in (("nearest_mode", TEXTS["nearest_mode"]), ("mode", ("nearest", "linear")))
+    for other in others
+]
+"""Attributes of Resize that go together."""
 CELLS = ("Tanh", "Sigmoid", "Relu", "HardSigmoid", "Softsign")
 """Activations of recurrent layers."""
 COUNTS = {"p", "blocksize", "sampling_ratio", "size", "rotary_embedding_dim", "ignore_index"}
@@ -41,7 +50,7 @@ COUNTS = {"p", "blocksize", "sampling_ratio", "size", "rotary_embedding_dim", "i
 SMALL = (0, 1, 2, 3, 4, 5)
 """Counts that are tried besides the neighbours, the half and the double of the declared one."""
 FLOATS = {"alpha": (0.0, 0.01, 0.1, 0.2, 0.3, 1.0, 1.67326), "beta": (0.0, 0.5, 1.0), "gamma": (1.0, 1.0507)}
-SKIPPED = {"pads", "epsilon", "kernel_shape", "to", "dtype", "group", "hidden_size", "num_outputs", "num_groups"}
+SKIPPED = {"pads", "kernel_shape", "to", "dtype", "group", "hidden_size", "num_outputs", "num_groups"}
 """Attributes with causes of their own, or that change what is computed altogether."""
 FITTED = {"LeakyRelu": ["alpha"], "Elu": ["alpha"], "Gemm": ["alpha", "beta"], "HardSigmoid": ["alpha", "beta"]}
 """Attributes in which the result is affine."""
@@ -87,7 +96,10 @@ def by_schema(segment: Segment) -> Iterator[Candidate]:
         for name, value in declared.items():
             for tried in _values(name, value):
                 if (result := segment.edited(node, **{name: tried})) is not None:
-                    yield _attribute(node, name, tried, value, result, 0)
+                    yield with_attributes(node, {name: tried}, {name: value}, result, 0)
+        for tried in RESIZED if node.op == "Resize" else ():
+            if (result := segment.edited(node, **tried)) is not None:
+                yield with_attributes(node, tried, declared, result, 0)
         yield from _apart(segment, node, declared)
         yield from _declared_by_inputs(segment, node)
 
@@ -106,7 +118,7 @@ def _apart(segment: Segment, node: Node, own: dict[str, Any]) -> Iterator[Candid
             continue
         other = [apart] * len(kernel)
         if (value := segment.edited(node, dilations=other, pads=begins + ends)) is not None:
-            yield _attribute(node, "dilations", other, before, value, 0)
+            yield with_attributes(node, {"dilations": other}, {"dilations": before}, value, 0)
 
 
 def _declared_by_inputs(segment: Segment, node: Node) -> Iterator[Candidate]:
@@ -122,7 +134,7 @@ def _declared_by_inputs(segment: Segment, node: Node) -> Iterator[Candidate]:
         for other in others:
             replacement = torch.tensor(other, dtype=own.dtype).reshape(own.shape)
             if (result := segment.edited(node, inputs={place: replacement})) is not None:
-                yield _attribute(node, declared.name, other, value, result, 0)
+                yield with_attributes(node, {declared.name: other}, {declared.name: value}, result, 0)
 
 
 def _values(name: str, value: Any) -> Iterator[Any]:
@@ -136,6 +148,8 @@ def _values(name: str, value: Any) -> Iterator[Any]:
         return
     if isinstance(value, str):
         yield from (t for t in TEXTS.get(name, ()) if t != value)
+    elif name == "epsilon":
+        yield from (v for v in EPSILONS if not math.isclose(v, value, rel_tol=1e-6))  # which files hold in float32
     elif isinstance(value, float):
         numbers = dict.fromkeys((*FLOATS.get(name, ()), 0.0, 1.0, 2 * value, value / 2, -value))
         yield from (v for v in numbers if abs(v - value) > 1e-6)
@@ -158,11 +172,23 @@ def _values(name: str, value: Any) -> Iterator[Any]:
             yield from ([v] * len(value) for v in (1, 2, 3) if [v] * len(value) != value)
 
 
-def _attribute(node: Node, name: str, tried: Any, value: Any, result: Tensor, parameters: int) -> Candidate:
-    comparison = f"{tried:.4g} instead of {value:.4g}" if isinstance(value, float) else f"{tried} instead of {value}"
-    says = f"{node.op}: {name} is {comparison}"
-    evidence = {name: tried, "instead_of": value}
-    return Candidate(NAMES.get(name, "attribute"), says, result, parameters, evidence, f"set it as declared: {says}")
+def with_attributes(
+    node: Node, tried: Mapping[str, Any], declared: Mapping[str, Any], result: Tensor, parameters: int
+) -> Candidate:
+    """The candidate of a node that is computed with the attributes ``tried`` instead of those that are declared.
+
+    ``result``: what it gives with them, of the captured shape, float64.
+    """
+    evidence: dict[str, Any] = {}
+    comparisons = []
+    for name, value in tried.items():
+        own, called = declared[name], "eps" if name == "epsilon" else name
+        evidence |= {called: value, "instead_of": own}
+        texts = [f"{v:.4g}" if isinstance(own, float) else str(v) for v in (value, own)]
+        comparisons.append(f"{called} is {texts[0]} instead of {texts[1]}")
+    says = f"{node.op}: {', '.join(comparisons)}"
+    cause_name = NAMES.get(next(iter(tried)), "attribute")
+    return Candidate(cause_name, says, result, parameters, evidence, f"set it as declared: {says}")
 
 
 @cause(costly=True)
@@ -179,7 +205,7 @@ def fitted_attribute(segment: Segment) -> Iterator[Candidate]:
             fit = cross_fit(segment.error, [basis], halves(segment.finite & (basis != 0)))
             if fit is not None:
                 change, theta = fit
-                yield _attribute(node, name, value + float(theta[0, 0]), value, segment.exact + change, 1)
+                yield with_attributes(node, {name: value + float(theta[0, 0])}, declared, segment.exact + change, 1)
 
 
 @cause(costly=True)

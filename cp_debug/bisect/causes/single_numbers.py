@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.constant_changes import SIZED
-from cp_debug.bisect.causes.schema import FITTED
+from cp_debug.bisect.causes.schema import EPSILONS, FITTED, with_attributes
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
 from cp_debug.programs.node_differences import PRODUCTS, RECURRENT, argument_of, attributes
@@ -53,15 +53,12 @@ def searched(segment: Segment) -> Iterator[Candidate]:
 
 def _attributes(segment: Segment, node: Node) -> Iterator[Candidate]:
     for name, declared in attributes(segment.graph, node).items():
-        if not isinstance(declared, float) or name == "epsilon" or name in FITTED.get(node.op, ()):
+        if not isinstance(declared, float) or name in FITTED.get(node.op, ()):
             continue
-        fit = search(segment, declared, lambda number, name=name: segment.edited(node, **{name: number}))  # type: ignore[misc]
+        starts = sorted({declared, *EPSILONS, 0.1, 1.0}) if name == "epsilon" else ()
+        fit = search(segment, declared, lambda number, name=name: segment.edited(node, **{name: number}), starts)  # type: ignore[misc]
         if fit is not None:
-            number, value = fit
-            says = f"{node.op}: {name} is {number:.4g} instead of {declared:.4g}"
-            yield Candidate(
-                "attribute", says, value, 1, {name: number, "instead_of": declared}, f"set it as declared: {says}"
-            )
+            yield with_attributes(node, {name: fit[0]}, {name: declared}, fit[1], 1)
 
 
 def _scalars(segment: Segment, node: Node) -> Iterator[Candidate]:
