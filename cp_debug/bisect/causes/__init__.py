@@ -22,7 +22,6 @@ from cp_debug.bisect.causes import (
     single_numbers,
     stored_weights,
     truncated_sums,
-    weights,
 )
 from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause, cause
 
@@ -52,5 +51,4 @@ __all__ = [
     "single_numbers",
     "stored_weights",
     "truncated_sums",
-    "weights",
 ]

@@ -104,7 +104,6 @@ BY_NODE = (
     "rearranged_weights",
     "schema",
     "stored_weights",
-    "weights",
 )
 """The modules whose families change one node after the other."""
 APPROXIMATE = ("narrow", "precision", "quantized", "ranges", "scales", "truncated_sums")

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from cp_debug.bisect.causes.affine import off_channels
 from cp_debug.bisect.causes.base import Candidate, cause
-from cp_debug.bisect.causes.batchnorm_parameters import BatchNorm
+from cp_debug.bisect.causes.batchnorm_parameters import EPSILONS, BatchNorm
 from cp_debug.bisect.causes.fits import cross_fit
-from cp_debug.bisect.causes.schema import EPSILONS
 from cp_debug.bisect.causes.segment import Segment
 
 _CHECKPOINT = "load running_mean and running_var into {layers}, call eval() before the export, and export again"

@@ -15,6 +15,9 @@ from cp_debug.graph.graph import Node
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.torch_layers import full_path, own_path
 
+EPSILONS = (1e-3, 1e-5, 1e-6, 1e-12, 1e-8, 1e-4, 1e-2, 0.0)
+"""Values of ε that are tried, the defaults of frameworks first."""
+
 
 @dataclass(frozen=True)
 class BatchNorm:

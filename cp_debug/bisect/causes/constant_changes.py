@@ -64,7 +64,13 @@ def rearranged(own: Tensor) -> Iterator[Change]:
             yield Change("rolled", f"off by {step:+d} along axis {axis}", own.roll(step, axis), 0, evidence)
     spatial = list(range(2, own.dim()))
     if len(spatial) > 1:
-        yield Change("flipped", "the kernel runs backwards", own.flip(spatial), 0, {"axis": spatial})
+        yield Change(
+            "flipped",
+            "the kernel is flipped (convolution instead of correlation)",
+            own.flip(spatial),
+            0,
+            {"axis": spatial},
+        )
 
 
 def interleavings(own: Tensor) -> Iterator[Change]:

@@ -13,6 +13,7 @@ from onnx import helper
 from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.batchnorm_parameters import EPSILONS
 from cp_debug.bisect.causes.fits import cross_fit, halves
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.graph.graph import Node
@@ -20,8 +21,6 @@ from cp_debug.graph.operators import GATES
 from cp_debug.programs.attribute_meaning import ACTIVATIONS_OF
 from cp_debug.programs.node_differences import NAMES, RECURRENT, attributes
 
-EPSILONS = (1e-3, 1e-5, 1e-6, 1e-12, 1e-8, 1e-4, 1e-2, 0.0)
-"""Values of ε that are tried, the defaults of frameworks first."""
 TEXTS = {
     "approximate": ("none", "tanh"),
     "coordinate_transformation_mode": ("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel"),

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.batchnorm_parameters import EPSILONS
 from cp_debug.bisect.causes.constant_changes import SIZED
-from cp_debug.bisect.causes.schema import EPSILONS, FITTED, with_attributes
+from cp_debug.bisect.causes.schema import FITTED, with_attributes
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
 from cp_debug.programs.node_differences import PRODUCTS, RECURRENT, argument_of, attributes
