@@ -56,7 +56,7 @@ class KeepTrials:
         device: str = "cpu",
         told: Mapping[str, Collection[str]] = MappingProxyType({}),
     ) -> None:
-        """``graphs``: by component; ``reference``: its final outputs, name → array of the dtype that the graph declares;
+        """``graphs``: by component; ``reference``: its final outputs, name → array in the dtype of the graph;
         ``told``: component → nodes that are kept anyway."""
         self._model, self._graphs, self._sample, self._reference = model, graphs, sample, reference
         self._precision, self._device, self._told = PRECISIONS[precision], device, told

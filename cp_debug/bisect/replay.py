@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from cp_debug.backends.arithmetic import ARITHMETICS, FP64, overrides_of
+from cp_debug.backends.arithmetic import ARITHMETICS, FP32, FP64, overrides_of
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
@@ -48,6 +48,8 @@ SUSPICIOUS = 30.0
 """A layer that amplifies the divergence of its inputs more than this is replayed for the reference, too: healthy layers
 stay below 5, so what was inherited more likely was introduced by the reference."""
 
+ERRORS = 1 << 28
+"""Bytes of introduced errors that are kept for the shares, where computing them again takes an FP64 pass."""
 TRIM_AFTER = 1 << 27
 """Size of oracle results in bytes after which freed memory goes back to the system."""
 
@@ -100,6 +102,9 @@ class Replayer:
         self._emulated = emulated
         self._finer: Executor | None = None
         self._trimmer = Trimmer(TRIM_AFTER)
+        self.errors: dict[str, Tensor] = {}
+        """Introduced errors of the last replay in FP32, on its device, as far as ``ERRORS`` reaches."""
+        self._room = 0
         self._outputs = {v.name for v in graph.outputs}
         self.levels = level_values(graph)
         self._range_loss = RangeLoss(graph, self.oracle, self.known)
@@ -107,8 +112,13 @@ class Replayer:
 
     def free_memory(self) -> None:
         """Free the weights that were converted for the oracle and the emulation."""
-        for executor in filter(None, (self.oracle, *self._emulators, self._finer)):
+        for executor in filter(None, (self.oracle, *self._emulators, self._finer, self.follower)):
             executor.free_memory()
+
+    @cached_property
+    def follower(self) -> Executor:
+        """The executor whose derivatives errors are carried by: FP32, which has digits enough for a share."""
+        return Executor(self.graph, FP32, self._device) if self.oracle.arithmetic is FP64 else self.oracle
 
     def _emulator(self, side: int, oracle: str) -> Executor:
         """The executor that computes as the reference (0) or the test (1) claims to."""
@@ -134,6 +144,8 @@ class Replayer:
 
         ``divergences``: relative L2 norms of test − reference over the finite elements, where they are known already.
         """
+        self.errors.clear()
+        self._room = ERRORS if self.oracle.arithmetic is FP64 else 0
         for node in self.graph.nodes:
             targets = [o for o in node.outputs if o in self.known]
             if not targets:
@@ -187,6 +199,8 @@ class Replayer:
         else:
             exact = {t: as_tensor(v) for t, v in self.oracle.run_nodes(nodes, given, targets).items()}
         captured |= {t: exact[t] for t in targets if self._as_good(t, captured[t], exact[t], test)}
+        for target in targets:
+            self._note_error(target, captured[target], exact[target])
         claimed = self.claim(1, nodes)
         expected, claim = (
             (EmulatedSegment(captured), claimed) if self._emulated else self._expect(1, nodes, given, exact)
@@ -227,6 +241,14 @@ class Replayer:
             results[target] = replay
             self._trimmer.freed(exact[target].nbytes)
         return results
+
+    def _note_error(self, target: str, captured: AnyTensor, exact: Tensor) -> None:
+        if not exact.is_floating_point() or 4 * exact.numel() > self._room:
+            return  # whole numbers are subtracted exactly, when they are asked for
+        held = as_tensor(self.oracle.arithmetic.hold(captured, self._device))
+        if held.shape == exact.shape:
+            self._room -= 4 * exact.numel()
+            self.errors[target] = (held - exact).float()
 
     def _not_emulated(self, nodes: list[Node]) -> tuple[str, ...]:
         emulator = self._emulators[1]

@@ -181,7 +181,8 @@ class Attribution(JsonForm):
     layers: float
     """Sum of the shares of all layers of the test."""
     reference: float | None = None
-    """Share of the reference's own rounding; None where the layers' shares add up without it."""
+    """Share of the reference's own rounding; None where the layers' shares add up without it, or all is within the
+    tolerance."""
     carried: list[str] = field(default_factory=list)
     """Layers whose share is their error carried to the end, as the network is not linear; all others are to first
     order."""

@@ -42,7 +42,9 @@ def set_shares(shares: Shares, rows: Mapping[Key, LayerRow]) -> Attribution | No
     """
     if not shares.differs or shares.ends_in_infinity:
         return None
-    told = shares.attribution({key: row.name for key, row in rows.items()})
+    told = shares.attribution(
+        {key: row.name for key, row in rows.items()}, asks=not all(r.within for r in rows.values())
+    )
     for key, row in rows.items():
         is_number = row.replay is not None and row.replay.introduced is not None and not row.replay.new_nonfinite
         if is_number and row.side == "test":
@@ -105,14 +107,14 @@ class Shares:
                 derivatives[of] = derivatives.get(of, 0.0) + derivative
         return found
 
-    def attribution(self, names: Mapping[Key, str]) -> Attribution:
+    def attribution(self, names: Mapping[Key, str], *, asks: bool = True) -> Attribution:
         """The sum of all shares, and what of the divergence they leave. ``names``: value → its layer's name.
 
         Where they leave more than ``NOT_LINEAR``, the reference's own share is computed, and the layers with the
-        largest shares are carried forward, until it fits.
+        largest shares are carried forward, until it fits; unless nobody ``asks``, as all is within the tolerance.
         """
         told = Attribution(sum(self.of_layers.values()))
-        if abs(1 - told.layers) <= NOT_LINEAR:
+        if not asks or abs(1 - told.layers) <= NOT_LINEAR:
             return told
         told.reference = self._of_reference()
         for key in sorted(self.of_layers, key=lambda key: -abs(self.of_layers[key]))[:CARRIED]:
