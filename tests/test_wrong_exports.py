@@ -17,6 +17,7 @@ from cp_debug.bisect.engine import bisect
 from cp_debug.bisect.options import Options
 from cp_debug.bisect.result import BisectResult
 from cp_debug.errors import InputError
+from cp_debug.recipes.callables import load_callable
 from cp_debug.recipes.torch_callable import TorchModel
 
 
@@ -239,3 +240,32 @@ def test_wholly_masked_rows_are_laid_at_the_mask(exporter: str) -> None:
     (finding,) = bisected(attended, 3, exporter).findings
     assert (finding.side, finding.cause) == ("export", "lost-argument")
     assert "a mask of -3.4e+38 where the module has −Inf" in finding.says
+
+
+def test_torch_prints_nothing_where_an_export_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match="ONNX does not support mean reduction"):
+        bisected(scattered)
+    assert "graph(" not in capfd.readouterr().out
+
+
+def test_packed_weights_are_said_in_words() -> None:
+    quantized = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), {nn.Linear})
+    with pytest.raises(InputError, match="quantized weights in torch's packed form"):
+        diagnose(quantized, "torch,ort", inputs=(torch.randn(2, 4),), options=Options(cache=False))
+
+
+def test_what_is_left_in_train_mode_is_named() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.BatchNorm1d(4)).eval()
+    module[3].train()
+    (note,) = TorchModel("part", module, (torch.randn(5, 4),)).notes
+    assert note.startswith("of the module, 3 came in train mode")
+
+
+def test_a_file_imports_what_stands_beside_it_and_holds_modules(tmp_path: Path) -> None:
+    (tmp_path / "standing_beside_it.py").write_text("WIDTH = 4\n")
+    text = "import torch\nfrom standing_beside_it import WIDTH\nnet = torch.nn.Linear(WIDTH, 2).eval()\n"
+    (tmp_path / "own.py").write_text(text)
+    np.savez(tmp_path / "x.npz", input=np.zeros((3, 4), np.float32))
+    assert load_callable(f"{tmp_path}/own.py:net", inputs=tmp_path / "x.npz").components[0].input_names == ["input"]
+    with pytest.raises(InputError, match="a module without example inputs; expected some by --inputs"):
+        load_callable(f"{tmp_path}/own.py:net")

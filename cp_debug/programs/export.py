@@ -261,6 +261,8 @@ def _old_flag_readable() -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
+    if "__obj_flatten__" in str(error):
+        return "it holds quantized weights in torch's packed form, which this exporter does not write"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 
 from cp_debug.doing import doing
 from cp_debug.errors import InputError
+from cp_debug.recipes.input_files import first_arrays
 from cp_debug.recipes.torch_callable import TorchModel, first_line, kept_usable, own_code
 from cp_debug.recipes.torch_programs import model_of
 
@@ -47,20 +48,27 @@ def module_and_inputs(built: Any, what: str) -> tuple[nn.Module | ExportedProgra
     raise InputError(f"{what} returned {kind}; {_EXPECTED}")
 
 
-def load_callable(text: str, checkpoint: Path | None = None) -> TorchModel:
+def load_callable(text: str, checkpoint: Path | None = None, inputs: Path | None = None) -> TorchModel:
     """Import and call ``package.module:callable`` or ``file.py:callable`` for its module and example inputs.
 
-    ``checkpoint`` is strict-loaded into the module. Raises InputError when importing, calling or loading fails.
+    A module may stand there itself; its example inputs are then the first of ``inputs``. ``checkpoint`` is
+    strict-loaded into the module. Raises InputError when importing, calling or loading fails.
     """
     source, _, attribute = text.rpartition(":")
     imported = _import(source)
     with own_code(f"MODEL: {text}"):  # a module may have a __getattr__
         target = getattr(imported, attribute, None)
-    if not callable(target):
+    if not callable(target) and not isinstance(target, ExportedProgram):
         raise InputError(f"MODEL: {source} has no callable {attribute!r}")
-    with own_code(f"MODEL: {text}()"), doing(f"{text}() was called", in_their_folder=True):
-        built = target()
-    module, example_inputs = module_and_inputs(built, f"MODEL: {text}()")
+    module: nn.Module | ExportedProgram
+    if isinstance(target, nn.Module | ExportedProgram):
+        if inputs is None and isinstance(target, nn.Module):
+            raise InputError(f"MODEL: {text} is a module without example inputs; expected some by --inputs")
+        module, example_inputs = target, None if inputs is None else first_arrays(inputs)
+    else:
+        with own_code(f"MODEL: {text}()"), doing(f"{text}() was called", in_their_folder=True):
+            built = target()
+        module, example_inputs = module_and_inputs(built, f"MODEL: {text}()")
     if checkpoint is not None:
         from cp_debug.recipes.checkpoint import load_checkpoint
 
@@ -88,6 +96,8 @@ def _imported(source: str, path: Path, working_folder: str) -> ModuleType:
             if working_folder not in sys.path:
                 sys.path.insert(0, working_folder)
             return importlib.import_module(source)
+        if str(path.parent) not in sys.path:  # last, so that its siblings hide nothing that is installed
+            sys.path.append(str(path.parent))
         name = private_name(path)
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None

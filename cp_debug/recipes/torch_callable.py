@@ -32,8 +32,7 @@ from cp_debug.recipes.input_files import DEFAULT_READING, count_samples, file_sa
 from cp_debug.recipes.torch_inputs import flat_inputs
 
 TRAIN_MODE = (
-    "the module came in train mode and runs in eval mode; "
-    "`cpdebug bisect --test-train-mode` shows what the other one does"
+    "{} came in train mode and runs in eval mode; `cpdebug bisect --test-train-mode` shows what the other one does"
 )
 _LARGE = 1 << 26
 """Parameters from which on a forward on the CPU takes longer than a copy of the module without its values."""
@@ -58,8 +57,10 @@ class TorchModel:
         self.reading = DEFAULT_READING
         with own_code(f"MODEL: {name}: what was given"):  # its classes may answer anything with an exception
             _check_values(name, module)
-            training = any(m.training for m in module.modules() if isinstance(m, _OTHER_IN_TRAINING))
-            self.notes = [TRAIN_MODE] if training else []
+            others = {path: m.training for path, m in module.named_modules() if isinstance(m, _OTHER_IN_TRAINING)}
+            training = [path for path, is_training in others.items() if is_training]
+            some = f"of the module, {some_of(training)}" if len(training) < len(others) else "the module"
+            self.notes = [TRAIN_MODE.format(some)] if training else []
             flat = flat_inputs(name, _in_eval_mode(module), example_inputs, parameters, keywords)
             self.module = module = flat.module
             names, tensors = flat.names, flat.tensors
