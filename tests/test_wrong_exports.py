@@ -229,6 +229,24 @@ def test_nobody_is_guilty_of_a_tie(exporter: str) -> None:
     assert "ties are broken differently in" in test.first_divergent.why
 
 
+def test_a_tie_in_a_later_sample_is_one_too(tmp_path: Path) -> None:
+    class Chosen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            best = torch.topk(x[..., 0], 5, 1)[1].unsqueeze(-1)
+            return x.gather(1, best.expand(-1, -1, 4)) * 2
+
+    made = torch.Generator().manual_seed(0)
+    samples = [torch.randn(2, 60, 4, generator=made) for _ in range(2)]
+    samples[1][..., 0] = 0.5
+    for index, x in enumerate(samples):
+        np.savez(tmp_path / f"{index}.npz", x=x.numpy())
+    options = Options(cache=False, samples=2, inputs=tmp_path)
+    (test,) = bisect(TorchModel("chosen", Chosen().eval(), (samples[0],)), "torch,ort", options=options).tests
+    assert not test.guilty
+    assert not test.agrees
+    assert any("nobody is guilty: ties are broken differently in" in row.why for row in test.rows)
+
+
 @pytest.mark.parametrize("exporter", ["dynamo"])
 def test_wholly_masked_rows_are_laid_at_the_mask(exporter: str) -> None:
     def attended(x: Tensor) -> Tensor:

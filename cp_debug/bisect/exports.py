@@ -7,12 +7,17 @@ from typing import NamedTuple
 
 import onnx
 
-from cp_debug.bisect.candidate_run import CandidateRun
+from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.finding import Finding
+from cp_debug.bisect.replay import Load, Replayer
 from cp_debug.bisect.result import GUILTY, INHERITED, LayerRow
+from cp_debug.bisect.whole_numbers import as_tensor
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.alignment import TIE, Departure
+from cp_debug.probes.arrays import as_numpy, as_torch
+from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.pipeline import Key
+from cp_debug.programs.ties import ties
 from cp_debug.safe_text import one_line
 
 SAYS = "the exported graph computes something else than the module"
@@ -30,10 +35,10 @@ class Exports(NamedTuple):
     """Names of layers where ties are broken differently: nobody is guilty of these."""
 
 
-def judge_exports(run: CandidateRun, rows: Mapping[Key, LayerRow]) -> Exports:
+def judge_exports(run: CandidateRun, rows: Mapping[Key, LayerRow], module: CapturedRun) -> Exports:
     """Lay at the export's door what one side, the module, computes otherwise than the graph that the other one runs.
 
-    Changes the rows.
+    ``module`` holds the values of the side that runs the module. Changes the rows.
     """
     settled: dict[Key, Finding] = {}
     tied: list[str] = []
@@ -41,14 +46,18 @@ def judge_exports(run: CandidateRun, rows: Mapping[Key, LayerRow]) -> Exports:
         if row.verdict != GUILTY or run.module_side(key.component) != row.side:
             continue
         program = run.programs[key.component]
+        departures = program.alignment.departures if program.alignment is not None else ()
+        departure = next((d for d in departures if d.onnx == key.value), None)
+        if departure is None and (row.side != "reference" or row.replay is None):
+            continue
         outputs = [rows.get(Key(key.component, info.name)) for info in program.graph.outputs]
         if all(output is not None and output.within for output in outputs):
             row.verdict, row.side, row.why = INHERITED, "test", "the outputs agree"
-            continue
-        departures = program.alignment.departures if program.alignment is not None else ()
-        departure = next((d for d in departures if d.onnx == key.value), None)
-        if departure is None:
-            if row.side != "reference" or row.replay is None:
+        elif departure is None:
+            assert row.replay is not None
+            if tie := _tie(run.replayer(key.component, module), key.value, loader(module, key.component)):
+                tied.append(row.name)
+                row.verdict, row.side, row.why = INHERITED, "test", f"nobody is guilty: {tie}"
                 continue
             fixed = ", ".join(program.alignment.decisions) if program.alignment is not None else ""
             how = f"tracing has fixed what the module decides at {fixed}" if fixed else ""
@@ -78,6 +87,17 @@ def judge_exports(run: CandidateRun, rows: Mapping[Key, LayerRow]) -> Exports:
                 fix=_fix(departure),
             )
     return Exports(settled, tied)
+
+
+def _tie(replayer: Replayer, value: str, load: Load) -> str:
+    """In words, where the module and the graph choose among elements of the module's own that are equal; else empty."""
+    node, held = replayer.graph.producer[value], as_torch(as_numpy(load(value)))
+    if held.is_floating_point() or not set(node.inputs) & replayer.known:
+        return ""
+    given = {name: load(name) for name in node.inputs if name in replayer.known}
+    own = as_tensor(replayer.oracle.run_nodes([node], given, [value])[value])
+    keys = (as_torch(as_numpy(t)) for t in given.values())
+    return next(filter(None, (ties(k, held, own) for k in keys if k.is_floating_point())), "")
 
 
 def _sentence(departure: Departure, graph: Graph, nodes: tuple[str, ...]) -> str:

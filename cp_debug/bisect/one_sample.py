@@ -136,7 +136,7 @@ class SampleRuns:
         rows = run.rows(stats, replays, floors, index)
         ways = list(other_ways(run, (side.captured, test)))
         collected.ways |= dict.fromkeys(map(str, ways))
-        exports = judge_exports(run, rows)
+        exports = judge_exports(run, rows, side.captured)
         settled = judge_ways(ways, run.programs, rows) | exports.settled
         trace_origins(run, rows, side.captured, test)
         collected.masks |= dict.fromkeys(acquit_masks(run, rows, side.captured, test))

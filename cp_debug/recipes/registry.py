@@ -32,8 +32,8 @@ def load_model(
     ``text`` is ``centerpoint:tiny``, ``mmdet3d:CONFIG``, a plug-in's name, a file name (``.onnx``, ``.pt2`` of
     ``torch.export``, ``.pt`` of TorchScript), a folder of transformers, ``package.module:callable`` or
     ``file.py:callable``. ``checkpoint`` replaces a recipe's weights, or is strict-loaded into the callable's module.
-    ``inputs`` gives a bare module, and TorchScript, which names no shapes, its example. ``reading`` says how tensors and
-    images become inputs of ONNX files and of torch modules, and which sizes the free axes of ONNX files have.
+    ``inputs`` gives a bare module, and TorchScript, which names no shapes, its example. ``reading`` says how tensors
+    and images become inputs of ONNX files and of torch modules, and which sizes the free axes of ONNX files have.
     Raises InputError when the name, the file, the checkpoint or ``reading`` is unusable, MissingPackage without
     mmdet3d.
     """
