@@ -55,7 +55,7 @@ def test_agreement_is_exit_0_and_tables_go_to_stdout(net: Path) -> None:
 
 def test_the_verdict_stands_above_the_tables_and_alone_where_quiet(net: Path) -> None:
     code, text = run("bisect", net, "--backends", "ort,emu-bf16,emu-fp16")
-    heads = [line for line in text.splitlines()[1:3]]
+    heads = text.splitlines()[1:3]
     assert [line.split("; final outputs differ by ")[0] for line in heads] == [
         "✓ emu-bf16: agrees",
         "✓ emu-fp16: agrees",

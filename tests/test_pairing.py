@@ -311,7 +311,8 @@ def test_a_pairing_is_written_without_the_names_of_all_values() -> None:
 
 FOCUS = """<ir_version: 8, opset_import: ["": 13]>
 net (float[1,3,8,8] x) => (float[1,4,4,4] y)
-  <int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] rows = {2}, int64[1] cols = {3}, int64[1] big = {999}> {
+  <int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] rows = {2}, int64[1] cols = {3},
+   int64[1] big = {999}> {
   r0 = Slice (x, zero, big, rows, two)
   phase0 = Slice (r0, zero, big, cols, two)
   r1 = Slice (x, one, big, rows, two)
@@ -322,7 +323,8 @@ net (float[1,3,8,8] x) => (float[1,4,4,4] y)
 }"""  # fmt: skip
 MERGED = """<ir_version: 8, opset_import: ["": 13]>
 net (float[1,3,8,8] x) => (float[1,4,4,4] y)
-  <int64[2] zero = {0, 0}, int64[2] one = {0, 1}, int64[2] two = {2, 2}, int64[2] axes = {2, 3}, int64[2] big = {999, 999}> {
+  <int64[2] zero = {0, 0}, int64[2] one = {0, 1}, int64[2] two = {2, 2}, int64[2] axes = {2, 3},
+   int64[2] big = {999, 999}> {
   phase0 = Slice (x, zero, big, axes, two)
   phase1 = Slice (x, one, big, axes, two)
   focus = Concat <axis = 1> (phase0, phase1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +45,29 @@ def bias_step(graph: Graph, constants: Weights, node: Node, *, rounds_floats: bo
     if product is None or stated is None or product.numel() not in (1, stated.numel()):
         return None
     return product if torch.allclose(stated, product, rtol=ON_SCALE, atol=0) else None
+
+
+class StoredBias(NamedTuple):
+    """A bias as a quantized file holds it: levels [channels] and their scale, one or one for each channel; float64."""
+
+    levels: Tensor
+    scale: Tensor
+
+
+def stored_bias(graph: Graph, constants: Weights, node: Node) -> StoredBias | None:
+    """The constant bias of a product of a quantized file, in levels; None where it has none or computes it."""
+    inputs = [*node.proto.input, *[""] * 9]
+    op = node.op.removeprefix("com.microsoft.")
+    if op in ("QLinearConv", "QGemm"):
+        levels, scale = inputs[{"QLinearConv": 8, "QGemm": 6}[op]], _product(constants, inputs[1], inputs[4])
+    else:
+        made_by = graph.producer.get(inputs[2]) if op in PRODUCTS else None
+        if made_by is None or made_by.op != "DequantizeLinear":
+            return None
+        levels, scale = made_by.proto.input[0], _product(constants, made_by.proto.input[1])
+    if scale is None or not levels or not constants.holds(levels) or (numbers := constants.numbers(levels)) is None:
+        return None
+    return StoredBias(numbers.double().flatten(), scale)
 
 
 def rounded_bias(executor: Executor, node: Node, values: Mapping[str, AnyTensor], step: Tensor) -> dict[str, Tensor]:

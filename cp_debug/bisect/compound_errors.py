@@ -129,8 +129,8 @@ def _normalized(node: Node, inputs: Mapping[str, Tensor], result: Tensor, by: st
 
 
 def _resized(oracle: Executor, node: Node, inputs: Mapping[str, Tensor], result: Tensor) -> Tensor:
-    """Interpolation at coordinates that are off by a roundoff of their size. The nearest neighbour of a place in the
-    middle between two is either of them."""
+    """Interpolation at coordinates that are off by a roundoff of their size, and so, near the middle between two, the
+    nearest neighbour is either of them. What the mode declares decides where sizes say that it is the middle."""
     x = inputs[node.inputs[0]]
     off = RESULT * result.abs()
     for axis, (before, after) in enumerate(zip(x.shape, result.shape, strict=True)):

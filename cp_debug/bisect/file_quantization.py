@@ -21,7 +21,7 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.codecs import E2M1, E4M3, E5M2
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.weights import Weights
-from cp_debug.bisect.bias_steps import bias_step, rounded_bias
+from cp_debug.bisect.bias_steps import StoredBias, bias_step, rounded_bias, stored_bias
 from cp_debug.bisect.file_weights import product_of, stored_codes
 from cp_debug.bisect.paired_nodes import PAIRED, with_paired_sums
 from cp_debug.bisect.quantization_scheme import Levels, Scheme
@@ -111,6 +111,13 @@ class FileQuantization:
     def grid(self, node: Node, place: int) -> QuantizerGrid | None:
         """The grid of the data that a node of ``plain`` reads, where the file states it."""
         return self._of([node]).grid if place == 0 else None
+
+    def stored_bias(self, node: Node) -> StoredBias | None:
+        """The bias of a product of ``plain`` as the file stores it, in levels; None where it stores none so."""
+        own = self._graph.producer.get(self._names.get(node.outputs[0], node.outputs[0]))
+        if own is not None and own.op == "DequantizeLinear":  # a result that is read back from levels
+            own = self._graph.producer.get(own.proto.input[0])
+        return None if own is None else stored_bias(self._graph, self._constants, own)
 
     def range(self, name: str) -> tuple[float, float] | None:
         """The smallest and the largest number that the file can hold for a value; None without a scale of its own."""

@@ -24,6 +24,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
 from cp_debug.backends.memory import Trimmer
 from cp_debug.bisect.consequences import matters
+from cp_debug.bisect.declared_int8 import int8_activations
 from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.narrow_variants import departures, spread
 from cp_debug.bisect.perturbation import doubt
@@ -282,6 +283,8 @@ class Replayer:
         precision = self.claim(side, nodes) if quantized is None else BESIDE_INT8
         if quantized is not None and quantized.touches(nodes):
             return quantized.ideal(emulator, nodes, given, exact), precision
+        if rounded := int8_activations(nodes, given):
+            return EmulatedSegment(emulator.run_nodes(nodes, {**given, **rounded}, exact)), precision
         return EmulatedSegment(exact if emulator is self.oracle else emulator.run_nodes(nodes, given, exact)), precision
 
     def _asked(

@@ -9,6 +9,8 @@ from torch.nn import functional
 
 from cp_debug.backends.kernels.registry import Call, kernel
 
+HALF = ("half_pixel", "pytorch_half_pixel")
+"""Transforms whose places ONNX Runtime 1.31 computes exactly enough for ties, where sizes are given."""
 _FEW_BITS = 4096
 """Places that are multiples of 1 ÷ this, and less than this, are exact in FP32 with bits to spare."""
 
@@ -22,8 +24,8 @@ def resize(
     sizes: Tensor | None = None,
     shift: float = 0.0,
 ) -> Tensor:
-    """``shift`` moves every place on a source axis that is not exact by so many pixels: to see what its rounding may
-    change."""
+    """``shift`` moves every place on a source axis that is not exact, nor exactly in the middle of two, by so many
+    pixels: to see what its rounding may change."""
     if call.opset < 11:  # Resize-10: (x, scales)
         factors = dict(enumerate(_floats(roi)))
         return _resample(x, factors, None, call["mode"], "asymmetric", "floor", -0.75, False, shift=shift)
@@ -82,8 +84,13 @@ def _resample(
         if factor == 1 and length == size:
             continue
         at = _coordinates(length, size, factor, transform, nearest=mode == "nearest", literal=literal)
+        ties, rounds = np.zeros(length, bool), mode == "nearest" and nearest.startswith("round")
+        if rounds and transform in HALF and target is not None and not literal:
+            # From sizes alone a place in the middle of two is known exactly, and the declared mode decides.
+            twice = ((2 * np.arange(length) + 1) * size - length) / length
+            at, ties = twice / 2, twice % 2 == 1
         if shift and not _is_exact(length, size, factor, transform):
-            at = at + shift
+            at = np.where(ties, at, at + shift)
         taps: list[tuple[np.ndarray, np.ndarray | None]]
         if mode == "nearest":
             taps = [(_nearest(at, nearest), None)]

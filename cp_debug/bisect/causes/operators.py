@@ -41,6 +41,9 @@ FURTHER: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 """Functions that are put behind a layer less often; with the frameworks' defaults."""
 
+NEAREST = ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
+"""Modes in which Resize chooses the nearest neighbour."""
+
 
 @cause()
 def left_out(segment: Segment) -> Iterator[Candidate]:
@@ -115,6 +118,23 @@ def integers(segment: Segment) -> Iterator[Candidate]:
             says = f"the result passed an integer type: its fractions are {text}"
             fix = "remove the Cast to an integer behind {layers}"
             yield Candidate("integer-cast", says, value, fix=fix, degenerate=1)
+
+
+@cause()
+def other_neighbour(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: a Resize that takes the other neighbour at some of the places in the middle between two."""
+    for node in segment.nodes:
+        for mode in NEAREST if node.op == "Resize" else ():
+            if (other := segment.edited(node, nearest_mode=mode)) is None:
+                continue
+            taken = (other == segment.test) & (other != segment.exact)
+            count, ties = int(taken.sum()), int((other != segment.exact).sum())
+            if 0 < count < ties:  # all of them: the mode is another
+                says = f"{node.op} takes the other neighbour at {count} of {ties} places where two are equally near"
+                first = [int(i) for i in taken.nonzero()[0]]
+                fix = "nothing in the file is wrong: the runtime rounds coordinates; a newer one, or sizes without ties"
+                evidence = {"first": first, "nearest_mode": mode}
+                yield Candidate("resize-ties", says, torch.where(taken, other, segment.exact), 0, evidence, fix)
 
 
 @cause()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment
+from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.graph.qdq import weight_axis
 
 LEVELS = 256
@@ -99,6 +100,25 @@ def weights(segment: Segment) -> Iterator[Candidate]:
                 "quantize the weights of {layers} per channel" if name == "int8-per-tensor" else "keep {layers} in FP32"
             )
             yield Candidate(name, says, value, fix=fix)
+
+
+@cause()
+def saturated_bias(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: biases that are stored at INT32's end, for their scale is too small to hold them."""
+    quantized = segment.context.quantized
+    if not isinstance(quantized, FileQuantization):
+        return
+    for node in segment.nodes:
+        stored = quantized.stored_bias(node)
+        channels = [] if stored is None else stored.levels.abs().ge(2**31 - 1).nonzero().flatten().tolist()
+        if stored is None or not channels or len(node.proto.input) < 3:
+            continue
+        value = segment.edited(node, inputs={2: stored.levels * stored.scale})
+        if value is not None:
+            some = ", ".join(map(str, channels[:8])) + (f" and {len(channels) - 8} more" if len(channels) > 8 else "")
+            says = f"the stored bias saturates at INT32's end in channel{'s' * (len(channels) > 1)} {some}"
+            fix = "give the weights of these channels of {layers} a larger scale, or keep its bias in FP32"
+            yield Candidate("bias-saturated", says, value, evidence={"channels": channels}, fix=fix)
 
 
 @cause()

@@ -1,0 +1,121 @@
+"""Causes from public reports: a saturated bias, ties of Resize, activations in INT8 that a file allows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from cp_debug.api.diagnose import diagnose
+from cp_debug.bisect.result import TestResult
+
+
+def saved(path: Path, nodes: list[Any], y: tuple[int, ...], x: tuple[int, ...], constants: dict[str, Any]) -> Path:
+    float_ = TensorProto.FLOAT
+    ends = [helper.make_tensor_value_info(name, float_, shape) for name, shape in (("x", x), ("y", y))]
+    weights = [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, "net", ends[:1], ends[1:], weights)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+    return path
+
+
+def quantized_convolution(folder: Path, tiny: list[int]) -> TestResult:
+    """A convolution in FP32 against its INT8 file, in which channels ``tiny`` have weights near 0 and a plain bias."""
+    rng = np.random.default_rng(0)
+    w = (rng.standard_normal((8, 3, 3, 3)) / 5).astype(np.float32)
+    w[tiny] *= np.float32(1e-9)
+    b = (rng.choice([-1, 1], 8) * rng.uniform(0.3, 0.6, 8)).astype(np.float32)
+    sx = np.float32(4 / 127)
+    sw = (np.abs(w).max((1, 2, 3)) / 127).astype(np.float32)
+    sb = (sx * sw).astype(np.float32)
+    levels = np.clip(np.round(b / sb.astype(float)), -(2**31), 2**31 - 1).astype(np.int32)
+    shapes = (1, 8, 12, 12), (1, 3, 12, 12)
+    conv, tail = {"name": "conv", "pads": [1] * 4}, helper.make_node("Sigmoid", ["c"], ["y"], name="sig")
+    plain = [helper.make_node("Conv", ["x", "w", "b"], ["c"], **conv), tail]
+    reference = saved(folder / "a.onnx", plain, *shapes, {"w": w, "b": b})
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "sx", "zx"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "sx", "zx"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["wq", "sw"], ["wd"], axis=0),
+        helper.make_node("DequantizeLinear", ["bq", "sb"], ["bd"], axis=0),
+        helper.make_node("Conv", ["xd", "wd", "bd"], ["c"], **conv),
+        tail,
+    ]
+    wq = np.round(w / sw[:, None, None, None]).astype(np.int8)
+    constants = {"sx": sx, "zx": np.int8(0), "wq": wq, "sw": sw, "bq": levels, "sb": sb}
+    test = saved(folder / "b.onnx", nodes, *shapes, constants)
+    (result,) = diagnose(reference, "ort,ort", test_model=test).tests
+    return result
+
+
+def test_a_bias_beyond_int32_is_the_cause_and_a_quantizer_is_none(tmp_path: Path) -> None:
+    result = quantized_convolution(tmp_path, [2, 5])
+    assert [row.name for row in result.guilty] == ["conv"]
+    (finding,) = result.findings
+    assert finding.cause == "bias-saturated"
+    assert "saturates at INT32's end in channels 2, 5" in finding.headline
+
+
+def test_a_bias_that_fits_is_no_fault(tmp_path: Path) -> None:
+    assert not quantized_convolution(tmp_path, []).guilty
+
+
+@pytest.mark.parametrize(("mode", "ties"), [("round_prefer_ceil", [5, 15]), ("round_prefer_floor", [4, 14])])
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_at_a_tie_the_declared_mode_decides(tmp_path: Path, mode: str, ties: list[int], wrong: int) -> None:
+    """From 20 to 6 places there are two ties, 4.5 and 14.5; the dump takes the other neighbour at ``wrong`` of them."""
+    how = {"mode": "nearest", "coordinate_transformation_mode": "half_pixel", "nearest_mode": mode}
+    nodes = [
+        helper.make_node("Resize", ["x", "", "", "size"], ["r"], name="resize", **how),
+        helper.make_node("Neg", ["r"], ["y"], name="neg"),
+    ]
+    net = saved(tmp_path / "net.onnx", nodes, (1, 1, 1, 6), (1, 1, 1, 20), {"size": np.array([1, 1, 1, 6])})
+    x = np.random.default_rng(0).standard_normal((1, 1, 1, 20)).astype(np.float32)
+    index = np.array([1, ties[0], 8, 11, ties[1], 18])
+    other = {"round_prefer_ceil": -1, "round_prefer_floor": 1}[mode]
+    for place in (4, 1)[:wrong]:
+        index[place] += other
+    (test,) = diagnose(net, "ort", test_tensors={"x": x, "r": x[..., index], "y": -x[..., index]}).tests
+    assert [row.name for row in test.guilty] == (["resize"] if wrong else [])
+    if wrong == 1:
+        assert "takes the other neighbour at 1 of 2 places where two are equally near" in test.findings[0].headline
+    if wrong == 2:
+        assert "nearest_mode" in test.findings[0].headline
+
+
+def four_bits(folder: Path, level: int) -> Path:
+    rng = np.random.default_rng(0)
+    columns, rows = 128, 64
+    how = {"K": columns, "N": rows, "bits": 4, "block_size": 32, "accuracy_level": level, "domain": "com.microsoft"}
+    nodes = [
+        helper.make_node("MatMulNBits", ["x", "q", "s"], ["m"], name="mm", **how),
+        helper.make_node("Tanh", ["m"], ["y"], name="tanh"),
+    ]
+    levels = rng.integers(0, 256, (rows, columns // 32, 16), dtype=np.uint8)
+    scales = rng.uniform(0.01, 0.02, rows * columns // 32).astype(np.float32)
+    return saved(folder / f"{level}.onnx", nodes, (3, rows), (3, columns), {"q": levels, "s": scales})
+
+
+@pytest.mark.parametrize("level", [0, 4])
+def test_activations_in_int8_are_expected_where_the_file_allows_them(tmp_path: Path, level: int) -> None:
+    (test,) = diagnose(four_bits(tmp_path, level), "emu-fp32,ort").tests
+    row = next(row for row in test.rows if row.name == "mm")
+    assert row.verdict == "ok"
+    assert row.replay is not None
+    assert row.replay.excess == pytest.approx(1, abs=0.9)
+    assert (row.replay.expected or 0) > 1e-3 if level else (row.replay.expected or 1) < 1e-5
+
+
+def test_a_wrong_weight_is_guilty_where_activations_are_in_int8(tmp_path: Path) -> None:
+    net = four_bits(tmp_path, 4)
+    model = onnx.load(net)
+    scales = next(w for w in model.graph.initializer if w.name == "s")
+    scales.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scales) * np.float32(1.1), "s"))
+    onnx.save(model, tmp_path / "wrong.onnx")
+    (test,) = diagnose(net, "ort,ort", test_model=tmp_path / "wrong.onnx").tests
+    assert [row.name for row in test.guilty] == ["mm"]
