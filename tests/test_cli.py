@@ -53,7 +53,8 @@ def test_agreement_is_exit_0_and_tables_go_to_stdout(net: Path) -> None:
     assert "observer" not in text
 
 
-def test_the_verdict_stands_above_the_tables_and_alone_where_quiet(net: Path) -> None:
+def test_the_verdict_stands_above_the_tables_and_alone_where_quiet(net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console.console, "width", 300)
     code, text = run("bisect", net, "--backends", "ort,emu-bf16,emu-fp16")
     heads = text.splitlines()[1:3]
     assert [line.split("; final outputs differ by ")[0] for line in heads] == [
@@ -62,10 +63,8 @@ def test_the_verdict_stands_above_the_tables_and_alone_where_quiet(net: Path) ->
     ]
     quiet = run("bisect", net, "--backends", "ort,emu-bf16,emu-fp16", "-q")
     assert quiet[0] == code == 0
-    assert [line.partition(" within")[0] for line in quiet[1].splitlines()] == [
-        "✓ emu-bf16: agrees",
-        "✓ emu-fp16: agrees",
-    ]
+    lines = quiet[1].splitlines()
+    assert [line.partition(" within")[0] for line in lines] == ["✓ emu-bf16: agrees", "✓ emu-fp16: agrees"]
 
 
 def test_divergence_is_exit_1_and_the_layer_is_named(net: Path, tmp_path: Path) -> None:
