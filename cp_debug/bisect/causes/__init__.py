@@ -1,6 +1,6 @@
 """Causes of a layer's error: each candidate is emulated on the layer's captured inputs, and the evidence decides."""
 
-from cp_debug.bisect.causes import (
+from cp_debug.bisect.causes import (  # noqa: F401 - importing them registers their families
     affine,
     batchnorm,
     batchnorm_pairing,
@@ -25,30 +25,4 @@ from cp_debug.bisect.causes import (
 )
 from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause, cause
 
-__all__ = [
-    "CAUSES",
-    "Candidate",
-    "Cause",
-    "affine",
-    "batchnorm",
-    "batchnorm_pairing",
-    "cause",
-    "cut_weights",
-    "few_weights",
-    "fitted_weights",
-    "layout",
-    "narrow",
-    "nonfinite",
-    "operands",
-    "operators",
-    "paired_sums",
-    "precision",
-    "quantized",
-    "ranges",
-    "rearranged_weights",
-    "scales",
-    "schema",
-    "single_numbers",
-    "stored_weights",
-    "truncated_sums",
-]
+__all__ = ["CAUSES", "Candidate", "Cause", "cause"]
