@@ -82,6 +82,7 @@ def result_of(
         optimizer_blame=collected.optimizer_blame,
         remainder=collected.remainder,
         attribution=collected.attribution,
+        lost=list(collected.lost),
         model_sha256=model_sha256,
         findings=collected.findings,
         detections=collected.detections,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.exports import judge_exports
+from cp_debug.bisect.lost_channels import lost_channels
 from cp_debug.bisect.masks import acquit_masks
 from cp_debug.bisect.observe import Observation, observe
 from cp_debug.bisect.options import Options, StepCounter
@@ -133,6 +135,9 @@ class SampleRuns:
             observation, floors = run.observe(sample, results, test)
             collected.observe(observation)
             floors = {key: max(floors.get(key, 0.0), self._reference_floors.get(key, 0.0)) for key in stats}
+        last = model.components[-1].name
+        lost = lost_channels(side.outputs[last], results[last], run.tolerance[1])
+        collected.lost |= dict.fromkeys(lost if math.isfinite(run.tolerance[1]) else ())
         rows = run.rows(stats, replays, floors, index)
         ways = list(other_ways(run, (side.captured, test)))
         collected.ways |= dict.fromkeys(map(str, ways))

@@ -234,6 +234,8 @@ class TestResult(JsonForm):
     """Component → how its values were paired with the reference's, where the test runs another graph."""
     remainder: Remainder | None = None
     """Whether rounding adds up to the divergence, after a replay in which no layer is guilty and outputs differ."""
+    lost: list[str] = field(default_factory=list)
+    """Outputs with channels that are 0 everywhere in the test alone, in words: no agreement, however small."""
     attribution: Attribution | None = None
     """How the layers' shares add up; None where the outputs have no finite difference, or nothing was replayed."""
     model_sha256: str = ""
@@ -314,7 +316,7 @@ class TestResult(JsonForm):
 
     @property
     def _is_within(self) -> bool:
-        return not self.guilty and all(row.within for row in self.outputs)
+        return not self.guilty and not self.lost and all(row.within for row in self.outputs)
 
     @property
     def undecided(self) -> bool:

@@ -40,6 +40,8 @@ class Collected:
         self._unexplained: dict[str, None] = {}
         self.remainder: Remainder | None = None
         """Remainder of the worst sample, where no layer is guilty of its divergence."""
+        self.lost: dict[str, None] = {}
+        """Outputs with channels that are 0 everywhere in the test alone, in words."""
         self.attribution: Attribution | None = None
         """How the shares of the worst sample add up."""
 

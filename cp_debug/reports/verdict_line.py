@@ -61,6 +61,9 @@ def _verdict_line(test: TestResult) -> Text:
         if test.first_beyond is not None and test.first_beyond.index != first.index:
             text.append(_why_views_differ(test, first, test.first_beyond))
         return text.append(_uncovered(test))
+    if test.lost and not test.first_beyond:
+        text = Text(f"✗ {spec}: {'; '.join(test.lost)}", "bold red")
+        return text.append(f"; as a whole within {tolerance}, {test.coverage}{_unpaired(test)}{end}", "not bold")
     if first is not None and not test.agrees:
         style = "bold yellow" if test.oracle else "bold red"
         text = Text.assemble(
