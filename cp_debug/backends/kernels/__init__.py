@@ -1,6 +1,6 @@
 """ONNX operators written in torch, one file a family. Importing this package fills ``KERNELS``."""
 
-from cp_debug.backends.kernels import (
+from cp_debug.backends.kernels import (  # noqa: F401 - importing them registers their operators
     activation,
     attention,
     contrib,
@@ -22,27 +22,4 @@ from cp_debug.backends.kernels import (
 )
 from cp_debug.backends.kernels.registry import KERNELS, Call, OperatorKernel, kernel
 
-__all__ = [
-    "KERNELS",
-    "Call",
-    "OperatorKernel",
-    "activation",
-    "attention",
-    "contrib",
-    "convolution",
-    "creation",
-    "elementwise",
-    "indexing",
-    "integer",
-    "kernel",
-    "matmul",
-    "normalization",
-    "pooling",
-    "quantization",
-    "recurrent",
-    "reduction",
-    "regions",
-    "resize",
-    "shaping",
-    "signal",
-]
+__all__ = ["KERNELS", "Call", "OperatorKernel", "kernel"]
