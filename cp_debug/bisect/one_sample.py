@@ -17,6 +17,7 @@ from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.exports import judge_exports
+from cp_debug.bisect.flips import flips
 from cp_debug.bisect.lost_channels import lost_channels
 from cp_debug.bisect.masks import acquit_masks
 from cp_debug.bisect.observe import Observation, observe
@@ -157,7 +158,7 @@ class SampleRuns:
                 attribution = set_shares(shares, rows)
             except Exception as error:
                 failures.append(f"the layers' shares of the final divergence are not known: {in_one_line(error)}")
-            failures += shares.notes
+            failures += [*shares.notes, *flips(run, rows, side.captured, test)]
         if run.oracle is not None and collected.is_worst(rows):
             collected.attribution = attribution
             unexplained = not exports.tied and not any(row.verdict == GUILTY for row in rows.values())

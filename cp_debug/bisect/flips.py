@@ -1,0 +1,77 @@
+"""Flips: whole numbers that come out otherwise because of a rounding in front of them, which have no derivative.
+
+Indices, comparisons, casts to integers, Floor and Round do what they must with what they read; which of the values in
+front was rounded across the border is the event that a reader wants to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from cp_debug.bisect.candidate_run import CandidateRun
+from cp_debug.bisect.result import INHERITED, LayerRow
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
+from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.held import CapturedRun
+from cp_debug.probes.integers import is_whole
+from cp_debug.programs.pipeline import Key
+from cp_debug.safe_text import in_digits
+
+ROUNDING = {"Ceil", "Floor", "Round", "Sign", "Trunc"}
+"""Operators whose results are whole numbers held as floats."""
+ITS_OWN = 0.5
+"""Part of a value's divergence from which its layer's own rounding has made it."""
+
+
+def flips(run: CandidateRun, rows: Mapping[Key, LayerRow], reference: CapturedRun, test: CapturedRun) -> Iterator[str]:
+    """A sentence for each layer whose whole numbers flip though it does what it must: how many, and what made it."""
+    for key, row in rows.items():
+        if row.verdict != INHERITED or row.kind != "data" or row.replay is None:
+            continue
+        replayer = run.replayer(key.component, test)
+        if key.value in replayer.levels:
+            continue  # of a quantizer, whose steps are its precision
+        ours, theirs = (as_numpy(c.load(key.value, component=key.component)) for c in (reference, test))
+        if not (is_whole(ours) or row.op in ROUNDING) or ours.shape != theirs.shape:
+            continue
+        places = np.argwhere(ours != theirs)
+        graph, known = replayer.graph, replayer.known
+        front = _front(graph, known, rows, key)
+        if not len(places) or front is None:
+            continue
+        says = f"{row.name} ({row.op}): {len(places)} of {ours.size} results flip, first at {places[0].tolist()}"
+        value, near = rows[front], Key(front.component, front.value)
+        pair = [as_numpy(c.load(near.value, component=near.component)) for c in (reference, test)]
+        if pair[0].shape == pair[1].shape == ours.shape:
+            exact, rounded = (float(a[tuple(places[0])]) for a in pair)
+            says += f", where {value.name} ({value.op}) is {in_digits(rounded)} for {in_digits(exact)}"
+        maker = rows[_maker(graph, known, rows, front)]
+        precision = ((maker.replay and maker.replay.precision) or run.precision.name).upper()
+        yield f"{says}; {maker.name} ({maker.op}) rounded it in {precision}"
+
+
+def _front(graph: Graph, known: set[str], rows: Mapping[Key, LayerRow], key: Key) -> Key | None:
+    """The value in front of ``key`` that differs most, by relative L2; None where none does."""
+    if key.value not in graph.producer:
+        return None
+    try:
+        _, starts = graph.segment([key.value], known)
+    except (InputError, KeyError):
+        return None
+    read = [Key(key.component, name) for name in starts]
+    differing = [k for k in read if k in rows and rows[k].stats.rel_l2 > 0]
+    return max(differing, key=lambda k: rows[k].stats.rel_l2, default=None)
+
+
+def _maker(graph: Graph, known: set[str], rows: Mapping[Key, LayerRow], key: Key) -> Key:
+    """The layer whose own rounding made most of the divergence of ``key``: itself, or one in front of it."""
+    while True:
+        row = rows[key]
+        own = (row.replay and row.replay.introduced) or 0.0
+        front = _front(graph, known, rows, key)
+        if own >= ITS_OWN * row.stats.rel_l2 or front is None:
+            return key
+        key = front

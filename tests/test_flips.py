@@ -1,0 +1,55 @@
+"""Whole numbers that flip are told with the rounding that did it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from nets import NetBuilder
+
+from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.result import TestResult
+
+
+def compared(net: NetBuilder, folder: Path, output: str, x: np.ndarray, kind: int = 1) -> TestResult:
+    path = net.save(folder / "net.onnx", {"x": (kind, list(x.shape))}, [output])
+    np.savez(folder / "x.npz", x=x)
+    (test,) = bisect(str(path), "ort,emu-fp16", options=Options(inputs=folder / "x.npz")).tests
+    assert test.guilty == []
+    return test
+
+
+@pytest.mark.parametrize(
+    ("op", "offset", "x", "told"),
+    [("Cast", 2048, 1.0, "2048 for 2049"), ("Floor", 0.5, 0.49999, "1 for 0.99999")],
+)
+def test_a_number_that_fp16_does_not_hold_is_told(tmp_path: Path, op: str, offset: float, x: float, told: str) -> None:
+    net = NetBuilder()
+    shifted = net.op("Add", "x", net.weight(np.array(offset, np.float32)), name="shifted")
+    value = net.op("Cast", shifted, name="place", to=7) if op == "Cast" else net.op("Floor", shifted, name="place")
+    net.op("Identity", value, name="y")
+    test = compared(net, tmp_path, "y", np.array([[0, x, 2, 4]], np.float32))
+    (note,) = [note for note in test.notes if "flip" in note and note.startswith("node_place")]
+    assert note == (
+        f"node_place ({op}): 1 of 4 results flip, first at [0, 1], where node_shifted (Add) is {told}; "
+        "node_shifted (Add) rounded it in FP16"
+    )
+
+
+def test_the_rounding_is_named_that_did_it_however_far_in_front(tmp_path: Path) -> None:
+    """The sum is rounded; Neg passes it on; ArgMax takes another of two near values."""
+    net = NetBuilder()
+    shifted = net.op("Add", "x", net.weight(np.array(1024, np.float32)), name="shifted")
+    net.op("ArgMax", net.op("Neg", shifted, name="turned"), name="y", axis=-1)
+    test = compared(net, tmp_path, "y", np.array([[0.4, 0.1, 0.6, 0.7]], np.float32) - np.float32(0.05))
+    (note,) = [note for note in test.notes if "flip" in note]
+    assert note.startswith("node_y (ArgMax): 1 of 1 results flip, first at [0, 0]")
+    assert note.endswith("node_shifted (Add) rounded it in FP16")
+
+
+def test_nothing_is_told_where_nothing_flips(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Cast", net.op("Add", "x", net.weight(np.array(16, np.float32))), name="y", to=7)
+    test = compared(net, tmp_path, "y", np.array([[0.3, 1.2, 2.4, 4.6]], np.float32))
+    assert not any("flip" in note for note in test.notes)
