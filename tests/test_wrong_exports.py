@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import NetBuilder
 from torch import Tensor, nn
 
 from cp_debug.api.diagnose import diagnose
+from cp_debug.backends.executor import Executor
 from cp_debug.bisect.engine import bisect
 from cp_debug.bisect.options import Options
 from cp_debug.bisect.result import BisectResult
 from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
 from cp_debug.recipes.callables import load_callable
 from cp_debug.recipes.torch_callable import TorchModel
 
@@ -287,3 +291,25 @@ def test_a_file_imports_what_stands_beside_it_and_holds_modules(tmp_path: Path) 
     assert load_callable(f"{tmp_path}/own.py:net", inputs=tmp_path / "x.npz").components[0].input_names == ["input"]
     with pytest.raises(InputError, match="a module without example inputs; expected some by --inputs"):
         load_callable(f"{tmp_path}/own.py:net")
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "attributes"),
+    [
+        ([2, 3, 9, 16], [2, 2], {"strides": [2, 2]}),
+        ([2, 2, 9, 7], [3, 2], {"strides": [2, 1], "pads": [1, 0, 1, 1], "ceil_mode": 1}),
+        ([2, 2, 9], [3], {"pads": [1, 1], "dilations": [2]}),
+        ([1, 2, 5, 6, 7], [2, 3, 2], {"strides": [1, 2, 1], "pads": [0, 1, 0, 1, 1, 1]}),
+    ],
+)
+def test_places_of_a_max_pool_are_those_of_onnx_runtime(
+    tmp_path: Path, shape: list[int], kernel: list[int], attributes: dict[str, Any]
+) -> None:
+    net = NetBuilder()
+    net.op("MaxPool", "x", outputs=2, name="y", kernel_shape=kernel, **attributes)
+    net.op("Cast", "y_1", name="places", to=1)
+    path = net.save(tmp_path / "net.onnx", {"x": (1, shape)}, ["y_0", "places"])
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    right = onnxruntime.InferenceSession(path).run(["places"], {"x": x})[0]
+    given = Executor(Graph(path)).run({"x": torch.from_numpy(x)})["places"]
+    np.testing.assert_array_equal(given.numpy(), right)

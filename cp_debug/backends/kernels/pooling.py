@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,12 +16,24 @@ _MAX = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_po
 
 
 @kernel("MaxPool", rounds=False)
-def max_pool(call: Call, x: Tensor) -> Tensor:
-    if call.outputs > 1 or not x.is_floating_point():
+def max_pool(call: Call, x: Tensor) -> Tensor | list[Tensor]:
+    if not x.is_floating_point() or (call.outputs > 1 and call["storage_order"]):
         return NotImplemented
     window = Window.of(call, call["kernel_shape"], x.shape[2:])
-    padded = functional.pad(x, window.torch_pads(_overhang(call, window, x.shape[2:])), value=float("-inf"))
-    return _MAX[x.dim() - 2](padded, window.kernel, window.stride, 0, window.dilation)
+    pads = window.torch_pads(_overhang(call, window, x.shape[2:]))
+    padded = functional.pad(x, pads, value=float("-inf"))
+    how = window.kernel, window.stride, 0, window.dilation
+    if call.outputs == 1:
+        return _MAX[x.dim() - 2](padded, *how)
+    values, left = _MAX[x.dim() - 2](padded, *how, return_indices=True)
+    # Torch counts in the padded plane; ONNX in the whole tensor, without the padding.
+    size = math.prod(x.shape[2:])
+    planes = torch.arange(x.shape[0] * x.shape[1], device=x.device) * size
+    places, step = planes.reshape(*x.shape[:2], *[1] * (x.dim() - 2)), 1
+    for axis in range(x.dim() - 1, 1, -1):
+        places = places + (left % padded.shape[axis] - pads[2 * (x.dim() - 1 - axis)]) * step
+        left, step = left // padded.shape[axis], step * x.shape[axis]
+    return [values, places]
 
 
 @kernel("AveragePool")
