@@ -119,3 +119,22 @@ def test_a_wrong_weight_is_guilty_where_activations_are_in_int8(tmp_path: Path) 
     onnx.save(model, tmp_path / "wrong.onnx")
     (test,) = diagnose(net, "ort,ort", test_model=tmp_path / "wrong.onnx").tests
     assert [row.name for row in test.guilty] == ["mm"]
+
+
+@pytest.mark.parametrize("beyond", ["input", "constant", ""])
+def test_what_is_read_beyond_fp16_comes_before_the_accumulation(tmp_path: Path, beyond: str) -> None:
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((4, 8), (8, 4)))
+    x[:, 3] *= np.float32(1e5 if beyond == "input" else 1)
+    w[3] *= np.float32(1e5 if beyond == "constant" else 1e-6 if beyond else 1)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"], name="fc"),
+        helper.make_node("Mul", ["m", "s"], ["y"], name="scale"),
+    ]
+    net = saved(tmp_path / "net.onnx", nodes, (4, 4), (4, 8), {"w": w, "s": np.float32(0.1)})
+    (test,) = diagnose(net, "ort,emu-fp16", inputs={"x": x}).tests
+    assert bool(test.guilty) == bool(beyond)
+    if beyond:
+        assert test.findings[0].cause == "fp16-overflow"
+        name = {"input": "the network's input x", "constant": "the constant w"}[beyond]
+        assert test.findings[0].headline.partition(": ")[2].startswith(f"{name} is beyond FP16")

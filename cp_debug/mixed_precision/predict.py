@@ -82,7 +82,7 @@ class Predictor:
         return self._goal.holds({"rel_l2": after, "max_abs": measured.figures.get("max_abs", math.inf) * ratio})
 
     def _errors(self, groups: Sequence[FusionGroup], output: str) -> list[float]:
-        return [self.effects[group].outputs[output] for group in groups]
+        return [self.effects[group].outputs.get(output, 0.0) for group in groups]  # a log may know fewer
 
 
 def left_of(error: float, alone: Iterable[float]) -> float:

@@ -69,6 +69,26 @@ def overflow(segment: Segment) -> Iterator[Candidate]:
 
 
 @cause()
+def operand_overflow(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: what the layer reads, an input of the network or a constant, is beyond FP16 already."""
+    constants = {
+        name: weight
+        for node in segment.nodes
+        for place, name in enumerate(node.proto.input)
+        if (weight := segment.weight(node, place)) is not None and weight.is_floating_point()
+    }
+    inputs = {name: segment.input(name) for name in segment.given}
+    fed = {info.name for info in segment.graph.inputs}
+    for name, tensor in {**inputs, **constants}.items():
+        figures = half_figures(tensor) if tensor.is_floating_point() else {"overflows": 0.0}
+        if figures["overflows"]:
+            what = "constant" if name in constants else "network's input" if name in fed else "operand"
+            says = f"the {what} {name} is beyond FP16: values up to {figures['largest']:.3g}, FP16 ends at 65504"
+            fix = f"scale {name} down, or keep what reads it in FP32: {{layers}}"
+            yield Candidate("fp16-overflow", says, segment.run(FP16), evidence={**figures, "of": name}, fix=fix)
+
+
+@cause()
 def underflow(segment: Segment) -> Iterator[Candidate]:
     """Candidates: numbers below FP16's normal ones lose bits or vanish, in the result or in the weights."""
     value = ARITHMETICS[segment.context.claim.name].value if segment.context.claim.name in ARITHMETICS else None
