@@ -125,8 +125,9 @@ def test_a_wrong_weight_is_guilty_where_activations_are_in_int8(tmp_path: Path) 
 def test_what_is_read_beyond_fp16_comes_before_the_accumulation(tmp_path: Path, beyond: str) -> None:
     rng = np.random.default_rng(0)
     x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((4, 8), (8, 4)))
-    x[:, 3] *= np.float32(1e5 if beyond == "input" else 1)
-    w[3] *= np.float32(1e5 if beyond == "constant" else 1e-6 if beyond else 1)
+    factors = {"input": (1e5, 1e-6), "constant": (1e-6, 1e5), "": (1, 1)}[beyond]
+    x[:, 3] *= np.float32(factors[0])
+    w[3] *= np.float32(factors[1])
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["m"], name="fc"),
         helper.make_node("Mul", ["m", "s"], ["y"], name="scale"),
