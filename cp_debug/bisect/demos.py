@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 from cp_debug.recipes.centerpoint.model import BackboneNeckHead, CenterPoint
 from cp_debug.recipes.centerpoint.recipe import BACKBONE_NECK_HEAD, ENCODER, CenterPointModel
 
 if TYPE_CHECKING:
-    from cp_debug.backends.base import Backend, Program
+    from cp_debug.backends.base import Backend, Program, Session
 
 Rewrite = Callable[["list[Program]", Path], "list[Program]"]
 """Makes the programs under test from the reference's, and a folder for new files."""
@@ -141,12 +142,29 @@ def _rescaled(scales: Sequence[float], where: str, layer: str) -> Seeded:
     return Seeded(model, where, (layer,), backends="torch,emu-fp16")
 
 
+def _in_tf32() -> Seeded:
+    from cp_debug.backends.emulated import EmulatedBackend
+    from cp_debug.backends.registry import create
+    from cp_debug.backends.spec import BackendSpec
+
+    class ClaimsFP32(EmulatedBackend):
+        def open(self, program: Program) -> Session:
+            self.overrides = {node.name: "tf32" for node in program.graph.nodes if node.op in PRODUCTS}
+            return super().open(program)
+
+    backends = [create(BackendSpec.parse("torch")), ClaimsFP32(BackendSpec.parse("emu-fp32"))]
+    where = "TF32 in every convolution and matrix product"
+    return Seeded(CenterPointModel("tiny"), where, ops=[*PRODUCTS], backends=backends)
+
+
 def _parameter(network: CenterPoint, path: str, name: str) -> Tensor:
     module: nn.Module = network.get_submodule(path)
     return module.get_parameter(name).data
 
 
 _ALL = (
+    Fault("tf32", "TF32 is switched on, as several libraries have it by default", "differences of 1e-3, up to 2.4",
+          _in_tf32),
     Fault("weight-scale", "one convolution's weights are 2 % too large", "slightly worse scores, nothing broken",
           lambda: changed(_weight_scale, "the weights of pts_backbone.blocks.1.3 × 1.02", "pts_backbone.blocks.1.4")),
     Fault("features-reshaped", "the pillar encoder is fed its own output, reshaped", "a maximum difference near 100",
