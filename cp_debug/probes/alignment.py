@@ -113,7 +113,7 @@ class Alignment:
     be."""
     decisions: Sequence[str] = ()
     """Lines of the module that decide by numbers, ``net.py:7: if x.sum() > 0:``, where tracing has fixed the way."""
-    notes: Sequence[str] = ()
+    notes: Sequence[str] = field(default_factory=list)
     """Remarks on the export, one sentence each."""
     exporter: str | None = None
     folded: bool | None = None

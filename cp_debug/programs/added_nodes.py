@@ -31,8 +31,8 @@ def what_is_added(graph: Graph, nodes: Sequence[Node], known: Sequence[Node]) ->
         return None
     if kinds == {"Cast"}:
         return _casts(graph, nodes)
-    if kinds <= _QUANTIZERS:  # what their scales make of it is judged by itself: the pair is no cause
-        return None
+    if kinds <= _QUANTIZERS:
+        return "int8", "QuantizeLinear and DequantizeLinear are added"
     if kinds <= _MOVES:
         return ("transposed", "a Transpose is added") if "Transpose" in kinds else None
     if kinds <= _ARITHMETIC:

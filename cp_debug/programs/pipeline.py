@@ -104,6 +104,12 @@ def prepare(
     return programs
 
 
+def _ended(error: BaseException) -> bool:
+    """Whether the module asked Python to end, which no other exporter mends."""
+    cause = error.__cause__ or error.__context__
+    return not isinstance(error, Exception) or (cause is not None and _ended(cause))
+
+
 def _export(component: Component, inputs: Mapping[str, np.ndarray], folder: Path, how: Export, folded: bool) -> Program:
     module = component.module
     assert module is not None
@@ -129,7 +135,7 @@ def _export(component: Component, inputs: Mapping[str, np.ndarray], folder: Path
     try:
         graph, alignment = made(how.exporter, path)
     except InputError as refused:
-        if not how.free:
+        if not how.free or _ended(refused):
             raise
         try:
             graph, alignment = made(other, path)

@@ -178,6 +178,8 @@ def added(
     elif name == "int8" and (lost := _lost(segment, other, nodes, starts, pieces.added)) is not None:
         scale, share = lost
         name, says = "int8-coarse", f"{says}: their scale of {scale:.3g} makes 0 of {share:.0%} of the values"
+    elif name == "int8" and not segment.strange:  # what a sound scale makes of it is expected: the pair is no cause
+        return None
     evidence = {"node": additions[0].node, **additions[0].evidence, "read_off": "the difference of the two graphs"}
     return Candidate(name, says, value, 0, evidence, _FIX + says)
 
