@@ -48,7 +48,6 @@ CALLS = {
 def in_a_terminal(command: list[str], folder: Path) -> tuple[int, str]:
     """Exit code of a command and all that it wrote to a terminal of 80 columns and 24 rows."""
     leader, terminal = pty.openpty()
-    os.set_blocking(leader, True)
     environment = {**os.environ, "COLUMNS": "80", "LINES": "24", "TERM": "xterm-256color"}
     with subprocess.Popen(
         command, stdin=terminal, stdout=terminal, stderr=terminal, cwd=folder, env=environment

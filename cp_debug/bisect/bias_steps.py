@@ -20,6 +20,8 @@ from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import is_constant
 from cp_debug.graph.operators import PRODUCTS
 
+BIAS_PLACE = {"QLinearConv": 8, "QGemm": 6}
+"""Operator that reads levels → place of its bias, in levels of the data's scale times the weights'."""
 ON_SCALE = 0.01
 """Relative difference up to which the scale of a bias is that of data times weights."""
 
@@ -32,8 +34,8 @@ def bias_step(graph: Graph, constants: Weights, node: Node, *, rounds_floats: bo
     """
     inputs = [*node.proto.input, *[""] * 9]
     op = node.op.removeprefix("com.microsoft.")
-    if op in ("QLinearConv", "QGemm"):
-        return _product(constants, inputs[1], inputs[4]) if inputs[{"QLinearConv": 8, "QGemm": 6}[op]] else None
+    if op in BIAS_PLACE:
+        return _product(constants, inputs[1], inputs[4]) if inputs[BIAS_PLACE[op]] else None
     made_by = [graph.producer.get(name) for name in inputs[:3]]
     data, weights, bias = (n if n is not None and n.op == "DequantizeLinear" else None for n in made_by)
     if op not in PRODUCTS or data is None or weights is None or not inputs[2]:
@@ -58,8 +60,8 @@ def stored_bias(graph: Graph, constants: Weights, node: Node) -> StoredBias | No
     """The constant bias of a product of a quantized file, in levels; None where it has none or computes it."""
     inputs = [*node.proto.input, *[""] * 9]
     op = node.op.removeprefix("com.microsoft.")
-    if op in ("QLinearConv", "QGemm"):
-        levels, scale = inputs[{"QLinearConv": 8, "QGemm": 6}[op]], _product(constants, inputs[1], inputs[4])
+    if op in BIAS_PLACE:
+        levels, scale = inputs[BIAS_PLACE[op]], _product(constants, inputs[1], inputs[4])
     else:
         made_by = graph.producer.get(inputs[2]) if op in PRODUCTS else None
         if made_by is None or made_by.op != "DequantizeLinear":

@@ -69,6 +69,7 @@ class Shares:
         self._results, self._feed = results, feed
         self._model = run.pipeline.model
         self._components = [c.name for c in self._model.components]
+        self._norms: dict[str, float] = {}
         self.notes: list[str] = []
         """Sentences about what has no share and why."""
 
@@ -142,12 +143,9 @@ class Shares:
     def _of_reference(self) -> float | None:
         """Share of what the reference's own rounding makes; None where the oracle cannot compute the whole network."""
 
-        def exact(component: Component, inputs: Arrays) -> Arrays:
-            return tensors_as_arrays(self._run.replayer(component.name, self._test).oracle.run(inputs))
-
         last = self._components[-1]
         try:
-            outputs = walk(self._model, self._sample, exact)[last]
+            outputs = walk(self._model, self._sample, self._exact)[last]
         except InputError:
             return None
         return self._along({n: _difference(outputs[n], _array(self._reference, n, last)) for n in self._divergence})
@@ -188,8 +186,11 @@ class Shares:
         return found
 
     def _norm(self, name: str) -> float:
-        value = _array(self._reference, name, self._components[-1]).astype(np.float64)
-        return float(np.linalg.norm(value[np.isfinite(value)])) or 1.0
+        """Norm of a final output of the reference, which is read once: every share is divided by it."""
+        if name not in self._norms:
+            value = _array(self._reference, name, self._components[-1]).astype(np.float64)
+            self._norms[name] = float(np.linalg.norm(value[np.isfinite(value)])) or 1.0
+        return self._norms[name]
 
     def change(self, key: Key) -> dict[str, np.ndarray]:
         """Change of the final outputs by the introduced error of the layer ``key``.
@@ -227,11 +228,10 @@ class Shares:
             given = {s: value if s == key.value else load(s) for s in starts}
             own |= tensors_as_arrays(replayer.oracle.run_nodes(nodes, given, behind))
         results[key.component] = own
+        return walk(self._model, self._sample, self._exact, results)[self._components[-1]]
 
-        def run(component: Component, arrays: Arrays) -> Arrays:
-            return tensors_as_arrays(self._run.replayer(component.name, self._test).oracle.run(arrays))
-
-        return walk(self._model, self._sample, run, results)[self._components[-1]]
+    def _exact(self, component: Component, inputs: Arrays) -> Arrays:
+        return tensors_as_arrays(self._run.replayer(component.name, self._test).oracle.run(inputs))
 
     def _outputs(self, component: str) -> list[str]:
         return [v.name for v in self._run.programs[component].graph.outputs]

@@ -79,7 +79,7 @@ def export(
                 as_written(),
                 state_kept(module),
                 _flat_outputs(module),
-                _quiet() as decisions,
+                _quiet(exporter) as decisions,
                 _old_flag_readable(),
             ):
                 if exporter == "dynamo":
@@ -198,7 +198,7 @@ class _OtherThreads(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[list[str]]:
+def _quiet(exporter: str) -> Iterator[list[str]]:
     """Silence the exporters, save the warning that a trace froze a decision of the user's own code.
 
     Yields the lines of these decisions, which are added as they are met.
@@ -217,7 +217,8 @@ def _quiet() -> Iterator[list[str]]:
         with (
             warnings.catch_warnings(),
             contextlib.redirect_stdout(io.StringIO()),
-            _mute(1),  # TorchScript prints its graph from C++
+            # TorchScript prints its graph from C++; else what other threads print is not to be lost.
+            _mute(1) if exporter == "torchscript" else contextlib.nullcontext(),
             contextlib.redirect_stderr(_OtherThreads(stream)),  # torch prints graphs that it cannot export
         ):
             warnings.showwarning = shown
