@@ -17,7 +17,8 @@ def times_infinity(segment: Segment) -> Iterator[Candidate]:
     if bool(segment.new_nonfinite.any()):
         for sign in (1, -1):
             says = "the result is multiplied by Inf: its zeros become NaN"
-            value = segment.exact * (sign * torch.inf)
+            # Of what the precision makes: a value that it rounds to 0, or past it, gives NaN or the other Inf.
+            value = segment.claimed * (sign * torch.inf)
             yield Candidate(
                 "times-infinity", says, value, evidence=operands(segment), fix="find the scale that is Inf: {layers}"
             )
