@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import importlib
 import io
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -69,7 +70,6 @@ def terminal(result: Any, kind: type | None = None) -> Iterable[RenderableType]:
 
     ``kind`` is the type under which the face is registered, where that is not the result's own. Raises LookupError for
     a type that has no face.
-    Raises LookupError for a type that has no face.
     """
     return _face(_TERMINAL, kind or type(result))(result)
 
@@ -88,6 +88,21 @@ def plain(result: Any, kind: type | None = None) -> str:
     kind = kind or type(result)
     face = _face(_TERMINAL, kind)
     return _PLAIN[kind](result) if kind in _PLAIN else _as_text(face(result))
+
+
+def in_notebook() -> bool:
+    """Is this a notebook's kernel, whose cells show HTML?"""
+    from rich.console import Console
+
+    return "IPython" in sys.modules and Console().is_jupyter
+
+
+def show_inline(page: str) -> None:
+    """Show a whole HTML page below the notebook's cell, in a frame of its own: its styles and ids stay in there."""
+    from IPython.display import HTML, display
+
+    frame = f'<iframe srcdoc="{html.escape(page)}" style="width: 100%; height: 80vh; border: 0"></iframe>'
+    display(HTML(f"<div>{frame}</div>"))
 
 
 def _as_text(parts: Iterable[RenderableType]) -> str:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _REPORT, _ANNOTATION = "cpdebug_report", "cpdebug_annotation"
 """Properties of a test: they travel with its report, from the processes of pytest-xdist, too."""
+UNAVAILABLE = 3
+"""Exit code of errors about something that is not there."""
 _WRITTEN = pytest.StashKey[set[Path]]()
 """Pages of this run; those of an earlier one are replaced."""
 
@@ -66,20 +68,27 @@ class Summary:
 
 @pytest.fixture
 def assert_agree(request: pytest.FixtureRequest) -> Callable[..., BisectResult]:
-    """``cp_debug.assert_agree``; where it fails and ``--cpdebug-report`` is given, the page of the result is kept."""
+    """``cp_debug.assert_agree``; where it fails and ``--cpdebug-report`` is given, the page of the result is kept.
+
+    ``missing``: "fail", or "skip" where a backend, a device or a package is not there. Raises InputError for another.
+    """
     config = request.config
     folder = config.getoption("--cpdebug-report") or config.getini("cpdebug_report")
     tell = request.node.user_properties.append
 
-    def check(*args: Any, **kwargs: Any) -> BisectResult:
+    def check(*args: Any, missing: str = "fail", **kwargs: Any) -> BisectResult:
         __tracebackhide__ = True
         import cp_debug
         from cp_debug.errors import CpdebugError
 
+        if missing not in ("fail", "skip"):
+            raise cp_debug.InputError(f"missing: {missing!r}; expected 'fail' or 'skip'")
         try:
             with _without_torchs_trace():
                 return cp_debug.assert_agree(*args, **kwargs)
         except CpdebugError as error:
+            if missing == "skip" and error.exit_code == UNAVAILABLE:
+                pytest.skip(str(error).partition("\n")[0])
             raise error.with_traceback(None) from None  # what was given is wrong: the test's own line is what matters
         except AssertionError as error:
             result = getattr(error, "result", None)

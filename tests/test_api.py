@@ -246,26 +246,6 @@ def test_the_page_of_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "<html" in page.read_text(encoding="utf-8")
 
 
-def test_progress_in_a_notebook_without_widgets_is_one_line_that_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from types import ModuleType, SimpleNamespace
-
-    import rich.console
-
-    from cp_debug.api import progress
-
-    shown: list[str] = []
-    line = SimpleNamespace(update=lambda data, raw: shown.append(data["text/plain"]))
-    ipython = ModuleType("IPython.display")
-    ipython.display = lambda data, raw, display_id: line  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
-    monkeypatch.setitem(sys.modules, "IPython.display", ipython)
-    monkeypatch.setattr(rich.console, "_is_jupyter", lambda: True)
-    monkeypatch.setattr(progress, "find_spec", lambda name: None)
-    with progress.shown_steps(True, None) as on_step:
-        on_step("exporting", 1, 3)
-    assert shown == ["exporting (1 of 3)", ""]
-
-
 def test_a_result_says_what_two_models_it_is_about(tmp_path: Path) -> None:
     right = second_like(tmp_path / "right.onnx", depth=1, size=8)
     proto = onnx.load(right)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -95,7 +96,9 @@ def test_few_logs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_version() -> None:
-    assert run("--version") == (0, f"cpdebug {cp_debug.__version__}\n")
+    code, said = run("--version")
+    assert code == 0
+    assert re.fullmatch(rf"cpdebug {re.escape(cp_debug.__version__)}( \(commit [0-9a-f]{{7,}}(-dirty)?\))?\n", said)
 
 
 @pytest.mark.process

@@ -50,6 +50,16 @@ def test_the_fixture_and_the_kept_report(
     assert "guilty" in page.read_text(encoding="utf-8")
 
 
+def test_a_missing_backend_skips_where_that_is_asked(pytester: pytest.Pytester) -> None:
+    second_like(pytester.path / "a.onnx", depth=1, size=8)
+    call = 'assert_agree("a.onnx", "ort,ort@cuda:31"'
+    bodies = {"asked": f'{call}, missing="skip")', "silent": f"{call})", "misspelt": f'{call}, missing="skipped")'}
+    pytester.makepyfile("".join(f"def test_{name}(assert_agree):\n    {body}\n" for name, body in bodies.items()))
+    done = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-rs")
+    done.assert_outcomes(failed=2, skipped=1)
+    done.stdout.fnmatch_lines(["*missing: 'skipped'; expected 'fail' or 'skip'*", "SKIPPED*ort@cuda:31*"])
+
+
 @pytest.mark.slow
 def test_what_was_given_wrong_is_told_at_the_test_s_own_line(pytester: pytest.Pytester) -> None:
     pytester.makepyfile('def test_it(assert_agree):\n    assert_agree("nowhere.onnx", "ort,ort-all")')

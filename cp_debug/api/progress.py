@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 
 from cp_debug.bisect.options import OnStep
+from cp_debug.display import in_notebook
 
 
 @contextmanager
@@ -22,24 +22,23 @@ def shown_steps(progress: bool | None, on_step: OnStep | None) -> Iterator[OnSte
     if not (_somebody_looks() if progress is None else progress):
         yield lambda text, done, total: None
         return
+    if in_notebook():
+        with _notebook_line() as on_line:
+            yield on_line
+        return
     from rich.console import Console
 
     from cp_debug.reports.progress_bar import progress_bar
 
     # The stream as it is now: an export puts another in its place, and a bar there draws itself again.
-    console = Console(file=sys.stderr, markup=False)
-    if console.is_jupyter and find_spec("ipywidgets") is None:  # without it rich shows warnings instead of a bar
-        with _notebook_line() as on_line:
-            yield on_line
-        return
-    with progress_bar(console) as bar:
+    with progress_bar(Console(file=sys.stderr, markup=False)) as bar:
         task = bar.add_task("", total=None)
         yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total or None)
 
 
 @contextmanager
 def _notebook_line() -> Iterator[OnStep]:
-    """One line of plain text below a notebook's cell, by IPython alone; it is empty at the end."""
+    """One line below a notebook's cell, by IPython alone; it is gone at the end."""
     from IPython.display import display
 
     line = display({"text/plain": ""}, raw=True, display_id=True)
@@ -49,8 +48,8 @@ def _notebook_line() -> Iterator[OnStep]:
 
     try:
         yield show
-    finally:
-        line.update({"text/plain": ""}, raw=True)
+    finally:  # HTML takes no room where it is empty; text leaves an empty <pre>
+        line.update({"text/html": "", "text/plain": ""}, raw=True)
 
 
 def _somebody_looks() -> bool:

@@ -15,7 +15,7 @@ from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.strange_numbers import nonfinite_origins, outputs_say, undecided
 from cp_debug.detection.detection_change import DetectionChange
-from cp_debug.display import notebook, plain, terminal, write_page
+from cp_debug.display import in_notebook, notebook, plain, show_inline, terminal, write_page
 from cp_debug.errors import InputError
 from cp_debug.graph.randomness import DRAWS_NUMBERS
 from cp_debug.probes.caveats import ALL_ZERO
@@ -482,7 +482,7 @@ class BisectResult(JsonForm):
         write_page(self, Path(path), BisectResult)
 
     def show(self, path: str | Path | None = None) -> Path:
-        """Write the HTML report and open it in a browser, where there is one. Returns the file.
+        """Write the HTML report and show it: below a notebook's cell, else in a browser. Returns the file.
 
         ``path`` None takes a file in the temporary folder, which stays. Raises InputError when it cannot be written.
         """
@@ -492,7 +492,10 @@ class BisectResult(JsonForm):
         target = path if path is not None else Path(tempfile.mkdtemp(prefix="cpdebug-")) / "report.html"
         self.write_html(target)
         target = Path(target)
-        webbrowser.open(target.resolve().as_uri())
+        if in_notebook():
+            show_inline(target.read_text(encoding="utf-8"))
+        else:
+            webbrowser.open(target.resolve().as_uri())
         return target
 
     def __iter__(self) -> Iterator[TestResult]:

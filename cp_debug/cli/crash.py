@@ -12,6 +12,7 @@ import time
 import traceback
 from pathlib import Path
 
+from cp_debug import version
 from cp_debug.errors import text_of
 
 EXIT_CODE = 70
@@ -21,7 +22,7 @@ KEPT = 20
 """Number of logs that are kept; older ones are removed."""
 SHOWN = 300
 """Number of characters of the error's own text that the message quotes; the log has all."""
-PACKAGES = ("cpdebug", "torch", "numpy", "onnx", "onnxruntime", "onnxscript", "tensorrt", "typer", "rich")
+PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "onnxscript", "tensorrt", "typer", "rich")
 
 
 def log_crash(error: BaseException) -> str:
@@ -51,6 +52,7 @@ def write_log(error: BaseException) -> Path:
         f"command   {shlex.join(['cpdebug', *sys.argv[1:]])}",
         f"folder    {Path.cwd()}",
         f"python    {platform.python_version()} on {platform.platform()}",
+        f"cpdebug   {version.full()}",
         *(f"{name:<9} {_version(name)}" for name in PACKAGES),
         "",
         *traceback.format_exception(error),

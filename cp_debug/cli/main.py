@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cp_debug import __version__, plugins
+from cp_debug import plugins, version
 from cp_debug.cli import crash
 from cp_debug.cli.console import NO_READER, Ended, errors, forget_output, show_anywhere, show_error, show_usage
 from cp_debug.cli.library_log import safe_library_log
@@ -74,13 +74,13 @@ _ELSEWHERE = {"eval": ("eval", "evaluate"), "import": ("import_dump", "import_du
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"cpdebug {__version__}")
+        print(f"cpdebug {version.full()}")
         raise typer.Exit
 
 
 def options(
     context: typer.Context,
-    version: Annotated[
+    show_version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
     ] = False,
     verbose: Annotated[
