@@ -186,57 +186,51 @@ def groups(count: int) -> list[FusionGroup]:
     return [FusionGroup("net", (f"n{i}",), f"layer{i}") for i in range(count)]
 
 
-def predictor(goal: str, local: list[float], alone: list[float], output: str = "y") -> Predictor:
+def predictor(goal: str, local: list[float], shares: list[float]) -> Predictor:
     layers = groups(len(local))
-    everything = frozenset(layers)
-
-    def measured(kept: frozenset[FusionGroup]) -> Measured:
-        (low,) = everything - kept
-        size = alone[layers.index(low)]
-        return Measured({"rel_l2": size, "max_abs": 10 * size}, {output: size})
-
-    return Predictor(layers, Goal.parse(goal), lambda group: local[layers.index(group)], measured)
+    of_nodes = {("net", f"n{i}"): share for i, share in enumerate(shares)}
+    return Predictor(layers, Goal.parse(goal), lambda group: local[layers.index(group)], lambda kept: of_nodes)
 
 
 def names(found: list[FusionGroup]) -> list[str]:
     return [group.name for group in found]
 
 
-def test_layers_are_kept_until_the_rest_is_predicted_to_hold() -> None:
-    """5² = 4² + 2² + 2² + 1²: without the largest 3 is left, without two 2.2, without three 1."""
-    made = predictor("rel_l2<2.5", [1, 2, 3, 4], [1, 4, 2, 2])
-    assert names(made.ranked) == ["layer3", "layer2", "layer1", "layer0"]
+def test_layers_with_the_largest_shares_are_kept_until_the_rest_is_predicted_to_hold() -> None:
+    """25 = 16 + 4 + 4 + 1: without the largest 3 of 5 is left, without two 2.2, without three 1."""
+    shares = [0.04, 0.64, 0.16, 0.16]
     whole = Measured({"rel_l2": 5.0, "max_abs": 50.0}, {"y": 5.0})
-    first, second = made.extend([], whole)
-    assert first.name == "layer1"
-    assert second.name in ("layer2", "layer3")
-    assert len(predictor("rel_l2<3.5", [1] * 4, [1, 4, 2, 2]).extend([], whole)) == 1
-    assert len(predictor("max_abs<35", [1] * 4, [1, 4, 2, 2]).extend([], whole)) == 1
-    assert len(predictor("max_abs<25", [1] * 4, [1, 4, 2, 2]).extend([], whole)) == 2
+    assert names(predictor("rel_l2<2.5", [1, 2, 3, 4], shares).extend([], whole)) == ["layer1", "layer3"]
+    assert len(predictor("rel_l2<3.5", [1] * 4, shares).extend([], whole)) == 1
+    assert len(predictor("max_abs<35", [1] * 4, shares).extend([], whole)) == 1
+    assert len(predictor("max_abs<25", [1] * 4, shares).extend([], whole)) == 2
+    assert len(predictor("max_abs<25 and rel_l2<1.5", [1] * 4, shares).extend([], whole)) == 3
     # Of boxes nobody knows how they follow the error: three tenths of it may remain.
-    assert len(predictor("boxes_lost==0", [1] * 4, [1, 4, 2, 2]).extend([], whole)) == 3
+    assert len(predictor("boxes_lost==0", [1] * 4, shares).extend([], whole)) == 3
 
 
-def test_what_overflows_by_itself_is_kept_before_anything_is_measured() -> None:
+def test_a_layer_against_the_divergence_is_kept_last() -> None:
+    whole = Measured({"rel_l2": 1.0}, {"y": 1.0})
+    assert names(predictor("rel_l2<1e-9", [1] * 3, [-0.1, 0.8, 0.3]).extend([], whole)) == ["layer1", "layer2"]
+    # A share as small as one against it says nothing yet: it is asked again with the others kept.
+    assert names(predictor("rel_l2<1e-9", [1] * 3, [-0.5, 1.2, 0.3]).extend([], whole)) == ["layer1"]
+
+
+def test_what_overflows_by_itself_is_kept_before_anything_is_asked() -> None:
     made = predictor("rel_l2<1", [1, math.inf, 3, math.inf], [0] * 4)
     assert names(made.extend([], Measured({"rel_l2": math.inf}, {"y": math.inf}))) == ["layer1", "layer3"]
-    assert made.effects == {}
+    assert made.shares == {}
 
 
-def test_a_prediction_that_fails_doubles_the_set() -> None:
-    made = predictor("rel_l2<1e-9", [5, 4, 3, 2, 1], [1] * 5)
+def test_where_no_share_is_known_the_set_doubles() -> None:
+    made = predictor("rel_l2<1e-9", [5, 4, 3, 2, 1], [0] * 5)
     whole = Measured({"rel_l2": 9.0, "max_abs": 9.0}, {"y": 9.0})
-    assert len(made.extend([], whole)) == 1
-    assert len(made.extend(groups(5)[:2], whole)) == 2
+    assert names(made.extend([], whole)) == ["layer0"]
+    assert names(made.extend(groups(5)[:2], whole)) == ["layer2", "layer3"]
     assert len(made.extend(groups(5)[:4], whole)) == 1
 
 
-def test_errors_of_infinite_outputs_are_those_of_the_layers_that_stay_low() -> None:
-    """Infinite now; the two that stay low bring 3 and 4 by themselves, together 5."""
-    whole = Measured({"rel_l2": math.inf, "max_abs": math.inf}, {"y": math.inf})
-    assert len(predictor("rel_l2<5.5", [1] * 3, [9, 3, 4]).extend([], whole)) == 1
-    assert len(predictor("rel_l2<4.5", [1] * 3, [9, 3, 4]).extend([], whole)) == 2
-    assert len(predictor("rel_l2<2.5", [1] * 3, [9, 3, 4]).extend([], whole)) == 3
+def test_errors_that_are_taken_away_leave_by_their_squares() -> None:
     assert left_of(5.0, [3.0]) == pytest.approx(4)
     assert left_of(5.0, [3.0, 4.5]) == 0
     assert enough_of([3.0, 4.0, 1.0], 5.2, lambda e: e, 4.3) == [3.0]

@@ -10,10 +10,9 @@ import pytest
 
 from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.errors import InputError
-from cp_debug.mixed_precision.fusion_groups import FusionGroup
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.judge import Judge
-from cp_debug.mixed_precision.predict import Predictor, enough_of, left_of
+from cp_debug.mixed_precision.predict import enough_of, left_of
 from cp_debug.mixed_precision.result import MixedPrecisionResult
 from cp_debug.mixed_precision.sensitivity import Int8Effect, LayerSensitivity
 from cp_debug.mixed_precision.trial import Measured, Trial
@@ -174,13 +173,3 @@ def test_the_change_of_a_score_rises_over_what_was_before() -> None:
     assert change.value == pytest.approx(0.2)
     assert 0.1 <= change.low < change.high <= 0.3 + 1e-9
     assert before.change("mAP", after).value == pytest.approx(-0.2)
-
-
-def test_layers_that_introduce_most_are_measured_first() -> None:
-    groups = [FusionGroup("net", (name,), name) for name in "abcd"]
-    local = dict(zip(groups, (0.1, 0.5, 0.3, 0.5), strict=True))
-    nothing: Any = None
-    ranked = Predictor(groups, Goal.parse("rel_l2<1"), local.__getitem__, nothing).ranked
-    assert [group.name for group in ranked] == ["b", "d", "c", "a"]
-    broken = Predictor(groups, Goal.parse("rel_l2<1"), lambda g: np.inf if g.name == "c" else 0.1, nothing)
-    assert [group.name for group in broken.extend([], Measured({"rel_l2": 1.0}, {"y": 1.0}))] == ["c"]

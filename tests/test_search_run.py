@@ -13,6 +13,7 @@ from nets import NetBuilder
 from test_trt_runner import install, save_net
 from typer.testing import CliRunner
 
+from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
@@ -24,7 +25,10 @@ from cp_debug.graph.made_up import MadeUp
 from cp_debug.graph.qdq import insert_qdq, quantizable
 from cp_debug.graph.scales import LayerScales
 from cp_debug.graph.unquantize import quantized_inputs
+from cp_debug.mixed_precision.fusion_groups import fusion_groups_of
 from cp_debug.mixed_precision.goal import Goal
+from cp_debug.mixed_precision.graph_runners import EmulatedRunner
+from cp_debug.mixed_precision.precision import TrialPrecision
 from cp_debug.mixed_precision.result import MixedPrecisionResult
 from cp_debug.mixed_precision.search import MixedPrecisionOptions, samples_for, search
 from cp_debug.recipes.registry import load_model
@@ -86,6 +90,22 @@ def test_rounding_takes_the_layers_that_matter(tmp_path: Path) -> None:
     assert 0 < len(result.kept) < result.layers
     assert result.best.measured.figures["rel_l2"] < whole / 2
     assert all(layer.without["rel_l2"] >= whole / 2 for layer in result.kept)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp16acc", "tf32"])
+def test_shares_of_a_trial_add_up_to_its_divergence(tmp_path: Path, precision: str) -> None:
+    """Nearly linear, so that they add up to 1; with the largest layers kept, the others' shares of less do."""
+    graph = Graph(chain(tmp_path / "net.onnx"))
+    program = Program("net", graph)
+    model, of = load_model(str(tmp_path / "net.onnx")), TrialPrecision(precision)
+    runner = EmulatedRunner(model, [program], list(model.samples(2, 0, None)), of, "cpu")
+    runner.prepare()
+    groups = fusion_groups_of(program, of.candidates(graph))
+    for kept in (frozenset(), frozenset(groups[:3])):
+        shares = runner.shares(kept)
+        assert sum(shares.values()) == pytest.approx(1, abs=0.05)
+        assert sum(abs(shares.get(("net", node), 0.0)) for group in kept for node in group.nodes) == 0
+    assert runner.shares(frozenset(groups)) == {}
 
 
 def test_a_goal_out_of_reach_is_said(tmp_path: Path) -> None:
@@ -268,7 +288,7 @@ def test_the_command(overflowing: Path, tmp_path: Path) -> None:
     for expected in ("--precision-constraints obey", "--layerPrecisions=node_c2:fp32", "'^node_c2$'", "keep_fp32:"):
         assert expected in done.output
     document = json.loads(target.read_text())
-    assert (document["schema"], document["minimal"]) == ("cpdebug.search/1", True)
+    assert (document["schema"], document["minimal"]) == ("cpdebug.search/2", True)
     assert Graph(tmp_path / "mixed.onnx").precision == "fp16"
     stopped = CLI.invoke(app, [*arguments, "--max-builds", "1", "--onnx", str(tmp_path / "none.onnx")])
     assert stopped.exit_code == 1

@@ -7,26 +7,44 @@ by torch's autograd on a segment's replay from the test's own inputs; so J belon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cp_debug.backends.base import Tensor as AnyTensor
-from cp_debug.bisect.replay import Load, Replayer
+from cp_debug.backends.executor import Executor
+from cp_debug.bisect.glue import through_glue
 from cp_debug.bisect.whole_numbers import as_tensor
 from cp_debug.errors import InputError, in_one_line
-from cp_debug.graph.graph import Node
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.integer_values import level_values
 from cp_debug.graph.randomness import draws
+from cp_debug.probes.arrays import as_numpy
+from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 
 class Backward:
     """Walks one component's graph back, from derivatives of its outputs to those of its inputs."""
 
-    def __init__(self, replayer: Replayer, test: Load) -> None:
-        """``test`` loads the test's captured values, by the names of the replayer's graph."""
-        self._replayer, self._test = replayer, test
+    def __init__(
+        self,
+        graph: Graph,
+        known: Collection[str],
+        test: Callable[[str], AnyTensor],
+        oracle: Executor,
+        follower: Executor | None = None,
+        errors: dict[str, Tensor] | None = None,
+        plain: Mapping[str, Node] | None = None,
+    ) -> None:
+        """``test`` loads one of the test's values, of which ``known`` are there. ``oracle`` says what is exact;
+        ``follower``, else the oracle, is derived. ``errors``: introduced errors that are known already. ``plain``:
+        nodes that read in front of Q/DQ pairs (``plain_nodes``); then every value is known.
+        """
+        self._graph, self._known, self._test = graph, known, test
+        self._oracle, self._follower = oracle, follower or oracle
+        self._errors, self._plain, self._levels = errors or {}, plain or {}, level_values(graph)
         self.derivatives: dict[str, Tensor] = {}
         """Value → derivative of the measure by it, on the device of the replay; those behind the walk are freed."""
         self.stopped: dict[str, str] = {}
@@ -38,10 +56,9 @@ class Backward:
         ``derivatives``: output → derivative of the measure by it, in its shape. Afterwards ``self.derivatives`` has
         those of the graph's inputs. NaN and Inf count as no error, and pass no derivative on.
         """
-        graph, device = self._replayer.graph, self._replayer.follower.device
         for name, value in derivatives.items():
-            self._add(name, torch.from_numpy(value).to(device))
-        for node in reversed(graph.nodes):
+            self._add(name, torch.from_numpy(value).to(self._follower.device))
+        for node in reversed(self._graph.nodes):
             targets = [name for name in node.outputs if name in self.derivatives]
             if not targets:
                 continue
@@ -55,23 +72,25 @@ class Backward:
 
     def _segment(self, node: Node, derivatives: dict[str, Tensor]) -> dict[str, float]:
         """⟨derivative, introduced error⟩ of a node's results; the derivatives of what it started from are added."""
-        replayer = self._replayer
-        nodes, starts = replayer.graph.segment([*derivatives], replayer.known)
-        if any(draws(inner, replayer.graph) for inner in nodes):
+        nodes, starts = self._graph.segment([*derivatives], self._known)
+        if any(n.name in self._plain for n in nodes):
+            nodes = [self._plain.get(n.name, n) for n in nodes]
+            starts = [name for name in dict.fromkeys(i for n in nodes for i in n.inputs) if name in self._known]
+        if any(draws(inner, self._graph) for inner in nodes):
             raise InputError("it draws random numbers")
         given = {name: self._test(name) for name in starts}
         leaves = {name: leaf for name in starts if (leaf := self._leaf(name, given[name])) is not None}
-        exact = replayer.follower.run_nodes(nodes, given | leaves, [*derivatives], differentiable=True)
+        exact = self._follower.run_nodes(nodes, given | leaves, [*derivatives], differentiable=True)
         errors: dict[str, float] = {}
         followed: list[str] = []
-        unknown = [n.name for n in nodes if n.name in replayer.follower.in_reference] if leaves else []
+        unknown = [n.name for n in nodes if n.name in self._follower.in_reference] if leaves else []
         self.stopped |= dict.fromkeys(derivatives, f"no derivative of {unknown[0]} is known") if unknown else {}
         for name, derivative in derivatives.items():
             result = as_tensor(exact[name])
             if result.shape != derivative.shape:
                 self.stopped[name] = "its shape is another one in the test"
                 continue
-            if name in replayer.known:
+            if name in self._known:
                 introduced = torch.nan_to_num(self._introduced(name, nodes, given, result), 0.0, 0.0, 0.0)
                 errors[name] = float(derivative.double().flatten() @ introduced.flatten())
             if result.requires_grad and bool(derivative.any()):
@@ -87,27 +106,63 @@ class Backward:
 
     def _introduced(self, name: str, nodes: list[Node], given: Mapping[str, AnyTensor], result: Tensor) -> Tensor:
         """The introduced error of a value in float64, against what the oracle makes of the test's inputs."""
-        replayer = self._replayer
-        if (known := replayer.errors.pop(name, None)) is not None:
+        if (known := self._errors.pop(name, None)) is not None:
             return known.double()
-        if replayer.follower is not replayer.oracle:
-            result = as_tensor(replayer.oracle.run_nodes(nodes, given, [name])[name])
-        held = as_tensor(replayer.oracle.arithmetic.hold(self._test(name), replayer.oracle.device))
+        oracle = self._oracle
+        if self._follower is not oracle:
+            result = as_tensor(oracle.run_nodes(nodes, given, [name])[name])
+        held = as_tensor(oracle.arithmetic.hold(self._test(name), oracle.device))
         return held.double() - result.detach().double()
 
     def _leaf(self, name: str, value: AnyTensor) -> Tensor | None:
         """A captured value as autograd follows it; None for whole numbers, the levels of a quantizer apart."""
         held = self._hold(value)
         if not held.is_floating_point():
-            if name not in self._replayer.levels:
+            if name not in self._levels:
                 return None
-            held = held.to(self._replayer.follower.arithmetic.dtype)
+            held = held.to(self._follower.arithmetic.dtype)
         return held.detach().requires_grad_()
 
     def _hold(self, value: AnyTensor) -> Tensor:
-        follower = self._replayer.follower
+        follower = self._follower
         return as_tensor(follower.arithmetic.hold(value, follower.device))
 
     def _add(self, name: str, derivative: Tensor) -> None:
         known = self.derivatives.get(name)
         self.derivatives[name] = derivative if known is None else known + derivative
+
+
+def walk_back(
+    model: Model,
+    sample: Sample,
+    results: Mapping[str, Arrays],
+    derivatives: Arrays,
+    backward: Callable[[Component], Backward],
+    notes: list[str],
+) -> Iterator[tuple[Component, dict[str, float], Arrays]]:
+    """(Component, value → ⟨derivative, introduced error⟩, input → derivative), the last component first.
+
+    ``results``: component → output → array, of the test; ``derivatives``: those of the measure by final outputs, in
+    the shapes of the outputs.
+    ``notes`` takes sentences about where the walk ends, and why.
+    """
+    names = [component.name for component in model.components]
+    of_outputs = {(names[-1], name): value for name, value in derivatives.items()}
+    for place, component in reversed([*enumerate(model.components)]):
+        walked = backward(component)
+        errors = dict(walked.walk({n: d for (c, n), d in of_outputs.items() if c == component.name}))
+        for reason in dict.fromkeys(walked.stopped.values()):
+            values = [value for value, why in walked.stopped.items() if why == reason]
+            more = f" and {len(values) - 1} more" if len(values) > 1 else ""
+            notes.append(f"shares of layers in front of {values[0]}{more} are not complete: {reason}")
+        at_inputs = {n: as_numpy(d) for n, d in walked.derivatives.items() if n in component.input_names}
+        yield component, errors, at_inputs
+        if not place or not any(d.any() for d in at_inputs.values()):
+            continue
+        try:
+            earlier = {name: results[name] for name in names[:place]}
+            for of, derivative in through_glue(model, component, sample, earlier, at_inputs).items():
+                of_outputs[of] = of_outputs.get(of, 0.0) + derivative
+        except Exception as error:
+            notes.append(f"layers in front of {component.name} have no share: {in_one_line(error)}")
+            return

@@ -16,9 +16,8 @@ from functools import cached_property
 import numpy as np
 
 from cp_debug.backends.base import Tensor
-from cp_debug.bisect.backward import Backward
+from cp_debug.bisect.backward import Backward, walk_back
 from cp_debug.bisect.candidate_run import CandidateRun, loader
-from cp_debug.bisect.glue import through_glue
 from cp_debug.bisect.result import Attribution, LayerRow
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.probes.arrays import as_numpy
@@ -77,36 +76,26 @@ class Shares:
     def of_layers(self) -> dict[Key, float]:
         """Share of every replayed value, with a row or without; linear, but for what ``attribution`` carries."""
         found: dict[Key, float] = {}
-        derivatives: dict[tuple[str, str], np.ndarray] = {}
-        for name, difference in self._divergence.items():
-            shape = _array(self._reference, name, self._components[-1]).shape
-            derivatives[self._components[-1], name] = (difference / (self._norm(name) * self._size)).reshape(shape)
-        for component in reversed(self._model.components):
-            backward = Backward(self._run.replayer(component.name, self._test), loader(self._test, component.name))
-            of_outputs = {n: d for (c, n), d in derivatives.items() if c == component.name}
-            found |= {Key(component.name, value): share for value, share in backward.walk(of_outputs)}
-            for reason in dict.fromkeys(backward.stopped.values()):
-                values = [value for value, why in backward.stopped.items() if why == reason]
-                more = f" and {len(values) - 1} more" if len(values) > 1 else ""
-                self.notes.append(f"shares of layers in front of {values[0]}{more} are not complete: {reason}")
-            at_inputs = {n: as_numpy(d) for n, d in backward.derivatives.items() if n in component.input_names}
+        last = self._components[-1]
+        derivatives = {
+            name: (difference / (self._norm(name) * self._size)).reshape(_array(self._reference, name, last).shape)
+            for name, difference in self._divergence.items()
+        }
+        walked = walk_back(self._model, self._sample, self._results, derivatives, self._backward, self.notes)
+        for component, errors, at_inputs in walked:
+            found |= {Key(component.name, value): share for value, share in errors.items()}
             if self._run.reference.model is not self._model:  # whose own glue may have made another input
                 for name, derivative in at_inputs.items():
                     key = Key(component.name, name)
                     introduced = _difference(_array(self._test, name, component.name), as_numpy(self._feed(key)))
                     if introduced.shape == derivative.shape:
                         found[key] = float(derivative.ravel() @ introduced.ravel())
-            earlier = {c: self._results[c] for c in self._components[: self._components.index(component.name)]}
-            if not earlier or not any(d.any() for d in at_inputs.values()):
-                continue
-            try:
-                of_earlier = through_glue(self._model, component, self._sample, earlier, at_inputs)
-            except Exception as error:
-                self.notes.append(f"layers in front of {component.name} have no share: {in_one_line(error)}")
-                break
-            for of, derivative in of_earlier.items():
-                derivatives[of] = derivatives.get(of, 0.0) + derivative
         return found
+
+    def _backward(self, component: Component) -> Backward:
+        of = self._run.replayer(component.name, self._test)
+        test = loader(self._test, component.name)
+        return Backward(of.graph, of.known, test, of.oracle, of.follower, of.errors)
 
     def attribution(self, names: Mapping[Key, str], *, asks: bool = True) -> Attribution:
         """The sum of all shares, and what of the divergence they leave. ``names``: value → its layer's name.

@@ -95,7 +95,7 @@ def sweep_ablate(
     ] = None,
     what: _Ablated,
     layers: Annotated[
-        int, typer.Option(min=1, max=MOST, help="Layers to try one by one, those of most leverage first.")
+        int, typer.Option(min=1, max=MOST, help="Layers to try one by one, the largest shares first.")
     ] = 12,
     int8: calibration.CalibrationFlags,
     desk: Desk,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 
 from cp_debug.errors import InputError
-from cp_debug.graph.graph import Graph
+from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.surgery import save
 
 
@@ -25,6 +26,19 @@ def quantized_inputs(graph: Graph) -> dict[str, dict[str, str]]:
             around[node.outputs[0]] = around.get(source, source)
     by_node = {n.name: {i: around[i] for i in n.inputs if i in around} for n in graph.nodes if n.op != "QuantizeLinear"}
     return {name: pairs for name, pairs in by_node.items() if pairs}
+
+
+def plain_nodes(graph: Graph) -> dict[str, Node]:
+    """Node → the same node reading what is in front of Q/DQ pairs, for every node that reads from such pairs."""
+    found: dict[str, Node] = {}
+    around = quantized_inputs(graph)
+    for node in graph.nodes:
+        if pairs := around.get(node.name):
+            proto = onnx.NodeProto()
+            proto.CopyFrom(node.proto)
+            proto.input[:] = [pairs.get(name, name) for name in proto.input]
+            found[node.name] = replace(Node.of(node.index, proto), name=node.name)
+    return found
 
 
 def remove_qdq(graph: Graph, nodes: Collection[str], target: Path) -> Path:

@@ -14,15 +14,13 @@ from pathlib import Path
 from cp_debug.backends.base import Backend, Program
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.fusion_groups import FusionGroup, fusion_groups_of
-from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.graph_runners import BackendRunner, EmulatedRunner, Runner
-from cp_debug.mixed_precision.judge import Judge
 from cp_debug.mixed_precision.precision import precision_of
 from cp_debug.mixed_precision.search import emulation_device
 from cp_debug.recipes.base import Model, Sample
 
 NONE, LAYER, FIRST, ALL = "none", "layer", "first", "all"
-"""Kinds of sets: no layer, one, the first few by leverage, all of them."""
+"""Kinds of sets: no layer, one, the first few by share, all of them."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class AblatedSet:
 
     @property
     def names(self) -> list[str]:
-        """Names of its layers, the one of most leverage first."""
+        """Names of its layers, the largest share first."""
         return [f"{group.component}/{group.name}" for group in self.groups]
 
 
@@ -55,21 +53,18 @@ class Ablation:
                 f"--backends: no layer of {model.name} computes in {self.precision.name} on {backend.spec}"
             )
 
-    def leverages(self, sample: Sample) -> list[float]:
-        """Leverage of each of ``groups``: what it alone in the test's precision, all others in FP32, does to the final
-        outputs of ``sample``, as relative L2 of the worst.
-
-        It is measured on the emulation, whatever the backend. Raises InputError where FP32 itself gives no numbers.
+    def shares(self, sample: Sample) -> list[float]:
+        """Share of each of ``groups`` in what the test's precision does to the final outputs of ``sample``: emulated,
+        whatever the backend, by one walk backward (``EmulatedRunner.shares``).
         """
         emulator = self._emulator([sample])
-        everything = frozenset(self.groups)
         emulator.prepare()
-        judge = Judge(self._model, [sample], emulator.run(everything), Goal.parse("rel_l2<1"))
-        return [judge.measure(emulator.run(everything - {group})).figures["rel_l2"] for group in self.groups]
+        of_nodes = emulator.shares(frozenset())
+        return [sum(of_nodes.get((g.component, node), 0.0) for node in g.nodes) for g in self.groups]
 
-    def sets(self, leverages: Sequence[float], most: int) -> list[AblatedSet]:
-        """None, each of the ``most`` layers of the highest leverage, the first 2, 4, 8 … of them, and all layers."""
-        order = sorted(range(len(self.groups)), key=lambda place: (-leverages[place], place))
+    def sets(self, shares: Sequence[float], most: int) -> list[AblatedSet]:
+        """None, each of the ``most`` layers of the largest shares, the first 2, 4, 8 … of them, and all layers."""
+        order = sorted(range(len(self.groups)), key=lambda place: (-shares[place], place))
         ranked = tuple(self.groups[place] for place in order)
         most = min(most, len(ranked))
         firsts = [count for count in (*(2**k for k in range(1, most.bit_length())), most) if 1 < count < len(ranked)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -10,9 +11,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
+import numpy as np
+
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Backend, Program, Session
 from cp_debug.backends.capabilities import build_info_of, timer_of
+from cp_debug.bisect.backward import Backward, walk_back
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.unquantize import remove_qdq
 from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept, nodes_of
@@ -57,6 +61,8 @@ class EmulatedRunner:
         device: str,
     ) -> None:
         self._model, self._samples, self._precision = model, samples, precision
+        self._last_component = model.components[-1].name
+        self._outputs: list[Arrays] = []
         arithmetic = ARITHMETICS[precision.name]
         self._executors = {p.name: MixedExecutor(p.graph, arithmetic, device) for p in programs}
         self._exact: dict[tuple[int, str], Computed] = {}
@@ -66,9 +72,12 @@ class EmulatedRunner:
 
     def run(self, kept_groups: Kept) -> list[Results]:
         """Final outputs by sample, with ``kept_groups`` in high precision."""
-        graphs = {name: executor.graph for name, executor in self._executors.items()}
-        high = {name: self._precision.high(graph, nodes_of(kept_groups, name)) for name, graph in graphs.items()}
+        high = self._high(kept_groups)
         return [self._pass(i, high) for i in range(len(self._samples))]
+
+    def _high(self, kept_groups: Kept) -> dict[str, frozenset[str]]:
+        graphs = {name: executor.graph for name, executor in self._executors.items()}
+        return {name: self._precision.high(graph, nodes_of(kept_groups, name)) for name, graph in graphs.items()}
 
     def latency(self) -> None:
         """None: an emulation has no time on a device."""
@@ -76,8 +85,36 @@ class EmulatedRunner:
     def prepare(self) -> None:
         """Run everything in FP32: values that do not depend on a trial's layers need not be computed again."""
         high = {name: frozenset(n.name for n in e.graph.nodes) for name, e in self._executors.items()}
-        for i in range(len(self._samples)):
-            self._pass(i, high, keep=self._exact)
+        self._outputs = [self._pass(i, high, keep=self._exact)[self._last_component] for i in range(len(self._samples))]
+
+    def shares(self, kept_groups: Kept) -> dict[tuple[str, str], float]:
+        """(Component, node) → its share of what the run with ``kept_groups`` is off from FP32, over all samples.
+
+        To first order, by one walk backward a sample (``bisect/backward.py``); call ``prepare`` first. Empty where no
+        output of floats differs.
+        """
+        high, whole = self._high(kept_groups), 0.0
+        found: dict[tuple[str, str], float] = defaultdict(float)
+        runs: dict[str, Computed] = {}
+
+        def backward(component: Component) -> Backward:
+            return self._executors[component.name].backward(runs[component.name])
+
+        for i, sample in enumerate(self._samples):
+            results = self._pass(i, high, runs=runs)
+            derivatives = {}
+            for name, exact in self._outputs[i].items():
+                low = results[self._last_component][name]
+                if exact.dtype.kind == "f" and low.shape == exact.shape:
+                    norm = np.linalg.norm(_finite(exact)) or 1.0
+                    with np.errstate(invalid="ignore", over="ignore"):
+                        off = _finite(low.astype(np.float64) - exact) / norm
+                    derivatives[name], whole = off / norm, whole + float(np.sum(off**2))
+            for component, errors, _ in walk_back(self._model, sample, results, derivatives, backward, []):
+                producer = self._executors[component.name].graph.producer
+                for value, share in errors.items():
+                    found[component.name, producer[value].name] += share
+        return {node: share / whole for node, share in found.items()} if whole else {}
 
     def local_error(self, group: FusionGroup) -> float:
         """Relative L2 error that the layer introduces by itself, on the first sample."""
@@ -89,14 +126,21 @@ class EmulatedRunner:
         return sum(executor.executed for executor in self._executors.values()) / max(self._nodes, 1)
 
     def _pass(
-        self, i: int, high: Mapping[str, frozenset[str]], keep: dict[tuple[int, str], Computed] | None = None
+        self,
+        i: int,
+        high: Mapping[str, frozenset[str]],
+        keep: dict[tuple[int, str], Computed] | None = None,
+        runs: dict[str, Computed] | None = None,
     ) -> Results:
+        """Final outputs of sample ``i``. ``keep``: where its values are held; ``runs`` takes them by component."""
         keep = self._last if keep is None else keep
 
         def run(component: Component, inputs: Arrays) -> Arrays:
             key, executor = (i, component.name), self._executors[component.name]
             known = [store[key] for store in (self._exact, self._last) if key in store]
             computed = executor.run(inputs, high[component.name], known)
+            if runs is not None:
+                runs[component.name] = computed
             if key not in keep and i:
                 self._room -= computed.nbytes
             if key in keep or self._room > 0:
@@ -173,3 +217,8 @@ class BackendRunner:
 def _seconds(session: Session, feed: Arrays) -> float | None:
     timings = timer_of(session)
     return None if timings is None else median(timings(feed, RUNS))
+
+
+def _finite(array: np.ndarray) -> np.ndarray:
+    """The array in float64, with 0 for NaN and Inf."""
+    return np.nan_to_num(array.astype(np.float64), posinf=0.0, neginf=0.0)

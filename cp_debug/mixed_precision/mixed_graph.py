@@ -17,10 +17,11 @@ import torch
 from cp_debug.backends.arithmetic import FP32, Arithmetic
 from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor
+from cp_debug.bisect.backward import Backward
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.tensor_ends import as_arrays
-from cp_debug.graph.unquantize import quantized_inputs
+from cp_debug.graph.unquantize import plain_nodes
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.distance import relative_l2
 
@@ -47,7 +48,7 @@ class MixedExecutor:
     def __init__(self, graph: Graph, arithmetic: Arithmetic, device: str) -> None:
         self.graph = graph
         self._low, self._high = Executor(graph, arithmetic, device), Executor(graph, FP32, device)
-        self._bypass = quantized_inputs(graph)
+        self._plain = plain_nodes(graph)
         self._nodes = [node for node in graph.nodes if node.op != "Constant"]
         self.executed = 0
         """Nodes computed so far."""
@@ -61,13 +62,12 @@ class MixedExecutor:
         for name, array in inputs.items():
             values[name] = _unless_equal(before.get(name), torch.from_numpy(np.asarray(array, order="C")))
         with deterministic():
-            for node in self._nodes:
-                reads = self._reads(node, high)
+            for node in (self._of(node, high) for node in self._nodes):
                 same = near is not None and (node.name in high) == (node.name in near.high)
-                if same and all(values.get(name) is before.get(name) for name in reads.values()):
+                if same and all(values.get(name) is before.get(name) for name in node.inputs):
                     values.update((name, before[name]) for name in node.outputs)
                     continue
-                for name, value in self._compute(node, high, reads, values).items():
+                for name, value in self._compute(node, high, values).items():
                     values[name] = _unless_equal(before.get(name), value)
         return Computed(high, values)
 
@@ -85,29 +85,27 @@ class MixedExecutor:
         computed: dict[str, Any] = {}
         with deterministic():
             for node in chosen:
-                node_inputs = ChainMap(computed, dict(exact.values))
-                computed |= self._compute(node, frozenset(), self._reads(node, frozenset()), node_inputs)
+                computed |= self._compute(node, frozenset(), ChainMap(computed, dict(exact.values)))
         inner = {name for node in chosen for name in node.inputs}
         worst = 0.0
         for name in computed.keys() - (inner - {v.name for v in self.graph.outputs}):
             worst = max(worst, relative_l2(computed[name], exact.values[name]))
         return worst
 
-    def _reads(self, node: Node, high: Collection[str]) -> dict[str, str]:
-        """Input of the node → the value that it takes for it."""
-        around = self._bypass.get(node.name, {}) if node.name in high else {}
-        return {name: around.get(name, name) for name in node.inputs}
+    def backward(self, computed: Computed) -> Backward:
+        """The walk back from derivatives of the outputs of this run; counted as three runs of the graph."""
+        self.executed += 3 * len(self._nodes)
+        test = computed.values.__getitem__
+        return Backward(self.graph, computed.values.keys(), test, self._high, plain=self._plain)
 
-    def _compute(
-        self, node: Node, high: Collection[str], reads: Mapping[str, str], values: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _of(self, node: Node, high: Collection[str]) -> Node:
+        """The node as it is computed: in FP32 it reads in front of Q/DQ pairs."""
+        return self._plain.get(node.name, node) if node.name in high else node
+
+    def _compute(self, node: Node, high: Collection[str], values: Mapping[str, Any]) -> dict[str, Any]:
         self.executed += 1
         executor = self._high if node.name in high else self._low
-        inputs = {name: values[source] for name, source in reads.items() if source in values}
-        for name, source in reads.items():
-            if source != name and name not in inputs:  # a weight in front of its pair
-                inputs[name] = executor.run_nodes([], {}, [source])[source]
-        return executor.run_nodes([node], inputs, node.outputs)
+        return executor.run_nodes([node], values, node.outputs)
 
 
 def _unless_equal(before: Any, value: Any) -> Any:

@@ -1,13 +1,13 @@
-"""Prediction of the layers to keep: what each introduces, and what that does to the final outputs.
+"""Prediction of the layers to keep: those with the largest shares in the divergence, as many as should be enough.
 
-A layer's effect is measured, not assumed: it alone computes in the low precision, everything else in FP32, which costs
-the part of a pass behind it. Effects of different layers are taken as independent, so their squares add up.
+A share is ⟨D, J eᵢ⟩ ÷ ‖D‖² (``bisect/shares.py``), of all layers by one walk backward. Errors of different layers are
+taken as independent: the squares add up, and what is left of the divergence is the root of the other shares.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept
@@ -15,10 +15,8 @@ from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.trial import Measured
 
 T = TypeVar("T")
-AT_ONCE = 8
-"""Number of layers whose effect is measured at a time, those that introduce most first."""
-SHARE = 0.3
-"""Share of an error that may remain, for goals that say nothing of its size: boxes, mAP."""
+REMAINS = 0.3
+"""Part of an error that may remain, for goals that say nothing of its size: boxes, mAP."""
 
 
 class Predictor:
@@ -29,60 +27,43 @@ class Predictor:
         groups: Sequence[FusionGroup],
         goal: Goal,
         local_error: Callable[[FusionGroup], float],
-        alone: Callable[[Kept], Measured],
+        shares: Callable[[Kept], Mapping[tuple[str, str], float]],
     ) -> None:
-        """``alone`` measures a run in which these layers are kept; ``local_error`` is what a layer introduces."""
-        self._goal, self._alone = goal, alone
-        self._everything = frozenset(groups)
-        local = {group: local_error(group) for group in groups}
-        place = {group: i for i, group in enumerate(groups)}
-        self.ranked = sorted(groups, key=lambda group: (-local[group], place[group]))
-        """Layers, those that introduce most by themselves first."""
-        self.local = local
-        self.effects: dict[FusionGroup, Measured] = {}
-        """Layer → figures of the final outputs when it alone is low, as far as measured."""
+        """``local_error`` is what a layer introduces by itself, ``shares`` the share of each (component, node) in what
+        a run with these layers kept is off."""
+        self._goal, self._shares = goal, shares
+        self.groups = groups
+        self.local = {group: local_error(group) for group in groups}
+        self.shares: dict[FusionGroup, float] = {}
+        """Layer → its share where nothing that is finite by itself was kept."""
 
     def extend(self, grown: Sequence[FusionGroup], measured: Measured) -> list[FusionGroup]:
         """Layers to keep besides ``grown``, whose figures are ``measured``.
 
-        As many as should reach the goal, at least one; none when all are kept.
+        As many as should reach the goal, as far as shares tell, at least one; none when all are kept. Those that are
+        not finite by themselves come first.
         """
-        unkept = [group for group in self.ranked if group not in grown]
+        unkept = [group for group in self.groups if group not in grown]
         if broken := [group for group in unkept if math.isinf(self.local[group])]:
             return broken
-        with_effect = [group for group in unkept if group in self.effects]
-        while measured.outputs:
-            with_effect.sort(key=self._size, reverse=True)
-            for count in range(1, len(with_effect) + 1):
-                if self._suffices(measured, with_effect[:count], with_effect[count:]):
-                    return with_effect[:count]
-            new = [group for group in unkept if group not in self.effects][:AT_ONCE]
-            if not new:
-                break
-            for group in new:
-                self.effects[group] = self._alone(self._everything - {group})
-            with_effect += new
-        return (with_effect or unkept)[: max(1, len(grown))]  # not as predicted: double it
+        of_nodes = self._shares(frozenset(grown))
+        shares = {g: sum(of_nodes.get((g.component, node), 0.0) for node in g.nodes) for g in unkept}
+        self.shares = self.shares or shares
+        ranked = sorted(unkept, key=lambda group: (shares[group], self.local[group]), reverse=True)
+        left = [max(shares[group], 0.0) for group in ranked]
+        if not sum(left):
+            return ranked[: max(1, len(grown))]  # nothing is known of them: double it
+        # Errors that have nothing to do with D have shares of either sign: up to the most negative one it is chance.
+        seen = max(1, sum(share > -min(shares.values()) for share in left))
+        enough = (n for n in range(1, seen) if self._suffices(measured, math.sqrt(sum(left[n:]) / sum(left))))
+        return ranked[: next(enough, seen)]
 
-    def _size(self, group: FusionGroup) -> float:
-        return self.effects[group].figures["rel_l2"]
-
-    def _suffices(self, measured: Measured, more: Sequence[FusionGroup], unkept: Sequence[FusionGroup]) -> bool:
-        """Whether the goal should hold once ``more`` is kept, too, while the known layers ``unkept`` are not."""
-        remaining_error = {}
-        for name, error in measured.outputs.items():
-            if math.isfinite(error):
-                remaining_error[name] = left_of(error, self._errors(more, name))
-            else:
-                remaining_error[name] = math.sqrt(sum(e**2 for e in self._errors(unkept, name)))
-        before, after = measured.figures["rel_l2"], max(remaining_error.values())
-        ratio = after / before if math.isfinite(before) and before else float(math.isinf(after))
-        if not {"rel_l2", "max_abs"}.issuperset(self._goal.figures):
-            return ratio <= SHARE
-        return self._goal.holds({"rel_l2": after, "max_abs": measured.figures.get("max_abs", math.inf) * ratio})
-
-    def _errors(self, groups: Sequence[FusionGroup], output: str) -> list[float]:
-        return [self.effects[group].outputs.get(output, 0.0) for group in groups]  # a log may know fewer
+    def _suffices(self, measured: Measured, ratio: float) -> bool:
+        """Whether the goal should hold once ``ratio`` of the error is left."""
+        if {"rel_l2", "max_abs"}.issuperset(self._goal.figures):
+            figures = {name: measured.figures.get(name, math.inf) for name in self._goal.figures}
+            return self._goal.holds({name: value * ratio for name, value in figures.items()})
+        return ratio <= REMAINS
 
 
 def left_of(error: float, alone: Iterable[float]) -> float:

@@ -11,7 +11,7 @@ from cp_debug.mixed_precision.fusion_groups import FusionGroup
 from cp_debug.mixed_precision.trial import Trial
 from cp_debug.serialize import JsonForm
 
-SCHEMA = "cpdebug.search/1"
+SCHEMA = "cpdebug.search/2"
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,9 @@ class KeptLayer(JsonForm):
     ops: tuple[str, ...]
     introduced: float | None
     """Error that it introduces by itself in the low precision, emulated: relative L2, infinite where it overflows."""
-    effect: float | None
-    """Error of the worst final output when this layer alone is low, emulated: relative L2; None where nobody asked."""
+    share: float | None
+    """Part that it makes of the divergence with nothing kept but what is not finite by itself, emulated; None where
+    nobody asked."""
     without: dict[str, float]
     """The figures of the set without this layer, where that was tried on the backend."""
 

@@ -193,7 +193,7 @@ class _MixedPrecisionSearch:
                 self._regroup()
                 self._step("predicting")
                 self.emulator.prepare()
-                predictor = Predictor(self.groups, self._goal, self.emulator.local_error, self._alone)
+                predictor = Predictor(self.groups, self._goal, self.emulator.local_error, self._shares)
                 smallest_set = self._find(predictor)
             else:
                 smallest_set = []
@@ -250,10 +250,10 @@ class _MixedPrecisionSearch:
         self.log.add(trial)
         return trial
 
-    def _alone(self, kept_groups: Kept) -> Measured:
+    def _shares(self, kept_groups: Kept) -> dict[tuple[str, str], float]:
         self._check_time()
         self._step("predicting")
-        return self._judge.measure(self.emulator.run(kept_groups))
+        return self.emulator.shares(kept_groups)
 
     def _check_time(self) -> None:
         budget = self._options.budget
@@ -312,12 +312,11 @@ class _MixedPrecisionSearch:
     ) -> KeptLayer:
         graph = next(program.graph for program in self._tests if program.name == group.component)
         without = self.log.trials.get((False, nodes_in(frozenset(kept_groups) - {group})))
-        effect = predictor.effects.get(group) if predictor else None
         return KeptLayer(
             group,
             tuple(node.op for node in graph.nodes if node.name in group.nodes),
             introduced=predictor.local[group] if predictor else None,
-            effect=effect.figures["rel_l2"] if effect else None,
+            share=predictor.shares.get(group) if predictor else None,
             without=without.measured.figures if without else {},
         )
 

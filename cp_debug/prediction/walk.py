@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from cp_debug.backends.kernels.epilogue import BIAS, fused
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.tensor_ends import as_arrays
-from cp_debug.graph.unquantize import quantized_inputs
+from cp_debug.graph.unquantize import plain_nodes
 from cp_debug.prediction.groups import Group, groups_of
 from cp_debug.prediction.stretches import Stretches
 from cp_debug.prediction.targets import Kernel
@@ -74,7 +73,7 @@ class GraphWalk:
             for i, kernel in enumerate(kernels)
         }
         self._oracle = Executor(graph, FP32, device)
-        self._bypass = quantized_inputs(graph)
+        self._plain = plain_nodes(graph)
         self.groups = groups_of(graph)
         self._timed = timed
         open_groups = undecided(graph, self.groups) if timed else range(len(self.groups))
@@ -131,7 +130,7 @@ class GraphWalk:
 
     def _exactly(self, group: Group, given: Mapping[str, Any], names: Sequence[str]) -> tuple[Values, Values]:
         inside: Values = {}
-        plain = [self._unquantized(node) for node in group.nodes]
+        plain = [self._plain.get(node.name, node) for node in group.nodes]
         return self._oracle.run_nodes(plain, given, names, inside.__setitem__), inside
 
     def _mildly(
@@ -156,7 +155,7 @@ class GraphWalk:
     def _reads(self, group: Group) -> set[str]:
         """Values that the nodes of a group read from outside, around Q/DQ pairs too."""
         written = {output for node in group.nodes for output in node.outputs}
-        around = {source for node in group.nodes for source in self._bypass.get(node.name, {}).values()}
+        around = {name for node in group.nodes if node.name in self._plain for name in self._plain[node.name].inputs}
         return ({name for node in group.nodes for name in node.inputs} | around) - written
 
     @staticmethod
@@ -166,7 +165,7 @@ class GraphWalk:
     def _compute(
         self, group: Group, results: Sequence[str], live: Mapping[str, Values], stretches: Stretches | None
     ) -> Iterator[Walked]:
-        plain = [self._unquantized(node) for node in group.nodes]
+        plain = [self._plain.get(node.name, node) for node in group.nodes]
         exact, exact_inside = self._exactly(group, live[EXACT], results)
         outer = self._data.difference(output for node in plain for output in node.outputs)
         reads = [name for name in dict.fromkeys(i for n in plain for i in n.inputs) if name in outer]
@@ -230,16 +229,6 @@ class GraphWalk:
             return results_low
         last = {v.name for v in self.graph.outputs}
         return {n: x if n in last or not _floats(x) else kernel.stored.round(x) for n, x in results_low.items()}
-
-    def _unquantized(self, node: Node) -> Node:
-        """The node, reading what is in front of Q/DQ pairs."""
-        around = self._bypass.get(node.name)
-        if not around:
-            return node
-        proto = onnx.NodeProto()
-        proto.CopyFrom(node.proto)
-        proto.input[:] = [around.get(name, name) for name in proto.input]
-        return replace(Node.of(node.index, proto), name=node.name)
 
 
 def _direct(graph: Graph, kernel: Kernel) -> dict[str, Arithmetic]:

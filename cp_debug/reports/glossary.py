@@ -133,11 +133,8 @@ GLOSSARY: dict[str, str] = {
     "a goal holds.",
     "goal": "What a search must reach: limits on figures, such as `rel_l2<1e-3 and boxes_lost==0`.",
     "layers kept": "Layers that a trial of a search left in FP32, of all that could be lowered.",
-    "effect alone": "Search: the error at the worst final output, relative L2, when this layer alone is lowered.",
     "without it": "Search: what the goal's figure becomes when this layer is lowered, too.",
     "needed": "Sweep of a search: on how many samples the layer had to be kept.",
-    "leverage": "Sweep of ablations: the error at the worst final output, relative L2, that this layer makes in the "
-    "test's precision when all others are in FP32, emulated.",
     "back, lost, gained, moved": "Sweep of ablations: boxes that the test loses and finds with these layers "
     "exact; that are still lost; that the reference has not; whose place or score changed.",
     "introduces": "Search and predict: the error that a layer would make by itself in the lower precision, emulated.",

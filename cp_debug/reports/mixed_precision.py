@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from cp_debug.mixed_precision.emit import arguments, deploy_fragment
+from cp_debug.reports.numbers import share as share_of
 from cp_debug.reports.sheet import Column, Row, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.safe_text import amount
@@ -49,7 +50,7 @@ def kept_table(result: MixedPrecisionResult) -> Sheet:
         Column("ONNX nodes", "name", leave_out=2),
         Column("operators", "mark", leave_out=3),
         Column("introduces", "number"),
-        Column("effect alone", "number"),
+        Column("share", "number", show=share_of),
         Column(f"{figure} without it", "number", leave_out=1),
     ]
     grouped = any(layer.fusion_group.engine_layer for layer in result.kept)
@@ -58,7 +59,7 @@ def kept_table(result: MixedPrecisionResult) -> Sheet:
     rows = []
     for layer in result.kept:
         group = layer.fusion_group
-        values = [group.name, tuple(group.nodes), tuple(layer.ops), layer.introduced, layer.effect]
+        values = [group.name, tuple(group.nodes), tuple(layer.ops), layer.introduced, layer.share]
         rows.append([*values, layer.without.get(figure), *([group.engine_layer] if grouped else [])])
     return Sheet(columns, rows)
 

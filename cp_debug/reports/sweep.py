@@ -161,15 +161,15 @@ def _(group: AblationGroup) -> GroupSection:
         counts = (_count(figure) for figure in (row.back, row.lost, row.gained, row.moved))
         return (*counts, *(_change(row.scores[name]) for name in group.scores), *_percentiles(row.error)[::2])
 
-    single = [(row.layers[0], *cells(row), row.leverage) for row in group.single]
+    single = [(row.layers[0], *cells(row), row.share) for row in group.single]
     together = [
         (f"all {group.layers}" if row.kind == "all" else f"first {len(row.layers)}", *cells(row))
         for row in group.together
     ]
     drawn = f"{CONFIDENCE:.0%} intervals over the samples"
     sheets = [
-        _sheet(f"Single layers with exact values; {drawn}", ("layer", *headers, ">leverage"), single, MOST_LAYERS),
-        _sheet("Layers together, those of most leverage first", ("layers", *headers), together),
+        _sheet(f"Single layers with exact values; {drawn}", ("layer", *headers, ">share"), single, MOST_LAYERS),
+        _sheet("Layers together, those of the largest shares first", ("layers", *headers), together),
         *_lost("Boxes by class", "class", group.classes, group.single, "classes"),
         *_lost("Boxes by distance", "distance", group.distances, group.single, "distances"),
         *_outliers(group.outliers, "boxes lost or gained"),
@@ -247,13 +247,13 @@ def _(group: MixedPrecisionGroup) -> GroupSection:
         f"{group.goal} reached on {sum(group.reached)} of {samples} samples, at most {most} of {group.total} layers "
         f"kept; {len(group.layers)} are needed by some sample"
     )
-    headers = ("layer", ">needed", ">effect alone: median", ">worst", "worst on")
+    headers = ("layer", ">needed", ">share: median", ">worst", "worst on")
     rows = [
         (
             row.layer,
             f"{row.needed}/{samples}",
-            *_percentiles(row.effect)[::2],
-            group.samples[row.effect.sample] if row.effect else "",
+            *_percentiles(row.share)[::2],
+            group.samples[row.share.sample] if row.share else "",
         )
         for row in group.layers
     ]

@@ -76,8 +76,8 @@ def task(params: Parameters) -> dict[str, Any]:
     sample = pick(model, params)
     ablation = _ablation(model, params, test)
     ranking = json.dumps({name: value for name, value in params.items() if name not in ("inputs", "index", "label")})
-    leverages = _leverages(ranking)
-    wanted = ablation.sets(leverages, params["layers"])
+    shares = _shares(ranking)
+    wanted = ablation.sets(shares, params["layers"])
     with TemporaryDirectory(prefix="cpdebug-") as scratch:
         folder = Path(scratch)
         programs = [plain_program(program, folder) for program in programs_of(params, [reference])]
@@ -88,7 +88,7 @@ def task(params: Parameters) -> dict[str, Any]:
         found = _boxes(model, sample, exact)
         measured = [_measured(model, sample, judge, found, each, runner.run(frozenset(each.groups))[0])
                     for each in wanted]  # fmt: skip
-    of_group = dict(zip(ablation.groups, leverages, strict=True))
+    of_group = dict(zip(ablation.groups, shares, strict=True))
     return json_safe(
         {
             "sample": sample.source,
@@ -100,7 +100,7 @@ def task(params: Parameters) -> dict[str, Any]:
             "region": list(model.region),
             "remarks": list(model.remarks(sample)) if isinstance(model, RemarksOnSamples) else [],
             "layers": len(ablation.groups),
-            "leverages": {each.names[0]: of_group[each.groups[0]] for each in wanted if each.kind == LAYER},
+            "shares": {each.names[0]: of_group[each.groups[0]] for each in wanted if each.kind == LAYER},
             "detected": pack_detections(found),
             "truth": None if sample.truth is None else pack_truth(sample.truth),
             "sets": measured,
@@ -136,8 +136,8 @@ def _ablation(model: Model, params: Parameters, test: Backend) -> Ablation:
 
 
 @lru_cache(2)
-def _leverages(ranking: str) -> list[float]:
-    """Leverages of the layers on the first sample of the sweep, measured once; ``ranking``: parameters, as JSON."""
+def _shares(ranking: str) -> list[float]:
+    """Shares of the layers on the first sample of the sweep, measured once; ``ranking``: parameters, as JSON."""
     params = json.loads(ranking)
     model = load(params)
     _, test = make_backends(params)
@@ -146,8 +146,8 @@ def _leverages(ranking: str) -> list[float]:
     figures = shared_figures(
         Subject.of(params),
         model,
-        {"leverages": about},
-        lambda: json_safe(_ablation(model, params, test).leverages(sample)),
+        {"shares": about},
+        lambda: json_safe(_ablation(model, params, test).shares(sample)),
     )
     return [numeric(figure) for figure in figures]
 
@@ -170,11 +170,11 @@ class AblationRow:
     """Figures of a set of layers with exact values, over all samples."""
 
     kind: str
-    """``layer``, ``first`` (the first few by leverage) or ``all``."""
+    """``layer``, ``first`` (the first few by share) or ``all``."""
     layers: list[str]
-    """Layers of the set, ``component/name``, the one of most leverage first; none are listed of ``all``."""
-    leverage: float | None
-    """Leverage of a single layer: see ``Ablation.leverages``."""
+    """Layers of the set, ``component/name``, the largest share first; none are listed of ``all``."""
+    share: float | None
+    """Of a single layer: its part of the divergence of the first sample (``Ablation.shares``)."""
     back: ConfidenceInterval
     """Boxes that the test loses and finds with these layers exact."""
     lost: ConfidenceInterval
@@ -226,7 +226,7 @@ class AblationGroup(JsonForm):
     single: list[AblationRow]
     """Single layers, those that bring most back first."""
     together: list[AblationRow]
-    """The first few layers by leverage, and all of them."""
+    """The first few layers by share, and all of them."""
     outliers: list[Outlier]
     """Samples in which the test loses or gains unusually many boxes."""
     notes: list[str]
@@ -241,7 +241,7 @@ class AblationGroup(JsonForm):
         about = {"model": self.label, "reference": self.reference, "backend": self.backend}
         flat_rows = []
         for row in (*self.single, *self.together):
-            flat: dict[str, Any] = {**about, "kind": row.kind, "layers": " ".join(row.layers), "leverage": row.leverage}
+            flat: dict[str, Any] = {**about, "kind": row.kind, "layers": " ".join(row.layers), "share": row.share}
             parts = {f"back in {part}": figure for part, figure in (row.classes | row.distances).items()}
             scores = {f"Δ {name}": figure for name, figure in row.scores.items()}
             intervals = {"back": row.back, **{name: getattr(row, name) for name in _COUNTS}, **scores, **parts}
@@ -308,7 +308,7 @@ def _merge(
         return AblationRow(
             kind=kind,
             layers=layers,
-            leverage=numeric(first["leverages"][layers[0]]) if kind == LAYER else None,
+            share=numeric(first["shares"][layers[0]]) if kind == LAYER else None,
             back=total(map(len, back)),
             lost=total(len(each["lost"]) for each in sets),
             gained=total(each["gained"] for each in sets),
@@ -358,6 +358,6 @@ def _changed(results: Sequence[Mapping[str, Any]], name: str) -> list[float]:
 
 
 def _returns(row: AblationRow) -> tuple[float, ...]:
-    """Sort key: boxes that come back, then those that are wrong no more, then the leverage."""
+    """Sort key: boxes that come back, then those that are wrong no more, then the share."""
     wrong = row.lost.value + row.gained.value + row.moved.value
-    return -row.back.value, wrong, -(row.leverage if row.leverage is not None else math.inf)
+    return -row.back.value, wrong, -(row.share if row.share is not None else math.inf)

@@ -21,8 +21,8 @@ from cp_debug.sweep.prepared import load, make_backends, parts_of, pick
 from cp_debug.sweep.spread import Spread, columns, numeric
 from cp_debug.sweep.tasks import Parameters, Task
 
-_KEPT = ("component", "layer", "ops", "introduced", "effect")
-COLUMNS = {**dict.fromkeys(("label", "backend", "sample", "layer"), str), "introduced": float, "effect": float}
+_KEPT = ("component", "layer", "ops", "introduced", "share")
+COLUMNS = {**dict.fromkeys(("label", "backend", "sample", "layer"), str), "introduced": float, "share": float}
 """Columns of the flat table: a row for each sample and layer to keep."""
 
 
@@ -71,7 +71,7 @@ def rows(record: Record) -> list[dict[str, Any]]:
     result = record["result"]
     about = {"label": record["params"]["label"], "backend": result["backend"], "sample": result["sample"]}
     return [
-        about | {"layer": layer["layer"]} | {name: numeric(layer[name]) for name in ("introduced", "effect")}
+        about | {"layer": layer["layer"]} | {name: numeric(layer[name]) for name in ("introduced", "share")}
         for layer in result["kept"]
     ]
 
@@ -84,8 +84,8 @@ class NeededLayer:
     layer: str
     needed: int
     """Number of samples that need it."""
-    effect: Spread | None
-    """The worst final output with this layer alone low: relative L2, over all samples, NaN where it is not needed."""
+    share: Spread | None
+    """Its part of the divergence with nothing kept, over all samples, NaN where it is not needed."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class MixedPrecisionGroup(JsonForm):
         about = {"model": self.label, "backend": self.backend, "samples": len(self.samples)}
         return [
             {**about, "component": row.component, "layer": row.layer, "needed": row.needed}
-            | columns("effect", row.effect, self.samples)
+            | columns("share", row.share, self.samples)
             for row in self.layers
         ]
 
@@ -133,20 +133,20 @@ def merge(records: Iterable[Record]) -> list[MixedPrecisionGroup]:
 
 
 def _merge(label: str, results: Sequence[Mapping[str, Any]]) -> MixedPrecisionGroup:
-    effects: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    shares: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     keep: dict[str, dict[str, None]] = defaultdict(dict)
     for place, result in enumerate(results):
         for layer in result["kept"]:
-            effects[layer["component"], layer["layer"]][place] = numeric(layer["effect"])
+            shares[layer["component"], layer["layer"]][place] = numeric(layer["share"])
         for component, nodes in result["keep"].items():
             keep[component] |= dict.fromkeys(nodes)
     layers = [
         NeededLayer(
             *key,
-            len(effect_by_sample),
-            Spread.of([effect_by_sample.get(place, float("nan")) for place in range(len(results))]),
+            len(share_by_sample),
+            Spread.of([share_by_sample.get(place, float("nan")) for place in range(len(results))]),
         )
-        for key, effect_by_sample in effects.items()
+        for key, share_by_sample in shares.items()
     ]
     first = results[0]
     return MixedPrecisionGroup(
