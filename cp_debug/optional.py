@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from urllib.parse import urlsplit
@@ -24,6 +25,12 @@ def require(package: str, extra: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != package.partition(".")[0]:
             raise
         raise MissingPackage(f"this needs the package {package!r}: {install(extra)}") from None
+
+
+def check_there(package: str, extra: str) -> None:
+    """Raise MissingPackage where a package is missing, without importing it: at once, before work that needs it."""
+    if find_spec(package) is None:
+        raise MissingPackage(f"this needs the package {package!r}: {install(extra)}")
 
 
 def install(extra: str) -> str:

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 import cp_debug
 from cp_debug.cli import crash
 from cp_debug.cli.main import app, main
-from cp_debug.cli.saving import replacing
+from cp_debug.cli.saving import has_result, replacing
 
 FAILING = """
 import sys
@@ -329,10 +329,10 @@ def test_a_folder_that_holds_what_is_read_is_not_replaced(name: str, net: Path, 
     assert inside.exists()
 
 
-@pytest.mark.parametrize(("made", "left"), [("sample-0", False), ("result.json", True)])
+@pytest.mark.parametrize(("made", "left"), [("sample-0", False), ("manifest.json", False), ("result.json", True)])
 def test_an_interrupted_run_leaves_no_half_of_a_folder(made: str, left: bool, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
-    with suppress(KeyboardInterrupt), replacing("--save", kept, False) as folder:
+    with suppress(KeyboardInterrupt), replacing("--save", kept, False, has_result) as folder:
         folder.mkdir()
         (folder / made).write_text('{"schema": "cpdebug.bisect/1"}')
         assert not kept.exists()  # nor would it if the process were killed now

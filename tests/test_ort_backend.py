@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import NetBuilder, marked, random_dag, residual, second_like
 from onnx import helper, numpy_helper
+from test_cli import run
 
 from cp_debug.backends import ort_chunks, ort_optimized, ort_options
 from cp_debug.backends.base import Program
@@ -463,6 +464,26 @@ def test_without_onnxruntime_the_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingPackage, match=r"onnxruntime.*pip install '\.\[cpu\]'"):
         OrtBackend(BackendSpec.parse("ort"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("quantize", "ptq", "-o", "made"),
+        ("quantize", "sensitivity"),
+        ("bisect", "-b", "torch,torch-int8"),
+    ],
+    ids=lambda each: " ".join(each[:2]),
+)
+def test_without_modelopt_nothing_is_calibrated(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "modelopt", None)
+    monkeypatch.setattr("cp_debug.recipes.registry.load_model", lambda *given, **more: pytest.fail("it was loaded"))
+    code, said = run(*arguments)
+    assert (code, "modelopt" in said) == (3, True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_input_without_axes_stays_one():

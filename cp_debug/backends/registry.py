@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib.util import find_spec
 from typing import Any
 
 from cp_debug import plugins
 from cp_debug.backends.base import Backend
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
-from cp_debug.optional import require
+from cp_debug.optional import check_there
 
 _FIELDS = ("spec", "precision", "device", "emulated", "open", "versions")
 """Attributes that a ``Backend`` has."""
@@ -51,8 +50,10 @@ def check_installed(specs: Iterable[BackendSpec], trt_python: str | None = None)
     for the first one that is missing; whether what is there works, ``create`` finds out.
     """
     for spec in specs:
-        if spec.family == "ort" and find_spec("onnxruntime") is None:
-            require("onnxruntime", "cpu")
+        if spec.family == "ort":
+            check_there("onnxruntime", "cpu")
+        if spec.name == "torch-int8":
+            check_there("modelopt", "quant")
         if spec.family == "trt":
             from cp_debug.backends.tensorrt.client import check_named
 

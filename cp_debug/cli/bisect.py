@@ -12,7 +12,7 @@ import typer
 from cp_debug.cli import calibration, reading, tensorrt
 from cp_debug.cli.flags import LAST_SEED, MOST, Atol, Rtol, check_device, check_made_up, grouped, size_in_bytes
 from cp_debug.cli.given import check_given
-from cp_debug.cli.saving import replacing
+from cp_debug.cli.saving import has_result, replacing
 from cp_debug.cli.typed import refuse, refuse_export_flags, refuse_seed, typed
 from cp_debug.loading import load_torch, start_gpu
 
@@ -201,7 +201,7 @@ def bisect(
     from cp_debug.reports.files import write_json
 
     stack = ExitStack()
-    run_folder = save and stack.enter_context(replacing("--save", save, overwrite))
+    run_folder = save and stack.enter_context(replacing("--save", save, overwrite, has_result))
     if html and save is None:  # the report shows tensors
         run_folder = Path(stack.enter_context(TemporaryDirectory(prefix="cpdebug-")))
     options = Options(

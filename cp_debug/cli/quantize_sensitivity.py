@@ -12,7 +12,9 @@ from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up
 from cp_debug.cli.given import check_given
 from cp_debug.cli.quantize_ptq import narrow_options
 from cp_debug.cli.typed import refuse
+from cp_debug.errors import InputError
 from cp_debug.loading import load_torch
+from cp_debug.optional import check_there
 
 
 def sensitivity(
@@ -68,6 +70,12 @@ def sensitivity(
 
     refuse(("calib_data", "batches", "method"), unless=quantized is None, why="the scales are those of --from")
     narrow = narrow_options(precision)
+    if narrow is None:
+        if model.endswith(".onnx"):
+            raise InputError(
+                f"MODEL: {model} is an ONNX file; expected a model of torch modules, or another --precision"
+            )
+        check_there("modelopt", "quant")
     why = f"scales of {precision} are those of the numbers at hand, and every layer with a weight is measured"
     refuse(("quantized", "calib_data", "batches", "method", "skip_layers"), unless=narrow is None, why=why)
     refuse(("data_root",), unless=data is not None, why="without --data the samples are synthetic scenes")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -170,12 +170,17 @@ def check_new(flag: str, files: Iterable[Path], overwrite: bool) -> None:
         raise InputError(f"{flag}: {earlier} exists already; --overwrite replaces it")
 
 
+def has_result(folder: Path) -> bool:
+    """Whether a folder has the result of a run: captures alone do not open as one."""
+    return _has_schema(folder / RESULT)
+
+
 @contextmanager
-def replacing(flag: str, folder: Path, overwrite: bool) -> Iterator[Path]:
+def replacing(flag: str, folder: Path, overwrite: bool, usable: Callable[[Path], bool] = is_ours) -> Iterator[Path]:
     """A folder to write to, which takes the place of an earlier run's when the block succeeds; else that one stays.
 
-    An empty folder is given as it is: it may be where something is mounted. What is complete in a new one stays where
-    the block is interrupted. Raises InputError as ``check_target`` does.
+    An empty folder is given as it is: it may be where something is mounted. A new one stays where the block is
+    interrupted if what is in it is ``usable``. Raises InputError as ``check_target`` does.
     """
     check_target(flag, folder, overwrite)
     there = folder.exists()
@@ -183,7 +188,7 @@ def replacing(flag: str, folder: Path, overwrite: bool) -> Iterator[Path]:
         try:
             yield folder.absolute()
         except BaseException as error:
-            if isinstance(error, Exception) or not is_ours(folder):
+            if isinstance(error, Exception) or not usable(folder):
                 _empty(folder)
             raise
         return
@@ -193,7 +198,7 @@ def replacing(flag: str, folder: Path, overwrite: bool) -> Iterator[Path]:
         try:
             yield partial
         except BaseException as error:
-            if not isinstance(error, Exception) and not there and is_ours(partial):
+            if not isinstance(error, Exception) and not there and usable(partial):
                 partial.replace(folder)
             raise
         try:

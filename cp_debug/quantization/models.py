@@ -20,6 +20,7 @@ from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import quantizable
 from cp_debug.graph.scales import Scales
 from cp_debug.graph.tensor_ends import as_arrays
+from cp_debug.optional import check_there
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.caveats import why_nothing
 from cp_debug.probes.distance import distance
@@ -163,6 +164,7 @@ class _ModuleCalibration:
         self, component: Component, inputs: Mapping[str, np.ndarray], method: str, globs: Sequence[str]
     ) -> None:
         assert component.module is not None
+        check_there("modelopt", "quant")  # what is calibrated here gets its quantizers from it
         self._component = component
         self._folded = fuse_model_bn(component.module, example_args(component, inputs))
         self._manager = CalibrationManager(self._folded, method=method, skip_layers=globs, prefix=component.prefix)

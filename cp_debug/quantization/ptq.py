@@ -11,6 +11,7 @@ from torch import nn
 
 from cp_debug.errors import InputError
 from cp_debug.graph.scales import LayerScales, Scales
+from cp_debug.optional import check_there
 from cp_debug.probes.module_copy import copied
 from cp_debug.programs.batchnorm_folding import Folding, fuse_model_bn
 from cp_debug.programs.torch_layers import full_path, is_quantized, layers_of, own_path
@@ -77,6 +78,7 @@ def quantize_ptq(
     check_method(chosen, "method" if amax_method is None else "amax_method")
     if num_calibration_batches is not None and num_calibration_batches < 1:
         raise InputError(f"num_calibration_batches is {num_calibration_batches}; expected at least 1")
+    check_there("modelopt", "quant")
     stream: Iterator[Any] = islice(batches, num_calibration_batches)
     first = next(stream, None)
     if first is None:
