@@ -64,7 +64,10 @@ class WeightDifferences(JsonForm):
             more = f"; and {len(self.differing) - SHOWN} more" if len(self.differing) > SHOWN else ""
             text = f"{len(self.differing)} of {self.compared} tensors {verb}: {shown}{more}"
         counts = [(len(self.missing), "only in the reference"), (len(self.added), "only in the test")]
-        return "; ".join([text, *(f"{count} {where}" for count, where in counts if count), *filter(None, [self.note])])
+        alone = [f"{count} {where}" for count, where in counts if count]
+        if self.note and not self.compared:
+            return "; ".join([self.note, *alone])
+        return "; ".join([*filter(None, [self.note]), text, *alone])
 
     def derived(self) -> dict[str, Any]:
         """The result in one line."""
@@ -105,9 +108,17 @@ def weight_differences(reference: Graph, test: Graph, names: Mapping[str, str] |
         [n for n in names_left if c.size(n) >= TELLING]
         for c, names_left in ((ours, unmatched), (theirs, unmatched_test))
     )
-    counts = [sum(n.op == "BatchNormalization" for n in g.nodes) for g in (reference, test)]
-    note = "BatchNorm is folded into weights on one side only" if differences and counts[0] != counts[1] else ""
-    return WeightDifferences(len(pairs), differences, missing, added, note)
+    return WeightDifferences(len(pairs), differences, missing, added, _note(reference, test, bool(differences)))
+
+
+def _note(reference: Graph, test: Graph, differ: bool) -> str:
+    """What was done to the weights of one side as a whole, which no comparison of single tensors says."""
+    sides = (reference, test)
+    quantized = [any(n.op == "DequantizeLinear" and n.inputs[0] in g.initializers for n in g.nodes) for g in sides]
+    if quantized[0] != quantized[1]:
+        return "they are quantized on one side only"
+    norms = [sum(n.op == "BatchNormalization" for n in g.nodes) for g in sides]
+    return "BatchNorm is folded into them on one side only" if differ and norms[0] != norms[1] else ""
 
 
 def differences_of_states(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> WeightDifferences:

@@ -70,7 +70,7 @@ def render(
         yield title.append(" (emulated)" if test.backend.emulated else "")
         yield from engine_lines(test.backend)
         if test.stages:  # a comparison of captures knows none
-            yield Terminal(stage_table(test))
+            yield Terminal(stage_table(test, show_all=show_all))
         if layers:
             if test.stages:
                 yield Text()
@@ -107,7 +107,7 @@ def backends_table(records: Sequence[RunRecord]) -> Sheet:
         Column("backend", "name"),
         Column("precision", "mark", leave_out=1),
         Column("device", "mark", leave_out=2),
-        Column("settings"),
+        Column("settings", leave_out=3),
     )
     return Sheet(columns, rows)
 
@@ -115,7 +115,7 @@ def backends_table(records: Sequence[RunRecord]) -> Sheet:
 def stage_table(test: TestResult, *, show_all: bool = False) -> Sheet:
     """Coarse view: a row for each stage, with its last tensor and whether it holds a guilty layer.
 
-    Of a model with very many outputs the worst one of each group, unless ``show_all``.
+    The worst one of each group of outputs where all agree, or are very many, unless ``show_all``.
     """
     rows = [
         (
@@ -222,10 +222,10 @@ def _scale(row: LayerRow) -> tuple[str, str]:
 
 def layers_shown(test: TestResult) -> list[LayerRow]:
     """The layers around the first divergent one, every guilty one, and those that make much of the final divergence;
-    else those that concern most."""
+    else the few that concern most."""
     first = test.first_divergent
     if first is None:
-        worst = sorted(test.rows, key=lambda row: row.severity)[-2 * AROUND :]
+        worst = sorted(test.rows, key=lambda row: row.severity)[-AROUND:]
         return sorted(worst, key=lambda row: row.index)
     place = test.rows.index(first)
     near = range(place - AROUND, place + AROUND + 1)
@@ -247,11 +247,12 @@ def _selection(test: TestResult, rest: str) -> str:
 
 
 def _few_stages(test: TestResult) -> Iterator[tuple[str, StageRow]]:
-    """(what it is called, stage); of a model with very many outputs the worst one of each group (``task0.*``)."""
+    """(what it is called, stage); the worst one of each group of outputs (``task0.*``) where all agree, or are many."""
     outputs = {(row.component, row.onnx) for row in test.outputs}
+    few = len(test.stages) > MOST_STAGES or all(stage.verdict == OK for stage in test.stages)
     groups: dict[str, list[StageRow]] = {}
     for stage in test.stages:
-        final = (stage.layer.component, stage.layer.onnx) in outputs and len(test.stages) > MOST_STAGES
+        final = (stage.layer.component, stage.layer.onnx) in outputs and few
         groups.setdefault(stage.name.partition(".")[0] if final else stage.name, []).append(stage)
     for name, stages in groups.items():
         worst = max(stages, key=lambda stage: stage.severity)
@@ -259,14 +260,23 @@ def _few_stages(test: TestResult) -> Iterator[tuple[str, StageRow]]:
 
 
 def _coverage(coverage: dict[str, Any]) -> Iterator[Text]:
+    """A line for each component of which something is not compared; one for all the others."""
+    whole = {name: c for name, c in coverage.items() if not c["unmatched_values"] and not c["unmatched_modules"]}
+    if whole:
+        values, modules = (sum(counts[what] for counts in whole.values()) for what in ("values", "modules"))
+        yield Text(
+            f"alignment of {', '.join(whole)}: all {values} values of the graph, all {modules} leaf modules",
+            style="dim",
+        )
     for component, counts in coverage.items():
         missing = [*counts["unmatched_values"], *counts["unmatched_modules"]]
-        yield Text(
-            f"alignment of {component}: {counts['values']} of {counts['values_total']} values of the graph, "
-            f"{counts['modules']} of {counts['modules_total']} leaf modules, {len(counts['absorbed'])} of them folded"
-            + (f"; not accounted for: {', '.join(missing[:5])}" if missing else ""),
-            style="yellow" if missing else "dim",
-        )
+        if missing:
+            yield Text(
+                f"alignment of {component}: {counts['values']} of {counts['values_total']} values of the graph, "
+                f"{counts['modules']} of {counts['modules_total']} leaf modules; not accounted for: "
+                + ", ".join(missing[:5]),
+                style="yellow",
+            )
 
 
 def _samples(samples: Sequence[str]) -> str:

@@ -21,6 +21,8 @@ from cp_debug.safe_text import in_digits
 
 MOST = 0.8
 """Part of what all layers make of the divergence that the named layers make."""
+NOTICED = 0.01
+"""Share from which a layer is named after the first."""
 FEW = 3, 0.2
 """At most so many layers, or such a part of all that round, are few."""
 ENLARGES = 3.0
@@ -38,20 +40,22 @@ def int8(rows: Rows, unquantized: Callable[[Sequence[LayerRow]], str]) -> Iterat
 
     ``unquantized``: the flag that leaves layers out of INT8.
     """
-    quantized = [r for r in rows.values() if r.verdict != GUILTY and r.replay and r.replay.step is not None]
-    ranked = sorted((r for r in quantized if r.share is not None), key=lambda r: r.share or 0.0, reverse=True)
+    if not any(row.replay and row.replay.step is not None for row in rows.values()):
+        return
+    # A layer has a step where its own nodes quantize; what one rounds whose quantizers lie in others counts as well.
+    sound = [r for r in rows.values() if r.verdict != GUILTY and r.replay and r.replay.introduced]
+    ranked = sorted((r for r in sound if r.share is not None), key=lambda r: r.share or 0.0, reverse=True)
     if not ranked:
         return
     row = ranked[0]
     yield Finding(
         "int8",
-        "INT8 as declared"
-        + f"; of {len(quantized)} layers that do what they must, this one costs most" * (len(quantized) > 1),
+        "INT8 as declared" + f"; of {len(sound)} layers that do what they must, this one costs most" * (len(sound) > 1),
         [row.name],
         [row.op],
         evidence={
             "introduced": row.replay and row.replay.introduced,
-            "then": ", ".join(f"{r.name} ({r.share:.0%})" for r in ranked[1:4]),
+            "then": ", ".join(f"{r.name} ({r.share:.0%})" for r in ranked[1:4] if r.share and r.share >= NOTICED),
         },
         effect=Effect(row.share),
         fix=f"accept it, or leave it unquantized: {unquantized([row])}",
