@@ -12,6 +12,7 @@ import pytest
 from faults import edits
 from faults.edits import Editor
 from nets import NetBuilder
+from onnxruntime import quantization
 
 from cp_debug.backends.base import Program
 from cp_debug.backends.ort_backend import OrtBackend, OrtSession
@@ -157,6 +158,28 @@ def test_of_sound_layers_in_int8_the_one_that_reaches_the_outputs_most_is_named(
     (finding,) = [f for f in test.findings if f.cause == "int8"]
     assert finding.layers == [f"node_{large}"]
     assert finding.effect.share == pytest.approx(1, abs=0.1)
+
+
+def test_the_layer_that_int8_costs_most_in_is_named_wherever_its_quantizers_lie(tmp_path: Path) -> None:
+    """In a file of Q/DQ pairs a convolution has no step: the layer in front quantizes what it reads."""
+    net, sample = NetBuilder(), np.random.default_rng(0).standard_normal((1, 8, 16, 16)).astype(np.float32)
+    value = "x"
+    for place in range(2):
+        weight = net.rng.standard_normal((8, 8, 3, 3)).astype(np.float32)
+        weight[0, 0, 0, 0] *= 1 + 20 * place  # one scale for all: the second has few levels left
+        value = net.op("Relu", net.op("Conv", value, net.weight(weight), name=f"conv{place}"), name=f"relu{place}")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 8, 16, 16])}, [value])
+    samples = iter([{"x": sample}])
+    reader = SimpleNamespace(get_next=lambda: next(samples, None))
+    quantization.quantize_static(str(path), str(tmp_path / "int8.onnx"), reader)
+    np.savez(tmp_path / "x.npz", x=sample)
+    options = Options(inputs=tmp_path / "x.npz")
+    (test,) = bisect(str(path), "ort,ort", test_model=tmp_path / "int8.onnx", options=options).tests
+    (finding,) = [f for f in test.findings if f.cause == "int8"]
+    most = max(test.rows, key=lambda row: row.share or 0.0)
+    assert most.replay is not None
+    assert most.replay.step is None
+    assert (finding.layers, finding.effect.share) == ([most.name], most.share)
 
 
 def test_a_reference_at_fault_has_no_share_of_the_tests_error(tmp_path: Path) -> None:
