@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from cp_debug.graph.graph import Graph
+from cp_debug.graph.graph import Graph, Node
+
+
+def node_of(op: str, inputs: Sequence[str], outputs: Sequence[str] = ("y",), index: int = 3, **attributes: Any) -> Node:
+    """A node by itself, as a graph would read it."""
+    return Node.of(index, helper.make_node(op, inputs, outputs, f"n{index}", **attributes))
+
+
+def graph_of(
+    folder: Path,
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Mapping[str, Sequence[int | str | None] | None] | Sequence[onnx.ValueInfoProto],
+    weights: Mapping[str, np.ndarray] | Sequence[onnx.TensorProto] = (),
+) -> Graph:
+    """A graph whose output is what the last of its nodes makes; inputs that are shapes alone are FP32."""
+    if isinstance(inputs, Mapping):
+        inputs = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, shape) for n, shape in inputs.items()]
+    if isinstance(weights, Mapping):
+        weights = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    outputs = [helper.make_empty_tensor_value_info(nodes[-1].output[0])]
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, weights)
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), folder / "g.onnx")
+    return Graph(folder / "g.onnx")
+
+
+def read_node(folder: Path, op: str, inputs: Sequence[str], **attributes: Any) -> Node:
+    """A node of a file: it reads ``x`` of any shape and weights of zeros, [6, 4] of a product and [6, 4, 1, 1] else."""
+    shape = (6, 4) if op in ("Gemm", "MatMul") else (6, 4, 1, 1)
+    weights = {name: np.zeros(shape, np.float32) for name in inputs if name != "x"}
+    return graph_of(folder, [helper.make_node(op, inputs, ["y"], **attributes)], {"x": None}, weights).nodes[0]
 
 
 class NetBuilder:

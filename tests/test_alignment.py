@@ -12,17 +12,20 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
+from nets import NetBuilder
+from onnx import TensorProto, numpy_helper
 from stress import OUTPUTS, make_stress
 from torch import Tensor, nn
 
 from cp_debug.errors import InputError
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph
-from cp_debug.probes.alignment import Alignment, Link
+from cp_debug.graph.input_values import ways
+from cp_debug.probes.alignment import Alignment, Coverage, Link
+from cp_debug.programs import scope_names
 from cp_debug.programs.align import align
 from cp_debug.programs.export import EXPORTERS, export
-from cp_debug.programs.scope_names import scope_hints
+from cp_debug.programs.scope_names import enclosing_modules, module_values, scope_hints
 from cp_debug.recipes.centerpoint.config import get_config
 from cp_debug.recipes.centerpoint.model import BackboneNeckHead, build_model
 
@@ -229,3 +232,55 @@ def test_no_value_is_paired_twice() -> None:
     assert ours.twins(test, {"p": "b"}) == {"q": "a", "s": "c"}
     assert ours.twins(test, {"p": "b", "s": "x"}) == {"q": "a"}
     assert ours.twins(test, {}) == {"p": "a", "q": "b", "s": "c"}
+
+
+def test_how_much_is_accounted_for_is_told_by_kind() -> None:
+    told = str(Coverage(3, 4, 2, 5, {"named": 2, "computed": 1}))
+    assert told == "3 of 4 values (2 named, 1 computed), 2 of 5 leaf module calls"
+
+
+def test_modules_are_named_as_torchscript_nests_them() -> None:
+    called = {"layers", "layers.0", "layers.0.conv", "head.1"}
+    assert scope_names._torchscript_scope("layers.0.conv", called) == "/layers/layers.0/conv"
+    assert scope_names._torchscript_scope("head.1", called) == "/head.1"
+    assert scope_names._torchscript_scope("layers.0.conv", {"layers.0.conv"}) == "/conv"
+    assert scope_names._torchscript_scope("layers.0.1", {"layers.0.1"}) == "/layers.0.1"
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [("['a', 'b.c']", ["a", "b.c"]), ("('a',)", []), ("a", []), ("[1]", ["1"]), ("[" * 5000, []), ("'a'", [])],
+    ids=["list", "tuple", "name", "number", "deep", "text"],
+)
+def test_dynamos_scopes_are_lists_of_names(text: str, names: list[str]) -> None:
+    assert scope_names._listed(text) == names
+
+
+def test_modules_are_read_off_the_names_that_an_exporter_wrote(tmp_path: Path) -> None:
+    assert enclosing_modules("/backbone/blocks.0/blocks.0.3/Conv") == [
+        "backbone",
+        "backbone.blocks.0",
+        "backbone.blocks.0.3",
+    ]
+    scopes = "['', 'head', 'head.conv', 'aten.conv']"
+
+    def made(text: str, outputs: tuple[str, ...] = ("y",)) -> dict[str, str]:
+        net = NetBuilder()
+        net.op("Relu", net.op("Neg", "x", name="mid"), name="y")
+        for node in net.nodes:
+            node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=text)
+        return module_values(Graph(net.save(tmp_path / "n.onnx", {"x": (1, [2])}, list(outputs))))
+
+    assert made(scopes) == {"head": "y", "head.conv": "y"}
+    assert made(scopes, ("y", "mid")) == {}  # two values leave
+    for strange in ("7", "not python", "{'a': 1}"):
+        assert made(strange) == {}
+
+
+def made(folder: Path, op: str, kind: int = TensorProto.FLOAT, **attributes: Any) -> np.ndarray:
+    """What is made up first for an input of 64 elements that ``op`` reads."""
+    net = NetBuilder()
+    net.op(op, "x", name="y", **attributes)
+    graph = Graph(net.save(folder / "n.onnx", {"x": (kind, [4, 16])}, ["y"]))
+    way = ways(graph, graph.inputs[0]).ways[0]
+    return np.asarray(way.make(np.random.default_rng(0), (4, 16), 99))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from nets import NetBuilder
+import pytest
+from nets import NetBuilder, read_node
+from onnx import numpy_helper
 
 from cp_debug.bisect.engine import bisect
 from cp_debug.graph.graph import Graph
+from cp_debug.programs import node_differences
+from cp_debug.programs.attribute_meaning import says_nothing
 from cp_debug.programs.node_differences import Pieces
 from cp_debug.safe_text import in_digits
 
@@ -78,3 +83,55 @@ def test_whole_numbers_have_all_their_digits() -> None:
         "0.0233179",
         "-3.4e+38",
     ]
+
+
+@pytest.mark.parametrize(
+    ("op", "roles"),
+    [
+        ("Conv", ["weights", "weights", "bias"]),
+        ("MatMul", ["weights", "weights"]),
+        ("LSTM", ["", "weights", "weights", "bias", ""]),
+        ("BatchNormalization", ["parameters", "parameters", "parameters", "statistics", "statistics"]),
+        ("QuantizeLinear", ["weights", "scale", "zero", ""]),
+        ("Relu", [""]),
+    ],
+)
+def test_what_a_node_reads_has_a_role(op: str, roles: list[str]) -> None:
+    node: Any = SimpleNamespace(op=op)
+    assert [node_differences.role_of_constant(node, place) for place in range(len(roles))] == roles
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "value", "nothing"),
+    [
+        ("Conv", "pads", [0, 0, 0, 0], True),
+        ("Conv", "pads", [0, 1, 0, 0], False),
+        ("Conv", "strides", [1, 1], True),
+        ("Conv", "strides", [1, 2], False),
+        ("Conv", "dilations", [0, 1], False),
+        ("Transpose", "perm", [2, 1, 0], True),
+        ("Transpose", "perm", [0, 1, 2], False),
+        ("LSTM", "activations", [b"sigmoid", b"TANH", b"Tanh"], True),
+        ("LSTM", "activations", [b"Sigmoid", b"Relu", b"Tanh"], False),
+        ("GRU", "activations", [b"Sigmoid", b"Tanh", b"Sigmoid", b"Tanh"], True),
+        ("Conv", "group", 1, False),
+    ],
+)
+def test_an_attribute_that_says_its_default_says_nothing(op: str, name: str, value: Any, nothing: bool) -> None:
+    given = node_differences._plain_value(value)
+    assert says_nothing(op, name, given, None) is nothing
+    assert says_nothing(op, name, None, given) is nothing
+    assert not says_nothing(op, name, given, given)
+
+
+def test_values_are_shown_with_six_digits() -> None:
+    assert node_differences._shown(1 / 3) == "0.333333"
+    assert node_differences._shown(None) == "not given"
+    assert node_differences._shown([1, 2]) == "[1, 2]"
+    assert node_differences._plain_value([b"a", 2, 3.5]) == ["a", 2, 3.5]
+    assert node_differences._plain_value(numpy_helper.from_array(np.arange(2))).tolist() == [0, 1]
+
+
+def test_inputs_that_were_attributes_have_their_names(tmp_path: Path) -> None:
+    clip = read_node(tmp_path, "Clip", ["x", "a", "b"])
+    assert [node_differences.argument_of(clip, place) for place in range(4)] == [None, "min", "max", None]

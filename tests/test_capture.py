@@ -27,6 +27,8 @@ from cp_debug.bisect.recording import compare_captures
 from cp_debug.errors import InputError
 from cp_debug.probes.capture import Capture, CaptureWriter, array_hash
 from cp_debug.probes.statistics import compare
+from cp_debug.programs.scene import FOLDER, keep_scene
+from cp_debug.recipes.base import Sample
 from cp_debug.reports.tables import render
 
 HEADER = {"backend": "torch@cpu", "model": {"name": "m", "sha256": "1"}, "inputs": [{"x": "a"}], "samples": ["seed 0"]}
@@ -284,3 +286,27 @@ def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
     write(tmp_path / "capture", {"ü": np.float16(1)})
     text = (tmp_path / "capture" / "manifest.json").read_text(encoding="utf-8")
     assert json.loads(text)["tensors"][0]["name"] == "ü"
+
+
+class Boxes:
+    """Detections as a model decodes them."""
+
+    class_names = ("car", "bus")
+
+    def __init__(self, x: float) -> None:
+        self.boxes = np.full((1, 7), x, np.float32)
+        self.scores, self.labels = np.float32([0.5]), np.array([1])
+
+
+def test_a_scene_keeps_points_and_the_boxes_of_each_backend(tmp_path: Path) -> None:
+    from cp_debug.probes.capture import Capture
+
+    sample = Sample({"points": np.ones((2, 4), np.float32)}, "cloud.bin")
+    keep_scene(tmp_path, sample, {"torch": "no boxes"})
+    assert not (tmp_path / FOLDER).exists()
+    keep_scene(tmp_path, sample, {"torch": Boxes(1.0), "ort": Boxes(2.0), "other": "no boxes"})
+    capture = Capture.open(tmp_path / FOLDER)
+    assert capture.load("points").shape == (2, 4)
+    assert [float(capture.load("boxes", component=spec)[0, 0]) for spec in ("torch", "ort")] == [1.0, 2.0]
+    assert capture.manifest["class_names"] == ["car", "bus"]
+    assert capture.manifest["samples"] == ["cloud.bin"]

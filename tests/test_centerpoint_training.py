@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from cp_debug.detection.centerpoint_training import Example, evaluate, main
+from cp_debug.detection.centerpoint_training import Example, evaluate, main, score_table
 from cp_debug.recipes.centerpoint.config import HEAD_CHANNELS, OUTPUT_ORDER, TINY
 from cp_debug.recipes.centerpoint.decode import decode
 from cp_debug.recipes.centerpoint.loss import centerpoint_loss, gaussian_focal_loss
@@ -179,3 +181,13 @@ def test_bad_usage_is_refused_before_any_work(arguments, sentence):
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 2
     assert sentence in result.output
+
+
+def test_the_table_of_scores_has_a_row_for_each_class() -> None:
+    config: Any = SimpleNamespace(class_names=("car", "bus"))
+    table = score_table(np.array([[0.1, 0.2, 0.3, 0.4], [1.0, 1.0, 0.5, 0.5]]), config, 7)
+    columns = [list(column.cells) for column in table.columns]
+    assert columns[0] == ["car", "bus"]
+    assert columns[-1] == ["0.250", "0.750"]
+    assert columns[2] == ["0.200", "1.000"]
+    assert table.title == "7 held-out scenes: mAP 0.500"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from cp_debug.bisect.causes import search
 from cp_debug.bisect.causes.base import Candidate
 from cp_debug.bisect.causes.search import Explanation, accepted, explain
 
@@ -145,3 +146,60 @@ def test_many_numbers_that_gain_rounding_alone_lose_to_none(simple: float, many:
     best = chosen(segment, *families).cause
     assert best is not None
     assert best.cause == cause
+
+
+def bare_candidate(cause: str = "a", parameters: int = 0, **fields: Any) -> Any:
+    given = {"located": False, "declared": False, "observed": False, "evidence": {}}
+    return SimpleNamespace(cause=cause, parameters=parameters, **{**given, **fields})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "parameters", "residual", "chance"),
+    [
+        (100, 0, 0.5, False),
+        (3, 0, 0.5, True),
+        (2, 0, 1e-6, False),
+        (2, 2, 1e-6, True),
+        (5, 2, 0.5, True),
+        (0, 0, 0.5, True),
+        (18, 0, 0.5, True),
+        (19, 0, 0.5, False),
+    ],
+)
+def test_few_wrong_elements_may_fit_by_chance(wrong: int, parameters: int, residual: float, chance: bool) -> None:
+    """300 hypotheses, each with a share of 0.5 in n elements: 300 · 0.5¹⁸ is above a thousandth, 0.5¹⁹ below."""
+    segment: Any = SimpleNamespace(wrong=wrong, introduced=1.0)
+    assert search._by_chance(segment, bare_candidate(parameters=parameters), residual) is chance
+    assert not search._by_chance(segment, bare_candidate(parameters=parameters, located=True), residual)
+    assert not search._by_chance(segment, bare_candidate(parameters=parameters, observed=True), residual)
+
+
+def test_fewer_numbers_that_leave_rounding_alone_are_simpler() -> None:
+    best: Any = SimpleNamespace(candidate=bare_candidate(parameters=8))
+    for parameters, complete, explained, simpler in (
+        (5, True, 0.9995, True),
+        (6, True, 0.9995, False),
+        (5, False, 0.9995, False),
+        (5, True, 0.998, False),
+    ):
+        tried: Any = SimpleNamespace(
+            candidate=bare_candidate(parameters=parameters), complete=complete, explained=explained
+        )
+        assert search._simpler(tried, best) is simpler
+
+
+def test_operators_that_the_same_cause_may_name_as_well() -> None:
+    def tried(op: str, cause: str = "a", parameters: int = 1, accepted: bool = True) -> Any:
+        return SimpleNamespace(candidate=bare_candidate(cause, parameters, evidence={"op": op}), accepted=accepted)
+
+    chosen = tried("Relu")
+    others = [
+        tried("Relu"),
+        tried("Clip"),
+        tried("Tanh", "b"),
+        tried("Elu", parameters=2),
+        tried("Abs", accepted=False),
+    ]
+    assert search._alike(chosen, others) == ("Clip",)
+    chosen.candidate.evidence = {}
+    assert search._alike(chosen, others) == ()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from fractions import Fraction
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 
-from cp_debug.backends.codecs import CODECS, E2M1, Codec, e8m0, floor_log2
+from cp_debug.backends.codecs import CODECS, E2M1, E4M3, E5M2, Codec, e8m0, floor_log2
 
 TYPES = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2, "e2m1": ml_dtypes.float4_e2m1fn}
 
@@ -68,3 +69,11 @@ def test_scales_are_all_the_powers_of_two_that_e8m0_has() -> None:
     assert e8m0(torch.tensor([-200, 200])).tolist() == [2.0**-127, 2.0**127]
     x = torch.tensor([0.0, 1e-45, 2.0**-126, 1.0, 1.9999999, 2.0, 3.4e38])
     assert floor_log2(x).tolist() == [-150, -149, -126, 0, 0, 1, 127]
+
+
+@pytest.mark.parametrize("codec", [E4M3, E5M2, E2M1], ids=lambda c: c.name)
+def test_codes_stop_at_the_largest_number_on_both_sides(codec: Any) -> None:
+    x = torch.tensor([0.0, 1.0, -1.0, codec.largest, 3 * codec.largest, -3 * codec.largest, codec.smallest / 8])
+    expected = [0.0, 1.0, -1.0, codec.largest, codec.largest, -codec.largest, 0.0]
+    assert codec(x).tolist() == expected
+    assert codec(torch.tensor([float("nan")])).isnan().all()

@@ -427,3 +427,74 @@ def test_an_operator_has_one_kernel() -> None:
 
     with pytest.raises(ValueError, match="two kernels of MatMul;"):
         kernel("MatMul")(lambda call, a, b: a)
+
+
+def run(folder: Path, op: str, arrays: dict[str, np.ndarray], outputs: int = 1, **attributes: Any) -> list[np.ndarray]:
+    """Outputs of one ``com.microsoft`` node in FP64."""
+    names = [f"y{i}" for i in range(outputs)]
+    node = helper.make_node(op, list(arrays), names, name="node", domain="com.microsoft", **attributes)
+    given = [
+        helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in arrays.items()
+    ]
+    graph = helper.make_graph([node], "g", given, [onnx.ValueInfoProto(name=n) for n in names])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets), folder / "one.onnx")
+    results = Executor(Graph(folder / "one.onnx"), FP64).run(arrays)
+    return [results[n].numpy() for n in names]
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def test_a_gated_gelu_takes_the_second_half_as_the_gate(tmp_path: Path) -> None:
+    x, bias = normal(1, 3, 8), normal(8)
+    left, right = np.split(torch.from_numpy((x + bias).astype(np.float64)).numpy(), 2, -1)
+    gate = torch.nn.functional.gelu(torch.from_numpy(right)).numpy()
+    (found,) = run(tmp_path, "BiasSplitGelu", {"x": x, "bias": bias})
+    assert np.allclose(found, left * gate, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "inner"), [((2, 1, 1, 4), 0), ((2, 4), 1), ((1, 1, 3, 4), 0)])
+def test_a_softmax_adds_its_bias_first(tmp_path: Path, shape: tuple[int, ...], inner: int) -> None:
+    x, bias = normal(2, 5, 3, 4), normal(*shape)
+    attributes = {"axis": 1 if inner else 3, "is_inner_broadcast": inner}
+    (found,) = run(tmp_path, "BiasSoftmax", {"x": x, "bias": bias}, **attributes)
+    wide = bias.reshape(2, 1, 1, 4) if inner else bias  # along the outermost axis and the innermost one
+    want = softmax((x + wide).reshape(2 if inner else -1, 60 if inner else 4)).reshape(x.shape)
+    assert np.allclose(found, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("last", [0, 1])
+@pytest.mark.parametrize("activation", [0, 1])
+def test_groups_are_normalized_in_either_layout(tmp_path: Path, last: int, activation: int) -> None:
+    x, gamma, beta = normal(2, 6, 3, 3), normal(6), normal(6)
+    groups = x.astype(np.float64).reshape(2, 3, -1)
+    normed = (groups - groups.mean(-1, keepdims=True)) / np.sqrt(groups.var(-1, keepdims=True) + 1e-2)
+    want = normed.reshape(x.shape) * gamma[:, None, None] + beta[:, None, None]
+    want = want / (1 + np.exp(-want)) if activation else want
+    given = x.transpose(0, 2, 3, 1) if last else x
+    attributes = {"groups": 3, "channels_last": last, "activation": activation, "epsilon": 1e-2}
+    (found,) = run(tmp_path, "GroupNorm", {"x": given, "gamma": gamma, "beta": beta}, **attributes)
+    assert np.allclose(found.transpose(0, 3, 1, 2) if last else found, want, atol=1e-5)
+    skip = normal(*given.shape)
+    arrays = {"x": given - skip, "gamma": gamma, "beta": beta, "skip": skip}
+    found, total = run(tmp_path, "SkipGroupNorm", arrays, outputs=2, **attributes)
+    assert np.allclose(total, given, atol=1e-6)
+    assert np.allclose(found.transpose(0, 3, 1, 2) if last else found, want, atol=1e-5)
+
+
+def test_levels_are_chosen_as_the_numbers_that_they_stand_for(tmp_path: Path) -> None:
+    def number(value: float) -> np.ndarray:
+        return np.float32(value).reshape(())
+
+    def zero(value: int) -> np.ndarray:
+        return np.uint8(value).reshape(())
+
+    arrays = {
+        "condition": np.array([True, False]), "a": np.uint8([12, 12]), "a_scale": number(0.5), "a_zero": zero(10),
+        "b": np.uint8([5, 5]), "b_scale": number(2.0), "b_zero": zero(3), "y_scale": number(0.25), "y_zero": zero(1),
+    }  # fmt: skip
+    (found,) = run(tmp_path, "QLinearWhere", arrays)
+    assert found.tolist() == [5, 17]  # 1.0 and 4.0, in quarters above 1

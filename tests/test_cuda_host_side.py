@@ -413,3 +413,9 @@ def test_a_gpu_counts_bins_as_the_host_does() -> None:
     keys = torch.tensor([0, 0, 1, 5, BINS - 1, BINS - 1, BINS - 2], dtype=torch.int32)
     given: Any = Keys(keys)
     assert torch.equal(statistics_reduce._count(given), statistics_reduce._count(keys))
+
+
+def test_the_gpu_kernel_is_told_which_types_it_reads() -> None:
+    text = source_of(0, 1)
+    assert text.startswith("#define REF_KIND 0\n#define TEST_KIND 1\n")
+    assert source_of(1, 0) != text

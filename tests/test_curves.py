@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose
 
 from cp_debug.detection import metrics
 from cp_debug.detection.boxes import Boxes, Objects
-from cp_debug.detection.curves import Curves
+from cp_debug.detection.curves import Curves, Hits, _drawn_neighbours, _line, _running_means
 from cp_debug.detection.metrics import score
 
 SAMPLES = 4
@@ -117,3 +118,18 @@ def test_blocks_of_draws_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     for name, figures in vars(whole).items():
         assert len(figures) == 7
         np.testing.assert_array_equal(getattr(blocks, name), figures)
+
+
+def test_running_means_leave_out_what_is_not_known() -> None:
+    hits = Hits(np.arange(3), np.array([[1.0, 2, 1], [0, 0, 0]]), np.array([[1.0, 3, 4], [0, 0, 0]]))
+    assert_allclose(_running_means(np.array([2.0, 5, 8]), hits), [[2, 4, 5], [1, 1, 1]])
+    assert_allclose(_running_means(np.array([np.nan, 5, 8]), hits), [[0, 5, 6], [1, 1, 1]])
+
+
+def test_gaps_lie_between_drawn_hits() -> None:
+    after, before = _drawn_neighbours(np.array([[False, True, False, True]]))
+    assert after.tolist() == [[1, 1, 3, 3, 3]]
+    assert before.tolist() == [[1, 1, 1, 1, 3]]
+    one = np.array([2.0])
+    assert _line(one, np.array([1.0]), np.array([10.0]), np.array([3.0]), np.array([30.0])).tolist() == [20]
+    assert _line(one, one, np.array([10.0]), one, np.array([30.0])).tolist() == [10]

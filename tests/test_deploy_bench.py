@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nets import second_like
+from nets import read_node, second_like
 from test_cli import run
 from test_trt_runner import install, save_net
 
@@ -20,8 +20,9 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.tensorrt.prebuilt import PrebuiltBackend
 from cp_debug.deploy.bench import Latency, timer_of
-from cp_debug.deploy.engines import MANIFEST, build_engines, check_engines
+from cp_debug.deploy.engines import MANIFEST, BuiltEngine, build_engines, check_engines
 from cp_debug.errors import InputError
+from cp_debug.files import file_hash
 from cp_debug.graph.graph import Graph
 
 
@@ -157,3 +158,56 @@ def test_engine_files_run_as_they_are(tmp_path: Path, monkeypatch: pytest.Monkey
     assert session.settings["engine"].endswith("net.engine")
     session.close()
     fresh.close()
+
+
+def test_a_part_takes_the_time_that_it_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 12.5])
+    monkeypatch.setattr("cp_debug.deploy.bench.time.perf_counter", lambda: next(clock))
+    session: Any = SimpleNamespace(run=lambda inputs: {"y": inputs["x"] + 1})
+    assert timer_of(session, 1)({"x": 1}) == ({"y": 2}, 2.5)  # type: ignore[dict-item,comparison-overlap]
+
+
+def test_a_latency_is_told_in_milliseconds() -> None:
+    figures = Latency("net", [i / 1000 for i in range(101)]).figures()
+    assert figures == pytest.approx({"mean": 50, "p50": 50, "p95": 95, "p99": 99})
+
+
+@pytest.mark.parametrize(
+    ("shares", "says"), [({"fp16": 0.8, "fp32": 0.2}, "fp16 80%, fp32 20%"), ({}, "types not told")]
+)
+def test_types_of_an_engine_in_words(shares: dict[str, float], says: str) -> None:
+    assert BuiltEngine("net", "net.engine", "", "", 1.0, shares).types == says
+
+
+def engine_manifest(folder: Path, program: Any, **changes: Any) -> Path:
+    """A folder with an engine of ``program`` and its manifest."""
+    folder.mkdir()
+    (folder / "net.engine").write_bytes(b"engine")
+    entry = {"component": "net", "file": "net.engine", "sha256": file_hash(folder / "net.engine"), "seconds": 1.0}
+    entry |= {"onnx_sha256": program.graph.digest, "realised_precision": {"fp16": 1.0}}
+    machine = {"tensorrt": "10.3", "gpu": "A", "compute_capability": "9.0"}
+    document = {"backend": "trt-fp16@cuda:0", **machine, "engines": [entry | changes]}
+    (folder / "engines.json").write_text(json.dumps(document), encoding="utf-8")
+    return folder
+
+
+def test_engines_are_those_of_this_machine_and_these_graphs(tmp_path: Path) -> None:
+    read_node(tmp_path, "MatMul", ["x", "w"])
+    program: Any = SimpleNamespace(name="net", graph=Graph(tmp_path / "g.onnx"))
+    here = {"tensorrt": "10.3", "gpu": "A", "compute_capability": "9.0"}
+    folder = engine_manifest(tmp_path / "good", program)
+    assert check_engines(folder, [program], here, "trt-fp16") == {"net": folder / "net.engine"}
+    assert check_engines(folder, [program], here) == {"net": folder / "net.engine"}
+    refused = [
+        (folder, here, "trt-int8", r"these are engines of trt-fp16@cuda:0; expected those of trt-int8"),
+        (folder, here | {"gpu": "B"}, "", r"gpu is 'A'; here it is 'B'"),
+        (folder, here | {"compute_capability": "8.0"}, "", r"compute_capability is '9.0'; here it is '8.0'"),
+        (engine_manifest(tmp_path / "b", program, sha256="0"), here, "", "changed since it was built"),
+        (engine_manifest(tmp_path / "c", program, onnx_sha256="0"), here, "", "built from another graph than"),
+        (engine_manifest(tmp_path / "d", program, component="other"), here, "", "there is no engine of net"),
+        (engine_manifest(tmp_path / "e", program, file="gone.engine"), here, "", "there is no engine of net"),
+        (tmp_path, here, "", "not the manifest of `cpdebug build`"),
+    ]
+    for where, versions, backend, says in refused:
+        with pytest.raises(InputError, match=says):
+            check_engines(where, [program], versions, backend)

@@ -419,3 +419,49 @@ def test_a_plug_in_reads_another_team_s_configuration(tmp_path: Path, monkeypatc
             load_config(tmp_path / "net.ours")
     finally:
         plugins.names.cache_clear()
+
+
+CALLS = "export = dict(mode='both', work_dir='w')\ndef f(n):\n  return n\n"
+
+
+@pytest.mark.parametrize(("calls", "refused"), [(1000, False), (1001, True)])
+def test_a_configuration_calls_its_functions_a_thousand_times(tmp_path: Path, calls: int, refused: bool) -> None:
+    path = write(tmp_path, "deploy_config.py", CALLS + "\n".join(f"x{i} = f({i})" for i in range(calls)))
+    with pytest.raises(InputError) as error:
+        load_config(path)
+    assert ("more than 1000 calls" in str(error.value)) is refused
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("x = 1 << 64", ""),
+        ("x = 1 << 65", "expected a shift of 0 to 64"),
+        ("x = 2 ** 64", ""),
+        ("x = 2 ** 65", "expected a power of 0 to 64"),
+        ("x = 20000 ** 2", ""),
+        ("x = 20001 ** 2", "expected a power of 0 to 64"),
+        ("x = 1 << 0", ""),
+        (f"x = [{'None,' * 19_999}]", ""),
+        (f"x = [{'None,' * 20_000}]", "unfolds to more than 20000"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_configuration_computes_within_limits(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_config(write(tmp_path, "deploy_config.py", f"export = dict(mode='both', work_dir='w')\n{text}\n"))
+    assert (says in str(error.value)) if says else ("unknown key 'x'" in str(error.value))
+
+
+def test_what_awml_leaves_out_is_as_awml_has_it(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "deploy_config.py", "export = dict(work_dir='w')\nquantization = dict()\n"))
+    assert (config.export.mode, config.export.opset) == ("both", 17)
+    assert (config.export.fold, config.export.simplify, config.export.rot_y_axis_reference) == (True, False, False)
+    assert (config.tensorrt.precision, config.tensorrt.workspace_mib) == ("auto", 1024)
+    assert (config.verify.enabled, config.verify.samples, config.verify.max_abs) == (True, 3, 0.1)
+    assert (config.evaluate.enabled, config.evaluate.samples) == (False, 10)
+    assert config.quantization is None
+    quantized = load_config(write(tmp_path, "q.py", "export = dict(work_dir='w')\nquantization = dict(enabled=True)\n"))
+    assert quantized.quantization is not None
+    assert quantized.quantization.skip_layers == []
+    assert quantized.quantization.samples == 100

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cp_debug.deploy.exporting import ExportOptions, export_model, load_exported, resized
+from cp_debug.deploy.exporting import (
+    ExportOptions,
+    compared_outputs,
+    export_model,
+    load_exported,
+    resized,
+    shapes_of,
+    worst_output,
+)
 from cp_debug.deploy.stages import turn_outputs
 from cp_debug.errors import InputError
 from cp_debug.probes.alignment import Alignment
@@ -108,3 +116,17 @@ def test_resized_inputs_share_symbols_and_stay_divisible() -> None:
     assert made["b"].shape == (8, 2)
     np.testing.assert_array_equal(made["a"][1], np.arange(8.0))
     assert torch.from_numpy(made["a"]).is_contiguous()
+
+
+def test_inputs_are_halved_to_multiples_of_strides_along_free_axes() -> None:
+    arrays = {"a": np.arange(40.0).reshape(1, 40), "b": np.arange(40.0)[:, None], "c": np.arange(3.0), "d": np.ones(1)}
+    axes = {"a": {1: "n"}, "b": {0: "n"}, "c": {0: "m"}, "d": {0: "k"}}
+    small = resized(arrays, axes)
+    assert {name: array.shape for name, array in small.items()} == {"a": (1, 16), "b": (16, 1), "c": (4,), "d": (2,)}
+    assert small["c"].tolist() == [0, 1, 2, 0]
+    assert small["a"][0].tolist() == list(range(16))
+    assert small["a"].flags.c_contiguous
+    assert resized({"e": np.zeros((0, 2))}, {"e": {0: "n"}})["e"].shape == (0, 2)
+    assert shapes_of(small) == "a 1×16, b 16×1, c 4, d 2"
+    run = compared_outputs({"x": np.ones(2), "y": np.ones(2)}, {"x": np.full(2, 1.1), "y": np.full(2, 1.2)})
+    assert worst_output(run)[0] == "y"

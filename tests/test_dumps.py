@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from pathlib import Path
@@ -21,7 +23,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
 from cp_debug.probes.arrays import as_numpy
-from cp_debug.probes.dumps import read_dump
+from cp_debug.probes.dumps import read_dump, read_iterations
 
 Arrays = dict[str, np.ndarray]
 
@@ -400,3 +402,15 @@ def test_a_tensor_has_at_most_two_gibibytes(
     monkeypatch.setattr(Path, "read_bytes", lambda self: b"" if self == path else read(self))
     with pytest.raises(InputError, match=says):
         read_dump(path)
+
+
+def test_text_that_is_no_base64_is_refused_with_the_tensor(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    np.save(stream, np.float32([1, 2]))
+    text = base64.b64encode(stream.getvalue()).decode()
+    path = tmp_path / "inputs.json"
+    path.write_text(json.dumps([{"x": {"array": text}}]))
+    assert read_iterations(path)[0]["x"].tolist() == [1, 2]
+    path.write_text(json.dumps([{"x": {"array": f"{text[:40]}!{text[40:]}"}}]))
+    with pytest.raises(InputError, match="'x'"):
+        read_iterations(path)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from cp_debug.backends.spec import parse_backends
 from cp_debug.cli.main import app
 from cp_debug.detection.bootstrap import ConfidenceInterval, draw_samples
 from cp_debug.detection.boxes import Boxes
-from cp_debug.detection.evaluate import as_detector, evaluate
+from cp_debug.detection.evaluate import _prepare, as_detector, evaluate, finite
 from cp_debug.detection.evaluation import (
     NUSCENES_RANGES,
     BackendScores,
@@ -470,3 +471,82 @@ def test_engines_are_scored_in_the_interpreter_that_is_named(tmp_path: Path) -> 
     done = CliRunner().invoke(app, ["eval", "-b", "torch,trt-fp16", "-n", "1", "--trt-python", str(nothing)])
     assert done.exit_code != 0
     assert str(nothing) in str(done.exception) + done.output
+
+
+def test_backends_in_int8_run_what_quantize_made_and_the_others_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cp_debug.detection.evaluate.prepare", lambda *given, **how: ["plain"])
+    monkeypatch.setattr("cp_debug.detection.evaluate.wants_int8", lambda backend: backend == "int8")
+    model: Any = SimpleNamespace(samples=lambda count, seed, inputs: ["s"])
+    asked: list[Any] = []
+
+    def quantize(programs: Any, folder: Path) -> Any:
+        asked.append((programs, folder))
+        return ["in INT8"], "by mse"
+
+    made: Any = lambda *backends: _prepare(model, backends, Path("f"), None, True, quantize)  # type: ignore[arg-type]  # noqa: E731
+    assert made("torch", "ort") == ([["plain"], ["plain"]], "")
+    assert not asked
+    assert made("torch", "int8", "ort") == ([["plain"], ["in INT8"], ["plain"]], "by mse")
+    assert asked == [(["plain"], Path("f/int8"))]
+
+
+def test_each_backends_samples_that_are_not_finite_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"ort": [1.0, np.nan, 3.0], "torch": [1.0, 2.0, 3.0]}
+    seen: list[dict[str, int]] = []
+
+    class Running:
+        """Stands in for a pipeline that gives one number for each sample."""
+
+        def __init__(self, model: Any, programs: Any, backend: Any) -> None:
+            self.backend = backend
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def run(self, sample: Sample) -> Any:
+            return {"net": {"y": np.float32([given[self.backend.spec][int(sample.source)]])}}
+
+        def record(self) -> Any:
+            return self.backend
+
+    def scored(runs: Any, truths: Any, names: Any, options: Any, strange: Any, on_step: Any) -> Any:
+        seen.append(dict(strange))
+        return [], []
+
+    samples = [SimpleNamespace(source=str(i), truth="boxes", arrays={}) for i in range(3)]
+    for name, stub in {
+        "Pipeline": Running, "score_backends": scored, "Predictions": SimpleNamespace(gather=list),
+        "iterate": iter, "Remarks": lambda model: SimpleNamespace(see=lambda sample: None, sentences=[]),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(f"cp_debug.detection.evaluate.{name}", stub)
+    model: Any = SimpleNamespace(
+        name="m", components=[SimpleNamespace(name="net")], class_names=["car"], decode=lambda sample, results: results
+    )
+    backends: Any = [SimpleNamespace(spec=spec) for spec in given]
+
+    class Data(list[Any]):
+        name, notes = "data", ()
+
+    options: Any = SimpleNamespace(region=(0, 0, 1, 1))
+    found = evaluate(model, backends, Data(samples), options, programs=[])  # type: ignore[arg-type]
+    assert seen == [{"ort": 1, "torch": 0}]
+    assert found.samples == ["0", "1", "2"]
+
+
+def test_outputs_are_finite_where_every_float_is() -> None:
+    whole, good = np.array([2**40]), np.float32([1, 2])
+    assert finite({"a": good, "b": whole, "c": np.array([True])})
+    assert finite({})
+    for strange in (np.nan, np.inf, -np.inf):
+        assert not finite({"a": good, "b": np.float32([1, strange])})
+
+
+def test_figures_of_a_result_come_back_as_intervals() -> None:
+    document = {"backend": "ort", "summary": {"mAP": {"value": 0.5, "low": 0.4, "high": 0.6}}, "not_finite": 2}
+    found = BackendScores.fields_from(document)
+    assert found["not_finite"] == 2
+    assert found["backend"] == "ort"
+    assert (found["summary"]["mAP"].value, found["summary"]["mAP"].low, found["summary"]["mAP"].high) == (0.5, 0.4, 0.6)
+    assert "difference" not in found

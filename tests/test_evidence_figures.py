@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cp_debug.bisect.causes import fits
 from cp_debug.bisect.causes.everywhere import in_words, orders
 from cp_debug.bisect.causes.fits import PER_PARAMETER, cross_fit, halves
 from cp_debug.bisect.causes.where import locate
@@ -195,3 +196,16 @@ def test_labels_of_small_numbers_share_a_power_of_ten() -> None:
         picture = canvas.__html__()
         assert said in picture
         assert "e−08" not in picture
+
+
+def test_least_squares_by_channel() -> None:
+    x = torch.tensor([[1.0, 2, 3, 9], [1, 2, 3, 9]], dtype=torch.float64)
+    y = torch.tensor([[3.0, 5, 7, 0], [0, 0, 0, 0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, True, False]] * 2)
+    count, gram, right = fits._sums(y, [x, torch.ones_like(x)], mask, [1])
+    assert count.tolist() == [3, 3]
+    assert gram[0].tolist() == [[14, 6], [6, 3]]
+    assert right[0].tolist() == [34, 15]
+    assert torch.allclose(
+        fits._solve(count, gram, right), torch.tensor([[2.0, 1], [0, 0]], dtype=torch.float64), atol=1e-9
+    )

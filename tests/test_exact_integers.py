@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper, parser
+from nets import NetBuilder, graph_of
+from onnx import TensorProto, helper, numpy_helper, parser
 from test_cli import run
 
 import cp_debug
@@ -16,8 +18,9 @@ from cp_debug.bisect.recording import compare_captures
 from cp_debug.bisect.verdict import is_within
 from cp_debug.deploy.tolerance import Tolerances
 from cp_debug.deploy.verify import what_is_wrong
-from cp_debug.graph.graph import Graph
-from cp_debug.graph.integer_values import level_values
+from cp_debug.graph import integer_values
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.integer_values import level_values, unscaled_levels
 from cp_debug.probes.capture import Capture
 from cp_debug.probes.statistics import compare
 from cp_debug.reports.verdict_line import verdict_line
@@ -181,3 +184,52 @@ def test_a_level_more_or_less_is_rounding(tmp_path: Path) -> None:
     result = compare_captures(captures[0], captures[1], force=True, rtol=0.2)
     levels = next(row for row in result.tests[0].rows if row.onnx == "q")
     assert (levels.within, bool(levels.stats.unequal)) == (True, True)
+
+
+def floats(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("op", "count", "grid"),
+    [
+        ("QuantizeLinear", 3, ("i1", "i2")),
+        ("com.microsoft.QLinearConcat", 5, ("i0", "i1")),
+        ("QLinearConv", 8, ("i6", "i7")),
+        ("QLinearMatMul", 8, ("i6", "i7")),
+        ("com.microsoft.QLinearAdd", 8, ("i6", "i7")),
+        ("com.microsoft.QLinearSigmoid", 5, ("i3", "i4")),
+        ("com.microsoft.QGemm", 9, ("i7", "i8")),
+        ("com.microsoft.QGemm", 7, None),
+        ("Relu", 1, None),
+    ],
+)
+def test_grids_of_levels_are_where_the_operator_has_them(op: str, count: int, grid: tuple[str, str] | None) -> None:
+    domain, _, name = op.rpartition(".")
+    proto = helper.make_node(name, [f"i{i}" for i in range(count)], ["y"], "n", domain=domain)
+    graph: Any = SimpleNamespace(nodes=[0], producer={"y": Node.of(0, proto)})
+    found = integer_values.produced_grid(graph, "y")
+    assert (found and tuple(found)[:2] if isinstance(found, tuple) else found and (found.scale, found.zero)) == grid
+
+
+def test_what_is_rounded_to_levels(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("Reshape", ["d", "shape"], ["r"]),
+        helper.make_node("MatMul", ["d", "w"], ["m"]),
+        helper.make_node("Add", ["m", "x"], ["y"]),
+    ]
+    weights = {"s": np.float32(0.1), "z": np.int8(0), "w": floats(2, 2), "shape": np.array([2, 2])}
+    assert integer_values.rounded_values(graph_of(tmp_path, nodes, {"x": [2, 2]}, weights)) == {"q", "m"}  # type: ignore[arg-type]
+
+
+def test_levels_whose_scale_no_constant_tells_are_no_numbers(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Relu", net.op("Neg", "x", name="mid"), name="y")
+    plain = Graph(net.save(tmp_path / "plain.onnx", {"x": (1, [2])}, ["y"]))
+    net = NetBuilder()
+    net.op("Cast", "x", name="levels", to=TensorProto.INT8)
+    net.op("Cast", "levels", name="y", to=TensorProto.FLOAT)
+    graph = Graph(net.save(tmp_path / "int8.onnx", {"x": (1, [2])}, ["y"]))
+    assert unscaled_levels(plain, graph, {"levels": "mid", "y": "y", "lost": "mid"}) == {"levels"}

@@ -16,12 +16,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import numpy_helper, parser
+from nets import NetBuilder
+from onnx import helper, numpy_helper, parser
 
 from cp_debug.backends.arithmetic import ARITHMETICS, BF16, FP16, FP16ACC, FP32, FP64, TF32
 from cp_debug.backends.executor import Executor, NodeFailed, unsupported
 from cp_debug.backends.kernels import KERNELS, blocked_convolution
-from cp_debug.backends.kernels.windows import Window
+from cp_debug.backends.kernels.windows import Window, split_padding
 from cp_debug.backends.rounding import round_fp16, round_tf32
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
@@ -419,3 +420,69 @@ def test_the_names_in_a_function_are_its_own(tmp_path: Path) -> None:
     for weights in ({}, {"c": np.float32(7)}):  # the main graph may have the name, too
         y = Executor(graph(tmp_path, text, weights)).run({"x": x})["y"]
         np.testing.assert_allclose(y.numpy(), 6 * np.maximum(-2 * x, 0), rtol=1e-6)
+
+
+def test_windows_that_are_padded_alike_at_both_ends() -> None:
+    def window(*pads: int) -> Window:
+        return Window((3, 3), (1, 2), (1, 1), pads[:2], pads[2:])
+
+    assert window(1, 2, 1, 2).symmetric
+    assert not window(1, 2, 2, 1).symmetric
+    assert window(1, 2, 3, 4).torch_pads() == [2, 4, 1, 3]
+    assert window(1, 2, 3, 4).torch_pads([10, 20]) == [2, 24, 1, 13]
+    assert window(1, 0, 1, 0).output_size((8, 8)) == (8, 3)
+    assert window(0, 0, 0, 0).output_size((8, 8), ceil=True) == (6, 4)
+    assert window(0, 0, 0, 1).output_size((8, 6), ceil=True) == (6, 3)
+    assert split_padding([3, 2], extra_at_end=True) == (1, 1, 2, 1)
+    assert split_padding([3, 2], extra_at_end=False) == (2, 1, 1, 1)
+
+
+def one_node(folder: Path, op: str, inputs: dict[str, np.ndarray], domain: str = "", **attributes: Any) -> Graph:
+    """A graph of one node that reads ``inputs`` in their order and gives y."""
+    node = helper.make_node(op, list(inputs), ["y"], name="node", domain=domain, **attributes)
+    given = [
+        helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in inputs.items()
+    ]
+    graph = helper.make_graph([node], "g", given, [helper.make_tensor_value_info("y", 1, None)])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets), folder / "one.onnx")
+    return Graph(folder / "one.onnx")
+
+
+def test_a_bias_is_added_rounded_and_then_the_skip(tmp_path: Path) -> None:
+    arrays = {"x": np.float32([[2048.0]]), "bias": np.float32([1.0]), "skip": np.float32([[0.25]])}
+    graph = one_node(tmp_path, "BiasAdd", arrays, "com.microsoft")
+    assert Executor(graph, FP64).run(arrays)["y"].item() == 2049.25
+    assert Executor(graph, FP16).run(arrays)["y"].item() == 2048.0
+
+
+@pytest.mark.parametrize(("fmod", "expected"), [(1, [1.5, -1.5]), (0, [1, 2])])
+def test_remainders_have_the_sign_of_the_dividend_or_of_the_divisor(
+    tmp_path: Path, fmod: int, expected: list[float]
+) -> None:
+    a, b = ([5.5, -5.5], [4, 4]) if fmod else ([5, -2], [4, 4])
+    kind = np.float32 if fmod else np.int64
+    arrays = {"a": np.array(a, kind), "b": np.array(b, kind)}
+    found = Executor(one_node(tmp_path, "Mod", arrays, fmod=fmod), FP32).run(arrays)["y"]
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("op", ["ReduceL2", "ReduceL1", "ReduceSumSquare", "ReduceLogSum", "ReduceLogSumExp"])
+def test_reductions_of_numbers_that_are_not_one(tmp_path: Path, op: str) -> None:
+    x = np.float32([[3.0, 4.0], [0.5, 2.0]])
+    arrays = {"x": x}
+    want = {
+        "ReduceL2": np.sqrt((x * x).sum(1)), "ReduceL1": np.abs(x).sum(1), "ReduceSumSquare": (x * x).sum(1),
+        "ReduceLogSum": np.log(x.sum(1)), "ReduceLogSumExp": np.log(np.exp(x).sum(1)),
+    }[op]  # fmt: skip
+    graph = one_node(tmp_path, op, arrays, axes=[1], keepdims=0)
+    assert np.allclose(Executor(graph, FP64).run(arrays)["y"].numpy(), want, rtol=1e-6)
+
+
+def test_a_value_that_nobody_gave_is_named(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Relu", net.op("Neg", "x", name="mid"), name="y")
+    executor = Executor(Graph(net.save(tmp_path / "n.onnx", {"x": (1, [2])}, ["y"])), FP32)
+    assert executor.run_nodes([], {"mid": np.float32([1, 2])}, ["mid"])["mid"].tolist() == [1, 2]
+    with pytest.raises(InputError, match="value 'mid' is needed, but neither given nor computed"):
+        executor.run_nodes([], {}, ["mid"])

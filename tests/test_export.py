@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from cp_debug.backends.determinism import deterministic, read_settings
 from cp_debug.errors import InputError
-from cp_debug.programs.export import EXPORTERS, export
+from cp_debug.programs.export import EXPORTERS, _reason, export
+from cp_debug.programs.pipeline import choose_export, merge_settings, settings_by_component
 
 
 class Net(nn.Module):
@@ -141,3 +143,32 @@ def test_ctrl_c_that_the_exporter_turned_into_its_own_error_is_ctrl_c(
     with pytest.raises(KeyboardInterrupt):
         export(Net().eval(), [torch.zeros(1, 3, 8, 8)], tmp_path / "net.onnx", input_names=["x"], output_names=["y"])
     assert not any(tmp_path.iterdir())
+
+
+def test_settings_of_all_components_stand_once() -> None:
+    settings = {"a": {"threads": 1, "level": "all", "fast": True}, "b": {"threads": 1, "level": "none"}}
+    merged = merge_settings(settings)
+    assert merged == {"threads": 1, "components": {"a": {"level": "all", "fast": True}, "b": {"level": "none"}}}
+    assert settings_by_component(merged) == settings
+    assert merge_settings({"a": {"threads": 1}, "b": {"threads": 1}}) == {"threads": 1}
+    assert settings_by_component({"threads": 1}) == {"": {"threads": 1}}
+
+
+def test_an_export_is_what_the_oldest_reader_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends: Any = [SimpleNamespace(spec=name, opset=opset) for name, opset in (("a", None), ("b", 17), ("c", 13))]
+    monkeypatch.setattr("cp_debug.programs.pipeline.wants_int8", lambda backend: backend.spec == "b")
+    monkeypatch.setattr("cp_debug.programs.pipeline.largest_opset", lambda backend: backend.opset)
+    plain, nothing = choose_export(backends[:1], None)
+    assert (plain.exporter, plain.fused, nothing) == ("dynamo", False, None)
+    chosen, note = choose_export(backends, None)
+    assert (chosen.exporter, chosen.opset, chosen.fused) == ("torchscript", 13, True)
+    assert note == "exported with torchscript at opset 13, up to which c reads ONNX"
+    assert choose_export(backends, "dynamo")[0].exporter == "dynamo"
+    assert choose_export([backends[0], backends[2]], None)[0].fused is False
+
+
+def test_the_reason_of_a_failed_export_is_its_first_cause() -> None:
+    error = RuntimeError("outer")
+    error.__cause__ = ValueError("\n  inner  \nmore")
+    assert _reason(error) == "ValueError: inner"
+    assert _reason(ValueError("")) == "ValueError"

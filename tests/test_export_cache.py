@@ -16,6 +16,7 @@ from torch import nn
 
 from cp_debug.graph.graph import Graph
 from cp_debug.programs import pipeline
+from cp_debug.programs.align import module_digest
 from cp_debug.programs.export_cache import ENTRY, ExportCache, _is_library
 from cp_debug.programs.pipeline import Export, prepare
 from cp_debug.recipes import torch_callable
@@ -221,3 +222,15 @@ def test_what_is_installed_belongs_to_a_library_wherever_it_lies(tmp_path: Path)
     assert _is_library(np.__file__)
     assert not _is_library(str(tmp_path / "part.py"))
     assert not _is_library(__file__)
+
+
+def test_a_digest_changes_with_names_values_and_buffers() -> None:
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+
+    first, same, moved, named = net(), net(), net(), nn.Sequential(*reversed([*net()]))
+    moved[1].running_mean += 1  # type: ignore[index, union-attr]
+    assert module_digest(first) == module_digest(same)
+    assert len({module_digest(each) for each in (first, moved, named)}) == 3
+    assert len(module_digest(first)) == 64

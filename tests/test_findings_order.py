@@ -19,7 +19,9 @@ from cp_debug.backends.ort_backend import OrtBackend, OrtSession
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.causes.effects import Effects
+from cp_debug.bisect.causes.findings import Explainer, _node_names, _some, _unexplained
 from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.result import LayerRow, TestResult
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.pipeline import Key
@@ -224,3 +226,50 @@ def test_a_score_that_an_error_raises_is_told_as_raised(change: float) -> None:
     assert effect.detections is not None
     assert effect.detections.mean_score == pytest.approx(change, rel=1e-5)
     assert Key("net", "layer").component == "net"
+
+
+def test_what_nothing_explains_is_told_with_what_the_graphs_say() -> None:
+    says = "no known cause explains what these layers introduce"
+    for differ, told in (([], says), (["a", "b"], f"{says}; the two graphs differ there: a; b")):
+        explanation: Any = SimpleNamespace(graphs_differ=differ)
+        assert _unexplained(explanation) == told
+
+
+def row(name: str, *shape: int) -> LayerRow:
+    return LayerRow(0, "net", name, name, "Neg", compare(np.ones(shape), np.ones(shape)), "ok", True)
+
+
+def explainer(implicit: bool) -> Any:
+    made = Explainer.__new__(Explainer)
+    made.notes = []
+    run: Any = SimpleNamespace(
+        implicit=implicit,
+        quantized_names=lambda r: [f"{r.component}.{r.name}"],
+        came_quantized=lambda component: False,
+    )
+    made.run = run
+    return made
+
+
+def test_layers_are_left_out_of_int8_by_the_flag_that_the_backend_has() -> None:
+    assert explainer(False)._unquantized([row("a", 1)]) == "--skip-layers net.a"
+    assert explainer(True)._unquantized([row("a", 1)]) == "--keep-fp32 net.a"
+    several = explainer(False)._unquantized([row(name, 1) for name in ("a", "b c")])
+    assert several == "--skip-layers net.a --skip-layers 'net.b c'", "as a shell takes them"
+
+
+def test_a_cause_that_could_not_be_tried_is_told_once() -> None:
+    made = explainer(False)
+    for name in ("a", "a", "b"):
+        made._failed(row(name, 1), ValueError("no room"))
+    assert [note.partition(":")[0] for note in made.notes] == ["a", "b"]
+    assert all("no room" in note for note in made.notes)
+
+
+def test_a_remedy_names_nodes_a_regions_own_where_the_row_stands_for_one() -> None:
+    rows = [row("a", 1), row("b", 1)]
+    rows[1].region = Region(("n1", "n2"))
+    assert _node_names(rows) == ["a", "n1", "n2"]
+    assert _some(["a", "b"]) == "a, b"
+    assert _some([str(i) for i in range(8)]) == "0, 1, 2, 3, 4, 5, 6, 7"
+    assert _some([str(i) for i in range(11)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 3 more"

@@ -76,3 +76,24 @@ def test_a_number_of_numpy_is_an_array_without_axes() -> None:
     number = np.float64(2.5)
     assert fingerprint(number).shape == ()  # type: ignore[arg-type]
     assert fingerprint(number).distance(fingerprint(np.array(2.5))) == 0  # type: ignore[arg-type]
+
+
+def test_a_fingerprint_counts_what_is_not_finite_and_measures_the_rest() -> None:
+    x = torch.tensor([3.0, -torch.inf, 4.0, torch.nan, torch.inf, -torch.inf])
+    found = fingerprint(x)
+    assert found.special == (1, 1, 2)
+    assert found.norm == pytest.approx(5)
+    assert found.distance(fingerprint(x)) == 0
+    assert found.distance(fingerprint(x[:5])) == float("inf")
+    assert found.distance(fingerprint(torch.where(x == torch.inf, 0.0, x))) == float("inf")
+
+
+def test_a_fingerprints_distance_is_relative_to_the_larger_one() -> None:
+    """16 projections know it to a fifth."""
+    generator = torch.Generator().manual_seed(0)
+    distances = []
+    for _ in range(20):
+        x, d = torch.randn(2, 10_000, generator=generator).double()
+        distances.append(fingerprint(x).distance(fingerprint(10 * x + 0.1 * d)))
+        assert distances[-1] == fingerprint(10 * x + 0.1 * d).distance(fingerprint(x))
+    assert np.mean(distances) == pytest.approx(0.9, rel=0.15)

@@ -14,6 +14,7 @@ from torch import Tensor
 from cp_debug.backends.arithmetic import FP64
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
+from cp_debug.bisect.causes import constant_changes
 from cp_debug.bisect.causes.constant_changes import constants_of
 from cp_debug.bisect.causes.linear_parts import fit
 from cp_debug.bisect.causes.search import Explanation, explain
@@ -282,3 +283,37 @@ def test_sums_that_are_cut_off_are_named_in_any_order(tmp_path: Path, op: str, c
     explanation = explain(Segment(found.context, found.nodes, "y", found.given, total))[0]
     cause = explanation.cause.cause if explanation.cause is not None else None
     assert (cause == "truncated-accumulation") == cuts
+
+
+def test_rows_have_changed_beyond_the_fits_own_uncertainty() -> None:
+    change = torch.tensor([[10.0], [4.9], [5.1], [0.0], [0.009]])
+    noise = torch.tensor([[1.0], [1.0], [1.0], [1.0], [0.001]])
+    assert constant_changes._off(change, noise).tolist() == [True, False, True, False, False]
+    assert constant_changes._off(change, noise / 1e6).tolist() == [True, True, True, False, False]
+
+
+def test_rows_in_another_order_are_each_used_once() -> None:
+    rows = torch.eye(3)
+    every = torch.tensor([True, True, True])
+    found = constant_changes._order(rows, rows[[1, 2, 0]], every)
+    assert found is not None
+    assert found.tolist() == [1, 2, 0]
+    assert constant_changes._order(rows, rows, every) is None
+    assert constant_changes._order(rows, rows[[1, 1, 0]], every) is None
+    assert constant_changes._order(rows, rows[[1, 0, 2]], torch.tensor([True, False, False])) is None
+
+
+@pytest.mark.parametrize(
+    ("places", "axis", "dims", "says"),
+    [
+        ([2], 0, 1, "element 2"),
+        ([0, 1], 0, 2, "rows 0, 1"),
+        ([3], 1, 2, "column 3"),
+        ([1], 0, 4, "channel 1"),
+        ([1, 2, 3, 4], 1, 4, "input channels 1, 2, 3, 4"),
+        ([1, 2, 3, 4, 5], 1, 4, "input channels 1, 2, 3, 4, …"),
+        ([7], 2, 4, "slice of axis 2 7"),
+    ],
+)
+def test_places_have_the_names_of_their_axis(places: list[int], axis: int, dims: int, says: str) -> None:
+    assert constant_changes._named(torch.tensor(places), axis, dims) == says

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper, parser
 
 from cp_debug.backends.arithmetic import FP16, FP32
 from cp_debug.backends.executor import Executor
+from cp_debug.bisect.branches import in_words
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.recording import compare_captures, record
 from cp_debug.bisect.result import GUILTY, INHERITED, TestResult
+from cp_debug.graph import bodies
+from cp_debug.graph.bodies import Endless, LoopClock, _scan_batch
 from cp_debug.graph.flatten import flatten, has_control_flow
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.capture import Capture
@@ -246,3 +252,55 @@ def captured(path: Path, backend: str, limit: float = -9) -> Capture:
         folded=True,
         on_step=lambda what, done, total: None,
     )
+
+
+def test_a_loop_is_ended_after_its_time_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(bodies.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(bodies, "loop_seconds", lambda: 10.0)
+    clock = LoopClock()
+    clock.tick(endless=True)
+    assert (clock.passes, clock.started) == (1, 100.0)
+    now[0] = 110.0
+    clock.tick(endless=True)
+    now[0] = 110.5
+    clock.tick(endless=False)  # it has an end, and few passes
+    with pytest.raises(Endless, match="after 4 passes, 10 s"):
+        clock.tick(endless=True)
+    clock.passes = bodies.MOST_PASSES - 1
+    clock.tick(endless=False)
+    with pytest.raises(Endless):
+        clock.tick(endless=False)
+
+
+def test_results_of_a_loop_are_stacked_along_a_new_first_axis() -> None:
+    assert bodies._stacked([]).shape == (0,)
+    assert bodies._stacked([torch.tensor([1, 2]), torch.tensor([3, 4])]).tolist() == [[1, 2], [3, 4]]
+    with pytest.raises(ValueError, match=r"\[\[1\], \[2\]\]"):
+        bodies._stacked([torch.zeros(2), torch.zeros(1)])
+
+
+def test_scan_of_opset_8_goes_over_each_entry_of_the_batch_by_itself() -> None:
+    """Running sums; the second entry is two long, one input is read backwards."""
+
+    def execute(body: Any, values: Any) -> Any:
+        total, forward, backward = values
+        return [total + forward, total * 10 + backward]
+
+    body: Any = SimpleNamespace(outputs=["total", "mixed"])
+    x = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    attributes: Any = {"num_scan_inputs": 2, "directions": [0, 1]}
+    total, mixed = _scan_batch(body, execute, attributes, torch.tensor([3, 2]), [torch.tensor([0.0, 1.0]), x, x])
+    assert total.tolist() == [6, 10]
+    assert mixed.tolist() == [[3, 12, 31], [15, 54, 0]]
+    attributes["directions"] = None
+    total, mixed = _scan_batch(body, execute, attributes, None, [torch.tensor([0.0, 1.0]), x, x])
+    assert total.tolist() == [6, 16]
+    assert mixed.tolist() == [[1, 12, 33], [14, 55, 106]]
+
+
+def test_control_flow_is_told_by_branches_and_by_counts() -> None:
+    assert in_words("If", "/a", "then_branch", "else_branch") == (
+        "If /a takes else_branch, on the reference it takes then_branch"
+    )
+    assert in_words("Loop", "/b", 3, 4) == "Loop /b runs 4 times, on the reference it runs 3 times"

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from onnx import helper
 
+from cp_debug.bisect.both_sides import Side
+from cp_debug.bisect.options import Options
 from cp_debug.deploy.interface_checks import checked
 from cp_debug.errors import InputError
 from cp_debug.probes.arrays import is_torch
@@ -164,3 +167,11 @@ def test_a_class_may_have_anything_for_the_name_of_its_module(named: object) -> 
     (line,) = proto.graph.node[0].metadata_props
     assert line.value.endswith(": Odd.forward")
     assert not is_torch(linear)
+
+
+@pytest.mark.parametrize("parts", [None, {}, {"net": "in INT8"}])
+def test_a_side_says_where_its_int8_is_from(monkeypatch: pytest.MonkeyPatch, parts: Any) -> None:
+    monkeypatch.setattr("cp_debug.bisect.both_sides.load_quantized", lambda name, *how: (name, parts))
+    side = Side.load("net.onnx", Path("a.pt"), Options())
+    assert side.model == "net.onnx"
+    assert (side.parts, side.how) == ((parts, "quantized as in a.pt") if parts else (None, ""))

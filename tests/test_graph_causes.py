@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -11,11 +12,13 @@ import onnx
 import onnxruntime
 import pytest
 from nets import NetBuilder
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from cp_debug.bisect.causes.graphs import GraphReader
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.finding import Finding
+from cp_debug.graph.graph import Node
+from cp_debug.programs import added_nodes
 
 Edit = Callable[[onnx.GraphProto], None]
 
@@ -410,3 +413,47 @@ def test_an_operator_that_others_compute_to_another_result_is_another_operator(t
     noisy = gelu(tmp_path / "noisy.onnx", True, 0.3)
     (test,) = bisect(str(exact), "ort,ort-none", test_model=noisy).tests
     assert [f.cause for f in test.findings if "node_erf" in f.layers] == ["unknown"]
+
+
+@pytest.mark.parametrize(
+    ("op", "constant", "name"),
+    [
+        ("Add", 2.0, "shifted"),
+        ("Mul", 2.0, "scaled"),
+        ("Add", [1.0, 2.0], "channels-shifted"),
+        ("Mul", [1.0, 2.0], "channels-scaled"),
+        ("Mul", [1.0, 1.0, 0.0, 0.0], "truncated"),
+        ("Mul", [1.0, 0.0, 1.0, 0.0], "channels-zeroed"),
+        ("Mul", [[1.0, 3.0], [1.0, 1.0]], "isolated"),
+        ("Add", [[0.0, 3.0], [0.0, 0.0]], "isolated"),
+        ("Add", [[1.0, 3.0], [1.0, 1.0]], None),
+        ("Add", [1.0, float("inf")], None),
+    ],
+)
+def test_what_an_added_node_does(op: str, constant: Any, name: str | None) -> None:
+    constants: Any = {"c": np.array(constant, np.float32)}
+    node = Node.of(0, helper.make_node(op, ["x", "c"], ["y"], "added"))
+    found = added_nodes._arithmetic([node], constants)
+    assert (found and found[0]) == name
+    if name in ("truncated", "channels-zeroed"):
+        assert found is not None
+        assert ("all after the first 2 of 4" if name == "truncated" else "2 of 4 slices 0") in found[1]
+
+
+def test_several_added_nodes_and_bounds() -> None:
+    constants: Any = {"a": np.float32([2.0]), "b": np.float32([3.0]), "zero": np.float32(0), "six": np.float32(6)}
+    scale = Node.of(0, helper.make_node("Mul", ["x", "a"], ["m"], "times"))
+    shift = Node.of(1, helper.make_node("Add", ["m", "b"], ["y"], "plus"))
+    assert added_nodes._arithmetic([scale, shift], constants) == ("affine", "Mul and Add are added: times")
+    assert added_nodes._arithmetic([Node.of(0, helper.make_node("Add", ["x", "y"], ["z"], "n"))], constants) == (
+        "extra-operator",
+        "Add is added: n",
+    )
+
+    def bounds(op: str, *names: str, **attributes: float) -> tuple[str, str]:
+        return added_nodes._bounds(Node.of(0, helper.make_node(op, ["x", *names], ["y"], "n", **attributes)), constants)
+
+    assert bounds("Max", "zero") == ("extra-activation", "Max at 0 is added: n")
+    assert bounds("Clip") == ("extra-operator", "Clip is added: n")
+    assert bounds("Clip", "zero", "six") == ("saturated", "a Clip is added that stops at 0, 6: n")
+    assert bounds("Clip", max=6.0)[1] == "a Clip is added that stops at 6: n"

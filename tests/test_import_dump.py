@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +16,8 @@ from nets import NetBuilder
 from onnx import numpy_helper
 from test_cli import run
 
+from cp_debug.bisect.import_dump import _other_dtypes, _other_shapes
+from cp_debug.graph.graph import ValueInfo
 from cp_debug.probes.capture import Capture
 from cp_debug.probes.dumps import read_dump
 
@@ -213,3 +217,16 @@ def test_an_import_counts_what_a_bisect_counts(net: Path, values: dict, tmp_path
     np.savez(tmp_path / "less.npz", **dict(list(values.items())[::2]))
     text = run("import", tmp_path / "less.npz", "--model", net, "-o", tmp_path / "there")[1]
     assert f"less.npz:2of{len(values)}values" in "".join(text.split())
+
+
+def test_tensors_of_a_dump_that_are_not_as_declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = ValueInfo("x", np.dtype(np.float32), (2, 3))
+    graph: Any = SimpleNamespace(inputs=[value], outputs=[])
+    monkeypatch.setattr(
+        "cp_debug.bisect.import_dump.known_shape", lambda graph, name, types: (2, 3) if name == "x" else None
+    )
+    tensors = {"x": np.zeros((3, 2), np.float16), "z": np.zeros(1)}
+    assert _other_dtypes(graph, tensors) == {"x": "float16, declared float32"}
+    assert _other_shapes(graph, tensors, {}) == {"x": "[3, 2], the graph's is [2, 3]"}
+    assert _other_dtypes(graph, {"x": np.zeros((2, 3), np.float32)}) == {}
+    assert _other_shapes(graph, {"x": np.zeros((2, 3))}, {}) == {}

@@ -12,10 +12,12 @@ import numpy as np
 import onnx
 import pytest
 from nets import NetBuilder
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 from test_cli import run
 
 from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
+from cp_debug.programs.pipeline import as_declared
 from cp_debug.recipes.images import ImageFormat
 from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 from cp_debug.recipes.onnx_file import OnnxFileModel
@@ -313,3 +315,16 @@ def test_a_header_that_says_nothing_is_told_without_pythons_words(one: Path, tmp
     (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
     with pytest.raises(InputError, match="has a header that says no type, order and shape"):
         next(iter(OnnxFileModel(one).samples(1, 0, tmp_path / "x.npy")))
+
+
+def test_inputs_of_another_file_have_the_float_type_that_it_declares(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Add", net.op("Cast", "half", to=TensorProto.FLOAT), net.op("Cast", "whole", to=TensorProto.FLOAT), name="y")
+    inputs = {"half": (TensorProto.FLOAT16, [2]), "whole": (TensorProto.INT64, [2])}
+    graph = Graph(net.save(tmp_path / "n.onnx", inputs, ["y"]))
+    given = {"half": np.float32([1, 2]), "whole": np.array([3, 4]), "other": np.float32([5])}
+    found = as_declared(graph, given)
+    assert {n: a.dtype for n, a in found.items()} == {"half": np.float16, "whole": np.int64, "other": np.float32}
+    assert all(np.array_equal(found[n], given[n]) for n in given)
+    levels = as_declared(graph, {"half": np.array([1, 2])})["half"]
+    assert levels.dtype == np.int64  # whoever gives integers is told, not served

@@ -11,10 +11,13 @@ import onnx
 import pytest
 import torch
 from nets import NetBuilder
+from onnx import TensorProto
 
 from cp_debug.backends.arithmetic import FP64
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.file_quantization import FileQuantization
+from cp_debug.bisect.file_weights import is_narrow_kind
+from cp_debug.bisect.int8_notes import both_int8
 from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid, balanced
 from cp_debug.bisect.replay import Replayer
 from cp_debug.bisect.replayed import EXCESS, Replay
@@ -204,3 +207,20 @@ def test_a_stored_weight_misfits_by_the_factor_that_fitting_scales_gain(
     replaying = ScaleReplay(Fitting(), Executor(graph, FP64), Executor(graph, FP64), ())
     found = replaying._misfit(graph.nodes, "y", {"x": exact}, 1.4 * exact, exact)
     assert found == (misfit if misfit is None else pytest.approx(misfit))
+
+
+def test_a_symmetric_grid_holds_its_largest_magnitude() -> None:
+    grid = QuantizerGrid.symmetric(1.27)
+    assert float(grid.scale) == pytest.approx(0.01)
+    assert grid.range == (pytest.approx(-1.28), pytest.approx(1.27))
+    assert [is_narrow_kind(k) for k in (TensorProto.INT4, TensorProto.FLOAT8E4M3FN, TensorProto.INT8, None)] == [
+        True, True, False, False,
+    ]  # fmt: skip
+
+
+def test_both_sides_are_int8_only_where_both_are() -> None:
+    def backend(precision: str) -> Any:
+        return SimpleNamespace(precision=precision, spec="ort", emulated=False)
+
+    pairs = [(a, b) for a in ("int8", "fp32") for b in ("int8", "fp32")]
+    assert [both_int8(backend(a), backend(b)) for a, b in pairs] == [True, False, False, False]

@@ -10,18 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nets import NetBuilder
+from nets import NetBuilder, node_of
 
 from cp_debug.backends.arithmetic import FP64
 from cp_debug.backends.executor import Executor
+from cp_debug.bisect import perturbation
 from cp_debug.bisect.int8_notes import int8_notes
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.perturbation import DRAWS, FEW, doubt
 from cp_debug.bisect.remainder import _rounding, not_replayed, remainder
 from cp_debug.bisect.replayed import EXCESS, Replay
-from cp_debug.bisect.result import LayerRow, Remainder
+from cp_debug.bisect.result import LayerRow, Remainder, check_not_empty, has_no_elements
 from cp_debug.bisect.verdict import Judgement, judge, oracle_is_alone
 from cp_debug.bisect.worst_samples import Collected, both_inexact, observation_notes
+from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.programs.pipeline import Key
@@ -388,3 +390,32 @@ def test_few_elements_take_more_draws(tmp_path: Path, monkeypatch: pytest.Monkey
     found = doubt(Executor(graph, FP64), graph.nodes, {"x": torch.ones(1, count)}, "y")
     assert asked == [draws]
     assert found == pytest.approx(2e-3 / 2**0.5, rel=1e-3)
+
+
+def test_a_rounding_is_measured() -> None:
+    for kind in (torch.float16, torch.bfloat16):
+        measured = perturbation._roundoff(lambda x, kind=kind: x.to(kind).float())
+        assert measured == torch.finfo(kind).eps / 2
+    assert perturbation._is_some(torch.tensor([0.0, 1e-30]))
+    assert not perturbation._is_some(torch.zeros(2))
+    assert not perturbation._is_some(None)
+
+
+def test_levels_are_rounded_here_where_a_node_of_the_segment_makes_them() -> None:
+    dequantize, quantize = node_of("DequantizeLinear", ["q", "s"]), node_of("QuantizeLinear", ["x", "s"], ["q"])
+    assert perturbation._rounded_here(dequantize, [quantize, dequantize], {"x": torch.ones(1)})
+    assert not perturbation._rounded_here(dequantize, [quantize, dequantize], {"q": torch.ones(1)})
+    assert not perturbation._rounded_here(dequantize, [dequantize], {})
+
+
+def plain_row(name: str, *shape: int) -> LayerRow:
+    return LayerRow(0, "net", name, name, "Neg", compare(np.ones(shape), np.ones(shape)), "ok", True)
+
+
+def test_a_verdict_about_nothing_is_refused() -> None:
+    assert has_no_elements(plain_row("a", 0, 3))
+    assert not has_no_elements(plain_row("a", 1, 3))
+    check_not_empty("ort", [])
+    check_not_empty("ort", [plain_row("a", 0, 3), plain_row("b", 1)])
+    with pytest.raises(InputError, match=r"ort: no output was compared: a \(0×3\), b \(0\) without an element"):
+        check_not_empty("ort", [plain_row("a", 0, 3), plain_row("b", 0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ from cp_debug.bisect.engine import Options, bisect
 from cp_debug.errors import InputError
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.input_values import ways
 from cp_debug.graph.made_up import MadeUp
 from cp_debug.recipes.registry import load_model
 
@@ -340,3 +342,44 @@ def test_sizes_that_no_array_has_are_told_with_the_input(tmp_path: Path, kind: i
     path = save(tmp_path / "net.onnx", [node("Identity", ["x"], ["y"])], {"x": (kind, shape)})
     with pytest.raises(InputError, match=r"input x: .*(GiB|no array has)"):
         MadeUp(Graph(path)).sample(0)
+
+
+def test_trials_of_made_up_inputs_have_the_first_seed(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Neg", "x", name="y")
+    made = MadeUp(Graph(net.save(tmp_path / "n.onnx", {"x": (1, [2, 3])}, ["y"])))
+    trial = made.make(made._chosen)["x"]
+    assert np.array_equal(trial, made._make(made._chosen, 0)["x"])
+    assert not np.array_equal(trial, made._make(made._chosen, 1)["x"])
+
+
+def first_made(folder: Path, op: str, kind: int = TensorProto.FLOAT, **attributes: Any) -> np.ndarray:
+    """What is first_made up first for an input of 64 elements that ``op`` reads."""
+    net = NetBuilder()
+    net.op(op, "x", name="y", **attributes)
+    graph = Graph(net.save(folder / "n.onnx", {"x": (kind, [4, 16])}, ["y"]))
+    way = ways(graph, graph.inputs[0]).ways[0]
+    return np.asarray(way.make(np.random.default_rng(0), (4, 16), 99))
+
+
+@pytest.mark.parametrize(
+    ("op", "low", "high"),
+    [("Log", 0, np.inf), ("Sqrt", 0, np.inf), ("Acosh", 1, np.inf), ("Atanh", -1, 1), ("Asin", -1, 1), ("Acos", -1, 1)],
+)
+def test_made_up_numbers_lie_where_the_function_has_a_value(tmp_path: Path, op: str, low: float, high: float) -> None:
+    values = first_made(tmp_path, op)
+    assert ((low < values) & (values < high)).all()
+    assert len(np.unique(values)) == 64  # they differ
+
+
+def test_made_up_integers_fill_the_range_of_their_type(tmp_path: Path) -> None:
+    for kind, low, high in (
+        (TensorProto.INT8, -128, 127),
+        (TensorProto.UINT8, 0, 255),
+        (TensorProto.INT16, -32768, 32767),
+    ):
+        values = first_made(tmp_path, "Identity", kind)
+        assert (values >= low).all()
+        assert (values <= high).all()
+        assert values.max() - values.min() > 0.7 * (high - low)
+    assert set(np.unique(first_made(tmp_path, "Not", TensorProto.BOOL))) == {0, 1}

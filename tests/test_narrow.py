@@ -17,7 +17,7 @@ from cp_debug.backends.codecs import E2M1, E4M3
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.narrow_options import FAMILIES, NarrowOptions
 from cp_debug.backends.running_sums import FP16_SUM, HOPPER_FP8, HOPPER_FP16, RunningSum
-from cp_debug.backends.scaling import COLUMNS, DATA, KERNEL, ROWS, Scaling, mx_scales
+from cp_debug.backends.scaling import COLUMNS, DATA, KERNEL, ROWS, Encoded, Scaling, mx_scales
 from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.bisect.replay import Replayer
 from cp_debug.errors import InputError
@@ -292,3 +292,13 @@ def test_only_products_may_be_as_coarse_as_their_operands(tmp_path: Path) -> Non
 
 def test_the_oracle_of_narrow_precisions_is_fp32() -> None:
     assert {oracle_for("fp32", family) for family in FAMILIES} == {"fp32"}
+
+
+def test_scales_of_rows_change_with_the_operand_and_one_scale_for_all_stays() -> None:
+    codes = torch.arange(6.0).reshape(2, 3)
+    rows = torch.tensor([[2.0], [3.0]])
+    changed = Encoded(codes, None, rows).mapped(torch.t)
+    assert torch.equal(changed.values, (codes * rows).T)
+    one = Encoded(codes, rows.expand(2, 3), torch.tensor(5.0)).mapped(torch.t)
+    assert one.coarse.dim() == 0
+    assert torch.equal(one.values, (codes * rows).T * 5)

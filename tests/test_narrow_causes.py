@@ -10,20 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nets import NetBuilder
 from test_executor import graph, random
 
 from cp_debug.backends.arithmetic import ARITHMETICS, Arithmetic
 from cp_debug.backends.base import Program, Session
+from cp_debug.backends.codecs import E4M3
 from cp_debug.backends.emulated import EmulatedBackend, ExecutorSession
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.backends.registry import create
 from cp_debug.backends.scaling import FixedScaling
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect.causes.narrow_files import _of_data
 from cp_debug.bisect.engine import bisect
-from cp_debug.bisect.narrow_variants import variants
+from cp_debug.bisect.narrow_variants import departures, variants
 from cp_debug.bisect.options import Options
 from cp_debug.bisect.result import TestResult
+from cp_debug.graph.graph import Graph
 from cp_debug.reports.verdict_line import verdict_line
 
 NET = "g (float[12,256] x) => (float[12,40] y) { m = MatMul(x, w)  y = Add(m, b) }"
@@ -202,3 +206,31 @@ def test_weights_in_int4_by_an_override_are_encoded(tmp_path: Path) -> None:
     whole = Executor(net, ARITHMETICS["int4"]).run(given)["y"]
     alone = Executor(net, overrides={net.producer["m"].name: ARITHMETICS["int4"]}).run(given)["y"]
     np.testing.assert_array_equal(alone.numpy(), whole.numpy())
+
+
+@pytest.mark.parametrize(
+    ("scale", "cause", "what"),
+    [
+        (1.0, "fp8-saturated", "25.00% are cut off at 448"), (0.5, "scale-stale", "50.00% are cut off at 224"),
+        (4.0, "scale-stale", "25% lie below its normal numbers"),
+    ],
+)  # fmt: skip
+def test_a_scale_that_is_not_that_of_its_data_is_told_with_what_it_costs(scale: float, cause: str, what: str) -> None:
+    """E4M3 ends at 448, its normal numbers begin at 1/64."""
+    x = torch.tensor([0.05, 10.0, 300.0, 900.0])
+    found = _of_data(x, E4M3, 17, scale, 900 / 448)
+    assert found.cause == cause
+    assert found.says == (f"its data reaches 900, the file's FP8 scale {scale:.3g} is for {scale * 448:.4g}: {what}")
+    assert found.fix.endswith("a scale of 2.01")
+    assert found.evidence["needed_scale"] == pytest.approx(900 / 448)
+    assert found.evidence["clipped"] == (0.5 if scale < 1 else 0.25 if scale == 1 else 0.0)
+    assert found.evidence["below_normal"] == (0.25 if scale == 4 else 0.0)
+
+
+def test_departures_are_looked_for_from_narrow_precisions_only(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Relu", "x", name="y")
+    graph = Graph(net.save(tmp_path / "n.onnx", {"x": (1, [2])}, ["y"]))
+    assert [departures(graph, claim, "cpu") is not None for claim in ("fp32", "fp16", "fp8", "mxfp4")] == [
+        False, False, True, True,
+    ]  # fmt: skip

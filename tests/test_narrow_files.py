@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from onnx import TensorProto as T
-from onnx import helper, numpy_helper
 from test_executor import random
 
 from cp_debug.backends.base import Program
@@ -20,7 +21,9 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.tensorrt.config import decide
 from cp_debug.errors import BackendUnavailable, InputError
+from cp_debug.graph import narrow_types
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.narrow_qdq import DataCodes, NarrowLayer, StoredWeight, needed_opset
 from cp_debug.graph.narrow_types import narrow_kinds
 
 pytest.importorskip("onnxruntime")
@@ -159,3 +162,34 @@ def test_kinds_of_narrow_types(tmp_path: Path) -> None:
     assert narrow_kinds(net(tmp_path, T.FLOAT8E5M2)) == {"FLOAT8E5M2"}
     with pytest.raises(InputError, match="one FP8 type"):
         narrow_kinds(net(tmp_path, T.FLOAT8E4M3FN, weights=T.FLOAT8E5M2))
+
+
+def floats(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+def noted(**notes: str) -> Any:
+    node = helper.make_node("DequantizeLinear", ["q", "s"], ["d"])
+    for key, text in notes.items():
+        node.metadata_props.add(key=narrow_types.BITS if key == "bits" else key, value=text)
+    return SimpleNamespace(proto=node)
+
+
+def test_bits_are_those_that_a_node_states() -> None:
+    stated = [narrow_types.stated_bits(noted(bits=text)) for text in ("3", "16", "0", "17", "-3", "x")]
+    assert stated == [3, 16, None, None, None, None]
+    assert narrow_types.stated_bits(noted(other="3")) is None
+
+
+def test_the_oldest_opset_is_that_of_the_newest_type() -> None:
+    fp8, int4, fp4 = TensorProto.FLOAT8E4M3FN, TensorProto.INT4, TensorProto.FLOAT4E2M1
+
+    def weight(kind: int, block: int = 0) -> StoredWeight:
+        return StoredWeight(kind, floats(1), floats(1), block=block)
+
+    assert needed_opset({}) == 19
+    assert needed_opset({"a": NarrowLayer(weight(fp8), None)}) == 19
+    assert needed_opset({"a": NarrowLayer(weight(fp8, 32), None)}) == 21
+    assert needed_opset({"a": NarrowLayer(weight(int4), None)}) == 21
+    assert needed_opset({"a": NarrowLayer(weight(fp8), DataCodes(fp4)), "b": NarrowLayer(weight(fp8), None)}) == 23
+    assert (StoredWeight(fp8, floats(1), floats(1)).axis, DataCodes(fp8).axis, DataCodes(fp8).rule) == (0, -1, "amax")

@@ -6,18 +6,21 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from nets import NetBuilder
+from nets import NetBuilder, node_of
+from torch import Tensor
 
 from cp_debug.backends.arithmetic import ARITHMETICS, FP64, Arithmetic
 from cp_debug.backends.executor import Executor
-from cp_debug.bisect.operator_errors import ANY, BY_IMPLEMENTER, errors_of, implementer
+from cp_debug.bisect import operator_errors
+from cp_debug.bisect.operator_errors import ANY, BY_IMPLEMENTER, ONNX_RUNTIME, TORCH, Errors, errors_of, implementer
 from cp_debug.bisect.perturbation import FLIPPED, doubt, spread
-from cp_debug.bisect.summation import ROUNDING, U, in_any_order, summation
+from cp_debug.bisect.summation import ROUNDING, U, _adding, _contracted, _terms, in_any_order, one_sided, summation
 from cp_debug.graph.graph import Graph, Node
 
 Array = np.ndarray
@@ -404,3 +407,75 @@ def test_sizes_are_not_doubted(tmp_path: Path) -> None:
     graph = Graph(net.save(tmp_path / "net.onnx", inputs, ["y"]))
     given = {"x": np.ones((1, 1, 4, 4), np.float32), "s": np.ones(4, np.float32)}
     assert 0 <= doubt(Executor(graph, FP64), graph.nodes, given, "y") < 1e-4
+
+
+def test_terms_of_sums() -> None:
+    def count(op: str, shapes: dict[str, tuple[int, ...]], result: tuple[int, ...], **attributes: Any) -> float:
+        inputs: dict[str, Tensor] = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        return _terms(node_of(op, [*shapes], **attributes), inputs, torch.zeros(result))
+
+    assert count("Conv", {"x": (1, 4, 8, 8), "w": (6, 4, 3, 3)}, (1, 6, 6, 6)) == 36
+    assert count("ConvTranspose", {"x": (1, 4, 2, 2), "w": (4, 6, 2, 2)}, (1, 6, 4, 4)) == 16 * 24 / 96
+    assert count("MatMul", {"x": (5, 7), "w": (7, 3)}, (5, 3)) == 7
+    assert count("Gemm", {"x": (5, 7), "w": (7, 3)}, (5, 3)) == 7
+    assert count("Einsum", {"x": (2, 3, 4), "w": (4, 5)}, (2, 3, 5), equation="bij,jk->bik") == 4
+    assert count("AveragePool", {"x": (1, 1, 4, 4)}, (1, 1, 2, 2), kernel_shape=[2, 2]) == 4
+    assert count("ReduceSum", {"x": (2, 6)}, (2, 1)) == 6
+    running = {"x": torch.zeros(2, 9), "a": torch.tensor(1)}
+    assert _terms(node_of("CumSum", ["x", "a"]), running, torch.zeros(2, 9)) == 9
+    scalar = {"x": torch.tensor(1.0), "a": torch.tensor(0)}
+    assert _terms(node_of("CumSum", ["x", "a"]), scalar, torch.tensor(1.0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("equation", "count"), [("bij,bjk->bik", 3), ("bij,bjk", 6), ("...ij,...jk->...ik", 3), ("b i j, b j k -> i k", 6)]
+)
+def test_indices_that_an_einsum_sums(equation: str, count: int) -> None:
+    inputs = {"x": torch.zeros(2, 5, 3), "w": torch.zeros(2, 3, 7)}
+    assert _contracted(node_of("Einsum", ["x", "w"], equation=equation), inputs) == count
+
+
+def test_sums_of_terms_rounded_at_the_same_place() -> None:
+    """16 terms of 1 + u are each rounded by up to half of the last place of their sum, 2⁻¹⁹, all to the same side."""
+    terms = torch.full((1, 16), 1 + 2.0**-22)
+    total = terms.double().sum(1)
+    worst = one_sided(terms, lambda t: t.sum(1), total, terms.double().square().sum(1))
+    lost = abs(round((1 + 2.0**-22) * 2**19) / 2**19 - (1 + 2.0**-22)) * 16
+    assert float(worst) >= lost / U
+    assert float(worst) == pytest.approx(64)
+    assert one_sided(torch.zeros(1, 4), lambda t: t.sum(1), torch.zeros(1), torch.zeros(1)).tolist() == [0]
+    mean = _adding(node_of("ReduceMean", ["x"], axes=[1], keepdims=0))
+    assert (mean.op, mean.inputs[0], mean.index < -(10**8)) == ("ReduceSum", "x", True)
+
+
+def test_errors_of_operators_by_hand() -> None:
+    x, result = torch.tensor([[-40.0, 3.0]]), torch.tensor([[-50.0, 1.0]])
+    any_node = node_of("X", ["x"])
+    assert operator_errors._unit(any_node, [x], result).tolist() == [[1, 1]]
+    assert operator_errors._argument(any_node, [x], result).tolist() == [[32, 3]]
+    assert operator_errors._below_zero(any_node, [torch.tensor([-1.0, 0, 1])], torch.zeros(3)).tolist() == [1, 0, 0]
+    assert operator_errors._normalizer(any_node, [x], result).tolist() == [[11, 3]]
+    found = operator_errors._logarithm_of_sum(any_node, [torch.zeros(2, 8)], torch.tensor([-2.0, 3.0]))
+    assert found.tolist() == pytest.approx([3 + math.log(8), 4 + math.log(8)])
+    parts = [
+        torch.tensor([[-2.0, 1.0]]),
+        *(torch.tensor(v) for v in ([2.0, -3.0], [1.0, -1.0], [3.0, 5.0], [3.0, 8.0])),
+    ]
+    norm = operator_errors._terms_of_batch_norm(node_of("BatchNormalization", ["x"], epsilon=1.0), parts, parts[0])
+    assert norm.tolist() == [[2 * 1 + 3 * 1 + 1, 1 * 1 + 5 * 1 + 1]]
+    usual = operator_errors._terms_of_batch_norm(node_of("BatchNormalization", ["x"]), parts, parts[0])
+    assert float(usual[0, 0]) == pytest.approx((2 + 3) * 2 / math.sqrt(3 + 1e-5) + 1)
+    wide = operator_errors._wider(Errors(1.0, 0.5), Errors(2.0, 0.25))
+    assert (wide.relative, wide.absolute) == (2.0, 0.5)
+
+
+def test_errors_of_unknown_implementations_are_no_smaller_than_those_that_were_measured() -> None:
+    for op, known in ANY.items():
+        for table in (ONNX_RUNTIME, TORCH):
+            one = table.get(op)
+            if one is not None:
+                assert known.relative >= one.relative, op
+                assert known.absolute >= one.absolute, op
+                assert not one.absolute or known.of == (ONNX_RUNTIME[op].of if ONNX_RUNTIME[op].absolute else one.of), (
+                    op
+                )

@@ -17,6 +17,7 @@ from nets import NetBuilder
 from cp_debug.backends.base import Program, Sink, Tensor
 from cp_debug.backends.build_info import BuildInfo
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect import worst_samples
 from cp_debug.bisect.observe import Observation, gap, observe
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.capture import Capture, CaptureWriter
@@ -202,3 +203,25 @@ def test_a_gap_is_that_of_the_worst_output_of_the_last_component() -> None:
     assert 0 < gap(ours, outputs(2.0, 4.0, 4.0)) < 1e-300  # not equal, and not at the end
     assert gap(outputs(1.0, np.nan, 4.0), outputs(1.0, np.nan, 4.0)) == 0
     assert gap(ours, {"early": ours["early"], "late": {"a": np.zeros(3), "b": np.zeros(2)}}) == np.inf
+
+
+def observation(**fields: Any) -> Observation:
+    return Observation(**{"noise_floor": 0.0, "observer_gap": 0.0, "first_unsteady": None} | fields)
+
+
+def test_notes_of_an_observation() -> None:
+    def notes(kind: Any, **fields: Any) -> list[str]:
+        return list(kind("ort", observation(**fields), draws=False))
+
+    gap, noise = worst_samples._gap, worst_samples._noise
+    assert notes(gap, observer_gap=0.2, noise_floor=0.1)[0].startswith("observer gap 0.2: with probes ort runs")
+    assert notes(gap, observer_gap=0.1, noise_floor=0.1) == []
+    assert list(gap("ort", observation(observer_gap=0.2), draws=True)) == []
+    assert list(gap("ort", None, draws=False)) == []
+    told = notes(noise, first_unsteady="conv", noise_floor=0.125, repeats=True)
+    assert told == ["ort: another thread count changes its sums, first at conv (noise floor 0.12)"]
+    assert "it is not deterministic" in notes(noise, first_unsteady="conv", repeats=False)[0]
+    assert "draws random numbers" in next(iter(noise("ort", observation(first_unsteady="c"), draws=True)))
+    assert notes(noise) == []
+    assert worst_samples._standing_out(observation(observer_gap=0.3, noise_floor=0.1)) == (pytest.approx(0.2), 0.1)
+    assert worst_samples._standing_out(observation(observer_gap=0.1, noise_floor=0.3)) == (0, 0.3)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 from nets import NetBuilder, residual, second_like
+from onnx import TensorProto
 
 from cp_debug.errors import InputError
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph, ValueInfo
+from cp_debug.graph.onnx_tensors import array_of, byte_count, described
 from cp_debug.recipes.onnx_file import OnnxFileModel
 from cp_debug.recipes.registry import load_model
 from cp_debug.recipes.stages import MOST_STAGES, stages_of
@@ -147,3 +151,62 @@ def test_a_missing_or_broken_file_is_an_input_error(tmp_path):
     onnx.save(onnx.ModelProto(), str(tmp_path / "blank.onnx"))
     with pytest.raises(InputError, match="it holds no graph"):
         load_model(str(tmp_path / "blank.onnx"))
+
+
+def weight(dims: list[int], element: int = TensorProto.FLOAT) -> onnx.TensorProto:
+    return onnx.TensorProto(name="w", data_type=element, dims=dims)
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [
+        (weight([2, 3]), 24),
+        (weight([]), 4),
+        (weight([0, 5]), 0),
+        (weight([3], TensorProto.INT4), 2),
+        (weight([4], TensorProto.UINT4), 2),
+        (weight([5], TensorProto.BOOL), 5),
+        (weight([5], TensorProto.FLOAT16), 10),
+    ],
+)
+def test_bytes_of_a_weight(given: onnx.TensorProto, count: int) -> None:
+    assert byte_count(given, "m") == count
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (weight([1], TensorProto.STRING), "weight 'w' is text; expected numbers"),
+        (weight([1], 0), "of the data type 0"),
+        (weight([1], len(TensorProto.DataType.keys())), "of the data type"),
+        (weight([2, -1]), r"has the shape \[2, -1\]$"),
+        (weight([1] * 33), r"has the shape \[1, 1, 1, 1, 1, 1, 1, 1, …\]$"),
+        (weight([0, 1 << 31, 1 << 31]), "which no array can have"),
+        (weight([1 << 20, 1 << 20]), r"FLOAT\[1048576, 1048576\], which no memory holds"),
+    ],
+)
+def test_weights_that_cannot_be(given: onnx.TensorProto, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        byte_count(given, "m")
+
+
+def test_a_weight_may_have_32_axes_and_eight_are_shown() -> None:
+    assert byte_count(weight([1] * 32), "m") == 4
+    assert described(weight([64, 3, 7, 7])) == "FLOAT[64, 3, 7, 7]"
+    assert described(weight(list(range(1, 9)))) == "FLOAT[1, 2, 3, 4, 5, 6, 7, 8]"
+    assert described(weight(list(range(1, 10)))) == "FLOAT[1, 2, 3, 4, 5, 6, 7, 8, …]"
+
+
+@pytest.mark.parametrize("kind", ["FLOAT", "FLOAT16", "BFLOAT16", "FLOAT8E4M3FN", "INT64", "BOOL", "INT4", "COMPLEX64"])
+def test_external_data_of_any_type_is_what_onnx_reads(kind: str, tmp_path: Path) -> None:
+    number = onnx.TensorProto.DataType.Value(kind)
+    values = np.arange(-6, 6).reshape(3, 4).astype(onnx.helper.tensor_dtype_to_np_dtype(number))
+    inline = onnx.numpy_helper.from_array(values, "w")
+    assert inline.data_type == number
+    outside = onnx.TensorProto(name="w", data_type=number, dims=inline.dims, data_location=onnx.TensorProto.EXTERNAL)
+    (tmp_path / "w.bin").write_bytes(b"12345678" + inline.raw_data + b"behind")
+    for key, value in (("location", "w.bin"), ("offset", "8"), ("length", str(len(inline.raw_data)))):
+        outside.external_data.add(key=key, value=value)
+    found = array_of(outside, tmp_path / "net.onnx")
+    assert found.dtype == values.dtype
+    assert found.tobytes() == values.tobytes()

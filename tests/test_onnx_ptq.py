@@ -9,17 +9,21 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from extras import needs
 from nets import NetBuilder, residual
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import cp_debug
 from cp_debug.backends.executor import Executor
 from cp_debug.deploy import quantize_output
+from cp_debug.deploy.quantize_output import quantize_ptq
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import insert_qdq, quantizable, weight_axis
 from cp_debug.quantization.histogram import METHODS
 from cp_debug.quantization.onnx_ptq import GraphCalibration, calibrate_graph
+from cp_debug.recipes.registry import load_model
 
 SHAPE = (2, 16, 16, 16)
 
@@ -146,3 +150,21 @@ def test_files_that_fail_their_own_check_are_not_left(tmp_path: Path, monkeypatc
     with pytest.raises(InputError, match="does not run"):
         cp_debug.quantize(str(tmp_path / "net.onnx"), tmp_path / "new" / "out", progress=False)
     assert [entry.name for entry in tmp_path.iterdir()] == ["net.onnx"]
+
+
+def product(folder: Path) -> Path:
+    """An ONNX file of one product and an activation."""
+    weight = numpy_helper.from_array(np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32), "w")
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["a"], "product"), helper.make_node("Relu", ["a"], ["y"])]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, size]) for n, size in (("x", 4), ("y", 3))]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [weight])
+    path = folder / "net.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@needs("modelopt")
+def test_int8_is_measured_on_four_of_the_samples(tmp_path: Path) -> None:
+    result = quantize_ptq(load_model(str(product(tmp_path))), tmp_path / "out", batches=6)
+    assert result.calibrated_on == "6 samples"
+    assert result.measured_on == "4 of the samples"

@@ -16,6 +16,7 @@ from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import TestResult
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
+from cp_debug.graph import other_inputs, tensor_ends
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
 
@@ -261,3 +262,62 @@ def test_a_sequence_is_refused_where_only_numbers_are_taken(tmp_path: Path) -> N
     result = CliRunner().invoke(app, ["quantize", "ptq", str(path), "-o", str(tmp_path / "out")])
     assert isinstance(result.exception, InputError)
     assert "input 's' holds a sequence, which" in str(result.exception)
+
+
+def tensor(name: str, shape: list[int | str | None], element: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, element, shape)
+
+
+def test_types_in_words() -> None:
+    strings = helper.make_tensor_type_proto(TensorProto.STRING, None)
+    floats = helper.make_tensor_type_proto(TensorProto.FLOAT16, None)
+    assert other_inputs._in_words(strings) == "strings"
+    assert other_inputs._in_words(floats) == "a tensor of float16"
+    assert other_inputs._in_words(helper.make_sequence_type_proto(strings)) == "a sequence of strings"
+    assert other_inputs._in_words(helper.make_sequence_type_proto(floats)) == "a sequence of float16"
+    optional = helper.make_optional_type_proto(helper.make_sequence_type_proto(floats))
+    assert other_inputs._in_words(optional) == "an optional sequence of float16"
+    assert other_inputs._in_words(helper.make_map_type_proto(TensorProto.INT64, floats)) == "a map"
+
+
+def test_strings_and_numbers_are_not_taken_for_one_another() -> None:
+    words, numbers = np.array(["a"]), np.zeros(1, np.float32)
+    other_inputs._check_type("x", words, TensorProto.STRING, "t")
+    other_inputs._check_type("x", np.array([b"a"]), TensorProto.STRING, "t")
+    other_inputs._check_type("x", numbers, TensorProto.FLOAT, "t")
+    for array, element, says in (
+        (numbers, TensorProto.STRING, "t; 'x' holds float32"),
+        (words, TensorProto.FLOAT, "t; 'x' is strings; expected float"),
+        (numbers, TensorProto.DOUBLE, "t; 'x' is float32; expected double"),
+    ):
+        with pytest.raises(InputError) as error:
+            other_inputs._check_type("x", array, element, "t")
+        assert str(error.value) == says
+    with pytest.raises(InputError, match="elements of the type 99"):
+        other_inputs._dtype(99)
+    assert other_inputs._keys(np.array([3, 1])) == [3, 1]
+    assert other_inputs._keys(np.array([[b"a\xff", b"b"]])) == ["a\udcff", "b"]
+
+
+def test_strings_that_an_input_can_take_are_those_of_its_readers(tmp_path: Path) -> None:
+    encoder = helper.make_node("LabelEncoder", ["f"], ["y"], domain="ai.onnx.ml", keys_strings=["b", "a"])
+    encoder.attribute.append(helper.make_attribute("values_int64s", [1, 2]))
+    reshape = [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("Identity", ["w"], ["v"])]
+    reshape.append(helper.make_node("Cast", ["n"], ["m"], to=TensorProto.FLOAT))
+    texts = [tensor(name, [1, 2], TensorProto.STRING) for name in "xwn"]
+    graph = helper.make_graph([*reshape, encoder], "g", texts, [tensor("y", [1, 2], TensorProto.INT64)])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 2)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "g.onnx")
+    opened = Graph(tmp_path / "g.onnx")
+    assert other_inputs._known_strings(opened, "f") == ["b", "a"]
+    assert other_inputs._known_strings(opened, "x") == ["b", "a"]
+    assert other_inputs._known_strings(opened, "n") == ["0", "1", "2", "10", "-3", "0.5"]
+    assert "Zürich" in other_inputs._known_strings(opened, "w")
+
+
+def test_a_code_of_a_string_is_exact_in_fp64_and_stays() -> None:
+    assert tensor_ends._code("a") == tensor_ends._code(b"a") != tensor_ends._code("b")
+    codes = [tensor_ends._code(f"label {i}") for i in range(200)]
+    assert len(set(codes)) == 200
+    assert 1 << 46 < max(codes) < 1 << 48
+    assert all(int(float(code)) == code for code in codes)

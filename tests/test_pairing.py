@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+import torch
 from faults.edits import Editor, scale_weights
 from nets import NetBuilder, residual, second_like
 from onnx import helper, numpy_helper
@@ -19,10 +21,14 @@ from cp_debug.bisect.recording import compare_captures, record
 from cp_debug.bisect.result import TestResult
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
-from cp_debug.graph.graph import Graph
+from cp_debug.graph import pairing
+from cp_debug.graph.constants import Constants
+from cp_debug.graph.graph import Graph, ValueInfo, fits_shape
 from cp_debug.graph.integer_values import named_levels
 from cp_debug.graph.pairing import Pairing, believable
 from cp_debug.probes.capture import Capture
+from cp_debug.programs.pairing_numbers import run_in_ort
+from cp_debug.programs.weight_differences import weight_differences
 from cp_debug.recipes.registry import load_model
 
 Change = Callable[[onnx.GraphProto], None]
@@ -346,3 +352,73 @@ def test_merged_nodes_that_kept_the_last_name_are_judged_by_themselves(tmp_path:
         onnx.save(model, files[-1])
     (test,) = bisect(str(files[0]), "ort,ort", test_model=files[1], options=Options()).tests
     assert [row.name for row in test.rows if row.verdict == "guilty"] == ["phase1"]
+
+
+@pytest.mark.parametrize(
+    ("actual", "declared", "fits"),
+    [
+        ((2, 3), (2, 3), True),
+        ((2, 3), ("n", None), True),
+        ((2, 3), ("n", 4), False),
+        ((2, 3), (3, 3), False),
+        ((2,), (2, 3), False),
+        ((2, 3), (2,), False),
+        ((2, 3), None, True),
+        ((), (), True),
+    ],
+)
+def test_shapes_fit_where_fixed_sizes_are_equal(actual: tuple[int, ...], declared: tuple[int, ...], fits: bool) -> None:
+    assert fits_shape(actual, declared) is fits
+
+
+def info(shape: tuple[int | str, ...] | None, dtype: object) -> ValueInfo:
+    return ValueInfo("x", None if dtype is None else np.dtype(dtype), shape)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "alike"),
+    [
+        (info((2, 3), "f4"), info((2, 3), "f2"), True),
+        (info((2, 3), "f4"), info((2, 3), ml_dtypes.bfloat16), True),
+        (info((2, 3), "f4"), info((2, 3), "i8"), False),
+        (info((2, 3), "f4"), info((2, 3), None), True),
+        (info((2, 3), "f4"), info((2, 4), "f4"), False),
+        (info((2, 3), "f4"), info((2, "n"), "f4"), True),
+        (info((2, 3), "f4"), info((2, 3, 1), "f4"), False),
+        (info((2, 3), "f4"), info(None, "f4"), True),
+    ],
+)
+def test_inputs_that_may_be_the_same_one(ours: ValueInfo, theirs: ValueInfo, alike: bool) -> None:
+    assert pairing._alike(ours, theirs) is alike
+    assert pairing._alike(theirs, ours) is alike
+
+
+def test_values_that_are_told_alike_are_equal_and_may_be_kept_in_sets() -> None:
+    """Their ONNX types, which nobody can hash, only say how to read them."""
+    kinds = [onnx.TypeProto(sequence_type=onnx.TypeProto.Sequence()), onnx.TypeProto()]
+    assert len({ValueInfo("x", None, None, "a sequence", kind) for kind in kinds}) == 1
+
+
+def test_what_is_known_to_onnx_runtime_alone_is_computed_by_it(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Sub", "x", net.weight(np.float32([1, 2]), name="w"), name="y")
+    graph = Graph(net.save(tmp_path / "n.onnx", {"x": (1, [2])}, ["y"]))
+    (node,) = graph.nodes
+    given = {"x": torch.tensor([5.0, 5.0])}
+    found = run_in_ort(graph, Constants(graph), node, given, ["y"])
+    assert found["y"].tolist() == [4, 3]
+    assert run_in_ort(graph, Constants(graph), node, {"x": torch.zeros(3)}, ["y"]) == {}
+
+
+def test_weights_are_read_once_for_their_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = NetBuilder()
+    net.op("Conv", "x", net.weight(np.ones((4, 3, 3, 3), np.float32), "w"), name="y")
+    net.op("Conv", "y", net.weight(np.full((4, 4, 3, 3), 2, np.float32), "v"), name="z")
+    ours, theirs = (Graph(net.save(tmp_path / name, {"x": (1, [1, 3, 8, 8])}, ["z"])) for name in ("a.onnx", "b.onnx"))
+    read: list[tuple[int, str]] = []
+    initializer = Graph.initializer
+    monkeypatch.setattr(Graph, "initializer", lambda g, n: read.append((id(g), n)) or initializer(g, n))
+    assert believable(ours, theirs)
+    assert weight_differences(ours, theirs).compared == 2
+    assert weight_differences(ours, theirs).compared == 2
+    assert sorted(read) == sorted({(id(graph), name) for graph in (ours, theirs) for name in ("w", "v")})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from nets import NetBuilder, second_like
 from typer.testing import CliRunner
 
 from cp_debug.backends.base import Program
+from cp_debug.bisect import preflight
 from cp_debug.bisect.causes.ranges import HALF
-from cp_debug.bisect.preflight import PROBLEM, RISK, Concern, Preflight, leaves_half
+from cp_debug.bisect.preflight import PROBLEM, RISK, Concern, Preflight, _clipped, _quantized_weight, leaves_half
 from cp_debug.bisect.verdict import RANGE
 from cp_debug.cli.main import app
 from cp_debug.probes.distance import all_finite
@@ -198,3 +200,52 @@ def test_constant_nodes_are_no_activations(tmp_path: Path) -> None:
     net = NetBuilder()
     eps = net.op("Constant", value=onnx.numpy_helper.from_array(np.float32(1e-12)))
     assert not check(build(tmp_path, net, net.op("Add", "x", eps)))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "stays"),
+    [
+        ([1.0, 2.0], True),
+        ([65519.0], True),
+        ([65520.0], False),
+        ([-65520.0], False),
+        ([1e-7], False),
+        ([math.nan], False),
+        ([], True),
+    ],
+)
+def test_what_fp16_holds(numbers: list[float], stays: bool) -> None:
+    assert preflight._stays_half(torch.tensor(numbers)) is stays
+
+
+def test_weights_at_the_end_of_their_range_are_told() -> None:
+    scale, levels = torch.ones(1), torch.full((2, 50), 100, dtype=torch.int8)
+    assert list(_quantized_weight("layer", levels, scale)) == []
+    levels[0, :2] = torch.tensor([127, -127])  # the largest weight of either sign
+    assert list(_quantized_weight("layer", levels, scale)) == []
+    levels[0, 2] = -128
+    (concern,) = _quantized_weight("layer", levels, scale)
+    assert "3.0% of the quantized weights are at the end of the range" in str(concern)
+    levels[1, :10] = 122  # a distribution that thins out, and is not cut off
+    assert list(_quantized_weight("layer", levels, scale)) == []
+    biases = torch.full((8,), 1 << 20, dtype=torch.int32)
+    assert list(_quantized_weight("layer", biases, torch.ones(8))) == []
+    biases[3] = torch.iinfo(torch.int32).max
+    assert "12.5% of the quantized biases" in str(*_quantized_weight("layer", biases, torch.ones(8)))
+
+
+def test_channels_of_very_different_range_want_a_scale_each() -> None:
+    levels = torch.full((4, 50), 1, dtype=torch.int8)
+    levels[0] = 120
+    (concern,) = _quantized_weight("layer", levels, torch.ones(1))
+    assert "one scale for channels whose ranges differ 120 times" in str(concern)
+    assert list(_quantized_weight("layer", levels, torch.ones(4))) == []
+    levels[1:] = 0  # channels of zeros have no range
+    assert list(_quantized_weight("layer", levels, torch.ones(1))) == []
+
+
+def test_activations_are_compared_with_what_their_scales_hold() -> None:
+    assert list(_clipped({"a": (1.0, 0.0), "b": (1.3, 0.9), "c": (0.0, 0.0)})) == []
+    over, coarse = _clipped({"a": (3.5, 20.0), "b": (1.2, 2.0), "c": (0.1, 0.0), "d": (0.2, 0.0)})
+    assert "activations reach 3.50 times what their INT8 scale holds; clipping them costs 20 times" in str(over)
+    assert "INT8 scales up to 10 times too coarse" in str(coarse)

@@ -18,7 +18,7 @@ from cp_debug.errors import InputError
 from cp_debug.quantization.checkpoint import load_ptq_model, save_ptq_model
 from cp_debug.quantization.open_quantized import adopt_weights, modules_of, open_quantized, unquantized
 from cp_debug.quantization.ptq import apply_scales, quantize_ptq, scales_of
-from cp_debug.quantization.qat import QatOptions, QatResult, finetune
+from cp_debug.quantization.qat import QatOptions, QatResult, _stale, _unfreeze, finetune
 from cp_debug.quantization.qat_centerpoint import (
     Scenes,
     as_trainable,
@@ -243,3 +243,17 @@ def test_the_rate_falls_along_a_cosine_gradients_are_bounded_and_losses_averaged
     assert norms == pytest.approx([35.0] * 5, rel=1e-3)
     assert [done for done, *_ in result.history] == [0, 3, 5]
     assert [mean for _, mean, _ in result.history[1:]] == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 2])
+
+
+def test_validations_since_the_best_one() -> None:
+    assert _stale([(0, 0.0, 3.0), (1, 0.0, 1.0), (2, 0.0, 2.0)]) == 1
+    assert _stale([(0, 0.0, 1.0), (1, 0.0, 1.0)]) == 1
+    assert _stale([(0, 0.0, 2.0), (1, 9.0, 1.0)]) == 0
+
+
+def test_batch_norms_stay_as_they_are_while_the_rest_is_trained() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 1, 1)).requires_grad_(False).train()
+    trained = _unfreeze(net)
+    assert [id(p) for p in trained] == [id(p) for part in (net[0], net[2]) for p in part.parameters()]
+    assert not net[1].training
+    assert net[0].training

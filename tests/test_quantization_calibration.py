@@ -9,12 +9,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nets import NetBuilder
 from torch import Tensor, nn
 
 from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
 from cp_debug.graph.scales import QMAX, Scales
-from cp_debug.quantization.calibration import CalibrationManager, check_model
-from cp_debug.quantization.histogram import METHODS, Histogram, weight_amax
+from cp_debug.quantization.calibration import CalibrationManager, _frozen, check_model
+from cp_debug.quantization.data_ranges import DataRanges
+from cp_debug.quantization.histogram import (
+    METHODS,
+    Histogram,
+    _least_squares,
+    _without_spikes,
+    check_method,
+    weight_amax,
+)
 from cp_debug.quantization.output_error import BATCHES, OutputErrors
 
 
@@ -302,3 +312,105 @@ def test_gradients_are_taken_of_the_first_batches() -> None:
     # The first call, which looks for additions, leaves no trace.
     assert module.seen == [True] * BATCHES + [False] * 2
     assert manager.batches == BATCHES + 2
+
+
+def test_least_squares_take_the_limit_that_costs_least() -> None:
+    rng = np.random.default_rng(0)
+    values = np.abs(rng.standard_normal(20_000))
+    values[0] = 40
+    counts, edges = np.histogram(values, bins=4096, range=(0, 40))
+    limit = _least_squares(counts, (edges[1:] + edges[:-1]) / 2, 40.0)
+
+    def error(limit: float) -> float:
+        scale = limit / 127
+        return float(((np.clip(np.round(values / scale), 0, 127) * scale - values) ** 2).sum())
+
+    tried = 40 * np.arange(1, 129) / 128
+    assert error(limit) <= 1.02 * min(map(error, tried))
+    assert limit == pytest.approx(tried[np.abs(tried - limit).argmin()])
+
+
+def test_single_high_bins_are_cut_to_what_stands_beside_them() -> None:
+    bins = np.full(40, 5.0)
+    bins[20] = 900
+    bins[30:38] = 50
+    cut = _without_spikes(bins)
+    assert cut[20] == 5
+    assert cut[30:37].tolist() == [50] * 7
+    assert _without_spikes(np.zeros(20)).tolist() == [0] * 20
+    lonely = np.zeros(20)
+    lonely[9] = 7
+    assert _without_spikes(lonely)[9] == 1
+
+
+def test_parameters_are_frozen_for_a_while_and_only_those_that_were_not() -> None:
+    net = nn.Linear(2, 2)
+    net.bias.requires_grad_(False)
+    with _frozen(net):
+        assert not net.weight.requires_grad
+    assert net.weight.requires_grad
+    assert not net.bias.requires_grad
+
+
+def test_a_layers_range_is_that_of_what_it_reads_first(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("MatMul", net.op("MatMul", "x", net.weight(np.eye(2, dtype=np.float32)), name="mid"), "w_0", name="y")
+    graph = Graph(net.save(tmp_path / "n.onnx", {"x": (1, [1, 2])}, ["y"]))
+    ranges = DataRanges(graph, graph.nodes)
+    assert ranges.watched == {"x", "mid"}
+    with pytest.raises(InputError, match="there is no calibration data"):
+        ranges.amax("max")
+    for x, mid in (([1.0, -3.0], [0.5, 0.25]), ([2.0, 2.5], [-0.75, 0.0])):
+        ranges.see("x", np.float32([x]))
+        ranges.see("mid", torch.tensor([mid]))
+        ranges.see("y", np.float32([[np.nan, 1]]))  # nobody reads it
+    assert ranges.amax("max") == {"node_mid": 3.0, "node_y": 0.75}
+    with pytest.raises(InputError, match="'x' holds NaN during calibration"):
+        ranges.see("x", np.float32([[np.nan, 1]]))
+    assert DataRanges(graph, []).amax("max") == {}
+
+
+def test_every_method_gives_a_limit_within_the_range() -> None:
+    histogram = Histogram()
+    assert [histogram.amax(method) for method in METHODS] == [1.0] * len(METHODS)  # zeros, or nothing at all
+    histogram.add(torch.cat((torch.linspace(-1, 1, 20001), torch.tensor([8.0]))))
+    limits = {method: histogram.amax(method) for method in METHODS}
+    assert limits["max"] == 8.0
+    assert 0.99 <= limits["percentile"] <= 1.01
+    assert 0.5 < limits["mse"] < 8.0
+    assert all(0 < limit <= 8.0 for limit in limits.values())
+    check_method("mse")
+    with pytest.raises(InputError, match="recipe: 'best' is unknown; expected one of max, percentile, mse, entropy"):
+        check_method("best", "recipe")
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_channel_of_zeros_has_the_largest_scale(axis: int) -> None:
+    weight = torch.tensor([[1.0, -4.0, 2.0], [0.0, 0.0, 0.0]])
+    found = weight_amax(weight if axis == 0 else weight.T, axis, "max")
+    assert found.tolist() == [4.0, 4.0]
+    assert weight_amax(torch.zeros(2, 3), 0, "mse").tolist() == [1.0, 1.0]
+
+
+def test_a_weights_limit_has_no_larger_squared_error_than_clipping_nothing() -> None:
+    rows = torch.randn(3, 999, generator=torch.Generator().manual_seed(0))
+
+    def error(limit: Tensor) -> Tensor:
+        scale = limit[:, None] / 127
+        return ((rows / scale).round().clamp(-128, 127) * scale - rows).square().sum(1)
+
+    assert bool((error(weight_amax(rows, 0, "mse")) < error(rows.abs().amax(1))).all())
+
+
+def test_the_limit_is_chosen_by_what_reaches_the_outputs() -> None:
+    # The large element is multiplied by 0 further on: clipping it costs nothing, so that the others get finer steps.
+    x, weight = torch.tensor([0.9, -0.37, 0.61, 100.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    for weights, low, high in ((weight, 0.0, 10.0), (torch.ones(4), 90.0, 100.0)):
+        errors = OutputErrors()
+        output = (errors.watch("layer", x) * weights).square()
+        assert errors.differentiate([output])
+        found = errors.amax("layer", 100.0)
+        assert found is not None
+        assert low < found <= high
+    assert errors.amax("another", 1.0) is None
+    assert not OutputErrors().differentiate([torch.ones(2)])

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from extras import needs
+from rich.console import Console
 from rich.text import Text
 from test_cli import run
 
 from cp_debug.deploy.quantize_output import PtqResult
 from cp_debug.quantization.checkpoint import save_ptq_model
 from cp_debug.quantization.open_quantized import modules_of, open_quantized
+from cp_debug.quantization.toggles import QuantizerRow
 from cp_debug.recipes.checkpoint import read_state_dict
 from cp_debug.recipes.registry import load_model
-from cp_debug.reports.quantization import render
+from cp_debug.reports.quantization import layers, render
 
 NET = Path(__file__).parent / "test_sensitivity.py"
 
@@ -135,3 +138,29 @@ def test_weights_with_a_format_of_their_own_are_no_quantized_ones(tmp_path: Path
     assert weights is not None
     torch.save({"format": "epochs 2", "state_dict": weights.state_dict()}, tmp_path / "own.pt")
     assert read_state_dict(tmp_path / "own.pt").keys() == weights.state_dict().keys()
+
+
+def quantizer(name: str, amax: float | tuple[float, float] | None, why: str = "") -> QuantizerRow:
+    return QuantizerRow(name, 8, 0 if isinstance(amax, tuple) else None, amax, not why, why)
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_quantized_layer_is_one_row_with_its_whole_name(width: int) -> None:
+    rows = [
+        quantizer("pts_bbox_head.heads.0.conv.input_quantizer", 9.47),
+        quantizer("pts_bbox_head.heads.0.conv.weight_quantizer", (0.0273, 0.154)),
+        quantizer("pts_bbox_head.heads.0.conv.output_quantizer", None, "what reads this output quantizes it"),
+        quantizer("pts_bbox_head.out.input_quantizer", None, "skipped by 'out'"),
+        quantizer("pts_bbox_head.out.weight_quantizer", None, "skipped by 'out'"),
+        quantizer("stem.input_quantizer", 1.5),
+        quantizer("stem.weight_quantizer", (0.1, 0.2), "switched off"),
+    ]
+    console = Console(width=width, file=StringIO(), color_system=None)
+    for part in layers(rows):
+        console.print(part)
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    names = ("pts_bbox_head.heads.0.conv ", "pts_bbox_head.out ") if width == 80 else ("pts_", "0.conv ")
+    for whole in (*names, "9.47", "0.0273 … 0.154", "skipped", "switched", "3 quantizers on in 3 layers"):
+        assert whole in told
+    assert "output_quantizer" not in told
+    assert max(map(len, told.splitlines())) <= width

@@ -19,6 +19,7 @@ from cp_debug.backends.arithmetic import FP32
 from cp_debug.backends.codecs import floor_log2
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.narrow_options import NarrowOptions
+from cp_debug.deploy import quantize_narrow
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.narrow_qdq import insert_narrow_qdq
 from cp_debug.probes.distance import relative_l2
@@ -249,3 +250,11 @@ def test_modelopt_reads_the_recipe_and_switches_the_quantizers_that_it_names(tmp
     assert on["0.weight_quantizer"]
     assert on["0.input_quantizer"] == (not precision.startswith("int4"))
     assert not any(state for name, state in on.items() if name.startswith("1.") or "output" in name)
+
+
+@pytest.mark.parametrize(
+    ("precision", "backend"),
+    [("fp8", "ort"), ("int4", "ort"), ("mxfp8", "ort"), ("mxfp4", "emu-fp32"), ("nvfp4", "emu-fp32")],
+)
+def test_a_narrow_file_is_checked_by_the_runtime_that_has_its_type(precision: str, backend: str) -> None:
+    assert str(quantize_narrow._runner(NarrowOptions.parse(precision)).spec).startswith(backend)

@@ -11,8 +11,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
+from nets import NetBuilder, node_of
 from test_trt_runner import install
 
+from cp_debug.backends.arithmetic import FP32
+from cp_debug.backends.kernels.registry import Call
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
 from cp_debug.backends.tensorrt import engines
@@ -22,6 +26,8 @@ from cp_debug.bisect.causes import findings
 from cp_debug.bisect.causes.base import CAUSES
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.regions import hypotheses
+from cp_debug.bisect.regions.hypotheses import _reduce
 from cp_debug.bisect.regions.marks import choose, cuts
 from cp_debug.bisect.regions.region import Region, region_of
 from cp_debug.bisect.result import BisectResult, TestResult
@@ -361,3 +367,84 @@ def test_a_fix_names_nodes_where_a_row_is_a_region() -> None:
     region = Region(("/a/MatMul", "/b/Softmax", "/c/MatMul"), "Myelin", "{ForeignNode[/a/MatMul.../c/MatMul]}")
     rows = [SimpleNamespace(name=region.label, region=region), SimpleNamespace(name="/d/Conv", region=None)]
     assert findings._node_names(rows) == ["/a/MatMul", "/b/Softmax", "/c/MatMul", "/d/Conv"]  # type: ignore[arg-type]
+
+
+def test_nodes_stand_behind_what_they_read() -> None:
+    nodes = [
+        node_of("A", ["b"], ["a"], 0),
+        node_of("B", ["c"], ["b"], 1),
+        node_of("C", ["x"], ["c"], 2),
+        node_of("D", ["a"], ["d"], 3),
+    ]
+    assert [n.op for n in hypotheses._ordered(nodes)] == ["C", "B", "A", "D"]
+
+
+def test_partial_sums_of_fp16_and_its_range() -> None:
+    x = torch.tensor([[2048.0, 1, 1], [1, 1, 2048]])
+    assert hypotheses._sum(x, [1]).tolist() == [[2048], [2050]]
+    assert hypotheses._sum(x, [-1]).shape == (2, 1)
+    assert hypotheses._sum(x, [0, 1]).shape == (1, 1)
+    assert hypotheses._saturate(torch.tensor([1e6, -1e6, 1.0])).tolist() == [65504, -65504, 1]
+    assert hypotheses._saturate(torch.tensor([1 << 20])).tolist() == [1 << 20]
+    call: Any = {"axis": None}
+    large = torch.tensor([[12.0, 12.0]])
+    assert hypotheses._softmax(True)(call, [large]).tolist() == [[0.5, 0.5]]
+    assert not torch.isfinite(hypotheses._softmax(False)(call, [large])).all()
+
+
+def chain(folder: Path, *ops: str) -> Graph:
+    net, value = NetBuilder(), "x"
+    for place, op in enumerate(ops):
+        weights = [net.weight(np.eye(3, dtype=np.float32))] if op == "MatMul" else []
+        value = net.op(op, value, *weights, name=f"v{place}")
+    return Graph(net.save(folder / "net.onnx", {"x": (1, [3, 3])}, [value]))
+
+
+@pytest.mark.parametrize(
+    ("ops", "is_region"),
+    [
+        (("MatMul", *["Neg"] * 7), False), (("MatMul", *["Neg"] * 8), True), (("MatMul", "Neg", "MatMul"), True),
+        (("MatMul", *["Neg"] * 7, *["Identity"] * 9), False), (("Neg",), False),
+    ],
+)  # fmt: skip
+def test_many_nodes_or_two_products_are_a_region(tmp_path: Path, ops: tuple[str, ...], is_region: bool) -> None:
+    graph = chain(tmp_path, *ops)
+    names, last = [n.name for n in graph.nodes], graph.nodes[-1].outputs[0]
+    found = region_of(names, last, graph)
+    assert (found is not None) == is_region
+    if found is not None:
+        assert found.nodes == tuple(names)
+        assert found.label == f"fused region of {len(names)} nodes ({names[0]} … {names[-1]})"
+        assert (found.kind, found.layer) == ("", "")
+
+
+def test_a_region_is_called_after_the_layer_that_holds_most_of_it(tmp_path: Path) -> None:
+    graph = chain(tmp_path, "MatMul", "Neg", "MatMul", "Neg")
+    names = [n.name for n in graph.nodes]
+
+    def engine(name: str, kind: str, nodes: list[str], output: str = "") -> Any:
+        return SimpleNamespace(name=name, kind=kind, nodes=nodes, outputs=[SimpleNamespace(name=output)])
+
+    most, few = engine("most", "Myelin", names[:3]), engine("few", "Conv", names[3:], "v3")
+    found = region_of(names, "v3", graph, [few, most])
+    assert found is not None
+    assert (found.kind, found.layer) == ("Myelin", "most")
+    halves = [engine("front", "Myelin", names[:2]), engine("back", "Conv", names[2:], "v3")]
+    found = region_of(names, "v3", graph, halves)
+    assert found is not None
+    assert (found.kind, found.layer) == ("2 layers", "back")  # none holds most of it: who writes the result
+    copies = [engine("copy", "Reformat", names[2:], "v3"), engine("writer", "Conv", [], "v3")]
+    found = region_of(names, "v3", graph, copies)
+    assert found is not None
+    assert (found.kind, found.layer) == ("Conv", "writer")
+
+
+@pytest.mark.parametrize(("divide", "keep"), [(True, 1), (False, 0)])
+def test_reductions_round_each_partial_sum(divide: bool, keep: int) -> None:
+    """2048 + 1 is 2048 in FP16."""
+    node = onnx.helper.make_node("ReduceMean" if divide else "ReduceSum", ["x"], ["y"], axes=[1], keepdims=keep)
+    x = torch.tensor([[2048.0, 1.0, 1.0, 2.0], [1.0, 1.0, 2.0, 4.0]])
+    call: Any = Call.of(SimpleNamespace(proto=node, op=node.op_type, domain=""), 13, FP32, torch.device("cpu"))  # type: ignore[arg-type]
+    found = _reduce(divide)(call, [x])
+    assert found.shape == ((2, 1) if keep else (2,))
+    assert found.flatten().tolist() == ([512.5, 2.0] if divide else [2050.0, 8.0])

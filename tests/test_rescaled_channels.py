@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
+from nets import node_of
 from onnx import numpy_helper
 from test_pairing import renamed
 
 from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.file_weights import _standardized, product_of
 from cp_debug.bisect.result import TestResult
 
 Weights = dict[str, np.ndarray]
@@ -226,3 +229,14 @@ def test_factors_stop_at_whole_numbers(tmp_path: Path) -> None:
     other["a_w"], other["a_b"] = weights["a_w"] * by[:, None, None, None], weights["a_b"] * by
     other["y_w"] = weights["y_w"] / by[:, None, None]
     assert guilty(judged(tmp_path, CAST, weights, other)) == ["a", "y"]
+
+
+def test_rows_without_their_mean_have_length_one() -> None:
+    rows = _standardized(torch.tensor([[1.0, 3.0], [10.0, 30.0], [5.0, 1.0]]))
+    assert torch.allclose(rows[0], rows[1])
+    assert torch.allclose(rows.norm(dim=1), torch.ones(3))
+    assert torch.allclose(rows[2], -rows[0])
+    nodes = [node_of("Conv", ["x", "w"], index=0), node_of("Relu", ["y"], index=1)]
+    assert product_of(nodes, "Conv") is nodes[0]
+    assert product_of([*nodes, nodes[0]], "Conv") is None
+    assert product_of(nodes, "Relu") is None

@@ -6,6 +6,8 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +18,7 @@ from test_cli import run
 
 import cp_debug
 from cp_debug.bisect.result import BisectResult, TestResult
-from cp_debug.bisect.result_diff import BETTER, GONE, NEW, UNKNOWN, WORSE
+from cp_debug.bisect.result_diff import BETTER, GONE, NEW, UNKNOWN, WORSE, LayerState, TestDiff
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +236,27 @@ def test_a_divergence_that_only_one_side_replayed_is_still_compared(folder: Path
     diff = cp_debug.diff_results(cp_debug.open_result(folder / "good.json"), cp_debug.open_result(bare))
     assert diff.worse
     assert WORSE in {change.change for change in diff.tests[0].layers}
+
+
+def test_the_state_of_a_layer_has_its_replays_figures_and_else_its_divergence() -> None:
+    row: Any = SimpleNamespace(
+        verdict="ok", within=True, stats=SimpleNamespace(rel_l2=0.5), replay=SimpleNamespace(introduced=0.1, excess=2.0)
+    )
+    assert LayerState.of(row) == LayerState("ok", True, 0.5, 0.1, 2.0)
+    assert LayerState.of(row).error == 0.1
+    row.replay = None
+    assert LayerState.of(row) == LayerState("ok", True, 0.5, None, None)
+    assert LayerState.of(row).error == 0.5
+    row.stats.rel_l2 = float("nan")
+    assert LayerState.of(row).error == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("agrees", "said"),
+    [((True, True), "agrees as before"), ((True, False), "no longer agrees"), ((False, True), "agrees now"),
+     ((False, False), "still does not agree")],
+)  # fmt: skip
+def test_a_difference_of_two_results_in_a_sentence(agrees: tuple[bool, bool], said: str) -> None:
+    diff = TestDiff("ort", "ort", agrees, [], [], [], [], 7)
+    assert diff.says == f"{said}; layers: none changed, 7 as before"
+    assert diff.worse == (agrees == (True, False))

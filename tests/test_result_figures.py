@@ -22,13 +22,13 @@ from cp_debug.bisect.int8_notes import int8_notes
 from cp_debug.bisect.options import Options
 from cp_debug.bisect.quantization_scheme import Levels
 from cp_debug.bisect.replayed import EXCESS, Replay
-from cp_debug.bisect.result import LayerRow, Remainder, StageRow, TestResult
+from cp_debug.bisect.result import BisectResult, LayerRow, Remainder, StageRow, TestResult
 from cp_debug.bisect.standards import tolerance
 from cp_debug.bisect.worst_samples import Collected
 from cp_debug.graph.control_flow import ControlFlow
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.statistics import compare
-from cp_debug.programs.layers import Layer
+from cp_debug.programs.layers import Layer, all_layers, layers_of
 from cp_debug.programs.pipeline import Key
 from cp_debug.programs.precision import PRECISIONS
 from cp_debug.reports.verdict_line import verdict_line
@@ -348,3 +348,45 @@ def test_levels_of_fp8_reach_its_largest_number() -> None:
     found = on(Levels(codec=E4M3), 448.0, 17.0, -3.3)
     assert found == [448, 16, -3.25]
     assert on(Levels(codec=E4M3), 4.48, 0.17, -0.033) == pytest.approx([4.48, 0.16, -0.0325])
+
+
+def test_a_result_stands_for_its_tests() -> None:
+    row = SimpleNamespace(name="conv")
+    tests: Any = [
+        SimpleNamespace(agrees=True, first_divergent=None, findings=["a"], layers="first"),
+        SimpleNamespace(agrees=False, first_divergent=row, findings=["b", "c"], layers="second"),
+    ]
+    result: Any = BisectResult.__new__(BisectResult)
+    result.tests = tests
+    assert list(result) == tests
+    assert result.first_divergent is row
+    assert result.findings == ["a", "b", "c"]
+    assert result.layers == "first"
+    assert not result.agrees
+    result.tests = tests[:1]
+    assert result.agrees
+    assert result.first_divergent is None
+
+
+def test_a_row_in_a_word_says_why_where_it_knows() -> None:
+    row: Any = SimpleNamespace(name="conv", op="Conv", verdict="guilty", why="")
+    assert LayerRow.__repr__(row) == "<LayerRow conv (Conv): guilty>"
+    row.why = "excess 70"
+    assert LayerRow.__repr__(row) == "<LayerRow conv (Conv): guilty: excess 70>"
+
+
+def test_layers_of_data_are_told_from_those_of_shapes_and_constants(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Neg", "x", name="data")
+    net.op("Neg", net.weight(np.ones(2, np.float32), "w"), name="made")
+    net.op("Shape", "data", name="shape")
+    net.op("Cast", "shape", name="cast", to=1)
+    net.op("Add", "data", "made", name="y")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [2])}, ["y", "cast", "w"]))
+    listed = all_layers([Program("net", graph)])
+    assert {layer.onnx: layer.kind for layer in listed} == {
+        "x": "data", "data": "data", "made": "constant", "shape": "shape", "cast": "shape", "y": "data", "w": "constant"
+    }  # fmt: skip
+    assert [layer.onnx for layer in layers_of([Program("net", graph)])] == ["x", "data", "y"]
+    assert {layer.onnx: layer.op for layer in listed}["x"] == "input"
+    assert [layer.index for layer in listed] == list(range(7))

@@ -75,3 +75,9 @@ def test_integers_pass_and_dtype_and_shape_stay(function: object) -> None:
     for shape in [(), (0, 3), (2, 3)]:
         assert function(torch.ones(shape, dtype=torch.float64)).shape == shape
         assert function(torch.ones(shape, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_only_floats_are_rounded() -> None:
+    whole = torch.tensor([70001, -3])
+    assert torch.equal(round_fp16(whole), whole)
+    assert round_fp16(torch.tensor([1 + 2**-12, 70000.0], dtype=torch.float64)).tolist() == [1.0, float("inf")]

@@ -13,7 +13,7 @@ from cp_debug.detection.bootstrap import ConfidenceInterval, draw_samples
 from cp_debug.detection.boxes import Boxes
 from cp_debug.detection.breakdown import Rings, by_class, by_distance, rings_of
 from cp_debug.detection.changes import MATCHING, MOVED, RESCORED, BoxChange, changes
-from cp_debug.detection.detection_change import compare_detections
+from cp_debug.detection.detection_change import DetectionChange, compare_detections
 from cp_debug.detection.evaluation import EvaluationOptions
 from cp_debug.detection.matching import _position_in_group
 from cp_debug.detection.metrics import Scores, box_errors, score
@@ -25,6 +25,7 @@ from cp_debug.mixed_precision.predict import Predictor, enough_of, left_of
 from cp_debug.mixed_precision.sensitivity import Int8Effect, LayerSensitivity, merge_trials
 from cp_debug.mixed_precision.trial import Measured
 from cp_debug.recipes.data.base import Truth
+from cp_debug.reports.numbers import fixed, signed
 
 
 @dataclass
@@ -360,3 +361,22 @@ def test_positions_count_what_stands_before_in_the_same_group() -> None:
     assert _position_in_group(np.array([7, 3, 7, 7])).tolist() == [0, 0, 1, 2]
     assert _position_in_group(np.array([2, 2, 0, 1, 0, 2])).tolist() == [0, 1, 0, 0, 1, 2]
     assert _position_in_group(np.array([], np.int64)).tolist() == []
+
+
+def test_changes_of_detections_add_up() -> None:
+    first = DetectionChange(10, 2, 1, 3, 0.1, 0.2, 0.3, 0.4, 0.05)
+    second = DetectionChange(4, 2, 0, 1, 0.2, 0.1, 0.4, 0.3, -0.15)
+    both = first + second
+    assert (both.reference, both.lost, both.gained, both.moved) == (14, 4, 1, 4)
+    assert (both.max_center, both.max_size, both.max_yaw, both.max_score) == (0.2, 0.2, 0.4, 0.4)
+    assert both.mean_score == pytest.approx((0.05 * 8 - 0.15 * 2) / 10)
+    assert str(first).startswith("10 boxes: 2 lost, 1 gained, 3 moved; at most 0.1 m in centre, 0.2 m in size, 0.3 rad")
+    assert str(DetectionChange(3, 3, 1)) == "3 boxes: 3 lost, 1 gained"
+    assert (DetectionChange() + DetectionChange()).mean_score == 0
+
+
+def test_what_rounds_to_zero_has_no_minus() -> None:
+    assert [signed(v) for v in (-0.00001, -0.0, 0.00001, -0.00006)] == ["+0.0000", "+0.0000", "+0.0000", "-0.0001"]
+    assert [fixed(v, 1) for v in (-0.04, -0.06, math.nan)] == ["0.0", "-0.1", "–"]
+    change = DetectionChange(3, 0, 0, mean_score=-0.0)
+    assert "+0 on average" in str(change)

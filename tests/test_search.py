@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nets import NetBuilder, residual, second_like
+from onnx import TensorProto, helper, numpy_helper
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Program
@@ -26,6 +27,7 @@ from cp_debug.graph.made_up import MadeUp
 from cp_debug.graph.qdq import insert_qdq, quantizable
 from cp_debug.graph.scales import LayerScales
 from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
+from cp_debug.mixed_precision import fusion_groups
 from cp_debug.mixed_precision.emit import arguments, deploy_fragment
 from cp_debug.mixed_precision.fusion_groups import fused, fusion_groups_of
 from cp_debug.mixed_precision.goal import Goal
@@ -366,3 +368,18 @@ def test_mixed_graphs_run_and_keep_every_name(tmp_path: Path) -> None:
         np.testing.assert_allclose(array, expected[value.name], rtol=0.1, atol=0.05)
     write_onnx([program, Program("two", program.graph)], {**kept, "two": []}, "bf16", tmp_path / "both")
     assert sorted(p.name for p in (tmp_path / "both").iterdir()) == ["net.onnx", "two.onnx"]
+
+
+def test_what_belongs_to_the_layer_before_it(tmp_path: Path) -> None:
+    """An activation of a product's only result belongs to it; one of an output, or of a result read twice, does not."""
+    weight = numpy_helper.from_array(np.zeros((4, 4), np.float32), "w")
+    reads = [("MatMul", ["x", "w"]), ("Relu", ["n0"]), ("MatMul", ["n1", "w"]), ("Sigmoid", ["n2"]), ("Tanh", ["n2"])]
+    reads += [("Add", ["n3", "n4"]), ("Relu", ["x"]), ("Relu", ["n5"])]
+    nodes = [helper.make_node(op, inputs, [f"n{i}"], f"n{i}") for i, (op, inputs) in enumerate(reads)]
+    outputs = [helper.make_empty_tensor_value_info(name) for name in ("n5", "n6", "n7")]
+    given = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 4])]
+    graph = helper.make_graph(nodes, "g", given, outputs, [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "g.onnx")
+    opened = Graph(tmp_path / "g.onnx")
+    joined = [fusion_groups._joined(opened, each) for each in opened.nodes]
+    assert [each.name if each else None for each in joined] == [None, "n0", None, None, None, None, None, None]

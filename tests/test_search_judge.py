@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 
 from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.errors import InputError
-from cp_debug.mixed_precision.goal import Goal
-from cp_debug.mixed_precision.judge import Judge
+from cp_debug.mixed_precision.goal import Goal, _excess
+from cp_debug.mixed_precision.judge import Judge, _or_infinite
 from cp_debug.mixed_precision.predict import enough_of, left_of
 from cp_debug.mixed_precision.result import MixedPrecisionResult
 from cp_debug.mixed_precision.sensitivity import Int8Effect, LayerSensitivity
@@ -173,3 +174,22 @@ def test_the_change_of_a_score_rises_over_what_was_before() -> None:
     assert change.value == pytest.approx(0.2)
     assert 0.1 <= change.low < change.high <= 0.3 + 1e-9
     assert before.change("mAP", after).value == pytest.approx(-0.2)
+
+
+def test_figures_beyond_a_limit() -> None:
+    assert _excess(3.0, 2.0) == 1.5
+    assert _excess(0.0, 0.0) == 0
+    assert _excess(1e-9, 0.0) == math.inf
+    assert _excess(math.nan, 1.0) == math.inf
+    assert [_or_infinite(v) for v in (2.0, math.nan, math.inf, -math.inf)] == [2.0, math.inf, math.inf, math.inf]
+
+
+def test_layers_are_taken_until_the_rest_keeps_the_limit() -> None:
+    alone = {"a": 3.0, "b": 4.0, "c": 12.0}.__getitem__
+    assert enough_of("cba", 13.0, alone, 13.0) == []
+    assert enough_of("cba", 13.0, alone, 5.0) == ["c"]  # 13² − 12² = 5²
+    assert enough_of("cba", 13.0, alone, 4.9) == ["c", "b"]
+    assert enough_of("cba", 13.0, alone, 3.0) == ["c", "b"]
+    assert enough_of("cba", 13.0, alone, 1.0, squares=False) == ["c"]
+    assert enough_of("cba", 13.0, alone, 0.9, squares=False) == ["c", "b"]
+    assert enough_of("abc", 13.0, alone, -99.0) == ["a", "b", "c"]

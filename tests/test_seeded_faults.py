@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from faults import edits
 from faults.catalog import FAULTS
+from faults.edits import Editor
 from faults.seeding import layers
+from nets import NetBuilder
 
 from cp_debug.bisect.demos import Seeded
 from cp_debug.recipes.centerpoint.recipe import BACKBONE_NECK_HEAD, ENCODER
@@ -109,3 +113,15 @@ def test_the_head_without_sigmoid_decodes_probabilities_as_they_were() -> None:
 def test_a_fault_strikes_its_layers_or_its_operators() -> None:
     seeded = Seeded(SimpleNamespace(), "where", ("a",), ("Conv",))  # type: ignore[arg-type]
     assert [seeded.strikes(*row) for row in (("a", "Relu"), ("b", "Conv"), ("b", "Relu"))] == [True, True, False]
+
+
+def test_another_epsilon_leaves_the_other_attributes(tmp_path: Path) -> None:
+    net = NetBuilder()
+    for name in ("scale", "bias"):
+        net.weight(np.ones(4, np.float32), name)
+    net.op("LayerNormalization", "x", "scale", "bias", name="y", axis=-1, epsilon=1e-5)
+    path = net.save(tmp_path / "n.onnx", {"x": (1, [2, 4])}, ["y"])
+    editor = Editor(path)
+    edits.epsilon(editor, "y", 1e-2)
+    found = {a.name: a.i or a.f for a in editor.node("y").attribute}
+    assert found == {"axis": -1, "epsilon": pytest.approx(1e-2)}

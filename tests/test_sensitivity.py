@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from extras import needs
@@ -15,15 +17,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cp_debug.errors import InputError
+from cp_debug.mixed_precision import activation_reuse
 from cp_debug.mixed_precision.activation_reuse import Reuse
-from cp_debug.mixed_precision.fake_quant_runner import FakeQuantRunner, Int8Layer
+from cp_debug.mixed_precision.fake_quant_runner import ErrorSum, FakeQuantRunner, Int8Layer
 from cp_debug.mixed_precision.sensitivity import (
+    _loss,
     build_sensitivity_profile,
+    check_budget,
     choose_layers,
     get_sensitive_layers,
     merge_trials,
     run_trials,
 )
+from cp_debug.mixed_precision.trial import Measured
 from cp_debug.quantization.open_quantized import modules_of, open_quantized
 from cp_debug.quantization.ptq import quantize_ptq
 from cp_debug.recipes.base import Sample
@@ -270,3 +276,37 @@ def _plain(part: object) -> str:
     with console.capture() as capture:
         console.print(part)
     return capture.get()
+
+
+def test_an_error_over_several_pairs_is_that_of_all_numbers() -> None:
+    total = ErrorSum()
+    assert total.relative == 0
+    total.add(np.array([3.0, 0.0]), np.array([0.0, 0.0]) + 4.0)
+    total.add(np.array([2.0]), np.array([1.0]))
+    assert total.relative == pytest.approx(math.sqrt((1 + 16 + 1) / (16 + 16 + 1)))
+    total.add(np.array([np.inf]), np.array([1.0]))
+    assert total.relative == math.inf
+
+
+@pytest.mark.parametrize("budget", [0.0, -1.0, math.nan])
+def test_a_budget_is_positive(budget: float) -> None:
+    with pytest.raises(InputError, match=r"--auto is .*; expected a positive budget"):
+        check_budget(budget)
+    check_budget(1e-9)
+
+
+def test_a_loss_is_what_the_test_has_less_than_the_reference() -> None:
+    draws = [{"mAP": np.full(3, value)} for value in (0.5, 0.6)]
+    assert _loss(Measured(draws=draws[0]), Measured(draws=draws[1]))[0] == pytest.approx(0.1)
+    assert tuple(_loss(Measured(outputs={"y": 0.25}), Measured())) == (0.25, 0.25, 0.25)
+
+
+def test_tensors_are_the_same_where_they_are_one_object() -> None:
+    ones = torch.ones(2)
+    assert activation_reuse._same(ones, ones)
+    assert not activation_reuse._same(ones, torch.ones(2))
+    assert activation_reuse._same((1, "a"), (1, "a"))
+    assert not activation_reuse._same(1, ones)
+    versions = activation_reuse._versions([ones, {"a": torch.zeros(1)}, 3])
+    ones += 1
+    assert [after - before for before, after in zip(versions, activation_reuse._versions([ones]), strict=False)] == [1]

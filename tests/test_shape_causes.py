@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,6 +12,8 @@ import pytest
 from onnx import numpy_helper, parser
 
 from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.result import GUILTY, INHERITED
+from cp_debug.bisect.sides import _OWN_INPUTS, counts_told
 
 RNG = np.random.default_rng(0)
 WEIGHTS = {
@@ -66,3 +70,18 @@ def test_the_difference_of_the_graphs_is_the_cause(tmp_path: Path, good: str, ba
         [finding] = [finding for finding in test.findings if layer in finding.layers]
         assert finding.cause == "attribute"
         assert says in finding.says
+
+
+def test_counts_that_hang_on_values_are_told_of_layers_that_inherit_theirs() -> None:
+    def row(index: int, name: str, verdict: str, why: str) -> Any:
+        stats = SimpleNamespace(shape=(3,), shape_test=(5,))
+        return SimpleNamespace(index=index, name=name, op="NonZero", verdict=verdict, why=why, stats=stats)
+
+    own = "another shape" + _OWN_INPUTS
+    rows: Any = dict(
+        enumerate([row(2, "b", INHERITED, own), row(1, "a", INHERITED, own), row(0, "c", GUILTY, own),
+                   row(3, "d", INHERITED, "another shape")])
+    )  # fmt: skip
+    told = counts_told(rows)
+    assert [line.split(" gives ")[0] for line in told] == ["a (NonZero)", "b (NonZero)"]
+    assert told[0].startswith("a (NonZero) gives [5], the reference [3]: how many results it has hangs on the values")

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from nets import NetBuilder
 from onnx import numpy_helper, parser
 
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import SHAPE, TestResult
 from cp_debug.graph.graph import Graph
+from cp_debug.programs.folded import Folded
 from cp_debug.programs.layers import side_values
 
 LEVELS = ["ort,ort-none", "ort,ort-all", "ort-all,ort-basic", "ort,emu-fp16", "emu-fp32,ort-basic"]
@@ -191,3 +193,16 @@ def test_a_size_that_is_taken_from_the_input_is_nobodys_fault(tmp_path: Path) ->
     healthy = compared(tmp_path, good, bad, "ort,ort-none", random(2, 6, 4))
     assert not healthy.guilty
     assert healthy.agrees
+
+
+def test_side_values_that_no_probe_shows_are_computed_from_the_shapes_of_the_run(tmp_path: Path) -> None:
+    net = NetBuilder()
+    shape = net.op("Shape", net.op("Relu", "x", name="mid"), name="shape")
+    net.op("Reshape", "mid", net.op("Neg", net.op("Neg", shape, name="n"), name="same"), name="y")
+    graph = Graph(net.save(tmp_path / "n.onnx", {"x": (1, [2, "n"])}, ["y"]))
+    folded = Folded(graph, exposed=["mid", "y"])
+    for name, array in (("x", np.zeros((2, 9))), ("mid", np.zeros((2, 5), np.float32)), ("y", np.zeros((2, 7)))):
+        folded.see(name, array)
+    assert {name: value.tolist() for name, value in folded.values()} == {
+        "shape": [2, 5], "n": [-2, -5], "same": [2, 5],
+    }  # fmt: skip

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from cp_debug.graph.source_lines import shortened, source_line
+from cp_debug.graph.source_lines import quotes_source, shortened, source_line
 
 CODE = """
 import torch
@@ -94,3 +94,29 @@ def test_folders_of_a_machine_are_left_out(tmp_path: Path, monkeypatch: pytest.M
     assert shortened("/home/me/secret/net.py") == "secret/net.py"
     assert shortened("C:\\Users\\me\\nets\\net.py") == "nets/net.py"
     assert shortened("net.py") == "net.py"
+
+
+TRACE = """File "/home/me/nets/net.py", line 8, in forward
+    y = self.inner(x)
+File "/home/me/nets/inner.py", line 3, in forward
+    return torch.relu(x)
+File "/usr/lib/python3/site-packages/torch/nn/functional.py", line 99, in relu
+    result = torch.relu(input)
+"""
+
+
+@pytest.mark.parametrize(
+    ("trace", "doc", "line"),
+    [
+        (TRACE, "", "nets/inner.py:3: return torch.relu(x)"),
+        ("", "/home/me/nets/net.py(8): forward\n/usr/lib/site-packages/torch/nn/module.py(5): call\n", "nets/net.py:8"),
+        ("", "/usr/lib/site-packages/torch/nn/module.py(5): call\n/a/b/net.py(7): f\n", "b/net.py:7"),
+        ("", "nothing of the kind", ""),
+    ],
+)
+def test_the_innermost_line_of_the_network_itself(trace: str, doc: str, line: str) -> None:
+    node = helper.make_node("Relu", ["x"], ["y"], doc_string=doc)
+    if trace:
+        node.metadata_props.add(key="pkg.torch.onnx.stack_trace", value=trace)
+    assert source_line(node) == line
+    assert quotes_source(node) == bool(line)

@@ -416,3 +416,22 @@ def test_the_first_pair_that_does_not_match_is_told() -> None:
         stats = compare(*pair)
         assert (stats.mismatched, stats.argmax) == (2, (2,))
     assert statistics_reduce.reduce_device(*map(torch.from_numpy, (reference, test))).argmax == 2
+
+
+def test_distances_leave_out_what_neither_side_has_as_a_number() -> None:
+    import ml_dtypes
+
+    ours, theirs = np.array([1.0, 2.0, np.nan]), np.array([1.0, 4.0, np.nan])
+    apart = distance(ours, theirs)
+    assert (apart.difference, apart.new_nonfinite) == (2.0, 0)
+    assert apart.whole == pytest.approx(17**0.5)
+    assert distance(np.array([np.inf, 1.0]), np.ones(2)).new_nonfinite == 1
+    for kind in (ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn, np.uint16, np.float16):
+        assert relative_l2(np.array([1, 2], kind), np.array([1, 4], kind)) == pytest.approx(2 / 17**0.5)
+    assert relative_l2(np.ones(2), np.ones(3)) == float("inf")
+
+
+def test_blocks_of_a_long_tensor_add_up() -> None:
+    count = (1 << 20) + 5  # FP16 goes by blocks
+    ours, theirs = np.ones(count, np.float16), np.full(count, 0.5, np.float16)
+    assert relative_l2(ours, theirs) == pytest.approx(1.0)

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +21,7 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import BisectResult, TestResult
 from cp_debug.bisect.strange_numbers import undecided
-from cp_debug.deploy.preprocessing import compare_voxels, voxelize_on
+from cp_debug.deploy.preprocessing import _cells, _in_range, _padded, compare_voxels, voxelize_on
 from cp_debug.deploy.reasons import reasons
 from cp_debug.deploy.verify import ScenarioResult, TensorCheck, what_is_wrong
 from cp_debug.detection.evaluate import evaluate
@@ -375,3 +376,18 @@ def test_a_layer_that_makes_inf_of_the_other_sign_is_guilty(tmp_path: Path) -> N
     test = bisect(str(right), "ort,ort-none", test_model=wrong, options=options).tests[0]
     assert not test.agrees
     assert [row.onnx for row in test.guilty] == ["d"]
+
+
+def test_pillars_are_numbered_by_cell_and_padded_behind() -> None:
+    config: Any = SimpleNamespace(
+        grid=(10, 20, 1), point_cloud_range=(-1.0, -2.0, -3.0, 1.0, 2.0, 3.0), voxel_size=(0.2, 0.2, 6.0)
+    )
+    import torch
+
+    voxels: Any = SimpleNamespace(coors=torch.tensor([[0, 0, 0, 3], [0, 0, 2, 1], [0, 1, 0, 0]]))
+    assert _cells(voxels, config).tolist() == [3, 21, 200]
+    assert _padded(np.ones((1, 2, 3)), 4).sum(axis=2).tolist() == [[3, 3, 0, 0]]
+    points = np.array(
+        [[-1, -2, -3, 9], [0.99, 1.99, 2.9, 0], [1, 0, 0, 0], [0, 2, 0, 0], [0, 0, 3, 0], [-1.01, 0, 0, 0]]
+    )
+    assert _in_range(points.astype(np.float32), config) == 2

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from nets import graph_of
 from onnx import TensorProto, helper, numpy_helper, parser
 from typer.testing import CliRunner
 
@@ -18,7 +19,7 @@ from cp_debug.bisect.result import SHAPE, TestResult
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.randomness import drawing
+from cp_debug.graph.randomness import drawing, drawing_note, refuse_random
 
 BACKENDS = ["ort,ort-all", "ort,emu-fp16"]
 X = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
@@ -247,3 +248,21 @@ def test_another_number_of_results_is_told_with_both_counts(tmp_path: Path) -> N
     assert not test.guilty
     (note,) = [note for note in test.notes if "NonZero" in note]
     assert "gives [2, 31], the reference [2, 32]" in note
+
+
+def tensor(name: str, shape: list[int | str | None], element: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, element, shape)
+
+
+def test_a_node_that_draws_is_told_with_its_seed(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("RandomNormalLike", ["x"], ["a"], "drawn", seed=3.0),
+        helper.make_node("RandomNormalLike", ["a"], ["y"], "again"),
+    ]
+    graph = graph_of(tmp_path, nodes, [tensor("x", [2])])
+    told = [drawing_note(node) for node in graph.nodes]
+    assert told[0].startswith("drawn (RandomNormalLike) ")
+    assert ["(seed 3: runtimes" in text for text in told] == [True, False]
+    with pytest.raises(InputError, match=r"drawn .* differs from run to run, and no goal can be judged"):
+        refuse_random([graph], "no goal can be judged")
+    refuse_random([], "nothing")

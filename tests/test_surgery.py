@@ -20,6 +20,7 @@ from onnx import helper
 from cp_debug.errors import InputError
 from cp_debug.graph import surgery
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.surgery import tensor_bytes, unused_names
 
 RECIPES = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 99), st.integers(0, 99)), min_size=2, max_size=14)
 
@@ -236,3 +237,15 @@ def test_a_file_that_is_in_the_way_of_external_data_stays(tmp_path, monkeypatch)
         surgery.save(marked(graph, []), graph, tmp_path / "out.onnx")
     assert foreign.read_bytes() == b"mine"
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_weight_takes_its_elements_times_their_size() -> None:
+    for dtype, size in ((np.float32, 4), (np.float16, 2), (np.int64, 8), (np.uint8, 1)):
+        assert tensor_bytes(onnx.numpy_helper.from_array(np.zeros((3, 5), dtype))) == 15 * size
+
+
+def test_new_names_are_those_that_nobody_has(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Add", "x", net.weight(np.ones(1, np.float32), "w"), name="y")
+    fresh = unused_names(Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1])}, ["y"])))
+    assert [fresh(n) for n in ("x", "w", "y", "node_y", "z", "z")] == ["x_", "w_", "y_", "node_y_", "z", "z_"]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import fake_perception_eval
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 from rich.console import Console
 from test_cli import run
 from test_evaluation import record
@@ -20,8 +23,8 @@ from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.detection.evaluation import BackendScores, EvaluationOptions, EvaluationResult, score_backends
 from cp_debug.detection.predictions import Predictions
 from cp_debug.detection.t4_draws import FRAME_TIME, scene_draws
-from cp_debug.detection.t4_metric import t4_figures
-from cp_debug.errors import InputError
+from cp_debug.detection.t4_metric import check_installed, t4_figures
+from cp_debug.errors import InputError, MissingPackage
 from cp_debug.recipes.data.base import Truth
 from cp_debug.reports.evaluation import render
 from cp_debug.serialize import decode
@@ -206,3 +209,38 @@ def test_a_drop_of_t4s_metric_decides_too() -> None:
 
 
 WORSE = ConfidenceInterval(-1, -1, -1)
+
+
+def test_means_of_draws_leave_out_what_is_not_defined() -> None:
+    values = [np.array([1.0, np.nan, np.nan]), np.array([3.0, 4.0, np.nan])]
+    assert_allclose(t4_draws._mean(values), [2, 4, np.nan])
+    assert t4_draws._differs(1.0, 1.0 + 3e-9)
+    assert not t4_draws._differs(1.0, 1.0 + 0.5e-9)
+    assert not t4_draws._differs(math.nan, math.nan)
+    assert t4_draws._differs(math.nan, 1.0)
+
+
+def test_an_average_precision_of_draws_by_hand() -> None:
+    """All objects found without a false one: 1. Half of them: the recalls up to a half, of those above a tenth."""
+    gain, miss = np.array([1.0, 1.0]), np.zeros(2)
+    counts = np.array([[1.0, 1], [0, 0], [0, 0], [1, 1]])
+    found = t4_draws._of_draws(gain, miss, counts, np.array([2.0, 0, 3, 4]))
+    assert_allclose(found, [1, np.nan, 0, 40 / 90], atol=0.012)
+
+
+def test_a_metric_that_cannot_be_imported_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "perception_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    importlib.invalidate_caches()
+    with pytest.raises(MissingPackage, match=r"needs the package perception_eval: pip install"):
+        check_installed()
+    (tmp_path / "perception_eval").mkdir()
+    (tmp_path / "perception_eval" / "__init__.py").write_text("")
+    (tmp_path / "perception_eval" / "manager.py").write_text("import nowhere")
+    importlib.invalidate_caches()
+    with pytest.raises(
+        MissingPackage, match=r"perception_eval, which cannot be imported here \(No module named 'nowhere'"
+    ):
+        check_installed()
+    monkeypatch.delitem(sys.modules, "perception_eval")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from nets import NetBuilder
+from nets import NetBuilder, node_of
 from torch import Tensor
 
 from cp_debug.backends.arithmetic import FP64
@@ -28,6 +29,7 @@ from cp_debug.bisect.causes import (
     stored_weights,
 )
 from cp_debug.bisect.causes.base import Candidate
+from cp_debug.bisect.causes.layout import _same_rows
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
 from cp_debug.graph.graph import Graph
 
@@ -388,3 +390,69 @@ def test_exchanged_channels_of_a_weight_are_told_in_the_direction_of_the_copy(tm
         candidate = told(stored_weights.exchanged_channels, found, "weight-layout")
         assert explains(candidate, found)
         assert candidate.says == says
+
+
+@pytest.mark.parametrize(
+    ("order", "says"),
+    [
+        ([1, 2, 3, 4, 0], "rolled by 4"),
+        ([4, 0, 1, 2, 3], "rolled by 1"),
+        ([1, 2, 3, 0], ""),
+        ([0, 2, 4, 1, 3, 5], "3 × 2 slices are read as 2 × 3"),
+        ([0, 3, 1, 4, 2, 5], "2 × 3 slices are read as 3 × 2"),
+        ([0, 2, 1, 3], "2 × 2 slices are read as 2 × 2"),
+        ([1, 0, 2, 3, 4], ""),
+    ],
+)
+def test_an_order_in_words(order: list[int], says: str) -> None:
+    assert layout._rule(order) == says
+
+
+def test_the_inverse_of_a_transposition_reads_the_same_numbers_as_another_shape() -> None:
+    exact = torch.arange(6.0).reshape(2, 3)
+    expected = exact.reshape(3, 2).permute(1, 0)
+    assert torch.equal(layout._inverse(exact, [1, 0]), expected)
+    three = torch.arange(24.0).reshape(2, 3, 4)
+    assert layout._inverse(three, [1, 2, 0]).shape == three.shape
+    assert torch.equal(layout._inverse(three, [1, 2, 0]), three.reshape(3, 4, 2).permute(2, 0, 1))
+
+
+def test_slices_go_to_the_nearest_and_stay_where_nothing_is_nearer() -> None:
+    exact = torch.tensor([[1.0, 0], [0, 1], [1, 0]])
+    test = torch.tensor([[0.0, 1], [0.9, 0], [1, 0]])
+    assert layout._nearest(exact, test).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize(("factor", "same"), [(1.0, True), (1.099, True), (1.11, False)])
+def test_a_value_is_the_same_within_a_tenth(factor: float, same: bool) -> None:
+    segment: Any = SimpleNamespace(exact=torch.tensor([3.0, 4.0]))
+    assert layout._same(factor * segment.exact, segment) is same
+
+
+def test_what_is_wrong_with_int8_scales_of_weights() -> None:
+    conv, weight = node_of("Conv", ["x", "w"]), torch.zeros(6, 4, 3, 3)
+
+    def told(scale: list[float], axis: int) -> str:
+        grid: Any = SimpleNamespace(scale=torch.tensor(scale), axis=axis)
+        return scales._of_weight(conv, weight, grid)[0]
+
+    assert told([1.0], 1) == "int8-per-tensor"
+    assert told([1.0, 2.0], 1) == "int8-axis"
+    assert told([1.0, 2.0], 0) == "int8-weights"
+    assert scales._of_weight(conv, weight, None)[0] == "int8-weights"
+    assert "along axis 0" in scales._of_weight(conv, weight, SimpleNamespace(scale=torch.ones(2), axis=1))[2]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("largest", "found"), [(1e-8, True), (2.0**-126, True), (2.0**-127, False), (1e-4, False)])
+def test_a_result_below_all_of_fp16_vanishes(largest: float, found: bool) -> None:
+    segment: Any = SimpleNamespace(exact=torch.tensor([largest, largest / 2], dtype=torch.float64), nodes=[])
+    assert [c.cause for c in ranges._undeclared(segment)] == ["fp16-underflow"] * found
+
+
+def test_rows_of_equal_numbers_are_taken_in_their_order() -> None:
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0], [5.0, 6.0]])
+    order = _same_rows(rows, rows[[3, 0, 1, 2]])
+    assert order is not None
+    assert order.tolist() == [3, 0, 1, 2]
+    assert _same_rows(rows, rows[[3, 0, 1, 1]]) is None  # one row twice, another gone
+    assert _same_rows(rows, rows + 1) is None

@@ -219,3 +219,12 @@ print(len(found.leaves), "torch._dynamo" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "False"]
+
+
+def test_outputs_are_named_by_where_they_stand() -> None:
+    t = torch.zeros(1)
+    assert list(flatten_outputs(t)) == ["output"]
+    assert list(flatten_outputs((t, [t, None, 3], {"a": t, "b": (t, t)}))) == [
+        "output_0", "output_1.0", "output_2.a", "output_2.b.0", "output_2.b.1"
+    ]  # fmt: skip
+    assert list(flatten_outputs({"b": t, "a": {"c": t}})) == ["b", "a.c"]

@@ -13,10 +13,12 @@ from faults.edits import Editor
 from nets import NetBuilder, second_like
 
 from cp_debug.bisect.engine import bisect
+from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph
+from cp_debug.programs import tensor_change
 from cp_debug.programs.node_differences import named
 from cp_debug.programs.tensor_change import describe
-from cp_debug.programs.weight_differences import weight_differences
+from cp_debug.programs.weight_differences import _same_reader, weight_differences
 
 RNG = np.random.default_rng(0)
 KERNEL = RNG.standard_normal((16, 16, 3, 3)).astype(np.float32)
@@ -248,3 +250,72 @@ def test_two_elements_at_one_bound_are_clipped() -> None:
     change = describe(array, array.clip(None, bound))
     assert change is not None
     assert change.kind == "clipped"
+
+
+def test_a_step_along_an_axis() -> None:
+    steps = {says: value.tolist() for _, says, value, _ in tensor_change._rolled(np.arange(3.0))}
+    assert steps == {"off by +1 along axis 0": [2, 0, 1], "off by -1 along axis 0": [1, 2, 0]}
+    assert list(tensor_change._rolled(np.zeros((2, 2)))) == []
+    assert len(list(tensor_change._rolled(np.zeros((2, 3))))) == 2
+
+
+def test_what_comes_in_at_the_end_is_of_a_larger_tensor() -> None:
+    ours, theirs = np.array([1.0, 2, 3, 4]), np.array([9.0, 1, 2, 3])
+    up, down = (tensor_change._shifted_in(ours, theirs, 0, step) for step in (1, -1))
+    assert up is not None
+    assert down is not None
+    assert up.tolist() == [9, 1, 2, 3]
+    assert down.tolist() == [2, 3, 4, 3]
+    assert tensor_change._shifted_in(np.ones(4), theirs, 0, 1) is None
+    assert tensor_change._shifted_in(np.array([1.0, 2]), np.array([5.0, 1]), 0, 1).tolist() == [2, 1]  # type: ignore[union-attr]
+
+
+def test_slices_in_another_order_or_copied() -> None:
+    ours = np.array([[1.0, 2], [3, 4], [5, 6]])
+    found = tensor_change._permuted(ours, ours[[2, 0, 1]], 0)
+    assert found is not None
+    assert found[1] == [2, 0, 1]
+    copied = tensor_change._permuted(ours, ours[[0, 0, 2]], 0)
+    assert copied is not None
+    assert copied[1] == [0, 0, 2]
+    assert tensor_change._permuted(np.array([1.0, 2]), np.array([1.0, 1]), 0) is None
+    assert tensor_change._permuted(ours, ours + 1, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "cut"),
+    [
+        ([1.0, 5, 7], [1.0, 4, 4], True),
+        ([1.0, 5, 4], [1.0, 4, 4], False),
+        ([-9.0, -8, 1], [-3.0, -3, 1], True),
+        ([-9.0, 8, 1], [-3.0, 3, 1], True),
+        ([1.0, 5, 7], [1.0, 4, 3], False),
+        ([1.0, 5, np.inf], [1.0, 4, 4], False),
+    ],
+)
+def test_what_lies_beyond_the_ends_is_cut_off(ours: list[float], theirs: list[float], cut: bool) -> None:
+    a, b = np.array(ours), np.array(theirs)
+    assert tensor_change._cut_off(a, b, a != b) is cut
+
+
+def test_few_bits_by_hand() -> None:
+    forms = dict(tensor_change.few_bit_forms(np.array([[1.0, 1 + 2.0**-3, 448.0, -1 - 2.0**-8]])))
+    assert forms["with 3 bits of mantissa"].tolist() == [[1, 1.125, 448, -1]]
+    assert forms["with 2 bits of mantissa"].tolist() == [[1, 1, 448, -1]]
+    assert forms["with 7 bits of mantissa, the others cut off"].tolist() == [[1, 1.125, 448, -1]]
+    assert forms["with 8 bits of mantissa"].tolist() == [[1, 1.125, 448, -1 - 2.0**-8]]
+    assert forms["in FP8 E4M3, no scale"].tolist() == [[1, 1.125, 448, -1]]
+    assert [name.split(",")[0] for name in forms][:1] == ["in 4 bits"]
+    assert tensor_change._axis_name(0, 1) == "element"
+    assert [tensor_change._axis_name(axis, 4) for axis in range(3)] == ["channel", "input channel", "slice of axis 2"]
+    assert tensor_change._axis_name(1, 2) == "column"
+
+
+@pytest.mark.parametrize(("other", "same"), [({"transB": 1}, True), ({"transB": 0}, False), ({}, False)])
+def test_a_layout_matters_where_it_is_read_alike(tmp_path: Path, other: dict[str, int], same: bool) -> None:
+    def made(name: str, **attributes: int) -> Constants:
+        net = NetBuilder()
+        net.op("Gemm", "x", net.weight(np.eye(2, dtype=np.float32), f"w{name}"), name="y", **attributes)
+        return Constants(Graph(net.save(tmp_path / f"{name}.onnx", {"x": (1, [1, 2])}, ["y"])))
+
+    assert _same_reader(made("a", transB=1), made("b", **other), "wa", "wb") == same

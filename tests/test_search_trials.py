@@ -1,9 +1,8 @@
-"""Parts of the search and of the sensitivity profile, on runs whose figures are known beforehand."""
+"""Trials of a search, on runs whose figures are known beforehand: what is built again, timed, grouped, kept."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,165 +13,15 @@ from nets import NetBuilder
 
 from cp_debug.backends.base import Program
 from cp_debug.bisect.options import Options
-from cp_debug.detection.bootstrap import ConfidenceInterval
-from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
-from cp_debug.mixed_precision.fake_quant_runner import Int8Layer, is_scored
 from cp_debug.mixed_precision.fusion_groups import FusionGroup, fused, nodes_of
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.graph_runners import BackendRunner
 from cp_debug.mixed_precision.precision import TrialPrecision
 from cp_debug.mixed_precision.result import MixedPrecisionResult
 from cp_debug.mixed_precision.search import MixedPrecisionOptions, _MixedPrecisionSearch
-from cp_debug.mixed_precision.sensitivity import (
-    Int8Effect,
-    choose_layers,
-    get_sensitive_layers,
-    merge_trials,
-    profile_of,
-    profile_trials,
-    run_trials,
-)
 from cp_debug.mixed_precision.trial import Measured, Trial, nodes_in
 from cp_debug.recipes.base import Component, Sample
-from cp_debug.recipes.data.base import Truth
-
-SAMPLES = [Sample({}, "a"), Sample({}, "b")]
-
-
-class Errors:
-    """A model whose layers bring known errors to its one output; their squares, and losses of mAP, add up."""
-
-    def __init__(self, errors: Mapping[str, float], losses: Mapping[str, float] | None = None) -> None:
-        self.errors, self.losses = errors, losses
-        self.model: Any = SimpleNamespace(name="net")
-        self.layers: Any = {n: SimpleNamespace(kind="Conv2d", weights=len(n)) for n in errors}
-        self.all = frozenset(errors)
-        self.asked: list[frozenset[str]] = []
-
-    def nodes_in(self, kept: Collection[str]) -> frozenset[tuple[str, str]]:
-        return frozenset(("net", n) for n in kept)
-
-    def measure(
-        self, samples: Sequence[Sample], sets: Iterable[frozenset[str]], *, draws: int, on_step: Any
-    ) -> dict[frozenset[str], Measured]:
-        assert list(samples) == SAMPLES
-        return {kept: self.of(kept) for kept in sets}
-
-    def of(self, kept: frozenset[str]) -> Measured:
-        self.asked.append(kept)
-        low = [n for n in self.errors if n not in kept]
-        error = math.sqrt(sum(self.errors[n] ** 2 for n in low))
-        draws = {}
-        if self.losses is not None:
-            draws["mAP"] = np.full(3, 0.6 - sum(self.losses[n] for n in low))
-        return Measured({"rel_l2": error}, {"y": error}, self.errors[low[0]] if len(low) == 1 else None, draws)
-
-
-ERRORS = {"a": 0.3, "bb": 0.4, "ccc": 0.0}
-
-
-def test_a_layer_is_measured_alone_in_int8_and_alone_left_out_of_it() -> None:
-    runner: Any = Errors(ERRORS, {"a": 0.2, "bb": 0.1, "ccc": 0.0})
-    rows = run_trials(runner, SAMPLES, profile_trials(ERRORS), data="d")
-    found = {(row["mode"], row.get("layer", "")): row for row in rows}
-    assert {k: round(row["error"], 6) for k, row in found.items()} == {
-        ("fp32", ""): 0.0, ("int8", ""): 0.5,
-        ("alone", "a"): 0.3, ("alone", "bb"): 0.4, ("alone", "ccc"): 0.0,
-        ("left_out", "a"): 0.4, ("left_out", "bb"): 0.3, ("left_out", "ccc"): 0.5,
-    }  # fmt: skip
-    assert found["alone", "bb"]["weights"] == 2
-    assert found["alone", "bb"]["introduced"] == 0.4
-    # Against FP32 what INT8 costs, for a layer that is left out what it gives back.
-    assert found["int8", ""]["change"]["mAP"] == pytest.approx([-0.3] * 3)
-    assert found["alone", "a"]["change"]["mAP"] == pytest.approx([-0.2] * 3)
-    assert found["left_out", "a"]["change"]["mAP"] == pytest.approx([0.2] * 3)
-    assert found["fp32", ""]["scores"]["mAP"] == pytest.approx(0.6)
-    assert all((row["model"], row["data"], row["samples"]) == ("net", "d", 2) for row in rows)
-
-
-def test_layers_are_ranked_by_what_they_cost() -> None:
-    profile = merge_trials(run_trials(_any(Errors(ERRORS)), SAMPLES, profile_trials(ERRORS)))
-    assert [row.layer for row in profile.layers] == ["bb", "a", "ccc"]  # by error, where nothing is scored
-    assert (profile.int8.error, profile.samples, profile.model) == (pytest.approx(0.5), 2, "net")
-    scored = Errors(ERRORS, {"a": 0.2, "bb": 0.1, "ccc": 0.0})
-    profile = merge_trials(run_trials(_any(scored), SAMPLES, profile_trials(ERRORS)))
-    assert [row.layer for row in profile.layers] == ["a", "bb", "ccc"]
-
-
-@pytest.mark.parametrize(
-    ("mode", "layer"), [("alone", ""), ("left_out", ""), ("fp32", "a"), ("int8", "a"), ("other", "a")]
-)
-def test_trials_that_do_not_exist(mode: str, layer: str) -> None:
-    with pytest.raises(InputError, match="a trial"):
-        run_trials(_any(Errors(ERRORS)), SAMPLES, [(mode, layer)])
-
-
-def test_trials_that_do_not_belong_together_or_are_missing() -> None:
-    rows = run_trials(_any(Errors(ERRORS)), SAMPLES, profile_trials(ERRORS))
-    with pytest.raises(InputError, match="trials of 2 models"):
-        merge_trials([*rows[1:], rows[0] | {"samples": 3}])
-    with pytest.raises(InputError, match="trial int8 is missing"):
-        merge_trials([row for row in rows if row["mode"] != "int8"])
-    with pytest.raises(InputError, match="trial left_out bb is missing"):
-        merge_trials([row for row in rows if (row["mode"], row.get("layer")) != ("left_out", "bb")])
-
-
-@pytest.mark.parametrize(("budget", "left"), [(0.6, []), (0.45, ["bb"]), (0.35, ["bb"]), (0.2, ["bb", "a"])])
-def test_layers_are_left_out_until_the_rest_is_within_the_budget(budget: float, left: list[str]) -> None:
-    runner: Any = Errors(ERRORS)
-    profile = merge_trials(run_trials(runner, SAMPLES, profile_trials(ERRORS)))
-    choice = choose_layers(runner, SAMPLES, profile, budget)
-    assert sorted(choice.skipped) == sorted(left)
-    assert choice.loss.value <= budget
-    assert choice.loss.value == pytest.approx(runner.of(frozenset(left)).error)
-    assert choice.budget == budget
-    assert get_sensitive_layers(profile, budget) == left
-
-
-def test_a_budget_of_map_counts_what_is_lost() -> None:
-    runner: Any = Errors(ERRORS, {"a": 0.2, "bb": 0.05, "ccc": -0.01})
-    profile = profile_of(runner, SAMPLES, budget=0.06)
-    assert profile.choice is not None
-    assert profile.choice.skipped == ["a"]
-    assert profile.choice.loss.value == pytest.approx(0.04)
-    assert get_sensitive_layers(profile, 0.06) == ["a"]
-    assert get_sensitive_layers(profile, 1.0) == []
-    with pytest.raises(InputError, match="expected a positive budget"):
-        choose_layers(runner, SAMPLES, profile, 0.0)
-
-
-def test_decibels_and_scores_of_an_effect_are_written_and_read() -> None:
-    change = ConfidenceInterval(-0.1, -0.2, -0.05)
-    effect = Int8Effect(0.01, {"mAP": change})
-    assert effect.sqnr == pytest.approx(40)
-    assert effect.derived() == {"sqnr_db": pytest.approx(40), "mAP": change}
-    assert Int8Effect(0.0, {}).sqnr == math.inf
-    assert Int8Effect.fields_from({"error": 0.01, "sqnr_db": 40.0, "mAP": 1})["scores"] == {"mAP": 1}
-
-
-def test_a_layer_switches_all_of_its_quantizers() -> None:
-    log: list[str] = []
-    quantizers = [
-        SimpleNamespace(enable=lambda n=n: log.append(f"{n} on"), disable=lambda n=n: log.append(f"{n} off"))
-        for n in "ab"
-    ]
-    layer = Int8Layer("l", "l", "net", "Conv2d", 1, quantizers)
-    layer.switch(True)
-    layer.switch(False)
-    assert log == ["a on", "b on", "a off", "b off"]
-
-
-def test_detections_are_scored_where_there_are_classes_and_truth_everywhere() -> None:
-    truth = Truth(*(np.zeros(0) for _ in Truth.__dataclass_fields__))
-    known = [Sample({}, "a", truth=truth), Sample({}, "b", truth=truth)]
-    detector: Any = SimpleNamespace(class_names=("car",))
-    assert is_scored(detector, known)
-    assert not is_scored(detector, [*known, Sample({}, "c")])
-    assert not is_scored(_any(SimpleNamespace()), known)
-
-
-# On the backend -----------------------------------------------------------------------------------------------------
 
 
 def chain(folder: Path, name: str) -> Program:
@@ -259,9 +108,6 @@ def test_an_engines_layers_regroup_what_they_hold(tmp_path: Path) -> None:
     assert fused(groups, [program], {}) == groups
 
 
-# What is said -------------------------------------------------------------------------------------------------------
-
-
 def result(**fields: Any) -> MixedPrecisionResult:
     trial = Trial(frozenset(), 2, False, Measured({"rel_l2": 0.01}), 1.0)
     given: dict[str, Any] = {
@@ -281,10 +127,6 @@ def test_the_outcome_of_a_search_in_a_sentence() -> None:
     assert missed.verdict == "rel_l2<1 was not reached: closest was rel_l2 0.01 with 2 of 9 layers kept (why)"
     refused = result(reached=False, best=Trial(frozenset(), 2, False, Measured(), 1.0, error="no kernel"))
     assert refused.verdict == "rel_l2<1 was not reached: closest was no kernel with 2 of 9 layers kept"
-
-
-def _any(value: Any) -> Any:
-    return value
 
 
 def test_networks_are_folded_unless_told_otherwise() -> None:
