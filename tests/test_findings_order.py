@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +13,12 @@ import pytest
 from faults import edits
 from faults.edits import Editor
 from nets import NetBuilder
-from onnxruntime import quantization
 
 from cp_debug.backends.base import Program
 from cp_debug.backends.ort_backend import OrtBackend, OrtSession
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect.causes import declared
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.findings import Explainer, _node_names, _some, _unexplained
 from cp_debug.bisect.engine import Options, bisect
@@ -162,26 +163,26 @@ def test_of_sound_layers_in_int8_the_one_that_reaches_the_outputs_most_is_named(
     assert finding.effect.share == pytest.approx(1, abs=0.1)
 
 
-def test_the_layer_that_int8_costs_most_in_is_named_wherever_its_quantizers_lie(tmp_path: Path) -> None:
-    """In a file of Q/DQ pairs a convolution has no step: the layer in front quantizes what it reads."""
-    net, sample = NetBuilder(), np.random.default_rng(0).standard_normal((1, 8, 16, 16)).astype(np.float32)
+def test_the_layer_that_int8_costs_most_in_is_named_wherever_its_quantizers_lie(int8_rows: list[LayerRow]) -> None:
+    """What a layer reads is quantized by nodes of its own, or by those of the layer in front: then it has no step."""
+    for place, row in enumerate(int8_rows):
+        assert row.replay is not None
+        rows = {str(r.index): replace(r, share=0.9 if r is row else 0.05) for r in int8_rows}
+        rows[str(row.index)] = replace(rows[str(row.index)], replay=replace(row.replay, step=None))
+        (finding,) = declared.int8(rows, lambda named: named[0].name)  # type: ignore[arg-type]
+        assert (finding.layers, finding.fix.split()[-1]) == ([row.name], row.name), place
+
+
+@pytest.fixture(scope="module")
+def int8_rows(tmp_path_factory: pytest.TempPathFactory) -> list[LayerRow]:
+    """Two sound layers in INT8."""
+    net, folder = NetBuilder(), tmp_path_factory.mktemp("int8")
     value = "x"
-    for place in range(2):
-        weight = net.rng.standard_normal((8, 8, 3, 3)).astype(np.float32)
-        weight[0, 0, 0, 0] *= 1 + 20 * place  # one scale for all: the second has few levels left
-        value = net.op("Relu", net.op("Conv", value, net.weight(weight), name=f"conv{place}"), name=f"relu{place}")
-    path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 8, 16, 16])}, [value])
-    samples = iter([{"x": sample}])
-    reader = SimpleNamespace(get_next=lambda: next(samples, None))
-    quantization.quantize_static(str(path), str(tmp_path / "int8.onnx"), reader)
-    np.savez(tmp_path / "x.npz", x=sample)
-    options = Options(inputs=tmp_path / "x.npz")
-    (test,) = bisect(str(path), "ort,ort", test_model=tmp_path / "int8.onnx", options=options).tests
-    (finding,) = [f for f in test.findings if f.cause == "int8"]
-    most = max(test.rows, key=lambda row: row.share or 0.0)
-    assert most.replay is not None
-    assert most.replay.step is None
-    assert (finding.layers, finding.effect.share) == ([most.name], most.share)
+    for name in ("first", "second"):
+        value = net.op("MatMul", value, net.weight(net.rng.standard_normal((16, 16)).astype(np.float32)), name=name)
+    path = net.save(folder / "net.onnx", {"x": (1, [16, 16])}, [value])
+    (test,) = bisect(str(path), "ort,ort-int8").tests
+    return [row for row in test.rows if row.replay is not None and row.replay.step is not None]
 
 
 def test_a_reference_at_fault_has_no_share_of_the_tests_error(tmp_path: Path) -> None:
