@@ -217,6 +217,14 @@ def test_a_layer_against_the_divergence_is_kept_last() -> None:
     assert names(predictor("rel_l2<1e-9", [1] * 3, [-0.5, 1.2, 0.3]).extend([], whole)) == ["layer1"]
 
 
+def test_where_shares_do_not_add_up_those_that_lead_are_kept_whatever_their_sign() -> None:
+    whole = Measured({"rel_l2": 1.0}, {"y": 1.0})
+    assert names(predictor("rel_l2<1e-9", [1] * 4, [0.01, -0.16, 0.05, 0.001]).extend([], whole)) == [
+        "layer1",
+        "layer2",
+    ]
+
+
 def test_what_overflows_by_itself_is_kept_before_anything_is_asked() -> None:
     made = predictor("rel_l2<1", [1, math.inf, 3, math.inf], [0] * 4)
     assert names(made.extend([], Measured({"rel_l2": math.inf}, {"y": math.inf}))) == ["layer1", "layer3"]

@@ -18,6 +18,11 @@ T = TypeVar("T")
 REMAINS = 0.3
 """Part of an error that may remain, for goals that say nothing of its size: boxes, mAP."""
 
+NOT_LINEAR = 0.5
+"""What the shares may leave of the divergence for their signs to say anything."""
+LEADS = 0.1
+"""Where they do not, layers with less than this part of the largest share wait until that is kept."""
+
 
 class Predictor:
     """Extends sets of kept layers that do not reach the goal."""
@@ -44,17 +49,23 @@ class Predictor:
         not finite by themselves come first.
         """
         unkept = [group for group in self.groups if group not in grown]
+        if not unkept:
+            return []
         if broken := [group for group in unkept if math.isinf(self.local[group])]:
             return broken
         of_nodes = self._shares(frozenset(grown))
         shares = {g: sum(of_nodes.get((g.component, node), 0.0) for node in g.nodes) for g in unkept}
         self.shares = self.shares or shares
+        floor = -min(shares.values())
+        if abs(1 - sum(shares.values())) > NOT_LINEAR:
+            shares = {group: abs(share) for group, share in shares.items()}
+            floor = LEADS * max(shares.values())
         ranked = sorted(unkept, key=lambda group: (shares[group], self.local[group]), reverse=True)
         left = [max(shares[group], 0.0) for group in ranked]
         if not sum(left):
             return ranked[: max(1, len(grown))]  # nothing is known of them: double it
         # Errors that have nothing to do with D have shares of either sign: up to the most negative one it is chance.
-        seen = max(1, sum(share > -min(shares.values()) for share in left))
+        seen = max(1, sum(share > floor for share in left))
         enough = (n for n in range(1, seen) if self._suffices(measured, math.sqrt(sum(left[n:]) / sum(left))))
         return ranked[: next(enough, seen)]
 
