@@ -58,11 +58,11 @@ def tasks_of(kind: str, model: str, quantized: Path | None, scenes: int) -> list
     how: dict[str, dict[str, Any]] = {
         "bisect": {"rtol": None, "atol": None, "explain": True, "calibration": int8},
         "eval": {"data_root": None, "sweeps": 9, "skip_missing": False, "calibration": int8},
-        "sensitivity": {"batches": 8, "method": "mse", "draws": 0},
+        "sensitivity": {"batches": 8, "method": "mse"},
     }
     grid = Grid([model], parse_backends("torch,emu-fp16"), samples=scenes, how=how[kind])
     if kind == "sensitivity":
-        return list(sensitivity.tasks(grid, [quantized] if quantized else (), by_layers=False))
+        return list(sensitivity.tasks(grid, [quantized] if quantized else ()))
     return list({"bisect": bisecting, "eval": evaluating}[kind].tasks(grid))
 
 

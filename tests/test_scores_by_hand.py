@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +20,8 @@ from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.fusion_groups import FusionGroup
 from cp_debug.mixed_precision.goal import Goal
-from cp_debug.mixed_precision.predict import Predictor, enough_of, left_of
-from cp_debug.mixed_precision.sensitivity import Int8Effect, LayerSensitivity, merge_trials
+from cp_debug.mixed_precision.predict import Predictor
+from cp_debug.mixed_precision.sensitivity import Int8Effect
 from cp_debug.mixed_precision.trial import Measured
 from cp_debug.recipes.data.base import Truth
 from cp_debug.reports.numbers import fixed, signed
@@ -239,32 +238,11 @@ def test_where_no_share_is_known_the_set_doubles() -> None:
     assert len(made.extend(groups(5)[:4], whole)) == 1
 
 
-def test_errors_that_are_taken_away_leave_by_their_squares() -> None:
-    assert left_of(5.0, [3.0]) == pytest.approx(4)
-    assert left_of(5.0, [3.0, 4.5]) == 0
-    assert enough_of([3.0, 4.0, 1.0], 5.2, lambda e: e, 4.3) == [3.0]
-    assert enough_of([3.0, 4.0, 1.0], 5.2, lambda e: e, 2.0) == [3.0, 4.0]
-    assert enough_of([3.0, 1.0, 1.0], 5.0, lambda e: e, 1.0, squares=False) == [3.0, 1.0]
-    assert enough_of([3.0], 5.0, lambda e: e, 5.0) == []
-
-
 # Sensitivity --------------------------------------------------------------------------------------------------------
 
 
 def effect(error: float, *change: float) -> Int8Effect:
     return Int8Effect(error, {"mAP": ConfidenceInterval(*change)} if change else {})
-
-
-def test_the_layer_that_surely_costs_most_is_the_most_sensitive() -> None:
-    """Sure is what the upper end of the change still costs."""
-    layers = [
-        LayerSensitivity("small", "Conv", 1, 0.1, effect(0.1, -0.9, -2.0, 0.1), effect(0)),
-        LayerSensitivity("error", "Conv", 1, 0.1, effect(0.3, 0.0, -0.1, 0.2), effect(0)),
-        LayerSensitivity("sure", "Conv", 1, 0.1, effect(0.2, -0.2, -0.3, -0.1), effect(0)),
-        LayerSensitivity("surer", "Conv", 1, 0.1, effect(0.2, -0.2, -0.21, -0.19), effect(0)),
-    ]
-    backwards = layers[::-1]
-    assert sorted(backwards, key=lambda row: row.severity) == layers
 
 
 def test_an_error_of_several_outputs_is_their_root_mean_square() -> None:
@@ -278,25 +256,6 @@ def test_a_change_is_the_score_now_less_the_score_before() -> None:
     value, low, high = now.change("mAP", before)
     assert value == pytest.approx(-0.1)
     assert -0.3 <= low < high <= -0.1
-
-
-def test_merged_trials_keep_each_mode_with_its_layer() -> None:
-    def trial(mode: str, error: float, layer: str = "") -> dict[str, Any]:
-        row: dict[str, Any] = {"model": "m", "data": "d", "samples": 2, "mode": mode, "error": error, "change": {}}
-        return (
-            row
-            | {"scores": {}}
-            | ({"layer": layer, "kind": "Conv", "weights": 9, "introduced": error / 2} if layer else {})
-        )
-
-    rows = [trial("fp32", 0.0), trial("int8", 0.5), trial("alone", 0.1, "a"), trial("left_out", 0.4, "a")]
-    rows += [trial("alone", 0.2, "b"), trial("left_out", 0.3, "b")]
-    found = merge_trials(rows[::-1])
-    assert [(r.layer, r.alone.error, r.left_out.error, r.introduced) for r in found.layers] == [
-        ("b", 0.2, 0.3, 0.1),
-        ("a", 0.1, 0.4, 0.05),
-    ]
-    assert (found.int8.error, found.model, found.data, found.samples) == (0.5, "m", "d", 2)
 
 
 def test_an_object_is_found_as_often_as_its_sample_is_drawn() -> None:

@@ -13,7 +13,6 @@ from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.goal import Goal, _excess
 from cp_debug.mixed_precision.judge import Judge, _or_infinite
-from cp_debug.mixed_precision.predict import enough_of, left_of
 from cp_debug.mixed_precision.result import MixedPrecisionResult
 from cp_debug.mixed_precision.sensitivity import Int8Effect, LayerSensitivity
 from cp_debug.mixed_precision.trial import Measured, Trial
@@ -95,24 +94,6 @@ def test_boxes_are_counted_by_what_became_of_them_over_all_samples() -> None:
     assert "map_drop" not in figures
 
 
-# What is left, and what is enough -----------------------------------------------------------------------------------
-
-
-def test_errors_that_are_kept_leave_by_their_squares() -> None:
-    assert left_of(0.5, [0.3]) == pytest.approx(0.4)
-    assert left_of(0.5, [0.3, 0.4]) == 0
-    assert left_of(0.5, [0.6]) == 0
-
-
-def test_no_more_layers_than_should_be_enough() -> None:
-    alone = {"a": 0.4, "b": 0.2, "c": 0.1}.__getitem__
-    assert enough_of("abc", 0.5, alone, 0.5) == []
-    assert enough_of("abc", 0.5, alone, 0.3) == ["a"]
-    assert enough_of("abc", 0.5, alone, 0.29) == ["a", "b"]
-    assert enough_of("abc", 0.5, alone, 0.3, squares=False) == ["a"]  # a score: losses add up themselves
-    assert enough_of("abc", 0.5, alone, 0.05, squares=False) == ["a", "b"]
-
-
 def test_a_goal_tells_how_far_it_is_missed_by_its_worst_figure() -> None:
     goal = Goal.parse("rel_l2<1e-3 and boxes_lost==0 and max_abs<=2")
     figures = {"rel_l2": 5e-4, "boxes_lost": 0.0, "max_abs": 3.0}
@@ -157,14 +138,21 @@ def interval(value: float, low: float, high: float) -> dict[str, ConfidenceInter
     return {"mAP": ConfidenceInterval(value, low, high)}
 
 
-def test_layers_are_ranked_by_what_they_surely_cost_then_by_their_error() -> None:
-    def layer(scores: dict[str, ConfidenceInterval], error: float) -> LayerSensitivity:
-        effect = Int8Effect(error, scores)
-        return LayerSensitivity("l", "Conv2d", 9, 0.1, effect, effect)
+def test_layers_are_ranked_by_what_leaving_them_out_gives_then_by_their_share() -> None:
+    def layer(name: str, share: float, scores: dict[str, ConfidenceInterval], without: float) -> LayerSensitivity:
+        return LayerSensitivity(name, "Conv2d", 9, 0.1, share, Int8Effect(without, scores))
 
-    assert layer(interval(-0.05, -0.09, -0.02), 0.5).severity == (pytest.approx(0.02), 0.5)
-    assert layer(interval(-0.05, -0.09, 0.01), 0.5).severity == (0, 0.5)  # chance may explain it
-    assert layer({}, 0.5).severity == (0, 0.5)
+    sure, chance = interval(0.05, 0.02, 0.09), interval(0.05, -0.01, 0.09)
+    layers = [
+        LayerSensitivity("small", "Conv2d", 9, 0.1, 0.05, None),
+        LayerSensitivity("not tried", "Conv2d", 9, 0.1, 0.06, None),
+        layer("chance", 0.4, chance, 0.3),
+        layer("error", 0.3, chance, 0.2),
+        layer("sure", 0.2, sure, 0.4),
+        layer("surer", 0.1, interval(0.05, 0.03, 0.09), 0.4),
+    ]
+    backwards = layers[::-1]
+    assert sorted(backwards, key=lambda row: row.severity) == layers
 
 
 def test_the_change_of_a_score_rises_over_what_was_before() -> None:
@@ -182,14 +170,3 @@ def test_figures_beyond_a_limit() -> None:
     assert _excess(1e-9, 0.0) == math.inf
     assert _excess(math.nan, 1.0) == math.inf
     assert [_or_infinite(v) for v in (2.0, math.nan, math.inf, -math.inf)] == [2.0, math.inf, math.inf, math.inf]
-
-
-def test_layers_are_taken_until_the_rest_keeps_the_limit() -> None:
-    alone = {"a": 3.0, "b": 4.0, "c": 12.0}.__getitem__
-    assert enough_of("cba", 13.0, alone, 13.0) == []
-    assert enough_of("cba", 13.0, alone, 5.0) == ["c"]  # 13² − 12² = 5²
-    assert enough_of("cba", 13.0, alone, 4.9) == ["c", "b"]
-    assert enough_of("cba", 13.0, alone, 3.0) == ["c", "b"]
-    assert enough_of("cba", 13.0, alone, 1.0, squares=False) == ["c"]
-    assert enough_of("cba", 13.0, alone, 0.9, squares=False) == ["c", "b"]
-    assert enough_of("abc", 13.0, alone, -99.0) == ["a", "b", "c"]

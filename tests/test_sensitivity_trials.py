@@ -12,16 +12,13 @@ import pytest
 
 from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.errors import InputError
-from cp_debug.mixed_precision.fake_quant_runner import Int8Layer, is_scored
+from cp_debug.mixed_precision.fake_quant_runner import Int8Layer, LayerShare, is_scored
 from cp_debug.mixed_precision.fusion_groups import FusionGroup
 from cp_debug.mixed_precision.sensitivity import (
     Int8Effect,
     choose_layers,
     get_sensitive_layers,
-    merge_trials,
     profile_of,
-    profile_trials,
-    run_trials,
 )
 from cp_debug.mixed_precision.trial import Measured
 from cp_debug.recipes.base import Sample
@@ -39,6 +36,7 @@ class Errors:
         self.layers: Any = {n: SimpleNamespace(kind="Conv2d", weights=len(n)) for n in errors}
         self.all = frozenset(errors)
         self.asked: list[frozenset[str]] = []
+        self.notes: list[str] = []
 
     def nodes_in(self, kept: Collection[str]) -> frozenset[tuple[str, str]]:
         return frozenset(("net", n) for n in kept)
@@ -49,6 +47,11 @@ class Errors:
         assert list(samples) == SAMPLES
         return {kept: self.of(kept) for kept in sets}
 
+    def shares(self, samples: Sequence[Sample]) -> dict[str, LayerShare]:
+        assert list(samples) == SAMPLES
+        whole = sum(error**2 for error in self.errors.values())
+        return {name: LayerShare(error**2 / whole, error / 2) for name, error in self.errors.items()}
+
     def of(self, kept: frozenset[str]) -> Measured:
         self.asked.append(kept)
         low = [n for n in self.errors if n not in kept]
@@ -56,62 +59,36 @@ class Errors:
         draws = {}
         if self.losses is not None:
             draws["mAP"] = np.full(3, 0.6 - sum(self.losses[n] for n in low))
-        return Measured({"rel_l2": error}, {"y": error}, self.errors[low[0]] if len(low) == 1 else None, draws)
+        return Measured({"rel_l2": error}, {"y": error}, draws)
 
 
 ERRORS = {"a": 0.3, "bb": 0.4, "ccc": 0.0}
 
 
-def test_a_layer_is_measured_alone_in_int8_and_alone_left_out_of_it() -> None:
-    runner: Any = Errors(ERRORS, {"a": 0.2, "bb": 0.1, "ccc": 0.0})
-    rows = run_trials(runner, SAMPLES, profile_trials(ERRORS), data="d")
-    found = {(row["mode"], row.get("layer", "")): row for row in rows}
-    assert {k: round(row["error"], 6) for k, row in found.items()} == {
-        ("fp32", ""): 0.0, ("int8", ""): 0.5,
-        ("alone", "a"): 0.3, ("alone", "bb"): 0.4, ("alone", "ccc"): 0.0,
-        ("left_out", "a"): 0.4, ("left_out", "bb"): 0.3, ("left_out", "ccc"): 0.5,
-    }  # fmt: skip
-    assert found["alone", "bb"]["weights"] == 2
-    assert found["alone", "bb"]["introduced"] == 0.4
+def test_a_layer_has_its_share_and_is_left_out() -> None:
+    profile = profile_of(_any(Errors(ERRORS, {"a": 0.2, "bb": 0.1, "ccc": 0.0})), SAMPLES, data="d")
+    found = {row.layer: row for row in profile.layers}
+    assert {name: round(row.share, 6) for name, row in found.items()} == {"a": 0.36, "bb": 0.64, "ccc": 0.0}
+    left_out = {name: row.left_out for name, row in found.items() if row.left_out is not None}
+    assert {name: round(effect.error, 6) for name, effect in left_out.items()} == {"a": 0.4, "bb": 0.3, "ccc": 0.5}
+    assert (found["bb"].weights, found["bb"].kind, found["bb"].introduced) == (2, "Conv2d", 0.2)
     # Against FP32 what INT8 costs, for a layer that is left out what it gives back.
-    assert found["int8", ""]["change"]["mAP"] == pytest.approx([-0.3] * 3)
-    assert found["alone", "a"]["change"]["mAP"] == pytest.approx([-0.2] * 3)
-    assert found["left_out", "a"]["change"]["mAP"] == pytest.approx([0.2] * 3)
-    assert found["fp32", ""]["scores"]["mAP"] == pytest.approx(0.6)
-    assert all((row["model"], row["data"], row["samples"]) == ("net", "d", 2) for row in rows)
+    assert profile.int8.scores["mAP"].value == pytest.approx(-0.3)
+    assert left_out["a"].scores["mAP"].value == pytest.approx(0.2)
+    assert profile.scores["mAP"] == pytest.approx(0.6)
+    assert (profile.model, profile.data, profile.samples, profile.int8.error) == ("net", "d", 2, pytest.approx(0.5))
 
 
 def test_layers_are_ranked_by_what_they_cost() -> None:
-    profile = merge_trials(run_trials(_any(Errors(ERRORS)), SAMPLES, profile_trials(ERRORS)))
-    assert [row.layer for row in profile.layers] == ["bb", "a", "ccc"]  # by error, where nothing is scored
-    assert (profile.int8.error, profile.samples, profile.model) == (pytest.approx(0.5), 2, "net")
+    assert [row.layer for row in profile_of(_any(Errors(ERRORS)), SAMPLES).layers] == ["bb", "a", "ccc"]  # by share
     scored = Errors(ERRORS, {"a": 0.2, "bb": 0.1, "ccc": 0.0})
-    profile = merge_trials(run_trials(_any(scored), SAMPLES, profile_trials(ERRORS)))
-    assert [row.layer for row in profile.layers] == ["a", "bb", "ccc"]
-
-
-@pytest.mark.parametrize(
-    ("mode", "layer"), [("alone", ""), ("left_out", ""), ("fp32", "a"), ("int8", "a"), ("other", "a")]
-)
-def test_trials_that_do_not_exist(mode: str, layer: str) -> None:
-    with pytest.raises(InputError, match="a trial"):
-        run_trials(_any(Errors(ERRORS)), SAMPLES, [(mode, layer)])
-
-
-def test_trials_that_do_not_belong_together_or_are_missing() -> None:
-    rows = run_trials(_any(Errors(ERRORS)), SAMPLES, profile_trials(ERRORS))
-    with pytest.raises(InputError, match="trials of 2 models"):
-        merge_trials([*rows[1:], rows[0] | {"samples": 3}])
-    with pytest.raises(InputError, match="trial int8 is missing"):
-        merge_trials([row for row in rows if row["mode"] != "int8"])
-    with pytest.raises(InputError, match="trial left_out bb is missing"):
-        merge_trials([row for row in rows if (row["mode"], row.get("layer")) != ("left_out", "bb")])
+    assert [row.layer for row in profile_of(_any(scored), SAMPLES).layers] == ["a", "bb", "ccc"]
 
 
 @pytest.mark.parametrize(("budget", "left"), [(0.6, []), (0.45, ["bb"]), (0.35, ["bb"]), (0.2, ["bb", "a"])])
 def test_layers_are_left_out_until_the_rest_is_within_the_budget(budget: float, left: list[str]) -> None:
     runner: Any = Errors(ERRORS)
-    profile = merge_trials(run_trials(runner, SAMPLES, profile_trials(ERRORS)))
+    profile = profile_of(runner, SAMPLES)
     choice = choose_layers(runner, SAMPLES, profile, budget)
     assert sorted(choice.skipped) == sorted(left)
     assert choice.loss.value <= budget

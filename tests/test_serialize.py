@@ -46,7 +46,7 @@ from cp_debug.sweep.bisecting import BisectGroup
 from cp_debug.sweep.evaluating import EvalGroup
 from cp_debug.sweep.result import FailedTasks, SweepResult
 from cp_debug.sweep.searching import MixedPrecisionGroup
-from cp_debug.sweep.sensitivity import ProfileGroup, SensitivityGroup
+from cp_debug.sweep.sensitivity import SensitivityGroup
 
 PARTS = (
     RunRecord,
@@ -205,7 +205,7 @@ EFFECTS = _made(Int8Effect, error=st.floats(0, 1), scores=INTERVALS)
 PROFILES = _made(
     SensitivityProfile,
     int8=EFFECTS,
-    layers=st.lists(_made(LayerSensitivity, alone=EFFECTS, left_out=EFFECTS), max_size=2),
+    layers=st.lists(_made(LayerSensitivity, left_out=st.none() | EFFECTS), max_size=2),
     scores=st.dictionaries(st.text(max_size=4), st.floats()),
 )
 PAIRS = st.dictionaries(st.text(max_size=4), st.text(max_size=4), max_size=2)
@@ -262,7 +262,7 @@ GROUPS = {
     "bisect": _made(BisectGroup),
     "eval": _made(EvalGroup, result=EVALUATIONS),
     "search": _made(MixedPrecisionGroup),
-    "sensitivity": _made(SensitivityGroup) | _made(ProfileGroup, profile=PROFILES),
+    "sensitivity": _made(SensitivityGroup),
 }
 
 

@@ -296,31 +296,27 @@ def build():
 
 
 @needs("modelopt")
-def test_sensitivity_by_samples_and_by_layers(tmp_path: Path) -> None:
+def test_sensitivity_over_samples(tmp_path: Path) -> None:
     from cp_debug.mixed_precision.sensitivity import build_sensitivity_profile
     from cp_debug.quantization.open_quantized import modules_of, open_quantized
 
     (tmp_path / "net.py").write_text(NET)
     name = f"{tmp_path / 'net.py'}:build"
-    grid = Grid([name], parse_backends("torch,ort"), samples=3, how={"batches": 2, "method": "max", "draws": 0})
+    grid = Grid([name], parse_backends("torch,ort"), samples=3, how={"batches": 2, "method": "max"})
     model = load_model(name)
     modules = modules_of(open_quantized(model, None, None, 2, method="max"))
-    (whole,) = sensitivity.merge(reversed(records(sensitivity.tasks(grid, (), by_layers=True))))
-    assert isinstance(whole, sensitivity.ProfileGroup)
-    plain = build_sensitivity_profile(model, modules, list(model.samples(3, 0, None)), data="seed 0", draws=0)
-    assert whole.profile.to_dict() | {"seconds": 0} == plain.to_dict() | {"seconds": 0}
-    (group,) = sensitivity.merge(records(sensitivity.tasks(grid, (), by_layers=False)))
-    assert isinstance(group, sensitivity.SensitivityGroup)
+    found = records(sensitivity.tasks(grid, ()))
+    (group,) = sensitivity.merge(found)
     for place, sample in enumerate(model.samples(3, 0, None)):
-        alone = {row.layer: row.alone.error for row in build_sensitivity_profile(model, modules, [sample]).layers}
+        shares = {row.layer: row.share for row in build_sensitivity_profile(model, modules, [sample]).layers}
         for row in group.layers:
-            assert row.alone is not None
-            assert alone[row.layer] <= row.alone.worst
-            if row.alone.sample == place:
-                assert alone[row.layer] == row.alone.worst
-    medians = [row.alone.median for row in group.layers if row.alone]
+            assert row.share is not None
+            assert shares[row.layer] <= row.share.worst
+            if row.share.sample == place:
+                assert shares[row.layer] == row.share.worst
+    medians = [row.share.median for row in group.layers if row.share]
     assert medians == sorted(medians, reverse=True)
-    for each in (whole, group):
-        json.dumps(each.to_dict(), allow_nan=False)
-        assert section(each).passed
-        assert [row["layer"] for row in each.rows()] == [row.layer for row in group.layers]
+    json.dumps(group.to_dict(), allow_nan=False)
+    assert section(group).passed
+    assert [row["layer"] for row in group.rows()] == [row.layer for row in group.layers]
+    assert set(sensitivity.rows(found[0])[0]) == set(sensitivity.COLUMNS)

@@ -370,10 +370,8 @@ def test_a_task_takes_the_export_of_another_worker(
 
 @pytest.mark.slow
 def test_a_task_takes_the_calibration_of_another_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    how = {"batches": 2, "method": "mse", "draws": 0}
-    (task,) = sensitivity.tasks(
-        Grid(["centerpoint:tiny"], parse_backends("torch,torch-fp64"), samples=1, how=how), (), by_layers=False
-    )
+    how = {"batches": 2, "method": "mse"}
+    (task,) = sensitivity.tasks(Grid(["centerpoint:tiny"], parse_backends("torch,torch-fp64"), samples=1, how=how), ())
     calibrations: list[None] = []
     whole = sensitivity.open_quantized
 

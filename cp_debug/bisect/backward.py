@@ -8,6 +8,7 @@ by torch's autograd on a segment's replay from the test's own inputs; so J belon
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ class Backward:
         self.stopped: dict[str, str] = {}
         """Value whose segment passes no derivative on, or not all of it → reason."""
 
-    def walk(self, derivatives: Mapping[str, np.ndarray]) -> Iterator[tuple[str, float]]:
+    def walk(self, derivatives: Arrays) -> Iterator[tuple[str, float]]:
         """(Value, ⟨derivative, introduced error⟩) for each captured value that reaches the outputs, the last one first.
 
         ``derivatives``: output → derivative of the measure by it, in its shape. Afterwards ``self.derivatives`` has
@@ -132,12 +133,43 @@ class Backward:
         self.derivatives[name] = derivative if known is None else known + derivative
 
 
+class Walks(Protocol):
+    """A walk back over one component; ``Backward`` is one."""
+
+    derivatives: dict[str, Tensor]
+    stopped: dict[str, str]
+
+    def walk(self, derivatives: Arrays) -> Iterator[tuple[str, float]]:
+        """(Layer or value, ⟨derivative, introduced error⟩), from derivatives in the shapes of the outputs."""
+        ...
+
+
+def apart(reference: Arrays, test: Arrays) -> tuple[dict[str, np.ndarray], float]:
+    """(Derivatives of ⟨D, outputs⟩ by each output in its shape, float64, ‖D‖²).
+
+    D is the test's outputs of floats minus the reference's, each over the reference's norm; 0 for NaN and Inf.
+    """
+    derivatives, size = {}, 0.0
+    for name, exact in reference.items():
+        if exact.dtype.kind == "f" and name in test and test[name].shape == exact.shape:
+            norm = np.linalg.norm(_finite(exact)) or 1.0
+            with np.errstate(invalid="ignore", over="ignore"):
+                off = _finite(test[name].astype(np.float64) - exact) / norm
+            derivatives[name], size = off / norm, size + float(np.sum(off**2))
+    return derivatives, size
+
+
+def _finite(array: np.ndarray) -> np.ndarray:
+    """The array in float64, with 0 for NaN and Inf."""
+    return np.nan_to_num(array.astype(np.float64), posinf=0.0, neginf=0.0)
+
+
 def walk_back(
     model: Model,
     sample: Sample,
     results: Mapping[str, Arrays],
     derivatives: Arrays,
-    backward: Callable[[Component], Backward],
+    backward: Callable[[Component], Walks],
     notes: list[str],
 ) -> Iterator[tuple[Component, dict[str, float], Arrays]]:
     """(Component, value → ⟨derivative, introduced error⟩, input → derivative), the last component first.

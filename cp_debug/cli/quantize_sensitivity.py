@@ -61,9 +61,9 @@ def sensitivity(
         Path | None, typer.Option("--output", "-o", help="Folder for sensitivity.json, .csv, .html and .svg.")
     ] = None,
 ) -> None:
-    """Measure each layer alone in INT8 and each alone left out: output error, introduced error, mAP and NDS.
+    """Tell what each layer in INT8 makes of the outputs' error; leave the worst out one by one: error, mAP and NDS.
 
-    A trial computes only what its layer reaches. Exit code 1 when all in INT8 loses more than --auto.
+    Exit code 1 when all in INT8 loses more than --auto.
     """
     from cp_debug.cli.console import command_line, show_document, steps
     from cp_debug.recipes.data.base import DataOptions

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -22,13 +21,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Axis(str, Enum):
-    """Axis along which a sensitivity sweep is cut into tasks."""
-
-    samples = "samples"
-    layers = "layers"
 
 
 @app.command("bisect", cls=Command)
@@ -132,23 +124,18 @@ def sweep_sensitivity(
     calib_samples: calibration.Samples = 20,
     calib_method: calibration.Calibrator = calibration.Method.mse,
     data: Inputs = None,
-    by: Annotated[
-        Axis, typer.Option(help="Shape of a task: one sample and all layers, or all samples and a share of the layers.")
-    ] = Axis.samples,
-    draws: Annotated[int, typer.Option(min=0, max=MOST, help="Bootstrap draws for the intervals, by layers.")] = 200,
     desk: Desk,
 ) -> None:
-    """Find layers that suffer from INT8: their errors over samples, or the profile of `quantize sensitivity`.
+    """Find layers that suffer from INT8: of each, the part that it makes of the outputs' divergence, over samples.
 
-    Exit code 2 when a task failed.
+    A task is one sample. Exit code 2 when a task failed.
     """
     specs = what.check("torch,torch-fp64", data)
     from cp_debug.sweep import sensitivity
 
     refuse(("calib_samples", "calib_method", "shared"), unless=not quantized, why="the scales are those of --from")
-    refuse(("draws",), unless=by is Axis.layers, why="intervals are drawn with --by layers")
-    grid = what.grid(specs, data, {"batches": calib_samples, "method": calib_method.value, "draws": draws})
-    desk.run("sensitivity", lambda: sensitivity.tasks(grid, quantized or (), by_layers=by is Axis.layers))
+    grid = what.grid(specs, data, {"batches": calib_samples, "method": calib_method.value})
+    desk.run("sensitivity", lambda: sensitivity.tasks(grid, quantized or ()))
 
 
 @dataclass(frozen=True)

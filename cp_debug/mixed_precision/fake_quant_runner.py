@@ -7,24 +7,29 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from cp_debug.bisect.backward import apart, walk_back
 from cp_debug.detection.changes import Detected
 from cp_debug.detection.evaluate import as_detector
 from cp_debug.detection.evaluation import EvaluationOptions, draws_of
 from cp_debug.detection.predictions import Predictions
-from cp_debug.errors import InputError
-from cp_debug.mixed_precision.activation_reuse import Reuse
+from cp_debug.errors import InputError, in_one_line
 from cp_debug.mixed_precision.trial import Measured
 from cp_debug.probes.distance import distance, ratio
+from cp_debug.probes.module_state import state_kept
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.probes.strings import compare_strings, is_text
+from cp_debug.probes.trace import as_written
 from cp_debug.programs.torch_layers import full_path, quantizers
-from cp_debug.programs.walk import Walk, example_args, named_outputs, walk
+from cp_debug.programs.walk import example_args, named_outputs, run_module, walk
 from cp_debug.quantization.residual_adds import add_quantizers
 from cp_debug.recipes.abilities import HasClasses
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
@@ -34,6 +39,15 @@ SCORES = ("mAP", "NDS")
 OnStep = Callable[[str, int, int], None]
 KeptLayers = frozenset[str]
 """Names of the layers that stay in FP32."""
+
+
+class LayerShare(NamedTuple):
+    """What one layer's precision does."""
+
+    share: float
+    """Part of the divergence of the outputs, all layers low, that it makes."""
+    introduced: float
+    """Relative L2 error of its own results, from the inputs that it has there."""
 
 
 @dataclass(frozen=True)
@@ -108,45 +122,24 @@ def relative_errors(model: str, outputs: Mapping[str, ErrorSum]) -> dict[str, fl
     return {name: error.relative for name, error in outputs.items()}
 
 
-class _Changes(NamedTuple):
-    """A set of kept layers as its difference from all in INT8 (``from_int8``), or from all in FP32."""
-
-    from_int8: bool
-    layers: tuple[str, ...]
-
-
-@dataclass
-class _TrialSums:
-    """A trial so far."""
-
-    changes: _Changes
-    outputs: dict[str, ErrorSum] = field(default_factory=lambda: defaultdict(ErrorSum))
-    layer: ErrorSum = field(default_factory=ErrorSum)
-    detected: list[Detected] = field(default_factory=list)
-
-
 class FakeQuantRunner:
-    """A model and its quantized components, on which trials are run.
-
-    Each sample runs once in FP32 and once in INT8; a trial computes only what the layers reach in which it differs from
-    the nearer of these.
-    """
+    """A model and its quantized components, on which trials are run."""
 
     def __init__(self, model: Model, modules: Mapping[str, nn.Module]) -> None:
         """``modules``: component → its quantized module. Raises InputError when no layer of them is quantized."""
-        self.model, self.modules = model, modules
+        self.model, self.modules = model, {name: module.eval() for name, module in modules.items()}
         quantized = [layer for c in model.components for layer in quantized_layers(c, modules[c.name])]
         if not quantized:
             raise InputError(f"MODEL: no layer of {model.name} is quantized")
         self.layers = {layer.name: layer for layer in quantized}
         self.all: KeptLayers = frozenset(self.layers)
         """Everything in FP32."""
-        self._reuse = {}
-        for name, module in modules.items():
-            for child in module.modules():
-                if getattr(child, "inplace", False):
-                    child.inplace = False  # type: ignore[assignment]  # so that what is recorded stays as it was
-            self._reuse[name] = Reuse(module.eval(), [layer.path for layer in quantized if layer.component == name])
+        self.notes: list[str] = []
+        """Sentences about layers whose shares are not complete, and why."""
+        for child in (child for module in modules.values() for child in module.modules()):
+            if getattr(child, "inplace", False):
+                child.inplace = False  # type: ignore[assignment]  # what autograd has kept stays as it was
+        self._last = model.components[-1].name
 
     def measure(
         self,
@@ -160,86 +153,56 @@ class FakeQuantRunner:
 
         Raises InputError for a layer that the model does not have.
         """
-        totals = {kept_layers: _TrialSums(self._changes(kept_layers)) for kept_layers in trials}
-        if unknown := frozenset().union(*totals) - self.all:
+        outputs: dict[KeptLayers, dict[str, ErrorSum]] = {kept: defaultdict(ErrorSum) for kept in trials}
+        detected: dict[KeptLayers, list[Detected]] = {kept: [] for kept in outputs}
+        if unknown := frozenset().union(*outputs) - self.all:
             near = difflib.get_close_matches(min(unknown), self.layers, n=1, cutoff=0.0)[0]
             raise InputError(f"{self.model.name} has no quantized layer {min(unknown)!r}; nearest is {near}")
         scored = is_scored(self.model, samples)
         with self._restored():
             for number, sample in enumerate(samples):
-                on_step(sample.source, number, len(samples))
-                self._sample(sample, list(totals.values()), scored)
+                exact = self._run(sample, self.all)
+                for place, kept in enumerate(outputs):
+                    on_step(f"{sample.source}: {place + 1} of {len(outputs)}", number, len(samples))
+                    results = exact if kept == self.all else self._run(sample, kept)
+                    for name, array in results[self._last].items():
+                        outputs[kept][name].add(array, exact[self._last][name])
+                    if scored:
+                        detected[kept].append(self.model.decode(sample, results))  # type: ignore[arg-type]
         on_step("scoring", len(samples), len(samples))
-        return {
-            kept_layers: self._measured(sums, samples, draws if scored else None)
-            for kept_layers, sums in totals.items()
-        }
+        return {kept: measured_of(self.model, outputs[kept], detected[kept], samples, draws) for kept in outputs}
+
+    def shares(self, samples: Sequence[Sample]) -> dict[str, LayerShare]:
+        """Share of each layer in what all in INT8 is off from FP32, over all samples: one walk backward a sample."""
+        whole, introduced = 0.0, {name: ErrorSum() for name in self.layers}
+        shares: dict[str, float] = dict.fromkeys(self.layers, 0.0)
+        for sample in samples:
+            with self._restored():
+                exact = self._run(sample, self.all)
+            walks: dict[str, ModuleWalk] = {}
+
+            def run(component: Component, inputs: Arrays, walks: dict[str, ModuleWalk] = walks) -> Arrays:
+                layers = [layer for layer in self.layers.values() if layer.component == component.name]
+                walks[component.name] = ModuleWalk(component, self.modules[component.name], layers, introduced)
+                return walks[component.name].run(inputs)
+
+            results = walk(self.model, sample, run)
+            derivatives, size = apart(exact[self._last], results[self._last])
+            whole += size
+            walked = walk_back(self.model, sample, results, derivatives, partial(_of, walks), self.notes)
+            for name, share in (item for _, found, _ in walked for item in found.items()):
+                shares[name] += share
+        of = {name: share / whole if whole else 0.0 for name, share in shares.items()}
+        return {name: LayerShare(of[name], introduced[name].relative) for name in self.layers}
 
     def nodes_in(self, kept_layers: KeptLayers) -> frozenset[tuple[str, str]]:
         """(Component, layer) of a set: its name in a log."""
         return frozenset((self.layers[name].component, name) for name in kept_layers)
 
-    def _changes(self, kept_layers: KeptLayers) -> _Changes:
-        """The set as changes of all in FP32 where few layers are low, else of all in INT8."""
-        low = self.all - kept_layers
-        from_int8 = len(low) > 1 and len(low) >= len(kept_layers)
-        return _Changes(from_int8, tuple(name for name in self.layers if name in (kept_layers if from_int8 else low)))
-
-    def _measured(self, sums: _TrialSums, samples: Sequence[Sample], draws: int | None) -> Measured:
-        outputs = relative_errors(self.model.name, sums.outputs)
-        return Measured(
-            {"rel_l2": max(outputs.values())},
-            outputs,
-            sums.layer.relative if len(sums.changes.layers) == 1 else None,
-            {} if draws is None else draws_of_scores(self.model, sums.detected, samples, draws),
-        )
-
-    def _sample(self, sample: Sample, totals: Sequence[_TrialSums], scored: bool) -> None:
-        expected: Arrays = {}
-        for in_int8 in (False, True):
-            if in_int8 and not any(sums.changes.from_int8 for sums in totals):
-                break
-            for layer in self.layers.values():
-                layer.switch(in_int8)
-            recorded = self._record(sample)
-            expected = expected or recorded.results[self.model.components[-1].name]
-            for sums in (each for each in totals if each.changes.from_int8 == in_int8):
-                results = self._rerun(sample, recorded, sums) if sums.changes.layers else recorded.results
-                for name, array in results[self.model.components[-1].name].items():
-                    sums.outputs[name].add(array, expected[name])
-                if scored:
-                    sums.detected.append(self.model.decode(sample, results))  # type: ignore[arg-type]
-
-    def _record(self, sample: Sample) -> _RecordedSample:
-        inputs: dict[str, Sequence[Tensor]] = {}
-
-        def record(component: Component, arrays: Arrays) -> Arrays:
-            inputs[component.name] = example_args(component, arrays)
-            return _named(component, self._reuse[component.name].record(*inputs[component.name]))
-
-        return _RecordedSample(inputs, walk(self.model, sample, record))
-
-    def _rerun(self, sample: Sample, recorded: _RecordedSample, sums: _TrialSums) -> dict[str, Arrays]:
-        changed = [self.layers[name] for name in sums.changes.layers]
-        for layer in changed:
-            layer.switch(not sums.changes.from_int8)
-        way = Walk(self.model, sample)
-        for step in way:
-            paths = [layer.path for layer in changed if layer.component == step.name]
-            as_before = all(way.results[name] is recorded.results[name] for name in way.results)
-            if as_before and not paths:
-                step.outputs = recorded.results[step.name]
-                continue
-            reuse = self._reuse[step.name]
-            inputs = recorded.inputs[step.name] if as_before else example_args(step.component, step.inputs)
-            outputs, layer_results = reuse.rerun(paths, *inputs)
-            step.outputs = _named(step.component, outputs)
-            if paths and len(changed) == 1:
-                for test, reference in zip(layer_results[paths[0]], reuse.outputs(paths[0]), strict=True):
-                    sums.layer.add(test, reference)
-        for layer in changed:
-            layer.switch(sums.changes.from_int8)
-        return way.results
+    def _run(self, sample: Sample, kept: KeptLayers) -> dict[str, Arrays]:
+        for name, layer in self.layers.items():
+            layer.switch(name not in kept)
+        return walk(self.model, sample, lambda c, inputs: run_module(replace(c, module=self.modules[c.name]), inputs))
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
@@ -249,6 +212,82 @@ class FakeQuantRunner:
         finally:
             for layer in self.layers.values():
                 layer.switch(True)
+
+
+def _of(walks: Mapping[str, ModuleWalk], component: Component) -> ModuleWalk:
+    return walks[component.name]
+
+
+class ModuleWalk:
+    """One forward of a quantized module, all in INT8, and the walk back over it.
+
+    At every call of a layer its result in FP32, from the inputs that it has in INT8, goes on in the graph of autograd,
+    with its error added as a constant: so the values are those in INT8, the derivatives those of the exact layers.
+    """
+
+    def __init__(
+        self, component: Component, module: nn.Module, layers: Sequence[Int8Layer], introduced: Mapping[str, ErrorSum]
+    ) -> None:
+        """``introduced`` takes the error of each layer's own results, by name."""
+        self._component, self._module, self._layers, self._introduced = component, module, layers, introduced
+        self._errors: list[tuple[str, Tensor]] = []
+        self._inputs: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
+        self.derivatives: dict[str, Tensor] = {}
+        self.stopped: dict[str, str] = {}
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """The outputs; ``inputs`` and outputs are arrays by name, in the dtypes of the module."""
+        args = example_args(self._component, inputs)
+        args = tuple(x.requires_grad_() if x.is_floating_point() else x for x in args)
+        self._inputs = {n: x for n, x in zip(self._component.input_names, args, strict=True) if x.requires_grad}
+        hooks = [
+            self._module.get_submodule(layer.path).register_forward_hook(partial(self._called, layer), with_kwargs=True)
+            for layer in self._layers
+        ]
+        try:
+            with torch.enable_grad(), as_written(), state_kept(self._module):
+                outputs = flatten_outputs(self._module(*(x.view_as(x) for x in args)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._outputs = dict(zip(self._component.output_names, outputs.values(), strict=True))
+        return named_outputs(self._component, {n: x.detach() for n, x in outputs.items()})
+
+    def _called(self, layer: Int8Layer, module: nn.Module, args: Any, kwargs: Any, low: Any) -> Any:
+        layer.switch(False)
+        try:
+            exact = module.forward(*args, **kwargs)
+        finally:
+            layer.switch(True)
+        pairs = zip(pytree.tree_leaves(exact), pytree.tree_leaves(low), strict=True)
+        results = [self._with_error(layer, a, b) if isinstance(a, Tensor) else b for a, b in pairs]
+        return pytree.tree_unflatten(results, pytree.tree_structure(low))
+
+    def _with_error(self, layer: Int8Layer, exact: Tensor, low: Tensor) -> Tensor:
+        self._introduced[layer.name].add(low.detach(), exact.detach())
+        error = (low - exact).detach().requires_grad_()
+        self._errors.append((layer.name, error))
+        return exact + error
+
+    def walk(self, derivatives: Arrays) -> Iterator[tuple[str, float]]:
+        """(Layer, ⟨derivative, introduced error⟩), those of several calls added up."""
+        outputs = {n: x for n, x in self._outputs.items() if n in derivatives and x.requires_grad}
+        leaves = [*(error for _, error in self._errors), *self._inputs.values()]
+        given = [torch.from_numpy(derivatives[n]).to(x) for n, x in outputs.items()]
+        try:
+            found = torch.autograd.grad([*outputs.values()], leaves, given, allow_unused=True) if outputs else ()
+        except RuntimeError as failed:  # an operation that autograd cannot follow
+            self.stopped = dict.fromkeys(outputs, in_one_line(failed))
+            return
+        shares: dict[str, float] = defaultdict(float)
+        for (name, error), gradient in zip(self._errors, found, strict=False):
+            shares[name] += (
+                0.0 if gradient is None else float(gradient.double().flatten() @ error.detach().double().flatten())
+            )
+        of_inputs = zip(self._inputs, found[len(self._errors) :], strict=False)
+        self.derivatives = {name: gradient for name, gradient in of_inputs if gradient is not None}
+        yield from shares.items()
 
 
 def is_scored(model: Model, samples: Sequence[Sample]) -> bool:
@@ -267,12 +306,14 @@ def draws_of_scores(
     return {name: scores[name] for name in SCORES}
 
 
-class _RecordedSample(NamedTuple):
-    """One sample, all in FP32 or all in INT8: the inputs and outputs of each component."""
-
-    inputs: Mapping[str, Sequence[Tensor]]
-    results: dict[str, Arrays]
-
-
-def _named(component: Component, outputs: Any) -> Arrays:
-    return named_outputs(component, flatten_outputs(outputs))
+def measured_of(
+    model: Model,
+    outputs: Mapping[str, ErrorSum],
+    detected: Sequence[Detected],
+    samples: Sequence[Sample],
+    draws: int,
+) -> Measured:
+    """Figures of one set over the samples; scores where there are detections."""
+    errors = relative_errors(model.name, outputs)
+    scores = draws_of_scores(model, detected, samples, draws) if detected else {}
+    return Measured({"rel_l2": max(errors.values())}, errors, scores)

@@ -11,12 +11,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
-import numpy as np
-
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Backend, Program, Session
 from cp_debug.backends.capabilities import build_info_of, timer_of
-from cp_debug.bisect.backward import Backward, walk_back
+from cp_debug.bisect.backward import Backward, apart, walk_back
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.unquantize import remove_qdq
 from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept, nodes_of
@@ -102,14 +100,8 @@ class EmulatedRunner:
 
         for i, sample in enumerate(self._samples):
             results = self._pass(i, high, runs=runs)
-            derivatives = {}
-            for name, exact in self._outputs[i].items():
-                low = results[self._last_component][name]
-                if exact.dtype.kind == "f" and low.shape == exact.shape:
-                    norm = np.linalg.norm(_finite(exact)) or 1.0
-                    with np.errstate(invalid="ignore", over="ignore"):
-                        off = _finite(low.astype(np.float64) - exact) / norm
-                    derivatives[name], whole = off / norm, whole + float(np.sum(off**2))
+            derivatives, size = apart(self._outputs[i], results[self._last_component])
+            whole += size
             for component, errors, _ in walk_back(self._model, sample, results, derivatives, backward, []):
                 producer = self._executors[component.name].graph.producer
                 for value, share in errors.items():
@@ -217,8 +209,3 @@ class BackendRunner:
 def _seconds(session: Session, feed: Arrays) -> float | None:
     timings = timer_of(session)
     return None if timings is None else median(timings(feed, RUNS))
-
-
-def _finite(array: np.ndarray) -> np.ndarray:
-    """The array in float64, with 0 for NaN and Inf."""
-    return np.nan_to_num(array.astype(np.float64), posinf=0.0, neginf=0.0)

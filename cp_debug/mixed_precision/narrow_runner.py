@@ -1,24 +1,25 @@
-"""Trials of single layers in FP8, block-scaled types and INT4, emulated: a layer in it alone, or it alone left out."""
+"""Shares and trials of layers in FP8, block-scaled types and INT4, emulated."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Program
 from cp_debug.backends.narrow_options import NarrowOptions
+from cp_debug.bisect.backward import Backward, apart, walk_back
 from cp_debug.detection.changes import Detected
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.fake_quant_runner import (
     ErrorSum,
     KeptLayers,
+    LayerShare,
     OnStep,
-    draws_of_scores,
     is_scored,
-    relative_errors,
+    measured_of,
 )
 from cp_debug.mixed_precision.mixed_graph import Computed, MixedExecutor
 from cp_debug.mixed_precision.trial import Measured
@@ -62,6 +63,8 @@ class NarrowRunner:
             raise InputError(f"MODEL: {model.name} has no layer with a weight that {options.family} takes")
         self.all: KeptLayers = frozenset(self.layers)
         """Everything in FP32."""
+        self.notes: list[str] = []
+        """Sentences about layers whose shares are not complete, and why."""
         self._executors = {p.name: MixedExecutor(p.graph, ARITHMETICS[str(options)], "cpu") for p in programs}
         self._last = model.components[-1].name
 
@@ -78,39 +81,43 @@ class NarrowRunner:
         on_step: OnStep = lambda text, done, total: None,
     ) -> dict[KeptLayers, Measured]:
         """Run each set of kept layers on the samples; those with ground truth are scored where the model detects."""
-        sets = list(dict.fromkeys(trials))
-        outputs: dict[KeptLayers, dict[str, ErrorSum]] = {kept: defaultdict(ErrorSum) for kept in sets}
-        own: dict[KeptLayers, list[float]] = {kept: [] for kept in sets}
-        detected: dict[KeptLayers, list[Detected]] = {kept: [] for kept in sets}
+        outputs: dict[KeptLayers, dict[str, ErrorSum]] = {kept: defaultdict(ErrorSum) for kept in trials}
+        detected: dict[KeptLayers, list[Detected]] = {kept: [] for kept in outputs}
         scored = is_scored(self.model, samples)
         for number, sample in enumerate(samples):
             exact, expected = self._run(sample, self.all, [])
             low, _ = self._run(sample, frozenset(), [exact])
-            for place, kept in enumerate(sets):
-                on_step(f"{sample.source}: {place + 1} of {len(sets)}", number, len(samples))
+            for place, kept in enumerate(outputs):
+                on_step(f"{sample.source}: {place + 1} of {len(outputs)}", number, len(samples))
                 _, results = self._run(sample, kept, [exact, low])
                 for name, array in results[self._last].items():
                     outputs[kept][name].add(array, expected[self._last][name])
-                if len(self.all - kept) == 1:
-                    (layer,) = (self.layers[name] for name in self.all - kept)
-                    executor = self._executors[layer.component]
-                    own[kept].append(executor.local_error([layer.node], exact[layer.component]))
                 if scored:
                     detected[kept].append(self.model.decode(sample, results))  # type: ignore[arg-type]
-        return {kept: self._measured(outputs[kept], own[kept], detected[kept], samples, draws) for kept in sets}
+        return {kept: measured_of(self.model, outputs[kept], detected[kept], samples, draws) for kept in outputs}
 
-    def _measured(
-        self,
-        outputs: dict[str, ErrorSum],
-        own: Sequence[float],
-        detected: Sequence[Detected],
-        samples: Sequence[Sample],
-        draws: int,
-    ) -> Measured:
-        errors = relative_errors(self.model.name, outputs)
-        scores = draws_of_scores(self.model, detected, samples, draws) if detected else {}
-        introduced = (sum(error**2 for error in own) / len(own)) ** 0.5 if own else None
-        return Measured({"rel_l2": max(errors.values())}, errors, introduced, scores)
+    def shares(self, samples: Sequence[Sample]) -> dict[str, LayerShare]:
+        """Share of each layer in what all of them low are off from FP32, over all samples: one walk backward each."""
+        names = {(layer.component, layer.node): name for name, layer in self.layers.items()}
+        whole = 0.0
+        shares, own = defaultdict[str, float](float), dict.fromkeys(self.layers, 0.0)
+        for sample in samples:
+            exact, expected = self._run(sample, self.all, [])
+            low, results = self._run(sample, frozenset(), [exact])
+            derivatives, size = apart(expected[self._last], results[self._last])
+            whole += size
+
+            def backward(component: Component, low: Mapping[str, Computed] = low) -> Backward:
+                return self._executors[component.name].backward(low[component.name])
+
+            for component, found, _ in walk_back(self.model, sample, results, derivatives, backward, self.notes):
+                producer = self._executors[component.name].graph.producer
+                for value, share in found.items():
+                    shares[names.get((component.name, producer[value].name), "")] += share
+            for name, layer in self.layers.items():
+                error = self._executors[layer.component].local_error([layer.node], exact[layer.component])
+                own[name] += error**2 / len(samples)
+        return {name: LayerShare(shares[name] / whole if whole else 0.0, own[name] ** 0.5) for name in self.layers}
 
     def _run(
         self, sample: Sample, kept: KeptLayers, known: Sequence[dict[str, Computed]]

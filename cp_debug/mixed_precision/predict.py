@@ -7,14 +7,12 @@ taken as independent: the squares add up, and what is left of the divergence is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
 
 from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.trial import Measured
 
-T = TypeVar("T")
 REMAINS = 0.3
 """Part of an error that may remain, for goals that say nothing of its size: boxes, mAP."""
 
@@ -75,24 +73,3 @@ class Predictor:
             figures = {name: measured.figures.get(name, math.inf) for name in self._goal.figures}
             return self._goal.holds({name: value * ratio for name, value in figures.items()})
         return ratio <= REMAINS
-
-
-def left_of(error: float, alone: Iterable[float]) -> float:
-    """Relative L2 error that should be left once layers are kept that bring ``alone`` by themselves."""
-    return math.sqrt(max(error**2 - sum(each**2 for each in alone), 0.0))
-
-
-def enough_of(
-    ranked: Sequence[T], error: float, alone: Callable[[T], float], limit: float, *, squares: bool = True
-) -> list[T]:
-    """The first of the ``ranked`` layers, as many as should bring ``error`` down to ``limit`` when they are kept.
-
-    ``squares``: errors are relative L2, whose squares add up; else they are losses of a score, which add up themselves.
-    """
-    taken: list[T] = []
-    for layer in ranked:
-        removed = [alone(each) for each in taken]
-        if (left_of(error, removed) if squares else error - sum(removed)) <= limit:
-            break
-        taken.append(layer)
-    return taken

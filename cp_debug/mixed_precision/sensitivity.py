@@ -1,7 +1,7 @@
-"""Sensitivity of layers to INT8: each alone in it, and each alone left out of it.
+"""Sensitivity of layers to INT8: the share of each in what it does to the outputs, and what leaving it out gives.
 
-A trial is a function of files and parameters alone, and its result is plain data: trials may run anywhere, in any
-order, and be merged.
+All shares come from one walk backward a sample (``bisect/backward.py``); the layers with the largest are left out, one
+by one, and the model is run.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,6 @@ from cp_debug.errors import InputError
 from cp_debug.mixed_precision.fake_quant_runner import FakeQuantRunner, KeptLayers, OnStep
 from cp_debug.mixed_precision.log import TrialLog
 from cp_debug.mixed_precision.narrow_runner import NarrowRunner
-from cp_debug.mixed_precision.predict import enough_of
 from cp_debug.mixed_precision.strategy import smallest
 from cp_debug.mixed_precision.trial import Measured, Trial
 from cp_debug.programs.pipeline import choose_export, prepare
@@ -38,7 +37,8 @@ if TYPE_CHECKING:
 
 SensitivityRunner = FakeQuantRunner | NarrowRunner
 """Runs sets of layers in FP32, the others low, on samples."""
-ALONE, LEFT_OUT = "alone", "left_out"
+TRIED = 16
+"""Layers that are left out one by one."""
 DRAWS = 200
 METRIC = "mAP"
 """Score that a budget limits the loss of, where the model detects; else it limits the outputs' relative L2 error."""
@@ -70,21 +70,26 @@ class Int8Effect(JsonForm):
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """Effects of one layer's precision: alone in INT8, and alone left out of it."""
+    """What one layer's precision does."""
 
     layer: str
     kind: str
     weights: int
     introduced: float
-    """Relative L2 error of its own result in INT8, fed with FP32."""
-    alone: Int8Effect
-    left_out: Int8Effect
+    """Relative L2 error of its own results."""
+    share: float
+    """Part of the outputs' divergence, all layers in INT8, that its own error makes."""
+    left_out: Int8Effect | None
+    """All in INT8 but this layer; None where that was not tried, as its share is small."""
 
     @property
     def severity(self) -> tuple[float, ...]:
-        """Sort key, larger is worse: mAP that it surely costs alone, then the error that it brings to the outputs."""
-        change = self.alone.scores.get(METRIC)
-        return max(-change.high, 0.0) if change else 0.0, self.alone.error
+        """Sort key, larger is worse: mAP that leaving it out surely gives back, then the error without it, smaller
+        first, then its share where that was not tried."""
+        if self.left_out is None:
+            return 0.0, -math.inf, self.share
+        change = self.left_out.scores.get(METRIC)
+        return max(change.low, 0.0) if change else 0.0, -self.left_out.error, self.share
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,8 @@ class SensitivityProfile(JsonForm):
     seconds: float = 0.0
     precision: str = "int8"
     """Precision of the layers, as a backend spec has it; where ``int8`` stands elsewhere, this is meant."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences about layers whose shares are not complete, and why."""
 
     def to_pandas(self) -> pd.DataFrame:
         """A pandas DataFrame with a row for each layer."""
@@ -122,12 +129,13 @@ class SensitivityProfile(JsonForm):
 
         rows = []
         for row in self.layers:
-            flat: dict[str, Any] = {name: getattr(row, name) for name in ("layer", "kind", "weights", "introduced")}
-            for mode, effect in ((ALONE, row.alone), (LEFT_OUT, row.left_out)):
-                flat |= {f"{mode}_error": effect.error, f"{mode}_sqnr_db": effect.sqnr}
-                for name, change in effect.scores.items():
+            names = ("layer", "kind", "weights", "introduced", "share")
+            flat: dict[str, Any] = {name: getattr(row, name) for name in names}
+            if row.left_out is not None:
+                flat |= {"left_out_error": row.left_out.error, "left_out_sqnr_db": row.left_out.sqnr}
+                for name, change in row.left_out.scores.items():
                     bounds = zip(("", "_low", "_high"), change, strict=True)
-                    flat |= {f"{mode}_{name}{bound}": value for bound, value in bounds}
+                    flat |= {f"left_out_{name}{bound}": value for bound, value in bounds}
             rows.append(flat)
         return pd.DataFrame(rows)
 
@@ -183,57 +191,49 @@ def profile_of(
     data: str = "",
     budget: float | None = None,
     draws: int = DRAWS,
+    tried: int = TRIED,
     on_step: OnStep = lambda text, done, total: None,
 ) -> SensitivityProfile:
-    """The profile of the layers of ``runner``; arguments and errors are those of ``build_sensitivity_profile``."""
+    """The profile of the layers of ``runner``; other arguments and errors are those of ``build_sensitivity_profile``.
+
+    ``tried``: layers that are left out one by one, the largest shares first.
+    """
     started, model = time.perf_counter(), runner.model
+    if not samples:
+        raise InputError("--data: there is no sample; expected at least one")
     unknown = [sample.source for sample in samples if sample.truth is None]
     if budget is not None and unknown and isinstance(model, HasClasses):
         raise InputError(f"--auto: {unknown[0]} has no ground truth, so mAP is unknown; expected an info file (.pkl)")
-    trials = profile_trials(runner.layers)
-    profile = merge_trials(run_trials(runner, samples, trials, data=data, draws=draws, on_step=on_step))
+    on_step("shares of all layers", 0, len(samples))
+    shares = runner.shares(samples)
+    ranked = sorted(runner.layers, key=lambda name: -shares[name].share)
+    alone = {name: frozenset([name]) for name in ranked[:tried]}
+    sets = dict.fromkeys([runner.all, frozenset(), *alone.values()])
+    measured = runner.measure(samples, sets, draws=draws, on_step=on_step)
+    exact, low = measured[runner.all], measured[frozenset()]
+    layers = [
+        LayerSensitivity(
+            name,
+            runner.layers[name].kind,
+            runner.layers[name].weights,
+            shares[name].introduced,
+            shares[name].share,
+            _effect(measured[alone[name]], low) if name in alone else None,
+        )
+        for name in ranked
+    ]
+    profile = SensitivityProfile(
+        model.name,
+        data,
+        len(samples),
+        sorted(layers, key=lambda row: row.severity, reverse=True),
+        _effect(low, exact),
+        {score: float(values[0]) for score, values in exact.draws.items()},
+        notes=list(dict.fromkeys(runner.notes)),
+    )
     if budget is not None:
         profile = replace(profile, choice=choose_layers(runner, samples, profile, budget, draws=draws, on_step=on_step))
     return replace(profile, seconds=time.perf_counter() - started)
-
-
-def run_trials(
-    runner: SensitivityRunner,
-    samples: Sequence[Sample],
-    wanted: Sequence[tuple[str, str]],
-    *,
-    data: str = "",
-    draws: int = DRAWS,
-    on_step: OnStep = lambda text, done, total: None,
-) -> list[dict[str, Any]]:
-    """A plain row for each (mode, layer) of ``wanted``.
-
-    Modes are ``fp32``, ``int8``, ``alone`` and ``left_out``, the first two without a layer. Raises InputError without a
-    sample, and for a mode or layer that does not exist.
-    """
-    if not samples:
-        raise InputError("--data: there is no sample; expected at least one")
-    sets = {(mode, name): _fp32_layers(runner, mode, name) for mode, name in wanted}
-    bases = [runner.all, *(frozenset() for mode, _ in wanted if mode == LEFT_OUT)]
-    measured = runner.measure(samples, dict.fromkeys([*bases, *sets.values()]), draws=draws, on_step=on_step)
-    rows = []
-    for (mode, name), layers in sets.items():
-        figures, before = measured[layers], measured[frozenset() if mode == LEFT_OUT else runner.all]
-        row: dict[str, Any] = {"model": runner.model.name, "data": data, "samples": len(samples), "mode": mode}
-        if name:
-            layer = runner.layers[name]
-            row |= {"layer": name, "kind": layer.kind, "weights": layer.weights, "introduced": figures.introduced}
-        row |= {"error": figures.error, "outputs": figures.outputs}
-        row["change"] = {score: list(figures.change(score, before)) for score in figures.draws}
-        row["scores"] = {score: float(values[0]) for score, values in figures.draws.items()}
-        rows.append(row)
-    return rows
-
-
-def profile_trials(layers: Iterable[str]) -> list[tuple[str, str]]:
-    """(mode, layer) of every trial that the profile of these layers needs."""
-    names = list(layers)
-    return [("fp32", ""), ("int8", ""), *((mode, name) for mode in (ALONE, LEFT_OUT) for name in names)]
 
 
 def scored_samples(
@@ -246,43 +246,8 @@ def scored_samples(
     return data.name if data else f"seed {first}", list(model.samples(count, first, data))
 
 
-def _fp32_layers(runner: SensitivityRunner, mode: str, layer: str) -> KeptLayers:
-    """The layers in FP32 in a trial."""
-    if mode not in ("fp32", "int8", ALONE, LEFT_OUT) or (mode in (ALONE, LEFT_OUT)) != bool(layer):
-        raise InputError(f"a trial {mode!r} of layer {layer!r}; expected fp32 or int8 without one, alone or left_out")
-    own = frozenset([layer])
-    return {"fp32": runner.all, "int8": frozenset(), ALONE: runner.all - own, LEFT_OUT: own}[mode]
-
-
-def merge_trials(rows: Iterable[Mapping[str, Any]]) -> SensitivityProfile:
-    """The profile of rows that ``run_trials`` gave, in any order.
-
-    Raises InputError when they are of several models or data sets, or one is missing.
-    """
-    by_key = {(row["mode"], row.get("layer", "")): row for row in rows}
-    about = {(row["model"], row["data"], row["samples"]) for row in by_key.values()}
-    if len(about) != 1:
-        raise InputError(f"trials of {len(about)} models or data sets; expected those of one")
-    names = dict.fromkeys(name for _, name in by_key if name)
-    if missing := [key for key in profile_trials(names) if key not in by_key]:
-        raise InputError(f"trial {missing[0][0]} {missing[0][1]}".rstrip() + " is missing")
-    layers = [
-        LayerSensitivity(
-            name,
-            by_key[ALONE, name]["kind"],
-            by_key[ALONE, name]["weights"],
-            by_key[ALONE, name]["introduced"],
-            _effect(by_key[ALONE, name]),
-            _effect(by_key[LEFT_OUT, name]),
-        )
-        for name in names
-    ]
-    layers.sort(key=lambda row: row.severity, reverse=True)
-    return SensitivityProfile(*about.pop(), layers, _effect(by_key["int8", ""]), by_key["fp32", ""]["scores"])
-
-
-def _effect(row: Mapping[str, Any]) -> Int8Effect:
-    return Int8Effect(row["error"], {name: ConfidenceInterval(*change) for name, change in row["change"].items()})
+def _effect(test: Measured, before: Measured) -> Int8Effect:
+    return Int8Effect(test.error, {score: test.change(score, before) for score in test.draws})
 
 
 def check_budget(budget: float) -> None:
@@ -346,8 +311,17 @@ def get_sensitive_layers(profile: SensitivityProfile, budget: float) -> list[str
     These are the most sensitive ones until the others, their losses added up, are within ``budget`` (mAP, or the
     outputs' relative L2 error).
     """
-    if METRIC not in profile.int8.scores:
-        return [row.layer for row in enough_of(profile.layers, profile.int8.error, lambda row: row.alone.error, budget)]
-    loss = -profile.int8.scores[METRIC].value
-    gains = {row.layer: max(row.left_out.scores[METRIC].value, 0.0) for row in profile.layers}
-    return enough_of([row.layer for row in profile.layers], loss, gains.__getitem__, budget, squares=False)
+    limit, left = budget, profile.int8.error
+    gains: dict[str, float] = {}
+    if METRIC in profile.int8.scores:
+        left = -profile.int8.scores[METRIC].value
+        gains = {row.layer: max(row.left_out.scores[METRIC].value, 0.0) for row in profile.layers if row.left_out}
+    else:  # squares of errors add up
+        limit, left = budget**2, left**2
+        gains = {row.layer: max(row.share, 0.0) * left for row in profile.layers}
+    taken: list[str] = []
+    for row in profile.layers:
+        if left - sum(gains.get(name, 0.0) for name in taken) <= limit:
+            break
+        taken.append(row.layer)
+    return taken

@@ -26,8 +26,6 @@ class Measured:
     outputs: dict[str, float] = field(default_factory=dict)
     """Final output → relative L2 distance, infinite where it is not finite: on graphs of the worst sample, under fake
     quantizers over all samples."""
-    introduced: float | None = field(default=None, metadata={"omit": True})
-    """Relative L2 change of a layer's own result, where it alone is low, or it alone is kept, and the runner tells."""
     draws: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, metadata={"omit": True})
     """mAP and NDS in each draw of the samples [1 + draws], where the runner scores them."""
 

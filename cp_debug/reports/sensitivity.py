@@ -12,18 +12,18 @@ from rich.text import Text
 from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.files import write_text
 from cp_debug.mixed_precision.sensitivity import METRIC, Int8Effect, SensitivityProfile
-from cp_debug.reports.numbers import fixed, number, signed
+from cp_debug.reports.numbers import fixed, number, share, signed
 from cp_debug.reports.page import environment, page_parts
 from cp_debug.reports.sheet import Cell, Column, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
-from cp_debug.reports.svg import Canvas, Scale, decades, standalone
+from cp_debug.reports.svg import Canvas, Scale, standalone
 from cp_debug.safe_text import amount
 from cp_debug.safe_text import page as page_text
 from cp_debug.version import __version__
 
 SHOWN = 20
 """Layers that a terminal shows unless all are asked for."""
-ORDER = "Most sensitive first: mAP that it surely costs alone, then error; “without” is all in INT8 but this layer"
+ORDER = "Most sensitive first: mAP that leaving it out surely gives, then its share; “without” is all but this layer"
 WIDTH, ROW, TOP, BOTTOM, NAMES, GAP = 1040, 17, 12, 46, 330, 34
 """Sizes of the chart, in its own units: one row for each layer, the names to the left."""
 
@@ -36,6 +36,7 @@ def render(profile: SensitivityProfile, *, show_all: bool = False) -> Iterator[R
     if count_left := len(profile.layers) - len(shown):
         yield Text(f"{count_left} less sensitive layers are not shown; --all shows them", style="dim")
     yield Text(whole_line(profile))
+    yield from (Text(f"note: {note}", style="yellow") for note in profile.notes)
     yield from choice_lines(profile)
 
 
@@ -45,26 +46,23 @@ def layer_table(profile: SensitivityProfile, count: int, *, sizes: bool = False)
         Column("layer", "name"),
         *([Column("kind", "mark"), Column("weights", "number", show=str)] if sizes else []),
         Column("introduced", "number", leave_out=2),
-        Column("error alone", "number"),
-        Column("dB", "number", leave_out=4, show=lambda value: fixed(value, 1)),
-        *(Column(f"Δ {name} alone", "number", leave_out=1) for name in profile.scores),
+        Column("share", "number", show=share),
         Column("error without", "number", leave_out=3),
-        *(Column(f"Δ {name} without", "number", leave_out=5) for name in profile.scores),
+        Column("dB", "number", leave_out=4, show=lambda value: fixed(value, 1)),
+        *(Column(f"Δ {name} without", "number", leave_out=1) for name in profile.scores),
     ]
     rows = [
         (
             row.layer,
             *((row.kind, row.weights) if sizes else ()),
             row.introduced,
-            row.alone.error,
-            row.alone.sqnr,
-            *(_change(row.alone.scores[name]) for name in profile.scores),
-            row.left_out.error,
-            *(_change(row.left_out.scores[name]) for name in profile.scores),
+            row.share,
+            *((row.left_out.error, row.left_out.sqnr) if row.left_out else (None, None)),
+            *(_change(row.left_out.scores[name]) if row.left_out else None for name in profile.scores),
         )
         for row in profile.layers[:count]
     ]
-    title = "error: relative L2 of the outputs against FP32; introduced: of the layer's own result"
+    title = "share: part of the outputs' divergence; introduced: relative L2 error of the layer's own result"
     return Sheet(columns, rows, title, ruled=True)
 
 
@@ -98,31 +96,32 @@ def _change(change: ConfidenceInterval) -> Cell:
 
 
 def chart(profile: SensitivityProfile) -> Canvas:
-    """A row for each layer: the error that it alone brings to the outputs and, where known, its cost in mAP."""
+    """A row for each layer: its share and, where known, the mAP that leaving it out gives."""
     height, low = TOP + ROW * len(profile.layers) + BOTTOM, profile.precision.upper()
-    description = f"{profile.model}: output error of {len(profile.layers)} layers, each alone in {low}"
+    description = f"{profile.model}: shares of {len(profile.layers)} layers, all in {low}"
     canvas = Canvas(WIDTH, height, description, "sensitivity")
     middle = (NAMES + WIDTH - GAP) / 2 if profile.scores else WIDTH - GAP
     bottom = height - BOTTOM
-    least_error, most_error = decades(row.alone.error for row in profile.layers)
-    error = Scale(least_error, most_error, NAMES, middle - GAP / 2, log=True)
-    _axis(canvas, error, bottom, f"relative L2 error of the outputs, layer alone in {low}")
-    changes = [row.alone.scores[METRIC] for row in profile.layers] if profile.scores else []
+    shares = [row.share for row in profile.layers]
+    part = Scale(min(0.0, *shares), max(0.01, *shares), NAMES, middle - GAP / 2)
+    _axis(canvas, part, bottom, f"part of the outputs' divergence, all in {low}")
+    changes = [row.left_out.scores[METRIC] for row in profile.layers if row.left_out] if profile.scores else []
     least, most = min([-0.01, *(c.low for c in changes)]), max([0.01, *(c.high for c in changes)])
-    cost = Scale(least, most, middle + GAP / 2, WIDTH - GAP)
+    gain = Scale(least, most, middle + GAP / 2, WIDTH - GAP)
     if changes:
-        _axis(canvas, cost, bottom, f"change of {METRIC}, with its interval")
+        _axis(canvas, gain, bottom, f"change of {METRIC} without it, with its interval")
     for index, row in enumerate(profile.layers):
         y = TOP + ROW * index
-        title = f"{row.layer}: error {number(row.alone.error)}, introduced {number(row.introduced)}"
+        title = f"{row.layer}: share {share(row.share)}, introduced {number(row.introduced)}"
         canvas.text(NAMES - 6, y + ROW - 5, _shortened(row.layer), "tick end")
-        canvas.rect(NAMES, y + 2, error(row.alone.error) - NAMES, ROW - 4, "bars", title)
-        if changes:
-            change = changes[index]
-            start, end = sorted((cost(0.0), cost(change.value)))
-            kind = "bars loss" if change.high < 0 else "bars"
+        start, end = sorted((part(0.0), part(row.share)))
+        canvas.rect(start, y + 2, end - start, ROW - 4, "bars", title)
+        if changes and row.left_out:
+            change = row.left_out.scores[METRIC]
+            start, end = sorted((gain(0.0), gain(change.value)))
+            kind = "bars loss" if change.low > 0 else "bars"
             canvas.rect(start, y + 2, end - start, ROW - 4, kind, f"{row.layer}: {signed(change.value)}")
-            canvas.line(cost(change.low), y + ROW / 2, cost(change.high), y + ROW / 2, "axis")
+            canvas.line(gain(change.low), y + ROW / 2, gain(change.high), y + ROW / 2, "axis")
     return canvas
 
 

@@ -18,7 +18,6 @@ from cp_debug.reports.files import csv_text
 from cp_debug.reports.heat_map import Strip, strips
 from cp_debug.reports.numbers import fixed, number, signed
 from cp_debug.reports.page import environment, page_parts
-from cp_debug.reports.sensitivity import whole_line
 from cp_debug.reports.sheet import Column, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.sweep.ablating import AblationGroup, AblationRow, PartCounts
@@ -26,7 +25,7 @@ from cp_debug.sweep.bisecting import BisectGroup, LayerSpread
 from cp_debug.sweep.evaluating import EvalGroup
 from cp_debug.sweep.result import FailedTasks, ResultGroup, SweepResult
 from cp_debug.sweep.searching import MixedPrecisionGroup
-from cp_debug.sweep.sensitivity import ProfileGroup, SensitivityGroup
+from cp_debug.sweep.sensitivity import SensitivityGroup
 from cp_debug.sweep.spread import Outlier, Spread
 from cp_debug.version import __version__
 
@@ -199,13 +198,13 @@ def _count(figure: ConfidenceInterval) -> str:
 
 @section.register
 def _(group: SensitivityGroup) -> GroupSection:
-    headers = ("layer", ">error alone: median", ">p95", ">worst", ">introduced", ">error without", "worst on")
+    headers = ("layer", ">share: median", ">p95", ">worst", ">introduced", "worst on")
     rows = [
         (
             row.layer,
-            *_percentiles(row.alone),
-            *(_percentiles(spread)[0] for spread in (row.introduced, row.left_out)),
-            group.samples[row.alone.sample] if row.alone else "",
+            *_percentiles(row.share),
+            _percentiles(row.introduced)[0],
+            group.samples[row.share.sample] if row.share else "",
         )
         for row in group.layers
     ]
@@ -215,28 +214,9 @@ def _(group: SensitivityGroup) -> GroupSection:
     )
     if group.int8:
         sentence += f", at most {number(worst)} on {group.samples[group.int8.sample]}"
-    title = "Layers over the samples, relative L2 of the outputs; introduced: of the layer's own result (median)"
+    title = "Layers over the samples: share of the divergence; introduced: relative L2 of its own results (median)"
     sheets = [_sheet(title, headers, rows, MOST_LAYERS), *_outliers(group.outliers, "error in INT8")]
     return GroupSection(group.label, group.passed, sentence, sheets)
-
-
-@section.register
-def _(group: ProfileGroup) -> GroupSection:
-    profile = group.profile
-    scores = [f">Δ {name} {mode}" for mode in ("alone", "without") for name in profile.scores]
-    headers = ("layer", ">introduced", ">error alone", ">error without", *scores)
-    rows = [
-        (
-            row.layer,
-            row.introduced,
-            row.alone.error,
-            row.left_out.error,
-            *(_change(effect.scores[name]) for effect in (row.alone, row.left_out) for name in profile.scores),
-        )
-        for row in profile.layers
-    ]
-    title = f"Layers on {profile.samples} samples together, relative L2 of the outputs"
-    return GroupSection(group.label, group.passed, whole_line(profile), [_sheet(title, headers, rows, MOST_LAYERS)])
 
 
 @section.register

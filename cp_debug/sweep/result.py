@@ -96,8 +96,6 @@ class SweepResult(JsonForm):
 def _group_type(kind: str, group: Mapping[str, Any]) -> type:
     from cp_debug.sweep import ablating, bisecting, evaluating, searching, sensitivity
 
-    if kind == "sensitivity" and "samples" in group and not isinstance(group["samples"], list):
-        return sensitivity.ProfileGroup
     groups: dict[str, type] = {
         "ablate": ablating.AblationGroup,
         "bisect": bisecting.BisectGroup,
