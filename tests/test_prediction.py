@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 import cp_debug
 from cp_debug.backends.emulated import EmulatedBackend
 from cp_debug.backends.registry import create
-from cp_debug.backends.spec import BackendSpec, parse_backends
+from cp_debug.backends.spec import parse_backends
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
@@ -416,7 +417,7 @@ def test_an_output_that_is_partly_finite_is_predicted_by_the_rest(tmp_path: Path
     assert any("NaN or Inf of 32 elements in FP32: its error is that of the others" in note for note in result.notes)
 
 
-def test_an_overflow_inside_a_fused_layer_is_kept_with_its_readers_as_it_was_tried(tmp_path: Path) -> None:
+def layer_norm(folder: Path, rng: np.random.Generator) -> tuple[Path, np.ndarray]:
     """A LayerNorm taken apart, of values of 400: their squares, which nobody sees, are beyond FP16."""
     net = NetBuilder()
     mean = net.op("ReduceMean", "x", name="mean", axes=[-1])
@@ -425,15 +426,50 @@ def test_an_overflow_inside_a_fused_layer_is_kept_with_its_readers_as_it_was_tri
     variance = net.op("ReduceMean", square, name="var", axes=[-1])
     y = net.op("Div", centred, net.op("Sqrt", variance, name="sqrt"), name="div")
     net.op("MatMul", y, net.weight(net.rng.standard_normal((8, 2)).astype(np.float32)), name="y")
-    path = net.save(tmp_path / "net.onnx", {"x": (1, [4, 8])}, ["y"])
-    x = net.rng.standard_normal((4, 8)).astype(np.float32)
+    x = rng.standard_normal((4, 8)).astype(np.float32)
     x[0, 3] = 400
+    return net.save(folder / "net.onnx", {"x": (1, [4, 8])}, ["y"]), x
+
+
+def offset(folder: Path, rng: np.random.Generator) -> tuple[Path, np.ndarray]:
+    """A mean taken off behind + 1000: nothing overflows, and the output is off by a fifth."""
+    net = NetBuilder()
+    shifted = net.op("Add", "x", net.weight(np.array(1000, np.float32)), name="shift")
+    centred = net.op("Sub", shifted, net.op("ReduceMean", shifted, name="mean", axes=[-1]), name="sub")
+    net.op("MatMul", centred, net.weight(net.rng.standard_normal((8, 2)).astype(np.float32)), name="y")
+    x = rng.standard_normal((4, 8)).astype(np.float32)
+    return net.save(folder / "net.onnx", {"x": (1, [4, 8])}, ["y"]), x
+
+
+@pytest.mark.parametrize(("made", "wanted"), [(layer_norm, {"node_pow", "node_var"}), (offset, {"node_shift"})])
+def test_what_is_told_to_keep_was_tried_and_reaches_what_is_said_when_followed(
+    made: Callable[[Path, np.random.Generator], tuple[Path, np.ndarray]], wanted: set[str], tmp_path: Path
+) -> None:
+    path, x = made(tmp_path, np.random.default_rng(0))
     np.savez(tmp_path / "x.npz", x=x)
-    result = predict(str(path), options=PredictOptions(inputs=tmp_path / "x.npz"))
-    assert result.keep == {"net": ["node_pow", "node_var"]}
-    assert result.measured["rel_l2"] < 1e-2
-    assert not result.passes
-    backend = create(BackendSpec.parse("emu-fp16acc")).keeping(result.keep["net"])  # type: ignore[attr-defined]
-    sides = [create(BackendSpec.parse("ort")), backend]
-    (test,) = bisect(str(path), sides, options=Options(inputs=tmp_path / "x.npz")).tests
-    assert test.outputs[0].stats.rel_l2 == pytest.approx(result.measured["rel_l2"], rel=1e-2)
+    given = ["--inputs", f"{tmp_path}/x.npz", "--json"]
+    told = CliRunner().invoke(app, ["predict", str(path), *given, f"{tmp_path}/p.json"])
+    assert told.exit_code == 1, told.output
+    result = Prediction.open(tmp_path / "p.json")
+    assert wanted <= set(result.keep["net"])
+    assert (result.goal, result.reached) == ("rel_l2<0.02", True)
+    assert result.measured["rel_l2"] < 2e-2
+    (tmp_path / "names.txt").write_text("\n".join(result.keep["net"]))
+    followed = ["bisect", str(path), "-b", "ort,emu-fp16acc", *given, f"{tmp_path}/b.json"]
+    assert CliRunner().invoke(app, followed).exit_code == 1
+    assert CliRunner().invoke(app, [*followed, "--keep-fp32", f"@{tmp_path}/names.txt"]).exit_code == 0
+    (test,) = json.loads((tmp_path / "b.json").read_text())["tests"]
+    # Behind + 1000 the two FP32 references are apart by hundredths of what is left, too.
+    assert test["outputs"][0]["rel_l2"] == pytest.approx(result.measured["rel_l2"], rel=0.1)
+
+
+def test_an_overflow_that_changes_nothing_is_not_told_to_be_kept(tmp_path: Path) -> None:
+    net = NetBuilder()
+    product = net.op("MatMul", "x", net.weight(np.eye(8, dtype=np.float32)), name="p")
+    big = net.op("Mul", product, net.weight(np.array(1e6, np.float32)), name="big")
+    capped = net.op("Min", big, net.weight(np.array(1, np.float32)), name="cap")
+    net.op("Add", product, net.op("Max", capped, net.weight(np.array(0, np.float32))), name="y")
+    result = predict(str(net.save(tmp_path / "net.onnx", {"x": (1, [4, 8])}, ["y"])))
+    assert OVERFLOWS in {layer.range for layer in result.layers}
+    assert result.keep == {}
+    assert result.passes

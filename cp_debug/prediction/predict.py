@@ -23,7 +23,6 @@ from cp_debug.backends.executor import unsupported
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.bisect.causes.precision import OVERFLOWS as BEYOND
-from cp_debug.bisect.kept import KeepTrials, TriedSet
 from cp_debug.bisect.preflight import leaves_half
 from cp_debug.bisect.replayed import EXCESS
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
@@ -47,6 +46,7 @@ from cp_debug.prediction.walk import EXACT, GraphWalk, Walked
 from cp_debug.probes.distance import relative_l2
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Export, Key, is_exported, prepare, preparing
+from cp_debug.programs.precision import PRECISIONS
 from cp_debug.programs.scene import decode
 from cp_debug.programs.tensor_inputs import numbers_where_needed
 from cp_debug.programs.walk import Walk
@@ -61,6 +61,9 @@ CLOSE_TO = 8.0
 """Factor below FP16's largest number within which another input is likely to exceed it."""
 EMULATED = {"fp16": "fp16acc", "bf16": "bf16", "tf32": "tf32", "int8": "int8"}
 """Precision → the emulated backend on which a goal is searched for."""
+
+TRIALS = 64
+"""Trials for the tolerance, which nobody asked for."""
 
 OnStep = Callable[[str, int, int], None]
 
@@ -121,6 +124,9 @@ def predict(
             job.add(sample, partial(_tell, on_step, i, len(samples)))
         result = job.result([sample.source for sample in samples])
         result.notes += left_out
+        breaks = not result.near or any(layer.keep and layer.excess <= EXCESS for layer in result.layers)
+        if goal is None and precision in ("fp16", "bf16") and breaks:
+            goal = Goal.parse(f"rel_l2<{PRECISIONS[precision].rtol:g}")
         if goal is not None:
             on_step(f"searching for {goal}", len(samples), len(samples))
             _reach(goal, loaded, samples, result, options)
@@ -148,10 +154,6 @@ class _ModelPrediction:
         self._programs = {program.name: program for program in programs}
         self._layers: dict[Key, PredictedLayer] = {}
         self._outputs = FinalOutputs()
-        self._beyond: dict[tuple[str, str], None] = {}
-        """Nodes, by component, that give more than FP16's largest number."""
-        self._first: tuple[Sample, Arrays] | None = None
-        """The first sample, with the model's outputs in FP32."""
         self._silent: dict[str, None] = {}
         """Layers without a finite number in FP32, of which nothing is predicted."""
         self._least: dict[Key, float] = {}
@@ -195,7 +197,6 @@ class _ModelPrediction:
                 step.outputs = walk.outputs[run]
             exact, ways_out = walk.outputs[EXACT], {kernel.name: walk.outputs[kernel.name] for kernel in self._kernels}
             self._outputs.add(component.name, exact, ways_out, self._of_output)
-        self._first = self._first or (sample, ways[EXACT].results[self._model.components[-1].name])
         self._take_detections(sample, {run: way.results for run, way in ways.items()})
 
     def _take(self, component: str, walked: Walked) -> None:
@@ -229,8 +230,6 @@ class _ModelPrediction:
             layer.introduced = replace(layer.introduced, high=max(layer.introduced.high, SPREAD * rounding))
         self._range(layer, walked)
         self._keep(layer)
-        if layer.range == OVERFLOWS:
-            self._beyond |= {(component, node): None for node, most in walked.largest.items() if most >= BEYOND}
         self._layers[key] = layer if key not in self._layers else _worse(self._layers[key], layer)
 
     def _knows(self, key: Key) -> bool:
@@ -285,13 +284,9 @@ class _ModelPrediction:
     def result(self, sources: Sequence[str]) -> Prediction:
         """The prediction over all samples. Raises InputError where nothing is known of any output."""
         keep: dict[str, list[str]] = {}
-        tried = self._tried()
-        for component, node in () if tried is None else tried.nodes:
-            keep.setdefault(component, []).append(node)
-        for layer in self._layers.values():
-            if layer.keep and (tried is None or layer.range != OVERFLOWS):
-                known = keep.setdefault(layer.component, [])
-                known += [node for node in layer.nodes if node not in known]
+        for layer in (layer for layer in self._layers.values() if layer.keep):
+            known = keep.setdefault(layer.component, [])
+            known += [node for node in layer.nodes if node not in known]
         lost = {n: op for walk in self._walks.values() for n, op in walk.not_emulated.items()}
         if lost:
             some = ", ".join(f"{n} ({op})" for n, op in list(lost.items())[:3])
@@ -316,20 +311,8 @@ class _ModelPrediction:
             detections=self._detections,
             largest_changes=self._largest_changes,
             keep=keep,
-            measured={} if tried is None else {"rel_l2": tried.after},
-            measured_by="" if tried is None else f"emu-{EMULATED[self._precision]}",
             notes=list(dict.fromkeys([*self._notes, *self._remarks.sentences])),
         )
-
-    def _tried(self) -> TriedSet | None:
-        """The nodes beyond FP16's range with those that must stay in FP32 beside them, as they were tried on the first
-        sample; None where none is beyond it, or no set helps."""
-        if not self._beyond or self._first is None:
-            return None
-        graphs = {name: program.graph for name, program in self._programs.items()}
-        sample, exact = self._first
-        trials = KeepTrials(self._model, graphs, EMULATED[self._precision], sample, exact, device=self._device)
-        return trials.find([*self._beyond])
 
 
 def _tell(on_step: OnStep, done: int, total: int, text: str) -> None:
@@ -351,18 +334,19 @@ def _worse(known: PredictedLayer, other: PredictedLayer) -> PredictedLayer:
 
 
 def _reach(goal: Goal, model: Model, samples: Sequence[Sample], result: Prediction, options: PredictOptions) -> None:
-    """Put the fewest layers that reach the goal on the emulator into ``result``."""
-    backends = [create(s) for s in parse_backends(f"emu-fp32,emu-{EMULATED[result.precision]}")]
-    search_result = search(model, backends, goal, samples, MixedPrecisionOptions(exporter=options.exporter))
+    """Put the fewest layers that reach the goal on the emulator into ``result``, in place of those beyond the range."""
+    where = "" if options.device == "cpu" else f"@{options.device}"
+    names = f"emu-fp32{where},emu-{EMULATED[result.precision]}{where}"
+    most = None if options.goal else TRIALS
+    settings = MixedPrecisionOptions(exporter=options.exporter, max_builds=most)
+    search_result = search(model, [create(s) for s in parse_backends(names)], goal, samples, settings)
     result.goal, result.reached = str(goal), search_result.reached
     result.measured, result.measured_by = dict(search_result.best.measured.figures), search_result.backend
     result.notes += [note for note in search_result.notes if note not in result.notes]
-    groups = [layer.fusion_group for layer in search_result.kept]
-    wanted = {(group.component, node) for group in groups for node in group.nodes}
+    result.keep = {component: nodes for component, nodes in search_result.keep.items() if nodes}
     for layer in result.layers:
-        if not layer.keep and any((layer.component, node) in wanted for node in layer.nodes):
+        is_kept = not set(result.keep.get(layer.component, ())).isdisjoint(layer.nodes)
+        if not is_kept:
+            layer.keep = ""
+        elif not layer.keep:
             layer.keep = f"for {goal}"
-    for component, nodes in search_result.keep.items():
-        known = result.keep.setdefault(component, [])
-        known += [node for node in nodes if node not in known]
-    result.keep = {component: nodes for component, nodes in result.keep.items() if nodes}

@@ -123,7 +123,7 @@ class Prediction(JsonForm, Shown):
     keep: dict[str, list[str]] = field(default_factory=dict)
     """Component → nodes to keep in FP32."""
     goal: str = ""
-    """Goal that keeping them must reach, where one was asked for."""
+    """Goal that keeping them must reach: the one asked for, else the tolerance, where it is left."""
     reached: bool | None = None
     """Whether the goal holds with them kept, on the emulator."""
     measured: dict[str, float] = field(default_factory=dict)
@@ -136,9 +136,12 @@ class Prediction(JsonForm, Shown):
     def passes(self) -> bool:
         """Whether nothing must stay in FP32, a goal that was asked for is reached, and no output is expected to be
         further off than the precision's tolerance."""
-        limit = PRECISIONS[self.precision].rtol
-        near = all(output.error.expected <= limit for output in self.outputs)
-        return near and self.reached is not False and not any(layer.keep for layer in self.layers)
+        return self.near and self.reached is not False and not any(layer.keep for layer in self.layers)
+
+    @property
+    def near(self) -> bool:
+        """Whether no output is expected to be further off than the precision's tolerance."""
+        return all(output.error.expected <= PRECISIONS[self.precision].rtol for output in self.outputs)
 
     @property
     def verdict(self) -> str:

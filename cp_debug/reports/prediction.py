@@ -49,9 +49,6 @@ def render(result: Prediction, *, show_all: bool = False) -> Iterator[Renderable
         figures = ", ".join(f"{name} {number(value)}" for name, value in result.measured.items())
         says += f": {figures} over all outputs ({result.measured_by})" if figures else ""
         yield Text(says, style="green" if result.reached else "red")
-    elif result.measured:
-        error = number(result.measured["rel_l2"])
-        yield Text(f"with these nodes in FP32 the worst output is off by {error} ({result.measured_by}, first sample)")
     if keeps_any and result.precision != "int8":
         for component, tools in arguments(result.keep, result.precision).items():
             for tool, line in tools.items():
