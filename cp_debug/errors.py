@@ -27,6 +27,8 @@ _REASONS = {
     errno.ETXTBSY: "it is being run",
     errno.EXDEV: "it lies on another file system",
     errno.EIO: "the device reports an error",
+    errno.ECONNREFUSED: "the connection is refused",
+    errno.EHOSTUNREACH: "no way leads there",
     errno.EPIPE: "nobody reads the output",
     errno.ENODEV: "no such device",
     errno.EINVAL: "not a valid name or operation here",

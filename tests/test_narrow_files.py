@@ -12,11 +12,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx import TensorProto as T
+from test_cli import run
 from test_executor import random
 
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
-from cp_debug.backends.ort_chunks import to_numpy
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.tensorrt.config import decide
@@ -25,6 +25,7 @@ from cp_debug.graph import narrow_types
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.narrow_qdq import DataCodes, NarrowLayer, StoredWeight, needed_opset
 from cp_debug.graph.narrow_types import narrow_kinds
+from cp_debug.graph.ort_values import to_numpy, to_ort
 
 pytest.importorskip("onnxruntime")
 FP8 = {T.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn, T.FLOAT8E5M2: ml_dtypes.float8_e5m2}
@@ -95,6 +96,29 @@ def test_values_of_four_and_two_bits_are_unpacked(
     levels = to_numpy(session.run_with_ort_values(["y"], given)[0])
     assert levels.dtype == numpy_type
     np.testing.assert_array_equal(levels.astype(np.float32), data)
+
+
+@pytest.mark.parametrize(
+    "kind", ["float8_e8m0fnu", "float8_e5m2", "float8_e5m2fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "bfloat16"]
+)
+def test_values_of_every_narrow_type_go_to_onnx_runtime_and_back(kind: str) -> None:
+    values = np.array([[1, 2, 4], [8, 0.5, 0.25]]).astype(getattr(ml_dtypes, kind))
+    back = to_numpy(to_ort({"x": values})["x"])
+    assert back.dtype == values.dtype
+    np.testing.assert_array_equal(back.astype(np.float32), values.astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", [T.UINT4, T.BFLOAT16])
+def test_a_search_takes_inputs_of_types_that_torch_lacks(tmp_path: Path, kind: int) -> None:
+    x, w = helper.make_tensor_value_info("x", kind, [4]), helper.make_tensor_value_info("w", T.FLOAT, [4])
+    y = helper.make_tensor_value_info("y", T.FLOAT, [4])
+    nodes = [helper.make_node("Cast", ["x"], ["wide"], to=T.FLOAT), helper.make_node("Mul", ["wide", "w"], ["y"])]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", [x, w], [y]), opset_imports=[helper.make_opsetid("", 21)], ir_version=10
+    )
+    (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
+    code, text = run("search", str(tmp_path / "net.onnx"), "-b", "emu-fp32,emu-fp16", "--goal", "rel_l2<1e-2")
+    assert code == 0, text
 
 
 @pytest.mark.parametrize("spec", ["ort", "emu-fp32"])

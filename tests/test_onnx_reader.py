@@ -156,6 +156,25 @@ def test_names_are_utf8(tmp_path: Path) -> None:
         Graph(tmp_path / "net.onnx")
 
 
+@pytest.mark.parametrize(
+    ("attribute", "fine"),
+    [
+        (onnx.helper.make_attribute("auto_pad", b"VAL\xffID"), False),
+        (onnx.helper.make_attribute("activations", [b"Tanh", b"Si\xc3("]), False),
+        (onnx.helper.make_attribute("auto_pad", "VALID"), True),
+    ],
+)
+def test_words_of_attributes_are_utf8(tmp_path: Path, attribute: onnx.AttributeProto, *, fine: bool) -> None:
+    net = model()
+    net.graph.node[0].attribute.append(attribute)
+    (tmp_path / "net.onnx").write_bytes(net.SerializeToString())
+    if fine:
+        assert Graph(tmp_path / "net.onnx").nodes
+        return
+    with pytest.raises(InputError, match=r"net\.onnx: holds text that is not UTF-8: '(VAL|Si)"):
+        Graph(tmp_path / "net.onnx")
+
+
 def test_external_data_are_read_from_their_place(tmp_path: Path) -> None:
     net = model()
     (tmp_path / "w.bin").write_bytes(b"1234" + np.array([3, 4], np.float32).tobytes() + b"5678")

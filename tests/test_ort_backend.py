@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -487,9 +488,18 @@ def test_without_modelopt_nothing_is_calibrated(
 
 
 def test_an_input_without_axes_stays_one():
-    from cp_debug.backends.ort_chunks import to_ort
+    from cp_debug.graph.ort_values import to_ort
 
     assert to_ort({"rate": np.array(16000)})["rate"].numpy().shape == ()
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"net\xff")
+    folder.mkdir()
+    b = NetBuilder()
+    b.save(folder / "net.onnx", {"x": (1, [1, 4])}, [b.op("Relu", "x")])
+    _, seen = observe(open_session(folder / "net.onnx"), {"x": np.float32([[-1, 2, -3, 4]])})
+    assert [value.tolist() for value in seen.values()] == [[[0, 2, 0, 4]]]
 
 
 def test_a_constant_that_the_optimizer_holds_with_more_axes_is_no_fault(tmp_path: Path) -> None:

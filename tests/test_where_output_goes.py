@@ -96,3 +96,21 @@ def test_a_tilde_that_the_shell_left_is_no_folder(net: str, given: str) -> None:
     assert text.startswith(f"--output: {given}: ~ is for the shell")
     assert not Path("~").exists()
     assert run("cache", "--shared", "~/x")[1].startswith("--shared: ~/x: ~ is for the shell")
+
+
+def test_csv_alone_goes_to_stdout(net: str) -> None:
+    code, text = run("bisect", net, "-b", "ort,emu-fp16", "--csv", "-")
+    rows = [line.split(",") for line in text.splitlines() if line]
+    assert code == 0
+    assert rows[0][:2] == ["backend", "index"]
+    assert {row[0] for row in rows[1:]} == {"emu-fp16"}
+    assert not Path("-").exists()
+
+
+@pytest.mark.parametrize("given", ["--csv - --json -", "--html -"])
+def test_stdout_takes_one_document(net: str, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cp_debug.cli.bisect.load_torch", lambda: pytest.fail("it runs"))
+    code, text = run("bisect", net, "-b", "ort,emu-fp16", *given.split())
+    assert code == 2
+    assert given.split()[0] in text
+    assert "standard output" in text

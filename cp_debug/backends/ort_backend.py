@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 
 from cp_debug.backends.base import Program, Sink
-from cp_debug.backends.ort_chunks import ChunkedGraph, to_numpy, to_ort
+from cp_debug.backends.ort_chunks import ChunkedGraph
 from cp_debug.backends.ort_optimized import OptimizedProgram, Replacement, build, replacements
 from cp_debug.backends.ort_options import LEVELS, Runtime, device_of, read_settings
 from cp_debug.backends.spec import BackendSpec
@@ -29,6 +29,7 @@ from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
 from cp_debug.graph.narrow_types import check_narrow_types
+from cp_debug.graph.ort_values import to_numpy, to_ort
 from cp_debug.graph.tensor_ends import as_arrays
 
 if TYPE_CHECKING:

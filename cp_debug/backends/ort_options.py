@@ -108,7 +108,9 @@ class Runtime:
         for key, value in _CONFIG.items():
             options.add_session_config_entry(key, value)
         if weights is not None:
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", os.fsencode(weights)
+            )
         if write is not None:
             options.optimized_model_filepath = str(write)
             options.add_session_config_entry(

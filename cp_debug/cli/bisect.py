@@ -124,7 +124,7 @@ def bisect(
     exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what all backends read.")] = Exporter.auto,
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart: debug module by module.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the layer table as CSV.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the layer table as CSV; - is stdout.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the HTML report: one file, works offline.")] = None,
     save: Annotated[Path | None, typer.Option(help="Keep result, graphs and captures in this folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="--save replaces an earlier run's folder.")] = False,

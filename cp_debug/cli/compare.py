@@ -24,7 +24,7 @@ def compare(
     show_all: Annotated[bool, typer.Option("--all", help="Every tensor.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The verdict alone, one line for each test.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the table as CSV.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the table as CSV; - is stdout.")] = None,
 ) -> None:
     """Compare two captures tensor by tensor."""
     from cp_debug.probes.capture import Capture

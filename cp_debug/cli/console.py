@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from json import dumps
@@ -24,6 +24,8 @@ from cp_debug.interpreter import how_far
 from cp_debug.safe_text import message, no_command, prints_aside, visible
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from cp_debug.bisect.result import BisectResult
 
 _PLAIN = "cpdebug-plain"
@@ -192,35 +194,44 @@ def show(
     quiet: bool = False,
     rest: str = "--all shows the rest",
 ) -> None:
-    """Print the tables, and write the files that were asked for. With ``json`` on stdout, nothing else goes there.
+    """Print the tables, and write the files that were asked for. What goes to stdout, is there alone.
 
     ``quiet``: one line for each test, the verdict alone. ``rest``: how to see the layers that are left out.
     """
-    from cp_debug.reports.files import write_csv
+    from cp_debug.reports.files import layer_frame
     from cp_debug.reports.tables import render
     from cp_debug.reports.verdict_line import verdict_line
 
     tables = render(result, layers=layers, show_all=show_all, rest=rest)
-    show_document(map(verdict_line, result.tests) if quiet else tables, result.to_dict(), json)
-    if csv:
-        write_csv(result, csv)
+    lines = map(verdict_line, result.tests) if quiet else tables
+    show_document(lines, result.to_dict(), json, csv, lambda: layer_frame(result))
 
 
 def show_document(
-    parts: Iterable[RenderableType], document: Mapping[str, Any] | Sequence[Any], json: str | None
+    parts: Iterable[RenderableType],
+    document: Mapping[str, Any] | Sequence[Any],
+    json: str | None,
+    csv: Path | None = None,
+    table: Callable[[], DataFrame] | None = None,
 ) -> None:
-    """Print the parts, and write the document as JSON to a file; with ``-`` to stdout, and nothing else goes there.
+    """Print the parts, and write the document as JSON and the table as CSV to the files that are named.
+
+    With ``-`` they go to stdout, and nothing else does.
 
     Text that says ``no_wrap`` is not broken into lines: it is to be copied.
     """
     from cp_debug.files import write_text
 
-    if json != "-":
+    if "-" not in (json, str(csv)):
         for part in parts:
             console.print(part, soft_wrap=bool(getattr(part, "no_wrap", False)))
     if json:
         text = dumps(document, indent=1, allow_nan=False).replace("##[", "\\u0023#[")  # a command, in a log of GitHub's
         write_text(f"{text}\n", None if json == "-" else Path(json))
+    if csv and table:
+        from cp_debug.reports.files import csv_text
+
+        write_text(csv_text(table()), None if str(csv) == "-" else csv)
 
 
 class Steps:

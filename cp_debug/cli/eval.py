@@ -55,7 +55,9 @@ def evaluate(
     exporter: Annotated[Exporter, typer.Option(help="For torch models.")] = Exporter.auto,
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the figures of every backend and class as CSV.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(help="Write the figures of each backend and class as CSV; - is stdout.")
+    ] = None,
     predictions: Annotated[Path | None, typer.Option(help="Write every detection, as .npz.")] = None,
     *,
     int8: calibration.CalibrationFlags,
@@ -187,15 +189,9 @@ def _finish(result: EvaluationResult, json: str | None, csv: Path | None, predic
     """Print the result, write what was asked for, and end with the exit code."""
     from cp_debug.cli.console import show_document
     from cp_debug.detection.predictions import save_predictions
-    from cp_debug.files import complete_file
     from cp_debug.reports.evaluation import render
 
-    show_document(render(result), result.to_dict(), json)
-    if csv:
-        from cp_debug.reports.files import csv_text
-
-        with complete_file(csv) as stream:
-            stream.write(csv_text(result.to_pandas()))
+    show_document(render(result), result.to_dict(), json, csv, result.to_pandas)
     if predictions:
         save_predictions(predictions, result.samples, result.predictions)
     raise typer.Exit(1 if result.worse else 0)

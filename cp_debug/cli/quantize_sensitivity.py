@@ -54,7 +54,7 @@ def sensitivity(
     draws: Annotated[int, typer.Option(min=0, max=MOST, help="Bootstrap draws for the intervals.")] = 200,
     show_all: Annotated[bool, typer.Option("--all", help="Show every layer.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write a row for each layer as CSV.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write a row for each layer as CSV; - is stdout.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write chart and table as one HTML file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the chart as SVG.")] = None,
     output: Annotated[
@@ -84,7 +84,6 @@ def sensitivity(
     read = DataOptions(data_root)
     check_given(model, inputs=data, samples=samples, checkpoint=checkpoint, options=read, flag="--data")
     load_torch()
-    from cp_debug.files import complete_file
     from cp_debug.mixed_precision.sensitivity import (
         build_sensitivity_profile,
         check_budget,
@@ -93,7 +92,6 @@ def sensitivity(
     )
     from cp_debug.quantization.open_quantized import modules_of, open_quantized
     from cp_debug.recipes.registry import load_model
-    from cp_debug.reports.files import csv_text
     from cp_debug.reports.sensitivity import render, write_chart, write_page
 
     if auto is not None:
@@ -123,10 +121,7 @@ def sensitivity(
         output.mkdir(parents=True, exist_ok=True)
         json, csv = json or str(output / "sensitivity.json"), csv or output / "sensitivity.csv"
         html, plot = html or output / "sensitivity.html", plot or output / "sensitivity.svg"
-    show_document(render(profile, show_all=show_all), profile.to_dict(), json)
-    if csv:
-        with complete_file(csv) as stream:
-            stream.write(csv_text(profile.to_pandas()))
+    show_document(render(profile, show_all=show_all), profile.to_dict(), json, csv, profile.to_pandas)
     if html:
         write_page(profile, command_line(), html)
     if plot:

@@ -44,7 +44,7 @@ def report(
     if charts and kind is not Format.html:
         raise InputError(f"--charts: it would do nothing here: {kind.value} has no charts")
     check_saved(result)
-    from cp_debug.reports.files import write_csv, write_parquet
+    from cp_debug.reports.files import csv_text, layer_frame, write_parquet
     from cp_debug.reports.saved import SavedResult
 
     saved = SavedResult.open(result)
@@ -62,7 +62,7 @@ def report(
         paths = [output or Path("layers.parquet")]
         write_parquet(saved.result, paths[0])
     elif kind is Format.csv:
-        write_csv(saved.result, output)
+        write_text(csv_text(layer_frame(saved.result)), output)
     elif kind is Format.markdown:
         from cp_debug.reports.markdown import render_markdown
 

@@ -23,6 +23,8 @@ SCHEMAS = "cpdebug."
 """Beginning of the ``schema`` of every JSON document that a command writes."""
 FILES = {"csv", "html", "json", "junit", "log_file", "plot", "predictions"}
 """Parameters of those that are files, in folders that must be there."""
+ALONE = ("csv", "json")
+"""Those of which ``-`` is stdout, which then holds nothing else."""
 _MADE = OUTPUTS | {"cache", "engine_cache", "shared", "timing_cache"}
 """Parameters that name what is made where it does not exist."""
 DEEPEST = 400
@@ -39,6 +41,8 @@ def check_outputs(given: Mapping[str, Any], flags: Mapping[str, str]) -> None:
         if name in _MADE and isinstance(value, (str, Path)) and Path(value).parts[:1] == ("~",):
             why = "~ is for the shell, which leaves it alone in quotes and after a ="
             raise InputError(f"{flags[name]}: {value}: {why}; expected the whole path, or $HOME")
+    if all(str(given.get(name)) == "-" for name in ALONE):
+        raise InputError("--csv: - is the standard output, which --json has already; expected a file for one of them")
     outputs = [(flags[name], str(value)) for name, value in given.items() if name in OUTPUTS and _names_file(value)]
     for flag, output in outputs:
         if (folders := len(Path(output).parts)) > DEEPEST:
@@ -68,7 +72,7 @@ def check_folders(given: Mapping[str, Any], flags: Mapping[str, str]) -> None:
     """
     made = [resolved(Path(str(v))) for n, v in given.items() if n in OUTPUTS - FILES and _names_file(v)]
     for name, value in given.items():
-        if name not in FILES or not _names_file(value):
+        if name not in FILES or not (_names_file(value) or (str(value) == "-" and name not in ALONE)):
             continue
         folder = resolved(Path(str(value))).parent
         if not folder.exists() and any(place in (folder, *folder.parents) for place in made):

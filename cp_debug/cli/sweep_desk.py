@@ -173,14 +173,14 @@ class Desk:
     json: Annotated[
         str | None, typer.Option(help="Write JSON to a file, or to stdout with -.", rich_help_panel=REPORT)
     ] = None
-    csv: Annotated[Path | None, typer.Option(help="Write the figures as CSV.", rich_help_panel=REPORT)] = None
+    csv: Annotated[Path | None, typer.Option(help="Write figures as CSV; - is stdout.", rich_help_panel=REPORT)] = None
     html: Annotated[Path | None, typer.Option(help="Write the report as one HTML file.", rich_help_panel=REPORT)] = None
 
     def run(self, kind: str, tasks: Callable[[], Iterable[Task]], **merging: Any) -> None:
         """Run what is left, merge what there is, show it, and exit. ``merging``: settings of the kind's ``merge``."""
         from cp_debug.cli.console import command_line, say, show_document
         from cp_debug.cli.sweep_view import view
-        from cp_debug.reports.sweep import render, write_csv, write_page
+        from cp_debug.reports.sweep import frame, render, write_page
         from cp_debug.sweep.log import SweepLog, write_parquet, write_parts
         from cp_debug.sweep.result import SweepResult
         from cp_debug.sweep.run import run
@@ -232,9 +232,7 @@ class Desk:
                 csv or self.output / "sweep.csv",
                 html or self.output / "sweep.html",
             )
-        show_document(render(result), result.to_dict(), json)
-        if csv:
-            write_csv(result, csv)
+        show_document(render(result), result.to_dict(), json, csv, lambda: frame(result))
         if html:
             write_page(result, html)
         if result.failures:

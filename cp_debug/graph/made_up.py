@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 import time
@@ -16,12 +17,12 @@ import onnx
 
 from cp_debug.doing import doing
 from cp_debug.errors import InputError
-from cp_debug.files import resolved
 from cp_debug.graph import onnx_runtime, surgery
 from cp_debug.graph.check_inputs import with_shapes
 from cp_debug.graph.free_axes import FreeAxes
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.input_values import DOMAINS, Ways, ways
+from cp_debug.graph.ort_values import to_numpy, to_ort
 from cp_debug.graph.other_inputs import TensorInputs, made_up_structure, other_inputs, with_tensor_inputs
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class MadeUp:
         options = onnx_runtime.session_options()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.enable_cpu_mem_arena = False
-        folder = str(resolved(self.graph.path).parent)
+        folder = os.fsencode(surgery.weights_folder(self.graph))  # its name may be no text
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
             with doing(f"ONNX Runtime opened {self.named}"):
@@ -217,7 +218,7 @@ class _InputTrials:
         try:
             arrays = self._made.make(choice)
             names = [o.name for o in self._session.get_outputs()]
-            outputs = onnx_runtime.run(self._session, names, _values(arrays), self._time_limit)
+            outputs = onnx_runtime.run(self._session, names, to_ort(arrays), self._time_limit)
         except onnx_runtime.Endless as error:
             raise onnx_runtime.Endless(f"{self._made.named}: with made-up inputs {error}") from error
         except Exception as error:  # each status of ONNX Runtime is a class of its own, directly below Exception
@@ -236,23 +237,8 @@ class _InputTrials:
         return f"{where}{last.rstrip('.')[:300]}"
 
 
-def _values(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    from onnxruntime import OrtValue
-
-    values = {}
-    for name, array in arrays.items():
-        array = np.asarray(array, order="C")
-        if array.dtype.isbuiltin == 1:
-            values[name] = OrtValue.ortvalue_from_numpy(array)
-        else:
-            element = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-            bits = array.view(f"u{array.dtype.itemsize}")
-            values[name] = OrtValue.ortvalue_from_numpy_with_onnx_type(bits, element)
-    return values
-
-
 def _is_finite(value: Any) -> bool:
     if not value.is_tensor():
         return True
-    array = value.numpy()
+    array = to_numpy(value)
     return bool(np.isfinite(array.astype(np.float32)).all()) if array.size else True

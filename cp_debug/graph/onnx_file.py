@@ -32,6 +32,8 @@ DEEPEST = 100
 LONGEST = 4096
 """Characters of a name."""
 _CONSTANT = ("value", "sparse_value")
+_OF_TEXT = ("Constant", "StringNormalizer", "StringSplit", "TfIdfVectorizer")
+"""Operators of which an attribute holds data in bytes of any encoding; of others, it is one of ONNX's own words."""
 _COUNTS = {"Scan": ("num_scan_inputs", "input"), "Split": ("num_outputs", "output")}
 """Operator → attribute that counts, and what it counts: whoever believes it makes lists of that length."""
 _LENGTHS = {"OneHot": {1: 1, 2: 2}, "Range": {0: 1, 1: 1, 2: 1}, "TopK": {1: 1}, "CumSum": {1: 1}, "Clip": {1: 1, 2: 1}}
@@ -89,8 +91,9 @@ def read_model(path: Path) -> onnx.ModelProto:
     try:
         _decode(model)
         _Check(path, model).all()
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: holds a name that is not UTF-8") from None
+    except UnicodeDecodeError as error:
+        text = shown(error.object.decode(errors="backslashreplace"))
+        raise InputError(f"{path}: holds text that is not UTF-8: {text}") from None
     return model
 
 
@@ -315,6 +318,9 @@ class _Check:
         if field is None or (single and not attribute.HasField(field)):
             problem = f"is of the type {attribute.type}" if field is None else f"has no value in its field {field!r}"
             raise self._error(f"attribute {shown(attribute.name)} of {_title(node)} {problem}")
+        if node.domain in ("", "ai.onnx") and node.op_type not in _OF_TEXT:
+            for text in [attribute.s] if field == "s" else attribute.strings:
+                text.decode()
         for tensor in [attribute.t] if field == "t" else attribute.tensors if field == "tensors" else ():
             self._tensor(tensor, f"attribute {shown(attribute.name)} of {_title(node)}")
 

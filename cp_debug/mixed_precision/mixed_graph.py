@@ -60,7 +60,7 @@ class MixedExecutor:
         before: Mapping[str, Any] = near.values if near else {}
         values: dict[str, Any] = {}
         for name, array in inputs.items():
-            values[name] = _unless_equal(before.get(name), torch.from_numpy(np.asarray(array, order="C")))
+            values[name] = _unless_equal(before.get(name), self._high.arithmetic.hold(array, self._high.device))
         with deterministic():
             for node in (self._of(node, high) for node in self._nodes):
                 same = near is not None and (node.name in high) == (node.name in near.high)

@@ -21,7 +21,6 @@ from onnx import helper
 from torch import Tensor
 
 from cp_debug.backends.executor import Executor
-from cp_debug.backends.ort_chunks import to_numpy, to_ort
 from cp_debug.doing import doing
 from cp_debug.errors import InputError
 from cp_debug.graph import onnx_runtime
@@ -29,6 +28,7 @@ from cp_debug.graph.constants import Constants
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.ort_values import to_numpy, to_ort
 from cp_debug.probes.fingerprint import Fingerprint, fingerprint
 from cp_debug.programs.align import TOLERANCE
 from cp_debug.programs.matching import nearest

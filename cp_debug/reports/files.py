@@ -51,11 +51,6 @@ def _is_text(column: pd.Series) -> bool:
     return not is_numeric_dtype(column)
 
 
-def write_csv(result: BisectResult, target: Path | None) -> None:
-    """Write the layers of every test backend as one CSV table, to stdout without a ``target``."""
-    write_text(csv_text(layer_frame(result)), target)
-
-
 def write_parquet(result: BisectResult, target: Path) -> None:
     """Write the layers of every test backend as one Parquet file. Raises MissingPackage without pyarrow."""
     require("pyarrow", "parquet")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -14,7 +14,6 @@ from rich.text import Text
 from cp_debug.detection.bootstrap import CONFIDENCE, ConfidenceInterval
 from cp_debug.detection.breakdown import PartScores
 from cp_debug.files import write_text
-from cp_debug.reports.files import csv_text
 from cp_debug.reports.heat_map import Strip, strips
 from cp_debug.reports.numbers import fixed, number, signed
 from cp_debug.reports.page import environment, page_parts
@@ -28,6 +27,9 @@ from cp_debug.sweep.searching import MixedPrecisionGroup
 from cp_debug.sweep.sensitivity import SensitivityGroup
 from cp_debug.sweep.spread import Outlier, Spread
 from cp_debug.version import __version__
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MOST_LAYERS = 12
 """Layers that a terminal shows; the page has all."""
@@ -293,12 +295,11 @@ def write_page(result: SweepResult, target: Path) -> None:
     write_text(render_page(result), target)
 
 
-def write_csv(result: SweepResult, target: Path) -> None:
-    """Write the rows of every group as one table."""
+def frame(result: SweepResult) -> pd.DataFrame:
+    """The rows of every group as one table."""
     import pandas as pd
 
-    rows = [row for group in result.groups for row in group.rows()]
-    write_text(csv_text(pd.DataFrame(rows)), target)
+    return pd.DataFrame([row for group in result.groups for row in group.rows()])
 
 
 def by_reason(failures: Sequence[FailedTasks]) -> list[tuple[str, list[FailedTasks]]]:

@@ -13,6 +13,8 @@ from cp_debug.errors import InputError, in_one_line
 if TYPE_CHECKING:
     from distributed import Client
 
+ANSWER = 10.0
+"""Seconds in which a scheduler accepts a connection, and in which it answers."""
 NAMED = 3
 """Workers that a message names; of others it has their number."""
 
@@ -96,9 +98,18 @@ def check_scheduler(address: str) -> None:
 async def _versions(address: str) -> Any:
     import dask
     from dask.utils import parse_timedelta
+    from distributed.comm.addressing import parse_address, parse_host_port
     from distributed.core import rpc
 
-    seconds = parse_timedelta(dask.config.get("distributed.comm.timeouts.connect"))
+    seconds = min(ANSWER, parse_timedelta(dask.config.get("distributed.comm.timeouts.connect")))
+    scheme, place = parse_address(address)
+    if scheme in ("tcp", "tls"):
+        # Dask tries a dead address again and again, for half a minute.
+        try:
+            connecting = asyncio.open_connection(*parse_host_port(place))
+            (await asyncio.wait_for(connecting, seconds))[1].close()
+        except asyncio.TimeoutError:
+            raise OSError(f"nothing answers there within {seconds:g} s") from None
     async with rpc(address) as scheduler:
         try:
             return await asyncio.wait_for(scheduler.versions(packages=None), seconds)

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.errors import TOGETHER, BackendUnavailable, CpdebugError, InputError
+from cp_debug.errors import TOGETHER, BackendUnavailable, CpdebugError, InputError, system_reason
 from cp_debug.optional import require
 from cp_debug.sweep.admission import check_scheduler
 
@@ -212,7 +212,7 @@ def remote_workers(address: str) -> Iterator[Client]:
                 warnings.simplefilter("ignore", VersionMismatchWarning)
                 client = Client(address, set_as_default=False)
         except (OSError, ValueError) as error:
-            expected = "expected tcp://HOST:PORT"
-            raise InputError(f"--cluster: no scheduler answers at {address} ({error}); {expected}") from None
+            reason, expected = system_reason(error) if isinstance(error, OSError) else error, "expected tcp://HOST:PORT"
+            raise InputError(f"--cluster: no scheduler answers at {address} ({reason}); {expected}") from None
         with client:
             yield client

@@ -26,6 +26,7 @@ import fuzz_ends
 import fuzz_files
 import fuzz_foreign
 import fuzz_harness
+import fuzz_hostile
 import fuzz_more
 import fuzz_newer
 import fuzz_onnx
@@ -83,6 +84,10 @@ KINDS: dict[str, tuple[Make, int]] = {
     "failing": (fuzz_ends.failing, 6),
     "endless": (fuzz_ends.endless, 1),
     "options": (fuzz_ends.options, 6),
+    "no-text": (fuzz_hostile.no_text, 8),
+    "dimensions": (fuzz_hostile.dimensions, 8),
+    "narrow-weights": (fuzz_hostile.narrow_weights, 8),
+    "odd-names": (fuzz_hostile.odd_names, 8),
     "signals": (fuzz_foreign.signals, 3),
     "kills": (fuzz_ends.kills, 3),
 }
