@@ -249,3 +249,22 @@ def test_activations_are_compared_with_what_their_scales_hold() -> None:
     over, coarse = _clipped({"a": (3.5, 20.0), "b": (1.2, 2.0), "c": (0.1, 0.0), "d": (0.2, 0.0)})
     assert "activations reach 3.50 times what their INT8 scale holds; clipping them costs 20 times" in str(over)
     assert "INT8 scales up to 10 times too coarse" in str(coarse)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize("between", [False, True])
+def test_a_constant_that_vanishes_in_fp16_is_told_where_it_decides(zeros: bool, between: bool, tmp_path: Path) -> None:
+    net = NetBuilder()
+    norm = net.op("ReduceL2", "x", net.weight(np.array([1], np.int64)), name="norm")
+    least = net.op("Max", norm, net.weight(np.array(1e-12, np.float32)), name="least")
+    if between:
+        least = net.op("Expand", least, net.weight(np.array([4, 8], np.int64)), name="expand")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [4, 8])}, [net.op("Div", "x", least, name="div")], opset=18)
+    model = OnnxFileModel(path)
+    sample = next(iter(model.samples(1, 0, None)))
+    if zeros:
+        sample.arrays["x"][2] = 0
+    told = Preflight(model, prepare(model, sample, tmp_path), sample).concerns()
+    said = [(concern.severity, concern.says, concern.layers) for concern in told]
+    born = (PROBLEM, "1e-12 is 0 in FP16: NaN or Inf is born at node_div", ["node_least", "node_div"])
+    assert said == [born] * zeros

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +86,7 @@ class Preflight:
         """One FP32 pass over the whole chain."""
         lost: dict[str, dict[str, float]] = {}
         strange: list[str] = []
+        finite: set[Key] = set()
         clipped: dict[str, tuple[float, float]] = {}
         quantizers = {
             Key(p.name, node.inputs[0]): _range_of(node, Weights(p.graph, FP64, torch.device("cpu"), 0))
@@ -102,7 +103,9 @@ class Preflight:
             if not isinstance(value, Tensor) or not value.is_floating_point() or key in constants:
                 return
             name = self._names.get(key, key.value)
-            if not all_finite(value):
+            if all_finite(value):
+                finite.add(key)
+            else:
                 strange.append(name)
             if figures := leaves_half(value):
                 lost[name] = figures
@@ -116,8 +119,38 @@ class Preflight:
                 "activations", PROBLEM, "NaN or Inf in FP32", strange, "cpdebug bisect names where they are born"
             )
         yield from _beyond_half("activations", lost)
+        if not any(figures["overflows"] for figures in lost.values()):
+            yield from self._vanishing(sample, finite)
         yield from _clipped(clipped)
         yield from self._probabilities(sample, results)
+
+    def _vanishing(self, sample: Sample, finite: Container[Key]) -> Iterator[Concern]:
+        """Constants that FP16 holds as 0, such as an ε, if a pass in FP16 makes NaN or Inf of what is ``finite``."""
+        tiny: dict[str, float] = {}
+        for program in self.programs:
+            weights = Weights(program.graph, FP64, torch.device("cpu"), 0)
+            for node in program.graph.nodes:
+                for value in map(weights.numbers, node.inputs if node.op not in QUANTIZERS else ()):
+                    single = value is not None and value.is_floating_point() and value.numel() == 1
+                    if single and value and not round_fp16(value.float()):
+                        tiny[_layer(program, node)] = float(value)
+        if not tiny:
+            return
+        born: list[str] = []
+
+        def look(key: Key, tensor: Any) -> None:
+            value = FP64.hold(tensor, "cpu")
+            if key in finite and isinstance(value, Tensor) and value.is_floating_point() and not all_finite(value):
+                born.append(self._names.get(key, key.value))
+
+        with Pipeline(self.model, self.programs, create(BackendSpec.parse("emu-fp16"))) as pipeline:
+            pipeline.run(sample, look)
+        if born:
+            (_, value), *more = tiny.items()
+            others = f", and {len(more)} more such constants" if more else ""
+            says = f"{value:.3g} is 0 in FP16{others}: NaN or Inf is born at {born[0]}"
+            fix = "raise the constant to 1e-7 or more, or keep these layers in FP32"
+            yield Concern("activations", PROBLEM, says, list(dict.fromkeys([*tiny, born[0]])), fix)
 
     def _probabilities(self, sample: Sample, results: Mapping[str, Arrays]) -> Iterator[Concern]:
         """Scores that were never squeezed into (0, 1), or twice."""

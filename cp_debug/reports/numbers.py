@@ -18,9 +18,11 @@ def share(value: float) -> str:
 def share_in_words(share: float) -> str:
     """A share of the final divergence in words; errors that cancel each other make it large or negative."""
     if share > 1.05:
-        return f"{share:.3g} times the final divergence, most of which other errors cancel"
+        what = f"{share:.0%} of" if share < 10 else f"{share:.3g} times"
+        return f"{what} the final divergence: other errors cancel the rest"
     if share < -0.05:
-        return f"against the final divergence, by {-share:.3g} times its size: other errors outweigh it"
+        what = f"{-share:.0%}" if share > -10 else f"{-share:.3g} times"
+        return f"without it the final divergence would be {what} larger: other errors outweigh it"
     return f"{percent(share)} of the final divergence"
 
 

@@ -44,7 +44,7 @@ def int8(rows: Rows, unquantized: Callable[[Sequence[LayerRow]], str]) -> Iterat
         return
     # A layer has a step where its own nodes quantize; what one rounds whose quantizers lie in others counts as well.
     sound = [r for r in rows.values() if r.verdict != GUILTY and r.replay and r.replay.introduced]
-    ranked = sorted((r for r in sound if r.share is not None), key=lambda r: r.share or 0.0, reverse=True)
+    ranked = sorted((r for r in sound if (r.share or 0.0) >= NOTICED), key=lambda r: r.share or 0.0, reverse=True)
     if not ranked:
         return
     row = ranked[0]
@@ -55,7 +55,7 @@ def int8(rows: Rows, unquantized: Callable[[Sequence[LayerRow]], str]) -> Iterat
         [row.op],
         evidence={
             "introduced": row.replay and row.replay.introduced,
-            "then": ", ".join(f"{r.name} ({r.share:.0%})" for r in ranked[1:4] if r.share and r.share >= NOTICED),
+            "then": ", ".join(f"{r.name} ({r.share:.0%})" for r in ranked[1:4]),
         },
         effect=Effect(row.share),
         fix=f"accept it, or leave it unquantized: {unquantized([row])}",

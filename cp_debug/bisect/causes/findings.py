@@ -125,18 +125,19 @@ class Explainer:
             names, ops = [n for f in alike for n in f.layers], [op for f in alike for op in f.ops]
             findings.append(replace(alike[0], layers=names, ops=ops))
         findings += [*unsteady, *(() if self._draws else self._program(observation))]
+        costly: list[Finding] = []
         try:
-            findings += costs(rows, self.run.precision.name, self.run.precision.roundoff, self.segment)
+            costly += costs(rows, self.run.precision.name, self.run.precision.roundoff, self.segment)
         except Exception as error:
             self.notes.append(f"what would lower the cost of the declared precision is not known: {in_one_line(error)}")
         if any(not row.within or (row.replay and row.replay.step is not None) for row in rows.values()):
             try:
-                findings += declared.int8(rows, self._unquantized)
-                if self.adds_up and not findings and not all(row.within for row in rows.values()):
-                    findings += declared.declared(self.run, rows, self.segment, self._trials)
+                costly += declared.int8(rows, self._unquantized)
+                if self.adds_up and not findings and not costly and not all(row.within for row in rows.values()):
+                    costly += declared.declared(self.run, rows, self.segment, self._trials)
             except Exception as error:
                 self.notes.append(f"what the declared precision costs is not known: {in_one_line(error)}")
-        return sorted(findings, key=lambda f: -(abs(f.effect.share) if f.effect.share is not None else 0.0))
+        return [*sorted(findings, key=_by_effect), *sorted(costly, key=_by_effect)]  # what is wrong comes first
 
     def _shapes(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:
         """For the first layer of another shape in each component, the difference of the two graphs that makes it."""
@@ -379,6 +380,10 @@ def _unexplained(explanation: Explanation) -> str:
     says = "no known cause explains what these layers introduce"
     differ = "; ".join(explanation.graphs_differ)
     return f"{says}; the two graphs differ there: {differ}" if differ else says
+
+
+def _by_effect(finding: Finding) -> float:
+    return -abs(finding.effect.share or 0.0)
 
 
 def _node_names(rows: Sequence[LayerRow]) -> list[str]:

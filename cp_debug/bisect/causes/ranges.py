@@ -102,7 +102,12 @@ def underflow(segment: Segment) -> Iterator[Candidate]:
         figures = half_figures(exact)
         small = figures["vanishes"] + figures["subnormal"]
         if loss > RANGE * HALF.roundoff and small > 0.01:
-            says = f"FP16 underflow: {small:.0%} of the {tensor_name} lie below the smallest normal FP16 number"
+            if exact.numel() == 1 and tensor_name != "result":
+                constant = tensor_name.replace("weights", "constant")
+                stored = float(value(exact.float()))
+                says = f"FP16 underflow: the {constant}, {float(exact):.3g}, is {stored:.3g} in FP16"
+            else:
+                says = f"FP16 underflow: {small:.0%} of the {tensor_name} lie below the smallest normal FP16 number"
             evidence = {**figures, "of": tensor_name, "storage_loss": loss}
             given = segment.claimed
             yield Candidate("fp16-underflow", says, given, 0, evidence, RESCALE, heard=True, declared=True)

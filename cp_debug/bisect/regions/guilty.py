@@ -51,9 +51,7 @@ def look_inside(
     other_findings = [
         remaining for finding in findings if (remaining := _without(finding, explained_names)) is not None
     ]
-    return sorted(
-        [*new_findings, *other_findings], key=lambda f: -(abs(f.effect.share) if f.effect.share is not None else 0.0)
-    )
+    return [*new_findings, *other_findings]
 
 
 def _unexplained(finding: Finding) -> bool:
