@@ -28,7 +28,7 @@ from cp_debug.graph.qdq import insert_qdq, quantizable
 from cp_debug.graph.scales import LayerScales
 from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
 from cp_debug.mixed_precision import fusion_groups
-from cp_debug.mixed_precision.emit import arguments, deploy_fragment
+from cp_debug.mixed_precision.emit import Named, arguments, deploy_fragment
 from cp_debug.mixed_precision.fusion_groups import fused, fusion_groups_of
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.log import TrialLog
@@ -324,7 +324,7 @@ NAMES = st.text(st.characters(codec="ascii", exclude_categories=["C", "Z"], excl
 
 @given(st.lists(NAMES, min_size=1, unique=True), st.sampled_from(["fp16", "fp16acc", "bf16"]))
 def test_arguments_name_exactly_the_nodes(nodes: list[str], precision: str) -> None:
-    told = arguments({"net": nodes, "other": []}, precision)
+    told = arguments({"net": nodes, "other": []}, precision, Named({"net": "net.onnx", "other": "other.onnx"}))
     assert list(told) == ["net"]
     words = {tool: shlex.split(line) for tool, line in told["net"].items()}
     flag = precision.removesuffix("acc")

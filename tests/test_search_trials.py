@@ -12,6 +12,7 @@ import pytest
 from nets import NetBuilder
 
 from cp_debug.backends.base import Program
+from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.options import Options
 from cp_debug.graph.graph import Graph
 from cp_debug.mixed_precision.fusion_groups import FusionGroup, fused, nodes_of
@@ -149,7 +150,7 @@ def test_where_a_search_is_stopped_the_fewest_layers_that_hold_are_the_best_else
     trials[False, refused] = Trial(refused, 1, False, Measured(), 1.0, error="no kernel")
     search: Any = object.__new__(_MixedPrecisionSearch)
     search._model, search._reference, search._tests, search._notes = SimpleNamespace(name="m"), "torch", [], []
-    search._backend = SimpleNamespace(spec="trt", emulated=False)
+    search._backend, search._exporter = SimpleNamespace(spec=BackendSpec("ort-fp16"), emulated=False), "dynamo"
     search.precision, search._goal, search.groups = TrialPrecision("fp16"), Goal.parse("rel_l2<0.5"), groups
     search.log, search._started = SimpleNamespace(trials=trials), 0.0
     search.runner, search.emulator = SimpleNamespace(builds=4), SimpleNamespace(passes=0)

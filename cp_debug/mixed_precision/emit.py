@@ -6,15 +6,18 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.narrow_options import NarrowOptions, is_narrow
 from cp_debug.graph.casts import cast_surgery
+from cp_debug.graph.graph import Graph
 from cp_debug.graph.narrow_qdq import insert_narrow_qdq
 from cp_debug.graph.operators import CONTRACTIONS
 from cp_debug.graph.unquantize import remove_qdq
+from cp_debug.programs.export import EXPORTERS
 from cp_debug.programs.walk import Walk, tensors_as_arrays
 from cp_debug.quantization.data_ranges import DataRanges
 from cp_debug.quantization.narrow_layers import calibrated, check_exportable, narrow_layers, weighted_layers
@@ -82,40 +85,78 @@ def write_narrow_onnx(
     return notes
 
 
-def arguments(keep: Mapping[str, Sequence[str]], precision: str) -> dict[str, dict[str, str]]:
-    """Component → tool → command line that keeps these nodes in FP32; components with nothing to keep are left out."""
+@dataclass(frozen=True)
+class Named:
+    """The files that have the nodes by the names that are told."""
+
+    files: dict[str, str] = field(default_factory=dict)
+    """Component → file; left out where a node has no name in it, so that other tools cannot be told of it."""
+    exporter: str = ""
+    """``dynamo`` or ``torchscript`` where they are exports that are gone by now; such a file is called after its
+    component."""
+    opset: int = 0
+    """Opset of these exports."""
+
+    @classmethod
+    def of(cls, programs: Sequence[Program], exporter: str) -> Named:
+        """Files of programs, which ``exporter`` exported where they come from modules."""
+        exported = [program for program in programs if program.module is not None]
+        other = next((name for name in EXPORTERS if name != exporter), "")
+        notes = [note for p in exported if p.alignment is not None for note in p.alignment.notes]
+        if any(note.endswith(f"{other} exported it") for note in notes):
+            exporter = other
+        files = {p.name: f"{p.name}.onnx" if p in exported else str(p.graph) for p in programs if _all_named(p.graph)}
+        return cls(files, exporter, exported[0].graph.opsets[""]) if exported else cls(files)
+
+    def command(self, model: str) -> str:
+        """The command that writes the files; empty where they are the user's."""
+        if not self.exporter:
+            return ""
+        return f"cpdebug export {shlex.quote(model)} -o . --exporter {self.exporter} --opset {self.opset}"
+
+
+def _all_named(graph: Graph) -> bool:
+    names = [node.proto.name for node in graph.nodes]
+    return all(names) and len(set(names)) == len(names)
+
+
+def arguments(
+    keep: Mapping[str, Sequence[str]], precision: str, named: Named, *, weak: bool = True
+) -> dict[str, dict[str, str]]:
+    """Component → tool → command line that keeps these nodes in FP32; components with nothing to keep are left out.
+
+    ``weak``: TensorRT may be told precisions of layers, as up to version 10; from 11 on the file alone says them.
+    """
     commands: dict[str, dict[str, str]] = {}
     for component, nodes in keep.items():
-        if not nodes:
+        if not nodes or component not in named.files:
             continue
         excluded = shlex.join(f"^{re.escape(node)}$" for node in nodes)
-        file = f"{component}.onnx"
+        file = shlex.quote(named.files[component])
+        mode = precision.partition(":")[0]
+        quantization = f"python -m modelopt.onnx.quantization --onnx_path {file} "
         if precision == "int8":
-            commands[component] = {
-                "modelopt": f"python -m modelopt.onnx.quantization --onnx_path {file} --nodes_to_exclude {excluded}"
-            }
-        elif is_narrow(precision) and precision.partition(":")[0] in ("fp8", "int4"):
-            mode = precision.partition(":")[0]
-            commands[component] = {
-                "modelopt": f"python -m modelopt.onnx.quantization --onnx_path {file} --quantize_mode {mode} "
-                f"--nodes_to_exclude {excluded}"
-            }
+            commands[component] = {"modelopt": f"{quantization}--nodes_to_exclude {excluded}"}
+        elif is_narrow(precision) and mode in ("fp8", "int4"):
+            commands[component] = {"modelopt": f"{quantization}--quantize_mode {mode} --nodes_to_exclude {excluded}"}
         elif precision in FLAGS:
             flag = FLAGS[precision]
             listed = ",".join(f"{node}:fp32" for node in nodes)
             layers = shlex.join(f"{node}:float32" for node in nodes)
-            commands[component] = {
+            of_layers = {
                 "polygraphy": f"polygraphy run {file} --trt --{flag} --precision-constraints obey "
                 f"--layer-precisions {layers}",
                 "trtexec": f"trtexec --onnx={file} --{flag} --precisionConstraints=obey "
                 + shlex.join([f"--layerPrecisions={listed}", f"--layerOutputTypes={listed}"]),
+            }
+            commands[component] = (of_layers if weak else {}) | {
                 "autocast": f"python -m modelopt.onnx.autocast --onnx_path {file} --low_precision_type {flag} "
-                f"--nodes_to_exclude {excluded}",
+                f"--keep_io_types --nodes_to_exclude {excluded}",
             }
     return commands
 
 
-def deploy_fragment(keep: Mapping[str, Sequence[str]], precision: str) -> str:
+def deploy_fragment(keep: Mapping[str, Sequence[str]], precision: str, named: Named = Named()) -> str:
     """The part of a configuration of ``cpdebug deploy`` (YAML) that keeps the nodes; empty where it has no such key."""
     if precision not in FLAGS or not any(keep.values()):
         return ""
@@ -125,4 +166,5 @@ def deploy_fragment(keep: Mapping[str, Sequence[str]], precision: str) -> str:
         for component, nodes in keep.items()
         for node in nodes
     )  # JSON strings are YAML
-    return f"tensorrt:\n  precision: {FLAGS[precision]}\n  keep_fp32:\n{listed}"
+    export = f"export:\n  exporter: {named.exporter}\n  opset: {named.opset}\n" if named.exporter else ""
+    return f"{export}tensorrt:\n  precision: {FLAGS[precision]}\n  keep_fp32:\n{listed}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cp_debug.display import Shown
-from cp_debug.mixed_precision.emit import arguments, deploy_fragment
+from cp_debug.mixed_precision.emit import Named, arguments, deploy_fragment
 from cp_debug.mixed_precision.fusion_groups import FusionGroup
 from cp_debug.mixed_precision.trial import Trial
 from cp_debug.serialize import JsonForm
@@ -56,6 +56,10 @@ class MixedPrecisionResult(JsonForm, Shown):
     """Trials of this search and, before them, of its log."""
     keep: dict[str, list[str]]
     """Component → nodes that its runtime must be told to keep: the layers', and what moves numbers between them."""
+    named: Named = field(default_factory=Named)
+    """The files in which the nodes have these names."""
+    weak: bool = True
+    """Whether TensorRT may be told precisions of layers: not of 11, if the backend is one."""
     stopped: str = ""
     """Reason why the search ended early."""
     builds: int = 0
@@ -76,6 +80,11 @@ class MixedPrecisionResult(JsonForm, Shown):
         return front
 
     @property
+    def arguments(self) -> dict[str, dict[str, str]]:
+        """Component → tool → command line that keeps the set."""
+        return arguments(self.keep, self.precision, self.named, weak=self.weak)
+
+    @property
     def verdict(self) -> str:
         """The outcome in a sentence."""
         count = f"{len(self.kept)} of {self.layers} layers"
@@ -92,8 +101,8 @@ class MixedPrecisionResult(JsonForm, Shown):
         return {
             "schema": SCHEMA,
             "verdict": self.verdict,
-            "arguments": arguments(self.keep, self.precision),
-            "deploy": deploy_fragment(self.keep, self.precision),
+            "arguments": self.arguments,
+            "deploy": deploy_fragment(self.keep, self.precision, self.named),
             "pareto": self.pareto,
         }
 

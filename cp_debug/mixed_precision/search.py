@@ -16,13 +16,14 @@ from typing import Any
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.narrow_options import NarrowOptions, is_narrow
+from cp_debug.backends.tensorrt.config import STRONG_ONLY, release_of
 from cp_debug.detection.evaluate import as_detector
 from cp_debug.errors import InputError
 from cp_debug.files import key_of
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.randomness import refuse_random
 from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
-from cp_debug.mixed_precision.emit import write_narrow_onnx, write_onnx
+from cp_debug.mixed_precision.emit import Named, write_narrow_onnx, write_onnx
 from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept, fused, fusion_groups_of, nodes_of
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.graph_runners import BackendRunner, EmulatedRunner, Runner
@@ -145,6 +146,7 @@ class _MixedPrecisionSearch:
         self._reference = str(reference.spec)
         how, note = choose_export(backends, options.exporter)
         self._notes = [note] if note and is_exported(model) else []
+        self._exporter = how.exporter
         self._step(preparing(model))
         programs = prepare(model, samples[0], scratch, how=how, folded=options.folded)
         refuse_random((program.graph for program in programs), "no goal can be judged")
@@ -300,6 +302,8 @@ class _MixedPrecisionSearch:
             baseline=self.log.trials[False, frozenset()],
             trials=trials,
             keep={p.name: self._nodes_to_keep(p, nodes_of(kept_groups, p.name)) for p in self._tests},
+            named=Named.of(self._tests, self._exporter),
+            weak=self._backend.spec.family != "trt" or release_of(self._backend.versions()["tensorrt"]) < STRONG_ONLY,
             stopped=stopped,
             builds=self.runner.builds,
             passes=self.emulator.passes,

@@ -29,6 +29,7 @@ from cp_debug.detection.detection_change import DetectionChange, compare_detecti
 from cp_debug.errors import InputError
 from cp_debug.graph.fold_batchnorm import fold_batchnorm
 from cp_debug.graph.randomness import refuse_random
+from cp_debug.mixed_precision.emit import Named
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.search import MixedPrecisionOptions, search
 from cp_debug.prediction.box_changes import BoxChanges, box_changes, joined, largest_changes
@@ -45,7 +46,7 @@ from cp_debug.prediction.targets import Kernel, Target, kernels_of, target_of
 from cp_debug.prediction.walk import EXACT, GraphWalk, Walked
 from cp_debug.probes.distance import relative_l2
 from cp_debug.programs.layers import layer_name
-from cp_debug.programs.pipeline import Export, Key, is_exported, prepare, preparing
+from cp_debug.programs.pipeline import Export, Key, is_exported, prepare, preparing, with_files
 from cp_debug.programs.precision import PRECISIONS
 from cp_debug.programs.scene import decode
 from cp_debug.programs.tensor_inputs import numbers_where_needed
@@ -124,12 +125,13 @@ def predict(
             job.add(sample, partial(_tell, on_step, i, len(samples)))
         result = job.result([sample.source for sample in samples])
         result.notes += left_out
+        result.named = Named.of(programs, how.exporter)
         breaks = not result.near or any(layer.keep and layer.excess <= EXCESS for layer in result.layers)
         if goal is None and precision in ("fp16", "bf16") and breaks:
             goal = Goal.parse(f"rel_l2<{PRECISIONS[precision].rtol:g}")
         if goal is not None:
             on_step(f"searching for {goal}", len(samples), len(samples))
-            _reach(goal, loaded, samples, result, options)
+            _reach(goal, with_files(loaded, programs), samples, result, options)
     result.seconds = time.monotonic() - begun
     return result
 
@@ -338,8 +340,8 @@ def _reach(goal: Goal, model: Model, samples: Sequence[Sample], result: Predicti
     where = "" if options.device == "cpu" else f"@{options.device}"
     names = f"emu-fp32{where},emu-{EMULATED[result.precision]}{where}"
     most = None if options.goal else TRIALS
-    settings = MixedPrecisionOptions(exporter=options.exporter, max_builds=most)
-    search_result = search(model, [create(s) for s in parse_backends(names)], goal, samples, settings)
+    backends = [create(s) for s in parse_backends(names)]
+    search_result = search(model, backends, goal, samples, MixedPrecisionOptions(max_builds=most))
     result.goal, result.reached = str(goal), search_result.reached
     result.measured, result.measured_by = dict(search_result.best.measured.figures), search_result.backend
     result.notes += [note for note in search_result.notes if note not in result.notes]

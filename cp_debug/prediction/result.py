@@ -12,6 +12,7 @@ from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.display import Shown
 from cp_debug.errors import InputError
 from cp_debug.files import write_text
+from cp_debug.mixed_precision.emit import Named
 from cp_debug.programs.precision import PRECISIONS
 from cp_debug.reading import read_json
 from cp_debug.safe_text import amount
@@ -129,6 +130,8 @@ class Prediction(JsonForm, Shown):
     measured: dict[str, float] = field(default_factory=dict)
     """Figures of all outputs with them kept (``rel_l2``, ``max_abs``, counts of boxes), on ``measured_by``."""
     measured_by: str = ""
+    named: Named = field(default_factory=Named)
+    """The files in which the nodes have these names."""
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 

@@ -6,6 +6,7 @@ import difflib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from copy import copy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,6 +103,16 @@ def prepare(
         if cache is not None and key is not None and kept is None:
             cache.put(key, path, programs[-1].graph.digest)
     return programs
+
+
+def with_files(model: Model, programs: Sequence[Program]) -> Model:
+    """The model with its exported graphs as files in place of modules, so that nodes keep the names that they have."""
+    graphs = {program.name: program.graph for program in programs}
+    changed = copy(model)
+    vars(changed)["components"] = [
+        replace(c, module=None, onnx_path=graphs[c.name].path, shown=str(graphs[c.name])) for c in model.components
+    ]
+    return changed
 
 
 def _ended(error: BaseException) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.text import Text
 
-from cp_debug.mixed_precision.emit import arguments, deploy_fragment
+from cp_debug.mixed_precision.emit import deploy_fragment
 from cp_debug.reports.numbers import share as share_of
 from cp_debug.reports.sheet import Column, Row, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
@@ -17,8 +17,12 @@ from cp_debug.safe_text import amount
 if TYPE_CHECKING:
     from cp_debug.mixed_precision.result import MixedPrecisionResult
 
-TOOLS = {"polygraphy": "polygraphy (weak typing)", "trtexec": "trtexec", "autocast": "ModelOpt AutoCast",
-         "modelopt": "ModelOpt quantization"}  # fmt: skip
+TOOLS = {
+    "polygraphy": "polygraphy (TensorRT 8 and 10)",
+    "trtexec": "trtexec (TensorRT 8 and 10)",
+    "autocast": "ModelOpt AutoCast",
+    "modelopt": "ModelOpt quantization",
+}
 
 
 def render(result: MixedPrecisionResult) -> Iterator[RenderableType]:
@@ -82,10 +86,20 @@ def pareto_table(result: MixedPrecisionResult) -> Sheet:
 
 def tool_arguments(result: MixedPrecisionResult) -> Iterator[RenderableType]:
     """The set of kept layers as arguments of other tools."""
-    for component, tools in arguments(result.keep, result.precision).items():
+    yield from commands(result.arguments, result.named.command(result.model))
+    if any(nodes and component not in result.named.files for component, nodes in result.keep.items()):
+        yield Text("other tools cannot be told of nodes without a name of their own: give them what --onnx writes")
+    if fragment := deploy_fragment(result.keep, result.precision, result.named):
+        yield Text("configuration of cpdebug deploy:", style="bold")
+        yield Text(fragment.rstrip(), no_wrap=True, overflow="ignore")
+
+
+def commands(of_components: Mapping[str, Mapping[str, str]], export: str) -> Iterator[RenderableType]:
+    """Command lines by component and tool; ``export``: the command that writes the files that they read."""
+    if export and of_components:
+        yield Text("the files with these names:", style="bold")
+        yield Text(export, no_wrap=True, overflow="ignore")
+    for component, tools in of_components.items():
         for tool, line in tools.items():
             yield Text(f"{TOOLS[tool]}, {component}:", style="bold")
             yield Text(line, no_wrap=True, overflow="ignore")
-    if fragment := deploy_fragment(result.keep, result.precision):
-        yield Text("configuration of cpdebug deploy:", style="bold")
-        yield Text(fragment.rstrip(), no_wrap=True, overflow="ignore")

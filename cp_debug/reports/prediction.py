@@ -9,7 +9,7 @@ from rich.text import Text
 
 from cp_debug.mixed_precision.emit import arguments
 from cp_debug.prediction.result import Interval, PredictedLayer, Prediction
-from cp_debug.reports.mixed_precision import TOOLS
+from cp_debug.reports.mixed_precision import commands
 from cp_debug.reports.numbers import number
 from cp_debug.reports.sheet import Column, Row, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
@@ -50,10 +50,8 @@ def render(result: Prediction, *, show_all: bool = False) -> Iterator[Renderable
         says += f": {figures} over all outputs ({result.measured_by})" if figures else ""
         yield Text(says, style="green" if result.reached else "red")
     if keeps_any and result.precision != "int8":
-        for component, tools in arguments(result.keep, result.precision).items():
-            for tool, line in tools.items():
-                yield Text(f"{TOOLS[tool]}, {component}:", style="bold")
-                yield Text(line, no_wrap=True, overflow="ignore")
+        told = arguments(result.keep, result.precision, result.named, weak=result.weak)
+        yield from commands(told, result.named.command(result.model))
 
 
 def layer_table(layers: list[PredictedLayer]) -> Sheet:

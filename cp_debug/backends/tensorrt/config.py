@@ -80,7 +80,7 @@ def decide(
     ``FP4``, others by ONNX's name. Raises InputError or BackendUnavailable where the version has no
     way to do it.
     """
-    release = _release(version)
+    release = release_of(version)
     for kind in sorted(narrow):
         if kind not in NARROW:
             raise BackendUnavailable(
@@ -135,10 +135,10 @@ def decide(
 
 def largest_opset(version: str) -> int | None:
     """The ONNX opset up to which a TensorRT version reads; None where torch's exporters stay below it by default."""
-    return 17 if _release(version)[:1] <= OPSET_17 else None
+    return 17 if release_of(version)[:1] <= OPSET_17 else None
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release_of(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
 
 
