@@ -139,6 +139,7 @@ def largest_opset(version: str) -> int | None:
 
 
 def release_of(version: str) -> tuple[int, ...]:
+    """Major and minor number of a version of TensorRT."""
     return tuple(int(part) for part in version.split(".")[:2])
 
 
