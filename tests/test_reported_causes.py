@@ -139,3 +139,37 @@ def test_what_is_read_beyond_fp16_comes_before_the_accumulation(tmp_path: Path, 
         assert test.findings[0].cause == "fp16-overflow"
         name = {"input": "the network's input x", "constant": "the constant w"}[beyond]
         assert test.findings[0].headline.partition(": ")[2].startswith(f"{name} is beyond FP16")
+
+
+@pytest.mark.parametrize(
+    ("merged", "says"),
+    [
+        ([("Slice", {}, ([1, 0], [9, 7], [2, 3]))], "begins at (1, 0) instead of (0, 1) on axes 2, 3"),
+        ([("Slice", {}, ([0, 2], [8, 9], [2, 3]))], "begins at 2 instead of 1 on axis 3"),
+        ([("Transpose", {"perm": [0, 1, 3, 2]}, ()), ("Slice", {}, ([1, 0], [9, 7], [2, 3]))], "from other places: [0"),
+    ],
+)
+def test_nodes_that_move_elements_are_told_by_where_they_take_them(
+    merged: list[tuple[str, dict[str, Any], tuple[list[int], ...]]], says: str, tmp_path: Path
+) -> None:
+    """Two Slices in the reference; in the test one, or other operators: what counts is which elements they take."""
+    shapes = (1, 2, 8, 7), (1, 2, 9, 9)
+    constants = {name: np.array([value]) for name, value in {"zero": 0, "one": 1, "rows": 2, "columns": 3}.items()}
+    ends = {"eight": np.array([8])}
+    slices = [
+        helper.make_node("Slice", ["x", "zero", "eight", "rows"], ["cut"], name="rows"),
+        helper.make_node("Slice", ["cut", "one", "eight", "columns"], ["s"], name="columns"),
+    ]
+    tail = helper.make_node("Tanh", ["s"], ["y"], name="tanh")
+    reference = saved(tmp_path / "a.onnx", [*slices, tail], *shapes, constants | ends)
+    nodes, arrays, value = [], {}, "x"
+    for place, (op, attributes, indices) in enumerate(merged):
+        names = [f"i{place}{k}" for k in range(len(indices))]
+        arrays |= {name: np.array(index) for name, index in zip(names, indices, strict=True)}
+        result = "s" if place == len(merged) - 1 else f"moved{place}"
+        nodes.append(helper.make_node(op, [value, *names], [result], name=f"merged{place}", **attributes))
+        value = result
+    other = saved(tmp_path / "b.onnx", [*nodes, tail], *shapes, arrays)
+    (test,) = diagnose(reference, "ort,ort", test_model=other).tests
+    (finding,) = test.findings
+    assert says in finding.says

@@ -146,9 +146,9 @@ class Preflight:
         with Pipeline(self.model, self.programs, create(BackendSpec.parse("emu-fp16"))) as pipeline:
             pipeline.run(sample, look)
         if born:
-            (_, value), *more = tiny.items()
+            (_, constant), *more = tiny.items()
             others = f", and {len(more)} more such constants" if more else ""
-            says = f"{value:.3g} is 0 in FP16{others}: NaN or Inf is born at {born[0]}"
+            says = f"{constant:.3g} is 0 in FP16{others}: NaN or Inf is born at {born[0]}"
             fix = "raise the constant to 1e-7 or more, or keep these layers in FP32"
             yield Concern("activations", PROBLEM, says, list(dict.fromkeys([*tiny, born[0]])), fix)
 

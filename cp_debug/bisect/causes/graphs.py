@@ -115,15 +115,66 @@ def difference(segment: Segment, other: OtherProgram, known: set[str]) -> tuple[
     telling = [d for d in node_differences if not d.added and not (d.structural and pieces.is_rewritten)]
     if value is None or not telling:
         return None, node_differences
-    first = telling[0]
+    moved = _moved(segment, other, own, nodes, starts) if len(node_differences) > 1 else None
+    first = moved or telling[0]
+    says = first.says if moved else _says(node_differences)
     evidence = {"node": first.node, **first.evidence, "read_off": "the difference of the two graphs"}
-    if len(node_differences) > 1:
+    if len(node_differences) > 1 and not moved:
         evidence["differences"] = [d.says for d in node_differences[:8]]
     fix = _FIX + first.says
     if "training_mode" in first.evidence:
         side = "test" if first.evidence["training_mode"] else "reference"
         fix = f"call eval() before the export of the {side}, for {{layers}}"
-    return Candidate(first.cause, _says(node_differences), value, 0, evidence, fix), node_differences
+    return Candidate(first.cause, says, value, 0, evidence, fix), node_differences
+
+
+def _moved(
+    segment: Segment, other: OtherProgram, own: str, nodes: Sequence[Node], starts: Sequence[str]
+) -> NodeDifference | None:
+    """From where the test's nodes take the elements of the one value that they read, if both sides only move them.
+
+    Both sides are run on the places of the elements instead of on the elements, so that it does not matter by which and
+    how many operators each of them moves: merged Slices, Transposes, Reshapes. None for all else.
+    """
+    if len(segment.given) != 1 or len(starts) != 1:
+        return None
+    (name,) = segment.given
+    read = segment.input(name)
+    places = torch.arange(1, read.numel() + 1, dtype=torch.float64).reshape(read.shape)
+    try:
+        ours = segment.run(segment.context.oracle.arithmetic, values={name: places})
+        theirs = as_double(other.executor.run_nodes(nodes, {starts[0]: places}, [own])[own])
+    except InputError:
+        return None
+    elements = torch.cat([torch.zeros(1, dtype=torch.float64), read.flatten()])
+    for found, result in ((ours, segment.exact), (theirs, segment.test)):
+        # What computes something gives other numbers than the elements at these places; 0 is what was padded.
+        valid = found.shape == result.shape and bool(((found >= 0) & (found <= read.numel())).all())
+        if not valid or not bool((found == found.round()).all()):
+            return None
+    if not torch.equal(elements[ours.long()], segment.exact) or torch.equal(ours, theirs):
+        return None
+    was, now = (torch.stack(torch.unravel_index(found.long().flatten() - 1, read.shape)) for found in (ours, theirs))
+    ops = ", ".join(dict.fromkeys(node.op for node in segment.nodes if node.op != "Constant"))
+    shift = now - was
+    if bool(ours.all()) and bool(theirs.all()) and bool((shift == shift[:, :1]).all()):
+        axes = [axis for axis, by in enumerate(shift[:, 0].tolist()) if by]
+        before, after = (tuple(found[axes, 0].tolist()) for found in (was, now))
+        which = f"axis {axes[0]}" if len(axes) == 1 else f"axes {', '.join(map(str, axes))}"
+        begins = [str(place[0] if len(axes) == 1 else place) for place in (after, before)]
+        says = f"{ops} of {name} begins at {begins[0]} instead of {begins[1]} on {which}"
+        evidence = {"starts": list(after), "instead_of": list(before), "axes": axes}
+        return NodeDifference("index-shifted", says, segment.nodes[-1].name, evidence)
+    wrong = (ours != theirs).flatten()
+    first = int(wrong.nonzero()[0])
+    at = [int(i) for i in torch.unravel_index(torch.tensor(first), ours.shape)]
+    from_, wanted = (
+        f"{name}{found[:, first].tolist()}" if any_.flatten()[first] else "a padded 0"
+        for found, any_ in ((now, theirs), (was, ours))
+    )
+    share = float(wrong.double().mean())
+    says = f"{ops} takes {share:.0%} of its elements from other places: {at} is {from_} instead of {wanted}"
+    return NodeDifference("permuted", says, segment.nodes[-1].name, {"moved": share})
 
 
 def _of_constants(segment: Segment, other: OtherProgram, pieces: Pieces) -> Candidate | None:
