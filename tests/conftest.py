@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import random
 import signal
@@ -48,6 +49,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "shared" in getattr(item, "fixturenames", ()):
             item.add_marker("shared")
+
+
+def pytest_collection_finish() -> None:
+    """What thousands of tests and their libraries are made of stays: collecting garbage need not visit it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def _seed() -> None:

@@ -350,7 +350,9 @@ def test_captures_of_a_run_that_was_interrupted_are_told_from_a_folder_of_others
         assert (code, says in " ".join(text.split())) == (2, True)
 
 
-@pytest.mark.parametrize("words", [("bisect", "-b", "ort,ort-all"), ("predict",), ("doctor",)])
+@pytest.mark.parametrize(
+    "words", [("bisect", "-b", "ort,ort-all"), pytest.param(("predict",), marks=pytest.mark.slow), ("doctor",)]
+)
 def test_torch_that_cannot_be_loaded_is_told(words: tuple[str, ...], net: Path) -> None:
     command = [sys.executable, "-m", "cp_debug", *words[:1], *[str(net)] * (words != ("doctor",)), *words[1:]]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TORCH_LOGS": "no such log"})
@@ -358,9 +360,10 @@ def test_torch_that_cannot_be_loaded_is_told(words: tuple[str, ...], net: Path) 
     assert done.stderr.startswith("error: torch cannot be loaded (ValueError: Invalid log settings")
 
 
-def test_doctor_cuts_no_advice_where_the_terminal_is_narrow() -> None:
-    command = [sys.executable, "-m", "cp_debug", "doctor"]
-    narrow = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "60"}).stdout
+def test_doctor_cuts_no_advice_where_the_terminal_is_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    _, narrow = run("doctor")
+    assert max(map(len, narrow.splitlines()[:5])) <= 60
     assert "…" not in narrow
     assert '✗ ONNX Runtime CUDA use_tf32: providers=[("CUDAExecutionProvider", {"use_tf32": "0"})]' in narrow
     assert "config.clear_flag(trt.BuilderFlag.TF32)" in narrow

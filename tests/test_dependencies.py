@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -36,14 +37,16 @@ ONLY_WITH = {"quantization/mmengine_hook.py", "pytest_plugin.py"}
 """What an extra or pytest completes: imported by those who have it."""
 
 
-def imported() -> dict[str, set[str]]:
-    """Top-level module of a third party → the files that import it, anywhere in their text."""
-    found: dict[str, set[str]] = {}
+@functools.cache
+def imports() -> list[tuple[str, str, bool]]:
+    """(file, module, whether at the top of the file) of every import of a third party, anywhere in the text."""
+    found = []
     for file in sorted(PACKAGE.rglob("*.py")):
         name = file.relative_to(PACKAGE).as_posix()
         if name.endswith(tuple(ELSEWHERE)):
             continue
-        for node in ast.walk(ast.parse(file.read_text())):
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
             modules = []
             if isinstance(node, ast.Import):
                 modules = [alias.name for alias in node.names]
@@ -52,7 +55,15 @@ def imported() -> dict[str, set[str]]:
             for module in modules:
                 top = module.partition(".")[0]
                 if top not in sys.stdlib_module_names and top != "cp_debug":
-                    found.setdefault(top, set()).add(name)
+                    found.append((name, module, node in tree.body))
+    return found
+
+
+def imported() -> dict[str, set[str]]:
+    """Top-level module of a third party → the files that import it."""
+    found: dict[str, set[str]] = {}
+    for name, module, _ in imports():
+        found.setdefault(module.partition(".")[0], set()).add(name)
     return found
 
 
@@ -85,18 +96,10 @@ def test_what_an_extra_brings_is_imported_where_it_is_used() -> None:
     """A module of an extra alone, imported at the top of a file, is one that every command needs."""
     always, _ = declared()
     wrong = []
-    for file in sorted(PACKAGE.rglob("*.py")):
-        name = file.relative_to(PACKAGE).as_posix()
-        if name.endswith((*ELSEWHERE, *ONLY_WITH)):
-            continue
-        for node in ast.parse(file.read_text()).body:
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-                for module in modules:
-                    top = module.partition(".")[0]
-                    known = top in sys.stdlib_module_names or top in ("cp_debug", "__future__")
-                    if not known and DISTRIBUTIONS.get(top, top).lower() not in always:
-                        wrong.append(f"{name}: {module}")
+    for name, module, at_top in imports():
+        top = module.partition(".")[0]
+        if at_top and not name.endswith(tuple(ONLY_WITH)) and DISTRIBUTIONS.get(top, top).lower() not in always:
+            wrong.append(f"{name}: {module}")
     assert not wrong
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 import cp_debug
 from cp_debug import errors
 
@@ -20,6 +22,13 @@ def modules() -> dict[str, ast.Module]:
     """Path within the package → syntax tree, empty modules left out."""
     trees = {str(p.relative_to(PACKAGE)): ast.parse(p.read_text("utf-8")) for p in sorted(PACKAGE.rglob("*.py"))}
     return {path: tree for path, tree in trees.items() if tree.body}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten() -> Iterator[None]:
+    """The trees are millions of objects, which every later collection of garbage would visit."""
+    yield
+    modules.cache_clear()
 
 
 def public(node: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[tuple[str, Definition]]:

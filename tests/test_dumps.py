@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from nets import second_like
+from nets import NetBuilder, second_like
 from onnx import TensorProto, numpy_helper
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
@@ -31,6 +31,14 @@ Arrays = dict[str, np.ndarray]
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return second_like(tmp_path_factory.mktemp("net") / "net.onnx", depth=1, size=8)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three layers, each of which may be searched for all causes."""
+    net = NetBuilder()
+    net.conv(net.op("Relu", net.conv("x", 4, 8)), 8, 4, name="y")
+    return net.save(tmp_path_factory.mktemp("small") / "net.onnx", {"x": (1, [1, 4, 8, 8])}, ["y"])
 
 
 def computed(path: Path, wrong: str | None = None) -> tuple[Arrays, str]:
@@ -124,28 +132,28 @@ def test_the_layer_that_went_wrong_elsewhere_is_named(path: Path, tmp_path: Path
     assert "guilty" in run.output
 
 
-def test_a_right_dump_agrees_in_its_own_precision(path: Path) -> None:
+def test_a_right_dump_agrees_in_its_own_precision(path: Path, small: Path) -> None:
     values, _ = computed(path)
     assert cp_debug.diagnose(path, "ort", test_tensors=values).agrees
-    half = {name: array.astype(np.float16) for name, array in values.items()}
-    assert cp_debug.diagnose(path, "ort", test_tensors=half, tensors_precision="fp16").agrees
-    assert cp_debug.diagnose(path, "ort", test_tensors=half).tests[0].guilty  # as FP32 nothing explains that
+    half = {name: array.astype(np.float16) for name, array in computed(small)[0].items()}
+    assert cp_debug.diagnose(small, "ort", test_tensors=half, tensors_precision="fp16").agrees
+    assert cp_debug.diagnose(small, "ort", test_tensors=half).tests[0].guilty  # as FP32 nothing explains that
 
 
-def test_outputs_alone_are_compared_on_given_inputs(path: Path) -> None:
-    values, _ = computed(path)
-    graph = Graph(path)
+def test_outputs_alone_are_compared_on_given_inputs(small: Path) -> None:
+    values, _ = computed(small)
+    graph = Graph(small)
     inputs = {value.name: values[value.name] for value in graph.inputs}
     outputs = {value.name: values[value.name] for value in graph.outputs}
-    assert cp_debug.diagnose(path, "ort", inputs=inputs, test_tensors=outputs).agrees
+    assert cp_debug.diagnose(small, "ort", inputs=inputs, test_tensors=outputs).agrees
     wrong = {name: array * np.float32(1.5) for name, array in outputs.items()}
-    said = str(cp_debug.diagnose(path, "ort", inputs=inputs, test_tensors=wrong))
+    said = str(cp_debug.diagnose(small, "ort", inputs=inputs, test_tensors=wrong))
     assert re.search(r"with the \d+ nodes before it, from \S+ on: nothing between was compared", said)
     with pytest.raises(cp_debug.InputError, match=f"lacks the input {graph.inputs[0].name!r}.*give inputs$"):
-        cp_debug.diagnose(path, "ort", test_tensors=outputs)
+        cp_debug.diagnose(small, "ort", test_tensors=outputs)
     outputs.pop(graph.outputs[-1].name)
     with pytest.raises(cp_debug.InputError, match=f"lacks the output {graph.outputs[-1].name!r}"):
-        cp_debug.diagnose(path, "ort", inputs=inputs, test_tensors=outputs)
+        cp_debug.diagnose(small, "ort", inputs=inputs, test_tensors=outputs)
 
 
 class Unreadable:

@@ -17,7 +17,7 @@ from torch import nn
 from cp_debug.graph.graph import Graph
 from cp_debug.programs import pipeline
 from cp_debug.programs.align import module_digest
-from cp_debug.programs.export_cache import ENTRY, ExportCache, _is_library
+from cp_debug.programs.export_cache import ENTRY, ExportCache, _is_users_file
 from cp_debug.programs.pipeline import Export, prepare
 from cp_debug.recipes import torch_callable
 from cp_debug.recipes.base import Component
@@ -217,11 +217,11 @@ def test_what_pip_put_elsewhere_is_a_library(tmp_path: Path, monkeypatch: pytest
 
 
 def test_what_is_installed_belongs_to_a_library_wherever_it_lies(tmp_path: Path) -> None:
-    assert _is_library(json.__file__)
-    assert _is_library(str(tmp_path / "dist-packages" / "part.py"))
-    assert _is_library(np.__file__)
-    assert not _is_library(str(tmp_path / "part.py"))
-    assert not _is_library(__file__)
+    path = tuple(sys.path)
+    for library in (json.__file__, str(tmp_path / "dist-packages" / "part.py"), np.__file__, "part.py"):
+        assert not _is_users_file(library, path)
+    assert _is_users_file(str(tmp_path / "part.py"), path)
+    assert _is_users_file(__file__, path)
 
 
 def test_a_digest_changes_with_names_values_and_buffers() -> None:

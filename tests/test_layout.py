@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -51,10 +52,9 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 def test_no_two_classes_have_one_name() -> None:
     """One name, one thing: an underscore in front does not make it another name."""
     places: dict[str, list[str]] = {}
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ClassDef):
-                places.setdefault(node.name.lstrip("_"), []).append(f"{path.relative_to(REPO)}:{node.lineno}")
+    for path, (_, classes) in _read().items():
+        for name, line in classes:
+            places.setdefault(name.lstrip("_"), []).append(f"{path.relative_to(REPO)}:{line}")
     assert not {name: where for name, where in places.items() if len(where) > 1}
 
 
@@ -108,7 +108,7 @@ def _graph() -> dict[str, set[str]]:
     graph = {}
     for module, path in paths.items():
         imported = set()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in _read()[path][0]:
             if isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 below = {f"{node.module}.{alias.name}" for alias in node.names}
                 imported |= (below & paths.keys()) or {node.module}
@@ -117,6 +117,17 @@ def _graph() -> dict[str, set[str]]:
         imported |= {package for name in imported for package in _packages(name)} - set(_packages(module))
         graph[module] = {name for name in imported if name.startswith("cp_debug.") and name in paths} - {module}
     return graph
+
+
+@functools.cache
+def _read() -> dict[Path, tuple[list[ast.stmt], list[tuple[str, int]]]]:
+    """Every file of the package: its imports, and its classes with their lines. Whole trees are millions of objects."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        imports: list[ast.stmt] = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+        found[path] = imports, [(node.name, node.lineno) for node in nodes if isinstance(node, ast.ClassDef)]
+    return found
 
 
 def _packages(module: str) -> list[str]:

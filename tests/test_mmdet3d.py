@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fake_mmdet3d import FILES, install
 
 from cp_debug.bisect.engine import bisect
 from cp_debug.errors import InputError, MissingPackage
+from cp_debug.interpreter import Interpreter
 from cp_debug.recipes.centerpoint.config import TINY
 from cp_debug.recipes.centerpoint.model import build_model
 from cp_debug.recipes.centerpoint.recipe import WEIGHTS, CenterPointModel
@@ -40,10 +42,28 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def python(packages: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def new_python(packages: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same, named in the environment."""
     monkeypatch.setenv(ENVIRONMENT, str(packages))
     return packages
+
+
+@pytest.fixture(scope="module")
+def running(packages: Path) -> Iterator[Interpreter]:
+    """The process that a client starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ENVIRONMENT, str(packages))
+        interpreter = DetectorClient()._interpreter
+    assert interpreter is not None
+    yield interpreter
+    interpreter.close()
+
+
+@pytest.fixture
+def python(new_python: Path, running: Interpreter, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, where a process runs already: it loads torch once, and holds the detector that was opened last."""
+    monkeypatch.setattr("cp_debug.recipes.mmdet3d.client.Interpreter", lambda *given, **how: running)
+    return new_python
 
 
 def test_a_pillar_centerpoint_is_this_projects_own_with_its_weights(python: Path) -> None:
@@ -220,7 +240,7 @@ def test_a_checkpoint_of_another_shape_names_the_layer(python: Path, tmp_path: P
 
 
 @pytest.mark.process
-def test_a_detector_that_crashes(python: Path, tmp_path: Path) -> None:
+def test_a_detector_that_crashes(new_python: Path, tmp_path: Path) -> None:
     config = tmp_path / "crash.py"
     config.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
     with pytest.raises(MissingPackage, match=rf"died: {signal.strsignal(signal.SIGSEGV)} \(in open\)"):
@@ -228,7 +248,7 @@ def test_a_detector_that_crashes(python: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_the_process_ends_with_its_client(python: Path) -> None:
+def test_the_process_ends_with_its_client(new_python: Path) -> None:
     client = DetectorClient()
     assert set(client.call("configs").result["configs"]) == {"centerpoint_pillar_tiny", "voxel_net"}
     assert client._interpreter is not None

@@ -84,7 +84,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", [buffer_in_place, number])
 def test_what_forward_changes_is_named_and_accuses_nobody(step: Callable[[Any], Any]) -> None:
     torch.manual_seed(0)
     module = Stateful(step).eval()
@@ -98,6 +98,21 @@ def test_what_forward_changes_is_named_and_accuses_nobody(step: Callable[[Any], 
     assert not state.changed(), "the caller's module is as it was"
     assert set(vars(module)) == attributes
     assert module.n is buffer
+
+
+@pytest.mark.parametrize(("step", "name"), STEPS.items())
+def test_every_change_is_named_and_put_back(step: Callable[[Any], Any], name: str) -> None:
+    module = Stateful(step).eval()
+    before, x = ModuleState(module), torch.ones(2, 4)
+    attributes, buffer = set(vars(module)), module.n
+    with state_kept(module) as state:
+        module(x)
+        assert state.changed() == [name]
+    assert not before.changed()
+    assert set(vars(module)) == attributes
+    assert module.n is buffer
+    first, second = (trace(module, {"x": x}).tensors[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("step", [buffer_data, tensor])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,12 +49,10 @@ def marked(node: ast.Module | ast.FunctionDef) -> bool:
     return any("pytest.mark.process" in ast.unparse(place) for place in places)
 
 
-def unmarked(path: Path) -> Iterator[tuple[str, str]]:
+def unmarked(tree: ast.Module, names: dict[str, str], file: str) -> Iterator[tuple[str, str]]:
     """(test, what it uses) for tests of a file that lack the mark; what functions of the file use counts as theirs."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
     if marked(tree):
         return
-    names = imported(tree)
     parts = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     uses = {name: set(calls(node, names)) | _arguments(node) for name, node in parts.items()}
     while True:
@@ -61,7 +60,7 @@ def unmarked(path: Path) -> Iterator[tuple[str, str]]:
         if more == uses:
             break
         uses = more
-    allowed = {"states.until"} if path.name in THREADS else set()
+    allowed = {"states.until"} if file in THREADS else set()
     for name, node in parts.items():
         if name.startswith("test_") and isinstance(node, ast.FunctionDef) and not marked(node):
             yield from ((name, used) for used in sorted(uses[name] & PROCESSES - allowed))
@@ -75,23 +74,30 @@ def _arguments(node: ast.AST) -> set[str]:
 FILES = sorted(path for path in TESTS.rglob("*.py") if path.name != "states.py" and "mutation" not in path.parts)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_no_test_asks_the_clock(path: Path) -> None:
+@functools.cache
+def read(path: Path) -> tuple[set[str], list[str], list[tuple[str, str]]]:
+    """What a file uses, the calls in it that limit a process, and the tests that lack the mark."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = imported(tree)
+    limits = [ast.unparse(call.func) for call in ast.walk(tree) if isinstance(call, ast.Call) and _limited(call)]
+    return set(calls(tree, names)), limits, list(unmarked(tree, names, path.name))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_no_test_asks_the_clock(path: Path) -> None:
+    used, limits, _ = read(path)
     if "fuzz" not in path.parts and path.name != "sweep_tasks.py":  # hangs are seen by it; tasks that take a while
-        assert not set(calls(tree, names)) & CLOCK
+        assert not used & CLOCK
     if path.name.startswith("test_"):
-        limits = [call for call in ast.walk(tree) if isinstance(call, ast.Call) and _limited(call)]
-        assert not [ast.unparse(call.func) for call in limits], "pytest-timeout ends what hangs"
+        assert not limits, "pytest-timeout ends what hangs"
 
 
 def _limited(call: ast.Call) -> bool:
     """Whether it gives a limit of time to a process."""
     runs = ("subprocess.run", "communicate", "wait", "HTTPConnection")
-    return ast.unparse(call.func).endswith(runs) and any(word.arg == "timeout" for word in call.keywords)
+    return any(word.arg == "timeout" for word in call.keywords) and ast.unparse(call.func).endswith(runs)
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if f.name.startswith("test_")], ids=lambda path: path.stem)
 def test_what_needs_other_processes_is_marked(path: Path) -> None:
-    assert not list(unmarked(path))
+    assert not read(path)[2]

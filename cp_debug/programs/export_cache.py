@@ -254,7 +254,7 @@ def _put_surroundings(digest: Any) -> None:
 def _is_users(name: str, module: ModuleType) -> bool:
     """Whether a loaded module is the user's own: of no library, and not of this package."""
     file = getattr(module, "__file__", None)
-    return bool(name.partition(".")[0] != "cp_debug" and file and Path(file).is_absolute() and not _is_library(file))
+    return bool(name.partition(".")[0] != "cp_debug" and file and _is_users_file(file, tuple(sys.path)))
 
 
 def _digest_of(value: Any) -> str:
@@ -267,12 +267,13 @@ def _digest_of(value: Any) -> str:
     return own.hexdigest()
 
 
-def _is_library(file: str) -> bool:
-    """Whether a file is of Python's own library or of an installed package, wherever pip put it (``--target``)."""
-    if "-packages" in file or file.startswith(sysconfig.get_path("stdlib")):
-        return True
-    roots = (root.rstrip(os.sep) + os.sep for root in sys.path if root)
-    return any(file.startswith(root) and Path(file[len(root) :]).parts[0] in _installed(root) for root in roots)
+@functools.cache  # a process has thousands of modules, whose files are asked for with every export
+def _is_users_file(file: str, path: tuple[str, ...]) -> bool:
+    """Whether a file is neither of Python's own library nor of a package that pip put anywhere on ``path``."""
+    if not Path(file).is_absolute() or "-packages" in file or file.startswith(sysconfig.get_path("stdlib")):
+        return False
+    roots = (root.rstrip(os.sep) + os.sep for root in path if root)
+    return not any(file.startswith(root) and Path(file[len(root) :]).parts[0] in _installed(root) for root in roots)
 
 
 @functools.cache
