@@ -190,3 +190,19 @@ def test_an_input_that_the_tests_own_glue_makes_wrong_has_the_share(tmp_path: Pa
     (test,) = bisect(models[0], "ort,ort-none", test_model=models[1], options=Options(explain=False)).tests
     assert [(row.component, row.op) for row in test.guilty] == [("b", "input")]
     assert test.guilty[0].share == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize(("slope", "told"), [(1e3, True), (1e-3, False)])
+def test_what_the_shares_leave_is_told_where_it_is_much(slope: float, told: bool, tmp_path: Path) -> None:
+    """Roundings of eight sums in front of a Tanh that makes signs of them: together they do what none does alone."""
+    net = NetBuilder(0)
+    value = "x"
+    for i in range(1, 9):
+        value = net.op("Add", value, net.weight(np.array(137.3 * i, np.float32)), name=f"add_{i}")
+    value = net.op("Sub", value, net.weight(np.array(137.3 * 36, np.float32)), name="sub")
+    net.op("Tanh", net.op("Mul", value, net.weight(np.array(slope, np.float32)), name="mul"), name="y")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [4, 16])}, ["y"])
+    (test,) = bisect(str(path), "ort,emu-fp16").tests
+    assert test.attribution is not None
+    assert (abs(test.attribution.remainder) > 0.1) == told
+    assert any(note.startswith("the shares add up to ") and "not linear" in note for note in test.notes) == told

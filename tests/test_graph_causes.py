@@ -457,3 +457,25 @@ def test_several_added_nodes_and_bounds() -> None:
     assert bounds("Clip") == ("extra-operator", "Clip is added: n")
     assert bounds("Clip", "zero", "six") == ("saturated", "a Clip is added that stops at 0, 6: n")
     assert bounds("Clip", max=6.0)[1] == "a Clip is added that stops at 6: n"
+
+
+@pytest.mark.parametrize(("low", "high", "telling"), [(-1e4, 0.2, "max"), (-0.2, 1e4, "min")])
+def test_of_several_differences_each_is_tried_alone_and_harmless_ones_come_last(
+    low: float, high: float, telling: str, tmp_path: Path
+) -> None:
+    """Both limits of a Clip are halved; one of them is far from every number."""
+    made = NetBuilder(4)
+    limits = [made.weight(np.float32(limit)) for limit in (low, high)]
+    clipped = made.op("Clip", made.conv("x", 8, 8, name="conv"), *limits, name="clip")
+    path = made.save(tmp_path / "net.onnx", {"x": (1, [1, 8, 6, 6])}, [clipped])
+    proto = onnx.load(path)
+    for place in (1, 2):
+        constant("clip", place, lambda limit: limit / 2)(proto.graph)
+    onnx.save(proto, tmp_path / "test.onnx")
+    (test,) = bisect(str(path), "ort,ort-none", test_model=tmp_path / "test.onnx").tests
+    (finding,) = test.findings
+    first, second = finding.evidence["differences"]
+    assert first.startswith(f"Clip: {telling} is ")
+    assert second.endswith(" (which changes nothing here)")
+    assert telling not in second
+    assert finding.fix.endswith(first)

@@ -27,7 +27,7 @@ from cp_debug.bisect.regions.guilty import can_build, look_inside
 from cp_debug.bisect.remainder import remainder
 from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import GUILTY, Attribution
-from cp_debug.bisect.shares import Shares, set_shares
+from cp_debug.bisect.shares import NOT_LINEAR, Shares, set_shares
 from cp_debug.bisect.sides import counts_told
 from cp_debug.bisect.undone import acquit_undone
 from cp_debug.bisect.worst_samples import Collected
@@ -161,6 +161,8 @@ class SampleRuns:
             failures += [*shares.notes, *flips(run, rows, side.captured, test)]
         if run.oracle is not None and collected.is_worst(rows):
             collected.attribution = attribution
+            if attribution is not None and attribution.carried and abs(attribution.remainder) > NOT_LINEAR:
+                failures.append(str(attribution))
             unexplained = not exports.tied and not any(row.verdict == GUILTY for row in rows.values())
             differs = unexplained and not all(row.within for row in rows.values())
             try:

@@ -196,6 +196,10 @@ class Attribution(JsonForm):
         """The remainder."""
         return {"remainder": self.remainder}
 
+    def __str__(self) -> str:
+        carried = f", with {', '.join(self.carried)} carried to the end" if self.carried else ""
+        return f"the shares add up to {1 - self.remainder:.0%}{carried}: the network is not linear over the rest"
+
 
 @dataclass
 class TestResult(JsonForm):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -56,6 +56,10 @@ class NodeDifference:
     """Whether it is a node that only the test has: what that node does may have a better name."""
     structural: bool = False
     """Whether it is about which operators there are, and not about what one of them is told."""
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    """Attributes of the reference's node that the test has otherwise, as the test has them."""
+    inputs: Mapping[int, str] = field(default_factory=dict)
+    """Place of a constant that the reference's node reads → the constant that the test has for it."""
 
 
 class Pieces:
@@ -201,7 +205,7 @@ class Pieces:
                 batch, running = "the statistics of the batch", "the running statistics"
                 used, wanted = (batch, running) if b else (running, batch)
                 says = f"{ours.op} normalizes with {used} instead of {wanted}: {name} is {b} instead of {a}"
-            yield NodeDifference(NAMES.get(name, "attribute"), says, ours.name, evidence)
+            yield NodeDifference(NAMES.get(name, "attribute"), says, ours.name, evidence, attributes={name: b})
 
     def _exchanged(self, ours: Node, theirs: Node) -> NodeDifference | None:
         """The difference of a node whose constants, all of them there, stand in another order; None if it is none."""
@@ -261,9 +265,10 @@ class Pieces:
                     before, after = (array.tolist() for array in (self._ours[a], self._theirs[b]))
                     says = f"{ours.op}: {argument} is {_shown(after)} instead of {_shown(before)}"
                     evidence = {argument: after, "instead_of": before, "constant": a}
-                    yield NodeDifference(NAMES.get(argument, "attribute"), says, ours.name, evidence)
+                    name = NAMES.get(argument, "attribute")
+                    yield NodeDifference(name, says, ours.name, evidence, inputs={place: b})
                 elif change is not None:
-                    yield _of_constant(ours, a, role, change)
+                    yield replace(_of_constant(ours, a, role, change), inputs={place: b})
 
     def _other(self, a: str, b: str) -> TensorChange | None:
         """The change "another", if the test's constant ``b`` equals a constant of the reference other than ``a``."""

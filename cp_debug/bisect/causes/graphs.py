@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -38,6 +38,8 @@ AFFINE = 1e-3
 """Share of a change that a factor and a summand may leave, if they are to be called its cause."""
 MANY = 0.5
 """Share of values that a scale makes 0 from which it is too coarse."""
+HARMLESS = 1e-3
+"""Part of what the test has changed up to which a difference by itself changes nothing."""
 SHOWN = 3
 """Differences in one line."""
 _FIX = "make {layers} equal in both programs: "
@@ -112,6 +114,7 @@ def difference(segment: Segment, other: OtherProgram, known: set[str]) -> tuple[
         if candidate is not None:
             return candidate, node_differences
     value = _computed(segment, other, own, nodes, starts)
+    node_differences = _harmless_last(segment, other, node_differences)
     telling = [d for d in node_differences if not d.added and not (d.structural and pieces.is_rewritten)]
     if value is None or not telling:
         return None, node_differences
@@ -175,6 +178,28 @@ def _moved(
     share = float(wrong.double().mean())
     says = f"{ops} takes {share:.0%} of its elements from other places: {at} is {from_} instead of {wanted}"
     return NodeDifference("permuted", says, segment.nodes[-1].name, {"moved": share})
+
+
+def _harmless_last(
+    segment: Segment, other: OtherProgram, differences: Sequence[NodeDifference]
+) -> list[NodeDifference]:
+    """The differences, of which each is tried alone: those that change nothing here are told so, and come last."""
+    constants, nodes = Constants(other.graph), {node.name: node for node in segment.nodes}
+    moved = float(torch.nan_to_num(segment.test - segment.exact, 0.0, 0.0, 0.0).norm())
+    telling, harmless = list[NodeDifference](), list[NodeDifference]()
+    for each in differences:
+        value = None
+        if len(differences) > 1 and each.node in nodes and (each.attributes or each.inputs):
+            inputs = {place: torch.from_numpy(constants[name]) for place, name in each.inputs.items()}
+            value = segment.edited(nodes[each.node], inputs=inputs, **each.attributes)
+        alike = value is not None and torch.equal(torch.isfinite(value), torch.isfinite(segment.exact))
+        if value is not None and alike:
+            change = float(torch.nan_to_num(value - segment.exact, 0.0, 0.0, 0.0).norm())
+            if change <= HARMLESS * moved:
+                harmless.append(replace(each, says=f"{each.says} (which changes nothing here)"))
+                continue
+        telling.append(each)
+    return [*telling, *harmless] if telling else list(differences)
 
 
 def _of_constants(segment: Segment, other: OtherProgram, pieces: Pieces) -> Candidate | None:
