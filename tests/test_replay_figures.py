@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from nets import NetBuilder
+from torch import nn
 
+from cp_debug.api.diagnose import diagnose
 from cp_debug.backends.arithmetic import ARITHMETICS, FP64
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.consequences import difference, matters
@@ -367,3 +369,17 @@ def test_an_input_that_glue_made_is_held_against_the_right_one(tmp_path: Path) -
         assert found.inherited == pytest.approx(0.5)
         assert found.expected == pytest.approx(roundoff / 2)
         assert found.amplification is None
+
+
+def test_the_operator_that_computes_is_named_and_its_excess_is_far_from_the_limit() -> None:
+    """A GroupNorm is exported as Reshape, InstanceNormalization, Reshape; ONNX Runtime rounds it several times."""
+    torch.manual_seed(5)
+    module = nn.Sequential(nn.GroupNorm(4, 16, affine=False), nn.Conv2d(16, 4, 1)).eval()
+    x = torch.randn(1, 16, 64, 64) + 3
+    (test,) = diagnose(module, "torch,ort", inputs=x, progress=False).tests
+    (row,) = (row for row in test.rows if row.name == "0/Reshape")
+    assert row.replay is not None
+    assert row.replay.introduced is not None
+    assert row.replay.introduced > 2 * 2**-24
+    assert (row.op, row.verdict) == ("InstanceNormalization", "ok")
+    assert (row.replay.excess or 0) < 2

@@ -27,7 +27,7 @@ from cp_debug.bisect.observe import Observation, observe
 from cp_debug.bisect.operator_errors import implementer
 from cp_debug.bisect.options import is_optimized
 from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid
-from cp_debug.bisect.regions.region import Region, region_of
+from cp_debug.bisect.regions.region import MOVING, Region, region_of
 from cp_debug.bisect.replay import Load, Replayer
 from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import DIVERGENT, OK, LayerRow
@@ -376,6 +376,7 @@ class CandidateRun:
         }
         sources = {Key(n, v): line for n, p in self.programs.items() for v, line in source_lines(p.graph).items()}
         outputs = {Key(n, info.name) for n, p in self.programs.items() for info in p.graph.outputs}
+        ops = {(n, node.name): node.op for n, p in self.programs.items() for node in p.graph.nodes}
         for key, layer in self.layers.items():
             if key not in stats:
                 continue
@@ -395,6 +396,10 @@ class CandidateRun:
             if region is not None:
                 is_taken = any(row.name == region.label for row in rows.values())
                 layer = replace(layer, name=region.label + f" → {key.value}" * is_taken, op=region.kind or "region")
+            elif replay is not None and layer.op in MOVING:
+                # What moves the result of another operator behind it is not what may be off.
+                made = (ops[key.component, name] for name in reversed(replay.nodes))
+                layer = replace(layer, op=next((op for op in made if op not in MOVING), layer.op))
             rows[key] = LayerRow(
                 **asdict(layer),
                 **judgement._asdict(),

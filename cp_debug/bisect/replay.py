@@ -307,7 +307,7 @@ class Replayer:
         scales, result = self._scales[side], expected.results[target]
         unrounded = is_whole(exact) and target not in self.levels and self._rounds_nothing(nodes, given, claim)
         replay = Replay.of(captured, exact, [result], claim, unrounded=unrounded)
-        if (replay.excess or 0.0) <= (EXCESS if scales is None else ASKED):
+        if (replay.excess or 0.0) <= ASKED:
             return replay
         others: list[AnyTensor] = [] if scales is None else [*scales.for_readers(target, captured, result)]
         if scales is None and side == 1 and self._moved is not None:
