@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cp_debug.backends.determinism import deterministic, read_settings
 from cp_debug.errors import InputError
+from cp_debug.programs import export as export_module
 from cp_debug.programs.export import EXPORTERS, _reason, export
 from cp_debug.programs.pipeline import choose_export, merge_settings, settings_by_component
 
@@ -82,6 +83,41 @@ def test_outputs_keep_their_order_and_axes_stay_free(tmp_path: Path, exporter: s
 class Branches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * 2 if x.sum() > 0 else torch.linalg.eigvals(x).real
+
+
+def test_the_exporters_operators_are_read_once_and_anew_where_a_library_adds_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    reads: list[int] = []
+    registry = ONNXRegistry.from_torchlib(opset_version=18)
+
+    def read(kind: Any, opset_version: int) -> Any:
+        reads.append(opset_version)
+        return registry
+
+    def exported(name: str, opset: int) -> list[str]:
+        module = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
+        path = export(module, (torch.ones(1, 4),), tmp_path / name, input_names=["x"], output_names=["y"], opset=opset)
+        return [node.op_type for node in onnx.load(path).graph.node]
+
+    monkeypatch.setattr(ONNXRegistry, "from_torchlib", classmethod(read))
+    caches = (export_module._reader_of, export_module._operators)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        assert exported("a.onnx", 18) == exported("b.onnx", 18) == ["Gemm", "Relu"]
+        assert reads == [18]
+        exported("c.onnx", 20)
+        assert reads == [18, 20]
+        library = torch.library.Library("cpdebug_made_up", "DEF")
+        library.define("twice(Tensor x) -> Tensor")
+        exported("d.onnx", 20)
+        assert reads == [18, 20, 20]
+    finally:
+        for cache in caches:
+            cache.cache_clear()
 
 
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path) -> None:

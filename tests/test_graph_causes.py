@@ -40,7 +40,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
     s = made.op("Slice", c, *ends, name="slice")
     g = made.op("Gather", s, made.weight(np.array([3, 17, 7, 21, 5, 14]), "indices"), axis=1, name="gather")
     p = made.op("Softmax", made.op("Relu", g, name="relu"), axis=-1, name="softmax")
-    flat = made.op("Reshape", p, made.weight(np.array([12, 1, 72]), "shape"), name="flat")
+    flat = made.op("Reshape", p, made.weight(np.array([4, 3, 72]), "shape"), name="flat")
     m = made.op("MatMul", flat, weight(72, 72), name="matmul")
     made.op("LSTM", m, weight(1, 64, 72), weight(1, 64, 16), weight(1, 128), hidden_size=16, name="lstm")
     path = tmp_path_factory.mktemp("net") / "net.onnx"

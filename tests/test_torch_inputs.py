@@ -592,9 +592,16 @@ def test_a_damaged_program_is_refused_without_words_about_python(tmp_path: Path)
     assert "RuntimeError" not in str(caught.value)
 
 
-@pytest.mark.parametrize("nth", range(2, 7))
+STRANGE = ["(y, y)", "y.to_sparse()", "y.to('meta')", "torch.nested.nested_tensor([y[0]])", "1 / 0"]
+
+
 @pytest.mark.parametrize(
-    "returned", ["None", "(y, y)", "y.to_sparse()", "y.to('meta')", "torch.nested.nested_tensor([y[0]])", "1 / 0"]
+    ("returned", "nth"),
+    [
+        *(("None", nth) for nth in range(2, 7)),
+        *((returned, 3) for returned in STRANGE),
+        *(pytest.param(r, nth, marks=pytest.mark.slow) for r in STRANGE for nth in (2, 4, 5, 6)),
+    ],
 )
 @pytest.mark.parametrize(
     "command",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import functools
 import inspect
@@ -122,7 +123,7 @@ def _dynamo(
     options: Mapping[str, Any],
 ) -> None:
     shapes = tuple(axes.get(name) for name in options["input_names"]) if axes else None
-    with doing("torch exported the module (--exporter dynamo)", in_their_folder=True):
+    with doing("torch exported the module (--exporter dynamo)", in_their_folder=True), _operators_read_once():
         program = torch.onnx.export(
             module, tuple(args), None, dynamo=True, dynamic_shapes=shapes, optimize=folded, verbose=False, **options
         )
@@ -134,6 +135,41 @@ def _dynamo(
         optimizer.fold_constants(program.model)
         optimizer.remove_unused_nodes(program.model)
     program.save(path, external_data=size > _PROTOBUF_LIMIT)
+
+
+@contextlib.contextmanager
+def _operators_read_once() -> Iterator[None]:
+    """dynamo reads the source of its 500 operators with every export, which takes a second: once a process here."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        original = _reader_of(ONNXRegistry)
+        torch._C._dispatch_get_all_op_names()
+    except (ImportError, AttributeError, KeyError):  # an exporter of another version
+        yield
+        return
+
+    def kept(opset_version: int) -> Any:
+        registry = copy.copy(_operators(ONNXRegistry, opset_version, len(torch._C._dispatch_get_all_op_names())))
+        registry.functions = {target: list(found) for target, found in registry.functions.items()}
+        return registry
+
+    ONNXRegistry.from_torchlib = staticmethod(kept)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = original  # type: ignore[method-assign]
+
+
+@functools.cache
+def _reader_of(registry: Any) -> Any:
+    return vars(registry)["from_torchlib"]
+
+
+@functools.cache
+def _operators(registry: Any, opset: int, known: int) -> Any:
+    """What a registry knows at an opset; ``known``: how many operators torch has, to which libraries add theirs."""
+    return _reader_of(registry).__get__(None, registry)(opset_version=opset)
 
 
 def _torchscript(
