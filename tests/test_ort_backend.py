@@ -493,6 +493,18 @@ def test_an_input_without_axes_stays_one():
     assert to_ort({"rate": np.array(16000)})["rate"].numpy().shape == ()
 
 
+def test_sizes_from_a_node_far_in_front_are_constants(tmp_path: Path) -> None:
+    """The weights of a convolution end a chunk; shape inference of the next one has to know the sizes all the same."""
+    b = NetBuilder()
+    sizes = numpy_helper.from_array(np.array([1, 2, 6, 6]))
+    size = b.op("Constant", name="size", value=sizes)
+    c = b.op("Conv", "x", b.weight(np.ones((2, 3, 1, 1), np.float32), "w"), name="c")
+    b.op("Resize", b.op("Relu", c), "", "", size, name="r", mode="nearest", nearest_mode="floor")
+    b.save(tmp_path / "net.onnx", {"x": (1, [1, 3, 3, 3])}, ["r"])
+    _, seen = observe(open_session(tmp_path / "net.onnx"), {"x": np.ones((1, 3, 3, 3), np.float32)})
+    np.testing.assert_array_equal(seen["r"], np.full((1, 2, 6, 6), 3, np.float32))
+
+
 def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"net\xff")
     folder.mkdir()

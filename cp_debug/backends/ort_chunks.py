@@ -99,7 +99,11 @@ class ChunkedGraph:
         session = chunk.session
         if session is None:
             types = {name: _type_proto(value.data_type()) for name, value in live.items()}
-            model = surgery.extract(self._graph, chunk.nodes, chunk.outputs, types)
+            # Shape inference asks for sizes and axes: as inputs of the chunk they would be unknown to it.
+            read = dict.fromkeys(name for node in chunk.nodes for name in node.inputs if name not in chunk.outputs)
+            made = (self._graph.producer.get(name) for name in read)
+            nodes = [*(node for node in made if node and node.op == "Constant"), *chunk.nodes]
+            model = surgery.extract(self._graph, nodes, chunk.outputs, types)
             session = self._runtime.session(
                 model.SerializeToString(), level="none", weights=surgery.weights_folder(self._graph), shown=self._graph
             )

@@ -44,6 +44,7 @@ class TensorChange:
     """Relative L2 distance, to the larger of both tensors; infinite for another number of elements."""
 
 
+@np.errstate(invalid="ignore", over="ignore")  # Inf in a mask; what an integer type cannot hold: no such change
 def describe(ours: np.ndarray, theirs: np.ndarray, gates: int = 0, *, closely: bool = True) -> TensorChange | None:
     """The change that makes ``theirs`` out of ``ours``; None where both are equal, numbers up to FP32's rounding.
 
@@ -70,8 +71,7 @@ def describe(ours: np.ndarray, theirs: np.ndarray, gates: int = 0, *, closely: b
         if whole and says == "× 1":
             continue
         limit = max(min(EXACT, max(size / 4, CLOSE)), NARROW.get(str(theirs.dtype), 0.0))
-        with np.errstate(invalid="ignore"):  # beyond what an integer type holds: no such change
-            cast = (np.rint(value) if whole else value).astype(theirs.dtype)
+        cast = (np.rint(value) if whole else value).astype(theirs.dtype)
         if np.array_equal(cast, theirs) or (not whole and _distance(b, value) <= limit):
             return TensorChange(kind, says, evidence, size)
     return _whole(ours, theirs, size) if whole else TensorChange("other", f"differs by {size:.3g} (rel. L2)", {}, size)
@@ -134,8 +134,7 @@ def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
         yield "other", f"all {b.flat[0]:.6g}", b, {}
     yield "negated", "the sign is the other one", -a, {}
     for name, kind in (("fp16", np.float16), ("bf16", ml_dtypes.bfloat16)):
-        with np.errstate(over="ignore"):
-            rounded = a.astype(np.float32).astype(kind).astype(np.float64)
+        rounded = a.astype(np.float32).astype(kind).astype(np.float64)
         if not np.array_equal(rounded, a):
             yield name, f"stored in {name.upper()}", rounded, {}
     if (norm := float((a * a).sum())) and (factor := float((a * b).sum()) / norm):

@@ -91,6 +91,10 @@ def declared(
     if trials is not None:
         fix, figures = kept(trials, [row for _, row in first or rounds])
         evidence |= figures
+        lost = [(item, text) for item in rounds if item[1].name in figures.get("keep_fp32", ())
+                for text in _vanished(segment(*item), name)]  # fmt: skip
+        if lost and not math.isfinite(figures["before"]):  # shares of NaN say nothing
+            told, says = [item for item, _ in lost], f"{name} as declared: {lost[0][1]}; NaN or Inf comes of it behind"
     yield Finding(
         claim,
         says,
@@ -102,6 +106,13 @@ def declared(
         effect=Effect(sum(row.share or 0.0 for _, row in told)) if few else Effect(),
         fix=fix,
     )
+
+
+def _vanished(segment: Segment, name: str) -> Iterator[str]:
+    """``1e-12 is 0 in FP16``, where a result that is a number is 0 as it is held."""
+    gone = (segment.test == 0) & (segment.exact != 0)
+    if bool(gone.any()):
+        yield f"{in_digits(float(segment.exact[gone].abs().max()))} is 0 in {name}"
 
 
 def kept(trials: KeepTrials, rows: Sequence[LayerRow]) -> tuple[str, dict[str, Any]]:

@@ -394,13 +394,16 @@ class Segment:
 
         The share is 1 − ‖test − value‖ ÷ ‖test − exact‖ over the finite elements; −∞ where ``value`` is not finite.
         Where NaN or Inf arise, the share is that of the places where ``value`` has the same ones, among the places
-        where either has one, and those where a right number would become another one. ``value`` is float64 in the
-        result's shape.
+        where either has one; 0 where right numbers would become others, by more than the claimed rounding. ``value`` is
+        float64 in the result's shape.
         """
         if self.strange:
             either = self.new_nonfinite | (~torch.isfinite(value) & torch.isfinite(self.exact))
             right = torch.isclose(self.test, self.exact, rtol=SAME_NUMBER, atol=0)
-            either |= self.finite & right & ~torch.isclose(self.test, value, rtol=SAME_NUMBER, atol=0)
+            kept = self.finite & right
+            left, error = (torch.linalg.vector_norm(torch.where(kept, self.test - v, 0.0)) for v in (value, self.exact))
+            if not float(left) <= 2 * max(float(error), self.expected):
+                return 0.0, 1.0
             same = torch.where(torch.isnan(self.test), torch.isnan(value), self.test == value)
             share = float((same & either).sum() / either.sum())
             return share, 1 - share
