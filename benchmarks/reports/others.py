@@ -13,7 +13,7 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,12 @@ def ask_others(reports: Iterable[Report], log: Path, polygraphy: Path | None) ->
             right, wrong = onnx.load(folder / "right.onnx"), onnx.load(folder / "wrong.onnx")
             if polygraphy and _values(wrong) <= _values(right):
                 record["polygraphy"] = _judged(report, *_reduced(folder, polygraphy / "bin" / "polygraphy"))
-            if renamed := _pairs_renamed(wrong):
-                record["qdq_loss_debug"] = _judged(report, *_worst(right, renamed, folder))
+            # It gives figures and no verdict, so it is not asked where nobody may be accused.
+            if report.guilty and (renamed := _pairs_renamed(wrong)):
+                read = {i for node in right.graph.node if {*node.output} & {*report.guilty} for i in node.input}
+                layers, seconds = _worst(right, renamed, folder)
+                if layers:
+                    record["qdq_loss_debug"] = _judged(report, layers, seconds, read)
         print(record["name"], record.get("polygraphy"), record.get("qdq_loss_debug"), flush=True)
         log.write_text("".join(json.dumps(r) + "\n" for r in records))
 
@@ -52,8 +56,9 @@ def _values(model: onnx.ModelProto) -> set[str]:
     return {o for node in model.graph.node for o in node.output}
 
 
-def _judged(report: Report, layers: list[str], seconds: float) -> dict[str, Any]:
-    right = bool(layers) and set(layers) <= set(report.guilty) if report.guilty else not layers
+def _judged(report: Report, layers: list[str], seconds: float, besides: Collection[str] = ()) -> dict[str, Any]:
+    """``besides``: values that may be named, too: what a layer reads, of a tool that knows activations alone."""
+    right = bool(layers) and set(layers) <= {*report.guilty, *besides} if report.guilty else not layers
     return {"layers": layers, "layer": right, "seconds": round(seconds, 1)}
 
 

@@ -102,8 +102,10 @@ def _others(records: Sequence[Record]) -> list[str]:
         *lines,
         "",
         "`debug reduce` can be asked where the wrong file has no values that the right one lacks: at a tolerance of "
-        "1e-4, with 90 s a question and the start of its processes counted. `qdq_loss_debug` can be asked where "
-        "activations pass quantizers; its answer is the value with the lowest ratio of signal to noise. Neither tells "
+        "1e-4, with 90 s a question and the start of its processes counted. What it misses here are Resizes that leave "
+        "optional inputs out, at which version 0.53 ends with an error. `qdq_loss_debug` can be asked where "
+        "activations pass quantizers and something is wrong, for it gives no verdict; its answer is the value with the "
+        "lowest ratio of signal to noise, and what a faulty layer reads is right, too. Neither tells "
         "causes or fixes.",
         "",
     ]
