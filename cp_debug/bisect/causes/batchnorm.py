@@ -18,6 +18,7 @@ from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.batchnorm_parameters import EPSILONS, BatchNorm
 from cp_debug.bisect.causes.fits import cross_fit
 from cp_debug.bisect.causes.segment import Segment
+from cp_debug.bisect.causes.single_numbers import search
 
 _CHECKPOINT = "load running_mean and running_var into {layers}, call eval() before the export, and export again"
 
@@ -66,13 +67,15 @@ def epsilon(segment: Segment) -> Iterator[Candidate]:
     if norm is None or not bool((norm.weight != 0).all()):
         return
     x = _input(segment, norm)
+    starts = sorted({norm.eps, *EPSILONS, 0.1, 1.0})
+    fitted = search(segment, norm.eps, lambda eps: _apply(segment, replace(norm, eps=eps), x), starts)
     fix = f"BatchNorm2d(…, eps={norm.eps:g}) in {{layers}}, and export again"
-    for eps in (*(e for e in EPSILONS if not math.isclose(e, norm.eps)), fitted := _fitted(segment, norm)):
-        if eps is None:
-            continue
-        value = _apply(segment, replace(norm, eps=eps), x)
+    known = [
+        (eps, _apply(segment, replace(norm, eps=eps), x), 0) for eps in EPSILONS if not math.isclose(eps, norm.eps)
+    ]
+    for eps, value, parameters in known if fitted is None else [*known, (*fitted, 1)]:
         says = f"BatchNorm: eps is {eps:.3g} instead of {norm.eps:.3g}"
-        yield Candidate("normalization-eps", says, value, int(eps is fitted), {"eps": eps, "instead_of": norm.eps}, fix)
+        yield Candidate("normalization-eps", says, value, parameters, {"eps": eps, "instead_of": norm.eps}, fix)
 
 
 @cause()
@@ -130,23 +133,3 @@ def _wrong_axis(segment: Segment, norm: BatchNorm) -> Tensor | None:
         return None
     inputs = norm.scale.reshape([-1 if d == wrong else 1 for d in range(weight.dim())])
     return segment.edited(node, inputs={1: weight / right * inputs})
-
-
-def _fitted(segment: Segment, norm: BatchNorm) -> float | None:
-    """ε of least squares: per-channel ratios of (test − β) and (exact − β) first, then one ε for all, in logarithms."""
-    o = torch.where(segment.revealing, segment.before - segment.along(norm.bias), 0.0)
-    t = torch.where(segment.revealing, segment.test - segment.along(norm.bias), 0.0)
-    dims = [d for d in range(o.dim()) if d != segment.axis]
-    oo, ot = (o * o).sum(dims), (o * t).sum(dims)
-    low, high = -12.0, 0.0
-    best = None
-    for _ in range(4):  # each grid lies between the neighbours of the best point of the one before
-        grid = torch.logspace(low, high, 201, dtype=torch.float64)
-        ratio = torch.sqrt((norm.variance + norm.eps) / (norm.variance + grid[:, None]))
-        loss = (ratio.square() * oo - 2 * ratio * ot).sum(1)
-        if not bool(torch.isfinite(loss).all()):
-            return None
-        best = float(grid[loss.argmin()])
-        reach = (high - low) / 200
-        low, high = math.log10(best) - reach, math.log10(best) + reach
-    return best
