@@ -253,10 +253,10 @@ def test_two_elements_at_one_bound_are_clipped() -> None:
 
 
 def test_a_step_along_an_axis() -> None:
-    steps = {says: value.tolist() for _, says, value, _ in tensor_change._rolled(np.arange(3.0))}
+    steps = {says: value.tolist() for _, says, value, _ in tensor_change.rolled_forms(np.arange(3.0))}
     assert steps == {"off by +1 along axis 0": [2, 0, 1], "off by -1 along axis 0": [1, 2, 0]}
-    assert list(tensor_change._rolled(np.zeros((2, 2)))) == []
-    assert len(list(tensor_change._rolled(np.zeros((2, 3))))) == 2
+    assert list(tensor_change.rolled_forms(np.zeros((2, 2)))) == []
+    assert len(list(tensor_change.rolled_forms(np.zeros((2, 3))))) == 2
 
 
 def test_what_comes_in_at_the_end_is_of_a_larger_tensor() -> None:

@@ -133,10 +133,7 @@ def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
     elif b.size > 1 and is_uniform(b) and not is_uniform(a):
         yield "other", f"all {b.flat[0]:.6g}", b, {}
     yield "negated", "the sign is the other one", -a, {}
-    for name, kind in (("fp16", np.float16), ("bf16", ml_dtypes.bfloat16)):
-        rounded = a.astype(np.float32).astype(kind).astype(np.float64)
-        if not np.array_equal(rounded, a):
-            yield name, f"stored in {name.upper()}", rounded, {}
+    yield from itertools.takewhile(lambda way: way[0] in ("fp16", "bf16"), stored_forms(a))
     if (norm := float((a * a).sum())) and (factor := float((a * b).sum()) / norm):
         yield "scaled", f"× {factor:.6g}", factor * a, {"factor": factor}
     summand = float((b - a).mean())
@@ -144,7 +141,7 @@ def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
         yield "shifted", f"{summand:+.4g}", a + summand, {"summand": summand}
     different = a != b
     count = int(different.sum())
-    yield from _rolled(a)
+    yield from rolled_forms(a)
     yield from _by_channel(a, b)
     yield from _orders(a, b, gates)
     if _cut_off(a, b, different):
@@ -152,12 +149,12 @@ def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
     if 0 < count <= FEW and a.size > 2 * count:
         places = np.argwhere(different).tolist()
         yield "elements", _elements(a, b, places), b, {"elements": places}
-    yield from _int8(a)
-    yield from _cut(a, b)
+    yield from _pruned(a, b)
+    yield from (way for way in stored_forms(a) if way[0] not in ("fp16", "bf16"))
 
 
-def _rolled(a: np.ndarray) -> Iterator[_Way]:
-    """One step along an axis: it has no factor that is fitted, so that it goes before one for every channel."""
+def rolled_forms(a: np.ndarray) -> Iterator[_Way]:
+    """A tensor in its shape, moved one step along an axis: nothing is fitted, so it goes before factors of channels."""
     for axis in range(a.ndim):
         for step in (1, -1) if a.shape[axis] > 2 else ():
             says, evidence = f"off by {step:+d} along axis {axis}", {"axis": axis, "by": step}
@@ -208,21 +205,10 @@ def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
             if list(order) != list(range(gates)):
                 value = np.concatenate([blocks[i] for i in order], axis=1)
                 yield "gates-permuted", f"the gates are in the order {list(order)}", value, {"order": list(order)}
-    for order in itertools.permutations(range(a.ndim)) if 1 < a.ndim <= 4 else ():
-        if list(order) == list(range(a.ndim)):
-            continue
-        turned, text = a.transpose(order), f"axes in the order {list(order)}"
-        old = "" if turned.shape == b.shape else ", read in the old shape"
-        yield "transposed", text + old, turned.reshape(b.shape), {"axes": list(order)}
-    for axis in range(a.ndim):
-        if a.shape[axis] > 1:
-            yield "flipped", f"axis {axis} runs backwards", np.flip(a, axis), {"axis": axis}
-            for step in (1, -1):
-                if (moved_in := _shifted_in(a, b, axis, step)) is not None:
-                    yield "rolled", f"off by {step:+d} along axis {axis}", moved_in, {"axis": axis, "by": step}
-    if a.ndim > 2:
-        value = np.flip(a, tuple(range(2, a.ndim)))
-        yield "flipped", "the kernel runs backwards", value, {"axis": list(range(2, a.ndim))}
+    yield from turned_forms(a)
+    for axis, step in itertools.product(range(a.ndim), (1, -1)):
+        if a.shape[axis] > 1 and (moved_in := _shifted_in(a, b, axis, step)) is not None:
+            yield "rolled", f"off by {step:+d} along axis {axis}", moved_in, {"axis": axis, "by": step}
     for axis in range(a.ndim):
         if 1 < a.shape[axis] <= MOST_CHANNELS and (permutation := _permuted(a, b, axis)) is not None:
             value, places = permutation
@@ -235,6 +221,34 @@ def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
             evidence = {"axis": axis, "moved": len(moved), "order": places[:64]}
             yield "copied" if copied else "permuted", text, value, evidence
     yield from (way for way in interleaved_forms(a) if way[0] == "transposed")
+
+
+def turned_forms(a: np.ndarray) -> Iterator[_Way]:
+    """A tensor in its shape with axes in another order, or running backwards."""
+    for order in itertools.permutations(range(a.ndim)) if 1 < a.ndim <= 4 else ():
+        turned, text = a.transpose(order), f"axes in the order {list(order)}"
+        old = "" if turned.shape == a.shape else ", read in the old shape"
+        if list(order) != list(range(a.ndim)):
+            yield "transposed", text + old, turned.reshape(a.shape), {"axes": list(order)}
+    for axis in (axis for axis, count in enumerate(a.shape) if count > 1):
+        yield "flipped", f"axis {axis} runs backwards", np.flip(a, axis), {"axis": axis}
+    if a.ndim > 3:
+        spatial = tuple(range(2, a.ndim))
+        text = "the kernel is flipped (convolution instead of correlation)"
+        yield "flipped", text, np.flip(a, spatial), {"axis": list(spatial)}
+
+
+def stored_forms(a: np.ndarray) -> Iterator[_Way]:
+    """A tensor of float64 in fewer bits, in numbers: FP16, BF16, INT8, fewer bits, FP8, short mantissas."""
+    for name, kind in (("fp16", np.float16), ("bf16", ml_dtypes.bfloat16)):
+        with np.errstate(over="ignore"):
+            rounded = a.astype(np.float32).astype(kind).astype(np.float64)
+        if not np.array_equal(rounded, a):
+            yield name, f"stored in {name.upper()}", rounded, {}
+    for says, kind, value, scales in int8_forms(a):
+        yield kind, f"stored in INT8, {says}", value, {"scales": scales}
+    for text, value in few_bit_forms(a) if a.ndim > 1 and np.isfinite(a).all() else ():
+        yield "coarse", f"stored {text}", value, {}
 
 
 def interleaved_forms(a: np.ndarray) -> Iterator[_Way]:
@@ -299,13 +313,8 @@ def _permuted(a: np.ndarray, b: np.ndarray, axis: int) -> tuple[np.ndarray, list
     return np.take(a, order, axis), order
 
 
-def _int8(a: np.ndarray) -> Iterator[_Way]:
-    for name, kind, value, scales in int8_forms(a):
-        yield kind, f"stored in INT8, {name}", value, {"scales": scales}
-
-
-def _cut(a: np.ndarray, b: np.ndarray) -> Iterator[_Way]:
-    """The small ones are zero, the large ones cut off, or all are stored in few bits."""
+def _pruned(a: np.ndarray, b: np.ndarray) -> Iterator[_Way]:
+    """The small ones are zero."""
     if a.ndim < 2 or not np.isfinite(a).all():
         return
     gone = (b == 0) & (a != 0)
@@ -313,8 +322,6 @@ def _cut(a: np.ndarray, b: np.ndarray) -> Iterator[_Way]:
         threshold, share = float(np.abs(a[gone]).max()), float((b == 0).mean())
         if threshold:
             yield "pruned", f"the smallest {share:.3g} are zero", np.where(np.abs(a) <= threshold, 0.0, a), {}
-    for text, value in few_bit_forms(a):
-        yield "coarse", f"stored {text}", value, {}
 
 
 def _cut_off(a: np.ndarray, b: np.ndarray, different: np.ndarray) -> bool:

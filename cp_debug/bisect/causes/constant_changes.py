@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cp_debug.bisect.causes.base import Candidate
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
 from cp_debug.programs.node_differences import named, role_of_constant
-from cp_debug.programs.tensor_change import TensorChange, interleaved_forms
+from cp_debug.programs.tensor_change import TensorChange, interleaved_forms, rolled_forms, turned_forms
 
 SIGNIFICANT = 5.0
 """Multiple of its deviation from which a fitted slice counts as another one than the declared one."""
@@ -49,28 +49,9 @@ def rearranged(own: Tensor) -> Iterator[Change]:
     if bool(own.any()):
         yield Change("channels-zero", "all zero", torch.zeros_like(own))
         yield Change("negated", "the sign is the other one", -own)
-    for order in itertools.permutations(range(own.dim())) if 1 < own.dim() <= 4 else ():
-        moved, text = own.permute(order), f"axes in the order {list(order)}"
-        if moved.shape != own.shape:
-            moved, text = moved.reshape(own.shape), f"{text}, read in the old shape"
-        if list(order) != list(range(own.dim())) and not torch.equal(moved, own):
-            yield Change("transposed", text, moved, 0, {"axes": list(order)})
-    for axis in range(own.dim()):
-        if own.shape[axis] < 2:
-            continue
-        yield Change("flipped", f"axis {axis} runs backwards", own.flip(axis), 0, {"axis": axis})
-        for step in (1, -1):
-            evidence = {"axis": axis, "by": step}
-            yield Change("rolled", f"off by {step:+d} along axis {axis}", own.roll(step, axis), 0, evidence)
-    spatial = list(range(2, own.dim()))
-    if len(spatial) > 1:
-        yield Change(
-            "flipped",
-            "the kernel is flipped (convolution instead of correlation)",
-            own.flip(spatial),
-            0,
-            {"axis": spatial},
-        )
+    for kind, says, value, evidence in (*turned_forms(own.numpy()), *rolled_forms(own.numpy())):
+        if not np.array_equal(value, own.numpy()):
+            yield Change(kind, says, torch.from_numpy(np.ascontiguousarray(value)), 0, evidence)
 
 
 def interleavings(own: Tensor) -> Iterator[Change]:
@@ -150,6 +131,13 @@ def cause_of(change: Change, node: Node, place: int) -> tuple[str, str, dict[str
     said = TensorChange(change.kind, change.says, change.evidence)
     evidence = {"constant": node.proto.input[place], "change": change.kind, **change.evidence}
     return named(said, role_of_constant(node, place), node.op), f"{what} of {node.op}: {change.says}", evidence
+
+
+def tried(segment: Segment, node: Node, place: int, change: Change, fix: str) -> Iterator[Candidate]:
+    """The candidate of a change to one constant of a node; none where it gives no tensor of the captured shape."""
+    if (value := segment.edited(node, inputs={place: change.value})) is not None:
+        name, says, evidence = cause_of(change, node, place)
+        yield Candidate(name, says, value, change.parameters, evidence, fix, degenerate=change.degenerate)
 
 
 def constants_of(segment: Segment, node: Node, fewest: int = 2) -> dict[int, Tensor]:

@@ -1,4 +1,4 @@
-"""Weights that lost something on the way to the file: the small ones, the large ones, or bits."""
+"""Weights that lost something on the way to the file: the small ones, or the large ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from cp_debug.bisect.causes.constant_changes import constants_of
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.causes.single_numbers import search
 from cp_debug.graph.graph import Node
-from cp_debug.programs.tensor_change import few_bit_forms
 
 FEWEST = 32
 """Weights of a constant from which a threshold among them is searched for."""
@@ -20,9 +19,6 @@ SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.
 """Starts of the search: shares of the weights, the smallest, that are zero."""
 BOUNDS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 """Starts of the search: largest weights as shares of the declared largest one."""
-WITHIN = 8.0
-"""Factor between the relative change of a constant and that of the result, beyond which it is not computed: rounded
-weights change a sum about as much as themselves."""
 
 
 @cause(costly=True)
@@ -63,25 +59,6 @@ def _emulated(
         return None if changed is None else segment.edited(node, inputs={place: changed})
 
     return emulate
-
-
-@cause(costly=True)
-def few_bits(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: weights in 2 to 7 bits, in FP8, or with a short mantissa, and all else as declared."""
-    size = float(torch.linalg.vector_norm(torch.where(segment.finite, segment.exact, 0.0)))
-    if not size or segment.strange:
-        return
-    for node, place, weight in _weights(segment):
-        norm = float(torch.linalg.vector_norm(weight)) or 1.0
-        for text, values in few_bit_forms(weight.numpy()):
-            changed = torch.from_numpy(values)
-            moved = float(torch.linalg.vector_norm(changed - weight)) / norm * size
-            if not segment.introduced / WITHIN < moved < segment.introduced * WITHIN:
-                continue
-            if (value := segment.edited(node, inputs={place: changed})) is not None:
-                says = f"the weights of {node.op} are stored {text}"
-                evidence = {"constant": node.proto.input[place]}
-                yield Candidate("coarse-weights", says, value, 0, evidence, "keep the weights of {layers} in FP32")
 
 
 def _weights(segment: Segment) -> Iterator[tuple[Node, int, Tensor]]:

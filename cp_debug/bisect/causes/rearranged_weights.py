@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
-from cp_debug.bisect.causes.constant_changes import Change, cause_of, constants_of, interleavings, rearranged
+from cp_debug.bisect.causes.constant_changes import Change, constants_of, interleavings, rearranged, tried
 from cp_debug.bisect.causes.linear_parts import fit
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.causes.single_numbers import search
@@ -42,7 +42,7 @@ def as_a_whole(segment: Segment) -> Iterator[Candidate]:
     for node in segment.nodes:
         for place, own in constants_of(segment, node).items():
             for change in rearranged(own):
-                yield from _tried(segment, node, place, change)
+                yield from tried(segment, node, place, change, _FIX)
 
 
 @cause(costly=True)
@@ -55,7 +55,7 @@ def interleaved(segment: Segment) -> Iterator[Candidate]:
     for node in segment.nodes:
         for place, own in constants_of(segment, node, FEWEST_DEALT).items():
             for change in interleavings(own):
-                yield from _tried(segment, node, place, change)
+                yield from tried(segment, node, place, change, _FIX)
 
 
 @cause(costly=True)
@@ -105,24 +105,19 @@ def _of_axis(segment: Segment, node: Node, place: int, own: Tensor, axis: int) -
 
     of_best = {"axis": axis, "channels": [best]}
     zero = Change("channels-zero", f"slice {best} of axis {axis} is zero", times(0.0), 1, of_best)
-    yield from _tried(segment, node, place, zero)
+    yield from tried(segment, node, place, zero, _FIX)
     if scores[best] > TENDS:
         best_factor = search(segment, 1.0, lambda number: segment.edited(node, inputs={place: times(number)}))
         if best_factor is not None:
             says = f"slice {best} of axis {axis} × {best_factor[0]:.6g}"
-            yield from _tried(segment, node, place, Change("channels-scaled", says, times(best_factor[0]), 1, of_best))
+            scaled = Change("channels-scaled", says, times(best_factor[0]), 1, of_best)
+            yield from tried(segment, node, place, scaled, _FIX)
     for i, j in itertools.combinations(sorted(suspects), 2):
         order = torch.arange(count)
         order[[i, j]] = order[[j, i]]
         says = f"slices {i} and {j} of axis {axis} are exchanged"
         exchanged = Change("permuted", says, own.index_select(axis, order), 2, {"axis": axis, "channels": [i, j]})
-        yield from _tried(segment, node, place, exchanged)
-
-
-def _tried(segment: Segment, node: Node, place: int, change: Change) -> Iterator[Candidate]:
-    if (value := segment.edited(node, inputs={place: change.value})) is not None:
-        name, says, evidence = cause_of(change, node, place)
-        yield Candidate(name, says, value, change.parameters, evidence, _FIX, degenerate=change.degenerate)
+        yield from tried(segment, node, place, exchanged, _FIX)
 
 
 def _cosine(segment: Segment, change: Tensor) -> float:

@@ -8,15 +8,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cp_debug.backends.rounding import round_bf16, round_fp16
 from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.constant_changes import Change, tried
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.graph.constants import is_uniform
 from cp_debug.graph.graph import Node
-from cp_debug.programs.tensor_change import int8_forms
+from cp_debug.programs.tensor_change import stored_forms
 
 FEWEST = 4
 """Elements of a constant from which its storage is looked at."""
+FEWEST_COARSE = 32
+"""Elements from which fewer bits than INT8 has are tried."""
+WITHIN = 8.0
+"""Factor between the relative change of a constant and that of the result, beyond which they are not computed: rounded
+weights change a sum about as much as themselves."""
 COPIED = 4
 """Output channels that may be copies of others: near ones are found for any."""
 MOST_LAYERS = 32
@@ -33,27 +38,19 @@ def _weights(segment: Segment) -> Iterator[tuple[Node, int, Tensor]]:
 
 
 @cause(costly=True)
-def narrow(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: weights in FP16 or BF16, everything else as declared."""
+def in_fewer_bits(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: one constant stored in fewer bits, everything else as declared."""
+    size = float(torch.linalg.vector_norm(torch.where(segment.finite, segment.exact, 0.0)))
     for node, place, weight in _weights(segment):
-        for name, function in (("fp16", round_fp16), ("bf16", round_bf16)):
-            rounded = function(weight.float()).double()
-            if torch.equal(rounded, weight) or not bool(torch.isfinite(rounded).all()):
+        norm = float(torch.linalg.vector_norm(weight)) or 1.0
+        for kind, says, values, evidence in stored_forms(weight.numpy()):
+            changed = torch.from_numpy(values)
+            moved = float(torch.linalg.vector_norm(changed - weight)) / norm * size
+            far = not segment.introduced / WITHIN < moved < segment.introduced * WITHIN
+            if kind == "coarse" and (far or segment.strange or weight.numel() < FEWEST_COARSE):
                 continue
-            if (value := segment.edited(node, inputs={place: rounded})) is not None:
-                says = f"the weights of {node.op} are stored in {name.upper()}"
-                yield Candidate(f"{name}-weights", says, value, 0, {"place": place}, _KEEP)
-
-
-@cause(costly=True)
-def integers(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: weights in INT8, with one scale or one for each slice of either axis, symmetric or not."""
-    for node, place, weight in _weights(segment):
-        for text, kind, values, count in int8_forms(weight.numpy()):
-            if (value := segment.edited(node, inputs={place: torch.from_numpy(values)})) is not None:
-                name = "int8-per-tensor" if kind == "int8-per-tensor" else "int8-weights"
-                says = f"the weights of {node.op} are stored in INT8, {text}"
-                yield Candidate(name, says, value, 0, {"scales": count}, "keep {layers} in FP32, or accept it")
+            if bool(torch.isfinite(changed).all()):
+                yield from tried(segment, node, place, Change(kind, says, changed, 0, evidence), _KEEP)
 
 
 @cause(costly=True)
