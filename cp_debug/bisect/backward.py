@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.backends.base import Tensor as AnyTensor
+from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.glue import through_glue
 from cp_debug.bisect.whole_numbers import as_tensor
@@ -182,7 +183,8 @@ def walk_back(
     of_outputs = {(names[-1], name): value for name, value in derivatives.items()}
     for place, component in reversed([*enumerate(model.components)]):
         walked = backward(component)
-        errors = dict(walked.walk({n: d for (c, n), d in of_outputs.items() if c == component.name}))
+        with deterministic():  # on a GPU the derivative of a convolution sums in another order each time
+            errors = dict(walked.walk({n: d for (c, n), d in of_outputs.items() if c == component.name}))
         for reason in dict.fromkeys(walked.stopped.values()):
             values = [value for value, why in walked.stopped.items() if why == reason]
             more = f" and {len(values) - 1} more" if len(values) > 1 else ""
