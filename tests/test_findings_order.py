@@ -169,7 +169,7 @@ def test_the_layer_that_int8_costs_most_in_is_named_wherever_its_quantizers_lie(
         assert row.replay is not None
         rows = {str(r.index): replace(r, share=0.9 if r is row else 0.05) for r in int8_rows}
         rows[str(row.index)] = replace(rows[str(row.index)], replay=replace(row.replay, step=None))
-        (finding,) = declared.int8(rows, lambda named: named[0].name)  # type: ignore[arg-type]
+        (finding,) = declared.int8(rows, "int8", lambda named: named[0].name)  # type: ignore[arg-type]
         assert (finding.layers, finding.fix.split()[-1]) == ([row.name], row.name), place
 
 

@@ -23,6 +23,7 @@ from cp_debug.bisect.replay import Replayer
 from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.scale_replay import ScaleReplay
 from cp_debug.graph.graph import Graph
+from cp_debug.programs.precision import BESIDE_INT8
 
 
 def test_a_grid_reaches_from_its_lowest_level_to_its_highest() -> None:
@@ -99,7 +100,8 @@ def compared(captured: Any, exact: Any, declared: Any, ideal: Any) -> Replay:
     def with_larger_scales(executor: Any, nodes: Any, given: Any, targets: Any, scale_margin: float = 1.0) -> Any:
         return SimpleNamespace(results={"y": exact + scale_margin * (ideal - exact)})
 
-    own: Any = SimpleNamespace(declared=lambda target, known, given: declared, ideal=with_larger_scales)
+    measures = {"ideal": with_larger_scales, "beside": BESIDE_INT8}
+    own: Any = SimpleNamespace(declared=lambda target, known, given: declared, **measures)
     nobody: Any = SimpleNamespace(graph=None)
     replay = Replay(introduced=0.2, excess=1.0)
     ScaleReplay(own, nobody, nobody, ()).compare(replay, [], "y", {}, captured, exact, ideal)

@@ -173,3 +173,31 @@ def test_nodes_that_move_elements_are_told_by_where_they_take_them(
     (test,) = diagnose(reference, "ort,ort", test_model=other).tests
     (finding,) = test.findings
     assert says in finding.says
+
+
+@pytest.mark.parametrize(("coarser", "guilty"), [(1, []), (16, ["m"])])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_levels_of_16_bits_are_called_so_and_judged_as_finely(
+    tmp_path: Path, bits: int, coarser: int, guilty: list[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    kind, most = (np.int8, 127) if bits == 8 else (np.int16, 32767)
+    w = (rng.standard_normal((16, 16)) / 4).astype(np.float32)
+    sw, sx = np.float32(np.abs(w).max() / most), np.float32(4 / most * coarser)
+    constants = {"w": w, "wq": np.round(w / sw).astype(kind), "sw": sw, "sx": sx, "z": kind(0)}
+    domain = {"domain": "com.microsoft"} if bits == 16 else {}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "sx", "z"], ["q"], **domain),
+        helper.make_node("DequantizeLinear", ["q", "sx", "z"], ["d"], **domain),
+        helper.make_node("DequantizeLinear", ["wq", "sw", "z"], ["wd"], **domain),
+        helper.make_node("MatMul", ["d", "wd"], ["m"], name="m"),
+        helper.make_node("Relu", ["m"], ["y"], name="relu"),
+    ]
+    plain = [helper.make_node("MatMul", ["x", "w"], ["m"], name="m"), nodes[-1]]
+    reference = saved(tmp_path / "a.onnx", plain, (8, 16), (8, 16), constants)
+    test = saved(tmp_path / "b.onnx", nodes, (8, 16), (8, 16), constants)
+    (result,) = diagnose(reference, "ort,ort", test_model=test).tests
+    assert [row.name for row in result.guilty] == guilty
+    assert f"INT{bits} " in result.findings[0].says
+    if guilty:
+        assert result.findings[0].cause == "int8-coarse"

@@ -31,6 +31,7 @@ from cp_debug.bisect.causes import (
 from cp_debug.bisect.causes.base import Candidate
 from cp_debug.bisect.causes.layout import _same_rows
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
+from cp_debug.bisect.quantized_segment import QuantizerGrid
 from cp_debug.graph.graph import Graph
 
 C, H, W = 6, 20, 24
@@ -316,7 +317,7 @@ def test_weights_in_int8_have_a_scale_for_each_output_channel_of_their_operator(
 def test_a_scale_is_told_beside_the_one_that_is_needed(
     worst: str, step: float, needed: float, clipped: float, name: str, words: tuple[str, ...]
 ) -> None:
-    found, says, _ = scales._of_input(worst, step, needed, clipped)
+    found, says, _ = scales._of_input(worst, step, needed, QuantizerGrid.symmetric(step * 127), clipped)
     assert found == name
     assert all(word in says for word in words), says
 

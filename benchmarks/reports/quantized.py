@@ -37,8 +37,14 @@ BOXES = Frame(
     {"box": (1, 4, 50), "score": (1, 3, 50)},
     {"size": np.float32(640)},
 )
-WIDE = "q = com.microsoft.QuantizeLinear(t1, s, z)\nd = com.microsoft.DequantizeLinear(q, s, z)"
-WIDE_LEVELS = {"s": np.float32(1 / 32767), "z": np.int16(0), "wm": (16, 16)}
+WIDE = (
+    "q = com.microsoft.QuantizeLinear(t1, s, z)\nd = com.microsoft.DequantizeLinear(q, s, z)\n"
+    "wd = com.microsoft.DequantizeLinear(wq, sw, z)"
+)
+WIDE_WEIGHT = (RNG.standard_normal((16, 16)) / 4).astype(np.float32)
+WIDE_STEP = np.float32(np.abs(WIDE_WEIGHT).max() / 32767)
+WIDE_LEVELS = {"s": np.float32(1 / 32767), "z": np.int16(0), "wm": WIDE_WEIGHT, "sw": WIDE_STEP}
+WIDE_LEVELS["wq"] = np.round(WIDE_WEIGHT / WIDE_STEP).astype(np.int16)
 
 CASES = (
     Report(
@@ -153,7 +159,7 @@ CASES = (
         "m = MatMul(t1, wm)",
         (),
         "",
-        wrong=f"{WIDE}\nm = MatMul(d, wm)",
+        wrong=f"{WIDE}\nm = MatMul(d, wd)",
         constants=WIDE_LEVELS,
         frame=TOKENS,
     ),
@@ -164,7 +170,7 @@ CASES = (
         "m = MatMul(t1, wm)",
         ("m", "q"),
         "scale|coarse|fine|range",
-        wrong=f"{WIDE}\nm = MatMul(d, wm)",
+        wrong=f"{WIDE}\nm = MatMul(d, wd)",
         constants={**WIDE_LEVELS, "s": np.float32(16 / 32767)},
         frame=TOKENS,
     ),

@@ -38,7 +38,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.downstream import from_inputs
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.integer_values import is_quantized, parent_values, rounded_values, unscaled_levels
+from cp_debug.graph.integer_values import is_quantized, level_kind, parent_values, rounded_values, unscaled_levels
 from cp_debug.graph.narrow_types import narrow_precision
 from cp_debug.graph.qdq import has_own_pairs
 from cp_debug.graph.source_lines import source_lines
@@ -268,10 +268,10 @@ class CandidateRun:
         }
         return Quantized(plain.graph, graph, names, rounded)
 
-    def _kind(self, component: str) -> str:
-        """Precision of what a component is quantized to: ``int8``, or a narrower one where none of it is INT8."""
+    def kind(self, component: str) -> str:
+        """Precision of what a component is quantized to: ``int8``, ``int16``, or a narrower one where none is INT8."""
         if component not in self._kinds:
-            self._kinds[component] = narrow_precision(self.graphs[component]) or "int8"
+            self._kinds[component] = narrow_precision(self.graphs[component]) or level_kind(self.graphs[component])
         return self._kinds[component]
 
     @staticmethod
@@ -382,7 +382,7 @@ class CandidateRun:
                 continue
             replay, floor = replays.get(key), floors.get(key, 0.0)
             claim = PRECISIONS[(replay and replay.precision) or self.precision.name]
-            kind = self._kind(key.component) if replay is not None and replay.clipped is not None else ""
+            kind = self.kind(key.component) if replay is not None and replay.clipped is not None else ""
             is_level = key in self._levels
             judgement = judge(stats[key], replay, claim, *self.tolerance, floor, kind=kind, levels=is_level)
             judgement = without_emulation(judgement, replay)

@@ -28,11 +28,12 @@ from cp_debug.bisect.quantization_scheme import Levels, Scheme
 from cp_debug.bisect.quantized_segment import EmulatedSegment, QuantizerGrid
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.integer_values import constant_type, is_constant, produced_grid
+from cp_debug.graph.integer_values import constant_type, is_constant, level_kind, produced_grid
 from cp_debug.graph.narrow_types import order_behind, stated_bits
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.qdq import weight_axis
 from cp_debug.probes.arrays import as_numpy, as_torch
+from cp_debug.programs.precision import BESIDE_INT8, BESIDE_INT16
 
 GOOD = 3.0
 """A weight that is this many times further from its original than the best scales would leave it is a bad one."""
@@ -69,6 +70,8 @@ class FileQuantization:
         """``rounds_weights``: the backend puts weights that the file left in FP32 on levels, too, where data and result
         of their layer are, as ONNX Runtime's optimizer WeightBiasQuantization does."""
         self._graph, self._names, self._rounds_weights = graph, names, rounds_weights
+        self.beside = BESIDE_INT16 if level_kind(graph) == "int16" else BESIDE_INT8
+        """Precision of what the file does not quantize."""
         self._constants = Weights(graph, INT8, torch.device("cpu"), 0)
         self._executor = Executor(graph, INT8)
         self._schemes: dict[str, Scheme] = {}

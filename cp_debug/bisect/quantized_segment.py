@@ -25,6 +25,7 @@ from cp_debug.bisect.paired_nodes import PAIRED, with_paired_sums
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.qdq import LEVELS, weight_axis
+from cp_debug.programs.precision import BESIDE_INT8
 
 FEW = 4
 """Number of elements that a channel must have on average before its error is held against it."""
@@ -58,6 +59,11 @@ class QuantizerGrid:
             return -self.codec.largest * scale, self.codec.largest * scale
         zero = float(self.zero.flatten()[0])
         return (self.low - zero) * scale, (self.high - zero) * scale
+
+    @property
+    def most(self) -> int:
+        """Levels on one side of the middle; of FP8 and 4-bit floats the number that INT8 has."""
+        return (self.high - self.low) // 2 if self.codec is None and self.high - self.low > LEVELS else LEVELS
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of this shape has one scale and one zero point, or one for each channel."""
@@ -141,7 +147,7 @@ class Quantized:
     def __init__(
         self, plain: Graph, graph: Graph, names: Mapping[str, str], rounded: Mapping[str, float] = MappingProxyType({})
     ) -> None:
-        self._graph, self._names = graph, names
+        self._graph, self._names, self.beside = graph, names, BESIDE_INT8
         self._rounded = {name: QuantizerGrid.symmetric(amax) for name, amax in rounded.items()}
         self._plain_names = {quantized_name: name for name, quantized_name in names.items()}
         self._executor = Executor(graph, INT8)

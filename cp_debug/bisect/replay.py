@@ -40,7 +40,7 @@ from cp_debug.graph.operators import CONTRACTIONS, PRODUCTS
 from cp_debug.graph.randomness import DRAWS_NUMBERS, draws
 from cp_debug.probes.distance import all_finite, distance, ratio
 from cp_debug.probes.integers import is_whole
-from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision, coarsest, of_operators
+from cp_debug.programs.precision import PRECISIONS, Precision, coarsest, of_operators
 
 Load = Callable[[str], AnyTensor]
 """A captured value by its name in the graph. Raises InputError where the capture lacks it."""
@@ -282,7 +282,7 @@ class Replayer:
         Also returns the precision that allows for what emulation does not know.
         """
         emulator, quantized = self._emulators[side], self.quantized[side]
-        precision = self.claim(side, nodes) if quantized is None else BESIDE_INT8
+        precision = self.claim(side, nodes) if quantized is None else quantized.beside
         if quantized is not None and quantized.touches(nodes):
             return quantized.ideal(emulator, nodes, given, exact), precision
         if rounded := int8_activations(nodes, given):

@@ -18,7 +18,6 @@ from cp_debug.graph.graph import Node
 from cp_debug.graph.integer_values import is_constant
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.probes.distance import distance, ratio
-from cp_debug.programs.precision import BESIDE_INT8
 
 AnyQuantized = Quantized | FileQuantization
 
@@ -65,7 +64,7 @@ class ScaleReplay:
         ours = balanced(torch.as_tensor(captured) - exact, exact, axis)
         ideals = [ideal, *self._recalibrated(nodes, target, given)]
         best = max(balanced(torch.as_tensor(t) - exact, exact, axis) for t in ideals)
-        replay.channel_excess = ratio(ours, max(best, FLOOR * BESIDE_INT8.roundoff))
+        replay.channel_excess = ratio(ours, max(best, FLOOR * self.quantized.beside.roundoff))
         if declared is not None and (replay.deviation_from_scales or 0.0) < (replay.declared or 0.0) / 2:
             replay.misfit = self._misfit(nodes, target, given, declared, exact)
 
@@ -135,7 +134,7 @@ class ScaleReplay:
                 emulated = quantized.ideal(self._emulator, nodes, given, [target], margin, whole_range=whole)
                 best.append(emulated.results[target])
             best += self._recalibrated(nodes, target, given, margin)
-        return (Replay.of(declared, exact, best, BESIDE_INT8).excess or 0.0) <= EXCESS
+        return (Replay.of(declared, exact, best, quantized.beside).excess or 0.0) <= EXCESS
 
     def _recalibrated(
         self, nodes: Sequence[Node], target: str, given: Mapping[str, AnyTensor], scale_margin: float = 1.0

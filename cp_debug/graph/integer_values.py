@@ -38,6 +38,13 @@ class GridNames(NamedTuple):
     zero: str
 
 
+def level_kind(graph: Graph) -> str:
+    """``int16`` for a quantized network all of whose quantizers round to 16 bits, else ``int8``."""
+    zeros = [n.proto.input[2] for n in graph.nodes if n.op == "QuantizeLinear" and len(n.proto.input) > 2]
+    kinds = {graph.weight(name).data_type if name in graph.initializers else 0 for name in zeros}
+    return "int16" if kinds and kinds <= {TensorProto.INT16, TensorProto.UINT16} else "int8"
+
+
 def is_quantized(graph: Graph) -> bool:
     """Whether this is a quantized network: nodes compute with levels, weights are stored or rounded to them, most
     products read what was quantized, or a quantizer named the levels. A pair of quantizers by itself makes none: it is

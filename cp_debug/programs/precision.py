@@ -61,6 +61,8 @@ for _family in FAMILIES:
 
 BESIDE_INT8 = replace(PRECISIONS["int8"], roundoff=PRECISIONS["fp16"].roundoff)
 """INT8 where it is known which inputs are quantized: all else may be rounded to FP16."""
+BESIDE_INT16 = replace(PRECISIONS["int8"], roundoff=PRECISIONS["fp32"].roundoff)
+"""The same for levels of 16 bits, which are finer than FP16: all else is in FP32."""
 
 
 def of_operators(name: str, operators: Iterable[str]) -> str:

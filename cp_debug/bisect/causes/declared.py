@@ -35,10 +35,11 @@ BITS = {"fp16": 11, "fp16acc": 11, "tf32": 11, "bf16": 8}
 Rows = Mapping[Key, LayerRow]
 
 
-def int8(rows: Rows, unquantized: Callable[[Sequence[LayerRow]], str]) -> Iterator[Finding]:
-    """A finding about the layer whose correct INT8 rounding makes most of the final divergence.
+def int8(rows: Rows, kind: str, unquantized: Callable[[Sequence[LayerRow]], str]) -> Iterator[Finding]:
+    """A finding about the layer whose correct rounding to levels makes most of the final divergence.
 
-    ``unquantized``: the flag that leaves layers out of INT8.
+    ``kind``: the precision of the levels, as ``CandidateRun.kind`` names it. ``unquantized``: the flag
+    that leaves layers out of it.
     """
     if not any(row.replay and row.replay.step is not None for row in rows.values()):
         return
@@ -48,9 +49,10 @@ def int8(rows: Rows, unquantized: Callable[[Sequence[LayerRow]], str]) -> Iterat
     if not ranked:
         return
     row = ranked[0]
+    most = f"; of {len(sound)} layers that do what they must, this one costs most" * (len(sound) > 1)
     yield Finding(
         "int8",
-        "INT8 as declared" + f"; of {len(sound)} layers that do what they must, this one costs most" * (len(sound) > 1),
+        f"{kind.upper()} as declared{most}",
         [row.name],
         [row.op],
         evidence={

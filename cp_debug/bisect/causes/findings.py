@@ -132,7 +132,7 @@ class Explainer:
             self.notes.append(f"what would lower the cost of the declared precision is not known: {in_one_line(error)}")
         if any(not row.within or (row.replay and row.replay.step is not None) for row in rows.values()):
             try:
-                costly += declared.int8(rows, self._unquantized)
+                costly += declared.int8(rows, self.run.kind(next(iter(rows)).component), self._unquantized)
                 if self.adds_up and not findings and not costly and not all(row.within for row in rows.values()):
                     costly += declared.declared(self.run, rows, self.segment, self._trials)
             except Exception as error:

@@ -44,23 +44,25 @@ def declared(segment: Segment) -> Iterator[Candidate]:
     if worst == "weights" or of_input is None:
         name, says, fix = _of_weight(node, weight, of_weight)
     else:
-        step, needed = float(of_input.scale.flatten()[0]), float(x.abs().max()) / LEVELS
+        step, needed = float(of_input.scale.flatten()[0]), float(x.abs().max()) / of_input.most
         evidence |= {"scale": step, "needed_scale": needed, "clipped": of_input.clipped(x)}
-        name, says, fix = _of_input(worst, step, needed, evidence["clipped"])
+        name, says, fix = _of_input(worst, step, needed, of_input, evidence["clipped"])
     yield Candidate(name, says, value, 0, evidence, fix)
 
 
-def _of_input(worst: str, step: float, needed: float, clipped: float) -> tuple[str, str, str]:
+def _of_input(worst: str, step: float, needed: float, grid: QuantizerGrid, clipped: float) -> tuple[str, str, str]:
+    kind = "INT16" if grid.most > LEVELS else "INT8"
     if worst == "clipped":
-        says = f"its input reaches {needed * LEVELS:.4g}, and its INT8 scale {step:.3g} ends at ±{step * LEVELS:.4g}"
+        ends = f"its {kind} scale {step:.3g} ends at ±{step * grid.most:.4g}"
+        says = f"its input reaches {needed * grid.most:.4g}, and {ends}"
         return "int8-clipped", f"{says}: {clipped:.2%} is clipped", _CALIBRATE
     if step > _COARSE * needed:
         return (
             "int8-coarse",
-            f"the INT8 scale {step:.3g} of its input is {step / needed:.1f} times too coarse",
+            f"the {kind} scale {step:.3g} of its input is {step / needed:.1f} times too coarse",
             _CALIBRATE,
         )
-    return "int8", f"its input is quantized to INT8 with scale {step:.3g}", _CALIBRATE
+    return "int8", f"its input is quantized to {kind} with scale {step:.3g}", _CALIBRATE
 
 
 def _of_weight(node: Node, weight: Tensor, grid: QuantizerGrid | None) -> tuple[str, str, str]:

@@ -28,7 +28,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.probes.distance import born_nonfinite
-from cp_debug.programs.precision import BESIDE_INT8, PRECISIONS, Precision
+from cp_debug.programs.precision import PRECISIONS, Precision
 
 SAME_NUMBER = 0.01
 """Relative difference up to which numbers beside NaN and Inf are the same: more than FP16 and BF16 round."""
@@ -51,7 +51,7 @@ class SegmentContext:
         """``claim``: the precision that the backend under suspicion claims to have; ``quantized`` what it does in INT8,
         where that is known."""
         self.program, self.graph, self.oracle, self.quantized = program, program.graph, oracle, quantized
-        self.claim: Precision = PRECISIONS[claim] if quantized is None else BESIDE_INT8
+        self.claim: Precision = PRECISIONS[claim] if quantized is None else quantized.beside
         self.constants = Weights(self.graph, FP64, torch.device("cpu"), 0)
         self.trimmer = Trimmer(1 << 27)
         self._made: dict[Arithmetic, Executor] = {oracle.arithmetic: oracle}
