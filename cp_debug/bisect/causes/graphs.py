@@ -118,7 +118,9 @@ def difference(segment: Segment, other: OtherProgram, known: set[str]) -> tuple[
     telling = [d for d in node_differences if not d.added and not (d.structural and pieces.is_rewritten)]
     if value is None or not telling:
         return None, node_differences
-    moved = _moved(segment, other, own, nodes, starts) if len(node_differences) > 1 else None
+    # One difference, or one that a node was told, says more than where elements come from.
+    unclear = len(node_differences) > 1 and all(d.structural or d.evidence.get("change") == "shape" for d in telling)
+    moved = _moved(segment, other, own, nodes, starts) if unclear else None
     first = moved or telling[0]
     says = first.says if moved else _says(node_differences)
     evidence = {"node": first.node, **first.evidence, "read_off": "the difference of the two graphs"}
