@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nets import NetBuilder
 from stress import OUTPUTS, make_stress
 from torch import nn
 
 from cp_debug.backends.executor import Executor
+from cp_debug.bisect.engine import bisect
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import insert_qdq, weight_axis
@@ -72,3 +74,14 @@ def test_layers_that_no_node_computes_are_named(tmp_path: Path) -> None:
         scales_by_node(Scales("m", "max", {"norm": layer, "nowhere": layer}, {"nowhere/add": 1.0}), alignment, graph)
     found = scales_by_node(Scales("m", "max", {}, {"/add": 1.0}), alignment, graph)
     assert [node.op for node in graph.nodes if node.name in found.residual_adds] == ["Add"]
+
+
+def test_the_record_of_a_quantized_file_says_int8(tmp_path: Path) -> None:
+    net = NetBuilder()
+    y = net.op("MatMul", "x", net.weight(net.rng.standard_normal((16, 16)).astype(np.float32)), name="m")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [4, 16])}, [y])
+    graph = Graph(path)
+    layer = LayerScales(0.1, np.full(16, 0.1, np.float32))
+    quantized = insert_qdq(graph, {"node_m": layer}, tmp_path / "int8.onnx")
+    result = bisect(str(path), "ort,ort", test_model=quantized)
+    assert [record.computes_in for record in (result.reference, result.tests[0].backend)] == ["fp32", "int8"]

@@ -136,7 +136,7 @@ class RunRecord:
     versions: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     declared: list[str] = field(default_factory=list)
-    """Float types that the files themselves compute in, where they know others than FP32: ``fp16``, ``bf16``."""
+    """Types that the files themselves compute in, where they know others than FP32: ``fp16``, ``bf16``, ``int8``."""
 
     @property
     def computes_in(self) -> str:

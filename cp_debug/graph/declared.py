@@ -5,6 +5,7 @@ from __future__ import annotations
 from onnx import TensorProto
 
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.integer_values import is_quantized, level_kind
 
 _NARROW = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 
@@ -38,10 +39,13 @@ def narrow_values(graph: Graph) -> dict[str, str]:
 
 
 def declared_precisions(graph: Graph) -> list[str]:
-    """Float types that the nodes of a graph compute in, where some are narrower than FP32; else none.
+    """Types that the nodes of a graph compute in, where some are narrower than FP32; else none.
 
-    Casts compute nothing: a file that is FP16 between FP32 inputs and outputs computes in ``fp16`` alone.
+    ``int8`` or ``int16`` for a quantized network. Casts compute nothing: a file that is FP16 between FP32 inputs and
+    outputs computes in ``fp16`` alone.
     """
+    if is_quantized(graph):
+        return [level_kind(graph)]
     narrow = narrow_values(graph)
     if not narrow:
         return []
