@@ -232,7 +232,7 @@ def test_an_output_that_cannot_be_written_leaves_nothing(net: Path, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("flag", ["--csv", "--html", "--save"])
+@pytest.mark.parametrize("flag", ["--html", "--save"])
 def test_a_dash_is_no_name_of_a_file(net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
     monkeypatch.chdir(tmp_path)
     code, text = run("bisect", net, "-b", "ort,ort-all", flag, "-")

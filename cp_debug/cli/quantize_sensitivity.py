@@ -70,12 +70,6 @@ def sensitivity(
 
     refuse(("calib_data", "batches", "method"), unless=quantized is None, why="the scales are those of --from")
     narrow = narrow_options(precision)
-    if narrow is None:
-        if model.endswith(".onnx"):
-            raise InputError(
-                f"MODEL: {model} is an ONNX file; expected a model of torch modules, or another --precision"
-            )
-        check_there("modelopt", "quant")
     why = f"scales of {precision} are those of the numbers at hand, and every layer with a weight is measured"
     refuse(("quantized", "calib_data", "batches", "method", "skip_layers"), unless=narrow is None, why=why)
     refuse(("data_root",), unless=data is not None, why="without --data the samples are synthetic scenes")
@@ -83,6 +77,12 @@ def sensitivity(
     check_calibration(model, calib_data, batches, "--batches")
     read = DataOptions(data_root)
     check_given(model, inputs=data, samples=samples, checkpoint=checkpoint, options=read, flag="--data")
+    if narrow is None:
+        if model.endswith(".onnx"):
+            raise InputError(
+                f"MODEL: {model} is an ONNX file; expected a model of torch modules, or another --precision"
+            )
+        check_there("modelopt", "quant")
     load_torch()
     from cp_debug.mixed_precision.sensitivity import (
         build_sensitivity_profile,
