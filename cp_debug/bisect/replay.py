@@ -49,7 +49,7 @@ SUSPICIOUS = 30.0
 """A layer that amplifies the divergence of its inputs more than this is replayed for the reference, too: healthy layers
 stay below 5, so what was inherited more likely was introduced by the reference."""
 
-ERRORS = 1 << 28
+ERRORS = 1 << 29
 """Bytes of introduced errors that are kept for the shares, where computing them again takes an FP64 pass."""
 TRIM_AFTER = 1 << 27
 """Size of oracle results in bytes after which freed memory goes back to the system."""
@@ -104,7 +104,7 @@ class Replayer:
         self._finer: Executor | None = None
         self._trimmer = Trimmer(TRIM_AFTER)
         self.errors: dict[str, Tensor] = {}
-        """Introduced errors of the last replay in FP32, on its device, as far as ``ERRORS`` reaches."""
+        """Introduced errors of the last replay in BF16, on its device, as far as ``ERRORS`` reaches."""
         self._room = 0
         self._outputs = {v.name for v in graph.outputs}
         self.levels = level_values(graph)
@@ -246,12 +246,12 @@ class Replayer:
         return results
 
     def _note_error(self, target: str, captured: AnyTensor, exact: Tensor) -> None:
-        if not exact.is_floating_point() or 4 * exact.numel() > self._room:
+        if not exact.is_floating_point() or 2 * exact.numel() > self._room:
             return  # whole numbers are subtracted exactly, when they are asked for
         held = as_tensor(self.oracle.arithmetic.hold(captured, self._device))
         if held.shape == exact.shape:
-            self._room -= 4 * exact.numel()
-            self.errors[target] = (held - exact).float()
+            self._room -= 2 * exact.numel()
+            self.errors[target] = (held - exact).bfloat16()  # three digits: a share is a sum over many
 
     def _not_emulated(self, nodes: list[Node]) -> tuple[str, ...]:
         emulator = self._emulators[1]
