@@ -481,7 +481,8 @@ def test_without_modelopt_nothing_is_calibrated(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "modelopt", None)
-    monkeypatch.setattr("cp_debug.recipes.registry.load_model", lambda *given, **more: pytest.fail("it was loaded"))
+    run_once = "cp_debug.quantization.calibration.CalibrationManager.run"
+    monkeypatch.setattr(run_once, lambda *given, **more: pytest.fail("it was calibrated"))
     code, said = run(*arguments)
     assert (code, "modelopt" in said) == (3, True)
     assert not list(tmp_path.iterdir())

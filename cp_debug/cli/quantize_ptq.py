@@ -13,7 +13,6 @@ from cp_debug.cli.flags import MOST, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse, typed
 from cp_debug.loading import load_torch
-from cp_debug.optional import check_there
 
 if TYPE_CHECKING:
     from cp_debug.backends.narrow_options import NarrowOptions
@@ -63,8 +62,6 @@ def ptq(
     refuse(("method", "batches"), unless=cache is None, why="the scales are those of --cache")
     refuse(("opset",), unless=not model.endswith(".onnx"), why=f"{model} has an opset, which its copy keeps")
     narrow = _narrow(precision, method, opset)
-    if narrow is None and not model.endswith(".onnx"):
-        check_there("modelopt", "quant")
     how = files.chosen(model, calib_data)
     check_calibration(model, calib_data, batches, "--batches", how)
     check_given(model, checkpoint=checkpoint)

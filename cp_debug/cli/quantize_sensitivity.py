@@ -14,7 +14,6 @@ from cp_debug.cli.quantize_ptq import narrow_options
 from cp_debug.cli.typed import refuse
 from cp_debug.errors import InputError
 from cp_debug.loading import load_torch
-from cp_debug.optional import check_there
 
 
 def sensitivity(
@@ -77,12 +76,8 @@ def sensitivity(
     check_calibration(model, calib_data, batches, "--batches")
     read = DataOptions(data_root)
     check_given(model, inputs=data, samples=samples, checkpoint=checkpoint, options=read, flag="--data")
-    if narrow is None:
-        if model.endswith(".onnx"):
-            raise InputError(
-                f"MODEL: {model} is an ONNX file; expected a model of torch modules, or another --precision"
-            )
-        check_there("modelopt", "quant")
+    if narrow is None and model.endswith(".onnx"):
+        raise InputError(f"MODEL: {model} is an ONNX file; expected a model of torch modules, or another --precision")
     load_torch()
     from cp_debug.mixed_precision.sensitivity import (
         build_sensitivity_profile,

@@ -164,10 +164,10 @@ class _ModuleCalibration:
         self, component: Component, inputs: Mapping[str, np.ndarray], method: str, globs: Sequence[str]
     ) -> None:
         assert component.module is not None
-        check_there("modelopt", "quant")  # what is calibrated here gets its quantizers from it
         self._component = component
         self._folded = fuse_model_bn(component.module, example_args(component, inputs))
         self._manager = CalibrationManager(self._folded, method=method, skip_layers=globs, prefix=component.prefix)
+        check_there("modelopt", "quant")  # what is calibrated here gets its quantizers from it
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
         return named_outputs(self._component, self._manager.run(example_args(self._component, inputs)))
