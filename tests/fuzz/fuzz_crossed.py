@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 from fuzz_arguments import BASES, _commands
 from fuzz_base import ANYTHING_NEW, TEXTS, Case, damage, places
+from fuzz_deploy import DEPLOYED
 from fuzz_more import deep, reflect
 from fuzz_onnx import EDITS
 from fuzz_world import World
@@ -312,4 +313,4 @@ def wrong_files(rng: random.Random, world: World, folder: Path) -> Case:
             argv += [name, value]
         elif len(argv) > len(words):
             argv[len(words)] = value
-    return Case("wrong files", [argv], [ANYTHING_NEW, *argv])
+    return Case("wrong files", [argv], [ANYTHING_NEW, *argv, *(DEPLOYED if words == ("deploy",) else ())])

@@ -170,6 +170,11 @@ AWML = (
 )
 
 
+DEPLOYED = ("work", "engines", "report.html")
+"""What ``deploy`` writes anew in every run, also one in which nothing is left to do: in the work folder that the
+configuration names."""
+
+
 def configuration(rng: random.Random, world: World, folder: Path) -> Case:
     """A deployment's configuration, for each command that takes one."""
     shutil.copyfile(world.files / "net.py", folder / "net.py")
@@ -200,7 +205,7 @@ def configuration(rng: random.Random, world: World, folder: Path) -> Case:
         ["verify", name, "--model", "net.py:make", "--samples", "1"],
     )
     argv = list(rng.choice(commands[:3] if rng.random() < 0.7 else commands))
-    return Case("deploy", [argv], ["work", "engines", "report.html", ANYTHING_NEW])  # in the work folder it names
+    return Case("deploy", [argv], [*DEPLOYED, ANYTHING_NEW])
 
 
 def _configured(rng: random.Random) -> Any:
