@@ -78,7 +78,6 @@ def quantize_ptq(
     check_method(chosen, "method" if amax_method is None else "amax_method")
     if num_calibration_batches is not None and num_calibration_batches < 1:
         raise InputError(f"num_calibration_batches is {num_calibration_batches}; expected at least 1")
-    check_there("modelopt", "quant")
     stream: Iterator[Any] = islice(batches, num_calibration_batches)
     first = next(stream, None)
     if first is None:
@@ -109,6 +108,7 @@ def _calibrated(
     module: nn.Module, stream: Iterator[Batch], method: str, skip_layers: Sequence[str], prefix: str, fold: bool
 ) -> nn.Module:
     manager = CalibrationManager(module, method=method, skip_layers=skip_layers, prefix=prefix)
+    check_there("modelopt", "quant")
     first = next(stream)
     if fold:
         manager.module = fuse_model_bn(module, manager.arguments(first))
