@@ -130,9 +130,10 @@ class Preflight:
         for program in self.programs:
             weights = Weights(program.graph, FP64, torch.device("cpu"), 0)
             for node in program.graph.nodes:
-                for value in map(weights.numbers, node.inputs if node.op not in QUANTIZERS else ()):
-                    single = value is not None and value.is_floating_point() and value.numel() == 1
-                    if single and value and not round_fp16(value.float()):
+                for name in node.inputs if node.op not in QUANTIZERS else ():
+                    shape = weights.shape(name)  # without reading large ones
+                    value = weights.numbers(name) if shape is not None and math.prod(shape) == 1 else None
+                    if value is not None and value.is_floating_point() and value and not round_fp16(value.float()):
                         tiny[_layer(program, node)] = float(value)
         if not tiny:
             return
