@@ -7,7 +7,8 @@ by torch's autograd on a segment's replay from the test's own inputs; so J belon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -200,3 +201,25 @@ def walk_back(
         except Exception as error:
             notes.append(f"layers in front of {component.name} have no share: {in_one_line(error)}")
             return
+
+
+def shares_over(
+    model: Model,
+    samples: Sequence[Sample],
+    run: Callable[[int, Sample], tuple[Arrays, Mapping[str, Arrays], Callable[[Component], Walks]]],
+    notes: list[str],
+) -> dict[tuple[str, str], float]:
+    """(Component, layer or value) → its share of what a test is off, over all samples, to first order.
+
+    ``run`` takes a sample and its place, and gives the exact final outputs, the test's results by component, and the
+    walk back over one. Empty where no output of floats differs. ``notes``: as of ``walk_back``.
+    """
+    whole, found = 0.0, defaultdict[tuple[str, str], float](float)
+    for place, sample in enumerate(samples):
+        exact, results, backward = run(place, sample)
+        derivatives, size = apart(exact, results[model.components[-1].name])
+        whole += size
+        for component, errors, _ in walk_back(model, sample, results, derivatives, backward, notes):
+            for name, share in errors.items():
+                found[component.name, name] += share
+    return {key: share / whole for key, share in found.items()} if whole else {}

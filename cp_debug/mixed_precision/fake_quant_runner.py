@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from cp_debug.bisect.backward import apart, walk_back
+from cp_debug.bisect.backward import shares_over
 from cp_debug.detection.changes import Detected
 from cp_debug.detection.evaluate import as_detector
 from cp_debug.detection.evaluation import EvaluationOptions, draws_of
@@ -174,25 +174,22 @@ class FakeQuantRunner:
 
     def shares(self, samples: Sequence[Sample]) -> dict[str, LayerShare]:
         """Share of each layer in what all in INT8 is off from FP32, over all samples: one walk backward a sample."""
-        whole, introduced = 0.0, {name: ErrorSum() for name in self.layers}
-        shares: dict[str, float] = dict.fromkeys(self.layers, 0.0)
-        for sample in samples:
+        introduced = {name: ErrorSum() for name in self.layers}
+
+        def both(_: int, sample: Sample) -> tuple[Arrays, dict[str, Arrays], Callable[[Component], ModuleWalk]]:
             with self._restored():
                 exact = self._run(sample, self.all)
             walks: dict[str, ModuleWalk] = {}
 
-            def run(component: Component, inputs: Arrays, walks: dict[str, ModuleWalk] = walks) -> Arrays:
+            def run(component: Component, inputs: Arrays) -> Arrays:
                 layers = [layer for layer in self.layers.values() if layer.component == component.name]
                 walks[component.name] = ModuleWalk(component, self.modules[component.name], layers, introduced)
                 return walks[component.name].run(inputs)
 
-            results = walk(self.model, sample, run)
-            derivatives, size = apart(exact[self._last], results[self._last])
-            whole += size
-            walked = walk_back(self.model, sample, results, derivatives, partial(_of, walks), self.notes)
-            for name, share in (item for _, found, _ in walked for item in found.items()):
-                shares[name] += share
-        of = {name: share / whole if whole else 0.0 for name, share in shares.items()}
+            return exact[self._last], walk(self.model, sample, run), lambda component: walks[component.name]
+
+        found = shares_over(self.model, samples, both, self.notes)
+        of = {name: found.get((layer.component, name), 0.0) for name, layer in self.layers.items()}
         return {name: LayerShare(of[name], introduced[name].relative) for name in self.layers}
 
     def nodes_in(self, kept_layers: KeptLayers) -> frozenset[tuple[str, str]]:
@@ -212,10 +209,6 @@ class FakeQuantRunner:
         finally:
             for layer in self.layers.values():
                 layer.switch(True)
-
-
-def _of(walks: Mapping[str, ModuleWalk], component: Component) -> ModuleWalk:
-    return walks[component.name]
 
 
 class ModuleWalk:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Backend, Program, Session
 from cp_debug.backends.capabilities import build_info_of, timer_of
-from cp_debug.bisect.backward import Backward, apart, walk_back
+from cp_debug.bisect.backward import Backward, shares_over
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.unquantize import remove_qdq
 from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept, nodes_of
@@ -91,22 +91,16 @@ class EmulatedRunner:
         To first order, by one walk backward a sample (``bisect/backward.py``); call ``prepare`` first. Empty where no
         output of floats differs.
         """
-        high, whole = self._high(kept_groups), 0.0
-        found: dict[tuple[str, str], float] = defaultdict(float)
-        runs: dict[str, Computed] = {}
+        high, runs = self._high(kept_groups), dict[str, Computed]()
 
-        def backward(component: Component) -> Backward:
-            return self._executors[component.name].backward(runs[component.name])
-
-        for i, sample in enumerate(self._samples):
+        def run(i: int, sample: Sample) -> tuple[Arrays, Results, Callable[[Component], Backward]]:
             results = self._pass(i, high, runs=runs)
-            derivatives, size = apart(self._outputs[i], results[self._last_component])
-            whole += size
-            for component, errors, _ in walk_back(self._model, sample, results, derivatives, backward, []):
-                producer = self._executors[component.name].graph.producer
-                for value, share in errors.items():
-                    found[component.name, producer[value].name] += share
-        return {node: share / whole for node, share in found.items()} if whole else {}
+            return self._outputs[i], results, lambda c: self._executors[c.name].backward(runs[c.name])
+
+        found: dict[tuple[str, str], float] = defaultdict(float)
+        for (component, value), share in shares_over(self._model, self._samples, run, []).items():
+            found[component, self._executors[component].graph.producer[value].name] += share
+        return found
 
     def local_error(self, group: FusionGroup) -> float:
         """Relative L2 error that the layer introduces by itself, on the first sample."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Program
 from cp_debug.backends.narrow_options import NarrowOptions
-from cp_debug.bisect.backward import Backward, apart, walk_back
+from cp_debug.bisect.backward import Backward, shares_over
 from cp_debug.detection.changes import Detected
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.fake_quant_runner import (
@@ -99,25 +99,21 @@ class NarrowRunner:
     def shares(self, samples: Sequence[Sample]) -> dict[str, LayerShare]:
         """Share of each layer in what all of them low are off from FP32, over all samples: one walk backward each."""
         names = {(layer.component, layer.node): name for name, layer in self.layers.items()}
-        whole = 0.0
-        shares, own = defaultdict[str, float](float), dict.fromkeys(self.layers, 0.0)
-        for sample in samples:
+        own = dict.fromkeys(self.layers, 0.0)
+
+        def run(_: int, sample: Sample) -> tuple[Arrays, dict[str, Arrays], Callable[[Component], Backward]]:
             exact, expected = self._run(sample, self.all, [])
             low, results = self._run(sample, frozenset(), [exact])
-            derivatives, size = apart(expected[self._last], results[self._last])
-            whole += size
-
-            def backward(component: Component, low: Mapping[str, Computed] = low) -> Backward:
-                return self._executors[component.name].backward(low[component.name])
-
-            for component, found, _ in walk_back(self.model, sample, results, derivatives, backward, self.notes):
-                producer = self._executors[component.name].graph.producer
-                for value, share in found.items():
-                    shares[names.get((component.name, producer[value].name), "")] += share
             for name, layer in self.layers.items():
                 error = self._executors[layer.component].local_error([layer.node], exact[layer.component])
                 own[name] += error**2 / len(samples)
-        return {name: LayerShare(shares[name] / whole if whole else 0.0, own[name] ** 0.5) for name in self.layers}
+            return expected[self._last], results, lambda c: self._executors[c.name].backward(low[c.name])
+
+        shares = defaultdict[str, float](float)
+        for (component, value), share in shares_over(self.model, samples, run, self.notes).items():
+            node = self._executors[component].graph.producer[value].name
+            shares[names.get((component, node), "")] += share
+        return {name: LayerShare(shares[name], own[name] ** 0.5) for name in self.layers}
 
     def _run(
         self, sample: Sample, kept: KeptLayers, known: Sequence[dict[str, Computed]]
