@@ -46,7 +46,12 @@ def script(*lines: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("call", "end"), [*((call, "sys.exit(0)") for call in (1, 2, 3, 5)), (3, "raise SystemExit('done')")]
+    ("call", "end"),
+    [
+        *((call, "sys.exit(0)") for call in (1, 2, 3, 5)),
+        (3, "raise SystemExit('done')"),
+        *(pytest.param(call, "raise SystemExit('done')", marks=slow) for call in (1, 2, 5)),
+    ],
 )
 def test_a_forward_that_ends_python_decides_nothing(call: int, end: str, tmp_path: Path) -> None:
     """In whichever forward: the command's own exit code 0 would be a pass."""
@@ -56,7 +61,7 @@ def test_a_forward_that_ends_python_decides_nothing(call: int, end: str, tmp_pat
     assert not (tmp_path / "o.json").exists()
 
 
-@pytest.mark.parametrize("call", [1, 5])
+@pytest.mark.parametrize("call", [1, 5, *(pytest.param(call, marks=slow) for call in (2, 3))])
 def test_what_no_handler_of_exceptions_takes_decides_nothing(call: int, tmp_path: Path) -> None:
     raises = "raise type('Stop', (BaseException,), {})('no more')"
     code, said = run("bisect", module(tmp_path, call, raises), "-b", "torch,torch-fp64")

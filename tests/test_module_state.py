@@ -84,7 +84,10 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("step", [buffer_in_place, number])
+@pytest.mark.parametrize(
+    "step",
+    [s if s in (buffer_in_place, number) else pytest.param(s, marks=pytest.mark.slow) for s in STEPS],
+)
 def test_what_forward_changes_is_named_and_accuses_nobody(step: Callable[[Any], Any]) -> None:
     torch.manual_seed(0)
     module = Stateful(step).eval()
