@@ -211,8 +211,9 @@ def shares_over(
 ) -> dict[tuple[str, str], float]:
     """(Component, layer or value) → its share of what a test is off, over all samples, to first order.
 
-    ``run`` takes a sample and its place, and gives the exact final outputs, the test's results by component, and the
-    walk back over one. Empty where no output of floats differs. ``notes``: as of ``walk_back``.
+    ``run`` takes a sample and its place, and gives the exact final outputs and, by component, the test's results, each
+    array in the shape of its output, and the walk back over one component. Empty where no output of floats differs.
+    ``notes``: as of ``walk_back``.
     """
     whole, found = 0.0, defaultdict[tuple[str, str], float](float)
     for place, sample in enumerate(samples):
