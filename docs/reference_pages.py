@@ -136,20 +136,95 @@ def _cell(text: Any) -> str:
     return str(text).replace("|", "\\|")
 
 
+COMMANDS = {
+    "Find the layer": ("demo", "bisect", "capture", "import", "compare"),
+    "Before a run": ("check", "predict", "search", "export"),
+    "INT8": ("quantize",),
+    "Deployment": ("deploy", "build", "verify", "eval", "bench"),
+    "Many samples": ("sweep",),
+    "Results": ("report", "ui", "diff", "bundle"),
+    "This installation": ("models", "cache", "doctor"),
+}
+"""Section of the page of commands → its commands, in the order in which they are met."""
+
+
 def cli_page() -> str:
-    """The commands with all their flags, as typer documents them."""
+    """A table of all commands, then each with its arguments and options in the groups of its help.
+
+    Raises ValueError where ``COMMANDS`` and the command line differ.
+    """
     import click
     import typer
-    from typer.cli import get_docs_for_click
 
     from cp_debug.cli.main import app
 
-    command = typer.main.get_command(app)
-    context = click.Context(command, info_name="cpdebug")
-    text = get_docs_for_click(obj=command, ctx=context, name="cpdebug")
-    text = text.replace("# `cpdebug`", "# Command line", 1)
-    # A "|" of a choice is text, a "<" would begin a tag where it stands outside of code.
-    return re.sub(r"\[(\S+)<=x(<=\S+)?\]", lambda found: f"`{found[0][1:-1]}`", text)
+    whole = typer.main.get_command(app)
+    top = click.Context(whole, info_name="cpdebug")
+    if sorted(whole.commands) != sorted(name for names in COMMANDS.values() for name in names):
+        raise ValueError(f"COMMANDS of {__file__} are not those of cpdebug: {', '.join(sorted(whole.commands))}")
+    tables, sections = list[str](), list[str]()
+    for title, names in COMMANDS.items():
+        sections += [f"## {title}", ""]
+        for name in names:
+            for context in _contexts(whole.commands[name], click.Context(whole.commands[name], top, name)):
+                path = context.command_path.removeprefix("cpdebug ")
+                about = _prose(context.command.get_short_help_str(200))
+                tables.append(f"| {title} | [`{path}`](#{path.replace(' ', '-')}) | {about} |")
+                sections += _command(context, path)
+                title = ""
+    return "\n".join(
+        [
+            "# Command line",
+            "",
+            "`cpdebug COMMAND --help` shows what matters most, `--help-all` everything, as it stands here.",
+            "Exit codes: 0 agree, 1 a divergence, 2 bad usage or input, 3 a backend is missing, 70 an internal error.",
+            "",
+            "| | command | what it does |",
+            "|---|---|---|",
+            *tables,
+            "",
+            "`cpdebug --version` names the version and the commit; `cpdebug --verbose COMMAND` lets ONNX Runtime log.",
+            "",
+            *sections,
+        ]
+    )
+
+
+def _contexts(command: Any, context: Any) -> Iterator[Any]:
+    """The context of a command, or of each below a group of commands."""
+    inner = getattr(command, "commands", None)
+    if inner is None:
+        yield context
+        return
+    for name, below in inner.items():
+        yield from _contexts(below, type(context)(below, context, name))
+
+
+def _command(context: Any, path: str) -> Iterator[str]:
+    """Heading, text, usage, arguments and options of one command."""
+    from cp_debug.cli.help import grouped
+
+    command = context.command
+    usage = " ".join(command.collect_usage_pieces(context))
+    yield from (f"### {path}", "", _prose(command.help or ""), "", "```sh", f"cpdebug {path} {usage}", "```", "")
+    parameters = [p for p in command.get_params(context) if not getattr(p, "hidden", False) and p.name != "help"]
+    arguments = [p for p in parameters if p.param_type_name == "argument"]
+    options = grouped([p for p in parameters if p.param_type_name == "option"])
+    for title, members in ({"Arguments": arguments} | options).items():
+        records = [record for p in members if (record := p.get_help_record(context)) is not None]
+        if records:
+            yield from (f"| {title} | |", "|---|---|")
+            yield from (f"| `{name}` | {_cell(_prose(text))} |" for name, text in records)
+            yield ""
+
+
+def _prose(text: str) -> str:
+    """A help's text on one line as Markdown: outside of code, signs that Markdown or HTML would read stand as they
+    are."""
+    parts = " ".join(text.split()).split("`")
+    plain = [re.sub(r"([*_\[\]])", r"\\\1", part).replace("<", "&lt;") for part in parts[::2]]
+    parts[::2] = plain
+    return "`".join(parts)
 
 
 def json_page() -> str:

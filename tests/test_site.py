@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import yaml
 from extras import needs
+from test_help import COMMANDS, names
 
 from cp_debug.bisect.result import DIVERGENT, GUILTY, INHERITED, OK, SHAPE
 from cp_debug.detection.metrics import ERRORS
@@ -36,6 +38,8 @@ def test_every_page_has_a_place_in_the_navigation() -> None:
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = pages(yaml.safe_load(config)["nav"])
     made = ["reference/cli.md", "reference/json.md", "reference/python.md"]
+    kinds = (path for kind in ("*.py", "*.yaml", "notebooks/*.ipynb") for path in (ROOT / "examples").glob(kind))
+    made += [f"{path.relative_to(ROOT).as_posix()}.md" for path in kinds]
     assert sorted(listed) == sorted([*made, *(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))])
 
 
@@ -152,6 +156,37 @@ def test_links_into_the_glossary_lead_somewhere() -> None:
             assert target in known, f"{path.name}: glossary.md#{target}"
 
 
+def check_commands(page: str) -> None:
+    """Every command has a section in a group, and in it every option; names and choices are not escaped."""
+    sections = dict(zip(*[iter(re.split(r'<h3 id="([^"]+)">', page)[1:])] * 2, strict=True))
+    assert {" ".join(words) for words, _ in COMMANDS} == {name.replace("-", " ") for name in sections}
+    for words, command in COMMANDS:
+        assert not {name for name in names(command) if name not in sections["-".join(words)]}, words
+    assert page.index('id="find-the-layer"') < page.index('id="bisect"') < page.index('id="results"')
+    assert "&lt;auto|dynamo|torchscript&gt;" in sections["bisect"]
+
+
+def check_links(folder: Path) -> None:
+    """Every link of every page to the site itself leads to a file of it; no page sends a reader to a checkout."""
+    for path in folder.rglob("*.html"):
+        for link in re.findall(r'(?:href|src)="([^"#?]+)', path.read_text(encoding="utf-8")):
+            if not re.match(r"\w+:|/", link):
+                assert (path.parent / unquote(link)).resolve().exists(), f"{path.name}: {link}"
+
+
+def check_landing(page: str) -> None:
+    """README's picture, then a door for each situation."""
+    doors = re.findall(r'<li>\s*<p><a href="([\w-]+\.html)">', page)
+    assert doors[:3] == ["two-files.html", "python.html", "torch-tensorrt.html"]
+    assert page.index("images/bisect.svg") < page.index('two-files.html">Two files')
+
+
+def test_titles_are_short() -> None:
+    for path in [ROOT / "README.md", *DOCS.rglob("*.md")]:
+        [title] = re.findall(r"^# (.+)", re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.M | re.S), re.M)
+        assert len(title.split()) <= 4, f"{path.name}: {title}"
+
+
 @needs("mkdocs")
 def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
@@ -160,8 +195,10 @@ def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
     built = list(tmp_path.rglob("*.html"))
     assert len(built) > 15
     assert "assert_agree" in (tmp_path / "reference" / "python.html").read_text(encoding="utf-8")
-    assert "--tensors-layout" in (tmp_path / "reference" / "cli.html").read_text(encoding="utf-8")
+    check_commands((tmp_path / "reference" / "cli.html").read_text(encoding="utf-8"))
     assert json.loads((tmp_path / "reference" / "bisect.schema.json").read_text(encoding="utf-8"))["$defs"]["LayerRow"]
+    check_links(tmp_path)
+    check_landing((tmp_path / "index.html").read_text(encoding="utf-8"))
     for path in built:
         assert not FETCHED.search(path.read_text(encoding="utf-8")), path
     for sheet in tmp_path.rglob("*.css"):
