@@ -94,7 +94,8 @@ def build(
         backend = deployment.backend(config.engine_backend)  # before the export: it may be missing here
         if onnx_dir is None:
             deployment.ensure_files()
-        built = build_engines(deployment.programs(onnx_dir), backend, output, deployment.engine_files, on_step)
+        kept_by = "--keep-fp32" if keep_fp32 else f"{source}: tensorrt.keep_fp32"
+        built = build_engines(deployment.programs(onnx_dir), backend, output, deployment.engine_files, on_step, kept_by)
     for engine in built:
         console.print(
             f"{output / engine.file}: built in {engine.seconds:.1f} s; layer inputs and outputs: {engine.types}"

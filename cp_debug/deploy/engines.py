@@ -48,16 +48,18 @@ def build_engines(
     folder: Path,
     files: Mapping[str, str] | None = None,
     on_step: Callable[[str, int, int], None] = lambda text, done, total: None,
+    kept_by: str = "--keep-fp32",
 ) -> list[BuiltEngine]:
     """Build ``<component>.engine`` for every program, and their manifest, which appears last.
 
-    ``backend`` is a TensorRT backend with a profile for every dynamic input; ``files``: component → another file name.
+    ``backend`` is a TensorRT backend with a profile for every dynamic input; ``files``: component → another file name;
+    ``kept_by``: the option, or file and field, that names nodes to keep in FP32.
     Raises InputError where a profile is missing, a node to keep in FP32 is not there, TensorRT refuses a graph, or no
     layer of any engine runs in the precision asked for; the folder then stays as it was.
     """
     from cp_debug.programs.pipeline import check_profiles_of, check_realised, with_kept
 
-    backends = with_kept(backend, programs)
+    backends = with_kept(backend, programs, kept_by)
     check_profiles_of(backend, programs)
     built, infos = [], []
     with complete_folder(folder) as scratch:

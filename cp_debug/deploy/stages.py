@@ -233,7 +233,8 @@ class Deployment:
     def build(self) -> list[BuiltEngine]:
         """Build an engine a component and write their manifest."""
         backend = self.backend(self.config.engine_backend)
-        return build_engines(self.programs(), backend, self.engine_dir, self.engine_files, self.on_step)
+        kept_by = f"{self.source}: tensorrt.keep_fp32"
+        return build_engines(self.programs(), backend, self.engine_dir, self.engine_files, self.on_step, kept_by)
 
     def verify(
         self,

@@ -356,11 +356,11 @@ def check_profiles_of(backend: Backend, programs: Sequence[Program]) -> None:
                 raise InputError(f"--profile: {name} as {'x'.join(map(str, sizes))}; the graph takes {inputs[name]}")
 
 
-def with_kept(backend: Backend, programs: Sequence[Program]) -> dict[str, Backend]:
+def with_kept(backend: Backend, programs: Sequence[Program], field: str = "--keep-fp32") -> dict[str, Backend]:
     """Component → the backend that opens it, which keeps in FP32 what the backend was told of that component.
 
     Told are layers, ``component/node``, or nodes, which are kept in each component that has one of that name.
-    Raises InputError for a name that no program has.
+    Raises InputError, which names the ``field``, for a name that no program has.
     """
     requested = kept_in_fp32(backend)
     if not requested:
@@ -378,7 +378,7 @@ def with_kept(backend: Backend, programs: Sequence[Program]) -> dict[str, Backen
     if unknown := sorted(requested - nodes.keys()):
         near = difflib.get_close_matches(unknown[0], nodes, n=1, cutoff=0.0)
         hint = f"; nearest is {near[0]!r}" if near else ""
-        raise InputError(f"--keep-fp32: no layer and no ONNX node is called {unknown[0]!r}{hint}")
+        raise InputError(f"{field}: no layer and no ONNX node is called {unknown[0]!r}{hint}")
     chosen = set().union(*(nodes[name] for name in requested))
     return {
         component: backend.keeping(frozenset(node for of, node in chosen if of == component))  # type: ignore[attr-defined]
