@@ -25,6 +25,7 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import bisect
 from cp_debug.bisect.options import Options
 from cp_debug.deploy.config import load_config
+from cp_debug.deploy.engines import build_engines
 from cp_debug.deploy.stages import Deployment
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.emit import Named, arguments, deploy_fragment
@@ -146,8 +147,9 @@ def test_a_modules_set_holds_in_the_export_that_is_printed_and_in_deploys_own(fo
     backend: Any = create(BackendSpec.parse("emu-fp16"))
     kept = with_kept(backend.keeping(frozenset(config.tensorrt.keep_fp32)), programs)
     assert kept[component].keep_fp32 == set(wanted)  # type: ignore[attr-defined]
-    with pytest.raises(InputError, match="no layer and no ONNX node is called 'node_none'"):
-        with_kept(backend.keeping(frozenset(["node_none"])), programs)
+    told_by = r"^deploy\.yaml: tensorrt\.keep_fp32: no layer and no ONNX node is called 'node_none'"
+    with pytest.raises(InputError, match=told_by):
+        build_engines(programs, backend.keeping(frozenset(["node_none"])), folder, kept_by=deployment.kept_by)
     x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1)).numpy()
     np.savez(folder / "x.npz", **{programs[0].graph.inputs[0].name: x})
     file = str(programs[0].graph.path)

@@ -94,7 +94,7 @@ def build(
         backend = deployment.backend(config.engine_backend)  # before the export: it may be missing here
         if onnx_dir is None:
             deployment.ensure_files()
-        kept_by = "--keep-fp32" if keep_fp32 else f"{source}: tensorrt.keep_fp32"
+        kept_by = "--keep-fp32" if keep_fp32 else deployment.kept_by
         built = build_engines(deployment.programs(onnx_dir), backend, output, deployment.engine_files, on_step, kept_by)
     for engine in built:
         console.print(

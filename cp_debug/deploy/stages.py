@@ -233,8 +233,7 @@ class Deployment:
     def build(self) -> list[BuiltEngine]:
         """Build an engine a component and write their manifest."""
         backend = self.backend(self.config.engine_backend)
-        kept_by = f"{self.source}: tensorrt.keep_fp32"
-        return build_engines(self.programs(), backend, self.engine_dir, self.engine_files, self.on_step, kept_by)
+        return build_engines(self.programs(), backend, self.engine_dir, self.engine_files, self.on_step, self.kept_by)
 
     def verify(
         self,
@@ -358,6 +357,11 @@ class Deployment:
     def _data_options(self) -> DataOptions:
         data = self.config.data
         return DataOptions(data.root, data.sweeps, data.skip_missing)
+
+    @property
+    def kept_by(self) -> str:
+        """The file and field that names what to keep in FP32."""
+        return f"{self.source}: tensorrt.keep_fp32"
 
     @property
     def engine_files(self) -> dict[str, str]:
