@@ -55,7 +55,7 @@ def test_agreement_is_exit_0_and_tables_go_to_stdout(net: Path) -> None:
 
 def test_the_verdict_stands_above_the_tables_and_alone_where_quiet(net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console.console, "width", 300)
-    code, text = run("bisect", net, "--backends", "ort,emu-bf16,emu-fp16")
+    code, text = run("bisect", net, "--backends", "ort,emu-bf16,emu-fp16", "--all")
     heads = text.splitlines()[1:3]
     assert [line.split("; final outputs differ by ")[0] for line in heads] == [
         "✓ emu-bf16: agrees",

@@ -99,7 +99,7 @@ def test_the_worst_channels_are_named_as_such() -> None:
 
 
 @pytest.mark.parametrize(
-    ("deviation", "says"), [(0.09, ", as its scales say"), (0.11, ", and not what its scales say")]
+    ("deviation", "says"), [(0.09, ", though it obeys its scales"), (0.11, ", and does not obey its scales")]
 )
 @pytest.mark.parametrize("channels", [False, True])
 def test_a_layer_in_int8_does_what_its_scales_say_or_not(deviation: float, says: str, channels: bool) -> None:
@@ -258,7 +258,7 @@ def test_what_was_not_emulated_or_not_replayed_is_counted_and_named() -> None:
     collected.explained(["a share is not known"])
     collected.ways["an If went another way"] = None
     notes = collected.notes("ort")
-    assert "7 layers not emulated, so nobody knows what they may introduce: a, b, c, d, e and 2 more" in notes
+    assert "7 layers not emulated, so their expected error is unknown: a, b, c, d, e and 2 more" in notes
     assert "3 layers not replayed: it draws" in notes
     assert {"a share is not known", "an If went another way"} <= set(notes)
     assert any(note.startswith("1 layer has the same bits on both sides") for note in notes)
@@ -268,12 +268,12 @@ def test_layers_that_are_inexact_on_both_sides_are_told_with_the_worst() -> None
     same = stats(1.0, 2.0)
     rows = [row(n, stats=same, replay=replace(GUILTY, excess=e)) for n, e in (("a", 7.0), ("b", 70.0), ("c", 3.0))]
     (said,) = both_inexact(rows)
-    assert said.startswith("2 layers have the same bits on both sides, and both are inexact, up to 70×")
+    assert said.startswith("2 layers have the same bits on both sides, but both are inexact, up to 70×")
     assert said.endswith("what precision explains (b): a, b")
     assert both_inexact(rows[2:]) == []
     (doubt,) = both_inexact([row("d", stats=stats(1.0, 2.0 + 4e-7), replay=replace(GUILTY, expected=6e-8, excess=1e6))])
     assert doubt.startswith("1 layer agrees on both sides")
-    assert doubt.endswith("the doubt is of the oracle: d")
+    assert doubt.endswith("may itself be wrong there: d")
 
 
 @pytest.mark.parametrize("off", [0.0, 4e-7])

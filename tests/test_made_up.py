@@ -144,10 +144,10 @@ def test_token_models_run(tmp_path):
     assert arrays["position_ids"].tolist() == [list(range(64))]
     assert (arrays["attention_mask"] == 1).all()
     assert MadeUp(Graph(path)).reasons() == [
-        "input_ids is below 1000, of which Gather chooses",
-        "token_type_ids is below 2, of which Gather chooses",
-        "position_ids is 0, 1, 2 … below 80: positions, by its name",
-        "attention_mask is 1 everywhere: a mask, by its name",
+        "input_ids: random integers 0 to 999, which Gather can pick",
+        "token_type_ids: random integers 0 to 1, which Gather can pick",
+        "position_ids: 0, 1, 2 … below 80: positions, by its name",
+        "attention_mask: 1 everywhere: a mask, by its name",
     ]
     onnxruntime.InferenceSession(str(path)).run(None, arrays)
 
@@ -290,19 +290,19 @@ def test_bfloat16_comes_as_bits_or_rounded(tmp_path):
 
 
 REASONS = {
-    "image": ({"x": ["n", 3, "h", "w"]}, node("Relu", ["x"], ["y"]), "x is N(0, 1), as a normalized image has"),
-    "pixels": ({"x": [1, 3, 8, 8]}, node("Div", ["x", "c"], ["y"]), "x is 0 to 255: pixels, which Div scales"),
+    "image": ({"x": ["n", 3, "h", "w"]}, node("Relu", ["x"], ["y"]), "x: N(0, 1), like a normalized image"),
+    "pixels": ({"x": [1, 3, 8, 8]}, node("Div", ["x", "c"], ["y"]), "x: 0 to 255: pixels, which Div scales"),
     "bytes": (
         {"x": (TensorProto.UINT8, [1, 8, 8, 3])},
         node("Cast", ["x"], ["y"], to=FLOAT),
-        "x is over the range of uint8, as an image has",
+        "x: over the range of uint8, like an image",
     ),
     "points": (
         {"points": [100, 4]},
         node("Relu", ["points"], ["y"]),
-        "points is x, y within ±10, z within ±2, others 0 to 1: a point cloud, by its name and shape",
+        "points: x, y within ±10, z within ±2, others 0 to 1: a point cloud, by its name and shape",
     ),
-    "domain": ({"x": [1, 8]}, node("Log", ["x"], ["y"], "l"), "x is positive, for Log 'l'"),
+    "domain": ({"x": [1, 8]}, node("Log", ["x"], ["y"], "l"), "x: positive, for Log 'l'"),
     "nothing to say": ({"x": [1, 8]}, node("Relu", ["x"], ["y"]), None),
 }
 
@@ -313,12 +313,12 @@ def test_what_is_made_up_has_its_reason(tmp_path, kind):
     path = save(tmp_path / "m.onnx", [reader], inputs, [constant("c", 255, np.float32)] * (kind == "pixels"))
     model = load_model(str(path))
     (sample,) = model.samples(1, 0, None)
-    assert model.remarks(sample) == ([f"inputs that were made up: {says}"] if says else [])
+    assert model.remarks(sample) == ([f"generated inputs: {says}"] if says else [])
     if kind == "points":
         assert (np.abs(sample.arrays["points"]).max(0) <= (10, 10, 2, 1)).all()
         assert np.abs(sample.arrays["points"][:, 0]).max() > 5
     if kind == "image":
-        assert bisect(model, "ort-none,ort-all").tests[0].notes == [f"inputs that were made up: {says}"]
+        assert bisect(model, "ort-none,ort-all").tests[0].notes == [f"generated inputs: {says}"]
         np.savez(tmp_path / "x.npz", **sample.arrays)
         given = bisect(model, "ort-none,ort-all", options=Options(inputs=tmp_path / "x.npz"))
         assert given.tests[0].notes == []

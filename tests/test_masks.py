@@ -74,7 +74,7 @@ def test_a_mask_that_many_layers_share_is_no_fault(tmp_path: Path) -> None:
         attention(tmp_path / "b.onnx", -np.inf, "bias", layers=20),
     )
     assert result.guilty == []
-    (note,) = (note for note in result.notes if "masks by another number" in note)
+    (note,) = (note for note in result.notes if "masks with another number" in note)
     assert note.endswith(": node_bias")
 
 

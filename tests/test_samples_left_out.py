@@ -80,7 +80,7 @@ def test_all_samples_of_a_capture_are_looked_at(nets: tuple[Path, Path]) -> None
     assert not cp_debug.diagnose(nets[0], test_tensors="cap").agrees
     assert len(cp_debug.diagnose(nets[1], test_tensors="cap").samples) == 3
     code, text = run("bisect", nets[0], "-b", "ort", "--test-tensors", "cap", "--inputs", "smp/a.npz")
-    assert (code, "1 of 3 samples of cap looked at: there are inputs for no more" in words(text)) == (0, True)
+    assert (code, "1 of 3 samples of cap compared: there are inputs for no more" in words(text)) == (0, True)
     code, text = run("bisect", nets[0], "-b", "ort", "--test-tensors", "cap", "--samples", "3")
     assert (code, "all samples of --test-tensors are taken" in words(text)) == (2, True)
 
@@ -88,7 +88,7 @@ def test_all_samples_of_a_capture_are_looked_at(nets: tuple[Path, Path]) -> None
 def test_a_capture_of_fewer_samples_than_the_inputs_is_told(nets: tuple[Path, Path]) -> None:
     assert run("capture", nets[1], "-b", "ort", "--inputs", "smp", "-o", "cap")[0] == 0
     code, text = run("bisect", nets[0], "-b", "ort", "--test-tensors", "cap", "--inputs", "smp")
-    assert (code, "1 of 3 samples of smp looked at: the dump has no more" in words(text)) == (0, True)
+    assert (code, "1 of 3 samples of smp compared: the dump has no more" in words(text)) == (0, True)
 
 
 def test_samples_of_the_same_inputs_count_once(nets: tuple[Path, Path]) -> None:
@@ -96,7 +96,7 @@ def test_samples_of_the_same_inputs_count_once(nets: tuple[Path, Path]) -> None:
     assert run("capture", nets[1], "-b", "ort", "--inputs", "smp", "--samples", "3", "-o", "cap")[0] == 0
     code, text = run("bisect", nets[1], "-b", "ort", "--test-tensors", "cap")
     assert code == 0
-    assert "2 of 3 samples of cap looked at: others have the same inputs as one of them" in words(text)
+    assert "2 of 3 samples of cap compared: others have the same inputs as one of them" in words(text)
 
 
 def test_a_dump_of_several_samples_gives_those_of_the_inputs() -> None:

@@ -91,7 +91,7 @@ def with_dump(
     if len(kept) < len(several):
         notes[_not_all(source, len(kept), len(several), alike=len(kept) < len(digests))] = None
     if isinstance(tensors, Path) and (steps := steps_left_out(tensors)):
-        notes[f"{source}: the first of {steps + 1} steps was looked at; the folder of another one gives that"] = None
+        notes[f"{source}: the first of {steps + 1} steps was compared; the folder of another one gives that"] = None
     by_inputs = {digests[i]: dumps[i] for i in kept} if len(kept) > 1 else {}
     backend = DumpedBackend(dumps[0], source, precision, by_inputs)
     model = with_samples(with_notes(model, list(notes)), [samples[i] for i in kept])
@@ -111,13 +111,13 @@ def _sample(graph: Graph, arrays: Mapping[str, np.ndarray], source: str, index: 
 def _more_inputs(model: Model, inputs: Path | None, dumped: int) -> list[str]:
     """A note where the files of inputs hold more samples than the dump."""
     total = model.sample_count(inputs) if inputs is not None and isinstance(model, CountsSamples) else 0
-    return [f"{dumped} of {total} samples of {inputs} looked at: the dump has no more"] if total > dumped else []
+    return [f"{dumped} of {total} samples of {inputs} compared: the dump has no more"] if total > dumped else []
 
 
 def _not_all(source: str, kept: int, count: int, *, alike: bool) -> str:
     """The note that not all samples of a dump are compared."""
     why = "others have the same inputs as one of them" if alike else "there are inputs for no more"
-    return f"{kept} of {count} samples of {source} looked at: {why}"
+    return f"{kept} of {count} samples of {source} compared: {why}"
 
 
 def _of_known_shape(graph: Graph, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:

@@ -74,9 +74,9 @@ def result_of(
         oracle=run.oracle,
         observation=collected.observation,
         notes=[
-            *notes,
             *nan_without_trace(rows, outputs),
             *end_notes(list(run.programs.values()), run.pipeline.programs, told_by_user),
+            *notes,
         ],
         programs={name: saved_name(graph, save) for name, graph in run.graphs.items()},
         optimizer_blame=collected.optimizer_blame,

@@ -197,13 +197,13 @@ class Bisection:
         draws = any(drawing(program.graph) for program in sides.programs)
         for run, collected_run in zip(taken.runs, taken.collected, strict=True):
             rows = sorted(collected_run.rows.values(), key=lambda row: row.index)
-            notes = [
-                *self._notes,
-                *sides.notes,
-                *doubles_note(sides.programs, run.pipeline.programs, self.options),
-                *int8_notes(run.reference, run.pipeline, rows, sides.quantized_how),
-                *observation_notes(str(self._reference.spec), taken.observation, draws=draws),
+            notes = [  # first what concerns the verdict, last what the inputs were made of
                 *collected_run.notes(str(run.pipeline.backend.spec), draws=draws),
+                *observation_notes(str(self._reference.spec), taken.observation, draws=draws),
+                *int8_notes(run.reference, run.pipeline, rows, sides.quantized_how),
+                *doubles_note(sides.programs, run.pipeline.programs, self.options),
+                *sides.notes,
+                *self._notes,
             ]
             results.append(
                 result_of(

@@ -20,7 +20,7 @@ from cp_debug.programs.pipeline import Key
 from cp_debug.programs.ties import ties
 from cp_debug.safe_text import one_line
 
-SAYS = "the exported graph computes something else than the module"
+SAYS = "the exported graph does not compute what the module does"
 _DECIDE = "decide by torch.where or torch.cond in the module, or export a graph for each way"
 MOST_NODES = 4
 """Nodes of a graph that are told with their attributes."""
@@ -31,8 +31,8 @@ class Exports(NamedTuple):
 
     settled: dict[Key, Finding]
     """Guilty rows → their finding, where the alignment knows the place."""
-    tied: list[str]
-    """Names of layers where ties are broken differently: nobody is guilty of these."""
+    tied: dict[Key, str]
+    """Layers where ties are broken differently, which is no fault → how, in words."""
 
 
 def judge_exports(run: CandidateRun, rows: Mapping[Key, LayerRow], module: CapturedRun) -> Exports:
@@ -41,7 +41,7 @@ def judge_exports(run: CandidateRun, rows: Mapping[Key, LayerRow], module: Captu
     ``module`` holds the values of the side that runs the module. Changes the rows.
     """
     settled: dict[Key, Finding] = {}
-    tied: list[str] = []
+    tied: dict[Key, str] = {}
     for key, row in rows.items():
         if row.verdict != GUILTY or run.module_side(key.component) != row.side:
             continue
@@ -56,8 +56,8 @@ def judge_exports(run: CandidateRun, rows: Mapping[Key, LayerRow], module: Captu
         elif departure is None:
             assert row.replay is not None
             if tie := _tie(run.replayer(key.component, module), key.value, loader(module, key.component)):
-                tied.append(row.name)
-                row.verdict, row.side, row.why = INHERITED, "test", f"nobody is guilty: {tie}"
+                tied[key] = tie
+                row.verdict, row.side, row.why = INHERITED, "test", f"no fault: {tie}"
                 continue
             fixed = ", ".join(program.alignment.decisions) if program.alignment is not None else ""
             how = f"tracing has fixed what the module decides at {fixed}" if fixed else ""
@@ -66,8 +66,8 @@ def judge_exports(run: CandidateRun, rows: Mapping[Key, LayerRow], module: Captu
             if fixed:
                 settled[key] = Finding("control-flow", row.why, [row.name], [row.op], side="export", fix=_DECIDE)
         elif departure.cause == TIE:
-            tied.append(row.name)
-            row.verdict, row.side, row.why = INHERITED, "test", f"nobody is guilty, {departure.place}: {departure.says}"
+            tied[key] = departure.says
+            row.verdict, row.side, row.why = INHERITED, "test", f"no fault, {departure.place}: {departure.says}"
         else:
             nodes = row.replay.nodes if row.replay is not None else ()
             row.side, row.why = "export", _sentence(departure, program.graph, nodes)

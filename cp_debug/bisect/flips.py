@@ -6,7 +6,7 @@ front was rounded across the border is the event that a reader wants to know.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
@@ -26,10 +26,20 @@ ITS_OWN = 0.5
 """Part of a value's divergence from which its layer's own rounding has made it."""
 
 
-def flips(run: CandidateRun, rows: Mapping[Key, LayerRow], reference: CapturedRun, test: CapturedRun) -> Iterator[str]:
-    """A sentence for each layer whose whole numbers flip though it does what it must: how many, and what made it."""
+def flips(
+    run: CandidateRun,
+    rows: Mapping[Key, LayerRow],
+    reference: CapturedRun,
+    test: CapturedRun,
+    tied: Mapping[Key, str],
+) -> Iterator[str]:
+    """A sentence for each layer whose whole numbers flip though it does what it must: how many, and what made it.
+
+    ``tied``: layers where ties are broken differently, with the words for it: what flips behind one is told with it.
+    """
+    behind: dict[Key, list[str]] = {key: [] for key in tied}
     for key, row in rows.items():
-        if row.verdict != INHERITED or row.kind != "data" or row.replay is None:
+        if key in tied or row.verdict != INHERITED or row.kind != "data" or row.replay is None:
             continue
         replayer = run.replayer(key.component, test)
         if key.value in replayer.levels:
@@ -42,15 +52,22 @@ def flips(run: CandidateRun, rows: Mapping[Key, LayerRow], reference: CapturedRu
         front = _front(graph, known, rows, key)
         if not len(places) or front is None:
             continue
+        made_by = _maker(graph, known, rows, front, tied)
+        if made_by in tied:
+            behind[made_by].append(row.name)
+            continue
         says = f"{row.name} ({row.op}): {len(places)} of {ours.size} results flip, first at {places[0].tolist()}"
         value, near = rows[front], Key(front.component, front.value)
         pair = [as_numpy(c.load(near.value, component=near.component)) for c in (reference, test)]
         if pair[0].shape == pair[1].shape == ours.shape:
             exact, rounded = (float(a[tuple(places[0])]) for a in pair)
             says += f", where {value.name} ({value.op}) is {in_digits(rounded)} for {in_digits(exact)}"
-        maker = rows[_maker(graph, known, rows, front)]
+        maker = rows[made_by]
         precision = ((maker.replay and maker.replay.precision) or run.precision.name).upper()
         yield f"{says}; {maker.name} ({maker.op}) rounded it in {precision}"
+    for key, says in tied.items():
+        more = f"; behind it {', '.join(names)} differ for that reason" if (names := behind[key]) else ""
+        yield f"{rows[key].name} ({rows[key].op}): {says}{more}"
 
 
 def _front(graph: Graph, known: set[str], rows: Mapping[Key, LayerRow], key: Key) -> Key | None:
@@ -66,12 +83,12 @@ def _front(graph: Graph, known: set[str], rows: Mapping[Key, LayerRow], key: Key
     return max(differing, key=lambda k: rows[k].stats.rel_l2, default=None)
 
 
-def _maker(graph: Graph, known: set[str], rows: Mapping[Key, LayerRow], key: Key) -> Key:
-    """The layer whose own rounding made most of the divergence of ``key``: itself, or one in front of it."""
+def _maker(graph: Graph, known: set[str], rows: Mapping[Key, LayerRow], key: Key, tied: Collection[Key]) -> Key:
+    """The layer whose own rounding made most of the divergence of ``key``, or whose ties: itself, or one in front."""
     while True:
         row = rows[key]
         own = (row.replay and row.replay.introduced) or 0.0
         front = _front(graph, known, rows, key)
-        if own >= ITS_OWN * row.stats.rel_l2 or front is None:
+        if key in tied or own >= ITS_OWN * row.stats.rel_l2 or front is None:
             return key
         key = front

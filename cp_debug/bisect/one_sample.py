@@ -158,7 +158,7 @@ class SampleRuns:
                 attribution = set_shares(shares, rows)
             except Exception as error:
                 failures.append(f"the layers' shares of the final divergence are not known: {in_one_line(error)}")
-            failures += [*shares.notes, *flips(run, rows, side.captured, test)]
+            failures += [*shares.notes, *flips(run, rows, side.captured, test, exports.tied)]
         if run.oracle is not None and collected.is_worst(rows):
             collected.attribution = attribution
             if attribution is not None and attribution.carried and abs(attribution.remainder) > NOT_LINEAR:

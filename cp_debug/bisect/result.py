@@ -164,7 +164,7 @@ class Remainder(JsonForm):
 
     def __str__(self) -> str:
         if drawn := [reason for reason in self.not_replayed.values() if reason.endswith(DRAWS_NUMBERS)]:
-            return f"{drawn[0]}, and the outputs hang on them"
+            return f"{drawn[0]}, and the outputs depend on them"
         if self.not_replayed:
             names = ", ".join([*self.not_replayed][:3])
             more = f" and {len(self.not_replayed) - 3} more" if len(self.not_replayed) > 3 else ""

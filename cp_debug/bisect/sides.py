@@ -53,7 +53,7 @@ def counts_told(rows: Mapping[Key, LayerRow]) -> list[str]:
     """A sentence for each layer whose number of results hangs on its values, and is another than the reference's."""
     return [
         f"{row.name} ({row.op}) gives {list(row.stats.shape_test)}, the reference {list(row.stats.shape)}: "
-        "how many results it has hangs on the values of its inputs, which differ"
+        "how many results it has depends on the values of its inputs, which differ"
         for row in sorted(rows.values(), key=lambda row: row.index)
         if row.verdict == INHERITED and row.why.endswith(_OWN_INPUTS)
     ]

@@ -124,4 +124,4 @@ def obeys_scales(replay: Replay) -> bool | None:
 def _scales(replay: Replay) -> str:
     """Phrase about whether a layer in INT8 does what its scales say."""
     obeys = obeys_scales(replay)
-    return "" if obeys is None else ", as its scales say" if obeys else ", and not what its scales say"
+    return "" if obeys is None else ", though it obeys its scales" if obeys else ", and does not obey its scales"

@@ -90,7 +90,7 @@ class Collected:
         if unknown := [row.name for row in rows if row.replay and row.replay.not_emulated]:
             layer_names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
             notes.append(
-                f"{amount(len(unknown), 'layer')} not emulated, so nobody knows what they may introduce: {layer_names}"
+                f"{amount(len(unknown), 'layer')} not emulated, so their expected error is unknown: {layer_names}"
             )
         notes.extend(f"{amount(count, 'layer')} not replayed: {reason}" for reason, count in skipped.items())
         return notes
@@ -102,8 +102,8 @@ def _undone(undone: Mapping[str, Sequence[str]]) -> list[str]:
     verb = "holds its result" if len(undone) == 1 else "hold their results"
     by = list(dict.fromkeys(name for names in undone.values() for name in names))
     return [
-        f"{amount(len(undone), 'layer')} {verb} in another basis (channels permuted, rotated or scaled), which what "
-        f"reads them undoes, so nothing is wrong: {_few(list(undone))}; undone by {_few(by)}"
+        f"{amount(len(undone), 'layer')} {verb} in another basis (channels permuted, rotated or scaled), and the "
+        f"layers that read it undo that, so nothing is wrong: {_few(list(undone))}; undone by {_few(by)}"
     ]
 
 
@@ -112,8 +112,8 @@ def _masks(names: Sequence[str]) -> list[str]:
         return []
     verb = "masks" if len(names) == 1 else "mask"
     return [
-        f"{amount(len(names), 'layer')} {verb} by another number than in the reference (as −Inf instead of −1e9), of "
-        f"which what reads them makes the same, so nothing is wrong: {_few(names)}"
+        f"{amount(len(names), 'layer')} {verb} with another number than the reference (such as −Inf for −1e9); the "
+        f"results behind them are the same, so nothing is wrong: {_few(names)}"
     ]
 
 
@@ -129,7 +129,7 @@ def both_inexact(rows: Collection[LayerRow]) -> list[str]:
     doubts = _contradictions(torn)
     doubts += [
         f"{amount(len(alike), 'layer')} {verb} on both sides as closely as precision "
-        f"allows, and not with the oracle, so the doubt is of the oracle: {_names(alike)}"
+        f"allows, but not with the oracle, which may itself be wrong there: {_names(alike)}"
     ] * bool(alike)
     inexact = [r for r in off if r.stats.equal]
     if not inexact:
@@ -139,7 +139,7 @@ def both_inexact(rows: Collection[LayerRow]) -> list[str]:
     verb = "has" if len(inexact) == 1 else "have"
     return [
         *doubts,
-        f"{amount(len(inexact), 'layer')} {verb} the same bits on both sides, and both "
+        f"{amount(len(inexact), 'layer')} {verb} the same bits on both sides, but both "
         f"are inexact, up to {excess or 0.0:.3g}× what precision explains ({worst.name}): {_names(inexact)}",
     ]
 

@@ -229,8 +229,8 @@ def bisect(
         maps=maps or (),
         save=run_folder,
     )
-    # On a terminal the table below says it again.
-    said_before = (lambda text: None) if console.is_terminal and errors.is_terminal else errors.print
+    # For a reader whose results go elsewhere; any other finds it with them.
+    said_before = errors.print if errors.is_terminal and not console.is_terminal else lambda text: None
     with stack, steps() as on_step:
         engine_options = engines.calibrated(model, checkpoint, stack)
         opened_backends: Sequence[Backend] = tensorrt.make(specs, engine_options, on_step)

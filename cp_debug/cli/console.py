@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 import shlex
 import sys
 import threading
@@ -29,27 +30,8 @@ if TYPE_CHECKING:
     from cp_debug.bisect.result import BisectResult
 
 _PLAIN = "cpdebug-plain"
-_ASCII = {
-    "✓": "ok",
-    "✗": "FAIL",
-    "→": "->",
-    "·": "-",
-    "Δ": "D",
-    "×": "x",
-    "≤": "<=",
-    "≥": ">=",
-    "…": "...",
-    "⋮": ":",
-    "−": "-",
-    "–": "-",
-    "—": "-",
-    "‖": "||",
-    "±": "+-",
-    "µ": "u",
-    "√": "sqrt",
-    "²": "^2",
-    **dict.fromkeys("─━╸╺╶╴╌", "-"),
-}
+_SIGNS = "✓ ok ✗ FAIL → -> Δ D × x ≤ <= ≥ >= … ... ⋮ : ‖ || ± +- µ u √ sqrt ² ^2"
+_ASCII = dict(pair.split() for pair in re.findall(r"\S+ \S+", _SIGNS)) | dict.fromkeys("·−–—─━╸╺╶╴╌", "-")
 """Replacements for terminals that know ASCII alone."""
 WIDEST = 100_000
 """Width from which on COLUMNS is no width of a terminal."""

@@ -7,10 +7,7 @@ from collections import defaultdict
 from itertools import zip_longest
 from typing import Any
 
-FIRST = (
-    *("backends", "model", "inputs", "goal", "precision", "target", "test_model", "output", "html", "save", "data"),
-    *("checkpoint", "json", "samples"),
-)
+FIRST = "backends model inputs goal precision target test_model output html save data checkpoint json samples"
 """Options that matter most, wherever a command has them; ``SHOWN`` of them are described in a short help."""
 SHOWN = 5
 LONGEST = 58
@@ -20,41 +17,17 @@ COLUMN = 26
 """Characters of the widest name beside which a description begins."""
 GROUPS = {
     "Model": (
-        *(
-            "backends",
-            "model",
-            "checkpoint",
-            "test_model",
-            "test_checkpoint",
-            "test_train_mode",
-            "test_out_of_place",
-            "onnx_dir",
-        ),
-        *("exporter", "unfolded", "keep_fp32", "opset", "simplify", "rot_y_axis_reference", "precision", "skip_layers"),
+        "backends model checkpoint test_model test_checkpoint test_train_mode test_out_of_place onnx_dir "
+        "exporter unfolded keep_fp32 opset simplify rot_y_axis_reference precision skip_layers"
     ),
     "Inputs": (
-        *("inputs", "samples", "seed", "shape", "image", "data", "data_root", "sweeps", "skip_missing"),
-        *("min_points", "draws", "batch", "batches", "scenes"),
+        "inputs samples seed shape image data data_root sweeps skip_missing min_points draws batch batches scenes"
     ),
-    "Dumped tensors": ("test_tensors", "tensors_precision", "tensors_layout", "maps"),
+    "Dumped tensors": "test_tensors tensors_precision tensors_layout maps",
     "Judgement": (
-        *("rtol", "atol", "oracle", "oracle_device", "replay", "explain", "knobs", "memory", "max_builds", "goal"),
-        *("scenario", "tolerance", "max_abs", "max_drop"),
+        "rtol atol oracle oracle_device replay explain knobs memory max_builds goal scenario tolerance max_abs max_drop"
     ),
-    "Report": (
-        "level",
-        "show_all",
-        "quiet",
-        "json",
-        "csv",
-        "html",
-        "save",
-        "output",
-        "overwrite",
-        "junit",
-        "plot",
-        "log",
-    ),
+    "Report": "level show_all quiet json csv html save output overwrite junit plot log",
 }
 """Group → its options, by their names in Python; an option that declares a panel of its own stands there."""
 
@@ -72,8 +45,8 @@ def write_options(command: Any, ctx: Any, formatter: Any, *, every: bool) -> Non
     text = "".join(_section(name, rows, formatter.width) for name, rows in sections.items())
     if not every and text.count("\n") > LONGEST - 6:
         own = [p for name in ("Arguments", NAME) for p in groups.get(name, ())]
-        options = [p for members in groups.values() for p in members if p.name in FIRST and p not in own]
-        first = sorted(options, key=lambda option: FIRST.index(option.name))[:SHOWN]
+        options = [p for members in groups.values() for p in members if p.name in FIRST.split() and p not in own]
+        first = sorted(options, key=lambda option: FIRST.split().index(option.name))[:SHOWN]
         text = _section("Arguments", sections.get("Arguments", []), formatter.width)
         text += _section(NAME, [records[p] for p in (*first, *groups.get(NAME, ()))], formatter.width)
         left = {name: [p for p in members if p not in (*own, *first)] for name, members in groups.items()}
@@ -84,7 +57,7 @@ def write_options(command: Any, ctx: Any, formatter: Any, *, every: bool) -> Non
 
 def grouped(options: list[Any]) -> dict[str, list[Any]]:
     """Group → options, in the order of ``GROUPS``; other panels and ``NAME``, which has the rest, stand behind."""
-    place = {name: group for group, names in GROUPS.items() for name in names}
+    place = {name: group for group, names in GROUPS.items() for name in names.split()}
     found: dict[str, list[Any]] = defaultdict(list)
     for option in options:
         found[getattr(option, "rich_help_panel", None) or place.get(option.name or "", NAME)].append(option)

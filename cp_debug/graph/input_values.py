@@ -76,7 +76,7 @@ def ways(graph: Graph, value: ValueInfo) -> Ways:
     if kind == "i":
         first = list(_integers(graph, value, uses))
         if not first and value.dtype.itemsize <= 2:
-            pixels = ", as an image has" if value.dtype == np.uint8 and looks_like_image(value.shape) else ""
+            pixels = ", like an image" if value.dtype == np.uint8 and looks_like_image(value.shape) else ""
             whole = Way(_whole_range(value.dtype), f"over the range of {value.dtype}{pixels}")
             return Ways((whole, Way(_bits, "0 or 1")), certain=True)
         fallback = (
@@ -89,7 +89,7 @@ def ways(graph: Graph, value: ValueInfo) -> Ways:
         )
         return Ways((*first, *fallback), certain=False)
     special = list(_floats(graph, value, uses))
-    normal = Way(_normal, "N(0, 1), as a normalized image has" if looks_like_image(value.shape) else "")
+    normal = Way(_normal, "N(0, 1), like a normalized image" if looks_like_image(value.shape) else "")
     others = (
         normal,
         Way(_positive, "positive"),
@@ -127,7 +127,7 @@ def _integers(graph: Graph, value: ValueInfo, uses: Sequence[tuple[Node, int]]) 
         reader = f"of what {_reader(limits[0])} chooses from"
         yield from (Way(_below_longest, f"indices {reader}"), Way(_below(1), f"0, an index {reader}"))
     elif limits:
-        says = f"below {min(limits)}, of which {_reader(limits[min(limits)])} chooses"
+        says = f"random integers 0 to {min(limits) - 1}, which {_reader(limits[min(limits)])} can pick"
         if "position" in name:
             yield Way(_counted_below(min(limits)), f"0, 1, 2 … below {min(limits)}: positions, by its name")
         else:

@@ -103,7 +103,7 @@ class MadeUp:
             says = "strings that its operators know" if value.name in codes else input_ways.ways[way].says
             says = says or ("N(0, 1)" if way else "")
             tried = " (found by trying)" if way else ""
-            said += [f"{value.name.removesuffix('.codes')} is {says}{tried}"] if says else []
+            said += [f"{value.name.removesuffix('.codes')}: {says}{tried}"] if says else []
         return said
 
     def _of_numbers(self, others: TensorInputs, graph: Graph) -> Graph:

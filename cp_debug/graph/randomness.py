@@ -42,7 +42,7 @@ def drawing_note(node: Node) -> str:
     """A sentence about a node that draws, and about its seed, where it has one."""
     seed = next((a.f for a in node.proto.attribute if a.name == "seed"), None)
     fixed = "" if seed is None else f" (seed {seed:g}: runtimes have generators of their own, so it fixes them apart)"
-    return f"{node.name} ({node.op}) {DRAWS_NUMBERS}{fixed}: what hangs on it differs from run to run"
+    return f"{node.name} ({node.op}) {DRAWS_NUMBERS}{fixed}: what depends on it differs from run to run"
 
 
 def refuse_random(graphs: Iterable[Graph], what: str) -> None:

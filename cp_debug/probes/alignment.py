@@ -40,7 +40,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Departure:
-    """A place where the exported graph computes something else than the module, from the module's own numbers."""
+    """A place where the exported graph does not compute what the module does, from the module's own numbers."""
 
     onnx: str
     """Value of the graph behind it, in whose place torch's tensor stands."""

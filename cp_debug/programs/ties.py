@@ -33,7 +33,7 @@ def ties(keys: Tensor, ours: Tensor, theirs: Tensor) -> str:
             which = f"{places[0][tuple(first)].item()} and {places[1][tuple(first)].item()}"
             return (
                 f"ties are broken differently in {amount(int(differs.sum()), 'place')}, the first at {first}: elements "
-                f"{which} are {exact}, and either may be chosen"
+                f"{which} are {exact}, so either choice is right"
             )
     return ""
 

@@ -21,6 +21,8 @@ SHOWN = 3
 """Differences in one line."""
 NEAR = 1.0
 """Relative L2 distance up to which two tensors of one shape, whose names tell nothing, may be the same weight."""
+_FOLDED = "BatchNorm is folded"
+"""Beginning of a note that says why nearly all tensors differ."""
 DESCRIBED = 1 << 26
 """Elements of differing tensors that are described closely; of further ones only the distance is told."""
 
@@ -62,7 +64,8 @@ class WeightDifferences(JsonForm):
             verb = "differs" if len(self.differing) == 1 else "differ"
             shown = "; ".join(d.says for d in self.differing[:SHOWN])
             more = f"; and {len(self.differing) - SHOWN} more" if len(self.differing) > SHOWN else ""
-            text = f"{len(self.differing)} of {self.compared} tensors {verb}: {shown}{more}"
+            text = f"{len(self.differing)} of {self.compared} tensors {verb}"
+            text += "" if self.note.startswith(_FOLDED) else f": {shown}{more}"
         counts = [(len(self.missing), "only in the reference"), (len(self.added), "only in the test")]
         alone = [f"{count} {where}" for count, where in counts if count]
         if self.note and not self.compared:
@@ -116,9 +119,10 @@ def _note(reference: Graph, test: Graph, differ: bool) -> str:
     sides = (reference, test)
     quantized = [any(n.op == "DequantizeLinear" and n.inputs[0] in g.initializers for n in g.nodes) for g in sides]
     if quantized[0] != quantized[1]:
-        return "they are quantized on one side only"
+        return f"only the {('reference', 'test')[quantized[1]]} is quantized"
     norms = [sum(n.op == "BatchNormalization" for n in g.nodes) for g in sides]
-    return "BatchNorm is folded into them on one side only" if differ and norms[0] != norms[1] else ""
+    folded = ("reference", "test")[norms[0] > norms[1]]
+    return f"{_FOLDED} in the {folded} only" if differ and norms[0] != norms[1] else ""
 
 
 def differences_of_states(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> WeightDifferences:

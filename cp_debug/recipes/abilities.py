@@ -85,7 +85,7 @@ class CountsSamples(Protocol):
         ...
 
 
-MADE_UP = "inputs that were made up: "
+MADE_UP = "generated inputs: "
 """Beginning of a remark that says what made-up inputs hold, and so of no concern about the model."""
 MOST_REMARKS = 8
 """Remarks on samples that are told; the others are counted."""

@@ -28,7 +28,7 @@ SAID = {
 
 
 def findings(test: TestResult) -> Iterator[RenderableType]:
-    """One block for each finding, then the changes of the detections; nothing where there is neither."""
+    """One block for each finding."""
     for place, finding in enumerate(test.findings, 1):
         yield Text()
         style = "bold yellow" if finding.cause == UNKNOWN else "bold red"
@@ -37,9 +37,6 @@ def findings(test: TestResult) -> Iterator[RenderableType]:
         told = [*lines(finding), *([("source", source)] if source else [])]
         rows = [(Cell(f"   {label}", "quiet"), line) for label, line in told]
         yield Terminal(Sheet((Column("", "mark"), Column("")), rows))
-    if test.detections is not None:
-        yield Text()
-        yield Text(f"detections: {test.detections}")
 
 
 def lines(finding: Finding) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from cp_debug.backends.base import RunRecord
+from cp_debug.bisect.replayed import EXCESS
 from cp_debug.bisect.result import (
     DIVERGENT,
     GUILTY,
@@ -28,6 +29,7 @@ from cp_debug.reports.optimizer_blame import render_optimizer_blame
 from cp_debug.reports.sheet import Cell, Column, Row, Sheet, Tone
 from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.reports.verdict_line import headline, setting_text, verdict_line
+from cp_debug.safe_text import amount
 
 TONES: dict[str, Tone] = {OK: "good", INHERITED: "note", DIVERGENT: "bad", GUILTY: "worst", SHAPE: "worst"}
 SETTINGS = {
@@ -57,33 +59,62 @@ MOST_STAGES = 24
 def render(
     result: BisectResult, *, layers: bool = True, show_all: bool = False, rest: str = "result.layers has all"
 ) -> Iterator[RenderableType]:
-    """The parts of a result, in the order in which they are read. ``rest``: how to see the layers that are left out."""
+    """The parts of a result, in the order in which they are read. ``rest``: how to see the layers that are left out.
+
+    A test that agrees has no tables, unless ``show_all``, or its stages alone were asked for (``layers`` False).
+    """
     yield Text.assemble((result.subject, "bold"), f" · {_samples(result.samples)}")
-    yield from map(headline, result.tests)
-    yield Terminal(backends_table([result.reference, *(t.backend for t in result.tests)]))
+    records = [result.reference, *(test.backend for test in result.tests)]
+    whole = [show_all or not layers or not test.agrees for test in result.tests]
+    if any(whole):
+        yield from map(headline, result.tests)
+        yield Terminal(backends_table(records))
+    else:
+        yield Text(" against ".join(", ".join(map(_in_words, each)) for each in (records[:1], records[1:])))
     yield from _coverage(result.coverage)
-    for line in weight_lines(result):
-        yield Text(line)
-    for test in result.tests:
-        yield Text()
-        title = Text.assemble((result.reference.spec, "bold"), " → ", (test.backend.spec, "bold"))
-        yield title.append(" (emulated)" if test.backend.emulated else "")
-        yield from engine_lines(test.backend)
-        if test.stages:  # a comparison of captures knows none
-            yield Terminal(stage_table(test, show_all=show_all))
-        if layers:
-            if test.stages:
-                yield Text()
-            yield Terminal(layer_table(test, show_all=show_all))
-            if not show_all:
-                yield Text(_selection(test, rest), style="dim")
+    yield from map(Text, weight_lines(result))
+    told = set[str]()
+    for test, has_tables in zip(result.tests, whole, strict=True):
+        if has_tables:
+            title = Text.assemble("\n", (result.reference.spec, "bold"), " → ", (test.backend.spec, "bold"))
+            yield title.append(" (emulated)" if test.backend.emulated else "")
+            yield from engine_lines(test.backend)
+            if test.stages:  # a comparison of captures knows none
+                yield Terminal(stage_table(test, show_all=show_all))
+            if layers:
+                if test.stages:
+                    yield Text()
+                yield Terminal(layer_table(test, show_all=show_all))
+                if not show_all:
+                    yield Text(_selection(test, rest), style="dim")
+        else:
+            yield verdict_line(test)
+            yield Text(f"  {_largest(test)}", style="dim")
         yield from findings(test)
-        for note in test.notes:
-            yield Text(f"note: {note}", style="yellow")
-        yield verdict_line(test)
+        if test.detections is not None:
+            yield Text(f"{'' if has_tables else '  '}detections: {test.detections}")
+        yield from (Text(f"note: {note}", style="yellow") for note in dict.fromkeys(test.notes) if note not in told)
+        told.update(test.notes)
+        if has_tables:
+            yield verdict_line(test)
         if test.optimizer_blame is not None:
             yield Text()
             yield from render_optimizer_blame(test.optimizer_blame)
+    if not all(whole) and rest:
+        yield Text(rest, style="dim")
+
+
+def _in_words(record: RunRecord) -> str:
+    """``trt-fp16 (fp16, cuda:0)``; a CPU need not be named."""
+    return f"{record.spec} ({record.computes_in}{'' if record.device == 'cpu' else f', {record.device}'})"
+
+
+def _largest(test: TestResult) -> str:
+    """Phrase about the layer that is nearest to being guilty, of a test that agrees."""
+    worst = max(test.rows, key=lambda row: (row.replay and row.replay.excess) or 0.0)
+    excess = (worst.replay and worst.replay.excess) or 0.0
+    most = f", the largest excess {number(excess)} of {EXCESS:g}: {worst.name}" if excess else ""
+    return amount(len(test.rows), "layer") + most
 
 
 def weight_lines(result: BisectResult) -> list[str]:
@@ -260,20 +291,13 @@ def _few_stages(test: TestResult) -> Iterator[tuple[str, StageRow]]:
 
 
 def _coverage(coverage: dict[str, Any]) -> Iterator[Text]:
-    """A line for each component of which something is not compared; one for all the others."""
-    whole = {name: c for name, c in coverage.items() if not c["unmatched_values"] and not c["unmatched_modules"]}
-    if whole:
-        values, modules = (sum(counts[what] for counts in whole.values()) for what in ("values", "modules"))
-        yield Text(
-            f"alignment of {', '.join(whole)}: all {values} values of the graph, all {modules} leaf modules",
-            style="dim",
-        )
+    """A line for each component of which something is not compared."""
     for component, counts in coverage.items():
         missing = [*counts["unmatched_values"], *counts["unmatched_modules"]]
         if missing:
             yield Text(
-                f"alignment of {component}: {counts['values']} of {counts['values_total']} values of the graph, "
-                f"{counts['modules']} of {counts['modules_total']} leaf modules; not accounted for: "
+                f"not all of {component} is compared: {counts['values']} of {counts['values_total']} values of the "
+                f"graph, {counts['modules']} of {counts['modules_total']} leaf modules; not accounted for: "
                 + ", ".join(missing[:5]),
                 style="yellow",
             )

@@ -42,7 +42,7 @@ HARMLESS = 1e-3
 """Part of what the test has changed up to which a difference by itself changes nothing."""
 SHOWN = 3
 """Differences in one line."""
-_FIX = "make {layers} equal in both programs: "
+_FIX = "undo the difference at {layers}: "
 
 
 Failed = Callable[[Exception], None]
