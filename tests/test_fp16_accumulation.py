@@ -84,7 +84,7 @@ def test_chunks_of_rows_change_nothing(chunk: int, vector: int, monkeypatch: pyt
     x, weight = halves(1, 20, 11, 8, seed=1), halves(4, 20, 3, 2, seed=2)
     window = Window((3, 2), (2, 3), (1, 1), (0, 0), (0, 0))
     whole = fp16_accumulation.conv(x, weight, None, window, 1, 32, vector=vector)
-    at_a_time = chunk * 3 * (120 if vector else 4)  # rows of 3 places, of columns or of partial sums
+    at_a_time = chunk * 3 * 7  # rows of 3 places: 120 columns are 7 times those of an instruction
     monkeypatch.setitem(fp16_accumulation._AT_A_TIME, "cpu", at_a_time)
     assert torch.equal(fp16_accumulation.conv(x, weight, None, window, 1, 32, vector=vector), whole)
 
@@ -96,10 +96,10 @@ def test_nothing_to_sum_is_nothing(images: int, outputs: int, width: int, vector
     window = Window((1, 1), (1, 1), (1, 1), (0, 0), (0, 0))
     taps = Taps(weight.reshape(1, outputs, 4, 1), (0,), ((0, 0),))
     size = window.output_size(x.shape[2:])
+    total = fp16_accumulation.instructions(4, 1, Order(64))
     if vector:
-        found = fp16_accumulation.accumulate_vectors(x, taps, (1, 1), size, vector)
-    else:
-        found = fp16_accumulation.accumulate(x, taps, (1, 1), size, Order(64))
+        total = fp16_accumulation.vector_instructions(1, 4, vector)
+    found = fp16_accumulation.accumulate(x, taps, (1, 1), size, total)
     assert found.shape == (images, outputs, 6, width)
 
 
@@ -108,7 +108,7 @@ def test_the_definition_is_what_the_cpu_gives(slices: int) -> None:
     x, weight = halves(2, 150, 40, seed=1), halves(2, 8, 150, seed=2)
     total = fp16_accumulation.instructions(150, 1, Order(64, slices))
     taps = Taps(weight[..., None], (0,), ((0,),))
-    expected = fp16_accumulation.accumulate(x, taps, (1,), (40,), Order(64, slices))
+    expected = fp16_accumulation.accumulate(x, taps, (1,), (40,), total)
     assert torch.equal(fp16_accumulation_cuda.defined(x, weight, total), expected)
 
 
@@ -302,11 +302,10 @@ def test_tables_of_the_gpu_s_kernel_hold_the_same_order(
     size = tuple((n - k) // s + 1 for n, k, s in zip(x.shape[2:], kernel, stride, strict=True))
     per_group = channels // groups
     if vector:
-        expected = fp16_accumulation.accumulate_vectors(x, taps, stride, size, vector)
         total = fp16_accumulation.vector_instructions(len(places), per_group, vector)
     else:
-        expected = fp16_accumulation.accumulate(x, taps, stride, size, order)
         total = fp16_accumulation.instructions(per_group, len(places), order)
+    expected = fp16_accumulation.accumulate(x, taps, stride, size, total)
     found = fp16_accumulation_cuda._launch(x, [taps], stride, size, total, (), None, fp16_accumulation_cuda.WIDE)
     assert torch.equal(found, expected)
 
@@ -421,6 +420,7 @@ def test_the_gpu_gives_the_cpu_s_bits(slices: int, vector: int, split: int) -> N
 def test_products_of_any_size_are_summed_in_the_same_order(places: int, outputs: int) -> None:
     """MKL adds in another order where columns are fewer than 12, or 2 or 3 rows (6 in two threads) stand over 17."""
     x, weight = halves(12, 197, places, seed=1), halves(12, outputs, 197, seed=2)
-    expected = fp16_accumulation_cuda.defined(x, weight, fp16_accumulation.instructions(197, 1, Order(64)))
+    total = fp16_accumulation.instructions(197, 1, Order(64))
+    expected = fp16_accumulation_cuda.defined(x, weight, total)
     taps = Taps(weight[..., None], (0,), ((0,),))
-    assert torch.equal(fp16_accumulation.accumulate(x, taps, (1,), (places,), Order(64)), expected)
+    assert torch.equal(fp16_accumulation.accumulate(x, taps, (1,), (places,), total), expected)

@@ -1,6 +1,9 @@
-"""Activations, softmax included."""
+"""Activations with attributes, softmax included, and those that other operators name in theirs."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -8,10 +11,31 @@ from torch.nn import functional
 
 from cp_debug.backends.kernels.registry import Call, kernel
 
+Activation = Callable[[Tensor], Tensor]
+_NAMED: dict[str, tuple[Callable[..., Tensor], tuple[float, ...]]] = {
+    "affine": (lambda x, alpha, beta: alpha * x + beta, (0.0, 0.0)),
+    "clip": (torch.clamp, (-math.inf, math.inf)),
+    "elu": (functional.elu, (1.0,)),
+    "hardsigmoid": (lambda x, alpha, beta: (alpha * x + beta).clamp(0, 1), (0.2, 0.5)),
+    "leakyrelu": (functional.leaky_relu, (0.01,)),
+    "relu": (torch.relu, ()),
+    "scaledtanh": (lambda x, alpha, beta: alpha * torch.tanh(beta * x), (0.0, 0.0)),
+    "sigmoid": (torch.sigmoid, ()),
+    "softplus": (lambda x: torch.logaddexp(x, torch.zeros_like(x)), ()),
+    "softsign": (functional.softsign, ()),
+    "tanh": (torch.tanh, ()),
+    "thresholdedrelu": (lambda x, alpha: torch.where(x > alpha, x, torch.zeros_like(x)), (0.0,)),
+}
+"""Activation as an attribute names it, in small letters → the function, and its parameters by default."""
 
-@kernel("Relu", rounds=False)
-def relu(call: Call, x: Tensor) -> Tensor:
-    return torch.relu(x)
+
+def activation(name: str, *given: Iterator[float]) -> Activation:
+    """The activation that an attribute calls ``name``. It takes the next number of the first of ``given`` for its first
+    parameter, of the second for its second, if it has such. Raises KeyError for an unknown one."""
+    function, defaults = _NAMED[name.lower()]
+    numbers = [next(those, default) for those, default in zip(given, defaults, strict=False)]
+    parameters = (*numbers, *defaults[len(numbers) :])
+    return lambda x: function(x, *parameters)
 
 
 @kernel("LeakyRelu")
@@ -29,19 +53,9 @@ def thresholded_relu(call: Call, x: Tensor) -> Tensor:
     return torch.where(x > call["alpha"], x, torch.zeros_like(x))
 
 
-@kernel("Sigmoid")
-def sigmoid(call: Call, x: Tensor) -> Tensor:
-    return torch.sigmoid(x)
-
-
 @kernel("HardSigmoid")
 def hard_sigmoid(call: Call, x: Tensor) -> Tensor:
     return (x * call["alpha"] + call["beta"]).clamp(0, 1)
-
-
-@kernel("HardSwish")
-def hard_swish(call: Call, x: Tensor) -> Tensor:
-    return x * (x / 6 + 0.5).clamp(0, 1)
 
 
 @kernel("Swish")
@@ -67,21 +81,6 @@ def celu(call: Call, x: Tensor) -> Tensor:
 @kernel("Selu")
 def selu(call: Call, x: Tensor) -> Tensor:
     return torch.where(x > 0, x, call["alpha"] * torch.expm1(x)) * call["gamma"]
-
-
-@kernel("Softplus")
-def softplus(call: Call, x: Tensor) -> Tensor:
-    return torch.logaddexp(x, torch.zeros_like(x))
-
-
-@kernel("Softsign")
-def softsign(call: Call, x: Tensor) -> Tensor:
-    return functional.softsign(x)
-
-
-@kernel("Mish")
-def mish(call: Call, x: Tensor) -> Tensor:
-    return functional.mish(x)
 
 
 @kernel("Softmax", "LogSoftmax")

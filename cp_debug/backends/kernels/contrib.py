@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cp_debug.backends.kernels.activation import activation
 from cp_debug.backends.kernels.convolution import conv
 from cp_debug.backends.kernels.matmul import matmul
 from cp_debug.backends.kernels.registry import Call, kernel
@@ -104,28 +105,10 @@ def _activated(call: Call, x: Tensor, parameters: list[float]) -> Tensor:
     name = call["activation"]
     if not name:
         return x
-    x = call.arithmetic.round(x)
-    alpha, beta = [*parameters, None, None][:2]
-    match name:
-        case "Relu":
-            return torch.relu(x)
-        case "Tanh":
-            return torch.tanh(x)
-        case "Sigmoid":
-            return torch.sigmoid(x)
-        case "LeakyRelu":
-            return functional.leaky_relu(x, 0.01 if alpha is None else alpha)
-        case "Clip":
-            return x.clamp(alpha, beta)
-        case "HardSigmoid":
-            return (x * (0.2 if alpha is None else alpha) + (0.5 if beta is None else beta)).clamp(0, 1)
-        case "Elu":
-            return functional.elu(x, 1.0 if alpha is None else alpha)
-        case "Softplus":
-            return torch.logaddexp(x, torch.zeros_like(x))
-        case "Softsign":
-            return functional.softsign(x)
-    return NotImplemented
+    try:
+        return activation(name, *map(iter, zip(parameters)))(call.arithmetic.round(x))
+    except KeyError:
+        return NotImplemented
 
 
 @kernel("SimplifiedLayerNormalization")

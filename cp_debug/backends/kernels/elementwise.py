@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cp_debug.backends.kernels.registry import Call, kernel
 
@@ -21,10 +22,15 @@ _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "Cosh": torch.cosh,
     "Erf": torch.erf,
     "Exp": torch.exp,
+    "HardSwish": lambda x: x * (x / 6 + 0.5).clamp(0, 1),
     "Log": torch.log,
+    "Mish": functional.mish,
     "Reciprocal": torch.reciprocal,
+    "Sigmoid": torch.sigmoid,
     "Sin": torch.sin,
     "Sinh": torch.sinh,
+    "Softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
+    "Softsign": functional.softsign,
     "Sqrt": torch.sqrt,
     "Tan": torch.tan,
     "Tanh": torch.tanh,
@@ -38,6 +44,7 @@ _EXACT_UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "IsNaN": torch.isnan,
     "Neg": torch.neg,
     "Not": torch.logical_not,
+    "Relu": torch.relu,
     "Round": torch.round,
     "Sign": torch.sign,
 }

@@ -34,7 +34,8 @@ from cp_debug.backends.rounding import round_fp16
 THREADS = 4
 """Threads that share the K of one instruction."""
 _AT_A_TIME = {"cpu": 1 << 17, "cuda": 1 << 26}
-"""Number of partial sums worked on at a time: on a CPU as many as stay in its cache through all steps of K."""
+"""Number of partial sums worked on at a time, or of columns of instructions: on a CPU as many as stay in its cache
+through all steps of K."""
 ROWS, COLUMNS = 4, 16
 """Products are filled up to multiples of these, so that MKL adds an instruction's terms one after the other: it adds in
 another order where 2 or 3 rows stand over 17 columns, over fewer than 12, and on some CPUs in a single row."""
@@ -55,137 +56,90 @@ class Order(NamedTuple):
 
 
 def accumulate(
-    x: Tensor, taps: Taps, stride: Sequence[int], size: Sequence[int], order: Order, pads: tuple[int, ...] = ()
+    x: Tensor,
+    taps: Taps,
+    stride: Sequence[int],
+    size: Sequence[int],
+    total: Sum,
+    pads: tuple[int, ...] = (),
 ) -> Tensor:
     """Sum the taps over ``x`` (images, channels per group, *spatial) → (images, outputs per group, *size).
 
     Image i is of group i modulo the groups. All operands hold FP16 values in float32. ``pads``, of zeros around each
     image, as ``torch.nn.functional.pad`` takes them.
     """
-    groups, outputs, channels = taps.weight.shape[:3]
+    groups, outputs = taps.weight.shape[:2]
     if not (x.shape[0] and outputs and all(size)):
         return x.new_zeros(len(x), outputs, *size)
-    if order.slices == 1 or order.split == 1:
-        total = instructions(channels, len(taps.places), order)
+    if total.parts in (1, total.slices):
         found = fp16_accumulation_cuda.accumulate(x, [taps], stride, size, total, pads)
         if found is not None:
             return found
     x = filled_up(x, pads)
-    weights = [_tall(taps.weight[..., place]) for place in taps.places]
-    parts = [_accumulate(part, weights, taps.starts, stride, size, order) for part in x.split(groups)]
-    return torch.cat(parts)[:, :outputs]
-
-
-def _tall(weight: Tensor) -> Tensor:
-    """(groups, outputs, channels), contiguous, outputs filled up to a multiple of ``ROWS``."""
-    return functional.pad(weight, (0, 0, 0, -weight.shape[1] % ROWS)).contiguous()
+    weight = torch.cat([taps.weight[..., place] for place in taps.places], -1)
+    tall = functional.pad(weight, (0, 0, 0, -outputs % ROWS)).contiguous()
+    return torch.cat([_accumulate(part, tall, taps.starts, stride, size, total) for part in x.split(groups)])[
+        :, :outputs
+    ]
 
 
 def _accumulate(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    starts: Sequence[tuple[int, ...]],
-    stride: Sequence[int],
-    size: Sequence[int],
-    order: Order,
-) -> Tensor:
-    """Sum over ``x`` (groups, channels per group, *spatial), a matrix product an instruction; ``weights`` of each tap:
-    (groups, outputs per group, channels per group)."""
-    tile, slices, split, _ = order
-    groups, channels = x.shape[:2]
-    outputs = weights[0].shape[1]
-    result = x.new_empty(groups, outputs, *size)
-    row = result[0, 0, 0].numel()
-    rows = max(1, _AT_A_TIME[x.device.type] // (groups * outputs * row * split))
-    for first in range(0, size[0], rows):
-        count = min(rows, size[0] - first)
-        extent, places = (count, *size[1:]), count * row
-        parts = x.new_zeros(split, slices, groups, outputs, places + -places % COLUMNS)
-        half = torch.empty_like(parts[0, 0], dtype=torch.float16)
-        columns = x.new_zeros(groups, min(tile, channels), parts.shape[-1])
-        for channel in range(0, channels, tile):
-            for place, (weight, start) in enumerate(zip(weights, starts, strict=True)):
-                sums = parts[order.part(channel // tile * len(weights) + place)]
-                begin = (start[0] + first * stride[0], *start[1:])
-                window = tuple(slice(b, b + (n - 1) * s + 1, s) for b, n, s in zip(begin, extent, stride, strict=True))
-                part = x[(slice(None), slice(channel, channel + tile), *window)]
-                matrix = columns[:, : part.shape[1]]
-                matrix[..., :places].unflatten(2, extent).copy_(part)
-                for k in range(0, matrix.shape[1], BLOCK):
-                    block = weight[:, :, channel + k : channel + min(k + BLOCK, matrix.shape[1])]
-                    partial_sum = sums[k * slices // tile]
-                    partial_sum.baddbmm_(block, matrix[:, k : k + BLOCK])
-                    partial_sum.copy_(half.copy_(partial_sum))
-        for slice_sum in parts[:, 1:].unbind(1):
-            parts[:, 0] = parts[:, 0].add_(slice_sum).half()
-        total, *others = parts[:, 0]
-        for other in others:
-            total.copy_(half.copy_(total.add_(other)))
-        result[:, :, first : first + count] = total[..., :places].unflatten(2, extent)
-    return result
-
-
-@lru_cache(maxsize=256)
-def instructions(channels: int, taps: int, order: Order) -> Sum:
-    """Instructions of ``accumulate``, in the order in which it adds them; slices or parts, not both."""
-    tile, slices = order.tile, order.slices
-    of = [
-        Instruction(k * slices // tile + order.part(channel // tile * taps + tap), [tap] * len(block), block)
-        for channel in range(0, channels, tile)
-        for tap in range(taps)
-        for k in range(0, min(tile, channels - channel), BLOCK)
-        if (block := range(channel + k, min(channel + k + BLOCK, channel + tile, channels)))
-    ]
-    return Sum(tuple(of), slices * order.split)
-
-
-def accumulate_vectors(
-    x: Tensor, taps: Taps, stride: Sequence[int], size: Sequence[int], vector: int, pads: tuple[int, ...] = ()
-) -> Tensor:
-    """Sum the taps as kernels without shared memory do; shapes as for ``accumulate``, ``vector`` is 4 or 8."""
-    groups, outputs, channels = taps.weight.shape[:3]
-    if not (x.shape[0] and outputs and all(size)):
-        return x.new_zeros(len(x), outputs, *size)
-    total = vector_instructions(len(taps.places), channels, vector)
-    found = fp16_accumulation_cuda.accumulate(x, [taps], stride, size, total, pads)
-    if found is not None:
-        return found
-    x = filled_up(x, pads)
-    blocks = vector_blocks(len(taps.places), channels, vector)
-    weight = _tall(torch.cat([taps.weight[..., place] for place in taps.places], -1))
-    parts = [_accumulate_vectors(part, weight, taps.starts, stride, size, blocks) for part in x.split(groups)]
-    return torch.cat(parts)[:, :outputs]
-
-
-def _accumulate_vectors(
     x: Tensor,
     weight: Tensor,
     starts: Sequence[tuple[int, ...]],
     stride: Sequence[int],
     size: Sequence[int],
-    blocks: Sequence[list[int]],
+    total: Sum,
 ) -> Tensor:
-    """Sum over ``x`` (groups, channels per group, *spatial) by ``weight`` (groups, outputs, taps · channels)."""
+    """Sum over ``x`` (groups, channels per group, *spatial) by ``weight`` (groups, outputs, taps · channels), a matrix
+    product an instruction."""
     groups, channels = x.shape[:2]
     outputs = weight.shape[1]
     result = x.new_empty(groups, outputs, *size)
     row = result[0, 0, 0].numel()
-    rows = max(1, _AT_A_TIME[x.device.type] // (groups * max(outputs, len(starts) * channels) * row))
+    terms = max(outputs * total.slices, len(starts) * channels // BLOCK)
+    rows = max(1, _AT_A_TIME[x.device.type] // (groups * terms * row))
+    blocks = total.blocks(channels)
     for first in range(0, size[0], rows):
         extent = (min(rows, size[0] - first), *size[1:])
-        columns = []
-        for start in starts:
+        places = extent[0] * row
+        columns = x.new_zeros(groups, len(starts), channels, places + -places % COLUMNS)
+        for tap, start in enumerate(starts):
             begin = (start[0] + first * stride[0], *start[1:])
             window = tuple(slice(b, b + (n - 1) * s + 1, s) for b, n, s in zip(begin, extent, stride, strict=True))
-            columns.append(x[(slice(None), slice(None), *window)].flatten(2))
-        places = extent[0] * row
-        matrix = functional.pad(torch.cat(columns, 1), (0, -places % COLUMNS))
-        total = x.new_zeros(groups, outputs, matrix.shape[-1])
-        for block in blocks:
-            total.baddbmm_(weight[:, :, block], matrix[:, block])
-            total.copy_(total.half())
-        result[:, :, first : first + extent[0]] = total[..., :places].unflatten(2, extent)
+            columns[:, tap, :, :places].unflatten(2, extent).copy_(x[(slice(None), slice(None), *window)])
+        matrix = columns.flatten(1, 2)
+        sums = x.new_zeros(total.slices, groups, outputs, matrix.shape[-1])
+        half = torch.empty_like(sums[0], dtype=torch.float16)
+        for instruction, block in zip(total.instructions, blocks, strict=True):
+            partial_sum = sums[instruction.slice]
+            partial_sum.baddbmm_(weight[:, :, block], matrix[:, block])
+            partial_sum.copy_(half.copy_(partial_sum))
+        ends = [_added(part) for part in sums.split(total.slices // total.parts)]
+        result[:, :, first : first + extent[0]] = _added(ends)[..., :places].unflatten(2, extent)
     return result
+
+
+def _added(sums: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of FP16 values, rounded after each."""
+    total = sums[0]
+    for other in sums[1:]:
+        total = (total + other).half().float()
+    return total
+
+
+@lru_cache(maxsize=256)
+def instructions(channels: int, taps: int, order: Order) -> Sum:
+    """Instructions of a sum in an order of TensorRT's, in the order in which they are added."""
+    tile, slices = order.tile, order.slices
+    of = [
+        Instruction(k * slices // tile + slices * order.part(channel // tile * taps + tap), [tap] * len(block), block)
+        for channel in range(0, channels, tile)
+        for tap in range(taps)
+        for k in range(0, min(tile, channels - channel), BLOCK)
+        if (block := range(channel + k, min(channel + k + BLOCK, channel + tile, channels)))
+    ]
+    return Sum(tuple(of), slices * order.split, order.split)
 
 
 def vector_blocks(taps: int, channels: int, vector: int) -> list[list[int]]:
@@ -203,7 +157,7 @@ def vector_blocks(taps: int, channels: int, vector: int) -> list[list[int]]:
 
 @lru_cache(maxsize=256)
 def vector_instructions(taps: int, channels: int, vector: int) -> Sum:
-    """Instructions of ``accumulate_vectors``, in the order in which it adds them."""
+    """Instructions of a sum as kernels without shared memory form it, in the order in which they are added."""
     blocks = vector_blocks(taps, channels, vector)
     of = [Instruction(0, [k // channels for k in block], [k % channels for k in block]) for block in blocks]
     return Sum(tuple(of), 1)
@@ -227,10 +181,10 @@ def conv(
     taps = Taps(weight.reshape(groups, -1, weight.shape[1], len(on.starts)), on.places, on.starts)
     images = x if groups == 1 else x.reshape(-1, x.shape[1] // groups, *x.shape[2:])
     if vector:
-        result = accumulate_vectors(images, taps, window.stride, on.size, vector, on.pads)
+        total = vector_instructions(len(on.starts), weight.shape[1], vector)
     else:
-        order = Order(tile, slices, split, split_kernels)
-        result = accumulate(images, taps, window.stride, on.size, order, on.pads)
+        total = instructions(weight.shape[1], len(on.starts), Order(tile, slices, split, split_kernels))
+    result = accumulate(images, taps, window.stride, on.size, total, on.pads)
     return add_bias(result if groups == 1 else result.reshape(x.shape[0], -1, *on.size), bias)
 
 
@@ -271,10 +225,10 @@ def conv_transpose(
     alike = _phases(window, tuple(x.shape[2:]), tuple(size))
     result = x.new_zeros(len(images), grouped.shape[1], *size)
     for together in alike:
+        total = instructions(x.shape[1] // groups, len(together.taps[0][0]), order)
         if result.numel():
             phases = [Taps(grouped, *of) for of in together.taps]
             scattered = Scattered(result, together.begins, window.stride)
-            total = instructions(x.shape[1] // groups, len(together.taps[0][0]), order)
             found = fp16_accumulation_cuda.accumulate(
                 images, phases, ones, together.extent, total, together.pads, scattered
             )
@@ -283,8 +237,9 @@ def conv_transpose(
         data = filled_up(images, together.pads)
         for phase, of in zip(together.begins, together.taps, strict=True):
             where = tuple(slice(p, None, s) for p, s in zip(phase, window.stride, strict=True))
-            summed = accumulate(data, Taps(grouped, *of), ones, together.extent, order)
-            result[(slice(None), slice(None), *where)] = summed
+            result[(slice(None), slice(None), *where)] = accumulate(
+                data, Taps(grouped, *of), ones, together.extent, total
+            )
     return add_bias(result.unflatten(0, (-1, groups)).flatten(1, 2), bias)
 
 
@@ -333,7 +288,8 @@ def matmul(a: Tensor, b: Tensor, tile: int, slices: int = 1, split: int = 1, spl
     left, right = a[None] if a.dim() == 1 else a, b[:, None] if b.dim() == 1 else b
     batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     left, right = (m.expand(*batch, *m.shape[-2:]).reshape(batch.numel(), *m.shape[-2:]) for m in (left, right))
-    result = accumulate(right, Taps(left[..., None], (0,), ((0,),)), (1,), right.shape[-1:], order)
+    total = instructions(right.shape[1], 1, order)
+    result = accumulate(right, Taps(left[..., None], (0,), ((0,),)), (1,), right.shape[-1:], total)
     result = result.reshape(*batch, *result.shape[1:])
     result = result.squeeze(-2) if a.dim() == 1 else result
     return result.squeeze(-1) if b.dim() == 1 else result

@@ -74,6 +74,13 @@ class Sum:
 
     instructions: tuple[Instruction, ...]
     slices: int
+    parts: int = 1
+    """Parts that the partial sums are of, as many of each: those of a part are added first."""
+
+    def blocks(self, channels: int) -> list[slice | list[int]]:
+        """The places on K of each instruction; K has ``channels`` places for each tap."""
+        places = ([t * channels + c for t, c in zip(i.taps, i.channels, strict=True)] for i in self.instructions)
+        return [slice(p[0], p[-1] + 1) if p[-1] - p[0] == len(p) - 1 else p for p in places]
 
 
 class Taps(NamedTuple):

@@ -6,16 +6,17 @@ are exact in every arithmetic: sums are formed in float64, which holds each of t
 
 from __future__ import annotations
 
+from dataclasses import replace
+from inspect import Parameter, Signature
+
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cp_debug.backends.kernels.contrib import MS
 from cp_debug.backends.kernels.matmul import matmul
 from cp_debug.backends.kernels.paired_sums import lost_in_product
-from cp_debug.backends.kernels.pooling import average_pool
 from cp_debug.backends.kernels.quantization import dynamic_quantize_linear
-from cp_debug.backends.kernels.registry import Call, kernel
+from cp_debug.backends.kernels.registry import KERNELS, OF_LEVELS, Call, Function, kernel
 
 
 def _real(x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
@@ -43,76 +44,49 @@ def _shifted(x: Tensor, zero: Tensor | None, axis: int | None = None) -> Tensor:
     return x.double() - zero.double().reshape([-1 if i == axis % x.dim() else 1 for i in range(x.dim())])
 
 
-@kernel(MS + "QLinearAdd", MS + "QLinearMul", rounds=False, exact=True)
-def qlinear_binary(
-    call: Call,
-    a: Tensor,
-    a_scale: Tensor,
-    a_zero: Tensor | None,
-    b: Tensor,
-    b_scale: Tensor,
-    b_zero: Tensor | None,
-    y_scale: Tensor,
-    y_zero: Tensor | None = None,
-) -> Tensor:
-    x, y = _real(a, a_scale, a_zero), _real(b, b_scale, b_zero)
-    return _levels(x + y if call.node.op.endswith("Add") else x * y, y_scale, y_zero, a.dtype)
+def _on_levels(call: Call, *inputs: Tensor | None) -> Tensor:
+    """An operator of levels: its own kernel on the numbers that they stand for, whose result is put on levels again.
 
-
-@kernel(MS + "QLinearSigmoid", MS + "QLinearLeakyRelu", MS + "QLinearSoftmax", rounds=False, exact=True)
-def qlinear_activation(
-    call: Call, x: Tensor, x_scale: Tensor, x_zero: Tensor | None, y_scale: Tensor, y_zero: Tensor | None = None
-) -> Tensor:
-    real = _real(x, x_scale, x_zero)
-    if call.node.op.endswith("Softmax"):
-        axis = -1 if call["axis"] is None else call["axis"]
-        if (call["opset"] or 13) < 13:
-            real = torch.softmax(real.flatten(axis % x.dim()), -1).reshape(x.shape)
-        else:
-            real = torch.softmax(real, axis)
-    elif call.node.op.endswith("Sigmoid"):
-        real = torch.sigmoid(real)
-    else:
-        real = functional.leaky_relu(real, 0.01 if call["alpha"] is None else call["alpha"])
-    return _levels(real, y_scale, y_zero, x.dtype)
-
-
-@kernel(MS + "QLinearGlobalAveragePool", MS + "QLinearAveragePool", rounds=False, exact=True)
-def qlinear_average_pool(
-    call: Call, x: Tensor, x_scale: Tensor, x_zero: Tensor | None, y_scale: Tensor, y_zero: Tensor | None = None
-) -> Tensor:
-    planes = x.movedim(-1, 1) if call["channels_last"] else x
-    real = _real(planes, x_scale, x_zero)
-    if call.node.op.endswith("GlobalAveragePool"):
-        real = real.mean(list(range(2, real.dim())), keepdim=True)
-    else:
-        pooled = average_pool(call, real)
-        assert isinstance(pooled, Tensor)
-        real = pooled
-    levels = _levels(real, y_scale, y_zero, x.dtype)
+    Each operand stands in front of its scale and zero point; the result's stand behind all, those of Concat before.
+    """
+    op, read = call.node.op.removeprefix(f"{MS}QLinear"), list(inputs)
+    if op == "Concat":
+        read = [*read[2:], *read[:2]]
+    plain = [read.pop(0)] if op == "Where" else []  # the condition
+    count = len(read) // 3
+    real = [_real(*read[3 * i : 3 * i + 3]) for i in range(count)]  # type: ignore[arg-type]
+    scale, zero = [*read[3 * count :], None][:2]
+    if call["channels_last"]:
+        real = [x.movedim(-1, 1) for x in real]
+    # An attribute tells which opset's Softmax is meant; the domain of the node has versions of its own.
+    own = replace(call, node=replace(call.node, op=op), opset=call["opset"] or 13)
+    result = KERNELS[op].function(own, *plain, *real)
+    assert isinstance(result, Tensor)
+    assert scale is not None
+    levels = _levels(result, scale, zero, read[0].dtype)  # type: ignore[union-attr]
     return levels.movedim(1, -1) if call["channels_last"] else levels
 
 
-@kernel(MS + "QLinearConcat", rounds=False, exact=True)
-def qlinear_concat(call: Call, y_scale: Tensor, y_zero: Tensor, *parts: Tensor) -> Tensor:
-    real = [_real(x, scale, zero) for x, scale, zero in zip(parts[::3], parts[1::3], parts[2::3], strict=True)]
-    return _levels(torch.cat(real, call["axis"]), y_scale, y_zero)
+def _named(inputs: str) -> Function:
+    """``_on_levels`` with the names of inputs that ``OF_LEVELS`` has: messages tell which is absent."""
+
+    def function(call: Call, *given: Tensor | None) -> Tensor:
+        return _on_levels(call, *given)
+
+    parameters = [Parameter("call", Parameter.POSITIONAL_OR_KEYWORD)]
+    for name in inputs.split():
+        kind = Parameter.VAR_POSITIONAL if name.startswith("*") else Parameter.POSITIONAL_OR_KEYWORD
+        default, annotation = (
+            None if name.endswith("=") else Parameter.empty,
+            Tensor | None if name[-1] in "?=" else Tensor,
+        )
+        parameters.append(Parameter(name.strip("*?="), kind, default=default, annotation=annotation))
+    function.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return function
 
 
-@kernel(MS + "QLinearWhere", rounds=False, exact=True)
-def qlinear_where(
-    call: Call,
-    condition: Tensor,
-    a: Tensor,
-    a_scale: Tensor,
-    a_zero: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    b_zero: Tensor,
-    y_scale: Tensor,
-    y_zero: Tensor,
-) -> Tensor:
-    return _levels(torch.where(condition, _real(a, a_scale, a_zero), _real(b, b_scale, b_zero)), y_scale, y_zero)
+for _op, _inputs in OF_LEVELS.items():
+    kernel(f"{MS}QLinear{_op}", rounds=False, exact=True)(_named(_inputs))
 
 
 @kernel(MS + "QGemm", rounds=False, exact=True)

@@ -9,20 +9,18 @@ are not, as in the fused cells of PyTorch and cuDNN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from cp_debug.backends.kernels.activation import Activation, activation
 from cp_debug.backends.kernels.matmul import matmul
 from cp_debug.backends.kernels.paired_sums import lost_in_product
 from cp_debug.backends.kernels.quantization import dynamic_quantize_linear
 from cp_debug.backends.kernels.registry import Call, kernel
-
-Activation = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,24 +52,6 @@ class _LevelWeights:
 Weight = Tensor | _LevelWeights
 Multiply = Callable[[Call, Tensor, Any], Tensor]
 """x [.., I] times the transpose of a weight [gates × H, I]."""
-
-_PLAIN: dict[str, Activation] = {
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-    "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
-    "softsign": functional.softsign,
-    "tanh": torch.tanh,
-}
-_WITH_ALPHA: dict[str, tuple[float, Callable[[Tensor, float], Tensor]]] = {
-    "elu": (1.0, functional.elu),
-    "leakyrelu": (0.01, functional.leaky_relu),
-    "thresholdedrelu": (0.0, lambda x, alpha: torch.where(x > alpha, x, torch.zeros_like(x))),
-}
-_WITH_BOTH: dict[str, tuple[float, float, Callable[[Tensor, float, float], Tensor]]] = {
-    "affine": (0.0, 0.0, lambda x, alpha, beta: alpha * x + beta),
-    "hardsigmoid": (0.2, 0.5, lambda x, alpha, beta: (alpha * x + beta).clamp(0, 1)),
-    "scaledtanh": (0.0, 0.0, lambda x, alpha, beta: alpha * torch.tanh(beta * x)),
-}
 
 
 def _in_floats(call: Call, x: Tensor, weight: Tensor) -> Tensor:
@@ -168,40 +148,28 @@ _STEPS: dict[str, tuple[Step, int, tuple[str, ...]]] = {
 def recurrent(
     call: Call,
     x: Tensor,
-    weight: Tensor,
-    recurrence: Tensor,
+    weight: Weight,
+    recurrence: Weight,
     bias: Tensor | None = None,
     lengths: Tensor | None = None,
     h: Tensor | None = None,
     c: Tensor | None = None,
     peepholes: Tensor | None = None,
+    *,
+    multiply: Multiply = _in_floats,
 ) -> list[Tensor]:
     """RNN, GRU or LSTM: outputs Y [T, D, B, H], the last h and, of an LSTM, c [D, B, H].
 
     x [T, B, I], W [D, gates × H, I], R [D, gates × H, H], B [D, 2 gates × H], lengths [B], h and c [D, B, H], P [D, 3
     H]; with ``layout`` 1 the batch comes first.
     """
-    return _layers(call, x, weight, recurrence, bias, lengths, h, c, peepholes, _in_floats)
-
-
-def _layers(
-    call: Call,
-    x: Tensor,
-    weight: Weight,
-    recurrence: Weight,
-    bias: Tensor | None,
-    lengths: Tensor | None,
-    h: Tensor | None,
-    c: Tensor | None,
-    peepholes: Tensor | None,
-    multiply: Multiply,
-) -> list[Tensor]:
     step, gates, default = _STEPS[call.node.proto.op_type.removeprefix("DynamicQuantize")]
     if call["layout"]:
         x, h, c = x.transpose(0, 1), *(s if s is None else s.transpose(0, 1) for s in (h, c))
     directions, size = weight.shape[0], weight.shape[1] // gates
     names = call["activations"] or default * directions
-    functions = list(_activations(names, call["activation_alpha"] or (), call["activation_beta"] or ()))
+    parameters = [iter(call[f"activation_{name}"] or ()) for name in ("alpha", "beta")]
+    functions = [activation(name, *parameters) for name in names]
     if bias is None:
         bias = x.new_zeros(directions, 2 * gates * size)
     backwards = [call["direction"] == "reverse"] if directions == 1 else [False, True]
@@ -237,7 +205,7 @@ def dynamic_quantize_lstm(
     ``grids``: scale and zero point of W, then of R, each [D] or [D, 4 H].
     """
     w, r = (_LevelWeights.of(levels, *grid) for levels, grid in ((weight, grids[:2]), (recurrence, grids[2:])))
-    return list(_layers(call, x, w, r, bias, lengths, h, c, peepholes, _in_integers))
+    return list(recurrent(call, x, w, r, bias, lengths, h, c, peepholes, multiply=_in_integers))
 
 
 def _unroll(
@@ -267,21 +235,3 @@ def _unroll(
     y = torch.cat(rows)
     y = y[places, columns] if backward else y
     return (torch.cat([y, y.new_zeros(behind, *y.shape[1:])]), *state)
-
-
-def _activations(names: Sequence[str], alphas: Sequence[float], betas: Sequence[float]) -> Iterator[Activation]:
-    """The functions called ``names``; each takes the next alpha and beta only if it has such a parameter."""
-    alpha, beta = iter(alphas), iter(betas)
-    for name in map(str.lower, names):
-        if name in _PLAIN:
-            yield _PLAIN[name]
-        elif name in _WITH_ALPHA:
-            first, function = _WITH_ALPHA[name]
-            yield _bound(function, next(alpha, first))
-        else:
-            first, second, of_both = _WITH_BOTH[name]
-            yield _bound(of_both, next(alpha, first), next(beta, second))
-
-
-def _bound(function: Callable[..., Tensor], *parameters: float) -> Activation:
-    return lambda x: function(x, *parameters)

@@ -99,26 +99,14 @@ def top_k(call: Call, x: Tensor, k: Tensor | None = None) -> list[Tensor]:
     return [values.narrow(call["axis"], 0, count), indices.narrow(call["axis"], 0, count)]
 
 
-@kernel("CumSum")
-def cumulative_sum(call: Call, x: Tensor, axis: Tensor) -> Tensor:
-    dim = int(axis)
-    flipped = x.flip(dim) if call["reverse"] else x
-    sums = flipped.cumsum(dim, dtype=x.dtype)
+@kernel("CumSum", "CumProd")
+def cumulative(call: Call, x: Tensor, axis: Tensor) -> Tensor:
+    dim, (function, first) = int(axis), {"CumSum": (torch.cumsum, 0), "CumProd": (torch.cumprod, 1)}[call.node.op]
+    totals = function(x.flip(dim) if call["reverse"] else x, dim, dtype=x.dtype)
     if call["exclusive"]:
-        sums = torch.cat([torch.zeros_like(sums.narrow(dim, 0, 1)), sums.narrow(dim, 0, x.shape[dim] - 1)], dim)
-    return sums.flip(dim) if call["reverse"] else sums
-
-
-@kernel("CumProd")
-def cumulative_product(call: Call, x: Tensor, axis: Tensor) -> Tensor:
-    dim = int(axis)
-    flipped = x.flip(dim) if call["reverse"] else x
-    products = flipped.cumprod(dim, dtype=x.dtype)
-    if call["exclusive"]:
-        products = torch.cat(
-            [torch.ones_like(products.narrow(dim, 0, 1)), products.narrow(dim, 0, x.shape[dim] - 1)], dim
-        )
-    return products.flip(dim) if call["reverse"] else products
+        start = torch.full_like(totals.narrow(dim, 0, 1), first)
+        totals = torch.cat([start, totals.narrow(dim, 0, x.shape[dim] - 1)], dim)
+    return totals.flip(dim) if call["reverse"] else totals
 
 
 @kernel("Hardmax", rounds=False)

@@ -82,7 +82,16 @@ class Call:
         return None if given is None else [int(v) for v in given]
 
 
-_EXTENDED = {"FusedConv": "Conv", "FusedGemm": "Gemm", "QGemm": "Gemm", "QLinearAveragePool": "AveragePool"}
+OF_LEVELS = {
+    **dict.fromkeys(("Add", "Mul"), "a a_scale a_zero? b b_scale b_zero? y_scale y_zero="),
+    **dict.fromkeys(("AveragePool", "GlobalAveragePool"), "x x_scale x_zero? y_scale y_zero="),
+    **dict.fromkeys(("LeakyRelu", "Sigmoid", "Softmax"), "x x_scale x_zero? y_scale y_zero="),
+    "Concat": "y_scale y_zero *parts",
+    "Where": "condition a a_scale a_zero b b_scale b_zero y_scale y_zero",
+}
+"""Operators that ONNX Runtime has for levels, too, as ``QLinear…`` → the names of their inputs there, with ``?`` where
+one may be absent, ``=`` where it may be left out at the end."""
+_EXTENDED = {"FusedConv": "Conv", "FusedGemm": "Gemm", "QGemm": "Gemm", **{f"QLinear{op}": op for op in OF_LEVELS}}
 """Operators of ONNX Runtime that have the attributes of one of ONNX's, and its defaults."""
 
 
