@@ -233,7 +233,7 @@ def _split_values(graph: Graph, blocked: set[str]) -> set[str]:
 
 def _after_fusion(value: str | None, node: Node, original: Graph) -> str | None:
     """The original value that ``node`` computes when it is named after ``value`` but fused a sum or an activation."""
-    activation = next((a.s.decode() for a in node.proto.attribute if a.name == "activation"), None)
+    activation = node.attribute("activation", b"").decode()
     fused = ["Add" if len(node.proto.input) > 3 and node.op == f"{_NCHWC}Conv" else None, activation]
     for op in filter(None, fused):
         if value is None or original.producer[value].op == op:

@@ -71,39 +71,36 @@ def _moved(
 
 def _softmax(oracle: Executor, node: Node, inputs: Mapping[str, Tensor], result: Tensor) -> Tensor:
     x = inputs[node.inputs[0]]
-    axis = next((a.i for a in node.proto.attribute if a.name == "axis"), -1)
+    axis = node.attribute("axis", -1)
     summed = ROUNDING * math.sqrt(x.shape[axis] / 3) if x.dim() else 0.0
     size = result.abs() if node.op == "Softmax" else torch.ones_like(result)
     # Implementations subtract the largest number first, and round what is left: −3.4e38 of a mask is not off by 2e31.
     # (The logarithm of the sum may be added to the largest number before.)
     shifted = dict(inputs)
     if x.dim() and node.op == "Softmax":
-        together = [axis] if oracle.graph.opsets.get("", 13) >= 13 else list(range(_old_axis(node, x), x.dim()))
+        together = (
+            [axis]
+            if oracle.graph.opsets.get("", 13) >= 13
+            else list(range(node.attribute("axis", 1) % x.dim(), x.dim()))
+        )
         left = x - x.amax(together, keepdim=True)
         shifted[node.inputs[0]] = torch.where(torch.isfinite(left), left, x)
     moved = _moved(oracle, node, shifted, result, node.outputs[0], 0.5)
     return torch.hypot(torch.hypot(RESULT * result.abs(), (1.0 + summed) * size), moved)
 
 
-def _old_axis(node: Node, x: Tensor) -> int:
-    """The axis from which on all elements are normalized together, before opset 13."""
-    return next((a.i for a in node.proto.attribute if a.name == "axis"), 1) % x.dim()
-
-
 def _normalized(node: Node, inputs: Mapping[str, Tensor], result: Tensor, by: str) -> Tensor:
     """(x − mean) ÷ √(variance + ε) · scale + bias: errors of the mean, of the variance and of the subtraction."""
     operands = [inputs[n] if n else None for n in node.proto.input]
-    attributes = {a.name: a for a in node.proto.attribute}
     x, scale = operands[0], operands[1]
     assert x is not None
     assert scale is not None
     bias = operands[2] if len(operands) > 2 and operands[2] is not None else torch.zeros_like(scale)
     rows, along = 1, [1, -1, *[1] * (x.dim() - 2)]
     if node.op == "LayerNormalization":
-        axis = attributes["axis"].i if "axis" in attributes else -1
-        rows = math.prod(x.shape[: axis % x.dim()])
+        rows = math.prod(x.shape[: node.attribute("axis", -1) % x.dim()])
     else:
-        groups = attributes["num_groups"].i if node.op == "GroupNormalization" else x.shape[1]
+        groups = node.attribute("num_groups") if node.op == "GroupNormalization" else x.shape[1]
         rows = x.shape[0] * groups
         if scale.numel() != x.shape[1]:
             scale, bias = (p.repeat_interleave(x.shape[1] // p.numel()) for p in (scale, bias))
@@ -117,7 +114,7 @@ def _normalized(node: Node, inputs: Mapping[str, Tensor], result: Tensor, by: st
     total, squared = add(flat), add(flat.square())
     mean = total / count
     variance = flat.var(1, unbiased=False, keepdim=True)
-    epsilon = attributes["epsilon"].f if "epsilon" in attributes else 1e-5
+    epsilon = node.attribute("epsilon", 1e-5)
     of_mean = torch.hypot(in_any_order(total, squared, count), one_sided(flat, add, total, squared)) / count
     of_variance = U * of_mean.square() + ROUNDING * math.sqrt(count / 3) * variance
     if node.op == "GroupNormalization" and not by.startswith("torch"):

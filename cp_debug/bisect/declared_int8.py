@@ -25,10 +25,9 @@ def int8_activations(nodes: Sequence[Node], given: Mapping[str, AnyTensor]) -> d
     """
     rounded = {}
     for node in (n for n in nodes if n.op.rpartition(".")[2] == "MatMulNBits"):
-        numbers = {a.name: a.i for a in node.proto.attribute}
         name = node.proto.input[0]
-        if numbers.get("accuracy_level") == INT8 and name in given:
-            rounded[name] = _by_block(as_tensor(given[name]), numbers["block_size"])
+        if node.attribute("accuracy_level") == INT8 and name in given:
+            rounded[name] = _by_block(as_tensor(given[name]), node.attribute("block_size"))
     return rounded
 
 

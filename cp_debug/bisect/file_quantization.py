@@ -300,7 +300,7 @@ class FileQuantization:
         """Whether a weight as the file stores it is a good rounding of one of the ``constants``."""
         first, scale, *zero = node.proto.input
         levels = self._levels(scale, zero[0] if zero else "", first, node)
-        axis = next((a.i for a in node.proto.attribute if a.name == "axis"), 1)
+        axis = node.attribute("axis", 1)
         for constant in constants:
             if constant.shape != stored.shape or not constant.is_floating_point():
                 continue
@@ -351,7 +351,7 @@ class FileQuantization:
         kind = constant_type(self._graph, zero) if zero else 2
         bits = _BITS.get(kind or 2, 8)
         low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if kind in _SIGNED else (0, 2**bits - 1)
-        axis = next((a.i for a in node.proto.attribute if a.name == "axis"), 1) if node is not None else 1
+        axis = node.attribute("axis", 1) if node is not None else 1
         return QuantizerGrid(self._constants[scale].double(), offset.double(), low, high, axis, _CODECS.get(kind or 2))
 
     def _of(self, nodes: Sequence[Node]) -> Scheme:
@@ -410,8 +410,7 @@ class FileQuantization:
             elif op in PRODUCTS and self._rounds_weights and weights is None and self._between_levels(node):
                 weights = Levels()
             elif op in ("MatMulNBits", "GatherBlockQuantized"):
-                attributes = {a.name: a.i for a in node.proto.attribute}
-                weights = Levels(attributes.get("bits", 4), block=attributes.get("block_size", 32))
+                weights = Levels(node.attribute("bits", 4), block=node.attribute("block_size", 32))
         if weights is not None and weights.bits == 32:
             weights = None
         last = self._graph.producer[value]

@@ -177,8 +177,7 @@ def stored_codes(graph: Graph, product: Node) -> StoredCodes | None:
     if kind is None or len(arrays) != len(node.proto.input):
         return None
     codes, scale, *zero = (torch.from_numpy(np.asarray(array).astype(np.float64)) for array in arrays)
-    attributes = {a.name: a.i for a in node.proto.attribute}
-    axis, block = attributes.get("axis", 1) % max(codes.dim(), 1), attributes.get("block_size", 0)
+    axis, block = node.attribute("axis", 1) % max(codes.dim(), 1), node.attribute("block_size", 0)
     shape = codes.shape
 
     def spread(part: Tensor) -> Tensor:
@@ -193,7 +192,7 @@ def stored_codes(graph: Graph, product: Node) -> StoredCodes | None:
     groups = torch.arange(shape[axis]) // block if block else None
     if last is not node:
         behind = order_behind(graph, node)
-        if behind is None or groups is None or next((a.i for a in last.proto.attribute if a.name == "axis"), 0) != axis:
+        if behind is None or groups is None or last.attribute("axis", 0) != axis:
             return None
         order = torch.from_numpy(behind[1]).long()
         codes, scales = codes.index_select(axis, order), scales.index_select(axis, order)

@@ -57,12 +57,12 @@ def _terms_of_batch_norm(node: Node, inputs: Sequence[Tensor], result: Tensor) -
     of the sums over each channel.
     """
     x, scale, bias, mean, variance = inputs[:5]
-    if any(a.name == "training_mode" and a.i for a in node.proto.attribute):
+    if bool(node.attribute("training_mode", 0)):
         channels = x.transpose(0, 1).flatten(1)
         if result.shape != x.shape:
             return result.abs() + channels.abs().mean(1) + channels.square().mean(1)
         mean, variance = channels.mean(1), channels.var(1, correction=0)
-    epsilon = next((a.f for a in node.proto.attribute if a.name == "epsilon"), 1e-5)
+    epsilon = node.attribute("epsilon", 1e-5)
     along = [1, -1, *[1] * (x.dim() - 2)]
     factor = (scale / (variance + epsilon).sqrt()).abs()
     return x.abs() * factor.reshape(along) + (mean.abs() * factor + bias.abs()).reshape(along)

@@ -261,7 +261,7 @@ def _normalizations(program: Program, weights: Weights) -> Iterator[Concern]:
     for node in program.graph.nodes:
         batch_norm = node.op == "BatchNormalization"
         if batch_norm and (variance := weights.numbers(node.proto.input[4])) is not None:
-            eps = next((a.f for a in node.proto.attribute if a.name == "epsilon"), 1e-5)
+            eps = node.attribute("epsilon", 1e-5)
             small[_layer(program, node)] = int((variance <= eps).sum())
     if not small and program.module is not None:
         prefix = program.alignment.prefix if program.alignment else ""

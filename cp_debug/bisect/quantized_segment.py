@@ -185,7 +185,7 @@ class Quantized:
             elif held.dtype != torch.uint8:
                 low, high = -LEVELS - 1, LEVELS
             zero = numbers
-        axis = next((a.i for a in dequantizer.proto.attribute if a.name == "axis"), 1)
+        axis = dequantizer.attribute("axis", 1)
         return None if scales is None else QuantizerGrid(scales.double(), zero.double(), low, high, axis)
 
     def ideal(

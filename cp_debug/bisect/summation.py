@@ -138,13 +138,13 @@ def _terms(node: Node, inputs: Mapping[str, Tensor], result: Tensor) -> float:
     if node.op == "CumSum":
         return first.shape[int(inputs[node.inputs[1]])] if first.dim() else 1
     if node.op == "AveragePool":
-        return math.prod(next((a.ints for a in node.proto.attribute if a.name == "kernel_shape"), [1]))
+        return math.prod(node.attribute("kernel_shape", [1]))
     return first.numel() / elements
 
 
 def _contracted(node: Node, inputs: Mapping[str, Tensor]) -> float:
     """The product of the sizes of an Einsum's summed indices."""
-    equation = next(a.s.decode() for a in node.proto.attribute if a.name == "equation").replace(" ", "")
+    equation = node.attribute("equation").decode().replace(" ", "")
     left, _, right = equation.partition("->")
     sizes: dict[str, int] = {}
     for indices, name in zip(left.split(","), node.proto.input, strict=True):

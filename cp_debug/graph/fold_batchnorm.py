@@ -9,6 +9,7 @@ import onnx
 from onnx import numpy_helper
 
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.qdq import weight_axis
 from cp_debug.graph.surgery import save
 
 
@@ -19,7 +20,7 @@ def foldable(graph: Graph) -> list[tuple[Node, Node]]:
         product = graph.producer.get(norm.inputs[0])
         if product is None or product.op not in ("Conv", "ConvTranspose") or len(graph.consumers[norm.inputs[0]]) > 1:
             continue
-        groups = next((a.i for a in product.proto.attribute if a.name == "group"), 1)
+        groups = product.attribute("group", 1)
         constants = (*norm.proto.input[1:5], *product.proto.input[1:])
         single = all(len(graph.consumers[name]) == 1 for name in product.proto.input[1:])
         is_output = any(v.name == norm.inputs[0] for v in graph.outputs)
@@ -43,11 +44,12 @@ def fold_batchnorm(graph: Graph, path: Path) -> Graph:
     by_output = {output: node for node in model.graph.node for output in node.output}
     for product, norm in pairs:
         gamma, beta, mean, variance = (graph.initializer(i).astype(np.float64) for i in norm.proto.input[1:5])
-        epsilon = next((a.f for a in norm.proto.attribute if a.name == "epsilon"), 1e-5)
+        epsilon = norm.attribute("epsilon", 1e-5)
         scale = gamma / np.sqrt(variance + epsilon)
         weight = graph.initializer(product.proto.input[1])
-        channels = 1 if product.op == "ConvTranspose" else 0
-        folded = weight.astype(np.float64) * np.expand_dims(scale, [a for a in range(weight.ndim) if a != channels])
+        folded = weight.astype(np.float64) * np.expand_dims(
+            scale, [a for a in range(weight.ndim) if a != weight_axis(product, weight.ndim)]
+        )
         bias = graph.initializer(product.proto.input[2]).astype(np.float64) if len(product.proto.input) > 2 else 0.0
         node, norm_node = by_output[product.outputs[0]], by_output[norm.outputs[0]]
         names = [node.input[1], node.input[2] if len(node.input) > 2 else f"{node.input[1]}.bias"]

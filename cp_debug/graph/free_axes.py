@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
 
 from onnx import helper, numpy_helper
 
@@ -22,32 +21,8 @@ from cp_debug.reading import physical_memory
 FREE_SIZE = 64
 """Size of a free axis that is no batch and of which nothing is known."""
 SIZES = (
-    32,
-    128,
-    224,
-    16,
-    48,
-    256,
-    8,
-    96,
-    112,
-    160,
-    192,
-    299,
-    320,
-    384,
-    448,
-    512,
-    640,
-    4,
-    2,
-    1,
-    3,
-    5,
-    10,
-    80,
-    100,
-    1024,
+    *(32, 128, 224, 16, 48, 256, 8, 96, 112, 160, 192, 299, 320, 384, 448, 512, 640, 4),
+    *(2, 1, 3, 5, 10, 80, 100, 1024),
 )
 """Other sizes that a free axis may need: multiples of 32, the inputs of classifiers, small counts."""
 
@@ -244,7 +219,7 @@ def _wanted(graph: Graph, value: ValueInfo) -> Iterator[tuple[int, dict[int, int
                 if axes is not None and len(node.proto.input) == 2:
                     yield len(axes), _beside_constant(graph, node, name, axes)
             elif node.op == "Transpose" and axes is not None:
-                order = attribute(node, "perm", list(reversed(range(len(axes)))))
+                order = node.attribute("perm", list(reversed(range(len(axes)))))
                 if sorted(order) == list(range(len(axes))):
                     stack.append((node.outputs[0], tuple(axes[i] for i in order)))
             elif (weight_wants := _by_weight(graph, node, name, axes)) is not None:
@@ -276,18 +251,18 @@ def _by_weight(graph: Graph, node: Node, name: str, axes: tuple[int, ...] | None
     second = operand_dims[1] if len(operand_dims) > 1 else None
     if place == 0 and second is not None:
         if node.op == "Conv" and len(second) > 2:
-            return len(second), {1: second[1] * attribute(node, "group", 1)}
+            return len(second), {1: second[1] * node.attribute("group", 1)}
         if node.op == "ConvTranspose" and len(second) > 2:
             return len(second), {1: second[0]}
         if node.op == "Gemm" and len(second) == 2:
-            return 2, {0 if attribute(node, "transA", 0) else 1: second[1 if attribute(node, "transB", 0) else 0]}
+            return 2, {0 if node.attribute("transA", 0) else 1: second[1 if node.attribute("transB", 0) else 0]}
         if node.op == "MatMul" and len(second) > 1:
             return len(axes) if axes else len(second), {-1: second[-2]}
         if node.op in ("LSTM", "GRU", "RNN") and len(second) == 3:
             return 3, {2: second[2]}
         if node.op == "BatchNormalization" and len(second) == 1:
             return len(axes) if axes else 4, {1: second[0]}
-        if node.op == "LayerNormalization" and len(second) == 1 and attribute(node, "axis", -1) == -1:
+        if node.op == "LayerNormalization" and len(second) == 1 and node.attribute("axis", -1) == -1:
             return len(axes) if axes else 3, {-1: second[0]}
     if place == 1 and operand_dims[0] is not None and node.op == "MatMul" and len(operand_dims[0]) > 1:
         return len(axes) if axes else 2, {-2: operand_dims[0][-1]}
@@ -303,7 +278,7 @@ def _tables(graph: Graph) -> set[tuple[str, int]]:
             continue
         others = {name for name in inputs if name != node.proto.input[0]}
         if others & {node.proto.input[1], *graph_sources(graph, node.proto.input[1])}:
-            axis, shape = attribute(node, "axis", 0), inputs[node.proto.input[0]].shape
+            axis, shape = node.attribute("axis", 0), inputs[node.proto.input[0]].shape
             chosen.add((node.proto.input[0], axis if axis >= 0 or not shape else axis + len(shape)))
     return chosen
 
@@ -315,12 +290,7 @@ def graph_sources(graph: Graph, value: str) -> list[str]:
 
 def constant_dims(graph: Graph, name: str) -> tuple[int, ...] | None:
     """The shape of a weight or of a Constant node's tensor; None for what is computed."""
-    if name in graph.initializers:
-        return tuple(graph.weight(name).dims)
-    node = graph.producer.get(name)
-    if node is None or node.op != "Constant" or node.proto.attribute[0].name != "value":
-        return None
-    return tuple(node.proto.attribute[0].t.dims)
+    return None if (tensor := graph.constant(name)) is None else tuple(tensor.dims)
 
 
 def known_dims(graph: Graph, name: str) -> tuple[int, ...] | None:
@@ -335,26 +305,14 @@ def known_dims(graph: Graph, name: str) -> tuple[int, ...] | None:
 def scalar(graph: Graph, name: str) -> float | None:
     """The value of a constant with one element; None for all else."""
     node = graph.producer.get(name)
-    if name in graph.initializers and graph.weight(name).data_type in _NUMBERS:
-        array = graph.initializer(name) if constant_dims(graph, name) in ((), (1,), (1, 1, 1, 1)) else None
-    elif node is not None and node.op == "Constant":
-        value_attribute = node.proto.attribute[0]
-        if value_attribute.name in ("value_int", "value_float"):
-            return float(helper.get_attribute_value(value_attribute))
-        array = (
-            numpy_helper.to_array(value_attribute.t)
-            if value_attribute.name == "value" and value_attribute.t.data_type in _NUMBERS
-            else None
-        )
-    else:
+    if node is not None and node.op == "Constant" and node.proto.attribute[0].name in ("value_int", "value_float"):
+        return float(helper.get_attribute_value(node.proto.attribute[0]))
+    tensor = graph.constant(name)
+    if tensor is None or tensor.data_type not in _NUMBERS or math.prod(tensor.dims) != 1:
         return None
-    return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
+    array = graph.initializer(name) if name in graph.initializers else numpy_helper.to_array(tensor)
+    return float(array.reshape(-1)[0])
 
 
 _NUMBERS = {1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13}
 """The ONNX data types that numpy has itself, strings left out."""
-
-
-def attribute(node: Node, name: str, default: Any) -> Any:
-    """The value of a node's attribute, as ``onnx.helper`` gives it, or ``default`` where the node has none."""
-    return next((helper.get_attribute_value(a) for a in node.proto.attribute if a.name == name), default)

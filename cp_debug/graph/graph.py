@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -53,6 +54,10 @@ class Node:
             outputs=tuple(o for o in proto.output if o),
             proto=proto,
         )
+
+    def attribute(self, name: str, default: Any = None) -> Any:
+        """The value of an attribute, as ``onnx.helper`` gives it, or ``default`` where the node has none."""
+        return next((onnx.helper.get_attribute_value(a) for a in self.proto.attribute if a.name == name), default)
 
 
 _CONTAINERS = {"sequence_type": "a sequence", "optional_type": "an optional", "map_type": "a map"}
@@ -143,6 +148,13 @@ class Graph:
         Raises KeyError for an unknown name.
         """
         return self._initializers[name]
+
+    def constant(self, name: str) -> onnx.TensorProto | None:
+        """The protobuf of a weight, or of a Constant node's tensor; None for what is computed, and for Constant nodes
+        that hold plain numbers or texts."""
+        node = self.producer.get(name)
+        held = node.attribute("value") if node is not None and node.op == "Constant" else None
+        return self._initializers.get(name, held)
 
     @cached_property
     def producer(self) -> dict[str, Node]:

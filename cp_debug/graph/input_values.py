@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from cp_debug.graph.free_axes import attribute, known_dims, scalar
+from cp_debug.graph.free_axes import known_dims, scalar
 from cp_debug.graph.graph import Graph, Node, ValueInfo
 
 Maker = Callable[[np.random.Generator, Sequence[int], int], np.ndarray]
@@ -158,7 +158,7 @@ def _index_limit(graph: Graph, node: Node, place: int) -> int | None:
     """Number of elements that an index chooses from; None for an input that is no index."""
     if node.op in ("Gather", "GatherElements", "GatherND", "ScatterND", "ScatterElements") and place == 1:
         dims = known_dims(graph, node.proto.input[0])
-        axis = attribute(node, "axis", 0)
+        axis = node.attribute("axis", 0)
         if not dims:
             return 0
         return dims[axis] if node.op in ("Gather", "GatherElements", "ScatterElements") else min(dims)

@@ -97,7 +97,7 @@ def level_values(graph: Graph) -> set[str]:
         elif not levels.isdisjoint(node.inputs) and (op in _OF_LEVELS or node.op in _KEEP_LEVELS):
             levels.update(node.outputs[:1] if op == "TopK" else node.outputs)
         elif op == "Cast" and not levels.isdisjoint(node.inputs):
-            to = next((a.i for a in node.proto.attribute if a.name == "to"), TensorProto.UNDEFINED)
+            to = node.attribute("to", TensorProto.UNDEFINED)
             levels.update(node.outputs if to in WHOLE - {TensorProto.BOOL} else ())
     return levels
 
@@ -257,9 +257,4 @@ def is_constant(graph: Graph, name: str) -> bool:
 
 def constant_type(graph: Graph, name: str) -> int | None:
     """The ONNX data type (``TensorProto.DataType``) of a constant; None for a value that is computed."""
-    if name in graph.initializers:
-        return int(graph.weight(name).data_type)
-    node = graph.producer.get(name)
-    if node is None or node.op != "Constant" or node.proto.attribute[0].name != "value":
-        return None
-    return int(node.proto.attribute[0].t.data_type)
+    return None if (tensor := graph.constant(name)) is None else int(tensor.data_type)

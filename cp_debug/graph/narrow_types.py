@@ -88,7 +88,7 @@ def _narrow_levels(graph: Graph) -> dict[str, str]:
     levels = {node.name: (_NAMES[kind], _PRECISIONS[kind]) for node, kind in quantizers(graph)}
     for node in graph.nodes:
         if node.op.rpartition(".")[2] in ("MatMulNBits", "GatherBlockQuantized"):
-            bits = next((a.i for a in node.proto.attribute if a.name == "bits"), 4)
+            bits = node.attribute("bits", 4)
             if bits < 8:
                 levels[node.name] = f"levels of {bits} bits", "int4"
     quantizing = [node for node in graph.nodes if any(mark in node.op for mark in QUANTIZING)]

@@ -64,7 +64,7 @@ def has_own_pairs(graph: Graph) -> bool:
 def weight_axis(node: Node, rank: int) -> int:
     """The axis of the output channels in the weight of a node of ``PRODUCTS``; ``rank`` is the weight's."""
     if node.op == "Gemm":
-        return 1 - _attribute(node, "transB", 0)
+        return 1 - node.attribute("transB", 0)
     return {"Conv": 0, "ConvTranspose": 1, "MatMul": rank - 1}[node.op]
 
 
@@ -160,7 +160,7 @@ class _QdqSurgery:
             return amax[0], None
         axis = weight_axis(node, len(shape) if shape else 2)
         if shape is not None and shape[axis] != len(amax):
-            grouped = node.op == "ConvTranspose" and _attribute(node, "group", 1) > 1
+            grouped = node.op == "ConvTranspose" and node.attribute("group", 1) > 1
             why = "; ONNX has no scale for each output channel of a grouped ConvTranspose" if grouped else ""
             raise InputError(
                 f"{self.graph}: node {node.name!r} has {len(amax)} weight scales; expected 1 or {shape[axis]}, "
@@ -250,7 +250,3 @@ def _signature(node: Node, opset: int) -> object:
         return None
     defaults = {n: a.default_value.SerializeToString() for n, a in schema.attributes.items() if a.default_value.type}
     return [formal.name for formal in schema.inputs], defaults
-
-
-def _attribute(node: Node, name: str, default: int) -> int:
-    return next((a.i for a in node.proto.attribute if a.name == name), default)

@@ -21,7 +21,7 @@ def draws(node: Node, graph: Graph) -> bool:
         return False
     version = graph.opsets.get("", 1)
     if version < 7:
-        return not any(a.name == "is_test" and a.i for a in node.proto.attribute)
+        return not bool(node.attribute("is_test", 0))
     training = node.proto.input[2] if version >= 12 and len(node.proto.input) > 2 else ""
     if not training:
         return False
@@ -40,7 +40,7 @@ def drawing(graph: Graph) -> list[Node]:
 
 def drawing_note(node: Node) -> str:
     """A sentence about a node that draws, and about its seed, where it has one."""
-    seed = next((a.f for a in node.proto.attribute if a.name == "seed"), None)
+    seed = node.attribute("seed", None)
     fixed = "" if seed is None else f" (seed {seed:g}: runtimes have generators of their own, so it fixes them apart)"
     return f"{node.name} ({node.op}) {DRAWS_NUMBERS}{fixed}: what depends on it differs from run to run"
 

@@ -55,7 +55,7 @@ def _operations(graph: Graph, node: Node, values: Mapping[str, Any]) -> float:
         return 2.0 * math.prod(result) * math.prod(weight[1:])
     if node.op == "ConvTranspose":  # [in, out ÷ groups, …]
         return 2.0 * math.prod(data) * math.prod(weight[1:])
-    transposed = node.op == "Gemm" and any(a.name == "transA" and a.i for a in node.proto.attribute)
+    transposed = node.op == "Gemm" and bool(node.attribute("transA", 0))
     return 2.0 * math.prod(result) * data[0 if transposed else -1]
 
 

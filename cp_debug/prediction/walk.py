@@ -241,7 +241,7 @@ def _direct(graph: Graph, kernel: Kernel) -> dict[str, Arithmetic]:
 
 
 def _grouped(node: Node) -> bool:
-    return any(a.name == "group" and a.i > 1 for a in node.proto.attribute)
+    return bool(node.attribute("group", 1) > 1)
 
 
 def _floats(value: Any) -> bool:

@@ -63,6 +63,6 @@ class Folded:
             shape = self._shapes[node.inputs[0]]
             if node.op == "Size":
                 return {node.outputs[0]: np.asarray(np.prod(shape, dtype=np.int64))}
-            ends = {a.name: a.i for a in node.proto.attribute}
-            return {node.outputs[0]: np.array(shape[slice(ends.get("start"), ends.get("end"))], np.int64)}
+            ends = slice(node.attribute("start"), node.attribute("end"))
+            return {node.outputs[0]: np.array(shape[ends], np.int64)}
         return self._executor.run_nodes([node], computed, node.outputs)

@@ -11,7 +11,7 @@ from onnx import TensorProto
 
 from cp_debug.backends.base import Program
 from cp_debug.graph.constants import Constants
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.graph import Graph
 from cp_debug.graph.narrow_qdq import NarrowLayer, StoredWeight, insert_narrow_qdq
 from cp_debug.recipes.packed_weights import PackedWeight
 
@@ -43,7 +43,7 @@ def _layers(graph: Graph, packed: Mapping[str, PackedWeight]) -> list[tuple[str,
         name = node.proto.input[1] if node.op in ("MatMul", "Gemm") and len(node.proto.input) > 1 else ""
         if name not in constants:
             continue
-        turned = _turned(node)
+        turned = bool(node.attribute("transB", 0))
         array = constants[name]
         if array.ndim != 2 or (array.T if turned else array).shape not in shapes or array.dtype != np.float32:
             continue
@@ -51,11 +51,6 @@ def _layers(graph: Graph, packed: Mapping[str, PackedWeight]) -> list[tuple[str,
         if found is not None:
             layers.append((node.name, NarrowLayer(stored(found, turned=turned), None)))
     return layers
-
-
-def _turned(node: Node) -> bool:
-    """Whether a product reads its weight as [outputs, inputs]."""
-    return any(a.name == "transB" and a.i for a in node.proto.attribute)
 
 
 def stored(weight: PackedWeight, *, turned: bool) -> StoredWeight:

@@ -29,6 +29,7 @@ from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.ort_values import to_numpy, to_ort
+from cp_debug.graph.qdq import weight_axis
 from cp_debug.probes.fingerprint import Fingerprint, fingerprint
 from cp_debug.programs.align import TOLERANCE
 from cp_debug.programs.matching import nearest
@@ -280,8 +281,7 @@ class NumericPairing:
         weight, other = self._theirs[name], self._ours[twin_name]
         if weight.shape != other.shape:
             return True, True
-        rows_first = node.op == "Conv" or any(a.name == "transB" and a.i for a in node.proto.attribute)
-        axis = 0 if rows_first or weight.ndim < 2 else 1
+        axis = weight_axis(node, weight.ndim)
         rows, twins = (np.moveaxis(w.astype(np.float64), axis, 0).reshape(w.shape[axis], -1) for w in (weight, other))
         sizes = np.linalg.norm(rows, axis=1) * np.linalg.norm(twins, axis=1)
         cosines = np.abs(np.einsum("ij,ij->i", rows, twins)) / np.where(sizes > 0, sizes, np.inf)

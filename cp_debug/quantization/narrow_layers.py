@@ -110,7 +110,7 @@ def narrow_layers(
 def _unsuited(node: Node, weight: Tensor, options: NarrowOptions) -> str:
     if weight.dim() < 2:
         return "its weight has no matrix"
-    groups, channels = _attribute(node, "group", 1), _channels(node, weight)
+    groups, channels = node.attribute("group", 1), _channels(node, weight)
     block = _block(options, node)
     if groups > 1 and block and channels > block and channels % block:
         return f"groups of {channels} channels are no multiple of a block of {block}"
@@ -121,14 +121,14 @@ def _unsuited(node: Node, weight: Tensor, options: NarrowOptions) -> str:
 def _channels(node: Node, weight: Tensor) -> int:
     """Input channels of one group."""
     if node.op == "ConvTranspose":
-        return weight.shape[0] // _attribute(node, "group", 1)
+        return weight.shape[0] // node.attribute("group", 1)
     return weight.shape[_axes(node).reduced]
 
 
 def _axes(node: Node) -> Axes:
     """Axes of the weight of a node."""
     if node.op == "Gemm":
-        return Axes(1, 0) if _attribute(node, "transB", 0) else Axes(0, 1)
+        return Axes(1, 0) if node.attribute("transB", 0) else Axes(0, 1)
     return {"Conv": KERNEL, "ConvTranspose": TRANSPOSED_KERNEL}.get(node.op, COLUMNS)
 
 
@@ -147,8 +147,8 @@ def _data(node: Node, weight: Tensor, options: NarrowOptions, amax: float | None
     kind, convolves = _KINDS[codec.name], node.op in ("Conv", "ConvTranspose")
     channels = _channels(node, weight)
     rule = _RULES.get(options.family, "amax") + ("-up" if options.scale_up else "")
-    size = channels * _attribute(node, "group", 1) if convolves else channels
-    axis = 1 if convolves else 0 if _attribute(node, "transA", 0) else -1
+    size = channels * node.attribute("group", 1) if convolves else channels
+    axis = 1 if convolves else 0 if node.attribute("transA", 0) else -1
     rows = options.family == "fp8" and options.granularity == "channel" and not convolves
     block = channels if rows else min(_block(options, node), channels)
     if block and options.family != "nvfp4":
@@ -204,10 +204,6 @@ def _int4(weight: Tensor, axes: Axes, options: NarrowOptions, reduced: int) -> S
 def _first_of_blocks(spread: Tensor, axis: int, block: int) -> np.ndarray:
     """Numbers that all elements of a block share, once for each block of ``axis``."""
     return spread.index_select(axis, torch.arange(0, spread.shape[axis], block)).contiguous().numpy()
-
-
-def _attribute(node: Node, name: str, default: int) -> int:
-    return next((a.i for a in node.proto.attribute if a.name == name), default)
 
 
 def weighted_layers(graph: Graph, options: NarrowOptions) -> Iterator[Node]:

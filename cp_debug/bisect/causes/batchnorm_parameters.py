@@ -88,7 +88,7 @@ def of_graph_node(node: Node, constants: Weights) -> BatchNorm | None:
     """The BatchNormalization that a node of a graph computes; None where its parameters are no constants."""
     if not all(constants.holds(name) for name in node.proto.input[1:5]):
         return None
-    eps = next((a.f for a in node.proto.attribute if a.name == "epsilon"), 1e-5)
+    eps = node.attribute("epsilon", 1e-5)
     return BatchNorm.of([torch.as_tensor(constants[name]) for name in node.proto.input[1:5]], eps)
 
 

@@ -146,11 +146,10 @@ def _grid(graph: Graph, constants: Constants, node: Node) -> QuantizerGrid | Non
     """The grid of a DequantizeLinear node with constant scales in INT8, one or one for each channel."""
     _, scale, *zero = node.proto.input
     kind = constant_type(graph, zero[0]) if zero and zero[0] else constant_type(graph, node.proto.input[0]) or 2
-    attributes = {a.name: a.i for a in node.proto.attribute}
-    if kind not in _ENDS or attributes.get("block_size") or any(n and n not in constants for n in (scale, *zero)):
+    if kind not in _ENDS or node.attribute("block_size") or any(n and n not in constants for n in (scale, *zero)):
         return None
     scales, offset = (
         torch.from_numpy(np.asarray(array).astype(np.float64))
         for array in (constants[scale], constants[zero[0]] if zero and zero[0] else 0.0)
     )
-    return QuantizerGrid(scales, offset, *_ENDS[kind], attributes.get("axis", 1)) if bool((scales > 0).all()) else None
+    return QuantizerGrid(scales, offset, *_ENDS[kind], node.attribute("axis", 1)) if bool((scales > 0).all()) else None

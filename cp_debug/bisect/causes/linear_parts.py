@@ -169,7 +169,7 @@ class ProductLayout:
     @property
     def by_row(self) -> bool:
         """Whether a matrix holds the weights of one output in a row."""
-        return self.place == 0 or any(a.name == "transB" and a.i for a in self.node.proto.attribute)
+        return self.place == 0 or bool(self.node.attribute("transB", 0))
 
     def fits(self, segment: Segment) -> bool:
         """Whether the columns for a segment's result are few enough to hold."""

@@ -164,8 +164,7 @@ def axes_of(node: Node) -> tuple[Axes, Axes]:
         return Axes(1, None), KERNEL
     if node.op == "ConvTranspose":
         return Axes(1, None), TRANSPOSED_KERNEL
-    turned = {a.name: a.i for a in node.proto.attribute}
-    return COLUMNS if turned.get("transA") else ROWS, ROWS if turned.get("transB") else COLUMNS
+    return COLUMNS if node.attribute("transA") else ROWS, ROWS if node.attribute("transB") else COLUMNS
 
 
 def decoded(operands: Operands, scaling: Scaling) -> dict[int, Tensor]:

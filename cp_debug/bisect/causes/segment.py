@@ -367,7 +367,7 @@ class Segment:
         if nodes[-1].op != "BatchNormalization":
             folded = folded_batch_norm(self.context.program, nodes[-1])
             return folded if folded is not None and len(folded.mean) == self.test.shape[self.axis] else None
-        eps = next((a.f for a in nodes[-1].proto.attribute if a.name == "epsilon"), 1e-5)
+        eps = nodes[-1].attribute("epsilon", 1e-5)
         return BatchNorm.of([self.weight(nodes[-1], place) for place in range(1, 5)], eps)
 
     @cached_property

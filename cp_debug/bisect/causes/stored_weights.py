@@ -13,6 +13,7 @@ from cp_debug.bisect.causes.constant_changes import Change, tried
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.graph.constants import is_uniform
 from cp_debug.graph.graph import Node
+from cp_debug.graph.qdq import weight_axis
 from cp_debug.programs.tensor_change import stored_forms
 
 FEWEST = 4
@@ -84,8 +85,8 @@ def exchanged_channels(segment: Segment) -> Iterator[Candidate]:
         return
     bias = 0.0 if segment.bias is None else segment.bias
     count = segment.test.shape[segment.axis]
-    axis = next((a for a in _output_axes(node) if a < weight.dim() and weight.shape[a] == count), None)
-    if axis is None or count > 1024:
+    axis = weight_axis(node, weight.dim())
+    if weight.shape[axis] != count or count > 1024:
         return
     exact_slices, test_slices = (
         (t - bias).movedim(segment.axis, 0).reshape(count, -1) for t in (segment.before, segment.test)
@@ -103,10 +104,3 @@ def exchanged_channels(segment: Segment) -> Iterator[Candidate]:
         yield Candidate(
             "weight-layout", says, value, len(moved), {"moved": len(moved)}, "compare both checkpoints: {layers}"
         )
-
-
-def _output_axes(node: Node) -> tuple[int, ...]:
-    if node.op == "Conv":
-        return (0,)
-    transposed = next((a.i for a in node.proto.attribute if a.name == "transB"), 0)
-    return (0,) if transposed else (1,)
