@@ -2,10 +2,11 @@
 
 48 float32 tensors with the shapes of SECOND on a 512×512 canvas (16 × convolution, batch norm, ReLU), in two runs:
 856 MB, in memory. The rounds are interleaved and the best of each is kept, so that a busy machine spoils all alike.
-The raw read is the faster of one numpy sum and a sum in as many threads as ``compare`` uses. Extra memory is
+The raw read is one numpy sum. Extra memory is
 the peak of the resident set during a comparison less what was resident before (Linux only).
 
-Targets: at least 100 times faster than Polygraphy, at most 1.5 raw reads, at most 32 MiB of extra memory.
+Targets: at least 10 times faster than Polygraphy, at most 32 MiB of extra memory. A compiled pass was 100 times faster,
+and a whole bisect no shorter for it: loading the compiler took as long as it saved.
 """
 
 from __future__ import annotations
@@ -16,12 +17,10 @@ import json
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import polygraphy
 from polygraphy.comparator import Comparator, IterationResult, RunResults
@@ -29,12 +28,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cp_debug.probes.statistics import compare
-from cp_debug.probes.statistics_reduce import HOST_CHUNK, MAX_THREADS
-from cp_debug.probes.statistics_small import SMALL
 
 BLOCKS = ((4, 64, 256), (6, 128, 128), (6, 256, 64))
 """SECOND with a canvas of 512×512: convolutions, channels, side of the feature map."""
 Run = dict[str, np.ndarray]
+FASTER = 10.0
+"""How many times faster than Polygraphy the comparison is to be."""
 
 
 def make_runs() -> tuple[Run, Run]:
@@ -81,18 +80,6 @@ def read_plainly(ref: Run, test: Run) -> None:
             array.sum()
 
 
-def read_in_threads(ref: Run, test: Run) -> None:
-    """One sum a chunk, as many threads as ``compare`` has."""
-    chunks = [
-        array.reshape(-1)[i : i + HOST_CHUNK]
-        for run in (ref, test)
-        for array in run.values()
-        for i in range(0, array.size, HOST_CHUNK)
-    ]
-    with ThreadPoolExecutor(min(numba.config.NUMBA_NUM_THREADS, MAX_THREADS)) as pool:
-        list(pool.map(np.sum, chunks))
-
-
 def extra_memory(method: Callable[[], None]) -> int | None:
     """Bytes by which the resident set grows at most while ``method`` runs, or None where the kernel does not tell."""
     status = Path("/proc/self/status")
@@ -112,14 +99,9 @@ def extra_memory(method: Callable[[], None]) -> int | None:
 def measure(rounds: int) -> dict[str, Any]:
     """Everything that is printed."""
     ref, test = make_runs()
-    start = time.perf_counter()
-    some = np.zeros(SMALL + 1, np.float32)  # fewer are compared without the kernel, which would be loaded later
-    compare(some, some)
-    kernel = time.perf_counter() - start
     methods = {
         "cpdebug": (by_cpdebug, 5),
         "raw read": (read_plainly, 5),
-        "raw read in threads": (read_in_threads, 5),
         "polygraphy": (by_polygraphy, 1),
     }
     extra = {name: extra_memory(partial(method, ref, test)) for name, (method, _) in methods.items()}
@@ -130,8 +112,7 @@ def measure(rounds: int) -> dict[str, Any]:
                 start = time.perf_counter()
                 method(ref, test)
                 seconds[name] = min(seconds[name], time.perf_counter() - start)
-    raw = min(seconds["raw read"], seconds["raw read in threads"])
-    faster, raw_reads = seconds["polygraphy"] / seconds["cpdebug"], seconds["cpdebug"] / raw
+    faster, raw_reads = seconds["polygraphy"] / seconds["cpdebug"], seconds["cpdebug"] / seconds["raw read"]
     return {
         "tensors": len(ref),
         "bytes": sum(array.nbytes for run in (ref, test) for array in run.values()),
@@ -139,10 +120,9 @@ def measure(rounds: int) -> dict[str, Any]:
         "polygraphy": polygraphy.__version__,
         "seconds": seconds,
         "extra_bytes": extra,
-        "kernel_seconds": kernel,
         "faster_than_polygraphy": faster,
         "raw_reads": raw_reads,
-        "met": faster >= 100 and raw_reads <= 1.5 and (extra["cpdebug"] or 0) <= 32 * 2**20,
+        "met": faster >= FASTER and (extra["cpdebug"] or 0) <= 32 * 2**20,
     }
 
 
@@ -167,9 +147,8 @@ def main() -> None:
     console.print(table)
     verdict = "met" if result["met"] else "MISSED"
     console.print(
-        f"{result['faster_than_polygraphy']:.0f} times faster than Polygraphy {polygraphy.__version__} (target 100), "
-        f"{result['raw_reads']:.1f} raw reads (target 1.5): {verdict}. "
-        f"Kernel loaded in {result['kernel_seconds']:.1f} s."
+        f"{result['faster_than_polygraphy']:.0f} times faster than Polygraphy {polygraphy.__version__} "
+        f"(target {FASTER:g}), {result['raw_reads']:.1f} times one read of the tensors: {verdict}."
     )
 
 

@@ -148,7 +148,7 @@ def experiments(out: Path, work: Path, shared: Path) -> Experiments:
 TIMED = "torch@cuda,ort@cuda,trt-fp16"
 PACKAGES = """
 import importlib
-for name in "torch onnx onnxruntime onnxscript numba pydantic yaml jinja2 pytest hypothesis ml_dtypes".split():
+for name in "torch onnx onnxruntime onnxscript pydantic yaml jinja2 pytest hypothesis ml_dtypes".split():
     try:
         print(name, getattr(importlib.import_module(name), "__version__", "?"))
     except ImportError as error:

@@ -30,7 +30,6 @@ from cp_debug.errors import DeviceUnavailable, InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.arrays import has_torch_type, is_torch, to_device
 from cp_debug.probes.distance import distance
-from cp_debug.probes.distance_cuda import sums_of_pair
 from cp_debug.probes.held import CaptureHolder, HeldCapture, Room
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.pipeline import Pipeline
@@ -180,7 +179,7 @@ def test_statistics_of_one_tensor_on_a_device() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["plain", "equal", "strange", "overflow"])
-def test_the_kernel_on_a_gpu_equals_the_host(kind: str) -> None:
+def test_statistics_on_a_gpu_are_the_host_s(kind: str) -> None:
     types = (torch.float32, torch.float16, torch.bfloat16)
     for ref, test, count in itertools.product(types, types, (1, 7, 8, 1000, 4097, 1 << 20, 3_000_001)):
         a, b = pair(kind, (ref, test), count)
@@ -194,7 +193,6 @@ def test_the_kernel_on_a_gpu_equals_the_host(kind: str) -> None:
         a, b = pair(kind, (torch.float32, torch.float32), count)
         a, b = a.to(ref), b.to(test)
         given = a.double().cuda().to(ref), b.double().cuda().to(test)
-        assert sums_of_pair(*given) is not None
         assert distance(*given) == pytest.approx(distance(a.double(), b.double()), rel=1e-12)
 
 

@@ -28,7 +28,7 @@ from cp_debug.detection.evaluate import evaluate
 from cp_debug.detection.evaluation import EvaluationOptions
 from cp_debug.probes.distance import distance, relative_l2
 from cp_debug.probes.statistics import compare
-from cp_debug.probes.statistics_reduce import reduce_device, reduce_host
+from cp_debug.probes.statistics_reduce import reduce_pair
 from cp_debug.recipes.base import Sample
 from cp_debug.recipes.centerpoint.config import CONFIGS
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
@@ -362,7 +362,7 @@ def test_inf_of_the_other_sign_is_born_wherever_it_is_measured(size: int, monkey
             monkeypatch.setattr("cp_debug.probes.distance.device_of", lambda tensor, device=device: device)
             assert distance(x, y).new_nonfinite == 1
             assert relative_l2(x, y) == math.inf
-    for totals in (reduce_host(theirs.numpy(), ours.numpy()), reduce_device(theirs, ours)):
+    for totals in (reduce_pair(theirs.numpy(), ours.numpy()), reduce_pair(theirs, ours)):
         assert (totals.whole.mismatched, totals.max_abs) == (1, math.inf)
 
 

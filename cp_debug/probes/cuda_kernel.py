@@ -64,14 +64,6 @@ def compiled(source: str, name: str, index: int) -> CudaKernel | None:
     return CudaKernel(function)
 
 
-@cache
-def multiprocessors(index: int) -> int:
-    """The number of multiprocessors of a GPU."""
-    import torch
-
-    return int(torch.cuda.get_device_properties(index).multi_processor_count)
-
-
 def _binary(source: str, name: str, index: int) -> bytes:
     """The code of a source text for GPU ``index``. Raises RuntimeError where it does not compile."""
     import torch

@@ -15,7 +15,6 @@ are rounded to float64; one beside a number in floating point is rounded first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +32,7 @@ from cp_debug.probes.arrays import (
     to_device,
 )
 from cp_debug.probes.distance import ratio
-from cp_debug.probes.statistics_reduce import reduce_device, reduce_host
+from cp_debug.probes.statistics_reduce import reduce_pair
 from cp_debug.probes.statistics_totals import PairPiece, Totals
 from cp_debug.serialize import JsonForm
 
@@ -126,14 +125,14 @@ def compare(reference: Tensor, test: Tensor) -> TensorStats:
         if not _is_real(tensor):
             kind = dtype_name(tensor) if hasattr(tensor, "dtype") else np.asarray(tensor).dtype.name
             raise InputError(f"cannot compare: the {side} has dtype {kind}; expected real numbers or bool")
-    reduce: Callable[[Any, Any], Totals] = reduce_host
     if (device := _common_device(reference, test)) is not None:
-        reduce, reference, test = reduce_device, to_device(reference, device), to_device(test, device)
+        reference, test = to_device(reference, device), to_device(test, device)
     else:
         reference, test = as_numpy(reference), as_numpy(test)
     if reference.shape != test.shape:
-        return _different_shapes(reference, test, reduce(reference, reference).whole, reduce(test, test).whole)
-    return _finish(reference, test, reduce(reference, test))
+        of_each = (reduce_pair(side, side).whole for side in (reference, test))
+        return _different_shapes(reference, test, *of_each)
+    return _finish(reference, test, reduce_pair(reference, test))
 
 
 def _common_device(reference: Tensor, test: Tensor) -> str | None:

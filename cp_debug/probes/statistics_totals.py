@@ -15,9 +15,6 @@ MANTISSA_BITS = 5
 BIN_SHIFT = 23 - MANTISSA_BITS
 INFINITE_BIN = 255 << MANTISSA_BITS
 BINS = INFINITE_BIN + 1
-FLOAT64_SHIFT = 52 - MANTISSA_BITS
-FLOAT64_OFFSET = (1023 - 127) << MANTISSA_BITS
-"""Exponent bias of float64 less that of float32, in bins."""
 
 
 class PairPiece(NamedTuple):

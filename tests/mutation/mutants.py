@@ -70,7 +70,7 @@ COSMETIC = ("frozen", "repr", "strict", "costly")
 """Arguments that say how code may be used or how long it takes, not what comes out: they are not changed."""
 PRELOADED = (
     "numpy,torch,torch.export,torch.onnx,torch.fx,onnx,onnx.reference,onnxruntime,onnxruntime.quantization,onnxscript,"
-    "numba,scipy.stats,pandas,pydantic,jinja2,rich.console,typer,yaml,pytest,hypothesis,safetensors"
+    "scipy.stats,pandas,pydantic,jinja2,rich.console,typer,yaml,pytest,hypothesis,safetensors"
 )
 
 
@@ -218,8 +218,6 @@ class Affected:
             names = set().union(*run) | near
         else:
             names = set().union(*(of_file.get(n, ()) for n in range(lines[0], lines[1] + 1)))
-            if not names and "numba" in (ROOT / path).read_text(encoding="utf-8"):  # compiled lines are not seen to run
-                names = set().union(*of_file.values())
         names |= {test for test in self._unmeasured if self._is_near(path, test.partition("::")[0])}
         place: Counter[str] = Counter()
         ranks = {}
@@ -310,8 +308,6 @@ class Worker:
         must confirm the test that fails, and where none does runs those of the first files once more.
         """
         asked = {"path": str(self._tree / mutant.path), "source": source, "changed": changed, "at_import": at_import}
-        if "numba" in changed:
-            return self._anew(known, seconds)
         answer = self._ask(self._collected, {**asked, "tests": list(known), "seconds": seconds, "known": known})
         found, by = answer["outcome"], answer["by"]
         if not at_import:
