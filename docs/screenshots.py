@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 from selenium import webdriver
+from selenium.webdriver.support.ui import WebDriverWait
 
 from cp_debug.bisect.demos import DEMOS
 from cp_debug.bisect.engine import Options, bisect
@@ -32,6 +33,7 @@ FAULT = "weight-scale"
 FONTS = "ui-monospace, SFMono-Regular, Menlo, Consolas, DejaVu Sans Mono, monospace"
 """Whatever the reader has: the picture must not fetch a font."""
 WIDTH, HEIGHT = 1280, 1540
+READY = "return document.getElementById('graph').dataset.ready"
 
 
 def terminal(result: BisectResult, target: Path) -> None:
@@ -61,6 +63,8 @@ def browser(page: Path, target: Path) -> None:
         size = {"width": WIDTH, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         driver.get(page.as_uri())
+        WebDriverWait(driver, 60).until(lambda d: d.execute_script(READY))
+        driver.execute_async_script("setTimeout(arguments[0], 600)")
         driver.save_screenshot(str(target))
 
 

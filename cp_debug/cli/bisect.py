@@ -66,7 +66,7 @@ def bisect(
         Path | None, typer.Argument(metavar="TEST_MODEL", help="A second file or folder, as --test-model.")
     ] = None,
     backends: Annotated[
-        str, typer.Option("--backends", "-b", help="Reference first, then the tests: ort,emu-fp8:block:acc=fp22.")
+        str, typer.Option("--backends", "-b", help="Reference first, then the tests: torch,ort,emu-fp16.")
     ] = "torch,ort",
     test_model: Annotated[
         Path | None, typer.Option(help="Another .onnx for the tests (a folder: several components, or transformers).")

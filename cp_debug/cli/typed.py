@@ -34,6 +34,12 @@ class Command(TyperCommand):
     whole: ClassVar[Any] = None
     """Makes the whole command line, which is asked what options other commands have."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for parameter in self.params:
+            if parameter.param_type_name == "argument":  # as messages name it
+                parameter.metavar = parameter.metavar or (parameter.name or "").upper()
+
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         """Parse the words of the command line; ``--help-all`` is ``--help`` with every option described."""
         ctx.meta[_EVERY] = "--help-all" in args

@@ -111,4 +111,6 @@ def kernels_of(target: Target, precision: str) -> tuple[Kernel, ...]:
 def mixed(kernel: Kernel) -> Kernel:
     """The way of ``kernel`` with every layer in FP32 that a weakly typed target may leave so: its error is the
     smallest to expect."""
-    return replace(kernel, name=MIXED, says=f"layers that may stay in FP32 do; else {kernel.says}", mixed=True)
+    return replace(
+        kernel, name=MIXED, says=f"layers that may stay in FP32 stay there; the others: {kernel.says}", mixed=True
+    )

@@ -310,9 +310,10 @@ def role_of_constant(node: Node, place: int) -> str:
 
 
 def _of_constant(node: Node, constant: str, role: str, change: TensorChange) -> NodeDifference:
-    constant_name = "the weights" if role == "weights" else "the bias" if role == "bias" else constant
-    scaled = constant_name != constant and change.kind in ("scaled", "channels-scaled")
-    says = f"{'the scale of ' if scaled else ''}{constant_name} of {node.op}: {change.says}"
+    subject = f"{node.op} {role}" if role in ("weights", "bias") else f"{constant} of {node.op}"
+    factor = change.says.removeprefix("× ")
+    scaled = f"{subject} {'are' if role == 'weights' else 'is'} scaled by {factor}"
+    says = scaled if factor != change.says else f"{subject}: {change.says}"
     evidence = {"constant": constant, "change": change.kind, **change.evidence, "differs_by": change.size}
     return NodeDifference(named(change, role, node.op), says, node.name, evidence)
 

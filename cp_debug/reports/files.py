@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cp_debug.bisect.result import BisectResult
 from cp_debug.files import complete_path, write_text
 from cp_debug.optional import require
-from cp_debug.probes.statistics import TensorStats
 from cp_debug.safe_text import csv_cell
 
 if TYPE_CHECKING:
     import pandas as pd
-
-FIGURES = (
-    *(field.name for field in fields(TensorStats) if field.type == "float"),
-    *("introduced", "inherited", "amplification", "expected", "excess", "oracle_error", "noise_floor", "share"),
-    *("declared", "departs", "channel_excess", "clipped", "step"),
-)
-"""Columns of the layer table that hold real numbers."""
 
 
 def write_json(result: BisectResult, target: Path) -> None:
@@ -34,9 +25,7 @@ def layer_frame(result: BisectResult) -> pd.DataFrame:
     import pandas as pd
 
     table = pd.concat([test.layers.assign(backend=test.backend.spec) for test in result.tests], ignore_index=True)
-    # Infinity and NaN are strings in JSON; absent figures are NaN here.
-    numbers = [name for name in FIGURES if name in table]
-    return table[["backend", *table.columns.drop("backend")]].astype(dict.fromkeys(numbers, float))
+    return table[["backend", *table.columns.drop("backend")]]
 
 
 def csv_text(table: pd.DataFrame) -> str:

@@ -31,7 +31,7 @@ def render(result: MixedPrecisionResult) -> Iterator[RenderableType]:
     yield Text.assemble((result.model, "bold"), f" · {result.reference} → {backend} · goal {result.goal}")
     if result.kept:
         yield Terminal(kept_table(result))
-    yield Text("fewer layers or a smaller error: no trial beats these in both", style="italic")
+    yield Text("the best trials: none has both fewer layers and a smaller error", style="italic")
     yield Terminal(pareto_table(result))
     for note in result.notes:
         yield Text(f"note: {note}", style="yellow")
@@ -78,7 +78,7 @@ def pareto_table(result: MixedPrecisionResult) -> Sheet:
     rows = []
     for trial in result.pareto:
         chosen = trial.nodes == result.best.nodes
-        mark = ("← smallest that was found" if result.reached else "← closest") if chosen else ""
+        mark = ("← fewest layers that reach the goal" if result.reached else "← closest") if chosen else ""
         values = [f"{trial.layers} of {result.layers}", *(trial.measured.figures[name] for name in figures)]
         rows.append(Row([*values, *([trial.latency] if timed else []), mark], "strong" if chosen else ""))
     return Sheet([*columns, Column("")], rows)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import RenderableType
+from rich.padding import Padding
 from rich.text import Text
 
 from cp_debug.backends.base import RunRecord
@@ -89,10 +90,10 @@ def render(
                     yield Text(_selection(test, rest), style="dim")
         else:
             yield verdict_line(test)
-            yield Text(f"  {_largest(test)}", style="dim")
+            yield Padding.indent(Text(_largest(test), style="dim"), 2)
         yield from findings(test)
         if test.detections is not None:
-            yield Text(f"{'' if has_tables else '  '}detections: {test.detections}")
+            yield Padding.indent(Text(f"detections: {test.detections}"), 0 if has_tables else 2)
         yield from (Text(f"note: {note}", style="yellow") for note in dict.fromkeys(test.notes) if note not in told)
         told.update(test.notes)
         if has_tables:
@@ -113,7 +114,7 @@ def _largest(test: TestResult) -> str:
     """Phrase about the layer that is nearest to being guilty, of a test that agrees."""
     worst = max(test.rows, key=lambda row: (row.replay and row.replay.excess) or 0.0)
     excess = (worst.replay and worst.replay.excess) or 0.0
-    most = f", the largest excess {number(excess)} of {EXCESS:g}: {worst.name}" if excess else ""
+    most = f", largest excess {number(excess)} (the limit is {EXCESS:g}): {worst.name}" if excess else ""
     return amount(len(test.rows), "layer") + most
 
 
@@ -293,14 +294,11 @@ def _few_stages(test: TestResult) -> Iterator[tuple[str, StageRow]]:
 def _coverage(coverage: dict[str, Any]) -> Iterator[Text]:
     """A line for each component of which something is not compared."""
     for component, counts in coverage.items():
-        missing = [*counts["unmatched_values"], *counts["unmatched_modules"]]
-        if missing:
-            yield Text(
-                f"not all of {component} is compared: {counts['values']} of {counts['values_total']} values of the "
-                f"graph, {counts['modules']} of {counts['modules_total']} leaf modules; not accounted for: "
-                + ", ".join(missing[:5]),
-                style="yellow",
-            )
+        if missing := [*counts["unmatched_values"], *counts["unmatched_modules"]]:
+            values = f"{counts['values']} of {counts['values_total']} values of the graph"
+            modules = f"{counts['modules']} of {counts['modules_total']} leaf modules"
+            says = f"of {component}, {values} and {modules} are compared, not {', '.join(missing[:5])}"
+            yield Text(says, style="yellow")
 
 
 def _samples(samples: Sequence[str]) -> str:

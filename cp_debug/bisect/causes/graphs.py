@@ -42,7 +42,6 @@ HARMLESS = 1e-3
 """Part of what the test has changed up to which a difference by itself changes nothing."""
 SHOWN = 3
 """Differences in one line."""
-_FIX = "undo the difference at {layers}: "
 
 
 Failed = Callable[[Exception], None]
@@ -126,7 +125,7 @@ def difference(segment: Segment, other: OtherProgram, known: set[str]) -> tuple[
     evidence = {"node": first.node, **first.evidence, "read_off": "the difference of the two graphs"}
     if len(node_differences) > 1 and not moved:
         evidence["differences"] = [d.says for d in node_differences[:8]]
-    fix = _FIX + first.says
+    fix = _fix(first)
     if "training_mode" in first.evidence:
         side = "test" if first.evidence["training_mode"] else "reference"
         fix = f"call eval() before the export of the {side}, for {{layers}}"
@@ -226,7 +225,7 @@ def _of_constants(segment: Segment, other: OtherProgram, pieces: Pieces) -> Cand
     if value is None:
         return None
     evidence = {"node": node.name, **first.evidence, "read_off": "the weights of the two graphs"}
-    return Candidate(first.cause, _says([d for _, d in differences]), value, 0, evidence, _FIX + first.says)
+    return Candidate(first.cause, _says([d for _, d in differences]), value, 0, evidence, _fix(first))
 
 
 def added(
@@ -259,7 +258,7 @@ def added(
     elif name == "int8" and not segment.strange:  # what a sound scale makes of it is expected: the pair is no cause
         return None
     evidence = {"node": additions[0].node, **additions[0].evidence, "read_off": "the difference of the two graphs"}
-    return Candidate(name, says, value, 0, evidence, _FIX + says)
+    return Candidate(name, says, value, 0, evidence, f"undo the difference at {{layers}}: {says}")
 
 
 def _written_out(segment: Segment, other: OtherProgram, known: set[str]) -> Candidate | None:
@@ -354,6 +353,12 @@ def _lost(
     return worst if worst is not None and worst[1] > MANY else None
 
 
+def _fix(difference: NodeDifference) -> str:
+    if "change" in difference.evidence:
+        return f"use the same {difference.evidence['constant']} on both sides"
+    return f"undo the difference at {{layers}}: {difference.says}"
+
+
 def _says(differences: Sequence[NodeDifference]) -> str:
     more = f"; and {len(differences) - SHOWN} more differences" if len(differences) > SHOWN else ""
     return "; ".join(d.says for d in differences[:SHOWN]) + more
@@ -410,7 +415,7 @@ class GraphReader:
             return None
         first = telling[0]
         evidence = {"node": first.node, **first.evidence, "read_off": "the difference of the two graphs"}
-        return Candidate(first.cause, _says(differences), value, 0, evidence, _FIX + first.says)
+        return Candidate(first.cause, _says(differences), value, 0, evidence, _fix(first))
 
     def _explain(
         self, component: str, segment: Segment, families: Sequence[Cause], failed: Failed
