@@ -119,3 +119,17 @@ def test_what_concerns_the_verdict_stands_before_what_the_inputs_are(tmp_path: P
         < first.index("node_place")
         < first.index("generated inputs")
     )
+
+
+def test_a_notebook_shows_tables_and_causes_where_something_is_wrong(net: Path, tmp_path: Path) -> None:
+    model = onnx.load(net)
+    weight = next(t for t in model.graph.initializer if len(t.dims) == 4)
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.05), weight.name))
+    onnx.save(model, tmp_path / "worse.onnx")
+    healthy, wrong = bisect(str(net), "ort,ort-basic"), bisect(str(net), "ort,ort", test_model=tmp_path / "worse.onnx")
+    assert "✓ ort-basic: agrees" in healthy._repr_html_()
+    assert "<table>" not in healthy._repr_html_()
+    shown = wrong._repr_html_()
+    assert "<table>" in shown
+    assert "Conv weights are scaled by 1.05</b>" in shown
+    assert f"use the same {weight.name} on both sides</p>" in shown

@@ -115,9 +115,9 @@ def test_born_infinities_tell_how_far_the_reference_reaches() -> None:
     beyond = stats(1.0, np.inf, reference=(1.0, 70000.0))
     found = judged(born, beyond, precision="fp16")
     assert found.verdict == "guilty"
-    assert found.why == "2 NaN or Inf are born here: the reference reaches 70000, FP16 ends at 65504"
-    assert judged(born, beyond).why == "2 NaN or Inf are born here"  # FP32 holds 70000
-    assert judged(born, stats(1.0, np.inf), precision="fp16").why == "2 NaN or Inf are born here"
+    assert found.why == "NaN or Inf appears here in 2 values: the reference reaches 70000, FP16 ends at 65504"
+    assert judged(born, beyond).why == "NaN or Inf appears here in 2 values"  # FP32 holds 70000
+    assert judged(born, stats(1.0, np.inf), precision="fp16").why == "NaN or Inf appears here in 2 values"
 
 
 @pytest.mark.parametrize(("roundoffs", "verdict"), [(7.5, "inherited"), (8.5, "guilty")])

@@ -39,7 +39,7 @@ def test_nan_is_guilty_and_not_explained_by_what_changes_other_numbers(tmp_path:
     assert [row.onnx for row in test.rows if row.verdict == "guilty"] == ["z"]
     (finding,) = test.findings
     assert finding.cause == "nonfinite"
-    assert "1 NaN or Inf are born here where Inf is right" in finding.headline
+    assert "NaN or Inf appears here in 1 value where Inf is right" in finding.headline
 
 
 def test_the_same_infinity_is_innocent(tmp_path: Path) -> None:

@@ -266,5 +266,5 @@ def test_a_constant_that_vanishes_in_fp16_is_told_where_it_decides(zeros: bool, 
         sample.arrays["x"][2] = 0
     told = Preflight(model, prepare(model, sample, tmp_path), sample).concerns()
     said = [(concern.severity, concern.says, concern.layers) for concern in told]
-    born = (PROBLEM, "1e-12 is 0 in FP16: NaN or Inf is born at node_div", ["node_least", "node_div"])
+    born = (PROBLEM, "1e-12 is 0 in FP16: NaN or Inf first appears at node_div", ["node_least", "node_div"])
     assert said == [born] * zeros

@@ -71,7 +71,7 @@ def test_nan_that_both_sides_mask_is_said_and_passes(tmp_path: Path) -> None:
     ]
     test = judged(net(tmp_path, ops, ["y"]), [1, 2, 3, 4])
     assert test.agrees
-    assert "NaN is born at node_l (Log) on both sides; it reaches no output" in test.notes
+    assert "NaN first appears at node_l (Log) on both sides; it reaches no output" in test.notes
 
 
 def test_nan_on_both_sides_is_no_pass_and_is_traced_to_its_birth(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_nan_on_both_sides_is_no_pass_and_is_traced_to_its_birth(tmp_path: Path)
     text = verdict_line(test).plain
     assert text.startswith("✗ ort-all: nothing is decided")
     assert "output node_y is not finite (reference 4 NaN; test 4 NaN; of 4 elements)" in text
-    assert "NaN is born at node_l (Log) on both sides" in text
+    assert "NaN first appears at node_l (Log) on both sides" in text
     assert test.to_dict()["not_finite"] == test.not_finite
 
 
@@ -102,7 +102,7 @@ def test_inf_at_the_same_places_passes_where_the_rest_is_finite_and_is_said(tmp_
     text = verdict_line(test)
     assert text.plain.startswith("✗ ort-all: nothing is decided" if nothing else "✓ ort-all: agrees")
     assert ("no number of the final outputs could be compared" in text.plain) == nothing
-    assert "Inf is born at node_d (Div) on both sides" in text.plain
+    assert "Inf first appears at node_d (Div) on both sides" in text.plain
     assert "green" not in str(text.spans[0].style)
 
 
@@ -121,7 +121,11 @@ def row_of(reference: list[float], test: list[float]) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("ops", "outputs", "says"),
     [
-        ([("Sqrt", ["minus"], "s"), ("Add", ["x", "s"], "y")], ["y"], "NaN is born at node_s (Sqrt) on both sides"),
+        (
+            [("Sqrt", ["minus"], "s"), ("Add", ["x", "s"], "y")],
+            ["y"],
+            "NaN first appears at node_s (Sqrt) on both sides",
+        ),
         ([("Add", ["x", "nan"], "y")], ["y"], "NaN comes in with the constant nan on both sides"),
         ([("Abs", ["x"], "z"), ("Max", ["z", "inf"], "y")], ["y", "z"], "Inf comes in with the constant inf on both"),
     ],

@@ -80,7 +80,9 @@ def _named(graph: Graph, value: str) -> str:
     if value not in graph.producer:
         return f"comes in with the input {value}"
     node = graph.producer[value]
-    return f"comes in with the constant {value}" if node.op == "Constant" else f"is born at {node.name} ({node.op})"
+    return (
+        f"comes in with the constant {value}" if node.op == "Constant" else f"first appears at {node.name} ({node.op})"
+    )
 
 
 def _holds(value: Any, kind: str) -> bool:

@@ -116,7 +116,7 @@ class Preflight:
             results = pipeline.run(sample, look)
         if strange:
             yield Concern(
-                "activations", PROBLEM, "NaN or Inf in FP32", strange, "cpdebug bisect names where they are born"
+                "activations", PROBLEM, "NaN or Inf in FP32", strange, "cpdebug bisect names where they first appear"
             )
         yield from _beyond_half("activations", lost)
         if not any(figures["overflows"] for figures in lost.values()):
@@ -149,7 +149,7 @@ class Preflight:
         if born:
             (_, constant), *more = tiny.items()
             others = f", and {len(more)} more such constants" if more else ""
-            says = f"{constant:.3g} is 0 in FP16{others}: NaN or Inf is born at {born[0]}"
+            says = f"{constant:.3g} is 0 in FP16{others}: NaN or Inf first appears at {born[0]}"
             fix = "raise the constant to 1e-7 or more, or keep these layers in FP32"
             yield Concern("activations", PROBLEM, says, list(dict.fromkeys([*tiny, born[0]])), fix)
 

@@ -73,8 +73,8 @@ class LayerRow:
     source: str = ""
     """Line of the torch module that computes it, ``net.py:8: y = torch.relu(y)``, where the export tells."""
     nonfinite_from: list[str] = field(default_factory=list)
-    """Origins of NaN or Inf that have no row of their own: ``nan reference: is born at sq (Sqrt)``. They are constants,
-    nodes that read nothing else, nodes between two probes; told in the first row that holds any."""
+    """Origins of NaN or Inf that have no row of their own: ``nan reference: first appears at sq (Sqrt)``. They are
+    constants, nodes that read nothing else, nodes between two probes; told in the first row that holds any."""
     kind: str = field(default="data", metadata={"one_of": ("data", "constant", "shape")})
     """``data``; ``constant`` or ``shape`` for a side value: see ``Layer``. Side values have a row where they differ."""
 

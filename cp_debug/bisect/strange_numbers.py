@@ -57,7 +57,7 @@ def nonfinite_origins(rows: Sequence[ComparedRow]) -> Iterator[str]:
                     places.setdefault(known[0], []).append(side)
                     continue
                 verbs = {"input": "comes in with the input", "": "is first in"}  # captures tell no operators
-                verb = verbs.get(first.op, "is born at")
+                verb = verbs.get(first.op, "first appears at")
                 op = "" if first.op in verbs else f" ({first.op})"
                 # A row that stands for several nodes may know in which of them the test's are born.
                 inside = getattr(getattr(first, "replay", None), "nonfinite_in", "") if side == "test" else ""

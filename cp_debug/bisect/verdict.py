@@ -10,6 +10,7 @@ from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.result import DIVERGENT, GUILTY, INHERITED, OK, SHAPE
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.programs.precision import Precision
+from cp_debug.safe_text import amount
 
 
 class Judgement(NamedTuple):
@@ -68,7 +69,7 @@ def judge(
     if replay.unread:  # runtimes need not even write it
         return Judgement(OK if within else INHERITED, within)
     if replay.new_nonfinite:
-        born = f"{replay.new_nonfinite} NaN or Inf are born here"
+        born = f"NaN or Inf appears here in {amount(replay.new_nonfinite, 'value')}"
         if math.isfinite(stats.max_ref) and stats.max_ref > precision.largest:
             name = precision.name.upper()
             born += f": the reference reaches {stats.max_ref:.6g}, {name} ends at {precision.largest:.6g}"

@@ -185,8 +185,9 @@ def show(
     from cp_debug.reports.verdict_line import verdict_line
 
     tables = render(result, layers=layers, show_all=show_all, rest=rest)
-    lines = map(verdict_line, result.tests) if quiet else tables
-    show_document(lines, result.to_dict(), json, csv, lambda: layer_frame(result))
+    show_document(
+        map(verdict_line, result.tests) if quiet else tables, result.to_dict(), json, csv, lambda: layer_frame(result)
+    )
 
 
 def show_document(

@@ -24,20 +24,14 @@ def engine_lines(record: RunRecord) -> Iterator[Text]:
         if (info := BuildInfo.of_settings(settings)) is None:
             continue
         shares = ", ".join(f"{dtype} {share:.0%}" for dtype, share in info.realised_precision.items())
-        parts = [f"{info.regime}ly typed", shares, f"built in {info.build_seconds['plain']:.1f} s"]
-        if not info.realised:
-            parts.insert(1, f"no layer runs in {record.precision}")
+        nothing = "" if info.realised else f"no layer runs in {record.precision}"
+        parts = [f"{info.regime}ly typed", nothing, shares, f"built in {info.build_seconds['plain']:.1f} s"]
         if info.run_seconds is not None and info.observer_gap is not None and info.rebuild_floor is not None:
             parts.append(f"runs in {1e3 * info.run_seconds:.3g} ms")
             parts.append(f"observer gap {number(info.observer_gap)}, rebuild floor {number(info.rebuild_floor)}")
-        if info.cached:
-            parts.append("engine taken from the cache")
-        if info.stopped:
-            parts.append(info.stopped)
-        if info.unmarked:
-            parts.append(f"{len(info.unmarked)} values not looked at, which would have changed it")
-        if said := sums(info.layers):
-            parts.append(said)
+        left_alone = f"{len(info.unmarked)} values not looked at, which would have changed it" if info.unmarked else ""
+        parts += ["engine taken from the cache" if info.cached else "", info.stopped or "", left_alone]
+        parts.append(sums(info.layers))
         if info.search:
             first_value = f"first value that departs: {info.search['first'] or 'none'}"
             parts.append(f"{first_value}, found with {info.search['builds']} builds of one probe each")

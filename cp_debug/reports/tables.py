@@ -272,10 +272,9 @@ def _selection(test: TestResult, rest: str) -> str:
     shown, total = len(layers_shown(test)), len(test.rows)
     if shown == total:
         return "the one layer" if total == 1 else f"all {total} layers"
-    if test.first_divergent is None:
-        criterion = "the largest excess" if test.oracle else "the largest divergence"
-        return f"{shown} of {total} layers, those with {criterion}{rest and f'; {rest}'}"
-    return f"{shown} of {total} layers, around {test.first_divergent.name}{rest and f'; {rest}'}"
+    first = test.first_divergent
+    which = f"around {first.name}" if first else "the worst"
+    return f"{shown} of {total} layers, {which}{rest and f'; {rest}'}"
 
 
 def _few_stages(test: TestResult) -> Iterator[tuple[str, StageRow]]:

@@ -49,7 +49,7 @@ def int8(rows: Rows, kind: str, unquantized: Callable[[Sequence[LayerRow]], str]
     if not ranked:
         return
     row = ranked[0]
-    most = f"; of {len(sound)} layers that do what they must, this one costs most" * (len(sound) > 1)
+    most = f"; of {len(sound)} correct layers, this one costs most" * (len(sound) > 1)
     yield Finding(
         "int8",
         f"{kind.upper()} as declared{most}",

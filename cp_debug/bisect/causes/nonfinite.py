@@ -9,6 +9,7 @@ import torch
 
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment
+from cp_debug.safe_text import amount
 
 
 @cause()
@@ -45,7 +46,9 @@ def born_here(segment: Segment) -> Iterator[Candidate]:
     """Candidate of last resort: the place of the first NaN or Inf, and its operands."""
     if bool(segment.new_nonfinite.any()):
         count, right = int(segment.new_nonfinite.sum()), torch.isfinite(segment.exact[segment.new_nonfinite]).all()
-        says = f"{count} NaN or Inf are born here " + ("where a number is right" if right else "where Inf is right")
+        says = f"NaN or Inf appears here in {amount(count, 'value')} " + (
+            "where a number is right" if right else "where Inf is right"
+        )
         yield Candidate(
             "nonfinite",
             says,
