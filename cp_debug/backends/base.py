@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -57,6 +57,11 @@ class Program:
         if self.module is None:
             return 0
         return sum(4 * tensor.numel() for tensor in (*self.module.parameters(), *self.module.buffers()))
+
+    def rewritten(self, graph: Graph, **changes: Any) -> Program:
+        """The program with ``graph``, whose values have the names of its own, in place of it; and other changes."""
+        alignment = self.alignment and replace(self.alignment, graph_sha256=graph.digest)
+        return replace(self, graph=graph, alignment=alignment, **changes)
 
     def require_int8(self, spec: BackendSpec) -> None:
         """Raise InputError unless the program tells what is quantized."""

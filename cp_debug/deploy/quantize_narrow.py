@@ -5,7 +5,6 @@ Nothing is trained and no module gets fake quantizers: torch models are exported
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.deploy.exporting import ExportOptions, OnStep, checker, export_model, own_files, run_once
+from cp_debug.deploy.exporting import ExportOptions, OnStep, checker, export_model, low_error, own_files, run_once
 from cp_debug.deploy.quantize_output import MEASURED, First, earlier_files, remove_others
 from cp_debug.display import Shown
 from cp_debug.errors import InputError
@@ -29,8 +28,6 @@ from cp_debug.graph.integer_values import is_quantized
 from cp_debug.graph.narrow_qdq import insert_narrow_qdq
 from cp_debug.graph.tensor_ends import as_arrays
 from cp_debug.probes.arrays import as_numpy
-from cp_debug.probes.distance import relative_l2
-from cp_debug.probes.strings import compare_strings, is_text
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.torch_layers import matches, select
 from cp_debug.programs.walk import Walk, tensors_as_arrays
@@ -47,9 +44,6 @@ from cp_debug.quantization.narrow_layers import (
 from cp_debug.quantization.open_quantized import calibration_samples
 from cp_debug.recipes.base import Arrays, Model, Sample
 from cp_debug.serialize import JsonForm
-
-FILE_ERROR = 1e-4
-"""Distance of a file from its emulation, relative L2, that is always allowed: FP32's own roundings."""
 
 
 @dataclass(frozen=True)
@@ -225,41 +219,23 @@ def _write(program: Program, layers: NarrowLayers, target: Path) -> Program:
     """The program of the file that is written as ``target``; one without such layers is written as it is."""
     with complete_path(target) as partial:
         insert_narrow_qdq(program.graph, layers.layers, partial, str(layers.options))
-    graph = Graph(target)
-    alignment = program.alignment and replace(program.alignment, graph_sha256=graph.digest)
-    if alignment is not None:
-        alignment.save(target.with_suffix(".alignment.json"))
-    return Program(program.name, graph, alignment=alignment)
+    written = Program(program.name, program.graph, alignment=program.alignment).rewritten(Graph(target))
+    if written.alignment is not None:
+        written.alignment.save(target.with_suffix(".alignment.json"))
+    return written
 
 
 def _check(
     program: Program, written: Program, layers: NarrowLayers, inputs: Mapping[str, np.ndarray], exact: Arrays
 ) -> tuple[float | None, str]:
-    """Relative L2 distance of the worst output from the same layers emulated, and the backend that ran the file.
-
-    Raises InputError where the file is further from the emulation than the emulation is from FP32: roundings that
-    fall the other side at ties grow from layer to layer, but never so far.
-    """
+    """Distance of the file from the same layers emulated, as ``low_error`` has it, and the backend that ran it."""
     if not layers.layers:
         return None, ""
     backend = _runner(layers.options)
     emulated = _run(Executor(program.graph, FP32, overrides=layers.emulated()), inputs)
     outputs = run_once(backend, written, inputs)
-    errors, costs = ({n: _apart(run.get(n), emulated[n]) for n in emulated} for run in (outputs, exact))
-    worst = max(errors, key=errors.__getitem__)
-    if not errors[worst] <= FILE_ERROR + sum(costs.values()):
-        raise InputError(
-            f"{written.graph}: {worst} is {errors[worst]:.2g} (relative L2) from {layers.options} as it is emulated, "
-            f"which is itself {costs[worst]:.2g} from FP32; the graph computes something else"
-        )
-    return errors[worst], str(backend.spec)
-
-
-def _apart(array: np.ndarray | None, emulated: np.ndarray) -> float:
-    """Relative L2 distance of an output from the emulated one; infinite for an element that a sequence lacks."""
-    if array is None:
-        return math.inf
-    return compare_strings(emulated, array).rel_l2 if is_text(emulated) else relative_l2(array, emulated)
+    what = f"{layers.options} as it is emulated"
+    return low_error(str(written.graph), outputs, emulated, exact, what), str(backend.spec)
 
 
 def _runner(options: NarrowOptions) -> Backend:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from cp_debug.detection.evaluate import as_detector
 from cp_debug.detection.evaluation import EvaluationOptions, draws_of
 from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError, in_one_line
+from cp_debug.mixed_precision.judge import Results
 from cp_debug.mixed_precision.trial import Measured
 from cp_debug.probes.distance import distance, ratio
 from cp_debug.probes.module_state import state_kept
@@ -122,23 +124,16 @@ def relative_errors(model: str, outputs: Mapping[str, ErrorSum]) -> dict[str, fl
     return {name: error.relative for name, error in outputs.items()}
 
 
-class FakeQuantRunner:
-    """A model and its quantized components, on which trials are run."""
+class LayerRunner(ABC):
+    """A model whose layers can each compute in FP32 or low, on which trials are run."""
 
-    def __init__(self, model: Model, modules: Mapping[str, nn.Module]) -> None:
-        """``modules``: component → its quantized module. Raises InputError when no layer of them is quantized."""
-        self.model, self.modules = model, {name: module.eval() for name, module in modules.items()}
-        quantized = [layer for c in model.components for layer in quantized_layers(c, modules[c.name])]
-        if not quantized:
-            raise InputError(f"MODEL: no layer of {model.name} is quantized")
-        self.layers = {layer.name: layer for layer in quantized}
-        self.all: KeptLayers = frozenset(self.layers)
+    def __init__(self, model: Model, layers: Mapping[str, Any]) -> None:
+        """``layers``: those that can be low by name, with the ``component`` of each."""
+        self.model, self.layers = model, layers
+        self.all: KeptLayers = frozenset(layers)
         """Everything in FP32."""
         self.notes: list[str] = []
         """Sentences about layers whose shares are not complete, and why."""
-        for child in (child for module in modules.values() for child in module.modules()):
-            if getattr(child, "inplace", False):
-                child.inplace = False  # type: ignore[assignment]  # what autograd has kept stays as it was
         self._last = model.components[-1].name
 
     def measure(
@@ -161,10 +156,10 @@ class FakeQuantRunner:
         scored = is_scored(self.model, samples)
         with self._restored():
             for number, sample in enumerate(samples):
-                exact = self._run(sample, self.all)
+                exact, run = self._trials(sample)
                 for place, kept in enumerate(outputs):
                     on_step(f"{sample.source}: {place + 1} of {len(outputs)}", number, len(samples))
-                    results = exact if kept == self.all else self._run(sample, kept)
+                    results = exact if kept == self.all else run(kept)
                     for name, array in results[self._last].items():
                         outputs[kept][name].add(array, exact[self._last][name])
                     if scored:
@@ -172,8 +167,41 @@ class FakeQuantRunner:
         on_step("scoring", len(samples), len(samples))
         return {kept: measured_of(self.model, outputs[kept], detected[kept], samples, draws) for kept in outputs}
 
+    def nodes_in(self, kept_layers: KeptLayers) -> frozenset[tuple[str, str]]:
+        """(Component, layer) of a set: its name in a log."""
+        return frozenset((self.layers[name].component, name) for name in kept_layers)
+
+    @abstractmethod
     def shares(self, samples: Sequence[Sample]) -> dict[str, LayerShare]:
-        """Share of each layer in what all in INT8 is off from FP32, over all samples: one walk backward a sample."""
+        """Share of each layer in what all of them low are off from FP32, over all samples: one walk backward each."""
+
+    @abstractmethod
+    def _trials(self, sample: Sample) -> tuple[Results, Callable[[KeptLayers], Results]]:
+        """What all in FP32 gives of a sample, by component, and what runs another set on it."""
+
+    def _restored(self) -> AbstractContextManager[None]:
+        """Whatever trials change is afterwards as it was."""
+        return nullcontext()
+
+
+class FakeQuantRunner(LayerRunner):
+    """A model and its quantized components."""
+
+    layers: Mapping[str, Int8Layer]
+
+    def __init__(self, model: Model, modules: Mapping[str, nn.Module]) -> None:
+        """``modules``: component → its quantized module. Raises InputError when no layer of them is quantized."""
+        self.modules = {name: module.eval() for name, module in modules.items()}
+        quantized = [layer for c in model.components for layer in quantized_layers(c, modules[c.name])]
+        if not quantized:
+            raise InputError(f"MODEL: no layer of {model.name} is quantized")
+        super().__init__(model, {layer.name: layer for layer in quantized})
+        for child in (child for module in modules.values() for child in module.modules()):
+            if getattr(child, "inplace", False):
+                child.inplace = False  # type: ignore[assignment]  # what autograd has kept stays as it was
+
+    def shares(self, samples: Sequence[Sample]) -> dict[str, LayerShare]:
+        """``LayerRunner.shares`` by autograd, through the modules."""
         introduced = {name: ErrorSum() for name in self.layers}
 
         def both(_: int, sample: Sample) -> tuple[Arrays, dict[str, Arrays], Callable[[Component], ModuleWalk]]:
@@ -192,11 +220,10 @@ class FakeQuantRunner:
         of = {name: found.get((layer.component, name), 0.0) for name, layer in self.layers.items()}
         return {name: LayerShare(of[name], introduced[name].relative) for name in self.layers}
 
-    def nodes_in(self, kept_layers: KeptLayers) -> frozenset[tuple[str, str]]:
-        """(Component, layer) of a set: its name in a log."""
-        return frozenset((self.layers[name].component, name) for name in kept_layers)
+    def _trials(self, sample: Sample) -> tuple[Results, Callable[[KeptLayers], Results]]:
+        return self._run(sample, self.all), partial(self._run, sample)
 
-    def _run(self, sample: Sample, kept: KeptLayers) -> dict[str, Arrays]:
+    def _run(self, sample: Sample, kept: KeptLayers) -> Results:
         for name, layer in self.layers.items():
             layer.switch(name not in kept)
         return walk(self.model, sample, lambda c, inputs: run_module(replace(c, module=self.modules[c.name]), inputs))

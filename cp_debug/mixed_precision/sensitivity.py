@@ -20,7 +20,7 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.errors import InputError
-from cp_debug.mixed_precision.fake_quant_runner import FakeQuantRunner, KeptLayers, OnStep
+from cp_debug.mixed_precision.fake_quant_runner import FakeQuantRunner, KeptLayers, LayerRunner, OnStep
 from cp_debug.mixed_precision.log import TrialLog
 from cp_debug.mixed_precision.narrow_runner import NarrowRunner
 from cp_debug.mixed_precision.strategy import smallest
@@ -35,8 +35,6 @@ from cp_debug.serialize import JsonForm
 if TYPE_CHECKING:
     import pandas as pd
 
-SensitivityRunner = FakeQuantRunner | NarrowRunner
-"""Runs sets of layers in FP32, the others low, on samples."""
 TRIED = 16
 """Layers that are left out one by one."""
 DRAWS = 200
@@ -185,7 +183,7 @@ def profile_narrow(
 
 
 def profile_of(
-    runner: SensitivityRunner,
+    runner: LayerRunner,
     samples: Sequence[Sample],
     *,
     data: str = "",
@@ -257,7 +255,7 @@ def check_budget(budget: float) -> None:
 
 
 def choose_layers(
-    runner: SensitivityRunner,
+    runner: LayerRunner,
     samples: Sequence[Sample],
     profile: SensitivityProfile,
     budget: float,

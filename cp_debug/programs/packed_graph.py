@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +26,7 @@ def with_levels(program: Program, packed: Mapping[str, PackedWeight], folder: Pa
     if not found:
         return program
     path = insert_narrow_qdq(program.graph, found, folder / f"{program.name}.levels.onnx", "levels in groups")
-    graph = Graph(path, source=program.graph)
-    alignment = program.alignment and replace(program.alignment, graph_sha256=graph.digest)
-    return replace(program, graph=graph, alignment=alignment)
+    return program.rewritten(Graph(path, source=program.graph))
 
 
 def _layers(graph: Graph, packed: Mapping[str, PackedWeight]) -> list[tuple[str, NarrowLayer]]:

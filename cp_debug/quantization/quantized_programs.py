@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from cp_debug.graph.narrow_types import without_int8
 from cp_debug.graph.qdq import insert_qdq, quantizable, weight_axis
 from cp_debug.graph.scales import LayerScales, Scales
 from cp_debug.programs.align import align
+from cp_debug.programs.pipeline import with_files
 from cp_debug.programs.walk import Walk, example_args, run_module
 from cp_debug.quantization.checkpoint import FILE, file_of, is_ptq_checkpoint
 from cp_debug.quantization.histogram import weight_amax
@@ -74,7 +74,7 @@ def calibrate(
 
     Raises InputError as ``quantize_model`` does.
     """
-    calibrated = model if of_modules(model, programs) else _of_graphs(model, programs)
+    calibrated = model if of_modules(model, programs) else with_files(model, programs)
     return quantize_model(calibrated, samples, method=calibration.method, skip_layers=calibration.skip_layers)
 
 
@@ -169,19 +169,7 @@ def with_modules_beside(programs: list[Program], model: Model, folder: Path) -> 
     return [replace(p, module=parts[p.name].module) if p.alignment else p for p in programs]
 
 
-def _of_graphs(model: Model, programs: Sequence[Program]) -> Model:
-    """The model with these graphs instead of its modules."""
-    changed = copy.copy(model)
-    graphs = {program.name: program.graph for program in programs}
-    changed.components = tuple(
-        replace(c, module=None, onnx_path=graphs[c.name].path, shown=str(graphs[c.name])) for c in model.components
-    )
-    return changed
-
-
 def _with_pairs(program: Program, scales: Scales, folder: Path) -> Program:
     file = insert_qdq(program.graph, scales.layers, folder / f"{program.name}.int8.onnx", scales.residual_adds)
-    graph = Graph(file, source=program.graph)
     scales.save(folder / f"{program.name}.scales.safetensors")
-    alignment = program.alignment and replace(program.alignment, graph_sha256=graph.digest)
-    return replace(program, graph=graph, alignment=alignment, scales=scales, plain=program.graph)
+    return program.rewritten(Graph(file, source=program.graph), scales=scales, plain=program.graph)
