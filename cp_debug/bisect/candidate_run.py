@@ -27,7 +27,7 @@ from cp_debug.bisect.observe import Observation, observe
 from cp_debug.bisect.operator_errors import implementer
 from cp_debug.bisect.options import is_optimized
 from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid
-from cp_debug.bisect.regions.region import MOVING, Region, region_of
+from cp_debug.bisect.regions.region import Region, region_of
 from cp_debug.bisect.replay import Load, Replayer
 from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import DIVERGENT, OK, LayerRow
@@ -40,6 +40,7 @@ from cp_debug.graph.downstream import from_inputs
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.integer_values import is_quantized, level_kind, parent_values, rounded_values, unscaled_levels
 from cp_debug.graph.narrow_types import narrow_precision
+from cp_debug.graph.operators import MOVING
 from cp_debug.graph.qdq import has_own_pairs
 from cp_debug.graph.source_lines import source_lines
 from cp_debug.probes.arrays import as_numpy, has_torch_type, to_device

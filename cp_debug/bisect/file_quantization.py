@@ -30,7 +30,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import constant_type, is_constant, level_kind, produced_grid
 from cp_debug.graph.narrow_types import order_behind, stated_bits
-from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.operators import PRODUCTS, VIEWS
 from cp_debug.graph.qdq import weight_axis
 from cp_debug.probes.arrays import as_numpy, as_torch
 from cp_debug.programs.precision import BESIDE_INT8, BESIDE_INT16
@@ -45,12 +45,9 @@ _CODECS = {17: E4M3, 18: E4M3, 19: E5M2, 20: E5M2, 23: E2M1}
 """ONNX data type of levels in floating point → the type; the UZ ones differ by a factor of the scale."""
 _SIGNED = {3, 5, 6, 22, 26, 17, 18, 19, 20, 23}
 _STORED = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2, "e2m1": ml_dtypes.float4_e2m1fn}
-_PASS = {
-    *("Cast", "Clip", "Flatten", "HardSwish", "Identity", "LeakyRelu", "PRelu", "Pad", "Relu", "Reshape", "Slice"),
-    *("Split", "Squeeze", "Transpose", "Unsqueeze"),
-}
+_PASS = VIEWS | {"Cast", "Clip", "HardSwish", "LeakyRelu", "PRelu", "Pad", "Relu", "Slice", "Split", "Transpose"}
 """Operators in front of which nothing is rounded: quantizers take them together with what they follow."""
-_MOVED_BEHIND = {"Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+_MOVED_BEHIND = VIEWS | {"MaxPool", "Slice", "Transpose"}
 """Operators in front of which optimizers move quantizers."""
 _NO_DATA = {"Constant", "ConstantOfShape", "Shape", "Size"}
 """Operators that only say how large or where something is."""

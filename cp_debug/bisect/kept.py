@@ -11,9 +11,9 @@ from cp_debug.backends.arithmetic import ARITHMETICS, FP32, overrides_of
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.remainder import apart
-from cp_debug.graph.casts import MOVERS
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.operators import ALL_MOVERS
 from cp_debug.programs.precision import PRECISIONS
 from cp_debug.programs.walk import tensors_as_arrays, walk
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
@@ -115,7 +115,7 @@ class KeepTrials:
             for node in (n for n in graph.nodes if (component, n.name) in kept):
                 found |= {(component, r.name) for output in node.outputs for r in graph.consumers.get(output, ())}
                 makers = (graph.producer.get(name) for name in node.inputs)
-                found |= {(component, m.name) for m in makers if m and (m.op in MOVERS or m.op == "Cast")}
+                found |= {(component, m.name) for m in makers if m and (m.op in ALL_MOVERS or m.op == "Cast")}
         return found
 
     def _error(self, kept: frozenset[Name]) -> float:

@@ -15,6 +15,7 @@ from cp_debug.bisect.result import DIVERGENT, GUILTY, INHERITED, LayerRow
 from cp_debug.bisect.whole_numbers import as_tensor
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.operators import MOVERS
 from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.pipeline import Key
 
@@ -22,10 +23,7 @@ MASKED = -100.0
 """Numbers up to this one may stand for "left out": e⁻¹⁰⁰ is nothing beside 1, in any precision."""
 ENDS = {"Attention", "BiasSoftmax", "Exp", "MultiHeadAttention", "Softmax"}
 """Operators that make 0 of what is masked."""
-PASSES = {
-    "Add", "Cast", "Clip", "Concat", "Div", "Expand", "Flatten", "Gather", "Identity", "Max", "Min", "Mul", "ReduceMax",
-    "Reshape", "Slice", "Split", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze", "Where",
-}  # fmt: skip
+PASSES = MOVERS | {"Add", "Cast", "Clip", "Div", "Max", "Min", "Mul", "ReduceMax", "Sub", "Where"}
 """Operators through which a mask is carried to those."""
 
 

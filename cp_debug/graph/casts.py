@@ -17,6 +17,7 @@ from onnx import TensorProto, defs, helper, numpy_helper
 
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.operators import ALL_MOVERS, BODIES
 from cp_debug.graph.surgery import save, unused_names
 
 _TYPES = {
@@ -24,20 +25,14 @@ _TYPES = {
     "bf16": (TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
 }
 
-# fmt: off
-# Their output type comes from an attribute or another input, or they hold subgraphs or sequences.
 _STAY = {
-    "Bernoulli", "Cast", "CastLike", "ConcatFromSequence", "Constant", "ConstantOfShape", "DequantizeLinear",
-    "DynamicQuantizeLinear", "EyeLike", "If", "Loop", "Multinomial", "Optional", "QuantizeLinear", "RandomNormal",
-    "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Scan", "SequenceAt", "SequenceConstruct",
-    "SequenceEmpty", "SequenceInsert", "SplitToSequence",
+    *BODIES,
+    *("Bernoulli", "Cast", "CastLike", "ConcatFromSequence", "Constant", "ConstantOfShape", "DequantizeLinear"),
+    *("DynamicQuantizeLinear", "EyeLike", "Multinomial", "Optional", "QuantizeLinear", "RandomNormal"),
+    *("RandomNormalLike", "RandomUniform", "RandomUniformLike", "SequenceAt", "SequenceConstruct", "SequenceEmpty"),
+    *("SequenceInsert", "SplitToSequence"),
 }
-# They only move numbers: between FP32 neighbours casts would round for nothing, so they follow their input.
-MOVERS = {
-    "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Pad",
-    "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
-}
-# fmt: on
+"""Operators whose output type comes from an attribute or another input, or that hold subgraphs or sequences."""
 
 
 def cast_surgery(graph: Graph, dtype: str, keep_fp32: Collection[str], target: Path) -> Path:
@@ -117,7 +112,7 @@ class _CastSurgery:
         reads = [(name, can) for name, can, output in slots if not output and name in self.floats]
         writes = [(name, can) for name, can, output in slots if output and name in self.floats]
         low = node.name not in self.keep and node.op not in _STAY and all(can for _, can in writes)
-        if node.op in MOVERS or not writes:
+        if node.op in ALL_MOVERS or not writes:  # between FP32 neighbours casts would round for nothing
             sources = [name for name, _ in reads if name not in self.weights]
             low = low and bool(sources) and all(name in self.low_values for name in sources)
         for name, can in reads:

@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 
 from cp_debug.graph.bodies import Body
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.operators import BODIES
 
 Decision = str | int
 """The branch that an If took (``then_branch``), or how often a Loop or Scan ran."""
@@ -45,7 +46,7 @@ def needs_flattening(graph: Graph) -> bool:
 def has_control_flow(graph: Graph) -> bool:
     """Whether what runs depends on data, in a body or function, too."""
     functions = [n for f in graph.proto.functions for n in f.node]
-    return any(n.op_type in ("If", "Loop", "Scan") for n in _all_nodes([*graph.proto.graph.node, *functions]))
+    return any(n.op_type in BODIES for n in _all_nodes([*graph.proto.graph.node, *functions]))
 
 
 def flatten(graph: Graph, decisions: Mapping[str, Decision]) -> tuple[onnx.ModelProto, list[Branch]]:

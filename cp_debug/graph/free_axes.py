@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node, ValueInfo
+from cp_debug.graph.operators import ACTIVATIONS, RECURRENT
 from cp_debug.reading import physical_memory
 
 FREE_SIZE = 64
@@ -35,10 +36,8 @@ _TORCH_AXIS = re.compile(r".+_dynamic_axes_\d+")
 """Symbols that torch makes of an input's name for axes that nobody named."""
 _TIME = re.compile(r"(?i)t|.*(seq|time|step|len).*")
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
-_KEEP_SHAPE = {
-    *("Abs", "Add", "Cast", "Clip", "Div", "Elu", "Exp", "Identity", "LeakyRelu", "Log", "Mul", "Neg", "Relu"),
-    *("Sigmoid", "Sqrt", "Sub", "Tanh"),
-}
+_KEEP_SHAPE = ACTIVATIONS | {"Abs", "Add", "Cast", "Div", "Exp", "Identity", "Log", "Mul", "Neg", "Sqrt", "Sub"}
+
 
 Choice = dict[str, int]
 """Symbol, or ``input[axis]`` of an axis without one, → size."""
@@ -258,7 +257,7 @@ def _by_weight(graph: Graph, node: Node, name: str, axes: tuple[int, ...] | None
             return 2, {0 if node.attribute("transA", 0) else 1: second[1 if node.attribute("transB", 0) else 0]}
         if node.op == "MatMul" and len(second) > 1:
             return len(axes) if axes else len(second), {-1: second[-2]}
-        if node.op in ("LSTM", "GRU", "RNN") and len(second) == 3:
+        if node.op in RECURRENT and len(second) == 3:
             return 3, {2: second[2]}
         if node.op == "BatchNormalization" and len(second) == 1:
             return len(axes) if axes else 4, {1: second[0]}

@@ -9,6 +9,7 @@ from cp_debug.graph.bodies import Body
 from cp_debug.graph.control_flow import IdleBody
 from cp_debug.graph.flatten import Decision
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.operators import BODIES
 
 _PASS = re.compile(r"/#\d+/")
 
@@ -36,7 +37,7 @@ def idle_bodies(graph: Graph, taken: Mapping[str, set[Decision]], fixed: Iterabl
             function = functions.get((node.proto.domain, node.proto.op_type))
             if function is not None:
                 yield from walk(Body.of_function(function, node).nodes, f"{place}/")
-            if node.op not in ("If", "Loop", "Scan") or not (ran := taken.get(place)):
+            if node.op not in BODIES or not (ran := taken.get(place)):
                 continue
             for attribute in node.proto.attribute:
                 if attribute.name not in ("then_branch", "else_branch", "body"):

@@ -7,7 +7,7 @@ followed by others, to be tried where the first does not run.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -15,15 +15,13 @@ import numpy as np
 
 from cp_debug.graph.free_axes import known_dims, scalar
 from cp_debug.graph.graph import Graph, Node, ValueInfo
+from cp_debug.graph.operators import MOVERS
 
 Maker = Callable[[np.random.Generator, Sequence[int], int], np.ndarray]
 """Makes the values of an input: (generator, shape, size of the longest free axis of all inputs) → array."""
 
 # fmt: off
-_MOVERS = {
-    "Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Tile",
-    "Transpose", "Unsqueeze",
-}
+_MOVERS = MOVERS | {"Cast", "Pad"}
 # Positive inputs give positive outputs.
 _KEEP_SIGN = _MOVERS | {
     "AveragePool", "GlobalAveragePool", "MaxPool", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Sqrt",
@@ -251,7 +249,7 @@ def _unscaled(graph: Graph, node: Node, place: int) -> bool:
     return 0 < abs(factor) < 1 / _LARGE if node.op == "Mul" else abs(factor) > _LARGE
 
 
-def _uses(graph: Graph, name: str, through: set[str] = _MOVERS) -> Iterator[tuple[Node, int]]:
+def _uses(graph: Graph, name: str, through: Collection[str] = _MOVERS) -> Iterator[tuple[Node, int]]:
     """(Node, input place) of every operator that reads ``name``, as it is or moved by operators of ``through``."""
     stack, visited = [name], {name}
     while stack:

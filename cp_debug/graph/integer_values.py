@@ -8,12 +8,8 @@ from typing import NamedTuple
 from onnx import TensorProto
 
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.operators import ALL_MOVERS, PRODUCTS
 
-_KEEP_LEVELS = {
-    *("Concat", "Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
-    *("Gather", "Expand", "DepthToSpace", "SpaceToDepth", "Pad", "Resize", "com.microsoft.NhwcMaxPool"),
-}
 _CUT_OFF = {"Relu", "Clip"}
 """Activations that quantizers leave out, because the range of the result does the same."""
 _OF_LEVELS = {
@@ -21,6 +17,7 @@ _OF_LEVELS = {
     *("ReduceMax", "ReduceMin", "ReduceSum", "ReduceMean", "CumSum", "GatherND", "GatherElements", *_CUT_OFF),
 }
 """Operators whose results are levels, or sums and products of levels, where they read some."""
+_KEEP_LEVELS = (ALL_MOVERS - _OF_LEVELS) | {"MaxPool", "Resize", "com.microsoft.NhwcMaxPool"}
 _INTEGERS = {
     *(TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16, TensorProto.INT32),
     *(TensorProto.UINT32, TensorProto.INT4, TensorProto.UINT4),

@@ -19,7 +19,7 @@ from onnx import AttributeProto, TensorProto
 
 from cp_debug.errors import InputError
 from cp_debug.graph.onnx_tensors import BITS, FIELD, LARGEST_RANK, byte_count, described, external_data, shown
-from cp_debug.graph.operators import CONTRIB_INPUTS
+from cp_debug.graph.operators import CONTRIB_INPUTS, RECURRENT
 from cp_debug.reading import check_file, read_bytes
 from cp_debug.safe_text import amount, one_line
 
@@ -42,7 +42,7 @@ _RANKS = {
     **{convolution: {1: 3} for convolution in ("Conv", "ConvTranspose", "ConvInteger", "DeformConv")},
     "QLinearConv": {3: 3},
     "Gemm": {0: 2, 1: 2},
-    **{recurrent: {1: 3, 2: 3} for recurrent in ("LSTM", "GRU", "RNN")},
+    **{recurrent: {1: 3, 2: 3} for recurrent in RECURRENT},
     "BatchNormalization": {1: 1, 2: 1, 3: 1, 4: 1},
     "InstanceNormalization": {1: 1, 2: 1},
 }

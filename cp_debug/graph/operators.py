@@ -6,6 +6,22 @@ from onnx import NodeProto
 
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators that multiply data by weights and sum: INT8 is for them, and no runtime fuses two of them."""
+RECURRENT = ("LSTM", "GRU", "RNN")
+BODIES = ("If", "Loop", "Scan")
+"""Operators that hold graphs."""
+VIEWS = frozenset(("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"))
+"""Operators that give what they read, in another shape."""
+MOVERS = VIEWS | {"Concat", "Expand", "Gather", "Slice", "Split", "Tile", "Transpose"}
+"""Operators that give numbers of what they read, each wherever it is wanted."""
+ALL_MOVERS = MOVERS | {"DepthToSpace", "GatherElements", "GatherND", "Pad", "SpaceToDepth"}
+"""Those that are rarer, too."""
+MOVING = MOVERS | {"Cast", "Constant", "ConstantOfShape", "Shape"}
+"""Operators that compute nothing, in an engine."""
+ACTIVATIONS = frozenset(
+    ("Celu", "Clip", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "PRelu", "Relu", "Selu",
+     "Sigmoid", "Softplus", "Softsign", "Swish", "Tanh", "ThresholdedRelu")
+)  # fmt: skip
+"""Activations that compute element by element."""
 GATES = {"LSTM": 4, "GRU": 3}
 """Operator → gates of its weights, which lie one after the other along their rows."""
 CONTRACTIONS = (*PRODUCTS, "Einsum")

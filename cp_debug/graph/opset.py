@@ -8,6 +8,7 @@ from onnx import defs, external_data_helper, helper, version_converter
 from cp_debug.doing import doing
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.graph.graph import Graph, external_files
+from cp_debug.graph.operators import BODIES
 from cp_debug.graph.surgery import INLINE_LIMIT, tensor_bytes, weights_folder
 
 OLDEST = 7
@@ -76,7 +77,7 @@ def converted(model: onnx.ModelProto, graph: Graph, opset: int) -> onnx.ModelPro
 
 def _same(operator: str, old: int, new: int) -> bool:
     """Whether ONNX defined the operator once for both opsets, and it holds no graph whose operators may differ."""
-    if operator in ("If", "Loop", "Scan"):
+    if operator in BODIES:
         return False
     try:
         return bool(defs.get_schema(operator, old).since_version == defs.get_schema(operator, new).since_version)

@@ -23,6 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.operators import MOVERS
 
 Given = Mapping[str, np.ndarray]
 
@@ -376,10 +377,7 @@ def _filled(graph: Graph, value: str, element: int, count: int) -> np.ndarray:
 
 _WORDS = ("the", "quick brown fox", "jumps over", "a", "lazy dog", "Zürich", "12")
 _NUMBERS = ("0", "1", "2", "10", "-3", "0.5")
-_PASS_ON = {
-    *("Concat", "Expand", "Flatten", "Gather", "Identity", "OptionalGetElement", "Reshape", "SequenceAt", "Slice"),
-    *("Split", "Squeeze", "StringNormalizer", "Tile", "Transpose", "Unsqueeze", "Where"),
-}
+_PASS_ON = MOVERS | {"OptionalGetElement", "SequenceAt", "StringNormalizer", "Where"}
 
 
 def _known_strings(graph: Graph, value: str) -> list[str]:

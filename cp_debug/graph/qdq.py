@@ -21,7 +21,7 @@ from cp_debug.doing import doing
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.graph.downstream import from_inputs
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.operators import BODIES, PRODUCTS
 from cp_debug.graph.surgery import save, unused_names
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def raised(model: onnx.ModelProto, graph: Graph, opset: int, need: str) -> onnx.
     if old >= opset:
         return model
     onnx_nodes = [node for node in graph.nodes if node.proto.domain in ("", "ai.onnx")]
-    changed = [n for n in onnx_nodes if n.op in ("If", "Loop", "Scan") or _signature(n, old) != _signature(n, opset)]
+    changed = [n for n in onnx_nodes if n.op in BODIES or _signature(n, old) != _signature(n, opset)]
     if changed:
         where = f"{graph}: opset {old}, but {need} needs {opset}, and"
         first = f"{changed[0].op} (node {changed[0].name!r})"

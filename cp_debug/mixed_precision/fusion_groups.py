@@ -7,13 +7,10 @@ from dataclasses import dataclass, field, replace
 
 from cp_debug.backends.base import Program
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.operators import ACTIVATIONS, PRODUCTS
 from cp_debug.programs.layers import layer_name
 
-_JOINING = frozenset(
-    ("BatchNormalization", "Celu", "Clip", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish",
-     "PRelu", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Tanh", "ThresholdedRelu", "Add", "Sub", "Mul", "Div")
-)  # fmt: skip
+_JOINING = ACTIVATIONS | {"Add", "BatchNormalization", "Div", "Mul", "Sub"}
 """Operators that join the layer before them, where they read nothing else but constants."""
 
 

@@ -7,15 +7,14 @@ from collections.abc import Collection
 from cp_debug.backends.base import Backend
 from cp_debug.backends.narrow_options import is_narrow
 from cp_debug.errors import InputError
-from cp_debug.graph.casts import MOVERS, computed_low
+from cp_debug.graph.casts import computed_low
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.operators import CONTRACTIONS
+from cp_debug.graph.operators import ALL_MOVERS, BODIES, CONTRACTIONS
 from cp_debug.graph.unquantize import quantized_inputs
 
 _CASTS = {"fp16": "fp16", "fp16acc": "fp16", "bf16": "bf16"}
 """Arithmetics that cast surgery puts into a graph → its name for them."""
-_CONTROL = ("If", "Loop", "Scan")
 
 
 class TrialPrecision:
@@ -29,13 +28,13 @@ class TrialPrecision:
         if self.name == "int8":
             return frozenset(quantized_inputs(graph))
         data = set(data_values(graph))
-        nodes = [n for n in graph.nodes if not data.isdisjoint(n.outputs) and n.op not in _CONTROL]
+        nodes = [n for n in graph.nodes if not data.isdisjoint(n.outputs) and n.op not in BODIES]
         if self.name.partition(":")[0] == "int4":  # weights alone
             return frozenset(n.name for n in nodes if n.op in ("MatMul", "Gemm") and n.proto.input[1] not in data)
         if self.name == "tf32" or is_narrow(self.name):
             return frozenset(n.name for n in nodes if n.op in CONTRACTIONS)
         low = computed_low(graph, _CASTS[self.name])
-        return frozenset(n.name for n in nodes if n.name in low and n.op not in MOVERS)
+        return frozenset(n.name for n in nodes if n.name in low and n.op not in ALL_MOVERS)
 
     def high(self, graph: Graph, kept_nodes: Collection[str]) -> frozenset[str]:
         """The nodes in FP32 when those of ``kept`` are: operators that only move numbers follow them."""
@@ -50,7 +49,7 @@ class TrialPrecision:
         if self.name not in _CASTS or not kept_nodes:
             return frozenset(kept_nodes)
         followers = self.high(graph, kept_nodes) - self.high(graph, ())
-        high = frozenset(kept_nodes) | {n.name for n in graph.nodes if n.name in followers and n.op in MOVERS}
+        high = frozenset(kept_nodes) | {n.name for n in graph.nodes if n.name in followers and n.op in ALL_MOVERS}
         read = {name for node in graph.nodes if node.name in high for name in node.inputs}
         return high | {n.name for n in graph.nodes if n.op == "Cast" and not read.isdisjoint(n.outputs)}
 

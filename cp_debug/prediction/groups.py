@@ -8,20 +8,16 @@ from dataclasses import dataclass
 
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.operators import ACTIVATIONS, MOVING
 
-POINTWISE = frozenset(
-    ("Abs", "Add", "BatchNormalization", "Ceil", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Floor", "Gelu",
-     "HardSigmoid", "HardSwish", "LeakyRelu", "Log", "Max", "Min", "Mish", "Mul", "Neg", "PRelu", "Pow", "Reciprocal",
-     "Relu", "Round", "Selu", "Sigmoid", "Sign", "Softplus", "Softsign", "Sqrt", "Sub", "Tanh", "ThresholdedRelu")
-)  # fmt: skip
+POINTWISE = ACTIVATIONS | {
+    *("Abs", "Add", "BatchNormalization", "Ceil", "Div", "Exp", "Floor", "Log", "Max", "Min", "Mul", "Neg", "Pow"),
+    *("Reciprocal", "Round", "Sign", "Sqrt", "Sub"),
+}
 """Operators that engines compute together with what they read."""
 REDUCING = frozenset(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2", "ReduceSumSquare"))
 """Operators that begin a normalization which was exported in parts."""
-MOVING = frozenset(
-    ("Cast", "Concat", "Constant", "ConstantOfShape", "DepthToSpace", "DequantizeLinear", "Expand", "Flatten", "Gather",
-     "Identity", "Pad", "QuantizeLinear", "Reshape", "Shape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile",
-     "Transpose", "Unsqueeze")
-)  # fmt: skip
+_KEPT = MOVING | {"DepthToSpace", "DequantizeLinear", "Pad", "QuantizeLinear", "SpaceToDepth"}
 """Operators that compute nothing."""
 REACH = 32
 """Nodes up to which a fusion is looked for behind one value."""
@@ -38,7 +34,7 @@ class Group:
     @property
     def computes(self) -> bool:
         """Whether any node of the group rounds."""
-        return not self.side and any(node.op not in MOVING for node in self.nodes)
+        return not self.side and any(node.op not in _KEPT for node in self.nodes)
 
 
 def groups_of(graph: Graph) -> list[Group]:
@@ -56,7 +52,7 @@ def groups_of(graph: Graph) -> list[Group]:
             grouped.taken.add(node.index)
             continue
         side = data.isdisjoint(node.outputs)
-        nodes = [node] if side or node.op in MOVING or len(node.outputs) != 1 else grouped.behind(node)
+        nodes = [node] if side or node.op in _KEPT or len(node.outputs) != 1 else grouped.behind(node)
         grouped.taken.update(n.index for n in nodes)
         groups.append(Group(tuple(nodes), side))
     return sorted(groups, key=lambda group: group.nodes[-1].index)

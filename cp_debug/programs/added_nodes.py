@@ -9,12 +9,13 @@ import onnx
 
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.operators import VIEWS
 from cp_debug.programs.node_differences import ACTIVATIONS, attributes
 
 FEW = 3
 """Elements of a tensor that are changed one by one."""
 _STORED = {onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
-_MOVES = {"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}
+_MOVES = VIEWS | {"Transpose"}
 _QUANTIZERS = {"QuantizeLinear", "DequantizeLinear"}
 _ARITHMETIC = {"Add", "Sub", "Mul", "Div"}
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
-from cp_debug.graph.casts import MOVERS
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.operators import ALL_MOVERS
 from cp_debug.graph.randomness import draws
 from cp_debug.probes.distance import relative_l2
 from cp_debug.probes.fingerprint import fingerprint
@@ -34,7 +34,7 @@ OPEN = 64
 """Values of the graph for which that is done before a fault is given up."""
 _FX_NODE = "pkg.torch.onnx.fx_node"
 _FX_TARGET = re.compile(r"target=torch\.ops\.\w+\.(\w+)")
-_MOVES = MOVERS | {"Cast"}
+_MOVES = ALL_MOVERS | {"Cast"}
 """Operators that make numbers of nothing but the numbers given: that these match says nothing."""
 
 

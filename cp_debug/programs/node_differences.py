@@ -17,17 +17,14 @@ from onnx import helper
 
 from cp_debug.graph.constants import TELLING, Constants
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.operators import GATES, PRODUCTS
+from cp_debug.graph.operators import ACTIVATIONS as EACH_ELEMENT
+from cp_debug.graph.operators import GATES, MOVERS, PRODUCTS, RECURRENT
 from cp_debug.programs.attribute_meaning import implied, same_axes, says_nothing
 from cp_debug.programs.tensor_change import TensorChange, describe
 
-MOVES = {"Cast", "Transpose", "Reshape", "Slice", "Concat", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Split"}
+MOVES = MOVERS | {"Cast"}
 """Operators that prepare weights: what they read is named after what reads them."""
-RECURRENT = {"LSTM", "GRU", "RNN"}
-ACTIVATIONS = {
-    "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "LogSoftmax", "Mish", "PRelu",
-    "Relu", "Selu", "Sigmoid", "Softmax", "Softplus", "Softsign", "Swish", "Tanh", "ThresholdedRelu",
-}  # fmt: skip
+ACTIVATIONS = EACH_ELEMENT | {"Exp", "LogSoftmax", "Softmax"}
 NAMES = {
     "auto_pad": "padding",
     "epsilon": "normalization-eps",

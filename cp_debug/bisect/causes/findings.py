@@ -30,6 +30,7 @@ from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
 from cp_debug.errors import in_one_line
 from cp_debug.graph.downstream import downstream
+from cp_debug.graph.operators import VIEWS
 from cp_debug.graph.randomness import drawing
 from cp_debug.probes.arrays import Tensor
 from cp_debug.probes.held import CapturedRun
@@ -41,7 +42,7 @@ LOCATED = 8
 """Layers of a finding for which it says where in them the error sits."""
 EQUALS = 3
 """Causes that explain a layer as well as the named one, which are told with it."""
-VIEWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast", "Expand"}
+_VIEWS = VIEWS | {"Cast", "Expand"}
 """Operators whose result is their input in another shape."""
 NOTICEABLE = 1.3
 """Excess below which a layer of an unknown kernel is not asked whether a cause holds there, too."""
@@ -223,7 +224,7 @@ class Explainer:
         while size != len(names):
             size = len(names)
             for node in graph.nodes:
-                if node.op in VIEWS and node.inputs and not names.isdisjoint({node.inputs[0], *node.outputs}):
+                if node.op in _VIEWS and node.inputs and not names.isdisjoint({node.inputs[0], *node.outputs}):
                     names.update((node.inputs[0], *node.outputs))
         return {(key.component, name) for name in names}
 

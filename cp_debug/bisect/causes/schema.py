@@ -17,9 +17,9 @@ from cp_debug.bisect.causes.batchnorm_parameters import EPSILONS
 from cp_debug.bisect.causes.fits import cross_fit, halves
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.graph.graph import Node
-from cp_debug.graph.operators import GATES
+from cp_debug.graph.operators import GATES, RECURRENT
 from cp_debug.programs.attribute_meaning import ACTIVATIONS_OF
-from cp_debug.programs.node_differences import NAMES, RECURRENT, attributes
+from cp_debug.programs.node_differences import NAMES, attributes
 
 TEXTS = {
     "approximate": ("none", "tanh"),

@@ -14,7 +14,8 @@ from cp_debug.bisect.causes.constant_changes import SIZED
 from cp_debug.bisect.causes.schema import FITTED, with_attributes
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
-from cp_debug.programs.node_differences import PRODUCTS, RECURRENT, argument_of, attributes
+from cp_debug.graph.operators import RECURRENT
+from cp_debug.programs.node_differences import PRODUCTS, argument_of, attributes
 
 FACTORS = (-2.0, -1.0, -0.5, 0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0, 100.0)
 """Starts of the search for a number, as multiples of the declared one."""

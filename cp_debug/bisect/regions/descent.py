@@ -22,11 +22,11 @@ from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.regions.hypotheses import LARGEST, REPRODUCED, Hypothesis, rank, survey
 from cp_debug.bisect.regions.learnt import Descent, Step
 from cp_debug.bisect.regions.marks import choose, cuts
-from cp_debug.bisect.regions.region import MOVING, Region
+from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replayed import EXCESS
 from cp_debug.errors import CpdebugError, InputError, Terminated
 from cp_debug.graph.graph import Node
-from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.operators import MOVING, PRODUCTS
 from cp_debug.probes.distance import relative_l2
 
 MARKS = 8

@@ -19,10 +19,9 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import Call
 from cp_debug.backends.rounding import round_fp16
 from cp_debug.bisect.causes.segment import Segment, as_double
-from cp_debug.bisect.regions.region import MOVING
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
-from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.operators import MOVING, PRODUCTS
 
 SECONDS = 60.0
 """Time that is spent on emulations of one region."""

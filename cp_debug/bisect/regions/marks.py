@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from cp_debug.bisect.regions.region import MOVING
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.operators import MOVING
 
 WIDE = 8
 """A cut that so many values cross says little about its nodes."""

@@ -9,16 +9,11 @@ from typing import Any
 from cp_debug.backends.tensorrt.inspector import EngineLayer
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.operators import MOVING, PRODUCTS
 from cp_debug.serialize import JsonForm
 
 MANY = 8
 """Nodes that compute, from which on a group is a region: Conv + BatchNorm + Add + activation is still a layer."""
-MOVING = frozenset(
-    ("Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Shape",
-     "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
-)  # fmt: skip
-"""Operators that compute nothing."""
 
 
 @dataclass(frozen=True)
