@@ -365,7 +365,8 @@ def test_doctor_cuts_no_advice_where_the_terminal_is_narrow(monkeypatch: pytest.
     _, narrow = run("doctor")
     assert max(map(len, narrow.splitlines()[:5])) <= 60
     assert "…" not in narrow
-    assert '✗ ONNX Runtime CUDA use_tf32: providers=[("CUDAExecutionProvider", {"use_tf32": "0"})]' in narrow
+    assert 'providers=[("CUDAExecutionProvider", {"use_tf32": "0"})]  # ONNX Runtime CUDA use_tf32 is on' in narrow
+    assert 'torch.backends.cudnn.conv.fp32_precision = "ieee"  # tf32 here' in narrow
     assert "config.clear_flag(trt.BuilderFlag.TF32)" in narrow
 
 

@@ -211,7 +211,7 @@ def test_doctor_and_the_list_of_models_fit_any_width(monkeypatch: pytest.MonkeyP
         for command in ("doctor", "models"):
             assert run(command)[0] == 0
         lines = out.file.getvalue().splitlines()
-        fixes.append([line for line in lines if re.match(r"(?!warning: )\S+: .*|✗ .*: ", line)])
+        fixes.append([line for line in lines if re.match(r"(?!warning: )\S+: .*|.*  # .* here$", line)])
         assert max(cell_len(line) for line in lines if line not in fixes[-1]) <= width
     assert fixes[0] == fixes[1] == fixes[2], "what is to be copied is one line at any width"
 

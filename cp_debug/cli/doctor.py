@@ -26,17 +26,16 @@ def doctor(json: JsonAlone = None) -> None:
         if package.hint:
             console.print(Text.assemble((f"{package.name}: ", "yellow"), package.hint), soft_wrap=True)
     console.print()
-    settings = [
-        (each.name, each.value, each.in_a_run, Cell("✓", "good") if each.safe else Cell("✗", "note"))
-        for each in report.settings
-    ]
-    columns = (Column("setting"), Column("here"), Column("in a run"), Column("", "mark"))  # nothing is cut
-    console.print(Terminal(Sheet(columns, settings)))
-    if not all(setting.safe for setting in report.settings):
-        console.print(Text("where ✗ stands, a run of cpdebug sets the value itself; in programs of your own, set it:"))
-    for setting in report.settings:
-        if not setting.safe:
-            console.print(Text(f"✗ {setting.name}: {setting.advice}", "yellow"), soft_wrap=True)
+    unsafe = [setting for setting in report.settings if not setting.safe]
+    if unsafe:
+        console.print(Text("these change numbers; a run of cpdebug sets them itself, your own programs should:"))
+    for setting in unsafe:  # to be copied, too
+        name = setting.name.removeprefix("torch ")
+        is_what = setting.value if name in setting.advice else f"{setting.name} is {setting.value}"
+        console.print(Text.assemble((setting.advice, "yellow"), f"  # {is_what} here"), soft_wrap=True)
+    console.print(
+        Text(f"{len(report.settings) - len(unsafe)} of {len(report.settings)} settings are safe; --json has all")
+    )
     console.print()
     for line in report.devices:
         console.print(Text(line))

@@ -38,26 +38,10 @@ ELSEWHERE = {
 """Distribution → another way to get it."""
 
 ADVICE = {
-    "backends.cudnn.conv.fp32_precision": 'torch.backends.cudnn.conv.fp32_precision = "ieee"',
-    "backends.cuda.matmul.fp32_precision": 'torch.backends.cuda.matmul.fp32_precision = "ieee"',
-    "backends.cudnn.rnn.fp32_precision": 'torch.backends.cudnn.rnn.fp32_precision = "ieee"',
-    "backends.mkldnn.conv.fp32_precision": 'torch.backends.mkldnn.conv.fp32_precision = "ieee"',
-    "backends.mkldnn.matmul.fp32_precision": 'torch.backends.mkldnn.matmul.fp32_precision = "ieee"',
-    "backends.mkldnn.rnn.fp32_precision": 'torch.backends.mkldnn.rnn.fp32_precision = "ieee"',
-    "backends.cudnn.benchmark": "torch.backends.cudnn.benchmark = False",
-    "backends.cudnn.deterministic": "torch.backends.cudnn.deterministic = True",
-    "backends.mkldnn.deterministic": "torch.backends.mkldnn.deterministic = True",
-    "backends.cuda.matmul.allow_fp16_reduced_precision_reduction": (
-        "torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False"
-    ),
-    "backends.cuda.matmul.allow_bf16_reduced_precision_reduction": (
-        "torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False"
-    ),
-    "backends.cuda.matmul.allow_fp16_accumulation": "torch.backends.cuda.matmul.allow_fp16_accumulation = False",
     "deterministic_algorithms": "torch.use_deterministic_algorithms(True)",
     "CUBLAS_WORKSPACE_CONFIG": "export CUBLAS_WORKSPACE_CONFIG=:4096:8",
 }
-"""Torch setting → the line that makes it the safe one, outside of cpdebug."""
+"""Setting that is no attribute of torch → the line that makes it the safe one, outside of cpdebug."""
 
 PROBE = 120.0
 """Seconds within which TensorRT tells what it is: its libraries are gigabytes."""
@@ -113,8 +97,10 @@ def _packages() -> Iterator[Package]:
 def _torch_settings() -> Iterator[Setting]:
     current = read_settings()
     with deterministic() as in_a_run:
-        for name, advice in ADVICE.items():
+        for name in (*(name for name in current if name.startswith("backends.")), *ADVICE):
             value, value_in_run = current[name], in_a_run[name]
+            line = f'"{value_in_run}"' if isinstance(value_in_run, str) else value_in_run
+            advice = ADVICE.get(name, f"torch.{name} = {line}")
             safe = value == value_in_run or {str(value), str(value_in_run)} <= _UNSET_IS_SAFE
             yield Setting(f"torch {name}", _word(value), _word(value_in_run), safe, "" if safe else advice)
 
