@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ def compare_captures(
         oracle=None,
         notes=[
             *(f"compared by force: {reason}" for reason in reasons),
-            *_pairing_notes(pairs, rows, total),
+            *_pairing_notes(pairs),
             *end_notes.omitted(omitted),
             *_end_notes(reference, test, pairs),
             *_other_ways(reference, test, rows, {a: b for (a, _), (b, _) in pairs.items()}),
@@ -215,13 +215,11 @@ def _pairing(reference: Capture, pairs: Mapping[Tensor, Tensor]) -> dict[str, An
     return {component: {"missing": names} for component, names in missing.items()}
 
 
-def _pairing_notes(pairs: Mapping[Tensor, Tensor], rows: Collection[Tensor], total: int) -> Iterator[str]:
+def _pairing_notes(pairs: Mapping[Tensor, Tensor]) -> Iterator[str]:
     if components := sorted({(a, b) for (a, _), (b, _) in pairs.items() if a != b}):
         yield "components paired: " + ", ".join(f"{a} = {b}" for a, b in components)
     if renamed := sum(a != b for (_, a), (_, b) in pairs.items()):
         yield f"{renamed} of {len(pairs)} tensors have other names in the test: paired by what they hold or as told"
-    if len(rows) < total:
-        yield f"{total - len(rows)} of {total} tensors have no counterpart in the test"
 
 
 def _end_notes(reference: Capture, test: Capture, pairs: Mapping[Tensor, Tensor]) -> Iterator[str]:

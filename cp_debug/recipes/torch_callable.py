@@ -31,9 +31,7 @@ from cp_debug.recipes.base import Arrays, Component, NamesOnDemand, Sample, Stag
 from cp_debug.recipes.input_files import DEFAULT_READING, count_samples, file_samples
 from cp_debug.recipes.torch_inputs import flat_inputs
 
-TRAIN_MODE = (
-    "{} came in train mode and runs in eval mode; `cpdebug bisect --test-train-mode` shows what the other one does"
-)
+TRAIN_MODE = "{} came in train mode and runs in eval mode; `cpdebug bisect --test-train-mode` compares train mode"
 _LARGE = 1 << 26
 """Parameters from which on a forward on the CPU takes longer than a copy of the module without its values."""
 _OTHER_IN_TRAINING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase, nn.RNNBase)

@@ -90,7 +90,8 @@ def render(
                     yield Text(_selection(test, rest), style="dim")
         else:
             yield verdict_line(test)
-            yield Padding.indent(Text(_largest(test), style="dim"), 2)
+            if nearest := _largest(test):
+                yield Padding.indent(Text(nearest, style="dim"), 2)
         yield from findings(test)
         if test.detections is not None:
             yield Padding.indent(Text(f"detections: {test.detections}"), 0 if has_tables else 2)
@@ -111,11 +112,11 @@ def _in_words(record: RunRecord) -> str:
 
 
 def _largest(test: TestResult) -> str:
-    """Phrase about the layer that is nearest to being guilty, of a test that agrees."""
+    """Phrase about the layer that is nearest to being guilty, of a test that agrees; empty where none was replayed."""
     worst = max(test.rows, key=lambda row: (row.replay and row.replay.excess) or 0.0)
     excess = (worst.replay and worst.replay.excess) or 0.0
-    most = f", largest excess {number(excess)} (the limit is {EXCESS:g}): {worst.name}" if excess else ""
-    return amount(len(test.rows), "layer") + most
+    layers = amount(len(test.rows), "layer")
+    return f"{layers}, largest excess {number(excess)} (the limit is {EXCESS:g}): {worst.name}" if excess else ""
 
 
 def weight_lines(result: BisectResult) -> list[str]:
