@@ -214,8 +214,8 @@ def plain(document: Any, source: str, *, nulls: bool = False) -> Any:
     return copy(document, ())
 
 
-def read_npz(path: Path, names: frozenset[str] | None = None) -> dict[str, np.ndarray]:
-    """The plain arrays of a ``.npz`` file, those of ``names`` alone where given.
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The plain arrays of a ``.npz`` file.
 
     Raises InputError for a file that is none, for objects, and for arrays whose header and data disagree.
     """
@@ -224,10 +224,9 @@ def read_npz(path: Path, names: frozenset[str] | None = None) -> dict[str, np.nd
     check_file(path, ".npz file")
     with _numpy_file(path, ".npz"), zipfile.ZipFile(path) as archive:
         members = {m.filename.removesuffix(".npy"): m for m in archive.infolist() if m.filename.endswith(".npy")}
-        chosen = {name: member for name, member in members.items() if names is None or name in names}
-        _check_room(path, sum(member.file_size for member in chosen.values()))
+        _check_room(path, sum(member.file_size for member in members.values()))
         arrays = {}
-        for name, member in chosen.items():
+        for name, member in members.items():
             with archive.open(member) as stream:
                 arrays[name] = array_of(stream, member.file_size, name)
         return arrays

@@ -11,12 +11,11 @@ import torch
 
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.deploy.interface_checks import CheckedModel, InterfaceChecks, check_logits, check_probabilities, checked
+from cp_debug.deploy.interface_checks import InterfaceChecks, check_logits, check_probabilities, checked
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import Export, Pipeline, prepare
 from cp_debug.recipes.base import Sample
 from cp_debug.recipes.centerpoint.config import TINY
-from cp_debug.recipes.centerpoint.decode import Detections
 from cp_debug.recipes.centerpoint.recipe import BACKBONE_NECK_HEAD, CenterPointModel
 from cp_debug.recipes.centerpoint.rotation import turn
 
@@ -104,11 +103,6 @@ def test_a_batch_detects_what_its_clouds_detect_alone(
     changed = {**results, BACKBONE_NECK_HEAD: results[BACKBONE_NECK_HEAD] | squeezed}
     with pytest.raises(InputError, match=r"task0.heatmap lies between .*: these are probabilities"):
         safe.decode(sample, changed)
-    again = CheckedModel(model, probabilities=True).decode(sample, changed)
-    assert isinstance(again, Detections)
-    np.testing.assert_allclose(again.scores, one.scores, rtol=1e-4)
-    with pytest.raises(InputError, match="logits where probabilities are expected"):
-        CheckedModel(model, probabilities=True).decode(sample, results)
 
 
 def test_turning_twice_changes_nothing() -> None:

@@ -306,9 +306,9 @@ def test_few_bits_by_hand() -> None:
     assert forms["with 8 bits of mantissa"].tolist() == [[1, 1.125, 448, -1 - 2.0**-8]]
     assert forms["in FP8 E4M3, no scale"].tolist() == [[1, 1.125, 448, -1]]
     assert [name.split(",")[0] for name in forms][:1] == ["in 4 bits"]
-    assert tensor_change._axis_name(0, 1) == "element"
-    assert [tensor_change._axis_name(axis, 4) for axis in range(3)] == ["channel", "input channel", "slice of axis 2"]
-    assert tensor_change._axis_name(1, 2) == "column"
+    assert tensor_change.axis_name(0, 1) == "element"
+    assert [tensor_change.axis_name(axis, 4) for axis in range(3)] == ["channel", "input channel", "slice of axis 2"]
+    assert tensor_change.axis_name(1, 2) == "column"
 
 
 @pytest.mark.parametrize(("other", "same"), [({"transB": 1}, True), ({"transB": 0}, False), ({}, False)])

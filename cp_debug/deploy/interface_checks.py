@@ -145,13 +145,11 @@ class CheckedModel(CenterPointModel):
     """A CenterPoint whose interfaces are checked wherever it runs; everything else is the model's.
 
     It derives from what it checks, since Python 3.12 looks for a protocol's members past ``__getattr__``.
-
-    ``probabilities``: the head ends in a sigmoid, which decoding must undo.
     """
 
-    def __init__(self, model: CenterPointModel, *, probabilities: bool = False) -> None:
+    def __init__(self, model: CenterPointModel) -> None:
         self.__dict__.update(model.__dict__)
-        self._model, self._probabilities = model, probabilities
+        self._model = model
         self._checks = InterfaceChecks(model.config)
 
     def __getattr__(self, name: str) -> Any:
@@ -178,13 +176,8 @@ class CheckedModel(CenterPointModel):
 
     def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> Detections | list[Detections]:
         """The model's ``decode``, after a check of the head's maps. Raises InputError for maps that do not fit."""
-        maps = dict(results[BACKBONE_NECK_HEAD])
-        if self._probabilities:
-            for name in (n for n in maps if n.rpartition(".")[2] == "heatmap"):
-                check_probabilities(name, maps[name])
-                maps[name] = torch.logit(torch.from_numpy(maps[name]).double()).float().numpy()
-        self._checks.outputs(maps, batch_size(sample))
-        return self._model.decode(sample, {**results, BACKBONE_NECK_HEAD: maps})
+        self._checks.outputs(results[BACKBONE_NECK_HEAD], batch_size(sample))
+        return self._model.decode(sample, results)
 
 
 def checked(model: Model) -> Model:

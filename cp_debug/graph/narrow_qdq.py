@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.narrow_types import BITS, FIRST_OPSET
-from cp_debug.graph.qdq import own_named, raised
+from cp_debug.graph.qdq import raised
 from cp_debug.graph.surgery import save, unused_names
 
 _CODES = {
@@ -119,12 +119,8 @@ class _NarrowSurgery:
         self.fresh = unused_names(self.graph)
 
     def model(self) -> onnx.ModelProto:
-        model = onnx.ModelProto()
-        model.CopyFrom(self.graph.proto)
-        del model.graph.node[:]
-        model.graph.node.extend(map(own_named, self.graph.nodes))
         opset = needed_opset(self.layers)
-        model = raised(model, self.graph, opset, self.what)
+        model = raised(self.graph, opset, self.what)
         nodes = [new for proto in model.graph.node for new in self._rewrite(proto)]
         kept, needed = _needed(nodes, {v.name for v in model.graph.output})
         weights = [t for t in model.graph.initializer if t.name in needed] + self.constants

@@ -105,13 +105,9 @@ class _QdqSurgery:
 
     def model(self) -> onnx.ModelProto:
         """The rewritten model. Raises InputError as ``insert_qdq`` does."""
-        model = onnx.ModelProto()
-        model.CopyFrom(self.graph.proto)
         for name in (*self.layers, *self.residual_adds):
             self._check(name)
-        del model.graph.node[:]
-        model.graph.node.extend(map(own_named, self.graph.nodes))
-        model = raised(model, self.graph, OPSET, "INT8")
+        model = raised(self.graph, OPSET, "INT8")
         nodes = [new for proto in model.graph.node for new in self._rewrite(proto)]
         del model.graph.node[:]
         model.graph.node.extend(nodes)
@@ -201,21 +197,17 @@ def _data(graph: Graph) -> set[str]:
     return {*from_inputs(graph), *(v.name for v in graph.inputs)}
 
 
-def own_named(node: Node) -> onnx.NodeProto:
-    """A copy of the node with a name of its own: one without is called after its place, which changes."""
-    proto = onnx.NodeProto()
-    proto.CopyFrom(node.proto)
-    proto.name = node.name
-    return proto
-
-
-def raised(model: onnx.ModelProto, graph: Graph, opset: int, need: str) -> onnx.ModelProto:
-    """The model in ``opset`` at least: as it is where that means the same, else converted by ONNX, which puts nodes
-    beside it.
+def raised(graph: Graph, opset: int, need: str) -> onnx.ModelProto:
+    """A copy of the model in ``opset`` at least: as it is where that means the same, else converted by ONNX, which puts
+    nodes beside it. Every node has a name of its own: one without is called after its place, which changes.
 
     ``need``: what needs the opset, for messages. Raises InputError where ONNX does not convert one of the operators, or
     would lose one of the values.
     """
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.proto)
+    for proto, node in zip(model.graph.node, graph.nodes, strict=True):
+        proto.name = node.name
     old = graph.opsets.get("", 1)
     if old >= opset:
         return model

@@ -176,26 +176,24 @@ def _by_channel(a: np.ndarray, b: np.ndarray) -> Iterator[_Way]:
         rows[changed] = rows_a[changed] * factors[:, None]
         value = np.moveaxis(rows.reshape(np.moveaxis(a, axis, 0).shape), 0, axis)
         channel_names = ", ".join(map(str, changed[:4])) + (", …" if len(changed) > 4 else "")
-        axis_name = _axis_name(axis, a.ndim)
+        name = axis_name(axis, a.ndim, many=len(changed) > 1)
         if not factors.any():
-            text = f"{axis_name} {channel_names} {'is' if len(changed) == 1 else 'are'} zero"
+            text = f"{name} {channel_names} {'is' if len(changed) == 1 else 'are'} zero"
             yield "channels-zero", text, value, {"axis": axis, "channels": changed[:32].tolist()}
         if rows_a.shape[1] > 1:  # a row of one element is any other one times something
             spread = f"{factors.min():.6g} … {factors.max():.6g}" if np.ptp(factors) > 1e-6 else f"{factors[0]:.6g}"
-            single = len(changed) == 1
-            text = (
-                f"{axis_name} {channel_names} × {spread}"
-                if single
-                else f"{len(changed)} of {len(rows)} {axis_name}s × {spread}"
-            )
+            which = f"{name} {channel_names}" if len(changed) == 1 else f"{len(changed)} of {len(rows)} {name}"
+            text = f"{which} × {spread}"
             evidence = {"axis": axis, "channels": changed[:32].tolist(), "factors": factors[:32].tolist()}
             yield "channels-scaled", text, value, evidence
 
 
-def _axis_name(axis: int, dims: int) -> str:
-    """Convolutions count output channels first; a matrix may lie either way."""
+def axis_name(axis: int, dims: int, *, many: bool = False) -> str:
+    """Name of a slice along an axis, or of ``many``. Convolutions count output channels first; a matrix may lie either
+    way."""
     names = {1: ("element",), 2: ("row", "column")}.get(dims, ("channel", "input channel"))
-    return names[axis] if axis < len(names) else f"slice of axis {axis}"
+    s = "s" if many else ""
+    return f"{names[axis]}{s}" if axis < len(names) else f"slice{s} of axis {axis}"
 
 
 def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
@@ -215,9 +213,8 @@ def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
             moved = [i for i, j in enumerate(places) if i != j]
             pairs = ", ".join(f"{i}←{places[i]}" for i in moved[:6]) + (", …" if len(moved) > 6 else "")
             copied = len(set(places)) < len(places)
-            text = (
-                f"{_axis_name(axis, a.ndim)}s {'that hold those of others' if copied else 'in another order'}: {pairs}"
-            )
+            what = "that hold those of others" if copied else "in another order"
+            text = f"{axis_name(axis, a.ndim, many=True)} {what}: {pairs}"
             evidence = {"axis": axis, "moved": len(moved), "order": places[:64]}
             yield "copied" if copied else "permuted", text, value, evidence
     yield from (way for way in interleaved_forms(a) if way[0] == "transposed")
@@ -259,10 +256,10 @@ def interleaved_forms(a: np.ndarray) -> Iterator[_Way]:
         for parts in (p for p in PARTS if count % p == 0 and 1 < p < count):
             for m, n in dict.fromkeys(((parts, count // parts), (count // parts, parts))):
                 value = a.reshape(*before, m, n, *behind).swapaxes(axis, axis + 1).reshape(a.shape)
-                text = f"{_axis_name(axis, a.ndim)}s {m} × {n} are read as {n} × {m}"
+                text = f"{axis_name(axis, a.ndim, many=True)} {m} × {n} are read as {n} × {m}"
                 yield "permuted", text, value, {"axis": axis, "parts": [m, n]}
         if count > 3 and count % 2 == 0:
-            text = f"both halves of the {_axis_name(axis, a.ndim)}s are exchanged"
+            text = f"both halves of the {axis_name(axis, a.ndim, many=True)} are exchanged"
             yield "permuted", text, np.roll(a, count // 2, axis), {"axis": axis, "by": count // 2}
     for axis, other in itertools.permutations(range(a.ndim), 2):
         count, size = a.shape[axis], a.shape[other]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,55 +38,55 @@ def render(result: EvaluationResult) -> Iterator[RenderableType]:
 
 def summary_table(result: EvaluationResult) -> Sheet:
     """A row for each metric: for each test backend its value and the difference from the reference."""
-    reference, *tests = result.backends
-    columns = [Column("metric", "mark"), Column(reference.backend.spec, "number", show=_interval)]
-    for each in tests:
-        columns += [Column(each.backend.spec, "number", show=_number), Column("Δ", "number", show=_difference)]
-    rows, one_each = [], []
-    for metric in reference.summary:
-        tone: Tone = "strong" if metric in ("mAP", "NDS") else ""
-        values: list[Any] = [metric, reference.summary[metric]]
-        one_each.append(Row((metric, reference.backend.spec, reference.summary[metric].value, ""), tone))
-        for each in tests:
-            assert each.difference is not None
-            values += [each.summary[metric].value, each.difference[metric]]
-            one_each.append(Row(("", each.backend.spec, *values[-2:]), tone))
-        one_each[-1] = replace(one_each[-1], ends=True)
-        rows.append(Row(values, tone))
     title = f"{CONFIDENCE:.0%} intervals from {result.options.draws} draws of the samples"
     if emulated := [each.backend.spec for each in result.backends if each.backend.emulated]:
         title += f"; emulated: {', '.join(emulated)}"  # in the heading it would be too wide for 80 columns
-    return Sheet(columns, rows, title, ruled=True, narrow=_one_each("metric", one_each, _difference, title))
-
-
-def _one_each(first: str, rows: Sequence[Row], difference: Callable[[Any], str], title: str = "") -> Sheet:
-    """A row for each metric and backend: the value, and the difference from the reference."""
-    columns = (
-        Column(first, "mark"),
-        Column("backend", "name"),
-        Column("value", "number", show=_number),
-        Column("Δ", "number", show=difference),
-    )
-    return Sheet(columns, rows, title, ruled=True)
+    differences = [each.difference or {} for each in result.backends]
+    figures = {
+        metric: [
+            (each.summary[metric], of[metric] if of else "")
+            for each, of in zip(result.backends, differences, strict=True)
+        ]
+        for metric in result.backends[0].summary
+    }
+    strong = {name for name in figures if name in ("mAP", "NDS")}
+    return _figures("metric", figures, [each.backend.spec for each in result.backends], strong, title)
 
 
 def t4_table(result: EvaluationResult) -> Sheet:
     """A row for each of T4's figures: each backend's value, and for a test its difference from the reference."""
-    reference, *tests = result.backends
-    columns = [Column("T4's metric", "mark"), Column(reference.backend.spec, "number", show=_figure)]
-    for each in tests:
-        columns += [Column(_name(each), "number", show=_number), Column("Δ", "number", show=_change)]
+    reference = result.backends[0]
+    figures = {
+        name: [
+            (reference.t4_intervals.get(name, value), ""),
+            *((each.t4[name], each.t4_difference.get(name, each.t4[name] - value)) for each in result.backends[1:]),
+        ]
+        for name, value in reference.t4.items()
+    }
+    names = [reference.backend.spec, *map(_name, result.backends[1:])]
+    return _figures("T4's metric", figures, names, {name for name in figures if name.startswith("mAP_")})
+
+
+def _figures(
+    first: str,
+    figures: Mapping[str, Sequence[tuple[Any, Any]]],
+    names: Sequence[str],
+    strong: Collection[str],
+    title: str = "",
+) -> Sheet:
+    """A row for each metric: (value, difference from the reference) of each backend; narrow, one for each of these."""
+    columns = [Column(first, "mark"), Column(names[0], "number", show=_figure)]
+    for name in names[1:]:
+        columns += [Column(name, "number", show=_plain), Column("Δ", "number", show=_change)]
     rows, one_each = [], []
-    for name, value in reference.t4.items():
-        tone: Tone = "strong" if name.startswith("mAP_") else ""
-        values: list[Any] = [name, reference.t4_intervals.get(name, value)]
-        one_each.append(Row((name, reference.backend.spec, value, ""), tone))
-        for each in tests:
-            values += [each.t4[name], each.t4_difference.get(name, each.t4[name] - value)]
-            one_each.append(Row(("", _name(each), *values[-2:]), tone))
+    for metric, pairs in figures.items():
+        tone: Tone = "strong" if metric in strong else ""
+        rows.append(Row([metric, pairs[0][0], *(part for pair in pairs[1:] for part in pair)], tone))
+        one_each += [Row(("" if i else metric, names[i], *pair), tone) for i, pair in enumerate(pairs)]
         one_each[-1] = replace(one_each[-1], ends=True)
-        rows.append(Row(values, tone))
-    return Sheet(columns, rows, "", ruled=True, narrow=_one_each("T4's metric", one_each, _change))
+    narrow = [Column(first, "mark"), Column("backend", "name"), Column("value", "number", show=_plain)]
+    narrow.append(Column("Δ", "number", show=_change))
+    return Sheet(columns, rows, title, ruled=True, narrow=Sheet(narrow, one_each, title, ruled=True))
 
 
 def class_table(result: EvaluationResult) -> Sheet:
@@ -144,6 +144,10 @@ def _name(each: BackendScores) -> str:
 
 def _number(value: float) -> str:
     return fixed(value, 3)
+
+
+def _plain(value: float | ConfidenceInterval) -> str:
+    return _number(value.value if isinstance(value, ConfidenceInterval) else value)
 
 
 def _figure(value: float | ConfidenceInterval) -> str:

@@ -14,7 +14,7 @@ from cp_debug.bisect.causes.base import Candidate
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
 from cp_debug.programs.node_differences import named, role_of_constant
-from cp_debug.programs.tensor_change import TensorChange, interleaved_forms, rolled_forms, turned_forms
+from cp_debug.programs.tensor_change import TensorChange, axis_name, interleaved_forms, rolled_forms, turned_forms
 
 SIGNIFICANT = 5.0
 """Multiple of its deviation from which a fitted slice counts as another one than the declared one."""
@@ -91,7 +91,7 @@ def of_slices(own: Tensor, fitted: Tensor, deviation: Tensor) -> Iterator[Change
         if order is not None:
             moved = [i for i in range(count) if int(order[i]) != i]
             pairs = ", ".join(f"{i}←{int(order[i])}" for i in moved[:6]) + (", …" if len(moved) > 6 else "")
-            text = f"{_slices(axis, own.dim())} in another order: {pairs}"
+            text = f"{axis_name(axis, own.dim(), many=True)} in another order: {pairs}"
             evidence = {"axis": axis, "moved": len(moved), "order": order[:64].tolist()}
             yield Change("permuted", text, whole(rows[order]), len(moved), evidence)
     if (norm := float(own.square().sum())) and (factor_of_all := float((own * fitted).sum()) / norm):
@@ -113,16 +113,9 @@ def _order(rows: Tensor, fits: Tensor, off: Tensor) -> Tensor | None:
     return order if moved and len(order.unique()) == len(order) else None
 
 
-def _slices(axis: int, dims: int) -> str:
-    names = {1: ("elements",), 2: ("rows", "columns")}.get(dims, ("channels", "input channels"))
-    return names[axis] if axis < len(names) else f"slices of axis {axis}"
-
-
 def _named(places: Tensor, axis: int, dims: int) -> str:
-    single = (
-        _slices(axis, dims).replace("slices", "slice").removesuffix("s") if len(places) == 1 else _slices(axis, dims)
-    )
-    return f"{single} {', '.join(map(str, places[:4].tolist()))}" + (", …" if len(places) > 4 else "")
+    shown = f"{', '.join(map(str, places[:4].tolist()))}" + (", …" if len(places) > 4 else "")
+    return f"{axis_name(axis, dims, many=len(places) > 1)} {shown}"
 
 
 def cause_of(change: Change, node: Node, place: int) -> tuple[str, str, dict[str, Any]]:

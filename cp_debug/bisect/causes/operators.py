@@ -141,7 +141,7 @@ def other_neighbour(segment: Segment) -> Iterator[Candidate]:
 def padding(segment: Segment) -> Iterator[Candidate]:
     """Candidates: a window operator that pads elsewhere, or with other values than zeros."""
     for node in segment.nodes:
-        pads = next((list(a.ints) for a in node.proto.attribute if a.name == "pads"), [])
+        pads = list(node.attribute("pads", []))
         if node.op not in ("Conv", "ConvTranspose", "MaxPool", "AveragePool") or not any(pads):
             continue
         rank = len(pads) // 2

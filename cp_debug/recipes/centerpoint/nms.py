@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from cp_debug.recipes.centerpoint.config import CenterPointConfig
@@ -21,14 +23,7 @@ def circle_nms(centres: np.ndarray, scores: np.ndarray, min_radius: float) -> np
 
     ``centres`` [N, 2] in metres, ``scores`` [N], ``min_radius`` in m².
     """
-    remaining = np.argsort(-scores, kind="stable")
-    survivors = []
-    while remaining.size:
-        best, remaining = remaining[0], remaining[1:]
-        survivors.append(best)
-        distance = ((centres[remaining] - centres[best]) ** 2).sum(axis=1)
-        remaining = remaining[distance > min_radius]
-    return np.array(survivors, dtype=np.int64)
+    return _greedy(scores, lambda best, others: ((centres[others] - centres[best]) ** 2).sum(axis=1) > min_radius)
 
 
 def rotated_nms(rectangles: np.ndarray, scores: np.ndarray, limit: float) -> np.ndarray:
@@ -37,15 +32,23 @@ def rotated_nms(rectangles: np.ndarray, scores: np.ndarray, limit: float) -> np.
     ``rectangles`` [N, 5]: x, y, length, width in metres, yaw in radians; ``scores`` [N]; ``limit`` is an intersection
     over union, as in mmdet3d's ``nms_bev``.
     """
-    remaining = np.argsort(-scores, kind="stable")
     rectangles = rectangles.astype(np.float64)
     areas = np.abs(rectangles[:, 2:4]).prod(axis=1)
+
+    def apart(best: int, others: np.ndarray) -> np.ndarray:
+        common = intersection_areas(np.repeat(rectangles[[best]], len(others), 0), rectangles[others])
+        union = areas[best] + areas[others] - common
+        return ~(np.divide(common, union, out=np.zeros_like(union), where=union > 0) > limit)
+
+    return _greedy(scores, apart)
+
+
+def _greedy(scores: np.ndarray, apart: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
+    """Indices that survive, best first; ``apart``: which of some others stay beside a better one."""
+    remaining = np.argsort(-scores, kind="stable")
     survivors = []
     while remaining.size:
         best, remaining = remaining[0], remaining[1:]
         survivors.append(best)
-        common = intersection_areas(np.repeat(rectangles[[best]], len(remaining), 0), rectangles[remaining])
-        union = areas[best] + areas[remaining] - common
-        overlap = np.divide(common, union, out=np.zeros_like(union), where=union > 0)
-        remaining = remaining[~(overlap > limit)]
+        remaining = remaining[apart(best, remaining)]
     return np.array(survivors, dtype=np.int64)
