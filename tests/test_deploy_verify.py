@@ -93,7 +93,7 @@ def test_a_failed_verification_names_layer_and_cause(broken: Path, tmp_path: Pat
     flat = " ".join(text.split())
     assert "1 of 13 outputs fail, the worst is task0.dim" in flat
     assert "guilty layer pts_bbox_head.task_heads.0.dim.1" in flat
-    assert "scale of the weights" in flat
+    assert "Conv weights: channel 0 × 1.05" in flat
     failed = [c for c in ET.parse(junit).iter("testcase") if c.find("failure") is not None]
     assert [c.get("name") for c in failed] == [f"{HEAD}/task0.dim"]
     assert "guilty layer" in failed[0].find("failure").get("message")

@@ -89,7 +89,7 @@ def test_every_public_name_has_its_place() -> None:
 def test_every_command_and_flag_is_on_the_page() -> None:
     page = reference_pages.cli_page()
     for command in ("bisect", "quantize ptq", "import", "ui"):
-        assert f"## `cpdebug {command}`" in page
+        assert f"### {command}\n" in page
     assert "--tensors-layout <nchw|nhwc|flat>" in page
 
 

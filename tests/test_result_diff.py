@@ -43,7 +43,7 @@ def test_a_layer_that_became_guilty(folder: Path) -> None:
     assert code == 1
     assert "no longer agrees" in text
     assert "ok → guilty" in text
-    assert "second (Conv): the scale of the weights" in text
+    assert "second (Conv): Conv weights are scaled by" in text
     assert "new cause: " in text
     diff = cp_debug.diff_results(*(cp_debug.open_result(folder / f"{n}.json") for n in ("good", "bad")))
     assert diff.worse
