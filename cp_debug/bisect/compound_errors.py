@@ -138,7 +138,7 @@ def _resized(oracle: Executor, node: Node, inputs: Mapping[str, Tensor], result:
         slope = torch.maximum(torch.cat([first, steps], axis), torch.cat([steps, last], axis)) * max(after / before, 1)
         place = torch.arange(after, dtype=result.dtype, device=result.device) * (before / after)
         off = torch.hypot(off, slope * place.reshape([-1 if d == axis else 1 for d in range(result.dim())]))
-    if next((a.s for a in node.proto.attribute if a.name == "mode"), b"nearest") == b"nearest":
+    if node.attribute("mode", b"nearest") == b"nearest":
         call = Call.of(node, oracle.graph.opsets.get("", 1), oracle.arithmetic, oracle.device)
         given = [inputs[n] if n else None for n in node.proto.input]
         there = [KERNELS[node.op].function(call, *given, shift=by) for by in (-NEAR, NEAR)]

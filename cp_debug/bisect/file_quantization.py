@@ -215,23 +215,32 @@ class FileQuantization:
             return grid.value(result.double())
         return result
 
-    def with_fitted_weight(
-        self, target: str, known: Collection[str], given: Mapping[str, AnyTensor], op: str, weight: Tensor
-    ) -> Tensor | None:
-        """Result ``target`` by the file's own nodes, with the codes of the product of ``op`` read so that they come
-        nearest to ``weight`` (float64); None where that is about as near as they are, and as for ``declared``."""
+    def _in_floats(
+        self, target: str, known: Collection[str], given: Mapping[str, AnyTensor]
+    ) -> tuple[str, list[Node], dict[str, AnyTensor]] | None:
+        """The target's name in the file, the nodes that compute it and what they start from; None where one of these
+        values is not given, or held in levels."""
         own = self._names.get(target, target)
         if own not in self._graph.producer:
             return None
         plain_names = {self._names.get(name, name): name for name in known}
         nodes, starts = self._graph.segment([own], plain_names.keys())
-        values = {start: given.get(plain_names.get(start, start)) for start in starts}
+        values = {start: given[name] for start in starts if (name := plain_names.get(start, start)) in given}
+        in_levels = any(self._constant_grid(name) is not None for name in (own, *starts))
+        return None if in_levels or len(values) < len(starts) else (own, nodes, values)
+
+    def with_fitted_weight(
+        self, target: str, known: Collection[str], given: Mapping[str, AnyTensor], op: str, weight: Tensor
+    ) -> Tensor | None:
+        """Result ``target`` by the file's own nodes, with the codes of the product of ``op`` read so that they come
+        nearest to ``weight`` (float64); None where that is about as near as they are, and as for ``declared``."""
+        if (found := self._in_floats(target, known, given)) is None:
+            return None
+        own, nodes, values = found
         product = product_of(nodes, op)
         stored = stored_codes(self._graph, product) if product is not None else None
         repair = stored.repair(weight) if stored is not None else None
-        if stored is None or repair is None or any(value is None for value in values.values()):
-            return None
-        if self._constant_grid(own) is not None or any(self._constant_grid(s) is not None for s in starts):
+        if stored is None or repair is None:
             return None
         rest = [node for node in nodes if node is not stored.dequantizer]
         fed = {**values, stored.dequantizer.outputs[0]: repair.value.float()}
@@ -254,14 +263,9 @@ class FileQuantization:
         weights, for levels that are captured, and as for ``declared``. ``given``: name → tensor of the parent, in any
         float dtype.
         """
-        own = self._names.get(target, target)
-        if own not in self._graph.producer or self._constant_grid(own) is not None:
+        if (found := self._in_floats(target, known, given)) is None:
             return None
-        plain_names = {self._names.get(name, name): name for name in known}
-        nodes, starts = self._graph.segment([own], plain_names.keys())
-        values = {start: given.get(plain_names.get(start, start)) for start in starts}
-        if any(v is None for v in values.values()) or any(self._constant_grid(s) is not None for s in starts):
-            return None
+        own, nodes, values = found
         rounded: dict[str, Tensor] = {}
         """Levels → the numbers behind them."""
         for node in nodes:

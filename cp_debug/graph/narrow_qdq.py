@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.narrow_types import BITS, FIRST_OPSET
+from cp_debug.graph.onnx_file import reads
 from cp_debug.graph.qdq import raised
 from cp_debug.graph.surgery import save, unused_names
 
@@ -274,14 +275,5 @@ def _needed(nodes: list[onnx.NodeProto], outputs: set[str]) -> tuple[list[onnx.N
         if needed.isdisjoint(filter(None, node.output)):
             continue
         kept.append(node)
-        needed.update(_reads(node))
+        needed.update(reads(node))
     return kept[::-1], needed
-
-
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    yield from node.input
-    for attribute in node.attribute:
-        for body in (attribute.g, *attribute.graphs):
-            yield from (v.name for v in body.output)
-            for inner in body.node:
-                yield from _reads(inner)

@@ -248,23 +248,12 @@ class _Check:
     def _order(self, graph: onnx.GraphProto) -> None:
         """Raise InputError if the graph has a cycle."""
         maker = {output: i for i, node in enumerate(graph.node) for output in node.output if output}
-        needs = [{maker[name] for name in reads(node) if name in maker} for node in graph.node]
-        waiting = [len(sources) for sources in needs]
-        readers: dict[int, list[int]] = {}
-        for index, sources in enumerate(needs):
-            for source in sources:
-                readers.setdefault(source, []).append(index)
-        ready = [index for index, count in enumerate(waiting) if not count]
-        ordered_count = 0
-        while ready:
-            ordered_count += 1
-            for reader in readers.get(ready.pop(), ()):
-                waiting[reader] -= 1
-                if not waiting[reader]:
-                    ready.append(reader)
-        if ordered_count < len(graph.node):
-            stuck = next(node for node, count in zip(graph.node, waiting, strict=True) if count)
-            raise self._error(f"{_title(stuck)} reads, over other nodes, what it makes itself")
+        needs = {i: {maker[name] for name in reads(node) if name in maker} for i, node in enumerate(graph.node)}
+        try:
+            TopologicalSorter(needs).prepare()
+        except CycleError as error:
+            title = _title(graph.node[error.args[1][0]])
+            raise self._error(f"{title} reads, over other nodes, what it makes itself") from None
 
     def _node(self, node: onnx.NodeProto) -> None:
         names = [attribute.name for attribute in node.attribute]
@@ -396,6 +385,7 @@ def reads(node: onnx.NodeProto) -> Iterable[str]:
         for child in graph.node:
             yield from (name for name in reads(child) if name not in inner)
             inner.update(child.output)
+        yield from (value.name for value in graph.output if value.name not in inner)
 
 
 def _called(nodes: Iterable[onnx.NodeProto], depth: int = 0) -> list[tuple[tuple[str, str], int]]:
