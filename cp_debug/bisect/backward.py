@@ -25,6 +25,7 @@ from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import level_values
 from cp_debug.graph.randomness import draws
 from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.distance import all_finite, product
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 
@@ -60,7 +61,8 @@ class Backward:
         those of the graph's inputs. NaN and Inf count as no error, and pass no derivative on.
         """
         for name, value in derivatives.items():
-            self._add(name, torch.from_numpy(value).to(self._follower.device))
+            if value.any():  # else the outputs are equal, and no layer has a share in that
+                self._add(name, torch.from_numpy(value).to(self._follower.device))
         for node in reversed(self._graph.nodes):
             targets = [name for name in node.outputs if name in self.derivatives]
             if not targets:
@@ -94,9 +96,8 @@ class Backward:
                 self.stopped[name] = "its shape is another one in the test"
                 continue
             if name in self._known:
-                introduced = torch.nan_to_num(self._introduced(name, nodes, given, result), 0.0, 0.0, 0.0)
-                errors[name] = float(derivative.double().flatten() @ introduced.flatten())
-            if result.requires_grad and bool(derivative.any()):
+                errors[name] = product(derivative, self._introduced(name, nodes, given, result))
+            if result.requires_grad:
                 followed.append(name)
         if followed and leaves:
             results = [exact[name] for name in followed]
@@ -104,13 +105,13 @@ class Backward:
             gradients = torch.autograd.grad(results, [*leaves.values()], backward, allow_unused=True)
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
-                    self._add(name, torch.nan_to_num(gradient, 0.0, 0.0, 0.0))
+                    self._add(name, gradient if all_finite(gradient) else torch.nan_to_num(gradient, 0.0, 0.0, 0.0))
         return errors
 
     def _introduced(self, name: str, nodes: list[Node], given: Mapping[str, AnyTensor], result: Tensor) -> Tensor:
-        """The introduced error of a value in float64, against what the oracle makes of the test's inputs."""
+        """The introduced error of a value, against what the oracle makes of the test's inputs: BF16 or float64."""
         if (known := self._errors.pop(name, None)) is not None:
-            return known.double()
+            return known
         oracle = self._oracle
         if self._follower is not oracle:
             result = as_tensor(oracle.run_nodes(nodes, given, [name])[name])

@@ -29,26 +29,25 @@ def through_glue(
     outputs = {(c, n): array for c, arrays in results.items() for n, array in arrays.items() if array.dtype.kind == "f"}
     ends = np.cumsum([0, *(array.size for array in outputs.values())])
     parts = dict(zip(outputs, itertools.pairwise(ends), strict=True))
-    places: dict[str, np.ndarray] = {}
-    weight = 1
-    while weight <= ends[-1]:
+    counts: dict[str, list[np.ndarray]] = {}
+    weights = list(itertools.takewhile(lambda weight: weight <= ends[-1], (BASE**n for n in itertools.count())))
+    for weight in weights:
         digits = np.arange(1, ends[-1] + 1) // weight % BASE
         counted = {component_name: dict(arrays) for component_name, arrays in results.items()}
         for (of, name), (first, end) in parts.items():
             array = outputs[of, name]
             counted[of][name] = digits[first:end].reshape(array.shape).astype(array.dtype)
         for name, digit in model.feed(component, sample, counted).items():
-            places[name] = places.get(name, 0) + digit.astype(np.float64) * weight
-        weight *= BASE
+            counts.setdefault(name, []).append(digit.ravel())
     exact = model.feed(component, sample, results)
     flat = np.concatenate([np.zeros(1), *(array.ravel().astype(np.float64) for array in outputs.values())])
     total = np.zeros(len(flat))
-    for name, derivative in derivatives.items():
-        place = np.clip(np.nan_to_num(places.get(name, np.zeros(derivative.shape))), 0, ends[-1]).astype(np.int64)
-        copied = (place == places.get(name, place)) & np.equal(
-            flat[place], exact[name], where=place > 0, out=place == 0
-        )
-        if not bool(np.all(copied | ~np.isfinite(exact[name]))):
+    for name in filter(counts.__contains__, derivatives):
+        copies = np.flatnonzero(np.any([digit != 0 for digit in counts[name]], axis=0))  # a canvas is mostly constant
+        place = np.dot(weights, [digit[copies].astype(np.float64) for digit in counts[name]])
+        whole = np.clip(np.nan_to_num(place), 0, ends[-1]).astype(np.int64)
+        given = exact[name].ravel()[copies]
+        if not bool(np.all((whole == place) & (flat[whole] == given) | ~np.isfinite(given))):
             raise InputError(f"the glue in front of {component.name} computes its input {name}")
-        np.add.at(total, place.ravel(), derivative.astype(np.float64).ravel())
+        np.add.at(total, whole, derivatives[name].ravel()[copies].astype(np.float64))
     return {of: total[first + 1 : end + 1].reshape(outputs[of].shape) for of, (first, end) in parts.items()}

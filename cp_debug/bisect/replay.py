@@ -38,7 +38,7 @@ from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import WHOLE, level_values
 from cp_debug.graph.operators import CONTRACTIONS, PRODUCTS
 from cp_debug.graph.randomness import DRAWS_NUMBERS, draws
-from cp_debug.probes.distance import all_finite, distance, ratio
+from cp_debug.probes.distance import all_finite, distance, ratio, rounded_difference
 from cp_debug.probes.integers import is_whole
 from cp_debug.programs.precision import PRECISIONS, Precision, coarsest, of_operators
 
@@ -248,10 +248,9 @@ class Replayer:
     def _note_error(self, target: str, captured: AnyTensor, exact: Tensor) -> None:
         if not exact.is_floating_point() or 2 * exact.numel() > self._room:
             return  # whole numbers are subtracted exactly, when they are asked for
-        held = as_tensor(self.oracle.arithmetic.hold(captured, self._device))
-        if held.shape == exact.shape:
+        if tuple(captured.shape) == tuple(exact.shape):
             self._room -= 2 * exact.numel()
-            self.errors[target] = (held - exact).bfloat16()  # three digits: a share is a sum over many
+            self.errors[target] = rounded_difference(captured, exact, torch.bfloat16)  # three digits: a share sums many
 
     def _not_emulated(self, nodes: list[Node]) -> tuple[str, ...]:
         emulator = self._emulators[1]

@@ -31,6 +31,29 @@ class Distance(NamedTuple):
         return ratio(self.difference, self.whole)
 
 
+def product(a: Tensor, b: Tensor) -> float:
+    """⟨a, b⟩ in float64 of two tensors with one number of elements, real dtypes and one device. NaN and Inf count as 0,
+    as does what they meet."""
+    block, total = BLOCK if a.device.type == "cpu" else DEVICE_BLOCK, 0.0
+    for x, y in zip(a.flatten().split(block), b.flatten().split(block), strict=True):
+        part = float(x.double() @ y.double())
+        if not math.isfinite(part):
+            part = float(torch.nan_to_num(x.double(), 0.0, 0.0, 0.0) @ torch.nan_to_num(y.double(), 0.0, 0.0, 0.0))
+        total += part
+    return total
+
+
+def rounded_difference(ours: AnyTensor, theirs: Tensor, dtype: torch.dtype) -> Tensor:
+    """ours − theirs of two tensors of one shape and real dtypes, subtracted in float64 and held in ``dtype``, in that
+    shape, on the device of theirs."""
+    found = torch.empty(theirs.shape, dtype=dtype, device=theirs.device)
+    a, b, flat = ours.reshape(-1), theirs.reshape(-1), found.view(-1)
+    block = BLOCK if theirs.device.type == "cpu" else DEVICE_BLOCK
+    for at in (slice(start, start + block) for start in range(0, len(b), block)):
+        flat[at] = to_device(_plain(a[at]), theirs.device).double() - b[at].double()
+    return found
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor of any shape and dtype has no NaN and no Inf. Where the sum of FP32 or FP64 is finite, that one
     pass tells it."""
