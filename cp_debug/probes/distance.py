@@ -12,7 +12,7 @@ from torch import Tensor
 from cp_debug.probes.arrays import Tensor as AnyTensor
 from cp_debug.probes.arrays import as_numpy, device_of, has_torch_type, is_torch, to_device
 from cp_debug.probes.integers import are_wide, differences
-from cp_debug.probes.statistics_reduce import as_double, blocks, dot, to_host
+from cp_debug.probes.statistics_reduce import DEVICE_CHUNK, HOST_CHUNK, as_double, blocks, dot, to_host
 
 
 class Distance(NamedTuple):
@@ -34,8 +34,8 @@ class Distance(NamedTuple):
 def product(a: Tensor, b: Tensor) -> float:
     """⟨a, b⟩ in float64 of two tensors with one number of elements, real dtypes and one device. NaN and Inf count as 0,
     as does what they meet."""
-    block, total = BLOCK if a.device.type == "cpu" else DEVICE_BLOCK, 0.0
-    for x, y in zip(a.flatten().split(block), b.flatten().split(block), strict=True):
+    total, chunk = 0.0, DEVICE_CHUNK if a.is_cuda else HOST_CHUNK
+    for x, y in zip(a.flatten().split(chunk), b.flatten().split(chunk), strict=True):
         part = float(x.double() @ y.double())
         if not math.isfinite(part):
             part = float(torch.nan_to_num(x.double(), 0.0, 0.0, 0.0) @ torch.nan_to_num(y.double(), 0.0, 0.0, 0.0))
@@ -48,8 +48,8 @@ def rounded_difference(ours: AnyTensor, theirs: Tensor, dtype: torch.dtype) -> T
     shape, on the device of theirs."""
     found = torch.empty(theirs.shape, dtype=dtype, device=theirs.device)
     a, b, flat = ours.reshape(-1), theirs.reshape(-1), found.view(-1)
-    block = BLOCK if theirs.device.type == "cpu" else DEVICE_BLOCK
-    for at in (slice(start, start + block) for start in range(0, len(b), block)):
+    chunk = DEVICE_CHUNK if theirs.is_cuda else HOST_CHUNK
+    for at in (slice(start, start + chunk) for start in range(0, len(b), chunk)):
         flat[at] = to_device(_plain(a[at]), theirs.device).double() - b[at].double()
     return found
 
