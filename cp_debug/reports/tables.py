@@ -116,7 +116,7 @@ def _largest(test: TestResult) -> str:
     worst = max(test.rows, key=lambda row: (row.replay and row.replay.excess) or 0.0)
     excess = (worst.replay and worst.replay.excess) or 0.0
     layers = amount(len(test.rows), "layer")
-    return f"{layers}, largest excess {number(excess)} (the limit is {EXCESS:g}): {worst.name}" if excess else ""
+    return f"{layers}, largest excess {number(excess)}, limit {EXCESS:g}: {worst.name}" if excess else ""
 
 
 def weight_lines(result: BisectResult) -> list[str]:
