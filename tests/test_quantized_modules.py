@@ -137,7 +137,7 @@ def test_a_copy_of_a_model_has_the_other_modules_where_there_are_some() -> None:
 def test_programs_of_other_modules_are_calibrated_as_graphs(monkeypatch: pytest.MonkeyPatch, own: bool) -> None:
     model: Any = Chain()
     programs: Any = [SimpleNamespace(module=c.module if own else Scaled(1.0)) for c in model.components]
-    monkeypatch.setattr("cp_debug.quantization.quantized_programs._of_graphs", lambda model, programs: "graphs")
+    monkeypatch.setattr("cp_debug.quantization.quantized_programs.with_files", lambda model, programs: "graphs")
     monkeypatch.setattr(
         "cp_debug.quantization.quantized_programs.quantize_model", lambda model, samples, **options: (model, options)
     )
