@@ -38,7 +38,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.downstream import from_inputs
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.integer_values import is_quantized, level_kind, parent_values, rounded_values, unscaled_levels
+from cp_debug.graph.integer_values import level_kind, parent_values, rounded_values, unscaled_levels
 from cp_debug.graph.narrow_types import narrow_precision
 from cp_debug.graph.operators import MOVING
 from cp_debug.graph.qdq import has_own_pairs
@@ -235,7 +235,7 @@ class CandidateRun:
 
     def _moved(self, graph: Graph, component: str) -> FileQuantization | None:
         """The quantizers of a file that both sides run, where the test's backend may move them."""
-        if component in self._files or not is_optimized(self.pipeline.backend) or not is_quantized(graph):
+        if component in self._files or not is_optimized(self.pipeline.backend) or graph.precision != "int8":
             return None
         return FileQuantization(graph, graph, {}, rounds_weights=True)
 
@@ -286,8 +286,7 @@ class CandidateRun:
         They have the reference's names.
         """
         (program,) = (p for p in side.programs if p.name == component)
-        # A pair of quantizers that somebody put into a network makes no levels that it must have.
-        levels = rounded_values(program.graph) if is_quantized(program.graph) else set()
+        levels = rounded_values(program.graph) if program.graph.precision == "int8" else set()
         narrow = dict.fromkeys(levels, "int8") | narrow_values(program.graph)
         if kept := side.kept(component):
             low = [node for node in program.graph.nodes if node.name not in kept]
@@ -330,7 +329,7 @@ class CandidateRun:
         """Whether the test's file holds the Q/DQ pairs itself: nothing here has put them in."""
         program = self.pipeline.program(component)
         is_file = program.plain is None and program.graph is not self.programs[component].graph
-        return is_file and is_quantized(program.graph)
+        return is_file and program.graph.precision == "int8"
 
     def quantized_names(self, row: LayerRow) -> list[str]:
         """Names of the layer that computes a value, where layers are chosen for INT8.

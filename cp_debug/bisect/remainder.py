@@ -18,7 +18,6 @@ from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import Remainder
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.integer_values import is_quantized
 from cp_debug.probes.distance import distance
 from cp_debug.programs.pipeline import Key
 from cp_debug.programs.walk import tensors_as_arrays, walk
@@ -65,7 +64,7 @@ def not_replayed(graph: Graph, replays: Mapping[str, Replay]) -> dict[str, str]:
 def _rounding(run: CandidateRun, sample: Sample) -> float | None:
     """Relative L2 distance of the emulated precision from the oracle at the final outputs, on the whole network."""
     assert run.oracle is not None
-    if run.precision.name == "int8" or any(map(is_quantized, run.graphs.values())):
+    if run.precision.name == "int8" or any(graph.precision == "int8" for graph in run.graphs.values()):
         return None  # the emulation rounds to no levels
     model = run.pipeline.model
     outputs: list[Arrays] = []

@@ -281,8 +281,10 @@ class Replayer:
         Also returns the precision that allows for what emulation does not know.
         """
         emulator, quantized = self._emulators[side], self.quantized[side]
-        precision = self.claim(side, nodes) if quantized is None else quantized.beside
-        if quantized is not None and quantized.touches(nodes):
+        touched, precision = quantized is not None and quantized.touches(nodes), self.claim(side, nodes)
+        if quantized is not None and (touched or precision.name == "int8"):
+            precision = quantized.beside
+        if quantized is not None and touched:
             return quantized.ideal(emulator, nodes, given, exact), precision
         if rounded := int8_activations(nodes, given):
             return EmulatedSegment(emulator.run_nodes(nodes, {**given, **rounded}, exact)), precision

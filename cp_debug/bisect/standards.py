@@ -12,7 +12,6 @@ from cp_debug.bisect.int8_notes import both_int8
 from cp_debug.bisect.options import Options
 from cp_debug.errors import DeviceUnavailable
 from cp_debug.graph.declared import narrow_values
-from cp_debug.graph.integer_values import is_quantized
 from cp_debug.graph.narrow_types import narrow_precision
 from cp_debug.programs.precision import coarsest, oracle_for
 
@@ -46,7 +45,7 @@ def tolerance(reference: Backend, test: Backend, programs: Iterable[Program], op
     declared: set[str] = set()
     for program in programs:
         declared.update(narrow_values(program.graph).values())
-        if is_quantized(program.graph):
+        if program.graph.precision == "int8":
             declared.add(narrow_precision(program.graph) or "int8")
     precision = coarsest(reference.precision, test.precision, *declared)
     unjudged = math.inf if both_int8(reference, test) else precision.atol

@@ -24,7 +24,6 @@ from cp_debug.display import Shown
 from cp_debug.errors import InputError
 from cp_debug.files import complete_folder, complete_path, resolved
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.integer_values import is_quantized
 from cp_debug.graph.narrow_qdq import insert_narrow_qdq
 from cp_debug.graph.tensor_ends import as_arrays
 from cp_debug.probes.arrays import as_numpy
@@ -163,7 +162,7 @@ def quantize_narrow(
 
 
 def _refuse_quantized(graph: Graph) -> None:
-    if graph.precision == "int8" or is_quantized(graph):
+    if graph.precision == "int8":
         raise InputError(f"{graph}: this graph is quantized already; expected the FP32 model")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from onnx import TensorProto
 
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.integer_values import is_quantized, level_kind
+from cp_debug.graph.integer_values import level_kind
 
 _NARROW = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 
@@ -44,7 +44,7 @@ def declared_precisions(graph: Graph) -> list[str]:
     ``int8`` or ``int16`` for a quantized network. Casts compute nothing: a file that is FP16 between FP32 inputs and
     outputs computes in ``fp16`` alone.
     """
-    if is_quantized(graph):
+    if graph.precision == "int8":
         return [level_kind(graph)]
     narrow = narrow_values(graph)
     if not narrow:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from onnx import TensorProto
 
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.operators import ALL_MOVERS, PRODUCTS
+from cp_debug.graph.operators import ALL_MOVERS
 
 _CUT_OFF = {"Relu", "Clip"}
 """Activations that quantizers leave out, because the range of the result does the same."""
@@ -40,26 +40,6 @@ def level_kind(graph: Graph) -> str:
     zeros = [n.proto.input[2] for n in graph.nodes if n.op == "QuantizeLinear" and len(n.proto.input) > 2]
     kinds = {graph.weight(name).data_type if name in graph.initializers else 0 for name in zeros}
     return "int16" if kinds and kinds <= {TensorProto.INT16, TensorProto.UINT16} else "int8"
-
-
-def is_quantized(graph: Graph) -> bool:
-    """Whether this is a quantized network: nodes compute with levels, weights are stored or rounded to them, most
-    products read what was quantized, or a quantizer named the levels. A pair of quantizers by itself makes none: it is
-    something put in.
-    """
-    marks = ("QLinear", "QGemm", "MatMulNBits", "Integer", "DynamicQuantize", "BlockQuantized")
-    if any(mark in node.op for node in graph.nodes for mark in marks):
-        return True
-    quantizers = [n for n in graph.nodes if n.op in ("QuantizeLinear", "DequantizeLinear")]
-    if any(is_constant(graph, n.inputs[0]) for n in quantizers if n.inputs):
-        return True
-    if any(n.outputs[0] == n.inputs[0] + _SUFFIXES[1] for n in quantizers if n.op == "QuantizeLinear" and n.inputs):
-        return True  # named as ONNX Runtime's and ModelOpt's quantizers do, however little they quantized
-    levels = {name for n in quantizers if n.op == "DequantizeLinear" for name in n.outputs}
-    products = [n for n in graph.nodes if n.op in PRODUCTS]
-    return 2 * sum(not levels.isdisjoint(n.inputs) for n in products) > len(products) > 0 or bool(
-        levels and not products
-    )
 
 
 def rounded_values(graph: Graph) -> set[str]:
