@@ -13,12 +13,14 @@ import stat
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date, time
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cp_debug.errors import DAMAGED, Damage, InputError, library_reason, system_reason
+from cp_debug.safe_text import did_you_mean
 
 if TYPE_CHECKING:
     from typing import IO
@@ -53,6 +55,8 @@ def check_file(path: Path, what: str = "file") -> int:
     try:
         status = path.stat()
     except FileNotFoundError:
+        with suppress(OSError):
+            what += did_you_mean(path.name, (each.name for each in islice(path.parent.iterdir(), 1000)))
         raise InputError(f"{path}: no such {what}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({system_reason(error)})") from None

@@ -6,6 +6,7 @@ raw can move its cursor, and what reaches a spreadsheet or a page can be run.
 
 from __future__ import annotations
 
+import difflib
 import io
 import json
 import re
@@ -242,6 +243,12 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def did_you_mean(word: str, known: Iterable[str], n: int = 1) -> str:
+    """``; did you mean emu-fp16?``, the ``n`` most similar of the known words; empty where none is similar."""
+    near = difflib.get_close_matches(word, list(known), n)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def amount(count: int, noun: str) -> str:

@@ -631,7 +631,7 @@ def test_every_option_of_build_acts_or_is_refused(
 @pytest.mark.parametrize(
     ("profile", "said"),
     [
-        ("y:1x2x4x4:1x2x4x4:1x2x4x4", "--profile: no input is called 'y'; nearest is 'x'"),
+        ("y:1x2x4x4:1x2x4x4:1x2x4x4", "--profile: no input is called 'y'; the inputs are x"),
         ("x:1x2x4x4:1x2x8x8:2x2x8x8", "--profile: x as 1x2x8x8; the graph takes x"),
         ("x:1:1:1", "--profile: x as 1; the graph takes x"),
     ],

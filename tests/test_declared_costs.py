@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.kept import KeepTrials
 from cp_debug.bisect.result import TestResult
 from cp_debug.graph.graph import Graph
+from cp_debug.programs.precision import PRECISIONS
+from cp_debug.reports.numbers import percent
+from cp_debug.reports.verdict_line import headline
 
 
 def const(net: NetBuilder, value: float) -> str:
@@ -128,11 +132,49 @@ def test_a_set_that_does_not_help_is_not_told(tmp_path: Path) -> None:
         def _error(self, kept: frozenset[tuple[str, str]]) -> float:
             return self._errors.setdefault(kept, 0.6 if kept else 1.0)
 
-    path = offset(tmp_path)
-    model: Any = None
+    graphs = {"net": Graph(offset(tmp_path))}
+    pipeline = SimpleNamespace(model=None, kept=lambda name: ())
+    candidate: Any = SimpleNamespace(
+        pipeline=pipeline, programs=graphs, graphs=graphs, precision=PRECISIONS["fp16"], device="cpu"
+    )
     sample: Any = None
-    trials = Tried(model, {"net": Graph(path)}, "fp16", sample, {})
+    trials = Tried(candidate, sample, {})
     assert trials.find([("net", "node_offset")]) is None
+
+
+OFFSET = """import torch
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj, self.out = torch.nn.Linear(16, 32), torch.nn.Linear(32, 4)
+        self.proj.bias.data.fill_(300.0)
+
+    def forward(self, x):
+        y = self.proj(x)
+        return self.out(y - y.mean(-1, keepdim=True))
+
+
+def build():
+    torch.manual_seed(0)
+    return Net().eval(), torch.randn(8, 16)
+"""
+
+
+def test_a_modules_layers_are_called_by_their_paths_and_lead_the_verdict(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(OFFSET, encoding="utf-8")
+    net = f"{tmp_path / 'net.py'}:build"
+    (test,) = bisect(net, "torch,emu-fp16").tests
+    (finding,) = test.findings
+    assert set(finding.layers) <= set(finding.evidence["keep_fp32"]) <= {row.name for row in test.rows}
+    text = str(headline(test))
+    assert text.startswith(f"✗ emu-fp16: {percent(min(finding.effect.share or 0, 1.0))} of the final divergence comes")
+    assert f"from {', '.join(finding.layers)}; final outputs differ" in text
+    names = [word for name in finding.evidence["keep_fp32"] for word in ("--keep-fp32", name)]
+    assert run("bisect", net, "-b", "torch,emu-fp16", *names)[0] == 0
+    code, text = run("bisect", f"{net}x", "-b", "torch,emu-fp16")
+    assert (code, "has no callable 'buildx'; did you mean build?" in text) == (2, True)
 
 
 def test_nodes_to_keep_are_read_from_a_file(tmp_path: Path) -> None:

@@ -258,12 +258,12 @@ def test_every_literal_is_read_as_python_reads_it(tmp_path_factory: pytest.TempP
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("a.yaml", "work_dir: w\nexport: {opsett: 3}", "a.yaml: export: unknown key 'opsett'; the nearest known one"),
+        ("a.yaml", "work_dir: w\nexport: {opsett: 3}", "a.yaml: export: unknown key 'opsett'; did you mean opset?"),
         ("a.toml", "work_dir = 'w'\n[export]\nmode = 'onyx'", "a.toml: export.mode is \"onyx\"; expected 'onnx'"),
         ("a.yaml", "model: x", "a.yaml: work_dir is missing"),
         ("a.yaml", "work_dir: w/../../x", "a.yaml: work_dir: leaves the folder where the command runs"),
         ("a.py", "export = dict(work_dir='../outside')", "a.py: work_dir: leaves the folder where the command runs"),
-        ("a.yaml", "work_dir: w\nverify: {scenarios: [{reference: torch, test: orp}]}", "the nearest known one is ort"),
+        ("a.yaml", "work_dir: w\nverify: {scenarios: [{reference: torch, test: orp}]}", "did you mean ort?"),
         ("a.yaml", "work_dir: w\nverify: {samples: 0}", "verify.samples is 0; expected greater than 0"),
         (
             "a.yaml",
@@ -290,7 +290,7 @@ def test_every_literal_is_read_as_python_reads_it(tmp_path_factory: pytest.TempP
         ("a.yaml", "work_dir: $HOME/w", "work_dir: '$HOME/w': variables are not expanded; expected the path itself"),
         ("a.yaml", "work_dir: '{{$CPDEBUG_NOWHERE}}/w'", "the environment has no CPDEBUG_NOWHERE"),
         ("a.txt", "{}", "expected a .yaml, .toml, .json or .py file"),
-        ("a.py", "export = dict(mod='onnx')", "a.py: export: unknown key 'mod'; the nearest known one is mode"),
+        ("a.py", "export = dict(mod='onnx')", "a.py: export: unknown key 'mod'; did you mean mode?"),
         ("a.py", "tensorrt_config = dict(precision_policy='fp61')", 'precision_policy is "fp61"; expected'),
     ],
 )
@@ -331,7 +331,7 @@ def test_what_is_not_on_the_command_line_is_as_configured(
     ("text", "says"),
     [
         ("checkpoint: nowhere.pt", "c.yaml: checkpoint is nowhere.pt: no such file"),
-        ("components: {pts_voxel_encodr: {}}", "no such component; nearest is pts_voxel_encoder"),
+        ("components: {pts_voxel_encodr: {}}", "no such component; did you mean pts_voxel_encoder?"),
         (
             "components: {pts_backbone_neck_head: {outputs: [heatmap, reg]}}",
             r"components.pts_backbone_neck_head.outputs is \['heatmap', 'reg'\]; centerpoint:tiny has \['task0",

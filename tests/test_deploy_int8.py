@@ -179,7 +179,7 @@ def test_awml_block(tmp_path: Path) -> None:
     [
         ("quantization = dict(enabled=True, fuse_bn=False)", "quantization.fuse_bn is false; expected True"),
         ("quantization = dict(enabled=True, mode='int4')", "quantization.mode is \"int4\"; expected 'ptq' or 'qat'"),
-        ("quantization = dict(enabled=True, quant_bakbone=False)", "the nearest known one is quant_backbone"),
+        ("quantization = dict(enabled=True, quant_bakbone=False)", "did you mean quant_backbone?"),
     ],
 )
 def test_awml_block_that_cannot_be_followed(tmp_path: Path, text: str, says: str) -> None:

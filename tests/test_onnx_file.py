@@ -148,6 +148,8 @@ def test_a_missing_or_broken_file_is_an_input_error(tmp_path):
     (tmp_path / "text.onnx").write_text("this is no protobuf")
     with pytest.raises(InputError, match="not a complete ONNX file"):
         load_model(str(tmp_path / "text.onnx"))
+    with pytest.raises(InputError, match=r"no such ONNX file; did you mean text\.onnx\?"):
+        load_model(str(tmp_path / "txet.onnx"))
     onnx.save(onnx.ModelProto(), str(tmp_path / "blank.onnx"))
     with pytest.raises(InputError, match="it holds no graph"):
         load_model(str(tmp_path / "blank.onnx"))

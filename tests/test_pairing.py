@@ -170,9 +170,9 @@ def test_no_output_compared_is_bad_usage(tmp_path: Path) -> None:
 
 def test_a_wrong_map_names_the_nearest(tmp_path: Path) -> None:
     reference, test = other_shape(tmp_path)
-    with pytest.raises(InputError, match=r"the reference has no value 'yy'; nearest is 'y'"):
+    with pytest.raises(InputError, match=r"the reference has no value 'yy'; did you mean y"):
         run(reference, test, maps=["yy=z"])
-    with pytest.raises(InputError, match=r"the test has no value 'zz'; nearest is 'z'"):
+    with pytest.raises(InputError, match=r"the test has no value 'zz'; did you mean z"):
         run(reference, test, maps=["y=zz"])
     with pytest.raises(InputError, match="expected REFERENCE=TEST"):
         run(reference, test, maps=["y"])
@@ -261,7 +261,7 @@ def test_captures_of_files_with_other_stems_and_names(tmp_path: Path) -> None:
     other = compare_captures(ours, theirs, force=True).tests[0]
     assert other.agrees
     assert other.compared == 37
-    with pytest.raises(InputError, match="nearest is 'heatmap'"):
+    with pytest.raises(InputError, match="did you mean heatmap"):
         compare_captures(ours, theirs, force=True, maps=["heatmat=v1"])
 
 

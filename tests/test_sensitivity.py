@@ -200,7 +200,7 @@ def test_the_largest_shares_alone_are_left_out(bench: FakeQuantRunner, samples: 
 def test_bad_input(model: TorchModel, bench: FakeQuantRunner, net: Net, samples: list[Sample]) -> None:
     with pytest.raises(InputError, match="no layer of net is quantized"):
         FakeQuantRunner(model, {"Net": net})
-    with pytest.raises(InputError, match="no quantized layer 'stemm'; nearest is stem"):
+    with pytest.raises(InputError, match="no quantized layer 'stemm'; did you mean stem"):
         bench.measure(samples, [frozenset({"stemm"})])
     with pytest.raises(InputError, match="no sample"):
         build_sensitivity_profile(model, {"Net": bench.modules["Net"]}, [])

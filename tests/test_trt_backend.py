@@ -131,7 +131,7 @@ def test_fp32_nodes_may_be_another_components_but_must_be_somewhere(version: str
     session = open_session(tmp_path, "trt-fp16", keep_fp32=frozenset({"/c2/Conv", "/head/Conv"}))
     assert collect(session, {"x": X})[0]["c2"].dtype == np.float32
     backend = create(BackendSpec.parse("trt-fp16"), keep_fp32=frozenset({"/c3/Conv"}))
-    with pytest.raises(InputError, match=r"no ONNX node is called '/c3/Conv'; nearest is '/c[12]/Conv'"):
+    with pytest.raises(InputError, match=r"no ONNX node is called '/c3/Conv'; did you mean /c[12]/Conv"):
         bisect(str(save_net(tmp_path)), [create(BackendSpec.parse("ort")), backend])
 
 

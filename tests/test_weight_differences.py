@@ -143,7 +143,7 @@ def test_the_differing_tensor_is_named_and_kept_in_the_result(tmp_path: Path) ->
     test = spoilt(net, channel)
     said: list[str] = []
     result = bisect(str(net), "ort,ort", test_model=test, on_say=said.append)
-    assert said == ["weights of net: 1 of 69 tensors differs: w_6, channel 7 × 1.05"]
+    assert said == ["weights: 1 of 69 tensors differs: w_6, channel 7 × 1.05"]
     (found,) = result.to_dict()["weights"].values()
     assert found["differing"][0]["kind"] == "channels-scaled"
     assert found["differing"][0]["evidence"]["channels"] == [7]

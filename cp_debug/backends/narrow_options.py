@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from typing import Literal
 
 from cp_debug.errors import InputError
+from cp_debug.safe_text import did_you_mean
 
 FAMILIES = ("fp8", "mxfp8", "mxfp4", "nvfp4", "int4")
 """The narrow precisions."""
@@ -123,8 +123,7 @@ class TorchFp8Options:
         known = (*GRANULARITIES, "fast", "dynamic", "out=fp32", "out=bf16", "out=fp16")
         for word in words:
             if word not in known:
-                near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-                hint = f"; did you mean {near[0]}?" if near else ""
+                hint = did_you_mean(word, known)
                 raise InputError(f"{text!r}: torch-fp8 has no option {word!r}; it has {', '.join(known)}{hint}")
         narrow = NarrowOptions.parse(":".join([family, *(w for w in words if w not in own)]))
         if narrow.granularity != "tensor" and "dynamic" in own:
@@ -157,9 +156,7 @@ def _option(family: str, word: str, text: str) -> tuple[str, object]:
         return "out", value
     known = [*_KNOWN[family], "acc=fp32", "acc=fp22", "acc=fp16", "acc=14-bit", "round=truncate", "round=nearest"]
     known += ["promote=N", "out=fp32", "out=bf16", "out=fp16"]
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise InputError(f"{text!r}: {family} has no option {word!r}; it has {', '.join(known)}{hint}")
+    raise InputError(f"{text!r}: {family} has no option {word!r}; it has {', '.join(known)}{did_you_mean(word, known)}")
 
 
 _KNOWN = {

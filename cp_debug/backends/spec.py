@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, replace
 
 from cp_debug import plugins
 from cp_debug.backends.narrow_options import FAMILIES, NarrowOptions, TorchFp8Options
 from cp_debug.errors import InputError
-from cp_debug.safe_text import amount
+from cp_debug.safe_text import amount, did_you_mean
 
 KNOWN = {
     "torch": "PyTorch FP32, TF32 off, deterministic",
@@ -98,14 +97,11 @@ class BackendSpec:
         plugin = plugins.find(plugins.BACKENDS, spec.family)
         if spec.name not in KNOWN and (plugin is None or plugin.own):
             known = [*KNOWN, *(each.name for each in plugins.others(plugins.BACKENDS))]
-            near = difflib.get_close_matches(spec.name, known, n=1, cutoff=0.0)[0]
             name, _, device = spec.name.rpartition("-")
+            hint = did_you_mean(spec.name, known) or f"; known are {', '.join(known)}"
             if name in known and device in ("cpu", "cuda", "gpu"):
-                near = f"{name}@{device.replace('gpu', 'cuda')}"
-            all_known = ", ".join(known)
-            raise InputError(
-                f"--backends: no such backend {text!r}; the nearest known one is {near}; known are {all_known}"
-            )
+                hint = f"; did you mean {name}@{device.replace('gpu', 'cuda')}?"
+            raise InputError(f"--backends: no such backend {text!r}{hint}")
         if spec.family == "emu" and spec.variant in FAMILIES:
             options = NarrowOptions.parse(spec.variant + match["options"])
             return replace(spec, options=str(options).removeprefix(spec.variant))

@@ -98,7 +98,7 @@ class Preparation:
         originals, changed = self._programs(first, folder, exported)
         weights = differing_weights(originals, changed)
         for component, differences in weights.items():
-            say(f"weights of {component}: {differences.says}")
+            say(f"weights{(len(weights) > 1) * f' of {component}'}: {differences.says}")
         unroller = Unroller(folder)
         programs = unroller.unrolled(originals, self._reference.model, self._samples, reference.precision)
         ours = self._for(reference, self._reference, programs, folder)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from cp_debug.backends.arithmetic import ARITHMETICS, FP32, overrides_of
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.remainder import apart
 from cp_debug.graph.declared import narrow_values
-from cp_debug.graph.graph import Graph
 from cp_debug.graph.operators import ALL_MOVERS
-from cp_debug.programs.precision import PRECISIONS
+from cp_debug.programs.layers import layer_name
 from cp_debug.programs.walk import tensors_as_arrays, walk
-from cp_debug.recipes.base import Arrays, Component, Model, Sample
+from cp_debug.recipes.base import Arrays, Component, Sample
 
 Name = tuple[str, str]
 """Component and node."""
@@ -45,35 +43,19 @@ class TriedSet:
 class KeepTrials:
     """Tries sets of nodes to keep in FP32 on one sample."""
 
-    def __init__(
-        self,
-        model: Model,
-        graphs: Mapping[str, Graph],
-        precision: str,
-        sample: Sample,
-        reference: Arrays,
-        *,
-        device: str = "cpu",
-        told: Mapping[str, Collection[str]] = MappingProxyType({}),
-    ) -> None:
-        """``graphs``: by component; ``reference``: its final outputs, name → array in the dtype of the graph;
-        ``told``: component → nodes that are kept anyway."""
-        self._model, self._graphs, self._sample, self._reference = model, graphs, sample, reference
-        self._precision, self._device, self._told = PRECISIONS[precision], device, told
+    def __init__(self, run: CandidateRun, sample: Sample, reference: Arrays) -> None:
+        """``reference``: the reference's final outputs, name → array in the dtype that the graph declares."""
+        self._programs, self._graphs, self._model = run.programs, run.graphs, run.pipeline.model
+        self._sample, self._reference = sample, reference
+        self._precision, self._device = run.precision, run.device
+        self._told = {name: run.pipeline.kept(name) for name in run.programs}
         self._errors: dict[frozenset[Name], float] = {}
 
     @classmethod
     def of(cls, run: CandidateRun, sample: Sample, reference: Arrays) -> KeepTrials | None:
-        """Trials for one test; None where it computes no graph of the reference in a precision that is emulated.
-
-        ``reference``: the reference's final outputs, name → array in the dtype that the graph declares.
-        """
+        """Trials for one test; None where it computes no graph of the reference in a precision that is emulated."""
         alike = all(run.graphs[name] is program.graph for name, program in run.programs.items())
-        if not alike or run.precision.name not in EMULATED:
-            return None
-        told = {name: run.pipeline.kept(name) for name in run.programs}
-        parts = run.pipeline.model, run.graphs, run.precision.name, sample, reference
-        return cls(*parts, device=run.device, told=told)
+        return cls(run, sample, reference) if alike and run.precision.name in EMULATED else None
 
     def find(self, first: Sequence[Name]) -> TriedSet | None:
         """A set with the nodes ``first``, or some of them, that leaves less than half of the divergence.
@@ -104,9 +86,12 @@ class KeepTrials:
         return TriedSet(tuple(ordered), self._error(best), before, len(self._errors))
 
     def names(self, nodes: Sequence[Name]) -> list[str]:
-        """The nodes as ``--keep-fp32`` takes them: by their own names, with the component's where there are several."""
+        """The nodes as ``--keep-fp32`` takes them: a module's layers by their paths, others by the node's name, with
+        the component's where there are several."""
+        made = {(c, node.name): node.outputs[0] for c, graph in self._graphs.items() for node in graph.nodes}
+        names = [(layer_name(self._programs[c], made[c, node]), c, node) for c, node in nodes]
         alone = len(self._graphs) == 1
-        return [node if alone else f"{component}/{node}" for component, node in nodes]
+        return [name if alone or name != node else f"{component}/{node}" for name, component, node in names]
 
     def _around(self, kept: Collection[Name]) -> set[Name]:
         """Readers of the nodes, and nodes in front of them that move or cast numbers."""

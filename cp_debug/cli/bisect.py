@@ -139,7 +139,7 @@ def bisect(
     from tempfile import TemporaryDirectory
 
     from cp_debug.backends.spec import BackendSpec, parse_backends
-    from cp_debug.cli.console import command_line, console, errors, show, steps
+    from cp_debug.cli.console import command_line, console, errors, say, show, steps
     from cp_debug.errors import InputError
     from cp_debug.reading import RESULT
     from cp_debug.recipes.registry import is_folder
@@ -260,4 +260,6 @@ def bisect(
             assert run_folder is not None
             write_json(result, run_folder / RESULT)
     show(result, json=json, csv=csv, layers=level is Level.layers, show_all=show_all, quiet=quiet)
+    if html and not quiet:
+        say(f"written: {html}")
     raise typer.Exit(0 if result.agrees else 1)

@@ -87,4 +87,4 @@ def _lines(concerns: Sequence[Concern], activations: bool, total: int) -> Iterat
     if not concerns:
         one = "one sample" if total == 1 else f"the first of {total} samples"
         looked = f"weights, sums, scales, and the activations of {one}" if activations else "weights, sums and scales"
-        yield Text.assemble(("✓ nothing found", "bold green"), f" in {looked}")
+        yield Text.assemble(("✓ nothing found", "bold green"), f" in {looked}; `cpdebug predict` emulates a precision")

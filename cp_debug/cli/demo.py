@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +11,7 @@ import typer
 from cp_debug.cli.typed import refuse
 from cp_debug.errors import InputError
 from cp_debug.loading import load_torch
+from cp_debug.safe_text import did_you_mean
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -43,8 +43,7 @@ def demo(
         console.print("\nrun one:  cpdebug demo weight-scale")
         return
     if fault not in DEMOS:
-        near = difflib.get_close_matches(fault, DEMOS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(DEMOS)}"
+        hint = did_you_mean(fault, DEMOS) or f"; expected one of {', '.join(DEMOS)}"
         raise InputError(f"FAULT: there is no fault {fault!r}{hint}")
     seeded = DEMOS[fault].seed()
     with TemporaryDirectory(prefix="cpdebug-") as folder, steps() as on_step:

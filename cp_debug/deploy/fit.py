@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 from cp_debug.backends.base import Program
@@ -11,6 +10,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import fits_shape
 from cp_debug.programs.walk import Walk, run_module
 from cp_debug.recipes.base import Component, Model, Sample
+from cp_debug.safe_text import did_you_mean
 
 
 def check_components(config: DeployConfig, components: Sequence[Component], source: str) -> None:
@@ -21,8 +21,8 @@ def check_components(config: DeployConfig, components: Sequence[Component], sour
     by_name = {component.name: component for component in components}
     for name, configured in config.components.items():
         if name not in by_name:
-            near = difflib.get_close_matches(name, by_name, n=1, cutoff=0.0)[0]
-            raise InputError(f"{source}: components.{name}: {config.model} has no such component; nearest is {near}")
+            hint = did_you_mean(name, by_name)
+            raise InputError(f"{source}: components.{name}: {config.model} has no such component{hint}")
         for kind, names, expected in (
             ("inputs", configured.inputs, by_name[name].input_names),
             ("outputs", configured.outputs, by_name[name].output_names),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
@@ -24,6 +23,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.deploy import documents
 from cp_debug.errors import InputError
+from cp_debug.safe_text import did_you_mean
 
 SUFFIXES = (*documents.SUFFIXES, ".py")
 """Suffixes of configurations; any other text names a model."""
@@ -46,9 +46,8 @@ class Section(BaseModel):
     def _known_keys(cls, value: Any) -> Any:
         for key in value if isinstance(value, Mapping) else ():
             if key not in cls.model_fields:
-                near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.0)[0]
-                message = "unknown key {key}; the nearest known one is {near}"
-                raise PydanticCustomError("unknown_key", message, {"key": repr(key), "near": near})
+                near = did_you_mean(str(key), cls.model_fields)
+                raise PydanticCustomError("unknown_key", "unknown key {key}{near}", {"key": repr(key), "near": near})
         return value
 
 

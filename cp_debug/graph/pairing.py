@@ -8,7 +8,6 @@ another order. What the user said goes before all of it.
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from cp_debug.graph.graph import Graph, ValueInfo
 from cp_debug.graph.integer_values import named_levels
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.tensor_ends import part_of
+from cp_debug.safe_text import did_you_mean
 from cp_debug.serialize import JsonForm
 
 UNPAIRED = " (test)"
@@ -149,9 +149,7 @@ def parse_map_of(texts: Iterable[str], ours: Collection[str], theirs: Collection
         pair = next((s for s in splits if s[0] in ours and s[1] in theirs), splits[0])
         for name, names, side in ((pair[0], ours, "reference"), (pair[1], theirs, "test")):
             if name not in names:
-                near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-                hint = f"; nearest is {near[0]!r}" if near else ""
-                raise InputError(f"--map: the {side} has no value {name!r}{hint}")
+                raise InputError(f"--map: the {side} has no value {name!r}{did_you_mean(name, names)}")
         if (pair[1] in pairs and pairs[pair[1]] != pair[0]) or pair[0] in set(pairs.values()) - {pairs.get(pair[1])}:
             raise InputError(f"--map: {text!r} pairs a value that is paired already")
         pairs[pair[1]] = pair[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -36,6 +35,7 @@ from cp_debug.quantization.residual_adds import add_quantizers
 from cp_debug.recipes.abilities import HasClasses
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 from cp_debug.recipes.data.base import Truth
+from cp_debug.safe_text import did_you_mean
 
 SCORES = ("mAP", "NDS")
 OnStep = Callable[[str, int, int], None]
@@ -151,8 +151,8 @@ class LayerRunner(ABC):
         outputs: dict[KeptLayers, dict[str, ErrorSum]] = {kept: defaultdict(ErrorSum) for kept in trials}
         detected: dict[KeptLayers, list[Detected]] = {kept: [] for kept in outputs}
         if unknown := frozenset().union(*outputs) - self.all:
-            near = difflib.get_close_matches(min(unknown), self.layers, n=1, cutoff=0.0)[0]
-            raise InputError(f"{self.model.name} has no quantized layer {min(unknown)!r}; nearest is {near}")
+            hint = did_you_mean(min(unknown), self.layers)
+            raise InputError(f"{self.model.name} has no quantized layer {min(unknown)!r}{hint}")
         scored = is_scored(self.model, samples)
         with self._restored():
             for number, sample in enumerate(samples):

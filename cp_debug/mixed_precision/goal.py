@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
 import re
@@ -10,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cp_debug.errors import InputError
+from cp_debug.safe_text import did_you_mean
 
 FIGURES = {
     "rel_l2": "largest relative L2 distance of a final output",
@@ -90,8 +90,7 @@ def _condition(part: str, text: str) -> Condition:
         raise InputError(f"--goal: {part.strip()!r} in {text!r} is no condition; {expected}")
     figure, sign = match["figure"], match["sign"]
     if figure not in FIGURES:
-        near = difflib.get_close_matches(figure, FIGURES, n=1, cutoff=0.0)[0]
-        raise InputError(f"--goal: no figure {figure!r}; known are {', '.join(FIGURES)} (nearest: {near})")
+        raise InputError(f"--goal: no figure {figure!r}; known are {', '.join(FIGURES)}{did_you_mean(figure, FIGURES)}")
     if sign not in _OPERATORS:
         raise InputError(f"--goal: {part.strip()!r}: a figure is limited by <, <= or ==, not by {sign}")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -40,6 +39,7 @@ from cp_debug.programs.folded import Folded
 from cp_debug.programs.layers import constant_outputs, layers_of
 from cp_debug.programs.walk import Walk, example_args, run_module, walk
 from cp_debug.recipes.base import Arrays, Component, Model, NamesOnDemand, Sample
+from cp_debug.safe_text import did_you_mean
 from cp_debug.serialize import json_safe
 
 
@@ -348,8 +348,7 @@ def check_profiles_of(backend: Backend, programs: Sequence[Program]) -> None:
     inputs = {value.name: value for program in programs for value in program.graph.inputs}
     for name, profile in profiles_of(backend).items():
         if name not in inputs:
-            near = difflib.get_close_matches(name, inputs, n=1, cutoff=0.0)
-            hint = f"; nearest is {near[0]!r}" if near else ""
+            hint = did_you_mean(name, inputs) or f"; the inputs are {', '.join(inputs)}"
             raise InputError(f"--profile: no input is called {name!r}{hint}")
         for sizes in profile:
             if not fits_shape(sizes, inputs[name].shape):
@@ -376,8 +375,7 @@ def with_kept(backend: Backend, programs: Sequence[Program], field: str = "--kee
             nodes.setdefault(name, set()).add((component, name))
             nodes.setdefault(f"{component}/{name}", set()).add((component, name))
     if unknown := sorted(requested - nodes.keys()):
-        near = difflib.get_close_matches(unknown[0], nodes, n=1, cutoff=0.0)
-        hint = f"; nearest is {near[0]!r}" if near else ""
+        hint = did_you_mean(unknown[0], nodes) or f"; some are {', '.join(list(nodes)[:3])}"
         raise InputError(f"{field}: no layer and no ONNX node is called {unknown[0]!r}{hint}")
     chosen = set().union(*(nodes[name] for name in requested))
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -20,6 +19,7 @@ from cp_debug.errors import InputError
 from cp_debug.recipes.input_files import first_arrays
 from cp_debug.recipes.torch_callable import TorchModel, first_line, kept_usable, own_code
 from cp_debug.recipes.torch_programs import model_of
+from cp_debug.safe_text import did_you_mean
 
 _EXPECTED = (
     "expected (module, example_inputs), the inputs a tensor, a tuple of arguments with a dict of keywords at its end, "
@@ -59,7 +59,8 @@ def load_callable(text: str, checkpoint: Path | None = None, inputs: Path | None
     with own_code(f"MODEL: {text}"):  # a module may have a __getattr__
         target = getattr(imported, attribute, None)
     if not callable(target) and not isinstance(target, ExportedProgram):
-        raise InputError(f"MODEL: {source} has no callable {attribute!r}")
+        callables = (name for name, value in vars(imported).items() if callable(value))
+        raise InputError(f"MODEL: {source} has no callable {attribute!r}{did_you_mean(attribute, callables)}")
     module: nn.Module | ExportedProgram
     if isinstance(target, nn.Module | ExportedProgram):
         if inputs is None and isinstance(target, nn.Module):
@@ -113,8 +114,8 @@ def _imported(source: str, path: Path, working_folder: str) -> ModuleType:
     except (InputError, KeyboardInterrupt):
         raise
     except BaseException as error:  # whatever the user's file raises while it is imported
-        near = difflib.get_close_matches(source, ["centerpoint", "mmdet3d"], n=1)
-        hint = f"; did you mean {near[0]}:…?" if near and isinstance(error, ModuleNotFoundError) else ""
+        meant = ["centerpoint:…", "mmdet3d:…"] if isinstance(error, ModuleNotFoundError) else []
+        hint = did_you_mean(f"{source}:…", meant)
         raise InputError(f"MODEL: cannot import {source}: {first_line(error)}{hint}") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from typing import Literal
@@ -11,6 +10,7 @@ from cp_debug import plugins
 from cp_debug.errors import InputError
 from cp_debug.recipes.base import Model
 from cp_debug.recipes.input_files import DEFAULT_READING, Reading, first_arrays
+from cp_debug.safe_text import did_you_mean
 
 DEFAULT = "centerpoint:tiny"
 PROGRAMS = (".pt2", ".pt", ".pth", ".ts", ".torchscript")
@@ -113,8 +113,7 @@ def kind_of(text: str) -> Literal["onnx", "program", "transformers", "centerpoin
         return "mmdet3d"
     if head != "centerpoint" and tail and (head.endswith(".py") or re.fullmatch(r"[A-Za-z_][\w.]*", head)):
         return "callable"
-    near = difflib.get_close_matches(text, names, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(text, names)
     raise InputError(f"MODEL: {text!r} is not a recipe, an .onnx or .pt2 file or module:callable{hint}")
 
 

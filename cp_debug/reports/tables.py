@@ -116,14 +116,13 @@ def _largest(test: TestResult) -> str:
     worst = max(test.rows, key=lambda row: (row.replay and row.replay.excess) or 0.0)
     excess = (worst.replay and worst.replay.excess) or 0.0
     layers = amount(len(test.rows), "layer")
-    return f"{layers}, largest excess {number(excess)}, limit {EXCESS:g}: {worst.name}" if excess else ""
+    return f"{layers}, largest excess {number(excess)} ({worst.name}), limit {EXCESS:g}" if excess else ""
 
 
 def weight_lines(result: BisectResult) -> list[str]:
-    """One line for each component about the differences of the two models' weights."""
-    return [
-        f"weights of {component}: {differences.get('says', '')}" for component, differences in result.weights.items()
-    ]
+    """One line for each component about the differences of the two models' weights; a single one need not be named."""
+    several = len(result.weights) > 1
+    return [f"weights{several * f' of {name}'}: {of.get('says', '')}" for name, of in result.weights.items()]
 
 
 def backends_table(records: Sequence[RunRecord]) -> Sheet:
@@ -134,7 +133,8 @@ def backends_table(records: Sequence[RunRecord]) -> Sheet:
         chosen = {short: record.settings.get(name) for name, short in SETTINGS.items()}
         settings = ", ".join(f"{short} {setting_text(v)}" for short, v in chosen.items() if v is not None)
         role = "test" if index else "reference"
-        rows.append((role, record.spec, record.computes_in, record.device, Cell(f"{versions}; {settings}", "quiet")))
+        about = "; ".join(filter(None, (versions, settings)))
+        rows.append((role, record.spec, record.computes_in, record.device, Cell(about, "quiet")))
     columns = (
         Column("", "mark"),
         Column("backend", "name"),

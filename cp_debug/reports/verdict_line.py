@@ -65,13 +65,14 @@ def _verdict_line(test: TestResult) -> Text:
         text = Text(f"✗ {spec}: {'; '.join(test.lost)}", "bold red")
         return text.append(f"; as a whole within {tolerance}, {test.coverage}{_unpaired(test)}{end}", "not bold")
     if first is not None and not test.agrees:
+        few = _comes_from(test) if test.oracle and test.remainder else ""
+        why = f"{f' ({first.op})' if first.op else ''}{f': {first.why}' if first.why else ''}"
+        beyond = f"; beyond {tolerance} from {first.name}{why} on" if few else f"{why}, {tolerance}"
         style = "bold yellow" if test.oracle else "bold red"
-        text = Text.assemble(
-            (f"✗ {spec}: first divergent layer: {first.name}", style),
-            f"{f' ({first.op})' if first.op else ''}{f': {first.why}' if first.why else ''}, {tolerance}{end}",
-        )
+        lead = f"✗ {spec}: {few or f'first divergent layer: {first.name}'}"
+        text = Text.assemble((lead, style), f"{beyond}{end}")
         if test.oracle:
-            says = f": {_comes_from(test) or test.remainder}" if test.remainder else ""
+            says = f": {test.remainder}" if test.remainder and not few else ""
             text.append(f"; no layer introduces more than its precision explains{says}{_avoidable(test)}")
         return text.append(_uncovered(test))
     between = _beyond_between(test)

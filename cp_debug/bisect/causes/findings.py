@@ -316,7 +316,9 @@ class Explainer:
         if cause.fix == RESCALE and self._trials is not None:
             return declared.kept(self._trials, rows)
         names = _node_names(rows) if cause.cause in PROMOTED else [row.name for row in rows]
-        fix = cause.fix.replace("{layers}", _some(names))
+        constant = cause.evidence.get("constant") if len(rows) == 1 else None
+        fix = cause.fix.replace("the weights of {layers}", constant or f"the weights of {_some(names)}")
+        fix = fix.replace("{layers}", _some(names))
         if "{unquantized}" not in fix:  # else no row is an input, which nothing quantizes
             return fix, {}
         calibrate = "--trt-calib-data" if self.run.implicit else "--calib-data"

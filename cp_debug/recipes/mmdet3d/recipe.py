@@ -6,7 +6,6 @@ of the real one. Of any other detector the parts from a dense tensor on are comp
 
 from __future__ import annotations
 
-import difflib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from cp_debug.recipes.checkpoint import check_fit, read_state_dict
 from cp_debug.recipes.mmdet3d.client import DetectorClient
 from cp_debug.recipes.mmdet3d.convert import Unlike, center_point_config
 from cp_debug.recipes.mmdet3d.layers import DetectorLayers
+from cp_debug.safe_text import did_you_mean
 
 PREFIX = "mmdet3d:"
 TOLERANCE = 1e-4
@@ -149,8 +149,7 @@ def _find(client: DetectorClient, text: str) -> Path:
         return resolved(path)
     shipped = client.call("configs").result["configs"]
     if text not in shipped:
-        near = difflib.get_close_matches(text, shipped, n=3, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        hint = did_you_mean(text, shipped, 3)
         raise InputError(f"{PREFIX}{text}: neither a .py file nor one of mmdet3d's {len(shipped)} configurations{hint}")
     return Path(shipped[text])
 
