@@ -53,7 +53,10 @@ class KeepTrials:
 
     @classmethod
     def of(cls, run: CandidateRun, sample: Sample, reference: Arrays) -> KeepTrials | None:
-        """Trials for one test; None where it computes no graph of the reference in a precision that is emulated."""
+        """Trials for one test; None where it computes no graph of the reference in a precision that is emulated.
+
+        ``reference``: the reference's final outputs, name → array in the dtype that the graph declares.
+        """
         alike = all(run.graphs[name] is program.graph for name, program in run.programs.items())
         return cls(run, sample, reference) if alike and run.precision.name in EMULATED else None
 
