@@ -97,14 +97,16 @@ def test_the_zero_points_type_says_how_far_the_levels_reach(
 def compared(captured: Any, exact: Any, declared: Any, ideal: Any) -> Replay:
     """What a layer's own scales, and the best ones, say of it."""
 
-    def with_larger_scales(executor: Any, nodes: Any, given: Any, targets: Any, scale_margin: float = 1.0) -> Any:
+    def with_larger_scales(
+        executor: Any, nodes: Any, given: Any, targets: Any, scale_margin: float = 1.0, calibrated: Any = None
+    ) -> Any:
         return SimpleNamespace(results={"y": exact + scale_margin * (ideal - exact)})
 
     measures = {"ideal": with_larger_scales, "beside": BESIDE_INT8}
     own: Any = SimpleNamespace(declared=lambda target, known, given: declared, **measures)
     nobody: Any = SimpleNamespace(graph=None)
     replay = Replay(introduced=0.2, excess=1.0)
-    ScaleReplay(own, nobody, nobody, ()).compare(replay, [], "y", {}, captured, exact, ideal)
+    ScaleReplay(own, nobody, nobody, ()).compare(replay, [], "y", {}, captured, exact, ideal, {}.__getitem__)
     return replay
 
 
@@ -128,22 +130,6 @@ def test_channels_of_images_are_behind_the_batch_and_of_others_last(shape: tuple
     assert compared(captured, exact, None, 1.1 * exact).channel_excess == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("figures", "explains"),
-    [
-        ({"excess": 9.0, "deviation_from_scales": 0.09}, True),
-        ({"excess": 9.0, "deviation_from_scales": 0.11}, False),  # it does something else than its scales say
-        ({"excess": 1.0, "channel_excess": 9.0, "deviation_from_scales": 0.0}, True),
-        ({"excess": 1.0, "channel_excess": 1.0, "deviation_from_scales": 0.0}, False),  # nothing to explain
-        ({"excess": 9.0}, False),
-    ],
-)
-def test_scales_explain_what_a_layer_introduces_where_it_does_just_what_they_say(
-    figures: dict[str, float], explains: bool
-) -> None:
-    assert ScaleReplay.explain(Replay(introduced=0.2, **figures)) == explains  # type: ignore[arg-type]
-
-
 def clipping(folder: Path) -> tuple[Graph, Graph]:
     """A product, and the same with a Q/DQ pair before it that ends at 1."""
     graphs = []
@@ -156,9 +142,10 @@ def clipping(folder: Path) -> tuple[Graph, Graph]:
     return graphs[0], graphs[1]
 
 
+@pytest.mark.parametrize("made_here", [False, True])
 @pytest.mark.parametrize(("reference_reaches", "innocent"), [(1.0, True), (3.0, False)])
 def test_scales_that_fit_what_the_reference_gives_are_not_to_blame(
-    tmp_path: Path, reference_reaches: float, innocent: bool
+    tmp_path: Path, reference_reaches: float, innocent: bool, made_here: bool
 ) -> None:
     """The test's input reaches 3, where the scale clips it: inherited where the reference's reaches 1."""
     plain, quantized = clipping(tmp_path)
@@ -168,7 +155,7 @@ def test_scales_that_fit_what_the_reference_gives_are_not_to_blame(
     clipped = np.clip(np.round(3 * x.astype(np.float64) * 127), -128, 127) / 127
     reference = {"x": reference_reaches * x, "y": (reference_reaches * x) @ matrix}
     test = {"x": 3 * x, "y": clipped @ matrix}
-    own = FileQuantization(plain, quantized, {"y": "y"}, rounds_weights=False)
+    own = Quantized(plain, quantized, {}) if made_here else FileQuantization(plain, quantized, {"y": "y"})
     replayer = Replayer(plain, ("fp32", "int8"), "fp64", {"y"}, quantized=(None, own))
     figures = dict(replayer.layers(reference.__getitem__, test.__getitem__))["y"]
     assert figures.introduced is not None
@@ -177,15 +164,17 @@ def test_scales_that_fit_what_the_reference_gives_are_not_to_blame(
     assert figures.step == pytest.approx(1 / 127)
     assert figures.clipped == pytest.approx(float((np.abs(3 * x) > 1).mean()), abs=0.03)
     assert figures.excess is not None
-    assert figures.excess == 1 if innocent else figures.excess > EXCESS
-    if innocent:
-        assert figures.expected == figures.introduced
-        assert figures.channel_excess is None
+    assert figures.channel_excess is not None
+    if innocent:  # the best scales for what calibration saw cut off just as much
+        assert figures.excess == pytest.approx(1, rel=0.05)
+        assert figures.channel_excess == pytest.approx(1, rel=0.05)
+    else:
+        assert figures.excess > EXCESS
 
 
 def test_a_layer_is_judged_by_the_worst_of_what_good_scales_make(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = torch.ones(1, 8, 4, 4).double()
-    monkeypatch.setattr(ScaleReplay, "_recalibrated", lambda self, nodes, target, given: [1.1 * exact])
+    monkeypatch.setattr(ScaleReplay, "_recalibrated", lambda self, nodes, target, given, **_: [1.1 * exact])
     assert compared(1.4 * exact, exact, None, 1.2 * exact).channel_excess == pytest.approx(2)
     assert compared(1.4 * exact, exact, None, 1.05 * exact).channel_excess == pytest.approx(4)
 

@@ -25,7 +25,7 @@ from cp_debug.bisect.bias_steps import StoredBias, bias_step, rounded_bias, stor
 from cp_debug.bisect.file_weights import product_of, stored_codes
 from cp_debug.bisect.paired_nodes import PAIRED, with_paired_sums
 from cp_debug.bisect.quantization_scheme import Levels, Scheme
-from cp_debug.bisect.quantized_segment import EmulatedSegment, QuantizerGrid
+from cp_debug.bisect.quantized_segment import EmulatedSegment, QuantizerGrid, all_values
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import constant_type, is_constant, level_kind, produced_grid
@@ -135,15 +135,17 @@ class FileQuantization:
         given: Mapping[str, AnyTensor],
         targets: Collection[str],
         scale_margin: float = 1.0,
+        calibrated: Mapping[str, AnyTensor] | None = None,
         *,
         whole_range: bool = False,
     ) -> EmulatedSegment:
         """Run a segment of ``plain`` with the best scales of the file's kind, and all else as ``executor`` does it.
 
         ``whole_range``: those of Softmax, Sigmoid and their like cover all that these can give. ``given``: name →
-        tensor of the parent, in any float dtype.
+        tensor of the parent, in any float dtype. ``scale_margin``, ``calibrated``: as ``Quantized.ideal``.
         """
         scheme = self._of(nodes)
+        fitted = {} if calibrated is None else all_values(executor, nodes, calibrated)
         values: dict[str, AnyTensor] = dict(given)
         segment = EmulatedSegment({})
         computing = any(node.op not in _PASS | _NO_DATA for node in nodes)
@@ -158,7 +160,8 @@ class FileQuantization:
                         continue
                     axis = weight_axis(node, tensor.dim()) if node.op in PRODUCTS and place == 1 else 0
                     least = _range(executor.graph, name) if whole_range else (0.0, 0.0)
-                    rounded_values[name] = levels.applied(tensor, axis if constant else None, scale_margin, least)
+                    like = fitted.get(name)
+                    rounded_values[name] = levels.applied(tensor, axis if constant else None, scale_margin, least, like)
                     if not constant and scheme.grid is not None and scheme.grid.codec is None and segment.step is None:
                         segment.step, segment.clipped = (
                             float(scheme.grid.scale.flatten()[0]),
@@ -177,7 +180,8 @@ class FileQuantization:
                 # ONNX Runtime's QLinearSoftmax multiplies by floor(1 ÷ scale), and 1 ÷ (1 ÷ 255) is below 255 in FP32
                 # (onnxruntime/contrib_ops/cpu/quantization/qlinear_softmax.cc).
                 result = result * (1 - 1 / (2**levels.bits - 1))
-            results[target] = levels.applied(result, None, scale_margin, least) if levels and rounds else result
+            like = fitted.get(target)
+            results[target] = levels.applied(result, None, scale_margin, least, like) if levels and rounds else result
         segment.results = results
         return segment
 
@@ -254,18 +258,22 @@ class FileQuantization:
         constants: Collection[Tensor] = (),
         scale_margin: float = 1.0,
         bits: int | None = None,
+        calibrated: Mapping[str, AnyTensor] | None = None,
     ) -> Tensor | None:
         """Result of the file's own nodes for ``given``, with the best scales for it in place of those of its
         QuantizeLinear nodes, ``scale_margin`` times as large.
 
         ``constants`` are those of the parent's segment: a weight counts as quantized well where it is about as near to
         one of them as the best scales of its kind come. ``bits``: in place of those of the levels. None for other
-        weights, for levels that are captured, and as for ``declared``. ``given``: name → tensor of the parent, in any
-        float dtype.
+        weights, for levels that are captured, and as for ``declared``. ``given``, and ``calibrated`` if the scales
+        shall be the best for other inputs: name → tensor of the parent, in any float dtype. Raises InputError for
+        ``calibrated`` where None is returned without.
         """
         if (found := self._in_floats(target, known, given)) is None:
             return None
         own, nodes, values = found
+        other = None if calibrated is None else self._in_floats(target, known, calibrated)
+        fitted = {} if other is None else all_values(self._executor, nodes, other[2])
         rounded: dict[str, Tensor] = {}
         """Levels → the numbers behind them."""
         for node in nodes:
@@ -280,7 +288,8 @@ class FileQuantization:
                 grid = self._grid(*[*node.proto.input[1:3], ""][:2])
                 if grid is not None and grid.range[0] >= 0:  # does what a Relu would that was left out
                     tensor = torch.as_tensor(tensor).clamp(min=0)
-                rounded[node.outputs[0]] = levels.applied(torch.as_tensor(tensor), None, scale_margin, least)
+                like = fitted.get(first)
+                rounded[node.outputs[0]] = levels.applied(torch.as_tensor(tensor), None, scale_margin, least, like)
             elif node.op == "DequantizeLinear" and first in rounded:
                 values[node.outputs[0]] = rounded[first]
             elif node.op == "DequantizeLinear" and is_constant(self._graph, first):

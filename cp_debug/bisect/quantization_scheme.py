@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.codecs import Codec
 from cp_debug.bisect.quantized_segment import QuantizerGrid
+
+Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,23 @@ class Levels:
     """Place of each slice of the block axis in a sequence of whole blocks; None: blocks lie in order."""
 
     def applied(
-        self, tensor: Tensor, axis: int | None, scale_margin: float = 1.0, least: tuple[float, float] = (0.0, 0.0)
+        self,
+        tensor: Tensor,
+        axis: int | None,
+        scale_margin: float = 1.0,
+        least: Range = (0.0, 0.0),
+        like: AnyTensor | None = None,
     ) -> Tensor:
         """``tensor`` with the best scales of this kind for it, ``scale_margin`` times as large.
 
-        ``least`` is a range that they cover in any case, ``axis`` the channels'. Shape and dtype of ``tensor`` stay.
+        ``least`` is a range that they cover in any case, ``axis`` the channels'. ``like``: a tensor of any shape that
+        one scale is the best for in place of ``tensor``, whose shape and dtype stay.
         """
-        if self.block and self.block_axis is not None and -tensor.dim() <= self.block_axis < tensor.dim():
-            rows = tensor.movedim(self.block_axis, -1)
+        along = self.block_axis
+        if along is None or not -tensor.dim() <= along < tensor.dim():
+            along = -1 if axis == 0 or tensor.dim() > 2 else 0
+        if self.block and (tensor.dim() > 1 or along == self.block_axis):
+            rows = tensor.movedim(along, -1)
             order = None if self.order is None else self.order.to(rows.device)
             if order is not None and len(order) == rows.shape[-1]:
                 size = int(order.max()) + 1
@@ -43,26 +55,22 @@ class Levels:
                 padded[..., order] = rows
             else:
                 order, padded = None, torch.nn.functional.pad(rows, (0, -rows.shape[-1] % self.block))
-            rounded = self._on(padded.unflatten(-1, (-1, self.block)), [-1], scale_margin).flatten(-2)
-            kept = rounded[..., : rows.shape[-1]] if order is None else rounded[..., order]
-            return kept.movedim(-1, self.block_axis)
-        if self.block and tensor.dim() > 1:
-            rows = tensor.transpose(0, 1) if axis != 0 else tensor
-            padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % self.block))
             blocks = padded.unflatten(-1, (-1, self.block))
-            rounded = self._on(blocks, [-1], scale_margin).flatten(-2)[..., : rows.shape[-1]]
-            return rounded.transpose(0, 1) if axis != 0 else rounded
+            rounded = self._on(blocks, [-1], scale_margin, (0.0, 0.0), None).flatten(-2)
+            kept = rounded[..., : rows.shape[-1]] if order is None else rounded[..., order]
+            return kept.movedim(-1, along)
         reduced = [d for d in range(tensor.dim()) if d != axis] if self.channels and axis is not None else None
-        return self._on(tensor, reduced, scale_margin, least)
+        return self._on(tensor, reduced, scale_margin, least, like if reduced is None else None)
 
     def _on(
-        self, tensor: Tensor, reduced: list[int] | None, scale_margin: float, least: tuple[float, float] = (0.0, 0.0)
+        self, tensor: Tensor, reduced: list[int] | None, scale_margin: float, least: Range, like: AnyTensor | None
     ) -> Tensor:
         if not tensor.numel():
             return tensor
-        dims = list(range(tensor.dim())) if reduced is None else reduced
-        finite = torch.where(tensor.isfinite(), tensor, 0)  # Inf is cut off, NaN has no place on a grid
-        low, high = (finite.amin(dims, keepdim=True), finite.amax(dims, keepdim=True)) if dims else (finite, finite)
+        like = tensor if like is None else torch.as_tensor(like).to(tensor)
+        finite = torch.where(like.isfinite(), like, 0)  # Inf is cut off, NaN has no place on a grid
+        ends = (finite.amin, finite.amax) if reduced != [] else ()
+        low, high = (end(reduced or (), keepdim=bool(reduced)) for end in ends) if ends else (finite, finite)
         low, high = low.clamp(max=least[0]), high.clamp(min=least[1])
         if self.codec is not None:
             largest = torch.maximum(low.abs(), high.abs()) * scale_margin

@@ -195,19 +195,23 @@ class Quantized:
         given: Mapping[str, AnyTensor],
         targets: Collection[str],
         scale_margin: float = 1.0,
+        calibrated: Mapping[str, AnyTensor] | None = None,
     ) -> EmulatedSegment:
         """Run a segment of ``plain`` in INT8 with the best symmetric scales, and all else as ``executor`` does it.
 
         ``scale_margin`` makes the scales larger by this factor, so that other roundings come about. ``given``: name →
-        tensor, in any float dtype.
+        tensor, in any float dtype. ``calibrated``: inputs of the same shapes that the scales are the best for, where
+        they are others than ``given``.
         """
         values: dict[str, AnyTensor] = dict(given)
+        fitted = {} if calibrated is None else all_values(executor, nodes, calibrated)
         segment = EmulatedSegment({})
         for node in nodes:
             rounded_values = dict(values)
             places = self._quantizers.get(node.name, {})
             inputs = executor.run_nodes([], values, [node.proto.input[place] for place in places])
-            together = max(map(_finite_amax, inputs.values()), default=0.0) if node.op == "Add" else None
+            like = {name: fitted.get(name, tensor) for name, tensor in inputs.items()}
+            together = max(map(_finite_amax, like.values()), default=0.0) if node.op == "Add" else None
             for place in places:
                 name = node.proto.input[place]
                 tensor = inputs[name]
@@ -216,7 +220,7 @@ class Quantized:
                     rounded_values[name] = on_grid(tensor, scale_margin * tensor.abs().amax(reduced, keepdim=True))
                     continue
                 rounded_values[name] = on_grid(
-                    tensor, torch.as_tensor(scale_margin * (together or _finite_amax(tensor)))
+                    tensor, torch.as_tensor(scale_margin * (together or _finite_amax(like[name])))
                 )
                 if (grid := self.grid(node, place)) is not None and grid.scale.numel() == 1:
                     clipped = grid.clipped(tensor)
@@ -250,6 +254,11 @@ class Quantized:
 
     def _as_shown(self, name: str, tensor: Tensor) -> Tensor:
         return self._rounded[name].quantized(tensor) if name in self._rounded else tensor
+
+
+def all_values(executor: Executor, nodes: Sequence[Node], given: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
+    """``given``, name → tensor in any float dtype, and all that the nodes of a segment make of it."""
+    return {**given, **executor.run_nodes(nodes, given, [name for node in nodes for name in node.outputs])}
 
 
 def _finite_amax(tensor: AnyTensor) -> float:

@@ -210,18 +210,15 @@ class Replayer:
         divergence = self._divergence(given, reference) if known_divergence is None else known_divergence
         results = {}
         for target in targets:
-            replay = self._asked(1, nodes, given, target, captured[target], exact[target], expected, claim)
+            replay = self._asked(1, nodes, given, target, captured[target], exact[target], expected, claim, reference)
             if replay.new_nonfinite:
                 replay.new_nonfinite -= _undecided(nodes, captured[target], exact[target], expected.results[target])
             if replay.new_nonfinite or (replay.excess or 0.0) > EXCESS:
                 replay = self._in_range(replay, target, captured[target], exact[target], expected, claim, test)
             if (scales := self._scales[1]) is not None and scales.quantized.touches(nodes):
                 replay.clipped, replay.step = expected.clipped, expected.step
-                ideal = expected.results[target]
-                scales.compare(replay, nodes, target, given, captured[target], exact[target], ideal)
-                of_reference = {s: reference(s) for s in starts} if scales.explain(replay) else None
-                if of_reference is not None and scales.fit(nodes, target, of_reference):
-                    replay.expected, replay.excess, replay.channel_excess = replay.introduced, 1.0, None
+                tensors = captured[target], exact[target], expected.results[target]
+                scales.compare(replay, nodes, target, given, *tensors, reference)
             replay.nodes, replay.precision = tuple(n.name for n in nodes), claimed.name
             if self._departures is not None:
                 replay.computed_in = self._departures.find(
@@ -281,11 +278,10 @@ class Replayer:
         Also returns the precision that allows for what emulation does not know.
         """
         emulator, quantized = self._emulators[side], self.quantized[side]
-        touched, precision = quantized is not None and quantized.touches(nodes), self.claim(side, nodes)
-        if quantized is not None and (touched or precision.name == "int8"):
-            precision = quantized.beside
-        if quantized is not None and touched:
-            return quantized.ideal(emulator, nodes, given, exact), precision
+        if quantized is not None and quantized.touches(nodes):
+            return quantized.ideal(emulator, nodes, given, exact), quantized.beside
+        precision = self.claim(side, nodes)
+        precision = quantized.beside if quantized is not None and precision.name == "int8" else precision
         if rounded := int8_activations(nodes, given):
             return EmulatedSegment(emulator.run_nodes(nodes, {**given, **rounded}, exact)), precision
         return EmulatedSegment(exact if emulator is self.oracle else emulator.run_nodes(nodes, given, exact)), precision
@@ -300,6 +296,7 @@ class Replayer:
         exact: Tensor,
         expected: EmulatedSegment,
         claim: Precision,
+        reference: Load,
     ) -> Replay:
         """The replay of one value of the reference (0) or the test (1).
 
@@ -314,7 +311,7 @@ class Replayer:
         if scales is None and side == 1 and self._moved is not None:
             others = [g.quantized(as_tensor(result)) for _, g in self._moved.for_readers(target, captured)]
         if scales is not None and scales.quantized.touches(nodes):
-            others += scales.larger(nodes, given, target)
+            others += [*scales.larger(nodes, given, target), *scales.as_calibrated(nodes, given, reference, target)]
         if others:
             return Replay.of(captured, exact, [result, *others], claim, unrounded=unrounded)
         oracle = self._oracle_of(claim)
@@ -359,7 +356,7 @@ class Replayer:
         if target in self._suspects:  # other implementations were asked by the alignment
             replay = Replay.of(reference(target), exact, [expected.results[target]], claim)
         else:
-            replay = self._asked(0, nodes, given, target, reference(target), exact, expected, claim)
+            replay = self._asked(0, nodes, given, target, reference(target), exact, expected, claim, reference)
         if replay.introduced is not None and distance(exact, reference(target)).new_nonfinite:
             return math.inf
         return replay.excess or 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.file_weights import BETTER
 from cp_debug.bisect.quantized_segment import Quantized, balanced
-from cp_debug.bisect.replayed import EXCESS, FLOOR, Replay
+from cp_debug.bisect.replayed import ASKED, FLOOR, Replay
 from cp_debug.bisect.whole_numbers import as_tensor
 from cp_debug.graph.graph import Node
 from cp_debug.graph.integer_values import is_constant
@@ -47,11 +47,12 @@ class ScaleReplay:
         captured: AnyTensor,
         exact: Tensor,
         ideal: AnyTensor,
+        reference: Callable[[str], AnyTensor],
     ) -> None:
         """Write into ``replay`` how far a layer is from its own scales, and channel by channel from the best ones.
 
-        ``ideal`` is the result by the best scales. Results of another shape, and those that are no floats, are left
-        alone.
+        ``ideal`` is the result by the best scales, ``reference`` gives the reference's values. Results of another
+        shape, and those that are no floats, are left alone.
         """
         if tuple(captured.shape) != tuple(exact.shape) or not exact.is_floating_point():
             return
@@ -64,6 +65,9 @@ class ScaleReplay:
         ours = balanced(torch.as_tensor(captured) - exact, exact, axis)
         ideals = [ideal, *self._recalibrated(nodes, target, given)]
         best = max(balanced(torch.as_tensor(t) - exact, exact, axis) for t in ideals)
+        if ours > ASKED * best:
+            others = self.as_calibrated(nodes, given, reference, target)
+            best = max(best, *(balanced(torch.as_tensor(t) - exact, exact, axis) for t in others))
         replay.channel_excess = ratio(ours, max(best, FLOOR * self.quantized.beside.roundoff))
         if declared is not None and (replay.deviation_from_scales or 0.0) < (replay.declared or 0.0) / 2:
             replay.misfit = self._misfit(nodes, target, given, declared, exact)
@@ -96,6 +100,20 @@ class ScaleReplay:
                 for scale_margin in (1.0, *SCALE_MARGINS):
                     yield levels.applied(torch.as_tensor(result), None, scale_margin)
 
+    def as_calibrated(
+        self, nodes: Sequence[Node], given: Mapping[str, AnyTensor], reference: Callable[[str], AnyTensor], target: str
+    ) -> Iterator[AnyTensor]:
+        """Results with the best scales for what the reference gives the layer, in place of what it is given.
+
+        Calibration sees values like the reference's: that a number is cut off because it grew by errors in front of the
+        layer was inherited. For a foreign file its own quantizers get such scales, too. ``given``: name → input of the
+        segment, in any float dtype; ``reference`` gives the same of the reference. Each result has the shape of
+        ``target``.
+        """
+        calibrated = {name: reference(name) for name in given}
+        yield self.quantized.ideal(self._emulator, nodes, given, [target], 1.0, calibrated).results[target]
+        yield from self._recalibrated(nodes, target, given, calibrated=calibrated)
+
     def larger(self, nodes: Sequence[Node], given: Mapping[str, AnyTensor], target: str) -> Iterator[AnyTensor]:
         """Results with somewhat larger scales; for a foreign file also with larger ones of its own quantizers.
 
@@ -108,36 +126,13 @@ class ScaleReplay:
             for scale_margin in (1.0, *SCALE_MARGINS):
                 yield from self._recalibrated(nodes, target, given, scale_margin)
 
-    @staticmethod
-    def explain(replay: Replay) -> bool:
-        """Whether a layer introduces more than it should, and just what the program's own scales say."""
-        beyond = max(replay.excess or 0.0, replay.channel_excess or 0.0) > EXCESS
-        deviation = replay.deviation_from_scales
-        return beyond and deviation is not None and deviation < (replay.introduced or 0.0) / 2
-
-    def fit(self, nodes: Sequence[Node], target: str, given: Mapping[str, AnyTensor]) -> bool:
-        """Whether another tool's scales are as good as any for ``given``, which the reference gives the layer.
-
-        They were calibrated on such values: that they do not fit the test's inputs was inherited. ``given``: name →
-        input of the segment, in any float dtype.
-        """
-        quantized = self.quantized
-        if not isinstance(quantized, FileQuantization):
-            return False
-        declared = quantized.declared(target, self._known, given)
-        exact = as_tensor(self._oracle.run_nodes(nodes, given, [target])[target])
-        if declared is None or declared.shape != exact.shape:
-            return False
-        best: list[AnyTensor] = []
-        for margin in (1.0, *SCALE_MARGINS):
-            for whole in (False, True):
-                emulated = quantized.ideal(self._emulator, nodes, given, [target], margin, whole_range=whole)
-                best.append(emulated.results[target])
-            best += self._recalibrated(nodes, target, given, margin)
-        return (Replay.of(declared, exact, best, quantized.beside).excess or 0.0) <= EXCESS
-
     def _recalibrated(
-        self, nodes: Sequence[Node], target: str, given: Mapping[str, AnyTensor], scale_margin: float = 1.0
+        self,
+        nodes: Sequence[Node],
+        target: str,
+        given: Mapping[str, AnyTensor],
+        scale_margin: float = 1.0,
+        calibrated: Mapping[str, AnyTensor] | None = None,
     ) -> list[AnyTensor]:
         """Results of a file's own nodes with better scales; empty where nobody can tell."""
         quantized, graph = self.quantized, self._oracle.graph
@@ -145,11 +140,12 @@ class ScaleReplay:
             return []
         names = dict.fromkeys(i for n in nodes for i in n.inputs if is_constant(graph, i) and i not in given)
         constants = [torch.as_tensor(t) for t in self._oracle.run_nodes([], {}, names).values()]
-        rounded = quantized.recalibrated(target, self._known, given, constants, scale_margin)
         fine = quantized.recalibrated(target, self._known, given, constants, bits=24)
         exact = as_tensor(self._oracle.run_nodes(nodes, given, [target])[target])
-        if rounded is None or fine is None or fine.shape != exact.shape:
+        if fine is None or fine.shape != exact.shape:
             return []
+        rounded = quantized.recalibrated(target, self._known, given, constants, scale_margin, calibrated=calibrated)
+        assert rounded is not None  # as with more bits
         # Nodes that miss the result without any rounding compute something else: another value was paired with this.
         off, scale, _ = distance(fine, exact)
         faithful = off <= max(distance(rounded, exact).difference / 2, ALIKE * scale)
