@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -201,3 +202,36 @@ def test_levels_of_16_bits_are_called_so_and_judged_as_finely(
     assert f"INT{bits} " in result.findings[0].says
     if guilty:
         assert result.findings[0].cause == "int8-coarse"
+
+
+def test_a_lost_bias_beside_a_zero_point_of_its_length(tmp_path: Path) -> None:
+    """Scales and zero points as long as the bias are no weights of another layer that stand in its place."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((1, 3, 12, 12)).astype(np.float32)
+    scale, zero = rng.uniform(1e-3, 2e-3, 8).astype(np.float32), np.zeros(8, np.int32)
+    constants: dict[str, Any] = {
+        "w": (rng.standard_normal((8, 3, 3, 3)) / 5).astype(np.float32),
+        "bq": rng.integers(200, 400, 8).astype(np.int32),
+        "sb": scale,
+        "zb": zero,
+    }
+    shapes = (1, 8, 12, 12), (1, 3, 12, 12)
+
+    def network(name: str, **changed: Any) -> Path:
+        nodes = [
+            helper.make_node("DequantizeLinear", ["bq", "sb", "zb"], ["bd"], name="stored", axis=0),
+            helper.make_node("Conv", ["x", "w", "bd"], ["c"], name="conv", pads=[1] * 4),
+            helper.make_node("Sigmoid", ["c"], ["y"], name="sig"),
+        ]
+        return saved(tmp_path / name, nodes, *shapes, {**constants, **changed})
+
+    lost = onnx.load(network("lost.onnx", bq=zero))
+    lost.graph.output.append(helper.make_tensor_value_info("c", TensorProto.FLOAT, shapes[0]))
+    y, c = ort.InferenceSession(lost.SerializeToString()).run(None, {"x": x})
+    np.savez(tmp_path / "dump.npz", x=x, c=c, y=y)
+    np.savez(tmp_path / "x.npz", x=x)
+    files = {"inputs": tmp_path / "x.npz", "test_tensors": tmp_path / "dump.npz"}
+    (test,) = diagnose(network("net.onnx"), "ort", **files).tests
+    assert [row.onnx for row in test.guilty] == ["c"]
+    assert test.findings[0].cause == "bias-dropped"
+    assert "bias" in test.findings[0].says

@@ -13,6 +13,7 @@ from torch import Tensor
 from cp_debug.bisect.causes.base import Candidate
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.programs.node_differences import named, role_of_constant
 from cp_debug.programs.tensor_change import TensorChange, axis_name, interleaved_forms, rolled_forms, turned_forms
 
@@ -129,7 +130,8 @@ def cause_of(change: Change, node: Node, place: int) -> tuple[str, str, dict[str
 def tried(segment: Segment, node: Node, place: int, change: Change, fix: str) -> Iterator[Candidate]:
     """The candidate of a change to one constant of a node; none where it gives no tensor of the captured shape."""
     if (value := segment.edited(node, inputs={place: change.value})) is not None:
-        name, says, evidence = cause_of(change, node, place)
+        lost = [n for n in segment.nodes if change.degenerate and n.op in PRODUCTS and node.outputs == n.inputs[2:3]]
+        name, says, evidence = cause_of(change, *((lost[0], 2) if lost else (node, place)))  # levels of a bias
         yield Candidate(name, says, value, change.parameters, evidence, fix, degenerate=change.degenerate)
 
 

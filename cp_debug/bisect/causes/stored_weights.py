@@ -14,6 +14,7 @@ from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.graph.constants import is_uniform
 from cp_debug.graph.graph import Node
 from cp_debug.graph.qdq import weight_axis
+from cp_debug.programs.node_differences import role_of_constant
 from cp_debug.programs.tensor_change import stored_forms
 
 FEWEST = 4
@@ -56,11 +57,14 @@ def in_fewer_bits(segment: Segment) -> Iterator[Candidate]:
 
 @cause(costly=True)
 def of_another_layer(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: the weights of another layer that have the same shape."""
+    """Candidates: the weights of another layer that have the same shape and type: scales are no levels of a bias."""
     constants, graph = segment.context.constants, segment.graph
     for node, place, weight in _weights(segment):
         name = node.proto.input[place]
-        alike = [n for n in graph.initializers if n != name and tuple(graph.weight(n).dims) == tuple(weight.shape)]
+        if name not in graph.initializers or role_of_constant(node, place) in ("scale", "zero"):
+            continue
+        forms = {n: (graph.weight(n).data_type, *graph.weight(n).dims) for n in graph.initializers}
+        alike = [n for n, form in forms.items() if n != name and form == forms[name]]
         for other_name in alike[:MOST_LAYERS]:
             stored = as_double(constants[other_name])
             if torch.equal(stored, weight) or is_uniform(stored.numpy()):  # zeros and ones are no layer's own
