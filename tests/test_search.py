@@ -56,7 +56,7 @@ def test_goals_join_conditions() -> None:
         ("rel_l2", "is no condition"),
         ("rel_l2<", "is no condition"),
         ("rel_l2<1e-3 and", "'' in 'rel_l2<1e-3 and' is no condition"),
-        ("rel_l3<1", "no figure 'rel_l3'; known are .*nearest: rel_l2"),
+        ("rel_l3<1", "no figure 'rel_l3'; known are .*did you mean rel_l2"),
         ("rel_l2>1", "limited by <, <= or ==, not by >"),
         ("rel_l2<nan", "no limit that can be kept"),
         ("rel_l2<-1", "no limit"),
