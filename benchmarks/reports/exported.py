@@ -130,6 +130,7 @@ CASES = (
         "n = LayerNormalization<axis=-1>(t1, ones, zeros)\nm = Mul(n, column)",
         ("n", "m"),
         "axis|order|transpos|broadcast|channel|scale",
+        "column on both sides",
         wrong="n = LayerNormalization<axis=-1>(t1, ones, zeros)\nm = Mul(n, row)",
         constants={
             "ones": np.ones(16, np.float32),
@@ -406,6 +407,7 @@ CASES = (
         "z = Sub(x, mean)\nn = Div(z, deviation)",
         ("z", "n"),
         "order|backwards|revers|permut",
+        "mean on both sides",
         wrong_constants={"mean": floats(0.9, 0.3, -0.8).reshape(1, 3, 1, 1)},
         constants={"mean": floats(-0.8, 0.3, 0.9).reshape(1, 3, 1, 1), "deviation": np.float32(0.5)},
         frame=PICTURE,

@@ -124,6 +124,7 @@ CASES = (
         "q = QuantizeLinear(t1, s, z)\nm = DequantizeLinear(q, s, z)",
         ("q", "m"),
         "clip|zero.point|range|saturat|z of",
+        "z on both sides",
         wrong="q = QuantizeLinear(t1, s, end)\nm = DequantizeLinear(q, s, end)",
         constants={"s": np.float32(2 / 255), "z": np.uint8(128)},
         wrong_constants={"end": np.uint8(255)},

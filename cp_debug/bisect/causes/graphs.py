@@ -355,7 +355,8 @@ def _lost(
 
 def _fix(difference: NodeDifference) -> str:
     if "change" in difference.evidence:
-        return f"use the same {difference.evidence['constant']} on both sides"
+        constant, narrow = difference.evidence["constant"], difference.evidence["change"] in ("fp16", "bf16")
+        return f"store {constant} in FP32 on both sides" if narrow else f"use the same {constant} on both sides"
     return f"undo the difference at {{layers}}: {difference.says}"
 
 
