@@ -45,10 +45,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what reads the shared folder."""
+    """Mark what reads the shared folder; of functions marked ``few(N)``, N sets of parameters stay in the quick run."""
+    functions: dict[str, list[pytest.Item]] = {}
     for item in items:
         if "shared" in getattr(item, "fixturenames", ()):
             item.add_marker("shared")
+        if item.get_closest_marker("few"):
+            functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for same in functions.values():
+        (count,) = same[0].get_closest_marker("few").args  # type: ignore[union-attr]
+        quick = [item for item in same if not item.get_closest_marker("slow")]
+        stay = {len(quick) * n // count for n in range(count)}  # spread over all of them
+        for place, item in enumerate(quick):
+            if place not in stay:
+                item.add_marker("slow")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -25,6 +25,7 @@ def bench() -> Any:
         sys.path.remove(str(ROOT / "benchmarks"))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("length", [64, 512, 4096])
 @pytest.mark.parametrize("kind", ["e4m3", "e5m2", "fp16", "bf16", "tf32"])
 def test_the_emulation_gives_the_bits_of_the_hardware(bench: Any, kind: str, length: int) -> None:

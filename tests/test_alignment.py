@@ -79,6 +79,7 @@ def test_modules_in_half_precision_are_aligned(tmp_path: Path, dtype: torch.dtyp
     assert {"1", "3", "5"} <= {link.layer for link in alignment.links}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("exporter", "folded"), KINDS)
 def test_the_stress_model_is_accounted_for(tmp_path: Path, exporter: str, folded: bool) -> None:
     module, image = make_stress()

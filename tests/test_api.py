@@ -19,6 +19,7 @@ import cp_debug
 from cp_debug.errors import InputError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["", pytest.param("reversed", marks=pytest.mark.slow)])
 def test_a_name_is_the_same_the_second_time(order: str) -> None:
     """In a fresh process: an import in between must not put a folder in the place of a function."""

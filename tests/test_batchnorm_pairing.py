@@ -116,6 +116,7 @@ SWAPPED = {"first": ["down_norm"], "down": ["first_norm"]}
 DEEP = {"deep": ["point_norm"], "point": ["deep_norm"]}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("kind", "pairs", "named"),
     [

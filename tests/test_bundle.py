@@ -345,6 +345,7 @@ def test_only_the_slice_of_external_weights_travels(tmp_path: Path) -> None:
     assert sum(f.stat().st_size for f in (tmp_path / "out").iterdir()) < 20_000
 
 
+@pytest.mark.slow
 def test_emulated_faults_say_so(tmp_path: Path) -> None:
     """FP16 overflow: the emulation's, and the page says it."""
     net = NetBuilder(0)
@@ -426,6 +427,7 @@ def test_a_script_that_shows_nothing_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_reference_at_fault_is_bundled_as_the_accused(tmp_path: Path) -> None:
     model = second_like(tmp_path / "net.onnx", size=16, depth=0)
     reference = create(BackendSpec.parse("emu-fp32"), overrides={"node_conv_3": "bf16"})

@@ -160,6 +160,7 @@ def _per_channel(weight: Tensor) -> Tensor:
     return (weight / step).round() * step
 
 
+@pytest.mark.few(11)
 @pytest.mark.parametrize(("cause", "target", "spoil"), CASES, ids=[f"{c}-{t}-{i}" for i, (c, t, _) in enumerate(CASES)])
 def test_the_true_cause_wins(net: Graph, cause: str, target: str, spoil: Callable[[Segment], Tensor]) -> None:
     scale = 1e5 if cause == "fp16-overflow" else 1.0
@@ -173,6 +174,7 @@ def test_the_true_cause_wins(net: Graph, cause: str, target: str, spoil: Callabl
     assert explanation.explained > explanation.runner_up_explained
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("target", ["conv", "relu", "sigmoid", "strided", "product", "resized"])
 def test_what_nothing_explains_is_unknown(net: Graph, target: str) -> None:
     found = segment(net, target)
@@ -198,6 +200,7 @@ def test_other_weights_are_learnt_and_tried_on_the_other_half(tmp_path: Path) ->
     assert explanation.cause.parameters == 4 * 37
 
 
+@pytest.mark.slow
 def test_another_order_of_fp16_sums_is_named_by_its_magnitude(tmp_path: Path) -> None:
     net = NetBuilder(7)
     net.conv("x", 128, 8, name="conv")
@@ -309,6 +312,7 @@ def _two_scaled_channels(layer: Layer) -> None:
     layer.conv.weight.data[5] *= 0.5
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("change", "cause", "parameters"),
     [
@@ -369,6 +373,7 @@ class Tf32Backend(TorchBackend):
         return super().open(replace(program, module=module))
 
 
+@pytest.mark.slow
 def test_tf32_is_recognized_where_the_graph_is_folded_and_the_module_is_not() -> None:
     model = TorchModel("layer", Layer().eval(), torch.randn(1, 4, 24, 24, generator=torch.Generator().manual_seed(0)))
     backends = [create(BackendSpec.parse("ort")), Tf32Backend(BackendSpec.parse("torch"))]
@@ -394,6 +399,7 @@ class RestlessBackend(TorchBackend):
         return super().open(replace(program, module=module))
 
 
+@pytest.mark.slow
 def test_a_layer_that_differs_from_run_to_run_reads_stale_memory() -> None:
     model = TorchModel("layer", Layer().eval(), torch.randn(1, 4, 24, 24))
     backends = [create(BackendSpec.parse("ort")), RestlessBackend(BackendSpec.parse("torch"))]

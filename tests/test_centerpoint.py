@@ -53,6 +53,7 @@ coordinates = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(arrays(np.float32, st.tuples(st.integers(0, 60), st.just(5)), elements=coordinates))
 def test_voxels_are_those_of_the_loop_over_points(points: np.ndarray) -> None:
     result = voxelize(torch.from_numpy(points), SMALL)

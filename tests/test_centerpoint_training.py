@@ -143,6 +143,7 @@ def in_box_frame(example, chosen, index):
     return offset @ np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
 
 
+@pytest.mark.slow
 def test_shipped_weights_detect_what_they_never_saw():
     model = build_model(TINY)
     weights = WEIGHTS / "tiny.safetensors"

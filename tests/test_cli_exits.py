@@ -137,6 +137,7 @@ main()
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", ["demo", pytest.param("doctor --json", marks=pytest.mark.slow)])
 def test_a_reader_that_has_gone_is_no_verdict(arguments: str) -> None:
     command = f"{sys.executable} -m cp_debug {arguments} | true; echo ${{PIPESTATUS[0]}}"
@@ -350,6 +351,7 @@ def test_captures_of_a_run_that_was_interrupted_are_told_from_a_folder_of_others
         assert (code, says in " ".join(text.split())) == (2, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [("bisect", "-b", "ort,ort-all"), pytest.param(("predict",), marks=pytest.mark.slow), ("doctor",)]
 )
@@ -707,6 +709,7 @@ def test_a_seed_is_refused_where_nothing_is_made_up(net: Path, tmp_path: Path) -
     assert (code, "--opset: it would do nothing here:" in text) == (2, True)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
 def test_streams_that_the_shell_closed_change_no_exit_code(closed: str) -> None:
     for command, code in (("models", 0), ("bisect nowhere.onnx", 2)):

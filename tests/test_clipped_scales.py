@@ -50,6 +50,7 @@ def compared(folder: Path, op: str, clipped: tuple[int, ...], data: bool = False
     return test
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("op", ["Conv", "MatMul"])
 @pytest.mark.parametrize(("clipped", "data"), [((5,), False), ((2, 7, 30), False), ((3,), True)])
 def test_channels_whose_scale_clips_are_named(tmp_path: Path, op: str, clipped: tuple[int, ...], data: bool) -> None:

@@ -106,6 +106,7 @@ def test_a_fault_in_an_fp16_file_is_found(tmp_path, keep_io):
     assert "FP16 explains" in result.tests[0].guilty[0].why
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("keep_io", [False, True])
 @pytest.mark.parametrize("fault", [1.0, 1.02])
 def test_an_fp16_file_beside_its_fp32_parent_is_judged_as_fp16(tmp_path, keep_io, fault):
@@ -147,6 +148,7 @@ class Net(torch.nn.Module):
         return self.linear(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "backends"),
     [(torch.float16, "torch,ort,ort-all,emu-fp32,torch-fp64"), (torch.bfloat16, "torch,emu-fp32,emu-bf16,torch-fp64")],

@@ -84,6 +84,7 @@ def test_calibrated_exported_verified_evaluated_and_resumed(tmp_path: Path) -> N
     assert [r.name for r in again if r.resumed] == ["load", "quantize", "verify", "evaluate"]
 
 
+@pytest.mark.slow
 @needs("modelopt")
 def test_checkpoint_brings_its_weights_scales_and_skips(tmp_path: Path, checkpoint: Path) -> None:
     config = settings(tmp_path, quantization={"checkpoint": checkpoint, "skip_layers": ["pts_neck"]})

@@ -83,6 +83,7 @@ def test_a_second_run_repeats_nothing_and_a_changed_file_is_noticed(deployed: Pa
     assert not any(r.resumed for r in deploy(deployment(deployed)))
 
 
+@pytest.mark.slow
 def test_a_failed_verification_names_layer_and_cause(broken: Path, tmp_path: Path) -> None:
     junit, report = tmp_path / "junit.xml", tmp_path / "verify.json"
     code, text = run(

@@ -25,6 +25,7 @@ def test_everything_is_restored_even_after_an_exception(general: str) -> None:
         torch.backends.fp32_precision = "none"
 
 
+@pytest.mark.slow
 def test_what_followed_the_general_setting_still_does() -> None:
     # In a process of its own: some of torch's own code writes cuDNN's setting, which then follows no more.
     script = """
@@ -78,6 +79,7 @@ def test_the_seed_decides_what_is_random() -> None:
     assert not torch.equal(draws[0], draws[2])
 
 
+@pytest.mark.slow
 def test_the_compiler_is_only_imported_where_something_is_compiled() -> None:
     """Importing it takes 1.7 s; where it is loaded, compiled modules are deterministic, too."""
     script = """

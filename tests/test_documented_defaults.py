@@ -94,6 +94,7 @@ SAME: list[tuple[Callable[..., Any], str, str, str, Any]] = [
 ]
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize(
     ("owner", "name", "words", "option", "value"), SAME, ids=lambda v: getattr(v, "__qualname__", str(v))
 )
@@ -104,6 +105,7 @@ def test_python_and_the_command_line_have_the_same_default(
     assert of_option(words, option) == value
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("owner", [Options, MixedPrecisionOptions, ExportOptions, evaluate, export, prepare])
 @pytest.mark.parametrize("words", ["bisect", "search", "export", "eval"])
 def test_batch_norms_are_folded_unless_one_says_unfolded(owner: Callable[..., Any], words: str) -> None:

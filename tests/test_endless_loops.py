@@ -69,6 +69,7 @@ def test_a_command_gives_a_loop_up_with_a_sentence(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx"]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("backend", ["ort", "ort-all", "emu-fp16", "emu-fp32"])
 @pytest.mark.parametrize("kind", ["huge", "no count", "nested"])
 def test_a_session_gives_a_loop_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, kind: str) -> None:

@@ -446,6 +446,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(done.stdout)["worse"] == ["torch-fp16"]
 
 
+@pytest.mark.slow
 def test_the_parity_checkpoint_finds_47_of_50_objects(shared: Path, tmp_path: Path) -> None:
     """One to one within 0.5 m in the class's own order of confidence; of the frame's 69 annotations count those of a
     known class, with at least one point, whose centre is in the model's range."""

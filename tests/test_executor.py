@@ -370,6 +370,7 @@ def test_empty_tensors(tmp_path: Path) -> None:
         assert Executor(net, arithmetic).run({"x": random(0, 4)})["y"].shape == (0, 2)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("count", "shape"), [(0, ()), (1, (0,)), (2, (2, 3)), (3, (1, 2, 1, 3))])
 def test_whatever_a_kernel_raises_names_node_and_operator(tmp_path: Path, shape: tuple[int, ...], count: int) -> None:
     """Every operator with inputs, shapes and attributes that make no sense to most of them."""

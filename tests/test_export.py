@@ -33,6 +33,7 @@ class Net(nn.Module):
         return self.up_norm(self.up(self.conv_norm(self.conv(x)).relu()))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("exporter", "folded", "norms"),
     [("dynamo", True, 0), ("torchscript", True, 1), ("dynamo", False, 2), ("torchscript", False, 2)],
@@ -85,6 +86,7 @@ class Branches(nn.Module):
         return x * 2 if x.sum() > 0 else torch.linalg.eigvals(x).real
 
 
+@pytest.mark.slow
 def test_the_exporters_operators_are_read_once_and_anew_where_a_library_adds_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +133,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_opset_that_dynamo_silently_keeps_is_refused(tmp_path: Path) -> None:
     options: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"], "opset": 13}
     with pytest.raises(InputError, match=r"wrote opset 18 where 13 was asked for"):

@@ -117,6 +117,7 @@ class Wide(Net):
         self.linear = nn.Linear(3, 400)
 
 
+@pytest.mark.slow
 def test_weights_that_changed_in_a_kept_file_are_exported_anew(
     tmp_path: Path, exports: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("net", "op", "change", "arguments"),
     [

@@ -94,6 +94,7 @@ def accused(path, test, backends="ort,ort-none,ort-all"):
     return [[row.name for row in run.guilty] for run in result.tests]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["static", "static-int8", "trt", "qoperator", "dynamic", "contrib"])
 def test_a_well_quantized_file_accuses_nobody(tmp_path, kind):
     path, test = quantized(tmp_path, kind)

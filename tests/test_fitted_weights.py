@@ -104,6 +104,7 @@ def _exchanged(axis: int, i: int, j: int) -> Callable[[Tensor], Tensor]:
     return change
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("layer", "change", "cause"),
     [
@@ -135,6 +136,7 @@ def test_what_happened_to_the_weights_is_told(
     assert explanation.explained > 0.999
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("layer", ["Conv", "grouped", "ConvTranspose", "MatMul", "Gemm"])
 def test_weights_without_a_name_are_other_weights_and_predict_the_other_half(tmp_path: Path, layer: str) -> None:
     noise = torch.Generator().manual_seed(3)
@@ -168,6 +170,7 @@ def test_inputs_that_depend_on_each_other_tell_no_weights(tmp_path: Path) -> Non
     assert fit(again, again.nodes[-1]) is None
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("layer", list(LAYERS))
 def test_an_error_that_no_weights_make_is_unknown(tmp_path: Path, layer: str) -> None:
     found = _segment(tmp_path, layer)
@@ -263,6 +266,7 @@ def test_a_result_that_is_one_constant_is_not_cut_off(tmp_path: Path) -> None:
     assert explanation.cause is None or explanation.cause.cause != "saturated"
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("op", ["MatMul", "Conv"])
 @pytest.mark.parametrize("cuts", [True, False], ids=["cut off", "rounded"])
 def test_sums_that_are_cut_off_are_named_in_any_order(tmp_path: Path, op: str, cuts: bool) -> None:

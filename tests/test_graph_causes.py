@@ -190,6 +190,7 @@ def explained(net: Path, tmp_path: Path, edit: Edit, value: str) -> Finding:
     return finding
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize(("value", "edit", "causes"), CASES + KNOWN_ONLY)
 def test_the_cause_is_read_off_the_two_graphs(
     net: Path, tmp_path: Path, value: str, edit: Edit, causes: set[str]
@@ -201,6 +202,7 @@ def test_the_cause_is_read_off_the_two_graphs(
     assert finding.explained > 0.9
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize(("value", "edit", "causes"), CASES)
 def test_the_cause_is_found_without_the_other_graph(
     net: Path, tmp_path: Path, value: str, edit: Edit, causes: set[str], monkeypatch: pytest.MonkeyPatch
@@ -216,6 +218,7 @@ def test_a_factor_in_front_scales_the_result_of_what_is_linear(
     assert explained(net, tmp_path, in_front(value, "Mul", 1.7), value).cause == cause
 
 
+@pytest.mark.slow
 def test_gates_in_another_order(net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def edit(graph: onnx.GraphProto) -> None:
         for place in (1, 2):
@@ -326,6 +329,7 @@ def folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made.save(tmp_path_factory.mktemp("folded") / "net.onnx", {"x": (1, [1, 8, 12, 12])}, outputs)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("edit", "cause"),
     [

@@ -47,6 +47,7 @@ def accused(tests: list[TestResult]) -> list[str]:
     return [f"{t.backend.spec}: {row.name}: {row.why}" for t in tests for row in t.guilty]
 
 
+@pytest.mark.few(33)
 @pytest.mark.parametrize("name", CASES)
 def test_no_healthy_operator_is_guilty(tmp_path: Path, name: str) -> None:
     fp16 = "" if name.startswith(BEYOND_FP16) else ",emu-fp16"
@@ -82,6 +83,7 @@ def test_a_fault_in_a_healthy_operator_is_found(tmp_path: Path, size: float, nam
     assert [row.name for row in test.guilty] == [test.rows[-1].name]
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("seed", range(40))
 def test_a_head_of_one_output_is_innocent_whatever_its_weights(tmp_path: Path, seed: int) -> None:
     path, x = write("head_of_one_output", tmp_path / "head.onnx", seed)

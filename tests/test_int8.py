@@ -230,6 +230,7 @@ def worst(net: Path, test_model: Path) -> tuple[list[str], str]:
     return [producer[row.onnx].name for row in test.guilty], cause
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("cause", "parts"),
     [

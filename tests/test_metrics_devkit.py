@@ -120,6 +120,7 @@ def assert_equal(predicted: Boxes, truth: Boxes) -> None:
         assert summary[f"m{name}"] == pytest.approx(theirs.tp_errors[kind], abs=1e-9)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("seed", range(6))
 def test_equal_to_the_devkit(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -94,6 +94,7 @@ def test_defaults_of_a_function_are_replaced(module: Any) -> None:
     assert beyond(2.5)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("old", "new", "figure", "value"),
     [

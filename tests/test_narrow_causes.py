@@ -85,6 +85,7 @@ def test_a_layer_that_computes_otherwise_than_declared_is_named(
     assert findings[cause].explained == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("computed", "factor", "cause", "scale"),
     [

@@ -36,6 +36,7 @@ def by_module() -> dict[str, list[Any]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_every_kernel_agrees(module: str) -> None:
     found = list(outcomes(by_module()[module]))
@@ -43,6 +44,7 @@ def test_every_kernel_agrees(module: str) -> None:
     assert [o for o in found if o.outcome not in ("kernel", "reference")] == []
 
 
+@pytest.mark.slow
 def test_a_sample_of_graphs_agrees() -> None:
     found = list(outcomes(by_module()[""][::20]))
     assert len(found) > 30

@@ -100,6 +100,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return second_like(tmp_path_factory.mktemp("net") / "net.onnx", depth=1, size=16)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("option", "value"),
     [("--rtol", "0"), ("--atol", "0"), ("--rtol", "1e308"), ("--atol", "1e308"), ("--rtol", "1e-320"), ("--seed", "0")],

@@ -93,6 +93,7 @@ demo nothing
 """
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("line", BAD.strip().splitlines())
 def test_no_refusal_names_an_option_that_the_command_lacks(
     folder: Path, line: str, monkeypatch: pytest.MonkeyPatch

@@ -177,6 +177,7 @@ def test_a_fault_that_marks_undo_is_found_by_keeping_precision(region: pytest.Mo
     assert inside["in_fp32"] < inside["limit"], "a matter of precision"
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_fusion_is_not_called_rounding(region: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The whole region is wrong in FP32, too, while keeping one node there mends it: its fusion is undone."""
     region.setattr("fake_tensorrt.FAULTY", {"/o0/MatMul": 1.5})
@@ -249,6 +250,7 @@ def test_backends_are_made_once_for_the_search(region: pytest.MonkeyPatch, tmp_p
     assert len(first(result).findings[0].inside["steps"]) == 1  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_a_fact_of_the_engine_is_told_of_all_its_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Three products accumulate in FP16, one of them so long that it is guilty: the finding counts all three."""
     from nets import NetBuilder
@@ -307,6 +309,7 @@ def test_a_region_is_not_asked_for_every_cause_of_a_layer(region: pytest.MonkeyP
     assert any(family.by_node for family in CAUSES)
 
 
+@pytest.mark.slow
 def test_control_flow_inside_a_region(region: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = save_transformer(tmp_path)
     model = onnx.load(path)
@@ -337,6 +340,7 @@ def test_an_engine_whose_inspector_tells_no_nodes(region: pytest.MonkeyPatch, tm
     assert "2 builds were allowed" in finding.says
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_plugin_inside_a_region(region: pytest.MonkeyPatch, tmp_path: Path, alone: bool) -> None:
     """Nothing here can execute it: what is in front of it and behind it is judged all the same."""

@@ -193,6 +193,7 @@ def serial_sum(tmp_path: Path, terms: int, *, positive: bool, seed: int = 0) -> 
     return Graph(path), {"x": x}, (np.add.accumulate(x, axis=1)[:, -1:] / np.float32(terms)).astype(np.float32)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("positive", [False, True])
 @pytest.mark.parametrize(("terms", "seeds"), [(256, 40), (4096, 20), (65536, 1)])
 def test_another_order_of_summation_is_innocent(tmp_path: Path, terms: int, seeds: int, positive: bool) -> None:

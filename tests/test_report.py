@@ -459,6 +459,7 @@ def test_a_picture_holds_its_values_as_opacity(values: np.ndarray) -> None:
     np.testing.assert_allclose(opacity, np.clip(values, 0, 1), atol=0.5 / 31 + 1 / 255)
 
 
+@pytest.mark.slow
 def test_charts_of_further_layers_are_drawn_when_named(saved: SavedResult, saved_folder: Path, tmp_path: Path) -> None:
     assert render_page(saved).count('class="evidence"') == 2  # the guilty layer of each test
     assert render_page(saved, charts=["node_conv_0", "node_relu_*"]).count('class="evidence"') == 2 * (2 + 11)

@@ -113,6 +113,7 @@ def test_every_tool_is_told_the_same_set_by_the_names_of_the_file(folder: Path) 
     assert decode(MixedPrecisionResult, document, "found").arguments == document["arguments"]
 
 
+@pytest.mark.slow
 @needs("modelopt")
 def test_autocast_does_what_is_printed_and_it_reaches_the_goal(folder: Path) -> None:
     path = offset(folder / "part.onnx")

@@ -239,6 +239,7 @@ COMPLETE = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", COMPLETE, ids=lambda kind: kind.__name__)
 @settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(data=st.data())
@@ -266,6 +267,7 @@ GROUPS = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", GROUPS)
 @settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None)
 @given(data=st.data())
@@ -304,6 +306,7 @@ KINDS = {
 SOMETIMES = {"BackendScores": {"t4", "t4_difference", "t4_intervals"}, "Int8Effect": {"mAP", "NDS"}}
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("kind", KEYS)
 @settings(max_examples=2, suppress_health_check=list(HealthCheck), deadline=None)
 @given(data=st.data())

@@ -64,6 +64,7 @@ def chain(path: Path, faulty: str = "") -> Path:
     return save(path, text, {n: w for n, w in weights.items() if n in text})
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("backends", LEVELS)
 @pytest.mark.parametrize("node", FAULTS)
 def test_the_guilty_node_of_a_constant_branch_is_named(tmp_path: Path, backends: str, node: str) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from urllib.parse import unquote
 
+import pytest
 import yaml
 from extras import needs
 from test_help import COMMANDS, names
@@ -129,6 +130,7 @@ def texts(node: ast.expr) -> set[str]:
     return {text for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr) for text in texts(child)}
 
 
+@pytest.mark.slow
 def test_the_columns_of_every_table_have_entries() -> None:
     said = headings()
     assert {"excess", "median", "worst", "robust z", "layers kept", "found", "Δ", "error without", "from … to"} <= said
@@ -186,6 +188,7 @@ def test_titles_are_short() -> None:
         assert len(title.split()) <= 4, f"{path.name}: {title}"
 
 
+@pytest.mark.slow
 @needs("mkdocs")
 def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]

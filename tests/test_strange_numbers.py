@@ -258,6 +258,7 @@ def test_odd_clouds_get_a_remark(tmp_path: Path, points: np.ndarray, said: list[
     assert all(text in remark for text, remark in zip(said, remarks, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv",
     [

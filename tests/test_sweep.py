@@ -217,6 +217,7 @@ def test_the_command_on_two_workers_says_what_the_serial_run_says(net: Path, tmp
     assert "8 of them in" in text
 
 
+@pytest.mark.slow
 def test_failed_tasks_are_told_and_the_rest_is_reported(net: Path, tmp_path: Path) -> None:
     inputs = tmp_path / "inputs"
     inputs.mkdir()

@@ -268,6 +268,7 @@ def of_an_export():
 """
 
 
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["traced", "scripted", "alone", "exported", "of_an_export"])
 def test_a_callable_may_return_what_torch_made_of_a_module(kind: str, tmp_path: Path) -> None:
@@ -284,6 +285,7 @@ def test_an_exported_program_takes_no_checkpoint(tmp_path: Path) -> None:
         load_callable(f"{tmp_path / 'nets.py'}:alone", tmp_path / "weights.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_exported_and_scripted_programs_keep_their_layers(tmp_path: Path) -> None:
     net = Plain().eval()
@@ -470,6 +472,7 @@ def test_threads_that_a_file_asks_for_beyond_all_cores_are_taken_back(tmp_path: 
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("set_by", ["torch.set_default_device('meta')", "torch.device('meta').__enter__()"])
 def test_tensors_without_values_are_no_default_for_what_comes_after(tmp_path: Path, set_by: str) -> None:
     code = f"import torch\ndef make():\n    r, x = torch.nn.ReLU(), torch.ones(2)\n    {set_by}\n    return r, x\n"
@@ -595,6 +598,7 @@ def test_a_damaged_program_is_refused_without_words_about_python(tmp_path: Path)
 STRANGE = ["(y, y)", "y.to_sparse()", "y.to('meta')", "torch.nested.nested_tensor([y[0]])", "1 / 0"]
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(
     ("returned", "nth"),
     [

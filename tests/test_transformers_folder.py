@@ -73,6 +73,7 @@ def test_code_in_a_folder_is_never_run(kind: str, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 @needs("transformers")
 @pytest.mark.parametrize("kind", ["text", "images"])
 def test_a_model_is_bisected(kind: str, tmp_path: Path) -> None:

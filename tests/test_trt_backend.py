@@ -172,6 +172,7 @@ def test_precision_that_no_layer_runs_in_is_an_error(monkeypatch: pytest.MonkeyP
     assert open_session(tmp_path, "trt-tf32").settings["layers"][0]["arithmetic"] == "tf32"
 
 
+@pytest.mark.few(2)
 def test_refusals(version: str, tmp_path: Path) -> None:
     with pytest.raises(BackendUnavailable, match="runs on CUDA only"):
         create(BackendSpec.parse("trt-fp32@cpu"))
@@ -199,6 +200,7 @@ def test_versions_name_library_and_card(version: str) -> None:
     assert (backend.precision, backend.device, backend.emulated) == ("fp16", "cuda:0", False)
 
 
+@pytest.mark.few(2)
 def test_int8_by_the_calibrator_of_the_version(version: str, tmp_path: Path) -> None:
     data, cache = tmp_path / "data", tmp_path / "caches"
     (data / "net").mkdir(parents=True)
@@ -294,6 +296,7 @@ def test_a_file_that_is_no_calibration_cache_is_refused(text: str, tmp_path: Pat
         read_cache(tmp_path / "c.cache")
 
 
+@pytest.mark.few(2)
 def test_a_component_without_pairs_of_a_quantized_model_is_built_without_int8(version: str, tmp_path: Path) -> None:
     graph = Graph(save_net(tmp_path))
     for fallback, flag in ((True, "FP16"), (False, None)):
@@ -370,6 +373,7 @@ def wrong_weight(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fake_tensorrt.onnx", SimpleNamespace(**{**vars(onnx), "load": wrong}))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("broken", [0, 4, CHAIN - 1])
 def test_one_probe_a_build_finds_the_first_bad_value(
     version: str, broken: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -404,6 +408,7 @@ def test_a_run_that_leaves_out_the_value_asked_for_is_nonsense(monkeypatch: pyte
         collect(session, {"x": x})
 
 
+@pytest.mark.few(2)
 def test_a_sound_engine_departs_nowhere(version: str, tmp_path: Path) -> None:
     x = np.random.default_rng(6).standard_normal((1, 4, 6, 6)).astype(np.float32)
     for spec in ("trt-fp16", "trt-fp32"):

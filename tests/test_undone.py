@@ -89,6 +89,7 @@ def test_rotated_heads_are_no_fault(tmp_path: Path, rotated: str) -> None:
     assert [note for note in result.notes if "another basis" in note]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("rotated", ["values", "keys and values"])
 @pytest.mark.parametrize("backend", ["emu-fp16", "emu-tf32"])
 def test_what_layers_in_front_inherited_is_no_fault_of_who_undoes(tmp_path: Path, rotated: str, backend: str) -> None:

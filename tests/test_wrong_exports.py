@@ -69,6 +69,7 @@ def written_late(x: Tensor) -> Tensor:
     return y
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("op", "outputs"),
     [
@@ -88,6 +89,7 @@ def test_an_output_is_what_the_module_returned_and_no_equal_tensor_inside(op: An
     assert all(row.stats.rel_l2 > 0.1 for row in wrong)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
 @pytest.mark.parametrize(
     "op",
@@ -118,6 +120,7 @@ def test_an_output_that_is_an_input_is_compared(exporter: str) -> None:
     assert len(result.tests[0].outputs) == 3
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("op", "exporter", "cause", "at", "says"),
     [
