@@ -96,7 +96,7 @@ def test_the_example_says_what_it_lacks(example: Path) -> None:
         load_model("example:huge")
     with pytest.raises(BackendUnavailable, match="FP32 on the CPU alone"):
         create(BackendSpec.parse("onnxref-fp16"))
-    with pytest.raises(InputError, match=r"known are .*onnxref"):
+    with pytest.raises(InputError, match="did you mean onnxref"):
         BackendSpec.parse("onyxref")
 
 
