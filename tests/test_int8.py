@@ -319,15 +319,6 @@ def test_an_onnx_file_is_quantized_by_itself(net: Path) -> None:
         bisect(str(net), "ort,torch-int8")
 
 
-def test_scales_made_on_the_fly_are_calibrated_on_what_is_bisected(net: Path) -> None:
-    """Made-up inputs, too: of few numbers the largest differs much from one sample to the next."""
-    options = Options(explain=False, calibration=Calibration(samples=1, method="max"))
-    (test,) = bisect(str(net), "ort,ort-int8", options=options).tests
-    (sample,) = load_model(str(net)).samples(1, 0, None)
-    first = next(row.replay for row in test.rows if row.replay and row.replay.step)
-    assert first.step == pytest.approx(np.abs(sample.arrays["x"]).max() / 127)
-
-
 def test_a_component_without_a_quantized_layer_still_runs(net: Path) -> None:
     result = bisect(str(net), "ort,emu-int8,ort-int8", options=Options(calibration=Calibration(skip_layers=["*"])))
     assert result.tests[0].agrees

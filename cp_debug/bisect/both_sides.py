@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 
 from cp_debug.backends.base import Backend, Program
@@ -158,8 +157,6 @@ class Preparation:
         calibration, target = self._options.calibration, folder / ("test" if self._quantized else "")
         data = calibration.data or self._options.inputs
         samples = calibration_samples(side.model, data, calibration.samples)
-        if data is None:  # the range of a few numbers differs much from one sample to the next
-            samples = islice(chain(self._samples(), samples), calibration.samples)
         self._progress.steps += 1
         self._progress.step("quantizing")
         quantized, how = quantize_programs(

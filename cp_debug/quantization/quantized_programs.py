@@ -34,7 +34,7 @@ class Calibration:
     """Settings for quantizing a model that comes in FP32."""
 
     data: Path | None = None
-    """Data to calibrate on; None: what is bisected, and more of its kind."""
+    """Data to calibrate on; None: what ``Options.inputs`` names, else other samples of the kind that is bisected."""
     samples: int = 8
     method: str = "mse"
     """``max``, ``percentile``, ``mse`` or ``entropy``."""
