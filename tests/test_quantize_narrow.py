@@ -20,6 +20,9 @@ from cp_debug.backends.codecs import floor_log2
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.deploy import quantize_narrow
+from cp_debug.deploy.exporting import low_error
+from cp_debug.deploy.quantize_narrow import FILE_ERROR
+from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.narrow_qdq import insert_narrow_qdq
 from cp_debug.probes.distance import relative_l2
@@ -258,3 +261,13 @@ def test_modelopt_reads_the_recipe_and_switches_the_quantizers_that_it_names(tmp
 )
 def test_a_narrow_file_is_checked_by_the_runtime_that_has_its_type(precision: str, backend: str) -> None:
     assert str(quantize_narrow._runner(NarrowOptions.parse(precision)).spec).startswith(backend)
+
+
+def test_a_file_may_be_off_by_what_its_precision_costs_and_an_emulated_one_by_a_little_more() -> None:
+    low, exact = ({name: np.full(4, value) for name in "ab"} for value in (1.0, 1.0))
+    outputs = {name: np.full(4, 1.0 + 0.4 * FILE_ERROR) for name in "ab"}
+    assert low_error("net", outputs, low, exact, "FP8", FILE_ERROR) == pytest.approx(0.4 * FILE_ERROR)
+    with pytest.raises(InputError, match="net: . is 4e-05 .* from INT8, which is itself 0 from FP32"):
+        low_error("net", outputs, low, exact, "INT8")
+    with pytest.raises(InputError, match="the graph computes something else"):
+        low_error("net", {name: np.full(4, 1.0 + FILE_ERROR) for name in "ab"}, low, exact, "FP8", FILE_ERROR)

@@ -44,6 +44,9 @@ from cp_debug.quantization.open_quantized import calibration_samples
 from cp_debug.recipes.base import Arrays, Model, Sample
 from cp_debug.serialize import JsonForm
 
+FILE_ERROR = 1e-4
+"""Distance of a file from its emulation, relative L2, that is always allowed: FP32's own roundings."""
+
 
 @dataclass(frozen=True)
 class NarrowComponent(JsonForm):
@@ -234,7 +237,7 @@ def _check(
     emulated = _run(Executor(program.graph, FP32, overrides=layers.emulated()), inputs)
     outputs = run_once(backend, written, inputs)
     what = f"{layers.options} as it is emulated"
-    return low_error(str(written.graph), outputs, emulated, exact, what), str(backend.spec)
+    return low_error(str(written.graph), outputs, emulated, exact, what, FILE_ERROR), str(backend.spec)
 
 
 def _runner(options: NarrowOptions) -> Backend:
