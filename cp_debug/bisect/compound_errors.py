@@ -78,11 +78,8 @@ def _softmax(oracle: Executor, node: Node, inputs: Mapping[str, Tensor], result:
     # (The logarithm of the sum may be added to the largest number before.)
     shifted = dict(inputs)
     if x.dim() and node.op == "Softmax":
-        together = (
-            [axis]
-            if oracle.graph.opsets.get("", 13) >= 13
-            else list(range(node.attribute("axis", 1) % x.dim(), x.dim()))
-        )
+        first = node.attribute("axis", 1) % x.dim()  # before opset 13 all from there on are normalized together
+        together = [axis] if oracle.graph.opsets.get("", 13) >= 13 else list(range(first, x.dim()))
         left = x - x.amax(together, keepdim=True)
         shifted[node.inputs[0]] = torch.where(torch.isfinite(left), left, x)
     moved = _moved(oracle, node, shifted, result, node.outputs[0], 0.5)
