@@ -267,7 +267,7 @@ def test_a_file_may_be_off_by_what_its_precision_costs_and_an_emulated_one_by_a_
     low, exact = ({name: np.full(4, value) for name in "ab"} for value in (1.0, 1.0))
     outputs = {name: np.full(4, 1.0 + 0.4 * FILE_ERROR) for name in "ab"}
     assert low_error("net", outputs, low, exact, "FP8", FILE_ERROR) == pytest.approx(0.4 * FILE_ERROR)
-    with pytest.raises(InputError, match="net: . is 4e-05 .* from INT8, which is itself 0 from FP32"):
+    with pytest.raises(InputError, match=r"net: . is 4e-05 .* from INT8, which is itself 0 from FP32"):
         low_error("net", outputs, low, exact, "INT8")
     with pytest.raises(InputError, match="the graph computes something else"):
         low_error("net", {name: np.full(4, 1.0 + FILE_ERROR) for name in "ab"}, low, exact, "FP8", FILE_ERROR)
