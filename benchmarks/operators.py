@@ -138,8 +138,8 @@ def report(found: list[Outcome]) -> str:
     lines = [
         "# Operators",
         "",
-        "Which ONNX operators the emulation and the oracle can compute, and which of them only in FP32. Look here "
-        "where a run says that an operator is *not emulated*, or ends with an operator's name.",
+        "This page lists the ONNX operators that the emulation and the oracle can compute, and those that they compute "
+        "only in FP32. Look here if a run says that an operator is *not emulated*, or stops at an operator.",
         "",
         f"Written by `python benchmarks/operators.py --write docs/operators.md` with onnx {onnx.__version__}.",
         "",
@@ -147,11 +147,12 @@ def report(found: list[Outcome]) -> str:
         "",
         "| outcome | tests | what it means |",
         "|---|---|---|",
-        f"| kernel | {counts['kernel']} | agrees; kernels of this project, or ONNX's definition by such operators |",
-        f"| reference | {counts['reference']} | agrees; ONNX's reference implementation computes a part in the held "
-        "type: in TF32, BF16 and FP16 that is said to be *not emulated* |",
-        f"| random | {counts['random']} | draws numbers: types and shapes agree |",
-        f"| refused | {counts['refused']} | nothing here can execute it: the run ends with the operator's name |",
+        f"| kernel | {counts['kernel']} | agrees; computed by cpdebug's kernels, or by ONNX's definition in terms of "
+        "them |",
+        f"| reference | {counts['reference']} | agrees; ONNX's reference implementation computes a part of it in "
+        "the storage type: in TF32, BF16 and FP16 it is reported as *not emulated* |",
+        f"| random | {counts['random']} | random numbers: types and shapes agree |",
+        f"| refused | {counts['refused']} | cannot be computed: the run stops and names the operator |",
         f"| differs | {counts['differs']} | |",
         "",
     ]
@@ -162,20 +163,20 @@ def report(found: list[Outcome]) -> str:
     for o in found:
         if o.outcome == "reference":
             inside[", ".join(o.operators)] += 1
-    lines += ["Operators in tests that agree by ONNX's reference implementation, with the number of tests:", ""]
+    lines += ["Operators in tests that use ONNX's reference implementation, with the number of tests:", ""]
     lines += [", ".join(f"{name} ({count})" for name, count in sorted(inside.items())) + ".", ""]
     contrib = sorted(name.removeprefix("com.microsoft.") for name in KERNELS if name.startswith("com.microsoft."))
     lines += [
         "## ONNX Runtime's own operators",
         "",
-        f"{len(contrib)} operators of `com.microsoft` have a kernel, most compared with ONNX Runtime's on the CPU "
-        "(`tests/test_contrib_operators.py` says which): " + ", ".join(contrib) + ".",
+        f"{len(contrib)} operators of `com.microsoft` have a kernel. Most kernels are compared with ONNX Runtime's on "
+        "the CPU (`tests/test_contrib_operators.py` says which): " + ", ".join(contrib) + ".",
         "",
         "## Operators without emulation",
         "",
-        "These operators of ONNX have neither a kernel nor a definition by others, nor do they merely move values. "
-        "They run in FP32 and are rounded once. Where they give floats, a result, its table, its JSON "
-        "(`not_emulated`) and the last line of an `emu-*` run name them:",
+        "These ONNX operators have no kernel and no definition in terms of other operators, and they do more than move "
+        "values. They run in FP32, and their result is rounded once. If they return floats, the last line of an "
+        "`emu-*` run, its table and its JSON (`not_emulated`) name them:",
         "",
         ", ".join(not_emulated()) + ".",
         "",
