@@ -22,22 +22,23 @@ def markdown(records: Sequence[Record]) -> str:
     lines = [
         "# Public reports, rebuilt",
         "",
-        f"{count} reports of wrong numbers from public issue trackers, each rebuilt as a small network of our own that "
-        "has what the report describes, and each with a healthy twin: the same network as another tool would write it, "
-        "or with inputs that its precision holds. "
+        f"{count} reports of wrong numbers from public issue trackers. Each is rebuilt as a small network that shows "
+        "the reported fault, with a healthy twin: the same network as another tool would write it, or with inputs that "
+        "its precision can represent. "
         f"cpdebug names {sums} of {count}; it accuses a layer of {accused} of the twins. A question takes "
         f"{seconds[len(seconds) // 2]:.1f} s (median), at most {seconds[-1]:.1f} s.",
         "",
-        "*Layer*: something is accused, and nothing but the layers that the fault is in. For files in FP16 nobody is "
-        "guilty of what the precision must do; there the layers count that are told to cost most. *Cause* and *fix*: "
-        "what is told first matches what the report came to. *Twin*: nobody is accused there. Seconds are those of one "
-        "`diagnose` in a running process.",
+        "- *Layer*: cpdebug accuses only layers that have the fault, and at least one. In FP16 files no layer is "
+        "guilty of the rounding of FP16; there the layers count that the finding names as costing most.",
+        "- *Cause*, *fix*: the first finding agrees with the conclusion of the report.",
+        "- *Twin*: no layer is accused.",
+        "- *s*: seconds of one `diagnose` in a running process.",
         "",
-        "The layers were written down with the cases. Expressions for causes and fixes were widened after the first "
-        "run where an answer says the same in other words, and seven cases were rebuilt then, because they asked for "
-        "something else than their report: so the figures for causes are no forecast for reports that are not here.",
+        "The expected layers were written down with the cases. The patterns for causes and fixes were widened after "
+        "the first run if an answer said the same in other words, and seven cases were rebuilt, because they did not "
+        "ask what their report asked. So the figures for causes do not predict the result for other reports.",
         "",
-        "## Ask another tool",
+        "## Try another tool",
         "",
         "```sh",
         "python benchmarks/reports/run.py write FOLDER                    # the files of every case, with truth.json",
@@ -46,9 +47,9 @@ def markdown(records: Sequence[Record]) -> str:
         "python benchmarks/reports/run.py table --log LOG --write docs/reports.md",
         "```",
         "",
-        "A case is a folder: `right.onnx` and `inputs.npz`; `wrong.onnx` and `healthy.onnx`, or `wrong.npz` and "
-        "`healthy.npz` with the values that a runtime computed; for FP16, `right.onnx` itself is the question. "
-        "`truth.json` says which nodes may be named.",
+        "A case is a folder with `right.onnx` and `inputs.npz`, and either `wrong.onnx` and `healthy.onnx`, or "
+        "`wrong.npz` and `healthy.npz` with the values that a runtime computed. For FP16, the question is about "
+        "`right.onnx` itself. `truth.json` lists the nodes that may be named.",
         "",
         *_others(records),
         "## Every report",
@@ -95,18 +96,17 @@ def _others(records: Sequence[Record]) -> list[str]:
     if not lines:
         return []
     return [
-        "## Beside other tools",
+        "## Compared with other tools",
         "",
         "| tool | can be asked | names the layer | cpdebug on these | s (median) |",
         "|---|---|---|---|---|",
         *lines,
         "",
-        "`debug reduce` can be asked where the wrong file has no values that the right one lacks: at a tolerance of "
-        "1e-4, with 90 s a question and the start of its processes counted. What it misses here are Resizes that leave "
-        "optional inputs out, at which version 0.53 ends with an error. `qdq_loss_debug` can be asked where "
-        "activations pass quantizers and something is wrong, for it gives no verdict; its answer is the value with the "
-        "lowest ratio of signal to noise, and what a faulty layer reads is right, too. Neither tells "
-        "causes or fixes.",
+        "`debug reduce` applies if the wrong file has no values that the right one lacks. It ran with a tolerance of "
+        "1e-4 and 90 s per question, including the start of its processes. It misses Resizes without optional inputs, "
+        "where version 0.53 stops with an error. `qdq_loss_debug` applies if activations pass quantizers and something "
+        "is wrong, because it has no verdict; its answer is the value with the lowest signal-to-noise ratio, and the "
+        "input of a faulty layer also counts as right. Neither tool reports causes or fixes.",
         "",
     ]
 
@@ -118,6 +118,6 @@ def _missed(records: Sequence[Record]) -> list[str]:
             lines.append(f"- *{record['name']}*: {record['error']}")
         elif not (record["layer"] and record["cause"] and record["fix"] and record["twin"]):
             wrong = [key for key in ("layer", "cause", "fix", "twin") if not record[key]]
-            told = record["answer"]["cause"].partition(": ")[2] or "no cause is told"
+            told = record["answer"]["cause"].partition(": ")[2] or "no cause is named"
             lines.append(f"- *{record['name']}* ({', '.join(wrong)}): {told.replace('|', '∣')}")
     return [*lines, ""]
