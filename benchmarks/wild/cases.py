@@ -13,13 +13,12 @@ from .networks import SLOW, base, half, source_file
 HEALTHY = ("ort-none,ort-basic", "ort-none,ort-all", "ort,emu-tf32", "ort,emu-bf16", "ort,emu-fp16")
 """What is asked of every network in FP32: nobody may be accused."""
 TRUE = {
-    "int8:decoder.dynamo:decoder.dynamo.static-tensorrt.onnx:ort,ort-int8": "The quantizer gave the scores behind the "
-    "attention mask one scale of 2.7e36, because the mask holds −3.4e38: every score becomes 0, both Softmax are "
-    "uniform (rel. L2 0.19).",
-    "int8:decoder.dynamo:decoder.dynamo.static-tensorrt.onnx:ort,ort-all": "The same file; its Softmax is shown by the "
-    "layer behind it.",
-    "healthy:ddddocr-old:ort,emu-fp16": "Sums of whole numbers reach 156,996, FP16 ends at 65,504: the final output "
-    "is NaN.",
+    "int8:decoder.dynamo:decoder.dynamo.static-tensorrt.onnx:ort,ort-int8": "The quantizer gave the scores after the "
+    "attention mask one scale of 2.7e36, because the mask contains −3.4e38: every score becomes 0, and both Softmax "
+    "are uniform (rel. L2 0.19).",
+    "int8:decoder.dynamo:decoder.dynamo.static-tensorrt.onnx:ort,ort-all": "The same file; its Softmax is visible only "
+    "through the next layer.",
+    "healthy:ddddocr-old:ort,emu-fp16": "Sums of integers reach 156,996, FP16 ends at 65,504: the final output is NaN.",
     "healthy:magika:ort,emu-fp16": "A sum of squares reaches 131,711, FP16 ends at 65,504: the scores are off by 1.03 "
     "(rel. L2).",
 }

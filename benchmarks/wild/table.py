@@ -35,12 +35,12 @@ def markdown(records: Sequence[Record], notes: Sequence[str] = ()) -> str:
     parts = [
         "# Networks in the wild",
         "",
-        f"How often the tool is right on {len({base(r['network']) for r in records})} networks that packages ship or "
-        "torch exports: as they are, where nothing may be accused, and with one fault put in, where exactly the faulty "
-        "layer and the cause must be named. What else was tried, with all that failed, is in "
-        "[other networks](wild-besides.md).",
+        f"How often cpdebug is right on {len({base(r['network']) for r in records})} networks that packages ship or "
+        "torch exports. In the unchanged networks, nothing may be accused. With one seeded fault, exactly the faulty "
+        "layer and the cause must be named. [Other networks](wild-besides.md) has more tests and everything that "
+        "failed.",
         "",
-        "A *case* is one network on two backends. *Accused*: a layer called guilty though the network is right; "
+        "A *case* is one network on two backends. *Accused*: a layer is called guilty although the network is right; "
         "*missed*: a faulty layer that was not named. *Tuning* and *held-out* are the halves of the networks "
         "([conditions](#conditions)). Raw figures: [data/wild.json](data/wild.json). "
         "`python benchmarks/wild/run.py table --log LOG --write docs/wild.md` writes this page; do not edit it.",
@@ -148,8 +148,9 @@ def _accusations(records: Sequence[Record]) -> list[str]:
             own = [r for r in records if r["group"] == group and r["backends"] == backends]
             rows.append((title, f"`{backends}`", *_healthy_cells(own)))
     lines = [
-        "A layer accused in a network that is right; an error is an exit code other than 0 and 1; exit 1: no layer is "
-        "accused, but the outputs are beyond the tolerance; compared: mean (least) share of the reference's layers.",
+        "*Accused*: a layer is accused in a network that is right. *Errors*: an exit code other than 0 and 1. *Exit "
+        "1*: no layer is accused, but the outputs are beyond the tolerance. *Compared*: mean (smallest) share of the "
+        "reference's layers.",
         "",
     ]
     counts = ("accused: tuning", "accused: held-out", "layers accused", "errors", "exit 1", "compared")
@@ -160,10 +161,10 @@ def _accusations(records: Sequence[Record]) -> list[str]:
 def _true(records: Sequence[Record]) -> list[str]:
     if not records:
         return []
-    lines = ["Not counted above: networks that nobody spoilt and that are broken none the less.", ""]
+    lines = ["Not counted above: networks that have a real fault, although none was seeded.", ""]
     for record in sorted(records, key=lambda r: r["key"]):
         found = _about(record) if record["verdict"] == "accused" else f"missed ({record['verdict']})"
-        lines.append(f"- `{record['key']}`: {TRUE[record['key']]} Said: {found}")
+        lines.append(f"- `{record['key']}`: {TRUE[record['key']]} Reported: {found}")
     return [*lines, ""]
 
 
@@ -205,7 +206,7 @@ def _faults(records: Sequence[Record]) -> list[str]:
             causes.append((title, half, *(_share(said[c], len(own)) for c in CAUSES)))
     exact = ("backends", "half", "faults", "guilty list is the faulty layer", "named", "missed", "errors")
     lines = [
-        "The faulty layer: exact (nothing else is guilty), named (perhaps beside others), missed, or no answer.",
+        "The faulty layer: exact (nothing else is guilty), named (possibly with others), missed, or no answer.",
         "",
     ]
     lines += _table(exact, rows)
@@ -227,7 +228,7 @@ def _coverage(records: Sequence[Record]) -> list[str]:
         reasons.update(record["skipped"])
     lines = [
         f"Healthy networks: {layers} layers, {replayed} replayed ({100 * replayed / max(layers, 1):.1f} %), "
-        f"{fused} not there in the test (fused, or folded to a constant), {layers - fused - replayed} not replayed"
+        f"{fused} missing in the test (fused, or folded to a constant), {layers - fused - replayed} not replayed"
         + (":" if reasons else "."),
         "",
         *(f"- {count} × {_plain(reason)}" for reason, count in reasons.most_common(12)),
@@ -316,14 +317,14 @@ def _conditions(records: Sequence[Record]) -> list[str]:
     commits = Counter(r.get("commit") or "no commit" for r in records)
     return [
         f"- Code: {', '.join(f'{commit} ({count} cases)' for commit, count in commits.most_common())}.",
-        f"- {len(records)} cases on {len(networks)} networks (exports and variants of one count once), "
+        f"- {len(records)} cases on {len(networks)} networks (exports and variants of a network count once), "
         f"{sum(r['cpu'] for r in records) / 60:.0f} minutes of processor time, one thread.",
         f"- Networks that packages ship: {shipped}, and the light models of onnx. The others are exported from "
         "`benchmarks/wild/architectures.py` by torch's two exporters; seeded weights, not trained.",
         f"- {versions}; on a CPU.",
-        "- Halves are by network (`TUNING` in `benchmarks/wild/networks.py`); this run is no blind test: both halves "
-        "were read while the tool was mended.",
-        "- Faults: `benchmarks/wild/kinds.py`; kept where they change the layer by 1e-4 (relative L2) or more.",
+        "- Halves are by network (`TUNING` in `benchmarks/wild/networks.py`). This run is not a blind test: the "
+        "results of both halves were read while cpdebug was being fixed.",
+        "- Faults: `benchmarks/wild/kinds.py`; only those that change the layer by 1e-4 (relative L2) or more.",
         "- `make wild-env`, then `python benchmarks/wild/run.py make --packages .wild-env`, `… run`, `… table`.",
     ]
 
