@@ -11,8 +11,9 @@ from nets import node_of
 from onnx import helper
 from torch import Tensor
 
-from cp_debug.bisect.causes import schema
-from cp_debug.bisect.causes.schema import EPSILONS, _shifted, epsilon_of_a_composite
+from cp_debug.bisect.causes import schema, single_numbers
+from cp_debug.bisect.causes.batchnorm_parameters import EPSILONS
+from cp_debug.bisect.causes.schema import _shifted
 from cp_debug.graph.graph import Node
 
 
@@ -21,30 +22,28 @@ def node(op: str, *inputs: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("reader", "declared", "tried"),
+    ("reader", "declared", "told"),
     [("Sqrt", 1e-5, True), ("Pow", 1e-5, True), ("Reciprocal", 1e-5, True), ("Relu", 1e-5, False), ("Sqrt", 0.0, False),
      ("Sqrt", max(EPSILONS), True), ("Sqrt", 2 * max(EPSILONS), False)],
 )  # fmt: skip
 def test_another_epsilon_is_tried_where_a_number_is_added_before_a_root(
-    reader: str, declared: float, tried: bool
+    reader: str, declared: float, told: bool
 ) -> None:
-    edits = []
+    segment: Any = SimpleNamespace(graph=SimpleNamespace(consumers={"y": [node(reader, "y")]}))
+    number = single_numbers._scalar(segment, node("Add", "x", "eps"), 1, declared)
+    assert tuple(number.usual) == (EPSILONS if told else ())
+    name, _, evidence, _ = number.tell(1e-3)
+    assert name == ("normalization-eps" if told else "constant-differs")
+    assert evidence["instead_of"] == declared
+    other = single_numbers._scalar(segment, node("Mul", "x", "eps"), 1, 1e-5)
+    assert not other.usual
 
-    def edited(own: Any, inputs: dict[int, torch.Tensor]) -> torch.Tensor:
-        edits.append({place: float(value) for place, value in inputs.items()})
-        return torch.zeros(1)
 
-    segment: Any = SimpleNamespace(
-        nodes=[node("Mul", "a", "b"), node("Add", "x", "eps")],
-        graph=SimpleNamespace(consumers={"y": [node(reader, "y")]}),
-        weight=lambda own, place: torch.tensor(declared, dtype=torch.float64) if place == 1 else None,
-        edited=edited,
-    )
-    found = list(epsilon_of_a_composite(segment))
-    expected = [eps for eps in EPSILONS if eps != declared] if tried else []
-    assert [candidate.evidence for candidate in found] == [{"eps": e, "instead_of": declared} for e in expected]
-    assert len(edits) == (len(EPSILONS) if tried else 0)
-    assert all(list(edit) == [1] for edit in edits)
+def test_usual_numbers_of_attributes() -> None:
+    segment: Any = None
+    alphas = single_numbers._attribute(segment, node("Elu", "x"), "alpha", 0.5).usual
+    assert 0.5 not in alphas
+    assert {0.0, 1.0, 0.25, -0.5} <= set(alphas)
 
 
 def moved(op: str, **constants: list[int]) -> list[tuple[dict[int, list[int]], str]]:
@@ -88,9 +87,6 @@ def test_other_values_of_attributes() -> None:
     assert values("output_padding", [0, 1]) == [[1, 1], [0, 0], [0, 2]]
     assert values("axes", [0, 1])[:3] == [[0, 2], [0, 3], [0, 4]]
     assert len(values("axes", [0, 1])) == 9
-    alphas = values("alpha", 0.5)
-    assert 0.5 not in alphas
-    assert {0.0, 1.0, 0.25, -0.5} <= set(alphas)
     assert all(
         len(each) == 2 and each != ["Sigmoid", "Tanh"] for each in values("activations", ["Sigmoid", "Tanh"])[:2]
     )

@@ -24,6 +24,8 @@ CLOSE = 1e-7
 """Relative L2 distance up to which two tensors count as equal."""
 PARTS = (2, 3, 4, 6, 8, 12, 16, 32, 64)
 """Counts of heads, groups, gates and window cells in which slices may lie inside one another."""
+MOST_AXES = 4
+"""Axes longer than 1 whose orders are all tried."""
 FEW = 3
 """Elements that are named one by one."""
 MOST_CHANNELS = 4096
@@ -123,10 +125,11 @@ def _same(theirs: np.ndarray, ours: np.ndarray) -> bool:
     return np.array_equal(theirs, ours) if theirs.dtype.kind in "iub" else _distance(theirs, ours) <= EXACT
 
 
-_Way = tuple[str, str, np.ndarray, dict[str, Any]]
+Form = tuple[str, str, np.ndarray, dict[str, Any]]
+"""Kind of a change, what it is in words, what it makes of a tensor, and figures: see ``TensorChange``."""
 
 
-def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
+def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[Form]:
     """Every description with what it makes of ``a``, the simplest first."""
     if b.size > 1 and not b.any():
         yield "channels-zero", "all zero", np.zeros_like(a), {"axis": 0, "channels": list(range(min(len(a), 32)))}
@@ -153,7 +156,7 @@ def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
     yield from (way for way in stored_forms(a) if way[0] not in ("fp16", "bf16"))
 
 
-def rolled_forms(a: np.ndarray) -> Iterator[_Way]:
+def rolled_forms(a: np.ndarray) -> Iterator[Form]:
     """A tensor in its shape, moved one step along an axis: nothing is fitted, so it goes before factors of channels."""
     for axis in range(a.ndim):
         for step in (1, -1) if a.shape[axis] > 2 else ():
@@ -161,7 +164,7 @@ def rolled_forms(a: np.ndarray) -> Iterator[_Way]:
             yield "rolled", says, np.roll(a, step, axis), evidence
 
 
-def _by_channel(a: np.ndarray, b: np.ndarray) -> Iterator[_Way]:
+def _by_channel(a: np.ndarray, b: np.ndarray) -> Iterator[Form]:
     for axis in range(a.ndim):
         if a.shape[axis] < 2 or (a.ndim < 2 and a.size > MOST_CHANNELS):
             continue
@@ -196,7 +199,7 @@ def axis_name(axis: int, dims: int, *, many: bool = False) -> str:
     return f"{names[axis]}{s}" if axis < len(names) else f"slice{s} of axis {axis}"
 
 
-def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
+def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[Form]:
     if gates > 1 and a.ndim >= 2 and a.shape[1] % gates == 0:
         blocks = np.split(a, gates, axis=1)
         for order in itertools.permutations(range(gates)):
@@ -220,22 +223,27 @@ def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[_Way]:
     yield from (way for way in interleaved_forms(a) if way[0] == "transposed")
 
 
-def turned_forms(a: np.ndarray) -> Iterator[_Way]:
-    """A tensor in its shape with axes in another order, or running backwards."""
-    for order in itertools.permutations(range(a.ndim)) if 1 < a.ndim <= 4 else ():
-        turned, text = a.transpose(order), f"axes in the order {list(order)}"
-        old = "" if turned.shape == a.shape else ", read in the old shape"
-        if list(order) != list(range(a.ndim)):
-            yield "transposed", text + old, turned.reshape(a.shape), {"axes": list(order)}
-    for axis in (axis for axis, count in enumerate(a.shape) if count > 1):
-        yield "flipped", f"axis {axis} runs backwards", np.flip(a, axis), {"axis": axis}
-    if a.ndim > 3:
-        spatial = tuple(range(2, a.ndim))
-        text = "the kernel is flipped (convolution instead of correlation)"
-        yield "flipped", text, np.flip(a, spatial), {"axis": list(spatial)}
+def turned_forms(a: np.ndarray) -> Iterator[Form]:
+    """A tensor in its shape with axes in another order, written or read so, or running backwards."""
+    axes = [axis for axis, count in enumerate(a.shape) if count > 1]
+    for moved in itertools.islice(itertools.permutations(axes), 1, None) if len(axes) <= MOST_AXES else ():
+        order = [moved[axes.index(axis)] if axis in axes else axis for axis in range(a.ndim)]
+        turned, text = a.transpose(order), f"axes in the order {order}"
+        same = turned.shape == a.shape
+        old = "" if same else ", read in the old shape"
+        yield "transposed", text + old, turned.reshape(a.shape), {"axes": order}
+        if not same:
+            value = a.reshape([a.shape[axis] for axis in order]).transpose(np.argsort(order))
+            yield "transposed", f"read with its axes in the order {order}", value, {"axes": order}
+    for count in dict.fromkeys((1, 2, a.ndim - 2)):
+        for chosen in itertools.combinations(axes, count) if count > 0 else ():
+            text = f"axis {chosen[0]} runs backwards" if count == 1 else f"axes {list(chosen)} run backwards"
+            if count > 1 and chosen == tuple(range(2, a.ndim)):
+                text += " (of a kernel: convolution instead of correlation)"
+            yield "flipped", text, np.flip(a, chosen), {"axis": chosen[0] if count == 1 else list(chosen)}
 
 
-def stored_forms(a: np.ndarray) -> Iterator[_Way]:
+def stored_forms(a: np.ndarray) -> Iterator[Form]:
     """A tensor of float64 in fewer bits, in numbers: FP16, BF16, INT8, fewer bits, FP8, short mantissas."""
     for name, kind in (("fp16", np.float16), ("bf16", ml_dtypes.bfloat16)):
         with np.errstate(over="ignore"):
@@ -248,7 +256,7 @@ def stored_forms(a: np.ndarray) -> Iterator[_Way]:
         yield "coarse", f"stored {text}", value, {}
 
 
-def interleaved_forms(a: np.ndarray) -> Iterator[_Way]:
+def interleaved_forms(a: np.ndarray) -> Iterator[Form]:
     """A tensor with slices inside one another, in its shape: of a parts of b slices, b parts of a; halves exchanged;
     square blocks (gates of a recurrent layer, heads) each transposed."""
     for axis, count in enumerate(a.shape):
@@ -310,7 +318,7 @@ def _permuted(a: np.ndarray, b: np.ndarray, axis: int) -> tuple[np.ndarray, list
     return np.take(a, order, axis), order
 
 
-def _pruned(a: np.ndarray, b: np.ndarray) -> Iterator[_Way]:
+def _pruned(a: np.ndarray, b: np.ndarray) -> Iterator[Form]:
     """The small ones are zero."""
     if a.ndim < 2 or not np.isfinite(a).all():
         return

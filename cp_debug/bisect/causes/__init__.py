@@ -4,8 +4,6 @@ from cp_debug.bisect.causes import (  # noqa: F401 - importing them registers th
     affine,
     batchnorm,
     batchnorm_pairing,
-    cut_weights,
-    few_weights,
     fitted_weights,
     layout,
     narrow,
@@ -16,11 +14,10 @@ from cp_debug.bisect.causes import (  # noqa: F401 - importing them registers th
     precision,
     quantized,
     ranges,
-    rearranged_weights,
     scales,
     schema,
     single_numbers,
-    stored_weights,
+    tried_weights,
     truncated_sums,
 )
 from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause, cause

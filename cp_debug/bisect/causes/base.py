@@ -95,15 +95,13 @@ CAUSES: list[Cause] = []
 BY_NODE = (
     "batchnorm",
     "batchnorm_pairing",
-    "cut_weights",
-    "few_weights",
     "fitted_weights",
     "operands",
     "operators",
     "quantized",
-    "rearranged_weights",
     "schema",
-    "stored_weights",
+    "single_numbers",
+    "tried_weights",
 )
 """The modules whose families change one node after the other."""
 APPROXIMATE = ("narrow", "precision", "quantized", "ranges", "scales", "truncated_sums")

@@ -6,19 +6,19 @@ free number, but for a fitted ε or unknown statistics.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from cp_debug.bisect.causes import single_numbers
 from cp_debug.bisect.causes.affine import off_channels
 from cp_debug.bisect.causes.base import Candidate, cause
-from cp_debug.bisect.causes.batchnorm_parameters import EPSILONS, BatchNorm
+from cp_debug.bisect.causes.batchnorm_parameters import BatchNorm
 from cp_debug.bisect.causes.fits import cross_fit
 from cp_debug.bisect.causes.segment import Segment
-from cp_debug.bisect.causes.single_numbers import search
 
 _CHECKPOINT = "load running_mean and running_var into {layers}, call eval() before the export, and export again"
 
@@ -66,16 +66,15 @@ def epsilon(segment: Segment) -> Iterator[Candidate]:
     norm = segment.batch_norm
     if norm is None or not bool((norm.weight != 0).all()):
         return
-    x = _input(segment, norm)
-    starts = sorted({norm.eps, *EPSILONS, 0.1, 1.0})
-    fitted = search(segment, norm.eps, lambda eps: _apply(segment, replace(norm, eps=eps), x), starts)
-    fix = f"BatchNorm2d(…, eps={norm.eps:g}) in {{layers}}, and export again"
-    known = [
-        (eps, _apply(segment, replace(norm, eps=eps), x), 0) for eps in EPSILONS if not math.isclose(eps, norm.eps)
-    ]
-    for eps, value, parameters in known if fitted is None else [*known, (*fitted, 1)]:
-        says = f"BatchNorm: eps is {eps:.3g} instead of {norm.eps:.3g}"
-        yield Candidate("normalization-eps", says, value, parameters, {"eps": eps, "instead_of": norm.eps}, fix)
+    own, x = norm, _input(segment, norm)
+
+    def tell(eps: float) -> tuple[str, str, dict[str, Any], str]:
+        says, evidence = f"BatchNorm: eps is {eps:.3g} instead of {own.eps:.3g}", {"eps": eps, "instead_of": own.eps}
+        return "normalization-eps", says, evidence, f"BatchNorm2d(…, eps={own.eps:g}) in {{layers}}, and export again"
+
+    number = single_numbers.epsilon(own.eps, lambda eps: _apply(segment, replace(own, eps=eps), x), tell)
+    yield from single_numbers.with_usual([number])
+    yield from single_numbers.by_search(segment, [number])
 
 
 @cause()

@@ -1,8 +1,8 @@
-"""Changes that may have happened to a constant (rearranged, zero, negated, other slices) and the causes they are."""
+"""Changes that may have happened to a constant (rearranged, in fewer bits, another one) and the causes they are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate
-from cp_debug.bisect.causes.segment import Segment
+from cp_debug.bisect.causes.segment import Segment, as_double
+from cp_debug.graph.constants import is_uniform
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.programs.node_differences import named, role_of_constant
-from cp_debug.programs.tensor_change import TensorChange, axis_name, interleaved_forms, rolled_forms, turned_forms
+from cp_debug.programs.tensor_change import Form, TensorChange, axis_name, rolled_forms, turned_forms
 
 SIGNIFICANT = 5.0
 """Multiple of its deviation from which a fitted slice counts as another one than the declared one."""
@@ -23,6 +24,8 @@ TRACE = 1e-3
 """Share of the largest change below which a slice is not changed."""
 SIZED = {"Range", "Resize", "Upsample"}
 """Operators whose float constants say how large the result is: another one makes another shape, at any cost."""
+MOST_OTHERS = 32
+"""Other constants of one shape that are tried."""
 MOST_SLICES = 2048
 """Slices along an axis up to which each is compared with each."""
 
@@ -50,15 +53,27 @@ def rearranged(own: Tensor) -> Iterator[Change]:
     if bool(own.any()):
         yield Change("channels-zero", "all zero", torch.zeros_like(own))
         yield Change("negated", "the sign is the other one", -own)
-    for kind, says, value, evidence in (*turned_forms(own.numpy()), *rolled_forms(own.numpy())):
-        if not np.array_equal(value, own.numpy()):
-            yield Change(kind, says, torch.from_numpy(np.ascontiguousarray(value)), 0, evidence)
+    yield from of_forms(own, turned_forms, rolled_forms)
 
 
-def interleavings(own: Tensor) -> Iterator[Change]:
-    """Slices of a constant inside one another, in its shape: dealt out in turn, or blocks transposed."""
-    for kind, says, value, evidence in interleaved_forms(own.numpy()):
-        yield Change(kind, says, torch.from_numpy(np.ascontiguousarray(value)), 0, evidence)
+def of_forms(own: Tensor, *forms: Callable[[np.ndarray], Iterator[Form]]) -> Iterator[Change]:
+    """What ``forms`` make of a constant, but for what leaves it as it is or finite no longer; float64, in its shape."""
+    for kind, says, value, evidence in (each for form in forms for each in form(own.numpy())):
+        changed = torch.from_numpy(np.ascontiguousarray(value))
+        if bool(torch.isfinite(changed).all()) and not torch.equal(changed, own):
+            yield Change(kind, says, changed, 0, evidence)
+
+
+def others(segment: Segment, node: Node, place: int) -> Iterator[Change]:
+    """Other constants of the file of one shape and type; zeros and ones are no layer's own."""
+    graph, constants, name = segment.graph, segment.context.constants, node.proto.input[place]
+    if name not in graph.initializers or role_of_constant(node, place) in ("scale", "zero"):
+        return  # scales are no levels of a bias
+    kinds = {n: (graph.weight(n).data_type, *graph.weight(n).dims) for n in graph.initializers}
+    for other in [n for n, kind in kinds.items() if n != name and kind == kinds[name]][:MOST_OTHERS]:
+        stored = as_double(constants[other])
+        if not is_uniform(stored.numpy()) and not torch.equal(stored, as_double(constants[name])):
+            yield Change("another", f"those of another layer ({other} instead of {name})", stored, 0, {"of": other})
 
 
 def of_slices(own: Tensor, fitted: Tensor, deviation: Tensor) -> Iterator[Change]:
@@ -129,14 +144,27 @@ def cause_of(change: Change, node: Node, place: int) -> tuple[str, str, dict[str
 
 def tried(segment: Segment, node: Node, place: int, change: Change, fix: str) -> Iterator[Candidate]:
     """The candidate of a change to one constant of a node; none where it gives no tensor of the captured shape."""
-    if (value := segment.edited(node, inputs={place: change.value})) is not None:
+    yield from tried_together(segment, node, {place: change}, fix)
+
+
+def tried_together(segment: Segment, node: Node, changes: Mapping[int, Change], fix: str) -> Iterator[Candidate]:
+    """The same of changes to several constants, by place: the largest constant names the cause."""
+    value = segment.edited(node, inputs={place: change.value for place, change in changes.items()})
+    if value is None:
+        return
+    told = {}
+    for place, change in changes.items():
         lost = [n for n in segment.nodes if change.degenerate and n.op in PRODUCTS and node.outputs == n.inputs[2:3]]
-        name, says, evidence = cause_of(change, *((lost[0], 2) if lost else (node, place)))  # levels of a bias
-        yield Candidate(name, says, value, change.parameters, evidence, fix, degenerate=change.degenerate)
+        told[place] = cause_of(change, *((lost[0], 2) if lost else (node, place)))  # levels of a bias
+    name, _, evidence = told[max(changes, key=lambda place: changes[place].value.numel())]
+    says, count = "; ".join(text for _, text, _ in told.values()), sum(c.parameters for c in changes.values())
+    empty = min(change.degenerate for change in changes.values())
+    yield Candidate(name, says, value, count, evidence, fix, degenerate=empty)
 
 
-def constants_of(segment: Segment, node: Node, fewest: int = 2) -> dict[int, Tensor]:
-    """Place → constant of at least ``fewest`` elements that a node reads, any shape, float64."""
+def constants_of(segment: Segment, node: Node, fewest: int = 2, *, levels: bool = False) -> dict[int, Tensor]:
+    """Place → constant of at least ``fewest`` elements that a node reads, any shape, float64; whole numbers only
+    with ``levels``."""
     constants = segment.context.constants
     if node.op in SIZED:
         return {}
@@ -145,5 +173,5 @@ def constants_of(segment: Segment, node: Node, fewest: int = 2) -> dict[int, Ten
         for place, name in enumerate(node.proto.input)
         if (weight := segment.weight(node, place)) is not None
         and weight.numel() >= fewest
-        and constants[name].is_floating_point()
+        and (levels or constants[name].is_floating_point())
     }

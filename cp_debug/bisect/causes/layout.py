@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment, as_double
+from cp_debug.programs.tensor_change import turned_forms
 
 MOST_SLICES = 1024
 """Slices along an axis up to which each is compared with each."""
@@ -19,77 +21,71 @@ FEW = 4
 """Elements of a slice below which it must equal its partner, and have one of its own."""
 SAME = 0.1
 """Relative L2 distance below which another value is the same one, and not a mistaken one."""
+COPIED = 4
+"""Output channels of a weight that may be copies of others: near ones are found for any."""
 REACH = 2
 """Cells by which a map may be shifted."""
 
 
 @cause()
-def transposed(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: axes exchanged and the buffer read in the old shape."""
-    exact, shape = segment.exact, segment.test.shape
-    if exact.numel() != segment.test.numel() or exact.dim() > 5:
-        return
-    axes = [d for d in range(exact.dim()) if exact.shape[d] > 1]
-    for order in itertools.permutations(axes):
-        if list(order) == axes:
-            continue
-        full = [order[axes.index(d)] if d in axes else d for d in range(exact.dim())]
-        says = f"axes {full} were written where {list(range(len(full)))} were expected"
-        fix = f"permute{tuple(full)} {{layers}} before it is read, instead of reshaping"
-        for text, value in ((says, exact.permute(full)), (says + ", inverse", _inverse(exact, full))):
-            yield Candidate("transposed", text, value.reshape(shape), evidence={"axes": full}, fix=fix)
-
-
-def _inverse(exact: Tensor, order: list[int]) -> Tensor:
-    inverse = [order.index(d) for d in range(len(order))]
-    return exact.reshape([exact.shape[d] for d in order]).permute(inverse)
-
-
-@cause()
-def flipped(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: axes that run backwards."""
+def turned(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: axes exchanged and the buffer read in the old shape, or running backwards."""
     if segment.exact.shape != segment.test.shape:
         return
-    axes = [d for d in range(segment.exact.dim()) if segment.exact.shape[d] > 1]
-    for count in (1, 2):
-        for chosen in itertools.combinations(axes, count):
-            says = f"axis {' and '.join(map(str, chosen))} runs backwards"
-            yield Candidate("flipped", says, segment.exact.flip(chosen), fix=f"flip {{layers}} along {list(chosen)}")
+    for kind, says, value, evidence in turned_forms(segment.exact.numpy()):
+        fix = f"flip {{layers}} along {evidence.get('axis')}"
+        if kind == "transposed":
+            fix = f"permute{tuple(evidence['axes'])} {{layers}} before it is read, instead of reshaping"
+        yield Candidate(kind, says, torch.from_numpy(np.ascontiguousarray(value)), evidence=evidence, fix=fix)
 
 
 @cause()
 def permuted(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: slices along one axis in another order (channels, voxels), each matched with the nearest one."""
-    exact, test = segment.exact, segment.test
-    if exact.shape != test.shape or not bool(segment.finite.all()):
+    """Candidates: slices along one axis in another order (channels, voxels), each matched with the nearest one; of a
+    product also those of its weights, the bias as it was."""
+    if segment.exact.shape != segment.test.shape or not bool(segment.finite.all()):
         return
-    for axis in range(exact.dim()):
-        count = exact.shape[axis]
-        if count < 2:
-            continue
-        exact_slices, test_slices = (t.movedim(axis, 0).reshape(count, -1) for t in (exact, test))
-        order = _nearest(exact_slices, test_slices) if count <= MOST_SLICES else _same_rows(exact_slices, test_slices)
-        if order is None:
-            continue
-        moved = (order != torch.arange(count)).nonzero().flatten()
-        if not len(moved):
-            continue
-        bijective = len(order.unique()) == count
-        tolerance = max(1e-3, 4 * segment.context.claim.roundoff)
-        if exact_slices.shape[1] < FEW and not (
-            bijective and torch.allclose(exact_slices[order], test_slices, rtol=tolerance)
-        ):
-            continue  # so few elements find a near partner by chance
-        value = exact_slices[order].reshape(exact.movedim(axis, 0).shape).movedim(0, axis)
-        pairs = ", ".join(f"{int(i)}←{int(order[i])}" for i in moved[:6])
-        says = f"axis {axis} is permuted: {pairs}" + (", …" if len(moved) > 6 else "")
-        evidence = {"axis": axis, "moved": len(moved), "order": order[:64].tolist(), "bijective": bijective}
-        fix = f"restore the order of axis {axis} of {{layers}}"
-        rule = _rule(order.tolist())
-        says = f"axis {axis} is permuted: {rule}" if rule else says
-        # Copied rows of a big table leave no room for chance: their order counts as one number, like one with a rule.
-        parameters = len(moved) if count <= MOST_SLICES and not rule else 1
-        yield Candidate("permuted", says, value, parameters, evidence, fix)
+    for axis in range(segment.exact.dim()):
+        if (found := _reordered(segment, axis, segment.exact, segment.test)) is not None:
+            text, value, count, evidence = found
+            fix = f"restore the order of axis {axis} of {{layers}}"
+            yield Candidate("permuted", f"axis {axis} is permuted: {text}", value, count, evidence, fix)
+    if segment.bias is None or segment.product is None or segment.weight(segment.product, 1) is None:
+        return
+    without = segment.before - segment.bias, segment.test - segment.bias
+    if (found := _reordered(segment, segment.axis, *without)) is not None:
+        text, value, count, evidence = found
+        what = "are exchanged" if evidence["bijective"] else "hold those of others"
+        if evidence["bijective"] or evidence["moved"] <= COPIED:
+            says, value = f"output channels of the weight {what}: {text}", segment.activate(value + segment.bias)
+            yield Candidate("weight-layout", says, value, count, evidence, "compare both checkpoints: {layers}")
+
+
+def _reordered(
+    segment: Segment, axis: int, exact: Tensor, test: Tensor
+) -> tuple[str, Tensor, int, dict[str, Any]] | None:
+    """The order in which slices of ``exact`` are nearest to those of ``test`` (in words, what it gives, its numbers,
+    figures), both of one shape; None where it is the one that they have, or as good as any."""
+    count = exact.shape[axis]
+    if count < 2:
+        return None
+    exact_slices, test_slices = (t.movedim(axis, 0).reshape(count, -1) for t in (exact, test))
+    order = _nearest(exact_slices, test_slices) if count <= MOST_SLICES else _same_rows(exact_slices, test_slices)
+    moved = [] if order is None else (order != torch.arange(count)).nonzero().flatten().tolist()
+    if order is None or not moved:
+        return None
+    bijective = len(order.unique()) == count
+    tolerance = max(1e-3, 4 * segment.context.claim.roundoff)
+    if exact_slices.shape[1] < FEW and not (
+        bijective and torch.allclose(exact_slices[order], test_slices, rtol=tolerance)
+    ):
+        return None  # so few elements find a near partner by chance
+    value = exact_slices[order].reshape(exact.movedim(axis, 0).shape).movedim(0, axis)
+    rule = _rule(order.tolist())
+    pairs = ", ".join(f"{i}←{int(order[i])}" for i in moved[:6]) + (", …" if len(moved) > 6 else "")
+    evidence = {"axis": axis, "moved": len(moved), "order": order[:64].tolist(), "bijective": bijective}
+    # Copied rows of a big table leave no room for chance: their order counts as one number, like one with a rule.
+    return rule or pairs, value, len(moved) if count <= MOST_SLICES and not rule else 1, evidence
 
 
 def _rule(order: list[int]) -> str:

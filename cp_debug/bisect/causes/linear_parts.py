@@ -78,11 +78,7 @@ def _dealt_out(of: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _product(segment: Segment, node: Node) -> FittedConstants | None:
-    place = 1 if segment.weight(node, 1) is not None else 0
-    weight = segment.weight(node, place)
-    if weight is None or weight.dim() < 2 or (place == 0 and node.op != "MatMul"):
-        return None
-    layout = ProductLayout.of(segment, node, place, weight)
+    layout = ProductLayout.of(segment, node)
     if layout is None or layout.unknowns > MOST_UNKNOWNS:
         return None
     rows = segment.test.numel() // (layout.groups * layout.outputs)
@@ -106,7 +102,7 @@ def _product(segment: Segment, node: Node) -> FittedConstants | None:
         return None
     (first, second, both), prediction = solved
     thetas = [layout.weight_of(t[:, : layout.unknowns]) for t in (first, second, both)]
-    tensors, deviations = {place: thetas[2]}, {place: (thetas[0] - thetas[1]).abs() / 2}
+    tensors, deviations = {layout.place: thetas[2]}, {layout.place: (thetas[0] - thetas[1]).abs() / 2}
     if with_bias and bias is not None:
         ends = [t[:, -1].reshape(bias.shape) for t in (first, second, both)]
         tensors[2], deviations[2] = ends[2], (ends[0] - ends[1]).abs() / 2
@@ -144,7 +140,9 @@ class ProductLayout:
 
     node: Node
     place: int
-    shape: tuple[int, ...]
+    """Place of the weights."""
+    weight: Tensor
+    """[outputs, inputs, …] or [rows, columns], float64."""
     groups: int
     unknowns: int
     """Weights of one output channel."""
@@ -152,19 +150,27 @@ class ProductLayout:
     """Output channels of one group."""
 
     @classmethod
-    def of(cls, segment: Segment, node: Node, place: int, weight: Tensor) -> ProductLayout | None:
-        """Layout of the product whose ``weight`` [outputs, inputs, …] or [rows, columns] is input ``place``; None for
-        weights of other ranks."""
-        shape, declared = tuple(weight.shape), attributes(segment.graph, node)
+    def of(cls, segment: Segment, node: Node) -> ProductLayout | None:
+        """Layout of a product with constant weights; None for others, and for weights of other ranks."""
+        place = 1 if segment.weight(node, 1) is not None else 0
+        weight = segment.weight(node, place)
+        if node.op not in PRODUCTS or weight is None or weight.dim() < 2 or (place == 0 and node.op != "MatMul"):
+            return None
+        shape, declared = weight.shape, attributes(segment.graph, node)
         if node.op in ("Conv", "ConvTranspose"):
             groups = int(declared.get("group", 1))
             if node.op == "Conv":
-                return cls(node, place, shape, groups, weight[0].numel(), shape[0] // groups)
-            return cls(node, place, shape, groups, shape[0] // groups * weight[0, 0].numel(), shape[1])
+                return cls(node, place, weight, groups, weight[0].numel(), shape[0] // groups)
+            return cls(node, place, weight, groups, shape[0] // groups * weight[0, 0].numel(), shape[1])
         if weight.dim() != 2:
             return None
         by_row = place == 0 or bool(declared.get("transB", 0))
-        return cls(node, place, shape, 1, shape[1] if by_row else shape[0], shape[0] if by_row else shape[1])
+        return cls(node, place, weight, 1, shape[1] if by_row else shape[0], shape[0] if by_row else shape[1])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weights."""
+        return tuple(self.weight.shape)
 
     @property
     def by_row(self) -> bool:
@@ -180,11 +186,7 @@ class ProductLayout:
         k, groups = self.unknowns, self.groups
         as_often = (groups, *(1,) * (len(self.shape) - 1))
         if self.node.op == "Conv":
-            units = (
-                torch.eye(k, dtype=torch.float64)
-                .reshape(k, *self.shape[1:])
-                .repeat(groups, *(1,) * (len(self.shape) - 1))
-            )
+            units = torch.eye(k, dtype=torch.float64).reshape(k, *self.shape[1:]).repeat(as_often)
         elif self.node.op == "ConvTranspose":
             inputs, kernel = self.shape[0] // groups, self.shape[2:]
             units = torch.eye(k, dtype=torch.float64).reshape(inputs, -1, k).mT.reshape(inputs, k, *kernel)
@@ -196,8 +198,7 @@ class ProductLayout:
 
     def without_bias(self, segment: Segment) -> Tensor:
         """The exact result without the bias, of the result's shape, float64."""
-        weight = segment.weight(self.node, self.place)
-        value = self._run(segment, weight) if weight is not None else None
+        value = self._run(segment, self.weight)
         return segment.exact if value is None else value
 
     def _run(self, segment: Segment, weight: Tensor) -> Tensor | None:

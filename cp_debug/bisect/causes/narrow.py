@@ -115,6 +115,7 @@ def family(segment: Segment) -> Iterator[Candidate]:
             continue
         says = f"operands are in {options.family.upper()} ({_blocks(options)} with one scale)"
         yield Candidate(options.family, says, segment.run(ARITHMETICS[name]), 0, {"computed_in": name}, _OTHERWISE)
+    yield from _with_scales(segment, NarrowOptions("fp8"))
 
 
 def _constant(segment: Segment) -> bool:
@@ -177,12 +178,16 @@ def decoded(operands: Operands, scaling: Scaling) -> dict[int, Tensor]:
 
 @cause()
 def wrong_scale(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: data in FP8 with a scale that is not that of its values; fitted in one half of the rows, judged in
-    the other."""
+    """Candidates: data whose scale is not that of its values, where FP8 is claimed."""
     claim = segment.context.claim.name
-    options = NarrowOptions.parse(claim) if is_narrow(claim) else NarrowOptions("fp8")
-    operands = Operands.of(segment)
-    if operands is None or options.family != "fp8" or segment.context.quantized is not None:
+    if is_narrow(claim) and (options := NarrowOptions.parse(claim)).family == "fp8":
+        yield from _with_scales(segment, options)
+
+
+def _with_scales(segment: Segment, options: NarrowOptions) -> Iterator[Candidate]:
+    """Candidates: data in FP8 with another scale; fitted in one half of the rows, judged in the other."""
+    claim, operands = segment.context.claim.name, Operands.of(segment)
+    if operands is None or segment.context.quantized is not None:
         return
     others, x = decoded(operands, Scaling(options)), operands.values[0]
     largest = float(x.abs().max()) if x.numel() else 0.0
@@ -246,11 +251,12 @@ def _fitted(
 ) -> tuple[float, float, Tensor] | None:
     """The best scale of the data for each half of the outputs (of the rows, where there is one output), and the mask of
     the first half in the result's shape; None where none explains any of the error."""
-    weight, node = segment.weight(operands.node, 1), operands.node
-    if weight is None or node is not segment.nodes[-1] or weight.dim() < 2 or not bool(segment.finite.all()):
+    if operands.node is not segment.nodes[-1] or not bool(segment.finite.all()):
         return None
-    layout = ProductLayout.of(segment, node, 1, weight)
-    if layout is None or not layout.fits(segment) or (columns := layout.columns(segment)) is None:
+    layout = ProductLayout.of(segment, operands.node)
+    if layout is None or layout.place != 1 or not layout.fits(segment):
+        return None
+    if (columns := layout.columns(segment)) is None:
         return None
     known = layout.flat((segment.exact - layout.without_bias(segment)).expand_as(segment.test))
     wanted, theta = layout.flat(segment.test) - known, layout.theta_of(others[1])

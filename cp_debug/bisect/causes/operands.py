@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.operators import ACTIVATIONS, FURTHER
 from cp_debug.bisect.causes.segment import Segment
-from cp_debug.bisect.causes.single_numbers import FEWEST, FEWEST_WRONG, search
+from cp_debug.bisect.causes.single_numbers import Number, by_search, is_told
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import GATES, PRODUCTS
 
@@ -67,42 +68,45 @@ def functions(segment: Segment) -> Iterator[Candidate]:
 def factors(segment: Segment) -> Iterator[Candidate]:
     """Candidates: a factor on one of a node's operands, a bound for it, or Sigmoid and Tanh of a multiple of an operand
     or of the result."""
-    wrong = int((segment.error != 0).sum())
-    if not FEWEST <= segment.test.numel() <= MOST or wrong < FEWEST_WRONG or segment.test.shape != segment.exact.shape:
-        return
-    for node, place, name in _operands(segment):
-        own = segment.input(name)
-
-        def edited(changed: Tensor, node: Node = node, place: int = place) -> Tensor | None:
-            return segment.edited(node, inputs={place: changed})
-
-        def scaled(number: float, own: Tensor = own, edited: Edited = edited) -> Tensor | None:
-            return edited(own * number)
-
-        def bounded(number: float, own: Tensor = own, edited: Edited = edited) -> Tensor | None:
-            return edited(own.clamp(-abs(number), abs(number)))
-
-        if node.op not in LINEAR and (fit := search(segment, 1.0, scaled)):
-            says = f"{name} is multiplied by {fit[0]:.6g} before {node.op} reads it"
-            fix = "compare what {layers} reads in both programs"
-            yield Candidate("scaled", says, fit[1], 1, {"operand": name, "factor": fit[0]}, fix)
-        largest = float(own.abs().max())
-        if largest and (fit := search(segment, largest, bounded, [largest * share for share in BOUNDS])):
-            says = f"{name} stops at ±{abs(fit[0]):.4g} before {node.op} reads it"
-            evidence = {"operand": name, "bound": abs(fit[0])}
-            yield Candidate("saturated", says, fit[1], 1, evidence, "remove the bound in front of {layers}")
-        yield from _sloped(segment, f"{name} before {node.op} reads it", own, edited)
-    if segment.nodes:
-        yield from _sloped(segment, "the result although the graph has none here", segment.exact, lambda value: value)
+    if is_told(segment, MOST):
+        for node, place, name in _operands(segment):
+            yield from by_search(segment, _numbers(segment, node, place, name))
+        if segment.nodes:
+            what = "the result although the graph has none here"
+            yield from by_search(segment, _sloped(segment, what, segment.exact, lambda value: value))
 
 
-def _sloped(segment: Segment, what: str, own: Tensor, edited: Callable[[Tensor], Tensor | None]) -> Iterator[Candidate]:
+def _numbers(segment: Segment, node: Node, place: int, name: str) -> Iterator[Number]:
+    own = segment.input(name)
+    largest = float(own.abs().max())
+
+    def edited(changed: Tensor) -> Tensor | None:
+        return segment.edited(node, inputs={place: changed})
+
+    def factor(number: float) -> tuple[str, str, dict[str, Any], str]:
+        says = f"{name} is multiplied by {number:.6g} before {node.op} reads it"
+        return "scaled", says, {"operand": name, "factor": number}, "compare what {layers} reads in both programs"
+
+    def bound(number: float) -> tuple[str, str, dict[str, Any], str]:
+        says = f"{name} stops at ±{abs(number):.4g} before {node.op} reads it"
+        return "saturated", says, {"operand": name, "bound": abs(number)}, "remove the bound in front of {layers}"
+
+    if node.op not in LINEAR:
+        yield Number(1.0, lambda number: edited(own * number), factor)
+    if largest:
+        bounded = [largest * share for share in BOUNDS]
+        yield Number(largest, lambda number: edited(own.clamp(-abs(number), abs(number))), bound, bounded)
+    yield from _sloped(segment, f"{name} before {node.op} reads it", own, edited)
+
+
+def _sloped(segment: Segment, what: str, own: Tensor, edited: Edited) -> Iterator[Number]:
     for text, function in SLOPED.items():
 
         def emulate(number: float, function: Callable[[Tensor], Tensor] = function) -> Tensor | None:
             return edited(function(own * number)) if number else segment.exact
 
-        if (fit := search(segment, 0.0, emulate, (0.0, *STARTS))) is not None:
-            says = f"{text} of {fit[0]:.6g} times the value is applied to {what}"
-            fix = f"remove the {text} at {{layers}}"
-            yield Candidate("extra-activation", says, fit[1], 1, {"op": text, "factor": fit[0]}, fix)
+        def tell(number: float, text: str = text) -> tuple[str, str, dict[str, Any], str]:
+            says = f"{text} of {number:.6g} times the value is applied to {what}"
+            return "extra-activation", says, {"op": text, "factor": number}, f"remove the {text} at {{layers}}"
+
+        yield Number(0.0, emulate, tell, (0.0, *STARTS))

@@ -10,7 +10,6 @@ from torch import Tensor
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.file_quantization import FileQuantization
-from cp_debug.graph.qdq import weight_axis
 
 LEVELS = 256
 _PERCENTILE = "calibrate {layers} again: entropy or a higher percentile"
@@ -78,28 +77,6 @@ def _uneven(segment: Segment) -> bool:
     largest = segment.exact.abs().amax([d for d in range(segment.exact.dim()) if d != segment.axis])
     largest = largest[largest > 0]
     return len(largest) > 1 and float(largest.max()) > 8 * float(largest.median())
-
-
-@cause()
-def weights(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: INT8 weights, symmetric, with one scale for all channels or one for each."""
-    node = segment.product
-    weight = segment.weight(node, 1) if node is not None else None
-    if node is None or weight is None or weight.dim() < 2:
-        return
-    other_axes = [d for d in range(weight.dim()) if d != weight_axis(node, weight.dim())]
-    ways = (
-        ("int8-per-tensor", "INT8 weights with one scale for all channels", weight.abs().max()),
-        ("int8-weights", "INT8 weights with a scale for each channel", weight.abs().amax(other_axes, keepdim=True)),
-    )
-    for name, says, largest in ways:
-        step = largest.clamp(min=1e-30) / 127
-        value = segment.edited(node, inputs={1: (weight / step).round().clamp(-127, 127) * step})
-        if value is not None:
-            fix = (
-                "quantize the weights of {layers} per channel" if name == "int8-per-tensor" else "keep {layers} in FP32"
-            )
-            yield Candidate(name, says, value, fix=fix)
 
 
 @cause()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +12,6 @@ from onnx import helper
 from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
-from cp_debug.bisect.causes.batchnorm_parameters import EPSILONS
-from cp_debug.bisect.causes.fits import cross_fit, halves
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import GATES, RECURRENT
@@ -48,13 +45,8 @@ COUNTS = {"p", "blocksize", "sampling_ratio", "size", "rotary_embedding_dim", "i
 """Attributes that may be 0 or 1 without being flags."""
 SMALL = (0, 1, 2, 3, 4, 5)
 """Counts that are tried besides the neighbours, the half and the double of the declared one."""
-FLOATS = {"alpha": (0.0, 0.01, 0.1, 0.2, 0.3, 1.0, 1.67326), "beta": (0.0, 0.5, 1.0), "gamma": (1.0, 1.0507)}
 SKIPPED = {"pads", "kernel_shape", "to", "dtype", "group", "hidden_size", "num_outputs", "num_groups"}
 """Attributes with causes of their own, or that change what is computed altogether."""
-FITTED = {"LeakyRelu": ["alpha"], "Elu": ["alpha"], "Gemm": ["alpha", "beta"], "HardSigmoid": ["alpha", "beta"]}
-"""Attributes in which the result is affine."""
-SLOPED = ("LeakyRelu", "Elu")
-"""Activations that are affine in their alpha, and Relu where it is 0."""
 EXCHANGED = (
     (
         *("Relu", "LeakyRelu", "Elu", "Selu", "Sigmoid", "HardSigmoid", "Tanh", "Softplus", "HardSwish", "Gelu"),
@@ -83,7 +75,7 @@ MOST_OTHERS = 48
 
 @cause(costly=True, structural=True)
 def by_schema(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: every attribute of every operator, with every value that its schema allows."""
+    """Candidates: every attribute of every operator but numbers, with every value that its schema allows."""
     for node in segment.nodes:
         declared = attributes(segment.graph, node)
         if node.op in ACTIVATIONS_OF and "activations" not in declared:
@@ -95,10 +87,10 @@ def by_schema(segment: Segment) -> Iterator[Candidate]:
         for name, value in declared.items():
             for tried in _values(name, value):
                 if (result := segment.edited(node, **{name: tried})) is not None:
-                    yield with_attributes(node, {name: tried}, {name: value}, result, 0)
+                    yield _with_attributes(node, {name: tried}, {name: value}, result)
         for tried in RESIZED if node.op == "Resize" else ():
             if (result := segment.edited(node, **tried)) is not None:
-                yield with_attributes(node, tried, declared, result, 0)
+                yield _with_attributes(node, tried, declared, result)
         yield from _apart(segment, node, declared)
         yield from _declared_by_inputs(segment, node)
 
@@ -117,7 +109,7 @@ def _apart(segment: Segment, node: Node, own: dict[str, Any]) -> Iterator[Candid
             continue
         other = [apart] * len(kernel)
         if (value := segment.edited(node, dilations=other, pads=begins + ends)) is not None:
-            yield with_attributes(node, {"dilations": other}, {"dilations": before}, value, 0)
+            yield _with_attributes(node, {"dilations": other}, {"dilations": before}, value)
 
 
 def _declared_by_inputs(segment: Segment, node: Node) -> Iterator[Candidate]:
@@ -133,7 +125,7 @@ def _declared_by_inputs(segment: Segment, node: Node) -> Iterator[Candidate]:
         for other in others:
             replacement = torch.tensor(other, dtype=own.dtype).reshape(own.shape)
             if (result := segment.edited(node, inputs={place: replacement})) is not None:
-                yield with_attributes(node, {declared.name: other}, {declared.name: value}, result, 0)
+                yield _with_attributes(node, {declared.name: other}, {declared.name: value}, result)
 
 
 def _values(name: str, value: Any) -> Iterator[Any]:
@@ -147,11 +139,6 @@ def _values(name: str, value: Any) -> Iterator[Any]:
         return
     if isinstance(value, str):
         yield from (t for t in TEXTS.get(name, ()) if t != value)
-    elif name == "epsilon":
-        yield from (v for v in EPSILONS if not math.isclose(v, value, rel_tol=1e-6))  # which files hold in float32
-    elif isinstance(value, float):
-        numbers = dict.fromkeys((*FLOATS.get(name, ()), 0.0, 1.0, 2 * value, value / 2, -value))
-        yield from (v for v in numbers if abs(v - value) > 1e-6)
     elif isinstance(value, int):
         flag = value in (0, 1) and name not in COUNTS
         others: Iterable[int] = dict.fromkeys((value - 1, value + 1, 2 * value, value // 2, *SMALL))
@@ -171,13 +158,16 @@ def _values(name: str, value: Any) -> Iterator[Any]:
             yield from ([v] * len(value) for v in (1, 2, 3) if [v] * len(value) != value)
 
 
-def with_attributes(
-    node: Node, tried: Mapping[str, Any], declared: Mapping[str, Any], result: Tensor, parameters: int
-) -> Candidate:
-    """The candidate of a node that is computed with the attributes ``tried`` instead of those that are declared.
+def _with_attributes(node: Node, tried: Mapping[str, Any], declared: Mapping[str, Any], result: Tensor) -> Candidate:
+    name, says, evidence, fix = of_attributes(node, tried, declared)
+    return Candidate(name, says, result, 0, evidence, fix)
 
-    ``result``: what it gives with them, of the captured shape, float64.
-    """
+
+def of_attributes(
+    node: Node, tried: Mapping[str, Any], declared: Mapping[str, Any]
+) -> tuple[str, str, dict[str, Any], str]:
+    """(Cause, in words, evidence, fix) of a node that is computed with the attributes ``tried`` instead of those that
+    are declared."""
     evidence: dict[str, Any] = {}
     comparisons = []
     for name, value in tried.items():
@@ -186,44 +176,7 @@ def with_attributes(
         texts = [f"{v:.4g}" if isinstance(own, float) else str(v) for v in (value, own)]
         comparisons.append(f"{called} is {texts[0]} instead of {texts[1]}")
     says = f"{node.op}: {', '.join(comparisons)}"
-    cause_name = NAMES.get(next(iter(tried)), "attribute")
-    return Candidate(cause_name, says, result, parameters, evidence, f"set it as declared: {says}")
-
-
-@cause(costly=True)
-def fitted_attribute(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: an attribute in which the result is affine, by least squares on one half, tried on the other."""
-    for node in segment.nodes:
-        declared = attributes(segment.graph, node)
-        for name in FITTED.get(node.op, ()):
-            value = declared[name]
-            moved = segment.edited(node, **{name: value + 1.0})
-            if moved is None or not segment.introduced:
-                continue
-            basis = moved - segment.exact
-            fit = cross_fit(segment.error, [basis], halves(segment.finite & (basis != 0)))
-            if fit is not None:
-                change, theta = fit
-                yield with_attributes(node, {name: value + float(theta[0, 0])}, declared, segment.exact + change, 1)
-
-
-@cause(costly=True)
-def epsilon_of_a_composite(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: a normalization written out, with another number added before the root."""
-    for node in segment.nodes:
-        roots = [n for n in segment.graph.consumers.get(node.outputs[0], []) if n.op in ("Sqrt", "Pow", "Reciprocal")]
-        if node.op != "Add" or not roots:
-            continue
-        for place in (0, 1):
-            declared = segment.weight(node, place)
-            if declared is None or declared.numel() != 1 or not 0 < float(declared) <= max(EPSILONS):
-                continue
-            for eps in EPSILONS:
-                value = segment.edited(node, inputs={place: torch.full_like(declared, eps)})
-                if value is not None and eps != float(declared):
-                    says = f"eps is {eps:.3g} instead of {float(declared):.3g}"
-                    evidence = {"eps": eps, "instead_of": float(declared)}
-                    yield Candidate("normalization-eps", says, value, 0, evidence, "set eps in {layers} as declared")
+    return NAMES.get(next(iter(tried)), "attribute"), says, evidence, f"set it as declared: {says}"
 
 
 @cause(costly=True, structural=True)
@@ -379,21 +332,3 @@ def another_operator(segment: Segment) -> Iterator[Candidate]:
                 says = f"{node.op} is computed as {op}"
                 fix = f"compare both programs at {{layers}}: {says}"
                 yield Candidate("other-operator", says, value, 0, {"op": node.op, "test_op": op}, fix)
-
-
-@cause(costly=True)
-def fitted_activation(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: another activation whose slope is none of the usual ones, by least squares on one half."""
-    for node in segment.nodes:
-        for op in SLOPED if node.op in EXCHANGED[0] else ():
-            start, moved = (segment.edited(node, op=op, reads=node.proto.input[:1], alpha=a) for a in (0.0, 1.0))
-            if op == node.op or start is None or moved is None:
-                continue
-            basis = moved - start
-            fit = cross_fit(segment.test - start, [basis], halves(segment.finite & (basis != 0)))
-            if fit is not None:
-                change, theta = fit
-                says = f"{node.op} is computed as {op} with alpha = {float(theta[0, 0]):.4g}"
-                evidence = {"op": node.op, "test_op": op, "alpha": float(theta[0, 0])}
-                fix = f"compare both programs at {{layers}}: {says}"
-                yield Candidate("other-operator", says, start + change, 1, evidence, fix)

@@ -42,13 +42,12 @@ def truncated(segment: Segment) -> Iterator[Candidate]:
         return
     if segment.introduced > LARGEST * float(torch.linalg.vector_norm(segment.exact)):
         return
-    weight = segment.weight(node, 1)
-    layout = ProductLayout.of(segment, node, 1, weight) if weight is not None and weight.dim() > 1 else None
-    if layout is None or weight is None or not FEWEST_TERMS <= layout.unknowns <= MOST_TERMS:
+    layout = ProductLayout.of(segment, node)
+    if layout is None or layout.place != 1 or not FEWEST_TERMS <= layout.unknowns <= MOST_TERMS:
         return
     if segment.test.numel() * layout.unknowns > MOST_WORK or not layout.fits(segment):
         return
-    columns, theta = layout.columns(segment), layout.theta_of(weight)
+    columns, theta = layout.columns(segment), layout.theta_of(layout.weight)
     if columns is None:
         return
     bias = segment.exact - layout.without_bias(segment)

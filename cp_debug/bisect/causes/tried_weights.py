@@ -1,4 +1,4 @@
-"""Constants rearranged, or with slices that are zero, scaled or exchanged, where no fit can tell them: by trying.
+"""Constants rearranged, in fewer bits, with slices zero, scaled or exchanged, where no fit tells them: by trying.
 
 The layer is computed with every change of the constant as a whole. Then each slice is left out in turn: those without
 which the result moves where the error lies are tried as zero, scaled, and exchanged with one another. That needs no
@@ -14,14 +14,22 @@ import torch
 from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
-from cp_debug.bisect.causes.constant_changes import Change, constants_of, interleavings, rearranged, tried
+from cp_debug.bisect.causes.constant_changes import Change, constants_of, of_forms, others, rearranged, tried
 from cp_debug.bisect.causes.linear_parts import fit
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.causes.single_numbers import search
 from cp_debug.graph.graph import Node
+from cp_debug.programs.tensor_change import interleaved_forms, stored_forms
 
 MOST_WORK = 1 << 27
 """Elements of results and inputs that are computed for one constant's slices."""
+FEWEST = 4
+"""Elements of a constant from which its storage is looked at."""
+FEWEST_COARSE = 32
+"""Elements from which fewer bits than INT8 has are tried."""
+WITHIN = 8.0
+"""Factor between the relative change of a constant and that of the result, beyond which they are not computed: rounded
+weights change a sum about as much as themselves."""
 FEWEST_DEALT = 8
 """Elements of a constant from which its slices may be interleaved."""
 MOVES = 100.0
@@ -33,7 +41,8 @@ SUSPECTS = 12
 """Slices of an axis that are exchanged with one another."""
 TENDS = 0.8
 """Cosine between the error and the effect of leaving a slice out, from which a factor on it is searched for."""
-_FIX = "compare the weights of {layers} in both programs: layout, checkpoint, order of gates"
+FIX = "compare the weights of {layers} in both programs: layout, checkpoint, order of gates"
+_KEEP = "keep the weights of {layers} in FP32, or accept it"
 
 
 @cause(costly=True, structural=True)
@@ -42,20 +51,27 @@ def as_a_whole(segment: Segment) -> Iterator[Candidate]:
     for node in segment.nodes:
         for place, own in constants_of(segment, node).items():
             for change in rearranged(own):
-                yield from tried(segment, node, place, change, _FIX)
+                yield from tried(segment, node, place, change, FIX)
 
 
 @cause(costly=True)
-def interleaved(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: slices of a constant dealt out in turn (even ones first, heads or groups inside one another), and
-    the blocks of a recurrent layer's weights transposed."""
-    size = float(torch.linalg.vector_norm(torch.where(segment.finite, segment.exact, 0.0)))
-    if MOVES * segment.introduced < size:
-        return
+def otherwise(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: another constant of the file, one in fewer bits, or its slices dealt out in turn (even ones first,
+    heads or groups inside one another) and the blocks of a recurrent layer's weights transposed."""
+    size = _norm(torch.where(segment.finite, segment.exact, 0.0))
     for node in segment.nodes:
-        for place, own in constants_of(segment, node, FEWEST_DEALT).items():
-            for change in interleavings(own):
-                yield from tried(segment, node, place, change, _FIX)
+        for place, own in constants_of(segment, node, FEWEST).items():
+            if own.numel() >= FEWEST_DEALT and MOVES * segment.introduced >= size:
+                for change in of_forms(own, interleaved_forms):
+                    yield from tried(segment, node, place, change, FIX)
+        for place, own in constants_of(segment, node, FEWEST, levels=True).items() if node.op != "Gather" else ():
+            for change in others(segment, node, place):
+                yield from tried(segment, node, place, change, FIX)
+            for change in of_forms(own, stored_forms):
+                moved = _norm(change.value - own) / (_norm(own) or 1.0) * size
+                far = not segment.introduced / WITHIN < moved < segment.introduced * WITHIN
+                if change.kind != "coarse" or not (far or segment.strange or own.numel() < FEWEST_COARSE):
+                    yield from tried(segment, node, place, change, _KEEP)
 
 
 @cause(costly=True)
@@ -105,22 +121,26 @@ def _of_axis(segment: Segment, node: Node, place: int, own: Tensor, axis: int) -
 
     of_best = {"axis": axis, "channels": [best]}
     zero = Change("channels-zero", f"slice {best} of axis {axis} is zero", times(0.0), 1, of_best)
-    yield from tried(segment, node, place, zero, _FIX)
+    yield from tried(segment, node, place, zero, FIX)
     if scores[best] > TENDS:
         best_factor = search(segment, 1.0, lambda number: segment.edited(node, inputs={place: times(number)}))
         if best_factor is not None:
             says = f"slice {best} of axis {axis} × {best_factor[0]:.6g}"
             scaled = Change("channels-scaled", says, times(best_factor[0]), 1, of_best)
-            yield from tried(segment, node, place, scaled, _FIX)
+            yield from tried(segment, node, place, scaled, FIX)
     for i, j in itertools.combinations(sorted(suspects), 2):
         order = torch.arange(count)
         order[[i, j]] = order[[j, i]]
         says = f"slices {i} and {j} of axis {axis} are exchanged"
         exchanged = Change("permuted", says, own.index_select(axis, order), 2, {"axis": axis, "channels": [i, j]})
-        yield from tried(segment, node, place, exchanged, _FIX)
+        yield from tried(segment, node, place, exchanged, FIX)
 
 
 def _cosine(segment: Segment, change: Tensor) -> float:
     change = torch.where(segment.finite, change, 0.0)
     norm = float(torch.linalg.vector_norm(change)) * segment.introduced
     return float((change * segment.error).sum()) / norm if norm else 0.0
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x))
