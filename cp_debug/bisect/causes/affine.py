@@ -24,6 +24,7 @@ def _bases(segment: Segment) -> Iterator[tuple[str, str, list[Tensor]]]:
     yield "shifted", "a constant", [unit]
     if segment.bias is not None:
         yield "bias-scaled", "the bias", [segment.bias.expand_as(exact)]
+    yield "affine", "the result", [exact, unit]
 
 
 DEQUANTIZED = {"scaled": "int8-scale", "shifted": "int8-zero-point"}
@@ -34,31 +35,27 @@ def _name(segment: Segment, name: str) -> str:
     return DEQUANTIZED.get(name, name) if segment.op == "DequantizeLinear" else name
 
 
-def _text(name: str, subject: str, theta: Tensor) -> str:
-    if name == "shifted":
-        return f"{theta[0, 0]:+.4g} is added to the result"
-    return f"{subject} {'is' if subject != 'the weights' else 'are'} multiplied by {1 + theta[0, 0]:.6g}"
-
-
 @cause()
 def everywhere(segment: Segment) -> Iterator[Candidate]:
     """Candidates: one factor or one summand for the whole tensor, fitted."""
     if segment.op == "QuantizeLinear":  # integers: its own causes say more
         return
-    error = segment.test - segment.before
     if bool(segment.exact.any()):
         says = "the sign of the result is the other one"
         yield Candidate(_name(segment, "scaled"), says, -segment.exact, 0, {"factor": -1.0}, _FIX)
-    for name, subject, basis in (*_bases(segment), ("affine", "", [segment.before, torch.ones(())])):
-        fit = cross_fit(error, basis, segment.folds)
+    for name, subject, basis in _bases(segment):
+        fit = cross_fit(segment.test - segment.before, basis, segment.folds)
         if fit is not None:
             change, theta = fit
-            text = (
-                _text(name, subject, theta) if subject else f"the result is × {1 + theta[0, 0]:.6g} {theta[0, 1]:+.4g}"
-            )
-            factors = {"factor": 1 + float(theta[0, 0])} if name != "shifted" else {"summand": float(theta[0, 0])}
+            factor = 1 + float(theta[0, 0])
+            text = f"{subject} {'are' if subject == 'the weights' else 'is'} multiplied by {factor:.6g}"
+            if name == "shifted":
+                text = f"{theta[0, 0]:+.4g} is added to the result"
+            elif name == "affine":
+                text = f"the result is × {factor:.6g} {theta[0, 1]:+.4g}"
+            figures = {"summand": float(theta[0, 0])} if name == "shifted" else {"factor": factor}
             value = segment.activate(segment.before + change)
-            yield Candidate(_name(segment, name), text, value, len(basis), factors, _FIX)
+            yield Candidate(_name(segment, name), text, value, len(basis), figures, _FIX)
 
 
 NOTHING = 1e-3
@@ -74,9 +71,8 @@ OFF = {
 @cause()
 def channel_by_channel(segment: Segment) -> Iterator[Candidate]:
     """Candidates: a factor and a summand for each channel, for all channels or only for those that are off."""
-    if segment.test.dim() < 2 or segment.test.shape[segment.axis] < 2:
-        return
-    yield from _sliced(segment, segment.axis)
+    if segment.test.dim() > 1 and segment.test.shape[segment.axis] > 1:
+        yield from _sliced(segment, segment.axis)
 
 
 @cause(costly=True)
@@ -89,34 +85,25 @@ def slice_by_slice(segment: Segment) -> Iterator[Candidate]:
 
 
 def _sliced(segment: Segment, axis: int) -> Iterator[Candidate]:
-    error = segment.test - segment.before
     off = off_channels(segment, axis)
-    count = int(off.sum())
+    places, own = off.nonzero().flatten().tolist(), axis == segment.axis
     chosen = off.reshape(-1, *[1] * (segment.test.dim() - axis - 1))
-    one = "channel" if axis == segment.axis else f"axis {axis}, slice"
-    affine = [segment.before, torch.ones((), dtype=torch.float64)]
-    bases = [b for b in _bases(segment) if b[0] != "bias-scaled"]
-    for name, _, basis in (*bases, ("affine", "", affine)):
-        fit = cross_fit(error, basis, segment.folds, axis)
+    which, verb = f"{len(places)} of {len(off)} {'channels' if own else f'slices of axis {axis}'}", "are"
+    if len(places) == 1:
+        which, verb = f"{'channel' if own else f'axis {axis}, slice'} {places[0]}", "is"
+    for name, _, basis in _bases(segment):
+        fit = cross_fit(segment.test - segment.before, basis, segment.folds, axis) if name in OFF else None
         if fit is None:
             continue
         change, theta = fit
-        value = segment.activate(segment.before + torch.where(chosen, change, 0.0))
-        places = off.nonzero().flatten().tolist()
-        which = f"{one} {places[0]}" if count == 1 else f"{count} of {len(off)} channels"
-        which = which if count == 1 or axis == segment.axis else f"{count} of {len(off)} slices of axis {axis}"
-        says = f"{which} {'is' if count == 1 else 'are'} off {OFF[name]}"
-        evidence: dict[str, Any] = {"channels": places[:32], "factors": (1 + theta[off][:32, 0]).tolist()}
-        if name == "shifted":
-            evidence = {"channels": places[:32], "summands": theta[off][:32, 0].tolist()}
-        if axis != segment.axis:
-            evidence["axis"] = axis
-        cause_name = f"channels-{name.removeprefix('weights-')}"
-        if name in ("scaled", "weights-scaled") and bool(((1 + theta[off]).abs() < NOTHING).all()):
-            cause_name = "channels-zeroed"
-            of = "the weights of " if name == "weights-scaled" else ""
-            says = f"{of}{which} {'is' if count == 1 and not of else 'are'} zero"
-        yield Candidate(cause_name, says, value, count * len(basis), evidence, _FIX)
+        value, numbers = segment.activate(segment.before + torch.where(chosen, change, 0.0)), theta[off][:32, 0]
+        figures = {"summands": numbers.tolist()} if name == "shifted" else {"factors": (1 + numbers).tolist()}
+        evidence: dict[str, Any] = {"channels": places[:32], **figures} | ({} if own else {"axis": axis})
+        called, says = f"channels-{name.removeprefix('weights-')}", f"{which} {verb} off {OFF[name]}"
+        if name in ("scaled", "weights-scaled") and bool(((1 + theta[off][:, 0]).abs() < NOTHING).all()):
+            called = "channels-zeroed"
+            says = f"{which} {verb} zero" if name == "scaled" else f"the weights of {which} are zero"
+        yield Candidate(called, says, value, len(places) * len(basis), evidence, _FIX)
 
 
 def off_channels(segment: Segment, axis: int | None = None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -46,45 +46,25 @@ class Candidate:
 Emulate = Callable[["Segment"], Iterator[Candidate]]
 
 
-class Cause(Protocol):
+@dataclass(frozen=True)
+class Cause:
     """A family of causes that are emulated alike."""
 
-    @property
-    def costly(self) -> bool:
-        """Asked only when nothing cheap explains the layer."""
-        ...
+    emulate: Emulate
+    costly: bool = False
+    """Asked only when nothing cheap explains the layer."""
+    structural: bool = False
+    """Fits nothing and is about what the graph says: asked, too, where all that explains the layer was fitted."""
 
-    @property
-    def by_node(self) -> bool:
-        """Whether it changes one node after the other and computes the layer again each time, which a region of many
-        nodes is not asked: it has hypotheses of its own."""
-        ...
-
-    @property
-    def structural(self) -> bool:
-        """Fits nothing and is about what the graph says: asked, too, where all that explains the layer was fitted."""
-        ...
-
-    @property
-    def approximate(self) -> bool:
-        """Emulates arithmetic whose details differ from kernel to kernel (order of sums, ties): a part of the error may
-        be left. What emulates anything else must leave no more than rounding."""
-        ...
+    by_node: bool = False
+    """Whether it changes one node after the other and computes the layer again each time, which a region of many nodes
+    is not asked: it has hypotheses of its own."""
+    approximate: bool = False
+    """Emulates arithmetic whose details differ from kernel to kernel (order of sums, ties): a part of the error may be
+    left. What emulates anything else must leave no more than rounding."""
 
     def __call__(self, segment: Segment) -> Iterator[Candidate]:
         """Every candidate of this family that applies to the layer; none, where it makes no sense there."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Family:
-    emulate: Emulate
-    costly: bool
-    structural: bool
-    by_node: bool
-    approximate: bool
-
-    def __call__(self, segment: Segment) -> Iterator[Candidate]:
         return self.emulate(segment)
 
 
@@ -113,7 +93,7 @@ def cause(*, costly: bool = False, structural: bool = False) -> Callable[[Emulat
 
     def register(emulate: Emulate) -> Emulate:
         module = emulate.__module__.rpartition(".")[2]
-        CAUSES.append(_Family(emulate, costly, structural, module in BY_NODE, module in APPROXIMATE))
+        CAUSES.append(Cause(emulate, costly, structural, module in BY_NODE, module in APPROXIMATE))
         return emulate
 
     return register

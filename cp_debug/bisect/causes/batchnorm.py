@@ -16,6 +16,7 @@ from torch import Tensor
 from cp_debug.bisect.causes import single_numbers
 from cp_debug.bisect.causes.affine import off_channels
 from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.batchnorm_pairing import Place, places
 from cp_debug.bisect.causes.batchnorm_parameters import BatchNorm
 from cp_debug.bisect.causes.fits import cross_fit
 from cp_debug.bisect.causes.segment import Segment
@@ -26,55 +27,51 @@ _CHECKPOINT = "load running_mean and running_var into {layers}, call eval() befo
 @cause()
 def wrong_parameters(segment: Segment) -> Iterator[Candidate]:
     """Candidates without a fitted number: defaults that were never replaced, the batch's statistics, folding."""
-    norm = segment.batch_norm
-    if norm is None or not bool((norm.weight != 0).all()):
-        return
-    x = _input(segment, norm)
-    zeros, ones = torch.zeros_like(norm.mean), torch.ones_like(norm.mean)
-    dims = [d for d in range(x.dim()) if d != segment.axis]
-    variance, mean = torch.var_mean(x, dims, correction=0)
-    statistics = "batchnorm-statistics"
-    for name, says, parameters in (
-        (
-            statistics,
-            "the running statistics were never loaded (mean 0, variance 1)",
-            replace(norm, mean=zeros, variance=ones),
-        ),
-        (statistics, "the running mean was never loaded (0)", replace(norm, mean=zeros)),
-        (statistics, "the running variance was never loaded (1)", replace(norm, variance=ones)),
-        (statistics, "the statistics of the batch are used: train mode", replace(norm, mean=mean, variance=variance)),
-        ("batchnorm-parameters", "weight was never loaded (1)", replace(norm, weight=ones)),
-        ("batchnorm-parameters", "bias was never loaded (0)", replace(norm, bias=zeros)),
-    ):
-        yield Candidate(name, f"BatchNorm: {says}", _apply(segment, parameters, x), fix=_CHECKPOINT)
     fold = "fold γ/√(σ² + ε) into output channels and β − μ·γ/√(σ² + ε) into the bias of {layers}"
-    along = segment.along
-    for says, result in (
-        ("BatchNorm is left out", x),
-        ("BatchNorm is applied twice: folded, and as a node", norm.applied(segment.before, segment.along)),
-        ("folded without its shift", x * along(norm.scale)),
-        ("folded without its scale", x + along(norm.bias - norm.mean * norm.scale)),
-    ):
-        yield Candidate("batchnorm-folding", says, segment.activate(result), fix=fold)
-    if (value := _wrong_axis(segment, norm)) is not None:
-        yield Candidate("batchnorm-folding", "folded along the input channels of the weight", value, fix=fold)
+    for place in places(segment):
+        own, x = place.own, place.x
+        if own is None or x is None:
+            continue
+        zeros, ones = torch.zeros_like(own.mean), torch.ones_like(own.mean)
+        variance, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != place.axis], correction=0)
+        plain = BatchNorm(ones, zeros, zeros, ones, 0.0)
+        shift = replace(plain, bias=own.bias - own.mean * own.scale)
+        never = "never loaded"
+        for name, says, base, norm in (
+            ("statistics", f"the running statistics were {never} (mean 0, variance 1)", x,
+             replace(own, mean=zeros, variance=ones)),
+            ("statistics", f"the running mean was {never} (0)", x, replace(own, mean=zeros)),
+            ("statistics", f"the running variance was {never} (1)", x, replace(own, variance=ones)),
+            ("statistics", "the statistics of the batch are used: train mode", x,
+             replace(own, mean=mean, variance=variance)),
+            ("parameters", f"weight was {never} (1)", x, replace(own, weight=ones)),
+            ("parameters", f"bias was {never} (0)", x, replace(own, bias=zeros)),
+            ("folding", "it is left out", x, plain),
+            ("folding", "it is applied twice: folded, and as a node", place.before, own),
+            ("folding", "folded without its shift", x, replace(own, mean=zeros, bias=zeros)),
+            ("folding", "folded without its scale", x, shift),
+        ):  # fmt: skip
+            value = place.finish(place.applied(norm, base))
+            fix = fold if name == "folding" else _CHECKPOINT
+            yield Candidate(f"batchnorm-{name}", f"BatchNorm: {says}", value, fix=fix)
 
 
 @cause()
 def epsilon(segment: Segment) -> Iterator[Candidate]:
     """Candidates: the ε of another framework, or any other, fitted as one number."""
-    norm = segment.batch_norm
-    if norm is None or not bool((norm.weight != 0).all()):
-        return
-    own, x = norm, _input(segment, norm)
+    for place in places(segment):
+        if place.own is not None and place.x is not None:
+            number = _epsilon(place, place.own, place.x)
+            yield from single_numbers.with_usual([number])
+            yield from single_numbers.by_search(segment, [number])
 
+
+def _epsilon(place: Place, own: BatchNorm, x: Tensor) -> single_numbers.Number:
     def tell(eps: float) -> tuple[str, str, dict[str, Any], str]:
         says, evidence = f"BatchNorm: eps is {eps:.3g} instead of {own.eps:.3g}", {"eps": eps, "instead_of": own.eps}
         return "normalization-eps", says, evidence, f"BatchNorm2d(…, eps={own.eps:g}) in {{layers}}, and export again"
 
-    number = single_numbers.epsilon(own.eps, lambda eps: _apply(segment, replace(own, eps=eps), x), tell)
-    yield from single_numbers.with_usual([number])
-    yield from single_numbers.by_search(segment, [number])
+    return single_numbers.epsilon(own.eps, lambda eps: place.finish(place.applied(replace(own, eps=eps), x)), tell)
 
 
 @cause()
@@ -110,25 +107,3 @@ def unknown_statistics(segment: Segment) -> Iterator[Candidate]:
         parameters = max(2 * count - 1, count + 1) if axis is not None else 2
         value = segment.activate(segment.before + change)
         yield Candidate("batchnorm-statistics", says, value, parameters, evidence, _CHECKPOINT)
-
-
-def _input(segment: Segment, norm: BatchNorm) -> Tensor:
-    """x: what the BatchNorm was given."""
-    return (segment.before - segment.along(norm.bias)) / segment.along(norm.scale) + segment.along(norm.mean)
-
-
-def _apply(segment: Segment, norm: BatchNorm, x: Tensor) -> Tensor:
-    return segment.activate(norm.applied(x, segment.along))
-
-
-def _wrong_axis(segment: Segment, norm: BatchNorm) -> Tensor | None:
-    node = segment.product
-    weight = segment.weight(node, 1) if node is not None else None
-    if node is None or weight is None or weight.dim() < 3:
-        return None
-    transposed = node.op == "ConvTranspose"
-    wrong, right = 0 if transposed else 1, norm.scale_of(weight, transposed=transposed)
-    if right is None or weight.shape[wrong] != len(norm.scale):
-        return None
-    inputs = norm.scale.reshape([-1 if d == wrong else 1 for d in range(weight.dim())])
-    return segment.edited(node, inputs={1: weight / right * inputs})

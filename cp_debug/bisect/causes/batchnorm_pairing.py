@@ -1,8 +1,8 @@
 """A BatchNormalization of another layer in the place of a layer's own: convolution and BatchNorm paired wrongly.
 
 Folding by order, by name or by number of channels puts a BatchNormalization into a convolution whose output it never
-read. Every other BatchNormalization of the program is tried, without a free number: a few of the elements choose which
-are computed on all of them. Where several do equally well, all of them are named.
+read. Every other BatchNormalization of the program is tried, without a free number: sums over each channel choose which
+are computed. Where several do equally well, all of them are named.
 """
 
 from __future__ import annotations
@@ -17,21 +17,19 @@ from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.batchnorm_parameters import BatchNorm, of_graph_node, raw_layer
-from cp_debug.bisect.causes.fits import cross_fit
+from cp_debug.bisect.causes.fits import cross_fit, sums
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.constants import is_uniform
 from cp_debug.graph.graph import Node
 
 PAIRING = "batchnorm-pairing"
 """Name of the cause."""
-SAMPLED = 1 << 15
-"""Elements that choose among the BatchNormalizations of a network."""
 MOST = 4
-"""Hypotheses that are computed on all elements."""
+"""Hypotheses that are computed."""
 MOST_WEIGHTS = 16
 """BatchNormalizations, and convolutions, for which the product is computed again with other weights."""
 NEAR = 0.1
-"""Share of the introduced error that a hypothesis may leave on the sampled elements."""
+"""Share of the introduced error that a hypothesis may leave."""
 ALIKE = 1.6
 """Hypotheses that leave up to this many times what the best one leaves cannot be told from it."""
 FOLDING = 2.0**-21
@@ -42,7 +40,7 @@ _FIX = "fold into {layers} the BatchNorm that reads its output: pairs are found 
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """A place where a layer has a BatchNormalization, or where one can have been folded in."""
 
     own: BatchNorm | None
@@ -55,6 +53,10 @@ class _Place:
     """Function from ``before`` to the segment's target; elementwise where ``elementwise``."""
     elementwise: bool
 
+    def applied(self, norm: BatchNorm, x: Tensor) -> Tensor:
+        """``x``, in the shape of ``before``, normalized by another one."""
+        return norm.applied(x, partial(_along, axis=self.axis, dims=x.dim()))
+
 
 @dataclass(frozen=True)
 class _OtherNorm:
@@ -63,19 +65,12 @@ class _OtherNorm:
     norm: BatchNorm
     name: str
 
-    def normalized(self, place: _Place) -> Tensor:
-        return self.norm.applied(self.base, partial(_along, axis=place.axis, dims=self.base.dim()))
-
-    def sampled(self, place: _Place, at: Tensor) -> Tensor:
-        norm = self.norm.applied(_rows(self.base, place.axis)[:, at], lambda parameter: parameter[:, None])
-        return place.finish(norm)
-
 
 @cause(structural=True)
 def wrong_pairing(segment: Segment) -> Iterator[Candidate]:
     """Candidates: the BatchNormalization of another layer, whole, in part, or besides the layer's own."""
     norms = segment.context.batch_norms
-    for place in _places(segment) if norms else ():
+    for place in places(segment) if norms else ():
         others = [(path, norm) for path, norm in norms.items() if _differs(norm, place)]
         hypotheses = [h for path, norm in others for h in _hypotheses(place, path, norm)]
         yield from _best(segment, place, hypotheses)
@@ -84,33 +79,30 @@ def wrong_pairing(segment: Segment) -> Iterator[Candidate]:
 @cause(costly=True, structural=True)
 def wrong_weights(segment: Segment) -> Iterator[Candidate]:
     """Candidates: a BatchNormalization along the wrong axis of the weight, a layer's own in another one's weights."""
-    node, norms = segment.product, segment.context.batch_norms
-    for place in _places(segment) if norms and node is not None else ():
-        raw = _raw_weights(segment, node) if node is not None else None
-        if node is None or raw is None or place.own is None:
+    node = segment.product
+    raw = _raw_weights(segment, node) if node is not None and segment.context.batch_norms else None
+    for place in places(segment) if raw is not None else ():
+        if raw is None or node is None or (own := place.own) is None or raw[0].dim() < 3:
             continue
-        weight, bias = raw
-        own, axis = place.own, 1 if node.op == "ConvTranspose" else 0
-        if weight.dim() < 3 or weight.shape[axis] != len(own.mean):
-            continue
-        result = partial(_of_product, segment, node, place)
-        if weight.shape[0] == weight.shape[1]:
-            wrong = 1 - axis
-            square = ((path, norm) for path, norm in norms.items() if _differs(norm, place))
-            for path, norm in [("", own), *islice(square, MOST_WEIGHTS)]:
-                value = result(weight * _along(norm.scale, wrong, weight.dim()), norm, bias)
-                if value is not None and path:
-                    says = f"BatchNorm is that of {path}, and scales the input channels of the weight"
-                    yield Candidate(PAIRING, says, value, 0, {"batchnorm_of": path, "axis": wrong}, _FIX)
-                elif value is not None and segment.batch_norm is not own:
-                    says = "folded along the input channels of the weight"
-                    yield Candidate("batchnorm-folding", says, value, 0, {"axis": wrong}, _FIX)
+        (weight, bias), result = raw, partial(_of_product, segment, node, place)
+        transposed = node.op == "ConvTranspose"
+        if weight.shape[wrong := int(not transposed)] == len(own.mean):
+            norms = (item for item in segment.context.batch_norms.items() if _differs(item[1], place))
+            for path, norm in [("", own), *islice(norms, MOST_WEIGHTS)]:
+                if (value := result(weight * _along(norm.scale, wrong, weight.dim()), norm, bias)) is not None:
+                    name, says, evidence = "batchnorm-folding", "folded along the input channels of the weight", {}
+                    if path:
+                        says = f"BatchNorm is that of {path}, and scales the input channels of the weight"
+                        name, evidence = PAIRING, {"batchnorm_of": path}
+                    yield Candidate(name, says, value, 0, {**evidence, "axis": wrong}, _FIX)
+        scale = own.scale_of(weight, transposed=transposed)
         for path, other, other_bias in islice(_other_layers(segment, node, tuple(weight.shape)), MOST_WEIGHTS):
-            if not torch.equal(other, weight):
-                scaled = other * _along(own.scale, axis, weight.dim())
-                if (value := result(scaled, own, other_bias)) is not None:
-                    says = f"its BatchNorm is folded into the weights of {path}"
-                    yield Candidate(PAIRING, says, value, 0, {"weights_of": path}, _FIX)
+            value = None
+            if scale is not None and not torch.equal(other, weight):
+                value = result(other * scale, own, other_bias)
+            if value is not None:
+                says = f"its BatchNorm is folded into the weights of {path}"
+                yield Candidate(PAIRING, says, value, 0, {"weights_of": path}, _FIX)
 
 
 def _raw_weights(segment: Segment, node: Node) -> tuple[Tensor, Tensor] | None:
@@ -120,18 +112,20 @@ def _raw_weights(segment: Segment, node: Node) -> tuple[Tensor, Tensor] | None:
         return None
     readers = segment.graph.consumers.get(node.outputs[0], ())
     if any(n.op == "BatchNormalization" for n in readers):
-        size = declared.shape[1 if node.op == "ConvTranspose" else 0]
-        return declared, declared.new_zeros(size) if declared_bias is None else declared_bias
+        return declared, declared.new_zeros(()) if declared_bias is None else declared_bias
     raw = raw_layer(segment.context.program, node)
     weight, bias = getattr(raw, "weight", None), getattr(raw, "bias", None)
-    if weight is None or weight.shape != declared.shape or declared_bias is None:
+    if declared_bias is None:
         return None
+    if weight is None or weight.shape != declared.shape:
+        transposed, norm = node.op == "ConvTranspose", segment.batch_norm
+        return None if norm is None else norm.unfolded(declared, declared_bias, transposed=transposed)
     weight = weight.detach().double().cpu()
     return weight, torch.zeros_like(declared_bias) if bias is None else bias.detach().double().cpu()
 
 
 def _of_product(
-    segment: Segment, node: Node, place: _Place, weight: Tensor, norm: BatchNorm, bias: Tensor | None
+    segment: Segment, node: Node, place: Place, weight: Tensor, norm: BatchNorm, bias: Tensor | None
 ) -> Tensor | None:
     """The target where the product has ``weight``, scaled already, and the shift that ``norm`` makes of ``bias``."""
     inputs = {1: weight}
@@ -154,7 +148,8 @@ def in_words(pairs: Mapping[str, str]) -> str:
     return f"BatchNorms are paired with the wrong layers: {shown}{more}"
 
 
-def _places(segment: Segment) -> Iterator[_Place]:
+def places(segment: Segment) -> Iterator[Place]:
+    """The places of a segment; none where NaN or Inf are born."""
     if segment.strange:
         return
     nodes = [node for node in segment.nodes if node.op == "BatchNormalization"]
@@ -166,14 +161,14 @@ def _places(segment: Segment) -> Iterator[_Place]:
         later = segment.nodes[segment.nodes.index(node) + 1 :]
         relu = [n.op for n in later] == ["Relu"]
         finish = torch.relu if relu else partial(_finished, segment, later, node.outputs[0]) if later else _same
-        yield _Place(own, values[0], values[1], 1, finish, relu or not later)
+        yield Place(own, values[0], values[1], 1, finish, relu or not later)
     last = segment.nodes[:-1] if segment.op == "Relu" else segment.nodes
     if nodes or segment.product is None or not last or last[-1] is not segment.product:
         return
     own = segment.batch_norm
     x = _given(segment, own) if own is not None else None
     if own is None or x is not None:
-        yield _Place(own, x, segment.before, segment.axis, segment.activate, True)
+        yield Place(own, x, segment.before, segment.axis, segment.activate, True)
 
 
 def _given(segment: Segment, norm: BatchNorm) -> Tensor | None:
@@ -187,7 +182,7 @@ def _given(segment: Segment, norm: BatchNorm) -> Tensor | None:
     return (segment.before - segment.along(norm.bias)) / segment.along(norm.scale) + segment.along(norm.mean)
 
 
-def _differs(norm: BatchNorm, place: _Place) -> bool:
+def _differs(norm: BatchNorm, place: Place) -> bool:
     """Whether a BatchNormalization of as many channels is another than the place's own, and can be told from others."""
     told = len(norm.mean) == place.before.shape[place.axis] and (place.own is None or not _equal(norm, place.own))
     return told and not _plain(norm.mean, norm.variance, norm.weight, norm.bias)
@@ -206,7 +201,7 @@ def _equal(one: BatchNorm, other: BatchNorm) -> bool:
     )
 
 
-def _hypotheses(place: _Place, path: str, other: BatchNorm) -> Iterator[_OtherNorm]:
+def _hypotheses(place: Place, path: str, other: BatchNorm) -> Iterator[_OtherNorm]:
     if place.own is None or place.x is None:
         yield _OtherNorm("no BatchNorm belongs here, that of {} is folded in", place.before, other, path)
         return
@@ -221,14 +216,11 @@ def _hypotheses(place: _Place, path: str, other: BatchNorm) -> Iterator[_OtherNo
         yield _OtherNorm("BatchNorm has the weight and bias of {}", place.x, parameters, path)
 
 
-def _best(segment: Segment, place: _Place, hypotheses: Sequence[_OtherNorm]) -> Iterator[Candidate]:
+def _best(segment: Segment, place: Place, hypotheses: Sequence[_OtherNorm]) -> Iterator[Candidate]:
     near = list(hypotheses)
     if place.elementwise:
-        at = _chosen(_rows(place.before, place.axis))
-        test, exact = (_rows(t, place.axis)[:, at] for t in (segment.test, segment.exact))
-        error = float(torch.linalg.vector_norm(test - exact))
-        left = {id(h): float(torch.linalg.vector_norm(h.sampled(place, at) - test)) for h in near}
-        near = sorted((h for h in near if left[id(h)] <= NEAR * error), key=lambda h: left[id(h)])
+        left = {id(h): distance for h, distance in zip(near, _distances(segment, place, near), strict=True)}
+        near = sorted((h for h in near if left[id(h)] <= NEAR * segment.introduced), key=lambda h: left[id(h)])
     left_of: list[tuple[float, _OtherNorm, Tensor]] = []
     for hypothesis in near[: MOST if place.elementwise else MOST_WEIGHTS]:
         value = _as_folded(segment, place, hypothesis)
@@ -244,12 +236,31 @@ def _best(segment: Segment, place: _Place, hypotheses: Sequence[_OtherNorm]) -> 
     yield Candidate(PAIRING, best.says.format(name), value, 0, {"batchnorm_of": name}, _FIX)
 
 
-def _as_folded(segment: Segment, place: _Place, hypothesis: _OtherNorm) -> Tensor:
+def _distances(segment: Segment, place: Place, hypotheses: Sequence[_OtherNorm]) -> Iterator[float]:
+    """The L2 norm of what each hypothesis leaves on the elements that tell the value before an activation.
+
+    A BatchNormalization is a factor and a summand for each channel, so that the sums of a regression on its input,
+    taken once, give the norm for all of them.
+    """
+    mask, dims, unit = segment.revealing, [d for d in range(place.before.dim()) if d != place.axis], torch.ones(())
+    squares = torch.where(mask, segment.test, 0.0).square().sum(dims)
+    of_base: dict[int, tuple[Tensor, Tensor]] = {}
+    for hypothesis in hypotheses:
+        base, norm = hypothesis.base, hypothesis.norm
+        if id(base) not in of_base:
+            of_base[id(base)] = sums(segment.test, [base, unit.double().expand_as(base)], mask, dims)[1:]
+        gram, right = of_base[id(base)]
+        theta = torch.stack([norm.scale, norm.bias - norm.mean * norm.scale], -1)
+        left = squares - 2 * (theta * right).sum(-1) + torch.einsum("ci,cij,cj->c", theta, gram, theta)
+        yield float(left.sum().clamp(min=0).sqrt())
+
+
+def _as_folded(segment: Segment, place: Place, hypothesis: _OtherNorm) -> Tensor:
     """The result of a hypothesis, with as much rounding of each channel's folded scale and shift as FP32 allows.
 
     Folding rounds both once more than the layer does, the same way for all elements of a channel.
     """
-    value = hypothesis.normalized(place)
+    value = place.applied(hypothesis.norm, hypothesis.base)
     if not place.elementwise or value.shape != segment.test.shape:
         return place.finish(value)
     fit = cross_fit(segment.test - value, [value, torch.ones((), dtype=value.dtype)], segment.folds, place.axis)
@@ -284,17 +295,6 @@ def _finished(segment: Segment, later: Sequence[Node], name: str, value: Tensor)
 
 def _same(value: Tensor) -> Tensor:
     return value
-
-
-def _rows(value: Tensor, axis: int) -> Tensor:
-    """[C, M]: the elements of each channel."""
-    return value.movedim(axis, 0).flatten(1)
-
-
-def _chosen(rows: Tensor) -> Tensor:
-    """Places within each channel, the same on every call."""
-    count = min(rows.shape[1], max(16, SAMPLED // max(rows.shape[0], 1)))
-    return torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(0))[:count]
 
 
 def _along(parameter: Tensor, axis: int, dims: int) -> Tensor:

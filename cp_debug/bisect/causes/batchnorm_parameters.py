@@ -55,6 +55,14 @@ class BatchNorm:
             self.scale.reshape(groups, outputs).repeat_interleave(inputs // groups, 0).reshape(inputs, outputs, *flat)
         )
 
+    def unfolded(self, weight: Tensor, bias: Tensor, *, transposed: bool) -> tuple[Tensor, Tensor] | None:
+        """Weight (as in ``scale_of``) and bias [C] of a convolution before this was folded in; None where a channel is
+        scaled by 0, or there are others."""
+        scale = self.scale_of(weight, transposed=transposed)
+        if scale is None or not bool((self.weight != 0).all()):
+            return None
+        return weight / scale, (bias - self.bias) / self.scale + self.mean
+
     def rounded(self, rounding: Callable[[Tensor], Tensor]) -> BatchNorm:
         """The BatchNormalization with every parameter rounded by itself.
 

@@ -36,7 +36,7 @@ def cross_fit(
     dims = [d for d in range(y.dim()) if d != axis]
     if not dims:
         return None
-    first, second = (_sums(y, basis, fold, dims) for fold in folds)
+    first, second = (sums(y, basis, fold, dims) for fold in folds)
     if min(float(sums[0].double().median()) for sums in (first, second)) < PER_PARAMETER * len(basis):
         return None
     shape = [1 if d in dims else y.shape[d] for d in range(y.dim())]
@@ -48,8 +48,9 @@ def cross_fit(
     return prediction, _solve(*(a + b for a, b in zip(first, second, strict=True))).reshape(-1, len(basis))
 
 
-def _sums(y: Tensor, basis: Sequence[Tensor], mask: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, Gram matrix and right side of the normal equations over the elements of ``mask``, by channel."""
+def sums(y: Tensor, basis: Sequence[Tensor], mask: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Count [C], Gram matrix [C, K, K] and right side [C, K] of the normal equations over the elements of ``mask``, for
+    each slice [C] along what is not in ``dims``."""
     masked = [torch.where(mask, b, 0.0) for b in basis]
     gram = torch.stack([torch.stack([(a * b).sum(dims) for b in masked], -1) for a in masked], -2)
     y = torch.where(mask, y, 0.0)

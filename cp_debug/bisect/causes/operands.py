@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
-from cp_debug.bisect.causes.operators import ACTIVATIONS, FURTHER
+from cp_debug.bisect.causes.operators import FUNCTIONS
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.causes.single_numbers import Number, by_search, is_told
 from cp_debug.graph.graph import Node
@@ -54,7 +54,7 @@ def functions(segment: Segment) -> Iterator[Candidate]:
         return
     for node, place, name in _operands(segment):
         own = segment.input(name)
-        for text, function in {**ACTIVATIONS, **FURTHER}.items():
+        for text, function in FUNCTIONS.items():
             changed = function(own)
             if torch.equal(changed, own) or not bool(torch.isfinite(changed).all()):
                 continue

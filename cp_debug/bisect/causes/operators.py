@@ -14,9 +14,9 @@ from torch.nn import functional
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
-from cp_debug.programs.node_differences import ACTIVATIONS as DOUBLED
+from cp_debug.programs.node_differences import ACTIVATIONS
 
-ACTIVATIONS = {
+FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "Relu": torch.relu,
     "Sigmoid": torch.sigmoid,
     "Tanh": torch.tanh,
@@ -24,8 +24,6 @@ ACTIVATIONS = {
     "Softplus": functional.softplus,
     "Gelu": functional.gelu,
     "Silu": functional.silu,
-}
-FURTHER: Mapping[str, Callable[[Tensor], Tensor]] = {
     "Abs": torch.abs,
     "Celu": functional.celu,
     "Elu": functional.elu,
@@ -39,8 +37,7 @@ FURTHER: Mapping[str, Callable[[Tensor], Tensor]] = {
     "Sqrt": torch.sqrt,
     "Square": torch.square,
 }
-"""Functions that are put behind a layer less often; with the frameworks' defaults."""
-
+"""Functions that are put behind or in front of a layer; with the frameworks' defaults."""
 NEAREST = ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
 """Modes in which Resize chooses the nearest neighbour."""
 
@@ -50,59 +47,33 @@ def left_out(segment: Segment) -> Iterator[Candidate]:
     """Candidates: the value passes one of the nodes unchanged."""
     for node in segment.nodes:
         for source in node.inputs:
-            if not segment.context.constants.holds(source):
-                value = segment.edited(node, op="Identity", reads=[source])
-                if value is not None:
-                    kind = "activation" if node.op in ACTIVATIONS else "operator"
-                    yield Candidate(
-                        f"missing-{kind}",
-                        f"{node.op} is left out" + (f": {source} passes" if len(node.inputs) > 1 else ""),
-                        value,
-                        evidence={"node": node.name, "op": node.op},
-                        fix=f"apply {node.op} after {source} before {{layers}} is read",
-                    )
+            constant = segment.context.constants.holds(source)
+            value = None if constant else segment.edited(node, op="Identity", reads=[source])
+            if value is not None:
+                kind = "activation" if node.op in ACTIVATIONS else "operator"
+                says = f"{node.op} is left out" + (f": {source} passes" if len(node.inputs) > 1 else "")
+                fix, evidence = f"apply {node.op} after {source} before {{layers}} is read", {"node": node.name}
+                yield Candidate(f"missing-{kind}", says, value, 0, {**evidence, "op": node.op}, fix)
 
 
 @cause()
-def done_twice(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: an activation too many, or the operator applied to its own result."""
-    for name, function in ACTIVATIONS.items():
-        value = function(segment.exact)
-        if not torch.equal(value, segment.exact):
-            twice = name == segment.op
-            yield Candidate(
-                "doubled-activation" if twice else "extra-activation",
-                f"{name} is applied " + ("twice" if twice else "although the graph has none here"),
-                value,
-                evidence={"op": name},
-                fix=f"remove one {name} behind {{layers}}",
-            )
-    if segment.op in DOUBLED - ACTIVATIONS.keys() and segment.exact.shape == segment.test.shape:
-        # With its own attributes and slopes, which the table of functions does not have.
-        again = segment.edited(segment.nodes[-1], inputs={0: segment.exact})
-        if again is not None and not torch.equal(again, segment.exact):
+def one_more(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: the activation done twice, or a function behind the layer: another one, Softmax along each axis."""
+    exact, fix = segment.exact, "remove one {op} behind {{layers}}"
+    if segment.op in ACTIVATIONS and exact.shape == segment.test.shape:  # with its own attributes and slopes
+        again, evidence = segment.edited(segment.nodes[-1], inputs={0: exact}), {"op": segment.op}
+        if again is not None and not torch.equal(again, exact):
             says = f"{segment.op} is applied twice"
-            fix = f"remove one {segment.op} behind {{layers}}"
-            yield Candidate("doubled-activation", says, again, evidence={"op": segment.op}, fix=fix)
-
-
-@cause()
-def further_activation(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: a function behind the layer that is seldom put there, and Softmax along each axis."""
-    functions = dict(FURTHER)
-    for axis in range(segment.exact.dim()):
-        if segment.exact.shape[axis] > 1:
-            functions |= {
-                f"Softmax along axis {axis}": partial(torch.softmax, dim=axis),
-                f"LogSoftmax along axis {axis}": partial(torch.log_softmax, dim=axis),
-            }
+            yield Candidate("doubled-activation", says, again, 0, evidence, fix.format(op=segment.op))
+    functions = dict(FUNCTIONS)
+    for axis in (axis for axis, count in enumerate(exact.shape) if count > 1):
+        functions[f"Softmax along axis {axis}"] = partial(torch.softmax, dim=axis)
+        functions[f"LogSoftmax along axis {axis}"] = partial(torch.log_softmax, dim=axis)
     for name, function in functions.items():
-        value = function(segment.exact)
-        if segment.op != name.partition(" ")[0] and not torch.equal(value, segment.exact):
+        value = function(exact)
+        if segment.op != name.partition(" ")[0] and not torch.equal(value, exact):
             says = f"{name} is applied although the graph has none here"
-            yield Candidate(
-                "extra-activation", says, value, evidence={"op": name}, fix=f"remove one {name} behind {{layers}}"
-            )
+            yield Candidate("extra-activation", says, value, 0, {"op": name}, fix.format(op=name))
 
 
 @cause()

@@ -189,14 +189,12 @@ class Segment:
         weight, bias = self.weight(node, 1), self.weight(node, 2)
         if bias is not None and bias.numel() != self.test.shape[self.axis]:
             return None  # a matrix, which a Gemm may add
-        if weight is None or bias is None or (norm is not None and not bool((norm.weight != 0).all())):
+        if weight is None or bias is None:
             return None
         if norm is not None:
-            scale = norm.scale_of(weight, transposed=node.op == "ConvTranspose")
-            if scale is None:
+            if (raw := norm.unfolded(weight, bias, transposed=node.op == "ConvTranspose")) is None:
                 return None
-            weight = weight / scale
-            bias = (bias - norm.bias) / norm.scale + norm.mean
+            weight, bias = raw
             bias = torch.where(bias.abs() < 1e-5 * norm.mean.abs().max(), 0.0, bias)  # folded in FP32 where it is none
         proto = onnx.NodeProto()
         proto.CopyFrom(node.proto)
