@@ -131,7 +131,7 @@ def test_what_did_not_run_is_told(tmp_path: Path, signs: list[int], trips: int, 
     (test,) = result.tests
     assert sorted(test.not_run) == sorted(idle)
     assert test.agrees
-    assert "did not run with these inputs: --inputs gives others" in str(result).replace("\n", " ")
+    assert "did not run with these inputs; try others with --inputs" in str(result).replace("\n", " ")
 
 
 def test_each_pass_of_a_loop_counts_for_the_branches_in_it() -> None:

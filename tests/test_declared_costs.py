@@ -89,7 +89,7 @@ def test_the_layer_that_makes_most_is_named_and_what_is_told_to_keep_was_tried(
     assert finding.layers == layers
     assert finding.says.startswith(says)
     assert "which has 11 bits; " in finding.says
-    assert "behind it enlarges it" in finding.says
+    assert "after it enlarges it" in finding.says
     assert "adds up" not in str(test)
     after = followed(path, finding)
     assert finding.fix.startswith(f"keep in FP32: {', '.join(finding.evidence['keep_fp32'])}: ")
@@ -100,7 +100,7 @@ def test_the_layer_that_makes_most_is_named_and_what_is_told_to_keep_was_tried(
 
 def test_many_layers_add_up_and_those_that_make_most_come_first(tmp_path: Path) -> None:
     test, finding = found(deep(tmp_path), "bf16", rtol=1e-6, atol=1e-6)
-    says = "BF16 as declared: its rounding adds up over 20 layers; none makes much of it, node_fc"
+    says = "BF16 as declared: its rounding adds up over 20 layers; none contributes much, node_fc"
     assert finding.says.startswith(says)
     shares = {row.name: row.share or 0.0 for row in test.rows}
     assert finding.layers == sorted(finding.layers, key=lambda name: -shares[name])

@@ -179,7 +179,7 @@ def test_shares_reach_back_through_glue_that_moves_numbers(tmp_path: Path, compu
     whole = 1.02 * 1.01 - 1
     assert found["b"] == pytest.approx(0.01 * 1.02 / whole, rel=1e-2)
     if computes:
-        assert any("the glue in front of b computes its input x" in note for note in test.notes)
+        assert any("the glue before b computes its input x" in note for note in test.notes)
     else:
         assert found["a"] == pytest.approx(0.02 / whole, rel=2e-2)
 

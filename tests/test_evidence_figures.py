@@ -161,7 +161,7 @@ def test_a_fact_about_an_engine_is_told_with_its_range_and_joint_share() -> None
     alike = figures | {"excess_least": 6.25, "share_in_all": None}
     assert in_words("it sums", alike) == "it sums, in 3 of 9 layers with products, excess 6.2"
     some = {**alike, "layers_asked": 4}
-    assert in_words("it sums", some) == "it sums, in 3 of 4 layers asked, of 9 with products, excess 6.2"
+    assert in_words("it sums", some) == "it sums, in 3 of 4 examined layers, of 9 with products, excess 6.2"
     assert in_words("it sums", {}) == "it sums"
 
 

@@ -201,7 +201,7 @@ def test_an_export_is_what_the_oldest_reader_takes(monkeypatch: pytest.MonkeyPat
     assert (plain.exporter, plain.fused, nothing) == ("dynamo", False, None)
     chosen, note = choose_export(backends, None)
     assert (chosen.exporter, chosen.opset, chosen.fused) == ("torchscript", 13, True)
-    assert note == "exported with torchscript at opset 13, up to which c reads ONNX"
+    assert note == "exported with torchscript at opset 13, the newest that c reads"
     assert choose_export(backends, "dynamo")[0].exporter == "dynamo"
     assert choose_export([backends[0], backends[2]], None)[0].fused is False
 

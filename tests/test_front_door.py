@@ -121,10 +121,7 @@ def test_no_weight_in_common_is_said_so() -> None:
     from cp_debug.programs.weight_differences import WeightDifferences
 
     assert "all 0" not in WeightDifferences(0, missing=["w"]).says
-    assert (
-        WeightDifferences(0, missing=["w"]).says
-        == "no tensor of one was paired with one of the other; 1 only in the reference"
-    )
+    assert WeightDifferences(0, missing=["w"]).says == "no tensors of the two were paired; 1 only in the reference"
 
 
 @pytest.fixture(scope="module")

@@ -22,5 +22,5 @@ def gated(path: Path, *, frozen: bool) -> Path:
 def test_a_constant_in_place_of_a_value_is_told(tmp_path: Path) -> None:
     ours, theirs = gated(tmp_path / "ours.onnx", frozen=False), gated(tmp_path / "theirs.onnx", frozen=True)
     (finding,) = bisect(str(ours), "ort,ort", test_model=theirs).tests[0].findings
-    assert finding.says == "gate is a constant in the test, the reference computes it by Sigmoid"
+    assert finding.says == "gate is a constant in the test, the reference computes it with Sigmoid"
     assert finding.evidence["constant"] == "gate"

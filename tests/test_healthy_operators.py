@@ -137,7 +137,7 @@ def test_a_failure_of_the_shares_is_a_note(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("cp_debug.bisect.shares.Backward.walk", fails)
     (test,) = compared("rms_norm", tmp_path, "ort,ort-none", spoilt=1e-2)
     assert [row.share for row in test.guilty] == [None]
-    assert "the layers' shares of the final divergence are not known: ZeroDivisionError: no such thing" in test.notes
+    assert "the layers' shares of the final divergence are unknown: ZeroDivisionError: no such thing" in test.notes
 
 
 def test_a_product_behind_other_nodes_of_its_segment_is_explained(tmp_path: Path) -> None:

@@ -300,9 +300,9 @@ def test_a_backend_that_does_not_do_what_its_scales_say_is_told_apart(
     (test,) = bisect(str(net), [create(BackendSpec("ort")), backend], test_model=good).tests
     (row,) = test.guilty
     assert Graph(net).producer[row.onnx].name == name
-    assert "does not obey its scales" in row.why
+    assert "does not follow its scales" in row.why
     (obeyed,) = bisect(str(net), "ort,ort-int8", test_model=backend.file).tests
-    assert "though it obeys its scales" in obeyed.guilty[0].why
+    assert "although it follows its scales" in obeyed.guilty[0].why
 
 
 def test_an_onnx_file_is_quantized_by_itself(net: Path) -> None:

@@ -99,7 +99,7 @@ def test_the_worst_channels_are_named_as_such() -> None:
 
 
 @pytest.mark.parametrize(
-    ("deviation", "says"), [(0.09, ", though it obeys its scales"), (0.11, ", and does not obey its scales")]
+    ("deviation", "says"), [(0.09, ", although it follows its scales"), (0.11, ", and does not follow its scales")]
 )
 @pytest.mark.parametrize("channels", [False, True])
 def test_a_layer_in_int8_does_what_its_scales_say_or_not(deviation: float, says: str, channels: bool) -> None:
@@ -280,7 +280,7 @@ def test_layers_that_are_inexact_on_both_sides_are_told_with_the_worst() -> None
 def test_a_result_that_does_not_follow_from_what_was_captured_is_no_doubt_of_the_oracle(off: float) -> None:
     torn = row("relu", stats=stats(1.0, 2.0 + off), replay=replace(GUILTY, contradicted=("u",)))
     (said,) = both_inexact([torn])
-    assert said.startswith("what was captured contradicts itself: relu has the reference's result")
+    assert said.startswith("the captured values contradict each other: relu has the reference's result")
     assert "follow from u as captured" in said
     assert judge(torn.stats, torn.replay, PRECISIONS["fp32"], 1e-4, 1e-6, 0.0).verdict in ("ok", "inherited")
 
@@ -290,9 +290,9 @@ def test_a_backend_that_differs_from_itself_says_why_where_and_by_how_much() -> 
     (said,) = observation_notes("ort", unsteady)
     assert said == "ort: another thread count changes its sums, first at conv_3 (noise floor 0.02)"
     (said,) = observation_notes("ort", replace(unsteady, repeats=False))
-    assert "it is not deterministic: two runs part, first at conv_3" in said
+    assert "it is not deterministic: runs differ, first at conv_3" in said
     (said,) = observation_notes("ort", replace(unsteady, observer_gap=9.0), draws=True)
-    assert "it draws random numbers: two runs part, first at conv_3" in said
+    assert "it draws random numbers: runs differ, first at conv_3" in said
     assert observation_notes("ort", Observation(0.02, 0.02)) == []
     assert observation_notes("ort", None) == []
 
@@ -325,14 +325,14 @@ def test_the_layer_that_agrees_least_with_its_scales_is_named() -> None:
     ]
     (note,) = int8_notes(reference, pipeline, rows, {})
     assert note.endswith(
-        "every layer, given its own inputs, agrees with what its scales say to 60 dB or better, the least at far"
+        "every layer computes what its scales say from its own inputs, to 60 dB or better, the least at far"
     )
     other = replace(GUILTY, introduced=0.3, deviation_from_scales=0.2)
     rows.append(LayerRow(3, "net", "other", "other", "Conv", APART, "guilty", False, replay=other))
     (note,) = int8_notes(reference, pipeline, rows, {})
-    assert "every layer but other, given its own inputs, agrees with what its scales say to 60 dB or better" in note
+    assert "every layer but other computes what its scales say from its own inputs, to 60 dB or better" in note
     (note,) = int8_notes(reference, pipeline, rows[3:], {})
-    assert note.endswith("given their own inputs, no layer gives what its scales say: other")
+    assert note.endswith("no layer computes what its scales say from its own inputs: other")
 
 
 def lone(monkeypatch: pytest.MonkeyPatch, missing: dict[str, str], emulated: bool) -> Remainder:

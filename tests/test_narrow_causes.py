@@ -212,7 +212,7 @@ def test_weights_in_int4_by_an_override_are_encoded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scale", "cause", "what"),
     [
-        (1.0, "fp8-saturated", "25.00% are cut off at 448"), (0.5, "scale-stale", "50.00% are cut off at 224"),
+        (1.0, "fp8-saturated", "25.00% are clipped at 448"), (0.5, "scale-stale", "50.00% are clipped at 224"),
         (4.0, "scale-stale", "25% lie below its normal numbers"),
     ],
 )  # fmt: skip

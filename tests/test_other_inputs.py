@@ -1,4 +1,4 @@
-"""Inputs that are no tensors of numbers (strings, sequences, optionals, maps): they run, from files and made up."""
+"""Inputs that are not numeric tensors (strings, sequences, optionals, maps): they run, from files and made up."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_inputs_from_a_file_run_and_a_fault_is_found(tmp_path: Path, name: str, 
 def test_inputs_are_made_up(tmp_path: Path, network: Any) -> None:
     test = compared(network(tmp_path / "net.onnx", 2.0), BACKENDS[0])
     assert test.agrees
-    assert any("no tensors of numbers" in note for note in test.notes)
+    assert any("not numeric tensors" in note for note in test.notes)
 
 
 def test_made_up_strings_are_those_that_the_graph_knows(tmp_path: Path) -> None:

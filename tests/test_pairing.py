@@ -163,7 +163,7 @@ def other_shape(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_no_output_compared_is_bad_usage(tmp_path: Path) -> None:
     reference, test = other_shape(tmp_path)
-    with pytest.raises(InputError, match=r"no output was compared: the reference gives y, .* gives z"):
+    with pytest.raises(InputError, match=r"no output was compared: the reference has y, .* has z"):
         run(reference, test)
     assert run(reference, test, maps=["y=z"]).outputs[0].verdict == "shape"
 
@@ -176,7 +176,7 @@ def test_a_wrong_map_names_the_nearest(tmp_path: Path) -> None:
         run(reference, test, maps=["y=zz"])
     with pytest.raises(InputError, match="expected REFERENCE=TEST"):
         run(reference, test, maps=["y"])
-    with pytest.raises(InputError, match="--test-model gives another"):
+    with pytest.raises(InputError, match="give another with --test-model"):
         bisect(str(reference), "ort,ort-basic", options=Options(maps=["y=y"]))
 
 

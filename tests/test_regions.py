@@ -172,7 +172,7 @@ def test_a_fault_that_marks_undo_is_found_by_keeping_precision(region: pytest.Mo
     (finding,) = first(run(tmp_path, max_builds=12)).findings
     inside = finding.inside
     assert inside is not None
-    assert "the fault needs them fused away" in inside["steps"][0]["learnt"]
+    assert "the fault depends on their fusion" in inside["steps"][0]["learnt"]
     assert set(inside["kept"]) == set(softmaxes())
     assert inside["in_fp32"] < inside["limit"], "a matter of precision"
 
@@ -184,7 +184,7 @@ def test_a_fault_of_the_fusion_is_not_called_rounding(region: pytest.MonkeyPatch
     region.setattr("fake_tensorrt.STUBBORN", True)
     region.setattr("fake_tensorrt.MENDING", {"r0", "h0", "a0", "n0", "x1", "r1", "h1", "a1", "n1", "m0", "m1"})
     (finding,) = first(run(tmp_path, max_builds=8)).findings
-    assert "it is the fusion and not the rounding" in finding.says
+    assert "the fusion is at fault, not the rounding" in finding.says
 
 
 def test_what_was_learnt_survives_an_interruption(region: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_a_bias_beyond_int32_is_the_cause_and_a_quantizer_is_none(tmp_path: Path
     assert [row.name for row in result.guilty] == ["conv"]
     (finding,) = result.findings
     assert finding.cause == "bias-saturated"
-    assert "saturates at INT32's end in channels 2, 5" in finding.headline
+    assert "saturates at INT32's limit in channels 2, 5" in finding.headline
 
 
 def test_a_bias_that_fits_is_no_fault(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_bias_that_fits_is_no_fault(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("mode", "ties"), [("round_prefer_ceil", [5, 15]), ("round_prefer_floor", [4, 14])])
 @pytest.mark.parametrize("wrong", [0, 1, 2])
 def test_at_a_tie_the_declared_mode_decides(tmp_path: Path, mode: str, ties: list[int], wrong: int) -> None:
-    """From 20 to 6 places there are two ties, 4.5 and 14.5; the dump takes the other neighbour at ``wrong`` of them."""
+    """From 20 to 6 places there are two ties, 4.5 and 14.5; the dump picks the other neighbour at ``wrong`` of them."""
     how = {"mode": "nearest", "coordinate_transformation_mode": "half_pixel", "nearest_mode": mode}
     nodes = [
         helper.make_node("Resize", ["x", "", "", "size"], ["r"], name="resize", **how),
@@ -84,7 +84,7 @@ def test_at_a_tie_the_declared_mode_decides(tmp_path: Path, mode: str, ties: lis
     (test,) = diagnose(net, "ort", test_tensors={"x": x, "r": x[..., index], "y": -x[..., index]}).tests
     assert [row.name for row in test.guilty] == (["resize"] if wrong else [])
     if wrong == 1:
-        assert "takes the other neighbour at 1 of 2 places where two are equally near" in test.findings[0].headline
+        assert "picks the other neighbour at 1 of 2 places where two are equally near" in test.findings[0].headline
     if wrong == 2:
         assert "nearest_mode" in test.findings[0].headline
 

@@ -127,9 +127,7 @@ def test_coverage_counts_outputs_that_were_expected_and_values_that_were_compare
 def test_rounding_adds_up_to_a_few_times_what_it_makes(ratio: float, adds_up: bool) -> None:
     found = Remainder(ratio * 0.01, 0.01)
     assert found.adds_up == adds_up
-    assert str(found) == (
-        "the rounding adds up" if adds_up else "but rounding alone makes 0.01 (rel. L2): the rest is not explained"
-    )
+    assert str(found) == ("the rounding adds up" if adds_up else "but rounding explains only 0.01 (rel. L2) of it")
     assert Remainder(9.0).adds_up
     assert not Remainder(0.01, 1.0, {"n": "why"}).adds_up
     many = Remainder(0.01, 1.0, dict.fromkeys("abcde", "no probe"))

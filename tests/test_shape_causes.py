@@ -83,5 +83,7 @@ def test_counts_that_hang_on_values_are_told_of_layers_that_inherit_theirs() -> 
                    row(3, "d", INHERITED, "another shape")])
     )  # fmt: skip
     told = counts_told(rows)
-    assert [line.split(" gives ")[0] for line in told] == ["a (NonZero)", "b (NonZero)"]
-    assert told[0].startswith("a (NonZero) gives [5], the reference [3]: how many results it has depends on the values")
+    assert [line.split(" has shape ")[0] for line in told] == ["a (NonZero)", "b (NonZero)"]
+    assert told[0].startswith(
+        "a (NonZero) has shape [5], the reference [3]: the number of results depends on its input values"
+    )

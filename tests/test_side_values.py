@@ -120,7 +120,7 @@ def test_a_wrong_shape_leads_to_the_node_that_computed_it(tmp_path: Path, backen
     test = compared(tmp_path, good, bad, backends, random(2, 6, 4))
     assert [row.name for row in test.guilty] == ["channels"]
     assert test.guilty[0].kind == "shape"
-    assert "gives [4] where its inputs make [6]" in test.guilty[0].why
+    assert "is [4], but should be [6] for its inputs" in test.guilty[0].why
     wrong = [row for row in test.rows if row.verdict == SHAPE]
     assert [row.name for row in wrong] == ["b", "y"]
     assert all("channels (Gather)" in row.why for row in wrong)

@@ -274,7 +274,7 @@ def test_what_the_calibrator_chose_explains_the_engine(
     )
     assert (found.guilty, found.observation.observer_gap) == ([], 0.0)
     (note,) = found.notes  # and none about an exporter: the model is an ONNX file
-    assert "every layer, given its own inputs, agrees with what its scales say " in note
+    assert "every layer computes what its scales say from its own inputs, " in note
 
 
 def test_a_range_that_the_calibrator_chose_too_small_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

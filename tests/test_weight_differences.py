@@ -207,7 +207,7 @@ def test_a_constant_that_only_the_test_reads_is_none_of_the_references(tmp_path:
     ("changed", "kind", "says"),
     [
         (KERNEL[[0, 0, *range(2, 16)]], "copied", "channels that hold those of others: 1←0"),
-        (KERNEL.clip(-2.5, 2.5), "clipped", "cut off at -2.5 and 2.5"),
+        (KERNEL.clip(-2.5, 2.5), "clipped", "clipped at -2.5 and 2.5"),
         (GATES.swapaxes(1, 2).reshape(GATES.shape), "transposed", "read in the old shape"),
     ],
 )
@@ -302,7 +302,7 @@ def test_few_bits_by_hand() -> None:
     forms = dict(tensor_change.few_bit_forms(np.array([[1.0, 1 + 2.0**-3, 448.0, -1 - 2.0**-8]])))
     assert forms["with 3 bits of mantissa"].tolist() == [[1, 1.125, 448, -1]]
     assert forms["with 2 bits of mantissa"].tolist() == [[1, 1, 448, -1]]
-    assert forms["with 7 bits of mantissa, the others cut off"].tolist() == [[1, 1.125, 448, -1]]
+    assert forms["with 7 bits of mantissa, the others truncated"].tolist() == [[1, 1.125, 448, -1]]
     assert forms["with 8 bits of mantissa"].tolist() == [[1, 1.125, 448, -1 - 2.0**-8]]
     assert forms["in FP8 E4M3, no scale"].tolist() == [[1, 1.125, 448, -1]]
     assert [name.split(",")[0] for name in forms][:1] == ["in 4 bits"]

@@ -213,7 +213,7 @@ def test_control_flow_that_tracing_fixed_is_named(tmp_path: Path) -> None:
     result = bisect(TorchModel("decides", module, (samples[0],)), "torch,ort", options=options)
     (finding,) = result.findings
     assert (finding.cause, finding.side) == ("control-flow", "export")
-    assert "tracing has fixed what the module decides at " in finding.says
+    assert "tracing froze a decision of the module at " in finding.says
     assert "if y.sum() > 0 else" in finding.says
 
 
@@ -253,7 +253,7 @@ def test_a_tie_in_a_later_sample_is_one_too(tmp_path: Path) -> None:
     assert not test.agrees
     assert any("no fault: ties are broken differently in" in row.why for row in test.rows)
     [note] = [note for note in test.notes if "ties" in note or "flip" in note]  # what lies behind is told with it
-    assert note.partition("; behind it ")[2].endswith(" differ for that reason"), note
+    assert note.partition("; for that reason ")[2].endswith(" differ, too"), note
 
 
 @pytest.mark.parametrize("exporter", ["dynamo"])

@@ -54,7 +54,7 @@ def _one_layer(layer: str, precision: str) -> Seeded:
 
 
 PRECISION = (
-    Fault("tf32", "TF32 is switched on, as several libraries have it by default", "differences of 1e-3, up to 2.4",
+    Fault("tf32", "TF32 is on, which is the default of several libraries", "differences of 1e-3, up to 2.4",
           _tf32),
     Fault("fp16-layer", "one layer of an FP32 engine runs in FP16", "a difference of 1e-3 from one layer on",
           lambda: _one_layer("pts_backbone.blocks.2.1", "fp16")),

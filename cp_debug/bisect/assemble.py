@@ -105,8 +105,8 @@ def nothing_compared(run: CandidateRun, component: str, expected: Sequence[str])
     program = run.pipeline.program(component)
     test_outputs = ", ".join(map(str, program.graph.outputs))
     return (
-        f"{run.pipeline.backend.spec}: no output was compared: the reference gives {', '.join(expected)}, "
-        f"{program.graph} gives {test_outputs}; --map REFERENCE=TEST pairs two of them"
+        f"{run.pipeline.backend.spec}: no output was compared: the reference has {', '.join(expected)}, "
+        f"{program.graph} has {test_outputs}; --map REFERENCE=TEST pairs two of them"
     )
 
 

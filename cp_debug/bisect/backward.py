@@ -220,7 +220,7 @@ def walk_back(
         for reason in dict.fromkeys(walked.stopped.values()):
             values = [value for value, why in walked.stopped.items() if why == reason]
             more = f" and {len(values) - 1} more" if len(values) > 1 else ""
-            notes.append(f"shares of layers in front of {values[0]}{more} are not complete: {reason}")
+            notes.append(f"shares of layers before {values[0]}{more} are not complete: {reason}")
         at_inputs = {n: as_numpy(d) for n, d in walked.derivatives.items() if n in component.input_names}
         yield component, errors, at_inputs
         if not place or not any(d.any() for d in at_inputs.values()):
@@ -230,7 +230,7 @@ def walk_back(
             for of, derivative in through_glue(model, component, sample, earlier, at_inputs).items():
                 of_outputs[of] = of_outputs.get(of, 0.0) + derivative
         except Exception as error:
-            notes.append(f"layers in front of {component.name} have no share: {in_one_line(error)}")
+            notes.append(f"layers before {component.name} have no share: {in_one_line(error)}")
             return
 
 

@@ -163,7 +163,7 @@ def _parameter(network: CenterPoint, path: str, name: str) -> Tensor:
 
 
 _ALL = (
-    Fault("tf32", "TF32 is switched on, as several libraries have it by default", "differences of 1e-3, up to 2.4",
+    Fault("tf32", "TF32 is on, which is the default of several libraries", "differences of 1e-3, up to 2.4",
           _in_tf32),
     Fault("weight-scale", "one convolution's weights are 2 % too large", "slightly worse scores, nothing broken",
           lambda: changed(_weight_scale, "the weights of pts_backbone.blocks.1.3 × 1.02", "pts_backbone.blocks.1.4")),
@@ -171,12 +171,12 @@ _ALL = (
           lambda: fed_by(_Refed, "input_features are pillar features of the right shape")),
     Fault("missing-sigmoid", "the sigmoid of the heatmaps was left out", "zero detections, or thousands",
           _missing_sigmoid),
-    Fault("fp16-overflow", "activations beyond 65504 in a network that is right in FP32", "NaN boxes with FP16 alone",
+    Fault("fp16-overflow", "activations beyond 65504 in a network that is right in FP32", "NaN boxes, only in FP16",
           lambda: _rescaled((2.0**13, 2.0**6, 1.0), "pts_backbone.blocks.1.1 × 8192, undone by the next two layers",
                             "pts_backbone.blocks.1.1")),
-    Fault("fp16-underflow", "activations that vanish in FP16", "weak objects disappear with FP16 alone",
+    Fault("fp16-underflow", "activations that vanish in FP16", "weak objects disappear, only in FP16",
           lambda: _rescaled((2.0**-10, 2.0**-18, 2.0**-8, 1.0),
-                            "pts_backbone.blocks.1.4 ÷ 262144, prepared before and undone behind",
+                            "pts_backbone.blocks.1.4 ÷ 262144, compensated before and after",
                             "pts_backbone.blocks.1.4")),
 )  # fmt: skip
 DEMOS: dict[str, Fault] = {fault.name: fault for fault in _ALL}

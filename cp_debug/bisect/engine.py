@@ -81,7 +81,7 @@ class Bisection:
         exported = is_exported(self.model)
         self._notes = [note] if note and exported else []
         if self._export.fused and exported and not options.folded:
-            self._notes.append("BatchNorm is folded all the same: INT8 scales belong to folded weights")
+            self._notes.append("BatchNorm is folded anyway: INT8 scales apply to folded weights")
         self._notes += self.model.notes if isinstance(self.model, HasNotes) else ()
         is_model = test_model is not None and not isinstance(test_model, Path) and not callable(test_model)
         other = Side(with_components_of(self.model, cast("Model", test_model))) if is_model else side
@@ -127,7 +127,7 @@ class Bisection:
             self._notes += remarks.sentences
             self._notes += samples_left_out(given, options.inputs, options.samples, len(sources))
             if options.inputs is not None and len(sources) < options.samples:
-                self._notes.append(f"{options.samples} samples were asked for; {options.inputs} gives {len(sources)}")
+                self._notes.append(f"{options.samples} samples were requested; {options.inputs} has {len(sources)}")
             if options.optimizer_blame:
                 self._blame_optimizers(first, taken)
             return BisectResult(
@@ -168,8 +168,8 @@ class Bisection:
         reference, test = self._sides
         self._sides = replace(reference, model=self.model), replace(test, model=self.test_model)
         self._notes.append(
-            "inputs that are no tensors of numbers are made of such in front of the network: strings of their numbers "
-            "in a table, sequences of their elements"
+            "inputs that are not numeric tensors are built from numeric ones before the network: strings from their "
+            "numbers in a table, sequences from their elements"
         )
 
     def _samples(self) -> Iterable[Sample]:

@@ -21,7 +21,7 @@ from cp_debug.programs.ties import ties
 from cp_debug.safe_text import one_line
 
 SAYS = "the exported graph does not compute what the module does"
-_DECIDE = "decide by torch.where or torch.cond in the module, or export a graph for each way"
+_DECIDE = "use torch.where or torch.cond for the decision, or export a graph for each branch"
 MOST_NODES = 4
 """Nodes of a graph that are told with their attributes."""
 
@@ -60,7 +60,7 @@ def judge_exports(run: CandidateRun, rows: Mapping[Key, LayerRow], module: Captu
                 row.verdict, row.side, row.why = INHERITED, "test", f"no fault: {tie}"
                 continue
             fixed = ", ".join(program.alignment.decisions) if program.alignment is not None else ""
-            how = f"tracing has fixed what the module decides at {fixed}" if fixed else ""
+            how = f"tracing froze a decision of the module at {fixed}" if fixed else ""
             row.side = "export"
             row.why = f"{SAYS}: {how or f'{row.replay.reference_excess:.3g}× what its precision explains'}"
             if fixed:
@@ -119,5 +119,5 @@ def _in_words(node: onnx.NodeProto) -> str:
 
 def _fix(departure: Departure) -> str:
     if departure.right_by:
-        return f"--exporter {departure.right_by}: tried, its graph computes what the module does here"
-    return f"write `{departure.at}` in the module by other operators, and compare again"
+        return f"--exporter {departure.right_by}: tried, its graph computes what the module computes here"
+    return f"write `{departure.at}` in the module with other operators, and compare again"

@@ -66,7 +66,7 @@ def flips(
         precision = ((maker.replay and maker.replay.precision) or run.precision.name).upper()
         yield f"{says}; {maker.name} ({maker.op}) rounded it in {precision}"
     for key, says in tied.items():
-        more = f"; behind it {', '.join(names)} differ for that reason" if (names := behind[key]) else ""
+        more = f"; for that reason {', '.join(names)} differ, too" if (names := behind[key]) else ""
         yield f"{rows[key].name} ({rows[key].op}): {says}{more}"
 
 

@@ -48,6 +48,6 @@ def through_glue(
         whole = np.clip(np.nan_to_num(place), 0, ends[-1]).astype(np.int64)
         given = exact[name].ravel()[copies]
         if not bool(np.all((whole == place) & (flat[whole] == given) | ~np.isfinite(given))):
-            raise InputError(f"the glue in front of {component.name} computes its input {name}")
+            raise InputError(f"the glue before {component.name} computes its input {name}")
         np.add.at(total, whole, derivatives[name].ravel()[copies].astype(np.float64))
     return {of: total[first + 1 : end + 1].reshape(outputs[of].shape) for of, (first, end) in parts.items()}

@@ -32,9 +32,9 @@ def _of_scales(spec: str, rows: Sequence[LayerRow]) -> Iterator[str]:
         off = obeying[name]
         noise = f"to {-20 * math.log10(off):.0f} dB or better, the least at {name}" if off else "bit for bit"
         who = f"every layer but {named}" if others else "every layer"
-        yield f"{spec}: {who}, given its own inputs, agrees with what its scales say {noise}"
+        yield f"{spec}: {who} computes what its scales say from its own inputs, {noise}"
     elif others:
-        yield f"{spec}: given their own inputs, no layer gives what its scales say: {named}"
+        yield f"{spec}: no layer computes what its scales say from its own inputs: {named}"
 
 
 def int8_notes(
@@ -49,13 +49,13 @@ def int8_notes(
     yield from dict.fromkeys(how[key] for p in (reference, pipeline) if (key := tuple(p.programs)) in how)
     if both_int8(reference.backend, backend):
         yield (
-            "both sides are INT8, where roundings at ties tip over and grow from layer to layer: layers are judged by "
-            "what they introduce, not by max |Δ| or rel. L2"
+            "both sides are INT8, where ties may round either way and the differences grow from layer to layer: layers "
+            "are judged by what they introduce, not by max |Δ| or rel. L2"
         )
     yield from _of_scales(str(backend.spec), rows)
     counts = [integer_kernels_of(session) for session in pipeline.sessions.values()]
     if counts and all(count == 0 for count in counts):
         yield (
-            f"{backend.spec}: no integer kernel ran; ONNX Runtime wants Q/DQ pairs behind a layer, too, and "
-            "these stand in front of layers only, as TensorRT wants it"
+            f"{backend.spec}: no integer kernel ran; ONNX Runtime needs Q/DQ pairs after a layer, too, and this graph "
+            "has them only before layers, as TensorRT expects"
         )

@@ -39,7 +39,7 @@ def lost_channels(reference: Arrays, test: Arrays, atol: float) -> Iterator[str]
             names = f"channel{'s' * (len(gone) > 1)} {', '.join(map(str, gone[:NAMED]))}{more}"
             verb = "are" if len(gone) > 1 else "is"
             yield (
-                f"{name}: {names} {verb} 0 everywhere, in the reference up to {largest[gone].max():.3g}, beside values "
-                f"up to {left.max():.3g} in the same tensor"
+                f"{name}: {names} {verb} 0 everywhere, but reach {largest[gone].max():.3g} in the reference; other "
+                f"channels reach {left.max():.3g}"
             )
             break

@@ -59,7 +59,7 @@ def acquit_masks(
             continue
         ours, theirs = (f"{float(t[masked].min()):.6g}".replace("inf", "Inf") for t in (exact, other))
         row.verdict, row.side = INHERITED, "test"
-        row.why = f"masks with {theirs} instead of {ours}; the result behind it is the same"
+        row.why = f"masks with {theirs} instead of {ours}; the result after it is the same"
         found.append(row.name)
     return found
 

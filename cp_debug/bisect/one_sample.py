@@ -157,7 +157,7 @@ class SampleRuns:
             try:
                 attribution = set_shares(shares, rows)
             except Exception as error:
-                failures.append(f"the layers' shares of the final divergence are not known: {in_one_line(error)}")
+                failures.append(f"the layers' shares of the final divergence are unknown: {in_one_line(error)}")
             failures += [*shares.notes, *flips(run, rows, side.captured, test, exports.tied)]
         if run.oracle is not None and collected.is_worst(rows):
             collected.attribution = attribution
@@ -168,7 +168,7 @@ class SampleRuns:
             try:
                 collected.remainder = remainder(run, sample, results, side.outputs, replays) if differs else None
             except Exception as error:
-                failures.append(f"whether rounding adds up to the divergence is not known: {in_one_line(error)}")
+                failures.append(f"whether rounding explains the divergence is unknown: {in_one_line(error)}")
             if self._options.explain:
                 effects = Effects(self._model, sample, shares, side.outputs)
                 precision = self._reference.backend.precision

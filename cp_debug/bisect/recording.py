@@ -219,7 +219,7 @@ def _pairing_notes(pairs: Mapping[Tensor, Tensor]) -> Iterator[str]:
     if components := sorted({(a, b) for (a, _), (b, _) in pairs.items() if a != b}):
         yield "components paired: " + ", ".join(f"{a} = {b}" for a, b in components)
     if renamed := sum(a != b for (_, a), (_, b) in pairs.items()):
-        yield f"{renamed} of {len(pairs)} tensors have other names in the test: paired by what they hold or as told"
+        yield f"{renamed} of {len(pairs)} tensors have other names in the test: paired by their values or by --map"
 
 
 def _end_notes(reference: Capture, test: Capture, pairs: Mapping[Tensor, Tensor]) -> Iterator[str]:

@@ -171,7 +171,7 @@ class Remainder(JsonForm):
             return f"not replayed or not emulated, so not explained: {names}{more}"
         if self.adds_up:
             return "the rounding adds up"
-        return f"but rounding alone makes {self.rounding:.2g} (rel. L2): the rest is not explained"
+        return f"but rounding explains only {self.rounding:.2g} (rel. L2) of it"
 
 
 @dataclass
@@ -198,7 +198,7 @@ class Attribution(JsonForm):
 
     def __str__(self) -> str:
         carried = f", with {', '.join(self.carried)} carried to the end" if self.carried else ""
-        return f"the shares add up to {1 - self.remainder:.0%}{carried}: the network is not linear over the rest"
+        return f"the shares add up to {1 - self.remainder:.0%}{carried}: the rest is not linear"
 
 
 @dataclass
@@ -277,7 +277,7 @@ class TestResult(JsonForm):
         if not self.not_run:
             return ""
         more = f" and {len(self.not_run) - MOST_NAMES} more" if len(self.not_run) > MOST_NAMES else ""
-        return f"{', '.join(self.not_run[:MOST_NAMES])}{more} did not run with these inputs: --inputs gives others"
+        return f"{', '.join(self.not_run[:MOST_NAMES])}{more} did not run with these inputs; try others with --inputs"
 
     @property
     def coverage(self) -> str:

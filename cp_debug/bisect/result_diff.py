@@ -124,7 +124,7 @@ class TestDiff(JsonForm):
                 said.append(f"output {change.onnx} is gone")
             elif change.change == WORSE and change.after and not change.after.within:
                 left = change.before is not None and change.before.within
-                said.append(f"output {change.onnx} {'left its tolerance' if left else 'is farther off'}")
+                said.append(f"output {change.onnx} {'left its tolerance' if left else 'is further off'}")
         return said
 
     @property

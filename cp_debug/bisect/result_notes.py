@@ -57,9 +57,9 @@ def result_notes(
     yield from _models(before, after, pairs)
     yield from _components(pairs, components)
     if before.samples != after.samples:
-        yield "the samples are others, so numbers may differ for that reason alone"
+        yield "the samples are different, so numbers may differ for that reason alone"
     elif before.inputs and after.inputs and before.inputs != after.inputs:
-        yield "the samples hold other values under the same names, so numbers may differ for that reason alone"
+        yield "the samples have other values under the same names, so numbers may differ for that reason alone"
     if before.reference.spec != after.reference.spec:
         yield f"the references differ: {before.reference.spec}, {after.reference.spec}"
     yield from dict.fromkeys(
@@ -69,8 +69,8 @@ def result_notes(
         if was_replayed(a) != was_replayed(b):
             side = "after" if was_replayed(a) else "before"
             yield (
-                f"{b.backend.spec}: {side}, no layer was replayed, so it is not known what each introduces, nor why: "
-                "layers are compared by their divergence, causes not at all"
+                f"{b.backend.spec}: {side}, no layer was replayed, so introduced errors and causes are unknown: layers "
+                "are compared by their divergence only"
             )
     for side, result, place in (("before", before, 0), ("after", after, 1)):
         paired = [pair[place] for pair in pairs]
@@ -82,22 +82,22 @@ def result_notes(
 def _models(before: BisectResult, after: BisectResult, pairs: Pairs) -> Iterator[str]:
     """Other names of the models, and other content under the same name."""
     if before.model != after.model:
-        yield f"the models are called differently: {before.model}, {after.model}"
+        yield f"the models have different names: {before.model}, {after.model}"
     changed = _other(before.model_sha256, after.model_sha256)
     if changed and before.model == after.model:
-        yield f"{after.model} is not the network that it was: its graph or its weights are others ({changed})"
+        yield f"{after.model} has changed: its graph or its weights differ ({changed})"
     elif changed:
         yield f"the models are not the same network: graph or weights differ ({changed})"
     elif before.model != after.model and before.model_sha256 and before.model_sha256 == after.model_sha256:
         yield "the models are the same network: graphs and weights are equal"
     if before.test_model != after.test_model:
         names = [result.test_model or result.model for result in (before, after)]
-        yield f"the models of the tests are called differently: {names[0]}, {names[1]}"
+        yield f"the models of the tests have different names: {names[0]}, {names[1]}"
     for a, b in pairs:
         other = _other(a.model_sha256, b.model_sha256)
         if other and other != changed:
             name = after.test_model or after.model
-            yield f"{b.backend.spec} ran another network than before: graph or weights of {name} are others ({other})"
+            yield f"{b.backend.spec} ran another network than before: graph or weights of {name} differ ({other})"
 
 
 def _other(before: str, after: str) -> str:
@@ -107,7 +107,7 @@ def _other(before: str, after: str) -> str:
 
 def _components(pairs: Pairs, components: Sequence[Mapping[str, str]]) -> Iterator[str]:
     paired = {(a, b): len(names) == 1 for names in components for a, b in names.items() if a != b}
-    for only, how in ((True, ", as each result has one"), (False, ", by the values they share")):
+    for only, how in ((True, ", because each result has only one"), (False, ", by the values they share")):
         if named := [f"{a} = {b}" for (a, b), alone in paired.items() if alone == only]:
             yield f"components paired: {', '.join(named)}{how}"
     for place, side in enumerate(("before", "after")):

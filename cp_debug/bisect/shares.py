@@ -113,7 +113,9 @@ class Shares:
             try:
                 self.of_layers[key] = self.share(key)
             except InputError as error:
-                self.notes.append(f"{names.get(key, key.value)}: its share is to first order: {in_one_line(error)}")
+                self.notes.append(
+                    f"{names.get(key, key.value)}: its share is a first-order estimate: {in_one_line(error)}"
+                )
             told.carried.append(names.get(key, key.value))
             told.layers = sum(self.of_layers.values())
         return told

@@ -25,7 +25,7 @@ def without_emulation(judgement: Judgement, replay: Replay | None) -> Judgement:
     return Judgement(OK if judgement.within else DIVERGENT, judgement.within)
 
 
-_OWN_INPUTS = ": what its own inputs make"
+_OWN_INPUTS = ": its own inputs lead to that"
 
 
 def trace_shapes(programs: Mapping[str, Program], rows: Mapping[Key, LayerRow]) -> None:
@@ -46,14 +46,14 @@ def trace_shapes(programs: Mapping[str, Program], rows: Mapping[Key, LayerRow]) 
         elif origin is not row:
             row.why += f"; it comes from {origin.name} ({origin.op})"
         elif row.replay is not None and row.replay.skipped:
-            row.why += "; its own inputs make the reference's"
+            row.why += "; its own inputs lead to the reference's"
 
 
 def counts_told(rows: Mapping[Key, LayerRow]) -> list[str]:
     """A sentence for each layer whose number of results hangs on its values, and is another than the reference's."""
     return [
-        f"{row.name} ({row.op}) gives {list(row.stats.shape_test)}, the reference {list(row.stats.shape)}: "
-        "how many results it has depends on the values of its inputs, which differ"
+        f"{row.name} ({row.op}) has shape {list(row.stats.shape_test)}, the reference {list(row.stats.shape)}: the "
+        "number of results depends on its input values, which differ"
         for row in sorted(rows.values(), key=lambda row: row.index)
         if row.verdict == INHERITED and row.why.endswith(_OWN_INPUTS)
     ]

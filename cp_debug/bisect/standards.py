@@ -60,10 +60,10 @@ def doubles_note(reference: Iterable[Program], test: Iterable[Program], options:
     if options.rtol is not None or not (_is_double(reference) and _is_double(test)):
         return []
     says = (
-        "both sides compute in FP64 but are judged by the limits of FP32, so smaller differences pass: --rtol and "
-        "--atol set narrower ones"
+        "both sides compute in FP64 but are judged by the limits of FP32, so smaller differences pass; set tighter "
+        "ones with --rtol and --atol"
     )
-    exact = "; the oracle is FP64, too, no more exact than the test"
+    exact = "; the oracle is also FP64, and not more exact than the test"
     return [says + exact * (options.replay and options.oracle != "fp32")]
 
 

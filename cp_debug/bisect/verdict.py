@@ -83,7 +83,7 @@ def judge(
         says = f"its worst channels introduce {replay.channel_excess:.3g}× what {kind} explains"
         return Judgement(GUILTY, within, says + _scales(replay))
     if replay.misfit and replay.introduced > floor:
-        why = f"introduces {replay.misfit:.3g}× what its weights' codes would, read as they were made"
+        why = f"introduces {replay.misfit:.3g}× what its weights' codes would, read as they were computed"
         return Judgement(GUILTY, within, why)
     if replay.computed_in:
         declared = precision.name if replay.precision is None else replay.precision
@@ -93,7 +93,7 @@ def judge(
         return Judgement(GUILTY, within, f"its numbers leave the range of {precision.name.upper()}: {lost}")
     if replay.reference_excess > EXCESS:
         if replay.nonfinite_in:
-            why = f"NaN or Inf come of finite numbers in {replay.nonfinite_in}, in exact arithmetic too: "
+            why = f"NaN or Inf arise from finite numbers in {replay.nonfinite_in}, even in exact arithmetic: "
             return Judgement(GUILTY, within, why + "the reference has none, so it computes something else", "reference")
         why = f"the reference introduces {replay.reference_excess:.3g}× what its precision explains"
         return Judgement(GUILTY, within, why, "reference")
@@ -125,4 +125,4 @@ def obeys_scales(replay: Replay) -> bool | None:
 def _scales(replay: Replay) -> str:
     """Phrase about whether a layer in INT8 does what its scales say."""
     obeys = obeys_scales(replay)
-    return "" if obeys is None else ", though it obeys its scales" if obeys else ", and does not obey its scales"
+    return "" if obeys is None else ", although it follows its scales" if obeys else ", and does not follow its scales"

@@ -23,8 +23,8 @@ def instead(captured: AnyTensor, exact: Tensor, expected: AnyTensor) -> str:
     if torch.equal(ours, right) or (tuple(emulated.shape) == tuple(ours.shape) and torch.equal(ours, emulated)):
         return ""
     if right.numel() <= 16:
-        return f"gives {ours.tolist()} where its inputs make {right.tolist()}"
-    return f"{int((ours != right).sum())} of {right.numel()} whole numbers are not what its inputs make"
+        return f"is {ours.tolist()}, but should be {right.tolist()} for its inputs"
+    return f"{int((ours != right).sum())} of {right.numel()} integers do not follow from its inputs"
 
 
 def as_tensor(value: Any) -> Tensor:

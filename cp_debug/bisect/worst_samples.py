@@ -113,7 +113,7 @@ def _masks(names: Sequence[str]) -> list[str]:
     verb = "masks" if len(names) == 1 else "mask"
     return [
         f"{amount(len(names), 'layer')} {verb} with another number than the reference (such as −Inf for −1e9); the "
-        f"results behind them are the same, so nothing is wrong: {_few(names)}"
+        f"results after them are the same, so nothing is wrong: {_few(names)}"
     ]
 
 
@@ -151,8 +151,8 @@ def _contradictions(torn: Mapping[str, Sequence[str]]) -> list[str]:
     have, read = ("has", "it") if len(torn) == 1 else ("have", "they")
     inputs = _few(list(dict.fromkeys(name for names in torn.values() for name in names)))
     return [
-        f"what was captured contradicts itself: {_few(list(torn))} {have} the reference's result, which does not "
-        f"follow from {inputs} as captured; that is not what {read} read: a buffer was written again after it had been "
+        f"the captured values contradict each other: {_few(list(torn))} {have} the reference's result, which does not "
+        f"follow from {inputs} as captured; that is not what {read} read: a buffer was overwritten after it had been "
         "read, or values of several runs were mixed"
     ]
 
@@ -181,9 +181,9 @@ def observation_notes(spec: str, observation: Observation | None, *, draws: bool
 def _noise(spec: str, observation: Observation | None, *, draws: bool) -> Iterator[str]:
     if observation is not None and observation.first_unsteady:
         reason = (
-            "another thread count changes its sums" if observation.repeats else "it is not deterministic: two runs part"
+            "another thread count changes its sums" if observation.repeats else "it is not deterministic: runs differ"
         )
-        reason = "it draws random numbers: two runs part" if draws else reason
+        reason = "it draws random numbers: runs differ" if draws else reason
         yield f"{spec}: {reason}, first at {observation.first_unsteady} (noise floor {observation.noise_floor:.2g})"
 
 
@@ -191,5 +191,5 @@ def _gap(spec: str, observation: Observation | None, *, draws: bool) -> Iterator
     if observation is not None and observation.observer_gap > observation.noise_floor and not draws:
         yield (
             f"observer gap {observation.observer_gap:.2g}: with probes {spec} runs a different program, "
-            "so the layer values do not belong to the one that is deployed"
+            "so the layer values are not those of the deployed one"
         )

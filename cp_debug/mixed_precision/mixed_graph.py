@@ -1,6 +1,6 @@
 """A graph some layers of which compute in FP32 and the rest in the arithmetic under test.
 
-It is computed anew only from where two runs part: a trial costs the part of the network behind the first layer that
+It is computed anew only from where two runs differ: a trial costs the part of the network behind the first layer that
 changed.
 """
 

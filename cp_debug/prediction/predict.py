@@ -177,7 +177,7 @@ class _ModelPrediction:
                 )
             self._walks[program.name] = GraphWalk(graph, kernels, options.device, timed=timed)
         if is_exported(model) and target.opset:
-            self._notes.append(f"exported at opset {target.opset}, up to which {target.name} reads ONNX")
+            self._notes.append(f"exported at opset {target.opset}, the newest that {target.name} reads")
         if not target.measured:
             self._notes.append(f"kernels of {target.name} were never measured: those of TensorRT 8.6 are assumed")
 

@@ -75,8 +75,8 @@ _KERNELS: dict[str, tuple[Kernel, ...]] = {
     ),
     "tf32": (
         Kernel("tf32", "operands of products rounded to TF32", TF32),
-        Kernel("tf32-cut", "operands of products cut off after 10 bits", TF32_CUT),
-        Kernel("tf32-weights-cut", "operands rounded, weights cut off after 10 bits", TF32_DECONV),
+        Kernel("tf32-cut", "operands of products truncated after 10 bits", TF32_CUT),
+        Kernel("tf32-weights-cut", "operands rounded, weights truncated after 10 bits", TF32_DECONV),
     ),
     "int8": (
         Kernel("int8", "as the file's Q/DQ pairs say, FP32 between them", INT8),

@@ -59,7 +59,7 @@ def _casts(graph: Graph, nodes: Sequence[Node]) -> tuple[str, str]:
     to = [attributes(graph, n)["to"] for n in nodes]
     for kind, name in _STORED.items():
         if kind in to:
-            return name, f"a Cast to {name.upper()} is added: the result is stored so and read back"
+            return name, f"a Cast to {name.upper()} is added: the result is rounded to it and read back"
     return "extra-operator", f"a Cast to {onnx.TensorProto.DataType.Name(to[0])} is added: {nodes[0].name}"
 
 
@@ -85,7 +85,7 @@ def _arithmetic(nodes: Sequence[Node], constants: Constants) -> tuple[str, str] 
         if np.isin(factors, (0.0, 1.0)).all():
             kept = int(np.flatnonzero(factors).max(initial=-1)) + 1
             if kept and factors[:kept].all():
-                return "truncated", f"a Mul is added that makes all after the first {kept} of {factors.size} slices 0"
+                return "truncated", f"a Mul is added that sets all after the first {kept} of {factors.size} slices to 0"
             zeros = int((factors == 0).sum())
             return "channels-zeroed", f"a Mul is added that makes {zeros} of {factors.size} slices 0: {nodes[0].name}"
     if not np.isfinite([np.abs(constants[n]).max() for d in nodes for n in d.proto.input if n in constants]).all():

@@ -210,5 +210,5 @@ def module_digest(module: nn.Module) -> str:
             sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         except (RuntimeError, NotImplementedError) as error:
             lost = f"{name!r} has no values any more ({type(tensor.data).__name__})"
-            raise InputError(f"MODEL: weight {lost}: a forward exchanged it") from error
+            raise InputError(f"MODEL: weight {lost}: a forward pass replaced it") from error
     return sha.hexdigest()

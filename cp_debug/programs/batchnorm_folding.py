@@ -68,11 +68,11 @@ def apply_folding(module: nn.Module, folding: Folding) -> None:
         try:
             layer, norm = module.get_submodule(layer_path), module.get_submodule(norm_path)
         except AttributeError as error:
-            raise InputError(f"{type(module).__name__} has no {layer_path} with {norm_path} behind it") from error
+            raise InputError(f"{type(module).__name__} has no {layer_path} with {norm_path} after it") from error
         if not (
             isinstance(layer, WeightedLayer) and isinstance(norm, _BatchNorm) and channels(layer) == norm.num_features
         ):
-            raise InputError(f"{norm_path} is no BatchNorm of as many channels as {layer_path} gives")
+            raise InputError(f"{norm_path} is not a BatchNorm with as many channels as {layer_path} has")
         _fold(layer, norm)
         parent, _, name = norm_path.rpartition(".")
         setattr(module.get_submodule(parent), name, nn.Identity())
@@ -127,7 +127,7 @@ class _Flow:
         (value,) = self._record.leaves[path]
         while value not in self._maker or value.call == path:
             if len(value.inputs) != 1 or (value.call != path and value.op not in _SAME_ELEMENTS):
-                return None, f"it reads {value.name}, which is no layer's output"
+                return None, f"it reads {value.name}, which is not the output of a layer"
             reader, (value,) = value, value.inputs
             # BatchNorm itself is one operation of several results, or several operations.
             if value in self._outputs or any(r is not reader and r.call != path for r in self._readers[value]):

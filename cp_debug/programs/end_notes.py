@@ -31,13 +31,13 @@ def _types(values: Iterable[ValueInfo]) -> dict[str, str]:
 
 def omitted(names: Sequence[str]) -> list[str]:
     """A sentence about outputs that the user left out; none where there are none."""
-    return [f"{'output' if len(names) == 1 else 'outputs'} {some_of(names)} left out, as --map says"] if names else []
+    return [f"{'output' if len(names) == 1 else 'outputs'} {some_of(names)} left out by --map"] if names else []
 
 
 def only_in_test(names: Sequence[str]) -> list[str]:
     """A sentence about outputs that only the test has; none where there are none."""
     outputs = amount(len(names), "output")
-    return [f"not compared: {outputs} of the test that the reference has not: {some_of(names)}"] if names else []
+    return [f"not compared: {outputs} of the test that the reference lacks: {some_of(names)}"] if names else []
 
 
 def other_types(ours: Mapping[str, str], theirs: Mapping[str, str], pairs: Mapping[str, str]) -> Iterator[str]:

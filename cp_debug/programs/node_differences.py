@@ -139,7 +139,7 @@ class Pieces:
             kind = "activation" if node.op in ACTIVATIONS else "operator"
             says, evidence = f"{node.op} is left out", {"op": node.op}
             if constant := self._constant_for(node):
-                says = f"{constant} is a constant in the test, the reference computes it by {node.op}"
+                says = f"{constant} is a constant in the test, the reference computes it with {node.op}"
                 evidence["constant"] = constant
             listed.append(NodeDifference(f"missing-{kind}", says, node.name, evidence, structural=True))
         for node in self._added:
@@ -170,7 +170,7 @@ class Pieces:
             return
         results = [self._given.get(o, o) for o in theirs.outputs]
         if results != list(ours.outputs) and sorted(results) == sorted(ours.outputs):
-            says = f"the results of {ours.op} have changed places: {', '.join(results)}"
+            says = f"the results of {ours.op} are exchanged: {', '.join(results)}"
             yield NodeDifference("another-tensor", says, ours.name, {"results": results})
         yield from self._attributes(ours, theirs)
         exchanged = self._exchanged(ours, theirs)
@@ -237,7 +237,7 @@ class Pieces:
             name = "concat-order" if ours.op == "Concat" else "operand-order"
             says = f"{ours.op} reads {', '.join(computed[1])} in this order instead of {', '.join(computed[0])}"
             if computed[0] == computed[1]:
-                says = f"the operands of {ours.op} have changed places"
+                says = f"the operands of {ours.op} are exchanged"
             yield NodeDifference(name, says, ours.name, {"operands": computed[1], "instead_of": computed[0]})
         elif len(computed[0]) == len(computed[1]):
             pairs = [(x, y) for x, y in zip(computed[0], computed[1], strict=True) if x != y]

@@ -56,7 +56,7 @@ def pair_programs(
     omitted, pairs = left_out(maps, [v.name for v in programs[-1].graph.outputs])
     fixed = parse_map(pairs, [p.graph for p, _ in changed], [t.graph for _, t in changed]) if changed else {}
     if (maps and not changed) or (omitted and tests[-1].graph is programs[-1].graph):
-        raise InputError("--map pairs values of two models; here both sides run one: --test-model gives another")
+        raise InputError("--map pairs values of two models; both sides run one, give another with --test-model")
     paired_tests = []
     last = max((i for i, (p, t) in enumerate(zip(programs, tests, strict=True)) if t.graph is not p.graph), default=-1)
     needed = [_needs_numbers(p, t, fixed) for p, t in zip(programs, tests, strict=True)]

@@ -441,7 +441,7 @@ def choose_export(backends: Sequence[Backend], exporter: str | None) -> tuple[Ex
     spec = min(limits, key=limits.__getitem__)
     # dynamo cannot write every operator at an old opset
     chosen = Export(exporter or "torchscript", limits[spec], fused, exporter is None)
-    return chosen, f"exported with {chosen.exporter} at opset {chosen.opset}, up to which {spec} reads ONNX"
+    return chosen, f"exported with {chosen.exporter} at opset {chosen.opset}, the newest that {spec} reads"
 
 
 def is_exported(model: Model) -> bool:

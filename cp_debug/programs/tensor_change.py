@@ -135,7 +135,7 @@ def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[Form]:
         yield "channels-zero", "all zero", np.zeros_like(a), {"axis": 0, "channels": list(range(min(len(a), 32)))}
     elif b.size > 1 and is_uniform(b) and not is_uniform(a):
         yield "other", f"all {b.flat[0]:.6g}", b, {}
-    yield "negated", "the sign is the other one", -a, {}
+    yield "negated", "the sign is flipped", -a, {}
     yield from itertools.takewhile(lambda way: way[0] in ("fp16", "bf16"), stored_forms(a))
     if (norm := float((a * a).sum())) and (factor := float((a * b).sum()) / norm):
         yield "scaled", f"× {factor:.6g}", factor * a, {"factor": factor}
@@ -148,7 +148,7 @@ def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[Form]:
     yield from _by_channel(a, b)
     yield from _orders(a, b, gates)
     if _cut_off(a, b, different):
-        yield "clipped", f"cut off at {b.min():.4g} and {b.max():.4g}", a.clip(b.min(), b.max()), {}
+        yield "clipped", f"clipped at {b.min():.4g} and {b.max():.4g}", a.clip(b.min(), b.max()), {}
     if 0 < count <= FEW and a.size > 2 * count:
         places = np.argwhere(different).tolist()
         yield "elements", _elements(a, b, places), b, {"elements": places}
@@ -360,7 +360,7 @@ def few_bit_forms(a: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         )
     for bits in (7, 10):
         cut = np.ldexp(np.trunc(mantissa * 2 ** (bits + 1)) / 2 ** (bits + 1), exponent)
-        yield f"with {bits} bits of mantissa, the others cut off", cut
+        yield f"with {bits} bits of mantissa, the others truncated", cut
 
 
 def int8_forms(a: np.ndarray, bits: int = 8) -> Iterator[tuple[str, str, np.ndarray, int]]:

@@ -61,7 +61,7 @@ class Unroller:
                 raise
             except InputError as error:
                 what = "If, Loop and Scan" if any(has_control_flow(p.graph) for p in programs) else "other outputs"
-                note = f"nobody looked into {what}, for the model cannot be executed beforehand: {error}"
+                note = f"{what} were not examined, because the model cannot be executed in advance: {error}"
                 self.notes += [note] if note not in self.notes else []
         key = tuple(programs), repr((decisions, ends, [flow.idle for flow in flows.values()]))
         if key not in self._made:

@@ -59,7 +59,7 @@ class WeightDifferences(JsonForm):
         """The result in one line: ``12 of 40 tensors differ: layer3.conv2.weight, channel 7 × 1.05; …``."""
         if not self.differing:
             many = f"all {self.compared} tensors that were paired are equal"
-            text = many if self.compared else "no tensor of one was paired with one of the other"
+            text = many if self.compared else "no tensors of the two were paired"
         else:
             verb = "differs" if len(self.differing) == 1 else "differ"
             shown = "; ".join(d.says for d in self.differing[:SHOWN])

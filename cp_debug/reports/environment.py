@@ -160,7 +160,7 @@ def _devices(environment: Environment) -> None:
     if providers and bool(gpus) != ort_cuda:
         able, unable = ("torch", "ONNX Runtime") if gpus else ("ONNX Runtime", "torch")
         environment.warnings.append(
-            f"device mismatch: {able} can use CUDA, {unable} cannot; compare on the CPU or mend it"
+            f"device mismatch: {able} can use CUDA, {unable} cannot; compare on the CPU or fix it"
         )
     environment.devices.append(_tensorrt())
 

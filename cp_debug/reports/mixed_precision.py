@@ -88,7 +88,7 @@ def tool_arguments(result: MixedPrecisionResult) -> Iterator[RenderableType]:
     """The set of kept layers as arguments of other tools."""
     yield from commands(result.arguments, result.named.command(result.model))
     if any(nodes and component not in result.named.files for component, nodes in result.keep.items()):
-        yield Text("other tools cannot be told of nodes without a name of their own: give them what --onnx writes")
+        yield Text("other tools cannot address nodes without a name; use the file that --onnx writes")
     if fragment := deploy_fragment(result.keep, result.precision, result.named):
         yield Text("configuration of cpdebug deploy:", style="bold")
         yield Text(fragment.rstrip(), no_wrap=True, overflow="ignore")

@@ -112,9 +112,7 @@ def sqnr_table(sqnr: Mapping[str, float]) -> Iterator[RenderableType]:
     measured = {name: None if math.isnan(value) else value for name, value in sqnr.items()}
     yield Terminal(Sheet(columns, list(measured.items()), ruled=True))
     if nothing := [name for name, value in measured.items() if value is None]:
-        says = (
-            "nothing to measure, as FP32 gives no finite number but 0, and so does the test; other inputs may tell more"
-        )
+        says = "nothing to measure: the outputs have no finite number except 0 on either side; try other inputs"
         yield Text(f"{', '.join(nothing)}: {says}", style="yellow")
 
 

@@ -41,7 +41,7 @@ def everywhere(segment: Segment) -> Iterator[Candidate]:
     if segment.op == "QuantizeLinear":  # integers: its own causes say more
         return
     if bool(segment.exact.any()):
-        says = "the sign of the result is the other one"
+        says = "the sign of the result is flipped"
         yield Candidate(_name(segment, "scaled"), says, -segment.exact, 0, {"factor": -1.0}, _FIX)
     for name, subject, basis in _bases(segment):
         fit = cross_fit(segment.test - segment.before, basis, segment.folds)

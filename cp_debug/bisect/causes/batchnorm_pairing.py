@@ -203,11 +203,11 @@ def _equal(one: BatchNorm, other: BatchNorm) -> bool:
 
 def _hypotheses(place: Place, path: str, other: BatchNorm) -> Iterator[_OtherNorm]:
     if place.own is None or place.x is None:
-        yield _OtherNorm("no BatchNorm belongs here, that of {} is folded in", place.before, other, path)
+        yield _OtherNorm("the BatchNorm of {} is folded in, but none belongs here", place.before, other, path)
         return
     own = place.own
     yield _OtherNorm("BatchNorm is that of {}: paired with the wrong layer", place.x, other, path)
-    yield _OtherNorm("the BatchNorm of {} is folded in besides its own", place.before, other, path)
+    yield _OtherNorm("the BatchNorm of {} is folded in, in addition to its own", place.before, other, path)
     if not _plain(other.mean, other.variance):
         statistics = replace(own, mean=other.mean, variance=other.variance)
         yield _OtherNorm("BatchNorm has the running statistics of {}", place.x, statistics, path)

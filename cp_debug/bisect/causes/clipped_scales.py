@@ -75,7 +75,7 @@ class _Read:
         subject = f"its {self.of}" if not many else f"the {self.of} of its channel {channel}"
         listed = ", ".join(str(int(c)) for c in channels[:SHOWN]) + (", …" if len(channels) > SHOWN else "")
         which = f"; {amount(len(channels), 'channel')} of {len(reach)} clipped: {listed}" if many else ""
-        says = f"INT8 scale {name} clips {self.of}: {figures.format(subject)}; {share:.2%} cut off there{which}"
+        says = f"INT8 scale {name} clips {self.of}: {figures.format(subject)}; {share:.2%} clipped{which}"
         evidence = {
             "of": self.of,
             "scale_of": name,

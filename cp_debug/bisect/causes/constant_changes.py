@@ -52,7 +52,7 @@ def rearranged(own: Tensor) -> Iterator[Change]:
     """Everything that may happen to a constant of any shape as a whole, with nothing to fit."""
     if bool(own.any()):
         yield Change("channels-zero", "all zero", torch.zeros_like(own))
-        yield Change("negated", "the sign is the other one", -own)
+        yield Change("negated", "the sign is flipped", -own)
     yield from of_forms(own, turned_forms, rolled_forms)
 
 

@@ -88,7 +88,7 @@ def declared(
     if few:
         says = _where_from(run, rows, first, segments[0])
     elif rounds[0][1].share:
-        says += f"; none makes much of it, {rounds[0][1].name} most with {rounds[0][1].share:.0%}"
+        says += f"; none contributes much, {rounds[0][1].name} most with {rounds[0][1].share:.0%}"
     fix = "accept it, or compute in FP32: " + PROMOTED[claim] if claim == "tf32" else ""
     if trials is not None:
         fix, figures = kept(trials, [row for _, row in first or rounds])
@@ -96,7 +96,7 @@ def declared(
         lost = [(item, text) for item in rounds if item[1].name in figures.get("keep_fp32", ())
                 for text in _vanished(segment(*item), name)]  # fmt: skip
         if lost and not math.isfinite(figures["before"]):  # shares of NaN say nothing
-            told, says = [item for item, _ in lost], f"{name} as declared: {lost[0][1]}; NaN or Inf comes of it behind"
+            told, says = [item for item, _ in lost], f"{name} as declared: {lost[0][1]}; NaN or Inf follows later"
     yield Finding(
         claim,
         says,
@@ -125,7 +125,7 @@ def kept(trials: KeepTrials, rows: Sequence[LayerRow]) -> tuple[str, dict[str, A
     except InputError:
         found = None
     if found is None:
-        return "no fix found: with these layers and those around them in FP32, more than half of it stays, emulated", {}
+        return "no fix found: with these layers and those around them in FP32, over half of it remains, emulated", {}
     names = trials.names(found.nodes)
     return in_words(found, names), {"keep_fp32": names, "after": found.after, "before": found.before}
 
@@ -160,5 +160,5 @@ def _where_from(run: CandidateRun, rows: Rows, first: Sequence[tuple[Key, LayerR
     rates = {k: r.replay.amplification or 0.0 for k, r in rows.items() if k.value in behind and r.replay}
     rates = {k: rate for k, rate in rates.items() if k.component == key.component and math.isfinite(rate)}
     if rates and rates[most := max(rates, key=rates.__getitem__)] >= ENLARGES:
-        text += f"; {rows[most].name} ({rows[most].op}) behind it enlarges it {float(f'{rates[most]:.2g}'):,.0f} times"
+        text += f"; {rows[most].name} ({rows[most].op}) after it enlarges it {float(f'{rates[most]:.2g}'):,.0f} times"
     return text

@@ -79,7 +79,7 @@ def in_words(says: str, figures: Mapping[str, Any]) -> str:
     least, most = figures["excess_least"], figures["excess_most"]
     excess = f"excess {least:.2g}" if f"{least:.2g}" == f"{most:.2g}" else f"excess {least:.2g} to {most:.2g}"
     total, asked = figures["of_products"], figures.get("layers_asked", figures["of_products"])
-    among = f"{total} layers with products" if asked == total else f"{asked} layers asked, of {total} with products"
+    among = f"{total} layers with products" if asked == total else f"{asked} examined layers, of {total} with products"
     text = f"{says}, in {figures['layers_in_all']} of {among}, {excess}"
     share = figures["share_in_all"]
     return text if share is None else f"{text}, together {share:.0%} of the final divergence"

@@ -130,14 +130,14 @@ class Explainer:
         try:
             costly += costs(rows, self.run.precision.name, self.run.precision.roundoff, self.segment)
         except Exception as error:
-            self.notes.append(f"what would lower the cost of the declared precision is not known: {in_one_line(error)}")
+            self.notes.append(f"remedies for the declared precision's cost are not known: {in_one_line(error)}")
         if any(not row.within or (row.replay and row.replay.step is not None) for row in rows.values()):
             try:
                 costly += declared.int8(rows, self.run.kind(next(iter(rows)).component), self._unquantized)
                 if self.adds_up and not findings and not costly and not all(row.within for row in rows.values()):
                     costly += declared.declared(self.run, rows, self.segment, self._trials)
             except Exception as error:
-                self.notes.append(f"what the declared precision costs is not known: {in_one_line(error)}")
+                self.notes.append(f"the declared precision's cost is not known: {in_one_line(error)}")
         return [*sorted(findings, key=_by_effect), *sorted(costly, key=_by_effect)]  # what is wrong comes first
 
     def _shapes(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:
@@ -251,7 +251,7 @@ class Explainer:
         located = [e.where for e in group if e.where.worst]  # none where float64 does not tell large integers apart
         is_told = cause is not None and not cause.observed and bool(located)
         if cause is not None and explanation.alike:
-            says += f" ({', '.join(explanation.alike[:EQUALS])} would give the same)"
+            says += f" ({', '.join(explanation.alike[:EQUALS])} would have the same result)"
         if cause is not None and equals:
             says += "; or, which explains it as well: " + "; or ".join(equals.values())
         fix, tried = self._fix(cause, rows) if cause else ("cpdebug bundle RESULT --layer " + names[0], {})
@@ -287,7 +287,7 @@ class Explainer:
         try:
             finding.effect = self.effects.of(rows)
         except Exception as error:
-            self.notes.append(f"{names[0]}: its effect on the outputs is not known: {in_one_line(error)}")
+            self.notes.append(f"{names[0]}: its effect on the outputs could not be computed: {in_one_line(error)}")
         return finding
 
     def _counted(self, cause: str, worst: Explained) -> dict[str, Any]:
@@ -352,8 +352,8 @@ class Explainer:
         if row is not None and row.noise_floor > floor:
             yield Finding(
                 "unsteady-memory",
-                f"two runs of the same program differ by {row.noise_floor:.2g}, a sum in another order by "
-                f"{expected or 0.0:.2g}: memory is read before it is written, or while it is written",
+                f"two runs of the same program differ by {row.noise_floor:.2g}, but another order of summation "
+                f"explains only {expected or 0.0:.2g}: memory is read before or while it is written",
                 [row.name],
                 [row.op],
                 evidence={"noise_floor": row.noise_floor, "expected": expected},
@@ -370,8 +370,8 @@ class Explainer:
         knobs = "cpdebug bisect MODEL --backends ort-none,ort-all --knobs"
         yield Finding(
             "optimizer",
-            f"the outputs change by {observation.observer_gap:.2g} when probes forbid fusions: an optimization or a "
-            "fused kernel is at fault, or values at its border are",
+            f"the outputs change by {observation.observer_gap:.2g} when probes prevent fusions: an optimization, a "
+            "fused kernel or a value at its border is at fault",
             [],
             [],
             evidence={"observer_gap": observation.observer_gap, "noise_floor": observation.noise_floor},

@@ -61,7 +61,7 @@ def fitted(segment: Segment) -> Iterator[Candidate]:
     if changed:
         sizes = {p: _norm(estimate.tensors[p] - own[p]) / (_norm(own[p]) or 1.0) for p in changed}
         names = [node.proto.input[p] for p in changed]
-        says = "the weights are others: " + ", ".join(
+        says = "the weights are not the declared ones: " + ", ".join(
             f"{name} differs by {size:.2g} (rel. L2)" for name, size in zip(names, sizes.values(), strict=True)
         )
         evidence = {"constants": names, "weights_differ_by": max(sizes.values()), "unknowns": estimate.unknowns}
@@ -107,7 +107,7 @@ def single_weights(segment: Segment) -> Iterator[Candidate]:
     places = (changed != weight).nonzero().tolist()
     if (value := segment.edited(node, inputs={layout.place: changed})) is not None:
         pairs = ", ".join(f"{p}: {float(weight[tuple(p)]):.6g} → {float(changed[tuple(p)]):.6g}" for p in places)
-        says = f"{count} of {weight.numel()} weights of {node.op} {'is' if count == 1 else 'are'} another: {pairs}"
+        says = f"{count} of {weight.numel()} weights of {node.op} {'differs' if count == 1 else 'differ'}: {pairs}"
         evidence = {"constant": node.proto.input[layout.place], "elements": places}
         yield Candidate("other-weights", says, value, 2 * count, evidence, _DAMAGED)
 

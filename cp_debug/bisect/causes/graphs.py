@@ -254,7 +254,7 @@ def added(
         name, says = "int8-clipped", f"{says}: their scale clips"
     elif name == "int8" and (lost := _lost(segment, other, nodes, starts, pieces.added)) is not None:
         scale, share = lost
-        name, says = "int8-coarse", f"{says}: their scale of {scale:.3g} makes 0 of {share:.0%} of the values"
+        name, says = "int8-coarse", f"{says}: their scale of {scale:.3g} turns {share:.0%} of the values into 0"
     elif name == "int8" and not segment.strange:  # what a sound scale makes of it is expected: the pair is no cause
         return None
     evidence = {"node": additions[0].node, **additions[0].evidence, "read_off": "the difference of the two graphs"}
@@ -280,9 +280,9 @@ def _written_out(segment: Segment, other: OtherProgram, known: set[str]) -> Cand
     if value.shape != segment.test.shape:
         return None
     ops = [n.op for n in nodes if n.op != "Constant"]
-    says = f"{node.op} is computed by {', '.join(ops)} in the test, which give another result"
+    says = f"{node.op} is computed by {', '.join(ops)} in the test, with another result"
     evidence = {"node": node.name, "op": node.op, "test_ops": ops, "read_off": "the difference of the two graphs"}
-    return Candidate("other-operator", says, value, 0, evidence, f"let {node.op} be itself at {{layers}}")
+    return Candidate("other-operator", says, value, 0, evidence, f"restore {node.op} at {{layers}}")
 
 
 def _of_scale(segment: Segment, other: OtherProgram, known: set[str]) -> Candidate | None:

@@ -162,7 +162,7 @@ def cut_off(segment: Segment) -> Iterator[Candidate]:
         if length < test.shape[axis]:
             value = exact.clone()
             value.narrow(axis, length, test.shape[axis] - length).zero_()
-            says = f"axis {axis} is cut off after {length} of {test.shape[axis]}"
+            says = f"axis {axis} is truncated after {length} of {test.shape[axis]}"
             yield Candidate("truncated", says, value, 1, {"axis": axis, "kept": length}, fix)
 
 

@@ -44,9 +44,9 @@ FIXES = {
     "fp8-accumulation": "promote the sums of {layers} into FP32 every 128 products (torch._scaled_mm: "
     "use_fast_accum=False; DeepGEMM does), or " + BF16_ADVICE,
     "fp8-saturated": "scale {layers} by the largest magnitude ÷ 448 before the cast, or " + BF16_ADVICE,
-    "fp8-underflow": "scale {layers} by the largest magnitude ÷ 448 before the cast, in blocks of 128 where one scale "
-    "does not do, or " + BF16_ADVICE,
-    "scale-stale": "take the scales of {layers} from the tensor at hand, keep a shorter history of maxima with a "
+    "fp8-underflow": "scale {layers} by the largest magnitude ÷ 448 before the cast, if needed in blocks of 128, or "
+    + BF16_ADVICE,
+    "scale-stale": "compute the scales of {layers} from the current tensor, keep a shorter history of maxima with a "
     "margin, or calibrate again on data like this",
     "block-scale": "scale {layers} by finer blocks: 1x128 for data and 128x128 for weights, or " + BF16_ADVICE,
     "int4-group": "quantize the weights of {layers} in smaller groups, or " + BF16_ADVICE,
@@ -204,7 +204,7 @@ def _with_scales(segment: Segment, options: NarrowOptions) -> Iterator[Candidate
         if value is not None:
             figures: dict[str, Any] = {"largest": largest, "ends_at": codec.largest, "scale": 1.0}
             says = f"its data reaches {largest:.4g} and is cast to {codec.name.upper()} without a scale: that ends at "
-            says += f"{codec.largest:g}" + (" and has no Inf, so what lies beyond is NaN" if codec is E4M3 else "")
+            says += f"{codec.largest:g}" + (" and has no Inf, so larger values become NaN" if codec is E4M3 else "")
             yield Candidate("fp8-saturated", says, value, 0, figures, FIXES["fp8-saturated"], heard=True)
         return
     scales = _fitted(segment, lambda scale: FixedScaling(options, (scale, None)), operands, others)
@@ -234,7 +234,7 @@ def _called(x: Tensor, codec: Codec, scale: float, largest: float) -> tuple[str,
         "below_normal": float(lost.double().mean()), "error_saturated": cut, "error_underflow": under,
     }  # fmt: skip
     effect = (
-        f"{figures['saturated']:.2%} of it are cut off at {codec.largest * scale:.4g}"
+        f"{figures['saturated']:.2%} of it are clipped at {codec.largest * scale:.4g}"
         if cut > under
         else f"{figures['below_normal']:.2%} of it lie below {codec.tiniest * scale:.3g}, where bits are lost"
     )
@@ -242,7 +242,7 @@ def _called(x: Tensor, codec: Codec, scale: float, largest: float) -> tuple[str,
         name = "fp8-saturated" if cut > under else "fp8-underflow"
         says = f"its data is cast to {codec.name.upper()} without a scale (it reaches {largest:.4g}): {effect}"
         return name, says, figures
-    says = f"the scale {scale:.3g} of its data belongs to numbers up to {scale * codec.largest:.4g}; at hand they "
+    says = f"the scale {scale:.3g} of its data is for numbers up to {scale * codec.largest:.4g}, but they "
     return "scale-stale", says + f"reach {largest:.4g}: {effect}", figures
 
 

@@ -85,11 +85,11 @@ def _of_weight(stored: StoredCodes, repair: Repair) -> WrongScale:
         return WrongScale(name, says, fix + "first format stores them minus 1, gptq_v2 and AWQ as they are", evidence)
     if repair.kind == "groups":
         moved, of = repair.evidence["moved"], repair.evidence["of"]
-        says = f"{moved} of {of} inputs are in other groups than those that their {family.upper()} codes were made in"
+        says = f"{moved} of {of} inputs are not in the groups of their {family.upper()} codes"
         fix = "keep g_idx of {layers}, which says the group of each input (desc_act), or quantize without it"
         return WrongScale(name, says, fix, evidence)
     what, order, along = repair.evidence["what"], repair.evidence["order"], repair.evidence["axis"]
-    says = f"its {family.upper()} {what} lie in another order within words of eight along axis {along}: {order}"
+    says = f"its {family.upper()} {what} are in another order within words of eight along axis {along}: {order}"
     fix = "unpack the words of {layers} in the order of their format: AWQ's is 0, 2, 4, 6, 1, 3, 5, 7, GPTQ's is plain"
     return WrongScale(name, says, fix, evidence)
 
@@ -98,7 +98,7 @@ def _zero_points(evidence: Mapping[str, Any]) -> str:
     by, share = evidence["by"], evidence["share"]
     if by and share > 1 - OFF:
         return f"its zero points are {abs(by):g} too {'small' if by > 0 else 'large'}"
-    return f"{1 - share if not by else 1.0:.0%} of its zero points are not those that its codes were made with"
+    return f"{1 - share if not by else 1.0:.0%} of its zero points are not those that its codes were computed with"
 
 
 def _scales(stored: StoredCodes, fitted: Tensor, family: str) -> tuple[str, dict[str, Any]]:
@@ -113,7 +113,8 @@ def _scales(stored: StoredCodes, fitted: Tensor, family: str) -> tuple[str, dict
     )
     times = f"{low:.3g} times" if high < low * (1 + OFF) else f"{low:.3g} to {high:.3g} times"
     says = (
-        f"the {family.upper()} scales of {share:.0%} of its weights are {times} those that their codes were made with"
+        f"the {family.upper()} scales of {share:.0%} of its weights are {times} those that their codes were computed "
+        "with"
     )
     return says, {"share": share, "low": low, "high": high}
 
@@ -125,7 +126,7 @@ def _of_data(x: Tensor, codec: Codec, kind: int, scale: float, needed: float) ->
     plain = scale == 1.0
     if scale < needed:
         name = "fp8-saturated" if plain and family == "fp8" else "scale-stale"
-        what = f"{clipped:.2%} are cut off at {scale * codec.largest:.4g}"
+        what = f"{clipped:.2%} are clipped at {scale * codec.largest:.4g}"
     else:
         name = "fp8-underflow" if plain and family == "fp8" else "scale-stale"
         what = f"{small:.0%} lie below its normal numbers"

@@ -60,7 +60,7 @@ def functions(segment: Segment) -> Iterator[Candidate]:
                 continue
             if (value := segment.edited(node, inputs={place: changed})) is not None:
                 says = f"{text} is applied to {name} before {node.op} reads it"
-                fix = f"remove the {text} in front of {{layers}}"
+                fix = f"remove the {text} before {{layers}}"
                 yield Candidate("extra-activation", says, value, evidence={"op": text, "operand": name}, fix=fix)
 
 
@@ -89,7 +89,7 @@ def _numbers(segment: Segment, node: Node, place: int, name: str) -> Iterator[Nu
 
     def bound(number: float) -> tuple[str, str, dict[str, Any], str]:
         says = f"{name} stops at ±{abs(number):.4g} before {node.op} reads it"
-        return "saturated", says, {"operand": name, "bound": abs(number)}, "remove the bound in front of {layers}"
+        return "saturated", says, {"operand": name, "bound": abs(number)}, "remove the bound before {layers}"
 
     if node.op not in LINEAR:
         yield Number(1.0, lambda number: edited(own * number), factor)

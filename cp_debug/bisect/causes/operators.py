@@ -87,13 +87,13 @@ def integers(segment: Segment) -> Iterator[Candidate]:
         value = function(segment.exact)
         if not torch.equal(value, segment.exact):
             says = f"the result passed an integer type: its fractions are {text}"
-            fix = "remove the Cast to an integer behind {layers}"
+            fix = "remove the Cast to an integer after {layers}"
             yield Candidate("integer-cast", says, value, fix=fix, degenerate=1)
 
 
 @cause()
 def other_neighbour(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: a Resize that takes the other neighbour at some of the places in the middle between two."""
+    """Candidates: a Resize that picks the other neighbour at some of the places in the middle between two."""
     for node in segment.nodes:
         for mode in NEAREST if node.op == "Resize" else ():
             if (other := segment.edited(node, nearest_mode=mode)) is None:
@@ -101,9 +101,9 @@ def other_neighbour(segment: Segment) -> Iterator[Candidate]:
             taken = (other == segment.test) & (other != segment.exact)
             count, ties = int(taken.sum()), int((other != segment.exact).sum())
             if 0 < count < ties:  # all of them: the mode is another
-                says = f"{node.op} takes the other neighbour at {count} of {ties} places where two are equally near"
+                says = f"{node.op} picks the other neighbour at {count} of {ties} places where two are equally near"
                 first = [int(i) for i in taken.nonzero()[0]]
-                fix = "nothing in the file is wrong: the runtime rounds coordinates; a newer one, or sizes without ties"
+                fix = "the file is right: the runtime rounds coordinates; use a newer runtime, or sizes without ties"
                 evidence = {"first": first, "nearest_mode": mode}
                 yield Candidate("resize-ties", says, torch.where(taken, other, segment.exact), 0, evidence, fix)
 

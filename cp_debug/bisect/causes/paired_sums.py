@@ -13,7 +13,7 @@ from cp_debug.bisect.paired_nodes import PAIRED, with_paired_sums
 from cp_debug.errors import InputError
 
 FIX = (
-    "quantize {layers} with reduce_range=True (weights of 7 bits) or weight_type=QUInt8 · or let ONNX Runtime take its "
+    "quantize {layers} with reduce_range=True (weights of 7 bits) or weight_type=QUInt8 · or let ONNX Runtime use its "
     'slower exact kernels: SessionOptions.add_session_config_entry("session.x64quantprecision", "1") · or run on a '
     "processor with VNNI"
 )
@@ -37,7 +37,7 @@ def saturating(segment: Segment) -> Iterator[Candidate]:
     changed = float((value != exact).double().mean())
     if changed and without > MAIN * segment.introduced:
         says = (
-            "products of unsigned and signed bytes are added in pairs in 16 bits and cut off there (ONNX Runtime on a "
+            "products of unsigned and signed bytes are added in pairs in 16 bits and saturate there (ONNX Runtime on a "
             "processor without VNNI)"
         )
         yield Candidate("int8-pair-saturation", says, value, 0, {"results_changed": changed}, FIX)

@@ -83,7 +83,7 @@ def tf32_cut_off(segment: Segment) -> Iterator[Candidate]:
     if segment.product is None or segment.context.claim.name == "tf32":
         return
     for way, operands in ((TF32_CUT, "operands"), (TF32_DECONV, "weights")):
-        says = f"TF32: {operands} are cut off after 10 mantissa bits"
+        says = f"TF32: {operands} are truncated after 10 mantissa bits"
         yield Candidate("tf32", says, segment.run(way), fix=PROMOTED["tf32"])
 
 

@@ -93,7 +93,7 @@ def saturated_bias(segment: Segment) -> Iterator[Candidate]:
         value = segment.edited(node, inputs={2: stored.levels * stored.scale})
         if value is not None:
             some = ", ".join(map(str, channels[:8])) + (f" and {len(channels) - 8} more" if len(channels) > 8 else "")
-            says = f"the stored bias saturates at INT32's end in channel{'s' * (len(channels) > 1)} {some}"
+            says = f"the stored bias saturates at INT32's limit in channel{'s' * (len(channels) > 1)} {some}"
             fix = "give the weights of these channels of {layers} a larger scale, or keep its bias in FP32"
             yield Candidate("bias-saturated", says, value, evidence={"channels": channels}, fix=fix)
 
@@ -124,7 +124,7 @@ def quantizer(segment: Segment) -> Iterator[Candidate]:
         even = segment.exact
         yield Candidate("int8-ties", "ties are rounded away from zero", torch.where(near, away, even), 0, ties)
         flips = torch.where(near & ((segment.test - even).abs() <= 1), segment.test, even)
-        yield Candidate("int8-ties", "ties fall to the other side", flips, int(near.sum()), ties)
+        yield Candidate("int8-ties", "ties are rounded to the other side", flips, int(near.sum()), ties)
     inside = (segment.test > low) & (segment.test < high)
     if int(inside.sum()) < 16:
         return

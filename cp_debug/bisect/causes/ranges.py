@@ -84,7 +84,7 @@ def operand_overflow(segment: Segment) -> Iterator[Candidate]:
         if figures["overflows"]:
             what = "constant" if name in constants else "network's input" if name in fed else "operand"
             says = f"the {what} {name} is beyond FP16: values up to {figures['largest']:.3g}, FP16 ends at 65504"
-            fix = f"scale {name} down, or keep what reads it in FP32: {{layers}}"
+            fix = f"scale {name} down, or keep its readers in FP32: {{layers}}"
             yield Candidate("fp16-overflow", says, segment.run(FP16), evidence={**figures, "of": name}, fix=fix)
 
 
@@ -168,7 +168,7 @@ def saturated(segment: Segment) -> Iterator[Candidate]:
         evidence = {"low": lower, "high": upper, "share": float(cut.double().mean())}
         yield Candidate(
             "saturated",
-            f"the result is cut off at {largest:.4g}",
+            f"the result is clipped at {largest:.4g}",
             segment.exact.clamp(lower, upper),
             parameters,
             evidence,

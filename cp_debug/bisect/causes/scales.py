@@ -70,7 +70,7 @@ def _of_weight(node: Node, weight: Tensor, grid: QuantizerGrid | None) -> tuple[
     if grid is not None and grid.scale.numel() == 1:
         return "int8-per-tensor", "its weights have one INT8 scale for all channels", "quantize {layers} per channel"
     if grid is not None and grid.axis != axis:
-        says = f"the INT8 scales of its weights lie along axis {grid.axis}; the output channels are axis {axis}"
+        says = f"the INT8 scales of its weights are along axis {grid.axis}; the output channels are axis {axis}"
         return "int8-axis", says, f"quantize the weights of {{layers}} along axis {axis}"
     return "int8-weights", "the INT8 scales of its weights do not fit them", "quantize {layers} again"
 

@@ -205,7 +205,7 @@ def _cuts(segment: Segment, node: Node, place: int, weight: Tensor) -> Iterator[
         return "weights-pruned", says, {"constant": name, "share": share}, fix
 
     def of_ends(share: float) -> tuple[str, str, dict[str, Any], str]:
-        says = f"the weights of {node.op} are cut off at ±{share * largest:.4g}"
+        says = f"the weights of {node.op} are clipped at ±{share * largest:.4g}"
         return "weights-clipped", says, {"constant": name, "share": share}, fix
 
     yield Number(0.0, pruned, of_zeros, SHARES)

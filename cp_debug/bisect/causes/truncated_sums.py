@@ -59,7 +59,7 @@ def truncated(segment: Segment) -> Iterator[Candidate]:
         cosine = float((change * segment.error).sum()) / (segment.introduced * norm)
         figures = {"lanes": lanes, "norm_ratio": ratio, "cosine": cosine, "reduction_length": layout.unknowns}
         likely = LIKELY[0] < ratio < LIKELY[1] and cosine > LEAST_COSINE
-        says = f"sums of {layout.unknowns} terms are cut off instead of rounded: the error grows with their length"
+        says = f"sums of {layout.unknowns} terms are truncated instead of rounded: the error grows with their length"
         fix = "choose a kernel that rounds its partial sums, or split the sums of {layers}"
         yield Candidate("truncated-accumulation", says, value, 0, figures, fix, by_magnitude=likely)
 

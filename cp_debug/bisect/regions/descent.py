@@ -174,16 +174,16 @@ class _RegionSearch:
                 count = max(1, count // 4)  # some values cannot be shown without leaving TensorRT no kernel
                 continue
             if step.error is not None and step.error <= self.descent.limit:
-                step.learnt = "showing these values mends it: the fault needs them fused away"
+                step.learnt = "making these values visible fixes it: the fault depends on their fusion"
                 return False
             shown_values |= {v: built.shown[v] for v in marks if v in built.shown}
             guilty = self._judge(shown_values, built)
             if not guilty:
-                step.learnt = "no stretch between these values is at fault by itself"
+                step.learnt = "no part between these values is at fault by itself"
                 return False
             part, inside = guilty[0]
             self._suspect([n.name for n in inside])
-            step.learnt = f"{len(guilty)} of the stretches between them at fault, the first has {_nodes(len(inside))}"
+            step.learnt = f"{len(guilty)} of the parts between them are at fault, the first has {_nodes(len(inside))}"
             self._tell(f"{self.descent.region.label}: {step.learnt}: trying hypotheses on it")
             if best := next((h for h in rank(part) if h.explained >= REPRODUCED), None):
                 self.descent.hypotheses.insert(0, self._widened(best))
@@ -236,7 +236,7 @@ class _RegionSearch:
             if set(descent.suspects) != set(descent.kept) and not self._verify(descent.suspects):
                 self._suspect(descent.kept or everything)
                 raise _Spent(
-                    "no smaller part of it mends it in FP32" if descent.kept else "keeping FP32 does not mend it"
+                    "no smaller part of it in FP32 fixes it" if descent.kept else "keeping FP32 does not fix it"
                 )
 
     def _role(self, node: Node) -> tuple[Any, ...]:
@@ -287,7 +287,7 @@ class _RegionSearch:
                 self._prove(names, step)
             groups = half if mends else groups[len(half) :]
             remaining = [n for group in groups for n in group]
-            step.learnt = f"{'mended' if mends else 'not mended'}: {_nodes(len(remaining))} left, by {kind}"
+            step.learnt = f"{'fixed' if mends else 'not fixed'}: {_nodes(len(remaining))} left, by {kind}"
             self._suspect([n.name for n in remaining])
         return groups[0]
 
@@ -314,7 +314,7 @@ class _RegionSearch:
     def _verify(self, names: Sequence[str]) -> bool:
         step, built = self._trial("keep", list(names), keep_fp32=names)
         mends = built is not None and step.error is not None and step.error <= self.descent.limit
-        step.learnt = "mended" if mends else "not mended"
+        step.learnt = "fixed" if mends else "not fixed"
         if mends:
             self._prove(names, step)
         return mends

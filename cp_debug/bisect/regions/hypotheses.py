@@ -101,7 +101,7 @@ def _in_fp16(segment: Segment, ranges: Mapping[str, ValueSummary]) -> Iterator[P
     if out := [n for n in segment.nodes if any(o in ranges and ranges[o].largest > LARGEST for o in n.outputs)]:
         saturated = replace(FP16, value=_saturate)
         yield "overflow", "results beyond 65504 become infinite", out, lambda: segment.claimed
-        yield "saturation", "results beyond 65504 are cut to it", out, lambda: segment.run(saturated)
+        yield "saturation", "results beyond 65504 are clipped to it", out, lambda: segment.run(saturated)
     if constants := _constants(segment):
         yield "constant-out-of-range", "a constant leaves FP16's range", constants, lambda: segment.claimed
     for op, deviations in DEVIATIONS.items():
@@ -168,7 +168,7 @@ def crossed(segment: Segment, ranges: Mapping[str, ValueSummary], claim: Arithme
     for (op, count), names in groups.items():
         for order in itertools.islice(itertools.permutations(range(count)), 1, None):
             renamed = {group[i]: group[place] for group in names for i, place in enumerate(order)}
-            says = f"{op}: its results are taken for each other, in the order {', '.join(map(str, order))}"
+            says = f"{op}: its results are exchanged, in the order {', '.join(map(str, order))}"
             yield "crossed", says, makers[op, count], partial(_renamed, segment, renamed, claim)
 
 
@@ -297,7 +297,7 @@ DEVIATIONS: Mapping[str, Sequence[tuple[str, str, Deviation]]] = {
     "ReduceSum": [("fp16-reduction", "sums in FP16", _reduce(False))],
     "Softmax": [
         ("fp16-softmax", "exponentials and their sum in FP16", _softmax(True)),
-        ("softmax-overflow", "the largest value is not taken off before the exponential", _softmax(False)),
+        ("softmax-overflow", "the largest value is not subtracted before the exponential", _softmax(False)),
     ],
 }
 """Operator → (name, what it does, how) of what kernels are known to do in FP16."""

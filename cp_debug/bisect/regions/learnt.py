@@ -69,9 +69,9 @@ class Descent(JsonForm):
         if self.mended is not None:
             kept_nodes = self.kept[0] if len(self.kept) == 1 else f"{len(self.kept)} nodes"
             at = "" if best is not None or set(self.kept) != set(self.suspects) else f" ({ops})"
-            parts.append(f"{kept_nodes}{at} in FP32 brings its error from {self.error:.2g} to {self.mended:.2g}")
+            parts.append(f"{kept_nodes}{at} in FP32 reduces its error from {self.error:.2g} to {self.mended:.2g}")
         if self.in_fp32 is not None and self.in_fp32 > self.limit:
-            parts.append("all of it in FP32 is wrong as well, so it is the fusion and not the rounding")
+            parts.append("even entirely in FP32 it is wrong, so the fusion is at fault, not the rounding")
         if self.ended:
             parts.append(self.ended)
         return "; ".join(parts)
