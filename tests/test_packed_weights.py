@@ -304,7 +304,7 @@ LARGE_FIRST = np.argsort(np.argsort(-(np.arange(INPUTS) % 16 == 5).astype(int), 
         (lambda w: _changed(w, zero=w.zero - 1), "its zero points are 1 too small"),
         (lambda w: _changed(w, zero=w.zero + 1), "its zero points are 1 too large"),
         (lambda w: _changed(w, scale=np.roll(w.scale, 1, 1)), "INT4 scales of"),
-        (lambda w: _changed(w, groups=np.arange(INPUTS) // GROUP), "inputs are not in the groups in which"),
+        (lambda w: _changed(w, groups=np.arange(INPUTS) // GROUP), "inputs are not in the groups of their"),
         (
             lambda w: _changed(w, levels=w.levels.reshape(INPUTS, -1, 8)[:, :, AWQ_ORDER].reshape(INPUTS, -1)),
             "codes are in another order within words of eight along axis 1",
