@@ -36,9 +36,10 @@ def product(a: Tensor, b: Tensor) -> float:
     as does what they meet."""
     total, chunk = 0.0, DEVICE_CHUNK if a.is_cuda else HOST_CHUNK
     for x, y in zip(a.flatten().split(chunk), b.flatten().split(chunk), strict=True):
-        part = float(x.double() @ y.double())
+        x, y = x.double(), y.double()
+        part = float(dot(x, y))
         if not math.isfinite(part):
-            part = float(torch.nan_to_num(x.double(), 0.0, 0.0, 0.0) @ torch.nan_to_num(y.double(), 0.0, 0.0, 0.0))
+            part = float(dot(torch.nan_to_num(x, 0.0, 0.0, 0.0), torch.nan_to_num(y, 0.0, 0.0, 0.0)))
         total += part
     return total
 

@@ -13,8 +13,9 @@ from cp_debug.probes.arrays import Tensor, dtype_name, is_torch
 from cp_debug.probes.integers import are_wide, differences, is_whole
 from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, PairPiece, Totals
 
-HOST_CHUNK = 1 << 16
-"""Elements a turn on the host: what is made of them stays in a core's cache."""
+HOST_CHUNK = 1 << 15
+"""Elements a turn on the host: what is made of them stays in a core's cache, and torch computes with no more of them in
+one thread: on a busy machine its threads wait for each other at every operator."""
 DEVICE_CHUNK = 1 << 24
 """Elements a turn on a GPU: 128 MiB in FP64, some five times over."""
 _LARGEST = np.finfo(np.float64).max / 2
@@ -69,7 +70,7 @@ def _reduced(r: Any, t: Any, d: Any) -> tuple[list[float], np.ndarray]:
 
 def dot(a: Any, b: Any) -> Any:
     """Σ a·b of two tensors [n] of FP64. On the host not by BLAS: its threads wait for each other on a busy machine."""
-    return a @ b if is_torch(a) else (a * b).sum()
+    return a @ b if is_torch(a) and a.is_cuda else (a * b).sum()
 
 
 def to_host(numbers: Sequence[Any]) -> list[float]:
