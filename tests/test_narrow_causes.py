@@ -22,7 +22,7 @@ from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.backends.registry import create
 from cp_debug.backends.scaling import FixedScaling
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.bisect.causes.narrow_files import _of_data
+from cp_debug.bisect.causes.file_scales import _of_data
 from cp_debug.bisect.engine import bisect
 from cp_debug.bisect.narrow_variants import departures, variants
 from cp_debug.bisect.options import Options

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import Candidate, Cause
-from cp_debug.bisect.causes.clipped_scales import clipped_scale
-from cp_debug.bisect.causes.narrow_files import wrong_scale
+from cp_debug.bisect.causes.file_scales import wrong_scale
+from cp_debug.bisect.causes.other_program import OtherPiece, OtherProgram
 from cp_debug.bisect.causes.search import Explanation, accepted, explain
-from cp_debug.bisect.causes.segment import Segment, as_double
+from cp_debug.bisect.causes.segment import Segment
 from cp_debug.errors import InputError
 from cp_debug.graph.constants import Constants
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.graph import Node
 from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.added_nodes import FEW, what_is_added
-from cp_debug.programs.node_differences import NodeDifference, Pieces
-from cp_debug.programs.weight_differences import WeightDifferences, weight_differences
+from cp_debug.programs.node_differences import NodeDifference
 
 FOLDED = {"channels-scaled", "other-weights", "weights-scaled", "bias-scaled"}
 """Causes that a weight comparison finds when another BatchNorm was folded into the weights."""
 _OF_NORMS = ("batchnorm", "normalization")
 """Beginnings of the names of causes about a BatchNormalization."""
-_OF_WEIGHTS = {"int8-axis", "int8-per-tensor", "int8-weights"}
+_OF_WEIGHTS = ("int8-axis", "int8-per-tensor", "int8-weights")
 """Causes about the scales of weights that tell more than that one of them clips."""
 _AFFINE = {"scaled", "shifted", "affine"}
 AFFINE = 1e-3
@@ -48,78 +45,24 @@ Failed = Callable[[Exception], None]
 """Receives the error of a cause that could not be tried."""
 
 
-@dataclass
-class OtherProgram:
-    """The graph that the test runs where it is another than the reference's, with what was captured of it."""
-
-    graph: Graph
-    names: Mapping[str, str]
-    """Value of the test's graph → value of the reference's graph."""
-    load: Callable[[str], Any]
-    """A captured value by the reference's name."""
-    executor: Executor
-    _claimed: dict[str, Executor] = field(default_factory=dict)
-    _weights: WeightDifferences | None = None
-
-    def weights(self, reference: Graph) -> WeightDifferences:
-        """Differences of its weights from the reference's."""
-        if self._weights is None:
-            self._weights = weight_differences(reference, self.graph)
-        return self._weights
-
-    def executors(self, claim: str) -> list[Executor]:
-        """Executors of the oracle, and of the claimed precision, which rounds the values between the test's nodes."""
-        if claim not in ARITHMETICS or ARITHMETICS[claim] is self.executor.arithmetic:
-            return [self.executor]
-        if claim not in self._claimed:
-            self._claimed[claim] = Executor(self.graph, ARITHMETICS[claim], self.executor.device)
-        return [self.executor, self._claimed[claim]]
-
-    def piece(self, target: str, known: set[str]) -> tuple[str, list[Node], list[str]] | None:
-        """(Name in the test, nodes, values they start from) of the part that computes ``target``; None without one."""
-        test_name = next(
-            (
-                test_name
-                for test_name, name in self.names.items()
-                if name == target and test_name in self.graph.producer
-            ),
-            None,
-        )
-        if test_name is None:
-            test_name = target if target in self.graph.producer and target not in self.names else None
-        if test_name is None:
-            return None
-        inside = {o for o in self.graph.values if self.names.get(o, o) in known}
-        nodes, starts = self.graph.segment([test_name], inside)
-        return test_name, nodes, starts
-
-
-def difference(segment: Segment, other: OtherProgram, known: set[str]) -> tuple[Candidate | None, list[NodeDifference]]:
+def difference(piece: OtherPiece) -> tuple[Candidate | None, list[NodeDifference]]:
     """The differences of the two graphs at a layer, and a candidate: the test's own nodes computed on the oracle.
 
     No candidate where the graphs are equal, where the test's nodes cannot be computed, or where the test only adds
     nodes, which have better names as causes.
     """
-    piece = other.piece(segment.target, known)
-    if piece is None or not segment.nodes:
-        return None, []
-    own, nodes, starts = piece
-    pieces = Pieces(segment.graph, segment.nodes, other.graph, nodes, other.names)
-    node_differences = pieces.differences()
+    rewritten, node_differences = piece.matched.is_rewritten, piece.matched.differences()
     if not node_differences:
         return None, []
-    if pieces.is_rewritten:
-        candidate = _of_constants(segment, other, pieces)
-        if candidate is not None:
-            return candidate, node_differences
-    value = _computed(segment, other, own, nodes, starts)
-    node_differences = _harmless_last(segment, other, node_differences)
-    telling = [d for d in node_differences if not d.added and not (d.structural and pieces.is_rewritten)]
-    if value is None or not telling:
+    if rewritten and (candidate := _of_constants(piece)) is not None:
+        return candidate, node_differences
+    node_differences = _harmless_last(piece, node_differences)
+    telling = [d for d in node_differences if not d.added and not (d.structural and rewritten)]
+    if not telling or (value := piece.result) is None:
         return None, node_differences
     # One difference, or one that a node was told, says more than where elements come from.
     unclear = len(node_differences) > 1 and all(d.structural or d.evidence.get("change") == "shape" for d in telling)
-    moved = _moved(segment, other, own, nodes, starts) if unclear else None
+    moved = _moved(piece) if unclear else None
     first = moved or telling[0]
     says = first.says if moved else _says(node_differences)
     evidence = {"node": first.node, **first.evidence, "read_off": "the difference of the two graphs"}
@@ -132,22 +75,21 @@ def difference(segment: Segment, other: OtherProgram, known: set[str]) -> tuple[
     return Candidate(first.cause, says, value, 0, evidence, fix), node_differences
 
 
-def _moved(
-    segment: Segment, other: OtherProgram, own: str, nodes: Sequence[Node], starts: Sequence[str]
-) -> NodeDifference | None:
+def _moved(piece: OtherPiece) -> NodeDifference | None:
     """From where the test's nodes take the elements of the one value that they read, if both sides only move them.
 
     Both sides are run on the places of the elements instead of on the elements, so that it does not matter by which and
     how many operators each of them moves: merged Slices, Transposes, Reshapes. None for all else.
     """
-    if len(segment.given) != 1 or len(starts) != 1:
+    segment = piece.segment
+    if len(segment.given) != 1 or len(piece.starts) != 1:
         return None
     (name,) = segment.given
     read = segment.input(name)
     places = torch.arange(1, read.numel() + 1, dtype=torch.float64).reshape(read.shape)
     try:
         ours = segment.run(segment.context.oracle.arithmetic, values={name: places})
-        theirs = as_double(other.executor.run_nodes(nodes, {starts[0]: places}, [own])[own])
+        theirs = piece.run(values={piece.starts[0]: places})
     except InputError:
         return None
     elements = torch.cat([torch.zeros(1, dtype=torch.float64), read.flatten()])
@@ -181,11 +123,10 @@ def _moved(
     return NodeDifference("permuted", says, segment.nodes[-1].name, {"moved": share})
 
 
-def _harmless_last(
-    segment: Segment, other: OtherProgram, differences: Sequence[NodeDifference]
-) -> list[NodeDifference]:
+def _harmless_last(piece: OtherPiece, differences: Sequence[NodeDifference]) -> list[NodeDifference]:
     """The differences, of which each is tried alone: those that change nothing here are told so, and come last."""
-    constants, nodes = Constants(other.graph), {node.name: node for node in segment.nodes}
+    segment, constants = piece.segment, piece.other.constants
+    nodes = {node.name: node for node in segment.nodes}
     moved = float(torch.nan_to_num(segment.test - segment.exact, 0.0, 0.0, 0.0).norm())
     telling, harmless = list[NodeDifference](), list[NodeDifference]()
     for each in differences:
@@ -203,11 +144,11 @@ def _harmless_last(
     return [*telling, *harmless] if telling else list(differences)
 
 
-def _of_constants(segment: Segment, other: OtherProgram, pieces: Pieces) -> Candidate | None:
+def _of_constants(piece: OtherPiece) -> Candidate | None:
     """The constants of one node that the test holds changed, put into the reference's own nodes: which other operators
     the test has for them does not matter."""
-    theirs = Constants(other.graph)
-    changed = {d.name: d for d in other.weights(segment.graph).differing}
+    segment, theirs, pieces = piece.segment, piece.other.constants, piece.matched
+    changed = {d.name: d for d in piece.other.weights(segment.graph).differing}
     differences: list[tuple[Node, NodeDifference]] = []
     tensors: dict[int, Tensor] = {}
     for node in segment.nodes:
@@ -228,23 +169,18 @@ def _of_constants(segment: Segment, other: OtherProgram, pieces: Pieces) -> Cand
     return Candidate(first.cause, _says([d for _, d in differences]), value, 0, evidence, _fix(first))
 
 
-def added(
-    segment: Segment, other: OtherProgram, known: set[str], additions: Sequence[NodeDifference]
-) -> Candidate | None:
+def added(piece: OtherPiece, additions: Sequence[NodeDifference]) -> Candidate | None:
     """The candidate of nodes that only the test has, where they are all that differs and what they do has a name."""
-    piece = other.piece(segment.target, known)
-    if piece is None or not additions or not all(d.added for d in additions):
+    if not additions or not all(d.added for d in additions):
         return None
-    own, nodes, starts = piece
-    pieces = Pieces(segment.graph, segment.nodes, other.graph, nodes, other.names)
-    named = what_is_added(other.graph, pieces.added, pieces.common)
-    value = _computed(segment, other, own, nodes, starts) if named is not None else None
-    if named is None or value is None:
+    segment, pieces = piece.segment, piece.matched
+    named = what_is_added(piece.other.graph, pieces.added, pieces.common)
+    if named is None or (value := piece.result) is None:
         return None
     if segment.strange and not torch.equal(torch.isfinite(value), torch.isfinite(segment.test)):
         return None
     name, says = named
-    if name in _AFFINE and not any(n is nodes[-1] for n in pieces.added) and not _is_affine(value, segment.exact):
+    if name in _AFFINE and not any(n is piece.nodes[-1] for n in pieces.added) and not _is_affine(value, segment.exact):
         name = "extra-operator"  # in front of something that is not linear
     if name.startswith("channels-") and segment.test.numel() == segment.test.shape[segment.axis]:
         if int((value - segment.exact).abs().gt(segment.expected).sum()) > FEW:
@@ -252,7 +188,7 @@ def added(
         name = "isolated"
     if name == "int8" and _clipped(segment, value):
         name, says = "int8-clipped", f"{says}: their scale clips"
-    elif name == "int8" and (lost := _lost(segment, other, nodes, starts, pieces.added)) is not None:
+    elif name == "int8" and (lost := _lost(piece)) is not None:
         scale, share = lost
         name, says = "int8-coarse", f"{says}: their scale of {scale:.3g} turns {share:.0%} of the values into 0"
     elif name == "int8" and not segment.strange:  # what a sound scale makes of it is expected: the pair is no cause
@@ -261,45 +197,40 @@ def added(
     return Candidate(name, says, value, 0, evidence, f"undo the difference at {{layers}}: {says}")
 
 
-def _written_out(segment: Segment, other: OtherProgram, known: set[str]) -> Candidate | None:
+def _written_out(piece: OtherPiece) -> Candidate | None:
     """The candidate of an operator that the test computes by several others, where these, without any rounding, give
     another result. None where they read constants that the operator does not: what those hold may be what is wrong."""
-    piece = other.piece(segment.target, known)
-    if piece is None or len(segment.nodes) != 1 or len(piece[1]) < 2 or segment.test.shape != segment.exact.shape:
+    segment, theirs = piece.segment, piece.other.constants
+    if len(segment.nodes) != 1 or len(piece.nodes) < 2 or segment.test.shape != segment.exact.shape:
         return None
-    (node,), (own, nodes, starts) = segment.nodes, piece
-    ours, theirs = Constants(segment.graph), Constants(other.graph)
+    (node,), ours = segment.nodes, Constants(segment.graph)
     digests = {ours.digest(name) for name in node.inputs if name in ours}
-    if any(theirs.size(n) > FEW and theirs.digest(n) not in digests for m in nodes for n in m.inputs if n in theirs):
+    read = {n for m in piece.nodes for n in m.inputs if n in theirs}
+    if any(theirs.size(n) > FEW and theirs.digest(n) not in digests for n in read):
         return None
     try:
-        inputs = {s: other.load(other.names.get(s, s)) for s in starts}
-        value = as_double(other.executor.run_nodes(nodes, inputs, [own])[own])
+        value = piece.run()
     except InputError:  # an operator that nobody here can compute
         return None
     if value.shape != segment.test.shape:
         return None
-    ops = [n.op for n in nodes if n.op != "Constant"]
+    ops = [n.op for n in piece.nodes if n.op != "Constant"]
     says = f"{node.op} is computed by {', '.join(ops)} in the test, with another result"
     evidence = {"node": node.name, "op": node.op, "test_ops": ops, "read_off": "the difference of the two graphs"}
     return Candidate("other-operator", says, value, 0, evidence, f"restore {node.op} at {{layers}}")
 
 
-def _of_scale(segment: Segment, other: OtherProgram, known: set[str]) -> Candidate | None:
+def _of_scale(piece: OtherPiece) -> Candidate | None:
     """The candidate of a wrong scale of a quantized file, where the test's own nodes reproduce the layer: one of FP8 or
     4 bits that is not that of its numbers, one of INT8 that clips."""
-    piece, product = other.piece(segment.target, known), segment.product
-    if piece is None or product is None or segment.strange or segment.test.shape != segment.exact.shape:
+    segment = piece.segment
+    if segment.product is None or segment.strange or segment.test.shape != segment.exact.shape:
         return None
-    own, nodes, starts = piece
-    inputs = {s: other.load(other.names.get(s, s)) for s in starts}
-    of_file = (other.graph, other.executor, nodes, inputs, own, product, segment.weight(product, 1), segment.exact)
     try:
-        wrong = wrong_scale(*of_file) or clipped_scale(*of_file)
+        wrong = wrong_scale(piece)
     except InputError:  # an operator that nobody here can compute
         return None
-    value = _computed(segment, other, own, nodes, starts) if wrong is not None else None
-    if wrong is None or value is None:
+    if wrong is None or (value := piece.result) is None:
         return None
     evidence = wrong.evidence | {"read_off": "the scales and codes of the file"}
     return Candidate(wrong.cause, wrong.says, value, 0, evidence, wrong.fix)
@@ -321,29 +252,26 @@ def _is_affine(value: Tensor, exact: Tensor) -> bool:
     return exact.numel() > 2 and float(left.norm()) <= AFFINE * float((value - exact).norm())
 
 
-def _folded(segment: Segment, other: OtherProgram, known: set[str], differences: Sequence[NodeDifference]) -> bool:
+def _folded(piece: OtherPiece, differences: Sequence[NodeDifference]) -> bool:
     """Whether a layer's weights may hold a BatchNormalization, its own or another's, or its node may be another's."""
-    piece = other.piece(segment.target, known)
-    nodes = [*segment.nodes, *(piece[1] if piece is not None else ())]
-    norms = {n.name for n in nodes if n.op == "BatchNormalization"}
-    own = piece is not None and any(n.op == "BatchNormalization" for n in piece[1])
-    if own:  # it is there, with nothing folded: what differs is its constants, or it is not about norms
+    segment = piece.segment
+    norms = {n.name for n in (*segment.nodes, *piece.nodes) if n.op == "BatchNormalization"}
+    if any(n.op == "BatchNormalization" for n in piece.nodes):
+        # It is there, with nothing folded: what differs is its constants, or it is not about norms.
         return len(segment.context.batch_norms) > 1 and any(d.node in norms for d in differences)
     return segment.batch_norm is not None or bool(segment.context.batch_norms)
 
 
-def _lost(
-    segment: Segment, other: OtherProgram, nodes: Sequence[Node], starts: Sequence[str], quantizers: Sequence[Node]
-) -> tuple[float, float] | None:
-    """(Scale, share of the values other than 0 that it makes 0) of the quantizer that loses most; None up to a half."""
-    constants, found = Constants(other.graph), []
-    inputs = {s: other.load(other.names.get(s, s)) for s in starts}
-    for node in quantizers:
-        data, scale = node.proto.input[0], node.proto.input[1]
+def _lost(piece: OtherPiece) -> tuple[float, float] | None:
+    """(Scale, share of the values other than 0 that it makes 0) of the added quantizer that loses most; None up to a
+    half."""
+    constants, found = piece.other.constants, []
+    for node in piece.matched.added:
+        data, scale = [*node.proto.input[:2], ""][:2]
         if node.op != "QuantizeLinear" or scale not in constants or data in constants:
             continue
         try:
-            values = as_double(other.executor.run_nodes(nodes, inputs, [data])[data])
+            values = piece.run(data)
         except InputError:
             continue
         step, present = float(np.ravel(constants[scale])[0]), values[values != 0]
@@ -365,20 +293,33 @@ def _says(differences: Sequence[NodeDifference]) -> str:
     return "; ".join(d.says for d in differences[:SHOWN]) + more
 
 
-def _computed(
-    segment: Segment, other: OtherProgram, test_name: str, nodes: Sequence[Node], starts: Sequence[str]
-) -> Tensor | None:
-    inputs = {s: other.load(other.names.get(s, s)) for s in starts}
-    results = []
-    for executor in other.executors(segment.context.claim.name):
-        try:
-            results.append(as_double(executor.run_nodes(nodes, inputs, [test_name])[test_name]))
-        except InputError:  # an operator that nobody here can compute
-            continue
-    fitting = [value for value in results if value.shape == segment.test.shape]
-    if segment.test.shape != segment.exact.shape:  # whether the shape fits is all that can be asked
-        return next(iter(fitting), None)
-    return max(fitting, key=lambda value: segment.explained(value)[0], default=None)
+def _readings(
+    piece: OtherPiece, read: Candidate | None, differences: Sequence[NodeDifference]
+) -> Iterator[tuple[Candidate, tuple[str, ...]]]:
+    """What the two graphs tell of a layer, ``read`` first, and beginnings of the names of causes that tell more of it,
+    if the layer's values alone have one."""
+    of_pairs = piece.segment.context.quantized is not None  # whose scales have causes of their own
+    if read is not None:
+        several = len(differences) > 1 and read.cause.startswith(_OF_NORMS)
+        folded = (several or read.cause in FOLDED) and _folded(piece, differences)
+        yield read, _OF_NORMS if folded else ()
+    scale = _of_scale(piece)
+    if scale is not None and (scale.evidence.get("of") == "weights" or "channels" in scale.evidence):
+        yield scale, _OF_WEIGHTS if of_pairs else ()
+        scale = None
+    candidate = scale or added(piece, differences)
+    if candidate is not None:
+        yield candidate, ("int8",) if of_pairs and candidate.cause.startswith("int8") else ()
+
+
+def _beside(explanation: Explanation, differences: Sequence[NodeDifference]) -> Explanation:
+    """An explanation by values, with the differences of the two graphs."""
+    says = [d.says for d in differences]
+    if explanation.cause is None:  # what an added node does has no name here: it is told, not called a cause
+        explanation.graphs_differ = tuple(says[:SHOWN])
+    elif says:
+        explanation.cause.evidence.setdefault("graphs_differ", says[:4])
+    return explanation
 
 
 class GraphReader:
@@ -403,16 +344,12 @@ class GraphReader:
 
         None without one, and where the test's own nodes do not make the shape that the test has.
         """
-        other = self._other(component)
-        known = {*self._run.replayer(component, self._test).known, *(v.name for v in segment.graph.inputs)}
-        piece = other.piece(segment.target, known) if other is not None else None
-        if other is None or piece is None or not segment.nodes:
+        piece = self._piece(component, segment)
+        if piece is None:
             return None
-        own, nodes, starts = piece
-        differences = Pieces(segment.graph, segment.nodes, other.graph, nodes, other.names).differences()
+        differences = piece.matched.differences()
         telling = [d for d in differences if not d.added]
-        value = _computed(segment, other, own, nodes, starts) if telling else None
-        if value is None:
+        if not telling or (value := piece.result) is None:
             return None
         first = telling[0]
         evidence = {"node": first.node, **first.evidence, "read_off": "the difference of the two graphs"}
@@ -421,52 +358,27 @@ class GraphReader:
     def _explain(
         self, component: str, segment: Segment, families: Sequence[Cause], failed: Failed
     ) -> tuple[Explanation, Cause | None]:
-        other = self._other(component)
-        if other is None:
-            return explain(segment, families, failed)
         by_values = cache(lambda: explain(segment, families, failed))  # takes seconds: once, and only if asked for
-        known = {*self._run.replayer(component, self._test).known, *(v.name for v in segment.graph.inputs)}
-        candidate, differences = difference(segment, other, known)
-        several = len(differences) > 1 and candidate is not None and candidate.cause.startswith(_OF_NORMS)
-        if (
-            candidate is not None
-            and (several or candidate.cause in FOLDED)
-            and _folded(segment, other, known, differences)
-        ):
-            explanation, family = by_values()  # what was folded in tells more than weights do
-            if explanation.cause is not None and explanation.cause.cause.startswith(_OF_NORMS):
-                return explanation, family
-        if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
-            return read_off, None
-        of_pairs = segment.context.quantized is not None  # whose scales have causes of their own
-        candidate = _of_scale(segment, other, known)
-        told = candidate.evidence if candidate is not None else {}
-        if candidate is not None and (told.get("of") == "weights" or "channels" in told):
-            if of_pairs:
-                explanation, family = by_values()
-                if explanation.cause is not None and explanation.cause.cause in _OF_WEIGHTS:
-                    return explanation, family
+        if (piece := self._piece(component, segment)) is None:
+            return by_values()
+        read, differences = difference(piece)
+        for candidate, better in _readings(piece, read, differences):
+            explanation, family = by_values() if better else (Explanation(None, 0.0, None, 0.0), None)
+            if explanation.cause is not None and explanation.cause.cause.startswith(better):
+                return _beside(explanation, differences), family
             if (read_off := accepted(segment, candidate)) is not None:
                 return read_off, None
-            candidate = None
-        candidate = candidate or added(segment, other, known, differences)
-        if candidate is not None and candidate.cause.startswith("int8") and of_pairs:
-            explanation, family = by_values()  # which scale is wrong tells more than that there are
-            if explanation.cause is not None and explanation.cause.cause.startswith("int8"):
-                explanation.cause.evidence.setdefault("graphs_differ", [d.says for d in differences[:4]])
-                return explanation, family
-        if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
-            return read_off, None
         explanation, family = by_values()
-        candidate = _written_out(segment, other, known) if explanation.cause is None else None
-        if candidate is not None and (read_off := accepted(segment, candidate)) is not None:
+        written_out = _written_out(piece) if explanation.cause is None else None
+        if written_out is not None and (read_off := accepted(segment, written_out)) is not None:
             return read_off, None
-        if explanation.cause is None and differences:
-            # What an added node does has no name here: it is told, not called a cause.
-            explanation.graphs_differ = tuple(d.says for d in differences[:SHOWN])
-        elif differences and explanation.cause is not None:
-            explanation.cause.evidence.setdefault("graphs_differ", [d.says for d in differences[:4]])
-        return explanation, family
+        return _beside(explanation, differences), family
+
+    def _piece(self, component: str, segment: Segment) -> OtherPiece | None:
+        """The test's nodes at a layer; None where both sides run the same."""
+        other = self._other(component) if segment.nodes else None
+        known = {*self._run.replayer(component, self._test).known, *(v.name for v in segment.graph.inputs)}
+        return None if other is None else other.piece(segment, known)
 
     def _other(self, component: str) -> OtherProgram | None:
         """The test's graph, where it differs from the reference's for other reasons than quantization by cpdebug."""

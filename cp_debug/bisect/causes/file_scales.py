@@ -1,0 +1,228 @@
+"""Scales of quantized files that are wrong: of weights by their codes and by what their float parent holds, of data by
+what the layer is given; proved by the layer's own nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cp_debug.backends.codecs import E2M1, E4M3, E5M2, Codec
+from cp_debug.bisect.causes.other_program import OtherPiece
+from cp_debug.bisect.file_weights import BETTER, OFF, Repair, StoredCodes, is_narrow_kind, product_of, stored_codes
+from cp_debug.bisect.quantized_segment import QuantizerGrid
+from cp_debug.graph.graph import Node
+from cp_debug.graph.integer_values import constant_type
+from cp_debug.probes.distance import relative_l2
+from cp_debug.safe_text import amount
+
+_ENDS = {2: (0, 255), 3: (-128, 127)}
+"""ONNX data type of levels → the lowest and the highest."""
+_CODECS: dict[int, Codec] = {17: E4M3, 18: E4M3, 19: E5M2, 20: E5M2, 23: E2M1}
+_FAMILIES = {17: "fp8", 18: "fp8", 19: "fp8", 20: "fp8", 21: "int4", 22: "int4", 23: "fp4"}
+SHOWN = 6
+"""Channels that a sentence names."""
+_FIX = {
+    "weights": "quantize the weights of {layers} again, by the largest of each channel",
+    "data": "calibrate {layers} on data like this, or keep it in FP32",
+}
+
+
+@dataclass(frozen=True)
+class WrongScale:
+    """A scale of a layer's file that is not that of its numbers, or several along an axis."""
+
+    cause: str
+    says: str
+    fix: str
+    evidence: dict[str, Any]
+
+
+def wrong_scale(piece: OtherPiece) -> WrongScale | None:
+    """The scale without which a layer would be much nearer to the exact result, with both errors; None without one.
+
+    Raises InputError where nobody can compute its nodes.
+    """
+    exact, held = piece.segment.exact, piece.other.executor.arithmetic.held(torch.float32)
+    found = [
+        (relative_l2(piece.run(values={name: better.to(held)}), exact), wrong)
+        for name, better, wrong in (*_of_codes(piece), *_of_grids(piece))
+    ]
+    then, worst = min(found, key=lambda pair: pair[0], default=(0.0, None))
+    if worst is None or not (now := relative_l2(piece.run(), exact)) > BETTER * then:
+        return None
+    worst.evidence.update(error=now, error_then=then)
+    return worst
+
+
+def _of_codes(piece: OtherPiece) -> Iterator[tuple[str, Tensor, WrongScale]]:
+    """Weights in FP8 and 4 bits: the value that holds them, what it would be, and what is wrong."""
+    product = piece.segment.product
+    twin = product_of(piece.nodes, product.op) if product is not None else None
+    weight = piece.segment.weight(product, 1) if product is not None else None
+    stored = stored_codes(piece.other.graph, twin) if twin is not None else None
+    if stored is None or weight is None or not (is_narrow_kind(stored.kind) or stored.bits is not None):
+        return
+    if (repair := stored.repair(weight)) is not None:
+        yield stored.dequantizer.outputs[0], repair.value, _of_weight(stored, repair)
+
+
+def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Tensor, WrongScale]]:
+    """The same of data in FP8 with one scale, and of numbers that a scale in INT8 cuts off."""
+    constants, graph, product = piece.other.constants, piece.other.graph, piece.segment.product
+    twin = product_of(piece.nodes, product.op) if product is not None else None
+    for node in piece.nodes:
+        quantizer = graph.producer.get(node.proto.input[0]) if node.op == "DequantizeLinear" else None
+        _, scale, *zero = [*node.proto.input[:3], ""][:3] if node.op == "DequantizeLinear" else ("", "")
+        if scale not in constants or any(n and n not in constants for n in zero):
+            continue
+        numbers = None
+        if node.proto.input[0] in constants:
+            if twin is not None and product is not None and node.outputs[0] == twin.proto.input[1]:
+                numbers = piece.segment.weight(product, 1)
+        elif quantizer in piece.nodes and quantizer is not None and quantizer.op == "QuantizeLinear":
+            numbers = piece.run(quantizer.proto.input[0])
+        if numbers is None or not numbers.dim() or not numbers.numel() or not bool(torch.isfinite(numbers).all()):
+            continue
+        kind = constant_type(graph, zero[0]) if zero[0] else constant_type(graph, node.proto.input[0]) or 2
+        if kind in _CODECS and quantizer is not None and np.size(constants[scale]) == 1:
+            codec, needed = _CODECS[kind], float(numbers.abs().max()) / _CODECS[kind].largest or 1.0
+            wrong = _of_data(numbers, codec, kind, float(np.ravel(constants[scale])[0]), needed)
+            yield node.outputs[0], codec(numbers / needed) * needed, wrong
+        elif kind in _ENDS and not node.attribute("block_size"):
+            scales, offset = (
+                torch.from_numpy(np.asarray(array).astype(np.float64))
+                for array in (constants[scale], constants[zero[0]] if zero[0] else 0.0)
+            )
+            grid = QuantizerGrid(scales, offset, *_ENDS[kind], node.attribute("axis", 1))
+            of = "data" if quantizer is not None else "weights"
+            read = _Read(of, node, grid, numbers, piece.run(node.outputs[0]))
+            fits = bool((scales > 0).all()) and grid.fits(numbers.shape) and read.stored.shape == numbers.shape
+            if fits and bool(read.beyond.any()):
+                yield node.outputs[0], read.without(), read.told()
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Numbers behind one DequantizeLinear node of a layer, before they were put on its grid."""
+
+    of: str
+    """``weights`` or ``data``."""
+    dequantizer: Node
+    grid: QuantizerGrid
+    numbers: Tensor
+    """float64, in the shape of the node's result, as is ``stored``."""
+    stored: Tensor
+    """The node's result."""
+
+    @cached_property
+    def beyond(self) -> Tensor:
+        """Mask of the numbers beyond the range, which the file holds at its ends."""
+        levels, held = self.grid.levels(self.numbers), self.grid.levels(self.stored)
+        return ((levels > self.grid.high) & (held == self.grid.high)) | (
+            (levels < self.grid.low) & (held <= self.grid.low + 1)
+        )
+
+    def without(self) -> Tensor:
+        """The node's result if its range had no ends."""
+        return torch.where(self.beyond, self.grid.value(self.grid.levels(self.numbers)), self.stored)
+
+    def told(self) -> WrongScale:
+        """The scales that clip, with their channels where they have any."""
+        beyond, many = self.beyond, self.grid.scale.numel() > 1
+        axis = self.grid.axis % beyond.dim() if many else 0
+        by_scale = beyond.movedim(axis, 0).flatten(1) if many else beyond.reshape(1, -1)
+        numbers = self.numbers.movedim(axis, 0).reshape(by_scale.shape)
+        reach, scales = numbers.abs().amax(1), self.grid.scale.flatten()
+        ends = torch.maximum((self.grid.high - self.grid.zero).abs(), (self.grid.low - self.grid.zero).abs()).flatten()
+        held = (ends * scales).expand(len(reach))
+        channels = by_scale.any(1).nonzero().flatten()
+        worst = int((reach / held)[channels].argmax())
+        channel = int(channels[worst])
+        share = float(by_scale[channels].double().mean())
+        name, limit = self.dequantizer.proto.input[1], f"±{float(held[channel]):.4g}"
+        figures = f"{float(scales[channel if many else 0]):.3g} ends at {limit}, {{}} reach {float(reach[channel]):.4g}"
+        subject = f"its {self.of}" if not many else f"the {self.of} of its channel {channel}"
+        listed = ", ".join(str(int(c)) for c in channels[:SHOWN]) + (", …" if len(channels) > SHOWN else "")
+        which = f"; {amount(len(channels), 'channel')} of {len(reach)} clipped: {listed}" if many else ""
+        says = f"INT8 scale {name} clips {self.of}: {figures.format(subject)}; {share:.2%} clipped{which}"
+        evidence = {
+            "of": self.of,
+            "scale_of": name,
+            "scale": float(scales[channel if many else 0]),
+            "reach": float(reach[channel]),
+            "range": float(held[channel]),
+            "clipped": share,
+            **({"channels": channels.tolist(), "axis": axis} if many else {}),
+        }
+        return WrongScale("int8-clipped", says, _FIX[self.of], evidence)
+
+
+def _of_weight(stored: StoredCodes, repair: Repair) -> WrongScale:
+    family = f"int{stored.bits}" if stored.bits is not None else _FAMILIES[stored.kind]
+    name = "int4-weights" if family.startswith("int") else f"{family}-weights"
+    if repair.kind == "scales":
+        says, evidence = _scales(stored, repair.evidence["fitted"], family)
+        fix = "store the scales with which the weights of {layers} were rounded, in their order, or quantize them again"
+        return WrongScale(name, says, fix, evidence)
+    evidence = {"wrong": repair.kind, **repair.evidence}
+    if repair.kind == "zero-points":
+        says, fix = _zero_points(repair.evidence), "store the zero points of {layers} as their format has them: GPTQ's "
+        return WrongScale(name, says, fix + "first format stores them minus 1, gptq_v2 and AWQ as they are", evidence)
+    if repair.kind == "groups":
+        moved, of = repair.evidence["moved"], repair.evidence["of"]
+        says = f"{moved} of {of} inputs are not in the groups of their {family.upper()} codes"
+        fix = "keep g_idx of {layers}, which says the group of each input (desc_act), or quantize without it"
+        return WrongScale(name, says, fix, evidence)
+    what, order, along = repair.evidence["what"], repair.evidence["order"], repair.evidence["axis"]
+    says = f"its {family.upper()} {what} are in another order within words of eight along axis {along}: {order}"
+    fix = "unpack the words of {layers} in the order of their format: AWQ's is 0, 2, 4, 6, 1, 3, 5, 7, GPTQ's is plain"
+    return WrongScale(name, says, fix, evidence)
+
+
+def _zero_points(evidence: Mapping[str, Any]) -> str:
+    by, share = evidence["by"], evidence["share"]
+    if by and share > 1 - OFF:
+        return f"its zero points are {abs(by):g} too {'small' if by > 0 else 'large'}"
+    return f"{1 - share if not by else 1.0:.0%} of its zero points are not those that its codes were computed with"
+
+
+def _scales(stored: StoredCodes, fitted: Tensor, family: str) -> tuple[str, dict[str, Any]]:
+    ratios = (stored.scale / fitted).abs()
+    told = stored.codes != 0
+    wrong = ((ratios - 1).abs() > OFF) & told
+    if not bool(wrong.any()):  # all of them are off by little
+        wrong = told
+    share = float(wrong.double().mean())
+    low, high = (
+        float(q) for q in torch.quantile(ratios[wrong].flatten()[: 1 << 20], torch.tensor([0.05, 0.95]).double())
+    )
+    times = f"{low:.3g} times" if high < low * (1 + OFF) else f"{low:.3g} to {high:.3g} times"
+    says = (
+        f"the {family.upper()} scales of {share:.0%} of its weights are {times} those that their codes were computed "
+        "with"
+    )
+    return says, {"share": share, "low": low, "high": high}
+
+
+def _of_data(x: Tensor, codec: Codec, kind: int, scale: float, needed: float) -> WrongScale:
+    family, reach = _FAMILIES[kind], needed * codec.largest
+    clipped = float((x.abs() > scale * codec.largest).double().mean())
+    small = float(((x != 0) & (x.abs() < scale * codec.tiniest)).double().mean())
+    plain = scale == 1.0
+    if scale < needed:
+        name = "fp8-saturated" if plain and family == "fp8" else "scale-stale"
+        what = f"{clipped:.2%} are clipped at {scale * codec.largest:.4g}"
+    else:
+        name = "fp8-underflow" if plain and family == "fp8" else "scale-stale"
+        what = f"{small:.0%} lie below its normal numbers"
+    meant = scale * codec.largest
+    says = f"its data reaches {reach:.4g}, the file's {family.upper()} scale {scale:.3g} is for {meant:.4g}"
+    fix = "calibrate {layers} on data like this: a scale of " + f"{needed:.3g}"
+    evidence = {"scale": scale, "needed_scale": needed, "clipped": clipped, "below_normal": small}
+    return WrongScale(name, f"{says}: {what}", fix, evidence)

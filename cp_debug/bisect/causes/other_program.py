@@ -1,0 +1,107 @@
+"""The graph that a test runs where it is another than the reference's, and its part that makes one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from cp_debug.backends.arithmetic import ARITHMETICS
+from cp_debug.backends.executor import Executor
+from cp_debug.bisect.causes.segment import Segment, as_double
+from cp_debug.errors import InputError
+from cp_debug.graph.constants import Constants
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.programs.node_differences import Pieces
+from cp_debug.programs.weight_differences import WeightDifferences, weight_differences
+
+
+@dataclass
+class OtherProgram:
+    """The test's graph, with what was captured of it."""
+
+    graph: Graph
+    names: Mapping[str, str]
+    """Value of the test's graph → value of the reference's graph."""
+    load: Callable[[str], Any]
+    """A captured value by the reference's name."""
+    executor: Executor
+    _claimed: dict[str, Executor] = field(default_factory=dict)
+    _weights: WeightDifferences | None = None
+
+    @cached_property
+    def constants(self) -> Constants:
+        """The constants of the graph."""
+        return Constants(self.graph)
+
+    def weights(self, reference: Graph) -> WeightDifferences:
+        """Differences of its weights from the reference's."""
+        if self._weights is None:
+            self._weights = weight_differences(reference, self.graph)
+        return self._weights
+
+    def executors(self, claim: str) -> list[Executor]:
+        """Executors of the oracle, and of the claimed precision, which rounds the values between the test's nodes."""
+        if claim not in ARITHMETICS or ARITHMETICS[claim] is self.executor.arithmetic:
+            return [self.executor]
+        if claim not in self._claimed:
+            self._claimed[claim] = Executor(self.graph, ARITHMETICS[claim], self.executor.device)
+        return [self.executor, self._claimed[claim]]
+
+    def piece(self, segment: Segment, known: set[str]) -> OtherPiece | None:
+        """The part that computes a segment's target from values that are ``known``; None without one."""
+        own = (n for n, name in self.names.items() if name == segment.target and n in self.graph.producer)
+        plain = segment.target in self.graph.producer and segment.target not in self.names
+        test_name = next(own, segment.target if plain else None)
+        if test_name is None:
+            return None
+        nodes, starts = self.graph.segment([test_name], {o for o in self.graph.values if self.names.get(o, o) in known})
+        return OtherPiece(segment, self, test_name, nodes, starts)
+
+
+@dataclass
+class OtherPiece:
+    """The test's nodes that make what a segment of the reference makes."""
+
+    segment: Segment
+    other: OtherProgram
+    own: str
+    """The segment's target by its name in the test."""
+    nodes: list[Node]
+    starts: list[str]
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """What the test captured of the values that the nodes start from."""
+        return {s: self.other.load(self.other.names.get(s, s)) for s in self.starts}
+
+    @cached_property
+    def matched(self) -> Pieces:
+        """The nodes, matched with the reference's."""
+        return Pieces(self.segment.graph, self.segment.nodes, self.other.graph, self.nodes, self.other.names)
+
+    def run(self, name: str = "", values: Mapping[str, Any] | None = None) -> Tensor:
+        """The result, or another value by its name in the test, on the oracle; ``values`` replace those of nodes.
+
+        float64, in the value's shape. Raises InputError for an operator that nobody here can compute.
+        """
+        given, target = values or {}, name or self.own
+        nodes = [node for node in self.nodes if given.keys().isdisjoint(node.outputs)]
+        return as_double(self.other.executor.run_nodes(nodes, {**self.inputs, **given}, [target])[target])
+
+    @cached_property
+    def result(self) -> Tensor | None:
+        """The result, by the arithmetic that explains the layer best; float64, of the captured shape, else None."""
+        segment, results = self.segment, []
+        for executor in self.other.executors(segment.context.claim.name):
+            try:
+                results.append(as_double(executor.run_nodes(self.nodes, self.inputs, [self.own])[self.own]))
+            except InputError:  # an operator that nobody here can compute
+                continue
+        fitting = [value for value in results if value.shape == segment.test.shape]
+        if segment.test.shape != segment.exact.shape:  # whether the shape fits is all that can be asked
+            return next(iter(fitting), None)
+        return max(fitting, key=lambda value: segment.explained(value)[0], default=None)
