@@ -148,7 +148,7 @@ def test_errors_name_arguments_of_python_not_flags(tmp_path: Path) -> None:
         r"^options\.optimizer_blame: ": lambda: cp_debug.diagnose(
             net, "ort,torch", options=cp_debug.Options(optimizer_blame=True)
         ),
-        r"^options\.maps pairs .* test_model gives": lambda: cp_debug.diagnose(
+        r"^options\.maps pairs .* give another with test_model": lambda: cp_debug.diagnose(
             net, "ort,torch", options=cp_debug.Options(maps=["a=b"])
         ),
         r"^precision: no precision 'fp12'": lambda: cp_debug.predict(net, "fp12"),
@@ -254,7 +254,7 @@ def test_a_result_says_what_two_models_it_is_about(tmp_path: Path) -> None:
     weights.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weights) * np.float32(1.02), weights.name))
     onnx.save(proto, tmp_path / "wrong.onnx")
     two = cp_debug.diagnose(right, "ort,ort", test_model=tmp_path / "wrong.onnx")
-    assert str(two).startswith(f"{right} against {tmp_path / 'wrong.onnx'}: ort against ort.test\n")
+    assert str(two).startswith(f"{right} against {tmp_path / 'wrong.onnx'}: ort against ort (wrong.onnx)\n")
     assert two.findings == two.tests[0].findings != []
     assert cp_debug.diagnose(right, "ort,ort-all").test_model == ""
 

@@ -121,6 +121,8 @@ def test_the_page_tells_what_was_printed_and_measured(bundled: Path) -> None:
     assert "# Conv gives a wrong result on ort-all (layer node_relu_8)" in page
     assert "The program differs from the reference's" in page
     assert "1 of the component's 36 nodes" in page
+    assert "**Cause**: Conv weights are scaled by 1.02" in page
+    assert "Fix: use the same " in page
     assert "polygraphy run model.onnx --onnxrt" in page
     assert str(bundled) not in page
 

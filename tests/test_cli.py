@@ -63,6 +63,8 @@ def test_the_verdict_stands_above_the_tables_and_alone_where_quiet(net: Path, mo
     ]
     quiet = run("bisect", net, "--backends", "ort,emu-bf16,emu-fp16", "-q")
     assert quiet[0] == code == 0
+    assert run("-q", "bisect", net, "--backends", "ort,emu-bf16,emu-fp16") == quiet
+    assert run("-q", "models")[0] == 2
     lines = quiet[1].splitlines()
     assert [line.partition(" within")[0] for line in lines] == ["✓ emu-bf16: agrees", "✓ emu-fp16: agrees"]
 

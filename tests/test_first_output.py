@@ -60,7 +60,7 @@ def test_tables_are_there_where_they_are_asked_for_and_where_something_is_wrong(
     code, text = run("bisect", net, tmp_path / "worse.onnx")
     assert code == 1
     assert all(head in text for head in TABLES)
-    assert text.index("✗ ort.test: guilty") < text.index("settings") < text.rindex("✗ ort.test: guilty")
+    assert text.index("✗ ort (worse.onnx): guilty") < text.index("settings") < text.rindex("✗ ort (worse.onnx): guilty")
 
 
 @pytest.mark.usefixtures("narrow")

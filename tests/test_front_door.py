@@ -111,7 +111,7 @@ def test_two_models_are_verified_on_one_backend(tmp_path: Path) -> None:
     assert run(*command, one)[0] == 0
     code, text = run(*command, other)
     assert code == 1
-    assert "ort.test" in text
+    assert f"ort ({other.name})" in text
     assert "guilty" in text
     code, text = run("verify", one, "-s", "ort,ort", "--samples", "1")
     assert (code, "names a backend twice" in text) == (2, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,7 +95,9 @@ def test_missing_extra_and_renamed_tensors_are_told(net: Path, values: dict, tmp
     code, text = run("import", tmp_path / "dump.npz", "--model", net, "-o", tmp_path / "b", "--map", "scores=result")
     assert code == 0, text
     assert "renamed: result is scores" in text
-    assert "extra, no value of the graph: noise" in text
+    assert "extra, not a value of the graph: noise" in text
+    assert re.search(r"missing: \w+.*; nodes between two dumped values are judged as one segment", text)
+    assert f"written: {tmp_path / 'b'}" in text
 
 
 def test_other_dtypes_shapes_and_layouts(net: Path, values: dict, tmp_path: Path) -> None:

@@ -225,12 +225,12 @@ def test_the_verdict_says_what_was_compared(tmp_path: Path) -> None:
 
 
 def test_one_backend_twice_needs_a_difference() -> None:
-    assert [str(s) for s in parse_backends("ort,ort", repeats=True)] == ["ort", "ort.test"]
-    assert [str(s) for s in parse_backends("ort", repeats=True)] == ["ort", "ort.test"]
+    assert [str(s) for s in parse_backends("ort,ort", test="a/new.onnx")] == ["ort", "ort (new.onnx)"]
+    assert [str(s) for s in parse_backends("ort", test="new")] == ["ort", "ort (new)"]
     with pytest.raises(InputError, match="names a backend twice; both would run the same"):
         parse_backends("ort,ort")
     with pytest.raises(InputError, match="names a backend twice"):
-        parse_backends("ort,ort-all,ort-all", repeats=True)
+        parse_backends("ort,ort-all,ort-all", test="new")
 
 
 def captured(path: Path, folder: Path) -> Capture:

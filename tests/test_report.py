@@ -362,7 +362,9 @@ def test_the_graph_itself_is_not_overwritten(saved_folder: Path, saved: SavedRes
 
 
 def test_tables_hold_numbers(saved_folder: Path, saved: SavedResult, tmp_path: Path) -> None:
-    run("report", saved_folder, "--format", "csv", "-o", tmp_path / "layers.csv")
+    first = run("report", saved_folder, "--format", "csv", "-o", tmp_path / "layers.csv")
+    again = run("report", saved_folder, "--format", "csv", "-o", tmp_path / "layers.csv")
+    assert again.split() == [*first.split()[:-1], "KiB,", "replaces", "an", "earlier", "file"]
     run("report", saved_folder, "--format", "parquet", "-o", tmp_path / "layers.parquet")
     rows = [row for test in saved.result.tests for row in test.rows]
     for table in (pd.read_csv(tmp_path / "layers.csv"), pd.read_parquet(tmp_path / "layers.parquet")):

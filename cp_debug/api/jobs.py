@@ -97,7 +97,7 @@ def search(
     model. Raises InputError for what cannot be searched; never for a goal that is not reached.
     """
     parsed = Goal.parse(goal) if isinstance(goal, str) else goal
-    created = _backends(backends, repeats=(test_model or options.test_model) is not None)
+    created = _backends(backends, test=test_model or options.test_model)
     with modes_kept(model), shown_steps(progress, on_step) as step:
         given = inputs if inputs is not None else options.inputs
         prepared, path = to_model(model, given, checkpoint=checkpoint, seed=seed)
@@ -176,7 +176,7 @@ def verify(
     test. ``test_model`` is another ``.onnx`` for the tests (a folder, for several components). ``result.passed`` is the
     verdict. Raises InputError and BackendUnavailable; never for a divergence.
     """
-    created = _backends(backends, repeats=test_model is not None)
+    created = _backends(backends, test=test_model)
     if len(created) < 2:
         raise InputError(f"backends: {backends!r}; expected a reference and at least one test, as in torch,ort")
     with modes_kept(model), shown_steps(progress, on_step) as step, tempfile.TemporaryDirectory() as scratch:
@@ -241,7 +241,7 @@ def quantize(
         )
 
 
-def _backends(backends: str | Sequence[str] | Sequence[Backend], *, repeats: bool = False) -> list[Backend]:
+def _backends(backends: str | Sequence[str] | Sequence[Backend], *, test: object = None) -> list[Backend]:
     if not isinstance(backends, str):
         return list(cast("Sequence[Backend]", backends))  # names in a list are one text by now
-    return [create(spec) for spec in parse_backends(backends, repeats=repeats)]
+    return [create(spec) for spec in parse_backends(backends, test=getattr(test, "name", test))]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from cp_debug import plugins
 from cp_debug.backends.narrow_options import FAMILIES, NarrowOptions, TorchFp8Options
 from cp_debug.errors import InputError
-from cp_debug.safe_text import amount, did_you_mean
+from cp_debug.safe_text import amount, did_you_mean, one_line
 
 KNOWN = {
     "torch": "PyTorch FP32, TF32 off, deterministic",
@@ -46,11 +46,9 @@ KNOWN = {
     "trt-best": "TensorRT, every precision allowed",
 }
 
-TEST = ".test"
-"""Suffix for the spec of a test that runs on the same backend as its reference."""
-
 _SPEC = re.compile(
-    r"(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)(?P<options>(?::[a-z0-9=-]+)*)(?:@(?P<device>cpu|cuda(?::\d+)?))?(?P<test>\.test)?"
+    r"(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)(?P<options>(?::[a-z0-9=-]+)*)(?:@(?P<device>cpu|cuda(?::\d+)?))?"
+    r"(?: \((?P<test>.+)\))?"
 )
 
 
@@ -60,8 +58,8 @@ class BackendSpec:
 
     name: str
     device: str | None = None
-    repeated: bool = False
-    """Whether this is the test beside a reference on the same backend."""
+    test: str = ""
+    """What a test runs on the backend of its reference, such as the name of its file; empty for all others."""
     options: str = ""
     """Options of a narrow precision as they are spelled in full, from the first colon on: ``:block:acc=fp22``."""
 
@@ -81,7 +79,12 @@ class BackendSpec:
         return self.variant + self.options
 
     def __str__(self) -> str:
-        return self.name + self.options + (f"@{self.device}" if self.device else "") + (TEST if self.repeated else "")
+        return (
+            self.name
+            + self.options
+            + (f"@{self.device}" if self.device else "")
+            + (f" ({self.test})" if self.test else "")
+        )
 
     @classmethod
     def parse(cls, text: str) -> BackendSpec:
@@ -93,7 +96,7 @@ class BackendSpec:
         match = _SPEC.fullmatch(text.strip())
         if match is None:
             raise InputError(f"--backends: {text!r} is not a backend; expected NAME or NAME@cpu or NAME@cuda:N")
-        spec = cls(match["name"], match["device"], match["test"] is not None)
+        spec = cls(match["name"], match["device"], match["test"] or "")
         plugin = plugins.find(plugins.BACKENDS, spec.family)
         if spec.name not in KNOWN and (plugin is None or plugin.own):
             known = [*KNOWN, *(each.name for each in plugins.others(plugins.BACKENDS))]
@@ -114,24 +117,25 @@ class BackendSpec:
         return spec
 
 
-def parse_backends(text: str, *, repeats: bool = False) -> list[BackendSpec]:
+def parse_backends(text: str, *, test: object = None) -> list[BackendSpec]:
     """Parse ``--backends a,b,…``: the reference and at least one test.
 
-    ``repeats``: the tests run something else than the reference, so one of them may run on the same backend; its spec
-    then ends in ``.test``. A single backend is both reference and test. Raises InputError when fewer than two are
-    named, or one twice.
+    ``test``: what the tests run instead of the reference's model, so that one of them may run on the same backend; its
+    spec then ends with the last part of that name, ``ort (new.onnx)``. A single backend is both reference and test.
+    Raises InputError when fewer than two are named, or one twice.
     """
     specs = [BackendSpec.parse(part) for part in text.split(",") if part.strip()]
-    if repeats and len(specs) == 1:
+    if test and len(specs) == 1:
         specs *= 2
     if len(specs) < 2:
         raise InputError(
             f"--backends: {text!r} names {amount(len(specs), 'backend')}; expected a reference and some tests"
         )
-    if repeats:
-        specs[1:] = [replace(spec, repeated=True) if spec == specs[0] else spec for spec in specs[1:]]
+    if test:
+        name = one_line(str(test).rpartition("/")[2])[-60:]
+        specs[1:] = [replace(spec, test=name) if spec == specs[0] else spec for spec in specs[1:]]
     if len(set(specs)) < len(specs):
-        raise InputError(f"--backends: {text!r} names a backend twice" + ("" if repeats else NOTHING_DIFFERS))
+        raise InputError(f"--backends: {text!r} names a backend twice" + ("" if test else NOTHING_DIFFERS))
     return specs
 
 

@@ -69,6 +69,7 @@ def result_of(
         pairing={p.name: p.pairing.to_dict() for p in run.pipeline.programs if p.pairing is not None},
         compared=sum(row.kind == "data" for row in rows),
         total=sum(layer.kind == "data" for layer in layers),
+        unseen=[x.name for x in layers if x.kind == "data" and (x.component, x.onnx) not in by_key],
         rtol=rtol,
         atol=atol,
         oracle=run.oracle,

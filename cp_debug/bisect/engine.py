@@ -68,8 +68,8 @@ class Bisection:
         self.options, self._test_model, self._named_test = options, test_model, test_model
         self._progress = StepCounter(on_step)
         if isinstance(backends, str):
-            differs = test_model is not None or options.differs
-            backends = [create(spec) for spec in parse_backends(backends, repeats=differs)]
+            other = getattr(test_model, "name", "test") if test_model is not None else options.differs
+            backends = [create(spec) for spec in parse_backends(backends, test=other)]
         self._reference, *self._tests = backends
         self._oracle_devices = {str(test.spec): oracle_device(test, options) for test in self._tests}
         self._export, note = choose_export(backends, options.exporter)

@@ -47,8 +47,8 @@ class ImportedDump(JsonForm, Shown):
     """Name in the dump → value of the graph, where a sign differs or the user paired them."""
     missing_inputs: list[str]
     missing_outputs: list[str]
-    missing: int
-    """Number of values in between that the dump lacks."""
+    missing: list[str]
+    """Values in between that the dump lacks."""
     extra: list[str]
     """Names in the dump that are no value of the graph."""
     suggestions: dict[str, str]
@@ -127,7 +127,7 @@ def match_dump(
         renamed=renamed,
         missing_inputs=[value.name for value in graph.inputs if value.name not in ordered],
         missing_outputs=[name for name in outputs if name not in ordered],
-        missing=len([name for name in missing if name in compared and name not in outputs]),
+        missing=[name for name in missing if name in compared and name not in outputs],
         extra=extra,
         suggestions=_suggestions(graph, unknown, missing, types) | _input_suggestions(graph, unknown, ordered),
         dtypes=_other_dtypes(graph, ordered),

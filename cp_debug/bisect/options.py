@@ -59,9 +59,11 @@ class Options:
     """Folder for the captures: ``sample-0/torch``, ``sample-0/ort`` …"""
 
     @property
-    def differs(self) -> bool:
-        """Whether the tests run something else than the reference, a test model apart."""
-        return self.test_checkpoint is not None or self.test_train_mode or self.test_out_of_place
+    def differs(self) -> str:
+        """What the tests run instead of the reference, a test model apart; empty where it is the same."""
+        return str(
+            self.test_checkpoint or self.test_train_mode * "train mode" or self.test_out_of_place * "out of place"
+        )
 
 
 DEFAULT_OPTIONS = Options()

@@ -232,6 +232,8 @@ class TestResult(JsonForm):
     expected_outputs: list[str] = field(default_factory=list, metadata={"key": "compared.outputs_expected"})
     """The final outputs of the reference, those apart that the user left out; ``outputs`` are those that were
     compared."""
+    unseen: list[str] = field(default_factory=list, metadata={"key": "compared.unseen"})
+    """Values of the reference that were not compared, by the names of their layers: the test does not show them."""
     moved_outputs: dict[str, str] = field(default_factory=dict, metadata={"key": "compared.moved"})
     """Final outputs of the reference in whose place the test gives another one: its name there."""
     pairing: dict[str, Any] = field(default_factory=dict)

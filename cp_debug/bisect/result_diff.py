@@ -200,8 +200,9 @@ def diff_results(before: BisectResult, after: BisectResult, *, factor: float = F
 
 
 def _pairs(before: BisectResult, after: BisectResult) -> list[tuple[TestResult, TestResult]]:
-    by_spec = {test.backend.spec: test for test in after.tests}
-    pairs = [(test, by_spec[test.backend.spec]) for test in before.tests if test.backend.spec in by_spec]
+    by_spec = {test.backend.spec.partition(" (")[0]: test for test in after.tests}
+    specs = [(test, test.backend.spec.partition(" (")[0]) for test in before.tests]
+    pairs = [(test, by_spec[spec]) for test, spec in specs if spec in by_spec]
     if not pairs and len(before.tests) == len(after.tests) == 1:
         return [(before.tests[0], after.tests[0])]
     return pairs

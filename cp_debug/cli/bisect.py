@@ -154,7 +154,7 @@ def bisect(
     chosen = typed(("backends",))
     if two and not chosen:
         backends = "ort,ort"  # two files: the question is what differs between them, not between runtimes
-    differs = test_model is not None or test_checkpoint is not None or test_train_mode or test_out_of_place
+    other_test = test_model or test_checkpoint or test_train_mode * "train mode" or test_out_of_place * "out of place"
     dumped = test_tensors is not None
     refuse(("tensors_precision", "tensors_layout"), unless=dumped, why="it says how to read --test-tensors")
     why = "the test's values are those of --test-tensors"
@@ -164,7 +164,7 @@ def bisect(
         backends = "ort"
     if dumped and "," in backends:
         raise InputError(f"--backends: {backends!r}; with --test-tensors as the test expected the reference alone")
-    specs = [BackendSpec.parse(backends)] if dumped else parse_backends(backends, repeats=differs)
+    specs = [BackendSpec.parse(backends)] if dumped else parse_backends(backends, test=other_test)
     tests = specs[1:]
     engines.check(specs, exports=not model.endswith(".onnx"))
     built = any(spec.family == "trt" for spec in specs)

@@ -51,7 +51,7 @@ def import_dump(
         raise InputError(f"--precision: {precision!r}; expected one of {', '.join(ARITHMETICS)}")
     tensors, *others = read_dumps(dump)
     from cp_debug.bisect.import_dump import match_dump, write_dump
-    from cp_debug.cli.console import show_document, show_notes
+    from cp_debug.cli.console import say, show_document, show_notes
     from cp_debug.reports.import_dump import render
 
     last, flat = layout is DumpLayout.nhwc, layout is DumpLayout.flat
@@ -63,4 +63,6 @@ def import_dump(
     if steps := steps_left_out(dump):
         show_notes([f"1 of {steps + 1} steps in {dump} is imported, the first; the folder of another one gives that"])
     show_document(render(matched), matched.to_dict(), json)
+    if json != "-":
+        say(f"written: {output}")
     raise typer.Exit(0 if matched.complete else 1)

@@ -66,6 +66,8 @@ COMMANDS = (
     "sweep",
 )
 """Commands in the order of the help; each is a module of this package."""
+VERDICTS = ("bisect", "compare")
+"""Commands that can print their verdict alone."""
 JSON_ALONE = ("cache", "check", "doctor")
 """Commands in which --json needs no value."""
 _ELSEWHERE = {"eval": ("eval", "evaluate"), "import": ("import_dump", "import_dump")}
@@ -87,8 +89,13 @@ def options(
         bool,
         typer.Option("--verbose", help="Let ONNX Runtime log its warnings; CPDEBUG_ORT_LOG=info or verbose: more."),
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The verdict alone, as in `cpdebug bisect -q`.")] = False,
 ) -> None:
     """Find the layer that makes PyTorch, ONNX Runtime and TensorRT disagree."""
+    if quiet:
+        if context.invoked_subcommand not in VERDICTS:
+            raise InputError(f"--quiet: it would do nothing here; expected one of {', '.join(VERDICTS)}")
+        context.default_map = {name: {"quiet": True} for name in VERDICTS}
     if verbose:
         if context.invoked_subcommand in RUNS_NOTHING:
             raise InputError(f"--verbose: it would do nothing here: {context.invoked_subcommand} runs no model")

@@ -48,18 +48,21 @@ def report(
     from cp_debug.reports.saved import SavedResult
 
     saved = SavedResult.open(result)
-    paths = [output] if output else []
+    default = {Format.html: "report.html", Format.parquet: "layers.parquet"}.get(kind)
+    if kind is Format.onnx:
+        default = "annotated" if len(saved.graphs) > 1 else "annotated.onnx"
+    target = output or (Path(default) if default else None)
+    paths = [target] if target else []
+    earlier = {target, *target.glob("*")} if target and target.exists() else set()
     if kind is Format.html:
         from cp_debug.reports.page import write_page
 
-        paths = [output or Path("report.html")]
         write_page(saved, paths[0], charts or ())
     elif kind is Format.onnx:
         from cp_debug.reports.annotate import write_annotated
 
-        paths = write_annotated(saved, output or Path("annotated" if len(saved.graphs) > 1 else "annotated.onnx"))
+        paths = write_annotated(saved, paths[0])
     elif kind is Format.parquet:
-        paths = [output or Path("layers.parquet")]
         write_parquet(saved.result, paths[0])
     elif kind is Format.csv:
         write_text(csv_text(layer_frame(saved.result)), output)
@@ -72,4 +75,5 @@ def report(
 
         write_text(render_junit(saved) if kind is Format.junit else render_github(saved), output)
     for path in paths:
-        console.print(f"{path}: {path.stat().st_size / 1024:.0f} KiB")
+        replaced = ", replaces an earlier file" if path in earlier else ""
+        console.print(f"{path}: {path.stat().st_size / 1024:.0f} KiB{replaced}")

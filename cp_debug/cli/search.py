@@ -67,7 +67,7 @@ def search(
     from cp_debug.cli.console import errors, show_document, steps
     from cp_debug.mixed_precision.goal import Goal
 
-    parsed, specs = Goal.parse(goal), parse_backends(backends, repeats=test_model is not None)
+    parsed, specs = Goal.parse(goal), parse_backends(backends, test=test_model)
     engines.check(specs)
     refuse_export_flags([model])
     refuse(("data",), unless="map_drop" in goal, why=f"the goal is {goal}; expected one with map_drop")

@@ -147,8 +147,8 @@ def parse_scenarios(texts: Sequence[str], *, repeats: bool = False) -> list[Scen
         count = sum(bool(part.strip()) for part in text.split(","))
         if count != 2 and not (repeats and count == 1):
             raise InputError(f"--scenario: {text!r} names {amount(count, 'backend')}; expected REFERENCE,TEST")
-        reference, test = parse_backends(text, repeats=repeats)
-        test = replace(test, repeated=False)
+        reference, test = parse_backends(text, test=repeats)
+        test = replace(test, test="")
         scenarios.append(ScenarioConfig(reference=str(reference), test=str(test)))
     return scenarios
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
-from cp_debug.backends.spec import TEST, BackendSpec
+from cp_debug.backends.spec import BackendSpec
 from cp_debug.deploy.bench import BackendBench, bench
 from cp_debug.deploy.config import named_config
 from cp_debug.deploy.engines import MANIFEST, BuiltEngine, build_engines, check_engines
@@ -255,8 +255,9 @@ class Deployment:
         samples = self.samples(config.samples)
         if folder is None and self.config.export.mode == "onnx":
             self.ensure_files()
+        name = test_model.name if test_model else ""
         pairs = [
-            (self.backend(s.reference), self.backend(s.test, repeated=test_model is not None and s.reference == s.test))
+            (self.backend(s.reference), self.backend(s.test, test=name if s.reference == s.test else ""))
             for s in self.config.scenarios()
         ]
         if not pairs:
@@ -317,15 +318,15 @@ class Deployment:
             checked(self.model), programs, backends, sample, warmup=warmup, repeats=repeats, on_step=self.on_step
         )
 
-    def backend(self, spec: str, *, repeated: bool = False) -> Backend:
+    def backend(self, spec: str, *, test: str = "") -> Backend:
         """A backend for a spec, made once; those on TensorRT are made as configured.
 
-        ``repeated``: it runs another model than the reference on the same backend, so it has a name of its own. Raises
+        ``test``: the name of the model that it runs instead of the reference's on the same backend. Raises
         InputError for ``torch-int8`` and for a spec that is none.
         """
-        name = f"{spec}{TEST}" if repeated else spec
+        name = f"{spec} ({test})" if test else spec
         if name not in self._backends:
-            parsed, config = replace(BackendSpec.parse(spec), repeated=repeated), self.config.tensorrt
+            parsed, config = replace(BackendSpec.parse(spec), test=test), self.config.tensorrt
             if parsed.name == "torch-int8":
                 raise InputError(f"{self.source}: torch-int8 runs modules, and files are deployed; expected ort-int8")
             options: dict[str, object] = {}

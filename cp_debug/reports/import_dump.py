@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from cp_debug.bisect.import_dump import ImportedDump
+from cp_debug.graph.pairing import some_of
 from cp_debug.safe_text import amount
 
 MOST = 8
@@ -18,15 +19,14 @@ def render(dump: ImportedDump) -> Iterator[RenderableType]:
     """The parts of an import, in the order in which they are read."""
     found = f"{dump.matched} of {amount(dump.values, 'value')} of {dump.model}, inputs among them"
     more = len(dump.tensors) - dump.matched
-    besides = f", and {amount(more, 'constant')}, which no bisect compares" if more else ""
+    besides = f", and {amount(more, 'constant')}, which are not compared" if more else ""
     yield Text.assemble((dump.source, "bold"), f": {found}{besides}")
     yield from _pairs("renamed", dump.renamed, "is")
     yield from _names("missing output", dump.missing_outputs, "bold red")
     yield from _names("missing input", dump.missing_inputs, "yellow")
     if dump.missing:
-        values = "1 value" if dump.missing == 1 else f"{dump.missing} values"
-        yield Text(f"missing: {values} in between; what lies between two others is judged as one segment")
-    yield from _names("extra, no value of the graph", [name for name in dump.extra if name not in dump.suggestions])
+        yield Text(f"missing: {some_of(dump.missing)}; nodes between two dumped values are judged as one segment")
+    yield from _names("extra, not a value of the graph", [name for name in dump.extra if name not in dump.suggestions])
     for name, value in list(dump.suggestions.items())[:MOST]:
         yield Text(f"extra: {name} may be {value}: --map {value}={name}", "yellow")
     for note in dump.notes:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.text import Text
 
 from cp_debug.bisect.result import DIVERGENT, INHERITED, MOST_NAMES, SHAPE, LayerRow, TestResult
-from cp_debug.graph.pairing import places
+from cp_debug.graph.pairing import places, some_of
 from cp_debug.probes.caveats import ALL_ZERO
 from cp_debug.reports.numbers import number, share_in_words
 from cp_debug.safe_text import amount, one_line
@@ -78,7 +78,7 @@ def _verdict_line(test: TestResult) -> Text:
     between = _beyond_between(test)
     style = "bold yellow" if _unpaired(test) or between or test.not_finite else "bold green"
     who = "the outputs agree" if between else "agrees"
-    covers = f"{test.coverage}{_unpaired(test)}{between}"
+    covers = f"{test.coverage}{_unpaired(test) or _unseen(test)}{between}"
     return Text.assemble((f"✓ {spec}: {who}", style), f" within {tolerance}, {covers}{end}")
 
 
@@ -160,6 +160,12 @@ def _unpaired(test: TestResult) -> str:
     noun = "value has" if missing == 1 else "values have"
     parts += [f"{missing} {noun} no counterpart in the test"] if missing else []
     return f" ({'; '.join(parts)})" if parts else ""
+
+
+def _unseen(test: TestResult) -> str:
+    """The values that were not compared, by name, and why; empty where all were."""
+    why = "not in the dump" if test.backend.spec == "dump" else "not visible in the test"
+    return f" ({len(test.unseen)} {why}: {some_of(test.unseen)})" if test.unseen else ""
 
 
 def _beyond_between(test: TestResult) -> str:

@@ -88,7 +88,7 @@ def find_accused(saved: SavedResult, layer: str | None = None, backend: str | No
 
 
 def _row(tests: Iterable[TestResult], layer: str | None, backend: str | None) -> tuple[TestResult, LayerRow]:
-    tests = [t for t in tests if backend in (None, t.backend.spec)]
+    tests = [t for t in tests if backend in (None, t.backend.spec, t.backend.spec.partition(" (")[0])]
     if not tests:
         raise InputError(f"--backend: the result has no test backend {backend!r}")
     for test in tests:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import onnx
 
+from cp_debug.bisect.finding import UNKNOWN
 from cp_debug.bisect.replayed import Replay
 from cp_debug.reports.bundle.accused import Accused
 from cp_debug.reports.bundle.case import Case
@@ -21,7 +22,7 @@ FILES = {
     "model.onnx": "what the backend runs",
     "reference.onnx": "what it should compute: the same piece of the reference's graph",
     "inputs.npz": "the inputs, by name",
-    "expected.npz": "the expected outputs, by name, as the {oracle} oracle computed them",
+    "expected.npz": "the expected outputs, by name, computed by the {oracle} oracle",
     "expected.json": "the same for `polygraphy run`",
     "repro.py": "runs the model and compares",
     "trt_runner.py": "builds and runs TensorRT engines; used by repro.py",
@@ -50,9 +51,12 @@ def readme(
     lines = [
         f"# {markdown(title(accused, case))}",
         "",
-        f"It {markdown(worst.judgement.why)}, says the {accused.oracle.upper()} oracle.",
+        f"Judged by the {accused.oracle.upper()} oracle, it {markdown(worst.judgement.why)}.",
         "",
     ]
+    for finding in (f for f in accused.test.findings if row.name in f.layers and f.cause != UNKNOWN):
+        fix = f" Fix: {markdown(finding.fix)}." if finding.fix else ""
+        lines += [f"**Cause**: {markdown(finding.says)}.{fix}", ""]
     if case.reference is not case.program:
         lines += [
             "**The program differs from the reference's.** `model.onnx` is the piece that the backend ran, "
@@ -66,7 +70,7 @@ def readme(
             "",
         ]
     lines += ["## See it", "", "```", "python repro.py", "```", ""]
-    lines += ["In a fresh process, before this was written, it printed (exit status 1: the fault is there):", ""]
+    lines += ["In a fresh process it printed (exit status 1: the fault is there):", ""]
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", printed)), default=0))
     lines += [fence, printed.strip(), fence, ""]
     if polygraphy:
