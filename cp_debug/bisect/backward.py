@@ -7,6 +7,7 @@ by torch's autograd on a segment's replay from the test's own inputs; so J belon
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -107,7 +108,10 @@ class Backward:
         if followed and leaves:
             results = [exact[name] for name in followed]
             backward = [derivatives[name].to(exact[name].dtype) for name in followed]
-            gradients = torch.autograd.grad(results, [*leaves.values()], backward, allow_unused=True)
+            with warnings.catch_warnings():
+                # Autograd's thread has no CUDA context before its first cuBLAS call; torch warns that it makes one.
+                warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
+                gradients = torch.autograd.grad(results, [*leaves.values()], backward, allow_unused=True)
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
                     self._add(name, gradient if all_finite(gradient) else torch.nan_to_num(gradient, 0.0, 0.0, 0.0))
