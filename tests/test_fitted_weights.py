@@ -21,6 +21,7 @@ from cp_debug.bisect.causes.search import Explanation, explain
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
 from cp_debug.bisect.causes.truncated_sums import cut_off
 from cp_debug.graph.graph import Graph
+from cp_debug.programs.tensor_change import slice_forms
 
 Layer = tuple[str, list[int], Callable[[NetBuilder], str]]
 
@@ -320,4 +321,7 @@ def test_rows_in_another_order_are_each_used_once() -> None:
     ],
 )
 def test_places_have_the_names_of_their_axis(places: list[int], axis: int, dims: int, says: str) -> None:
-    assert constant_changes._named(torch.tensor(places), axis, dims) == says
+    ours = np.ones((8, 8, 8, 8)[:dims])
+    zero = next(iter(slice_forms(ours, ours, axis, np.array(places))))
+    assert zero[1] == f"{says} {'is' if len(places) == 1 else 'are'} zero"
+    assert (ours != zero[2]).any(tuple(d for d in range(dims) if d != axis)).nonzero()[0].tolist() == places

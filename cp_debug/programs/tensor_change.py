@@ -172,23 +172,32 @@ def _by_channel(a: np.ndarray, b: np.ndarray) -> Iterator[Form]:
         changed = np.flatnonzero((rows_a != rows_b).any(1))
         if len(changed) == 0 or (2 * len(changed) > len(rows_a) and len(changed) > 8 and axis > 1):
             continue
-        norms = (rows_a[changed] ** 2).sum(1)
-        products = (rows_a[changed] * rows_b[changed]).sum(1)
+        yield from slice_forms(a, b, axis, changed)
+
+
+def slice_forms(a: np.ndarray, b: np.ndarray, axis: int, changed: np.ndarray) -> Iterator[Form]:
+    """A tensor with the slices ``changed`` along an axis zero, and with each of them scaled to be nearest to that of
+    ``b``; both float64, of one shape."""
+    count = a.shape[axis]
+    rows, theirs = (np.moveaxis(x, axis, 0).reshape(count, -1) for x in (a, b))
+
+    def whole(part: np.ndarray) -> np.ndarray:
+        value = rows.copy()
+        value[changed] = part
+        return np.moveaxis(value.reshape(np.moveaxis(a, axis, 0).shape), 0, axis)
+
+    listed = ", ".join(map(str, changed[:4])) + (", …" if len(changed) > 4 else "")
+    name = f"{axis_name(axis, a.ndim, many=len(changed) > 1)} {listed}"
+    evidence = {"axis": axis, "channels": changed[:32].tolist()}
+    yield "channels-zero", f"{name} {'is' if len(changed) == 1 else 'are'} zero", whole(np.array(0.0)), evidence
+    if rows.shape[1] > 1:  # a row of one element is any other one times something
+        norms, products = (rows[changed] ** 2).sum(1), (rows[changed] * theirs[changed]).sum(1)
         factors = np.divide(products, norms, out=np.ones(len(changed)), where=norms > 0)
-        rows = rows_a.copy()
-        rows[changed] = rows_a[changed] * factors[:, None]
-        value = np.moveaxis(rows.reshape(np.moveaxis(a, axis, 0).shape), 0, axis)
-        channel_names = ", ".join(map(str, changed[:4])) + (", …" if len(changed) > 4 else "")
-        name = axis_name(axis, a.ndim, many=len(changed) > 1)
-        if not factors.any():
-            text = f"{name} {channel_names} {'is' if len(changed) == 1 else 'are'} zero"
-            yield "channels-zero", text, value, {"axis": axis, "channels": changed[:32].tolist()}
-        if rows_a.shape[1] > 1:  # a row of one element is any other one times something
-            spread = f"{factors.min():.6g} … {factors.max():.6g}" if np.ptp(factors) > 1e-6 else f"{factors[0]:.6g}"
-            which = f"{name} {channel_names}" if len(changed) == 1 else f"{len(changed)} of {len(rows)} {name}"
-            text = f"{which} × {spread}"
-            evidence = {"axis": axis, "channels": changed[:32].tolist(), "factors": factors[:32].tolist()}
-            yield "channels-scaled", text, value, evidence
+        spread = f"{factors.min():.6g} … {factors.max():.6g}" if np.ptp(factors) > 1e-6 else f"{factors[0]:.6g}"
+        many = f"{len(changed)} of {count} {axis_name(axis, a.ndim, many=True)}"
+        text = f"{name if len(changed) == 1 else many} × {spread}"
+        figures = {**evidence, "factors": factors[:32].tolist()}
+        yield "channels-scaled", text, whole(rows[changed] * factors[:, None]), figures
 
 
 def axis_name(axis: int, dims: int, *, many: bool = False) -> str:
@@ -213,14 +222,19 @@ def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[Form]:
     for axis in range(a.ndim):
         if 1 < a.shape[axis] <= MOST_CHANNELS and (permutation := _permuted(a, b, axis)) is not None:
             value, places = permutation
-            moved = [i for i, j in enumerate(places) if i != j]
-            pairs = ", ".join(f"{i}←{places[i]}" for i in moved[:6]) + (", …" if len(moved) > 6 else "")
             copied = len(set(places)) < len(places)
             what = "that hold those of others" if copied else "in another order"
+            pairs, moved = exchanges(places)
             text = f"{axis_name(axis, a.ndim, many=True)} {what}: {pairs}"
-            evidence = {"axis": axis, "moved": len(moved), "order": places[:64]}
+            evidence = {"axis": axis, "moved": moved, "order": places[:64]}
             yield "copied" if copied else "permuted", text, value, evidence
     yield from (way for way in interleaved_forms(a) if way[0] == "transposed")
+
+
+def exchanges(order: Sequence[int]) -> tuple[str, int]:
+    """An order in words, as in ``0←2, 2←0``, and how many places it moves."""
+    moved = [i for i, j in enumerate(order) if i != j]
+    return ", ".join(f"{i}←{order[i]}" for i in moved[:6]) + (", …" if len(moved) > 6 else ""), len(moved)
 
 
 def turned_forms(a: np.ndarray) -> Iterator[Form]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,15 @@ from cp_debug.graph.constants import is_uniform
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.programs.node_differences import named, role_of_constant
-from cp_debug.programs.tensor_change import Form, TensorChange, axis_name, rolled_forms, turned_forms
+from cp_debug.programs.tensor_change import (
+    Form,
+    TensorChange,
+    axis_name,
+    exchanges,
+    rolled_forms,
+    slice_forms,
+    turned_forms,
+)
 
 SIGNIFICANT = 5.0
 """Multiple of its deviation from which a fitted slice counts as another one than the declared one."""
@@ -87,29 +95,15 @@ def of_slices(own: Tensor, fitted: Tensor, deviation: Tensor) -> Iterator[Change
         places = off.nonzero().flatten()
         if not len(places):
             continue
-        names = _named(places, axis, own.dim())
-        zero = torch.where(off[:, None], 0.0, rows)
-        shape = own.movedim(axis, 0).shape
-
-        def whole(changed: Tensor, shape: Sequence[int] = shape, axis: int = axis) -> Tensor:
-            return changed.reshape(shape).movedim(0, axis)
-
-        evidence = {"axis": axis, "channels": places[:32].tolist()}
-        text = f"{names} {'is' if len(places) == 1 else 'are'} zero"
-        yield Change("channels-zero", text, whole(zero), len(places), evidence)
-        factor = (rows * fits).sum(1) / rows.square().sum(1).clamp(min=1e-300)
-        if rows.shape[1] > 1:
-            scaled = torch.where(off[:, None], rows * factor[:, None], rows)
-            text = f"{names} × {float(factor[places[0]]):.6g}" + (", …" if len(places) > 1 else "")
-            factors = {**evidence, "factors": factor[places][:32].tolist()}
-            yield Change("channels-scaled", text, whole(scaled), 2 * len(places), factors)
+        for kind, text, value, evidence in slice_forms(own.numpy(), fitted.numpy(), axis, places.numpy()):
+            numbers = len(places) * (2 if kind == "channels-scaled" else 1)
+            yield Change(kind, text, torch.from_numpy(np.ascontiguousarray(value)), numbers, evidence)
         order = _order(rows, fits, off)
         if order is not None:
-            moved = [i for i in range(count) if int(order[i]) != i]
-            pairs = ", ".join(f"{i}←{int(order[i])}" for i in moved[:6]) + (", …" if len(moved) > 6 else "")
+            pairs, moved = exchanges(order.tolist())
             text = f"{axis_name(axis, own.dim(), many=True)} in another order: {pairs}"
-            evidence = {"axis": axis, "moved": len(moved), "order": order[:64].tolist()}
-            yield Change("permuted", text, whole(rows[order]), len(moved), evidence)
+            evidence = {"axis": axis, "moved": moved, "order": order[:64].tolist()}
+            yield Change("permuted", text, own.index_select(axis, order), moved, evidence)
     if (norm := float(own.square().sum())) and (factor_of_all := float((own * fitted).sum()) / norm):
         yield Change("scaled", f"× {factor_of_all:.6g}", own * factor_of_all, 1, {"factor": factor_of_all})
 
@@ -127,11 +121,6 @@ def _order(rows: Tensor, fits: Tensor, off: Tensor) -> Tensor | None:
     order = torch.where(off, distance.argmin(1), torch.arange(len(rows)))
     moved = bool((order != torch.arange(len(rows))).any())
     return order if moved and len(order.unique()) == len(order) else None
-
-
-def _named(places: Tensor, axis: int, dims: int) -> str:
-    shown = f"{', '.join(map(str, places[:4].tolist()))}" + (", …" if len(places) > 4 else "")
-    return f"{axis_name(axis, dims, many=len(places) > 1)} {shown}"
 
 
 def cause_of(change: Change, node: Node, place: int) -> tuple[str, str, dict[str, Any]]:

@@ -32,20 +32,31 @@ def cross_fit(
     Returns the prediction, each element from the fold that it is not in, and θ [C or 1, K] of both folds together.
     None where there are too few elements.
     """
+    fit = fit_of_slices(y, basis, folds, [] if axis is None else [axis])
+    return None if fit is None else (fit[0], fit[1][2].reshape(-1, len(basis)))
+
+
+def fit_of_slices(
+    y: Tensor, basis: Sequence[Tensor], folds: tuple[Tensor, Tensor], kept: Sequence[int]
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]] | None:
+    """The same with a θ for each element along the axes ``kept``: the prediction in the shape of ``y``, and θ [those
+    axes, K] of either fold and of both together."""
     basis = [b.expand_as(y) for b in basis]
-    dims = [d for d in range(y.dim()) if d != axis]
+    dims = [d for d in range(y.dim()) if d not in kept]
     if not dims:
         return None
     first, second = (sums(y, basis, fold, dims) for fold in folds)
-    if min(float(sums[0].double().median()) for sums in (first, second)) < PER_PARAMETER * len(basis):
+    if min(float(each[0].double().median()) for each in (first, second)) < PER_PARAMETER * len(basis):
         return None
     shape = [1 if d in dims else y.shape[d] for d in range(y.dim())]
 
     def predicted(theta: Tensor) -> Tensor:
         return sum((t.reshape(shape) * b for t, b in zip(theta.unbind(-1), basis, strict=True)), torch.zeros_like(y))
 
-    prediction = torch.where(folds[0], predicted(_solve(*second)), predicted(_solve(*first)))
-    return prediction, _solve(*(a + b for a, b in zip(first, second, strict=True))).reshape(-1, len(basis))
+    ours, theirs, both = (
+        _solve(*each) for each in (first, second, [a + b for a, b in zip(first, second, strict=True)])
+    )
+    return torch.where(folds[0], predicted(theirs), predicted(ours)), (ours, theirs, both)
 
 
 def sums(y: Tensor, basis: Sequence[Tensor], mask: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment, as_double
-from cp_debug.programs.tensor_change import turned_forms
+from cp_debug.programs.tensor_change import exchanges, turned_forms
 
 MOST_SLICES = 1024
 """Slices along an axis up to which each is compared with each."""
@@ -71,7 +71,7 @@ def _reordered(
         return None
     exact_slices, test_slices = (t.movedim(axis, 0).reshape(count, -1) for t in (exact, test))
     order = _nearest(exact_slices, test_slices) if count <= MOST_SLICES else _same_rows(exact_slices, test_slices)
-    moved = [] if order is None else (order != torch.arange(count)).nonzero().flatten().tolist()
+    pairs, moved = ("", 0) if order is None else exchanges(order.tolist())
     if order is None or not moved:
         return None
     bijective = len(order.unique()) == count
@@ -82,10 +82,9 @@ def _reordered(
         return None  # so few elements find a near partner by chance
     value = exact_slices[order].reshape(exact.movedim(axis, 0).shape).movedim(0, axis)
     rule = _rule(order.tolist())
-    pairs = ", ".join(f"{i}←{int(order[i])}" for i in moved[:6]) + (", …" if len(moved) > 6 else "")
-    evidence = {"axis": axis, "moved": len(moved), "order": order[:64].tolist(), "bijective": bijective}
+    evidence = {"axis": axis, "moved": moved, "order": order[:64].tolist(), "bijective": bijective}
     # Copied rows of a big table leave no room for chance: their order counts as one number, like one with a rule.
-    return rule or pairs, value, len(moved) if count <= MOST_SLICES and not rule else 1, evidence
+    return rule or pairs, value, moved if count <= MOST_SLICES and not rule else 1, evidence
 
 
 def _rule(order: list[int]) -> str:

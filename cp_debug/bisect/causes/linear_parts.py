@@ -6,12 +6,13 @@ padding, dilation and groups. A normalization or element-wise product gives them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from cp_debug.bisect.causes.fits import fit_of_slices, halves
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS
@@ -31,6 +32,8 @@ SCALE_AND_OFFSET = {
     "RMSNormalization": (1, None),
 }
 """Operator → places of the scale and of the offset of its normalized input."""
+BY_CHANNEL = {"BatchNormalization", "GroupNormalization", "InstanceNormalization"}
+"""Those whose constants lie along the second axis."""
 ARITHMETIC = {"Mul": "scale", "Div": "scale", "Add": "offset", "Sub": "offset", "PRelu": "slope"}
 
 
@@ -51,7 +54,16 @@ class FittedConstants:
 
 def fit(segment: Segment, node: Node) -> FittedConstants | None:
     """The constants that ``node``, the last one of the segment, had in the test; None where that cannot be told."""
-    if node is not segment.nodes[-1] or segment.test.shape != segment.exact.shape or segment.strange:
+    if node is not segment.nodes[-1]:
+        return None
+    if "fit" not in segment.kept:
+        segment.kept["fit"] = _fit(segment, node)
+    found: FittedConstants | None = segment.kept["fit"]
+    return found
+
+
+def _fit(segment: Segment, node: Node) -> FittedConstants | None:
+    if segment.test.shape != segment.exact.shape or segment.strange:
         return None
     if not bool(segment.finite.all()) or segment.test.numel() < 4:
         return None
@@ -59,22 +71,6 @@ def fit(segment: Segment, node: Node) -> FittedConstants | None:
         return _product(segment, node)
     places = _places(segment, node)
     return None if places is None else _elementwise(segment, node, *places)
-
-
-def _halves(rows: int) -> tuple[Tensor, Tensor]:
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
-    first = torch.zeros(rows, dtype=torch.bool)
-    first[order[: rows // 2]] = True
-    return first, ~first
-
-
-def _dealt_out(of: Tensor) -> tuple[Tensor, Tensor]:
-    """Two halves of the elements, each with half of those that meet one element of the constant."""
-    order = torch.randperm(len(of), generator=torch.Generator().manual_seed(0))
-    order = order[of[order].argsort(stable=True)]
-    first = torch.zeros(len(of), dtype=torch.bool)
-    first[order[::2]] = True
-    return first, ~first
 
 
 def _product(segment: Segment, node: Node) -> FittedConstants | None:
@@ -115,9 +111,9 @@ def _cross_fit(columns: Tensor, captured: Tensor) -> tuple[tuple[Tensor, Tensor,
 
     ``columns`` [groups, rows, unknowns], ``captured`` [groups, rows, outputs].
     """
-    halves = _halves(columns.shape[1])
+    folds = halves(torch.ones(columns.shape[1], dtype=torch.bool))
     sums = []
-    for rows in halves:
+    for rows in folds:
         a, b = columns[:, rows], captured[:, rows]
         sums.append((a.mT @ a, a.mT @ b))
     gram, right = sums[0][0] + sums[1][0], sums[0][1] + sums[1][1]
@@ -129,8 +125,8 @@ def _cross_fit(columns: Tensor, captured: Tensor) -> tuple[tuple[Tensor, Tensor,
     except torch.linalg.LinAlgError:  # one half alone does not tell them
         return None
     prediction = torch.empty_like(captured)
-    prediction[:, halves[0]] = columns[:, halves[0]] @ second
-    prediction[:, halves[1]] = columns[:, halves[1]] @ first
+    prediction[:, folds[0]] = columns[:, folds[0]] @ second
+    prediction[:, folds[1]] = columns[:, folds[1]] @ first
     return (first, second, both), prediction
 
 
@@ -272,48 +268,19 @@ def _elementwise(segment: Segment, node: Node, scale: int | None, offset: int | 
         if moved is None:
             return None
         bases.append(moved - start)
-    of = _met(segment, node, shape)
-    if of is None:
+    like = [*shape, *[1] * (segment.test.dim() - 2)] if node.op in BY_CHANNEL else [*shape]
+    like = [*[1] * (segment.test.dim() - len(like)), *like]
+    kept = [d for d, (size, whole) in enumerate(zip(like, segment.test.shape, strict=False)) if size == whole > 1]
+    told = fit_of_slices(segment.test - start, bases, halves(segment.finite), kept)
+    if (
+        told is None
+        or len(like) > segment.test.dim()
+        or math.prod(segment.test.shape[d] for d in kept) != shape.numel()
+    ):
         return None
-    count = int(of.max()) + 1
-    if segment.test.numel() // 2 < 2 * len(bases) * count:
-        return None
-    columns = torch.stack([b.flatten() for b in bases], -1)
-    captured = (segment.test - start).flatten()
-    halves = _dealt_out(of)
-    sums = [_sums(columns[rows], captured[rows], of[rows], count) for rows in halves]
-    first, second, both = (_solved(*s) for s in (*sums, tuple(a + b for a, b in zip(*sums, strict=True))))
-    prediction = torch.empty_like(captured)
-    prediction[halves[0]] = (columns[halves[0]] * second[of[halves[0]]]).sum(-1)
-    prediction[halves[1]] = (columns[halves[1]] * first[of[halves[1]]]).sum(-1)
+    prediction, thetas = told
     tensors, deviations = {}, {}
     for i, place in enumerate(places):
-        fits = [t[:, i] for t in (first, second, both)]
-        if node.op == "Div":
-            fits = [1 / (1 + f) for f in fits]
-        tensors[place] = fits[2].reshape(shape)
-        deviations[place] = ((fits[0] - fits[1]).abs() / 2).reshape(shape)
-    value = start + prediction.reshape(start.shape)
-    return FittedConstants(node, tensors, deviations, value, count * len(bases))
-
-
-def _met(segment: Segment, node: Node, shape: Sequence[int]) -> Tensor | None:
-    """For every element of the result the element of the constant that it meets, flat."""
-    index = torch.arange(torch.Size(shape).numel()).reshape(tuple(shape))
-    if node.op in ("BatchNormalization", "GroupNormalization", "InstanceNormalization"):
-        index = index.reshape(-1, *(1,) * (segment.test.dim() - 2))
-    try:
-        return index.expand_as(segment.test).flatten()
-    except RuntimeError:
-        return None
-
-
-def _sums(columns: Tensor, captured: Tensor, of: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    k = columns.shape[-1]
-    gram = torch.zeros(count, k, k, dtype=torch.float64).index_add_(0, of, columns[:, :, None] * columns[:, None, :])
-    right = torch.zeros(count, k, dtype=torch.float64).index_add_(0, of, columns * captured[:, None])
-    return gram, right
-
-
-def _solved(gram: Tensor, right: Tensor) -> Tensor:
-    return (torch.linalg.pinv(gram, rtol=1e-12, hermitian=True) @ right[..., None])[..., 0]
+        first, second, both = ((1 / (1 + t[..., i])) if node.op == "Div" else t[..., i] for t in thetas)
+        tensors[place], deviations[place] = both.reshape(shape), ((first - second).abs() / 2).reshape(shape)
+    return FittedConstants(node, tensors, deviations, start + prediction, shape.numel() * len(bases))

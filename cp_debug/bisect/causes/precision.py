@@ -44,11 +44,9 @@ PROMOTED = {
 @cause()
 def storage(segment: Segment) -> Iterator[Candidate]:
     """Candidates: only the result is narrow, through a cast that nobody asked for."""
-    overflows = bool((segment.exact.abs() >= OVERFLOWS).any())
     for name, function in (("fp16", round_fp16), ("bf16", round_bf16)):
-        if name == "fp16" and overflows:
-            continue
-        if segment.context.claim.name not in (name, "fp16acc"):
+        told = name == "fp16" and bool((segment.exact.abs() >= OVERFLOWS).any())
+        if not told and segment.context.claim.name not in (name, "fp16acc"):
             says = f"the result is stored in {name.upper()}"
             yield Candidate(name, says, function(segment.exact.float()).double(), fix=PROMOTED[name])
 
@@ -56,25 +54,22 @@ def storage(segment: Segment) -> Iterator[Candidate]:
 @cause()
 def arithmetic(segment: Segment) -> Iterator[Candidate]:
     """Candidates: the whole layer in another precision, accumulating in FP32."""
-    says = {
-        TF32: "TF32: operands are rounded to 10 mantissa bits",
-        FP16: "FP16 weights, inputs and result, accumulated in FP32",
-        BF16: "BF16 weights, inputs and result, accumulated in FP32",
-    }
-    overflows = bool((segment.exact.abs() >= OVERFLOWS).any())
-    for way, text in says.items():
-        if way is FP16 and overflows:
-            continue
-        if segment.nodes and way.name != segment.context.claim.name and (way is not TF32 or segment.product):
+    for way, text in (
+        (TF32, "TF32: operands are rounded to 10 mantissa bits"),
+        (FP16, "FP16 weights, inputs and result, accumulated in FP32"),
+        (BF16, "BF16 weights, inputs and result, accumulated in FP32"),
+    ):
+        told = way is FP16 and bool((segment.exact.abs() >= OVERFLOWS).any())
+        if (
+            segment.nodes
+            and not told
+            and way.name != segment.context.claim.name
+            and (way is not TF32 or segment.product)
+        ):
             yield Candidate(way.name, text, segment.run(way), fix=PROMOTED[way.name])
             if (value := segment.apart(way)) is not None:
-                yield Candidate(
-                    way.name,
-                    text,
-                    value,
-                    evidence={"computed": "product, bias and BatchNorm one after the other"},
-                    fix=PROMOTED[way.name],
-                )
+                evidence = {"computed": "product, bias and BatchNorm one after the other"}
+                yield Candidate(way.name, text, value, 0, evidence, PROMOTED[way.name])
 
 
 @cause(costly=True)

@@ -13,6 +13,7 @@ from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.precision import OVERFLOWS
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.verdict import RANGE
+from cp_debug.graph.graph import Node
 from cp_debug.programs.precision import PRECISIONS
 
 HALF = PRECISIONS["fp16"]
@@ -71,12 +72,7 @@ def overflow(segment: Segment) -> Iterator[Candidate]:
 @cause()
 def operand_overflow(segment: Segment) -> Iterator[Candidate]:
     """Candidates: what the layer reads, an input of the network or a constant, is beyond FP16 already."""
-    constants = {
-        name: weight
-        for node in segment.nodes
-        for place, name in enumerate(node.proto.input)
-        if (weight := segment.weight(node, place)) is not None and weight.is_floating_point()
-    }
+    constants = {node.proto.input[place]: weight for node, place, weight in _constants(segment)}
     inputs = {name: segment.input(name) for name in segment.given}
     fed = {info.name for info in segment.graph.inputs}
     for name, tensor in {**inputs, **constants}.items():
@@ -95,7 +91,8 @@ def underflow(segment: Segment) -> Iterator[Candidate]:
     if value is None or not segment.context.claim.name.startswith("fp16"):
         yield from _undeclared(segment)
         return
-    for tensor_name, exact in (("result", segment.exact), *_weights(segment)):
+    weights = ((f"weights of {node.name}", weight) for node, _, weight in _constants(segment))
+    for tensor_name, exact in (("result", segment.exact), *weights):
         lost = value(exact.float()).double() - exact
         finite = torch.isfinite(lost)
         loss = float(torch.linalg.vector_norm(lost[finite]) / (torch.linalg.vector_norm(exact[finite]) or 1.0))
@@ -120,16 +117,11 @@ def _undeclared(segment: Segment) -> Iterator[Candidate]:
         says = f"FP16 underflow: all of the result, up to {figures['largest']:.3g}, lies below the smallest FP16 number"
         value = torch.zeros_like(segment.exact)
         yield Candidate("fp16-underflow", says, value, evidence={**figures, "of": "result"}, fix=RESCALE, heard=True)
-    for node in segment.nodes:
-        for place, name in enumerate(node.proto.input):
-            weight = segment.weight(node, place)
-            if weight is None or not segment.context.constants[name].is_floating_point():
-                continue
-            figures = half_figures(weight)
-            if figures["vanishes"] == 1 and (v := segment.edited(node, inputs={place: 0 * weight})) is not None:
-                says = f"FP16 underflow: the constant {name} of {node.op}, up to {figures['largest']:.3g}, is 0 in FP16"
-                evidence = {**figures, "of": name}
-                yield Candidate("fp16-underflow", says, v, evidence=evidence, fix=RESCALE, heard=True)
+    for node, place, weight in _constants(segment):
+        figures, name = half_figures(weight), node.proto.input[place]
+        if figures["vanishes"] == 1 and (v := segment.edited(node, inputs={place: 0 * weight})) is not None:
+            says = f"FP16 underflow: the constant {name} of {node.op}, up to {figures['largest']:.3g}, is 0 in FP16"
+            yield Candidate("fp16-underflow", says, v, 0, {**figures, "of": name}, RESCALE, heard=True)
 
 
 @cause()
@@ -139,9 +131,8 @@ def flushed(segment: Segment) -> Iterator[Candidate]:
     small = half.abs() < HALF.tiniest
     if bool((small & (half != 0)).any()):
         says = "FP16 subnormals are flushed to zero"
-        yield Candidate(
-            "fp16-flush", says, torch.where(small, 0.0, half), evidence=half_figures(segment.exact), fix=RESCALE
-        )
+        value = torch.where(small, 0.0, half)
+        yield Candidate("fp16-flush", says, value, evidence=half_figures(segment.exact), fix=RESCALE)
     subnormal = segment.exact.abs() < SMALLEST_NORMAL
     if bool((subnormal & (segment.exact != 0)).any()):
         share = float(subnormal.double().mean())
@@ -166,19 +157,15 @@ def saturated(segment: Segment) -> Iterator[Candidate]:
         if count < (1 if cut.numel() > TINY else FEWEST_CUT) or count == int(segment.finite.sum()):
             continue  # a result that is cut off everywhere is a constant, of whatever origin
         evidence = {"low": lower, "high": upper, "share": float(cut.double().mean())}
-        yield Candidate(
-            "saturated",
-            f"the result is clipped at {largest:.4g}",
-            segment.exact.clamp(lower, upper),
-            parameters,
-            evidence,
-            "widen the bound: calibrate with a higher percentile, or remove the clip of {layers}",
-        )
+        says, value = f"the result is clipped at {largest:.4g}", segment.exact.clamp(lower, upper)
+        fix = "widen the bound: calibrate with a higher percentile, or remove the clip of {layers}"
+        yield Candidate("saturated", says, value, parameters, evidence, fix)
 
 
-def _weights(segment: Segment) -> Iterator[tuple[str, Tensor]]:
+def _constants(segment: Segment) -> Iterator[tuple[Node, int, Tensor]]:
+    """Every constant of fractions that a node reads: the node, its place and the constant."""
     for node in segment.nodes:
-        for place in range(len(node.proto.input)):
+        for place, name in enumerate(node.proto.input):
             weight = segment.weight(node, place)
-            if weight is not None and weight.is_floating_point():
-                yield f"weights of {node.name}", weight
+            if weight is not None and segment.context.constants[name].is_floating_point():
+                yield node, place, weight

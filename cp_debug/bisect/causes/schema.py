@@ -273,22 +273,13 @@ def another_operand(segment: Segment) -> Iterator[Candidate]:
             captured = segment.input(name)
             if captured.numel() < 8:
                 continue
-            count = 0
-            for other, load in segment.others:
-                if count == MOST_OTHERS:
-                    break
-                if other == name or not _of_shape(load, captured):
-                    continue
-                count += 1
-                value = segment.edited(node, inputs={place: as_double(load())})
-                if value is not None:
+            loaded = ((other, load()) for other, load in segment.others if other != name)
+            alike = ((other, tensor) for other, tensor in loaded if tuple(tensor.shape) == tuple(captured.shape))
+            for other, tensor in itertools.islice(alike, MOST_OTHERS):
+                if (value := segment.edited(node, inputs={place: as_double(tensor)})) is not None:
                     says = f"{node.op} reads {other} instead of {name}: mixed up, or overwritten in place"
                     evidence = {"of": other, "instead_of": name}
                     yield Candidate("another-operand", says, value, 0, evidence, f"feed {{layers}} {name} unchanged")
-
-
-def _of_shape(load: Any, value: Tensor) -> bool:
-    return tuple(load().shape) == tuple(value.shape)
 
 
 @cause(costly=True, structural=True)

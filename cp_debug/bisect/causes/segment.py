@@ -85,6 +85,8 @@ class Segment:
         self.exact = self._exact()
         self.others: Iterable[tuple[str, Callable[[], Any]]] = ()
         """Names of other values of the same run, and how to load them."""
+        self.kept: dict[str, Any] = {}
+        """What several families ask for, computed once."""
         self.tactic = ""
         """Name of the kernel that computed the target, where the backend tells."""
         self.op = nodes[-1].op if nodes else "input"

@@ -49,7 +49,10 @@ _KEEP = "keep the weights of {layers} in FP32, or accept it"
 def as_a_whole(segment: Segment) -> Iterator[Candidate]:
     """Candidates: each constant rearranged, negated or zero."""
     for node in segment.nodes:
+        told = fit(segment, node)  # of which constants it tells these changes, too
         for place, own in constants_of(segment, node).items():
+            if told is not None and place in told.tensors:
+                continue
             for change in rearranged(own):
                 yield from tried(segment, node, place, change, FIX)
 
