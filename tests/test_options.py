@@ -83,8 +83,8 @@ def test_numbers_that_are_none_are_refused(
 def test_what_would_be_made_up_for_hours_is_refused(words: tuple[str, ...], option: str) -> None:
     code, text = run(*words, *BASES.get(words, [NOWHERE]), option, "100000")
     assert code == 2
-    assert "--samples: 100000 made-up samples; expected at most 1000" in text or (
-        "--batches: 100000 made-up samples; expected at most 1000" in text
+    assert "--samples: 100000 generated samples; expected at most 1000" in text or (
+        "--batches: 100000 generated samples; expected at most 1000" in text
     )
 
 
@@ -234,7 +234,7 @@ def test_a_network_is_judged_without_large_libraries(net: Path, monkeypatch: pyt
 
 
 DOES_NOTHING = [
-    ("bisect NET -b torch,ort --test-tensors D", "--backends: 'torch,ort'; with --test-tensors as the test expected"),
+    ("bisect NET -b torch,ort --test-tensors D", "--backends: 'torch,ort'; with --test-tensors as the test, expecte"),
     ("check NET --no-activations --shape image=1x3x32x32", "--shape: it would do nothing here: --no-activations"),
     ("check NET --no-activations --image mean=0", "--image: it would do nothing here: --no-activations"),
     ("check FIXED --shape x=1x4", "--shape: it would do nothing here: FIXED takes x: float32[1, 4] and no other size"),
@@ -269,7 +269,9 @@ def test_a_reference_beside_tensors_is_the_one_that_was_asked_for(tmp_path: Path
     path = b.save(tmp_path / "one.onnx", {"x": (1, [1, 4])}, [b.op("Relu", "x", name="y")])
     x = np.ones((1, 4), np.float32)
     values = {"x": x, Graph(path).outputs[0].name: x}
-    with pytest.raises(InputError, match=r"backends: 'torch,ort'; with tensors as the test expected the reference"):
+    with pytest.raises(
+        InputError, match=r"backends: 'torch,ort'; with tensors as the test, expected only the reference"
+    ):
         cp_debug.diagnose(path, "torch,ort", test_tensors=values)
     result = cp_debug.diagnose(path, test_tensors=values)
     assert (result.reference.spec, result.agrees) == ("ort", True)

@@ -68,7 +68,7 @@ def test_fine_tuning_that_was_cut_off_is_not_begun_anew_without_a_word(tmp_path:
     (tmp_path / "qat.pt.state").write_text("of yesterday")
     code, text = run("quantize", "qat", "--from", "q.pt", "-o", tmp_path / "qat.pt")
     assert code == 2
-    assert "qat.pt.state is of an earlier run; --resume goes on from it, --overwrite starts anew" in " ".join(
+    assert "qat.pt.state is from an earlier run; --resume continues it, --overwrite starts again" in " ".join(
         text.split()
     )
     code, text = run("quantize", "qat", "--from", "q.pt", "-o", tmp_path / "qat.pt", "--overwrite")

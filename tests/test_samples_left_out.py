@@ -82,7 +82,7 @@ def test_all_samples_of_a_capture_are_looked_at(nets: tuple[Path, Path]) -> None
     code, text = run("bisect", nets[0], "-b", "ort", "--test-tensors", "cap", "--inputs", "smp/a.npz")
     assert (code, "1 of 3 samples of cap compared: there are inputs for no more" in words(text)) == (0, True)
     code, text = run("bisect", nets[0], "-b", "ort", "--test-tensors", "cap", "--samples", "3")
-    assert (code, "all samples of --test-tensors are taken" in words(text)) == (2, True)
+    assert (code, "all samples of --test-tensors are used" in words(text)) == (2, True)
 
 
 def test_a_capture_of_fewer_samples_than_the_inputs_is_told(nets: tuple[Path, Path]) -> None:

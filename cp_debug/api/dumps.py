@@ -70,7 +70,7 @@ def with_dump(
         raise InputError(f"precision of {source}: {precision!r}; expected one of {', '.join(ARITHMETICS)}")
     names = [part for part in reference.split(",") if part.strip()]
     if len(names) != 1:
-        raise InputError(f"--backends: {reference!r}; with tensors as the test expected the reference alone")
+        raise InputError(f"--backends: {reference!r}; with tensors as the test, expected only the reference")
     several = read_dumps(tensors) if isinstance(tensors, Path) else [{n: _array(n, a) for n, a in tensors.items()}]
     graph, notes = Graph(path), dict[str, None]()
     dumps = []
@@ -91,7 +91,7 @@ def with_dump(
     if len(kept) < len(several):
         notes[_not_all(source, len(kept), len(several), alike=len(kept) < len(digests))] = None
     if isinstance(tensors, Path) and (steps := steps_left_out(tensors)):
-        notes[f"{source}: the first of {steps + 1} steps was compared; the folder of another one gives that"] = None
+        notes[f"{source}: the first of {steps + 1} steps was compared; for another one, give its folder"] = None
     by_inputs = {digests[i]: dumps[i] for i in kept} if len(kept) > 1 else {}
     backend = DumpedBackend(dumps[0], source, precision, by_inputs)
     model = with_samples(with_notes(model, list(notes)), [samples[i] for i in kept])

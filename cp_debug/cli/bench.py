@@ -19,17 +19,17 @@ def bench(
     model: Annotated[str, typer.Argument(help="A model, or the configuration of `cpdebug deploy`.")] = (
         "centerpoint:tiny"
     ),
-    backends: Annotated[str, typer.Option("--backends", "-b", help="The first one is what ratios refer to.")] = (
+    backends: Annotated[str, typer.Option("--backends", "-b", help="Ratios refer to the first one.")] = (
         "torch,ort,ort-all"
     ),
-    onnx_dir: Annotated[Path | None, typer.Option(help="Folder of `cpdebug export`; else made for this run.")] = None,
+    onnx_dir: Annotated[Path | None, typer.Option(help="Folder of `cpdebug export`; default: exported now.")] = None,
     recipe: Annotated[str | None, typer.Option("--model", help="For a configuration that names no model.")] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights: .pt, .safetensors, or what `cpdebug quantize` wrote.")
     ] = None,
     inputs: Annotated[Path | None, typer.Option(help="Files or a folder, as for bisect, or an info file.")] = None,
     batch: Annotated[int, typer.Option(min=1, max=MOST, help="Clouds in one pass (CenterPoint).")] = 1,
-    warmup: Annotated[int, typer.Option(min=0, max=MOST, help="Passes before the clock runs.")] = 3,
+    warmup: Annotated[int, typer.Option(min=0, max=MOST, help="Warm-up passes.")] = 3,
     repeats: Annotated[int, typer.Option("--repeats", "-n", min=1, max=MOST, help="Timed passes.")] = 20,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     trt_python: tensorrt.Python = None,

@@ -75,10 +75,10 @@ def bisect(
         Path | None,
         typer.Option(help="The test's values, computed elsewhere: .npy folder, .npz, safetensors, Polygraphy, .pb."),
     ] = None,
-    tensors_precision: Annotated[str, typer.Option(help="Precision in which --test-tensors were computed.")] = "fp32",
+    tensors_precision: Annotated[str, typer.Option(help="Precision of --test-tensors.")] = "fp32",
     tensors_layout: Annotated[
         DumpLayout,
-        typer.Option(help="Layout in which --test-tensors were dumped; flat: row by row, without the graph's axes."),
+        typer.Option(help="Layout of --test-tensors; flat: row by row, without the graph's axes."),
     ] = DumpLayout.nchw,
     maps: Annotated[
         list[str] | None,
@@ -92,12 +92,12 @@ def bisect(
     test_out_of_place: Annotated[bool, typer.Option(help="Replace the test's in-place activations.")] = False,
     inputs: Annotated[Path | None, typer.Option(help=reading.INPUTS_HELP)] = None,
     samples: Annotated[int, typer.Option(min=1, max=MOST, help="How many samples.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
-    level: Annotated[Level, typer.Option(help="stages: the stage table alone.")] = Level.layers,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of generated inputs.")] = 0,
+    level: Annotated[Level, typer.Option(help="stages: only the stage table.")] = Level.layers,
     show_all: Annotated[
-        bool, typer.Option("--all", help="Every layer, not only those around the first divergent.")
+        bool, typer.Option("--all", help="Every layer, not only those near the first divergent one.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The verdict alone, one line for each test.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the verdict, one line for each test.")] = False,
     rtol: Rtol = None,
     atol: Atol = None,
     oracle: Annotated[Oracle, typer.Option(help="auto: FP64 for FP32 tests, FP32 below.")] = Oracle.auto,
@@ -105,9 +105,9 @@ def bisect(
         str, typer.Option(help="Where layers are replayed: auto (where the test runs), cpu, cuda:N.")
     ] = "auto",
     memory: Annotated[
-        str | None, typer.Option(help="Captured values held in memory, such as 2G; more goes to disk.")
+        str | None, typer.Option(help="Memory for captured values, such as 2G; the rest goes to disk.")
     ] = None,
-    replay: Annotated[bool, typer.Option(help="Separate what a layer did from what it was given.")] = True,
+    replay: Annotated[bool, typer.Option(help="Separate a layer's own error from that of its inputs.")] = True,
     knobs: Annotated[
         bool, typer.Option("--knobs", help="Find the optimizers of ort-basic or ort-all at fault.")
     ] = False,
@@ -117,16 +117,18 @@ def bisect(
         typer.Option(
             "--max-builds",
             min=0,
-            help="Further engines for the search inside a guilty region.",
+            help="Most further engines for the search inside a guilty region.",
             rich_help_panel=tensorrt.PANEL,
         ),
     ] = 6,
     exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what all backends read.")] = Exporter.auto,
-    unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart: debug module by module.")] = False,
+    unfolded: Annotated[
+        bool, typer.Option("--unfolded", help="Do not fold BatchNorm, to debug module by module.")
+    ] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the layer table as CSV; - is stdout.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the HTML report: one file, works offline.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Keep result, graphs and captures in this folder.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Save result, graphs and captures in this folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="--save replaces an earlier run's folder.")] = False,
     *,
     int8: calibration.CalibrationFlags,
@@ -145,9 +147,7 @@ def bisect(
     from cp_debug.recipes.registry import is_folder
 
     if other is not None and test_model is not None:
-        raise InputError(
-            f"--test-model: {test_model}, while {other} is given as the second model; expected one of them"
-        )
+        raise InputError(f"--test-model: {test_model}, but {other} is the second model already; expected one of them")
     test_model = test_model or other
     folder = test_model is not None and is_folder(test_model)
     two = other is not None and (model.endswith(".onnx") or (folder and is_folder(Path(model))))
@@ -159,11 +159,11 @@ def bisect(
     refuse(("tensors_precision", "tensors_layout"), unless=dumped, why="it says how to read --test-tensors")
     why = "the test's values are those of --test-tensors"
     refuse(("test_model", "other", "test_checkpoint", "knobs", "maps"), unless=not dumped, why=why)
-    refuse(("samples",), unless=not dumped, why="all samples of --test-tensors are taken")
+    refuse(("samples",), unless=not dumped, why="all samples of --test-tensors are used")
     if dumped and not chosen:
         backends = "ort"
     if dumped and "," in backends:
-        raise InputError(f"--backends: {backends!r}; with --test-tensors as the test expected the reference alone")
+        raise InputError(f"--backends: {backends!r}; with --test-tensors as the test, expected only the reference")
     specs = [BackendSpec.parse(backends)] if dumped else parse_backends(backends, test=other_test)
     tests = specs[1:]
     engines.check(specs, exports=not model.endswith(".onnx"))

@@ -33,7 +33,7 @@ def build(
     precision: Annotated[
         PrecisionPolicy | None, typer.Option(help="auto sets no flag: TensorRT then uses TF32.  [default: auto]")
     ] = None,
-    onnx_dir: Annotated[Path | None, typer.Option(help="Folder of `cpdebug export`; else made for this run.")] = None,
+    onnx_dir: Annotated[Path | None, typer.Option(help="Folder of `cpdebug export`; default: exported now.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights: .pt or .safetensors.")] = None,
     trt_python: tensorrt.Python = None,
     profile: tensorrt.Profiles = None,

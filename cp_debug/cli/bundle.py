@@ -13,16 +13,16 @@ from cp_debug.cli.given import check_saved
 def bundle(
     result: Annotated[Path, typer.Argument(help="The folder that `cpdebug bisect --save` wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder, or a .zip.")] = Path("bundle"),
-    layer: Annotated[str | None, typer.Option(help="Layer, node or value; else the first guilty one.")] = None,
-    backend: Annotated[str | None, typer.Option(help="The test backend, where there are several.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer, node or value; default: the first guilty one.")] = None,
+    backend: Annotated[str | None, typer.Option(help="The test backend, if there are several.")] = None,
     redact: Annotated[
         bool, typer.Option("--redact", help="Random weights and inputs, if the fault survives them.")
     ] = False,
     seconds: Annotated[
-        float, typer.Option(min=0, help="Time for making it smaller; 0: the layer or region as it is.")
+        float, typer.Option(min=0, help="Time for reducing it; 0: keep the layer or region whole.")
     ] = 120.0,
 ) -> None:
-    """Pack the guilty layer as a bug report that runs by itself. It is cut out with its captured inputs, made
+    """Pack the guilty layer as a self-contained bug report. It is cut out with its captured inputs, made
     smaller while it still fails, and run once more."""
     from cp_debug.cli.console import console, steps
 

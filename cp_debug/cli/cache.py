@@ -30,15 +30,13 @@ class CacheKind(str, Enum):
 
 def cache(
     kind: Annotated[CacheKind | None, typer.Argument(help="One of the caches; default: all.")] = None,
-    clear: Annotated[bool, typer.Option("--clear", help="Remove what would be listed.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove the listed entries.")] = False,
     unused: Annotated[
-        float | None, typer.Option(min=0.0, help="Only what was not used for this number of days.")
+        float | None, typer.Option(min=0.0, help="Only entries not used for this number of days.")
     ] = None,
-    folder: Annotated[
-        Path | None, typer.Option("--cache", help="Folder of engines, as it was named to `bisect`.")
-    ] = None,
+    folder: Annotated[Path | None, typer.Option("--cache", help="Folder of engines, as given to `bisect`.")] = None,
     shared: Annotated[
-        str | None, typer.Option(help="Instead, the store of sweeps, folder or URL, as it was named to `sweep`.")
+        str | None, typer.Option(help="The store of sweeps instead: folder or URL, as given to `sweep`.")
     ] = None,
     json: JsonAlone = None,
 ) -> None:

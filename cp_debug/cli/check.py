@@ -26,9 +26,9 @@ def check(
     model: Annotated[str, typer.Argument(help="A model, as for bisect.")] = "centerpoint:tiny",
     checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
     inputs: Annotated[Path | None, typer.Option(help="Inputs, as for bisect.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of generated inputs.")] = 0,
     activations: Annotated[
-        bool, typer.Option(help="Also look at the activations of one sample, in one FP32 pass.")
+        bool, typer.Option(help="Also check the activations of one sample, in one FP32 pass.")
     ] = True,
     json: JsonAlone = None,
     *,

@@ -16,13 +16,13 @@ def compare(
     test: Annotated[Path, typer.Argument(help="A capture of the same model and inputs.")],
     rtol: Rtol = None,
     atol: Atol = None,
-    force: Annotated[bool, typer.Option("--force", help="Compare although models or inputs differ.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Compare even if models or inputs differ.")] = False,
     maps: Annotated[
         list[str] | None,
         typer.Option("--map", help="REFERENCE=TEST: compare these two tensors; OUTPUT=: leave one out; repeatable."),
     ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="Every tensor.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The verdict alone, one line for each test.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the verdict, one line for each test.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the table as CSV; - is stdout.")] = None,
 ) -> None:

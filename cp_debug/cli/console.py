@@ -98,7 +98,7 @@ def results_alone() -> Iterator[None]:
         kind, says = getattr(event.exc_type, "__name__", "an error"), "without words"
         with suppress(Exception):  # its own ``__str__`` may fail
             says = message(str(event.exc_value), lines=1)
-        say(f"note: {kind} was raised where nobody waits for it, in a thread or a finalizer: {says}")
+        say(f"note: {kind} was raised in a thread or a finalizer, where nothing handles it: {says}")
 
     # Consoles that write elsewhere already stay as they are.
     pairs = [(c, stream) for c, stream in ((console, sys.stdout), (errors, sys.stderr)) if c.file is stream]

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def deploy(
-    config: Annotated[Path, typer.Argument(help="A .yaml, .toml or .json file, or AWML's deploy_config.py as it is.")],
+    config: Annotated[Path, typer.Argument(help="A .yaml, .toml or .json file, or AWML's deploy_config.py.")],
     model: Annotated[str | None, typer.Option(help="For a configuration that names no model, such as AWML's.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Do again what an earlier run has done.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run finished stages again.")] = False,
     html: Annotated[Path | None, typer.Option(help="The page.  [default: report.html in the work folder]")] = None,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     rot_y_axis_reference: Annotated[

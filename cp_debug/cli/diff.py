@@ -12,9 +12,9 @@ from cp_debug.cli.given import check_saved
 
 def diff(
     before: Annotated[Path, typer.Argument(help="A folder of `bisect --save`, or a JSON file of `bisect --json`.")],
-    after: Annotated[Path, typer.Argument(help="Another one: today's engine, the next version, the mended file.")],
+    after: Annotated[Path, typer.Argument(help="The other one: today's engine, the next version, the fixed file.")],
     factor: Annotated[
-        float, typer.Option(min=1.0, help="Factor from which on an error beyond rounding counts as changed.")
+        float, typer.Option(min=1.0, help="An error beyond rounding counts as changed from this factor on.")
     ] = 2.0,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the page: one file, works offline.")] = None,

@@ -50,10 +50,10 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of the bootstrap; first synthetic scene.")] = 0,
     max_drop: Annotated[float, typer.Option(min=0, help="mAP that a backend may lose.")] = 0.01,
     t4: Annotated[
-        bool, typer.Option("--t4", help="T4's metric besides: mAP and mAPH by TIER IV's perception_eval (extra t4).")
+        bool, typer.Option("--t4", help="Also T4's metric: mAP and mAPH by TIER IV's perception_eval (extra t4).")
     ] = False,
     exporter: Annotated[Exporter, typer.Option(help="For torch models.")] = Exporter.auto,
-    unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")] = False,
+    unfolded: Annotated[bool, typer.Option("--unfolded", help="Do not fold BatchNorm.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     csv: Annotated[
         Path | None, typer.Option(help="Write the figures of each backend and class as CSV; - is stdout.")

@@ -32,7 +32,7 @@ def export(
     exporter: Annotated[Exporter, typer.Option(help="auto: TorchScript below opset 18, dynamo from there.")] = (
         Exporter.auto
     ),
-    unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm and constants apart.")] = False,
+    unfolded: Annotated[bool, typer.Option("--unfolded", help="Do not fold BatchNorm and constants.")] = False,
     simplify: Annotated[bool, typer.Option("--simplify", help="Run onnxscript's optimizer over the graph.")] = False,
     rot_y_axis_reference: Annotated[
         bool, typer.Option("--rot-y-axis-reference", help="CenterPoint: yaw from the y axis, as Autoware reads it.")
@@ -40,8 +40,8 @@ def export(
     quantized: Annotated[
         Path | None, typer.Option(help="Checkpoint of `quantize ptq` or `qat`: the files get its Q/DQ pairs.")
     ] = None,
-    inputs: Annotated[Path | None, typer.Option(help="Samples to export and compare with; else made up.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
+    inputs: Annotated[Path | None, typer.Option(help="Samples to export and compare with; default: generated.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of generated inputs.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in --output.")] = False,
 ) -> None:
     """Export a model's components as ONNX files. Their batch and spatial axes are free; each file is aligned with

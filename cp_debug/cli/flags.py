@@ -83,4 +83,4 @@ def size_in_bytes(text: str, flag: str) -> int:
 def check_made_up(samples: int, data: object, *, flag: str = "--samples", given_by: str = "--inputs") -> None:
     """Raise InputError for more samples than are made up, where no ``data`` gives them."""
     if data is None and samples > MOST_MADE_UP:
-        raise InputError(f"{flag}: {samples} made-up samples; expected at most {MOST_MADE_UP} without {given_by}")
+        raise InputError(f"{flag}: {samples} generated samples; expected at most {MOST_MADE_UP} without {given_by}")

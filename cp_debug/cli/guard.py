@@ -161,7 +161,7 @@ def _conclude(status: int, told: bytes) -> int:
     what = doing.last()
     when = f" while {what}" if what else ""
     if number == signal.SIGKILL:
-        show_error(f"the process was killed{when}, as a machine does that has no memory left")
+        show_error(f"the process was killed{when}, probably because the machine ran out of memory")
         return UNEXPECTED
     if number:
         show_error(f"a library ended the process ({signal.Signals(number).name}){when}: nothing was decided")

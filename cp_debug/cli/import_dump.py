@@ -21,9 +21,9 @@ def import_dump(
     ],
     model: Annotated[Path, typer.Option(help="The .onnx file whose values the tensors are.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the capture; new or empty.")],
-    precision: Annotated[str, typer.Option(help="Precision in which they were computed.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="Precision of the tensors.")] = "fp32",
     layout: Annotated[
-        DumpLayout, typer.Option(help="Layout in which they were dumped; flat: row by row, without the graph's axes.")
+        DumpLayout, typer.Option(help="Layout of the tensors; flat: row by row, without the graph's axes.")
     ] = DumpLayout.nchw,
     maps: Annotated[
         list[str] | None, typer.Option("--map", help="VALUE=TENSOR: the name in the graph and in the dump; repeatable.")
@@ -31,7 +31,7 @@ def import_dump(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier capture in --output.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
 ) -> None:
-    """Match dumped tensors with a graph and keep them as a capture. What does not fit is listed.
+    """Match dumped tensors with a graph and save them as a capture. List what does not fit.
 
     `cpdebug compare` and `cpdebug bisect --test-tensors` read it. Exit code 1 where outputs are missing or shapes
     differ.
@@ -61,7 +61,7 @@ def import_dump(
     if others:
         show_notes([f"1 of {len(others) + 1} samples of {dump} is imported, the first"])
     if steps := steps_left_out(dump):
-        show_notes([f"1 of {steps + 1} steps in {dump} is imported, the first; the folder of another one gives that"])
+        show_notes([f"1 of {steps + 1} steps in {dump} is imported, the first; for another one, give its folder"])
     show_document(render(matched), matched.to_dict(), json)
     if json != "-":
         say(f"written: {output}")

@@ -89,7 +89,7 @@ def options(
         bool,
         typer.Option("--verbose", help="Let ONNX Runtime log its warnings; CPDEBUG_ORT_LOG=info or verbose: more."),
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The verdict alone, as in `cpdebug bisect -q`.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the verdict, as in `cpdebug bisect -q`.")] = False,
 ) -> None:
     """Find the layer that makes PyTorch, ONNX Runtime and TensorRT disagree."""
     if quiet:
@@ -220,7 +220,7 @@ def _told(error: BaseException) -> int:
         show_error(str(error))
         return error.exit_code
     if isinstance(error, MemoryError):
-        show_error("out of memory: this asks for more than the process may have")
+        show_error("out of memory: this needs more than the process may use")
         return InputError.exit_code
     if isinstance(error, BrokenPipeError):  # before or after a command
         forget_output()
@@ -240,7 +240,7 @@ def _told(error: BaseException) -> int:
         show_usage(error)
         return InputError.exit_code
     if isinstance(error, RuntimeError) and any(text in text_of(error) for text in _NO_MEMORY):
-        show_error("out of memory: this asks for more than the machine has")
+        show_error("out of memory: this needs more than the machine has")
         return InputError.exit_code
     if isinstance(error, RuntimeError) and "can't start new thread" in text_of(error):
         show_error("no thread can be started: the system allows this user or process no more, or has no memory for it")
@@ -256,5 +256,5 @@ def _told(error: BaseException) -> int:
         show_error(crash.log_crash(error))
         return crash.EXIT_CODE
     except MemoryError:  # too little even for the log
-        show_error("out of memory: this asks for more than the process may have")
+        show_error("out of memory: this needs more than the process may use")
         return InputError.exit_code

@@ -12,9 +12,9 @@ def models() -> None:
 
     rows = [
         *known_models(),
-        ("mmdet3d:CONFIG", "a detector of the real mmdet3d: a config file, or one it ships by its name"),
-        ("FOLDER", "a folder of transformers: config.json and .safetensors; nothing in it is run"),
-        ("FILE.onnx", "any ONNX file; every value becomes a probe"),
+        ("mmdet3d:CONFIG", "a detector of the real mmdet3d: a config file, or the name of one it ships"),
+        ("FOLDER", "a folder of transformers: config.json and .safetensors; its code is never run"),
+        ("FILE.onnx", "any ONNX file; every value is a probe"),
         ("package.module:callable", "a callable that returns (torch module, example inputs)"),
         ("file.py:callable", "the same, in a file"),
     ]

@@ -20,7 +20,7 @@ def predict(
     model: Annotated[
         str, typer.Argument(help="A recipe (`cpdebug models`), an .onnx file, or module:callable / file.py:callable.")
     ] = "centerpoint:tiny",
-    precision: Annotated[str, typer.Option(help="fp16, bf16, tf32; int8 of a file with Q/DQ pairs.")] = "fp16",
+    precision: Annotated[str, typer.Option(help="fp16, bf16, tf32; int8 for a file with Q/DQ pairs.")] = "fp16",
     target: Annotated[str, typer.Option(help="The runtime: trt-8.6, trt-10, trt-11.")] = "trt-8.6",
     builder_level: Annotated[
         int | None,
@@ -29,12 +29,10 @@ def predict(
     checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
     inputs: Annotated[Path | None, typer.Option(help=reading.INPUTS_HELP)] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="How many samples.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
-    goal: Annotated[
-        str | None, typer.Option(help="As for search: name what must stay in FP32 so that it holds, too.")
-    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of generated inputs.")] = 0,
+    goal: Annotated[str | None, typer.Option(help="As in search: also name the layers to keep in FP32 for it.")] = None,
     device: Annotated[str, typer.Option(help="Where to emulate: cpu, cuda, cuda:1.")] = "cpu",
-    show_all: Annotated[bool, typer.Option("--all", help="Every layer, not only those that introduce most.")] = False,
+    show_all: Annotated[bool, typer.Option("--all", help="Every layer, not only the largest errors.")] = False,
     exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what the target reads.")] = Exporter.auto,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     *,

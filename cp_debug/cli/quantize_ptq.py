@@ -27,7 +27,7 @@ def ptq(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoint, caches and ONNX files.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
     calib_data: Annotated[
-        Path | None, typer.Option(help="Info file, point files, .npz or a folder; else made-up inputs.")
+        Path | None, typer.Option(help="Info file, point files, .npz or a folder; default: generated.")
     ] = None,
     batches: Annotated[int, typer.Option(min=1, max=MOST, help="Calibration samples, at most.")] = 100,
     precision: Annotated[

@@ -37,19 +37,19 @@ def qat(
     val_scenes: Annotated[int, typer.Option(min=1, max=MOST, help="Held-out scenes, at most.")] = 12,
     data_root: Annotated[Path | None, typer.Option(help="Folder that paths in the info files are relative to.")] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Passes over the training scenes; else --steps.")
+        int | None, typer.Option(min=1, max=MOST, help="Passes over the training scenes, instead of --steps.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, max=MOST, help="Optimizer steps, at most.")] = 300,
-    batch: Annotated[int, typer.Option(min=1, max=MOST, help="Scenes a step.")] = 2,
-    lr: Annotated[float, typer.Option(min=1e-12, max=1.0, help="Learning rate of Adam, which falls to 0.")] = 5e-4,
+    batch: Annotated[int, typer.Option(min=1, max=MOST, help="Scenes per step.")] = 2,
+    lr: Annotated[float, typer.Option(min=1e-12, max=1.0, help="Learning rate of Adam; decays to 0.")] = 5e-4,
     interval: Annotated[int, typer.Option(min=1, max=MOST, help="Steps between validations.")] = 50,
     patience: Annotated[
-        int, typer.Option(min=1, max=MOST, help="Validations without a better one, after which it ends.")
+        int, typer.Option(min=1, max=MOST, help="Stop after this many validations without improvement.")
     ] = 4,
     early_stop: Annotated[
-        Criterion, typer.Option(help="Figure on the held-out scenes that ends training.")
+        Criterion, typer.Option(help="Held-out figure that decides about stopping.")
     ] = Criterion.loss,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUTPUT.state, with the same options.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from OUTPUT.state, with the same options.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of order and augmentation.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier OUTPUT, and its state.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
@@ -73,13 +73,13 @@ def qat(
     from cp_debug.recipes.registry import load_model
     from cp_debug.reports.qat import render
 
-    refuse(("steps",), unless=epochs is None, why="--epochs says how long it trains")
+    refuse(("steps",), unless=epochs is None, why="--epochs sets how long it trains")
     scenes_only = data is None and val_data is None
     refuse(("data_root",), unless=not scenes_only, why="without --data or --val-data there are synthetic scenes only")
     check_new("--output", [output], overwrite or resume)
     state = output.with_name(f"{output.name}.state")
     if state.exists() and not resume and not overwrite:
-        raise InputError(f"--output: {state} is of an earlier run; --resume goes on from it, --overwrite starts anew")
+        raise InputError(f"--output: {state} is from an earlier run; --resume continues it, --overwrite starts again")
     with progress() as on_step:
         loaded = as_trainable(load_model(model))
         training = training_scenes(loaded, data, scenes, DataOptions(data_root))

@@ -21,7 +21,7 @@ def sensitivity(
         str, typer.Argument(help="A recipe (`cpdebug models`) or module:callable; other than int8: an .onnx file, too.")
     ] = "centerpoint:tiny",
     quantized: Annotated[
-        Path | None, typer.Option("--from", help="Checkpoint of `quantize ptq` or `qat`; else it is calibrated now.")
+        Path | None, typer.Option("--from", help="Checkpoint of `quantize ptq` or `qat`; default: calibrate now.")
     ] = None,
     precision: Annotated[
         str,
@@ -42,7 +42,7 @@ def sensitivity(
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")] = 20,
     data_root: Annotated[Path | None, typer.Option(help="Folder that paths in the info file are relative to.")] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs; first synthetic scene to measure on.")
+        int, typer.Option(min=0, max=LAST_SEED, help="Seed of generated inputs; first synthetic scene to measure on.")
     ] = 0,
     auto: Annotated[
         float | None,
@@ -71,7 +71,7 @@ def sensitivity(
     narrow = narrow_options(precision)
     why = f"scales of {precision} are those of the numbers at hand, and every layer with a weight is measured"
     refuse(("quantized", "calib_data", "batches", "method", "skip_layers"), unless=narrow is None, why=why)
-    refuse(("data_root",), unless=data is not None, why="without --data the samples are synthetic scenes")
+    refuse(("data_root",), unless=data is not None, why="without --data, the samples are synthetic scenes")
     check_made_up(samples, data, given_by="--data")
     check_calibration(model, calib_data, batches, "--batches")
     read = DataOptions(data_root)

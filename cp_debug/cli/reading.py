@@ -26,7 +26,8 @@ class ReadingFlags:
     shape: Annotated[
         list[str] | None,
         typer.Option(
-            help="INPUT=1x3x320x320: sizes of its free axes, made up or of an image; repeatable.", rich_help_panel=PANEL
+            help="INPUT=1x3x320x320: sizes of free axes, generated or of an image; repeatable.",
+            rich_help_panel=PANEL,
         ),
     ] = None
     image: Annotated[

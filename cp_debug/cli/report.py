@@ -24,7 +24,7 @@ class Format(str, Enum):
 
 
 def report(
-    result: Annotated[Path, typer.Argument(help="A folder of `bisect --save`, or its result.json: without tensors.")],
+    result: Annotated[Path, typer.Argument(help="A folder of `bisect --save`, or its result.json (without tensors).")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write; a folder for onnx, if there are components.")
     ] = None,
@@ -33,7 +33,7 @@ def report(
     ] = Format.html,
     charts: Annotated[
         list[str] | None,
-        typer.Option(help="Layer that gets charts, too: a name, or a pattern such as 'backbone.*'; '*' takes all."),
+        typer.Option(help="Add charts for this layer: a name, or a pattern such as 'backbone.*'; '*' takes all."),
     ] = None,
 ) -> None:
     """Show a saved result as HTML, Markdown, CI annotations or ONNX."""

@@ -42,7 +42,7 @@ def check_outputs(given: Mapping[str, Any], flags: Mapping[str, str]) -> None:
             why = "~ is for the shell, which leaves it alone in quotes and after a ="
             raise InputError(f"{flags[name]}: {value}: {why}; expected the whole path, or $HOME")
     if all(str(given.get(name)) == "-" for name in ALONE):
-        raise InputError("--csv: - is the standard output, which --json has already; expected a file for one of them")
+        raise InputError("--csv: - is the standard output, which --json uses already; expected a file for one of them")
     outputs = [(flags[name], str(value)) for name, value in given.items() if name in OUTPUTS and _names_file(value)]
     for flag, output in outputs:
         if (folders := len(Path(output).parts)) > DEEPEST:
@@ -160,7 +160,7 @@ def check_target(flag: str, folder: Path, overwrite: bool) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not folder.is_dir() or not is_ours(folder):
-        raise InputError(f"{flag}: {folder} exists and is none of cpdebug's; expected a new or empty folder")
+        raise InputError(f"{flag}: {folder} exists and was not written by cpdebug; expected a new or empty folder")
     if not overwrite:
         raise InputError(f"{flag}: {folder} holds an earlier run; --overwrite replaces it")
     if resolved(folder) in (here := resolved(Path()), *here.parents):

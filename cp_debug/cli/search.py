@@ -31,7 +31,7 @@ def search(
         str, typer.Option(help="rel_l2, max_abs, boxes_lost, boxes_gained, boxes_moved, map_drop; joined by 'and'.")
     ] = "rel_l2<1e-3",
     test_model: Annotated[
-        Path | None, typer.Option(help="The Q/DQ graph of the test (a folder, for several components).")
+        Path | None, typer.Option(help="The test's Q/DQ graph (a folder, for several components).")
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights for the recipe: .pt, .safetensors, or what `cpdebug quantize` wrote.")
@@ -41,15 +41,15 @@ def search(
         Path | None, typer.Option(help="For map_drop: an info file (.pkl); else the held-out synthetic scenes.")
     ] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="How many samples.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs.")] = 0,
-    max_builds: Annotated[int | None, typer.Option(min=1, max=MOST, help="Builds (emulated: trials) at most.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of generated inputs.")] = 0,
+    max_builds: Annotated[int | None, typer.Option(min=1, max=MOST, help="Most builds (emulated: trials).")] = None,
     budget: Annotated[str | None, typer.Option(help="Time after which no trial begins: 90s, 30m, 2h.")] = None,
-    log: Annotated[Path | None, typer.Option(help="Every trial, a line each; a search goes on from it.")] = None,
+    log: Annotated[Path | None, typer.Option(help="One line per trial; a search resumes from it.")] = None,
     onnx: Annotated[
         Path | None, typer.Option(help="Write the mixed-precision graph (a folder, for several components).")
     ] = None,
     exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what all backends read.")] = Exporter.auto,
-    unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")] = False,
+    unfolded: Annotated[bool, typer.Option("--unfolded", help="Do not fold BatchNorm.")] = False,
     json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
     *,
     engines: tensorrt.TensorRTFlags,

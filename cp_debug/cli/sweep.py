@@ -16,7 +16,7 @@ from cp_debug.files import resolved
 
 app = typer.Typer(
     name="sweep",
-    help="Run a command over models, backends and samples on many workers. Started again, it goes on.",
+    help="Run a command over models, backends and samples on many workers. Started again, it resumes.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -87,7 +87,7 @@ def sweep_ablate(
     ] = None,
     what: _Ablated,
     layers: Annotated[
-        int, typer.Option(min=1, max=MOST, help="Layers to try one by one, the largest shares first.")
+        int, typer.Option(min=1, max=MOST, help="Number of layers to try one by one, the largest shares first.")
     ] = 12,
     int8: calibration.CalibrationFlags,
     desk: Desk,
@@ -153,10 +153,10 @@ def sweep_search(
         str, typer.Option(help="rel_l2, max_abs, boxes_lost, boxes_gained, boxes_moved; joined by 'and'.")
     ] = "rel_l2<1e-3",
     test_model: Annotated[
-        Path | None, typer.Option(help="The Q/DQ graph of the test (a folder, for several components).")
+        Path | None, typer.Option(help="The test's Q/DQ graph (a folder, for several components).")
     ] = None,
     max_builds: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Builds (emulated: trials) a task at most.")
+        int | None, typer.Option(min=1, max=MOST, help="Most builds (emulated: trials) per task.")
     ] = None,
     desk: Desk,
 ) -> None:

@@ -43,7 +43,7 @@ class Subjects:
     models: Annotated[list[str] | None, typer.Argument(help="Recipes, .onnx files, module:callable; else tiny.")] = None
     checkpoint: Annotated[list[Path] | None, typer.Option("--checkpoint", help="Weights; repeatable.")] = None
     samples: Samples = 8
-    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs; first synthetic scene.")] = 0
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of inputs; first synthetic scene.")] = 0
 
     def check(self, backends: str, inputs: Path | None, *, exports: bool = True) -> list[BackendSpec]:
         """The backends. Raises InputError for a name that is no model and a file that cannot be read; loads torch.
@@ -83,7 +83,7 @@ class Compared(Subjects):
 
     backends: Backends = "torch,ort"
     exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what all backends read.")] = Exporter.auto
-    unfolded: Annotated[bool, typer.Option("--unfolded", help="Keep BatchNorm apart.")] = False
+    unfolded: Annotated[bool, typer.Option("--unfolded", help="Do not fold BatchNorm.")] = False
 
     def compared(self, inputs: Path | None, how: Mapping[str, Any], **more: Any) -> Grid:
         """The grid, whose models are exported as these flags say. Raises InputError for flags that would do nothing."""
@@ -144,28 +144,28 @@ class Desk:
     ] = None
     gpus: Annotated[
         int | None,
-        typer.Option(min=1, max=64, help="GPUs of this machine, a process each; default: all.", rich_help_panel=QUEUE),
+        typer.Option(min=1, max=64, help="GPUs here, one process each; default: all.", rich_help_panel=QUEUE),
     ] = None
     cluster: Annotated[
-        str | None, typer.Option(help="Instead, a Dask scheduler: tcp://host:8786.", rich_help_panel=QUEUE)
+        str | None, typer.Option(help="A Dask scheduler instead: tcp://host:8786.", rich_help_panel=QUEUE)
     ] = None
     shared: Annotated[
         str | None,
-        typer.Option(help="Folder or URL (s3://…) of exports, calibrations, engines for all.", rich_help_panel=QUEUE),
+        typer.Option(help="Folder or URL (s3://…) of shared exports and engines.", rich_help_panel=QUEUE),
     ] = None
     log: Annotated[
         Path | None,
-        typer.Option(help="FILE.jsonl, which a restart reads; FILE.parquet: that too.", rich_help_panel=QUEUE),
+        typer.Option(help="FILE.jsonl, read by a restart; FILE.parquet: also a table.", rich_help_panel=QUEUE),
     ] = None
     partition: Annotated[
         bool,
         typer.Option(
-            "--partition", help="FILE.parquet is a folder, a table a model and backend.", rich_help_panel=QUEUE
+            "--partition", help="FILE.parquet is a folder, one table per model and backend.", rich_help_panel=QUEUE
         ),
     ] = False
     retry_failed: Annotated[
         bool,
-        typer.Option("--retry-failed", help="Try tasks again that failed in an earlier run.", rich_help_panel=QUEUE),
+        typer.Option("--retry-failed", help="Retry tasks that failed in an earlier run.", rich_help_panel=QUEUE),
     ] = False
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the log and all reports.", rich_help_panel=REPORT)
@@ -192,7 +192,7 @@ class Desk:
 
         if self.gpus and (self.workers or self.cluster):
             other = "--workers" if self.workers else "--cluster"
-            raise InputError(f"--gpus and {other}: expected one of them; there is one worker a GPU")
+            raise InputError(f"--gpus and {other}: expected one of them; there is one worker per GPU")
 
         def connect(gpu: bool) -> AbstractContextManager[Client]:
             refuse(("gpus",), unless=gpu, why="no backend of the sweep needs a GPU; --workers gives it processes")

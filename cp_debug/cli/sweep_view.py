@@ -60,10 +60,10 @@ class QueueView:
             line.append(f"\n{waiting}", style="yellow")
         if self._slow is not None and progress.waiting_for_gpu and not self._told:
             self._told = True  # lines that stay tell of it once
-            say(f"{waiting}; until one is there, its tasks are not begun")
+            say(f"{waiting}; its tasks start when there is one")
         if progress.refused != self._refused:  # told for good: the view vanishes
             self._refused = progress.refused
-            say(f"warning: given no tasks: {progress.refused}")
+            say(f"warning: gets no tasks: {progress.refused}")
         if progress.store != self._store:
             self._store = progress.store
             say(f"warning: {progress.store}")

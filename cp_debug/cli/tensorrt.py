@@ -54,7 +54,7 @@ ProbeMode = Annotated[
     typer.Option(
         "--probes",
         help="auto: boundaries, if something diverges; boundaries: what the engine writes anyway; all: every value; "
-        "bisect: one a build, to the first bad one.",
+        "bisect: one per build, to the first bad one.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -66,7 +66,7 @@ KeepFp32 = Annotated[
     list[str] | None,
     typer.Option(
         "--keep-fp32",
-        help="Layer, node or COMPONENT/NODE that stays FP32, in emulated backends too; repeatable. @FILE: one a line.",
+        help="Layer, node or COMPONENT/NODE to keep in FP32, also emulated; repeatable. @FILE: one per line.",
     ),
 ]
 Workspace = Annotated[
@@ -83,7 +83,7 @@ CalibrationCache = Annotated[
 ]
 CalibratorKind = Annotated[
     CalibratorChoice | None,
-    typer.Option("--trt-calibrator", help="INT8 of a graph without Q/DQ, by TensorRT (to 10).", rich_help_panel=PANEL),
+    typer.Option("--trt-calibrator", help="INT8 scales by TensorRT, without Q/DQ (up to 10).", rich_help_panel=PANEL),
 ]
 CalibrationData = Annotated[
     Path | None,
@@ -93,7 +93,7 @@ Cache = Annotated[
     Path | None,
     typer.Option("--cache", help="Folder of built engines; default: the user's cache folder.", rich_help_panel=PANEL),
 ]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Build and export everything anew.", rich_help_panel=PANEL)]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Build and export everything again.", rich_help_panel=PANEL)]
 BuilderLevel = Annotated[
     int | None,
     typer.Option("--builder-level", min=0, max=5, help="Builder optimization level.", rich_help_panel=PANEL),
@@ -102,7 +102,7 @@ TacticSources = Annotated[
     str | None,
     typer.Option(
         "--tactic-sources",
-        help="Kernels' sources left out or added, as for trtexec: -JIT_CONVOLUTIONS,+CUBLAS.",
+        help="Kernel sources to remove or add, as in trtexec: -JIT_CONVOLUTIONS,+CUBLAS.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -112,7 +112,7 @@ BuildTimeout = Annotated[
         "--build-timeout",
         min=1.0,
         max=LONGEST_BUILD,
-        help="Seconds for one build; it is stopped then.",
+        help="Stop a build after so many seconds.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -148,7 +148,7 @@ class TensorRTFlags:
             f.name for f in fields(self) if f.name != "keep_fp32" and not (exports and f.name == "no_cache")
         ]
         alone = typed(("trt_calib_data",)) and not typed(("trt_calibrator",))
-        why = f"none of {names} is TensorRT" + ("; expected --trt-calibrator beside it" if alone else "")
+        why = f"none of {names} is TensorRT" + ("; expected --trt-calibrator, too" if alone else "")
         refuse(engine_flags, unless=engines, why=why)
         calibrated = any(spec.name in CALIBRATED for spec in specs)
         why = f"none of {names} is {' or '.join(CALIBRATED)}"

@@ -185,7 +185,7 @@ def refuse_seed(models: Iterable[str], inputs: object, samples: int | None = Non
     kinds = {kind_of(model) for model in models}
     own = kinds <= {"onnx", "program", "callable"}
     refuse(("seed",), unless=inputs is None or not own, why=f"the inputs are those of {inputs}")
-    why = "the first sample is the model's own example; expected --samples 2 or more beside it"
+    why = "the first sample is the model's own example; expected --samples 2 or more"
     if samples is None:
         why = "the one sample is the model's own example"
     refuse(("seed",), unless=(samples or 1) > 1 or not kinds <= {"program", "callable"}, why=why)
@@ -193,5 +193,5 @@ def refuse_seed(models: Iterable[str], inputs: object, samples: int | None = Non
 
 def refuse_data_flags(data: object) -> None:
     """Refuse the flags about an info file where there is none."""
-    why = "without --data the samples are synthetic scenes"
+    why = "without --data, the samples are synthetic scenes"
     refuse(("data_root", "sweeps", "skip_missing"), unless=data is not None, why=why)

@@ -9,9 +9,7 @@ import typer
 
 
 def ui(
-    folder: Annotated[
-        Path, typer.Argument(help="A folder with results of `bisect --save` and `--json` somewhere in it.")
-    ],
+    folder: Annotated[Path, typer.Argument(help="A folder that contains results of `bisect --save` or `--json`.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")] = 8650,
     browser: Annotated[bool, typer.Option("--browser", help="Open the list in a browser.")] = False,
 ) -> None:

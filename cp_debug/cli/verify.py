@@ -29,9 +29,7 @@ def verify(
     backends: Annotated[
         str | None, typer.Option("--backends", "-b", help="Reference first, then the tests: a scenario for each test.")
     ] = None,
-    onnx_dir: Annotated[
-        Path | None, typer.Option(help="Folder of `cpdebug export`; without one the model is exported for this run.")
-    ] = None,
+    onnx_dir: Annotated[Path | None, typer.Option(help="Folder of `cpdebug export`; default: exported now.")] = None,
     test_model: Annotated[
         Path | None, typer.Option(help="Another .onnx for the tests (a folder, for several components).")
     ] = None,
@@ -45,13 +43,13 @@ def verify(
     samples: Annotated[int | None, typer.Option(min=1, max=MOST, help="How many samples.  [default: 3]")] = None,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, max=LAST_SEED, help="Seed of made-up inputs; first synthetic scene.  [default: 0]"),
+        typer.Option(min=0, max=LAST_SEED, help="Seed of inputs; first synthetic scene.  [default: 0]"),
     ] = None,
     tolerance: Annotated[
         list[str] | None,
         typer.Option(help="TENSOR=X, PRECISION=X or TENSOR@PRECISION=X: relative L2; else limits come from the noise."),
     ] = None,
-    max_abs: Annotated[float | None, typer.Option(min=0.0, help="Limit of max |Δ| besides.")] = None,
+    max_abs: Annotated[float | None, typer.Option(min=0.0, help="Additional limit of max |Δ|.")] = None,
     voxels: Annotated[
         Path | None, typer.Option(help="First sample's voxels, num_points, coors (.npz), by the test's own code.")
     ] = None,
