@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from html import escape
 from typing import Any, TextIO, cast
@@ -249,6 +249,12 @@ def did_you_mean(word: str, known: Iterable[str], n: int = 1) -> str:
     """``; did you mean emu-fp16?``, the ``n`` most similar of the known words; empty where none is similar."""
     near = difflib.get_close_matches(word, list(known), n)
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def some(names: Sequence[Any], most: int = 8) -> str:
+    """The first names of many, and how many more there are: ``a, b and 3 more``."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
 
 
 def amount(count: int, noun: str) -> str:

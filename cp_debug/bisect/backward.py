@@ -31,6 +31,7 @@ from cp_debug.graph.randomness import draws
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.distance import all_finite, product
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
+from cp_debug.safe_text import some
 
 
 class Backward:
@@ -223,8 +224,7 @@ def walk_back(
             errors = dict(walked.walk({n: d for (c, n), d in of_outputs.items() if c == component.name}))
         for reason in dict.fromkeys(walked.stopped.values()):
             values = [value for value, why in walked.stopped.items() if why == reason]
-            more = f" and {len(values) - 1} more" if len(values) > 1 else ""
-            notes.append(f"shares of layers before {values[0]}{more} are not complete: {reason}")
+            notes.append(f"shares of layers before {some(values, 1)} are not complete: {reason}")
         at_inputs = {n: as_numpy(d) for n, d in walked.derivatives.items() if n in component.input_names}
         yield component, errors, at_inputs
         if not place or not any(d.any() for d in at_inputs.values()):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from cp_debug.recipes.base import Arrays
+from cp_debug.safe_text import some
 
 LEAST = 16
 """Elements of a channel that must be 0 for it to count as gone, not as small by chance."""
@@ -35,8 +36,7 @@ def lost_channels(reference: Arrays, test: Arrays, atol: float) -> Iterator[str]
             gone = np.flatnonzero((left == 0) & (largest > BEYOND * atol))
             if ours.size // ours.shape[axis] < LEAST or not gone.size or not left.any():
                 continue
-            more = f" and {len(gone) - NAMED} more" if len(gone) > NAMED else ""
-            names = f"channel{'s' * (len(gone) > 1)} {', '.join(map(str, gone[:NAMED]))}{more}"
+            names = f"channel{'s' * (len(gone) > 1)} {some(gone.tolist(), NAMED)}"
             verb = "are" if len(gone) > 1 else "is"
             yield (
                 f"{name}: {names} {verb} 0 everywhere, but reach {largest[gone].max():.3g} in the reference; other "

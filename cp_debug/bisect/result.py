@@ -20,7 +20,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.randomness import DRAWS_NUMBERS
 from cp_debug.probes.caveats import ALL_ZERO
 from cp_debug.probes.statistics import TensorStats
-from cp_debug.safe_text import one_line
+from cp_debug.safe_text import one_line, some
 from cp_debug.serialize import BadField, JsonForm, check_entries, encode, number_keys, part
 
 if TYPE_CHECKING:
@@ -166,9 +166,7 @@ class Remainder(JsonForm):
         if drawn := [reason for reason in self.not_replayed.values() if reason.endswith(DRAWS_NUMBERS)]:
             return f"{drawn[0]}, and the outputs depend on them"
         if self.not_replayed:
-            names = ", ".join([*self.not_replayed][:3])
-            more = f" and {len(self.not_replayed) - 3} more" if len(self.not_replayed) > 3 else ""
-            return f"not replayed or not emulated, so not explained: {names}{more}"
+            return f"not replayed or not emulated, so not explained: {some([*self.not_replayed], 3)}"
         if self.adds_up:
             return "the rounding adds up"
         return f"but rounding explains only {self.rounding:.2g} (rel. L2) of it"
@@ -278,8 +276,7 @@ class TestResult(JsonForm):
         """Phrase about control flow that was not compared, for it did not run; empty where all ran."""
         if not self.not_run:
             return ""
-        more = f" and {len(self.not_run) - MOST_NAMES} more" if len(self.not_run) > MOST_NAMES else ""
-        return f"{', '.join(self.not_run[:MOST_NAMES])}{more} did not run with these inputs; try others with --inputs"
+        return f"{some(self.not_run, MOST_NAMES)} did not run with these inputs; try others with --inputs"
 
     @property
     def coverage(self) -> str:

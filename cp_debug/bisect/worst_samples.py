@@ -15,7 +15,7 @@ from cp_debug.bisect.verdict import oracle_is_alone
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
 from cp_debug.programs.pipeline import Key
 from cp_debug.recipes.abilities import DetectsBoxes
-from cp_debug.safe_text import amount
+from cp_debug.safe_text import amount, some
 
 
 class Collected:
@@ -88,10 +88,8 @@ class Collected:
         notes.extend(_undone(undone))
         notes.extend(_masks([name for name in self.masks if name not in guilty]))
         if unknown := [row.name for row in rows if row.replay and row.replay.not_emulated]:
-            layer_names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-            notes.append(
-                f"{amount(len(unknown), 'layer')} not emulated, so their expected error is unknown: {layer_names}"
-            )
+            many = f"{amount(len(unknown), 'layer')} not emulated, so their expected error is unknown"
+            notes.append(f"{many}: {some(unknown, 5)}")
         notes.extend(f"{amount(count, 'layer')} not replayed: {reason}" for reason, count in skipped.items())
         return notes
 

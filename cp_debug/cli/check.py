@@ -12,6 +12,7 @@ from cp_debug.cli.flags import LAST_SEED, JsonAlone, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse, refuse_seed
 from cp_debug.loading import load_torch
+from cp_debug.safe_text import some
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -80,9 +81,8 @@ def _lines(concerns: Sequence[Concern], activations: bool, total: int) -> Iterat
     for concern in concerns:
         style = "bold red" if concern.severity == PROBLEM else "bold yellow"
         yield Text.assemble((f"{concern.severity}: {concern.check}", style), f": {concern.says}")
-        more = f" and {len(concern.layers) - 6} more" if len(concern.layers) > 6 else ""
         if concern.layers:
-            yield Text(f"   layers   {', '.join(concern.layers[:6])}{more}", "dim")
+            yield Text(f"   layers   {some(concern.layers, 6)}", "dim")
         yield Text(f"   fix      {concern.fix}")
     if not concerns:
         one = "one sample" if total == 1 else f"the first of {total} samples"

@@ -60,6 +60,15 @@ class Constants:
         """Whether all elements are equal: zeros and ones lie in many layers, so that they tell none from another."""
         return is_uniform(self[name])
 
+    def twin(self, name: str, theirs: Constants, other: str) -> str | None:
+        """The constant, another than ``name``, that holds what ``theirs`` has as ``other``; None without one, and where
+        too few numbers or equal ones tell nothing."""
+        if self.size(name) < TELLING or theirs.uniform(other):
+            return None
+        digest = theirs.digest(other)
+        alike = (n for n in self.names if n != name and self.size(n) == theirs.size(other))
+        return next((n for n in alike if self.digest(n) == digest), None)
+
     def readers(self, name: str) -> Sequence[Node]:
         """The nodes that read a constant."""
         return self.graph.consumers.get(name, [])

@@ -20,13 +20,11 @@ from cp_debug.graph.graph import Graph, ValueInfo
 from cp_debug.graph.integer_values import named_levels
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.tensor_ends import part_of
-from cp_debug.safe_text import did_you_mean
+from cp_debug.safe_text import did_you_mean, some
 from cp_debug.serialize import JsonForm
 
 UNPAIRED = " (test)"
 """Suffix for the name of a test's value without a partner, where the reference has another value of that name."""
-MOST_TOLD = 8
-"""Pairs of names that a note tells."""
 TRUST = 0.6
 """Share of equal names whose nodes must agree (operator, inputs) before names alone are believed."""
 MOST_MISPLACED = 2
@@ -77,7 +75,7 @@ class Pairing(JsonForm):
             if name != test_name and f"{name}={test_name}" not in told
         ]
         how = "paired by what they hold, else by position and shape; `--map REFERENCE=TEST` pairs others"
-        return [f"inputs and outputs have other names in the test: {some_of(ends)}: {how}"] if ends else []
+        return [f"inputs and outputs have other names in the test: {some(ends)}: {how}"] if ends else []
 
     def lacks(self, output: str) -> bool:
         """Whether an output of the reference has no counterpart in the test, although nobody left it out."""
@@ -95,13 +93,7 @@ class Pairing(JsonForm):
 
 def places(moved: Mapping[str, str]) -> str:
     """A phrase about ``Pairing.moved``: ``in the place of a is y1``."""
-    return some_of([f"in the place of {name} is {other}" for name, other in moved.items()])
-
-
-def some_of(names: Sequence[str]) -> str:
-    """The first names of a sentence, and how many more there are."""
-    more = f" and {len(names) - MOST_TOLD} more" if len(names) > MOST_TOLD else ""
-    return f"{', '.join(names[:MOST_TOLD])}{more}"
+    return some([f"in the place of {name} is {other}" for name, other in moved.items()])
 
 
 def left_out(texts: Iterable[str], outputs: Collection[str]) -> tuple[list[str], list[str]]:

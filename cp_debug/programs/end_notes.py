@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from cp_debug.backends.base import Program
 from cp_debug.graph.graph import ValueInfo
-from cp_debug.graph.pairing import some_of
-from cp_debug.safe_text import amount
+from cp_debug.safe_text import amount, some
 
 
 def end_notes(programs: Sequence[Program], tests: Sequence[Program], told: Sequence[str] = ()) -> list[str]:
@@ -31,13 +30,13 @@ def _types(values: Iterable[ValueInfo]) -> dict[str, str]:
 
 def omitted(names: Sequence[str]) -> list[str]:
     """A sentence about outputs that the user left out; none where there are none."""
-    return [f"{'output' if len(names) == 1 else 'outputs'} {some_of(names)} left out by --map"] if names else []
+    return [f"{'output' if len(names) == 1 else 'outputs'} {some(names)} left out by --map"] if names else []
 
 
 def only_in_test(names: Sequence[str]) -> list[str]:
     """A sentence about outputs that only the test has; none where there are none."""
     outputs = amount(len(names), "output")
-    return [f"not compared: {outputs} of the test that the reference lacks: {some_of(names)}"] if names else []
+    return [f"not compared: {outputs} of the test that the reference lacks: {some(names)}"] if names else []
 
 
 def other_types(ours: Mapping[str, str], theirs: Mapping[str, str], pairs: Mapping[str, str]) -> Iterator[str]:
@@ -51,5 +50,5 @@ def other_types(ours: Mapping[str, str], theirs: Mapping[str, str], pairs: Mappi
         if all(kinds) and kinds[0] != kinds[1]:
             groups.setdefault(kinds, []).append(name)
     for (kind, test_kind), names in groups.items():
-        subject = f"output {names[0]} is" if len(names) == 1 else f"outputs {some_of(names)} are"
+        subject = f"output {names[0]} is" if len(names) == 1 else f"outputs {some(names)} are"
         yield f"{subject} {kind} in the reference and {test_kind} in the test"

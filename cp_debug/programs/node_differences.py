@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from cp_debug.graph.constants import TELLING, Constants
+from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import ACTIVATIONS as EACH_ELEMENT
 from cp_debug.graph.operators import GATES, MOVERS, PRODUCTS, RECURRENT
@@ -256,7 +256,12 @@ class Pieces:
                 name = "bias-dropped" if role == "bias" else "constant-differs"
                 yield NodeDifference(name, f"{ours.op} has no {a}", ours.name, {"constant": a})
             elif a in self._ours and b in self._theirs and self._ours.digest(a) != self._theirs.digest(b):
-                change = self._other(a, b) or describe(self._ours[a], self._theirs[b], GATES.get(ours.op, 0))
+                if twin := self._ours.twin(a, self._theirs, b):
+                    change: TensorChange | None = TensorChange(
+                        "another", f"those of another layer ({twin})", {"of": twin}
+                    )
+                else:
+                    change = describe(self._ours[a], self._theirs[b], GATES.get(ours.op, 0))
                 argument = argument_of(ours, place) if role == "" else None
                 if change is not None and argument is not None and self._ours.size(a) <= FEW:
                     before, after = (array.tolist() for array in (self._ours[a], self._theirs[b]))
@@ -266,15 +271,6 @@ class Pieces:
                     yield NodeDifference(name, says, ours.name, evidence, inputs={place: b})
                 elif change is not None:
                     yield replace(_of_constant(ours, a, role, change), inputs={place: b})
-
-    def _other(self, a: str, b: str) -> TensorChange | None:
-        """The change "another", if the test's constant ``b`` equals a constant of the reference other than ``a``."""
-        if self._ours.size(a) < TELLING or self._theirs.uniform(b):
-            return None
-        digest = self._theirs.digest(b)
-        alike = (n for n in self._ours.names if n != a and self._ours.size(n) == self._theirs.size(b))
-        twin = next((n for n in alike if self._ours.digest(n) == digest), None)
-        return TensorChange("another", f"those of another layer ({twin})", {"of": twin}) if twin else None
 
     def of_constant(self, node: Node, place: int, change: TensorChange) -> NodeDifference:
         """One constant of a node of the reference, which the test holds changed."""

@@ -106,7 +106,10 @@ def weight_differences(reference: Graph, test: Graph, names: Mapping[str, str] |
             continue
         if change.kind in ("transposed", "shape") and not change.size and not _same_reader(ours, theirs, a, b):
             continue
-        differences.append(Difference(a, b, _of_another(ours, theirs, a, b) or change))
+        if twin := ours.twin(a, theirs, b):
+            x, y = (np.asarray(t).ravel() for t in (ours[a], theirs[b]))
+            change = TensorChange("another", f"holds {twin}", {"of": twin}, relative_l2(y, x))
+        differences.append(Difference(a, b, change))
     missing, added = (
         [n for n in names_left if c.size(n) >= TELLING]
         for c, names_left in ((ours, unmatched), (theirs, unmatched_test))
@@ -205,16 +208,3 @@ def _same_reader(ours: Constants, theirs: Constants, a: str, b: str) -> bool:
         }
 
     return readers(ours, a) == readers(theirs, b)
-
-
-def _of_another(ours: Constants, theirs: Constants, a: str, b: str) -> TensorChange | None:
-    """The change "another", if the test's tensor ``b`` equals a constant of the reference other than ``a``."""
-    if ours.size(a) < TELLING or theirs.uniform(b):
-        return None
-    digest = theirs.digest(b)
-    alike = (n for n in ours.names if n != a and ours.size(n) == theirs.size(b))
-    twin = next((n for n in alike if ours.digest(n) == digest), None)
-    if twin is None:
-        return None
-    x, y = (np.asarray(t).ravel() for t in (ours[a], theirs[b]))
-    return TensorChange("another", f"holds {twin}", {"of": twin}, relative_l2(y, x))

@@ -22,7 +22,6 @@ from torch.nn.parameter import is_lazy
 from cp_debug.doing import doing
 from cp_debug.errors import CpdebugError, InputError, ModuleFailed, library_reason
 from cp_debug.graph.graph import ValueInfo
-from cp_debug.graph.pairing import some_of
 from cp_debug.probes.arrays import as_numpy, is_dense, layout_of
 from cp_debug.probes.module_state import ModuleState, state_kept
 from cp_debug.probes.outputs import flatten_outputs
@@ -30,6 +29,7 @@ from cp_debug.probes.trace import as_written, trace
 from cp_debug.recipes.base import Arrays, Component, NamesOnDemand, Sample, Stage
 from cp_debug.recipes.input_files import DEFAULT_READING, count_samples, file_samples
 from cp_debug.recipes.torch_inputs import flat_inputs
+from cp_debug.safe_text import some
 
 TRAIN_MODE = "{} came in train mode and runs in eval mode; `cpdebug bisect --test-train-mode` compares train mode"
 _LARGE = 1 << 26
@@ -57,8 +57,8 @@ class TorchModel:
             _check_values(name, module)
             others = {path: m.training for path, m in module.named_modules() if isinstance(m, _OTHER_IN_TRAINING)}
             training = [path for path, is_training in others.items() if is_training]
-            some = f"of the module, {some_of(training)}" if len(training) < len(others) else "the module"
-            self.notes = [TRAIN_MODE.format(some)] if training else []
+            which = f"of the module, {some(training)}" if len(training) < len(others) else "the module"
+            self.notes = [TRAIN_MODE.format(which)] if training else []
             flat = flat_inputs(name, _in_eval_mode(module), example_inputs, parameters, keywords)
             self.module = module = flat.module
             names, tensors = flat.names, flat.tensors
@@ -234,8 +234,8 @@ def _stateful(changed: Sequence[str], once: Mapping[str, Any], again: Mapping[st
     if not changed or all(name in again and _alike(tensor, again[name]) for name, tensor in once.items()):
         return []
     return [
-        f"each forward changes {some_of(changed)} of the module, and its results with it: every run starts from what "
-        "was given, and an exported file keeps nothing from one run to the next"
+        f"each forward changes {some(changed)} of the module, and its results with it: every run starts from "
+        "what was given, and an exported file keeps nothing from one run to the next"
     ]
 
 

@@ -13,7 +13,7 @@ from cp_debug.bisect.result import TestResult
 from cp_debug.reports.numbers import number, share_in_words
 from cp_debug.reports.sheet import Cell, Column, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
-from cp_debug.safe_text import in_digits
+from cp_debug.safe_text import in_digits, some
 
 NAMED = 4
 """Layers and elements that are named; the JSON has all."""
@@ -42,8 +42,7 @@ def findings(test: TestResult) -> Iterator[RenderableType]:
 def lines(finding: Finding) -> Iterator[tuple[str, str]]:
     """(label, text) in the order in which they are read."""
     if len(finding.layers) > 1:
-        more = f" and {len(finding.layers) - NAMED} more" if len(finding.layers) > NAMED else ""
-        yield "layers", ", ".join(finding.layers[:NAMED]) + more
+        yield "layers", some(finding.layers, NAMED)
     yield "evidence", "; ".join(_evidence(finding))
     for where in finding.where[:1]:
         yield "where", "; ".join(_where(where))
@@ -81,9 +80,7 @@ def _evidence(finding: Finding) -> Iterator[str]:
 
 def _inside(inside: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(Label, text) of the search inside a region: hypotheses, then engine by engine."""
-    suspects = inside["suspects"]
-    more = f" and {len(suspects) - NAMED} more" if len(suspects) > NAMED else ""
-    yield "suspects", ", ".join(suspects[:NAMED]) + more
+    yield "suspects", some(inside["suspects"], NAMED)
     for place, step in enumerate(inside["steps"], 1):
         action = "showing" if step["kind"] == "marks" else "in FP32"
         names = step["names"][0] if len(step["names"]) == 1 else f"{len(step['names'])} {_KINDS[step['kind']]}"
@@ -122,8 +119,7 @@ _SHARES = {"overflows": "of the values overflow", "vanishes": "vanish", "subnorm
 
 def _show(value: Any) -> str:
     if isinstance(value, Mapping):
-        more = f" and {len(value) - NAMED} more" if len(value) > NAMED else ""
-        return ", ".join(f"{name}: {_show(each)}" for name, each in list(value.items())[:NAMED]) + more
+        return some([f"{name}: {_show(each)}" for name, each in value.items()], NAMED)
     if isinstance(value, float):
         return number(value)
     if isinstance(value, list):

@@ -8,8 +8,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from cp_debug.bisect.import_dump import ImportedDump
-from cp_debug.graph.pairing import some_of
-from cp_debug.safe_text import amount
+from cp_debug.safe_text import amount, some
 
 MOST = 8
 """Names that are told of each kind."""
@@ -25,7 +24,7 @@ def render(dump: ImportedDump) -> Iterator[RenderableType]:
     yield from _names("missing output", dump.missing_outputs, "bold red")
     yield from _names("missing input", dump.missing_inputs, "yellow")
     if dump.missing:
-        yield Text(f"missing: {some_of(dump.missing)}; nodes between two dumped values are judged as one segment")
+        yield Text(f"missing: {some(dump.missing)}; nodes between two dumped values are judged as one segment")
     yield from _names("extra, not a value of the graph", [name for name in dump.extra if name not in dump.suggestions])
     for name, value in list(dump.suggestions.items())[:MOST]:
         yield Text(f"extra: {name} may be {value}: --map {value}={name}", "yellow")
@@ -40,8 +39,7 @@ def render(dump: ImportedDump) -> Iterator[RenderableType]:
 
 def _names(title: str, names: Sequence[str], style: str = "yellow") -> Iterator[Text]:
     if names:
-        more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
-        yield Text(f"{title}: {', '.join(names[:MOST])}{more}", style)
+        yield Text(f"{title}: {some(names, MOST)}", style)
 
 
 def _pairs(title: str, pairs: Mapping[str, str], word: str, style: str = "yellow") -> Iterator[Text]:

@@ -15,6 +15,7 @@ from cp_debug.bisect.result import SCHEMA
 from cp_debug.errors import InputError
 from cp_debug.reading import RESULT, read_json
 from cp_debug.reports.page import environment, page_parts
+from cp_debug.safe_text import some
 from cp_debug.version import __version__
 
 DEEPEST, MOST_FOLDERS, MOST_RESULTS = 6, 20_000, 500
@@ -173,9 +174,8 @@ def _said(document: Any) -> dict[str, Any]:
     tests = []
     for spec, block in zip(specs[1:], document["tests"], strict=False):
         guilty = [str(name) for name in block["guilty"]]
-        more = f" and {len(guilty) - 1} more" if len(guilty) > 1 else ""
         if guilty:
-            tests.append(ListedTest(spec, "guilty", f"{guilty[0]}{more}"))
+            tests.append(ListedTest(spec, "guilty", some(guilty, 1)))
         elif block["agrees"] is True:
             tests.append(ListedTest(spec, "ok", "agrees"))
         else:

@@ -19,6 +19,7 @@ from cp_debug.reports.numbers import fixed, number, signed
 from cp_debug.reports.page import environment, page_parts
 from cp_debug.reports.sheet import Column, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
+from cp_debug.safe_text import some
 from cp_debug.sweep.ablating import AblationGroup, AblationRow, PartCounts
 from cp_debug.sweep.bisecting import BisectGroup, LayerSpread
 from cp_debug.sweep.evaluating import EvalGroup
@@ -329,12 +330,8 @@ def _failures(result: SweepResult) -> Sheet:
 def _outliers(outliers: Sequence[Outlier], figure: str) -> list[Sheet]:
     if not outliers:
         return []
-    rows = [(each.sample, each.value, each.score, _names(each.layers)) for each in outliers]
+    rows = [(each.sample, each.value, each.score, some(each.layers, 3)) for each in outliers]
     return [_sheet("Samples that stand out", ("sample", f">{figure}", ">robust z", "in layers"), rows, MOST_LAYERS)]
-
-
-def _names(layers: Sequence[str]) -> str:
-    return ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
 
 
 def _excess(row: LayerSpread) -> float:

@@ -9,10 +9,10 @@ from typing import Any
 from rich.text import Text
 
 from cp_debug.bisect.result import DIVERGENT, INHERITED, MOST_NAMES, SHAPE, LayerRow, TestResult
-from cp_debug.graph.pairing import places, some_of
+from cp_debug.graph.pairing import places
 from cp_debug.probes.caveats import ALL_ZERO
 from cp_debug.reports.numbers import number, share_in_words
-from cp_debug.safe_text import amount, one_line
+from cp_debug.safe_text import amount, one_line, some
 
 
 def verdict_line(test: TestResult) -> Text:
@@ -88,8 +88,7 @@ def _with_numbers(rows: Sequence[LayerRow]) -> list[LayerRow]:
 
 def _outputs(names: Sequence[str]) -> str:
     """``output b``, ``outputs b, c``."""
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return f"output{'s' * (len(names) > 1)} {', '.join(names[:MOST_NAMES])}{more}"
+    return f"output{'s' * (len(names) > 1)} {some(names, MOST_NAMES)}"
 
 
 def _end(test: TestResult) -> str:
@@ -129,8 +128,7 @@ def _comes_from(test: TestResult) -> str:
     few = next((f for f in test.findings if f.evidence.get("declared") and f.effect.share is not None), None)
     if few is None:
         return ""
-    more = f" and {len(few.layers) - MOST_NAMES} more" if len(few.layers) > MOST_NAMES else ""
-    return f"{share_in_words(min(few.effect.share or 0.0, 1.0))} comes from {', '.join(few.layers[:MOST_NAMES])}{more}"
+    return f"{share_in_words(min(few.effect.share or 0.0, 1.0))} comes from {some(few.layers, MOST_NAMES)}"
 
 
 def _avoidable(test: TestResult) -> str:
@@ -165,7 +163,7 @@ def _unpaired(test: TestResult) -> str:
 def _unseen(test: TestResult) -> str:
     """The values that were not compared, by name, and why; empty where all were."""
     why = "not in the dump" if test.backend.spec == "dump" else "not visible in the test"
-    return f" ({len(test.unseen)} {why}: {some_of(test.unseen)})" if test.unseen else ""
+    return f" ({len(test.unseen)} {why}: {some(test.unseen)})" if test.unseen else ""
 
 
 def _beyond_between(test: TestResult) -> str:
@@ -178,8 +176,7 @@ def _beyond_between(test: TestResult) -> str:
     ]
     if not rows:
         return ""
-    more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
-    return f"; values in between do not: {rows[0].name} ({rows[0].verdict}){more}"
+    return f"; values in between do not: {some([f'{row.name} ({row.verdict})' for row in rows], 1)}"
 
 
 def _why_views_differ(test: TestResult, guilty: LayerRow, beyond: LayerRow) -> str:

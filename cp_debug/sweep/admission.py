@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from cp_debug.errors import InputError, in_one_line
+from cp_debug.safe_text import some
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -54,8 +55,7 @@ class Admission:
         reasons: dict[str, list[str]] = {}
         for address, why in self.refused.items():
             reasons.setdefault(why, []).append(address)
-        more = {why: f" and {len(of) - NAMED} more" if len(of) > NAMED else "" for why, of in reasons.items()}
-        return "; ".join(f"{', '.join(of[:NAMED])}{more[why]}: {why}" for why, of in reasons.items())
+        return "; ".join(f"{some(of, NAMED)}: {why}" for why, of in reasons.items())
 
 
 def refusal(answer: Any) -> str:

@@ -21,6 +21,7 @@ from cp_debug.bisect.causes.fits import cross_fit, sums
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.constants import is_uniform
 from cp_debug.graph.graph import Node
+from cp_debug.safe_text import some
 
 PAIRING = "batchnorm-pairing"
 """Name of the cause."""
@@ -143,9 +144,8 @@ def in_words(pairs: Mapping[str, str]) -> str:
 
     ``pairs``: layer → the layer whose BatchNormalization it has.
     """
-    shown = ", ".join(f"{layer} has that of {other}" for layer, other in list(pairs.items())[:SHOWN])
-    more = f", and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else ""
-    return f"BatchNorms are paired with the wrong layers: {shown}{more}"
+    shown = some([f"{layer} has that of {other}" for layer, other in pairs.items()], SHOWN)
+    return f"BatchNorms are paired with the wrong layers: {shown}"
 
 
 def places(segment: Segment) -> Iterator[Place]:

@@ -35,11 +35,14 @@ from cp_debug.graph.randomness import drawing
 from cp_debug.probes.arrays import Tensor
 from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.pipeline import Key
+from cp_debug.safe_text import some
 
 MOST = 64
 """Guilty layers that are explained, the most excessive first."""
 LOCATED = 8
 """Layers of a finding for which it says where in them the error sits."""
+NAMED = 8
+"""Layers that a fix names."""
 EQUALS = 3
 """Causes that explain a layer as well as the named one, which are told with it."""
 _VIEWS = VIEWS | {"Cast", "Expand"}
@@ -317,8 +320,8 @@ class Explainer:
             return declared.kept(self._trials, rows)
         names = _node_names(rows) if cause.cause in PROMOTED else [row.name for row in rows]
         constant = cause.evidence.get("constant") if len(rows) == 1 else None
-        fix = cause.fix.replace("the weights of {layers}", constant or f"the weights of {_some(names)}")
-        fix = fix.replace("{layers}", _some(names))
+        fix = cause.fix.replace("the weights of {layers}", constant or f"the weights of {some(names)}")
+        fix = fix.replace("{layers}", some(names))
         if "{unquantized}" not in fix:  # else no row is an input, which nothing quantizes
             return fix, {}
         calibrate = "--trt-calib-data" if self.run.implicit else "--calib-data"
@@ -396,9 +399,5 @@ def _node_names(rows: Sequence[LayerRow]) -> list[str]:
 
 def _flags(flag: str, names: Sequence[str]) -> str:
     """The flag once for each name, as a shell takes it."""
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return " ".join(f"{flag} {shlex.quote(name)}" for name in names[:8]) + more
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return " ".join(f"{flag} {shlex.quote(name)}" for name in names[:NAMED]) + more

@@ -10,6 +10,7 @@ from torch import Tensor
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.file_quantization import FileQuantization
+from cp_debug.safe_text import some
 
 LEVELS = 256
 _PERCENTILE = "calibrate {layers} again: entropy or a higher percentile"
@@ -92,8 +93,7 @@ def saturated_bias(segment: Segment) -> Iterator[Candidate]:
             continue
         value = segment.edited(node, inputs={2: stored.levels * stored.scale})
         if value is not None:
-            some = ", ".join(map(str, channels[:8])) + (f" and {len(channels) - 8} more" if len(channels) > 8 else "")
-            says = f"the stored bias saturates at INT32's limit in channel{'s' * (len(channels) > 1)} {some}"
+            says = f"the stored bias saturates at INT32's limit in channel{'s' * (len(channels) > 1)} {some(channels)}"
             fix = "give the weights of these channels of {layers} a larger scale, or keep its bias in FP32"
             yield Candidate("bias-saturated", says, value, evidence={"channels": channels}, fix=fix)
 

@@ -22,6 +22,7 @@ from cp_debug.recipes.data.info_schema import Camera, Meta
 from cp_debug.recipes.data.info_schema import Info as InfoEntry
 from cp_debug.recipes.data.points import Points, read_points
 from cp_debug.recipes.data.unpickle import load_plain_pickle
+from cp_debug.safe_text import some
 
 KITTI_CLASSES = ("Pedestrian", "Cyclist", "Car", "Van", "Truck", "Person_sitting", "Tram", "Misc")
 """KITTI's classes in label order, which its infos do not tell."""
@@ -127,7 +128,7 @@ class InfoData:
             if not absent:
                 present.append(info)
         if missing:
-            text = f"{without} of {without + len(present)} samples lack point clouds: {_listed(missing)}"
+            text = f"{without} of {without + len(present)} samples lack point clouds: {some(missing, LISTED)}"
             if not present or not self._options.skip_missing:
                 skip = ", or leave them out with --skip-missing (data.skip_missing in a configuration)"
                 hint = "give the data root" + ("" if self._options.skip_missing else skip)
@@ -155,7 +156,7 @@ class InfoData:
         counted = Counter(self._data_classes[label] for label in labels if label >= 0 and self._labels[label] < 0)
         if counted:
             left_out = [f"{name} ({number})" for name, number in counted.most_common()]
-            yield f"classes in the data that the model lacks, left out: {_listed(left_out, len(left_out))}"
+            yield f"classes in the data that the model lacks, left out: {', '.join(left_out)}"
         lacking = [name for index, name in enumerate(class_names) if index not in self._labels]
         if lacking:
             yield f"classes of the model that the data do not know: {', '.join(lacking)}"
@@ -218,8 +219,3 @@ def _identity(info: Info) -> str:
     names = (info[key] for key in ("token", "sample_idx", "sample_id") if key in info)
     lidar = info.get("lidar_points")
     return str(next(names, lidar.get("lidar_path", "?") if isinstance(lidar, dict) else "?"))
-
-
-def _listed(names: Sequence[str], most: int = LISTED) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
