@@ -117,15 +117,19 @@ def padding(segment: Segment) -> Iterator[Candidate]:
             continue
         rank = len(pads) // 2
         totals = [pads[i] + pads[i + rank] for i in range(rank)]
+        ways: list[tuple[str, dict[str, Any], Tensor | None]] = []
         for begins in itertools.product(*(range(t + 1) for t in totals)):
-            moved_pads = [*begins, *(t - b for t, b in zip(totals, begins, strict=True))]
-            if moved_pads != pads and (value := segment.edited(node, pads=moved_pads)) is not None:
-                yield _padded(
-                    f"{node.op} pads {moved_pads} instead of {pads}", value, {"pads": moved_pads, "instead_of": pads}
-                )
+            moved = [*begins, *(t - b for t, b in zip(totals, begins, strict=True))]
+            if moved != pads:
+                figures = {"pads": moved, "instead_of": pads}
+                ways.append((f"pads {moved} instead of {pads}", figures, segment.edited(node, pads=moved)))
         for mode in ("replicate", "reflect", "circular"):
-            if (value := _filled(segment, node, pads, mode)) is not None:
-                yield _padded(f"{node.op} pads with {mode} values instead of zeros", value, {"mode": mode})
+            value = _filled(segment, node, pads, mode)
+            ways.append((f"pads with {mode} values instead of zeros", {"mode": mode}, value))
+        for text, figures, value in ways:
+            if value is not None:
+                says = f"{node.op} {text}"
+                yield Candidate("padding", says, value, 0, figures, f"give the layer its padding explicitly: {says}")
 
 
 def _filled(segment: Segment, node: Node, pads: list[int], mode: str) -> Tensor | None:
@@ -139,7 +143,3 @@ def _filled(segment: Segment, node: Node, pads: list[int], mode: str) -> Tensor 
         return segment.edited(node, inputs={0: functional.pad(unpadded, order, mode=mode)}, pads=[0] * len(pads))
     except RuntimeError:  # more padding than there is to reflect
         return None
-
-
-def _padded(says: str, value: Tensor, evidence: dict[str, Any]) -> Candidate:
-    return Candidate("padding", says, value, evidence=evidence, fix="give the layer its padding explicitly: " + says)

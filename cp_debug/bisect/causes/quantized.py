@@ -102,12 +102,8 @@ def saturated_bias(segment: Segment) -> Iterator[Candidate]:
 def quantizer(segment: Segment) -> Iterator[Candidate]:
     """Candidates: a QuantizeLinear with another scale or zero point, or that rounds ties another way."""
     node = segment.nodes[-1] if segment.nodes else None
-    if (
-        node is None
-        or node.op != "QuantizeLinear"
-        or node.proto.input[0] not in segment.given
-        or len(segment.nodes) > 1
-    ):
+    alone = node is not None and node.op == "QuantizeLinear" and len(segment.nodes) == 1
+    if node is None or not alone or node.proto.input[0] not in segment.given:
         return
     x = segment.input(node.proto.input[0])
     scale, zero = segment.weight(node, 1), segment.weight(node, 2)
@@ -132,17 +128,11 @@ def quantizer(segment: Segment) -> Iterator[Candidate]:
     slope, zero_point = torch.linalg.lstsq(a, segment.test[inside][:, None]).solution.flatten().tolist()
     if slope <= 0:
         return
-    fitted_scale, shift = 1 / slope, round(zero_point)
-    for name, says, s, z in (
-        ("int8-zero-point", f"the zero point is {shift}", float(scale.flatten()[0]), shift),
-        (
-            "int8-scale",
-            f"the scale is {fitted_scale:.4g} instead of {float(scale.flatten()[0]):.4g}",
-            fitted_scale,
-            shift,
-        ),
-    ):
-        if name == "int8-zero-point" and scale.numel() > 1:
-            continue
-        value = (torch.round(x / s) + z).clamp(bottom, top)
-        yield Candidate(name, says, value, 1 + (name == "int8-scale"), {"scale": s, "zero_point": z}, _PERCENTILE)
+    shift, declared = round(zero_point), float(scale.flatten()[0])
+    says = f"the scale is {1 / slope:.4g} instead of {declared:.4g}"
+    ways = [("int8-scale", says, 1 / slope, 2)]
+    if scale.numel() == 1:
+        ways.insert(0, ("int8-zero-point", f"the zero point is {shift}", declared, 1))
+    for name, text, step, numbers in ways:
+        value = (torch.round(x / step) + shift).clamp(bottom, top)
+        yield Candidate(name, text, value, numbers, {"scale": step, "zero_point": shift}, _PERCENTILE)
