@@ -18,14 +18,21 @@ from torch import Tensor
 
 from cp_debug.backends.arithmetic import INT8
 from cp_debug.backends.base import Tensor as AnyTensor
-from cp_debug.backends.codecs import E2M1, E4M3, E5M2
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.weights import Weights
 from cp_debug.bisect.bias_steps import StoredBias, bias_step, rounded_bias, stored_bias
 from cp_debug.bisect.file_weights import product_of, stored_codes
 from cp_debug.bisect.paired_nodes import PAIRED, with_paired_sums
 from cp_debug.bisect.quantization_scheme import Levels, Scheme
-from cp_debug.bisect.quantized_segment import EmulatedSegment, QuantizerGrid, all_values
+from cp_debug.bisect.quantized_segment import (
+    BITS,
+    CODECS,
+    SIGNED,
+    EmulatedSegment,
+    QuantizerGrid,
+    all_values,
+    constant_grid,
+)
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import constant_type, is_constant, level_kind, produced_grid
@@ -39,11 +46,6 @@ GOOD = 3.0
 """A weight that is this many times further from its original than the best scales would leave it is a bad one."""
 SLIGHT = 1e-3
 """Further distance that is allowed, as a share of the size, for biases of 32 bits."""
-_BITS = {2: 8, 3: 8, 4: 16, 5: 16, 21: 4, 22: 4, 25: 2, 26: 2, 6: 32, 17: 8, 18: 8, 19: 8, 20: 8, 23: 4}
-"""ONNX data type of levels → bits."""
-_CODECS = {17: E4M3, 18: E4M3, 19: E5M2, 20: E5M2, 23: E2M1}
-"""ONNX data type of levels in floating point → the type; the UZ ones differ by a factor of the scale."""
-_SIGNED = {3, 5, 6, 22, 26, 17, 18, 19, 20, 23}
 _STORED = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2, "e2m1": ml_dtypes.float4_e2m1fn}
 _PASS = VIEWS | {"Cast", "Clip", "HardSwish", "LeakyRelu", "PRelu", "Pad", "Relu", "Slice", "Split", "Transpose"}
 """Operators in front of which nothing is rounded: quantizers take them together with what they follow."""
@@ -355,14 +357,9 @@ class FileQuantization:
 
     def _grid(self, scale: str, zero: str, node: Node | None = None) -> QuantizerGrid | None:
         """``node`` names the axis of several scales, where it has one."""
-        if not self._constants.holds(scale) or (zero and not self._constants.holds(zero)):
-            return None
-        offset = _plain(self._constants[zero]) if zero else torch.zeros((), dtype=torch.uint8)
-        kind = constant_type(self._graph, zero) if zero else 2
-        bits = _BITS.get(kind or 2, 8)
-        low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if kind in _SIGNED else (0, 2**bits - 1)
-        axis = node.attribute("axis", 1) if node is not None else 1
-        return QuantizerGrid(self._constants[scale].double(), offset.double(), low, high, axis, _CODECS.get(kind or 2))
+        return constant_grid(
+            self._graph, self._constants, scale, zero, 1 if node is None else node.attribute("axis", 1)
+        )
 
     def _of(self, nodes: Sequence[Node]) -> Scheme:
         schemes = [self._schemes[o] for node in nodes for o in node.outputs if o in self._schemes]
@@ -446,15 +443,15 @@ class FileQuantization:
         attributes = {a.name: a.i for a in node.proto.attribute} if node is not None else {}
         kind = constant_type(self._graph, zero) or constant_type(self._graph, levels)
         kind = kind or attributes.get("output_dtype") or 2
-        if _BITS.get(kind) in (None, 32):
+        if BITS.get(kind) in (None, 32):
             return None
         offset = self._constants[zero] if zero and self._constants.holds(zero) else None
-        signed = kind in _SIGNED
+        signed = kind in SIGNED
         centred = offset is None or not np.asarray(offset).astype(np.float64).any()
         many = self._constants.holds(scale) and np.asarray(self._constants[scale]).size > 1
         block = attributes.get("block_size", 0)
         axis = attributes.get("axis", 1) if block else None
-        codec, bits, behind, symmetric = _CODECS.get(kind), _BITS[kind], None, signed and centred
+        codec, bits, behind, symmetric = CODECS.get(kind), BITS[kind], None, signed and centred
         if node is not None and levels:
             bits, behind = stated_bits(node) or bits, order_behind(self._graph, node)
             symmetric = symmetric or _in_the_middle(offset, bits)
@@ -469,14 +466,6 @@ class FileQuantization:
 def _in_the_middle(offset: AnyTensor | None, bits: int) -> bool:
     """Whether all zero points are the middle of levels from 0 on, as GPTQ has them for symmetric weights."""
     return offset is not None and bool((np.asarray(offset).astype(np.float64) == 1 << (bits - 1)).all())
-
-
-def _plain(values: AnyTensor) -> Tensor:
-    """Zero points as torch can hold them: those of FP8 and 4 bits as float32."""
-    array = np.asarray(values)
-    return torch.as_tensor(
-        array.astype(np.float32) if array.dtype.name.startswith(("float8", "float4", "int4", "uint4")) else array
-    )
 
 
 def _range(graph: Graph, name: str) -> tuple[float, float]:

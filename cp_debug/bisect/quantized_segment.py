@@ -11,22 +11,27 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
 
 from cp_debug.backends.arithmetic import INT8
 from cp_debug.backends.base import Tensor as AnyTensor
-from cp_debug.backends.codecs import Codec
+from cp_debug.backends.codecs import E2M1, E4M3, E5M2, Codec
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.weights import Weights
 from cp_debug.bisect.paired_nodes import PAIRED, with_paired_sums
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.integer_values import constant_type
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.qdq import LEVELS, weight_axis
 from cp_debug.programs.precision import BESIDE_INT8
 
+BITS = {2: 8, 3: 8, 4: 16, 5: 16, 21: 4, 22: 4, 25: 2, 26: 2, 6: 32, 17: 8, 18: 8, 19: 8, 20: 8, 23: 4}
+"""ONNX data type of levels → bits."""
+CODECS = {17: E4M3, 18: E4M3, 19: E5M2, 20: E5M2, 23: E2M1}
+"""ONNX data type of levels in floating point → the type; the UZ ones differ by a factor of the scale."""
+SIGNED = {3, 5, 6, 22, 26, 17, 18, 19, 20, 23}
 FEW = 4
 """Number of elements that a channel must have on average before its error is held against it."""
 DEAD = 1e-3
@@ -169,24 +174,11 @@ class Quantized:
     def grid(self, node: Node, place: int) -> QuantizerGrid | None:
         """The grid of one input of a node of ``plain``; None where it is not quantized, or its scale is computed."""
         dequantizer = self._quantizers.get(node.name, {}).get(place)
-        if dequantizer is None or not all(map(self._constants.holds, dequantizer.proto.input[1:])):
+        if dequantizer is None:
             return None
-        scale, *points = dequantizer.proto.input[1:]
-        scales, zero = self._constants.numbers(scale), torch.zeros(())
-        low, high = 0, 255  # without a zero point levels are uint8, as ONNX has it
-        for name in points:
-            held, numbers = self._constants[name], self._constants.numbers(name)
-            if numbers is None:
-                return None
-            if isinstance(held, np.ndarray) and held.dtype.name in ("int2", "uint2", "int4", "uint4"):
-                low, high = int(ml_dtypes.iinfo(held.dtype).min), int(ml_dtypes.iinfo(held.dtype).max)
-            elif isinstance(held, np.ndarray):  # FP8
-                return None
-            elif held.dtype != torch.uint8:
-                low, high = -LEVELS - 1, LEVELS
-            zero = numbers
-        axis = dequantizer.attribute("axis", 1)
-        return None if scales is None else QuantizerGrid(scales.double(), zero.double(), low, high, axis)
+        scale, zero = [*dequantizer.proto.input[1:3], ""][:2]
+        grid = constant_grid(self._graph, self._constants, scale, zero, dequantizer.attribute("axis", 1))
+        return grid if grid is not None and grid.codec is None else None
 
     def ideal(
         self,
@@ -254,6 +246,25 @@ class Quantized:
 
     def _as_shown(self, name: str, tensor: Tensor) -> Tensor:
         return self._rounded[name].quantized(tensor) if name in self._rounded else tensor
+
+
+def constant_grid(graph: Graph, constants: Weights, scale: str, zero: str, axis: int) -> QuantizerGrid | None:
+    """The grid of a quantizer by the names of its scale and zero point (empty: none); None where one is computed."""
+    if not constants.holds(scale) or (zero and not constants.holds(zero)):
+        return None
+    kind = constant_type(graph, zero) or 2 if zero else 2  # without a zero point levels are uint8, as ONNX has it
+    bits = BITS.get(kind, 8)
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if kind in SIGNED else (0, 2**bits - 1)
+    offset = _plain(constants[zero]) if zero else torch.zeros((), dtype=torch.uint8)
+    return QuantizerGrid(constants[scale].double(), offset.double(), low, high, axis, CODECS.get(kind))
+
+
+def _plain(values: AnyTensor) -> Tensor:
+    """Zero points as torch can hold them: those of FP8 and 4 bits as float32."""
+    array = np.asarray(values)
+    return torch.as_tensor(
+        array.astype(np.float32) if array.dtype.name.startswith(("float8", "float4", "int4", "uint4")) else array
+    )
 
 
 def all_values(executor: Executor, nodes: Sequence[Node], given: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cp_debug.backends.codecs import E2M1, E4M3, E5M2, Codec
+from cp_debug.backends.codecs import Codec
 from cp_debug.bisect.causes.other_program import OtherPiece
 from cp_debug.bisect.file_weights import BETTER, OFF, Repair, StoredCodes, is_narrow_kind, product_of, stored_codes
-from cp_debug.bisect.quantized_segment import QuantizerGrid
+from cp_debug.bisect.quantized_segment import CODECS, QuantizerGrid
 from cp_debug.graph.graph import Node
 from cp_debug.graph.integer_values import constant_type
 from cp_debug.probes.distance import relative_l2
@@ -23,7 +23,6 @@ from cp_debug.safe_text import amount
 
 _ENDS = {2: (0, 255), 3: (-128, 127)}
 """ONNX data type of levels → the lowest and the highest."""
-_CODECS: dict[int, Codec] = {17: E4M3, 18: E4M3, 19: E5M2, 20: E5M2, 23: E2M1}
 _FAMILIES = {17: "fp8", 18: "fp8", 19: "fp8", 20: "fp8", 21: "int4", 22: "int4", 23: "fp4"}
 SHOWN = 6
 """Channels that a sentence names."""
@@ -90,8 +89,8 @@ def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Tensor, WrongScale]]:
         if numbers is None or not numbers.dim() or not numbers.numel() or not bool(torch.isfinite(numbers).all()):
             continue
         kind = constant_type(graph, zero[0]) if zero[0] else constant_type(graph, node.proto.input[0]) or 2
-        if kind in _CODECS and quantizer is not None and np.size(constants[scale]) == 1:
-            codec, needed = _CODECS[kind], float(numbers.abs().max()) / _CODECS[kind].largest or 1.0
+        if kind in CODECS and quantizer is not None and np.size(constants[scale]) == 1:
+            codec, needed = CODECS[kind], float(numbers.abs().max()) / CODECS[kind].largest or 1.0
             wrong = _of_data(numbers, codec, kind, float(np.ravel(constants[scale])[0]), needed)
             yield node.outputs[0], codec(numbers / needed) * needed, wrong
         elif kind in _ENDS and not node.attribute("block_size"):
