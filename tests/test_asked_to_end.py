@@ -45,6 +45,7 @@ def script(*lines: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("call", "end"),
     [

@@ -141,6 +141,7 @@ def test_whose_batch_norm_was_folded_is_named(
     assert finding.explained > 0.99
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("kind", "norm"), [(Neck, "up_norm"), (Neck, "down_norm"), (GroupedNeck, "up_norm")])
 def test_a_transposed_convolution_scaled_along_the_wrong_axis(kind: type[nn.Module], norm: str) -> None:
     module = trained(kind, seed=4)

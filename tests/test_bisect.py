@@ -45,6 +45,7 @@ def test_equal_programs_agree(net: Path) -> None:
     assert all(t.observation is not None and t.observation.observer_gap == 0 for t in result.tests)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("place", [1, 4, -1])
 def test_the_layer_with_another_weight_is_the_guilty_one(net: Path, tmp_path: Path, place: int) -> None:
     output = convolutions(net)[place]

@@ -186,6 +186,7 @@ def test_the_command_reads_channels_last_where_it_is_told(path: Path, tmp_path: 
     assert "--tensors-layout nhwc" in str(CliRunner().invoke(app, command).exception)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("noise", [0.0, 2e-7])
 def test_a_buffer_that_was_written_again_after_it_was_read_is_told(path: Path, noise: float) -> None:
     values, name = computed(path)

@@ -202,7 +202,7 @@ def test_least_squares_by_channel() -> None:
     x = torch.tensor([[1.0, 2, 3, 9], [1, 2, 3, 9]], dtype=torch.float64)
     y = torch.tensor([[3.0, 5, 7, 0], [0, 0, 0, 0]], dtype=torch.float64)
     mask = torch.tensor([[True, True, True, False]] * 2)
-    count, gram, right = fits._sums(y, [x, torch.ones_like(x)], mask, [1])
+    count, gram, right = fits.sums(y, [x, torch.ones_like(x)], mask, [1])
     assert count.tolist() == [3, 3]
     assert gram[0].tolist() == [[14, 6], [6, 3]]
     assert right[0].tolist() == [34, 15]

@@ -59,6 +59,7 @@ class Reader(Net):
         return super().forward(x) * self.gain * float(os.environ.get("CPDEBUG_TEST_FACTOR", "1")) + BIAS
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("change", ["global", "class", "environment"])
 def test_what_a_forward_reads_elsewhere_makes_another_export(
     tmp_path: Path, exports: list[str], monkeypatch: pytest.MonkeyPatch, change: str

@@ -47,7 +47,7 @@ def accused(tests: list[TestResult]) -> list[str]:
     return [f"{t.backend.spec}: {row.name}: {row.why}" for t in tests for row in t.guilty]
 
 
-@pytest.mark.few(33)
+@pytest.mark.few(20)
 @pytest.mark.parametrize("name", CASES)
 def test_no_healthy_operator_is_guilty(tmp_path: Path, name: str) -> None:
     fp16 = "" if name.startswith(BEYOND_FP16) else ",emu-fp16"

@@ -247,6 +247,7 @@ def test_a_bad_scale_is_guilty(net: Path, scales: Scales, tmp_path: Path, cause:
     assert worst(net, file) == ([name] if cause else [], cause)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("backend", ["ort", "ort-int8"])
 def test_the_fix_for_a_file_that_came_quantized_quantizes_it_again(
     net: Path, scales: Scales, tmp_path: Path, backend: str

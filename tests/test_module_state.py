@@ -84,6 +84,7 @@ STEPS = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "step",
     [s if s in (buffer_in_place, number) else pytest.param(s, marks=pytest.mark.slow) for s in STEPS],

@@ -35,7 +35,7 @@ def boxes(*rows) -> Boxes:
 
 @needs("shapely")
 @given(rectangle, rectangle)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_agrees_with_shapely(a, b):
     import shapely
     from shapely import affinity

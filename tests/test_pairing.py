@@ -73,6 +73,7 @@ def test_the_same_network_under_other_names_is_paired_whole(tmp_path: Path, buil
     assert not pairing["added"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("value", ["conv_0", "conv_9", "conv_25"])
 def test_a_fault_does_not_hide_what_lies_behind_it(tmp_path: Path, value: str) -> None:
     net = second_like(tmp_path / "net.onnx")

@@ -131,6 +131,7 @@ def test_a_folder_gives_a_sample_a_file(net: Path, tmp_path: Path) -> None:
         sample_files(tmp_path / "empty")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("backends", ["ort,emu-fp16", "ort,emu-int8"])
 def test_a_task_is_the_bisect_of_its_sample(net: Path, backends: str) -> None:
     """In INT8 the scales are of the calibration's samples, not of the one that is bisected."""

@@ -112,6 +112,7 @@ def test_a_deep_copy_of_a_flat_module_runs_its_own_weights() -> None:
     assert half(*(tensor.double() for tensor in flat.tensors))["scores"].dtype == torch.float64
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("call", CALLS)
 def test_a_module_with_containers_is_diagnosed(call: str) -> None:
     given, names = CALLS[call]
@@ -598,6 +599,7 @@ def test_a_damaged_program_is_refused_without_words_about_python(tmp_path: Path)
 STRANGE = ["(y, y)", "y.to_sparse()", "y.to('meta')", "torch.nested.nested_tensor([y[0]])", "1 / 0"]
 
 
+@pytest.mark.few(3)
 @pytest.mark.few(8)
 @pytest.mark.parametrize(
     ("returned", "nth"),

@@ -86,6 +86,7 @@ CHANGES: list[tuple[str, str, int, Callable[[Tensor], Tensor]]] = [
 ]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("target", ["product", pytest.param("conv", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("cause", "kind", "parameters", "change"), CHANGES, ids=lambda v: v if str(v) == v else "")
 def test_what_happened_to_weights_is_told_without_a_fit(
