@@ -16,7 +16,7 @@ _REASONS = {
     errno.EROFS: "the file system is read-only",
     errno.ENAMETOOLONG: "the name is too long",
     errno.EISDIR: "it is a folder",
-    errno.ENOTDIR: "a part of the path is no folder",
+    errno.ENOTDIR: "a part of the path is not a folder",
     errno.EEXIST: "it exists",
     errno.ENOTEMPTY: "the folder is not empty",
     errno.ELOOP: "a loop of symbolic links",
@@ -25,11 +25,11 @@ _REASONS = {
     errno.ENOMEM: "out of memory",
     errno.EBUSY: "it is in use",
     errno.ETXTBSY: "it is being run",
-    errno.EXDEV: "it lies on another file system",
+    errno.EXDEV: "it is on another file system",
     errno.EIO: "the device reports an error",
     errno.ECONNREFUSED: "the connection is refused",
-    errno.EHOSTUNREACH: "no way leads there",
-    errno.EPIPE: "nobody reads the output",
+    errno.EHOSTUNREACH: "there is no route to it",
+    errno.EPIPE: "nothing reads the output",
     errno.ENODEV: "no such device",
     errno.EINVAL: "not a valid name or operation here",
 }
@@ -131,7 +131,7 @@ _PYTHONS_OWN = (
     SystemError, TypeError, UnicodeError,
 )  # fmt: skip
 """Errors that Python raises itself, or whose text tells nothing: that of a KeyError is the key."""
-DAMAGED = "what it holds is damaged, or of another kind"
+DAMAGED = "its contents are damaged, or of another kind"
 """Reason where a library's error gives none in words."""
 
 

@@ -66,7 +66,7 @@ def _read_pipe(path: Path) -> int:
             if error.errno != errno.ENXIO:
                 raise InputError(f"{path}: cannot be written ({system_reason(error)})") from None
         if time.monotonic() > end:
-            raise InputError(f"{path}: cannot be written (a pipe that nobody reads)")
+            raise InputError(f"{path}: cannot be written (a pipe that nothing reads)")
         time.sleep(0.05)
 
 
@@ -80,7 +80,7 @@ def complete_folder(path: Path) -> Iterator[Path]:
     new = missing_folders(path)
     make_folder(path.parent)
     if path.exists() and not path.is_dir():
-        raise InputError(f"{path}: exists and is no folder")
+        raise InputError(f"{path}: exists and is not a folder")
     partial = partial_name(path if path.name else path / "output")  # the current folder has no name
     try:
         partial.mkdir()
@@ -180,13 +180,13 @@ def make_folder(path: Path, what: str = "folder") -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise InputError(f"{path}: exists and is no folder; expected a {what}") from None
+        raise InputError(f"{path}: exists and is not a folder; expected a {what}") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be made ({system_reason(error)})") from None
+        raise InputError(f"{path}: cannot be created ({system_reason(error)})") from None
     except ValueError:
-        raise InputError(f"{str(path)!r}: cannot be made (a null byte in its name)") from None
+        raise InputError(f"{str(path)!r}: cannot be created (a null byte in its name)") from None
     except RecursionError:  # a call for each folder around it
-        raise InputError(f"{path}: cannot be made ({len(path.parts)} folders in each other)") from None
+        raise InputError(f"{path}: cannot be created ({len(path.parts)} nested folders)") from None
 
 
 @contextmanager

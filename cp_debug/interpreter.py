@@ -69,7 +69,7 @@ one for each ``WIDTH`` characters."""
 WIDTH = 200
 CLOSING = 1.0
 """Seconds that the output of a process that has ended is waited for: a child of its may hold the pipe."""
-BUILD_STOPPED = "; --builder-level 0 to 2 builds faster; without --no-cache the next run goes on from about here"
+BUILD_STOPPED = "; --builder-level 0 to 2 builds faster; without --no-cache the next run continues from about here"
 """Advice after a build of TensorRT's was stopped."""
 
 

@@ -147,7 +147,7 @@ def told_by(error: BaseException) -> str | None:
             _ = distribution.entry_points
         except (TypeError, ValueError):
             file = distribution.locate_file(f"{getattr(distribution, '_path', '')}/entry_points.txt")
-            return f"{file}: damaged, which no library reads that asks for plug-ins; install its distribution again"
+            return f"{file}: damaged, so plug-ins cannot be listed; install its distribution again"
     return None
 
 

@@ -70,7 +70,7 @@ def check_file(path: Path, what: str = "file") -> int:
 def read_bytes(path: Path, *, what: str = "file", most: int = LARGEST_DOCUMENT) -> bytes:
     """The content of a file; ``what`` names it in messages.
 
-    Raises InputError for what is no regular file, cannot be read, or is larger than ``most`` bytes.
+    Raises InputError for what is not a regular file, cannot be read, or is larger than ``most`` bytes.
     """
     size = check_file(path, what)
     if size > most:
@@ -289,7 +289,7 @@ def array_of(stream: IO[bytes], size: int, name: str) -> np.ndarray:
     except Exception as error:  # numpy evaluates its text as a literal of Python, and makes a type of what comes
         if (found := re.search(r"dtype descriptor: ('\w{1,16}')", str(error))) is not None:
             raise Damage(f"{name} has the dtype {found[1]}, which numpy lacks") from None
-        raise Damage(f"{name} has a header that says no type, order and shape") from None
+        raise Damage(f"{name} has a header without type, order and shape") from None
     if dtype.hasobject:
         raise Damage(f"{name} holds Python objects; expected numbers")
     if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in shape):
@@ -382,7 +382,7 @@ def _kind(mode: int) -> str:
         stat.S_IFBLK: "a device",
         stat.S_IFSOCK: "a socket",
     }
-    return kinds.get(stat.S_IFMT(mode), "no regular file")
+    return kinds.get(stat.S_IFMT(mode), "not a regular file")
 
 
 def load_plain(path: Path) -> Any:

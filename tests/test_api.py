@@ -265,7 +265,7 @@ def test_a_folder_for_a_result_is_answered_with_how_to_read_it() -> None:
 
 
 def test_a_type_is_no_model() -> None:
-    with pytest.raises(InputError, match="nothing tells what int takes"):
+    with pytest.raises(InputError, match="int's parameters are unknown"):
         cp_debug.diagnose(int, inputs=torch.ones(2))
 
 
@@ -286,7 +286,7 @@ def test_print_tells_the_notes_that_the_command_tells_once_for_all_tests() -> No
     module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout())  # in train mode
     result = cp_debug.diagnose(module, "torch,ort,ort-all", inputs=torch.ones(1, 4))
     text = str(result)
-    assert text.count("note: the module came in train mode and runs in eval mode") == 1
+    assert text.count("note: the module was passed in train mode and runs in eval mode") == 1
     assert set(result.tests[0].notes) <= {line.strip().removeprefix("note: ") for line in text.splitlines()}
     result.tests[1].notes = [f"number {i}" for i in range(9)]
     lines = str(result).splitlines()

@@ -23,7 +23,7 @@ def test_arguments_may_have_the_names_that_others_gave_them() -> None:
 
     assert called(amax_method="max") == called("max") == called(method="max") == "max"  # type: ignore[call-arg]
     assert called() == "mse"
-    with pytest.raises(InputError, match="method and amax_method are one thing"):
+    with pytest.raises(InputError, match="method and amax_method mean the same"):
         called(method="a", amax_method="b")  # type: ignore[call-arg]
 
 

@@ -102,7 +102,7 @@ def test_classes_are_mapped_by_name_and_the_others_listed(tmp_path: Path) -> Non
     assert np.isnan(truth_of(data).velocities).tolist() == [[False, False], [True, True]]
     assert data.notes == [
         "classes in the data that the model lacks, left out: tram (1)",
-        "classes of the model that the data do not know: bus",
+        "classes of the model that the data lacks: bus",
     ]
 
 

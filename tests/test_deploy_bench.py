@@ -181,7 +181,7 @@ def test_a_part_takes_the_time_that_it_ran(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("shares", "says"), [({"fp16": 0.8, "fp32": 0.2}, "fp16 80%, fp32 20%"), ({}, "types not told")]
+    ("shares", "says"), [({"fp16": 0.8, "fp32": 0.2}, "fp16 80%, fp32 20%"), ({}, "types unknown")]
 )
 def test_types_of_an_engine_in_words(shares: dict[str, float], says: str) -> None:
     assert BuiltEngine("net", "net.engine", "", "", 1.0, shares).types == says

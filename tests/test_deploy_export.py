@@ -86,7 +86,7 @@ def model_of(module: nn.Module, tmp_path: Path) -> Model:
 def test_frozen_sizes_are_found_and_nothing_is_left_behind(tmp_path: Path) -> None:
     model = model_of(Freezes(), tmp_path)
     target = tmp_path / "out"
-    says = "net: on x 5×3 the exported graph gives another y than its module"
+    says = "net: on x 5×3 the exported graph computes another y than its module"
     with pytest.warns(torch.jit.TracerWarning), pytest.raises(InputError, match=says):
         export_model(model, next(iter(model.samples(1, 0, None))), target)
     assert not target.exists()  # an empty folder would look like one that was exported

@@ -190,7 +190,7 @@ def test_awml_block_that_cannot_be_followed(tmp_path: Path, text: str, says: str
 
 def test_other_precisions_do_not_go_with_quantization(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("work_dir: w\nquantization: {}\ntensorrt: {precision: bf16}\n")
-    with pytest.raises(InputError, match="'bf16' beside quantization; expected int8, fp16 or auto"):
+    with pytest.raises(InputError, match="'bf16' together with quantization; expected int8, fp16 or auto"):
         load_config(tmp_path / "c.yaml")
 
 
@@ -206,7 +206,7 @@ def test_bad_input(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(InputError, match=r"no layer matches 'pts_nek'; the nearest names are pts_neck"):
         open_quantized(load_model("centerpoint:tiny"), checkpoint, skip_layers=["pts_nek"])
     config = settings(tmp_path, quantization=None, tensorrt={"precision": "int8"})
-    with pytest.raises(InputError, match=r"tensorrt\.precision is int8: expected quantization"):
+    with pytest.raises(InputError, match=r"tensorrt\.precision is int8: expected a quantization section"):
         deploy(Deployment(config, "c.yaml"))
 
 

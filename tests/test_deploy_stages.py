@@ -68,7 +68,7 @@ def test_stages_follow_the_configuration(tmp_path: Path, mode: str, how: dict[st
 
 def test_engines_in_int8_need_scales_where_the_graph_is_exported(tmp_path: Path) -> None:
     for mode in ("onnx", "both"):
-        with pytest.raises(InputError, match=r"d\.yaml: tensorrt\.precision is int8: expected quantization beside it"):
+        with pytest.raises(InputError, match=r"d\.yaml: tensorrt\.precision is int8: expected a quantization section"):
             stages(tmp_path, mode, precision="int8")
         assert "export" in stages(tmp_path, mode, precision="int8", scales=True)[0]
     assert "build" in stages(tmp_path, "trt", precision="int8")[0]
@@ -79,7 +79,7 @@ def test_files_that_were_taken_say_whether_they_were_rewritten() -> None:
         graph = SimpleNamespace(path=Path(f"in/{name}"), opsets={"": 17})
         return SimpleNamespace(program=SimpleNamespace(graph=graph), source=source, to_dict=lambda: {"file": name})
 
-    for source, how in ((None, "taken as it is"), ("old", "rewritten in opset 17, compared with the original")):
+    for source, how in ((None, "used unchanged"), ("old", "rewritten in opset 17, compared with the original")):
         taken = [item("a.onnx", source), item("b.onnx", None)]
         deployment: Any = SimpleNamespace(takes_files=True, take=lambda taken=taken: taken, onnx_dir=Path("out"))
         told = runner._export(deployment)
@@ -173,7 +173,7 @@ def test_a_failure_names_the_worst_output_the_layer_and_the_cause() -> None:
     )
     assert list(reasons(failed)) == [
         "2 of 3 outputs fail, the worst is b: b is off",
-        "the reference has the same 2 NaN or Inf: they are the model's or its input's, not the export's",
+        "the reference has the same 2 NaN or Inf: they come from the model or its input",
         "guilty layer conv",
         "cause: epsilon",
         "first divergent layer relu",

@@ -171,7 +171,7 @@ def test_what_is_no_tensor_is_refused_by_its_name(path: Path, given: object) -> 
 def test_channels_last_is_recognized_and_offered_never_applied(path: Path) -> None:
     values, _ = computed(path)
     last = {key: np.moveaxis(array, 1, -1) if array.ndim == 4 else array for key, array in values.items()}
-    with pytest.raises(cp_debug.InputError, match="channels last; read it so with channels_last=True"):
+    with pytest.raises(cp_debug.InputError, match="channels last; use channels_last=True"):
         cp_debug.diagnose(path, "ort", test_tensors=last)
     result = cp_debug.diagnose(path, "ort", test_tensors=last, channels_last=True)
     assert result.agrees
@@ -317,7 +317,7 @@ def test_rows_of_features_are_no_channels(tmp_path: Path) -> None:
 def test_numbers_without_their_axes_are_offered_never_taken_silently(path: Path, drop: str) -> None:
     values, _ = computed(path)
     flat = {key: array.ravel() if drop == "axes" else array[0] for key, array in values.items()}
-    with pytest.raises(cp_debug.InputError, match="without its axes, row by row; read it so with flat=True"):
+    with pytest.raises(cp_debug.InputError, match="without its axes, row by row; use flat=True"):
         cp_debug.diagnose(path, "ort", test_tensors=flat)
     result = cp_debug.diagnose(path, "ort", test_tensors=flat, flat=True)
     assert result.agrees
@@ -377,7 +377,7 @@ def test_what_is_no_dump_is_refused(tmp_path: Path) -> None:
         ("x.safetensors", "not a readable safetensors file"),
         ("objects.npy", "Python objects"),
         ("bad.json", "'x': "),
-        ("twice", "as another file of"),
+        ("twice", "so does another file of"),
     ):
         with pytest.raises(cp_debug.InputError, match=says):
             read_dump(tmp_path / name)

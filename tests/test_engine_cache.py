@@ -168,7 +168,7 @@ def test_an_entry_that_is_not_as_it_was_written_is_built_anew_and_told(
     again = shown(tmp_path, cache=cache)
     assert len(tensorrt) == 6
     assert len(said) == len(kept)
-    assert all(line.startswith("engine cache: built anew: ") and "\n" not in line for line in said)
+    assert all(line.startswith("engine cache: built again: ") and "\n" not in line for line in said)
     for name, array in first.items():
         np.testing.assert_array_equal(again[name], array)
 
@@ -289,7 +289,7 @@ def test_ctrl_c_says_what_the_job_was_at(capsys: pytest.CaptureFixture[str]) -> 
         job()
     said = capsys.readouterr().err
     assert "stopped after 0 s: timing /c/Conv (layer 2 of 9, 3 kernels so far); --builder-level 0 to 2" in said
-    assert "the next run goes on from about here" in said
+    assert "the next run continues from about here" in said
 
 
 def test_the_command_line_keeps_engines(tmp_path: Path, tensorrt: list[str]) -> None:

@@ -151,7 +151,7 @@ def test_no_predictions_score_zero() -> None:
     figures = values(scored({"torch": [EMPTY] * 3}, truths))
     assert {figures[name] for name in ("mAP", "NDS", "BEV AP@0.5", "3D AP@0.7")} == {0}
     assert {figures[name] for name in ("mATE", "mASE", "mAOE", "mAVE", "mAAE")} == {1}
-    assert "torch: nothing detected where it counts" in scored({"torch": [EMPTY] * 3}, truths).notes
+    assert "torch: no detections in the evaluated range" in scored({"torch": [EMPTY] * 3}, truths).notes
     nothing = Truth(np.zeros((0, 7)), np.zeros(0, int), np.zeros((0, 2)), np.zeros(0, int), np.zeros(0, "<U1"))
     result = scored({"torch": [EMPTY] * 2, "ort": [detections(rng, truths[0])] * 2}, [nothing] * 2)
     assert values(result)["mAP"] == values(result, 1)["mAP"] == 0

@@ -99,11 +99,11 @@ def test_another_result_or_signature_is_refused(tmp_path: Path) -> None:
     error, _ = outcome([_checked_run(graph, ours, ours), _checked_run(graph, ours, near)])
     assert error == pytest.approx(1e-6, rel=0.2)
     for strange, says in ((np.full(4, 2, np.float32), r"\[4\], relative L2 1;"), (np.ones(5, np.float32), r"\[5\]")):
-        with pytest.raises(InputError, match=f"rewritten it gives another z than before: {says}"):
+        with pytest.raises(InputError, match=f"rewritten, it computes another z than before: {says}"):
             _checked_run(graph, ours, ours | {"z": strange})
     (tmp_path / "other").mkdir()
     fewer = written(tmp_path / "other", outputs=("y",))
-    with pytest.raises(InputError, match=r"its outputs are \['y', 'z'\]; rewritten they would be \['y'\]"):
+    with pytest.raises(InputError, match=r"its outputs are \['y', 'z'\]; rewritten, they would be \['y'\]"):
         _checked(fewer, graph)
     assert [v.name for v in _checked(graph.path, graph).outputs] == ["y", "z"]
     (tmp_path / "no.onnx").write_bytes(b"no graph")

@@ -243,7 +243,7 @@ def test_every_command_takes_sizes_and_files(command: str, one: Path, tmp_path: 
         ("a.json", b"{}", "expected what Polygraphy's --save-inputs"),
         ("a.png", b"no image", "not a readable image"),
         ("a.npy", b"no array", "not a readable .npy file"),
-        ("a.txt", b"", "is fed with an .npz file of its named inputs"),
+        ("a.txt", b"", "takes an .npz file of its named inputs"),
     ],
 )
 def test_what_cannot_be_read_is_named(one: Path, tmp_path: Path, name: str, content: bytes, says: str) -> None:
@@ -267,7 +267,7 @@ def test_image_flags_that_do_not_fit(one: Path, tmp_path: Path, flag: str) -> No
 
 def test_sizes_and_images_are_refused_where_nothing_takes_them() -> None:
     code, text = run("bisect", "centerpoint:tiny", "--shape", "points=1x4")
-    assert (code, "brings inputs of its own" in text) == (2, True)
+    assert (code, "has its own inputs" in text) == (2, True)
     code, text = run("bisect", "centerpoint:tiny", "--image", "order=bgr")
     assert (code, "takes no images" in text) == (2, True)
 
@@ -313,7 +313,7 @@ def test_sizes_are_refused_where_files_have_theirs(one: Path, tmp_path: Path) ->
 def test_a_header_that_says_nothing_is_told_without_pythons_words(one: Path, tmp_path: Path, header: str) -> None:
     text = f"{header}\n".encode()
     (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
-    with pytest.raises(InputError, match="has a header that says no type, order and shape"):
+    with pytest.raises(InputError, match="has a header without type, order and shape"):
         next(iter(OnnxFileModel(one).samples(1, 0, tmp_path / "x.npy")))
 
 

@@ -251,7 +251,7 @@ def test_what_cannot_run_says_which_input_to_give(tmp_path):
     path = save(tmp_path / "m.onnx", [node("Reshape", ["x", "s"], ["y"])], {"x": ["n", 7]}, [constant("s", [5, 5])])
     with pytest.raises(
         InputError,
-        match=r"m\.onnx: none of \d+ made-up inputs ran \(node .* \(Reshape\): .*"
+        match=r"m\.onnx: none of \d+ generated inputs runs \(node .* \(Reshape\): .*"
         r"\); give one with --inputs: an \.npz file with x: float32\[n, 7\]",
     ):
         MadeUp(Graph(path)).sample(0)

@@ -145,7 +145,7 @@ def test_an_roi_head_is_said_to_be_left_out(python: Path, tmp_path: Path) -> Non
     pipeline = "test_pipeline = [dict(type='LoadPointsFromFile', use_dim=5)]\n"
     config.write_text(f"model = dict(type='VoxelNet', channels=5, roi=True)\n{pipeline}")
     model = load_model(f"mmdet3d:{config}")
-    assert "left out, as it refines what the head here gives: roi_head (Linear)" in model.notes
+    assert "left out, because it refines the output of the head: roi_head (Linear)" in model.notes
     assert any("the weights are random (seed 0)" in note for note in model.notes)
 
 
@@ -165,7 +165,7 @@ def test_the_report_tells_what_the_model_tells(python: Path) -> None:
     result = bisect("mmdet3d:voxel_net", "torch,ort")
     assert result.agrees
     assert [row.name for row in result.tests[0].rows][1:] == ["backbone.0", "backbone.1", "bbox_head"]
-    assert "layers alone, without boxes: VoxelNet has no pts_voxel_encoder" in result.tests[0].notes
+    assert "only layers, without boxes: VoxelNet has no pts_voxel_encoder" in result.tests[0].notes
 
 
 def test_noise_where_no_cloud_reaches_and_cut_where_no_export_does(python: Path, tmp_path: Path) -> None:

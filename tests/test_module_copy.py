@@ -25,7 +25,7 @@ class Holds(nn.Module):
 
 @pytest.mark.parametrize("what", [threading.Lock(), torch.ones(2, requires_grad=True) * 2, (x for x in ())])
 def test_a_module_that_cannot_be_copied_is_refused_in_words(what: object) -> None:
-    with pytest.raises(ModuleFailed, match="module 'Holds' cannot be copied, which this needs"):
+    with pytest.raises(ModuleFailed, match="module 'Holds' cannot be copied, which is needed here"):
         copied(Holds(what))
 
 

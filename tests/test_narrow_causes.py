@@ -154,7 +154,7 @@ def test_a_declaration_that_does_not_fit_the_numbers(
 def test_the_last_line_tells_that_another_declaration_loses_less(tmp_path: Path) -> None:
     test, _ = judged(tmp_path, "mxfp4", None, *hot(20, 1e3))
     assert not test.agrees
-    assert verdict_line(test).plain.endswith(", but 1 layer would lose less if declared better (fp4-outlier)")
+    assert verdict_line(test).plain.endswith(", but 1 layer would lose less with a better declaration (fp4-outlier)")
 
 
 @pytest.mark.parametrize("claim", ["fp8", "fp8:block", "mxfp8", "mxfp4", "nvfp4", "int4"])

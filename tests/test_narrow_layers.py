@@ -41,10 +41,10 @@ def test_layers_that_a_format_cannot_hold(tmp_path: Path) -> None:
     plain = read_node(tmp_path, "ConvTranspose", ["x", "w"])
     assert not narrow_layers._unsuited(plain, torch.zeros(6, 4, 1, 1), by_channel)
     assert not narrow_layers._unsuited(grouped, torch.zeros(6, 4, 1, 1), NarrowOptions.parse("fp8"))
-    assert narrow_layers._unsuited(plain, torch.zeros(6), by_channel) == "its weight has no matrix"
+    assert narrow_layers._unsuited(plain, torch.zeros(6), by_channel) == "its weight is not a matrix"
     conv, blocks = read_node(tmp_path, "Conv", ["x", "w"], group=2), NarrowOptions.parse("mxfp8")
     assert narrow_layers._unsuited(conv, torch.zeros(6, 48, 1, 1), blocks).endswith(
-        "48 channels are no multiple of a block of 32"
+        "48 channels are not a multiple of a block of 32"
     )
     assert not narrow_layers._unsuited(conv, torch.zeros(6, 64, 1, 1), blocks)
     assert not narrow_layers._unsuited(conv, torch.zeros(6, 32, 1, 1), blocks)

@@ -138,7 +138,7 @@ def test_a_file_is_exported_to_another_opset_where_onnx_converts_it(tmp_path: Pa
     )  # as opset 18 wants it
     code, text = run("export", tmp_path / "out" / "net.onnx", "-o", tmp_path / "old", "--opset", "9")
     assert code == 2
-    assert "is in opset 18, and ONNX's converter does not bring it to 9: No Adapter" in text
+    assert "is in opset 18, and ONNX's converter cannot convert it to 9: No Adapter" in text
     assert not (tmp_path / "old").exists()
 
 
@@ -168,7 +168,7 @@ def test_a_written_file_is_compared_on_several_samples_and_sizes(
     monkeypatch.setattr(file_export, "_simplified", wrong)
     code, text = run("export", net, "-o", tmp_path / "out", "--simplify")
     assert code == 2, text
-    assert ("rewritten it gives another" if fault == "of other values" else "ONNX Runtime failed") in text
+    assert ("rewritten, it computes another" if fault == "of other values" else "ONNX Runtime failed") in text
     assert not (tmp_path / "out").exists()
 
 
@@ -201,7 +201,7 @@ def test_a_file_is_deployed_as_it_is_and_a_changed_one_again(net: Path, tmp_path
     config.write_text(f"model: {net}\nwork_dir: {tmp_path / 'work'}\nverify: {{samples: 1}}\n")
     code, text = run("deploy", config)
     assert code == 0, text
-    assert "taken as it is" in text
+    assert "used unchanged" in text
     stages = json.loads((tmp_path / "work" / "deploy.json").read_text())["stages"]
     assert list(stages) == ["load", "export", "verify"]  # it detects nothing: not evaluated
     assert (tmp_path / "work" / "onnx" / "net.onnx").read_bytes() == net.read_bytes()

@@ -184,7 +184,7 @@ def test_bytes_of_a_weight(given: onnx.TensorProto, count: int) -> None:
         (weight([2, -1]), r"has the shape \[2, -1\]$"),
         (weight([1] * 33), r"has the shape \[1, 1, 1, 1, 1, 1, 1, 1, …\]$"),
         (weight([0, 1 << 31, 1 << 31]), "which no array can have"),
-        (weight([1 << 20, 1 << 20]), r"FLOAT\[1048576, 1048576\], which no memory holds"),
+        (weight([1 << 20, 1 << 20]), r"FLOAT\[1048576, 1048576\], which does not fit into memory"),
     ],
 )
 def test_weights_that_cannot_be(given: onnx.TensorProto, says: str) -> None:

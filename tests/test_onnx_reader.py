@@ -69,7 +69,7 @@ def texts(*data: bytes) -> Callable[[onnx.ModelProto], None]:
 CASES: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "short": (weight(raw_data=b"1234"), r"weight 'w' is FLOAT\[2, 1, 1, 1\], 8 bytes; the file has 4"),
     "negative": (weight(dims=[-2, 1, 1, 1]), r"weight 'w' has the shape \[-2"),
-    "huge": (weight(dims=[1 << 62, 1, 1, 1]), "which no memory holds"),
+    "huge": (weight(dims=[1 << 62, 1, 1, 1]), "which does not fit into memory"),
     "empty-and-huge": (weight(dims=[1 << 31, 1 << 40, 0]), "which no array can have"),
     "ranks": (weight(dims=[1] * 100), "weight 'w' has the shape"),
     "type": (weight(data_type=99), "weight 'w' is of the data type 99"),
@@ -85,11 +85,11 @@ CASES: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "missing": (external("gone.bin"), "external data file gone.bin is missing"),
     "pipe": (external("pipe"), "is a pipe"),
     "cut": (external("w.bin", offset="4"), "cut short"),
-    "cycle": (edits(lambda g: g.node[0].input.__setitem__(0, "y")), "reads, over other nodes, what it makes itself"),
-    "twice": (edits(lambda g: g.node.add(op_type="Relu", input=["x"], output=["c"])), "'c' is made twice"),
-    "unmade": (edits(lambda g: g.node[1].input.__setitem__(0, "q")), "node 'r' reads 'q', which nothing makes"),
+    "cycle": (edits(lambda g: g.node[0].input.__setitem__(0, "y")), "depends on its own output through other nodes"),
+    "twice": (edits(lambda g: g.node.add(op_type="Relu", input=["x"], output=["c"])), "'c' is computed twice"),
+    "unmade": (edits(lambda g: g.node[1].input.__setitem__(0, "q")), "node 'r' reads 'q', which nothing computes"),
     "no outputs": (edits(lambda g: g.ClearField("output")), "the graph has no outputs"),
-    "output": (edits(lambda g: g.output.add(name="q")), "nothing makes the output 'q'"),
+    "output": (edits(lambda g: g.output.add(name="q")), "nothing computes the output 'q'"),
     "long name": (edits(lambda g: setattr(g.node[0], "name", "n" * 5000)), "has 5000 characters"),
     "null": (edits(lambda g: setattr(g.node[0], "name", "a\0b")), "null byte"),
     "attribute": (edits(lambda g: g.node[0].attribute.add(name="pads", type=5)), "has no value in its field 'g'"),
@@ -120,7 +120,7 @@ CASES: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
         edits(lambda g: g.node.append(helper.make_node("Relu", ["c"], ["s", "t"], name="relu"))),
         "node 'relu' has 2 outputs; expected at most 1$",
     ),
-    "no outputs of a node": (edits(lambda g: g.node.add(op_type="F", domain="o", input=["c"])), "puts out nothing$"),
+    "no outputs of a node": (edits(lambda g: g.node.add(op_type="F", domain="o", input=["c"])), "has no outputs$"),
     "empty output": (
         edits(lambda g: g.node.append(helper.make_node("Dropout", ["c"], ["", "mask"], name="drop"))),
         "node 'drop' has 0 of 1 outputs$",
@@ -226,7 +226,7 @@ def test_functions_that_are_too_much_written_out_are_refused(tmp_path: Path, bod
     for n in range(1, 25):
         twice = [own(f"f{n - 1}", into="m"), own(f"f{n - 1}", "m")]
         functions[f"f{n}"] = in_a_body(own(f"f{n - 1}", into="t")) if body else twice
-    with pytest.raises(InputError, match=r"net.onnx: functions, written out where they are called, make \d+ nodes"):
+    with pytest.raises(InputError, match=r"net.onnx: functions, expanded where they are called, become \d+ nodes"):
         Graph(with_functions(tmp_path / "net.onnx", functions, "f24"))
     assert len(Graph(with_functions(tmp_path / "some.onnx", functions, "f4")).nodes) > 1
 

@@ -36,12 +36,12 @@ def test_the_sizes_that_differ_are_named_with_the_recipe_that_has_them(tmp_path:
     with pytest.raises(InputError, match="does not fit the model") as caught:
         load_weights(network, path, TINY)
     last = str(caught.value).splitlines()[-1]
-    assert "one of another CenterPoint than centerpoint:tiny" in last
+    assert "belongs to another CenterPoint than centerpoint:tiny" in last
     assert "features a point 4 (it has 5)" in last
     assert "backbone channels [64, 128, 256] (it has [32, 64, 128])" in last
     assert "classes of each task [5] (it has [2, 2])" in last
     assert "expected centerpoint:awml-base" in last
-    assert "they know neither voxel size nor range" in last
+    assert "which say nothing about voxel size and range" in last
     assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
 
 

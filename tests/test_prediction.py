@@ -363,7 +363,7 @@ def test_a_sequence_is_predicted_element_by_element(tmp_path: Path) -> None:
 def test_outputs_of_whole_numbers_are_counted_and_a_goal_shows_its_figures(tmp_path: Path) -> None:
     """Columns that are nearly ties change places in FP16; those that are not stay."""
     rng = np.random.default_rng(0)
-    for apart, says in ((1.0, "no way gives another"), (1e-4, "elements differ")):
+    for apart, says in ((1.0, "no variant changes it"), (1e-4, "elements differ")):
         net = NetBuilder()
         columns = rng.standard_normal((8, 500)).astype(np.float32)
         columns[:, 1::2] = columns[:, ::2] * np.float32(1 + 0.5 * apart)

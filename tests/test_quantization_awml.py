@@ -105,7 +105,7 @@ def test_every_call_takes_awmls_keywords(tmp_path: Path, capsys: pytest.CaptureF
     ("call", "error", "says"),
     [
         (lambda: quantize_ptq(Detector(), model=Detector(), dataloader=[]), TypeError, "multiple values .* 'module'"),
-        (lambda: quantize_ptq(module=Detector(), model=Detector(), dataloader=[]), InputError, "are one thing"),
+        (lambda: quantize_ptq(module=Detector(), model=Detector(), dataloader=[]), InputError, "mean the same"),
         (lambda: quantize_ptq(model="net", dataloader=loader()), InputError, "^module: str; expected a torch module"),
         (lambda: quantize_ptq(model=Detector(), dataloader=5), InputError, "^batches: int; expected batches"),
         (lambda: quantize_ptq(Detector(), loader(), num_batches=3), TypeError, "unexpected keyword .*num_batches"),
@@ -153,9 +153,9 @@ def test_a_quantized_model_is_saved_and_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"method": "mse", "amax_method": "max"}, "method and amax_method are one thing"),
-        ({"fold": False, "fuse_bn": True}, "fold and fuse_bn are one thing"),
-        ({"skip_layers": ["a"], "sensitive_layers": ["b"]}, "skip_layers and sensitive_layers are one thing"),
+        ({"method": "mse", "amax_method": "max"}, "method and amax_method mean the same"),
+        ({"fold": False, "fuse_bn": True}, "fold and fuse_bn mean the same"),
+        ({"skip_layers": ["a"], "sensitive_layers": ["b"]}, "skip_layers and sensitive_layers mean the same"),
         ({"num_calibration_batches": 0}, "num_calibration_batches is 0; expected at least 1"),
         ({"amax_method": "median"}, "^amax_method: 'median' is unknown"),
         ({"sensitive_layers": ["pts_nek"]}, "no layer matches 'pts_nek'"),
@@ -218,5 +218,5 @@ def test_a_calibration_manager_is_called_in_awmls_order() -> None:
     inputs = [found.layers["pts_backbone.0"].input for found in (scales, by_name, whole)]
     assert scales.method == "max"
     assert inputs[0] == inputs[1] < inputs[2], "the largest magnitude is in the fourth batch or later"
-    with pytest.raises(InputError, match="the batches before were watched for 'max'"):
+    with pytest.raises(InputError, match="the earlier batches were observed for 'max'"):
         manager.calibrate(batches, 1, "mse")

@@ -283,7 +283,7 @@ def test_the_table_says_why(
     assert why["layer.1.conv2.input_quantizer"] == "switched off"
     assert why["fc.weight_quantizer"] == "skipped by 'net.fc'"
     assert why["last.input_quantizer"] == "BatchNorm2d stays in FP32"
-    assert why["stem.output_quantizer"] == "what reads this output quantizes it"
+    assert why["stem.output_quantizer"] == "its readers quantize this output"
     monkeypatch.setenv("COLUMNS", "150")
     print_quantizer_status(made)
     assert "skipped by 'net.fc'" in capsys.readouterr().out
@@ -303,7 +303,7 @@ def test_a_module_that_the_library_cannot_take_is_told(quantized: nn.Module, mon
 
     folded, scales = fuse_model_bn(resnet(), (batches()[0],)), scales_of(quantized, "net")
     monkeypatch.setattr("modelopt.torch.quantization.quantize", too_deep)
-    with pytest.raises(InputError, match="modelopt cannot put quantizers in: RecursionError"):
+    with pytest.raises(InputError, match="modelopt cannot insert quantizers: RecursionError"):
         apply_scales(folded, scales, "net")
 
 

@@ -149,7 +149,7 @@ def test_a_quantized_layer_is_one_row_with_its_whole_name(width: int) -> None:
     rows = [
         quantizer("pts_bbox_head.heads.0.conv.input_quantizer", 9.47),
         quantizer("pts_bbox_head.heads.0.conv.weight_quantizer", (0.0273, 0.154)),
-        quantizer("pts_bbox_head.heads.0.conv.output_quantizer", None, "what reads this output quantizes it"),
+        quantizer("pts_bbox_head.heads.0.conv.output_quantizer", None, "its readers quantize this output"),
         quantizer("pts_bbox_head.out.input_quantizer", None, "skipped by 'out'"),
         quantizer("pts_bbox_head.out.weight_quantizer", None, "skipped by 'out'"),
         quantizer("stem.input_quantizer", 1.5),

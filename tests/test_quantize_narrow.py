@@ -170,7 +170,7 @@ def test_the_command_writes_a_file_that_is_checked(tmp_path: Path) -> None:
     ("flags", "says"),
     [
         (["--precision", "fp7"], "--precision: 'fp7'; expected int8 or one of fp8"),
-        (["--precision", "fp8:acc=fp22"], "a file cannot say how its sums are taken"),
+        (["--precision", "fp8:acc=fp22"], "a file cannot set accumulation"),
         (["--precision", "int4:g33"], "a group of 33; expected one of"),
         (["--precision", "int4:sym:asym"], "expected one of asym and sym"),
         (["--precision", "fp8", "--opset", "17"], "--opset: 17; fp8 needs 19"),

@@ -175,14 +175,14 @@ def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
 def test_a_pipe_that_nobody_reads_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "READER", 0.2)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match=r"pipe: cannot be written \(a pipe that nobody reads\)"):
+    with pytest.raises(InputError, match=r"pipe: cannot be written \(a pipe that nothing reads\)"):
         write_text("x", tmp_path / "pipe")
 
 
 def test_folders_too_deep_to_be_made_are_said(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="folders in each other"), complete_folder(Path("d/" * 1500)):
+    with pytest.raises(InputError, match="nested folders"), complete_folder(Path("d/" * 1500)):
         pass
-    with pytest.raises(InputError, match=r"--output: d/d.* 1500 folders in each other; expected at most 400"):
+    with pytest.raises(InputError, match=r"--output: d/d.* 1500 nested folders; expected at most 400"):
         check_outputs({"output": Path("d/" * 1500)}, {"output": "--output"})
 
 

@@ -357,7 +357,7 @@ def test_a_plugin_inside_a_region(region: pytest.MonkeyPatch, tmp_path: Path, al
     test = first(bisect(str(path), "trt-fp32,trt-fp16", options=Options(inputs=tmp_path / "x.npz")))
     rows = {row.onnx: row for row in test.rows}
     assert (test.agrees, rows["y"].verdict) == (False, "inherited")
-    reason = f"{path}: node '/e0/Clipped' (trt.plugins.Clipped) failed: nothing here implements it"
+    reason = f"{path}: node '/e0/Clipped' (trt.plugins.Clipped) failed: cpdebug does not implement it"
     assert any(reason in note for note in test.notes)
     if alone:
         assert [row.onnx for row in test.guilty] == ["h0", "x1"], "x1 is r0 + f0, and r0 is inside"

@@ -20,7 +20,7 @@ from cp_debug.recipes.base import Sample
 from cp_debug.recipes.registry import load_model
 
 WEIGHT = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
-LAST = "1 of 3 samples of {} was looked at; --samples 3 takes all"
+LAST = "1 of 3 samples of {} was used; --samples 3 uses all"
 
 
 def save(path: Path, node: str) -> Path:
@@ -57,9 +57,9 @@ def test_a_folder_of_which_one_sample_was_taken_is_told(nets: tuple[Path, Path])
     code, text = run("bisect", *nets, "--inputs", "smp")
     assert (code, f"note: {LAST.format('smp')}" in words(text)) == (0, True)
     code, text = run("bisect", *nets, "--inputs", "smp", "--samples", "3")
-    assert (code, "looked at" in words(text)) == (1, False)
+    assert (code, "samples of smp were used" in words(text)) == (1, False)
     code, text = run("verify", nets[0], "--test-model", nets[1], "-b", "ort", "--inputs", "smp", "--samples", "2")
-    assert (code, "note: 2 of 3 samples of smp were looked at; --samples 3" in words(text)) == (0, True)
+    assert (code, "note: 2 of 3 samples of smp were used; --samples 3" in words(text)) == (0, True)
     assert LAST.format("smp") in cp_debug.diagnose(nets[0], "ort,ort", test_model=nets[1], inputs="smp").tests[0].notes
     for command in (
         ("predict", nets[0], "--precision", "fp16", "--target", "trt-10"),
@@ -80,7 +80,7 @@ def test_all_samples_of_a_capture_are_looked_at(nets: tuple[Path, Path]) -> None
     assert not cp_debug.diagnose(nets[0], test_tensors="cap").agrees
     assert len(cp_debug.diagnose(nets[1], test_tensors="cap").samples) == 3
     code, text = run("bisect", nets[0], "-b", "ort", "--test-tensors", "cap", "--inputs", "smp/a.npz")
-    assert (code, "1 of 3 samples of cap compared: there are inputs for no more" in words(text)) == (0, True)
+    assert (code, "1 of 3 samples of cap compared: there are no more inputs" in words(text)) == (0, True)
     code, text = run("bisect", nets[0], "-b", "ort", "--test-tensors", "cap", "--samples", "3")
     assert (code, "all samples of --test-tensors are used" in words(text)) == (2, True)
 

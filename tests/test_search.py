@@ -52,12 +52,12 @@ def test_goals_join_conditions() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "is no condition; expected FIGURE<LIMIT"),
-        ("rel_l2", "is no condition"),
-        ("rel_l2<", "is no condition"),
-        ("rel_l2<1e-3 and", "'' in 'rel_l2<1e-3 and' is no condition"),
+        ("", "is not a condition; expected FIGURE<LIMIT"),
+        ("rel_l2", "is not a condition"),
+        ("rel_l2<", "is not a condition"),
+        ("rel_l2<1e-3 and", "'' in 'rel_l2<1e-3 and' is not a condition"),
         ("rel_l3<1", "no figure 'rel_l3'; known are .*did you mean rel_l2"),
-        ("rel_l2>1", "limited by <, <= or ==, not by >"),
+        ("rel_l2>1", "limited with <, <= or ==, not with >"),
         ("rel_l2<nan", "no limit that can be kept"),
         ("rel_l2<-1", "no limit"),
         ("boxes_lost<0", "no limit"),

@@ -42,7 +42,7 @@ def test_the_worst_sample_of_each_output_counts() -> None:
         assert measured.figures == {"rel_l2": pytest.approx(0.1), "max_abs": pytest.approx(2.0)}
     assert measured.error == pytest.approx(np.sqrt((0.1**2 + 0.04**2) / 2))
     assert judge.measure([exact, outputs(a=[3.0, np.nan], b=[30.0, 40.0])]).figures["rel_l2"] == np.inf
-    with pytest.raises(InputError, match="the test gives no output 'b'; its outputs are a"):
+    with pytest.raises(InputError, match="the test has no output 'b'; its outputs are a"):
         judge.measure([exact, outputs(a=[3.0, 4.0])])
 
 

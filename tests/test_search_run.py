@@ -113,7 +113,7 @@ def test_a_goal_out_of_reach_is_said(tmp_path: Path) -> None:
     assert not result.reached
     assert not result.minimal
     assert len(result.kept) == result.layers
-    assert "rel_l2<1e-12 was not reached: closest was rel_l2" in result.verdict
+    assert "rel_l2<1e-12 was not reached: the closest was rel_l2" in result.verdict
     assert "keeping every layer does not reach it" in result.verdict
 
 

@@ -125,9 +125,9 @@ def test_the_outcome_of_a_search_in_a_sentence() -> None:
     assert said == "rel_l2<1 holds with 2 of 9 layers kept; some may not be needed: stopped after 9 s"
     assert result(kept=[]).verdict == "rel_l2<1 holds with nothing kept"
     missed = result(reached=False, stopped="why")
-    assert missed.verdict == "rel_l2<1 was not reached: closest was rel_l2 0.01 with 2 of 9 layers kept (why)"
+    assert missed.verdict == "rel_l2<1 was not reached: the closest was rel_l2 0.01 with 2 of 9 layers kept (why)"
     refused = result(reached=False, best=Trial(frozenset(), 2, False, Measured(), 1.0, error="no kernel"))
-    assert refused.verdict == "rel_l2<1 was not reached: closest was no kernel with 2 of 9 layers kept"
+    assert refused.verdict == "rel_l2<1 was not reached: the closest was no kernel with 2 of 9 layers kept"
 
 
 def test_networks_are_folded_unless_told_otherwise() -> None:

@@ -76,8 +76,11 @@ def test_tensorflow_serving_has_columns_rows_and_plain_rows(tmp_path: Path) -> N
     [
         ({"outputs": [{"name": "y", "shape": [2], "datatype": "FP32", "data": [1.0]}]}, "1 numbers for the shape [2]"),
         ({"outputs": [{"name": "y", "shape": [1], "datatype": "BYTES", "data": ["cat"]}]}, "datatype is 'BYTES'"),
-        ({"outputs": [{"name": "y", "shape": [1], "datatype": "FP32", "data": ["x"]}]}, "something else than numbers"),
-        ({"outputs": [{"name": "y", "shape": [1], "datatype": "FP32", "data": [None]}]}, "something else than numbers"),
+        ({"outputs": [{"name": "y", "shape": [1], "datatype": "FP32", "data": ["x"]}]}, "something other than numbers"),
+        (
+            {"outputs": [{"name": "y", "shape": [1], "datatype": "FP32", "data": [None]}]},
+            "something other than numbers",
+        ),
         ({"outputs": [{"name": "y", "shape": [1], "datatype": "UINT8", "data": [300]}]}, "that are no UINT8"),
         ({"outputs": [{"name": "y", "shape": [-1], "datatype": "FP32", "data": [1]}]}, "1 numbers for the shape [-1]"),
         ({"outputs": [{"name": "y", "shape": [2], "datatype": "FP32", "data": [[1], [1, 2]]}]}, "different lengths"),
@@ -86,7 +89,7 @@ def test_tensorflow_serving_has_columns_rows_and_plain_rows(tmp_path: Path) -> N
             {"outputs": [{"name": "y", "shape": [1], "datatype": "FP32", "parameters": {"binary_data_size": 4}}]},
             "has no data in the JSON (binary_data_size)",
         ),
-        ({"predictions": [{"a": 1.5}, {"b": 1.5}]}, "something else than numbers"),
+        ({"predictions": [{"a": 1.5}, {"b": 1.5}]}, "something other than numbers"),
         ({"outputs": []}, "an answer of an inference server"),
     ],
 )

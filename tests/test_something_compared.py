@@ -104,7 +104,7 @@ def test_a_verification_tells_what_it_did_not_compare(tmp_path: Path) -> None:
     theirs = save(tmp_path / "theirs.onnx", "float[1,2,4,4] other", "    other = Neg (a)")
     code, text = run("verify", ours, "--test-model", theirs, "-s", "ort,ort")
     assert (code, "other names in the test: y = other" in text) == (0, True)
-    assert "`--map REFERENCE=TEST` pairs others" in " ".join(text.split())
+    assert "`--map REFERENCE=TEST` overrides this" in " ".join(text.split())
     code, text = run("verify", ours, "--test-model", theirs, "-s", "ort,ort", "--map", "y=other")
     assert (code, "other names" in text) == (0, False)
 

@@ -228,7 +228,7 @@ def test_verification_does_not_blame_the_export_for_the_models_own_nan() -> None
         return "; ".join(reasons(ScenarioResult(record, record, [check], {}, None, {})))
 
     nan, ones = np.array([np.nan, 1], np.float32), np.ones(2, np.float32)
-    assert "1 NaN or Inf; the reference has the same 1 NaN or Inf: they are the model's or its input's" in said(
+    assert "1 NaN or Inf; the reference has the same 1 NaN or Inf: they come from the model or its input" in said(
         nan, nan
     )
     assert "the reference has" not in said(ones, nan)
@@ -299,7 +299,7 @@ def test_an_evaluation_remarks_on_empty_clouds_and_on_outputs_that_are_not_finit
     backends = [create(BackendSpec.parse(spec)) for spec in ("torch", "ort")]
     result = evaluate(model, backends, Clouds(), EvaluationOptions(draws=0))
     assert sum("the cloud is empty" in note for note in result.notes) == 8
-    assert "and 2 more remarks of this kind on other samples" in result.notes
+    assert "and 2 more notes of this kind on other samples" in result.notes
     assert f"{backends[1].spec}: the outputs hold NaN or Inf on 10 of 10 samples" in result.notes
 
 

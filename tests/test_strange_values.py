@@ -64,7 +64,7 @@ def test_what_random_numbers_do_is_no_defect(tmp_path: Path) -> None:
     assert not test.agrees
     assert not test.findings
     assert not any("observer gap" in note for note in test.notes)
-    assert any("(seed 3: runtimes have generators of their own" in note for note in test.notes)
+    assert any("(seed 3: but each runtime has its own generator" in note for note in test.notes)
     assert str(test.remainder).endswith("draws random numbers, and the outputs depend on them")
 
 

@@ -71,7 +71,7 @@ def test_a_broken_line_within_is_told_by_its_number(tmp_path: Path) -> None:
         log.append(record("a", result=1))
     with path.open("ab") as stream:
         stream.write(b"garbage\n")
-    with SweepLog(path) as log, pytest.raises(InputError, match="line 3 is no JSON"):
+    with SweepLog(path) as log, pytest.raises(InputError, match="line 3 is not JSON"):
         list(log)
 
 

@@ -441,7 +441,7 @@ def test_a_worker_that_dies_while_it_starts(tmp_path: Path) -> None:
     assert not [path.name for path in scratch.iterdir() if "dask" in path.name or "cpdebug" in path.name]
     assert done.returncode != 0
     assert "started" not in done.stdout
-    assert "behind if __name__ == '__main__'" in done.stderr
+    assert "only if __name__ == '__main__'" in done.stderr
 
 
 def test_workers_here_that_are_gone_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

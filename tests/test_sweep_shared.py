@@ -252,7 +252,7 @@ def test_a_store_that_fails_is_done_without(working: int, tmp_path: Path) -> Non
         assert (tmp_path / name / "net.onnx").read_text() == "made"
     assert SharedStore(str(tmp_path / "store"))._get("k", tmp_path) or calls, "whole, or made by each"
     url = tmp_path / "store"
-    assert said == [f"shared store {url}: done without from now on, as it failed: ConnectionError: reset by peer"]
+    assert said == [f"shared store {url}: not used from now on, because it failed: ConnectionError: reset by peer"]
 
 
 class Repeating(Broken):

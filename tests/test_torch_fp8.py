@@ -84,8 +84,8 @@ def test_empty_products() -> None:
     [
         ("torch-fp8:e5m2", "no option 'e5m2'"),
         ("torch-fp8:fats", "did you mean fast"),
-        ("torch-fp8:fast:fast", "says again"),
-        ("torch-fp8:channel:dynamic", "leave dynamic out"),
+        ("torch-fp8:fast:fast", "repeats another"),
+        ("torch-fp8:channel:dynamic", "remove dynamic"),
         ("torch-fp8:acc=fp22", "no option 'acc=fp22'"),
     ],
 )

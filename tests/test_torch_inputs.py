@@ -126,7 +126,7 @@ def test_a_module_with_containers_is_diagnosed(call: str) -> None:
 def test_example_inputs_that_do_not_fit_are_refused() -> None:
     net = Net()
     for given, says in (
-        ({"image": IMAGE}, "'image' is no parameter of forward.batch, pair, gain"),
+        ({"image": IMAGE}, "'image' is not a parameter of forward.batch, pair, gain"),
         ({"batch": {"image": "x.png"}, "gain": 1.0}, "hold no tensor"),
         ({"batch": object()}, "'batch' is object; expected a tensor"),
         ((torch.randn(2, 2).to_sparse(),), "expected a dense tensor"),
@@ -308,7 +308,7 @@ def test_a_torchscript_file_is_fed_with_arrays(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.trace(Plain().eval(), (IMAGE, seeded(2))), path)
     np.savez(tmp_path / "x.npz", x=IMAGE.numpy(), shift=seeded(2).numpy())
     assert cp_debug.diagnose(str(path), inputs=tmp_path / "x.npz").agrees
-    with pytest.raises(cp_debug.InputError, match=r"which names no shapes; expected one \.npz file by inputs"):
+    with pytest.raises(cp_debug.InputError, match=r"which has no shapes; expected one \.npz file with inputs"):
         cp_debug.diagnose(str(path))
 
 
@@ -325,7 +325,7 @@ def test_files_that_hold_no_program_are_refused(tmp_path: Path) -> None:
     (tmp_path / "net.ort").write_text("ORTM")
     for name, says in (
         ("weights.pt", "holds weights or a pickled module"),
-        ("text.pt2", "no archive of torch.export"),
+        ("text.pt2", "not an archive of torch.export"),
         ("net.ort", "in ONNX Runtime's own format"),
         ("gone.pt2", "no such file"),
     ):

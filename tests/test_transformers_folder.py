@@ -69,7 +69,7 @@ def test_code_in_a_folder_is_never_run(kind: str, tmp_path: Path) -> None:
     (path / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     code, text = run("bisect", path)
     assert code == 2
-    assert "names code of its own (modeling.Net)" in text
+    assert "names custom code (modeling.Net)" in text
     assert not (tmp_path / "ran").exists()
 
 

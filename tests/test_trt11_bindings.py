@@ -164,7 +164,7 @@ def test_narrow_files_that_it_does_not_take(
     with pytest.raises(error, match=message):
         RunnerClient(trt11).execute([{**step, **decide("fp32", "11.4.0.106").step()}])
     if precision in ("int4", "fp8:e5m2"):
-        with pytest.raises(BackendUnavailable, match="which no TensorRT takes; it takes FLOAT8E4M3FN, INT4"):
+        with pytest.raises(BackendUnavailable, match="which TensorRT does not support; it supports FLOAT8E4M3FN, INT4"):
             decide("fp32", "11.4.0.106", narrow=narrow_kinds(Graph(path)))
 
 

@@ -426,4 +426,4 @@ def test_bisect_judges_what_the_search_came_across(monkeypatch: pytest.MonkeyPat
     (test,) = bisect(str(path), [create(BackendSpec.parse("ort")), engine]).tests
     assert [row.onnx for row in test.guilty] == ["r7"]
     (line,) = engine_lines(test.backend)
-    assert "first value that departs: r7, found with 4 builds of one probe each" in line.plain
+    assert "first bad value: r7, found with 4 builds of one probe each" in line.plain

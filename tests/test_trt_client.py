@@ -312,7 +312,7 @@ def test_a_version_that_tells_nothing_is_refused(tmp_path: Path, version: str) -
     }
     client = RunnerClient(interpreter(tmp_path))
     assert client.checked(Facts, [facts])[0]["tensorrt"] == "8.6.0"
-    with pytest.raises(BackendUnavailable, match=r"gave an answer that cannot be read.*tensorrt"):
+    with pytest.raises(BackendUnavailable, match=r"answer cannot be read.*tensorrt"):
         client.checked(Facts, [facts | {"tensorrt": version}])
 
 
@@ -336,5 +336,5 @@ def test_times_that_fit_no_runs_are_refused(tmp_path: Path, seconds: list[float]
     given = [0.5, 0.25, 0.125]
     assert runs.timings(tmp_path / "e", inputs, 2) == [0.25, 0.125]
     given = seconds
-    with pytest.raises(BackendUnavailable, match="gave an answer that cannot be"):
+    with pytest.raises(BackendUnavailable, match="answer cannot be"):
         runs.timings(tmp_path / "e", inputs, 2)

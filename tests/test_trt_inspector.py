@@ -224,7 +224,7 @@ def test_an_engine_tells_how_its_products_sum_whatever_their_excess() -> None:
         {"kind": "Reformat", "tactic": ""},
         {"kind": "Myelin", "tactic": ""},
     ]
-    told = "products: 2 sum in FP16, 1 FP32, 1 of them with a split sum, 1 region without a kernel's name"
+    told = "products: 2 sum in FP16, 1 FP32, 1 of them with a split sum, 1 region without kernel names"
     assert sums(layers) == told
     assert (
         sums([{**layers[2], "tactic": GEMM.replace("f16f16_f16f16_f16", "f32f32_tf32f32_f32")}]) == "products: 1 TF32"

@@ -285,7 +285,7 @@ def test_what_is_left_in_train_mode_is_named() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.BatchNorm1d(4)).eval()
     module[3].train()
     (note,) = TorchModel("part", module, (torch.randn(5, 4),)).notes
-    assert note.startswith("of the module, 3 came in train mode")
+    assert note.startswith("of the module, 3 was passed in train mode")
 
 
 def test_a_file_imports_what_stands_beside_it_and_holds_modules(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_a_file_imports_what_stands_beside_it_and_holds_modules(tmp_path: Path) 
     (tmp_path / "own.py").write_text(text)
     np.savez(tmp_path / "x.npz", input=np.zeros((3, 4), np.float32))
     assert load_callable(f"{tmp_path}/own.py:net", inputs=tmp_path / "x.npz").components[0].input_names == ["input"]
-    with pytest.raises(InputError, match="a module without example inputs; expected some by --inputs"):
+    with pytest.raises(InputError, match="a module without example inputs; expected them with --inputs"):
         load_callable(f"{tmp_path}/own.py:net")
 
 

@@ -71,7 +71,7 @@ def diagnose(
         options = replace(options, inputs=path, samples=samples_in(inputs, options.samples))
         if test_tensors is not None:
             if test_model is not None:
-                raise InputError("test_tensors: given beside test_model; expected one of them")
+                raise InputError("test_tensors: given together with test_model; expected one of them")
             reference = DEFAULT_REFERENCE if backends is DEFAULT_BACKENDS else backends
             if not isinstance(reference, str):
                 raise InputError("backends: with test_tensors expected the reference's name")

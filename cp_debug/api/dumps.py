@@ -65,7 +65,7 @@ def with_dump(
     source = str(tensors) if isinstance(tensors, Path) else "test_tensors"
     path = model.components[0].onnx_path if len(model.components) == 1 else None
     if path is None:
-        raise InputError(f"{source}: tensors are known by the names of an ONNX file; {model.name} is none")
+        raise InputError(f"{source}: tensors are matched by the names of an ONNX file; {model.name} is not one")
     if precision not in ARITHMETICS:
         raise InputError(f"precision of {source}: {precision!r}; expected one of {', '.join(ARITHMETICS)}")
     names = [part for part in reference.split(",") if part.strip()]
@@ -116,7 +116,7 @@ def _more_inputs(model: Model, inputs: Path | None, dumped: int) -> list[str]:
 
 def _not_all(source: str, kept: int, count: int, *, alike: bool) -> str:
     """The note that not all samples of a dump are compared."""
-    why = "others have the same inputs as one of them" if alike else "there are inputs for no more"
+    why = "others have the same inputs as one of them" if alike else "there are no more inputs"
     return f"{kept} of {count} samples of {source} compared: {why}"
 
 
@@ -161,8 +161,8 @@ def _other_precision(graph: Graph, arrays: Mapping[str, np.ndarray], precision: 
     if named is None or precision != "fp32":
         return []
     return [
-        f"all tensors of the dump are {named.upper()}, and they are judged as FP32: --tensors-precision {named} allows "
-        "them its rounding"
+        f"all tensors of the dump are {named.upper()}, but they are judged as FP32; --tensors-precision {named} allows "
+        "for its rounding"
     ]
 
 
@@ -177,7 +177,7 @@ def _array(name: str, value: Any) -> np.ndarray:
     try:
         array = as_numpy(value) if is_torch(value) else np.asarray(value)
     except Exception as error:  # lists of unequal lengths, and whatever an object's own conversion raises
-        raise InputError(f"test_tensors: {name!r} is no array: {in_one_line(error)}") from error
+        raise InputError(f"test_tensors: {name!r} is not an array: {in_one_line(error)}") from error
     if array.dtype.hasobject and not all(isinstance(element, str | bytes) for element in array.flat):
         raise InputError(f"test_tensors: {name!r} is {type(value).__name__}; expected an array or a tensor")
     return array

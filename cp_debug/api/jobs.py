@@ -172,7 +172,7 @@ def verify(
 ) -> VerifyResult:
     """Check that deployed files compute what the model computes: every output, over several samples, within its limit.
 
-    A module is exported with ``export`` first; an ONNX file is taken as it is. ``backends``: the reference, then each
+    A module is exported with ``export`` first; an ONNX file is used unchanged. ``backends``: the reference, then each
     test. ``test_model`` is another ``.onnx`` for the tests (a folder, for several components). ``result.passed`` is the
     verdict. Raises InputError and BackendUnavailable; never for a divergence.
     """

@@ -210,7 +210,7 @@ def _as_array(value: Any, name: str) -> np.ndarray:
     except Exception as error:  # sparse, quantized, nested and fake tensors; objects that convert themselves
         raise InputError(f"inputs: {name!r} cannot be read as an array: {type(error).__name__}: {error}") from error
     if array.dtype == object:
-        raise InputError(f"inputs: {name!r} is no array of numbers")
+        raise InputError(f"inputs: {name!r} is not an array of numbers")
     return array
 
 
@@ -230,7 +230,7 @@ def _function_module(function: Any, what: str) -> Any:
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        raise InputError(f"{what}: nothing tells what {name} takes; expected a function or a module") from None
+        raise InputError(f"{what}: {name}'s parameters are unknown; expected a function or a module") from None
     self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     forward.__signature__ = signature.replace(parameters=[self_parameter, *signature.parameters.values()])  # type: ignore[attr-defined]
     return type(name if name.isidentifier() else "Function", (torch.nn.Module,), {"forward": forward})()

@@ -167,7 +167,7 @@ def as_in_graph(
         elif shape is not None and not last and (layout := _other_layout(tensor, shape)) is not None:
             raise InputError(
                 f"{source}: {name!r} has shape {list(tensor.shape)}, the graph's is {list(shape)}: it seems to be "
-                f"dumped {_DUMPED[layout]}; read it so with {flag} {layout}"
+                f"dumped {_DUMPED[layout]}; use {flag} {layout}"
             )
     against = [name for name in kept if values[name].ndim > 3]
     if (last or flat) and kept and not needed and (against or not either):
@@ -188,7 +188,7 @@ def _told(kept: Mapping[str, np.ndarray]) -> list[str]:
     if not kept:
         return []
     some = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in [*kept.items()][:4])
-    return [f"read as dumped, since only so, and not with channels last, they fit: {some}{' …' * (len(kept) > 4)}"]
+    return [f"read as dumped, because they fit only so, not with channels last: {some}{' …' * (len(kept) > 4)}"]
 
 
 def _fits_in_rows_alone(tensor: np.ndarray, shape: tuple[int, ...] | None) -> bool:
@@ -287,8 +287,8 @@ def _refuse_levels(graph: Graph, name: str, tensor: np.ndarray, source: str) -> 
             own = TensorProto.DataType.Name(declared)
             raise InputError(
                 f"{source}: {name!r} is {tensor.dtype}, and the graph computes in {own} there: levels of a "
-                "quantizer, whose scale the dump does not tell; expected the numbers that they stand for, "
-                "(level − zero point) × scale"
+                "quantizer, whose scale is not in the dump; expected the dequantized numbers, (level − zero point) × "
+                "scale"
             )
 
 

@@ -62,7 +62,7 @@ class EmulatedBackend:
         Raises InputError for ``emu-fp32`` and ``emu-int8``, where that changes nothing.
         """
         if self.precision in ("fp32", "int8"):
-            raise InputError(f"{self.spec}: no node can be kept in FP32; its nodes compute in it already")
+            raise InputError(f"{self.spec}: no node can be kept in FP32; all nodes compute in it already")
         other = copy.copy(self)
         other.keep_fp32 = frozenset(nodes)
         other_nodes = {node: name for node, name in self.overrides.items() if node not in self.keep_fp32}

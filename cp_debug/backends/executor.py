@@ -258,7 +258,7 @@ class Executor:
         except Exception as error:
             if KERNELS.get(node.op) is None and not self._reference.knows(node):
                 place = f"{self.graph}: node {node.name!r} ({node.op})"
-                raise NodeFailed(f"{place} failed: nothing here implements it") from error
+                raise NodeFailed(f"{place} failed: cpdebug does not implement it") from error
             given = f" on ({', '.join(map(described, inputs))})" if inputs else ""
             step = self._steps.get(node)
             why = reason(node, self.graph.opsets if step is None else step.opsets, inputs, error)

@@ -83,13 +83,13 @@ class NarrowOptions:
         for word in words:
             field, value = _option(family, word, text)
             if field in given:
-                raise InputError(f"{text!r}: {word!r} says again what another option said")
+                raise InputError(f"{text!r}: {word!r} repeats another option")
             given[field] = value
         if given.get("sum") in (None, "fp32"):
             if idle := [w for w in words if w.startswith(("round=", "promote="))]:
-                raise InputError(f"{text!r}: {idle[0]!r} is about a sum that is narrower than FP32; add acc=fp22")
+                raise InputError(f"{text!r}: {idle[0]!r} needs a sum narrower than FP32; add acc=fp22")
         elif given["sum"] == "fp16" and "nearest" in given:
-            raise InputError(f"{text!r}: sums in FP16 are rounded to nearest; leave round= out")
+            raise InputError(f"{text!r}: sums in FP16 are rounded to nearest; remove round=")
         return _checked(cls(family, **_fields(given)), text)  # type: ignore[arg-type]
 
 
@@ -119,7 +119,7 @@ class TorchFp8Options:
         family, *words = text.split(":")
         own = [word for word in words if word in ("fast", "dynamic")]
         if len(set(own)) < len(own):
-            raise InputError(f"{text!r}: {own[0]!r} says again what another option said")
+            raise InputError(f"{text!r}: {own[0]!r} repeats another option")
         known = (*GRANULARITIES, "fast", "dynamic", "out=fp32", "out=bf16", "out=fp16")
         for word in words:
             if word not in known:
@@ -127,7 +127,7 @@ class TorchFp8Options:
                 raise InputError(f"{text!r}: torch-fp8 has no option {word!r}; it has {', '.join(known)}{hint}")
         narrow = NarrowOptions.parse(":".join([family, *(w for w in words if w not in own)]))
         if narrow.granularity != "tensor" and "dynamic" in own:
-            raise InputError(f"{text!r}: scales of rows and blocks are always found at hand; leave dynamic out")
+            raise InputError(f"{text!r}: scales of rows and blocks are always computed at run time; remove dynamic")
         return cls(narrow, "fast" in own, "dynamic" in own)
 
 

@@ -28,7 +28,7 @@ LEVELS = {
 
 CUDA_ONLY = {
     "tf32": "a CPU has no TF32",
-    "fp16": "on a CPU ONNX Runtime keeps activations in FP32, so its result would be none of FP16",
+    "fp16": "on a CPU ONNX Runtime keeps activations in FP32, so its result would not be FP16",
     "trt": "TensorRT runs on CUDA only",
 }
 """Variant → why a CPU cannot run it."""

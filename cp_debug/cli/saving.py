@@ -46,7 +46,7 @@ def check_outputs(given: Mapping[str, Any], flags: Mapping[str, str]) -> None:
     outputs = [(flags[name], str(value)) for name, value in given.items() if name in OUTPUTS and _names_file(value)]
     for flag, output in outputs:
         if (folders := len(Path(output).parts)) > DEEPEST:
-            raise InputError(f"{flag}: {output}: {folders} folders in each other; expected at most {DEEPEST}")
+            raise InputError(f"{flag}: {output}: {folders} nested folders; expected at most {DEEPEST}")
     for place, (flag, output) in enumerate(outputs):
         for other, text in outputs[:place]:
             if resolved(Path(output)) == resolved(Path(text)) and not _is_special(output):

@@ -66,10 +66,10 @@ def _check_kind(settings: Mapping[str, Any], path: Path) -> None:
     if "type" in _mapping(settings.get("model")):
         raise InputError(
             f"{path}: a model's configuration (model is a dictionary with a type), which says nothing about its "
-            f"deployment; expected AWML's deploy_config.py, beside --model mmdet3d:{path.name}"
+            f"deployment; expected AWML's deploy_config.py, with --model mmdet3d:{path.name}"
         )
     if path.suffix == ".py" and (ours := [key for key in ("work_dir", "model") if key in settings]):
-        raise InputError(f"{path}: {ours[0]} is this project's own; its settings stand in YAML, TOML or JSON")
+        raise InputError(f"{path}: {ours[0]} is a setting of cpdebug, which belongs in YAML, TOML or JSON")
     kind = settings.get("task_type")
     if isinstance(kind, str) and kind != "detection3d":
         raise InputError(f"{path}: a deployment of another task: task_type is {kind!r}; expected 'detection3d'")
@@ -81,7 +81,7 @@ def _check_kind(settings: Mapping[str, Any], path: Path) -> None:
         runtime = f" and {where}" if task and isinstance(where, str) else ""
         raise InputError(
             f"{path}: a configuration of mmdeploy{task}{runtime}, which says how mmdeploy exports; expected AWML's "
-            "deploy_config.py or this project's YAML, TOML or JSON (`cpdebug bisect` takes the ONNX file that mmdeploy "
+            "deploy_config.py or cpdebug's YAML, TOML or JSON (`cpdebug bisect` takes the ONNX file that mmdeploy "
             "wrote)"
         )
     if "ann_file" in _mapping(settings.get("runtime_io")):
@@ -153,8 +153,8 @@ def _document(awml: AwmlConfig, path: Path) -> dict[str, Any]:
     checkpoint, notes = _checkpoint(awml)
     if quantization.enabled and verification.enabled and "tolerance" in verification.model_fields_set:
         notes.append(
-            "verification.tolerance is not used: it is between the quantized model and its files, which the export "
-            "compares; outputs in INT8 are verified against FP32, within the limit of each"
+            "verification.tolerance is not used: it applies to the quantized model and its files, which the export "
+            "compares; INT8 outputs are verified against FP32, each within its limit"
         )
     folders, idle = _folders(awml)
     idle = [*idle_keys(awml), *idle]
@@ -218,7 +218,7 @@ def _checkpoint(awml: AwmlConfig) -> tuple[str | None, list[str]]:
     quantization = awml.quantization
     before = quantization.ptq.checkpoint if quantization.ptq is not None else None
     if quantization.enabled and before is not None and not (named and home(Path(named)).is_file()):
-        gone = f"checkpoint_path ({named}) is not there" if named else "no checkpoint_path is named"
+        gone = f"checkpoint_path ({named}) does not exist" if named else "no checkpoint_path is named"
         return before, [f"{gone}: quantization.ptq.checkpoint is calibrated instead"]
     return named, []
 

@@ -39,7 +39,7 @@ class BuiltEngine:
     @property
     def types(self) -> str:
         """The realised precision in words, such as ``fp16 80%, fp32 20%``."""
-        return ", ".join(f"{t} {share:.0%}" for t, share in self.realised_precision.items()) or "types not told"
+        return ", ".join(f"{t} {share:.0%}" for t, share in self.realised_precision.items()) or "types unknown"
 
 
 def build_engines(
@@ -121,7 +121,7 @@ def check_engines(
     for program in programs:
         engine = engines.get(program.name)
         if engine is None or not (folder / engine.file).is_file():
-            raise InputError(f"{folder}: there is no engine of {program.name}; expected one a component")
+            raise InputError(f"{folder}: there is no engine of {program.name}; expected one per component")
         if file_hash(folder / engine.file) != engine.sha256:
             raise InputError(f"{folder / engine.file}: changed since it was built; build it again")
         if engine.onnx_sha256 != program.graph.digest:

@@ -305,12 +305,12 @@ def _checked(
     if not stats.shape_mismatch and stats.nan_ref + stats.inf_ref:
         ours, theirs = stats.nan_ref + stats.inf_ref, stats.nan_test + stats.inf_test
         raise InputError(
-            f"{component.name}: on {shapes_of(inputs)} the module itself gives {ours} NaN or Inf in {worst}, the "
-            f"exported graph {theirs}: that checks nothing; expected an input on which the module is finite"
+            f"{component.name}: on {shapes_of(inputs)} the module itself has {ours} NaN or Inf in {worst}, the "
+            f"exported graph {theirs}: nothing can be checked; expected an input on which the module is finite"
         )
     if stats.shape_mismatch or not stats.rel_l2 <= TOLERANCE:
         raise InputError(
-            f"{component.name}: on {shapes_of(inputs)} the exported graph gives another {worst} than its module: "
+            f"{component.name}: on {shapes_of(inputs)} the exported graph computes another {worst} than its module: "
             f"{list(stats.shape_test)}, relative L2 {stats.rel_l2:.2g}, expected {list(stats.shape)} within "
             f"{TOLERANCE:g}; the trace froze something that depends on the input"
         )

@@ -134,7 +134,7 @@ def _checked(path: Path, source: Graph) -> Graph:
         ("outputs", [v.name for v in source.outputs], [v.name for v in graph.outputs]),
     ):
         if ours != theirs:
-            raise InputError(f"{source}: its {kind} are {ours}; rewritten they would be {theirs}")
+            raise InputError(f"{source}: its {kind} are {ours}; rewritten, they would be {theirs}")
     return graph
 
 
@@ -144,7 +144,7 @@ def _checked_run(source: Graph, ours: Arrays, theirs: Arrays) -> Run:
     worst, stats = worst_output(run)
     if stats.shape_mismatch or stats.mismatched or not stats.finite_rel_l2 <= TOLERANCE:
         raise InputError(
-            f"{source}: rewritten it gives another {worst} than before: {list(stats.shape_test)}, relative L2 "
+            f"{source}: rewritten, it computes another {worst} than before: {list(stats.shape_test)}, relative L2 "
             f"{stats.rel_l2:.2g}; expected {list(stats.shape)} within {TOLERANCE:g}"
         )
     return run

@@ -68,7 +68,7 @@ class InterfaceChecks:
     def pillar_features(self, features: AnyTensor, pillars: int) -> None:
         """Check the encoder's output [N, 1, C], for N ``pillars``. Raises InputError."""
         shape = (pillars, 1, self.config.encoder_channels[-1])
-        self._check("pillar_features", features, shape, "feed what the encoder gave for these very pillars")
+        self._check("pillar_features", features, shape, "feed the encoder's output for these pillars")
 
     def spatial_features(self, canvas: AnyTensor, batch: int) -> None:
         """Check the backbone's input [B, C, ny, nx], for B = ``batch``. Raises InputError."""
@@ -113,7 +113,7 @@ class InterfaceChecks:
         contiguous = tensor.is_contiguous() if isinstance(tensor, Tensor) else tensor.flags["C_CONTIGUOUS"]
         if not (contiguous or any_layout):
             fix = f"{name}.contiguous()" if is_torch(tensor) else f"np.ascontiguousarray({name})"
-            raise InputError(f"{name} is not contiguous, so that an engine reads it in another order: feed {fix}")
+            raise InputError(f"{name} is not contiguous, so an engine reads it in another order: feed {fix}")
 
 
 def check_logits(name: str, heatmap: AnyTensor) -> None:

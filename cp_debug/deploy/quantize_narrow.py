@@ -259,6 +259,6 @@ def _notes(precision: NarrowOptions, programs: Sequence[Program], layers: Mappin
             "of them): open the file with session.disable_quant_qdq = 1, or at the level basic"
         )
     if any(layer.data is not None and layer.data.block for own in layers.values() for layer in own.layers.values()):
-        yield "scales of data are computed in the graph, by ONNX's own operators; TensorRT has its own nodes for them"
+        yield "scales of data are computed in the graph, with standard operators; TensorRT has special nodes for them"
     if precision.family == "int4" and not precision.symmetric:
-        yield "UINT4 with zero points, as MatMulNBits has it; TensorRT takes int4:sym, which has none"
+        yield "UINT4 with zero points, like MatMulNBits; TensorRT takes int4:sym, which has none"

@@ -13,13 +13,13 @@ def reasons(scenario: ScenarioResult) -> Iterator[str]:
     if missing := scenario.missing:
         yield f"the test lacks output{'s' * (len(missing) > 1)} {', '.join(missing)} of the reference"
     if scenario.moved:
-        yield f"the outputs stand in another order: {places(scenario.moved)}"
+        yield f"the outputs are in another order: {places(scenario.moved)}"
     if failures := scenario.failures:
         worst = max(failures, key=lambda check: check.severity)
         yield f"{len(failures)} of {len(scenario.checks)} outputs fail, the worst is {worst.name}: {worst.why}"
         ours = worst.stats.nan_ref + worst.stats.inf_ref
         if ours and not worst.stats.mismatched:
-            yield f"the reference has the same {ours} NaN or Inf: they are the model's or its input's, not the export's"
+            yield f"the reference has the same {ours} NaN or Inf: they come from the model or its input"
     wrong = [change for change in scenario.preprocessing.values() if not change.agrees]
     if wrong:
         yield f"the voxels differ: {wrong[0]}"

@@ -70,8 +70,8 @@ def _stages(deployment: Deployment) -> Iterator[tuple[str, dict[str, Any], Calla
     config = deployment.config
     if config.tensorrt.precision == "int8" and not config.int8 and config.export.mode in ("onnx", "both"):
         raise InputError(
-            f"{deployment.source}: tensorrt.precision is int8: expected quantization beside it, which says where the "
-            "scales come from"
+            f"{deployment.source}: tensorrt.precision is int8: expected a quantization section, too, which says where "
+            "the scales come from"
         )
     plain = config.model_dump(mode="json")
     mode, data = config.export.mode, plain["data"]
@@ -131,7 +131,7 @@ def _export(deployment: Deployment) -> Outcome:
         names = ", ".join(item.program.graph.path.name for item in taken)
         document = {"components": [item.to_dict() for item in taken]}
         rewritten = sorted({item.program.graph.opsets.get("", 1) for item in taken if item.source is not None})
-        how = f"rewritten in opset {rewritten[0]}, compared with the original" if rewritten else "taken as it is"
+        how = f"rewritten in opset {rewritten[0]}, compared with the original" if rewritten else "used unchanged"
         return Outcome(True, f"{names}: {how}", document, deployment.onnx_dir)
     exported = deployment.export()
     worst = max(item.error for item in exported if item.error is not None)

@@ -268,8 +268,8 @@ class DeployConfig(Section):
     def _mixes(self) -> DeployConfig:
         if self.int8 and self.tensorrt.precision not in ("auto", "fp16", "int8", "strongly_typed"):
             raise ValueError(
-                f"tensorrt.precision is {self.tensorrt.precision!r} beside quantization; expected int8, fp16 or auto, "
-                "or strongly_typed, which leaves the rest in FP32"
+                f"tensorrt.precision is {self.tensorrt.precision!r} together with quantization; expected int8, fp16 or "
+                "auto, or strongly_typed, which leaves the rest in FP32"
             )
         return self
 

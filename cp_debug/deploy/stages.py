@@ -85,8 +85,8 @@ class Deployment:
         model = self._loaded
         if config.quantization is not None and own_files(model) is not None:
             raise InputError(
-                f"{self.source}: quantization: {model.name} is an ONNX file; expected none here, and as the model the "
-                f"file that `cpdebug quantize ptq {model.name} -o FOLDER` writes"
+                f"{self.source}: quantization: {model.name} is an ONNX file; expected no such section, and as the "
+                f"model the file that `cpdebug quantize ptq {model.name} -o FOLDER` writes"
             )
         check_components(self.config, model.components, self.source)
         if isinstance(model, HasClasses):

@@ -300,7 +300,7 @@ class _RunningScenario:
         if ours is None or theirs is None:
             if part_of(key.value) != key.value:
                 return None
-            raise InputError(f"{self.name}: {key.component} gives no output {key.value!r} on one side")
+            raise InputError(f"{self.name}: {key.component} has no output {key.value!r} on one side")
         stats = compare_any(ours, theirs)
         whole = stats.is_whole and key not in self._levels
         precisions = reference.backend.precision, test.backend.precision, *self._declared

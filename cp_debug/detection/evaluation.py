@@ -236,7 +236,7 @@ def score_backends(
         if not boxes.finite.all():
             notes.append(f"{record.spec}: {np.sum(~boxes.finite)} detections hold NaN or Inf; they count as false")
         if not len(boxes):
-            notes.append(f"{record.spec}: nothing detected where it counts")
+            notes.append(f"{record.spec}: no detections in the evaluated range")
         scores = score(boxes, truth, class_names, weights)
         draws = scores.summary()
         difference = {name: ConfidenceInterval.of(draws[name] - reference[name]) for name in reference}
@@ -313,7 +313,7 @@ def objects_that_count(
     if not (truth.attributes != "").any():
         notes.append("the ground truth has no attributes: mAAE is 1 and NDS at most 0.9, as in the devkit")
     if len(truths) < FEW:
-        notes.append(f"{len(truths)} samples are few: the intervals say little")
+        notes.append(f"{len(truths)} samples are few, so the intervals are wide")
     return truth, notes
 
 

@@ -31,8 +31,8 @@ def check_installed() -> None:
     except ImportError as error:
         here = "" if error.name == "perception_eval" else f", which cannot be imported here ({error})"
         raise MissingPackage(
-            f"--t4: T4's metric needs the package perception_eval{here}: pip install '{SOURCE}' (it is in no index; "
-            "Python 3.10 to 3.12, numpy 1 and pandas 2: `pip install '.[t4]'` chooses what goes with these)"
+            f"--t4: T4's metric needs the package perception_eval{here}: pip install '{SOURCE}' (it is not on an "
+            "index; Python 3.10 to 3.12, numpy 1 and pandas 2: `pip install '.[t4]'` installs matching versions)"
         ) from None
 
 

@@ -82,8 +82,8 @@ class LoopClock:
         seconds = loop_seconds()
         if (endless or self.passes > MOST_PASSES) and time.monotonic() - self.started > seconds:
             raise Endless(
-                f"it has not come to its end after {self.passes} passes, {seconds:g} s, and nothing says that it has "
-                f"one in sight; {LIMIT}=600 in the environment gives it longer"
+                f"it has not finished after {self.passes} passes, {seconds:g} s, and no end is in sight; "
+                f"{LIMIT}=600 in the environment allows more time"
             )
 
 

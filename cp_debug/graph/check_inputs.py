@@ -67,9 +67,9 @@ def check_inputs(
 def no_numbers(value: ValueInfo) -> str | None:
     """Sentence about an input that is no tensor of numbers, for who takes no others; None for one that is."""
     if value.dtype is not None and value.dtype.kind == "O":
-        says = f"holds strings, which {_TAKE_ALL} alone can give; cut the graph behind what reads them"
+        says = f"holds strings, which {_TAKE_ALL} alone can give; cut the graph after their readers"
     elif value.container is not None:
-        says = f"holds {value.container}, which {_TAKE_ALL} alone can give; cut the graph behind what reads it"
+        says = f"holds {value.container}, which {_TAKE_ALL} alone can give; cut the graph after its readers"
     else:
         return None
     return f"input {value.name!r} {says}"

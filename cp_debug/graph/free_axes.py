@@ -121,7 +121,7 @@ class FreeAxes:
             else:
                 sizes.append(chosen[_key(value, axis, dimension)])
         if (size := math.prod(sizes) * 8) > physical_memory() // 4:  # values are made in FP64
-            too_large = f"made-up values would take {size / 2**30:.3g} GiB"
+            too_large = f"generated values would take {size / 2**30:.3g} GiB"
             raise InputError(f"input {value}: {too_large}; give values with --inputs, or free the dimension")
         if math.prod(length or 1 for length in sizes) * 8 > sys.maxsize:
             raise InputError(f"input {value}: no array has axes of these sizes; free the dimension")

@@ -78,7 +78,7 @@ def ways(graph: Graph, value: ValueInfo) -> Ways:
             whole = Way(_whole_range(value.dtype), f"over the range of {value.dtype}{pixels}")
             return Ways((whole, Way(_bits, "0 or 1")), certain=True)
         fallback = (
-            Way(_bits, "0 or 1, as nothing asks for other integers"),
+            Way(_bits, "0 or 1, because nothing requires other integers"),
             Way(_filled(1), "1"),
             Way(_filled(0), "0"),
             Way(_counted, "0, 1, 2 …"),

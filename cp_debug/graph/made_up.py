@@ -81,7 +81,7 @@ class MadeUp:
         self._axes = replace(FreeAxes.of(graph), inputs=self._inputs)
         for value in graph.inputs:
             if value.dtype is None or value.dtype.kind in "OSUc":
-                raise InputError(f"{self.named}: input {value}: no value can be made up for this; {self._wish()}")
+                raise InputError(f"{self.named}: input {value}: no value can be generated for this; {self._wish()}")
         self._ways: list[Ways] = [ways(graph, value) for value in graph.inputs]
 
     def sample(self, seed: int | Sequence[int]) -> dict[str, np.ndarray]:
@@ -122,7 +122,9 @@ class MadeUp:
         trial = _InputTrials(self, session)
         best = trial.search(first)
         if not trial.ran:
-            raise InputError(f"{self.named}: none of {trial.count} made-up inputs ran ({trial.reason}); {self._wish()}")
+            raise InputError(
+                f"{self.named}: none of {trial.count} generated inputs runs ({trial.reason}); {self._wish()}"
+            )
         return best
 
     def others(self, choice: _InputChoice) -> Iterator[_InputChoice]:
@@ -220,7 +222,7 @@ class _InputTrials:
             names = [o.name for o in self._session.get_outputs()]
             outputs = onnx_runtime.run(self._session, names, to_ort(arrays), self._time_limit)
         except onnx_runtime.Endless as error:
-            raise onnx_runtime.Endless(f"{self._made.named}: with made-up inputs {error}") from error
+            raise onnx_runtime.Endless(f"{self._made.named}: with generated inputs {error}") from error
         except Exception as error:  # each status of ONNX Runtime is a class of its own, directly below Exception
             place = _FAILED_NODE.search(str(error))
             if not self.ran:

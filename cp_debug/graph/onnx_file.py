@@ -68,15 +68,15 @@ _VALUE = {
 _ORT_FORMAT = b"ORTM"
 """Bytes 4 to 7 of a file in ONNX Runtime's own format: the mark of its FlatBuffers."""
 OTHER_FORMAT = (
-    "in ONNX Runtime's own format, which only it reads; expected the .onnx file from which "
-    "onnxruntime.tools.convert_onnx_models_to_ort made it"
+    "in ONNX Runtime's own format, which only it reads; expected the .onnx file that "
+    "onnxruntime.tools.convert_onnx_models_to_ort converted"
 )
 
 
 def read_model(path: Path) -> onnx.ModelProto:
     """Read and check an ONNX file; external data stay on disk.
 
-    Raises InputError for what is no regular file, no ONNX, cut short, or contradicts itself; the message names the
+    Raises InputError for what is not a regular file, no ONNX, cut short, or contradicts itself; the message names the
     value, node or weight.
     """
     data = read_bytes(path, what="ONNX file", most=LARGEST)
@@ -141,7 +141,7 @@ class _Check:
         computed = self._graph(graph, set())
         for value in graph.output:
             if value.name not in computed:
-                raise self._error(f"nothing makes the output {shown(value.name)}")
+                raise self._error(f"nothing computes the output {shown(value.name)}")
         outer = self._version
         for function in self.model.functions:
             self._name(function.name, "a function")
@@ -171,7 +171,7 @@ class _Check:
         count, depth = written_out(_called(self.model.graph.node))
         for found, most, what in ((count, MOST_NODES, "nodes"), (depth, DEEPEST, "levels")):
             if sizes and found > most:
-                raise self._error(f"functions, written out where they are called, make {found} {what}: {most} at most")
+                raise self._error(f"functions, expanded where they are called, become {found} {what}: {most} at most")
 
     def _opsets(self) -> None:
         versions: dict[str, int] = {}
@@ -180,7 +180,7 @@ class _Check:
             versions["" if domain == "ai.onnx" else domain] = entry.version
             self._known(entry, "is in")
         if not versions:
-            raise self._error("names no opset; expected one of ONNX's own")
+            raise self._error("names no opset of ONNX")
         for function in self.model.functions:
             for entry in function.opset_import:
                 self._known(entry, f"function {function.name!r} is in")
@@ -210,20 +210,20 @@ class _Check:
             self._node(node)
             for output in node.output:
                 if output and output in computed:
-                    raise self._error(f"{shown(output)} is made twice, the second time by {_title(node)}")
+                    raise self._error(f"{shown(output)} is computed twice, the second time by {_title(node)}")
                 if output:
                     computed.add(output)
         around = {*outer, *computed}
         for node in graph.node:
             for name in node.input:
                 if name and name not in around:
-                    raise self._error(f"{_title(node)} reads {shown(name)}, which nothing makes")
+                    raise self._error(f"{_title(node)} reads {shown(name)}, which nothing computes")
             for inner in _graphs(node):
                 inside = self._graph(inner, around)
                 for value in inner.output:
                     if value.name not in inside and value.name not in around:
                         raise self._error(
-                            f"a subgraph of {_title(node)} puts out {shown(value.name)}, which nothing makes"
+                            f"a subgraph of {_title(node)} outputs {shown(value.name)}, which nothing computes"
                         )
         self._order(graph)
         self._lengths(graph)
@@ -253,7 +253,7 @@ class _Check:
             TopologicalSorter(needs).prepare()
         except CycleError as error:
             title = _title(graph.node[error.args[1][0]])
-            raise self._error(f"{title} reads, over other nodes, what it makes itself") from None
+            raise self._error(f"{title} depends on its own output through other nodes") from None
 
     def _node(self, node: onnx.NodeProto) -> None:
         names = [attribute.name for attribute in node.attribute]
@@ -273,7 +273,7 @@ class _Check:
             self._attribute(node, attribute)
         self._counts(node)
         if not any(node.output):
-            raise self._error(f"{_title(node)} puts out nothing")
+            raise self._error(f"{_title(node)} has no outputs")
         if (node.domain, node.op_type) in self._functions:
             return
         if node.domain in ("", "ai.onnx"):

@@ -168,8 +168,8 @@ def run(
         except Exception as error:
             if call.expired:
                 raise Endless(
-                    f"ONNX Runtime did not come to the end of a Loop within {limit:g} s, and nothing says that it has "
-                    f"one in sight; {LIMIT}=600 in the environment gives it longer"
+                    f"ONNX Runtime did not finish a Loop within {limit:g} s, and no end is in sight; {LIMIT}=600 in "
+                    "the environment allows more time"
                 ) from error
             raise
 

@@ -85,7 +85,7 @@ def byte_count(tensor: TensorProto, source: str) -> int:
         raise InputError(f"{source}: weight {name} has the shape {_sizes(tensor.dims)}, which no array can have")
     count = (math.prod(tensor.dims) * BITS[kind] + 7) // 8
     if count > physical_memory():
-        raise InputError(f"{source}: weight {name} is {described(tensor)}, which no memory holds")
+        raise InputError(f"{source}: weight {name} is {described(tensor)}, which does not fit into memory")
     return count
 
 

@@ -55,16 +55,16 @@ def converted(model: onnx.ModelProto, graph: Graph, opset: int) -> onnx.ModelPro
                 new = version_converter.convert_version(model, opset)
         except Exception as error:  # the converter raises whatever its adapters do
             reason = in_one_line(error).rpartition("failed: ")[2]  # behind a line of its C++ source
-            raise InputError(f"{where} does not bring it to {opset}: {reason}") from error
+            raise InputError(f"{where} cannot convert it to {opset}: {reason}") from error
         produced = {name for proto in new.graph.node for name in proto.output}
         if lost := [value for value in graph.producer if value not in produced]:
-            raise InputError(f"{where} loses the value {lost[0]!r} on the way to {opset}")
+            raise InputError(f"{where} loses the value {lost[0]!r} when converting to {opset}")
         for kind, values, kept in (
             ("input", graph.proto.graph.input, new.graph.input),
             ("output", graph.proto.graph.output, new.graph.output),
         ):
             if missing := [v.name for v in values if v.name not in {k.name for k in kept}]:
-                raise InputError(f"{where} loses the {kind} {missing[0]!r} on the way to {opset}")
+                raise InputError(f"{where} loses the {kind} {missing[0]!r} when converting to {opset}")
         _keep_notes(model.graph, new.graph)
         result.graph.CopyFrom(new.graph)
     for entry in result.opset_import:

@@ -291,7 +291,7 @@ class _Start:
             differ = f"{of_samples[0]} and {of_samples[place]} {many}".strip()
             raise InputError(
                 f"--inputs: samples 0 and {place} differ in the {what} of {self._name!r}, {differ}; "
-                "expected samples of one structure: give the others in a run of their own"
+                "expected samples of one structure: give the others in a separate run"
             )
         return of_samples[0]
 

@@ -74,7 +74,7 @@ class Pairing(JsonForm):
             for name, test_name in pairs.items()
             if name != test_name and f"{name}={test_name}" not in told
         ]
-        how = "paired by what they hold, else by position and shape; `--map REFERENCE=TEST` pairs others"
+        how = "paired by their values, else by position and shape; `--map REFERENCE=TEST` overrides this"
         return [f"inputs and outputs have other names in the test: {some(ends)}: {how}"] if ends else []
 
     def lacks(self, output: str) -> bool:
@@ -104,7 +104,7 @@ def left_out(texts: Iterable[str], outputs: Collection[str]) -> tuple[list[str],
     omitted = [text for text in texts if text.endswith("=")]
     names = [text.removesuffix("=") for text in omitted]
     if (unknown := next((name for name in names if name not in outputs), None)) is not None:
-        raise InputError(f"--map: {unknown!r} is no output of the reference; its outputs are {', '.join(outputs)}")
+        raise InputError(f"--map: {unknown!r} is not an output of the reference; its outputs are {', '.join(outputs)}")
     return names, [text for text in texts if text not in omitted]
 
 

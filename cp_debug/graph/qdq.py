@@ -128,7 +128,7 @@ class _QdqSurgery:
             if self._type(value)[0] not in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.FLOAT):
                 raise InputError(f"{where}node {name!r} reads {value!r}, which is not FP32; quantize before casting")
         if name in self.layers and node.proto.input[1] in self.data:
-            raise InputError(f"{where}node {name!r} multiplies two values of the data; it has no weight to quantize")
+            raise InputError(f"{where}node {name!r} multiplies two computed values; it has no weight to quantize")
 
     def _rewrite(self, proto: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         """The node, behind the pairs that it is the first to need."""
@@ -217,7 +217,7 @@ def raised(graph: Graph, opset: int, need: str) -> onnx.ModelProto:
         where = f"{graph}: opset {old}, but {need} needs {opset}, and"
         first = f"{changed[0].op} (node {changed[0].name!r})"
         if any(external_data_helper.uses_external_data(weight) for weight in model.graph.initializer):
-            raise InputError(f"{where} {first} cannot be raised to it beside external weights; export the model again")
+            raise InputError(f"{where} {first} cannot be raised to it with external weights; export the model again")
         try:
             with doing(f"onnx converted {graph} to opset {opset}"):
                 model = version_converter.convert_version(model, opset)

@@ -80,7 +80,7 @@ def write_narrow_onnx(
         data = products - set(keep[program.name]) - layers.left_out.keys()
         if data and options.family != "int4":
             notes.append(
-                f"--onnx: {len(data)} products of two results are in FP32 in the file, in {options} in the search"
+                f"--onnx: {len(data)} products of two results are in FP32 in the file, but in {options} in the search"
             )
     return notes
 

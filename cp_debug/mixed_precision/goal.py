@@ -87,12 +87,12 @@ def _condition(part: str, text: str) -> Condition:
     expected = "expected FIGURE<LIMIT, as in 'rel_l2<1e-3 and boxes_lost==0'"
     match = _CONDITION.fullmatch(part)
     if match is None:
-        raise InputError(f"--goal: {part.strip()!r} in {text!r} is no condition; {expected}")
+        raise InputError(f"--goal: {part.strip()!r} in {text!r} is not a condition; {expected}")
     figure, sign = match["figure"], match["sign"]
     if figure not in FIGURES:
         raise InputError(f"--goal: no figure {figure!r}; known are {', '.join(FIGURES)}{did_you_mean(figure, FIGURES)}")
     if sign not in _OPERATORS:
-        raise InputError(f"--goal: {part.strip()!r}: a figure is limited by <, <= or ==, not by {sign}")
+        raise InputError(f"--goal: {part.strip()!r}: a figure is limited with <, <= or ==, not with {sign}")
     try:
         limit = float(match["limit"])
     except ValueError:
@@ -100,5 +100,5 @@ def _condition(part: str, text: str) -> Condition:
     if not math.isfinite(limit) or limit < 0 or (limit == 0 and sign == "<"):
         raise InputError(f"--goal: {part.strip()!r}: {match['limit']!r} is no limit that can be kept; {expected}")
     if sign == "==" and figure not in DETECTIONS:
-        raise InputError(f"--goal: {part.strip()!r}: == is for counts of boxes; limit {figure} by < or <=")
+        raise InputError(f"--goal: {part.strip()!r}: == is for counts of boxes; limit {figure} with < or <=")
     return Condition(figure, sign, limit)

@@ -72,7 +72,7 @@ class Judge:
         for reference, test in zip(self._outputs, results, strict=True):
             if missing := sorted(reference.keys() - test[self._last].keys()):
                 present = ", ".join(test[self._last]) or "none"
-                raise InputError(f"{self._last}: the test gives no output {missing[0]!r}; its outputs are {present}")
+                raise InputError(f"{self._last}: the test has no output {missing[0]!r}; its outputs are {present}")
             for name, array in reference.items():
                 stats = compare_any(array, test[self._last][name])
                 outputs[name] = max(outputs.get(name, 0.0), _or_infinite(stats.rel_l2))

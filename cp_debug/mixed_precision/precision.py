@@ -69,7 +69,7 @@ def precision_of(backend: Backend, quantized: bool) -> TrialPrecision:
     if backend.spec.name == "ort-fp16":
         return TrialPrecision("fp16")
     why = {
-        "tf32": "TF32 is on or off for a whole engine or session; emu-tf32 tells which layers it hurts",
+        "tf32": "TF32 is on or off for a whole engine or session; emu-tf32 shows which layers it hurts",
         "fp32": "it computes in FP32 already",
         "fp64": "it computes in FP64",
     }.get(backend.precision, "its layers cannot be kept one by one; try emu-fp16acc, emu-int8 or trt-fp16")

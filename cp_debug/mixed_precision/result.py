@@ -89,7 +89,7 @@ class MixedPrecisionResult(JsonForm, Shown):
         """The outcome in a sentence."""
         count = f"{len(self.kept)} of {self.layers} layers"
         if not self.reached:
-            excess = f"closest was {_figures(self.best)} with {count} kept"
+            excess = f"the closest was {_figures(self.best)} with {count} kept"
             return f"{self.goal} was not reached: {excess}" + (f" ({self.stopped})" if self.stopped else "")
         if not self.kept:
             return f"{self.goal} holds with nothing kept"

@@ -86,8 +86,8 @@ class FinalOutputs:
             if not size:
                 yield f"nothing is predicted of {key.value}, which has no element"
             elif count or not key.value.endswith((".length", ".given")):
-                how = "no way gives another" if not count else f"up to {count} of {size} elements differ"
-                yield f"{key.value} holds no floats, so that it has no relative error: {how}"
+                how = "no variant changes it" if not count else f"up to {count} of {size} elements differ"
+                yield f"{key.value} holds no floats, so it has no relative error: {how}"
         if self.predicted and self._zero == self.predicted.keys():
             yield ALL_ZERO
 

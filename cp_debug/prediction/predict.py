@@ -259,7 +259,7 @@ class _ModelPrediction:
         if layer.range == OVERFLOWS:
             layer.keep = f"results up to {layer.largest:.3g} are beyond FP16's 65504"
         elif layer.introduced is not None and not np.isfinite(layer.introduced.high):
-            layer.keep = "NaN or Inf arises in it"
+            layer.keep = "NaN or Inf appears in it"
         elif layer.excess > EXCESS:
             layer.keep = f"sums in FP16 introduce up to {layer.excess:.1f} times what rounding its results does"
 
@@ -274,7 +274,7 @@ class _ModelPrediction:
         for kernel in self._kernels:
             test: Any = decode(self._model, sample, results[kernel.name])
             if not isinstance(test, DetectsBoxes):
-                self._notes.append(f"the decoder cannot read what {kernel.name} gives")
+                self._notes.append(f"the decoder cannot read the outputs of {kernel.name}")
                 continue
             change = compare_detections(reference, test)
             earlier = self._detections.get(kernel.name)
@@ -292,7 +292,7 @@ class _ModelPrediction:
         lost = {n: op for walk in self._walks.values() for n, op in walk.not_emulated.items()}
         if lost:
             some = ", ".join(f"{n} ({op})" for n, op in list(lost.items())[:3])
-            self._notes.append(f"{len(lost)} nodes are rounded at their result only, not inside: {some}")
+            self._notes.append(f"{len(lost)} nodes are rounded only at their result, not inside: {some}")
         last = self._model.components[-1].name
         self._outputs.check(self._model.name, last)
         outputs = sorted(self._outputs.predicted.values(), key=lambda o: o.component != last)

@@ -33,7 +33,7 @@ from cp_debug.probes.arrays import Tensor, as_numpy
 from cp_debug.reading import check_file, read_json, typed, within
 
 SCHEMA = "cpdebug.capture/1"
-NO_CAPTURE = "expected a capture, as `cpdebug capture` writes it; of tensors from elsewhere `cpdebug import` makes one"
+NO_CAPTURE = "expected a capture of `cpdebug capture`; `cpdebug import` makes one of other tensors"
 MANIFEST = "manifest.json"
 
 _SAFETENSORS = {
@@ -240,7 +240,7 @@ class Capture:
         if not folder.is_dir():
             if folder.exists():
                 raise InputError(f"{folder}: a file; {NO_CAPTURE}")
-            raise InputError(f"{folder}: no such folder; expected a capture, as `cpdebug capture` writes it")
+            raise InputError(f"{folder}: no such folder; expected a capture of `cpdebug capture`")
         path = folder / MANIFEST
         if not path.exists():
             raise InputError(f"{folder}: has no {MANIFEST}; {NO_CAPTURE}")
@@ -248,10 +248,10 @@ class Capture:
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         if schema != SCHEMA:
             raise InputError(f"{path}: schema is {schema!r}; this version reads {SCHEMA!r}")
-        contents: _Kept = typed(_Kept, manifest, f"{path}: not as {SCHEMA} has it")
+        contents: _Kept = typed(_Kept, manifest, f"{path}: does not follow {SCHEMA}")
         for entry in contents.tensors:
             if entry.dtype not in _SAFETENSORS:
-                raise InputError(f"{path}: tensor {entry.name!r} is {entry.dtype!r}, which no capture holds")
+                raise InputError(f"{path}: tensor {entry.name!r} is {entry.dtype!r}, which a capture cannot hold")
             if any(size < 0 for size in entry.shape):
                 raise InputError(f"{path}: tensor {entry.name!r} has the shape {list(entry.shape)}")
             if not 0 <= entry.sample < len(contents.samples or contents.inputs or [{}]):

@@ -45,7 +45,7 @@ def read_dump(path: Path) -> dict[str, np.ndarray]:
     for file in files:
         for name, array in _file(file):
             if name in arrays:
-                raise InputError(f"{file}: holds {name!r}, as another file of {path} does")
+                raise InputError(f"{file}: holds {name!r}, and so does another file of {path}")
             arrays[name] = array
     if not arrays:
         raise InputError(f"{path}: holds no tensors; expected files that end in {', '.join(_READERS)}")
@@ -80,7 +80,7 @@ def _file(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         arrays = read(path)
     except InputError as error:
         if "has the dtype 'x'" in str(error):
-            why = "TensorRT-LLM writes that for types that numpy lacks, such as FP8; take the file out of the dump"
+            why = "TensorRT-LLM writes that for types that numpy lacks, such as FP8; remove the file from the dump"
             raise InputError(f"{path}: its dtype is 'x': {why}") from None
         raise
     yield from _checked(path, arrays).items()

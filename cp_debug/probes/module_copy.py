@@ -48,4 +48,4 @@ def copied(module: M, twins: dict[int, Any] | None = None) -> M:
         raise
     except Exception as error:
         name = type(module).__name__
-        raise ModuleFailed(f"module {name!r} cannot be copied, which this needs: {in_one_line(error)}") from error
+        raise ModuleFailed(f"module {name!r} cannot be copied, which is needed here: {in_one_line(error)}") from error

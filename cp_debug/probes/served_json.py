@@ -81,7 +81,7 @@ def _of_kserve(tensor: _ServedTensor, source: str) -> np.ndarray:
     with np.errstate(over="ignore"):  # beyond the type's range is what the server says: infinite
         held = numbers.astype(dtype)
     if held.dtype.kind in "iub" and not np.array_equal(held, numbers):
-        raise InputError(f"{source}: holds numbers that are no {tensor.datatype}")
+        raise InputError(f"{source}: holds numbers that are not {tensor.datatype}")
     return held.reshape(tensor.shape)
 
 
@@ -98,5 +98,5 @@ def _numbers(data: Sequence[Any], source: str) -> np.ndarray:
     except (ValueError, OverflowError):
         raise InputError(f"{source}: its lists have different lengths; expected rows of one length") from None
     if numbers.dtype.kind not in "fiub":
-        raise InputError(f"{source}: holds something else than numbers")
+        raise InputError(f"{source}: holds something other than numbers")
     return numbers

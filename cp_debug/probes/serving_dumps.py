@@ -135,9 +135,7 @@ def read_pt(path: Path) -> dict[str, np.ndarray]:
     try:
         content = load_plain(path)
     except pickle.UnpicklingError:
-        raise InputError(
-            f"{path}: holds more than tensors, and unpickling that runs code; save tensors alone"
-        ) from None
+        raise InputError(f"{path}: holds more than tensors, and unpickling that runs code; save only tensors") from None
     except Exception as error:  # torch raises nearly everything on a damaged file
         reason = library_reason(error) or DAMAGED
         raise InputError(f"{path}: not a readable file of torch.save: {reason}") from None

@@ -121,7 +121,7 @@ def compare(reference: Tensor, test: Tensor) -> TensorStats:
     """
     for side, tensor in (("reference", reference), ("test", test)):
         if is_torch(tensor) and not (hasattr(tensor, "layout") and is_dense(tensor)):
-            raise InputError(f"cannot compare: the {side} is no dense tensor with values: {type(tensor).__name__}")
+            raise InputError(f"cannot compare: the {side} is not a dense tensor with values: {type(tensor).__name__}")
         if not _is_real(tensor):
             kind = dtype_name(tensor) if hasattr(tensor, "dtype") else np.asarray(tensor).dtype.name
             raise InputError(f"cannot compare: the {side} has dtype {kind}; expected real numbers or bool")

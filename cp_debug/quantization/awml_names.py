@@ -25,7 +25,7 @@ def also_named(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 if theirs not in kwargs:
                     continue
                 if ours in kwargs:
-                    raise InputError(f"{ours} and {theirs} are one thing; expected one of them")
+                    raise InputError(f"{ours} and {theirs} mean the same; expected one of them")
                 kwargs[ours] = kwargs.pop(theirs)
             return function(*args, **kwargs)
 

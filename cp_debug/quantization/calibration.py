@@ -87,7 +87,7 @@ class CalibrationManager:
         if method is not None and method != self.method:
             check_method(method)
             if self.batches:
-                raise InputError(f"method is {method!r}; the batches before were watched for {self.method!r}")
+                raise InputError(f"method is {method!r}; the earlier batches were observed for {self.method!r}")
             self.method, self._errors = method, OutputErrors() if method == "mse" else None
         stream: Iterator[Any] = islice(batches, num_batches)
         first = next(stream, None)
@@ -236,5 +236,5 @@ def check_model(module: nn.Module, scales: Scales, source: str) -> None:
     if scales.model != module_digest(module):
         raise InputError(
             f"{source}: these scales were calibrated on other weights than those of this {type(module).__name__}; "
-            "expected the cache of this very model, BatchNorm folded"
+            "expected the cache of this model, with BatchNorm folded"
         )

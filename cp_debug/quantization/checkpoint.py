@@ -98,7 +98,7 @@ def read_ptq_checkpoint(path: Path) -> dict[str, Any]:
     ):
         raise InputError(f"{path}: not a checkpoint of a quantized model; expected what save_ptq_model wrote")
     components: dict[str, ComponentEntry] = typed(
-        dict[str, ComponentEntry], document["components"], f"{path}: not a checkpoint of ours"
+        dict[str, ComponentEntry], document["components"], f"{path}: not a checkpoint that cpdebug wrote"
     )
     for entry in components.values():
         check_tensors(entry["state_dict"], str(path))

@@ -39,7 +39,7 @@ def insert_quantizers(module: nn.Module, layers: Mapping[str, LayerScales]) -> N
         try:
             quantization.quantize(module, {"quant_cfg": entries, "algorithm": None})
         except Exception as error:  # it walks, copies and patches the user's own classes
-            what = f"{type(module).__name__}: modelopt cannot put quantizers in"
+            what = f"{type(module).__name__}: modelopt cannot insert quantizers"
             raise InputError(f"{what}: {type(error).__name__}: {error}") from error
     for path, scales in layers.items():
         layer: Any = layer_at[path]

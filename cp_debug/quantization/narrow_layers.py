@@ -62,8 +62,8 @@ def check_exportable(options: NarrowOptions) -> None:
     """Raise InputError for options that no Q/DQ node can say: how sums are taken, and the type between layers."""
     if options.significant is not None or options.half_sum or options.out != "fp32":
         raise InputError(
-            f"--precision: {options}: a file cannot say how its sums are taken nor in what other values are kept; "
-            "leave acc=, round=, promote= and out= out"
+            f"--precision: {options}: a file cannot set accumulation or the type of other values; remove acc=, round=, "
+            "promote= and out="
         )
 
 
@@ -109,11 +109,11 @@ def narrow_layers(
 
 def _unsuited(node: Node, weight: Tensor, options: NarrowOptions) -> str:
     if weight.dim() < 2:
-        return "its weight has no matrix"
+        return "its weight is not a matrix"
     groups, channels = node.attribute("group", 1), _channels(node, weight)
     block = _block(options, node)
     if groups > 1 and block and channels > block and channels % block:
-        return f"groups of {channels} channels are no multiple of a block of {block}"
+        return f"groups of {channels} channels are not a multiple of a block of {block}"
     transposed = node.op == "ConvTranspose" and groups > 1 and options.granularity == "channel"
     return "ONNX has no scale for each output channel of a grouped ConvTranspose" if transposed else ""
 

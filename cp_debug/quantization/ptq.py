@@ -73,7 +73,7 @@ def quantize_ptq(
         ("skip_layers", tuple(skip_layers), (), "sensitive_layers", sensitive_layers),
     ):
         if value is not None and given != default:
-            raise InputError(f"{ours} and {theirs} are one thing; expected one of them")
+            raise InputError(f"{ours} and {theirs} mean the same; expected one of them")
     chosen = amax_method or method or "mse"
     check_method(chosen, "method" if amax_method is None else "amax_method")
     if num_calibration_batches is not None and num_calibration_batches < 1:

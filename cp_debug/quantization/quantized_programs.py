@@ -155,8 +155,8 @@ def already_quantized(programs: Sequence[Program]) -> list[Program] | None:
     others = [without_int8(graph) for graph in quantized]
     if all(others):
         raise InputError(
-            f"--backends: {quantized[0]} is quantized to {others[0]}, which INT8 is no measure of; expected emu-fp32, "
-            "which computes the file's own levels, or ort"
+            f"--backends: {quantized[0]} is quantized to {others[0]}, which INT8 cannot be compared with; expected "
+            "emu-fp32, which computes the file's own levels, or ort"
         )
     return [p if p.graph.precision == "int8" else replace(p, plain=p.graph) for p in programs]
 

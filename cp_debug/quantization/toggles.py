@@ -104,7 +104,7 @@ def _row(module: nn.Module, path: str, quantizer: Any, skipped: dict[str, str]) 
     if enabled:
         why = ""
     elif kind == "output_quantizer":
-        why = "what reads this output quantizes it"
+        why = "its readers quantize this output"
     elif amax is not None:
         why = "switched off"
     else:

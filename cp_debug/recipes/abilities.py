@@ -111,7 +111,7 @@ class Remarks:
     def sentences(self) -> list[str]:
         """The first remarks, and the number of the others."""
         left_out = len(self._lines) - MOST_REMARKS
-        more = [f"and {left_out} more remarks of this kind on other samples"] if left_out > 0 else []
+        more = [f"and {left_out} more notes of this kind on other samples"] if left_out > 0 else []
         return [*self._lines[:MOST_REMARKS], *more]
 
 
@@ -194,5 +194,5 @@ def samples_left_out(model: Model, inputs: Path | None, asked: int, taken: int) 
     if inputs is None or taken < asked or isinstance(model, _GivenSamples) or not isinstance(model, CountsSamples):
         return []
     total, verb = model.sample_count(inputs), "was" if taken == 1 else "were"
-    looked = f"{taken} of {total} samples of {inputs} {verb} looked at; --samples {total} takes all"
+    looked = f"{taken} of {total} samples of {inputs} {verb} used; --samples {total} uses all"
     return [looked] if taken < total else []

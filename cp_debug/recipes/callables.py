@@ -64,7 +64,7 @@ def load_callable(text: str, checkpoint: Path | None = None, inputs: Path | None
     module: nn.Module | ExportedProgram
     if isinstance(target, nn.Module | ExportedProgram):
         if inputs is None and isinstance(target, nn.Module):
-            raise InputError(f"MODEL: {text} is a module without example inputs; expected some by --inputs")
+            raise InputError(f"MODEL: {text} is a module without example inputs; expected them with --inputs")
         module, example_inputs = target, None if inputs is None else first_arrays(inputs)
     else:
         with own_code(f"MODEL: {text}()"), doing(f"{text}() was called", in_their_folder=True):

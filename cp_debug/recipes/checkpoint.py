@@ -129,7 +129,7 @@ def read_torch(path: Path) -> object:
     except pickle.UnpicklingError:
         raise InputError(
             f"{path}: refused, because loading it would run code pickled into it; only plain tensors are accepted. "
-            "Where you trust it, save its weights alone: "
+            "If you trust it, save only its weights: "
             f'torch.save(torch.load("{path.name}", weights_only=False)["state_dict"], "weights.pt")'
         ) from None
     except Exception as error:  # torch's unpickler raises nearly anything on what is none

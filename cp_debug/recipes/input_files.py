@@ -191,7 +191,7 @@ def _chosen(inputs: Path, expected: Sequence[ValueInfo] = ()) -> _Chosen:
     if not inputs.is_dir():
         if inputs.suffix not in (*TENSORS, ".pb") and inputs.suffix.lower() not in IMAGES:
             raise InputError(
-                f"{inputs}: an ONNX file is fed with an .npz file of its named inputs ({_others()}), or a folder of "
+                f"{inputs}: an ONNX file takes an .npz file of its named inputs ({_others()}), or a folder of "
                 "them; point clouds are for recipes such as centerpoint:tiny"
             )
         if not inputs.exists():
@@ -224,7 +224,7 @@ def _read(source: Path, expected: Sequence[ValueInfo] = ()) -> Iterator[tuple[di
             held = read_dump(file) if value is None or value.container is None else _read_container(file, value)
             for name, array in held.items():
                 if name in arrays:
-                    raise InputError(f"{file}: holds {name!r}, as another file of {source} does")
+                    raise InputError(f"{file}: holds {name!r}, and so does another file of {source}")
                 arrays[name] = array
         yield arrays, str(source)
     elif source.suffix == ".json":

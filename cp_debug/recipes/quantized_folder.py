@@ -74,7 +74,7 @@ def _compressed(said: Mapping[str, Any], where: str) -> Packing:
     if not isinstance(groups, dict) or not isinstance(weight, dict):
         raise InputError(f"MODEL: {where}.config_groups holds {len(chosen)} groups; expected one, with weights")
     if group.get("input_activations"):
-        raise InputError(f"MODEL: {where}.config_groups quantizes activations; expected weights alone")
+        raise InputError(f"MODEL: {where}.config_groups quantizes activations; expected only weights")
     place = f"{where}.config_groups.{next(iter(groups))}.weights"
     if weight.get("type", "int") != "int":
         raise InputError(f"MODEL: {place}.type is {weight['type']!r}; expected int")

@@ -82,7 +82,7 @@ def check_reading(text: str, kind: str, reading: Reading) -> None:
     """Raise InputError for shapes of what is no ONNX file, and for images of recipes, which read clouds."""
     if reading.shapes and kind != "onnx":
         also = ", or takes them by --inputs" if kind == "program" else ""
-        raise InputError(f"--shape: {text} brings inputs of its own{also}; expected an .onnx file with free axes")
+        raise InputError(f"--shape: {text} has its own inputs{also}; expected an .onnx file with free axes")
     if reading.images != DEFAULT_READING.images and kind not in ("onnx", "program", "transformers", "callable"):
         raise InputError(f"--image: {text} takes no images; expected an .onnx file or a torch module")
 

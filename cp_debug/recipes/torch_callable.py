@@ -31,7 +31,7 @@ from cp_debug.recipes.input_files import DEFAULT_READING, count_samples, file_sa
 from cp_debug.recipes.torch_inputs import flat_inputs
 from cp_debug.safe_text import some
 
-TRAIN_MODE = "{} came in train mode and runs in eval mode; `cpdebug bisect --test-train-mode` compares train mode"
+TRAIN_MODE = "{} was passed in train mode and runs in eval mode; `cpdebug bisect --test-train-mode` compares train mode"
 _LARGE = 1 << 26
 """Parameters from which on a forward on the CPU takes longer than a copy of the module without its values."""
 _OTHER_IN_TRAINING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase, nn.RNNBase)
@@ -218,7 +218,7 @@ def _output_names(
             raise InputError(f"MODEL: {name}: {path} has no values: it is of a lazy module that forward never reaches")
     if changed:
         raise InputError(
-            f"MODEL: {name}: each forward changes its weight {changed!r}, so no two runs are of one network"
+            f"MODEL: {name}: each forward changes its weight {changed!r}, so no two runs use the same network"
         )
     if not outputs:
         raise InputError(f"MODEL: {name}: forward returned no tensor; expected a tensor, or some in a container")
@@ -234,8 +234,8 @@ def _stateful(changed: Sequence[str], once: Mapping[str, Any], again: Mapping[st
     if not changed or all(name in again and _alike(tensor, again[name]) for name, tensor in once.items()):
         return []
     return [
-        f"each forward changes {some(changed)} of the module, and its results with it: every run starts from "
-        "what was given, and an exported file keeps nothing from one run to the next"
+        f"each forward changes {some(changed)} of the module, and thereby its results: every run starts from the "
+        "given state, and an exported file keeps nothing from one run to the next"
     ]
 
 

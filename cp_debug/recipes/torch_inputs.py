@@ -66,7 +66,7 @@ def flat_inputs(
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature)
         if unknown and not takes_any:
             raise InputError(
-                f"MODEL: {name}: example input {unknown[0]!r} is no parameter of forward({', '.join(known)})"
+                f"MODEL: {name}: example input {unknown[0]!r} is not a parameter of forward({', '.join(known)})"
             )
         given_by_name = inputs
     else:

@@ -55,7 +55,7 @@ def exported_model(
     """
     args, kwargs = program.example_inputs or ((), {})
     if inputs is None and not args and not kwargs:
-        raise InputError(f"MODEL: {name} holds no example inputs; expected some by --inputs")
+        raise InputError(f"MODEL: {name} has no example inputs; expected them with --inputs")
     positional, keywords = _arguments(program)
     positional = positional if parameters is None else list(parameters)
     given = inputs
@@ -100,7 +100,7 @@ def load_program(path: Path, inputs: Any = None) -> TorchModel:
             names = archive.namelist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         why = f": {reason}" if (reason := library_reason(error)) else ""
-        raise InputError(f"MODEL: {path} is no archive of torch.export or torch.jit{why}") from None
+        raise InputError(f"MODEL: {path} is not an archive of torch.export or torch.jit{why}") from None
     content = path.read_bytes()
     if path.suffix == ".pt2":
         try:
@@ -112,7 +112,7 @@ def load_program(path: Path, inputs: Any = None) -> TorchModel:
             return exported_model(str(path), program, inputs)
     if not any("/code/" in f"/{name}" for name in names):
         raise InputError(
-            f"MODEL: {path} holds weights or a pickled module, no TorchScript: it cannot be run without its class; "
+            f"MODEL: {path} holds weights or a pickled module, not TorchScript: it cannot be run without its class; "
             "expected file.py:callable with --checkpoint"
         )
     _survives(path, lambda: _touch(torch.jit.load(io.BytesIO(content), map_location="cpu")))
@@ -125,7 +125,7 @@ def load_program(path: Path, inputs: Any = None) -> TorchModel:
         advice = "expected file.py:callable that imports the library which registers it, and loads the file"
         raise InputError(f"{error} It calls a custom operator; {advice}") from None
     if inputs is None:
-        raise InputError(f"MODEL: {path} is TorchScript, which names no shapes; expected one .npz file by --inputs")
+        raise InputError(f"MODEL: {path} is TorchScript, which has no shapes; expected one .npz file with --inputs")
     return scripted_model(str(path), module, inputs)
 
 

@@ -74,7 +74,7 @@ def load_folder(path: Path) -> TorchModel:
         if not known or not all(hasattr(transformers, name) for name in classes[:1]):
             names = own.values() if isinstance(own, Mapping) else [own]
             raise InputError(
-                f"MODEL: {path}: config.json names code of its own ({', '.join(map(str, names))}), "
+                f"MODEL: {path}: config.json names custom code ({', '.join(map(str, names))}), "
                 "which is never run; load it in file.py:callable"
             )
     packing = packing_of(path, config)
@@ -94,7 +94,7 @@ def load_folder(path: Path) -> TorchModel:
         else:
             module, packed = _unpacked(path, packing, kind, how)
     inputs = _inputs(path, module, settings)
-    model = TorchModel(str(path), module, inputs, source=f"made up to fit config.json: {', '.join(inputs)}")
+    model = TorchModel(str(path), module, inputs, source=f"generated to fit config.json: {', '.join(inputs)}")
     model.components[0].packed = packed
     return model
 

@@ -26,7 +26,7 @@ def write_annotated(saved: SavedResult, target: Path) -> list[Path]:
     programs, graphs = saved.result.programs, saved.graphs
     for component, path in programs.items():
         if component not in graphs:
-            raise InputError(f"{path}: the graph of {component} is not there any more; expected it beside the result")
+            raise InputError(f"{path}: the graph of {component} no longer exists; expected it next to the result")
     files = {name: target / f"{name}.onnx" if len(graphs) > 1 else target for name in graphs}
     for component, file in files.items():
         if file.exists() and file.samefile(graphs[component].path):

@@ -74,7 +74,7 @@ def files_table(components: Sequence[Mapping[str, Any]]) -> Sheet:
             each["opset"],
             each["nodes"],
             ", ".join(map(str, each["inputs"])),
-            f"{' and '.join(each['checked_on'])}, by {each['checked_by']}" if each["checked_on"] else "taken as it is",
+            f"{' and '.join(each['checked_on'])}, by {each['checked_by']}" if each["checked_on"] else "used unchanged",
             each["error"],
             each["sha256"][:12],
         )

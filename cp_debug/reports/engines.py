@@ -29,11 +29,11 @@ def engine_lines(record: RunRecord) -> Iterator[Text]:
         if info.run_seconds is not None and info.observer_gap is not None and info.rebuild_floor is not None:
             parts.append(f"runs in {1e3 * info.run_seconds:.3g} ms")
             parts.append(f"observer gap {number(info.observer_gap)}, rebuild floor {number(info.rebuild_floor)}")
-        left_alone = f"{len(info.unmarked)} values not looked at, which would have changed it" if info.unmarked else ""
+        left_alone = f"{len(info.unmarked)} values not shown, because that would change it" if info.unmarked else ""
         parts += ["engine taken from the cache" if info.cached else "", info.stopped or "", left_alone]
         parts.append(sums(info.layers))
         if info.search:
-            first_value = f"first value that departs: {info.search['first'] or 'none'}"
+            first_value = f"first bad value: {info.search['first'] or 'none'}"
             parts.append(f"{first_value}, found with {info.search['builds']} builds of one probe each")
         about = "; ".join(filter(None, parts))
         yield Text(f"engine{f' of {component}' if component else ''}: {about}", style="dim")
@@ -52,7 +52,7 @@ def sums(layers: Iterable[Mapping[str, Any]]) -> str:
     if split := sum(tactic.split > 1 for tactic in tactics):
         told.append(f"{split} of them with a split sum")
     if silent := sum(layer.get("kind") in ("Myelin", "ForeignNode") for layer in found):
-        told.append(f"{silent} region{'s' * (silent > 1)} without a kernel's name")
+        told.append(f"{silent} region{'s' * (silent > 1)} without kernel names")
     return f"products: {', '.join(told)}" if told else ""
 
 

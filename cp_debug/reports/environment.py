@@ -116,7 +116,7 @@ def _other_settings() -> Iterator[Setting]:
         'providers=[("CUDAExecutionProvider", {"use_tf32": "0"})]',
     )  # fmt: skip
     yield Setting(
-        "TensorRT BuilderFlag.TF32", "on (its default)", "off, but for trt-tf32", False,
+        "TensorRT BuilderFlag.TF32", "on (its default)", "off, except for trt-tf32", False,
         "config.clear_flag(trt.BuilderFlag.TF32)",
     )  # fmt: skip
 

@@ -37,9 +37,9 @@ def render(result: Prediction, *, show_all: bool = False) -> Iterator[Renderable
         parts = [f"{i.low:.2g} to {i.high:.2g} {units[field]}" for field, i in result.largest_changes.items()]
         yield Text(f"largest change of a box, other kernels included: {', '.join(parts)}")
     if result.weak:
-        yield Text(f"{result.target} may leave any layer in FP32: then it introduces less than said here", "dim")
+        yield Text(f"{result.target} may leave any layer in FP32: then it introduces less than shown here", "dim")
     if any(layer.error.least for layer in result.layers):
-        yield Text("0 or …: all above may stay in FP32; where a part of it does not, the error is at least that", "dim")
+        yield Text("0 or …: everything before may stay in FP32; if a part does not, the error is at least this", "dim")
     for note in result.notes:
         yield Text(f"note: {note}", style="yellow")
     keeps_any = any(layer.keep for layer in result.layers)

@@ -40,7 +40,7 @@ def quantizers(rows: Iterable[QuantizerRow]) -> Iterator[RenderableType]:
         state = Cell("on", "good") if row.enabled else Cell(row.why, "quiet")
         shown.append((row.name, row.bits, row.axis, _amax(row), state))
     yield Terminal(Sheet(columns, shown, ruled=True))
-    yield Text(f"{on} quantizers on, {off} off; outputs ({outputs}) are quantized by what reads them", style="dim")
+    yield Text(f"{on} quantizers on, {off} off; outputs ({outputs}) are quantized by their readers", style="dim")
 
 
 def layers(rows: Iterable[QuantizerRow]) -> Iterator[RenderableType]:
@@ -67,7 +67,7 @@ def layers(rows: Iterable[QuantizerRow]) -> Iterator[RenderableType]:
             shown.append(Row((layer, *amax, axis, both[0].bits, _state(both))))
     yield Terminal(Sheet(columns, shown, ruled=True))
     on = sum(row.enabled for parts in by_layer.values() for row in parts.values())
-    yield Text(f"{on} quantizers on in {len(shown)} layers; outputs are quantized by what reads them", style="dim")
+    yield Text(f"{on} quantizers on in {len(shown)} layers; outputs are quantized by their readers", style="dim")
 
 
 def _state(parts: Sequence[QuantizerRow]) -> Cell:

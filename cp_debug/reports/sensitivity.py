@@ -23,7 +23,7 @@ from cp_debug.version import __version__
 
 SHOWN = 20
 """Layers that a terminal shows unless all are asked for."""
-ORDER = "Most sensitive first: mAP that leaving it out surely gives, then its share; “without” is all but this layer"
+ORDER = "Most sensitive first: mAP that leaving it out gains for certain, then its share; “without”: all but this layer"
 WIDTH, ROW, TOP, BOTTOM, NAMES, GAP = 1040, 17, 12, 46, 330, 34
 """Sizes of the chart, in its own units: one row for each layer, the names to the left."""
 

@@ -41,11 +41,11 @@ def _verdict_line(test: TestResult) -> Text:
     if test.lacks_outputs_alone:
         text = Text(f"✗ {spec}: lacks {_outputs(test.missing_outputs)} of the reference", "bold red")
         rest = f"within {tolerance}, {test.coverage}{_unpaired(test)}{end}"
-        return text.append(f"; what both have agrees {rest}", "not bold")
+        return text.append(f"; the outputs of both agree {rest}", "not bold")
     if test.moves_outputs_alone:
-        text = Text(f"✗ {spec}: the outputs stand in another order", "bold red")
-        rest = f"each agrees with what it holds, within {tolerance}, {test.coverage}{_unpaired(test)}{end}"
-        meant = "`--map REFERENCE=TEST` says that it is meant so"
+        text = Text(f"✗ {spec}: the outputs are in another order", "bold red")
+        rest = f"each agrees with its counterpart, within {tolerance}, {test.coverage}{_unpaired(test)}{end}"
+        meant = "if this is intended, say so with `--map REFERENCE=TEST`"
         return text.append(f": {places(test.moved_outputs)}; {rest}; {meant}", "not bold")
     if math.isinf(test.atol) and not test.guilty:
         text = Text(f"✓ {spec}: no layer introduces more than its precision explains", "bold green")
@@ -138,7 +138,7 @@ def _avoidable(test: TestResult) -> str:
     if not found:
         return ""
     causes = ", ".join(dict.fromkeys(f.cause for f in found))
-    return f", but {layers} layer{'s' * (layers != 1)} would lose less if declared better ({causes})"
+    return f", but {layers} layer{'s' * (layers != 1)} would lose less with a better declaration ({causes})"
 
 
 def _uncovered(test: TestResult) -> str:

@@ -90,7 +90,7 @@ def render_junit(result: VerifyResult) -> str:
         why = "; ".join(culprits(scenario))
         cases = {f"{c.component}/{c.name}": f"{c.why}; {why}" if c.why else "" for c in scenario.checks}
         cases |= dict.fromkeys(scenario.missing, "the test lacks this output of the reference")
-        cases |= {name: f"{other} stands in the place of this output" for name, other in scenario.moved.items()}
+        cases |= {name: f"{other} takes the place of this output" for name, other in scenario.moved.items()}
         cases |= {
             f"voxels of {source}": "" if change.agrees else str(change)
             for source, change in scenario.preprocessing.items()

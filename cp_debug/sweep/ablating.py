@@ -330,7 +330,7 @@ def _merge(
     if truths is None:
         notes = [*notes, "samples without ground truth: boxes are compared with the reference's, no mAP"]
     if not any(any(changed(name)) for name in _COUNTS):
-        notes = [*notes, "the test changes no box, so there is nothing to bring back"]
+        notes = [*notes, "the test changes no box, so there is nothing to restore"]
     return AblationGroup(
         label=label,
         **{name: first[name] for name in ("reference", "backend", "emulated", "precision", "layers")},

@@ -114,7 +114,7 @@ async def _versions(address: str) -> Any:
         try:
             return await asyncio.wait_for(scheduler.versions(packages=None), seconds)
         except (asyncio.TimeoutError, TypeError, ValueError):
-            raise OSError(f"what listens there gave no answer of a scheduler within {seconds:g} s") from None
+            raise OSError(f"what listens there did not answer like a scheduler within {seconds:g} s") from None
 
 
 def code_hash() -> str:

@@ -95,7 +95,7 @@ class SweepLog:
                         raise InputError("it has no key")
                     yield record
                 except InputError as error:
-                    raise InputError(f"{self.path}: line {number} is no JSON that this sweep wrote ({error})") from None
+                    raise InputError(f"{self.path}: line {number} is not JSON of this sweep ({error})") from None
 
     def records(self, keys: Collection[str]) -> Iterator[Record]:
         """One record for each of ``keys`` that has any: the first with a result, else the last error."""

@@ -58,7 +58,7 @@ class SharedStore:
         except Exception as error:  # every store has errors of its own
             raise InputError(f"--shared: {self.url}: cannot be written and read ({in_one_line(error)})") from None
         if found != text:
-            raise InputError(f"--shared: {self.url}: gives back other bytes than were written")
+            raise InputError(f"--shared: {self.url}: returns other bytes than were written")
 
     def entries(self) -> list[KeptEntry]:
         """List what is kept, the last written first; foreign files are left out, a folder that is not there is empty.
@@ -148,7 +148,7 @@ class SharedStore:
         if self._works:
             self._works = False
             why = in_one_line(error) or type(error).__name__
-            self._on_say(f"shared store {self.url}: done without from now on, as it failed: {why}")
+            self._on_say(f"shared store {self.url}: not used from now on, because it failed: {why}")
 
 
 def _alone(name: str) -> AbstractContextManager[object]:

@@ -72,7 +72,7 @@ def function_of(kind: str) -> Callable[[Parameters], dict[str, Any]]:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{kind!r} is no kind of task: {error}; known are {', '.join(KINDS)}") from None
+        raise InputError(f"{kind!r} is not a kind of task: {error}; known are {', '.join(KINDS)}") from None
 
 
 def run_task(kind: str, params: Parameters) -> dict[str, Any]:

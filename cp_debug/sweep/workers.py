@@ -95,8 +95,8 @@ def local_workers(count: int | None, *, gpu: bool = False, gpus: int | None = No
                 stack.callback(_close, cluster)
         except RuntimeError as error:
             raise ClusterLost(
-                f"--workers: a process died while it started ({error}); what it said is above. Workers import the "
-                "script that starts them: there it must stand behind if __name__ == '__main__'"
+                f"--workers: a process died while it started ({error}); its output is above. Workers import the script "
+                "that starts them, so it must start them only if __name__ == '__main__'"
             ) from None
         yield stack.enter_context(Client(cluster, set_as_default=False))
 

@@ -116,7 +116,7 @@ class RunnerClient:
             failure, results = _read(result, steps)
         except InputError as problem:
             self.close()
-            reason = f"its runner gave an answer that cannot be read: {problem}"
+            reason = f"its runner's answer cannot be read: {problem}"
             raise BackendUnavailable(self.spec, reason, nearest=_nearest(self.spec)) from None
         if failure is not None:
             self.close()
@@ -131,7 +131,7 @@ class RunnerClient:
             return typed(list[kind], list(results), "")
         except InputError as problem:
             self.close()
-            reason = f"its runner gave an answer that cannot be read{problem}"
+            reason = f"its runner's answer cannot be read{problem}"
             raise BackendUnavailable(self.spec, reason, nearest=_nearest(self.spec)) from None
 
     def close(self) -> None:
@@ -227,7 +227,7 @@ def _without_libraries(message: str) -> str:
     """Advice where cuBLAS or cuDNN, which TensorRT 8.6 hands to plug-ins, cannot be loaded; else empty."""
     if not re.search(r"SymbolAddress for (cublas|cudnn)\w+ could not be loaded", message):
         return ""
-    return "\n--tactic-sources=-CUBLAS,-CUBLAS_LT,-CUDNN builds without these libraries; plug-ins are handed none then"
+    return "\n--tactic-sources=-CUBLAS,-CUBLAS_LT,-CUDNN builds without these libraries; plug-ins then get none"
 
 
 def _innermost(traceback: str) -> str:

@@ -85,14 +85,15 @@ def decide(
         if kind not in NARROW:
             raise BackendUnavailable(
                 f"trt-{variant}",
-                f"the graph has {kind} Q/DQ nodes, which no TensorRT takes; it takes FLOAT8E4M3FN, INT4 and FLOAT4E2M1",
+                f"the graph has {kind} Q/DQ nodes, which TensorRT does not support; it supports FLOAT8E4M3FN, INT4 and "
+                "FLOAT4E2M1",
                 nearest="ort",
             )
         if release < (first := NARROW[kind][0]):
             needed = ".".join(map(str, first))
             raise BackendUnavailable(
                 f"trt-{variant}",
-                f"the graph has {kind} Q/DQ nodes, and TensorRT {version} does not take them; {needed} and newer do",
+                f"the graph has {kind} Q/DQ nodes, and TensorRT {version} does not support them; {needed} and newer do",
                 nearest="ort",
             )
     strong = strongly_typed or release >= STRONG_ONLY
@@ -159,5 +160,5 @@ def _check_int8(version: str, strong: bool, quantized: bool, calibrated: bool) -
     if not calibrated:
         raise InputError(
             "trt-int8: the graph has no QuantizeLinear/DequantizeLinear nodes; quantize the model first, or let "
-            "TensorRT's calibrator find scales: --trt-calibrator, or --calibration-cache with what it wrote"
+            "TensorRT's calibrator find scales: --trt-calibrator, or --calibration-cache with its file"
         )

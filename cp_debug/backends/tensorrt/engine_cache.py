@@ -134,10 +134,10 @@ class EngineCache:
                 raise InputError(f"{record}: written for other settings, or another GPU")
             check_file(engine, "engine")
             if entry["sha256"] != file_hash(engine):
-                raise InputError(f"{engine}: not the engine that was written here: cut off, or changed since")
+                raise InputError(f"{engine}: not the engine that was written here: truncated, or changed since")
             os.utime(engine)
         except (InputError, OSError) as error:
-            self.on_say(f"engine cache: built anew: {in_one_line(error)}")
+            self.on_say(f"engine cache: built again: {in_one_line(error)}")
             return None
         return engine, dict(entry["facts"])
 

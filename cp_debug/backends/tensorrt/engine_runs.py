@@ -101,7 +101,7 @@ class EngineRuns:
         """Seconds of each run. Raises BackendUnavailable where there are more or fewer than were asked for."""
         expected, seconds = 1 + int(step["repeat"]), list(result["seconds"])
         if len(seconds) != expected:
-            raise self.nonsense(f"it tells the time of {len(seconds)} runs; expected {expected}")
+            raise self.nonsense(f"it reports the times of {len(seconds)} runs; expected {expected}")
         return seconds
 
     def _written(self, entries: Sequence[Mapping[str, str]], folder: Path) -> dict[str, Path]:
@@ -129,7 +129,7 @@ class EngineRuns:
 
     def nonsense(self, problem: str) -> BackendUnavailable:
         """The error for an answer that cannot be used."""
-        return BackendUnavailable(self._client.spec, f"its runner gave an answer that cannot be used: {problem}")
+        return BackendUnavailable(self._client.spec, f"its runner's answer cannot be used: {problem}")
 
     def outputs(self, written: Mapping[str, Path]) -> dict[str, np.ndarray]:
         """The graph's outputs in the graph's own types: TensorRT 8.6 has INT32 where ONNX says INT64.

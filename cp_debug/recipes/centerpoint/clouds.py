@@ -11,7 +11,7 @@ def cloud_remarks(points: np.ndarray, source: str, config: CenterPointConfig) ->
     """Sentences about a cloud ``points`` [N, C] float32 that a reader must know; none for a sound one."""
     limits = np.array(config.point_cloud_range, np.float32)
     if not len(points):
-        return [f"{source}: the cloud is empty: what is compared is what the model makes of nothing"]
+        return [f"{source}: the cloud is empty, so the model is compared without points"]
     lines = []
     inside = ((points[:, :3] >= limits[:3]) & (points[:, :3] < limits[3:])).all(axis=1)
     if not inside.any():

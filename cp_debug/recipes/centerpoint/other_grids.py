@@ -42,7 +42,7 @@ def load_weights(network: nn.Module, path: Path, config: CenterPointConfig) -> N
         )
         if not differing:
             raise
-        other = f"it is one of another CenterPoint than centerpoint:{config.name}: {differing}"
+        other = f"it belongs to another CenterPoint than centerpoint:{config.name}: {differing}"
         raise InputError(f"{error}\n{other}; {_offer(state, trained)}") from None
 
 
@@ -57,7 +57,7 @@ def _offer(state: Mapping[str, Tensor], grid: Mapping[str, list[float]]) -> str:
         and all(np.allclose(value, getattr(config, key)) for key, value in grid.items())
     ]
     if fitting:
-        known = "" if grid else ", as far as weights tell: they know neither voxel size nor range"
+        known = "" if grid else ", judging by the weights, which say nothing about voxel size and range"
         return f"expected {' or '.join(fitting)}{known}"
     return "no recipe has these; expected mmdet3d:CONFIG.py with its own configuration"
 

@@ -159,7 +159,7 @@ class InfoData:
             yield f"classes in the data that the model lacks, left out: {', '.join(left_out)}"
         lacking = [name for index, name in enumerate(class_names) if index not in self._labels]
         if lacking:
-            yield f"classes of the model that the data do not know: {', '.join(lacking)}"
+            yield f"classes of the model that the data lacks: {', '.join(lacking)}"
 
     def _field(self, record: Info, *keys: str) -> Any:
         value: Any = record

@@ -20,7 +20,7 @@ PARTS = {
 SEPARATE_HEADS = ("SeparateHead", "CustomSeparateHead")
 """Heads that compute the same: AWML's differs in the bias that training starts with."""
 _KNOWN = {
-    "BackwardPillarFeatureNet": "two offsets to the voxel's centre instead of three: a feature less",
+    "BackwardPillarFeatureNet": "two offsets to the voxel's centre instead of three: one feature less",
     "ConvNeXt_PC": "ConvNeXt blocks: depthwise convolutions, LayerNorm and GELU, no BatchNorm to fold",
 }
 

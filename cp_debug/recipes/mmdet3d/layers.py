@@ -46,7 +46,7 @@ class DetectorLayers:
         self.notes: list[str] = []
         """Remarks that a reader of the results must know."""
         if left_out := about.get("left_out"):
-            self.notes.append(f"left out, as it refines what the head here gives: {', '.join(left_out)}")
+            self.notes.append(f"left out, because it refines the output of the head: {', '.join(left_out)}")
         self.components: Sequence[Component] = [
             self._component(branch, array) for branch, array in {**examples, **self._made_up(seed)}.items()
         ]

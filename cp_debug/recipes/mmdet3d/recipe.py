@@ -52,7 +52,7 @@ def load_detector(name: str, *, checkpoint: Path | None = None, seed: int = 0) -
         model: Mmdet3dCenterPoint | DetectorLayers = Mmdet3dCenterPoint(name, client, settings, weights, about)
     except Unlike as reason:
         model = DetectorLayers(name, client, about, seed)
-        model.notes.append(f"layers alone, without boxes: {reason}")
+        model.notes.append(f"only layers, without boxes: {reason}")
     if checkpoint is None:
         model.notes.append(random_weights(seed))
     return model

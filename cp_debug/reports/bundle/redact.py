@@ -29,7 +29,7 @@ def redact(case: Case, shrinker: Shrinker) -> Case:
     goes everywhere, as it quotes source code and its paths. Raises InputError when the fault does not survive it.
     """
     if len(case.pieces) > 1 and _weights(case.program) != _weights(case.reference):
-        raise InputError("--redact: the fault is a difference in the weights, which no random ones could show")
+        raise InputError("--redact: the fault is a difference in the weights, which random ones cannot show")
     for seed in range(TRIES):
         random = _redacted(case, seed)
         if shrinker.accepts(random):
