@@ -1,4 +1,4 @@
-"""Folders in which work is kept between runs: what lies in them, and how they are cleared."""
+"""Folders that keep work between runs: their contents, and how to clear them."""
 
 from __future__ import annotations
 

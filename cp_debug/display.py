@@ -1,4 +1,4 @@
-"""Faces of results: a registry of how each shows itself, so that a result need not import what draws it.
+"""Displays of results: a registry, so that a result need not import its renderer.
 
 ``FACES`` names the one module that registers them; it is imported when the first face is looked up.
 """

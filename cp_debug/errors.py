@@ -1,4 +1,4 @@
-"""Every error that a user can cause, each with the exit code of the command line."""
+"""Every error that a user can cause, with its exit code."""
 
 from __future__ import annotations
 

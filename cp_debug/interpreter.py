@@ -1,4 +1,4 @@
-"""Another Python that works on jobs, for libraries that this one lacks.
+"""Another Python that runs jobs, for libraries that this one lacks.
 
 It is a process of its own: it can crash, hang or flood its output without harm, and is killed with all its children
 when the time is up or the user interrupts. It takes one job after the other, as starting costs seconds, until one

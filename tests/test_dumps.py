@@ -288,7 +288,7 @@ def test_tensors_that_fit_only_as_they_are_are_told(path: Path) -> None:
     test = cp_debug.diagnose(path, "ort", test_tensors=mixed, channels_last=True).tests[0]
     assert test.agrees
     assert test.compared == test.total
-    assert [note for note in test.notes if note.startswith("read as dumped") and f"fit: {name} [" in note]
+    assert [note for note in test.notes if note.startswith("read as dumped") and f"channels last: {name} [" in note]
 
 
 def test_rows_of_features_are_no_channels(tmp_path: Path) -> None:

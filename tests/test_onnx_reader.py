@@ -234,7 +234,7 @@ def test_functions_that_are_too_much_written_out_are_refused(tmp_path: Path, bod
 def test_functions_that_are_too_deep_written_out_are_refused(tmp_path: Path) -> None:
     functions = {"f0": [helper.make_node("Relu", ["a"], ["b"])]}
     functions |= {f"f{n}": [own(f"f{n - 1}")] for n in range(1, 200)}
-    with pytest.raises(InputError, match="make 201 levels: 100 at most"):
+    with pytest.raises(InputError, match="become 201 levels: 100 at most"):
         Graph(with_functions(tmp_path / "net.onnx", functions, "f199"))
     some = Graph(with_functions(tmp_path / "some.onnx", functions, "f98"))
     assert [node.op for node in some.nodes] == ["Conv", "own.f98"]

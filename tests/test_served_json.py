@@ -81,7 +81,7 @@ def test_tensorflow_serving_has_columns_rows_and_plain_rows(tmp_path: Path) -> N
             {"outputs": [{"name": "y", "shape": [1], "datatype": "FP32", "data": [None]}]},
             "something other than numbers",
         ),
-        ({"outputs": [{"name": "y", "shape": [1], "datatype": "UINT8", "data": [300]}]}, "that are no UINT8"),
+        ({"outputs": [{"name": "y", "shape": [1], "datatype": "UINT8", "data": [300]}]}, "that are not UINT8"),
         ({"outputs": [{"name": "y", "shape": [-1], "datatype": "FP32", "data": [1]}]}, "1 numbers for the shape [-1]"),
         ({"outputs": [{"name": "y", "shape": [2], "datatype": "FP32", "data": [[1], [1, 2]]}]}, "different lengths"),
         ({"outputs": [{"shape": [1], "datatype": "FP32", "data": [1]}]}, "outputs[0]"),

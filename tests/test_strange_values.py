@@ -64,7 +64,7 @@ def test_what_random_numbers_do_is_no_defect(tmp_path: Path) -> None:
     assert not test.agrees
     assert not test.findings
     assert not any("observer gap" in note for note in test.notes)
-    assert any("(seed 3: but each runtime has its own generator" in note for note in test.notes)
+    assert any("(seed 3; each runtime has its own generator" in note for note in test.notes)
     assert str(test.remainder).endswith("draws random numbers, and the outputs depend on them")
 
 
@@ -262,7 +262,7 @@ def test_a_node_that_draws_is_told_with_its_seed(tmp_path: Path) -> None:
     graph = graph_of(tmp_path, nodes, [tensor("x", [2])])
     told = [drawing_note(node) for node in graph.nodes]
     assert told[0].startswith("drawn (RandomNormalLike) ")
-    assert ["(seed 3: runtimes" in text for text in told] == [True, False]
+    assert ["(seed 3; each runtime" in text for text in told] == [True, False]
     with pytest.raises(InputError, match=r"drawn .* differs from run to run, and no goal can be judged"):
         refuse_random([graph], "no goal can be judged")
     refuse_random([], "nothing")

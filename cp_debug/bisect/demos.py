@@ -1,4 +1,4 @@
-"""The known faults of ``cpdebug demo``: each is put into ``centerpoint:tiny``, with what one would see in the field."""
+"""The known faults of ``cpdebug demo``: each is put into ``centerpoint:tiny``, with its symptom in the field."""
 
 from __future__ import annotations
 

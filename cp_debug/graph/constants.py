@@ -1,4 +1,4 @@
-"""The constants of a graph, initializers and Constant nodes alike, by name and by what they hold."""
+"""The constants of a graph, both initializers and Constant nodes, by name and by value."""
 
 from __future__ import annotations
 

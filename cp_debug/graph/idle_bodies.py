@@ -1,4 +1,4 @@
-"""Branches of If, and bodies of Loop and Scan, that no sample ran: nothing in them was compared."""
+"""Branches of If and bodies of Loop and Scan that no sample ran, so nothing in them was compared."""
 
 from __future__ import annotations
 

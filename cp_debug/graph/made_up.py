@@ -1,4 +1,4 @@
-"""Inputs for a graph that nobody gave any for: made up from a seed, and tried on ONNX Runtime where that is needed."""
+"""Generated inputs for a graph: drawn from a seed, and tried on ONNX Runtime if necessary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one reader of ONNX files: what it returns has been checked, so that nothing behind it meets a file's lies.
+"""The only reader of ONNX files: its results have been checked, so no other code needs to distrust a file.
 
 Text is UTF-8, every value is made once and before it is read, weights hold as many bytes as they claim, external data
 lie in the file's folder, attributes have the type that they name.

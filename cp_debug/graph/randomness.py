@@ -41,7 +41,7 @@ def drawing(graph: Graph) -> list[Node]:
 def drawing_note(node: Node) -> str:
     """A sentence about a node that draws, and about its seed, where it has one."""
     seed = node.attribute("seed", None)
-    fixed = "" if seed is None else f" (seed {seed:g}: but each runtime has its own generator)"
+    fixed = "" if seed is None else f" (seed {seed:g}; each runtime has its own generator)"
     return f"{node.name} ({node.op}) {DRAWS_NUMBERS}{fixed}: what depends on it differs from run to run"
 
 

@@ -1,4 +1,4 @@
-"""Other models made out of a graph: the same with more outputs, or a piece of it. The caller's file is never touched.
+"""Models derived from a graph: with more outputs, or a part of it. The caller's file is never changed.
 
 Everything works on protobufs; weights in external data stay where they are, so that a model of any size costs
 milliseconds. A model made here is run from memory with ``weights_folder`` as the place of its external data, or

@@ -1,4 +1,4 @@
-"""Goes on behind a fault of an export: where the graph computes something else, torch's own tensor takes its place.
+"""Continues after a fault of an export: where the graph computes something else, torch's tensor takes its place.
 
 Behind the first wrong operator no number of the graph equals one of torch, so that nothing could be paired there. A
 value that is not paired is tried with the torch values that it may stand for, those first that the exporter's record

@@ -1,4 +1,4 @@
-"""What an export lost: the operators of torch at a fault, done again without an argument, or left out.
+"""What an export lost: torch's operators at a fault, run again without an argument, or left out.
 
 A cause is named only where that reproduces what the graph computes, from the module's own tensors.
 """

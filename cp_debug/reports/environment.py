@@ -1,4 +1,4 @@
-"""Facts about this machine: packages, devices, and the settings that decide about numbers."""
+"""Facts about this machine: packages, devices, and settings that affect numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The faces of results: ``display`` imports this module when the first one is shown."""
+"""The displays of results: ``display`` imports this module when the first result is shown."""
 
 from __future__ import annotations
 

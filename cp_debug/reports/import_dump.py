@@ -18,7 +18,7 @@ def render(dump: ImportedDump) -> Iterator[RenderableType]:
     """The parts of an import, in the order in which they are read."""
     found = f"{dump.matched} of {amount(dump.values, 'value')} of {dump.model}, inputs among them"
     more = len(dump.tensors) - dump.matched
-    besides = f", and {amount(more, 'constant')}, which are not compared" if more else ""
+    besides = f", and {amount(more, 'constant')} (not compared)" if more else ""
     yield Text.assemble((dump.source, "bold"), f": {found}{besides}")
     yield from _pairs("renamed", dump.renamed, "is")
     yield from _names("missing output", dump.missing_outputs, "bold red")

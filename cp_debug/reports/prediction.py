@@ -22,7 +22,7 @@ def render(result: Prediction, *, show_all: bool = False) -> Iterator[Renderable
     """The parts of a prediction, in the order in which they are read."""
     yield Text.assemble((result.model, "bold"), f" · {result.precision} on {result.target}, predicted by emulation")
     for i, (name, says) in enumerate(result.kernels.items()):
-        yield Text(f"  {name}: {says}{' (taken as the most likely)' if not i else ''}", "dim")
+        yield Text(f"  {name}: {says}{' (assumed most likely)' if not i else ''}", "dim")
     layers = [layer for layer in result.layers if layer.introduced is not None]
     worst = sorted(layers, key=_severity, reverse=True)[:MOST]
     yield Terminal(layer_table([layer for layer in layers if show_all or layer.keep or layer in worst]))

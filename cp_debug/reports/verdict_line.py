@@ -144,8 +144,9 @@ def _avoidable(test: TestResult) -> str:
 def _uncovered(test: TestResult) -> str:
     """Phrases about values left out of a comparison of two models, and outputs in another order; empty without any."""
     unpaired = any(p.get("missing") for p in test.pairing.values())
-    is_complete = not (test.missing_outputs or test.empty_outputs or test.not_run or unpaired)
-    covers = "" if is_complete else f"; compared: {test.coverage}{_unpaired(test)}"
+    lacking = test.unseen if test.backend.spec == "dump" else ()
+    is_complete = not (test.missing_outputs or test.empty_outputs or test.not_run or unpaired or lacking)
+    covers = "" if is_complete else f"; compared: {test.coverage}{_unpaired(test) or _unseen(test)}"
     return f"{covers}; {places(test.moved_outputs)}" if test.moved_outputs else covers
 
 

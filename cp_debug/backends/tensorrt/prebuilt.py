@@ -1,4 +1,4 @@
-"""Engines that were built before: run as they are, without probes."""
+"""Engines that were built before: run unchanged, without probes."""
 
 from __future__ import annotations
 

@@ -366,7 +366,7 @@
     try {
       for (const name of ["dagre", "cytoscape"]) await unpack(name);
     } catch {
-      about.replaceChildren(make("p", "This browser is too old for the layer graph: it cannot unpack what draws it. The table of layers has everything."));
+      about.replaceChildren(make("p", "This browser is too old for the layer graph: it cannot unpack the libraries. The table of layers has everything."));
       return;
     }
     cy = cytoscape({
