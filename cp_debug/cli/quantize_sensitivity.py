@@ -69,7 +69,7 @@ def sensitivity(
 
     refuse(("calib_data", "batches", "method"), unless=quantized is None, why="the scales are those of --from")
     narrow = narrow_options(precision)
-    why = f"scales of {precision} are those of the numbers at hand, and every layer with a weight is measured"
+    why = f"scales of {precision} are computed from the current numbers, and every layer with a weight is measured"
     refuse(("quantized", "calib_data", "batches", "method", "skip_layers"), unless=narrow is None, why=why)
     refuse(("data_root",), unless=data is not None, why="without --data, the samples are synthetic scenes")
     check_made_up(samples, data, given_by="--data")

@@ -29,16 +29,15 @@ GLOSSARY: dict[str, str] = {
     "a tenth of the error.",
     "oracle": "A computation of one layer from the inputs that it really had in the test: in FP64 if both sides "
     "claim "
-    "FP32, else in FP32. It gives the correct output, as exactly as the test can be judged.",
+    "FP32, else in FP32. Its result is the correct output.",
     "replay": "Computing a layer again on the oracle, with its own captured inputs. It separates the error of the "
     "layer "
     "from the error of its inputs.",
     "introduced": "Test minus oracle: the error of this layer alone, as relative L2.",
-    "inherited": "Oracle minus reference: the error that came with the layer's inputs. As a verdict: the layer is "
+    "inherited": "Oracle minus reference: the error that came in with the layer's inputs. As a verdict: the layer is "
     "beyond "
     "the tolerance, but the error comes from earlier layers.",
-    "expected": "The error that the claimed precision must make in this layer. It is found by emulation on the same "
-    "inputs.",
+    "expected": "The error that the claimed precision must make in this layer, found by emulation on the same inputs.",
     "excess": "Introduced ÷ expected. About 1 is rounding; above 4 the layer is guilty.",
     "amplifies": "The factor by which a layer enlarges the relative error of its inputs.",
     "NaN, Inf": "Not a number, such as Inf − Inf; and a number beyond the range of the precision. The layer that "
@@ -69,8 +68,8 @@ GLOSSARY: dict[str, str] = {
     "tolerance: many small errors together. Only a higher precision or a wider tolerance helps.",
     "alignment": "Which value of the graph is which tensor of the torch module, verified in a run. A leaf module "
     "contains no "
-    "other modules. A folded one has no node of its own in the graph.",
-    "made-up inputs": "Inputs that cpdebug generates if you give none. They are drawn from `--seed` and fit the "
+    "other modules. A folded one has no separate node in the graph.",
+    "generated inputs": "Inputs that cpdebug generates if you give none. They are drawn from `--seed` and fit the "
     "graph (an image, "
     "token ids, a mask); a note says which. `--inputs` takes your own.",
     "risk": "In `check`: what will go wrong in a lower precision, judged from weights, sums and one sample, "

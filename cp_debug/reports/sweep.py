@@ -217,7 +217,7 @@ def _(group: SensitivityGroup) -> GroupSection:
     )
     if group.int8:
         sentence += f", at most {number(worst)} on {group.samples[group.int8.sample]}"
-    title = "Layers over the samples: share of the divergence; introduced: relative L2 of its own results (median)"
+    title = "Layers over the samples: share of the divergence; introduced: relative L2 of its results (median)"
     sheets = [_sheet(title, headers, rows, MOST_LAYERS), *_outliers(group.outliers, "error in INT8")]
     return GroupSection(group.label, group.passed, sentence, sheets)
 
