@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nets import node_of
@@ -15,6 +16,7 @@ from cp_debug.bisect.causes import schema, single_numbers
 from cp_debug.bisect.causes.batchnorm_parameters import EPSILONS
 from cp_debug.bisect.causes.schema import _shifted
 from cp_debug.graph.graph import Node
+from cp_debug.programs.tensor_change import describe, regated
 
 
 def node(op: str, *inputs: str) -> Any:
@@ -147,6 +149,11 @@ def test_few_numbers_are_like_too_many_others_to_be_told_apart(count: int, tried
     assert bool(list(schema.another_operand(segment))) is tried
 
 
-def test_gates_are_moved_in_each_part() -> None:
-    weight = torch.arange(8.0).reshape(1, 8, 1)  # two parts of two gates of two units
-    assert schema._regated(weight, (1, 0), 2).flatten().tolist() == [2, 3, 0, 1, 6, 7, 4, 5]
+def test_gates_are_moved_in_each_part_of_a_bias() -> None:
+    bias = np.arange(8.0).reshape(1, 8)  # two parts of two gates of two units
+    moved = [[2, 3, 0, 1, 6, 7, 4, 5]]
+    assert regated(bias, (1, 0)).tolist() == moved
+    assert regated(bias[..., None], (1, 0)).ravel().tolist() == [4, 5, 6, 7, 0, 1, 2, 3]  # two gates of four
+    found = describe(bias, np.array(moved, np.float64), 2)
+    assert found is not None
+    assert (found.kind, found.evidence) == ("gates-permuted", {"order": [1, 0]})

@@ -209,12 +209,14 @@ def axis_name(axis: int, dims: int, *, many: bool = False) -> str:
 
 
 def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[Form]:
-    if gates > 1 and a.ndim >= 2 and a.shape[1] % gates == 0:
-        blocks = np.split(a, gates, axis=1)
-        for order in itertools.permutations(range(gates)):
-            if list(order) != list(range(gates)):
-                value = np.concatenate([blocks[i] for i in order], axis=1)
-                yield "gates-permuted", f"the gates are in the order {list(order)}", value, {"order": list(order)}
+    if gates > 1 and a.ndim > 1 and a.shape[1] % (gates * (2 if a.ndim == 2 else 1)) == 0:
+        for order in itertools.islice(itertools.permutations(range(gates)), 1, None):
+            yield (
+                "gates-permuted",
+                f"the gates are in the order {list(order)}",
+                regated(a, order),
+                {"order": list(order)},
+            )
     yield from turned_forms(a)
     for axis, step in itertools.product(range(a.ndim), (1, -1)):
         if a.shape[axis] > 1 and (moved_in := _shifted_in(a, b, axis, step)) is not None:
@@ -229,6 +231,12 @@ def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[Form]:
             evidence = {"axis": axis, "moved": moved, "order": places[:64]}
             yield "copied" if copied else "permuted", text, value, evidence
     yield from (way for way in interleaved_forms(a) if way[0] == "transposed")
+
+
+def regated(a: np.ndarray, order: Sequence[int]) -> np.ndarray:
+    """A weight [D, gates · H, …] or bias [D, 2 · gates · H] of a recurrent layer with its gates in another order."""
+    blocks = a.reshape(len(a), 2 if a.ndim == 2 else 1, len(order), -1, *a.shape[2:])
+    return blocks[:, :, list(order)].reshape(a.shape)
 
 
 def exchanges(order: Sequence[int]) -> tuple[str, int]:

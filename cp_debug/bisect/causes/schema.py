@@ -17,6 +17,7 @@ from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import GATES, RECURRENT
 from cp_debug.programs.attribute_meaning import ACTIVATIONS_OF
 from cp_debug.programs.node_differences import NAMES, attributes
+from cp_debug.programs.tensor_change import regated
 
 TEXTS = {
     "approximate": ("none", "tanh"),
@@ -294,7 +295,7 @@ def gate_order(segment: Segment) -> Iterator[Candidate]:
         for order, (whose, places) in itertools.product(itertools.permutations(range(gates)), groups.items()):
             if list(order) == list(range(gates)) or (len(places) < len(weights) and _moved(order) > 2):
                 continue
-            moved = {place: _regated(weights[place], order, 2 if place == 3 else 1) for place in places}
+            moved = {place: torch.from_numpy(regated(weights[place].numpy(), order)) for place in places}
             if (value := segment.edited(node, inputs=moved)) is not None:
                 says = f"the gates of {node.op} are in the order {list(order)}{whose}"
                 yield Candidate("gate-order", says, value, 0, {"order": list(order)}, "reorder the gates of {layers}")
@@ -302,12 +303,6 @@ def gate_order(segment: Segment) -> Iterator[Candidate]:
 
 def _moved(order: Sequence[int]) -> int:
     return sum(i != j for i, j in enumerate(order))
-
-
-def _regated(weight: Tensor, order: tuple[int, ...], parts: int) -> Tensor:
-    """[D, parts · gates · H, …] with the gates of each part in another order."""
-    blocks = weight.unflatten(1, (parts, len(order), -1))
-    return blocks[:, :, list(order)].flatten(1, 3)
 
 
 @cause(costly=True, structural=True)
