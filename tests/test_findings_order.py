@@ -20,12 +20,13 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.causes import declared
 from cp_debug.bisect.causes.effects import Effects
-from cp_debug.bisect.causes.findings import Explainer, _node_names, _some, _unexplained
+from cp_debug.bisect.causes.findings import Explainer, _node_names, _unexplained
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.result import LayerRow, TestResult
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.pipeline import Key
+from cp_debug.safe_text import some
 
 X = np.linspace(1, 2, 256, dtype=np.float32).reshape(1, 256)
 
@@ -271,6 +272,6 @@ def test_a_remedy_names_nodes_a_regions_own_where_the_row_stands_for_one() -> No
     rows = [row("a", 1), row("b", 1)]
     rows[1].region = Region(("n1", "n2"))
     assert _node_names(rows) == ["a", "n1", "n2"]
-    assert _some(["a", "b"]) == "a, b"
-    assert _some([str(i) for i in range(8)]) == "0, 1, 2, 3, 4, 5, 6, 7"
-    assert _some([str(i) for i in range(11)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 3 more"
+    assert some(["a", "b"]) == "a, b"
+    assert some([str(i) for i in range(8)]) == "0, 1, 2, 3, 4, 5, 6, 7"
+    assert some([str(i) for i in range(11)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 3 more"
