@@ -63,7 +63,7 @@ def overflow(segment: Segment) -> Iterator[Candidate]:
             round_fp16(segment.exact.float()).double(),
             segment.run(FP16) if segment.nodes else segment.exact,
         ):
-            yield Candidate("fp16-overflow", says, value, evidence=figures, fix=RESCALE, heard=claimed)
+            yield Candidate("fp16-overflow", says, value, 0, figures, RESCALE, heard=claimed, declared=claimed)
         clamped = segment.exact.clamp(-HALF.largest, HALF.largest)
         says = says.replace("overflow", "overflow, saturated")
         yield Candidate("fp16-overflow", says, clamped, evidence=figures, fix=RESCALE)
@@ -74,14 +74,15 @@ def operand_overflow(segment: Segment) -> Iterator[Candidate]:
     """Candidates: what the layer reads, an input of the network or a constant, is beyond FP16 already."""
     constants = {node.proto.input[place]: weight for node, place, weight in _constants(segment)}
     inputs = {name: segment.input(name) for name in segment.given}
-    fed = {info.name for info in segment.graph.inputs}
+    fed, claimed = {info.name for info in segment.graph.inputs}, segment.context.claim.name.startswith("fp16")
     for name, tensor in {**inputs, **constants}.items():
         figures = half_figures(tensor) if tensor.is_floating_point() else {"overflows": 0.0}
         if figures["overflows"]:
             what = "constant" if name in constants else "network's input" if name in fed else "operand"
             says = f"the {what} {name} is beyond FP16: values up to {figures['largest']:.3g}, FP16 ends at 65504"
             fix = f"scale {name} down, or keep its readers in FP32: {{layers}}"
-            yield Candidate("fp16-overflow", says, segment.run(FP16), evidence={**figures, "of": name}, fix=fix)
+            evidence, value = {**figures, "of": name}, segment.run(FP16)
+            yield Candidate("fp16-overflow", says, value, 0, evidence, fix, heard=claimed, declared=claimed)
 
 
 @cause()
