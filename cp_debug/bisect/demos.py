@@ -166,7 +166,7 @@ _ALL = (
     Fault("tf32", "TF32 is on, which is the default of several libraries", "differences of 1e-3, up to 2.4",
           _in_tf32),
     Fault("weight-scale", "one convolution's weights are 2 % too large", "slightly worse scores, nothing broken",
-          lambda: changed(_weight_scale, "the weights of pts_backbone.blocks.1.3 × 1.02", "pts_backbone.blocks.1.4")),
+          lambda: changed(_weight_scale, "weights of blocks.1.3 (BatchNorm: .1.4) × 1.02", "pts_backbone.blocks.1.4")),
     Fault("features-reshaped", "the pillar encoder is fed its own output, reshaped", "a maximum difference near 100",
           lambda: fed_by(_Refed, "input_features are pillar features of the right shape")),
     Fault("missing-sigmoid", "the sigmoid of the heatmaps was left out", "zero detections, or thousands",

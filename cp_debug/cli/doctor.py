@@ -28,7 +28,7 @@ def doctor(json: JsonAlone = None) -> None:
     console.print()
     unsafe = [setting for setting in report.settings if not setting.safe]
     if unsafe:
-        console.print(Text("these change numbers; a run of cpdebug sets them itself, your own programs should:"))
+        console.print(Text("these settings change numbers; cpdebug sets them itself, your own programs should, too:"))
     for setting in unsafe:  # to be copied, too
         name = setting.name.removeprefix("torch ")
         is_what = setting.value if name in setting.advice else f"{setting.name} is {setting.value}"

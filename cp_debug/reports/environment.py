@@ -30,8 +30,8 @@ PACKAGES = {
 }
 """Distribution → the extra that brings it; empty for those that cpdebug cannot be without."""
 ELSEWHERE = {
-    "onnxruntime-gpu": ", where there is an NVIDIA GPU",
-    "tensorrt": ", where there is an NVIDIA GPU, or CPDEBUG_TRT_PYTHON=/path/to/a/python that has it",
+    "onnxruntime-gpu": ", on a machine with an NVIDIA GPU",
+    "tensorrt": ", on a machine with an NVIDIA GPU, or CPDEBUG_TRT_PYTHON=/path/to/a/python that has it",
     "mmdet3d": ", then pip install --no-deps mmdet==3.3.0 mmdet3d==1.4.0; or CPDEBUG_MMDET3D_PYTHON=/path/to/a/python "
     "that has it",
 }
