@@ -179,7 +179,7 @@ def another_result(segment: Segment) -> Iterator[Candidate]:
             yield Candidate("another-tensor", says, value, evidence={"of": name}, fix=fix)
 
 
-@cause()
+@cause(costly=True)
 def another_tensor(segment: Segment) -> Iterator[Candidate]:
     """Candidates: the contents of another value of the same run, read in this shape and repeated to its size."""
     captured = segment.test.flatten()
