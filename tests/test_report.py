@@ -189,7 +189,7 @@ def test_the_page_carries_everything_and_asks_for_nothing(saved: SavedResult) ->
 
 def test_the_page_of_the_json_alone_says_that_tensors_are_missing(saved_folder: Path) -> None:
     page = render_page(SavedResult.open(saved_folder / "result.json"))
-    assert "Tensors were not kept" in page
+    assert "Tensors were not saved" in page
     assert "data:image/png" not in page
 
 
