@@ -15,11 +15,12 @@ import torch
 from nets import NetBuilder, node_of
 from torch import Tensor
 
+from cp_debug.api.diagnose import diagnose
 from cp_debug.backends.arithmetic import ARITHMETICS, FP64, Arithmetic
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect import operator_errors
 from cp_debug.bisect.operator_errors import ANY, BY_IMPLEMENTER, ONNX_RUNTIME, TORCH, Errors, errors_of, implementer
-from cp_debug.bisect.perturbation import FLIPPED, doubt, spread
+from cp_debug.bisect.perturbation import FLIPPED, between_levels, doubt, spread
 from cp_debug.bisect.summation import ROUNDING, U, _adding, _contracted, _terms, in_any_order, one_sided, summation
 from cp_debug.graph.graph import Graph, Node
 
@@ -479,3 +480,44 @@ def test_errors_of_unknown_implementations_are_no_smaller_than_those_that_were_m
                 assert not one.absolute or known.of == (ONNX_RUNTIME[op].of if ONNX_RUNTIME[op].absolute else one.of), (
                     op
                 )
+
+
+@pytest.mark.parametrize("shown", ["levels", "y"])
+def test_levels_are_settled_but_between_two(tmp_path: Path, shown: str) -> None:
+    """Half a level may go either way, and what the rounding of x leaves open; a level that was cut off may not."""
+    net = NetBuilder()
+    scale, zero = net.weight(np.array(0.1, np.float32)), net.weight(np.array(3, np.uint8))
+    net.op("DequantizeLinear", net.op("QuantizeLinear", "x", scale, zero, name="levels"), scale, zero, name="y")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, 6])}, ["levels", "y"]))
+    x = np.array([[0.25, 0.25, 0.2500001, 0.2500001, 0.28, 0.28]], np.float32)
+    nodes = graph.nodes[: 1 if shown == "levels" else 2]
+    captured = np.array([[5, 6, 5, 6, 6, 5]], np.uint8)
+    if shown == "y":
+        captured = (captured.astype(np.float32) - 3) * np.float32(0.1)
+    oracle = Executor(graph, FP64)
+    exact = torch.as_tensor(oracle.run_nodes(nodes, {"x": x}, [shown])[shown])
+    settled = between_levels(oracle, nodes, {"x": x}, shown, captured, exact, 2.0**-24)
+    assert settled is not None
+    off = (settled.double() - torch.as_tensor(captured).double()).abs().flatten()
+    assert (off > 1e-6).tolist() == [False, False, False, False, False, True]
+    net = NetBuilder()
+    net.op("QuantizeLinear", net.op("Neg", "x"), net.weight(np.array(0.1, np.float32)), name="levels")
+    graph = Graph(net.save(tmp_path / "other.onnx", {"x": (1, [1, 6])}, ["levels"]))
+    assert between_levels(Executor(graph, FP64), graph.nodes, {"x": x}, "levels", captured, exact, 2.0**-24) is None
+
+
+def test_levels_that_are_cut_off_are_found(tmp_path: Path) -> None:
+    """Their error is but twice that of rounding, so no limit of 4 tells it."""
+    nets = []
+    for name in ("right", "wrong"):
+        net = NetBuilder()
+        scale = net.weight(np.array(0.05, np.float32))
+        x = net.op("Sigmoid", "x", name="before")
+        if name == "right":
+            net.op("DequantizeLinear", net.op("QuantizeLinear", x, scale, name="levels"), scale, name="y")
+        else:
+            net.op("Mul", net.op("Floor", net.op("Div", x, scale), name="levels"), scale, name="y")
+        nets.append(net.save(tmp_path / f"{name}.onnx", {"x": (1, [1, 400])}, ["y"]))
+    test = diagnose(str(nets[0]), "ort", test_model=str(nets[1])).tests[0]
+    assert [row.onnx for row in test.guilty] == ["levels"]
+    assert diagnose(str(nets[0]), "ort", test_model=str(nets[0])).tests[0].guilty == []

@@ -102,7 +102,7 @@ CASES = (
         'e = Resize<mode="linear", coordinate_transformation_mode="half_pixel">(d, , , size)\n'
         "f = QuantizeLinear(e, s, z)\nm = DequantizeLinear(f, s, z)",
         ("e", "f", "m", "g", "h"),
-        "cut|floor|round|level|trunc|one-sided",
+        "cut|[Ff]loor|round|level|trunc|one-sided",
         wrong="q = QuantizeLinear(r1, s, z)\nd = DequantizeLinear(q, s, z)\n"
         'e = Resize<mode="linear", coordinate_transformation_mode="half_pixel">(d, , , size)\n'
         "g = Div(e, s)\nh = Floor(g)\nm = Mul(h, s)",

@@ -33,6 +33,9 @@ FEW = 256
 TO_LEVELS = frozenset({"QuantizeLinear", "QLinearConv", "QLinearMatMul"})
 FLIPPED = 0.3
 """Levels, root mean square, by which integer kernels may be off: what lies between two levels becomes either."""
+_GRIDS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+TIE = 8.0
+"""Unit roundoffs, relative, by which the input of a quantizer may be off: x ÷ s as x · (1 ÷ s) makes two."""
 SIZED = frozenset({"Resize", "Upsample"})
 """Operators whose inputs but the first say how large the result is: a factor of 1.9999999 makes another shape."""
 
@@ -64,6 +67,36 @@ def doubt(
     draws = DRAWS if exact_target.numel() >= FEW else 4 * DRAWS
     moved = [_norm(d) for d in _differences(oracle, nodes, exact, spreads, target, draws)]
     return math.hypot(own_norm, math.sqrt(sum(m * m for m in moved) / draws))
+
+
+def between_levels(
+    oracle: Executor,
+    nodes: Sequence[Node],
+    given: Mapping[str, AnyTensor],
+    target: str,
+    captured: AnyTensor,
+    exact: Tensor,
+    roundoff: float,
+) -> Tensor | None:
+    """The oracle's result of nothing but quantizers, with the captured level wherever the input's rounding allows it.
+
+    What lies between two levels becomes either: the inputs are moved by ``TIE`` times ``roundoff``, relatively, up and
+    down. All other elements have one right level, so that levels which are cut off stand out, although their error is
+    but twice that of rounding. All tensors have the value's shape; None where other operators are among ``nodes``.
+    """
+    if not all(node.op in _GRIDS for node in nodes) or not any(node.op == "QuantizeLinear" for node in nodes):
+        return None
+    settled, ours = exact.clone(), torch.as_tensor(captured, device=exact.device).to(exact.dtype)
+    for move in (1 + TIE * roundoff, 1 - TIE * roundoff):
+        moved = {name: tensor * move if _is_float(tensor) else tensor for name, tensor in given.items()}
+        level = torch.as_tensor(oracle.run_nodes(nodes, moved, [target])[target]).to(exact.dtype)
+        same = torch.isclose(ours.double(), level.double(), rtol=TIE * roundoff, atol=0.0)
+        settled = torch.where(same, ours, settled)
+    return settled
+
+
+def _is_float(tensor: AnyTensor) -> bool:
+    return torch.as_tensor(tensor).is_floating_point()
 
 
 def _spreads(

@@ -27,7 +27,7 @@ from cp_debug.bisect.consequences import matters
 from cp_debug.bisect.declared_int8 import int8_activations
 from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.narrow_variants import departures, spread
-from cp_debug.bisect.perturbation import doubt
+from cp_debug.bisect.perturbation import between_levels, doubt
 from cp_debug.bisect.quantized_segment import EmulatedSegment
 from cp_debug.bisect.range_loss import RangeLoss
 from cp_debug.bisect.replayed import ASKED, EXCESS, Replay
@@ -317,6 +317,8 @@ class Replayer:
         oracle = self._oracle_of(claim)
         if oracle is not self.oracle:
             exact = as_tensor(oracle.run_nodes(nodes, given, [target])[target])
+        if (settled := between_levels(oracle, nodes, given, target, captured, exact, claim.roundoff)) is not None:
+            return Replay.of(captured, settled, [settled], claim, unrounded=unrounded)
         arithmetic = None if scales is not None else ARITHMETICS[claim.name]
         allowed = doubt(oracle, nodes, given, target, self._implementers[side], arithmetic)
         return Replay.of(captured, exact, [expected.results[target]], claim, allowed, unrounded=unrounded)
