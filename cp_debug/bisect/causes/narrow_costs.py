@@ -136,7 +136,7 @@ def _tried(segment: Segment, options: NarrowOptions) -> Iterator[tuple[str, str,
         if apart is not None:
             kept, shares = apart
             of = " and ".join(f"{share:.2%} of operand {place}" for place, share in enumerate(shares) if share >= 5e-5)
-            text = f"outliers ({of or 'few'}) set the scale of their blocks of {block}; keep them apart"
+            text = f"outliers ({of or 'few'}) take the scale of their blocks of {block}; keep them apart"
             yield "fp4-outlier", text, kept, {"outliers": shares, "block": block}
     if options.family in ("fp8", "mxfp8"):
         unlimited = {place: _without_underflow(values, scaling, axes, place) for place, (values, axes) in
