@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_healthy_run_is_told_in_a_few_lines(net: Path) -> None:
     command = [sys.executable, "-m", "cp_debug", "bisect", "net.onnx", "-b", "ort,ort-all,emu-fp16"]
     code, written = in_a_terminal(command, net.parent)
-    text = written[written.rindex("net.onnx ·") :]  # behind what the progress has drawn
+    plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", written)  # without colors
+    text = plain[plain.rindex("net.onnx ·") :]  # behind what the progress has drawn
     assert code == 0
     assert text.count("\n") <= 14
     assert all(len(line.rstrip("\r")) <= 80 for line in text.split("\n"))

@@ -24,10 +24,10 @@ def ui(
     from cp_debug.reports.server import ResultServer
 
     with ResultServer(folder, port) as server:
-        console.print(f"{server.url} shows {folder}; Ctrl-C ends it", soft_wrap=True)
-        if browser:
-            webbrowser.open(server.url)
         try:
+            console.print(f"{server.url} shows {folder}; Ctrl-C ends it", soft_wrap=True)
+            if browser:
+                webbrowser.open(server.url)
             server.serve_forever(poll_interval=0.2)
         except Terminated:
             raise

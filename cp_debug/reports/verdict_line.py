@@ -164,7 +164,7 @@ def _unpaired(test: TestResult) -> str:
 def _unseen(test: TestResult) -> str:
     """The values that were not compared, by name, and why; empty where all were."""
     why = "not in the dump" if test.backend.spec == "dump" else "not visible in the test"
-    return f" ({len(test.unseen)} {why}: {some(test.unseen)})" if test.unseen else ""
+    return f" ({len(test.unseen)} {why}: {some(test.unseen, 2)})" if test.unseen else ""
 
 
 def _beyond_between(test: TestResult) -> str:
