@@ -19,6 +19,7 @@ from cp_debug.bisect.engine import bisect
 PACKAGE = Path(cp_debug.__file__).parent
 HANDED_DOWN = {
     ("backends", "programs"): "a sink",
+    ("backends", "bisect"): "a mode of torch in which the executor runs",
     ("programs", "bisect"): "a sink",
     ("probes", "backends"): "a sink of the trace",
     ("probes", "programs"): "a sink of the trace",
