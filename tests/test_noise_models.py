@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 from nets import NetBuilder, node_of
+from onnx import helper
 from torch import Tensor
 
 from cp_debug.api.diagnose import diagnose
@@ -22,6 +24,7 @@ from cp_debug.bisect import operator_errors
 from cp_debug.bisect.operator_errors import ANY, BY_IMPLEMENTER, ONNX_RUNTIME, TORCH, Errors, errors_of, implementer
 from cp_debug.bisect.perturbation import FLIPPED, between_levels, doubt, spread
 from cp_debug.bisect.summation import ROUNDING, U, _adding, _contracted, _terms, in_any_order, one_sided, summation
+from cp_debug.bisect.whole_numbers import as_tensor
 from cp_debug.graph.graph import Graph, Node
 
 Array = np.ndarray
@@ -504,6 +507,28 @@ def test_levels_are_settled_but_between_two(tmp_path: Path, shown: str) -> None:
     net.op("QuantizeLinear", net.op("Neg", "x"), net.weight(np.array(0.1, np.float32)), name="levels")
     graph = Graph(net.save(tmp_path / "other.onnx", {"x": (1, [1, 6])}, ["levels"]))
     assert between_levels(Executor(graph, FP64), graph.nodes, {"x": x}, "levels", captured, exact, 2.0**-24) is None
+
+
+@pytest.mark.parametrize("levels", ["UINT8", "INT16", "UINT16", "INT4", "UINT4", "FLOAT8E4M3FN", "FLOAT8E5M2"])
+@pytest.mark.parametrize("floats", ["FLOAT", "FLOAT16", "BFLOAT16"])
+def test_levels_of_all_types_are_settled(tmp_path: Path, levels: str, floats: str) -> None:
+    """NumPy and torch have not all of these types; what a test shows has them."""
+    x_type, level_type = (getattr(onnx.TensorProto, name) for name in (floats, levels))
+    constants = helper.make_tensor("s", x_type, [], [0.25]), helper.make_tensor("z", level_type, [], [0])
+    ends = [helper.make_tensor_value_info(name, kind, [1, 8]) for name, kind in (("x", x_type), ("q", level_type))]
+    node = helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"])
+    made = helper.make_graph([node], "net", ends[:1], ends[1:], constants)
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 21)]), tmp_path / "net.onnx")
+    graph = Graph(tmp_path / "net.onnx")
+    x = np.linspace(0.3, 1.5, 8).reshape(1, 8).astype(helper.tensor_dtype_to_np_dtype(x_type))
+    oracle = Executor(graph, FP64)
+    exact = as_tensor(oracle.run_nodes(graph.nodes, {"x": x}, ["q"])["q"])
+    captured = exact.numpy().astype(helper.tensor_dtype_to_np_dtype(level_type))
+    captured[0, 7] = 0
+    settled = between_levels(oracle, graph.nodes, {"x": x}, "q", captured, exact, 2.0**-24)
+    assert settled is not None
+    assert torch.equal(settled, exact.double())
+    assert float(settled[0, 7]) == 6
 
 
 def test_levels_that_are_cut_off_are_found(tmp_path: Path) -> None:

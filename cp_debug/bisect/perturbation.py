@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cp_debug.backends.arithmetic import Arithmetic
+from cp_debug.backends.arithmetic import FP64, Arithmetic
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.compound_errors import compound
 from cp_debug.bisect.operator_errors import errors_of
 from cp_debug.bisect.summation import ROUNDING, U, squares, summation
+from cp_debug.bisect.whole_numbers import as_tensor
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import CONTRACTIONS
 
@@ -82,21 +83,18 @@ def between_levels(
 
     What lies between two levels becomes either: the inputs are moved by ``TIE`` times ``roundoff``, relatively, up and
     down. All other elements have one right level, so that levels which are cut off stand out, although their error is
-    but twice that of rounding. All tensors have the value's shape; None where other operators are among ``nodes``.
+    but twice that of rounding. All tensors have the value's shape and any real dtype; the result is in FP64. None where
+    other operators are among ``nodes``.
     """
     if not all(node.op in _GRIDS for node in nodes) or not any(node.op == "QuantizeLinear" for node in nodes):
         return None
-    settled, ours = exact.clone(), torch.as_tensor(captured, device=exact.device).to(exact.dtype)
+    held = {name: FP64.hold(tensor, exact.device) for name, tensor in given.items()}
+    settled, ours = exact.double(), as_tensor(FP64.hold(captured, exact.device)).double().to(exact.device)
     for move in (1 + TIE * roundoff, 1 - TIE * roundoff):
-        moved = {name: tensor * move if _is_float(tensor) else tensor for name, tensor in given.items()}
-        level = torch.as_tensor(oracle.run_nodes(nodes, moved, [target])[target]).to(exact.dtype)
-        same = torch.isclose(ours.double(), level.double(), rtol=TIE * roundoff, atol=0.0)
-        settled = torch.where(same, ours, settled)
+        moved = {n: t * move if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in held.items()}
+        level = as_tensor(oracle.run_nodes(nodes, moved, [target])[target]).double().to(exact.device)
+        settled = torch.where(torch.isclose(ours, level, rtol=TIE * roundoff, atol=0.0), ours, settled)
     return settled
-
-
-def _is_float(tensor: AnyTensor) -> bool:
-    return torch.as_tensor(tensor).is_floating_point()
 
 
 def _spreads(
