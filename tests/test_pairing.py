@@ -15,7 +15,7 @@ from nets import NetBuilder, residual, second_like
 from onnx import helper, numpy_helper
 from typer.testing import CliRunner
 
-from cp_debug.backends.spec import parse_backends
+from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.recording import compare_captures, record
 from cp_debug.bisect.result import TestResult
@@ -227,6 +227,8 @@ def test_the_verdict_says_what_was_compared(tmp_path: Path) -> None:
 
 def test_one_backend_twice_needs_a_difference() -> None:
     assert [str(s) for s in parse_backends("ort,ort", test="a/new.onnx")] == ["ort", "ort (new.onnx)"]
+    for text in ("ort (new.onnx)", "ort@cuda:1 (a (2).onnx)", "emu-fp8:block.test"):  # the last of earlier versions
+        assert str(BackendSpec.parse(text)) == text
     assert [str(s) for s in parse_backends("ort", test="new")] == ["ort", "ort (new)"]
     with pytest.raises(InputError, match="names a backend twice; both would run the same"):
         parse_backends("ort,ort")

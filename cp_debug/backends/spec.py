@@ -49,7 +49,7 @@ KNOWN = {
 
 _SPEC = re.compile(
     r"(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)(?P<options>(?::[a-z0-9=-]+)*)(?:@(?P<device>cpu|cuda(?::\d+)?))?"
-    r"(?: \((?P<test>.+)\))?"
+    r"(?P<test> \(.+\)|\.test)?"
 )
 
 
@@ -60,7 +60,8 @@ class BackendSpec:
     name: str
     device: str | None = None
     test: str = ""
-    """What a test runs on the backend of its reference, such as the name of its file; empty for all others."""
+    """What follows for a test on the backend of its reference: `` (new.onnx)``, ``.test`` in results of earlier versions;
+    empty for all others."""
     options: str = ""
     """Options of a narrow precision as they are spelled in full, from the first colon on: ``:block:acc=fp22``."""
 
@@ -80,12 +81,11 @@ class BackendSpec:
         return self.variant + self.options
 
     def __str__(self) -> str:
-        return (
-            self.name
-            + self.options
-            + (f"@{self.device}" if self.device else "")
-            + (f" ({self.test})" if self.test else "")
-        )
+        return self.name + self.options + (f"@{self.device}" if self.device else "") + self.test
+
+    def running(self, what: str) -> BackendSpec:
+        """The spec of a test on the backend of its reference. ``what`` it runs, a path or a name, ends the spec."""
+        return replace(self, test=f" ({one_line(what.rpartition('/')[2])[-60:]})")
 
     @classmethod
     def parse(cls, text: str) -> BackendSpec:
@@ -133,8 +133,7 @@ def parse_backends(text: str, *, test: object = None) -> list[BackendSpec]:
             f"--backends: {text!r} names {amount(len(specs), 'backend')}; expected a reference and some tests"
         )
     if test:
-        name = one_line(str(test).rpartition("/")[2])[-60:]
-        specs[1:] = [replace(spec, test=name) if spec == specs[0] else spec for spec in specs[1:]]
+        specs[1:] = [spec.running(str(test)) if spec == specs[0] else spec for spec in specs[1:]]
     if len(set(specs)) < len(specs):
         raise InputError(f"--backends: {text!r} names a backend twice" + ("" if test else NOTHING_DIFFERS))
     return specs

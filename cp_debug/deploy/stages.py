@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -326,7 +325,8 @@ class Deployment:
         """
         name = f"{spec} ({test})" if test else spec
         if name not in self._backends:
-            parsed, config = replace(BackendSpec.parse(spec), test=test), self.config.tensorrt
+            parsed, config = BackendSpec.parse(spec), self.config.tensorrt
+            parsed = parsed.running(test) if test else parsed
             if parsed.name == "torch-int8":
                 raise InputError(f"{self.source}: torch-int8 runs modules, and files are deployed; expected ort-int8")
             options: dict[str, object] = {}
