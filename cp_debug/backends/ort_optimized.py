@@ -19,6 +19,7 @@ import onnx
 from cp_debug.backends.ort_chunks import ChunkedGraph
 from cp_debug.backends.ort_options import Runtime
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.operators import QUANTIZERS
 from cp_debug.probes.arrays import Tensor, as_numpy
 from cp_debug.probes.distance import distance
 
@@ -136,11 +137,7 @@ def _readable(written: Path) -> Path:
     """
     model = onnx.load(written, load_external_data=False)
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=_AXIS_SINCE)
-    pairs = [
-        n
-        for n in model.graph.node
-        if n.op_type in ("QuantizeLinear", "DequantizeLinear") and n.domain in ("", "ai.onnx")
-    ]
+    pairs = [n for n in model.graph.node if n.op_type in QUANTIZERS and n.domain in ("", "ai.onnx")]
     if opset < _AXIS_SINCE and any(node.attribute for node in pairs):
         for node in pairs:
             del node.attribute[:]

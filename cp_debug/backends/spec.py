@@ -60,8 +60,8 @@ class BackendSpec:
     name: str
     device: str | None = None
     test: str = ""
-    """What follows for a test on the backend of its reference: `` (new.onnx)``, ``.test`` in results of earlier versions;
-    empty for all others."""
+    """What follows for a test on the backend of its reference: `` (new.onnx)``, ``.test`` in results of earlier
+    versions; empty for all others."""
     options: str = ""
     """Options of a narrow precision as they are spelled in full, from the first colon on: ``:block:acc=fp22``."""
 

@@ -37,7 +37,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import constant_type, is_constant, level_kind, produced_grid
 from cp_debug.graph.narrow_types import order_behind, stated_bits
-from cp_debug.graph.operators import PRODUCTS, VIEWS
+from cp_debug.graph.operators import PRODUCTS, QUANTIZERS, VIEWS
 from cp_debug.graph.qdq import weight_axis
 from cp_debug.probes.arrays import as_numpy, as_torch
 from cp_debug.programs.precision import BESIDE_INT8, BESIDE_INT16
@@ -298,7 +298,7 @@ class FileQuantization:
                 values |= self._executor.run_nodes([node], values, node.outputs)
                 if not self._good(node, torch.as_tensor(values[node.outputs[0]]), constants):
                     return None
-            elif node.op in ("DequantizeLinear", "QuantizeLinear") or not rounded.keys().isdisjoint(node.inputs):
+            elif node.op in QUANTIZERS or not rounded.keys().isdisjoint(node.inputs):
                 return None
             else:
                 try:

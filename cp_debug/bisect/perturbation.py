@@ -24,7 +24,7 @@ from cp_debug.bisect.operator_errors import errors_of
 from cp_debug.bisect.summation import ROUNDING, U, squares, summation
 from cp_debug.bisect.whole_numbers import as_tensor
 from cp_debug.graph.graph import Node
-from cp_debug.graph.operators import CONTRACTIONS
+from cp_debug.graph.operators import CONTRACTIONS, QUANTIZERS
 
 DRAWS = 4
 """Number of draws of the noise of inner nodes; more for few elements, whose noise may be small by luck."""
@@ -34,7 +34,6 @@ FEW = 256
 TO_LEVELS = frozenset({"QuantizeLinear", "QLinearConv", "QLinearMatMul"})
 FLIPPED = 0.3
 """Levels, root mean square, by which integer kernels may be off: what lies between two levels becomes either."""
-_GRIDS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 TIE = 8.0
 """Unit roundoffs, relative, by which the input of a quantizer may be off: x ÷ s as x · (1 ÷ s) makes two."""
 SIZED = frozenset({"Resize", "Upsample"})
@@ -86,7 +85,7 @@ def between_levels(
     but twice that of rounding. All tensors have the value's shape and any real dtype; the result is in FP64. None where
     other operators are among ``nodes``.
     """
-    if not all(node.op in _GRIDS for node in nodes) or not any(node.op == "QuantizeLinear" for node in nodes):
+    if not all(node.op in QUANTIZERS for node in nodes) or not any(node.op == "QuantizeLinear" for node in nodes):
         return None
     held = {name: FP64.hold(tensor, exact.device) for name, tensor in given.items()}
     settled, ours = exact.double(), as_tensor(FP64.hold(captured, exact.device)).double().to(exact.device)

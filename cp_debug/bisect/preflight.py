@@ -21,7 +21,7 @@ from cp_debug.bisect.causes.precision import OVERFLOWS
 from cp_debug.bisect.causes.ranges import HALF, SMALLEST, half_figures, where
 from cp_debug.bisect.verdict import RANGE
 from cp_debug.graph.graph import Node
-from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.operators import PRODUCTS, QUANTIZERS
 from cp_debug.graph.randomness import drawing, drawing_note
 from cp_debug.probes.distance import all_finite, relative_l2
 from cp_debug.programs.layers import layer_name
@@ -39,7 +39,6 @@ UNEVEN = 8.0
 """Ratio of the largest to the median channel range from which one INT8 scale is too few."""
 
 PROBLEM, RISK = "problem", "risk"
-QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
 
 @dataclass

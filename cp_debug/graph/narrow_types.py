@@ -9,6 +9,7 @@ from onnx import TensorProto
 
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import QUANTIZING, Graph, Node
+from cp_debug.graph.operators import QUANTIZERS
 
 FP8 = {
     TensorProto.FLOAT8E4M3FN: "FLOAT8E4M3FN",
@@ -115,7 +116,7 @@ def quantizers(graph: Graph) -> Iterator[tuple[Node, int]]:
     """Q/DQ nodes of FP8 and 4-bit types with the element type of their quantized side, as far as the file tells it."""
     constants = {t.name: t.data_type for t in graph.proto.graph.initializer}
     for node in graph.nodes:
-        if node.op.rpartition(".")[2] not in ("QuantizeLinear", "DequantizeLinear"):
+        if node.op.rpartition(".")[2] not in QUANTIZERS:
             continue
         inputs = node.proto.input
         names = [inputs[0]] if "Dequantize" in node.op else [*node.proto.output[:1], *inputs[2:3]]

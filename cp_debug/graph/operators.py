@@ -22,6 +22,8 @@ ACTIVATIONS = frozenset(
      "Sigmoid", "Softplus", "Softsign", "Swish", "Tanh", "ThresholdedRelu")
 )  # fmt: skip
 """Activations that compute element by element."""
+QUANTIZERS = frozenset(("DequantizeLinear", "QuantizeLinear"))
+"""Operators between numbers and levels."""
 GATES = {"LSTM": 4, "GRU": 3}
 """Operator → gates of its weights, which lie one after the other along their rows."""
 CONTRACTIONS = (*PRODUCTS, "Einsum")

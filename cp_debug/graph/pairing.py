@@ -18,7 +18,7 @@ from cp_debug.graph.constants import Constants
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, ValueInfo
 from cp_debug.graph.integer_values import named_levels
-from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.operators import PRODUCTS, QUANTIZERS
 from cp_debug.graph.tensor_ends import part_of
 from cp_debug.safe_text import did_you_mean, some
 from cp_debug.serialize import JsonForm
@@ -271,7 +271,7 @@ def _reads(graph: Graph, value: str) -> tuple[str, set[str]]:
 
 
 def _unquantized(graph: Graph, name: str) -> str:
-    while (maker := graph.producer.get(name)) is not None and maker.op in ("DequantizeLinear", "QuantizeLinear"):
+    while (maker := graph.producer.get(name)) is not None and maker.op in QUANTIZERS:
         name = maker.proto.input[0]
     return name
 

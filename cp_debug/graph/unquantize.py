@@ -10,6 +10,7 @@ import onnx
 
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.operators import QUANTIZERS
 from cp_debug.graph.surgery import save
 
 
@@ -54,7 +55,7 @@ def remove_qdq(graph: Graph, nodes: Collection[str], target: Path) -> Path:
     needed = {v.name for v in graph.outputs}
     remaining: list[onnx.NodeProto] = []
     for node in reversed(graph.nodes):
-        if node.op in ("QuantizeLinear", "DequantizeLinear") and needed.isdisjoint(node.outputs):
+        if node.op in QUANTIZERS and needed.isdisjoint(node.outputs):
             continue
         bypass = pairs[node.name] if node.name in nodes else {}
         proto = onnx.NodeProto()

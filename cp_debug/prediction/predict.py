@@ -28,6 +28,7 @@ from cp_debug.bisect.replayed import EXCESS
 from cp_debug.detection.detection_change import DetectionChange, compare_detections
 from cp_debug.errors import InputError
 from cp_debug.graph.fold_batchnorm import fold_batchnorm
+from cp_debug.graph.operators import QUANTIZERS
 from cp_debug.graph.randomness import refuse_random
 from cp_debug.mixed_precision.emit import Named
 from cp_debug.mixed_precision.goal import Goal
@@ -203,7 +204,7 @@ class _ModelPrediction:
 
     def _take(self, component: str, walked: Walked) -> None:
         group, key = walked.group, Key(component, walked.value)
-        if all(node.op in ("QuantizeLinear", "DequantizeLinear") for node in group.nodes):
+        if all(node.op in QUANTIZERS for node in group.nodes):
             return
         self._least[key] = walked.least.get(walked.value, 0.0)
         assert walked.exact is not None

@@ -9,14 +9,13 @@ import onnx
 
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.operators import VIEWS
+from cp_debug.graph.operators import QUANTIZERS, VIEWS
 from cp_debug.programs.node_differences import ACTIVATIONS, attributes
 
 FEW = 3
 """Elements of a tensor that are changed one by one."""
 _STORED = {onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
 _MOVES = VIEWS | {"Transpose"}
-_QUANTIZERS = {"QuantizeLinear", "DequantizeLinear"}
 _ARITHMETIC = {"Add", "Sub", "Mul", "Div"}
 
 
@@ -32,7 +31,7 @@ def what_is_added(graph: Graph, nodes: Sequence[Node], known: Sequence[Node]) ->
         return None
     if kinds == {"Cast"}:
         return _casts(graph, nodes)
-    if kinds <= _QUANTIZERS:
+    if kinds <= QUANTIZERS:
         return "int8", "QuantizeLinear and DequantizeLinear are added"
     if kinds <= _MOVES:
         return ("transposed", "a Transpose is added") if "Transpose" in kinds else None

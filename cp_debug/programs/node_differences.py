@@ -18,7 +18,7 @@ from onnx import helper
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import ACTIVATIONS as EACH_ELEMENT
-from cp_debug.graph.operators import GATES, MOVERS, PRODUCTS, RECURRENT
+from cp_debug.graph.operators import GATES, MOVERS, PRODUCTS, QUANTIZERS, RECURRENT
 from cp_debug.programs.attribute_meaning import implied, same_axes, says_nothing
 from cp_debug.programs.tensor_change import TensorChange, describe
 
@@ -297,7 +297,7 @@ def role_of_constant(node: Node, place: int) -> str:
         return {1: "weights", 2: "weights", 3: "bias"}.get(place, "")
     if node.op == "BatchNormalization":
         return "statistics" if place > 2 else "parameters"
-    if node.op in ("QuantizeLinear", "DequantizeLinear"):
+    if node.op in QUANTIZERS:
         return {0: "weights", 1: "scale", 2: "zero"}.get(place, "")
     return ""
 

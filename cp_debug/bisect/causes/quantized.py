@@ -10,6 +10,7 @@ from torch import Tensor
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.file_quantization import FileQuantization
+from cp_debug.graph.operators import QUANTIZERS
 from cp_debug.safe_text import some
 
 LEVELS = 256
@@ -20,7 +21,7 @@ _PERCENTILE = "calibrate {layers} again: entropy or a higher percentile"
 def on_a_grid(segment: Segment) -> Iterator[Candidate]:
     """Candidates: the result has at most 256 equally spaced values, so it passed an INT8 quantizer."""
     grid = _grid(segment.test[segment.finite])
-    if grid is None or segment.op in ("QuantizeLinear", "DequantizeLinear"):
+    if grid is None or segment.op in QUANTIZERS:
         return
     step, low, high = grid
     exact = segment.exact

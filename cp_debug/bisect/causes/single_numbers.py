@@ -20,7 +20,7 @@ from cp_debug.bisect.causes.constant_changes import constants_of
 from cp_debug.bisect.causes.schema import EXCHANGED, of_attributes
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
-from cp_debug.graph.operators import PRODUCTS, RECURRENT
+from cp_debug.graph.operators import PRODUCTS, QUANTIZERS, RECURRENT
 from cp_debug.programs.node_differences import argument_of, attributes
 
 FACTORS = (-2.0, -1.0, -0.5, 0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0, 100.0)
@@ -157,7 +157,7 @@ def _scalar(segment: Segment, node: Node, place: int, own: float) -> Number:
         return segment.edited(node, inputs={place: torch.full_like(segment.context.constants[name], number)})
 
     def tell(number: float) -> tuple[str, str, dict[str, Any], str]:
-        called = "int8-scale" if node.op in ("QuantizeLinear", "DequantizeLinear") else "constant-differs"
+        called = "int8-scale" if node.op in QUANTIZERS else "constant-differs"
         what = f"the constant {name} of {node.op}" if argument is None else f"{node.op}: {argument}"
         says = f"{what} is {number:.4g} instead of {own:.4g}"
         evidence = {"constant": name, "value": number, "instead_of": own}
