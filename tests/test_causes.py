@@ -425,8 +425,10 @@ def test_detections_lost_gained_and_moved() -> None:
     assert compare_detections(reference, Boxes([], [], [])).lost == 3
 
 
-@pytest.mark.parametrize(("value", "guilty"), [(16.0, "sum"), (1e3, "square")])
-def test_a_number_beyond_fp16_is_an_overflow_and_no_other_operator(tmp_path: Path, value: float, guilty: str) -> None:
+@pytest.mark.parametrize(("value", "guilty"), [(16.0, ["sum"]), (1e3, ["square"])])
+def test_a_number_beyond_fp16_is_an_overflow_and_no_other_operator(
+    tmp_path: Path, value: float, guilty: list[str]
+) -> None:
     """One Inf looks like any other: as that of an Exp, or of a factor. FP16, which is declared, is reason enough."""
     net = NetBuilder()
     axes = net.weight(np.array([1]), "axes")
@@ -434,6 +436,6 @@ def test_a_number_beyond_fp16_is_an_overflow_and_no_other_operator(tmp_path: Pat
     path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 512])}, ["y"])
     np.savez(tmp_path / "x.npz", x=np.full((1, 512), value, np.float32))
     test = bisect(str(path), "ort,emu-fp16", options=Options(inputs=tmp_path / "x.npz")).tests[0]
-    assert test.guilty[0].onnx == guilty
+    assert [row.onnx for row in test.guilty] == guilty
     assert test.findings[0].cause == "fp16-overflow"
     assert "one_of" not in test.findings[0].evidence

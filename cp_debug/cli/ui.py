@@ -18,6 +18,7 @@ def ui(
 
     from cp_debug.cli.console import console
     from cp_debug.errors import InputError, Terminated
+    from cp_debug.safe_text import no_command, visible
 
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
@@ -25,7 +26,9 @@ def ui(
 
     with ResultServer(folder, port) as server:
         try:
-            console.print(f"{server.url} shows {folder}; Ctrl-C ends it", soft_wrap=True)
+            # Written here and not by rich, which prints a line again that Ctrl-C interrupts.
+            console.file.write(no_command(visible(f"{server.url} shows {folder}; Ctrl-C ends it")) + "\n")
+            console.file.flush()
             if browser:
                 webbrowser.open(server.url)
             server.serve_forever(poll_interval=0.2)
