@@ -7,12 +7,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from nets import NetBuilder
+from onnx import helper
 from test_cli import run
 
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect import kept
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.kept import KeepTrials
@@ -104,7 +107,25 @@ def test_many_layers_add_up_and_those_that_make_most_come_first(tmp_path: Path) 
     assert finding.says.startswith(says)
     shares = {row.name: row.share or 0.0 for row in test.rows}
     assert finding.layers == sorted(finding.layers, key=lambda name: -shares[name])
-    assert finding.evidence["after"] <= 0.5 * finding.evidence["before"]
+    assert finding.fix.startswith("no fix found")  # but for all of it in FP32
+    assert "keep_fp32" not in finding.evidence
+
+
+def test_a_set_names_no_constants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """− 1000 behind + 1000, with the constants in nodes without names; no trial is left to take any out."""
+    monkeypatch.setattr(kept, "TRIALS", 3)
+    path = offset(tmp_path)
+    model = onnx.load(path)
+    constants = [helper.make_node("Constant", [], [t.name], value=t) for t in model.graph.initializer]
+    nodes = [*constants, *model.graph.node]
+    del model.graph.initializer[:], model.graph.node[:]
+    model.graph.node.extend(nodes)  # without names
+    onnx.save(model, path)
+    _, finding = found(path)
+    assert not [name for name in finding.evidence["keep_fp32"] if name.startswith("Constant")]
+    assert max(row.stats.rel_l2 for row in followed(path, finding).outputs) == pytest.approx(
+        finding.evidence["after"], rel=1e-3
+    )
 
 
 def test_a_layer_that_is_kept_in_fp32_is_not_accused_of_fp16(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.remainder import apart
 from cp_debug.graph.declared import narrow_values
-from cp_debug.graph.operators import ALL_MOVERS
+from cp_debug.graph.operators import ALL_MOVERS, MOVING
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.walk import tensors_as_arrays, walk
 from cp_debug.recipes.base import Arrays, Component, Sample
@@ -28,6 +28,8 @@ ENOUGH = 0.1
 """Part of the divergence that may be left for a set to grow no further."""
 HELPS = 0.5
 """Part of the divergence that may be left for a set to be told."""
+WIDEST = 0.5
+"""Part of all nodes that compute up to which a set grows: with more of them, the network is as good as in FP32."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,15 @@ class KeepTrials:
         """
         before = self._error(frozenset())
         enough = ENOUGH * before if math.isfinite(before) else self._precision.rtol
-        kept = best = frozenset(first)
+        nodes = {(c, node.name): node.op for c, graph in self._graphs.items() for node in graph.nodes}
+        computing = {name for name, op in nodes.items() if op not in MOVING}
+        kept = best = frozenset(name for name in first if nodes[name] != "Constant")  # who reads one, rounds it
         while len(self._errors) < TRIALS:
             if self._error(kept) < self._error(best):
                 best = kept
             grown = kept | self._around(kept)
-            if self._error(best) <= enough or grown == kept:
+            too_wide = len(grown & computing) > WIDEST * len(computing) and len(grown) > MOST
+            if self._error(best) <= enough or grown == kept or too_wide:
                 break
             kept = grown
         if not self._error(best) <= HELPS * before or math.isinf(self._error(best)):
@@ -85,8 +90,7 @@ class KeepTrials:
                 break
             if self._error(best - {name}) <= most:
                 best -= {name}
-        ordered = [(c, n.name) for c, graph in self._graphs.items() for n in graph.nodes if (c, n.name) in best]
-        return TriedSet(tuple(ordered), self._error(best), before, len(self._errors))
+        return TriedSet(tuple(name for name in nodes if name in best), self._error(best), before, len(self._errors))
 
     def names(self, nodes: Sequence[Name]) -> list[str]:
         """The nodes as ``--keep-fp32`` takes them: a module's layers by their paths, others by the node's name, with

@@ -12,6 +12,7 @@ from cp_debug.bisect.causes.precision import PROMOTED
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.causes.where import locate
 from cp_debug.bisect.finding import Effect, Finding
+from cp_debug.bisect.kept import MOST as NAMED
 from cp_debug.bisect.kept import KeepTrials, in_words
 from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.errors import InputError
@@ -24,7 +25,13 @@ MOST = 0.8
 NOTICED = 0.01
 """Share from which a layer is named after the first."""
 FEW = 3, 0.2
-"""At most so many layers, or such a part of all that round, are few."""
+"""At most so many layers, or such a part of all that round, are few: never more than a line can name."""
+MUCH = 0.2
+"""Share from which one of many layers contributes much."""
+NAMED_FIRST = 3
+"""Layers that are named where it adds up over many."""
+CANCELS = 1.5
+"""Sum of the magnitudes of all shares from which errors cancel each other."""
 ENLARGES = 3.0
 """Amplification from which the layer that enlarges an error is named."""
 TRIED = 8
@@ -75,7 +82,7 @@ def declared(
         return
     rounds.sort(key=lambda item: (item[1].share or 0.0, item[1].replay.introduced), reverse=True)  # type: ignore[union-attr]
     first = _first(rounds)
-    few = bool(first) and len(first) <= max(FEW[0], FEW[1] * len(rounds))
+    few = bool(first) and len(first) <= min(NAMED, max(FEW[0], FEW[1] * len(rounds)))
     told = first if few else rounds
     segments = [segment(key, row) for key, row in told[:TRIED]]
     explained = fmean(part.explained(part.claimed)[0] for part in segments)
@@ -88,7 +95,11 @@ def declared(
     if few:
         says = _where_from(run, rows, first, segments[0])
     elif rounds[0][1].share:
-        says += f"; none contributes much, {rounds[0][1].name} most with {rounds[0][1].share:.0%}"
+        most = ", ".join(f"{row.name} ({row.share:.0%})" for _, row in rounds[:NAMED_FIRST] if row.share)
+        cancels = sum(abs(row.share or 0.0) for _, row in rounds) > CANCELS
+        much = (rounds[0][1].share or 0.0) >= MUCH
+        says += f"; most comes from {most}" if much else f"; none contributes much, {most} most"
+        says += ", and errors of other layers cancel much of it" * cancels
     fix = "accept it, or compute in FP32: " + PROMOTED[claim] if claim == "tf32" else ""
     if trials is not None:
         fix, figures = kept(trials, [row for _, row in first or rounds])
