@@ -11,6 +11,7 @@ import pytest
 from faults import edits
 from faults.edits import Editor
 from nets import NetBuilder
+from onnx import helper
 
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import TestResult
@@ -93,6 +94,37 @@ def test_an_end_in_infinity_has_no_shares(tmp_path: Path) -> None:
     net.op("Exp", times(net, "x", 40, "m"), name="y")
     path = net.save(tmp_path / "exp.onnx", {"x": (1, [1, 32])}, ["y"])
     assert shares(compared(path, {"m": 0.5})) == {"m": None, "y": None}
+
+
+def test_where_infinity_is_born_that_ends_in_numbers_the_share_is_carried(tmp_path: Path) -> None:
+    """The sum of squares is beyond FP16, and x ÷ Inf is 0 in the end: a norm of 16 rows of hundreds."""
+    net = NetBuilder()
+    squares = net.op("ReduceSum", net.op("Mul", "x", "x", name="square"), net.weight(np.array([1])), name="sum")
+    net.op("Div", "x", net.op("Sqrt", squares, name="root"), name="y")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 32])}, ["y"])
+    np.savez(tmp_path / "x.npz", x=100 * X)
+    (test,) = bisect(str(path), "ort,emu-fp16", options=Options(inputs=tmp_path / "x.npz")).tests
+    assert [row.onnx for row in test.guilty] == ["sum"]
+    assert shares(test) == {"sum": pytest.approx(1.0, rel=1e-3)}
+    assert test.attribution is not None
+    assert test.attribution.carried == ["node_sum"]
+    assert test.attribution.remainder == pytest.approx(0.0, abs=1e-2)
+    assert not [note for note in test.notes if "add up" in note]
+
+
+def test_shares_reach_back_through_levels_whose_scale_is_computed(tmp_path: Path) -> None:
+    """Dynamic quantization, of a scale that other numbers set."""
+    net = NetBuilder()
+    front = net.op("Concat", times(net, "x", 0.5, "front"), times(net, "x", 2, "large"), axis=1)
+    net.nodes.append(helper.make_node("DynamicQuantizeLinear", [front], ["q", "scale", "zero"], "quantize"))
+    net.op(
+        "Slice",
+        net.op("DequantizeLinear", "q", "scale", "zero"),
+        *map(net.weight, np.array([[0], [32], [1]])),
+        name="y",
+    )
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 32])}, ["y"])
+    assert shares(compared(path, {"front": 0.3})) == {"front": pytest.approx(1.0, abs=0.05)}
 
 
 def test_every_layer_has_a_share_and_they_add_up(tmp_path: Path) -> None:

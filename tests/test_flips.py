@@ -33,8 +33,23 @@ def test_a_number_that_fp16_does_not_hold_is_told(tmp_path: Path, op: str, offse
     (note,) = [note for note in test.notes if "flip" in note and note.startswith("node_place")]
     assert note == (
         f"node_place ({op}): 1 of 4 results flip, first at [0, 1], where node_shifted (Add) is {told}; "
-        "node_shifted (Add) rounded it in FP16"
+        "node_shifted (Add) rounded it in FP16" + "; for that reason node_y differs, too" * (op == "Cast")
     )
+
+
+def test_what_flips_for_one_rounding_is_told_once_and_no_list_is_long(tmp_path: Path) -> None:
+    net = NetBuilder()
+    indices = []
+    for i in range(10):  # each sum is rounded by itself, and cast and moved
+        shifted = net.op("Add", "x", net.weight(np.array(2048 + 2 * i, np.float32)), name=f"shifted{i}")
+        index = net.op("Cast", shifted, name=f"place{i}", to=7)
+        indices += [index, net.op("Transpose", index, name=f"moved{i}")]
+    net.op("Concat", *indices, name="y", axis=0)
+    test = compared(net, tmp_path, "y", np.array([[1.0]], np.float32))
+    notes = [note for note in test.notes if "flip" in note]
+    assert [note.partition(" ")[0] for note in notes] == [*(f"node_place{i}" for i in range(8)), "2"]
+    assert notes[1].endswith("rounded it in FP16; for that reason node_moved1 differs, too")
+    assert notes[-1] == "2 more roundings make whole numbers flip"
 
 
 def test_the_rounding_is_named_that_did_it_however_far_in_front(tmp_path: Path) -> None:

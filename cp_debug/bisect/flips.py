@@ -18,10 +18,14 @@ from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.held import CapturedRun
 from cp_debug.probes.integers import is_whole
 from cp_debug.programs.pipeline import Key
-from cp_debug.safe_text import in_digits
+from cp_debug.safe_text import amount, in_digits, some
 
 ROUNDING = {"Ceil", "Floor", "Round", "Sign", "Trunc"}
 """Operators whose results are whole numbers held as floats."""
+EVENTS = 8
+"""Events that are told."""
+MOST = 3
+"""Layers that are named behind one event."""
 ITS_OWN = 0.5
 """Part of a value's divergence from which its layer's own rounding has made it."""
 
@@ -33,11 +37,13 @@ def flips(
     test: CapturedRun,
     tied: Mapping[Key, str],
 ) -> Iterator[str]:
-    """A sentence for each layer whose whole numbers flip though it does what it must: how many, and what made it.
+    """A sentence for each layer whose rounding makes whole numbers flip, though all do what they must: how many of the
+    first layer that flips, and which layers do.
 
     ``tied``: layers where ties are broken differently, with the words for it: what flips behind one is told with it.
     """
     behind: dict[Key, list[str]] = {key: [] for key in tied}
+    told: dict[Key, str] = {}
     for key, row in rows.items():
         if key in tied or row.verdict != INHERITED or row.kind != "data" or row.replay is None:
             continue
@@ -53,9 +59,10 @@ def flips(
         if not len(places) or front is None:
             continue
         made_by = _maker(graph, known, rows, front, tied)
-        if made_by in tied:
+        if made_by in behind:
             behind[made_by].append(row.name)
             continue
+        behind[made_by] = []
         says = f"{row.name} ({row.op}): {len(places)} of {ours.size} results flip, first at {places[0].tolist()}"
         value, near = rows[front], Key(front.component, front.value)
         pair = [as_numpy(c.load(near.value, component=near.component)) for c in (reference, test)]
@@ -64,10 +71,14 @@ def flips(
             says += f", where {value.name} ({value.op}) is {in_digits(rounded)} for {in_digits(exact)}"
         maker = rows[made_by]
         precision = ((maker.replay and maker.replay.precision) or run.precision.name).upper()
-        yield f"{says}; {maker.name} ({maker.op}) rounded it in {precision}"
-    for key, says in tied.items():
-        more = f"; for that reason {', '.join(names)} differ, too" if (names := behind[key]) else ""
-        yield f"{rows[key].name} ({rows[key].op}): {says}{more}"
+        told[made_by] = f"{says}; {maker.name} ({maker.op}) rounded it in {precision}"
+    told |= {key: f"{rows[key].name} ({rows[key].op}): {says}" for key, says in tied.items()}
+    more = len(told) - EVENTS
+    for key, says in [*told.items()][:EVENTS]:
+        verb = "differ" if len(behind[key]) > 1 else "differs"
+        yield says + (f"; for that reason {some(behind[key], MOST)} {verb}, too" if behind[key] else "")
+    if more > 0:
+        yield f"{amount(more, 'more rounding')} {'makes' if more == 1 else 'make'} whole numbers flip"
 
 
 def _front(graph: Graph, known: set[str], rows: Mapping[Key, LayerRow], key: Key) -> Key | None:

@@ -10,7 +10,7 @@ are carried forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -37,17 +37,17 @@ def set_shares(shares: Shares, rows: Mapping[Key, LayerRow]) -> Attribution | No
     """Give every replayed row of the test its share of the final divergence.
 
     None where the final outputs have no finite difference, or end in NaN or Inf in the test alone. Where the reference
-    is at fault, and where NaN and Inf are born, no row has a share: what that does to the end is no number.
+    is at fault, no row has a share. Where NaN or Inf is born that ends in numbers (1 ÷ Inf is 0), no derivative says
+    what it does: it is carried to the end, of the first such layers.
     """
     if not shares.differs or shares.ends_in_infinity:
         return None
-    told = shares.attribution(
-        {key: row.name for key, row in rows.items()}, asks=not all(r.within for r in rows.values())
-    )
-    for key, row in rows.items():
-        is_number = row.replay is not None and row.replay.introduced is not None and not row.replay.new_nonfinite
-        if is_number and row.side == "test":
-            row.share = shares.of_layers.get(key, 0.0)
+    own = {k: r.replay for k, r in rows.items() if r.side == "test" and r.replay and r.replay.introduced is not None}
+    born = [key for key, replay in own.items() if replay.new_nonfinite]
+    names = {key: row.name for key, row in rows.items()}
+    told = shares.attribution(names, born[:CARRIED], asks=not all(r.within for r in rows.values()))
+    for key in own.keys() - set(born[CARRIED:]):
+        rows[key].share = shares.of_layers.get(key, 0.0)
     return told
 
 
@@ -97,28 +97,34 @@ class Shares:
         test = loader(self._test, component.name)
         return Backward(of.graph, of.known, test, of.oracle, of.follower, of.errors)
 
-    def attribution(self, names: Mapping[Key, str], *, asks: bool = True) -> Attribution:
+    def attribution(self, names: Mapping[Key, str], born: Sequence[Key] = (), *, asks: bool = True) -> Attribution:
         """The sum of all shares, and what of the divergence they leave. ``names``: value → its layer's name.
 
-        Where they leave more than ``NOT_LINEAR``, the reference's own share is computed, and the layers with the
-        largest shares are carried forward, until it fits; unless nobody ``asks``, as all is within the tolerance.
+        The layers ``born`` are carried forward. Where the rest leaves more than ``NOT_LINEAR``, the reference's own
+        share is computed, and the layers with the largest shares are carried forward, until it fits; unless nobody
+        ``asks``, as all is within the tolerance.
         """
-        told = Attribution(sum(self.of_layers.values()))
+        for key in born:
+            self._carry(key, names)
+        told = Attribution(sum(self.of_layers.values()), carried=[names.get(key, key.value) for key in born])
         if not asks or abs(1 - told.layers) <= NOT_LINEAR:
             return told
         told.reference = self._of_reference()
-        for key in sorted(self.of_layers, key=lambda key: -abs(self.of_layers[key]))[:CARRIED]:
+        linear = sorted(self.of_layers.keys() - set(born), key=lambda key: -abs(self.of_layers[key]))
+        for key in linear[:CARRIED]:
             if abs(told.remainder) <= NOT_LINEAR:
                 break
-            try:
-                self.of_layers[key] = self.share(key)
-            except InputError as error:
-                self.notes.append(
-                    f"{names.get(key, key.value)}: its share is a first-order estimate: {in_one_line(error)}"
-                )
+            self._carry(key, names)
             told.carried.append(names.get(key, key.value))
             told.layers = sum(self.of_layers.values())
         return told
+
+    def _carry(self, key: Key, names: Mapping[Key, str]) -> None:
+        try:
+            self.of_layers[key] = self.share(key)
+        except InputError as error:
+            name = names.get(key, key.value)
+            self.notes.append(f"{name}: its share is a first-order estimate: {in_one_line(error)}")
 
     def share(self, key: Key) -> float:
         """⟨D, Δ⟩ ÷ ‖D‖² with Δ the change that the layer's introduced error makes of the outputs, carried to the end.

@@ -73,9 +73,9 @@ def dynamic_quantize_linear(call: Call, x: Tensor) -> list[Tensor]:
     low, high = single.min().clamp(max=0), single.max().clamp(min=0)
     scale = (high - low) / 255
     scale = torch.where(scale > 0, scale, 1.0)
-    zero = torch.round(-low / scale).clamp(0, 255)
-    levels = (torch.round(single / scale) + zero).clamp(0, 255)
-    return [levels.to(torch.uint8), scale.to(x.dtype), zero.to(torch.uint8)]
+    zero = torch.round(-low / scale).clamp(0, 255).detach()  # who reads levels takes it off again
+    levels = (_rounded(single / scale) + zero).clamp(0, 255)
+    return [_stored(levels, torch.uint8), scale.to(x.dtype), zero.to(torch.uint8)]
 
 
 @kernel("MatMulInteger", rounds=False, exact=True)

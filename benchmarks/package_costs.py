@@ -1,0 +1,242 @@
+"""Where FP16, BF16 and INT8 cost most in networks that packages ship: shares and printed fixes against brute force.
+
+Nobody of this project wrote or changed these networks; their trouble is their own. Each is bisected in FP16, in BF16,
+in INT8 by cpdebug's calibration, and as ONNX Runtime's ``quantize_static`` writes it. Which layer makes most is known
+by brute force: the error that each layer introduced is added to the FP32 run by itself, and what is behind it is
+computed again. Then every fix that ``bisect`` prints is followed. Networks are split by name: limits are chosen on one
+half (``tuning``) and judged on the other.
+
+    make wild-env && python benchmarks/package_costs.py --packages .wild-env/lib/python3.*/site-packages
+    python benchmarks/package_costs.py --zoo FOLDER --only magika        # networks that were written before
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.version_converter
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from wild.networks import SHIPPED, SHIPPED_BESIDE, half, write_shipped
+from wild.variants import _static
+
+from cp_debug.backends.arithmetic import FP32
+from cp_debug.backends.executor import Executor
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.result import TestResult
+from cp_debug.errors import CpdebugError, InputError
+from cp_debug.graph.downstream import downstream
+from cp_debug.graph.graph import Graph
+from cp_debug.probes.capture import Capture
+from cp_debug.quantization.quantized_programs import Calibration
+
+Inputs = dict[str, np.ndarray]
+LINEAR = 0.1
+"""Divergence below which a network counts as nearly linear."""
+CLOSE = 0.8
+"""Part of the largest effect from which a layer counts as one that makes most."""
+LEFT_OUT = frozenset(
+    {"silero", "silero-sequence", "silero-half", "silero-openvino", "light-squeezenet", "light-shufflenet"}
+    | {"light-inception", "basic-pitch", "ddddocr-det"}
+)
+"""Networks that are others' twins, hold FP16, have random weights, or take minutes."""
+
+
+def file(**options: Any) -> Callable[[Path, Path, Inputs], None]:
+    """A way to write a file in INT8 with ``quantize_static`` and these options."""
+
+    def write(source: Path, target: Path, sample: Inputs) -> None:
+        model = onnx.load(source)
+        if max(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")) < 13:  # scales by channel need it
+            model = onnx.version_converter.convert_version(model, 13)
+            source = target.with_suffix(".opset13")
+            onnx.save(model, source)
+        _static(source, target, sample, **options)
+
+    return write
+
+
+def files() -> dict[str, Callable[[Path, Path, Inputs], None]]:
+    """The ways of ``quantize_static``: by tensor, by channel, symmetric, clipped by percentile and by entropy."""
+    from onnxruntime.quantization import CalibrationMethod, QuantType
+
+    symmetric = {"ActivationSymmetric": True, "WeightSymmetric": True}
+    channels = {"per_channel": True, "activation_type": QuantType.QUInt8}
+    return {
+        "static-tensor": file(),
+        "static-channel": file(**channels),
+        "static-symmetric": file(per_channel=True, extra_options=symmetric),
+        "static-percentile": file(**channels, calibrate_method=CalibrationMethod.Percentile),
+        "static-entropy": file(**channels, calibrate_method=CalibrationMethod.Entropy),
+    }
+
+
+BACKENDS = {
+    "fp16": "emu-fp16",
+    "bf16": "emu-bf16",
+    "int8-mse": "emu-int8",
+    "int8-max": "ort-int8",
+    "int8-percentile": "emu-int8",
+    "int8-entropy": "ort-int8",
+}
+WAYS = (*BACKENDS, "static-tensor", "static-channel", "static-symmetric", "static-percentile", "static-entropy")
+
+
+def effects(graph: Graph, inputs: Inputs, test: Capture, layers: Collection[str]) -> dict[str, float]:
+    """Value → relative L2 change of the outputs by the error that was introduced there alone, everything else in FP32.
+
+    ``test``: captured values by the names of ``graph``. An error is the captured value less what the nodes in front of
+    it make of the captured values in front of them. Each output is scaled by its norm.
+    """
+    executor, exact = Executor(graph, FP32), {name: torch.from_numpy(array) for name, array in inputs.items()}
+    executor.run(inputs, exact.__setitem__)
+    component = next(iter({entry.component for entry in test.entries}))
+    seen = {name: torch.from_numpy(test.load(name, component=component)) for name in layers}
+    given = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    outputs = [v.name for v in graph.outputs if v.name in graph.producer and exact[v.name].is_floating_point()]
+    found: dict[str, float] = {}
+    for name, value in seen.items():
+        if not value.is_floating_point() or value.shape != exact[name].shape:
+            continue
+        nodes, starts = graph.segment([name], seen)
+        error = value - executor.run_nodes(nodes, {s: {**given, **seen}[s] for s in starts}, [name])[name]
+        behind = {*downstream(graph.nodes, [name])}
+        wanted = [output for output in outputs if output in behind]
+        changed = {**exact, name: exact[name] + error}
+        nodes, starts = graph.segment(wanted, exact.keys() - behind) if wanted else ([], [])
+        changed |= executor.run_nodes(nodes, {s: changed[s] for s in starts}, wanted) if wanted else {}
+        squares = [
+            float((changed[o] - exact[o]).double().square().sum() / (exact[o].double().square().sum() + 1e-300))
+            for o in outputs
+        ]
+        found[name] = sum(squares) ** 0.5
+    return found
+
+
+def followed(path: Path, way: str, options: Options, evidence: dict[str, Any]) -> float | None:
+    """Divergence of the worst output when a printed set is kept in FP32."""
+    backend: Any = create(BackendSpec.parse(BACKENDS[way]))
+    sides = [create(BackendSpec.parse("ort")), backend.keeping(evidence["keep_fp32"])]
+    (after,) = bisect(str(path), sides, options=options).tests
+    return max(output.stats.rel_l2 for output in after.outputs)
+
+
+def judge(path: Path, way: str, folder: Path) -> dict[str, Any]:
+    """What is said of one network in one way, beside the truth, and what following it gives."""
+    saved, started = folder / "captures", time.perf_counter()
+    inputs = dict(np.load(path.with_suffix(".npz")))
+    method = way.partition("-")[2] if way.startswith("int8-") else "mse"
+    options = Options(inputs=path.with_suffix(".npz"), calibration=Calibration(method=method))
+    kept = Options(inputs=options.inputs, calibration=options.calibration, save=saved)
+    if way in BACKENDS:
+        (test,) = bisect(str(path), f"ort,{BACKENDS[way]}", options=kept).tests
+    else:
+        target = folder / f"{path.stem}.{way}.onnx"
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                files()[way](path, target, inputs)
+            except Exception as error:  # the quantizer's own
+                raise InputError(f"quantize_static: {type(error).__name__}: {error}") from error
+        (test,) = bisect(str(path), "ort,ort", test_model=target, options=kept).tests
+    seconds = time.perf_counter() - started
+    (capture,) = (p.parent for p in saved.glob("sample-0/*/manifest.json") if p.parent.name != "ort")
+    found = told(test) | {"network": path.stem, "half": half(path.stem), "way": way, "seconds": round(seconds, 1)}
+    graph = Graph(path)
+    rows = {row.onnx: row for row in test.rows if row.onnx in graph.producer}
+    made = effects(graph, inputs, Capture.open(capture), rows)
+    best = max(made, key=made.__getitem__)
+    found |= {"most": rows[best].name, "most_effect": made[best], "named_effect": None, "right": None}
+    largest = sorted(made, key=made.__getitem__, reverse=True)[:5]
+    largest += sorted(made, key=lambda value: -abs(rows[value].share or 0.0))[:5]
+    found["largest"] = {rows[value].name: (made[value], rows[value].share) for value in largest}
+    if (name := found["named"]) is not None:
+        effect = next((made[value] for value, row in rows.items() if row.name == name and value in made), 0.0)
+        found |= {"named_effect": effect, "right": effect >= CLOSE * made[best]}
+    for finding in test.findings:
+        if "keep_fp32" in finding.evidence:
+            found |= {"promised": finding.evidence["after"], "followed": followed(path, way, options, finding.evidence)}
+    return found
+
+
+def told(test: TestResult) -> dict[str, Any]:
+    """What a bisect says of one test."""
+    ranked = sorted((row for row in test.rows if row.share), key=lambda row: -(row.share or 0.0))
+    costs = [f for f in test.findings if f.cause in ("int8", "fp16", "bf16")]
+    return {
+        "divergence": max(output.stats.rel_l2 for output in test.outputs),
+        "verdict": test.verdict if hasattr(test, "verdict") else None,
+        "guilty": [row.name for row in test.guilty],
+        "named": next((f.layers[0] for f in test.findings if f.layers), ranked[0].name if ranked else None),
+        "sum": test.attribution and test.attribution.layers + (test.attribution.reference or 0.0),
+        "carried": len(test.attribution.carried) if test.attribution else 0,
+        "line": bool(costs),
+        "says": [finding.headline for finding in test.findings],
+        "fix": [finding.fix for finding in test.findings],
+    }
+
+
+def in_a_line(case: dict[str, Any]) -> str:
+    """``✓ centerface fp16: 0.003, 536 0.002 (most: 536 0.002), sum 1.010``."""
+    mark = {True: "✓", False: "✗", None: "·"}[case["right"]]
+    total = "no sum" if case["sum"] is None else f"sum {case['sum']:.3f}"
+    kept = f"; kept {case['promised']:.2g}, {case['followed']:.2g} followed" if "followed" in case else ""
+    named = f"{case['named']} {case['named_effect'] or 0:.2g} (most: {case['most']} {case['most_effect']:.2g})"
+    return f"{mark} {case['network']} {case['way']}: {case['divergence']:.2g}, {named}, {total}{kept}"
+
+
+def main() -> None:
+    """Judge all networks and print what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zoo", type=Path, help="folder for the networks; kept")
+    parser.add_argument("--packages", type=Path, nargs="+", default=[], help="site-packages that ship networks")
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
+    parser.add_argument("--only", default="", help="networks whose name holds this")
+    parser.add_argument("--json", type=Path, help="write what was found here")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        zoo = options.zoo or Path(scratch) / "zoo"
+        packages = [*options.packages, Path(onnx.__file__).parents[1]]
+        for name, error in write_shipped(zoo, packages, SHIPPED | SHIPPED_BESIDE) if options.packages else ():
+            print(f"- {name}: {error}" if error else f"+ {name}")
+        for path in sorted(zoo.glob("*.onnx")):
+            if path.stem in LEFT_OUT or options.only not in path.stem or path.stem.count(".") > 1:
+                continue
+            ways = (
+                options.ways if Graph(path).precision == "fp32" else [w for w in options.ways if w in ("fp16", "bf16")]
+            )
+            for way in ways:
+                with tempfile.TemporaryDirectory(dir=scratch) as folder:
+                    try:
+                        found.append(judge(path, way, Path(folder)))
+                    except (CpdebugError, RuntimeError, ValueError) as error:
+                        why = str(error).splitlines()[0][:200]
+                        print(f"- {path.stem} {way}: {type(error).__name__}: {why}", flush=True)
+                        continue
+                print(in_a_line(found[-1]), flush=True)
+                if options.json:
+                    options.json.write_text(json.dumps(found, indent=0))
+
+
+if __name__ == "__main__":
+    main()
