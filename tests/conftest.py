@@ -79,6 +79,8 @@ def _seed() -> None:
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
+    if "draws" in sys.modules:
+        sys.modules["draws"].begin()
     if "torch" in sys.modules:
         # ``manual_seed`` also keeps a traceback for each device that was not used yet: 2 % of all tests' time.
         torch = sys.modules["torch"]

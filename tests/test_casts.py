@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from draws import RNG
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -15,8 +16,6 @@ from onnx import TensorProto, helper, numpy_helper
 from cp_debug.errors import InputError
 from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.graph import Graph
-
-RNG = np.random.default_rng(0)
 
 
 def weight(name: str, *shape: int) -> onnx.TensorProto:

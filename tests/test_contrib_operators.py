@@ -12,6 +12,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from draws import RNG, begin
 from onnx import TensorProto, helper
 
 from cp_debug.backends.arithmetic import FP16, FP32, FP64, TF32
@@ -20,7 +21,6 @@ from cp_debug.backends.rounding import round_tf32
 from cp_debug.graph.graph import Graph
 from cp_debug.reports.environment import int8_sums_saturate
 
-RNG = np.random.default_rng(0)
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -350,15 +350,14 @@ def test_quantized_products(tmp_path: Path) -> None:
     check(tmp_path / "net.onnx", MS + "QGemm", list(gemm), gemm, levels=1)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
     ("directions", "by_channel", "lengths"), [(1, False, False), (2, True, False), (1, True, True), (2, False, True)]
 )
-def test_dynamic_quantized_lstm(
-    tmp_path: Path, directions: int, by_channel: bool, lengths: bool, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dynamic_quantized_lstm(tmp_path: Path, directions: int, by_channel: bool, lengths: bool, seed: int) -> None:
     """Steps behind the end of the sequence are not quantized with the others; sums may saturate on this processor."""
-    monkeypatch.setattr("test_contrib_operators.RNG", np.random.default_rng(seed))
+    begin(seed)
     size, given, steps = 5, 7, 6
     grid = (directions, 4 * size) if by_channel else (directions,)
     arrays = {

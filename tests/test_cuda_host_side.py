@@ -68,6 +68,7 @@ def use(library: Library, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=11))
+        patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 11, raising=False)
         patch.setattr(torch.cuda, "get_device_capability", lambda index: (9, index))
         for cache in caches:
             cache.cache_clear()

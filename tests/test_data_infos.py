@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from draws import RNG
 
 from cp_debug.errors import InputError
 from cp_debug.recipes.data.base import DataOptions, DataSet, Truth
@@ -17,7 +18,6 @@ from cp_debug.recipes.data.unpickle import load_plain_pickle
 
 FEATURES = ("x", "y", "z", "intensity", "dt")
 CLASSES = ("car", "pedestrian")
-RNG = np.random.default_rng(0)
 
 
 def cloud(count: int, columns: int = 5) -> np.ndarray:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import ast
-import functools
 from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 TESTS = Path(__file__).parent
 CLOCK = {"time.sleep", "time.monotonic", "time.perf_counter", "time.process_time", "threading.Timer"}
@@ -74,22 +71,26 @@ def _arguments(node: ast.AST) -> set[str]:
 FILES = sorted(path for path in TESTS.rglob("*.py") if path.name != "states.py" and "mutation" not in path.parts)
 
 
-@functools.cache
-def read(path: Path) -> tuple[set[str], list[str], list[tuple[str, str]]]:
-    """What a file uses, the calls in it that limit a process, and the tests that lack the mark."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    names = imported(tree)
-    limits = [ast.unparse(call.func) for call in ast.walk(tree) if isinstance(call, ast.Call) and _limited(call)]
-    return set(calls(tree, names)), limits, list(unmarked(tree, names, path.name))
+def trees() -> Iterator[tuple[Path, ast.Module]]:
+    """Every file of the tests, as Python reads it."""
+    for path in FILES:
+        yield path, ast.parse(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_no_test_asks_the_clock(path: Path) -> None:
-    used, limits, _ = read(path)
-    if "fuzz" not in path.parts and path.name != "sweep_tasks.py":  # hangs are seen by it; tasks that take a while
-        assert not used & CLOCK
-    if path.name.startswith("test_"):
-        assert not limits, "pytest-timeout ends what hangs"
+def test_no_test_asks_the_clock_or_lacks_its_mark() -> None:
+    asks, limits, lacks = [], [], []
+    for path, tree in trees():
+        names = imported(tree)
+        if "fuzz" not in path.parts and path.name != "sweep_tasks.py":  # hangs are seen by it; tasks that take a while
+            asks += [(path.name, used) for used in set(calls(tree, names)) & CLOCK]
+        if path.name.startswith("test_"):
+            limits += [
+                (path.name, node.lineno) for node in ast.walk(tree) if isinstance(node, ast.Call) and _limited(node)
+            ]
+            lacks += [(path.name, *what) for what in unmarked(tree, names, path.name)]
+    assert not asks
+    assert not limits, "pytest-timeout ends what hangs"
+    assert not lacks
 
 
 def _limited(call: ast.Call) -> bool:
@@ -98,6 +99,22 @@ def _limited(call: ast.Call) -> bool:
     return any(word.arg == "timeout" for word in call.keywords) and ast.unparse(call.func).endswith(runs)
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if f.name.startswith("test_")], ids=lambda path: path.stem)
-def test_what_needs_other_processes_is_marked(path: Path) -> None:
-    assert not read(path)[2]
+def test_no_test_draws_from_a_generator_of_its_file() -> None:
+    """What it draws would depend on the tests before it; ``draws.RNG`` begins anew with each test."""
+    shared = []
+    for path, tree in trees():
+        made = {
+            target.id
+            for line in tree.body
+            if isinstance(line, ast.Assign)
+            and isinstance(line.value, ast.Call)
+            and ast.unparse(line.value.func).endswith("default_rng")
+            for target in line.targets
+            if isinstance(target, ast.Name)
+        }
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        for function in functions if path.name != "draws.py" else []:
+            shared += [
+                (path.name, function.name, name) for name in made & set(calls(ast.Module(function.body, []), {}))
+            ]
+    assert not shared

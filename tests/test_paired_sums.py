@@ -15,6 +15,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from draws import RNG
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 from test_file_quantization import Reader, parent
@@ -32,7 +33,6 @@ from cp_debug.bisect.result import BisectResult
 from cp_debug.graph.graph import Graph
 from cp_debug.reports.environment import int8_sums_saturate
 
-RNG = np.random.default_rng(0)
 MS = "com.microsoft"
 
 

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from draws import RNG
 from onnx import numpy_helper, parser
 
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import GUILTY, INHERITED
 from cp_debug.bisect.sides import _OWN_INPUTS, counts_told
 
-RNG = np.random.default_rng(0)
 WEIGHTS = {
-    "w": RNG.standard_normal((6, 4, 5)).astype(np.float32),
+    "w": np.random.default_rng(0).standard_normal((6, 4, 5)).astype(np.float32),
     "shape": np.array([20, 6]),
     "axis": np.array([1]),
     "other_axis": np.array([2]),
