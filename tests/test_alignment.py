@@ -68,6 +68,7 @@ def test_layers_behind_random_numbers_are_found(tmp_path: Path) -> None:
     assert {"first", "second", "third"} <= {link.layer for link in alignment.links}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_modules_in_half_precision_are_aligned(tmp_path: Path, dtype: torch.dtype) -> None:
     torch.manual_seed(0)

@@ -85,6 +85,7 @@ def test_any_other_request_to_end_decides_nothing(
     assert f"the program was asked to end (SystemExit: {code}): nothing was decided" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "named",
     ["cp_debug.__main__:main", *(pytest.param(f"cp_debug.{n}", marks=slow) for n in ("__main__:run", "cli.main:main"))],

@@ -154,6 +154,7 @@ def test_shipped_weights_detect_what_they_never_saw():
     assert evaluate(build_model(TINY), examples).mean() < 0.2  # it is the weights that detect
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_its_file_loads(tmp_path):
     """The command itself, from scenes to file, at the smallest size."""
     out = tmp_path / "tiny.safetensors"

@@ -56,6 +56,7 @@ def failing(error: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "error", ["ValueError('a [bold]strange\\x1b[31m\\nvalue')", "KeyError('x')", "RecursionError()"]
 )
@@ -309,6 +310,7 @@ def test_a_folder_is_ours_by_what_its_files_say(name: str, content: str, net: Pa
     assert (tmp_path / name).read_text() == content
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("where", [".", "..", "../kept"])
 def test_the_folder_of_the_command_itself_is_not_replaced(
     where: str, net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

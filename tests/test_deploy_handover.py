@@ -79,6 +79,7 @@ def test_probabilities_for_logits_and_the_reverse() -> None:
         check_probabilities("heatmap", logits)
 
 
+@pytest.mark.slow
 def test_a_batch_detects_what_its_clouds_detect_alone(
     model: CenterPointModel, samples: list[Sample], tmp_path: Path
 ) -> None:

@@ -102,6 +102,7 @@ def test_a_failed_verification_names_layer_and_cause(broken: Path, tmp_path: Pat
     assert scenario["bisect"]["guilty"] == ["pts_bbox_head.task_heads.0.dim.1"]
 
 
+@pytest.mark.slow
 def test_a_reference_of_two_scenarios_runs_each_sample_once(deployed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And both are judged as each by itself."""
     scenarios = "[{reference: torch, test: ort}, {reference: torch, test: emu-fp16}]"

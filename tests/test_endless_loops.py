@@ -52,6 +52,7 @@ def looping(path: Path, trips: int | None = HUGE, *, computed: bool = False, nes
     return path
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("command", ["bisect", "capture", "search"])
 def test_a_command_gives_a_loop_up_with_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str

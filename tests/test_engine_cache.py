@@ -59,6 +59,7 @@ def test_the_same_engines_are_built_once(tmp_path: Path, tensorrt: list[str]) ->
         np.testing.assert_array_equal(again[name], array)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "change",
     [
@@ -151,6 +152,7 @@ def a_folder(engine: Path, told: Path) -> None:
     engine.mkdir()
 
 
+@pytest.mark.few(3)
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "spoil",

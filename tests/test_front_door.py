@@ -80,6 +80,7 @@ def test_effects_that_cancel_are_told_in_words(share: float, says: str) -> None:
     assert share_in_words(share).startswith(says)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_onnx_runtime_is_silent_where_it_refuses_a_file(folder: Path) -> None:
     """What it refuses is told by the command, once; nothing of the runtime's own log, nor of its colours."""

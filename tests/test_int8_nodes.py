@@ -35,7 +35,7 @@ def of_modules(module: nn.Module) -> Scales:
     return Scales("model", "max", layers)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("exporter", "folded"), KINDS)
 def test_every_module_has_its_nodes(tmp_path: Path, exporter: str, folded: bool) -> None:
     module, image = make_stress()

@@ -168,6 +168,7 @@ def test_the_report_tells_what_the_model_tells(python: Path) -> None:
     assert "only layers, without boxes: VoxelNet has no pts_voxel_encoder" in result.tests[0].notes
 
 
+@pytest.mark.slow
 def test_noise_where_no_cloud_reaches_and_cut_where_no_export_does(python: Path, tmp_path: Path) -> None:
     config = tmp_path / "custom.py"
     config.write_text("model = dict(type='VoxelNet', channels=3, custom=True)")
@@ -180,6 +181,7 @@ def test_noise_where_no_cloud_reaches_and_cut_where_no_export_does(python: Path,
     assert "noise for backbone_head, which no cloud reaches (RuntimeError: not implemented on CPU)" in sample.source
 
 
+@pytest.mark.slow
 def test_in_this_python_the_components_are_the_detectors_own_modules(packages: Path) -> None:
     code = f"""
 from pathlib import Path
@@ -200,6 +202,7 @@ print(model.notes)
     assert "mmdet3d 0.1 in this Python: 25 stages" in notes
 
 
+@pytest.mark.slow
 def test_where_there_is_no_mmdet3d_both_ways_to_get_it_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.delenv(ENVIRONMENT, raising=False)

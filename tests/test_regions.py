@@ -164,6 +164,7 @@ def test_results_taken_for_each_other_are_named_before_anything_is_built(
     assert (finding.inside["suspects"], finding.inside["steps"]) == (["/q0/Split", "/q1/Split"], [])
 
 
+@pytest.mark.slow
 def test_a_fault_that_marks_undo_is_found_by_keeping_precision(region: pytest.MonkeyPatch, tmp_path: Path) -> None:
     region.setattr("fake_tensorrt.FAULTY", {"/p1/Softmax": 1.5, "/p0/Softmax": 1.5})
     region.setattr(
@@ -187,6 +188,7 @@ def test_a_fault_of_the_fusion_is_not_called_rounding(region: pytest.MonkeyPatch
     assert "the fusion is at fault, not the rounding" in finding.says
 
 
+@pytest.mark.slow
 def test_what_was_learnt_survives_an_interruption(region: pytest.MonkeyPatch, tmp_path: Path) -> None:
     region.setattr("fake_tensorrt.FAULTY", softmaxes())
     from cp_debug.backends.tensorrt.session import EngineSession

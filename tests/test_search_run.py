@@ -204,6 +204,7 @@ def test_what_is_not_quantized_is_quantized_first(tmp_path: Path, backend: str) 
 EVERY_LAYER = [("/c1/Conv", "/r1/Relu"), ("/c2/Conv",), ("/y/Add",)]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("version", "needed"), [("8.6.0", EVERY_LAYER[2:]), ("10.3.0", EVERY_LAYER[2:]), ("11.4.0", EVERY_LAYER)]
 )

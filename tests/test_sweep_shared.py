@@ -300,6 +300,7 @@ def test_the_client_is_told_once_that_a_store_failed(tmp_path: Path) -> None:
     shared._tell_client("of no worker")
 
 
+@pytest.mark.few(1)
 def test_another_machine_takes_engines_with_their_timings(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

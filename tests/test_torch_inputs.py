@@ -528,6 +528,7 @@ def test_a_users_file_leaves_no_compiled_one_beside_it(tmp_path: Path, monkeypat
     assert not sys.dont_write_bytecode
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("goes", ["import", "forward"])
 def test_what_is_written_lies_where_it_was_asked_for_wherever_the_users_code_goes(
     goes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -136,6 +136,7 @@ def test_a_packed_folder_is_compared_with_its_parent(packed: tuple[Path, Path]) 
     assert "7 layers (MatMul): its zero points are 1 too small" in text
 
 
+@pytest.mark.slow
 @needs("transformers")
 def test_a_packed_folder_that_does_not_fit_its_model(packed: tuple[Path, Path], tmp_path: Path) -> None:
     whole = load_file(packed[1] / "model.safetensors")

@@ -51,6 +51,7 @@ def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
+@pytest.mark.few(1)
 def test_fp16_shows_what_the_engine_writes(version: str, tmp_path: Path) -> None:
     session = open_session(tmp_path, "trt-fp16")
     reference, _ = collect(
@@ -68,6 +69,7 @@ def test_fp16_shows_what_the_engine_writes(version: str, tmp_path: Path) -> None
     session.close()
 
 
+@pytest.mark.few(1)
 def test_settings_tell_what_ran(version: str, tmp_path: Path) -> None:
     session = open_session(tmp_path, "trt-fp16")
     strong = version.startswith("11.")
@@ -108,6 +110,7 @@ def test_settings_of_other_backends_tell_of_no_engine(tmp_path: Path) -> None:
     assert build_info_of(session) is None
 
 
+@pytest.mark.few(1)
 def test_all_probes_undo_fusions_and_it_is_told(version: str, tmp_path: Path) -> None:
     session = open_session(tmp_path, "trt-fp32", probes="all")
     seen, _ = collect(session, {"x": X})
@@ -115,18 +118,21 @@ def test_all_probes_undo_fusions_and_it_is_told(version: str, tmp_path: Path) ->
     assert session.settings["probed"]["fusions_changed"] == ["/c1/Conv + /r1/Relu"]
 
 
+@pytest.mark.few(1)
 def test_probes_can_be_narrowed(version: str, tmp_path: Path) -> None:
     seen, outputs = collect(open_session(tmp_path, "trt-fp32"), {"x": X}, probes={"c2"})
     assert list(seen) == ["c2"]
     assert list(outputs) == ["y"]
 
 
+@pytest.mark.few(1)
 def test_fp32_nodes_stay_fp32(version: str, tmp_path: Path) -> None:
     session = open_session(tmp_path, "trt-fp16", keep_fp32=frozenset({"/c2/Conv"}))
     seen, _ = collect(session, {"x": X})
     assert (seen["r1"].dtype, seen["c2"].dtype) == (np.float16, np.float32)
 
 
+@pytest.mark.few(1)
 def test_fp32_nodes_may_be_another_components_but_must_be_somewhere(version: str, tmp_path: Path) -> None:
     session = open_session(tmp_path, "trt-fp16", keep_fp32=frozenset({"/c2/Conv", "/head/Conv"}))
     assert collect(session, {"x": X})[0]["c2"].dtype == np.float32
@@ -135,6 +141,7 @@ def test_fp32_nodes_may_be_another_components_but_must_be_somewhere(version: str
         bisect(str(save_net(tmp_path)), [create(BackendSpec.parse("ort")), backend])
 
 
+@pytest.mark.few(1)
 def test_strongly_typed_on_request(version: str, tmp_path: Path) -> None:
     if version.startswith("8."):
         with pytest.raises(InputError, match="--strongly-typed needs TensorRT 10"):
@@ -145,6 +152,7 @@ def test_strongly_typed_on_request(version: str, tmp_path: Path) -> None:
     assert collect(session, {"x": X})[0]["c2"].dtype == np.float16
 
 
+@pytest.mark.few(1)
 def test_dynamic_graphs_are_built_for_what_comes(version: str, tmp_path: Path) -> None:
     session = open_session(tmp_path, "trt-fp32", "N,3,8,8")
     for batch in (1, 3, 1):
@@ -200,7 +208,7 @@ def test_versions_name_library_and_card(version: str) -> None:
     assert (backend.precision, backend.device, backend.emulated) == ("fp16", "cuda:0", False)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_int8_by_the_calibrator_of_the_version(version: str, tmp_path: Path) -> None:
     data, cache = tmp_path / "data", tmp_path / "caches"
     (data / "net").mkdir(parents=True)
@@ -258,6 +266,7 @@ def calibrated(folder: Path, samples: np.ndarray, **options: Any) -> TestResult:
     return bisect(str(save_three(folder)), [create(BackendSpec.parse("ort")), test], options=chosen).tests[0]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rounded", [set(), {"r1"}])
 def test_what_the_calibrator_chose_explains_the_engine(
     rounded: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -296,7 +305,7 @@ def test_a_file_that_is_no_calibration_cache_is_refused(text: str, tmp_path: Pat
         read_cache(tmp_path / "c.cache")
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_component_without_pairs_of_a_quantized_model_is_built_without_int8(version: str, tmp_path: Path) -> None:
     graph = Graph(save_net(tmp_path))
     for fallback, flag in ((True, "FP16"), (False, None)):
@@ -373,7 +382,7 @@ def wrong_weight(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fake_tensorrt.onnx", SimpleNamespace(**{**vars(onnx), "load": wrong}))
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("broken", [0, 4, CHAIN - 1])
 def test_one_probe_a_build_finds_the_first_bad_value(
     version: str, broken: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -408,7 +417,7 @@ def test_a_run_that_leaves_out_the_value_asked_for_is_nonsense(monkeypatch: pyte
         collect(session, {"x": x})
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_sound_engine_departs_nowhere(version: str, tmp_path: Path) -> None:
     x = np.random.default_rng(6).standard_normal((1, 4, 6, 6)).astype(np.float32)
     for spec in ("trt-fp16", "trt-fp32"):

@@ -56,6 +56,7 @@ def test_the_fuzzer_sees_what_is_wrong(tmp_path: Path) -> None:
         assert bool(list(judged_text(tmp_path / name))) == bad, name
 
 
+@pytest.mark.slow
 def test_the_fuzzer_sees_what_a_failed_command_leaves(tmp_path: Path) -> None:
     sys.path.insert(0, str(RUN.parent))
     from fuzz_base import Case
