@@ -15,13 +15,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import logging
+import shlex
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +43,12 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.result import TestResult
 from cp_debug.errors import CpdebugError, InputError
 from cp_debug.graph.downstream import downstream
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.unquantize import remove_qdq
 from cp_debug.probes.capture import Capture
 from cp_debug.quantization.quantized_programs import Calibration
 
@@ -130,11 +135,25 @@ def effects(graph: Graph, inputs: Inputs, test: Capture, layers: Collection[str]
     return found
 
 
-def followed(path: Path, way: str, options: Options, evidence: dict[str, Any]) -> float | None:
-    """Divergence of the worst output when a printed set is kept in FP32."""
-    backend: Any = create(BackendSpec.parse(BACKENDS[way]))
-    sides = [create(BackendSpec.parse("ort")), backend.keeping(evidence["keep_fp32"])]
-    (after,) = bisect(str(path), sides, options=options).tests
+def followed(path: Path, way: str, options: Options, finding: Finding, target: Path) -> float | None:
+    """Divergence of the worst output when a printed fix is followed; None where it cannot be.
+
+    Nodes are kept in FP32 as the JSON lists them; layers are left unquantized by the flags that are printed, and those
+    of a file in INT8, ``target``, by taking out the Q/DQ pairs in front of the nodes that are printed.
+    """
+    sides: list[Any] | str = f"ort,{BACKENDS.get(way, 'ort')}"
+    other: Path | None = None
+    if "keep_fp32" in finding.evidence:
+        backend: Any = create(BackendSpec.parse(BACKENDS[way]))
+        sides = [create(BackendSpec.parse("ort")), backend.keeping(finding.evidence["keep_fp32"])]
+    elif way in BACKENDS:
+        words = shlex.split(finding.fix.rpartition(": ")[0])
+        skipped = [word for flag, word in itertools.pairwise(words) if flag == "--skip-layers"]
+        options = replace(options, calibration=replace(options.calibration, skip_layers=skipped))
+    else:
+        names = finding.fix.removeprefix("leave unquantized: ").partition(" (without")[0].split(", ")
+        other = remove_qdq(Graph(target), names, target.with_suffix(".without.onnx"))
+    (after,) = bisect(str(path), sides, test_model=other, options=options).tests
     return max(output.stats.rel_l2 for output in after.outputs)
 
 
@@ -145,10 +164,10 @@ def judge(path: Path, way: str, folder: Path) -> dict[str, Any]:
     method = way.partition("-")[2] if way.startswith("int8-") else "mse"
     options = Options(inputs=path.with_suffix(".npz"), calibration=Calibration(method=method))
     kept = Options(inputs=options.inputs, calibration=options.calibration, save=saved)
+    target = folder / f"{path.stem}.{way}.onnx"
     if way in BACKENDS:
         (test,) = bisect(str(path), f"ort,{BACKENDS[way]}", options=kept).tests
     else:
-        target = folder / f"{path.stem}.{way}.onnx"
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -171,8 +190,12 @@ def judge(path: Path, way: str, folder: Path) -> dict[str, Any]:
         effect = next((made[value] for value, row in rows.items() if row.name == name and value in made), 0.0)
         found |= {"named_effect": effect, "right": effect >= CLOSE * made[best]}
     for finding in test.findings:
-        if "keep_fp32" in finding.evidence:
-            found |= {"promised": finding.evidence["after"], "followed": followed(path, way, options, finding.evidence)}
+        if "after" in finding.evidence:
+            found |= {"promised": finding.evidence["after"], "followed": None}
+            try:
+                found["followed"] = followed(path, way, options, finding, target)
+            except CpdebugError as error:
+                found["refused"] = str(error)[:200]
     return found
 
 
@@ -197,7 +220,8 @@ def in_a_line(case: dict[str, Any]) -> str:
     """``✓ centerface fp16: 0.003, 536 0.002 (most: 536 0.002), sum 1.010``."""
     mark = {True: "✓", False: "✗", None: "·"}[case["right"]]
     total = "no sum" if case["sum"] is None else f"sum {case['sum']:.3f}"
-    kept = f"; kept {case['promised']:.2g}, {case['followed']:.2g} followed" if "followed" in case else ""
+    gave = case.get("refused") or f"{case.get('followed') or 0:.2g}"
+    kept = f"; promised {case['promised']:.2g}, followed {gave}" if "followed" in case else ""
     named = f"{case['named']} {case['named_effect'] or 0:.2g} (most: {case['most']} {case['most_effect']:.2g})"
     return f"{mark} {case['network']} {case['way']}: {case['divergence']:.2g}, {named}, {total}{kept}"
 

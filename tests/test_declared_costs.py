@@ -21,7 +21,11 @@ from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.kept import KeepTrials
 from cp_debug.bisect.result import TestResult
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.qdq import insert_qdq
+from cp_debug.graph.unquantize import remove_qdq
 from cp_debug.programs.precision import PRECISIONS
+from cp_debug.quantization.onnx_ptq import calibrate_graph
+from cp_debug.quantization.quantized_programs import Calibration
 from cp_debug.reports.numbers import percent
 from cp_debug.reports.verdict_line import headline
 
@@ -209,3 +213,46 @@ def test_nodes_to_keep_are_read_from_a_file(tmp_path: Path) -> None:
     code, text = run("bisect", path, "-b", "ort,emu-fp16", *inputs, "--keep-fp32", f"@{tmp_path / 'none.txt'}")
     assert code == 2
     assert "none.txt" in text
+
+
+def outlier(folder: Path) -> Path:
+    """Three products without names; one column in front of the second is a hundred times the others."""
+    net = NetBuilder()
+    first = net.weight((net.rng.standard_normal((16, 16)) / 4 * np.array([100.0] + [1.0] * 15)).astype(np.float32))
+    second = net.weight((net.rng.standard_normal((16, 16)) / 4 / np.array([[100.0]] + [[1.0]] * 15)).astype(np.float32))
+    value = net.op("MatMul", net.op("MatMul", "x", first, name="wide"), second, name="costly")
+    net.op("MatMul", value, net.weight((net.rng.standard_normal((16, 8)) / 4).astype(np.float32)), name="y")
+    for node in net.nodes:
+        node.name = ""
+    np.savez(folder / "x.npz", x=net.rng.standard_normal((32, 16)).astype(np.float32))
+    return net.save(folder / "outlier.onnx", {"x": (1, [32, 16])}, ["y"])
+
+
+def quantized(path: Path, test: Path | None = None, **calibration: Any) -> TestResult:
+    options = Options(inputs=path.parent / "x.npz", calibration=Calibration(method="max", **calibration))
+    sides = "ort,ort" if test else "ort,emu-int8"
+    return bisect(str(path), sides, test_model=test, options=options).tests[0]
+
+
+def test_leaving_the_costliest_layer_unquantized_gives_what_the_line_says(tmp_path: Path) -> None:
+    path = outlier(tmp_path)
+    (finding,) = quantized(path).findings
+    assert finding.layers == ["costly"]
+    after, before = finding.evidence["after"], finding.evidence["before"]
+    assert finding.fix == f"leave unquantized: --skip-layers costly: {after:.2g} ({before:.2g} before), emulated"
+    assert after < 0.5 * before
+    (row,) = quantized(path, skip_layers=["costly"]).outputs
+    assert row.stats.rel_l2 == pytest.approx(after, rel=1e-3)
+
+
+def test_a_quantized_file_is_tried_without_the_pairs_in_front_of_the_costliest_layer(tmp_path: Path) -> None:
+    path = outlier(tmp_path)
+    graph = Graph(path)
+    with np.load(tmp_path / "x.npz") as inputs:
+        scales = calibrate_graph(graph, [dict(inputs)])
+    file = insert_qdq(graph, scales.layers, tmp_path / "int8.onnx")
+    (finding,) = quantized(path, file).findings
+    assert finding.fix.startswith("leave unquantized: costly (without the Q/DQ pairs in front): ")
+    (node,) = (node.name for node in Graph(file).nodes if node.outputs == ("costly",))
+    (row,) = quantized(path, remove_qdq(Graph(file), [node], tmp_path / "without.onnx")).outputs
+    assert row.stats.rel_l2 == pytest.approx(finding.evidence["after"], rel=1e-3)

@@ -341,6 +341,8 @@ class CandidateRun:
         if row.component in self._ranges and row.replay is not None:
             nodes, layers = row.replay.nodes, self._ranges[row.component].layers
             return [node for node in nodes if node in layers] or [*nodes]
+        if program.module is None and self.programs[row.component].alignment is None:
+            return [row.name]
         names = {name: test_name for test_name, name in self._names[row.component].items()}
         name = layer_name(program, names.get(row.onnx, row.onnx))
         return [name if program.module is None else name.partition("/")[0]]

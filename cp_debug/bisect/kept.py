@@ -1,4 +1,5 @@
-"""Nodes to keep in FP32, found by trying: the whole network is emulated with them, and its outputs are compared."""
+"""Nodes to keep in FP32, or to leave unquantized, found by trying: the whole network is emulated with them, and its
+outputs are compared."""
 
 from __future__ import annotations
 
@@ -6,13 +7,15 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from cp_debug.backends.arithmetic import ARITHMETICS, FP32, overrides_of
+from cp_debug.backends.arithmetic import ARITHMETICS, FP32, INT8, overrides_of
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.remainder import apart
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.operators import ALL_MOVERS, MOVING
+from cp_debug.graph.unquantize import plain_nodes
 from cp_debug.programs.layers import layer_name
+from cp_debug.programs.pipeline import Key, by_reference
 from cp_debug.programs.walk import tensors_as_arrays, walk
 from cp_debug.recipes.base import Arrays, Component, Sample
 
@@ -28,6 +31,10 @@ ENOUGH = 0.1
 """Part of the divergence that may be left for a set to grow no further."""
 HELPS = 0.5
 """Part of the divergence that may be left for a set to be told."""
+LESS = 0.9
+"""Part that may be left for layers to be told that are left unquantized."""
+COUNTS = (1, 2, 4, 8)
+"""How many layers are left unquantized, one count after the other."""
 WIDEST = 0.5
 """Part of all nodes that compute up to which a set grows: with more of them, the network is as good as in FP32."""
 
@@ -40,14 +47,18 @@ class TriedSet:
     after: float
     before: float
     trials: int
+    layers: int = 0
+    """How many of the layers that were asked for are in it."""
 
 
 class KeepTrials:
-    """Tries sets of nodes to keep in FP32 on one sample."""
+    """Tries sets of nodes to keep in FP32, or to leave unquantized, on one sample."""
 
     def __init__(self, run: CandidateRun, sample: Sample, reference: Arrays) -> None:
         """``reference``: the reference's final outputs, name → array in the dtype that the graph declares."""
+        self._run = run
         self._programs, self._graphs, self._model = run.programs, run.graphs, run.pipeline.model
+        self._plain = {name: plain_nodes(graph) for name, graph in run.graphs.items() if graph.precision == "int8"}
         self._sample, self._reference = sample, reference
         self._precision, self._device = run.precision, run.device
         self._told = {name: run.pipeline.kept(name) for name in run.programs}
@@ -55,12 +66,36 @@ class KeepTrials:
 
     @classmethod
     def of(cls, run: CandidateRun, sample: Sample, reference: Arrays) -> KeepTrials | None:
-        """Trials for one test; None where it computes no graph of the reference in a precision that is emulated.
+        """Trials for one test; None where it computes no graph of the reference in a precision that is emulated, and
+        has no Q/DQ pairs.
 
         ``reference``: the reference's final outputs, name → array in the dtype that the graph declares.
         """
+        trials = cls(run, sample, reference)
         alike = all(run.graphs[name] is program.graph for name, program in run.programs.items())
-        return cls(run, sample, reference) if alike and run.precision.name in EMULATED else None
+        return trials if any(trials._plain.values()) or (alike and run.precision.name in EMULATED) else None
+
+    def first(self, ranked: Sequence[Key]) -> TriedSet | None:
+        """The first layers, as few as halve the divergence, else those that leave least, without the Q/DQ pairs in
+        front of them; None where most is left without any of them. Raises InputError where a run fails.
+
+        ``ranked``: their values by the reference's names, the layer that costs most first.
+        """
+        before, best = self._error(frozenset()), None
+        for count in COUNTS:
+            nodes = frozenset(name for key in ranked[:count] for name in self._reading_pairs(key))
+            if best is None or self._error(nodes) < best.after:
+                best = TriedSet(tuple(nodes), self._error(nodes), before, len(self._errors), min(count, len(ranked)))
+            if best.after <= HELPS * before or count >= len(ranked):
+                break
+        return best if best is not None and best.after <= LESS * before else None
+
+    def _reading_pairs(self, key: Key) -> list[Name]:
+        """The nodes of a layer in the test's graph that read from Q/DQ pairs."""
+        graph, names = self._graphs[key.component], self._run.names(key.component)
+        own = next((own for own, name in names.items() if name == key.value and own in graph.producer), None)
+        nodes = graph.segment([own], names.keys())[0] if own is not None else []
+        return [(key.component, node.name) for node in nodes if node.name in self._plain.get(key.component, ())]
 
     def find(self, first: Sequence[Name]) -> TriedSet | None:
         """A set with the nodes ``first``, or some of them, that leaves less than half of the divergence.
@@ -122,6 +157,11 @@ class KeepTrials:
         def execute(component: Component, inputs: Arrays) -> Arrays:
             graph, told = self._graphs[component.name], self._told.get(component.name, ())
             nodes = {n.name for n in graph.nodes if n.name in told or (component.name, n.name) in kept}
+            if (plain := self._plain.get(component.name)) is not None:
+                program = self._run.pipeline.program(component.name)
+                own = [plain[n.name] if (component.name, n.name) in kept else n for n in graph.nodes]
+                results = Executor(graph, INT8, self._device).run_nodes(own, inputs, [v.name for v in graph.outputs])
+                return by_reference(program, tensors_as_arrays(results))
             overrides = overrides_of(graph, narrow_values(graph), arithmetic) | dict.fromkeys(nodes, FP32)
             return tensors_as_arrays(Executor(graph, arithmetic, self._device, overrides=overrides).run(inputs))
 

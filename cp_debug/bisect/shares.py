@@ -29,6 +29,8 @@ from cp_debug.recipes.base import Arrays, Component, Sample
 
 NOT_LINEAR = 0.1
 """What the shares may leave of the final divergence before the largest of them are carried forward."""
+LARGE = 0.05
+"""Divergence, over the reference's norm, from which the largest share is carried forward, whatever the sum."""
 CARRIED = 4
 """Layers whose error is carried forward at most, the largest shares first: each takes two runs of what is behind."""
 
@@ -102,21 +104,25 @@ class Shares:
 
         The layers ``born`` are carried forward. Where the rest leaves more than ``NOT_LINEAR``, the reference's own
         share is computed, and the layers with the largest shares are carried forward, until it fits; unless nobody
-        ``asks``, as all is within the tolerance.
+        ``asks``, as all is within the tolerance. A large divergence is not linear layer by layer, even where the sum
+        fits by chance: the layer with the largest share is one that was carried.
         """
+        carried = [*born]
         for key in born:
             self._carry(key, names)
-        told = Attribution(sum(self.of_layers.values()), carried=[names.get(key, key.value) for key in born])
-        if not asks or abs(1 - told.layers) <= NOT_LINEAR:
-            return told
-        told.reference = self._of_reference()
-        linear = sorted(self.of_layers.keys() - set(born), key=lambda key: -abs(self.of_layers[key]))
-        for key in linear[:CARRIED]:
-            if abs(told.remainder) <= NOT_LINEAR:
+        told = Attribution(sum(self.of_layers.values()))
+        if asks and abs(told.remainder) > NOT_LINEAR:
+            told.reference = self._of_reference()
+        for _ in range(CARRIED):
+            ranked = sorted(self.of_layers, key=lambda key: -abs(self.of_layers[key]))
+            first = next((key for key in ranked if key not in carried), None)
+            fits = not asks or abs(told.remainder) <= NOT_LINEAR
+            if first is None or (fits and (first != ranked[0] or self._size < LARGE**2)):
                 break
-            self._carry(key, names)
-            told.carried.append(names.get(key, key.value))
+            self._carry(first, names)
+            carried.append(first)
             told.layers = sum(self.of_layers.values())
+        told.carried = [names.get(key, key.value) for key in carried]
         return told
 
     def _carry(self, key: Key, names: Mapping[Key, str]) -> None:

@@ -17,7 +17,6 @@ from torch import nn
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.qdq import quantizable
 from cp_debug.graph.scales import Scales
 from cp_debug.graph.tensor_ends import as_arrays
 from cp_debug.optional import check_there
@@ -30,7 +29,7 @@ from cp_debug.programs.batchnorm_folding import fuse_model_bn
 from cp_debug.programs.torch_layers import full_path, layers_of, matches, select
 from cp_debug.programs.walk import Walk, example_args, named_outputs, run_module, walk
 from cp_debug.quantization.calibration import CalibrationManager
-from cp_debug.quantization.onnx_ptq import GraphCalibration
+from cp_debug.quantization.onnx_ptq import GraphCalibration, names_of_layers
 from cp_debug.quantization.ptq import apply_scales, quantized, scales_of
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
@@ -202,7 +201,8 @@ def _globs_of(model: Model, globs: Sequence[str]) -> dict[str, list[str]]:
             layers[component.name] = [full_path(component.prefix, path) for path in layers_of(component.module)]
         else:
             assert component.onnx_path is not None
-            layers[component.name] = [node.name for node in quantizable(Graph(component.onnx_path))]
+            names = names_of_layers(Graph(component.onnx_path))
+            layers[component.name] = [*names, *names.values()]
     select([path for paths in layers.values() for path in paths], globs)
     return {
         name: [glob for glob in globs if any(matches(path, glob) for path in paths)] for name, paths in layers.items()

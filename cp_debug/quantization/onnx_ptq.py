@@ -34,12 +34,19 @@ def calibrate_graph(
     return calibration.scales()
 
 
+def names_of_layers(graph: Graph) -> dict[str, str]:
+    """Node → its name in tables of layers, that of its result where it has none, for every node that is quantized."""
+    data = {*data_values(graph), *(v.name for v in graph.inputs)}
+    adds = [n for n in graph.nodes if n.op == "Add" and data.issuperset(n.inputs) and gives_floats(graph, n)]
+    return {node.name: node.proto.name or node.outputs[0] for node in (*quantizable(graph), *adds)}
+
+
 class GraphCalibration:
     """Collects what the layers of a graph read, whoever runs it, and gives the scales.
 
     The layers are all convolutions, transposed convolutions and products with a weight; of additions those of two
-    activations of one shape. ``skip`` are globs over the names of nodes. Raises InputError for an unknown method, a
-    glob that matches nothing, and a graph that is quantized already.
+    activations of one shape. ``skip`` are globs over the names of nodes, or of the results of those without. Raises
+    InputError for an unknown method, a glob that matches nothing, and a graph that is quantized already.
     """
 
     def __init__(self, graph: Graph, method: str = "max", skip: Sequence[str] = ()) -> None:
@@ -48,14 +55,11 @@ class GraphCalibration:
             raise InputError(f"{graph}: this graph is quantized already; calibrate the FP32 model")
         self._graph, self._method = graph, method
         self._executor = Executor(graph, weight_cache=0)
-        data = {*data_values(graph), *(v.name for v in graph.inputs)}
-        layers = quantizable(graph)
-        adds = [node for node in graph.nodes if node.op == "Add" and data.issuperset(node.inputs)]
-        residual_adds = [node for node in adds if gives_floats(graph, node)]
-        skipped = select([node.name for node in (*layers, *residual_adds)], skip)
-        self._layers, self._residual_adds = (
-            [n for n in nodes if n.name not in skipped] for nodes in (layers, residual_adds)
-        )
+        names = names_of_layers(graph)
+        skipped = select([*names, *names.values()], skip)
+        left = [n for n in graph.nodes if n.name in names and skipped.keys().isdisjoint((n.name, names[n.name]))]
+        self._layers = [node for node in left if node.op != "Add"]
+        self._residual_adds = [node for node in left if node.op == "Add"]
         self._inputs = {node.proto.input[0]: Histogram() for node in self._layers}
         self._operands = {node.name: Histogram() for node in self._residual_adds}
         self._shapes: dict[str, tuple[int, ...]] = {}

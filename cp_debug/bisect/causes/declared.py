@@ -42,7 +42,9 @@ BITS = {"fp16": 11, "fp16acc": 11, "tf32": 11, "bf16": 8}
 Rows = Mapping[Key, LayerRow]
 
 
-def int8(rows: Rows, kind: str, unquantized: Callable[[Sequence[LayerRow]], str]) -> Iterator[Finding]:
+def int8(
+    rows: Rows, kind: str, unquantized: Callable[[Sequence[LayerRow]], str], trials: KeepTrials | None = None
+) -> Iterator[Finding]:
     """A finding about the layer whose correct rounding to levels makes most of the final divergence.
 
     ``kind``: the precision of the levels, as ``CandidateRun.kind`` names it. ``unquantized``: the flag
@@ -51,12 +53,15 @@ def int8(rows: Rows, kind: str, unquantized: Callable[[Sequence[LayerRow]], str]
     if not any(row.replay and row.replay.step is not None for row in rows.values()):
         return
     # A layer has a step where its own nodes quantize; what one rounds whose quantizers lie in others counts as well.
-    sound = [r for r in rows.values() if r.verdict != GUILTY and r.replay and r.replay.introduced]
-    ranked = sorted((r for r in sound if (r.share or 0.0) >= NOTICED), key=lambda r: r.share or 0.0, reverse=True)
+    sound = [(k, r) for k, r in rows.items() if r.verdict != GUILTY and r.replay and r.replay.introduced]
+    ranked = sorted((i for i in sound if _size(i[1]) >= NOTICED), key=lambda item: _size(item[1]), reverse=True)
     if not ranked:
         return
-    row = ranked[0]
+    row = ranked[0][1]
     most = f"; of {len(sound)} correct layers, this one costs most" * (len(sound) > 1)
+    fix, figures = f"accept it, or leave it unquantized (not tried): {unquantized([row])}", dict[str, Any]()
+    if trials is not None:
+        fix, figures = _left_out(trials, dict(ranked), unquantized)
     yield Finding(
         "int8",
         f"{kind.upper()} as declared{most}",
@@ -64,10 +69,33 @@ def int8(rows: Rows, kind: str, unquantized: Callable[[Sequence[LayerRow]], str]
         [row.op],
         evidence={
             "introduced": row.replay and row.replay.introduced,
-            "then": ", ".join(f"{r.name} ({r.share:.0%})" for r in ranked[1:4]),
+            "then": ", ".join(f"{r.name} ({r.share:.0%})" for _, r in ranked[1:4]),
+            **figures,
         },
         effect=Effect(row.share),
-        fix=f"accept it, or leave it unquantized: {unquantized([row])}",
+        fix=fix,
+    )
+
+
+def _size(row: LayerRow) -> float:
+    """Size of a share: what one layer adds, another may take off, and on other inputs it is the other way round."""
+    return abs(row.share or 0.0)
+
+
+def _left_out(
+    trials: KeepTrials, ranked: Rows, unquantized: Callable[[Sequence[LayerRow]], str]
+) -> tuple[str, dict[str, Any]]:
+    """(What leaving the first layers unquantized gave, in words; the layers and the figures), as it was tried."""
+    try:
+        found = trials.first([*ranked])
+    except InputError:
+        found = None
+    if found is None:
+        return "no fix found: with the layers that cost most unquantized, most of it remains, emulated", {}
+    chosen = [*ranked.values()][: found.layers]
+    return (
+        f"leave unquantized: {unquantized(chosen)}: {found.after:.2g} ({found.before:.2g} before), emulated",
+        {"unquantized": [row.name for row in chosen], "after": found.after, "before": found.before},
     )
 
 
@@ -80,7 +108,7 @@ def declared(
     rounds = [(key, row) for key, row in rows.items() if row.replay and row.replay.introduced and row.op != "input"]
     if claim not in PROMOTED or not rounds:
         return
-    rounds.sort(key=lambda item: (item[1].share or 0.0, item[1].replay.introduced), reverse=True)  # type: ignore[union-attr]
+    rounds.sort(key=lambda item: (_size(item[1]), item[1].replay.introduced), reverse=True)  # type: ignore[union-attr]
     first = _first(rounds)
     few = bool(first) and len(first) <= min(NAMED, max(FEW[0], FEW[1] * len(rounds)))
     told = first if few else rounds
@@ -96,8 +124,8 @@ def declared(
         says = _where_from(run, rows, first, segments[0])
     elif rounds[0][1].share:
         most = ", ".join(f"{row.name} ({row.share:.0%})" for _, row in rounds[:NAMED_FIRST] if row.share)
-        cancels = sum(abs(row.share or 0.0) for _, row in rounds) > CANCELS
-        much = (rounds[0][1].share or 0.0) >= MUCH
+        cancels = sum(_size(row) for _, row in rounds) > CANCELS
+        much = _size(rounds[0][1]) >= MUCH
         says += f"; most comes from {most}" if much else f"; none contributes much, {most} most"
         says += ", and errors of other layers cancel much of it" * cancels
     fix = "accept it, or compute in FP32: " + PROMOTED[claim] if claim == "tf32" else ""
@@ -143,14 +171,14 @@ def kept(trials: KeepTrials, rows: Sequence[LayerRow]) -> tuple[str, dict[str, A
 
 def _first(rounds: Sequence[tuple[Key, LayerRow]]) -> list[tuple[Key, LayerRow]]:
     """The layers with the largest shares that make ``MOST`` of what all layers make; empty where none has a share."""
-    total = sum(max(row.share or 0.0, 0.0) for _, row in rounds)
+    total = sum(_size(row) for _, row in rounds)
     taken: list[tuple[Key, LayerRow]] = []
     reached = 0.0
     for item in rounds:
         if reached >= MOST * total:
             break
         taken.append(item)
-        reached += item[1].share or 0.0
+        reached += _size(item[1])
     return taken
 
 

@@ -136,7 +136,8 @@ class Explainer:
             self.notes.append(f"remedies for the declared precision's cost are not known: {in_one_line(error)}")
         if any(not row.within or (row.replay and row.replay.step is not None) for row in rows.values()):
             try:
-                costly += declared.int8(rows, self.run.kind(next(iter(rows)).component), self._unquantized)
+                kind = self.run.kind(next(iter(rows)).component)
+                costly += declared.int8(rows, kind, self._left_out, self._trials)
                 if self.adds_up and not findings and not costly and not all(row.within for row in rows.values()):
                     costly += declared.declared(self.run, rows, self.segment, self._trials)
             except Exception as error:
@@ -343,6 +344,12 @@ class Explainer:
             return f"{self._quantize} {_flags('--skip-layers', [row.name for row in rows])}"
         names = [name for row in rows for name in self.run.quantized_names(row)]
         return _flags("--keep-fp32" if self.run.implicit else "--skip-layers", names)
+
+    def _left_out(self, rows: Sequence[LayerRow]) -> str:
+        """How these layers are left unquantized; a file that came quantized goes on without pairs."""
+        if self._came_quantized(rows) and self._trials is not None:
+            return f"{some([row.name for row in rows])} (without the Q/DQ pairs in front)"
+        return self._unquantized(rows)
 
     def _unsteady(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:
         """Two runs of one backend differ by more than the order of a sum can make."""
