@@ -153,14 +153,21 @@ class _Uncomputed(TorchDispatchMode):
     shape and dtype, and any numbers.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch imports its compiler to keep it off a mode, seconds where nothing else needs it."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func not in _OF_PRODUCTS:
             return func(*args, **(kwargs or {}))
-        shown = func(*(a.to("meta") if isinstance(a, Tensor) else a for a in args), **(kwargs or {}))
-        of = next(a for a in args if isinstance(a, Tensor))
-        return of.new_empty(shown.shape, dtype=shown.dtype)
+        if func is torch.ops.aten.convolution.default:  # without a sample it is known at once; meta tensors load sympy
+            shape = len(args[0]), *func(args[0][:0], *args[1:]).shape[1:]
+        else:
+            shape = *args[-2].shape[:-1], args[-1].shape[-1]
+        return args[0].new_empty(shape)
 
 
 _OF_PRODUCTS = {
