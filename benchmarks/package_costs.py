@@ -59,9 +59,9 @@ CLOSE = 0.8
 """Part of the largest effect from which a layer counts as one that makes most."""
 LEFT_OUT = frozenset(
     {"silero", "silero-sequence", "silero-half", "silero-openvino", "light-squeezenet", "light-shufflenet"}
-    | {"light-inception", "basic-pitch", "ddddocr-det"}
+    | {"light-inception", "basic-pitch", "ddddocr-det", "ddddocr", "ppocr-det"}
 )
-"""Networks that are others' twins, hold FP16, have random weights, or take minutes."""
+"""Networks that are others' twins, hold FP16, have random weights, take minutes, or find nothing in their sample."""
 
 
 def file(**options: Any) -> Callable[[Path, Path, Inputs], None]:
@@ -122,6 +122,9 @@ def effects(graph: Graph, inputs: Inputs, test: Capture, layers: Collection[str]
             continue
         nodes, starts = graph.segment([name], seen)
         error = value - executor.run_nodes(nodes, {s: {**given, **seen}[s] for s in starts}, [name])[name]
+        if not error.any():
+            found[name] = 0.0
+            continue
         behind = {*downstream(graph.nodes, [name])}
         wanted = [output for output in outputs if output in behind]
         changed = {**exact, name: exact[name] + error}

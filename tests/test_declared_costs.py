@@ -256,3 +256,20 @@ def test_a_quantized_file_is_tried_without_the_pairs_in_front_of_the_costliest_l
     (node,) = (node.name for node in Graph(file).nodes if node.outputs == ("costly",))
     (row,) = quantized(path, remove_qdq(Graph(file), [node], tmp_path / "without.onnx")).outputs
     assert row.stats.rel_l2 == pytest.approx(finding.evidence["after"], rel=1e-3)
+
+
+def test_leaving_a_clipped_layer_unquantized_is_tried_as_well(tmp_path: Path) -> None:
+    path = outlier(tmp_path)
+    with np.load(tmp_path / "x.npz") as inputs:
+        np.savez(tmp_path / "small.npz", x=inputs["x"] / 8)
+    test = quantized(path, data=tmp_path / "small.npz")
+    finding = next(finding for finding in test.findings if finding.cause == "int8-clipped")
+    advice, _, gave = finding.fix.partition(", or leave it unquantized: ")
+    flags, _, figures = gave.partition(": ")
+    assert advice.startswith("calibrate on data like this")
+    assert figures == f"{finding.evidence['after']:.2g} ({finding.evidence['before']:.2g} before), emulated"
+    skipped = [flag.strip() for flag in flags.split("--skip-layers") if flag.strip()]
+    (row,) = quantized(path, data=tmp_path / "small.npz", skip_layers=skipped).outputs
+    assert row.stats.rel_l2 == pytest.approx(finding.evidence["after"], rel=1e-3)
+    costs = next(finding for finding in test.findings if finding.cause == "int8")
+    assert costs.fix == "", "what is wrong comes first"

@@ -11,6 +11,7 @@ from cp_debug.backends.arithmetic import ARITHMETICS, FP32, INT8, overrides_of
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.remainder import apart
+from cp_debug.errors import InputError
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.operators import ALL_MOVERS, MOVING
 from cp_debug.graph.unquantize import plain_nodes
@@ -75,14 +76,21 @@ class KeepTrials:
         alike = all(run.graphs[name] is program.graph for name, program in run.programs.items())
         return trials if any(trials._plain.values()) or (alike and run.precision.name in EMULATED) else None
 
-    def first(self, ranked: Sequence[Key]) -> TriedSet | None:
+    def first(self, ranked: Sequence[Key], counts: Sequence[int] = COUNTS) -> TriedSet | None:
         """The first layers, as few as halve the divergence, else those that leave least, without the Q/DQ pairs in
-        front of them; None where most is left without any of them. Raises InputError where a run fails.
+        front of them; None where most is left without any of them, or a run fails.
 
-        ``ranked``: their values by the reference's names, the layer that costs most first.
+        ``ranked``: their values by the reference's names, the layer that costs most first. ``counts``: how many are
+        left out, one count after the other.
         """
+        try:
+            return self._first(ranked, counts)
+        except InputError:
+            return None
+
+    def _first(self, ranked: Sequence[Key], counts: Sequence[int]) -> TriedSet | None:
         before, best = self._error(frozenset()), None
-        for count in COUNTS:
+        for count in counts:
             nodes = frozenset(name for key in ranked[:count] for name in self._reading_pairs(key))
             if best is None or self._error(nodes) < best.after:
                 best = TriedSet(tuple(nodes), self._error(nodes), before, len(self._errors), min(count, len(ranked)))
@@ -168,7 +176,12 @@ class KeepTrials:
         return execute
 
 
+def gave(tried: TriedSet) -> str:
+    """``0.0011 (0.83 before), emulated``."""
+    return f"{tried.after:.2g} ({tried.before:.2g} before), emulated"
+
+
 def in_words(tried: TriedSet, names: Sequence[str]) -> str:
     """``keep in FP32: a, b: 0.0011 (0.83 before), emulated``, of ``MOST`` names. ``names``: those of its nodes."""
     more = f" and {len(names) - MOST} more (--json has all: evidence.keep_fp32)" if len(names) > MOST else ""
-    return f"keep in FP32: {', '.join(names[:MOST])}{more}: {tried.after:.2g} ({tried.before:.2g} before), emulated"
+    return f"keep in FP32: {', '.join(names[:MOST])}{more}: {gave(tried)}"

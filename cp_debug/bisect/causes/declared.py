@@ -13,7 +13,7 @@ from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.causes.where import locate
 from cp_debug.bisect.finding import Effect, Finding
 from cp_debug.bisect.kept import MOST as NAMED
-from cp_debug.bisect.kept import KeepTrials, in_words
+from cp_debug.bisect.kept import KeepTrials, gave, in_words
 from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.errors import InputError
 from cp_debug.graph.downstream import downstream
@@ -60,7 +60,9 @@ def int8(
     row = ranked[0][1]
     most = f"; of {len(sound)} correct layers, this one costs most" * (len(sound) > 1)
     fix, figures = f"accept it, or leave it unquantized (not tried): {unquantized([row])}", dict[str, Any]()
-    if trials is not None:
+    if any(r.verdict == GUILTY for r in rows.values()):
+        fix = ""  # what is wrong comes first
+    elif trials is not None:
         fix, figures = _left_out(trials, dict(ranked), unquantized)
     yield Finding(
         "int8",
@@ -86,15 +88,12 @@ def _left_out(
     trials: KeepTrials, ranked: Rows, unquantized: Callable[[Sequence[LayerRow]], str]
 ) -> tuple[str, dict[str, Any]]:
     """(What leaving the first layers unquantized gave, in words; the layers and the figures), as it was tried."""
-    try:
-        found = trials.first([*ranked])
-    except InputError:
-        found = None
+    found = trials.first([*ranked])
     if found is None:
         return "no fix found: with the layers that cost most unquantized, most of it remains, emulated", {}
     chosen = [*ranked.values()][: found.layers]
     return (
-        f"leave unquantized: {unquantized(chosen)}: {found.after:.2g} ({found.before:.2g} before), emulated",
+        f"leave unquantized: {unquantized(chosen)}: {gave(found)}",
         {"unquantized": [row.name for row in chosen], "after": found.after, "before": found.before},
     )
 

@@ -25,7 +25,7 @@ from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
 from cp_debug.bisect.causes.where import locate
 from cp_debug.bisect.finding import UNKNOWN, Finding, Where
-from cp_debug.bisect.kept import KeepTrials
+from cp_debug.bisect.kept import KeepTrials, gave
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
 from cp_debug.errors import in_one_line
@@ -328,7 +328,14 @@ class Explainer:
         calibrate = "--trt-calib-data" if self.run.implicit else "--calib-data"
         if self._came_quantized(rows):
             calibrate = f"{self._quantize} --calib-data DATA"
-        return fix.replace("{calibrate}", calibrate).replace("{unquantized}", self._unquantized(rows)), {}
+        fix, tried = fix.replace("{calibrate}", calibrate), None
+        if self._trials is not None and not self._came_quantized(rows):
+            tried = self._trials.first([Key(row.component, row.onnx) for row in rows], (len(rows),))
+            if tried is None:
+                return fix.partition(", or leave it unquantized")[0], {}
+            fix += f": {gave(tried)}"
+        figures = {"after": tried.after, "before": tried.before} if tried else {}
+        return fix.replace("{unquantized}", self._unquantized(rows)), figures
 
     def _came_quantized(self, rows: Sequence[LayerRow]) -> bool:
         """Whether no flag of this command reaches the Q/DQ pairs at these layers."""
