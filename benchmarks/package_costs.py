@@ -127,14 +127,18 @@ def effects(graph: Graph, inputs: Inputs, test: Capture, layers: Collection[str]
             continue
         behind = {*downstream(graph.nodes, [name])}
         wanted = [output for output in outputs if output in behind]
-        changed = {**exact, name: exact[name] + error}
         nodes, starts = graph.segment(wanted, exact.keys() - behind) if wanted else ([], [])
-        changed |= executor.run_nodes(nodes, {s: changed[s] for s in starts}, wanted) if wanted else {}
-        squares = [
-            float((changed[o] - exact[o]).double().square().sum() / (exact[o].double().square().sum() + 1e-300))
-            for o in outputs
-        ]
-        found[name] = sum(squares) ** 0.5
+        for base, own in ((exact, exact[name]), ({**exact, **seen}, value - error)):
+            # On the FP32 run; where the root of a negative number ends that, on the test's own.
+            runs = [
+                {name: at} | executor.run_nodes(nodes, {s: at if s == name else base[s] for s in starts}, wanted)
+                for at in (own + error, own)
+            ]
+            pairs = [(runs[0][o] - runs[1][o], exact[o]) for o in outputs if o in runs[0]]
+            squares = [float(a.double().square().sum() / (b.double().square().sum() + 1e-300)) for a, b in pairs]
+            found[name] = sum(squares) ** 0.5
+            if np.isfinite(found[name]):
+                break
     return found
 
 
@@ -210,7 +214,7 @@ def told(test: TestResult) -> dict[str, Any]:
         "divergence": max(output.stats.rel_l2 for output in test.outputs),
         "verdict": test.verdict if hasattr(test, "verdict") else None,
         "guilty": [row.name for row in test.guilty],
-        "named": next((f.layers[0] for f in test.findings if f.layers), ranked[0].name if ranked else None),
+        "named": next((f.layers[0] for f in (*costs, *test.findings) if f.layers), ranked[0].name if ranked else None),
         "sum": test.attribution and test.attribution.layers + (test.attribution.reference or 0.0),
         "carried": len(test.attribution.carried) if test.attribution else 0,
         "line": bool(costs),

@@ -15,6 +15,7 @@ from onnx import helper
 
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import TestResult
+from cp_debug.quantization.quantized_programs import Calibration
 from cp_debug.recipes.base import Arrays, Component, Sample
 from cp_debug.recipes.onnx_file import OnnxFileModel
 
@@ -110,6 +111,20 @@ def test_where_infinity_is_born_that_ends_in_numbers_the_share_is_carried(tmp_pa
     assert test.attribution.carried == ["node_sum"]
     assert test.attribution.remainder == pytest.approx(0.0, abs=1e-2)
     assert not [note for note in test.notes if "add up" in note]
+
+
+def test_what_a_root_of_zero_makes_of_an_error_is_carried(tmp_path: Path) -> None:
+    """A power spectrum with one large line: the small ones are 0 in INT8, where the root has no derivative."""
+    net = NetBuilder()
+    power = net.op("Add", net.op("Mul", "x", "x"), net.op("Mul", "x", "x"), name="power")
+    net.op("Sqrt", power, name="y")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 32])}, ["y"])
+    np.savez(tmp_path / "x.npz", x=np.append(0.05 * X[:, 1:], [[3]], axis=1).astype(np.float32))
+    options = Options(inputs=tmp_path / "x.npz", calibration=Calibration(method="max"), rtol=1e-3, atol=1e-3)
+    (test,) = bisect(str(path), "ort,emu-int8", options=options).tests
+    assert {row.onnx: row.share for row in test.rows}["power"] == pytest.approx(1.0, abs=0.1)
+    assert test.attribution is not None
+    assert test.attribution.carried[0] == "node_power"
 
 
 def test_shares_reach_back_through_levels_whose_scale_is_computed(tmp_path: Path) -> None:

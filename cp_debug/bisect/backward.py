@@ -58,6 +58,8 @@ class Backward:
         """Value → derivative of the measure by it, on the device of the replay; those behind the walk are freed."""
         self.stopped: dict[str, str] = {}
         """Value whose segment passes no derivative on, or not all of it → reason."""
+        self.bent: list[str] = []
+        """Values by which some derivative is not finite, as of a root at 0: what happens there has no linear share."""
 
     def walk(self, derivatives: Arrays) -> Iterator[tuple[str, float]]:
         """(Value, ⟨derivative, introduced error⟩) for each captured value that reaches the outputs, the last one first.
@@ -114,8 +116,11 @@ class Backward:
                 warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
                 gradients = torch.autograd.grad(results, [*leaves.values()], backward, allow_unused=True)
             for name, gradient in zip(leaves, gradients, strict=True):
+                if gradient is not None and not all_finite(gradient):
+                    self.bent.append(name)
+                    gradient = torch.nan_to_num(gradient, 0.0, 0.0, 0.0)
                 if gradient is not None:
-                    self._add(name, gradient if all_finite(gradient) else torch.nan_to_num(gradient, 0.0, 0.0, 0.0))
+                    self._add(name, gradient)
         return errors
 
     def _introduced(self, name: str, nodes: list[Node], given: Mapping[str, AnyTensor], result: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ class Shares:
         self._model = run.pipeline.model
         self._components = [c.name for c in self._model.components]
         self._norms: dict[str, float] = {}
+        self._walks: dict[str, Backward] = {}
         self.notes: list[str] = []
         """Sentences about what has no share and why."""
 
@@ -97,15 +98,17 @@ class Shares:
     def _backward(self, component: Component) -> Backward:
         of = self._run.replayer(component.name, self._test)
         test = loader(self._test, component.name)
-        return Backward(of.graph, of.known, test, of.oracle, of.follower, of.errors)
+        walk = self._walks[component.name] = Backward(of.graph, of.known, test, of.oracle, of.follower, of.errors)
+        return walk
 
     def attribution(self, names: Mapping[Key, str], born: Sequence[Key] = (), *, asks: bool = True) -> Attribution:
         """The sum of all shares, and what of the divergence they leave. ``names``: value → its layer's name.
 
         The layers ``born`` are carried forward. Where the rest leaves more than ``NOT_LINEAR``, the reference's own
-        share is computed, and the layers with the largest shares are carried forward, until it fits; unless nobody
-        ``asks``, as all is within the tolerance. A large divergence is not linear layer by layer, even where the sum
-        fits by chance: the layer with the largest share is one that was carried.
+        share is computed, and more layers are carried forward, until it fits: those by which a derivative is not
+        finite, then those with the largest shares; unless nobody ``asks``, as all is within the tolerance. A large
+        divergence is not linear layer by layer, even where the sum fits by chance: the layer with the largest share is
+        one that was carried.
         """
         carried = [*born]
         for key in born:
@@ -113,10 +116,12 @@ class Shares:
         told = Attribution(sum(self.of_layers.values()))
         if asks and abs(told.remainder) > NOT_LINEAR:
             told.reference = self._of_reference()
+        bent = [Key(name, value) for name, walk in self._walks.items() for value in walk.bent][: CARRIED // 2]
         for _ in range(CARRIED):
             ranked = sorted(self.of_layers, key=lambda key: -abs(self.of_layers[key]))
-            first = next((key for key in ranked if key not in carried), None)
             fits = not asks or abs(told.remainder) <= NOT_LINEAR
+            waiting = ranked if fits else [*(key for key in bent if key in self.of_layers), *ranked]
+            first = next((key for key in waiting if key not in carried), None)
             if first is None or (fits and (first != ranked[0] or self._size < LARGE**2)):
                 break
             self._carry(first, names)
