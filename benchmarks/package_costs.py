@@ -48,7 +48,6 @@ from cp_debug.bisect.result import TestResult
 from cp_debug.errors import CpdebugError, InputError
 from cp_debug.graph.downstream import downstream
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.unquantize import remove_qdq
 from cp_debug.probes.capture import Capture
 from cp_debug.quantization.quantized_programs import Calibration
 
@@ -128,11 +127,13 @@ def effects(graph: Graph, inputs: Inputs, test: Capture, layers: Collection[str]
         behind = {*downstream(graph.nodes, [name])}
         wanted = [output for output in outputs if output in behind]
         nodes, starts = graph.segment(wanted, exact.keys() - behind) if wanted else ([], [])
-        for base, own in ((exact, exact[name]), ({**exact, **seen}, value - error)):
-            # On the FP32 run; where the root of a negative number ends that, on the test's own.
+        # On the FP32 run; where the root of a negative number ends that, on the test's own. What all masks beyond any
+        # number is not a difference of two such numbers.
+        moved = torch.where(value - error == exact[name], value, exact[name] + error)
+        for base, with_error, without in ((exact, moved, exact[name]), ({**exact, **seen}, value, value - error)):
             runs = [
                 {name: at} | executor.run_nodes(nodes, {s: at if s == name else base[s] for s in starts}, wanted)
-                for at in (own + error, own)
+                for at in (with_error, without)
             ]
             pairs = [(runs[0][o] - runs[1][o], exact[o]) for o in outputs if o in runs[0]]
             squares = [float(a.double().square().sum() / (b.double().square().sum() + 1e-300)) for a, b in pairs]
@@ -142,11 +143,54 @@ def effects(graph: Graph, inputs: Inputs, test: Capture, layers: Collection[str]
     return found
 
 
+def in_floats(plain: Graph, model: onnx.ModelProto, layers: Collection[str], target: Path) -> Path:
+    """Write a file of ``quantize_static`` with some layers computed as in ``plain``, and return it.
+
+    The quantizer keeps names, but leaves Relu and Clip out and gives what is in front of them their name.
+    """
+    graph = model.graph
+    made, renamed = {output: node for node in graph.node for output in node.output}, dict[str, str]()
+
+    def own(value: str) -> str:
+        node, back = plain.producer.get(value), f"{value}_DequantizeLinear_Output"
+        if node is not None and value not in made:
+            (reader,) = plain.consumers[value]
+            return reader.outputs[0]
+        if node is not None and node.op in ("Relu", "Clip") and made[value].op_type != node.op and back in made:
+            return back
+        return value
+
+    for node in plain.nodes:
+        if (node.proto.name or node.outputs[0]) not in layers:
+            continue
+        replaced, proto = own(node.outputs[0]), onnx.NodeProto()
+        fresh, place = f"{replaced}.float", 1 + [*graph.node].index(made[replaced])
+        proto.CopyFrom(node.proto)
+        for i, name in enumerate(node.proto.input):
+            constant = plain.constant(name) if name else None
+            if constant is not None:
+                graph.initializer.append(constant)
+                graph.initializer[-1].name = proto.input[i] = f"{fresh}.{i}"
+            else:
+                proto.input[i] = renamed.get(own(name), own(name)) if name else ""
+        proto.name, proto.output[0] = fresh, fresh
+        for reader in graph.node:
+            for i, name in enumerate(reader.input):
+                if name == replaced:
+                    reader.input[i] = fresh
+        if replaced in {output.name for output in graph.output}:
+            made[replaced].output[0], proto.output[0] = f"{replaced}.levels", replaced
+        graph.node.insert(place, proto)
+        made, renamed[replaced] = {o: node for node in graph.node for o in node.output}, proto.output[0]
+    onnx.save(model, target)
+    return target
+
+
 def followed(path: Path, way: str, options: Options, finding: Finding, target: Path) -> float | None:
     """Divergence of the worst output when a printed fix is followed; None where it cannot be.
 
     Nodes are kept in FP32 as the JSON lists them; layers are left unquantized by the flags that are printed, and those
-    of a file in INT8, ``target``, by taking out the Q/DQ pairs in front of the nodes that are printed.
+    of a file in INT8, ``target``, by computing them there with the nodes and weights of ``path``.
     """
     sides: list[Any] | str = f"ort,{BACKENDS.get(way, 'ort')}"
     other: Path | None = None
@@ -158,8 +202,8 @@ def followed(path: Path, way: str, options: Options, finding: Finding, target: P
         skipped = [word for flag, word in itertools.pairwise(words) if flag == "--skip-layers"]
         options = replace(options, calibration=replace(options.calibration, skip_layers=skipped))
     else:
-        names = finding.fix.removeprefix("leave unquantized: ").partition(" (without")[0].split(", ")
-        other = remove_qdq(Graph(target), names, target.with_suffix(".without.onnx"))
+        names = finding.fix.removeprefix("leave unquantized: ").partition(" (data")[0].split(", ")
+        other = in_floats(Graph(path), onnx.load(target), names, target.with_suffix(".without.onnx"))
     (after,) = bisect(str(path), sides, test_model=other, options=options).tests
     return max(output.stats.rel_l2 for output in after.outputs)
 

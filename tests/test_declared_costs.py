@@ -228,8 +228,9 @@ def outlier(folder: Path) -> Path:
     return net.save(folder / "outlier.onnx", {"x": (1, [32, 16])}, ["y"])
 
 
-def quantized(path: Path, test: Path | None = None, **calibration: Any) -> TestResult:
-    options = Options(inputs=path.parent / "x.npz", calibration=Calibration(method="max", **calibration))
+def quantized(path: Path, test: Path | None = None, rtol: float | None = None, **calibration: Any) -> TestResult:
+    calibrated = Calibration(method="max", **calibration)
+    options = Options(inputs=path.parent / "x.npz", calibration=calibrated, rtol=rtol, atol=rtol)
     sides = "ort,ort" if test else "ort,emu-int8"
     return bisect(str(path), sides, test_model=test, options=options).tests[0]
 
@@ -245,17 +246,18 @@ def test_leaving_the_costliest_layer_unquantized_gives_what_the_line_says(tmp_pa
     assert row.stats.rel_l2 == pytest.approx(after, rel=1e-3)
 
 
-def test_a_quantized_file_is_tried_without_the_pairs_in_front_of_the_costliest_layer(tmp_path: Path) -> None:
+def test_a_quantized_file_is_tried_with_the_costliest_layer_in_fp32(tmp_path: Path) -> None:
     path = outlier(tmp_path)
     graph = Graph(path)
     with np.load(tmp_path / "x.npz") as inputs:
         scales = calibrate_graph(graph, [dict(inputs)])
     file = insert_qdq(graph, scales.layers, tmp_path / "int8.onnx")
     (finding,) = quantized(path, file).findings
-    assert finding.fix.startswith("leave unquantized: costly (without the Q/DQ pairs in front): ")
+    assert finding.fix.startswith("leave unquantized: costly (data, weights and result in FP32): ")
     (node,) = (node.name for node in Graph(file).nodes if node.outputs == ("costly",))
     (row,) = quantized(path, remove_qdq(Graph(file), [node], tmp_path / "without.onnx")).outputs
     assert row.stats.rel_l2 == pytest.approx(finding.evidence["after"], rel=1e-3)
+    assert "% of the final divergence comes from costly" in headline(quantized(path, file, 1e-4)).plain
 
 
 def test_leaving_a_clipped_layer_unquantized_is_tried_as_well(tmp_path: Path) -> None:

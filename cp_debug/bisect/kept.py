@@ -6,6 +6,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from cp_debug.backends.arithmetic import ARITHMETICS, FP32, INT8, overrides_of
 from cp_debug.backends.executor import Executor
@@ -14,7 +17,6 @@ from cp_debug.bisect.remainder import apart
 from cp_debug.errors import InputError
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.operators import ALL_MOVERS, MOVING
-from cp_debug.graph.unquantize import plain_nodes
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Key, by_reference
 from cp_debug.programs.walk import tensors_as_arrays, walk
@@ -59,7 +61,6 @@ class KeepTrials:
         """``reference``: the reference's final outputs, name → array in the dtype that the graph declares."""
         self._run = run
         self._programs, self._graphs, self._model = run.programs, run.graphs, run.pipeline.model
-        self._plain = {name: plain_nodes(graph) for name, graph in run.graphs.items() if graph.precision == "int8"}
         self._sample, self._reference = sample, reference
         self._precision, self._device = run.precision, run.device
         self._told = {name: run.pipeline.kept(name) for name in run.programs}
@@ -68,17 +69,17 @@ class KeepTrials:
     @classmethod
     def of(cls, run: CandidateRun, sample: Sample, reference: Arrays) -> KeepTrials | None:
         """Trials for one test; None where it computes no graph of the reference in a precision that is emulated, and
-        has no Q/DQ pairs.
+        no quantized one.
 
         ``reference``: the reference's final outputs, name → array in the dtype that the graph declares.
         """
-        trials = cls(run, sample, reference)
         alike = all(run.graphs[name] is program.graph for name, program in run.programs.items())
-        return trials if any(trials._plain.values()) or (alike and run.precision.name in EMULATED) else None
+        quantized = not alike and any(graph.precision == "int8" for graph in run.graphs.values())
+        return cls(run, sample, reference) if quantized or (alike and run.precision.name in EMULATED) else None
 
     def first(self, ranked: Sequence[Key], counts: Sequence[int] = COUNTS) -> TriedSet | None:
-        """The first layers, as few as halve the divergence, else those that leave least, without the Q/DQ pairs in
-        front of them; None where most is left without any of them, or a run fails.
+        """The first layers, as few as halve the divergence, else those that leave least, computed by the reference's
+        own nodes in FP32; None where most is left without any of them, or a run fails.
 
         ``ranked``: their values by the reference's names, the layer that costs most first. ``counts``: how many are
         left out, one count after the other.
@@ -91,19 +92,34 @@ class KeepTrials:
     def _first(self, ranked: Sequence[Key], counts: Sequence[int]) -> TriedSet | None:
         before, best = self._error(frozenset()), None
         for count in counts:
-            nodes = frozenset(name for key in ranked[:count] for name in self._reading_pairs(key))
-            if best is None or self._error(nodes) < best.after:
-                best = TriedSet(tuple(nodes), self._error(nodes), before, len(self._errors), min(count, len(ranked)))
+            values = frozenset((key.component, key.value) for key in ranked[:count])
+            if best is None or self._error(values) < best.after:
+                best = TriedSet((), self._error(values), before, len(self._errors), min(count, len(ranked)))
             if best.after <= HELPS * before or count >= len(ranked):
                 break
         return best if best is not None and best.after <= LESS * before else None
 
-    def _reading_pairs(self, key: Key) -> list[Name]:
-        """The nodes of a layer in the test's graph that read from Q/DQ pairs."""
-        graph, names = self._graphs[key.component], self._run.names(key.component)
-        own = next((own for own, name in names.items() if name == key.value and own in graph.producer), None)
-        nodes = graph.segment([own], names.keys())[0] if own is not None else []
-        return [(key.component, node.name) for node in nodes if node.name in self._plain.get(key.component, ())]
+    def _without(self, component: str, inputs: Arrays, values: Collection[str]) -> Arrays:
+        """Outputs of a quantized graph by its own names, some ``values`` of the reference's graph computed as there.
+
+        These are what the reference's nodes make in FP32 of the values that the test shows in front of them: without
+        what rounds their operands, their weights and themselves.
+        """
+        graph, plain = self._graphs[component], self._programs[component].graph
+        own = {name: value for value, name in self._run.names(component).items() if value in graph.producer}
+        low, exact = Executor(graph, INT8, self._device), Executor(plain, FP32, self._device)
+        known, done = dict[str, Any](inputs), 0
+        for value in sorted(own.keys() & set(values), key=lambda name: graph.producer[own[name]].index):
+            seen, end = dict[str, Any](), graph.producer[own[value]].index + 1
+            low.run_nodes(graph.nodes[done:end], known, (), seen.__setitem__)
+            known, done = known | seen, end
+            nodes, starts = plain.segment([value], own)
+            given = {name: known[own.get(name, name)] for name in starts}
+            if not all(torch.as_tensor(v).is_floating_point() for v in (*given.values(), known[own[value]])):
+                raise InputError(f"{value}: levels are all that is known around it")
+            known[own[value]] = exact.run_nodes(nodes, given, [value])[value]
+        outputs = [info.name for info in graph.outputs]
+        return tensors_as_arrays(low.run_nodes(graph.nodes[done:], known, outputs))
 
     def find(self, first: Sequence[Name]) -> TriedSet | None:
         """A set with the nodes ``first``, or some of them, that leaves less than half of the divergence.
@@ -165,11 +181,10 @@ class KeepTrials:
         def execute(component: Component, inputs: Arrays) -> Arrays:
             graph, told = self._graphs[component.name], self._told.get(component.name, ())
             nodes = {n.name for n in graph.nodes if n.name in told or (component.name, n.name) in kept}
-            if (plain := self._plain.get(component.name)) is not None:
-                program = self._run.pipeline.program(component.name)
-                own = [plain[n.name] if (component.name, n.name) in kept else n for n in graph.nodes]
-                results = Executor(graph, INT8, self._device).run_nodes(own, inputs, [v.name for v in graph.outputs])
-                return by_reference(program, tensors_as_arrays(results))
+            if graph is not self._programs[component.name].graph:
+                values = {value for of, value in kept if of == component.name}
+                outputs = self._without(component.name, inputs, values)
+                return by_reference(self._run.pipeline.program(component.name), outputs)
             overrides = overrides_of(graph, narrow_values(graph), arithmetic) | dict.fromkeys(nodes, FP32)
             return tensors_as_arrays(Executor(graph, arithmetic, self._device, overrides=overrides).run(inputs))
 

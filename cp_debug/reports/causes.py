@@ -21,7 +21,18 @@ NAMED = 4
 SHOWN = 0.02
 """Share of the error from which a channel is named."""
 SAID = {
-    *("magnitude_only", "why", "explained_least", "keep_fp32", "unquantized", "after", "before", "change", "read_off"),
+    *(
+        "magnitude_only",
+        "why",
+        "explained_least",
+        "declared",
+        "keep_fp32",
+        "unquantized",
+        "after",
+        "before",
+        "change",
+        "read_off",
+    ),
     *("layers_in_all", "layers_asked", "of_products", "excess_least", "excess_most", "share_in_all"),
 }
 """Evidence that is said in words here, in the headline, or in the verdict."""

@@ -14,6 +14,9 @@ from cp_debug.probes.caveats import ALL_ZERO
 from cp_debug.reports.numbers import number, share_in_words
 from cp_debug.safe_text import amount, one_line, some
 
+MOST = 0.8
+"""Share of the divergence from which an INT8 layer that does what it declares is named for it."""
+
 
 def verdict_line(test: TestResult) -> Text:
     """One line: the guilty layer, its excess, its share of the final divergence, and what was not emulated."""
@@ -126,6 +129,7 @@ def _judged_together(row: LayerRow) -> str:
 def _comes_from(test: TestResult) -> str:
     """Phrase about the few layers whose rounding makes most of the divergence; empty where it adds up over many."""
     few = next((f for f in test.findings if f.evidence.get("declared") and f.effect.share is not None), None)
+    few = few or next((f for f in test.findings if f.cause == "int8" and (f.effect.share or 0.0) >= MOST), None)
     if few is None:
         return ""
     return f"{share_in_words(min(few.effect.share or 0.0, 1.0))} comes from {some(few.layers, MOST_NAMES)}"

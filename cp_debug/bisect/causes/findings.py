@@ -353,9 +353,9 @@ class Explainer:
         return _flags("--keep-fp32" if self.run.implicit else "--skip-layers", names)
 
     def _left_out(self, rows: Sequence[LayerRow]) -> str:
-        """How these layers are left unquantized; a file that came quantized goes on without pairs."""
+        """How these layers are left unquantized; a file that came quantized is written without their quantizers."""
         if self._came_quantized(rows) and self._trials is not None:
-            return f"{some([row.name for row in rows])} (without the Q/DQ pairs in front)"
+            return f"{some([row.name for row in rows])} (data, weights and result in FP32)"
         return self._unquantized(rows)
 
     def _unsteady(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:
