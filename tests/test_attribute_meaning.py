@@ -39,6 +39,11 @@ def test_axes_from_the_front_and_from_the_back_are_the_same(tmp_path: Path) -> N
     assert told(tmp_path, "Unsqueeze", {"axes": [-1]}, {"axes": [3]}) != []
 
 
+def test_axes_that_are_absent_are_all(tmp_path: Path) -> None:
+    assert told(tmp_path, "ReduceMean", {"axes": [0, 1, -2, 3]}, {}) == []
+    assert told(tmp_path, "ReduceMean", {"axes": [-1]}, {}) == ["ReduceMean: axes is all instead of [-1]"]
+
+
 def test_a_difference_from_a_default_tells_both_values(tmp_path: Path) -> None:
     assert told(tmp_path, "Conv", {}, {"strides": [1, 2]}) == ["Conv: strides is [1, 2] instead of 1"]
     assert told(tmp_path, "Conv", {"pads": [1] * 4}, {}) == ["Conv: pads is 0 instead of [1, 1, 1, 1]"]

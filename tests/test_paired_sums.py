@@ -16,6 +16,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from draws import RNG
+from nets import NetBuilder
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 from test_file_quantization import Reader, parent
@@ -217,6 +218,22 @@ def test_a_fault_of_its_own_is_not_put_down_to_saturation(tmp_path: Path) -> Non
     onnx.save(model, target)
     result = bisect(str(source), [create(BackendSpec.parse("ort")), WithoutVnni()], test_model=target)
     assert "int8-pair-saturation" not in causes(result)[:1]
+
+
+def test_a_difference_of_the_graphs_is_found_among_sums_that_saturate(tmp_path: Path) -> None:
+    levels = np.random.default_rng(0).integers(-127, 127, (16, 8)).astype(np.int8)
+    files = []
+    for zero_points in (["z", "zw"], []):
+        made = NetBuilder()
+        for name, array in {"s": np.float32(0.01), "z": np.uint8(128), "zw": np.int8(0), "levels": levels}.items():
+            made.weight(np.asarray(array), name)
+        made.op("QuantizeLinear", "x", "s", "z", name="q")
+        made.op("MatMulInteger", "q", "levels", *zero_points, name="i")
+        made.op("Cast", "i", to=1, name="y")
+        files.append(made.save(tmp_path / f"{len(files)}.onnx", {"x": (1, [4, 16])}, ["y"], opset=17))
+    result = bisect(str(files[0]), [create(BackendSpec.parse("ort")), WithoutVnni()], test_model=files[1])
+    (finding,) = (finding for finding in result.tests[0].findings if finding.layers == ["node_i"])
+    assert finding.says == "MatMulInteger has no a_zero_point (z); MatMulInteger has no b_zero_point (zw)"
 
 
 def test_nothing_else_is_paired(tmp_path: Path) -> None:

@@ -56,6 +56,12 @@ def save(path: Path, body: str) -> Path:
             "s",
             "axes is [2] instead of [1]",
         ),
+        (
+            "r = Relu (x) \n s = ReduceMax <axes=[1]> (r) \n y = Tanh (s)",
+            "r = Relu (x) \n s = ReduceMax (r) \n y = Tanh (s)",
+            "s",
+            "axes is all instead of [1]",
+        ),
     ],
 )
 def test_the_difference_of_the_graphs_is_the_cause(tmp_path: Path, good: str, bad: str, layer: str, says: str) -> None:

@@ -10,22 +10,27 @@ from cp_debug.graph.graph import Graph, Node
 
 RESULTS_AXES = {"Unsqueeze"}
 """Operators whose axes are those of the result."""
-SHAPES = {"axes", "hidden_size", "kernel_shape", "num_outputs", "output_shape", "split"}
+SHAPES = {"hidden_size", "kernel_shape", "num_outputs", "output_shape", "split"}
 """Attributes that are inferred where they are absent: they differ only where both sides have them."""
 ACTIVATIONS_OF = {"GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"], "RNN": ["Tanh"]}
 """Activations of recurrent layers that name none."""
 
 
 def same_axes(graph: Graph, node: Node, name: str, a: Any, b: Any) -> bool:
-    """Whether two values of a node's attribute name the same axes, one from the front and one from the back."""
-    if name not in ("axis", "axes") or a is None or b is None:
+    """Whether two values of a node's attribute name the same axes, one from the front and one from the back.
+
+    Axes that are absent are all of them.
+    """
+    absent = a is None or b is None
+    if name not in ("axis", "axes") or (absent and name == "axis"):
         return False
     names = node.outputs if node.op in RESULTS_AXES else node.inputs
     declared = graph.types.get(names[0]) if names else None
     if declared is None or not declared.tensor_type.HasField("shape"):
         return False
     rank = len(declared.tensor_type.shape.dim)
-    front = [[axis + rank if axis < 0 else axis for axis in (v if isinstance(v, list) else [v])] for v in (a, b)]
+    axes = [list(range(rank)) if v is None else v if isinstance(v, list) else [v] for v in (a, b)]
+    front = [[axis + rank if axis < 0 else axis for axis in each] for each in axes]
     return front[0] == front[1]
 
 
@@ -51,4 +56,4 @@ def says_nothing(op: str, name: str, a: Any, b: Any) -> bool:
     if name == "activations":
         usual = ACTIVATIONS_OF[op]
         return [v.lower() for v in value] == [v.lower() for v in usual] * (len(value) // len(usual))
-    return name in SHAPES
+    return name in SHAPES or (name == "axes" and op == "Squeeze")

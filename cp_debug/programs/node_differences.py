@@ -193,7 +193,8 @@ class Pieces:
             if same_axes(self._reference, ours, name, a, b) or same_axes(self._test, theirs, name, a, b):
                 continue
             a, b = (implied(n, name) if v is None else v for n, v in ((ours, a), (theirs, b)))
-            says = f"{ours.op}: {name} is {_shown(b)} instead of {_shown(a)}"
+            after, before = ("all" if name == "axes" and v is None else _shown(v) for v in (b, a))
+            says = f"{ours.op}: {name} is {after} instead of {before}"
             evidence: dict[str, Any] = {name: b, "instead_of": a}
             if name == "epsilon" and isinstance(a, float) and isinstance(b, float):
                 says = f"{ours.op}: eps is {b:.3g} instead of {a:.3g}"
@@ -254,7 +255,9 @@ class Pieces:
             role = self._role(ours, place)
             if a in self._ours and not b:
                 name = "bias-dropped" if role == "bias" else "constant-differs"
-                yield NodeDifference(name, f"{ours.op} has no {a}", ours.name, {"constant": a})
+                argument = _argument(ours, place)
+                says = f"{ours.op} has no {argument} ({a})" if argument else f"{ours.op} has no {a}"
+                yield NodeDifference(name, says, ours.name, {"constant": a})
             elif a in self._ours and b in self._theirs and self._ours.digest(a) != self._theirs.digest(b):
                 if twin := self._ours.twin(a, self._theirs, b):
                     change: TensorChange | None = TensorChange(
@@ -325,11 +328,16 @@ def _attributes_once(op: str) -> frozenset[str]:
 
 def argument_of(node: Node, place: int) -> str | None:
     """Name of a node's input that older opsets have as an attribute, such as ``max`` of Clip; None for other inputs."""
+    name = _argument(node, place)
+    return name if name in _attributes_once(node.op) else None
+
+
+def _argument(node: Node, place: int) -> str | None:
+    """Name of a node's input in its operator's schema; None where ONNX has none."""
     if node.proto.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op):
         return None
     inputs = onnx.defs.get_schema(node.op).inputs
-    name = inputs[place].name if place < len(inputs) else None
-    return name if name in _attributes_once(node.op) else None
+    return inputs[place].name if place < len(inputs) else None
 
 
 def named(change: TensorChange, role: str, op: str) -> str:

@@ -74,7 +74,7 @@ def _verdict_line(test: TestResult) -> Text:
         style = "bold yellow" if test.oracle else "bold red"
         lead = f"✗ {spec}: {few or f'first divergent layer: {first.name}'}"
         text = Text.assemble((lead, style), f"{beyond}{end}")
-        if test.oracle:
+        if test.oracle and first.verdict != SHAPE:  # a shape says who is wrong
             says = f": {test.remainder}" if test.remainder and not few else ""
             text.append(f"; no layer introduces more than its precision explains{says}{_avoidable(test)}")
         return text.append(_uncovered(test))

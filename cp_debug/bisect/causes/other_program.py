@@ -12,6 +12,7 @@ from torch import Tensor
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.causes.segment import Segment, as_double
+from cp_debug.bisect.paired_nodes import PAIRED, with_paired_sums
 from cp_debug.errors import InputError
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph, Node
@@ -96,9 +97,12 @@ class OtherPiece:
     def result(self) -> Tensor | None:
         """The result, by the arithmetic that explains the layer best; float64, of the captured shape, else None."""
         segment, results = self.segment, []
-        for executor in self.other.executors(segment.context.claim.name):
+        runs = [(executor, self.nodes) for executor in self.other.executors(segment.context.claim.name)]
+        if (saturating := with_paired_sums(self.other.graph, self.nodes)) is not None:
+            runs.append((Executor(self.other.graph, PAIRED, self.other.executor.device), saturating))
+        for executor, nodes in runs:
             try:
-                results.append(as_double(executor.run_nodes(self.nodes, self.inputs, [self.own])[self.own]))
+                results.append(as_double(executor.run_nodes(nodes, self.inputs, [self.own])[self.own]))
             except InputError:  # an operator that nobody here can compute
                 continue
         fitting = [value for value in results if value.shape == segment.test.shape]
