@@ -15,6 +15,8 @@ from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
 from cp_debug.programs.node_differences import ACTIVATIONS
+from cp_debug.programs.ties import ties
+from cp_debug.safe_text import amount
 
 FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "Relu": torch.relu,
@@ -106,6 +108,20 @@ def other_neighbour(segment: Segment) -> Iterator[Candidate]:
                 fix = "the file is right: the runtime rounds coordinates; use a newer runtime, or sizes without ties"
                 evidence = {"first": first, "nearest_mode": mode}
                 yield Candidate("resize-ties", says, torch.where(taken, other, segment.exact), 0, evidence, fix)
+
+
+@cause()
+def equal_values(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: an operator that finds values, and chooses others of equal ones than ONNX says."""
+    node = segment.nodes[-1] if segment.nodes else None
+    if node is None or node.op not in ("ArgMax", "ArgMin", "TopK"):
+        return
+    if ties(segment.input(node.inputs[0]), segment.exact.long(), segment.test.long()):
+        wanted = "last" if node.attribute("select_last_index", 0) else "first"
+        places = (segment.exact != segment.test).nonzero()
+        says = f"{node.op} chooses others of equal values at {amount(len(places), 'place')}: ONNX wants the {wanted}"
+        fix = "the file is right: use a runtime that breaks ties as ONNX says, or make the values distinct"
+        yield Candidate("other-ties", says, segment.test, 0, {"first": places[0].tolist()}, fix)
 
 
 @cause()
