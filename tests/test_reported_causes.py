@@ -1,4 +1,4 @@
-"""Causes from public reports: a saturated bias, ties of Resize, activations in INT8 that a file allows."""
+"""Causes from public reports: saturated biases, ties of Resize and of equal values, INT8 that a file allows."""
 
 from __future__ import annotations
 
@@ -87,6 +87,29 @@ def test_at_a_tie_the_declared_mode_decides(tmp_path: Path, mode: str, ties: lis
         assert "picks the other neighbour at 1 of 2 places where two are equally near" in test.findings[0].headline
     if wrong == 2:
         assert "nearest_mode" in test.findings[0].headline
+
+
+@pytest.mark.parametrize("last", [0, 1])
+@pytest.mark.parametrize("wrong", [0, 3])
+def test_of_equal_values_onnx_says_which_is_chosen(tmp_path: Path, last: int, wrong: int) -> None:
+    """Two of eight are the largest. What the index makes wrong is its own: no derivative passes it."""
+    nodes = [
+        helper.make_node("ArgMax", ["x"], ["i"], name="best", axis=-1, keepdims=1, select_last_index=last),
+        helper.make_node("Cast", ["i"], ["f"], name="cast", to=TensorProto.FLOAT),
+        helper.make_node("Neg", ["f"], ["y"], name="neg"),
+    ]
+    net = saved(tmp_path / "net.onnx", nodes, (5, 1), (5, 8), {})
+    x = np.tile(np.array([0, 1, 2, 3, 3, 2, 1, 0], np.float32), (5, 1))
+    index = np.full((5, 1), 4 if last else 3)
+    index[:wrong] = 3 if last else 4
+    floats = index.astype(np.float32)
+    (test,) = diagnose(net, "ort", test_tensors={"x": x, "i": index, "f": floats, "y": -floats}).tests
+    assert [row.name for row in test.guilty] == (["best"] if wrong else [])
+    if wrong:
+        (finding,) = test.findings
+        wanted = "last" if last else "first"
+        assert f"chooses others of equal values at {wrong} places: ONNX wants the {wanted}" in finding.headline
+        assert finding.effect.share == pytest.approx(1)
 
 
 def four_bits(folder: Path, level: int) -> Path:

@@ -39,13 +39,13 @@ def set_shares(shares: Shares, rows: Mapping[Key, LayerRow]) -> Attribution | No
     """Give every replayed row of the test its share of the final divergence.
 
     None where the final outputs have no finite difference, or end in NaN or Inf in the test alone. Where the reference
-    is at fault, no row has a share. Where NaN or Inf is born that ends in numbers (1 ÷ Inf is 0), no derivative says
-    what it does: it is carried to the end, of the first such layers.
+    is at fault, no row has a share. Where NaN or Inf is born that ends in numbers (1 ÷ Inf is 0), or whole numbers are
+    wrong, no derivative says what it does: it is carried to the end, of the first such layers.
     """
     if not shares.differs or shares.ends_in_infinity:
         return None
     own = {k: r.replay for k, r in rows.items() if r.side == "test" and r.replay and r.replay.introduced is not None}
-    born = [key for key, replay in own.items() if replay.new_nonfinite]
+    born = [k for k, replay in own.items() if replay.new_nonfinite or (replay.introduced and shares.stops(k))]
     names = {key: row.name for key, row in rows.items()}
     told = shares.attribution(names, born[:CARRIED], asks=not all(r.within for r in rows.values()))
     for key in own.keys() - set(born[CARRIED:]):
@@ -100,6 +100,11 @@ class Shares:
         test = loader(self._test, component.name)
         walk = self._walks[component.name] = Backward(of.graph, of.known, test, of.oracle, of.follower, of.errors)
         return walk
+
+    def stops(self, key: Key) -> bool:
+        """Whether a layer's result is whole numbers, and no derivative passes what reads them."""
+        whole = _array(self._test, key.value, key.component).dtype.kind in "iub"
+        return whole and not self.of_layers.get(key, 0.0)
 
     def attribution(self, names: Mapping[Key, str], born: Sequence[Key] = (), *, asks: bool = True) -> Attribution:
         """The sum of all shares, and what of the divergence they leave. ``names``: value → its layer's name.
