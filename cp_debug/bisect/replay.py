@@ -38,7 +38,7 @@ from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import WHOLE, level_values
 from cp_debug.graph.operators import CONTRACTIONS, PRODUCTS
 from cp_debug.graph.randomness import DRAWS_NUMBERS, draws
-from cp_debug.probes.distance import all_finite, distance, ratio, rounded_difference
+from cp_debug.probes.distance import all_finite, distance, ratio
 from cp_debug.probes.integers import is_whole
 from cp_debug.programs.precision import PRECISIONS, Precision, coarsest, of_operators
 
@@ -200,8 +200,6 @@ class Replayer:
         else:
             exact = {t: as_tensor(v) for t, v in self.oracle.run_nodes(nodes, given, targets).items()}
         captured |= {t: exact[t] for t in targets if self._as_good(t, captured[t], exact[t], test)}
-        for target in targets:
-            self._note_error(target, captured[target], exact[target])
         claimed = self.claim(1, nodes)
         expected, claim = (
             (EmulatedSegment(captured), claimed) if self._emulated else self._expect(1, nodes, given, exact)
@@ -210,7 +208,10 @@ class Replayer:
         divergence = self._divergence(given, reference) if known_divergence is None else known_divergence
         results = {}
         for target in targets:
-            replay = self._asked(1, nodes, given, target, captured[target], exact[target], expected, claim, reference)
+            sides = captured[target], exact[target]
+            error = self._place_of_error(*sides)
+            replay = self._asked(1, nodes, given, target, *sides, expected, claim, reference, error)
+            self.errors |= {} if error is None else {target: error}
             if replay.new_nonfinite:
                 replay.new_nonfinite -= _undecided(nodes, captured[target], exact[target], expected.results[target])
             if replay.new_nonfinite or (replay.excess or 0.0) > EXCESS:
@@ -242,12 +243,12 @@ class Replayer:
             self._trimmer.freed(exact[target].nbytes)
         return results
 
-    def _note_error(self, target: str, captured: AnyTensor, exact: Tensor) -> None:
-        if not exact.is_floating_point() or 2 * exact.numel() > self._room:
-            return  # whole numbers are subtracted exactly, when they are asked for
-        if tuple(captured.shape) == tuple(exact.shape):
-            self._room -= 2 * exact.numel()
-            self.errors[target] = rounded_difference(captured, exact, torch.bfloat16)  # three digits: a share sums many
+    def _place_of_error(self, captured: AnyTensor, exact: Tensor) -> Tensor | None:
+        """Where the introduced error goes, in its shape, while there is room. Three digits do: a share sums many."""
+        if not exact.is_floating_point() or 2 * exact.numel() > self._room or captured.shape != exact.shape:
+            return None  # whole numbers are subtracted exactly, when they are asked for
+        self._room -= 2 * exact.numel()
+        return torch.empty_like(exact, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
 
     def _not_emulated(self, nodes: list[Node]) -> tuple[str, ...]:
         emulator = self._emulators[1]
@@ -297,14 +298,15 @@ class Replayer:
         expected: EmulatedSegment,
         claim: Precision,
         reference: Load,
+        error: Tensor | None = None,
     ) -> Replay:
-        """The replay of one value of the reference (0) or the test (1).
+        """The replay of one value of the reference (0) or the test (1); ``error`` is filled with what it introduced.
 
         Where emulating one correct implementation has raised a doubt, others are asked.
         """
         scales, result = self._scales[side], expected.results[target]
         unrounded = is_whole(exact) and target not in self.levels and self._rounds_nothing(nodes, given, claim)
-        replay = Replay.of(captured, exact, [result], claim, unrounded=unrounded)
+        replay = Replay.of(captured, exact, [result], claim, unrounded=unrounded, error=error)
         if (replay.excess or 0.0) <= ASKED:
             return replay
         others: list[AnyTensor] = [] if scales is None else [*scales.for_readers(target, captured, result)]

@@ -88,16 +88,17 @@ class Replay:
         doubt: float = 0.0,
         *,
         unrounded: bool = False,
+        error: Tensor | None = None,
     ) -> Replay:
         """The figures of a captured value against the oracle's result for the same inputs.
 
         ``correct``: what implementations without a fault give; ``doubt``: how far others may be off, an L2 norm;
-        ``unrounded``: nothing of it is rounded, as of indices and ids. All tensors have the value's shape, in any real
-        dtypes.
+        ``unrounded``: nothing of it is rounded, as of indices and ids; ``error`` is filled with captured − exact, and 0
+        where either is NaN or Inf. All tensors have the value's shape, in any real dtypes.
         """
         if tuple(captured.shape) != tuple(exact.shape):
             return cls(skipped=f"the shape is {list(captured.shape)}, the oracle's {list(exact.shape)}")
-        introduced, scale, new_nonfinite = distance(captured, exact)
+        introduced, scale, new_nonfinite = distance(captured, exact, error)
         allowed = (introduced if c is captured else distance(c, exact).difference for c in correct)
         expected = max(*allowed, doubt, 0.0 if unrounded else FLOOR * claim.roundoff * scale)
         return cls(

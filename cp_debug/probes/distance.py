@@ -44,17 +44,6 @@ def product(a: Tensor, b: Tensor) -> float:
     return total
 
 
-def rounded_difference(ours: AnyTensor, theirs: Tensor, dtype: torch.dtype) -> Tensor:
-    """ours − theirs of two tensors of one shape and real dtypes, subtracted in float64 and held in ``dtype``, in that
-    shape, on the device of theirs."""
-    found = torch.empty(theirs.shape, dtype=dtype, device=theirs.device)
-    a, b, flat = ours.reshape(-1), theirs.reshape(-1), found.view(-1)
-    chunk = DEVICE_CHUNK if theirs.is_cuda else HOST_CHUNK
-    for at in (slice(start, start + chunk) for start in range(0, len(b), chunk)):
-        flat[at] = to_device(_plain(a[at]), theirs.device).double() - b[at].double()
-    return found
-
-
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor of any shape and dtype has no NaN and no Inf. Where the sum of FP32 or FP64 is finite, that one
     pass tells it."""
@@ -71,31 +60,34 @@ def born_nonfinite(ours: Any, theirs: Any) -> Any:
     return ~xp.isfinite(ours) & ~xp.isnan(theirs) & (ours != theirs)
 
 
-def distance(ours: AnyTensor, theirs: AnyTensor) -> Distance:
+def distance(ours: AnyTensor, theirs: AnyTensor, difference: Tensor | None = None) -> Distance:
     """Compare two tensors of one shape and real dtypes, numpy (memory-mapped too) or torch, in float64.
 
-    Where one of them lies on a device, there; three numbers of each block come to the host.
+    Where one of them lies on a device, there; three numbers of each block come to the host. ``difference``, of that
+    shape and any real dtype, is filled with ours − theirs, with 0 where either is NaN or Inf.
     """
     device = next((device for t in (theirs, ours) if (device := device_of(t)) != "cpu"), None)
     x, y = (as_numpy(t) if device is None else to_device(_plain(t), device) for t in (ours, theirs))
-    sums = _sums(x, y)
+    sums = _sums(x, y, difference)
     if not all(map(math.isfinite, sums)):
-        sums = _sums(x, y, finite_alone=True)
+        sums = _sums(x, y, difference, finite_alone=True)
     return Distance(math.sqrt(sums[0]), math.sqrt(sums[1]), int(sums[2]))
 
 
-def _sums(ours: AnyTensor, theirs: AnyTensor, *, finite_alone: bool = False) -> list[float]:
+def _sums(ours: AnyTensor, theirs: AnyTensor, difference: Tensor | None, *, finite_alone: bool = False) -> list[float]:
     """Σ(ours − theirs)² and Σ theirs²; ``finite_alone``: over the elements that are finite on both sides, with how many
-    are ``new_nonfinite``."""
+    are ``new_nonfinite``. ``difference``: as of ``distance``."""
     found, wide = [0.0, 0.0, 0.0], are_wide(ours, theirs)
     with np.errstate(all="ignore"):
-        for _, y_raw, x_raw, y, x in blocks(theirs, ours):
+        for start, y_raw, x_raw, y, x in blocks(theirs, ours):
             x, y = as_double(x), as_double(y)
             apart, new = differences(x_raw, y_raw) if wide else x - y, y[:0].sum()
             if finite_alone:
                 xp: Any = torch if is_torch(x) else np
                 new, finite = born_nonfinite(x, y).sum(), xp.isfinite(x) & xp.isfinite(y)
                 apart, y = (xp.where(finite, each, 0.0) for each in (apart, y))
+            if difference is not None:
+                difference.view(-1)[start : start + len(y)] = torch.as_tensor(apart)
             found = [a + b for a, b in zip(found, to_host((dot(apart, apart), dot(y, y), new)), strict=True)]
     return found
 
