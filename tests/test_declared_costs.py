@@ -20,6 +20,7 @@ from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.kept import KeepTrials
 from cp_debug.bisect.result import TestResult
+from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import insert_qdq
 from cp_debug.graph.unquantize import remove_qdq
@@ -275,3 +276,13 @@ def test_leaving_a_clipped_layer_unquantized_is_tried_as_well(tmp_path: Path) ->
     assert row.stats.rel_l2 == pytest.approx(finding.evidence["after"], rel=1e-3)
     costs = next(finding for finding in test.findings if finding.cause == "int8")
     assert costs.fix == "", "what is wrong comes first"
+
+
+def test_what_cannot_be_tried_is_not_said_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> Any:
+        raise InputError("no such operator")
+
+    monkeypatch.setattr(KeepTrials, "_without", refused)
+    (finding,) = quantized(outlier(tmp_path)).findings
+    assert finding.fix == "accept it, or leave it unquantized (not tried): --skip-layers costly"
+    assert "after" not in finding.evidence

@@ -4,7 +4,7 @@ outputs are compared."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from cp_debug.backends.arithmetic import ARITHMETICS, FP32, INT8, overrides_of
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.remainder import apart
+from cp_debug.bisect.result import LayerRow
 from cp_debug.errors import InputError
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.operators import ALL_MOVERS, MOVING
@@ -65,6 +66,8 @@ class KeepTrials:
         self._precision, self._device = run.precision, run.device
         self._told = {name: run.pipeline.kept(name) for name in run.programs}
         self._errors: dict[frozenset[Name], float] = {}
+        self._nodes: dict[Name, Collection[str]] = {}
+        """Value of a layer that is left unquantized → the reference's nodes that compute it."""
 
     @classmethod
     def of(cls, run: CandidateRun, sample: Sample, reference: Arrays) -> KeepTrials | None:
@@ -77,22 +80,17 @@ class KeepTrials:
         quantized = not alike and any(graph.precision == "int8" for graph in run.graphs.values())
         return cls(run, sample, reference) if quantized or (alike and run.precision.name in EMULATED) else None
 
-    def first(self, ranked: Sequence[Key], counts: Sequence[int] = COUNTS) -> TriedSet | None:
+    def first(self, ranked: Mapping[Key, LayerRow], counts: Sequence[int] = COUNTS) -> TriedSet | None:
         """The first layers, as few as halve the divergence, else those that leave least, computed by the reference's
-        own nodes in FP32; None where most is left without any of them, or a run fails.
+        own nodes in FP32; None where most is left without any of them. Raises InputError where a run fails.
 
-        ``ranked``: their values by the reference's names, the layer that costs most first. ``counts``: how many are
-        left out, one count after the other.
+        ``ranked``: replayed rows, the layer that costs most first. ``counts``: how many are left out, one count after
+        the other.
         """
-        try:
-            return self._first(ranked, counts)
-        except InputError:
-            return None
-
-    def _first(self, ranked: Sequence[Key], counts: Sequence[int]) -> TriedSet | None:
+        self._nodes |= {(key.component, key.value): row.replay.nodes for key, row in ranked.items() if row.replay}
         before, best = self._error(frozenset()), None
         for count in counts:
-            values = frozenset((key.component, key.value) for key in ranked[:count])
+            values = frozenset((key.component, key.value) for key in [*ranked][:count])
             if best is None or self._error(values) < best.after:
                 best = TriedSet((), self._error(values), before, len(self._errors), min(count, len(ranked)))
             if best.after <= HELPS * before or count >= len(ranked):
@@ -113,7 +111,9 @@ class KeepTrials:
             seen, end = dict[str, Any](), graph.producer[own[value]].index + 1
             low.run_nodes(graph.nodes[done:end], known, (), seen.__setitem__)
             known, done = known | seen, end
-            nodes, starts = plain.segment([value], own)
+            names = self._nodes[component, value]
+            inner = {output for node in plain.nodes if node.name in names for output in node.outputs}
+            nodes, starts = plain.segment([value], own.keys() - inner)
             given = {name: known[own.get(name, name)] for name in starts}
             if not all(torch.as_tensor(v).is_floating_point() for v in (*given.values(), known[own[value]])):
                 raise InputError(f"{value}: levels are all that is known around it")

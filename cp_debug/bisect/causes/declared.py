@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from statistics import fmean
 from typing import Any
 
@@ -63,7 +64,8 @@ def int8(
     if any(r.verdict == GUILTY for r in rows.values()):
         fix = ""  # what is wrong comes first
     elif trials is not None:
-        fix, figures = _left_out(trials, dict(ranked), unquantized)
+        with suppress(InputError):
+            fix, figures = _left_out(trials, dict(ranked), unquantized)
     yield Finding(
         "int8",
         f"{kind.upper()} as declared{most}",
@@ -88,7 +90,7 @@ def _left_out(
     trials: KeepTrials, ranked: Rows, unquantized: Callable[[Sequence[LayerRow]], str]
 ) -> tuple[str, dict[str, Any]]:
     """(What leaving the first layers unquantized gave, in words; the layers and the figures), as it was tried."""
-    found = trials.first([*ranked])
+    found = trials.first(ranked)
     if found is None:
         return "no fix found: with the layers that cost most unquantized, most of it remains, emulated", {}
     chosen = [*ranked.values()][: found.layers]

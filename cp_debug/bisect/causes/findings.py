@@ -28,7 +28,7 @@ from cp_debug.bisect.finding import UNKNOWN, Finding, Where
 from cp_debug.bisect.kept import KeepTrials, gave
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
-from cp_debug.errors import in_one_line
+from cp_debug.errors import InputError, in_one_line
 from cp_debug.graph.downstream import downstream
 from cp_debug.graph.operators import VIEWS
 from cp_debug.graph.randomness import drawing
@@ -328,14 +328,16 @@ class Explainer:
         calibrate = "--trt-calib-data" if self.run.implicit else "--calib-data"
         if self._came_quantized(rows):
             calibrate = f"{self._quantize} --calib-data DATA"
-        fix, tried = fix.replace("{calibrate}", calibrate), None
-        if self._trials is not None and not self._came_quantized(rows):
-            tried = self._trials.first([Key(row.component, row.onnx) for row in rows], (len(rows),))
-            if tried is None:
-                return fix.partition(", or leave it unquantized")[0], {}
-            fix += f": {gave(tried)}"
-        figures = {"after": tried.after, "before": tried.before} if tried else {}
-        return fix.replace("{unquantized}", self._unquantized(rows)), figures
+        fix = fix.replace("{calibrate}", calibrate).replace("{unquantized}", self._unquantized(rows))
+        if self._trials is None or self._came_quantized(rows):
+            return fix, {}
+        try:
+            tried = self._trials.first({Key(row.component, row.onnx): row for row in rows}, (len(rows),))
+        except InputError:
+            return fix, {}
+        if tried is None:
+            return fix.partition(", or leave it unquantized")[0], {}
+        return f"{fix}: {gave(tried)}", {"after": tried.after, "before": tried.before}
 
     def _came_quantized(self, rows: Sequence[LayerRow]) -> bool:
         """Whether no flag of this command reaches the Q/DQ pairs at these layers."""
