@@ -109,12 +109,9 @@ class Backward:
             if result.requires_grad:
                 followed.append(name)
         if followed and leaves:
-            results = [exact[name] for name in followed]
-            backward = [derivatives[name].to(exact[name].dtype) for name in followed]
-            with warnings.catch_warnings():
-                # Autograd's thread has no CUDA context before its first cuBLAS call; torch warns that it makes one.
-                warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
-                gradients = torch.autograd.grad(results, [*leaves.values()], backward, allow_unused=True)
+            with torch.enable_grad():
+                measures = [_Measure.apply(exact[name], derivatives[name].to(exact[name].dtype)) for name in followed]
+            gradients = torch.autograd.grad(measures, [*leaves.values()], allow_unused=True)
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None and not all_finite(gradient):
                     self.bent.append(name)
@@ -135,20 +132,29 @@ class Backward:
 
     def _leaf(self, name: str, value: AnyTensor) -> Tensor | None:
         """A captured value as autograd follows it; None for whole numbers, the levels of a quantizer apart."""
-        held = self._hold(value)
+        held = as_tensor(self._follower.arithmetic.hold(value, self._follower.device))
         if not held.is_floating_point():
             if name not in self._levels:
                 return None
             held = held.to(self._follower.arithmetic.dtype)
         return held.detach().requires_grad_()
 
-    def _hold(self, value: AnyTensor) -> Tensor:
-        follower = self._follower
-        return as_tensor(follower.arithmetic.hold(value, follower.device))
-
     def _add(self, name: str, derivative: Tensor) -> None:
         known = self.derivatives.get(name)
         self.derivatives[name] = derivative if known is None else known + derivative
+
+
+class _Measure(torch.autograd.Function):
+    """⟨derivative, result⟩ without its number, for the way back: given a derivative itself, torch imports sympy."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, derivative: Tensor) -> Tensor:
+        ctx.derivative = derivative
+        return result.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.derivative, None
 
 
 class _Uncomputed(TorchDispatchMode):
@@ -232,7 +238,10 @@ def walk_back(
     of_outputs = {(names[-1], name): value for name, value in derivatives.items()}
     for place, component in reversed([*enumerate(model.components)]):
         walked = backward(component)
-        with deterministic():  # on a GPU the derivative of a convolution sums in another order each time
+        # On a GPU the derivative of a convolution sums in another order each time, and autograd's thread has no CUDA
+        # context before its first cuBLAS call; torch warns that it makes one.
+        with deterministic(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
             errors = dict(walked.walk({n: d for (c, n), d in of_outputs.items() if c == component.name}))
         for reason in dict.fromkeys(walked.stopped.values()):
             values = [value for value, why in walked.stopped.items() if why == reason]

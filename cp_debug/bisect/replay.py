@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from types import MappingProxyType
 
 import torch
@@ -228,11 +228,10 @@ class Replayer:
                 if replay.new_nonfinite and spread(given, captured[target], expected.results[target]):
                     replay.new_nonfinite = 0
             replay.unread = target not in self.graph.consumers and target not in self._outputs
-            replay.not_emulated = self._not_emulated(nodes)
+            replay.not_emulated = tuple(n.name for n in nodes if not self._emulators[1].emulates(n))
             replay.instead = instead(captured[target], exact[target], expected.results[target])
             replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
-            of_node = partial(self._claim_of_node, 1)
-            replay.range_loss = self._range_loss(nodes, given, target, exact[target], of_node, test)
+            replay.range_loss = self._range_loss(nodes, given, target, sides[1], lambda n: self.claim(1, [n]), test)
             self._trace_back(replay, exact[target], reference(target), divergence)
             rounding = self.claim(0, nodes).roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
             replay.nonfinite_in = self._nonfinite_in(nodes, given, exact[target], reference(target))
@@ -249,10 +248,6 @@ class Replayer:
             return None  # whole numbers are subtracted exactly, when they are asked for
         self._room -= 2 * exact.numel()
         return torch.empty_like(exact, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
-
-    def _not_emulated(self, nodes: list[Node]) -> tuple[str, ...]:
-        emulator = self._emulators[1]
-        return tuple(n.name for n in nodes if not emulator.emulates(n))
 
     def _exact(self, nodes: list[Node]) -> bool:
         """Whether the emulation of the claim computes ``nodes`` just as the oracle does, by the same code."""
@@ -408,9 +403,6 @@ class Replayer:
             return False
         captured_tensor = self._hold(captured).to(exact.dtype)
         return not matters(self.graph, self.oracle, self.known, test, (target, exact, captured_tensor), 0.0)
-
-    def _claim_of_node(self, side: int, node: Node) -> Precision:
-        return self.claim(side, [node])
 
     def _divergence(self, given: Mapping[str, AnyTensor], reference: Load) -> float:
         """Relative L2 divergence of a segment's inputs, all of them taken as one vector."""

@@ -21,8 +21,10 @@ from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.result import Attribution, LayerRow
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.distance import distance
 from cp_debug.probes.held import CapturedRun
 from cp_debug.probes.integers import are_wide, differences
+from cp_debug.probes.statistics_reduce import dot
 from cp_debug.programs.pipeline import Key
 from cp_debug.programs.walk import tensors_as_arrays, walk
 from cp_debug.recipes.base import Arrays, Component, Sample
@@ -150,7 +152,7 @@ class Shares:
         return self._along(self.change(key))
 
     def _along(self, change: Arrays) -> float:
-        parts = (float(d @ change[n].ravel()) / self._norm(n) for n, d in self._divergence.items())
+        parts = (float(dot(d, change[n].ravel())) / self._norm(n) for n, d in self._divergence.items())
         return sum(parts) / self._size
 
     def _of_reference(self) -> float | None:
@@ -172,7 +174,7 @@ class Shares:
     def _size(self) -> float:
         """‖D‖²."""
         with np.errstate(over="ignore"):
-            return sum(float(d @ d) for d in self._divergence.values())
+            return sum(float(dot(d, d)) for d in self._divergence.values())
 
     @cached_property
     def ends_in_infinity(self) -> bool:
@@ -201,8 +203,8 @@ class Shares:
     def _norm(self, name: str) -> float:
         """Norm of a final output of the reference, which is read once: every share is divided by it."""
         if name not in self._norms:
-            value = _array(self._reference, name, self._components[-1]).astype(np.float64)
-            self._norms[name] = float(np.linalg.norm(value[np.isfinite(value)])) or 1.0
+            value = _array(self._reference, name, self._components[-1])
+            self._norms[name] = distance(value, value).whole or 1.0
         return self._norms[name]
 
     def change(self, key: Key) -> dict[str, np.ndarray]:
