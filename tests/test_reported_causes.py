@@ -112,6 +112,53 @@ def test_of_equal_values_onnx_says_which_is_chosen(tmp_path: Path, last: int, wr
         assert finding.effect.share == pytest.approx(1)
 
 
+def test_a_kernel_that_loses_small_numbers_is_named_though_fp32_may(tmp_path: Path) -> None:
+    """log(1 + exp(x)) as it stands, in FP32: what the layer does is within its precision, and makes all of it."""
+    nodes = [
+        helper.make_node("Softplus", ["x"], ["m"], name="plus"),
+        helper.make_node("Mul", ["m", "k"], ["y"], name="mul"),
+    ]
+    net = saved(tmp_path / "net.onnx", nodes, (4, 8), (4, 8), {"k": np.float32(1e5)})
+    x = np.random.default_rng(0).uniform(-13, -11, (4, 8)).astype(np.float32)
+    m = np.log(np.float32(1) + np.exp(x))
+    (test,) = diagnose(net, "ort", test_tensors={"x": x, "m": m, "y": m * np.float32(1e5)}).tests
+    assert not test.agrees
+    assert not test.guilty
+    (finding,) = test.findings
+    assert (finding.layers, finding.headline) == (
+        ["plus"],
+        "plus (Softplus): 100% of the final divergence comes from here",
+    )
+
+
+def masked(path: Path, lowest: float, rows: int) -> Path:
+    """Attention whose last ``rows`` rows may look at nothing: Softmax makes NaN of −Inf alone, which becomes 0."""
+    mask = np.zeros((9, 9), np.float32)
+    mask[9 - rows :] = lowest
+    mask[:, -1] = lowest
+    nodes = [
+        helper.make_node("Add", ["x", "mask"], ["a"], name="add"),
+        helper.make_node("Softmax", ["a"], ["p"], name="softmax"),
+        helper.make_node("IsNaN", ["p"], ["n"], name="isnan"),
+        helper.make_node("Where", ["n", "zero", "p"], ["w"], name="where"),
+        helper.make_node("MatMul", ["w", "v"], ["y"], name="matmul"),
+    ]
+    v = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
+    return saved(path, nodes, (9, 4), (9, 9), {"mask": mask, "zero": np.float32(0), "v": v})
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_number_that_stands_for_infinity_is_a_fault_where_whole_rows_are_masked(tmp_path: Path, rows: int) -> None:
+    files = [masked(tmp_path / f"{lowest}.onnx", lowest, rows) for lowest in (-np.inf, -3.4e38)]
+    (test,) = diagnose(files[0], "ort,ort", test_model=files[1]).tests
+    assert [row.name for row in test.guilty] == (["add"] if rows else [])
+    if rows:
+        assert test.guilty[0].why == f"a number stands in {27 + 6} values where Inf is right"
+        (finding,) = test.findings
+        assert "-inf → -3.4e+38 in 33 of 81 elements" in finding.headline
+        assert finding.effect.share == pytest.approx(1, abs=0.01)
+
+
 def four_bits(folder: Path, level: int) -> Path:
     rng = np.random.default_rng(0)
     columns, rows = 128, 64

@@ -167,6 +167,8 @@ class SampleRuns:
             differs = unexplained and not all(row.within for row in rows.values())
             try:
                 collected.remainder = remainder(run, sample, results, side.outputs, replays) if differs else None
+                if collected.remainder is not None and attribution is not None:
+                    collected.remainder.shared_out = abs(attribution.remainder) <= NOT_LINEAR
             except Exception as error:
                 failures.append(f"whether rounding explains the divergence is unknown: {in_one_line(error)}")
             if self._options.explain:

@@ -214,6 +214,7 @@ class Replayer:
             self.errors |= {} if error is None else {target: error}
             if replay.new_nonfinite:
                 replay.new_nonfinite -= _undecided(nodes, captured[target], exact[target], expected.results[target])
+            replay.new_nonfinite += _numbers(captured[target], exact[target], expected.results[target])
             if replay.new_nonfinite or (replay.excess or 0.0) > EXCESS:
                 replay = self._in_range(replay, target, captured[target], exact[target], expected, claim, test)
             if (scales := self._scales[1]) is not None and scales.quantized.touches(nodes):
@@ -425,6 +426,14 @@ class Replayer:
 
     def _hold(self, tensor: AnyTensor) -> Tensor:
         return as_tensor(FP64.hold(tensor, self._device))
+
+
+def _numbers(captured: AnyTensor, exact: Tensor, expected: AnyTensor) -> int:
+    """The number of elements that are finite where Inf is right, and where the declared arithmetic makes it, too."""
+    ours, emulated = (as_tensor(side).to(exact.device) for side in (captured, expected))
+    if ours.shape != exact.shape or not exact.is_floating_point() or math.isfinite(float(exact.sum())):
+        return 0
+    return int((torch.isfinite(ours) & torch.isinf(exact) & torch.isinf(emulated)).sum())
 
 
 def _undecided(nodes: Sequence[Node], captured: AnyTensor, exact: Tensor, expected: AnyTensor) -> int:

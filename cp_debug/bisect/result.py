@@ -152,6 +152,8 @@ class Remainder(JsonForm):
     """Divergence of the emulated precision on the same inputs; None where it is the test, or cannot be emulated."""
     not_replayed: dict[str, str] = field(default_factory=dict)
     """Node → reason why it was not replayed, or why nobody knows what it may introduce."""
+    shared_out: bool = False
+    """Whether the layers' shares add up to it: what each introduced, all within its precision, makes it."""
 
     def derived(self) -> dict[str, Any]:
         """Whether rounding adds up to it."""
@@ -159,8 +161,9 @@ class Remainder(JsonForm):
 
     @property
     def adds_up(self) -> bool:
-        """Whether every node was replayed, and rounding alone makes about as much."""
-        return not self.not_replayed and (self.rounding is None or self.divergence <= EXCESS * self.rounding)
+        """Whether every node was replayed, and rounding makes about as much, by emulation or by shares."""
+        alike = self.rounding is None or self.divergence <= EXCESS * self.rounding
+        return not self.not_replayed and (alike or self.shared_out)
 
     def __str__(self) -> str:
         if drawn := [reason for reason in self.not_replayed.values() if reason.endswith(DRAWS_NUMBERS)]:

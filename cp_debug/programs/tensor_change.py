@@ -76,7 +76,13 @@ def describe(ours: np.ndarray, theirs: np.ndarray, gates: int = 0, *, closely: b
         cast = (np.rint(value) if whole else value).astype(theirs.dtype)
         if np.array_equal(cast, theirs) or (not whole and _distance(b, value) <= limit):
             return TensorChange(kind, says, evidence, size)
-    return _whole(ours, theirs, size) if whole else TensorChange("other", f"differs by {size:.3g} (rel. L2)", {}, size)
+    if whole:
+        return _whole(ours, theirs, size)
+    if np.isinf(size):
+        places = np.argwhere((a != b) & ~(np.isfinite(a) & np.isfinite(b)) & ~(np.isnan(a) & np.isnan(b)))
+        pair = (in_digits(float(x[tuple(places[0])])) for x in (a, b))
+        return TensorChange("other", f"{' → '.join(pair)} in {len(places)} of {a.size} elements", {}, size)
+    return TensorChange("other", f"differs by {size:.3g} (rel. L2)", {}, size)
 
 
 def _whole(ours: np.ndarray, theirs: np.ndarray, size: float) -> TensorChange:

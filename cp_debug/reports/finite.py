@@ -17,9 +17,11 @@ def not_finite(row: LayerRow) -> str:
 
 
 def born(row: LayerRow) -> str:
-    """``18 Inf``, ``3 NaN`` or ``5 NaN or Inf`` for a layer that makes such values of finite ones; else empty."""
+    """``18 Inf``, ``3 NaN`` or ``5 NaN or Inf`` for a layer that makes such values of finite ones, and the reverse,
+    ``2 numbers for Inf``; else empty."""
     count = row.replay.new_nonfinite if row.replay else 0
-    return f"{count} {_kind(row)}" if count else ""
+    reverse = row.stats.inf_ref and not (row.stats.inf_test or row.stats.nan_test)
+    return f"{count} {'numbers for Inf' if reverse else _kind(row)}" if count else ""
 
 
 def verdict(row: LayerRow) -> str:

@@ -107,11 +107,13 @@ def declared(
     adds up over many layers; with the nodes to keep in FP32, where a set was found that helps."""
     claim = run.precision.name
     rounds = [(key, row) for key, row in rows.items() if row.replay and row.replay.introduced and row.op != "input"]
-    if claim not in PROMOTED or not rounds:
+    if claim not in (*PROMOTED, "fp32") or not rounds:
         return
     rounds.sort(key=lambda item: (_size(item[1]), item[1].replay.introduced), reverse=True)  # type: ignore[union-attr]
     first = _first(rounds)
     few = bool(first) and len(first) <= min(NAMED, max(FEW[0], FEW[1] * len(rounds)))
+    if claim == "fp32" and not few:  # nothing computes more exactly than that everywhere
+        return
     told = first if few else rounds
     segments = [segment(key, row) for key, row in told[:TRIED]]
     explained = fmean(part.explained(part.claimed)[0] for part in segments)
@@ -130,7 +132,11 @@ def declared(
         says += f"; most comes from {most}" if much else f"; none contributes much, {most} most"
         says += ", and errors of other layers cancel much of it" * cancels
     fix = "accept it, or compute in FP32: " + PROMOTED[claim] if claim == "tf32" else ""
-    if trials is not None:
+    if claim == "fp32":
+        fix = "accept it: FP32 kernels may round this much; or compute {layers} in FP64".format(
+            layers=", ".join(row.name for _, row in told)
+        )
+    elif trials is not None:
         fix, figures = kept(trials, [row for _, row in first or rounds])
         evidence |= figures
         lost = [(item, text) for item in rounds if item[1].name in figures.get("keep_fp32", ())

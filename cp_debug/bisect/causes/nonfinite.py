@@ -46,9 +46,9 @@ def born_here(segment: Segment) -> Iterator[Candidate]:
     """Candidate of last resort: the place of the first NaN or Inf, and its operands."""
     if bool(segment.new_nonfinite.any()):
         count, right = int(segment.new_nonfinite.sum()), torch.isfinite(segment.exact[segment.new_nonfinite]).all()
-        says = f"NaN or Inf appears here in {amount(count, 'value')} " + (
-            "where a number is right" if right else "where Inf is right"
-        )
+        number = bool(torch.isfinite(segment.test[segment.new_nonfinite]).all())
+        what = f"{'a number' if number else 'NaN or Inf'} appears here in {amount(count, 'value')}"
+        says = f"{what} where {'a number' if right else 'Inf'} is right"
         yield Candidate(
             "nonfinite",
             says,
