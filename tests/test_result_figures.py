@@ -129,6 +129,7 @@ def test_rounding_adds_up_to_a_few_times_what_it_makes(ratio: float, adds_up: bo
     assert found.adds_up == adds_up
     assert str(found) == ("the rounding adds up" if adds_up else "but rounding explains only 0.01 (rel. L2) of it")
     assert Remainder(9.0).adds_up
+    assert Remainder(9.0, 1.0, shared_out=True).adds_up
     assert not Remainder(0.01, 1.0, {"n": "why"}).adds_up
     many = Remainder(0.01, 1.0, dict.fromkeys("abcde", "no probe"))
     assert str(many) == "not replayed or not emulated, so not explained: a, b, c and 2 more"
