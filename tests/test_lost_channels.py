@@ -56,3 +56,13 @@ def test_channels_count_that_are_gone_and_large_enough_and_not_alone() -> None:
     assert not list(lost_channels({"y": ours[..., :15]}, {"y": theirs[..., :15]}, 1e-3)), "too few elements to tell"
     rows = np.moveaxis(ours, 1, 2), np.moveaxis(theirs, 1, 2)
     assert [text[:12] for text in lost_channels({"y": rows[0]}, {"y": rows[1]}, 1e-3)] == ["y: channel 1"]
+
+
+def test_lost_channels_are_told_beside_what_passes_the_tolerance_in_front(tmp_path: Path) -> None:
+    """With a tolerance that the INT8 steps pass, the verdict begins with that."""
+    paths = detector(tmp_path, None), detector(tmp_path, 640 / 127)
+    options = Options(inputs=tmp_path / "x.npz", rtol=1e-3, atol=1e-3)
+    (test,) = bisect(str(paths[0]), "ort,ort", test_model=paths[1], options=options).tests
+    line = verdict_line(test).plain
+    assert "0 everywhere" not in line.partition(";")[0]
+    assert line.count("y: channels 4, 5, 6 are 0 everywhere, but reach 0.9") == 1

@@ -37,9 +37,9 @@ def lost_channels(reference: Arrays, test: Arrays, atol: float) -> Iterator[str]
             if ours.size // ours.shape[axis] < LEAST or not gone.size or not left.any():
                 continue
             names = f"channel{'s' * (len(gone) > 1)} {some(gone.tolist(), NAMED)}"
-            verb = "are" if len(gone) > 1 else "is"
+            are, reach = ("are", "reach") if len(gone) > 1 else ("is", "reaches")
             yield (
-                f"{name}: {names} {verb} 0 everywhere, but reach {largest[gone].max():.3g} in the reference; other "
+                f"{name}: {names} {are} 0 everywhere, but {reach} {largest[gone].max():.3g} in the reference; other "
                 f"channels reach {left.max():.3g}"
             )
             break

@@ -21,6 +21,8 @@ MOST = 0.8
 def verdict_line(test: TestResult) -> Text:
     """One line: the guilty layer, its excess, its share of the final divergence, and what was not emulated."""
     text = _verdict_line(test)
+    if (lost := "; ".join(test.lost)) and lost not in text.plain:
+        text.append(f"; {lost}", "bold red")
     if strange := test.not_finite:
         text.append(f"; {strange}", "yellow")
     if left_out := test.backend.settings.get("not_emulated"):
