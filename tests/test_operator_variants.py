@@ -14,6 +14,7 @@ from nets import NetBuilder
 from onnx import TensorProto, helper
 from test_contrib_operators import COARSE, MS, SCALE, ZERO, check, normal, whole
 
+from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels.scaled_products import matmul
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.input_values import _arguments
@@ -187,3 +188,15 @@ def test_a_fill_of_no_sizes_is_a_number(tmp_path: Path) -> None:
         fill = {} if value is None else {"value": onnx.numpy_helper.from_array(value)}
         arrays = {"sizes": np.zeros(0, np.int64)}
         check(tmp_path / f"{name}.onnx", "ConstantOfShape", ["sizes"], arrays, **fill)
+
+
+@pytest.mark.parametrize("time", [0, 1])
+def test_sequences_are_reversed_up_to_their_lengths_and_pass_derivatives_on(tmp_path: Path, time: int) -> None:
+    arrays = {"x": normal(*((4, 3) if time == 0 else (3, 4)), 2), "lengths": np.array([1, 4, 2])}
+    check(tmp_path / "net.onnx", "ReverseSequence", list(arrays), arrays, time_axis=time, batch_axis=1 - time)
+    graph = Graph(tmp_path / "net.onnx")
+    x = torch.from_numpy(arrays["x"]).requires_grad_()
+    given = {"x": x, "lengths": torch.from_numpy(arrays["lengths"])}
+    (result,) = Executor(graph).run_nodes(graph.nodes, given, [graph.outputs[0].name], differentiable=True).values()
+    (gradient,) = torch.autograd.grad(result[0, 0].sum(), x)
+    assert int(gradient.sum()) == 2

@@ -30,7 +30,7 @@ from cp_debug.graph.randomness import draws
 
 MOVES = {
     "BitCast", "CenterCropPad", "Compress", "ConcatFromSequence", "Identity", "MaxUnpool", "Optional",
-    "OptionalGetElement", "ReverseSequence", "SequenceAt", "SequenceConstruct", "SequenceErase", "SequenceInsert",
+    "OptionalGetElement", "SequenceAt", "SequenceConstruct", "SequenceErase", "SequenceInsert",
     "SplitToSequence", "TensorScatter", "Unique",
 }  # fmt: skip
 """Operators without a kernel that choose among their inputs' values: there is nothing to emulate."""

@@ -23,6 +23,15 @@ def gather_elements(call: Call, x: Tensor, indices: Tensor) -> Tensor:
     return x.gather(call["axis"], _positive(indices, x.shape[call["axis"]]))
 
 
+@kernel("ReverseSequence", rounds=False)
+def reverse_sequence(call: Call, x: Tensor, lengths: Tensor) -> Tensor:
+    time, batch = call["time_axis"], call["batch_axis"]
+    place = torch.arange(x.shape[time], device=x.device)[:, None].expand(-1, x.shape[batch])
+    place = torch.where(place < lengths, lengths - 1 - place, place)
+    shape = [x.shape[axis] if axis in (time, batch) else 1 for axis in range(x.dim())]
+    return x.gather(time, (place if time < batch else place.T).reshape(shape).expand(x.shape))
+
+
 @kernel("GatherND", rounds=False)
 def gather_nd(call: Call, x: Tensor, indices: Tensor) -> Tensor:
     batch = call["batch_dims"]
