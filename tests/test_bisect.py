@@ -86,6 +86,11 @@ def test_json_has_the_promised_fields(net: Path, tmp_path: Path) -> None:
     assert len(result.layers) == len(found["layers"])
 
 
+def test_an_oracle_is_one_of_two(net: Path) -> None:
+    with pytest.raises(InputError, match=r"^oracle: 'fp16'; expected 'fp32' or 'fp64'$"):
+        bisect(str(net), "ort,emu-fp16", options=Options(oracle="fp16"))
+
+
 def test_samples_keep_the_worst_of_each_layer(net: Path) -> None:
     one = bisect(str(net), "ort,emu-fp16", options=Options(samples=1))
     three = bisect(str(net), "ort,emu-fp16", options=Options(samples=3))

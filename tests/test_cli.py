@@ -111,6 +111,17 @@ def test_captures_of_other_inputs_are_refused_unless_forced(net: Path, tmp_path:
     assert run("compare", tmp_path / "c0", tmp_path / "c0")[0] == 0
 
 
+def test_a_capture_that_lacks_a_field_of_its_control_flow_is_refused(net: Path, tmp_path: Path) -> None:
+    assert run("capture", net, "-b", "ort", "-o", tmp_path / "c")[0] == 0
+    manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    manifest["control_flow"] = {"net": [{"op": "If"}]}
+    (tmp_path / "c" / "manifest.json").write_text(json.dumps(manifest))
+    code, text = run("compare", tmp_path / "c", tmp_path / "c")
+    assert code == 2
+    assert "the manifest's control_flow: field" in text
+    assert "path" in text
+
+
 def test_a_capture_folder_in_use_is_refused(net: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("x")

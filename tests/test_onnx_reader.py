@@ -134,6 +134,10 @@ CASES: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
         "node 'hot': its parameter 'none' has 0 elements; expected 1$",
     ),
     "sparse": (edits(lambda g: g.sparse_initializer.add()), "sparse weights"),
+    "an argument": (
+        edits(lambda g: g.node[0].attribute.add(name="group", ref_attr_name="of", type=onnx.AttributeProto.INT)),
+        "attribute 'group' of node 'conv' refers to the argument 'of' of a function, but stands in none$",
+    ),
 }
 
 

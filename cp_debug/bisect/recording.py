@@ -15,6 +15,7 @@ from cp_debug.bisect.branches import differing_condition, in_words
 from cp_debug.bisect.result import BisectResult, LayerRow, TestResult, check_not_empty
 from cp_debug.bisect.verdict import judge
 from cp_debug.errors import InputError
+from cp_debug.graph.flatten import Branch
 from cp_debug.graph.pairing import left_out
 from cp_debug.probes.capture import Capture, CaptureWriter, array_hash
 from cp_debug.probes.statistics import compare
@@ -32,6 +33,7 @@ from cp_debug.quantization.quantized_programs import (
     already_quantized,
     quantize_programs,
 )
+from cp_debug.reading import typed
 from cp_debug.recipes.abilities import HasNotes, Remarks, samples_left_out
 from cp_debug.recipes.base import Model, check_samples
 from cp_debug.serialize import json_safe
@@ -248,16 +250,20 @@ def _other_ways(
     reference: Capture, test: Capture, rows: Mapping[Tensor, LayerRow], components: Mapping[str, str]
 ) -> Iterator[str]:
     """Sentences about control flow that decides otherwise in the test; its results get them as their reason, too."""
-    for component, branches in reference.manifest.get("control_flow", {}).items():
+    branches_of: list[dict[str, list[Branch]]] = [
+        typed(dict[str, list[Branch]], c.manifest.get("control_flow", {}), f"{c.folder}: the manifest's control_flow")
+        for c in (reference, test)
+    ]
+    for component, branches in branches_of[0].items():
         test_component = components.get(component, component)
-        test_branches = {b["path"]: b for b in test.manifest.get("control_flow", {}).get(test_component, [])}
+        test_branches = {b.path: b for b in branches_of[1].get(test_component, [])}
         for ours in branches:
-            theirs = test_branches.get(ours["path"], ours)
-            if theirs["decision"] != ours["decision"]:
-                way = in_words(ours["op"], ours["path"], ours["decision"], theirs["decision"])
-                conditions, both = (ours["decided_by"], theirs["decided_by"]), (component, test_component)
+            theirs = test_branches.get(ours.path, ours)
+            if theirs.decision != ours.decision:
+                way = in_words(ours.op, ours.path, ours.decision, theirs.decision)
+                conditions, both = (ours.decided_by, theirs.decided_by), (component, test_component)
                 way += differing_condition(*conditions, (reference, test), both)
-                for name in ours["outputs"]:
+                for name in ours.outputs:
                     if (row := rows.get((component, name))) is not None:
                         row.why = way
                 yield way

@@ -10,7 +10,7 @@ from onnx import TensorProto
 from cp_debug.backends.base import Backend, Program
 from cp_debug.bisect.int8_notes import both_int8
 from cp_debug.bisect.options import Options
-from cp_debug.errors import DeviceUnavailable
+from cp_debug.errors import DeviceUnavailable, InputError
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.narrow_types import narrow_precision
 from cp_debug.programs.precision import coarsest, oracle_for
@@ -80,5 +80,7 @@ def _is_double(programs: Iterable[Program]) -> bool:
 
 
 def oracle(reference: Backend, test: Backend, options: Options) -> str | None:
-    """The arithmetic of the replay; None where nothing is replayed."""
+    """The arithmetic of the replay; None where nothing is replayed. Raises InputError for another than these two."""
+    if options.oracle not in (None, "fp32", "fp64"):
+        raise InputError(f"oracle: {options.oracle!r}; expected 'fp32' or 'fp64'")
     return (options.oracle or oracle_for(reference.precision, test.precision)) if options.replay else None

@@ -121,6 +121,7 @@ class _Check:
         self._sizes: dict[Path, int] = {}
         self._functions = {(function.domain, function.name) for function in model.functions}
         self._version = 0
+        self._in_function = False
 
     def all(self) -> None:
         """Run every check."""
@@ -142,7 +143,7 @@ class _Check:
         for value in graph.output:
             if value.name not in computed:
                 raise self._error(f"nothing computes the output {shown(value.name)}")
-        outer = self._version
+        outer, self._in_function = self._version, True
         for function in self.model.functions:
             self._name(function.name, "a function")
             own = [entry.version for entry in function.opset_import if entry.domain in ("", "ai.onnx")]
@@ -301,7 +302,10 @@ class _Check:
 
     def _attribute(self, node: onnx.NodeProto, attribute: AttributeProto) -> None:
         if attribute.ref_attr_name:
-            return
+            if self._in_function:
+                return
+            problem = f"refers to the argument {shown(attribute.ref_attr_name)} of a function, but stands in none"
+            raise self._error(f"attribute {shown(attribute.name)} of {_title(node)} {problem}")
         field = _VALUE.get(attribute.type)
         single = field in ("f", "i", "s", "t", "g", "sparse_tensor", "tp")
         if field is None or (single and not attribute.HasField(field)):
