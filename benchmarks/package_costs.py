@@ -58,8 +58,8 @@ LINEAR = 0.1
 CLOSE = 0.8
 """Part of the largest effect from which a layer counts as one that makes most."""
 EXPORTED = (
-    *("clip.torchscript", "deberta.torchscript", "patchtsmixer.torchscript", "segformer.torchscript"),
-    *("swinv2.dynamo", "t5.dynamo", "wav2vec2.dynamo"),
+    *("clip.torchscript", "deberta.torchscript", "segformer.torchscript", "swinv2.dynamo", "t5.dynamo"),
+    "wav2vec2.dynamo",
 )
 """Architectures of transformers, and who exports them."""
 LEFT_OUT = frozenset(

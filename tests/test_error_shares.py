@@ -127,6 +127,19 @@ def test_what_a_root_of_zero_makes_of_an_error_is_carried(tmp_path: Path) -> Non
     assert test.attribution.carried[0] == "node_power"
 
 
+def test_a_mask_beyond_any_number_has_no_share(tmp_path: Path) -> None:
+    """−3.4e38 is another number in BF16, by 1e36, in a row that is masked as a whole: all is hidden alike there."""
+    net = NetBuilder()
+    mask = net.weight(np.array([[0.0], [-3.4e38]], np.float32))
+    scores = net.op("Add", times(net, "x", 1.7, "scores"), mask, name="masked")
+    weight = net.weight(net.rng.standard_normal((1, 32)).astype(np.float32))
+    net.op("Mul", net.op("Softmax", scores, axis=-1), weight, name="y")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [2, 32])}, ["y"])
+    np.savez(tmp_path / "x.npz", x=np.concatenate([X, X]))
+    (test,) = bisect(str(path), "ort,emu-bf16", options=Options(inputs=tmp_path / "x.npz")).tests
+    assert all(abs(row.share or 0.0) < 2 for row in test.rows)
+
+
 def test_shares_reach_back_through_levels_whose_scale_is_computed(tmp_path: Path) -> None:
     """Dynamic quantization, of a scale that other numbers set."""
     net = NetBuilder()

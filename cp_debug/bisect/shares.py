@@ -33,6 +33,8 @@ NOT_LINEAR = 0.1
 """What the shares may leave of the final divergence before the largest of them are carried forward."""
 LARGE = 0.05
 """Divergence, over the reference's norm, from which the largest share is carried forward, whatever the sum."""
+BEYOND = 10.0
+"""Share, or sum of all, that no derivative can mean: a mask of −3e38 differs by 1e36 in BF16 and hides all the same."""
 CARRIED = 4
 """Layers whose error is carried forward at most, the largest shares first: each takes two runs of what is behind."""
 
@@ -126,10 +128,11 @@ class Shares:
         bent = [Key(name, value) for name, walk in self._walks.items() for value in walk.bent][: CARRIED // 2]
         for _ in range(CARRIED):
             ranked = sorted(self.of_layers, key=lambda key: -abs(self.of_layers[key]))
-            fits = not asks or abs(told.remainder) <= NOT_LINEAR
+            fits = (not asks or abs(told.remainder) <= NOT_LINEAR) and abs(told.layers) < BEYOND
             waiting = ranked if fits else [*(key for key in bent if key in self.of_layers), *ranked]
             first = next((key for key in waiting if key not in carried), None)
-            if first is None or (fits and (first != ranked[0] or self._size < LARGE**2)):
+            linear = self._size < LARGE**2 and (first is None or abs(self.of_layers[first]) < BEYOND)
+            if first is None or (fits and (first != ranked[0] or linear)):
                 break
             self._carry(first, names)
             carried.append(first)
