@@ -272,6 +272,7 @@ def test_levels_of_16_bits_are_called_so_and_judged_as_finely(
     assert f"INT{bits} " in result.findings[0].says
     if guilty:
         assert result.findings[0].cause == "int8-coarse"
+        assert ("cpdebug quantize ptq" in result.findings[0].fix) == (bits == 8)  # it writes INT8 alone
 
 
 def test_a_lost_bias_beside_a_zero_point_of_its_length(tmp_path: Path) -> None:

@@ -327,7 +327,8 @@ class Explainer:
             return fix, {}
         calibrate = "--trt-calib-data" if self.run.implicit else "--calib-data"
         if self._came_quantized(rows):
-            calibrate = f"{self._quantize} --calib-data DATA"
+            ours = self._in_int8(rows)
+            calibrate = f"{self._quantize} --calib-data DATA" if ours else "with the tool that quantized the file"
         fix = fix.replace("{calibrate}", calibrate).replace("{unquantized}", self._unquantized(rows))
         if self._trials is None or self._came_quantized(rows):
             return fix, {}
@@ -343,6 +344,10 @@ class Explainer:
         """Whether no flag of this command reaches the Q/DQ pairs at these layers."""
         return all(self.run.came_quantized(row.component) for row in rows)
 
+    def _in_int8(self, rows: Sequence[LayerRow]) -> bool:
+        """Whether these layers are quantized to INT8, which is all that ``quantize`` writes."""
+        return self.run.kind(rows[0].component) == "int8"
+
     @property
     def _quantize(self) -> str:
         return f"cpdebug quantize ptq {shlex.quote(self.run.pipeline.model.name)} -o FOLDER"
@@ -350,7 +355,8 @@ class Explainer:
     def _unquantized(self, rows: Sequence[LayerRow]) -> str:
         """The flag that leaves these layers out of INT8, with the command for a file that came quantized."""
         if self._came_quantized(rows):
-            return f"{self._quantize} {_flags('--skip-layers', [row.name for row in rows])}"
+            names = [row.name for row in rows]
+            return f"{self._quantize} {_flags('--skip-layers', names)}" if self._in_int8(rows) else some(names)
         names = [name for row in rows for name in self.run.quantized_names(row)]
         return _flags("--keep-fp32" if self.run.implicit else "--skip-layers", names)
 
