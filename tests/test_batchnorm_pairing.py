@@ -190,5 +190,5 @@ def test_evidence_is_told_in_words() -> None:
     (text,) = (text for label, text in lines(finding) if label == "evidence")
     assert "BatchNorm taken from conv0: norm0, conv1: norm1, conv2: norm2, conv3: norm3 and 2 more" in text
     assert text.startswith("0.06% of the values overflow; BatchNorm taken from")
-    assert text.endswith("; declared; not clipped")
+    assert text.endswith("and 2 more; not clipped")
     assert not set(text) & set("{}'")
