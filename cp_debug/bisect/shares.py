@@ -107,8 +107,8 @@ class Shares:
 
     def stops(self, key: Key) -> bool:
         """Whether a layer's result is whole numbers, and no derivative passes what reads them."""
-        whole = _array(self._test, key.value, key.component).dtype.kind in "iub"
-        return whole and not self.of_layers.get(key, 0.0)
+        stopped = not self.of_layers.get(key, 0.0)  # asked first: tensors of a GPU are copied
+        return stopped and _array(self._test, key.value, key.component).dtype.kind in "iub"
 
     def attribution(self, names: Mapping[Key, str], born: Sequence[Key] = (), *, asks: bool = True) -> Attribution:
         """The sum of all shares, and what of the divergence they leave. ``names``: value → its layer's name.
