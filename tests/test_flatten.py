@@ -304,3 +304,20 @@ def test_control_flow_is_told_by_branches_and_by_counts() -> None:
         "If /a takes else_branch, on the reference it takes then_branch"
     )
     assert in_words("Loop", "/b", 3, 4) == "Loop /b runs 4 times, on the reference it runs 3 times"
+
+
+def test_a_functions_arguments_reach_its_bodies(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    text = """<ir_version: 9, opset_import: ["" : 17, "own" : 1]>
+        net (float[2] x, bool c) => (float[2] y) { y = own.leak <slope=0.5> (x, c) }
+        <domain: "own", opset_import: ["" : 17]>
+        leak <slope> (x, c) => (y) {
+            y = If (c) <then_branch = t () => (a) { a = LeakyRelu <alpha: float = @slope> (x) },
+                        else_branch = e () => (b) { b = Neg (x) }>
+        }"""
+    onnx.save(parser.parse_model(text), path)
+    x = np.array([-1, 1], np.float32)
+    np.savez(tmp_path / "x.npz", x=x, c=np.array(True))
+    assert bisect(str(path), "ort,ort-all", options=Options(inputs=tmp_path / "x.npz")).agrees
+    outputs = Executor(Graph(path), FP32).run({"x": torch.from_numpy(x), "c": torch.tensor(True)})
+    assert outputs["y"].tolist() == [-0.5, 1]

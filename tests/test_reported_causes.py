@@ -112,6 +112,46 @@ def test_of_equal_values_onnx_says_which_is_chosen(tmp_path: Path, last: int, wr
         assert finding.effect.share == pytest.approx(1)
 
 
+def test_a_wrong_largest_value_is_no_tie(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("TopK", ["x", "k"], ["v", "i"], name="best", axis=-1),
+        helper.make_node("Neg", ["v"], ["y"], name="neg"),
+    ]
+    net = saved(tmp_path / "net.onnx", nodes, (1, 1), (1, 3), {"k": np.array([1])})
+    dump = {"v": np.float32([[2.5]]), "i": np.array([[0]]), "y": np.float32([[-2.5]])}
+    (test,) = diagnose(net, "ort", test_tensors={"x": np.float32([[1.5, 0.5, 0.5]]), **dump}).tests
+    assert [row.name for row in test.guilty] == ["v"]
+    assert all("equal values" not in finding.headline for finding in test.findings)
+
+
+def test_a_wrong_integer_is_no_rounding_where_all_others_are_0(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Div", ["x", "four"], ["d"], name="div"),
+        helper.make_node("Cast", ["d"], ["i"], name="whole", to=TensorProto.INT32),
+        helper.make_node("Cast", ["i"], ["f"], name="back", to=TensorProto.FLOAT),
+        helper.make_node("Add", ["f", "x"], ["y"], name="add"),
+    ]
+    net = saved(tmp_path / "net.onnx", nodes, (2, 6), (2, 6), {"four": np.float32(4)})
+    x = np.random.default_rng(0).uniform(-1, 1, (2, 6)).astype(np.float32)
+    wrong = np.zeros((2, 6), np.int32)
+    wrong[1, 1] = 3
+    (test,) = diagnose(net, "ort", test_tensors={"x": x, "i": wrong, "y": wrong.astype(np.float32) + x}).tests
+    assert [row.name for row in test.guilty] == ["whole"]
+
+
+def test_maxima_of_nothing_but_infinity_are_no_fault(tmp_path: Path) -> None:
+    """ONNX Runtime begins with the lowest number."""
+    nodes = [
+        helper.make_node("MaxPool", ["x"], ["y"], name="pool", kernel_shape=[2, 2], strides=[2, 2]),
+    ]
+    net = saved(tmp_path / "net.onnx", nodes, (1, 1, 2, 2), (1, 1, 4, 4), {})
+    x = np.ones((1, 1, 4, 4), np.float32)
+    x[..., :2, :2] = -np.inf
+    lowest = np.float32([[[[np.finfo(np.float32).min, 1], [1, 1]]]])
+    (test,) = diagnose(net, "ort", test_tensors={"x": x, "y": lowest}).tests
+    assert not test.guilty
+
+
 def test_a_kernel_that_loses_small_numbers_is_named_though_fp32_may(tmp_path: Path) -> None:
     """log(1 + exp(x)) as it stands, in FP32: what the layer does is within its precision, and makes all of it."""
     nodes = [

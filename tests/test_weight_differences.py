@@ -319,3 +319,8 @@ def test_a_layout_matters_where_it_is_read_alike(tmp_path: Path, other: dict[str
         return Constants(Graph(net.save(tmp_path / f"{name}.onnx", {"x": (1, [1, 2])}, ["y"])))
 
     assert _same_reader(made("a", transB=1), made("b", **other), "wa", "wb") == same
+
+
+def test_numbers_whose_squares_are_beyond_fp64_are_told() -> None:
+    change = describe(np.zeros(3), np.array([0.0, -1.7e308, 0.0]))
+    assert change is not None

@@ -32,7 +32,7 @@ def contradicted(
     if stats is None or stats.shape_mismatch or stats.mismatched or replay.introduced is None:
         return ()
     beyond = replay.new_nonfinite or ((replay.excess or 0.0) > EXCESS and replay.introduced > 0)
-    if not beyond or stats.finite_rel_l2 * NEARER > replay.introduced:
+    if not beyond or math.isinf(stats.finite_rel_l2) or stats.finite_rel_l2 * NEARER > replay.introduced:
         return ()
     nodes, starts = replayer.graph.segment([target], replayer.known)
     apart = {start: _apart(test(start), reference(start)) for start in starts}

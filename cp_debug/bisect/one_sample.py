@@ -25,7 +25,7 @@ from cp_debug.bisect.options import Options, StepCounter
 from cp_debug.bisect.origins import trace_origins
 from cp_debug.bisect.regions.guilty import can_build, look_inside
 from cp_debug.bisect.remainder import remainder
-from cp_debug.bisect.replayed import Replay
+from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.result import GUILTY, Attribution
 from cp_debug.bisect.shares import NOT_LINEAR, Shares, set_shares
 from cp_debug.bisect.sides import counts_told
@@ -168,7 +168,11 @@ class SampleRuns:
             try:
                 collected.remainder = remainder(run, sample, results, side.outputs, replays) if differs else None
                 if collected.remainder is not None and attribution is not None:
-                    collected.remainder.shared_out = abs(attribution.remainder) <= NOT_LINEAR
+                    collected.remainder.shared_out = abs(attribution.remainder) <= NOT_LINEAR and all(
+                        (row.replay.excess or 0.0) <= EXCESS and not row.replay.new_nonfinite
+                        for row in rows.values()
+                        if row.side == "test" and row.replay is not None
+                    )
             except Exception as error:
                 failures.append(f"whether rounding explains the divergence is unknown: {in_one_line(error)}")
             if self._options.explain:

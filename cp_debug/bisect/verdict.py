@@ -70,8 +70,8 @@ def judge(
         return Judgement(OK if within else INHERITED, within)
     if replay.new_nonfinite:
         values = amount(replay.new_nonfinite, "value")
-        strange = stats.nan_test or stats.inf_test or not stats.inf_ref
-        born = f"NaN or Inf appears here in {values}" if strange else f"a number stands in {values} where Inf is right"
+        numbers = replay.numbers == replay.new_nonfinite
+        born = f"a number stands in {values} where Inf is right" if numbers else f"NaN or Inf appears here in {values}"
         if math.isfinite(stats.max_ref) and stats.max_ref > precision.largest:
             name = precision.name.upper()
             born += f": the reference reaches {stats.max_ref:.6g}, {name} ends at {precision.largest:.6g}"

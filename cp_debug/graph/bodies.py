@@ -40,21 +40,27 @@ class Body:
     def of_function(cls, function: onnx.FunctionProto, caller: Node) -> Body:
         """The body of a function with the attributes of the node that calls it."""
         attributes = {a.name: a for a in (*function.attribute_proto, *caller.proto.attribute)}
-        nodes = []
-        for i, template in enumerate(function.node):
-            proto = onnx.NodeProto()
-            proto.CopyFrom(template)
-            del proto.attribute[:]
-            for attribute in template.attribute:
-                if not attribute.ref_attr_name:
-                    proto.attribute.append(attribute)
-                elif attribute.ref_attr_name in attributes:
-                    substituted = proto.attribute.add()
-                    substituted.CopyFrom(attributes[attribute.ref_attr_name])
-                    substituted.name = attribute.name
-            nodes.append(Node.of(i, proto))
+        nodes = [Node.of(i, _with_arguments(template, attributes)) for i, template in enumerate(function.node)]
         opsets = {o.domain: o.version for o in function.opset_import}
         return cls(nodes, function.input, function.output, opsets, {})
+
+
+def _with_arguments(template: onnx.NodeProto, arguments: Mapping[str, onnx.AttributeProto]) -> onnx.NodeProto:
+    """A node of a function with the function's arguments in place of the references to them, in its bodies, too."""
+    node = onnx.NodeProto()
+    node.CopyFrom(template)
+    del node.attribute[:]
+    for attribute in template.attribute:
+        if attribute.ref_attr_name and attribute.ref_attr_name not in arguments:
+            continue
+        own = node.attribute.add()
+        own.CopyFrom(arguments[attribute.ref_attr_name] if attribute.ref_attr_name else attribute)
+        own.name = attribute.name
+        for graph in () if attribute.ref_attr_name else (*([own.g] if own.HasField("g") else []), *own.graphs):
+            inner = [_with_arguments(each, arguments) for each in graph.node]
+            del graph.node[:]
+            graph.node.extend(inner)
+    return node
 
 
 Execute = Callable[[Body, Sequence[Any]], list[Any]]

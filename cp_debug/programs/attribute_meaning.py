@@ -19,10 +19,10 @@ ACTIVATIONS_OF = {"GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"
 def same_axes(graph: Graph, node: Node, name: str, a: Any, b: Any) -> bool:
     """Whether two values of a node's attribute name the same axes, one from the front and one from the back.
 
-    Axes that are absent are all of them.
+    A reduction reduces its axes in any order, and all of them where they are absent.
     """
-    absent = a is None or b is None
-    if name not in ("axis", "axes") or (absent and name == "axis"):
+    reduces = node.op.startswith("Reduce") and name == "axes"
+    if name not in ("axis", "axes") or ((a is None or b is None) and not reduces):
         return False
     names = node.outputs if node.op in RESULTS_AXES else node.inputs
     declared = graph.types.get(names[0]) if names else None
@@ -31,7 +31,7 @@ def same_axes(graph: Graph, node: Node, name: str, a: Any, b: Any) -> bool:
     rank = len(declared.tensor_type.shape.dim)
     axes = [list(range(rank)) if v is None else v if isinstance(v, list) else [v] for v in (a, b)]
     front = [[axis + rank if axis < 0 else axis for axis in each] for each in axes]
-    return front[0] == front[1]
+    return sorted(front[0]) == sorted(front[1]) if reduces else front[0] == front[1]
 
 
 def implied(node: Node, name: str) -> Any:
@@ -56,4 +56,4 @@ def says_nothing(op: str, name: str, a: Any, b: Any) -> bool:
     if name == "activations":
         usual = ACTIVATIONS_OF[op]
         return [v.lower() for v in value] == [v.lower() for v in usual] * (len(value) // len(usual))
-    return name in SHAPES or (name == "axes" and op == "Squeeze")
+    return name in SHAPES or (name == "axes" and not op.startswith("Reduce"))

@@ -78,7 +78,7 @@ def describe(ours: np.ndarray, theirs: np.ndarray, gates: int = 0, *, closely: b
             return TensorChange(kind, says, evidence, size)
     if whole:
         return _whole(ours, theirs, size)
-    if np.isinf(size):
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
         places = np.argwhere((a != b) & ~(np.isfinite(a) & np.isfinite(b)) & ~(np.isnan(a) & np.isnan(b)))
         pair = (in_digits(float(x[tuple(places[0])])) for x in (a, b))
         return TensorChange("other", f"{' → '.join(pair)} in {len(places)} of {a.size} elements", {}, size)

@@ -20,8 +20,8 @@ def born(row: LayerRow) -> str:
     """``18 Inf``, ``3 NaN`` or ``5 NaN or Inf`` for a layer that makes such values of finite ones, and the reverse,
     ``2 numbers for Inf``; else empty."""
     count = row.replay.new_nonfinite if row.replay else 0
-    reverse = row.stats.inf_ref and not (row.stats.inf_test or row.stats.nan_test)
-    return f"{count} {'numbers for Inf' if reverse else _kind(row)}" if count else ""
+    numbers = row.replay is not None and row.replay.numbers == count
+    return f"{count} {'numbers for Inf' if numbers else _kind(row)}" if count else ""
 
 
 def verdict(row: LayerRow) -> str:

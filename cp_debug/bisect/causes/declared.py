@@ -133,7 +133,7 @@ def declared(
         says += ", and errors of other layers cancel much of it" * cancels
     fix = "accept it, or compute in FP32: " + PROMOTED[claim] if claim == "tf32" else ""
     if claim == "fp32":
-        fix = "accept it: FP32 kernels may round this much; or compute {layers} in FP64".format(
+        fix = "accept it if the kernel is known to be approximate, or compute {layers} in FP64".format(
             layers=", ".join(row.name for _, row in told)
         )
     elif trials is not None:

@@ -116,6 +116,8 @@ def equal_values(segment: Segment) -> Iterator[Candidate]:
     node = segment.nodes[-1] if segment.nodes else None
     if node is None or node.op not in ("ArgMax", "ArgMin", "TopK"):
         return
+    if segment.target != node.outputs[-1] or not node.attribute("sorted", 1):  # values; indices in any order
+        return
     if ties(segment.input(node.inputs[0]), segment.exact.long(), segment.test.long()):
         wanted = "last" if node.attribute("select_last_index", 0) else "first"
         places = (segment.exact != segment.test).nonzero()
