@@ -649,3 +649,24 @@ def test_a_relu_that_a_quantizer_drops_behind_a_reshape_is_named(tmp_path):
     (test,) = bisect(str(plain), "ort,ort-all", test_model=tmp_path / "file.onnx").tests
     assert [row.op for row in test.guilty] == ["Add"]
     assert test.findings[0].cause == "missing-activation"
+
+
+def test_a_quantized_file_that_overflows_in_fp16_is_no_set_of_the_references_nodes(tmp_path: Path) -> None:
+    """The nodes of the two files have other names: none of the reference's can be kept in FP32 in the other."""
+    files = []
+    for prefix in ("", "other_"):
+        made = NetBuilder(0)
+        x = "x"
+        if prefix:
+            grid = made.weight(np.float32([4 / 127])[0]), made.weight(np.array(0, np.int8))
+            x = made.op("DequantizeLinear", made.op("QuantizeLinear", x, *grid), *grid)
+        weights = [made.weight((made.rng.standard_normal((16, 16)) / 4).astype(np.float32)) for _ in range(2)]
+        m = made.op("MatMul", x, weights[0], name=f"{prefix}m")
+        up = made.op("Mul", m, made.weight(np.float32([40000])), name=f"{prefix}up")
+        down = made.op("Mul", up, made.weight(np.float32([1 / 40000])), name=f"{prefix}down")
+        made.op("MatMul", down, weights[1], name="y")
+        files.append(made.save(tmp_path / f"{prefix}net.onnx", {"x": (1, [8, 16])}, ["y"], opset=17))
+    (test,) = bisect(str(files[0]), "ort,emu-fp16", test_model=files[1]).tests
+    (finding,) = test.findings
+    assert finding.cause == "fp16-overflow"
+    assert finding.fix == "scale the layer down and its reader up, or keep these nodes in FP32: node_up"

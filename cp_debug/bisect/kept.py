@@ -80,6 +80,11 @@ class KeepTrials:
         quantized = not alike and any(graph.precision == "int8" for graph in run.graphs.values())
         return cls(run, sample, reference) if quantized or (alike and run.precision.name in EMULATED) else None
 
+    @property
+    def quantized(self) -> bool:
+        """Whether layers can be left unquantized; else nodes of the reference's own graphs can be kept in FP32."""
+        return any(graph is not self._programs[name].graph for name, graph in self._graphs.items())
+
     def first(self, ranked: Mapping[Key, LayerRow], counts: Sequence[int] = COUNTS) -> TriedSet | None:
         """The first layers, as few as halve the divergence, else those that leave least, computed by the reference's
         own nodes in FP32; None where most is left without any of them. Raises InputError where a run fails.

@@ -213,11 +213,14 @@ class Replayer:
             sides = captured[target], exact[target]
             error = self._place_of_error(*sides)
             replay = self._asked(1, nodes, given, target, *sides, expected, claim, reference, error)
-            self.errors |= {} if error is None else {target: error}
+            if error is not None:
+                self.errors[target] = error
             if replay.new_nonfinite:
                 replay.new_nonfinite -= _undecided(nodes, captured[target], exact[target], expected.results[target])
-            replay.numbers = _numbers(nodes, captured[target], exact[target], expected.results[target])
-            replay.new_nonfinite += replay.numbers
+            finite = all_finite(exact[target])
+            if not finite:
+                replay.numbers = _numbers(nodes, captured[target], exact[target], expected.results[target])
+                replay.new_nonfinite += replay.numbers
             if replay.new_nonfinite or (replay.excess or 0.0) > EXCESS:
                 replay = self._in_range(replay, target, captured[target], exact[target], expected, claim, test)
             if (scales := self._scales[1]) is not None and scales.quantized.touches(nodes):
@@ -238,7 +241,8 @@ class Replayer:
             replay.range_loss = self._range_loss(nodes, given, target, sides[1], lambda n: self.claim(1, [n]), test)
             self._trace_back(replay, exact[target], reference(target), divergence)
             rounding = self.claim(0, nodes).roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
-            replay.nonfinite_in = self._nonfinite_in(nodes, given, exact[target], reference(target))
+            if not finite:
+                replay.nonfinite_in = self._nonfinite_in(nodes, given, exact[target], reference(target))
             amplified = replay.inherited is not None and replay.inherited > SUSPICIOUS * divergence + 2 * rounding
             if amplified or replay.nonfinite_in or target in self._suspects:
                 replay.reference_excess = self.reference_excess(nodes, starts, target, reference)
@@ -367,8 +371,8 @@ class Replayer:
     def _nonfinite_in(
         self, nodes: list[Node], given: Mapping[str, AnyTensor], exact: Tensor, reference: AnyTensor
     ) -> str:
-        """The node that makes NaN or Inf of finite inputs in exact arithmetic, where the reference has neither."""
-        if all_finite(exact) or tuple(reference.shape) != tuple(exact.shape):
+        """The node that makes the NaN or Inf in ``exact`` of finite inputs, where the reference has neither."""
+        if tuple(reference.shape) != tuple(exact.shape):
             return ""
         if not distance(exact, reference).new_nonfinite:
             return ""
@@ -439,7 +443,7 @@ def _numbers(nodes: Sequence[Node], captured: AnyTensor, exact: Tensor, expected
     if any(node.op in MAXIMA for node in nodes):
         return 0
     ours, emulated = (as_tensor(side).to(exact.device) for side in (captured, expected))
-    if ours.shape != exact.shape or not exact.is_floating_point() or math.isfinite(float(exact.sum())):
+    if ours.shape != exact.shape:
         return 0
     return int((torch.isfinite(ours) & torch.isinf(exact) & torch.isinf(emulated)).sum())
 

@@ -133,9 +133,8 @@ def declared(
         says += ", and errors of other layers cancel much of it" * cancels
     fix = "accept it, or compute in FP32: " + PROMOTED[claim] if claim == "tf32" else ""
     if claim == "fp32":
-        fix = "accept it if the kernel is known to be approximate, or compute {layers} in FP64".format(
-            layers=", ".join(row.name for _, row in told)
-        )
+        names = ", ".join(row.name for _, row in told)
+        fix = f"accept it if the kernel is known to be approximate, or compute {names} in FP64"
     elif trials is not None:
         fix, figures = kept(trials, [row for _, row in first or rounds])
         evidence |= figures

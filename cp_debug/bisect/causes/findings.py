@@ -94,6 +94,16 @@ class Explainer:
     def _trials(self) -> KeepTrials | None:
         return self.effects.trials(self.run)
 
+    @property
+    def _of_kept(self) -> KeepTrials | None:
+        """Trials of nodes that are kept in FP32."""
+        return None if self._trials is None or self._trials.quantized else self._trials
+
+    @property
+    def _of_unquantized(self) -> KeepTrials | None:
+        """Trials of layers that are left unquantized."""
+        return self._trials if self._trials is not None and self._trials.quantized else None
+
     @cached_property
     def _draws(self) -> bool:
         """Whether the network draws random numbers: runs differ then, and probed runs from others, without a defect."""
@@ -137,9 +147,9 @@ class Explainer:
         if any(not row.within or (row.replay and row.replay.step is not None) for row in rows.values()):
             try:
                 kind = self.run.kind(next(iter(rows)).component)
-                costly += declared.int8(rows, kind, self._left_out, self._trials)
+                costly += declared.int8(rows, kind, self._left_out, self._of_unquantized)
                 if self.adds_up and not findings and not costly and not all(row.within for row in rows.values()):
-                    costly += declared.declared(self.run, rows, self.segment, self._trials)
+                    costly += declared.declared(self.run, rows, self.segment, self._of_kept)
             except Exception as error:
                 self.notes.append(f"the declared precision's cost is not known: {in_one_line(error)}")
         return [*sorted(findings, key=_by_effect), *sorted(costly, key=_by_effect)]  # what is wrong comes first
@@ -317,8 +327,8 @@ class Explainer:
 
     def _fix(self, cause: Candidate, rows: Sequence[LayerRow]) -> tuple[str, dict[str, Any]]:
         """The cause's advice with the layers' names, with flags where it is about INT8; and figures of its trial."""
-        if cause.fix == RESCALE and self._trials is not None:
-            return declared.kept(self._trials, rows)
+        if cause.fix == RESCALE and self._of_kept is not None:
+            return declared.kept(self._of_kept, rows)
         names = _node_names(rows) if cause.cause in PROMOTED else [row.name for row in rows]
         constant = cause.evidence.get("constant") if len(rows) == 1 else None
         fix = cause.fix.replace("the weights of {layers}", constant or f"the weights of {some(names)}")
@@ -330,10 +340,10 @@ class Explainer:
             ours = self._in_int8(rows)
             calibrate = f"{self._quantize} --calib-data DATA" if ours else "with the tool that quantized the file"
         fix = fix.replace("{calibrate}", calibrate).replace("{unquantized}", self._unquantized(rows))
-        if self._trials is None or self._came_quantized(rows):
+        if self._of_unquantized is None or self._came_quantized(rows):
             return fix, {}
         try:
-            tried = self._trials.first({Key(row.component, row.onnx): row for row in rows}, (len(rows),))
+            tried = self._of_unquantized.first({Key(row.component, row.onnx): row for row in rows}, (len(rows),))
         except InputError:
             return fix, {}
         if tried is None:
@@ -362,7 +372,7 @@ class Explainer:
 
     def _left_out(self, rows: Sequence[LayerRow]) -> str:
         """How these layers are left unquantized; a file that came quantized is written without their quantizers."""
-        if self._came_quantized(rows) and self._trials is not None:
+        if self._came_quantized(rows) and self._of_unquantized is not None:
             return f"{some([row.name for row in rows])} (data, weights and result in FP32)"
         return self._unquantized(rows)
 
