@@ -22,8 +22,7 @@ from states import until
 
 from cp_debug.errors import BackendUnavailable, InputError, MissingPackage
 from cp_debug.sweep.log import SweepLog
-from cp_debug.sweep.queue import Progress
-from cp_debug.sweep.run import Finished, run
+from cp_debug.sweep.run import Finished, Progress, run
 from cp_debug.sweep.tasks import Task
 from cp_debug.sweep.workers import ClusterLost, local_workers, remote_workers
 
@@ -445,8 +444,8 @@ def test_a_worker_that_dies_while_it_starts(tmp_path: Path) -> None:
 
 
 def test_workers_here_that_are_gone_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cp_debug.sweep.queue.PATIENCE", 0.5)
-    monkeypatch.setattr("cp_debug.sweep.queue._LOOK", 0.1)
+    monkeypatch.setattr("cp_debug.sweep.run.PATIENCE", 0.5)
+    monkeypatch.setattr("cp_debug.sweep.run._LOOK", 0.1)
     tasks = grid("slow", 8, folder=str(tmp_path), seconds=0.2)
     with SweepLog(tmp_path / "log.jsonl") as log, local_workers(1) as client:
 

@@ -286,7 +286,7 @@ def test_the_client_is_told_once_that_a_store_failed(tmp_path: Path) -> None:
     from distributed import Client
 
     from cp_debug.sweep.log import SweepLog
-    from cp_debug.sweep.queue import Progress, Queue
+    from cp_debug.sweep.run import Progress, Queue
 
     with (
         Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client,

@@ -23,7 +23,7 @@ from cp_debug.cli.console import errors, say
 from cp_debug.cli.plain_steps import PlainSteps
 
 if TYPE_CHECKING:
-    from cp_debug.sweep.queue import Progress as Queued
+    from cp_debug.sweep.run import Progress as Queued
 
 MOST = 8
 """Workers that are shown one by one."""

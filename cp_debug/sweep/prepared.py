@@ -36,9 +36,9 @@ from cp_debug.recipes.abilities import HasData
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions
 from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS
-from cp_debug.sweep.admission import code_hash
 from cp_debug.sweep.shared import opened
 from cp_debug.sweep.tasks import Parameters
+from cp_debug.sweep.workers import code_hash
 
 _KEPT = 2
 """Number of models that a worker holds: at the border between two models of a grid, tasks of both come in turn."""

@@ -1,23 +1,71 @@
-"""A whole sweep: runs the tasks that are left, then returns everything that the log has of this grid."""
+"""A whole sweep: gives Dask the tasks that are left, and has each result in the log before it is counted.
+
+Dask tries a task again whose worker died, as often as its scheduler allows. It holds a death against every task that
+the worker had been given. So none waits behind another there; what is more than can run waits with our own scheduler.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
 
 from cp_debug.errors import InputError
 from cp_debug.sweep.log import Record, SweepLog
-from cp_debug.sweep.queue import Progress, Queue
-from cp_debug.sweep.tasks import Task
+from cp_debug.sweep.shared import TOPIC
+from cp_debug.sweep.tasks import Task, run_task
+from cp_debug.sweep.workers import ClusterLost, refusals, told
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Future
 
 Connect = Callable[[bool], AbstractContextManager["Client"]]
 """Opens the workers; its argument tells whether some task needs a GPU."""
+LEAST = 16
+"""Smallest number of tasks that our own scheduler has, where they wait: results then come many at a time."""
+_LOOK = 2.0
+"""Seconds after which the number of workers is asked for again."""
+_WAIT = 0.5
+"""Seconds for which a result is waited for before the view is drawn anew."""
+_MORE = 0.005
+"""Seconds for more results to come along, as each question to the scheduler wants this core."""
+PATIENCE = 60.0
+"""Seconds after which workers of this machine that are all gone are not waited for: a nanny whose worker dies while it
+starts gives up. A cluster may get others at any time."""
+
+
+@dataclass
+class Progress:
+    """State of a running sweep."""
+
+    total: int
+    done: int = 0
+    """Tasks with a result, those of an earlier run included."""
+    failed: int = 0
+    running: int = 0
+    waiting_for_gpu: bool = False
+    """Some task needs a GPU, and no worker has one."""
+    workers: Counter[str] = field(default_factory=Counter)
+    """Worker → tasks that it finished in this run."""
+    present: int = 0
+    """Workers that are there now."""
+    refused: str = ""
+    """Workers of a cluster that get no tasks, and why."""
+    store: str = ""
+    """Words of the first worker whose shared store failed."""
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Worker → tasks a second."""
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        return {worker: count / seconds for worker, count in self.workers.items()}
 
 
 @dataclass(frozen=True)
@@ -60,8 +108,8 @@ def run(
     """Run the tasks that ``log`` does not have; those that failed stay failed unless ``retry_failed``.
 
     ``tasks`` gives them anew at every call, so that nobody holds them all. Raises InputError for a grid that has a task
-    twice and for ``retry_failed`` where none failed, ClusterLost, and what the tasks' files raise; never for a task
-    that fails.
+    twice, for ``retry_failed`` where none failed and for a cluster without a worker that has this code, ClusterLost,
+    and what the tasks' files raise; never for a task that fails.
     """
     started = time.monotonic()
     places: dict[str, int] = {}
@@ -84,10 +132,145 @@ def run(
         finished.add(record["key"])
     if retry_failed and not failed:
         raise InputError(f"--retry-failed: it would do nothing here: {log.path} has no task of this sweep that failed")
-    left_count = len(places) - len(finished)
+    left = len(places) - len(finished)
     on_progress(progress)
-    if left_count:
+    if left:
         with connect(gpu) as client:
             progress.started = time.monotonic()
             Queue(client, log, progress, on_progress).run(lambda: (t for t in tasks() if t.key not in finished))
-    return Finished(log, places, time.monotonic() - started, left_count)
+    return Finished(log, places, time.monotonic() - started, left)
+
+
+class Queue:
+    """Runs tasks on a client's workers, a bounded number at a time, and writes what they give into a log."""
+
+    def __init__(
+        self, client: Client, log: SweepLog, progress: Progress, on_progress: Callable[[Progress], None]
+    ) -> None:
+        self._client, self._log, self.progress, self._on_progress = client, log, progress, on_progress
+        self._address = client.scheduler.address
+        self._flying: dict[Any, Task] = {}
+        self._landed: SimpleQueue[Future] = SimpleQueue()
+        self._submitted = 0
+        self._threads: Counter[bool] = Counter()
+        """Threads of all workers, and of those with a GPU."""
+        self._answers: dict[str, Any] = {}
+        self._admitted: list[str] | None = None
+        self._looked, self._manned = float("-inf"), time.monotonic()
+        client.subscribe_topic(TOPIC, self._told)
+
+    def _told(self, event: Any) -> None:
+        """Take a worker's word about its store; Dask gives the time and the text."""
+        self.progress.store = self.progress.store or str(event[1])
+
+    def run(self, tasks: Callable[[], Iterable[Task]]) -> None:
+        """Run tasks until each is in the log. Raises ClusterLost when the scheduler, or all workers here, stay away."""
+        left: dict[bool, Iterator[Task]] = {
+            True: (task for task in tasks() if task.gpu),
+            False: (task for task in tasks() if not task.gpu),
+        }
+        while True:
+            self._look()
+            for gpu, waiting in left.items():
+                room = self._most(gpu) - sum(task.gpu == gpu for task in self._flying.values())
+                for task in islice(waiting, max(room, 0)):
+                    self._submit(task)
+            if not self._flying:
+                return
+            for task in self._land():
+                left[task.gpu] = chain((task,), left[task.gpu])
+            self.progress.running = min(len(self._flying), self._threads[False])
+            self._on_progress(self.progress)
+
+    def _most(self, gpu: bool) -> int:
+        """Tasks that Dask has at a time; those with resources never wait with the scheduler."""
+        threads = self._threads[gpu]
+        return max(threads, 1) if gpu or self._client.cluster is None else max(2 * threads, LEAST)
+
+    def _submit(self, task: Task) -> None:
+        self._connected()
+        self._submitted += 1  # a key of its own for every try, as Dask remembers what became of the last
+        future = self._client.submit(
+            run_task,
+            task.kind,
+            dict(task.params),
+            key=(task.kind, task.key, self._submitted),
+            resources={"GPU": 1} if task.gpu else None,
+            workers=self._admitted,
+        )
+        self._flying[future.key] = task
+        future.add_done_callback(self._landed.put)
+
+    def _land(self) -> Iterator[Task]:
+        """Wait a while for what is finished, and record it; the tasks whose results are lost."""
+        from distributed import CancelledError, KilledWorker
+
+        batch: list[Future] = []
+        with suppress(Empty):
+            batch.append(self._landed.get(timeout=_WAIT))
+            time.sleep(_MORE)
+            while True:
+                batch.append(self._landed.get_nowait())
+        try:  # one question to the scheduler for all of them
+            results = self._client.gather({each.key: each for each in batch if each.status == "finished"})
+        except (OSError, CancelledError, KilledWorker):  # the scheduler went away, or the workers that held them
+            results = {}
+        for future in batch:
+            task, error = self._flying.pop(future.key), future.exception() if future.status == "error" else None
+            if future.key in results:
+                self._record(task, results[future.key])
+            elif error is not None:  # killed, or it never came to ``run_task``
+                killed = isinstance(error, KilledWorker)
+                why = f"killed {error.allowed_failures + 1} workers" if killed else f"{type(error).__name__}: {error}"
+                self._record(task, {"error": why, "seconds": 0.0, "worker": ""})
+            else:
+                yield task
+            future.release()
+
+    def _record(self, task: Task, outcome: Mapping[str, Any]) -> None:
+        self._log.append({"key": task.key, "kind": task.kind, "params": dict(task.params), **outcome})
+        self.progress.failed += "error" in outcome
+        self.progress.done += "error" not in outcome
+        if worker := outcome["worker"]:
+            self.progress.workers[worker] += 1
+
+    def _connected(self) -> None:
+        """Wait while Dask connects again. Raises ClusterLost when it gave up."""
+        while self._client.status == "connecting":
+            time.sleep(0.05)
+        if self._client.status != "running":
+            raise self._lost(f"the scheduler at {self._address} went away and did not come back")
+
+    def _lost(self, why: str) -> ClusterLost:
+        finished = f"{self.progress.done} of {self.progress.total} tasks are in {self._log.path}"
+        return ClusterLost(f"{why}; {finished}: the same command goes on from there")
+
+    def _look(self) -> None:
+        """Ask now and then how many tasks can run at once: clusters grow and shrink.
+
+        Raises InputError when none of a cluster's workers has this code.
+        """
+        if time.monotonic() - self._looked < _LOOK:
+            return
+        self._connected()
+        self._looked = now = time.monotonic()
+        try:
+            workers = self._client.scheduler_info(n_workers=-1)["workers"]  # some versions tell of 5 unless asked
+            refused = refusals(self._client, workers, self._answers) if self._client.cluster is None else {}
+        except (OSError, asyncio.TimeoutError):  # the scheduler went away just now
+            return
+        self.progress.present = len(workers)
+        if workers or self._client.cluster is None:
+            self._manned = now
+        elif now - self._manned > PATIENCE:
+            raise self._lost("all worker processes died, and none was started again")
+        self.progress.refused = told(refused)
+        if workers and len(refused) == len(workers):
+            raise InputError(f"--cluster: {self.progress.refused}")
+        admitted = {address: worker for address, worker in workers.items() if address not in refused}
+        self._admitted = list(admitted) if refused else None
+        self._threads.clear()
+        for worker in admitted.values():
+            self._threads[False] += worker["nthreads"]
+            self._threads[True] += worker["nthreads"] if worker["resources"].get("GPU") else 0
+        self.progress.waiting_for_gpu = not self._threads[True] and any(task.gpu for task in self._flying.values())

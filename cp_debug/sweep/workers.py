@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from importlib.metadata import version
 from multiprocessing.resource_tracker import ensure_running
 from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.errors import TOGETHER, BackendUnavailable, CpdebugError, InputError, system_reason
+from cp_debug.errors import TOGETHER, BackendUnavailable, CpdebugError, InputError, in_one_line, system_reason
 from cp_debug.optional import require
-from cp_debug.sweep.admission import check_scheduler
+from cp_debug.safe_text import some
 
 if TYPE_CHECKING:
     from distributed import Client, LocalCluster, Nanny
 
 
+ANSWER = 10.0
+"""Seconds in which a scheduler accepts a connection, and in which it answers."""
+NAMED = 3
+"""Workers that a message names; of others it has their number."""
 TRIES = 3
 """Number of workers here that a task may kill."""
 _QUIET = {"distributed.admin.low-level-log-length": 10}
@@ -207,8 +216,8 @@ def remote_workers(address: str) -> Iterator[Client]:
 
     with dask.config.set(_QUIET):
         try:
-            check_scheduler(address)
-            with warnings.catch_warnings():  # other versions are refused by name, above and in ``admission``
+            _check_scheduler(address)
+            with warnings.catch_warnings():  # other versions are refused by name, above and in ``refusals``
                 warnings.simplefilter("ignore", VersionMismatchWarning)
                 client = Client(address, set_as_default=False)
         except (OSError, ValueError) as error:
@@ -216,3 +225,107 @@ def remote_workers(address: str) -> Iterator[Client]:
             raise InputError(f"--cluster: no scheduler answers at {address} ({reason}); {expected}") from None
         with client:
             yield client
+
+
+def _check_scheduler(address: str) -> None:
+    """Raise InputError for a scheduler of another version of Dask than is installed here, OSError where none answers.
+
+    It is asked before there is a client: one that meets another version may fail in ways of its own, and never end.
+    """
+    import dask
+    from dask.utils import parse_timedelta
+    from distributed.comm.addressing import parse_address, parse_host_port
+    from distributed.core import rpc
+
+    seconds = min(ANSWER, parse_timedelta(dask.config.get("distributed.comm.timeouts.connect")))
+    scheme, place = parse_address(address)
+    if scheme in ("tcp", "tls"):  # Dask tries a dead address again and again, for half a minute
+        socket.create_connection(parse_host_port(place), seconds).close()
+
+    async def ask() -> Any:
+        async with rpc(address) as scheduler:
+            return await asyncio.wait_for(scheduler.versions(packages=None), seconds)
+
+    try:
+        with ThreadPoolExecutor(1) as pool:  # a loop may run in this thread already, as in a notebook
+            found = pool.submit(asyncio.run, ask()).result()
+    except (asyncio.TimeoutError, TypeError, ValueError):
+        raise OSError(f"what listens there did not answer like a scheduler within {seconds:g} s") from None
+    theirs, ours = (found.get("packages") or {}).get("distributed"), version("distributed")
+    if theirs and theirs != ours:
+        raise InputError(
+            f"--cluster: the scheduler at {address} is of Dask {theirs}, here is {ours}; expected one version for "
+            f"scheduler, workers and this command: pip install 'distributed=={theirs}' here, or {ours} there"
+        )
+
+
+def refusals(client: Client, present: Collection[str], answers: dict[str, Any]) -> dict[str, str]:
+    """Address of a worker that gets no tasks → why: it does not run the code of this process.
+
+    ``answers``: what workers said, to which those that are new are added.
+    """
+    if new := [address for address in present if address not in answers]:
+        found = client.run(_question(), workers=new, on_error="return") or {}
+        gone = (OSError, asyncio.TimeoutError)  # those that come back are asked then
+        answers |= {address: answer for address, answer in found.items() if not isinstance(answer, gone)}
+    return {address: why for address in present if address in answers and (why := _refusal(answers[address]))}
+
+
+def told(refused: Mapping[str, str]) -> str:
+    """Say which workers were refused, and why: a sentence for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for address, why in refused.items():
+        reasons.setdefault(why, []).append(address)
+    return "; ".join(f"{some(of, NAMED)}: {why}" for why, of in reasons.items())
+
+
+def _refusal(answer: Any) -> str:
+    """The reason why a worker that gave this answer gets no tasks; empty when it gets them."""
+    wanted = "expected the code that the sweep was started with"
+    if isinstance(answer, Exception):
+        return f"it cannot say what it runs ({in_one_line(answer)}); {wanted}"
+    here = _here()
+    for name in ("Python", "Dask", "cpdebug"):
+        if name not in answer:
+            return f"cpdebug cannot be imported there ({answer['missing']}); install it on all workers"
+        if answer[name] != here[name]:
+            return f"{name} {answer[name]}, here {here[name]}; expected the same on all workers"
+    if answer["code"] != here["code"]:
+        return f"cpdebug {here['cpdebug']} with other code than here (another commit, or changed files); {wanted}"
+    return ""
+
+
+def code_hash() -> str:
+    """SHA-256 of the package's source files, by their paths in it."""
+    return _here()["code"]
+
+
+@lru_cache(maxsize=1)
+def _here() -> dict[str, str]:
+    return _question()()
+
+
+def _question() -> Callable[[], dict[str, str]]:
+    """A function that tells what a process runs. It goes to workers by value: they may not have this package."""
+
+    def tell() -> dict[str, str]:
+        import hashlib
+        import importlib.metadata
+        import importlib.util
+        import pathlib
+        import platform
+
+        answer = {"Dask": importlib.metadata.version("distributed")}
+        answer["Python"] = ".".join(platform.python_version_tuple()[:2])
+        try:
+            from cp_debug.version import __version__ as ours
+
+            folder = pathlib.Path(importlib.util.find_spec("cp_debug").origin).parent  # type: ignore[union-attr, arg-type]
+            digest = hashlib.sha256()
+            for file in sorted(folder.rglob("*.py")):
+                digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes() + b"\0")
+        except Exception as error:
+            return {**answer, "missing": f"{type(error).__name__}: {error}"}
+        return {**answer, "cpdebug": ours, "code": digest.hexdigest()}
+
+    return tell
