@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cp_debug.errors import InputError
-from cp_debug.sweep.log import SweepLog, write_parquet, write_parts
+from cp_debug.sweep.log import SweepLog, write_table
 
 
 def record(key: str, **outcome: object) -> dict[str, object]:
@@ -83,7 +83,7 @@ def test_a_folder_is_no_log(tmp_path: Path) -> None:
 def test_parquet_has_a_row_for_each_row_of_each_record(tmp_path: Path) -> None:
     records = [record(str(i), result={"values": list(range(i % 4))}) for i in range(600)]
     path = tmp_path / "log.parquet"
-    write_parquet(
+    write_table(
         records,
         lambda r: [{"key": r["key"], "value": v if v else None} for v in r["result"]["values"]],
         {"key": str, "value": float},
@@ -104,7 +104,7 @@ def test_a_partitioned_table_has_the_rows_of_the_whole(tmp_path: Path) -> None:
     columns, path = {"label": str, "backend": str, "excess": float}, tmp_path / "out" / "log.parquet"
     for count in (600, 300):  # the second replaces the first
         records = [record(str(i), result={}) for i in range(count)]
-        write_parts(records, rows_of, columns, path)
+        write_table(records, rows_of, columns, path, parts=True)
         whole = pandas.DataFrame([row for each in records for row in rows_of(each)])
         table = pandas.read_parquet(path).astype({"label": str, "backend": str})[list(columns)]
         assert table.sort_values(["excess"]).reset_index(drop=True).equals(whole.sort_values(["excess"]))
@@ -123,7 +123,7 @@ def test_a_partitioned_table_replaces_nothing_else(what: str, tmp_path: Path) ->
         mine = mine / "mine.txt"
     mine.write_text("mine")
     with pytest.raises(InputError, match=r"log.parquet: (holds other files|cannot be written)"):
-        write_parts([], rows_of, {"label": str}, tmp_path / "log.parquet")
+        write_table([], rows_of, {"label": str}, tmp_path / "log.parquet", parts=True)
     assert mine.read_text() == "mine"
 
 

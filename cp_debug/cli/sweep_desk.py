@@ -181,7 +181,7 @@ class Desk:
         from cp_debug.cli.console import command_line, say, show_document
         from cp_debug.cli.sweep_view import view
         from cp_debug.reports.sweep import frame, render, write_page
-        from cp_debug.sweep.log import SweepLog, write_parquet, write_parts
+        from cp_debug.sweep.log import SweepLog, write_table
         from cp_debug.sweep.result import SweepResult
         from cp_debug.sweep.run import run
         from cp_debug.sweep.tasks import module_of
@@ -218,8 +218,7 @@ class Desk:
                 module = module_of(kind)
                 result = SweepResult.of(kind, finished, module.merge(finished.results(), **merging), command_line())
                 if target.suffix == ".parquet":
-                    write = write_parts if self.partition else write_parquet
-                    write(finished.results(), module.rows, module.COLUMNS, target)
+                    write_table(finished.results(), module.rows, module.COLUMNS, target, parts=self.partition)
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
                 if not finished.reread:
                     raise

@@ -23,10 +23,10 @@ from cp_debug.safe_text import some
 from cp_debug.sweep.ablating import AblationGroup, AblationRow, PartCounts
 from cp_debug.sweep.bisecting import BisectGroup, LayerSpread
 from cp_debug.sweep.evaluating import EvalGroup
-from cp_debug.sweep.result import FailedTasks, ResultGroup, SweepResult
+from cp_debug.sweep.result import FailedTasks, SweepResult
 from cp_debug.sweep.searching import MixedPrecisionGroup
 from cp_debug.sweep.sensitivity import SensitivityGroup
-from cp_debug.sweep.spread import Outlier, Spread
+from cp_debug.sweep.spread import Outlier, SampleGroup, Spread
 from cp_debug.version import __version__
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class GroupSection:
 
 
 @singledispatch
-def section(group: ResultGroup) -> GroupSection:
+def section(group: SampleGroup) -> GroupSection:
     """The section about a group, dispatched by the kind of the group."""
     raise TypeError(type(group).__name__)
 

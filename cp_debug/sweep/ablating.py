@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,12 +32,12 @@ from cp_debug.programs.pipeline import Pipeline, wants_int8
 from cp_debug.programs.scene import DecodedBoxes, decode
 from cp_debug.recipes.abilities import Remarks, RemarksOnSamples
 from cp_debug.recipes.base import Model, Sample
-from cp_debug.serialize import JsonForm, json_safe
+from cp_debug.serialize import json_safe
 from cp_debug.sweep.grid import Grid
-from cp_debug.sweep.log import Record, grouped
+from cp_debug.sweep.log import Record, flat_rows, grouped
 from cp_debug.sweep.packed import detections_from, pack_detections, pack_truth, truth_from
 from cp_debug.sweep.prepared import Subject, load, make_backends, pick, programs_of, shared_figures
-from cp_debug.sweep.spread import Outlier, Spread, columns, numeric, outliers
+from cp_debug.sweep.spread import Outlier, SampleGroup, Spread, numeric, outliers
 from cp_debug.sweep.tasks import Parameters, Task
 
 _COUNTS = ("lost", "gained", "moved")
@@ -154,15 +154,14 @@ def _shares(ranking: str) -> list[float]:
 
 def rows(record: Record) -> list[dict[str, Any]]:
     """A record as rows of ``COLUMNS``."""
-    result = record["result"]
-    about = {"label": record["params"]["label"], "backend": result["backend"], "sample": result["sample"]}
-    lost = set(result["sets"][0]["lost"])
-    return [
-        about
-        | {"kind": each["kind"], "layers": " ".join(each["layers"]), "back": len(lost.difference(each["lost"]))}
-        | {"lost": len(each["lost"]), "gained": each["gained"], "moved": each["moved"], "error": numeric(each["error"])}
-        for each in result["sets"]
-    ]
+    sets = record["result"]["sets"]
+    lost = set(sets[0]["lost"])
+    counted = ({"back": len(lost.difference(each["lost"])), "lost": len(each["lost"])} for each in sets)
+    return flat_rows(
+        record,
+        COLUMNS,
+        [each | counts | {"layers": " ".join(each["layers"])} for each, counts in zip(sets, counted, strict=True)],
+    )
 
 
 @dataclass(frozen=True)
@@ -183,11 +182,11 @@ class AblationRow:
     moved: ConfidenceInterval
     error: Spread | None
     """Relative L2 error of the worst final output."""
-    scores: dict[str, ConfidenceInterval]
+    scores: dict[str, ConfidenceInterval] = field(metadata={"column": "Δ {}"})
     """mAP and NDS gained over the test as it is; empty without ground truth."""
-    classes: dict[str, ConfidenceInterval]
+    classes: dict[str, ConfidenceInterval] = field(metadata={"column": "back in {}"})
     """Class → boxes back."""
-    distances: dict[str, ConfidenceInterval]
+    distances: dict[str, ConfidenceInterval] = field(metadata={"column": "back in {}"})
     """Ring of distances → boxes back."""
 
 
@@ -201,10 +200,9 @@ class PartCounts:
 
 
 @dataclass(frozen=True)
-class AblationGroup(JsonForm):
+class AblationGroup(SampleGroup):
     """One model on one test backend, over all samples. Counts are totals, with intervals over the samples."""
 
-    label: str
     reference: str
     backend: str
     emulated: bool
@@ -231,24 +229,9 @@ class AblationGroup(JsonForm):
     """Samples in which the test loses or gains unusually many boxes."""
     notes: list[str]
 
-    @property
-    def passed(self) -> bool:
-        """True: nothing is judged here."""
-        return True
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A row for each set of layers."""
-        about = {"model": self.label, "reference": self.reference, "backend": self.backend}
-        flat_rows = []
-        for row in (*self.single, *self.together):
-            flat: dict[str, Any] = {**about, "kind": row.kind, "layers": " ".join(row.layers), "share": row.share}
-            parts = {f"back in {part}": figure for part, figure in (row.classes | row.distances).items()}
-            scores = {f"Δ {name}": figure for name, figure in row.scores.items()}
-            intervals = {"back": row.back, **{name: getattr(row, name) for name in _COUNTS}, **scores, **parts}
-            for name, figure in intervals.items():
-                flat |= figure.columns(name)
-            flat_rows.append(flat | columns("error", row.error, self.samples))
-        return flat_rows
+    def table(self) -> Sequence[AblationRow]:
+        """The sets of layers."""
+        return [*self.single, *self.together]
 
 
 def merge(records: Iterable[Record], options: EvaluationOptions, edges: Sequence[float] = ()) -> list[AblationGroup]:

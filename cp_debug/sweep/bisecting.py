@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +16,11 @@ from cp_debug.bisect.strange_numbers import nonfinite_origins
 from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.programs.pipeline import wants_int8
 from cp_debug.recipes.abilities import with_samples
-from cp_debug.serialize import JsonForm, encode, json_safe
+from cp_debug.serialize import encode, json_safe
 from cp_debug.sweep.grid import Grid
-from cp_debug.sweep.log import Record
+from cp_debug.sweep.log import Record, flat_rows, group_of, grouped
 from cp_debug.sweep.prepared import load, make_backends, pick, programs_of
-from cp_debug.sweep.spread import Outlier, Spread, columns, numeric, outliers
+from cp_debug.sweep.spread import Outlier, SampleGroup, Spread, numeric, outliers
 from cp_debug.sweep.tasks import Parameters, Task
 
 FIGURES = ("rel_l2", "introduced", "excess")
@@ -98,12 +98,7 @@ def _not_finite(test: TestResult) -> Iterator[str]:
 
 def rows(record: Record) -> list[dict[str, Any]]:
     """A record as rows of ``COLUMNS``."""
-    result = record["result"]
-    about = {"label": record["params"]["label"], **{k: result[k] for k in ("reference", "backend", "sample")}}
-    return [
-        about | {name: numeric(row[name]) if kind is float else row[name] for name, kind in _KEPT.items()}
-        for row in result["layers"]
-    ]
+    return flat_rows(record, COLUMNS, record["result"]["layers"])
 
 
 @dataclass(frozen=True)
@@ -151,10 +146,9 @@ def _highest(values: Sequence[float]) -> float | None:
 
 
 @dataclass(frozen=True)
-class BisectGroup(JsonForm):
+class BisectGroup(SampleGroup):
     """One model on one test backend, over all samples."""
 
-    label: str
     reference: str
     backend: str
     emulated: bool
@@ -183,105 +177,65 @@ class BisectGroup(JsonForm):
 
     def derived(self) -> dict[str, Any]:
         """The outcome, and the names of the guilty layers."""
-        return {"passed": self.passed, "guilty": [row.name for row in self.guilty]}
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A row for each layer."""
-        flat_rows = []
-        for row in self.layers:
-            flat: dict[str, Any] = {"model": self.label, "reference": self.reference, "backend": self.backend}
-            flat |= {k: getattr(row, k) for k in ("index", "component", "name", "op", "guilty", "samples")}
-            for name, spread in row.figures.items():
-                flat |= columns(name, spread, self.samples)
-            flat_rows.append(flat)
-        return flat_rows
+        return {**super().derived(), "guilty": [row.name for row in self.guilty]}
 
 
 @dataclass
 class _Tally:
-    """Figures of a layer so far, by sample."""
+    """Figures of a layer so far, by place of the sample in the grid: no row is held, of which a log may have many."""
 
     row: Mapping[str, Any]
     guilty: int = 0
     figures: dict[str, dict[int, float]] = field(default_factory=lambda: {name: {} for name in FIGURES})
 
 
-@dataclass
-class _OpenGroup:
-    """A group so far.
-
-    Places are positions in the grid, so that the order of arrival does not matter.
-    """
-
-    label: str
-    result: Mapping[str, Any]
-    sources: dict[int, str] = field(default_factory=dict)
-    final: dict[int, float] = field(default_factory=dict)
-    layers: dict[tuple[str, str], _Tally] = field(default_factory=dict)
-    causes: Counter[str] = field(default_factory=Counter)
-    notes: Counter[str] = field(default_factory=Counter)
-    detections: dict[int, DetectionChange] = field(default_factory=dict)
-    agreeing: int = 0
-
-    def add(self, place: int, result: Mapping[str, Any]) -> None:
-        """Add the result of the task at ``place``."""
-        self.sources[place], self.final[place] = result["sample"], numeric(result["final"])
-        self.agreeing += result["agrees"]
-        self.causes.update(result["causes"])
-        self.notes.update(result["notes"])
-        if change := result["detections"]:
-            figures: dict[str, Any] = {name: float(v) if isinstance(v, str) else v for name, v in change.items()}
-            self.detections[place] = DetectionChange(**figures)
-        for row in result["layers"]:
-            tally = self.layers.setdefault((row["component"], row["onnx"]), _Tally(row))
-            tally.guilty += row["verdict"] == GUILTY
-            for name, values in tally.figures.items():
-                values[place] = numeric(row[name])
-
-    def finish(self) -> BisectGroup:
-        """The group over all samples that were added."""
-        places = sorted(self.sources)
-        tallies = sorted(self.layers.values(), key=lambda tally: (tally.row["index"], tally.row["onnx"]))
-        figures = [{n: [v.get(p, math.nan) for p in places] for n, v in tally.figures.items()} for tally in tallies]
-        final = [self.final[place] for place in places]
-        change = [self.detections[place] for place in sorted(self.detections)]
-        names = [self.sources[place] for place in places]
-        introduced = {
-            tally.row["name"]: layer_figures["introduced"]
-            for tally, layer_figures in zip(tallies, figures, strict=True)
-        }
-        return BisectGroup(
-            label=self.label,
-            reference=self.result["reference"],
-            backend=self.result["backend"],
-            emulated=self.result["emulated"],
-            samples=names,
-            agreeing=self.agreeing,
-            final=Spread.of(final),
-            layers=[
-                LayerSpread(
-                    **{name: tally.row[name] for name in ("index", "component", "name", "onnx", "op")},
-                    guilty=tally.guilty,
-                    samples=len(tally.figures["rel_l2"]),
-                    figures={name: Spread.of(values) for name, values in layer_figures.items()},
-                )
-                for tally, layer_figures in zip(tallies, figures, strict=True)
-            ],
-            outliers=outliers(names, final, introduced),
-            causes=dict(sorted(self.causes.items(), key=lambda item: (-item[1], item[0]))),
-            detections=sum(change[1:], change[0]) if change else None,
-            notes=dict(sorted(self.notes.items())),
-            map=HeatMap.of({t.row["name"]: f["excess"] for t, f in zip(tallies, figures, strict=True)}),
-        )
-
-
 def merge(records: Iterable[Record]) -> list[BisectGroup]:
     """One group for each model and test backend, in the order of the grid."""
-    groups: dict[tuple[str, ...], _OpenGroup] = {}
-    first: dict[tuple[str, ...], int] = {}
-    for record in records:
-        params, result, place = record["params"], record["result"], record["place"]
-        key = (params["label"], *params["backends"])
-        first[key] = min(first.get(key, place), place)
-        groups.setdefault(key, _OpenGroup(params["label"], result)).add(place, result)
-    return [groups[key].finish() for key in sorted(groups, key=first.__getitem__)]
+    layers: dict[tuple[str, ...], dict[tuple[str, str], _Tally]] = defaultdict(dict)
+
+    def without_layers(record: Record) -> Record:
+        for row in record["result"]["layers"]:
+            tally = layers[group_of(record)].setdefault((row["component"], row["onnx"]), _Tally(row))
+            tally.guilty += row["verdict"] == GUILTY
+            for name, values in tally.figures.items():
+                values[record["place"]] = numeric(row[name])
+        return record | {"result": {name: value for name, value in record["result"].items() if name != "layers"}}
+
+    return [_merge(found, layers[group].values()) for group, found in grouped(map(without_layers, records))]
+
+
+def _merge(records: Sequence[Record], layers: Iterable[_Tally]) -> BisectGroup:
+    results = [record["result"] for record in records]
+    tallies = sorted(layers, key=lambda tally: (tally.row["index"], tally.row["onnx"]))
+    figures = [
+        {name: [values.get(record["place"], math.nan) for record in records] for name, values in tally.figures.items()}
+        for tally in tallies
+    ]
+    of_layer = {name: {t.row["name"]: f[name] for t, f in zip(tallies, figures, strict=True)} for name in FIGURES}
+    names, final = [result["sample"] for result in results], [numeric(result["final"]) for result in results]
+    change = []
+    for each in filter(None, (result["detections"] for result in results)):
+        figures_of: dict[str, Any] = {name: float(v) if isinstance(v, str) else v for name, v in each.items()}
+        change.append(DetectionChange(**figures_of))
+    causes = Counter(cause for result in results for cause in result["causes"])
+    return BisectGroup(
+        label=records[0]["params"]["label"],
+        **{name: results[0][name] for name in ("reference", "backend", "emulated")},
+        samples=names,
+        agreeing=sum(result["agrees"] for result in results),
+        final=Spread.of(final),
+        layers=[
+            LayerSpread(
+                **{name: tally.row[name] for name in ("index", "component", "name", "onnx", "op")},
+                guilty=tally.guilty,
+                samples=len(tally.figures["rel_l2"]),
+                figures={name: Spread.of(values) for name, values in layer_figures.items()},
+            )
+            for tally, layer_figures in zip(tallies, figures, strict=True)
+        ],
+        outliers=outliers(names, final, of_layer["introduced"]),
+        causes=dict(sorted(causes.items(), key=lambda item: (-item[1], item[0]))),
+        detections=sum(change[1:], change[0]) if change else None,
+        notes=dict(sorted(Counter(note for result in results for note in result["notes"]).items())),
+        map=HeatMap.of(of_layer["excess"]),
+    )

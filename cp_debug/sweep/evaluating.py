@@ -16,12 +16,12 @@ from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import Pipeline, wants_int8
 from cp_debug.recipes.abilities import Remarks, RemarksOnSamples
-from cp_debug.serialize import JsonForm, encode, json_safe
+from cp_debug.serialize import encode, json_safe
 from cp_debug.sweep.grid import Grid
-from cp_debug.sweep.log import Record, grouped
+from cp_debug.sweep.log import Record, flat_rows, grouped
 from cp_debug.sweep.packed import BOX, detections_from, pack_detections, pack_truth, truth_from
 from cp_debug.sweep.prepared import load, make_backends, pick, programs_of
-from cp_debug.sweep.spread import Outlier, outliers
+from cp_debug.sweep.spread import Outlier, SampleGroup, outliers
 from cp_debug.sweep.tasks import Parameters, Task
 
 COLUMNS = {"label": str, "backend": str, "sample": str, "class": str, "score": float, **dict.fromkeys(BOX, float)}
@@ -69,21 +69,19 @@ def task(params: Parameters) -> dict[str, Any]:
 def rows(record: Record) -> list[dict[str, Any]]:
     """A record as rows of ``COLUMNS``."""
     result = record["result"]
-    detections = detections_from(result["detected"])
-    about = {"label": record["params"]["label"], "backend": result["record"]["spec"], "sample": result["sample"]}
-    return [
-        about | {"class": result["classes"][label], "score": score} | dict(zip(BOX, box, strict=True))
-        for box, score, label in zip(
-            detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True
-        )
-    ]
+    boxes, scores, labels = (result["detected"][name] for name in ("boxes", "scores", "labels"))
+    parts = (
+        {"backend": result["record"]["spec"], "class": result["classes"][label], "score": score}
+        | dict(zip(BOX, box, strict=True))
+        for box, score, label in zip(boxes, scores, labels, strict=True)
+    )
+    return flat_rows(record, COLUMNS, parts)
 
 
 @dataclass(frozen=True)
-class EvalGroup(JsonForm):
+class EvalGroup(SampleGroup):
     """One model on all backends, over the samples that every backend finished."""
 
-    label: str
     result: EvaluationResult = field(metadata={"inline": True})
     changes: dict[str, DetectionChange]
     """Test backend → change of the reference's detections, over all samples."""
@@ -96,10 +94,6 @@ class EvalGroup(JsonForm):
     def passed(self) -> bool:
         """Whether no backend detects significantly less than the reference."""
         return not self.result.worse
-
-    def derived(self) -> dict[str, Any]:
-        """Whether no backend detects significantly less than the reference."""
-        return {"passed": self.passed}
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each backend and class, one for all classes, and one for each ring of distances."""

@@ -16,6 +16,7 @@ from cp_debug.errors import InputError, system_reason
 from cp_debug.files import complete_path, make_folder, partial_name
 from cp_debug.optional import require
 from cp_debug.reading import check_file, sealed, unsealed
+from cp_debug.sweep.spread import numeric
 
 SCHEMA = "cpdebug.sweep/1"
 _HEADER = (json.dumps({"schema": SCHEMA}) + "\n").encode()
@@ -133,37 +134,51 @@ class SweepLog:
                     folder.rmdir()
 
 
+def group_of(record: Record) -> tuple[str, ...]:
+    """The model with its backends."""
+    return record["params"]["label"], *record["params"].get("backends", ())
+
+
 def grouped(records: Iterable[Record]) -> Iterable[tuple[tuple[str, ...], list[Record]]]:
     """The model with its backends, and its records, in the order of the grid."""
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in sorted(records, key=lambda each: each["place"]):
-        params = record["params"]
-        groups.setdefault((params["label"], *params.get("backends", ())), []).append(record)
+        groups.setdefault(group_of(record), []).append(record)
     return groups.items()
 
 
-def write_parquet(records: Iterable[Record], flatten: Flatten, columns: Mapping[str, type], target: Path) -> None:
-    """The records as one flat table, a batch at a time. Raises MissingPackage without pyarrow."""
-    require("pyarrow", "parquet")
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
-    schema = _schema(columns)
-    with complete_path(target) as partial, pq.ParquetWriter(partial, schema) as writer:
-        for batch in _batches(records, flatten, schema):
-            writer.write_batch(batch)
+def flat_rows(record: Record, columns: Mapping[str, type], parts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row of ``columns`` for each of ``parts``; what a part lacks is of the record's result or parameters."""
+    about = record["params"] | record["result"]
+    rows = ({name: part.get(name, about.get(name)) for name in columns} for part in parts)
+    return [{name: numeric(v) if columns[name] is float else v for name, v in row.items()} for row in rows]
 
 
-def write_parts(records: Iterable[Record], flatten: Flatten, columns: Mapping[str, type], target: Path) -> None:
-    """The records as a folder of tables, ``label=…/backend=…/part-0.parquet``, a batch at a time.
+def write_table(
+    records: Iterable[Record], flatten: Flatten, columns: Mapping[str, type], target: Path, *, parts: bool = False
+) -> None:
+    """The records as one flat table in a Parquet file, a batch at a time.
 
-    An earlier folder of this kind is replaced. Raises InputError for another folder or a file of that name,
-    MissingPackage without pyarrow.
+    parts: a folder of tables, ``label=…/backend=…/part-0.parquet``, in whose place an earlier one is replaced. Raises
+    InputError for another folder or a file of that name, MissingPackage without pyarrow.
     """
     require("pyarrow", "parquet")
-    import pyarrow as pa
+    import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.dataset as ds  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    schema = _schema(columns)
+    arrow = {str: pa.string(), float: pa.float64(), int: pa.int64(), bool: pa.bool_()}
+    schema = pa.schema([(name, arrow[kind]) for name, kind in columns.items()])
+    remaining = iter(records)
+    batches = (
+        pa.RecordBatch.from_pylist([row for record in batch for row in flatten(record)], schema)
+        for batch in iter(lambda: list(islice(remaining, _BATCH)), [])
+    )
+    if not parts:
+        with complete_path(target) as partial, pq.ParquetWriter(partial, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        return
     names = [name for name in PARTITIONS if name in columns]
     make_folder(target.parent)
     try:
@@ -172,7 +187,7 @@ def write_parts(records: Iterable[Record], flatten: Flatten, columns: Mapping[st
         partial = partial_name(target)
         try:
             ds.write_dataset(
-                _batches(records, flatten, schema),
+                batches,
                 partial,
                 schema=schema,
                 format="parquet",
@@ -186,21 +201,3 @@ def write_parts(records: Iterable[Record], flatten: Flatten, columns: Mapping[st
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise InputError(f"{target}: cannot be written ({system_reason(error)})") from error
-
-
-def _schema(columns: Mapping[str, type]) -> Any:
-    """Arrow's schema of columns. Raises MissingPackage without pyarrow."""
-    require("pyarrow", "parquet")
-    import pyarrow as pa
-
-    arrow = {str: pa.string(), float: pa.float64(), int: pa.int64(), bool: pa.bool_()}
-    return pa.schema([(name, arrow[kind]) for name, kind in columns.items()])
-
-
-def _batches(records: Iterable[Record], flatten: Flatten, schema: Any) -> Iterator[Any]:
-    """Rows of so many records at a time, as Arrow holds them."""
-    import pyarrow as pa
-
-    remaining = iter(records)
-    while batch := list(islice(remaining, _BATCH)):
-        yield pa.RecordBatch.from_pylist([row for record in batch for row in flatten(record)], schema)

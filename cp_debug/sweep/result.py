@@ -4,34 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from cp_debug.serialize import BadField, JsonForm, part
 from cp_debug.sweep.log import SCHEMA, Record
 from cp_debug.sweep.run import Finished
+from cp_debug.sweep.spread import SampleGroup
 from cp_debug.sweep.tasks import KINDS
-
-
-class ResultGroup(Protocol):
-    """Results that belong together in the report: one model, and one test backend or all."""
-
-    @property
-    def label(self) -> str:
-        """The model, as the user wrote it."""
-        ...
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing is wrong with it."""
-        ...
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
-        ...
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Flat rows for CSV."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -62,13 +41,13 @@ class SweepResult(JsonForm):
     """Tasks of this run; the others were in the log."""
     seconds: float
     """Duration of this run."""
-    groups: Sequence[ResultGroup]
+    groups: Sequence[SampleGroup]
     failures: Sequence[FailedTasks]
     log: str
     command: str = ""
 
     @classmethod
-    def of(cls, kind: str, finished: Finished, groups: Sequence[ResultGroup], command: str = "") -> SweepResult:
+    def of(cls, kind: str, finished: Finished, groups: Sequence[SampleGroup], command: str = "") -> SweepResult:
         """``groups`` are what the results of ``finished`` were merged to."""
         failures = [FailedTasks.of(record) for record in finished.failures()]
         count, log = len(finished.places), str(finished.log.path)

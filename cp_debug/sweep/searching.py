@@ -14,11 +14,11 @@ from typing import Any
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.goal import DETECTIONS, Goal, without_counts
 from cp_debug.mixed_precision.search import MixedPrecisionOptions, search
-from cp_debug.serialize import JsonForm, json_safe
+from cp_debug.serialize import json_safe
 from cp_debug.sweep.grid import Grid
-from cp_debug.sweep.log import Record, grouped
+from cp_debug.sweep.log import Record, flat_rows, grouped
 from cp_debug.sweep.prepared import load, make_backends, parts_of, pick
-from cp_debug.sweep.spread import Spread, columns, numeric
+from cp_debug.sweep.spread import SampleGroup, Spread, numeric
 from cp_debug.sweep.tasks import Parameters, Task
 
 _KEPT = ("component", "layer", "ops", "introduced", "share")
@@ -68,12 +68,7 @@ def task(params: Parameters) -> dict[str, Any]:
 
 def rows(record: Record) -> list[dict[str, Any]]:
     """A record as rows of ``COLUMNS``."""
-    result = record["result"]
-    about = {"label": record["params"]["label"], "backend": result["backend"], "sample": result["sample"]}
-    return [
-        about | {"layer": layer["layer"]} | {name: numeric(layer[name]) for name in ("introduced", "share")}
-        for layer in result["kept"]
-    ]
+    return flat_rows(record, COLUMNS, record["result"]["kept"])
 
 
 @dataclass(frozen=True)
@@ -89,10 +84,9 @@ class NeededLayer:
 
 
 @dataclass(frozen=True)
-class MixedPrecisionGroup(JsonForm):
+class MixedPrecisionGroup(SampleGroup):
     """One model on one test backend."""
 
-    label: str
     reference: str
     backend: str
     emulated: bool
@@ -112,19 +106,6 @@ class MixedPrecisionGroup(JsonForm):
     def passed(self) -> bool:
         """Whether the goal was reached on every sample."""
         return all(self.reached)
-
-    def derived(self) -> dict[str, Any]:
-        """Whether the goal was reached on every sample."""
-        return {"passed": self.passed}
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A row for each layer."""
-        about = {"model": self.label, "backend": self.backend, "samples": len(self.samples)}
-        return [
-            {**about, "component": row.component, "layer": row.layer, "needed": row.needed}
-            | columns("share", row.share, self.samples)
-            for row in self.layers
-        ]
 
 
 def merge(records: Iterable[Record]) -> list[MixedPrecisionGroup]:

@@ -12,11 +12,11 @@ from cp_debug.files import resolved
 from cp_debug.mixed_precision.fake_quant_runner import FakeQuantRunner
 from cp_debug.mixed_precision.sensitivity import profile_of
 from cp_debug.quantization.open_quantized import modules_of, open_quantized
-from cp_debug.serialize import JsonForm, json_safe
+from cp_debug.serialize import json_safe
 from cp_debug.sweep.grid import Grid
-from cp_debug.sweep.log import Record, grouped
+from cp_debug.sweep.log import Record, flat_rows, grouped
 from cp_debug.sweep.prepared import Subject, calibrated, load_subject, pick
-from cp_debug.sweep.spread import Outlier, Spread, columns, numeric, outliers
+from cp_debug.sweep.spread import Outlier, SampleGroup, Spread, numeric, outliers
 from cp_debug.sweep.tasks import Parameters, Task, digests
 
 _FIGURES = ("introduced", "share")
@@ -59,8 +59,7 @@ def _bench(subject: Subject, quantized: str | None, digest: str | None, batches:
 
 def rows(record: Record) -> list[dict[str, Any]]:
     """A record as rows of ``COLUMNS``."""
-    about = {"label": record["params"]["label"], "sample": record["result"]["sample"]}
-    return [about | row | {n: numeric(row[n]) for n in _FIGURES} for row in record["result"]["layers"]]
+    return flat_rows(record, COLUMNS, record["result"]["layers"])
 
 
 @dataclass(frozen=True)
@@ -76,29 +75,14 @@ class SensitiveLayer:
 
 
 @dataclass(frozen=True)
-class SensitivityGroup(JsonForm):
+class SensitivityGroup(SampleGroup):
     """One quantized model, each sample by itself; layers are sorted by their median share."""
 
-    label: str
     samples: list[str]
     int8: Spread | None
     """The outputs' error with all layers in INT8."""
     layers: list[SensitiveLayer]
     outliers: list[Outlier]
-
-    @property
-    def passed(self) -> bool:
-        """True: nothing is judged here."""
-        return True
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A row for each layer."""
-        return [
-            {"model": self.label, "layer": row.layer, "kind": row.kind}
-            | columns("introduced", row.introduced, self.samples)
-            | columns("share", row.share, self.samples)
-            for row in self.layers
-        ]
 
 
 def merge(records: Iterable[Record]) -> list[SensitivityGroup]:

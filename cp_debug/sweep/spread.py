@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from cp_debug.detection.bootstrap import ConfidenceInterval
+from cp_debug.serialize import JsonForm
 
 FEWEST = 5
 """Number of samples below which none is called an outlier."""
@@ -96,10 +99,52 @@ def outliers(names: Sequence[str], whole: Sequence[float], layers: Mapping[str, 
     return sorted(listed, key=lambda each: (-(each.score or 0.0), -len(each.layers), each.sample))
 
 
-def columns(name: str, spread: Spread | None, samples: Sequence[str]) -> dict[str, Any]:
-    """A spread as columns of a flat row."""
-    parts = {f"{name}_{part}": getattr(spread, part, math.nan) for part in ("median", "p95", "worst")}
-    return {**parts, f"{name}_worst_sample": samples[spread.sample] if spread else ""}
+def flat(row: Any, samples: Sequence[str]) -> dict[str, Any]:
+    """The fields of a dataclass as columns of a flat row.
+
+    Spreads and intervals become their parts, those in a mapping under its keys, which ``metadata={"column": …}`` puts
+    into words. What is None is left out.
+    """
+    found: dict[str, Any] = {}
+    for field in fields(row):
+        value, words = getattr(row, field.name), field.metadata.get("column", "{}")
+        for key, figure in value.items() if isinstance(value, Mapping) else [(field.name, value)]:
+            name = words.format(key)
+            if isinstance(figure, ConfidenceInterval):
+                found |= figure.columns(name)
+            elif isinstance(figure, Spread):
+                found |= {f"{name}_{part}": getattr(figure, part) for part in ("median", "p95", "worst")}
+                found[f"{name}_worst_sample"] = samples[figure.sample]
+            elif figure is not None:
+                found[name] = " ".join(figure) if isinstance(figure, list) else figure
+    return found
+
+
+@dataclass(frozen=True)
+class SampleGroup(JsonForm):
+    """Results that belong together in the report: one model, and one test backend or all, over samples."""
+
+    label: str
+    """The model, as the user wrote it."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong with it; True where nothing is judged."""
+        return True
+
+    def derived(self) -> dict[str, Any]:
+        """The outcome."""
+        return {"passed": self.passed}
+
+    def table(self) -> Sequence[Any]:
+        """Dataclasses that ``rows`` makes flat, by default the layers."""
+        return self.layers  # type: ignore[attr-defined]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Flat rows for CSV."""
+        samples: Sequence[str] = self.samples  # type: ignore[attr-defined]
+        about = {name: getattr(self, name) for name in ("reference", "backend") if hasattr(self, name)}
+        return [{"model": self.label, **about, "samples": len(samples), **flat(row, samples)} for row in self.table()]
 
 
 def numeric(value: Any) -> float:
