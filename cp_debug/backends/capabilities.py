@@ -71,6 +71,16 @@ class NamesKernels(Protocol):
 
 
 @runtime_checkable
+class HasRemarks(Protocol):
+    """A session that has something to say about the program that it made."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Remarks, a sentence each."""
+        ...
+
+
+@runtime_checkable
 class KnowsRanges(Protocol):
     """A session that knows which INT8 ranges its calibrator chose."""
 

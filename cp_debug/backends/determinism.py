@@ -35,12 +35,14 @@ _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @contextmanager
-def deterministic(*, tf32: bool = False, seed: int = 0) -> Iterator[dict[str, Any]]:
+def deterministic(*, tf32: bool = False, seed: int = 0, as_deployed: bool = False) -> Iterator[dict[str, Any]]:
     """Run torch reproducibly, without gradients; yields the settings as read back, JSON-safe.
 
     ``tf32`` allows TF32 in CUDA's matrix products, convolutions and recurrent kernels; nothing else ever gets it.
     Attention runs as its plain formula, so that its inner values exist and do not depend on the kernel chosen.
-    An operation without a deterministic kernel warns. Everything is put back on leaving, random state included.
+    An operation without a deterministic kernel warns. ``as_deployed`` leaves both to the kernels that torch takes by
+    itself: for a program of which these are what is asked about. Everything is put back on leaving, random state
+    included.
     """
     with ExitStack() as stack:
         _environment(stack, _CUBLAS, ":4096:8")
@@ -50,8 +52,9 @@ def deterministic(*, tf32: bool = False, seed: int = 0) -> Iterator[dict[str, An
             _set(name, value)
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
-        _deterministic_algorithms(stack)
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if not as_deployed:
+            _deterministic_algorithms(stack)
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         stack.enter_context(torch.random.fork_rng(devices))
         torch.default_generator.manual_seed(seed)

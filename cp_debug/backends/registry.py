@@ -7,7 +7,7 @@ from typing import Any
 
 from cp_debug import plugins
 from cp_debug.backends.base import Backend
-from cp_debug.backends.spec import BackendSpec
+from cp_debug.backends.spec import COMPILED, BackendSpec
 from cp_debug.errors import InputError
 from cp_debug.optional import check_there
 
@@ -24,6 +24,10 @@ def create(spec: BackendSpec, **options: Any) -> Backend:
         from cp_debug.backends.torch_fp8 import TorchFp8Backend
 
         return TorchFp8Backend(spec, **options)
+    if spec.name.startswith(COMPILED):
+        from cp_debug.backends.torch_compile import TorchCompileBackend
+
+        return TorchCompileBackend(spec, **options)
     if spec.family == "torch":
         from cp_debug.backends.torch_backend import TorchBackend
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from cp_debug import plugins
+from cp_debug.backends.compile_options import CompileOptions
 from cp_debug.backends.narrow_options import FAMILIES, NarrowOptions, TorchFp8Options
 from cp_debug.errors import InputError
 from cp_debug.safe_text import amount, did_you_mean, one_line
@@ -18,6 +19,9 @@ KNOWN = {
     "torch-fp16": "PyTorch, module and inputs in FP16",
     "torch-fp8": "PyTorch, products in FP8 with torch._scaled_mm, scales calibrated (:dynamic, :channel, :block, "
     ":fast)",
+    "torch-compile": "torch.compile of the FP32 module (:aot_eager, :eager, :max-autotune, :dynamic, :casts)",
+    "torch-compile-bf16": "torch.compile, module and inputs in BF16",
+    "torch-compile-fp16": "torch.compile, module and inputs in FP16",
     "torch-int8": "PyTorch with fake quantization (nvidia-modelopt), FP32 between",
     "ort": "ONNX Runtime, graph optimization off (same as ort-none)",
     "ort-none": "ONNX Runtime, graph optimization off",
@@ -47,8 +51,10 @@ KNOWN = {
     "trt-best": "TensorRT, every precision allowed",
 }
 
+COMPILED = "torch-compile"
+"""Start of the names of backends that compile a module."""
 _SPEC = re.compile(
-    r"(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)(?P<options>(?::[a-z0-9=-]+)*)(?:@(?P<device>cpu|cuda(?::\d+)?))?"
+    r"(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)(?P<options>(?::[a-z0-9_=-]+)*)(?:@(?P<device>cpu|cuda(?::\d+)?))?"
     r"(?P<test> \(.+\)|\.test)?"
 )
 
@@ -112,8 +118,10 @@ class BackendSpec:
         if spec.name == "torch-fp8":
             fp8 = TorchFp8Options.parse(spec.variant + match["options"])
             return replace(spec, options=str(fp8).removeprefix(spec.variant))
+        if spec.name.startswith(COMPILED):
+            return replace(spec, options=str(CompileOptions.parse(match["options"])))
         if match["options"]:
-            takers = ", ".join(f"emu-{family}" for family in FAMILIES)
+            takers = ", ".join([*(f"emu-{family}" for family in FAMILIES), COMPILED])
             raise InputError(f"--backends: {spec.name} has no options such as {match['options']!r}; {takers} have some")
         return spec
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
 
@@ -20,9 +21,9 @@ from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.probes.arrays import as_numpy, as_torch, dtype_name, is_dense, layout_of
 from cp_debug.probes.module_copy import copied_to
-from cp_debug.probes.trace import TorchValue, trace
+from cp_debug.probes.trace import trace
 
-_DTYPES = {
+DTYPES = {
     "fp32": torch.float32,
     "tf32": torch.float32,
     "fp64": torch.float64,
@@ -30,6 +31,9 @@ _DTYPES = {
     "fp16": torch.float16,
     "int8": torch.float32,
 }
+
+Emit = Callable[[str, Tensor], None]
+"""Takes the name of a ``TorchValue`` and its tensor, at once."""
 
 LARGE = 1 << 29
 """Bytes of a module whose copy, on a GPU or in another precision, is there only while it runs."""
@@ -46,7 +50,7 @@ class TorchBackend:
 
     def __init__(self, spec: BackendSpec) -> None:
         self.spec = spec
-        self.precision = spec.variant or "fp32"
+        self.precision = spec.variant.removeprefix("compile").removeprefix("-") or "fp32"
         self.device = spec.device or ("cuda" if self.precision == "tf32" else "cpu")
         if self.precision == "tf32" and self.device == "cpu":
             raise BackendUnavailable(str(spec), "a CPU has no TF32", nearest="emu-tf32")
@@ -68,7 +72,7 @@ class TorchBackend:
         if self.precision == "int8":
             program.require_int8(self.spec)
         if program.module is not None:
-            return _ModuleSession(program, _DTYPES[self.precision], self.device, tf32=self.precision == "tf32")
+            return ModuleSession(program, DTYPES[self.precision], self.device, tf32=self.precision == "tf32")
         if self.precision in ("fp16", "bf16", "int8"):
             raise BackendUnavailable(
                 str(self.spec),
@@ -88,7 +92,7 @@ class TorchBackend:
         return library_versions
 
 
-class _ModuleSession:
+class ModuleSession:
     def __init__(self, program: Program, dtype: torch.dtype, device: str, *, tf32: bool) -> None:
         assert program.module is not None
         self._program, self._alignment = program, program.alignment
@@ -108,8 +112,8 @@ class _ModuleSession:
                 self._values.setdefault(link.torch, []).append(link.onnx)
         exposed_names = {*chain(*self._values.values()), *self._names}
         self.exposed: Collection[str] = tuple(name for name in program.graph.values if name in exposed_names)
-        with deterministic(tf32=tf32) as settings:
-            self.settings: Mapping[str, Any] = settings | {"dtype": dtype_name(torch.empty(0, dtype=dtype))}
+        with self._settled() as settings:
+            self.settings: Mapping[str, Any] = {**settings, "dtype": dtype_name(torch.empty(0, dtype=dtype))}
 
     def _made(self) -> nn.Module:
         """The module on the device, in the dtype: FP32 is what it is in, FP16 where it was made so."""
@@ -133,7 +137,7 @@ class _ModuleSession:
         """
         if self._module is None:
             self._module = self._made()
-        graph, alignment = self._program.graph, self._alignment
+        graph = self._program.graph
         declared = {v.name: v.dtype for v in graph.inputs}
         inputs = {n: _in_float_of(a, declared.get(n)) for n, a in inputs.items()}
         check_inputs(graph.inputs, inputs, self._program.name)
@@ -145,13 +149,12 @@ class _ModuleSession:
                 shown.add(name)
                 sink(name, tensor)
 
-        def translate(value: TorchValue, tensor: Tensor) -> None:
-            for name in self._values.get(value.name, ()):
+        def translate(value: str, tensor: Tensor) -> None:
+            for name in self._values.get(value, ()):
                 give(name, tensor)
 
-        with deterministic(tf32=self._tf32):
-            prefix = alignment.prefix if alignment else ""
-            results = trace(self._module, tensors, translate if sink else None, prefix=prefix).tensors
+        with self._settled():
+            results = self._forward(tensors, translate if sink else None)
         if len(results) != len(self._names):
             raise InputError(f"{self._program.name}: the module returned {len(results)} tensors for {self._names}")
         outputs = dict(zip(self._names, results, strict=True))
@@ -161,6 +164,17 @@ class _ModuleSession:
                 raise InputError(f"{self._program.name}: the module returned {returned}; expected a dense tensor")
             give(name, tensor)
         return {n: as_numpy(t.float() if t.dtype == torch.bfloat16 else t) for n, t in outputs.items()}
+
+    def _settled(self) -> AbstractContextManager[Mapping[str, Any]]:
+        """Context in which torch has this session's settings; gives them as read back."""
+        return deterministic(tf32=self._tf32)
+
+    def _forward(self, inputs: Mapping[str, Tensor], emit: Emit | None) -> Sequence[Tensor]:
+        """The flattened outputs of one forward; ``emit`` is given every value of the alignment, by torch's name."""
+        assert self._module is not None
+        prefix = self._alignment.prefix if self._alignment else ""
+        sink = None if emit is None else lambda value, tensor: emit(value.name, tensor)
+        return trace(self._module, inputs, sink, prefix=prefix).tensors
 
     def _input(self, array: np.ndarray) -> Tensor:
         tensor = as_torch(array)

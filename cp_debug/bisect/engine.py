@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from cp_debug.backends.base import Backend, Program
+from cp_debug.backends.capabilities import HasRemarks
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
 from cp_debug.bisect.assemble import coverage_of, result_of, saved_name
@@ -198,6 +199,7 @@ class Bisection:
         for run, collected_run in zip(taken.runs, taken.collected, strict=True):
             rows = sorted(collected_run.rows.values(), key=lambda row: row.index)
             notes = [  # first what concerns the verdict, last what the inputs were made of
+                *(n for s in run.pipeline.sessions.values() if isinstance(s, HasRemarks) for n in s.notes),
                 *collected_run.notes(str(run.pipeline.backend.spec), draws=draws),
                 *observation_notes(str(self._reference.spec), taken.observation, draws=draws),
                 *int8_notes(run.reference, run.pipeline, rows, sides.quantized_how),

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from cp_debug.backends.base import RunRecord
 from cp_debug.backends.build_info import BuildInfo
+from cp_debug.backends.compile_options import INDUCTOR
 from cp_debug.backends.tensorrt.tactics import decode
 from cp_debug.programs.pipeline import settings_by_component
 from cp_debug.reports.numbers import number
@@ -60,8 +61,10 @@ def kernel(tactic: str) -> str:
     """A kernel's arithmetic and the depth of its tile, as far as its name tells: ``fp16acc/64``, ``fp32 winograd``.
 
     ``fp16acc/64÷2`` shares each tile between two partial sums, ``fp16acc/64 split 7`` gives the tiles to 7 in turn
-    (split-K), ``fp16acc/v8`` loads vectors of 8 channels.
+    (split-K), ``fp16acc/v8`` loads vectors of 8 channels. Inductor's kernels have names of their own.
     """
+    if tactic.startswith(INDUCTOR):
+        return tactic
     tactic_parts = decode(tactic)
     text = tactic_parts.arithmetic or ""
     if tactic_parts.arithmetic == "fp16acc" and tactic_parts.tile:

@@ -1,0 +1,231 @@
+"""torch.compile as a backend: values inside, names, graphs that break, refusals, faults of the compiler."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stress import OUTPUTS, make_stress
+from torch import Tensor, nn
+
+from cp_debug.backends.base import Program
+from cp_debug.backends.capabilities import HasRemarks, kernels_of
+from cp_debug.backends.compile_options import CompileOptions
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec, parse_backends
+from cp_debug.bisect.engine import bisect
+from cp_debug.errors import BackendUnavailable, InputError, ModuleFailed
+from cp_debug.graph.graph import Graph
+from cp_debug.programs.align import align
+from cp_debug.programs.export import export
+from cp_debug.recipes.torch_callable import TorchModel
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+def program_of(module: nn.Module, args: tuple[Tensor, ...], folder: Path, **options: Any) -> Program:
+    names = [f"x{i}" for i in range(len(args))]
+    options.setdefault("output_names", ["y"])
+    graph = Graph(export(module, args, folder / "net.onnx", input_names=names, **options))
+    example = {name: tensor.numpy() for name, tensor in zip(names, args, strict=True)}
+    return Program("net", graph, module, align(graph, module, args), example=example)
+
+
+@pytest.fixture(scope="module")
+def stress(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    module, image = make_stress()
+    return program_of(module, (image,), tmp_path_factory.mktemp("net"), output_names=OUTPUTS)
+
+
+def run(spec: str, program: Program, inputs: Any = None, **options: Any) -> tuple[Any, dict[str, Tensor]]:
+    values: dict[str, Tensor] = {}
+    session = create(BackendSpec.parse(spec)).open(program)
+    given = program.example if inputs is None else inputs
+    outputs = session.run(given, lambda n, t: values.update({n: t.clone()}), **options)
+    session.close()
+    return outputs, values
+
+
+def test_specs_have_one_spelling_each() -> None:
+    assert [str(s) for s in parse_backends("torch-compile:dynamic:aot_eager,torch-compile-bf16:casts@cpu")] == [
+        "torch-compile:aot_eager:dynamic",
+        "torch-compile-bf16:casts@cpu",
+    ]
+    assert CompileOptions.parse(":max-autotune:casts") == CompileOptions(mode="max-autotune", casts=True)
+    for text, says in {
+        "torch-compile:aot_eage": "did you mean",
+        "torch-compile:eager:casts": "remove eager",
+        "torch-compile:eager:inductor": "repeats",
+        "torch:dynamic": "no options",
+    }.items():
+        with pytest.raises(InputError, match=says):
+            BackendSpec.parse(text)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_all_values_have_the_names_and_numbers_of_eager(compiler: str, stress: Program) -> None:
+    exact, expected = run("torch", stress)
+    outputs, values = run(f"torch-compile:{compiler}", stress)
+    assert list(outputs) == OUTPUTS
+    for name in OUTPUTS:
+        np.testing.assert_allclose(outputs[name], exact[name], rtol=1e-5, atol=1e-6)
+    assert len(values) > 40
+    for name, tensor in values.items():  # in-place ReLUs among them, which overwrite what is shown
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    inner = {link.onnx for link in stress.alignment.links if link.torch is not None and ":" not in link.torch}  # type: ignore[union-attr]
+    assert inner - set(values) <= {"x0"}, "only values inside a function of torch are left out"
+
+
+def test_narrow_types_and_probes(stress: Program) -> None:
+    _, expected = run("torch-bf16", stress)
+    _, values = run("torch-compile-bf16:aot_eager", stress, probes={"gelu", "map"})
+    assert list(values) == ["gelu", "map"]
+    assert values["gelu"].dtype == torch.bfloat16
+    torch.testing.assert_close(values["gelu"], expected["gelu"])
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).sigmoid()
+        torch._dynamo.graph_break()
+        x = self.first(x).sigmoid()
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+def test_each_piece_between_graph_breaks_is_judged(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    program = program_of(Broken().eval(), (torch.randn(3, 8),), tmp_path, exporter="torchscript")
+    session = create(BackendSpec.parse("torch-compile:aot_eager")).open(program)
+    values: dict[str, Tensor] = {}
+    session.run(program.example or {}, lambda n, t: values.update({n: t.clone()}))
+    _, expected = run("torch", program)
+    assert expected.keys() - values.keys() <= {"x0"}
+    for name, tensor in values.items():
+        torch.testing.assert_close(tensor, expected[name])
+    assert isinstance(session, HasRemarks)
+    (note,) = session.notes
+    assert note.startswith("torch.compile breaks the module into 3 graphs: test_torch_compile.py:")
+    assert "graph_break" in note
+
+
+def test_other_shapes_are_looked_at_afresh(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2)).eval(), torch.randn(3, 8)
+    program = program_of(module, (x,), tmp_path, dynamic_axes={"x0": {0: "n"}})
+    session = create(BackendSpec.parse("torch-compile:aot_eager")).open(program)
+    for size in (3, 5, 7):
+        inputs, values = {"x0": np.random.default_rng(size).standard_normal((size, 8), np.float32)}, dict[str, Tensor]()
+        session.run(inputs, lambda n, t, values=values: values.update({n: t.clone()}))  # type: ignore[misc]
+        _, expected = run("torch", program, inputs)
+        assert expected.keys() - values.keys() <= {"x0"}
+        for name, tensor in values.items():
+            torch.testing.assert_close(tensor, expected[name], msg=f"{name} of {size}")
+
+
+def test_random_numbers_are_drawn_as_eager_draws_them(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 2)).eval()
+    program = program_of(module, (torch.randn(3, 8),), tmp_path)
+    module.train()
+    exact, _ = run("torch", program)
+    outputs, _ = run("torch-compile:aot_eager", program)
+    (name,) = exact
+    assert np.count_nonzero(exact[name])
+    np.testing.assert_array_equal(outputs[name], exact[name])
+
+
+def _wrong(monkeypatch: pytest.MonkeyPatch, op: Any, instead: Callable[..., Any]) -> None:
+    """Let the compiler aot_eager compute something else for the calls of ``op``."""
+    real = torch._dynamo.lookup_backend
+
+    def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        for node in graph.graph.nodes:
+            if node.target is op:
+                node.target = instead
+        graph.recompile()
+        return real("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: compiler)
+
+
+def test_the_operator_that_a_compiler_gets_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 4)).eval()
+    model = TorchModel("net", module, torch.randn(5, 8))
+    assert not bisect(model, "torch,torch-compile:aot_eager").tests[0].guilty
+    _wrong(monkeypatch, nn.functional.silu, nn.functional.hardswish)
+    (test,) = bisect(model, "torch,torch-compile:aot_eager").tests
+    (guilty,) = test.guilty
+    assert guilty.name.startswith("3")
+    assert guilty.side == "test"
+
+
+def test_what_cannot_run_is_refused_in_a_sentence(
+    stress: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import config
+
+    with pytest.raises(BackendUnavailable, match="comes without a torch module") as refused:
+        create(BackendSpec.parse("torch-compile:eager")).open(Program("net", stress.graph))
+    assert refused.value.exit_code == 3
+    with (
+        config.patch({"cpp.cxx": ("/nowhere/g++",)}),
+        pytest.raises(BackendUnavailable, match="with a C++ compiler, and none is here".replace("+", "[+]")),
+    ):
+        create(BackendSpec.parse("torch-compile"))
+
+    class Looped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                torch._dynamo.graph_break()
+                x = x.sin()
+            return x
+
+    program = program_of(Looped(), (torch.randn(3),), tmp_path, exporter="torchscript")
+    with pytest.raises(InputError, match="captured no graph of the module and left it eager"):
+        run("torch-compile:eager", program)
+
+    def fails(graph: Any, inputs: Any) -> Any:
+        raise ValueError("no graph is good enough")
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: fails)
+    with pytest.raises(ModuleFailed, match=r"torch\.compile failed: .*no graph is good enough"):
+        run("torch-compile:eager", stress)
+
+
+@pytest.mark.slow
+def test_inductor_shows_all_of_fp32_and_what_its_kernels_write_of_bf16(stress: Program) -> None:
+    exact, expected = run("torch", stress)
+    session = create(BackendSpec.parse("torch-compile")).open(stress)
+    values: dict[str, Tensor] = {}
+    outputs = session.run(stress.example or {}, lambda n, t: values.update({n: t.clone()}))
+    plain = session.run(stress.example or {})
+    assert len(values) > 40
+    for name, tensor in values.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    for name in OUTPUTS:
+        np.testing.assert_allclose(outputs[name], exact[name], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(outputs[name], plain[name], rtol=1e-4, atol=1e-5)
+    assert any(kernel.startswith("cpp_fused_") for kernel in kernels_of(session).values())
+    session.close()
+    session = create(BackendSpec.parse("torch-compile-bf16")).open(stress)
+    narrow: dict[str, Tensor] = {}
+    outputs = session.run(stress.example or {}, lambda n, t: narrow.update({n: t.clone()}))
+    plain = session.run(stress.example or {})
+    assert all(np.array_equal(outputs[name], plain[name]) for name in OUTPUTS), "the same kernels ran"
+    assert 10 < len(narrow) < len(values)
+    session.close()
