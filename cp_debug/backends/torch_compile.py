@@ -19,9 +19,9 @@ from cp_debug.backends.compile_options import CompileOptions
 from cp_debug.backends.compiled_graph import (
     Compiler,
     Content,
+    GraphPieces,
     Kernels,
-    Pieces,
-    Place,
+    NodeCall,
     Recorded,
     content,
     names_of,
@@ -218,7 +218,7 @@ class _Plain:
     """Compiler of the module as it is; inductor's kernels are read on the way."""
 
     def __init__(self, inner: Compiler, kernels: Kernels) -> None:
-        self._inner, self._kernels, self._pieces = inner, kernels, Pieces()
+        self._inner, self._kernels, self._pieces = inner, kernels, GraphPieces()
 
     def __call__(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         from torch._inductor import config
@@ -232,9 +232,13 @@ class _Look:
     """Compiler that adds the values of ``places`` to each piece's outputs, and gives them away when it runs."""
 
     def __init__(
-        self, record: Recorded, places: Mapping[Place, str], inner: Compiler, compiled: Callable[[Compiler], Compiled]
+        self,
+        record: Recorded,
+        places: Mapping[NodeCall, str],
+        inner: Compiler,
+        compiled: Callable[[Compiler], Compiled],
     ) -> None:
-        self._record, self.places, self._inner, self._pieces = record, places, inner, Pieces()
+        self._record, self.places, self._inner, self._pieces = record, places, inner, GraphPieces()
         self._emit: Emit | None = None
         self._program = compiled(self)
 
@@ -257,7 +261,7 @@ class _Look:
             results = compiled(*args)
             call = self._pieces.call(piece)
             for node, tensor in zip(nodes, results[own:], strict=True):
-                name = self.places.get(Place(piece, call, node))
+                name = self.places.get(NodeCall(piece, call, node))
                 if self._emit is not None and name is not None:
                     self._emit(name, tensor)
             return results[:own]
