@@ -25,7 +25,7 @@ Content = tuple[tuple[int, ...], bytes]
 """What two equal tensors have in common: shape and fingerprint."""
 
 
-class NodeCall(NamedTuple):
+class NodeRun(NamedTuple):
     """A tensor of a run: the piece, how often that had run before, and the node that made it."""
 
     piece: int
@@ -73,7 +73,7 @@ class Recorded:
 
     def __init__(self) -> None:
         self.pieces = GraphPieces()
-        self.seen: list[tuple[NodeCall, str, Content]] = []
+        self.seen: list[tuple[NodeRun, str, Content]] = []
         """In execution order, each with the name of its node's function."""
         self.overwritten: set[tuple[int, str]] = set()
         """Nodes of pieces whose tensors are changed in place after they were made."""
@@ -102,7 +102,7 @@ class _Recorder(fx.Interpreter):
                 self._record.overwritten.update((self._piece, name) for name in names)
         if isinstance(result, Tensor) and is_dense(result):
             self._in_memory[result.untyped_storage()._cdata].append(n.name)
-            place = NodeCall(self._piece, self._call, n.name)
+            place = NodeRun(self._piece, self._call, n.name)
             self._record.seen.append((place, _function(n), content(result)))
         return result
 
@@ -113,8 +113,8 @@ def _function(node: fx.Node) -> str:
 
 
 def names_of(
-    seen: Iterable[tuple[NodeCall, str, Content]], values: Iterable[tuple[TorchValue, Content]]
-) -> dict[NodeCall, str]:
+    seen: Iterable[tuple[NodeRun, str, Content]], values: Iterable[tuple[TorchValue, Content]]
+) -> dict[NodeRun, str]:
     """The eager module's name of each tensor of a run: that of the value with its content.
 
     Among several, the one that a function of the same name made, then the next one in execution order.
@@ -122,7 +122,7 @@ def names_of(
     known: dict[Content, list[TorchValue]] = defaultdict(list)
     for value, own in values:
         known[own].append(value)
-    names: dict[NodeCall, str] = {}
+    names: dict[NodeRun, str] = {}
     taken: set[TorchValue] = set()
     last = -1
     for place, function, own in seen:

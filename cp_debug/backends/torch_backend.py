@@ -93,6 +93,8 @@ class TorchBackend:
 
 
 class ModuleSession:
+    """An eager module, traced where values are asked for."""
+
     def __init__(self, program: Program, dtype: torch.dtype, device: str, *, tf32: bool) -> None:
         assert program.module is not None
         self._program, self._alignment = program, program.alignment

@@ -21,7 +21,7 @@ from cp_debug.backends.compiled_graph import (
     Content,
     GraphPieces,
     Kernels,
-    NodeCall,
+    NodeRun,
     Recorded,
     content,
     names_of,
@@ -234,7 +234,7 @@ class _Look:
     def __init__(
         self,
         record: Recorded,
-        places: Mapping[NodeCall, str],
+        places: Mapping[NodeRun, str],
         inner: Compiler,
         compiled: Callable[[Compiler], Compiled],
     ) -> None:
@@ -261,7 +261,7 @@ class _Look:
             results = compiled(*args)
             call = self._pieces.call(piece)
             for node, tensor in zip(nodes, results[own:], strict=True):
-                name = self.places.get(NodeCall(piece, call, node))
+                name = self.places.get(NodeRun(piece, call, node))
                 if self._emit is not None and name is not None:
                     self._emit(name, tensor)
             return results[:own]
