@@ -14,7 +14,7 @@ from cp_debug.backends.narrow_options import GRANULARITIES, GROUPS, Granularity,
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import CONTRACTIONS
 from cp_debug.probes.arrays import as_numpy, as_torch
-from cp_debug.probes.distance import distance
+from cp_debug.probes.distance import difference_norm, distance
 
 SUMS: tuple[tuple[int | None, bool, int | None], ...] = (
     (14, False, None),
@@ -85,14 +85,14 @@ class NarrowDepartures:
         """
         if tuple(captured.shape) != tuple(exact.shape) or not any(n.op in CONTRACTIONS for n in nodes):
             return ""
-        apart, allowed = distance(captured, claimed), distance(claimed, exact).difference
+        apart, allowed = distance(captured, claimed), difference_norm(claimed, exact)
         if apart.new_nonfinite or apart.difference <= APART * allowed + 1e-5 * apart.whole:
             return ""
         for cause, options in variants(self._options):
             if cause == "fp8-accumulation" and work(nodes, given, exact, self._graph) > MOST_WORK:
                 continue
             result = self._executor(str(options)).run_nodes(nodes, given, [target])[target]
-            near = distance(captured, result).difference <= FITS * apart.difference
+            near = difference_norm(captured, result) <= FITS * apart.difference
             if near and not distance(result, captured).new_nonfinite:
                 return str(options)
         return ""

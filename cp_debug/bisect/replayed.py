@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from cp_debug.backends.base import Tensor as AnyTensor
-from cp_debug.probes.distance import distance, ratio
+from cp_debug.probes.distance import difference_norm, distance, ratio
 from cp_debug.programs.precision import Precision
 
 EXCESS = 4.0
@@ -101,7 +101,7 @@ class Replay:
         if tuple(captured.shape) != tuple(exact.shape):
             return cls(skipped=f"the shape is {list(captured.shape)}, the oracle's {list(exact.shape)}")
         introduced, scale, new_nonfinite = distance(captured, exact, error)
-        allowed = (introduced if c is captured else distance(c, exact).difference for c in correct)
+        allowed = (introduced if c is captured else difference_norm(c, exact) for c in correct)
         expected = max(*allowed, doubt, 0.0 if unrounded else FLOOR * claim.roundoff * scale)
         return cls(
             introduced=ratio(introduced, scale),

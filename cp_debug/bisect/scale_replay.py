@@ -17,7 +17,7 @@ from cp_debug.bisect.whole_numbers import as_tensor
 from cp_debug.graph.graph import Node
 from cp_debug.graph.integer_values import is_constant
 from cp_debug.graph.operators import PRODUCTS
-from cp_debug.probes.distance import distance, ratio
+from cp_debug.probes.distance import difference_norm, distance, ratio
 
 AnyQuantized = Quantized | FileQuantization
 
@@ -59,8 +59,8 @@ class ScaleReplay:
         declared = self.quantized.declared(target, self._known, given)
         if declared is not None and declared.shape == exact.shape:
             scale = distance(captured, exact).whole
-            replay.declared = ratio(distance(declared, exact).difference, scale)
-            replay.deviation_from_scales = ratio(distance(captured, declared).difference, scale)
+            replay.declared = ratio(difference_norm(declared, exact), scale)
+            replay.deviation_from_scales = ratio(difference_norm(captured, declared), scale)
         axis = 1 if exact.dim() == 4 else exact.dim() - 1
         ours = balanced(torch.as_tensor(captured) - exact, exact, axis)
         ideals = [ideal, *self._recalibrated(nodes, target, given)]
@@ -87,7 +87,7 @@ class ScaleReplay:
         refitted = quantized.with_fitted_weight(target, self._known, given, product.op, weight)
         if refitted is None or refitted.shape != exact.shape:
             return None
-        now, then = (distance(each, exact).difference for each in (declared, refitted))
+        now, then = (difference_norm(each, exact) for each in (declared, refitted))
         return now / then if now > BETTER * then > 0 else None
 
     def for_readers(self, target: str, captured: AnyTensor, result: AnyTensor) -> Iterator[Tensor]:
@@ -148,5 +148,5 @@ class ScaleReplay:
         assert rounded is not None  # as with more bits
         # Nodes that miss the result without any rounding compute something else: another value was paired with this.
         off, scale, _ = distance(fine, exact)
-        faithful = off <= max(distance(rounded, exact).difference / 2, ALIKE * scale)
+        faithful = off <= max(difference_norm(rounded, exact) / 2, ALIKE * scale)
         return [rounded] if faithful else []

@@ -38,7 +38,8 @@ Command = Callable[..., None]
 
 def grouped(command: Command) -> Command:
     """The command with a flag for each field of every parameter that is a dataclass, as Typer needs it."""
-    hints = get_type_hints(command, include_extras=True)
+    # get_type_hints of Python 3.10 puts Optional around the hint of a default that is None, where Typer reads no flag.
+    hints = inspect.get_annotations(command, eval_str=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
 
     @wraps(command)

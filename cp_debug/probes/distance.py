@@ -66,29 +66,51 @@ def distance(ours: AnyTensor, theirs: AnyTensor, difference: Tensor | None = Non
     Where one of them lies on a device, there; three numbers of each block come to the host. ``difference``, of that
     shape and any real dtype, is filled with ours − theirs, with 0 where either is NaN or Inf.
     """
-    device = next((device for t in (theirs, ours) if (device := device_of(t)) != "cpu"), None)
-    x, y = (as_numpy(t) if device is None else to_device(_plain(t), device) for t in (ours, theirs))
+    x, y = _in_one_place(ours, theirs)
     sums = _sums(x, y, difference)
     if not all(map(math.isfinite, sums)):
         sums = _sums(x, y, difference, finite_alone=True)
-    return Distance(math.sqrt(sums[0]), math.sqrt(sums[1]), int(sums[2]))
+    return Distance(math.sqrt(sums[0]), math.sqrt(sums[1]), int(sum(sums[2:])))
 
 
-def _sums(ours: AnyTensor, theirs: AnyTensor, difference: Tensor | None, *, finite_alone: bool = False) -> list[float]:
-    """Σ(ours − theirs)² and Σ theirs²; ``finite_alone``: over the elements that are finite on both sides, with how many
-    are ``new_nonfinite``. ``difference``: as of ``distance``."""
-    found, wide = [0.0, 0.0, 0.0], are_wide(ours, theirs)
+def difference_norm(ours: AnyTensor, theirs: AnyTensor) -> float:
+    """``difference`` of their ``distance`` alone, for about half of its time: for tensors whose norm nobody asks."""
+    x, y = _in_one_place(ours, theirs)
+    (square, *_) = _sums(x, y, norm=False)
+    return math.sqrt(square) if math.isfinite(square) else distance(ours, theirs).difference
+
+
+def _in_one_place(ours: AnyTensor, theirs: AnyTensor) -> tuple[AnyTensor, AnyTensor]:
+    """Both as arrays, or on the device where one of them lies."""
+    device = next((device for t in (theirs, ours) if (device := device_of(t)) != "cpu"), None)
+    x, y = (as_numpy(t) if device is None else to_device(_plain(t), device) for t in (ours, theirs))
+    return x, y
+
+
+def _sums(
+    ours: AnyTensor,
+    theirs: AnyTensor,
+    difference: Tensor | None = None,
+    *,
+    norm: bool = True,
+    finite_alone: bool = False,
+) -> list[float]:
+    """Σ(ours − theirs)² and, for the ``norm``, Σ theirs²; ``finite_alone``: over the elements that are finite on both
+    sides, with how many are ``new_nonfinite``. ``difference``: as of ``distance``."""
+    found, wide = [0.0] * (1 + norm + finite_alone), are_wide(ours, theirs)
     with np.errstate(all="ignore"):
         for start, y_raw, x_raw, y, x in blocks(theirs, ours):
             x, y = as_double(x), as_double(y)
-            apart, new = differences(x_raw, y_raw) if wide else x - y, y[:0].sum()
+            apart = differences(x_raw, y_raw) if wide else x - y
+            new = []
             if finite_alone:
                 xp: Any = torch if is_torch(x) else np
-                new, finite = born_nonfinite(x, y).sum(), xp.isfinite(x) & xp.isfinite(y)
+                new, finite = [born_nonfinite(x, y).sum()], xp.isfinite(x) & xp.isfinite(y)
                 apart, y = (xp.where(finite, each, 0.0) for each in (apart, y))
             if difference is not None:
                 difference.view(-1)[start : start + len(y)] = torch.as_tensor(apart)
-            found = [a + b for a, b in zip(found, to_host((dot(apart, apart), dot(y, y), new)), strict=True)]
+            sums = [dot(side, side) for side in ((apart, y) if norm else (apart,))]
+            found = [a + b for a, b in zip(found, to_host([*sums, *new]), strict=True)]
     return found
 
 

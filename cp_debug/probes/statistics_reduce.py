@@ -16,6 +16,8 @@ from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, PairPiece, Totals
 HOST_CHUNK = 1 << 15
 """Elements a turn on the host: what is made of them stays in a core's cache, and torch computes with no more of them in
 one thread: on a busy machine its threads wait for each other at every operator."""
+ROW = 1 << 12
+"""Elements that BLAS multiplies and sums at once."""
 DEVICE_CHUNK = 1 << 24
 """Elements a turn on a GPU: 128 MiB in FP64, some five times over."""
 _LARGEST = np.finfo(np.float64).max / 2
@@ -70,13 +72,21 @@ def _reduced(r: Any, t: Any, d: Any) -> tuple[list[float], np.ndarray]:
 
 
 def dot(a: Any, b: Any) -> Any:
-    """Σ a·b of two tensors [n] of FP64. On the host not by BLAS: its threads wait for each other on a busy machine."""
-    return a @ b if is_torch(a) and a.is_cuda else (a * b).sum()
+    """Σ a·b of two tensors [n] of FP64."""
+    if is_torch(a):
+        if a.is_cuda:
+            return a @ b
+        a, b = a.detach().numpy(), b.detach().numpy()
+    # OpenBLAS multiplies up to 10,000 elements in one thread: with more its threads wait for each other on a busy
+    # machine. One matmul of many rows is a product for each.
+    whole = len(a) // ROW * ROW
+    rows = a[:whole].reshape(-1, 1, ROW) @ b[:whole].reshape(-1, ROW, 1)
+    return rows.sum() + (a[whole:] * b[whole:]).sum()
 
 
 def to_host(numbers: Sequence[Any]) -> list[float]:
-    """Numbers of NumPy, or in one copy those that lie on a device."""
-    if not is_torch(numbers[0]):
+    """Numbers of the host, or in one copy those that lie on a device."""
+    if not (is_torch(numbers[0]) and numbers[0].is_cuda):
         return [float(number) for number in numbers]
     found: list[float] = sys.modules["torch"].stack([number.double() for number in numbers]).tolist()
     return found
