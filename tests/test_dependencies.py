@@ -54,7 +54,7 @@ def imports() -> list[tuple[str, str, bool]]:
                 modules = [node.module or ""]
             for module in modules:
                 top = module.partition(".")[0]
-                if top not in sys.stdlib_module_names and top != "cp_debug":
+                if top not in {*sys.stdlib_module_names, "tomllib", "cp_debug"}:
                     found.append((name, module, node in tree.body))
     return found
 

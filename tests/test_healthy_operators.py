@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runtimes
 from faults import edits
 from faults.edits import Editor
 from healthy_operators import CASES, write
@@ -50,6 +51,8 @@ def accused(tests: list[TestResult]) -> list[str]:
 @pytest.mark.few(20)
 @pytest.mark.parametrize("name", CASES)
 def test_no_healthy_operator_is_guilty(tmp_path: Path, name: str) -> None:
+    if name == "layer_norm_of_constant_rows" and runtimes.VERSION < (1, 30):
+        pytest.skip("ONNX Runtime before 1.30 makes NaN of constant rows")
     fp16 = "" if name.startswith(BEYOND_FP16) else ",emu-fp16"
     assert accused(compared(name, tmp_path, f"emu-fp32,ort-none,ort-all,emu-bf16{fp16}")) == []
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from nets import NetBuilder, residual, second_like
+from runtimes import since
 
 from cp_debug.backends.base import Program
 from cp_debug.backends.ort_backend import OrtBackend
@@ -64,6 +65,7 @@ def quantized(
     return net.save(path, {"x": (1, [1, 8, 16, 16])}, ["y"])
 
 
+@since((1, 31), "folds no BatchNormalization into a ConvTranspose")
 def test_folding_batch_norm_into_convolutions(tmp_path):
     knobs = knobs_of(second_like(tmp_path / "net.onnx"), "ort-basic")
     assert names(knobs) == {"ConvBNFusion"}

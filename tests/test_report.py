@@ -367,7 +367,10 @@ def test_tables_hold_numbers(saved_folder: Path, saved: SavedResult, tmp_path: P
     assert again.split() == [*first.split()[:-1], "KiB,", "replaces", "an", "earlier", "file"]
     run("report", saved_folder, "--format", "parquet", "-o", tmp_path / "layers.parquet")
     rows = [row for test in saved.result.tests for row in test.rows]
-    for table in (pd.read_csv(tmp_path / "layers.csv"), pd.read_parquet(tmp_path / "layers.parquet")):
+    for table in (
+        pd.read_csv(tmp_path / "layers.csv", float_precision="round_trip"),
+        pd.read_parquet(tmp_path / "layers.parquet"),
+    ):
         assert list(table.name) == [row.name for row in rows]
         np.testing.assert_array_equal(table.rel_l2.astype(float), [row.stats.rel_l2 for row in rows])
         assert table.excess.dtype == np.float64

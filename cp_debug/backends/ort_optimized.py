@@ -19,6 +19,7 @@ import onnx
 from cp_debug.backends.ort_chunks import ChunkedGraph
 from cp_debug.backends.ort_options import Runtime
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.onnx_file import bodies
 from cp_debug.graph.operators import QUANTIZERS
 from cp_debug.probes.arrays import Tensor, as_numpy
 from cp_debug.probes.distance import distance
@@ -133,9 +134,11 @@ def _readable(written: Path) -> Path:
     """``written``, mended where ONNX Runtime would not read it again.
 
     Its optimizer gives copies of QuantizeLinear and DequantizeLinear an ``axis``, which these have from opset 13 on.
-    Below it, all their scales are for a whole tensor.
+    Below it, all their scales are for a whole tensor. Up to 1.30 it writes the constants of bodies twice.
     """
     model = onnx.load(written, load_external_data=False)
+    if _once(model.graph):
+        onnx.save(model, written)
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=_AXIS_SINCE)
     pairs = [n for n in model.graph.node if n.op_type in QUANTIZERS and n.domain in ("", "ai.onnx")]
     if opset < _AXIS_SINCE and any(node.attribute for node in pairs):
@@ -143,6 +146,18 @@ def _readable(written: Path) -> Path:
             del node.attribute[:]
         onnx.save(model, written)
     return written
+
+
+def _once(graph: onnx.GraphProto) -> bool:
+    """Leave one initializer of each name in a graph and its bodies; whether there were more."""
+    first = {weight.name: weight for weight in reversed(graph.initializer)}
+    again = len(first) < len(graph.initializer)
+    if again:
+        kept = [*first.values()][::-1]
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+    inside = [_once(body) for node in graph.node for body in bodies(node)]
+    return again or any(inside)
 
 
 def replacements(program: OptimizedProgram, original: Graph) -> list[Replacement]:

@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 
 from cp_debug.graph.bodies import Body
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.onnx_file import bodies
 from cp_debug.graph.operators import BODIES
 
 Decision = str | int
@@ -40,7 +41,7 @@ class Branch:
 def needs_flattening(graph: Graph) -> bool:
     """Whether the graph holds bodies, or calls functions of its own file."""
     local = {(f.domain, f.name) for f in graph.proto.functions}
-    return any(_bodies(n.proto) or (n.proto.domain, n.proto.op_type) in local for n in graph.nodes)
+    return any(any(bodies(n.proto)) or (n.proto.domain, n.proto.op_type) in local for n in graph.nodes)
 
 
 def has_control_flow(graph: Graph) -> bool:
@@ -253,7 +254,7 @@ def _renamed(proto: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
         renamed = [names.get(n, n) if n else n for n in field]
         del field[:]
         field.extend(renamed)
-    for graph in _bodies(node):
+    for graph in bodies(node):
         inner_names = {v.name for v in graph.input} | {t.name for t in graph.initializer}
         inner_names |= {o for n in graph.node for o in n.output}
         outer = {k: v for k, v in names.items() if k not in inner_names}
@@ -263,10 +264,6 @@ def _renamed(proto: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
     return node
 
 
-def _bodies(proto: onnx.NodeProto) -> list[onnx.GraphProto]:
-    return [g for a in proto.attribute for g in ([a.g] if a.type == onnx.AttributeProto.GRAPH else a.graphs)]
-
-
 def _all_nodes(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
     """The nodes and those in their bodies."""
-    return [m for n in nodes for m in (n, *(c for g in _bodies(n) for c in _all_nodes(g.node)))]
+    return [m for n in nodes for m in (n, *(c for g in bodies(n) for c in _all_nodes(g.node)))]

@@ -219,7 +219,7 @@ class _Check:
             for name in node.input:
                 if name and name not in around:
                     raise self._error(f"{_title(node)} reads {shown(name)}, which nothing computes")
-            for inner in _graphs(node):
+            for inner in bodies(node):
                 inside = self._graph(inner, around)
                 for value in inner.output:
                     if value.name not in inside and value.name not in around:
@@ -384,7 +384,7 @@ class _Check:
 def reads(node: onnx.NodeProto) -> Iterable[str]:
     """The values that a node reads, those that its subgraphs take from around them included."""
     yield from (name for name in node.input if name)
-    for graph in _graphs(node):
+    for graph in bodies(node):
         inner = {v.name for v in graph.input} | {t.name for t in graph.initializer}
         for child in graph.node:
             yield from (name for name in reads(child) if name not in inner)
@@ -397,12 +397,13 @@ def _called(nodes: Iterable[onnx.NodeProto], depth: int = 0) -> list[tuple[tuple
     found = []
     for node in nodes:
         found.append(((node.domain, node.op_type), depth))
-        for inner in _graphs(node):
+        for inner in bodies(node):
             found += _called(inner.node, depth + 1)
     return found
 
 
-def _graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs in a node's attributes."""
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g

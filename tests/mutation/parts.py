@@ -33,11 +33,11 @@ class Parts:
         Functions that ``changed`` has under the same name at the same line are renewed, those that stand in others when
         the others run again. What ran when the module was imported is as it was.
         """
-        new = {(c.co_qualname, c.co_firstlineno): c for c in _codes(compile(changed, path, "exec"))}
+        new = {(c.co_name, c.co_firstlineno): c for c in _codes(compile(changed, path, "exec"))}
         for cache in self._caches:
             cache.cache_clear()
         for function in self._functions[path]:
-            code = new.get((function.__code__.co_qualname, function.__code__.co_firstlineno))
+            code = new.get((function.__code__.co_name, function.__code__.co_firstlineno))
             if code is not None and code.co_freevars == function.__code__.co_freevars:
                 function.__code__ = code
 
@@ -89,9 +89,9 @@ class Parts:
         function = _function(new)
         if function is None:
             raise ValueError(f"{path}: {new}")
-        at = function.__code__.co_qualname, function.__code__.co_firstlineno
+        at = function.__code__.co_name, function.__code__.co_firstlineno
         for own in self._functions[path]:
-            if (own.__code__.co_qualname, own.__code__.co_firstlineno) == at:
+            if (own.__code__.co_name, own.__code__.co_firstlineno) == at:
                 own.__defaults__, own.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
 
 
