@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from cp_debug.sweep.grid import Grid
+    from cp_debug.sweep.run import Progress
     from cp_debug.sweep.tasks import Task
 
 QUEUE, REPORT = "Queue", "Report"
@@ -178,8 +179,7 @@ class Desk:
 
     def run(self, kind: str, tasks: Callable[[], Iterable[Task]], **merging: Any) -> None:
         """Run what is left, merge what there is, show it, and exit. ``merging``: settings of the kind's ``merge``."""
-        from cp_debug.cli.console import command_line, say, show_document
-        from cp_debug.cli.sweep_view import view
+        from cp_debug.cli.console import command_line, say, show_document, steps
         from cp_debug.reports.sweep import frame, render, write_page
         from cp_debug.sweep.log import SweepLog, write_table
         from cp_debug.sweep.result import SweepResult
@@ -210,8 +210,9 @@ class Desk:
         with ExitStack() as stack:
             shared = self._shared(stack)
             log = stack.enter_context(SweepLog(target.with_suffix(".jsonl")))
-            with view(f"sweep {kind}") as on_progress:
-                finished = run(sharing, log, connect, retry_failed=self.retry_failed, on_progress=on_progress)
+            with steps() as on_step:
+                shown = _progress_on(f"sweep {kind}", on_step)
+                finished = run(sharing, log, connect, retry_failed=self.retry_failed, on_progress=shown)
             if log.others:
                 say(f"note: {log.path} also holds {amount(len(log.others), 'task')} of other sweeps, left alone")
             try:
@@ -248,6 +249,31 @@ class Desk:
         place = self.shared if "://" in self.shared else str(resolved(Path(self.shared)))
         SharedStore(place).check()
         return place
+
+
+def _progress_on(kind: str, on_step: Callable[[str, int, int], None]) -> Callable[[Progress], None]:
+    """What shows how far a sweep is, as a step of its tasks, and says once what its workers lack."""
+    from cp_debug.cli.console import say
+
+    said: set[str] = set()
+
+    def show(now: Progress) -> None:
+        finished = now.done + now.failed
+        pace = f"{60 * sum(now.rates.values()):.3g} a minute on {amount(now.present, 'worker')}"
+        idle = (
+            "waiting for a worker with GPU=1" if now.waiting_for_gpu else "" if now.present else "waiting for workers"
+        )
+        state = [idle, f"{now.failed} failed", f"{now.running} running", pace]
+        on_step(f"{kind}: {', '.join(filter(None, state))}", finished, now.total)
+        gpu = f"{idle}: dask worker … --resources GPU=1; its tasks start when there is one"
+        refused = f"warning: gets no tasks: {now.refused}"
+        store = f"warning: {now.store}"
+        for text, told in ((gpu, now.waiting_for_gpu), (refused, now.refused), (store, now.store)):
+            if told and text not in said:
+                said.add(text)
+                say(text)
+
+    return show
 
 
 def calibration_settings(flags: calibration.CalibrationFlags, inputs: Path | None = None) -> dict[str, Any]:

@@ -9,12 +9,13 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cp_debug.backends.base import Backend
 from cp_debug.detection.bootstrap import ConfidenceInterval, draw_samples
@@ -30,12 +31,11 @@ from cp_debug.mixed_precision.judge import Judge, Results
 from cp_debug.mixed_precision.search import plain_program
 from cp_debug.programs.pipeline import Pipeline, wants_int8
 from cp_debug.programs.scene import DecodedBoxes, decode
-from cp_debug.recipes.abilities import Remarks, RemarksOnSamples
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.serialize import json_safe
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record, flat_rows, grouped
-from cp_debug.sweep.packed import detections_from, pack_detections, pack_truth, truth_from
+from cp_debug.sweep.packed import Scenes, detections_from, pack_detections, pack_scene
 from cp_debug.sweep.prepared import Subject, load, make_backends, pick, programs_of, shared_figures
 from cp_debug.sweep.spread import Outlier, SampleGroup, Spread, numeric, outliers
 from cp_debug.sweep.tasks import Parameters, Task
@@ -91,18 +91,13 @@ def task(params: Parameters) -> dict[str, Any]:
     of_group = dict(zip(ablation.groups, shares, strict=True))
     return json_safe(
         {
-            "sample": sample.source,
+            **pack_scene(model, sample, found),
             "reference": str(reference.spec),
             "backend": str(test.spec),
             "emulated": test.emulated,
             "precision": ablation.precision.name,
-            "classes": list(model.class_names),
-            "region": list(model.region),
-            "remarks": list(model.remarks(sample)) if isinstance(model, RemarksOnSamples) else [],
             "layers": len(ablation.groups),
             "shares": {each.names[0]: of_group[each.groups[0]] for each in wanted if each.kind == LAYER},
-            "detected": pack_detections(found),
-            "truth": None if sample.truth is None else pack_truth(sample.truth),
             "sets": measured,
         }
     )
@@ -244,100 +239,90 @@ def merge(records: Iterable[Record], options: EvaluationOptions, edges: Sequence
 def _merge(
     label: str, results: Sequence[Mapping[str, Any]], options: EvaluationOptions, edges: Sequence[float]
 ) -> AblationGroup:
-    first = results[0]
-    options = replace(options, region=tuple(first["region"]))
-    rings = rings_of(edges, options)
+    first, scenes = results[0], Scenes.of(results, options)
+    reference, rings = Predictions.gather(scenes.detected), rings_of(edges, scenes.options)
     weights = draw_samples(len(results), options.draws, options.seed)
-    references = [detections_from(result["detected"]) for result in results]
-    labels = [reference.labels for reference in references]
-    ring_of = [rings.of(reference.boxes) for reference in references]
-    test_lost = [np.array(result["sets"][0]["lost"], dtype=np.int64) for result in results]
+    sample_of, ring_of = np.repeat(np.arange(len(results)), reference.counts), rings.of(reference.boxes)
+    classes = {name: reference.labels == k for k, name in enumerate(first["classes"]) if k in reference.labels}
+    distances = {name: ring_of == k for k, name in enumerate(rings.names) if k in ring_of}
 
-    def total(each: Iterable[float]) -> ConfidenceInterval:
-        return ConfidenceInterval.of(weights @ np.array(list(each), dtype=np.float64))
+    def total(by_sample: Iterable[float]) -> ConfidenceInterval:
+        return ConfidenceInterval.of(weights @ np.array(list(by_sample), dtype=np.float64))
 
-    def inside(boxes: Sequence[Any], of_box: Sequence[Any], part: int) -> ConfidenceInterval:
-        return total(float((parts[chosen] == part).sum()) for parts, chosen in zip(of_box, boxes, strict=True))
+    def count(boxes: NDArray[np.bool_]) -> ConfidenceInterval:
+        return total(np.bincount(sample_of[boxes], minlength=len(results)))
 
-    def count(of_box: Sequence[Any], part: int) -> int:
-        return sum(int((parts == part).sum()) for parts in of_box)
+    def inside(boxes: NDArray[np.bool_], parts: Mapping[str, NDArray[np.bool_]]) -> dict[str, ConfidenceInterval]:
+        return {name: count(boxes & part) for name, part in parts.items()}
 
-    classes = [label for label in range(len(first["classes"])) if any((each == label).any() for each in labels)]
-    distances = [ring for ring in range(len(rings.names)) if any((each == ring).any() for each in ring_of)]
-    truths = None
-    if all(result["truth"] is not None for result in results):
-        truths = [truth_from(result["truth"]) for result in results]
+    def lost_in(place: int) -> NDArray[np.bool_]:
+        """Mask of the reference's boxes [N] that are lost with a set."""
+        lost, starts = np.zeros(len(sample_of), bool), np.cumsum(reference.counts) - reference.counts
+        for result, start in zip(results, starts, strict=True):
+            lost[start + np.array(result["sets"][place]["lost"], np.int64)] = True
+        return lost
 
     @lru_cache(2)
     def scored(place: int | None) -> dict[str, Floats]:
         """Scores of a set in each draw; None: of the reference."""
-        if truths is None:
+        if not scenes.truths:
             return {}
-        found = references if place is None else [detections_from(r["sets"][place]["detected"]) for r in results]
-        draws = draws_of(Predictions.gather(found), truths, first["classes"], options)
+        found = [detections_from(r["sets"][place]["detected"]) for r in results] if place is not None else None
+        predicted = reference if found is None else Predictions.gather(found)
+        draws = draws_of(predicted, scenes.truths, scenes.classes, scenes.options)
         return {name: draws[name] for name in SCORES}
 
     def gain(place: int, before: Mapping[str, Floats]) -> dict[str, ConfidenceInterval]:
         return {name: ConfidenceInterval.of(draws - before[name]) for name, draws in scored(place).items()}
 
-    as_it_is = scored(0)
+    def counts(place: int) -> dict[str, Any]:
+        """Fields that the test as it is and each of its sets have."""
+        sets = [result["sets"][place] for result in results]
+        error = Spread.of([numeric(each["error"]) for each in sets])
+        changed = {name: total(each[name] for each in sets) for name in (GAINED, MOVED_BOX)}
+        return {LOST: count(lost_in(place)), **changed, "error": error}
 
     def row(place: int) -> AblationRow:
-        sets = [result["sets"][place] for result in results]
-        back = [
-            np.setdiff1d(lost, np.array(each["lost"], np.int64)) for lost, each in zip(test_lost, sets, strict=True)
-        ]
-        kind, layers = sets[0]["kind"], sets[0]["layers"]
+        kind, layers, back = *(first["sets"][place][name] for name in ("kind", "layers")), test_lost & ~lost_in(place)
         return AblationRow(
             kind=kind,
             layers=layers,
             share=numeric(first["shares"][layers[0]]) if kind == LAYER else None,
-            back=total(map(len, back)),
-            lost=total(len(each["lost"]) for each in sets),
-            gained=total(each["gained"] for each in sets),
-            moved=total(each["moved"] for each in sets),
-            error=Spread.of([numeric(each["error"]) for each in sets]),
+            back=count(back),
+            **counts(place),
             scores=gain(place, as_it_is),
-            classes={first["classes"][label]: inside(back, labels, label) for label in classes},
-            distances={rings.names[ring]: inside(back, ring_of, ring) for ring in distances},
+            classes=inside(back, classes),
+            distances=inside(back, distances),
         )
 
-    difference = gain(0, scored(None))
+    def parts(masks: Mapping[str, NDArray[np.bool_]]) -> list[PartCounts]:
+        lost = inside(test_lost, masks)
+        return [PartCounts(name, int(mask.sum()), lost[name]) for name, mask in masks.items()]
+
+    assert first["sets"][0]["kind"] == NONE
+    test_lost, as_it_is = lost_in(0), scored(0)
+    whole, difference = counts(0), gain(0, scored(None))
     table = [row(place) for place in range(1, len(first["sets"]))]
-    single = [each for each in table if each.kind == LAYER]
-    names, changed = [result["sample"] for result in results], partial(_changed, results)
-    remarks = Remarks()
-    for result in results:
-        remarks.add(result["remarks"])
-    notes = remarks.sentences
-    if truths is None:
-        notes = [*notes, "samples without ground truth: boxes are compared with the reference's, no mAP"]
-    if not any(any(changed(name)) for name in _COUNTS):
-        notes = [*notes, "the test changes no box, so there is nothing to restore"]
+    notes = list(scenes.notes)
+    if not scenes.truths:
+        notes.append("samples without ground truth: boxes are compared with the reference's, no mAP")
+    if not any(whole[name].value for name in (LOST, GAINED, MOVED_BOX)):
+        notes.append("the test changes no box, so there is nothing to restore")
+    changed = [float(len(result["sets"][0][LOST]) + result["sets"][0][GAINED]) for result in results]
     return AblationGroup(
         label=label,
         **{name: first[name] for name in ("reference", "backend", "emulated", "precision", "layers")},
-        samples=names,
-        boxes=sum(map(len, labels)),
-        lost=total(changed("lost")),
-        gained=total(changed("gained")),
-        moved=total(changed("moved")),
-        error=Spread.of([numeric(result["sets"][0]["error"]) for result in results]),
+        samples=scenes.names,
+        boxes=len(sample_of),
+        **whole,
         scores=difference,
-        classes=[PartCounts(first["classes"][k], count(labels, k), inside(test_lost, labels, k)) for k in classes],
-        distances=[PartCounts(rings.names[k], count(ring_of, k), inside(test_lost, ring_of, k)) for k in distances],
-        single=sorted(single, key=_returns),
+        classes=parts(classes),
+        distances=parts(distances),
+        single=sorted((each for each in table if each.kind == LAYER), key=_returns),
         together=[each for each in table if each.kind in (FIRST, ALL)],
-        outliers=outliers(names, [a + b for a, b in zip(changed("lost"), changed("gained"), strict=True)], {}),
+        outliers=outliers(scenes.names, changed, {}),
         notes=notes,
     )
-
-
-def _changed(results: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    """Boxes that the test as it is has lost, gained or moved, by sample."""
-    counts = [result["sets"][0][name] for result in results]
-    assert all(result["sets"][0]["kind"] == NONE for result in results)
-    return [float(len(count) if isinstance(count, list) else count) for count in counts]
 
 
 def _returns(row: AblationRow) -> tuple[float, ...]:

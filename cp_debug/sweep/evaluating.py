@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from cp_debug.backends.base import RunRecord
@@ -15,11 +15,10 @@ from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, s
 from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import Pipeline, wants_int8
-from cp_debug.recipes.abilities import Remarks, RemarksOnSamples
 from cp_debug.serialize import encode, json_safe
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record, flat_rows, grouped
-from cp_debug.sweep.packed import BOX, detections_from, pack_detections, pack_truth, truth_from
+from cp_debug.sweep.packed import BOX, Scenes, pack_scene
 from cp_debug.sweep.prepared import load, make_backends, pick, programs_of
 from cp_debug.sweep.spread import Outlier, SampleGroup, outliers
 from cp_debug.sweep.tasks import Parameters, Task
@@ -52,18 +51,8 @@ def task(params: Parameters) -> dict[str, Any]:
         outputs = pipeline.run(sample)
         detections: Any = model.decode(sample, outputs)
         record = pipeline.record()
-    return json_safe(
-        {
-            "sample": sample.source,
-            "record": encode(record),
-            "classes": list(model.class_names),
-            "region": list(model.region),
-            "remarks": list(model.remarks(sample)) if isinstance(model, RemarksOnSamples) else [],
-            "finite": finite(outputs[model.components[-1].name]),
-            "detected": pack_detections(detections),
-            "truth": pack_truth(sample.truth),
-        }
-    )
+    last = outputs[model.components[-1].name]
+    return json_safe({**pack_scene(model, sample, detections), "record": encode(record), "finite": finite(last)})
 
 
 def rows(record: Record) -> list[dict[str, Any]]:
@@ -129,43 +118,31 @@ def _merge(
     if not shared or not tests:  # the tasks that failed say why
         return None
     results = {spec: [by_backend[sample] for sample in shared] for spec, by_backend in backends.items()}
-    detected = {
-        spec: [detections_from(sample_result["detected"]) for sample_result in by_backend]
-        for spec, by_backend in results.items()
-    }
-    first = results[reference]
-    names = [sample_result["sample"] for sample_result in first]
-    runs = {
-        spec: (RunRecord(**by_backend[0]["record"]), Predictions.gather(detected[spec]))
-        for spec, by_backend in results.items()
-    }
-    options = replace(options, region=tuple(first[0]["region"]))
-    remarks = Remarks()
-    for sample_result in first:
-        remarks.add(sample_result.get("remarks", ()))  # logs of older versions have none
-    strange = {spec: sum(not each.get("finite", True) for each in by_backend) for spec, by_backend in results.items()}
-    truths = [truth_from(sample_result["truth"]) for sample_result in first]
-    scores, notes = score_backends(runs, truths, first[0]["classes"], options, strange)
-    found = {spec: predicted for spec, (_, predicted) in runs.items()}
-    of_parts = found, truths, first[0]["classes"], options
+    scenes = {spec: Scenes.of(by_backend, options) for spec, by_backend in results.items()}
+    first = scenes[reference]
+    found = {spec: Predictions.gather(each.detected) for spec, each in scenes.items()}
+    runs = {spec: (RunRecord(**results[spec][0]["record"]), predicted) for spec, predicted in found.items()}
+    strange = {spec: sum(not each["finite"] for each in by_backend) for spec, by_backend in results.items()}
+    scores, notes = score_backends(runs, first.truths, first.classes, first.options, strange)
     left_out = max(map(len, backends.values())) - len(shared)
     if left_out:
         notes.append(f"{left_out} samples are left out: some backend did not finish them")
-    pairs = {test: list(map(compare_detections, detected[reference], detected[test])) for test in tests}
+    pairs = {test: list(map(compare_detections, first.detected, scenes[test].detected)) for test in tests}
     moved = {test: [float(change.lost + change.gained) for change in by_backend] for test, by_backend in pairs.items()}
+    of_parts = found, first.truths, first.classes, first.options
     return EvalGroup(
         label=label,
         result=EvaluationResult(
             model=label,
-            data=f"{names[0]} to {names[-1]}",
-            samples=names,
-            options=options,
+            data=f"{first.names[0]} to {first.names[-1]}",
+            samples=first.names,
+            options=first.options,
             backends=scores,
             predictions=found,
-            notes=[*remarks.sentences, *notes],
+            notes=[*first.notes, *notes],
         ),
         changes={test: sum(by_backend[1:], by_backend[0]) for test, by_backend in pairs.items()},
-        outliers={test: outliers(names, by_backend, {}) for test, by_backend in moved.items()},
+        outliers={test: outliers(first.names, by_backend, {}) for test, by_backend in moved.items()},
         classes=by_class(*of_parts),
-        distances=by_distance(*of_parts, rings_of(edges, options)),
+        distances=by_distance(*of_parts, rings_of(edges, first.options)),
     )
