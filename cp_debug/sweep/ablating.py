@@ -35,7 +35,7 @@ from cp_debug.recipes.base import Model, Sample
 from cp_debug.serialize import json_safe
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record, flat_rows, grouped
-from cp_debug.sweep.packed import Scenes, detections_from, pack_detections, pack_scene
+from cp_debug.sweep.packed import LoggedScenes, detections_from, pack_detections, pack_scene
 from cp_debug.sweep.prepared import Subject, load, make_backends, pick, programs_of, shared_figures
 from cp_debug.sweep.spread import Outlier, SampleGroup, Spread, numeric, outliers
 from cp_debug.sweep.tasks import Parameters, Task
@@ -239,7 +239,7 @@ def merge(records: Iterable[Record], options: EvaluationOptions, edges: Sequence
 def _merge(
     label: str, results: Sequence[Mapping[str, Any]], options: EvaluationOptions, edges: Sequence[float]
 ) -> AblationGroup:
-    first, scenes = results[0], Scenes.of(results, options)
+    first, scenes = results[0], LoggedScenes.of(results, options)
     reference, rings = Predictions.gather(scenes.detected), rings_of(edges, scenes.options)
     weights = draw_samples(len(results), options.draws, options.seed)
     sample_of, ring_of = np.repeat(np.arange(len(results)), reference.counts), rings.of(reference.boxes)

@@ -18,7 +18,7 @@ from cp_debug.programs.pipeline import Pipeline, wants_int8
 from cp_debug.serialize import encode, json_safe
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record, flat_rows, grouped
-from cp_debug.sweep.packed import BOX, Scenes, pack_scene
+from cp_debug.sweep.packed import BOX, LoggedScenes, pack_scene
 from cp_debug.sweep.prepared import load, make_backends, pick, programs_of
 from cp_debug.sweep.spread import Outlier, SampleGroup, outliers
 from cp_debug.sweep.tasks import Parameters, Task
@@ -118,7 +118,7 @@ def _merge(
     if not shared or not tests:  # the tasks that failed say why
         return None
     results = {spec: [by_backend[sample] for sample in shared] for spec, by_backend in backends.items()}
-    scenes = {spec: Scenes.of(by_backend, options) for spec, by_backend in results.items()}
+    scenes = {spec: LoggedScenes.of(by_backend, options) for spec, by_backend in results.items()}
     first = scenes[reference]
     found = {spec: Predictions.gather(each.detected) for spec, each in scenes.items()}
     runs = {spec: (RunRecord(**results[spec][0]["record"]), predicted) for spec, predicted in found.items()}

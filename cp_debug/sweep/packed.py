@@ -49,7 +49,7 @@ def pack_scene(model: Detector, sample: Sample, detected: Detected) -> dict[str,
 
 
 @dataclass(frozen=True)
-class Scenes:
+class LoggedScenes:
     """What records tell of one model's samples."""
 
     names: list[str]
@@ -62,7 +62,7 @@ class Scenes:
     """None but where every sample has some."""
 
     @classmethod
-    def of(cls, results: Sequence[Mapping[str, Any]], options: EvaluationOptions) -> Scenes:
+    def of(cls, results: Sequence[Mapping[str, Any]], options: EvaluationOptions) -> LoggedScenes:
         """The scenes of ``pack_scene``, by sample; velocities that are unknown, "NaN" there, are NaN again."""
         remarks, first = Remarks(), results[0]
         for result in results:
