@@ -314,11 +314,18 @@ class CandidateRun:
         )
 
     def _region(self, key: Key, replay: Replay | None) -> Region | None:
-        """The region that a value stands for on an engine, where that is too much for one name."""
-        session = self.pipeline.sessions[key.component]
-        if replay is None or not isinstance(session, BuildsVariations):
+        """The region that a value stands for on an engine or in a compiled module, where one name would mislead."""
+        session, graph = self.pipeline.sessions[key.component], self.programs[key.component].graph
+        if replay is None:
             return None
-        return region_of(replay.nodes, key.value, self.programs[key.component].graph, session.layers)
+        if isinstance(session, BuildsVariations):
+            return region_of(replay.nodes, key.value, graph, session.layers)
+        kernel, nodes = kernels_of(session).get(key.value), set(replay.nodes)
+        hidden = {value for n in graph.nodes if n.name in nodes for value in n.outputs} - {key.value}
+        if kernel is None or hidden.isdisjoint(session.exposed):  # steps of one function of torch
+            return None
+        region = region_of(replay.nodes, key.value, graph)
+        return region and replace(region, layer=kernel)
 
     @property
     def implicit(self) -> bool:

@@ -18,7 +18,7 @@ from cp_debug.bisect.both_sides import BothSides, Preparation, Side
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.int8_notes import int8_notes
 from cp_debug.bisect.one_sample import SampleRuns
-from cp_debug.bisect.options import DEFAULT_OPTIONS, OnStep, Options, Rewrite, StepCounter, is_optimized
+from cp_debug.bisect.options import DEFAULT_OPTIONS, OnStep, Options, Rewrite, StepCounter, has_knobs
 from cp_debug.bisect.result import BisectResult, TestResult
 from cp_debug.bisect.standards import doubles_note, oracle, oracle_device, tolerance
 from cp_debug.bisect.worst_samples import observation_notes
@@ -74,9 +74,11 @@ class Bisection:
         self._reference, *self._tests = backends
         self._oracle_devices = {str(test.spec): oracle_device(test, options) for test in self._tests}
         self._export, note = choose_export(backends, options.exporter)
-        if options.optimizer_blame and not any(map(is_optimized, self._tests)):
+        if options.optimizer_blame and not any(map(has_knobs, self._tests)):
             names = ", ".join(str(test.spec) for test in self._tests)
-            raise InputError(f"--knobs: expected ort-basic or ort-all among the test backends, which are {names}")
+            raise InputError(
+                f"--knobs: expected ort-basic, ort-all or torch-compile among the test backends, which are {names}"
+            )
         side = Side(model) if not isinstance(model, str) else Side.load(model, options.checkpoint, options)
         self.model = side.model
         exported = is_exported(self.model)
@@ -99,7 +101,7 @@ class Bisection:
             for backend in (self._reference, *self._tests):
                 check_free(options.save / "sample-0" / str(backend.spec))  # before anything long
         progress.steps = 2 + options.replay + options.samples * (1 + len(self._tests) * (3 if options.replay else 1))
-        progress.steps += sum(map(is_optimized, self._tests)) if options.optimizer_blame else 0
+        progress.steps += sum(map(has_knobs, self._tests)) if options.optimizer_blame else 0
         with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:
             check_samples(self.model, options.samples, options.inputs)
             given = self.model
@@ -223,16 +225,20 @@ class Bisection:
 
     def _blame_optimizers(self, sample: Sample, taken: SampleRuns) -> None:
         from cp_debug.backends.ort_backend import OrtBackend
+        from cp_debug.bisect.compiler_blame import blame_compiler
         from cp_debug.bisect.optimizer_blame import blame_optimizers
 
         for run, collected in zip(taken.runs, taken.collected, strict=True):
-            pipeline, seen = run.pipeline, collected.first_observation
-            if isinstance(pipeline.backend, OrtBackend) and is_optimized(pipeline.backend):
-                self._progress.step(f"{pipeline.backend.spec}: knobs")
-                floor = seen.noise_floor if seen else 0.0
-                collected.optimizer_blame = blame_optimizers(
-                    pipeline.model, pipeline.programs, pipeline.backend, sample, floor
-                )
+            model, programs, backend = run.pipeline.model, run.pipeline.programs, run.pipeline.backend
+            if not has_knobs(backend):
+                continue
+            self._progress.step(f"{backend.spec}: knobs")
+            seen = collected.first_observation
+            floor = seen.noise_floor if seen else 0.0
+            if isinstance(backend, OrtBackend):
+                collected.optimizer_blame = blame_optimizers(model, programs, backend, sample, floor)
+            else:
+                collected.optimizer_blame = blame_compiler(model, programs, backend, sample, floor)
 
 
 def _digest(file: Path | None) -> str:

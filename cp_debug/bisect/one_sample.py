@@ -16,6 +16,7 @@ from cp_debug.bisect.branches import judge_ways, other_ways
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.findings import Explainer
+from cp_debug.bisect.compiled import compiled_findings
 from cp_debug.bisect.exports import judge_exports
 from cp_debug.bisect.flips import flips
 from cp_debug.bisect.lost_channels import lost_channels
@@ -184,7 +185,12 @@ class SampleRuns:
                 collected.findings = explainer.findings(rows, observation)
                 builds, tell = self._options.max_builds, self._progress.tell
                 collected.findings = look_inside(explainer, rows, collected.findings, builds, tell)
-                failures += explainer.notes
+                last = run.pipeline.model.components[-1].name
+                outputs = side.outputs[last], results[last]
+                collected.findings, told = compiled_findings(
+                    run, sample, outputs, list(rows.values()), collected.findings
+                )
+                failures += [*explainer.notes, *told]
         collected.explained([*counts_told(rows), *failures])
         collected.add(rows)
 

@@ -63,6 +63,8 @@ class OptimizerBlame(JsonForm):
     """The optimizers that changed the graph."""
     runs: int = 0
     """Number of times that the model was run."""
+    fix: str = ""
+    """What leaves the responsible ones out; empty for ONNX Runtime, which is told their names."""
 
     @property
     def nodes(self) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cp_debug.backends.base import Backend, Program
+from cp_debug.backends.spec import COMPILED
 from cp_debug.bisect.regions.descent import BUILDS
 from cp_debug.quantization.quantized_programs import DEFAULT_CALIBRATION, Calibration
 from cp_debug.recipes.input_files import DEFAULT_READING, Reading
@@ -52,7 +53,7 @@ class Options:
     max_builds: int = BUILDS
     """Further engines for the search inside guilty regions of one run; 0 leaves it at emulated hypotheses."""
     optimizer_blame: bool = False
-    """Find the graph optimizers that are responsible for the difference of optimized ONNX Runtime tests."""
+    """Find the optimizers that are responsible for the difference of tests on optimized ONNX Runtime or inductor."""
     maps: Sequence[str] = ()
     """``REFERENCE=TEST`` each: values of two models that are to be compared; ``OUTPUT=``: one that is left out."""
     save: Path | None = None
@@ -72,6 +73,11 @@ DEFAULT_OPTIONS = Options()
 def is_optimized(backend: Backend) -> bool:
     """Whether ONNX Runtime's graph optimizer works on what this backend runs."""
     return backend.spec.name in ("ort-basic", "ort-all")
+
+
+def has_knobs(backend: Backend) -> bool:
+    """Whether ``optimizer_blame`` can find out what in this backend makes a difference."""
+    return is_optimized(backend) or (backend.spec.name.startswith(COMPILED) and "eager" not in backend.spec.options)
 
 
 class StepCounter:

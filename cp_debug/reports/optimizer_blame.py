@@ -48,7 +48,8 @@ def render_optimizer_blame(blame: OptimizerBlame) -> Iterator[RenderableType]:
         rows.append((culprit.optimizer, culprit.difference, tuple(places)))
     columns = (Column("optimizer", "name"), Column("rel. L2 alone", "number"), Column("rewrites"))
     yield Terminal(Sheet(columns, rows))
-    yield Text(f"fix: InferenceSession(…, disabled_optimizers={[c.optimizer for c in blame.responsible]})")
+    names_told = [culprit.optimizer for culprit in blame.responsible]
+    yield Text(f"fix: {blame.fix or f'InferenceSession(…, disabled_optimizers={names_told})'}")
 
 
 def _place(rewrite: Rewrite) -> str:

@@ -1,0 +1,77 @@
+"""A module compiled by torch and its outputs beyond the tolerance: which side is nearer to FP64, and missing casts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from cp_debug.backends.base import Backend
+from cp_debug.backends.compile_options import CompileOptions
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import COMPILED, BackendSpec
+from cp_debug.bisect.candidate_run import CandidateRun
+from cp_debug.bisect.finding import Finding
+from cp_debug.bisect.remainder import apart
+from cp_debug.bisect.result import GUILTY, LayerRow
+from cp_debug.programs.pipeline import Pipeline
+from cp_debug.recipes.base import Arrays, Sample
+
+REST = 0.1
+"""Share of the difference that may remain with casts, if their absence is its cause."""
+CASTS = "missing-casts"
+
+
+def compiled_findings(
+    run: CandidateRun,
+    sample: Sample,
+    outputs: tuple[Arrays, Arrays],
+    rows: Sequence[LayerRow],
+    findings: list[Finding],
+) -> tuple[list[Finding], list[str]]:
+    """The findings with what is known of a compiled module alone, and remarks on its accuracy.
+
+    ``outputs`` are the reference's and the test's, of the last component: name → array in the dtype that the graph
+    declares. Nothing is run for other backends, nor where all layers are within the tolerance.
+    """
+    backend = run.pipeline.backend
+    if not backend.spec.name.startswith(COMPILED) or all(row.within for row in rows):
+        return findings, []
+    reference, test = outputs
+    exact = _outputs(run, create(BackendSpec("torch-fp64", backend.device)), sample)
+    nearer = _nearer(str(backend.spec), apart(exact, test), str(run.reference.backend.spec), apart(exact, reference))
+    options = CompileOptions.parse(backend.spec.options)
+    guilty = any(row.verdict == GUILTY and row.side == "test" for row in rows)
+    if guilty or options.compiler != "inductor" or options.casts or run.precision.name == "fp32":
+        return findings, [nearer]
+    spec = replace(backend.spec, options=str(replace(options, casts=True)))
+    difference, left = apart(reference, test), apart(reference, _outputs(run, create(spec), sample))
+    if not left <= REST * difference:
+        return findings, [nearer]
+    first = next(row for row in rows if not row.within)
+    found = Finding(
+        CASTS,
+        "inductor does not round between the operators of one kernel, as eager does: with emulate_precision_casts the "
+        f"outputs differ by {left:.2g} instead of {difference:.2g}; {nearer}",
+        [first.name],
+        [first.op],
+        explained=1 - left / difference,
+        evidence={"difference": difference, "with_casts": left},
+        fix=f"none where more exact is right; else torch._inductor.config.emulate_precision_casts = True, here {spec}",
+    )
+    return [found, *(f for f in findings if not f.evidence.get("declared"))], []
+
+
+def _outputs(run: CandidateRun, backend: Backend, sample: Sample) -> Arrays:
+    """Outputs of the test's last component on another backend."""
+    model = run.pipeline.model
+    with Pipeline(model, run.pipeline.programs, backend) as pipeline:
+        return pipeline.run(sample)[model.components[-1].name]
+
+
+def _nearer(test: str, own: float, reference: str, other: float) -> str:
+    """Which of two sides is nearer to FP64, in words."""
+    says = f"from FP64, {test} is off by {own:.2g} and {reference} by {other:.2g}"
+    if own == other:
+        return says
+    name, near, far = (test, own, other) if own < other else (reference, other, own)
+    return f"{says}: {name} is {far / near:.2g} times nearer" if near else f"{says}: {name} is exact"
