@@ -289,33 +289,59 @@ class Planted:
 
 
 FAULTS: dict[str, Planted] = {
-    "silu": Planted("net2d", lambda: decomposition(aten.silu.default, lambda x: x * functional.hardsigmoid(x)), ("silu",)),
-    "gelu-tanh": Planted(
-        "vit", lambda: decomposition(aten.gelu.default, lambda x, approximate="none": _tanh_gelu(x)), ("gelu",)
-    ),
+    "silu": Planted("net2d", lambda: decomposition(aten.silu.default, _hard_silu), ("silu",)),
+    "gelu-tanh": Planted("vit", lambda: decomposition(aten.gelu.default, _tanh_gelu), ("gelu",)),
     "layer-norm": Planted("mlp", lambda: decomposition(aten.native_layer_norm.default, _wrong_norm), ("4",)),
-    "batch-norm": Planted(
-        "points", lambda: decomposition(aten._native_batch_norm_legit_no_training.default, _wrong_batch_norm), ("norm",)
-    ),
-    "hardswish": Planted("mobile", lambda: decomposition(aten.hardswish.default, lambda x: x * torch.sigmoid(x)), ("hardswish",)),
-    "elu": Planted("mlp", lambda: decomposition(aten.elu.default, lambda x, *a, **k: torch.where(x > 0, x, x.exp() - 0.99)), ("3",)),
-    "avg-pool": Planted("net2d", lambda: lowering(aten.avg_pool2d.default, lambda f: lambda x, k, s, p, c, i, d: f(x, k, s, p, c, True, d)), ("pool",)),
-    "tanh-kernel": Planted("points", lambda: kernel("tanh", lambda f: lambda x: f"({f(x)} * decltype({x})(0.999f))"), ("tanh",)),
-    "exp-kernel": Planted("decoder", lambda: kernel("exp", lambda f: lambda x: f"({f(x)} + decltype({x})(0.01f))"), ("2", "6")),
+    "batch-norm": Planted("points", lambda: decomposition(_BATCH_NORM, _wrong_batch_norm), ("norm",)),
+    "hardswish": Planted("mobile", lambda: decomposition(aten.hardswish.default, functional.silu), ("hardswish",)),
+    "elu": Planted("mlp", lambda: decomposition(aten.elu.default, _wrong_elu), ("3",)),
+    "avg-pool": Planted("net2d", lambda: lowering(aten.avg_pool2d.default, _with_padding), ("pool",)),
+    "tanh-kernel": Planted("points", lambda: kernel("tanh", _smaller), ("tanh",)),
+    "exp-kernel": Planted("gates", lambda: kernel("exp", _smaller), ("exp",)),
     "relu-gone": Planted("net2d", lambda: calls(aten.relu.default, _gone), ("relu",)),
     "sub-swapped": Planted("points", lambda: calls(aten.sub.Tensor, _swap, 0), ("sub",)),
     "cat-reversed": Planted("points", lambda: calls(aten.cat.default, _reversed), ("cat",)),
     "bias-lost": Planted("decoder", lambda: calls(aten.convolution.default, _argument(2, None), -1), ("4",)),
-    "linear-scaled": Planted("vit", lambda: calls(aten.addmm.default, lambda n: n.update_kwarg("alpha", 1.01), 3), ("0.down",)),
+    "linear-scaled": Planted("vit", lambda: calls(aten.addmm.default, _alpha, 3), ("0.down",)),
     "reflection": Planted("decoder", lambda: lowering(aten.reflection_pad2d.default, _replicated), ("3",)),
-    "attention-causal": Planted("language", lambda: calls(aten._scaled_dot_product_flash_attention_for_cpu.default, _argument(4, False), 0), ("blocks.0/scaled_dot_product_attention",)),
-    "cumsum": Planted("gates", lambda: lowering(aten.cumsum.default, lambda f: lambda x, axis, **k: f(x, 0, **k)), ("cumsum",)),
-    "embedding": Planted("language", lambda: lowering(aten.embedding.default, lambda f: lambda w, i, *a, **k: f(w, _next(i), *a, **k)), ("tokens", "places")),
-}  # fmt: skip
+    "attention": Planted("language", lambda: calls(_ATTENTION, _argument(4, False), 0), ("blocks.0/scaled_dot",)),
+    "cumsum": Planted("gates", lambda: lowering(aten.cumsum.default, _along_first), ("cumsum",)),
+    "embedding": Planted("language", lambda: lowering(aten.embedding.default, _next_rows), ("tokens", "places")),
+}
+_BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
-def _tanh_gelu(x: Tensor) -> Tensor:
+def _hard_silu(x: Tensor) -> Tensor:
+    return x * functional.hardsigmoid(x)
+
+
+def _tanh_gelu(x: Tensor, approximate: str = "none") -> Tensor:
     return 0.5 * x * (1 + torch.tanh(0.7978845608028654 * (x + 0.044715 * x**3)))
+
+
+def _wrong_elu(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return torch.where(x > 0, x, x.exp() - 0.99)
+
+
+def _smaller(written: Callable[..., str]) -> Callable[..., str]:
+    return lambda x: f"({written(x)} * decltype({x})(0.999f))"
+
+
+def _with_padding(right: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, size, step, padding, ceil, inside, divisor: right(x, size, step, padding, ceil, True, divisor)
+
+
+def _along_first(right: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, axis, **kwargs: right(x, 0, **kwargs)
+
+
+def _next_rows(right: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda weight, index, *args, **kwargs: right(weight, _next(index), *args, **kwargs)
+
+
+def _alpha(node: torch.fx.Node) -> None:
+    node.update_kwarg("alpha", 1.01)
 
 
 def _replicated(right: Callable[..., Any]) -> Callable[..., Any]:

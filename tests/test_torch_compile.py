@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ from cp_debug.backends.capabilities import HasRemarks, kernels_of
 from cp_debug.backends.compile_options import CompileOptions
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec, parse_backends
-from cp_debug.bisect.engine import bisect
+from cp_debug.bisect.compiled import CASTS
+from cp_debug.bisect.engine import Options, bisect
 from cp_debug.errors import BackendUnavailable, InputError, ModuleFailed
 from cp_debug.graph.graph import Graph
 from cp_debug.programs.align import align
@@ -229,3 +231,62 @@ def test_inductor_shows_all_of_fp32_and_what_its_kernels_write_of_bf16(stress: P
     assert all(np.array_equal(outputs[name], plain[name]) for name in OUTPUTS), "the same kernels ran"
     assert 10 < len(narrow) < len(values)
     session.close()
+
+
+class Cancels(nn.Module):
+    """Adds a large number and takes it off again: what is left depends on whether the sum was rounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).sigmoid() + 100.0
+        return self.second(y - 100.0)
+
+
+@pytest.mark.slow
+def test_casts_that_inductor_leaves_out_are_the_cause_and_the_nearer_side_is_told() -> None:
+    torch.manual_seed(0)
+    model = TorchModel("net", Cancels().eval(), torch.randn(5, 8))
+    options = Options(optimizer_blame=True)
+    (test,) = bisect(model, "torch-bf16,torch-compile-bf16", options=options).tests
+    (found,) = test.findings
+    assert found.cause == CASTS
+    assert found.evidence["with_casts"] == 0 < 0.05 < found.evidence["difference"]
+    assert re.search(r"torch-compile-bf16 is \d+ times nearer", found.says)
+    assert found.fix.endswith("here torch-compile-bf16:casts")
+    assert {row.onnx for row in test.rows}.isdisjoint({"add", "sigmoid"}), "no kernel writes them"
+    blame = test.optimizer_blame
+    assert blame is not None
+    assert [c.optimizer for c in blame.responsible] == ["emulate_precision_casts = True"]
+    assert blame.level == "inductor"
+    assert blame.fix == "torch._inductor.config.emulate_precision_casts = True"
+    assert bisect(model, "torch-bf16,torch-compile-bf16:casts").tests[0].agrees
+
+
+@pytest.mark.slow
+def test_a_wrong_decomposition_is_named_by_its_layer_and_by_the_knobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.decomposition import decompositions
+
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 4)).eval()
+    model = TorchModel("net", module, torch.randn(5, 8))
+    silu = torch.ops.aten.silu.default
+    monkeypatch.setitem(decompositions, silu, lambda x: x * nn.functional.hardsigmoid(x))
+    (test,) = bisect(model, "torch,torch-compile", options=Options(optimizer_blame=True)).tests
+    (guilty,) = test.guilty
+    assert guilty.name.startswith("3")
+    assert any("torch is far nearer" in note for note in test.notes)
+    blame = test.optimizer_blame
+    assert blame is not None
+    assert [c.optimizer for c in blame.responsible] == ["decomposition of aten.silu"]
+    assert blame.difference_without < 1e-6 < blame.difference_with
+    monkeypatch.undo()
+    assert bisect(model, "torch,torch-compile").tests[0].agrees, "nothing wrong is taken from a cache"
+
+
+def test_knobs_are_those_of_inductor() -> None:
+    model = TorchModel("net", Cancels().eval(), torch.randn(5, 8))
+    with pytest.raises(InputError, match="--knobs: expected ort-basic, ort-all or torch-compile"):
+        bisect(model, "torch,torch-compile:aot_eager", options=Options(optimizer_blame=True))

@@ -55,6 +55,7 @@ class TorchCompileBackend(TorchBackend):
     def __init__(self, spec: BackendSpec) -> None:
         super().__init__(spec)
         self.compiled = CompileOptions.parse(spec.options)
+        self._threads = torch.get_num_threads()
         if self.compiled.compiler == "inductor":
             _require_compiler(spec, self.device)
 
@@ -63,7 +64,7 @@ class TorchCompileBackend(TorchBackend):
         if program.module is None:
             reason = f"{program.graph} comes without a torch module, and torch.compile compiles modules"
             raise BackendUnavailable(str(self.spec), reason, nearest="torch")
-        return CompiledSession(program, self.compiled, DTYPES[self.precision], self.device)
+        return CompiledSession(program, self.compiled, DTYPES[self.precision], self.device, self._threads)
 
     def versions(self) -> dict[str, str]:
         """Versions of torch and, with CUDA, of its libraries and Triton; the device's name."""
@@ -77,8 +78,11 @@ class TorchCompileBackend(TorchBackend):
 class CompiledSession(ModuleSession):
     """A module, compiled twice: as it is, and with values inside as outputs."""
 
-    def __init__(self, program: Program, options: CompileOptions, dtype: torch.dtype, device: str) -> None:
-        self._options = options
+    def __init__(
+        self, program: Program, options: CompileOptions, dtype: torch.dtype, device: str, threads: int
+    ) -> None:
+        """``threads`` is the number that inductor writes into kernels for a CPU, whatever torch has when they run."""
+        self._options, self._threads = options, threads
         super().__init__(program, dtype, device, tf32=False)
         torch._dynamo.reset()
         self._plain: Callable[..., Any] | None = None
@@ -205,7 +209,7 @@ class CompiledSession(ModuleSession):
         assert self._module is not None
         name = self._program.name
         context = doing(f"torch.compile ran {name}", in_their_folder=True)
-        with context, state_kept(self._module), self._same_draws(), _own_caches():
+        with context, state_kept(self._module), self._same_draws(), _own_caches(self._threads):
             try:
                 result = program(*(tensor.clone() for tensor in inputs.values()))
             except Exception as error:
@@ -270,7 +274,7 @@ class _Look:
 
 
 @contextmanager
-def _own_caches() -> Iterator[None]:
+def _own_caches(threads: int) -> Iterator[None]:
     """Context in which nothing is taken from what was compiled under other settings, or by changed parts of torch.
 
     Inductor's cache of graphs does not know of patched lowerings and passes. Dynamo would leave a module eager that it
@@ -282,6 +286,7 @@ def _own_caches() -> Iterator[None]:
 
     limits: dict[str, Any] = {"recompile_limit": _MOST_COMPILED, "accumulated_recompile_limit": _MOST_COMPILED}
     graphs: dict[str, Any] = {"fx_graph_cache": False, "fx_graph_remote_cache": False, "fallback_random": True}
+    graphs["cpp.threads"] = threads
     with dynamo.patch(limits), inductor.patch(graphs), autograd.patch(enable_autograd_cache=False):
         yield
 

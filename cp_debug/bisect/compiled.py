@@ -74,4 +74,7 @@ def _nearer(test: str, own: float, reference: str, other: float) -> str:
     if own == other:
         return says
     name, near, far = (test, own, other) if own < other else (reference, other, own)
-    return f"{says}: {name} is {far / near:.2g} times nearer" if near else f"{says}: {name} is exact"
+    if not near:
+        return f"{says}: {name} is exact"
+    times = far / near
+    return f"{says}: {name} is {times:.2g} times nearer" if times < 100 else f"{says}: {name} is far nearer"

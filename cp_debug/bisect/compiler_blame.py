@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -16,7 +17,7 @@ from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import COMPILED
 from cp_debug.bisect.observe import gap
-from cp_debug.bisect.optimizer_blame import REST, Culprit, OptimizerBlame, Rewrite
+from cp_debug.bisect.optimizer_blame import REST, Culprit, OptimizerBlame
 from cp_debug.programs.pipeline import Pipeline
 from cp_debug.recipes.base import Arrays, Model, Sample
 
@@ -61,8 +62,8 @@ def blame_compiler(
         told = f"{setting.config_field} = {setting.config_value}"
         culprit, fix = Culprit(told, whole, ()), f"torch._inductor.config.{told}"
     else:
-        what = (Rewrite(programs[-1].name, (f"number {number}",), (found.debug_info or "unknown",)),)
-        culprit = Culprit(name, whole, what)
+        what = re.sub(r"<OpOverload\(op='(.+?)'.*", r"\1", found.debug_info or f"number {number}")
+        culprit = Culprit(f"{name.rstrip('s')} of {what}", whole, ())
         fix = f"TORCH_BISECT_BACKEND={found.backend} TORCH_BISECT_SUBSYSTEM={name} TORCH_BISECT_MAX={number - 1}"
         fix += " leaves out this one and all behind it"
     return OptimizerBlame(stage, whole, min(differences), [culprit], runs=runs, fix=fix)

@@ -47,7 +47,8 @@ def render_optimizer_blame(blame: OptimizerBlame) -> Iterator[RenderableType]:
             places.append(f"… and {len(culprit.rewrites) - SHOWN} more")
         rows.append((culprit.optimizer, culprit.difference, tuple(places)))
     columns = (Column("optimizer", "name"), Column("rel. L2 alone", "number"), Column("rewrites"))
-    yield Terminal(Sheet(columns, rows))
+    if any(culprit.rewrites for culprit in blame.responsible):
+        yield Terminal(Sheet(columns, rows))
     names_told = [culprit.optimizer for culprit in blame.responsible]
     yield Text(f"fix: {blame.fix or f'InferenceSession(…, disabled_optimizers={names_told})'}")
 
