@@ -80,8 +80,8 @@ def dot(a: Any, b: Any) -> Any:
     # OpenBLAS multiplies up to 10,000 elements in one thread: with more its threads wait for each other on a busy
     # machine. One matmul of many rows is a product for each.
     whole = len(a) // ROW * ROW
-    rows = a[:whole].reshape(-1, 1, ROW) @ b[:whole].reshape(-1, ROW, 1)
-    return rows.sum() + (a[whole:] * b[whole:]).sum()
+    rows = (a[:whole].reshape(-1, 1, ROW) @ b[:whole].reshape(-1, ROW, 1)).sum()
+    return rows if whole == len(a) else rows + (a[whole:] * b[whole:]).sum()
 
 
 def to_host(numbers: Sequence[Any]) -> list[float]:
