@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
@@ -24,6 +25,13 @@ class Body:
     outputs: Sequence[str]
     opsets: Mapping[str, int]
     constants: dict[str, Any]
+    vectors: frozenset[str] = frozenset()
+    """Inputs that are declared with one axis. A Loop's counter is a scalar by ONNX, yet TorchScript declares one, and
+    runtimes make what is declared."""
+
+    def counter(self, trip: int) -> np.ndarray:
+        """The number of a Loop's pass, in the shape in which its body takes it, int64."""
+        return np.full([1] * (self.inputs[0] in self.vectors), trip, np.int64)
 
     @classmethod
     def of_graph(cls, graph: onnx.GraphProto, opsets: Mapping[str, int]) -> Body:
@@ -34,6 +42,7 @@ class Body:
             [v.name for v in graph.output],
             opsets,
             {t.name: numpy_helper.to_array(t) for t in graph.initializer},
+            frozenset(v.name for v in graph.input if len(v.type.tensor_type.shape.dim) == 1),
         )
 
     @classmethod
@@ -114,7 +123,7 @@ def run_loop(
     endless = trips is None or int(trips) > MOST_PASSES
     while go_on and (trips is None or trip < int(trips)):
         clock.tick(endless)
-        more, *results = execute(body, [torch.tensor(trip), torch.tensor(True), *state])
+        more, *results = execute(body, [torch.from_numpy(body.counter(trip)), torch.tensor(True), *state])
         go_on, state = bool(more), results[: len(state)]
         for scan, value in zip(scans, results[len(state) :], strict=True):
             scan.append(value)

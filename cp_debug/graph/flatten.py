@@ -179,7 +179,7 @@ class _Flattener:
         for k in range(count):
             path = f"{place}/#{k}/"
             arguments = [
-                self._constant(f"{path}iteration", np.int64(k)),
+                self._constant(f"{path}iteration", body.counter(k)),
                 self._constant(f"{place}/true", np.bool_(True)),
             ]
             last = dict(zip(body.outputs[1 : 1 + state_count], caller.output, strict=False)) if k == count - 1 else {}
