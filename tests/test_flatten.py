@@ -165,9 +165,11 @@ def test_the_flat_graph_computes_the_same(tmp_path: Path, text: str) -> None:
     assert not flat.proto.functions
     assert [b.op for b in branches] == [n.op for n in graph.nodes if n.op in ("If", "Loop", "Scan")]
     got = Executor(flat, FP32).run(x)
-    by_ort = onnxruntime.InferenceSession(str(graph.path)).run([*expected], x)
-    for (name, value), other in zip(expected.items(), by_ort, strict=True):
-        np.testing.assert_allclose(value.numpy(), other, rtol=1e-4, atol=1e-5)
+    arrays = {name: np.asarray(value) for name, value in x.items()}
+    for file in (graph, flat):
+        by_ort = onnxruntime.InferenceSession(str(file.path)).run([*expected], arrays)
+        for (name, value), other in zip(expected.items(), by_ort, strict=True):
+            np.testing.assert_allclose(value.numpy(), other, rtol=1e-4, atol=1e-5, err_msg=name)
         np.testing.assert_array_equal(got[name].numpy(), value.numpy())
 
 
