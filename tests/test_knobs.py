@@ -149,7 +149,7 @@ def test_bisect_reports_knobs(tmp_path):
 
 def test_knobs_need_an_optimized_backend(tmp_path):
     path = residual(tmp_path / "net.onnx")
-    with pytest.raises(InputError, match="--knobs: expected ort-basic or ort-all"):
+    with pytest.raises(InputError, match="--knobs: expected ort-basic, ort-all or torch-compile"):
         bisect(str(path), "ort-all,ort-none", options=Options(optimizer_blame=True))
 
 
