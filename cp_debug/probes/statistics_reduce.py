@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cp_debug.probes.arrays import Tensor, dtype_name, is_torch
+from cp_debug.probes.arrays import Tensor, device_of, dtype_name, is_torch
 from cp_debug.probes.integers import are_wide, differences, is_whole
 from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, PairPiece, Totals
 
@@ -74,7 +74,7 @@ def _reduced(r: Any, t: Any, d: Any) -> tuple[list[float], np.ndarray]:
 def dot(a: Any, b: Any) -> Any:
     """Σ a·b of two tensors [n] of FP64."""
     if is_torch(a):
-        if a.is_cuda:
+        if device_of(a) != "cpu":
             return a @ b
         a, b = a.detach().numpy(), b.detach().numpy()
     # OpenBLAS multiplies up to 10,000 elements in one thread: with more its threads wait for each other on a busy
@@ -86,7 +86,7 @@ def dot(a: Any, b: Any) -> Any:
 
 def to_host(numbers: Sequence[Any]) -> list[float]:
     """Numbers of the host, or in one copy those that lie on a device."""
-    if not (is_torch(numbers[0]) and numbers[0].is_cuda):
+    if device_of(numbers[0]) == "cpu":
         return [float(number) for number in numbers]
     found: list[float] = sys.modules["torch"].stack([number.double() for number in numbers]).tolist()
     return found
