@@ -18,7 +18,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.file_weights import is_narrow_kind
 from cp_debug.bisect.int8_notes import both_int8
-from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid, balanced
+from cp_debug.bisect.quantized_segment import QuantizerGrid, balanced
 from cp_debug.bisect.replay import Replayer
 from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.scale_replay import ScaleReplay
@@ -53,7 +53,7 @@ def pair(net: NetBuilder, name: str, scale: float, kind: type = np.int8, zero: i
 
 def quantized_sum(
     folder: Path, scales: tuple[float, float], kind: type = np.int8, zero: int = 0
-) -> tuple[Graph, Quantized]:
+) -> tuple[Graph, FileQuantization]:
     """x + z, and the same with a Q/DQ pair before each."""
     graphs = []
     for name in ("plain", "quantized"):
@@ -63,7 +63,7 @@ def quantized_sum(
         net.op("Add", *inputs, name="sum")
         shapes = {n: (1, [1, 64]) for n in "xz"}
         graphs.append(Graph(net.save(folder / f"{name}.onnx", shapes, ["sum"])))
-    return graphs[0], Quantized(graphs[0], graphs[1], {})
+    return graphs[0], FileQuantization(graphs[0], graphs[1], {"sum": "sum"}, made_here=True)
 
 
 @pytest.mark.parametrize("order", [(0.002, 0.02), (0.02, 0.002)])
@@ -103,8 +103,10 @@ def compared(captured: Any, exact: Any, declared: Any, ideal: Any) -> Replay:
         return SimpleNamespace(results={"y": exact + scale_margin * (ideal - exact)})
 
     measures = {"ideal": with_larger_scales, "beside": BESIDE_INT8}
-    own: Any = SimpleNamespace(declared=lambda target, known, given: declared, **measures)
-    nobody: Any = SimpleNamespace(graph=None)
+    own: Any = SimpleNamespace(
+        declared=lambda target, known, given: declared, recalibrated=lambda *given, **how: None, **measures
+    )
+    nobody: Any = SimpleNamespace(graph=None, run_nodes=lambda nodes, given, names: {})
     replay = Replay(introduced=0.2, excess=1.0)
     ScaleReplay(own, nobody, nobody, ()).compare(replay, [], "y", {}, captured, exact, ideal, {}.__getitem__)
     return replay
@@ -155,7 +157,7 @@ def test_scales_that_fit_what_the_reference_gives_are_not_to_blame(
     clipped = np.clip(np.round(3 * x.astype(np.float64) * 127), -128, 127) / 127
     reference = {"x": reference_reaches * x, "y": (reference_reaches * x) @ matrix}
     test = {"x": 3 * x, "y": clipped @ matrix}
-    own = Quantized(plain, quantized, {}) if made_here else FileQuantization(plain, quantized, {"y": "y"})
+    own = FileQuantization(plain, quantized, {"y": "y"}, made_here=made_here)
     replayer = Replayer(plain, ("fp32", "int8"), "fp64", {"y"}, quantized=(None, own))
     figures = dict(replayer.layers(reference.__getitem__, test.__getitem__))["y"]
     assert figures.introduced is not None

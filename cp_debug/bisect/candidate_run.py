@@ -26,12 +26,11 @@ from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.observe import Observation, observe
 from cp_debug.bisect.operator_errors import implementer
 from cp_debug.bisect.options import is_optimized
-from cp_debug.bisect.quantized_segment import Quantized, QuantizerGrid
+from cp_debug.bisect.quantized_segment import QuantizerGrid
 from cp_debug.bisect.regions.region import Region, region_of
 from cp_debug.bisect.replay import Load, Replayer
 from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import DIVERGENT, OK, LayerRow
-from cp_debug.bisect.scale_replay import AnyQuantized
 from cp_debug.bisect.sides import judged, trace_shapes, without_emulation
 from cp_debug.bisect.verdict import is_within, judge
 from cp_debug.errors import InputError
@@ -239,7 +238,7 @@ class CandidateRun:
             return None
         return FileQuantization(graph, graph, {}, rounds_weights=True)
 
-    def _quantized(self, component: str, side: Pipeline, capture: CapturedRun | None = None) -> AnyQuantized | None:
+    def _quantized(self, component: str, side: Pipeline, capture: CapturedRun | None = None) -> FileQuantization | None:
         """The quantization of a component on one side; None where it claims none, or where nothing else is known.
 
         ``capture`` is the test's: it tells which of the values that an engine keeps in INT8 are shown rounded.
@@ -255,10 +254,10 @@ class CandidateRun:
             return None
         names = {name: own_name for own_name, name in value_map(plain, program).items()}
         if ranges is None:
-            return Quantized(plain.graph, program.graph, names)
+            return FileQuantization(plain.graph, program.graph, names, made_here=True)
         graph = with_ranges(program.graph, ranges, self._folder / f"{component}.{side.backend.spec}.onnx")
         if capture is None:
-            return Quantized(plain.graph, graph, names)
+            return FileQuantization(plain.graph, graph, names, made_here=True)
         self.graphs[component], self._ranges[component] = graph, ranges
         largest_kept = {name: ranges.stored[own_name] for name, own_name in names.items() if own_name in ranges.stored}
         load, shown_names = loader(capture, component), largest_kept.keys() & capture.names(component=component)
@@ -267,7 +266,7 @@ class CandidateRun:
             for n in shown_names
             if QuantizerGrid.symmetric(largest_kept[n]).holds(torch.tensor(as_numpy(load(n))))
         }
-        return Quantized(plain.graph, graph, names, rounded)
+        return FileQuantization(plain.graph, graph, names, made_here=True, rounded=rounded)
 
     def kind(self, component: str) -> str:
         """Precision of what a component is quantized to: ``int8``, ``int16``, or a narrower one where none is INT8."""

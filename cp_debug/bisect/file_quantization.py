@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import ml_dtypes
 import numpy as np
@@ -65,9 +66,26 @@ class FileQuantization:
     Arguments and results are in names of ``plain``.
     """
 
-    def __init__(self, plain: Graph, graph: Graph, names: Mapping[str, str], *, rounds_weights: bool = False) -> None:
+    def __init__(
+        self,
+        plain: Graph,
+        graph: Graph,
+        names: Mapping[str, str],
+        *,
+        rounds_weights: bool = False,
+        made_here: bool = False,
+        rounded: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         """``rounds_weights``: the backend puts weights that the file left in FP32 on levels, too, where data and result
-        of their layer are, as ONNX Runtime's optimizer WeightBiasQuantization does."""
+        of their layer are, as ONNX Runtime's optimizer WeightBiasQuantization does.
+
+        ``made_here``: this project put the pairs in, one in front of every quantized input, and
+        weights are due one scale for each output channel.
+        ``rounded``: value → the largest magnitude that is not clipped, where the captured value lies on that grid
+        itself.
+        """
+        self.made_here = made_here
+        self._rounded = {name: QuantizerGrid.symmetric(amax) for name, amax in rounded.items()}
         self._graph, self._names, self._rounds_weights = graph, names, rounds_weights
         self.beside = BESIDE_INT16 if level_kind(graph) == "int16" else BESIDE_INT8
         """Precision of what the file does not quantize."""
@@ -85,7 +103,8 @@ class FileQuantization:
 
     def touches(self, nodes: Sequence[Node]) -> bool:
         """Whether the file quantizes anything that these nodes of ``plain`` compute."""
-        return bool(self._of(nodes))
+        shown = not self._rounded.keys().isdisjoint(name for node in nodes for name in node.outputs)
+        return shown or bool(self._of(nodes))
 
     def for_readers(self, name: str, captured: AnyTensor) -> list[tuple[Levels, QuantizerGrid]]:
         """Levels and grids of the quantizers that read a value, or what only moves it, on which ``captured`` lies.
@@ -111,7 +130,16 @@ class FileQuantization:
         return found
 
     def grid(self, node: Node, place: int) -> QuantizerGrid | None:
-        """The grid of the data that a node of ``plain`` reads, where the file states it."""
+        """The grid of one input of a node of ``plain``: that of the pair in front of it, else that of the segment's
+        data; None where it is not quantized, or its scale is computed."""
+        twin = self._graph.producer.get(self._names.get(node.outputs[0], node.outputs[0]))
+        maker = None
+        known = place == 0 or self.made_here
+        if twin is not None and known and twin.op == node.op and place < len(twin.proto.input):
+            maker = self._graph.producer.get(twin.proto.input[place])
+        if maker is not None and maker.op == "DequantizeLinear":
+            scale, zero = [*maker.proto.input[1:3], ""][:2]
+            return self._grid(scale, zero, maker)
         return self._of([node]).grid if place == 0 else None
 
     def stored_bias(self, node: Node) -> StoredBias | None:
@@ -144,7 +172,9 @@ class FileQuantization:
         """Run a segment of ``plain`` with the best scales of the file's kind, and all else as ``executor`` does it.
 
         ``whole_range``: those of Softmax, Sigmoid and their like cover all that these can give. ``given``: name →
-        tensor of the parent, in any float dtype. ``scale_margin``, ``calibrated``: as ``Quantized.ideal``.
+        tensor of the parent, in any float dtype. ``scale_margin`` makes the scales larger by this factor, so
+        that other roundings come about. ``calibrated``: inputs of the same shapes that the scales are the best for,
+        where they are others than ``given``.
         """
         scheme = self._of(nodes)
         fitted = {} if calibrated is None else all_values(executor, nodes, calibrated)
@@ -155,20 +185,22 @@ class FileQuantization:
             rounded_values = dict(values)
             passes = node.op in _PASS and computing
             if not passes and node.op != "Constant":
-                for place, name, tensor in self._floats(executor, node, values):
+                floats = [*self._floats(executor, node, values)]
+                shared = self._on_one_grid(node, {name: fitted.get(name, tensor) for _, name, tensor in floats})
+                for place, name, tensor in floats:
                     constant = name not in values and is_constant(executor.graph, name)
                     levels = scheme.weights if constant else scheme.data
                     if levels is None or (constant and tensor.dim() < 2):
                         continue
                     axis = weight_axis(node, tensor.dim()) if node.op in PRODUCTS and place == 1 else 0
                     least = _range(executor.graph, name) if whole_range else (0.0, 0.0)
-                    like = fitted.get(name)
+                    like = fitted.get(name) if shared is None or constant else shared
                     rounded_values[name] = levels.applied(tensor, axis if constant else None, scale_margin, least, like)
-                    if not constant and scheme.grid is not None and scheme.grid.codec is None and segment.step is None:
-                        segment.step, segment.clipped = (
-                            float(scheme.grid.scale.flatten()[0]),
-                            scheme.grid.clipped(tensor),
-                        )
+                    grid = None if constant else self.grid(node, place) or scheme.grid
+                    if grid is not None and grid.codec is None and grid.fits(tensor.shape):
+                        clipped = grid.clipped(tensor)
+                        if segment.step is None or clipped > segment.clipped:
+                            segment.step, segment.clipped = float(grid.scale.flatten()[0]), clipped
                 if scheme.bias_step is not None:
                     rounded_values |= rounded_bias(executor, node, values, scheme.bias_step)
             values |= executor.run_nodes([node], rounded_values, node.outputs)
@@ -183,7 +215,8 @@ class FileQuantization:
                 # (onnxruntime/contrib_ops/cpu/quantization/qlinear_softmax.cc).
                 result = result * (1 - 1 / (2**levels.bits - 1))
             like = fitted.get(target)
-            results[target] = levels.applied(result, None, scale_margin, least, like) if levels and rounds else result
+            result = levels.applied(result, None, scale_margin, least, like) if levels and rounds else result
+            results[target] = self._as_shown(target, result)
         segment.results = results
         return segment
 
@@ -219,7 +252,20 @@ class FileQuantization:
             return None
         if (grid := self._constant_grid(file_name)) is not None and not result.is_floating_point():
             return grid.value(result.double())
-        return result
+        return self._as_shown(target, result)
+
+    def _as_shown(self, name: str, tensor: Tensor) -> Tensor:
+        return self._rounded[name].quantized(tensor) if name in self._rounded else tensor
+
+    def _on_one_grid(self, node: Node, inputs: Mapping[str, AnyTensor]) -> Tensor | None:
+        """All numbers that an addition reads, where the file puts both of its ``inputs`` on one grid; else None."""
+        if node.op != "Add" or len(inputs) < 2:
+            return None
+        scales = [None if (grid := self.grid(node, place)) is None else grid.scale for place in (0, 1)]
+        first, second = scales
+        if first is None or second is None or not torch.equal(first, second):
+            return None
+        return torch.cat([torch.as_tensor(tensor).flatten() for tensor in inputs.values()])
 
     def _in_floats(
         self, target: str, known: Collection[str], given: Mapping[str, AnyTensor]
@@ -448,7 +494,8 @@ class FileQuantization:
         offset = self._constants[zero] if zero and self._constants.holds(zero) else None
         signed = kind in SIGNED
         centred = offset is None or not np.asarray(offset).astype(np.float64).any()
-        many = self._constants.holds(scale) and np.asarray(self._constants[scale]).size > 1
+        several = self._constants.holds(scale) and np.asarray(self._constants[scale]).size > 1
+        many = self.made_here or several  # here every weight is due one scale for each channel
         block = attributes.get("block_size", 0)
         axis = attributes.get("axis", 1) if block else None
         codec, bits, behind, symmetric = CODECS.get(kind), BITS[kind], None, signed and centred

@@ -7,25 +7,20 @@ something else than its scales say; ``declared`` tells the two apart.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cp_debug.backends.arithmetic import INT8
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.codecs import E2M1, E4M3, E5M2, Codec
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.weights import Weights
-from cp_debug.bisect.paired_nodes import PAIRED, with_paired_sums
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import constant_type
-from cp_debug.graph.operators import PRODUCTS
-from cp_debug.graph.qdq import LEVELS, weight_axis
-from cp_debug.programs.precision import BESIDE_INT8
+from cp_debug.graph.qdq import LEVELS
 
 BITS = {2: 8, 3: 8, 4: 16, 5: 16, 21: 4, 22: 4, 25: 2, 26: 2, 6: 32, 17: 8, 18: 8, 19: 8, 20: 8, 23: 4}
 """ONNX data type of levels → bits."""
@@ -139,113 +134,6 @@ class EmulatedSegment:
     """Share of the elements of a quantized input that lie beyond its scale; of several inputs the largest."""
     step: float | None = None
     """The scale of that input: the distance of two levels."""
-
-
-class Quantized:
-    """A graph with Q/DQ pairs beside the one that it was made from, ``plain``.
-
-    ``names``: value of ``plain`` → its name in the quantized graph, where they differ. Which inputs of a node are
-    quantized is read off the quantized graph; arguments and results are in names of ``plain``. ``rounded``: value → the
-    largest magnitude that is not clipped, where the captured value lies on that grid itself.
-    """
-
-    def __init__(
-        self, plain: Graph, graph: Graph, names: Mapping[str, str], rounded: Mapping[str, float] = MappingProxyType({})
-    ) -> None:
-        self._graph, self._names, self.beside = graph, names, BESIDE_INT8
-        self._rounded = {name: QuantizerGrid.symmetric(amax) for name, amax in rounded.items()}
-        self._plain_names = {quantized_name: name for name, quantized_name in names.items()}
-        self._executor = Executor(graph, INT8)
-        self._constants = Weights(graph, INT8, torch.device("cpu"), 0)
-        self._quantizers: dict[str, dict[int, Node]] = {}
-        """Node of ``plain`` → place of a quantized input → the node that dequantizes it."""
-        for node in plain.nodes:
-            twin = graph.producer.get(names.get(node.outputs[0], node.outputs[0])) if node.outputs else None
-            if twin is not None and twin.op == node.op:
-                reads = [graph.producer.get(name) for name in twin.proto.input[: 2 if node.op in PRODUCTS else None]]
-                dequantizers = {i: n for i, n in enumerate(reads) if n is not None and n.op == "DequantizeLinear"}
-                if dequantizers:
-                    self._quantizers[node.name] = dequantizers
-
-    def touches(self, nodes: Sequence[Node]) -> bool:
-        """Whether any of these nodes of ``plain`` computes in INT8, or has a result that is shown rounded to it."""
-        return any(n.name in self._quantizers or not self._rounded.keys().isdisjoint(n.outputs) for n in nodes)
-
-    def grid(self, node: Node, place: int) -> QuantizerGrid | None:
-        """The grid of one input of a node of ``plain``; None where it is not quantized, or its scale is computed."""
-        dequantizer = self._quantizers.get(node.name, {}).get(place)
-        if dequantizer is None:
-            return None
-        scale, zero = [*dequantizer.proto.input[1:3], ""][:2]
-        grid = constant_grid(self._graph, self._constants, scale, zero, dequantizer.attribute("axis", 1))
-        return grid if grid is not None and grid.codec is None else None
-
-    def ideal(
-        self,
-        executor: Executor,
-        nodes: Sequence[Node],
-        given: Mapping[str, AnyTensor],
-        targets: Collection[str],
-        scale_margin: float = 1.0,
-        calibrated: Mapping[str, AnyTensor] | None = None,
-    ) -> EmulatedSegment:
-        """Run a segment of ``plain`` in INT8 with the best symmetric scales, and all else as ``executor`` does it.
-
-        ``scale_margin`` makes the scales larger by this factor, so that other roundings come about. ``given``: name →
-        tensor, in any float dtype. ``calibrated``: inputs of the same shapes that the scales are the best for, where
-        they are others than ``given``.
-        """
-        values: dict[str, AnyTensor] = dict(given)
-        fitted = {} if calibrated is None else all_values(executor, nodes, calibrated)
-        segment = EmulatedSegment({})
-        for node in nodes:
-            rounded_values = dict(values)
-            places = self._quantizers.get(node.name, {})
-            inputs = executor.run_nodes([], values, [node.proto.input[place] for place in places])
-            like = {name: fitted.get(name, tensor) for name, tensor in inputs.items()}
-            together = max(map(_finite_amax, like.values()), default=0.0) if node.op == "Add" else None
-            for place in places:
-                name = node.proto.input[place]
-                tensor = inputs[name]
-                if node.op in PRODUCTS and place == 1:
-                    reduced = [d for d in range(tensor.dim()) if d != weight_axis(node, tensor.dim())]
-                    rounded_values[name] = on_grid(tensor, scale_margin * tensor.abs().amax(reduced, keepdim=True))
-                    continue
-                rounded_values[name] = on_grid(
-                    tensor, torch.as_tensor(scale_margin * (together or _finite_amax(like[name])))
-                )
-                if (grid := self.grid(node, place)) is not None and grid.scale.numel() == 1:
-                    clipped = grid.clipped(tensor)
-                    if segment.step is None or clipped > segment.clipped:
-                        segment.step, segment.clipped = float(grid.scale), clipped
-            values |= executor.run_nodes([node], rounded_values, node.outputs)
-        segment.results = {target: self._as_shown(target, torch.as_tensor(values[target])) for target in targets}
-        return segment
-
-    def declared(
-        self, target: str, known: Collection[str], given: Mapping[str, AnyTensor], *, paired_sums: bool = False
-    ) -> Tensor | None:
-        """Result ``target`` of ``given`` by the graph's own scales; None where its segment starts from other values.
-
-        ``given``: name → tensor, in any float dtype. ``paired_sums``: as on a processor without VNNI, and None where
-        nothing of the segment could differ there.
-        """
-        quantized_name = self._names.get(target, target)
-        if quantized_name not in self._graph.producer:
-            return None
-        nodes, starts = self._graph.segment([quantized_name], {self._names.get(name, name) for name in known})
-        values = {start: self._plain_names.get(start, start) for start in starts}
-        if not given.keys() >= set(values.values()):
-            return None
-        changed = with_paired_sums(self._graph, nodes) if paired_sums else nodes
-        if changed is None:
-            return None
-        executor = Executor(self._graph, PAIRED) if paired_sums else self._executor
-        results = executor.run_nodes(changed, {s: given[name] for s, name in values.items()}, [quantized_name])
-        return self._as_shown(target, torch.as_tensor(results[quantized_name]))
-
-    def _as_shown(self, name: str, tensor: Tensor) -> Tensor:
-        return self._rounded[name].quantized(tensor) if name in self._rounded else tensor
 
 
 def constant_grid(graph: Graph, constants: Weights, scale: str, zero: str, axis: int) -> QuantizerGrid | None:

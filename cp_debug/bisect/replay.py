@@ -31,7 +31,7 @@ from cp_debug.bisect.perturbation import between_levels, doubt
 from cp_debug.bisect.quantized_segment import EmulatedSegment
 from cp_debug.bisect.range_loss import RangeLoss
 from cp_debug.bisect.replayed import ASKED, EXCESS, Replay
-from cp_debug.bisect.scale_replay import AnyQuantized, ScaleReplay
+from cp_debug.bisect.scale_replay import ScaleReplay
 from cp_debug.bisect.whole_numbers import as_tensor, instead
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
@@ -70,7 +70,7 @@ class Replayer:
         *,
         emulated: bool = False,
         narrow: tuple[Mapping[str, str], Mapping[str, str]] = (MappingProxyType({}), MappingProxyType({})),
-        quantized: tuple[AnyQuantized | None, AnyQuantized | None] = (None, None),
+        quantized: tuple[FileQuantization | None, FileQuantization | None] = (None, None),
         implementers: tuple[str, str] = ("", ""),
         moved: FileQuantization | None = None,
         suspects: Collection[str] = (),

@@ -11,15 +11,13 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.file_weights import BETTER
-from cp_debug.bisect.quantized_segment import Quantized, balanced
+from cp_debug.bisect.quantized_segment import balanced
 from cp_debug.bisect.replayed import ASKED, FLOOR, Replay
 from cp_debug.bisect.whole_numbers import as_tensor
 from cp_debug.graph.graph import Node
 from cp_debug.graph.integer_values import is_constant
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.probes.distance import difference_norm, distance, ratio
-
-AnyQuantized = Quantized | FileQuantization
 
 SCALE_MARGINS = (1.02, 1.05, 1.1)
 """A layer in INT8 that raises a doubt is emulated again with scales larger by these factors: of few elements, one
@@ -34,7 +32,9 @@ class ScaleReplay:
     Tensors that are handed in and out have the shape of the value; inputs of a segment go by name.
     """
 
-    def __init__(self, quantized: AnyQuantized, oracle: Executor, emulator: Executor, known: Collection[str]) -> None:
+    def __init__(
+        self, quantized: FileQuantization, oracle: Executor, emulator: Executor, known: Collection[str]
+    ) -> None:
         self.quantized = quantized
         self._oracle, self._emulator, self._known = oracle, emulator, known
 
@@ -78,7 +78,7 @@ class ScaleReplay:
         """Factor by which scales that fit the codes of a stored weight lower the error; None up to ``BETTER``."""
         quantized, graph = self.quantized, self._oracle.graph
         product = next((node for node in nodes if node.op in PRODUCTS), None)
-        if not isinstance(quantized, FileQuantization) or product is None:
+        if product is None:
             return None
         name = product.proto.input[1]
         if name in given or not is_constant(graph, name):
@@ -95,10 +95,9 @@ class ScaleReplay:
 
         ``captured`` is the value that the test shows; all are of one shape.
         """
-        if isinstance(self.quantized, FileQuantization):
-            for levels, _ in self.quantized.for_readers(target, captured):
-                for scale_margin in (1.0, *SCALE_MARGINS):
-                    yield levels.applied(torch.as_tensor(result), None, scale_margin)
+        for levels, _ in self.quantized.for_readers(target, captured):
+            for scale_margin in (1.0, *SCALE_MARGINS):
+                yield levels.applied(torch.as_tensor(result), None, scale_margin)
 
     def as_calibrated(
         self, nodes: Sequence[Node], given: Mapping[str, AnyTensor], reference: Callable[[str], AnyTensor], target: str
@@ -106,7 +105,7 @@ class ScaleReplay:
         """Results with the best scales for what the reference gives the layer, in place of what it is given.
 
         Calibration sees values like the reference's: that a number is cut off because it grew by errors in front of the
-        layer was inherited. For a foreign file its own quantizers get such scales, too. ``given``: name → input of the
+        layer was inherited. The file's own quantizers get such scales, too. ``given``: name → input of the
         segment, in any float dtype; ``reference`` gives the same of the reference. Each result has the shape of
         ``target``.
         """
@@ -115,16 +114,15 @@ class ScaleReplay:
         yield from self._recalibrated(nodes, target, given, calibrated=calibrated)
 
     def larger(self, nodes: Sequence[Node], given: Mapping[str, AnyTensor], target: str) -> Iterator[AnyTensor]:
-        """Results with somewhat larger scales; for a foreign file also with larger ones of its own quantizers.
+        """Results with somewhat larger scales, those of the file's own quantizers among them.
 
         ``given``: name → input of the segment, in any float dtype. Each result has the shape of ``target``.
         """
         for scale_margin in SCALE_MARGINS:
             yield self.quantized.ideal(self._emulator, nodes, given, [target], scale_margin).results[target]
-        if isinstance(self.quantized, FileQuantization):
-            yield self.quantized.ideal(self._emulator, nodes, given, [target], whole_range=True).results[target]
-            for scale_margin in (1.0, *SCALE_MARGINS):
-                yield from self._recalibrated(nodes, target, given, scale_margin)
+        yield self.quantized.ideal(self._emulator, nodes, given, [target], whole_range=True).results[target]
+        for scale_margin in (1.0, *SCALE_MARGINS):
+            yield from self._recalibrated(nodes, target, given, scale_margin)
 
     def _recalibrated(
         self,
@@ -136,13 +134,11 @@ class ScaleReplay:
     ) -> list[AnyTensor]:
         """Results of a file's own nodes with better scales; empty where nobody can tell."""
         quantized, graph = self.quantized, self._oracle.graph
-        if not isinstance(quantized, FileQuantization):
-            return []
         names = dict.fromkeys(i for n in nodes for i in n.inputs if is_constant(graph, i) and i not in given)
         constants = [torch.as_tensor(t) for t in self._oracle.run_nodes([], {}, names).values()]
         fine = quantized.recalibrated(target, self._known, given, constants, bits=24)
-        exact = as_tensor(self._oracle.run_nodes(nodes, given, [target])[target])
-        if fine is None or fine.shape != exact.shape:
+        exact = None if fine is None else as_tensor(self._oracle.run_nodes(nodes, given, [target])[target])
+        if fine is None or exact is None or fine.shape != exact.shape:
             return []
         rounded = quantized.recalibrated(target, self._known, given, constants, scale_margin, calibrated=calibrated)
         assert rounded is not None  # as with more bits

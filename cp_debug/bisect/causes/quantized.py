@@ -9,7 +9,6 @@ from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment
-from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.graph.operators import QUANTIZERS
 from cp_debug.safe_text import some
 
@@ -85,7 +84,7 @@ def _uneven(segment: Segment) -> bool:
 def saturated_bias(segment: Segment) -> Iterator[Candidate]:
     """Candidates: biases that are stored at INT32's end, for their scale is too small to hold them."""
     quantized = segment.context.quantized
-    if not isinstance(quantized, FileQuantization):
+    if quantized is None:
         return
     for node in segment.nodes:
         stored = quantized.stored_bias(node)

@@ -23,7 +23,6 @@ from cp_debug.bisect.causes.fits import halves
 from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.replay import Load
 from cp_debug.bisect.replayed import FLOOR
-from cp_debug.bisect.scale_replay import AnyQuantized
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS
@@ -47,7 +46,9 @@ def as_double(value: Any) -> Tensor:
 class SegmentContext:
     """Executes parts of one program in any arithmetic."""
 
-    def __init__(self, program: Program, oracle: Executor, claim: str, quantized: AnyQuantized | None = None) -> None:
+    def __init__(
+        self, program: Program, oracle: Executor, claim: str, quantized: FileQuantization | None = None
+    ) -> None:
         """``claim``: the precision that the backend under suspicion claims to have; ``quantized`` what it does in INT8,
         where that is known."""
         self.program, self.graph, self.oracle, self.quantized = program, program.graph, oracle, quantized
@@ -379,7 +380,7 @@ class Segment:
     @cached_property
     def _range(self) -> tuple[float, float] | None:
         quantized = self.context.quantized
-        found = quantized.range(self.target) if isinstance(quantized, FileQuantization) else None
+        found = quantized.range(self.target) if quantized is not None else None
         if found is None or self.exact.shape != self.test.shape:
             return None
         beyond = torch.where(self.finite, self.exact - self.exact.clamp(*found), 0.0)
