@@ -97,10 +97,11 @@ def weight_amax(weight: Tensor, axis: int, method: str) -> Tensor:
     if method == "mse":
         error = torch.full_like(largest, math.inf)
         for share in torch.linspace(0.3, 1, _CANDIDATES).tolist():
-            scale = (largest * (share / QMAX)).clamp(min=_TOO_SMALL)[:, None]
+            limit = largest * share
+            scale = limit.clamp(min=_TOO_SMALL)[:, None] / QMAX
             squared_error = ((rows / scale).round().clamp(-QMAX - 1, QMAX) * scale - rows).square().sum(dim=1)
-            best = torch.where(squared_error < error, largest * share, best)
-            error = torch.minimum(squared_error, error)
+            better = (squared_error < error) & (limit > _TOO_SMALL)
+            best, error = torch.where(better, limit, best), torch.where(better, squared_error, error)
     return torch.where(best > _TOO_SMALL, best, largest.max().item() if largest.max() > _TOO_SMALL else 1.0)
 
 
