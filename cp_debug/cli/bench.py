@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli import reading, tensorrt
-from cp_debug.cli.flags import MOST, grouped
+from cp_debug.cli.flags import MOST, Checkpoint, JsonFile, grouped
 from cp_debug.cli.given import check_configured, check_given
 from cp_debug.cli.typed import refuse, refuse_export_folder
 from cp_debug.loading import load_torch
@@ -24,14 +24,12 @@ def bench(
     ),
     onnx_dir: Annotated[Path | None, typer.Option(help="Folder of `cpdebug export`; default: exported now.")] = None,
     recipe: Annotated[str | None, typer.Option("--model", help="For a configuration that names no model.")] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights: .pt, .safetensors, or what `cpdebug quantize` wrote.")
-    ] = None,
+    checkpoint: Checkpoint = None,
     inputs: Annotated[Path | None, typer.Option(help="Files or a folder, as for bisect, or an info file.")] = None,
     batch: Annotated[int, typer.Option(min=1, max=MOST, help="Clouds in one pass (CenterPoint).")] = 1,
     warmup: Annotated[int, typer.Option(min=0, max=MOST, help="Warm-up passes.")] = 3,
     repeats: Annotated[int, typer.Option("--repeats", "-n", min=1, max=MOST, help="Timed passes.")] = 20,
-    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    json: JsonFile = None,
     trt_python: tensorrt.Python = None,
     *,
     files: reading.ReadingFlags,

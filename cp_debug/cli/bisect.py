@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cp_debug.cli import calibration, reading, tensorrt
-from cp_debug.cli.flags import LAST_SEED, MOST, Atol, Rtol, check_device, check_made_up, grouped, size_in_bytes
+from cp_debug.cli.flags import (
+    MOST,
+    Atol,
+    Checkpoint,
+    JsonFile,
+    MadeSeed,
+    ModelName,
+    Rtol,
+    check_device,
+    check_made_up,
+    grouped,
+    size_in_bytes,
+)
 from cp_debug.cli.given import check_given
 from cp_debug.cli.saving import has_result, replacing
 from cp_debug.cli.typed import refuse, refuse_export_flags, refuse_seed, typed
@@ -59,9 +71,7 @@ class Oracle(str, Enum):
 
 @grouped
 def bisect(
-    model: Annotated[
-        str, typer.Argument(help="A recipe (`cpdebug models`), an .onnx file, or module:callable / file.py:callable.")
-    ] = "centerpoint:tiny",
+    model: ModelName = "centerpoint:tiny",
     other: Annotated[
         Path | None, typer.Argument(metavar="TEST_MODEL", help="A second file or folder, as --test-model.")
     ] = None,
@@ -84,15 +94,13 @@ def bisect(
         list[str] | None,
         typer.Option("--map", help="REFERENCE=TEST: compare these two values; OUTPUT=: leave one out; repeatable."),
     ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights: .pt, .safetensors, or what `cpdebug quantize` wrote.")
-    ] = None,
+    checkpoint: Checkpoint = None,
     test_checkpoint: Annotated[Path | None, typer.Option(help="Other weights for the test backends.")] = None,
     test_train_mode: Annotated[bool, typer.Option(help="Run the test's module in train mode.")] = False,
     test_out_of_place: Annotated[bool, typer.Option(help="Replace the test's in-place activations.")] = False,
     inputs: Annotated[Path | None, typer.Option(help=reading.INPUTS_HELP)] = None,
     samples: Annotated[int, typer.Option(min=1, max=MOST, help="How many samples.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of generated inputs.")] = 0,
+    seed: MadeSeed = 0,
     level: Annotated[Level, typer.Option(help="stages: only the stage table.")] = Level.layers,
     show_all: Annotated[
         bool, typer.Option("--all", help="Every layer, not only those near the first divergent one.")
@@ -125,7 +133,7 @@ def bisect(
     unfolded: Annotated[
         bool, typer.Option("--unfolded", help="Do not fold BatchNorm, to debug module by module.")
     ] = False,
-    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    json: JsonFile = None,
     csv: Annotated[Path | None, typer.Option(help="Write the layer table as CSV; - is stdout.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the HTML report: one file, works offline.")] = None,
     save: Annotated[Path | None, typer.Option(help="Save result, graphs and captures in this folder.")] = None,

@@ -9,7 +9,7 @@ import typer
 
 from cp_debug.cli import calibration, reading, tensorrt
 from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
+from cp_debug.cli.flags import MOST, MadeSeed, check_made_up, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.saving import replacing
 from cp_debug.cli.typed import refuse_export_flags, refuse_seed
@@ -26,7 +26,7 @@ def capture(
     checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
     inputs: Annotated[Path | None, typer.Option(help=reading.INPUTS_HELP)] = None,
     samples: Annotated[int, typer.Option(min=1, max=MOST, help="How many samples.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of generated inputs.")] = 0,
+    seed: MadeSeed = 0,
     exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what the backend reads.")] = Exporter.auto,
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Do not fold BatchNorm.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier capture in --output.")] = False,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cp_debug.cli import reading
-from cp_debug.cli.flags import LAST_SEED, JsonAlone, grouped
+from cp_debug.cli.flags import JsonAlone, MadeSeed, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse, refuse_seed
 from cp_debug.loading import load_torch
@@ -27,7 +27,7 @@ def check(
     model: Annotated[str, typer.Argument(help="A model, as for bisect.")] = "centerpoint:tiny",
     checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
     inputs: Annotated[Path | None, typer.Option(help="Inputs, as for bisect.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of generated inputs.")] = 0,
+    seed: MadeSeed = 0,
     activations: Annotated[
         bool, typer.Option(help="Also check the activations of one sample, in one FP32 pass.")
     ] = True,

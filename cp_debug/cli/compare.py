@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cp_debug.cli.flags import Atol, Rtol
+from cp_debug.cli.flags import Atol, JsonFile, Rtol
 from cp_debug.cli.typed import refuse
 
 
@@ -23,7 +23,7 @@ def compare(
     ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="Every tensor.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the verdict, one line for each test.")] = False,
-    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    json: JsonFile = None,
     csv: Annotated[Path | None, typer.Option(help="Write the table as CSV; - is stdout.")] = None,
 ) -> None:
     """Compare two captures tensor by tensor."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cp_debug.cli.flags import JsonFile
 from cp_debug.cli.typed import refuse
 from cp_debug.errors import InputError
 from cp_debug.loading import load_torch
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 def demo(
     fault: Annotated[str | None, typer.Argument(help="A fault to inject; without one, they are listed.")] = None,
-    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    json: JsonFile = None,
     html: Annotated[Path | None, typer.Option(help="Write the HTML report: one file, works offline.")] = None,
 ) -> None:
     """Watch cpdebug find a known fault in the built-in model."""

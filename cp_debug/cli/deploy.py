@@ -9,6 +9,7 @@ import typer
 
 from cp_debug.cli import tensorrt
 from cp_debug.cli.deploy_log import LogLevel, deploy_log
+from cp_debug.cli.flags import JsonFile, RotYAxis
 from cp_debug.cli.given import check_configured, check_installed
 from cp_debug.cli.typed import refuse
 from cp_debug.loading import load_torch
@@ -22,10 +23,8 @@ def deploy(
     model: Annotated[str | None, typer.Option(help="For a configuration that names no model, such as AWML's.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run finished stages again.")] = False,
     html: Annotated[Path | None, typer.Option(help="The page.  [default: report.html in the work folder]")] = None,
-    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
-    rot_y_axis_reference: Annotated[
-        bool, typer.Option("--rot-y-axis-reference", help="CenterPoint: yaw from the y axis, as Autoware reads it.")
-    ] = False,
+    json: JsonFile = None,
+    rot_y_axis_reference: RotYAxis = False,
     data_root: Annotated[
         Path | None, typer.Option(help="Folder that paths in the info file are relative to.  [default: data.root]")
     ] = None,

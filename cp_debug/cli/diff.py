@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cp_debug.cli.flags import JsonFile
 from cp_debug.cli.given import check_saved
 
 
@@ -16,7 +17,7 @@ def diff(
     factor: Annotated[
         float, typer.Option(min=1.0, help="An error beyond rounding counts as changed from this factor on.")
     ] = 2.0,
-    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    json: JsonFile = None,
     html: Annotated[Path | None, typer.Option(help="Write the page: one file, works offline.")] = None,
 ) -> None:
     """Compare two results: what got worse, better, or is new.

@@ -11,7 +11,7 @@ import typer
 
 from cp_debug.cli import calibration, tensorrt
 from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
+from cp_debug.cli.flags import LAST_SEED, MOST, Checkpoint, JsonFile, Scenes, check_made_up, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse, refuse_data_flags, refuse_export_flags
 from cp_debug.loading import load_torch
@@ -32,13 +32,9 @@ def evaluate(
         ),
     ] = "centerpoint:tiny",
     backends: Annotated[str, typer.Option("--backends", "-b", help="Reference first, then the tests.")] = "torch,ort",
-    data: Annotated[
-        Path | None, typer.Option(help="An mmdet3d info file (.pkl); else the held-out synthetic scenes.")
-    ] = None,
+    data: Scenes = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")] = 50,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights: .pt, .safetensors, or what `cpdebug quantize` wrote.")
-    ] = None,
+    checkpoint: Checkpoint = None,
     data_root: Annotated[Path | None, typer.Option(help="Folder that paths in the info file are relative to.")] = None,
     sweeps: Annotated[int, typer.Option(min=0, max=MOST, help="Earlier sweeps to merge, at most.")] = 9,
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out samples without a cloud.")] = False,
@@ -54,7 +50,7 @@ def evaluate(
     ] = False,
     exporter: Annotated[Exporter, typer.Option(help="For torch models.")] = Exporter.auto,
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Do not fold BatchNorm.")] = False,
-    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    json: JsonFile = None,
     csv: Annotated[
         Path | None, typer.Option(help="Write the figures of each backend and class as CSV; - is stdout.")
     ] = None,

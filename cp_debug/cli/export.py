@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.flags import LAST_SEED
+from cp_debug.cli.flags import MadeSeed, RotYAxis
 from cp_debug.cli.given import check_given
 from cp_debug.cli.saving import check_new
 from cp_debug.cli.typed import refuse, refuse_seed
@@ -34,14 +34,12 @@ def export(
     ),
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Do not fold BatchNorm and constants.")] = False,
     simplify: Annotated[bool, typer.Option("--simplify", help="Run onnxscript's optimizer over the graph.")] = False,
-    rot_y_axis_reference: Annotated[
-        bool, typer.Option("--rot-y-axis-reference", help="CenterPoint: yaw from the y axis, as Autoware reads it.")
-    ] = False,
+    rot_y_axis_reference: RotYAxis = False,
     quantized: Annotated[
         Path | None, typer.Option(help="Checkpoint of `quantize ptq` or `qat`: the files get its Q/DQ pairs.")
     ] = None,
     inputs: Annotated[Path | None, typer.Option(help="Samples to export and compare with; default: generated.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of generated inputs.")] = 0,
+    seed: MadeSeed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in --output.")] = False,
 ) -> None:
     """Export a model's components as ONNX files. Their batch and spatial axes are free; each file is aligned with

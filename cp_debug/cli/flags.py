@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -27,6 +28,18 @@ Rtol = Annotated[
 Atol = Annotated[
     float | None, typer.Option(min=0.0, help="Absolute tolerance on max |Δ|; 1 or more counts for integers.")
 ]
+
+ModelName = Annotated[
+    str, typer.Argument(help="A recipe (`cpdebug models`), an .onnx file, or module:callable / file.py:callable.")
+]
+Checkpoint = Annotated[Path | None, typer.Option(help="Weights: .pt, .safetensors, or what `cpdebug quantize` wrote.")]
+QuantizedTest = Annotated[Path | None, typer.Option(help="The test's Q/DQ graph (a folder, for several components).")]
+RotYAxis = Annotated[
+    bool, typer.Option("--rot-y-axis-reference", help="CenterPoint: yaw from the y axis, as Autoware reads it.")
+]
+Scenes = Annotated[Path | None, typer.Option(help="An mmdet3d info file (.pkl); else the held-out synthetic scenes.")]
+JsonFile = Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")]
+MadeSeed = Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of generated inputs.")]
 
 JsonAlone = Annotated[
     str | None, typer.Option("--json", metavar="[file|-]", help="Write JSON to a file; alone, or with -, to stdout.")

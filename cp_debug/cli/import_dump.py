@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli.bisect import DumpLayout
+from cp_debug.cli.flags import JsonFile
 from cp_debug.cli.saving import replacing
 from cp_debug.loading import load_torch
 
@@ -29,7 +30,7 @@ def import_dump(
         list[str] | None, typer.Option("--map", help="VALUE=TENSOR: the name in the graph and in the dump; repeatable.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier capture in --output.")] = False,
-    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    json: JsonFile = None,
 ) -> None:
     """Match dumped tensors with a graph and save them as a capture. List what does not fit.
 

@@ -9,7 +9,7 @@ import typer
 
 from cp_debug.cli import reading
 from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
+from cp_debug.cli.flags import MOST, JsonFile, MadeSeed, ModelName, check_made_up, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse_export_flags, refuse_seed
 from cp_debug.loading import load_torch
@@ -17,9 +17,7 @@ from cp_debug.loading import load_torch
 
 @grouped
 def predict(
-    model: Annotated[
-        str, typer.Argument(help="A recipe (`cpdebug models`), an .onnx file, or module:callable / file.py:callable.")
-    ] = "centerpoint:tiny",
+    model: ModelName = "centerpoint:tiny",
     precision: Annotated[str, typer.Option(help="fp16, bf16, tf32; int8 for a file with Q/DQ pairs.")] = "fp16",
     target: Annotated[str, typer.Option(help="The runtime: trt-8.6, trt-10, trt-11.")] = "trt-8.6",
     builder_level: Annotated[
@@ -29,12 +27,12 @@ def predict(
     checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
     inputs: Annotated[Path | None, typer.Option(help=reading.INPUTS_HELP)] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="How many samples.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of generated inputs.")] = 0,
+    seed: MadeSeed = 0,
     goal: Annotated[str | None, typer.Option(help="As in search: also name the layers to keep in FP32 for it.")] = None,
     device: Annotated[str, typer.Option(help="Where to emulate: cpu, cuda, cuda:1.")] = "cpu",
     show_all: Annotated[bool, typer.Option("--all", help="Every layer, not only the largest errors.")] = False,
     exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what the target reads.")] = Exporter.auto,
-    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    json: JsonFile = None,
     *,
     files: reading.ReadingFlags,
 ) -> None:

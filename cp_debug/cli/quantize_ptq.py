@@ -9,7 +9,7 @@ import typer
 
 from cp_debug.cli import reading
 from cp_debug.cli.calibration import Method, check_calibration
-from cp_debug.cli.flags import MOST, grouped
+from cp_debug.cli.flags import MOST, JsonFile, ModelName, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse, typed
 from cp_debug.loading import load_torch
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 @grouped
 def ptq(
-    model: Annotated[
-        str, typer.Argument(help="A recipe (`cpdebug models`), an .onnx file, or module:callable / file.py:callable.")
-    ] = "centerpoint:tiny",
+    model: ModelName = "centerpoint:tiny",
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoint, caches and ONNX files.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Weights for the recipe: .pt or .safetensors.")] = None,
@@ -46,7 +44,7 @@ def ptq(
         int, typer.Option(min=13, max=100, help="Opset of the files; TensorRT 8 reads up to 17; FP8 needs 19, INT4 21.")
     ] = 17,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run's files in --output.")] = False,
-    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    json: JsonFile = None,
     files: reading.ReadingFlags,
 ) -> None:
     """Fold BatchNorm, calibrate, and write checkpoint, calibration caches and ONNX files with Q/DQ pairs.

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cp_debug.cli.flags import LAST_SEED, MOST
+from cp_debug.cli.flags import LAST_SEED, MOST, JsonFile
 from cp_debug.cli.saving import check_new
 from cp_debug.cli.typed import refuse
 from cp_debug.errors import InputError
@@ -52,7 +52,7 @@ def qat(
     resume: Annotated[bool, typer.Option("--resume", help="Resume from OUTPUT.state, with the same options.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of order and augmentation.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier OUTPUT, and its state.")] = False,
-    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    json: JsonFile = None,
 ) -> None:
     """Fine-tune from the PTQ checkpoint: BatchNorm frozen, scales as calibrated, the best weights kept.
 

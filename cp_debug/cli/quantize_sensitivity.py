@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli.calibration import Method, check_calibration
-from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up
+from cp_debug.cli.flags import LAST_SEED, MOST, JsonFile, check_made_up
 from cp_debug.cli.given import check_given
 from cp_debug.cli.quantize_ptq import narrow_options
 from cp_debug.cli.typed import refuse
@@ -52,7 +52,7 @@ def sensitivity(
     ] = None,
     draws: Annotated[int, typer.Option(min=0, max=MOST, help="Bootstrap draws for the intervals.")] = 200,
     show_all: Annotated[bool, typer.Option("--all", help="Show every layer.")] = False,
-    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    json: JsonFile = None,
     csv: Annotated[Path | None, typer.Option(help="Write a row for each layer as CSV; - is stdout.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write chart and table as one HTML file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the chart as SVG.")] = None,

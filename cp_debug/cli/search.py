@@ -10,7 +10,7 @@ import typer
 
 from cp_debug.cli import reading, tensorrt
 from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
+from cp_debug.cli.flags import MOST, JsonFile, MadeSeed, ModelName, QuantizedTest, check_made_up, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse, refuse_export_flags, refuse_seed
 from cp_debug.errors import InputError
@@ -21,18 +21,14 @@ _DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>[smh]?)")
 
 @grouped
 def search(
-    model: Annotated[
-        str, typer.Argument(help="A recipe (`cpdebug models`), an .onnx file, or module:callable / file.py:callable.")
-    ] = "centerpoint:tiny",
+    model: ModelName = "centerpoint:tiny",
     backends: Annotated[
         str, typer.Option("--backends", "-b", help="The reference and one test.")
     ] = "torch,emu-fp16acc",
     goal: Annotated[
         str, typer.Option(help="rel_l2, max_abs, boxes_lost, boxes_gained, boxes_moved, map_drop; joined by 'and'.")
     ] = "rel_l2<1e-3",
-    test_model: Annotated[
-        Path | None, typer.Option(help="The test's Q/DQ graph (a folder, for several components).")
-    ] = None,
+    test_model: QuantizedTest = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights for the recipe: .pt, .safetensors, or what `cpdebug quantize` wrote.")
     ] = None,
@@ -41,7 +37,7 @@ def search(
         Path | None, typer.Option(help="For map_drop: an info file (.pkl); else the held-out synthetic scenes.")
     ] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="How many samples.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of generated inputs.")] = 0,
+    seed: MadeSeed = 0,
     max_builds: Annotated[int | None, typer.Option(min=1, max=MOST, help="Most builds (emulated: trials).")] = None,
     budget: Annotated[str | None, typer.Option(help="Time after which no trial begins: 90s, 30m, 2h.")] = None,
     log: Annotated[Path | None, typer.Option(help="One line per trial; a search resumes from it.")] = None,
@@ -50,7 +46,7 @@ def search(
     ] = None,
     exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what all backends read.")] = Exporter.auto,
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Do not fold BatchNorm.")] = False,
-    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    json: JsonFile = None,
     *,
     engines: tensorrt.TensorRTFlags,
     files: reading.ReadingFlags,

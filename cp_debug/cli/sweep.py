@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli import calibration
-from cp_debug.cli.flags import MOST, Atol, Rtol, grouped
+from cp_debug.cli.flags import MOST, Atol, QuantizedTest, Rtol, Scenes, grouped
 from cp_debug.cli.sweep_desk import Backends, Compared, Desk, Draws, Inputs, Scored, Subjects, calibration_settings
 from cp_debug.cli.typed import Command, refuse
 from cp_debug.files import resolved
@@ -51,9 +51,7 @@ def sweep_bisect(
 @grouped
 def sweep_eval(
     *,
-    data: Annotated[
-        Path | None, typer.Option(help="An mmdet3d info file (.pkl); else the held-out synthetic scenes.")
-    ] = None,
+    data: Scenes = None,
     what: Scored,
     max_drop: Annotated[float, typer.Option(min=0, help="mAP that a backend may lose.")] = 0.01,
     int8: calibration.CalibrationFlags,
@@ -152,9 +150,7 @@ def sweep_search(
     goal: Annotated[
         str, typer.Option(help="rel_l2, max_abs, boxes_lost, boxes_gained, boxes_moved; joined by 'and'.")
     ] = "rel_l2<1e-3",
-    test_model: Annotated[
-        Path | None, typer.Option(help="The test's Q/DQ graph (a folder, for several components).")
-    ] = None,
+    test_model: QuantizedTest = None,
     max_builds: Annotated[
         int | None, typer.Option(min=1, max=MOST, help="Most builds (emulated: trials) per task.")
     ] = None,

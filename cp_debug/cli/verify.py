@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cp_debug.cli import reading, tensorrt
-from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
+from cp_debug.cli.flags import LAST_SEED, MOST, JsonFile, check_made_up, grouped
 from cp_debug.cli.given import check_configured, check_given
 from cp_debug.cli.typed import once, refuse, refuse_export_folder, refuse_seed
 from cp_debug.loading import load_torch
@@ -55,7 +55,7 @@ def verify(
     ] = None,
     explain: Annotated[bool, typer.Option(help="Bisect what fails.")] = True,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML.")] = None,
-    json: Annotated[str | None, typer.Option(help="Write JSON to a file, or to stdout with -.")] = None,
+    json: JsonFile = None,
     trt_python: tensorrt.Python = None,
     *,
     files: reading.ReadingFlags,

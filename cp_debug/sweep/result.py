@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from cp_debug.serialize import BadField, JsonForm, part
 from cp_debug.sweep.log import SCHEMA, Record
 from cp_debug.sweep.run import Finished
 from cp_debug.sweep.spread import SampleGroup
-from cp_debug.sweep.tasks import KINDS
+from cp_debug.sweep.tasks import KINDS, module_of
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,4 @@ class SweepResult(JsonForm):
         kind = part(str, document, "kind")
         if kind not in KINDS:
             raise BadField("kind", f"{kind!r}; expected {', '.join(KINDS)}")
-        groups = part(list[dict[str, Any]], document, "groups")
-        return document | {"groups": [part(_group_type(kind, group), {"groups": group}, "groups") for group in groups]}
-
-
-def _group_type(kind: str, group: Mapping[str, Any]) -> type:
-    from cp_debug.sweep import ablating, bisecting, evaluating, searching, sensitivity
-
-    groups: dict[str, type] = {
-        "ablate": ablating.AblationGroup,
-        "bisect": bisecting.BisectGroup,
-        "eval": evaluating.EvalGroup,
-        "search": searching.MixedPrecisionGroup,
-        "sensitivity": sensitivity.SensitivityGroup,
-    }
-    return groups[kind]
+        return document | {"groups": part(get_type_hints(module_of(kind).merge)["return"], document, "groups")}

@@ -27,7 +27,7 @@ KINDS = {
     "search": "cp_debug.sweep.searching:task",
 }
 """Kind → ``module:function``; the function maps parameters to a JSON-safe result. Its module tells how results of the
-kind are merged (``merge``), and how one becomes rows of a table (``rows``, ``COLUMNS``)."""
+kind are merged (``merge``, a list of groups), and how one becomes rows of a table (``rows``, ``COLUMNS``)."""
 
 Parameters = Mapping[str, Any]
 
