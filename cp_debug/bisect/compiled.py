@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
-from cp_debug.backends.base import Backend
+from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.compile_options import CompileOptions
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import COMPILED, BackendSpec
@@ -13,6 +14,7 @@ from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.remainder import apart
 from cp_debug.bisect.result import GUILTY, LayerRow
+from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import Pipeline
 from cp_debug.recipes.base import Arrays, Sample
 
@@ -37,34 +39,38 @@ def compiled_findings(
     if not backend.spec.name.startswith(COMPILED) or all(row.within for row in rows):
         return findings, []
     reference, test = outputs
-    exact = _outputs(run, create(BackendSpec("torch-fp64", backend.device)), sample)
-    nearer = _nearer(str(backend.spec), apart(exact, test), str(run.reference.backend.spec), apart(exact, reference))
+    graphs = [replace(program, module=None) for program in run.pipeline.programs]  # modules may make FP32 themselves
+    nearer = []
+    with suppress(InputError):
+        exact = _outputs(run, graphs, create(BackendSpec("torch-fp64", backend.device)), sample)
+        names = str(backend.spec), str(run.reference.backend.spec)
+        nearer = [_nearer(names[0], apart(exact, test), names[1], apart(exact, reference))]
     options = CompileOptions.parse(backend.spec.options)
     guilty = any(row.verdict == GUILTY and row.side == "test" for row in rows)
     if guilty or options.compiler != "inductor" or options.casts or run.precision.name == "fp32":
-        return findings, [nearer]
+        return findings, nearer
     spec = replace(backend.spec, options=str(replace(options, casts=True)))
-    difference, left = apart(reference, test), apart(reference, _outputs(run, create(spec), sample))
+    rounded = _outputs(run, run.pipeline.programs, create(spec), sample)
+    difference, left = apart(reference, test), apart(reference, rounded)
     if not left <= REST * difference:
-        return findings, [nearer]
+        return findings, nearer
     first = next(row for row in rows if not row.within)
     found = Finding(
         CASTS,
         "inductor does not round between the operators of one kernel, as eager does: with emulate_precision_casts the "
-        f"outputs differ by {left:.2g} instead of {difference:.2g}; {nearer}",
+        + "; ".join([f"outputs differ by {left:.2g} instead of {difference:.2g}", *nearer]),
         [first.name],
         [first.op],
-        explained=1 - left / difference,
         evidence={"difference": difference, "with_casts": left},
         fix=f"none where more exact is right; else torch._inductor.config.emulate_precision_casts = True, here {spec}",
     )
     return [found, *(f for f in findings if not f.evidence.get("declared"))], []
 
 
-def _outputs(run: CandidateRun, backend: Backend, sample: Sample) -> Arrays:
+def _outputs(run: CandidateRun, programs: Sequence[Program], backend: Backend, sample: Sample) -> Arrays:
     """Outputs of the test's last component on another backend."""
     model = run.pipeline.model
-    with Pipeline(model, run.pipeline.programs, backend) as pipeline:
+    with Pipeline(model, programs, backend) as pipeline:
         return pipeline.run(sample)[model.components[-1].name]
 
 

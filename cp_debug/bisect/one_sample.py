@@ -185,12 +185,14 @@ class SampleRuns:
                 collected.findings = explainer.findings(rows, observation)
                 builds, tell = self._options.max_builds, self._progress.tell
                 collected.findings = look_inside(explainer, rows, collected.findings, builds, tell)
-                last = run.pipeline.model.components[-1].name
-                outputs = side.outputs[last], results[last]
-                collected.findings, told = compiled_findings(
-                    run, sample, outputs, list(rows.values()), collected.findings
-                )
-                failures += [*explainer.notes, *told]
+                failures += explainer.notes
+                last, judged = model.components[-1].name, list(rows.values())
+                try:
+                    outputs = side.outputs[last], results[last]
+                    collected.findings, told = compiled_findings(run, sample, outputs, judged, collected.findings)
+                    failures += told
+                except Exception as error:
+                    failures.append(f"which side is nearer to FP64 is unknown: {in_one_line(error)}")
         collected.explained([*counts_told(rows), *failures])
         collected.add(rows)
 
