@@ -106,7 +106,7 @@ class Points(nn.Module):
         centre = points[..., :3].mean(1, keepdim=True)
         x = torch.cat([points, points[..., :3] - centre], -1)
         x = torch.relu(self.norm(self.linear(x).transpose(1, 2)).transpose(1, 2)).amax(1)
-        cells = torch.zeros(8, 32).index_add(0, index, x)
+        cells = torch.zeros(8, 32, dtype=x.dtype).index_add(0, index, x)
         return torch.tanh(self.head(cells / (cells.norm(dim=-1, keepdim=True) + 1e-3)))
 
 
@@ -118,7 +118,7 @@ class Gates(nn.Module):
         self.inputs, self.state, self.out = nn.Linear(8, 48), nn.Linear(16, 48), nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = torch.zeros(x.shape[0], 16)
+        h = x.new_zeros(x.shape[0], 16)
         for step in range(x.shape[1]):
             a, b = self.inputs(x[:, step]).chunk(3, -1), self.state(h).chunk(3, -1)
             r, z = torch.sigmoid(a[0] + b[0]), torch.sigmoid(a[1] + b[1])
@@ -356,6 +356,56 @@ def _next(index: Any) -> Any:
     return lowerings[aten.maximum.default](index, lowerings[aten.full_like.default](index, 1))
 
 
+class Of(nn.Module):
+    """A linear layer, a function of its result, another linear layer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], bias: float = 0.0) -> None:
+        super().__init__()
+        self.first, self.second, self.function = nn.Linear(16, 32), nn.Linear(32, 4), function
+        nn.init.constant_(self.first.bias, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.function(self.first(x)))
+
+
+def _cut(x: Tensor) -> Tensor:
+    return torch.floor(torch.tanh(x) * 3.7)
+
+
+def _steps(x: Tensor) -> Tensor:
+    for step in range(6):
+        x = x + 16.0 * 2.0**step
+    return x - 1008.0
+
+
+def _centred(x: Tensor) -> Tensor:
+    y = x * 4.0 + 2000.0
+    return y - y.mean(-1, keepdim=True)
+
+
+def _same(x: Tensor) -> Tensor:
+    y = (x * 3.0) / 3.0
+    return torch.where(y == x, y, y - 1.0)
+
+
+CASTS_LEFT_OUT = "missing-casts"
+REAL: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
+    "expm1-near-0": ("torch,torch-compile", lambda x: torch.expm1(x * 1e-4) * 1e4, "expm1"),
+    "elu-near-0": ("torch,torch-compile", lambda x: functional.elu(x * 1e-4) * 1e4, "elu"),
+    "remainder-large": ("torch,torch-compile", lambda x: torch.remainder(x * 1e6, 0.37), "remainder"),
+    "int8-overflow": ("torch,torch-compile", lambda x: (x * 300).to(torch.int8).float() / 100, "to"),
+    "remainder-negative": ("torch,torch-compile", lambda x: torch.remainder(x * -1e6, 1.7), "remainder"),
+    "bf16-large-sum": ("torch-bf16,torch-compile-bf16", lambda x: torch.sigmoid(x) + 100.0 - 100.0, CASTS_LEFT_OUT),
+    "bf16-steps": ("torch-bf16,torch-compile-bf16", _steps, CASTS_LEFT_OUT),
+    "bf16-mean": ("torch-bf16,torch-compile-bf16", _centred, CASTS_LEFT_OUT),
+    "bf16-floor": ("torch-bf16,torch-compile-bf16", _cut, CASTS_LEFT_OUT),
+    "bf16-equal": ("torch-bf16,torch-compile-bf16", _same, CASTS_LEFT_OUT),
+    "fp16-overflow": ("torch-fp16,torch-compile-fp16", lambda x: x * 1e3 * 1e3 / 1e6, CASTS_LEFT_OUT),
+    "fp16-underflow": ("torch-fp16,torch-compile-fp16", lambda x: x * 1e-4 * 1e-4 * 1e8, CASTS_LEFT_OUT),
+}
+"""What torch 2.13's inductor does on a CPU without any change: backends, the function, the layer or cause to name."""
+
+
 def verdict(test: TestResult) -> str:
     """Guilty layers with their figures, in a line."""
     if not test.guilty:
@@ -368,7 +418,7 @@ def verdict(test: TestResult) -> str:
 def main() -> None:
     """Run what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["healthy", "faults"])
+    parser.add_argument("what", choices=["healthy", "real", "faults"])
     parser.add_argument("names", nargs="*")
     parser.add_argument("--backends", default="torch-compile,torch-compile-bf16,torch-compile-fp16")
     given = parser.parse_args()
@@ -385,6 +435,16 @@ def main() -> None:
                     f"{name:10} {backend:20} {test.compared}/{test.total} gap {gap:.1e} {took:.0f} s {verdict(test)}",
                     flush=True,
                 )
+    elif given.what == "real":
+        for name in given.names or REAL:
+            backends, function, wanted = REAL[name]
+            torch.manual_seed(0)
+            (test,) = bisect(TorchModel(name, Of(function).eval(), _image(64, 16)), backends).tests
+            causes = [finding.cause for finding in test.findings]
+            names = [row.name for row in test.guilty] or [name for f in test.findings for name in f.layers]
+            exact = causes == [wanted] or (bool(names) and all(wanted in name for name in names))
+            count, right = count + 1, right + exact
+            print(f"{name:18} {'named' if exact else 'NOT NAMED'} {causes} {verdict(test)} {test.notes}", flush=True)
     else:
         backend = given.backends.partition(",")[0]
         for name in given.names or FAULTS:

@@ -20,6 +20,8 @@ from cp_debug.recipes.base import Arrays, Sample
 
 REST = 0.1
 """Share of the difference that may remain with casts, if their absence is its cause."""
+ALIKE = 1.2
+"""Ratio of two distances from FP64 up to which neither side is called nearer."""
 CASTS = "missing-casts"
 
 
@@ -83,4 +85,6 @@ def _nearer(test: str, own: float, reference: str, other: float) -> str:
     if not near:
         return f"{says}: {name} is exact"
     times = far / near
+    if times < ALIKE:
+        return says
     return f"{says}: {name} is {times:.2g} times nearer" if times < 100 else f"{says}: {name} is far nearer"
