@@ -120,6 +120,14 @@ def test_born_infinities_tell_how_far_the_reference_reaches() -> None:
     assert judged(born, stats(1.0, np.inf), precision="fp16").why == "NaN or Inf appears here in 2 values"
 
 
+@pytest.mark.parametrize(("roundoffs", "guilty"), [(1.0, False), (20.0, True)])
+def test_an_overflow_that_the_result_does_not_show_is_none(roundoffs: float, guilty: bool) -> None:
+    """A kernel may keep a constant beyond FP16 in FP32: then the layer is off by a rounding alone."""
+    off = roundoffs * FP16.roundoff
+    replay = replace(HEALTHY, introduced=off, expected=off, excess=1.0, range_loss=float("inf"))
+    assert (judged(replay, precision="fp16").verdict == "guilty") == guilty
+
+
 @pytest.mark.parametrize(("roundoffs", "verdict"), [(7.5, "inherited"), (8.5, "guilty")])
 def test_a_loss_of_range_is_measured_in_roundoffs(roundoffs: float, verdict: str) -> None:
     found = judged(replace(HEALTHY, range_loss=roundoffs * FP16.roundoff), precision="fp16")

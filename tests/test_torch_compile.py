@@ -290,3 +290,34 @@ def test_knobs_are_those_of_inductor() -> None:
     model = TorchModel("net", Cancels().eval(), torch.randn(5, 8))
     with pytest.raises(InputError, match="--knobs: expected ort-basic, ort-all or torch-compile"):
         bisect(model, "torch,torch-compile:aot_eager", options=Options(optimizer_blame=True))
+
+
+class Fused(nn.Module):
+    """Many operators that inductor puts into one kernel, between two products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y = torch.sigmoid(x) * 1.5 + torch.cos(x)
+        y = torch.tanh(y) * x + torch.exp(-x * x)
+        return self.second(torch.relu(y) - 0.25 * x)
+
+
+@pytest.mark.slow
+def test_a_fused_kernel_is_judged_as_a_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.lowering import lowerings
+
+    torch.manual_seed(0)
+    model = TorchModel("net", Fused().eval(), torch.randn(16, 8))
+    assert not bisect(model, "torch,torch-compile-bf16").tests[0].guilty
+    sigmoid, tanh = (getattr(torch.ops.aten, name).default for name in ("sigmoid", "tanh"))
+    monkeypatch.setitem(lowerings, tanh, lowerings[sigmoid])
+    (guilty,) = bisect(model, "torch,torch-compile-bf16").tests[0].guilty
+    assert guilty.region is not None
+    assert guilty.region.layer.startswith("cpp_fused_")
+    assert "tanh" in guilty.region.layer
+    assert len(guilty.region.nodes) > 8
+    assert guilty.name.startswith("fused region of ")
