@@ -284,7 +284,7 @@ def test_eval_says_what_the_plain_command_says() -> None:
     assert group.result.to_dict() | left_out == plain.to_dict() | left_out
     assert group.passed
     json.dumps(group.to_dict(), allow_nan=False)
-    assert section(group).sheets[0].rows[0][0] == "mAP"
+    assert section(group).sheets[0].rows[0].values[0] == "mAP"
 
 
 NET = """

@@ -1,9 +1,4 @@
-"""INT8 as a layer must do it: its inputs on a grid with the best scales for what they hold, its weights likewise.
-
-A faithful INT8 layer introduces about this much, whatever calibration chose for the data that it saw. A scale that
-clips, that is too coarse, or one scale for channels of different range introduces more, and so does a backend that does
-something else than its scales say; ``declared`` tells the two apart.
-"""
+"""Grids of quantized numbers: what lies on one and what it cuts off; what a segment gives with the best of them."""
 
 from __future__ import annotations
 

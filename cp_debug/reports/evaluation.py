@@ -124,7 +124,7 @@ def verdict(result: EvaluationResult) -> Iterator[Text]:
     limit = result.options.max_drop
     for each in result.backends[1:]:
         assert each.difference is not None
-        change = f"mAP {_difference(each.difference['mAP'])}"
+        change = f"mAP {difference(each.difference['mAP'])}"
         reference = result.backends[0]
         count, text, style = len(result.samples), f"as good as {reference.backend.spec}", "green"
         if each.not_finite:
@@ -133,7 +133,7 @@ def verdict(result: EvaluationResult) -> Iterator[Text]:
             style = "bold red" if each.not_finite > reference.not_finite else "yellow"
         if dropped := each.dropped(limit):
             text, style = f"worse by more than {limit:g}, and the choice of samples does not explain it", "bold red"
-            t4 = [f"{name} {_difference(each.t4_difference[name])}" for name in dropped if name != "mAP"]
+            t4 = [f"{name} {difference(each.t4_difference[name])}" for name in dropped if name != "mAP"]
             change = "; ".join([change, *(f"T4's {name}" for name in t4)])
         yield Text(f"{_name(each)}: {change}: {text}", style=style)
 
@@ -159,12 +159,13 @@ def _figure(value: float | ConfidenceInterval) -> str:
 def _change(value: float | ConfidenceInterval) -> str:
     if not isinstance(value, ConfidenceInterval):
         return signed(value)
-    return "–" if math.isnan(value.value) else _difference(value)
+    return "–" if math.isnan(value.value) else difference(value)
 
 
 def _interval(figure: ConfidenceInterval) -> str:
     return f"{fixed(figure.value)} [{_number(figure.low)}, {_number(figure.high)}]"
 
 
-def _difference(figure: ConfidenceInterval) -> str:
+def difference(figure: ConfidenceInterval) -> str:
+    """A change with its interval: ``-0.0023 [-0.0041, +0.0002]``."""
     return f"{signed(figure.value)} [{signed(figure.low)}, {signed(figure.high)}]"

@@ -14,8 +14,9 @@ from rich.text import Text
 from cp_debug.detection.bootstrap import CONFIDENCE, ConfidenceInterval
 from cp_debug.detection.breakdown import PartScores
 from cp_debug.files import write_text
+from cp_debug.reports.evaluation import difference, summary_table
 from cp_debug.reports.heat_map import Strip, strips
-from cp_debug.reports.numbers import fixed, number, signed
+from cp_debug.reports.numbers import fixed, number
 from cp_debug.reports.page import environment, page_parts
 from cp_debug.reports.sheet import Column, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
@@ -99,23 +100,12 @@ def _(group: BisectGroup) -> GroupSection:
 @section.register
 def _(group: EvalGroup) -> GroupSection:
     result = group.result
-    reference, *tests = result.backends
+    tests = result.backends[1:]
     sentence = f"{len(result.samples)} samples; " + "; ".join(
-        f"{each.backend.spec}: mAP {_change(each.difference['mAP'])}" for each in tests if each.difference
+        f"{each.backend.spec}: mAP {difference(each.difference['mAP'])}" for each in tests if each.difference
     )
     if result.worse:
         sentence += f"; worse by more than {result.options.max_drop:g}: {', '.join(result.worse)}"
-    headers = ["metric", f">{reference.backend.spec}"]
-    for each in tests:
-        headers += [f">{each.backend.spec}{' (emulated)' if each.backend.emulated else ''}", ">Δ"]
-    rows = []
-    for metric, value in reference.summary.items():
-        cells = [metric, fixed(value.value)]
-        for each in tests:
-            assert each.difference is not None
-            cells += [fixed(each.summary[metric].value), _change(each.difference[metric])]
-        rows.append(cells)
-    title = f"Metrics, {CONFIDENCE:.0%} intervals from {result.options.draws} draws of the samples"
     notes = [f"{spec}: {change}" for spec, change in group.changes.items()] + list(result.notes)
     outliers = [
         sheet
@@ -123,7 +113,7 @@ def _(group: EvalGroup) -> GroupSection:
         for sheet in _outliers(samples, f"{spec}: boxes lost or gained")
     ]
     parts = [*_parts("Class by class", "class", group.classes), *_parts("By distance", "distance", group.distances)]
-    return GroupSection(group.label, group.passed, sentence, [_sheet(title, headers, rows), *parts, *outliers], notes)
+    return GroupSection(group.label, group.passed, sentence, [summary_table(result), *parts, *outliers], notes)
 
 
 def _parts(title: str, name: str, parts: Sequence[PartScores]) -> list[Sheet]:
@@ -137,7 +127,7 @@ def _parts(title: str, name: str, parts: Sequence[PartScores]) -> list[Sheet]:
     for part in parts:
         cells: list[Any] = [part.part, part.objects]
         for figure, value in part.figures[reference].items():
-            cells += [fixed(value.value), *(_change(part.differences[test][figure]) for test in tests)]
+            cells += [fixed(value.value), *(difference(part.differences[test][figure]) for test in tests)]
         rows.append(cells)
     return [_sheet(title, headers, rows)]
 
@@ -150,7 +140,7 @@ def _(group: AblationGroup) -> GroupSection:
         f"{_count(group.gained)} gained, {_count(group.moved)} moved"
     )
     if group.scores:
-        sentence += "; " + ", ".join(f"{name} {_change(figure)}" for name, figure in group.scores.items())
+        sentence += "; " + ", ".join(f"{name} {difference(figure)}" for name, figure in group.scores.items())
     best = group.single[0] if group.single else None
     if best is not None and best.back.value:
         sentence += f"; {best.layers[0]} alone brings {_count(best.back)} back"
@@ -161,7 +151,7 @@ def _(group: AblationGroup) -> GroupSection:
 
     def cells(row: AblationRow) -> tuple[Any, ...]:
         counts = (_count(figure) for figure in (row.back, row.lost, row.gained, row.moved))
-        return (*counts, *(_change(row.scores[name]) for name in group.scores), *_percentiles(row.error)[::2])
+        return (*counts, *(difference(row.scores[name]) for name in group.scores), *_percentiles(row.error)[::2])
 
     single = [(row.layers[0], *cells(row), row.share) for row in group.single]
     together = [
@@ -341,10 +331,6 @@ def _excess(row: LayerSpread) -> float:
 
 def _percentiles(spread: Spread | None) -> tuple[float | None, ...]:
     return (spread.median, spread.p95, spread.worst) if spread else (None, None, None)
-
-
-def _change(figure: ConfidenceInterval) -> str:
-    return f"{signed(figure.value)} [{signed(figure.low)}, {signed(figure.high)}]"
 
 
 def _columns(headers: Sequence[str]) -> list[Column]:
