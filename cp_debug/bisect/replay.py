@@ -99,8 +99,8 @@ class Replayer:
         self._emulators = first, first if alike else self._emulator(1, oracle)
         self.quantized = quantized
         self._scales = tuple(
-            None if of_side is None else ScaleReplay(of_side, self.oracle, emulator, self.known)
-            for of_side, emulator in zip(quantized, self._emulators, strict=True)
+            None if of_side is None else ScaleReplay(of_side, self.oracle, emulator, self.known, by)
+            for of_side, emulator, by in zip(quantized, self._emulators, implementers, strict=True)
         )
         self._emulated = emulated
         self._finer: Executor | None = None

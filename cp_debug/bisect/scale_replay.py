@@ -11,8 +11,9 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.file_weights import BETTER
+from cp_debug.bisect.perturbation import doubt
 from cp_debug.bisect.quantized_segment import balanced
-from cp_debug.bisect.replayed import ASKED, FLOOR, Replay
+from cp_debug.bisect.replayed import ASKED, EXCESS, FLOOR, Replay
 from cp_debug.bisect.whole_numbers import as_tensor
 from cp_debug.graph.graph import Node
 from cp_debug.graph.integer_values import is_constant
@@ -33,9 +34,15 @@ class ScaleReplay:
     """
 
     def __init__(
-        self, quantized: FileQuantization, oracle: Executor, emulator: Executor, known: Collection[str]
+        self,
+        quantized: FileQuantization,
+        oracle: Executor,
+        emulator: Executor,
+        known: Collection[str],
+        by: str = "",
     ) -> None:
-        self.quantized = quantized
+        """``by``: the side's ``implementer``."""
+        self.quantized, self._by = quantized, by
         self._oracle, self._emulator, self._known = oracle, emulator, known
 
     def compare(
@@ -68,6 +75,10 @@ class ScaleReplay:
         if ours > ASKED * best:
             others = self.as_calibrated(nodes, given, reference, target)
             best = max(best, *(balanced(torch.as_tensor(t) - exact, exact, axis) for t in others))
+        if ours > EXCESS * best:
+            # The function itself may be coarser than the levels: ONNX Runtime's Sigmoid where all of it is 1e-8.
+            off = doubt(self._oracle, nodes, given, target, self._by)
+            best = max(best, ratio(off, distance(captured, exact).whole))
         replay.channel_excess = ratio(ours, max(best, FLOOR * self.quantized.beside.roundoff))
         if declared is not None and (replay.deviation_from_scales or 0.0) < (replay.declared or 0.0) / 2:
             replay.misfit = self._misfit(nodes, target, given, declared, exact)

@@ -37,7 +37,8 @@ def product(a: Tensor, b: Tensor) -> float:
     total, chunk = 0.0, DEVICE_CHUNK if a.is_cuda else HOST_CHUNK
     for x, y in zip(a.flatten().split(chunk), b.flatten().split(chunk), strict=True):
         x, y = x.double(), y.double()
-        part = float(dot(x, y))
+        with np.errstate(all="ignore"):
+            part = float(dot(x, y))
         if not math.isfinite(part):
             part = float(dot(torch.nan_to_num(x, 0.0, 0.0, 0.0), torch.nan_to_num(y, 0.0, 0.0, 0.0)))
         total += part
