@@ -401,8 +401,9 @@ class Explainer:
             UNSTEADY * observation.noise_floor, self.run.tolerance[0]
         ):
             return
-        family = self.run.pipeline.backend.spec.family
-        knobs = "cpdebug bisect MODEL --backends ort-none,ort-all --knobs"
+        backends = {"ort": "ort-none,ort-all", "torch": "torch,torch-compile"}
+        pair = backends.get(self.run.pipeline.backend.spec.family)
+        knobs = f"cpdebug bisect MODEL --backends {pair} --knobs"
         yield Finding(
             "optimizer",
             f"the outputs change by {observation.observer_gap:.2g} when probes prevent fusions: an optimization, a "
@@ -410,7 +411,7 @@ class Explainer:
             [],
             [],
             evidence={"observer_gap": observation.observer_gap, "noise_floor": observation.noise_floor},
-            fix=knobs if family == "ort" else "build with fewer fusions, or mark one tensor at a time",
+            fix=knobs if pair else "build with fewer fusions, or mark one tensor at a time",
         )
 
 
