@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from cp_debug.bisect.engine import bisect
 from cp_debug.bisect.result import TestResult
+from cp_debug.errors import CpdebugError
 from cp_debug.recipes.torch_callable import TorchModel
 
 aten = torch.ops.aten
@@ -297,7 +298,7 @@ FAULTS: dict[str, Planted] = {
     "elu": Planted("mlp", lambda: decomposition(aten.elu.default, _wrong_elu), ("3",)),
     "avg-pool": Planted("net2d", lambda: lowering(aten.avg_pool2d.default, _with_padding), ("pool",)),
     "tanh-kernel": Planted("points", lambda: kernel("tanh", _smaller), ("tanh",)),
-    "exp-kernel": Planted("gates", lambda: kernel("exp", _smaller), ("exp",)),
+    "exp-kernel": Planted("gates", lambda: kernel("exp", _smaller), ("softplus", "/exp")),
     "relu-gone": Planted("net2d", lambda: calls(aten.relu.default, _gone), ("relu",)),
     "sub-swapped": Planted("points", lambda: calls(aten.sub.Tensor, _swap, 0), ("sub",)),
     "cat-reversed": Planted("points", lambda: calls(aten.cat.default, _reversed), ("cat",)),
@@ -329,7 +330,7 @@ def _smaller(written: Callable[..., str]) -> Callable[..., str]:
 
 
 def _with_padding(right: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda x, size, step, padding, ceil, inside, divisor: right(x, size, step, padding, ceil, True, divisor)
+    return lambda x, size, step, padding, ceil, inside, divisor=None: right(x, size, step, padding, ceil, True, divisor)
 
 
 def _along_first(right: Callable[..., Any]) -> Callable[..., Any]:
@@ -427,7 +428,12 @@ def main() -> None:
         for name in given.names or NETWORKS:
             for backend in given.backends.split(","):
                 start = time.perf_counter()
-                test = run(name, backend)
+                try:
+                    test = run(name, backend)
+                except CpdebugError as error:
+                    count += 1
+                    print(f"{name:10} {backend:20} {error}", flush=True)
+                    continue
                 count, right = count + 1, right + test.agrees
                 gap = test.observation.observer_gap if test.observation else 0.0
                 took = time.perf_counter() - start
@@ -449,8 +455,13 @@ def main() -> None:
         backend = given.backends.partition(",")[0]
         for name in given.names or FAULTS:
             fault = FAULTS[name]
-            with fault.put():
-                test = run(fault.net, backend)
+            try:
+                with fault.put():
+                    test = run(fault.net, backend)
+            except CpdebugError as error:
+                count += 1
+                print(f"{name:18} FAILED {error}", flush=True)
+                continue
             named = [row.name for row in test.guilty]
             exact = all(any(part in n for part in fault.names) for n in named) and all(
                 any(part in n for n in named) for part in fault.names

@@ -19,13 +19,14 @@ from cp_debug.backends.capabilities import HasRemarks, kernels_of
 from cp_debug.backends.compile_options import CompileOptions
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec, parse_backends
-from cp_debug.bisect.compiled import CASTS
 from cp_debug.bisect.engine import Options, bisect
+from cp_debug.bisect.finding import MISSING_CASTS
 from cp_debug.errors import BackendUnavailable, InputError, ModuleFailed
 from cp_debug.graph.graph import Graph
 from cp_debug.programs.align import align
 from cp_debug.programs.export import export
 from cp_debug.recipes.torch_callable import TorchModel
+from cp_debug.reports.verdict_line import verdict_line
 
 
 @pytest.fixture(autouse=True)
@@ -252,11 +253,13 @@ def test_casts_that_inductor_leaves_out_are_the_cause_and_the_nearer_side_is_tol
     options = Options(optimizer_blame=True)
     (test,) = bisect(model, "torch-bf16,torch-compile-bf16", options=options).tests
     (found,) = test.findings
-    assert found.cause == CASTS
+    assert found.cause == MISSING_CASTS
     assert found.evidence["with_casts"] == 0 < 0.05 < found.evidence["difference"]
     assert re.search(r"torch-compile-bf16 is \d+ times nearer", found.says)
     assert found.fix.endswith("here torch-compile-bf16:casts")
     assert {row.onnx for row in test.rows}.isdisjoint({"add", "sigmoid"}), "no kernel writes them"
+    line = verdict_line(test).plain
+    assert line.startswith("✗ torch-compile-bf16: inductor leaves out casts that eager makes; beyond rtol 0.05")
     blame = test.optimizer_blame
     assert blame is not None
     assert [c.optimizer for c in blame.responsible] == ["emulate_precision_casts = True"]

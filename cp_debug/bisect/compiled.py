@@ -11,7 +11,7 @@ from cp_debug.backends.compile_options import CompileOptions
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import COMPILED, BackendSpec
 from cp_debug.bisect.candidate_run import CandidateRun
-from cp_debug.bisect.finding import Finding
+from cp_debug.bisect.finding import MISSING_CASTS, Finding
 from cp_debug.bisect.remainder import apart
 from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.errors import InputError
@@ -22,7 +22,6 @@ REST = 0.1
 """Share of the difference that may remain with casts, if their absence is its cause."""
 ALIKE = 1.2
 """Ratio of two distances from FP64 up to which neither side is called nearer."""
-CASTS = "missing-casts"
 
 
 def compiled_findings(
@@ -58,7 +57,7 @@ def compiled_findings(
         return findings, nearer
     first = next(row for row in rows if not row.within)
     found = Finding(
-        CASTS,
+        MISSING_CASTS,
         "inductor does not round between the operators of one kernel, as eager does: with emulate_precision_casts the "
         + "; ".join([f"outputs differ by {left:.2g} instead of {difference:.2g}", *nearer]),
         [first.name],

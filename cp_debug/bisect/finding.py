@@ -9,6 +9,8 @@ from cp_debug.detection.detection_change import DetectionChange
 from cp_debug.serialize import JsonForm
 
 UNKNOWN = "unknown"
+MISSING_CASTS = "missing-casts"
+"""The cause where a compiler does not round between the operators of one kernel, as eager does."""
 
 
 @dataclass
