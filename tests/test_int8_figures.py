@@ -85,6 +85,13 @@ def test_both_inputs_of_an_addition_share_the_best_scale(tmp_path: Path) -> None
     assert torch.as_tensor(made.results["sum"]).unique().tolist() == [127.0]
 
 
+def test_inputs_of_an_addition_on_grids_of_their_own_have_scales_of_their_own(tmp_path: Path) -> None:
+    plain, quantized = quantized_sum(tmp_path, (1.0, 0.01))
+    given = {"x": torch.full((1, 64), 127.0), "z": torch.full((1, 64), 0.3)}
+    made = quantized.ideal(Executor(plain, FP64), plain.nodes, given, ["sum"])
+    assert torch.as_tensor(made.results["sum"]).unique().tolist() == [pytest.approx(127.3)]
+
+
 @pytest.mark.parametrize(("kind", "zero", "bounds"), [(np.uint8, 100, (-100, 155)), (np.int8, 0, (-128, 127))])
 def test_the_zero_points_type_says_how_far_the_levels_reach(
     tmp_path: Path, kind: type, zero: int, bounds: tuple[float, float]

@@ -24,6 +24,7 @@ from test_cli import run as cli
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.bisect.engine import Options, bisect
+from cp_debug.cli.sweep_desk import _progress_on
 from cp_debug.detection.evaluate import as_detector, evaluate
 from cp_debug.detection.evaluation import EvaluationOptions
 from cp_debug.errors import InputError
@@ -34,6 +35,7 @@ from cp_debug.recipes.registry import load_model
 from cp_debug.reports.sweep import section
 from cp_debug.sweep import bisecting, evaluating, sensitivity
 from cp_debug.sweep.grid import Grid, sample_files
+from cp_debug.sweep.run import Progress
 from cp_debug.sweep.tasks import Task, run_task
 from cp_debug.sweep.workers import needs_gpu
 
@@ -192,6 +194,23 @@ def test_a_layer_that_breaks_on_one_sample_is_named_with_it(net: Path) -> None:
 )  # fmt: skip
 def test_which_backends_need_a_gpu(spec: str, gpu: bool) -> None:
     assert needs_gpu(BackendSpec.parse(spec)) is gpu
+
+
+def test_progress_is_a_step_and_what_workers_lack_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    steps: list[tuple[str, int, int]] = []
+    show = _progress_on("sweep eval", lambda *step: steps.append(step))
+    now = Progress(5, done=1, failed=1, present=2, waiting_for_gpu=True, store="shared store gone")
+    for _ in range(2):
+        show(now)
+    assert [step[1:] for step in steps] == [(2, 5)] * 2
+    assert steps[0][0].startswith("sweep eval: waiting for a worker with GPU=1, 1 failed, 0 running, ")
+    said = capsys.readouterr().err
+    assert said.count("--resources GPU=1; its tasks start when there is one") == 1
+    assert said.count("warning: shared store gone") == 1
+    assert "gets no tasks" not in said
+    show(Progress(5, done=5, refused="tcp://a: Python 3.9"))
+    assert "waiting" not in steps[-1][0]
+    assert "warning: gets no tasks: tcp://a: Python 3.9" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -259,10 +259,10 @@ def _progress_on(kind: str, on_step: Callable[[str, int, int], None]) -> Callabl
 
     def show(now: Progress) -> None:
         finished = now.done + now.failed
-        pace = f"{60 * sum(now.rates.values()):.3g} a minute on {amount(now.present, 'worker')}"
-        idle = (
-            "waiting for a worker with GPU=1" if now.waiting_for_gpu else "" if now.present else "waiting for workers"
-        )
+        pace = f"{60 * now.rate:.3g} a minute on {amount(now.present, 'worker')}"
+        idle = "waiting for a worker with GPU=1" if now.waiting_for_gpu else "waiting for workers"
+        if finished == now.total or (now.present and not now.waiting_for_gpu):
+            idle = ""
         state = [idle, f"{now.failed} failed", f"{now.running} running", pace]
         on_step(f"{kind}: {', '.join(filter(None, state))}", finished, now.total)
         gpu = f"{idle}: dask worker … --resources GPU=1; its tasks start when there is one"

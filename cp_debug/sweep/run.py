@@ -62,10 +62,9 @@ class Progress:
     started: float = field(default_factory=time.monotonic)
 
     @property
-    def rates(self) -> dict[str, float]:
-        """Worker → tasks a second."""
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        return {worker: count / seconds for worker, count in self.workers.items()}
+    def rate(self) -> float:
+        """Tasks a second, those of this run."""
+        return sum(self.workers.values()) / max(time.monotonic() - self.started, 1e-9)
 
 
 @dataclass(frozen=True)
