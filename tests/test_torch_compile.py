@@ -210,6 +210,15 @@ def test_what_cannot_run_is_refused_in_a_sentence(
         run("torch-compile:eager", stress)
 
 
+def test_what_takes_the_values_raises_its_own_error(stress: Program) -> None:
+    def full(name: str, tensor: Any) -> None:
+        raise OSError("no space is left")
+
+    session = create(BackendSpec.parse("torch-compile:eager")).open(stress)
+    with pytest.raises(OSError, match="no space is left"):
+        session.run(stress.example or {}, full, probes={"gelu"})
+
+
 @pytest.mark.slow
 def test_inductor_shows_all_of_fp32_and_what_its_kernels_write_of_bf16(stress: Program) -> None:
     exact, expected = run("torch", stress)

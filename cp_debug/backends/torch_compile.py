@@ -192,8 +192,7 @@ class CompiledSession(ModuleSession):
         from torch import _TorchCompileInductorWrapper
 
         settings = {"emulate_precision_casts": True} if options.casts else {}
-        compiled = _TorchCompileInductorWrapper(options.mode, settings, options.dynamic)(graph, list(inputs))
-        return compiled
+        return _TorchCompileInductorWrapper(options.mode, settings, options.dynamic)(graph, list(inputs))
 
     def _compiled(self, compiler: Compiler) -> Compiled:
         """The module as a program that ``compiler`` compiles when it first runs."""
@@ -212,10 +211,21 @@ class CompiledSession(ModuleSession):
         with context, state_kept(self._module), self._same_draws(), _own_caches(self._threads):
             try:
                 result = program(*(tensor.clone() for tensor in inputs.values()))
+            except _SinkFailed as failed:
+                raise failed.error from None
             except Exception as error:
                 raise_if_interrupted(error)
                 raise ModuleFailed(f"{name}: torch.compile failed: {_reason(error)}") from error
-        return list(flatten_outputs(result).values())
+        tensors = list(flatten_outputs(result).values())
+        # A CUDA graph writes its outputs to the same memory each time.
+        return tensors if self._options.mode == "default" else [tensor.clone() for tensor in tensors]
+
+
+class _SinkFailed(Exception):
+    """What takes a value raised ``error``, which is no fault of the program that runs."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
 
 class _Plain:
@@ -267,7 +277,10 @@ class _Look:
             for node, tensor in zip(nodes, results[own:], strict=True):
                 name = self.places.get(NodeRun(piece, call, node))
                 if self._emit is not None and name is not None:
-                    self._emit(name, tensor)
+                    try:
+                        self._emit(name, tensor)
+                    except Exception as error:
+                        raise _SinkFailed(error) from error
             return results[:own]
 
         return run
