@@ -282,6 +282,7 @@ def test_a_function_without_a_signature_needs_inputs() -> None:
         cp_debug.diagnose(torch.sin, "torch,ort", progress=False)
 
 
+@pytest.mark.slow
 def test_print_tells_the_notes_that_the_command_tells_once_for_all_tests() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout())  # in train mode
     result = cp_debug.diagnose(module, "torch,ort,ort-all", inputs=torch.ones(1, 4))

@@ -188,6 +188,7 @@ def build():
 """
 
 
+@pytest.mark.slow
 def test_a_modules_layers_are_called_by_their_paths_and_lead_the_verdict(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(OFFSET, encoding="utf-8")
     net = f"{tmp_path / 'net.py'}:build"

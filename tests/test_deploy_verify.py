@@ -179,6 +179,7 @@ def test_awmls_file_needs_a_model() -> None:
     assert "model is missing" in text
 
 
+@pytest.mark.slow
 def test_profile_of_another_head_is_refused_with_the_shape(deployed: Path) -> None:
     profile = "{min: [1, 20, 11], opt: [9, 20, 11], max: [99, 32, 11]}"
     given = f"{{dynamic_axes: {{input_features: {{0: n}}}}, profile: {{input_features: {profile}}}}}"

@@ -112,6 +112,7 @@ def test_the_definition_is_what_the_cpu_gives(slices: int) -> None:
     assert torch.equal(fp16_accumulation_cuda.defined(x, weight, total), expected)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kernels", [1, 2])
 @pytest.mark.parametrize("k", [150, 128])
 def test_a_split_sum_gives_its_tiles_to_the_parts_in_turn(k: int, kernels: int) -> None:
