@@ -27,6 +27,7 @@ from cp_debug.graph.unquantize import remove_qdq
 from cp_debug.programs.precision import PRECISIONS
 from cp_debug.quantization.onnx_ptq import calibrate_graph
 from cp_debug.quantization.quantized_programs import Calibration
+from cp_debug.reports.causes import lines
 from cp_debug.reports.numbers import percent
 from cp_debug.reports.verdict_line import headline
 
@@ -287,3 +288,14 @@ def test_what_cannot_be_tried_is_not_said_to_fail(tmp_path: Path, monkeypatch: p
     (finding,) = quantized(outlier(tmp_path)).findings
     assert finding.fix == "accept it, or leave it unquantized (not tried): --skip-layers costly"
     assert "after" not in finding.evidence
+
+
+def test_a_long_set_is_cut_off_in_a_terminal_alone() -> None:
+    nodes = [f"node{i}" for i in range(12)]
+    fix = f"keep in FP32: {', '.join(nodes)}: 0.0011 (0.83 before), emulated"
+    finding = Finding("fp16", "FP16 is too coarse", ["a"], ["Add"], fix=fix, evidence={"keep_fp32": nodes})
+    assert dict(lines(finding))["fix"] == fix
+    short = dict(lines(finding, show_all=False))["fix"]
+    assert short.startswith(
+        f"keep in FP32: {', '.join(nodes[:8])} and 4 more (all: --all, or evidence.keep_fp32): 0.0011"
+    )

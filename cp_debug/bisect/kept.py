@@ -202,6 +202,5 @@ def gave(tried: TriedSet) -> str:
 
 
 def in_words(tried: TriedSet, names: Sequence[str]) -> str:
-    """``keep in FP32: a, b: 0.0011 (0.83 before), emulated``, of ``MOST`` names. ``names``: those of its nodes."""
-    more = f" and {len(names) - MOST} more (--json has all: evidence.keep_fp32)" if len(names) > MOST else ""
-    return f"keep in FP32: {', '.join(names[:MOST])}{more}: {gave(tried)}"
+    """``keep in FP32: a, b: 0.0011 (0.83 before), emulated``. ``names``: those of its nodes."""
+    return f"keep in FP32: {', '.join(names)}: {gave(tried)}"

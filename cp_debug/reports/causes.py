@@ -18,6 +18,9 @@ from cp_debug.safe_text import in_digits, some
 NAMED = 4
 """Layers and elements that are named; the JSON has all."""
 
+MANY = 8
+"""Nodes of a set to keep in FP32 that a terminal names."""
+
 SHOWN = 0.02
 """Share of the error from which a channel is named."""
 SAID = {
@@ -38,20 +41,20 @@ SAID = {
 """Evidence that is said in words here, in the headline, or in the verdict."""
 
 
-def findings(test: TestResult) -> Iterator[RenderableType]:
-    """One block for each finding."""
+def findings(test: TestResult, *, show_all: bool = False) -> Iterator[RenderableType]:
+    """One block for each finding. ``show_all``: with every name of a set that a fix keeps in FP32."""
     for place, finding in enumerate(test.findings, 1):
         yield Text()
         style = "bold yellow" if finding.cause == UNKNOWN else "bold red"
         yield Text.assemble((f"{place}. {finding.headline}", style))
         source = next((row.source for row in test.guilty if row.name in finding.layers and row.source), "")
-        told = [*lines(finding), *([("source", source)] if source else [])]
+        told = [*lines(finding, show_all=show_all), *([("source", source)] if source else [])]
         rows = [(Cell(f"   {label}", "quiet"), line) for label, line in told]
         yield Terminal(Sheet((Column("", "mark"), Column("")), rows))
 
 
-def lines(finding: Finding) -> Iterator[tuple[str, str]]:
-    """(label, text) in the order in which they are read."""
+def lines(finding: Finding, *, show_all: bool = True) -> Iterator[tuple[str, str]]:
+    """(label, text) in the order in which they are read. ``show_all``: as for ``findings``."""
     if len(finding.layers) > 1:
         yield "layers", some(finding.layers, NAMED)
     yield "evidence", "; ".join(_evidence(finding))
@@ -62,7 +65,10 @@ def lines(finding: Finding) -> Iterator[tuple[str, str]]:
     if effect := list(_effect(finding)):
         yield "effect", "; ".join(effect)
     if finding.fix:
-        yield "fix", finding.fix
+        names = finding.evidence.get("keep_fp32", ())
+        many = len(names) > MANY and not show_all
+        few = f"{some(names, MANY)} (all: --all, or evidence.keep_fp32)"
+        yield "fix", finding.fix.replace(", ".join(names), few, 1) if many else finding.fix
 
 
 def _evidence(finding: Finding) -> Iterator[str]:

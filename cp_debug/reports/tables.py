@@ -92,7 +92,7 @@ def render(
             yield verdict_line(test)
             if nearest := _largest(test):
                 yield Padding.indent(Text(nearest, style="dim"), 2)
-        yield from findings(test)
+        yield from findings(test, show_all=show_all)
         if test.detections is not None:
             yield Padding.indent(Text(f"detections: {test.detections}"), 0 if has_tables else 2)
         yield from (Text(f"note: {note}", style="yellow") for note in dict.fromkeys(test.notes) if note not in told)
