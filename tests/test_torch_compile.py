@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -107,11 +108,10 @@ class Broken(nn.Module):
         x = self.first(x).sigmoid()
         torch._dynamo.graph_break()
         x = self.first(x).sigmoid()
-        torch._dynamo.graph_break()
-        return self.second(x)
+        return self.second(x * 2 if x.sum().item() > 0 else x)
 
 
-def test_each_piece_between_graph_breaks_is_judged(tmp_path: Path) -> None:
+def test_each_piece_between_graph_breaks_is_judged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     program = program_of(Broken().eval(), (torch.randn(3, 8),), tmp_path, exporter="torchscript")
     session = create(BackendSpec.parse("torch-compile:aot_eager")).open(program)
@@ -125,6 +125,9 @@ def test_each_piece_between_graph_breaks_is_judged(tmp_path: Path) -> None:
     (note,) = session.notes
     assert note.startswith("torch.compile breaks the module into 3 graphs: test_torch_compile.py:")
     assert "graph_break" in note
+    assert "Tensor.item()" in note
+    warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not warned, "what dynamo says of breaks is in the note"
 
 
 def test_other_shapes_are_looked_at_afresh(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ value of the eager module, and so of the exported graph, a run of these graphs b
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -300,8 +302,15 @@ def _own_caches(threads: int) -> Iterator[None]:
     limits: dict[str, Any] = {"recompile_limit": _MOST_COMPILED, "accumulated_recompile_limit": _MOST_COMPILED}
     graphs: dict[str, Any] = {"fx_graph_cache": False, "fx_graph_remote_cache": False, "fallback_random": True}
     graphs["cpp.threads"] = threads
-    with dynamo.patch(limits), inductor.patch(graphs), autograd.patch(enable_autograd_cache=False):
-        yield
+    log = logging.getLogger("torch._dynamo")
+    level = log.level
+    if "TORCH_LOGS" not in os.environ:  # what it says of graph breaks is a note of the result
+        log.setLevel(logging.ERROR)
+    try:
+        with dynamo.patch(limits), inductor.patch(graphs), autograd.patch(enable_autograd_cache=False):
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _reason(error: BaseException) -> str:
