@@ -77,7 +77,8 @@ def test_specs_have_one_spelling_each() -> None:
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.few(1)
+@pytest.mark.parametrize("compiler", ["aot_eager", "eager"])
 def test_all_values_have_the_names_and_numbers_of_eager(compiler: str, stress: Program) -> None:
     exact, expected = run("torch", stress)
     outputs, values = run(f"torch-compile:{compiler}", stress)
@@ -91,6 +92,7 @@ def test_all_values_have_the_names_and_numbers_of_eager(compiler: str, stress: P
     assert inner - set(values) <= {"x0"}, "only values inside a function of torch are left out"
 
 
+@pytest.mark.slow
 def test_narrow_types_and_probes(stress: Program) -> None:
     _, expected = run("torch-bf16", stress)
     _, values = run("torch-compile-bf16:aot_eager", stress, probes={"gelu", "map"})
@@ -130,6 +132,7 @@ def test_each_piece_between_graph_breaks_is_judged(tmp_path: Path, caplog: pytes
     assert not warned, "what dynamo says of breaks is in the note"
 
 
+@pytest.mark.slow
 def test_other_shapes_are_looked_at_afresh(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module, x = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2)).eval(), torch.randn(3, 8)
@@ -144,6 +147,7 @@ def test_other_shapes_are_looked_at_afresh(tmp_path: Path) -> None:
             torch.testing.assert_close(tensor, expected[name], msg=f"{name} of {size}")
 
 
+@pytest.mark.slow
 def test_random_numbers_are_drawn_as_eager_draws_them(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 2)).eval()
     program = program_of(module, (torch.randn(3, 8),), tmp_path)
