@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cp_debug.errors import InputError
 from cp_debug.probes import statistics_reduce
-from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.arrays import as_numpy, to_device
 from cp_debug.probes.distance import difference_norm, distance, relative_l2
 from cp_debug.probes.statistics import RESOLUTION, TensorStats, compare
 from cp_debug.probes.statistics_reduce import HOST_CHUNK, reduce_pair
@@ -392,3 +392,17 @@ def test_blocks_of_a_long_tensor_add_up() -> None:
     count = (1 << 20) + 5
     ours, theirs = np.ones(count, np.float16), np.full(count, 0.5, np.float16)
     assert relative_l2(ours, theirs) == pytest.approx(1.0)
+
+
+def test_read_only_arrays_become_tensors_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    """Torch warns once in a process unless it is told to do it always."""
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        for kind in (np.float32, ml_dtypes.bfloat16):
+            array = np.ones((2, 3), kind)
+            array.flags.writeable = False
+            assert to_device(array, "cpu").tolist() == [[1.0] * 3] * 2
+    finally:
+        torch.set_warn_always(always)
+    assert not recwarn.list

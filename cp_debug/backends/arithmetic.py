@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from cp_debug.backends.running_sums import FP16_SUM, HOPPER_FP8, RunningSum
 from cp_debug.backends.scaling import COLUMNS, ROWS, Axes, Scaling
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.operators import CONTRACTIONS
+from cp_debug.probes.arrays import shared
 
 Rounding = Callable[[Tensor], Tensor]
 
@@ -78,7 +78,7 @@ class Arithmetic:
                 array = array.astype(np.float32)
             if array.dtype not in _TORCH_TYPES:
                 return array
-            value = _shared(array)
+            value = shared(array)
         return value.to(device, self.held(value.dtype))
 
     def round(self, value: Any) -> Any:
@@ -144,13 +144,6 @@ class Arithmetic:
             **(self.scaling.settings if self.scaling else {}),
             **(self.running_sum.settings if self.running_sum else {}),
         }
-
-
-def _shared(array: np.ndarray) -> Tensor:
-    """A tensor in the array's memory, read-only or not: kernels never write to what they are given."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))
 
 
 FP64 = Arithmetic("fp64", torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeGuard, Union
 
@@ -80,11 +81,24 @@ def as_torch(array: np.ndarray) -> torch.Tensor:
     """
     import torch
 
-    array = np.ascontiguousarray(array).reshape(array.shape)
     if array.dtype not in _ML_DTYPES.values():
-        return torch.from_numpy(array)
-    bits = torch.from_numpy(array.view(np.int16 if array.dtype.itemsize == 2 else np.int8))
+        return shared(array)
+    bits = shared(
+        np.ascontiguousarray(array).reshape(array.shape).view(np.int16 if array.dtype.itemsize == 2 else np.int8)
+    )
     return bits.view(getattr(torch, array.dtype.name))
+
+
+def shared(array: np.ndarray) -> torch.Tensor:
+    """A tensor of the array's shape and type in its memory, read-only or not: nothing writes to what it is given.
+
+    Raises TypeError for a type that torch has not.
+    """
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))
 
 
 def dtype_name(tensor: Tensor) -> str:
