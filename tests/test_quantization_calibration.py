@@ -392,6 +392,13 @@ def test_a_channel_of_zeros_has_the_largest_scale(axis: int) -> None:
     assert weight_amax(torch.zeros(2, 3), 0, "mse").tolist() == [1.0, 1.0]
 
 
+def test_the_entropy_of_a_pooled_vector_clips_nothing() -> None:
+    """200 numbers in 4096 bins stand alone: no distribution, by which a limit could be chosen."""
+    histogram = Histogram()
+    histogram.add(torch.rand(1, 200, 1, 1, generator=torch.Generator().manual_seed(0)) + 0.3)
+    assert histogram.amax("entropy") == histogram.amax("max") == histogram.largest
+
+
 @pytest.mark.parametrize("size", [1.0, 1e-6])
 def test_a_weights_limit_has_no_larger_squared_error_than_clipping_nothing(size: float) -> None:
     """A trained network has channels of nearly 0 beside others: these are not clipped more than those."""

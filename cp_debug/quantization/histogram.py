@@ -61,14 +61,16 @@ class Histogram:
         """The magnitude to clip at, by one of ``METHODS``; 1 for a tensor of zeros.
 
         ``percentile`` is in percent. ``mse``: least squared error. ``entropy``: least Kullback–Leibler divergence, as
-        TensorRT's entropy calibrator (Migacz, 8-bit Inference with TensorRT, GTC 2017).
+        TensorRT's entropy calibrator (Migacz, 8-bit Inference with TensorRT, GTC 2017); the largest of fewer numbers than
+        there are bins.
         Raises InputError for another method.
         """
         check_method(method)
         if self.largest <= _TOO_SMALL:
             return 1.0
         counts, edges = self.counts.numpy(), np.linspace(0, self.limit, _BINS + 1)
-        if method == "max":
+        # Fewer numbers than bins are no distribution: those of a pooled vector stand alone, each a spike.
+        if method == "max" or (method == "entropy" and counts.sum() < _BINS):
             return self.largest
         if method == "percentile":
             clip = edges[1 + np.searchsorted(counts.cumsum(), counts.sum() * percentile / 100)]
