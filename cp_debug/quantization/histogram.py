@@ -61,8 +61,8 @@ class Histogram:
         """The magnitude to clip at, by one of ``METHODS``; 1 for a tensor of zeros.
 
         ``percentile`` is in percent. ``mse``: least squared error. ``entropy``: least Kullback–Leibler divergence, as
-        TensorRT's entropy calibrator (Migacz, 8-bit Inference with TensorRT, GTC 2017); the largest of fewer numbers than
-        there are bins.
+        TensorRT's entropy calibrator (Migacz, 8-bit Inference with TensorRT, GTC 2017), which clips nothing of fewer
+        numbers than there are bins.
         Raises InputError for another method.
         """
         check_method(method)
