@@ -15,6 +15,7 @@ import torch
 from stress import OUTPUTS, make_stress
 from torch import Tensor, nn
 
+from cp_debug.backends import torch_compile
 from cp_debug.backends.base import Program
 from cp_debug.backends.capabilities import HasRemarks, kernels_of
 from cp_debug.backends.compile_options import CompileOptions
@@ -341,3 +342,14 @@ def test_a_fused_kernel_is_judged_as_a_region(monkeypatch: pytest.MonkeyPatch) -
     assert "tanh" in guilty.region.layer
     assert len(guilty.region.nodes) > 8
     assert guilty.name.startswith("fused region of ")
+
+
+def test_what_dynamo_cannot_run_is_told_in_a_line() -> None:
+    def mixed(x: Tensor) -> Tensor:
+        return x + torch.zeros(4, device="meta")
+
+    with pytest.raises(Exception, match="device") as refused:
+        torch.compile(mixed, backend="eager")(torch.ones(4))
+    assert "two devices, cpu and meta" in torch_compile._reason(refused.value)
+    assert "\n" not in torch_compile._reason(refused.value)
+    assert "Hint" not in torch_compile._reason(refused.value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -33,7 +34,14 @@ from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.torch_backend import DTYPES, Emit, ModuleSession, TorchBackend
 from cp_debug.doing import doing
-from cp_debug.errors import BackendUnavailable, InputError, ModuleFailed, library_reason, raise_if_interrupted, text_of
+from cp_debug.errors import (
+    BackendUnavailable,
+    InputError,
+    ModuleFailed,
+    library_reason,
+    raise_if_interrupted,
+    text_of,
+)
 from cp_debug.probes.distance import distance
 from cp_debug.probes.module_state import state_kept
 from cp_debug.probes.outputs import flatten_outputs
@@ -316,7 +324,10 @@ def _own_caches(threads: int) -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     """What the compiler says, in one line."""
     inner = getattr(error, "inner_exception", None) or error.__cause__ or error
-    return library_reason(inner) or f"{type(inner).__name__}: {text_of(inner)}"
+    # What dynamo says stands between a title and advice, and there an operator's own error behind its arguments.
+    if explained := re.search(r"Explanation: (?:.*got \w+\(['\"])?(.{1,300})", text_of(inner)):
+        return explained[1]
+    return library_reason(inner) or f"{type(inner).__name__}: {text_of(inner).splitlines()[0][:300]}"
 
 
 def _require_compiler(spec: BackendSpec, device: str) -> None:
