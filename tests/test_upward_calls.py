@@ -22,6 +22,7 @@ HANDED_DOWN = {
     ("backends", "bisect"): "a mode of torch in which the executor runs",
     ("programs", "bisect"): "a sink",
     ("probes", "backends"): "a sink of the trace",
+    ("probes", "bisect"): "a mode of torch in which arrays become tensors",
     ("probes", "programs"): "a sink of the trace",
     ("probes", "recipes"): "the model's own forward",
 }
