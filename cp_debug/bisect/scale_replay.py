@@ -77,8 +77,9 @@ class ScaleReplay:
             best = max(best, *(balanced(torch.as_tensor(t) - exact, exact, axis) for t in others))
         if ours > EXCESS * best:
             # Data of few values, as of a nearly uniform attention, may lie on the levels of the best scales by luck.
-            larger = self.larger(nodes, given, target)
-            best = max(best, *(balanced(torch.as_tensor(t) - exact, exact, axis) for t in larger))
+            for margin in SCALE_MARGINS:
+                larger = self.quantized.ideal(self._emulator, nodes, given, [target], margin).results[target]
+                best = max(best, balanced(torch.as_tensor(larger) - exact, exact, axis))
             # The function itself may be coarser than the levels: ONNX Runtime's Sigmoid where all of it is 1e-8.
             off = doubt(self._oracle, nodes, given, target, self._by)
             best = max(best, ratio(off, distance(captured, exact).whole))
