@@ -353,3 +353,11 @@ def test_what_dynamo_cannot_run_is_told_in_a_line() -> None:
     assert "two devices, cpu and meta" in torch_compile._reason(refused.value)
     assert "\n" not in torch_compile._reason(refused.value)
     assert "Hint" not in torch_compile._reason(refused.value)
+
+
+def test_an_operators_own_error_is_told_without_what_stands_around_it() -> None:
+    """As dynamo of torch 2.11 words it; an error without any words is told by its type."""
+    text = "RuntimeError when making fake tensor call\n  Explanation: Dynamo failed to run FX node: got RuntimeError"
+    error = RuntimeError(f"{text}('two devices: cpu, cuda:0')\n  Hint: move them")
+    assert torch_compile._reason(error) == "two devices: cpu, cuda:0"
+    assert torch_compile._reason(NotImplementedError()).startswith("NotImplementedError")

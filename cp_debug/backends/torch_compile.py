@@ -301,7 +301,7 @@ def _own_caches(threads: int) -> Iterator[None]:
     """Context in which nothing is taken from what was compiled under other settings, or by changed parts of torch.
 
     Inductor's cache of graphs does not know of patched lowerings and passes. Dynamo would leave a module eager that it
-    compiled too often; random numbers are drawn as eager draws them.
+    compiled too often; random numbers are drawn as eager draws them. Dynamo's warnings are told as notes, not logged.
     """
     from torch._dynamo import config as dynamo
     from torch._functorch import config as autograd
@@ -325,9 +325,10 @@ def _reason(error: BaseException) -> str:
     """What the compiler says, in one line."""
     inner = getattr(error, "inner_exception", None) or error.__cause__ or error
     # What dynamo says stands between a title and advice, and there an operator's own error behind its arguments.
-    if explained := re.search(r"Explanation: (?:.*got \w+\(['\"])?(.{1,300})", text_of(inner)):
-        return explained[1]
-    return library_reason(inner) or f"{type(inner).__name__}: {text_of(inner).splitlines()[0][:300]}"
+    pattern = r"Explanation: (?:.*got \w+\((['\"])(?P<error>.+)\1\)|(?P<says>.{1,300}))"
+    if explained := re.search(pattern, text_of(inner)):
+        return explained["error"] or explained["says"]
+    return library_reason(inner) or f"{type(inner).__name__}: {text_of(inner).partition(chr(10))[0][:300]}"
 
 
 def _require_compiler(spec: BackendSpec, device: str) -> None:

@@ -77,9 +77,8 @@ class ScaleReplay:
             best = max(best, *(balanced(torch.as_tensor(t) - exact, exact, axis) for t in others))
         if ours > EXCESS * best:
             # Data of few values, as of a nearly uniform attention, may lie on the levels of the best scales by luck.
-            for margin in SCALE_MARGINS:
-                larger = self.quantized.ideal(self._emulator, nodes, given, [target], margin).results[target]
-                best = max(best, balanced(torch.as_tensor(larger) - exact, exact, axis))
+            widened = self._widened(nodes, given, target)
+            best = max(best, *(balanced(torch.as_tensor(t) - exact, exact, axis) for t in widened))
             # The function itself may be coarser than the levels: ONNX Runtime's Sigmoid where all of it is 1e-8.
             off = doubt(self._oracle, nodes, given, target, self._by)
             best = max(best, ratio(off, distance(captured, exact).whole))
@@ -133,11 +132,15 @@ class ScaleReplay:
 
         ``given``: name → input of the segment, in any float dtype. Each result has the shape of ``target``.
         """
-        for scale_margin in SCALE_MARGINS:
-            yield self.quantized.ideal(self._emulator, nodes, given, [target], scale_margin).results[target]
+        yield from self._widened(nodes, given, target)
         yield self.quantized.ideal(self._emulator, nodes, given, [target], whole_range=True).results[target]
         for scale_margin in (1.0, *SCALE_MARGINS):
             yield from self._recalibrated(nodes, target, given, scale_margin)
+
+    def _widened(self, nodes: Sequence[Node], given: Mapping[str, AnyTensor], target: str) -> Iterator[AnyTensor]:
+        """Results with the best scales, made somewhat larger."""
+        for scale_margin in SCALE_MARGINS:
+            yield self.quantized.ideal(self._emulator, nodes, given, [target], scale_margin).results[target]
 
     def _recalibrated(
         self,

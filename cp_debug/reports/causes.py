@@ -18,9 +18,6 @@ from cp_debug.safe_text import in_digits, some
 NAMED = 4
 """Layers and elements that are named; the JSON has all."""
 
-MANY = 8
-"""Nodes of a set to keep in FP32 that a terminal names."""
-
 SHOWN = 0.02
 """Share of the error from which a channel is named."""
 SAID = {
@@ -66,9 +63,9 @@ def lines(finding: Finding, *, show_all: bool = True) -> Iterator[tuple[str, str
         yield "effect", "; ".join(effect)
     if finding.fix:
         names = finding.evidence.get("keep_fp32", ())
-        many = len(names) > MANY and not show_all
-        few = f"{some(names, MANY)} (all: --all, or evidence.keep_fp32)"
-        yield "fix", finding.fix.replace(", ".join(names), few, 1) if many else finding.fix
+        every, few = ", ".join(names), some(names)
+        cut = not show_all and few != every
+        yield "fix", finding.fix.replace(every, f"{few} (all: --all, or evidence.keep_fp32)", 1) if cut else finding.fix
 
 
 def _evidence(finding: Finding) -> Iterator[str]:
