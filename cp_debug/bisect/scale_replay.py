@@ -76,9 +76,10 @@ class ScaleReplay:
             others = self.as_calibrated(nodes, given, reference, target)
             best = max(best, *(balanced(torch.as_tensor(t) - exact, exact, axis) for t in others))
         if ours > EXCESS * best:
-            # Data of few values, as of a nearly uniform attention, may lie on the levels of the best scales by luck.
+            # Few values, as of a nearly uniform attention, may lie on the levels of the best scales by luck, but not on
+            # those of every somewhat larger one. The least error of these counts: a larger scale is coarser, too.
             widened = self._widened(nodes, given, target)
-            best = max(best, *(balanced(torch.as_tensor(t) - exact, exact, axis) for t in widened))
+            best = max(best, min(balanced(torch.as_tensor(t) - exact, exact, axis) for t in widened))
             # The function itself may be coarser than the levels: ONNX Runtime's Sigmoid where all of it is 1e-8.
             off = doubt(self._oracle, nodes, given, target, self._by)
             best = max(best, ratio(off, distance(captured, exact).whole))
