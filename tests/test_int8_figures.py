@@ -22,7 +22,7 @@ from cp_debug.bisect.int8_notes import both_int8
 from cp_debug.bisect.quantized_segment import QuantizerGrid, balanced
 from cp_debug.bisect.replay import Replayer
 from cp_debug.bisect.replayed import EXCESS, Replay
-from cp_debug.bisect.scale_replay import ScaleReplay
+from cp_debug.bisect.scale_replay import SCALE_MARGINS, ScaleReplay
 from cp_debug.graph.graph import Graph
 from cp_debug.programs.precision import BESIDE_INT8
 
@@ -244,3 +244,25 @@ def test_levels_finer_than_the_function_accuse_nobody(tmp_path: Path) -> None:
     options = Options(inputs=tmp_path / "x.npz", explain=False)
     (test,) = bisect(str(tmp_path / "net.onnx"), "ort,ort", test_model=tmp_path / "int8.onnx", options=options).tests
     assert not test.guilty
+
+
+@pytest.mark.parametrize(
+    ("wider", "excess"), [((0.1, 0.1, 0.1), 1.0), ((0.1, 0.02, 0.1), 5.0), ((0.0, 0.0, 0.0), 100.0)]
+)
+def test_best_scales_that_are_exact_by_luck_accuse_nobody(wider: tuple[float, ...], excess: float) -> None:
+    """The backend is off by 10 %, the best scales by 0.1 %; somewhat larger ones say whether that was luck."""
+    exact = torch.ones(1, 8, 4, 4).double()
+    of_margin = dict(zip((1.0, *SCALE_MARGINS), (0.001, *wider), strict=True))
+
+    def ideal(executor: Any, nodes: Any, given: Any, targets: Any, scale_margin: float = 1.0, *more: Any) -> Any:
+        return SimpleNamespace(results={"y": (1 + of_margin[scale_margin]) * exact})
+
+    own: Any = SimpleNamespace(
+        ideal=ideal, beside=BESIDE_INT8, declared=lambda *given: None, recalibrated=lambda *given, **how: None
+    )
+    nobody: Any = SimpleNamespace(graph=None, run_nodes=lambda nodes, given, names: dict.fromkeys(names, exact))
+    replay, given = Replay(introduced=0.1, excess=1.0), {"y": exact}
+    ScaleReplay(own, nobody, nobody, ()).compare(
+        replay, [], "y", given, 1.1 * exact, exact, 1.001 * exact, given.__getitem__
+    )
+    assert replay.channel_excess == pytest.approx(excess, rel=0.01)
