@@ -28,6 +28,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     BACKENDS: {
         "torch": "cp_debug.backends.torch_backend:TorchBackend",
         "ort": "cp_debug.backends.ort_backend:OrtBackend",
+        "openvino": "cp_debug.backends.openvino_backend:OpenVinoBackend",
         "emu": "cp_debug.backends.emulated:EmulatedBackend",
         "trt": "cp_debug.backends.tensorrt.backend:TensorRTBackend",
     },

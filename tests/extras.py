@@ -15,6 +15,7 @@ HOW = {
     "griffe": "pip install '.[docs]'",
     "mkdocs": "pip install '.[docs]'",
     "nbclient": "pip install '.[docs]'",
+    "openvino": "pip install '.[openvino]'",
     "modelopt": "pip install '.[quant]'",
     "transformers": "pip install '.[transformers]'",
     "nuscenes": "pip install '.[eval]', then pip install --no-deps nuscenes-devkit==1.2.0",

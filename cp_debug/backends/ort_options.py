@@ -68,7 +68,7 @@ class Runtime:
         if first not in ort.get_available_providers():
             raise _unavailable(spec, f"onnxruntime {ort.__version__} has no {first}")
         severity()  # what the environment says wrongly is no fault of the device's
-        runtime = cls(spec, threads or _processors(), providers)
+        runtime = cls(spec, threads or processors(), providers)
         try:
             probe = runtime.session(_identity(), level="none")
         except InputError as error:  # its library asks for others, such as another version of TensorRT
@@ -173,7 +173,8 @@ def _nearest(spec: BackendSpec) -> str:
     return {"tf32": "emu-tf32", "fp16": "emu-fp16", "trt": "ort@cuda"}.get(spec.variant) or f"{spec.name}@cpu"
 
 
-def _processors() -> int:
+def processors() -> int:
+    """Number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -40,6 +40,10 @@ def create(spec: BackendSpec, **options: Any) -> Backend:
         from cp_debug.backends.emulated import EmulatedBackend
 
         return EmulatedBackend(spec, **options)
+    if spec.family == "openvino":
+        from cp_debug.backends.openvino_backend import OpenVinoBackend
+
+        return OpenVinoBackend(spec, **options)
     if spec.family == "trt":
         from cp_debug.backends.tensorrt.backend import TensorRTBackend
 
@@ -56,6 +60,8 @@ def check_installed(specs: Iterable[BackendSpec], trt_python: str | None = None)
     for spec in specs:
         if spec.family == "ort":
             check_there("onnxruntime", "cpu")
+        if spec.family == "openvino":
+            check_there("openvino", "openvino")
         if spec.name == "torch-int8":
             check_there("modelopt", "quant")
         if spec.family == "trt":

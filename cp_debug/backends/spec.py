@@ -32,6 +32,10 @@ KNOWN = {
     "ort-int8": "ONNX Runtime, Q/DQ pairs unchanged, FP32 between them, graph optimization off",
     "ort-int8-qlinear": "ONNX Runtime, all graph optimizations, with integer kernels where it has any",
     "ort-trt": "ONNX Runtime's TensorRT provider, TF32 on as it cannot be turned off; final outputs only",
+    "openvino": "OpenVINO on the CPU, FP32, execution mode ACCURACY",
+    "openvino-fp16": "OpenVINO, inference precision FP16 (a CPU with FP16 instructions)",
+    "openvino-bf16": "OpenVINO, inference precision BF16 (a CPU with BF16 instructions)",
+    "openvino-int8": "OpenVINO, Q/DQ pairs as integer kernels",
     "emu-fp32": "plain FP32 in the emulator: a second opinion on a graph",
     "emu-tf32": "emulated TF32: operands of conv and matmul rounded to 10 mantissa bits",
     "emu-bf16": "emulated BF16: operands and results rounded, FP32 accumulation",
@@ -73,7 +77,7 @@ class BackendSpec:
 
     @property
     def family(self) -> str:
-        """``torch``, ``ort``, ``emu``, ``trt``, or a plug-in's name."""
+        """``torch``, ``ort``, ``openvino``, ``emu``, ``trt``, or a plug-in's name."""
         return self.name.partition("-")[0]
 
     @property

@@ -23,6 +23,7 @@ PACKAGES = {
     "onnxscript": "",
     "onnxruntime": "cpu",
     "onnxruntime-gpu": "gpu",
+    "openvino": "openvino",
     "tensorrt": "gpu",
     "polygraphy": "gpu",
     "nvidia-modelopt": "quant",

@@ -1,0 +1,254 @@
+"""OpenVINO on a CPU: the model as it is compiled for the outputs, a second compilation for the values inside.
+
+Added outputs keep OpenVINO from fusing across them. Values are shown whose showing leaves the outputs what they were;
+the others lie inside a fused layer, whose operators and kernel the compiled model tells by itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from cp_debug.backends.base import Program, Sink
+from cp_debug.backends.ort_options import processors
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.doing import doing
+from cp_debug.errors import BackendUnavailable, InputError, text_of
+from cp_debug.graph.check_inputs import check_inputs
+from cp_debug.optional import require
+from cp_debug.probes.distance import distance
+from cp_debug.serialize import json_safe
+
+if TYPE_CHECKING:
+    import openvino
+
+_HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f32"}
+_SAME = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 2e-2, "int8": 1e-5}
+"""Relative L2 distance of outputs up to which a program with more outputs is the same one, rounded elsewhere."""
+_MOST_COMPILED = 48
+"""Programs that are compiled at most to find out which values may be shown."""
+_READ_BACK = (
+    "EXECUTION_MODE_HINT", "INFERENCE_PRECISION_HINT", "INFERENCE_NUM_THREADS", "NUM_STREAMS", "PERFORMANCE_HINT",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE", "KV_CACHE_PRECISION", "CPU_DENORMALS_OPTIMIZATION", "RUNTIME_REQUIREMENTS",
+)  # fmt: skip
+_OLDEST = (2024, 0)
+
+
+class OpenVinoBackend:
+    """OpenVINO's CPU plug-in: ``openvino`` (FP32), ``openvino-fp16``, ``openvino-bf16``, ``openvino-int8`` (Q/DQ).
+
+    ``threads`` defaults to the processors available. Raises MissingPackage without openvino, BackendUnavailable for
+    another device, a type that this processor lacks, and a version before 2024.0.
+    """
+
+    emulated = False
+    device = "cpu"
+
+    def __init__(self, spec: BackendSpec, *, threads: int | None = None) -> None:
+        self.spec, self.precision = spec, spec.variant or "fp32"
+        ov = require("openvino", "openvino")
+        if tuple(map(int, re.findall(r"\d+", ov.__version__)[:2])) < _OLDEST:
+            reason = f"openvino {ov.__version__} is too old; expected {_OLDEST[0]}.{_OLDEST[1]} or later"
+            raise BackendUnavailable(str(spec), reason, nearest="ort-all")
+        self.core: openvino.Core = ov.Core()
+        if spec.device not in (None, "cpu"):
+            reason = f"OpenVINO computes on the CPU here, not on {spec.device}"
+            raise BackendUnavailable(str(spec), reason, nearest=spec.name)
+        has = self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if self.precision in ("fp16", "bf16") and self.precision.upper() not in has:
+            reason = f"OpenVINO computes nothing in {self.precision.upper()} on this processor, only {', '.join(has)}"
+            raise BackendUnavailable(str(spec), reason, nearest=f"emu-{self.precision}")
+        self.threads = threads or processors()
+
+    def with_threads(self, count: int | None) -> OpenVinoBackend:
+        """A copy of the backend with another number of threads; None: the processors available.
+
+        OpenVINO takes no more threads than there are processors, so one fewer stands for more.
+        """
+        changed, most = copy(self), processors()
+        changed.threads = most if count is None else count if count <= most else max(most - 1, 1)
+        return changed
+
+    def open(self, program: Program) -> OpenVinoSession:
+        """A session on the program's graph.
+
+        Raises InputError when OpenVINO refuses the model, and when nothing is quantized for INT8.
+        """
+        if self.precision == "int8":
+            program.require_int8(self.spec)
+        return OpenVinoSession(self, program)
+
+    def versions(self) -> dict[str, str]:
+        """openvino with its build, and the processor's name."""
+        import openvino
+
+        name = str(self.core.get_property("CPU", "FULL_DEVICE_NAME"))
+        return {"openvino": openvino.get_version(), "device": name}
+
+    @property
+    def properties(self) -> dict[str, Any]:
+        """Properties that every program is compiled with: those that can change numbers."""
+        return {
+            "INFERENCE_PRECISION_HINT": _HINTS[self.precision],
+            "EXECUTION_MODE_HINT": "PERFORMANCE" if self.precision in ("fp16", "bf16") else "ACCURACY",
+            "INFERENCE_NUM_THREADS": self.threads,
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,
+        }
+
+
+class OpenVinoSession:
+    """A model, compiled as it is and with values inside as outputs."""
+
+    def __init__(self, backend: OpenVinoBackend, program: Program) -> None:
+        self._backend, self._graph = backend, program.graph
+        with self._words("cannot read it"):
+            self._model = backend.core.read_model(str(program.graph.path))
+        self._plain = self._compiled(())
+        self._outputs = [value.name for value in program.graph.outputs]
+        named = {name for op in self._model.get_ordered_ops() for out in op.outputs() for name in out.get_names()}
+        self.exposed: Collection[str] = [v for v in program.graph.tensors if v in named]
+        self._looks: dict[tuple[tuple[int, ...], ...], tuple[openvino.CompiledModel, list[str]]] = {}
+        self._layers = self._runtime_layers()
+        self.settings: dict[str, Any] = {
+            name.lower(): json_safe(str(self._plain.get_property(name)))
+            for name in _READ_BACK
+            if name in self._plain.get_property("SUPPORTED_PROPERTIES")
+        }
+
+    @property
+    def tactics(self) -> Mapping[str, str]:
+        """ONNX value → type and kernel of the compiled model's layer that writes it."""
+        return self._layers
+
+    @property
+    def integer_kernels(self) -> int | None:
+        """Number of layers that compute in INT8; None where the program is not asked to."""
+        if self._backend.precision != "int8":
+            return None
+        return sum(kernel.endswith(("_i8", "_u8")) for kernel in self._layers.values())
+
+    def run(
+        self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run once. Without a sink the model runs as it is deployed.
+
+        Takes and returns name → array in the dtype that the graph declares.
+        Raises InputError for inputs that do not fit the graph, and when OpenVINO fails.
+        """
+        check_inputs(self._graph.inputs, inputs, str(self._graph))
+        if sink is None:
+            return self._run(self._plain, inputs, self._outputs)
+        shapes = tuple(array.shape for array in inputs.values())
+        if shapes not in self._looks:
+            values = self._visible(inputs)
+            self._looks[shapes] = (self._compiled(values), values)
+        program, values = self._looks[shapes]
+        shown = [v for v in self.exposed if v in {*values, *self._outputs} and (probes is None or v in probes)]
+        results = self._run(program, inputs, [*self._outputs, *shown])
+        for name in shown:
+            sink(name, results[name])
+        return {name: results[name] for name in self._outputs}
+
+    def close(self) -> None:
+        """Free all that was compiled."""
+        self._looks.clear()
+        del self._plain, self._model
+
+    def _visible(self, inputs: Mapping[str, np.ndarray]) -> list[str]:
+        """Values that can be shown, so that the outputs stay the same: as many as can be found by halving.
+
+        In FP32 a value inside a fused layer is the same number when it is written. Narrower types are rounded where
+        they are written and nowhere else, so only what layers write is shown.
+        """
+        precision = self._backend.precision
+        plain, inner = self._run(self._plain, inputs, self._outputs), [v for v in self.exposed if v not in self._layers]
+        pending = [[v for v in self.exposed if v in self._layers]]
+        if precision == "fp32" and self._graph.precision != "int8":
+            pending = [inner, *pending]
+        shown: list[str] = []
+        if len(pending) > 1 and self._same(plain, list(self.exposed), inputs):
+            return list(self.exposed)
+        for _ in range(_MOST_COMPILED):
+            if not pending:
+                break
+            group = pending.pop()
+            if self._same(plain, [*shown, *group], inputs):
+                shown += group
+            elif len(group) > 1:
+                pending += [group[len(group) // 2 :], group[: len(group) // 2]]
+        return shown
+
+    def _same(self, plain: Mapping[str, np.ndarray], values: Sequence[str], inputs: Mapping[str, np.ndarray]) -> bool:
+        """Whether the outputs stay what they are when ``values`` are shown."""
+        looked = self._run(self._compiled(values), inputs, self._outputs)
+        return all(_apart(plain[name], looked[name]) <= _SAME[self._backend.precision] for name in plain)
+
+    def _compiled(self, values: Sequence[str]) -> openvino.CompiledModel:
+        model = self._model
+        if values:
+            model = model.clone()
+            model.add_outputs([v for v in values if v not in self._outputs])
+        with self._words("cannot compile it"):
+            return self._backend.core.compile_model(model, "CPU", self._backend.properties)
+
+    def _run(
+        self, program: openvino.CompiledModel, inputs: Mapping[str, np.ndarray], names: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        with self._words("failed"):
+            request = program.create_infer_request()
+            places = {name: i for i, port in enumerate(program.inputs) for name in port.get_names()}
+            request.infer({places[name]: array for name, array in inputs.items() if name in places})
+            places = {name: i for i, name in enumerate(self._outputs)}
+            places |= {name: i for i, port in enumerate(program.outputs) for name in port.get_names()}
+            return {name: _array(request.get_output_tensor(places[name])) for name in names}
+
+    @contextmanager
+    def _words(self, what: str) -> Iterator[None]:
+        """Context in which what OpenVINO says becomes an InputError, in its own words."""
+        try:
+            with doing(f"OpenVINO worked on {self._graph}"):
+                yield
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{self._graph}: OpenVINO {what}: {told(error)}") from error
+
+    def _runtime_layers(self) -> dict[str, str]:
+        """ONNX value → type and kernel of the layer of the compiled model that writes it."""
+        made = [op for op in self._model.get_ops() if op.get_type_name() != "Result"]
+        named = {op.get_friendly_name(): [n for out in op.outputs() for n in out.get_names()] for op in made}
+        place = {value: i for i, value in enumerate(self._graph.producer)}
+        kernels = {}
+        for layer in self._plain.get_runtime_model().get_ordered_ops():
+            info = {key: str(value.astype(str)) for key, value in layer.get_rt_info().items()}
+            origins = info.get("originalLayersNames", "").split(",")
+            if values := [name for op in origins for name in named.get(op, ()) if name in place]:
+                kernel = re.sub(r"\bunknown\w*", "", info.get("primitiveType", ""))
+                kernels[max(values, key=place.__getitem__)] = f"{info['layerType']} {kernel}".strip()
+        return kernels
+
+
+def told(error: BaseException) -> str:
+    """OpenVINO's own words, in one line and without the places in its sources that stand before them."""
+    text = re.sub(r"(Exception from|Check '.*' failed at) \S+:\d+:|FrontEnd API failed with \w+:", "", text_of(error))
+    return " ".join(text.split())
+
+
+def _array(tensor: openvino.Tensor) -> np.ndarray:
+    if tensor.element_type.get_type_name() == "string":
+        return np.array(tensor.str_data, object)
+    array = np.array(tensor.data)
+    return array.view(ml_dtypes.bfloat16) if tensor.element_type.get_type_name() == "bf16" else array
+
+
+def _apart(plain: np.ndarray, looked: np.ndarray) -> float:
+    """Relative L2 distance of two outputs; infinite where shapes, texts or what is not finite differ."""
+    if plain.shape != looked.shape or plain.dtype.kind in "OSU":
+        return 0.0 if np.array_equal(plain, looked) else np.inf
+    found = distance(looked, plain)
+    return np.inf if found.new_nonfinite else found.relative

@@ -1,0 +1,236 @@
+"""OpenVINO as a backend: values inside, fused layers, types, refusals, versions."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from extras import needs
+from nets import graph_of
+from onnx import TensorProto, helper
+from stress import OUTPUTS, make_stress
+
+from cp_debug.backends.base import Program
+from cp_debug.backends.capabilities import kernels_of
+from cp_debug.backends.openvino_backend import OpenVinoBackend, OpenVinoSession
+from cp_debug.backends.registry import check_installed, create
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect.engine import bisect
+from cp_debug.errors import BackendUnavailable, InputError, MissingPackage
+from cp_debug.graph.graph import Graph
+from cp_debug.programs.export import export
+from cp_debug.recipes.onnx_file import OnnxFileModel
+from cp_debug.recipes.torch_callable import TorchModel
+
+pytestmark = needs("openvino")
+SPEC = BackendSpec("openvino")
+node = helper.make_node
+
+
+@pytest.fixture(scope="module")
+def stress(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    module, image = make_stress()
+    path = tmp_path_factory.mktemp("net") / "net.onnx"
+    graph = Graph(export(module, (image,), path, input_names=["x"], output_names=OUTPUTS))
+    return Program("net", graph, example={"x": image.numpy()})
+
+
+def values_of(backend: Any, program: Program, inputs: Any = None) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    session = backend.open(program)
+    values: dict[str, Any] = {}
+    given = program.example if inputs is None else inputs
+    outputs = session.run(given, lambda name, tensor: values.update({name: np.array(tensor)}))
+    return outputs, values, session
+
+
+def test_values_have_the_names_and_numbers_of_the_graph(stress: Program) -> None:
+    exact, expected, _ = values_of(create(BackendSpec("ort")), stress)
+    outputs, values, session = values_of(create(SPEC), stress)
+    assert list(outputs) == list(exact) == OUTPUTS
+    assert len(values) > 40
+    assert set(values) == set(session.exposed) <= set(expected)
+    for name, tensor in values.items():
+        np.testing.assert_allclose(tensor, expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    assert stress.example is not None
+    plain = session.run(stress.example)
+    for name in OUTPUTS:
+        np.testing.assert_allclose(plain[name], outputs[name], rtol=1e-5, atol=1e-6)
+    assert list(session.run(stress.example, values.pop, probes=())) == OUTPUTS
+
+
+def test_settings_are_those_that_were_set(stress: Program) -> None:
+    settings = create(SPEC, threads=1).open(stress).settings
+    assert settings["execution_mode_hint"].endswith("ACCURACY")
+    assert "float32" in settings["inference_precision_hint"]
+    assert settings["inference_num_threads"] == "1"
+
+
+def test_another_number_of_threads_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cp_debug.backends.openvino_backend.processors", lambda: 4)
+    backend = create(SPEC)
+    assert isinstance(backend, OpenVinoBackend)
+    assert [backend.with_threads(n).threads for n in (None, 2, 5)] == [4, 2, 3]
+
+
+class FaultyCore:
+    """OpenVINO with a fault between ``before`` and its reader, in programs that do not put ``before`` out."""
+
+    def __init__(self, core: Any, before: str) -> None:
+        self._core, self._before, self.compiled = core, before, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._core, name)
+
+    def compile_model(self, model: Any, *args: Any) -> Any:
+        from openvino import opset13
+
+        self.compiled += 1
+        if not any(self._before in output.get_names() for output in model.outputs):
+            model = model.clone()
+            (value,) = (o for op in model.get_ops() for o in op.outputs() if self._before in o.get_names())
+            readers = list(value.get_target_inputs())
+            wrong = opset13.multiply(value, np.float32(1.01))
+            for reader in readers:
+                reader.replace_source_output(wrong.output(0))
+        return self._core.compile_model(model, *args)
+
+
+def chain(folder: Path) -> Graph:
+    """Three convolutions with activations, of which OpenVINO makes three layers."""
+    rng, nodes, last = np.random.default_rng(0), [], "x"
+    weights = {}
+    for i, act in enumerate(("Relu", "Sigmoid", "Tanh")):
+        weights[f"w{i}"] = rng.standard_normal((4, 4, 3, 3)).astype(np.float32) / 6
+        nodes += [node("Conv", [last, f"w{i}"], [f"c{i}"], f"conv{i}", pads=[1] * 4), node(act, [f"c{i}"], [f"a{i}"])]
+        last = f"a{i}"
+    return graph_of(folder, nodes, {"x": [1, 4, 8, 8]}, weights)
+
+
+def test_a_fault_that_looking_mends_is_a_fused_layer_with_its_kernel(tmp_path: Path) -> None:
+    graph = chain(tmp_path)
+    backend = create(SPEC)
+    assert isinstance(backend, OpenVinoBackend)
+    core = backend.core = FaultyCore(backend.core, "c1")  # type: ignore[assignment]
+    (test,) = bisect(OnnxFileModel(graph.path), [create(BackendSpec("ort")), backend]).tests
+    (guilty,) = test.guilty
+    assert guilty.onnx == "a1"
+    assert guilty.replay is not None
+    assert [name.partition("_")[0] for name in guilty.replay.nodes] == ["conv1", "Sigmoid"]
+    assert guilty.tactic.startswith("Convolution")
+    assert test.compared == 6, "all but the value inside"
+    assert core.compiled < 20
+
+
+def test_healthy_values_inside_fused_layers_are_shown(tmp_path: Path) -> None:
+    (test,) = bisect(OnnxFileModel(chain(tmp_path).path), "ort,openvino").tests
+    assert (test.agrees, test.compared) == (True, 7)
+    session = create(SPEC).open(Program("g", Graph(tmp_path / "g.onnx")))
+    assert set(kernels_of(session)) == {"a0", "a1", "a2"}, "what layers write"
+    assert all(kernel.startswith("Convolution ") for kernel in kernels_of(session).values())
+
+
+def test_a_torch_module_by_its_export() -> None:
+    module, image = make_stress()
+    (test,) = bisect(TorchModel("stress", module, image), "torch,openvino").tests
+    assert test.agrees
+    assert test.compared > 40
+
+
+def typed(folder: Path) -> Program:
+    info = helper.make_tensor_value_info
+    nodes = [
+        node("Identity", ["x"], ["i"]),
+        node("Exp", ["i"], ["e"]),
+        node("Cast", ["e"], ["b"], to=TensorProto.BFLOAT16),
+        node("Greater", ["e", "x"], ["g"]),
+        node("Shape", ["x"], ["s"]),
+    ]
+    kinds = {"b": TensorProto.BFLOAT16, "g": TensorProto.BOOL, "s": TensorProto.INT64, "x": TensorProto.FLOAT}
+    outputs = [info(name, kind, None) for name, kind in kinds.items()]
+    inputs = [info("x", TensorProto.FLOAT, ["n"]), info("unused", TensorProto.FLOAT, [2])]
+    graph = helper.make_graph(nodes, "g", inputs, outputs)
+    path = folder / "typed.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return Program("typed", Graph(path))
+
+
+def test_outputs_have_the_declared_types_and_any_length(tmp_path: Path) -> None:
+    program, session = typed(tmp_path), None
+    for length in (3, 5):
+        inputs = {"x": np.linspace(0.1, 1, length, dtype=np.float32), "unused": np.zeros(2, np.float32)}
+        session = session or create(SPEC).open(program)
+        values: dict[str, Any] = {}
+        outputs = session.run(inputs, lambda name, tensor, v=values: v.update({name: tensor}))  # type: ignore[misc]
+        assert [str(outputs[name].dtype) for name in "bgsx"] == ["bfloat16", "bool", "int64", "float32"]
+        assert outputs["s"].tolist() == [length]
+        np.testing.assert_array_equal(outputs["x"], inputs["x"])
+        np.testing.assert_allclose(outputs["b"].astype(np.float32), np.exp(inputs["x"]), rtol=1e-2)
+        np.testing.assert_allclose(values["e"], np.exp(inputs["x"]), rtol=1e-5)
+        np.testing.assert_array_equal(values["i"], inputs["x"])
+
+
+def test_what_openvino_refuses_is_told_in_its_words(tmp_path: Path) -> None:
+    graph = graph_of(tmp_path, [node("Relu", ["x"], ["r"]), node("BiasGelu", ["r"], ["y"], domain="ours")], {"x": [2]})
+    graph.proto.opset_import.append(helper.make_opsetid("ours", 1))
+    onnx.save(graph.proto, graph.path)
+    with pytest.raises(InputError) as refused:
+        create(SPEC).open(Program("g", Graph(graph.path)))
+    says = str(refused.value)
+    assert "g.onnx: OpenVINO cannot read it: Model wasn't fully converted." in says
+    assert says.endswith("No conversion rule found for operations: ours.BiasGelu")
+    assert "src/" not in says
+
+
+def test_a_run_that_fails_is_told(tmp_path: Path) -> None:
+    nodes = [node("MatMul", ["x", "y"], ["z"])]
+    program = Program("g", graph_of(tmp_path, nodes, {"x": [None, 2], "y": [None, 3]}))
+    inputs = {"x": np.zeros((1, 2), np.float32), "y": np.zeros((4, 3), np.float32)}
+    with pytest.raises(InputError, match=r"g\.onnx: OpenVINO failed: .*[Mm]at"):
+        create(SPEC).open(program).run(inputs)
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_a_type_that_the_processor_lacks_is_no_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openvino.Core", lambda: Capable("FP32", "INT8"))
+    with pytest.raises(BackendUnavailable, match=f"nothing in {name.upper()} on this processor, only FP32, INT8") as no:
+        create(BackendSpec(f"openvino-{name}"))
+    assert no.value.exit_code == 3
+    assert f"emu-{name}" in str(no.value)
+
+
+class Capable:
+    def __init__(self, *types: str) -> None:
+        self._types = types
+
+    def get_property(self, device: str, name: str) -> Sequence[str]:
+        return self._types
+
+
+def test_versions_and_devices_that_do_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendUnavailable, match="on the CPU here, not on cuda:0"):
+        create(BackendSpec("openvino", "cuda:0"))
+    monkeypatch.setattr("openvino.__version__", "2023.3.0-13775-ceeafaf64f3")
+    with pytest.raises(BackendUnavailable, match=r"2023\.3\.0-13775-ceeafaf64f3 is too old; expected 2024\.0"):
+        create(SPEC)
+
+
+def test_without_the_package_one_sentence_tells_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    with pytest.raises(MissingPackage, match=r"pip install '\.\[openvino\]'") as missing:
+        create(SPEC)
+    assert missing.value.exit_code == 3
+    found: Callable[[str], Any] = importlib.util.find_spec
+    monkeypatch.setattr("cp_debug.optional.find_spec", lambda name: None if name == "openvino" else found(name))
+    with pytest.raises(MissingPackage, match=r"pip install '\.\[openvino\]'"):
+        check_installed([SPEC])
+
+
+def test_sessions_are_of_the_protocol(stress: Program) -> None:
+    session = create(SPEC).open(stress)
+    assert isinstance(session, OpenVinoSession)
+    session.close()
