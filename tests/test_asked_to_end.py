@@ -13,7 +13,7 @@ from test_cli import run
 
 from cp_debug.cli import main as command_line
 from cp_debug.cli.crash import log_crash
-from cp_debug.cli.deploy_log import deploy_log
+from cp_debug.cli.deploy import _Log
 from cp_debug.doing import asked_to_end
 from cp_debug.errors import InputError, Terminated, in_one_line, library_reason, raise_if_interrupted
 
@@ -218,13 +218,13 @@ def test_an_error_that_cannot_be_printed_is_told_by_its_class(tmp_path: Path, mo
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_log_that_the_disk_has_no_room_for_is_told_in_a_line(tmp_path: Path) -> None:
-    (tmp_path / "d.toml").write_text("nothing = 1\n")
-    command = [sys.executable, "-m", "cp_debug", "deploy", str(tmp_path / "d.toml"), "--log-file", "/dev/full"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    (tmp_path / "d.toml").write_text("model = 'centerpoint:tiny'\nlog_file = '/dev/full'\nwork_dir = 'w'\n")
+    command = [sys.executable, "-m", "cp_debug", "deploy", str(tmp_path / "d.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
-    refused = pytest.raises(InputError, match="/dev/full: the log cannot be written")
-    with refused, deploy_log(Path("/dev/full"), None) as log:
-        log.stage("export", None)
+    assert "/dev/full: the log cannot be written" in done.stderr
+    with pytest.raises(InputError, match="/dev/full: the log cannot be written"):
+        _Log(Path("/dev/full")).stage("export", None)
 
 
 @pytest.mark.process

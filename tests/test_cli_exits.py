@@ -395,7 +395,7 @@ def test_memory_that_is_too_little_even_for_the_log_is_told_in_words(monkeypatch
 
 
 WRITES = {"--output", "--json", "--csv", "--html", "--junit", "--plot", "--onnx", "--predictions", "--save", "--log"}
-WRITES |= {"--log-file", "--shared"}
+WRITES |= {"--shared"}
 """Options that name what is written."""
 ACTS = {
     "--samples": "so many are made up or read; fewer than asked for are noted",
@@ -774,36 +774,13 @@ def test_a_duration_is_told_as_people_do() -> None:
     assert said == ["3 s", "119 s", "2 min", "83 min", "11 h", "2.3 days", "11,574 days"]
 
 
-def test_at_the_end_ctrl_c_changes_nothing_and_torchs_empty_folder_goes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import types
-
+def test_at_the_end_ctrl_c_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from cp_debug import __main__ as entry
 
-    folder, handlers = tmp_path / "torchinductor_me", []
-    folder.mkdir()
-    monkeypatch.setitem(
-        sys.modules, "torch._inductor.runtime.cache_dir_utils", types.SimpleNamespace(default_cache_dir=lambda: folder)
-    )
+    handlers = []
     monkeypatch.setattr(signal, "signal", lambda *given: handlers.append(given))
     monkeypatch.setattr("cp_debug.cli.main.main", lambda: sys.exit(1))
     with pytest.raises(SystemExit, match="1"):
         entry.main()
     assert (signal.SIGINT, signal.SIG_IGN) in handlers
-    (last,) = (handler for number, handler in handlers if number == signal.SIGTERM and handler is not signal.SIG_DFL)
-    last(signal.SIGTERM, None)  # does nothing
-    assert not folder.exists()
-    folder.mkdir()
-    (folder / "kept").touch()
-    with pytest.raises(SystemExit):
-        entry.main()
-    assert (folder / "kept").exists()
-
-
-def test_torchs_folder_is_known_without_torch() -> None:
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    from cp_debug.cli.guard import torch_folder
-
-    assert default_cache_dir() == torch_folder()
+    assert (signal.SIGTERM, signal.SIG_DFL) in handlers

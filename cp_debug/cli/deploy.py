@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cp_debug.cli import tensorrt
-from cp_debug.cli.deploy_log import LogLevel, deploy_log
 from cp_debug.cli.flags import JsonFile, RotYAxis
 from cp_debug.cli.given import check_configured, check_installed
 from cp_debug.cli.typed import refuse
+from cp_debug.errors import CpdebugError, InputError, system_reason
+from cp_debug.files import make_folder
 from cp_debug.loading import load_torch
 
 if TYPE_CHECKING:
     from cp_debug.deploy.schema import DeployConfig
+    from cp_debug.deploy.state import StageRecord
 
 
 def deploy(
@@ -27,12 +31,6 @@ def deploy(
     rot_y_axis_reference: RotYAxis = False,
     data_root: Annotated[
         Path | None, typer.Option(help="Folder that paths in the info file are relative to.  [default: data.root]")
-    ] = None,
-    log_file: Annotated[
-        Path | None, typer.Option(help="Append the stages to a file, with times.  [default: log_file]")
-    ] = None,
-    log_level: Annotated[
-        LogLevel | None, typer.Option(help="Log to stderr, too, from this level on.  [file: info]")
     ] = None,
     trt_python: tensorrt.Python = None,
 ) -> None:
@@ -49,7 +47,6 @@ def deploy(
         "tensorrt.python": trt_python,
         "export.rot_y_axis_reference": rot_y_axis_reference or None,
         "data.root": data_root,
-        "log_file": log_file,
     }
     settings = override(named_config(config, model), overrides)
     show_notes(settings.notes)
@@ -69,11 +66,17 @@ def deploy(
     from cp_debug.reports.deployment import stage_table, write_summary
     from cp_debug.reports.sheet_terminal import Terminal
 
-    with deploy_log(settings.log_file, log_level) as log, steps() as on_step:
-        for note in settings.notes:
-            log.note(note)
-        deployment = Deployment(settings, str(config), log.steps(on_step), on_event=on_step.on_event)
-        records = run(deployment, fresh=fresh, on_stage=log.stage)
+    log = _Log(settings.log_file)
+    for note in settings.notes:
+        log.line(note)
+    try:
+        with steps() as on_step:
+            deployment = Deployment(settings, str(config), on_step, on_event=on_step.on_event)
+            records = run(deployment, fresh=fresh, on_stage=log.stage)
+    except CpdebugError as error:
+        with suppress(InputError):  # a full disk is not what ended it
+            log.line(str(error))
+        raise
     passed = all(record.passed for record in records)
     page = html or settings.work_dir / "report.html"
     write_summary(records, f"{settings.model}, {config.name}", command_line(), page)
@@ -81,6 +84,33 @@ def deploy(
     document = {"passed": passed, "stages": {record.name: record.document for record in records}}
     show_document([Terminal(stage_table(records)), verdict], document, json)
     raise typer.Exit(0 if passed else 1)
+
+
+class _Log:
+    """Lines with times, appended to a file where there is one. Raises InputError where it cannot be written."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        if file is not None:
+            make_folder(file.parent)
+
+    def line(self, text: str) -> None:
+        """Append a line."""
+        if self._file is None:
+            return
+        try:
+            with self._file.open("a", encoding="utf-8") as lines:
+                lines.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+        except OSError as error:
+            raise InputError(f"{self._file}: the log cannot be written ({system_reason(error)})") from None
+
+    def stage(self, name: str, record: StageRecord | None) -> None:
+        """Append that a stage begins (no record), or what it gave."""
+        if record is None:
+            self.line(f"{name}: begins")
+            return
+        outcome = "as before" if record.resumed else f"{record.seconds:.1f} s"
+        self.line(f"{name}: {'passed' if record.passed else 'FAILED'}, {outcome}: {record.line}")
 
 
 def _backends(settings: DeployConfig) -> list[str]:

@@ -4,24 +4,23 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cp_debug.errors import InputError
-from cp_debug.files import MADE, missing_folders, partial_name, resolved
 from cp_debug.files import check_target as check_writable
+from cp_debug.files import missing_folders, partial_name, resolved
 from cp_debug.reading import RESULT, read_json
 
-OUTPUTS = {"charts", "csv", "html", "json", "junit", "log", "log_file", "onnx", "output", "plot", "predictions", "save"}
+OUTPUTS = {"charts", "csv", "html", "json", "junit", "log", "onnx", "output", "plot", "predictions", "save"}
 """Parameters of commands that name what is written; every other text or path may name what is read."""
 
 
 SCHEMAS = "cpdebug."
 """Beginning of the ``schema`` of every JSON document that a command writes."""
-FILES = {"csv", "html", "json", "junit", "log_file", "plot", "predictions"}
+FILES = {"csv", "html", "json", "junit", "plot", "predictions"}
 """Parameters of those that are files, in folders that must be there."""
 ALONE = ("csv", "json")
 """Those of which ``-`` is stdout, which then holds nothing else."""
@@ -88,8 +87,6 @@ def no_empty_folders(given: Mapping[str, Any]) -> Iterator[None]:
     """Context that, where it fails, removes the empty folders that it made for the outputs among ``given``."""
     outputs = [Path(str(value)) for name, value in given.items() if name in OUTPUTS and _names_file(value)]
     new = {folder for output in outputs for folder in missing_folders(output)}
-    for folder in sorted(new, key=lambda folder: len(folder.parts)):
-        sys.audit(MADE, str(folder.absolute()))
     try:
         yield
     except BaseException:
