@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-import time
 from contextlib import suppress
-from pathlib import Path
 from typing import NoReturn
 
 _ARENA_MAX = -8
@@ -68,35 +65,16 @@ def _interrupted() -> NoReturn:
 
 
 def _end() -> None:
-    """Do the last things once everything is said: a signal cannot change it, and torch's empty folder goes."""
+    """Make safe what is printed when Python ends; Ctrl-C changes nothing any more, other signals end at once."""
     if "cp_debug.safe_text" in sys.modules:  # the user's code may print when Python ends
         from cp_debug.safe_text import SafeStream
 
         sys.stdout, sys.stderr = (s and SafeStream(s) for s in (sys.stdout, sys.stderr))
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, _Last())
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
-            signal.signal(signal.SIGHUP, _Last())
-    folders = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
-    if folders is not None or "distributed" in sys.modules:
-        from cp_debug.cli.guard import torch_folder
-
-        with suppress(Exception):  # its exporter makes it among temporary files, when it is imported, in workers too
-            Path(folders.default_cache_dir() if folders is not None else torch_folder()).rmdir()
-
-
-class _Last:
-    """Handler of SIGTERM and SIGHUP while the process ends: what is tidied is not stopped, unless one comes again."""
-
-    def __init__(self) -> None:
-        self._first = 0.0
-
-    def __call__(self, number: int, frame: object) -> None:
-        now = time.monotonic()
-        self._first = self._first or now
-        if now - self._first > 1.0:  # a thread of the user's that does not end
-            os._exit(128 + number)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,6 @@ READER = 10.0
 """Seconds to wait for somebody who reads a pipe; opened as a file it would wait for ever."""
 SHORTENED = 100
 """Number of characters of a name that a temporary name repeats."""
-PARTIAL, MADE = "cpdebug.partial", "cpdebug.made"
-"""Audit events by which it is known what goes when the process dies: a temporary path; a folder, if it is empty."""
 results: TextIO | None = None
 """The stream of reports that no file was named for; None: ``sys.stdout``, unless that is set aside for prints."""
 
@@ -117,9 +115,7 @@ def partial_name(path: Path, mark: str = "") -> Path:
             owner = entry.name[len(stem) :].removesuffix(".partial").partition("-")[0]
             if entry.name.startswith(stem) and entry.name.endswith(".partial") and _is_gone(owner):
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    partial = path.with_name(f"{stem}{os.getpid()}{f'-{mark}' if mark else ''}.partial")
-    sys.audit(PARTIAL, str(partial.absolute()))
-    return partial
+    return path.with_name(f"{stem}{os.getpid()}{f'-{mark}' if mark else ''}.partial")
 
 
 def _is_gone(owner: str) -> bool:

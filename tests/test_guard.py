@@ -1,4 +1,4 @@
-"""A library that ends the process leaves a sentence and an exit code, and nothing else."""
+"""A library that ends the process leaves a sentence and an exit code."""
 
 import os
 import signal
@@ -49,31 +49,6 @@ def test_a_crash_of_nothing_known_is_unexpected() -> None:
     assert (code, said) == (70, "error: a library ended the process (SIGSEGV): nothing was decided\n")
 
 
-@pytest.mark.parametrize("end", ["os.abort()", "os._exit(3)", "os.kill(os.getpid(), 9)", "os.kill(os.getpid(), 10)"])
-def test_what_was_being_written_goes(end: str, tmp_path: Path) -> None:
-    """A file, a folder, a capture and a folder for outputs; what somebody else put there stays."""
-    (tmp_path / "theirs").mkdir()
-    lines = [
-        "from pathlib import Path",
-        "from cp_debug.cli.saving import no_empty_folders, replacing",
-        "from cp_debug.files import complete_file, complete_folder, partial_name",
-        f"os.chdir({str(tmp_path)!r})",
-        "given = {'output': 'new/a/out.json', 'html': 'theirs/b/page.html'}",
-        "saved = replacing('--save', Path('kept'), False)",
-        "with no_empty_folders(given), saved as kept, complete_file(Path('out.json')):",
-        "    for made in (kept, Path('new/a'), Path('theirs/b')): made.mkdir(parents=True)",
-        "    (kept / 'part').touch(); Path('theirs/b/note').touch()",
-        "    partial_name(Path('capture'), 'mark').mkdir()",
-        "    with complete_folder(Path('more')) as more:",
-        "        (more / 'file').touch()",
-        f"        {end}",
-    ]
-    code, _ = ended("\n    ".join(lines))
-    assert code == 70
-    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
-    assert left == ["theirs", "theirs/b", "theirs/b/note"]
-
-
 def test_what_was_done_before_is_not_blamed() -> None:
     code, said = ended("with doing('onnx read net.onnx'): pass\n    os.abort()")
     assert code == 70
@@ -88,12 +63,6 @@ def test_leaving_without_a_word_is_told() -> None:
 
 def test_a_crash_after_the_end_changes_nothing() -> None:
     assert ended("import atexit; atexit.register(os.abort); sys.exit(1)") == (1, "")
-
-
-def test_temporary_folders_of_a_process_that_died_are_removed(tmp_path: Path) -> None:
-    body = "f = tempfile.mkdtemp(); open(f + '/half', 'w').write('x'); tempfile.mkstemp(); os.abort()"
-    assert ended(body, env=os.environ | {"TMPDIR": str(tmp_path)})[0] == 70
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("body", "code"), [("sys.exit(3)", 3), ("pass", 0), ("sys.exit('no')", 1), ("1 / 0", 1)])
@@ -138,26 +107,20 @@ def test_signals_within_a_second_are_one_and_later_ones_are_heard(monkeypatch: p
 
 
 ENDING = """
-import atexit, os, signal, sys, time
+import atexit, os, signal, sys
 sys.argv = ["cpdebug", "--version"]
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup leaves it ignored
 from cp_debug import __main__
-def signals():
-    for _ in range({count}):
-        os.kill(os.getpid(), signal.{name})
-        time.sleep(1.2 * {count} - 1.2)
-atexit.register(signals)
-__main__.run()"""
+atexit.register(lambda: os.kill(os.getpid(), signal.{name}))
+__main__.main()"""
 """A command that gets signals while Python ends."""
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-@pytest.mark.parametrize("count", [1, 2])
-def test_signals_while_python_ends_say_nothing_and_a_later_one_is_heard(count: int, name: str) -> None:
-    script = ENDING.format(count=count, name=name)
+def test_signals_while_python_ends_say_nothing_and_change_nothing(name: str) -> None:
+    script = ENDING.format(name=name)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    code = 0 if count == 1 else 128 + getattr(signal, name)
-    assert (done.returncode, done.stderr) == (code, "")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_killed_guard_takes_the_command_along(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import sys
 import warnings
 
@@ -14,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cp_debug.cli.library_log import no_library_warnings, safe_library_log
+from cp_debug.cli.library_log import no_library_warnings
 from cp_debug.errors import InputError
 from cp_debug.safe_text import (
     LimitedStream,
@@ -41,17 +40,6 @@ def test_control_characters_become_escapes_and_the_rest_stays() -> None:
     assert visible("Größe 名前 ✓ Δ\n") == "Größe 名前 ✓ Δ\n"
     assert one_line("a\nb") == "a\\nb"
     assert page("a\tb\n\x1b") == "a\tb\n\\x1b"
-
-
-def test_what_libraries_log_past_python_is_made_safe(capfd: pytest.CaptureFixture[str]) -> None:
-    with safe_library_log():
-        os.write(2, b"\x1b[0;93mwarning\x1b[m \x1b]0;title\x07\n::error::no\nhalf a line \xff")
-        print("own", file=sys.stderr)
-    print("after", file=sys.stderr)
-    told = capfd.readouterr().err
-    assert set(told.splitlines()) >= {"own", "warning \\x1b]0;title\\x07", "\\x3a:error::no"}
-    assert "half a line \ufffd" in told
-    assert told.endswith("after\n")
 
 
 def test_a_message_has_twelve_lines_of_limited_length() -> None:

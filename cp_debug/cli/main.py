@@ -19,7 +19,6 @@ import typer
 from cp_debug import plugins, version
 from cp_debug.cli import crash
 from cp_debug.cli.console import NO_READER, Ended, errors, forget_output, show_anywhere, show_error, show_usage
-from cp_debug.cli.library_log import safe_library_log
 from cp_debug.cli.typed import INTERRUPTED, Command, JsonCommand
 from cp_debug.doing import asked_to_end
 from cp_debug.errors import (
@@ -100,8 +99,6 @@ def options(
         if context.invoked_subcommand in RUNS_NOTHING:
             raise InputError(f"--verbose: it would do nothing here: {context.invoked_subcommand} runs no model")
         os.environ.setdefault("CPDEBUG_ORT_LOG", "warning")
-    if os.environ.get("CPDEBUG_ORT_LOG"):
-        context.with_resource(safe_library_log())
 
 
 @lru_cache(2)
