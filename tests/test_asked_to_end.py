@@ -13,7 +13,7 @@ from test_cli import run
 
 from cp_debug.cli import main as command_line
 from cp_debug.cli.crash import log_crash
-from cp_debug.cli.deploy import _Log
+from cp_debug.cli.deploy import DeployLog
 from cp_debug.doing import asked_to_end
 from cp_debug.errors import InputError, Terminated, in_one_line, library_reason, raise_if_interrupted
 
@@ -224,7 +224,7 @@ def test_a_log_that_the_disk_has_no_room_for_is_told_in_a_line(tmp_path: Path) -
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
     assert "/dev/full: the log cannot be written" in done.stderr
     with pytest.raises(InputError, match="/dev/full: the log cannot be written"):
-        _Log(Path("/dev/full")).stage("export", None)
+        DeployLog(Path("/dev/full")).stage("export", None)
 
 
 @pytest.mark.process

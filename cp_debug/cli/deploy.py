@@ -66,7 +66,7 @@ def deploy(
     from cp_debug.reports.deployment import stage_table, write_summary
     from cp_debug.reports.sheet_terminal import Terminal
 
-    log = _Log(settings.log_file)
+    log = DeployLog(settings.log_file)
     for note in settings.notes:
         log.line(note)
     try:
@@ -86,7 +86,7 @@ def deploy(
     raise typer.Exit(0 if passed else 1)
 
 
-class _Log:
+class DeployLog:
     """Lines with times, appended to a file where there is one. Raises InputError where it cannot be written."""
 
     def __init__(self, file: Path | None) -> None:
