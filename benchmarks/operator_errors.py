@@ -8,6 +8,7 @@ transforms of random signals follow.
     python benchmarks/operator_errors.py                                        # measure, and compare with the models
     python benchmarks/operator_errors.py --json docs/data/operator_errors.json  # also write what was measured
     python benchmarks/operator_errors.py --cuda --json docs/gpu/data/operator_errors.json  # on a GPU instead
+    python benchmarks/operator_errors.py --openvino --json docs/data/operator_errors_openvino.json
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,12 @@ from rich.table import Table
 from torch.nn import functional
 
 from cp_debug.backends.arithmetic import FP64
+from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.operator_errors import errors_of
+from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 
 U = 2.0**-24
@@ -132,7 +138,8 @@ def exact(name: str, path: Path, x: np.ndarray) -> np.ndarray:
     return Executor(graph, FP64).run({"x": x})[graph.outputs[0].name].numpy()
 
 
-FAMILIES = {"ort": "ort", "torch": "torch", "onednn": "torch", "ort@cuda": "ort@cuda", "torch@cuda": "torch@cuda"}
+FAMILIES = {"ort": "ort", "torch": "torch", "onednn": "torch", "ort@cuda": "ort@cuda", "torch@cuda": "torch@cuda",
+            "openvino": "openvino"}  # fmt: skip
 """Implementation → whose models it is compared with."""
 
 
@@ -148,24 +155,39 @@ def session_of(path: Path, *, cuda: bool) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options, providers=providers)
 
 
-def measure(cuda: bool) -> tuple[dict[str, dict[str, list[list[float]]]], Table]:
+def openvino_of(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """The function as OpenVINO computes it, in FP32 on the CPU."""
+    session = create(BackendSpec("openvino"), threads=1).open(Program("function", Graph(path)))
+    return lambda x: session.run({"x": x})["y"]
+
+
+def implementations_of(name: str, path: Path, where: str) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """Who computes a function, in FP32: those of ``cpu``, ``cuda`` or ``openvino``."""
+    if where == "openvino":
+        with suppress(InputError):  # functions of com.microsoft
+            return {"openvino": openvino_of(path)}
+        return {}
+    found: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
+    suffix = "@cuda" if where == "cuda" else ""
+    try:
+        session = session_of(path, cuda=where == "cuda")
+        found[f"ort{suffix}"] = lambda x: session.run(None, {"x": x})[0]
+    except Exception as error:
+        print(f"{name}: ONNX Runtime does not run it: {error}", file=sys.stderr)
+    for kind, functions in ((f"torch{suffix}", TORCH), ("onednn", ONEDNN if where == "cpu" else {})):
+        if name in functions:
+            found[kind] = lambda x, f=functions[name]: f(torch.from_numpy(x).to(where)).cpu().numpy()
+    return found
+
+
+def measure(where: str) -> tuple[dict[str, dict[str, list[list[float]]]], Table]:
     """What was found in every bin, ``COLUMNS`` by function and implementation; and how it compares with the models."""
     found: dict[str, dict[str, list[list[float]]]] = {}
     table = Table("function", "by", "rms ÷ model", "at", "largest ÷ model", "at", box=None)
-    device = "cuda" if cuda else "cpu"
-    suffix = "@cuda" if cuda else ""
     with tempfile.TemporaryDirectory() as folder:
         for name in FUNCTIONS:
             path = graph_of(name, Path(folder))
-            implementations: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
-            try:
-                session = session_of(path, cuda=cuda)
-                implementations[f"ort{suffix}"] = lambda x, s=session: s.run(None, {"x": x})[0]
-            except Exception as error:
-                print(f"{name}: ONNX Runtime does not run it: {error}", file=sys.stderr)
-            for kind, functions in ((f"torch{suffix}", TORCH), ("onednn", {} if cuda else ONEDNN)):
-                if name in functions:
-                    implementations[kind] = lambda x, f=functions[name]: f(torch.from_numpy(x).to(device)).cpu().numpy()
+            implementations = implementations_of(name, path, where)
             found[name] = {kind: [] for kind in implementations}
             node = Graph(path).nodes[0]
             for kind, compute in implementations.items():
@@ -220,19 +242,24 @@ def main() -> None:
     """Measure and print where each implementation is worst."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write what was measured here")
-    parser.add_argument("--cuda", action="store_true", help="measure ONNX Runtime's CUDA provider and torch on a GPU")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--cuda", action="store_true", help="measure ONNX Runtime's CUDA provider and torch on a GPU")
+    other.add_argument("--openvino", action="store_true", help="measure OpenVINO on the CPU")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    measured, table = measure(options.cuda)
+    where = "cuda" if options.cuda else "openvino" if options.openvino else "cpu"
+    measured, table = measure(where)
     Console(width=120).print(table)
-    spectra = {} if options.cuda else transforms()
+    spectra = transforms() if where == "cpu" else {}
     for length, errors in spectra.items():
         print(f"DFT of {length}: " + ", ".join(f"{kind} {error:g} u" for kind, error in errors.items()))
     if options.json:
         versions = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__}
         if options.cuda:
             versions["gpu"] = torch.cuda.get_device_name()
-        command = "python benchmarks/operator_errors.py" + " --cuda" * options.cuda
+        if options.openvino:
+            versions |= create(BackendSpec("openvino")).versions()
+        command = "python benchmarks/operator_errors.py" + f" --{where}" * (where != "cpu")
         document = {"command": command, "versions": versions, "columns": COLUMNS, "measured": measured, "dft": spectra}
         options.json.write_text(json.dumps(document, separators=(",", ":")).replace('},"', '},\n"') + "\n")
 

@@ -149,7 +149,7 @@ def test_of_an_unknown_backend_the_wider_errors_are_believed() -> None:
         if op == "BatchNormalization":
             continue  # of five inputs
         node, widths = elementwise(op), {}
-        for by in ("", *BY_IMPLEMENTER):
+        for by in ("", *BY_IMPLEMENTER.keys() - {"openvino"}):
             if (errors := errors_of(node, by)) is not None:
                 widths[by] = errors.spread(node, [x], torch.tanh(x))
         assert all(bool((widths[""] >= width).all()) for width in widths.values()), op
@@ -196,7 +196,7 @@ def test_a_softplus_of_a_gpu_s_onnx_runtime_loses_what_the_sum_with_1_rounds_awa
     x, node = torch.tensor([-20.0]).double(), elementwise("Softplus")
     y = torch.nn.functional.softplus(x)
     off = {by: float(errors.spread(node, [x], y)) * U for by in BY_IMPLEMENTER if (errors := errors_of(node, by))}
-    assert {by for by, error in off.items() if 4 * error > float(y)} == {"ort@cuda"}
+    assert {by for by, error in off.items() if 4 * error > float(y)} == {"ort@cuda", "openvino"}
 
 
 def test_a_rounding_is_off_by_what_the_models_say() -> None:

@@ -39,7 +39,7 @@ def test_nan_is_guilty_and_not_explained_by_what_changes_other_numbers(tmp_path:
     assert [row.onnx for row in test.rows if row.verdict == "guilty"] == ["z"]
     (finding,) = test.findings
     assert finding.cause == "nonfinite"
-    assert "NaN or Inf appears here in 1 value where Inf is right" in finding.headline
+    assert "NaN appears here in 1 value where Inf is right" in finding.headline
 
 
 def test_the_same_infinity_is_innocent(tmp_path: Path) -> None:
@@ -54,3 +54,26 @@ def test_what_counts_as_born(dtype: type) -> None:
     theirs = np.array([1, 1, np.inf, np.inf, np.inf, np.inf, np.nan, np.nan], dtype)
     assert distance(ours, theirs).new_nonfinite == 4
     assert distance(torch.from_numpy(ours), theirs).new_nonfinite == 4
+
+
+@pytest.mark.parametrize(("op", "of_nan", "says"), [("Relu", 0.0, "a number"), ("Exp", np.inf, "Inf")])
+def test_nan_that_is_lost_is_guilty(op: str, of_nan: float, says: str, tmp_path: Path) -> None:
+    text = f'<ir_version: 8, opset_import: ["": 13]> net (float[4] x) => (float[4] y) {{ z = {op} (x) y = Abs (z) }}'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "net.onnx")
+    x = np.array([1, np.nan, 2, 3], np.float32)
+    z = np.where(np.isnan(x), of_nan, np.exp(x) if op == "Exp" else x).astype(np.float32)
+    (test,) = diagnose(tmp_path / "net.onnx", "ort", test_tensors={"x": x, "z": z, "y": z}).tests
+    assert [row.onnx for row in test.guilty] == ["z"]
+    assert test.guilty[0].why == "NaN or Inf is lost here in 1 value"
+    (finding,) = test.findings
+    assert f"{says} appears here in 1 value where NaN is right" in finding.headline
+
+
+def test_a_maximum_may_leave_nan_out(tmp_path: Path) -> None:
+    text = (
+        '<ir_version: 8, opset_import: ["": 13]> net (float[1,4] x) => (float[1,1] y) { y = ReduceMax <axes=[1]> (x) }'
+    )
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "net.onnx")
+    values = {"x": np.array([[1, np.nan, 2, 3]], np.float32), "y": np.array([[3]], np.float32)}
+    (test,) = diagnose(tmp_path / "net.onnx", "emu-fp32", test_tensors=values).tests
+    assert not test.guilty

@@ -195,7 +195,7 @@ def test_a_number_that_stands_for_infinity_is_a_fault_where_whole_rows_are_maske
     (test,) = diagnose(files[0], "ort,ort", test_model=files[1]).tests
     assert [row.name for row in test.guilty] == (["add"] if rows else [])
     if rows:
-        assert test.guilty[0].why == f"a number stands in {27 + 6} values where Inf is right"
+        assert test.guilty[0].why == f"NaN or Inf is lost here in {27 + 6} values"
         (finding,) = test.findings
         assert "-inf → -3.4e+38 in 33 of 81 elements" in finding.headline
         assert finding.effect.share == pytest.approx(1, abs=0.01)

@@ -436,16 +436,21 @@ class Replayer:
 
 
 def _numbers(nodes: Sequence[Node], captured: AnyTensor, exact: Tensor, expected: AnyTensor) -> int:
-    """The number of elements that are finite where Inf is right, and where the declared arithmetic makes it, too.
+    """The number of elements that are finite where Inf is right, or anything else where NaN is, and where the declared
+    arithmetic makes that, too.
 
-    Runtimes begin a maximum with the lowest number, which is all that −Inf leaves of it: that is no fault.
+    Runtimes begin a maximum with the lowest number, which is all that −Inf and NaN leave of it: that is no fault. Nor
+    is a sum of products in which Inf meets no zero, as padding and sparse weights are left out.
     """
     if any(node.op in MAXIMA for node in nodes):
         return 0
     ours, emulated = (as_tensor(side).to(exact.device) for side in (captured, expected))
     if ours.shape != exact.shape:
         return 0
-    return int((torch.isfinite(ours) & torch.isinf(exact) & torch.isinf(emulated)).sum())
+    lost = torch.isfinite(ours) & torch.isinf(exact) & torch.isinf(emulated)
+    if not any(node.op in CONTRACTIONS for node in nodes):
+        lost |= ~torch.isnan(ours) & torch.isnan(exact) & torch.isnan(emulated)
+    return int(lost.sum())
 
 
 def _undecided(nodes: Sequence[Node], captured: AnyTensor, exact: Tensor, expected: AnyTensor) -> int:

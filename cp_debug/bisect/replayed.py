@@ -39,9 +39,9 @@ class Replay:
     """Bound of the oracle's own rounding, relative."""
     new_nonfinite: int = field(default=0, metadata={"key": "born_nonfinite"})
     """Elements that are NaN or Inf here although the oracle, from the same inputs, says they are finite or
-    Inf of the other sign; and numbers where it says Inf."""
+    Inf of the other sign; and the reverse."""
     numbers: int = field(default=0, metadata={"key": "numbers_for_inf"})
-    """Those of them that are numbers where Inf is right."""
+    """Those of them that are numbers where Inf is right, or numbers or Inf where NaN is."""
     nonfinite_in: str = ""
     """Name and operator of the node that makes NaN or Inf of the test's finite inputs, by the oracle's account too,
     where the reference has neither."""

@@ -71,7 +71,7 @@ def judge(
     if replay.new_nonfinite:
         values = amount(replay.new_nonfinite, "value")
         numbers = replay.numbers == replay.new_nonfinite
-        born = f"a number stands in {values} where Inf is right" if numbers else f"NaN or Inf appears here in {values}"
+        born = f"NaN or Inf {'is lost' if numbers else 'appears'} here in {values}"
         if math.isfinite(stats.max_ref) and stats.max_ref > precision.largest:
             name = precision.name.upper()
             born += f": the reference reaches {stats.max_ref:.6g}, {name} ends at {precision.largest:.6g}"

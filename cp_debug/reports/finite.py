@@ -18,10 +18,10 @@ def not_finite(row: LayerRow) -> str:
 
 def born(row: LayerRow) -> str:
     """``18 Inf``, ``3 NaN`` or ``5 NaN or Inf`` for a layer that makes such values of finite ones, and the reverse,
-    ``2 numbers for Inf``; else empty."""
+    ``2 NaN or Inf lost``; else empty."""
     count = row.replay.new_nonfinite if row.replay else 0
     numbers = row.replay is not None and row.replay.numbers == count
-    return f"{count} {'numbers for Inf' if numbers else _kind(row)}" if count else ""
+    return f"{count} {'NaN or Inf lost' if numbers else _kind(row)}" if count else ""
 
 
 def verdict(row: LayerRow) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment
@@ -45,10 +46,9 @@ def nan_for_zero_or_all(segment: Segment) -> Iterator[Candidate]:
 def born_here(segment: Segment) -> Iterator[Candidate]:
     """Candidate of last resort: the place of the first NaN or Inf, and its operands."""
     if bool(segment.new_nonfinite.any()):
-        count, right = int(segment.new_nonfinite.sum()), torch.isfinite(segment.exact[segment.new_nonfinite]).all()
-        number = bool(torch.isfinite(segment.test[segment.new_nonfinite]).all())
-        what = f"{'a number' if number else 'NaN or Inf'} appears here in {amount(count, 'value')}"
-        says = f"{what} where {'a number' if right else 'Inf'} is right"
+        count = int(segment.new_nonfinite.sum())
+        what, right = (_kinds(tensor[segment.new_nonfinite]) for tensor in (segment.test, segment.exact))
+        says = f"{what} appears here in {amount(count, 'value')} where {right} is right"
         yield Candidate(
             "nonfinite",
             says,
@@ -58,6 +58,11 @@ def born_here(segment: Segment) -> Iterator[Candidate]:
             "look at the operands in {layers}",
             observed=True,
         )
+
+
+def _kinds(values: Tensor) -> str:
+    kinds = {"a number": torch.isfinite, "NaN": torch.isnan, "Inf": torch.isinf}
+    return " or ".join(word for word, holds in kinds.items() if bool(holds(values).any()))
 
 
 def operands(segment: Segment) -> dict[str, Any]:

@@ -250,11 +250,12 @@ class Segment:
     @cached_property
     def new_nonfinite(self) -> Tensor:
         """Mask of the elements that are NaN or Inf in the captured result and something else in the exact one, or
-        numbers where Inf is right.
+        the reverse.
 
         bool, in the result's shape.
         """
-        return born_nonfinite(self.test, self.exact) | (torch.isfinite(self.test) & torch.isinf(self.exact))
+        number, lost = torch.isfinite(self.test), torch.isnan(self.exact) & ~torch.isnan(self.test)
+        return born_nonfinite(self.test, self.exact) | (number & torch.isinf(self.exact)) | lost
 
     @cached_property
     def error(self) -> Tensor:
