@@ -38,8 +38,15 @@ def test_nan_is_guilty_and_not_explained_by_what_changes_other_numbers(tmp_path:
     test = dumped(tmp_path, np.nan)
     assert [row.onnx for row in test.rows if row.verdict == "guilty"] == ["z"]
     (finding,) = test.findings
+    assert finding.cause == "textbook-formula"
+    assert "max + log(Σ exp(x − max)) in FP32, which is wrong for the arguments of [1, 0]" in finding.headline
+    assert "Inf − Inf is NaN" in finding.fix
+
+
+def test_another_number_of_infinity_has_no_formula(tmp_path: Path) -> None:
+    (finding,) = dumped(tmp_path, 3.0).findings
     assert finding.cause == "nonfinite"
-    assert "NaN appears here in 1 value where Inf is right" in finding.headline
+    assert "a number appears here in 1 value where Inf is right" in finding.headline
 
 
 def test_the_same_infinity_is_innocent(tmp_path: Path) -> None:

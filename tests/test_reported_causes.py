@@ -169,7 +169,8 @@ def test_a_kernel_that_loses_small_numbers_is_named_though_fp32_may(tmp_path: Pa
     (finding,) = test.findings
     assert (finding.layers, finding.headline) == (
         ["plus"],
-        "plus (Softplus): 100% of the final divergence comes from here",
+        "plus (Softplus): 100% of the final divergence comes from here: Softplus is computed as log(1 + exp(x)) in "
+        "FP32, which is wrong for arguments such as -12.97",
     )
 
 

@@ -50,12 +50,13 @@ def asked(report: Report, folder: Path, *, twin: bool) -> dict[str, Any]:
 def answered(report: Report, folder: Path, *, twin: bool) -> dict[str, Any]:
     """cpdebug's answer: accused layers, the first finding as told, seconds."""
     from cp_debug import diagnose
+    from cp_debug.bisect.result import SHAPE
 
     start = time.perf_counter()
     (test,) = diagnose(**asked(report, folder, twin=twin), progress=False).tests
     seconds = time.perf_counter() - start
     # A layer whose shape is another one is the first divergent one, and has no figures to be guilty by.
-    accused = [row.name for row in test.guilty] or [row.name for row in (test.first_divergent,) if row]
+    accused = [row.name for row in test.guilty] or [r.name for r in (test.first_divergent,) if r and r.verdict == SHAPE]
     told = [f for f in test.findings if set(f.layers) & set(accused)] or test.findings
     first = told[0] if told else None
     return {
@@ -74,7 +75,8 @@ def run_case(report: Report, folder: Path) -> dict[str, Any]:
     bad = answered(report, folder, twin=False)
     twin = answered(report, folder, twin=True)
     # Where a precision is declared and does what it must, nobody is guilty: the layers that cost most are the answer.
-    accused = set(bad["accused"] or (bad["costly"] if report.kind == "fp16" else ()))
+    # So in FP16, and in dumps of runtimes whose kernels nobody knows.
+    accused = set(bad["accused"] or (bad["costly"] if report.kind != "files" else ()))
     named = f"{bad['cause']} {bad['evidence']}"
     right = bool(accused) and accused <= set(report.guilty) if report.guilty else not accused
     return {

@@ -19,7 +19,7 @@ from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.compiled import compiled_findings
 from cp_debug.bisect.exports import judge_exports
 from cp_debug.bisect.flips import flips
-from cp_debug.bisect.lost_channels import lost_channels
+from cp_debug.bisect.lost_channels import judge_lost, lost_channels
 from cp_debug.bisect.masks import acquit_masks
 from cp_debug.bisect.observe import Observation, observe
 from cp_debug.bisect.options import Options, StepCounter
@@ -138,8 +138,9 @@ class SampleRuns:
             collected.observe(observation)
             floors = {key: max(floors.get(key, 0.0), self._reference_floors.get(key, 0.0)) for key in stats}
         last = model.components[-1].name
-        lost = lost_channels(side.outputs[last], results[last], run.tolerance[1])
-        collected.lost |= dict.fromkeys(lost if math.isfinite(run.tolerance[1]) else ())
+        bounded = math.isfinite(run.tolerance[1])
+        lost = dict.fromkeys(lost_channels(side.outputs[last], results[last], run.tolerance[1]) if bounded else ())
+        collected.lost |= lost
         rows = run.rows(stats, replays, floors, index)
         ways = list(other_ways(run, (side.captured, test)))
         collected.ways |= dict.fromkeys(map(str, ways))
@@ -157,6 +158,7 @@ class SampleRuns:
             self._progress.tell(f"{spec}, sample {index}: shares")
             try:
                 attribution = set_shares(shares, rows)
+                settled |= judge_lost(run, rows, shares, side.outputs[last], results[last]) if lost else {}
             except Exception as error:
                 failures.append(f"the layers' shares of the final divergence are unknown: {in_one_line(error)}")
             failures += [*shares.notes, *flips(run, rows, side.captured, test, exports.tied)]

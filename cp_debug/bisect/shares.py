@@ -217,19 +217,29 @@ class Shares:
         once from what the oracle gives in its place. Output name → array in float64.
         Raises InputError where its segment, or what is behind it, cannot be replayed.
         """
-        test = loader(self._test, key.component)
-        replayer = self._run.replayer(key.component, self._test)
-        if key.value in replayer.graph.producer:
-            nodes, starts = replayer.graph.segment([key.value], replayer.known)
-            exact = as_numpy(replayer.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [key.value])[key.value])
-        else:
-            exact = as_numpy(self._feed(key))
-        captured = as_numpy(test(key.value))
-        with_error, without = (self._behind(key, value) for value in (captured, exact))
+        with_error, without = (self.behind(key, value) for value in (self.captured(key), self.exact(key)))
         return {name: _difference(value, without[name]) for name, value in with_error.items()}
 
-    def _behind(self, key: Key, value: np.ndarray) -> Arrays:
-        """The final outputs by the oracle, from the test's values in front of ``key`` and ``value`` in its place."""
+    def captured(self, key: Key) -> np.ndarray:
+        """What the test gave for a layer, in its dtype."""
+        return _array(self._test, key.value, key.component)
+
+    def exact(self, key: Key) -> np.ndarray:
+        """What the oracle gives for a layer, from the test's own inputs, in the oracle's dtype.
+
+        Raises InputError where its segment cannot be replayed.
+        """
+        test, replayer = loader(self._test, key.component), self._run.replayer(key.component, self._test)
+        if key.value not in replayer.graph.producer:
+            return as_numpy(self._feed(key))
+        nodes, starts = replayer.graph.segment([key.value], replayer.known)
+        return as_numpy(replayer.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [key.value])[key.value])
+
+    def behind(self, key: Key, value: np.ndarray) -> Arrays:
+        """The final outputs by the oracle, from the test's values in front of ``key`` and ``value`` in its place.
+
+        Output name → array. Raises InputError where what is behind cannot be replayed.
+        """
         place = self._components.index(key.component)
         results: dict[str, Arrays] = {c: self._results[c] for c in self._components[:place]}
         graph, load = self._run.programs[key.component].graph, loader(self._test, key.component)

@@ -5,6 +5,7 @@ from cp_debug.bisect.causes import (  # noqa: F401 - importing them registers th
     batchnorm,
     batchnorm_pairing,
     fitted_weights,
+    formulas,
     layout,
     narrow,
     nonfinite,

@@ -9,7 +9,9 @@ from statistics import fmean
 from typing import Any
 
 from cp_debug.bisect.candidate_run import CandidateRun
+from cp_debug.bisect.causes.formulas import textbook
 from cp_debug.bisect.causes.precision import PROMOTED
+from cp_debug.bisect.causes.search import ENOUGH
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.causes.where import locate
 from cp_debug.bisect.finding import Effect, Finding
@@ -135,6 +137,11 @@ def declared(
     if claim == "fp32":
         names = ", ".join(row.name for _, row in told)
         fix = f"accept it if the kernel is known to be approximate, or compute {names} in FP64"
+        for formula in textbook(segments[0]):
+            if segments[0].explained(formula.value)[0] >= ENOUGH:
+                says, fix = f"{says}: {formula.says}", formula.fix.replace("{layers}", told[0][1].name)
+                evidence = {"declared": True, **formula.evidence}
+                explained = segments[0].explained(formula.value)[0]
     elif trials is not None:
         fix, figures = kept(trials, [row for _, row in first or rounds])
         evidence |= figures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -47,6 +48,12 @@ def declared(segment: Segment) -> Iterator[Candidate]:
         step, needed = float(of_input.scale.flatten()[0]), float(x.abs().max()) / of_input.most
         evidence |= {"scale": step, "needed_scale": needed, "clipped": of_input.clipped(x)}
         name, says, fix = _of_input(worst, step, needed, of_input, evidence["clipped"])
+        fitting = replace(of_input, scale=of_input.scale * (needed / step))
+        then, now = (_error(segment, node, {**quantized_inputs, 0: grid.quantized(x)}) for grid in (fitting, of_input))
+        if of_input.scale.numel() == 1 and then < now:
+            evidence |= {"error": now, "error_then": then}
+            tried = f": a scale of {needed:.3g} brings this layer's error from {now:.2g} to {then:.2g}"
+            fix = fix.replace(" ({calibrate})", f"{tried} ({{calibrate}})")
     yield Candidate(name, says, value, 0, evidence, fix)
 
 
