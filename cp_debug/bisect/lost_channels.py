@@ -145,7 +145,8 @@ def judge_lost(
     channels of the final outputs, are gone. Returns them → their finding.
 
     Tried are scales of their own for what is gone in a layer, and its exact values, all behind it computed by the
-    oracle: channels of the outputs have to come back. ``reference``, ``results``: the final outputs by name.
+    oracle: channels of the outputs have to come back. ``reference``, ``results``: the final outputs by name, of any
+    shape and float dtype.
     """
     settled: dict[Key, Finding] = {}
     least = run.tolerance[1]

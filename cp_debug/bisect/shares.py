@@ -238,7 +238,8 @@ class Shares:
     def behind(self, key: Key, value: np.ndarray) -> Arrays:
         """The final outputs by the oracle, from the test's values in front of ``key`` and ``value`` in its place.
 
-        Output name → array. Raises InputError where what is behind cannot be replayed.
+        Output name → array of its shape, in the oracle's dtype where that computed it. Raises InputError where what is
+        behind cannot be replayed.
         """
         place = self._components.index(key.component)
         results: dict[str, Arrays] = {c: self._results[c] for c in self._components[:place]}
