@@ -82,6 +82,8 @@ def evaluate(
         check_made_up(samples, data, given_by="--data")
         counting = ranges, min_points, draws, seed, max_drop, t4
         reading = DataOptions(data_root, sweeps, skip_missing)
+        engines.check_installed(specs)
+        load_torch()
         _finish(
             _files(Path(model), specs, data, samples, reading, counting, engines.trt_python), json, csv, predictions
         )
@@ -152,7 +154,7 @@ def _files(
     counting: tuple[str, int, int, int, float, bool],
     trt_python: str | None,
 ) -> EvaluationResult:
-    """Score exported files and engines with numpy; torch is not imported."""
+    """Score exported files and engines."""
     from cp_debug.cli.console import steps
     from cp_debug.deploy.file_evaluation import evaluate_files, read_description
     from cp_debug.detection.evaluation import EvaluationOptions, parse_ranges
@@ -176,7 +178,8 @@ def _files(
             options,
             seed=seed,
             read=read,
-            engine_options={"python": trt_python, "on_event": on_step.on_event},
+            python=trt_python,
+            on_event=on_step.on_event,
             on_step=on_step,
         )
 
