@@ -15,6 +15,7 @@ from nets import graph_of
 from onnx import TensorProto, helper
 from stress import OUTPUTS, make_stress
 
+from cp_debug.api.diagnose import diagnose
 from cp_debug.backends.base import Program
 from cp_debug.backends.capabilities import kernels_of
 from cp_debug.backends.openvino_backend import OpenVinoBackend, OpenVinoSession
@@ -130,8 +131,8 @@ def test_healthy_values_inside_fused_layers_are_shown(tmp_path: Path) -> None:
     (test,) = bisect(OnnxFileModel(chain(tmp_path).path), "ort,openvino").tests
     assert (test.agrees, test.compared) == (True, 7)
     session = create(SPEC).open(Program("g", Graph(tmp_path / "g.onnx")))
-    assert set(kernels_of(session)) == {"a0", "a1", "a2"}, "what layers write"
-    assert all(kernel.startswith("Convolution ") for kernel in kernels_of(session).values())
+    assert set(kernels_of(session)) == {"c0", "a0", "c1", "a1", "c2", "a2"}
+    assert all(kernel.startswith("Convolution:") for kernel in kernels_of(session).values())
 
 
 def test_a_torch_module_by_its_export() -> None:
@@ -234,3 +235,39 @@ def test_sessions_are_of_the_protocol(stress: Program) -> None:
     session = create(SPEC).open(stress)
     assert isinstance(session, OpenVinoSession)
     session.close()
+
+
+def ir_of(graph: Graph, path: Path, **options: bool) -> Path:
+    import openvino
+
+    openvino.save_model(openvino.Core().read_model(str(graph.path)), str(path), **options)
+    return path
+
+
+def test_an_ir_is_the_test_model_of_its_onnx_file(tmp_path: Path) -> None:
+    graph = chain(tmp_path)
+    exact = ir_of(graph, tmp_path / "exact.xml", compress_to_fp16=False)
+    (test,) = bisect(OnnxFileModel(graph.path), "ort,openvino", test_model=exact).tests
+    assert (test.agrees, test.compared) == (True, 7)
+    rounded = ir_of(graph, tmp_path / "rounded.xml")
+    (test,) = diagnose(graph.path, "ort,openvino", test_model=rounded, progress=False).tests
+    assert [row.onnx for row in test.guilty] == ["c0", "c1", "c2"]
+    assert all(row.tactic.startswith("Convolution") for row in test.guilty)
+    (finding,) = test.findings
+    assert "stored in FP16" in finding.headline
+
+
+def test_what_an_ir_cannot_be(tmp_path: Path) -> None:
+    graph = chain(tmp_path)
+    ir = ir_of(graph, tmp_path / "net.xml")
+    with pytest.raises(InputError, match=r"net\.xml is an IR of OpenVINO, .* not ort-all"):
+        bisect(OnnxFileModel(graph.path), "ort,openvino,ort-all", test_model=ir)
+    with pytest.raises(InputError, match=r"model: .*net\.xml is an IR of OpenVINO.*this one as test_model"):
+        diagnose(str(ir), "ort,openvino", progress=False)
+    (tmp_path / "broken.xml").write_text("<net><layers/></net>")
+    with pytest.raises(InputError, match=r"broken\.xml: OpenVINO cannot read it: Unable to read the model"):
+        bisect(OnnxFileModel(graph.path), "ort,openvino", test_model=tmp_path / "broken.xml")
+    (tmp_path / "other").mkdir()
+    other = graph_of(tmp_path / "other", [node("Relu", ["x"], ["a22"])], {"x": [1, 4, 8, 8]})
+    with pytest.raises(InputError, match="has no output that is called 'a2'; did you mean a22"):
+        bisect(OnnxFileModel(graph.path), "ort,openvino", test_model=ir_of(other, tmp_path / "other.xml"))

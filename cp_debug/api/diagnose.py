@@ -142,7 +142,7 @@ def _test_model(test_model: ModelLike, inputs: Any) -> Any:
     """The test model in a form that ``bisect`` takes: the path of an ONNX file as it is, else a model."""
     folder = isinstance(test_model, str | Path) and is_folder(Path(test_model))
     is_path = isinstance(test_model, str | Path) and not folder
-    if is_path and (str(test_model).endswith(".onnx") or Path(test_model).is_dir()):
+    if is_path and (str(test_model).endswith((".onnx", ".xml")) or Path(test_model).is_dir()):
         if not Path(test_model).exists():
             raise InputError(f"test_model: no such file {test_model}")
         return Path(test_model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -48,6 +49,8 @@ class Program:
     """Decisions of the flattening: which branch each If takes, how often each loop runs."""
     flow: ControlFlow = field(default_factory=ControlFlow)
     """Control flow on all samples: what ran, and what did not."""
+    ir: Path | None = None
+    """OpenVINO's file of the program, which is run instead of the graph."""
     example: Mapping[str, np.ndarray] | None = None
     """Inputs by name, like those that it will be run with, where they are known when it is opened."""
 

@@ -60,7 +60,8 @@ class OpenVinoBackend:
         if spec.device not in (None, "cpu"):
             reason = f"OpenVINO computes on the CPU here, not on {spec.device}"
             raise BackendUnavailable(str(spec), reason, nearest=spec.name)
-        has = self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        able = self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        has = [name for name in ("FP32", "FP16", "BF16", "INT8") if name in able]
         if self.precision in ("fp16", "bf16") and self.precision.upper() not in has:
             reason = f"OpenVINO computes nothing in {self.precision.upper()} on this processor, only {', '.join(has)}"
             raise BackendUnavailable(str(spec), reason, nearest=f"emu-{self.precision}")
@@ -108,14 +109,16 @@ class OpenVinoSession:
 
     def __init__(self, backend: OpenVinoBackend, program: Program) -> None:
         self._backend, self._graph = backend, program.graph
-        with self._words("cannot read it"):
-            self._model = backend.core.read_model(str(program.graph.path))
+        self._shown = program.ir or program.graph
+        with words(self._shown, "cannot read it"):
+            self._model = backend.core.read_model(str(program.ir or program.graph.path))
         self._plain = self._compiled(())
         self._outputs = [value.name for value in program.graph.outputs]
         named = {name for op in self._model.get_ordered_ops() for out in op.outputs() for name in out.get_names()}
         self.exposed: Collection[str] = [v for v in program.graph.tensors if v in named]
         self._looks: dict[tuple[tuple[int, ...], ...], tuple[openvino.CompiledModel, list[str]]] = {}
-        self._layers = self._runtime_layers()
+        self._written: set[str] = set()
+        self.tactics: Mapping[str, str] = self._kernels()
         self.settings: dict[str, Any] = {
             name.lower(): json_safe(str(self._plain.get_property(name)))
             for name in _READ_BACK
@@ -123,16 +126,11 @@ class OpenVinoSession:
         }
 
     @property
-    def tactics(self) -> Mapping[str, str]:
-        """ONNX value → type and kernel of the compiled model's layer that writes it."""
-        return self._layers
-
-    @property
     def integer_kernels(self) -> int | None:
         """Number of layers that compute in INT8; None where the program is not asked to."""
         if self._backend.precision != "int8":
             return None
-        return sum(kernel.endswith(("_i8", "_u8")) for kernel in self._layers.values())
+        return sum(self.tactics[value].lower().endswith(("_i8", "_u8")) for value in self._written)
 
     def run(
         self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] | None = None
@@ -167,14 +165,13 @@ class OpenVinoSession:
         In FP32 a value inside a fused layer is the same number when it is written. Narrower types are rounded where
         they are written and nowhere else, so only what layers write is shown.
         """
-        precision = self._backend.precision
-        plain, inner = self._run(self._plain, inputs, self._outputs), [v for v in self.exposed if v not in self._layers]
-        pending = [[v for v in self.exposed if v in self._layers]]
-        if precision == "fp32" and self._graph.precision != "int8":
-            pending = [inner, *pending]
+        plain, everything = self._run(self._plain, inputs, self._outputs), list(self.exposed)
+        pending = [[v for v in everything if v in self._written]]
+        if self._backend.precision == "fp32" and self._graph.precision != "int8":
+            if self._same(plain, everything, inputs):
+                return everything
+            pending.insert(0, [v for v in everything if v not in self._written])
         shown: list[str] = []
-        if len(pending) > 1 and self._same(plain, list(self.exposed), inputs):
-            return list(self.exposed)
         for _ in range(_MOST_COMPILED):
             if not pending:
                 break
@@ -195,13 +192,13 @@ class OpenVinoSession:
         if values:
             model = model.clone()
             model.add_outputs([v for v in values if v not in self._outputs])
-        with self._words("cannot compile it"):
+        with words(self._shown, "cannot compile it"):
             return self._backend.core.compile_model(model, "CPU", self._backend.properties)
 
     def _run(
         self, program: openvino.CompiledModel, inputs: Mapping[str, np.ndarray], names: Sequence[str]
     ) -> dict[str, np.ndarray]:
-        with self._words("failed"):
+        with words(self._shown, "failed"):
             request = program.create_infer_request()
             places = {name: i for i, port in enumerate(program.inputs) for name in port.get_names()}
             request.infer({places[name]: array for name, array in inputs.items() if name in places})
@@ -209,34 +206,33 @@ class OpenVinoSession:
             places |= {name: i for i, port in enumerate(program.outputs) for name in port.get_names()}
             return {name: _array(request.get_output_tensor(places[name])) for name in names}
 
-    @contextmanager
-    def _words(self, what: str) -> Iterator[None]:
-        """Context in which what OpenVINO says becomes an InputError, in its own words."""
-        try:
-            with doing(f"OpenVINO worked on {self._graph}"):
-                yield
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"{self._graph}: OpenVINO {what}: {told(error)}") from error
-
-    def _runtime_layers(self) -> dict[str, str]:
-        """ONNX value → type and kernel of the layer of the compiled model that writes it."""
+    def _kernels(self) -> dict[str, str]:
+        """ONNX value → type and kernel of the compiled model's layer that computes it; notes those that are written."""
         made = [op for op in self._model.get_ops() if op.get_type_name() != "Result"]
         named = {op.get_friendly_name(): [n for out in op.outputs() for n in out.get_names()] for op in made}
         place = {value: i for i, value in enumerate(self._graph.producer)}
-        kernels = {}
+        kernels: dict[str, str] = {}
         for layer in self._plain.get_runtime_model().get_ordered_ops():
             info = {key: str(value.astype(str)) for key, value in layer.get_rt_info().items()}
             origins = info.get("originalLayersNames", "").split(",")
             if values := [name for op in origins for name in named.get(op, ()) if name in place]:
-                kernel = re.sub(r"\bunknown\w*", "", info.get("primitiveType", ""))
-                kernels[max(values, key=place.__getitem__)] = f"{info['layerType']} {kernel}".strip()
+                kind, kernel = info["layerType"], info.get("primitiveType", "unknown")
+                kernels |= dict.fromkeys(values, kind if kernel.startswith("unknown") else f"{kind}:{kernel}")
+                self._written.add(max(values, key=place.__getitem__))
         return kernels
 
 
-def told(error: BaseException) -> str:
-    """OpenVINO's own words, in one line and without the places in its sources that stand before them."""
-    text = re.sub(r"(Exception from|Check '.*' failed at) \S+:\d+:|FrontEnd API failed with \w+:", "", text_of(error))
-    return " ".join(text.split())
+@contextmanager
+def words(shown: object, what: str) -> Iterator[None]:
+    """Context in which OpenVINO works on ``shown``. Raises InputError with its own words: in one line, without the
+    places in its sources that stand before them."""
+    try:
+        with doing(f"OpenVINO worked on {shown}"):
+            yield
+    except (RuntimeError, TypeError, ValueError) as error:
+        place = r"(Exception from|Check '.*' failed at) \S+:\d+:|FrontEnd API failed with \w+:"
+        told = " ".join(re.sub(place, "", text_of(error)).split())
+        raise InputError(f"{shown}: OpenVINO {what}: {told}") from error
 
 
 def _array(tensor: openvino.Tensor) -> np.ndarray:

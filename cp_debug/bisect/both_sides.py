@@ -11,6 +11,7 @@ from cp_debug.bisect.options import Options, Rewrite, StepCounter
 from cp_debug.caches import cache_folder
 from cp_debug.graph.randomness import drawing, drawing_note
 from cp_debug.programs.export_cache import ExportCache
+from cp_debug.programs.openvino_ir import IR, check_run_irs, ir_program
 from cp_debug.programs.packed_graph import with_levels
 from cp_debug.programs.paired import differing_weights, pair_programs
 from cp_debug.programs.pipeline import Export, changed_state, load_test_programs, prepare, wants_int8
@@ -96,6 +97,7 @@ class Preparation:
         reference, *tests = backends
         folder = self._options.save or scratch
         originals, changed = self._programs(first, folder, exported)
+        check_run_irs(tests, changed)
         weights = differing_weights(originals, changed)
         for component, differences in weights.items():
             say(f"weights{(len(weights) > 1) * f' of {component}'}: {differences.says}")
@@ -132,6 +134,8 @@ class Preparation:
         cache = ExportCache(cache_folder("exports")) if self._options.cache else None
         programs = list(exported or prepare(model, sample, folder, how=how, folded=folded, cache=cache))
         if isinstance(self._test_model, Path):
+            if self._test_model.suffix == IR and len(programs) == 1:
+                return programs, [ir_program(programs[0], self._test_model, folder)]
             changed = load_test_programs(programs, self._test_model)
             return programs, with_modules_beside(changed, model, self._test_model)
         if callable(self._test_model):

@@ -50,6 +50,7 @@ def check_given(
     graphs = [Path(model)] if model.endswith(".onnx") else []
     if test_model is not None and test_model not in folders:
         graphs += sorted(test_model.glob("*.onnx")) if test_model.is_dir() else [test_model]
+    graphs = [path for path in graphs if path.suffix != ".xml"]
     if graphs:
         from cp_debug.graph.graph import Graph
 

@@ -103,6 +103,9 @@ def kind_of(text: str) -> Literal["onnx", "program", "transformers", "centerpoin
         from cp_debug.graph.onnx_file import OTHER_FORMAT
 
         raise InputError(f"MODEL: {text} is {OTHER_FORMAT}")
+    if text.endswith(".xml"):
+        expected = "expected the .onnx file that it was made of, and this one as --test-model"
+        raise InputError(f"MODEL: {text} is an IR of OpenVINO, which has no graph that others run; {expected}")
     names = [name for name, _ in known_models()]
     plugin = plugins.find(plugins.RECIPES, head)
     if plugin is not None and not plugin.own:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -61,9 +62,10 @@ def kernel(tactic: str) -> str:
     """A kernel's arithmetic and the depth of its tile, as far as its name tells: ``fp16acc/64``, ``fp32 winograd``.
 
     ``fp16acc/64÷2`` shares each tile between two partial sums, ``fp16acc/64 split 7`` gives the tiles to 7 in turn
-    (split-K), ``fp16acc/v8`` loads vectors of 8 channels. Inductor's kernels have names of their own.
+    (split-K), ``fp16acc/v8`` loads vectors of 8 channels. Inductor's and OpenVINO's kernels have names of
+    their own.
     """
-    if tactic.startswith(INDUCTOR):
+    if tactic.startswith(INDUCTOR) or re.fullmatch(r"\w+:\w+", tactic):
         return tactic
     tactic_parts = decode(tactic)
     text = tactic_parts.arithmetic or ""
