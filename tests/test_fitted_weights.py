@@ -19,7 +19,6 @@ from cp_debug.bisect.causes.constant_changes import constants_of
 from cp_debug.bisect.causes.linear_parts import fit
 from cp_debug.bisect.causes.search import Explanation, explain
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
-from cp_debug.bisect.causes.truncated_sums import cut_off
 from cp_debug.graph.graph import Graph
 from cp_debug.programs.tensor_change import slice_forms
 
@@ -265,29 +264,6 @@ def test_a_result_that_is_one_constant_is_not_cut_off(tmp_path: Path) -> None:
     found = _segment(tmp_path, "MatMul")
     explanation = explain(Segment(found.context, found.nodes, "y", found.given, torch.full_like(found.exact, -9.0)))[0]
     assert explanation.cause is None or explanation.cause.cause != "saturated"
-
-
-@pytest.mark.few(2)
-@pytest.mark.parametrize("op", ["MatMul", "Conv"])
-@pytest.mark.parametrize("cuts", [True, False], ids=["cut off", "rounded"])
-def test_sums_that_are_cut_off_are_named_in_any_order(tmp_path: Path, op: str, cuts: bool) -> None:
-    rng = np.random.default_rng(0)
-    if op == "MatMul":
-        x = rng.uniform(0, 1, (6, 700))
-        found = _alone(tmp_path, x, lambda net: net.op("MatMul", "x", _weights(net, 700, 8), name="y"))
-        terms = found.input("x")[:, :, None] * constants_of(found, found.nodes[-1])[1]
-    else:
-        x = rng.uniform(0, 1, (1, 700, 2, 3))
-        found = _alone(tmp_path, x, lambda net: net.op("Conv", "x", _weights(net, 8, 700, 1, 1), name="y"))
-        weight = constants_of(found, found.nodes[-1])[1]
-        terms = (found.input("x")[:, None] * weight[None]).movedim(2, 1)
-    total = torch.zeros(found.exact.shape, dtype=torch.float64)
-    for term in reversed(range(700)):  # the emulation begins at the other end
-        total = total + terms[:, term]
-        total = cut_off(total) if cuts else total.float().double()
-    explanation = explain(Segment(found.context, found.nodes, "y", found.given, total))[0]
-    cause = explanation.cause.cause if explanation.cause is not None else None
-    assert (cause == "truncated-accumulation") == cuts
 
 
 def test_rows_have_changed_beyond_the_fits_own_uncertainty() -> None:

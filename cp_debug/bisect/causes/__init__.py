@@ -19,7 +19,6 @@ from cp_debug.bisect.causes import (  # noqa: F401 - importing them registers th
     schema,
     single_numbers,
     tried_weights,
-    truncated_sums,
 )
 from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause, cause
 

@@ -84,7 +84,7 @@ BY_NODE = (
     "tried_weights",
 )
 """The modules whose families change one node after the other."""
-APPROXIMATE = ("narrow", "precision", "quantized", "ranges", "scales", "truncated_sums")
+APPROXIMATE = ("narrow", "precision", "quantized", "ranges", "scales")
 """The modules whose families emulate arithmetic that differs from kernel to kernel."""
 
 
