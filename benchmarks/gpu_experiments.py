@@ -107,7 +107,6 @@ def experiments(out: Path, work: Path, shared: Path) -> Experiments:
             Step("net-make", python(MAKE_NETS.format(benchmarks=str(BENCHMARKS), net=net[0], conv=conv[0])), 60),
             bisect("net-trt", net, "ort,trt-fp16,trt-tf32,trt-fp32", limit=150),
             predicted("net-predicted", "net-trt", "trt-fp16"),
-            bisect("net-search", net, "ort,trt-fp16", "--probes", "bisect", limit=120, save=False),
             bisect("net-refused", net, "ort,trt-int8", *minmax, limit=120, save=False),
             bisect("net-best", net, "ort,trt-best", limit=120, save=False),
             bisect("net-ort-trt", net, "ort,ort-trt@cuda", limit=60, save=False),

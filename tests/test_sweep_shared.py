@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -188,43 +187,6 @@ def test_what_another_process_adds_is_seen(store: SharedStore, place: str, tmp_p
     (tmp_path / "b").mkdir()
     other.make_once("k", tmp_path / "b", make)
     assert not calls
-
-
-def test_a_store_is_listed_and_cleared(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, keys = SharedStore(place), ["a" * 64, "b" * 64]
-    store.check()
-    assert store.entries() == []
-    for key in keys:
-        folder = tmp_path / key
-        folder.mkdir()
-        store.make_once(key, folder, writer(folder)[0])
-    for foreign in ("notes.zip", f".{'c' * 32}.partial"):  # the partial one is new: somebody writes it
-        store._files.pipe_file(store._place(foreign), b"x")
-    code, text = run("cache", "--shared", place, "--json")
-    listed = json.loads(text)["shared"]
-    assert (code, sorted(entry["key"] for entry in listed["entries"])) == (0, keys)
-    assert listed["bytes"] > 200
-    assert json.loads(run("cache", "--shared", place, "--unused", "1", "--json")[1])["shared"]["entries"] == []
-    code, text = run("cache", "--shared", place)
-    assert (code, f"cpdebug cache --shared {place} --clear" in text) == (0, True)
-    assert "shared: removed 2 entries" in run("cache", "--shared", place, "--clear")[1]
-    monkeypatch.setattr(shared, "UNFINISHED", -60.0)
-    assert [entry.key for entry in store.entries()] == [f".{'c' * 32}.partial"]
-    assert store._files.exists(store._place("notes.zip"))
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["engines", "--shared", "."], "KIND: it would do nothing here: --shared names a store"),
-        (["--cache", ".", "--shared", "."], "--cache: it would do nothing here: --shared names a store"),
-        (["--shared", "nowhere"], "--shared: nowhere: no such folder"),
-        (["--shared", "nonsense://there"], "--shared: nonsense://there: ValueError: Protocol not known"),
-    ],
-)
-def test_a_store_that_cannot_be_listed_is_told(words: list[str], says: str) -> None:
-    code, text = run("cache", *words)
-    assert (code, says in text) == (2, True), text
 
 
 class Broken:

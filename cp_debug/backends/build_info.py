@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-ONLY_WHERE_SET = ("rebuilt", "probed", "stopped", "cached", "unmarked", "search")
+ONLY_WHERE_SET = ("rebuilt", "probed", "stopped", "cached", "unmarked")
 """Fields that JSON has only where they say something."""
 
 
@@ -45,8 +45,6 @@ class BuildInfo:
     """Whether the engine was taken from the cache."""
     unmarked: list[str] = field(default_factory=list)
     """Values that are not shown, as that would have changed the engine."""
-    search: dict[str, Any] = field(default_factory=dict)
-    """Findings of ``--probes bisect``."""
 
     def to_settings(self) -> dict[str, Any]:
         """JSON-safe, as ``settings`` of a session hold it."""

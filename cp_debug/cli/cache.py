@@ -11,14 +11,9 @@ import typer
 
 from cp_debug.caches import KINDS
 from cp_debug.cli.flags import JsonAlone
-from cp_debug.cli.typed import refuse
 
 if TYPE_CHECKING:
     from cp_debug.caches import KeptEntry
-    from cp_debug.sweep.shared import SharedStore
-
-SHARED = "exports, calibrations and engines that the workers of sweeps share"
-"""Content of a store."""
 
 
 class CacheKind(str, Enum):
@@ -35,15 +30,11 @@ def cache(
         float | None, typer.Option(min=0.0, help="Only entries not used for this number of days.")
     ] = None,
     folder: Annotated[Path | None, typer.Option("--cache", help="Folder of engines, as given to `bisect`.")] = None,
-    shared: Annotated[
-        str | None, typer.Option(help="The store of sweeps instead: folder or URL, as given to `sweep`.")
-    ] = None,
     json: JsonAlone = None,
 ) -> None:
     """Show or clear the engines and exports kept for later runs.
 
-    Nothing is lost but time: the next run makes again what it needs. In a store, an entry's last use is when it was
-    written.
+    Nothing is lost but time: the next run makes again what it needs.
     """
     import time
     from dataclasses import asdict
@@ -56,27 +47,16 @@ def cache(
 
     if folder is not None and kind is CacheKind.exports:
         raise InputError("--cache: it would do nothing here: it names a folder of engines, and exports were asked for")
-    if shared is not None:
-        why = "--shared names a store, whose entries do not tell what they are"
-        if kind is not None:
-            raise InputError(f"KIND: it would do nothing here: {why}")
-        refuse(("folder",), unless=False, why=why)
     if folder is not None and not folder.is_dir():
         raise InputError(f"--cache: {folder}: no such folder")
-    store = None if shared is None else _opened(shared)
-    kinds = ["shared"] if store else [kind.value] if kind else ["engines"] if folder else list(KINDS)
-    folders = {name: store.url if store else str(folder or cache_folder(name)) for name in kinds}
+    kinds = [kind.value] if kind else ["engines"] if folder else list(KINDS)
+    folders = {name: str(folder or cache_folder(name)) for name in kinds}
     before = time.time() - (unused or 0.0) * 86400
     entries = {
-        name: [
-            entry
-            for entry in (store.entries() if store else kept(name, Path(at)))
-            if unused is None or entry.used <= before
-        ]
+        name: [entry for entry in kept(name, Path(at)) if unused is None or entry.used <= before]
         for name, at in folders.items()
     }
-    take = store.remove if store else remove
-    freed = {name: take(found) for name, found in entries.items()} if clear else None
+    freed = {name: remove(found) for name, found in entries.items()} if clear else None
     if json:  # every entry
         document = {
             name: {
@@ -91,25 +71,13 @@ def cache(
     if json == "-":
         return
     if freed is None:
-        _show(folders, entries, f" --shared {shared}" if store else "")
+        _show(folders, entries)
         return
     for name, found in entries.items():
         console.print(f"{name}: removed {_count(found)}, {decimal(freed[name])}, of {folders[name]}", soft_wrap=True)
 
 
-def _opened(place: str) -> SharedStore:
-    """The store of ``--shared``. Raises InputError for a folder that is not there, and what opening it raises."""
-    from cp_debug.errors import InputError
-    from cp_debug.optional import require
-    from cp_debug.sweep.shared import SharedStore
-
-    require("fsspec", "dask")
-    if "://" not in place and not Path(place).is_dir():
-        raise InputError(f"--shared: {place}: no such folder")
-    return SharedStore(place)
-
-
-def _show(folders: Mapping[str, str], entries: Mapping[str, Sequence[KeptEntry]], flag: str) -> None:
+def _show(folders: Mapping[str, str], entries: Mapping[str, Sequence[KeptEntry]]) -> None:
     from datetime import datetime
 
     from rich.filesize import decimal
@@ -124,7 +92,7 @@ def _show(folders: Mapping[str, str], entries: Mapping[str, Sequence[KeptEntry]]
             len(found),
             decimal(sum(entry.size for entry in found)),
             f"{datetime.fromtimestamp(found[0].used):%Y-%m-%d %H:%M}" if found else "",
-            KINDS.get(name, SHARED),
+            KINDS[name],
         )
         for name, found in entries.items()
     ]
@@ -139,7 +107,7 @@ def _show(folders: Mapping[str, str], entries: Mapping[str, Sequence[KeptEntry]]
     for name, at in folders.items():
         console.print(f"{name}: {at}", soft_wrap=True)
     if any(entries.values()):
-        remedy = f"remove them: cpdebug cache{flag} --clear; those of a month ago: --unused 30 --clear"
+        remedy = "remove them: cpdebug cache --clear; those of a month ago: --unused 30 --clear"
         console.print(remedy, soft_wrap=True, markup=False)
 
 

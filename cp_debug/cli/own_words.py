@@ -15,9 +15,8 @@ _SAME = (
     ("--inputs", "--data", "--calib-data"),
 )
 """Options that mean the same, and are called so in one command or another."""
-_OPTION = r"--[a-z][a-z0-9]*(?:-[a-z0-9]+)*(?![\w-])(?: [A-Z][A-Z=]*\b)?"
-_OPTIONS = re.compile(rf"(?<![\w`-]){_OPTION}(?:(?:, | or | and ){_OPTION})*")
-_QUOTED = re.compile(r"`[^`\n]*`|\b(?:cpdebug|pip|python|dask|polygraphy|trtexec) [^;,:\n]*")
+_OPTION = re.compile(r"(?<![\w`-])(--[a-z][a-z0-9]*(?:-[a-z0-9]+)*)(?![\w-])( [A-Z][A-Z=]*\b)?")
+_QUOTED = re.compile(r"(`[^`\n]*`|\b(?:cpdebug|pip|python|dask|polygraphy|trtexec) [^;,:\n]*)")
 """Commands to be typed, whose options are their own."""
 
 
@@ -29,37 +28,15 @@ def in_own_words(text: str, own: Iterable[str], elsewhere: Mapping[str, str]) ->
     """
     options = set(own)
 
-    def renamed(match: re.Match[str]) -> str:
-        flag, space, value = match[0].partition(" ")
-        return _own_name(flag, options) + space + value
-
     def placed(match: re.Match[str]) -> str:
-        said = re.sub(_OPTION, renamed, match[0])
-        flags = re.findall(r"--[\w-]+", said)
-        lacking = [flag for flag in flags if flag not in options and flag in elsewhere]
-        if len(lacking) == len(flags) and len({elsewhere[flag] for flag in flags}) == 1:
-            return f"{said} of `cpdebug {elsewhere[flags[0]]}`"
-        if not lacking:
-            return said
-        words = re.findall(_OPTION, said)
-        here = [word for word in words if word.partition(" ")[0] not in lacking]
-        if not here:
-            return re.sub(_OPTION, lambda word: f"{word[0]} of `cpdebug {elsewhere[word[0].partition(' ')[0]]}`", said)
-        there: dict[str, list[str]] = {}
-        for word in words:
-            if word not in here:
-                there.setdefault(elsewhere[word.partition(" ")[0]], []).append(word)
-        also = "; ".join(f"in `cpdebug {command}` also {', '.join(those)}" for command, those in there.items())
-        return f"{' or '.join(here)} ({also})"
+        flag, value = _own_name(match[1], options), match[2] or ""
+        where = "" if flag in options or flag not in elsewhere else f" of `cpdebug {elsewhere[flag]}`"
+        return f"{flag}{value}{where}"
 
     front = re.match(r"(--[a-z][\w-]*): ", text)
     if front and front[1] in elsewhere and _own_name(front[1], options) not in options:
         text = text[front.end() :]
-    parts, end = [], 0
-    for quoted in _QUOTED.finditer(text):
-        parts += [_OPTIONS.sub(placed, text[end : quoted.start()]), quoted[0]]
-        end = quoted.end()
-    return "".join([*parts, _OPTIONS.sub(placed, text[end:])])
+    return "".join(part if i % 2 else _OPTION.sub(placed, part) for i, part in enumerate(_QUOTED.split(text)))
 
 
 def _own_name(flag: str, options: set[str]) -> str:

@@ -31,7 +31,6 @@ class Probes(str, Enum):
     auto = "auto"
     boundaries = "boundaries"
     all = "all"
-    bisect = "bisect"
 
 
 class CalibratorChoice(str, Enum):
@@ -53,8 +52,7 @@ ProbeMode = Annotated[
     Probes,
     typer.Option(
         "--probes",
-        help="auto: boundaries, if something diverges; boundaries: what the engine writes anyway; all: every value; "
-        "bisect: one per build, to the first bad one.",
+        help="auto: boundaries, if something diverges; boundaries: what the engine writes anyway; all: every value.",
         rich_help_panel=PANEL,
     ),
 ]

@@ -34,9 +34,6 @@ def engine_lines(record: RunRecord) -> Iterator[Text]:
         left_alone = f"{len(info.unmarked)} values not shown, because that would change it" if info.unmarked else ""
         parts += ["engine taken from the cache" if info.cached else "", info.stopped or "", left_alone]
         parts.append(sums(info.layers))
-        if info.search:
-            first_value = f"first bad value: {info.search['first'] or 'none'}"
-            parts.append(f"{first_value}, found with {info.search['builds']} builds of one probe each")
         about = "; ".join(filter(None, parts))
         yield Text(f"engine{f' of {component}' if component else ''}: {about}", style="dim")
 

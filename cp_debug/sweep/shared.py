@@ -7,26 +7,20 @@ that costs time and nothing else. A store that fails in the middle of a sweep is
 
 from __future__ import annotations
 
-import re
-import time
 import uuid
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from cp_debug.caches import UNFINISHED, KeptEntry
 from cp_debug.errors import InputError, in_one_line
 
 TOPIC = "cpdebug-shared-store"
 """Topic of Dask's events on which workers tell that a store failed."""
 _BUCKETS = {"s3", "s3a", "gs", "gcs", "oss", "cos", "obs"}
 """Protocols without folders: making one makes a bucket, which is not asked for."""
-_ENTRY = re.compile(r"[0-9a-f]{64}\.zip|\.[0-9a-f]{32}\.partial|[0-9a-f]{32}\.probe")
 
 
 class SharedStore:
@@ -59,38 +53,6 @@ class SharedStore:
             raise InputError(f"--shared: {self.url}: cannot be written and read ({in_one_line(error)})") from None
         if found != text:
             raise InputError(f"--shared: {self.url}: returns other bytes than were written")
-
-    def entries(self) -> list[KeptEntry]:
-        """List what is kept, the last written first; foreign files are left out, a folder that is not there is empty.
-
-        Raises InputError where it cannot be read.
-        """
-        try:
-            found = self._files.ls(self._root, detail=True)
-        except FileNotFoundError:
-            return []
-        except Exception as error:  # every store has errors of its own
-            raise InputError(f"--shared: {self.url}: cannot be read ({in_one_line(error)})") from None
-        named = [(str(one["name"]).rpartition("/")[2], one) for one in found]
-        kept = [
-            KeptEntry("shared", name.removesuffix(".zip"), (Path(name),), int(one.get("size") or 0), _written(one))
-            for name, one in named
-            if _ENTRY.fullmatch(name) and (name.endswith(".zip") or time.time() - _written(one) > UNFINISHED)
-        ]
-        return sorted(kept, key=lambda entry: entry.used, reverse=True)
-
-    def remove(self, entries: Iterable[KeptEntry]) -> int:
-        """Remove entries; returns the bytes that are free now. Raises InputError for what cannot be removed."""
-        freed = 0
-        for entry in entries:
-            try:
-                self._files.rm_file(self._place(entry.paths[0].name))
-            except FileNotFoundError:  # another process was faster
-                continue
-            except Exception as error:  # every store has errors of its own
-                raise InputError(f"--shared: {self.url}: cannot be removed ({in_one_line(error)})") from None
-            freed += entry.size
-        return freed
 
     def make_once(self, key: str, folder: Path, make: Callable[[], None]) -> None:
         """Fill ``folder`` with the files of an entry: those that are kept, else those that ``make`` writes there.
@@ -173,13 +135,3 @@ def _tell_client(text: str) -> None:
 
     with suppress(ValueError):  # no worker: tasks run in this process
         get_worker().log_event(TOPIC, text)
-
-
-def _written(about: Mapping[str, Any]) -> float:
-    """Time of a file's last write, in seconds since 1970, as stores of several kinds tell it; 0 where none does."""
-    for name in ("mtime", "LastModified", "last_modified", "updated", "created"):
-        if isinstance(told := about.get(name), datetime):
-            return told.timestamp()
-        if isinstance(told, (int, float)):
-            return float(told)
-    return 0.0

@@ -14,7 +14,6 @@ from cp_debug.backends.tensorrt.client import BuildFailed, ParseFailed, RunnerCl
 from cp_debug.backends.tensorrt.config import BuildConfig
 from cp_debug.backends.tensorrt.engine_cache import EngineCache
 from cp_debug.backends.tensorrt.inspector import (
-    PRECISIONS,
     EngineLayer,
     changed_nodes,
     compare_engines,
@@ -22,7 +21,6 @@ from cp_debug.backends.tensorrt.inspector import (
     parse_layers,
     realised_precision,
 )
-from cp_debug.backends.tensorrt.probe_bisection import ProbeSearch
 from cp_debug.errors import InputError
 from cp_debug.files import file_hash
 from cp_debug.graph.dimension_names import tell_apart
@@ -173,13 +171,10 @@ class EngineSet:
         self.probed: Engine | None = None
         self.unmarked: list[str] = []
         """Values whose marks were taken back, as they changed the engine."""
-        self._probes: dict[str, Engine] = {}
         self.stopped = ""
         """Reason why values inside are not shown, where a build was stopped or was not worth it."""
-        self.search: ProbeSearch | None = None
         self.gap: float | None = None
-        """Relative L2 distance of the probed engine's outputs from the plain one's, once both ran on one input; the
-        largest one, where each probe has an engine of its own."""
+        """Relative L2 distance of the probed engine's outputs from the plain one's, once both ran on one input."""
         self.floor: float | None = None
         """Relative L2 distance of the rebuilt engine's outputs from the plain one's."""
         self.run_seconds: float | None = None
@@ -197,37 +192,11 @@ class EngineSet:
     @property
     def exposed(self) -> set[str]:
         """Values that the probed engine shows, as far as it is known: after its build, those that could be marked."""
-        if self.search is not None:
-            return {each.value for each in self.search.visited}
         if self.stopped:
             return set()
         if self.probed is None or self.unfused:
             return set(self._marks)
         return set(self.probed.facts["marked"])
-
-    @property
-    def candidates(self) -> list[str]:
-        """Floating-point values that the engine writes and does not put out, in execution order."""
-        outputs = {v.name for v in self._builder.graph.outputs}
-        tensors = materialized(self.plain.layers, self._builder.values)
-        floats = {name for name, tensor in tensors.items() if tensor.dtype in PRECISIONS}
-        return [name for name in self._marks if name in floats and name not in outputs]
-
-    def probe(self, value: str) -> Engine:
-        """The engine that shows this value alone. Raises InputError when TensorRT does not show it."""
-        if value not in self._probes:
-            probes = {"method": "outputs", "tensors": {value: self._marks[value]}}
-            request = (f"{self._name}-probe-{len(self._probes)}.engine", probes)
-            (self._probes[value],) = self._builder.build([request], self._profiles)
-        if self._probes[value].facts["missing"]:
-            raise InputError(f"{self._builder.graph}: TensorRT cannot put out {value!r}; try --probes boundaries")
-        return self._probes[value]
-
-    def rebuild(self) -> Engine:
-        """The plain engine built again."""
-        if self.rebuilt is None:
-            (self.rebuilt,) = self._builder.build([(f"{self._name}{AGAIN}", {})], self._profiles)
-        return self.rebuilt
 
     def observed(self) -> tuple[Engine, Engine]:
         """The plain engine built again, and the one that shows values."""
@@ -303,7 +272,6 @@ class EngineSet:
             stopped=self.stopped,
             cached=bool(facts.get("cached")),
             unmarked=self.unmarked,
-            search=self.search.describe() if self.search is not None else {},
             **differences,
         )
 

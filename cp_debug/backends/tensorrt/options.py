@@ -22,10 +22,9 @@ class TensorRTOptions:
     """ONNX nodes that stay FP32, of any component."""
     fp16_fallback: bool = False
     """Let what has no Q/DQ pairs in an INT8 engine run in FP16; an option of weakly typed networks."""
-    probes: Literal["auto", "boundaries", "all", "bisect"] = "boundaries"
+    probes: Literal["auto", "boundaries", "all"] = "boundaries"
     """``auto`` is ``boundaries`` where the outputs diverge, and builds no second engine where they do not;
-    ``boundaries`` shows what the engine writes to memory anyway; ``all`` marks every value, which undoes fusions;
-    ``bisect`` looks for the first value that departs, with an engine for each one that it shows."""
+    ``boundaries`` shows what the engine writes to memory anyway; ``all`` marks every value, which undoes fusions."""
     profiles: Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]] = field(default_factory=dict)
     """Dynamic input → smallest, optimal, largest shape; names that a component does not have are ignored."""
     workspace_mib: int | None = None

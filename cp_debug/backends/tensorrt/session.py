@@ -22,7 +22,6 @@ from cp_debug.backends.tensorrt.engine_runs import RUNS, EngineRuns, output_dist
 from cp_debug.backends.tensorrt.engines import Engine, EngineBuilder, EngineSet, Profile
 from cp_debug.backends.tensorrt.inspector import EngineLayer
 from cp_debug.backends.tensorrt.options import TensorRTOptions
-from cp_debug.backends.tensorrt.probe_bisection import Expected, search
 from cp_debug.errors import InputError
 from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.check_inputs import check_inputs
@@ -62,7 +61,7 @@ class EngineSession:
     run, and again for every other shape that comes: exact, and slow where shapes vary, so give a profile then.
     Without a sink the plain engine runs, as it would be deployed. When a sink is first given, it is built again, and
     once more with probes, and all three run on that input: ``settings`` then tells how far looking changed the outputs,
-    and how far building again does. With ``bisect`` probes there is an engine for each value shown.
+    and how far building again does.
     """
 
     def __init__(
@@ -205,9 +204,8 @@ class EngineSession:
             return self._runs.once(engines.plain.path, inputs)
         with tempfile.TemporaryDirectory(dir=self._folder.name) as name:
             folder = Path(name)
-            show = self._search if self._options.probes == "bisect" else self._show
             wanted = engines.exposed if probes is None else engines.exposed.intersection(probes)
-            written = show(engines, inputs, folder, wanted)
+            written = self._show(engines, inputs, folder, wanted)
             outputs = self._runs.outputs(written)
             wanted = {*wanted, *(v.name for v in self._own.outputs if probes is None or v.name in probes)}
             for value in self._own.tensors:
@@ -277,34 +275,6 @@ class EngineSession:
         engines.gap, engines.floor, engines.run_seconds = 0.0, 0.0, median(ran.seconds[1:])
         engines.rebuilt = engines.plain
         return shown.written
-
-    def _search(
-        self, engines: EngineSet, inputs: Mapping[str, np.ndarray], folder: Path, wanted: Collection[str]
-    ) -> dict[str, Path]:
-        """Files of the plain engine's outputs, and of each value that the search for the first bad one showed."""
-        plain, rebuilt = self._runs.execute([engines.plain.path, engines.rebuild().path], inputs, folder)
-        outputs = self._runs.outputs(plain.written)
-        written: dict[str, Path] = {}
-
-        def look(value: str) -> tuple[np.ndarray, float]:
-            place = Path(tempfile.mkdtemp(dir=folder))
-            (ran,) = self._runs.execute([engines.probe(value).path], inputs, place, [value])
-            if value not in ran.written:
-                raise self._runs.nonsense(f"{value!r} is missing")
-            written[value] = ran.written[value]
-            return self._runs.load(value, ran.written[value]), output_distance(outputs, self._runs.outputs(ran.written))
-
-        if engines.search is None:
-            expected = Expected(self._own, self._builder.variant, inputs, engines.candidates)
-            engines.search = search(engines.candidates, expected, look)
-            engines.gap = max((visited.gap for visited in engines.search.visited), default=0.0)
-            engines.floor = output_distance(outputs, self._runs.outputs(rebuilt.written))
-            engines.run_seconds = median(rebuilt.seconds)
-        else:
-            for visited in engines.search.visited:
-                if visited.value in wanted:
-                    look(visited.value)
-        return {**plain.written, **written}
 
     @property
     def layers(self) -> Sequence[EngineLayer]:
