@@ -75,7 +75,7 @@ def sensitivity(
     check_made_up(samples, data, given_by="--data")
     check_calibration(model, calib_data, batches, "--batches")
     read = DataOptions(data_root)
-    check_given(model, inputs=data, samples=samples, checkpoint=checkpoint, options=read, flag="--data")
+    check_given(model, inputs=data, checkpoint=checkpoint, flag="--data")
     if narrow is None and model.endswith(".onnx"):
         raise InputError(f"MODEL: {model} is an ONNX file; expected a model of torch modules, or another --precision")
     load_torch()
