@@ -96,6 +96,11 @@ def _reduced(op: str) -> Report:
     return Report(38238, _REDUCED.format(op), ("c",), (old, constant + new), opset=13)
 
 
+_INT8 = (
+    "q = QuantizeLinear ({0}, xs, z) d = DequantizeLinear (q, xs, z) "
+    "wq = QuantizeLinear (w, ws, z) wd = DequantizeLinear (wq, ws, z) c = Conv (d, wd) y = Relu (c) }}"
+)
+
 REPORTS: dict[str, Report] = {
     "reduce-l1": _reduced("ReduceL1"),
     "reduce-log-sum": _reduced("ReduceLogSum"),
@@ -158,6 +163,22 @@ REPORTS: dict[str, Report] = {
         ("w = {1.0, 0.5, 2.0, 0.25, 3.0}", "w = {1.0, 1.0, 1.0, 1.0, 1.0}"),
         inputs=lambda rng: {"x": _normal(rng, 3, 5), "t": np.array([0, 1, 1])},
         last="2024.2",
+    ),
+    "int8-saturation": Report(
+        25342,  # on a processor without VNNI
+        "(float[1,16,12,12] x) => (float[1,16,12,12] y) <float[16,16,1,1] w, float xs = {0.03}, float ws = {0.003}, "
+        "int8 z = {0}> { " + _INT8.format("x"),
+        ("c", "y"),
+        ("ws = {0.003}", "ws = {0.015}"),
+        inputs=lambda rng: {"x": _normal(rng, 1, 16, 12, 12)},
+    ),
+    "int8-concat": Report(
+        0,  # found here, as far as known reported by nobody
+        "(float[1,16,12,12] x) => (float[1,16,12,12] y) <float[16,32,1,1] w, float xs = {0.03}, float ws = {0.015}, "
+        "int8 z = {0}> { a = Relu (x) b = Tanh (x) e = Concat <axis = 1> (a, b) " + _INT8.format("e"),
+        ("q", "d", "c", "y"),
+        ("e = Concat <axis = 1> (a, b)", "f = Concat <axis = 1> (a, b) e = Tanh (f)"),
+        inputs=lambda rng: {"x": _normal(rng, 1, 16, 12, 12)},
     ),
 }
 

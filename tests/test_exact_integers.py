@@ -233,3 +233,18 @@ def test_levels_whose_scale_no_constant_tells_are_no_numbers(tmp_path: Path) -> 
     net.op("Cast", "levels", name="y", to=TensorProto.FLOAT)
     graph = Graph(net.save(tmp_path / "int8.onnx", {"x": (1, [2])}, ["y"]))
     assert unscaled_levels(plain, graph, {"levels": "mid", "y": "y", "lost": "mid"}) == {"levels"}
+
+
+@pytest.mark.parametrize(
+    ("quotient", "level", "guilty"), [(9.499997, 10, False), (9.4999, 10, True), (9.499997, 8, True)]
+)
+def test_a_level_between_two_is_either_of_them(quotient: float, level: int, guilty: bool, tmp_path: Path) -> None:
+    """x ÷ scale and x × (1 ÷ scale) round differently in FP32."""
+    text = "net (float[1,20] x) => (float[1,20] y) <float s = {0.015}, int8 z = {0}> { q = QuantizeLinear (w, s, z) "
+    weights = np.full((1, 20), 0.015 * quotient, np.float32)
+    model = save(tmp_path / "net.onnx", text + "d = DequantizeLinear (q, s, z) y = Add (x, d) }", w=weights)
+    q = np.full((1, 20), 9, np.int8)
+    q[0, 3] = level
+    x, d = np.zeros((1, 20), np.float32), np.float32(0.015) * q
+    (test,) = cp_debug.diagnose(model, "ort", test_tensors={"x": x, "q": q, "d": d, "y": d}, progress=False).tests
+    assert [row.onnx for row in test.guilty] == ["q"] * guilty

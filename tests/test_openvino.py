@@ -17,7 +17,7 @@ from stress import OUTPUTS, make_stress
 
 from cp_debug.api.diagnose import diagnose
 from cp_debug.backends.base import Program
-from cp_debug.backends.capabilities import kernels_of
+from cp_debug.backends.capabilities import integer_kernels_of, kernels_of
 from cp_debug.backends.openvino_backend import OpenVinoBackend, OpenVinoSession
 from cp_debug.backends.registry import check_installed, create
 from cp_debug.backends.spec import BackendSpec
@@ -271,3 +271,26 @@ def test_what_an_ir_cannot_be(tmp_path: Path) -> None:
     other = graph_of(tmp_path / "other", [node("Relu", ["x"], ["a22"])], {"x": [1, 4, 8, 8]})
     with pytest.raises(InputError, match="has no output that is called 'a2'; did you mean a22"):
         bisect(OnnxFileModel(graph.path), "ort,openvino", test_model=ir_of(other, tmp_path / "other.xml"))
+
+
+def test_pairs_of_quantizers_become_integer_kernels(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weights = {
+        "w": rng.integers(-63, 64, (8, 4, 3, 3)).astype(np.int8),  # 7 bits: no sum of two products saturates anywhere
+        "sx": np.float32(0.02),
+        "sw": np.float32(0.01),
+        "z": np.int8(0),
+    }
+    nodes = [
+        node("QuantizeLinear", ["x", "sx", "z"], ["q"]),
+        node("DequantizeLinear", ["q", "sx", "z"], ["d"]),
+        node("DequantizeLinear", ["w", "sw", "z"], ["v"]),
+        node("Conv", ["d", "v"], ["c"]),
+        node("Relu", ["c"], ["y"]),
+    ]
+    graph = graph_of(tmp_path, nodes, {"x": [1, 4, 8, 8]}, weights)
+    (test,) = bisect(OnnxFileModel(graph.path), "ort,openvino").tests
+    assert not test.guilty
+    session = create(BackendSpec("openvino-int8")).open(Program("g", graph))
+    assert integer_kernels_of(session) == 1
+    assert kernels_of(session)["y"].endswith(("_I8", "_i8"))

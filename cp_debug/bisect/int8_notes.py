@@ -55,7 +55,8 @@ def int8_notes(
     yield from _of_scales(str(backend.spec), rows)
     counts = [integer_kernels_of(session) for session in pipeline.sessions.values()]
     if counts and all(count == 0 for count in counts):
-        yield (
-            f"{backend.spec}: no integer kernel ran; ONNX Runtime needs Q/DQ pairs after a layer, too, and this graph "
-            "has them only before layers, as TensorRT expects"
+        needs = (
+            "; ONNX Runtime needs Q/DQ pairs after a layer, too, and this graph has them only before layers, as "
+            "TensorRT expects"
         )
+        yield f"{backend.spec}: no integer kernel ran{needs * (backend.spec.family == 'ort')}"

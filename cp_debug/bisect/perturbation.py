@@ -87,7 +87,9 @@ def between_levels(
     """
     if not all(node.op in QUANTIZERS for node in nodes) or not any(node.op == "QuantizeLinear" for node in nodes):
         return None
-    held = {name: FP64.hold(tensor, exact.device) for name, tensor in given.items()}
+    stored = {node.proto.input[0] for node in nodes if node.proto.input[0] in oracle.graph.initializers}
+    read = {**{name: oracle.graph.initializer(name) for name in stored}, **given}
+    held = {name: FP64.hold(tensor, exact.device) for name, tensor in read.items()}
     settled, ours = exact.double(), as_tensor(FP64.hold(captured, exact.device)).double().to(exact.device)
     for move in (1 + TIE * roundoff, 1 - TIE * roundoff):
         moved = {n: t * move if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in held.items()}

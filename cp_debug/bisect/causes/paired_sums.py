@@ -13,9 +13,9 @@ from cp_debug.bisect.paired_nodes import PAIRED, with_paired_sums
 from cp_debug.errors import InputError
 
 FIX = (
-    "quantize {layers} with reduce_range=True (weights of 7 bits) or weight_type=QUInt8 · or let ONNX Runtime use its "
-    'slower exact kernels: SessionOptions.add_session_config_entry("session.x64quantprecision", "1") · or run on a '
-    "processor with VNNI"
+    "quantize {layers} with weights of 7 bits (ONNX Runtime: reduce_range=True; NNCF: overflow_fix) or "
+    "weight_type=QUInt8 · or let ONNX Runtime use its slower exact kernels: "
+    'SessionOptions.add_session_config_entry("session.x64quantprecision", "1") · or run on a processor with VNNI'
 )
 
 MAIN = 0.5
@@ -37,8 +37,8 @@ def saturating(segment: Segment) -> Iterator[Candidate]:
     changed = float((value != exact).double().mean())
     if changed and without > MAIN * segment.introduced:
         says = (
-            "products of unsigned and signed bytes are added in pairs in 16 bits and saturate there (ONNX Runtime on a "
-            "processor without VNNI)"
+            "products of unsigned and signed bytes are added in pairs in 16 bits and saturate there, as on a processor "
+            "without VNNI"
         )
         yield Candidate("int8-pair-saturation", says, value, 0, {"results_changed": changed}, FIX)
 
