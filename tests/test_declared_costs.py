@@ -87,7 +87,7 @@ def followed(path: Path, finding: Finding, precision: str = "fp16") -> TestResul
     ("network", "layers", "says"),
     [
         (offset, ["node_offset"], "100% of the final divergence comes from here: 1001.27 is 1001.5 in FP16"),
-        (positions, ["node_cast"], "88% of the final divergence comes from here: 5002 is 5000 in FP16"),
+        (positions, ["node_cast"], "84% of the final divergence comes from here: 5002 is 5000 in FP16"),
     ],
 )
 def test_the_layer_that_makes_most_is_named_and_what_is_told_to_keep_was_tried(

@@ -75,7 +75,7 @@ def test_an_error_that_another_undoes_has_a_share_of_its_own_sign(tmp_path: Path
     }
 
 
-def test_behind_a_bend_the_error_is_carried_from_the_reference(tmp_path: Path) -> None:
+def test_behind_a_bend_shares_add_up_by_the_mean_derivative(tmp_path: Path) -> None:
     """y = (w·x)²·v: an error of w reaches the end as the network would have taken it, not linearly."""
     net = NetBuilder()
     r = net.op("Relu", times(net, "x", 3, "w"), name="r")
@@ -86,7 +86,8 @@ def test_behind_a_bend_the_error_is_carried_from_the_reference(tmp_path: Path) -
     whole = 1.5 * 2.25 - 1
     assert found == {"w": pytest.approx(1.25 / whole, rel=1e-3), "v": pytest.approx(0.5 * 2.25 / whole, rel=1e-3)}
     assert result.attribution is not None
-    assert result.attribution.carried == ["node_w"], "to first order it is 1.5 · 1.5 · 0.5 of 2.375; v is linear"
+    assert not result.attribution.carried
+    assert result.attribution.layers == pytest.approx(1), "to first order w is 1.5 · 1.5 · 0.5 · 2 of 2.375"
     assert result.attribution.remainder == pytest.approx(0, abs=1e-3)
 
 

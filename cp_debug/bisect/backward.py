@@ -2,7 +2,8 @@
 
 For a linear measure of the outputs, ⟨A, outputs⟩, and the error eᵢ of layer i, ⟨A, J eᵢ⟩ = ⟨Jᵀ A, eᵢ⟩, with J the
 derivative of all that is behind the layer. Jᵀ A is the same for all layers and grows segment by segment, last to first,
-by torch's autograd on a segment's replay from the test's own inputs; so J belongs to the test's trajectory.
+by torch's autograd on a segment's replay from the test's own inputs; so J belongs to the test's trajectory. With the
+mean derivative of each segment between two trajectories in its place, what is not linear is shared out as well.
 """
 
 from __future__ import annotations
@@ -46,20 +47,21 @@ class Backward:
         follower: Executor | None = None,
         errors: dict[str, Tensor] | None = None,
         plain: Mapping[str, Node] | None = None,
+        at: Sequence[Callable[[str], AnyTensor]] = (),
     ) -> None:
         """``test`` loads one of the test's values, of which ``known`` are there. ``oracle`` says what is exact;
         ``follower``, else the oracle, is derived. ``errors``: introduced errors that are known already. ``plain``:
-        nodes that read in front of Q/DQ pairs (``plain_nodes``); then every value is known.
+        nodes that read in front of Q/DQ pairs (``plain_nodes``); then every value is known. ``at`` load the values
+        at which the derivative of a segment is taken, the mean of all, where these are not the test's.
         """
-        self._graph, self._known, self._test = graph, known, test
+        self._graph, self._known, self._test, self._at = graph, known, test, at or (test,)
+        self._of_test = not at
         self._oracle, self._follower = oracle, follower or oracle
         self._errors, self._plain, self._levels = errors or {}, plain or {}, level_values(graph)
         self.derivatives: dict[str, Tensor] = {}
         """Value → derivative of the measure by it, on the device of the replay; those behind the walk are freed."""
         self.stopped: dict[str, str] = {}
         """Value whose segment passes no derivative on, or not all of it → reason."""
-        self.bent: list[str] = []
-        """Values by which some derivative is not finite, as of a root at 0: what happens there has no linear share."""
 
     def walk(self, derivatives: Arrays) -> Iterator[tuple[str, float]]:
         """(Value, ⟨derivative, introduced error⟩) for each captured value that reaches the outputs, the last one first.
@@ -90,43 +92,48 @@ class Backward:
             starts = [name for name in dict.fromkeys(i for n in nodes for i in n.inputs) if name in self._known]
         if any(draws(inner, self._graph) for inner in nodes):
             raise InputError("it draws random numbers")
-        given = {name: self._test(name) for name in starts}
-        leaves = {name: leaf for name in starts if (leaf := self._leaf(name, given[name])) is not None}
-        alone = len(nodes) == 1 and nodes[0].op in PRODUCTS and self._follower.arithmetic.value is None
-        with _Uncomputed() if alone and self._errors.keys() >= derivatives.keys() else nullcontext():
-            exact = self._follower.run_nodes(nodes, given | leaves, [*derivatives], differentiable=True)
         errors: dict[str, float] = {}
-        followed: list[str] = []
-        unknown = [n.name for n in nodes if n.name in self._follower.in_reference] if leaves else []
-        self.stopped |= dict.fromkeys(derivatives, f"no derivative of {unknown[0]} is known") if unknown else {}
-        for name, derivative in derivatives.items():
-            result = as_tensor(exact[name])
-            if result.shape != derivative.shape:
-                self.stopped[name] = "its shape is another one in the test"
-                continue
-            if name in self._known:
-                errors[name] = product(derivative, self._introduced(name, nodes, given, result))
-            if result.requires_grad:
-                followed.append(name)
-        if followed and leaves:
-            with torch.enable_grad():
-                measures = [_Measure.apply(exact[name], derivatives[name].to(exact[name].dtype)) for name in followed]
-            gradients = torch.autograd.grad(measures, [*leaves.values()], allow_unused=True)
-            for name, gradient in zip(leaves, gradients, strict=True):
-                if gradient is not None and not all_finite(gradient):
-                    self.bent.append(name)
-                    gradient = torch.nan_to_num(gradient, 0.0, 0.0, 0.0)
-                if gradient is not None:
-                    self._add(name, gradient)
+        for load in self._at:
+            given = {name: load(name) for name in starts}
+            leaves = {name: leaf for name in starts if (leaf := self._leaf(name, given[name])) is not None}
+            alone = len(nodes) == 1 and nodes[0].op in PRODUCTS and self._follower.arithmetic.value is None
+            needed = self._of_test and not self._errors.keys() >= derivatives.keys()
+            with _Uncomputed() if alone and not needed else nullcontext():
+                exact = self._follower.run_nodes(nodes, given | leaves, [*derivatives], differentiable=True)
+            followed: list[str] = []
+            unknown = [n.name for n in nodes if n.name in self._follower.in_reference] if leaves else []
+            self.stopped |= dict.fromkeys(derivatives, f"no derivative of {unknown[0]} is known") if unknown else {}
+            for name, derivative in derivatives.items():
+                result = as_tensor(exact[name])
+                if result.shape != derivative.shape:
+                    self.stopped[name] = "its shape is another one in the test"
+                    continue
+                if name in self._known and name not in errors:
+                    errors[name] = product(derivative, self._introduced(name, nodes, starts, result))
+                if result.requires_grad:
+                    followed.append(name)
+            if followed and leaves:
+                self._follow({name: exact[name] for name in followed}, derivatives, leaves)
         return errors
 
-    def _introduced(self, name: str, nodes: list[Node], given: Mapping[str, AnyTensor], result: Tensor) -> Tensor:
+    def _follow(self, results: Arrays, derivatives: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> None:
+        """Add what a segment passes back from the derivatives of its ``results`` to the ``leaves`` that it reads."""
+        with torch.enable_grad():
+            measures = [_Measure.apply(value, derivatives[name].to(value.dtype)) for name, value in results.items()]
+        gradients = torch.autograd.grad(measures, [*leaves.values()], allow_unused=True)
+        for name, gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None and not all_finite(gradient):
+                gradient = torch.nan_to_num(gradient, 0.0, 0.0, 0.0)
+            if gradient is not None:
+                self._add(name, gradient / len(self._at))
+
+    def _introduced(self, name: str, nodes: list[Node], starts: Collection[str], result: Tensor) -> Tensor:
         """The introduced error of a value, against what the oracle makes of the test's inputs: BF16 or float64."""
         if (known := self._errors.pop(name, None)) is not None:
             return known
         oracle = self._oracle
-        if self._follower is not oracle:
-            result = as_tensor(oracle.run_nodes(nodes, given, [name])[name])
+        if self._follower is not oracle or not self._of_test:
+            result = as_tensor(oracle.run_nodes(nodes, {start: self._test(start) for start in starts}, [name])[name])
         held = as_tensor(oracle.arithmetic.hold(self._test(name), oracle.device))
         return held.double() - result.detach().double()
 

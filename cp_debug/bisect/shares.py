@@ -4,14 +4,15 @@ D is the test's final outputs minus the reference's, each output scaled by its r
 which introduced eᵢ, is ⟨D, J eᵢ⟩ ÷ ‖D‖² = ⟨Jᵀ D, eᵢ⟩ ÷ ‖D‖², and Jᵀ D is the same for all (``backward``). Behind it
 stands an exact sum: with Gᵢ the oracle from layer i to the end, test − exact = Σ Gᵢ(testᵢ) − Gᵢ(oracleᵢ of the test's
 inputs). The reference has such a sum of its own; D is the difference of the two, and what the reference's rounding
-makes of it is told by itself. All of it adds up to 1, less what is not linear; where that is much, the largest shares
-are carried forward.
+makes of it is told by itself. All of it adds up to 1, less what is not linear. Where that is much, J is made of the
+mean derivative of each segment on the straight way from the reference's values of its inputs to the test's: the
+difference of its results is exactly that mean times the difference of its inputs, so that the sum is 1 again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -30,11 +31,13 @@ from cp_debug.programs.walk import tensors_as_arrays, walk
 from cp_debug.recipes.base import Arrays, Component, Sample
 
 NOT_LINEAR = 0.1
-"""What the shares may leave of the final divergence before the largest of them are carried forward."""
+"""What the shares may leave of the final divergence for the network to count as linear over it."""
 LARGE = 0.05
-"""Divergence, over the reference's norm, from which the largest share is carried forward, whatever the sum."""
+"""Divergence, over the reference's norm, from which no network counts as linear, whatever the sum."""
 BEYOND = 10.0
 """Share, or sum of all, that no derivative can mean: a mask of −3e38 differs by 1e36 in BF16 and hides all the same."""
+POINTS = 0.5 - 0.75**0.5 / 3, 0.5 + 0.75**0.5 / 3
+"""Places between both sides at which a derivative is taken for its mean: Gauss's, exact for cubic functions."""
 CARRIED = 4
 """Layers whose error is carried forward at most, the largest shares first: each takes two runs of what is behind."""
 
@@ -75,20 +78,22 @@ class Shares:
         self._model = run.pipeline.model
         self._components = [c.name for c in self._model.components]
         self._norms: dict[str, float] = {}
-        self._walks: dict[str, Backward] = {}
         self.notes: list[str] = []
         """Sentences about what has no share and why."""
 
     @cached_property
     def of_layers(self) -> dict[Key, float]:
         """Share of every replayed value, with a row or without; linear, but for what ``attribution`` carries."""
+        return self._walked(self._backward)
+
+    def _walked(self, backward: Callable[[Component], Backward]) -> dict[Key, float]:
         found: dict[Key, float] = {}
         last = self._components[-1]
         derivatives = {
             name: (difference / (self._norm(name) * self._size)).reshape(_array(self._reference, name, last).shape)
             for name, difference in self._divergence.items()
         }
-        walked = walk_back(self._model, self._sample, self._results, derivatives, self._backward, self.notes)
+        walked = walk_back(self._model, self._sample, self._results, derivatives, backward, self.notes)
         for component, errors, at_inputs in walked:
             found |= {Key(component.name, value): share for value, share in errors.items()}
             if self._run.reference.model is not self._model:  # whose own glue may have made another input
@@ -102,8 +107,25 @@ class Shares:
     def _backward(self, component: Component) -> Backward:
         of = self._run.replayer(component.name, self._test)
         test = loader(self._test, component.name)
-        walk = self._walks[component.name] = Backward(of.graph, of.known, test, of.oracle, of.follower, of.errors)
-        return walk
+        return Backward(of.graph, of.known, test, of.oracle, of.follower, of.errors)
+
+    def _between(self, component: Component) -> Backward:
+        """A walk with the mean derivative of each segment on the way from the reference's values to the test's.
+
+        By it the shares add up to 1 whatever is not linear, but for what ``POINTS`` leave of the mean.
+        """
+        of = self._run.replayer(component.name, self._test)
+        test, reference = (loader(c, component.name) for c in (self._test, self._reference))
+
+        def at(part: float, name: str) -> Tensor:
+            ours, theirs = (as_numpy(load(name)) for load in (reference, test))
+            if ours.shape != theirs.shape or not ours.dtype.kind == theirs.dtype.kind == "f":
+                return theirs
+            with np.errstate(invalid="ignore", over="ignore"):
+                between = ours + part * (theirs.astype(np.float64) - ours)
+            return np.where(np.isfinite(between), between, theirs)
+
+        return Backward(of.graph, of.known, test, of.oracle, of.follower, at=[partial(at, p) for p in POINTS])
 
     def stops(self, key: Key) -> bool:
         """Whether a layer's result is whole numbers, and no derivative passes what reads them."""
@@ -113,26 +135,24 @@ class Shares:
     def attribution(self, names: Mapping[Key, str], born: Sequence[Key] = (), *, asks: bool = True) -> Attribution:
         """The sum of all shares, and what of the divergence they leave. ``names``: value → its layer's name.
 
-        The layers ``born`` are carried forward. Where the rest leaves more than ``NOT_LINEAR``, the reference's own
-        share is computed, and more layers are carried forward, until it fits: those by which a derivative is not
-        finite, then those with the largest shares; unless nobody ``asks``, as all is within the tolerance. A large
-        divergence is not linear layer by layer, even where the sum fits by chance: the layer with the largest share is
-        one that was carried.
+        Where the network is not linear over these errors, the derivatives are the mean over the way between both sides.
+        The layers ``born`` are carried forward. Where the rest still leaves more than ``NOT_LINEAR``, the reference's
+        own share is computed, and the layers with the largest shares are carried forward, until it fits; unless nobody
+        ``asks``, as all is within the tolerance.
         """
+        if abs(1 - sum(self.of_layers.values())) > NOT_LINEAR or self._size > LARGE**2:
+            self.of_layers |= self._walked(self._between)
         carried = [*born]
         for key in born:
             self._carry(key, names)
         told = Attribution(sum(self.of_layers.values()))
         if asks and abs(told.remainder) > NOT_LINEAR:
             told.reference = self._of_reference()
-        bent = [Key(name, value) for name, walk in self._walks.items() for value in walk.bent][: CARRIED // 2]
         for _ in range(CARRIED):
-            ranked = sorted(self.of_layers, key=lambda key: -abs(self.of_layers[key]))
             fits = (not asks or abs(told.remainder) <= NOT_LINEAR) and abs(told.layers) < BEYOND
-            waiting = ranked if fits else [*(key for key in bent if key in self.of_layers), *ranked]
-            first = next((key for key in waiting if key not in carried), None)
-            linear = self._size < LARGE**2 and (first is None or abs(self.of_layers[first]) < BEYOND)
-            if first is None or (fits and (first != ranked[0] or linear)):
+            ranked = sorted(self.of_layers, key=lambda key: -abs(self.of_layers[key]))
+            first = next((key for key in ranked if key not in carried), None)
+            if first is None or (fits and abs(self.of_layers[first]) < BEYOND):
                 break
             self._carry(first, names)
             carried.append(first)
