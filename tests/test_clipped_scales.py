@@ -9,7 +9,7 @@ import onnx
 import pytest
 from nets import NetBuilder
 
-from cp_debug.bisect.engine import bisect
+from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import TestResult
 
 CHANNELS = 32
@@ -89,3 +89,30 @@ def test_one_layer_that_does_what_it_must_is_told_in_the_singular(tmp_path: Path
     (test,) = bisect(str(files[0]), "ort,ort", test_model=files[1]).tests
     assert [row.onnx for row in test.guilty] == ["made0"]
     assert [finding.says for finding in test.findings if finding.cause == "int8"] == ["INT8 as declared"]
+
+
+@pytest.mark.parametrize("op", ["Add", "MatMul", "Mul"])
+@pytest.mark.parametrize("clips", [True, False])
+def test_a_scale_that_clips_is_named_where_two_activations_meet(tmp_path: Path, op: str, clips: bool) -> None:
+    """Additions and products without a constant have scales of their own."""
+    inputs = {name: np.random.default_rng(4).standard_normal((16, 16)).astype(np.float32) for name in ("a", "b")}
+    np.savez(tmp_path / "x.npz", **inputs)
+    paths = []
+    for quantized in (False, True):
+        net = NetBuilder(4)
+        parts = [net.op("Neg", name, name=f"neg_{name}") for name in inputs]
+        for place, part in enumerate(parts if quantized else ()):
+            scale = np.abs(inputs["ab"[place]]).max() / 127 / (6 if clips and not place else 1)
+            grid = net.weight(np.array(scale, np.float32)), net.weight(np.array(0, np.int8))
+            parts[place] = net.op("DequantizeLinear", net.op("QuantizeLinear", part, *grid), *grid)
+        net.op("MatMul", net.op(op, *parts, name="met"), net.weight(np.eye(16, 8, dtype=np.float32)), name="y")
+        paths.append(net.save(tmp_path / f"{quantized}.onnx", {name: (1, [16, 16]) for name in inputs}, ["y"]))
+    options = Options(inputs=tmp_path / "x.npz")
+    (test,) = bisect(str(paths[0]), "ort,ort", test_model=paths[1], options=options).tests
+    assert [row.onnx for row in test.guilty] == ["met"] * clips
+    clipped = [f for f in test.findings if f.cause == "int8-clipped"]
+    assert [f.layers for f in clipped] == [["node_met"]] * clips
+    for finding in clipped:
+        assert finding.evidence["needed_scale"] == pytest.approx(6 * finding.evidence["scale"], rel=1e-2)
+        assert finding.evidence["error_then"] < 0.5 * finding.evidence["error"]
+        assert f"a scale of {finding.evidence['needed_scale']:.3g} brings the error of this layer from" in finding.fix

@@ -100,7 +100,7 @@ class Backward:
             needed = self._of_test and not self._errors.keys() >= derivatives.keys()
             with _Uncomputed() if alone and not needed else nullcontext():
                 exact = self._follower.run_nodes(nodes, given | leaves, [*derivatives], differentiable=True)
-            followed: list[str] = []
+            followed: dict[str, Tensor] = {}
             unknown = [n.name for n in nodes if n.name in self._follower.in_reference] if leaves else []
             self.stopped |= dict.fromkeys(derivatives, f"no derivative of {unknown[0]} is known") if unknown else {}
             for name, derivative in derivatives.items():
@@ -111,12 +111,14 @@ class Backward:
                 if name in self._known and name not in errors:
                     errors[name] = product(derivative, self._introduced(name, nodes, starts, result))
                 if result.requires_grad:
-                    followed.append(name)
+                    followed[name] = result
             if followed and leaves:
-                self._follow({name: exact[name] for name in followed}, derivatives, leaves)
+                self._follow(followed, derivatives, leaves)
         return errors
 
-    def _follow(self, results: Arrays, derivatives: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> None:
+    def _follow(
+        self, results: Mapping[str, Tensor], derivatives: Mapping[str, Tensor], leaves: Mapping[str, Tensor]
+    ) -> None:
         """Add what a segment passes back from the derivatives of its ``results`` to the ``leaves`` that it reads."""
         with torch.enable_grad():
             measures = [_Measure.apply(value, derivatives[name].to(value.dtype)) for name, value in results.items()]

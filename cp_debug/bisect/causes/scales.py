@@ -23,38 +23,54 @@ _CALIBRATE = "calibrate on data like this ({calibrate}), or leave it unquantized
 @cause()
 def declared(segment: Segment) -> Iterator[Candidate]:
     """Candidate: the layer as its own scales say, named after the part that makes most of the error."""
-    node, quantized = segment.product, segment.context.quantized
-    weight = segment.weight(node, 1) if node is not None else None
-    if node is None or quantized is None or weight is None:
+    quantized = segment.context.quantized
+    nodes = [segment.product] if segment.product is not None else segment.nodes
+    if quantized is None or (node := next((n for n in nodes if _data(segment, n)), None)) is None:
         return
-    x, (of_input, of_weight) = _input(segment, node), (quantized.grid(node, place) for place in (0, 1))
-    quantized_inputs, parts = {}, {}
-    if of_input is not None:
-        quantized_inputs[0] = of_input.quantized(x)
-        parts["clipped"] = {0: x.clamp(*of_input.range)}
-        parts["rounded"] = {0: of_input.value(of_input.levels(x))}
-    if of_weight is not None:
+    weight, data = segment.weight(node, 1), _data(segment, node)
+    place, (x, grid) = max(data.items(), key=lambda item: item[1][1].clipped(item[1][0]))
+    parts = {
+        "clipped": {i: x.clamp(*grid.range) for i, (x, grid) in data.items()},
+        "rounded": {i: grid.value(grid.levels(x)) for i, (x, grid) in data.items()},
+    }
+    quantized_inputs = {i: grid.quantized(x) for i, (x, grid) in data.items()}
+    of_weight = quantized.grid(node, 1) if weight is not None else None
+    if weight is not None and of_weight is not None:
         quantized_inputs[1] = of_weight.quantized(weight)
         parts["weights"] = {1: quantized_inputs[1]}
     value = segment.edited(node, inputs=quantized_inputs)
-    if not quantized_inputs or value is None:
+    if value is None:
         return
     errors = {part: _error(segment, node, inputs) for part, inputs in parts.items()}
     worst = max(errors, key=errors.__getitem__)
     evidence: dict[str, Any] = {f"error_{part}": error for part, error in errors.items()}
-    if worst == "weights" or of_input is None:
+    if worst == "weights" and weight is not None:
         name, says, fix = _of_weight(node, weight, of_weight)
     else:
-        step, needed = float(of_input.scale.flatten()[0]), float(x.abs().max()) / of_input.most
-        evidence |= {"scale": step, "needed_scale": needed, "clipped": of_input.clipped(x)}
-        name, says, fix = _of_input(worst, step, needed, of_input, evidence["clipped"])
-        fitting = replace(of_input, scale=of_input.scale * (needed / step))
-        then, now = (_error(segment, node, {**quantized_inputs, 0: grid.quantized(x)}) for grid in (fitting, of_input))
-        if of_input.scale.numel() == 1 and then < now:
+        step, needed = float(grid.scale.flatten()[0]), float(x.abs().max()) / grid.most
+        evidence |= {"scale": step, "needed_scale": needed, "clipped": grid.clipped(x)}
+        name, says, fix = _of_input(worst, step, needed, grid, evidence["clipped"])
+        fitting = replace(grid, scale=grid.scale * (needed / step))
+        then, now = (_error(segment, node, {**quantized_inputs, place: g.quantized(x)}) for g in (fitting, grid))
+        if grid.scale.numel() == 1 and then < now:
             evidence |= {"error": now, "error_then": then}
-            tried = f": a scale of {needed:.3g} brings this layer's error from {now:.2g} to {then:.2g}"
+            tried = f": a scale of {needed:.3g} brings the error of this layer from {now:.2g} to {then:.2g}"
             fix = fix.replace(" ({calibrate})", f"{tried} ({{calibrate}})")
     yield Candidate(name, says, value, 0, evidence, fix)
+
+
+def _data(segment: Segment, node: Node) -> dict[int, tuple[Tensor, QuantizerGrid]]:
+    """Place of an input of ``node`` that a quantizer rounds, no constant → the input, float64, and its grid."""
+    found, quantized = {}, segment.context.quantized
+    for place, name in enumerate(node.proto.input[:2] if quantized is not None else ()):
+        grid = quantized.grid(node, place) if quantized is not None and name else None
+        if grid is None or segment.weight(node, place) is not None:
+            continue
+        nodes = () if name in segment.given else segment.nodes
+        x = segment.context.oracle.run_nodes(nodes, segment.given, [name])[name]
+        if x.is_floating_point() and grid.fits(x.shape):
+            found[place] = as_double(x), grid
+    return found
 
 
 def _of_input(worst: str, step: float, needed: float, grid: QuantizerGrid, clipped: float) -> tuple[str, str, str]:
@@ -80,13 +96,6 @@ def _of_weight(node: Node, weight: Tensor, grid: QuantizerGrid | None) -> tuple[
         says = f"the INT8 scales of its weights are along axis {grid.axis}; the output channels are axis {axis}"
         return "int8-axis", says, f"quantize the weights of {{layers}} along axis {axis}"
     return "int8-weights", "the INT8 scales of its weights do not fit them", "quantize {layers} again"
-
-
-def _input(segment: Segment, node: Node) -> Tensor:
-    """The captured or computed value that the node reads first, float64."""
-    name = node.proto.input[0]
-    nodes = () if name in segment.given else segment.nodes
-    return as_double(segment.context.oracle.run_nodes(nodes, segment.given, [name])[name])
 
 
 def _error(segment: Segment, node: Node, inputs: dict[int, Tensor]) -> float:
