@@ -50,6 +50,7 @@ def test_names_and_shapes(shared: Path, model: CenterPointModel) -> None:
     assert shapes == {key: entry["shape"] for key, entry in expected.items()}
 
 
+@pytest.mark.slow
 def test_every_stage(shared: Path, model: CenterPointModel, points: np.ndarray) -> None:
     config, network = model.config, model.network
     first = parity(shared, "01_voxel_pillar")

@@ -78,6 +78,7 @@ def declared() -> tuple[set[str], set[str]]:
     return names(project["dependencies"]), set().union(*map(names, extras.values()))
 
 
+@pytest.mark.slow
 def test_every_import_is_declared() -> None:
     always, extras = declared()
     unknown = {}

@@ -203,6 +203,7 @@ def test_limits_follow_noise_and_precision() -> None:
         Tolerances({"rott": 1.0}, ["rot"])
 
 
+@pytest.mark.slow
 def test_noise_floors_are_small_and_of_every_output(deployed: Path) -> None:
     made = deployment(deployed)
     if not made.onnx_dir.joinpath(f"{HEAD}.onnx").stat().st_size:

@@ -47,6 +47,7 @@ def explains_itself(node: Definition) -> bool:
     return bool(names & {"kernel", "setter"})
 
 
+@pytest.mark.slow
 def test_every_public_definition_has_a_docstring() -> None:
     missing = [path for path, tree in modules().items() if not ast.get_docstring(tree)]
     missing += [

@@ -63,6 +63,7 @@ def judged(net: Path, dump: dict[str, np.ndarray], **options: str) -> TestResult
     return cp_debug.diagnose(net, "ort", test_tensors=dump, **options).tests[0]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("how", WRITTEN)
 def test_a_dump_is_replayed_in_the_types_of_the_graph(tmp_path: Path, how: str) -> None:
     net, wrong = network(tmp_path / "net.onnx"), network(tmp_path / "wrong.onnx", 1.02)

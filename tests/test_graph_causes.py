@@ -190,7 +190,7 @@ def explained(net: Path, tmp_path: Path, edit: Edit, value: str) -> Finding:
     return finding
 
 
-@pytest.mark.few(10)
+@pytest.mark.few(5)
 @pytest.mark.parametrize(("value", "edit", "causes"), CASES + KNOWN_ONLY)
 def test_the_cause_is_read_off_the_two_graphs(
     net: Path, tmp_path: Path, value: str, edit: Edit, causes: set[str]
@@ -202,7 +202,7 @@ def test_the_cause_is_read_off_the_two_graphs(
     assert finding.explained > 0.9
 
 
-@pytest.mark.few(7)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("value", "edit", "causes"), CASES)
 def test_the_cause_is_found_without_the_other_graph(
     net: Path, tmp_path: Path, value: str, edit: Edit, causes: set[str], monkeypatch: pytest.MonkeyPatch

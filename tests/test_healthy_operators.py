@@ -48,7 +48,7 @@ def accused(tests: list[TestResult]) -> list[str]:
     return [f"{t.backend.spec}: {row.name}: {row.why}" for t in tests for row in t.guilty]
 
 
-@pytest.mark.few(20)
+@pytest.mark.few(12)
 @pytest.mark.parametrize("name", CASES)
 def test_no_healthy_operator_is_guilty(tmp_path: Path, name: str) -> None:
     if name == "layer_norm_of_constant_rows" and runtimes.VERSION < (1, 30):
@@ -80,6 +80,7 @@ FAULTS = {
 """Relative faults, and healthy cases in which they must be found."""
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize(("size", "name"), [(size, name) for size, names in FAULTS.items() for name in names])
 def test_a_fault_in_a_healthy_operator_is_found(tmp_path: Path, size: float, name: str) -> None:
     (test,) = compared(name, tmp_path, "emu-fp32,ort-none", spoilt=size)

@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parent
 CLOCK = {"time.sleep", "time.monotonic", "time.perf_counter", "time.process_time", "threading.Timer"}
 """Only ``states.until`` may, and it waits for a state."""
@@ -77,6 +79,7 @@ def trees() -> Iterator[tuple[Path, ast.Module]]:
         yield path, ast.parse(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_no_test_asks_the_clock_or_lacks_its_mark() -> None:
     asks, limits, lacks = [], [], []
     for path, tree in trees():
@@ -99,6 +102,7 @@ def _limited(call: ast.Call) -> bool:
     return any(word.arg == "timeout" for word in call.keywords) and ast.unparse(call.func).endswith(runs)
 
 
+@pytest.mark.slow
 def test_no_test_draws_from_a_generator_of_its_file() -> None:
     """What it draws would depend on the tests before it; ``draws.RNG`` begins anew with each test."""
     shared = []

@@ -80,6 +80,7 @@ NETWORKS: dict[str, tuple[Any, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("backends", BACKENDS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_inputs_from_a_file_run_and_a_fault_is_found(tmp_path: Path, name: str, backends: str) -> None:

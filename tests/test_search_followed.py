@@ -127,6 +127,7 @@ def test_autocast_does_what_is_printed_and_it_reaches_the_goal(folder: Path) -> 
     assert document["baseline"]["figures"]["rel_l2"] > 5e-3 > test.outputs[0].stats.rel_l2
 
 
+@pytest.mark.slow
 def test_a_modules_set_holds_in_the_export_that_is_printed_and_in_deploys_own(folder: Path) -> None:
     (folder / "net.py").write_text(MODULE)
     told, document = searched("net.py:build")

@@ -77,8 +77,7 @@ def test_specs_have_one_spelling_each() -> None:
             BackendSpec.parse(text)
 
 
-@pytest.mark.few(1)
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["aot_eager", "eager"])
 def test_all_values_have_the_names_and_numbers_of_eager(compiler: str, stress: Program) -> None:
     exact, expected = run("torch", stress)
