@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cp_debug.errors import InputError
-from cp_debug.mixed_precision.fake_quant_runner import ErrorSum, FakeQuantRunner, Int8Layer
+from cp_debug.mixed_precision.layer_runner import ErrorSum, LayerRunner, int8_runner
 from cp_debug.mixed_precision.sensitivity import (
     _loss,
     build_sensitivity_profile,
@@ -25,8 +24,8 @@ from cp_debug.mixed_precision.sensitivity import (
     profile_of,
 )
 from cp_debug.mixed_precision.trial import Measured
-from cp_debug.quantization.open_quantized import modules_of, open_quantized
-from cp_debug.quantization.ptq import quantize_ptq
+from cp_debug.quantization.models import QuantizedComponent, quantize_model
+from cp_debug.quantization.open_quantized import open_quantized
 from cp_debug.recipes.base import Sample
 from cp_debug.recipes.registry import load_model
 from cp_debug.recipes.torch_callable import TorchModel
@@ -76,22 +75,22 @@ def images() -> Tensor:
     return torch.randn(4, 2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture
-def quantized(net: Net, images: Tensor) -> nn.Module:
-    return quantize_ptq(net, [images[0]], method="max")
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(net: Net, images: Tensor) -> TorchModel:
     return TorchModel("net", net, images[0])
 
 
-@pytest.fixture
-def bench(model: TorchModel, quantized: nn.Module) -> FakeQuantRunner:
-    return FakeQuantRunner(model, {"Net": quantized})
+@pytest.fixture(scope="module")
+def parts(model: TorchModel, images: Tensor) -> dict[str, QuantizedComponent]:
+    return quantize_model(model, [Sample({"x": images[0].numpy()}, "image")], method="max")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def bench(model: TorchModel, parts: dict[str, QuantizedComponent], images: Tensor) -> LayerRunner:
+    return int8_runner(model, parts, Sample({"x": images[0].numpy()}, "image"))
+
+
+@pytest.fixture(scope="module")
 def samples(images: Tensor) -> list[Sample]:
     return [Sample({"x": image.numpy()}, f"image {index}") for index, image in enumerate(images)]
 
@@ -100,16 +99,16 @@ LAYERS = {"stem", "block.0", "block.2", "first", "second", "fragile"}
 
 
 @needs("modelopt")
-def test_shares_add_up_and_are_what_leaving_a_layer_out_takes_away(bench: FakeQuantRunner, images: Tensor) -> None:
+def test_shares_add_up_and_are_what_leaving_a_layer_out_takes_away(bench: LayerRunner, images: Tensor) -> None:
     """⟨D, change⟩ ÷ ‖D‖² of each layer, where the change is what leaving it alone out of INT8 takes away."""
     assert bench.layers.keys() > LAYERS
-    assert [layer.name for layer in bench.layers.values() if layer.kind == "add"], "the residual sum is quantized, too"
+    assert [layer for layer in bench.layers.values() if layer.kind == "Add"], "the residual sum is quantized, too"
+    assert (bench.layers["stem"].kind, bench.layers["stem"].weights) == ("Conv", 8 * 3 * 9)
     sample = Sample({"x": images[1].numpy()}, "image")
-    exact, low = (bench._run(sample, kept)["Net"] for kept in (bench.all, frozenset()))
+    exact, low = (bench._run(sample, kept)[1]["Net"] for kept in (bench.all, frozenset()))
     apart = {name: (low[name] - exact[name]) / np.linalg.norm(exact[name]) for name in exact}
     whole = sum(float(np.sum(d**2)) for d in apart.values())
-    with bench._restored():
-        without = {name: bench._run(sample, frozenset([name]))["Net"] for name in bench.layers}
+    without = {name: bench._run(sample, frozenset([name]))[1]["Net"] for name in bench.layers}
     shares = bench.shares([sample])
     assert sum(found.share for found in shares.values()) == pytest.approx(1, abs=0.1)
     for name, found in shares.items():
@@ -123,8 +122,10 @@ def test_shares_add_up_and_are_what_leaving_a_layer_out_takes_away(bench: FakeQu
 
 @needs("modelopt")
 def test_errors_are_those_of_the_layers(
-    bench: FakeQuantRunner, net: Net, quantized: nn.Module, samples: list[Sample]
+    bench: LayerRunner, net: Net, parts: dict[str, QuantizedComponent], samples: list[Sample]
 ) -> None:
+    quantized = parts["Net"].module
+    assert quantized is not None
     measured = bench.measure(samples, [bench.all - {"second"}, frozenset(), bench.all])
     alone, all_, none = measured.values()
     assert none.outputs == {"first": 0.0, "second": 0.0}
@@ -139,9 +140,9 @@ def test_errors_are_those_of_the_layers(
 
 @needs("modelopt")
 def test_the_fragile_layer_is_found_and_left_out(
-    model: TorchModel, bench: FakeQuantRunner, samples: list[Sample]
+    model: TorchModel, parts: dict[str, QuantizedComponent], samples: list[Sample]
 ) -> None:
-    profile = build_sensitivity_profile(model, {"Net": bench.modules["Net"]}, samples, data="images", budget=0.05)
+    profile = build_sensitivity_profile(model, parts, samples, data="images", budget=0.05)
     assert profile.layers[0].layer == "fragile"
     assert profile.layers[0].left_out is not None
     assert profile.layers[0].left_out.error < profile.int8.error / 3
@@ -155,41 +156,7 @@ def test_the_fragile_layer_is_found_and_left_out(
 
 
 @needs("modelopt")
-def test_quantizers_are_on_again_afterwards(
-    bench: FakeQuantRunner, quantized: nn.Module, samples: list[Sample]
-) -> None:
-    x = torch.from_numpy(samples[0].arrays["x"])
-    with torch.no_grad():
-        before = quantized(x)["first"]
-        bench.measure(samples[:1], [bench.all - {"fragile"}, frozenset({"stem", "second"})])
-        assert torch.equal(quantized(x)["first"], before)
-
-
-class Switch:
-    """Stands in for a quantizer."""
-
-    on = True
-
-    def enable(self) -> None:
-        self.on = True
-
-    def disable(self) -> None:
-        self.on = False
-
-
-def test_all_layers_are_in_int8_again_whatever_happened() -> None:
-    layers = {name: Int8Layer(name, name, "net", "Conv2d", 1, [Switch(), Switch()]) for name in ("stem", "first")}
-    runner = object.__new__(FakeQuantRunner)
-    runner.layers = layers
-    with contextlib.suppress(KeyboardInterrupt), runner._restored():
-        for layer in layers.values():
-            layer.switch(False)
-        raise KeyboardInterrupt
-    assert all(quantizer.on for layer in layers.values() for quantizer in layer.quantizers)
-
-
-@needs("modelopt")
-def test_the_largest_shares_alone_are_left_out(bench: FakeQuantRunner, samples: list[Sample]) -> None:
+def test_the_largest_shares_alone_are_left_out(bench: LayerRunner, samples: list[Sample]) -> None:
     profile = profile_of(bench, samples, tried=2)
     tried = {row.layer: row.share for row in profile.layers if row.left_out is not None}
     assert len(tried) == 2
@@ -197,14 +164,17 @@ def test_the_largest_shares_alone_are_left_out(bench: FakeQuantRunner, samples: 
 
 
 @needs("modelopt")
-def test_bad_input(model: TorchModel, bench: FakeQuantRunner, net: Net, samples: list[Sample]) -> None:
+def test_bad_input(
+    model: TorchModel, bench: LayerRunner, parts: dict[str, QuantizedComponent], samples: list[Sample]
+) -> None:
+    nothing = replace(parts["Net"].scales, layers={}, residual_adds={})
     with pytest.raises(InputError, match="no layer of net is quantized"):
-        FakeQuantRunner(model, {"Net": net})
+        int8_runner(model, {"Net": replace(parts["Net"], scales=nothing)}, samples[0])
     with pytest.raises(InputError, match="no quantized layer 'stemm'; did you mean stem"):
         bench.measure(samples, [frozenset({"stemm"})])
     with pytest.raises(InputError, match="no sample"):
-        build_sensitivity_profile(model, {"Net": bench.modules["Net"]}, [])
-    profile = build_sensitivity_profile(model, {"Net": bench.modules["Net"]}, samples[:1])
+        build_sensitivity_profile(model, parts, [])
+    profile = build_sensitivity_profile(model, parts, samples[:1])
     with pytest.raises(InputError, match="expected a positive budget"):
         choose_layers(bench, samples, profile, 0.0)
 
@@ -212,15 +182,15 @@ def test_bad_input(model: TorchModel, bench: FakeQuantRunner, net: Net, samples:
 @needs("modelopt")
 def test_a_budget_of_map_needs_ground_truth() -> None:
     model = load_model("centerpoint:tiny")
-    modules = modules_of(open_quantized(model, None, count=1, method="max"))
+    parts = open_quantized(model, None, count=1, method="max")
     unknown = [replace(next(model.samples(1, 0, None)), truth=None)]
     with pytest.raises(InputError, match="scene 0 has no ground truth, so mAP is unknown"):
-        build_sensitivity_profile(model, modules, unknown, budget=0.01)
+        build_sensitivity_profile(model, parts, unknown, budget=0.01)
 
 
 @needs("modelopt")
-def test_faces(model: TorchModel, bench: FakeQuantRunner, samples: list[Sample], tmp_path: Path) -> None:
-    profile = build_sensitivity_profile(model, {"Net": bench.modules["Net"]}, samples, data="images", budget=0.05)
+def test_faces(model: TorchModel, parts: dict[str, QuantizedComponent], samples: list[Sample], tmp_path: Path) -> None:
+    profile = build_sensitivity_profile(model, parts, samples, data="images", budget=0.05)
     text = "\n".join(_plain(part) for part in render(profile))
     assert "fragile" in text
     assert "--skip-layers fragile" in text

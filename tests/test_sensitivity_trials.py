@@ -12,8 +12,8 @@ import pytest
 
 from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.errors import InputError
-from cp_debug.mixed_precision.fake_quant_runner import Int8Layer, LayerShare, is_scored
 from cp_debug.mixed_precision.fusion_groups import FusionGroup
+from cp_debug.mixed_precision.layer_runner import LayerShare, is_scored
 from cp_debug.mixed_precision.sensitivity import (
     Int8Effect,
     choose_layers,
@@ -116,18 +116,6 @@ def test_decibels_and_scores_of_an_effect_are_written_and_read() -> None:
     assert effect.derived() == {"sqnr_db": pytest.approx(40), "mAP": change}
     assert Int8Effect(0.0, {}).sqnr == math.inf
     assert Int8Effect.fields_from({"error": 0.01, "sqnr_db": 40.0, "mAP": 1})["scores"] == {"mAP": 1}
-
-
-def test_a_layer_switches_all_of_its_quantizers() -> None:
-    log: list[str] = []
-    quantizers = [
-        SimpleNamespace(enable=lambda n=n: log.append(f"{n} on"), disable=lambda n=n: log.append(f"{n} off"))
-        for n in "ab"
-    ]
-    layer = Int8Layer("l", "l", "net", "Conv2d", 1, quantizers)
-    layer.switch(True)
-    layer.switch(False)
-    assert log == ["a on", "b on", "a off", "b off"]
 
 
 def test_detections_are_scored_where_there_are_classes_and_truth_everywhere() -> None:

@@ -319,17 +319,17 @@ def build():
 @needs("modelopt")
 def test_sensitivity_over_samples(tmp_path: Path) -> None:
     from cp_debug.mixed_precision.sensitivity import build_sensitivity_profile
-    from cp_debug.quantization.open_quantized import modules_of, open_quantized
+    from cp_debug.quantization.open_quantized import open_quantized
 
     (tmp_path / "net.py").write_text(NET)
     name = f"{tmp_path / 'net.py'}:build"
     grid = Grid([name], parse_backends("torch,ort"), samples=3, how={"batches": 2, "method": "max"})
     model = load_model(name)
-    modules = modules_of(open_quantized(model, None, None, 2, method="max"))
+    parts = open_quantized(model, None, None, 2, method="max")
     found = records(sensitivity.tasks(grid, ()))
     (group,) = sensitivity.merge(found)
     for place, sample in enumerate(model.samples(3, 0, None)):
-        shares = {row.layer: row.share for row in build_sensitivity_profile(model, modules, [sample]).layers}
+        shares = {row.layer: row.share for row in build_sensitivity_profile(model, parts, [sample]).layers}
         for row in group.layers:
             assert row.share is not None
             assert shares[row.layer] <= row.share.worst

@@ -12,13 +12,12 @@ from cp_debug.cli.flags import LAST_SEED, MOST, JsonFile, check_made_up
 from cp_debug.cli.given import check_given
 from cp_debug.cli.quantize_ptq import narrow_options
 from cp_debug.cli.typed import refuse
-from cp_debug.errors import InputError
 from cp_debug.loading import load_torch
 
 
 def sensitivity(
     model: Annotated[
-        str, typer.Argument(help="A recipe (`cpdebug models`) or module:callable; other than int8: an .onnx file, too.")
+        str, typer.Argument(help="A recipe (`cpdebug models`), module:callable or .onnx file.")
     ] = "centerpoint:tiny",
     quantized: Annotated[
         Path | None, typer.Option("--from", help="Checkpoint of `quantize ptq` or `qat`; default: calibrate now.")
@@ -76,8 +75,6 @@ def sensitivity(
     check_calibration(model, calib_data, batches, "--batches")
     read = DataOptions(data_root)
     check_given(model, inputs=data, checkpoint=checkpoint, flag="--data")
-    if narrow is None and model.endswith(".onnx"):
-        raise InputError(f"MODEL: {model} is an ONNX file; expected a model of torch modules, or another --precision")
     load_torch()
     from cp_debug.mixed_precision.sensitivity import (
         build_sensitivity_profile,
@@ -85,7 +82,7 @@ def sensitivity(
         profile_narrow,
         scored_samples,
     )
-    from cp_debug.quantization.open_quantized import modules_of, open_quantized
+    from cp_debug.quantization.open_quantized import open_quantized
     from cp_debug.recipes.registry import load_model
     from cp_debug.reports.sensitivity import render, write_chart, write_page
 
@@ -110,7 +107,7 @@ def sensitivity(
             )
             source, chosen_samples = scored_samples(loaded, data, samples, seed, read)
             profile = build_sensitivity_profile(
-                loaded, modules_of(opened), chosen_samples, data=source, budget=auto, draws=draws, on_step=on_step
+                loaded, opened, chosen_samples, data=source, budget=auto, draws=draws, on_step=on_step
             )
     if output:
         output.mkdir(parents=True, exist_ok=True)

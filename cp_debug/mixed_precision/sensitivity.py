@@ -7,25 +7,19 @@ by one, and the model is run.
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from cp_debug.backends.registry import create
-from cp_debug.backends.spec import BackendSpec
 from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.errors import InputError
-from cp_debug.mixed_precision.fake_quant_runner import FakeQuantRunner, KeptLayers, LayerRunner, OnStep
+from cp_debug.mixed_precision.layer_runner import KeptLayers, LayerRunner, OnStep, int8_runner, narrow_runner
 from cp_debug.mixed_precision.log import TrialLog
-from cp_debug.mixed_precision.narrow_runner import NarrowRunner
 from cp_debug.mixed_precision.strategy import smallest
 from cp_debug.mixed_precision.trial import Measured, Trial
-from cp_debug.programs.pipeline import choose_export, prepare
+from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.recipes.abilities import HasClasses, HasData
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions, DataSet, iterate
@@ -140,7 +134,7 @@ class SensitivityProfile(JsonForm):
 
 def build_sensitivity_profile(
     model: Model,
-    modules: Mapping[str, nn.Module],
+    parts: Mapping[str, QuantizedComponent],
     samples: Sequence[Sample],
     *,
     data: str = "",
@@ -148,13 +142,15 @@ def build_sensitivity_profile(
     draws: int = DRAWS,
     on_step: OnStep = lambda text, done, total: None,
 ) -> SensitivityProfile:
-    """Measure every quantized layer of ``modules`` (component → quantized module) on ``samples``.
+    """Measure every layer of ``parts``, the components in INT8, on ``samples``.
 
     Samples with ground truth are scored where the model detects. ``budget`` also chooses the layers to leave in FP32
     (``choose_layers``). ``draws`` of the samples give the intervals. Raises InputError when nothing is quantized, there
     is no sample, or a budget of mAP meets samples without ground truth.
     """
-    return profile_of(FakeQuantRunner(model, modules), samples, data=data, budget=budget, draws=draws, on_step=on_step)
+    _check_samples(samples)
+    runner = int8_runner(model, parts, samples[0])
+    return profile_of(runner, samples, data=data, budget=budget, draws=draws, on_step=on_step)
 
 
 def profile_narrow(
@@ -172,14 +168,15 @@ def profile_narrow(
 
     The other arguments and errors are those of ``build_sensitivity_profile``.
     """
+    _check_samples(samples)
+    runner = narrow_runner(model, precision, samples[0])
+    profile = profile_of(runner, samples, data=data, budget=budget, draws=draws, on_step=on_step)
+    return replace(profile, precision=precision)
+
+
+def _check_samples(samples: Sequence[Sample]) -> None:
     if not samples:
         raise InputError("--data: there is no sample; expected at least one")
-    with tempfile.TemporaryDirectory(prefix="cpdebug-sensitivity-") as folder:
-        how, _ = choose_export([create(BackendSpec("emu-fp32"))], None)
-        programs = prepare(model, samples[0], Path(folder), how=how, folded=True)
-        runner = NarrowRunner(model, programs, precision)
-        profile = profile_of(runner, samples, data=data, budget=budget, draws=draws, on_step=on_step)
-    return replace(profile, precision=precision)
 
 
 def profile_of(
@@ -197,8 +194,7 @@ def profile_of(
     ``tried``: layers that are left out one by one, the largest shares first.
     """
     started, model = time.perf_counter(), runner.model
-    if not samples:
-        raise InputError("--data: there is no sample; expected at least one")
+    _check_samples(samples)
     unknown = [sample.source for sample in samples if sample.truth is None]
     if budget is not None and unknown and isinstance(model, HasClasses):
         raise InputError(f"--auto: {unknown[0]} has no ground truth, so mAP is unknown; expected an info file (.pkl)")

@@ -1,7 +1,7 @@
 """A trial: a model with some layers kept in higher precision, and the figures measured with it.
 
-Every runner gives trials: on graphs (``graph_runners``) layers are groups of ONNX nodes, under fake quantizers
-(``fake_quant_runner``) they are modules.
+Layers are groups of ONNX nodes in a search (``graph_runners``), and the calibrated layers in a sensitivity profile
+(``layer_runner``).
 """
 
 from __future__ import annotations

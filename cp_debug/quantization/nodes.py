@@ -8,7 +8,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import PRODUCTS
-from cp_debug.graph.scales import LayerScales, Scales
+from cp_debug.graph.scales import Scales
 from cp_debug.probes.alignment import Alignment
 
 
@@ -18,21 +18,22 @@ def scales_by_node(scales: Scales, alignment: Alignment, graph: Graph) -> Scales
     A module that is called twice gives its scales to two nodes. Modules of which nothing reaches an output are left
     out, as exporters do. Raises InputError naming the layers that have no node.
     """
-    layers: dict[str, LayerScales] = {}
-    residual_adds: dict[str, float] = {}
-    lost: list[str] = []
-    finder = _NodeFinder(alignment, graph)
-    for path, layer in scales.layers.items():
-        nodes = finder.nodes(path, PRODUCTS)
-        layers |= dict.fromkeys(nodes, layer)
-        lost += [] if nodes or path in alignment.unused else [path]
-    for path, amax in scales.residual_adds.items():
-        nodes = finder.nodes(path, ("Add",))
-        residual_adds |= dict.fromkeys(nodes, amax)
-        lost += [] if nodes else [path]
-    if lost:
+    nodes = nodes_by_layer(scales, alignment, graph)
+    if lost := [path for path in nodes if not nodes[path] and path not in alignment.unused]:
         raise InputError(f"{graph}: no {', '.join(PRODUCTS)} or Add computes {', '.join(lost)}; export it again")
+    layers = {node: layer for path, layer in scales.layers.items() for node in nodes[path]}
+    residual_adds = {node: amax for path, amax in scales.residual_adds.items() for node in nodes[path]}
     return dataclasses.replace(scales, layers=layers, residual_adds=residual_adds)
+
+
+def nodes_by_layer(scales: Scales, alignment: Alignment | None, graph: Graph) -> dict[str, list[str]]:
+    """Layer and residual addition of ``scales`` → the nodes that compute it, one for each call; without an alignment
+    the scales are those of nodes."""
+    if alignment is None:
+        return {name: [name] for name in (*scales.layers, *scales.residual_adds)}
+    finder = _NodeFinder(alignment, graph)
+    found = {path: finder.nodes(path, PRODUCTS) for path in scales.layers}
+    return found | {path: finder.nodes(path, ("Add",)) for path in scales.residual_adds}
 
 
 class _NodeFinder:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug.files import resolved
-from cp_debug.mixed_precision.fake_quant_runner import FakeQuantRunner
+from cp_debug.mixed_precision.layer_runner import LayerRunner, int8_runner
 from cp_debug.mixed_precision.sensitivity import profile_of
-from cp_debug.quantization.open_quantized import modules_of, open_quantized
+from cp_debug.quantization.open_quantized import open_quantized
 from cp_debug.serialize import json_safe
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record, flat_rows, grouped
@@ -47,14 +47,15 @@ def task(params: Parameters) -> dict[str, Any]:
 
 
 @lru_cache(1)
-def _bench(subject: Subject, quantized: str | None, digest: str | None, batches: int, method: str) -> FakeQuantRunner:
+def _bench(subject: Subject, quantized: str | None, digest: str | None, batches: int, method: str) -> LayerRunner:
     """``digest`` is the checkpoint's: one that was written again is another."""
     model = load_subject(subject)
+    (example,) = model.samples(1, subject.seed, None)
     if quantized is not None:
-        return FakeQuantRunner(model, modules_of(open_quantized(model, Path(quantized), None, batches, method=method)))
+        return int8_runner(model, open_quantized(model, Path(quantized), None, batches, method=method), example)
     settings = {"batches": batches, "method": method}
     parts = calibrated(subject, model, settings, lambda: open_quantized(model, None, None, batches, method=method))
-    return FakeQuantRunner(model, modules_of(parts))
+    return int8_runner(model, parts, example)
 
 
 def rows(record: Record) -> list[dict[str, Any]]:
