@@ -14,6 +14,7 @@ from extras import needs
 from nets import graph_of
 from onnx import TensorProto, helper
 from stress import OUTPUTS, make_stress
+from test_cli import run as command
 
 from cp_debug.api.diagnose import diagnose
 from cp_debug.backends.base import Program
@@ -257,6 +258,21 @@ def test_an_ir_is_the_test_model_of_its_onnx_file(tmp_path: Path) -> None:
     assert "stored in FP16" in finding.headline
 
 
+def quantized(graph: Graph, path: Path) -> Path:
+    """An IR of the graph that quantizes its input."""
+    import openvino
+    from openvino import opset13
+
+    model = openvino.Core().read_model(str(graph.path))
+    readers = list(model.inputs[0].get_target_inputs())
+    low, high = np.float32(-2), np.float32(2)
+    levels = opset13.fake_quantize(model.inputs[0], low, high, low, high, 256)
+    for reader in readers:
+        reader.replace_source_output(levels.output(0))
+    openvino.save_model(model, str(path))
+    return path
+
+
 def test_what_an_ir_cannot_be(tmp_path: Path) -> None:
     graph = chain(tmp_path)
     ir = ir_of(graph, tmp_path / "net.xml")
@@ -267,6 +283,8 @@ def test_what_an_ir_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "broken.xml").write_text("<net><layers/></net>")
     with pytest.raises(InputError, match=r"broken\.xml: OpenVINO cannot read it: Unable to read the model"):
         bisect(OnnxFileModel(graph.path), "ort,openvino", test_model=tmp_path / "broken.xml")
+    with pytest.raises(InputError, match=r"quantizes by 1 FakeQuantize node, whose scales .*g\.onnx does not have"):
+        bisect(OnnxFileModel(graph.path), "ort,openvino", test_model=quantized(graph, tmp_path / "quantized.xml"))
     (tmp_path / "other").mkdir()
     other = graph_of(tmp_path / "other", [node("Relu", ["x"], ["a22"])], {"x": [1, 4, 8, 8]})
     with pytest.raises(InputError, match="has no output that is called 'a2'; did you mean a22"):
@@ -294,3 +312,11 @@ def test_pairs_of_quantizers_become_integer_kernels(tmp_path: Path) -> None:
     session = create(BackendSpec("openvino-int8")).open(Program("g", graph))
     assert integer_kernels_of(session) == 1
     assert kernels_of(session)["y"].endswith(("_I8", "_i8"))
+
+
+def test_the_command_takes_an_ir(tmp_path: Path) -> None:
+    graph = chain(tmp_path)
+    ir = ir_of(graph, tmp_path / "net.xml", compress_to_fp16=False)
+    code, output = command("bisect", graph.path, ir, "-b", "ort,openvino")
+    assert code == 0, output
+    assert "openvino: agrees" in output

@@ -46,7 +46,8 @@ def check_given(
         from cp_debug.graph.graph import Graph
 
         for path in graphs:
-            Graph(path)
+            if path.suffix != ".xml":  # an IR, which OpenVINO reads
+                Graph(path)
     if inputs is not None and not inputs.exists():
         raise InputError(f"{flag}: {inputs}: no such file or folder")
 
