@@ -33,8 +33,8 @@ WITH_MMENGINE = {"addict", "mmcv", "mmdet", "mmdet3d", "mmengine"}
 
 IN_NOTEBOOKS = {"IPython"}
 """What every notebook's Python has, and is imported in one only."""
-ONLY_WITH = {"quantization/mmengine_hook.py", "pytest_plugin.py"}
-"""What an extra or pytest completes: imported by those who have it."""
+ONLY_WITH = {"quantization/mmengine_hook.py", "pytest_plugin.py", "polygraphy_plugin.py"}
+"""What an extra, pytest or Polygraphy completes: imported by those who have it."""
 
 
 @functools.cache

@@ -15,7 +15,7 @@ PACKAGE = REPO / "cp_debug"
 ORDER = (
     "version safe_text errors doing reading files caches loading optional plugins interpreter progress serialize "
     "minimize display graph probes recipes backends programs detection quantization bisect mixed_precision prediction "
-    "deploy sweep reports api cli pytest_plugin"
+    "deploy sweep reports api cli pytest_plugin polygraphy_plugin"
 )
 ROOMS = ORDER.split()
 """A room imports from itself and from those before it in this list."""
