@@ -320,3 +320,19 @@ def test_the_command_takes_an_ir(tmp_path: Path) -> None:
     code, output = command("bisect", graph.path, ir, "-b", "ort,openvino")
     assert code == 0, output
     assert "openvino: agrees" in output
+
+
+def test_a_bundle_needs_openvino_and_numpy_alone(tmp_path: Path) -> None:
+    net = '<ir_version: 8, opset_import: ["": 17]> net (float[4] x) => (float[4] y) { z = Exp (x) y = Abs (z) }'
+    onnx.save(onnx.parser.parse_model(net), tmp_path / "net.onnx")
+    np.savez(tmp_path / "x.npz", x=np.array([1, np.nan, 2, 3], np.float32))
+    kept = tmp_path / "kept"
+    given = ["-b", "ort,openvino", "--inputs", tmp_path / "x.npz", "--save", kept]
+    code, output = command("bisect", tmp_path / "net.onnx", *given)
+    assert code == 1, output
+    assert "Inf appears here in 1 value where NaN is right" in output
+    code, output = command("bundle", kept, "-o", tmp_path / "bug")
+    assert code == 0, output
+    script = (tmp_path / "bug" / "repro.py").read_text()
+    assert "cp_debug" not in script
+    assert "Needs numpy and openvino." in script

@@ -98,7 +98,7 @@ def make_backends(params: Parameters) -> list[Backend]:
 
 
 def _backend(spec: BackendSpec, shared: str | None) -> Backend:
-    if spec.family == "ort":
+    if spec.family in ("ort", "openvino"):
         return create(spec, threads=torch.get_num_threads())
     if spec.family != "trt":
         return create(spec)

@@ -7,6 +7,7 @@ from string import Template
 from typing import Any
 
 from cp_debug.backends.base import Backend
+from cp_debug.backends.openvino_backend import OpenVinoBackend
 from cp_debug.backends.ort_backend import OrtBackend
 from cp_debug.backends.ort_options import LEVELS
 
@@ -46,7 +47,8 @@ def main():
                 faults += 1
                 continue
             finite = np.isfinite(actual) & np.isfinite(exact)
-            born = np.count_nonzero(~np.isfinite(actual) & np.isfinite(exact))
+            same = (actual == exact) | (np.isnan(actual) & np.isnan(exact))
+            born = np.count_nonzero(~finite & ~same)
             difference = np.where(finite, actual - np.where(finite, exact, 0.0), 0.0)
             scale = np.linalg.norm(np.where(finite, exact, 0.0)) or 1.0
             error = np.linalg.norm(difference) / scale
@@ -80,6 +82,14 @@ def run(inputs):
     )
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, inputs)))
+"""
+
+_OPENVINO = """
+def run(inputs):
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(str(HERE / "model.onnx")), "CPU", {properties})
+    results = compiled({{port: inputs[name] for port in compiled.inputs for name in port.names if name in inputs}})
+    return {{name: results[port] for port in compiled.outputs for name in port.names}}
 """
 
 _EMULATED = '''
@@ -129,6 +139,9 @@ def repro(title: str, backend: Backend, limits: Mapping[str, float], build: Mapp
             providers=list(backend.runtime.providers),
             disabled=list(backend.disabled_optimizers) or None,
         )
+    elif isinstance(backend, OpenVinoBackend):
+        needs, libraries, versions = "numpy and openvino", "import openvino\n", '"openvino", openvino.get_version()'
+        run = _OPENVINO.format(properties=backend.properties)
     else:
         emulated = backend.spec.family == "emu"
         needs = "cpdebug, which emulates the backend" if emulated else f"cpdebug and its plug-in {backend.spec.family}"
