@@ -15,6 +15,7 @@ from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import Candidate, Cause
 from cp_debug.bisect.causes.file_scales import wrong_scale
 from cp_debug.bisect.causes.other_program import OtherPiece, OtherProgram
+from cp_debug.bisect.causes.reordered import reordered
 from cp_debug.bisect.causes.search import Explanation, accepted, explain
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.errors import InputError
@@ -362,6 +363,9 @@ class GraphReader:
         if (piece := self._piece(component, segment)) is None:
             return by_values()
         read, differences = difference(piece)
+        moved = reordered(piece, differences)
+        if moved is not None and (read_off := accepted(segment, moved)) is not None:
+            return read_off, None
         for candidate, better in _readings(piece, read, differences):
             explanation, family = by_values() if better else (Explanation(None, 0.0, None, 0.0), None)
             if explanation.cause is not None and explanation.cause.cause.startswith(better):

@@ -56,7 +56,8 @@ def declared(segment: Segment) -> Iterator[Candidate]:
             evidence |= {"error": now, "error_then": then}
             tried = f": a scale of {needed:.3g} brings the error of this layer from {now:.2g} to {then:.2g}"
             fix = fix.replace(" ({calibrate})", f"{tried} ({{calibrate}})")
-    yield Candidate(name, says, value, 0, evidence, fix)
+    if name != "int8" or segment.product is not None:  # that there is a pair is no cause by itself
+        yield Candidate(name, says, value, 0, evidence, fix)
 
 
 def _data(segment: Segment, node: Node) -> dict[int, tuple[Tensor, QuantizerGrid]]:
