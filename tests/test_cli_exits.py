@@ -433,7 +433,6 @@ ACTS = {
     "--auto": "which layers sensitivity puts into --output",
     "--workers": "processes of a sweep",
     "--retry-failed": "tasks of a sweep's log; refused where none failed (tests/test_sweep_queue.py)",
-    "--partition": "how the table of a sweep's log is written",
     "--method": "how quantize finds scales; refused beside scales that are given (above)",
     "--batches": "samples of calibration; refused beside scales that are given (above)",
     "--scenes": "scenes of fine-tuning",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pandas
 import pytest
@@ -93,39 +92,6 @@ def test_parquet_has_a_row_for_each_row_of_each_record(tmp_path: Path) -> None:
     assert len(table) == sum(i % 4 for i in range(600))
     assert table.value.isna().sum() == sum(bool(i % 4) for i in range(600))
     assert json.loads(table.key.iloc[-1]) == 599
-
-
-def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
-    number = int(json.loads(record["key"]))
-    return [{"label": f"nets/{number % 2}.onnx", "backend": "emu-fp16", "excess": float(number)}] * 2
-
-
-def test_a_partitioned_table_has_the_rows_of_the_whole(tmp_path: Path) -> None:
-    columns, path = {"label": str, "backend": str, "excess": float}, tmp_path / "out" / "log.parquet"
-    for count in (600, 300):  # the second replaces the first
-        records = [record(str(i), result={}) for i in range(count)]
-        write_table(records, rows_of, columns, path, parts=True)
-        whole = pandas.DataFrame([row for each in records for row in rows_of(each)])
-        table = pandas.read_parquet(path).astype({"label": str, "backend": str})[list(columns)]
-        table, whole = (each.sort_values([*columns], ignore_index=True) for each in (table, whole))
-        assert table.equals(whole)
-    one = pandas.read_parquet(path, filters=[("label", "==", "nets/1.onnx")])
-    assert sorted(set(one.excess)) == list(range(1, 300, 2))
-    parts = sorted(str(part.relative_to(path)) for part in path.rglob("*.parquet"))
-    assert parts == [f"label=nets%2F{i}.onnx/backend=emu-fp16/part-0.parquet" for i in (0, 1)]
-    assert sorted(entry.name for entry in path.parent.iterdir()) == ["log.parquet"]
-
-
-@pytest.mark.parametrize("what", ["file", "folder"])
-def test_a_partitioned_table_replaces_nothing_else(what: str, tmp_path: Path) -> None:
-    mine = tmp_path / "log.parquet"
-    if what == "folder":
-        mine.mkdir()
-        mine = mine / "mine.txt"
-    mine.write_text("mine")
-    with pytest.raises(InputError, match=r"log.parquet: (holds other files|cannot be written)"):
-        write_table([], rows_of, {"label": str}, tmp_path / "log.parquet", parts=True)
-    assert mine.read_text() == "mine"
 
 
 def test_a_log_without_a_record_goes_with_the_error(tmp_path: Path) -> None:

@@ -158,12 +158,6 @@ class Desk:
         Path | None,
         typer.Option(help="FILE.jsonl, read by a restart; FILE.parquet: also a table.", rich_help_panel=QUEUE),
     ] = None
-    partition: Annotated[
-        bool,
-        typer.Option(
-            "--partition", help="FILE.parquet is a folder, one table per model and backend.", rich_help_panel=QUEUE
-        ),
-    ] = False
     retry_failed: Annotated[
         bool,
         typer.Option("--retry-failed", help="Retry tasks that failed in an earlier run.", rich_help_panel=QUEUE),
@@ -206,7 +200,6 @@ class Desk:
         target = self.log or (self.output / "log.jsonl" if self.output else Path("sweep.jsonl"))
         if target.suffix not in (".jsonl", ".parquet"):
             raise InputError(f"--log: {target}; expected FILE.jsonl or FILE.parquet")
-        refuse(("partition",), unless=target.suffix == ".parquet", why=f"--log {target} is no FILE.parquet")
         with ExitStack() as stack:
             shared = self._shared(stack)
             log = stack.enter_context(SweepLog(target.with_suffix(".jsonl")))
@@ -219,7 +212,7 @@ class Desk:
                 module = module_of(kind)
                 result = SweepResult.of(kind, finished, module.merge(finished.results(), **merging), command_line())
                 if target.suffix == ".parquet":
-                    write_table(finished.results(), module.rows, module.COLUMNS, target, parts=self.partition)
+                    write_table(finished.results(), module.rows, module.COLUMNS, target)
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
                 if not finished.reread:
                     raise

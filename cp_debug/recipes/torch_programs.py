@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import faulthandler
 import io
 import json
 import logging
-import os
-import signal
-import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,12 +15,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_unflatten
 
+from cp_debug.doing import doing
 from cp_debug.errors import InputError, library_reason
 from cp_debug.recipes.torch_callable import TorchModel, library_call, own_code
 from cp_debug.safe_text import one_line
-
-PATIENCE = 60.0
-"""Seconds that reading a TorchScript file may take."""
 
 
 def model_of(
@@ -115,9 +109,8 @@ def load_program(path: Path, inputs: Any = None) -> TorchModel:
             f"MODEL: {path} holds weights or a pickled module, not TorchScript: it cannot be run without its class; "
             "expected file.py:callable with --checkpoint"
         )
-    _survives(path, lambda: _touch(torch.jit.load(io.BytesIO(content), map_location="cpu")))
     try:
-        with library_call("torch.jit.load", path):
+        with library_call("torch.jit.load", path), doing(f"torch read {path}"):
             module = torch.jit.load(io.BytesIO(content), map_location="cpu")
     except InputError as error:
         if "Unknown builtin op" not in str(error):
@@ -126,7 +119,8 @@ def load_program(path: Path, inputs: Any = None) -> TorchModel:
         raise InputError(f"{error} It calls a custom operator; {advice}") from None
     if inputs is None:
         raise InputError(f"MODEL: {path} is TorchScript, which has no shapes; expected one .npz file with --inputs")
-    return scripted_model(str(path), module, inputs)
+    with doing(f"torch read {path}"):
+        return scripted_model(str(path), module, inputs)
 
 
 def _other_torch(content: bytes) -> str:
@@ -143,43 +137,6 @@ def _other_torch(content: bytes) -> str:
 
 _LARGEST_JSON = 64 * 2**20
 """Bytes of a file inside an archive up to which it is read for the version in it."""
-
-
-def _touch(module: torch.jit.ScriptModule) -> None:
-    """Look at everything that a conversion looks at."""
-    for _, tensor in (*module.named_parameters(), *module.named_buffers()):
-        tensor.clone()
-    str(module.eval().inlined_graph)
-
-
-def _survives(path: Path, trial: Callable[[], object]) -> None:
-    """Raise InputError where ``trial`` ends the process: torch trusts what a TorchScript file says of itself.
-
-    A copy of this process tries; what it raises is left to whoever does the same here.
-    """
-    if not hasattr(os, "fork"):
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, none of which the copy has or needs
-        process = os.fork()
-    if process == 0:
-        with suppress(BaseException):
-            faulthandler.disable()
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
-            trial()
-        os._exit(0)
-    end = time.monotonic() + PATIENCE
-    while (status := os.waitpid(process, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
-        time.sleep(0.01)
-    if status == (0, 0):
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-        raise InputError(f"MODEL: {path}: torch.jit.load had not read it after {PATIENCE:g} s")
-    if os.WIFSIGNALED(status[1]):
-        name = signal.Signals(os.WTERMSIG(status[1])).name
-        raise InputError(f"MODEL: {path} is damaged: reading it ends torch's process ({name})")
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug.errors import InputError, system_reason
-from cp_debug.files import complete_path, make_folder, partial_name
+from cp_debug.files import complete_path, make_folder
 from cp_debug.optional import require
 from cp_debug.reading import check_file, sealed, unsealed
 from cp_debug.sweep.spread import numeric
@@ -22,9 +21,6 @@ SCHEMA = "cpdebug.sweep/1"
 _HEADER = (json.dumps({"schema": SCHEMA}) + "\n").encode()
 _BATCH = 256
 """Number of records in a Parquet row group."""
-
-PARTITIONS = ("label", "backend")
-"""Columns of which every pair has a table of its own: the model and the test backend."""
 
 Record = dict[str, Any]
 """``key``, ``kind``, ``params``, ``seconds``, ``worker``, and ``result`` or ``error``."""
@@ -154,17 +150,10 @@ def flat_rows(record: Record, columns: Mapping[str, type], parts: Iterable[Mappi
     return [{name: numeric(v) if columns[name] is float else v for name, v in row.items()} for row in rows]
 
 
-def write_table(
-    records: Iterable[Record], flatten: Flatten, columns: Mapping[str, type], target: Path, *, parts: bool = False
-) -> None:
-    """The records as one flat table in a Parquet file, a batch at a time.
-
-    parts: a folder of tables, ``label=…/backend=…/part-0.parquet``, in whose place an earlier one is replaced. Raises
-    InputError for another folder or a file of that name, MissingPackage without pyarrow.
-    """
+def write_table(records: Iterable[Record], flatten: Flatten, columns: Mapping[str, type], target: Path) -> None:
+    """The records as one flat table in a Parquet file, a batch at a time. Raises MissingPackage without pyarrow."""
     require("pyarrow", "parquet")
     import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.dataset as ds  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     arrow = {str: pa.string(), float: pa.float64(), int: pa.int64(), bool: pa.bool_()}
@@ -174,30 +163,6 @@ def write_table(
         pa.RecordBatch.from_pylist([row for record in batch for row in flatten(record)], schema)
         for batch in iter(lambda: list(islice(remaining, _BATCH)), [])
     )
-    if not parts:
-        with complete_path(target) as partial, pq.ParquetWriter(partial, schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-        return
-    names = [name for name in PARTITIONS if name in columns]
-    make_folder(target.parent)
-    try:
-        if os.path.lexists(target) and not all(entry.name.startswith(f"{names[0]}=") for entry in target.iterdir()):
-            raise InputError(f"{target}: holds other files; expected a folder that --partition wrote, or none")
-        partial = partial_name(target)
-        try:
-            ds.write_dataset(
-                batches,
-                partial,
-                schema=schema,
-                format="parquet",
-                partitioning=ds.partitioning(pa.schema([schema.field(name) for name in names]), flavor="hive"),
-                basename_template="part-{i}.parquet",
-                max_partitions=1 << 20,
-            )
-            shutil.rmtree(target, ignore_errors=True)
-            partial.replace(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise InputError(f"{target}: cannot be written ({system_reason(error)})") from error
+    with complete_path(target) as partial, pq.ParquetWriter(partial, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
