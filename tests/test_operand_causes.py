@@ -53,6 +53,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, ours: Path, theirs: Path) -> Finding:
     ("before", "first", "cause", "says"),
     [
         ([("Tanh", None)], 0.5, "extra-activation", "Tanh is applied to sum"),
+        ([("Mul", 3.0), ("Tanh", None)], 1.0, "extra-activation", "Tanh of 3 times"),
         ([("Abs", None)], 0.5, "extra-activation", "Abs is applied to sum"),
     ],
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cp_debug.backends.base import Program, RunRecord
 from cp_debug.backends.codecs import E4M3
+from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect import assemble, candidate_run
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.int8_notes import int8_notes
@@ -198,7 +199,7 @@ def test_a_stage_names_its_own_guilty_layers_and_side_values_are_not_counted(mon
 
 
 def test_a_backend_without_integer_kernels_is_told_where_no_component_has_any(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend: Any = SimpleNamespace(precision="int8", spec="ort-int8", emulated=False)
+    backend: Any = SimpleNamespace(precision="int8", spec=BackendSpec.parse("ort-int8"), emulated=False)
     reference: Any = SimpleNamespace(
         backend=SimpleNamespace(precision="fp32", spec="torch", emulated=False), programs=[]
     )

@@ -67,7 +67,7 @@ def bench(
         config = override(config, {**overrides, "quantization": {"samples": 8} if on_the_fly else None})
         refuse_export_folder(config.model or "")
         how = files.chosen(config.model or "", config.data.path)
-        check_configured(config)
+        check_configured(config, batch, reading=how)
         deployment = Deployment(config, source, on_step, how, on_event=on_step.on_event)
         benches = deployment.bench(specs, onnx_dir, batch=batch, warmup=warmup, repeats=repeats)
     show_notes(deployment.remarks.sentences)

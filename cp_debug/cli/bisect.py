@@ -196,9 +196,9 @@ def bisect(
     refuse_seed([model], inputs, samples)
     calibrated = [int8.calib_data] if any("int8" in spec.name for spec in specs) else []
     how = files.chosen(model, inputs, *calibrated)
-    check_given(model, inputs=inputs, checkpoint=checkpoint, test_model=test_model)
+    check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, test_model=test_model, reading=how)
     engines.check_installed(specs)
-    calibration.check_calibration(model, int8.calib_data, int8.calib_samples)
+    calibration.check_calibration(model, int8.calib_data, int8.calib_samples, reading=how)
     load_torch()
     for device in {spec.device for spec in specs if spec.device and spec.device.startswith("cuda")}:
         start_gpu(device)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from cp_debug.backends.spec import BackendSpec
     from cp_debug.quantization.quantized_programs import Calibration
+    from cp_debug.recipes.input_files import Reading
 
 PANEL = "INT8"
 
@@ -57,11 +58,13 @@ def _scaled(model: str, checkpoint: Path | None) -> str:
     return next((str(file) for file in files if Graph(file).precision == "int8"), "")
 
 
-def check_calibration(model: str, data: Path | None, samples: int, flag: str = "--calib-samples") -> None:
-    """Look for what is calibrated on, before anything slow. Raises InputError for a file that is not there."""
+def check_calibration(
+    model: str, data: Path | None, samples: int, flag: str = "--calib-samples", reading: Reading | None = None
+) -> None:
+    """Read what is calibrated on, before anything slow. Raises InputError for a file that cannot be used."""
     check_made_up(samples, data, flag=flag, given_by="--calib-data")
     if data is not None:
-        check_given(model, inputs=data, flag="--calib-data")
+        check_given(model, inputs=data, samples=samples, flag="--calib-data", reading=reading)
 
 
 Data = Annotated[

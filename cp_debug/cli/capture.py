@@ -49,9 +49,9 @@ def capture(
     refuse_seed([model], inputs, samples)
     calibrated = [int8.calib_data] if "int8" in specs[0].name else []
     how = files.chosen(model, inputs, *calibrated)
-    check_given(model, inputs=inputs, checkpoint=checkpoint)
+    check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, reading=how)
     engines.check_installed(specs)
-    calibration.check_calibration(model, int8.calib_data, int8.calib_samples)
+    calibration.check_calibration(model, int8.calib_data, int8.calib_samples, reading=how)
     load_torch()
     from cp_debug.bisect.recording import record
     from cp_debug.quantization.quantized_programs import load_quantized

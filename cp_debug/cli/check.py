@@ -50,7 +50,7 @@ def check(
     refuse(("inputs", "seed", *(f.name for f in fields(files))), unless=activations, why=why)
     refuse_seed([model], inputs)
     how = files.chosen(model, inputs)
-    check_given(model, inputs=inputs, checkpoint=checkpoint)
+    check_given(model, inputs=inputs, checkpoint=checkpoint, reading=how)
     load_torch()
     from cp_debug.bisect.preflight import PROBLEM, Preflight
     from cp_debug.programs.pipeline import prepare, preparing

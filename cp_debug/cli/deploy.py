@@ -51,7 +51,10 @@ def deploy(
     settings = override(named_config(config, model), overrides)
     show_notes(settings.notes)
     check_installed(*_backends(settings), trt_python=settings.tensorrt.python)
-    check_configured(settings, flag=f"{config}: data.path")
+    if settings.verify.enabled:
+        check_configured(settings, settings.verify.samples, flag=f"{config}: data.path")
+    if settings.evaluate.enabled:
+        check_configured(settings, settings.evaluate.samples, truth=True, flag=f"{config}: data.path")
     engines = settings.export.mode in ("trt", "both") or any(
         "trt" in scenario.test for scenario in settings.scenarios()
     )

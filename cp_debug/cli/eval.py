@@ -93,7 +93,7 @@ def evaluate(
     refuse_export_flags([model])
     check_made_up(samples, data, given_by="--data")
     read = DataOptions(data_root, sweeps, skip_missing)
-    check_given(model, inputs=data, checkpoint=checkpoint, flag="--data")
+    check_given(model, inputs=data, samples=samples, checkpoint=checkpoint, options=read, truth=True, flag="--data")
     engines.check_installed(specs)
     calibration.check_calibration(model, int8.calib_data, int8.calib_samples)
     load_torch()

@@ -1,4 +1,4 @@
-"""Files that a command line names: are they there, before anything slow is imported or done?"""
+"""The files that a command line names, read and checked before anything slow is imported or done."""
 
 from __future__ import annotations
 
@@ -7,24 +7,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cp_debug.errors import InputError
-from cp_debug.reading import check_file
+from cp_debug.reading import check_file, read_npz
 
 if TYPE_CHECKING:
     from cp_debug.deploy.schema import DeployConfig
+    from cp_debug.graph.graph import Graph, ValueInfo
+    from cp_debug.recipes.data.base import DataOptions
+    from cp_debug.recipes.input_files import Reading
 
 
 def check_given(
     model: str,
     *,
     inputs: Path | None = None,
+    samples: int = 1,
     checkpoint: Path | None = None,
     test_model: Path | None = None,
+    options: DataOptions | None = None,
+    truth: bool = False,
     flag: str = "--inputs",
+    reading: Reading | None = None,
 ) -> None:
-    """Check a model's files as far as that needs no torch; what is in the inputs is told by who reads them.
+    """Read a model's files as far as that needs no torch: the graph, the weights' file, the first ``samples`` inputs.
 
-    Raises InputError for the first file that cannot be used; where it is the inputs, starting with ``flag``, which
-    named them; and for a text that names no model.
+    ``truth``: whether every sample must have ground truth. Raises InputError for the first file that cannot be used;
+    where it is one of the inputs, starting with ``flag``, which named them; and for a text that names no model.
     """
     from cp_debug.recipes.registry import is_folder, kind_of
 
@@ -39,17 +46,21 @@ def check_given(
         check_folder(folder)
     if checkpoint is not None and not checkpoint.is_dir():
         check_file(checkpoint, "checkpoint")
+    opened: list[Graph] = []
     graphs = [Path(model)] if model.endswith(".onnx") else []
     if test_model is not None and test_model not in folders:
         graphs += sorted(test_model.glob("*.onnx")) if test_model.is_dir() else [test_model]
+    graphs = [path for path in graphs if path.suffix != ".xml"]  # an IR, which OpenVINO reads
     if graphs:
         from cp_debug.graph.graph import Graph
 
-        for path in graphs:
-            if path.suffix != ".xml":  # an IR, which OpenVINO reads
-                Graph(path)
-    if inputs is not None and not inputs.exists():
-        raise InputError(f"{flag}: {inputs}: no such file or folder")
+        opened += [Graph(path) for path in graphs]
+    if inputs is None:
+        return
+    try:
+        _check_inputs(model, opened[0].inputs if opened else [], inputs, samples, options, truth, reading)
+    except InputError as error:
+        raise InputError(f"{flag}: {str(error).removeprefix('--inputs: ')}") from None
 
 
 def check_installed(*backends: str, trt_python: str | None = None) -> None:
@@ -78,7 +89,82 @@ def _check_source(source: str) -> None:
         raise InputError(f"MODEL: cannot import {source}: there is no module {top!r} here")
 
 
-def check_configured(config: DeployConfig, *, test_model: Path | None = None, flag: str = "--inputs") -> None:
+def _check_inputs(
+    model: str,
+    expected: list[ValueInfo],
+    inputs: Path,
+    samples: int,
+    options: DataOptions | None,
+    truth: bool,
+    reading: Reading | None,
+) -> None:
+    from cp_debug.recipes.registry import kind_of
+
+    kind = kind_of(model)
+    if kind == "onnx" and not truth:
+        from cp_debug.recipes.input_files import DEFAULT_READING, file_samples
+
+        for _ in file_samples(inputs, expected, samples, reading or DEFAULT_READING):
+            pass
+    elif kind == "centerpoint":
+        _check_clouds(model.partition(":")[2] or "tiny", inputs, samples, options, truth)
+    else:
+        _check_files(inputs, samples)
+
+
+def _check_clouds(name: str, path: Path, count: int, options: DataOptions | None, truth: bool) -> None:
+    from cp_debug.recipes.centerpoint.config import CONFIGS
+    from cp_debug.recipes.data.base import iterate
+    from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS, open_data
+
+    config = CONFIGS[name]
+    opened = open_data(
+        path,
+        features=config.point_features,
+        class_names=config.class_names,
+        count=count,
+        options=options or DEFAULT_OPTIONS,
+    )
+    for sample in iterate(opened):
+        if truth and sample.truth is None:
+            raise InputError(f"{sample.source}: has no ground truth; expected an info file (.pkl)")
+
+
+def _check_files(path: Path, count: int) -> None:
+    """Files for a model whose inputs are known once it is loaded: they are there, and what they seem to be."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    for file in sorted(path.glob("*.npz"))[:count] if path.is_dir() else [path]:
+        check_file(file, "input file")
+        if file.suffix == ".npz":
+            read_npz(file)
+
+
+def check_configured(
+    config: DeployConfig,
+    samples: int,
+    *,
+    test_model: Path | None = None,
+    truth: bool = False,
+    flag: str = "--inputs",
+    reading: Reading | None = None,
+) -> None:
     """``check_given`` for what a deployment's configuration names. The checkpoint has its own check."""
-    if config.model is not None:
-        check_given(config.model, inputs=config.data.path, test_model=test_model, flag=flag)
+    from cp_debug.recipes.data.base import DataOptions
+
+    data = config.data
+    if config.model is not None and data.path is None and (test_model is not None or config.model.endswith(".onnx")):
+        check_given(config.model, test_model=test_model)
+    if config.model is not None and data.path is not None:
+        options = DataOptions(data.root, data.sweeps, data.skip_missing)
+        count = data.first + samples
+        check_given(
+            config.model,
+            inputs=data.path,
+            samples=count,
+            test_model=test_model,
+            options=options,
+            truth=truth,
+            flag=flag,
+            reading=reading,
+        )

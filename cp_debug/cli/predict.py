@@ -51,7 +51,7 @@ def predict(
     check_made_up(samples, inputs)
     refuse_seed([model], inputs, samples)
     how = files.chosen(model, inputs)
-    check_given(model, inputs=inputs, checkpoint=checkpoint)
+    check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, reading=how)
     from cp_debug.prediction.targets import kernels_of, target_of
 
     kernels_of(target_of(target), precision)

@@ -61,7 +61,7 @@ def ptq(
     refuse(("opset",), unless=not model.endswith(".onnx"), why=f"{model} has an opset, which its copy keeps")
     narrow = _narrow(precision, method, opset)
     how = files.chosen(model, calib_data)
-    check_calibration(model, calib_data, batches, "--batches")
+    check_calibration(model, calib_data, batches, "--batches", how)
     check_given(model, checkpoint=checkpoint)
     load_torch()
     from cp_debug.deploy.exporting import ExportOptions

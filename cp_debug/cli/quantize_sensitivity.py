@@ -74,7 +74,7 @@ def sensitivity(
     check_made_up(samples, data, given_by="--data")
     check_calibration(model, calib_data, batches, "--batches")
     read = DataOptions(data_root)
-    check_given(model, inputs=data, checkpoint=checkpoint, flag="--data")
+    check_given(model, inputs=data, samples=samples, checkpoint=checkpoint, options=read, flag="--data")
     load_torch()
     from cp_debug.mixed_precision.sensitivity import (
         build_sensitivity_profile,

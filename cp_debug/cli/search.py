@@ -69,9 +69,17 @@ def search(
     refuse(("data",), unless="map_drop" in goal, why=f"the goal is {goal}; expected one with map_drop")
     check_made_up(samples, inputs or data)
     refuse_seed([model], inputs, samples)
-    source = inputs or data
+    source, scored = inputs or data, data is not None
     how = files.chosen(model, source)
-    check_given(model, inputs=source, checkpoint=checkpoint, test_model=test_model)
+    check_given(
+        model,
+        inputs=source,
+        samples=samples,
+        checkpoint=checkpoint,
+        test_model=test_model,
+        truth=scored,
+        reading=how,
+    )
     engines.check_installed(specs)
     load_torch()
     from cp_debug.mixed_precision.search import MixedPrecisionOptions, samples_for

@@ -112,7 +112,7 @@ def verify(
         if config.model:
             refuse_seed([config.model], config.data.path, config.verify.samples)
         how = files.chosen(config.model or "", config.data.path)
-        check_configured(config, test_model=test_model)
+        check_configured(config, config.verify.samples, test_model=test_model, reading=how)
         deployment = Deployment(config, source, on_step, how, on_event=on_step.on_event)
         why = f"{config.model} makes no voxels here; expected a CenterPoint"
         refuse(("voxels",), unless=voxels is None or isinstance(deployment.model, CenterPointModel), why=why)

@@ -386,9 +386,6 @@ class Deployment:
             specs += config.evaluated()
         for spec in specs:
             self.backend(spec)
-        for sample in self.samples(1) if config.data.path is not None else ():
-            if self.evaluates and sample.truth is None:
-                raise InputError(f"{sample.source}: has no ground truth; expected an info file (.pkl)")
         if any(component.profile for component in config.components.values()) and not self.takes_files:
             check_profiles_of_modules(self.config, self.model, self.samples(1)[0], self.source)
 

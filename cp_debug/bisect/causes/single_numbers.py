@@ -17,7 +17,7 @@ from torch import Tensor
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.batchnorm_parameters import EPSILONS
 from cp_debug.bisect.causes.constant_changes import constants_of
-from cp_debug.bisect.causes.schema import of_attributes
+from cp_debug.bisect.causes.schema import EXCHANGED, of_attributes
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS, QUANTIZERS, RECURRENT
@@ -33,6 +33,8 @@ BOUNDS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0
 """Starts of the search for a bound of the weights, in shares of the largest one."""
 USUAL = {"alpha": (0.0, 0.01, 0.1, 0.2, 0.3, 1.0, 1.67326), "beta": (0.0, 0.5, 1.0), "gamma": (1.0, 1.0507)}
 """Attribute → values that frameworks have for it."""
+SLOPED = ("LeakyRelu", "Elu")
+"""Activations with a slope of their own, which others are taken for."""
 ROOTS = {"Sqrt", "Pow", "Reciprocal"}
 """Operators before which an epsilon is added, in a normalization that is written out."""
 STEPS = 24
@@ -84,7 +86,7 @@ def usual(segment: Segment) -> Iterator[Candidate]:
 def searched(segment: Segment) -> Iterator[Candidate]:
     """Candidates: every number that is no part of a sum or product by itself, for which least squares are enough."""
     for node in segment.nodes if is_told(segment, MOST) else ():
-        for numbers in (_attributes, _constants):
+        for numbers in (_attributes, _constants, _slopes):
             yield from by_search(segment, numbers(segment, node))
 
 
@@ -208,6 +210,23 @@ def _cuts(segment: Segment, node: Node, place: int, weight: Tensor) -> Iterator[
 
     yield Number(0.0, pruned, of_zeros, SHARES)
     yield Number(1.0, clipped, of_ends, BOUNDS)
+
+
+def _slopes(segment: Segment, node: Node) -> Iterator[Number]:
+    """The slope of another activation, none of the usual ones."""
+    for op in SLOPED if node.op in EXCHANGED[0] else ():
+        if op != node.op:
+            yield _slope(segment, node, op)
+
+
+def _slope(segment: Segment, node: Node, op: str) -> Number:
+    def tell(number: float) -> tuple[str, str, dict[str, Any], str]:
+        says = f"{node.op} is computed as {op} with alpha = {number:.4g}"
+        evidence = {"op": node.op, "test_op": op, "alpha": number}
+        return "other-operator", says, evidence, f"compare both programs at {{layers}}: {says}"
+
+    reads, own = node.proto.input[:1], 0.0 if node.op == "Relu" else math.nan
+    return Number(own, lambda n: segment.edited(node, op=op, reads=reads, alpha=n), tell, USUAL["alpha"])
 
 
 def search(segment: Segment, own: float, emulate: Emulate, starts: Sequence[float] = ()) -> tuple[float, Tensor] | None:
