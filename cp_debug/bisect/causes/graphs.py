@@ -34,8 +34,6 @@ _OF_WEIGHTS = ("int8-axis", "int8-per-tensor", "int8-weights")
 _AFFINE = {"scaled", "shifted", "affine"}
 AFFINE = 1e-3
 """Share of a change that a factor and a summand may leave, if they are to be called its cause."""
-MANY = 0.5
-"""Share of values that a scale makes 0 from which it is too coarse."""
 HARMLESS = 1e-3
 """Part of what the test has changed up to which a difference by itself changes nothing."""
 SHOWN = 3
@@ -187,12 +185,7 @@ def added(piece: OtherPiece, additions: Sequence[NodeDifference]) -> Candidate |
         if int((value - segment.exact).abs().gt(segment.expected).sum()) > FEW:
             return None  # a number for each element is no pattern
         name = "isolated"
-    if name == "int8" and _clipped(segment, value):
-        name, says = "int8-clipped", f"{says}: their scale clips"
-    elif name == "int8" and (lost := _lost(piece)) is not None:
-        scale, share = lost
-        name, says = "int8-coarse", f"{says}: their scale of {scale:.3g} turns {share:.0%} of the values into 0"
-    elif name == "int8" and not segment.strange:  # what a sound scale makes of it is expected: the pair is no cause
+    if name == "int8" and not segment.strange:  # what a sound scale makes of it is expected: the pair is no cause
         return None
     evidence = {"node": additions[0].node, **additions[0].evidence, "read_off": "the difference of the two graphs"}
     return Candidate(name, says, value, 0, evidence, f"undo the difference at {{layers}}: {says}")
@@ -237,13 +230,6 @@ def _of_scale(piece: OtherPiece) -> Candidate | None:
     return Candidate(wrong.cause, wrong.says, value, 0, evidence, wrong.fix)
 
 
-def _clipped(segment: Segment, value: Tensor) -> bool:
-    """Whether most of what a quantizer does to the result is done at the ends of its range."""
-    error = (value - segment.exact).square()
-    ends = (value == value.max()) | (value == value.min())
-    return float(error[ends].sum()) > 0.5 * float(error.sum())
-
-
 def _is_affine(value: Tensor, exact: Tensor) -> bool:
     """Whether one of two tensors of a shape is the other times a number plus a number."""
     if value.shape != exact.shape:
@@ -261,25 +247,6 @@ def _folded(piece: OtherPiece, differences: Sequence[NodeDifference]) -> bool:
         # It is there, with nothing folded: what differs is its constants, or it is not about norms.
         return len(segment.context.batch_norms) > 1 and any(d.node in norms for d in differences)
     return segment.batch_norm is not None or bool(segment.context.batch_norms)
-
-
-def _lost(piece: OtherPiece) -> tuple[float, float] | None:
-    """(Scale, share of the values other than 0 that it makes 0) of the added quantizer that loses most; None up to a
-    half."""
-    constants, found = piece.other.constants, []
-    for node in piece.matched.added:
-        data, scale = [*node.proto.input[:2], ""][:2]
-        if node.op != "QuantizeLinear" or scale not in constants or data in constants:
-            continue
-        try:
-            values = piece.run(data)
-        except InputError:
-            continue
-        step, present = float(np.ravel(constants[scale])[0]), values[values != 0]
-        if present.numel():
-            found.append((step, float((present.abs() < step / 2).double().mean())))
-    worst = max(found, key=lambda pair: pair[1], default=None)
-    return worst if worst is not None and worst[1] > MANY else None
 
 
 def _fix(difference: NodeDifference) -> str:

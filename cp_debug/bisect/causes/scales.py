@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,9 @@ from cp_debug.probes.distance import relative_l2
 
 _COARSE = 2.0
 """Factor above the needed scale from which a scale is called too coarse."""
+_MANY = 0.5
+"""Share of the numbers that a scale makes 0 from which it is too coarse for them, whatever the largest needs."""
+_APART = "keep what is that large, as a mask may be, out of what is quantized, or leave it unquantized: {unquantized}"
 _CALIBRATE = "calibrate on data like this ({calibrate}), or leave it unquantized: {unquantized}"
 
 
@@ -49,7 +52,9 @@ def declared(segment: Segment) -> Iterator[Candidate]:
     else:
         step, needed = float(grid.scale.flatten()[0]), float(x.abs().max()) / grid.most
         evidence |= {"scale": step, "needed_scale": needed, "clipped": grid.clipped(x)}
-        name, says, fix = _of_input(worst, step, needed, grid, evidence["clipped"])
+        present = x[x != 0]
+        evidence["lost"] = float((present.abs() < step / 2).double().mean()) if present.numel() else 0.0
+        name, says, fix = _of_input(worst, needed, grid, evidence)
         fitting = replace(grid, scale=grid.scale * (needed / step))
         then, now = (_error(segment, node, {**quantized_inputs, place: g.quantized(x)}) for g in (fitting, grid))
         if grid.scale.numel() == 1 and then < now:
@@ -74,17 +79,20 @@ def _data(segment: Segment, node: Node) -> dict[int, tuple[Tensor, QuantizerGrid
     return found
 
 
-def _of_input(worst: str, step: float, needed: float, grid: QuantizerGrid, clipped: float) -> tuple[str, str, str]:
-    kind = "INT16" if grid.most > LEVELS else "INT8"
+def _of_input(worst: str, needed: float, grid: QuantizerGrid, evidence: Mapping[str, float]) -> tuple[str, str, str]:
+    kind, step = "INT16" if grid.most > LEVELS else "INT8", evidence["scale"]
     if worst == "clipped":
         ends = f"its {kind} scale {step:.3g} ends at ±{step * grid.most:.4g}"
         says = f"its input reaches {needed * grid.most:.4g}, and {ends}"
-        return "int8-clipped", f"{says}: {clipped:.2%} is clipped", _CALIBRATE
+        return "int8-clipped", f"{says}: {evidence['clipped']:.2%} is clipped", _CALIBRATE
     if step > _COARSE * needed:
+        says = f"the {kind} scale {step:.3g} of its input is {step / needed:.1f} times too coarse"
+        return "int8-coarse", says, _CALIBRATE
+    if evidence["lost"] > _MANY:
         return (
             "int8-coarse",
-            f"the {kind} scale {step:.3g} of its input is {step / needed:.1f} times too coarse",
-            _CALIBRATE,
+            f"the {kind} scale {step:.3g} of its input turns {evidence['lost']:.0%} of it into 0",
+            _APART,
         )
     return "int8", f"its input is quantized to {kind} with scale {step:.3g}", _CALIBRATE
 
