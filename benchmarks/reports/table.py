@@ -29,14 +29,16 @@ def markdown(records: Sequence[Record]) -> str:
         f"{seconds[len(seconds) // 2]:.1f} s (median), at most {seconds[-1]:.1f} s.",
         "",
         "- *Layer*: cpdebug accuses only layers that have the fault, and at least one. In FP16 files no layer is "
-        "guilty of the rounding of FP16; there the layers count that the finding names as costing most.",
+        "guilty of the rounding of FP16, and in dumps none of an error that kernels of other runtimes make as well; "
+        "there the layers count that the finding names as costing most.",
         "- *Cause*, *fix*: the first finding agrees with the conclusion of the report.",
         "- *Twin*: no layer is accused.",
         "- *s*: seconds of one `diagnose` in a running process.",
         "",
         "The expected layers were written down with the cases. The patterns for causes and fixes were widened after "
         "the first run if an answer said the same in other words, and seven cases were rebuilt, because they did not "
-        "ask what their report asked. So the figures for causes do not predict the result for other reports.",
+        "ask what their report asked. What was missed was mended with the report at hand. So the figures do not "
+        "predict the result for other reports.",
         "",
         "## Try another tool",
         "",
@@ -120,4 +122,4 @@ def _missed(records: Sequence[Record]) -> list[str]:
             wrong = [key for key in ("layer", "cause", "fix", "twin") if not record[key]]
             told = record["answer"]["cause"].partition(": ")[2] or "no cause is named"
             lines.append(f"- *{record['name']}* ({', '.join(wrong)}): {told.replace('|', '∣')}")
-    return [*lines, ""]
+    return [*(lines or ["Nothing in this run."]), ""]
