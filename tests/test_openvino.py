@@ -26,6 +26,7 @@ from cp_debug.bisect.engine import bisect
 from cp_debug.errors import BackendUnavailable, InputError, MissingPackage
 from cp_debug.graph.graph import Graph
 from cp_debug.programs.export import export
+from cp_debug.programs.openvino_ir import ir_program
 from cp_debug.recipes.onnx_file import OnnxFileModel
 from cp_debug.recipes.torch_callable import TorchModel
 
@@ -258,19 +259,48 @@ def test_an_ir_is_the_test_model_of_its_onnx_file(tmp_path: Path) -> None:
     assert "stored in FP16" in finding.headline
 
 
-def quantized(graph: Graph, path: Path) -> Path:
-    """An IR of the graph that quantizes its input."""
+def quantized(graph: Graph, path: Path, *, after: str = "") -> Path:
+    """An IR of the graph with quantizers as NNCF puts them in: of what convolutions read, and their weights as levels.
+
+    ``after``: a value behind which one more stands that no node reads.
+    """
     import openvino
     from openvino import opset13
 
     model = openvino.Core().read_model(str(graph.path))
-    readers = list(model.inputs[0].get_target_inputs())
-    low, high = np.float32(-2), np.float32(2)
-    levels = opset13.fake_quantize(model.inputs[0], low, high, low, high, 256)
-    for reader in readers:
-        reader.replace_source_output(levels.output(0))
-    openvino.save_model(model, str(path))
+    ends = np.float32(-4), np.float32(4 * 127 / 128)
+    for operation in model.get_ordered_ops():
+        if operation.get_type_name() != "Convolution":
+            continue
+        data = opset13.fake_quantize(operation.input_value(0), *ends, *ends, 256)
+        weight = np.array(operation.input_value(1).get_node().data)
+        scale = np.abs(weight).max((1, 2, 3), keepdims=True) / 63
+        levels = opset13.convert(opset13.constant(np.round(weight / scale).astype(np.int8)), np.float32)
+        dequantized = opset13.multiply(levels, opset13.constant(scale.astype(np.float32)))
+        dequantized.set_friendly_name(f"{operation.get_friendly_name()}/fq_weights_1")
+        operation.input(0).replace_source_output(data.output(0))
+        operation.input(1).replace_source_output(dequantized.output(0))
+    if after:
+        value = next(o for op in model.get_ordered_ops() for o in op.outputs() if after in o.get_names())
+        model.add_outputs([opset13.fake_quantize(value, *ends, *ends, 256).output(0)])
+    openvino.save_model(model, str(path), compress_to_fp16=False)
     return path
+
+
+def test_an_ir_of_nncf_is_judged_by_its_scales(tmp_path: Path) -> None:
+    graph = chain(tmp_path)
+    ir = quantized(graph, tmp_path / "int8.xml")
+    program = ir_program(Program("g", graph), ir, tmp_path)
+    pairs = [n for n in program.graph.nodes if n.op == "QuantizeLinear"]
+    weights = [
+        n for n in program.graph.nodes if n.op == "DequantizeLinear" and n.inputs[0] in program.graph.initializers
+    ]
+    assert ([n.inputs[0] for n in pairs], len(weights)) == (["x", "a0", "a1"], 3)
+    assert [n.attribute("axis") for n in weights] == [0, 0, 0]
+    result = bisect(OnnxFileModel(graph.path), "ort,openvino", test_model=ir)
+    assert not result.tests[0].guilty, "weights of 7 bits saturate nowhere"
+    assert result.tests[0].compared >= 4
+    assert any("computes what its scales say" in note for note in result.tests[0].notes)
 
 
 def test_what_an_ir_cannot_be(tmp_path: Path) -> None:
@@ -283,8 +313,10 @@ def test_what_an_ir_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "broken.xml").write_text("<net><layers/></net>")
     with pytest.raises(InputError, match=r"broken\.xml: OpenVINO cannot read it: Unable to read the model"):
         bisect(OnnxFileModel(graph.path), "ort,openvino", test_model=tmp_path / "broken.xml")
-    with pytest.raises(InputError, match=r"quantizes by 1 FakeQuantize node, whose scales .*g\.onnx does not have"):
-        bisect(OnnxFileModel(graph.path), "ort,openvino", test_model=quantized(graph, tmp_path / "quantized.xml"))
+    with pytest.raises(InputError, match=r"stray\.xml has the quantizer .* which has no place in .*g\.onnx"):
+        bisect(
+            OnnxFileModel(graph.path), "ort,openvino", test_model=quantized(graph, tmp_path / "stray.xml", after="a2")
+        )
     (tmp_path / "other").mkdir()
     other = graph_of(tmp_path / "other", [node("Relu", ["x"], ["a22"])], {"x": [1, 4, 8, 8]})
     with pytest.raises(InputError, match="has no output that is called 'a2'; did you mean a22"):
@@ -336,3 +368,22 @@ def test_a_bundle_needs_openvino_and_numpy_alone(tmp_path: Path) -> None:
     script = (tmp_path / "bug" / "repro.py").read_text()
     assert "cp_debug" not in script
     assert "Needs numpy and openvino." in script
+
+
+def test_a_weight_that_an_ir_rounds_by_two_axes_is_stored_rounded(tmp_path: Path) -> None:
+    import openvino
+    from openvino import opset13
+
+    graph = chain(tmp_path)
+    model = openvino.Core().read_model(str(graph.path))
+    (first,) = (op for op in model.get_ops() if op.get_friendly_name() == "conv0")
+    weight = np.array(first.input_value(1).get_node().data)
+    high = np.abs(weight).max((1, 2), keepdims=True)
+    rounded = opset13.fake_quantize(first.input_value(1), -high, high, -high, high, 255)
+    first.input(1).replace_source_output(rounded.output(0))
+    openvino.save_model(model, str(tmp_path / "net.xml"), compress_to_fp16=False)
+    program = ir_program(Program("g", graph), tmp_path / "net.xml", tmp_path)
+    (conv,) = (n for n in program.graph.nodes if n.name == "conv0")
+    stored = program.graph.initializer(conv.proto.input[1])
+    np.testing.assert_allclose(stored, np.round(weight / high * 127) / 127 * high, atol=1e-6)
+    assert 0 < np.abs(stored - weight).max() < 0.01

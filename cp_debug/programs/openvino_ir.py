@@ -15,7 +15,8 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.surgery import save
 from cp_debug.optional import require
-from cp_debug.safe_text import amount, did_you_mean
+from cp_debug.programs.ir_quantizers import Quantizers
+from cp_debug.safe_text import did_you_mean
 
 IR = ".xml"
 """Suffix of such files."""
@@ -23,16 +24,14 @@ IR = ".xml"
 
 def ir_program(program: Program, path: Path, folder: Path) -> Program:
     """The program that runs the IR at ``path``. Its graph, written to ``folder``, is the one of ``program`` with the
-    weights that the IR has under the same names: a converter may have rounded them to FP16.
+    weights that the IR has under the same names, as a converter may have rounded them to FP16, and with Q/DQ pairs for
+    the quantizers that NNCF put in.
 
-    Raises InputError for a file that OpenVINO does not read, one that quantizes, and one without an output of the
-    graph.
+    Raises InputError for a file that OpenVINO does not read, one without an output of the graph, and one with a
+    quantizer that has no place in it.
     """
     with words(path, "cannot read it"):
         model, graph = require("openvino", "openvino").Core().read_model(str(path)), program.graph
-    if count := sum(operation.get_type_name() == "FakeQuantize" for operation in model.get_ops()):
-        says = f"{path} quantizes by {amount(count, 'FakeQuantize node')}, whose scales {graph} does not have"
-        raise InputError(f"--test-model: {says}; expected an ONNX file with Q/DQ pairs, which openvino runs, too")
     outputs = {name for port in model.outputs for name in port.get_names()}
     if lost := [value.name for value in graph.outputs if value.name not in outputs]:
         hint = did_you_mean(lost[0], outputs) or f"; it has {', '.join(sorted(outputs))}"
@@ -53,6 +52,10 @@ def ir_program(program: Program, path: Path, folder: Path) -> Program:
             if not np.array_equal(own, theirs, equal_nan=True):
                 weight.CopyFrom(numpy_helper.from_array(theirs, weight.name))
                 changed = True
+    quantizers = Quantizers(proto, graph)
+    changed |= quantizers.add(model)
+    if lost := quantizers.unplaced:
+        raise InputError(f"--test-model: {path} has the quantizer {lost[0]!r}, which has no place in {graph}")
     if not changed:
         return replace(program, ir=path)
     file = folder / f"{program.name}.ir.onnx"
