@@ -12,11 +12,7 @@ _ARENA_MAX = -8
 
 
 def main() -> None:
-    """Run the command line, and end with its exit code, also where a library ends the process.
-
-    Raises RuntimeError where it runs in this process already.
-    """
-    _refuse_itself()
+    """Run the command line, and end with its exit code, also where a library ends the process."""
     try:
         from cp_debug.cli.guard import guarded
 
@@ -27,7 +23,6 @@ def main() -> None:
 
 def run() -> None:
     """Run the command line in this process. Ctrl-C while it is still being loaded ends it as it does later."""
-    _refuse_itself()
     _spare_addresses()
     try:
         from cp_debug.cli.main import main as command_line
@@ -37,13 +32,6 @@ def run() -> None:
         command_line()
     finally:
         _end()
-
-
-def _refuse_itself() -> None:
-    """Refuse a command whose model is this command, before anything of the process is changed that it needs."""
-    running = sys.modules.get("cp_debug.cli.main")
-    if running is not None and hasattr(running, "refuse_itself"):
-        running.refuse_itself()
 
 
 def _spare_addresses() -> None:

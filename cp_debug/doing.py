@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,10 +31,8 @@ def doing(text: str, *, in_their_folder: bool = False) -> Iterator[None]:
     library, asks Python to end, or raises what no ``except Exception`` takes.
 
     ``in_their_folder``: the user's code runs. The working folder that it goes to is its own: what is written afterwards
-    lies where it was asked for, and the code finds its folder again when it runs next. Tensors without values, which it
-    may make torch's default, are taken back.
+    lies where it was asked for, and the code finds its folder again when it runs next.
     """
-    values = in_their_folder and _gives_values()
     here = _working_folder() if in_their_folder else None
     if here in _their_folders:
         with suppress(OSError):
@@ -50,8 +47,6 @@ def doing(text: str, *, in_their_folder: bool = False) -> Iterator[None]:
     except BaseException as end:
         raise InputError(asked_to_end(end, text)) from end
     finally:
-        if values and not _gives_values():
-            sys.modules["torch"].set_default_device(None)
         if here is not None:
             _their_folders.pop(here, None)
             if (there := _working_folder()) != here:
@@ -60,12 +55,6 @@ def doing(text: str, *, in_their_folder: bool = False) -> Iterator[None]:
                 os.chdir(here)
         if _page is not None:
             _page[:] = before
-
-
-def _gives_values() -> bool:
-    """Whether tensors that torch makes on its default device have values; so where torch is not imported."""
-    default = getattr(sys.modules.get("torch"), "get_default_device", None)
-    return default is None or default().type != "meta"
 
 
 def _working_folder() -> Path | None:

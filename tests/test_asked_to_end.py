@@ -85,19 +85,6 @@ def test_any_other_request_to_end_decides_nothing(
     assert f"the program was asked to end (SystemExit: {code}): nothing was decided" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "named",
-    ["cp_debug.__main__:main", *(pytest.param(f"cp_debug.{n}", marks=slow) for n in ("__main__:run", "cli.main:main"))],
-)
-def test_the_command_itself_is_no_model(named: str) -> None:
-    command = [sys.executable, "-m", "cp_debug", "bench", named, "-b", "torch,ort", "-n", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    expected = f"error: MODEL: {named}() raised RuntimeError: cpdebug's own command was called while it runs"
-    assert done.stderr.splitlines() == [expected]
-
-
 @pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("place", ["first", "end"])

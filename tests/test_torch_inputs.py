@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import subprocess
 import sys
 import warnings
 import zipfile
@@ -31,7 +30,6 @@ from cp_debug.errors import CpdebugError, InputError
 from cp_debug.probes.trace import trace
 from cp_debug.programs.align import module_digest
 from cp_debug.programs.export import export
-from cp_debug.programs.walk import run_module
 from cp_debug.recipes import torch_callable
 from cp_debug.recipes.callables import load_callable
 from cp_debug.recipes.registry import load_model
@@ -445,68 +443,6 @@ def test_what_was_compiled_is_loaded_and_exported_as_it_is_written(tmp_path: Pat
     assert TorchModel("net", net, (torch.randn(2, 4),)).components
     export(net, (torch.randn(2, 4),), tmp_path / "net.onnx", input_names=["x"], output_names=["y"])
     assert not compiled
-
-
-def test_a_limit_of_recursion_that_a_callable_lowers_is_put_back(tmp_path: Path) -> None:
-    limit = sys.getrecursionlimit()
-    lines = ["import sys", "import torch", "def make():", f"    sys.setrecursionlimit({limit - 100})"]
-    (tmp_path / "net.py").write_text("\n".join([*lines, "    return torch.nn.ReLU(), torch.ones(2)"]))
-    try:
-        load_callable(f"{tmp_path / 'net.py'}:make")
-        assert sys.getrecursionlimit() == limit
-    finally:
-        sys.setrecursionlimit(limit)
-
-
-@pytest.mark.parametrize("when", ["when it is imported", "when it is called"])
-def test_threads_that_a_file_asks_for_beyond_all_cores_are_taken_back(tmp_path: Path, when: str) -> None:
-    """The library that starts them ends the process where the system refuses one."""
-    threads = torch.get_num_threads()
-    ask = "torch.set_num_threads(1000)"
-    first, second = (ask, "pass") if "imported" in when else ("pass", ask)
-    lines = ["import torch", first, "def make():", f"    {second}", "    return torch.nn.ReLU(), torch.ones(2)"]
-    (tmp_path / "net.py").write_text("\n".join(lines))
-    try:
-        load_callable(f"{tmp_path / 'net.py'}:make")
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(threads)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("set_by", ["torch.set_default_device('meta')", "torch.device('meta').__enter__()"])
-def test_tensors_without_values_are_no_default_for_what_comes_after(tmp_path: Path, set_by: str) -> None:
-    code = f"import torch\ndef make():\n    r, x = torch.nn.ReLU(), torch.ones(2)\n    {set_by}\n    return r, x\n"
-    (tmp_path / "net.py").write_text(code)
-    script = """
-import sys, torch
-from cp_debug.errors import InputError
-from cp_debug.recipes.callables import load_callable
-try:
-    load_callable(sys.argv[1])
-except InputError as error:
-    print(error)
-else:
-    print(torch.ones(1).item())
-"""
-    done = subprocess.run([sys.executable, "-c", script, f"{tmp_path / 'net.py'}:make"], capture_output=True, text=True)
-    expected = "1.0" if "default" in set_by else "leaves torch in a context of the meta device"
-    assert expected in done.stdout, done.stderr
-
-
-def test_tensors_without_values_that_a_forward_makes_the_default_are_taken_back(tmp_path: Path) -> None:
-    class Careless(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            torch.set_default_device("meta")
-            return super().forward(x)
-
-    try:
-        model = TorchModel("careless", Careless(4, 2), (torch.ones(2, 4),))
-        (component,) = model.components
-        assert run_module(component, {component.input_names[0]: np.ones((2, 4), np.float32)})
-        assert torch.get_default_device().type == "cpu"
-    finally:
-        torch.set_default_device(None)
 
 
 def test_a_weight_that_was_exchanged_while_the_module_was_exported_is_told() -> None:

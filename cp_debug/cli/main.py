@@ -153,30 +153,8 @@ class _Ending:
         raise _Ending.asked
 
 
-_runs = False
-
-
-def refuse_itself() -> None:
-    """Raise RuntimeError where the command line runs in this process already: a callable that was named calls it."""
-    if _runs:
-        raise RuntimeError("cpdebug's own command was called while it runs")
-
-
 def main() -> None:
-    """Run the command line; every expected failure is one message on stderr and an exit code.
-
-    Raises RuntimeError where it runs in this process already.
-    """
-    global _runs
-    refuse_itself()
-    _runs = True
-    try:
-        _main()
-    finally:
-        _runs = False
-
-
-def _main() -> None:
+    """Run the command line; every expected failure is one message on stderr and an exit code."""
     # Threads that wait in vain spin, and so take the cores from those they wait for when other programs run, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it leaves a file in the folder for temporary ones

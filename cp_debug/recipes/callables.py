@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from cp_debug.doing import doing
 from cp_debug.errors import InputError
 from cp_debug.recipes.input_files import first_arrays
-from cp_debug.recipes.torch_callable import TorchModel, first_line, kept_usable, own_code
+from cp_debug.recipes.torch_callable import TorchModel, first_line, own_code
 from cp_debug.recipes.torch_programs import model_of
 from cp_debug.safe_text import did_you_mean
 
@@ -85,7 +85,7 @@ def _import(source: str) -> ModuleType:
         raise InputError(f"MODEL: no such file {source}")
     writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # no __pycache__ beside the user's files
     try:
-        with kept_usable(), doing(f"{source} was imported", in_their_folder=True):
+        with doing(f"{source} was imported", in_their_folder=True):
             return _imported(source, file, here)
     finally:
         sys.dont_write_bytecode = writes

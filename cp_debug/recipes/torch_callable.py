@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -113,34 +111,13 @@ class TorchModel:
 
 @contextmanager
 def own_code(what: str) -> Iterator[None]:
-    """Context that turns whatever the user's code raises into InputError; Ctrl-C passes. See ``kept_usable``."""
+    """Context that turns whatever the user's code raises into InputError; Ctrl-C passes."""
     try:
-        with kept_usable():
-            yield
+        yield
     except (KeyboardInterrupt, InputError):
         raise
     except BaseException as error:
         raise InputError(f"{what} raised {first_line(error)}") from error
-
-
-@contextmanager
-def kept_usable() -> Iterator[None]:
-    """Context at whose end what was set inside, and would end all that comes after, is taken back: a lower limit of
-    recursion, more threads of torch than there are cores, and tensors without values by default.
-
-    Raises InputError where such tensors cannot be taken back, since a context was entered and not left.
-    """
-    limit, threads = sys.getrecursionlimit(), torch.get_num_threads()
-    try:
-        yield
-    finally:
-        sys.setrecursionlimit(max(limit, sys.getrecursionlimit()))
-        if torch.get_num_threads() > max(threads, os.cpu_count() or 1):
-            torch.set_num_threads(threads)
-        if torch.get_default_device().type == "meta":
-            torch.set_default_device(None)
-    if torch.get_default_device().type == "meta":
-        raise InputError("MODEL: its code leaves torch in a context of the meta device, where tensors have no values")
 
 
 @contextmanager
