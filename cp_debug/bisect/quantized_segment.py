@@ -155,12 +155,6 @@ def all_values(executor: Executor, nodes: Sequence[Node], given: Mapping[str, An
     return {**given, **executor.run_nodes(nodes, given, [name for node in nodes for name in node.outputs])}
 
 
-def _finite_amax(tensor: AnyTensor) -> float:
-    """The largest magnitude that a scale could be made for: Inf is cut off, NaN has no place on a grid."""
-    magnitudes = torch.as_tensor(tensor).abs()
-    return float(torch.where(magnitudes.isfinite(), magnitudes, 0).max()) if magnitudes.numel() else 0.0
-
-
 def balanced(error: Tensor, exact: Tensor, axis: int) -> float:
     """The relative error of the worst quarter of the channels: root mean square over these of ‖error‖ ÷ ‖exact‖.
 
@@ -175,12 +169,3 @@ def balanced(error: Tensor, exact: Tensor, axis: int) -> float:
     alive = size > DEAD * size.max()
     relative = (wrong[alive] / size[alive]).sort(descending=True).values
     return float(relative[: -(-len(relative) // 4)].square().mean().sqrt()) if len(relative) else 0.0
-
-
-def on_grid(tensor: Tensor, amax: Tensor) -> Tensor:
-    """The nearest of 255 levels between ±``amax`` for each element; ``amax`` broadcasts to ``tensor``.
-
-    Shape and float dtype of ``tensor`` stay.
-    """
-    step = torch.where(amax > 0, amax, 1.0).to(tensor) / LEVELS
-    return (tensor / step).round().clamp(-LEVELS, LEVELS) * step
