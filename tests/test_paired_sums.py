@@ -246,3 +246,22 @@ def test_nothing_else_is_paired(tmp_path: Path) -> None:
     graph = Graph(tmp_path / "file.onnx")
     assert with_paired_sums(graph, graph.nodes) is None
     assert replace(PAIRED, paired_sums=False) == INT8
+
+
+@pytest.mark.parametrize("even", [False, True])
+def test_pairs_reach_into_the_next_tap_unless_channels_are_padded(even: bool, tmp_path: Path) -> None:
+    data, weights = levels(np.uint8, 1, 3, 1, 6), np.full((4, 3, 1, 2), 127, np.int8)
+    text = """net (float[1,3,1,6] x) => (float[1,4,1,5] y) <float s = {1.0}, uint8 z = {0}, int8 n = {0}> {
+      q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s, z) v = DequantizeLinear (w, s, n) y = Conv (d, v) }"""
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {text}')
+    model.graph.initializer.append(numpy_helper.from_array(weights, "w"))
+    onnx.save(model, tmp_path / "net.onnx")
+    graph = Graph(tmp_path / "net.onnx")
+    nodes = with_paired_sums(graph, graph.nodes, even=even)
+    assert nodes is not None
+    got = Executor(graph, PAIRED).run_nodes(nodes, {"x": data.astype(np.float32)}, ["y"])["y"]
+    pad = [(0, 0), (0, int(even)), (0, 0), (0, 0)]
+    rows, taps = (np.pad(a, pad).transpose(0, 2, 3, 1) for a in (data, weights))
+    for place in range(5):
+        expected = by_definition(rows[0, :, place : place + 2].reshape(1, -1), taps.reshape(4, -1).T)
+        np.testing.assert_array_equal(got[0, :, 0, place].numpy(), expected[0])

@@ -221,13 +221,19 @@ class FileQuantization:
         return segment
 
     def declared(
-        self, target: str, known: Collection[str], given: Mapping[str, AnyTensor], *, paired_sums: bool = False
+        self,
+        target: str,
+        known: Collection[str],
+        given: Mapping[str, AnyTensor],
+        *,
+        paired_sums: bool = False,
+        even: bool = False,
     ) -> Tensor | None:
         """Result ``target`` by the file's own nodes; None where it cannot be computed from ``given``.
 
         That is where its segment starts from other values, or holds an operator that cannot be executed here.
         ``given``: name → tensor of the parent, in any float dtype. ``paired_sums``: as on a processor without VNNI,
-        and None where nothing of the segment could differ there.
+        and None where nothing of the segment could differ there; ``even``: with pairs within a tap.
         """
         file_name = self._names.get(target, target)
         if file_name not in self._graph.producer:
@@ -242,7 +248,7 @@ class FileQuantization:
         if any(value is None for value in values.values()):
             return None
         fed = {start: self._levels_of(start, value) for start, value in values.items()}
-        changed = with_paired_sums(self._graph, nodes) if paired_sums else nodes
+        changed = with_paired_sums(self._graph, nodes, even=even) if paired_sums else nodes
         if changed is None:
             return None
         executor = Executor(self._graph, PAIRED) if paired_sums else self._executor

@@ -32,16 +32,17 @@ _INTEGER = {
 _UNSIGNED_OR_SIGNED = (TensorProto.UINT8, TensorProto.INT8)
 
 
-def with_paired_sums(graph: Graph, nodes: Sequence[Node]) -> list[Node] | None:
+def with_paired_sums(graph: Graph, nodes: Sequence[Node], *, even: bool = False) -> list[Node] | None:
     """``nodes`` of ``graph``, to be run in ``PAIRED``, with what saturation adds behind each product between levels.
 
-    None where nothing among them is computed by kernels that may saturate.
+    ``even``: channels are padded, so that pairs lie within a tap. None where nothing among them is computed by kernels
+    that may saturate.
     """
     changed: list[Node] = []
     found = False
     for node in nodes:
         found = found or node.op in _INTEGER
-        loss = _loss(graph, node) if node.op in _PRODUCTS else None
+        loss = _loss(graph, node, even) if node.op in _PRODUCTS else None
         if loss is None:
             changed.append(node)
             continue
@@ -60,7 +61,7 @@ def with_paired_sums(graph: Graph, nodes: Sequence[Node]) -> list[Node] | None:
     return changed if found else None
 
 
-def _loss(graph: Graph, node: Node) -> onnx.NodeProto | None:
+def _loss(graph: Graph, node: Node, even: bool) -> onnx.NodeProto | None:
     """The node that computes what saturation adds to a product; None where it is not one of levels."""
     data, weights = (graph.producer.get(name) for name in node.proto.input[:2])
     if data is None or weights is None or data.op != weights.op or data.op != "DequantizeLinear":
@@ -72,6 +73,6 @@ def _loss(graph: Graph, node: Node) -> onnx.NodeProto | None:
         return None
     domain, _, op = LOSS.partition(".")
     reads = [node.proto.input[0], scale, zeros[0] if zeros else "", levels, weight_scale]
-    loss = onnx.helper.make_node(op, reads, [f"{node.outputs[0]}\x1floss"], domain=domain, product=node.op)
+    loss = onnx.helper.make_node(op, reads, [f"{node.outputs[0]}\x1floss"], domain=domain, product=node.op, even=even)
     loss.attribute.extend(node.proto.attribute)
     return loss

@@ -73,8 +73,10 @@ def _lost_in_windows(call: Call, data: Tensor, weights: Tensor, zero: float) -> 
         patches = patches.unfold(axis, (size - 1) * spread + 1, step)[..., ::spread]
     places = patches.shape[2 : data.dim()]
     patches = patches.unflatten(1, (groups, inputs)).movedim(2, -1)  # [B, groups, places…, taps…, inputs]
-    rows = patches.reshape(len(data), groups, places.numel(), -1)
-    taps = weights.double().unflatten(0, (groups, outputs)).movedim(2, -1).reshape(groups, outputs, -1)
+    odd = inputs % 2 if call["even"] else 0
+    rows = functional.pad(patches, (0, odd)).reshape(len(data), groups, places.numel(), -1)
+    taps = functional.pad(weights.double().unflatten(0, (groups, outputs)).movedim(2, -1), (0, odd))
+    taps = taps.reshape(groups, outputs, -1)
     result = lost(rows, taps.mT)  # [B, groups, places, outputs]
     return result.movedim(-1, 2).reshape(len(data), groups * outputs, *places)
 
@@ -88,7 +90,8 @@ def pair_loss(
 
     ``data`` are the numbers, ``levels`` the weights as they are stored (int8), ``scale`` and ``zero`` of the data, one
     each; signed data are shifted to unsigned ones, as ONNX Runtime's optimizer does. The node's attribute ``product``
-    is the operator, and its other attributes are those of the product.
+    is the operator, ``even`` whether no pair reaches from one tap into the next, as where channels are padded (oneDNN);
+    its other attributes are those of the product.
     """
     offset = 0.0 if zero is None else float(zero)
     if zero is not None and zero.dtype == torch.int8:
