@@ -50,6 +50,8 @@ FAULTY: dict[str, float] = {}
 """Node → factor by which its result is off where a region computes it in half precision."""
 CROSSED: set[str] = set()
 """Splits whose results a region takes in reverse order, whatever the precision."""
+SLOWER: set[str] = set()
+"""Types whose kernels are all slower than those of FP32, so that none is chosen."""
 STUBBORN = False
 """Whether a region has its faults in FP32, too, when all of it is kept so."""
 MENDING: set[str] = set()
@@ -310,6 +312,7 @@ class Builder:
         scales = self._calibrate(config, network) if getattr(config, "int8_calibrator", None) is not None else {}
         weak = "STRONGLY_TYPED" not in network._flags
         low = next((word for flag, word in (("FP16", "HALF"), ("BF16", "BF16")) if flag in flags), None)
+        low = None if low in SLOWER else low
         groups: list[dict[str, Any]] = []
         tensors = [t for layer in network._layers for t in layer._outputs]
         for nodes in _fuse(network._layers):

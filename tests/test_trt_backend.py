@@ -168,15 +168,21 @@ def test_a_profile_is_one_engine_with_limits(version: str, tmp_path: Path) -> No
         session.run({"x": np.repeat(X, 3, axis=0)})
 
 
-def test_precision_that_no_layer_runs_in_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    install("8.6.0", monkeypatch)
-    everything = frozenset({"/c1/Conv", "/r1/Relu", "/c2/Conv", "/y/Add"})
-    backend = create(BackendSpec.parse("trt-fp16"), keep_fp32=everything)
-    reference = create(BackendSpec.parse("ort"))
-    message = r"no layer .* runs in fp16 \(layer inputs and outputs: Float 100%\)"
-    with pytest.raises(InputError, match=message):
-        bisect(str(save_net(tmp_path)), [reference, backend])
-    assert open_session(tmp_path, "trt-tf32").settings["layers"][0]["arithmetic"] == "tf32"
+@pytest.mark.parametrize(("spec", "slower"), [("trt-fp16", "HALF"), ("trt-bf16", "BF16")])
+def test_an_engine_without_a_layer_in_its_precision_is_judged_as_fp32(
+    spec: str, slower: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    install("10.3.0", monkeypatch)
+    backends = [create(BackendSpec.parse("ort")), create(BackendSpec.parse(spec))]
+    path = str(save_net(tmp_path))
+    (low,) = bisect(path, backends).tests
+    monkeypatch.setattr("fake_tensorrt.SLOWER", {slower})
+    (found,) = bisect(path, backends).tests
+    says = f"{spec}: no layer of the built engine runs in {spec[4:].upper()} (layer inputs and outputs: Float 100%)"
+    assert [any(note.startswith(says) for note in test.notes) for test in (low, found)] == [False, True]
+    precisions = [{row.replay.precision for row in test.rows if row.replay is not None} for test in (low, found)]
+    assert precisions == [{spec[4:]}, {"fp32"}]
+    assert found.agrees
 
 
 @pytest.mark.few(2)

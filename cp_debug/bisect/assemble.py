@@ -75,6 +75,7 @@ def result_of(
         oracle=run.oracle,
         observation=collected.observation,
         notes=[
+            *filter(None, [run.pipeline.unrealised_note]),
             *nan_without_trace(rows, outputs),
             *end_notes(list(run.programs.values()), run.pipeline.programs, told_by_user),
             *notes,

@@ -75,7 +75,6 @@ class CandidateRun:
         Graphs that only describe what an engine computes are written to ``folder``. Layers are replayed on ``device``.
         """
         self.pipeline = pipeline
-        self.precision: Precision = PRECISIONS[pipeline.backend.precision]
         self.tolerance = tolerance
         self.oracle = oracle
         self.device = device
@@ -110,6 +109,11 @@ class CandidateRun:
         self._kinds: dict[str, str] = {}
         self._seen: set[Key] = set()
         """Values that the reference shows."""
+
+    @property
+    def precision(self) -> Precision:
+        """Precision by which layers are judged, unless a node is kept in FP32."""
+        return PRECISIONS[self.pipeline.precision]
 
     def run(
         self, sample: Sample, reference: CapturedRun, writer: CaptureHolder
@@ -277,7 +281,7 @@ class CandidateRun:
     @staticmethod
     def _claim(component: str, side: Pipeline) -> str:
         """Precision that one side claims for a component; FP32 where nodes are kept in it: ``_narrow`` has the rest."""
-        return "fp32" if side.kept(component) else side.backend.precision
+        return "fp32" if side.kept(component) else side.precision
 
     def _narrow(self, component: str, side: Pipeline) -> dict[str, str]:
         """Value → narrow precision, for values that one side's program holds, or computes through, in less than FP32.

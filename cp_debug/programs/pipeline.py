@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from copy import copy
 from dataclasses import asdict, replace
@@ -248,7 +248,6 @@ class Pipeline:
         self._deployed: dict[str, Session] = {}
         self._unfold = unfold
         self._stack = ExitStack()
-        self._realised = False
 
     def __enter__(self) -> Pipeline:
         self._backends = with_kept(self.backend, self.programs)
@@ -278,10 +277,30 @@ class Pipeline:
         graph declares.
         """
         results = walk(self.model, sample, lambda component, given: self._run(component, given, sink))
-        if not self._realised:
-            check_realised(self.backend, [build_info_of(session) for session in self.sessions.values()])
-            self._realised = True
+        if self.backend.precision == "int8":
+            check_realised(self.backend, self._engines)
         return results
+
+    @property
+    def precision(self) -> str:
+        """Precision that is computed in: what the backend claims; FP32 once it is known that no engine does so."""
+        claim = self.backend.precision
+        return "fp32" if claim != "int8" and unrealised(self._engines) else claim
+
+    @property
+    def unrealised_note(self) -> str:
+        """A sentence about engines that compute in FP32 instead of what their name claims; empty for others."""
+        if self.precision == self.backend.precision:
+            return ""
+        claim, types = self.backend.precision.upper(), types_of_engines(self._engines)
+        return (
+            f"{self.backend.spec}: no layer of the built engine runs in {claim} (layer inputs and outputs: {types}): "
+            "other kernels were faster, or nothing in the model can; layers are judged as FP32"
+        )
+
+    @property
+    def _engines(self) -> list[BuildInfo | None]:
+        return [build_info_of(session) for session in self.sessions.values()]
 
     def free_memory(self) -> None:
         """Free what sessions hold between their runs and can have again."""
@@ -394,12 +413,21 @@ def by_reference(program: Program, outputs: Mapping[str, np.ndarray]) -> dict[st
 
 def check_realised(backend: Backend, engines: Sequence[BuildInfo | None]) -> None:
     """Raise InputError for engines none of which runs any layer in the precision that their name claims."""
-    if all(info is not None and not info.realised for info in engines):
-        types = sorted({f"{k} {v:.0%}" for info in engines if info for k, v in info.realised_precision.items()})
+    if unrealised(engines):
         raise InputError(
             f"{backend.spec}: no layer of the built engine runs in {backend.precision} (layer inputs and outputs: "
-            f"{', '.join(types)}); other kernels were faster, or the model has nothing to run in it"
+            f"{types_of_engines(engines)}); other kernels were faster, or the model has nothing to run in it"
         )
+
+
+def unrealised(engines: Sequence[BuildInfo | None]) -> bool:
+    """Whether all are engines none of which runs any layer in the precision that their name claims."""
+    return bool(engines) and all(info is not None and not info.realised for info in engines)
+
+
+def types_of_engines(engines: Iterable[BuildInfo | None]) -> str:
+    """Types of the layers' inputs and outputs, in TensorRT's words, with their shares."""
+    return ", ".join(sorted({f"{k} {v:.0%}" for e in engines if e for k, v in e.realised_precision.items()}))
 
 
 def merge_settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
