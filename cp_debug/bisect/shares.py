@@ -135,19 +135,20 @@ class Shares:
     def attribution(self, names: Mapping[Key, str], born: Sequence[Key] = (), *, asks: bool = True) -> Attribution:
         """The sum of all shares, and what of the divergence they leave. ``names``: value → its layer's name.
 
-        Where the network is not linear over these errors, the derivatives are the mean over the way between both sides.
-        The layers ``born`` are carried forward. Where the rest still leaves more than ``NOT_LINEAR``, the reference's
-        own share is computed, and the layers with the largest shares are carried forward, until it fits; unless nobody
-        ``asks``, as all is within the tolerance.
+        Where they leave more than ``NOT_LINEAR``, the reference's own share is computed. Where that does not fill it,
+        the network is not linear over these errors, and the derivatives are the mean over the way between both sides.
+        The layers ``born`` are carried forward, and then those with the largest shares, until it fits. Nothing of it
+        is done where nobody ``asks``, as all is within the tolerance, but for a large divergence.
         """
-        if abs(1 - sum(self.of_layers.values())) > NOT_LINEAR or self._size > LARGE**2:
+        told = Attribution(sum(self.of_layers.values()))
+        if asks and abs(told.remainder) > NOT_LINEAR:
+            told.reference = self._of_reference()
+        if (asks and abs(told.remainder) > NOT_LINEAR) or self._size > LARGE**2:
             self.of_layers |= self._walked(self._between)
         carried = [*born]
         for key in born:
             self._carry(key, names)
-        told = Attribution(sum(self.of_layers.values()))
-        if asks and abs(told.remainder) > NOT_LINEAR:
-            told.reference = self._of_reference()
+        told.layers = sum(self.of_layers.values())
         for _ in range(CARRIED):
             fits = (not asks or abs(told.remainder) <= NOT_LINEAR) and abs(told.layers) < BEYOND
             ranked = sorted(self.of_layers, key=lambda key: -abs(self.of_layers[key]))
