@@ -184,7 +184,11 @@ def test_a_stage_names_its_own_guilty_layers_and_side_values_are_not_counted(mon
     graph = SimpleNamespace(outputs=[SimpleNamespace(name="c")])
     program = SimpleNamespace(name="net", graph=graph, pairing=None, flow=ControlFlow())
     pipeline = SimpleNamespace(
-        programs=[program], program=lambda name: program, record=lambda: None, backend=SimpleNamespace(spec="ort")
+        programs=[program],
+        program=lambda name: program,
+        record=lambda: None,
+        backend=SimpleNamespace(spec="ort"),
+        unrealised_note="",
     )
     run: Any = SimpleNamespace(
         pipeline=pipeline, programs={"net": program}, tolerance=(1e-3, 1e-4), oracle=None, graphs={}
@@ -224,7 +228,7 @@ def test_a_replayer_is_told_each_sides_own_claims_the_references_first(
     def side(family: str, precision: str, device: str) -> Any:
         spec = SimpleNamespace(family=family, name=family)
         backend = SimpleNamespace(precision=precision, spec=spec, device=device)
-        return SimpleNamespace(backend=backend, name=family, kept=lambda component: frozenset())
+        return SimpleNamespace(backend=backend, precision=precision, name=family, kept=lambda component: frozenset())
 
     run = CandidateRun.__new__(CandidateRun)
     run._replayers, run._files, run.oracle, run.device = {}, {}, "fp64", "cpu"
@@ -258,7 +262,8 @@ def test_an_engine_is_looked_into_where_its_outputs_are_further_off_than_its_pre
     graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, 8])}, ["y"]))
     x = np.full((1, 8), 1 / 3, np.float32)
     run = CandidateRun.__new__(CandidateRun)
-    run.tolerance, run.precision, run.device = (0.0, 1.0 if within else 1e-9), PRECISIONS["fp16"], "cpu"
+    run.tolerance, run.device = (0.0, 1.0 if within else 1e-9), "cpu"
+    run.pipeline = SimpleNamespace(precision="fp16")  # type: ignore[assignment]
     run._levels = set()
     run.programs = {"net": SimpleNamespace(graph=graph, alignment=None)}  # type: ignore[dict-item]
     reference: Any = SimpleNamespace(load=lambda name, component: -x)
