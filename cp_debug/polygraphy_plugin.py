@@ -7,6 +7,7 @@ line. What ``--onnx-outputs mark all --trt-outputs mark all`` shows is judged la
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from polygraphy.tools.args import ComparatorCompareArgs, ComparatorRunArgs, Mode
 from polygraphy.tools.args.base import BaseArgs
 from polygraphy.tools.script import inline, make_invocable, safe
 
-PRECISIONS = ("bf16", "fp16", "tf32")
+PRECISIONS = ("int8", "fp8", "bf16", "fp16", "tf32")
 """Flags of Polygraphy for precisions of TensorRT, the coarsest first: an engine may use any that is set."""
+CALIBRATED = ("int8", "fp8")
+"""Those whose scales an engine may choose itself, where the model has no Q/DQ pairs."""
+INSTEAD = "give a model with Q/DQ pairs, or let cpdebug build the engine: cpdebug bisect MODEL -b ort,trt-int8"
 INPUTS, RESULTS = "inputs.json", "results.json"
 
 
@@ -65,7 +69,7 @@ class CpdebugArgs(BaseArgs):
             "inputs": run.save_inputs_path,
             "results": run.save_outputs_path,
             "folder": str(folder),
-            "engine": next((name for name in PRECISIONS if getattr(engine, name, None)), "fp32"),
+            "engine": [name for name in PRECISIONS if getattr(engine, name, None)],
         }
         comparison = self.arg_groups[ComparatorCompareArgs]
         compare = comparison.add_to_script_impl
@@ -79,20 +83,25 @@ class CpdebugArgs(BaseArgs):
         comparison.add_to_script_impl = compare_and_judge
 
 
-def judge(model: str, inputs: str, results: str, folder: str, engine: str) -> bool:
+def judge(model: str, inputs: str, results: str, folder: str, engine: Sequence[str]) -> bool:
     """Judge every runner's values against the ONNX model in FP32; say what is found and write a page for each.
 
-    ``inputs`` and ``results`` are files that Polygraphy saved, ``engine`` is the precision that engines may use.
-    Returns whether all agree; False, too, where one cannot be judged, which a sentence says.
+    ``inputs`` and ``results`` are files that Polygraphy saved, ``engine`` are the precisions that engines may use
+    beside FP32, the coarsest first. Returns whether all agree; False, too, where one cannot be judged, which a sentence
+    says. A model with Q/DQ pairs says itself what is quantized.
     """
     import cp_debug
+    from cp_debug.graph.graph import Graph
 
-    agree = True
+    is_quantized, agree = Graph(Path(model)).precision == "int8", True
+    coarsest = next((name for name in engine if not (is_quantized and name in CALIBRATED)), "fp32")
     for name, iterations in RunResults.load(results).items():
         own = Path(folder, re.sub(r"[^\w.-]+", "-", name) + ".json")
         RunResults([(name, iterations)]).save(str(own))
-        precision = engine if name.startswith("trt") else "fp32"
+        precision = coarsest if name.startswith("trt") else "fp32"
         try:
+            if precision in CALIBRATED:
+                raise cp_debug.InputError(f"its results do not hold the scales of {precision.upper()}; {INSTEAD}")
             result = cp_debug.diagnose(model, inputs=inputs, test_tensors=own, tensors_precision=precision)
         except cp_debug.CpdebugError as error:
             G_LOGGER.error(f"cpdebug cannot judge {name}: {error}")

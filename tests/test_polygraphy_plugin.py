@@ -70,7 +70,7 @@ def test_a_wrong_layer_of_one_runner_is_named(net: str, monkeypatch: pytest.Monk
     RunResults([(name, [iteration]), ("trt-runner-N1", [faulty])]).save("both.json")
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
-        assert not judge(net, "out/inputs.json", "both.json", "out", "fp16")
+        assert not judge(net, "out/inputs.json", "both.json", "out", ["fp16"])
     right, _, fault = shown.getvalue().partition("trt-runner-N1")
     assert "✓ dump: agrees" in right
     assert "guilty: relu1" in fault
@@ -82,10 +82,10 @@ def test_an_engine_is_judged_by_the_precision_that_it_may_use(net: str, monkeypa
     ((name, (iteration,)),) = RunResults.load("out/results.json").items()
     halves = {value: array.astype(np.float16).astype(np.float32) for value, array in iteration.items()}
     RunResults([("trt-runner-N0", [type(iteration)(halves, runner_name=name)])]).save("halves.json")
-    for precision, accused in (("fp16", False), ("fp32", True)):
+    for precisions, accused in ((["fp16"], False), (["fp16", "tf32"], False), ([], True)):
         shown = io.StringIO()
         with contextlib.redirect_stdout(shown):
-            judge(net, "out/inputs.json", "halves.json", "out", precision)
+            judge(net, "out/inputs.json", "halves.json", "out", precisions)
         assert ("guilty" in shown.getvalue()) == accused
 
 
@@ -97,6 +97,34 @@ def test_what_cannot_be_judged_fails_with_its_reason(net: str, monkeypatch: pyte
     code, shown = polygraphy("--onnxrt", "--cpdebug", "out", monkeypatch=monkeypatch)
     assert code == 1
     assert "--cpdebug: no model; expected an ONNX model" in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "engine"),
+    [
+        ((), "[]"),
+        (("--fp16",), "['fp16']"),
+        (("--tf32", "--bf16"), "['bf16', 'tf32']"),
+        (("--int8", "--fp16"), "['int8', 'fp16']"),
+    ],
+)
+def test_the_flags_of_an_engine_say_how_it_is_judged(
+    flags: tuple[str, ...], engine: str, net: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = net, "--trt", *flags, "--cpdebug", "out", "--gen-script", "run.py"
+    assert polygraphy(*words, monkeypatch=monkeypatch)[0] == 0
+    assert f"engine={engine})" in Path("run.py").read_text()
+
+
+def test_an_engine_that_chose_its_scales_is_not_judged(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    polygraphy(net, "--onnxrt", "--onnx-outputs", "*", "--cpdebug", "out", monkeypatch=monkeypatch)
+    ((_, iterations),) = RunResults.load("out/results.json").items()
+    RunResults([("trt-runner-N0", iterations)]).save("int8.json")
+    for precisions, judged in ((["int8", "fp16"], False), (["fp16"], True)):
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown):
+            assert judge(net, "out/inputs.json", "int8.json", "out", precisions) == judged
+        assert ("its results do not hold the scales of INT8" in shown.getvalue()) != judged
 
 
 def test_a_script_of_polygraphys_judges_too(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
