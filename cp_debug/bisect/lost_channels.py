@@ -155,11 +155,13 @@ def judge_lost(
         return settled
     tried = 0
     for key, row in sorted(rows.items(), key=lambda item: -item[1].index):
+        if tried >= TRIED or not lost:
+            break
         step = row.replay.step if row.replay else None
         if row.side != "test" or row.verdict == GUILTY or not (row.replay and row.replay.introduced):
             continue
         reached = {key.value, *downstream(run.programs[key.component].graph.nodes, [key.value])}
-        if tried >= TRIED or not lost or (len(run.programs) == 1 and reached.isdisjoint(lost)):
+        if len(run.programs) == 1 and reached.isdisjoint(lost):
             continue
         try:
             value, exact = shares.captured(key), shares.exact(key)
