@@ -168,6 +168,16 @@ def test_a_profile_is_one_engine_with_limits(version: str, tmp_path: Path) -> No
         session.run({"x": np.repeat(X, 3, axis=0)})
 
 
+def test_precision_that_no_layer_runs_in_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install("8.6.0", monkeypatch)
+    everything = frozenset({"/c1/Conv", "/r1/Relu", "/c2/Conv", "/y/Add"})
+    engine = create(BackendSpec.parse("trt-fp16"), keep_fp32=everything)
+    message = r"no layer .* runs in fp16 \(layer inputs and outputs: Float 100%\)"
+    with pytest.raises(InputError, match=message):  # everywhere but as the test of a bisect, which judges what it is
+        bisect(str(save_net(tmp_path)), [engine, create(BackendSpec.parse("ort"))])
+    assert open_session(tmp_path, "trt-tf32").settings["layers"][0]["arithmetic"] == "tf32"
+
+
 @pytest.mark.parametrize(("spec", "slower"), [("trt-fp16", "HALF"), ("trt-bf16", "BF16")])
 def test_an_engine_without_a_layer_in_its_precision_is_judged_as_fp32(
     spec: str, slower: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

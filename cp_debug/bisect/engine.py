@@ -192,7 +192,7 @@ class Bisection:
         """One test, its backend open, with the precision by which it is judged."""
         limits = tolerance(self._reference, backend, (*sides.programs, *tests), self.options)
         judge, device = oracle(self._reference, backend, self.options), self._oracle_devices[str(backend.spec)]
-        pipeline = stack.enter_context(Pipeline(self.test_model, tests, backend, unfold=sides.unfold))
+        pipeline = stack.enter_context(Pipeline(self.test_model, tests, backend, unfold=sides.unfold, lenient=True))
         return CandidateRun(pipeline, reference, sides.programs, layers, limits, judge, folder, device)
 
     def _results(self, taken: SampleRuns, sides: BothSides, layers: list[Layer]) -> list[TestResult]:
