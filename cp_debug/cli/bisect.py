@@ -121,13 +121,7 @@ def bisect(
     ] = False,
     explain: Annotated[bool, typer.Option(help="Try the known causes on every guilty layer.")] = True,
     max_builds: Annotated[
-        int,
-        typer.Option(
-            "--max-builds",
-            min=0,
-            help="Most further engines for the search inside a guilty region.",
-            rich_help_panel=tensorrt.PANEL,
-        ),
+        int, typer.Option("--max-builds", min=0, help="Most further engines for the search inside a guilty region.")
     ] = 6,
     exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what all backends read.")] = Exporter.auto,
     unfolded: Annotated[

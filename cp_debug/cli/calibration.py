@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from cp_debug.quantization.quantized_programs import Calibration
     from cp_debug.recipes.input_files import Reading
 
-PANEL = "INT8"
-
 
 class Method(str, Enum):
     """Method of choosing scales."""
@@ -67,16 +65,11 @@ def check_calibration(
         check_given(model, inputs=data, samples=samples, flag="--calib-data", reading=reading)
 
 
-Data = Annotated[
-    Path | None, typer.Option("--calib-data", help="Data to calibrate on, as --inputs.", rich_help_panel=PANEL)
-]
-Samples = Annotated[
-    int, typer.Option("--calib-samples", min=1, max=MOST, help="At most this many samples.", rich_help_panel=PANEL)
-]
-Calibrator = Annotated[Method, typer.Option("--calib-method", help="How scales are chosen.", rich_help_panel=PANEL)]
+Data = Annotated[Path | None, typer.Option("--calib-data", help="Data to calibrate on, as --inputs.")]
+Samples = Annotated[int, typer.Option("--calib-samples", min=1, max=MOST, help="At most this many samples.")]
+Calibrator = Annotated[Method, typer.Option("--calib-method", help="How scales are chosen.")]
 SkipLayers = Annotated[
-    list[str] | None,
-    typer.Option("--skip-layers", help="Leave these unquantized: globs; repeatable.", rich_help_panel=PANEL),
+    list[str] | None, typer.Option("--skip-layers", help="Leave these unquantized: globs; repeatable.")
 ]
 
 

@@ -18,7 +18,7 @@ COLUMN = 26
 GROUPS = {
     "Model": (
         "backends model checkpoint test_model test_checkpoint test_train_mode test_out_of_place onnx_dir "
-        "exporter unfolded keep_fp32 opset simplify rot_y_axis_reference precision skip_layers"
+        "exporter unfolded keep_fp32 opset simplify rot_y_axis_reference precision"
     ),
     "Inputs": (
         "inputs samples seed shape image data data_root sweeps skip_missing min_points draws batch batches scenes"
@@ -28,8 +28,13 @@ GROUPS = {
         "rtol atol oracle oracle_device replay explain knobs memory max_builds goal scenario tolerance max_abs max_drop"
     ),
     "Report": "level show_all quiet json csv html save output overwrite junit plot log",
+    "INT8": "calib_data calib_samples calib_method method skip_layers",
+    "TensorRT": (
+        "trt_python strongly_typed probes profile workspace timing_cache calibration_cache trt_calibrator "
+        "trt_calib_data no_cache builder_level tactic_sources build_timeout"
+    ),
 }
-"""Group → its options, by their names in Python; an option that declares a panel of its own stands there."""
+"""Group → its options, by their names in Python; one whose name means something else elsewhere declares its panel."""
 
 
 def write_options(command: Any, ctx: Any, formatter: Any, *, every: bool) -> None:

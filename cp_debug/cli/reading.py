@@ -15,7 +15,6 @@ from cp_debug.errors import InputError
 if TYPE_CHECKING:
     from cp_debug.recipes.input_files import Reading, Shapes
 
-PANEL = "Images and shapes"
 INPUTS_HELP = ".npz, .npy, Polygraphy JSON, test_data_set folder, image, point cloud, or a folder of them."
 
 
@@ -25,17 +24,13 @@ class ReadingFlags:
 
     shape: Annotated[
         list[str] | None,
-        typer.Option(
-            help="INPUT=1x3x320x320: sizes of free axes, generated or of an image; repeatable.",
-            rich_help_panel=PANEL,
-        ),
+        typer.Option(help="INPUT=1x3x320x320: sizes of free axes, generated or of an image; repeatable."),
     ] = None
     image: Annotated[
         list[str] | None,
         typer.Option(
             help="How images become inputs: mean=0.485,0.456,0.406, std=, scale= (else 1/255), layout=nhwc,"
-            " order=bgr; repeatable.",
-            rich_help_panel=PANEL,
+            " order=bgr; repeatable."
         ),
     ] = None
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from cp_debug.backends.tensorrt.engine_cache import EngineCache
     from cp_debug.cli.console import Steps
 
-PANEL = "TensorRT"
-
 
 class Probes(str, Enum):
     """Amount of values that an engine is made to show."""
@@ -40,25 +38,19 @@ class CalibratorChoice(str, Enum):
     minmax = "minmax"
 
 
-Python = Annotated[
-    str | None,
-    typer.Option("--trt-python", help="A Python >= 3.8 that has tensorrt and numpy.", rich_help_panel=PANEL),
-]
+Python = Annotated[str | None, typer.Option("--trt-python", help="A Python >= 3.8 that has tensorrt and numpy.")]
 StronglyTyped = Annotated[
-    bool,
-    typer.Option("--strongly-typed", help="Types come from the graph (TensorRT 10; 11 always).", rich_help_panel=PANEL),
+    bool, typer.Option("--strongly-typed", help="Types come from the graph (TensorRT 10; 11 always).")
 ]
 ProbeMode = Annotated[
     Probes,
     typer.Option(
         "--probes",
         help="auto: boundaries, if something diverges; boundaries: what the engine writes anyway; all: every value.",
-        rich_help_panel=PANEL,
     ),
 ]
 Profiles = Annotated[
-    list[str] | None,
-    typer.Option("--profile", help="INPUT:MIN:OPT:MAX, shapes as 1x3x8x8; repeatable.", rich_help_panel=PANEL),
+    list[str] | None, typer.Option("--profile", help="INPUT:MIN:OPT:MAX, shapes as 1x3x8x8; repeatable.")
 ]
 KeepFp32 = Annotated[
     list[str] | None,
@@ -67,52 +59,32 @@ KeepFp32 = Annotated[
         help="Layer, node or COMPONENT/NODE to keep in FP32, also emulated; repeatable. @FILE: one per line.",
     ),
 ]
-Workspace = Annotated[
-    int | None, typer.Option("--workspace", min=1, max=1 << 30, help="Limit in MiB.", rich_help_panel=PANEL)
-]
-TimingCache = Annotated[Path | None, typer.Option("--timing-cache", help="Kept and reused.", rich_help_panel=PANEL)]
+Workspace = Annotated[int | None, typer.Option("--workspace", min=1, max=1 << 30, help="Limit in MiB.")]
+TimingCache = Annotated[Path | None, typer.Option("--timing-cache", help="Kept and reused.")]
 CalibrationCache = Annotated[
-    Path | None,
-    typer.Option(
-        "--calibration-cache",
-        help="Ranges that TensorRT's calibrator found: read, or written.",
-        rich_help_panel=PANEL,
-    ),
+    Path | None, typer.Option("--calibration-cache", help="Ranges that TensorRT's calibrator found: read, or written.")
 ]
 CalibratorKind = Annotated[
-    CalibratorChoice | None,
-    typer.Option("--trt-calibrator", help="INT8 scales by TensorRT, without Q/DQ (up to 10).", rich_help_panel=PANEL),
+    CalibratorChoice | None, typer.Option("--trt-calibrator", help="INT8 scales by TensorRT, without Q/DQ (up to 10).")
 ]
 CalibrationData = Annotated[
-    Path | None,
-    typer.Option("--trt-calib-data", help="Its samples, as --inputs; else the model's own.", rich_help_panel=PANEL),
+    Path | None, typer.Option("--trt-calib-data", help="Its samples, as --inputs; else the model's own.")
 ]
 Cache = Annotated[
     Path | None,
-    typer.Option("--cache", help="Folder of built engines; default: the user's cache folder.", rich_help_panel=PANEL),
+    typer.Option(
+        "--cache", help="Folder of built engines; default: the user's cache folder.", rich_help_panel="TensorRT"
+    ),
 ]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Build and export everything again.", rich_help_panel=PANEL)]
-BuilderLevel = Annotated[
-    int | None,
-    typer.Option("--builder-level", min=0, max=5, help="Builder optimization level.", rich_help_panel=PANEL),
-]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Build and export everything again.")]
+BuilderLevel = Annotated[int | None, typer.Option("--builder-level", min=0, max=5, help="Builder optimization level.")]
 TacticSources = Annotated[
     str | None,
-    typer.Option(
-        "--tactic-sources",
-        help="Kernel sources to remove or add, as in trtexec: -JIT_CONVOLUTIONS,+CUBLAS.",
-        rich_help_panel=PANEL,
-    ),
+    typer.Option("--tactic-sources", help="Kernel sources to remove or add, as in trtexec: -JIT_CONVOLUTIONS,+CUBLAS."),
 ]
 BuildTimeout = Annotated[
     float | None,
-    typer.Option(
-        "--build-timeout",
-        min=1.0,
-        max=LONGEST_BUILD,
-        help="Stop a build after so many seconds.",
-        rich_help_panel=PANEL,
-    ),
+    typer.Option("--build-timeout", min=1.0, max=LONGEST_BUILD, help="Stop a build after so many seconds."),
 ]
 CALIBRATION_SAMPLES = 16
 """Largest number of samples that TensorRT calibrates on."""

@@ -13,9 +13,8 @@ from cp_debug.deploy.exporting import Exported
 from cp_debug.deploy.state import StageRecord
 from cp_debug.files import write_text
 from cp_debug.reports.numbers import number, signed
-from cp_debug.reports.page import environment, page_parts
+from cp_debug.reports.page import rendered
 from cp_debug.reports.sheet import Cell, Column, Row, Sheet
-from cp_debug.version import __version__
 
 
 def export_lines(exported: Sequence[Exported]) -> Iterator[Text]:
@@ -127,19 +126,14 @@ def metric_table(backends: Sequence[Mapping[str, Any]]) -> Sheet:
 def write_summary(records: Sequence[StageRecord], title: str, command: str, target: Path) -> None:
     """Write the page: verdict, stages, files, tensors and findings of each scenario, metrics side by side."""
     documents = {record.name: record.document for record in records}
-    page = (
-        environment()
-        .get_template("deploy.html.j2")
-        .render(
-            title=title,
-            records=records,
-            passed=all(record.passed for record in records),
-            files=files_table(documents.get("export", {}).get("components", [])),
-            scenarios=[(each, output_table(each)) for each in documents.get("verify", {}).get("scenarios", [])],
-            metrics=metric_table(documents.get("evaluate", {}).get("backends", [])),
-            command=command,
-            version=__version__,
-            **page_parts(),
-        )
+    page = rendered(
+        "deploy",
+        title=title,
+        records=records,
+        passed=all(record.passed for record in records),
+        files=files_table(documents.get("export", {}).get("components", [])),
+        scenarios=[(each, output_table(each)) for each in documents.get("verify", {}).get("scenarios", [])],
+        metrics=metric_table(documents.get("evaluate", {}).get("backends", [])),
+        command=command,
     )
     write_text(page, target)

@@ -91,28 +91,23 @@ def render_page(saved: SavedResult, *, charts: Sequence[str] = (), served: str =
     named = layers_named(result, charts)
     records = [result.reference, *(test.backend for test in result.tests)]
     parts = [_part(saved, f"t{index}", test, named) for index, test in enumerate(result.tests)]
-    return (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            result=result,
-            parts=parts,
-            matrix=matrix(result.tests),
-            graph=graph_data(saved, [part.anchor for part in parts]),
-            weights=weight_lines(result),
-            settings=settings_table(records),
-            differing=settings_table(records, differing=True),
-            kept=saved.folder is not None,
-            served=served,
-            glossary=GLOSSARY,
-            version=__version__,
-            **page_parts(),
-        )
+    return rendered(
+        "report",
+        result=result,
+        parts=parts,
+        matrix=matrix(result.tests),
+        graph=graph_data(saved, [part.anchor for part in parts]),
+        weights=weight_lines(result),
+        settings=settings_table(records),
+        differing=settings_table(records, differing=True),
+        kept=saved.folder is not None,
+        served=served,
+        glossary=GLOSSARY,
     )
 
 
-def environment() -> Environment:
-    """The Jinja environment with the templates and their filters."""
+def rendered(name: str, /, **values: Any) -> str:
+    """A page of its template ``name``, with style and script inside."""
     jinja = Environment(
         loader=FileSystemLoader(HTML),
         autoescape=True,
@@ -132,7 +127,8 @@ def environment() -> Environment:
         "told_before": told_before,
     }
     jinja.globals |= {"changes_table": changes_table, "stage_table": stage_table, "worst_table": worst_table}
-    return jinja
+    parts = {"css": script("report.css"), "script": script("report.js"), "version": __version__}
+    return jinja.get_template(f"{name}.html.j2").render(**values, **parts)
 
 
 def _seen(value: Any) -> Any:
@@ -142,14 +138,6 @@ def _seen(value: Any) -> Any:
     return value
 
 
-def page_parts() -> dict[str, Markup]:
-    """Style and script, which every page carries inside."""
-    return {
-        "css": script("report.css"),
-        "script": script("report.js"),
-    }
-
-
 def script(name: str) -> Markup:
     """A script or style of the pages, as it stands in its file."""
     return Markup((HTML / name).read_text(encoding="utf-8"))
@@ -157,18 +145,8 @@ def script(name: str) -> Markup:
 
 def render_layer(saved: SavedResult, test: TestResult, row: LayerRow) -> str:
     """The page of one layer: its charts, drawn from the kept tensors."""
-    return (
-        environment()
-        .get_template("layer.html.j2")
-        .render(
-            reference=saved.result.reference.spec,
-            test=test,
-            row=row,
-            item=layer_evidence(saved, test, row),
-            version=__version__,
-            **page_parts(),
-        )
-    )
+    reference, item = saved.result.reference.spec, layer_evidence(saved, test, row)
+    return rendered("layer", reference=reference, test=test, row=row, item=item)
 
 
 def layers_named(result: BisectResult, names: Sequence[str]) -> set[tuple[str, str]]:

@@ -12,10 +12,9 @@ from rich.text import Text
 from cp_debug.bisect.result_diff import BETTER, GONE, NEW, UNKNOWN, WORSE, LayerChange, LayerState, ResultDiff, TestDiff
 from cp_debug.files import write_text
 from cp_debug.reports.numbers import number
-from cp_debug.reports.page import environment, page_parts
+from cp_debug.reports.page import rendered
 from cp_debug.reports.sheet import Cell, Column, Row, Sheet, Tone
 from cp_debug.reports.sheet_terminal import Terminal
-from cp_debug.version import __version__
 
 MOST = 20
 """Layers that a terminal shows; the page has all."""
@@ -105,15 +104,5 @@ def write_page(result: ResultDiff, target: Path, command: str = "") -> None:
 
 def render_diff(result: ResultDiff, command: str = "", *, served: bool = False) -> str:
     """The page: a verdict and the tables for each test. ``served``: by a server whose first page lists all results."""
-    return (
-        environment()
-        .get_template("diff.html.j2")
-        .render(
-            result=result,
-            parts=[(_title(test), test, list(sheets(test))) for test in result.tests],
-            command=command,
-            served=served,
-            version=__version__,
-            **page_parts(),
-        )
-    )
+    parts = [(_title(test), test, list(sheets(test))) for test in result.tests]
+    return rendered("diff", result=result, parts=parts, command=command, served=served)

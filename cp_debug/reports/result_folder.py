@@ -14,9 +14,8 @@ from typing import Any
 from cp_debug.bisect.result import SCHEMA
 from cp_debug.errors import InputError
 from cp_debug.reading import RESULT, read_json
-from cp_debug.reports.page import environment, page_parts
+from cp_debug.reports.page import rendered
 from cp_debug.safe_text import some
-from cp_debug.version import __version__
 
 DEEPEST, MOST_FOLDERS, MOST_RESULTS = 6, 20_000, 500
 """Levels of folders that are looked into, folders in all, and results that are listed."""
@@ -105,16 +104,12 @@ class ResultFolder:
 
 def render_list(folder: ResultFolder) -> str:
     """The page that lists the results."""
-    return (
-        environment()
-        .get_template("folder.html.j2")
-        .render(name=folder.root.resolve().name, results=folder.listed(), version=__version__, **page_parts())
-    )
+    return rendered("folder", name=folder.root.resolve().name, results=folder.listed())
 
 
 def render_problem(text: str) -> str:
     """A page that says in a sentence why something cannot be shown."""
-    return environment().get_template("problem.html.j2").render(text=text, version=__version__, **page_parts())
+    return rendered("problem", text=text)
 
 
 def _candidates(root: Path) -> Iterator[Path]:

@@ -13,13 +13,12 @@ from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.files import write_text
 from cp_debug.mixed_precision.sensitivity import METRIC, Int8Effect, SensitivityProfile
 from cp_debug.reports.numbers import fixed, number, share, signed
-from cp_debug.reports.page import environment, page_parts
+from cp_debug.reports.page import rendered, script
 from cp_debug.reports.sheet import Cell, Column, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.reports.svg import Canvas, Scale, standalone
 from cp_debug.safe_text import amount
 from cp_debug.safe_text import page as page_text
-from cp_debug.version import __version__
 
 SHOWN = 20
 """Layers that a terminal shows unless all are asked for."""
@@ -137,22 +136,18 @@ def _shortened(name: str) -> str:
 
 def write_chart(profile: SensitivityProfile, target: Path) -> None:
     """Write the chart as an SVG file of its own."""
-    write_text(page_text(standalone(chart(profile), page_parts()["css"])), target)
+    write_text(page_text(standalone(chart(profile), script("report.css"))), target)
 
 
 def write_page(profile: SensitivityProfile, command: str, target: Path) -> None:
     """Write chart, table and choice as one HTML page."""
-    page = environment().get_template("sensitivity.html.j2")
-    write_text(
-        page.render(
-            profile=profile,
-            chart=chart(profile),
-            layers=replace(layer_table(profile, len(profile.layers), sizes=True), title=ORDER),
-            whole=whole_line(profile),
-            choice=[line.plain for line in choice_lines(profile)],
-            command=command,
-            version=__version__,
-            **page_parts(),
-        ),
-        target,
+    page = rendered(
+        "sensitivity",
+        profile=profile,
+        chart=chart(profile),
+        layers=replace(layer_table(profile, len(profile.layers), sizes=True), title=ORDER),
+        whole=whole_line(profile),
+        choice=[line.plain for line in choice_lines(profile)],
+        command=command,
     )
+    write_text(page, target)

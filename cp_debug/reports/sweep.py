@@ -17,7 +17,7 @@ from cp_debug.files import write_text
 from cp_debug.reports.evaluation import difference, summary_table
 from cp_debug.reports.heat_map import Strip, strips
 from cp_debug.reports.numbers import fixed, number
-from cp_debug.reports.page import environment, page_parts
+from cp_debug.reports.page import rendered
 from cp_debug.reports.sheet import Column, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.safe_text import some
@@ -28,7 +28,6 @@ from cp_debug.sweep.result import FailedTasks, SweepResult
 from cp_debug.sweep.searching import MixedPrecisionGroup
 from cp_debug.sweep.sensitivity import SensitivityGroup
 from cp_debug.sweep.spread import Outlier, SampleGroup, Spread
-from cp_debug.version import __version__
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -272,13 +271,11 @@ def summary(result: SweepResult) -> str:
 
 def render_page(result: SweepResult) -> str:
     """The page: one HTML file that asks for nothing from a network."""
-    template = environment().get_template("sweep.html.j2")
     sections = [section(group) for group in result.groups]
     if result.failures:
         failed = f"{len(result.failures)} of {result.tasks} tasks failed"
         sections.append(GroupSection("Failed tasks", False, failed, [_failures(result)]))
-    about = {"result": result, "summary": summary(result), "sections": sections, "version": __version__}
-    return template.render(**about, **page_parts())
+    return rendered("sweep", result=result, summary=summary(result), sections=sections)
 
 
 def write_page(result: SweepResult, target: Path) -> None:
