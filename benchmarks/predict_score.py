@@ -11,9 +11,7 @@ values than the prediction's layers end at, what the layers between two shown va
 independent errors are, and a part of a layer that the engine split has the interval of the whole, from 0 on.
 ``below`` and ``as fp32``: smaller than the interval's low end; of these, layers whose kernel's name says that it
 computes in FP32. ``from_zero``: intervals that begin at 0, as the engine may leave the layer, or all above it, in
-FP32; ``none_or_more``: of these, intervals that have a smallest error where it does not. ``inside_as_fp32`` counts the
-layers inside such an interval that were computed in FP32 throughout, ``inside_above_zero`` all that lie inside by a
-lower end of either kind. ``missing`` has no interval and counts as outside.
+FP32. ``missing`` has no interval and counts as outside.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from typing import Any
 
 from cp_debug.backends.tensorrt.tactics import decode
 from cp_debug.files import write_text
-from cp_debug.prediction.result import NONE, Interval, PredictedLayer, Prediction
+from cp_debug.prediction.result import Interval, PredictedLayer, Prediction
 
 INSIDE, BELOW, ABOVE, MISSING = "inside", "below", "above", "missing"
 NOTHING = 1e-9
@@ -128,7 +126,7 @@ def summary(rows: Sequence[Scored]) -> dict[str, Any]:
         counts = Counter(getattr(row, f"{figure}_is") for row in own)
         fp32 = [row for row in own if getattr(row, f"{figure}_is") == BELOW and row.arithmetic == "fp32"]
         found = [getattr(row, f"{figure}_interval") for row in own]
-        ends = [(i.low if i.low > NOTHING else i.least, i.high) for i in found if i is not None]
+        ends = [(i.low, i.high) for i in found if i is not None]
         widths = [high / low for low, high in ends if low > NOTHING and math.isfinite(high)]
         measured = [(getattr(row, figure), i.expected) for row, i in zip(own, found, strict=True) if i and i.expected]
         ratios = [value / expected for value, expected in measured if value > NOTHING and math.isfinite(expected)]
@@ -137,17 +135,6 @@ def summary(rows: Sequence[Scored]) -> dict[str, Any]:
             **{name: counts[name] for name in (INSIDE, BELOW, ABOVE, MISSING)},
             "as_fp32": len(fp32),
             "from_zero": sum(i is not None and i.low <= NOTHING for i in found),
-            "none_or_more": sum(i is not None and i.low <= NOTHING and i.least > 0 for i in found),
-            "inside_as_fp32": sum(
-                i is not None and i.low <= NOTHING and i.least > 0 and getattr(row, figure) <= NONE
-                for row, i in zip(own, found, strict=True)
-            ),
-            "inside_above_zero": sum(
-                i is not None
-                and (i.low > NOTHING or (i.least > 0 and getattr(row, figure) > NONE))
-                and getattr(row, f"{figure}_is") == INSIDE
-                for row, i in zip(own, found, strict=True)
-            ),
             "coverage": round(counts[INSIDE] / len(own), 4) if own else None,
             "coverage_with_fp32": round((counts[INSIDE] + len(fp32)) / len(own), 4) if own else None,
             "not_above": round((counts[INSIDE] + counts[BELOW]) / len(own), 4) if own else None,
@@ -198,7 +185,7 @@ def stored(document: Mapping[str, Any], network: str, component: str) -> list[di
 
 
 def _shown(interval: Interval | None) -> str:
-    return "[–]" if interval is None else f"[{interval.low:.2e}, {interval.least:.2e}, {interval.high:.2e}]"
+    return "[–]" if interval is None else f"[{interval.low:.2e}, {interval.high:.2e}]"
 
 
 if __name__ == "__main__":

@@ -31,11 +31,15 @@ class FinalOutputs:
     _zero: set[Key] = field(default_factory=set)
 
     def add(
-        self, component: str, exact: Arrays, ways: Mapping[str, Arrays], interval: Callable[[Key, dict], Interval]
+        self,
+        component: str,
+        exact: Arrays,
+        ways: Mapping[str, Arrays],
+        interval: Callable[[dict[str, float]], Interval],
     ) -> None:
         """Take in one sample. ``exact``: its outputs in FP32; ``ways``: kernel → its outputs; arrays in any dtype.
 
-        ``interval`` makes one of a key and the errors by kernel.
+        ``interval`` makes one of the errors by kernel.
         """
         for name, array in exact.items():
             key = Key(component, name)
@@ -53,7 +57,7 @@ class FinalOutputs:
             is_zero = own.both_zero and (key in self._zero or key not in self.predicted)
             (self._zero.add if is_zero else self._zero.discard)(key)
             errors = {way: _error(array, outputs.get(name)) for way, outputs in ways.items()}
-            output = PredictedOutput(component, name, interval(key, errors))
+            output = PredictedOutput(component, name, interval(errors))
             if key in self.predicted:
                 output.error = output.error.joined(self.predicted[key].error)
             self.predicted[key] = output

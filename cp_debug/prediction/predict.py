@@ -159,8 +159,6 @@ class _ModelPrediction:
         self._outputs = FinalOutputs()
         self._silent: dict[str, None] = {}
         """Layers without a finite number in FP32, of which nothing is predicted."""
-        self._least: dict[Key, float] = {}
-        """Smallest errors of the last sample's values that may be in FP32 with everything above."""
         self._detections: dict[str, DetectionChange] = {}
         self._largest_changes: dict[str, Interval] = {}
         self._notes: list[str] = []
@@ -199,14 +197,13 @@ class _ModelPrediction:
             for run, step in zip(ways, steps, strict=True):
                 step.outputs = walk.outputs[run]
             exact, ways_out = walk.outputs[EXACT], {kernel.name: walk.outputs[kernel.name] for kernel in self._kernels}
-            self._outputs.add(component.name, exact, ways_out, self._of_output)
+            self._outputs.add(component.name, exact, ways_out, self._interval)
         self._take_detections(sample, {run: way.results for run, way in ways.items()})
 
     def _take(self, component: str, walked: Walked) -> None:
         group, key = walked.group, Key(component, walked.value)
         if all(node.op in QUANTIZERS for node in group.nodes):
             return
-        self._least[key] = walked.least.get(walked.value, 0.0)
         assert walked.exact is not None
         name = layer_name(self._programs[component], walked.value) if self._knows(key) else walked.value
         if not bool(torch.isfinite(walked.exact).any()):
@@ -219,9 +216,9 @@ class _ModelPrediction:
             [node.name for node in group.nodes],
             [node.op for node in group.nodes],
             walked.reads,
-            self._interval(walked.error, least=self._least[key]),
+            self._interval(walked.error),
             self._interval(walked.introduced) if walked.introduced else None,
-            {v: self._interval(e, partial=True, least=walked.least.get(v, 0.0)) for v, e in walked.inside.items()},
+            {v: self._interval(e, partial=True) for v, e in walked.inside.items()},
         )
         if walked.introduced and self._precision == "fp16":
             rounding, high = walked.introduced["fp16"], max(walked.introduced.values())
@@ -238,11 +235,11 @@ class _ModelPrediction:
     def _knows(self, key: Key) -> bool:
         return key.value in self._programs[key.component].graph.producer
 
-    def _interval(self, errors: Mapping[str, float], *, partial: bool = False, least: float = 0.0) -> Interval:
+    def _interval(self, errors: Mapping[str, float], *, partial: bool = False) -> Interval:
         expected = errors.get(self._kernels[0].name)
         assert partial or expected is not None
         first = next(iter(errors.values())) if expected is None else expected
-        return Interval.around(first, errors.values(), SPREAD, least)
+        return Interval.around(first, errors.values(), SPREAD)
 
     def _range(self, layer: PredictedLayer, walked: Walked) -> None:
         assert walked.exact is not None
@@ -263,9 +260,6 @@ class _ModelPrediction:
             layer.keep = "NaN or Inf appears in it"
         elif layer.excess > EXCESS:
             layer.keep = f"sums in FP16 introduce up to {layer.excess:.1f} times what rounding its results does"
-
-    def _of_output(self, key: Key, errors: Mapping[str, float]) -> Interval:
-        return self._interval(errors, least=self._least.get(key, 0.0))
 
     def _take_detections(self, sample: Sample, results: Mapping[str, Mapping[str, Arrays]]) -> None:
         reference: Any = decode(self._model, sample, results[EXACT])

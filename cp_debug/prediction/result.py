@@ -25,10 +25,6 @@ OVERFLOWS, CLOSE, VANISHES = "overflows", "close", "vanishes"
 lose more when stored than rounding explains."""
 
 
-NONE = 2e-6
-"""Relative L2 error up to which a result is FP32's: of sums in another order, 2.6e-7 was the largest seen."""
-
-
 @dataclass(frozen=True)
 class Interval:
     """Relative L2 errors over the plausible kernels, widened by the spread that was seen beyond them; infinite where a
@@ -38,26 +34,21 @@ class Interval:
     expected: float
     """Error with the most likely kernel."""
     high: float
-    least: float = 0.0
-    """Smallest error where ``low`` is 0, as everything above may be in FP32: that of an engine that takes the precision
-    for a part of it. The error is then at most ``NONE``, or from ``least`` to ``high``. 0 where that is not known."""
 
     def holds(self, value: float) -> bool:
         """Whether a measured error lies inside."""
-        return self.low <= value <= self.high and (value <= NONE or value >= self.least)
+        return self.low <= value <= self.high
 
     @classmethod
-    def around(cls, expected: float, all_of: Iterable[float], spread: float, least: float = 0.0) -> Interval:
+    def around(cls, expected: float, all_of: Iterable[float], spread: float) -> Interval:
         """The interval of the kernels' errors, the most likely one's first; ``spread`` is a factor of at least 1."""
         errors = [expected, *all_of]
-        low = min(errors) / spread
-        return cls(low, expected, max(errors) * spread, least / spread if low <= NONE else 0.0)
+        return cls(min(errors) / spread, expected, max(errors) * spread)
 
     def joined(self, other: Interval) -> Interval:
         """The smallest interval that holds this one and ``other``, with the larger of the expected errors."""
-        low = min(self.low, other.low)
-        least = min(each.least or each.low for each in (self, other)) if low <= NONE else 0.0
-        return Interval(low, max(self.expected, other.expected), max(self.high, other.high), least)
+        ends = min(self.low, other.low), max(self.expected, other.expected), max(self.high, other.high)
+        return Interval(*ends)
 
 
 @dataclass
@@ -154,8 +145,7 @@ class Prediction(JsonForm, Shown):
         parts = [f"{amount(len(computing), 'layer')} in {self.precision} on {self.target}"]
         if worst is not None:
             e = worst.error
-            ends = f"{e.least:.2g} to {e.high:.2g}, or as FP32" if e.least else f"{e.low:.2g} to {e.high:.2g}"
-            parts.append(f"worst output {worst.name} off by about {e.expected:.2g} ({ends})")
+            parts.append(f"worst output {worst.name} off by about {e.expected:.2g} ({e.low:.2g} to {e.high:.2g})")
         else:
             parts.append("no output has a relative error")
         if out := [layer for layer in self.layers if layer.range == OVERFLOWS]:

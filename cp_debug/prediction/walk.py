@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.tensor_ends import as_arrays
 from cp_debug.graph.unquantize import plain_nodes
 from cp_debug.prediction.groups import Group, groups_of
-from cp_debug.prediction.stretches import Stretches
 from cp_debug.prediction.targets import Kernel
 from cp_debug.prediction.undecided import FEW, LARGE, operations, undecided
 from cp_debug.probes.arrays import as_numpy
@@ -53,9 +51,6 @@ class Walked:
     """Node of the group → the largest finite magnitude of its results in FP32."""
     may_stay: bool = False
     """Whether a weakly typed target may leave the group in FP32."""
-    least: dict[str, float] = field(default_factory=dict)
-    """The value, and values inside the group, that may be in FP32 with everything above → the smallest error where a
-    part of it is not (``Stretches``)."""
 
 
 class GraphWalk:
@@ -93,7 +88,6 @@ class GraphWalk:
         output_names = [v.name for v in self.graph.outputs]
         live: dict[str, Values] = {run: dict(given) for run, given in inputs.items()}
         readers = Counter(name for group in self.groups for name in self._reads(group)) + Counter(output_names)
-        stretches = self._stretches(inputs)
         for group in self.groups:
             results = self._exits(group, readers)
             if group.side:
@@ -101,51 +95,20 @@ class GraphWalk:
                 for values in live.values():
                     values.update(side_values)
             else:
-                yield from self._compute(group, results, live, stretches)
+                yield from self._compute(group, results, live)
             for name in self._reads(group):
                 readers[name] -= 1
                 if not readers[name]:
                     for values in live.values():
                         values.pop(name, None)
-                    if stretches is not None:
-                        stretches.forget(name)
         for run, values in live.items():
             tensors = self._oracle.run_nodes([], values, output_names)
             self.outputs[run] = as_arrays(self.graph, tensors, as_numpy)
-
-    def _stretches(self, inputs: Mapping[str, Mapping[str, np.ndarray]]) -> Stretches | None:
-        """None where nothing, or nothing that this component reads, can be in FP32 throughout."""
-        mild = next((kernel for kernel in self._kernels if kernel.mixed), None)
-        if mild is None or not all(np.array_equal(x, inputs[EXACT][n]) for n, x in inputs[mild.name].items()):
-            return None
-        stretches = Stretches(
-            inputs[EXACT],
-            len(self._undecided),
-            self._exactly,
-            partial(self._mildly, replace(mild, mixed=False)),
-        )
-        for kernel in self._kernels:
-            stretches.feed(inputs[EXACT], inputs[kernel.name])
-        return stretches
 
     def _exactly(self, group: Group, given: Mapping[str, Any], names: Sequence[str]) -> tuple[Values, Values]:
         inside: Values = {}
         plain = [self._plain.get(node.name, node) for node in group.nodes]
         return self._oracle.run_nodes(plain, given, names, inside.__setitem__), inside
-
-    def _mildly(
-        self, kernel: Kernel, group: Group, given: Mapping[str, Any], names: Sequence[str]
-    ) -> tuple[Values, Values]:
-        """In FP32, and stored as the target does; by ``kernel`` where that rounds no results."""
-        if kernel.stored is None:
-            inside: Values = {}
-            return self._low(kernel, group, given, names, inside), inside
-        value = kernel.stored.round
-        results, inside = (
-            {n: value(x) if _floats(x) else x for n, x in values.items()}
-            for values in self._exactly(group, given, names)
-        )
-        return results, inside
 
     def _may_stay(self, group: Group, values: Mapping[str, Any]) -> bool:
         if group.nodes[0].index not in self._undecided:
@@ -162,9 +125,7 @@ class GraphWalk:
     def _exits(group: Group, readers: Mapping[str, int]) -> list[str]:
         return [o for node in group.nodes for o in node.outputs if readers.get(o)] or list(group.nodes[-1].outputs)
 
-    def _compute(
-        self, group: Group, results: Sequence[str], live: Mapping[str, Values], stretches: Stretches | None
-    ) -> Iterator[Walked]:
+    def _compute(self, group: Group, results: Sequence[str], live: Mapping[str, Values]) -> Iterator[Walked]:
         plain = [self._plain.get(node.name, node) for node in group.nodes]
         exact, exact_inside = self._exactly(group, live[EXACT], results)
         outer = self._data.difference(output for node in plain for output in node.outputs)
@@ -179,10 +140,6 @@ class GraphWalk:
         largest = {node.name: _largest(computed.get(o) for o in node.outputs) for node in plain}
         for value in walked.values():
             value.largest = largest
-        if stretches is not None and (may_stay or not group.computes) and stretches.reaches(reads):
-            least = stretches.add(group, reads, live[EXACT], exact, exact_inside)
-            for name, value in walked.items():
-                value.least = {n: e for n, e in least.items() if n == name or n not in results}
         results_by_run: dict[str, Values] = {EXACT: exact}
         for kernel in self._kernels:
             inside: Values = {}

@@ -38,8 +38,6 @@ def render(result: Prediction, *, show_all: bool = False) -> Iterator[Renderable
         yield Text(f"largest change of a box, other kernels included: {', '.join(parts)}")
     if result.weak:
         yield Text(f"{result.target} may leave any layer in FP32: then it introduces less than shown here", "dim")
-    if any(layer.error.least for layer in result.layers):
-        yield Text("0 or …: everything before may stay in FP32; if a part does not, the error is at least this", "dim")
     for note in result.notes:
         yield Text(f"note: {note}", style="yellow")
     keeps_any = any(layer.keep for layer in result.layers)
@@ -85,8 +83,7 @@ def output_table(result: Prediction) -> Sheet:
 
 
 def _cells(interval: Interval) -> tuple[str, str]:
-    low = f"0 or {number(interval.least)}" if interval.least else number(interval.low)
-    return number(interval.expected), f"{low} … {number(interval.high)}"
+    return number(interval.expected), f"{number(interval.low)} … {number(interval.high)}"
 
 
 def _severity(layer: PredictedLayer) -> float:
