@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from cp_debug.graph.tensor_ends import as_arrays
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.torch_layers import matches, select
-from cp_debug.programs.walk import Walk, tensors_as_arrays
-from cp_debug.quantization.data_ranges import METHODS, DataRanges
+from cp_debug.programs.walk import Walk
+from cp_debug.quantization.data_ranges import METHODS, amax_of_programs
 from cp_debug.quantization.modelopt_recipe import FILE, modelopt_recipe
 from cp_debug.quantization.models import output_sqnr
 from cp_debug.quantization.narrow_layers import (
@@ -192,23 +193,15 @@ def _quantized(
     chosen = {name: set(layers) - set(skipped[name]) for name, layers in names.items()}
     if not any(chosen.values()):
         raise InputError(f"--skip-layers: {', '.join(skip_layers)}: that leaves no layer to quantize")
-    ranges = {p.name: DataRanges(p.graph, [n for n in p.graph.nodes if n.name in chosen[p.name]]) for p in programs}
-    executors = {p.name: Executor(p.graph, FP32) for p in programs} if calibrated(precision) else {}
-    for sample in (*head, *samples) if executors else ():
-        for step in Walk(model, sample):
-            seen = ranges[step.name]
-            try:
-                for value, array in step.inputs.items():
-                    seen.see(value, array)
-                step.outputs = tensors_as_arrays(executors[step.name].run(step.inputs, seen.see, seen.watched))
-            except InputError as error:
-                raise InputError(f"{sample.source}: {error}") from error
+    amax = {}
+    if calibrated(precision):
+        nodes = {p.name: [n for n in p.graph.nodes if n.name in chosen[p.name]] for p in programs}
+        amax = amax_of_programs(model, programs, nodes, chain(head, samples), method)
     for _ in samples:  # the others are kept to measure on
         pass
     found = {}
     for program in programs:
-        amax = ranges[program.name].amax(method) if executors else {}
-        layers = narrow_layers(program.graph, precision, amax, chosen[program.name])
+        layers = narrow_layers(program.graph, precision, amax.get(program.name, {}), chosen[program.name])
         why = {node: f"skipped by {glob!r}" for node, glob in skipped[program.name].items()}
         found[program.name] = replace(layers, left_out={**layers.left_out, **why})
     if not any(layers.layers for layers in found.values()):

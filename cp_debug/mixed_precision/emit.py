@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cp_debug.backends.base import Program
-from cp_debug.backends.executor import Executor
 from cp_debug.backends.narrow_options import NarrowOptions, is_narrow
 from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.graph import Graph
@@ -18,8 +17,7 @@ from cp_debug.graph.narrow_qdq import insert_narrow_qdq
 from cp_debug.graph.operators import CONTRACTIONS
 from cp_debug.graph.unquantize import remove_qdq
 from cp_debug.programs.export import EXPORTERS
-from cp_debug.programs.walk import Walk, tensors_as_arrays
-from cp_debug.quantization.data_ranges import DataRanges
+from cp_debug.quantization.data_ranges import amax_of_programs
 from cp_debug.quantization.narrow_layers import calibrated, check_exportable, narrow_layers, weighted_layers
 from cp_debug.recipes.base import Model, Sample
 
@@ -62,17 +60,11 @@ def write_narrow_onnx(
     chosen = {
         p.name: [n for n in weighted_layers(p.graph, options) if n.name not in set(keep[p.name])] for p in programs
     }
-    ranges = {p.name: DataRanges(p.graph, chosen[p.name]) for p in programs}
-    executors = {p.name: Executor(p.graph) for p in programs}
-    for sample in samples if calibrated(options) else ():
-        for step in Walk(model, sample):
-            for value, array in step.inputs.items():
-                ranges[step.name].see(value, array)
-            seen = ranges[step.name]
-            step.outputs = tensors_as_arrays(executors[step.name].run(step.inputs, seen.see, seen.watched))
+    amax = amax_of_programs(model, programs, chosen, samples) if calibrated(options) else {}
     for program in programs:
-        amax = ranges[program.name].amax("max") if calibrated(options) else {}
-        layers = narrow_layers(program.graph, options, amax, [node.name for node in chosen[program.name]])
+        layers = narrow_layers(
+            program.graph, options, amax.get(program.name, {}), [node.name for node in chosen[program.name]]
+        )
         file = target / f"{program.name}.onnx" if several else target
         insert_narrow_qdq(program.graph, layers.layers, file, precision)
         notes += [f"--onnx: {node} stays in FP32: {why}" for node, why in layers.left_out.items()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,9 +13,9 @@ from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.qdq import gives_floats, quantizable, weight_axis
 from cp_debug.graph.scales import LayerScales, Scales
-from cp_debug.probes.arrays import Tensor, dtype_name, has_torch_type, to_device
 from cp_debug.programs.torch_layers import select
-from cp_debug.quantization.histogram import Histogram, check_method, weight_amax
+from cp_debug.quantization.data_ranges import DataRanges
+from cp_debug.quantization.histogram import check_method, weight_amax
 
 
 def calibrate_graph(
@@ -41,7 +41,7 @@ def names_of_layers(graph: Graph) -> dict[str, str]:
     return {node.name: node.proto.name or node.outputs[0] for node in (*quantizable(graph), *adds)}
 
 
-class GraphCalibration:
+class GraphCalibration(DataRanges):
     """Collects what the layers of a graph read, whoever runs it, and gives the scales.
 
     The layers are all convolutions, transposed convolutions and products with a weight; of additions those of two
@@ -53,59 +53,25 @@ class GraphCalibration:
         check_method(method)
         if graph.precision == "int8":
             raise InputError(f"{graph}: this graph is quantized already; calibrate the FP32 model")
-        self._graph, self._method = graph, method
+        self._method = method
         self._executor = Executor(graph, weight_cache=0)
         names = names_of_layers(graph)
         skipped = select([*names, *names.values()], skip)
         left = [n for n in graph.nodes if n.name in names and skipped.keys().isdisjoint((n.name, names[n.name]))]
-        self._layers = [node for node in left if node.op != "Add"]
-        self._residual_adds = [node for node in left if node.op == "Add"]
-        self._inputs = {node.proto.input[0]: Histogram() for node in self._layers}
-        self._operands = {node.name: Histogram() for node in self._residual_adds}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._counts: dict[str, list[Histogram]] = {name: [histogram] for name, histogram in self._inputs.items()}
-        for node in self._residual_adds:
-            for name in node.proto.input:
-                self._counts.setdefault(name, []).append(self._operands[node.name])
-
-    @property
-    def watched(self) -> set[str]:
-        """The values, graph inputs included, that ``see`` must be given."""
-        return set(self._counts)
-
-    def see(self, name: str, tensor: Tensor) -> None:
-        """Count one tensor of a run, if it is a watched one. Raises InputError for NaN or Inf in it.
-
-        Any shape, float dtype.
-        """
-        if name in self._counts and not has_torch_type(tensor):
-            raise InputError(
-                f"{self._graph}: {name!r} is {dtype_name(tensor)}, which is not calibrated; expected floats"
-            )
-        for histogram in self._counts.get(name, ()):
-            self._shapes[name] = tuple(tensor.shape)
-            try:
-                histogram.add(to_device(tensor, "cpu"))
-            except ValueError as error:
-                raise InputError(f"{self._graph}: {name!r} holds {error} during calibration") from None
+        super().__init__(graph, left)
+        self._nodes = left
 
     def scales(self) -> Scales:
         """The scales from all samples so far. Raises InputError when there was none."""
-        if self._counts and not self._shapes:
-            raise InputError(f"{self._graph}: there is no calibration data: expected at least one sample")
-        residual_adds = {
-            node.name: self._operands[node.name].amax(self._method)
-            for node in self._residual_adds
-            if len({self._shapes[name] for name in node.proto.input}) == 1
-        }
-        return Scales(self._graph.digest, self._method, dict(self._of_layers()), residual_adds)
-
-    def _of_layers(self) -> Iterator[tuple[str, LayerScales]]:
-        for node in self._layers:
-            weight = weight_of(node, self._executor)
-            if weight.dim() > 1:
-                amax = weight_amax(weight, weight_axis(node, weight.dim()), self._method)
-                yield node.name, LayerScales(self._inputs[node.proto.input[0]].amax(self._method), amax.numpy())
+        amax, layers, residual_adds = self.amax(self._method), dict[str, LayerScales](), dict[str, float]()
+        for node in self._nodes:
+            if node.op == "Add":
+                if len({self._shapes[name] for name in node.proto.input}) == 1:
+                    residual_adds[node.name] = amax[node.name]
+            elif (weight := weight_of(node, self._executor)).dim() > 1:
+                of_weight = weight_amax(weight, weight_axis(node, weight.dim()), self._method)
+                layers[node.name] = LayerScales(amax[node.name], of_weight.numpy())
+        return Scales(self._graph.digest, self._method, layers, residual_adds)
 
 
 def weight_of(node: Node, executor: Executor) -> torch.Tensor:
