@@ -250,10 +250,10 @@ class _Passes:
 
     def detections(self, sides: Sides) -> DetectionChange | None:
         """Change from the reference's detections to the test's; None for models that detect nothing."""
-        pair = [self._decoded(pipeline) for pipeline in sides]
-        if not all(isinstance(decoded, DetectsBoxes) for decoded in pair):
-            return None
-        return compare_detections(*pair)  # type: ignore[arg-type]
+        reference, test = (self._decoded(pipeline) for pipeline in sides)
+        if isinstance(reference, DetectsBoxes) and isinstance(test, DetectsBoxes):
+            return compare_detections(reference, test)
+        return None
 
     def preprocessing(self, sides: Sides) -> dict[str, VoxelChange]:
         """Sample → change of its pillars; the test voxelizes where it runs, or elsewhere altogether."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from cp_debug.detection.boxes import Objects
 from cp_debug.detection.matching import match_centers
+from cp_debug.recipes.abilities import DetectsBoxes
 
 MATCHING = 2.0
 """Metres within which two boxes of one class are the same object: the middle one of nuScenes' distances."""
@@ -18,25 +18,6 @@ RESCORED = 0.05
 """Change of score from which a box counts as moved."""
 
 KEPT, MOVED_BOX, LOST, GAINED = "kept", "moved", "lost", "gained"
-
-
-class Detected(Protocol):
-    """Detections of one sample: boxes [N, 2 or more] (x, y, … in metres), scores [N], labels [N]."""
-
-    @property
-    def boxes(self) -> np.ndarray:
-        """[N, 2 or more]: x, y, … in metres."""
-        ...
-
-    @property
-    def scores(self) -> np.ndarray:
-        """[N], 0 to 1."""
-        ...
-
-    @property
-    def labels(self) -> np.ndarray:
-        """[N], integers."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +38,7 @@ class BoxChange:
         return self.kind in (LOST, GAINED), max(abs(self.score), self.distance)
 
 
-def changes(reference: Detected, test: Detected) -> list[BoxChange]:
+def changes(reference: DetectsBoxes, test: DetectsBoxes) -> list[BoxChange]:
     """Every object of either side once. Boxes match within their class, those of high score first.
 
     Distances in metres, angles in radians.

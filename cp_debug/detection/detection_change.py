@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cp_debug.detection.changes import GAINED, LOST, MOVED_BOX, Detected, changes
+from cp_debug.detection.changes import GAINED, LOST, MOVED_BOX, changes
+from cp_debug.recipes.abilities import DetectsBoxes
 
 
 @dataclass
@@ -52,7 +53,7 @@ class DetectionChange:
         )
 
 
-def compare_detections(reference: Detected, test: Detected) -> DetectionChange:
+def compare_detections(reference: DetectsBoxes, test: DetectsBoxes) -> DetectionChange:
     """Match two sets of detections and sum up their differences.
 
     ``boxes`` [N, 7 or more] are x, y, z, length, width, height in metres, yaw in radians.

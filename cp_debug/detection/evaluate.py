@@ -14,34 +14,24 @@ from typing import Protocol
 import numpy as np
 
 from cp_debug.backends.base import Backend, Program
-from cp_debug.detection.changes import Detected
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, score_backends
 from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import Export, Pipeline, choose_export, prepare, wants_int8
-from cp_debug.recipes.abilities import HasClasses, HasData, Remarks
+from cp_debug.recipes.abilities import DetectsBoxes, HasClasses, HasData, Remarks
 from cp_debug.recipes.base import Arrays, Model
-from cp_debug.recipes.data.base import DataOptions, DataSet, Truth, iterate
+from cp_debug.recipes.data.base import DataSet, Truth, iterate
 
 Quantize = Callable[[list[Program], Path], tuple[list[Program], str]]
 """Makes programs with Q/DQ pairs in a folder, and says how."""
 
 
-class Detector(Model, Protocol):
-    """A model whose ``decode`` gives boxes: ``Detected`` with [N, 9] and z of the bottom centre."""
-
-    @property
-    def class_names(self) -> Sequence[str]:
-        """Names of the classes, in label order."""
-        ...
+class Detector(Model, HasClasses, HasData, Protocol):
+    """A model whose ``decode`` gives boxes: ``DetectsBoxes`` with [N, 9] and z of the bottom centre."""
 
     @property
     def region(self) -> tuple[float, float, float, float]:
         """The region that the model sees, from above: x0, y0, x1, y1 in m."""
-        ...
-
-    def data(self, inputs: Path | None, count: int, seed: int, options: DataOptions) -> DataSet:
-        """The samples of ``inputs``, or the model's default data set."""
         ...
 
 
@@ -94,7 +84,7 @@ def evaluate(
     clock, steps = Clock(), len(data) * len(backends)
     names: list[str] = []
     truths: list[Truth] = []
-    detected: list[list[Detected]] = [[] for _ in backends]
+    detected: list[list[DetectsBoxes]] = [[] for _ in backends]
     remarks, strange = Remarks(model), Counter[str]()
     with tempfile.TemporaryDirectory(prefix="cpdebug-") as scratch, ExitStack() as stack:
         on_step("exporting", 0, steps)

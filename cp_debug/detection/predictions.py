@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cp_debug.detection.boxes import Boxes
-from cp_debug.detection.changes import Detected
 from cp_debug.files import complete_path
+from cp_debug.recipes.abilities import DetectsBoxes
 from cp_debug.recipes.data.attributes import attributes_of
 
 _FIELDS = ("boxes", "scores", "labels", "counts")
@@ -31,7 +31,7 @@ class Predictions:
     counts: NDArray[np.int64]
 
     @classmethod
-    def gather(cls, samples: Sequence[Detected]) -> Predictions:
+    def gather(cls, samples: Sequence[DetectsBoxes]) -> Predictions:
         """Predictions from detections with z of the *bottom* centre, as mmdet3d predicts."""
         boxes = np.concatenate([np.zeros((0, 9), np.float32), *(detected.boxes for detected in samples)])
         boxes[:, 2] += boxes[:, 5] / 2

@@ -18,7 +18,6 @@ from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.backward import Backward, shares_over
-from cp_debug.detection.changes import Detected
 from cp_debug.detection.evaluate import as_detector
 from cp_debug.detection.evaluation import EvaluationOptions, draws_of
 from cp_debug.detection.predictions import Predictions
@@ -37,7 +36,7 @@ from cp_debug.quantization.models import QuantizedComponent, with_modules
 from cp_debug.quantization.narrow_layers import weighted_layers
 from cp_debug.quantization.nodes import nodes_by_layer
 from cp_debug.quantization.quantized_programs import quantized_programs
-from cp_debug.recipes.abilities import HasClasses
+from cp_debug.recipes.abilities import DetectsBoxes, HasClasses
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 from cp_debug.recipes.data.base import Truth
 from cp_debug.safe_text import did_you_mean
@@ -158,7 +157,7 @@ class LayerRunner:
         Raises InputError for a layer that the model does not have.
         """
         outputs: dict[KeptLayers, dict[str, ErrorSum]] = {kept: defaultdict(ErrorSum) for kept in trials}
-        detected: dict[KeptLayers, list[Detected]] = {kept: [] for kept in outputs}
+        detected: dict[KeptLayers, list[DetectsBoxes]] = {kept: [] for kept in outputs}
         if unknown := frozenset().union(*outputs) - self.all:
             hint = did_you_mean(min(unknown), self.layers)
             raise InputError(f"{self.model.name} has no quantized layer {min(unknown)!r}{hint}")
@@ -262,7 +261,7 @@ def is_scored(model: Model, samples: Sequence[Sample]) -> bool:
 
 
 def draws_of_scores(
-    model: Model, detected: Sequence[Detected], samples: Sequence[Sample], draws: int
+    model: Model, detected: Sequence[DetectsBoxes], samples: Sequence[Sample], draws: int
 ) -> dict[str, np.ndarray]:
     """mAP and NDS in each draw of the samples, float64 [1 + draws]; the first is of all of them."""
     detector = as_detector(model)
@@ -275,7 +274,7 @@ def draws_of_scores(
 def measured_of(
     model: Model,
     outputs: Mapping[str, ErrorSum],
-    detected: Sequence[Detected],
+    detected: Sequence[DetectsBoxes],
     samples: Sequence[Sample],
     draws: int,
 ) -> Measured:

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cp_debug.detection.changes import Detected, changes
+from cp_debug.detection.changes import changes
 from cp_debug.prediction.result import Interval
+from cp_debug.recipes.abilities import DetectsBoxes
 
 COVERS = 0.95
 """Probability with which an interval is to hold the largest change."""
@@ -26,7 +27,7 @@ BoxChanges = dict[int, tuple[float, float, float, float]]
 """Index of a box of the reference → how far ``FIELDS`` changed."""
 
 
-def box_changes(reference: Detected, test: Detected) -> BoxChanges:
+def box_changes(reference: DetectsBoxes, test: DetectsBoxes) -> BoxChanges:
     """Changes of the boxes that are on both sides. Boxes [N, 7 or more]: x, y, z, three sizes, yaw."""
     found: BoxChanges = {}
     for each in changes(reference, test):

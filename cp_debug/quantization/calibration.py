@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import chain, islice
 from typing import Any, TypeAlias
 
 import torch
@@ -22,7 +21,7 @@ from cp_debug.programs.align import module_digest
 from cp_debug.programs.torch_layers import full_path, is_quantized, layers_of, matches, own_path, select, weight_axis
 from cp_debug.quantization.awml_names import also_named
 from cp_debug.quantization.histogram import PERCENTILE, Histogram, check_method, weight_amax
-from cp_debug.quantization.nested_batches import NestedBatches, is_plain, tensors_only
+from cp_debug.quantization.nested_batches import plain_batches
 from cp_debug.quantization.output_error import BATCHES, OutputErrors
 from cp_debug.quantization.residual_adds import attach, find_adds
 
@@ -89,19 +88,9 @@ class CalibrationManager:
             if self.batches:
                 raise InputError(f"method is {method!r}; the earlier batches were observed for {self.method!r}")
             self.method, self._errors = method, OutputErrors() if method == "mse" else None
-        stream: Iterator[Any] = islice(batches, num_batches)
-        first = next(stream, None)
-        if first is None:
-            return self.scales()
-        stream = chain((first,), stream)
-        call = forward_fn or (None if is_plain(first) else getattr(type(self.module), "test_step", None))
-        nested = None if call is None else NestedBatches(self.module, tensors_only(call))
-        try:
-            for batch in stream if nested is None else nested.tensors(stream):
+        with plain_batches(self.module, batches, num_batches, forward_fn) as (stream, _):
+            for batch in stream:
                 self.run(batch)
-        finally:
-            if nested is not None:
-                nested.restore(self.module)
         return self.scales()
 
     def run(self, batch: Batch) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -51,6 +53,28 @@ class NestedBatches:
     def restore(self, model: nn.Module) -> None:
         """Give a model its own class back."""
         model.__class__ = self._class
+
+
+@contextmanager
+def plain_batches(
+    model: nn.Module, batches: Iterable[Any], count: int | None, call: Callable[[nn.Module, Any], Any] | None
+) -> Iterator[tuple[Iterator[Any], Callable[[nn.Module], None]]]:
+    """Batches that ``model`` takes meanwhile, at most ``count``, and a function that gives a copy its own class back.
+
+    Nested ones go through ``call(model, batch)``, without one through the model's ``test_step`` where it has one.
+    """
+    stream: Iterator[Any] = islice(batches, count)
+    begun = list(islice(stream, 1))
+    stream = chain(begun, stream)
+    call = call or (None if all(map(is_plain, begun)) else getattr(type(model), "test_step", None))
+    if call is None:
+        yield stream, lambda copy: None
+        return
+    nested = NestedBatches(model, tensors_only(call))
+    try:
+        yield nested.tensors(stream), nested.restore
+    finally:
+        nested.restore(model)
 
 
 def tensors_only(call: Callable[[nn.Module, Any], Any]) -> Callable[[nn.Module, Any], Any]:

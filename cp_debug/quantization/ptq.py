@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from cp_debug.quantization.awml_names import also_named
 from cp_debug.quantization.calibration import Batch, CalibrationManager, check_model
 from cp_debug.quantization.histogram import check_method
 from cp_debug.quantization.library import BITS, activation_quantizer, insert_quantizers
-from cp_debug.quantization.nested_batches import NestedBatches, is_plain, tensors_only
+from cp_debug.quantization.nested_batches import plain_batches
 from cp_debug.quantization.record import NOT_RUN, Quantization, quantization_of
 from cp_debug.quantization.residual_adds import add_quantizers, attach
 from cp_debug.quantization.toggles import print_quantizer_status
@@ -78,42 +78,21 @@ def quantize_ptq(
     check_method(chosen, "method" if amax_method is None else "amax_method")
     if num_calibration_batches is not None and num_calibration_batches < 1:
         raise InputError(f"num_calibration_batches is {num_calibration_batches}; expected at least 1")
-    stream: Iterator[Any] = islice(batches, num_calibration_batches)
-    first = next(stream, None)
-    if first is None:
-        raise InputError("there is no calibration data: expected at least one batch")
-    stream = chain((first,), stream)
-    call = forward_fn or (None if is_plain(first) else getattr(type(module), "test_step", None))
-    nested = None if call is None else NestedBatches(module, tensors_only(call))
-    try:
-        made = _calibrated(
-            module,
-            stream if nested is None else nested.tensors(stream),
-            chosen,
-            sorted(sensitive_layers) if sensitive_layers is not None else skip_layers,
-            prefix,
-            fold if fuse_bn is None else fuse_bn,
-        )
-    finally:
-        if nested is not None:
-            nested.restore(module)
-    if nested is not None:
-        nested.restore(made)
+    with plain_batches(module, batches, num_calibration_batches, forward_fn) as (stream, restore):
+        first = next(stream, None)
+        if first is None:
+            raise InputError("there is no calibration data: expected at least one batch")
+        skipped = sorted(sensitive_layers) if sensitive_layers is not None else skip_layers
+        manager = CalibrationManager(module, method=chosen, skip_layers=skipped, prefix=prefix)
+        check_there("modelopt", "quant")
+        if fold if fuse_bn is None else fuse_bn:
+            manager.module = fuse_model_bn(module, manager.arguments(first))
+        manager.calibrate(chain((first,), stream))
+        made = quantized(manager)
+        restore(made)
     if verbose:
         print_quantizer_status(made)
     return made
-
-
-def _calibrated(
-    module: nn.Module, stream: Iterator[Batch], method: str, skip_layers: Sequence[str], prefix: str, fold: bool
-) -> nn.Module:
-    manager = CalibrationManager(module, method=method, skip_layers=skip_layers, prefix=prefix)
-    check_there("modelopt", "quant")
-    first = next(stream)
-    if fold:
-        manager.module = fuse_model_bn(module, manager.arguments(first))
-    manager.calibrate(chain((first,), stream))
-    return quantized(manager)
 
 
 def quantized(manager: CalibrationManager) -> nn.Module:

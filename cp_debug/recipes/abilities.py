@@ -21,8 +21,10 @@ M = TypeVar("M", bound=Model)
 class HasClasses(Protocol):
     """A model that detects objects of named classes, or its detections."""
 
-    class_names: Sequence[str]
-    """Names of the classes, by label."""
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Names of the classes, by label."""
+        ...
 
 
 @runtime_checkable
@@ -119,20 +121,25 @@ class Remarks:
 class HasScores(Protocol):
     """A decoded result whose entries have scores, boxes or not."""
 
-    scores: np.ndarray
-    """``[N]``, 0 to 1."""
+    @property
+    def scores(self) -> np.ndarray:
+        """``[N]``, 0 to 1."""
+        ...
 
 
 @runtime_checkable
-class DetectsBoxes(Protocol):
+class DetectsBoxes(HasScores, Protocol):
     """A decoded result that consists of detections."""
 
-    boxes: np.ndarray
-    """``[N, 7 or more]``: x, y, z, length, width, height in metres, yaw in radians."""
-    scores: np.ndarray
-    """``[N]``, 0 to 1."""
-    labels: np.ndarray
-    """``[N]``, integers."""
+    @property
+    def boxes(self) -> np.ndarray:
+        """``[N, 7 or more]``: x, y, z, length, width, height in metres, yaw in radians."""
+        ...
+
+    @property
+    def labels(self) -> np.ndarray:
+        """``[N]``, integers."""
+        ...
 
 
 class _GivenSamples:

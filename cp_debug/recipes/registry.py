@@ -39,28 +39,12 @@ def load_model(
     """
     kind = kind_of(text)
     check_reading(text, kind, reading)
+    if kind in ("onnx", "program", "transformers") and checkpoint is not None:
+        raise InputError(f"--checkpoint: {text} already holds its weights")
     if kind == "onnx":
-        if checkpoint is not None:
-            raise InputError(f"--checkpoint: {text} already holds its weights")
         from cp_debug.recipes.onnx_file import OnnxFileModel
 
         return OnnxFileModel(Path(text), reading)
-    if kind == "program":
-        if checkpoint is not None:
-            raise InputError(f"--checkpoint: {text} already holds its weights")
-        from cp_debug.recipes.torch_programs import load_program
-
-        program = load_program(Path(text), None if inputs is None else first_arrays(inputs))
-        program.reading = reading
-        return program
-    if kind == "transformers":
-        if checkpoint is not None:
-            raise InputError(f"--checkpoint: {text} already holds its weights")
-        from cp_debug.recipes.transformers_folder import load_folder
-
-        folder = load_folder(Path(text))
-        folder.reading = reading
-        return folder
     if kind == "centerpoint":
         from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 
@@ -71,11 +55,20 @@ def load_model(
         return load_detector(text, checkpoint=checkpoint, seed=seed)
     if kind == "plug-in":
         return _from_plugin(text, checkpoint, seed)
-    from cp_debug.recipes.callables import load_callable
+    if kind == "program":
+        from cp_debug.recipes.torch_programs import load_program
 
-    module = load_callable(text, checkpoint, inputs)
-    module.reading = reading
-    return module
+        model = load_program(Path(text), None if inputs is None else first_arrays(inputs))
+    elif kind == "transformers":
+        from cp_debug.recipes.transformers_folder import load_folder
+
+        model = load_folder(Path(text))
+    else:
+        from cp_debug.recipes.callables import load_callable
+
+        model = load_callable(text, checkpoint, inputs)
+    model.reading = reading
+    return model
 
 
 def check_reading(text: str, kind: str, reading: Reading) -> None:

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from cp_debug.detection.changes import Detected
 from cp_debug.detection.evaluate import Detector
 from cp_debug.detection.evaluation import EvaluationOptions
 from cp_debug.programs.scene import DecodedBoxes
-from cp_debug.recipes.abilities import Remarks
+from cp_debug.recipes.abilities import DetectsBoxes, Remarks
 from cp_debug.recipes.base import Sample
 from cp_debug.recipes.data.base import Truth
 
@@ -21,7 +20,7 @@ BOX = ("x", "y", "z", "length", "width", "height", "yaw", "vx", "vy")
 _DETECTED = ("boxes", "scores", "labels")
 
 
-def pack_detections(detected: Detected) -> dict[str, Any]:
+def pack_detections(detected: DetectsBoxes) -> dict[str, Any]:
     """Detections of one sample as lists: boxes [N, 9] in metres, radians and m/s; scores and labels [N]."""
     return {name: np.asarray(getattr(detected, name)).tolist() for name in _DETECTED}
 
@@ -32,7 +31,7 @@ def detections_from(plain: Mapping[str, Any]) -> DecodedBoxes:
     return DecodedBoxes(boxes, np.array(plain["scores"], dtype=np.float32), np.array(plain["labels"], dtype=np.int64))
 
 
-def pack_scene(model: Detector, sample: Sample, detected: Detected) -> dict[str, Any]:
+def pack_scene(model: Detector, sample: Sample, detected: DetectsBoxes) -> dict[str, Any]:
     """One sample with what is detected in it as lists, by the fields of ``Truth`` in its units where it has any."""
     remarks, truth = Remarks(model), sample.truth
     remarks.see(sample)
