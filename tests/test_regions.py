@@ -28,7 +28,6 @@ from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.regions import hypotheses
 from cp_debug.bisect.regions.hypotheses import _reduce
-from cp_debug.bisect.regions.marks import choose, cuts
 from cp_debug.bisect.regions.region import Region, region_of
 from cp_debug.bisect.result import BisectResult, TestResult
 from cp_debug.graph.graph import Graph
@@ -165,7 +164,9 @@ def test_results_taken_for_each_other_are_named_before_anything_is_built(
 
 
 @pytest.mark.slow
-def test_a_fault_that_marks_undo_is_found_by_keeping_precision(region: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_fault_that_values_shown_undo_is_found_by_keeping_precision(
+    region: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     region.setattr("fake_tensorrt.FAULTY", {"/p1/Softmax": 1.5, "/p0/Softmax": 1.5})
     region.setattr(
         "fake_tensorrt.MENDING", {o for i in range(BLOCKS) for o in (f"r{i}", f"h{i}", f"a{i}", f"n{i}", "x1")}
@@ -173,7 +174,6 @@ def test_a_fault_that_marks_undo_is_found_by_keeping_precision(region: pytest.Mo
     (finding,) = first(run(tmp_path, max_builds=12)).findings
     inside = finding.inside
     assert inside is not None
-    assert "the fault depends on their fusion" in inside["steps"][0]["learnt"]
     assert set(inside["kept"]) == set(softmaxes())
     assert inside["in_fp32"] < inside["limit"], "a matter of precision"
 
@@ -197,7 +197,7 @@ def test_what_was_learnt_survives_an_interruption(region: pytest.MonkeyPatch, tm
 
     def trial(self: EngineSession, *args: Any, **kwargs: Any) -> Any:
         calls.append(kwargs)
-        if len(calls) == 2:
+        if len(calls) == 3:  # the first tries all of it
             raise KeyboardInterrupt
         return real(self, *args, **kwargs)
 
@@ -205,7 +205,7 @@ def test_what_was_learnt_survives_an_interruption(region: pytest.MonkeyPatch, tm
     result = run(tmp_path)
     (finding,) = first(result).findings
     assert finding.inside is not None
-    assert (finding.inside["ended"], len(finding.inside["steps"])) == ("interrupted", 1)
+    assert (finding.inside["ended"], len(finding.inside["steps"])) == ("interrupted", 2)
     assert 0 < len(finding.inside["suspects"]) < 20
     assert not result.agrees
 
@@ -229,19 +229,7 @@ def test_builds_that_fail_are_counted_and_told(region: pytest.MonkeyPatch, tmp_p
     (finding,) = first(run(tmp_path, max_builds=3)).findings
     assert finding.inside is not None
     assert {step["learnt"] for step in finding.inside["steps"]} == {"failed: no kernel for this"}
-    assert len(finding.inside["steps"]) == 3
-
-
-def test_marks_part_what_is_suspect_where_few_values_cross(tmp_path: Path) -> None:
-    graph = Graph(save_transformer(tmp_path))
-    width = cuts(graph, graph.nodes, ["x"], "y")
-    assert (width["x1"], width["r0"]) == (1, 1), "only the residual stream passes here"
-    assert width["a0"] == 2
-    assert "y" not in width
-    suspects = [node.name for node in graph.nodes]
-    assert choose(width, graph.nodes, suspects, 1) == ["x1"]
-    assert choose(width, graph.nodes, ["/n0/LayerNormalization", "/m0/MatMul"], 1) == ["n0"]
-    assert choose(width, graph.nodes, ["/n0/LayerNormalization"], 3) == []
+    assert (finding.inside["ended"], len(finding.inside["steps"])) == ("a build failed", 2)
 
 
 def test_backends_are_made_once_for_the_search(region: pytest.MonkeyPatch, tmp_path: Path) -> None:

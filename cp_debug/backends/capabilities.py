@@ -162,7 +162,6 @@ class BuildsVariations(Protocol):
         self,
         inputs: Mapping[str, np.ndarray],
         marks: Collection[str] = (),
-        wide: Collection[str] = (),
         keep_fp32: Collection[str] = (),
     ) -> BuiltVariation:
         """Build one more engine and run it once, with values shown or nodes kept in FP32."""

@@ -96,13 +96,9 @@ def _inside(inside: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(Label, text) of the search inside a region: hypotheses, then engine by engine."""
     yield "suspects", some(inside["suspects"], NAMED)
     for place, step in enumerate(inside["steps"], 1):
-        action = "showing" if step["kind"] == "marks" else "in FP32"
-        names = step["names"][0] if len(step["names"]) == 1 else f"{len(step['names'])} {_KINDS[step['kind']]}"
+        names = step["names"][0] if len(step["names"]) == 1 else f"{len(step['names'])} nodes"
         error = f"error {_show(step['error'])}, " if step["error"] is not None else ""
-        yield f"build {place}", f"{action} {names}: {error}{step['learnt']} ({step['seconds']:.0f} s)"
-
-
-_KINDS = {"marks": "values", "keep": "nodes"}
+        yield f"build {place}", f"in FP32 {names}: {error}{step['learnt']} ({step['seconds']:.0f} s)"
 
 
 def _where(where: Where) -> Iterator[str]:

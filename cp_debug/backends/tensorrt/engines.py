@@ -211,11 +211,11 @@ class EngineSet:
             (self.probed,) = self._builder.build([self._probed_request()], self._profiles)
         return self.probed
 
-    def variation(self, builder: EngineBuilder, file: str, marks: Collection[str], wide: Collection[str]) -> Engine:
-        """An engine of the same shapes by another builder that shows ``marks``, those of ``wide`` in FP32."""
+    def variation(self, builder: EngineBuilder, file: str, marks: Collection[str]) -> Engine:
+        """An engine of the same shapes by another builder that shows ``marks``."""
         low = _LOW.get(builder.variant, "") if builder.config.regime == "weak" else ""
         boundaries = self._boundaries()
-        tensors = {name: boundaries.get(name) or {"dtype": "" if name in wide else low, "format": ""} for name in marks}
+        tensors = {name: boundaries.get(name) or {"dtype": low, "format": ""} for name in marks}
         probes = {"method": "outputs", "tensors": tensors} if tensors else {}
         (engine,) = builder.build([(file, probes)], self._profiles)
         return engine

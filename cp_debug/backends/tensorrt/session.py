@@ -287,13 +287,12 @@ class EngineSession:
         self,
         inputs: Mapping[str, np.ndarray],
         marks: Collection[str] = (),
-        wide: Collection[str] = (),
         keep_fp32: Collection[str] = (),
     ) -> EngineVariation:
         """Build one more engine and run it once, with ``marks`` shown or with further nodes kept in FP32.
 
-        Marks are put out in the type that the engine has them in, or else in the one asked for; those of ``wide`` in
-        FP32, because they would leave its range. Raises InputError for a build that fails.
+        Marks are put out in the type that the engine has them in, or else in the one asked for. Raises InputError for a
+        build that fails.
         """
         check_inputs(self._own.inputs, inputs, str(self._own.path))
         engines = self._latest = self._engines(inputs)
@@ -302,7 +301,7 @@ class EngineSession:
         if keep_fp32:
             variant, version = self._asked
             builder = self._open(variant, version, self._options.keep_fp32 | set(keep_fp32), f"{name}.onnx")
-        engine = engines.variation(builder, f"{name}.engine", marks, wide)
+        engine = engines.variation(builder, f"{name}.engine", marks)
         with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:
             plain, ran = self._runs.execute([engines.plain.path, engine.path], inputs, Path(folder), marks)
             outputs, reference = self._runs.outputs(ran.written), self._runs.outputs(plain.written)

@@ -1,36 +1,31 @@
 """Descent into a guilty region: a few more engines, each chosen by what is known, until a node or an operator is named.
 
-First hypotheses are emulated, which costs no engine. Where none gives the region's result, values inside are shown.
-Where the error stays, each stretch between two of them is judged by itself, and the first one at fault is looked at
-next, with the same hypotheses. Where showing values mends it, the fault needs the fusion: then operators, or nodes with
-one role, are kept in FP32 by halves, and what must stay is found without looking inside. What is named at the end is
-kept in FP32 by itself; that this mends the region is said only where it was seen.
+First hypotheses are emulated, which costs no engine. Where none gives the region's result, operators, then nodes with
+one role, are kept in FP32 by halves, and what must stay is found without looking inside: a value that is shown would
+undo the fusion. What is named at the end is kept in FP32 by itself; that this mends the region is said only where it
+was seen.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from cp_debug.backends.capabilities import BuiltVariation
 from cp_debug.bisect.causes.segment import Segment
-from cp_debug.bisect.regions.hypotheses import LARGEST, REPRODUCED, Hypothesis, rank, survey
+from cp_debug.bisect.regions.hypotheses import rank
 from cp_debug.bisect.regions.learnt import Descent, Step
-from cp_debug.bisect.regions.marks import choose, cuts
 from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replayed import EXCESS
-from cp_debug.errors import CpdebugError, InputError, Terminated
+from cp_debug.errors import CpdebugError, Terminated
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import MOVING, PRODUCTS
 from cp_debug.probes.distance import relative_l2
 
-MARKS = 8
-"""Values shown by one engine."""
 BUILDS = 6
 """Engines built for one region, unless said otherwise."""
 NORMALIZING = (
@@ -76,7 +71,7 @@ def descend(
     except KeyboardInterrupt:
         search.descent.ended = "interrupted"
     except _Spent as spent:
-        search.descent.ended = str(spent)
+        search.end(str(spent))
     return search.descent
 
 
@@ -106,7 +101,6 @@ class _RegionSearch:
         finite = error if math.isfinite(error) else 1.0
         self.descent = Descent(region, error, max(min(EXCESS * healthy, math.sqrt(finite * healthy)), 1e-300))
         self._suspect([n.name for n in self._nodes])
-        self._top = {name: tensor.largest for name, tensor in survey(segment).items()}
 
     def run(self) -> None:
         descent = self.descent
@@ -114,11 +108,14 @@ class _RegionSearch:
         descent.hypotheses = rank(self._segment)
         if self._named():
             return
-        if self._by_marks():
-            return
         if not self._lower:
             raise _Spent("in FP32 there is no precision to keep")
         self._by_precision()
+
+    def end(self, why: str) -> None:
+        """End the search: suspect is what is proven, where anything is."""
+        self.descent.ended = why
+        self._suspect(self.descent.kept or self.descent.suspects)
 
     def _named(self) -> bool:
         """Whether the best hypothesis reproduces the region's error; if so, suspect its nodes and try them in FP32."""
@@ -126,100 +123,9 @@ class _RegionSearch:
         if best is None or best.name == self._segment.context.claim.name:
             return False
         self._suspect(best.nodes)
-        if self._lower and not self._verify(best.nodes):
-            self._verify([n.name for n in self._beside(best.nodes)])
+        if self._lower:
+            self._verify(best.nodes)
         return True
-
-    def _beside(self, names: Collection[str]) -> list[Node]:
-        """Nodes of ``names`` and their neighbours up and down, across nodes that only move numbers, in order."""
-        graph, inside = self._segment.graph, {n.name: n for n in self._segment.nodes}
-        neighbours = {name: inside[name] for name in names if name in inside}
-
-        def walk(node: Node, down: bool) -> None:
-            if down:
-                near = [reader for o in node.outputs for reader in graph.consumers.get(o, ())]
-            else:
-                near = [graph.producer[i] for i in node.inputs if i in graph.producer]
-            for other in near:
-                if other.name in inside and other.name not in neighbours and other.op != "Constant":
-                    if other.op in MOVING:
-                        walk(other, down)
-                    else:
-                        neighbours[other.name] = other
-
-        for node in list(neighbours.values()):
-            walk(node, True)
-            walk(node, False)
-        return sorted(neighbours.values(), key=lambda n: n.index)
-
-    # ------------------------------------------------------------ showing values
-
-    def _by_marks(self) -> bool:
-        """Narrow the suspects by showing values; True when that ended it, False when the fault hides from marks."""
-        segment = self._segment
-        width = cuts(segment.graph, segment.nodes, segment.given, segment.target)
-        shown_values: dict[str, np.ndarray] = {}
-        count = MARKS
-        while len(self.descent.suspects) > 1:
-            marks = choose(
-                {v: w for v, w in width.items() if v not in shown_values}, segment.nodes, self.descent.suspects, count
-            )
-            if not marks:
-                break
-            wide = [v for v in marks if self._top.get(v, 0.0) > LARGEST]
-            step, built = self._trial("marks", marks, marks=[*segment.given, *marks], wide=wide)
-            if built is None:
-                if count == 1:
-                    return False
-                count = max(1, count // 4)  # some values cannot be shown without leaving TensorRT no kernel
-                continue
-            if step.error is not None and step.error <= self.descent.limit:
-                step.learnt = "making these values visible fixes it: the fault depends on their fusion"
-                return False
-            shown_values |= {v: built.shown[v] for v in marks if v in built.shown}
-            guilty = self._judge(shown_values, built)
-            if not guilty:
-                step.learnt = "no part between these values is at fault by itself"
-                return False
-            part, inside = guilty[0]
-            self._suspect([n.name for n in inside])
-            step.learnt = f"{len(guilty)} of the parts between them are at fault, the first has {_nodes(len(inside))}"
-            self._tell(f"{self.descent.region.label}: {step.learnt}: trying hypotheses on it")
-            if best := next((h for h in rank(part) if h.explained >= REPRODUCED), None):
-                self.descent.hypotheses.insert(0, self._widened(best))
-                return self._named()
-        return self._name()
-
-    def _widened(self, best: Hypothesis) -> Hypothesis:
-        """The hypothesis about one stretch, widened to all nodes of the region with the same roles as its own."""
-        roles = {self._role(n) for n in self._segment.nodes if n.name in best.nodes}
-        names = tuple(n.name for n in self._segment.nodes if self._role(n) in roles)
-        return replace(best, nodes=names)
-
-    def _judge(self, shown: Mapping[str, np.ndarray], built: BuiltVariation) -> list[tuple[Segment, list[Node]]]:
-        """Each stretch between known values that introduces too much, and its suspect nodes, in execution order."""
-        segment, suspects = self._segment, set(self.descent.suspects)
-        values: dict[str, Any] = {
-            **segment.given,
-            **{k: v for k, v in built.shown.items() if k in segment.given},
-            **shown,
-        }
-        if segment.target in built.outputs:
-            values[segment.target] = built.outputs[segment.target]
-        elif segment.target in built.shown:
-            values[segment.target] = built.shown[segment.target]
-        guilty = []
-        for value in [o for node in segment.nodes for o in node.outputs if o in values]:
-            try:
-                part = Segment.of(segment.context, value, values.keys(), values.__getitem__)
-            except InputError:
-                continue
-            inside = [n for n in part.nodes if n.name in suspects]
-            if inside and (part.strange or part.introduced > EXCESS * part.expected):
-                guilty.append((part, inside))
-        return guilty
-
-    # ------------------------------------------------------------ keeping precision
 
     def _by_precision(self) -> None:
         """Find the operators, then the roles, then the nodes that must be in FP32, by halves."""
@@ -234,7 +140,7 @@ class _RegionSearch:
             group = self._halve(parts, kind)
             self._suspect([n.name for n in group])
             if set(descent.suspects) != set(descent.kept) and not self._verify(descent.suspects):
-                self._suspect(descent.kept or everything)
+                self._suspect(everything)
                 raise _Spent(
                     "no smaller part of it in FP32 fixes it" if descent.kept else "keeping FP32 does not fix it"
                 )
@@ -279,7 +185,7 @@ class _RegionSearch:
         while len(groups) > 1:
             half = groups[: (len(groups) + 1) // 2]
             names = [n.name for group in half for n in group]
-            step, built = self._trial("keep", names, keep_fp32=names)
+            step, built = self._trial(names)
             if built is None:
                 raise _Spent("a build failed")
             mends = step.error is not None and step.error <= self.descent.limit
@@ -291,20 +197,6 @@ class _RegionSearch:
             self._suspect([n.name for n in remaining])
         return groups[0]
 
-    def _name(self) -> bool:
-        """Whether keeping the cornered nodes in FP32 mends the region; else try all nodes with the same role."""
-        if not self._lower:
-            return True
-        names = list(self.descent.suspects)
-        if not self._verify(names):
-            roles = {self._role(n) for n in self._nodes if n.name in names}
-            alike = [n.name for n in self._nodes if self._role(n) in roles]
-            if len(alike) == len(names) or not self._verify(alike):
-                return False
-            self._suspect(alike)
-        self._control()
-        return True
-
     def _control(self) -> None:
         """Build the region with all of it in FP32: it must be right then, if rounding is to blame."""
         everything = [n.name for n in self._nodes]
@@ -312,8 +204,10 @@ class _RegionSearch:
         self.descent.in_fp32 = self.descent.steps[-1].error
 
     def _verify(self, names: Sequence[str]) -> bool:
-        step, built = self._trial("keep", list(names), keep_fp32=names)
-        mends = built is not None and step.error is not None and step.error <= self.descent.limit
+        step, built = self._trial(names)
+        if built is None:
+            return False
+        mends = step.error is not None and step.error <= self.descent.limit
         step.learnt = "fixed" if mends else "not fixed"
         if mends:
             self._prove(names, step)
@@ -323,25 +217,23 @@ class _RegionSearch:
         if not self.descent.kept or len(names) < len(self.descent.kept):
             self.descent.kept, self.descent.mended = list(names), step.error
 
-    # ------------------------------------------------------------ engines
-
-    def _trial(self, kind: str, names: Sequence[str], **asked: Any) -> tuple[Step, BuiltVariation | None]:
+    def _trial(self, names: Sequence[str]) -> tuple[Step, BuiltVariation | None]:
+        """An engine with these nodes in FP32."""
         descent, target = self.descent, self._segment.target
         if len(descent.steps) >= self._max:
             raise _Spent(f"{self._max or 'no'} builds were allowed")
         self._tell(f"{descent.region.label}: build {len(descent.steps) + 1} of at most {self._max}; {self._now()}")
         started = time.monotonic()
-        asked["marks"] = list(dict.fromkeys([*asked.get("marks", ()), target]))
         try:
-            built = self._build(**asked)
+            built = self._build(marks=[target], keep_fp32=names)
         except CpdebugError as failure:
             seconds, why = round(time.monotonic() - started, 3), str(failure).splitlines()[0]
-            step = Step(kind, list(names), seconds, learnt=f"failed: {why}")
+            step = Step(list(names), seconds, learnt=f"failed: {why}")
             descent.steps.append(step)
             return step, None
         value = built.outputs.get(target, built.shown.get(target))
         error = self._error(value) if value is not None else None
-        step = Step(kind, list(names), round(time.monotonic() - started, 3), error, built.gap)
+        step = Step(list(names), round(time.monotonic() - started, 3), error, built.gap)
         descent.steps.append(step)
         return step, built
 

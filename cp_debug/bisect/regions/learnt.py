@@ -14,10 +14,8 @@ from cp_debug.serialize import JsonForm
 class Step:
     """One engine that was built."""
 
-    kind: str
-    """``marks``: values were shown; ``keep``: nodes were kept in FP32."""
     names: list[str]
-    """Names of the values shown, or of the nodes kept."""
+    """Nodes that were kept in FP32."""
     seconds: float
     error: float | None = None
     """Relative L2 distance of the region's value from the reference's; None where the build failed."""
