@@ -70,38 +70,29 @@ __all__ = [
     "verify",
 ]
 
-_HOME = {
-    "BackendUnavailable": "errors",
-    "BisectResult": "bisect.result",
-    "Capture": "probes.capture",
-    "CpdebugError": "errors",
-    "EvaluationOptions": "detection.evaluation",
-    "EvaluationResult": "detection.evaluation",
-    "ExportOptions": "deploy.exporting",
-    "InputError": "errors",
-    "MissingPackage": "errors",
-    "Options": "bisect.engine",
-    "PredictOptions": "prediction.predict",
-    "Prediction": "prediction.result",
-    "PtqResult": "deploy.quantize_output",
-    "Reading": "recipes.input_files",
-    "MixedPrecisionOptions": "mixed_precision.search",
-    "MixedPrecisionResult": "mixed_precision.result",
-    "VerifyOptions": "deploy.verify",
-    "VerifyResult": "deploy.verify",
-    "assert_agree": "api.diagnose",
-    "compare": "probes.statistics",
-    "compare_tensors": "api.tensors",
-    "diff_results": "bisect.result_diff",
-    "diagnose": "api.diagnose",
-    "evaluate": "api.jobs",
-    "open_result": "reports.saved",
-    "predict": "api.jobs",
-    "quantize": "api.jobs",
-    "search": "api.jobs",
-    "verify": "api.jobs",
+_NAMES = {
+    "api.diagnose": ("assert_agree", "diagnose"),
+    "api.jobs": ("evaluate", "predict", "quantize", "search", "verify"),
+    "api.tensors": ("compare_tensors",),
+    "bisect.engine": ("Options",),
+    "bisect.result": ("BisectResult",),
+    "bisect.result_diff": ("diff_results",),
+    "deploy.exporting": ("ExportOptions",),
+    "deploy.quantize_output": ("PtqResult",),
+    "deploy.verify": ("VerifyOptions", "VerifyResult"),
+    "detection.evaluation": ("EvaluationOptions", "EvaluationResult"),
+    "errors": ("BackendUnavailable", "CpdebugError", "InputError", "MissingPackage"),
+    "mixed_precision.result": ("MixedPrecisionResult",),
+    "mixed_precision.search": ("MixedPrecisionOptions",),
+    "prediction.predict": ("PredictOptions",),
+    "prediction.result": ("Prediction",),
+    "probes.capture": ("Capture",),
+    "probes.statistics": ("compare",),
+    "recipes.input_files": ("Reading",),
+    "reports.saved": ("open_result",),
 }
-"""Module of each name. None is called as a folder of the package: importing that would hide it."""
+"""Module → its names here. None is called as a folder of the package: importing that would hide it."""
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

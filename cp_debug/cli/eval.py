@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,10 +17,9 @@ from cp_debug.cli.typed import refuse, refuse_data_flags, refuse_export_flags
 from cp_debug.loading import load_torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cp_debug.backends.base import Program
-    from cp_debug.backends.spec import BackendSpec
-    from cp_debug.detection.evaluation import EvaluationResult
-    from cp_debug.recipes.data.base import DataOptions
 
 
 @grouped
@@ -66,55 +65,41 @@ def evaluate(
     reference's.
     """
     from cp_debug.backends.spec import parse_backends
-    from cp_debug.cli.console import steps
+    from cp_debug.cli.console import show_document, steps
     from cp_debug.deploy.documents import SUFFIXES
     from cp_debug.recipes.data.base import DataOptions, iterate
 
-    specs = parse_backends(backends)
+    specs, read = parse_backends(backends), DataOptions(data_root, sweeps, skip_missing)
     if t4:
         from cp_debug.detection.t4_metric import check_installed
 
         check_installed()
-    if model.endswith(SUFFIXES):
-        refuse(_OF_MODULES, unless=False, why=f"{model} describes exported files, which are taken as they are")
-        engines.check(specs)
-        refuse(_OF_BUILDS, unless=False, why=f"the engines of {model} are built already")
-        check_made_up(samples, data, given_by="--data")
-        counting = ranges, min_points, draws, seed, max_drop, t4
-        reading = DataOptions(data_root, sweeps, skip_missing)
-        engines.check_installed(specs)
-        load_torch()
-        _finish(
-            _files(Path(model), specs, data, samples, reading, counting, engines.trt_python), json, csv, predictions
-        )
+    exported = model.endswith(SUFFIXES)
+    refuse(_OF_MODULES, unless=not exported, why=f"{model} describes exported files, which are taken as they are")
     engines.check(specs)
-    int8.check(specs)
-    refuse_data_flags(data)
-    refuse_export_flags([model])
+    refuse(_OF_BUILDS, unless=not exported, why=f"the engines of {model} are built already")
     check_made_up(samples, data, given_by="--data")
-    read = DataOptions(data_root, sweeps, skip_missing)
-    check_given(model, inputs=data, samples=samples, checkpoint=checkpoint, options=read, truth=True, flag="--data")
+    if not exported:
+        int8.check(specs)
+        refuse_data_flags(data)
+        refuse_export_flags([model])
+        check_given(model, inputs=data, samples=samples, checkpoint=checkpoint, options=read, truth=True, flag="--data")
     engines.check_installed(specs)
-    calibration.check_calibration(model, int8.calib_data, int8.calib_samples)
+    if not exported:
+        calibration.check_calibration(model, int8.calib_data, int8.calib_samples)
     load_torch()
+    from cp_debug.deploy.file_evaluation import evaluate_files, read_description
     from cp_debug.detection.evaluate import as_detector
     from cp_debug.detection.evaluate import evaluate as run
     from cp_debug.detection.evaluation import EvaluationOptions, parse_ranges
+    from cp_debug.detection.predictions import save_predictions
     from cp_debug.quantization.open_quantized import calibration_samples
     from cp_debug.quantization.quantized_programs import load_quantized, quantize_programs
+    from cp_debug.reports.evaluation import render
 
-    loaded, quantized = load_quantized(model, checkpoint, seed)
-    int8.check(specs, f"the scales are those of {checkpoint}" if quantized else "")
-    detector = as_detector(loaded)
-    options = EvaluationOptions(
-        ranges=parse_ranges(ranges, detector.class_names),
-        min_points=min_points,
-        draws=draws,
-        seed=seed,
-        max_drop=max_drop,
-        t4=t4,
-    )
-    opened = detector.data(data, samples, seed, read)
+    def counting(class_names: Sequence[str]) -> EvaluationOptions:
+        within = parse_ranges(ranges, class_names)
+        return EvaluationOptions(ranges=within, min_points=min_points, draws=draws, seed=seed, max_drop=max_drop, t4=t4)
 
     def quantize(programs: list[Program], folder: Path) -> tuple[list[Program], str]:
         how = int8.chosen
@@ -127,70 +112,41 @@ def evaluate(
         return quantize_programs(detector, programs, folder, clouds, parts=quantized, calibration=how)
 
     with steps() as on_step:
-        opened_backends = tensorrt.make(specs, engines.options, on_step)
-        result = run(
-            detector,
-            opened_backends,
-            opened,
-            options,
-            exporter=exporter.chosen,
-            folded=not unfolded,
-            quantize=quantize,
-            on_step=on_step,
-        )
-    _finish(result, json, csv, predictions)
-
-
-_OF_MODULES = ("checkpoint", "exporter", "unfolded")
-_OF_BUILDS = tuple(field.name for field in fields(tensorrt.TensorRTFlags) if field.name != "trt_python")
-
-
-def _files(
-    description: Path,
-    specs: list[BackendSpec],
-    data: Path | None,
-    samples: int,
-    read: DataOptions,
-    counting: tuple[str, int, int, int, float, bool],
-    trt_python: str | None,
-) -> EvaluationResult:
-    """Score exported files and engines."""
-    from cp_debug.cli.console import steps
-    from cp_debug.deploy.file_evaluation import evaluate_files, read_description
-    from cp_debug.detection.evaluation import EvaluationOptions, parse_ranges
-
-    described = read_description(description)
-    ranges, min_points, draws, seed, max_drop, t4 = counting
-    options = EvaluationOptions(
-        ranges=parse_ranges(ranges, described.config.class_names),
-        min_points=min_points,
-        draws=draws,
-        seed=seed,
-        max_drop=max_drop,
-        t4=t4,
-    )
-    with steps() as on_step:
-        return evaluate_files(
-            described,
-            specs,
-            data,
-            samples,
-            options,
-            seed=seed,
-            read=read,
-            python=trt_python,
-            on_event=on_step.on_event,
-            on_step=on_step,
-        )
-
-
-def _finish(result: EvaluationResult, json: str | None, csv: Path | None, predictions: Path | None) -> NoReturn:
-    """Print the result, write what was asked for, and end with the exit code."""
-    from cp_debug.cli.console import show_document
-    from cp_debug.detection.predictions import save_predictions
-    from cp_debug.reports.evaluation import render
-
+        if exported:
+            described = read_description(Path(model))
+            result = evaluate_files(
+                described,
+                specs,
+                data,
+                samples,
+                counting(described.config.class_names),
+                seed=seed,
+                read=read,
+                python=engines.trt_python,
+                on_event=on_step.on_event,
+                on_step=on_step,
+            )
+        else:
+            loaded, quantized = load_quantized(model, checkpoint, seed)
+            int8.check(specs, f"the scales are those of {checkpoint}" if quantized else "")
+            detector = as_detector(loaded)
+            options = counting(detector.class_names)
+            opened = detector.data(data, samples, seed, read)
+            result = run(
+                detector,
+                tensorrt.make(specs, engines.options, on_step),
+                opened,
+                options,
+                exporter=exporter.chosen,
+                folded=not unfolded,
+                quantize=quantize,
+                on_step=on_step,
+            )
     show_document(render(result), result.to_dict(), json, csv, result.to_pandas)
     if predictions:
         save_predictions(predictions, result.samples, result.predictions)
     raise typer.Exit(1 if result.worse else 0)
+
+
+_OF_MODULES = ("checkpoint", "exporter", "unfolded")
+_OF_BUILDS = tuple(field.name for field in fields(tensorrt.TensorRTFlags) if field.name != "trt_python")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -65,46 +65,26 @@ def ptq(
     check_given(model, checkpoint=checkpoint)
     load_torch()
     from cp_debug.deploy.exporting import ExportOptions
+    from cp_debug.deploy.quantize_narrow import quantize_narrow
     from cp_debug.deploy.quantize_output import quantize_ptq
+    from cp_debug.display import terminal
     from cp_debug.quantization.open_quantized import is_quantized_checkpoint
     from cp_debug.recipes.registry import load_model
-    from cp_debug.reports.quantization import render
 
     if checkpoint and is_quantized_checkpoint(checkpoint):
         raise InputError(f"--checkpoint: {checkpoint} is quantized already; expected weights in FP32")
-    if narrow is not None:
-        from cp_debug.deploy.quantize_narrow import quantize_narrow
-        from cp_debug.reports.narrow_quantization import render as render_narrow
-
-        with steps() as on_step:
-            made = quantize_narrow(
-                load_model(model, checkpoint=checkpoint, reading=how),
-                output,
-                narrow,
-                inputs=calib_data,
-                batches=batches,
-                method=method.value if typed(("method",)) else "max",
-                skip_layers=skip_layers or (),
-                options=ExportOptions(opset if typed(("opset",)) else 21),
-                overwrite=overwrite,
-                on_step=on_step,
-            )
-        show_document(render_narrow(made), made.to_dict(), json)
-        return
+    job: dict[str, Any] = {"inputs": calib_data, "batches": batches, "skip_layers": skip_layers or ()}
     with steps() as on_step:
-        result = quantize_ptq(
-            load_model(model, checkpoint=checkpoint, reading=how),
-            output,
-            inputs=calib_data,
-            batches=batches,
-            method=method.value,
-            skip_layers=skip_layers or (),
-            cache=cache,
-            options=ExportOptions(opset),
-            overwrite=overwrite,
-            on_step=on_step,
-        )
-    show_document(render(result), result.to_dict(), json)
+        loaded = load_model(model, checkpoint=checkpoint, reading=how)
+        job |= {"overwrite": overwrite, "on_step": on_step}
+        if narrow is None:
+            job |= {"method": method.value, "options": ExportOptions(opset)}
+            result: Any = quantize_ptq(loaded, output, cache=cache, **job)
+        else:
+            job["method"] = method.value if typed(("method",)) else "max"
+            job["options"] = ExportOptions(opset if typed(("opset",)) else 21)
+            result = quantize_narrow(loaded, output, narrow, **job)
+    show_document(terminal(result), result.to_dict(), json)
 
 
 def narrow_options(precision: str) -> NarrowOptions | None:
