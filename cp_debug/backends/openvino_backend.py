@@ -22,7 +22,7 @@ from cp_debug.doing import doing
 from cp_debug.errors import BackendUnavailable, InputError, text_of
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.optional import require
-from cp_debug.probes.distance import distance
+from cp_debug.probes.distance import relative_l2
 from cp_debug.serialize import json_safe
 
 if TYPE_CHECKING:
@@ -145,8 +145,7 @@ class OpenVinoSession:
             return self._run(self._plain, inputs, self._outputs)
         shapes = tuple(array.shape for array in inputs.values())
         if shapes not in self._looks:
-            values = self._visible(inputs)
-            self._looks[shapes] = (self._compiled(values), values)
+            self._looks[shapes] = self._visible(inputs)
         program, values = self._looks[shapes]
         shown = [v for v in self.exposed if v in {*values, *self._outputs} and (probes is None or v in probes)]
         results = self._run(program, inputs, [*self._outputs, *shown])
@@ -159,8 +158,8 @@ class OpenVinoSession:
         self._looks.clear()
         del self._plain, self._model
 
-    def _visible(self, inputs: Mapping[str, np.ndarray]) -> list[str]:
-        """Values that can be shown, so that the outputs stay the same: as many as can be found by halving.
+    def _visible(self, inputs: Mapping[str, np.ndarray]) -> tuple[openvino.CompiledModel, list[str]]:
+        """The program that shows as many values as can be found by halving while the outputs stay the same; and these.
 
         In FP32 a value inside a fused layer is the same number when it is written. Narrower types are rounded where
         they are written and nowhere else, so only what layers write is shown.
@@ -168,24 +167,28 @@ class OpenVinoSession:
         plain, everything = self._run(self._plain, inputs, self._outputs), list(self.exposed)
         pending = [[v for v in everything if v in self._written]]
         if self._backend.precision == "fp32" and self._graph.precision != "int8":
-            if self._same(plain, everything, inputs):
-                return everything
+            if (look := self._same(plain, everything, inputs)) is not None:
+                return look, everything
             pending.insert(0, [v for v in everything if v not in self._written])
         shown: list[str] = []
+        program = self._plain
         for _ in range(_MOST_COMPILED):
             if not pending:
                 break
             group = pending.pop()
-            if self._same(plain, [*shown, *group], inputs):
-                shown += group
+            if (look := self._same(plain, [*shown, *group], inputs)) is not None:
+                program, shown = look, [*shown, *group]
             elif len(group) > 1:
                 pending += [group[len(group) // 2 :], group[: len(group) // 2]]
-        return shown
+        return program, shown
 
-    def _same(self, plain: Mapping[str, np.ndarray], values: Sequence[str], inputs: Mapping[str, np.ndarray]) -> bool:
-        """Whether the outputs stay what they are when ``values`` are shown."""
-        looked = self._run(self._compiled(values), inputs, self._outputs)
-        return all(_apart(plain[name], looked[name]) <= _SAME[self._backend.precision] for name in plain)
+    def _same(
+        self, plain: Mapping[str, np.ndarray], values: Sequence[str], inputs: Mapping[str, np.ndarray]
+    ) -> openvino.CompiledModel | None:
+        """The program that shows ``values``; None where the outputs do not stay what they are."""
+        program, most = self._compiled(values), _SAME[self._backend.precision]
+        looked = self._run(program, inputs, self._outputs)
+        return program if all(relative_l2(looked[name], plain[name]) <= most for name in plain) else None
 
     def _compiled(self, values: Sequence[str]) -> openvino.CompiledModel:
         model = self._model
@@ -240,11 +243,3 @@ def _array(tensor: openvino.Tensor) -> np.ndarray:
         return np.array(tensor.str_data, object)
     array = np.array(tensor.data)
     return array.view(ml_dtypes.bfloat16) if tensor.element_type.get_type_name() == "bf16" else array
-
-
-def _apart(plain: np.ndarray, looked: np.ndarray) -> float:
-    """Relative L2 distance of two outputs; infinite where shapes, texts or what is not finite differ."""
-    if plain.shape != looked.shape or plain.dtype.kind in "OSU":
-        return 0.0 if np.array_equal(plain, looked) else np.inf
-    found = distance(looked, plain)
-    return np.inf if found.new_nonfinite else found.relative

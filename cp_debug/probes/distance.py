@@ -121,9 +121,11 @@ def _plain(tensor: AnyTensor) -> AnyTensor:
 
 
 def relative_l2(ours: AnyTensor, theirs: AnyTensor) -> float:
-    """‖ours − theirs‖ ÷ ‖theirs‖; infinite where the shapes differ, or for ``new_nonfinite`` elements."""
+    """‖ours − theirs‖ ÷ ‖theirs‖; infinite where shapes or strings differ, or for ``new_nonfinite`` elements."""
     if tuple(ours.shape) != tuple(theirs.shape):
         return math.inf
+    if getattr(theirs.dtype, "kind", "") in {"O", "S", "U"}:
+        return 0.0 if np.array_equal(np.asarray(ours), np.asarray(theirs)) else math.inf
     apart = distance(ours, theirs)
     return math.inf if apart.new_nonfinite else apart.relative
 
