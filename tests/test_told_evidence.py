@@ -29,7 +29,7 @@ from cp_debug.bisect.causes import (
     tried_weights,
 )
 from cp_debug.bisect.causes.base import Candidate
-from cp_debug.bisect.causes.layout import _same_rows
+from cp_debug.bisect.causes.fits import nearest_slices
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
 from cp_debug.bisect.quantized_segment import QuantizerGrid
 from cp_debug.graph.graph import Graph
@@ -424,7 +424,7 @@ def test_an_order_in_words(order: list[int], says: str) -> None:
 def test_slices_go_to_the_nearest_and_stay_where_nothing_is_nearer() -> None:
     exact = torch.tensor([[1.0, 0], [0, 1], [1, 0]])
     test = torch.tensor([[0.0, 1], [0.9, 0], [1, 0]])
-    assert layout._nearest(exact, test).tolist() == [1, 0, 2]
+    assert nearest_slices(exact, test).tolist() == [1, 0, 2]
 
 
 @pytest.mark.parametrize(("factor", "same"), [(1.0, True), (1.099, True), (1.11, False)])
@@ -451,12 +451,3 @@ def test_what_is_wrong_with_int8_scales_of_weights() -> None:
 def test_a_result_below_all_of_fp16_vanishes(largest: float, found: bool) -> None:
     segment: Any = SimpleNamespace(exact=torch.tensor([largest, largest / 2], dtype=torch.float64), nodes=[])
     assert [c.cause for c in ranges._undeclared(segment)] == ["fp16-underflow"] * found
-
-
-def test_rows_of_equal_numbers_are_taken_in_their_order() -> None:
-    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0], [5.0, 6.0]])
-    order = _same_rows(rows, rows[[3, 0, 1, 2]])
-    assert order is not None
-    assert order.tolist() == [3, 0, 1, 2]
-    assert _same_rows(rows, rows[[3, 0, 1, 1]]) is None  # one row twice, another gone
-    assert _same_rows(rows, rows + 1) is None

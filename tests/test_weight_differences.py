@@ -272,14 +272,12 @@ def test_what_comes_in_at_the_end_is_of_a_larger_tensor() -> None:
 
 def test_slices_in_another_order_or_copied() -> None:
     ours = np.array([[1.0, 2], [3, 4], [5, 6]])
-    found = tensor_change._permuted(ours, ours[[2, 0, 1]], 0)
-    assert found is not None
-    assert found[1] == [2, 0, 1]
-    copied = tensor_change._permuted(ours, ours[[0, 0, 2]], 0)
-    assert copied is not None
-    assert copied[1] == [0, 0, 2]
-    assert tensor_change._permuted(np.array([1.0, 2]), np.array([1.0, 1]), 0) is None
-    assert tensor_change._permuted(ours, ours + 1, 0) is None
+    assert tensor_change.same_slices(ours, ours[[2, 0, 1]]) == [2, 0, 1]
+    assert tensor_change.same_slices(ours, ours[[0, 0, 2]]) == [0, 0, 2]
+    assert tensor_change.same_slices(np.array([1.0, 2]), np.array([1.0, 1])) is None  # single numbers are no copies
+    assert tensor_change.same_slices(ours, ours + 1) is None
+    alike = np.array([[1.0, 2], [3, 4], [1, 2], [5, 6]])
+    assert tensor_change.same_slices(alike, alike[[3, 0, 1, 2]]) == [3, 0, 1, 2]  # equal ones in their order
 
 
 @pytest.mark.parametrize(

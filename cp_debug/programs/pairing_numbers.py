@@ -72,10 +72,6 @@ class NumericPairing:
         for name in reference.values:
             if name in self._data and name in prints:
                 self._by_shape.setdefault(prints[name].shape, []).append(name)
-        self._readers: dict[str, list[Node]] = {}
-        for node in reference.nodes:
-            for name in self._data_inputs(reference, node):
-                self._readers.setdefault(name, []).append(node)
         self._by_weight: dict[str, list[Node]] = {}
         for node in reference.nodes:
             for name in node.inputs:
@@ -150,7 +146,7 @@ class NumericPairing:
         if best > limit:
             return
         equal = [v for v in free if distances[v] <= max(10 * best, 1e-6)]
-        source = self._sources(node)
+        source = self._sources(self._test, node.outputs[0])
         ranks = {v: self._rank(v, node, name, source) for v in equal}
         chosen = min(equal, key=ranks.__getitem__)
         agreement, other_op = ranks[chosen][:2]
@@ -161,34 +157,25 @@ class NumericPairing:
 
     def _rank(self, value: str, node: Node, name: str, source: frozenset[str]) -> tuple[int, bool, bool, int]:
         maker = self._reference.producer[value]
-        reference_source = self._reference_sources(value)
+        reference_source = self._sources(self._reference, value)
         agreement = 0 if reference_source == source else 1 if reference_source & source else 2
         return agreement, maker.op != node.op, value != name, self._order[value]
 
-    def _sources(self, node: Node) -> frozenset[str]:
-        """The reference's names of the nearest paired values upstream of a node of the test."""
-        producer = self._test.producer
+    def _sources(self, graph: Graph, value: str) -> frozenset[str]:
+        """The reference's names of the nearest paired values upstream of a value of either graph."""
+        own = graph is self._reference
 
         def inputs(name: str) -> list[str]:
-            return self._data_inputs(self._test, producer[name]) if name in producer else []
+            return self._data_inputs(graph, graph.producer[name]) if name in graph.producer else []
 
-        upstream, _ = nearest(node.outputs[0], inputs, self.pairs.__contains__)
-        return frozenset(self.pairs[n][0] for n in upstream)
-
-    def _reference_sources(self, value: str) -> frozenset[str]:
-        producer = self._reference.producer
-
-        def inputs(name: str) -> list[str]:
-            return self._data_inputs(self._reference, producer[name]) if name in producer else []
-
-        upstream, _ = nearest(value, inputs, self._claimed.__contains__)
-        return frozenset(upstream)
+        upstream, _ = nearest(value, inputs, (self._claimed if own else self.pairs).__contains__)
+        return frozenset(upstream if own else [self.pairs[n][0] for n in upstream])
 
     def _resolve(self, value: str) -> str | None:
         """Pair a value that equals nothing, or one soon behind it, with the reference's value in its place."""
         node = self._test.producer[value]
         tiers = self._candidates(node)
-        behind = self._behind(value)
+        behind = self._behind(self._test, value)
         for twins in tiers:
             for name in twins:
                 for own in behind:
@@ -202,14 +189,14 @@ class NumericPairing:
                     return value
         return None
 
-    def _behind(self, value: str) -> list[str]:
-        """A value, and those that are computed from it alone."""
+    def _behind(self, graph: Graph, value: str) -> list[str]:
+        """A value, and those that are computed from it alone: a fused operator may stand for any beginning of them."""
         chain = [value]
         while len(chain) < AHEAD:
-            readers = [n for n in self._test.consumers.get(chain[-1], []) if n.outputs]
-            if len(readers) != 1 or readers[0].outputs[0] in self.pairs:
+            readers = [n for n in graph.consumers.get(chain[-1], []) if n.outputs]
+            if len(readers) != 1 or len(self._data_inputs(graph, readers[0])) > 1:
                 break
-            if len(self._data_inputs(self._test, readers[0])) > 1:
+            if graph is self._test and readers[0].outputs[0] in self.pairs:
                 break
             chain.append(readers[0].outputs[0])
         return chain
@@ -217,7 +204,7 @@ class NumericPairing:
     def _verified(self, own: str, name: str) -> bool:
         """Whether the reference's tensor, fed to a reader of the test's value, gives a reference reader's result."""
         instead = {own: self._load(name)}
-        expected = [o for n in self._readers.get(name, []) for o in n.outputs if o in self._prints]
+        expected = [o for n in self._reference.consumers.get(name, []) for o in n.outputs if o in self._prints]
         for reader in self._test.consumers.get(own, []):
             for result in self._compute(reader, reader.outputs, instead).values():
                 if not _has_numbers(result):
@@ -242,11 +229,13 @@ class NumericPairing:
     def _candidates(self, node: Node) -> list[list[str]]:
         """The reference's values that may be this node's: each list is asked where the one before has none."""
         inputs = [self.pairs[n][0] if n in self.pairs else None for n in self._data_inputs(self._test, node)]
-        near = [n for name in inputs if name for n in self._readers.get(name, [])]
+        near = [n for name in inputs if name for n in self._reference.consumers.get(name, [])]
         same = [n for n in near if set(self._data_inputs(self._reference, n)) == set(inputs)]
         keys = [k for n in node.inputs if n in self._theirs for k in (n, self._theirs.digest(n))]
         anchored = [n for key in keys for n in self._by_weight.get(key, []) if n.op == node.op]
-        tiers = [[n for n in same if n.op == node.op], anchored, [n for first in same for n in self._chain(first)]]
+        ahead = [v for first in same if first.outputs for v in self._behind(self._reference, first.outputs[0])]
+        fused = [self._reference.producer[value] for value in ahead]
+        tiers = [[n for n in same if n.op == node.op], anchored, fused]
         return [self._by_likeness(node, nodes) for nodes in tiers]
 
     def _by_likeness(self, node: Node, twins: Sequence[Node]) -> list[str]:
@@ -286,16 +275,6 @@ class NumericPairing:
         sizes = np.linalg.norm(rows, axis=1) * np.linalg.norm(twins, axis=1)
         cosines = np.abs(np.einsum("ij,ij->i", rows, twins)) / np.where(sizes > 0, sizes, np.inf)
         return False, not float(np.median(cosines)) > SCALED
-
-    def _chain(self, node: Node) -> list[Node]:
-        """A node and those behind it that alone read it: a fused operator may stand for any beginning of them."""
-        chain = [node]
-        while len(chain) < AHEAD and chain[-1].outputs:
-            readers = self._readers.get(chain[-1].outputs[0], [])
-            if len(readers) != 1 or len(self._data_inputs(self._reference, readers[0])) > 1:
-                break
-            chain.append(readers[0])
-        return chain
 
     def _fits(self, own: str, name: str) -> bool:
         if own in self.pairs or name in self._claimed:

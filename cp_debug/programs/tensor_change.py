@@ -228,14 +228,14 @@ def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[Form]:
         if a.shape[axis] > 1 and (moved_in := _shifted_in(a, b, axis, step)) is not None:
             yield "rolled", f"off by {step:+d} along axis {axis}", moved_in, {"axis": axis, "by": step}
     for axis in range(a.ndim):
-        if 1 < a.shape[axis] <= MOST_CHANNELS and (permutation := _permuted(a, b, axis)) is not None:
-            value, places = permutation
+        few = 1 < a.shape[axis] <= MOST_CHANNELS
+        if few and (places := same_slices(np.moveaxis(a, axis, 0), np.moveaxis(b, axis, 0))) is not None:
             copied = len(set(places)) < len(places)
             what = "that hold those of others" if copied else "in another order"
             pairs, moved = exchanges(places)
             text = f"{axis_name(axis, a.ndim, many=True)} {what}: {pairs}"
             evidence = {"axis": axis, "moved": moved, "order": places[:64]}
-            yield "copied" if copied else "permuted", text, value, evidence
+            yield "copied" if copied else "permuted", text, np.take(a, places, axis), evidence
     yield from (way for way in interleaved_forms(a) if way[0] == "transposed")
 
 
@@ -323,27 +323,24 @@ def _shifted_in(a: np.ndarray, b: np.ndarray, axis: int, step: int) -> np.ndarra
     return value
 
 
-def _permuted(a: np.ndarray, b: np.ndarray, axis: int) -> tuple[np.ndarray, list[int]] | None:
-    """``a`` with the slices along ``axis`` in the order that ``b`` has them, and that order; None if there is none.
+def same_slices(rows: np.ndarray, wanted: np.ndarray) -> list[int] | None:
+    """The order in which ``rows`` [slices, …] hold what ``wanted`` does, to the last bit; None if there is none.
 
-    Slices of more than one element may also be copies of others, one taking another's place.
+    A slice of more than one element may also be the copy of another one, whose place is then there twice.
     """
-    places: dict[bytes, list[int]] = {}
-    rows_a, rows_b = (np.ascontiguousarray(np.moveaxis(x, axis, 0)) for x in (a, b))
-    for index, row in enumerate(rows_a):
-        places.setdefault(row.tobytes(), []).append(index)
-    left = {row: list(indices) for row, indices in places.items()}
+    places: dict[bytes, dict[int, None]] = {}
+    for index, row in enumerate(np.ascontiguousarray(rows)):
+        places.setdefault(row.tobytes(), {})[index] = None
+    left = {row: dict(indices) for row, indices in places.items()}
     order = []
-    for index, row in enumerate(rows_b):
+    for index, row in enumerate(np.ascontiguousarray(wanted)):
         key = row.tobytes()
         if key not in places or (not left[key] and row.size < 2):
             return None
         candidates = left[key] or places[key]
-        place = index if index in candidates else candidates[0]
-        order.append(place)
-        if left[key]:
-            left[key].remove(place)
-    return np.take(a, order, axis), order
+        order.append(index if index in candidates else next(iter(candidates)))
+        left[key].pop(order[-1], None)
+    return order
 
 
 def _pruned(a: np.ndarray, b: np.ndarray) -> Iterator[Form]:

@@ -82,10 +82,13 @@ def wrong_weights(segment: Segment) -> Iterator[Candidate]:
     """Candidates: a BatchNormalization along the wrong axis of the weight, a layer's own in another one's weights."""
     node = segment.product
     raw = _raw_weights(segment, node) if node is not None and segment.context.batch_norms else None
-    for place in places(segment) if raw is not None else ():
-        if raw is None or node is None or (own := place.own) is None or raw[0].dim() < 3:
+    if node is None or raw is None or raw[0].dim() < 3:
+        return
+    weight, bias = raw
+    for place in places(segment):
+        if (own := place.own) is None:
             continue
-        (weight, bias), result = raw, partial(_of_product, segment, node, place)
+        result = partial(_of_product, segment, node, place)
         transposed = node.op == "ConvTranspose"
         if weight.shape[wrong := int(not transposed)] == len(own.mean):
             norms = (item for item in segment.context.batch_norms.items() if _differs(item[1], place))
@@ -155,13 +158,14 @@ def places(segment: Segment) -> Iterator[Place]:
     nodes = [node for node in segment.nodes if node.op == "BatchNormalization"]
     for node in nodes:
         own = of_graph_node(node, segment.context.constants)
-        values = _run(segment, segment.nodes, [node.inputs[0], node.outputs[0]]) if own is not None else None
-        if own is None or values is None:
+        if own is None:
             continue
+        values = segment.context.oracle.run_nodes(segment.nodes, segment.given, [node.inputs[0], node.outputs[0]])
+        x, before = (values[name].double() for name in (node.inputs[0], node.outputs[0]))
         later = segment.nodes[segment.nodes.index(node) + 1 :]
         relu = [n.op for n in later] == ["Relu"]
-        finish = torch.relu if relu else partial(_finished, segment, later, node.outputs[0]) if later else _same
-        yield Place(own, values[0], values[1], 1, finish, relu or not later)
+        finish = torch.relu if relu else partial(_finished, segment, later, node.outputs[0])
+        yield Place(own, x, before, 1, finish, relu or not later)
     last = segment.nodes[:-1] if segment.op == "Relu" else segment.nodes
     if nodes or segment.product is None or not last or last[-1] is not segment.product:
         return
@@ -282,19 +286,9 @@ def _other_layers(segment: Segment, node: Node, shape: tuple[int, ...]) -> Itera
             yield path, weight.detach().double().cpu(), None if bias is None else bias.detach().double().cpu()
 
 
-def _run(segment: Segment, nodes: Sequence[Node], names: Sequence[str]) -> list[Tensor] | None:
-    results = segment.context.oracle.run_nodes(nodes, dict(segment.given), names)
-    return [results[name].double() for name in names]
-
-
 def _finished(segment: Segment, later: Sequence[Node], name: str, value: Tensor) -> Tensor:
-    return segment.run(
-        segment.context.oracle.arithmetic, later, {name: value.to(segment.context.oracle.arithmetic.dtype)}
-    )
-
-
-def _same(value: Tensor) -> Tensor:
-    return value
+    arithmetic = segment.context.oracle.arithmetic
+    return segment.run(arithmetic, later, {name: value.to(arithmetic.dtype)}) if later else value
 
 
 def _along(parameter: Tensor, axis: int, dims: int) -> Tensor:

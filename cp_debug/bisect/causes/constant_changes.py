@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate
+from cp_debug.bisect.causes.fits import nearest_slices
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.graph.constants import is_uniform
 from cp_debug.graph.graph import Node
@@ -117,8 +118,7 @@ def _off(change: Tensor, noise: Tensor) -> Tensor:
 
 def _order(rows: Tensor, fits: Tensor, off: Tensor) -> Tensor | None:
     """The order in which ``rows`` come nearest to ``fits``; None unless it is another one, each row once."""
-    distance = rows.square().sum(1) - 2 * fits @ rows.T
-    order = torch.where(off, distance.argmin(1), torch.arange(len(rows)))
+    order = torch.where(off, nearest_slices(rows, fits), torch.arange(len(rows)))
     moved = bool((order != torch.arange(len(rows))).any())
     return order if moved and len(order.unique()) == len(order) else None
 

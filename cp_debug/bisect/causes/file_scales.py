@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from cp_debug.backends.codecs import Codec
+from cp_debug.bisect.causes.base import Candidate
 from cp_debug.bisect.causes.other_program import OtherPiece
 from cp_debug.bisect.file_weights import BETTER, OFF, Repair, StoredCodes, is_narrow_kind, product_of, stored_codes
 from cp_debug.bisect.quantized_segment import CODECS, QuantizerGrid
+from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
 from cp_debug.graph.integer_values import constant_type
 from cp_debug.probes.distance import relative_l2
@@ -32,34 +34,34 @@ _FIX = {
 }
 
 
-@dataclass(frozen=True)
-class WrongScale:
-    """A scale of a layer's file that is not that of its numbers, or several along an axis."""
-
-    cause: str
-    says: str
-    fix: str
-    evidence: dict[str, Any]
+Told = tuple[str, str, str, dict[str, Any]]
+"""(Cause, in words, fix, evidence) of a scale of a layer's file that is not that of its numbers, or several of them."""
 
 
-def wrong_scale(piece: OtherPiece) -> WrongScale | None:
-    """The scale without which a layer would be much nearer to the exact result, with both errors; None without one.
-
-    Raises InputError where nobody can compute its nodes.
-    """
-    exact, held = piece.segment.exact, piece.other.executor.arithmetic.held(torch.float32)
-    found = [
-        (relative_l2(piece.run(values={name: better.to(held)}), exact), wrong)
-        for name, better, wrong in (*_of_codes(piece), *_of_grids(piece))
-    ]
-    then, worst = min(found, key=lambda pair: pair[0], default=(0.0, None))
-    if worst is None or not (now := relative_l2(piece.run(), exact)) > BETTER * then:
+def wrong_scale(piece: OtherPiece) -> Candidate | None:
+    """The scale without which a layer would be much nearer to the exact result, where the test's own nodes reproduce
+    the layer: one of FP8 or 4 bits that is not that of its numbers, one of INT8 that clips. None without one."""
+    segment, held = piece.segment, piece.other.executor.arithmetic.held(torch.float32)
+    if segment.product is None or segment.strange or segment.test.shape != segment.exact.shape:
         return None
-    worst.evidence.update(error=now, error_then=then)
-    return worst
+    try:
+        found = [
+            (relative_l2(piece.run(values={name: better.to(held)}), segment.exact), told)
+            for name, better, told in (*_of_codes(piece), *_of_grids(piece))
+        ]
+        then, worst = min(found, key=lambda pair: pair[0], default=(0.0, None))
+        if worst is None or not (now := relative_l2(piece.run(), segment.exact)) > BETTER * then:
+            return None
+    except InputError:  # an operator that nobody here can compute
+        return None
+    if (value := piece.result) is None:
+        return None
+    cause, says, fix, evidence = worst
+    evidence |= {"error": now, "error_then": then, "read_off": "the scales and codes of the file"}
+    return Candidate(cause, says, value, 0, evidence, fix)
 
 
-def _of_codes(piece: OtherPiece) -> Iterator[tuple[str, Tensor, WrongScale]]:
+def _of_codes(piece: OtherPiece) -> Iterator[tuple[str, Tensor, Told]]:
     """Weights in FP8 and 4 bits: the value that holds them, what it would be, and what is wrong."""
     product = piece.segment.product
     twin = product_of(piece.nodes, product.op) if product is not None else None
@@ -71,7 +73,7 @@ def _of_codes(piece: OtherPiece) -> Iterator[tuple[str, Tensor, WrongScale]]:
         yield stored.dequantizer.outputs[0], repair.value, _of_weight(stored, repair)
 
 
-def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Tensor, WrongScale]]:
+def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Tensor, Told]]:
     """The same of data in FP8 with one scale, and of numbers that a scale in INT8 cuts off."""
     constants, graph, product = piece.other.constants, piece.other.graph, piece.segment.product
     twin = product_of(piece.nodes, product.op) if product is not None else None
@@ -131,7 +133,7 @@ class _Read:
         """The node's result if its range had no ends."""
         return torch.where(self.beyond, self.grid.value(self.grid.levels(self.numbers)), self.stored)
 
-    def told(self) -> WrongScale:
+    def told(self) -> Told:
         """The scales that clip, with their channels where they have any."""
         beyond, many = self.beyond, self.grid.scale.numel() > 1
         axis = self.grid.axis % beyond.dim() if many else 0
@@ -159,29 +161,29 @@ class _Read:
             "clipped": share,
             **({"channels": channels.tolist(), "axis": axis} if many else {}),
         }
-        return WrongScale("int8-clipped", says, _FIX[self.of], evidence)
+        return ("int8-clipped", says, _FIX[self.of], evidence)
 
 
-def _of_weight(stored: StoredCodes, repair: Repair) -> WrongScale:
+def _of_weight(stored: StoredCodes, repair: Repair) -> Told:
     family = f"int{stored.bits}" if stored.bits is not None else _FAMILIES[stored.kind]
     name = "int4-weights" if family.startswith("int") else f"{family}-weights"
     if repair.kind == "scales":
         says, evidence = _scales(stored, repair.evidence["fitted"], family)
         fix = "store the scales with which the weights of {layers} were rounded, in their order, or quantize them again"
-        return WrongScale(name, says, fix, evidence)
+        return (name, says, fix, evidence)
     evidence = {"wrong": repair.kind, **repair.evidence}
     if repair.kind == "zero-points":
         says, fix = _zero_points(repair.evidence), "store the zero points of {layers} as their format has them: GPTQ's "
-        return WrongScale(name, says, fix + "first format stores them minus 1, gptq_v2 and AWQ as they are", evidence)
+        return (name, says, fix + "first format stores them minus 1, gptq_v2 and AWQ as they are", evidence)
     if repair.kind == "groups":
         moved, of = repair.evidence["moved"], repair.evidence["of"]
         says = f"{moved} of {of} inputs are not in the groups of their {family.upper()} codes"
         fix = "keep g_idx of {layers}, which says the group of each input (desc_act), or quantize without it"
-        return WrongScale(name, says, fix, evidence)
+        return (name, says, fix, evidence)
     what, order, along = repair.evidence["what"], repair.evidence["order"], repair.evidence["axis"]
     says = f"its {family.upper()} {what} are in another order within words of eight along axis {along}: {order}"
     fix = "unpack the words of {layers} in the order of their format: AWQ's is 0, 2, 4, 6, 1, 3, 5, 7, GPTQ's is plain"
-    return WrongScale(name, says, fix, evidence)
+    return (name, says, fix, evidence)
 
 
 def _zero_points(evidence: Mapping[str, Any]) -> str:
@@ -209,7 +211,7 @@ def _scales(stored: StoredCodes, fitted: Tensor, family: str) -> tuple[str, dict
     return says, {"share": share, "low": low, "high": high}
 
 
-def _of_data(x: Tensor, codec: Codec, kind: int, scale: float, needed: float) -> WrongScale:
+def _of_data(x: Tensor, codec: Codec, kind: int, scale: float, needed: float) -> Told:
     family, reach = _FAMILIES[kind], needed * codec.largest
     clipped = float((x.abs() > scale * codec.largest).double().mean())
     small = float(((x != 0) & (x.abs() < scale * codec.tiniest)).double().mean())
@@ -224,4 +226,4 @@ def _of_data(x: Tensor, codec: Codec, kind: int, scale: float, needed: float) ->
     says = f"its data reaches {reach:.4g}, the file's {family.upper()} scale {scale:.3g} is for {meant:.4g}"
     fix = "calibrate {layers} on data like this: a scale of " + f"{needed:.3g}"
     evidence = {"scale": scale, "needed_scale": needed, "clipped": clipped, "below_normal": small}
-    return WrongScale(name, f"{says}: {what}", fix, evidence)
+    return (name, f"{says}: {what}", fix, evidence)

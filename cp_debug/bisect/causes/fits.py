@@ -68,6 +68,15 @@ def sums(y: Tensor, basis: Sequence[Tensor], mask: Tensor, dims: list[int]) -> t
     return mask.sum(dims), gram, torch.stack([(a * y).sum(dims) for a in masked], -1)
 
 
+def nearest_slices(rows: Tensor, wanted: Tensor) -> Tensor:
+    """[slices] int64: for each slice of ``wanted`` the nearest one of ``rows``, its own where none is nearer; both
+    [slices, elements]."""
+    distance = rows.square().sum(1) - 2 * wanted @ rows.T
+    nearest = distance.argmin(1)
+    unmoved = distance.diagonal() <= distance.min(1).values + 1e-9 * wanted.square().sum(1)
+    return torch.where(unmoved, torch.arange(len(nearest)), nearest)
+
+
 def _solve(count: Tensor, gram: Tensor, right: Tensor) -> Tensor:
     """θ [C, K] or [K]; a channel without elements or signal gets 0."""
     return (torch.linalg.pinv(gram, rtol=1e-12, hermitian=True) @ right[..., None])[..., 0]

@@ -214,22 +214,6 @@ def _written_out(piece: OtherPiece) -> Candidate | None:
     return Candidate("other-operator", says, value, 0, evidence, f"restore {node.op} at {{layers}}")
 
 
-def _of_scale(piece: OtherPiece) -> Candidate | None:
-    """The candidate of a wrong scale of a quantized file, where the test's own nodes reproduce the layer: one of FP8 or
-    4 bits that is not that of its numbers, one of INT8 that clips."""
-    segment = piece.segment
-    if segment.product is None or segment.strange or segment.test.shape != segment.exact.shape:
-        return None
-    try:
-        wrong = wrong_scale(piece)
-    except InputError:  # an operator that nobody here can compute
-        return None
-    if wrong is None or (value := piece.result) is None:
-        return None
-    evidence = wrong.evidence | {"read_off": "the scales and codes of the file"}
-    return Candidate(wrong.cause, wrong.says, value, 0, evidence, wrong.fix)
-
-
 def _is_affine(value: Tensor, exact: Tensor) -> bool:
     """Whether one of two tensors of a shape is the other times a number plus a number."""
     if value.shape != exact.shape:
@@ -271,7 +255,7 @@ def _readings(
         several = len(differences) > 1 and read.cause.startswith(_OF_NORMS)
         folded = (several or read.cause in FOLDED) and _folded(piece, differences)
         yield read, _OF_NORMS if folded else ()
-    scale = _of_scale(piece)
+    scale = wrong_scale(piece)
     if scale is not None and (scale.evidence.get("of") == "weights" or "channels" in scale.evidence):
         yield scale, _OF_WEIGHTS if of_pairs else ()
         scale = None

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.fits import nearest_slices
 from cp_debug.bisect.causes.segment import Segment, as_double
-from cp_debug.programs.tensor_change import exchanges, turned_forms
+from cp_debug.programs.tensor_change import exchanges, same_slices, turned_forms
 
 MOST_SLICES = 1024
 """Slices along an axis up to which each is compared with each."""
@@ -70,9 +71,14 @@ def _reordered(
     if count < 2:
         return None
     exact_slices, test_slices = (t.movedim(axis, 0).reshape(count, -1) for t in (exact, test))
-    order = _nearest(exact_slices, test_slices) if count <= MOST_SLICES else _same_rows(exact_slices, test_slices)
-    pairs, moved = ("", 0) if order is None else exchanges(order.tolist())
-    if order is None or not moved:
+    order = nearest_slices(exact_slices, test_slices) if count <= MOST_SLICES else None
+    if order is None:
+        same = same_slices(exact_slices.numpy(), test_slices.numpy())
+        if same is None or len(set(same)) < count:
+            return None
+        order = torch.tensor(same)
+    pairs, moved = exchanges(order.tolist())
+    if not moved:
         return None
     bijective = len(order.unique()) == count
     tolerance = max(1e-3, 4 * segment.context.claim.roundoff)
@@ -97,26 +103,6 @@ def _rule(order: list[int]) -> str:
         if order == [i * parts + j for j in range(parts) for i in range(count // parts)]:
             return f"{count // parts} × {parts} slices are read as {parts} × {count // parts}"
     return ""
-
-
-def _nearest(exact_slices: Tensor, test_slices: Tensor) -> Tensor:
-    distance = exact_slices.square().sum(1) - 2 * test_slices @ exact_slices.T
-    nearest = distance.argmin(1)
-    unmoved = distance.diagonal() <= distance.min(1).values + 1e-9 * test_slices.square().sum(1)
-    return torch.where(unmoved, torch.arange(len(nearest)), nearest)
-
-
-def _same_rows(exact_slices: Tensor, test_slices: Tensor) -> Tensor | None:
-    places: dict[bytes, list[int]] = {}
-    for index, row in enumerate(exact_slices.numpy()):
-        places.setdefault(row.tobytes(), []).append(index)
-    order = []
-    for row in test_slices.numpy():
-        candidates = places.get(row.tobytes())
-        if not candidates:
-            return None
-        order.append(candidates.pop(0))
-    return torch.tensor(order)
 
 
 @cause()

@@ -270,6 +270,13 @@ class Segment:
         """L2 norm of the introduced error."""
         return float(torch.linalg.vector_norm(self.error))
 
+    def towards(self, value: Tensor) -> float:
+        """Cosine between the introduced error and the change from the exact result to ``value``, float64 of the
+        result's shape; 0 where either is nothing, or no number."""
+        change = torch.where(self.finite, value - self.exact, 0.0)
+        norm = float(torch.linalg.vector_norm(change)) * self.introduced
+        return float((change * self.error).sum()) / norm if 0 < norm < math.inf else 0.0
+
     @cached_property
     def wrong(self) -> float:
         """Number of elements among which the introduced error is spread: (Σe²)² ÷ Σe⁴, 0 where there is none.

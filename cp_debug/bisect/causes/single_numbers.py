@@ -286,8 +286,4 @@ def _refined(segment: Segment, number: float, value: Tensor, emulate: Emulate) -
 def _tends(segment: Segment, own: float, emulate: Emulate) -> bool:
     """Whether a small change of the number moves the result where the error lies, or away from it."""
     moved = emulate(own * (1 + 1e-3) if own else 1e-3)
-    if moved is None:
-        return False
-    change = (moved - segment.exact)[segment.finite]
-    norm = float(torch.linalg.vector_norm(change)) * segment.introduced
-    return norm > 0 and abs(float((change * segment.error[segment.finite]).sum())) > TENDS * norm
+    return moved is not None and abs(segment.towards(moved)) > TENDS

@@ -109,7 +109,7 @@ def _of_axis(segment: Segment, node: Node, place: int, own: Tensor, axis: int) -
 
     def tends(places: list[int]) -> float:
         value = without(places)
-        return 0.0 if value is None else abs(_cosine(segment, value - segment.exact))
+        return 0.0 if value is None else abs(segment.towards(value))
 
     among = list(range(count))
     if in_blocks:
@@ -137,12 +137,6 @@ def _of_axis(segment: Segment, node: Node, place: int, own: Tensor, axis: int) -
         says = f"slices {i} and {j} of axis {axis} are exchanged"
         exchanged = Change("permuted", says, own.index_select(axis, order), 2, {"axis": axis, "channels": [i, j]})
         yield from tried(segment, node, place, exchanged, FIX)
-
-
-def _cosine(segment: Segment, change: Tensor) -> float:
-    change = torch.where(segment.finite, change, 0.0)
-    norm = float(torch.linalg.vector_norm(change)) * segment.introduced
-    return float((change * segment.error).sum()) / norm if norm else 0.0
 
 
 def _norm(x: Tensor) -> float:
