@@ -16,7 +16,7 @@ from cp_debug.bisect.causes import schema, single_numbers
 from cp_debug.bisect.causes.batchnorm_parameters import EPSILONS
 from cp_debug.bisect.causes.schema import _shifted
 from cp_debug.graph.graph import Node
-from cp_debug.programs.tensor_change import describe, regated
+from cp_debug.programs.tensor_change import describe, exchanges, regated
 
 
 def node(op: str, *inputs: str) -> Any:
@@ -110,7 +110,7 @@ def test_other_values_of_attributes() -> None:
 def test_orders_of_operands(op: str, count: int, orders: list[tuple[int, ...]]) -> None:
     assert list(schema._orders(node_of(op, ["a", "b"]), count)) == orders
     assert len(list(schema._orders(node_of("Concat", ["a"]), 4))) == 23
-    assert [schema._moved(order) for order in ((0, 1), (1, 0), (0, 2, 1))] == [0, 2, 2]
+    assert [exchanges(order)[1] for order in ((0, 1), (1, 0), (0, 2, 1))] == [0, 2, 2]
 
 
 def test_a_value_is_mixed_up_with_others_of_its_shape() -> None:

@@ -46,8 +46,7 @@ from cp_debug.probes.arrays import as_numpy, has_torch_type, to_device
 from cp_debug.probes.held import CapturedRun, CaptureHolder
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.programs.layers import Layer, layer_name
-from cp_debug.programs.levels import levels_of_both
-from cp_debug.programs.pipeline import Key, Pipeline, value_map, wants_int8
+from cp_debug.programs.pipeline import Key, Pipeline, levels_of_both, value_map, wants_int8
 from cp_debug.programs.precision import PRECISIONS, Precision, coarsest
 from cp_debug.programs.walk import Walk
 from cp_debug.quantization.quantized_programs import with_ranges

@@ -25,9 +25,8 @@ from cp_debug.graph.tensor_ends import part_of
 from cp_debug.probes.caveats import caveats
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.probes.strings import compare_any, difference_in_words, is_text
-from cp_debug.programs.levels import levels_of_both
 from cp_debug.programs.paired import check_outputs
-from cp_debug.programs.pipeline import Key, Pipeline
+from cp_debug.programs.pipeline import Key, Pipeline, levels_of_both
 from cp_debug.programs.precision import coarsest
 from cp_debug.programs.scene import decode
 from cp_debug.recipes.abilities import DetectsBoxes, Remarks, with_samples

@@ -236,6 +236,16 @@ def value_map(reference: Program, test: Program) -> dict[str, str]:
     return mapping
 
 
+def levels_of_both(programs: Sequence[Program], tests: Sequence[Program]) -> set[Key]:
+    """The values that ``programs``, the reference's, or ``tests``, of the same components, hold as levels."""
+    levels = {Key(program.name, value) for program in programs for value in level_values(program.graph)}
+    for program, test in zip(programs, tests, strict=True):
+        if held := level_values(test.graph):
+            names = value_map(program, test)
+            levels |= {Key(test.name, names.get(value, value)) for value in held}
+    return levels
+
+
 class Pipeline:
     """One backend with a session for each component. Use as a context manager.
 

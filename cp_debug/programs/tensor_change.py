@@ -394,28 +394,24 @@ def int8_forms(a: np.ndarray, bits: int = 8) -> Iterator[tuple[str, str, np.ndar
     Values are numbers, not levels: ``scale · (level − zero point)``, in the shape and dtype of ``a``. Levels reach from
     −127 to 127, −128 to 127 or 0 to 255, with other ``bits`` accordingly.
     """
-
     most = 2 ** (bits - 1) - 1
 
-    def symmetric(largest: np.ndarray) -> np.ndarray:
-        step = np.maximum(largest, 1e-30) / most
-        return np.clip(np.round(a / step), -most, most) * step
-
-    def full(largest: np.ndarray) -> np.ndarray:
-        step = np.maximum(largest, 1e-30) / (most + 0.5)
-        return np.clip(np.round(a / step), -most - 1, most) * step
-
-    def asymmetric(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        low, high = np.minimum(low, 0), np.maximum(high, 0)
-        step = np.maximum(high - low, 1e-30) / (2 * most + 1)
+    def rounded(span: np.ndarray, steps: float, bottom: int, top: int, low: Any = 0.0) -> np.ndarray:
+        step = np.maximum(span, 1e-30) / steps
         zero = np.round(-low / step)
-        return (np.clip(np.round(a / step) + zero, 0, 2 * most + 1) - zero) * step
+        return (np.clip(np.round(a / step) + zero, bottom, top) - zero) * step
 
-    size = np.abs(a)
+    def asymmetric(rest: Any) -> np.ndarray:
+        low, high = np.minimum(a.min(rest, keepdims=True), 0), np.maximum(a.max(rest, keepdims=True), 0)
+        return rounded(high - low, 2 * most + 1, 0, 2 * most + 1, low)
+
+    def largest(rest: Any) -> np.ndarray:
+        return np.abs(a).max(rest, keepdims=True)
+
     forms: list[tuple[str, Callable[[Any], np.ndarray]]] = [
-        ("symmetric", lambda rest: symmetric(size.max(rest, keepdims=True))),
-        ("symmetric over the full range", lambda rest: full(size.max(rest, keepdims=True))),
-        ("asymmetric", lambda rest: asymmetric(a.min(rest, keepdims=True), a.max(rest, keepdims=True))),
+        ("symmetric", lambda rest: rounded(largest(rest), most, -most, most)),
+        ("symmetric over the full range", lambda rest: rounded(largest(rest), most + 0.5, -most - 1, most)),
+        ("asymmetric", asymmetric),
     ]
     everything = tuple(range(a.ndim))
     for name, form in forms:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from cp_debug.errors import InputError
 from cp_debug.graph import surgery
 from cp_debug.graph.graph import Graph
@@ -38,7 +36,7 @@ def as_numbers(model: Model, samples: Sequence[Sample], folder: Path, names_of: 
     changed: Model = copy.copy(model)
     numbers = [v.name for v in Graph(path).inputs]
     changed.components = [replace(component, onnx_path=path, shown=str(graph), input_names=numbers)]
-    return with_samples(changed, [_numbers(sample, made) for sample in samples])
+    return with_samples(changed, [replace(sample, arrays=made.of(sample.arrays)) for sample in samples])
 
 
 def numbers_where_needed(model: Model, samples: Sequence[Sample], folder: Path) -> tuple[Model, list[Sample]]:
@@ -75,11 +73,6 @@ def _names(graph: Graph, names_of: Model | None) -> dict[str, str]:
         expected = ", ".join(map(str, reference.inputs))
         raise InputError(f"{graph}: its inputs are {', '.join(map(str, graph.inputs))}; expected {expected}")
     return {name: pairs[name] for name in own}
-
-
-def _numbers(sample: Sample, made: TensorInputs) -> Sample:
-    arrays: dict[str, np.ndarray] = made.of(sample.arrays)
-    return replace(sample, arrays=arrays)
 
 
 def _written(graph: Graph, made: TensorInputs, folder: Path) -> Path:

@@ -200,11 +200,7 @@ def _by_contents(
 def _same_reader(ours: Constants, theirs: Constants, a: str, b: str) -> bool:
     """Whether the same operators read a tensor in the same way on both sides, so that its layout matters."""
 
-    def readers(constants: Constants, name: str) -> set[tuple[str, str]]:
-        layout = ("transA", "transB")
-        return {
-            (n.op, str(sorted((x.name, x.i) for x in n.proto.attribute if x.name in layout)))
-            for n in constants.readers(name)
-        }
+    def readers(constants: Constants, name: str) -> set[tuple[str, int, int]]:
+        return {(n.op, n.attribute("transA", 0), n.attribute("transB", 0)) for n in constants.readers(name)}
 
     return readers(ours, a) == readers(theirs, b)

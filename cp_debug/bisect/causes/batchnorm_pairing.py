@@ -161,11 +161,11 @@ def places(segment: Segment) -> Iterator[Place]:
         if own is None:
             continue
         values = segment.context.oracle.run_nodes(segment.nodes, segment.given, [node.inputs[0], node.outputs[0]])
-        x, before = (values[name].double() for name in (node.inputs[0], node.outputs[0]))
+        read, before = (values[name].double() for name in (node.inputs[0], node.outputs[0]))
         later = segment.nodes[segment.nodes.index(node) + 1 :]
         relu = [n.op for n in later] == ["Relu"]
         finish = torch.relu if relu else partial(_finished, segment, later, node.outputs[0])
-        yield Place(own, x, before, 1, finish, relu or not later)
+        yield Place(own, read, before, 1, finish, relu or not later)
     last = segment.nodes[:-1] if segment.op == "Relu" else segment.nodes
     if nodes or segment.product is None or not last or last[-1] is not segment.product:
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ def difference(piece: OtherPiece) -> tuple[Candidate | None, list[NodeDifference
     moved = _moved(piece) if unclear else None
     first = moved or telling[0]
     says = first.says if moved else _says(node_differences)
-    evidence = {"node": first.node, **first.evidence, "read_off": "the difference of the two graphs"}
+    evidence = _read(first)
     if len(node_differences) > 1 and not moved:
         evidence["differences"] = [d.says for d in node_differences[:8]]
     fix = _fix(first)
@@ -164,7 +165,7 @@ def _of_constants(piece: OtherPiece) -> Candidate | None:
     value = segment.edited(node, inputs=tensors)
     if value is None:
         return None
-    evidence = {"node": node.name, **first.evidence, "read_off": "the weights of the two graphs"}
+    evidence = _read(first) | {"read_off": "the weights of the two graphs"}
     return Candidate(first.cause, _says([d for _, d in differences]), value, 0, evidence, _fix(first))
 
 
@@ -187,8 +188,7 @@ def added(piece: OtherPiece, additions: Sequence[NodeDifference]) -> Candidate |
         name = "isolated"
     if name == "int8" and not segment.strange:  # what a sound scale makes of it is expected: the pair is no cause
         return None
-    evidence = {"node": additions[0].node, **additions[0].evidence, "read_off": "the difference of the two graphs"}
-    return Candidate(name, says, value, 0, evidence, f"undo the difference at {{layers}}: {says}")
+    return Candidate(name, says, value, 0, _read(additions[0]), f"undo the difference at {{layers}}: {says}")
 
 
 def _written_out(piece: OtherPiece) -> Candidate | None:
@@ -238,6 +238,10 @@ def _fix(difference: NodeDifference) -> str:
         constant, narrow = difference.evidence["constant"], difference.evidence["change"] in ("fp16", "bf16")
         return f"store {constant} in FP32 on both sides" if narrow else f"use the same {constant} on both sides"
     return f"undo the difference at {{layers}}: {difference.says}"
+
+
+def _read(difference: NodeDifference) -> dict[str, Any]:
+    return {"node": difference.node, **difference.evidence, "read_off": "the difference of the two graphs"}
 
 
 def _says(differences: Sequence[NodeDifference]) -> str:
@@ -304,8 +308,7 @@ class GraphReader:
         if not telling or (value := piece.result) is None:
             return None
         first = telling[0]
-        evidence = {"node": first.node, **first.evidence, "read_off": "the difference of the two graphs"}
-        return Candidate(first.cause, _says(differences), value, 0, evidence, _fix(first))
+        return Candidate(first.cause, _says(differences), value, 0, _read(first), _fix(first))
 
     def _explain(
         self, component: str, segment: Segment, families: Sequence[Cause], failed: Failed

@@ -179,16 +179,8 @@ class ProductLayout:
 
     def columns(self, segment: Segment) -> Tensor | None:
         """[groups, rows, unknowns]: the results with unit vectors for weights, without bias."""
-        k, groups = self.unknowns, self.groups
-        as_often = (groups, *(1,) * (len(self.shape) - 1))
-        if self.node.op == "Conv":
-            units = torch.eye(k, dtype=torch.float64).reshape(k, *self.shape[1:]).repeat(as_often)
-        elif self.node.op == "ConvTranspose":
-            inputs, kernel = self.shape[0] // groups, self.shape[2:]
-            units = torch.eye(k, dtype=torch.float64).reshape(inputs, -1, k).mT.reshape(inputs, k, *kernel)
-            units = units.repeat(as_often)
-        else:
-            units = torch.eye(k, dtype=torch.float64)
+        k = self.unknowns
+        units = self.weight_of(torch.eye(k, dtype=torch.float64).expand(self.groups, k, k))
         value = self._run(segment, units)
         return None if value is None else replace(self, outputs=k).flat(value)
 
@@ -201,17 +193,19 @@ class ProductLayout:
         reads = list(self.node.proto.input[:2])
         return segment.computed(self.node, inputs={self.place: weight}, reads=reads)
 
+    @property
+    def _axis(self) -> int:
+        """The result's axis of output channels."""
+        return -2 if self.place == 0 else 1 if "Conv" in self.node.op else -1
+
     def flat(self, value: Tensor) -> Tensor:
         """[groups, rows, outputs] from a result."""
-        axis = -2 if self.place == 0 else 1 if len(self.shape) > 2 or "Conv" in self.node.op else -1
-        rows = value.movedim(axis, -1).reshape(-1, self.groups, self.outputs)
-        return rows.movedim(1, 0)
+        return value.movedim(self._axis, -1).reshape(-1, self.groups, self.outputs).movedim(1, 0)
 
     def unflat(self, rows: Tensor, like: Tensor) -> Tensor:
         """The inverse of ``flat``, in the shape of ``like``."""
-        axis = -2 if self.place == 0 else 1 if len(self.shape) > 2 or "Conv" in self.node.op else -1
-        moved = like.movedim(axis, -1).shape
-        return rows.movedim(0, 1).reshape(moved).movedim(-1, axis)
+        moved = like.movedim(self._axis, -1).shape
+        return rows.movedim(0, 1).reshape(moved).movedim(-1, self._axis)
 
     def theta_of(self, weight: Tensor) -> Tensor:
         """[groups, unknowns, outputs] from the weight in the node's layout, float64."""
@@ -224,13 +218,13 @@ class ProductLayout:
         return (weight.T if self.by_row else weight)[None]
 
     def weight_of(self, theta: Tensor) -> Tensor:
-        """The weight in the node's layout from [groups, unknowns, outputs]."""
+        """A weight in the node's layout from [groups, unknowns, outputs], of as many outputs."""
+        inputs, outputs = self.shape[0] // self.groups, theta.shape[2]
         if self.node.op == "Conv":
-            return theta.mT.reshape(self.shape)
+            return theta.mT.reshape(-1, *self.shape[1:])
         if self.node.op == "ConvTranspose":
-            inputs, kernel = self.shape[0] // self.groups, self.shape[2:]
-            parts = theta.reshape(self.groups, inputs, -1, self.outputs).mT
-            return parts.reshape(self.groups * inputs, self.outputs, *kernel)
+            parts = theta.reshape(self.groups, inputs, -1, outputs).mT
+            return parts.reshape(self.groups * inputs, outputs, *self.shape[2:])
         return theta[0].T if self.by_row else theta[0]
 
 

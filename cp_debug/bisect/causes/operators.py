@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cp_debug.bisect.causes.base import Candidate, cause
+from cp_debug.bisect.causes.schema import TEXTS
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
 from cp_debug.programs.node_differences import ACTIVATIONS
@@ -40,8 +41,6 @@ FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "Square": torch.square,
 }
 """Functions that are put behind or in front of a layer; with the frameworks' defaults."""
-NEAREST = ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
-"""Modes in which Resize chooses the nearest neighbour."""
 
 
 @cause()
@@ -97,7 +96,7 @@ def integers(segment: Segment) -> Iterator[Candidate]:
 def other_neighbour(segment: Segment) -> Iterator[Candidate]:
     """Candidates: a Resize that picks the other neighbour at some of the places in the middle between two."""
     for node in segment.nodes:
-        for mode in NEAREST if node.op == "Resize" else ():
+        for mode in TEXTS["nearest_mode"] if node.op == "Resize" else ():
             if (other := segment.edited(node, nearest_mode=mode)) is None:
                 continue
             taken = (other == segment.test) & (other != segment.exact)

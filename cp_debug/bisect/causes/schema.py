@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import onnx
@@ -17,7 +17,7 @@ from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import GATES, RECURRENT
 from cp_debug.programs.attribute_meaning import ACTIVATIONS_OF
 from cp_debug.programs.node_differences import NAMES, attributes
-from cp_debug.programs.tensor_change import regated
+from cp_debug.programs.tensor_change import exchanges, regated
 
 TEXTS = {
     "approximate": ("none", "tanh"),
@@ -293,16 +293,12 @@ def gate_order(segment: Segment) -> Iterator[Candidate]:
             continue
         groups = {"": list(weights)} | {f", those of {node.proto.input[p]} alone": [p] for p in weights}
         for order, (whose, places) in itertools.product(itertools.permutations(range(gates)), groups.items()):
-            if list(order) == list(range(gates)) or (len(places) < len(weights) and _moved(order) > 2):
+            if list(order) == list(range(gates)) or (len(places) < len(weights) and exchanges(order)[1] > 2):
                 continue
             moved = {place: torch.from_numpy(regated(weights[place].numpy(), order)) for place in places}
             if (value := segment.edited(node, inputs=moved)) is not None:
                 says = f"the gates of {node.op} are in the order {list(order)}{whose}"
                 yield Candidate("gate-order", says, value, 0, {"order": list(order)}, "reorder the gates of {layers}")
-
-
-def _moved(order: Sequence[int]) -> int:
-    return sum(i != j for i, j in enumerate(order))
 
 
 @cause(costly=True, structural=True)

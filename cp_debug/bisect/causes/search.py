@@ -160,9 +160,8 @@ def _alike(chosen: _Tried, equal: list[_Tried]) -> tuple[str, ...]:
 
 
 def _explanation(chosen: _Tried, second: _Tried | None, equals: tuple[Candidate, ...] = ()) -> Explanation:
-    if second is None:
-        return Explanation(chosen.candidate, chosen.explained, None, 0.0, equals=equals)
-    return Explanation(chosen.candidate, chosen.explained, second.candidate, second.explained, equals=equals)
+    named, share = (second.candidate, second.explained) if second is not None else (None, 0.0)
+    return Explanation(chosen.candidate, chosen.explained, named, share, equals=equals)
 
 
 def _try(segment: Segment, family: Cause) -> list[_Tried]:
