@@ -26,6 +26,7 @@ from cp_debug.bisect.result import TestResult
 from cp_debug.caches import cache_folder
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
+from cp_debug.files import key_of
 from cp_debug.graph.graph import Graph
 from cp_debug.reports.engines import engine_lines
 
@@ -316,7 +317,7 @@ def test_an_entry_that_another_process_removes_stops_nobody(tmp_path: Path) -> N
     """A link to nothing is what a listed entry is that is gone when its size is asked for."""
     cache = cache_in(tmp_path / "cache")
     (cache.folder / "gone.engine").symlink_to("nowhere")
-    engine, key = tmp_path / "made", cache.key({"net": "one"})
+    engine, key = tmp_path / "made", key_of({"net": "one"})
     engine.write_bytes(b"engine")
     cache.put(key, engine, {"seconds": 1, "flags": {}, "timing_cache": None, "marked": [], "missing": [], "layers": []})
     assert cache.get(key) is not None

@@ -17,7 +17,6 @@ from cp_debug.reports import (
     evaluation,
     import_dump,
     mixed_precision,
-    narrow_quantization,
     notebook,
     page,
     prediction,
@@ -36,5 +35,5 @@ register(ImportedDump, import_dump.render)
 register(VerifyResult, verification.render)
 register(EvaluationResult, evaluation.render)
 register(PtqResult, quantization.render)
-register(NarrowResult, narrow_quantization.render)
+register(NarrowResult, quantization.render_narrow)
 register(QuantizerRow, quantization.quantizers)

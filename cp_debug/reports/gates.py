@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from collections.abc import Iterable, Mapping
 
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow, TestResult
 from cp_debug.reports.numbers import number
@@ -13,31 +14,30 @@ from cp_debug.safe_text import annotation, visible
 
 def render_junit(saved: SavedResult) -> str:
     """One suite for each test backend, with a test case for the verdict and one for each layer, failed if guilty."""
-    result = saved.result
-    root = ET.Element("testsuites", name=f"cpdebug {result.model}")
+    result, suites = saved.result, []
     for test in result.tests:
-        suite = ET.SubElement(root, "testsuite", name=f"{result.reference.spec} → {test.backend.spec}")
-        overall = ET.SubElement(suite, "testcase", classname=test.backend.spec, name="verdict", time="0")
-        if not test.agrees:
-            fail(overall, "divergence", verdict_line(test).plain)
+        cases = {"verdict": ("divergence", "" if test.agrees else verdict_line(test).plain)}
         for row in test.rows:
-            name = f"{row.component}/{row.onnx}"
-            case = ET.SubElement(suite, "testcase", classname=test.backend.spec, name=f"{row.name} ({name})", time="0")
-            if row.verdict in (GUILTY, SHAPE):
-                fail(case, row.verdict, _figures(row))
-        cases = suite.findall("testcase")
-        suite.set("tests", str(len(cases)))
-        suite.set("failures", str(sum(case.find("failure") is not None for case in cases)))
-        suite.set("errors", "0")
-    return document(root)
+            failed = row.verdict in (GUILTY, SHAPE)
+            cases[f"{row.name} ({row.component}/{row.onnx})"] = (row.verdict, _figures(row) if failed else "")
+        suites.append((f"{result.reference.spec} → {test.backend.spec}", test.backend.spec, cases))
+    return junit(f"cpdebug {result.model}", suites)
 
 
-def document(root: ET.Element) -> str:
-    """The whole file; characters that XML cannot hold, and invisible ones, stand in it as escapes."""
-    for element in root.iter():
-        element.text = element.text and visible(element.text)
-        for name, value in element.items():
-            element.set(name, visible(value))
+def junit(title: str, suites: Iterable[tuple[str, str, Mapping[str, tuple[str, str]]]]) -> str:
+    """The whole file; characters that XML cannot hold, and invisible ones, stand in it as escapes.
+
+    ``suites``: (name, class of its cases, case → kind of failure and message); a case without a message has passed.
+    """
+    root = ET.Element("testsuites", name=visible(title))
+    for name, kind, cases in suites:
+        failures = sum(bool(message) for _, message in cases.values())
+        counts = {"tests": str(len(cases)), "failures": str(failures), "errors": "0"}
+        suite = ET.SubElement(root, "testsuite", {"name": visible(name), **counts})
+        for case, (failure, message) in cases.items():
+            element = ET.SubElement(suite, "testcase", classname=visible(kind), name=visible(case), time="0")
+            if said := visible(message):
+                ET.SubElement(element, "failure", type=visible(failure), message=said).text = said
     ET.indent(root)
     text = ET.tostring(root, encoding="unicode").replace("##[", "&#35;#[")  # a command, in a log of GitHub's
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
@@ -58,11 +58,6 @@ def _annotation(test: TestResult, model: str) -> str:
     level = "notice" if test.agrees else "warning" if rounding else "error"
     title = annotation(f"cpdebug: {model} on {test.backend.spec}", name=True)
     return f"::{level} title={title}::{annotation(verdict_line(test).plain)}\n"
-
-
-def fail(case: ET.Element, kind: str, message: str) -> None:
-    """Mark a test case as failed, with a message."""
-    ET.SubElement(case, "failure", type=kind, message=message).text = message
 
 
 def _figures(row: LayerRow) -> str:

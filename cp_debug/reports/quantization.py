@@ -1,4 +1,4 @@
-"""A quantized model in a terminal."""
+"""A quantized model in a terminal: INT8, and FP8, a block-scaled type or INT4."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from rich.console import RenderableType
 from rich.text import Text
 
+from cp_debug.deploy.quantize_narrow import NarrowResult
 from cp_debug.deploy.quantize_output import PtqResult
 from cp_debug.quantization.checkpoint import FILE
 from cp_debug.quantization.toggles import QuantizerRow
 from cp_debug.reports.numbers import fixed, number
 from cp_debug.reports.sheet import Cell, Column, Row, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
+from cp_debug.safe_text import amount
 
 _INPUT, _WEIGHT = "input_quantizer", "weight_quantizer"
 _OUTPUT = ".output_quantizer"
@@ -104,6 +106,25 @@ def render(result: PtqResult) -> Iterator[RenderableType]:
     if checkpoint and any(value < _LOW for value in result.sqnr.values()):
         command = f"cpdebug quantize sensitivity MODEL --from {checkpoint}"
         yield Text(f"outputs below {_LOW:g} dB; which layers cost most: {command}", style="yellow")
+
+
+def render_narrow(result: NarrowResult) -> Iterator[RenderableType]:
+    """Layers, their cost at the outputs, the check against the emulation, and the files written."""
+    for name, component in result.components.items():
+        yield Text(name, style="bold")
+        text = f"{amount(len(component.layers), 'layer')} in {result.precision}, {len(component.left_out)} left in FP32"
+        if component.error is not None:
+            text += f"; the file on {component.checked_by} is {number(component.error)} (rel. L2) from the emulation"
+        yield Text(text)
+        for layer, why in component.left_out.items():
+            yield Text(f"  {layer}: {why}", style="dim")
+    yield from sqnr_table(result.sqnr)
+    how = f"{result.method}, calibrated on {result.calibrated_on}" if result.method else "no scale is calibrated"
+    yield Text(f"{how}; SQNR: {result.precision} against FP32 on {result.measured_on}")
+    for note in result.notes:
+        yield Text(note, style="yellow")
+    for file in result.files:
+        yield Text(str(file), style="bold")
 
 
 def sqnr_table(sqnr: Mapping[str, float]) -> Iterator[RenderableType]:

@@ -74,14 +74,9 @@ class EngineCache:
             raise InputError(f"--cache: {folder} cannot be written ({error.strerror or error})") from None
         return cls(folder, on_say)
 
-    @staticmethod
-    def key(parts: Mapping[str, Any]) -> str:
-        """The hash of plain containers."""
-        return key_of(parts)
-
     def timing_cache(self, parts: Mapping[str, Any]) -> Path:
         """File of the kernels' timings of one graph on one machine."""
-        return self.folder / f"{self.key(parts)}.timings"
+        return self.folder / f"{key_of(parts)}.timings"
 
     def make_once(
         self, key: str, timings: Path | None, build: Callable[[], tuple[Path, dict[str, Any]]]

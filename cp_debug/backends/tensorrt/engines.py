@@ -22,7 +22,7 @@ from cp_debug.backends.tensorrt.inspector import (
     realised_precision,
 )
 from cp_debug.errors import InputError
-from cp_debug.files import file_hash
+from cp_debug.files import file_hash, key_of
 from cp_debug.graph.dimension_names import tell_apart
 from cp_debug.graph.graph import Graph
 
@@ -98,7 +98,7 @@ class EngineBuilder:
         parts = {"graph": self.graph.digest, "step": {**self.config.step(), **step}, "probes": probes}
         is_rebuild = name.endswith(AGAIN)
         more = {"profiles": profiles, "machine": self.machine, "runner": file_hash(Path(runner.__file__))}
-        return self.cache.key({**parts, **more, "again": is_rebuild})
+        return key_of({**parts, **more, "again": is_rebuild})
 
     def _built(
         self, name: str, probes: Mapping[str, Any], profiles: Mapping[str, Profile]
