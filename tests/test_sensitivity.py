@@ -17,7 +17,6 @@ from cp_debug.errors import InputError
 from cp_debug.mixed_precision.layer_runner import ErrorSum, LayerRunner, int8_runner
 from cp_debug.mixed_precision.sensitivity import (
     _loss,
-    build_sensitivity_profile,
     check_budget,
     choose_layers,
     get_sensitive_layers,
@@ -139,10 +138,8 @@ def test_errors_are_those_of_the_layers(
 
 
 @needs("modelopt")
-def test_the_fragile_layer_is_found_and_left_out(
-    model: TorchModel, parts: dict[str, QuantizedComponent], samples: list[Sample]
-) -> None:
-    profile = build_sensitivity_profile(model, parts, samples, data="images", budget=0.05)
+def test_the_fragile_layer_is_found_and_left_out(bench: LayerRunner, samples: list[Sample]) -> None:
+    profile = profile_of(bench, samples, data="images", budget=0.05)
     assert profile.layers[0].layer == "fragile"
     assert profile.layers[0].left_out is not None
     assert profile.layers[0].left_out.error < profile.int8.error / 3
@@ -173,8 +170,8 @@ def test_bad_input(
     with pytest.raises(InputError, match="no quantized layer 'stemm'; did you mean stem"):
         bench.measure(samples, [frozenset({"stemm"})])
     with pytest.raises(InputError, match="no sample"):
-        build_sensitivity_profile(model, parts, [])
-    profile = build_sensitivity_profile(model, parts, samples[:1])
+        profile_of(bench, [])
+    profile = profile_of(bench, samples[:1])
     with pytest.raises(InputError, match="expected a positive budget"):
         choose_layers(bench, samples, profile, 0.0)
 
@@ -185,12 +182,12 @@ def test_a_budget_of_map_needs_ground_truth() -> None:
     parts = open_quantized(model, None, count=1, method="max")
     unknown = [replace(next(model.samples(1, 0, None)), truth=None)]
     with pytest.raises(InputError, match="scene 0 has no ground truth, so mAP is unknown"):
-        build_sensitivity_profile(model, parts, unknown, budget=0.01)
+        profile_of(int8_runner(model, parts, unknown[0]), unknown, budget=0.01)
 
 
 @needs("modelopt")
-def test_faces(model: TorchModel, parts: dict[str, QuantizedComponent], samples: list[Sample], tmp_path: Path) -> None:
-    profile = build_sensitivity_profile(model, parts, samples, data="images", budget=0.05)
+def test_faces(bench: LayerRunner, samples: list[Sample], tmp_path: Path) -> None:
+    profile = profile_of(bench, samples, data="images", budget=0.05)
     text = "\n".join(_plain(part) for part in render(profile))
     assert "fragile" in text
     assert "--skip-layers fragile" in text

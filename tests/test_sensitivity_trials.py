@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,9 +37,7 @@ class Errors:
         self.all = frozenset(errors)
         self.asked: list[frozenset[str]] = []
         self.notes: list[str] = []
-
-    def nodes_in(self, kept: Collection[str]) -> frozenset[tuple[str, str]]:
-        return frozenset(("net", n) for n in kept)
+        self.precision = "int8"
 
     def measure(
         self, samples: Sequence[Sample], sets: Iterable[frozenset[str]], *, draws: int, on_step: Any

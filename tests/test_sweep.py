@@ -318,7 +318,8 @@ def build():
 
 @needs("modelopt")
 def test_sensitivity_over_samples(tmp_path: Path) -> None:
-    from cp_debug.mixed_precision.sensitivity import build_sensitivity_profile
+    from cp_debug.mixed_precision.layer_runner import int8_runner
+    from cp_debug.mixed_precision.sensitivity import profile_of
     from cp_debug.quantization.open_quantized import open_quantized
 
     (tmp_path / "net.py").write_text(NET)
@@ -329,7 +330,7 @@ def test_sensitivity_over_samples(tmp_path: Path) -> None:
     found = records(sensitivity.tasks(grid, ()))
     (group,) = sensitivity.merge(found)
     for place, sample in enumerate(model.samples(3, 0, None)):
-        shares = {row.layer: row.share for row in build_sensitivity_profile(model, parts, [sample]).layers}
+        shares = {row.layer: row.share for row in profile_of(int8_runner(model, parts, sample), [sample]).layers}
         for row in group.layers:
             assert row.share is not None
             assert shares[row.layer] <= row.share.worst

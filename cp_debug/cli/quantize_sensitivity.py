@@ -76,12 +76,8 @@ def sensitivity(
     read = DataOptions(data_root)
     check_given(model, inputs=data, samples=samples, checkpoint=checkpoint, options=read, flag="--data")
     load_torch()
-    from cp_debug.mixed_precision.sensitivity import (
-        build_sensitivity_profile,
-        check_budget,
-        profile_narrow,
-        scored_samples,
-    )
+    from cp_debug.mixed_precision.layer_runner import int8_runner, narrow_runner
+    from cp_debug.mixed_precision.sensitivity import check_budget, check_samples, profile_of, scored_samples
     from cp_debug.quantization.open_quantized import open_quantized
     from cp_debug.recipes.registry import load_model
     from cp_debug.reports.sensitivity import render, write_chart, write_page
@@ -92,9 +88,8 @@ def sensitivity(
         loaded = load_model(model, checkpoint=checkpoint, seed=seed)
         if narrow is not None:
             source, chosen_samples = scored_samples(loaded, data, samples, seed, read)
-            profile = profile_narrow(
-                loaded, str(narrow), chosen_samples, data=source, budget=auto, draws=draws, on_step=on_step
-            )
+            check_samples(chosen_samples)
+            runner = narrow_runner(loaded, str(narrow), chosen_samples[0])
         else:
             opened = open_quantized(
                 loaded,
@@ -106,9 +101,9 @@ def sensitivity(
                 on_step=on_step,
             )
             source, chosen_samples = scored_samples(loaded, data, samples, seed, read)
-            profile = build_sensitivity_profile(
-                loaded, opened, chosen_samples, data=source, budget=auto, draws=draws, on_step=on_step
-            )
+            check_samples(chosen_samples)
+            runner = int8_runner(loaded, opened, chosen_samples[0])
+        profile = profile_of(runner, chosen_samples, data=source, budget=auto, draws=draws, on_step=on_step)
     if output:
         output.mkdir(parents=True, exist_ok=True)
         json, csv = json or str(output / "sensitivity.json"), csv or output / "sensitivity.csv"

@@ -120,6 +120,8 @@ class LayerRunner:
     """By component."""
     layers: Mapping[str, LowLayer]
     """Those that can be low, by name."""
+    precision: str
+    """As a backend spec has it."""
     notes: list[str] = field(default_factory=list)
     """Sentences about layers whose shares are not complete, and why."""
     folder: TemporaryDirectory[str] | None = None
@@ -133,7 +135,7 @@ class LayerRunner:
         if not layers:
             raise InputError(f"MODEL: {model.name} has no layer with a weight that {precision} takes")
         arithmetic = ARITHMETICS[precision]
-        return cls(model, {p.name: MixedExecutor(p.graph, arithmetic, "cpu") for p in programs}, layers)
+        return cls(model, {p.name: MixedExecutor(p.graph, arithmetic, "cpu") for p in programs}, layers, precision)
 
     @property
     def all(self) -> KeptLayers:
@@ -174,10 +176,6 @@ class LayerRunner:
                     detected[kept].append(self.model.decode(sample, results))  # type: ignore[arg-type]
         on_step("scoring", len(samples), len(samples))
         return {kept: measured_of(self.model, outputs[kept], detected[kept], samples, draws) for kept in outputs}
-
-    def nodes_in(self, kept_layers: KeptLayers) -> frozenset[tuple[str, str]]:
-        """(Component, layer) of a set: its name in a log."""
-        return frozenset((self.layers[name].component, name) for name in kept_layers)
 
     def shares(self, samples: Sequence[Sample]) -> dict[str, LayerShare]:
         """Share of each layer in what all of them low are off from FP32, over all samples: one walk backward each."""

@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.errors import InputError
-from cp_debug.mixed_precision.layer_runner import KeptLayers, LayerRunner, OnStep, int8_runner, narrow_runner
-from cp_debug.mixed_precision.log import TrialLog
+from cp_debug.mixed_precision.layer_runner import KeptLayers, LayerRunner, OnStep
 from cp_debug.mixed_precision.strategy import smallest
-from cp_debug.mixed_precision.trial import Measured, Trial
-from cp_debug.quantization.models import QuantizedComponent
+from cp_debug.mixed_precision.trial import Measured
 from cp_debug.recipes.abilities import HasClasses, HasData
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions, DataSet, iterate
@@ -132,53 +130,6 @@ class SensitivityProfile(JsonForm):
         return pd.DataFrame(rows)
 
 
-def build_sensitivity_profile(
-    model: Model,
-    parts: Mapping[str, QuantizedComponent],
-    samples: Sequence[Sample],
-    *,
-    data: str = "",
-    budget: float | None = None,
-    draws: int = DRAWS,
-    on_step: OnStep = lambda text, done, total: None,
-) -> SensitivityProfile:
-    """Measure every layer of ``parts``, the components in INT8, on ``samples``.
-
-    Samples with ground truth are scored where the model detects. ``budget`` also chooses the layers to leave in FP32
-    (``choose_layers``). ``draws`` of the samples give the intervals. Raises InputError when nothing is quantized, there
-    is no sample, or a budget of mAP meets samples without ground truth.
-    """
-    _check_samples(samples)
-    runner = int8_runner(model, parts, samples[0])
-    return profile_of(runner, samples, data=data, budget=budget, draws=draws, on_step=on_step)
-
-
-def profile_narrow(
-    model: Model,
-    precision: str,
-    samples: Sequence[Sample],
-    *,
-    data: str = "",
-    budget: float | None = None,
-    draws: int = DRAWS,
-    on_step: OnStep = lambda text, done, total: None,
-) -> SensitivityProfile:
-    """Measure every layer with a weight in ``precision`` (``fp8:channel``), emulated with the scales of the numbers at
-    hand; torch models are exported first.
-
-    The other arguments and errors are those of ``build_sensitivity_profile``.
-    """
-    _check_samples(samples)
-    runner = narrow_runner(model, precision, samples[0])
-    profile = profile_of(runner, samples, data=data, budget=budget, draws=draws, on_step=on_step)
-    return replace(profile, precision=precision)
-
-
-def _check_samples(samples: Sequence[Sample]) -> None:
-    if not samples:
-        raise InputError("--data: there is no sample; expected at least one")
-
-
 def profile_of(
     runner: LayerRunner,
     samples: Sequence[Sample],
@@ -189,12 +140,15 @@ def profile_of(
     tried: int = TRIED,
     on_step: OnStep = lambda text, done, total: None,
 ) -> SensitivityProfile:
-    """The profile of the layers of ``runner``; other arguments and errors are those of ``build_sensitivity_profile``.
+    """Measure every layer of ``runner`` on ``samples``, with its precision emulated.
 
-    ``tried``: layers that are left out one by one, the largest shares first.
+    Samples with ground truth are scored where the model detects. ``budget`` also chooses the layers to leave in FP32
+    (``choose_layers``). ``draws`` of the samples give the intervals. ``tried``: layers that are left out one by one,
+    the largest shares first. Raises InputError where there is no sample, or a budget of mAP meets samples without
+    ground truth.
     """
     started, model = time.perf_counter(), runner.model
-    _check_samples(samples)
+    check_samples(samples)
     unknown = [sample.source for sample in samples if sample.truth is None]
     if budget is not None and unknown and isinstance(model, HasClasses):
         raise InputError(f"--auto: {unknown[0]} has no ground truth, so mAP is unknown; expected an info file (.pkl)")
@@ -223,11 +177,18 @@ def profile_of(
         sorted(layers, key=lambda row: row.severity, reverse=True),
         _effect(low, exact),
         {score: float(values[0]) for score, values in exact.draws.items()},
+        precision=runner.precision,
         notes=list(dict.fromkeys(runner.notes)),
     )
     if budget is not None:
         profile = replace(profile, choice=choose_layers(runner, samples, profile, budget, draws=draws, on_step=on_step))
     return replace(profile, seconds=time.perf_counter() - started)
+
+
+def check_samples(samples: Sequence[Sample]) -> None:
+    """Raise InputError where there is no sample to measure on."""
+    if not samples:
+        raise InputError("--data: there is no sample; expected at least one")
 
 
 def scored_samples(
@@ -266,31 +227,22 @@ def choose_layers(
     of the outputs. Raises InputError for a budget that nothing can keep.
     """
     check_budget(budget)
-    log = TrialLog()
-
-    def run(sets: Sequence[KeptLayers]) -> None:
-        started = time.perf_counter()
-        measured = runner.measure(samples, dict.fromkeys([runner.all, *sets]), draws=draws, on_step=on_step)
-        seconds = (time.perf_counter() - started) / len(sets)
-        for kept_layers in sets:
-            log.add(Trial(runner.nodes_in(kept_layers), len(kept_layers), False, measured[kept_layers], seconds))
-        reference.append(measured[runner.all])
+    ranked = [row.layer for row in profile.layers]
+    sizes = [0, *(2**k for k in range(len(ranked).bit_length()) if 2**k < len(ranked)), len(ranked)]
+    firsts = [frozenset(ranked[:size]) for size in sizes]
+    measured = runner.measure(samples, dict.fromkeys(firsts), draws=draws, on_step=on_step)
 
     def loss(kept_layers: KeptLayers) -> ConfidenceInterval:
-        if (False, runner.nodes_in(kept_layers)) not in log.trials:
-            run([kept_layers])
-        return _loss(log.trials[False, runner.nodes_in(kept_layers)].measured, reference[0])
+        if kept_layers not in measured:
+            measured.update(runner.measure(samples, [kept_layers], draws=draws, on_step=on_step))
+        return _loss(measured[kept_layers], measured[runner.all])
 
     def extend(grown: Sequence[str]) -> list[str]:
         return ranked[len(grown) : next((size for size in sizes if size > len(grown)), len(ranked))]
 
-    reference: list[Measured] = []
-    ranked = [row.layer for row in profile.layers]
-    sizes = [0, *(2**k for k in range(len(ranked).bit_length()) if 2**k < len(ranked)), len(ranked)]
-    run([frozenset(ranked[:size]) for size in sizes])
     smallest_set = smallest(lambda kept_layers: loss(kept_layers).value <= budget, extend)  # all in FP32 lose nothing
     chosen = ranked if smallest_set is None else smallest_set
-    return Choice(budget, chosen, loss(frozenset(chosen)), len(log.trials))
+    return Choice(budget, chosen, loss(frozenset(chosen)), len(measured))
 
 
 def _loss(test: Measured, reference: Measured) -> ConfidenceInterval:

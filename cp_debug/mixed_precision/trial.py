@@ -44,7 +44,7 @@ class Trial(JsonForm):
     """One set of kept layers and its figures."""
 
     nodes: frozenset[tuple[str, str]] = field(metadata={"key": "kept"})
-    """(Component, node) of everything that was kept; under fake quantizers (component, layer)."""
+    """(Component, node) of everything that was kept."""
     layers: int
     emulated: bool
     """Whether it ran on the emulator in place of the backend."""
