@@ -7,6 +7,7 @@ that ``bisect`` prints is followed. The last part compares what the shares cost 
 
     python benchmarks/declared_costs.py                                      # all of them, 3 minutes on one core
     python benchmarks/declared_costs.py --json docs/data/declared_costs.json  # also write what was found
+    python benchmarks/declared_costs.py --device cuda                        # the cost of shares alone, on a GPU
 """
 
 from __future__ import annotations
@@ -262,7 +263,14 @@ def judge(path: Path, precision: str) -> dict[str, Any]:
     return found
 
 
-def costs(folder: Path) -> list[dict[str, Any]]:
+SIDES = {
+    "cpu": ("ort,emu-fp16", "ort,emu-bf16", "ort,emu-tf32", "ort,ort-all"),
+    "cuda": tuple(f"torch@cuda,torch{precision}@cuda" for precision in ("-fp16", "-bf16", "-tf32")),
+}
+"""Device → what is compared for the cost of shares, which are computed on the test's device."""
+
+
+def costs(folder: Path, device: str = "cpu") -> list[dict[str, Any]]:
     """Seconds of both runs and of the shares, on a network of convolutions; the second of two bisects counts."""
     net = NetBuilder(0)
     value = net.conv("x", 3, 64, k=7, stride=2)
@@ -272,7 +280,7 @@ def costs(folder: Path) -> list[dict[str, Any]]:
     path = net.save(folder / "convolutions.onnx", {"x": (1, [1, 3, 224, 224])}, ["y"])
     np.savez(path.with_suffix(".npz"), x=net.rng.standard_normal((1, 3, 224, 224)).astype(np.float32))
     found = []
-    for sides in ("ort,emu-fp16", "ort,emu-bf16", "ort,emu-tf32", "ort,ort-all"):
+    for sides in SIDES[device]:
         seconds: dict[str, float] = {}
         originals = one_sample.set_shares, Pipeline.run
 
@@ -321,12 +329,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write what was found here")
     parser.add_argument("--only", default="", help="networks whose name holds this")
+    parser.add_argument("--device", choices=SIDES, default="cpu", help="where the cost is measured; cuda: that alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
     networks = []
     with tempfile.TemporaryDirectory() as scratch:
         for place, (trunk, trouble) in enumerate((t, p) for p in TROUBLES for t in TRUNKS):
-            if options.only not in f"{trunk}-{trouble}":
+            if options.device != "cpu" or options.only not in f"{trunk}-{trouble}":
                 continue
             precision = "bf16" if place % 4 == 3 else "fp16"
             found = judge(network(trunk, trouble, place, Path(scratch)), precision)
@@ -335,15 +344,17 @@ def main() -> None:
             kept = f"; kept {found['promised']:.2g}, {found['followed']:.2g} followed" if "followed" in found else ""
             said = f"{found['named']} (most: {found['most']}), sum {found['sum']:.3f}{kept}"
             print(f"{mark} {found['network']} {precision}: {found['divergence']:.2g}, {said}")
-        seconds = [] if options.only else costs(Path(scratch))
-    print(json.dumps(summary(networks)))
+        seconds = [] if options.only else costs(Path(scratch), options.device)
+    if networks:
+        print(json.dumps(summary(networks)))
     for cost in seconds:
         print(cost)
     if options.json:
         document = {
-            "command": "python benchmarks/declared_costs.py",
+            "command": "python benchmarks/declared_costs.py"
+            + f" --device {options.device}" * (options.device != "cpu"),
             "torch": torch.__version__,
-            "summary": summary(networks),
+            "summary": summary(networks) if networks else None,
             "costs": seconds,
             "networks": networks,
         }

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from nets import NetBuilder
+from test_trt_runner import install
 
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import TestResult
@@ -116,3 +117,36 @@ def test_a_scale_that_clips_is_named_where_two_activations_meet(tmp_path: Path, 
         assert finding.evidence["needed_scale"] == pytest.approx(6 * finding.evidence["scale"], rel=1e-2)
         assert finding.evidence["error_then"] < 0.5 * finding.evidence["error"]
         assert f"a scale of {finding.evidence['needed_scale']:.3g} brings the error of this layer from" in finding.fix
+
+
+@pytest.mark.parametrize("of", ["data", "weights"])
+def test_a_scale_that_clips_inside_a_fused_region_is_read_off_the_files(
+    of: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An engine shows the end of a region alone; the scale lies in the second of its four layers."""
+    install("8.6.0", monkeypatch)
+    monkeypatch.setattr("fake_tensorrt.REGION", {"node_m0", "node_r3"})
+    files = []
+    for quantized in (False, True):
+        net, x = NetBuilder(5), "x"
+        for layer in range(5):
+            weight = (net.rng.standard_normal((CHANNELS, CHANNELS)) / 4).astype(np.float32)
+            w = net.weight(weight)
+            if quantized:
+                clips = {of: 32.0 if of == "data" else 8.0} if layer == 1 else {}
+                zero = net.weight(np.zeros((), np.int8))
+                w_step, x_step = float(np.abs(weight).max()) / 127 / clips.get("weights", 1), 16.0 / 127
+                step = net.weight(np.array(x_step / clips.get("data", 1), np.float32), f"x_scale{layer}")
+                x = net.op("DequantizeLinear", net.op("QuantizeLinear", x, step, zero), step, zero)
+                levels = net.weight(np.clip(np.rint(weight / w_step), -128, 127).astype(np.int8))
+                w = net.op(
+                    "DequantizeLinear", levels, net.weight(np.array(w_step, np.float32), f"w_scale{layer}"), zero
+                )
+            x = net.op("Relu", net.op("MatMul", x, w, name=f"m{layer}"), name=f"r{layer}")
+        files.append(net.save(tmp_path / f"{quantized}.onnx", {"x": (1, [64, CHANNELS])}, [x]))
+    (test,) = bisect(str(files[0]), "ort,trt-fp32", test_model=files[1]).tests
+    assert [row.region.kind for row in test.guilty if row.region] == ["Myelin"]
+    (finding,) = (finding for finding in test.findings if finding.cause != "int8")
+    assert (finding.cause, finding.evidence["of"]) == ("int8-clipped", of)
+    assert finding.evidence["scale_of"] == ("x_scale1" if of == "data" else "w_scale1")
+    assert finding.evidence["error_then"] < 0.5 * finding.evidence["error"]

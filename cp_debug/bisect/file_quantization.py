@@ -320,14 +320,29 @@ class FileQuantization:
         ``constants`` are those of the parent's segment: a weight counts as quantized well where it is about as near to
         one of them as the best scales of its kind come. ``bits``: in place of those of the levels. None for other
         weights, for levels that are captured, and as for ``declared``. ``given``, and ``calibrated`` if the scales
-        shall be the best for other inputs: name → tensor of the parent, in any float dtype. Raises InputError for
-        ``calibrated`` where None is returned without.
+        shall be the best for other inputs: name → tensor of the parent, in any float dtype.
         """
         if (found := self._in_floats(target, known, given)) is None:
             return None
         own, nodes, values = found
         other = None if calibrated is None else self._in_floats(target, known, calibrated)
-        fitted = {} if other is None else all_values(self._executor, nodes, other[2])
+        # The file's own scales must not cut off what the others are fitted to: fine ones stand in for them.
+        fitted = {} if other is None else self._on_best_scales(nodes, other[2], constants, 1.0, 24, {})
+        made = None if fitted is None else self._on_best_scales(nodes, values, constants, scale_margin, bits, fitted)
+        return None if made is None or own not in made else torch.as_tensor(made[own])
+
+    def _on_best_scales(
+        self,
+        nodes: Sequence[Node],
+        given: Mapping[str, AnyTensor],
+        constants: Collection[Tensor],
+        scale_margin: float,
+        bits: int | None,
+        fitted: Mapping[str, AnyTensor],
+    ) -> dict[str, AnyTensor] | None:
+        """Every value of the file's nodes, as ``recalibrated`` says; scales are the best for ``fitted`` where that has
+        the value, else for the value itself."""
+        values = dict(given)
         rounded: dict[str, Tensor] = {}
         """Levels → the numbers behind them."""
         for node in nodes:
@@ -357,8 +372,7 @@ class FileQuantization:
                     values |= self._executor.run_nodes([node], values, node.outputs)
                 except InputError:
                     return None
-        result = values.get(own)
-        return None if result is None else torch.as_tensor(result)
+        return values
 
     def _good(self, node: Node, stored: Tensor, constants: Collection[Tensor]) -> bool:
         """Whether a weight as the file stores it is a good rounding of one of the ``constants``."""

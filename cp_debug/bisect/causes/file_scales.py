@@ -20,6 +20,7 @@ from cp_debug.bisect.quantized_segment import CODECS, QuantizerGrid
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
 from cp_debug.graph.integer_values import constant_type
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.probes.distance import relative_l2
 from cp_debug.safe_text import amount
 
@@ -28,6 +29,8 @@ _ENDS = {2: (0, 255), 3: (-128, 127)}
 _FAMILIES = {17: "fp8", 18: "fp8", 19: "fp8", 20: "fp8", 21: "int4", 22: "int4", 23: "fp4"}
 SHOWN = 6
 """Channels that a sentence names."""
+MOST = 8
+"""Scales of a region that are tried."""
 _FIX = {
     "weights": "quantize the weights of {layers} again, by the largest of each channel",
     "data": "calibrate {layers} on data like this, or keep it in FP32",
@@ -40,14 +43,19 @@ Told = tuple[str, str, str, dict[str, Any]]
 
 def wrong_scale(piece: OtherPiece) -> Candidate | None:
     """The scale without which a layer would be much nearer to the exact result, where the test's own nodes reproduce
-    the layer: one of FP8 or 4 bits that is not that of its numbers, one of INT8 that clips. None without one."""
+    the layer: one of FP8 or 4 bits that is not that of its numbers, one of INT8 that clips. None without one.
+
+    In a region of several layers, those that clip most are tried, at most ``MOST``: each is a run of the region.
+    """
     segment, held = piece.segment, piece.other.executor.arithmetic.held(torch.float32)
-    if segment.product is None or segment.strange or segment.test.shape != segment.exact.shape:
+    products = any(node.op in PRODUCTS for node in segment.nodes)
+    if not products or segment.strange or segment.test.shape != segment.exact.shape:
         return None
     try:
+        tried = sorted((*_of_codes(piece), *_of_grids(piece)), key=lambda each: -each[2][3].get("clipped", 1.0))
         found = [
             (relative_l2(piece.run(values={name: better.to(held)}), segment.exact), told)
-            for name, better, told in (*_of_codes(piece), *_of_grids(piece))
+            for name, better, told in tried[:MOST]
         ]
         then, worst = min(found, key=lambda pair: pair[0], default=(0.0, None))
         if worst is None or not (now := relative_l2(piece.run(), segment.exact)) > BETTER * then:
@@ -61,36 +69,49 @@ def wrong_scale(piece: OtherPiece) -> Candidate | None:
     return Candidate(cause, says, value, 0, evidence, fix)
 
 
+def _products(piece: OtherPiece) -> Iterator[tuple[Tensor, Node]]:
+    """The constant weights of the reference's products, float64, and the test's products that stand for them."""
+    segment, of_name = piece.segment, {node.name: node for node in piece.nodes}
+    for product in (node for node in segment.nodes if node.op in PRODUCTS):
+        twin = product_of(piece.nodes, product.op) if segment.product is not None else of_name.get(product.name)
+        weight = segment.weight(product, 1)
+        if weight is not None and twin is not None and twin.op == product.op:
+            yield weight, twin
+
+
 def _of_codes(piece: OtherPiece) -> Iterator[tuple[str, Tensor, Told]]:
     """Weights in FP8 and 4 bits: the value that holds them, what it would be, and what is wrong."""
-    product = piece.segment.product
-    twin = product_of(piece.nodes, product.op) if product is not None else None
-    weight = piece.segment.weight(product, 1) if product is not None else None
-    stored = stored_codes(piece.other.graph, twin) if twin is not None else None
-    if stored is None or weight is None or not (is_narrow_kind(stored.kind) or stored.bits is not None):
-        return
-    if (repair := stored.repair(weight)) is not None:
-        yield stored.dequantizer.outputs[0], repair.value, _of_weight(stored, repair)
+    for weight, twin in _products(piece):
+        stored = stored_codes(piece.other.graph, twin)
+        if stored is None or not (is_narrow_kind(stored.kind) or stored.bits is not None):
+            continue
+        if (repair := stored.repair(weight)) is not None:
+            yield stored.dequantizer.outputs[0], repair.value, _of_weight(stored, repair)
 
 
 def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Tensor, Told]]:
     """The same of data in FP8 with one scale, and of numbers that a scale in INT8 cuts off."""
-    constants, graph, product = piece.other.constants, piece.other.graph, piece.segment.product
-    twin = product_of(piece.nodes, product.op) if product is not None else None
-    for node in piece.nodes:
-        quantizer = graph.producer.get(node.proto.input[0]) if node.op == "DequantizeLinear" else None
-        _, scale, *zero = [*node.proto.input[:3], ""][:3] if node.op == "DequantizeLinear" else ("", "")
-        if scale not in constants or any(n and n not in constants for n in zero):
+    constants, graph = piece.other.constants, piece.other.graph
+    weights = {twin.proto.input[1]: weight for weight, twin in _products(piece)}
+    own = {output for node in piece.nodes for output in node.outputs}
+    pairs = dict[Node, Node | None]()
+    for node in (node for node in piece.nodes if node.op == "DequantizeLinear"):
+        quantizer = graph.producer.get(node.proto.input[0])
+        if any(name and name not in constants for name in node.proto.input[1:]):
             continue
-        numbers = None
         if node.proto.input[0] in constants:
-            if twin is not None and product is not None and node.outputs[0] == twin.proto.input[1]:
-                numbers = piece.segment.weight(product, 1)
-        elif quantizer in piece.nodes and quantizer is not None and quantizer.op == "QuantizeLinear":
-            numbers = piece.run(quantizer.proto.input[0])
-        if numbers is None or not numbers.dim() or not numbers.numel() or not bool(torch.isfinite(numbers).all()):
+            if node.outputs[0] in weights:
+                pairs[node] = None
+        elif quantizer is not None and quantizer.op == "QuantizeLinear" and quantizer.outputs[0] in own:
+            pairs[node] = quantizer
+    read = [quantizer.proto.input[0] for quantizer in pairs.values() if quantizer is not None]
+    values = piece.values(*read, *(node.outputs[0] for node in pairs))
+    for node, quantizer in pairs.items():
+        numbers = weights[node.outputs[0]] if quantizer is None else values[quantizer.proto.input[0]]
+        if not numbers.dim() or not numbers.numel() or not bool(torch.isfinite(numbers).all()):
             continue
-        kind = constant_type(graph, zero[0]) if zero[0] else constant_type(graph, node.proto.input[0]) or 2
+        _, scale, zero = [*node.proto.input[:3], ""][:3]
+        kind = constant_type(graph, zero) if zero else constant_type(graph, node.proto.input[0]) or 2
         if kind in CODECS and quantizer is not None and np.size(constants[scale]) == 1:
             codec, needed = CODECS[kind], float(numbers.abs().max()) / CODECS[kind].largest or 1.0
             wrong = _of_data(numbers, codec, kind, float(np.ravel(constants[scale])[0]), needed)
@@ -98,14 +119,14 @@ def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Tensor, Told]]:
         elif kind in _ENDS and not node.attribute("block_size"):
             scales, offset = (
                 torch.from_numpy(np.asarray(array).astype(np.float64))
-                for array in (constants[scale], constants[zero[0]] if zero[0] else 0.0)
+                for array in (constants[scale], constants[zero] if zero else 0.0)
             )
             grid = QuantizerGrid(scales, offset, *_ENDS[kind], node.attribute("axis", 1))
             of = "data" if quantizer is not None else "weights"
-            read = _Read(of, node, grid, numbers, piece.run(node.outputs[0]))
-            fits = bool((scales > 0).all()) and grid.fits(numbers.shape) and read.stored.shape == numbers.shape
-            if fits and bool(read.beyond.any()):
-                yield node.outputs[0], read.without(), read.told()
+            stored = _Read(of, node, grid, numbers, values[node.outputs[0]])
+            fits = bool((scales > 0).all()) and grid.fits(numbers.shape) and stored.stored.shape == numbers.shape
+            if fits and bool(stored.beyond.any()):
+                yield node.outputs[0], stored.without(), stored.told()
 
 
 @dataclass(frozen=True)

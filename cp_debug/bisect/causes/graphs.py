@@ -260,8 +260,9 @@ def _readings(
         folded = (several or read.cause in FOLDED) and _folded(piece, differences)
         yield read, _OF_NORMS if folded else ()
     scale = wrong_scale(piece)
-    if scale is not None and (scale.evidence.get("of") == "weights" or "channels" in scale.evidence):
-        yield scale, _OF_WEIGHTS if of_pairs else ()
+    one = piece.segment.product is not None  # a region of several has no scale that is its own
+    if scale is not None and (not one or scale.evidence.get("of") == "weights" or "channels" in scale.evidence):
+        yield scale, _OF_WEIGHTS if of_pairs and one else ()
         scale = None
     candidate = scale or added(piece, differences)
     if candidate is not None:
