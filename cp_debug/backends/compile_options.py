@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cp_debug.backends.narrow_options import Words, read_words
 from cp_debug.errors import InputError
-from cp_debug.safe_text import did_you_mean
 
 COMPILERS = ("inductor", "aot_eager", "eager")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 """Modes of inductor, as ``torch.compile`` names them."""
+_KNOWN: Words = {
+    **{word: ("compiler", word) for word in COMPILERS},
+    **{word: ("mode", word) for word in MODES},
+    **{word: (word, True) for word in ("dynamic", "casts")},
+}
 
 INDUCTOR = ("cpp_", "triton_", "extern_kernels.")
 """Beginnings of the names of inductor's kernels."""
@@ -35,17 +40,7 @@ class CompileOptions:
     @classmethod
     def parse(cls, text: str) -> CompileOptions:
         """Read ``:aot_eager:dynamic``. Raises InputError for options that it does not have, or not together."""
-        given: dict[str, object] = {}
-        for word in filter(None, text.split(":")):
-            field = "compiler" if word in COMPILERS else "mode" if word in MODES else word
-            if field not in ("compiler", "mode", "dynamic", "casts"):
-                known = (*COMPILERS, *MODES, "dynamic", "casts")
-                hint = did_you_mean(word, known)
-                raise InputError(f"{text!r}: torch-compile has no option {word!r}; it has {', '.join(known)}{hint}")
-            if field in given:
-                raise InputError(f"{text!r}: {word!r} repeats another option")
-            given[field] = word if field in ("compiler", "mode") else True
-        options = cls(**given)  # type: ignore[arg-type]
+        options = cls(**read_words(text, filter(None, text.split(":")), _KNOWN, "torch-compile"))  # type: ignore[arg-type]
         if options.compiler != "inductor" and (options.mode != "default" or options.casts):
             raise InputError(f"{text!r}: modes and casts are options of inductor; remove {options.compiler}")
         return options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,12 +80,7 @@ class NarrowOptions:
         family, *words = text.split(":")
         if family not in FAMILIES:
             raise InputError(f"{text!r}: expected one of {', '.join(FAMILIES)}")
-        given: dict[str, object] = {}
-        for word in words:
-            field, value = _option(family, word, text)
-            if field in given:
-                raise InputError(f"{text!r}: {word!r} repeats another option")
-            given[field] = value
+        given = read_words(text, words, {**_KNOWN[family], **_SUM_WORDS, **_OUT}, family, _number)
         if given.get("sum") in (None, "fp32"):
             if idle := [w for w in words if w.startswith(("round=", "promote="))]:
                 raise InputError(f"{text!r}: {idle[0]!r} needs a sum narrower than FP32; add acc=fp22")
@@ -117,55 +113,67 @@ class TorchFp8Options:
     def parse(cls, text: str) -> TorchFp8Options:
         """Read ``fp8:channel:fast``. Raises InputError for options that the backend does not have."""
         family, *words = text.split(":")
-        own = [word for word in words if word in ("fast", "dynamic")]
-        if len(set(own)) < len(own):
-            raise InputError(f"{text!r}: {own[0]!r} repeats another option")
-        known = (*GRANULARITIES, "fast", "dynamic", "out=fp32", "out=bf16", "out=fp16")
-        for word in words:
-            if word not in known:
-                hint = did_you_mean(word, known)
-                raise InputError(f"{text!r}: torch-fp8 has no option {word!r}; it has {', '.join(known)}{hint}")
-        narrow = NarrowOptions.parse(":".join([family, *(w for w in words if w not in own)]))
-        if narrow.granularity != "tensor" and "dynamic" in own:
+        known = {**_GRANULARITY, "fast": ("fast", True), "dynamic": ("dynamic", True), **_OUT}
+        given = read_words(text, words, known, "torch-fp8")
+        fast, dynamic = (bool(given.pop(name, False)) for name in ("fast", "dynamic"))
+        if dynamic and given.get("granularity", "tensor") != "tensor":
             raise InputError(f"{text!r}: scales of rows and blocks are always computed at run time; remove dynamic")
-        return cls(narrow, "fast" in own, "dynamic" in own)
+        return cls(NarrowOptions(family, **given), fast, dynamic)  # type: ignore[arg-type]
 
 
-def _option(family: str, word: str, text: str) -> tuple[str, object]:
-    """Field and value of one option."""
-    name, _, value = word.partition("=")
-    if word in ("e4m3", "e5m2") and family in ("fp8", "mxfp8"):
-        return "element", word
-    if word in GRANULARITIES and family == "fp8":
-        return "granularity", word
-    if word == "up" and family in ("mxfp8", "mxfp4"):
-        return "scale_up", True
-    if word in ("asym", "sym") and family == "int4":
-        return f"{word}metric", True
-    if re.fullmatch(r"g\d+", word) and family == "int4":
-        if int(word[1:]) not in GROUPS:
-            raise InputError(f"{text!r}: a group of {word[1:]}; expected one of {', '.join(f'g{g}' for g in GROUPS)}")
-        return "group", int(word[1:])
-    if name == "acc" and (value in SUMS or (re.fullmatch(r"\d{1,2}-bit", value) and 4 <= int(value[:-4]) <= 23)):
-        return "sum", value
-    if name == "round" and value in ("truncate", "nearest"):
-        return "nearest", value == "nearest"
-    if name == "promote" and re.fullmatch(r"[1-9]\d{0,5}", value):
-        return "promote", int(value)
-    if name == "out" and value in ("fp32", "bf16", "fp16"):
-        return "out", value
-    known = [*_KNOWN[family], "acc=fp32", "acc=fp22", "acc=fp16", "acc=14-bit", "round=truncate", "round=nearest"]
-    known += ["promote=N", "out=fp32", "out=bf16", "out=fp16"]
-    raise InputError(f"{text!r}: {family} has no option {word!r}; it has {', '.join(known)}{did_you_mean(word, known)}")
+Words = Mapping[str, "tuple[str, object] | None"]
+"""Word of a spec → field and value that it stands for; None for one that shows how a number is given."""
 
 
-_KNOWN = {
-    "fp8": ("e4m3", "e5m2", *GRANULARITIES),
-    "mxfp8": ("e4m3", "e5m2", "up"),
-    "mxfp4": ("up",),
-    "nvfp4": (),
-    "int4": (*(f"g{g}" for g in GROUPS), "asym", "sym"),
+def read_words(
+    text: str,
+    words: Iterable[str],
+    known: Words,
+    owner: str,
+    number: Callable[[str, Words, str], tuple[str, object] | None] = lambda word, known, text: None,
+) -> dict[str, object]:
+    """Options of ``owner`` by field, from the ``words`` of a spec's ``text``; ``number`` reads those with a number.
+
+    Raises InputError for an unknown word, and for two of one field.
+    """
+    given: dict[str, object] = {}
+    for word in words:
+        if (found := known.get(word) or number(word, known, text)) is None:
+            hint = did_you_mean(word, known)
+            raise InputError(f"{text!r}: {owner} has no option {word!r}; it has {', '.join(known)}{hint}")
+        if found[0] in given:
+            raise InputError(f"{text!r}: {word!r} repeats another option")
+        given[found[0]] = found[1]
+    return given
+
+
+def _number(word: str, known: Words, text: str) -> tuple[str, object] | None:
+    if (found := re.fullmatch(r"acc=(\d{1,2})-bit", word)) and 4 <= int(found[1]) <= 23:
+        return "sum", f"{found[1]}-bit"
+    if found := re.fullmatch(r"promote=([1-9]\d{0,5})", word):
+        return "promote", int(found[1])
+    if re.fullmatch(r"g\d+", word) and f"g{GROUPS[0]}" in known:
+        raise InputError(f"{text!r}: a group of {word[1:]}; expected one of {', '.join(f'g{g}' for g in GROUPS)}")
+    return None
+
+
+_GRANULARITY: Words = {word: ("granularity", word) for word in GRANULARITIES}
+_ELEMENT: Words = {word: ("element", word) for word in ("e4m3", "e5m2")}
+_UP: Words = {"up": ("scale_up", True)}
+_KNOWN: dict[str, Words] = {
+    "fp8": {**_ELEMENT, **_GRANULARITY},
+    "mxfp8": {**_ELEMENT, **_UP},
+    "mxfp4": _UP,
+    "nvfp4": {},
+    "int4": {**{f"g{g}": ("group", g) for g in GROUPS}, "asym": ("asymmetric", True), "sym": ("symmetric", True)},
 }
+_SUM_WORDS: Words = {
+    **{f"acc={word}": ("sum", word) for word in (*SUMS, "14-bit")},
+    "round=truncate": ("nearest", False),
+    "round=nearest": ("nearest", True),
+    "promote=N": None,
+}
+_OUT: Words = {f"out={word}": ("out", word) for word in ("fp32", "bf16", "fp16")}
 
 
 def _fields(given: dict[str, object]) -> dict[str, object]:

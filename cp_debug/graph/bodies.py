@@ -147,17 +147,24 @@ def run_scan(bodies: Mapping[str, Body], execute: Execute, attributes: Attribute
         x.movedim(axis, 0).flip(0) if backward else x.movedim(axis, 0)
         for x, axis, backward in zip(scanned, axes, backwards, strict=True)
     ]
-    state_count = len(state)
-    scans: list[list[Any]] = [[] for _ in body.outputs[state_count:]]
-    for t in range(len(columns[0])):
-        results = execute(body, [*state, *(x[t] for x in columns)])
-        state = results[:state_count]
-        for scan, value in zip(scans, results[state_count:], strict=True):
-            scan.append(value)
+    state, scans = _passes(body, execute, state, columns)
     axes = attributes["scan_output_axes"] or [0] * len(scans)
     backwards = attributes["scan_output_directions"] or [0] * len(scans)
     stacked = [_stacked(scan[::-1] if backward else scan) for scan, backward in zip(scans, backwards, strict=True)]
     return [*state, *(x.movedim(0, axis) if x.dim() > 1 else x for x, axis in zip(stacked, axes, strict=True))]
+
+
+def _passes(
+    body: Body, execute: Execute, state: list[Any], columns: Sequence[Any]
+) -> tuple[list[Any], list[list[Any]]]:
+    """The states after a pass of ``body`` for each row of all ``columns``, and what every pass gave besides."""
+    scans: list[list[Any]] = [[] for _ in body.outputs[len(state) :]]
+    for rows in zip(*columns, strict=True):
+        results = execute(body, [*state, *rows])
+        state, given = results[: len(state)], results[len(state) :]
+        for scan, value in zip(scans, given, strict=True):
+            scan.append(value)
+    return state, scans
 
 
 def _scan_batch(body: Body, execute: Execute, attributes: Attributes, lengths: Any, inputs: Sequence[Any]) -> list[Any]:
@@ -168,17 +175,11 @@ def _scan_batch(body: Body, execute: Execute, attributes: Attributes, lengths: A
     entries = []
     for entry in range(inputs[0].shape[0]):
         length = size if lengths is None else int(lengths[entry])
-        state = [x[entry] for x in inputs[:state_count]]
         columns = [
-            x[entry][:length].flip(0) if backward else x[entry]
+            x[entry][:length].flip(0) if backward else x[entry][:length]
             for x, backward in zip(inputs[state_count:], backwards, strict=True)
         ]
-        scans: list[list[Any]] = [[] for _ in body.outputs[state_count:]]
-        for t in range(length):
-            results = execute(body, [*state, *(x[t] for x in columns)])
-            state = results[:state_count]
-            for scan, value in zip(scans, results[state_count:], strict=True):
-                scan.append(value)
+        state, scans = _passes(body, execute, [x[entry] for x in inputs[:state_count]], columns)
         padded = [_stacked([*scan, *(torch.zeros_like(scan[0]) for _ in range(size - length))]) for scan in scans]
         entries.append([*state, *padded])
     return [torch.stack(column) for column in zip(*entries, strict=True)]

@@ -136,6 +136,10 @@ class _Flattener:
         """The nodes of a branch or function in place of ``caller``, whose names are those of the outside already."""
         argument_names = caller.input if arguments is None else arguments
         results = self._body(body, path, outer, argument_names, dict(zip(body.outputs, caller.output, strict=False)))
+        self._give(results, caller, path)
+
+    def _give(self, results: Sequence[str], caller: onnx.NodeProto, path: str) -> None:
+        """Call ``results`` as the outputs of ``caller``, where their names differ."""
         for result, outside in zip(results, caller.output, strict=False):
             if outside and result != outside:
                 self._add("Identity", [result], [outside], f"{path}{outside}")
@@ -188,9 +192,7 @@ class _Flattener:
             state = results[1 : 1 + state_count]
             for scan, value in zip(scans, results[1 + state_count :], strict=True):
                 scan.append(value)
-        for result, outside in zip(state, caller.output, strict=False):
-            if outside and result != outside:
-                self._add("Identity", [result], [outside], f"{place}/{outside}")
+        self._give(state, caller, f"{place}/")
         for values, outside in zip(scans, caller.output[state_count:], strict=False):
             self._stack(values, outside, place, 0)
         return conditions
@@ -218,9 +220,7 @@ class _Flattener:
             state = results[:state_count]
             for scan, value in zip(scans, results[state_count:], strict=True):
                 scan.append(value)
-        for result, outside in zip(state, caller.output, strict=False):
-            if outside and result != outside:
-                self._add("Identity", [result], [outside], f"{place}/{outside}")
+        self._give(state, caller, f"{place}/")
         axes, backwards = (attributes.get(f"scan_output_{n}") or [0] * len(scans) for n in ("axes", "directions"))
         for values, outside, axis, backward in zip(scans, caller.output[state_count:], axes, backwards, strict=False):
             self._stack(values[::-1] if backward else values, outside, place, axis)

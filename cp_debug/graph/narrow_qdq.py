@@ -136,15 +136,13 @@ class _NarrowSurgery:
         if layer is not None:
             nodes = _Nodes(self.fresh, self.constants)
             if layer.data is not None:
-                proto.input[0] = self._once((proto.input[0], layer.data), proto.input[0], layer.data, nodes)
+                key = proto.input[0], layer.data
+                if key not in self.made:
+                    self.made[key] = self._data(*key, nodes)
+                proto.input[0] = self.made[key]
             proto.input[1] = self._weight(proto.input[1], layer.weight, nodes)
             yield from nodes.made
         yield proto
-
-    def _once(self, key: tuple[Any, ...], value: str, data: DataCodes, nodes: _Nodes) -> str:
-        if key not in self.made:
-            self.made[key] = self._data(value, data, nodes)
-        return self.made[key]
 
     def _weight(self, value: str, weight: StoredWeight, nodes: _Nodes) -> str:
         key = (value, weight.codes.tobytes(), weight.axis, weight.block)

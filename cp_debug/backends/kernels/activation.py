@@ -9,38 +9,48 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cp_debug.backends.kernels.elementwise import UNARY
 from cp_debug.backends.kernels.registry import Call, kernel
 
 Activation = Callable[[Tensor], Tensor]
-_NAMED: dict[str, tuple[Callable[..., Tensor], tuple[float, ...]]] = {
-    "affine": (lambda x, alpha, beta: alpha * x + beta, (0.0, 0.0)),
-    "clip": (torch.clamp, (-math.inf, math.inf)),
-    "elu": (functional.elu, (1.0,)),
-    "hardsigmoid": (lambda x, alpha, beta: (alpha * x + beta).clamp(0, 1), (0.2, 0.5)),
-    "leakyrelu": (functional.leaky_relu, (0.01,)),
-    "relu": (torch.relu, ()),
-    "scaledtanh": (lambda x, alpha, beta: alpha * torch.tanh(beta * x), (0.0, 0.0)),
-    "sigmoid": (torch.sigmoid, ()),
-    "softplus": (lambda x: torch.logaddexp(x, torch.zeros_like(x)), ()),
-    "softsign": (functional.softsign, ()),
-    "tanh": (torch.tanh, ()),
-    "thresholdedrelu": (lambda x, alpha: torch.where(x > alpha, x, torch.zeros_like(x)), (0.0,)),
+_FUNCTIONS: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
+    **{op: (UNARY[op], {}) for op in ("Sigmoid", "Softplus", "Softsign", "Tanh")},
+    "Affine": (lambda x, alpha, beta: alpha * x + beta, {"alpha": 0.0, "beta": 0.0}),
+    "Celu": (functional.celu, {"alpha": 1.0}),
+    "Clip": (torch.clamp, {"min": -math.inf, "max": math.inf}),
+    "Elu": (functional.elu, {"alpha": 1.0}),
+    "HardSigmoid": (lambda x, alpha, beta: (alpha * x + beta).clamp(0, 1), {"alpha": 0.2, "beta": 0.5}),
+    "LeakyRelu": (functional.leaky_relu, {"alpha": 0.01}),
+    "Relu": (torch.relu, {}),
+    "ScaledTanh": (lambda x, alpha, beta: alpha * torch.tanh(beta * x), {"alpha": 0.0, "beta": 0.0}),
+    "Selu": (
+        lambda x, alpha, gamma: torch.where(x > 0, x, alpha * torch.expm1(x)) * gamma,
+        {"alpha": 1.6732632, "gamma": 1.050701},
+    ),
+    "Swish": (lambda x, alpha: x * torch.sigmoid(x * alpha), {"alpha": 1.0}),
+    "ThresholdedRelu": (lambda x, alpha: torch.where(x > alpha, x, torch.zeros_like(x)), {"alpha": 0.0}),
 }
-"""Activation as an attribute names it, in small letters → the function, and its parameters by default."""
+"""Activation → the function, and its parameters where another operator names it and gives none."""
+_NAMED = {name.lower(): found for name, found in _FUNCTIONS.items()}
 
 
 def activation(name: str, *given: Iterator[float]) -> Activation:
     """The activation that an attribute calls ``name``. It takes the next number of the first of ``given`` for its first
     parameter, of the second for its second, if it has such. Raises KeyError for an unknown one."""
-    function, defaults = _NAMED[name.lower()]
+    function, parameters_by_name = _NAMED[name.lower()]
+    defaults = (*parameters_by_name.values(),)
     numbers = [next(those, default) for those, default in zip(given, defaults, strict=False)]
     parameters = (*numbers, *defaults[len(numbers) :])
     return lambda x: function(x, *parameters)
 
 
-@kernel("LeakyRelu")
-def leaky_relu(call: Call, x: Tensor) -> Tensor:
-    return functional.leaky_relu(x, call["alpha"])
+@kernel("Celu", "Elu", "HardSigmoid", "LeakyRelu", "Selu", "Swish")
+def with_parameters(call: Call, x: Tensor) -> Tensor:
+    function, parameters = _FUNCTIONS[call.node.op]
+    return function(x, *(call[name] for name in parameters))
+
+
+kernel("ThresholdedRelu", rounds=False)(with_parameters)
 
 
 @kernel("PRelu")
@@ -48,39 +58,9 @@ def prelu(call: Call, x: Tensor, slope: Tensor) -> Tensor:
     return torch.where(x < 0, x * slope, x)
 
 
-@kernel("ThresholdedRelu", rounds=False)
-def thresholded_relu(call: Call, x: Tensor) -> Tensor:
-    return torch.where(x > call["alpha"], x, torch.zeros_like(x))
-
-
-@kernel("HardSigmoid")
-def hard_sigmoid(call: Call, x: Tensor) -> Tensor:
-    return (x * call["alpha"] + call["beta"]).clamp(0, 1)
-
-
-@kernel("Swish")
-def swish(call: Call, x: Tensor) -> Tensor:
-    return x * torch.sigmoid(x * call["alpha"])
-
-
 @kernel("Gelu")
 def gelu(call: Call, x: Tensor) -> Tensor:
     return functional.gelu(x, approximate=call["approximate"])
-
-
-@kernel("Elu")
-def elu(call: Call, x: Tensor) -> Tensor:
-    return functional.elu(x, call["alpha"])
-
-
-@kernel("Celu")
-def celu(call: Call, x: Tensor) -> Tensor:
-    return functional.celu(x, call["alpha"])
-
-
-@kernel("Selu")
-def selu(call: Call, x: Tensor) -> Tensor:
-    return torch.where(x > 0, x, call["alpha"] * torch.expm1(x)) * call["gamma"]
 
 
 @kernel("Softmax", "LogSoftmax")

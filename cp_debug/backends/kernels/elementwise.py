@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from cp_debug.backends.kernels.registry import Call, kernel
 
-_UNARY: dict[str, Callable[[Tensor], Tensor]] = {
+UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "Acos": torch.acos,
     "Acosh": torch.acosh,
     "Asin": torch.asin,
@@ -64,9 +64,9 @@ _EXACT_BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@kernel(*_UNARY)
+@kernel(*UNARY)
 def unary(call: Call, x: Tensor) -> Tensor:
-    return _UNARY[call.node.op](x)
+    return UNARY[call.node.op](x)
 
 
 @kernel(*_EXACT_UNARY, rounds=False)
