@@ -316,7 +316,8 @@ def test_a_recipe_of_other_features_is_told_before_the_export(tmp_path: Path) ->
     code, text = run("deploy", write(tmp_path, profile), "--model", "centerpoint:tiny")
     assert code == 2
     said = " ".join(text.split())
-    assert "profile.input_features.min is [100, 20, 10]; centerpoint:tiny takes input_features: float32[num_voxels, " in said
+    takes = "centerpoint:tiny takes input_features: float32[num_voxels, "
+    assert f"profile.input_features.min is [100, 20, 10]; {takes}" in said
     assert "11]: this configuration was made for another model" in said
     assert not (tmp_path / "work" / "onnx").exists()
 
