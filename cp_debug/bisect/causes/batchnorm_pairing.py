@@ -170,9 +170,9 @@ def places(segment: Segment) -> Iterator[Place]:
     if nodes or segment.product is None or not last or last[-1] is not segment.product:
         return
     own = segment.batch_norm
-    x = _given(segment, own) if own is not None else None
-    if own is None or x is not None:
-        yield Place(own, x, segment.before, segment.axis, segment.activate, True)
+    given = _given(segment, own) if own is not None else None
+    if own is None or given is not None:
+        yield Place(own, given, segment.before, segment.axis, segment.activate, True)
 
 
 def _given(segment: Segment, norm: BatchNorm) -> Tensor | None:
