@@ -219,13 +219,13 @@ def test_weights_in_int4_by_an_override_are_encoded(tmp_path: Path) -> None:
 def test_a_scale_that_is_not_that_of_its_data_is_told_with_what_it_costs(scale: float, cause: str, what: str) -> None:
     """E4M3 ends at 448, its normal numbers begin at 1/64."""
     x = torch.tensor([0.05, 10.0, 300.0, 900.0])
-    found = _of_data(x, E4M3, 17, scale, 900 / 448)
-    assert found.cause == cause
-    assert found.says == (f"its data reaches 900, the file's FP8 scale {scale:.3g} is for {scale * 448:.4g}: {what}")
-    assert found.fix.endswith("a scale of 2.01")
-    assert found.evidence["needed_scale"] == pytest.approx(900 / 448)
-    assert found.evidence["clipped"] == (0.5 if scale < 1 else 0.25 if scale == 1 else 0.0)
-    assert found.evidence["below_normal"] == (0.25 if scale == 4 else 0.0)
+    name, says, fix, evidence = _of_data(x, E4M3, 17, scale, 900 / 448)
+    assert name == cause
+    assert says == (f"its data reaches 900, the file's FP8 scale {scale:.3g} is for {scale * 448:.4g}: {what}")
+    assert fix.endswith("a scale of 2.01")
+    assert evidence["needed_scale"] == pytest.approx(900 / 448)
+    assert evidence["clipped"] == (0.5 if scale < 1 else 0.25 if scale == 1 else 0.0)
+    assert evidence["below_normal"] == (0.25 if scale == 4 else 0.0)
 
 
 def test_departures_are_looked_for_from_narrow_precisions_only(tmp_path: Path) -> None:
