@@ -154,7 +154,7 @@ class ScaleReplay:
         """Results of a file's own nodes with better scales; empty where nobody can tell."""
         quantized, graph = self.quantized, self._oracle.graph
         names = dict.fromkeys(i for n in nodes for i in n.inputs if is_constant(graph, i) and i not in given)
-        constants = [torch.as_tensor(t) for t in self._oracle.run_nodes([], {}, names).values()]
+        constants = [torch.as_tensor(t).cpu() for t in self._oracle.run_nodes([], {}, names).values()]
         fine = quantized.recalibrated(target, self._known, given, constants, bits=24)
         exact = None if fine is None else as_tensor(self._oracle.run_nodes(nodes, given, [target])[target])
         if fine is None or exact is None or fine.shape != exact.shape:
