@@ -265,7 +265,7 @@ def judge(path: Path, precision: str) -> dict[str, Any]:
 
 SIDES = {
     "cpu": ("ort,emu-fp16", "ort,emu-bf16", "ort,emu-tf32", "ort,ort-all"),
-    "cuda": tuple(f"torch@cuda,torch{precision}@cuda" for precision in ("-fp16", "-bf16", "-tf32")),
+    "cuda": tuple(f"torch@cuda,emu-{precision}@cuda" for precision in ("fp16", "bf16", "tf32")),
 }
 """Device → what is compared for the cost of shares, which are computed on the test's device."""
 
