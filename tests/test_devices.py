@@ -17,6 +17,7 @@ import torch
 from fake_device import DEVICE, FakeTensor, fake_device
 from nets import second_like
 from onnx import numpy_helper
+from test_clipped_scales import network as quantized_network
 from typer.testing import CliRunner
 
 from cp_debug.backends.arithmetic import FP64
@@ -85,6 +86,24 @@ def test_a_bisect_on_a_device_says_what_the_cpu_says(
     assert {n: v for n, (v, _) in ours.items()} == {n: v for n, (v, _) in theirs.items()}
     for name, (_, excess) in theirs.items():
         assert ours[name][1] == (excess and pytest.approx(excess, rel=0.01, abs=1e-3))
+    assert [f.cause for f in found.tests[0].findings] == [f.cause for f in expected.tests[0].findings]
+
+
+@pytest.mark.parametrize(
+    ("op", "clipped", "data"), [("Conv", (), False), ("Conv", (5,), False), ("MatMul", (3,), True)]
+)
+def test_a_quantized_file_on_a_device_is_judged_as_on_the_cpu(
+    tmp_path: Path, op: str, clipped: tuple[int, ...], data: bool, request: pytest.FixtureRequest
+) -> None:
+    ours, theirs = (
+        quantized_network(tmp_path / f"{name}.onnx", op, quantized=name == "theirs", clipped=clipped, data=data)
+        for name in ("ours", "theirs")
+    )
+    expected = engine.bisect(str(ours), "ort,ort", test_model=theirs)
+    request.getfixturevalue("shown_on_device")
+    found = engine.bisect(str(ours), "ort,ort", test_model=theirs)
+    for name, (verdict, excess) in judged(expected).items():
+        assert judged(found)[name] == (verdict, excess and pytest.approx(excess))
     assert [f.cause for f in found.tests[0].findings] == [f.cause for f in expected.tests[0].findings]
 
 

@@ -98,7 +98,7 @@ class ScaleReplay:
         name = product.proto.input[1]
         if name in given or not is_constant(graph, name):
             return None
-        weight = torch.as_tensor(self._oracle.run_nodes([], {}, [name])[name]).double()
+        weight = torch.as_tensor(self._oracle.run_nodes([], {}, [name])[name]).double().cpu()
         refitted = quantized.with_fitted_weight(target, self._known, given, product.op, weight)
         if refitted is None or refitted.shape != exact.shape:
             return None
@@ -164,4 +164,4 @@ class ScaleReplay:
         # Nodes that miss the result without any rounding compute something else: another value was paired with this.
         off, scale, _ = distance(fine, exact)
         faithful = off <= max(difference_norm(rounded, exact) / 2, ALIKE * scale)
-        return [rounded] if faithful else []
+        return [rounded.to(exact.device)] if faithful else []
