@@ -323,7 +323,7 @@ def _left(processes: set[int]) -> Iterator[str]:
 
 def judged_streams(code: int, hung: bool, out: bytes, err: bytes, temporary: Path) -> Iterator[tuple[str, str]]:
     """What is wrong with an exit status and with what was said; ``temporary`` is where the log of an error lies."""
-    told = err.decode("utf-8", "replace")
+    told = _COLOURED.sub(r"\1", err.decode("utf-8", "replace"))
     shown = out.decode("utf-8", "replace")
     if hung:
         yield "hang", f"more than {HANG:g} s"
@@ -363,6 +363,8 @@ def judged_streams(code: int, hung: bool, out: bytes, err: bytes, temporary: Pat
 
 _LOGGED = re.compile(r"\d{4}-\d\d-\d\d [\d:.]+ \[\w:onnxruntime")
 """A line of ONNX Runtime's log."""
+_COLOURED = re.compile(rf"\x1b\[0;\d+m({_LOGGED.pattern}.*)\x1b\[m")
+"""The same as ONNX Runtime colours it, into pipes, too."""
 
 
 def _judged_annotations(text: str) -> Iterator[tuple[str, str]]:

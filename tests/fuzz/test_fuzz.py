@@ -40,6 +40,9 @@ def test_the_fuzzer_sees_what_is_wrong(tmp_path: Path) -> None:
     assert kinds(2, err="line\n" * 13) == ["message"]
     assert kinds(0, "\x1b[31mred") == ["control"]
     assert kinds(0, "\u202eturned") == ["control"]
+    logged = "\x1b[0;93m2026-11-26 21:53:03.7513 [W:onnxruntime:, model.cc:290 Model] an old opset{}\x1b[m\n"
+    assert kinds(0, err=logged.format("")) == []
+    assert kinds(0, err=logged.format(" \x1b[31mred")) == ["control"]
     assert kinds(0, f"{MARK}{MARK}") == ["control"]
     assert kinds(70, err="error: unexpected") == ["traceback"]
     assert kinds(-6) == ["traceback"]
