@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 
 import numpy as np
+import torch
 
 from cp_debug.backends.base import Tensor
 from cp_debug.bisect.backward import Backward, walk_back
@@ -118,12 +119,12 @@ class Shares:
         test, reference = (loader(c, component.name) for c in (self._test, self._reference))
 
         def at(part: float, name: str) -> Tensor:
-            ours, theirs = (as_numpy(load(name)) for load in (reference, test))
-            if ours.shape != theirs.shape or not ours.dtype.kind == theirs.dtype.kind == "f":
+            theirs = torch.as_tensor(test(name))
+            ours = torch.as_tensor(reference(name)).to(theirs.device)
+            if ours.shape != theirs.shape or not (ours.is_floating_point() and theirs.is_floating_point()):
                 return theirs
-            with np.errstate(invalid="ignore", over="ignore"):
-                between = ours + part * (theirs.astype(np.float64) - ours)
-            return np.where(np.isfinite(between), between, theirs)
+            between = ours + part * (theirs.double() - ours)
+            return torch.where(torch.isfinite(between), between, theirs.double())
 
         return Backward(of.graph, of.known, test, of.oracle, of.follower, at=[partial(at, p) for p in POINTS])
 
