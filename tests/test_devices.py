@@ -89,18 +89,28 @@ def test_a_bisect_on_a_device_says_what_the_cpu_says(
     assert [f.cause for f in found.tests[0].findings] == [f.cause for f in expected.tests[0].findings]
 
 
+@pytest.fixture
+def replayed_on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A bisect whose values come from the host, as those of an engine in another process, and are replayed there."""
+    with monkeypatch.context() as patch, fake_device():
+        patch.setattr(engine, "oracle_device", lambda test, options: DEVICE)
+        yield
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("where", ["shown_on_device", "replayed_on_device"])
 @pytest.mark.parametrize(
     ("op", "clipped", "data"), [("Conv", (), False), ("Conv", (5,), False), ("MatMul", (3,), True)]
 )
 def test_a_quantized_file_on_a_device_is_judged_as_on_the_cpu(
-    tmp_path: Path, op: str, clipped: tuple[int, ...], data: bool, request: pytest.FixtureRequest
+    tmp_path: Path, op: str, clipped: tuple[int, ...], data: bool, where: str, request: pytest.FixtureRequest
 ) -> None:
     ours, theirs = (
         quantized_network(tmp_path / f"{name}.onnx", op, quantized=name == "theirs", clipped=clipped, data=data)
         for name in ("ours", "theirs")
     )
     expected = engine.bisect(str(ours), "ort,ort", test_model=theirs)
-    request.getfixturevalue("shown_on_device")
+    request.getfixturevalue(where)
     found = engine.bisect(str(ours), "ort,ort", test_model=theirs)
     for name, (verdict, excess) in judged(expected).items():
         assert judged(found)[name] == (verdict, excess and pytest.approx(excess))

@@ -69,17 +69,19 @@ class ScaleReplay:
             replay.declared = ratio(difference_norm(declared, exact), scale)
             replay.deviation_from_scales = ratio(difference_norm(captured, declared), scale)
         axis = 1 if exact.dim() == 4 else exact.dim() - 1
-        ours = balanced(torch.as_tensor(captured) - exact, exact, axis)
+
+        def worst(result: AnyTensor) -> float:  # an engine's values come from the host, the oracle's lie on its device
+            return balanced(torch.as_tensor(result).to(exact.device) - exact, exact, axis)
+
+        ours = worst(captured)
         ideals = [ideal, *self._recalibrated(nodes, target, given)]
-        best = max(balanced(torch.as_tensor(t) - exact, exact, axis) for t in ideals)
+        best = max(map(worst, ideals))
         if ours > ASKED * best:
-            others = self.as_calibrated(nodes, given, reference, target)
-            best = max(best, *(balanced(torch.as_tensor(t) - exact, exact, axis) for t in others))
+            best = max(best, *map(worst, self.as_calibrated(nodes, given, reference, target)))
         if ours > EXCESS * best:
             # Few values, as of a nearly uniform attention, may lie on the levels of the best scales by luck, but not on
             # those of every somewhat larger one. The least error of these counts: a larger scale is coarser, too.
-            widened = self._widened(nodes, given, target)
-            best = max(best, min(balanced(torch.as_tensor(t) - exact, exact, axis) for t in widened))
+            best = max(best, min(map(worst, self._widened(nodes, given, target))))
             # The function itself may be coarser than the levels: ONNX Runtime's Sigmoid where all of it is 1e-8.
             off = doubt(self._oracle, nodes, given, target, self._by)
             best = max(best, ratio(off, distance(captured, exact).whole))
