@@ -119,6 +119,7 @@ def test_a_scale_that_clips_is_named_where_two_activations_meet(tmp_path: Path, 
         assert f"a scale of {finding.evidence['needed_scale']:.3g} brings the error of this layer from" in finding.fix
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("of", ["data", "weights"])
 def test_a_scale_that_clips_inside_a_fused_region_is_read_off_the_files(
     of: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -97,7 +97,7 @@ def replayed_on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("where", ["shown_on_device", "replayed_on_device"])
 @pytest.mark.parametrize(
     ("op", "clipped", "data"), [("Conv", (), False), ("Conv", (5,), False), ("MatMul", (3,), True)]
