@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.mmdet3d,
     pytest.mark.timeout(900),
     pytest.mark.skipif(
-        importlib.util.find_spec("mmdet3d") is None and ENVIRONMENT not in os.environ, reason="no mmdet3d"
+        importlib.util.find_spec("mmdet3d") is None and ENVIRONMENT not in os.environ, reason="needs the real mmdet3d"
     ),
 ]
 
