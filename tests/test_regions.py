@@ -8,12 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fake_tensorrt
 import numpy as np
 import onnx
 import pytest
 import torch
 from nets import NetBuilder, node_of
-from test_trt_runner import install
+from test_trt_runner import install, save_net
 
 from cp_debug.backends.arithmetic import FP32
 from cp_debug.backends.kernels.registry import Call
@@ -32,6 +33,7 @@ from cp_debug.bisect.regions.region import Region, region_of
 from cp_debug.bisect.result import BisectResult, TestResult
 from cp_debug.graph.graph import Graph
 from cp_debug.reports.causes import lines
+from cp_debug.reports.engines import kernels
 from cp_debug.reports.saved import SavedResult
 
 BLOCKS = 2
@@ -114,15 +116,45 @@ def test_a_region_of_several_layers_is_not_called_by_the_last_one(tmp_path: Path
     graph = Graph(save_transformer(tmp_path))
     names = [f"/{value}/{op}" for value, op in (("h0", "MatMul"), ("e0", "Relu"), ("f0", "MatMul"), ("x1", "Add"))]
 
-    def layer(kind: str, nodes: list[str], value: str) -> EngineLayer:
-        return EngineLayer(
-            " + ".join(nodes), kind, tuple(nodes), (), (EngineTensor(value, "Half", "", ()),), decode("")
-        )
+    def layer(kind: str, nodes: list[str], value: str, dtype: str = "Half", kernel: str = "") -> EngineLayer:
+        tensor = EngineTensor(value, dtype, "", ())
+        return EngineLayer(" + ".join(nodes), kind, tuple(nodes), (), (tensor,), decode(kernel))
 
-    parts = [layer("Gemm", names[:2], "e0"), layer("NoOp", names[2:], "x1")]
-    whole = [layer("Myelin", [*names[:3]], "f0"), layer("PointWise", names[3:], "x1")]
-    kinds = [found.kind for found in (region_of(names, "x1", graph, each) for each in (parts, whole)) if found]
-    assert kinds == ["2 layers", "Myelin"]
+    def found(*layers: EngineLayer) -> tuple[str, dict[str, int]]:
+        region = region_of(names, "x1", graph, layers)
+        assert region is not None
+        return region.kind, dict(region.kernels)
+
+    product = layer("Gemm", names[:1], "h0", kernel="sm80_xmma_gemm_f16f16_f16f16_f16_nn_n_tilesize32x32x64")
+    last = layer("PointWise", names[2:], "x1", "Float", "sm50_xmma_gemm_f32f32_f32f32_f32_nn_n")
+    several = {"fp16acc": 1, "fp16": 1, "fp32": 1}
+    assert found(product, layer("PointWise", names[1:2], "e0"), last) == ("3 layers", several)
+    whole = layer("Myelin", names[:3], "f0", "Float")
+    assert found(whole, layer("PointWise", names[3:], "x1")) == ("Myelin", {"unknown": 1, "fp16": 1})
+    assert found(layer("Myelin", names, "x1")) == ("Myelin", {})
+
+
+def test_a_region_of_several_layers_tells_what_all_of_them_compute_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    install("8.6.0", monkeypatch)
+    model = onnx.load(save_net(tmp_path))
+    model.graph.node.pop()
+    model.graph.output[0].name = "c2"
+    onnx.save(model, tmp_path / "net.onnx")
+    specs = parse_backends("ort-none,trt-fp16")
+    engine = create(specs[1], probes="auto", keep_fp32=frozenset({"/c2/Conv"}))
+    (row,) = (row for row in bisect(str(tmp_path / "net.onnx"), [create(specs[0]), engine]).tests[0].rows if row.region)
+    assert (kernels(row), row.tactic) == ("1 fp16acc, 1 fp32", "")
+
+
+def test_what_a_compiled_layer_does_inside_is_not_told_by_its_borders(
+    region: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    region.setitem(fake_tensorrt._OLD_WORDS, "HALF", fake_tensorrt._OLD_WORDS["FLOAT"])
+    test = first(run(tmp_path))
+    assert not [note for note in test.notes if "runs in FP16" in note]
+    assert {row.replay.precision for row in test.rows if row.replay is not None} == {"fp16"}
 
 
 def test_an_operator_at_fault_everywhere_is_found_and_the_fix_is_verified(
@@ -416,8 +448,8 @@ def test_a_region_is_called_after_the_layer_that_holds_most_of_it(tmp_path: Path
     graph = chain(tmp_path, "MatMul", "Neg", "MatMul", "Neg")
     names = [n.name for n in graph.nodes]
 
-    def engine(name: str, kind: str, nodes: list[str], output: str = "") -> Any:
-        return SimpleNamespace(name=name, kind=kind, nodes=nodes, outputs=[SimpleNamespace(name=output)])
+    def engine(name: str, kind: str, nodes: list[str], output: str = "") -> EngineLayer:
+        return EngineLayer(name, kind, tuple(nodes), (), (EngineTensor(output, "Half", "", ()),), decode(""))
 
     most, few = engine("most", "Myelin", names[:3]), engine("few", "Conv", names[3:], "v3")
     found = region_of(names, "v3", graph, [few, most])

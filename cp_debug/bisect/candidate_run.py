@@ -419,7 +419,7 @@ class CandidateRun:
                 replay=replay,
                 noise_floor=floor,
                 sample=sample,
-                tactic=tactics.get(key, ""),
+                tactic="" if region and region.kernels else tactics.get(key, ""),
                 source=sources.get(key, ""),
             )
         trace_shapes(self.programs, rows)

@@ -67,7 +67,7 @@ class LayerRow:
     noise_floor: float = 0.0
     sample: int = 0
     tactic: str = ""
-    """Name of the kernel that wrote the value, where the backend tells."""
+    """Name of the kernel that computed the value, where it is one and the backend tells; see ``Region.kernels``."""
     region: Region | None = None
     """Region that the row stands for, where that is more than a layer; then ``name`` is its label."""
     source: str = ""

@@ -12,7 +12,9 @@ from rich.text import Text
 from cp_debug.backends.base import RunRecord
 from cp_debug.backends.build_info import BuildInfo
 from cp_debug.backends.compile_options import INDUCTOR
+from cp_debug.backends.tensorrt.inspector import COMPILED
 from cp_debug.backends.tensorrt.tactics import decode
+from cp_debug.bisect.result import LayerRow
 from cp_debug.programs.pipeline import settings_by_component
 from cp_debug.reports.numbers import number
 
@@ -50,9 +52,18 @@ def sums(layers: Iterable[Mapping[str, Any]]) -> str:
     told = [f"{count} {_KINDS.get(name, name)}" for name, count in counts.most_common()]
     if split := sum(tactic.split > 1 for tactic in tactics):
         told.append(f"{split} of them with a split sum")
-    if silent := sum(layer.get("kind") in ("Myelin", "ForeignNode") for layer in found):
+    if silent := sum(layer.get("kind") in COMPILED for layer in found):
         told.append(f"{silent} region{'s' * (silent > 1)} without kernel names")
     return f"products: {', '.join(told)}" if told else ""
+
+
+def kernels(row: LayerRow) -> str:
+    """What computed a row: its kernel, or for a region of several layers what they compute in: ``40 fp16acc, 4 fp32``.
+
+    Empty where nothing tells.
+    """
+    found = sorted(row.region.kernels.items(), key=lambda item: -item[1]) if row.region else ()
+    return ", ".join(f"{count} {name}" for name, count in found) or kernel(row.tactic)
 
 
 def kernel(tactic: str) -> str:

@@ -19,6 +19,7 @@ from cp_debug.files import write_text
 from cp_debug.reports import finite
 from cp_debug.reports.birdseye import SceneView, birdseye
 from cp_debug.reports.causes import lines
+from cp_debug.reports.engines import kernels
 from cp_debug.reports.evidence import Evidence, chosen_rows, evidence, layer_evidence
 from cp_debug.reports.glossary import GLOSSARY, anchor
 from cp_debug.reports.growth import growth_chart, overview
@@ -116,7 +117,14 @@ def rendered(name: str, /, **values: Any) -> str:
         lstrip_blocks=True,
         finalize=_seen,
     )
-    jinja.filters |= {"number": number, "share": share, "breakable": breakable, "said": lines, "table": table_html}
+    jinja.filters |= {
+        "number": number,
+        "share": share,
+        "breakable": breakable,
+        "said": lines,
+        "table": table_html,
+        "kernels": kernels,
+    }
     jinja.filters |= {"anchor": anchor, "json_script": json_script, "shell": quote}
     jinja.globals |= {"libraries": libraries, "licences": licences, "graph_script": script("graph.js")}
     jinja.globals |= {

@@ -24,7 +24,7 @@ from cp_debug.bisect.result import (
 )
 from cp_debug.reports import finite
 from cp_debug.reports.causes import findings
-from cp_debug.reports.engines import engine_lines, kernel
+from cp_debug.reports.engines import engine_lines, kernels
 from cp_debug.reports.numbers import number, share
 from cp_debug.reports.optimizer_blame import render_optimizer_blame
 from cp_debug.reports.sheet import Cell, Column, Row, Sheet, Tone
@@ -184,7 +184,7 @@ _LAYER_COLUMNS: dict[str, tuple[Column, Callable[[LayerRow], Any]]] = {
     "excess": (Column("excess", "number"), lambda row: _replayed(row, "excess")),
     "step": (Column("step", "number", leave_out=8), lambda row: _scale(row)[0]),
     "clipped": (Column("clipped", "number", leave_out=9), lambda row: _scale(row)[1]),
-    "kernel": (Column("kernel", "text", leave_out=10), lambda row: kernel(row.tactic)),
+    "kernel": (Column("kernel", "text", leave_out=10), kernels),
     "share": (
         Column("share", "number", leave_out=1, show=str),
         lambda row: "" if row.share is None else share(row.share),
@@ -201,7 +201,7 @@ def layer_table(test: TestResult, *, show_all: bool = False) -> Sheet:
     without = set() if test.oracle is not None else {"introduced", "expected", "excess"}
     if not any(row.replay and row.replay.step is not None for row in test.rows):
         without |= {"step", "clipped"}
-    if not any(row.tactic for row in test.rows):
+    if not any(map(kernels, test.rows)):
         without.add("kernel")
     if all(row.share is None for row in test.rows):
         without.add("share")

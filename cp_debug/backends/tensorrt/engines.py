@@ -14,6 +14,7 @@ from cp_debug.backends.tensorrt.client import BuildFailed, ParseFailed, RunnerCl
 from cp_debug.backends.tensorrt.config import BuildConfig
 from cp_debug.backends.tensorrt.engine_cache import EngineCache
 from cp_debug.backends.tensorrt.inspector import (
+    COMPILED,
     EngineLayer,
     changed_nodes,
     compare_engines,
@@ -182,8 +183,10 @@ class EngineSet:
 
     @property
     def realised(self) -> bool:
-        """Whether any layer runs in the precision asked for, as far as layers tell."""
+        """Whether any layer runs in the precision asked for, or may: what a compiled one does inside, nothing tells."""
         wanted_type = _WANTED.get(self._builder.variant)
+        if any(layer.kind in COMPILED for layer in self.plain.layers):
+            return True
         if self._builder.variant == "tf32":
             multiplied = {layer.tactic.multiplies for layer in self.plain.layers} - {None}
             return not multiplied or "tf32" in multiplied

@@ -36,6 +36,8 @@ _FORMATS = {
 """``tensorrt.TensorFormat`` → how the inspector describes it; anything else is left to TensorRT."""
 PRECISIONS = ("Float", "BF16", "Half", "FP8", "Int8", "FP4", "Int4")
 """Types that a precision setting chooses between, as the inspector calls them."""
+COMPILED = ("Myelin", "ForeignNode")
+"""Kinds of layers that TensorRT compiles out of many nodes: the inspector tells the types at their borders alone."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,16 @@ class EngineLayer(JsonForm):
     tactic: Tactic = field(metadata={"written": False})
     tactic_id: str = ""
     """Kernels with one name can differ in it (how often K is split, for one)."""
+
+    @property
+    def computes_in(self) -> str:
+        """Arithmetic that the kernel's name tells, or else the type that the layer writes: ``fp16acc``, ``fp32``.
+
+        ``unknown`` for a compiled layer; empty where no type is a precision.
+        """
+        types = [tensor.dtype for tensor in self.outputs if tensor.dtype in PRECISIONS]
+        written = {"Float": "fp32", "Half": "fp16"}.get(types[0], types[0].lower()) if types else ""
+        return self.tactic.arithmetic or ("unknown" if self.kind in COMPILED else written)
 
     @property
     def program(self) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from cp_debug.backends.tensorrt.inspector import EngineLayer
@@ -27,6 +28,8 @@ class Region(JsonForm):
     layer is known."""
     layer: str = ""
     """Name of the engine's layer that holds most of it, or that writes its result."""
+    kernels: Mapping[str, int] = field(default_factory=dict)
+    """What the engine's layers compute in → number of layers, where these are several: see ``computes_in``."""
 
     @property
     def label(self) -> str:
@@ -56,7 +59,8 @@ def region_of(nodes: Iterable[str], value: str, graph: Graph, layers: Sequence[E
     involved = [each for each in layers if each.kind != "Reformat" and not names.isdisjoint(each.nodes)]
     if holders and holders is writers and len(involved) > 1:
         kind = f"{len(involved)} layers"
-    return Region(tuple(node.name for node in inside), kind, layer)
+    kernels = Counter(filter(None, (each.computes_in for each in involved))) if len(involved) > 1 else {}
+    return Region(tuple(node.name for node in inside), kind, layer, dict(kernels))
 
 
 def is_many(nodes: Sequence[Node]) -> bool:
