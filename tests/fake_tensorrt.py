@@ -155,12 +155,20 @@ class INetworkDefinition:
 
     num_layers = property(lambda self: len(self._layers))
     num_inputs = property(lambda self: len(self._inputs))
+    num_outputs = property(lambda self: len(self._marked))
+    _marked = property(lambda self: [t for layer in self._layers for t in layer._outputs if t.is_network_output])
 
     def get_layer(self, index: int) -> ILayer:
         return self._layers[index]
 
     def get_input(self, index: int) -> ITensor:
         return self._inputs[index]
+
+    def get_output(self, index: int) -> ITensor:
+        return self._marked[index]
+
+    def get_flag(self, flag: Any) -> bool:
+        return flag.name in self._flags
 
     def mark_output(self, tensor: ITensor) -> None:
         assert not tensor.is_network_output
@@ -240,6 +248,7 @@ class ITimingCache:
 class IBuilderConfig:
     profiling_verbosity = int8_calibrator = progress_monitor = None
     builder_optimization_level = 3
+    num_optimization_profiles = property(lambda self: len(self._profiles))
 
     def __init__(self, trt: ModuleType) -> None:
         self._trt, self._flags, self._profiles, self._cache, self._limits = trt, {trt.BuilderFlag.TF32}, [], None, {}

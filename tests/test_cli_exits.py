@@ -154,6 +154,7 @@ NO_EFFECT = [
     "-b ort,ort-all --workspace 100",
     "-b ort,ort-all --timing-cache cache",
     "-b ort,ort-all --tactic-sources +CUDNN",
+    "-b ort,ort-all --trt-loader loader.py",
     "-b ort,ort-all --profile x:1x1:1x1:1x1",
     "-b ort,emu-fp16 --trt-calibrator entropy",
     "-b ort,emu-fp16 --trt-calib-data x",

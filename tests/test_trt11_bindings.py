@@ -17,6 +17,7 @@ from test_trt_runner import NODES, save_net
 from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.backends.tensorrt.client import BuildFailed, BuildTimedOut, ParseFailed, RunnerClient
 from cp_debug.backends.tensorrt.config import decide
+from cp_debug.backends.tensorrt.loader_script import LoaderScript
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.dimension_names import tell_apart
@@ -80,6 +81,29 @@ def test_engines_of_every_precision_are_built(trt11: str, tmp_path: Path, varian
     assert (tmp_path / "timing.cache").is_file()
     phases = {event["phase"] for event in events if event["event"] == "progress"}
     assert "Building engine" in phases, "this version reports its progress"
+
+
+def test_polygraphys_loader_scripts_make_the_network_and_its_configuration(trt11: str, tmp_path: Path) -> None:
+    packages = Path(pytest.importorskip("polygraphy").__file__).parents[1]
+    script, ran = tmp_path / "loader.py", tmp_path / "ran"
+    script.write_text(f"""
+import sys
+sys.path.append({str(packages)!r})
+from polygraphy import func
+from polygraphy.backend.trt import CreateConfig, NetworkFromOnnxPath
+
+@func.extend(NetworkFromOnnxPath({str(save_net(tmp_path))!r}))
+def load_network(builder, network, parser):
+    print("network of", network.num_layers)
+
+@func.extend(CreateConfig())
+def load_config(builder, network, config):
+    open({str(ran)!r}, "a").write(type(config).__name__)
+""")
+    ends = {"inputs": ["x"], "outputs": ["y"], "backend": "trt-fp32"}
+    loader = {**LoaderScript.open(script).step(), **ends}
+    assert build(trt11, tmp_path, tmp_path / "net.onnx", "fp32", loader=loader)[0].stat().st_size > 1000
+    assert ran.read_text() == "IBuilderConfig"
 
 
 def test_a_layer_kept_in_fp32_and_a_builder_level(trt11: str, tmp_path: Path) -> None:

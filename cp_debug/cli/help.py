@@ -31,7 +31,7 @@ GROUPS = {
     "INT8": "calib_data calib_samples calib_method method skip_layers",
     "TensorRT": (
         "trt_python strongly_typed probes profile workspace timing_cache calibration_cache trt_calibrator "
-        "trt_calib_data no_cache builder_level tactic_sources build_timeout"
+        "trt_calib_data trt_loader no_cache builder_level tactic_sources build_timeout"
     ),
 }
 """Group → its options, by their names in Python; one whose name means something else elsewhere declares its panel."""

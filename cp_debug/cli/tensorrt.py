@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cp_debug.backends.base import Backend
     from cp_debug.backends.spec import BackendSpec
     from cp_debug.backends.tensorrt.engine_cache import EngineCache
+    from cp_debug.backends.tensorrt.loader_script import LoaderScript
     from cp_debug.cli.console import Steps
 
 
@@ -82,6 +83,10 @@ TacticSources = Annotated[
     str | None,
     typer.Option("--tactic-sources", help="Kernel sources to remove or add, as in trtexec: -JIT_CONVOLUTIONS,+CUBLAS."),
 ]
+Script = Annotated[
+    Path | None,
+    typer.Option("--trt-loader", help="Script with Polygraphy's load_network, load_config or both."),
+]
 BuildTimeout = Annotated[
     float | None,
     typer.Option("--build-timeout", min=1.0, max=LONGEST_BUILD, help="Stop a build after so many seconds."),
@@ -105,10 +110,11 @@ class TensorRTFlags:
     no_cache: NoCache = False
     builder_level: BuilderLevel = None
     tactic_sources: TacticSources = None
+    trt_loader: Script = None
     build_timeout: BuildTimeout = None
 
     def check(self, specs: Sequence[BackendSpec], *, exports: bool = False) -> None:
-        """Raise InputError for a flag that was typed where no backend reads it.
+        """Raise InputError for a flag that was typed where no backend reads it, and for a loader script that is none.
 
         ``exports``: --no-cache is about modules that are exported, too.
         """
@@ -120,6 +126,7 @@ class TensorRTFlags:
         alone = typed(("trt_calib_data",)) and not typed(("trt_calibrator",))
         why = f"none of {names} is TensorRT" + ("; expected --trt-calibrator, too" if alone else "")
         refuse(engine_flags, unless=engines, why=why)
+        self._loader()
         calibrated = any(spec.name in CALIBRATED for spec in specs)
         why = f"none of {names} is {' or '.join(CALIBRATED)}"
         refuse(("calibration_cache", "trt_calibrator", "trt_calib_data"), unless=calibrated, why=why)
@@ -146,8 +153,15 @@ class TensorRTFlags:
             "cache": self._open_cache,
             "builder_level": self.builder_level,
             "tactic_sources": parse_sources(self.tactic_sources),
+            "loader": self._loader(),
             "build_timeout": self.build_timeout,
         }
+
+    def _loader(self) -> LoaderScript | None:
+        """The script that was named, read. Raises InputError for one without a function that is known."""
+        from cp_debug.backends.tensorrt.loader_script import LoaderScript
+
+        return LoaderScript.open(self.trt_loader) if self.trt_loader is not None else None
 
     def _open_cache(self) -> EngineCache | None:
         """The cache of engines, or None. Raises InputError for a folder that was named and cannot be written."""

@@ -212,6 +212,8 @@ def _to_exception(spec: str, error: Failure, step: Mapping[str, Any]) -> Cpdebug
         return InputError(f"{subject}: out of memory; lower the workspace limit or the shapes\n{message}")
     if kind == "engine":
         return InputError(f"{message}\nengines run on the TensorRT version and GPU that built them: build it again")
+    if kind == "script":
+        return InputError(message)
     if kind == "time":
         return InputError(f"{subject}: {message}")
     if kind == "build":

@@ -13,6 +13,7 @@ import numpy as np
 
 from cp_debug.backends.tensorrt.answers import Ran
 from cp_debug.backends.tensorrt.client import RunnerClient
+from cp_debug.backends.tensorrt.loader_script import LoaderScript
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph, fits_shape
@@ -35,8 +36,9 @@ class RanEngine:
 class EngineRuns:
     """Runs engines of one graph on one device."""
 
-    def __init__(self, client: RunnerClient, graph: Graph, device: int) -> None:
+    def __init__(self, client: RunnerClient, graph: Graph, device: int, loader: LoaderScript | None = None) -> None:
         self._client, self._graph, self._device = client, graph, device
+        self._loader = loader and loader.step()
 
     def execute(
         self,
@@ -62,6 +64,7 @@ class EngineRuns:
             {
                 "command": "run",
                 "device": self._device,
+                "loader": self._loader,
                 "engine": str(engine),
                 "inputs": feeds,
                 "folder": str(folder / f"run-{i}"),

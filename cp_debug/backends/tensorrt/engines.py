@@ -173,7 +173,11 @@ class EngineSet:
         self.unmarked: list[str] = []
         """Values whose marks were taken back, as they changed the engine."""
         self.stopped = ""
-        """Reason why values inside are not shown, where a build was stopped or was not worth it."""
+        """Reason why values inside are not shown: a build was stopped or not worth it, or a script named none."""
+        loader = builder.step.get("loader")
+        if loader and "load_network" in loader["functions"] and not any(layer.nodes for layer in self.plain.layers):
+            names_none = "load_network names no layer and no value as the ONNX file does"
+            self.stopped = f"{loader['script']}: {names_none}, so only the outputs are compared"
         self.gap: float | None = None
         """Relative L2 distance of the probed engine's outputs from the plain one's, once both ran on one input."""
         self.floor: float | None = None

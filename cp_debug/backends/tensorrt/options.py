@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cp_debug.backends.tensorrt.engine_cache import EngineCache
+from cp_debug.backends.tensorrt.loader_script import LoaderScript
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class TensorRTOptions:
     """Optimization level of the builder, 0 to 5; None leaves it to TensorRT."""
     tactic_sources: tuple[str, ...] = ()
     """Changes to the places that the builder takes kernels from, as ``-JIT_CONVOLUTIONS`` or ``+CUBLAS``."""
+    loader: LoaderScript | None = None
+    """Script that makes the network, the configuration of its build, or both."""
     build_timeout: float | None = None
     """Seconds for one build; None has no limit of its own."""
     time_limit: float = 3600.0

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ NUMPY_TYPES = {
 class RunnerFailure(Exception):
     """A failed step, with a message for people.
 
-    ``kind`` is one of import, unsupported, parse, build, kernel, memory, engine, input, device, time, internal;
+    ``kind`` is one of import, unsupported, parse, script, build, kernel, memory, engine, input, device, time, internal;
     ``nodes`` are the ONNX nodes concerned.
     """
 
@@ -369,17 +369,12 @@ def build(job: Job, step: Step) -> dict[str, Any]:
     """Parse ``onnx``, configure, build, write ``engine``; tells what was built, the inspector's layers included."""
     trt, started = job.trt, time.monotonic()
     Cuda(step.get("device", 0)).close()  # makes the device current, or says that there is none
-    builder = trt.Builder(job.logger)
-    flags = 0
-    for name in step["network_flags"]:
-        flags |= 1 << int(job.member("NetworkDefinitionCreationFlag", name))
-    network = builder.create_network(flags)
-    _parse(job, network, step["onnx"], step["nodes"])
+    builder, network = _network(job, step)
     owners = _owners(network, step["nodes"])
     for layer, node in owners:
         if node and not layer.metadata:  # the parser of 8.6 writes none; the inspector hands back what is set here
             layer.metadata = f"[ONNX Layer: {node}]"
-    config = builder.create_builder_config()
+    config = _config(job, builder, network, step)
     cache, timing_cache = _configure(job, config, owners, step)
     profile = _add_profile(builder, network, config, step.get("profiles") or {})
     calibrator = _calibrate(job, network, config, profile, step)
@@ -424,6 +419,99 @@ COMMANDS: dict[str, Callable[[Job, Step], dict[str, Any]]] = {
 
 
 # ---------------------------------------------------------------- build
+
+_SCRIPTS: dict[str, dict[str, Any]] = {}
+"""Hash of a loader script → its names. It is run once in a process, as it may register plug-ins."""
+
+LOW_PRECISIONS = ("FP16", "BF16", "INT8", "FP8", "INT4", "FP4")
+
+
+def _load_script(loader: dict[str, Any]) -> dict[str, Any]:
+    path, content = loader["script"], loader["content"]
+    if content not in _SCRIPTS:
+        names: dict[str, Any] = {"__name__": "loader", "__file__": path}
+        with _of_script(path, path):
+            exec(compile(Path(path).read_bytes(), path, "exec"), names)
+        _SCRIPTS[content] = names
+    return _SCRIPTS[content]
+
+
+def _call(loader: dict[str, Any], function: str, *arguments: Any) -> Any:
+    names = _load_script(loader)
+    with _of_script(loader["script"], loader["script"] + ": " + function):
+        return names[function](*arguments)
+
+
+@contextmanager
+def _of_script(path: str, subject: str) -> Iterator[None]:
+    """Context in which a script runs: beside its modules, away from our stdout. Its errors are told in a sentence."""
+    sys.path.insert(0, str(Path(path).parent))
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        words = " ".join(str(error).split())
+        told = type(error).__name__ + (": " + words if words else "") + (f" (line {lines[-1]})" if lines else "")
+        raise RunnerFailure("script", f"{subject} raised {told}") from None
+    finally:
+        sys.path.remove(str(Path(path).parent))
+
+
+def _network(job: Job, step: Step) -> tuple[Any, Any]:
+    """Builder and network: by ``load_network`` of the step's script, where it has one, else parsed."""
+    trt, loader = job.trt, step.get("loader")
+    if loader is None or "load_network" not in loader["functions"]:
+        builder = trt.Builder(job.logger)
+        flags = 0
+        for name in step["network_flags"]:
+            flags |= 1 << int(job.member("NetworkDefinitionCreationFlag", name))
+        network = builder.create_network(flags)
+        _parse(job, network, step["onnx"], step["nodes"])
+        return builder, network
+    made, subject = _call(loader, "load_network"), loader["script"] + ": load_network"
+    job.kept.append(made)  # a parser among them owns the weights
+    several = made if isinstance(made, (tuple, list)) else [made]
+    builder, network = [*several, None][:2]
+    if not (isinstance(builder, trt.Builder) and isinstance(network, trt.INetworkDefinition)):
+        has = ", ".join(type(each).__name__ for each in several)
+        raise RunnerFailure("script", f"{subject} returned {has}; expected (builder, network) or also a parser behind")
+    if hasattr(trt.BuilderFlag, "FP16") and hasattr(network, "get_flag"):  # else there is one way of typing
+        strong, asked = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED, "STRONGLY_TYPED" in step["network_flags"]
+        if network.get_flag(strong) != asked:
+            how = "weakly typed network; expected it without" if asked else "strongly typed network; expected"
+            raise RunnerFailure("script", f"{subject} makes a {how} --strongly-typed")
+    inputs = [network.get_input(i).name for i in range(network.num_inputs)]
+    outputs = [network.get_output(i).name for i in range(network.num_outputs)]
+    for name in inputs:
+        if name not in loader["inputs"]:
+            whose = f"the ONNX file has {', '.join(loader['inputs'])}"
+            raise RunnerFailure("script", f"{subject} makes a network with the input {name!r}; {whose}")
+    for name in loader["outputs"]:
+        if name not in outputs:
+            whose = f"the ONNX file has {name!r}"
+            raise RunnerFailure("script", f"{subject} makes a network with the outputs {', '.join(outputs)}; {whose}")
+    return builder, network
+
+
+def _config(job: Job, builder: Any, network: Any, step: Step) -> Any:
+    """The configuration: by ``load_config`` of the step's script, where it has one. Precisions are the step's."""
+    trt, loader = job.trt, step.get("loader")
+    if loader is None or "load_config" not in loader["functions"]:
+        return builder.create_builder_config()
+    config, subject = _call(loader, "load_config", builder, network), loader["script"] + ": load_config"
+    job.kept.append(config)
+    if not isinstance(config, trt.IBuilderConfig):
+        raise RunnerFailure("script", f"{subject} returned {type(config).__name__}; expected an IBuilderConfig")
+    allowed = set(step["set_flags"])
+    if allowed & {"INT8", "FP8", "INT4", "FP4"}:  # what has no scales runs in one of these
+        allowed |= {"FP16", "BF16"}
+    for name, flag in trt.BuilderFlag.__members__.items():
+        if name in LOW_PRECISIONS and name not in allowed and config.get_flag(flag):
+            raise RunnerFailure("script", f"{subject} sets {name}, but the backend is {loader['backend']}")
+    if config.num_optimization_profiles and any(low != high for low, _, high in (step.get("profiles") or {}).values()):
+        raise RunnerFailure("script", f"{subject} adds a profile, and --profile another one; expected one of the two")
+    return config
 
 
 def _parse(job: Job, network: Any, path: str, nodes: list[list[Any]]) -> None:
@@ -539,7 +627,7 @@ def _add_profile(builder: Any, network: Any, config: Any, profiles: dict[str, An
         if name not in inputs:
             raise RunnerFailure("input", f"profile for {name!r}, but the graph's inputs are {', '.join(inputs)}")
     dynamic = [name for name, shape in inputs.items() if -1 in shape]
-    if not dynamic:
+    if not dynamic or config.num_optimization_profiles:  # else a loader script added its own
         return None
     profile = builder.create_optimization_profile()
     for name in dynamic:
@@ -689,6 +777,8 @@ def _load_engine(job: Job, path: str) -> Any:
 
 def _run(job: Job, cuda: Cuda, step: Step) -> dict[str, Any]:
     trt = job.trt
+    if step.get("loader"):
+        _load_script(step["loader"])  # the engine may need plug-ins that it loads
     engine = _load_engine(job, step["engine"])
     context = engine.create_execution_context()
     if context is None:
@@ -696,7 +786,7 @@ def _run(job: Job, cuda: Cuda, step: Step) -> dict[str, Any]:
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
     for name in inputs:
-        _feed(job, cuda, engine, context, name, step["inputs"])
+        _feed(job, cuda, engine, context, name, step)
     outputs = {}
     for name in names:
         if name in inputs:
@@ -724,8 +814,9 @@ def _run(job: Job, cuda: Cuda, step: Step) -> dict[str, Any]:
     return {"tensors": written.entries, "seconds": seconds}
 
 
-def _feed(job: Job, cuda: Cuda, engine: Any, context: Any, name: str, files: dict[str, str]) -> None:
+def _feed(job: Job, cuda: Cuda, engine: Any, context: Any, name: str, step: Step) -> None:
     """Load one input, check it against the profile and the engine's type, hand it to the context."""
+    files, loader = step["inputs"], step.get("loader") or {"functions": []}
     if name not in files:
         raise RunnerFailure("input", f"no value for input {name!r}")
     array = np.load(files[name], allow_pickle=False)
@@ -735,6 +826,8 @@ def _feed(job: Job, cuda: Cuda, engine: Any, context: Any, name: str, files: dic
     fits = len(low) == array.ndim and all(low[i] <= array.shape[i] <= high[i] for i in range(array.ndim))
     if not fits or not context.set_input_shape(name, tuple(array.shape)):
         built_for = f"the engine was built for {list(low)} to {list(high)}"
+        if "load_config" in loader["functions"]:
+            built_for += f" (--profile, or the profile of load_config in {loader['script']})"
         raise RunnerFailure("input", f"input {name!r} has shape {list(array.shape)}, {built_for}")
     type_name = _member_name(engine.get_tensor_dtype(name))
     if type_name == "BF16":

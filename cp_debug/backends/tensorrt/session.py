@@ -78,7 +78,7 @@ class EngineSession:
         self.diverges: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], bool] | None = None
         """Told inputs and outputs: whether values inside are worth an engine; for ``auto`` probes."""
         self._client, self._own, self._options = client, program.graph, options
-        self._runs = EngineRuns(client, program.graph, options.device)
+        self._runs = EngineRuns(client, program.graph, options.device, options.loader)
         self._component = program.name
         self._quantized = program.plain is not None or program.graph.precision == "int8"
         self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-engine-")
@@ -121,6 +121,11 @@ class EngineSession:
         if config.graph_precision is not None:
             cast = cast_surgery(source_graph, config.graph_precision, kept_nodes, folder / file)
             graph = Graph(cast, source=source_graph)
+            if options.loader is not None and options.loader.makes_network:
+                raise InputError(
+                    f"{options.loader.path}: load_network makes the network by itself, but a strongly typed trt-"
+                    f"{variant} has its types written into the ONNX file; expected load_config alone"
+                )
         step = {
             "device": options.device,
             "workspace_mib": options.workspace_mib,
@@ -129,6 +134,9 @@ class EngineSession:
             "builder_level": options.builder_level,
             "tactic_sources": list(options.tactic_sources),
         }
+        if options.loader is not None:
+            ends = {"inputs": [v.name for v in graph.inputs], "outputs": [v.name for v in graph.outputs]}
+            step["loader"] = {**options.loader.step(), **ends, "backend": f"trt-{variant}"}
         values = tuple(data_values(source_graph))
         cache, limit = options.cache, options.build_timeout
         return EngineBuilder(
@@ -184,6 +192,8 @@ class EngineSession:
             "network_flags": list(config.network_flags),
             "probes": self._options.probes,
         }
+        if self._options.loader is not None:
+            session_settings["loader"] = str(self._options.loader.path)
         return {**session_settings, **(self.build_info.to_settings() if self.build_info else {})}
 
     @property
@@ -221,6 +231,8 @@ class EngineSession:
         The first time the others run, too; where the outputs differ by more than building again explains, marks that
         changed the engine are taken back.
         """
+        if engines.stopped not in ("", HEALTHY):
+            return self._plain_alone(engines, inputs, folder, engines.stopped)
         if self._options.probes == "auto" and (written := self._if_healthy(engines, inputs, folder)) is not None:
             return written
         try:
@@ -254,8 +266,8 @@ class EngineSession:
 
         Where marks change nothing, no third engine is built.
         """
-        if engines.probed is not None or (engines.stopped and engines.stopped != HEALTHY):
-            return self._plain_alone(engines, inputs, folder, engines.stopped) if engines.stopped else None
+        if engines.probed is not None:
+            return None
         place = Path(tempfile.mkdtemp(dir=folder))
         (ran,) = self._runs.execute([engines.plain.path], inputs, place, repeat=RUNS)
         outputs = self._runs.outputs(ran.written)
