@@ -60,7 +60,9 @@ _LAYERS = ("layer", "layers")
 """Fields that a progress event may have besides: whole numbers."""
 
 OnEvent = Callable[[Mapping[str, Any]], None]
-"""Takes ``{"event": "log" | "progress" | "step" | "output", …}`` as the script sends them."""
+"""Takes ``{"event": "log" | "progress" | "step" | "output", …}`` as the script sends them. Sessions of TensorRT add
+``building`` (``level``) and ``built`` around each engine, ``compared`` (``text``: what the outputs are like) and
+``stopped`` (``text``)."""
 
 
 UNASKED = 300_000

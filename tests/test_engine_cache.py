@@ -25,6 +25,7 @@ from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import TestResult
 from cp_debug.caches import cache_folder
 from cp_debug.cli.main import app
+from cp_debug.cli.plain_steps import FASTER, Builds
 from cp_debug.errors import InputError
 from cp_debug.files import key_of
 from cp_debug.graph.graph import Graph
@@ -211,6 +212,18 @@ def test_a_network_that_diverges_costs_a_second_one(
     assert tensorrt == ["shapes-0.engine", "shapes-0-probed.engine"]
 
 
+def test_no_engine_is_built_twice_where_marks_change_it(
+    tmp_path: Path, tensorrt: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fake_tensorrt.SHY", {"r1"})
+    session = create(BackendSpec.parse("trt-fp16"), probes="auto").open(Program("net", Graph(save_net(tmp_path))))
+    session.diverges = lambda inputs, outputs: "y is off"
+    collect(session, {"x": X})
+    first = ["shapes-0.engine", "shapes-0-probed.engine", "shapes-0-rebuilt.engine"]
+    assert tensorrt[:3] == first
+    assert tensorrt[3:] == first[1:2], "with fewer marks"
+
+
 def test_builds_have_a_limit_and_what_was_learnt_is_kept(
     tmp_path: Path, tensorrt: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +306,76 @@ def test_ctrl_c_says_what_the_job_was_at(capsys: pytest.CaptureFixture[str]) -> 
     said = capsys.readouterr().err
     assert "stopped after 0 s: timing /c/Conv (layer 2 of 9, 3 kernels so far); --builder-level 0 to 2" in said
     assert "the next run continues from about here" in said
+
+
+def test_long_builds_say_what_is_known() -> None:
+    """The first engine takes 60 s, the one that shows values inside 5 s."""
+    said: list[str] = []
+    now = 0.0
+    known = Builds(said.append, clock=lambda: now)
+    timing = {"event": "progress", "phase": "timing /c/Conv", "done": 3, "steps": 0, "layer": 2, "layers": 9}
+
+    def at(seconds: float, event: dict[str, Any]) -> list[str]:
+        nonlocal now
+        now = seconds
+        said.clear()
+        known.on_event(event)
+        return [*said]
+
+    for seconds, event in ((5.0, {"event": "building", "level": None}), (25.0, timing)):
+        assert not at(seconds, event)
+    far = "21 s of builds, 0 engines built: no output is compared yet; now timing /c/Conv (layer 2 of 9, 3 kernels so "
+    assert at(26.0, timing) == [far + "far)", FASTER]
+    for seconds, event in ((27.0, timing), (65.0, {"event": "built"}), (90.0, {"event": "output"})):
+        assert not at(seconds, event)
+    (line,) = at(90.0, {"event": "compared", "text": "y is off"})
+    assert line.startswith("60 s of builds, 1 engine built: y is off; one or two more engines will show where")
+    for event in ({"event": "building", "level": None}, timing, {"event": "built"}):
+        assert not at(95.0, event)
+
+
+@pytest.mark.parametrize(
+    ("level", "first", "second", "says"),
+    [(3, 11.0, 0.0, True), (None, 9.0, 8.0, False), (None, 9.0, 12.0, True), (2, 11.0, 0.0, False)],
+)
+def test_builds_that_will_be_long_say_it_once_the_outputs_are_compared(
+    level: int | None, first: float, second: float, says: bool
+) -> None:
+    said: list[str] = []
+    now = 0.0
+    known = Builds(said.append, clock=lambda: now)
+    timing = {"event": "progress", "phase": "timing /c/Conv", "done": 3, "steps": 0}
+    building = {"event": "building", "level": level}
+    for seconds, event in ((0.0, building), (first, timing), (0.0, {"event": "built"})):
+        now += seconds
+        known.on_event(event)
+    for seconds, event in ((0.0, {"event": "compared", "text": "y is off"}), (9.0, building), (second, timing)):
+        now += seconds
+        known.on_event(event)
+    assert ("y is off" in "".join(said)) == (first + second > 20 or 2 * first > 20)
+    assert (FASTER in said) == says
+
+
+def test_the_outputs_are_compared_before_what_is_inside_is_built_and_ctrl_c_judges_them(
+    tmp_path: Path, tensorrt: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fake_tensorrt.REGION", {"/c2/Conv", "/y/Add"})
+    monkeypatch.setattr("fake_tensorrt.FAULTY", {"/c2/Conv": 1.5})
+    real, told = runner.COMMANDS["build"], []
+
+    def build(job: Any, step: dict[str, Any]) -> dict[str, Any]:
+        if "probed" in step["engine"]:
+            raise KeyboardInterrupt
+        return real(job, step)
+
+    monkeypatch.setitem(runner.COMMANDS, "build", build)
+    test = run(tmp_path, probes="auto", on_event=told.append)
+    assert [row.onnx for row in test.outputs] == ["y"]
+    assert not test.agrees
+    assert "stopped by Ctrl-C: only the outputs are judged" in str(next(engine_lines(test.backend)))
+    told = [event for event in told if event["event"] not in ("log", "step", "progress")]
+    assert [event["event"] for event in told] == ["building", "built", "compared", "building", "stopped"]
+    assert told[2]["text"].startswith("trt-fp16: y is off by ")
 
 
 def test_the_command_line_keeps_engines(tmp_path: Path, tensorrt: list[str]) -> None:

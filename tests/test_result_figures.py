@@ -268,7 +268,9 @@ def test_an_engine_is_looked_into_where_its_outputs_are_further_off_than_its_pre
     run.programs = {"net": SimpleNamespace(graph=graph, alignment=None)}  # type: ignore[dict-item]
     reference: Any = SimpleNamespace(load=lambda name, component: -x)
     outputs = {"y": (-x.astype(np.float64) * (1 + off))}
-    assert run._diverges("net", reference, {"x": x}, outputs) == diverges
+    why = run._diverges("net", reference, {"x": x}, outputs)
+    says = "beyond the tolerance" if not within else "within the tolerance, but FP16 makes 2.4e-04"
+    assert why == (f"y is off by {off:.1e} (rel. L2), {says}" if diverges else "")
 
 
 def test_tolerances_are_those_that_were_asked_for_or_of_the_coarser_side() -> None:

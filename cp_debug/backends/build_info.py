@@ -12,6 +12,8 @@ from typing import Any
 
 ONLY_WHERE_SET = ("rebuilt", "probed", "stopped", "cached", "unmarked")
 """Fields that JSON has only where they say something."""
+INTERRUPTED = "stopped by Ctrl-C: only the outputs are judged"
+"""Why nothing inside is shown where a user waited for it no longer; nothing more is built then."""
 
 
 @dataclass(frozen=True)

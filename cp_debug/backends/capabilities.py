@@ -83,8 +83,8 @@ class BuildsVariations(Protocol):
 class LooksInsideOnDemand(Protocol):
     """A session that shows values inside only where its outputs ask for it, as that costs an engine."""
 
-    diverges: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], bool] | None
-    """Whether inputs and outputs of a run ask for a look inside; None always looks."""
+    diverges: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], str] | None
+    """Told inputs and outputs of a run: why they ask for a look inside, or empty; None always looks."""
 
 
 def kept_in_fp32(backend: Backend) -> frozenset[str]:

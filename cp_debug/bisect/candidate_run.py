@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -143,24 +144,24 @@ class CandidateRun:
 
         return stats, self.pipeline.run(sample, sink)
 
-    def _diverges(self, component: str, reference: CapturedRun, inputs: Arrays, outputs: Arrays) -> bool:
-        """Whether a component's outputs are beyond the tolerance, or further from the reference's than twice what its
-        precision makes of the whole component."""
+    def _diverges(self, component: str, reference: CapturedRun, inputs: Arrays, outputs: Arrays) -> str:
+        """Why a component's values inside are worth a look: its outputs are beyond the tolerance, or further from the
+        reference's than twice what its precision makes of the whole component. Empty where they are not."""
         rtol, atol = self.tolerance
-        graph = self.programs[component].graph
-        try:
-            emulated = Executor(graph, ARITHMETICS[self.precision.name], self.device).run(inputs)
-        except (InputError, KeyError):
-            return True
-        for name, value in outputs.items():
-            exact = reference.load(name, component=component)
-            stats = compare(exact, value)
+        graph, precision = self.programs[component].graph, self.precision
+        found = {name: compare(reference.load(name, component=component), value) for name, value in outputs.items()}
+        for name, stats in found.items():
             if not is_within(stats, rtol, atol, levels=Key(component, name) in self._levels):
-                return True
-            expected = compare(exact, emulated[name]).rel_l2
-            if not stats.rel_l2 <= 2 * expected + self.precision.roundoff:
-                return True
-        return False
+                return f"{_off(name, stats)}, beyond the tolerance"
+        try:
+            emulated = Executor(graph, ARITHMETICS[precision.name], self.device).run(inputs)
+        except (InputError, KeyError):
+            return f"{_off(*max(found.items(), key=lambda item: item[1].severity))}, and it cannot be emulated"
+        for name, stats in found.items():
+            expected = compare(reference.load(name, component=component), emulated[name]).rel_l2
+            if not stats.rel_l2 <= 2 * expected + precision.roundoff:
+                return f"{_off(name, stats)}, within the tolerance, but {precision.name.upper()} makes {expected:.1e}"
+        return ""
 
     def module_side(self, component: str) -> str:
         """The side that runs the torch module while the other one runs its graph: ``reference``, ``test``, or none."""
@@ -425,6 +426,12 @@ class CandidateRun:
         trace_shapes(self.programs, rows)
         trace_contradictions(rows)
         return rows
+
+
+def _off(name: str, stats: TensorStats) -> str:
+    """``y is off by 4.1e-04 (rel. L2)``, with what is not finite on one side alone left out and told."""
+    told = "" if math.isfinite(stats.rel_l2) else ", NaN and Inf left out"
+    return f"{name} is off by {stats.finite_rel_l2:.1e} (rel. L2{told})"
 
 
 def _prefer_own_names(names: dict[str, str], plain: Graph, file: Graph) -> None:

@@ -233,7 +233,7 @@ def bisect(
     )
     # For a reader whose results go elsewhere; any other finds it with them.
     said_before = errors.print if errors.is_terminal and not console.is_terminal else lambda text: None
-    with stack, steps() as on_step:
+    with stack, steps(compares=True) as on_step:
         engine_options = engines.calibrated(model, checkpoint, stack)
         opened_backends: Sequence[Backend] = tensorrt.make(specs, engine_options, on_step)
         subject: str | Model = model

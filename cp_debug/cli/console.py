@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from io import TextIOWrapper
 from json import dumps
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.progress import Progress, TaskID
 from rich.segment import Segment
 from rich.text import Text
 
-from cp_debug.cli.plain_steps import PlainSteps
+from cp_debug.cli.plain_steps import Builds, PlainSteps
 from cp_debug.interpreter import how_far
 from cp_debug.safe_text import message, no_command, prints_aside, visible
 
@@ -220,9 +221,9 @@ def show_document(
 class Steps:
     """Reports the steps of a long job: to a progress bar, or where none is drawn in lines now and then."""
 
-    def __init__(self, progress: Progress, slow: PlainSteps | None = None) -> None:
+    def __init__(self, progress: Progress, slow: PlainSteps | None = None, known: Builds | None = None) -> None:
         self._progress = progress
-        self._slow = slow
+        self._slow, self._known = slow, known
         self._task = progress.add_task("", total=None)
         self._builds: dict[str, TaskID] = {}
 
@@ -235,6 +236,8 @@ class Steps:
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         """Show the progress of TensorRT's build, where its version tells: a bar a phase."""
+        if self._known is not None:
+            self._known.on_event(event)
         if event["event"] != "progress":
             return
         if self._slow is not None:
@@ -250,18 +253,18 @@ class Steps:
 
 
 @contextmanager
-def steps() -> Iterator[Steps]:
+def steps(*, compares: bool = False) -> Iterator[Steps]:
     """A progress bar on stderr while the block runs, with the time that is left; without a terminal lines now and
-    then."""
+    then. ``compares``: long builds say what is known of the outputs."""
     from cp_debug.reports.progress_bar import progress_bar
 
-    slow = PlainSteps(say)
+    slow, known = PlainSteps(say), Builds(partial(say, wrapped=True)) if compares else None
     with told_when_stopped(slow), progress_bar(errors) as progress:
         if progress.console.is_terminal:
-            yield Steps(progress, slow)
+            yield Steps(progress, slow, known)
             return
         with slow.running():
-            yield Steps(progress, slow)
+            yield Steps(progress, slow, known)
 
 
 @contextmanager
@@ -275,7 +278,7 @@ def told_when_stopped(steps: PlainSteps) -> Iterator[None]:
         raise
 
 
-def say(text: str) -> None:
-    """Print one line of plain text on stderr."""
+def say(text: str, *, wrapped: bool = False) -> None:
+    """Print one line of plain text on stderr; ``wrapped`` at words where a terminal is too narrow for it."""
     with suppress(OSError, ValueError):  # stderr can be full, or closed
-        errors.print(Text(text), soft_wrap=True)
+        errors.print(Text(text), soft_wrap=not (wrapped and errors.is_terminal))

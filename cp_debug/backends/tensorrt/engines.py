@@ -106,7 +106,8 @@ class EngineBuilder:
     ) -> tuple[Path, dict[str, Any]]:
         readable = tell_apart(self.graph, profiles, self.folder / "named.onnx")
         common = {**self.settings(), "onnx": str(readable), "profiles": profiles}
-        path = self.folder / name
+        path, tell = self.folder / name, self.client.on_event
+        tell({"event": "building", "level": self.step["builder_level"]})
         step = {"command": "build", "engine": str(path), "probes": probes, **common}
         try:
             (facts,) = self.client.checked(Built, self.client.execute([step], self.build_timeout))
@@ -115,6 +116,7 @@ class EngineBuilder:
         except BuildFailed as error:
             advice = to_exclude(self.graph, calibrated=bool(self.step.get("calibration")))
             raise InputError(f"{error}\n{advice}".rstrip()) from None
+        tell({"event": "built"})
         return path, facts
 
 
@@ -207,10 +209,9 @@ class EngineSet:
 
     def observed(self) -> tuple[Engine, Engine]:
         """The plain engine built again, and the one that shows values."""
-        if self.rebuilt is None or self.probed is None:
-            requests = [(f"{self._name}{AGAIN}", {}), self._probed_request()]
-            self.rebuilt, self.probed = self._builder.build(requests, self._profiles)
-        return self.rebuilt, self.probed
+        if self.rebuilt is None:
+            (self.rebuilt,) = self._builder.build([(f"{self._name}{AGAIN}", {})], self._profiles)
+        return self.rebuilt, self.showing()
 
     def showing(self) -> Engine:
         """The engine that shows values, without another plain one."""

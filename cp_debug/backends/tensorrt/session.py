@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cp_debug.backends.base import Program, Sink
-from cp_debug.backends.build_info import BuildInfo
+from cp_debug.backends.build_info import INTERRUPTED, BuildInfo
 from cp_debug.backends.tensorrt.calibration import Ranges, calibration, ranges_of, read_cache
 from cp_debug.backends.tensorrt.client import BuildTimedOut, RunnerClient
 from cp_debug.backends.tensorrt.config import decide
@@ -22,7 +23,7 @@ from cp_debug.backends.tensorrt.engine_runs import RUNS, EngineRuns, output_dist
 from cp_debug.backends.tensorrt.engines import Engine, EngineBuilder, EngineSet, Profile
 from cp_debug.backends.tensorrt.inspector import EngineLayer
 from cp_debug.backends.tensorrt.options import TensorRTOptions
-from cp_debug.errors import InputError
+from cp_debug.errors import InputError, Terminated
 from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.downstream import data_values
@@ -75,8 +76,8 @@ class EngineSession:
     ) -> None:
         """``machine``: what engines depend on besides the graph and its settings, for the cache."""
         self._machine = machine
-        self.diverges: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], bool] | None = None
-        """Told inputs and outputs: whether values inside are worth an engine; for ``auto`` probes."""
+        self.diverges: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], str] | None = None
+        """Told inputs and outputs: why values inside are worth an engine, or empty; for ``auto`` probes."""
         self._client, self._own, self._options = client, program.graph, options
         self._runs = EngineRuns(client, program.graph, options.device, options.loader)
         self._component = program.name
@@ -236,7 +237,8 @@ class EngineSession:
         if self._options.probes == "auto" and (written := self._if_healthy(engines, inputs, folder)) is not None:
             return written
         try:
-            rebuilt, probed = engines.observed()
+            with self._outputs_do():
+                rebuilt, probed = engines.observed()
         except BuildTimedOut as stopped:
             return self._plain_alone(engines, inputs, folder, str(stopped))
         others = [engines.plain, rebuilt] if engines.gap is None else []
@@ -271,13 +273,16 @@ class EngineSession:
         place = Path(tempfile.mkdtemp(dir=folder))
         (ran,) = self._runs.execute([engines.plain.path], inputs, place, repeat=RUNS)
         outputs = self._runs.outputs(ran.written)
-        if self.diverges is not None and not self.diverges(inputs, outputs):
+        why = "" if self.diverges is None else self.diverges(inputs, outputs)
+        if self.diverges is not None and not why:
             engines.stopped, engines.gap, engines.floor = HEALTHY, 0.0, 0.0
             engines.run_seconds = median(ran.seconds[1:])
             return ran.written
         engines.stopped, engines.gap = "", None
+        self._client.on_event({"event": "compared", "text": f"{self._client.spec}: {why}"})
         try:
-            probed = engines.showing()
+            with self._outputs_do():
+                probed = engines.showing()
         except BuildTimedOut as stopped:
             return self._plain_alone(engines, inputs, folder, str(stopped))
         place = Path(tempfile.mkdtemp(dir=folder))
@@ -287,6 +292,17 @@ class EngineSession:
         engines.gap, engines.floor, engines.run_seconds = 0.0, 0.0, median(ran.seconds[1:])
         engines.rebuilt = engines.plain
         return shown.written
+
+    @contextmanager
+    def _outputs_do(self) -> Iterator[None]:
+        """Let Ctrl-C stop builds as their time limit does, where the outputs are judged all the same."""
+        try:
+            yield
+        except KeyboardInterrupt as asked:
+            if isinstance(asked, Terminated) or self.diverges is None:
+                raise
+            self._client.on_event({"event": "stopped", "text": f"{INTERRUPTED}; Ctrl-C again ends the command"})
+            raise BuildTimedOut(INTERRUPTED) from None
 
     @property
     def layers(self) -> Sequence[EngineLayer]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from cp_debug.backends.capabilities import BuildsVariations
+from cp_debug.backends.build_info import INTERRUPTED
+from cp_debug.backends.capabilities import BuildsVariations, build_info_of
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.finding import UNKNOWN, Finding
@@ -71,13 +72,14 @@ def _descend(explainer: Explainer, key: Key, row: LayerRow, max_builds: int, tel
     inputs = {info.name: as_numpy(load(info.name)) for info in run.programs[key.component].graph.inputs}
     assert row.region is not None
     assert isinstance(session, BuildsVariations)
+    info = build_info_of(session)
     return descend(
         row.region,
         explainer.segment(key, row),
         as_numpy(loader(explainer.reference, key.component)(key.value)),
         partial(session.trial, inputs),
         inherited=(row.replay.inherited or 0.0) if row.replay else 0.0,
-        max_builds=max_builds,
+        max_builds=0 if info is not None and info.stopped == INTERRUPTED else max_builds,
         lower=run.pipeline.backend.spec.variant in LOWER,
         tell=tell,
     )
