@@ -349,3 +349,20 @@ def test_a_lost_bias_beside_a_zero_point_of_its_length(tmp_path: Path) -> None:
     assert [row.onnx for row in test.guilty] == ["c"]
     assert test.findings[0].cause == "bias-dropped"
     assert "bias" in test.findings[0].says
+
+
+@pytest.mark.parametrize("other", ["round_prefer_ceil", "ceil"])
+def test_another_mode_is_named_where_fp32_alone_says_that_a_place_is_in_the_middle(other: str, tmp_path: Path) -> None:
+    """1 ÷ 0.4 is 2.5 in FP32, but a little less for the number nearest to 0.4 itself: precision excuses either."""
+    paths, shapes = [], ((1, 1, 2, 2), (1, 1, 5, 5))
+    for mode in ("round_prefer_floor", other):
+        how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": mode}
+        node = helper.make_node("Resize", ["x", "", "scales"], ["y"], name="r", **how)
+        scales = {"scales": np.array([1, 1, 0.4, 0.4], np.float32)}
+        paths.append(saved(tmp_path / f"{mode}.onnx", [node], *shapes, scales))
+    test = diagnose(paths[0], backends="ort,ort", test_model=paths[1]).tests[0]
+    (finding,) = test.findings
+    assert not test.guilty
+    assert not test.agrees
+    assert finding.says.endswith(f"comes from here: Resize: nearest_mode is {other} instead of round_prefer_floor")
+    assert "undo the difference" in finding.fix

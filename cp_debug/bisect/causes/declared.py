@@ -9,9 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from cp_debug.bisect.candidate_run import CandidateRun
-from cp_debug.bisect.causes.formulas import textbook
 from cp_debug.bisect.causes.precision import PROMOTED
-from cp_debug.bisect.causes.search import ENOUGH
+from cp_debug.bisect.causes.search import Explanation
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.causes.where import locate
 from cp_debug.bisect.finding import Effect, Finding
@@ -103,10 +102,17 @@ def _left_out(
 
 
 def declared(
-    run: CandidateRun, rows: Rows, segment: Callable[[Key, LayerRow], Segment], trials: KeepTrials | None
+    run: CandidateRun,
+    rows: Rows,
+    segment: Callable[[Key, LayerRow], Segment],
+    explain: Callable[[Key, LayerRow], Explanation],
+    trials: KeepTrials | None,
 ) -> Iterator[Finding]:
     """A finding about what the rounding of a floating-point precision makes: where most of it comes from, or that it
-    adds up over many layers; with the nodes to keep in FP32, where a set was found that helps."""
+    adds up over many layers; with the nodes to keep in FP32, where a set was found that helps.
+
+    ``explain`` tries the causes on a layer.
+    """
     claim = run.precision.name
     rounds = [(key, row) for key, row in rows.items() if row.replay and row.replay.introduced and row.op != "input"]
     if claim not in (*PROMOTED, "fp32") or not rounds:
@@ -137,11 +143,10 @@ def declared(
     if claim == "fp32":
         names = ", ".join(row.name for _, row in told)
         fix = f"accept it if the kernel is known to be approximate, or compute {names} in FP64"
-        for formula in textbook(segments[0]):
-            if segments[0].explained(formula.value)[0] >= ENOUGH:
-                says, fix = f"{says}: {formula.says}", formula.fix.replace("{layers}", told[0][1].name)
-                evidence = {"declared": True, **formula.evidence}
-                explained = segments[0].explained(formula.value)[0]
+        of_first = explain(*told[0])  # what precision excuses may be another program, or a known way to compute it
+        if (cause := of_first.cause) and not cause.parameters and not cause.by_magnitude:
+            says, fix = f"{says}: {cause.says}", cause.fix.replace("{layers}", told[0][1].name)
+            evidence, explained = {"declared": True, **cause.evidence}, of_first.explained
     elif trials is not None:
         fix, figures = kept(trials, [row for _, row in first or rounds])
         evidence |= figures

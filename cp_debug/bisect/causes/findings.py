@@ -149,7 +149,7 @@ class Explainer:
                 kind = self.run.kind(next(iter(rows)).component)
                 costly += declared.int8(rows, kind, self._left_out, self._of_unquantized)
                 if self.adds_up and not findings and not costly and not all(row.within for row in rows.values()):
-                    costly += declared.declared(self.run, rows, self.segment, self._of_kept)
+                    costly += declared.declared(self.run, rows, self.segment, self._explanation, self._of_kept)
             except Exception as error:
                 self.notes.append(f"the declared precision's cost is not known: {in_one_line(error)}")
         return [*sorted(findings, key=_by_effect), *sorted(costly, key=_by_effect)]  # what is wrong comes first
@@ -193,6 +193,9 @@ class Explainer:
         except Exception as error:
             self._failed(row, error)
         return Explained(row, explanation, where), family
+
+    def _explanation(self, key: Key, row: LayerRow) -> Explanation:
+        return self._explained(key, row, ())[0].explanation
 
     def _failed(self, row: LayerRow, error: Exception) -> None:
         note = f"{row.name}: not every cause could be tried: {in_one_line(error)}"
