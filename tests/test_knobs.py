@@ -149,7 +149,7 @@ def test_bisect_reports_knobs(tmp_path):
 
 def test_knobs_need_an_optimized_backend(tmp_path):
     path = residual(tmp_path / "net.onnx")
-    with pytest.raises(InputError, match="--knobs: expected ort-basic, ort-all or torch-compile"):
+    with pytest.raises(InputError, match="--knobs: expected ort-basic, ort-all, torch-compile or openvino"):
         bisect(str(path), "ort-all,ort-none", options=Options(optimizer_blame=True))
 
 
@@ -172,11 +172,7 @@ class Known(_OptimizerSearch):
         return [name for name in shown if name not in disabled]
 
     def _replacements(self, program: Any, disabled: Collection[str]) -> list[Any]:
-        return [
-            SimpleNamespace(original=(f"{name}-node",), operators=(name,))
-            for name in self._makes
-            if name not in disabled
-        ]
+        return [((f"{name}-node",), (name,)) for name in self._makes if name not in disabled]
 
 
 def test_those_that_make_the_difference_are_named_with_it_the_largest_first() -> None:

@@ -19,16 +19,17 @@ from test_cli import run as command
 from cp_debug.api.diagnose import diagnose
 from cp_debug.backends.base import Program
 from cp_debug.backends.capabilities import integer_kernels_of, kernels_of
-from cp_debug.backends.openvino_backend import OpenVinoBackend, OpenVinoSession
+from cp_debug.backends.openvino_backend import KNOBS, OpenVinoBackend, OpenVinoSession
 from cp_debug.backends.registry import check_installed, create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.bisect.engine import bisect
+from cp_debug.bisect.engine import Options, bisect
 from cp_debug.errors import BackendUnavailable, InputError, MissingPackage
 from cp_debug.graph.graph import Graph
 from cp_debug.programs.export import export
 from cp_debug.programs.openvino_ir import ir_program
 from cp_debug.recipes.onnx_file import OnnxFileModel
 from cp_debug.recipes.torch_callable import TorchModel
+from cp_debug.reports.optimizer_blame import render_optimizer_blame
 
 pytestmark = needs("openvino")
 SPEC = BackendSpec("openvino")
@@ -127,6 +128,57 @@ def test_a_fault_that_looking_mends_is_a_fused_layer_with_its_kernel(tmp_path: P
     assert guilty.tactic.startswith("Convolution")
     assert test.compared == 6, "all but the value inside"
     assert core.compiled < 20
+
+
+class FaultyKnob(FaultyCore):
+    """A core that is faulty unless one property is disabled, and takes no property of ``unknown``."""
+
+    def __init__(self, core: Any, before: str, knob: str, unknown: Sequence[str] = ()) -> None:
+        super().__init__(core, before)
+        self._knob, self._unknown = knob, unknown
+
+    def compile_model(self, model: Any, device: str, properties: dict[str, Any]) -> Any:
+        if refused := [name for name in self._unknown if name in properties]:
+            raise RuntimeError(f"Unsupported property {refused[0]}")
+        named = any(self._before in out.get_names() for op in model.get_ops() for out in op.outputs())
+        healthy = not named or properties.get(self._knob, "") == KNOBS.get(self._knob)
+        return (self._core if healthy else super()).compile_model(model, device, properties)
+
+
+def elementwise(folder: Path) -> Graph:
+    """A convolution, and elementwise operators of which OpenVINO makes one kernel."""
+    weights = {"w": np.random.default_rng(0).standard_normal((4, 4, 1, 1)).astype(np.float32)}
+    nodes = [node("Conv", ["x", "w"], ["c"], "conv"), node("Exp", ["c"], ["e"], "exp")]
+    nodes += [node("Tanh", ["e"], ["t"], "tanh"), node("Add", ["t", "c"], ["y"], "add")]
+    return graph_of(folder, nodes, {"x": [1, 4, 8, 8]}, weights)
+
+
+def test_knobs_name_the_property_at_fault_and_the_nodes_that_it_rewrites(tmp_path: Path) -> None:
+    backend = create(SPEC)
+    backend.core = FaultyKnob(backend.core, "e", "SNIPPETS_MODE", ["KV_CACHE_PRECISION"])  # type: ignore[attr-defined]
+    model = OnnxFileModel(elementwise(tmp_path).path)
+    (test,) = bisect(model, [create(BackendSpec("ort")), backend], options=Options(optimizer_blame=True)).tests
+    found = test.optimizer_blame
+    assert found is not None
+    (culprit,) = found.responsible
+    assert (culprit.optimizer, found.active) == ("SNIPPETS_MODE", ["SNIPPETS_MODE"])
+    assert culprit.rewrites[0].operators[0].startswith("Subgraph")
+    assert set(culprit.rewrites[0].original) == {"exp", "tanh", "add"}
+    assert found.difference_with > 1e-3
+    assert found.difference_without == 0
+    assert found.fix == 'core.compile_model(model, "CPU", {"SNIPPETS_MODE": "DISABLE"})'
+    told = "".join(str(line) for line in render_optimizer_blame(found))
+    assert "level" not in told, "there is only one"
+
+
+def test_a_fault_that_no_property_disables_is_no_property_s(tmp_path: Path) -> None:
+    backend = create(SPEC)
+    backend.core = FaultyKnob(backend.core, "e", "none of them")  # type: ignore[attr-defined]
+    model = OnnxFileModel(elementwise(tmp_path).path)
+    (test,) = bisect(model, [create(BackendSpec("ort")), backend], options=Options(optimizer_blame=True)).tests
+    assert not test.agrees
+    assert test.optimizer_blame is not None
+    assert test.optimizer_blame.responsible == []
 
 
 def test_healthy_values_inside_fused_layers_are_shown(tmp_path: Path) -> None:

@@ -308,7 +308,7 @@ def test_a_wrong_decomposition_is_named_by_its_layer_and_by_the_knobs(monkeypatc
 
 def test_knobs_are_those_of_inductor() -> None:
     model = TorchModel("net", Cancels().eval(), torch.randn(5, 8))
-    with pytest.raises(InputError, match="--knobs: expected ort-basic, ort-all or torch-compile"):
+    with pytest.raises(InputError, match="--knobs: expected ort-basic, ort-all, torch-compile or openvino"):
         bisect(model, "torch,torch-compile:aot_eager", options=Options(optimizer_blame=True))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,15 @@ _READ_BACK = (
     "DYNAMIC_QUANTIZATION_GROUP_SIZE", "KV_CACHE_PRECISION", "CPU_DENORMALS_OPTIMIZATION", "RUNTIME_REQUIREMENTS",
 )  # fmt: skip
 _OLDEST = (2024, 0)
+KNOBS = {
+    "SNIPPETS_MODE": "DISABLE",
+    "LP_TRANSFORMS_MODE": "NO",
+    "EXECUTION_MODE_HINT": "ACCURACY",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+    "KV_CACHE_PRECISION": "f32",
+}
+"""Property → the value that disables what it stands for: fused elementwise kernels, low-precision transformations, what
+PERFORMANCE permits. The first two are undocumented; the compiled model's layers tell what became of them."""
 
 
 class OpenVinoBackend:
@@ -66,6 +75,26 @@ class OpenVinoBackend:
             reason = f"OpenVINO computes nothing in {self.precision.upper()} on this processor, only {', '.join(has)}"
             raise BackendUnavailable(str(spec), reason, nearest=f"emu-{self.precision}")
         self.threads = threads or processors()
+        self._disabled: frozenset[str] = frozenset()
+
+    @property
+    def knobs(self) -> list[str]:
+        """Those of ``KNOBS`` that this version takes."""
+        from openvino import Model, Shape, Type, op
+
+        taken, value = list[str](), op.Parameter(Type.f32, Shape([1]))
+        model = Model([value.output(0)], [value])
+        for name, off in KNOBS.items():
+            with suppress(RuntimeError):
+                self.core.compile_model(model, "CPU", {name: off})
+                taken.append(name)
+        return taken
+
+    def without(self, knobs: Collection[str]) -> OpenVinoBackend:
+        """A copy of the backend that disables these of ``KNOBS``."""
+        changed = copy(self)
+        changed._disabled = frozenset(knobs)
+        return changed
 
     def with_threads(self, count: int | None) -> OpenVinoBackend:
         """A copy of the backend with another number of threads; None: the processors available.
@@ -101,6 +130,7 @@ class OpenVinoBackend:
             "INFERENCE_NUM_THREADS": self.threads,
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,
+            **{name: KNOBS[name] for name in self._disabled},
         }
 
 
@@ -118,6 +148,8 @@ class OpenVinoSession:
         self.exposed: Collection[str] = [v for v in program.graph.tensors if v in named]
         self._looks: dict[tuple[tuple[int, ...], ...], tuple[openvino.CompiledModel, list[str]]] = {}
         self._written: set[str] = set()
+        self.layers: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+        """Layers of the compiled model: the graph's nodes that one computes, and its kernel."""
         self.tactics: Mapping[str, str] = self._kernels()
         self.settings: dict[str, Any] = {
             name.lower(): json_safe(str(self._plain.get_property(name)))
@@ -221,6 +253,8 @@ class OpenVinoSession:
             if values := [name for op in origins for name in named.get(op, ()) if name in place]:
                 kind, kernel = info["layerType"], info.get("primitiveType", "unknown")
                 kernels |= dict.fromkeys(values, kind if kernel.startswith("unknown") else f"{kind}:{kernel}")
+                nodes = dict.fromkeys(self._graph.producer[value].name for value in values)
+                self.layers.append((tuple(nodes), (kernels[values[0]],)))
                 self._written.add(max(values, key=place.__getitem__))
         return kernels
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.capabilities import HasRemarks
@@ -76,9 +76,8 @@ class Bisection:
         self._export, note = choose_export(backends, options.exporter)
         if options.optimizer_blame and not any(map(has_knobs, self._tests)):
             names = ", ".join(str(test.spec) for test in self._tests)
-            raise InputError(
-                f"--knobs: expected ort-basic, ort-all or torch-compile among the test backends, which are {names}"
-            )
+            having = "ort-basic, ort-all, torch-compile or openvino"
+            raise InputError(f"--knobs: expected {having} among the test backends, which are {names}")
         side = Side(model) if not isinstance(model, str) else Side.load(model, options.checkpoint, options)
         self.model = side.model
         exported = is_exported(self.model)
@@ -224,9 +223,10 @@ class Bisection:
         return results
 
     def _blame_optimizers(self, sample: Sample, taken: SampleRuns) -> None:
-        from cp_debug.backends.ort_backend import OrtBackend
         from cp_debug.bisect.compiler_blame import blame_compiler
-        from cp_debug.bisect.optimizer_blame import blame_optimizers
+        from cp_debug.bisect.optimizer_blame import blame_optimizers, blame_properties
+
+        blames: dict[str, Any] = {"ort": blame_optimizers, "openvino": blame_properties, "torch": blame_compiler}
 
         for run, collected in zip(taken.runs, taken.collected, strict=True):
             model, programs, backend = run.pipeline.model, run.pipeline.programs, run.pipeline.backend
@@ -235,10 +235,8 @@ class Bisection:
             self._progress.step(f"{backend.spec}: knobs")
             seen = collected.first_observation
             floor = seen.noise_floor if seen else 0.0
-            if isinstance(backend, OrtBackend):
-                collected.optimizer_blame = blame_optimizers(model, programs, backend, sample, floor)
-            else:
-                collected.optimizer_blame = blame_compiler(model, programs, backend, sample, floor)
+            blame = blames[backend.spec.family]
+            collected.optimizer_blame = blame(model, programs, backend, sample, floor)
 
 
 def _digest(file: Path | None) -> str:

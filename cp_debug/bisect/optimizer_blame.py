@@ -1,24 +1,27 @@
-"""Blame of ONNX Runtime's graph optimizers: which of them make a difference, and which nodes they rewrote.
+"""Blame of a graph optimizer: which of its parts make a difference, and which nodes they rewrote.
 
-The deployed program alone is asked, without probes: optimizers are disabled until its final outputs are those of the
-unoptimized program, and as many as possible are enabled again.
+The parts are ONNX Runtime's optimizers, or properties of OpenVINO's CPU plug-in. The deployed program alone is asked,
+without probes: parts are disabled until its final outputs are those of the unoptimized program, and as many as possible
+are enabled again.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cp_debug.backends.base import Program
+from cp_debug.backends.openvino_backend import KNOBS, OpenVinoBackend
 from cp_debug.backends.ort_backend import OrtBackend, run_whole
-from cp_debug.backends.ort_optimized import Replacement
 from cp_debug.backends.ort_optimizers import RULE_BASED, RULES, active_optimizers
 from cp_debug.backends.ort_options import LEVELS
 from cp_debug.bisect.observe import gap
 from cp_debug.minimize import Minimizer
+from cp_debug.programs.pipeline import Pipeline
 from cp_debug.programs.walk import walk
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 from cp_debug.serialize import JsonForm
@@ -87,19 +90,36 @@ def blame_optimizers(
     return _OptimizerSearch(model, programs, backend, sample, noise_floor).run()
 
 
+def blame_properties(
+    model: Model, programs: Sequence[Program], backend: OpenVinoBackend, sample: Sample, noise_floor: float
+) -> OptimizerBlame:
+    """The same for OpenVINO: unoptimized is the program for which all of ``KNOBS`` are disabled."""
+    blame = _PropertySearch(model, programs, backend, sample, noise_floor).run()
+    disabled = {culprit.optimizer: KNOBS[culprit.optimizer] for culprit in blame.responsible}
+    return replace(blame, fix=f'core.compile_model(model, "CPU", {json.dumps(disabled)})' if disabled else "")
+
+
+Replaced = tuple[tuple[str, ...], tuple[str, ...]]
+"""Original nodes, and the operators that compute their result instead."""
+
+
 class _OptimizerSearch:
     def __init__(
-        self, model: Model, programs: Sequence[Program], backend: OrtBackend, sample: Sample, noise_floor: float
+        self, model: Model, programs: Sequence[Program], backend: Any, sample: Sample, noise_floor: float
     ) -> None:
         self._model, self._programs, self._backend, self._sample = model, programs, backend, sample
         self._floor = noise_floor
         self._seen: dict[tuple[str, frozenset[str]], float] = {}
         self._unoptimized = self._outputs("none", frozenset())
 
+    @property
+    def _levels(self) -> list[str]:
+        """Levels above the unoptimized program, up to the backend's."""
+        return list(LEVELS)[1 : list(LEVELS).index(self._backend.level) + 1]
+
     def run(self) -> OptimizerBlame:
-        levels = list(LEVELS)[1 : list(LEVELS).index(self._backend.level) + 1]
         whole = self._difference(frozenset())
-        first = next((level for level in levels if self._difference(frozenset(), level) > self._floor), None)
+        first = next((level for level in self._levels if self._difference(frozenset(), level) > self._floor), None)
         active = self._active(())
         if whole <= self._floor:
             return OptimizerBlame(first, whole, whole, active=active, runs=self._runs)
@@ -134,17 +154,17 @@ class _OptimizerSearch:
         others = [other for other in disabled if other != name]
         rewrites: list[Rewrite] = []
         for program in self._programs:
-            without = {(r.original, r.operators) for r in self._replacements(program, disabled)}
-            alone = dict.fromkeys((r.original, r.operators) for r in self._replacements(program, others))
+            without = set(self._replacements(program, disabled))
+            alone = dict.fromkeys(self._replacements(program, others))
             rewrites += (Rewrite(program.name, *change) for change in alone if change not in without)
         return Culprit(name, self._difference(frozenset(others)), tuple(rewrites))
 
-    def _replacements(self, program: Program, disabled: Collection[str]) -> list[Replacement]:
+    def _replacements(self, program: Program, disabled: Collection[str]) -> list[Replaced]:
         backend = OrtBackend(
             self._backend.spec, disabled_optimizers=sorted(disabled), threads=self._backend.runtime.threads
         )
         with closing(backend.open(program)) as session:
-            return session.optimized_nodes()
+            return [(r.original, r.operators) for r in session.optimized_nodes()]
 
     def _active(self, disabled: Collection[str]) -> list[str]:
         runtime, level = self._backend.runtime, self._backend.level
@@ -153,7 +173,7 @@ class _OptimizerSearch:
 
     def _difference(self, disabled: frozenset[str], level: str | None = None) -> float:
         """Relative L2 from the unoptimized program; 0 where all outputs are equal bit for bit."""
-        key = (level or self._backend.level, disabled)
+        key = (level or self._levels[-1], disabled)
         if key not in self._seen:
             difference = gap(self._unoptimized, self._outputs(*key))
             self._seen[key] = math.inf if math.isnan(difference) else difference
@@ -168,3 +188,27 @@ class _OptimizerSearch:
             return run_whole(session, graph, inputs)
 
         return walk(self._model, self._sample, run)
+
+
+class _PropertySearch(_OptimizerSearch):
+    @property
+    def _levels(self) -> list[str]:
+        return ["all"]
+
+    def _replacements(self, program: Program, disabled: Collection[str]) -> list[Replaced]:
+        return self._layers(program, disabled)[0]
+
+    def _layers(self, program: Program, disabled: Collection[str]) -> tuple[list[Replaced], dict[str, Any]]:
+        with closing(self._backend.without(disabled).open(program)) as session:
+            return session.layers, session.settings
+
+    def _active(self, disabled: Collection[str]) -> list[str]:
+        """Properties that change a layer of the compiled model, or what is read back of it."""
+        now = [self._layers(program, disabled) for program in self._programs]
+        left = [name for name in self._backend.knobs if name not in disabled]
+        return [name for name in left if now != [self._layers(p, {*disabled, name}) for p in self._programs]]
+
+    def _outputs(self, level: str, disabled: frozenset[str]) -> dict[str, Arrays]:
+        backend = self._backend.without(self._backend.knobs if level == "none" else disabled)
+        with Pipeline(self._model, self._programs, backend) as pipeline:
+            return pipeline.run(self._sample)

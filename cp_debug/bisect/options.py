@@ -77,7 +77,8 @@ def is_optimized(backend: Backend) -> bool:
 
 def has_knobs(backend: Backend) -> bool:
     """Whether ``optimizer_blame`` can find out what in this backend makes a difference."""
-    return is_optimized(backend) or (backend.spec.name.startswith(COMPILED) and "eager" not in backend.spec.options)
+    compiled = backend.spec.name.startswith(COMPILED) and "eager" not in backend.spec.options
+    return compiled or is_optimized(backend) or backend.spec.family == "openvino"
 
 
 class StepCounter:

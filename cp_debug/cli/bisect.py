@@ -117,7 +117,8 @@ def bisect(
     ] = None,
     replay: Annotated[bool, typer.Option(help="Separate a layer's own error from that of its inputs.")] = True,
     knobs: Annotated[
-        bool, typer.Option("--knobs", help="Find the optimizers of ort-basic, ort-all or torch-compile at fault.")
+        bool,
+        typer.Option("--knobs", help="Find what an optimizer does wrong: ort-basic, ort-all, torch-compile, openvino."),
     ] = False,
     explain: Annotated[bool, typer.Option(help="Try the known causes on every guilty layer.")] = True,
     max_builds: Annotated[

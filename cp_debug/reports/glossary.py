@@ -106,7 +106,8 @@ GLOSSARY: dict[str, str] = {
     "tactic, kernel": "The routine that computes a layer. TensorRT measures several and picks one; they round "
     "differently.",
     "knobs": "Steps of an optimizer: ONNX Runtime's graph transformers; decompositions, passes and lowerings of "
-    "torch.compile. `--knobs` switches them off to find the one that is responsible.",
+    "torch.compile; properties of OpenVINO's CPU plug-in. `--knobs` switches them off to find the one that is "
+    "responsible.",
     "pairing": "Finding which values of two graphs correspond: by name, by their numbers, by structure.",
     "side value": "A value that carries no data of the network: a folded constant, or a shape.",
     "emulated": "Computed on this machine in FP32, with operands, results and sums rounded as hardware rounds them.",

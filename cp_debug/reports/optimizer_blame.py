@@ -35,10 +35,11 @@ def render_optimizer_blame(blame: OptimizerBlame) -> Iterator[RenderableType]:
         return
     names = ", ".join(culprit.optimizer for culprit in blame.responsible)
     remaining = number(blame.difference_without)
+    begins = " " if blame.level == "all" and blame.fix else f"; the difference begins at level {blame.level} "
     yield Text.assemble(
         (f"optimizer: {names}", "bold yellow"),
-        f": final outputs differ by {size} (rel. L2) from the unoptimized program's, by {remaining} when disabled; "
-        f"the difference begins at level {blame.level} ({runs})",
+        f": final outputs differ by {size} (rel. L2) from the unoptimized program's, by {remaining} when disabled"
+        f"{begins}({runs})",
     )
     rows = []
     for culprit in blame.responsible:

@@ -404,7 +404,7 @@ class Explainer:
             UNSTEADY * observation.noise_floor, self.run.tolerance[0]
         ):
             return
-        backends = {"ort": "ort-none,ort-all", "torch": "torch,torch-compile"}
+        backends = {"ort": "ort-none,ort-all", "torch": "torch,torch-compile", "openvino": "ort,openvino"}
         pair = backends.get(self.run.pipeline.backend.spec.family)
         knobs = f"cpdebug bisect MODEL --backends {pair} --knobs"
         yield Finding(
