@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cp_debug.errors import InputError
 from cp_debug.probes import statistics_reduce
 from cp_debug.probes.arrays import as_numpy, to_device
-from cp_debug.probes.distance import difference_norm, distance, relative_l2
+from cp_debug.probes.distance import difference_norm, distance, product, relative_l2
 from cp_debug.probes.statistics import RESOLUTION, TensorStats, compare
 from cp_debug.probes.statistics_reduce import HOST_CHUNK, reduce_pair
 from cp_debug.probes.statistics_totals import Totals
@@ -406,3 +406,15 @@ def test_read_only_arrays_become_tensors_without_a_warning(recwarn: pytest.Warni
     finally:
         torch.set_warn_always(always)
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (1e-25, 1e-20), (1e25, 1e20), (1e30, 1e-25)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_product_has_the_digits_of_float64_or_nearly(scales: tuple[float, float], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(3, 50_001, generator=generator, dtype=torch.float64) * scale for scale in scales)
+    a, b = a.float(), b.to(dtype)
+    a[0, 7], b[1, 9] = math.nan, math.inf
+
+    x, y = (np.where(np.isfinite(t), t, 0) for t in (a.double().numpy(), b.double().numpy()))
+    assert product(a, b) == pytest.approx(float((x * y).sum()), rel=1e-6, abs=0)

@@ -127,7 +127,7 @@ class Backward:
             if gradient is not None and not all_finite(gradient):
                 gradient = torch.nan_to_num(gradient, 0.0, 0.0, 0.0)
             if gradient is not None:
-                self._add(name, gradient / len(self._at))
+                self._add(name, gradient if len(self._at) == 1 else gradient / len(self._at))
 
     def _introduced(self, name: str, nodes: list[Node], starts: Collection[str], result: Tensor) -> Tensor:
         """The introduced error of a value, against what the oracle makes of the test's inputs: BF16 or float64."""

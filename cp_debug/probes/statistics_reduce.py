@@ -72,7 +72,7 @@ def _reduced(r: Any, t: Any, d: Any) -> tuple[list[float], np.ndarray]:
 
 
 def dot(a: Any, b: Any) -> Any:
-    """Σ a·b of two tensors [n] of FP64."""
+    """Σ a·b of two tensors [n] of FP64, or of FP32 on the host, where rows of ``ROW`` are summed in FP32."""
     if is_torch(a):
         if device_of(a) != "cpu":
             return a @ b
@@ -80,8 +80,8 @@ def dot(a: Any, b: Any) -> Any:
     # OpenBLAS multiplies up to 10,000 elements in one thread: with more its threads wait for each other on a busy
     # machine. One matmul of many rows is a product for each.
     whole = len(a) // ROW * ROW
-    rows = (a[:whole].reshape(-1, 1, ROW) @ b[:whole].reshape(-1, ROW, 1)).sum()
-    return rows if whole == len(a) else rows + (a[whole:] * b[whole:]).sum()
+    rows = (a[:whole].reshape(-1, 1, ROW) @ b[:whole].reshape(-1, ROW, 1)).sum(dtype=np.float64)
+    return rows if whole == len(a) else rows + (a[whole:] * b[whole:]).sum(dtype=np.float64)
 
 
 def to_host(numbers: Sequence[Any]) -> list[float]:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from cp_debug.backends.kernels.windows import Window
 
-BLOCK = 1 << 22
+BLOCK = 1 << 23
 """Size of the buffer in bytes: about what the second and third cache levels of one core hold."""
 
 
