@@ -188,7 +188,7 @@ def make_folder(path: Path, what: str = "folder") -> None:
 @contextmanager
 def complete_file(path: Path) -> Iterator[TextIO]:
     """Open ``path`` for writing so that it appears whole or not at all. Raises InputError when it cannot be written."""
-    with complete_path(path) as partial, partial.open("w", encoding="utf-8") as stream:
+    with complete_path(path) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace") as stream:
         yield stream
 
 

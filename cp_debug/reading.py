@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cp_debug.errors import DAMAGED, Damage, InputError, library_reason, system_reason
-from cp_debug.safe_text import did_you_mean
+from cp_debug.safe_text import did_you_mean, in_utf8
 
 if TYPE_CHECKING:
     from typing import IO
@@ -140,9 +140,23 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
+def json_text(document: Any, indent: int | None = None) -> str:
+    """A document as JSON in ASCII that ``parse_json`` reads, with its texts ``in_utf8``."""
+    text = json.dumps(document, indent=indent, allow_nan=False)
+    return json.dumps(_whole(document), indent=indent, allow_nan=False) if "\\ud" in text else text
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        return in_utf8(value)
+    if isinstance(value, Mapping):
+        return {_whole(name): _whole(each) for name, each in value.items()}
+    return [*map(_whole, value)] if isinstance(value, list | tuple) else value
+
+
 def sealed(document: Mapping[str, Any]) -> str:
     """A document as one line of JSON with its own checksum inside, which ``unsealed`` compares."""
-    text = json.dumps(document, allow_nan=False)
+    text = json_text(document)
     return f"{text[:-1]}{', ' if document else ''}{_seal(text)}"
 
 

@@ -43,6 +43,11 @@ def visible(text: str, keep: str = "\n") -> str:
     return _IGNORED.sub(lambda found: _escaped(found[0]), "".join(shown))
 
 
+def in_utf8(text: str) -> str:
+    """The text with halves of surrogates as escapes: bytes of a file's name that are no UTF-8 are held as such."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def no_command(text: str) -> str:
     """Text of a line in a log, of which GitHub's runner takes none for a command of its workflow: ``::error::…`` where
     a line begins, ``##[error]`` anywhere."""

@@ -33,6 +33,7 @@ from cp_debug.graph.graph import Graph
 from cp_debug.reports.bundle.case import Case, Piece
 from cp_debug.reports.bundle.make import bundle
 from cp_debug.reports.bundle.redact import holds_source, redact
+from cp_debug.reports.bundle.write import _complete
 from cp_debug.reports.files import write_json
 from cp_debug.reports.saved import SavedResult
 
@@ -411,6 +412,11 @@ def test_a_folder_whose_name_is_no_text_holds_a_script_that_runs(scaled: Path, t
     folder = tmp_path / os.fsdecode(b"\xff\xfe")
     bundle(SavedResult.open(scaled), folder)
     assert execute(folder).returncode == 1
+    for name, inside in ((b"\xff\xfe.zip", "bundle"), (b"n\xff.zip", "n")):
+        with _complete(tmp_path / os.fsdecode(name)) as made:
+            (made / "a").touch()
+        with zipfile.ZipFile(tmp_path / os.fsdecode(name)) as archive:
+            assert f"{inside}/a" in archive.namelist()
 
 
 def test_what_a_script_raised_is_told_in_a_line(scaled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

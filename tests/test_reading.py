@@ -18,6 +18,7 @@ from cp_debug.cli.saving import check_outputs
 from cp_debug.errors import InputError, system_reason
 from cp_debug.files import complete_folder, complete_path, partial_name, write_text
 from cp_debug.reading import (
+    json_text,
     parse_json,
     plain,
     read_json,
@@ -71,6 +72,13 @@ def test_text_is_utf8_and_limited(tmp_path: Path) -> None:
 def test_json_that_nobody_can_use_is_refused(text: str | bytes, why: str) -> None:
     with pytest.raises(InputError, match=why):
         parse_json(text, "a.json")
+
+
+def test_json_of_names_that_are_no_utf8_can_be_read() -> None:
+    given = {"a\udcff": ["é\udcfe", "\N{GRINNING FACE}", r"C:\udcff", 1.5, None]}
+    read = {"a\\udcff": ["é\\udcfe", "\N{GRINNING FACE}", r"C:\udcff", 1.5, None]}
+    assert parse_json(json_text(given), "a.json") == read
+    assert unsealed(sealed(given).encode(), "a.json") == read
 
 
 def test_json_keeps_what_others_wrote(tmp_path: Path) -> None:

@@ -429,6 +429,21 @@ def test_something_else_that_listens_is_not_waited_for() -> None:
             pass
 
 
+def test_something_else_that_answers_is_no_scheduler() -> None:
+    """What it says is read as the lengths of a message, which has no room in memory."""
+
+    def answer(listening: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                listening.accept()[0].sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n" + b"\xff" * 64)
+
+    with socket.create_server(("127.0.0.1", 0)) as web:
+        threading.Thread(target=answer, args=(web,), daemon=True).start()
+        address = f"tcp://127.0.0.1:{web.getsockname()[1]}"
+        with pytest.raises(InputError, match=r"no scheduler answers at .*; expected tcp"), remote_workers(address):
+            pass
+
+
 def test_a_worker_that_dies_while_it_starts(tmp_path: Path) -> None:
     """As it does when a script that starts a sweep has no guard: its workers import it and would start their own."""
     file = tmp_path / "unguarded.py"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,3 +115,16 @@ def test_stdout_takes_one_document(net: str, given: str, monkeypatch: pytest.Mon
     assert code == 2
     assert given.split()[0] in text
     assert "standard output" in text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file systems of others take UTF-8 alone")
+def test_names_that_are_no_utf8_are_read_and_written(net: str) -> None:
+    """A folder that another encoding named: its results are shown with escapes, and can be read back."""
+    odd = os.fsdecode(b"gr\xf6sse")
+    Path(odd).mkdir()
+    Path(net).rename(f"{odd}/{odd}.onnx")
+    given = ("bisect", f"{odd}/{odd}.onnx", "-b", "ort,emu-fp16", "--save", f"{odd}/run", "--json", f"{odd}.json")
+    assert run(*given, "--csv", f"{odd}.csv")[0] == 0
+    assert "gr\\udcf6sse" in run("report", f"{odd}/run", "--format", "csv")[1]
+    assert Path(f"{odd}.csv").read_text(encoding="utf-8").count("gr\\udcf6sse") == 2
+    assert run("diff", f"{odd}/run", f"{odd}.json")[0] == 0

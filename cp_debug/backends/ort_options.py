@@ -13,6 +13,7 @@ from cp_debug.doing import doing
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.onnx_runtime import SEVERITIES, session_options, severity, told
 from cp_debug.optional import install, require
+from cp_debug.safe_text import in_utf8
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -107,6 +108,10 @@ class Runtime:
         options.enable_mem_pattern = False
         for key, value in _CONFIG.items():
             options.add_session_config_entry(key, value)
+        name = shown or (model if isinstance(model, Path) else "a piece of the model")
+        source = str(model) if isinstance(model, Path) else model
+        if isinstance(model, Path) and in_utf8(str(model)) != source:  # its bindings take no such names
+            source, weights = model.read_bytes(), model.parent
         if weights is not None:
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", os.fsencode(weights)
@@ -117,11 +122,10 @@ class Runtime:
                 "session.optimized_model_external_initializers_file_name", f"{write.name}.data"
             )
             options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-        name = shown or (model if isinstance(model, Path) else "a piece of the model")
         try:
             with doing(f"ONNX Runtime opened {name}"):
                 return ort.InferenceSession(
-                    str(model) if isinstance(model, Path) else model,
+                    source,
                     options,
                     providers=list(self.providers),
                     enable_fallback=0,

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from io import TextIOWrapper
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,12 +204,13 @@ def show_document(
     Text that says ``no_wrap`` is not broken into lines: it is to be copied.
     """
     from cp_debug.files import write_text
+    from cp_debug.reading import json_text
 
     if "-" not in (json, str(csv)):
         for part in parts:
             console.print(part, soft_wrap=bool(getattr(part, "no_wrap", False)))
     if json:
-        text = dumps(document, indent=1, allow_nan=False).replace("##[", "\\u0023#[")  # a command, in a log of GitHub's
+        text = json_text(document, indent=1).replace("##[", "\\u0023#[")  # a command, in a log of GitHub's
         write_text(f"{text}\n", None if json == "-" else Path(json))
     if csv and table:
         from cp_debug.reports.files import csv_text

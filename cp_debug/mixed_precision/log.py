@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from cp_debug.errors import InputError, system_reason
 from cp_debug.mixed_precision.trial import Trial
-from cp_debug.reading import check_file, read_bytes, sealed, typed, unsealed
+from cp_debug.reading import check_file, json_text, parse_json, read_bytes, sealed, typed, unsealed
 from cp_debug.serialize import decode
 
 SCHEMA = "cpdebug.search-log/1"
@@ -32,9 +32,9 @@ class TrialLog:
         self.trials: dict[tuple[bool, frozenset[tuple[str, str]]], Trial] = {}
         self.engine: dict[str, list[dict[str, Any]]] = {}
         """Component → layers (``name``, ``nodes``) of the engine with nothing kept, where the backend tells."""
-        header = {"schema": SCHEMA, **about}
         if path is None:
             return
+        header = parse_json(json_text({"schema": SCHEMA, **about}), str(path))
         if path.exists() and check_file(path, "log"):
             self._read(path, header)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from cp_debug.errors import InputError
 from cp_debug.files import write_text
 from cp_debug.mixed_precision.emit import Named
 from cp_debug.programs.precision import PRECISIONS
-from cp_debug.reading import read_json
+from cp_debug.reading import json_text, read_json
 from cp_debug.safe_text import amount
 from cp_debug.serialize import JsonForm, decode
 
@@ -160,7 +159,7 @@ class Prediction(JsonForm, Shown):
 
     def save(self, path: Path) -> None:
         """Write the JSON document, complete or not at all."""
-        write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", path)
+        write_text(json_text(self.to_dict(), indent=1) + "\n", path)
 
     @classmethod
     def open(cls, path: Path | str) -> Prediction:

@@ -30,7 +30,7 @@ import numpy as np
 from cp_debug.errors import InputError, system_reason
 from cp_debug.files import named, partial_name
 from cp_debug.probes.arrays import Tensor, as_numpy
-from cp_debug.reading import check_file, read_json, typed, within
+from cp_debug.reading import check_file, json_text, read_json, typed, within
 
 SCHEMA = "cpdebug.capture/1"
 NO_CAPTURE = "expected a capture of `cpdebug capture`; `cpdebug import` makes one of other tensors"
@@ -200,7 +200,7 @@ class CaptureWriter:
             if kind is None:
                 self._wait()
                 tensors = [asdict(entry) for entry in self._entries.values()]
-                text = json.dumps({"schema": SCHEMA, **self._header, "tensors": tensors}, indent=1, allow_nan=False)
+                text = json_text({"schema": SCHEMA, **self._header, "tensors": tensors}, indent=1)
                 with self._disk():
                     (self._partial / MANIFEST).write_text(text, encoding="utf-8")
                     self._partial.replace(self.folder)

@@ -14,6 +14,7 @@ from cp_debug.recipes.abilities import MADE_UP
 from cp_debug.recipes.base import Arrays, Component, Sample
 from cp_debug.recipes.input_files import DEFAULT_READING, Reading, count_samples, file_samples
 from cp_debug.recipes.stages import stages_of
+from cp_debug.safe_text import in_utf8
 
 
 class OnnxFileModel:
@@ -28,7 +29,7 @@ class OnnxFileModel:
         with_shapes(graph.inputs, reading.shapes)  # refuses those that do not fit
         self.components: Sequence[Component] = [
             Component(
-                name=path.stem,
+                name=in_utf8(path.stem),
                 input_names=[v.name for v in graph.inputs],
                 output_names=[v.name for v in graph.outputs],
                 onnx_path=path,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cp_debug.bisect.result import BisectResult
 from cp_debug.files import complete_path, write_text
 from cp_debug.optional import require
+from cp_debug.reading import json_text
 from cp_debug.safe_text import csv_cell
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def write_json(result: BisectResult, target: Path) -> None:
     """Write the result as JSON, as ``SavedResult.open`` reads it."""
-    write_text(json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n", target)
+    write_text(json_text(result.to_dict(), indent=1) + "\n", target)
 
 
 def layer_frame(result: BisectResult) -> pd.DataFrame:

@@ -55,7 +55,7 @@ class Task:
         text = json.dumps({n: v for n, v in self.params.items() if n not in ("label", "shared")}, sort_keys=True)
         for path in sorted(files, key=len, reverse=True):
             text = text.replace(json.dumps(path)[1:-1], f"{Path(path).name} {files[path]}")
-        return hashlib.sha256(f"{__version__} {self.kind} {text}".encode()).hexdigest()[:32]
+        return hashlib.sha256(f"{__version__} {self.kind} {text}".encode(errors="surrogateescape")).hexdigest()[:32]
 
 
 def module_of(kind: str) -> Any:

@@ -249,7 +249,7 @@ def _check_scheduler(address: str) -> None:
     try:
         with ThreadPoolExecutor(1) as pool:  # a loop may run in this thread already, as in a notebook
             found = pool.submit(asyncio.run, ask()).result()
-    except (asyncio.TimeoutError, TypeError, ValueError):
+    except (asyncio.TimeoutError, MemoryError, TypeError, ValueError):  # what is no length may be read as one
         raise OSError(f"what listens there did not answer like a scheduler within {seconds:g} s") from None
     theirs, ours = (found.get("packages") or {}).get("distributed"), version("distributed")
     if theirs and theirs != ours:

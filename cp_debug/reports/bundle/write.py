@@ -206,7 +206,8 @@ def _complete(target: Path) -> Iterator[Path]:
         raise InputError(f"{str(target)!r}: expected the name of a new folder or .zip")
     make_folder(target.parent)
     holder = partial_name(target)
-    folder = holder / target.stem if zipped else holder
+    stem = target.stem.encode(errors="ignore").decode() or "bundle"  # the names in an archive are UTF-8
+    folder = holder / stem if zipped else holder
     try:
         folder.mkdir(parents=True)
         yield folder
