@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from faults.precision import LoweredBackend
@@ -423,6 +424,36 @@ def test_detections_lost_gained_and_moved() -> None:
     assert change.mean_score == pytest.approx(-0.1)
     assert (change + DetectionChange()).mean_score == pytest.approx(-0.1)
     assert compare_detections(reference, Boxes([], [], [])).lost == 3
+
+
+def in_int32(op: str, x: np.ndarray, k: int) -> np.ndarray:
+    small, constant = x.astype(np.int32), np.int32(np.clip(k, -(2**31), 2**31 - 1))
+    with np.errstate(over="ignore"):
+        return {"Mul": small * constant, "Add": small + constant, "Less": small < constant}[op].astype(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("op", "k", "captured", "says"),
+    [
+        ("Mul", 100_000, in_int32, "results of Mul wrap"),
+        ("Add", 5_000_000_000, in_int32, "the constant k saturates, results of Add wrap"),
+        ("Less", 3_000_000_000, in_int32, "the constant k saturates"),
+        ("Mul", 70_000, lambda op, x, k: (x * k).clip(-(2**31), 2**31 - 1), "results of Mul saturate"),
+        ("Mul", 60_000, lambda op, x, k: np.where(x * k < 2**31, x * k, -(2**31)), "results of Mul become -2147483648"),
+    ],
+)
+def test_int64_that_is_computed_in_int32_says_what_became_of_larger_numbers(
+    op: str, k: int, captured: Callable[[str, np.ndarray, int], np.ndarray], says: str, tmp_path: Path
+) -> None:
+    net = NetBuilder()
+    net.op(op, "x", net.weight(np.array(k), "k"), name="y")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (onnx.TensorProto.INT64, [6])}, ["y"]))
+    x = np.array([1, 2, 50_000, 70_001, 3_000_000_001 if op == "Less" else 3, 9])
+    context = SegmentContext(Program("net", graph), Executor(graph, FP64), "fp32")
+    explanation = named(Segment(context, graph.nodes, "y", {"x": x}, captured(op, x, k)))
+    assert explanation.cause is not None
+    assert explanation.cause.cause == "int32-overflow"
+    assert says in explanation.cause.says
 
 
 @pytest.mark.parametrize(("value", "guilty"), [(16.0, ["sum"]), (1e3, ["square"])])
