@@ -42,6 +42,16 @@ def test_a_sound_model_has_no_concern(tmp_path: Path) -> None:
     assert check(second_like(tmp_path / "net.onnx")) == []
 
 
+@pytest.mark.parametrize(("number", "softmax", "concerns"), [(-np.inf, 1, 0), (-np.inf, 0, 1), (np.inf, 1, 2)])
+def test_a_mask_is_sound_where_the_outputs_are(tmp_path: Path, number: float, softmax: bool, concerns: int) -> None:
+    """−Inf in front of a Softmax is meant; as an output it is told, and +Inf is no mask."""
+    net = NetBuilder()
+    mask = net.weight(np.array([0, number, 0, 0, 0, 0, 0, number], np.float32))
+    masked = net.op("Add", "x", mask)
+    found = check(build(tmp_path, net, net.op("Softmax" if softmax else "Identity", masked)))
+    assert ["NaN or Inf" in concern.says for concern in found] == [True] * concerns
+
+
 @pytest.mark.parametrize("kind", [np.uint16, np.int16, np.int8, ml_dtypes.int4, ml_dtypes.float8_e4m3fn])
 def test_zero_points_of_all_types_are_compared(tmp_path: Path, kind: type) -> None:
     net = NetBuilder()

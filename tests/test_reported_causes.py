@@ -366,3 +366,22 @@ def test_another_mode_is_named_where_fp32_alone_says_that_a_place_is_in_the_midd
     assert not test.agrees
     assert finding.says.endswith(f"comes from here: Resize: nearest_mode is {other} instead of round_prefer_floor")
     assert "undo the difference" in finding.fix
+
+
+@pytest.mark.parametrize(
+    ("says", "rounds", "places"),
+    [
+        ("", np.rint, 0),
+        ("Round takes halves away from zero at 4 places", lambda a: np.sign(a) * np.floor(np.abs(a) + 0.5), 4),
+        ("Round takes halves up at 3 places", lambda a: np.floor(a + 0.5), 3),
+        ("Round takes halves down at 3 places", lambda a: np.ceil(a - 0.5), 3),
+        ("Round cuts fractions off at 6 places", np.trunc, 6),
+    ],
+)
+def test_halves_are_rounded_to_the_even_number(tmp_path: Path, says: str, rounds: Any, places: int) -> None:
+    x = np.array([[-7.3, -3.5, -2.5, -1.7, -0.5, -0.2, 0.5, 0.9, 1.5, 2.5, 3.2, 4.75, 6.6]], np.float32)
+    nodes = [helper.make_node("Round", ["x"], ["r"], name="round"), helper.make_node("Neg", ["r"], ["y"], name="neg")]
+    net = saved(tmp_path / "net.onnx", nodes, x.shape, x.shape, {})
+    (test,) = diagnose(net, "ort", test_tensors={"x": x, "r": rounds(x), "y": -rounds(x)}).tests
+    assert [finding.says.split(":")[0] for finding in test.findings] == [says] * bool(says)
+    assert [finding.evidence.get("places") for finding in test.findings] == [places] * bool(says)

@@ -19,6 +19,13 @@ from cp_debug.programs.node_differences import ACTIVATIONS
 from cp_debug.programs.ties import ties
 from cp_debug.safe_text import amount
 
+ROUNDED: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "takes halves away from zero": lambda x: torch.sign(x) * torch.floor(x.abs() + 0.5),
+    "takes halves up": lambda x: torch.floor(x + 0.5),
+    "takes halves down": lambda x: torch.ceil(x - 0.5),
+    "cuts fractions off": torch.trunc,
+}
+"""Ways in which runtimes round, in words, where ONNX takes halves to the even number."""
 FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "Relu": torch.relu,
     "Sigmoid": torch.sigmoid,
@@ -107,6 +114,23 @@ def other_neighbour(segment: Segment) -> Iterator[Candidate]:
                 fix = "the file is right: the runtime rounds coordinates; use a newer runtime, or sizes without ties"
                 evidence = {"first": first, "nearest_mode": mode}
                 yield Candidate("resize-ties", says, torch.where(taken, other, segment.exact), 0, evidence, fix)
+
+
+@cause()
+def halves(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: a Round that takes halves elsewhere than to the even number, or cuts all fractions off."""
+    for node in segment.nodes:
+        if node.op != "Round":
+            continue
+        name = node.proto.input[0]
+        x = torch.as_tensor(segment.context.oracle.run_nodes(segment.nodes, segment.given, [name])[name])
+        for text, function in ROUNDED.items():
+            value = segment.edited(node, op="Identity", reads=[name], inputs={0: function(x)})
+            if value is not None and not torch.equal(value, segment.exact):
+                fix = "the file is right: use a runtime that rounds as ONNX says"
+                places = int((value != segment.exact).sum())
+                says = f"Round {text} at {amount(places, 'place')}: ONNX wants the nearest number, of two the even one"
+                yield Candidate("rounded-halves", says, value, 0, {"node": node.name, "places": places}, fix)
 
 
 @cause()
