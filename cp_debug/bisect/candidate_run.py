@@ -94,7 +94,7 @@ class CandidateRun:
                 names |= {v: f"{v} (test)" for v in unscaled_levels(plain, program.graph, names)}
                 file_names = {name: value for value, name in names.items()}
                 self._files[program.name] = FileQuantization(
-                    plain, program.graph, file_names, rounds_weights=is_optimized(pipeline.backend)
+                    plain, program.graph, file_names, rounds_weights=is_optimized(pipeline.backend), device=device
                 )
         self._levels = levels_of_both(programs, pipeline.programs)
         self.graphs = {p.name: p.graph for p in pipeline.programs}
@@ -258,10 +258,10 @@ class CandidateRun:
             return None
         names = {name: own_name for own_name, name in value_map(plain, program).items()}
         if ranges is None:
-            return FileQuantization(plain.graph, program.graph, names, made_here=True)
+            return FileQuantization(plain.graph, program.graph, names, made_here=True, device=self.device)
         graph = with_ranges(program.graph, ranges, self._folder / f"{component}.{side.backend.spec}.onnx")
         if capture is None:
-            return FileQuantization(plain.graph, graph, names, made_here=True)
+            return FileQuantization(plain.graph, graph, names, made_here=True, device=self.device)
         self.graphs[component], self._ranges[component] = graph, ranges
         largest_kept = {name: ranges.stored[own_name] for name, own_name in names.items() if own_name in ranges.stored}
         load, shown_names = loader(capture, component), largest_kept.keys() & capture.names(component=component)
@@ -270,7 +270,7 @@ class CandidateRun:
             for n in shown_names
             if QuantizerGrid.symmetric(largest_kept[n]).holds(torch.tensor(as_numpy(load(n))))
         }
-        return FileQuantization(plain.graph, graph, names, made_here=True, rounded=rounded)
+        return FileQuantization(plain.graph, graph, names, made_here=True, rounded=rounded, device=self.device)
 
     def kind(self, component: str) -> str:
         """Precision of what a component is quantized to: ``int8``, ``int16``, or a narrower one where none is INT8."""

@@ -75,6 +75,7 @@ class FileQuantization:
         rounds_weights: bool = False,
         made_here: bool = False,
         rounded: Mapping[str, float] = MappingProxyType({}),
+        device: str = "cpu",
     ) -> None:
         """``rounds_weights``: the backend puts weights that the file left in FP32 on levels, too, where data and result
         of their layer are, as ONNX Runtime's optimizer WeightBiasQuantization does.
@@ -82,7 +83,7 @@ class FileQuantization:
         ``made_here``: this project put the pairs in, one in front of every quantized input, and
         weights are due one scale for each output channel.
         ``rounded``: value → the largest magnitude that is not clipped, where the captured value lies on that grid
-        itself.
+        itself. ``device``: where results of the file's own nodes lie; they are computed on the CPU.
         """
         self.made_here = made_here
         self._rounded = {name: QuantizerGrid.symmetric(amax) for name, amax in rounded.items()}
@@ -91,6 +92,7 @@ class FileQuantization:
         """Precision of what the file does not quantize."""
         self._constants = Weights(graph, INT8, torch.device("cpu"), 0)
         self._executor = Executor(graph, INT8)
+        self._device = device
         self._schemes: dict[str, Scheme] = {}
         parent_values = {*plain.producer, *(v.name for v in plain.inputs)}
         file_values = self._own = frozenset(value for name, value in names.items() if name in parent_values)
@@ -253,7 +255,7 @@ class FileQuantization:
             return None
         executor = Executor(self._graph, PAIRED) if paired_sums else self._executor
         try:
-            result = torch.as_tensor(executor.run_nodes(changed, fed, [file_name])[file_name])
+            result = torch.as_tensor(executor.run_nodes(changed, fed, [file_name])[file_name]).to(self._device)
         except InputError:
             return None
         if (grid := self._constant_grid(file_name)) is not None and not result.is_floating_point():
@@ -297,12 +299,12 @@ class FileQuantization:
         own, nodes, values = found
         product = product_of(nodes, op)
         stored = stored_codes(self._graph, product) if product is not None else None
-        repair = stored.repair(weight) if stored is not None else None
+        repair = stored.repair(weight.cpu()) if stored is not None else None
         if stored is None or repair is None:
             return None
         rest = [node for node in nodes if node is not stored.dequantizer]
         fed = {**values, stored.dequantizer.outputs[0]: repair.value.float()}
-        return torch.as_tensor(self._executor.run_nodes(rest, fed, [own])[own])
+        return torch.as_tensor(self._executor.run_nodes(rest, fed, [own])[own]).to(self._device)
 
     def recalibrated(
         self,
@@ -329,7 +331,7 @@ class FileQuantization:
         # The file's own scales must not cut off what the others are fitted to: fine ones stand in for them.
         fitted = {} if other is None else self._on_best_scales(nodes, other[2], constants, 1.0, 24, {})
         made = None if fitted is None else self._on_best_scales(nodes, values, constants, scale_margin, bits, fitted)
-        return None if made is None or own not in made else torch.as_tensor(made[own])
+        return None if made is None or own not in made else torch.as_tensor(made[own]).to(self._device)
 
     def _on_best_scales(
         self,
@@ -379,7 +381,7 @@ class FileQuantization:
         first, scale, *zero = node.proto.input
         levels = self._levels(scale, zero[0] if zero else "", first, node)
         axis = node.attribute("axis", 1)
-        for constant in constants:
+        for constant in (each.cpu() for each in constants):
             if constant.shape != stored.shape or not constant.is_floating_point():
                 continue
             best = constant if levels is None else levels.applied(constant, axis)

@@ -100,7 +100,7 @@ class ScaleReplay:
         name = product.proto.input[1]
         if name in given or not is_constant(graph, name):
             return None
-        weight = torch.as_tensor(self._oracle.run_nodes([], {}, [name])[name]).double().cpu()
+        weight = torch.as_tensor(self._oracle.run_nodes([], {}, [name])[name]).double()
         refitted = quantized.with_fitted_weight(target, self._known, given, product.op, weight)
         if refitted is None or refitted.shape != exact.shape:
             return None
@@ -156,7 +156,7 @@ class ScaleReplay:
         """Results of a file's own nodes with better scales; empty where nobody can tell."""
         quantized, graph = self.quantized, self._oracle.graph
         names = dict.fromkeys(i for n in nodes for i in n.inputs if is_constant(graph, i) and i not in given)
-        constants = [torch.as_tensor(t).cpu() for t in self._oracle.run_nodes([], {}, names).values()]
+        constants = [torch.as_tensor(t) for t in self._oracle.run_nodes([], {}, names).values()]
         fine = quantized.recalibrated(target, self._known, given, constants, bits=24)
         exact = None if fine is None else as_tensor(self._oracle.run_nodes(nodes, given, [target])[target])
         if fine is None or exact is None or fine.shape != exact.shape:
@@ -166,4 +166,4 @@ class ScaleReplay:
         # Nodes that miss the result without any rounding compute something else: another value was paired with this.
         off, scale, _ = distance(fine, exact)
         faithful = off <= max(difference_norm(rounded, exact) / 2, ALIKE * scale)
-        return [rounded.to(exact.device)] if faithful else []
+        return [rounded] if faithful else []

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,8 +37,18 @@ _FIX = {
 }
 
 
-Told = tuple[str, str, str, dict[str, Any]]
-"""(Cause, in words, fix, evidence) of a scale of a layer's file that is not that of its numbers, or several of them."""
+class Told(NamedTuple):
+    """A scale of a layer's file that is not that of its numbers, or several of them."""
+
+    cause: str
+    says: str
+    fix: str
+    evidence: dict[str, Any]
+
+    @property
+    def clipped(self) -> float:
+        """Share of the numbers that are clipped; 1 where the scale is wrong for all of them."""
+        return float(self.evidence.get("clipped", 1.0))
 
 
 def wrong_scale(piece: OtherPiece) -> Candidate | None:
@@ -52,9 +62,9 @@ def wrong_scale(piece: OtherPiece) -> Candidate | None:
     if not products or segment.strange or segment.test.shape != segment.exact.shape:
         return None
     try:
-        tried = sorted((*_of_codes(piece), *_of_grids(piece)), key=lambda each: -each[2][3].get("clipped", 1.0))
+        tried = sorted((*_of_codes(piece), *_of_grids(piece)), key=lambda each: -each[2].clipped)
         found = [
-            (relative_l2(piece.run(values={name: better.to(held)}), segment.exact), told)
+            (relative_l2(piece.run({name: better.to(held)}), segment.exact), told)
             for name, better, told in tried[:MOST]
         ]
         then, worst = min(found, key=lambda pair: pair[0], default=(0.0, None))
@@ -64,9 +74,8 @@ def wrong_scale(piece: OtherPiece) -> Candidate | None:
         return None
     if (value := piece.result) is None:
         return None
-    cause, says, fix, evidence = worst
-    evidence |= {"error": now, "error_then": then, "read_off": "the scales and codes of the file"}
-    return Candidate(cause, says, value, 0, evidence, fix)
+    figures = {"error": now, "error_then": then, "read_off": "the scales and codes of the file"}
+    return Candidate(worst.cause, worst.says, value, 0, worst.evidence | figures, worst.fix)
 
 
 def _products(piece: OtherPiece) -> Iterator[tuple[Tensor, Node]]:
@@ -104,6 +113,8 @@ def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Tensor, Told]]:
                 pairs[node] = None
         elif quantizer is not None and quantizer.op == "QuantizeLinear" and quantizer.outputs[0] in own:
             pairs[node] = quantizer
+    if not pairs:
+        return
     read = [quantizer.proto.input[0] for quantizer in pairs.values() if quantizer is not None]
     values = piece.values(*read, *(node.outputs[0] for node in pairs))
     for node, quantizer in pairs.items():
@@ -182,7 +193,7 @@ class _Read:
             "clipped": share,
             **({"channels": channels.tolist(), "axis": axis} if many else {}),
         }
-        return ("int8-clipped", says, _FIX[self.of], evidence)
+        return Told("int8-clipped", says, _FIX[self.of], evidence)
 
 
 def _of_weight(stored: StoredCodes, repair: Repair) -> Told:
@@ -191,20 +202,20 @@ def _of_weight(stored: StoredCodes, repair: Repair) -> Told:
     if repair.kind == "scales":
         says, evidence = _scales(stored, repair.evidence["fitted"], family)
         fix = "store the scales with which the weights of {layers} were rounded, in their order, or quantize them again"
-        return (name, says, fix, evidence)
+        return Told(name, says, fix, evidence)
     evidence = {"wrong": repair.kind, **repair.evidence}
     if repair.kind == "zero-points":
         says, fix = _zero_points(repair.evidence), "store the zero points of {layers} as their format has them: GPTQ's "
-        return (name, says, fix + "first format stores them minus 1, gptq_v2 and AWQ as they are", evidence)
+        return Told(name, says, fix + "first format stores them minus 1, gptq_v2 and AWQ as they are", evidence)
     if repair.kind == "groups":
         moved, of = repair.evidence["moved"], repair.evidence["of"]
         says = f"{moved} of {of} inputs are not in the groups of their {family.upper()} codes"
         fix = "keep g_idx of {layers}, which says the group of each input (desc_act), or quantize without it"
-        return (name, says, fix, evidence)
+        return Told(name, says, fix, evidence)
     what, order, along = repair.evidence["what"], repair.evidence["order"], repair.evidence["axis"]
     says = f"its {family.upper()} {what} are in another order within words of eight along axis {along}: {order}"
     fix = "unpack the words of {layers} in the order of their format: AWQ's is 0, 2, 4, 6, 1, 3, 5, 7, GPTQ's is plain"
-    return (name, says, fix, evidence)
+    return Told(name, says, fix, evidence)
 
 
 def _zero_points(evidence: Mapping[str, Any]) -> str:
@@ -247,4 +258,4 @@ def _of_data(x: Tensor, codec: Codec, kind: int, scale: float, needed: float) ->
     says = f"its data reaches {reach:.4g}, the file's {family.upper()} scale {scale:.3g} is for {meant:.4g}"
     fix = "calibrate {layers} on data like this: a scale of " + f"{needed:.3g}"
     evidence = {"scale": scale, "needed_scale": needed, "clipped": clipped, "below_normal": small}
-    return (name, f"{says}: {what}", fix, evidence)
+    return Told(name, f"{says}: {what}", fix, evidence)

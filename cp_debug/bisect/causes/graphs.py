@@ -89,7 +89,7 @@ def _moved(piece: OtherPiece) -> NodeDifference | None:
     places = torch.arange(1, read.numel() + 1, dtype=torch.float64).reshape(read.shape)
     try:
         ours = segment.run(segment.context.oracle.arithmetic, values={name: places})
-        theirs = piece.run(values={piece.starts[0]: places})
+        theirs = piece.run({piece.starts[0]: places})
     except InputError:
         return None
     elements = torch.cat([torch.zeros(1, dtype=torch.float64), read.flatten()])

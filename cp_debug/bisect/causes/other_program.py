@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -84,23 +85,22 @@ class OtherPiece:
         """The nodes, matched with the reference's."""
         return Pieces(self.segment.graph, self.segment.nodes, self.other.graph, self.nodes, self.other.names)
 
-    def run(self, name: str = "", values: Mapping[str, Any] | None = None) -> Tensor:
-        """The result, or another value by its name in the test, on the oracle; ``values`` replace those of nodes.
+    def run(self, replaced: Mapping[str, Any] = MappingProxyType({})) -> Tensor:
+        """The result on the oracle; ``replaced``: value of a node, by its name in the test → what stands in its place.
 
-        float64, in the value's shape. Raises InputError for an operator that nobody here can compute.
+        float64, in the result's shape. Raises InputError for an operator that nobody here can compute.
         """
-        given, target = values or {}, name or self.own
-        nodes = [node for node in self.nodes if given.keys().isdisjoint(node.outputs)]
-        return as_double(self.other.executor.run_nodes(nodes, {**self.inputs, **given}, [target])[target])
+        return self.values(self.own, replaced=replaced)[self.own]
 
-    def values(self, *names: str) -> dict[str, Tensor]:
+    def values(self, *names: str, replaced: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Tensor]:
         """Several values by their names in the test, in one run like ``run``'s; those that no node makes are inputs.
 
         float64, each in its value's shape.
         """
-        made = {output for node in self.nodes for output in node.outputs}
-        found = self.other.executor.run_nodes(self.nodes, self.inputs, [name for name in names if name in made])
-        return {name: as_double(found[name] if name in made else self.inputs[name]) for name in names}
+        nodes, given = [n for n in self.nodes if replaced.keys().isdisjoint(n.outputs)], {**self.inputs, **replaced}
+        made = {output for node in nodes for output in node.outputs}
+        found = self.other.executor.run_nodes(nodes, given, [name for name in names if name in made])
+        return {name: as_double(found[name] if name in made else given[name]) for name in names}
 
     @cached_property
     def result(self) -> Tensor | None:
