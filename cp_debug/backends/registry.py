@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import import_module
 from typing import Any
 
 from cp_debug import plugins
@@ -13,6 +14,16 @@ from cp_debug.optional import check_there
 
 _FIELDS = ("spec", "precision", "device", "emulated", "open", "versions")
 """Attributes that a ``Backend`` has."""
+_OWN = {
+    "torch-fp8": "torch_fp8:TorchFp8Backend",
+    COMPILED: "torch_compile:TorchCompileBackend",
+    "torch": "torch_backend:TorchBackend",
+    "ort": "ort_backend:OrtBackend",
+    "emu": "emulated:EmulatedBackend",
+    "openvino": "openvino_backend:OpenVinoBackend",
+    "trt": "tensorrt.backend:TensorRTBackend",
+}
+"""Name or family of a spec → module of this package and class."""
 
 
 def create(spec: BackendSpec, **options: Any) -> Backend:
@@ -20,35 +31,12 @@ def create(spec: BackendSpec, **options: Any) -> Backend:
 
     Raises BackendUnavailable or MissingPackage when it cannot run here.
     """
-    if spec.name == "torch-fp8":
-        from cp_debug.backends.torch_fp8 import TorchFp8Backend
-
-        return TorchFp8Backend(spec, **options)
-    if spec.name.startswith(COMPILED):
-        from cp_debug.backends.torch_compile import TorchCompileBackend
-
-        return TorchCompileBackend(spec, **options)
-    if spec.family == "torch":
-        from cp_debug.backends.torch_backend import TorchBackend
-
-        return TorchBackend(spec, **options)
-    if spec.family == "ort":
-        from cp_debug.backends.ort_backend import OrtBackend
-
-        return OrtBackend(spec, **options)
-    if spec.family == "emu":
-        from cp_debug.backends.emulated import EmulatedBackend
-
-        return EmulatedBackend(spec, **options)
-    if spec.family == "openvino":
-        from cp_debug.backends.openvino_backend import OpenVinoBackend
-
-        return OpenVinoBackend(spec, **options)
-    if spec.family == "trt":
-        from cp_debug.backends.tensorrt.backend import TensorRTBackend
-
-        return TensorRTBackend(spec, **options)
-    return _from_plugin(spec, options)
+    own = spec.name if spec.name in _OWN else COMPILED if spec.name.startswith(COMPILED) else spec.family
+    if own not in _OWN:
+        return _from_plugin(spec, options)
+    module, _, name = _OWN[own].partition(":")
+    backend: Backend = getattr(import_module(f"cp_debug.backends.{module}"), name)(spec, **options)
+    return backend
 
 
 def check_installed(specs: Iterable[BackendSpec], trt_python: str | None = None) -> None:

@@ -35,6 +35,7 @@ from cp_debug.bisect.quantized_segment import (
     constant_grid,
 )
 from cp_debug.errors import InputError
+from cp_debug.graph.downstream import readers
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import constant_type, is_constant, level_kind, produced_grid
 from cp_debug.graph.narrow_types import order_behind, stated_bits
@@ -118,17 +119,13 @@ class FileQuantization:
         found: list[tuple[Levels, QuantizerGrid]] = []
         if not self._rounds_weights:
             return found
-        waiting = [self._names.get(name, name)]
-        while waiting:
-            value = waiting.pop()
-            for node in self._graph.consumers.get(value, []):
-                if node.op == "QuantizeLinear" and node.proto.input[0] == value:
-                    scale, zero = [*node.proto.input[1:3], ""][:2]
-                    levels, grid = self._levels(scale, zero), self._grid(scale, zero)
-                    if levels is not None and grid is not None and grid.holds(torch.as_tensor(captured)):
-                        found.append((levels, grid))
-                elif node.op in _MOVED_BEHIND and node.proto.input[0] == value:
-                    waiting += node.outputs
+        moves = lambda node, value: node.op in _MOVED_BEHIND and node.proto.input[0] == value  # noqa: E731
+        for node, value in readers(self._graph, self._names.get(name, name), moves):
+            if node.op == "QuantizeLinear" and node.proto.input[0] == value:
+                scale, zero = [*node.proto.input[1:3], ""][:2]
+                levels, grid = self._levels(scale, zero), self._grid(scale, zero)
+                if levels is not None and grid is not None and grid.holds(torch.as_tensor(captured)):
+                    found.append((levels, grid))
         return found
 
     def grid(self, node: Node, place: int) -> QuantizerGrid | None:

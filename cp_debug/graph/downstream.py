@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from cp_debug.graph.graph import Graph, Node
 
@@ -29,3 +29,18 @@ def downstream(nodes: Iterable[Node], sources: Iterable[str], cut: Collection[st
             reached.update(node.outputs)
             values.extend(node.outputs)
     return values
+
+
+def readers(graph: Graph, value: str, passes: Callable[[Node, str], bool]) -> Iterator[tuple[Node, str]]:
+    """(Node, the name that it reads) of every node that reads ``value``, or results of nodes that pass it on.
+
+    ``passes``: whether a node does so with what it reads by a name.
+    """
+    waiting, seen = [value], {value}
+    while waiting:
+        name = waiting.pop()
+        for node in graph.consumers.get(name, []):
+            yield node, name
+            if passes(node, name):
+                waiting += [result for result in node.outputs if result not in seen]
+                seen.update(node.outputs)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from cp_debug.graph.downstream import readers
 from cp_debug.graph.free_axes import known_dims, scalar
 from cp_debug.graph.graph import Graph, Node, ValueInfo
 from cp_debug.graph.operators import MOVERS
@@ -251,15 +252,9 @@ def _unscaled(graph: Graph, node: Node, place: int) -> bool:
 
 def _uses(graph: Graph, name: str, through: Collection[str] = _MOVERS) -> Iterator[tuple[Node, int]]:
     """(Node, input place) of every operator that reads ``name``, as it is or moved by operators of ``through``."""
-    stack, visited = [name], {name}
-    while stack:
-        name = stack.pop()
-        for node in graph.consumers.get(name, ()):
-            places = [i for i, operand in enumerate(node.proto.input) if operand == name]
-            yield from ((node, place) for place in places)
-            if node.op in through and 0 in places + [0] * (node.op == "Concat"):
-                stack += [o for o in node.outputs if o not in visited]
-                visited.update(node.outputs)
+    moves = lambda node, name: node.op in through and (node.op == "Concat" or node.proto.input[0] == name)  # noqa: E731
+    for node, read in readers(graph, name, moves):
+        yield from ((node, place) for place, operand in enumerate(node.proto.input) if operand == read)
 
 
 def _normal(rng: np.random.Generator, shape: Sequence[int], longest: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from onnx import TensorProto
 
+from cp_debug.graph.downstream import readers
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import ALL_MOVERS
 
@@ -108,23 +109,16 @@ def produced_grid(graph: Graph, value: str) -> GridNames | None:
 
 def _read_as(graph: Graph, levels: str) -> GridNames | None:
     """The scale by which whoever makes floats of these levels, or computes with them, does so."""
-    names, seen = [levels], {levels}
-    while names:
-        name = names.pop()
-        for node in graph.consumers.get(name, []):
-            inputs = [*node.proto.input, "", ""]
-            if node.op == "DequantizeLinear" or node.op.removeprefix("com.microsoft.").startswith(("QLinear", "QGemm")):
-                place = inputs.index(name)  # the scale and the zero point of levels stand behind them
-                return GridNames(inputs[place + 1], inputs[place + 2])
-            if node.op in ("ConvInteger", "MatMulInteger") and (scales := _scales_behind(graph, node)):
-                place = inputs.index(name)
-                return GridNames(scales[place], inputs[place + 2])
-            if node.op.removeprefix("com.microsoft.") == "MatMulIntegerToFloat":
-                place = inputs.index(name)
-                return GridNames(inputs[place + 2], inputs[place + 4])
-            if node.op in _KEEP_LEVELS and node.proto.input[0] in seen:
-                names += [name for name in node.outputs if name not in seen]
-                seen.update(node.outputs)
+    keeps = lambda node, name: node.op in _KEEP_LEVELS and node.proto.input[0] == name  # noqa: E731
+    for node, name in readers(graph, levels, keeps):
+        inputs, op = [*node.proto.input, "", ""], node.op.removeprefix("com.microsoft.")
+        place = inputs.index(name) if name in inputs else 0
+        if op == "DequantizeLinear" or op.startswith(("QLinear", "QGemm")):
+            return GridNames(inputs[place + 1], inputs[place + 2])  # they stand behind the levels
+        if op in ("ConvInteger", "MatMulInteger") and (scales := _scales_behind(graph, node)):
+            return GridNames(scales[place], inputs[place + 2])
+        if op == "MatMulIntegerToFloat":
+            return GridNames(inputs[place + 2], inputs[place + 4])
     return None
 
 

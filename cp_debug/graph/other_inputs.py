@@ -22,6 +22,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from cp_debug.errors import InputError
+from cp_debug.graph.downstream import readers
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.operators import MOVERS
 
@@ -383,16 +384,10 @@ _PASS_ON = MOVERS | {"OptionalGetElement", "SequenceAt", "StringNormalizer", "Wh
 def _known_strings(graph: Graph, value: str) -> list[str]:
     """Strings that the readers of an input can take: those in their attributes, numbers for a Cast, else words."""
     known: dict[str, None] = {}
-    names, seen = [value], set[str]()
-    while names:
-        name = names.pop()
-        for node in graph.consumers.get(name, []):
-            if node.op == "Cast":
-                return [*_NUMBERS]
-            listed = ("keys_strings", "cats_strings", "pool_strings", "classes_strings")
-            texts = [t for a in node.proto.attribute if a.name in listed for t in a.strings]
-            known |= dict.fromkeys(text.decode(errors="surrogateescape") for text in texts)
-            if node.op in _PASS_ON:
-                names += [o for o in node.outputs if o not in seen]
-                seen.update(node.outputs)
+    for node, _ in readers(graph, value, lambda node, _: node.op in _PASS_ON):
+        if node.op == "Cast":
+            return [*_NUMBERS]
+        listed = ("keys_strings", "cats_strings", "pool_strings", "classes_strings")
+        texts = [t for a in node.proto.attribute if a.name in listed for t in a.strings]
+        known |= dict.fromkeys(text.decode(errors="surrogateescape") for text in texts)
     return [*known] or [*_WORDS]

@@ -15,6 +15,7 @@ from typing import Any
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.prediction.groups import Group
+from cp_debug.programs.matching import nearest
 
 FEW = 4
 """Channels of an input up to which TensorRT 8.6 computed the first convolution in FP32: in 3 of 6 networks."""
@@ -98,15 +99,9 @@ class _Beside:
     def nearest(self, place: int) -> list[Group]:
         """Convolutions and regional groups above and below, those next to each path; other groups are walked
         through."""
-        neighbours: set[int] = set()
+        found: set[int] = set()
         for links in (self._up, self._down):
-            waiting, seen = [place], {place}
-            while waiting:
-                for other in links[waiting.pop()] - seen:
-                    seen.add(other)
-                    group = self.groups[other]
-                    if _convolves(group) or _regional(group):
-                        neighbours.add(other)
-                    elif not group.side:
-                        waiting.append(other)
-        return [self.groups[i] for i in neighbours]
+            beside = [() if group.side and i != place else links[i] - {place} for i, group in enumerate(self.groups)]
+            stops = lambda i: _convolves(self.groups[i]) or _regional(self.groups[i])  # noqa: E731
+            found.update(nearest(place, beside.__getitem__, stops)[0])
+        return [self.groups[i] for i in found]

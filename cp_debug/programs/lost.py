@@ -18,6 +18,7 @@ from cp_debug.graph.source_lines import source_line
 from cp_debug.probes.alignment import TIE, Departure
 from cp_debug.probes.trace import Operation, TorchValue
 from cp_debug.programs.behind import WrongValue, apart
+from cp_debug.programs.matching import nearest
 from cp_debug.programs.ties import ties
 
 MOST = 400
@@ -39,15 +40,11 @@ class TorchSpan:
     _order: list[TorchValue] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        inside, needed, stack = {self.target, *self.between}, set[TorchValue](), [self.target]
-        while stack:
-            value = stack.pop()
-            if value in needed:
-                continue
-            needed.add(value)
-            if value in inside or value not in self.tensors or _is_view(value.operation):
-                stack += _read(value)
-        self._order = sorted(needed, key=lambda v: v.index)
+        inside = {self.target, *self.between}
+        reached, passed = nearest(
+            self.target, _read, lambda v: v not in inside and v in self.tensors and not _is_view(v.operation)
+        )
+        self._order = sorted({self.target, *reached, *passed}, key=lambda v: v.index)
         self._inside = inside
 
     @property

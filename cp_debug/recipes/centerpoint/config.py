@@ -147,25 +147,15 @@ AWML_BASE = CenterPointConfig(
     post_max_size=100,
 )
 
-AWML_J6GEN2 = CenterPointConfig(
+AWML_J6GEN2 = replace(
+    AWML_BASE,
     name="awml-j6gen2",
     summary="AWML 122 m, 5 classes in one task, 1020×1020",
     voxel_size=(0.24, 0.24, 8.0),
     point_cloud_range=(-122.4, -122.4, -3.0, 122.4, 122.4, 5.0),
-    max_num_points=32,
     max_voxels=96_000,
-    encoder_channels=(32, 32),
-    backbone_channels=(64, 128, 256),
-    backbone_layers=(3, 5, 5),
-    backbone_strides=(1, 2, 2),
-    neck_channels=(128, 128, 128),
     neck_strides=(0.5, 1, 2),
-    tasks=(("car", "truck", "bus", "bicycle", "pedestrian"),),
-    nms_min_radius=(1.0,),
-    post_center_range=(-200.0, -200.0, -10.0, 200.0, 200.0, 10.0),
-    head_kernel=1,
-    heatmap_bias=-4.595,
-    post_max_size=100,
+    point_features=NUS_PILLAR02.point_features,
 )
 
 AWML_BASE_1020 = replace(
