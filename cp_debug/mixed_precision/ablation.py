@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cp_debug.backends.base import Backend, Program
-from cp_debug.errors import InputError
-from cp_debug.mixed_precision.fusion_groups import FusionGroup, fusion_groups_of
+from cp_debug.mixed_precision.fusion_groups import FusionGroup
 from cp_debug.mixed_precision.graph_runners import BackendRunner, EmulatedRunner, Runner
-from cp_debug.mixed_precision.precision import precision_of
-from cp_debug.mixed_precision.search import emulation_device
+from cp_debug.mixed_precision.search import emulation_device, layers_of_test
 from cp_debug.recipes.base import Model, Sample
 
 NONE, LAYER, FIRST, ALL = "none", "layer", "first", "all"
@@ -45,13 +43,7 @@ class Ablation:
 
     def __init__(self, model: Model, programs: Sequence[Program], backend: Backend) -> None:
         self._model, self._programs, self._backend = model, programs, backend
-        self.precision = precision_of(backend, any(program.graph.precision == "int8" for program in programs))
-        self.groups = [g for p in programs for g in fusion_groups_of(p, self.precision.candidates(p.graph))]
-        """Layers in execution order: an operator and what is fused into it."""
-        if not self.groups:
-            raise InputError(
-                f"--backends: no layer of {model.name} computes in {self.precision.name} on {backend.spec}"
-            )
+        self.precision, self.groups = layers_of_test(model, programs, backend)
 
     def shares(self, sample: Sample) -> list[float]:
         """Share of each of ``groups`` in what the test's precision does to the final outputs of ``sample``: emulated,

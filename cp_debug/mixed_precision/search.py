@@ -29,7 +29,7 @@ from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.graph_runners import BackendRunner, EmulatedRunner, Runner
 from cp_debug.mixed_precision.judge import Judge
 from cp_debug.mixed_precision.log import TrialLog
-from cp_debug.mixed_precision.precision import precision_of
+from cp_debug.mixed_precision.precision import TrialPrecision, precision_of
 from cp_debug.mixed_precision.predict import Predictor
 from cp_debug.mixed_precision.result import KeptLayer, MixedPrecisionResult
 from cp_debug.mixed_precision.strategy import smallest
@@ -153,8 +153,7 @@ class _MixedPrecisionSearch:
         self._tests = load_test_programs(programs, options.test_model) if options.test_model else programs
         if wants_int8(self._backend):
             self._tests = already_quantized(self._tests) or self._quantized(scratch)
-        quantized = any(program.graph.precision == "int8" for program in self._tests)
-        self.precision = precision_of(self._backend, quantized)
+        self.precision, self.groups = layers_of_test(model, self._tests, self._backend)
         if options.onnx is not None and self.precision.name == "tf32":
             raise InputError("--onnx: TF32 is not in an ONNX graph; it is a setting of the runtime")
         if options.onnx is not None and is_narrow(self.precision.name):
@@ -169,11 +168,6 @@ class _MixedPrecisionSearch:
             remarks.see(sample)
         self._notes += [*remarks.sentences, *self._judge.notes]
         self.log = TrialLog(options.log, self._about())
-        self.groups = [u for p in self._tests for u in fusion_groups_of(p, self.precision.candidates(p.graph))]
-        if not self.groups:
-            raise InputError(
-                f"--backends: no layer of {model.name} computes in {self.precision.name} on {self._backend.spec}"
-            )
         self.emulator = EmulatedRunner(model, self._tests, samples, self.precision, emulation_device(self._backend))
         self.runner: Runner = self.emulator
         if not self._backend.emulated:
@@ -342,6 +336,21 @@ class _MixedPrecisionSearch:
 
     def _step(self, text: str) -> None:
         self._on_step(text, self._tried, max(self._options.max_builds or 0, self._tried))
+
+
+def layers_of_test(
+    model: Model, programs: Sequence[Program], backend: Backend
+) -> tuple[TrialPrecision, list[FusionGroup]]:
+    """The precision of a test's layers, and these in execution order: an operator and what is fused into it.
+
+    ``programs`` are those that the test runs. Raises InputError for a backend whose layers cannot be told apart, and
+    for a model none of whose layers computes in its precision.
+    """
+    precision = precision_of(backend, any(program.graph.precision == "int8" for program in programs))
+    groups = [g for p in programs for g in fusion_groups_of(p, precision.candidates(p.graph))]
+    if not groups:
+        raise InputError(f"--backends: no layer of {model.name} computes in {precision.name} on {backend.spec}")
+    return precision, groups
 
 
 def plain_program(program: Program, folder: Path) -> Program:
