@@ -265,8 +265,8 @@ def of_kernels(rounds: int) -> dict[str, Any]:
 
         def emulate(x: Any, w: Any, window: Any = window, down: bool = down, size: Any = size, m: Any = module) -> Any:
             if down:
-                return emulated.conv(x, w, None, window, m.groups, 64)
-            return emulated.conv_transpose(x, w, None, window, size, m.groups, 64)
+                return emulated.conv(x, w, None, window, m.groups, emulated.Order(64))
+            return emulated.conv_transpose(x, w, None, window, size, m.groups, emulated.Order(64))
 
         def cudnn(x: Any, w: Any, m: Any = module, down: bool = down) -> Any:
             function = functional.conv2d if down else functional.conv_transpose2d

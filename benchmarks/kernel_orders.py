@@ -299,7 +299,7 @@ def judge(folder: Path) -> Iterator[dict[str, Any]]:
     """
     import torch
 
-    from cp_debug.backends.kernels.fp16_accumulation import conv, matmul
+    from cp_debug.backends.kernels.fp16_accumulation import Order, conv, matmul
     from cp_debug.backends.kernels.windows import Window
     from cp_debug.backends.tensorrt.tactics import Tactic, decode, with_split
 
@@ -309,18 +309,18 @@ def judge(folder: Path) -> Iterator[dict[str, Any]]:
         kind = CASES[case][0]
         if b is None or tactic.arithmetic not in ("fp16acc", "fp16", "fp32"):
             return None
-        tiles = (tactic.tile[2], tactic.slices) if tactic.tile else None
         if tactic.arithmetic != "fp16acc":
             if kind == "conv":
                 return torch.nn.functional.conv2d(a, b, padding=b.shape[-1] // 2).half().float()
             return (a @ (b.mT if kind == "qk" else b)).half().float()
-        if tiles is None:
+        if not tactic.tile:
             return None
+        order = Order(tactic.tile[2], tactic.slices, tactic.split, tactic.split_kernels)
         if kind == "conv":
             edge = (b.shape[-1] // 2,) * 2
             window = Window(b.shape[2:], (1, 1), (1, 1), edge, edge)
-            return conv(a, b, None, window, 1, *tiles, 0, tactic.split, tactic.split_kernels)
-        return matmul(a, b.mT if kind == "qk" else b, *tiles, tactic.split, tactic.split_kernels)
+            return conv(a, b, None, window, 1, order)
+        return matmul(a, b.mT if kind == "qk" else b, order)
 
     for path in sorted(folder.glob("*.json")):
         told, arrays = json.loads(path.read_text()), np.load(path.with_suffix(".npz"))

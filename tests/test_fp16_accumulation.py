@@ -71,7 +71,7 @@ def test_conv_walks_k_in_the_documented_order(
     x = halves(2, channels, *(7, 6)[: len(kernel)], seed=1)
     weight, bias = halves(outputs, channels // groups, *kernel, seed=2), halves(outputs, seed=3)
     window = Window(kernel, stride, dilation, begin, end)
-    got = fp16_accumulation.conv(x, weight, bias, window, groups, tile=32, slices=slices).numpy()
+    got = fp16_accumulation.conv(x, weight, bias, window, groups, Order(32, slices)).numpy()
     expected = plain(x.numpy(), weight.numpy(), bias.numpy(), window, groups, tile=32, slices=slices)
     assert np.mean(got == expected) > 0.99  # a float32 sum may fall on the other side of an FP16 tie
     np.testing.assert_allclose(got, expected, rtol=2**-9, atol=2**-6)
@@ -83,10 +83,10 @@ def test_chunks_of_rows_change_nothing(chunk: int, vector: int, monkeypatch: pyt
     """Of 5 rows the last chunk of 2 or 3 has fewer; the axes have strides of their own."""
     x, weight = halves(1, 20, 11, 8, seed=1), halves(4, 20, 3, 2, seed=2)
     window = Window((3, 2), (2, 3), (1, 1), (0, 0), (0, 0))
-    whole = fp16_accumulation.conv(x, weight, None, window, 1, 32, vector=vector)
+    whole = fp16_accumulation.conv(x, weight, None, window, 1, Order(32), vector)
     at_a_time = chunk * 3 * 7  # rows of 3 places: 120 columns are 7 times those of an instruction
     monkeypatch.setitem(fp16_accumulation._AT_A_TIME, "cpu", at_a_time)
-    assert torch.equal(fp16_accumulation.conv(x, weight, None, window, 1, 32, vector=vector), whole)
+    assert torch.equal(fp16_accumulation.conv(x, weight, None, window, 1, Order(32), vector), whole)
 
 
 @pytest.mark.parametrize("vector", [0, 4])
@@ -117,15 +117,15 @@ def test_the_definition_is_what_the_cpu_gives(slices: int) -> None:
 @pytest.mark.parametrize("k", [150, 128])
 def test_a_split_sum_gives_its_tiles_to_the_parts_in_turn(k: int, kernels: int) -> None:
     a, b = halves(3, 5, k, seed=1), halves(k, 6, seed=2)
-    got = fp16_accumulation.matmul(a, b, 32, split=3, split_kernels=kernels)
+    got = fp16_accumulation.matmul(a, b, Order(32, split=3, split_kernels=kernels))
     tiles = [list(range(i, min(i + 32, k))) for i in range(0, k, 32)]
     places = [[place for tile in tiles[part::3] for place in tile] for part in range(3)]
-    parts = [fp16_accumulation.matmul(a[..., place], b[place], 32) for place in places]
+    parts = [fp16_accumulation.matmul(a[..., place], b[place], Order(32)) for place in places]
     total, *others = parts if kernels == 2 else [parts[-1], *parts[:-1]]
     for other in others:
         total = round_fp16(total + other)
     assert torch.equal(got, total)
-    assert not torch.equal(got, fp16_accumulation.matmul(a, b, 32))
+    assert not torch.equal(got, fp16_accumulation.matmul(a, b, Order(32)))
 
 
 def in_vectors(x: np.ndarray, weight: np.ndarray, pads: int, stride: int, vector: int) -> np.ndarray:
@@ -158,7 +158,7 @@ def test_kernels_without_shared_memory_load_vectors(
     x, weight = halves(1, channels, 8, 7, seed=4), halves(3, channels, kernel, kernel, seed=5)
     pads = kernel // 2
     window = Window((kernel, kernel), (stride, stride), (1, 1), (pads, pads), (pads, pads))
-    got = fp16_accumulation.conv(x, weight, None, window, 1, 64, vector=vector)[0].numpy()
+    got = fp16_accumulation.conv(x, weight, None, window, 1, Order(64), vector)[0].numpy()
     expected = in_vectors(x.numpy(), weight.numpy(), pads, stride, vector)
     assert np.mean(got == expected) > 0.99
     np.testing.assert_allclose(got, expected, rtol=2**-9, atol=2**-6)
@@ -177,7 +177,7 @@ def test_an_instruction_takes_four_values_of_each_of_four_vectors() -> None:
 def test_the_order_is_told_apart() -> None:
     x, weight = halves(1, 128, 6, 6, seed=1), halves(8, 128, 3, 3, seed=2)
     window = Window((3, 3), (1, 1), (1, 1), (1, 1), (1, 1))
-    tiles = [fp16_accumulation.conv(x, weight, None, window, 1, tile) for tile in (32, 64, 128)]
+    tiles = [fp16_accumulation.conv(x, weight, None, window, 1, Order(tile)) for tile in (32, 64, 128)]
     assert all((a != b).float().mean() > 0.3 for a, b in itertools.combinations(tiles, 2))
 
 
@@ -198,7 +198,7 @@ def test_conv_transpose_is_the_convolution_of_the_spread_input(
     x, weight, bias = halves(2, 36, 5, 4, seed=1), halves(36, 6 // groups, kernel, kernel, seed=2), halves(6, seed=3)
     size = [(n - 1) * stride + (kernel - 1) * dilation + 1 - 2 * pad + extra for n in x.shape[2:]]
     window = Window((kernel,) * 2, (stride,) * 2, (dilation,) * 2, (pad,) * 2, (pad,) * 2)
-    got = fp16_accumulation.conv_transpose(x, weight, bias, window, size, groups, tile=64)
+    got = fp16_accumulation.conv_transpose(x, weight, bias, window, size, groups, Order(64))
 
     spread = x.new_zeros(2, 36, *((n - 1) * stride + 1 for n in x.shape[2:]))
     spread[:, :, ::stride, ::stride] = x
@@ -206,14 +206,14 @@ def test_conv_transpose_is_the_convolution_of_the_spread_input(
     spread = functional.pad(spread, (margin, margin + extra) * 2)
     flipped = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(-1, -2)
     whole = Window((kernel,) * 2, (1, 1), (dilation,) * 2, (0, 0), (0, 0))
-    expected = fp16_accumulation.conv(spread, flipped, bias, whole, groups, tile=64)
+    expected = fp16_accumulation.conv(spread, flipped, bias, whole, groups, Order(64))
     assert torch.equal(got, expected)
 
 
 def test_matmul_shapes_and_rounding() -> None:
     for a, b in [((3, 40), (40, 5)), ((2, 1, 3, 40), (4, 40, 5)), ((40,), (40, 5)), ((3, 40), (40,)), ((40,), (40,))]:
         left, right = halves(*a, seed=1), halves(*b, seed=2)
-        got, exact = fp16_accumulation.matmul(left, right, 64), torch.matmul(left, right)
+        got, exact = fp16_accumulation.matmul(left, right, Order(64)), torch.matmul(left, right)
         assert got.shape == exact.shape
         assert torch.equal(got, round_fp16(got))
         torch.testing.assert_close(got, exact, rtol=0, atol=0.06)
@@ -226,7 +226,7 @@ def test_error_grows_with_the_root_of_the_steps(channels: int) -> None:
     window = Window((3, 3), (1, 1), (1, 1), (1, 1), (1, 1))
     exact = functional.conv2d(x.double(), weight.double(), padding=1)
     last = (round_fp16(exact) - exact).norm()
-    every = (fp16_accumulation.conv(x, weight, None, window, 1, 64) - exact).norm()
+    every = (fp16_accumulation.conv(x, weight, None, window, 1, Order(64)) - exact).norm()
     steps = 9 * channels / fp16_accumulation.BLOCK
     assert float(every / last) == pytest.approx((steps / 2) ** 0.5, rel=0.1)
 
@@ -237,9 +237,9 @@ def test_sums_of_slices_are_added_in_their_order() -> None:
     x[0, ::16, 0] = torch.tensor([2048.0, 1.0, 1.0, -2048.0])
     window = Window((1,), (1,), (1,), (0,), (0,))
     ones, bias = torch.ones(1, 64, 1), torch.zeros(1)
-    assert float(fp16_accumulation.conv(x, ones, bias, window, 1, tile=64, slices=4)) == 0
+    assert float(fp16_accumulation.conv(x, ones, bias, window, 1, Order(64, 4))) == 0
     x[0, ::16, 0] = torch.tensor([1.0, 1.0, 2048.0, -2048.0])
-    assert float(fp16_accumulation.conv(x, ones, bias, window, 1, tile=64, slices=4)) == 2
+    assert float(fp16_accumulation.conv(x, ones, bias, window, 1, Order(64, 4))) == 2
 
 
 def by_tables(tile: Tile) -> Any:
@@ -320,7 +320,7 @@ def test_phases_of_a_transposed_convolution_go_to_their_places_at_once(
     x, weight = halves(2, 36, 5, 4, seed=1), halves(36, 6 // groups, kernel, kernel, seed=2)
     size = [(n - 1) * stride + kernel - 2 * pad for n in x.shape[2:]]
     window = Window((kernel,) * 2, (stride,) * 2, (1, 1), (pad,) * 2, (pad,) * 2)
-    expected = fp16_accumulation.conv_transpose(x, weight, None, window, size, groups, tile=32)
+    expected = fp16_accumulation.conv_transpose(x, weight, None, window, size, groups, Order(32))
     launched: list[int] = []
 
     def launch(
@@ -331,7 +331,7 @@ def test_phases_of_a_transposed_convolution_go_to_their_places_at_once(
         return fp16_accumulation_cuda._launch(x, phases, stride, size, total, pads, scattered, tile)
 
     monkeypatch.setattr(fp16_accumulation_cuda, "accumulate", launch)
-    found = fp16_accumulation.conv_transpose(x, weight, None, window, size, groups, tile=32)
+    found = fp16_accumulation.conv_transpose(x, weight, None, window, size, groups, Order(32))
     assert torch.equal(found, expected)
     assert sum(launched) == min(kernel, stride) ** 2, "each phase once"
     assert len(launched) == 1 or kernel == 3, "phases of as many taps together"

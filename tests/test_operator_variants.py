@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from test_contrib_operators import COARSE, MS, SCALE, ZERO, check, normal, whole
 
 from cp_debug.backends.executor import Executor
-from cp_debug.backends.kernels.scaled_products import matmul
+from cp_debug.backends.kernels.scaled_products import Narrow, matmul
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.input_values import _arguments
 from cp_debug.graph.integer_values import constant_type
@@ -127,7 +127,7 @@ class Plain:
 def test_products_of_scaled_operands_have_numpys_shapes(left: tuple[int, ...], right: tuple[int, ...]) -> None:
     a, b = normal(*left), normal(*right)
     summing: Any = SimpleNamespace(matmul=torch.matmul)
-    found = matmul(torch.from_numpy(a), torch.from_numpy(b), Plain(), summing)  # type: ignore[arg-type]
+    found = matmul(torch.from_numpy(a), torch.from_numpy(b), Narrow(Plain(), summing))  # type: ignore[arg-type]
     expected = np.matmul(a, b)
     assert found.shape == expected.shape
     assert np.allclose(found, expected, atol=1e-5)

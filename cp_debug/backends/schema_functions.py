@@ -15,24 +15,16 @@ import torch
 from onnx import helper
 from torch import Tensor
 
+from cp_debug.backends.kernels.creation import DTYPES
 from cp_debug.graph.bodies import Body
 from cp_debug.graph.graph import Node
 
-_TYPES = {
-    torch.bool: onnx.TensorProto.BOOL,
-    torch.float32: onnx.TensorProto.FLOAT,
-    torch.float64: onnx.TensorProto.DOUBLE,
-    torch.int8: onnx.TensorProto.INT8,
-    torch.int16: onnx.TensorProto.INT16,
-    torch.int32: onnx.TensorProto.INT32,
-    torch.int64: onnx.TensorProto.INT64,
-    torch.uint8: onnx.TensorProto.UINT8,
-}
+_TYPES = {dtype: kind for kind, dtype in DTYPES.items()}
 
 
 def is_defined(node: Node, opsets: Mapping[str, int]) -> bool:
     """Whether ONNX defines the node's operator by other operators, for some inputs at least."""
-    schema = _schema(node, opsets)
+    schema = node.schema(opsets)
     return schema is not None and (schema.has_function or schema.has_context_dependent_function)
 
 
@@ -43,7 +35,7 @@ def function_body(node: Node, opsets: Mapping[str, int], inputs: Sequence[Any], 
     """
     proto = node.proto
     version = opsets.get("" if proto.domain == "ai.onnx" else proto.domain, 1)
-    schema = _schema(node, opsets)
+    schema = node.schema(opsets)
     if schema is None:
         return None
     if schema.has_function:
@@ -67,14 +59,6 @@ def function_body(node: Node, opsets: Mapping[str, int], inputs: Sequence[Any], 
     if not any(o.domain in ("", "ai.onnx") for o in function.opset_import):
         function.opset_import.add(domain="", version=opsets.get("", version))
     return Body.of_function(function, node)
-
-
-def _schema(node: Node, opsets: Mapping[str, int]) -> onnx.defs.OpSchema | None:
-    domain = "" if node.proto.domain == "ai.onnx" else node.proto.domain
-    try:
-        return onnx.defs.get_schema(node.proto.op_type, opsets.get(domain, 1), domain)
-    except onnx.defs.SchemaError:
-        return None
 
 
 def _latest(versions: Sequence[int], opset: int, build: Any) -> bytes | None:

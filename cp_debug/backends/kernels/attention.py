@@ -215,9 +215,7 @@ def _masks(call: Call, mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | No
 
 
 def _product(call: Call, a: Tensor, b: Tensor) -> Tensor:
-    result = matmul(call, a, b)
-    assert isinstance(result, Tensor)
-    return call.arithmetic.round(result)
+    return call.arithmetic.round(matmul(call, a, b))
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

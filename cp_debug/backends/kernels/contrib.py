@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from cp_debug.backends.kernels.activation import activation
 from cp_debug.backends.kernels.convolution import conv
-from cp_debug.backends.kernels.matmul import matmul
+from cp_debug.backends.kernels.matmul import gemm, matmul
 from cp_debug.backends.kernels.registry import Call, kernel
 
 MS = "com.microsoft."
@@ -54,20 +54,15 @@ def bias_add(call: Call, x: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
 @kernel(MS + "BiasSoftmax")
 def bias_softmax(call: Call, x: Tensor, bias: Tensor) -> Tensor:
     axis = (1 if call["axis"] is None else call["axis"]) % x.dim()
-    if not call["is_inner_broadcast"] and bias.dim() == x.dim():
-        biased = x + bias
-    elif call["is_inner_broadcast"]:
-        biased = x + bias.reshape(*bias.shape[:axis], *(1,) * (x.dim() - bias.dim()), *bias.shape[axis:])
-    else:
-        biased = x + bias
-    return torch.softmax(call.arithmetic.round(biased).flatten(axis), -1).reshape(x.shape)
+    if call["is_inner_broadcast"]:
+        bias = bias.reshape(*bias.shape[:axis], *(1,) * (x.dim() - bias.dim()), *bias.shape[axis:])
+    return torch.softmax(call.arithmetic.round(x + bias).flatten(axis), -1).reshape(x.shape)
 
 
 @kernel(MS + "FusedMatMul", multiplies=True)
 def fused_matmul(call: Call, a: Tensor, b: Tensor) -> Tensor:
     a, b = _turned(call, a, "transA", "transBatchA"), _turned(call, b, "transB", "transBatchB")
     product = matmul(call, a, b)
-    assert isinstance(product, Tensor)
     return product if call["alpha"] in (None, 1) else product * call["alpha"]
 
 
@@ -79,16 +74,8 @@ def _turned(call: Call, x: Tensor, last: str, batch: str) -> Tensor:
 
 @kernel(MS + "FusedGemm", multiplies=True)
 def fused_gemm(call: Call, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
-    alpha, beta = (1.0 if call[n] is None else call[n] for n in ("alpha", "beta"))
-    product = matmul(call, a.mT if call["transA"] else a, b.mT if call["transB"] else b)
-    assert isinstance(product, Tensor)
-    result = product * alpha if alpha != 1 else product
-    result = result if c is None else result + (c if beta == 1 else c * beta)
-    return _activated(
-        call,
-        result,
-        [call[n] for n in ("activation_alpha", "activation_beta", "activation_gamma") if call[n] is not None],
-    )
+    names = ("activation_alpha", "activation_beta", "activation_gamma")
+    return _activated(call, gemm(call, a, b, c), [call[n] for n in names if call[n] is not None])
 
 
 @kernel(MS + "FusedConv", multiplies=True)
@@ -96,7 +83,6 @@ def fused_conv(
     call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor | None = None
 ) -> Tensor:
     result = conv(call, x, weight, bias)
-    assert isinstance(result, Tensor)
     return _activated(call, result if added is None else result + added, call["activation_params"] or [])
 
 

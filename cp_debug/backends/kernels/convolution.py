@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from cp_debug.backends.kernels import blocked_convolution, fp16_accumulation, scaled_products
+from cp_debug.backends.kernels.fp16_accumulation import Order
 from cp_debug.backends.kernels.registry import Call, kernel
+from cp_debug.backends.kernels.scaled_products import Narrow
 from cp_debug.backends.kernels.windows import Window, split_padding
 from cp_debug.backends.scaling import KERNEL, TRANSPOSED_KERNEL
 
@@ -22,15 +24,15 @@ def conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     window = Window.of(call, weight.shape[2:], x.shape[2:])
     scaling, running_sum = call.scaling, call.arithmetic.running_sum
     if scaling and running_sum:
-        return scaled_products.conv(x, weight, bias, window, call["group"], scaling, running_sum)
+        return scaled_products.conv(x, weight, bias, window, call["group"], Narrow(scaling, running_sum))
     if scaling:
         x, weight = scaled_products.decoded(x, weight, KERNEL, call["group"], scaling)
     else:
         x, weight = call.operands(x, weight)
     if call.arithmetic.tile:
-        order = call.arithmetic
-        how = (call.arithmetic.tile, order.slices, order.vector, order.split, order.split_kernels)
-        return fp16_accumulation.conv(x, weight, bias, window, call["group"], *how)
+        how = call.arithmetic
+        order = Order(call.arithmetic.tile, how.slices, how.split, how.split_kernels)
+        return fp16_accumulation.conv(x, weight, bias, window, call["group"], order, how.vector)
     blocked = x.dtype == torch.float64 and not x.is_cuda and call["group"] == 1 and max(window.kernel) > 1
     if blocked and not x.requires_grad:  # it writes into a buffer, through which autograd sees nothing
         return blocked_convolution.conv(x, weight, bias, window)
@@ -61,14 +63,15 @@ def conv_transpose(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = 
 
     scaling, running_sum = call.scaling, call.arithmetic.running_sum
     if scaling and running_sum:
-        return scaled_products.conv_transpose(x, weight, bias, window, tuple(size), call["group"], scaling, running_sum)
+        narrow = Narrow(scaling, running_sum)
+        return scaled_products.conv_transpose(x, weight, bias, window, tuple(size), call["group"], narrow)
     if scaling:
         x, weight = scaled_products.decoded(x, weight, TRANSPOSED_KERNEL, call["group"], scaling)
     else:
         x, weight = call.operands(x, weight)
     if call.arithmetic.tile:
-        tile, slices = call.arithmetic.tile, call.arithmetic.slices
-        return fp16_accumulation.conv_transpose(x, weight, bias, window, size, call["group"], tile, slices)
+        order = Order(call.arithmetic.tile, call.arithmetic.slices)
+        return fp16_accumulation.conv_transpose(x, weight, bias, window, size, call["group"], order)
     transposed = _TRANSPOSED[rank]
     if window.symmetric and min(window.begin) >= 0:
         return transposed(x, weight, bias, window.stride, window.begin, extra, call["group"], window.dilation)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cp_debug.backends.kernels.registry import Call, kernel
 
-_DTYPES = {
+DTYPES = {
     TensorProto.BFLOAT16: torch.bfloat16,
     TensorProto.BOOL: torch.bool,
     TensorProto.DOUBLE: torch.float64,
@@ -52,7 +52,7 @@ def constant_of_shape(call: Call, sizes: Tensor) -> Tensor:
 
 @kernel("EyeLike", rounds=False)
 def eye_like(call: Call, x: Tensor) -> Tensor:
-    dtype = x.dtype if call["dtype"] is None else _DTYPES.get(call["dtype"])
+    dtype = x.dtype if call["dtype"] is None else DTYPES.get(call["dtype"])
     if dtype is None:
         return NotImplemented
     rows, columns = (torch.arange(n, device=call.device) for n in x.shape)
@@ -61,7 +61,7 @@ def eye_like(call: Call, x: Tensor) -> Tensor:
 
 @kernel("Cast")
 def cast(call: Call, x: Tensor) -> Tensor:
-    dtype = _DTYPES.get(call["to"])
+    dtype = DTYPES.get(call["to"])
     if dtype is None:
         return NotImplemented
     held = call.arithmetic.held(dtype)

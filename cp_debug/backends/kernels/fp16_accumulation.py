@@ -164,18 +164,9 @@ def vector_instructions(taps: int, channels: int, vector: int) -> Sum:
 
 
 def conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    window: Window,
-    groups: int,
-    tile: int,
-    slices: int = 1,
-    vector: int = 0,
-    split: int = 1,
-    split_kernels: int = 1,
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int, order: Order, vector: int = 0
 ) -> Tensor:
-    """ONNX Conv of ``x`` (N, C, *spatial); every operand already holds FP16 values. ``vector`` instead of the others is
+    """ONNX Conv of ``x`` (N, C, *spatial); every operand already holds FP16 values. ``vector`` in place of ``order`` is
     for kernels without shared memory."""
     on = _geometry(window, tuple(x.shape[2:]))
     taps = Taps(weight.reshape(groups, -1, weight.shape[1], len(on.starts)), on.places, on.starts)
@@ -183,7 +174,7 @@ def conv(
     if vector:
         total = vector_instructions(len(on.starts), weight.shape[1], vector)
     else:
-        total = instructions(weight.shape[1], len(on.starts), Order(tile, slices, split, split_kernels))
+        total = instructions(weight.shape[1], len(on.starts), order)
     result = accumulate(images, taps, window.stride, on.size, total, on.pads)
     return add_bias(result if groups == 1 else result.reshape(x.shape[0], -1, *on.size), bias)
 
@@ -206,21 +197,14 @@ def _geometry(window: Window, spatial: tuple[int, ...]) -> _Geometry:
 
 
 def conv_transpose(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    window: Window,
-    size: Sequence[int],
-    groups: int,
-    tile: int,
-    slices: int = 1,
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, size: Sequence[int], groups: int, order: Order
 ) -> Tensor:
     """ONNX ConvTranspose to spatial ``size``, as the convolution it equals: each output phase sees its own taps.
 
     Data [N, C, …], weights [C, M ÷ group, …]; the dtype stays.
     """
     grouped = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(3)
-    order, ones = Order(tile, slices), (1,) * len(size)
+    ones = (1,) * len(size)
     images = x.unflatten(1, (groups, -1)).flatten(0, 1)
     alike = _phases(window, tuple(x.shape[2:]), tuple(size))
     result = x.new_zeros(len(images), grouped.shape[1], *size)
@@ -282,9 +266,8 @@ def _phases(window: Window, spatial: tuple[int, ...], size: tuple[int, ...]) -> 
     return found
 
 
-def matmul(a: Tensor, b: Tensor, tile: int, slices: int = 1, split: int = 1, split_kernels: int = 1) -> Tensor:
+def matmul(a: Tensor, b: Tensor, order: Order) -> Tensor:
     """``numpy.matmul`` of operands that hold FP16 values, accumulated in FP16."""
-    order = Order(tile, slices, split, split_kernels)
     left, right = a[None] if a.dim() == 1 else a, b[:, None] if b.dim() == 1 else b
     batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     left, right = (m.expand(*batch, *m.shape[-2:]).reshape(batch.numel(), *m.shape[-2:]) for m in (left, right))

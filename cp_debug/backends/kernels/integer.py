@@ -15,7 +15,7 @@ from torch import Tensor
 from cp_debug.backends.kernels.contrib import MS
 from cp_debug.backends.kernels.matmul import matmul
 from cp_debug.backends.kernels.paired_sums import lost_in_product
-from cp_debug.backends.kernels.quantization import dynamic_quantize_linear
+from cp_debug.backends.kernels.quantization import centred, dynamic_quantize_linear, requantized
 from cp_debug.backends.kernels.registry import KERNELS, OF_LEVELS, Call, Function, kernel
 
 
@@ -26,22 +26,8 @@ def _real(x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
 
 
 def _levels(x: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype = torch.uint8) -> Tensor:
-    dtype = dtype if zero is None else zero.dtype
-    limits = torch.iinfo(dtype)
-    levels = torch.round(x / scale.reshape(()))
-    levels = levels if zero is None else levels + zero.reshape(())
-    return levels.clamp(limits.min, limits.max).to(dtype)
-
-
-def _shifted(x: Tensor, zero: Tensor | None, axis: int | None = None) -> Tensor:
-    """x − zero point in float64, where sums of products of such integers are exact."""
-    if zero is None:
-        return x.double()
-    if zero.numel() == 1:
-        return x.double() - zero.reshape(()).double()
-    if axis is None:
-        return x.double() - zero.double()
-    return x.double() - zero.double().reshape([-1 if i == axis % x.dim() else 1 for i in range(x.dim())])
+    zero = zero if zero is None else zero.reshape(())
+    return requantized(x / scale.reshape(()), zero, dtype if zero is None else zero.dtype)
 
 
 def _on_levels(call: Call, *inputs: Tensor | None) -> Tensor:
@@ -102,7 +88,7 @@ def qgemm(
     y_scale: Tensor | None = None,
     y_zero: Tensor | None = None,
 ) -> Tensor:
-    left, right = _shifted(a, a_zero), _shifted(b, b_zero, 0 if call["transB"] else 1)
+    left, right = centred(a, a_zero), centred(b, b_zero, 0 if call["transB"] else 1)
     if call["transA"]:
         a, left = a.mT, left.mT
     if call["transB"]:
@@ -123,7 +109,7 @@ def matmul_integer_to_float(
     b_zero: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    sums = torch.matmul(_shifted(a, a_zero), _shifted(b, b_zero)) + lost_in_product(call, a, b)
+    sums = torch.matmul(centred(a, a_zero), centred(b, b_zero)) + lost_in_product(call, a, b)
     result = (sums * (a_scale.double() * b_scale.double())).to(call.arithmetic.dtype)
     return result if bias is None else result + bias
 
@@ -133,9 +119,7 @@ def dynamic_quantize_matmul(
     call: Call, a: Tensor, b: Tensor, b_scale: Tensor, b_zero: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     levels, scale, zero = dynamic_quantize_linear(call, a)
-    result = matmul_integer_to_float(call, levels, b, scale, b_scale, zero, b_zero, bias)
-    assert isinstance(result, Tensor)
-    return result
+    return matmul_integer_to_float(call, levels, b, scale, b_scale, zero, b_zero, bias)
 
 
 @kernel(MS + "MatMulNBits", multiplies=True, exact=True)
@@ -167,7 +151,6 @@ def matmul_n_bits(
     else:
         weight = ((levels - zero[..., None]) * scale[..., None]).reshape(rows, -1)[:, :columns]
     result = matmul(call, a, call.arithmetic.round(weight.to(a.dtype)).mT)
-    assert isinstance(result, Tensor)
     return result if bias is None else result + bias
 
 

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from cp_debug.backends.kernels import fp16_accumulation, scaled_products
+from cp_debug.backends.kernels.fp16_accumulation import Order
 from cp_debug.backends.kernels.registry import Call, kernel
+from cp_debug.backends.kernels.scaled_products import Narrow
 from cp_debug.backends.scaling import Axes
 
 
@@ -16,18 +18,17 @@ def matmul(call: Call, a: Tensor, b: Tensor) -> Tensor:
         return torch.matmul(a, b)
     scaling, running_sum = call.scaling, call.arithmetic.running_sum
     if scaling and running_sum:
-        return scaled_products.matmul(a, b, scaling, running_sum)
+        return scaled_products.matmul(a, b, Narrow(scaling, running_sum))
     a, b = call.operands(a, b)
     order = call.arithmetic
     if not order.tile:
         return torch.matmul(a, b)
-    return fp16_accumulation.matmul(a, b, order.tile, order.slices, order.split, order.split_kernels)
+    return fp16_accumulation.matmul(a, b, Order(order.tile, order.slices, order.split, order.split_kernels))
 
 
 @kernel("Gemm", multiplies=True)
 def gemm(call: Call, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     product = matmul(call, a.mT if call["transA"] else a, b.mT if call["transB"] else b)
-    assert isinstance(product, Tensor)
     if call["alpha"] != 1:
         product = product * call["alpha"]
     return product if c is None else product + (c if call["beta"] == 1 else c * call["beta"])

@@ -28,14 +28,9 @@ def quantize_linear(call: Call, x: Tensor, scale: Tensor, zero_point: Tensor | N
         dtype = torch.uint8
     if dtype is None:
         return NotImplemented
-    limits = torch.iinfo(dtype)
     # In FP32 on the oracle, too: the runtimes divide so, and a quotient may only then be a tie.
     quotient = x.to(scale.dtype).float() / _along_axis(call, scale, x).float()
-    levels = _rounded(quotient)
-    if zero_point is not None:
-        levels = levels + _along_axis(call, zero_point, x)
-    levels = levels.clamp(limits.min, limits.max)
-    return _stored(levels, dtype)
+    return requantized(quotient, None if zero_point is None else _along_axis(call, zero_point, x), dtype)
 
 
 @kernel("DequantizeLinear", rounds=False, exact=True)
@@ -74,25 +69,23 @@ def dynamic_quantize_linear(call: Call, x: Tensor) -> list[Tensor]:
     scale = (high - low) / 255
     scale = torch.where(scale > 0, scale, 1.0)
     zero = torch.round(-low / scale).clamp(0, 255).detach()  # who reads levels takes it off again
-    levels = (_rounded(single / scale) + zero).clamp(0, 255)
-    return [_stored(levels, torch.uint8), scale.to(x.dtype), zero.to(torch.uint8)]
+    return [requantized(single / scale, zero, torch.uint8), scale.to(x.dtype), zero.to(torch.uint8)]
 
 
 @kernel("MatMulInteger", rounds=False, exact=True)
 def matmul_integer(
     call: Call, a: Tensor, b: Tensor, a_zero: Tensor | None = None, b_zero: Tensor | None = None
 ) -> Tensor:
-    rows = a_zero is not None and a_zero.dim() == 1 and a_zero.numel() > 1
-    left = a.double() if a_zero is None else a.double() - (a_zero[:, None] if rows else a_zero).double()
-    right = b.double() if b_zero is None else b.double() - b_zero.double()
-    return _stored(torch.matmul(left, right) + lost_in_product(call, a, b), torch.int32)
+    rows = -2 if a_zero is not None and a_zero.dim() == 1 else None
+    sums = torch.matmul(centred(a, a_zero, rows), centred(b, b_zero))
+    return _stored(sums + lost_in_product(call, a, b), torch.int32)
 
 
 @kernel("ConvInteger", rounds=False, exact=True)
 def conv_integer(
     call: Call, x: Tensor, w: Tensor, x_zero: Tensor | None = None, w_zero: Tensor | None = None
 ) -> Tensor:
-    return _stored(_convolved(call, _centred(x, x_zero), _centred(w, w_zero)), torch.int32)
+    return _stored(_convolved(call, centred(x, x_zero), centred(w, w_zero, 0)), torch.int32)
 
 
 @kernel("QLinearConv", rounds=False, exact=True)
@@ -108,12 +101,13 @@ def qlinear_conv(
     y_zero: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    total = _convolved(call, _centred(x, x_zero), _centred(w, w_zero)) + lost_in_convolution(call, x, w, x_zero)
+    total = _convolved(call, centred(x, x_zero), centred(w, w_zero, 0)) + lost_in_convolution(call, x, w, x_zero)
     shape = [-1, *[1] * (x.dim() - 2)]
     if bias is not None:
         total = total + bias.double().reshape(1, *shape)
     factor = (x_scale.double() * w_scale.double() / y_scale.double()).reshape(-1)
-    return _requantized(total * (factor.reshape(shape) if factor.numel() > 1 else factor), y_zero)
+    quotients = total * (factor.reshape(shape) if factor.numel() > 1 else factor)
+    return requantized(quotients, y_zero.reshape(()), y_zero.dtype)
 
 
 @kernel("QLinearMatMul", rounds=False, exact=True)
@@ -130,16 +124,20 @@ def qlinear_matmul(
 ) -> Tensor:
     if a_scale.numel() > 1 or y_scale.numel() > 1:
         return NotImplemented
-    total = torch.matmul(a.double() - a_zero.double(), b.double() - b_zero.double()) + lost_in_product(call, a, b)
-    return _requantized(total * (a_scale.double() * b_scale.double() / y_scale.double()), y_zero)
+    total = torch.matmul(centred(a, a_zero), centred(b, b_zero)) + lost_in_product(call, a, b)
+    quotients = total * (a_scale.double() * b_scale.double() / y_scale.double())
+    return requantized(quotients, y_zero.reshape(()), y_zero.dtype)
 
 
-def _centred(levels: Tensor, zero: Tensor | None) -> Tensor:
-    """Levels without their zero point, one for all or one for each of the first axis, in FP64: sums stay exact."""
+def centred(levels: Tensor, zero: Tensor | None, axis: int | None = None) -> Tensor:
+    """Levels without their zero point, in their shape, in FP64: sums of products stay exact.
+
+    The zero point is one for all, one an index of ``axis``, or without an axis broadcast as it is.
+    """
     if zero is None:
         return levels.double()
-    shape = [-1, *[1] * (levels.dim() - 1)] if zero.numel() > 1 else []
-    return levels.double() - zero.double().reshape(shape)
+    shape = [-1 if i == axis % levels.dim() else 1 for i in range(levels.dim())] if axis is not None else zero.shape
+    return levels.double() - zero.double().reshape(shape if zero.numel() > 1 else ())
 
 
 def _convolved(call: Call, x: Tensor, w: Tensor) -> Tensor:
@@ -149,7 +147,8 @@ def _convolved(call: Call, x: Tensor, w: Tensor) -> Tensor:
     return function(x, w, None, window.stride, 0, window.dilation, call["group"] or 1)
 
 
-def _requantized(levels: Tensor, zero: Tensor) -> Tensor:
-    limits = torch.iinfo(zero.dtype)
-    rounded = _rounded(levels) + zero.double().reshape(())
-    return _stored(rounded.clamp(limits.min, limits.max), zero.dtype)
+def requantized(quotients: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Numbers divided by their scale, as levels of ``dtype`` in their shape; ``zero`` is shaped to meet them."""
+    limits = torch.iinfo(dtype)
+    levels = _rounded(quotients) if zero is None else _rounded(quotients) + zero
+    return _stored(levels.clamp(limits.min, limits.max), dtype)

@@ -55,9 +55,7 @@ Multiply = Callable[[Call, Tensor, Any], Tensor]
 
 
 def _in_floats(call: Call, x: Tensor, weight: Tensor) -> Tensor:
-    result = matmul(call, x, weight.mT)
-    assert isinstance(result, Tensor)
-    return result
+    return matmul(call, x, weight.mT)
 
 
 def _in_integers(call: Call, x: Tensor, weight: _LevelWeights) -> Tensor:

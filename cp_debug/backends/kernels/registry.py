@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx
 import torch
@@ -117,6 +117,7 @@ def _value(attribute: onnx.AttributeProto) -> Any:
 
 
 Function = Callable[..., "Tensor | Sequence[Tensor]"]
+F = TypeVar("F", bound=Function)
 
 
 @dataclass(frozen=True)
@@ -139,12 +140,10 @@ class OperatorKernel:
 KERNELS: dict[str, OperatorKernel] = {}
 
 
-def kernel(
-    *ops: str, rounds: bool = True, exact: bool = False, multiplies: bool = False
-) -> Callable[[Function], Function]:
+def kernel(*ops: str, rounds: bool = True, exact: bool = False, multiplies: bool = False) -> Callable[[F], F]:
     """Register a function as the kernel of the named ONNX operators. Raises ValueError for one that has a kernel."""
 
-    def register(function: Function) -> Function:
+    def register(function: F) -> F:
         if twice := KERNELS.keys() & ops:
             raise ValueError(f"two kernels of {', '.join(sorted(twice))}; the second is {function.__qualname__}")
         KERNELS.update(dict.fromkeys(ops, OperatorKernel(function, rounds, exact, multiplies)))

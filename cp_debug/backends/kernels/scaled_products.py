@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 import operator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,12 +24,19 @@ _ELEMENTS = 1 << 23
 """Elements of unfolded data at a time."""
 
 
-def matmul(a: Tensor, b: Tensor, scaling: Scaling, running_sum: RunningSum) -> Tensor:
+class Narrow(NamedTuple):
+    """Encoding of a product's operands, and the sum in which their products are added."""
+
+    scaling: Scaling
+    running_sum: RunningSum
+
+
+def matmul(a: Tensor, b: Tensor, narrow: Narrow) -> Tensor:
     """``numpy.matmul`` of a [..., M, K] and b [..., K, N], float32."""
     left, right = a[None] if a.dim() == 1 else a, b[:, None] if b.dim() == 1 else b
     if right.dim() == 2:
-        rows = scaling.encode(left, ROWS, 0).mapped(lambda p: p.reshape(-1, p.shape[-1]))
-        result = _product(rows, scaling.encode(right, COLUMNS, 1), scaling, running_sum)
+        rows = narrow.scaling.encode(left, ROWS, 0).mapped(lambda p: p.reshape(-1, p.shape[-1]))
+        result = _product(rows, narrow.scaling.encode(right, COLUMNS, 1), narrow)
         result = result.reshape(*left.shape[:-1], right.shape[-1])
     else:
         batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
@@ -36,28 +44,29 @@ def matmul(a: Tensor, b: Tensor, scaling: Scaling, running_sum: RunningSum) -> T
         def stacked(part: Tensor) -> Tensor:
             return part.expand(*batch, *part.shape[-2:]).reshape(-1, *part.shape[-2:])
 
-        one, other = scaling.encode(left, ROWS, 0).mapped(stacked), scaling.encode(right, COLUMNS, 1).mapped(stacked)
+        one = narrow.scaling.encode(left, ROWS, 0).mapped(stacked)
+        other = narrow.scaling.encode(right, COLUMNS, 1).mapped(stacked)
         result = a.new_empty(math.prod(batch), left.shape[-2], right.shape[-1])
         for i in range(len(result)):
             at_i = operator.itemgetter(i)
-            result[i] = _product(one.mapped(at_i), other.mapped(at_i), scaling, running_sum)
+            result[i] = _product(one.mapped(at_i), other.mapped(at_i), narrow)
         result = result.reshape(*batch, *result.shape[1:])
     result = result.squeeze(-2) if a.dim() == 1 else result
     return result.squeeze(-1) if b.dim() == 1 else result
 
 
-def _product(a: Encoded, b: Encoded, scaling: Scaling, running_sum: RunningSum) -> Tensor:
+def _product(a: Encoded, b: Encoded, narrow: Narrow) -> Tensor:
     """[M, N] of [M, K] and [K, N]."""
     coarse = _first(a.coarse, 1) * _first(b.coarse, 0)
-    if scaling.segment is None:
-        return running_sum.matmul(a.multiplied, b.multiplied) * coarse
+    if narrow.scaling.segment is None:
+        return narrow.running_sum.matmul(a.multiplied, b.multiplied) * coarse
     if a.fine is None or b.fine is None:  # an operand without elements
         return a.codes @ b.codes
     total = a.codes.new_zeros(a.codes.shape[0], b.codes.shape[1])
-    for begin in range(0, a.codes.shape[1], scaling.segment):
-        part = slice(begin, begin + scaling.segment)
+    for begin in range(0, a.codes.shape[1], narrow.scaling.segment):
+        part = slice(begin, begin + narrow.scaling.segment)
         scales = a.fine[:, begin, None] * b.fine[begin]
-        total = total + running_sum.matmul(a.codes[:, part], b.codes[part]) * scales
+        total = total + narrow.running_sum.matmul(a.codes[:, part], b.codes[part]) * scales
     return total * coarse
 
 
@@ -66,33 +75,18 @@ def _first(coarse: Tensor, axis: int) -> Tensor:
     return coarse if coarse.dim() == 0 or coarse.shape[axis] == 1 else coarse.narrow(axis, 0, 1)
 
 
-def conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    window: Window,
-    groups: int,
-    scaling: Scaling,
-    running_sum: RunningSum,
-) -> Tensor:
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int, narrow: Narrow) -> Tensor:
     """ONNX Conv of x (N, C, *spatial) and weight (M, C ÷ groups, *kernel), float32; the bias is added in FP32."""
-    data = _grouped_data(x, groups, scaling)
-    kernel = scaling.encode(weight, KERNEL, 1)
-    return _convolved(data, kernel, x, weight, bias, window, groups, scaling, running_sum)
+    data = _grouped_data(x, groups, narrow.scaling)
+    kernel = narrow.scaling.encode(weight, KERNEL, 1)
+    return _convolved(data, kernel, x, weight, bias, window, groups, narrow)
 
 
 def conv_transpose(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    window: Window,
-    size: tuple[int, ...],
-    groups: int,
-    scaling: Scaling,
-    running_sum: RunningSum,
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, size: tuple[int, ...], groups: int, narrow: Narrow
 ) -> Tensor:
     """ONNX ConvTranspose of x (N, C, *spatial) and weight (C, M ÷ groups, *kernel) to spatial ``size``, float32."""
-    data, kernel = _grouped_data(x, groups, scaling), scaling.encode(weight, TRANSPOSED_KERNEL, 1)
+    data, kernel = _grouped_data(x, groups, narrow.scaling), narrow.scaling.encode(weight, TRANSPOSED_KERNEL, 1)
     spatial = range(2, x.dim())
 
     def spread(part: Tensor, fill: float) -> Tensor:
@@ -112,7 +106,7 @@ def conv_transpose(
     plain = Window(window.kernel, (1,) * len(spans), window.dilation, begin, end)
     stretched = data.mapped(lambda p: spread(p, 0.0), scales=lambda p: spread(p, 1.0))
     mirrored = kernel.mapped(turned)
-    return _convolved(stretched, mirrored, stretched.codes, mirrored.codes, bias, plain, groups, scaling, running_sum)
+    return _convolved(stretched, mirrored, stretched.codes, mirrored.codes, bias, plain, groups, narrow)
 
 
 def decoded(x: Tensor, weight: Tensor, axes: Axes, groups: int, scaling: Scaling) -> tuple[Tensor, Tensor]:
@@ -136,8 +130,7 @@ def _convolved(
     bias: Tensor | None,
     window: Window,
     groups: int,
-    scaling: Scaling,
-    running_sum: RunningSum,
+    narrow: Narrow,
 ) -> Tensor:
     size = window.output_size(x.shape[2:])
     channels, outputs = x.shape[1] // groups, weight.shape[0] // groups
@@ -155,20 +148,20 @@ def _convolved(
         for first in range(0, size[0], rows):
             extent = (min(rows, size[0] - first), *size[1:])
             a = padded.mapped(functools.partial(_columns, extent=extent, window=window, first=first))
-            product = _by_taps(a, b, scaling, running_sum, channels)
+            product = _by_taps(a, b, narrow, channels)
             target = result[n, group * outputs : (group + 1) * outputs, first : first + extent[0]]
             target.copy_(product.t().unflatten(1, extent))
     return result if bias is None else result + bias.reshape(-1, *(1,) * len(size))
 
 
-def _by_taps(a: Encoded, b: Encoded, scaling: Scaling, running_sum: RunningSum, channels: int) -> Tensor:
+def _by_taps(a: Encoded, b: Encoded, narrow: Narrow, channels: int) -> Tensor:
     """Product whose blocks with FP32 scales end where a tap ends."""
-    if scaling.segment is None or channels % scaling.segment == 0:
-        return _product(a, b, scaling, running_sum)
+    if narrow.scaling.segment is None or channels % narrow.scaling.segment == 0:
+        return _product(a, b, narrow)
 
     def product(begin: int) -> Tensor:
         part = slice(begin, begin + channels)
-        return _product(a.mapped(lambda p: p[:, part]), b.mapped(lambda p: p[part]), scaling, running_sum)
+        return _product(a.mapped(lambda p: p[:, part]), b.mapped(lambda p: p[part]), narrow)
 
     parts = map(product, range(0, a.codes.shape[1], channels))
     total = next(parts)
