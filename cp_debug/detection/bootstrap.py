@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -20,14 +21,22 @@ class ConfidenceInterval(NamedTuple):
 
     @classmethod
     def of(cls, draws: Floats) -> ConfidenceInterval:
-        """The interval of a figure from its value in each draw [1 + B]; the first is that of the samples themselves."""
-        tail = 50 * (1 - CONFIDENCE)
-        low, high = np.percentile(draws[1:], (tail, 100 - tail)) if len(draws) > 1 else (draws[0], draws[0])
+        """The interval of a figure from its value in each draw [1 + B]; the first is that of the samples themselves.
+
+        Draws in which it is undefined (NaN) are left out.
+        """
+        drawn, tail = draws[1:][~np.isnan(draws[1:])], 50 * (1 - CONFIDENCE)
+        low, high = np.percentile(drawn, (tail, 100 - tail)) if len(drawn) else (draws[0], draws[0])
         return cls(float(draws[0]), float(low), float(high))
 
     def columns(self, name: str) -> dict[str, float]:
         """The figure as columns of a table: ``name``, and the range's ends."""
         return {name: self.value, f"{name} low": self.low, f"{name} high": self.high}
+
+
+def intervals(draws: Mapping[str, Floats], less: Mapping[str, Floats] | None = None) -> dict[str, ConfidenceInterval]:
+    """The interval of each figure from its values in each draw, which ``less`` has of a reference, taken off."""
+    return {name: ConfidenceInterval.of(each if less is None else each - less[name]) for name, each in draws.items()}
 
 
 def draw_samples(samples: int, draws: int, seed: int) -> Floats:

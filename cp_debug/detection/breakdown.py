@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cp_debug.detection.bootstrap import ConfidenceInterval, draw_samples
+from cp_debug.detection.bootstrap import ConfidenceInterval, draw_samples, intervals
 from cp_debug.detection.boxes import Boxes, Floats, Ints
-from cp_debug.detection.evaluation import EvaluationOptions, objects_that_count
+from cp_debug.detection.evaluation import EvaluationOptions, boxes_that_count, objects_that_count
 from cp_debug.detection.metrics import Scores, score
 from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
@@ -78,7 +78,7 @@ def by_class(
 ) -> list[PartScores]:
     """AP of each class; the first of ``predictions`` (backend → detections) is the reference."""
     truth, _ = objects_that_count(truths, class_names, options)
-    scores = {spec: _scores(_boxes(each, class_names, options), truth, class_names, options, len(truths))
+    scores = {spec: _scores(boxes_that_count(each, class_names, options), truth, class_names, options, len(truths))
               for spec, each in predictions.items()}  # fmt: skip
     return [
         _part(
@@ -103,7 +103,7 @@ def by_distance(
     across an edge counts as one missed and one false. Means are over the classes with objects in the ring.
     """
     truth, _ = objects_that_count(truths, class_names, options)
-    boxes = {spec: _boxes(each, class_names, options) for spec, each in predictions.items()}
+    boxes = {spec: boxes_that_count(each, class_names, options) for spec, each in predictions.items()}
     parts = []
     for place, name in enumerate(rings.names):
         objects = truth.take(rings.of(truth.centers) == place)
@@ -120,24 +120,11 @@ def by_distance(
     return parts
 
 
-def _boxes(predicted: Predictions, class_names: Sequence[str], options: EvaluationOptions) -> Boxes:
-    boxes = predicted.as_boxes(class_names)
-    return boxes.take(options.counts(boxes, class_names))
-
-
 def _scores(boxes: Boxes, truth: Boxes, class_names: Sequence[str], options: EvaluationOptions, samples: int) -> Scores:
     return score(boxes, truth, class_names, draw_samples(samples, options.draws, options.seed))
 
 
 def _part(name: str, objects: int, draws: Mapping[str, Mapping[str, Floats]]) -> PartScores:
     reference, *tests = draws
-    figures = {
-        spec: {figure: ConfidenceInterval.of(values) for figure, values in each.items()} for spec, each in draws.items()
-    }
-    differences = {
-        spec: {
-            figure: ConfidenceInterval.of(values - draws[reference][figure]) for figure, values in draws[spec].items()
-        }
-        for spec in tests
-    }
-    return PartScores(name, objects, figures, differences)
+    figures = {spec: intervals(each) for spec, each in draws.items()}
+    return PartScores(name, objects, figures, {spec: intervals(draws[spec], draws[reference]) for spec in tests})

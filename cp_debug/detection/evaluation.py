@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cp_debug.backends.base import RunRecord
-from cp_debug.detection.bootstrap import CONFIDENCE, ConfidenceInterval, draw_samples
+from cp_debug.detection.bootstrap import CONFIDENCE, ConfidenceInterval, draw_samples, intervals
 from cp_debug.detection.boxes import Boxes, Floats
 from cp_debug.detection.matching import THRESHOLDS
 from cp_debug.detection.metrics import ERRORS, OVERLAPS, Scores, score
@@ -206,9 +206,8 @@ def draws_of(
 ) -> dict[str, Floats]:
     """mAP, NDS and the other figures in each draw [1 + draws]; the first is of the samples themselves."""
     truth, _ = objects_that_count(truths, class_names, options)
-    boxes = predicted.as_boxes(class_names)
     weights = draw_samples(len(truths), options.draws, options.seed)
-    return score(boxes.take(options.counts(boxes, class_names)), truth, class_names, weights).summary()
+    return score(boxes_that_count(predicted, class_names, options), truth, class_names, weights).summary()
 
 
 def score_backends(
@@ -229,8 +228,7 @@ def score_backends(
     listed: list[BackendScores] = []
     reference: dict[str, Floats] = {}
     for record, predicted in predictions.values():
-        boxes = predicted.as_boxes(class_names)
-        boxes = boxes.take(options.counts(boxes, class_names))
+        boxes = boxes_that_count(predicted, class_names, options)
         if strange := (not_finite or {}).get(record.spec, 0):
             notes.append(f"{record.spec}: the outputs hold NaN or Inf on {strange} of {len(truths)} samples")
         if not boxes.finite.all():
@@ -239,14 +237,14 @@ def score_backends(
             notes.append(f"{record.spec}: no detections in the evaluated range")
         scores = score(boxes, truth, class_names, weights)
         draws = scores.summary()
-        difference = {name: ConfidenceInterval.of(draws[name] - reference[name]) for name in reference}
+        difference = intervals(draws, reference) if reference else None
         reference = reference or draws
         listed.append(
             BackendScores(
                 record,
                 len(boxes),
-                {name: ConfidenceInterval.of(values) for name, values in draws.items()},
-                difference or None,
+                intervals(draws),
+                difference,
                 _class_figures(scores, boxes, truth, class_names),
                 strange,
             )
@@ -277,14 +275,14 @@ def _with_t4(
     values = {name: float(each[0]) for name, each in draws.items()}
     if any(len(each) == 1 for figures in (draws, reference or {}) for each in figures.values()):
         return replace(scores, t4=values)
-    changes = {name: each - reference[name] for name, each in draws.items()} if reference is not None else {}
-    intervals, differences = ({name: _known(each) for name, each in which.items()} for which in (draws, changes))
-    return replace(scores, t4=values, t4_intervals=intervals, t4_difference=differences)
+    differences = {} if reference is None else intervals(draws, reference)
+    return replace(scores, t4=values, t4_intervals=intervals(draws), t4_difference=differences)
 
 
-def _known(draws: Floats) -> ConfidenceInterval:
-    """The interval over those draws in which a figure is defined."""
-    return ConfidenceInterval.of(np.concatenate((draws[:1], draws[1:][~np.isnan(draws[1:])])))
+def boxes_that_count(predicted: Predictions, class_names: Sequence[str], options: EvaluationOptions) -> Boxes:
+    """A backend's boxes in range."""
+    boxes = predicted.as_boxes(class_names)
+    return boxes.take(options.counts(boxes, class_names))
 
 
 def objects_that_count(
@@ -294,14 +292,12 @@ def objects_that_count(
 
     ``truths``: of each sample; boxes are in metres and radians.
     """
-    boxes = np.concatenate(
-        [np.column_stack((truth_of_sample.boxes, truth_of_sample.velocities)) for truth_of_sample in truths]
+    names = ("boxes", "velocities", "labels", "num_points", "attributes")
+    boxes, velocities, labels, points, attributes = (
+        np.concatenate([getattr(truth_of_sample, name) for truth_of_sample in truths]) for name in names
     )
-    labels = np.concatenate([truth_of_sample.labels for truth_of_sample in truths])
-    points = np.concatenate([truth_of_sample.num_points for truth_of_sample in truths])
-    attributes = np.concatenate([truth_of_sample.attributes for truth_of_sample in truths])
     samples = np.repeat(np.arange(len(truths)), [len(truth_of_sample.labels) for truth_of_sample in truths])
-    truth = Boxes.of(boxes, samples, labels, np.ones(len(labels)), attributes)
+    truth = Boxes.of(np.column_stack((boxes, velocities)), samples, labels, np.ones(len(labels)), attributes)
     notes = []
     if not truth.finite.all():
         notes.append(f"{np.sum(~truth.finite)} objects of the ground truth hold NaN or Inf; left out")
