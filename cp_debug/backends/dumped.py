@@ -17,6 +17,7 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
 from cp_debug.graph.check_inputs import known_shape
 from cp_debug.graph.graph import Graph, fits_shape
+from cp_debug.graph.onnx_tensors import FLOATS
 from cp_debug.probes.capture import array_hash
 
 
@@ -283,7 +284,7 @@ def _refuse_levels(graph: Graph, name: str, tensor: np.ndarray, source: str) -> 
     kind = graph.types.get(name)
     if tensor.dtype.kind in "iu" and tensor.dtype.itemsize == 1 and kind is not None:
         declared = kind.tensor_type.elem_type
-        if declared in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE):
+        if declared in FLOATS:
             own = TensorProto.DataType.Name(declared)
             raise InputError(
                 f"{source}: {name!r} is {tensor.dtype}, and the graph computes in {own} there: levels of a "

@@ -26,6 +26,7 @@ from cp_debug.graph.check_inputs import no_numbers
 from cp_debug.graph.constants import constant
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.onnx_runtime import Endless
+from cp_debug.graph.onnx_tensors import FLOATS
 from cp_debug.graph.randomness import draws
 
 MOVES = {
@@ -34,14 +35,6 @@ MOVES = {
     "SplitToSequence", "TensorScatter", "Unique",
 }  # fmt: skip
 """Operators without a kernel that choose among their inputs' values: there is nothing to emulate."""
-
-
-_FLOATS = {
-    onnx.TensorProto.FLOAT,
-    onnx.TensorProto.DOUBLE,
-    onnx.TensorProto.FLOAT16,
-    onnx.TensorProto.BFLOAT16,
-}
 
 
 def _has_element(value: Any = None) -> Tensor:
@@ -145,7 +138,7 @@ class Executor:
         if not (self.arithmetic.value or self.arithmetic.operand) or is_defined(node, self.graph.opsets):
             return True
         kinds = [self.graph.types[o].tensor_type.elem_type for o in node.outputs if o in self.graph.types]
-        return len(kinds) == len(node.outputs) and not any(kind in _FLOATS for kind in kinds)
+        return len(kinds) == len(node.outputs) and not any(kind in FLOATS for kind in kinds)
 
     def run(
         self, inputs: Mapping[str, Any], sink: Sink | None = None, probes: Collection[str] | None = None
@@ -237,7 +230,7 @@ class Executor:
         one declares FP64, or the other way round."""
         declared = None if self._place else self.graph.types.get(name)
         kind = 0 if declared is None else declared.tensor_type.elem_type
-        if kind not in _FLOATS or not isinstance(value, Tensor) or not value.is_floating_point():
+        if kind not in FLOATS or not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         return value.to(torch.float64 if kind == onnx.TensorProto.DOUBLE else self.arithmetic.dtype)
 

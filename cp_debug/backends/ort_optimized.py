@@ -18,7 +18,7 @@ import onnx
 
 from cp_debug.backends.ort_chunks import ChunkedGraph
 from cp_debug.backends.ort_options import Runtime
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.graph import Graph, Node, refill
 from cp_debug.graph.onnx_file import bodies
 from cp_debug.graph.operators import QUANTIZERS
 from cp_debug.probes.arrays import Tensor, as_numpy
@@ -153,9 +153,7 @@ def _once(graph: onnx.GraphProto) -> bool:
     first = {weight.name: weight for weight in reversed(graph.initializer)}
     again = len(first) < len(graph.initializer)
     if again:
-        kept = [*first.values()][::-1]
-        del graph.initializer[:]
-        graph.initializer.extend(kept)
+        refill(graph.initializer, [*first.values()][::-1])
     inside = [_once(body) for node in graph.node for body in bodies(node)]
     return again or any(inside)
 
@@ -277,14 +275,11 @@ def _with_side_branches(bare: Graph, names: Mapping[str, str], samples: Mapping[
                         channels=samples[name].shape[1],
                     )
 
-    model = onnx.ModelProto()
-    model.CopyFrom(bare.proto)
-    del model.graph.node[:]
-    model.graph.node.extend(nodes())
+    model = bare.copied()
+    refill(model.graph.node, nodes())
     # ONNX Runtime leaves the types of values behind that it no longer computes, now wrong for their FP32 stand-ins.
-    stated = [v for v in bare.proto.graph.value_info if v.name not in set(names.values())]
-    del model.graph.value_info[:]
-    model.graph.value_info.extend(stated)
+    known = set(names.values())
+    refill(model.graph.value_info, (v for v in model.graph.value_info if v.name not in known))
     path = bare.path.with_name(f"observed_{bare.path.name}")
     onnx.save(model, str(path))
     return Graph(path, source=bare)

@@ -48,8 +48,7 @@ def with_paired_sums(graph: Graph, nodes: Sequence[Node], *, even: bool = False)
             continue
         found = True
         result = node.outputs[0]
-        exact = onnx.NodeProto()
-        exact.CopyFrom(node.proto)
+        exact = node.changed().proto
         exact.output[0] = f"{result}\x1fexact"
         total = onnx.helper.make_node("Add", [exact.output[0], loss.output[0]], [result])
         # No node of a graph has a negative place.

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-import onnx
 import torch
 from torch import Tensor
 
@@ -115,8 +114,7 @@ def squares(node: Node, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _adding(node: Node) -> Node:
     """The ReduceSum over the same axes."""
-    proto = onnx.NodeProto()
-    proto.CopyFrom(node.proto)
+    proto = node.changed().proto
     proto.op_type = "ReduceSum"
     return Node.of(-(10**9) - node.index, proto)
 

@@ -12,7 +12,7 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from cp_debug.graph.graph import Node
+from cp_debug.graph.graph import Node, refill
 from cp_debug.graph.onnx_runtime import LIMIT, MOST_PASSES, Endless, loop_seconds
 
 
@@ -66,9 +66,7 @@ def _with_arguments(template: onnx.NodeProto, arguments: Mapping[str, onnx.Attri
         own.CopyFrom(arguments[attribute.ref_attr_name] if attribute.ref_attr_name else attribute)
         own.name = attribute.name
         for graph in () if attribute.ref_attr_name else (*([own.g] if own.HasField("g") else []), *own.graphs):
-            inner = [_with_arguments(each, arguments) for each in graph.node]
-            del graph.node[:]
-            graph.node.extend(inner)
+            refill(graph.node, (_with_arguments(each, arguments) for each in graph.node))
     return node
 
 

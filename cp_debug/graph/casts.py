@@ -13,10 +13,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import TensorProto, defs, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from cp_debug.errors import InputError
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.constants import constant
+from cp_debug.graph.graph import Graph, Node, refill
 from cp_debug.graph.operators import ALL_MOVERS, BODIES
 from cp_debug.graph.surgery import save, unused_names
 
@@ -91,15 +92,12 @@ class _CastSurgery:
 
     def model(self) -> onnx.ModelProto:
         """The rewritten model; weights that are read in low precision only are converted in place."""
-        model = onnx.ModelProto()
-        model.CopyFrom(self.graph.proto)
+        model = self.graph.copied()
         for name, uses in self.weights.items():
             if uses.low and not uses.high:
                 self.low_values.add(name)
         self.pinned -= self.weights.keys()
-        nodes = [proto for node in self.graph.nodes for proto in self._rewrite(node)]
-        del model.graph.node[:]
-        model.graph.node.extend(nodes)
+        refill(model.graph.node, (proto for node in self.graph.nodes for proto in self._rewrite(node)))
         self._convert_weights(model)
         for info in model.graph.value_info:
             if info.name in self.low_values and info.name not in self.pinned:
@@ -125,8 +123,7 @@ class _CastSurgery:
 
     def _rewrite(self, node: Node) -> Iterator[onnx.NodeProto]:
         """The node with its inputs and outputs in place, the casts that it needs around it."""
-        proto = onnx.NodeProto()
-        proto.CopyFrom(node.proto)
+        proto = node.changed().proto
         low = node.index in self.low_nodes
         reads = [slot for slot in _slots(node, self.graph.opsets) if not slot[2]]
         for i, (name, can, _) in enumerate(reads):
@@ -135,7 +132,8 @@ class _CastSurgery:
                 if cast:
                     yield cast
         if node.op == "Constant" and node.outputs[0] in self.low_values:
-            _set_constant(proto, self._narrow(node.outputs[0], _constant(node)))
+            narrow = self._narrow(node.outputs[0], constant(node))
+            refill(proto.attribute, [helper.make_attribute("value", narrow)])
         yield proto
         for i, name in enumerate(node.proto.output):
             if low and name in self.low_values and name in self.pinned:
@@ -184,27 +182,9 @@ class _CastSurgery:
 
 def _slots(node: Node, opsets: dict[str, int]) -> Iterator[tuple[str, bool, bool]]:
     """(Value, may be FP16 here, is an output) for each input and output in place, by the operator's ONNX definition."""
-    domain = "" if node.proto.domain == "ai.onnx" else node.proto.domain
-    try:
-        schema = defs.get_schema(node.proto.op_type, opsets[domain], domain)
-    except (defs.SchemaError, KeyError):
-        schema = None
-    for names, formal, output in (
-        (node.proto.input, schema and schema.inputs, False),
-        (node.proto.output, schema and schema.outputs, True),
-    ):
+    schema = node.schema(opsets)
+    inputs, outputs = (schema.inputs, schema.outputs) if schema else ((), ())
+    for names, formal, output in ((node.proto.input, inputs, False), (node.proto.output, outputs, True)):
         for i, name in enumerate(names):
             # BF16 came to most operators with opset 22; runtimes take it wherever FP16 may be
             yield name, bool(formal) and "tensor(float16)" in formal[min(i, len(formal) - 1)].types, output
-
-
-def _constant(node: Node) -> np.ndarray:
-    attribute = node.proto.attribute[0]
-    if attribute.name == "value":
-        return numpy_helper.to_array(attribute.t)
-    return np.asarray(helper.get_attribute_value(attribute), np.float32)  # value_float, value_floats
-
-
-def _set_constant(proto: onnx.NodeProto, tensor: onnx.TensorProto) -> None:
-    del proto.attribute[:]
-    proto.attribute.append(helper.make_attribute("value", tensor))

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import onnx
-
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.surgery import save
 
@@ -36,8 +34,7 @@ def tell_apart(graph: Graph, shapes: Mapping[str, Shapes], path: Path) -> Path:
     ambiguous = {(value, axis) for value, axis, name, _ in named if len(sizes[name]) > 1}
     if not ambiguous:
         return graph.path
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.proto)
+    model = graph.copied()
     for value in model.graph.input:
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if (value.name, axis) in ambiguous:

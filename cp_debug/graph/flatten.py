@@ -15,7 +15,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from cp_debug.graph.bodies import Body
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.graph import Graph, Node, refill
 from cp_debug.graph.onnx_file import bodies
 from cp_debug.graph.operators import BODIES
 
@@ -55,17 +55,13 @@ def flatten(graph: Graph, decisions: Mapping[str, Decision]) -> tuple[onnx.Model
 
     What is not decided, runs too often, or never and so leaves no shape, stays as it is.
     """
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.proto)
+    model = graph.copied()
     flat = _Flattener(graph, decisions)
     flat.copy(graph.nodes, "", {})
-    del model.graph.node[:]
-    model.graph.node.extend(flat.nodes)
+    refill(model.graph.node, flat.nodes)
     model.graph.initializer.extend(flat.weights.values())
     used = {(n.domain, n.op_type) for n in _all_nodes(flat.nodes)}
-    called = [f for f in model.functions if (f.domain, f.name) in used]
-    del model.functions[:]
-    model.functions.extend(called)
+    refill(model.functions, (f for f in model.functions if (f.domain, f.name) in used))
     return model, flat.branches
 
 
@@ -251,16 +247,12 @@ def _renamed(proto: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
     node = onnx.NodeProto()
     node.CopyFrom(proto)
     for field in (node.input, node.output):
-        renamed = [names.get(n, n) if n else n for n in field]
-        del field[:]
-        field.extend(renamed)
+        field[:] = [names.get(n, n) if n else n for n in field]
     for graph in bodies(node):
         inner_names = {v.name for v in graph.input} | {t.name for t in graph.initializer}
         inner_names |= {o for n in graph.node for o in n.output}
         outer = {k: v for k, v in names.items() if k not in inner_names}
-        children = [_renamed(n, outer) for n in graph.node]
-        del graph.node[:]
-        graph.node.extend(children)
+        refill(graph.node, (_renamed(n, outer) for n in graph.node))
     return node
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnx
 from onnx import numpy_helper
 
 from cp_debug.graph.graph import Graph, Node
@@ -38,8 +37,7 @@ def fold_batchnorm(graph: Graph, path: Path) -> Graph:
     pairs = foldable(graph)
     if not pairs:
         return graph
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.proto)
+    model = graph.copied()
     weights = {t.name: t for t in model.graph.initializer}
     by_output = {output: node for node in model.graph.node for output in node.output}
     for product, norm in pairs:

@@ -15,6 +15,7 @@ from itertools import combinations
 from onnx import helper, numpy_helper
 
 from cp_debug.errors import InputError
+from cp_debug.graph.check_inputs import known_shape
 from cp_debug.graph.graph import Graph, Node, ValueInfo
 from cp_debug.graph.operators import ACTIVATIONS, RECURRENT
 from cp_debug.reading import physical_memory
@@ -294,11 +295,8 @@ def constant_dims(graph: Graph, name: str) -> tuple[int, ...] | None:
 
 def known_dims(graph: Graph, name: str) -> tuple[int, ...] | None:
     """The shape of any value or weight; None unless every dimension is known."""
-    if (dims := constant_dims(graph, name)) is not None or name not in graph.types:
-        return dims
-    tensor = graph.types[name].tensor_type
-    dims = tuple(d.dim_value for d in tensor.shape.dim)
-    return dims if tensor.HasField("shape") and all(dims) else None
+    dims = constant_dims(graph, name)
+    return known_shape(graph, name) if dims is None else dims
 
 
 def scalar(graph: Graph, name: str) -> float | None:

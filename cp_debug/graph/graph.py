@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,23 @@ class Node:
     def attribute(self, name: str, default: Any = None) -> Any:
         """The value of an attribute, as ``onnx.helper`` gives it, or ``default`` where the node has none."""
         return next((onnx.helper.get_attribute_value(a) for a in self.proto.attribute if a.name == name), default)
+
+    def schema(self, opsets: Mapping[str, int]) -> onnx.defs.OpSchema | None:
+        """ONNX's definition of the operator in opsets by domain; None for one that it does not define."""
+        domain = "" if self.proto.domain == "ai.onnx" else self.proto.domain
+        try:
+            return onnx.defs.get_schema(self.proto.op_type, opsets.get(domain, 1), domain)
+        except onnx.defs.SchemaError:
+            return None
+
+    def changed(
+        self, inputs: Sequence[str] | None = None, outputs: Sequence[str] | None = None, index: int | None = None
+    ) -> Node:
+        """A copy under the same name, which may be changed: with other ``inputs`` and ``outputs``, at another place."""
+        proto = deepcopy(self.proto)
+        proto.input[:] = self.proto.input if inputs is None else inputs
+        proto.output[:] = self.proto.output if outputs is None else outputs
+        return replace(Node.of(self.index if index is None else index, proto), name=self.name)
 
 
 _CONTAINERS = {"sequence_type": "a sequence", "optional_type": "an optional", "map_type": "a map"}
@@ -119,6 +137,10 @@ class Graph:
     def __str__(self) -> str:
         """The file as the user knows it."""
         return self._shown
+
+    def copied(self) -> onnx.ModelProto:
+        """A copy of the model's protobuf, which may be changed."""
+        return deepcopy(self.proto)
 
     @cached_property
     def _initializers(self) -> dict[str, onnx.TensorProto]:
@@ -193,7 +215,7 @@ class Graph:
     @cached_property
     def tensors(self) -> list[str]:
         """The values that can be probed, in execution order: all but those known to be no tensor of numbers."""
-        return [v for v in self.values if v not in self.types or _is_numeric(self.types[v])]
+        return [v for v in self.values if v not in self.types or is_numeric(self.types[v])]
 
     @cached_property
     def element_types(self) -> set[int]:
@@ -244,6 +266,13 @@ class Graph:
         return sha.hexdigest()
 
 
+def refill(field: Any, items: Iterable[Any]) -> None:
+    """Put other items, its own among them, into a repeated field of a protobuf."""
+    items = list(items)
+    del field[:]
+    field.extend(items)
+
+
 def digest_of(graphs: Iterable[Graph]) -> str:
     """SHA-256 over the files of a model's graphs, external data files included."""
     return hashlib.sha256("".join(graph.digest for graph in graphs).encode()).hexdigest()
@@ -264,9 +293,7 @@ def _sort(graph: onnx.GraphProto) -> None:
             else:
                 order[stack.pop()] = None
     if list(order) != list(range(len(nodes))):
-        ordered = [nodes[i] for i in order]
-        del graph.node[:]
-        graph.node.extend(ordered)
+        refill(graph.node, [nodes[i] for i in order])
 
 
 def external_files(model: onnx.ModelProto, folder: Path) -> dict[Path, int]:
@@ -315,13 +342,9 @@ def _texts_as_nodes(graph: onnx.GraphProto) -> None:
     if not names:
         return
     nodes = [onnx.helper.make_node("Constant", [], [t.name], name=t.name, value=t) for t in texts]
-    nodes.extend(graph.node)
-    kept = [t for t in graph.initializer if t.name not in names]
-    inputs = [v for v in graph.input if v.name not in names]
-    del graph.node[:], graph.initializer[:], graph.input[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend(kept)
-    graph.input.extend(inputs)
+    refill(graph.node, [*nodes, *graph.node])
+    refill(graph.initializer, (t for t in graph.initializer if t.name not in names))
+    refill(graph.input, (v for v in graph.input if v.name not in names))
 
 
 def _value_info(value: onnx.ValueInfoProto) -> ValueInfo:
@@ -350,7 +373,8 @@ def _free_negative_axes(model: onnx.ModelProto) -> None:
                 dimension.ClearField("dim_value")
 
 
-def _is_numeric(kind: onnx.TypeProto) -> bool:
+def is_numeric(kind: onnx.TypeProto) -> bool:
+    """Whether a type is that of tensors of numbers."""
     return kind.HasField("tensor_type") and kind.tensor_type.elem_type != onnx.TensorProto.STRING
 
 

@@ -9,6 +9,7 @@ from onnx import TensorProto
 
 from cp_debug.graph.downstream import readers
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.onnx_tensors import FLOATS
 from cp_debug.graph.operators import ALL_MOVERS
 
 _CUT_OFF = {"Relu", "Clip"}
@@ -25,7 +26,6 @@ _INTEGERS = {
 }
 WHOLE = frozenset({*_INTEGERS, TensorProto.INT64, TensorProto.UINT64, TensorProto.BOOL})
 """ONNX data types of whole numbers: integers of all sizes, and bool."""
-_FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 _SUFFIXES = ("_quantized", "_QuantizeLinear_Output", "_DequantizeLinear_Output")
 
 
@@ -156,7 +156,7 @@ def unscaled_levels(plain: Graph, graph: Graph, names: Mapping[str, str]) -> set
         value
         for value, name in names.items()
         if kind(graph, value) in _INTEGERS
-        and kind(plain, name) in _FLOATS
+        and kind(plain, name) in FLOATS
         and ((grid := produced_grid(graph, value)) is None or not is_constant(graph, grid.scale))
     }
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 
 from cp_debug.doing import doing
 from cp_debug.errors import InputError
@@ -167,8 +166,7 @@ class MadeUp:
             import onnxruntime as ort
         except ImportError:
             return None
-        model = onnx.ModelProto()
-        model.CopyFrom(self.graph.proto)
+        model = self.graph.copied()
         for node, proto in zip(self.graph.nodes, model.graph.node, strict=True):
             proto.name = f"{node.index}"
         options = onnx_runtime.session_options()

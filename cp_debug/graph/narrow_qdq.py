@@ -18,7 +18,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from cp_debug.errors import InputError
-from cp_debug.graph.graph import Graph
+from cp_debug.graph.graph import Graph, refill
 from cp_debug.graph.narrow_types import BITS, FIRST_OPSET
 from cp_debug.graph.onnx_file import reads
 from cp_debug.graph.qdq import raised
@@ -125,9 +125,8 @@ class _NarrowSurgery:
         nodes = [new for proto in model.graph.node for new in self._rewrite(proto)]
         kept, needed = _needed(nodes, {v.name for v in model.graph.output})
         weights = [t for t in model.graph.initializer if t.name in needed] + self.constants
-        del model.graph.node[:], model.graph.initializer[:]
-        model.graph.node.extend(kept)
-        model.graph.initializer.extend(weights)
+        refill(model.graph.node, kept)
+        refill(model.graph.initializer, weights)
         model.ir_version = max(model.ir_version, {19: 9, 21: 10}.get(opset, 11))
         return model
 

@@ -26,6 +26,8 @@ BITS = {
     **dict.fromkeys(("INT2", "UINT2"), 2),
     "COMPLEX128": 128,
 }
+FLOATS = frozenset((TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE))
+"""Data types of floating-point numbers of 16 bits and more."""
 FIELD = {
     **dict.fromkeys(("FLOAT", "COMPLEX64"), "float_data"),
     **dict.fromkeys(("DOUBLE", "COMPLEX128"), "double_data"),

@@ -20,8 +20,7 @@ def inlined(graph: Graph) -> onnx.ModelProto:
 
     Raises InputError where they are more than ``INLINE_LIMIT``, which a protobuf message cannot hold.
     """
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.proto)
+    model = graph.copied()
     if files := external_files(model, home := weights_folder(graph)):
         if (size := sum(map(tensor_bytes, model.graph.initializer))) > INLINE_LIMIT:
             raise InputError(

@@ -23,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cp_debug.errors import InputError
 from cp_debug.graph.downstream import readers
-from cp_debug.graph.graph import Graph
+from cp_debug.graph.graph import Graph, is_numeric, refill
 from cp_debug.graph.operators import MOVERS
 
 Given = Mapping[str, np.ndarray]
@@ -38,7 +38,7 @@ def other_inputs(graph: Graph) -> dict[str, onnx.TypeProto]:
     """Input → its ONNX type, for those that are no tensors of numbers."""
     inputs = {v.name for v in graph.inputs}
     kinds = {v.name: v.type for v in graph.proto.graph.input if v.name in inputs and v.type.WhichOneof("value")}
-    return {name: kind for name, kind in kinds.items() if not _is_numeric(kind)}
+    return {name: kind for name, kind in kinds.items() if not is_numeric(kind)}
 
 
 def check_other(name: str, kind: onnx.TypeProto, given: Given, source: str) -> set[str]:
@@ -134,8 +134,7 @@ def with_tensor_inputs(graph: Graph, samples: Sequence[Given], names: Mapping[st
     in the length of a sequence, in whether an optional is given, or in the keys of a map, and for a map that is read
     by something else than ``DictVectorizer`` and ``CastMap``.
     """
-    made = TensorInputs(onnx.ModelProto())
-    made.model.CopyFrom(graph.proto)
+    made = TensorInputs(graph.copied())
     front: list[onnx.NodeProto] = []
     inputs: list[onnx.ValueInfoProto] = []
     others = other_inputs(graph)
@@ -151,10 +150,9 @@ def with_tensor_inputs(graph: Graph, samples: Sequence[Given], names: Mapping[st
             start.make(value.name, stands_as, kind)
         front += start.nodes
         inputs += start.inputs
-    nodes = [made.replaced.get(node.output[0] if node.output else "", node) for node in made.model.graph.node]
-    del made.model.graph.input[:], made.model.graph.node[:]
-    made.model.graph.input.extend(inputs)
-    made.model.graph.node.extend([*front, *nodes])
+    nodes = (made.replaced.get(node.output[0] if node.output else "", node) for node in made.model.graph.node)
+    refill(made.model.graph.input, inputs)
+    refill(made.model.graph.node, [*front, *nodes])
     return made
 
 
@@ -319,10 +317,6 @@ def _keys(array: np.ndarray) -> list[Any]:
 def _texts(array: np.ndarray) -> list[str]:
     flat = array.reshape(-1)
     return [each.decode(errors="surrogateescape") if isinstance(each, bytes) else str(each) for each in flat]
-
-
-def _is_numeric(kind: onnx.TypeProto) -> bool:
-    return kind.HasField("tensor_type") and kind.tensor_type.elem_type != TensorProto.STRING
 
 
 def _in_words(kind: onnx.TypeProto) -> str:

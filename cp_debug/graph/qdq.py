@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
-from onnx import defs, external_data_helper, helper, numpy_helper, version_converter
+from onnx import external_data_helper, helper, numpy_helper, version_converter
 
 from cp_debug.doing import doing
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.graph.downstream import from_inputs
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.graph import Graph, Node, refill
+from cp_debug.graph.onnx_tensors import FLOATS
 from cp_debug.graph.operators import BODIES, PRODUCTS
 from cp_debug.graph.surgery import save, unused_names
 
@@ -77,13 +78,7 @@ def quantizable(graph: Graph) -> list[Node]:
 def gives_floats(graph: Graph, node: Node) -> bool:
     """Whether a node's result may be floating-point numbers, by its declared type."""
     kind = graph.types.get(node.outputs[0])
-    return kind is None or kind.tensor_type.elem_type in (
-        onnx.TensorProto.UNDEFINED,
-        onnx.TensorProto.FLOAT,
-        onnx.TensorProto.FLOAT16,
-        onnx.TensorProto.BFLOAT16,
-        onnx.TensorProto.DOUBLE,
-    )
+    return kind is None or kind.tensor_type.elem_type in (onnx.TensorProto.UNDEFINED, *FLOATS)
 
 
 @dataclass
@@ -108,9 +103,7 @@ class _QdqSurgery:
         for name in (*self.layers, *self.residual_adds):
             self._check(name)
         model = raised(self.graph, OPSET, "INT8")
-        nodes = [new for proto in model.graph.node for new in self._rewrite(proto)]
-        del model.graph.node[:]
-        model.graph.node.extend(nodes)
+        refill(model.graph.node, (new for proto in model.graph.node for new in self._rewrite(proto)))
         model.graph.initializer.extend(self.weights)
         return model
 
@@ -204,8 +197,7 @@ def raised(graph: Graph, opset: int, need: str) -> onnx.ModelProto:
     ``need``: what needs the opset, for messages. Raises InputError where ONNX does not convert one of the operators, or
     would lose one of the values.
     """
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.proto)
+    model = graph.copied()
     for proto, node in zip(model.graph.node, graph.nodes, strict=True):
         proto.name = node.name
     old = graph.opsets.get("", 1)
@@ -236,9 +228,7 @@ def raised(graph: Graph, opset: int, need: str) -> onnx.ModelProto:
 
 def _signature(node: Node, opset: int) -> object:
     """Inputs and defaults of a node's operator; None for one that is not in the schemas of ``opset``."""
-    try:
-        schema = defs.get_schema(node.proto.op_type, opset)
-    except defs.SchemaError:
+    if (schema := node.schema({"": opset})) is None:
         return None
     defaults = {n: a.default_value.SerializeToString() for n, a in schema.attributes.items() if a.default_value.type}
     return [formal.name for formal in schema.inputs], defaults

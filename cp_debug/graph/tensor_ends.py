@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from cp_debug.graph.graph import Graph
+from cp_debug.graph.graph import Graph, is_numeric, refill
 
 MOST = 256
 """Elements of a sequence that are compared each by itself; of a longer one only the length is."""
@@ -75,8 +75,7 @@ def without_maps(graph: Graph) -> onnx.ModelProto | None:
     zips = [n for n in graph.nodes if n.op == f"{_ML}.ZipMap" and n.outputs[0] in outputs]
     if not zips:
         return None
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.proto)
+    model = graph.copied()
     added: list[onnx.NodeProto] = []
     for node in zips:
         attributes = {a.name: helper.get_attribute_value(a) for a in node.proto.attribute}
@@ -90,9 +89,8 @@ def without_maps(graph: Graph) -> onnx.ModelProto | None:
         added.append(helper.make_node("Where", choice, [f"{name}.keys"], name=f"{name}.keys"))
         _replace_output(model.graph, name, {f"{name}.values": TensorProto.FLOAT, f"{name}.keys": TensorProto.INT64})
     dropped = {node.outputs[0] for node in zips}
-    others = [proto for proto in model.graph.node if not dropped.intersection(proto.output)]
-    del model.graph.node[:]
-    model.graph.node.extend([*others, *added])
+    others = (proto for proto in model.graph.node if not dropped.intersection(proto.output))
+    refill(model.graph.node, [*others, *added])
     return model
 
 
@@ -133,14 +131,14 @@ def _as_tensors(
     if kind.HasField("optional_type"):
         inner, held = kind.optional_type.elem_type, f"{name}.value"
         given = node("OptionalHasElement", [name], f"{name}.given")
-        if value is None or not _is_numeric(inner):
+        if value is None or not is_numeric(inner):
             return [given], {f"{name}.given": TensorProto.BOOL}
         element = node("OptionalGetElement", [name], held)
         return [given, element], {f"{name}.given": TensorProto.BOOL, held: inner.tensor_type.elem_type}
     if kind.HasField("sequence_type"):
         inner, types = kind.sequence_type.elem_type, {f"{name}.length": int(TensorProto.INT64)}
         nodes = [node("SequenceLength", [name], f"{name}.length")]
-        for place in range(len(value) if _is_numeric(inner) and len(value) <= MOST else 0):
+        for place in range(len(value) if is_numeric(inner) and len(value) <= MOST else 0):
             constant = numpy_helper.from_array(np.int64(place))
             nodes.append(node("Constant", [], f"{name}/{place}", value=constant))
             nodes.append(node("SequenceAt", [name, f"{name}/{place}"], f"{name}[{place}]"))
@@ -150,10 +148,6 @@ def _as_tensors(
     codes = [_code(text) for text in strings]
     encoder = node("LabelEncoder", [name], f"{name}.codes", keys_strings=strings, values_int64s=codes, domain=_ML)
     return [encoder], {f"{name}.codes": TensorProto.INT64}
-
-
-def _is_numeric(kind: onnx.TypeProto) -> bool:
-    return kind.HasField("tensor_type") and kind.tensor_type.elem_type != TensorProto.STRING
 
 
 def _code(text: str | bytes) -> int:
@@ -166,5 +160,4 @@ def _replace_output(graph: onnx.GraphProto, name: str, types: Mapping[str, int])
     outputs = [v for v in graph.output if v.name != name]
     place = next(i for i, v in enumerate(graph.output) if v.name == name)
     outputs[place:place] = [helper.make_tensor_value_info(n, kind, None) for n, kind in types.items()]
-    del graph.output[:]
-    graph.output.extend(outputs)
+    refill(graph.output, outputs)

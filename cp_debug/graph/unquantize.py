@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 
 import onnx
 
 from cp_debug.errors import InputError
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.graph import Graph, Node, refill
 from cp_debug.graph.operators import QUANTIZERS
 from cp_debug.graph.surgery import save
 
@@ -35,10 +34,7 @@ def plain_nodes(graph: Graph) -> dict[str, Node]:
     around = quantized_inputs(graph)
     for node in graph.nodes:
         if pairs := around.get(node.name):
-            proto = onnx.NodeProto()
-            proto.CopyFrom(node.proto)
-            proto.input[:] = [pairs.get(name, name) for name in proto.input]
-            found[node.name] = replace(Node.of(node.index, proto), name=node.name)
+            found[node.name] = node.changed([pairs.get(name, name) for name in node.proto.input])
     return found
 
 
@@ -50,23 +46,18 @@ def remove_qdq(graph: Graph, nodes: Collection[str], target: Path) -> Path:
     pairs = quantized_inputs(graph)
     if unknown := sorted(set(nodes) - pairs.keys()):
         raise InputError(f"{graph}: no node {unknown[0]!r} that reads from DequantizeLinear")
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.proto)
+    model = graph.copied()
     needed = {v.name for v in graph.outputs}
     remaining: list[onnx.NodeProto] = []
     for node in reversed(graph.nodes):
         if node.op in QUANTIZERS and needed.isdisjoint(node.outputs):
             continue
         bypass = pairs[node.name] if node.name in nodes else {}
-        proto = onnx.NodeProto()
-        proto.CopyFrom(node.proto)
+        proto = node.changed([bypass.get(name, name) for name in node.proto.input]).proto
         proto.name = node.name  # one without a name is called after its place, which changes
-        proto.input[:] = [bypass.get(name, name) for name in proto.input]
         remaining.append(proto)
         needed.update(bypass.get(name, name) for name in node.inputs)
-    weights = [t for t in model.graph.initializer if t.name in needed]
-    del model.graph.node[:], model.graph.initializer[:]
-    model.graph.node.extend(reversed(remaining))
-    model.graph.initializer.extend(weights)
+    refill(model.graph.node, reversed(remaining))
+    refill(model.graph.initializer, (t for t in model.graph.initializer if t.name in needed))
     save(model, graph, target)
     return target

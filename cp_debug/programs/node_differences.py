@@ -379,16 +379,12 @@ def named(change: TensorChange, role: str, op: str) -> str:
 def attributes(graph: Graph, node: Node) -> dict[str, Any]:
     """Attribute → value of a node, absent ones with their defaults, texts as ``str``; bodies are left out."""
     kinds = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
-    try:
-        domain = "" if node.proto.domain == "ai.onnx" else node.proto.domain
-        schema = onnx.defs.get_schema(node.proto.op_type, graph.opsets.get(domain, 1), domain)
-        values = {
-            name: helper.get_attribute_value(a.default_value)
-            for name, a in schema.attributes.items()
-            if a.default_value.type not in (0, *kinds)
-        }
-    except onnx.defs.SchemaError:
-        values = {}
+    schema = node.schema(graph.opsets)
+    values = {
+        name: helper.get_attribute_value(a.default_value)
+        for name, a in (schema.attributes.items() if schema else ())
+        if a.default_value.type not in (0, *kinds)
+    }
     values |= {a.name: helper.get_attribute_value(a) for a in node.proto.attribute if a.type not in kinds}
     return {name: _plain_value(value) for name, value in values.items()}
 

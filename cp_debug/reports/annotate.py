@@ -39,8 +39,7 @@ def write_annotated(saved: SavedResult, target: Path) -> list[Path]:
 
 def annotate(graph: Graph, component: str, result: BisectResult) -> onnx.ModelProto:
     """A copy of the model: every node's ``metadata_props`` carries the figures, its ``doc_string`` the verdicts."""
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.proto)
+    model = graph.copied()
     nodes = {output: node for node in model.graph.node for output in node.output if output}
     for test in result.tests:
         for row in test.rows:

@@ -8,7 +8,6 @@ twice. Kernels without shared memory add the bias first.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -45,10 +44,10 @@ def fused(
             dims = len(graph.weight(node.proto.input[1]).dims) - 2
             values[node.name + BIAS] = bias.reshape(-1, *(1,) * dims)
             behind[follower.name] = node.name + BIAS
-            reordered.append(_changed(node, inputs=node.proto.input[:2]))
+            reordered.append(node.changed(node.proto.input[:2]))
         elif node.name in behind:
             between = f"{node.outputs[0]}\x1fsum"
-            reordered.append(_changed(node, output=between))
+            reordered.append(node.changed(outputs=[between]))
             proto = onnx.helper.make_node("Add", [between, behind[node.name]], [node.outputs[0]], f"{node.name}{BIAS}")
             reordered.append(Node.of(-1 - len(reordered), proto))
         else:
@@ -68,13 +67,3 @@ def _once_rounded(nodes: Sequence[Node]) -> list[Node]:
                 replaced[node.name] = Node.of(node.index, proto)
                 absorbed.add(sigmoid.name)
     return [replaced.get(node.name, node) for node in nodes if node.name not in absorbed]
-
-
-def _changed(node: Node, *, inputs: Sequence[str] | None = None, output: str | None = None) -> Node:
-    proto = onnx.NodeProto()
-    proto.CopyFrom(node.proto)
-    if inputs is not None:
-        proto.input[:] = inputs
-    if output is not None:
-        proto.output[:] = [output]
-    return replace(Node.of(node.index, proto), name=node.name)

@@ -24,7 +24,7 @@ from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.replay import Load
 from cp_debug.bisect.replayed import FLOOR
 from cp_debug.errors import InputError
-from cp_debug.graph.graph import Node
+from cp_debug.graph.graph import Node, refill
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.probes.distance import born_nonfinite
 from cp_debug.programs.precision import PRECISIONS, Precision
@@ -155,16 +155,13 @@ class Segment:
         **attributes: Any,
     ) -> Tensor | None:
         """The target, or another value, as ``edited`` makes it, of whatever shape; None where it cannot be computed."""
-        proto = onnx.NodeProto()
-        proto.CopyFrom(node.proto)
+        proto = node.changed().proto
         if op is not None:
             proto.op_type, proto.domain = op, ""
             del proto.attribute[:]
         if reads is not None:
             proto.input[:] = reads
-        attributes_kept = [a for a in proto.attribute if a.name not in attributes]
-        del proto.attribute[:]
-        proto.attribute.extend(attributes_kept)
+        refill(proto.attribute, (a for a in proto.attribute if a.name not in attributes))
         proto.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in attributes.items() if v is not None)
         index, values = next(_fresh), {}
         for place, value in (inputs or {}).items():
@@ -199,12 +196,11 @@ class Segment:
                 return None
             weight, bias = raw
             bias = torch.where(bias.abs() < 1e-5 * norm.mean.abs().max(), 0.0, bias)  # folded in FP32 where it is none
-        proto = onnx.NodeProto()
-        proto.CopyFrom(node.proto)
-        proto.input[:] = [node.proto.input[0], f"{node.proto.input[1]}\x1fapart"]
-        values = {**self.given, proto.input[1]: weight.to(arithmetic.dtype)}
+        name = f"{node.proto.input[1]}\x1fapart"
+        alone = node.changed([node.proto.input[0], name], index=next(_fresh))
+        values = {**self.given, name: weight.to(arithmetic.dtype)}
         executor = self.context.executor(arithmetic)
-        plain = executor.run_nodes([*earlier, Node.of(next(_fresh), proto)], values, node.outputs)[node.outputs[0]]
+        plain = executor.run_nodes([*earlier, alone], values, node.outputs)[node.outputs[0]]
 
         def stored(value: Tensor) -> Tensor:
             return as_double(arithmetic.round(value.to(arithmetic.dtype)))

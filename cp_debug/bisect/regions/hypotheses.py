@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import onnx
 import torch
 from torch import Tensor
 
@@ -174,15 +173,8 @@ def crossed(segment: Segment, ranges: Mapping[str, ValueSummary], claim: Arithme
 
 def _renamed(segment: Segment, names: Mapping[str, str], claim: Arithmetic) -> Tensor:
     """The target when values have other names from where they are made on."""
-    nodes = []
-    for node in segment.nodes:
-        if names.keys().isdisjoint(node.outputs):
-            nodes.append(node)
-            continue
-        proto = onnx.NodeProto()
-        proto.CopyFrom(node.proto)
-        proto.output[:] = [names.get(name, name) for name in proto.output]
-        nodes.append(replace(Node.of(node.index, proto), name=node.name))
+    renamed = ([names.get(output, output) for output in node.proto.output] for node in segment.nodes)
+    nodes = [n if o == [*n.proto.output] else n.changed(outputs=o) for n, o in zip(segment.nodes, renamed, strict=True)]
     return segment.run(claim, _ordered(nodes))
 
 
