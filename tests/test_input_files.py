@@ -16,8 +16,8 @@ from onnx import TensorProto, numpy_helper
 from test_cli import run
 
 from cp_debug.errors import InputError
+from cp_debug.graph.check_inputs import as_declared
 from cp_debug.graph.graph import Graph
-from cp_debug.programs.pipeline import as_declared
 from cp_debug.recipes.images import ImageFormat
 from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 from cp_debug.recipes.onnx_file import OnnxFileModel

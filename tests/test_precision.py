@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cp_debug.backends.narrow_options import NarrowOptions
-from cp_debug.programs.precision import PRECISIONS, coarser, coarsest, of_operators, oracle_for
+from cp_debug.programs.precision import PRECISIONS, coarsest, of_operators, oracle_for
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ from cp_debug.programs.precision import PRECISIONS, coarser, coarsest, of_operat
     [("fp32", "fp16", "fp16"), ("bf16", "fp16", "bf16"), ("fp32", "fp32", "fp32"), ("tf32", "fp32", "tf32")],
 )
 def test_two_results_agree_as_well_as_the_coarser_precision(a: str, b: str, name: str) -> None:
-    assert coarser(a, b).name == coarser(b, a).name == name
+    assert coarsest(a, b).name == coarsest(b, a).name == name
 
 
 def test_limits_of_precisions_are_those_of_their_types() -> None:

@@ -22,11 +22,10 @@ from cp_debug.backends.dumped import (
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError, in_one_line
-from cp_debug.graph.check_inputs import known_shape
+from cp_debug.graph.check_inputs import as_declared, known_shape
 from cp_debug.graph.graph import Graph, ValueInfo
 from cp_debug.probes.arrays import as_numpy, dtype_name, is_torch
 from cp_debug.probes.dumps import read_dumps, steps_left_out
-from cp_debug.programs.pipeline import as_declared
 from cp_debug.programs.tensor_inputs import has_other_inputs
 from cp_debug.recipes.abilities import CountsSamples, with_notes, with_samples
 from cp_debug.recipes.base import Model, Sample

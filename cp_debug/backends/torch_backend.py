@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.emulated import ExecutorSession
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
-from cp_debug.graph.check_inputs import check_inputs
+from cp_debug.graph.check_inputs import as_declared, check_inputs
 from cp_debug.probes.arrays import as_numpy, as_torch, dtype_name, is_dense, layout_of
 from cp_debug.probes.module_copy import copied_to
 from cp_debug.probes.trace import trace
@@ -140,8 +139,7 @@ class ModuleSession:
         if self._module is None:
             self._module = self._made()
         graph = self._program.graph
-        declared = {v.name: v.dtype for v in graph.inputs}
-        inputs = {n: _in_float_of(a, declared.get(n)) for n, a in inputs.items()}
+        inputs = as_declared(graph, inputs)  # a component before this one computes in the backend's precision
         check_inputs(graph.inputs, inputs, self._program.name)
         tensors = {v.name: self._input(inputs[v.name]) for v in graph.inputs}
         shown: set[str] = set()
@@ -186,9 +184,3 @@ class ModuleSession:
     def close(self) -> None:
         """Free the copy of the module."""
         self._module = None
-
-
-def _in_float_of(array: np.ndarray, declared: np.dtype | None) -> np.ndarray:
-    """Floats as the graph takes them: a component before this one computes in the backend's precision."""
-    floats = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
-    return array.astype(declared) if declared in floats and array.dtype in floats else array

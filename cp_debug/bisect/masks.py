@@ -14,6 +14,7 @@ from cp_debug.bisect.replayed import EXCESS
 from cp_debug.bisect.result import DIVERGENT, GUILTY, INHERITED, LayerRow
 from cp_debug.bisect.whole_numbers import as_tensor
 from cp_debug.errors import InputError
+from cp_debug.graph.downstream import readers
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.operators import MOVERS
 from cp_debug.probes.held import CapturedRun
@@ -66,19 +67,11 @@ def acquit_masks(
 
 def _ends(graph: Graph, value: str) -> int:
     """Number of nodes that a value reaches up to those that make 0 of a mask; 0 where it reaches anything else."""
-    outputs = {info.name for info in graph.outputs}
-    waiting, seen = [value], {value}
-    nodes = 0
-    while waiting:
-        name = waiting.pop()
-        readers = graph.consumers.get(name, [])
-        if name in outputs or any(node.op not in PASSES | ENDS for node in readers):
-            return 0
-        nodes += len(readers)
-        results = {o for node in readers if node.op in PASSES for o in node.outputs} - seen
-        seen |= results
-        waiting += results
-    return nodes
+    outputs, reached = {info.name for info in graph.outputs}, {value}
+    passes = lambda node, _: node.op in PASSES  # noqa: E731
+    nodes = [node for node, _ in readers(graph, value, passes)]
+    reached.update(o for node in nodes if node.op in PASSES for o in node.outputs)
+    return len(nodes) if reached.isdisjoint(outputs) and all(node.op in PASSES | ENDS for node in nodes) else 0
 
 
 def _agrees_beside(replayer: Replayer, value: str, row: LayerRow, masked: Tensor, loads: Sequence[Load]) -> bool:

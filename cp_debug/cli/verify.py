@@ -78,7 +78,7 @@ def verify(
     from cp_debug.deploy.config import override
     from cp_debug.deploy.stages import Deployment, configured
     from cp_debug.files import write_text
-    from cp_debug.programs.precision import coarser
+    from cp_debug.programs.precision import coarsest
     from cp_debug.recipes.centerpoint.recipe import CenterPointModel
     from cp_debug.reports.verification import render, render_junit
 
@@ -117,7 +117,7 @@ def verify(
         why = f"{config.model} makes no voxels here; expected a CenterPoint"
         refuse(("voxels",), unless=voxels is None or isinstance(deployment.model, CenterPointModel), why=why)
         judged = {
-            coarser(deployment.backend(s.reference).precision, deployment.backend(s.test).precision).name
+            coarsest(deployment.backend(s.reference).precision, deployment.backend(s.test).precision).name
             for s in config.scenarios()
         }
         check_precisions(parse_tolerances(tolerance or ()), judged)

@@ -23,7 +23,7 @@ from cp_debug.deploy.exporting import ExportOptions, OnStep, checker, export_mod
 from cp_debug.deploy.quantize_output import MEASURED, First, earlier_files, remove_others
 from cp_debug.display import Shown
 from cp_debug.errors import InputError
-from cp_debug.files import complete_folder, complete_path, resolved
+from cp_debug.files import complete_folder, complete_path
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.narrow_qdq import insert_narrow_qdq
 from cp_debug.graph.tensor_ends import as_arrays
@@ -117,9 +117,6 @@ def quantize_narrow(
     check_method(precision, method)
     files = own_files(model)
     for program in files or ():
-        target = output / f"{program.name}.onnx"
-        if resolved(target) == resolved(program.graph.path):
-            raise InputError(f"{target}: that is the model itself; expected another folder")
         _refuse_quantized(program.graph)
     earlier = earlier_files(output, model, overwrite)
     first = First(MEASURED)

@@ -100,8 +100,13 @@ def write_quantized(
 def earlier_files(folder: Path, model: Model, overwrite: bool) -> list[Path]:
     """The files of an earlier quantization of ``model`` in ``folder``, which a new one replaces.
 
-    Raises InputError where there are some and ``overwrite`` is false, before anything long.
+    Raises InputError where there are some and ``overwrite`` is false, before anything long, and where the model lies in
+    ``folder`` under a name that is written.
     """
+    for component in model.components:
+        target = folder / f"{component.name}.onnx"
+        if component.onnx_path is not None and resolved(target) == resolved(component.onnx_path):
+            raise InputError(f"{target}: that is the model itself; expected another folder")
     kinds = (".onnx", ".onnx.data", ".alignment.json", ".calibration.safetensors")
     names = [
         FILE,
@@ -166,10 +171,6 @@ def quantize_ptq(
     ``skip_layers`` leave nothing to quantize, a file would replace the model's own, or ``output`` holds an earlier
     run's and ``overwrite`` is false.
     """
-    for graph in model.components:
-        target = output / f"{graph.name}.onnx"
-        if graph.onnx_path is not None and resolved(target) == resolved(graph.onnx_path):
-            raise InputError(f"{target}: that is the model itself; expected another folder")
     earlier = earlier_files(output, model, overwrite)
     first = First(MEASURED)
     samples = first(calibration_samples(model, inputs, MEASURED if cache else batches, on_step))

@@ -35,7 +35,7 @@ class ConfidenceInterval(NamedTuple):
 
 
 def intervals(draws: Mapping[str, Floats], less: Mapping[str, Floats] | None = None) -> dict[str, ConfidenceInterval]:
-    """The interval of each figure from its values in each draw, which ``less`` has of a reference, taken off."""
+    """The interval of each figure from its values [1 + draws], with those of ``less``, of a reference, taken off."""
     return {name: ConfidenceInterval.of(each if less is None else each - less[name]) for name, each in draws.items()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import onnx
 
@@ -14,6 +15,7 @@ from cp_debug.graph.other_inputs import check_other
 
 _TAKE_ALL = "`bisect`, `capture`, `check`, `predict` and `search`"
 """The commands that make tensors of numbers of other inputs."""
+_FLOATS = {np.dtype(t) for t in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)}
 
 
 def check_given_inputs(expected: Sequence[ValueInfo], given: Mapping[str, np.ndarray], source: str) -> None:
@@ -62,6 +64,12 @@ def check_inputs(
                     f"{source}: input {value.name!r} has shape {list(array.shape)}; {expectation}; "
                     f"{symbol} is {size} here and {first_use[0]} in {first_use[1]!r}"
                 )
+
+
+def as_declared(graph: Graph, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inputs, each in the float type in which ``graph`` takes it: a file in FP16 beside one in FP32."""
+    declared = {v.name: v.dtype for v in graph.inputs if v.dtype in _FLOATS}
+    return {n: a.astype(declared.get(n, a.dtype), copy=False) if a.dtype in _FLOATS else a for n, a in inputs.items()}
 
 
 def no_numbers(value: ValueInfo) -> str | None:

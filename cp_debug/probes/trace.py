@@ -104,6 +104,14 @@ class Trace:
     tensors: list[Tensor] = field(default_factory=list)
     """The flattened outputs themselves."""
 
+    def readers(self) -> dict[TorchValue, list[TorchValue]]:
+        """Value → the values that are computed from it, for those that have such."""
+        readers: dict[TorchValue, list[TorchValue]] = {}
+        for value in self.values:
+            for source in value.inputs:
+                readers.setdefault(source, []).append(value)
+        return readers
+
 
 def trace(
     module: nn.Module,

@@ -169,10 +169,7 @@ def _links(
 
 
 def _modules(matching: Matching, record: Trace) -> dict[str, Any]:
-    readers: dict[TorchValue, list[TorchValue]] = {}
-    for value in record.values:
-        for source in value.inputs:
-            readers.setdefault(source, []).append(value)
+    readers = record.readers()
     onnx_of = {value: name for name, (value, _) in reversed(matching.pairs.items())}
     outputs = {value for value in record.outputs if value is not None}
     absorbed, unused, unmatched = {}, [], []

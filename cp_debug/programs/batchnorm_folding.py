@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from cp_debug.errors import InputError
 from cp_debug.probes.module_copy import copied
-from cp_debug.probes.trace import TorchValue, Trace, trace, unwatched
+from cp_debug.probes.trace import trace, unwatched
 from cp_debug.programs.torch_layers import Transposed, WeightedLayer, channels, is_quantized
 
 _SAME_ELEMENTS = {"permute", "transpose", "t", "clone", "view", "_unsafe_view", "unsqueeze", "squeeze", "alias"}
@@ -114,7 +114,7 @@ class _Flow:
                 handle.remove()
         self._record, self._outputs = record, set(record.outputs)
         self._maker = {v: call for call, values in record.leaves.items() for v in values if v.call == call}
-        self._readers = _readers(record)
+        self._readers = record.readers()
 
     def layer_before(self, path: str, norm: _BatchNorm) -> tuple[str | None, str]:
         """Path of the layer that ``norm`` can be folded into, or None and the reason why there is none."""
@@ -154,11 +154,3 @@ class _Flow:
                 self._ranges[path] = torch.stack(torch.aminmax(flat, dim=1))
 
         return hook
-
-
-def _readers(record: Trace) -> dict[TorchValue, list[TorchValue]]:
-    readers: dict[TorchValue, list[TorchValue]] = {}
-    for value in record.values:
-        for source in value.inputs:
-            readers.setdefault(source, []).append(value)
-    return readers

@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from cp_debug.backends.base import Backend, Program, RunRecord, Session, Sink, Tensor
@@ -24,7 +23,7 @@ from cp_debug.backends.capabilities import (
     profiles_of,
 )
 from cp_debug.errors import InputError
-from cp_debug.graph.check_inputs import no_numbers
+from cp_debug.graph.check_inputs import as_declared, no_numbers
 from cp_debug.graph.declared import declared_precisions
 from cp_debug.graph.graph import Graph, digest_of, fits_shape
 from cp_debug.graph.integer_values import level_values
@@ -188,21 +187,6 @@ def _replace(program: Program, path: Path) -> Program:
     alignment = Alignment.load(manifest, graph) if manifest.is_file() else None
     example = None if program.example is None else as_declared(graph, program.example)
     return Program(program.name, graph, alignment=alignment, example=example)
-
-
-def as_declared(graph: Graph, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inputs, each in the float type in which ``graph`` takes it: a file in FP16 beside one in FP32."""
-    declared = {v.name: v.dtype for v in graph.inputs if v.dtype is not None}
-
-    def converted(name: str, array: np.ndarray) -> np.ndarray:
-        dtype = declared.get(name, array.dtype)
-        both_floats = array.dtype in _FLOATS and dtype in _FLOATS
-        return array.astype(dtype) if both_floats and dtype != array.dtype else array
-
-    return {name: converted(name, array) for name, array in inputs.items()}
-
-
-_FLOATS = {np.dtype(t) for t in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)}
 
 
 def changed_state(program: Program, *, train: bool, out_of_place: bool) -> Program:

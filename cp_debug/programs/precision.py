@@ -74,16 +74,11 @@ def of_operators(name: str, operators: Iterable[str]) -> str:
     return name if any(op in encoded or op.startswith("com.microsoft.") for op in operators) else options.out
 
 
-def coarser(a: str, b: str) -> Precision:
-    """The less exact of two precisions: two results can agree no better than it allows."""
-    return coarsest(a, b)
-
-
 def coarsest(*names: str | None) -> Precision:
-    """The least exact of some precisions; None is left out."""
+    """The least exact of some precisions, than which two results can agree no better; None is left out."""
     return max((PRECISIONS[name] for name in names if name), key=lambda p: (p.roundoff, p.rtol))
 
 
 def oracle_for(reference: str, test: str) -> str:
     """``fp64`` where both sides claim FP32 or better; below that a deterministic FP32 replay is exact enough."""
-    return "fp64" if coarser(reference, test).name in ("fp64", "fp32") else "fp32"
+    return "fp64" if coarsest(reference, test).name in ("fp64", "fp32") else "fp32"

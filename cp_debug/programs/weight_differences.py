@@ -77,18 +77,16 @@ class WeightDifferences(JsonForm):
         return {"says": self.says}
 
 
-def weight_differences(reference: Graph, test: Graph, names: Mapping[str, str] | None = None) -> WeightDifferences:
+def weight_differences(reference: Graph, test: Graph) -> WeightDifferences:
     """Compare the constants of two graphs, and of the branches, loop bodies and functions in them.
 
-    They are paired by name, by equal nodes, by equal contents, and what is left by shape and nearness. ``names``: test
-    value → reference value, where they are known; equal names else.
+    They are paired by name where names can be believed, by equal nodes, by equal contents, and what is left by shape
+    and nearness.
     """
     ours, theirs = BodyConstants(reference), BodyConstants(test)
     nodes = (*reference.nodes, *ours.inner_nodes.values())
     gates = {name: GATES[n.op] for n in nodes if n.op in GATES for name in [*ours.inputs(n)][1:4]}
-    if names is None and not believable(reference, test):
-        names = {}
-    pairs = _paired(ours, theirs, names)
+    pairs = _paired(ours, theirs) if believable(reference, test) else []
     matched, unmatched_test = {a for a, _ in pairs}, [n for n in theirs.names if n not in {b for _, b in pairs}]
     unmatched = [n for n in ours.names if n not in matched]
     for a, b in _by_contents(ours, theirs, unmatched, unmatched_test):
@@ -144,12 +142,12 @@ def differences_of_states(ours: Mapping[str, np.ndarray], theirs: Mapping[str, n
     return WeightDifferences(len(common), differences, missing, added)
 
 
-def _paired(ours: BodyConstants, theirs: BodyConstants, names: Mapping[str, str] | None) -> list[tuple[str, str]]:
+def _paired(ours: BodyConstants, theirs: BodyConstants) -> list[tuple[str, str]]:
     """(Reference, test) names of constants with one name, or at one input of nodes that make the same value."""
     pairs: dict[str, str] = {}
     makers = ours.inner_nodes | ours.graph.producer
     for value, node in (theirs.inner_nodes | theirs.graph.producer).items():
-        twin = makers.get(value if names is None else names.get(value, ""))
+        twin = makers.get(value)
         if twin is None or twin.op != node.op:
             continue
         for a, b in zip(ours.inputs(twin), theirs.inputs(node), strict=False):
@@ -157,7 +155,7 @@ def _paired(ours: BodyConstants, theirs: BodyConstants, names: Mapping[str, str]
                 pairs.setdefault(b, a)
     used, read = set(pairs.values()), set(ours.names)
     for name in theirs.names:
-        if name in read and name not in pairs and name not in used and names is None:
+        if name in read and name not in pairs and name not in used:
             pairs[name] = name
     unique: dict[str, str] = {}
     for b, a in pairs.items():

@@ -18,6 +18,7 @@ from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow, TestResult
 from cp_debug.errors import CpdebugError
 from cp_debug.graph.graph import Graph
 from cp_debug.recipes.stages import scope_of
+from cp_debug.reports.numbers import shape_of
 from cp_debug.reports.saved import SavedResult
 
 VENDOR = Path(__file__).parent / "html" / "vendor"
@@ -84,7 +85,7 @@ def graph_data(saved: SavedResult, anchors: Sequence[str]) -> dict[str, Any] | N
     return {
         "tests": [{"spec": t.backend.spec, "anchor": a} for t, a in zip(saved.result.tests, anchors, strict=True)],
         "layers": [
-            [layer.row.name, layer.label, layer.row.op, parent, _shape(layer.row)]
+            [layer.row.name, layer.label, layer.row.op, parent, shape_of(layer.row.stats)]
             for layer, parent in zip(layers, parents, strict=True)
         ],
         "groups": groups,
@@ -250,10 +251,6 @@ def _plain(value: float | None) -> str | float | None:
     if value is None:
         return None
     return float(f"{value:.4g}") if math.isfinite(value) else "NaN" if math.isnan(value) else "Infinity"
-
-
-def _shape(row: LayerRow) -> str:
-    return "×".join(map(str, row.stats.shape)) or "scalar"
 
 
 def json_script(data: object) -> Markup:

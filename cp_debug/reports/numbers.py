@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 
 def percent(share: float) -> str:
@@ -45,3 +46,8 @@ def number(value: float | None) -> str:
     if not math.isfinite(value):
         return str(value)
     return f"{value:.3g}" if 0.01 <= abs(value) < 10000 else f"{value:.2e}"
+
+
+def shape_of(having: Any) -> str:
+    """The shape of an array, or of what was measured of one: ``64×3×7``, ``scalar``."""
+    return "×".join(map(str, having.shape)) or "scalar"

@@ -25,7 +25,7 @@ from cp_debug.bisect.result import (
 from cp_debug.reports import finite
 from cp_debug.reports.causes import findings
 from cp_debug.reports.engines import engine_lines, kernels
-from cp_debug.reports.numbers import number, share
+from cp_debug.reports.numbers import number, shape_of, share
 from cp_debug.reports.optimizer_blame import render_optimizer_blame
 from cp_debug.reports.sheet import Cell, Column, Row, Sheet, Tone
 from cp_debug.reports.sheet_terminal import Terminal
@@ -153,7 +153,7 @@ def stage_table(test: TestResult, *, show_all: bool = False) -> Sheet:
     rows = [
         (
             name,
-            _shape(stage.layer),
+            shape_of(stage.layer.stats),
             _compared(stage.layer, "max_abs"),
             _compared(stage.layer, "mean_abs"),
             _compared(stage.layer, "rel_l2"),
@@ -176,7 +176,7 @@ _LAYER_COLUMNS: dict[str, tuple[Column, Callable[[LayerRow], Any]]] = {
     "#": (Column("#", "number", leave_out=4, show=str), lambda row: row.index),
     "layer": (Column("layer", "name"), lambda row: row.name),
     "op": (Column("op", "mark", leave_out=5), lambda row: row.op),
-    "shape": (Column("shape", "number", leave_out=7), lambda row: _shape(row)),
+    "shape": (Column("shape", "number", leave_out=7), lambda row: shape_of(row.stats)),
     "max |Δ|": (Column("max |Δ|", "number", leave_out=6), lambda row: _compared(row, "max_abs")),
     "rel. L2": (Column("rel. L2", "number", leave_out=2), lambda row: _compared(row, "rel_l2")),
     "introduced": (Column("introduced", "number"), lambda row: _replayed(row, "introduced")),
@@ -305,7 +305,3 @@ def _samples(samples: Sequence[str]) -> str:
     if not samples:  # a capture that another program wrote
         return "a sample without a name"
     return samples[0] if len(samples) == 1 else f"{len(samples)} samples, from {samples[0]} to {samples[-1]}"
-
-
-def _shape(row: LayerRow) -> str:
-    return "×".join(map(str, row.stats.shape)) or "scalar"

@@ -14,7 +14,7 @@ from cp_debug.graph.graph import Graph
 from cp_debug.probes.alignment import Alignment
 from cp_debug.probes.capture import Capture
 from cp_debug.programs.pipeline import value_map
-from cp_debug.programs.precision import coarser, oracle_for
+from cp_debug.programs.precision import coarsest, oracle_for
 from cp_debug.reports.saved import SavedResult
 
 
@@ -73,7 +73,7 @@ def find_accused(saved: SavedResult, layer: str | None = None, backend: str | No
             {},
             {name: reference_name for name, reference_name in reference_name_of.items() if reference_name in known},
         )
-    precision = coarser(saved.result.reference.precision, test.backend.precision).name
+    precision = coarsest(saved.result.reference.precision, test.backend.precision).name
     return Accused(
         row=row,
         test=test,

@@ -15,7 +15,7 @@ from cp_debug.bisect.replayed import Replay
 from cp_debug.reports.bundle.accused import Accused
 from cp_debug.reports.bundle.case import Case
 from cp_debug.reports.bundle.verify import Measured
-from cp_debug.reports.numbers import number, share
+from cp_debug.reports.numbers import number, shape_of, share
 from cp_debug.safe_text import code_span, markdown
 
 FILES = {
@@ -76,7 +76,7 @@ def readme(
     if polygraphy:
         lines += ["The same with Polygraphy:", "", "```", polygraphy, "```", ""]
     lines += ["## What fails", "", *_table(("output", "shape", "introduced", "expected", "excess", "verdict"), [
-        (code_span(name), _shape(o.exact), *_figures(o.replay), o.judgement.verdict)
+        (code_span(name), shape_of(o.exact), *_figures(o.replay), o.judgement.verdict)
         for name, o in measured.items()
     ])]  # fmt: skip
     lines += ["", "Relative L2 norms; *expected* is what the declared precision must introduce.", ""]
@@ -93,7 +93,7 @@ def readme(
         ("share of the final divergence", "–" if row.share is None else share(row.share)),
     ])]  # fmt: skip
     lines += ["", "## Inputs", "", *_table(("input", "type", "shape", "not zero", "origin"), [
-        (code_span(n), str(a.dtype), _shape(a), str(np.count_nonzero(a)), _origin(case, n))
+        (code_span(n), str(a.dtype), shape_of(a), str(np.count_nonzero(a)), _origin(case, n))
         for n, a in case.inputs.items()
     ])]  # fmt: skip
     lines += ["", *(f"- {step}" for step in (*history, *case.notes)), ""]
@@ -139,10 +139,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def _figures(replay: Replay | None) -> list[str]:
     return [number(getattr(replay, key, None)) for key in ("introduced", "expected", "excess")]
-
-
-def _shape(array: np.ndarray) -> str:
-    return "×".join(map(str, array.shape)) or "scalar"
 
 
 def _attributes(node: onnx.NodeProto) -> str:
