@@ -401,12 +401,16 @@ def test_pairs_of_quantizers_become_integer_kernels(tmp_path: Path) -> None:
 def test_whole_numbers_beyond_int32_are_told(tmp_path: Path) -> None:
     model = onnx.parser.parse_model("""
         <ir_version: 9, opset_import: ["" : 17]>
-        net (int64[4] x) => (int64[4] y) <int64 k = {5000000000}> { y = Add (x, k) }""")
+        net (int64[4] x) => (int64[4] y) <int64 k = {5000000000}, int64 d = {1000}> {
+            s = Add (x, k)
+            y = Div (s, d)
+        }""")
     onnx.save(model, tmp_path / "net.onnx")
     np.savez(tmp_path / "x.npz", x=np.array([1, 20, 300, 4000]))
     test = diagnose(tmp_path / "net.onnx", "ort,openvino", inputs=tmp_path / "x.npz", progress=False).tests[0]
-    assert [row.onnx for row in test.guilty] == ["y"]
+    assert [row.onnx for row in test.guilty] == ["s"]
     assert [finding.cause for finding in test.findings] == ["int32-overflow"]
+    assert not any("flip" in note for note in test.notes), "what is behind is wrong, and nothing was rounded"
     assert "the constant k saturates, results of Add wrap" in test.findings[0].headline
 
 

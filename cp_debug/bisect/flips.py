@@ -62,6 +62,8 @@ def flips(
         if made_by in behind:
             behind[made_by].append(row.name)
             continue
+        if rows[made_by].stats.is_whole:
+            continue  # wrong, not rounded
         behind[made_by] = []
         says = f"{row.name} ({row.op}): {len(places)} of {ours.size} results flip, first at {places[0].tolist()}"
         value, near = rows[front], Key(front.component, front.value)
