@@ -249,7 +249,7 @@ def test_a_first_build_that_takes_too_long_says_how_far_it_was(tmp_path: Path, m
         raise runner.RunnerFailure("time", "the build was stopped at its time limit")
 
     monkeypatch.setitem(runner.COMMANDS, "build", build)
-    with pytest.raises(BuildTimedOut, match=r"stopped after 2 s \(--build-timeout\); it was at 'timing /c1/Conv', 7"):
+    with pytest.raises(BuildTimedOut, match=r"stopped after 2 s \(--build-timeout\); it was at timing /c1/Conv \(7\)"):
         shown(tmp_path, build_timeout=2.0)
 
 

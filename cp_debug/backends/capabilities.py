@@ -35,31 +35,6 @@ class FreesMemory(Protocol):
         ...
 
 
-class BuiltVariation(Protocol):
-    """One more engine of a program, with its results on one input."""
-
-    @property
-    def outputs(self) -> Mapping[str, np.ndarray]:
-        """The graph's outputs.
-
-        Name → array in the dtype that the graph declares.
-        """
-        ...
-
-    @property
-    def shown(self) -> Mapping[str, np.ndarray]:
-        """The marked values that it put out.
-
-        Name → array in the dtype that the engine computes it in.
-        """
-        ...
-
-    @property
-    def gap(self) -> float:
-        """Relative L2 distance of its outputs from the plain engine's."""
-        ...
-
-
 @runtime_checkable
 class BuildsVariations(Protocol):
     """A session that fuses nodes, tells how, and builds engines that differ a little from the one that is judged."""
@@ -70,12 +45,13 @@ class BuildsVariations(Protocol):
         ...
 
     def trial(
-        self,
-        inputs: Mapping[str, np.ndarray],
-        marks: Collection[str] = (),
-        keep_fp32: Collection[str] = (),
-    ) -> BuiltVariation:
-        """Build one more engine and run it once, with values shown or nodes kept in FP32."""
+        self, inputs: Mapping[str, np.ndarray], value: str, keep_fp32: Collection[str]
+    ) -> tuple[np.ndarray | None, float]:
+        """Build one more engine with further nodes kept in FP32, and run it once.
+
+        Returns ``value``, in its shape and the dtype that the engine computes it in, None where that cannot show it;
+        and the relative L2 distance of its outputs from the plain engine's.
+        """
         ...
 
 

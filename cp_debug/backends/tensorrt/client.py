@@ -15,7 +15,7 @@ from typing import Any
 from cp_debug.backends.tensorrt import runner
 from cp_debug.backends.tensorrt.answers import Facts, Failure
 from cp_debug.errors import BackendUnavailable, CpdebugError, InputError
-from cp_debug.interpreter import BUILD_STOPPED, Interpreter, InterpreterFailed, OnEvent
+from cp_debug.interpreter import BUILD_STOPPED, Interpreter, InterpreterFailed, OnEvent, how_far
 from cp_debug.optional import install
 from cp_debug.reading import typed
 
@@ -145,10 +145,7 @@ class RunnerClient:
         self.on_event(event)
 
     def _timed_out(self, step: Mapping[str, Any], limit: float) -> BuildTimedOut:
-        last = self._progress
-        of = f" of {last['steps']}" if last.get("steps") else ""
-        at = f", layer {last['layer']} of {last['layers']}" if last.get("layers") else ""
-        far = f"; it was at {last['phase']!r}, {last['done']}{of}{' kernels' if at else ''}{at}" if last else ""
+        far = f"; it was at {how_far(self._progress)}" if self._progress else ""
         message = f"{step.get('onnx', self.spec)}: the build was stopped after {limit:g} s (--build-timeout){far}"
         return BuildTimedOut(message + BUILD_STOPPED)
 

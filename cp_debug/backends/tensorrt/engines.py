@@ -71,14 +71,11 @@ class EngineBuilder:
         nodes = [[node.name, node.op, list(node.outputs)] for node in self.graph.nodes]
         return {**self.config.step(), **self.step, "nodes": nodes}
 
-    def build(self, requests: Sequence[tuple[str, Mapping[str, Any]]], profiles: Mapping[str, Profile]) -> list[Engine]:
-        """Build one engine a request (file name, ``probes`` for the runner), or take it from the cache.
+    def build(self, name: str, probes: Mapping[str, Any], profiles: Mapping[str, Profile]) -> Engine:
+        """Build the engine of that file name, with ``probes`` for the runner, or take it from the cache.
 
         Raises BuildTimedOut for one that takes longer than allowed, InputError for one that TensorRT refuses.
         """
-        return [self._build(name, probes, profiles) for name, probes in requests]
-
-    def _build(self, name: str, probes: Mapping[str, Any], profiles: Mapping[str, Profile]) -> Engine:
         nodes = [node.name for node in self.graph.nodes]
         key = self._key(name, probes, profiles)
         if self.cache is None or key is None:
@@ -162,7 +159,7 @@ class EngineSet:
 
     def __init__(self, builder: EngineBuilder, profiles: Mapping[str, Profile], name: str, probes: str) -> None:
         self._builder, self._profiles, self._name = builder, profiles, name
-        (self.plain,) = builder.build([(f"{name}.engine", {})], profiles)
+        self.plain = builder.build(f"{name}.engine", {}, profiles)
         self.types = realised_precision(self.plain.layers)
         self._show_all = probes == "all"
         self.unfused = builder.config.unfused_debug_tensors and probes in ("auto", "boundaries")
@@ -210,27 +207,21 @@ class EngineSet:
     def observed(self) -> tuple[Engine, Engine]:
         """The plain engine built again, and the one that shows values."""
         if self.rebuilt is None:
-            (self.rebuilt,) = self._builder.build([(f"{self._name}{AGAIN}", {})], self._profiles)
+            self.rebuilt = self._builder.build(f"{self._name}{AGAIN}", {}, self._profiles)
         return self.rebuilt, self.showing()
 
     def showing(self) -> Engine:
         """The engine that shows values, without another plain one."""
         if self.probed is None:
-            (self.probed,) = self._builder.build([self._probed_request()], self._profiles)
+            probes = {"method": "unfused"} if self.unfused else {"method": "outputs", "tensors": self._marks}
+            self.probed = self._builder.build(f"{self._name}-probed.engine", probes, self._profiles)
         return self.probed
 
-    def variation(self, builder: EngineBuilder, file: str, marks: Collection[str]) -> Engine:
-        """An engine of the same shapes by another builder that shows ``marks``."""
+    def variation(self, builder: EngineBuilder, file: str, value: str) -> Engine:
+        """An engine of the same shapes by another builder that shows ``value``."""
         low = _LOW.get(builder.variant, "") if builder.config.regime == "weak" else ""
-        boundaries = self._boundaries()
-        tensors = {name: boundaries.get(name) or {"dtype": low, "format": ""} for name in marks}
-        probes = {"method": "outputs", "tensors": tensors} if tensors else {}
-        (engine,) = builder.build([(file, probes)], self._profiles)
-        return engine
-
-    def _probed_request(self) -> tuple[str, dict[str, Any]]:
-        probes = {"method": "unfused"} if self.unfused else {"method": "outputs", "tensors": self._marks}
-        return f"{self._name}-probed.engine", probes
+        mark = self._boundaries().get(value) or {"dtype": low, "format": ""}
+        return builder.build(file, {"method": "outputs", "tensors": {value: mark}}, self._profiles)
 
     def unmark_changed(self) -> bool:
         """Build the probed engine anew with fewer marks; False where that helps no more.
@@ -248,7 +239,8 @@ class EngineSet:
             if drop := [name for name in self._marks if name in near and name not in outputs]:
                 self.unmarked += drop
                 self._marks = {name: mark for name, mark in self._marks.items() if name not in near or name in outputs}
-                (self.probed,) = self._builder.build([self._probed_request()], self._profiles)
+                self.probed = None
+                self.showing()
                 return True
         return False
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -31,18 +30,6 @@ from cp_debug.graph.graph import Graph
 from cp_debug.graph.narrow_types import narrow_kinds
 
 HEALTHY = "nothing diverges, so no engine was built to show values inside (`cpdebug bisect --probes boundaries` does)"
-
-
-@dataclass(frozen=True)
-class EngineVariation:
-    """One more engine of the same program, and what it gave on one input."""
-
-    engine: Engine
-    outputs: dict[str, np.ndarray]
-    shown: dict[str, np.ndarray]
-    """The marked values that TensorRT put out."""
-    gap: float
-    """Relative L2 distance of its outputs from the plain engine's."""
 
 
 @cache
@@ -312,29 +299,24 @@ class EngineSession:
         return (self._latest.probed or self._latest.plain).layers
 
     def trial(
-        self,
-        inputs: Mapping[str, np.ndarray],
-        marks: Collection[str] = (),
-        keep_fp32: Collection[str] = (),
-    ) -> EngineVariation:
-        """Build one more engine and run it once, with ``marks`` shown or with further nodes kept in FP32.
+        self, inputs: Mapping[str, np.ndarray], value: str, keep_fp32: Collection[str]
+    ) -> tuple[np.ndarray | None, float]:
+        """Build one more engine with further nodes kept in FP32, and run it once; see ``BuildsVariations``.
 
-        Marks are put out in the type that the engine has them in, or else in the one asked for. Raises InputError for a
-        build that fails.
+        ``value`` is put out in the type that the engine has it in, or else in the one asked for. Raises InputError for
+        a build that fails.
         """
         check_inputs(self._own.inputs, inputs, str(self._own.path))
         engines = self._latest = self._engines(inputs)
-        name, builder = f"trial-{self._trials}", self._builder
+        name, (variant, version) = f"trial-{self._trials}", self._asked
         self._trials += 1
-        if keep_fp32:
-            variant, version = self._asked
-            builder = self._open(variant, version, self._options.keep_fp32 | set(keep_fp32), f"{name}.onnx")
-        engine = engines.variation(builder, f"{name}.engine", marks)
+        builder = self._open(variant, version, self._options.keep_fp32 | set(keep_fp32), f"{name}.onnx")
+        engine = engines.variation(builder, f"{name}.engine", value)
         with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:
-            plain, ran = self._runs.execute([engines.plain.path, engine.path], inputs, Path(folder), marks)
+            plain, ran = self._runs.execute([engines.plain.path, engine.path], inputs, Path(folder), [value])
             outputs, reference = self._runs.outputs(ran.written), self._runs.outputs(plain.written)
-            shown = {v: np.load(ran.written[v], allow_pickle=False) for v in marks if v in ran.written}
-        return EngineVariation(engine, outputs, shown, output_distance(reference, outputs))
+            shown = self._runs.load(value, ran.written[value]) if value in ran.written else None
+        return outputs.get(value, shown), output_distance(reference, outputs)
 
     def timings(self, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
         """Seconds of ``repeats`` runs of the plain engine after a first one, on the device, transfers left out.

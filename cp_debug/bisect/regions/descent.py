@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from cp_debug.backends.capabilities import BuiltVariation
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.regions.hypotheses import rank
 from cp_debug.bisect.regions.learnt import Descent, Step
@@ -41,7 +40,7 @@ NORMALIZING = (
 )
 """Operators that are known to suffer in FP16, so that they are suspected before others."""
 
-Build = Callable[..., BuiltVariation]
+Build = Callable[[str, Sequence[str]], tuple[np.ndarray | None, float]]
 """``BuildsVariations.trial`` with the inputs given."""
 
 
@@ -185,8 +184,8 @@ class _RegionSearch:
         while len(groups) > 1:
             half = groups[: (len(groups) + 1) // 2]
             names = [n.name for group in half for n in group]
-            step, built = self._trial(names)
-            if built is None:
+            step = self._trial(names)
+            if step.learnt:
                 raise _Spent("a build failed")
             mends = step.error is not None and step.error <= self.descent.limit
             if mends:
@@ -204,8 +203,8 @@ class _RegionSearch:
         self.descent.in_fp32 = self.descent.steps[-1].error
 
     def _verify(self, names: Sequence[str]) -> bool:
-        step, built = self._trial(names)
-        if built is None:
+        step = self._trial(names)
+        if step.learnt:
             return False
         mends = step.error is not None and step.error <= self.descent.limit
         step.learnt = "fixed" if mends else "not fixed"
@@ -217,25 +216,21 @@ class _RegionSearch:
         if not self.descent.kept or len(names) < len(self.descent.kept):
             self.descent.kept, self.descent.mended = list(names), step.error
 
-    def _trial(self, names: Sequence[str]) -> tuple[Step, BuiltVariation | None]:
-        """An engine with these nodes in FP32."""
-        descent, target = self.descent, self._segment.target
+    def _trial(self, names: Sequence[str]) -> Step:
+        """An engine with these nodes in FP32; what is learnt from it is left open unless its build fails."""
+        descent, value = self.descent, None
         if len(descent.steps) >= self._max:
             raise _Spent(f"{self._max or 'no'} builds were allowed")
         self._tell(f"{descent.region.label}: build {len(descent.steps) + 1} of at most {self._max}; {self._now()}")
-        started = time.monotonic()
+        started, step = time.monotonic(), Step(list(names), 0.0)
         try:
-            built = self._build(marks=[target], keep_fp32=names)
+            value, step.gap = self._build(self._segment.target, names)
         except CpdebugError as failure:
-            seconds, why = round(time.monotonic() - started, 3), str(failure).splitlines()[0]
-            step = Step(list(names), seconds, learnt=f"failed: {why}")
-            descent.steps.append(step)
-            return step, None
-        value = built.outputs.get(target, built.shown.get(target))
-        error = self._error(value) if value is not None else None
-        step = Step(list(names), round(time.monotonic() - started, 3), error, built.gap)
+            step.learnt = f"failed: {str(failure).splitlines()[0]}"
+        step.seconds = round(time.monotonic() - started, 3)
+        step.error = self._error(value) if value is not None else None
         descent.steps.append(step)
-        return step, built
+        return step
 
     def _now(self) -> str:
         descent = self.descent
