@@ -435,24 +435,31 @@ def in_int32(op: str, x: np.ndarray, k: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("op", "k", "captured", "says"),
     [
-        ("Mul", 100_000, in_int32, "results of Mul wrap"),
-        ("Add", 5_000_000_000, in_int32, "the constant k saturates, results of Add wrap"),
+        ("Mul", 100_000, in_int32, "the result of Mul wraps"),
+        ("Add", 5_000_000_000, in_int32, "the constant k saturates, the result of Add wraps"),
         ("Less", 3_000_000_000, in_int32, "the constant k saturates"),
-        ("Mul", 70_000, lambda op, x, k: (x * k).clip(-(2**31), 2**31 - 1), "results of Mul saturate"),
-        ("Mul", 60_000, lambda op, x, k: np.where(x * k < 2**31, x * k, -(2**31)), "results of Mul become -2147483648"),
+        ("Div", 1, lambda op, x, k: x.astype(np.float32).astype(np.int64), "x loses digits"),
+        ("Div", 7, lambda op, x, k: (x // k).astype(np.float32).astype(x.dtype), "the result of Div loses digits"),
+        ("Mul", 70_000, lambda op, x, k: (x * k).clip(-(2**31), 2**31 - 1), "the result of Mul saturates"),
+        (
+            "Mul",
+            60_000,
+            lambda op, x, k: np.where(x * k < 2**31, x * k, -(2**31)),
+            "of Mul becomes -2147483648",
+        ),
     ],
 )
-def test_int64_that_is_computed_in_int32_says_what_became_of_larger_numbers(
+def test_integers_that_are_computed_in_another_type_say_what_became_of_large_ones(
     op: str, k: int, captured: Callable[[str, np.ndarray, int], np.ndarray], says: str, tmp_path: Path
 ) -> None:
     net = NetBuilder()
     net.op(op, "x", net.weight(np.array(k), "k"), name="y")
     graph = Graph(net.save(tmp_path / "net.onnx", {"x": (onnx.TensorProto.INT64, [6])}, ["y"]))
-    x = np.array([1, 2, 50_000, 70_001, 3_000_000_001 if op == "Less" else 3, 9])
+    x = np.array([1, 2, 50_000, 70_001, 3_000_000_001 if op == "Less" else 3, 9]) * (1_000_003 if op == "Div" else 1)
     context = SegmentContext(Program("net", graph), Executor(graph, FP64), "fp32")
     explanation = named(Segment(context, graph.nodes, "y", {"x": x}, captured(op, x, k)))
     assert explanation.cause is not None
-    assert explanation.cause.cause == "int32-overflow"
+    assert explanation.cause.cause == ("fp32-integers" if op == "Div" else "int32-overflow")
     assert says in explanation.cause.says
 
 

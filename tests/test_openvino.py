@@ -411,7 +411,7 @@ def test_whole_numbers_beyond_int32_are_told(tmp_path: Path) -> None:
     assert [row.onnx for row in test.guilty] == ["s"]
     assert [finding.cause for finding in test.findings] == ["int32-overflow"]
     assert not any("flip" in note for note in test.notes), "what is behind is wrong, and nothing was rounded"
-    assert "the constant k saturates, results of Add wrap" in test.findings[0].headline
+    assert "the constant k saturates, the result of Add wraps" in test.findings[0].headline
 
 
 def test_the_command_takes_an_ir(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from cp_debug.bisect.causes import (  # noqa: F401 - importing them registers th
     batchnorm_pairing,
     fitted_weights,
     formulas,
+    integers,
     layout,
     narrow,
     nonfinite,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-import onnx
 import torch
 from torch import Tensor
 
-from cp_debug.backends.arithmetic import ARITHMETICS, FP16, FP64
+from cp_debug.backends.arithmetic import ARITHMETICS, FP16
 from cp_debug.backends.rounding import round_fp16
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.precision import OVERFLOWS
-from cp_debug.bisect.causes.segment import Segment, as_double
+from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.verdict import RANGE
 from cp_debug.graph.graph import Node
 from cp_debug.programs.precision import PRECISIONS
@@ -30,8 +28,6 @@ TINY = 64
 FEWEST_CUT = 3
 """Elements that must be at a bound there."""
 
-INT32 = -(1 << 31), (1 << 31) - 1
-WHOLE = "keep whole numbers of {layers} below 2³¹: subtract an offset before, or compute them outside the network"
 RESCALE = "scale the layer down and its reader up, or keep these nodes in FP32: {layers}"
 
 
@@ -87,29 +83,6 @@ def operand_overflow(segment: Segment) -> Iterator[Candidate]:
             fix = f"scale {name} down, or keep its readers in FP32: {{layers}}"
             evidence, value = {**figures, "of": name}, segment.run(FP16)
             yield Candidate("fp16-overflow", says, value, 0, evidence, fix, heard=claimed, declared=claimed)
-
-
-@cause()
-def int32(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: INT64 is computed in INT32: inputs wrap, constants saturate, results as ``_WAYS`` has it."""
-    given = {name: FP64.hold(value, "cpu") for name, value in segment.given.items()}
-    held = segment.context.constants
-    constants = {name: held[name] for node in segment.nodes for name in node.inputs if held.holds(name)}
-    casts = any(node.op == "Cast" and node.attribute("to", 0) == onnx.TensorProto.INT64 for node in segment.nodes)
-    if not casts and not any(map(_is_whole, given.values())):
-        return
-    for way, narrowed in _WAYS.items():
-        values = {n: v.clamp(*INT32) if _is_whole(v) else v for n, v in constants.items()}
-        values |= {n: _wrapped(v) if _is_whole(v) else v for n, v in given.items()}
-        left = [f"the constant {n} saturates" for n, v in constants.items() if _leaves(v)]
-        left += [f"{n} wraps" for n, v in given.items() if _leaves(v)]
-        for node in segment.nodes:
-            results = segment.context.oracle.run_nodes([node], values, node.outputs)
-            left += [f"results of {node.op} {way}" for v in results.values() if _leaves(v)]
-            values |= {n: narrowed(v) if _is_whole(v) else v for n, v in results.items()}
-        if left:
-            says = f"INT64 is computed in INT32, which ends at {INT32[1]}: {', '.join(dict.fromkeys(left))}"
-            yield Candidate("int32-overflow", says, as_double(values[segment.target]), fix=WHOLE, heard=True)
 
 
 @cause()
@@ -188,26 +161,6 @@ def saturated(segment: Segment) -> Iterator[Candidate]:
         says, value = f"the result is clipped at {largest:.4g}", segment.exact.clamp(lower, upper)
         fix = "widen the bound: calibrate with a higher percentile, or remove the clip of {layers}"
         yield Candidate("saturated", says, value, parameters, evidence, fix)
-
-
-def _wrapped(value: Tensor) -> Tensor:
-    return ((value - INT32[0]) & 0xFFFFFFFF) + INT32[0]
-
-
-_WAYS: dict[str, Callable[[Tensor], Tensor]] = {
-    "wrap": _wrapped,
-    "saturate": lambda value: value.clamp(*INT32),
-    f"become {INT32[0]}": lambda value: torch.where(value == value.clamp(*INT32), value, INT32[0]),
-}
-"""What becomes of results beyond INT32; the last is what x86 makes of floats."""
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.int64
-
-
-def _leaves(value: Any) -> bool:
-    return _is_whole(value) and bool((value != value.clamp(*INT32)).any())
 
 
 def _constants(segment: Segment) -> Iterator[tuple[Node, int, Tensor]]:
