@@ -385,3 +385,48 @@ def test_halves_are_rounded_to_the_even_number(tmp_path: Path, says: str, rounds
     (test,) = diagnose(net, "ort", test_tensors={"x": x, "r": rounds(x), "y": -rounds(x)}).tests
     assert [finding.says.split(":")[0] for finding in test.findings] == [says] * bool(says)
     assert [finding.evidence.get("places") for finding in test.findings] == [places] * bool(says)
+
+
+@pytest.mark.parametrize(
+    ("op", "says", "rounds"),
+    [
+        ("Cast", "", np.trunc),
+        ("Cast", "Cast takes halves to even numbers at 5 places", np.rint),
+        ("Cast", "Cast rounds down at 6 places", np.floor),
+        ("Div", "", np.trunc),
+        ("Div", "Div rounds down at 4 places", np.floor),
+    ],
+)
+def test_whole_numbers_are_cut_off(tmp_path: Path, op: str, says: str, rounds: Any) -> None:
+    x = np.array([[-7.3, -3.5, -2.5, -1.7, -0.5, -0.2, 0.5, 0.9, 1.5, 2.0, 3.2, 4.75]], np.float32)
+    read = {"Cast": x, "Div": np.arange(-6, 6).reshape(1, 12) / 3}[op]
+    nodes = [helper.make_node("Cast", ["x"], ["i"], name="whole", to=TensorProto.INT64)]
+    dump = {"x": x, "i": (rounds if op == "Cast" else np.trunc)(x).astype(np.int64)}
+    if op == "Div":
+        nodes.append(helper.make_node("Div", ["i", "three"], ["d"], name="div"))
+        dump = {"x": np.arange(-6, 6, dtype=np.float32).reshape(1, 12), "i": np.arange(-6, 6).reshape(1, 12)}
+        dump["d"] = rounds(read).astype(np.int64)
+    nodes.append(helper.make_node("Cast", [nodes[-1].output[0]], ["y"], name="last", to=TensorProto.FLOAT))
+    net = saved(tmp_path / "net.onnx", nodes, x.shape, x.shape, {"three": np.array(3)} if op == "Div" else {})
+    dump["y"] = dump.get("d", dump["i"]).astype(np.float32)
+    (test,) = diagnose(net, "ort", test_tensors=dump).tests
+    assert [finding.says.split(":")[0] for finding in test.findings] == [says] * bool(says)
+
+
+def test_another_of_two_equally_near_places_is_told(tmp_path: Path) -> None:
+    """The places are (0, 0), (0.5, 3), (1.5, 2) and (3, 3): ONNX rounds to even numbers, the dump up."""
+    grid = np.array([[[[-1, -1], [-2 / 3, 1]], [[0, 1 / 3], [1, 1]]]], np.float32)
+    how = {"mode": "nearest", "align_corners": 1}
+    node = helper.make_node("GridSample", ["x", "grid"], ["y"], name="sample", **how)
+    net = saved(tmp_path / "net.onnx", [node], (1, 1, 2, 2), (1, 1, 4, 4), {"grid": grid})
+    x = np.random.default_rng(0).standard_normal((1, 1, 4, 4)).astype(np.float32)
+    y = x[0, 0, [0, 3, 2, 3], [0, 1, 1, 3]].reshape(1, 1, 2, 2)
+    (test,) = diagnose(net, "ort", test_tensors={"x": x, "y": y}).tests
+    assert test.findings[0].says.endswith("picks the other neighbour at 2 of 2 places where two are equally near")
+
+
+def test_hardmax_takes_the_first_of_equal_values(tmp_path: Path) -> None:
+    net = saved(tmp_path / "net.onnx", [helper.make_node("Hardmax", ["x"], ["y"], name="h")], (2, 4), (2, 4), {})
+    x = np.array([[1, 3, 3, 0], [2, 1, 2, 2]], np.float32)
+    (test,) = diagnose(net, "ort", test_tensors={"x": x, "y": np.eye(4, dtype=np.float32)[[2, 0]]}).tests
+    assert test.findings[0].says.startswith("Hardmax chooses others of equal values at 1 place: ONNX wants the first")

@@ -20,12 +20,23 @@ from cp_debug.programs.ties import ties
 from cp_debug.safe_text import amount
 
 ROUNDED: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "takes halves to even numbers": torch.round,
     "takes halves away from zero": lambda x: torch.sign(x) * torch.floor(x.abs() + 0.5),
     "takes halves up": lambda x: torch.floor(x + 0.5),
     "takes halves down": lambda x: torch.ceil(x - 0.5),
     "cuts fractions off": torch.trunc,
+    "rounds down": torch.floor,
+    "rounds up": torch.ceil,
 }
-"""Ways in which runtimes round, in words, where ONNX takes halves to the even number."""
+"""Ways in which runtimes make whole numbers, in words."""
+TO_WHOLE = {
+    "Round": "the nearest number, of two the even one",
+    "Cast": "fractions cut off",
+    "Div": "fractions cut off",
+}
+"""Operators that make whole numbers, and how ONNX wants it; others of their kind have names of their own."""
+NUDGES = list(itertools.product((-1e-5, 1e-5), repeat=2))
+"""Moves of a sampled place, of an image from −1 to 1, that choose among neighbours that are equally near."""
 FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "Relu": torch.relu,
     "Sigmoid": torch.sigmoid,
@@ -101,49 +112,66 @@ def integers(segment: Segment) -> Iterator[Candidate]:
 
 @cause()
 def other_neighbour(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: a Resize that picks the other neighbour at some of the places in the middle between two."""
+    """Candidates: a Resize or GridSample that picks the other neighbour at some of the places in the middle of two."""
     for node in segment.nodes:
-        for mode in TEXTS["nearest_mode"] if node.op == "Resize" else ():
-            if (other := segment.edited(node, nearest_mode=mode)) is None:
-                continue
-            taken = (other == segment.test) & (other != segment.exact)
-            count, ties = int(taken.sum()), int((other != segment.exact).sum())
-            if 0 < count < ties:  # all of them: the mode is another
+        ways: list[tuple[dict[str, Any], list[Tensor | None]]] = []
+        if node.op == "Resize":
+            ways = [({"nearest_mode": m}, [segment.edited(node, nearest_mode=m)]) for m in TEXTS["nearest_mode"]]
+        elif node.op == "GridSample" and node.attribute("mode", b"linear") == b"nearest":
+            (grid,) = segment.context.oracle.run_nodes(segment.nodes, segment.given, node.inputs[1:]).values()
+            if grid.shape[-1] == len(NUDGES[0]):
+                moved = (grid + grid.new_tensor(by) for by in NUDGES)
+                ways = [({}, [segment.edited(node, inputs={1: to}) for to in moved])]
+        for evidence, others in ways:
+            found = [other for other in others if other is not None]
+            between = sum((other != segment.exact for other in found), torch.zeros_like(segment.exact)).bool()
+            taken = sum((other == segment.test for other in found), torch.zeros_like(segment.exact)).bool() & (
+                segment.test != segment.exact
+            )
+            count, ties = int(taken.sum()), int(between.sum())
+            if count and (count < ties or node.op != "Resize"):  # all of them: the mode is another
                 says = f"{node.op} picks the other neighbour at {count} of {ties} places where two are equally near"
-                first = [int(i) for i in taken.nonzero()[0]]
+                evidence |= {"first": [int(i) for i in taken.nonzero()[0]]}
                 fix = "the file is right: the runtime rounds coordinates; use a newer runtime, or sizes without ties"
-                evidence = {"first": first, "nearest_mode": mode}
-                yield Candidate("resize-ties", says, torch.where(taken, other, segment.exact), 0, evidence, fix)
+                yield Candidate("resize-ties", says, torch.where(taken, segment.test, segment.exact), 0, evidence, fix)
 
 
 @cause()
-def halves(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: a Round that takes halves elsewhere than to the even number, or cuts all fractions off."""
+def to_whole_numbers(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: whole numbers that are made in another way than ONNX says."""
     for node in segment.nodes:
-        if node.op != "Round":
+        if node.op not in TO_WHOLE:
             continue
-        name = node.proto.input[0]
-        x = torch.as_tensor(segment.context.oracle.run_nodes(segment.nodes, segment.given, [name])[name])
-        for text, function in ROUNDED.items():
-            value = segment.edited(node, op="Identity", reads=[name], inputs={0: function(x)})
+        made = node.outputs[0]
+        values = segment.context.oracle.run_nodes(segment.nodes, segment.given, [*node.inputs, made])
+        whole, *read = (torch.as_tensor(values[name]) for name in (made, *node.inputs))
+        if whole.is_floating_point() != (node.op == "Round") or read[0].is_floating_point() != (node.op != "Div"):
+            continue
+        x = read[0].double() / read[1].double() if node.op == "Div" else read[0]
+        for text, function in ROUNDED.items() if bool(torch.isfinite(x).all()) else ():
+            value = segment.edited(node, op="Identity", reads=[node.inputs[0]], inputs={0: function(x).to(whole.dtype)})
             if value is not None and not torch.equal(value, segment.exact):
-                fix = "the file is right: use a runtime that rounds as ONNX says"
                 places = int((value != segment.exact).sum())
-                says = f"Round {text} at {amount(places, 'place')}: ONNX wants the nearest number, of two the even one"
-                yield Candidate("rounded-halves", says, value, 0, {"node": node.name, "places": places}, fix)
+                says = f"{node.op} {text} at {amount(places, 'place')}: ONNX wants {TO_WHOLE[node.op]}"
+                fix = "the file is right: use a runtime that rounds as ONNX says"
+                yield Candidate("rounded", says, value, 0, {"node": node.name, "places": places}, fix)
 
 
 @cause()
 def equal_values(segment: Segment) -> Iterator[Candidate]:
     """Candidates: an operator that finds values, and chooses others of equal ones than ONNX says."""
     node = segment.nodes[-1] if segment.nodes else None
-    if node is None or node.op not in ("ArgMax", "ArgMin", "TopK"):
+    if node is None or node.op not in ("ArgMax", "ArgMin", "TopK", "Hardmax"):
         return
     if segment.target != node.outputs[-1] or not node.attribute("sorted", 1):  # values; indices in any order
         return
-    if ties(segment.input(node.inputs[0]), segment.exact.long(), segment.test.long()):
+    ours, theirs = (
+        side.argmax(node.attribute("axis", -1)) if node.op == "Hardmax" else side.long()
+        for side in (segment.exact, segment.test)
+    )
+    if ties(segment.input(node.inputs[0]), ours, theirs):
         wanted = "last" if node.attribute("select_last_index", 0) else "first"
-        places = (segment.exact != segment.test).nonzero()
+        places = (ours != theirs).nonzero()
         says = f"{node.op} chooses others of equal values at {amount(len(places), 'place')}: ONNX wants the {wanted}"
         fix = "the file is right: use a runtime that breaks ties as ONNX says, or make the values distinct"
         yield Candidate("other-ties", says, segment.test, 0, {"first": places[0].tolist()}, fix)
