@@ -10,7 +10,7 @@ report = $(if $(JUNIT),--junitxml=$(JUNIT)/mmdet3d-$(1).xml)
 FUZZ_CASES ?= 10000
 FUZZ_SEED ?= $(shell date +%s)
 
-.PHONY: nightly mmdet3d-env test-mmdet3d wild-env fuzz mutants
+.PHONY: nightly mmdet3d-env test-mmdet3d wild-env fuzz mutants speed
 
 # All tests that the gate (.ci/run) leaves out, part by part; goes on where it stopped. PARTS="slow fuzz": these alone.
 nightly:
@@ -40,3 +40,7 @@ test-mmdet3d: mmdet3d-env
 wild-env:
 	$(PYTHON) -m venv $(WILD_ENV)
 	$(WILD_ENV)/bin/python -m pip install --quiet --no-deps -r benchmarks/wild/requirements.txt
+
+# Six ratios of speed against the committed ones, docs/data/speed.json; exit code 1 where one is slower. 4 minutes.
+speed:
+	$(PYTHON) benchmarks/speed.py

@@ -48,6 +48,7 @@ PARTS = (
     ),
     Part("processes", TESTS + "-m 'process and not mmdet3d'"),
     Part("notebooks", TESTS + "tests/test_notebooks.py"),
+    Part("speed", "{python} benchmarks/speed.py"),
     Part("fuzz", "{python} tests/fuzz/fuzz_run.py --seed whole --cases 2000"),
     Part(
         "mmdet3d",

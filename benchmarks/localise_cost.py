@@ -18,11 +18,28 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.programs.pipeline import Pipeline, prepare
+from cp_debug.recipes.base import Model
 from cp_debug.recipes.onnx_file import OnnxFileModel
 
 PAIRS = (("ort,ort-all", "fp64"), ("ort,emu-fp16", "fp32"), ("ort,emu-tf32", "fp32"))
 """Backends, and the oracle that judges them."""
 ROUNDS = 5
+
+
+def bisect_and_runs(model: Model, backends: str, oracle: str, folder: Path) -> list[Callable[[], Any]]:
+    """The whole bisect of a model on one sample, then the run of each backend with every probe."""
+    (sample,) = model.samples(1, 0, None)
+    model.samples = lambda *options: iter([sample])  # type: ignore[method-assign]
+    programs = prepare(model, sample, folder)
+
+    def run(backend: str) -> None:
+        with Pipeline(model, programs, create(BackendSpec.parse(backend))) as pipeline:
+            pipeline.run(sample, lambda key, tensor: None)
+
+    return [
+        partial(bisect, model, backends, options=Options(oracle=oracle, cache=True)),
+        *(partial(run, name) for name in backends.split(",")),
+    ]
 
 
 def measure_cost(size: int) -> list[dict[str, Any]]:
@@ -32,17 +49,8 @@ def measure_cost(size: int) -> list[dict[str, Any]]:
     rows = []
     with tempfile.TemporaryDirectory(prefix="localise-") as folder:
         model = OnnxFileModel(second_net(Path(folder) / "second.onnx", size))
-        (sample,) = model.samples(1, 0, None)
-        model.samples = lambda *options: iter([sample])  # type: ignore[method-assign]
-        programs = prepare(model, sample, Path(folder))
-
-        def run(backend: str) -> None:
-            with Pipeline(model, programs, create(BackendSpec.parse(backend))) as pipeline:
-                pipeline.run(sample, lambda key, tensor: None)
-
         for backends, oracle in PAIRS:
-            runs = [partial(run, name) for name in backends.split(",")]
-            whole = partial(bisect, model, backends, options=Options(oracle=oracle))
+            whole, *runs = bisect_and_runs(model, backends, oracle, Path(folder))
             for part in (*runs, whole):
                 part()
             rounds = np.array([[_seconds(part) for part in (*runs, whole)] for _ in range(ROUNDS)])

@@ -48,6 +48,16 @@ def make_models(folder: Path, size: int) -> tuple[Path, Path]:
     return reference, folder / "test.onnx"
 
 
+def with_polygraphy(folder: Path, reference: Path, test: Path) -> list[list[str]]:
+    """Polygraphy's commands that compare all values of two models."""
+    polygraphy = [str(Path(sys.executable).with_name("polygraphy")), "run"]
+    marked, saved = ["--onnxrt", "--onnx-outputs", "mark", "all"], str(folder / "outputs.json")
+    return [
+        [*polygraphy, str(reference), *marked, "--save-outputs", saved],
+        [*polygraphy, str(test), *marked, "--load-outputs", saved],
+    ]
+
+
 def measure(*commands: list[str]) -> tuple[float, float]:
     """(seconds, peak MiB) of commands run one after the other. 0 and 1 are good exit codes: 1 is a divergence."""
     seconds, peak = 0.0, 0.0
@@ -75,20 +85,14 @@ def main() -> None:
     found: dict[str, tuple[float, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        reference, test = map(str, make_models(folder, args.size))
-        cpdebug = [sys.executable, "-m", "cp_debug", "bisect", reference, "--test-model", test]
+        reference, test = make_models(folder, args.size)
+        cpdebug = [sys.executable, "-m", "cp_debug", "bisect", str(reference), "--test-model", str(test)]
         cpdebug += ["-b", "ort,ort-none@cpu"]
-        polygraphy = [str(Path(sys.executable).with_name("polygraphy")), "run"]
-        marked = ["--onnxrt", "--onnx-outputs", "mark", "all"]
-        saved = str(folder / "outputs.json")
         ways = {
             "cpdebug": [cpdebug],
             "cpdebug, without causes": [[*cpdebug, "--no-explain"]],
             "cpdebug, without replay": [[*cpdebug, "--no-replay"]],
-            "polygraphy": [
-                [*polygraphy, reference, *marked, "--save-outputs", saved],
-                [*polygraphy, test, *marked, "--load-outputs", saved],
-            ],
+            "polygraphy": with_polygraphy(folder, reference, test),
         }
         for _ in range(args.rounds):
             for way, commands in ways.items():
