@@ -138,6 +138,20 @@ def test_one_scale_for_sizes_that_differ_is_found_whatever_is_around_it(tmp_path
     assert finding.evidence["after"] < 0.02 < 0.1 < finding.evidence["before"]
 
 
+def test_a_scale_is_not_at_fault_where_exact_values_bring_nothing_nearer(tmp_path: Path) -> None:
+    """What is in front is wrong, too: the scores that come back are other ones."""
+    paths = networks(tmp_path, "the best class")
+    model = onnx.load(paths[1])
+    (joined,) = (node for node in model.graph.node if node.op_type == "Concat")
+    joined.input[1] = "other"
+    model.graph.node.insert(0, onnx.helper.make_node("Neg", ["score"], ["other"], name="other"))
+    onnx.save(model, paths[1])
+    (test,) = bisect(str(paths[0]), "ort,ort", test_model=paths[1], options=Options(inputs=tmp_path / "x.npz")).tests
+    assert test.lost
+    assert test.guilty
+    assert "int8-shared-scale" not in [f.cause for f in test.findings]
+
+
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", SHARED)
 def test_scales_apart_and_sizes_that_are_alike_lose_nothing(tmp_path: Path, name: str) -> None:

@@ -34,7 +34,7 @@ TRIED = 8
 HALF = 0.5
 """Part of what a channel varies by which the few numbers that it has are off."""
 HELPS = 0.5
-"""Part of the error of what is lost that scales of their own may leave to be told."""
+"""Part of the error of what is lost that a change may leave to be told."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,8 @@ def judge_lost(
             max(relative_l2(g.of(outputs[n]), g.of(reference[n])) for n, g in back.items())
             for outputs in (results, own, whole)
         )
+        if exactly > HELPS * before:  # what comes back is no nearer to the reference
+            continue
         scale = f"one {run.kind(key.component).upper()} scale{'' if step is None else f' of {step:.3g}'}"
         does = "holds this and what is much larger" if found.whole else "serves channels of very different sizes"
         row.verdict, row.why = GUILTY, f"{scale} {does}: {found.named} {'are' if found.several else 'is'} lost"
