@@ -466,3 +466,19 @@ def test_an_overflow_that_changes_nothing_is_not_told_to_be_kept(tmp_path: Path)
     assert OVERFLOWS in {layer.range for layer in result.layers}
     assert result.keep == {}
     assert result.passes
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_a_mask_is_no_overflow_where_a_softmax_makes_zeros_of_it(tmp_path: Path, shown: bool) -> None:
+    """−3.4e38 in front of a Softmax is −65504 or −Inf in FP16, and both mask; as an output it is beyond FP16."""
+    net = NetBuilder()
+    mask = net.weight(np.where(np.arange(8) > 4, np.finfo(np.float32).min, 0).astype(np.float32))
+    masked = net.op("Add", net.op("MatMul", "x", net.weight(np.eye(8, dtype=np.float32)), name="p"), mask, name="m")
+    net.op("MatMul", net.op("Softmax", masked), net.weight(np.eye(8, dtype=np.float32)), name="y")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [4, 8])}, ["y", "m"] if shown else ["y"])
+    result = predict(str(path))
+    assert (OVERFLOWS in {layer.range for layer in result.layers}) == shown
+    assert result.passes == (not shown)
+    assert all(layer.introduced is None or np.isfinite(layer.introduced.high) for layer in result.layers) == (not shown)
+    done = CliRunner().invoke(app, ["check", str(path), "--json"])
+    assert ("overflow FP16" in done.output) == shown

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.bisect.candidate_run import CandidateRun, loader
+from cp_debug.bisect.causes.precision import OVERFLOWS
 from cp_debug.bisect.consequences import FURTHEST, matters
 from cp_debug.bisect.replay import Load, Replayer
 from cp_debug.bisect.replayed import EXCESS
@@ -43,7 +44,7 @@ def acquit_masks(
         if not accused or run.oracle is None or row.stats.shape_mismatch:
             continue
         replayer = run.replayer(key.component, test)
-        number = _ends(replayer.graph, key.value)
+        number = ends_of_mask(replayer.graph, key.value)
         if not number:
             continue
         loads = [loader(capture, key.component) for capture in (reference, test)]
@@ -65,7 +66,20 @@ def acquit_masks(
     return found
 
 
-def _ends(graph: Graph, value: str) -> int:
+def beside_masks(graph: Graph, value: str, *runs: Tensor) -> tuple[Tensor, ...]:
+    """A value in several runs, the exact one last, with 0 where numbers beyond FP16 say "left out" in all of them.
+
+    A Softmax makes 0 of −3.4e38, and of the −65504 or −Inf that FP16 has for it. All have one shape, and float dtypes.
+    """
+    masked = runs[-1] <= -OVERFLOWS
+    for run in runs[:-1]:
+        masked &= run <= MASKED
+    if not bool(masked.any()) or not ends_of_mask(graph, value):
+        return runs
+    return tuple(run.masked_fill(masked, 0.0) for run in runs)
+
+
+def ends_of_mask(graph: Graph, value: str) -> int:
     """Number of nodes that a value reaches up to those that make 0 of a mask; 0 where it reaches anything else."""
     outputs, reached = {info.name for info in graph.outputs}, {value}
     passes = lambda node, _: node.op in PASSES  # noqa: E731

@@ -19,6 +19,7 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.weights import Weights
 from cp_debug.bisect.causes.precision import OVERFLOWS
 from cp_debug.bisect.causes.ranges import HALF, SMALLEST, half_figures, where
+from cp_debug.bisect.masks import beside_masks
 from cp_debug.bisect.verdict import RANGE
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS, QUANTIZERS
@@ -97,6 +98,8 @@ class Preflight:
             Key(p.name, o) for p in self.programs for n in p.graph.nodes if n.op == "Constant" for o in n.outputs
         }
 
+        graphs = {p.name: p.graph for p in self.programs}
+
         def look(key: Key, tensor: Any) -> None:
             value = FP64.hold(tensor, "cpu")
             if not isinstance(value, Tensor) or not value.is_floating_point() or key in constants:
@@ -106,7 +109,7 @@ class Preflight:
                 finite.add(key)
             else:
                 strange[name] = _masks(value)
-            if figures := leaves_half(value):
+            if figures := leaves_half(*beside_masks(graphs[key.component], key.value, value)):
                 lost[name] = figures
             if (ends := quantizers.get(key)) and value.numel():
                 clipped[name] = _beyond(value, ends)
@@ -229,7 +232,7 @@ def _ranges_of_weights(program: Program, weights: Weights) -> Iterator[Concern]:
                 if not (all_finite(value) or _masks(value)):  # the activations tell what becomes of a mask
                     says = f"NaN or Inf in the weight {name}"
                     yield Concern("weights", PROBLEM, says, [_layer(program, node)], "export from a sound checkpoint")
-                if figures := leaves_half(value):
+                if figures := leaves_half(*beside_masks(program.graph, name, value)):
                     lost[f"{_layer(program, node)} ({name})"] = figures
     yield from _beyond_half("weights", lost)
 

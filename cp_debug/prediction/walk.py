@@ -15,6 +15,7 @@ from torch import Tensor
 from cp_debug.backends.arithmetic import FP32, Arithmetic
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels.epilogue import BIAS, fused
+from cp_debug.bisect.masks import beside_masks
 from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.tensor_ends import as_arrays
@@ -46,7 +47,7 @@ class Walked:
     inside: dict[str, dict[str, float]] = field(default_factory=dict)
     """Value inside the group → its errors, of kernels that compute it."""
     exact: Tensor | None = None
-    """The result in FP32."""
+    """The result in FP32, see ``beside_masks``."""
     largest: dict[str, float] = field(default_factory=dict)
     """Node of the group → the largest finite magnitude of its results in FP32."""
     may_stay: bool = False
@@ -132,12 +133,12 @@ class GraphWalk:
         reads = [name for name in dict.fromkeys(i for n in plain for i in n.inputs) if name in outer]
         may_stay = self._may_stay(group, {**live[EXACT], **exact_inside, **exact})
         walked = {
-            v: Walked(group, v, reads, exact=x, may_stay=may_stay)
+            v: Walked(group, v, reads, exact=self._beside_masks(v, x, x)[1], may_stay=may_stay)
             for v in results
             if isinstance(x := exact[v], Tensor) and x.is_floating_point()
         }
         computed = exact_inside | exact
-        largest = {node.name: _largest(computed.get(o) for o in node.outputs) for node in plain}
+        largest = {n.name: _largest(self._beside_masks(o, *[computed.get(o)] * 2)[0] for o in n.outputs) for n in plain}
         for value in walked.values():
             value.largest = largest
         results_by_run: dict[str, Values] = {EXACT: exact}
@@ -150,9 +151,10 @@ class GraphWalk:
                 kernel_results = self._low(kernel, group, given, results, inside)
             results_by_run[kernel.name] = kernel_results
             for name, value in walked.items():
-                value.error[kernel.name] = _error(kernel_results[name], exact[name])
+                value.error[kernel.name] = _error(*self._beside_masks(name, kernel_results[name], exact[name]))
                 value.inside |= {
-                    inner: {**value.inside.get(inner, {}), kernel.name: _error(x, exact_inside[inner])}
+                    inner: value.inside.get(inner, {})
+                    | {kernel.name: _error(*self._beside_masks(inner, x, exact_inside[inner]))}
                     for inner, x in inside.items()
                     if inner in exact_inside
                     and inner not in results
@@ -162,10 +164,16 @@ class GraphWalk:
             if group.computes and walked:
                 right = self._oracle.run_nodes(plain, live[kernel.name], list(walked))
                 for name, value in walked.items():
-                    value.introduced[kernel.name] = _error(kernel_results[name], right[name])
+                    value.introduced[kernel.name] = _error(*self._beside_masks(name, kernel_results[name], right[name]))
         for run, values in live.items():
             values.update(results_by_run[run])
         yield from walked.values()
+
+    def _beside_masks(self, name: str, ours: Any, exact: Any) -> tuple[Any, Any]:
+        if not (_floats(ours) and _floats(exact) and ours.shape == exact.shape):
+            return ours, exact
+        ours, exact = beside_masks(self.graph, name, ours, exact)
+        return ours, exact
 
     def _low(
         self,
