@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from cp_debug.backends.base import Tensor
 from cp_debug.bisect.replay import Load, Replayer
 from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.result import GUILTY, LayerRow
-from cp_debug.probes.distance import distance
+from cp_debug.probes.distance import apart
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.programs.pipeline import Key
 
@@ -35,19 +34,11 @@ def contradicted(
     if not beyond or math.isinf(stats.finite_rel_l2) or stats.finite_rel_l2 * NEARER > replay.introduced:
         return ()
     nodes, starts = replayer.graph.segment([target], replayer.known)
-    apart = {start: _apart(test(start), reference(start)) for start in starts}
-    most = max(apart.values(), default=0.0)
+    distances = {start: apart(test(start), reference(start)) for start in starts}
+    most = max(distances.values(), default=0.0)
     if not most or replayer.reference_excess(nodes, starts, target, reference) > EXCESS:
         return ()
-    return tuple(start for start, distance_of in apart.items() if distance_of * EXCESS >= most)
-
-
-def _apart(ours: Tensor, theirs: Tensor) -> float:
-    """The relative L2 distance; infinite for another shape, and for NaN or Inf that only one side has."""
-    if tuple(ours.shape) != tuple(theirs.shape):
-        return math.inf
-    norms = distance(ours, theirs)
-    return math.inf if norms.new_nonfinite or distance(theirs, ours).new_nonfinite else norms.relative
+    return tuple(start for start, far in distances.items() if far * EXCESS >= most)
 
 
 def trace_contradictions(rows: Mapping[Key, LayerRow]) -> None:

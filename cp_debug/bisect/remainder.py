@@ -6,10 +6,7 @@ rounding where the declared precision, emulated over the whole network, makes ab
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-
-import numpy as np
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.executor import Executor
@@ -18,7 +15,7 @@ from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import Remainder
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
-from cp_debug.probes.distance import distance
+from cp_debug.probes import distance
 from cp_debug.programs.pipeline import Key
 from cp_debug.programs.walk import tensors_as_arrays, walk
 from cp_debug.recipes.base import Arrays, Component, Sample
@@ -82,16 +79,5 @@ def _rounding(run: CandidateRun, sample: Sample) -> float | None:
 
 
 def apart(a: Arrays, b: Arrays) -> float:
-    """The worst output's relative L2 distance; infinite where one has another shape."""
-    worst = 0.0
-    for name, theirs in b.items():
-        if name not in a:
-            continue
-        if a[name].shape != theirs.shape:
-            return math.inf
-        x, y = (np.asarray(array, np.float64) for array in (a[name], theirs))
-        between = distance(x, y)
-        if between.new_nonfinite or (np.isfinite(x) != np.isfinite(y)).any():
-            return math.inf
-        worst = max(worst, between.relative)
-    return worst
+    """The worst output's relative L2 distance; infinite where shapes differ, or where NaN or Inf is on one side."""
+    return max((distance.apart(a[name], theirs) for name, theirs in b.items() if name in a), default=0.0)

@@ -16,6 +16,7 @@ from cp_debug.deploy.exporting import load_exported
 from cp_debug.detection.evaluate import evaluate
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult
 from cp_debug.errors import InputError
+from cp_debug.reading import typed
 from cp_debug.recipes.centerpoint.config import CenterPointConfig, get_config
 from cp_debug.recipes.centerpoint.recipe import BACKBONE_NECK_HEAD, ENCODER, CenterPointModel
 from cp_debug.recipes.data.base import DataOptions
@@ -47,8 +48,6 @@ def read_description(path: Path) -> FilesDescription:
     ``engines`` is a folder, or a mapping of backends to folders. Paths are relative to the file. Raises InputError,
     which names the file and the key.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     document = read_document(path, "description")
     if not isinstance(document, dict):
         raise InputError(f"{path}: expected a mapping with the keys {', '.join(_KEYS)}")
@@ -62,11 +61,7 @@ def read_description(path: Path) -> FilesDescription:
         raise InputError(f"{path}: glue.{wrong[0]}: there is no such setting; expected {', '.join(asdict(base))}")
     if wrong := [key for key in files if key not in COMPONENTS]:
         raise InputError(f"{path}: files.{wrong[0]}: there is no such component; expected {' and '.join(COMPONENTS)}")
-    try:
-        config = TypeAdapter(CenterPointConfig).validate_python({**asdict(base), **glue})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{path}: glue.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    config: CenterPointConfig = typed(CenterPointConfig, {**asdict(base), **glue}, f"{path}: glue")
     folder = path.parent / str(document.get("folder") or ".")
     paths = {part: folder / str(files.get(part, f"{part}.onnx")) for part in COMPONENTS}
     turned = document.get("rot_y_axis_reference", False)

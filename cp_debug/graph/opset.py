@@ -34,8 +34,7 @@ def inlined(graph: Graph) -> onnx.ModelProto:
 def converted(model: onnx.ModelProto, graph: Graph, opset: int) -> onnx.ModelProto:
     """A model made from ``graph``, its weights inside, in ``opset``: only relabelled where every operator is the same.
 
-    Raises InputError for an opset that the installed ``onnx`` does not know, where ONNX converts an operator not at
-    all, and where its conversion loses a value, an input or an output.
+    Raises InputError for an opset that the installed ``onnx`` does not know, and as ``convert`` does.
     """
     old, newest = graph.opsets.get("", 1), defs.onnx_opset_version()
     if old == opset:
@@ -45,10 +44,18 @@ def converted(model: onnx.ModelProto, graph: Graph, opset: int) -> onnx.ModelPro
             f"--opset: {opset}; expected {OLDEST} to {newest}, to which the installed onnx package converts"
         )
     changed = [node for node in graph.nodes if node.proto.domain in ("", "ai.onnx") and not _same(node.op, old, opset)]
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    if changed or model.functions:
-        where = f"--opset: {graph} is in opset {old}, and ONNX's converter"
+    where = f"--opset: {graph} is in opset {old}, and ONNX's converter"
+    convert(model, graph, opset, where, relabel=not changed and not model.functions)
+    return model
+
+
+def convert(model: onnx.ModelProto, graph: Graph, opset: int, where: str, *, relabel: bool) -> None:
+    """Bring a model made from ``graph``, its weights inside, to ``opset``; ``relabel``: all means the same there.
+
+    ``where`` begins the messages. Raises InputError where ONNX converts an operator not at all, and where its
+    conversion loses a value, an input or an output.
+    """
+    if not relabel:
         try:
             with doing(f"onnx converted {graph} to opset {opset}"):
                 new = version_converter.convert_version(model, opset)
@@ -65,13 +72,12 @@ def converted(model: onnx.ModelProto, graph: Graph, opset: int) -> onnx.ModelPro
             if missing := [v.name for v in values if v.name not in {k.name for k in kept}]:
                 raise InputError(f"{where} loses the {kind} {missing[0]!r} when converting to {opset}")
         _keep_notes(model.graph, new.graph)
-        result.graph.CopyFrom(new.graph)
-    for entry in result.opset_import:
+        model.graph.CopyFrom(new.graph)
+    for entry in model.opset_import:
         if entry.domain in ("", "ai.onnx"):
             entry.version = opset
-    needed = helper.find_min_ir_version_for([e for e in result.opset_import if e.domain in ("", "ai.onnx")])
-    result.ir_version = max(result.ir_version, needed)
-    return result
+    needed = helper.find_min_ir_version_for([e for e in model.opset_import if e.domain in ("", "ai.onnx")])
+    model.ir_version = max(model.ir_version, needed)
 
 
 def _same(operator: str, old: int, new: int) -> bool:

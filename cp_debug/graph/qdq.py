@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
-from onnx import external_data_helper, helper, numpy_helper, version_converter
+from onnx import helper, numpy_helper
 
-from cp_debug.doing import doing
-from cp_debug.errors import InputError, in_one_line
+from cp_debug.errors import InputError
 from cp_debug.graph.downstream import from_inputs
 from cp_debug.graph.graph import Graph, Node, refill
 from cp_debug.graph.onnx_tensors import FLOATS
 from cp_debug.graph.operators import BODIES, PRODUCTS
+from cp_debug.graph.opset import convert, inlined
 from cp_debug.graph.surgery import save, unused_names
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ LEVELS = 127
 """A scale is the largest magnitude divided by this; QuantizeLinear itself clips at −128 and 127."""
 OPSET = 13
 """Oldest opset in which a scale may be one for each channel."""
-_IR_VERSIONS = {13: 7, 19: 9, 21: 10, 23: 11}
-"""Opset that Q/DQ nodes of some type need → version of ONNX's file format that came with it."""
 
 
 def insert_qdq(
@@ -197,32 +195,16 @@ def raised(graph: Graph, opset: int, need: str) -> onnx.ModelProto:
     ``need``: what needs the opset, for messages. Raises InputError where ONNX does not convert one of the operators, or
     would lose one of the values.
     """
-    model = graph.copied()
+    old = graph.opsets.get("", 1)
+    onnx_nodes = [node for node in graph.nodes if node.proto.domain in ("", "ai.onnx") and old < opset]
+    changed = [n for n in onnx_nodes if n.op in BODIES or _signature(n, old) != _signature(n, opset)]
+    model = inlined(graph) if changed else graph.copied()
     for proto, node in zip(model.graph.node, graph.nodes, strict=True):
         proto.name = node.name
-    old = graph.opsets.get("", 1)
-    if old >= opset:
-        return model
-    onnx_nodes = [node for node in graph.nodes if node.proto.domain in ("", "ai.onnx")]
-    changed = [n for n in onnx_nodes if n.op in BODIES or _signature(n, old) != _signature(n, opset)]
-    if changed:
-        where = f"{graph}: opset {old}, but {need} needs {opset}, and"
-        first = f"{changed[0].op} (node {changed[0].name!r})"
-        if any(external_data_helper.uses_external_data(weight) for weight in model.graph.initializer):
-            raise InputError(f"{where} {first} cannot be raised to it with external weights; export the model again")
-        try:
-            with doing(f"onnx converted {graph} to opset {opset}"):
-                model = version_converter.convert_version(model, opset)
-        except Exception as error:  # the converter raises whatever its adapters do
-            says = f"{where} {first} cannot be raised to it: {in_one_line(error)}"
-            raise InputError(f"{says}; export the model again") from error
-        produced = {name for proto in model.graph.node for name in proto.output}
-        if lost := [value for value in graph.producer if value not in produced]:
-            raise InputError(f"{where} ONNX's conversion loses {lost[0]!r}; export the model again")
-    for entry in model.opset_import:
-        if entry.domain in ("", "ai.onnx"):
-            entry.version = opset
-    model.ir_version = max(model.ir_version, _IR_VERSIONS[opset])
+    if old < opset:
+        first = f", where {changed[0].op} (node {changed[0].name!r}) is another operator" if changed else ""
+        where = f"{graph}: opset {old}, but {need} needs {opset}{first}; export the model again: ONNX's converter"
+        convert(model, graph, opset, where, relabel=not changed)
     return model
 
 

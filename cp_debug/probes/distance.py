@@ -136,6 +136,12 @@ def relative_l2(ours: AnyTensor, theirs: AnyTensor) -> float:
     return math.inf if apart.new_nonfinite else apart.relative
 
 
+def apart(ours: AnyTensor, theirs: AnyTensor) -> float:
+    """``relative_l2`` of real dtypes; infinite, too, where only ``theirs`` is NaN or Inf."""
+    one_way = relative_l2(ours, theirs)
+    return one_way if math.isinf(one_way) or not distance(theirs, ours).new_nonfinite else math.inf
+
+
 def ratio(a: float, b: float) -> float:
     """a ÷ b; 0 when both are 0, infinite when only b is."""
     return a / b if b else (math.inf if a else 0.0)
