@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from html import escape
 from typing import Any, TextIO, cast
@@ -256,10 +256,10 @@ def did_you_mean(word: str, known: Iterable[str], n: int = 1) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def some(names: Sequence[Any], most: int = 8) -> str:
+def some(names: Collection[Any], most: int = 8) -> str:
     """The first names of many, and how many more there are: ``a, b and 3 more``."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
+    return ", ".join(map(str, [*names][:most])) + more
 
 
 def amount(count: int, noun: str) -> str:

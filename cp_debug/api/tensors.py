@@ -9,6 +9,7 @@ import numpy as np
 
 from cp_debug.errors import InputError
 from cp_debug.probes.statistics import TensorStats, compare
+from cp_debug.safe_text import some
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,10 +58,10 @@ def compare_tensors(reference: Mapping[str, Any], test: Mapping[str, Any]) -> Te
             raise InputError(f"{side}: {type(unnamed[0]).__name__} among the names; expected text")
     common = [name for name in reference if name in test]
     if not common:
-        raise InputError(f"no name in common: {_names(reference)} against {_names(test)}")
+        raise InputError(f"no name in common: {some(reference, 4) or 'nothing'} against {some(test, 4) or 'nothing'}")
     statistics = {name: _compared(name, reference[name], test[name]) for name in common}
     if all(stats.nothing_compared and not stats.count for stats in statistics.values()):
-        raise InputError(f"nothing was compared: {_names(statistics)} without an element on both sides")
+        raise InputError(f"nothing was compared: {some(statistics, 4)} without an element on both sides")
     return TensorComparison(
         statistics,
         [name for name in reference if name not in test],
@@ -102,7 +103,3 @@ def _says(stats: TensorStats) -> str:
         return f"max |Δ| {stats.max_abs:.3g}, rel. L2 {stats.rel_l2:.3g}{unequal}{alike}"
     rest = f"max |Δ| {stats.finite_max_abs:.3g}, rel. L2 {stats.finite_rel_l2:.3g}"
     return f"{stats.mismatched} of {stats.count} values meet NaN or Inf ({held}); the rest: {rest}"
-
-
-def _names(tensors: Mapping[str, Any]) -> str:
-    return ", ".join([*tensors][:4]) + (" …" if len(tensors) > 4 else "") or "nothing"

@@ -19,6 +19,7 @@ from cp_debug.graph.check_inputs import known_shape
 from cp_debug.graph.graph import Graph, fits_shape
 from cp_debug.graph.onnx_tensors import FLOATS
 from cp_debug.probes.capture import array_hash
+from cp_debug.safe_text import some
 
 
 class DumpedBackend:
@@ -67,8 +68,8 @@ class _DumpedSession:
         for tensors in (values, *samples.values()):
             missing = [name for name in self._outputs if name not in tensors]
             if missing:
-                some = ", ".join(list(tensors)[:5]) or "none of the graph's values"
-                raise InputError(f"{source}: lacks the output {missing[0]!r}; it has {some}")
+                has = some(tensors, 5) or "none of the graph's values"
+                raise InputError(f"{source}: lacks the output {missing[0]!r}; it has {has}")
         self.exposed: Collection[str] = [name for name in graph.values if name in values]
         self.settings: Mapping[str, Any] = {"tensors": len(self.exposed)}
 
@@ -188,8 +189,8 @@ def _told(kept: Mapping[str, np.ndarray]) -> list[str]:
     """The sentence about tensors that were not dumped with channels last, though others were."""
     if not kept:
         return []
-    some = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in [*kept.items()][:4])
-    return [f"read as dumped, because they fit only so, not with channels last: {some}{' …' * (len(kept) > 4)}"]
+    named = some([f"{name} {list(tensor.shape)}" for name, tensor in kept.items()], 4)
+    return [f"read as dumped, because they fit only so, not with channels last: {named}"]
 
 
 def _fits_in_rows_alone(tensor: np.ndarray, shape: tuple[int, ...] | None) -> bool:

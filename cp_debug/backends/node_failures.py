@@ -14,6 +14,7 @@ from cp_debug.backends.kernels import KERNELS
 from cp_debug.backends.kernels.registry import schema_of
 from cp_debug.errors import CpdebugError, library_reason
 from cp_debug.graph.graph import Node
+from cp_debug.safe_text import amount
 
 _OPTION = onnx.defs.OpSchema.FormalParameterOption
 _KINDS = {"b": "booleans", "i": "integers", "u": "integers", "f": "floats", "c": "complex numbers"}
@@ -61,7 +62,7 @@ def _broken(node: Node, opsets: Mapping[str, int], inputs: Sequence[Any]) -> Ite
     if not schema.min_input <= given <= schema.max_input:
         low, high = schema.min_input, min(schema.max_input, 2**31 - 1)
         least = f"{low}" if low == high else f"{low} or more" if high == 2**31 - 1 else f"{low} to {high}"
-        yield f"it has {_counted(given, 'input')}; expected {least}"
+        yield f"it has {amount(given, 'input')}; expected {least}"
     for place, (name, formal) in enumerate(zip(node.proto.input, _formals(schema, given), strict=False)):
         if not name and formal.option == _OPTION.Single:
             yield f"its input {place} ({formal.name}) is absent; expected one"
@@ -81,7 +82,7 @@ def _missing(node: Node, inputs: Sequence[Any]) -> Iterator[str]:
             yield f"its input {place} is {described(value)}; expected numbers that torch computes with"
     wanted = [*inspect.signature(kernel.function).parameters.values()][1:]
     if not any(p.kind is p.VAR_POSITIONAL for p in wanted) and len(inputs) > len(wanted):
-        yield f"it has {_counted(len(inputs), 'input')}; expected {len(wanted)} at most"
+        yield f"it has {amount(len(inputs), 'input')}; expected {len(wanted)} at most"
     for place, parameter in enumerate(wanted):
         needed = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         optional = "None" in str(parameter.annotation)
@@ -150,7 +151,3 @@ def _said(text: str) -> str:
         return f"a {text.partition('(')[0].replace('seq', 'sequence')}"
     name = text.removeprefix("tensor(").removesuffix(")")
     return _TYPES.get(name) or ("integers" if "int" in name else "floats")
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"

@@ -25,6 +25,7 @@ from cp_debug.probes.arrays import dtype_name
 from cp_debug.probes.capture import CaptureWriter, array_hash
 from cp_debug.programs.layers import layers_of
 from cp_debug.programs.scope_names import module_values
+from cp_debug.safe_text import some
 from cp_debug.serialize import JsonForm
 
 SCHEMA = "cpdebug.import/1"
@@ -105,8 +106,8 @@ def match_dump(
     matched = named_values(graph, given)
     if not matched:
         raise InputError(
-            f"{source}: none of its {len(tensors)} tensors is a value of {graph}: {_some(tensors)} against "
-            f"{_some(names)}; --map VALUE=TENSOR pairs two of them"
+            f"{source}: none of its {len(tensors)} tensors is a value of {graph}: {some(tensors, 4)} against "
+            f"{some(names, 4)}; --map VALUE=TENSOR pairs two of them"
         )
     values, notes = as_in_graph(graph, given, source, last=channels_last, flat=flat, flag="--layout")
     used = {id(array) for array in matched.values()}
@@ -230,7 +231,3 @@ def _other_shapes(graph: Graph, tensors: Mapping[str, np.ndarray], types: _Types
         for name, array in tensors.items()
         if (shape := shapes[name]) is not None and shape != array.shape
     }
-
-
-def _some(names: Mapping[str, Any] | Sequence[str]) -> str:
-    return ", ".join([*names][:4]) + (" …" if len(names) > 4 else "")

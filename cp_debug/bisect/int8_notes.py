@@ -10,6 +10,7 @@ from cp_debug.backends.capabilities import integer_kernels_of
 from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.bisect.verdict import obeys_scales
 from cp_debug.programs.pipeline import Pipeline, wants_int8
+from cp_debug.safe_text import some
 
 
 def both_int8(reference: Backend, test: Backend) -> bool:
@@ -25,7 +26,7 @@ def _of_scales(spec: str, rows: Sequence[LayerRow]) -> Iterator[str]:
         if row.replay and row.replay.deviation_from_scales is not None
     }
     others = [row.name for row in rows if row.verdict == GUILTY and row.replay and obeys_scales(row.replay) is False]
-    named = ", ".join(others[:4]) + (" …" if len(others) > 4 else "")
+    named = some(others, 4)
     obeying = {name: off for name, off in departures.items() if name not in others}
     if obeying:
         name = max(obeying, key=lambda name: obeying[name])

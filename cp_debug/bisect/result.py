@@ -270,7 +270,7 @@ class TestResult(JsonForm):
         """Phrases about what says little though it agrees: final outputs without an element, or 0 everywhere, and
         control flow that did not run."""
         empty = self.empty_outputs
-        phrases = [f"{', '.join(empty[:MOST_NAMES])}: without an element on both sides"] if empty else []
+        phrases = [f"{some(empty, MOST_NAMES)}: without an element on both sides"] if empty else []
         phrases += [idle] if (idle := self.says_not_run) else []
         return [*phrases, ALL_ZERO] if self.all_zeros and self.agrees else phrases
 

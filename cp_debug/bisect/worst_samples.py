@@ -98,10 +98,10 @@ def _undone(undone: Mapping[str, Sequence[str]]) -> list[str]:
     if not undone:
         return []
     verb = "holds its result" if len(undone) == 1 else "hold their results"
-    by = list(dict.fromkeys(name for names in undone.values() for name in names))
+    by = dict.fromkeys(name for names in undone.values() for name in names)
     return [
         f"{amount(len(undone), 'layer')} {verb} in another basis (channels permuted, rotated or scaled), and the "
-        f"layers that read it undo that, so nothing is wrong: {_few(list(undone))}; undone by {_few(by)}"
+        f"layers that read it undo that, so nothing is wrong: {some(undone, 4)}; undone by {some(by, 4)}"
     ]
 
 
@@ -111,7 +111,7 @@ def _masks(names: Sequence[str]) -> list[str]:
     verb = "masks" if len(names) == 1 else "mask"
     return [
         f"{amount(len(names), 'layer')} {verb} with another number than the reference (such as −Inf for −1e9); the "
-        f"results after them are the same, so nothing is wrong: {_few(names)}"
+        f"results after them are the same, so nothing is wrong: {some(names, 4)}"
     ]
 
 
@@ -127,18 +127,19 @@ def both_inexact(rows: Collection[LayerRow]) -> list[str]:
     doubts = _contradictions(torn)
     doubts += [
         f"{amount(len(alike), 'layer')} {verb} on both sides as closely as precision "
-        f"allows, but not with the oracle, which may itself be wrong there: {_names(alike)}"
+        f"allows, but not with the oracle, which may itself be wrong there: {some([r.name for r in alike], 4)}"
     ] * bool(alike)
     inexact = [r for r in off if r.stats.equal]
     if not inexact:
         return doubts
     worst = max(inexact, key=lambda r: r.replay.excess or 0.0 if r.replay else 0.0)
-    excess = worst.replay.excess if worst.replay else None
+    excess = (worst.replay.excess if worst.replay else None) or 0.0
     verb = "has" if len(inexact) == 1 else "have"
+    names = some([r.name for r in inexact], 4)
     return [
         *doubts,
         f"{amount(len(inexact), 'layer')} {verb} the same bits on both sides, but both "
-        f"are inexact, up to {excess or 0.0:.3g}× what precision explains ({worst.name}): {_names(inexact)}",
+        f"are inexact, up to {excess:.3g}× what precision explains ({worst.name}): {names}",
     ]
 
 
@@ -147,20 +148,12 @@ def _contradictions(torn: Mapping[str, Sequence[str]]) -> list[str]:
     if not torn:
         return []
     have, read = ("has", "it") if len(torn) == 1 else ("have", "they")
-    inputs = _few(list(dict.fromkeys(name for names in torn.values() for name in names)))
+    inputs = some(dict.fromkeys(name for names in torn.values() for name in names), 4)
     return [
-        f"the captured values contradict each other: {_few(list(torn))} {have} the reference's result, which does not "
+        f"the captured values contradict each other: {some(torn, 4)} {have} the reference's result, which does not "
         f"follow from {inputs} as captured; that is not what {read} read: a buffer was overwritten after it had been "
         "read, or values of several runs were mixed"
     ]
-
-
-def _names(rows: Sequence[LayerRow]) -> str:
-    return _few([row.name for row in rows])
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
 
 
 def _standing_out(observation: Observation) -> tuple[float, float]:

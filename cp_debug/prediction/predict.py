@@ -56,6 +56,7 @@ from cp_debug.recipes.abilities import DetectsBoxes, Remarks, samples_left_out
 from cp_debug.recipes.base import Arrays, Model, Sample
 from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 from cp_debug.recipes.registry import load_model
+from cp_debug.safe_text import some
 
 SPREAD = 1.25
 """Factor by which an interval is wider than the kernels' errors: engines know more orders of summation than these."""
@@ -286,15 +287,15 @@ class _ModelPrediction:
             known += [node for node in layer.nodes if node not in known]
         lost = {n: op for walk in self._walks.values() for n, op in walk.not_emulated.items()}
         if lost:
-            some = ", ".join(f"{n} ({op})" for n, op in list(lost.items())[:3])
-            self._notes.append(f"{len(lost)} nodes are rounded only at their result, not inside: {some}")
+            named = some([f"{n} ({op})" for n, op in lost.items()], 3)
+            self._notes.append(f"{len(lost)} nodes are rounded only at their result, not inside: {named}")
         last = self._model.components[-1].name
         self._outputs.check(self._model.name, last)
         outputs = sorted(self._outputs.predicted.values(), key=lambda o: o.component != last)
         self._notes += self._outputs.notes()
         if self._silent:
-            some = ", ".join([*self._silent][:3])
-            self._notes.append(f"{len(self._silent)} layers hold no finite number in FP32, and are left out: {some}")
+            named = some(self._silent, 3)
+            self._notes.append(f"{len(self._silent)} layers hold no finite number in FP32, and are left out: {named}")
         return Prediction(
             model=self._model.name,
             target=self._target.name,

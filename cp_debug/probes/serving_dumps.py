@@ -20,6 +20,7 @@ import numpy as np
 
 from cp_debug.errors import DAMAGED, InputError, library_reason
 from cp_debug.reading import check_file, load_plain
+from cp_debug.safe_text import some
 
 _RANKS = (re.compile(r"PP_\d+"), re.compile(r"TP_\d+"), re.compile(r"TP\d+_PP\d+_Rank\d+_pid\d+"))
 _STEPS = (re.compile(r"iteration_(\d+)"), re.compile(r"step_(\d+)"))
@@ -53,7 +54,7 @@ def step_folder(folder: Path) -> Path:
         steps = steps_in(folder)
         runs = [path for path in inside if path.is_dir() and _has_steps(path)]
         if len(runs) > 1 and not ranks and not steps:
-            names = ", ".join(path.name for path in runs[:4]) + (" …" if len(runs) > 4 else "")
+            names = some([path.name for path in runs], 4)
             raise InputError(f"{folder}: holds {len(runs)} runs, {names}; give the folder of one")
         if folder.name != "tllm_debug" and (folder / "tllm_debug").is_dir() and not ranks and not steps:
             folder /= "tllm_debug"

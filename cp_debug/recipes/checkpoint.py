@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cp_debug.errors import DAMAGED, InputError, library_reason
 from cp_debug.probes.arrays import is_dense
 from cp_debug.reading import check_file, load_plain
+from cp_debug.safe_text import some
 
 SHOWN = 5
 
@@ -56,16 +57,16 @@ def check_fit(expected: Mapping[str, Sequence[int]], state: Mapping[str, Tensor]
     """Raise InputError where names or shapes of ``state``, read from ``source``, are not those of ``expected``."""
     problems = []
     if missing := expected.keys() - state.keys():
-        problems.append(f"missing keys: {_some(missing)}")
+        problems.append(f"missing keys: {some(sorted(missing), SHOWN)}")
     if extra := state.keys() - expected.keys():
-        problems.append(f"keys that the model does not have: {_some(extra)}")
+        problems.append(f"keys that the model does not have: {some(sorted(extra), SHOWN)}")
     shapes = [
         f"{key} {list(state[key].shape)} (expected {list(shape)})"
         for key, shape in expected.items()
         if key in state and list(state[key].shape) != list(shape)
     ]
     if shapes:
-        problems.append(f"wrong shapes: {_some(shapes)}")
+        problems.append(f"wrong shapes: {some(sorted(shapes), SHOWN)}")
     if problems:
         raise InputError("\n".join((f"{source}: the checkpoint does not fit the model", *problems)))
 
@@ -135,10 +136,3 @@ def read_torch(path: Path) -> object:
     except Exception as error:  # torch's unpickler raises nearly anything on what is none
         reason = library_reason(error) or DAMAGED
         raise InputError(f"{path}: not a readable torch checkpoint ({reason})") from None
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first five names, and how many more there are."""
-    names = sorted(names)
-    unnamed_count = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {unnamed_count} more" if unnamed_count > 0 else "")

@@ -164,7 +164,7 @@ def _unpaired(test: TestResult) -> str:
     """The outputs and the number of values of which nothing could be compared, or nothing learned."""
     missing = sum(len(p.get("missing", ())) for p in test.pairing.values())
     missing = min(missing, test.total - test.compared)  # torch's values stand in for some
-    parts = [f"without {', '.join(test.missing_outputs[:MOST_NAMES])}"] if test.missing_outputs else []
+    parts = [f"without {some(test.missing_outputs, MOST_NAMES)}"] if test.missing_outputs else []
     parts += [f"but {caveat}" if caveat == ALL_ZERO else caveat for caveat in test.caveats]
     noun = "value has" if missing == 1 else "values have"
     parts += [f"{missing} {noun} no counterpart in the test"] if missing else []
