@@ -128,6 +128,17 @@ class Model(Protocol):
         ...
 
 
+class Unglued:
+    """Base of models without glue: a sample holds what the components read, and nothing decodes what they give."""
+
+    def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
+        """The sample's arrays by input name, unchanged in shape and dtype."""
+        return sample.arrays
+
+    def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> None:
+        """Nothing."""
+
+
 def check_samples(model: Model, count: int, inputs: Path | None) -> None:
     """Read all samples that files give, so that a bad one is told before anything slow begins.
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from cp_debug.graph.check_inputs import with_shapes
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
 from cp_debug.recipes.abilities import MADE_UP
-from cp_debug.recipes.base import Arrays, Component, Sample
+from cp_debug.recipes.base import Component, Sample, Unglued
 from cp_debug.recipes.input_files import DEFAULT_READING, Reading, count_samples, file_samples
 from cp_debug.recipes.stages import stages_of
 from cp_debug.safe_text import in_utf8
 
 
-class OnnxFileModel:
+class OnnxFileModel(Unglued):
     """An ONNX file as a model. Raises InputError when the file is missing, incomplete or not ONNX."""
 
     def __init__(self, path: Path, reading: Reading = DEFAULT_READING) -> None:
@@ -57,15 +55,7 @@ class OnnxFileModel:
         """Number of samples in these files. Raises InputError for unusable files."""
         return count_samples(inputs, self._inputs)
 
-    def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
-        """The sample's arrays by input name, unchanged."""
-        return sample.arrays
-
     def remarks(self, sample: Sample) -> Sequence[str]:
         """Contents of made-up inputs and their reasons, where the sample was and there is something to say."""
         reasons = self._made_up.get(sample.source)
         return [f"{MADE_UP}{'; '.join(reasons)}"] if reasons else []
-
-    def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> None:
-        """Nothing: an ONNX file has no decoder."""
-        return None

@@ -24,7 +24,7 @@ from cp_debug.probes.arrays import as_numpy, is_dense, layout_of
 from cp_debug.probes.module_state import ModuleState, state_kept
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.probes.trace import as_written, trace
-from cp_debug.recipes.base import Arrays, Component, NamesOnDemand, Sample, Stage
+from cp_debug.recipes.base import Component, NamesOnDemand, Sample, Stage, Unglued
 from cp_debug.recipes.input_files import DEFAULT_READING, count_samples, file_samples
 from cp_debug.recipes.torch_inputs import flat_inputs
 from cp_debug.safe_text import some
@@ -35,7 +35,7 @@ _LARGE = 1 << 26
 _OTHER_IN_TRAINING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase, nn.RNNBase)
 
 
-class TorchModel:
+class TorchModel(Unglued):
     """A torch module with example inputs: one component, fed with the examples or with arrays like them."""
 
     def __init__(
@@ -99,14 +99,6 @@ class TorchModel:
     def sample_count(self, inputs: Path) -> int:
         """Number of samples in these files. Raises InputError for unusable files."""
         return count_samples(inputs, self._expected)
-
-    def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
-        """The sample's arrays by input name, unchanged."""
-        return sample.arrays
-
-    def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> None:
-        """Nothing: a bare module has no decoder."""
-        return None
 
 
 @contextmanager

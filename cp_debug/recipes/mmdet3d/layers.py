@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import ValueInfo
-from cp_debug.recipes.base import Arrays, Component, Sample, Stage
+from cp_debug.recipes.base import Arrays, Component, Sample, Stage, Unglued
 from cp_debug.recipes.data.open_data import count_data, open_data
 from cp_debug.recipes.input_files import count_samples, file_samples
 from cp_debug.recipes.mmdet3d.client import DetectorClient, ProgramFailed
@@ -26,13 +26,14 @@ TOLERANCE = 1e-5
 """Largest difference between a module and its exported program, relative to the output's largest element."""
 
 
-class DetectorLayers:
+class DetectorLayers(Unglued):
     """A detector's branches (backbone, neck and head behind one tensor each) as components.
 
-    A branch is fed what the detector makes of a cloud; one that no cloud reaches (behind images, or behind operations
-    that need CUDA) seeded noise. ``.npz`` files give the tensors themselves. Modules in another process come as
-    exported programs of torch, checked for equal outputs. What torch cannot export (custom operators) is cut off, from
-    the end. Raises InputError when there is no branch, or one of which nothing can be handed over.
+    Boxes need the code of the detector, so that nothing is decoded. A branch is fed what it makes of a cloud; one that
+    no cloud reaches (behind images, or behind operations that need CUDA) seeded noise. ``.npz`` files give the tensors
+    themselves. Modules in another process come as exported programs of torch, checked for equal outputs. What torch
+    cannot export (custom operators) is cut off, from the end. Raises InputError when there is no branch, or one of
+    which nothing can be handed over.
     """
 
     def __init__(self, name: str, client: DetectorClient, about: Mapping[str, Any], seed: int) -> None:
@@ -118,10 +119,6 @@ class DetectorLayers:
         """The tensor of the component's branch, by the input's name."""
         (name,) = component.input_names
         return {name: sample.arrays[name]}
-
-    def decode(self, sample: Sample, results: Mapping[str, Arrays]) -> None:
-        """Nothing: boxes need the detector's own code, with what it asks of cameras and data."""
-        return None
 
 
 def _read_program(file: Path) -> nn.Module:
