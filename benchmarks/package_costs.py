@@ -243,8 +243,10 @@ def judge(path: Path, way: str, folder: Path) -> dict[str, Any]:
     largest = sorted(made, key=made.__getitem__, reverse=True)[:5]
     largest += sorted(made, key=lambda value: -abs(rows[value].share or 0.0))[:5]
     found["largest"] = {rows[value].name: (made[value], rows[value].share) for value in largest}
-    if (name := found["named"]) is not None:
-        effect = next((made[value] for value, row in rows.items() if row.name == name and value in made), 0.0)
+    effects_of = {rows[value].name: effect for value, effect in made.items()}
+    named = [name for name in (found["named"], *found["guilty"][:1]) if name in effects_of]  # not inside an If
+    if named:
+        effect = max(effects_of[name] for name in named)
         found |= {"named_effect": effect, "right": effect >= CLOSE * made[best]}
     for finding in test.findings:
         if "after" in finding.evidence:
