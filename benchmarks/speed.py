@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -136,6 +137,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[*RATIOS], choices=RATIOS)
     parser.add_argument("--write", action="store_true", help="write what was measured to docs/data/speed.json")
     options = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # code is compiled once, as it is for users
     kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.is_file() else {"ratios": {}}
     print(f"{'':<12}{'median':>8}{'rounds':>16}{'committed':>12}")
     slower = []
