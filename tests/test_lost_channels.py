@@ -169,6 +169,8 @@ def test_channels_count_that_are_gone_and_large_enough_and_not_alone() -> None:
     assert [text[:20] for text in lost_channels({"y": ours}, {"y": theirs}, 1e-3)] == ["y: channel 1 is 0 ev"]
     assert not list(lost_channels({"y": ours}, {"y": theirs}, 0.2)), "too small to count"
     assert not list(lost_channels({"y": ours}, {"y": 0 * theirs}, 1e-3)), "an output of zeros is beyond any tolerance"
+    strange = np.where(theirs == 0, np.float32(np.nan), theirs)
+    assert not list(lost_channels({"y": ours}, {"y": strange}, 1e-3)), "NaN is told as what it is"
     assert not list(lost_channels({"y": ours[..., :15]}, {"y": theirs[..., :15]}, 1e-3)), "too few elements to tell"
     steps = np.linspace(0.1, 0.9, 20, dtype=np.float32)
     scores = np.stack([640 * steps, steps])[None]

@@ -194,6 +194,7 @@ def test_a_weight_beyond_the_type_is_an_endless_loss(tmp_path: Path) -> None:
 def test_another_infinity_is_no_small_difference() -> None:
     finite, infinite = torch.tensor([1.0, 1.0]), torch.tensor([1.0, torch.inf])
     assert difference(finite, infinite) == difference(infinite, finite) == math.inf
+    assert difference(infinite, -infinite) == difference(infinite, infinite * torch.nan) == math.inf
     assert difference(infinite, infinite) == 0
     assert difference(finite, 1.5 * finite) == pytest.approx(0.5)  # relative, and of the first
     assert difference(finite, torch.ones(3)) == math.inf

@@ -68,12 +68,13 @@ def matters(
 
 
 def difference(exact: AnyTensor, other: AnyTensor) -> float:
-    """Relative L2 norm of ``other`` − ``exact``; infinite where NaN, Inf or the shapes differ."""
+    """Relative L2 norm of ``other`` − ``exact``; infinite where NaN, Inf or the shapes differ, or NaN is for Inf."""
     if not isinstance(exact, Tensor) or not isinstance(other, Tensor) or exact.shape != other.shape:
         return math.inf
     if not torch.equal(torch.isfinite(exact), torch.isfinite(other)):
         return math.inf
-    return distance(other, exact).relative
+    apart = distance(other, exact)
+    return math.inf if apart.new_nonfinite else apart.relative
 
 
 def _computed(
