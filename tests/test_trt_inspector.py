@@ -91,6 +91,14 @@ def test_layers_nodes_and_what_is_in_memory(text: str) -> None:
     assert realised_precision(load(text)) == {"Float": 0.25, "Half": 0.75}
 
 
+def test_borders_in_fp32_say_nothing_about_a_compiled_layer() -> None:
+    entries = json.loads(TENSORRT_10)["Layers"]
+    assert realised_precision(parse_layers([*entries, {**entries[1], "LayerType": "Myelin"}], NODES)) == {
+        "Float": 0.2,
+        "Half": 0.8,
+    }
+
+
 def test_reformats_belong_to_no_node() -> None:
     first = load(TENSORRT_8)[0]
     assert (first.kind, first.nodes, first.inputs[0].dtype) == ("Reformat", (), "Float")

@@ -114,14 +114,15 @@ def materialized(layers: Iterable[EngineLayer], values: Collection[str]) -> dict
 def realised_precision(layers: Iterable[EngineLayer]) -> dict[str, float]:
     """Share of each floating-point or quantized type among the inputs and outputs of layers that hold ONNX nodes.
 
-    Reformats are left out: they carry a type from where it is to where it is wanted, and compute nothing.
+    Reformats are left out: they carry a type from where it is to where it is wanted, and compute nothing. So are FP32
+    borders of compiled layers, which may hold anything inside.
     """
     counts = Counter(
         tensor.dtype
         for layer in layers
         if layer.nodes and layer.kind != "Constant"
         for tensor in (*layer.inputs, *layer.outputs)
-        if tensor.dtype in PRECISIONS
+        if tensor.dtype in PRECISIONS and not (tensor.dtype == "Float" and layer.kind in COMPILED)
     )
     return {dtype: counts[dtype] / counts.total() for dtype in PRECISIONS if counts[dtype]}
 
