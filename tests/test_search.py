@@ -286,6 +286,8 @@ def test_a_log_gives_its_trials_back(tmp_path: Path) -> None:
     assert np.isnan(found.measured.outputs["y"])
     again.add_engine({"net": [{"name": "a + b", "nodes": ("a", "b"), "tactic": "x"}]})
     assert TrialLog(path, ABOUT).engine == {"net": [{"name": "a + b", "nodes": ["a", "b"]}]}
+    with pytest.raises(InputError, match="-: expected the name of a file"):
+        TrialLog(Path("-"), ABOUT)
 
 
 def test_a_torn_line_is_left_out(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from cp_debug.errors import InputError, system_reason
+from cp_debug.files import check_target
 from cp_debug.mixed_precision.trial import Trial
 from cp_debug.reading import check_file, json_text, parse_json, read_bytes, sealed, typed, unsealed
 from cp_debug.serialize import decode
@@ -38,6 +39,7 @@ class TrialLog:
         if path.exists() and check_file(path, "log"):
             self._read(path, header)
         else:
+            check_target(path)
             self._write(header)
 
     def add(self, trial: Trial) -> None:

@@ -11,7 +11,7 @@ from cp_debug.reports.bundle.redact import holds_source
 from cp_debug.reports.bundle.redact import redact as redacted
 from cp_debug.reports.bundle.shrink import OnText, Shrinker
 from cp_debug.reports.bundle.verify import Verifier
-from cp_debug.reports.bundle.write import write_bundle
+from cp_debug.reports.bundle.write import check_free, write_bundle
 from cp_debug.reports.saved import SavedResult
 from cp_debug.safe_text import code_span
 
@@ -33,9 +33,10 @@ def bundle(
 
     ``layer`` (torch path, node or value) and ``backend`` choose; without them it is the first guilty layer. ``on_text``
     hears what is being done. ``seconds`` limits how long it is made smaller; that it fails is verified all the same.
-    Raises InputError when no cut around the layer fails by itself, when ``redact`` hides the fault, and when repro.py
-    does not show it; BackendUnavailable when the backend at fault cannot run here.
+    Raises InputError when ``target`` is taken, when no cut around the layer fails by itself, when ``redact`` hides the
+    fault, and when repro.py does not show it; BackendUnavailable when the backend at fault cannot run here.
     """
+    check_free(target)
     accused = find_accused(saved, layer, backend)
     cutter, verifier = Cutter(accused), Verifier(accused)
     shrinker = Shrinker(cutter, verifier, on_text, seconds=seconds)

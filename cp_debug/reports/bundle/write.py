@@ -196,14 +196,19 @@ def _plain(text: str) -> str:
     return "".join(c for c in text if c.isprintable() and c not in '"\\')
 
 
+def check_free(target: Path) -> None:
+    """Raise InputError where no bundle can be written: the name is taken, or is none."""
+    if target.exists() and (target.suffix == ".zip" or not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target}: exists; expected a new name or an empty folder")
+    if not target.name or str(target) == "-":
+        raise InputError(f"{str(target)!r}: expected the name of a new folder or .zip")
+
+
 @contextmanager
 def _complete(target: Path) -> Iterator[Path]:
     """A folder that becomes ``target``, zipped if that ends in ``.zip``, when the block succeeds; else it is gone."""
     zipped = target.suffix == ".zip"
-    if target.exists() and (zipped or not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target}: exists; expected a new name or an empty folder")
-    if not target.name:
-        raise InputError(f"{str(target)!r}: expected the name of a new folder or .zip")
+    check_free(target)
     make_folder(target.parent)
     holder = partial_name(target)
     stem = target.stem.encode(errors="ignore").decode() or "bundle"  # the names in an archive are UTF-8
