@@ -34,6 +34,17 @@ from cp_debug.probes.distance import all_finite, product
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 from cp_debug.safe_text import some
 
+ERRORS = 1 << 29
+"""Bytes of introduced errors that are kept for the shares, where computing them again takes a pass of the oracle."""
+
+_MANY = 1 << 16
+"""Elements from which on three digits of each do for their sum."""
+
+
+def kept_as(error: Tensor) -> torch.dtype:
+    """The dtype in which an introduced error of any shape is kept for the shares."""
+    return torch.bfloat16 if error.numel() >= _MANY else torch.float32
+
 
 class Backward:
     """Walks one component's graph back, from derivatives of its outputs to those of its inputs."""
@@ -50,14 +61,16 @@ class Backward:
         at: Sequence[Callable[[str], AnyTensor]] = (),
     ) -> None:
         """``test`` loads one of the test's values, of which ``known`` are there. ``oracle`` says what is exact;
-        ``follower``, else the oracle, is derived. ``errors``: introduced errors that are known already. ``plain``:
-        nodes that read in front of Q/DQ pairs (``plain_nodes``); then every value is known. ``at`` load the values
-        at which the derivative of a segment is taken, the mean of all, where these are not the test's.
+        ``follower``, else the oracle, is derived. ``errors``: introduced errors that are known already, to which others
+        are added. ``plain``: nodes that read in front of Q/DQ pairs (``plain_nodes``); then every value is known.
+        ``at`` load the values at which the derivative of a segment is taken, the mean of all, where these are not the
+        test's.
         """
         self._graph, self._known, self._test, self._at = graph, known, test, at or (test,)
         self._of_test = not at
         self._oracle, self._follower = oracle, follower or oracle
-        self._errors, self._plain, self._levels = errors or {}, plain or {}, level_values(graph)
+        self._errors, self._plain, self._levels = {} if errors is None else errors, plain or {}, level_values(graph)
+        self._room = 0 if errors is None else ERRORS - sum(error.nbytes for error in errors.values())
         self.derivatives: dict[str, Tensor] = {}
         """Value → derivative of the measure by it, on the device of the replay; those behind the walk are freed."""
         self.stopped: dict[str, str] = {}
@@ -93,10 +106,12 @@ class Backward:
         if any(draws(inner, self._graph) for inner in nodes):
             raise InputError("it draws random numbers")
         errors: dict[str, float] = {}
-        for load in self._at:
+        alone = len(nodes) == 1 and nodes[0].op in PRODUCTS and self._follower.arithmetic.value is None
+        # What multiplies one value by constants is linear: its derivative is the same at every place.
+        places = self._at[:1] if alone and sum(name in starts for name in nodes[0].inputs) == 1 else self._at
+        for load in places:
             given = {name: load(name) for name in starts}
             leaves = {name: leaf for name in starts if (leaf := self._leaf(name, given[name])) is not None}
-            alone = len(nodes) == 1 and nodes[0].op in PRODUCTS and self._follower.arithmetic.value is None
             needed = self._of_test and not self._errors.keys() >= derivatives.keys()
             with _Uncomputed() if alone and not needed else nullcontext():
                 exact = self._follower.run_nodes(nodes, given | leaves, [*derivatives], differentiable=True)
@@ -113,13 +128,18 @@ class Backward:
                 if result.requires_grad:
                     followed[name] = result
             if followed and leaves:
-                self._follow(followed, derivatives, leaves)
+                self._follow(followed, derivatives, leaves, len(places))
         return errors
 
     def _follow(
-        self, results: Mapping[str, Tensor], derivatives: Mapping[str, Tensor], leaves: Mapping[str, Tensor]
+        self,
+        results: Mapping[str, Tensor],
+        derivatives: Mapping[str, Tensor],
+        leaves: Mapping[str, Tensor],
+        places: int,
     ) -> None:
-        """Add what a segment passes back from the derivatives of its ``results`` to the ``leaves`` that it reads."""
+        """Add what a segment passes back from the derivatives of its ``results`` to the ``leaves`` that it reads, which
+        is one of so many places whose mean is taken."""
         with torch.enable_grad():
             measures = [_Measure.apply(value, derivatives[name].to(value.dtype)) for name, value in results.items()]
         gradients = torch.autograd.grad(measures, [*leaves.values()], allow_unused=True)
@@ -127,17 +147,21 @@ class Backward:
             if gradient is not None and not all_finite(gradient):
                 gradient = torch.nan_to_num(gradient, 0.0, 0.0, 0.0)
             if gradient is not None:
-                self._add(name, gradient if len(self._at) == 1 else gradient / len(self._at))
+                self._add(name, gradient if places == 1 else gradient / places)
 
     def _introduced(self, name: str, nodes: list[Node], starts: Collection[str], result: Tensor) -> Tensor:
-        """The introduced error of a value, against what the oracle makes of the test's inputs: BF16 or float64."""
-        if (known := self._errors.pop(name, None)) is not None:
+        """The introduced error of a value, against what the oracle makes of the test's inputs, or as ``kept_as``."""
+        if (known := self._errors.get(name)) is not None:
             return known
         oracle = self._oracle
         if self._follower is not oracle or not self._of_test:
             result = as_tensor(oracle.run_nodes(nodes, {start: self._test(start) for start in starts}, [name])[name])
         held = as_tensor(oracle.arithmetic.hold(self._test(name), oracle.device))
-        return held.double() - result.detach().double()
+        error = held.double() - result.detach().double()
+        if error.nbytes <= self._room:
+            self._errors[name] = error.to(kept_as(error))
+            self._room -= self._errors[name].nbytes
+        return error
 
     def _leaf(self, name: str, value: AnyTensor) -> Tensor | None:
         """A captured value as autograd follows it; None for whole numbers, the levels of a quantizer apart."""

@@ -23,6 +23,7 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
 from cp_debug.backends.memory import Trimmer
+from cp_debug.bisect.backward import ERRORS, kept_as
 from cp_debug.bisect.consequences import matters
 from cp_debug.bisect.declared_int8 import int8_activations
 from cp_debug.bisect.file_quantization import FileQuantization
@@ -49,8 +50,6 @@ SUSPICIOUS = 30.0
 """A layer that amplifies the divergence of its inputs more than this is replayed for the reference, too: healthy layers
 stay below 5, so what was inherited more likely was introduced by the reference."""
 
-ERRORS = 1 << 29
-"""Bytes of introduced errors that are kept for the shares, where computing them again takes an FP64 pass."""
 TRIM_AFTER = 1 << 27
 """Size of oracle results in bytes after which freed memory goes back to the system."""
 MAXIMA = {"GlobalMaxPool", "MaxPool", "MaxRoiPool", "ReduceMax", "ReduceMin"}
@@ -106,7 +105,7 @@ class Replayer:
         self._finer: Executor | None = None
         self._trimmer = Trimmer(TRIM_AFTER)
         self.errors: dict[str, Tensor] = {}
-        """Introduced errors of the last replay in BF16, on its device, as far as ``ERRORS`` reaches."""
+        """Introduced errors of the last replay, on its device, as far as ``ERRORS`` reaches."""
         self._room = 0
         self._outputs = {v.name for v in graph.outputs}
         self.levels = level_values(graph)
@@ -256,11 +255,12 @@ class Replayer:
         return results
 
     def _place_of_error(self, captured: AnyTensor, exact: Tensor) -> Tensor | None:
-        """Where the introduced error goes, in its shape, while there is room. Three digits do: a share sums many."""
-        if not exact.is_floating_point() or 2 * exact.numel() > self._room or captured.shape != exact.shape:
+        """Where the introduced error goes, in its shape, while there is room."""
+        if not exact.is_floating_point() or exact.nbytes > self._room or captured.shape != exact.shape:
             return None  # whole numbers are subtracted exactly, when they are asked for
-        self._room -= 2 * exact.numel()
-        return torch.empty_like(exact, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
+        place = torch.empty_like(exact, dtype=kept_as(exact), memory_format=torch.contiguous_format)
+        self._room -= place.nbytes
+        return place
 
     def _exact(self, nodes: list[Node]) -> bool:
         """Whether the emulation of the claim computes ``nodes`` just as the oracle does, by the same code."""

@@ -23,7 +23,7 @@ from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.result import Attribution, LayerRow
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.probes.arrays import as_numpy
-from cp_debug.probes.distance import distance
+from cp_debug.probes.distance import all_finite, distance
 from cp_debug.probes.held import CapturedRun
 from cp_debug.probes.integers import are_wide, differences
 from cp_debug.probes.statistics_reduce import dot
@@ -123,10 +123,12 @@ class Shares:
             ours = torch.as_tensor(reference(name)).to(theirs.device)
             if ours.shape != theirs.shape or not (ours.is_floating_point() and theirs.is_floating_point()):
                 return theirs
-            between = ours + part * (theirs.double() - ours)
-            return torch.where(torch.isfinite(between), between, theirs.double())
+            dtype = torch.promote_types(torch.promote_types(ours.dtype, theirs.dtype), torch.float32)
+            between = torch.lerp(ours.to(dtype), theirs.to(dtype), part)
+            return between if all_finite(between) else torch.where(torch.isfinite(between), between, theirs.to(dtype))
 
-        return Backward(of.graph, of.known, test, of.oracle, of.follower, at=[partial(at, p) for p in POINTS])
+        places = [partial(at, part) for part in POINTS]
+        return Backward(of.graph, of.known, test, of.oracle, of.follower, of.errors, at=places)
 
     def stops(self, key: Key) -> bool:
         """Whether a layer's result is whole numbers, and no derivative passes what reads them."""
@@ -160,6 +162,8 @@ class Shares:
             carried.append(first)
             told.layers = sum(self.of_layers.values())
         told.carried = [names.get(key, key.value) for key in carried]
+        for name in self._components:
+            self._run.replayer(name, self._test).errors.clear()
         return told
 
     def _carry(self, key: Key, names: Mapping[Key, str]) -> None:
