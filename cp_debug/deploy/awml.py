@@ -26,7 +26,7 @@ _ENUMS = {
     },
 }
 """Enumerations that AWML's files import, with the values of their members."""
-DIALECT = Dialect(_ENUMS, frozenset(AwmlConfig.model_fields))
+DIALECT = Dialect(_ENUMS, frozenset((*AwmlConfig.model_fields, *AwmlConfig.idle)))
 _MMDEPLOY = ("codebase_config", "ir_config", "partition_config", "calib_config")
 """Keys that mmdeploy's configurations have, and AWML's do not."""
 _OTHER_MODELS = {
@@ -47,8 +47,8 @@ def read_awml(path: Path) -> dict[str, Any] | None:
 def is_awml(settings: Any) -> bool:
     """Whether settings are AWML's, or mmdeploy's, by their keys, and not this project's."""
     ours = DeployConfig.model_fields.keys()
-    theirs = {*AwmlConfig.model_fields, *_MMDEPLOY} - ours
-    if not isinstance(settings, Mapping) or settings.keys() & (ours - AwmlConfig.model_fields.keys()):
+    theirs = {*DIALECT.keys, *_MMDEPLOY} - ours
+    if not isinstance(settings, Mapping) or settings.keys() & (ours - DIALECT.keys):
         return False
     return not settings.keys().isdisjoint(theirs)
 

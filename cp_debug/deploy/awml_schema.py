@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from cp_debug.deploy.schema import Mode, Policy, Section
 
@@ -24,15 +24,15 @@ ExportMode = Annotated[Mode, BeforeValidator(_word)]
 Device = Annotated[str, BeforeValidator(_word)]
 
 
-class WithoutEffect:
-    """Mark of a key that is read and changes nothing; a file that sets it is told so."""
+class AwmlSection(Section):
+    """A part of AWML's file, which may hold idle keys."""
+
+    model_config = ConfigDict(extra="allow")
 
 
-IDLE = WithoutEffect()
-IdleText = Annotated[str | None, IDLE]
-IdleFlag = Annotated[bool | None, IDLE]
-IdleCount = Annotated[int | None, IDLE]
-IdleAnything = Annotated[Any, IDLE]
+def _idle(names: str, **defaults: Any) -> dict[str, Any]:
+    """Idle keys by their defaults; those of ``names`` have none."""
+    return dict.fromkeys(names.split()) | defaults
 
 
 def _policy(value: Any) -> Any:
@@ -49,7 +49,7 @@ def _no_plugins(libraries: list[str]) -> list[str]:
     return libraries
 
 
-class Shapes(Section):
+class Shapes(AwmlSection):
     """Shapes of a profile."""
 
     min_shape: list[int]
@@ -57,15 +57,14 @@ class Shapes(Section):
     max_shape: list[int]
 
 
-class Tensor(Section):
+class Tensor(AwmlSection):
     """One input or output of a file; types are the exported module's."""
 
+    idle = _idle("shape", dtype="float32")
     name: str
-    dtype: Annotated[str, IDLE] = "float32"
-    shape: Annotated[list[int] | None, IDLE] = None
 
 
-class IO(Section):
+class IO(AwmlSection):
     """Inputs and outputs of a file."""
 
     inputs: list[Tensor]
@@ -73,7 +72,7 @@ class IO(Section):
     dynamic_axes: dict[str, dict[int, str]] | None = None
 
 
-class AwmlComponent(Section):
+class AwmlComponent(AwmlSection):
     """One file that is exported, and its engine."""
 
     name: str | None = None
@@ -83,21 +82,21 @@ class AwmlComponent(Section):
     tensorrt_profile: dict[str, Shapes] = Field(default={})
 
 
-class EngineFile(Section):
+class EngineFile(AwmlSection):
     """An engine's name, where it stands with TensorRT's settings."""
 
     onnx_file: str | None = None
     engine_file: str
 
 
-class Devices(Section):
+class Devices(AwmlSection):
     """Devices that the words ``cpu`` and ``cuda`` mean."""
 
     cpu: Device = "cpu"
     cuda: Device | None = "cuda:0"
 
 
-class AwmlExport(Section):
+class AwmlExport(AwmlSection):
     """Export: its mode, its folders and its sample."""
 
     mode: ExportMode = "both"
@@ -109,47 +108,40 @@ class AwmlExport(Section):
     sample_idx: int | None = None
 
 
-class AwmlRuntime(Section):
+class AwmlRuntime(AwmlSection):
     """Data."""
 
+    idle = _idle("onnx_file")
     info_file: str | None = None
     sample_idx: int = 0
-    onnx_file: IdleText = None
 
 
-class Onnx(Section):
+class Onnx(AwmlSection):
     """The export to ONNX."""
 
+    idle = _idle("save_file input_names output_names dynamic_axes", visualize_qdq_values=False, multi_file=True)
     opset_version: int = 17
     do_constant_folding: bool = True
     export_params: Literal[True] = True
     keep_initializers_as_inputs: Literal[False] = False
     simplify: bool = False
-    visualize_qdq_values: Annotated[bool, IDLE] = False
-    multi_file: Annotated[bool, IDLE] = True
-    save_file: IdleText = None
-    input_names: IdleAnything = None
-    output_names: IdleAnything = None
-    dynamic_axes: IdleAnything = None
     components: dict[str, AwmlComponent] = Field(default={})
 
 
-class CommonTensorRT(Section):
+class CommonTensorRT(AwmlSection):
     """Settings of every engine."""
 
+    idle = _idle("", disable_optimizations=False)
     precision_policy: Annotated[Policy, BeforeValidator(_policy)] = "auto"
     max_workspace_size: int = Field(default=1 << 30, ge=1 << 20)
     plugin_libraries: Annotated[list[str], AfterValidator(_no_plugins)] = Field(default=[])
-    disable_optimizations: Annotated[bool, IDLE] = False
 
 
-class ModelInput(Section):
+class ModelInput(AwmlSection):
     """Profiles, all together."""
 
+    idle = _idle("name shape dtype")
     input_shapes: dict[str, Shapes] = Field(default={})
-    name: IdleText = None
-    shape: IdleAnything = None
-    dtype: IdleText = None
 
 
 class TensorRT(CommonTensorRT):
@@ -160,7 +152,7 @@ class TensorRT(CommonTensorRT):
     components: dict[str, EngineFile] = Field(default={})
 
 
-class BackendConfig(Section):
+class BackendConfig(AwmlSection):
     """TensorRT's settings, as earlier files have them."""
 
     type: Literal["tensorrt"] = "tensorrt"
@@ -168,7 +160,7 @@ class BackendConfig(Section):
     model_inputs: list[ModelInput] | None = None
 
 
-class EvaluatedBackend(Section):
+class EvaluatedBackend(AwmlSection):
     """One backend that may be scored."""
 
     enabled: bool = False
@@ -178,24 +170,21 @@ class EvaluatedBackend(Section):
     checkpoint: str | None = None
 
 
-class Evaluation(Section):
+class Evaluation(AwmlSection):
     """Evaluation: its backends and the number of samples."""
 
+    idle = _idle("devices", num_warmup=0, num_warmup_samples=0, verbose=False)
     enabled: bool = False
     num_samples: int = Field(default=10, ge=-1)
-    num_warmup: Annotated[int, IDLE] = 0
-    num_warmup_samples: Annotated[int, IDLE] = 0
-    verbose: Annotated[bool, IDLE] = False
     backends: dict[Framework, EvaluatedBackend] = Field(default={})
     models: dict[Framework, str | None] = Field(default={})
     models_to_evaluate: list[Framework] = Field(default=[])
-    devices: IdleAnything = None
     pytorch_device: Device | None = None
     onnx_device: Device | None = None
     tensorrt_device: Device | None = None
 
 
-class AwmlScenario(Section):
+class AwmlScenario(AwmlSection):
     """A reference and a test."""
 
     ref_backend: Framework
@@ -204,7 +193,7 @@ class AwmlScenario(Section):
     test_device: Device
 
 
-class Verification(Section):
+class Verification(AwmlSection):
     """Verification: its scenarios, their devices, and the limit of max |Δ|."""
 
     enabled: bool = True
@@ -214,59 +203,56 @@ class Verification(Section):
     scenarios: dict[ExportMode, list[AwmlScenario] | None] | None = None
 
 
-class AwmlCalibration(Section):
+class AwmlCalibration(AwmlSection):
     """Calibration as the first INT8 files have it; the least squared error is that of the outputs here."""
 
+    idle = _idle("cache_path")
     num_batches: int | None = Field(default=None, ge=1)
     method: Literal["histogram", "max"] = "histogram"
     amax_method: Literal["max", "percentile", "mse", "entropy"] | None = None
-    cache_path: IdleText = None
 
 
-class Fusion(Section):
+class Fusion(AwmlSection):
     """Folding of BatchNorm."""
 
     fuse_bn: Literal[True] = True
 
 
-class AwmlPrecision(Section):
+class AwmlPrecision(AwmlSection):
     """Precisions of parts; what is INT8 here begins at the first layer, and outputs are never quantized."""
 
+    idle = _idle("first_layer_input")
     default_input: Literal["int8"] = "int8"
     default_weight: Literal["int8"] = "int8"
-    first_layer_input: IdleText = None
     last_layer_output: Literal["fp16", "fp32"] = "fp16"
 
 
-class Ptq(Section):
+class Ptq(AwmlSection):
     """Calibration of a checkpoint that is quantized; it is made here where it is missing."""
 
+    idle = _idle("batch_size calib_seed")
     checkpoint: str | None = None
     calibrate_samples: int | None = Field(default=None, ge=1)
     amax_method: Literal["max", "percentile", "mse", "entropy"] | None = None
-    batch_size: IdleCount = None
-    calib_seed: IdleCount = None
 
 
-class AwmlQuantization(Section):
+class AwmlQuantization(AwmlSection):
     """AWML's quantization settings: today's ``keep_fp16``, parts of the model as before, and the first form's blocks.
 
     CenterPoint's SECOND has no residual sums and no linear layers, so ``quant_add``, ``quant_linear_backbone`` and
     ``disable_recipes`` change nothing there; what is residual elsewhere is quantized.
     """
 
+    idle = _idle(
+        "mode quant_add quant_linear_backbone quant_ese_mul_identity quant_ese_pool_input quant_maxpool_input "
+        "disable_recipes ptq_checkpoint calib_cache_path qat",
+    )
     enabled: bool = False
-    mode: Annotated[Literal["ptq", "qat"] | None, IDLE] = None
     fuse_bn: Literal[True] = True
     quant_voxel_encoder: bool = True
     quant_backbone: bool = True
     quant_neck: bool = True
     quant_head: bool = True
-    quant_add: IdleFlag = None
-    quant_linear_backbone: IdleFlag = None
-    quant_ese_mul_identity: IdleFlag = None
-    quant_ese_pool_input: IdleFlag = None
-    quant_maxpool_input: IdleFlag = None
     skip_backbone_first_stages: int = Field(default=0, ge=0)
     skip_backbone_stages: list[int] = Field(default=[])
     skip_backbone_downsample_all: bool = False
@@ -275,14 +261,10 @@ class AwmlQuantization(Section):
     sensitive_layers: list[str] = Field(default=[])
     default_precision: Literal["int8"] = "int8"
     keep_fp16: list[str] = Field(default=[])
-    disable_recipes: IdleAnything = None
-    ptq_checkpoint: IdleFlag = None
-    calib_cache_path: IdleText = None
     calibration: AwmlCalibration = AwmlCalibration()
     fusion: Fusion = Fusion()
     precision: AwmlPrecision = AwmlPrecision()
     ptq: Ptq | None = None
-    qat: IdleAnything = None
 
     def skipped(self) -> list[str]:
         """Module paths that stay unquantized."""
@@ -306,13 +288,17 @@ class AwmlQuantization(Section):
         ]
 
 
-class AwmlConfig(Section):
+class AwmlConfig(AwmlSection):
     """A whole file of AWML.
 
     ``model_io`` describes the pipeline that AWML had before components, and the settings behind ``class_names`` its own
     metric.
     """
 
+    idle = _idle(
+        "class_names perception_evaluator_configs critical_object_filter_config frame_pass_fail_config frame_id",
+        model_io={},
+    )
     task_type: Literal["detection3d"] = "detection3d"
     checkpoint_path: str | None = None
     deploy_log_path: str | None = None
@@ -323,18 +309,12 @@ class AwmlConfig(Section):
     components: dict[str, AwmlComponent] = Field(default={})
     runtime_io: AwmlRuntime = AwmlRuntime()
     data_root: str | None = None
-    model_io: Annotated[dict[str, Any], IDLE] = Field(default={})
     onnx_config: Onnx = Onnx()
     tensorrt_config: TensorRT | None = None
     backend_config: BackendConfig = BackendConfig()
     evaluation: Evaluation = Evaluation()
     verification: Verification = Verification()
     quantization: AwmlQuantization = AwmlQuantization()
-    class_names: IdleAnything = None
-    perception_evaluator_configs: IdleAnything = None
-    critical_object_filter_config: IdleAnything = None
-    frame_pass_fail_config: IdleAnything = None
-    frame_id: IdleText = None
 
     @property
     def engine(self) -> CommonTensorRT:
@@ -351,16 +331,13 @@ class AwmlConfig(Section):
 
 
 def idle_keys(section: Section, path: str = "") -> Iterator[str]:
-    """Keys that a file sets to other than their default, and that change nothing, as dotted paths."""
-    for name in type(section).model_fields:
-        if name not in section.model_fields_set:
-            continue
-        field, value, where = type(section).model_fields[name], getattr(section, name), f"{path}{name}"
-        if any(isinstance(mark, WithoutEffect) for mark in field.metadata):
-            if value != field.default and value is not None:
-                yield where
-        else:
-            yield from _idle_within(value, where)
+    """Idle keys that a file sets to other than their default, as dotted paths."""
+    for name, value in section:
+        if name in section.idle:
+            if value != section.idle[name] and value is not None:
+                yield f"{path}{name}"
+        elif name in section.model_fields_set:
+            yield from _idle_within(value, f"{path}{name}")
 
 
 def _idle_within(value: Any, where: str) -> Iterator[str]:
