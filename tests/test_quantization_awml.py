@@ -106,8 +106,8 @@ def test_every_call_takes_awmls_keywords(tmp_path: Path, capsys: pytest.CaptureF
     [
         (lambda: quantize_ptq(Detector(), model=Detector(), dataloader=[]), TypeError, "multiple values .* 'module'"),
         (lambda: quantize_ptq(module=Detector(), model=Detector(), dataloader=[]), InputError, "mean the same"),
-        (lambda: quantize_ptq(model="net", dataloader=loader()), InputError, "^module: str; expected a torch module"),
-        (lambda: quantize_ptq(model=Detector(), dataloader=5), InputError, "^batches: int; expected batches"),
+        (lambda: quantize_ptq(model="net", dataloader=loader()), InputError, "^model: str; expected a torch module"),
+        (lambda: quantize_ptq(model=Detector(), dataloader=5), InputError, "^dataloader: int; expected batches"),
         (lambda: quantize_ptq(Detector(), loader(), num_batches=3), TypeError, "unexpected keyword .*num_batches"),
         (lambda: CalibrationManager(model=Detector()).calibrate(loader(), 0), InputError, "num_batches is 0"),
     ],

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
@@ -50,6 +53,12 @@ class DataRanges:
             except ValueError as error:
                 raise InputError(f"{self._graph}: {name!r} holds {error} during calibration") from None
 
+    def run(self, executor: Executor, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Outputs that ``executor`` computes of ``inputs``, of shapes and dtypes that the graph takes; all is seen."""
+        for name, array in inputs.items():
+            self.see(name, array)
+        return executor.run(inputs, self.see, self.watched)
+
     def amax(self, method: str) -> dict[str, float]:
         """Node → the largest magnitude to represent, by one of ``histogram.METHODS``.
 
@@ -77,9 +86,7 @@ def amax_of_programs(
         for step in Walk(model, sample):
             seen = ranges[step.name]
             try:
-                for value, array in step.inputs.items():
-                    seen.see(value, array)
-                step.outputs = tensors_as_arrays(executors[step.name].run(step.inputs, seen.see, seen.watched))
+                step.outputs = tensors_as_arrays(seen.run(executors[step.name], step.inputs))
             except InputError as error:
                 raise InputError(f"{sample.source}: {error}") from error
     return {name: seen.amax(method) for name, seen in ranges.items()}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from torch import nn
@@ -55,12 +55,11 @@ def quantize_model(
     Raises InputError as ``quantize_ptq`` does, naming the sample where one is at fault.
     """
     globs = _globs_of(model, skip_layers)
-    running: dict[str, _ModuleCalibration | _GraphRunCalibration] = {}
+    running: dict[str, _RunningCalibration] = {}
     for sample in samples:
         for step in Walk(model, sample):
             if step.name not in running:
-                kind = _GraphRunCalibration if step.component.module is None else _ModuleCalibration
-                running[step.name] = kind(step.component, step.inputs, method, globs[step.name])
+                running[step.name] = _calibration(step.component, step.inputs, method, globs[step.name])
             inputs = step.inputs
             try:
                 step.outputs = running[step.name].run(inputs)
@@ -151,46 +150,37 @@ def _runner(component: Component, program: nn.Module | Path | None) -> Callable[
     if isinstance(program, nn.Module):
         return partial(run_module, replace(component, module=program))
     assert program is not None
-    return partial(_run_graph, Executor(Graph(program, source=component.shown)))
+    executor = Executor(Graph(program, source=component.shown))
+    return lambda inputs: as_arrays(executor.graph, executor.run(inputs), as_numpy)
 
 
-def _run_graph(executor: Executor, inputs: Mapping[str, np.ndarray], *watch: Any) -> Arrays:
-    return as_arrays(executor.graph, executor.run(inputs, *watch), as_numpy)
+class _RunningCalibration(NamedTuple):
+    run: Callable[[Mapping[str, np.ndarray]], Arrays]
+    finish: Callable[[], QuantizedComponent]
 
 
-class _ModuleCalibration:
-    def __init__(
-        self, component: Component, inputs: Mapping[str, np.ndarray], method: str, globs: Sequence[str]
-    ) -> None:
-        assert component.module is not None
-        self._component = component
-        self._folded = fuse_model_bn(component.module, example_args(component, inputs))
-        self._manager = CalibrationManager(self._folded, method=method, skip_layers=globs, prefix=component.prefix)
-        check_there("modelopt", "quant")  # what is calibrated here gets its quantizers from it
-
-    def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        return named_outputs(self._component, self._manager.run(example_args(self._component, inputs)))
-
-    def finish(self) -> QuantizedComponent:
-        module = quantized(self._manager)
-        return QuantizedComponent(module, scales_of(module, self._component.prefix), self._folded)
-
-
-class _GraphRunCalibration:
-    def __init__(
-        self, component: Component, inputs: Mapping[str, np.ndarray], method: str, globs: Sequence[str]
-    ) -> None:
+def _calibration(
+    component: Component, inputs: Mapping[str, np.ndarray], method: str, globs: Sequence[str]
+) -> _RunningCalibration:
+    if component.module is None:
         assert component.onnx_path is not None
         graph = Graph(component.onnx_path, source=component.shown)
-        self._calibration, self._executor = GraphCalibration(graph, method, globs), Executor(graph)
+        watching, executor = GraphCalibration(graph, method, globs), Executor(graph)
+        return _RunningCalibration(
+            lambda inputs: as_arrays(graph, watching.run(executor, inputs), as_numpy),
+            lambda: QuantizedComponent(None, watching.scales(), None),
+        )
+    folded = fuse_model_bn(component.module, example_args(component, inputs))
+    manager = CalibrationManager(folded, method=method, skip_layers=globs, prefix=component.prefix)
+    check_there("modelopt", "quant")  # what is calibrated here gets its quantizers from it
 
-    def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        for name, array in inputs.items():
-            self._calibration.see(name, array)
-        return _run_graph(self._executor, inputs, self._calibration.see, self._calibration.watched)
+    def finish() -> QuantizedComponent:
+        module = quantized(manager)
+        return QuantizedComponent(module, scales_of(module, component.prefix), folded)
 
-    def finish(self) -> QuantizedComponent:
-        return QuantizedComponent(None, self._calibration.scales(), None)
+    return _RunningCalibration(
+        lambda inputs: named_outputs(component, manager.run(example_args(component, inputs))), finish
+    )
 
 
 def _globs_of(model: Model, globs: Sequence[str]) -> dict[str, list[str]]:

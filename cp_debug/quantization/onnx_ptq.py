@@ -28,9 +28,7 @@ def calibrate_graph(
     """
     calibration, executor = GraphCalibration(graph, method, skip), Executor(graph)
     for inputs in samples:
-        for name, array in inputs.items():
-            calibration.see(name, array)
-        executor.run(inputs, calibration.see, calibration.watched)
+        calibration.run(executor, inputs)
     return calibration.scales()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -25,21 +25,18 @@ from cp_debug.quantization.residual_adds import add_quantizers, attach
 from cp_debug.quantization.toggles import print_quantizer_status
 
 
-@also_named(model="module", dataloader="batches")
+@also_named(model="module", dataloader="batches", amax_method="method", fuse_bn="fold", sensitive_layers="skip_layers")
 def quantize_ptq(
     module: nn.Module,
     batches: Iterable[Batch],
     num_calibration_batches: int | None = None,
-    amax_method: str | None = None,
-    fuse_bn: bool | None = None,
-    sensitive_layers: Collection[str] | None = None,
+    method: str | None = None,
+    fold: bool | None = None,
+    skip_layers: Collection[str] | None = None,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     verbose: bool = False,
     *,
-    method: str | None = None,
-    skip_layers: Sequence[str] = (),
     prefix: str = "",
-    fold: bool = True,
     bits: int = BITS,
 ) -> nn.Module:
     """A copy of ``module`` with fake quantizers, calibrated on ``batches``, which are read once.
@@ -67,25 +64,17 @@ def quantize_ptq(
         raise InputError(f"batches: {type(batches).__name__}; expected batches, or a data loader of them")
     if is_quantized(module):
         raise InputError(f"{type(module).__name__} is quantized already; expected the FP32 model")
-    for ours, given, default, theirs, value in (
-        ("method", method, None, "amax_method", amax_method),
-        ("fold", fold, True, "fuse_bn", fuse_bn),
-        ("skip_layers", tuple(skip_layers), (), "sensitive_layers", sensitive_layers),
-    ):
-        if value is not None and given != default:
-            raise InputError(f"{ours} and {theirs} mean the same; expected one of them")
-    chosen = amax_method or method or "mse"
-    check_method(chosen, "method" if amax_method is None else "amax_method")
+    method = method or "mse"
+    check_method(method)
     if num_calibration_batches is not None and num_calibration_batches < 1:
         raise InputError(f"num_calibration_batches is {num_calibration_batches}; expected at least 1")
     with plain_batches(module, batches, num_calibration_batches, forward_fn) as (stream, restore):
         first = next(stream, None)
         if first is None:
             raise InputError("there is no calibration data: expected at least one batch")
-        skipped = sorted(sensitive_layers) if sensitive_layers is not None else skip_layers
-        manager = CalibrationManager(module, method=chosen, skip_layers=skipped, prefix=prefix)
+        manager = CalibrationManager(module, method=method, skip_layers=sorted(skip_layers or ()), prefix=prefix)
         check_there("modelopt", "quant")
-        if fold if fuse_bn is None else fuse_bn:
+        if fold is not False:
             manager.module = fuse_model_bn(module, manager.arguments(first))
         manager.calibrate(chain((first,), stream))
         made = quantized(manager)
