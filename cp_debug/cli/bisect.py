@@ -19,13 +19,11 @@ from cp_debug.cli.flags import (
     ModelName,
     Rtol,
     check_device,
-    check_made_up,
     grouped,
     size_in_bytes,
 )
-from cp_debug.cli.given import check_given
 from cp_debug.cli.saving import has_result, replacing
-from cp_debug.cli.typed import refuse, refuse_export_flags, refuse_seed, typed
+from cp_debug.cli.typed import refuse, typed
 from cp_debug.loading import load_torch, start_gpu
 
 if TYPE_CHECKING:
@@ -173,7 +171,6 @@ def bisect(
     built = any(spec.family == "trt" for spec in specs)
     refuse(("max_builds",), unless=built, why=f"none of {', '.join(map(str, specs))} is TensorRT")
     int8.check(specs, calibration.own_scales(specs, model, checkpoint, test_model))
-    refuse_export_flags([model])
     why = "two other models of the tests; expected one of --test-model and --test-checkpoint"
     refuse(("test_checkpoint",), unless=test_model is None, why=why)
     why = f"{model} holds its weights; --test-model gives the tests another file"
@@ -187,11 +184,8 @@ def bisect(
     refuse(("overwrite",), unless=save is not None, why="without --save nothing is kept")
     check_device(oracle_device)
     held = None if memory is None else size_in_bytes(memory, "--memory")
-    check_made_up(samples, inputs)
-    refuse_seed([model], inputs, samples)
     calibrated = [int8.calib_data] if any("int8" in spec.name for spec in specs) else []
-    how = files.chosen(model, inputs, *calibrated)
-    check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, test_model=test_model, reading=how)
+    how = files.checked(model, inputs, samples, *calibrated, checkpoint=checkpoint, test_model=test_model)
     engines.check_installed(specs)
     calibration.check_calibration(model, int8.calib_data, int8.calib_samples, reading=how)
     load_torch()

@@ -9,10 +9,8 @@ import typer
 
 from cp_debug.cli import calibration, reading, tensorrt
 from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.flags import MOST, MadeSeed, check_made_up, grouped
-from cp_debug.cli.given import check_given
+from cp_debug.cli.flags import MOST, MadeSeed, grouped
 from cp_debug.cli.saving import replacing
-from cp_debug.cli.typed import refuse_export_flags, refuse_seed
 from cp_debug.loading import load_torch
 
 
@@ -44,12 +42,8 @@ def capture(
     specs = [BackendSpec.parse(backend)]
     engines.check(specs)
     int8.check(specs, calibration.own_scales(specs, model, checkpoint, None))
-    refuse_export_flags([model])
-    check_made_up(samples, inputs)
-    refuse_seed([model], inputs, samples)
     calibrated = [int8.calib_data] if "int8" in specs[0].name else []
-    how = files.chosen(model, inputs, *calibrated)
-    check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, reading=how)
+    how = files.checked(model, inputs, samples, *calibrated, checkpoint=checkpoint)
     engines.check_installed(specs)
     calibration.check_calibration(model, int8.calib_data, int8.calib_samples, reading=how)
     load_torch()

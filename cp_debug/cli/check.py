@@ -9,8 +9,7 @@ import typer
 
 from cp_debug.cli import reading
 from cp_debug.cli.flags import JsonAlone, MadeSeed, grouped
-from cp_debug.cli.given import check_given
-from cp_debug.cli.typed import refuse, refuse_seed
+from cp_debug.cli.typed import refuse
 from cp_debug.loading import load_torch
 from cp_debug.safe_text import some
 
@@ -48,9 +47,7 @@ def check(
 
     why = "--no-activations runs nothing"
     refuse(("inputs", "seed", *(f.name for f in fields(files))), unless=activations, why=why)
-    refuse_seed([model], inputs)
-    how = files.chosen(model, inputs)
-    check_given(model, inputs=inputs, checkpoint=checkpoint, reading=how)
+    how = files.checked(model, inputs, checkpoint=checkpoint)
     load_torch()
     from cp_debug.bisect.preflight import PROBLEM, Preflight
     from cp_debug.programs.pipeline import prepare, preparing

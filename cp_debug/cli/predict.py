@@ -9,9 +9,7 @@ import typer
 
 from cp_debug.cli import reading
 from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.flags import MOST, JsonFile, MadeSeed, ModelName, check_made_up, grouped
-from cp_debug.cli.given import check_given
-from cp_debug.cli.typed import refuse_export_flags, refuse_seed
+from cp_debug.cli.flags import MOST, JsonFile, MadeSeed, ModelName, grouped
 from cp_debug.loading import load_torch
 
 
@@ -47,11 +45,7 @@ def predict(
 
     if goal is not None:
         Goal.parse(goal)
-    refuse_export_flags([model])
-    check_made_up(samples, inputs)
-    refuse_seed([model], inputs, samples)
-    how = files.chosen(model, inputs)
-    check_given(model, inputs=inputs, samples=samples, checkpoint=checkpoint, reading=how)
+    how = files.checked(model, inputs, samples, checkpoint=checkpoint)
     from cp_debug.prediction.targets import kernels_of, target_of
 
     kernels_of(target_of(target), precision)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cp_debug.cli.typed import once, refuse, typed
+from cp_debug.cli.flags import check_made_up
+from cp_debug.cli.given import check_given
+from cp_debug.cli.typed import once, refuse, refuse_export_flags, refuse_seed, typed
 from cp_debug.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,6 +57,21 @@ class ReadingFlags:
         if model.endswith(".onnx"):
             fixed = _fixed(Path(model), reading.shapes)
             refuse(("shape",), unless=not fixed, why=f"{model} takes {fixed} and no other size")
+        return reading
+
+    def checked(
+        self, model: str, inputs: Path | None, samples: int | None = None, *calibrated: Path | None, **given: Any
+    ) -> Reading:
+        """``chosen``, once ``model`` and the first ``samples`` of ``inputs`` were read (None: the one that is taken).
+
+        ``calibrated``: data to calibrate on; ``given``: as ``check_given`` has it. Raises InputError as that does, and
+        for flags about inputs and exports that would do nothing.
+        """
+        refuse_export_flags([model])
+        check_made_up(samples or 1, inputs)
+        refuse_seed([model], inputs, samples)
+        reading = self.chosen(model, inputs, *calibrated)
+        check_given(model, inputs=inputs, samples=samples or 1, reading=reading, **given)
         return reading
 
 

@@ -10,9 +10,8 @@ import typer
 
 from cp_debug.cli import reading, tensorrt
 from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.flags import MOST, JsonFile, MadeSeed, ModelName, QuantizedTest, check_made_up, grouped
-from cp_debug.cli.given import check_given
-from cp_debug.cli.typed import refuse, refuse_export_flags, refuse_seed
+from cp_debug.cli.flags import MOST, JsonFile, MadeSeed, ModelName, QuantizedTest, grouped
+from cp_debug.cli.typed import refuse
 from cp_debug.errors import InputError
 from cp_debug.loading import load_torch
 
@@ -65,21 +64,9 @@ def search(
 
     parsed, specs = Goal.parse(goal), parse_backends(backends, test=test_model)
     engines.check(specs)
-    refuse_export_flags([model])
     refuse(("data",), unless="map_drop" in goal, why=f"the goal is {goal}; expected one with map_drop")
-    check_made_up(samples, inputs or data)
-    refuse_seed([model], inputs, samples)
     source, scored = inputs or data, data is not None
-    how = files.chosen(model, source)
-    check_given(
-        model,
-        inputs=source,
-        samples=samples,
-        checkpoint=checkpoint,
-        test_model=test_model,
-        truth=scored,
-        reading=how,
-    )
+    how = files.checked(model, source, samples, checkpoint=checkpoint, test_model=test_model, truth=scored)
     engines.check_installed(specs)
     load_torch()
     from cp_debug.mixed_precision.search import MixedPrecisionOptions, samples_for
