@@ -147,7 +147,7 @@ class Replayer:
         ``divergences``: relative L2 norms of test − reference over the finite elements, where they are known already.
         """
         self.errors.clear()
-        self._room = ERRORS if self.oracle.arithmetic is FP64 else 0
+        self._room = ERRORS
         for node in self.graph.nodes:
             targets = [o for o in node.outputs if o in self.known]
             if not targets:
