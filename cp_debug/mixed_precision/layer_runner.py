@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,12 +27,10 @@ from cp_debug.graph.operators import QUANTIZERS
 from cp_debug.mixed_precision.judge import Results
 from cp_debug.mixed_precision.mixed_graph import Computed, MixedExecutor
 from cp_debug.mixed_precision.trial import Measured
-from cp_debug.probes.distance import distance, ratio
-from cp_debug.probes.strings import compare_strings, is_text
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import choose_export, prepare
 from cp_debug.programs.walk import walk
-from cp_debug.quantization.models import QuantizedComponent, with_modules
+from cp_debug.quantization.models import ErrorSum, QuantizedComponent, with_modules
 from cp_debug.quantization.narrow_layers import weighted_layers
 from cp_debug.quantization.nodes import nodes_by_layer
 from cp_debug.quantization.quantized_programs import quantized_programs
@@ -74,29 +72,6 @@ class LowLayer:
             weight = maker.inputs[0]
         size = math.prod(graph.weight(weight).dims) if weight in graph.initializers else 0
         return cls(component, tuple(node.name for node in nodes), nodes[0].op, size)
-
-
-@dataclass
-class ErrorSum:
-    """A relative L2 error over several pairs of tensors: sums of squares."""
-
-    difference: float = 0.0
-    whole: float = 0.0
-
-    def add(self, test: Any, reference: Any) -> None:
-        """Count a pair of tensors of one shape, arrays or tensors of any dtype; of strings, those that differ."""
-        if is_text(reference):
-            stats = compare_strings(reference, test)
-            self.difference, self.whole = self.difference + stats.rel_l2**2 * stats.count, self.whole + stats.count
-            return
-        norms = distance(test, reference)
-        self.difference += math.inf if norms.new_nonfinite else norms.difference**2
-        self.whole += norms.whole**2
-
-    @property
-    def relative(self) -> float:
-        """Relative L2 error over all pairs."""
-        return ratio(math.sqrt(self.difference), math.sqrt(self.whole))
 
 
 def relative_errors(model: str, outputs: Mapping[str, ErrorSum]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
@@ -22,9 +22,9 @@ from cp_debug.graph.tensor_ends import as_arrays
 from cp_debug.optional import check_there
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.caveats import why_nothing
-from cp_debug.probes.distance import distance
+from cp_debug.probes.distance import distance, ratio
 from cp_debug.probes.statistics import TensorStats
-from cp_debug.probes.strings import compare_any, is_text
+from cp_debug.probes.strings import compare_any, compare_strings, is_text
 from cp_debug.programs.batchnorm_folding import fuse_model_bn
 from cp_debug.programs.torch_layers import full_path, layers_of, matches, select
 from cp_debug.programs.walk import Walk, example_args, named_outputs, run_module, walk
@@ -104,6 +104,36 @@ def with_modules(model: Model, modules: Mapping[str, nn.Module]) -> Model:
     return changed
 
 
+@dataclass
+class ErrorSum:
+    """A relative L2 error over several pairs of tensors: sums of squares."""
+
+    difference: float = 0.0
+    whole: float = 0.0
+
+    def add(self, test: Any, reference: Any) -> None:
+        """Count a pair of tensors of one shape, arrays or tensors of any dtype; of strings, those that differ."""
+        if is_text(reference):
+            stats = compare_strings(reference, test)
+            self.difference, self.whole = self.difference + stats.rel_l2**2 * stats.count, self.whole + stats.count
+            return
+        norms = distance(test, reference)
+        self.difference += math.inf if norms.new_nonfinite else norms.difference**2
+        self.whole += norms.whole**2
+
+    @property
+    def relative(self) -> float:
+        """Relative L2 error over all pairs."""
+        return ratio(math.sqrt(self.difference), math.sqrt(self.whole))
+
+    @property
+    def decibel(self) -> float:
+        """Signal to noise over all pairs in dB: 10·log10(whole ÷ difference); NaN where there is neither."""
+        if not self.difference:
+            return math.inf if self.whole else math.nan
+        return 10 * math.log10(self.whole / self.difference) if self.whole and self.difference < math.inf else -math.inf
+
+
 def output_sqnr(model: Model, tests: Mapping[str, nn.Module | Path], samples: Iterable[Sample]) -> dict[str, float]:
     """``component/output`` → signal to quantization noise over all samples in dB: 10·log10(Σ ref² ÷ Σ (test − ref)²).
 
@@ -114,8 +144,7 @@ def output_sqnr(model: Model, tests: Mapping[str, nn.Module | Path], samples: It
     """
     reference = {c.name: _runner(c, c.module or c.onnx_path) for c in model.components}
     test = {c.name: _runner(c, tests[c.name]) for c in model.components}
-    noise: dict[str, float] = defaultdict(float)
-    signal: dict[str, float] = defaultdict(float)
+    sums: dict[str, ErrorSum] = defaultdict(ErrorSum)
     seen: dict[str, list[TensorStats]] = defaultdict(list)
     for sample in samples:
         expected = walk(model, sample, lambda component, inputs: reference[component.name](inputs))
@@ -127,22 +156,12 @@ def output_sqnr(model: Model, tests: Mapping[str, nn.Module | Path], samples: It
                 stats, key = compare_any(array, actual[component][name]), f"{component}/{name}"
                 seen[key].append(stats)
                 if stats.shape_mismatch or stats.mismatched:
-                    noise[key] = math.inf
-                elif is_text(array):
-                    noise[key], signal[key] = noise[key] + stats.mean_abs * stats.count, signal[key] + stats.count
+                    sums[key].difference = math.inf
                 else:
-                    apart = distance(actual[component][name], array)
-                    noise[key], signal[key] = noise[key] + apart.difference**2, signal[key] + apart.whole**2
+                    sums[key].add(actual[component][name], array)
     if why := why_nothing(seen):
         raise InputError(f"{model.name}: no cost at the outputs can be measured: {why}; give other inputs")
-    return {name: _decibel(signal[name], noise[name]) for name in seen}
-
-
-def _decibel(signal: float, noise: float) -> float:
-    """10·log10(signal ÷ noise); NaN where there is neither."""
-    if not noise:
-        return math.inf if signal else math.nan
-    return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf
+    return {name: sums[name].decibel for name in seen}
 
 
 def _runner(component: Component, program: nn.Module | Path | None) -> Callable[[Mapping[str, np.ndarray]], Arrays]:

@@ -112,10 +112,10 @@ class Canvas:
         else:
             self.add(shape + "/>", *place)
 
-    def path(self, points: Sequence[tuple[float, float]], kind: str, *, closed: bool = False) -> None:
+    def path(self, points: Sequence[tuple[float, float]], kind: str) -> None:
         """Add a polyline."""
         if points:
-            route = "M" + "L".join(f"{x:g} {y:g}" for x, y in points) + ("Z" if closed else "")
+            route = "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
             self.add('<path d="{}" class="{}"/>', route, kind)
 
     def image(self, source: str, x: float, y: float, width: float, height: float) -> None:
