@@ -93,14 +93,16 @@ class OrtSession:
 
     Observed, it runs chunk after chunk, so that memory does not grow with the number of layers. Optimized levels, and
     graphs with FP16 on a CPU, observe the program that ONNX Runtime wrote; its outputs are compared with the whole
-    program's when the session opens, on ``example`` or made-up inputs: ``settings["observer_gap"]`` is the largest
-    difference, 0 as far as measured, or None for a model for which no input can be made up.
+    program's when values are first asked for, on ``example`` or made-up inputs: ``settings["observer_gap"]`` is the
+    largest difference, 0 as far as measured, or None for a model for which no input can be made up.
     """
 
     def __init__(self, backend: OrtBackend, graph: Graph, example: Mapping[str, np.ndarray] | None = None) -> None:
         self._backend, self._example = backend, example
         self._whole: onnxruntime.InferenceSession | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._written: Path | None = None
+        """The program that ONNX Runtime wrote, until it is observed: a run without a sink does not need that."""
         original_values = set(graph.values)  # casts are no layers
         if backend.precision == "fp16":
             self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-ort-")
@@ -109,16 +111,35 @@ class OrtSession:
         self._graph, self._time_limit = graph, onnx_runtime.time_limit(graph)
         self._optimized: OptimizedProgram | None = None
         self._observed = ChunkedGraph(backend.runtime, graph)
-        self.settings: dict[str, Any] = dict(backend.runtime.settings)
-        self.exposed: Collection[str] = [v for v in graph.tensors if v in original_values]
+        self._integer_kernels: int | None = None
+        self._settings: dict[str, Any] = dict(backend.runtime.settings)
+        self._exposed: Collection[str] = [v for v in graph.tensors if v in original_values]
         if backend.spec.variant == "trt":
-            self.exposed = [v.name for v in graph.outputs]
+            self._exposed = [v.name for v in graph.outputs]
         elif backend.level != "none" or (backend.device == "cpu" and graph.element_types & _HALF):
             try:
-                self._observe_written_program()
+                self._write_program()
             except BaseException:
                 self.close()
                 raise
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The numeric settings, JSON-safe."""
+        self._observe_written_program()
+        return self._settings
+
+    @property
+    def exposed(self) -> Collection[str]:
+        """Values that a sink is given, by their names in the graph."""
+        self._observe_written_program()
+        return self._exposed
+
+    @property
+    def integer_kernels(self) -> int | None:
+        """How many nodes of an INT8 program compute in integers; None in other precisions."""
+        self._observe_written_program()
+        return self._integer_kernels
 
     def run(
         self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] | None = None
@@ -144,6 +165,7 @@ class OrtSession:
 
     def optimized_nodes(self) -> list[Replacement]:
         """Replacements of the nodes between visible values; empty when the graph runs as it is."""
+        self._observe_written_program()
         return replacements(self._optimized, self._graph) if self._optimized else []
 
     def close(self) -> None:
@@ -153,17 +175,23 @@ class OrtSession:
         if self._folder is not None:
             self._folder.cleanup()
 
-    def _observe_written_program(self) -> None:
+    def _write_program(self) -> None:
         backend, graph = self._backend, self._graph
         self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-ort-")
-        program_file = Path(self._folder.name) / "program.onnx"
+        self._written = Path(self._folder.name) / "program.onnx"
         self._whole = backend.runtime.session(
             graph.path,
             level=backend.level,
-            write=program_file,
+            write=self._written,
             disabled_optimizers=backend.disabled_optimizers,
             shown=graph,
         )
+
+    def _observe_written_program(self) -> None:
+        if self._written is None or self._whole is None:
+            return
+        backend, graph = self._backend, self._graph
+        program_file, self._written = self._written, None
         try:
             inputs = self._example or MadeUp(graph).sample(0)
             untouched = self._run_whole(inputs)
@@ -172,13 +200,13 @@ class OrtSession:
         except InputError:  # inputs that cannot be made up: names are then not verified, nor the gap measured
             inputs = None
         self._optimized = program = build(backend.runtime, graph, program_file, inputs)
-        self._observed, self.exposed = program.observed, [*program.folded, *program.exposed]
-        self.settings = read_settings(self._whole)
-        self.settings["disabled_optimizers"] = list(backend.disabled_optimizers)
+        self._observed, self._exposed = program.observed, [*program.folded, *program.exposed]
+        self._settings = read_settings(self._whole)
+        self._settings["disabled_optimizers"] = list(backend.disabled_optimizers)
         if backend.precision == "int8":
-            self.integer_kernels = sum("QLinear" in n.op or "Integer" in n.op for n in program.graph.nodes)
-            self.settings["integer_kernels"] = self.integer_kernels
-        self.settings["observer_gap"] = None if program.outputs is None else _gap(untouched, program.outputs)
+            self._integer_kernels = sum("QLinear" in n.op or "Integer" in n.op for n in program.graph.nodes)
+            self._settings["integer_kernels"] = self._integer_kernels
+        self._settings["observer_gap"] = None if program.outputs is None else _gap(untouched, program.outputs)
 
     def _run_whole(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         runtime, level = self._backend.runtime, self._backend.level
