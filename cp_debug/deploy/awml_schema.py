@@ -248,6 +248,7 @@ class AwmlQuantization(AwmlSection):
         "disable_recipes ptq_checkpoint calib_cache_path qat",
     )
     enabled: bool = False
+    mode: Literal["ptq", "qat"] | None = None
     fuse_bn: Literal[True] = True
     quant_voxel_encoder: bool = True
     quant_backbone: bool = True
