@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from cp_debug.deploy.exporting import ExportOptions, OnStep, export_model
-from cp_debug.deploy.quantizing import quantize_exported
+from cp_debug.deploy.exporting import ExportOptions, OnStep
+from cp_debug.deploy.quantizing import export_quantized
 from cp_debug.display import Shown
 from cp_debug.errors import InputError
 from cp_debug.files import complete_folder, resolved
@@ -19,7 +19,7 @@ from cp_debug.graph.qdq import insert_qdq
 from cp_debug.graph.scales import Scales
 from cp_debug.quantization import modelopt_recipe
 from cp_debug.quantization.checkpoint import FILE, save_ptq_model
-from cp_debug.quantization.models import QuantizedComponent, output_sqnr, quantize_model, reapply_scales, with_modules
+from cp_debug.quantization.models import QuantizedComponent, output_sqnr, quantize_model, reapply_scales
 from cp_debug.quantization.open_quantized import calibration_samples
 from cp_debug.quantization.record import quantization_of
 from cp_debug.quantization.toggles import QuantizerRow, quantizer_table
@@ -84,12 +84,9 @@ def write_quantized(
     for component, part in quantized.items():
         part.scales.save(cache_file(folder, component))
     modules = {component: part.module for component, part in quantized.items() if part.module is not None}
-    folded = {component: part.folded for component, part in quantized.items() if part.folded is not None}
     if modules:
         save_ptq_model(modules, folder / FILE)
-        plain = with_modules(model, folded)
-        exported = export_model(plain, sample, folder, options, on_step=on_step)
-        quantize_exported(plain, exported, quantized, sample)
+        export_quantized(model, quantized, sample, folder, options, on_step=on_step)
         return
     for graph in model.components:
         assert graph.onnx_path is not None

@@ -35,25 +35,16 @@ def export_quantized(
 ) -> list[Exported]:
     """``export_model`` with the Q/DQ pairs of ``quantized`` in the files.
 
-    Raises InputError as ``export_model`` and ``quantize_exported`` do.
+    ``error`` is then the relative L2 distance of the worst output from the fake-quantized module's. Two right ones
+    differ, as ties are rounded either way and the difference grows from layer to layer; a file that is further from its
+    module than INT8 takes that module from FP32 computes something else: InputError, as for what ``export_model``
+    refuses.
     """
     folded = with_modules(model, {name: part.folded for name, part in quantized.items() if part.folded})
     exported = export_model(folded, sample, folder, options, axes=axes, files=files, on_step=on_step)
-    return quantize_exported(folded, exported, quantized, sample)
-
-
-def quantize_exported(
-    model: Model, exported: Sequence[Exported], quantized: Mapping[str, QuantizedComponent], sample: Sample
-) -> list[Exported]:
-    """Put Q/DQ pairs into files that were exported from the ``folded`` modules of ``quantized``, in place.
-
-    ``error`` is then the relative L2 distance of the worst output from the fake-quantized module's. Two right ones
-    differ, as ties are rounded either way and the difference grows from layer to layer; a file that is further from its
-    module than INT8 takes that module from FP32 computes something else: InputError.
-    """
     backend = checker("ort-int8", "emu-int8")
     updated = []
-    for step, item in zip(Walk(model, sample), exported, strict=True):
+    for step, item in zip(Walk(folded, sample), exported, strict=True):
         component, part, inputs = step.component, quantized[step.name], step.inputs
         assert part.module is not None
         assert part.folded is not None
