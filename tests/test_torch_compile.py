@@ -285,6 +285,49 @@ def test_casts_that_inductor_leaves_out_are_the_cause_and_the_nearer_side_is_tol
     assert bisect(model, "torch-bf16,torch-compile-bf16:casts").tests[0].agrees
 
 
+class Squares(nn.Module):
+    """FP32, but for one square that is made in FP16, where it overflows in eager."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        square = (torch.tanh(self.first(x)) * 400).half() ** 2
+        return self.last(1 / (1 + 1e-5 * square.float()))
+
+
+@pytest.mark.slow
+def test_casts_that_an_fp32_network_makes_itself_are_missing_casts_and_name_the_layer() -> None:
+    torch.manual_seed(0)
+    (test,) = bisect(TorchModel("net", Squares().eval(), torch.randn(64, 16)), "torch,torch-compile").tests
+    (found,) = test.findings
+    assert (found.cause, found.layers) == (MISSING_CASTS, [row.name for row in test.guilty])
+    assert found.evidence["with_casts"] == 0 < 0.1 < found.evidence["difference"]
+    assert not any("could be tried" in note for note in test.notes)
+
+
+class Remainder(nn.Module):
+    """BF16's 1.7 by 1.7: eager rounds the divisor, inductor does not, and the remainders are 0, or nearly 0 or 1.7."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.remainder(torch.sign(self.first(x)) * 1.703125, 1.7))
+
+
+@pytest.mark.slow
+def test_shares_of_a_divergence_are_known_where_the_oracle_leaves_bf16_in_numpy() -> None:
+    torch.manual_seed(0)
+    model = TorchModel("net", Remainder().eval(), torch.randn(64, 16))
+    (test,) = bisect(model, "torch-bf16,torch-compile-bf16").tests
+    assert test.first_divergent is not None
+    assert "remainder" in test.first_divergent.name
+    assert not any("unknown" in note for note in test.notes)
+
+
 @pytest.mark.slow
 def test_a_wrong_decomposition_is_named_by_its_layer_and_by_the_knobs(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.decomposition import decompositions

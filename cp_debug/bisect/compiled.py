@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+import onnx
+
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.compile_options import CompileOptions
 from cp_debug.backends.registry import create
@@ -47,8 +49,9 @@ def compiled_findings(
         names = str(backend.spec), str(run.reference.backend.spec)
         nearer = [_nearer(names[0], apart(exact, test), names[1], apart(exact, reference))]
     options = CompileOptions.parse(backend.spec.options)
-    guilty = any(row.verdict == GUILTY and row.side == "test" for row in rows)
-    if guilty or options.compiler != "inductor" or options.casts or run.precision.name == "fp32":
+    guilty = [row.name for row in rows if row.verdict == GUILTY and row.side == "test"]
+    plain = run.precision.name == "fp32"
+    if options.compiler != "inductor" or options.casts or not (_casts(graphs) if plain else not guilty):
         return findings, nearer
     spec = replace(backend.spec, options=str(replace(options, casts=True)))
     rounded = _outputs(run, run.pipeline.programs, create(spec), sample)
@@ -60,12 +63,18 @@ def compiled_findings(
         MISSING_CASTS,
         "inductor does not round between the operators of one kernel, as eager does: with emulate_precision_casts the "
         + "; ".join([f"outputs differ by {left:.2g} instead of {difference:.2g}", *nearer]),
-        [first.name],
-        [first.op],
+        guilty or [first.name],
+        [row.op for row in rows if row.name in guilty] or [first.op],
         evidence={"difference": difference, "with_casts": left},
         fix=f"none where more exact is right; else torch._inductor.config.emulate_precision_casts = True, here {spec}",
     )
-    return [found, *(f for f in findings if not f.evidence.get("declared"))], []
+    return [found, *(f for f in findings if not f.evidence.get("declared") and not set(f.layers) & {*guilty})], []
+
+
+def _casts(programs: Sequence[Program]) -> bool:
+    """Whether a network casts to BF16 or FP16 by itself."""
+    halves = onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
+    return any(node.op == "Cast" and node.attribute("to") in halves for p in programs for node in p.graph.nodes)
 
 
 def _outputs(run: CandidateRun, programs: Sequence[Program], backend: Backend, sample: Sample) -> Arrays:

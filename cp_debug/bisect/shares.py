@@ -22,7 +22,7 @@ from cp_debug.bisect.backward import Backward, walk_back
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.result import Attribution, LayerRow
 from cp_debug.errors import InputError, in_one_line
-from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.arrays import as_numpy, as_torch
 from cp_debug.probes.distance import all_finite, distance
 from cp_debug.probes.held import CapturedRun
 from cp_debug.probes.integers import are_wide, differences
@@ -119,8 +119,8 @@ class Shares:
         test, reference = (loader(c, component.name) for c in (self._test, self._reference))
 
         def at(part: float, name: str) -> Tensor:
-            theirs = torch.as_tensor(test(name))
-            ours = torch.as_tensor(reference(name)).to(theirs.device)
+            theirs, ours = (v if torch.is_tensor(v) else as_torch(v) for v in (test(name), reference(name)))
+            ours = ours.to(theirs.device)
             if ours.shape != theirs.shape or not (ours.is_floating_point() and theirs.is_floating_point()):
                 return theirs
             dtype = torch.promote_types(torch.promote_types(ours.dtype, theirs.dtype), torch.float32)

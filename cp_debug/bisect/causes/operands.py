@@ -14,6 +14,7 @@ from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.causes.single_numbers import Number, by_search, is_told
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import GATES, PRODUCTS
+from cp_debug.probes.arrays import as_numpy, as_torch
 
 LINEAR = {
     *PRODUCTS, *GATES, "Abs", "AveragePool", "BatchNormalization", "Div", "Einsum", "Flatten", "GlobalAveragePool",
@@ -42,7 +43,7 @@ def _operands(segment: Segment) -> Iterator[tuple[Node, int, str]]:
             if (
                 name in segment.given
                 and segment.input(name).numel() > 1
-                and torch.as_tensor(segment.given[name]).is_floating_point()
+                and as_torch(as_numpy(segment.given[name])).is_floating_point()
             ):
                 yield node, place, name
 
