@@ -307,6 +307,28 @@ def test_casts_that_an_fp32_network_makes_itself_are_missing_casts_and_name_the_
     assert not any("could be tried" in note for note in test.notes)
 
 
+class Reciprocals(nn.Module):
+    """1 ÷ (−0 + 0) is Inf; inductor leaves the addition of 0 out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.first(x))
+        return torch.exp(torch.reciprocal(torch.ceil(y) + torch.zeros_like(y)))
+
+
+@pytest.mark.slow
+def test_the_layer_is_told_whose_zeros_differ_in_sign() -> None:
+    torch.manual_seed(0)
+    (test,) = bisect(TorchModel("net", Reciprocals().eval(), torch.randn(64, 16)), "torch,torch-compile").tests
+    (note,) = [note for note in test.notes if "the sign of" in note]
+    assert re.fullmatch(
+        r"/add \(Add\): the sign of \d+ zeros differs, of which /reciprocal .* makes Inf of other signs", note
+    )
+
+
 class Remainder(nn.Module):
     """BF16's 1.7 by 1.7: eager rounds the divisor, inductor does not, and the remainders are 0, or nearly 0 or 1.7."""
 

@@ -83,6 +83,42 @@ def flips(
         yield f"{amount(more, 'more rounding')} {'makes' if more == 1 else 'make'} whole numbers flip"
 
 
+def turned_zeros(
+    run: CandidateRun, rows: Mapping[Key, LayerRow], reference: CapturedRun, test: CapturedRun
+) -> Iterator[str]:
+    """A sentence for the first layer whose Inf has the other sign, and the layer whose zeros have it: −0 equals 0."""
+    for key, row in rows.items():
+        if row.verdict != INHERITED or row.kind != "data" or np.isfinite(row.stats.rel_l2):
+            continue
+        replayer = run.replayer(key.component, test)
+        pair = _pair(reference, test, key)
+        if pair is None or not (np.isinf(pair[0]) & (pair[0] == -pair[1])).any():
+            continue
+        maker, count = None, 0
+        while key.value in replayer.graph.producer:
+            _, starts = replayer.graph.segment([key.value], replayer.known)
+            for key in (Key(key.component, name) for name in starts):
+                pair = _pair(reference, test, key) if key in rows else None
+                if pair is None:
+                    continue
+                turned = (pair[0] == 0) & (pair[1] == 0) & (np.signbit(pair[0]) != np.signbit(pair[1]))
+                if turned.any():
+                    maker, count = rows[key], int(turned.sum())
+                    break
+            else:
+                break
+        if maker is not None:
+            zeros = f"the sign of {amount(count, 'zero')} differs"
+            yield f"{maker.name} ({maker.op}): {zeros}, of which {row.name} ({row.op}) makes Inf of other signs"
+        return
+
+
+def _pair(reference: CapturedRun, test: CapturedRun, key: Key) -> list[np.ndarray] | None:
+    """A value of floats of both sides; None where they are none, or of different shapes."""
+    pair = [as_numpy(c.load(key.value, component=key.component)) for c in (reference, test)]
+    return pair if pair[0].shape == pair[1].shape and all(a.dtype.kind == "f" for a in pair) else None
+
+
 def _front(graph: Graph, known: set[str], rows: Mapping[Key, LayerRow], key: Key) -> Key | None:
     """The value in front of ``key`` that differs most, by relative L2; None where none does."""
     if key.value not in graph.producer:

@@ -18,7 +18,7 @@ from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.compiled import compiled_findings
 from cp_debug.bisect.exports import judge_exports
-from cp_debug.bisect.flips import flips
+from cp_debug.bisect.flips import flips, turned_zeros
 from cp_debug.bisect.lost_channels import judge_lost, lost_channels
 from cp_debug.bisect.masks import acquit_masks
 from cp_debug.bisect.observe import Observation, observe
@@ -162,6 +162,7 @@ class SampleRuns:
             except Exception as error:
                 failures.append(f"the layers' shares of the final divergence are unknown: {in_one_line(error)}")
             failures += [*shares.notes, *flips(run, rows, side.captured, test, exports.tied)]
+            failures += turned_zeros(run, rows, side.captured, test)
         if run.oracle is not None and collected.is_worst(rows):
             collected.attribution = attribution
             if attribution is not None and attribution.carried and abs(attribution.remainder) > NOT_LINEAR:
