@@ -29,7 +29,7 @@ def value(name: str, shape: list[int] | None, kind: int = 1) -> onnx.ValueInfoPr
 
 
 def looping(path: Path, trips: int | None = HUGE, *, computed: bool = False, nested: bool = False) -> Path:
-    """``x`` [1, 4] through a Loop whose condition stays true; ``computed``: its trip count is a node's result."""
+    """``x`` [1, 4] through a Relu and an endless Loop; ``computed``: its trip count is a node's result."""
     nodes = [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Identity", ["v"], ["w"])]
     given, made = [value("i", [], 7), value("go", [], 9), value("v", None)], [value("on", [], 9), value("w", None)]
     body = helper.make_graph(nodes, "body", given, made)
@@ -46,7 +46,8 @@ def looping(path: Path, trips: int | None = HUGE, *, computed: bool = False, nes
         body = helper.make_graph([stay, inner], "outer", outer_given, outer)
     count = "" if trips is None else "more" if computed else "trips"
     main = [helper.make_node("Add", ["trips", "trips"], ["more"])] if computed else []
-    main.append(helper.make_node("Loop", [count, "yes", "x"], ["y"], name="loop", body=body))
+    main.append(helper.make_node("Relu", ["x"], ["r"], name="relu"))
+    main.append(helper.make_node("Loop", [count, "yes", "r"], ["y"], name="loop", body=body))
     graph = helper.make_graph(main, "net", [value("x", [1, 4])], [value("y", [1, 4])], weights)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
     return path

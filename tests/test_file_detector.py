@@ -56,7 +56,10 @@ def test_a_description_names_files_engines_and_what_differs_from_the_model(tmp_p
         ("{model: tiny, glue: [a]}", "expected model as the name of a CenterPoint, glue and files as mappings"),
         ("{model: tiny, glue: {size: 1}}", r"glue\.size: there is no such setting"),
         ("{model: tiny, files: {neck: a.onnx}}", r"files\.neck: there is no such component"),
-        ("{model: tiny, glue: {score_threshold: high}}", r"glue\.score_threshold: "),
+        (
+            "{model: tiny, glue: {score_threshold: high}}",
+            "glue: field 'score_threshold': 'high'; expected a valid number",
+        ),
     ],
 )
 def test_a_description_that_says_something_else_is_refused(tmp_path: Path, text: str, says: str) -> None:

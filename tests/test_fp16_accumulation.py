@@ -411,8 +411,9 @@ def test_the_gpu_gives_the_cpu_s_bits(slices: int, vector: int, split: int) -> N
         assert fp16_accumulation_cuda._is_right(torch.cuda.current_device(), slices > 1 or split > 1, tile)
     x, weight, bias = halves(1, 80, 60, 70, seed=1), halves(96, 80, 3, 3, seed=2), halves(96, seed=3)
     window = Window((3, 3), (2, 1), (1, 1), (1, 1), (1, 1))
-    expected = fp16_accumulation.conv(x, weight, bias, window, 1, 64, slices, vector, split)
-    found = fp16_accumulation.conv(x.cuda(), weight.cuda(), bias.cuda(), window, 1, 64, slices, vector, split)
+    order = Order(64, slices, split)
+    expected = fp16_accumulation.conv(x, weight, bias, window, 1, order, vector)
+    found = fp16_accumulation.conv(x.cuda(), weight.cuda(), bias.cuda(), window, 1, order, vector)
     assert torch.equal(found.cpu(), expected)
 
 
