@@ -1,7 +1,7 @@
 """Six ratios that say whether a bisect became slower: each is a bisect's time over that of its own runs, or of another
 tool, in turns in one run. Less is faster.
 
-    make speed                                    # 4 minutes; exit 1 where a median is 1.2 times the committed one
+    make speed                                    # 5 minutes; exit 1 where a median is 1.2 times the committed one
     python benchmarks/speed.py --write            # measure, and write docs/data/speed.json
     python benchmarks/speed.py --only fp16 small  # some of them
 
