@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cp_debug.backends.kernels import fp16_accumulation, fp16_accumulation_cuda
-from cp_debug.backends.kernels.fp16_accumulation import Order
-from cp_debug.backends.kernels.fp16_accumulation_cuda import Taps, Tile
-from cp_debug.backends.kernels.fp16_accumulation_source import PREPARED
+from cp_debug.backends.kernels import fp16_accumulation
+from cp_debug.backends.kernels.fp16_accumulation import Order, Sum
 from cp_debug.backends.kernels.windows import Window
 from cp_debug.backends.rounding import round_fp16
 
@@ -50,6 +48,21 @@ def plain(
 
 def halves(*shape: int, seed: int) -> torch.Tensor:
     return round_fp16(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def defined(x: torch.Tensor, weight: torch.Tensor, total: Sum) -> torch.Tensor:
+    """The definition for one tap, term by term: float32 [groups, K, places] and [groups, outputs, K] to [groups,
+    outputs, places]."""
+    sums = [x.new_zeros(x.shape[0], weight.shape[1], x.shape[2]) for _ in range(total.slices)]
+    for index, block in total.instructions:
+        part = torch.zeros_like(sums[0])
+        for c in range(x.shape[1])[block] if isinstance(block, slice) else block:
+            part = part + weight[:, :, c : c + 1] * x[:, c : c + 1]
+        sums[index] = (sums[index] + part).half().float()
+    result = sums[0]
+    for other in sums[1:]:
+        result = (result + other).half().float()
+    return result
 
 
 @pytest.mark.parametrize("slices", [1, 2, 4])
@@ -94,12 +107,11 @@ def test_chunks_of_rows_change_nothing(chunk: int, vector: int, monkeypatch: pyt
 def test_nothing_to_sum_is_nothing(images: int, outputs: int, width: int, vector: int) -> None:
     x, weight = torch.zeros(images, 4, 6, width), torch.zeros(outputs, 4, 1, 1)
     window = Window((1, 1), (1, 1), (1, 1), (0, 0), (0, 0))
-    taps = Taps(weight.reshape(1, outputs, 4, 1), (0,), ((0, 0),))
     size = window.output_size(x.shape[2:])
     total = fp16_accumulation.instructions(4, 1, Order(64))
     if vector:
         total = fp16_accumulation.vector_instructions(1, 4, vector)
-    found = fp16_accumulation.accumulate(x, taps, (1, 1), size, total)
+    found = fp16_accumulation.accumulate(x, weight.reshape(1, outputs, 4), [(0, 0)], (1, 1), size, total)
     assert found.shape == (images, outputs, 6, width)
 
 
@@ -107,9 +119,8 @@ def test_nothing_to_sum_is_nothing(images: int, outputs: int, width: int, vector
 def test_the_definition_is_what_the_cpu_gives(slices: int) -> None:
     x, weight = halves(2, 150, 40, seed=1), halves(2, 8, 150, seed=2)
     total = fp16_accumulation.instructions(150, 1, Order(64, slices))
-    taps = Taps(weight[..., None], (0,), ((0,),))
-    expected = fp16_accumulation.accumulate(x, taps, (1,), (40,), total)
-    assert torch.equal(fp16_accumulation_cuda.defined(x, weight, total), expected)
+    expected = fp16_accumulation.accumulate(x, weight, [(0,)], (1,), (40,), total)
+    assert torch.equal(defined(x, weight, total), expected)
 
 
 @pytest.mark.few(1)
@@ -165,13 +176,15 @@ def test_kernels_without_shared_memory_load_vectors(
 
 
 def test_an_instruction_takes_four_values_of_each_of_four_vectors() -> None:
-    first, second, *_ = fp16_accumulation.vector_blocks(9, 16, 8)
+    def blocks(taps: int, channels: int) -> list[list[int]]:
+        return [list(block) for _, block in fp16_accumulation.vector_instructions(taps, channels, 8).instructions]
+
+    first, second, *_ = blocks(9, 16)
     assert first == [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27], "two taps of 16 channels"
     assert second == [k + 4 for k in first]
-    assert fp16_accumulation.vector_blocks(9, 3, 8)[0] == list(range(12)), "four taps of 3 channels, padding left out"
-    assert len(fp16_accumulation.vector_blocks(9, 3, 8)) == 3
-    places = [k for block in fp16_accumulation.vector_blocks(25, 12, 8) for k in block]
-    assert sorted(places) == list(range(25 * 12)), "every product once"
+    assert blocks(9, 3)[0] == list(range(12)), "four taps of 3 channels, padding left out"
+    assert len(blocks(9, 3)) == 3
+    assert sorted(k for block in blocks(25, 12) for k in block) == list(range(25 * 12)), "every product once"
 
 
 def test_the_order_is_told_apart() -> None:
@@ -242,127 +255,18 @@ def test_sums_of_slices_are_added_in_their_order() -> None:
     assert float(fp16_accumulation.conv(x, ones, bias, window, 1, Order(64, 4))) == 2
 
 
-def by_tables(tile: Tile) -> Any:
-    """The CUDA kernel in NumPy, one instruction after the other, from the tables that it is given."""
-
-    def run(grid: tuple[int, ...], threads: int, *args: torch.Tensor, device: torch.device) -> None:
-        x, weight, tables, out = (tensor.numpy().reshape(-1) for tensor in args)
-        image, channel, groups, rows, outputs, places, steps, phases = tables[:8].tolist()
-        sizes = [phases * rows, places, places, phases, steps]
-        offset, place, to, start, step = np.split(tables[8:], np.cumsum(sizes)[:-1])
-        assert len(step) == steps
-        images, padded = out.size // (outputs * channel), outputs + -outputs % 4
-        assert grid == (-(-places // tile.places), -(-outputs // tile.outputs), images * phases)
-        assert threads == tile.threads
-        for phase, of in itertools.product(range(phases), range(images)):
-            data, own = x[of * image : (of + 1) * image], offset.reshape(phases, rows)[phase]
-            w = weight.reshape(phases, groups, rows, padded)[phase, of % groups, :, :outputs]
-            total, result = np.zeros((outputs, places), np.float32), None
-            for begin, what in zip(range(0, rows, 16), step, strict=True):
-                part = np.zeros_like(total)
-                for k in range(begin, begin + (what & 255)):
-                    part += w[k][:, None] * data[(own[k] + place) // 4]  # bytes
-                total = (total + part).astype(np.float16).astype(np.float32)
-                if what & 256:
-                    result = total if result is None else (result + total).astype(np.float16).astype(np.float32)
-                    total = np.zeros_like(total)
-            assert result is not None
-            out.reshape(images, outputs, channel)[of][:, start[phase] + to] = result
-
-    return SimpleNamespace(launch=run)
-
-
-@pytest.fixture
-def tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``_launch`` runs on a CPU."""
-    monkeypatch.setattr(fp16_accumulation_cuda, "_kernel", lambda index, sliced, tile: by_tables(tile))
-
-
-@pytest.mark.parametrize(
-    ("channels", "outputs", "groups", "kernel", "stride", "order", "vector"),
-    [
-        (40, 70, 1, (3, 3), (1, 1), Order(32), 0),
-        (66, 4, 2, (3, 2), (2, 1), Order(32, slices=2), 0),
-        (64, 3, 1, (1,), (1,), Order(64, slices=4), 0),
-        (20, 3, 1, (1,), (1,), Order(64, slices=4), 0),
-        (170, 3, 1, (1,), (1,), Order(32, split=4), 0),
-        (170, 3, 1, (1,), (1,), Order(32, split=4, split_kernels=2), 0),
-        (3, 8, 1, (5, 5), (2, 2), Order(0), 4),
-        (20, 3, 1, (3, 3), (1, 1), Order(0), 8),
-    ],
-)
-@pytest.mark.usefixtures("tables")
-def test_tables_of_the_gpu_s_kernel_hold_the_same_order(
-    channels: int, outputs: int, groups: int, kernel: tuple[int, ...], stride: tuple[int, ...], order: Order,
-    vector: int,
-) -> None:  # fmt: skip
-    x = halves(2 * groups, channels // groups, *(7, 9)[: len(kernel)], seed=1)
-    places = tuple(itertools.product(*map(range, kernel)))
-    weight = halves(groups, outputs, channels // groups, len(places), seed=2)
-    taps = Taps(weight, tuple(range(len(places))), places)
-    size = tuple((n - k) // s + 1 for n, k, s in zip(x.shape[2:], kernel, stride, strict=True))
-    per_group = channels // groups
-    if vector:
-        total = fp16_accumulation.vector_instructions(len(places), per_group, vector)
-    else:
-        total = fp16_accumulation.instructions(per_group, len(places), order)
-    expected = fp16_accumulation.accumulate(x, taps, stride, size, total)
-    found = fp16_accumulation_cuda._launch(x, [taps], stride, size, total, (), None, fp16_accumulation_cuda.WIDE)
-    assert torch.equal(found, expected)
-
-
-@pytest.mark.usefixtures("tables")
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize(("kernel", "stride", "pad"), [(2, 2, 0), (4, 2, 1), (3, 2, 1), (1, 2, 0)])
-def test_phases_of_a_transposed_convolution_go_to_their_places_at_once(
-    kernel: int, stride: int, pad: int, groups: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    x, weight = halves(2, 36, 5, 4, seed=1), halves(36, 6 // groups, kernel, kernel, seed=2)
-    size = [(n - 1) * stride + kernel - 2 * pad for n in x.shape[2:]]
-    window = Window((kernel,) * 2, (stride,) * 2, (1, 1), (pad,) * 2, (pad,) * 2)
-    expected = fp16_accumulation.conv_transpose(x, weight, None, window, size, groups, Order(32))
-    launched: list[int] = []
-
-    def launch(
-        x: torch.Tensor, phases: Any, stride: Any, size: Any, total: Any, pads: Any, scattered: Any = None
-    ) -> torch.Tensor | None:
-        launched.append(len(phases))
-        tile = fp16_accumulation_cuda.NARROW
-        return fp16_accumulation_cuda._launch(x, phases, stride, size, total, pads, scattered, tile)
-
-    monkeypatch.setattr(fp16_accumulation_cuda, "accumulate", launch)
-    found = fp16_accumulation.conv_transpose(x, weight, None, window, size, groups, Order(32))
-    assert torch.equal(found, expected)
-    assert sum(launched) == min(kernel, stride) ** 2, "each phase once"
-    assert len(launched) == 1 or kernel == 3, "phases of as many taps together"
-
-
-def prepare(grid: tuple[int, ...], threads: int, *args: Any, device: Any) -> None:
-    """The kernel that orders weights and pads images: its reads and writes."""
-    weight, order, ordered, groups, outputs, padded, kernel, rows, group_step, output_step, channel_step = args[:11]
-    row_blocks, output_blocks, ordering, x, images, chunks, *sizes = args[11:]
-    phases, planes = order.shape[0], x.shape[0] * x.shape[1]
-    assert (row_blocks, output_blocks) == (-(-rows // 32), -(-padded // 32))
-    assert ordering == row_blocks * output_blocks * phases * groups
-    assert (grid, threads) == ((ordering + planes * chunks, 1, 1), 256)
-    ordered.zero_()
-    for phase, row in np.ndindex(phases, rows):
-        term = int(order[phase, row])
-        start = weight.storage_offset() + term // kernel * channel_step + term % kernel
-        read = torch.as_strided(weight, (groups, outputs), (group_step, output_step), start)
-        ordered[phase, :, row, :outputs] = read
-    assert x.is_contiguous()
-    if not chunks:
-        assert images is x
-        return
-    small, large, begins = np.reshape(sizes, (3, 3))
-    assert (chunks - 1) * PREPARED < np.prod(large) <= chunks * PREPARED
-    read, written = x.numpy().reshape(planes, *small), images.numpy().reshape(planes, *large)
-    written[:] = 0
-    for at in np.ndindex(*large):
-        source = at - begins
-        if np.all((source >= 0) & (source < small)):
-            written[(slice(None), *at)] = read[(slice(None), *source)]
+def by_rows(blocks: tuple[int, ...], threads: tuple[int, ...], args: list[Any]) -> None:
+    """The CUDA kernel in NumPy, an instruction after the other."""
+    w, x, order, out = (np.asarray(tensor) for tensor in args[:4])
+    outputs, places, length, steps = args[4:]
+    assert (w.shape[1:], x.shape[1:], order.size) == ((length, outputs), (length, places), 16 * steps)
+    assert blocks == (-(-places // 64), -(-outputs // 64), len(w))
+    out[:] = 0
+    for rows in order.reshape(steps, 16):
+        part = np.zeros_like(out)
+        for row in rows[rows >= 0]:
+            part += w[:, row, :, None] * x[:, row, None]
+        out[:] = (out + part).astype(np.float16)
 
 
 class OnGpu(torch.Tensor):
@@ -371,44 +275,35 @@ class OnGpu(torch.Tensor):
         return True
 
 
-@pytest.mark.parametrize("swapped", [None, (1, 2), (2, 3), (0, 3)])
-@pytest.mark.parametrize(("groups", "outputs", "rows"), [(1, 70, 48), (2, 3, 64), (3, 4, 48)])
-def test_weights_are_ordered_on_the_gpu_as_on_the_cpu(
-    groups: int, outputs: int, rows: int, swapped: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weight, x = halves(groups, outputs, 5, 6, seed=1), halves(1, 5, 4, seed=3)
-    if swapped:  # in memory alone
-        weight = weight.transpose(*swapped).contiguous().transpose(*swapped)
-    order = torch.randint(30, (2, rows), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    _, expected = fp16_accumulation_cuda._prepared(x, (), weight, order)
-    monkeypatch.setattr(fp16_accumulation_cuda, "compiled", lambda *of: SimpleNamespace(launch=prepare))
-    images, found = fp16_accumulation_cuda._prepared(x, (), weight.as_subclass(OnGpu), order)
-    assert expected.shape == (2, groups, rows, outputs + -outputs % 4)
-    assert torch.equal(found, expected)
-    assert images is x
-
-
 @pytest.mark.parametrize(
-    ("spatial", "pads"),
-    [((7,), (2, 1)), ((50, 60), (1, 2, 3, 0)), ((5, 4, 3), (1, 0, 0, 2, 3, 1)), ((5, 4, 3), (0, 1))],
+    ("groups", "taps", "channels", "order", "vector"),
+    [
+        (1, 9, 40, Order(32), 0),
+        (2, 2, 66, Order(32, slices=2), 0),
+        (1, 1, 20, Order(64, slices=4), 0),
+        (1, 1, 170, Order(32, split=4), 0),
+        (1, 25, 3, Order(64), 4),
+    ],
 )
-def test_images_are_padded_on_the_gpu_as_on_the_cpu(
-    spatial: tuple[int, ...], pads: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+def test_the_gpu_s_kernel_is_given_the_same_order(
+    groups: int, taps: int, channels: int, order: Order, vector: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, weight = halves(2, 3, *spatial, seed=1), halves(1, 2, 3, 1, seed=2).as_subclass(OnGpu)
-    monkeypatch.setattr(fp16_accumulation_cuda, "compiled", lambda *of: SimpleNamespace(launch=prepare))
-    order = torch.zeros(1, 16, dtype=torch.int32)
-    for given in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
-        images, _ = fp16_accumulation_cuda._prepared(given, pads, weight, order)
-        assert torch.equal(images, torch.nn.functional.pad(x, pads))
+    weight, matrix = halves(groups, 8, taps * channels, seed=1), halves(groups, taps * channels, 32, seed=2)
+    total = fp16_accumulation.instructions(channels, taps, order)
+    if vector:
+        total = fp16_accumulation.vector_instructions(taps, channels, vector)
+    expected = fp16_accumulation._partial_sums(weight, matrix, total)
+    monkeypatch.setattr(fp16_accumulation, "_compiled", lambda index: by_rows)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    found = fp16_accumulation._partial_sums(weight, matrix.as_subclass(OnGpu), total)
+    assert torch.equal(found.as_subclass(torch.Tensor), expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("slices", "vector", "split"), [(1, 0, 1), (2, 0, 1), (1, 4, 1), (1, 0, 3)])
 def test_the_gpu_gives_the_cpu_s_bits(slices: int, vector: int, split: int) -> None:
-    for tile in (fp16_accumulation_cuda.WIDE, fp16_accumulation_cuda.NARROW):
-        assert fp16_accumulation_cuda._is_right(torch.cuda.current_device(), slices > 1 or split > 1, tile)
+    assert fp16_accumulation._compiled(torch.cuda.current_device()) is not None
     x, weight, bias = halves(1, 80, 60, 70, seed=1), halves(96, 80, 3, 3, seed=2), halves(96, seed=3)
     window = Window((3, 3), (2, 1), (1, 1), (1, 1), (1, 1))
     order = Order(64, slices, split)
@@ -423,6 +318,5 @@ def test_products_of_any_size_are_summed_in_the_same_order(places: int, outputs:
     """MKL adds in another order where columns are fewer than 12, or 2 or 3 rows (6 in two threads) stand over 17."""
     x, weight = halves(12, 197, places, seed=1), halves(12, outputs, 197, seed=2)
     total = fp16_accumulation.instructions(197, 1, Order(64))
-    expected = fp16_accumulation_cuda.defined(x, weight, total)
-    taps = Taps(weight[..., None], (0,), ((0,),))
-    assert torch.equal(fp16_accumulation.accumulate(x, taps, (1,), (places,), total), expected)
+    expected = defined(x, weight, total)
+    assert torch.equal(fp16_accumulation.accumulate(x, weight, [(0,)], (1,), (places,), total), expected)

@@ -20,7 +20,7 @@ from cp_debug.probes.arrays import as_numpy, to_device
 from cp_debug.probes.distance import difference_norm, distance, product, relative_l2
 from cp_debug.probes.statistics import RESOLUTION, TensorStats, compare
 from cp_debug.probes.statistics_reduce import HOST_CHUNK, reduce_pair
-from cp_debug.probes.statistics_totals import Totals
+from cp_debug.probes.statistics_totals import BINS, Totals
 
 INF, NAN = math.inf, math.nan
 EXTENSIONS = [np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")]
@@ -418,3 +418,21 @@ def test_a_product_has_the_digits_of_float64_or_nearly(scales: tuple[float, floa
 
     x, y = (np.where(np.isfinite(t), t, 0) for t in (a.double().numpy(), b.double().numpy()))
     assert product(a, b) == pytest.approx(float((x * y).sum()), rel=1e-6, abs=0)
+
+
+def test_a_gpu_counts_bins_as_the_host_does() -> None:
+    """There ``histc`` counts, here a stand-in of it."""
+
+    class Keys:
+        is_cuda = True
+
+        def __init__(self, keys: torch.Tensor) -> None:
+            self.keys = keys
+
+        def histc(self, bins: int, low: int, high: int) -> torch.Tensor:
+            return self.keys.double().histc(bins, low, high).long()
+
+    Keys.__module__ = "torch"
+    keys = torch.tensor([0, 0, 1, 5, BINS - 1, BINS - 1, BINS - 2], dtype=torch.int32)
+    given: Any = Keys(keys)
+    assert (statistics_reduce._count(given) == statistics_reduce._count(keys)).all()

@@ -11,29 +11,32 @@ Kernels without shared memory (``wo_smem``), which take layers with few channels
 channels padded to vectors of 4 or 8 values. Each of four threads loads one vector, and an instruction takes four values
 of each: of two taps with 8 channels, channels 0 to 3 of 4 vectors, then 4 to 7. On an H100 99.99 % of the elements of
 first layers with 3 channels are equal bit by bit (``docs/gpu/h100-kernels.md``).
+
+An instruction's products are added one after the other in FP32, beginning with 0, then their sum to the partial sum,
+and that is rounded to FP16: on a CPU by a matrix product an instruction, on an NVIDIA GPU by a kernel for all of them,
+which torch compiles, with the same bits.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cp_debug.backends.kernels import fp16_accumulation_cuda
-from cp_debug.backends.kernels.fp16_accumulation_cuda import BLOCK, Instruction, Scattered, Sum, Taps, filled_up
 from cp_debug.backends.kernels.windows import Window
 from cp_debug.backends.rounding import round_fp16
 
+BLOCK = 16
+"""Products that one instruction adds."""
 THREADS = 4
 """Threads that share the K of one instruction."""
-_AT_A_TIME = {"cpu": 1 << 17, "cuda": 1 << 26}
+_AT_A_TIME = {"cpu": 1 << 17, "cuda": 1 << 23}
 """Number of partial sums worked on at a time, or of columns of instructions: on a CPU as many as stay in its cache
 through all steps of K."""
 ROWS, COLUMNS = 4, 16
@@ -55,51 +58,44 @@ class Order(NamedTuple):
         return (tile + self.split_kernels % 2) % self.split
 
 
-def accumulate(
-    x: Tensor,
-    taps: Taps,
-    stride: Sequence[int],
-    size: Sequence[int],
-    total: Sum,
-    pads: tuple[int, ...] = (),
-) -> Tensor:
-    """Sum the taps over ``x`` (images, channels per group, *spatial) → (images, outputs per group, *size).
+class Sum(NamedTuple):
+    """Instructions in the order in which they are added, and the partial sums, which are added at the end.
 
-    Image i is of group i modulo the groups. All operands hold FP16 values in float32. ``pads``, of zeros around each
-    image, as ``torch.nn.functional.pad`` takes them.
+    K walks the taps, and inside a tap the channels.
     """
-    groups, outputs = taps.weight.shape[:2]
+
+    instructions: tuple[tuple[int, slice | list[int]], ...]
+    """Partial sum of each, and the places on K of its products."""
+    slices: int = 1
+    parts: int = 1
+    """Parts that the partial sums are of, as many of each: those of a part are added first."""
+
+
+def accumulate(
+    x: Tensor, weight: Tensor, starts: Sequence[tuple[int, ...]], stride: Sequence[int], size: Sequence[int], total: Sum
+) -> Tensor:
+    """Sum the taps over ``x`` (images, channels per group, *spatial) → (images, outputs per group, *size), float32.
+
+    Image i is of group i modulo the groups. ``weight``: (groups, outputs per group, K); ``starts``: the first place of
+    each tap. Both operands hold FP16 values.
+    """
+    groups, outputs = weight.shape[:2]
     if not (x.shape[0] and outputs and all(size)):
         return x.new_zeros(len(x), outputs, *size)
-    if total.parts in (1, total.slices):
-        found = fp16_accumulation_cuda.accumulate(x, [taps], stride, size, total, pads)
-        if found is not None:
-            return found
-    x = filled_up(x, pads)
-    weight = torch.cat([taps.weight[..., place] for place in taps.places], -1)
     tall = functional.pad(weight, (0, 0, 0, -outputs % ROWS)).contiguous()
-    return torch.cat([_accumulate(part, tall, taps.starts, stride, size, total) for part in x.split(groups)])[
-        :, :outputs
-    ]
+    return torch.cat([_accumulate(part, tall, starts, stride, size, total) for part in x.split(groups)])[:, :outputs]
 
 
 def _accumulate(
-    x: Tensor,
-    weight: Tensor,
-    starts: Sequence[tuple[int, ...]],
-    stride: Sequence[int],
-    size: Sequence[int],
-    total: Sum,
+    x: Tensor, weight: Tensor, starts: Sequence[tuple[int, ...]], stride: Sequence[int], size: Sequence[int], total: Sum
 ) -> Tensor:
-    """Sum over ``x`` (groups, channels per group, *spatial) by ``weight`` (groups, outputs, taps · channels), a matrix
-    product an instruction."""
+    """Sum over one image for each group."""
     groups, channels = x.shape[:2]
     outputs = weight.shape[1]
     result = x.new_empty(groups, outputs, *size)
     row = result[0, 0, 0].numel()
     terms = max(outputs * total.slices, len(starts) * channels // BLOCK)
     rows = max(1, _AT_A_TIME[x.device.type] // (groups * terms * row))
-    blocks = total.blocks(channels)
     for first in range(0, size[0], rows):
         extent = (min(rows, size[0] - first), *size[1:])
         places = extent[0] * row
@@ -108,16 +104,33 @@ def _accumulate(
             begin = (start[0] + first * stride[0], *start[1:])
             window = tuple(slice(b, b + (n - 1) * s + 1, s) for b, n, s in zip(begin, extent, stride, strict=True))
             columns[:, tap, :, :places].unflatten(2, extent).copy_(x[(slice(None), slice(None), *window)])
-        matrix = columns.flatten(1, 2)
-        sums = x.new_zeros(total.slices, groups, outputs, matrix.shape[-1])
-        half = torch.empty_like(sums[0], dtype=torch.float16)
-        for instruction, block in zip(total.instructions, blocks, strict=True):
-            partial_sum = sums[instruction.slice]
-            partial_sum.baddbmm_(weight[:, :, block], matrix[:, block])
-            partial_sum.copy_(half.copy_(partial_sum))
+        sums = _partial_sums(weight, columns.flatten(1, 2), total)
         ends = [_added(part) for part in sums.split(total.slices // total.parts)]
         result[:, :, first : first + extent[0]] = _added(ends)[..., :places].unflatten(2, extent)
     return result
+
+
+def _partial_sums(weight: Tensor, matrix: Tensor, total: Sum) -> Tensor:
+    """[partial sums, groups, outputs, places] of [groups, outputs, K] and [groups, K, places]."""
+    groups, outputs, length = weight.shape
+    sums = matrix.new_zeros(total.slices, groups, outputs, matrix.shape[2])
+    if matrix.is_cuda and (compiled := _compiled(matrix.device.index)) is not None:
+        by_row = weight.mT.contiguous()
+        blocks = -(-matrix.shape[2] // TILE), -(-outputs // TILE), groups
+        for index, partial_sum in enumerate(sums):
+            own = [[*range(length)[b]] if isinstance(b, slice) else b for i, b in total.instructions if i == index]
+            rows = torch.tensor([block + [-1] * (BLOCK - len(block)) for block in own], dtype=torch.int32)
+            order = rows.to(matrix.device)
+            with torch.cuda.device(matrix.device):
+                args = [by_row, matrix, order, partial_sum, outputs, matrix.shape[2], length, len(own)]
+                compiled(blocks, (256, 1, 1), args)
+        return sums
+    half = torch.empty_like(sums[0], dtype=torch.float16)
+    for index, block in total.instructions:
+        partial_sum = sums[index]
+        partial_sum.baddbmm_(weight[:, :, block], matrix[:, block])
+        partial_sum.copy_(half.copy_(partial_sum))
+    return sums
 
 
 def _added(sums: Sequence[Tensor]) -> Tensor:
@@ -133,18 +146,19 @@ def instructions(channels: int, taps: int, order: Order) -> Sum:
     """Instructions of a sum in an order of TensorRT's, in the order in which they are added."""
     tile, slices = order.tile, order.slices
     of = [
-        Instruction(k * slices // tile + slices * order.part(channel // tile * taps + tap), [tap] * len(block), block)
+        (
+            k * slices // tile + slices * order.part(channel // tile * taps + tap),
+            slice(tap * channels + channel + k, tap * channels + min(channel + min(k + BLOCK, tile), channels)),
+        )
         for channel in range(0, channels, tile)
         for tap in range(taps)
         for k in range(0, min(tile, channels - channel), BLOCK)
-        if (block := range(channel + k, min(channel + k + BLOCK, channel + tile, channels)))
     ]
     return Sum(tuple(of), slices * order.split, order.split)
 
 
-def vector_blocks(taps: int, channels: int, vector: int) -> list[list[int]]:
-    """Places of K (tap · channels + channel) that one instruction adds, in order; padding and what is all padding is
-    left out."""
+def vector_instructions(taps: int, channels: int, vector: int) -> Sum:
+    """Instructions of a sum as kernels without shared memory form it; padding and what is all padding is left out."""
     padded = -(-channels // vector) * vector
     blocks: list[list[int]] = []
     for begin in range(0, taps * padded, THREADS * vector):
@@ -152,15 +166,7 @@ def vector_blocks(taps: int, channels: int, vector: int) -> list[list[int]]:
             places = [begin + t * vector + part + i for t in range(THREADS) for i in range(BLOCK // THREADS)]
             real = [k for k in places if k < taps * padded and k % padded < channels]
             blocks.append([k // padded * channels + k % padded for k in real])
-    return [block for block in blocks if block]
-
-
-@lru_cache(maxsize=256)
-def vector_instructions(taps: int, channels: int, vector: int) -> Sum:
-    """Instructions of a sum as kernels without shared memory form it, in the order in which they are added."""
-    blocks = vector_blocks(taps, channels, vector)
-    of = [Instruction(0, [k // channels for k in block], [k % channels for k in block]) for block in blocks]
-    return Sum(tuple(of), 1)
+    return Sum(tuple((0, block) for block in blocks if block))
 
 
 def conv(
@@ -168,32 +174,14 @@ def conv(
 ) -> Tensor:
     """ONNX Conv of ``x`` (N, C, *spatial); every operand already holds FP16 values. ``vector`` in place of ``order`` is
     for kernels without shared memory."""
-    on = _geometry(window, tuple(x.shape[2:]))
-    taps = Taps(weight.reshape(groups, -1, weight.shape[1], len(on.starts)), on.places, on.starts)
-    images = x if groups == 1 else x.reshape(-1, x.shape[1] // groups, *x.shape[2:])
-    if vector:
-        total = vector_instructions(len(on.starts), weight.shape[1], vector)
-    else:
-        total = instructions(weight.shape[1], len(on.starts), order)
-    result = accumulate(images, taps, window.stride, on.size, total, on.pads)
-    return add_bias(result if groups == 1 else result.reshape(x.shape[0], -1, *on.size), bias)
-
-
-class _Geometry(NamedTuple):
-    """Spatial sizes of a result, the taps' places and starts, and the padding as torch takes it."""
-
-    size: tuple[int, ...]
-    places: tuple[int, ...]
-    starts: tuple[tuple[int, ...], ...]
-    pads: tuple[int, ...]
-
-
-@lru_cache(maxsize=256)
-def _geometry(window: Window, spatial: tuple[int, ...]) -> _Geometry:
-    """A window over images of that size, its taps row by row."""
-    places = itertools.product(*map(range, window.kernel))
-    starts = tuple(tuple(i * d for i, d in zip(k, window.dilation, strict=True)) for k in places)
-    return _Geometry(window.output_size(spatial), tuple(range(len(starts))), starts, tuple(window.torch_pads()))
+    size, channels = window.output_size(x.shape[2:]), weight.shape[1]
+    taps = itertools.product(*map(range, window.kernel))
+    starts = [tuple(i * d for i, d in zip(tap, window.dilation, strict=True)) for tap in taps]
+    images = functional.pad(x, window.torch_pads()).unflatten(1, (groups, -1)).flatten(0, 1)
+    total = vector_instructions(len(starts), channels, vector) if vector else instructions(channels, len(starts), order)
+    by_tap = weight.unflatten(0, (groups, -1)).flatten(3).mT.flatten(2)
+    result = accumulate(images, by_tap, starts, window.stride, size, total)
+    return add_bias(result.unflatten(0, (-1, groups)).flatten(1, 2), bias)
 
 
 def conv_transpose(
@@ -203,67 +191,30 @@ def conv_transpose(
 
     Data [N, C, …], weights [C, M ÷ group, …]; the dtype stays.
     """
-    grouped = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(3)
-    ones = (1,) * len(size)
+    by_tap = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(3).mT
     images = x.unflatten(1, (groups, -1)).flatten(0, 1)
-    alike = _phases(window, tuple(x.shape[2:]), tuple(size))
-    result = x.new_zeros(len(images), grouped.shape[1], *size)
-    for together in alike:
-        total = instructions(x.shape[1] // groups, len(together.taps[0][0]), order)
-        if result.numel():
-            phases = [Taps(grouped, *of) for of in together.taps]
-            scattered = Scattered(result, together.begins, window.stride)
-            found = fp16_accumulation_cuda.accumulate(
-                images, phases, ones, together.extent, total, together.pads, scattered
-            )
-            if found is not None:
-                continue
-        data = filled_up(images, together.pads)
-        for phase, of in zip(together.begins, together.taps, strict=True):
-            where = tuple(slice(p, None, s) for p, s in zip(phase, window.stride, strict=True))
-            result[(slice(None), slice(None), *where)] = accumulate(
-                data, Taps(grouped, *of), ones, together.extent, total
-            )
-    return add_bias(result.unflatten(0, (-1, groups)).flatten(1, 2), bias)
-
-
-class _Phases(NamedTuple):
-    """Output phases of one size and with as many taps, which are summed at once on a GPU."""
-
-    extent: tuple[int, ...]
-    begins: tuple[tuple[int, ...], ...]
-    taps: tuple[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]], ...]
-    """The places of each phase's taps in the weights, and their starts in the padded data."""
-    pads: tuple[int, ...]
-
-
-@lru_cache(maxsize=256)
-def _phases(window: Window, spatial: tuple[int, ...], size: tuple[int, ...]) -> list[_Phases]:
-    """The phases of a transposed convolution from ``spatial`` to ``size``."""
-    alike = defaultdict(list)
+    result = x.new_zeros(len(images), by_tap.shape[1], *size)
     for phase in itertools.product(*map(range, window.stride)):
-        extent = tuple(len(range(p, n, s)) for p, n, s in zip(phase, size, window.stride, strict=True))
+        extent = [len(range(p, n, s)) for p, n, s in zip(phase, size, window.stride, strict=True)]
         # Output p + s·q reads input q + offset through tap k wherever p + begin − k·d = s·offset.
         axes = [
-            [(k, (p + b - k * d) // s) for k in range(n) if (p + b - k * d) % s == 0]
+            [((p + b - k * d) // s, k) for k in range(n) if (p + b - k * d) % s == 0]
             for p, b, n, d, s in zip(phase, window.begin, window.kernel, window.dilation, window.stride, strict=True)
         ]
-        if all(extent) and all(axes):
-            taps = list(itertools.product(*(sorted(axis, key=lambda pair: pair[1]) for axis in axes)))
-            alike[extent, len(taps)].append((phase, taps))
-    found = []
-    for (extent, _), members in alike.items():
-        offsets = list(zip(*((o for _, o in tap) for _, taps in members for tap in taps), strict=True))
-        low = [max(0, -min(axis)) for axis in offsets]
-        high = [max(0, max(axis) + n - m) for axis, n, m in zip(offsets, extent, spatial, strict=True)]
-        of_phases = []
-        for _, taps in members:
-            places = tuple(sum(k * prod(window.kernel[i + 1 :]) for i, (k, _) in enumerate(tap)) for tap in taps)
-            starts = tuple(tuple(o + pad for (_, o), pad in zip(tap, low, strict=True)) for tap in taps)
-            of_phases.append((places, starts))
-        pads = tuple(p for pair in zip(reversed(low), reversed(high), strict=True) for p in pair)
-        found.append(_Phases(extent, tuple(phase for phase, _ in members), tuple(of_phases), pads))
-    return found
+        if not (all(extent) and all(axes)):
+            continue
+        taps = [tuple(zip(*tap, strict=True)) for tap in itertools.product(*map(sorted, axes))]  # offsets, places
+        reach = list(zip(*(offsets for offsets, _ in taps), strict=True))
+        low = [max(0, -min(axis)) for axis in reach]
+        high = [max(0, max(axis) + n - m) for axis, n, m in zip(reach, extent, x.shape[2:], strict=True)]
+        data = functional.pad(images, [p for pair in zip(reversed(low), reversed(high), strict=True) for p in pair])
+        places = [sum(k * prod(window.kernel[i + 1 :]) for i, k in enumerate(tap)) for _, tap in taps]
+        starts = [tuple(o + pad for o, pad in zip(offsets, low, strict=True)) for offsets, _ in taps]
+        total = instructions(images.shape[1], len(taps), order)
+        found = accumulate(data, by_tap[:, :, places].flatten(2), starts, (1,) * len(size), extent, total)
+        where = tuple(slice(p, None, s) for p, s in zip(phase, window.stride, strict=True))
+        result[(slice(None), slice(None), *where)] = found
+    return add_bias(result.unflatten(0, (-1, groups)).flatten(1, 2), bias)
 
 
 def matmul(a: Tensor, b: Tensor, order: Order) -> Tensor:
@@ -272,7 +223,7 @@ def matmul(a: Tensor, b: Tensor, order: Order) -> Tensor:
     batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     left, right = (m.expand(*batch, *m.shape[-2:]).reshape(batch.numel(), *m.shape[-2:]) for m in (left, right))
     total = instructions(right.shape[1], 1, order)
-    result = accumulate(right, Taps(left[..., None], (0,), ((0,),)), (1,), right.shape[-1:], total)
+    result = accumulate(right, left, ((0,),), (1,), right.shape[-1:], total)
     result = result.reshape(*batch, *result.shape[1:])
     result = result.squeeze(-2) if a.dim() == 1 else result
     return result.squeeze(-1) if b.dim() == 1 else result
@@ -281,3 +232,56 @@ def matmul(a: Tensor, b: Tensor, order: Order) -> Tensor:
 def add_bias(x: Tensor, bias: Tensor | None) -> Tensor:
     """Add a bias (C) to (N, C, *spatial) in FP16."""
     return x if bias is None else round_fp16(x + bias.reshape(-1, *(1,) * (x.dim() - 2)))
+
+
+TILE = 64
+"""Outputs, and places, of a block of the kernel: 4 × 4 of each of 256 threads."""
+SOURCE = """
+// out: (groups, outputs, places); w: (groups, length, outputs), x: (groups, length, places); order: the row of each
+// product of `steps` instructions, -1 where an instruction has fewer than 16.
+extern "C" __global__ void __launch_bounds__(256) fp16_accumulate(
+    const float* w, const float* x, const int* order, float* out, int outputs, int places, int length, int steps) {
+  __shared__ __align__(16) float a[16][64], b[16][64];
+  int me = threadIdx.x, column = me % 64, o0 = blockIdx.y * 64, p0 = blockIdx.x * 64, o = me / 16 * 4, p = me % 16 * 4;
+  w += (long long)blockIdx.z * length * outputs;
+  x += (long long)blockIdx.z * length * places;
+  float total[4][4] = {};
+  for (int s = 0; s < steps; s++) {
+    for (int k = me / 64; k < 16; k += 4) {
+      long long row = order[16 * s + k];
+      a[k][column] = row >= 0 && o0 + column < outputs ? w[row * outputs + o0 + column] : 0.0f;
+      b[k][column] = row >= 0 && p0 + column < places ? x[row * places + p0 + column] : 0.0f;
+    }
+    __syncthreads();
+    float sum[4][4] = {};
+#pragma unroll
+    for (int k = 0; k < 16; k++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) sum[i][j] = __fmaf_rn(a[k][o + i], b[k][p + j], sum[i][j]);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        float exact = __fadd_rn(total[i][j], sum[i][j]);
+        asm("{.reg .b16 h; cvt.rn.f16.f32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(total[i][j]) : "f"(exact));
+      }
+    __syncthreads();
+  }
+  for (int i = 0; i < 4; i++)
+    for (int j = 0; j < 4; j++)
+      if (o0 + o + i < outputs && p0 + p + j < places)
+        out[((long long)blockIdx.z * outputs + o0 + o + i) * places + p0 + p + j] = total[i][j];
+}
+"""
+
+
+@cache
+def _compiled(index: int) -> Any:
+    """The kernel for a GPU; None where torch cannot compile it there: then instructions are matrix products, too."""
+    try:
+        with torch.cuda.device(index):
+            return torch.cuda._compile_kernel(SOURCE, "fp16_accumulate")
+    except Exception:  # of NVRTC or the driver, which this machine may lack
+        return None
