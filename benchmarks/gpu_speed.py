@@ -39,7 +39,7 @@ GIB = 1 << 30
 
 def kept_exports() -> set[str]:
     """Names of the kept exports."""
-    from cp_debug.caches import cache_folder
+    from cp_debug.store import cache_folder
 
     return {path.name for path in cache_folder("exports").glob("*")}
 

@@ -18,19 +18,17 @@ DAY = 86400
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's caches: two engines, one of them ten days old, with a timing cache, an export, and foreign files."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    engines, export = tmp_path / "cpdebug/engines", tmp_path / "cpdebug/exports" / KEYS[2]
+    engines, exports = tmp_path / "cpdebug/engines", tmp_path / "cpdebug/exports"
     engines.mkdir(parents=True)
-    export.mkdir(parents=True)
+    exports.mkdir(parents=True)
     for key, age in zip(KEYS, (0, 10), strict=False):
-        for suffix, size in ((".engine", 3000), (".json", 500)):
-            (engines / f"{key}{suffix}").write_bytes(bytes(size))
-            os.utime(engines / f"{key}{suffix}", (time.time() - age * DAY,) * 2)
+        (engines / f"{key}.zip").write_bytes(bytes(3500))
+        os.utime(engines / f"{key}.zip", (time.time() - age * DAY,) * 2)
     (engines / f"{KEYS[2]}.timings").write_bytes(bytes(40))
-    (engines / "notes.json").write_text("mine")
-    (export / "entry.json").write_text("{}")
-    (export / "net.onnx").write_bytes(bytes(700))
-    (tmp_path / "cpdebug/exports/mine").mkdir()
-    (tmp_path / "cpdebug/exports" / KEYS[0]).mkdir()  # no entry: another tool's
+    (engines / "notes.zip").write_text("mine")
+    (exports / f"{KEYS[2]}.zip").write_bytes(bytes(700))
+    (exports / "mine").mkdir()
+    (exports / KEYS[0]).mkdir()  # a folder: another tool's
     return tmp_path / "cpdebug"
 
 
@@ -58,8 +56,8 @@ def test_only_what_the_tool_wrote_is_removed(home: Path) -> None:
     assert "engines: removed 3 entries, 7.0 kB" in text
     assert "exports: removed 1 entry" in text
     left = sorted(str(path.relative_to(home)) for path in home.rglob("*"))
-    assert left == ["engines", "engines/notes.json", "exports", f"exports/{KEYS[0]}", "exports/mine"]
-    assert (home / "engines/notes.json").read_text() == "mine"
+    assert left == ["engines", "engines/notes.zip", "exports", f"exports/{KEYS[0]}", "exports/mine"]
+    assert (home / "engines/notes.zip").read_text() == "mine"
 
 
 def test_what_was_used_lately_stays(home: Path) -> None:
@@ -69,9 +67,8 @@ def test_what_was_used_lately_stays(home: Path) -> None:
 
 def test_what_a_killed_run_left_is_cleared_and_what_is_being_written_is_not(home: Path) -> None:
     left, fresh = home / "exports/.0123456789ab.partial", home / "exports/.ba9876543210.partial"
-    for folder in (left, fresh):
-        folder.mkdir()
-        (folder / "net.onnx").write_bytes(bytes(10))
+    for file in (left, fresh):
+        file.write_bytes(bytes(10))
     os.utime(left, (time.time() - DAY,) * 2)
     assert left.name in entries("exports")["exports"]
     run("cache", "--clear")
@@ -79,13 +76,13 @@ def test_what_a_killed_run_left_is_cleared_and_what_is_being_written_is_not(home
     assert fresh.exists()
 
 
-def test_a_link_is_removed_and_not_what_it_leads_to(home: Path, tmp_path: Path) -> None:
+def test_a_link_and_what_it_leads_to_stay(home: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    other.mkdir()
-    (other / "entry.json").write_text("{}")
-    (home / "exports" / KEYS[1]).symlink_to(other)
+    other.write_text("{}")
+    (home / f"exports/{KEYS[1]}.zip").symlink_to(other)
     run("cache", "--clear")
-    assert (other / "entry.json").is_file()
+    assert other.is_file()
+    assert (home / f"exports/{KEYS[1]}.zip").is_symlink()
 
 
 def test_a_folder_of_engines_that_was_named(home: Path, tmp_path: Path) -> None:

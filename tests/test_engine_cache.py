@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -20,16 +21,16 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.tensorrt import runner
 from cp_debug.backends.tensorrt.client import BuildTimedOut
-from cp_debug.backends.tensorrt.engine_cache import EngineCache
+from cp_debug.backends.tensorrt.engine_cache import ENGINE, FACTS, EngineCache
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import TestResult
-from cp_debug.caches import cache_folder
 from cp_debug.cli.main import app
 from cp_debug.cli.plain_steps import FASTER, Builds
 from cp_debug.errors import InputError
 from cp_debug.files import key_of
 from cp_debug.graph.graph import Graph
 from cp_debug.reports.engines import engine_lines
+from cp_debug.store import Store, cache_folder
 
 
 @pytest.fixture(autouse=True)
@@ -94,87 +95,92 @@ def test_engines_of_another_gpu_are_not_taken(
 def test_a_damaged_engine_is_built_again(tmp_path: Path, tensorrt: list[str]) -> None:
     cache = cache_in(tmp_path / "cache")
     shown(tmp_path, cache=cache)
-    for file in (tmp_path / "cache").glob("*.engine"):
+    for file in (tmp_path / "cache").glob("*.zip"):
         file.write_bytes(b"cut short")
-    for file in [*(tmp_path / "cache").glob("*.json")][:1]:
-        file.write_text("{")
     shown(tmp_path, cache=cache)
     assert len(tensorrt) == 6
 
 
-def entries(folder: Path) -> list[tuple[Path, Path]]:
-    return [(path, path.with_suffix(".json")) for path in sorted(folder.glob("*.engine"))]
+def truncated(entry: Path) -> None:
+    entry.write_bytes(entry.read_bytes()[:-30])
 
 
-def truncated(engine: Path, told: Path) -> None:
-    engine.write_bytes(engine.read_bytes()[:3])
+def empty(entry: Path) -> None:
+    entry.write_text("")
 
 
-def empty(engine: Path, told: Path) -> None:
-    told.write_text("")
+def changed(entry: Path) -> None:
+    with zipfile.ZipFile(entry) as opened:
+        engine = opened.read(ENGINE)
+    entry.write_bytes(entry.read_bytes().replace(engine, engine[::-1], 1))
 
 
-def nested(engine: Path, told: Path) -> None:
-    told.write_text("[" * 5000)
+def with_facts(entry: Path, facts: bytes) -> None:
+    """Facts that have their own sum, as of another version."""
+    with zipfile.ZipFile(entry) as opened:
+        files, key = {name: opened.read(name) for name in opened.namelist()}, opened.comment
+    with zipfile.ZipFile(entry, "w") as opened:
+        opened.comment = key
+        for name, content in {**files, FACTS: facts}.items():
+            opened.writestr(name, content)
 
 
-def without_facts(engine: Path, told: Path) -> None:
-    document = json.loads(told.read_text())
-    told.write_text(json.dumps({**document, "facts": {}}))
+def nested(entry: Path) -> None:
+    with_facts(entry, b"[" * 5000)
 
 
-def with_other_facts(engine: Path, told: Path) -> None:
-    document = json.loads(told.read_text())
-    document["facts"]["layers"] = 5
-    told.write_text(json.dumps(document))
+def without_facts(entry: Path) -> None:
+    with_facts(entry, b"{}")
 
 
-def of_another_key(engine: Path, told: Path) -> None:
-    document = json.loads(told.read_text())
-    told.write_text(json.dumps({**document, "key": "0" * 64}))
+def of_another_key(entry: Path) -> None:
+    with zipfile.ZipFile(entry, "a") as opened:
+        opened.comment = b"0" * 64
 
 
-def linked(engine: Path, told: Path) -> None:
-    engine.rename(engine.parent.parent / "elsewhere")
-    engine.symlink_to(engine.parent.parent / "elsewhere")
+def linked(entry: Path) -> None:
+    entry.rename(entry.parent.parent / f"elsewhere-{entry.name}")
+    entry.symlink_to(entry.parent.parent / f"elsewhere-{entry.name}")
 
 
-def looping(engine: Path, told: Path) -> None:
-    told.unlink()
-    told.symlink_to(told.name)
+def looping(entry: Path) -> None:
+    entry.unlink()
+    entry.symlink_to(entry.name)
 
 
-def a_fifo(engine: Path, told: Path) -> None:
-    told.unlink()
-    os.mkfifo(told)
+def a_fifo(entry: Path) -> None:
+    entry.unlink()
+    os.mkfifo(entry)
 
 
-def a_folder(engine: Path, told: Path) -> None:
-    engine.unlink()
-    engine.mkdir()
+def a_folder(entry: Path) -> None:
+    entry.unlink()
+    entry.mkdir()
 
 
 @pytest.mark.few(3)
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "spoil",
-    [truncated, empty, nested, without_facts, with_other_facts, of_another_key, linked, looping, a_fifo, a_folder],
+    [truncated, empty, changed, nested, without_facts, of_another_key, linked, looping, a_fifo, a_folder],
 )
 def test_an_entry_that_is_not_as_it_was_written_is_built_anew_and_told(
-    tmp_path: Path, tensorrt: list[str], spoil: Callable[[Path, Path], None]
+    tmp_path: Path, tensorrt: list[str], spoil: Callable[[Path], None]
 ) -> None:
     said: list[str] = []
     cache = EngineCache.open(tmp_path / "cache", asked=True, on_say=said.append)
     first = shown(tmp_path, cache=cache)
-    kept = entries(tmp_path / "cache")
-    for engine, told in kept:
-        spoil(engine, told)
+    kept = sorted((tmp_path / "cache").glob("*.zip"))
+    for entry in kept:
+        spoil(entry)
     again = shown(tmp_path, cache=cache)
     assert len(tensorrt) == 6
     assert len(said) == len(kept)
-    assert all(line.startswith("engine cache: built again: ") and "\n" not in line for line in said)
+    assert all(line.startswith("engine cache: made again: ") and "\n" not in line for line in said)
     for name, array in first.items():
         np.testing.assert_array_equal(again[name], array)
+    shown(tmp_path, cache=cache)
+    assert len(tensorrt) == 6, "kept anew"
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,9 +404,22 @@ def test_the_command_line_keeps_engines(tmp_path: Path, tensorrt: list[str]) -> 
 
 def test_an_entry_that_another_process_removes_stops_nobody(tmp_path: Path) -> None:
     """A link to nothing is what a listed entry is that is gone when its size is asked for."""
-    cache = cache_in(tmp_path / "cache")
-    (cache.folder / "gone.engine").symlink_to("nowhere")
-    engine, key = tmp_path / "made", key_of({"net": "one"})
-    engine.write_bytes(b"engine")
-    cache.put(key, engine, {"seconds": 1, "flags": {}, "timing_cache": None, "marked": [], "missing": [], "layers": []})
-    assert cache.get(key) is not None
+    store, made = Store(tmp_path / "cache", most=1 << 20), tmp_path / "made"
+    made.mkdir()
+    (made / "engine").write_bytes(b"engine")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / f"cache/{'0' * 64}.zip").symlink_to("nowhere")
+    store.put(key_of({"net": "one"}), made)
+    assert store.get(key_of({"net": "one"}), tmp_path)
+
+
+def test_the_least_recently_used_entries_go_when_there_are_too_many(tmp_path: Path) -> None:
+    store, made, keys = Store(tmp_path / "cache", most=2500), tmp_path / "made", [c * 64 for c in "abc"]
+    made.mkdir()
+    (made / "engine").write_bytes(bytes(1000))
+    for age, key in enumerate(keys[:2]):
+        store.put(key, made)
+        os.utime(tmp_path / f"cache/{key}.zip", (age, age))
+    assert store.get(keys[0], tmp_path)
+    store.put(keys[2], made)
+    assert sorted(path.stem for path in (tmp_path / "cache").iterdir()) == [keys[0], keys[2]]

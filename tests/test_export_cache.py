@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from torch import nn
 from cp_debug.graph.graph import Graph
 from cp_debug.programs import pipeline
 from cp_debug.programs.align import module_digest
-from cp_debug.programs.export_cache import ENTRY, ExportCache, _is_users_file
+from cp_debug.programs.export_cache import ENTRY, LARGEST, ExportCache, _is_users_file
 from cp_debug.programs.pipeline import Export, prepare
 from cp_debug.recipes import torch_callable
 from cp_debug.recipes.base import Component
 from cp_debug.recipes.torch_callable import TorchModel
+from cp_debug.store import Store
 
 INPUTS = {"x": np.ones((1, 3), np.float32)}
 
@@ -38,11 +40,15 @@ class Net(nn.Module):
         return torch.relu(self.linear(x)) * self.factor
 
 
+def cache_in(folder: Path) -> ExportCache:
+    return ExportCache(Store(folder, most=LARGEST))
+
+
 def prepared(module: nn.Module, tmp_path: Path, place: str, **how: Any) -> Any:
     model = TorchModel("net", module, {"x": torch.ones(1, 3)})
     sample = next(iter(model.samples(1, 0, None)))
     export = Export(exporter="torchscript", **how)
-    (program,) = prepare(model, sample, tmp_path / place, how=export, cache=ExportCache(tmp_path / "cache"))
+    (program,) = prepare(model, sample, tmp_path / place, how=export, cache=cache_in(tmp_path / "cache"))
     return program
 
 
@@ -98,16 +104,23 @@ def test_another_module_is_exported_anew(tmp_path: Path, exports: list[str]) -> 
 
 def test_code_that_changed_and_damaged_files_are_exported_anew(tmp_path: Path, exports: list[str]) -> None:
     prepared(Net(), tmp_path, "a")
-    (folder,) = (tmp_path / "cache").iterdir()
-    entry = json.loads((folder / ENTRY).read_text())
+    (file,) = (tmp_path / "cache").iterdir()
+    with zipfile.ZipFile(file) as opened:
+        kept = {name: opened.read(name) for name in opened.namelist()}
+    entry = json.loads(kept[ENTRY])
     assert str(Path(__file__)) in entry["code"]
-    (folder / "Net.onnx").write_bytes(b"")
+    file.write_bytes(file.read_bytes().replace(kept["Net.onnx"], bytes(len(kept["Net.onnx"]))))
     prepared(Net(), tmp_path, "b")
     assert len(exports) == 2
     entry["code"][str(Path(__file__))][1] -= 1
-    (folder / ENTRY).write_text(json.dumps(entry))
+    with zipfile.ZipFile(file, "w") as opened:
+        opened.comment = file.stem.encode()
+        for name, content in {**kept, ENTRY: json.dumps(entry)}.items():
+            opened.writestr(name, content)
     prepared(Net(), tmp_path, "c")
     assert len(exports) == 3
+    prepared(Net(), tmp_path, "d")
+    assert len(exports) == 3, "kept anew"
 
 
 class Wide(Net):
@@ -128,10 +141,8 @@ def test_weights_that_changed_in_a_kept_file_are_exported_anew(
     assert second.graph.digest == first.graph.digest == Graph(second.graph.path).digest
     name = next(iter(second.graph.initializers))
     np.testing.assert_array_equal(second.graph.initializer(name), first.graph.initializer(name))
-    (data,) = (tmp_path / "cache").glob("*/*.data")
-    content = bytearray(data.read_bytes())
-    content[0] ^= 1  # of the same length
-    data.write_bytes(bytes(content))
+    (file,), data = (tmp_path / "cache").iterdir(), (tmp_path / "a/Wide.onnx.data").read_bytes()
+    file.write_bytes(file.read_bytes().replace(data, bytes([data[0] ^ 1]) + data[1:]))  # of the same length
     prepared(Wide(), tmp_path, "c")
     assert len(exports) == 2
 
@@ -159,7 +170,7 @@ def test_a_large_module_is_not_run_where_its_export_is_kept(
 def test_what_cannot_be_known_or_kept_is_no_reason_to_stop(tmp_path: Path, exports: list[str]) -> None:
     module = Net()
     module.hook = lambda x: x  # pickle refuses it
-    cache = ExportCache(tmp_path / "cache")
+    cache = cache_in(tmp_path / "cache")
     assert cache.key(Component("net", ["x"], ["y"], module=module), INPUTS, {}) is None
     made = type("Made", (Net,), {"__module__": "__main__"})
     assert cache.key(Component("net", ["x"], ["y"], module=made()), INPUTS, {}) is None
@@ -182,7 +193,7 @@ def test_the_order_of_a_set_is_no_part_of_the_key(tmp_path: Path) -> None:
     def key(found: Any) -> str | None:
         module = Net()
         module.found = found
-        return ExportCache(tmp_path).key(Component("net", ["x"], ["y"], module=module), INPUTS, {})
+        return cache_in(tmp_path).key(Component("net", ["x"], ["y"], module=module), INPUTS, {})
 
     one, other = {0, 8}, {8, 0}
     assert list(one) != list(other)
@@ -204,7 +215,7 @@ def test_what_pip_put_elsewhere_is_a_library(tmp_path: Path, monkeypatch: pytest
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def key() -> str | None:
-        return ExportCache(tmp_path / "cache").key(Component("net", ["x"], ["y"], module=Net()), INPUTS, {})
+        return cache_in(tmp_path / "cache").key(Component("net", ["x"], ["y"], module=Net()), INPUTS, {})
 
     put, own = (importlib.import_module(f"cpdebug_{which}_here") for which in ("put", "own"))
     try:

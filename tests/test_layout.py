@@ -13,7 +13,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "cp_debug"
 ORDER = (
-    "version safe_text errors doing reading files caches loading optional plugins interpreter progress serialize "
+    "version safe_text errors doing reading files loading optional store plugins interpreter progress serialize "
     "minimize display graph probes recipes backends programs detection quantization bisect mixed_precision prediction "
     "deploy sweep reports api cli pytest_plugin polygraphy_plugin"
 )

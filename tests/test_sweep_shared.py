@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -24,9 +25,9 @@ from cp_debug.backends.tensorrt.engine_cache import EngineCache
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.programs import export_cache
-from cp_debug.sweep import bisecting, prepared, sensitivity, shared
+from cp_debug.store import Store
+from cp_debug.sweep import bisecting, prepared, sensitivity, tasks
 from cp_debug.sweep.grid import Grid
-from cp_debug.sweep.shared import SharedStore
 from cp_debug.sweep.tasks import Task, run_task
 
 if TYPE_CHECKING:
@@ -75,10 +76,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def store(place: str) -> SharedStore:
-    found = SharedStore(place)
-    found.check()
-    return found
+def store(place: str) -> Store:
+    return Store.open(place, "--shared")
 
 
 def writer(
@@ -97,7 +96,7 @@ def writer(
     return make, calls
 
 
-def test_the_second_gets_what_the_first_made(store: SharedStore, tmp_path: Path) -> None:
+def test_the_second_gets_what_the_first_made(store: Store, tmp_path: Path) -> None:
     for name, text in (("a", "first"), ("b", "second")):
         folder = tmp_path / name
         folder.mkdir()
@@ -126,7 +125,7 @@ def test_others_wait_while_one_makes_it(place: str, tmp_path: Path, client: Clie
     def take(folder: Path) -> bool:
         folder.mkdir()
         make, calls = writer(folder, folder.name, lambda: until(lambda: len(list(tmp_path.glob("come-*"))) == 3))
-        SharedStore(place).make_once("k", folder, make)
+        Store(place).make_once("k", folder, make)
         return bool(calls)
 
     made = client.gather([client.submit(take, folder) for folder in folders])
@@ -144,15 +143,15 @@ def test_a_lock_of_a_worker_that_died_is_given_to_another(tmp_path: Path) -> Non
         dask.config.set(quick),
         Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client,
     ):
-        store = SharedStore(str(tmp_path / "store"))
-        lock = Lock(f"cpdebug {store.url} k")
+        store = Store(str(tmp_path / "store"))
+        lock = Lock(f"cpdebug {store.place} k")
         lock.acquire()
         lock.refresh_callback.stop()  # as when its process is gone
         client.submit(store.make_once, "k", tmp_path / "a", writer(tmp_path / "a")[0]).result()
         assert (tmp_path / "a/net.onnx").read_text() == "made"
 
 
-def test_what_raises_holds_nobody_up(store: SharedStore, tmp_path: Path, client: Client) -> None:
+def test_what_raises_holds_nobody_up(store: Store, tmp_path: Path, client: Client) -> None:
     def fail() -> None:
         raise InputError("no export")
 
@@ -166,8 +165,7 @@ def test_what_raises_holds_nobody_up(store: SharedStore, tmp_path: Path, client:
     "damage", [lambda data: data[:-20], lambda data: data.replace(b"made", b"fade"), lambda d: b""]
 )
 def test_a_damaged_entry_is_made_anew(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
-    store, folder = SharedStore(str(tmp_path / "store")), tmp_path / "a"
-    store.check()
+    store, folder = Store(tmp_path / "store"), tmp_path / "a"
     store.make_once("k", folder, writer(folder)[0])
     entry = tmp_path / "store/k.zip"
     entry.write_bytes(damage(entry.read_bytes()))
@@ -178,10 +176,12 @@ def test_a_damaged_entry_is_made_anew(damage: Callable[[bytes], bytes], tmp_path
         assert (folder / "net.onnx").read_text() == "again"
 
 
-def test_what_another_process_adds_is_seen(store: SharedStore, place: str, tmp_path: Path) -> None:
-    other = SharedStore(place)
-    store._files.pipe_file(store._place("notes"), b"x")
-    other._files.ls(other._root)  # stores remember such lists
+def test_what_another_process_adds_is_seen(store: Store, place: str, tmp_path: Path) -> None:
+    other = Store(place)
+    with store._files.open(store._place("notes"), "wb") as stream:
+        stream.write(b"x")
+    if not other._is_folder:
+        other._files.ls(other._root)  # stores remember such lists
     store.make_once("k", tmp_path / "a", writer(tmp_path / "a")[0])
     make, calls = writer(tmp_path / "b")
     (tmp_path / "b").mkdir()
@@ -202,19 +202,18 @@ class Broken:
         return getattr(self._files, name)
 
 
-@pytest.mark.parametrize("working", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("working", [0, 1, 2, 3, 4])
 def test_a_store_that_fails_is_done_without(working: int, tmp_path: Path) -> None:
     said: list[str] = []
-    store = SharedStore(str(tmp_path / "store"), said.append)
-    store.check()
+    store = Store.open(tmp_path / "store", "--shared", on_say=said.append)
     store._files = Broken(store._files, working)
     for name in ("a", "b"):
         make, calls = writer(tmp_path / name)
         store.make_once("k", tmp_path / name, make)
         assert (tmp_path / name / "net.onnx").read_text() == "made"
-    assert SharedStore(str(tmp_path / "store"))._get("k", tmp_path) or calls, "whole, or made by each"
+    assert Store(tmp_path / "store").get("k", tmp_path) or calls, "whole, or made by each"
     url = tmp_path / "store"
-    assert said == [f"shared store {url}: not used from now on, because it failed: ConnectionError: reset by peer"]
+    assert said == [f"{url}: not used from now on, because it failed: ConnectionError: reset by peer"]
 
 
 class Repeating(Broken):
@@ -230,10 +229,15 @@ class Repeating(Broken):
             there(*given, **more)
             return there(*given, **more)
 
-        return twice if name in ("get_file", "put_file", "pipe_file", "cat_file", "makedirs") else there
+        def opened_twice(place: str, mode: str) -> Any:
+            with there(place, mode) as stream:
+                stream.read() if mode == "rb" else stream.write(b"half")
+            return there(place, mode)
+
+        return {"makedirs": twice, "open": opened_twice}.get(name, there)
 
 
-def test_a_store_that_repeats_itself_gives_the_same(store: SharedStore, tmp_path: Path) -> None:
+def test_a_store_that_repeats_itself_gives_the_same(store: Store, tmp_path: Path) -> None:
     store._files = Repeating(store._files)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -256,10 +260,22 @@ def test_the_client_is_told_once_that_a_store_failed(tmp_path: Path) -> None:
     ):
         queue = Queue(client, log, Progress(1), lambda progress: None)
         for text in ("first", "second"):
-            client.submit(shared._tell_client, text).result()
+            client.submit(tasks._tell_client, text).result()
         until(lambda: queue.progress.store)
         assert queue.progress.store == "first"
-    shared._tell_client("of no worker")
+    tasks._tell_client("of no worker")
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """The files of a cache, and those in its entries."""
+    found = {}
+    for file in folder.iterdir():
+        if file.suffix == ".zip":
+            with zipfile.ZipFile(file) as entry:
+                found |= {f"{file.stem}/{name}": entry.read(name) for name in entry.namelist()}
+        else:
+            found[file.name] = file.read_bytes()
+    return found
 
 
 @pytest.mark.few(1)
@@ -269,9 +285,8 @@ def test_another_machine_takes_engines_with_their_timings(
     built = install_counted("8.6.0", monkeypatch)
     graph, shown = Graph(save_net(tmp_path)), []
     for machine in ("a", "b", "b"):
-        cache = EngineCache.open(tmp_path / machine, asked=True)
-        assert cache is not None
-        backend = create(BackendSpec.parse("trt-fp16"), cache=replace(cache, store=SharedStore(place)))
+        cache = EngineCache.open(tmp_path / machine, asked=True, behind=Store(place))
+        backend = create(BackendSpec.parse("trt-fp16"), cache=cache)
         session = backend.open(Program("net", graph))
         shown.append(collect(session, {"x": X})[0])
         session.close()
@@ -279,21 +294,26 @@ def test_another_machine_takes_engines_with_their_timings(
     for name, array in shown[0].items():
         np.testing.assert_array_equal(shown[1][name], array)
         np.testing.assert_array_equal(shown[2][name], array)
-    kept, taken = ({f.name: f.read_bytes() for f in (tmp_path / m).iterdir()} for m in ("a", "b"))
+    kept, taken = (files_in(tmp_path / machine) for machine in ("a", "b"))
     assert kept == taken
-    assert {Path(name).suffix for name in kept} == {".engine", ".json", ".timings"}
+    assert {Path(name).suffix for name in kept} == {"", ".json", ".timings"}
 
 
 def test_what_is_no_engine_in_a_store_is_built_anew(tmp_path: Path) -> None:
-    store = SharedStore(str(tmp_path / "store"))
-    store.check()
-    store.make_once("k" * 64, tmp_path / "f", writer(tmp_path / "f")[0])  # whole, but something else
-    cache = EngineCache(tmp_path / "cache", store=store)
-    cache.folder.mkdir()
-    engine = tmp_path / "net.engine"
-    engine.write_bytes(b"engine")
-    path, facts = cache.make_once("k" * 64, None, lambda: (engine, {"seconds": 1.0}))
-    assert (path, facts) == (engine, {"seconds": 1.0})
+    store, key, engine, said = Store(tmp_path / "store"), "k" * 64, tmp_path / "work/net.engine", list[str]()
+    (tmp_path / "f").mkdir()
+    store.make_once(key, tmp_path / "f", writer(tmp_path / "f")[0])  # whole, but something else
+    cache = EngineCache.open(tmp_path / "cache", asked=True, behind=store, on_say=said.append)
+    assert cache is not None
+    engine.parent.mkdir()
+
+    def build() -> dict[str, Any]:
+        engine.write_bytes(b"engine")
+        return {"seconds": 1.0}
+
+    assert cache.make_once(key, engine, None, build) == {"seconds": 1.0}
+    assert engine.read_bytes() == b"engine"
+    assert len(said) == 1
 
 
 def fresh() -> None:

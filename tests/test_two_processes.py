@@ -8,7 +8,6 @@ import resource
 import shutil
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,8 @@ import pytest
 from nets import second_like
 from states import until
 
-from cp_debug.backends.tensorrt.engine_cache import EngineCache
 from cp_debug.probes.capture import Capture
+from cp_debug.store import Store
 
 pytestmark = [pytest.mark.process, pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")]
 COMMAND = [sys.executable, "-m", "cp_debug"]
@@ -76,44 +75,36 @@ def test_a_writer_that_is_killed_leaves_no_capture_and_the_next_one_clears_up(tm
     assert sorted(p.name for p in tmp_path.iterdir()) == ["capture", "go", "ready"]
 
 
-CACHE = """
+STORE = """
 import sys, time
 from pathlib import Path
-from cp_debug.backends.tensorrt.engine_cache import EngineCache
+from cp_debug.store import Store
 folder, number = Path(sys.argv[1]), int(sys.argv[2])
-cache = EngineCache.open(folder / "cache", asked=True)
-engine = folder / f"{number}.bin"
-engine.write_bytes(bytes([number]) * 4_000_000)
-facts = {"seconds": number, "flags": {}, "timing_cache": None, "marked": [], "missing": [], "layers": []}
+store, made = Store(folder / "cache", most=1 << 30), folder / f"made-{number}"
+made.mkdir()
+(made / "engine").write_bytes(bytes([number]) * 4_000_000)
+(made / "facts").write_text(str(number))
 while not (folder / "enough").exists():
-    cache.put("key", engine, facts)
+    store.put("key", made)
     time.sleep(0.05 * number)  # in which the reader finds it unchanged
 """
 
 
-def test_two_processes_on_one_engine_cache_leave_a_whole_entry_or_none(tmp_path: Path) -> None:
+def test_two_processes_on_one_store_leave_a_whole_entry_or_none(tmp_path: Path) -> None:
     """An engine of one beside the facts of the other is never handed out."""
-    workers = [start(CACHE, tmp_path, i + 1) for i in range(2)]
-    cache = EngineCache.open(tmp_path / "cache", asked=True)
-    assert cache is not None
-    engine, handed = tmp_path / "cache" / "key.engine", 0
-    until(engine.exists)
-    while handed < 20:
-        with ExitStack() as stack:
-            # While a file is open no other gets the number of its inode.
-            before = stack.enter_context(engine.open("rb")) if engine.exists() else None
-            found = cache.get("key")
-            content = found[0].read_bytes() if found else b""
-            if found and before and engine.stat().st_ino == os.fstat(before.fileno()).st_ino:  # else it was replaced
-                handed += 1
-                assert (len(content), content[0]) == (4_000_000, found[1]["seconds"])
+    workers = [start(STORE, tmp_path, i + 1) for i in range(2)]
+    store, found = Store(tmp_path / "cache", most=1 << 30), tmp_path / "found"
+    found.mkdir()
+    until((tmp_path / "cache/key.zip").exists)
+    for _ in range(20):
+        assert store.get("key", found)
+        content, facts = (found / "engine").read_bytes(), (found / "facts").read_text()
+        assert (len(content), str(content[0]), content[0]) == (4_000_000, facts, content[-1])
     (tmp_path / "enough").touch()
     for worker in workers:
         assert worker.communicate()[1] == ""
         assert worker.returncode == 0
-    if (found := cache.get("key")) is not None:
-        assert found[0].read_bytes()[0] == found[1]["seconds"]
-    assert not [p.name for p in (tmp_path / "cache").iterdir() if p.name.endswith(".partial")]
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["key.zip"]
 
 
 def test_too_little_memory_is_one_sentence(tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.bisect.options import Options, Rewrite, StepCounter
-from cp_debug.caches import cache_folder
 from cp_debug.graph.randomness import drawing, drawing_note
-from cp_debug.programs.export_cache import ExportCache
+from cp_debug.programs.export_cache import own_exports
 from cp_debug.programs.openvino_ir import IR, check_run_irs, ir_program
 from cp_debug.programs.packed_graph import with_levels
 from cp_debug.programs.paired import differing_weights, pair_programs
@@ -131,7 +130,7 @@ class Preparation:
     ) -> tuple[list[Program], list[Program]]:
         folder.mkdir(parents=True, exist_ok=True)
         model, test_model, how, folded = self._reference.model, self._test.model, self._export, self._options.folded
-        cache = ExportCache(cache_folder("exports")) if self._options.cache else None
+        cache = own_exports() if self._options.cache else None
         programs = list(exported or prepare(model, sample, folder, how=how, folded=folded, cache=cache))
         if isinstance(self._test_model, Path):
             if self._test_model.suffix == IR and len(programs) == 1:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cp_debug.caches import KINDS
 from cp_debug.cli.flags import JsonAlone
+from cp_debug.store import KINDS
 
 if TYPE_CHECKING:
-    from cp_debug.caches import KeptEntry
+    from cp_debug.store import KeptEntry
 
 
 class CacheKind(str, Enum):
@@ -41,9 +41,9 @@ def cache(
 
     from rich.filesize import decimal
 
-    from cp_debug.caches import cache_folder, kept, remove
     from cp_debug.cli.console import console, show_document
     from cp_debug.errors import InputError
+    from cp_debug.store import cache_folder, kept, remove
 
     if folder is not None and kind is CacheKind.exports:
         raise InputError("--cache: it would do nothing here: it names a folder of engines, and exports were asked for")
@@ -63,7 +63,7 @@ def cache(
                 "folder": folders[name],
                 "bytes": sum(entry.size for entry in found),
                 "removed": clear,
-                "entries": [asdict(entry) | {"paths": [str(path) for path in entry.paths]} for entry in found],
+                "entries": [asdict(entry) | {"path": str(entry.path)} for entry in found],
             }
             for name, found in entries.items()
         }
@@ -74,7 +74,8 @@ def cache(
         _show(folders, entries)
         return
     for name, found in entries.items():
-        console.print(f"{name}: removed {_count(found)}, {decimal(freed[name])}, of {folders[name]}", soft_wrap=True)
+        count = f"{len(found)} entr{'y' if len(found) == 1 else 'ies'}"
+        console.print(f"{name}: removed {count}, {decimal(freed[name])}, of {folders[name]}", soft_wrap=True)
 
 
 def _show(folders: Mapping[str, str], entries: Mapping[str, Sequence[KeptEntry]]) -> None:
@@ -109,7 +110,3 @@ def _show(folders: Mapping[str, str], entries: Mapping[str, Sequence[KeptEntry]]
     if any(entries.values()):
         remedy = "remove them: cpdebug cache --clear; those of a month ago: --unused 30 --clear"
         console.print(remedy, soft_wrap=True, markup=False)
-
-
-def _count(entries: Sequence[KeptEntry]) -> str:
-    return f"{len(entries)} entr{'y' if len(entries) == 1 else 'ies'}"

@@ -22,6 +22,7 @@ from cp_debug.errors import InputError
 from cp_debug.files import resolved
 from cp_debug.loading import load_torch
 from cp_debug.safe_text import amount
+from cp_debug.store import Store
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -235,12 +236,10 @@ class Desk:
 
     def _shared(self, stack: ExitStack) -> str | None:
         """Place of what workers share: that of the flag, else a folder that goes with the sweep's own processes."""
-        from cp_debug.sweep.shared import SharedStore
-
         if self.shared is None:
             return None if self.cluster else stack.enter_context(TemporaryDirectory(prefix="cpdebug-"))
         place = self.shared if "://" in self.shared else str(resolved(Path(self.shared)))
-        SharedStore(place).check()
+        Store.open(place, "--shared")
         return place
 
 

@@ -166,8 +166,8 @@ class TensorRTFlags:
     def _open_cache(self) -> EngineCache | None:
         """The cache of engines, or None. Raises InputError for a folder that was named and cannot be written."""
         from cp_debug.backends.tensorrt.engine_cache import EngineCache
-        from cp_debug.caches import cache_folder
         from cp_debug.cli.console import errors
+        from cp_debug.store import cache_folder
 
         if self.no_cache:
             if self.cache is not None:

@@ -1,7 +1,7 @@
 """Exported graphs and their alignments, kept on disk under a hash of the module, its inputs and the settings.
 
-An entry is a folder ``<key>``: the ONNX file, its weights beside it where they are large, the alignment, and
-``entry.json``. It is used only while no file of code that the export had loaded has changed since.
+An entry holds the ONNX file, its weights beside it where they are large, the alignment, and ``entry.json``. It is used
+only while no file of code that the export had loaded has changed since.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ import io
 import json
 import os
 import pickle
-import shutil
 import sys
 import sysconfig
-import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +27,13 @@ import numpy as np
 import torch
 
 from cp_debug.backends.base import Program
-from cp_debug.caches import trim
-from cp_debug.errors import InputError
-from cp_debug.files import file_hash, key_of
+from cp_debug.files import key_of
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.alignment import Alignment
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.reading import read_json, typed
 from cp_debug.recipes.base import Component
+from cp_debug.store import Store, cache_folder
 from cp_debug.version import __version__
 
 LARGEST = 10 << 30
@@ -55,23 +52,25 @@ class _Entry:
     """Content of ``entry.json``."""
 
     name: str
+    """Name of the graph's file, which knows that of its weights."""
     code: dict[str, tuple[int, int]]
     """Path of every loaded file of code → its size, and when it was changed, in nanoseconds."""
-    files: dict[str, tuple[int, int]]
-    """Name of every kept file → its size, and when it was written, in nanoseconds."""
     digest: str
-    """``Graph.digest`` of the kept graph, which it has for as long as its files are these."""
+    """``Graph.digest`` of the kept graph."""
 
 
+@dataclass(frozen=True)
 class ExportCache:
-    """A folder of exports. A disk that is full or cannot be read is no reason to stop: then nothing is kept."""
+    """Exports in a store."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    store: Store
+    code: str = ""
+    """Hash of this project's code, for a store that other machines share, whose files have other times: it is in the
+    keys then, and times are not compared."""
 
     def key(self, component: Component, inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> str | None:
         """The hash of a component's module with its weights, of its inputs (any shapes and dtypes), of settings, and of
-        what the user's code may read besides: global values, and the environment where it does.
+        the user's code with what it may read besides: global values, and the environment where it does.
 
         ``settings`` are JSON-safe. None for a module whose code or attributes
         cannot be known: of an interactive session, or what pickle refuses.
@@ -79,7 +78,7 @@ class ExportCache:
         module = component.module
         if module is None or not all(_source(type(part)) for part in module.modules()):
             return None
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self.code.encode())
         try:
             pickler = _Pickler(digest)
             pickler.hash_beforehand([*module.parameters(), *module.buffers()])
@@ -96,84 +95,48 @@ class ExportCache:
             {"module": digest.hexdigest(), "own": repr(own), "settings": dict(settings), "versions": versions}
         )
 
-    def get(self, key: str, path: Path) -> str | None:
-        """Put an entry's files where the export would have written ``path``.
+    def program(
+        self,
+        component: Component,
+        inputs: Mapping[str, np.ndarray],
+        path: Path,
+        settings: Mapping[str, Any],
+        make: Callable[[], Program],
+    ) -> Program:
+        """The component's program, whose graph is ``path``: kept with equal ``settings``, else made by ``make``.
 
-        Returns the digest of the graph, None where there is no usable entry.
+        ``inputs`` become the example of a kept program, shapes and dtypes as they are.
         """
-        folder = self.folder / key
-        try:
-            entry: _Entry = typed(_Entry, read_json(folder / ENTRY, what="entry", most=_LARGEST_ENTRY), str(folder))
-            stamps = {**entry.code, **{str(folder / Path(name).name): stamp for name, stamp in entry.files.items()}}
-            if any(_stamp(file) != tuple(stamp) for file, stamp in stamps.items()):
+        files = path, path.with_name(f"{path.name}.data"), path.with_suffix(".alignment.json")
+
+        def put(entry: Path) -> Program:
+            program = make()
+            code = {} if self.code else {file: stamp for file in _loaded() if (stamp := _stamp(file)) is not None}
+            document = {"name": path.name, "code": code, "digest": program.graph.digest}
+            with contextlib.suppress(OSError):
+                for file in filter(Path.is_file, files):
+                    os.link(file, entry / file.name)
+                (entry / ENTRY).write_text(json.dumps(document), encoding="utf-8")
+            return program
+
+        def take(entry: Path) -> Program | None:
+            about: _Entry = typed(_Entry, read_json(entry / ENTRY, what="entry", most=_LARGEST_ENTRY), ENTRY)
+            if about.name != path.name or any(_stamp(file) != tuple(stamp) for file, stamp in about.code.items()):
                 return None
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for file in sorted(folder.iterdir()):
-                if file.name not in entry.files or not file.name.startswith(entry.name) or file.is_symlink():
-                    continue
-                target = path.with_name(path.stem + file.name.removeprefix(entry.name))
-                target.unlink(missing_ok=True)
-                shutil.copyfile(file, target)
-            os.utime(folder)
-        except (InputError, OSError, ValueError):
-            return None
-        return entry.digest if path.is_file() else None
+            for file in files:
+                if (entry / file.name).is_file():
+                    (entry / file.name).replace(file)
+            graph = Graph(path, digest=about.digest)
+            alignment = Alignment.load(path.with_suffix(".alignment.json"), graph)
+            return Program(component.name, graph, component.module, alignment, example=inputs)
 
-    def program(self, key: str, component: Component, inputs: Mapping[str, np.ndarray], path: Path) -> Program | None:
-        """The component's program, its files put where the export would have written ``path``; None where it has none.
-
-        ``inputs`` become the program's example, shapes and dtypes as they are.
-        """
-        if (digest := self.get(key, path)) is not None:
-            with contextlib.suppress(InputError):  # cut off, or changed since: the alignment is that of another graph
-                graph = Graph(path, digest=digest)
-                alignment = Alignment.load(path.with_suffix(".alignment.json"), graph)
-                return Program(component.name, graph, component.module, alignment, example=inputs)
-        return None
-
-    def put(self, key: str, path: Path, digest: str) -> None:
-        """Keep copies of the files that an export wrote: the graph ``path`` with its weights, and its alignment.
-
-        ``digest`` is ``Graph.digest`` of that graph.
-        """
-        partial = self.folder / f".{uuid.uuid4().hex[:12]}.partial"
-        try:
-            partial.mkdir(parents=True)
-            for file in (path, path.with_name(f"{path.name}.data"), path.with_suffix(".alignment.json")):
-                if file.is_file():
-                    shutil.copyfile(file, partial / file.name)
-            code = {file: stamp for file in _loaded() if (stamp := _stamp(file)) is not None}
-            files = {file.name: _stamp(str(file)) for file in partial.iterdir()}
-            entry = {"name": path.stem, "code": code, "files": files, "digest": digest}
-            (partial / ENTRY).write_text(json.dumps(entry), encoding="utf-8")
-            shutil.rmtree(self.folder / key, ignore_errors=True)
-            partial.replace(self.folder / key)
-            trim("exports", self.folder, LARGEST)
-        except (InputError, OSError):
-            return
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return self.store.take(self.key(component, inputs, settings), put, take, path.parent)
 
 
-class ExportedFolder(ExportCache):
-    """Exports that lie where they would be written: nothing is hashed, copied or kept."""
-
-    def key(self, component: Component, inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> str:
-        """The component's name, whatever shapes and dtypes its inputs have."""
-        return component.name
-
-    def get(self, key: str, path: Path) -> str | None:
-        """An empty digest, which says nothing, where the file is there; else None."""
-        return "" if path.is_file() else None
-
-    def put(self, key: str, path: Path, digest: str) -> None:
-        """Leave it where it is."""
-
-
-def user_code() -> list[str]:
-    """SHA-256 of each loaded file of code that belongs to no library and not to this package, sorted."""
-    files = {module.__file__ for name, module in list(sys.modules.items()) if _is_users(name, module)}
-    return sorted({file_hash(Path(file)) for file in files if file})
+def own_exports() -> ExportCache:
+    """The exports in the user's cache folder."""
+    return ExportCache(Store(cache_folder("exports"), most=LARGEST))
 
 
 class _Pickler(pickle.Pickler):
@@ -233,13 +196,14 @@ class _Sink(io.RawIOBase):
 
 
 def _put_surroundings(digest: Any) -> None:
-    """Add the global values of the user's modules and classes, and the environment where one of them reads it."""
+    """Add the user's modules with their global values and classes, and the environment where one of them reads it."""
     reads_environment = False
     for name, module in sorted(sys.modules.items()):
         if not _is_users(name, module):
             continue
         with contextlib.suppress(OSError):
             text = Path(str(module.__file__)).read_text(encoding="utf-8", errors="replace")
+            digest.update(text.encode(errors="replace"))
             reads_environment |= "environ" in text or "getenv" in text
         kinds = [kind for kind in list(vars(module).values()) if isinstance(kind, type) and kind.__module__ == name]
         for owner in (module, *kinds):

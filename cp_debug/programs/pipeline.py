@@ -91,16 +91,21 @@ def prepare(
                 raise InputError(f"{graph}: {refused}")
             programs.append(Program(component.name, graph, example=example))
             continue
-        path = folder / f"{component.name}.onnx"
-        key = None if cache is None else cache.key(component, step.inputs, {"how": repr(how), "folded": folded})
-        kept = None if cache is None or key is None else cache.program(key, component, step.inputs, path)
-        if kept is None or not step.last:
-            step.outputs = run_module(component, step.inputs)
-        if kept is not None and isinstance(component.output_names, NamesOnDemand):
-            component.output_names = [value.name for value in kept.graph.outputs]
-        programs.append(kept or _export(component, step.inputs, folder, how, folded))
-        if cache is not None and key is not None and kept is None:
-            cache.put(key, path, programs[-1].graph.digest)
+        ran: list[Arrays] = []
+
+        def make(component: Component = component, inputs: Arrays = step.inputs, ran: list[Arrays] = ran) -> Program:
+            ran.append(run_module(component, inputs))
+            return _export(component, inputs, folder, how, folded)
+
+        if cache is None:
+            programs.append(make())
+        else:
+            path, settings = folder / f"{component.name}.onnx", {"how": repr(how), "folded": folded}
+            programs.append(cache.program(component, step.inputs, path, settings, make))
+            if not ran and isinstance(component.output_names, NamesOnDemand):
+                component.output_names = [value.name for value in programs[-1].graph.outputs]
+        if not step.last:
+            step.outputs = ran[0] if ran else run_module(component, step.inputs)
     return programs
 
 

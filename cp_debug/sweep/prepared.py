@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.caches import cache_folder
 from cp_debug.errors import InputError
 from cp_debug.files import file_hash, key_of, write_text
-from cp_debug.programs.export_cache import ExportCache, ExportedFolder, user_code
+from cp_debug.programs.export_cache import ExportCache
 from cp_debug.programs.pipeline import Export, choose_export, prepare
 from cp_debug.quantization.checkpoint import FILE, save_ptq_model
 from cp_debug.quantization.models import QuantizedComponent
@@ -36,9 +34,11 @@ from cp_debug.recipes.abilities import HasData
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions
 from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS
-from cp_debug.sweep.shared import opened
-from cp_debug.sweep.tasks import Parameters
+from cp_debug.store import cache_folder
+from cp_debug.sweep.tasks import Parameters, shared_store
 from cp_debug.sweep.workers import code_hash
+
+T = TypeVar("T")
 
 _KEPT = 2
 """Number of models that a worker holds: at the border between two models of a grid, tasks of both come in turn."""
@@ -104,10 +104,8 @@ def _backend(spec: BackendSpec, shared: str | None) -> Backend:
         return create(spec)
     from cp_debug.backends.tensorrt.engine_cache import EngineCache
 
-    cache = EngineCache.open(cache_folder("engines"), asked=False)
-    if cache is not None and shared is not None:
-        cache = replace(cache, store=opened(shared))
-    return create(spec, cache=cache)
+    behind = None if shared is None else shared_store(shared)
+    return create(spec, cache=EngineCache.open(cache_folder("engines"), asked=False, behind=behind))
 
 
 def pick(model: Model, params: Parameters) -> Sample:
@@ -148,29 +146,30 @@ def _load(subject: Subject) -> tuple[Model, Mapping[str, QuantizedComponent]]:
 
 @lru_cache(_KEPT)
 def _export(subject: Subject, how: Export, folded: bool) -> Prepared:
-    model = load_subject(subject)
-    folder = TemporaryDirectory(prefix="cpdebug-")
-    path, made = Path(folder.name), list[Program]()
+    model, folder = load_subject(subject), TemporaryDirectory(prefix="cpdebug-")
     (example,) = model.samples(1, subject.seed, None)
-
-    def make() -> None:
-        made.extend(prepare(model, example, path, how=how, folded=folded))
-
-    _shared(subject, model, {"export": repr(how), "folded": folded}, path, make)
-    return Prepared(made or prepare(model, example, path, how=how, folded=folded, cache=ExportedFolder(path)), folder)
+    cache = None if subject.shared is None else _exports(subject.shared)
+    programs = prepare(model, example, Path(folder.name), how=how, folded=folded, cache=cache)
+    return Prepared(programs, folder)
 
 
-def _shared(
-    subject: Subject, model: Model, settings: Mapping[str, Any], folder: Path, make: Callable[[], None]
-) -> None:
-    """Fill ``folder`` from the subject's store, else by ``make``, which is then kept there for others."""
-    hashing = ExportCache(folder)
-    modules = [hashing.key(component, {}, {}) for component in model.components if component.module is not None]
-    if subject.shared is None or not modules or None in modules:  # nothing to share, or code that is not known
-        make()
-        return
-    known = {"modules": modules, "subject": subject._replace(shared=None), "user": user_code(), "code": code_hash()}
-    opened(subject.shared).make_once(key_of({**known, **settings}), folder, make)
+def _exports(shared: str) -> ExportCache:
+    return ExportCache(shared_store(shared), code_hash())
+
+
+def _taken(
+    subject: Subject,
+    model: Model,
+    settings: Mapping[str, Any],
+    make: Callable[[Path], T],
+    use: Callable[[Path], T],
+) -> T:
+    """What ``use`` reads of the files that a worker made with the same settings (JSON-safe), else what ``make`` gives,
+    which writes them."""
+    store, modules = shared_store(subject.shared or ""), [each for each in model.components if each.module is not None]
+    known = [_exports(subject.shared).key(each, {}, settings) for each in modules] if subject.shared else []
+    about = key_of({"modules": known, "subject": subject._replace(shared=None)})
+    return store.take(about if known and None not in known else None, make, use)  # else of code that is not known
 
 
 def calibrated(
@@ -180,25 +179,26 @@ def calibrated(
     calibrate: Callable[[], Mapping[str, QuantizedComponent]],
 ) -> Mapping[str, QuantizedComponent]:
     """Components as ``calibrate`` gives them, or gave them to another worker with the same ``settings`` (JSON-safe)."""
-    if subject.shared is None or any(component.module is None for component in model.components):
+    if any(component.module is None for component in model.components):
         return calibrate()
-    with TemporaryDirectory(prefix="cpdebug-") as folder:
-        file = Path(folder) / FILE
 
-        def make() -> None:
-            modules = {name: part.module for name, part in calibrate().items() if part.module is not None}
-            save_ptq_model(modules, file)
+    def make(folder: Path) -> Mapping[str, QuantizedComponent]:
+        parts = calibrate()
+        save_ptq_model({name: p.module for name, p in parts.items() if p.module is not None}, folder / FILE)
+        return parts
 
-        _shared(subject, model, {"calibration": settings}, Path(folder), make)
-        return open_quantized(model, file)
+    return _taken(subject, model, {"calibration": settings}, make, lambda folder: open_quantized(model, folder / FILE))
 
 
 def shared_figures(subject: Subject, model: Model, settings: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
     """Figures as ``measure`` gives them, or gave them to another worker with the same ``settings``, all JSON-safe."""
-    with TemporaryDirectory(prefix="cpdebug-") as folder:
-        file = Path(folder) / "figures.json"
-        _shared(subject, model, settings, Path(folder), lambda: write_text(json.dumps(measure()), file))
-        return json.loads(file.read_text())
+
+    def make(folder: Path) -> Any:
+        figures = measure()
+        write_text(json.dumps(figures), folder / "figures.json")
+        return figures
+
+    return _taken(subject, model, settings, make, lambda folder: json.loads((folder / "figures.json").read_text()))
 
 
 @lru_cache(_KEPT)

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cp_debug.errors import InputError
 from cp_debug.sweep.log import Record, SweepLog
-from cp_debug.sweep.shared import TOPIC
-from cp_debug.sweep.tasks import Task, run_task
+from cp_debug.sweep.tasks import TOPIC, Task, run_task
 from cp_debug.sweep.workers import ClusterLost, refusals, told
 
 if TYPE_CHECKING:

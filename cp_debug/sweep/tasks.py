@@ -9,6 +9,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from cp_debug.errors import CpdebugError, InputError
 from cp_debug.files import file_hash, resolved
 from cp_debug.safe_text import prints_aside
+from cp_debug.store import Store
 from cp_debug.version import __version__
 
 KINDS = {
@@ -29,6 +31,8 @@ KINDS = {
 """Kind → ``module:function``; the function maps parameters to a JSON-safe result. Its module tells how results of the
 kind are merged (``merge``, a list of groups), and how one becomes rows of a table (``rows``, ``COLUMNS``)."""
 
+TOPIC = "cpdebug-shared-store"
+"""Topic of Dask's events on which workers tell that a store failed."""
 Parameters = Mapping[str, Any]
 
 
@@ -91,6 +95,19 @@ def run_task(kind: str, params: Parameters) -> dict[str, Any]:
     except Exception as error:  # a defect in one task must not end the sweep
         outcome = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     return {**outcome, "seconds": time.perf_counter() - start, "worker": worker_name()}
+
+
+@lru_cache(4)
+def shared_store(place: str) -> Store:
+    """The store of a folder or URL, opened once in this process; where it fails, Dask's client is told."""
+    return Store(place, on_say=lambda text: _tell_client(f"shared store: {text}"))
+
+
+def _tell_client(text: str) -> None:
+    from distributed import get_worker
+
+    with suppress(ValueError):  # no worker: tasks run in this process
+        get_worker().log_event(TOPIC, text)
 
 
 def worker_name() -> str:

@@ -77,12 +77,12 @@ class EngineBuilder:
         Raises BuildTimedOut for one that takes longer than allowed, InputError for one that TensorRT refuses.
         """
         nodes = [node.name for node in self.graph.nodes]
-        key = self._key(name, probes, profiles)
+        key, engine = self._key(name, probes, profiles), self.folder / name
         if self.cache is None or key is None:
-            engine, facts = self._built(name, probes, profiles)
+            facts = self._built(engine, probes, profiles)
         else:
             timings = Path(self.step["timing_cache"]) if self.step.get("timing_cache") else None
-            engine, facts = self.cache.make_once(key, timings, lambda: self._built(name, probes, profiles))
+            facts = self.cache.make_once(key, engine, timings, lambda: self._built(engine, probes, profiles))
         return Engine(engine, tuple(parse_layers(facts.pop("layers"), nodes)), facts)
 
     def _key(self, name: str, probes: Mapping[str, Any], profiles: Mapping[str, Profile]) -> str | None:
@@ -98,14 +98,12 @@ class EngineBuilder:
         more = {"profiles": profiles, "machine": self.machine, "runner": file_hash(Path(runner.__file__))}
         return key_of({**parts, **more, "again": is_rebuild})
 
-    def _built(
-        self, name: str, probes: Mapping[str, Any], profiles: Mapping[str, Profile]
-    ) -> tuple[Path, dict[str, Any]]:
+    def _built(self, engine: Path, probes: Mapping[str, Any], profiles: Mapping[str, Profile]) -> dict[str, Any]:
         readable = tell_apart(self.graph, profiles, self.folder / "named.onnx")
         common = {**self.settings(), "onnx": str(readable), "profiles": profiles}
-        path, tell = self.folder / name, self.client.on_event
+        tell = self.client.on_event
         tell({"event": "building", "level": self.step["builder_level"]})
-        step = {"command": "build", "engine": str(path), "probes": probes, **common}
+        step = {"command": "build", "engine": str(engine), "probes": probes, **common}
         try:
             (facts,) = self.client.checked(Built, self.client.execute([step], self.build_timeout))
         except ParseFailed as error:
@@ -114,7 +112,7 @@ class EngineBuilder:
             advice = to_exclude(self.graph, calibrated=bool(self.step.get("calibration")))
             raise InputError(f"{error}\n{advice}".rstrip()) from None
         tell({"event": "built"})
-        return path, facts
+        return facts
 
 
 def to_exclude(graph: Graph, *, calibrated: bool) -> str:
