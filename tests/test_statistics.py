@@ -436,3 +436,18 @@ def test_a_gpu_counts_bins_as_the_host_does() -> None:
     keys = torch.tensor([0, 0, 1, 5, BINS - 1, BINS - 1, BINS - 2], dtype=torch.int32)
     given: Any = Keys(keys)
     assert (statistics_reduce._count(given) == statistics_reduce._count(keys)).all()
+
+
+@pytest.mark.parametrize("strange", [0, 70_000])
+def test_quantiles_of_a_large_tensor_are_those_of_all_elements(strange: int) -> None:
+    """Beyond 2²⁰ elements some are counted; columns that differ in size, and NaN, must not tilt what they say."""
+    rng = np.random.default_rng(3)
+    ref = np.zeros((700, 2800), np.float32)
+    test = (rng.standard_normal(ref.shape) * np.geomspace(1e-4, 1, 2800)).astype(np.float32)
+    for side in (ref, test):
+        side.flat[:strange] = NAN
+    apart = np.abs(test - ref).ravel()[strange:]
+    stats = compare(ref, test)
+    assert stats.p50_abs == pytest.approx(np.quantile(apart, 0.5), rel=2 * RESOLUTION)
+    assert stats.p99_abs == pytest.approx(np.quantile(apart, 0.99), rel=2 * RESOLUTION)
+    assert stats.mean_abs == pytest.approx(apart.mean(dtype=np.float64), rel=1e-6)

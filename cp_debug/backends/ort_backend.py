@@ -191,7 +191,6 @@ class OrtSession:
         if self._written is None or self._whole is None:
             return
         backend, graph = self._backend, self._graph
-        program_file, self._written = self._written, None
         try:
             inputs = self._example or MadeUp(graph).sample(0)
             untouched = self._run_whole(inputs)
@@ -199,7 +198,7 @@ class OrtSession:
             raise
         except InputError:  # inputs that cannot be made up: names are then not verified, nor the gap measured
             inputs = None
-        self._optimized = program = build(backend.runtime, graph, program_file, inputs)
+        self._optimized = program = build(backend.runtime, graph, self._written, inputs)
         self._observed, self._exposed = program.observed, [*program.folded, *program.exposed]
         self._settings = read_settings(self._whole)
         self._settings["disabled_optimizers"] = list(backend.disabled_optimizers)
@@ -207,6 +206,7 @@ class OrtSession:
             self._integer_kernels = sum("QLinear" in n.op or "Integer" in n.op for n in program.graph.nodes)
             self._settings["integer_kernels"] = self._integer_kernels
         self._settings["observer_gap"] = None if program.outputs is None else _gap(untouched, program.outputs)
+        self._written = None
 
     def _run_whole(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         runtime, level = self._backend.runtime, self._backend.level

@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.probes.distance import distance
+from cp_debug.probes.distance import apart
 
 FURTHEST = 16
 """Number of nodes that a change is followed through before it counts as one that stays."""
@@ -68,13 +67,8 @@ def matters(
 
 
 def difference(exact: AnyTensor, other: AnyTensor) -> float:
-    """Relative L2 norm of ``other`` − ``exact``; infinite where NaN, Inf or the shapes differ, or NaN is for Inf."""
-    if not isinstance(exact, Tensor) or not isinstance(other, Tensor) or exact.shape != other.shape:
-        return math.inf
-    if not torch.equal(torch.isfinite(exact), torch.isfinite(other)):
-        return math.inf
-    apart = distance(other, exact)
-    return math.inf if apart.new_nonfinite else apart.relative
+    """Relative L2 norm of ``other`` − ``exact``; infinite where NaN, Inf or the shapes differ, and for no tensors."""
+    return apart(other, exact) if isinstance(exact, Tensor) and isinstance(other, Tensor) else math.inf
 
 
 def _computed(

@@ -60,7 +60,8 @@ class TensorStats(JsonForm):
     """10·log10(Σref² ÷ Σ(test − ref)²): inf without a difference, -inf for a reference of zeros."""
     p50_abs: float
     p99_abs: float
-    """Smallest |difference| that at least 99 % do not exceed, from a log histogram: relative error up to RESOLUTION."""
+    """Smallest |difference| that at least 99 % do not exceed, from a log histogram: relative error up to RESOLUTION. Of
+    tensors beyond 2²⁰ elements every seventh is counted."""
     max_ref: float
     """Largest finite |reference|."""
     nan_ref: int

@@ -16,8 +16,11 @@ from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, PairPiece, Totals
 HOST_CHUNK = 1 << 15
 """Elements a turn on the host: what is made of them stays in a core's cache, and torch computes with no more of them in
 one thread: on a busy machine its threads wait for each other at every operator."""
-ROW = 1 << 12
+ROW = 1 << 13
 """Elements that BLAS multiplies and sums at once."""
+COUNTED = 1 << 20
+"""Elements up to which each falls into a bin. Beyond, every seventh: a quantile's rank is then off by at most 0.05 % in
+all likelihood, and counting all took a third of the comparison."""
 DEVICE_CHUNK = 1 << 24
 """Elements a turn on a GPU: 128 MiB in FP64, some five times over."""
 _LARGEST = np.finfo(np.float64).max / 2
@@ -46,34 +49,40 @@ def reduce_pair(ref: Tensor, test: Tensor) -> Totals:
     """
     whole, wide = any(map(is_whole, (ref, test))), are_wide(ref, test)
     pieces, unequal, histogram = [], 0, np.zeros(BINS, np.int64)
+    count = math.prod(ref.shape)
+    each = 7 if count > COUNTED else 1  # 7 divides no block: other places of each are counted
     with np.errstate(all="ignore"):
         for start, a, b, r, t in blocks(ref, test):
             if whole:
                 unequal += int((a != b).sum() if wide else (r != t).sum())
-            numbers, bins = _reduced(r, t, abs(differences(b, a)) if wide else abs(t - r))
+            numbers, bins = _reduced(r, t, abs(differences(b, a)) if wide else abs(t - r), each)
             special: dict[str, Any] = {}
             if not math.isfinite(numbers[0]):
                 r, t, special = _set_aside(as_double(r), as_double(t))
-                numbers, bins = _reduced(r, t, abs(t - r))
+                numbers, bins = _reduced(r, t, abs(t - r), each)
             histogram += bins
             fields = dict(zip(PairPiece._fields[1:], numbers, strict=False), finite=len(r), argmax=int(numbers[1]))
             pieces.append((start, PairPiece(**{**fields, **special})))
+    if each > 1:
+        histogram = np.rint(histogram * (count / histogram.sum())).astype(np.int64)
     return Totals.of(pieces, histogram, unequal if whole else None)
 
 
-def _reduced(r: Any, t: Any, d: Any) -> tuple[list[float], np.ndarray]:
+def _reduced(r: Any, t: Any, d: Any, each: int) -> tuple[list[float], np.ndarray]:
     """The largest of the |differences| ``d`` [n] of two tensors, its first place, the largest |r|, and sums, as
-    ``PairPiece`` has them; [BINS] int64 how many fall into each bin, which means nothing where one is not finite."""
+    ``PairPiece`` has them; [BINS] int64 how many of every so many fall into each bin, which means nothing where one is
+    not finite."""
     x, y, z = (as_double(part) for part in (r, t, d))
     pairs = (z, z), (x, x), (y, y), (x, y)
-    numbers = [d.max(), d.argmax(), abs(r).max(), z.sum(), *(dot(*pair) for pair in pairs)]
-    bits = _single(d).view(sys.modules["torch"].int32 if is_torch(d) else np.int32)
+    place = d.argmax()
+    numbers = [d.max() if is_torch(d) else d[place], place, abs(r).max(), z.sum(), *(dot(*pair) for pair in pairs)]
+    bits = _single(d[::each]).view(sys.modules["torch"].int32 if is_torch(d) else np.int32)
     return to_host(numbers), _count(bits >> BIN_SHIFT)[:BINS]
 
 
 def dot(a: Any, b: Any) -> Any:
     """Σ a·b of two tensors [n] of FP64, or of FP32 on the host, where rows of ``ROW`` are summed in FP32."""
-    if is_torch(a):
+    if not isinstance(a, np.ndarray):
         if device_of(a) != "cpu":
             return a @ b
         a, b = a.detach().numpy(), b.detach().numpy()
@@ -117,8 +126,8 @@ def _set_aside(ref: Any, test: Any) -> tuple[Any, Any, dict[str, Any]]:
 
 def as_double(part: Any) -> Any:
     """A tensor of any shape in FP64; one that is of it already, as it is."""
-    return part.double() if is_torch(part) else part.astype(np.float64, copy=False)
+    return part.astype(np.float64, copy=False) if isinstance(part, np.ndarray) else part.double()
 
 
 def _single(part: Any) -> Any:
-    return part.float() if is_torch(part) else part.astype(np.float32, copy=False)
+    return part.astype(np.float32, copy=False) if isinstance(part, np.ndarray) else part.float()
