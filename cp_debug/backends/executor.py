@@ -81,14 +81,14 @@ class Executor:
         device: str | torch.device = "cpu",
         *,
         overrides: Mapping[str, Arithmetic] = MappingProxyType({}),
-        weight_cache: int | None = None,
+        weight_cache: int = 1 << 28,
         literal: bool = False,
         drawn: Callable[[Node, Sequence[Any]], Tensor | None] | None = None,
     ) -> None:
         """``overrides``: other arithmetics for some nodes of the main graph, by node name. Then every node rounds what
         it reads, inputs and constants included, which are held as they are given.
-        ``weight_cache``: bytes of converted weights that are kept (4 GiB on a CPU, half a GiB on a GPU, where several
-        executors share the memory), the last ones that were used.
+        ``weight_cache``: bytes of converted weights that are kept, the last ones that were used. A replay reads each
+        once; converting them again takes less than a page fault for each page of what is kept.
         ``literal``: where runtimes agree with each other and not with ONNX's reference implementation, compute as the
         latter does.
         ``drawn``: asked for the result of each node that draws random numbers, with the node's inputs; None draws anew.
@@ -99,8 +99,6 @@ class Executor:
         self._overrides = overrides
         self._literal = literal
         self._drawn = drawn
-        if weight_cache is None:
-            weight_cache = 4 << 30 if self.device.type == "cpu" else 1 << 29
         self._weights = Weights(graph, arithmetic, self.device, weight_cache)
         self._other_weights = {a: Weights(graph, a, self.device, weight_cache) for a in overrides.values()}
         self._reference = Reference(graph)
