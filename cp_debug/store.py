@@ -34,6 +34,8 @@ KINDS = {
 """Name of a cache → what it keeps."""
 UNFINISHED = 3600.0
 """Seconds after which something half-written is no longer being written."""
+_AT_ONCE = 1 << 20
+"""Bytes that are copied at a time: zipfile itself takes few, which is slow with large files."""
 _KEY = re.compile(r"[0-9a-f]{64}")
 _BUCKETS = {"s3", "s3a", "gs", "gcs", "oss", "cos", "obs"}
 """Protocols without folders: making one makes a bucket, which is not asked for."""
@@ -157,7 +159,9 @@ class Store:
             with self._files.open(place, "rb") as stream, zipfile.ZipFile(stream) as entry:
                 if entry.comment != key.encode():
                     raise InputError(f"{place}: written under another key")
-                entry.extractall(folder)  # of each file it knows the sum, and checks it
+                for file in entry.infolist():  # of each it knows the sum, which is checked at its end
+                    with entry.open(file) as source, (folder / Path(file.filename).name).open("wb") as target:
+                        shutil.copyfileobj(source, target, _AT_ONCE)
         except FileNotFoundError:
             return False
         except (InputError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
@@ -179,8 +183,10 @@ class Store:
                 shutil.rmtree(place)
             with self._files.open(partial, "wb") as stream, zipfile.ZipFile(stream, "w") as entry:
                 entry.comment = key.encode()
-                for file in sorted(folder.iterdir()):
-                    entry.write(file, file.name)
+                for path in sorted(folder.iterdir()):
+                    file = zipfile.ZipInfo.from_file(path, path.name)
+                    with path.open("rb") as source, entry.open(file, "w") as target:
+                        shutil.copyfileobj(source, target, _AT_ONCE)
             self._files.mv(partial, place)
             if self._most is not None:
                 self._trim(self._most)
