@@ -196,7 +196,7 @@ class Store:
             self._failed(error)
 
     def _trim(self, most: int) -> None:
-        for entry in kept("", Path(self.place)):
+        for entry in kept(Path(self.place)):
             most -= entry.size
             if most < 0:
                 remove([entry])
@@ -232,7 +232,6 @@ class Store:
 class KeptEntry:
     """A file that one run kept for later ones."""
 
-    kind: str
     key: str
     """Hash of all that it depends on; for what was left half-written its name."""
     path: Path
@@ -242,7 +241,7 @@ class KeptEntry:
     """Time of the last write or use, in seconds since 1970."""
 
 
-def kept(kind: str, folder: Path) -> list[KeptEntry]:
+def kept(folder: Path) -> list[KeptEntry]:
     """List the entries of a cache in ``folder``, the last used first; foreign files are left out.
 
     Raises InputError where the folder cannot be read; one that is not there is empty.
@@ -261,7 +260,7 @@ def kept(kind: str, folder: Path) -> list[KeptEntry]:
             state = path.lstat()
             left = half and time.time() - state.st_mtime > UNFINISHED
             if stat.S_ISREG(state.st_mode) and (left or _KEY.fullmatch(key)):
-                entries.append(KeptEntry(kind, key, path, state.st_size, state.st_mtime))
+                entries.append(KeptEntry(key, path, state.st_size, state.st_mtime))
     return sorted(entries, key=lambda entry: entry.used, reverse=True)
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cp_debug.cli.flags import JsonAlone
-from cp_debug.store import KINDS
-
-if TYPE_CHECKING:
-    from cp_debug.store import KeptEntry
+from cp_debug.errors import InputError
+from cp_debug.store import KINDS, KeptEntry, cache_folder, kept, remove
 
 
 class CacheKind(str, Enum):
@@ -37,13 +35,10 @@ def cache(
     Nothing is lost but time: the next run makes again what it needs.
     """
     import time
-    from dataclasses import asdict
 
     from rich.filesize import decimal
 
     from cp_debug.cli.console import console, show_document
-    from cp_debug.errors import InputError
-    from cp_debug.store import cache_folder, kept, remove
 
     if folder is not None and kind is CacheKind.exports:
         raise InputError("--cache: it would do nothing here: it names a folder of engines, and exports were asked for")
@@ -53,7 +48,7 @@ def cache(
     folders = {name: str(folder or cache_folder(name)) for name in kinds}
     before = time.time() - (unused or 0.0) * 86400
     entries = {
-        name: [entry for entry in kept(name, Path(at)) if unused is None or entry.used <= before]
+        name: [entry for entry in kept(Path(at)) if unused is None or entry.used <= before]
         for name, at in folders.items()
     }
     freed = {name: remove(found) for name, found in entries.items()} if clear else None
@@ -63,7 +58,9 @@ def cache(
                 "folder": folders[name],
                 "bytes": sum(entry.size for entry in found),
                 "removed": clear,
-                "entries": [asdict(entry) | {"path": str(entry.path)} for entry in found],
+                "entries": [
+                    {"kind": name, "key": e.key, "paths": [str(e.path)], "size": e.size, "used": e.used} for e in found
+                ],
             }
             for name, found in entries.items()
         }
