@@ -21,11 +21,12 @@ from onnx import helper, numpy_helper, parser
 
 from cp_debug.backends.arithmetic import ARITHMETICS, BF16, FP16, FP16ACC, FP32, FP64, TF32
 from cp_debug.backends.executor import Executor, NodeFailed, unsupported
-from cp_debug.backends.kernels import KERNELS, blocked_convolution
+from cp_debug.backends.kernels import KERNELS, convolution
+from cp_debug.backends.kernels.registry import Call
 from cp_debug.backends.kernels.windows import Window, split_padding
 from cp_debug.backends.rounding import round_fp16, round_tf32
 from cp_debug.errors import InputError
-from cp_debug.graph.graph import Graph
+from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import CONTRIB_INPUTS
 
 
@@ -139,18 +140,21 @@ def test_conv_net_equals_onnx_runtime(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_blocked_convolution_equals_torch(data: st.DataObject) -> None:
-    rank, bias = data.draw(st.integers(1, 3)), data.draw(st.booleans())
+def test_a_convolution_of_a_few_rows_at_a_time_equals_torch(data: st.DataObject) -> None:
+    rank, bias, groups = data.draw(st.integers(1, 3)), data.draw(st.booleans()), data.draw(st.integers(1, 2))
     kernel, stride, dilation, padding = (
         tuple(data.draw(st.integers(low, high)) for _ in range(rank)) for low, high in ((1, 4), (1, 3), (1, 2), (0, 5))
     )
-    x, weight = torch.randn(2, 3, *(9,) * rank).double(), torch.randn(5, 3, *kernel).double()
-    b = torch.randn(5).double() if bias else None
+    x, weight = torch.randn(2, 4, *(9,) * rank).double(), torch.randn(6, 4 // groups, *kernel).double()
+    b = torch.randn(6).double() if bias else None
     conv = (torch.conv1d, torch.conv2d, torch.conv3d)[rank - 1]
-    expected = conv(x, weight, b, stride, padding, dilation)
+    expected = conv(x, weight, b, stride, padding, dilation, groups)
+    how = {"strides": stride, "dilations": dilation, "pads": (*padding, *padding), "group": groups}
+    node = Node.of(0, helper.make_node("Conv", ["x", "w"], ["y"], **how))
+    call = Call.of(node, 17, ARITHMETICS["fp64"], torch.device("cpu"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocked_convolution, "BLOCK", data.draw(st.integers(1, 1 << 14)))
-        got = blocked_convolution.conv(x, weight, b, Window(kernel, stride, dilation, padding, padding))
+        patch.setattr(convolution, "UNFOLDED", data.draw(st.integers(1, 1 << 14)))
+        got = convolution.conv(call, x, weight, b)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 

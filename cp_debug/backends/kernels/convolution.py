@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cp_debug.backends.kernels import blocked_convolution, fp16_accumulation, scaled_products
+from cp_debug.backends.kernels import fp16_accumulation, scaled_products
 from cp_debug.backends.kernels.fp16_accumulation import Order
 from cp_debug.backends.kernels.registry import Call, kernel
 from cp_debug.backends.kernels.scaled_products import Narrow
@@ -17,6 +18,9 @@ from cp_debug.backends.scaling import KERNEL, TRANSPOSED_KERNEL
 
 _CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
+UNFOLDED = 1 << 27
+"""Bytes of the matrix into which torch unfolds the data of an FP64 convolution on the CPU, as many times larger as the
+kernel has elements: of large data a few rows at a time."""
 
 
 @kernel("Conv", multiplies=True)
@@ -33,13 +37,21 @@ def conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         how = call.arithmetic
         order = Order(call.arithmetic.tile, how.slices, how.split, how.split_kernels)
         return fp16_accumulation.conv(x, weight, bias, window, call["group"], order, how.vector)
-    blocked = x.dtype == torch.float64 and not x.is_cuda and call["group"] == 1 and max(window.kernel) > 1
-    if blocked and not x.requires_grad:  # it writes into a buffer, through which autograd sees nothing
-        return blocked_convolution.conv(x, weight, bias, window)
-    padding = window.begin
-    if not window.symmetric:
+    padding, size = window.begin, window.output_size(x.shape[2:])
+    row = len(x) * math.prod((*weight.shape[1:], *size[1:])) * x.element_size()
+    unfolds = x.dtype == torch.float64 and not x.is_cuda and max(window.kernel) > 1
+    rows = max(UNFOLDED // max(row, 1), 1) if unfolds else size[0]
+    if not window.symmetric or rows < size[0]:
         x, padding = functional.pad(x, window.torch_pads()), (0,) * len(window.kernel)
-    return _CONV[x.dim() - 2](x, weight, bias, window.stride, padding, window.dilation, call["group"])
+
+    def convolved(part: Tensor) -> Tensor:
+        return _CONV[x.dim() - 2](part, weight, bias, window.stride, padding, window.dilation, call["group"])
+
+    if rows >= size[0]:
+        return convolved(x)
+    step, span = window.stride[0], (window.kernel[0] - 1) * window.dilation[0] + 1
+    starts = ((first, min(rows, size[0] - first)) for first in range(0, size[0], rows))
+    return torch.cat([convolved(x.narrow(2, first * step, (n - 1) * step + span)) for first, n in starts], 2)
 
 
 @kernel("ConvTranspose", multiplies=True)
