@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +174,7 @@ class Store:
 
     def put(self, key: str | None, folder: Path) -> None:
         """Keep the files of ``folder``. A full disk is no reason to stop: then they are not kept."""
-        if key is None or not self._works:
+        if key is None or not self._works or not any(folder.iterdir()):
             return
         partial, place = self._place(f".{uuid.uuid4().hex}.partial"), self._place(f"{key}.zip")
         try:
@@ -226,6 +226,25 @@ class Store:
         from distributed import Lock
 
         return Lock(f"cpdebug {self.place} {key}")
+
+
+def fill(folder: Path, contents: Mapping[str, Path | str]) -> None:
+    """Put files, without a copy where that is possible, and texts into an entry's folder, by their names there.
+
+    Where the disk is full the folder stays empty: nothing is kept then.
+    """
+    try:
+        for name, content in contents.items():
+            if isinstance(content, str):
+                (folder / name).write_text(content, encoding="utf-8")
+                continue
+            try:
+                os.link(content, folder / name)
+            except OSError:  # a file system without links
+                shutil.copyfile(content, folder / name)
+    except OSError:
+        for file in folder.iterdir():
+            file.unlink()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zipfile
@@ -30,7 +31,7 @@ from cp_debug.errors import InputError
 from cp_debug.files import key_of
 from cp_debug.graph.graph import Graph
 from cp_debug.reports.engines import engine_lines
-from cp_debug.store import Store, cache_folder
+from cp_debug.store import Store, cache_folder, fill
 
 
 @pytest.fixture(autouse=True)
@@ -423,3 +424,25 @@ def test_the_least_recently_used_entries_go_when_there_are_too_many(tmp_path: Pa
     assert store.get(keys[0], tmp_path)
     store.put(keys[2], made)
     assert sorted(path.stem for path in (tmp_path / "cache").iterdir()) == [keys[0], keys[2]]
+
+
+def test_a_file_system_without_links_gets_copies_and_a_full_disk_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, folder, store = tmp_path / "net.engine", tmp_path / "entry", Store(tmp_path / "cache", most=1 << 20)
+    engine.write_bytes(b"engine")
+    folder.mkdir()
+
+    def refused(*paths: Any) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "link", refused)
+    fill(folder, {ENGINE: engine, FACTS: "{}"})
+    assert sorted(file.name for file in folder.iterdir()) == [ENGINE, FACTS]
+    for file in folder.iterdir():
+        file.unlink()
+    monkeypatch.setattr("shutil.copyfile", refused)
+    fill(folder, {FACTS: "{}", ENGINE: engine})
+    store.put("k" * 64, folder)
+    assert not list(folder.iterdir())
+    assert not (tmp_path / "cache").exists()

@@ -33,7 +33,7 @@ from cp_debug.probes.alignment import Alignment
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.reading import read_json, typed
 from cp_debug.recipes.base import Component
-from cp_debug.store import Store, cache_folder
+from cp_debug.store import Store, cache_folder, fill
 from cp_debug.version import __version__
 
 LARGEST = 10 << 30
@@ -113,10 +113,7 @@ class ExportCache:
             program = make()
             code = {} if self.code else {file: stamp for file in _loaded() if (stamp := _stamp(file)) is not None}
             document = {"name": path.name, "code": code, "digest": program.graph.digest}
-            with contextlib.suppress(OSError):
-                for file in filter(Path.is_file, files):
-                    os.link(file, entry / file.name)
-                (entry / ENTRY).write_text(json.dumps(document), encoding="utf-8")
+            fill(entry, {**{file.name: file for file in files if file.is_file()}, ENTRY: json.dumps(document)})
             return program
 
         def take(entry: Path) -> Program | None:

@@ -16,7 +16,7 @@ from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
-from cp_debug.files import file_hash, key_of, write_text
+from cp_debug.files import file_hash, key_of
 from cp_debug.programs.export_cache import ExportCache
 from cp_debug.programs.pipeline import Export, choose_export, prepare
 from cp_debug.quantization.checkpoint import FILE, save_ptq_model
@@ -34,7 +34,7 @@ from cp_debug.recipes.abilities import HasData
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions
 from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS
-from cp_debug.store import cache_folder
+from cp_debug.store import cache_folder, fill
 from cp_debug.sweep.tasks import Parameters, shared_store
 from cp_debug.sweep.workers import code_hash
 
@@ -195,7 +195,7 @@ def shared_figures(subject: Subject, model: Model, settings: Mapping[str, Any], 
 
     def make(folder: Path) -> Any:
         figures = measure()
-        write_text(json.dumps(figures), folder / "figures.json")
+        fill(folder, {"figures.json": json.dumps(figures)})
         return figures
 
     return _taken(subject, model, settings, make, lambda folder: json.loads((folder / "figures.json").read_text()))

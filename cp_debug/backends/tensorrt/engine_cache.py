@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,7 +14,7 @@ from cp_debug.backends.tensorrt.answers import Built
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path, key_of
 from cp_debug.reading import check_file, read_json, typed
-from cp_debug.store import Store
+from cp_debug.store import Store, fill
 
 LARGEST = 20 << 30
 """Bytes of engines that are kept; beyond it the least recently used are removed."""
@@ -75,11 +74,8 @@ class EngineCache:
 
         def make(entry: Path) -> dict[str, Any]:
             facts = build()
-            with suppress(OSError):
-                os.link(engine, entry / ENGINE)
-                (entry / FACTS).write_text(json.dumps(facts), encoding="utf-8")
-                if timings is not None and timings.is_file():
-                    shutil.copyfile(timings, entry / timings.name)
+            kept_timings = {timings.name: timings} if timings is not None and timings.is_file() else {}
+            fill(entry, {ENGINE: engine, FACTS: json.dumps(facts), **kept_timings})
             return facts
 
         def use(entry: Path) -> dict[str, Any]:
