@@ -21,9 +21,9 @@ def tensor(name: str, shape: list[int | str | None], element: int = TensorProto.
 @pytest.mark.parametrize(
     ("maker", "low", "high"),
     [
-        (input_values._positive, 0.1, np.inf),
-        (input_values._above_one, 1.1, np.inf),
-        (input_values._squeezed, -1, 1),
+        (input_values._MADE["positive"], 0.1, np.inf),
+        (input_values._MADE["above one"], 1.1, np.inf),
+        (input_values._MADE["squeezed"], -1, 1),
         (input_values._uniform(0, 255), 0, 255),
         (input_values._uniform(-0.99, 0.99), -0.99, 0.99),
     ],
@@ -40,15 +40,15 @@ def test_made_up_floats_keep_to_their_bounds_and_fill_them(maker: input_values.M
 
 def test_made_up_integers_by_hand() -> None:
     rng = np.random.default_rng(0)
-    assert set(input_values._booleans(rng, (64,), 5)) == {0, 1}
+    assert set(input_values._MADE["bits"](rng, (64,), 5)) == {0, 1}
     assert set(input_values._below(3)(rng, (64,), 5)) == {0, 1, 2}
     assert set(input_values._below(0)(rng, (8,), 5)) == {0}
-    assert set(input_values._below_longest(rng, (200,), 5)) == {0, 1, 2, 3, 4}
-    assert set(input_values._below_longest(rng, (8,), 0)) == {0}
-    assert input_values._longest(rng, (2,), 5).tolist() == [5, 5]
-    assert input_values._one_free(rng, (2, 2), 5).tolist() == [[-1, 1], [1, 1]]
+    assert set(input_values._MADE["below longest"](rng, (200,), 5)) == {0, 1, 2, 3, 4}
+    assert set(input_values._MADE["below longest"](rng, (8,), 0)) == {0}
+    assert input_values._MADE["longest"](rng, (2,), 5).tolist() == [5, 5]
+    assert input_values._MADE["one free"](rng, (2, 2), 5).tolist() == [[-1, 1], [1, 1]]
     assert input_values._filled(1)(rng, (2,), 5).tolist() == [1, 1]
-    normal = input_values._normal(rng, (4000,), 5)
+    normal = input_values._MADE["normal"](rng, (4000,), 5)
     assert abs(normal.mean()) < 0.1
     assert normal.std() == pytest.approx(1, abs=0.1)
 

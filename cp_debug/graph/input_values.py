@@ -6,9 +6,11 @@ followed by others, to be tried where the first does not run.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -18,8 +20,8 @@ from cp_debug.graph.free_axes import known_dims, scalar
 from cp_debug.graph.graph import Graph, Node, ValueInfo
 from cp_debug.graph.operators import MOVERS
 
-Maker = Callable[[np.random.Generator, Sequence[int], int], np.ndarray]
-"""Makes the values of an input: (generator, shape, size of the longest free axis of all inputs) → array."""
+Maker = Callable[[np.random.Generator, Sequence[int], int], Any]
+"""Makes the values of an input: (generator, shape, size of the longest free axis of all inputs) → array or number."""
 
 # fmt: off
 _MOVERS = MOVERS | {"Cast", "Pad"}
@@ -71,41 +73,32 @@ def ways(graph: Graph, value: ValueInfo) -> Ways:
     kind = _kind(value.dtype)
     uses = list(_uses(graph, value.name))
     if kind == "b":
-        return Ways((Way(_booleans), Way(_filled(True), "true"), Way(_filled(False), "false")), certain=False)
+        return Ways((Way(_MADE["bits"]), Way(_filled(True), "true"), Way(_filled(False), "false")), certain=False)
     if kind == "i":
         first = list(_integers(graph, value, uses))
         if not first and value.dtype.itemsize <= 2:
             pixels = ", like an image" if value.dtype == np.uint8 and looks_like_image(value.shape) else ""
             whole = Way(_whole_range(value.dtype), f"over the range of {value.dtype}{pixels}")
-            return Ways((whole, Way(_bits, "0 or 1")), certain=True)
+            return Ways((whole, Way(_MADE["bits"], "0 or 1")), certain=True)
         fallback = (
-            Way(_bits, "0 or 1, because nothing requires other integers"),
+            Way(_MADE["bits"], "0 or 1, because nothing requires other integers"),
             Way(_filled(1), "1"),
             Way(_filled(0), "0"),
-            Way(_counted, "0, 1, 2 …"),
-            Way(_longest, "the size of the longest free axis"),
+            Way(_MADE["counted"], "0, 1, 2 …"),
+            Way(_MADE["longest"], "the size of the longest free axis"),
             Way(_below(10), "below 10"),
         )
         return Ways((*first, *fallback), certain=False)
     special = list(_floats(graph, value, uses))
-    normal = Way(_normal, "N(0, 1), like a normalized image" if looks_like_image(value.shape) else "")
+    normal = Way(_MADE["normal"], "N(0, 1), like a normalized image" if looks_like_image(value.shape) else "")
     others = (
         normal,
-        Way(_positive, "positive"),
+        Way(_MADE["positive"], "positive"),
         Way(_uniform(0, 1), "between 0 and 1"),
         Way(_filled(1), "1"),
         Way(_filled(0), "0"),
     )
     return Ways((*special, *others), certain=not special)
-
-
-def plain(dtype: np.dtype) -> Maker:
-    """The maker for an input of which only the dtype is known."""
-    if _kind(dtype) == "b":
-        return _booleans
-    if _kind(dtype) == "i":
-        return _whole_range(dtype) if dtype.itemsize <= 2 else _bits
-    return _normal
 
 
 def looks_like_image(shape: Sequence[int | str | None] | None) -> bool:
@@ -124,7 +117,7 @@ def _integers(graph: Graph, value: ValueInfo, uses: Sequence[tuple[Node, int]]) 
     name = value.name.lower()
     if 0 in limits:  # chosen from an axis whose size is free
         reader = f"of what {_reader(limits[0])} chooses from"
-        yield from (Way(_below_longest, f"indices {reader}"), Way(_below(1), f"0, an index {reader}"))
+        yield from (Way(_MADE["below longest"], f"indices {reader}"), Way(_below(1), f"0, an index {reader}"))
     elif limits:
         says = f"random integers 0 to {min(limits) - 1}, which {_reader(limits[min(limits)])} can pick"
         if "position" in name:
@@ -136,17 +129,17 @@ def _integers(graph: Graph, value: ValueInfo, uses: Sequence[tuple[Node, int]]) 
         if compared and (compared_with := scalar(graph, node.proto.input[1 - place])):  # a sample rate, a mode
             yield Way(_filled(compared_with), f"{compared_with:g}, with which {_reader(node)} compares it")
         if (node.op, place) in _LENGTHS:
-            yield Way(_longest, f"the size of the longest free axis, as a length that {_reader(node)} takes")
+            yield Way(_MADE["longest"], f"the size of the longest free axis, as a length that {_reader(node)} takes")
         if (node.op, place) in _ARGUMENTS:
             yield from _arguments(node, place)
     if "mask" in name:
         yield Way(_filled(1), "1 everywhere: a mask, by its name")
     elif "position" in name and not limits:
-        yield Way(_counted, "0, 1, 2 …: positions, by its name")
+        yield Way(_MADE["counted"], "0, 1, 2 …: positions, by its name")
     elif _IMAGE_SIZE.search(name) and not limits:
         yield Way(_image_size(graph), "height and width of the image, by its name")
     elif re.search(r"len(gth)?s?$|_len|length", name) and not limits:
-        yield Way(_longest, "the size of the longest free axis: a length, by its name")
+        yield Way(_MADE["longest"], "the size of the longest free axis: a length, by its name")
 
 
 def _reader(node: Node) -> str:
@@ -173,7 +166,7 @@ def _arguments(node: Node, place: int) -> Iterator[Way]:
     """Values for what says how an operator computes."""
     op, why = node.op, f"an argument of {_reader(node)}"
     if op in ("Reshape", "Split"):
-        yield Way(_one_free, f"-1, 1, 1 …: {why}")
+        yield Way(_MADE["one free"], f"-1, 1, 1 …: {why}")
     if op in ("Pad", "CumSum", "Trilu", "Squeeze", "Unsqueeze", "Dropout") or (op, place) in {
         ("Slice", 1),
         ("Range", 0),
@@ -182,7 +175,7 @@ def _arguments(node: Node, place: int) -> Iterator[Way]:
     if (op, place) in {("Slice", 2), ("Range", 1), ("OneHot", 1), ("Resize", 3), ("NonMaxSuppression", 2)}:
         yield Way(_filled(8), f"8: {why}")
     if (op, place) == ("Slice", 3):
-        yield Way(_counted, f"0, 1, 2 …: {why}")
+        yield Way(_MADE["counted"], f"0, 1, 2 …: {why}")
     if op == "NonMaxSuppression" and place > 2:
         yield Way(_filled(0.5), f"0.5: {why}")
     if op == "Loop":
@@ -196,7 +189,7 @@ def _floats(graph: Graph, value: ValueInfo, reads: Sequence[tuple[Node, int]]) -
     name = value.name.lower()
     if _IMAGE_SIZE.search(name):
         yield Way(_image_size(graph), "height and width of the image, by its name")
-        yield Way(_longest, "the size of the longest free axis")
+        yield Way(_MADE["longest"], "the size of the longest free axis")
     elif _FACTOR.search(name):
         yield Way(_filled(1), "1: a factor, by its name")
     for op, place in sorted(uses.keys() & _ARGUMENTS):
@@ -206,16 +199,16 @@ def _floats(graph: Graph, value: ValueInfo, reads: Sequence[tuple[Node, int]]) -
     positive = sorted(direct.keys() & _POSITIVE)
     if positive and not direct.keys() <= {("Div", 0), ("Div", 1)}:
         if ("Acosh", 0) in direct:
-            yield Way(_above_one, f"above 1, for {_reader(direct['Acosh', 0])}")
+            yield Way(_MADE["above one"], f"above 1, for {_reader(direct['Acosh', 0])}")
         else:
-            yield Way(_positive, f"positive, for {_reader(direct[positive[0]])}")
+            yield Way(_MADE["positive"], f"positive, for {_reader(direct[positive[0]])}")
     elif ("Div", 1) in direct:
-        yield Way(_positive, f"positive, as {_reader(direct['Div', 1])} divides by it")
+        yield Way(_MADE["positive"], f"positive, as {_reader(direct['Div', 1])} divides by it")
     scalers = [node for node, place in reads if _unscaled(graph, node, place)]
     if scalers and value.shape is not None and len(value.shape) > 2:
         yield Way(_uniform(0, 255), f"0 to 255: pixels, which {_reader(scalers[0])} scales")
     if states := sorted({("LSTM", 5), ("GRU", 5), ("RNN", 5)} & uses.keys()):
-        yield Way(_squeezed, f"within ±1, as a state of {_reader(uses[states[0]])}")
+        yield Way(_MADE["squeezed"], f"within ±1, as a state of {_reader(uses[states[0]])}")
     if "mask" in name:
         added = [uses[key] for key in (("Add", 0), ("Add", 1)) if key in uses]
         if added and not uses.keys() & {("Sub", 1), ("Mul", 0), ("Mul", 1)}:
@@ -257,41 +250,18 @@ def _uses(graph: Graph, name: str, through: Collection[str] = _MOVERS) -> Iterat
         yield from ((node, place) for place, operand in enumerate(node.proto.input) if operand == read)
 
 
-def _normal(rng: np.random.Generator, shape: Sequence[int], longest: int) -> np.ndarray:
-    return np.asarray(rng.standard_normal(shape))
-
-
-def _positive(rng: np.random.Generator, shape: Sequence[int], longest: int) -> np.ndarray:
-    return 0.1 + np.abs(rng.standard_normal(shape))
-
-
-def _above_one(rng: np.random.Generator, shape: Sequence[int], longest: int) -> np.ndarray:
-    return 1.1 + np.abs(rng.standard_normal(shape))
-
-
-def _squeezed(rng: np.random.Generator, shape: Sequence[int], longest: int) -> np.ndarray:
-    return np.tanh(rng.standard_normal(shape))
-
-
-def _booleans(rng: np.random.Generator, shape: Sequence[int], longest: int) -> np.ndarray:
-    return np.asarray(rng.integers(0, 2, shape))
-
-
-_bits = _booleans
-
-
-def _counted(rng: np.random.Generator, shape: Sequence[int], longest: int) -> np.ndarray:
-    return np.broadcast_to(
-        np.arange(shape[-1] if len(shape) else 1)[: None if len(shape) else 1], shape or (1,)
-    ).reshape(shape)
-
-
-def _longest(rng: np.random.Generator, shape: Sequence[int], longest: int) -> np.ndarray:
-    return np.full(shape, longest)
-
-
-def _one_free(rng: np.random.Generator, shape: Sequence[int], longest: int) -> np.ndarray:
-    return np.where(np.arange(int(np.prod(shape))) == 0, -1, 1).reshape(shape)
+_MADE: Mapping[str, Maker] = {
+    "normal": lambda rng, shape, _: rng.standard_normal(shape),
+    "positive": lambda rng, shape, _: 0.1 + np.abs(rng.standard_normal(shape)),
+    "above one": lambda rng, shape, _: 1.1 + np.abs(rng.standard_normal(shape)),
+    "squeezed": lambda rng, shape, _: np.tanh(rng.standard_normal(shape)),
+    "bits": lambda rng, shape, _: rng.integers(0, 2, shape),
+    "counted": lambda _, shape, __: np.broadcast_to(np.arange(shape[-1]) if len(shape) else 0, shape),
+    "longest": lambda _, shape, longest: np.full(shape, longest),
+    "below longest": lambda rng, shape, longest: rng.integers(0, max(longest, 1), shape),
+    "one free": lambda _, shape, __: np.where(np.arange(math.prod(shape)) == 0, -1, 1).reshape(shape),
+}
+"""Name → maker of the values of an input that takes no numbers of its own."""
 
 
 def _filled(value: float) -> Maker:
@@ -299,26 +269,17 @@ def _filled(value: float) -> Maker:
 
 
 def _uniform(low: float, high: float) -> Maker:
-    return lambda rng, shape, longest: np.asarray(rng.uniform(low, high, shape))
+    return lambda rng, shape, longest: rng.uniform(low, high, shape)
+
+
+def _below(limit: int) -> Maker:
+    return lambda rng, shape, longest: rng.integers(0, max(limit, 1), shape)
 
 
 def _image_size(graph: Graph) -> Maker:
     """The height and width of the first image among the inputs; the longest free axis where they are free."""
     image = next((v.shape[-2:] for v in graph.inputs if v.shape is not None and len(v.shape) == 4), (None, None))
-
-    def maker(rng: np.random.Generator, shape: Sequence[int], longest: int) -> np.ndarray:
-        sizes = [size if isinstance(size, int) else longest for size in image]
-        return np.resize(np.array(sizes), shape)
-
-    return maker
-
-
-def _below(limit: int) -> Maker:
-    return lambda rng, shape, longest: np.asarray(rng.integers(0, max(limit, 1), shape))
-
-
-def _below_longest(rng: np.random.Generator, shape: Sequence[int], longest: int) -> np.ndarray:
-    return np.asarray(rng.integers(0, max(longest, 1), shape))
+    return lambda rng, shape, longest: np.resize([size if isinstance(size, int) else longest for size in image], shape)
 
 
 def _points(axis: int) -> Maker:
@@ -326,15 +287,15 @@ def _points(axis: int) -> Maker:
         low, high = np.zeros(shape[axis]), np.ones(shape[axis])
         low[:3], high[:3] = (-10, -10, -2), (10, 10, 2)
         cloud = rng.uniform(low, high, (*np.delete(np.asarray(shape), axis), shape[axis]))
-        return np.asarray(np.moveaxis(cloud, -1, axis))
+        return np.moveaxis(cloud, -1, axis)
 
     return maker
 
 
 def _counted_below(limit: int) -> Maker:
-    return lambda rng, shape, longest: _counted(rng, shape, longest) % max(limit, 1)
+    return lambda rng, shape, longest: _MADE["counted"](rng, shape, longest) % max(limit, 1)
 
 
 def _whole_range(dtype: np.dtype) -> Maker:
     limits = ml_dtypes.iinfo(dtype)
-    return lambda rng, shape, longest: np.asarray(rng.integers(limits.min, limits.max + 1, shape))
+    return lambda rng, shape, longest: rng.integers(limits.min, limits.max + 1, shape)

@@ -149,7 +149,7 @@ class MadeUp:
         arrays = {}
         for value, shape, input_ways, way in zip(self.graph.inputs, shapes, self._ways, choice.ways, strict=True):
             assert value.dtype is not None
-            arrays[value.name] = input_ways.ways[way].make(rng, shape, longest).astype(value.dtype)
+            arrays[value.name] = np.asarray(input_ways.ways[way].make(rng, shape, longest)).astype(value.dtype)
         return arrays
 
     def _uncertain(self, first: _InputChoice) -> bool:
