@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 
 import torch
@@ -11,56 +12,33 @@ from torch.nn import functional
 
 from cp_debug.backends.kernels.registry import Call, kernel
 
+
+def _of_torch(*ops: str, prefix: str = "") -> dict[str, Callable[..., Tensor]]:
+    """Operators that torch has by the same names, in its own spelling: ``BitwiseAnd`` is ``bitwise_and``."""
+    return {op: getattr(torch, prefix + re.sub(r"(?<=[a-z])(?=[A-Z])", "_", op).lower()) for op in ops}
+
+
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
-    "Acos": torch.acos,
-    "Acosh": torch.acosh,
-    "Asin": torch.asin,
-    "Asinh": torch.asinh,
-    "Atan": torch.atan,
-    "Atanh": torch.atanh,
-    "Cos": torch.cos,
-    "Cosh": torch.cosh,
-    "Erf": torch.erf,
-    "Exp": torch.exp,
+    **_of_torch("Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Cos", "Cosh", "Erf", "Exp", "Log", "Reciprocal"),
+    **_of_torch("Sigmoid", "Sin", "Sinh", "Sqrt", "Tan", "Tanh"),
     "HardSwish": lambda x: x * (x / 6 + 0.5).clamp(0, 1),
-    "Log": torch.log,
     "Mish": functional.mish,
-    "Reciprocal": torch.reciprocal,
-    "Sigmoid": torch.sigmoid,
-    "Sin": torch.sin,
-    "Sinh": torch.sinh,
     "Softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
     "Softsign": functional.softsign,
-    "Sqrt": torch.sqrt,
-    "Tan": torch.tan,
-    "Tanh": torch.tanh,
 }
 _EXACT_UNARY: dict[str, Callable[[Tensor], Tensor]] = {
-    "Abs": torch.abs,
-    "BitwiseNot": torch.bitwise_not,
-    "Ceil": torch.ceil,
-    "Floor": torch.floor,
+    **_of_torch("Abs", "BitwiseNot", "Ceil", "Floor", "Neg", "Relu", "Round", "Sign"),
+    **_of_torch("Not", prefix="logical_"),
     "Identity": lambda x: x,
     "IsNaN": torch.isnan,
-    "Neg": torch.neg,
-    "Not": torch.logical_not,
-    "Relu": torch.relu,
-    "Round": torch.round,
-    "Sign": torch.sign,
 }
-_BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"Add": torch.add, "Mul": torch.mul, "Sub": torch.sub}
+_BINARY = _of_torch("Add", "Mul", "Sub")
 _EXACT_BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "And": torch.logical_and,
-    "BitwiseAnd": torch.bitwise_and,
-    "BitwiseOr": torch.bitwise_or,
-    "BitwiseXor": torch.bitwise_xor,
+    **_of_torch("And", "Or", "Xor", prefix="logical_"),
+    **_of_torch("BitwiseAnd", "BitwiseOr", "BitwiseXor", "Greater", "Less"),
     "Equal": torch.eq,
-    "Greater": torch.gt,
     "GreaterOrEqual": torch.ge,
-    "Less": torch.lt,
     "LessOrEqual": torch.le,
-    "Or": torch.logical_or,
-    "Xor": torch.logical_xor,
 }
 
 

@@ -38,25 +38,11 @@ TO_WHOLE = {
 NUDGES = list(itertools.product((-1e-5, 1e-5), repeat=2))
 """Moves of a sampled place, of an image from −1 to 1, that choose among neighbours that are equally near."""
 FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "Relu": torch.relu,
-    "Sigmoid": torch.sigmoid,
-    "Tanh": torch.tanh,
-    "Exp": torch.exp,
-    "Softplus": functional.softplus,
-    "Gelu": functional.gelu,
-    "Silu": functional.silu,
-    "Abs": torch.abs,
-    "Celu": functional.celu,
-    "Elu": functional.elu,
-    "Erf": torch.erf,
-    "HardSigmoid": functional.hardsigmoid,
-    "HardSwish": functional.hardswish,
-    "LeakyRelu": functional.leaky_relu,
-    "Mish": functional.mish,
-    "Selu": functional.selu,
-    "Softsign": functional.softsign,
-    "Sqrt": torch.sqrt,
-    "Square": torch.square,
+    name.replace("_", ""): getattr(functional, name.lower(), None) or getattr(torch, name.lower())
+    for name in (
+        *("Relu", "Sigmoid", "Tanh", "Exp", "Softplus", "Gelu", "Silu", "Abs", "Celu", "Elu", "Erf", "HardSigmoid"),
+        *("HardSwish", "Leaky_Relu", "Mish", "Selu", "Softsign", "Sqrt", "Square"),
+    )
 }
 """Functions that are put behind or in front of a layer; with the frameworks' defaults."""
 
