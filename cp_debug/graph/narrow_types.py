@@ -11,28 +11,15 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import QUANTIZING, Graph, Node
 from cp_debug.graph.operators import QUANTIZERS
 
-FP8 = {
-    TensorProto.FLOAT8E4M3FN: "FLOAT8E4M3FN",
-    TensorProto.FLOAT8E4M3FNUZ: "FLOAT8E4M3FNUZ",
-    TensorProto.FLOAT8E5M2: "FLOAT8E5M2",
-    TensorProto.FLOAT8E5M2FNUZ: "FLOAT8E5M2FNUZ",
-}
-FIRST_OPSET = {
-    **dict.fromkeys(FP8, 19),
-    TensorProto.INT4: 21,
-    TensorProto.UINT4: 21,
-    TensorProto.FLOAT4E2M1: 23,
-}
+_FP8 = range(TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2FNUZ + 1)
+_INT4 = TensorProto.INT4, TensorProto.UINT4
+FIRST_OPSET = {**dict.fromkeys(_FP8, 19), **dict.fromkeys(_INT4, 21), TensorProto.FLOAT4E2M1: 23}
 """ONNX opset since which QuantizeLinear and DequantizeLinear take a type."""
+FAMILIES = {**dict.fromkeys(_FP8, "fp8"), **dict.fromkeys(_INT4, "int4"), TensorProto.FLOAT4E2M1: "fp4"}
+"""ONNX data type of levels → the narrow format that it is of."""
 BITS = "cpdebug.bits"
 """Metadata of a DequantizeLinear whose codes were made for fewer bits than their type has."""
-_NAMES = {**FP8, TensorProto.INT4: "INT4", TensorProto.UINT4: "UINT4", TensorProto.FLOAT4E2M1: "FLOAT4E2M1"}
-_PRECISIONS = {
-    **dict.fromkeys(FP8, "fp8"),
-    TensorProto.INT4: "int4",
-    TensorProto.UINT4: "int4",
-    TensorProto.FLOAT4E2M1: "mxfp4",
-}
+_name = TensorProto.DataType.Name
 
 
 def check_narrow_types(graph: Graph) -> None:
@@ -46,19 +33,19 @@ def check_narrow_types(graph: Graph) -> None:
     for node, kind in quantizers(graph):
         place = f"{graph}: node {node.name!r} ({node.op})"
         if node.proto.domain in ("", "ai.onnx") and opset < FIRST_OPSET[kind]:
-            raise InputError(f"{place}: {_NAMES[kind]} needs opset {FIRST_OPSET[kind]}; the file has opset {opset}")
+            raise InputError(f"{place}: {_name(kind)} needs opset {FIRST_OPSET[kind]}; the file has opset {opset}")
         scale = node.proto.input[1]
         if scale in graph.initializers:
             values = graph.initializer(scale).astype(np.float64)
             if not (np.isfinite(values) & (values > 0)).all():
                 wrong = values[~(np.isfinite(values) & (values > 0))].flat[0]
                 raise InputError(f"{place}: scale {scale!r} holds {wrong:g}; expected finite numbers above 0")
-        if kind in FP8:
+        if kind in _FP8:
             seen.setdefault(kind, node)
     if len(seen) > 1:
         (one, first), (other, second), *_ = seen.items()
         raise InputError(
-            f"{graph}: node {first.name!r} quantizes to {FP8[one]} and {second.name!r} to {FP8[other]}; expected "
+            f"{graph}: node {first.name!r} quantizes to {_name(one)} and {second.name!r} to {_name(other)}; expected "
             "one FP8 type in a graph"
         )
 
@@ -70,7 +57,7 @@ def narrow_kinds(graph: Graph) -> set[str]:
     """
     check_narrow_types(graph)
     kinds = {TensorProto.FLOAT8E4M3FN: "FP8", TensorProto.FLOAT4E2M1: "FP4"}
-    return {kinds.get(kind, _NAMES[kind]) for _, kind in quantizers(graph)}
+    return {kinds.get(kind, _name(kind)) for _, kind in quantizers(graph)}
 
 
 def without_int8(graph: Graph) -> str | None:
@@ -86,7 +73,7 @@ def narrow_precision(graph: Graph) -> str | None:
 
 def _narrow_levels(graph: Graph) -> dict[str, str]:
     """Words for each kind of levels → the precision that it stands for; empty where any are INT8."""
-    levels = {node.name: (_NAMES[kind], _PRECISIONS[kind]) for node, kind in quantizers(graph)}
+    levels = {node.name: (_name(kind), FAMILIES[kind].replace("fp4", "mxfp4")) for node, kind in quantizers(graph)}
     for node in graph.nodes:
         if node.op.rpartition(".")[2] in ("MatMulNBits", "GatherBlockQuantized"):
             bits = node.attribute("bits", 4)

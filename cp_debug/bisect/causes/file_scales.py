@@ -20,13 +20,13 @@ from cp_debug.bisect.quantized_segment import CODECS, QuantizerGrid
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
 from cp_debug.graph.integer_values import constant_type
+from cp_debug.graph.narrow_types import FAMILIES
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.probes.distance import relative_l2
 from cp_debug.safe_text import amount
 
 _ENDS = {2: (0, 255), 3: (-128, 127)}
 """ONNX data type of levels → the lowest and the highest."""
-_FAMILIES = {17: "fp8", 18: "fp8", 19: "fp8", 20: "fp8", 21: "int4", 22: "int4", 23: "fp4"}
 SHOWN = 6
 """Channels that a sentence names."""
 MOST = 8
@@ -197,7 +197,7 @@ class _Read:
 
 
 def _of_weight(stored: StoredCodes, repair: Repair) -> Told:
-    family = f"int{stored.bits}" if stored.bits is not None else _FAMILIES[stored.kind]
+    family = f"int{stored.bits}" if stored.bits is not None else FAMILIES[stored.kind]
     name = "int4-weights" if family.startswith("int") else f"{family}-weights"
     if repair.kind == "scales":
         says, evidence = _scales(stored, repair.evidence["fitted"], family)
@@ -244,7 +244,7 @@ def _scales(stored: StoredCodes, fitted: Tensor, family: str) -> tuple[str, dict
 
 
 def _of_data(x: Tensor, codec: Codec, kind: int, scale: float, needed: float) -> Told:
-    family, reach = _FAMILIES[kind], needed * codec.largest
+    family, reach = FAMILIES[kind], needed * codec.largest
     clipped = float((x.abs() > scale * codec.largest).double().mean())
     small = float(((x != 0) & (x.abs() < scale * codec.tiniest)).double().mean())
     plain = scale == 1.0
