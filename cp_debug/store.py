@@ -184,7 +184,7 @@ class Store:
             with self._files.open(partial, "wb") as stream, zipfile.ZipFile(stream, "w") as entry:
                 entry.comment = key.encode()
                 for path in sorted(folder.iterdir()):
-                    file = zipfile.ZipInfo.from_file(path, path.name)
+                    file = zipfile.ZipInfo.from_file(path, path.name, strict_timestamps=False)
                     with path.open("rb") as source, entry.open(file, "w") as target:
                         shutil.copyfileobj(source, target, _AT_ONCE)
             self._files.mv(partial, place)
