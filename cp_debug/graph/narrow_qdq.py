@@ -1,4 +1,4 @@
-"""Put FP8 and 4-bit types into an ONNX graph: Q/DQ nodes in front of layers, weights stored in codes.
+"""Put INT8, FP8 and 4-bit types into an ONNX graph: Q/DQ nodes in front of layers, weights stored in codes.
 
 All nodes are ONNX's own: a constant scale for a tensor of data, or scales that the graph computes from the data it
 reads, one for each block of the axis that is summed (``block_size``, opset 21). Nodes and values keep their names.
@@ -21,7 +21,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, refill
 from cp_debug.graph.narrow_types import BITS, FIRST_OPSET
 from cp_debug.graph.onnx_file import reads
-from cp_debug.graph.qdq import raised
+from cp_debug.graph.opset import raised
 from cp_debug.graph.surgery import save, unused_names
 
 _CODES = {
@@ -31,6 +31,7 @@ _CODES = {
     TensorProto.INT4: ml_dtypes.int4,
     TensorProto.UINT4: ml_dtypes.uint4,
     TensorProto.UINT8: np.uint8,
+    TensorProto.INT8: np.int8,
 }
 _LARGEST = {TensorProto.FLOAT8E4M3FN: 448.0, TensorProto.FLOAT8E5M2: 57344.0, TensorProto.FLOAT4E2M1: 6.0}
 _BLOCK_OPSET = 21
@@ -69,10 +70,11 @@ class DataCodes:
     """ONNX data type of the codes."""
     rule: Literal["amax", "mx", "mx-up", "nvfp4"] = "amax"
     """Rule by which a block's scale is made of its largest magnitude."""
-    scale: float | None = None
-    """Constant scale of the tensor; for ``nvfp4`` the one that the blocks' E4M3 scales are multiplied by."""
+    scale: Any = None
+    """Constant scale of the tensor, or float32 [C] along ``axis``; for ``nvfp4`` the one that the blocks' E4M3 scales
+    are multiplied by."""
     axis: int = -1
-    """Axis that is summed: not negative, or -1. Blocks lie along it."""
+    """Axis that is summed: not negative, or -1. Blocks, or scales, lie along it."""
     size: int = 0
     """Length of that axis."""
     block: int = 0
@@ -103,50 +105,72 @@ def insert_narrow_qdq(graph: Graph, layers: Mapping[str, NarrowLayer], target: P
     nodes = {node.name for node in graph.nodes}
     if unknown := sorted(layers.keys() - nodes):
         raise InputError(f"{graph}: no node {unknown[0]!r} to quantize")
-    save(_NarrowSurgery(graph, layers, what).model(), graph, target)
+
+    def wanted(proto: onnx.NodeProto) -> Mapping[int, StoredWeight | DataCodes]:
+        layer = layers.get(proto.name)
+        slots = {0: layer.data, 1: layer.weight} if layer is not None else {}
+        return {slot: codes for slot, codes in slots.items() if codes is not None}
+
+    return insert_pairs(graph, wanted, target, what, needed_opset(layers))
+
+
+def insert_pairs(
+    graph: Graph,
+    wanted: Callable[[onnx.NodeProto], Mapping[int, StoredWeight | DataCodes]],
+    target: Path,
+    what: str,
+    opset: int,
+) -> Path:
+    """Write ``graph`` as ``target`` with the operands of nodes that are ``wanted`` (by place) in codes; return it.
+
+    What reads one value in one encoding shares its nodes. ``what``, and the errors: as of ``insert_narrow_qdq``.
+    """
+    model = raised(graph, opset, what)
+    surgery = _Pairs(unused_names(graph))
+    nodes = [new for proto in model.graph.node for new in surgery.rewritten(proto, wanted(proto))]
+    weights = list(model.graph.initializer)
+    if surgery.stores:
+        nodes, needed = _needed(nodes, {v.name for v in model.graph.output})
+        weights = [t for t in weights if t.name in needed]
+        model.ir_version = max(model.ir_version, {19: 9, 21: 10}.get(opset, 11))
+    refill(model.graph.node, nodes)
+    refill(model.graph.initializer, weights + surgery.constants)
+    save(model, graph, target)
     return target
 
 
 @dataclass
-class _NarrowSurgery:
-    graph: Graph
-    layers: Mapping[str, NarrowLayer]
-    what: str
+class _Pairs:
+    """One rewriting of a graph; each value gets one pair for an encoding."""
+
+    fresh: Callable[[str], str]
     constants: list[onnx.TensorProto] = field(default_factory=list)
     made: dict[tuple[Any, ...], str] = field(default_factory=dict)
     """Value and encoding → the name of what comes out of DequantizeLinear, where it is made already."""
+    stores: bool = False
+    """Whether any weight is stored in codes."""
 
-    def __post_init__(self) -> None:
-        self.fresh = unused_names(self.graph)
-
-    def model(self) -> onnx.ModelProto:
-        opset = needed_opset(self.layers)
-        model = raised(self.graph, opset, self.what)
-        nodes = [new for proto in model.graph.node for new in self._rewrite(proto)]
-        kept, needed = _needed(nodes, {v.name for v in model.graph.output})
-        weights = [t for t in model.graph.initializer if t.name in needed] + self.constants
-        refill(model.graph.node, kept)
-        refill(model.graph.initializer, weights)
-        model.ir_version = max(model.ir_version, {19: 9, 21: 10}.get(opset, 11))
-        return model
-
-    def _rewrite(self, proto: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-        layer = self.layers.get(proto.name)
-        if layer is not None:
-            nodes = _Nodes(self.fresh, self.constants)
-            if layer.data is not None:
-                key = proto.input[0], layer.data
-                if key not in self.made:
-                    self.made[key] = self._data(*key, nodes)
-                proto.input[0] = self.made[key]
-            proto.input[1] = self._weight(proto.input[1], layer.weight, nodes)
-            yield from nodes.made
+    def rewritten(
+        self, proto: onnx.NodeProto, wanted: Mapping[int, StoredWeight | DataCodes]
+    ) -> Iterator[onnx.NodeProto]:
+        """The node, behind the nodes that it is the first to need."""
+        nodes = _Nodes(self.fresh, self.constants)
+        for slot, codes in wanted.items():
+            value = proto.input[slot]
+            key: tuple[Any, ...]
+            if isinstance(codes, StoredWeight):
+                key = (value, codes.codes.tobytes(), codes.axis, codes.block)
+                self.stores = True
+                made = self.made.get(key) or self._weight(value, codes, nodes)
+            else:
+                scale = np.asarray(codes.scale, np.float32).tobytes()
+                key = (value, scale, codes.axis, codes.block, codes.kind, codes.rule)
+                made = self.made.get(key) or self._data(value, codes, nodes)
+            self.made[key] = proto.input[slot] = made
+        yield from nodes.made
         yield proto
 
     def _weight(self, value: str, weight: StoredWeight, nodes: _Nodes) -> str:
-        key = (value, weight.codes.tobytes(), weight.axis, weight.block)
-        if key in self.made:
-            return self.made[key]
         codes = nodes.constant(f"{value}__codes", weight.codes.astype(_CODES[weight.kind], copy=False))
         scale = weight.scale.astype(np.float32)
         along = {"axis": weight.axis} if scale.ndim else {}
@@ -169,16 +193,17 @@ class _NarrowSurgery:
         if weight.order is not None:
             order = nodes.integers(f"{value}__order", weight.order)
             whole = nodes.add("Gather", [whole, order], f"{value}__in_order", axis=weight.axis)
-        self.made[key] = whole
         return whole
 
     def _data(self, value: str, data: DataCodes, nodes: _Nodes) -> str:
         codes, result = f"{value}__codes", f"{value}__dequantized"
         if not data.block:
-            scale = nodes.constant(f"{value}__scale", np.asarray(data.scale, np.float32))
-            zero = nodes.constant(f"{value}__zero_point", np.zeros((), _CODES[data.kind]))
-            quantized = nodes.add("QuantizeLinear", [value, scale, zero], codes)
-            return nodes.add("DequantizeLinear", [quantized, scale, zero], result)
+            array = np.asarray(data.scale, np.float32)
+            zeros = nodes.constant(f"{value}__zero_point", np.zeros(array.shape, _CODES[data.kind]))
+            parameters = [nodes.constant(f"{value}__scale", array), zeros]
+            by = {"axis": data.axis} if array.ndim else {}
+            quantized = nodes.add("QuantizeLinear", [value, *parameters], codes, **by)
+            return nodes.add("DequantizeLinear", [quantized, *parameters], result, **by)
         along = {"axis": data.axis, "block_size": data.block}
         scale = self._scales(self._largest(value, data, nodes), data, nodes, value)
         quantized = nodes.add("QuantizeLinear", [value, scale], codes, output_dtype=data.kind, **along)

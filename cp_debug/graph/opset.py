@@ -7,7 +7,7 @@ from onnx import defs, external_data_helper, helper, version_converter
 
 from cp_debug.doing import doing
 from cp_debug.errors import InputError, in_one_line
-from cp_debug.graph.graph import Graph, external_files
+from cp_debug.graph.graph import Graph, Node, external_files
 from cp_debug.graph.operators import BODIES
 from cp_debug.graph.surgery import INLINE_LIMIT, tensor_bytes, weights_folder
 
@@ -46,6 +46,26 @@ def converted(model: onnx.ModelProto, graph: Graph, opset: int) -> onnx.ModelPro
     changed = [node for node in graph.nodes if node.proto.domain in ("", "ai.onnx") and not _same(node.op, old, opset)]
     where = f"--opset: {graph} is in opset {old}, and ONNX's converter"
     convert(model, graph, opset, where, relabel=not changed and not model.functions)
+    return model
+
+
+def raised(graph: Graph, opset: int, need: str) -> onnx.ModelProto:
+    """A copy of the model in ``opset`` at least: as it is where that means the same, else converted by ONNX, which puts
+    nodes beside it. Every node has a name of its own: one without is called after its place, which changes.
+
+    ``need``: what needs the opset, for messages. Raises InputError where ONNX does not convert one of the operators, or
+    would lose one of the values.
+    """
+    old = graph.opsets.get("", 1)
+    onnx_nodes = [node for node in graph.nodes if node.proto.domain in ("", "ai.onnx") and old < opset]
+    changed = [n for n in onnx_nodes if n.op in BODIES or _signature(n, old) != _signature(n, opset)]
+    model = inlined(graph) if changed else graph.copied()
+    for proto, node in zip(model.graph.node, graph.nodes, strict=True):
+        proto.name = node.name
+    if old < opset:
+        first = f", where {changed[0].op} (node {changed[0].name!r}) is another operator" if changed else ""
+        where = f"{graph}: opset {old}, but {need} needs {opset}{first}; export the model again: ONNX's converter"
+        convert(model, graph, opset, where, relabel=not changed)
     return model
 
 
@@ -88,6 +108,14 @@ def _same(operator: str, old: int, new: int) -> bool:
         return bool(defs.get_schema(operator, old).since_version == defs.get_schema(operator, new).since_version)
     except defs.SchemaError:
         return False
+
+
+def _signature(node: Node, opset: int) -> object:
+    """Inputs and defaults of a node's operator; None for one that is not in the schemas of ``opset``."""
+    if (schema := node.schema({"": opset})) is None:
+        return None
+    defaults = {n: a.default_value.SerializeToString() for n, a in schema.attributes.items() if a.default_value.type}
+    return [formal.name for formal in schema.inputs], defaults
 
 
 def _keep_notes(old: onnx.GraphProto, new: onnx.GraphProto) -> None:

@@ -7,23 +7,20 @@ INT8 constants). Nodes and values keep their names, so that a layer is called th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
 
 from cp_debug.errors import InputError
 from cp_debug.graph.downstream import from_inputs
-from cp_debug.graph.graph import Graph, Node, refill
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.narrow_qdq import DataCodes, insert_pairs
 from cp_debug.graph.onnx_tensors import FLOATS
-from cp_debug.graph.operators import BODIES, PRODUCTS
-from cp_debug.graph.opset import convert, inlined
-from cp_debug.graph.surgery import save, unused_names
+from cp_debug.graph.operators import PRODUCTS
 
 if TYPE_CHECKING:
     from cp_debug.graph.scales import LayerScales
@@ -50,8 +47,22 @@ def insert_qdq(
     not quantized, a node that is quantized already, a weight that is computed from the inputs, scales that do not fit
     the weight or are no numbers, and an opset that is too old.
     """
-    save(_QdqSurgery(graph, layers, residual_adds, stored).model(), graph, target)
-    return target
+    nodes, data = {node.name: node for node in graph.nodes}, _data(graph)
+    for name in (*layers, *residual_adds):
+        _check(graph, name, nodes.get(name), PRODUCTS if name in layers else {"Add"}, data)
+
+    def wanted(proto: onnx.NodeProto) -> Mapping[int, DataCodes]:
+        found: dict[int, tuple[Any, int | None]] = {
+            slot: (stored[value], None) for slot, value in enumerate(proto.input) if value in stored
+        }
+        if proto.name in layers:
+            layer = layers[proto.name]
+            found |= {0: (layer.input, None), 1: _of_weight(graph, nodes[proto.name], layer.weight)}
+        elif proto.name in residual_adds:
+            found |= dict.fromkeys((0, 1), (residual_adds[proto.name], None))
+        return {slot: _int8(graph, proto, slot, *found[slot]) for slot in sorted(found)}
+
+    return insert_pairs(graph, wanted, target, "INT8", OPSET)
 
 
 def has_own_pairs(graph: Graph) -> bool:
@@ -79,138 +90,56 @@ def gives_floats(graph: Graph, node: Node) -> bool:
     return kind is None or kind.tensor_type.elem_type in (onnx.TensorProto.UNDEFINED, *FLOATS)
 
 
-@dataclass
-class _QdqSurgery:
-    """One rewriting of ``graph`` with Q/DQ pairs; each value and scale gets one pair."""
+def _check(graph: Graph, name: str, node: Node | None, expected: Collection[str], data: Collection[str]) -> None:
+    """Raise InputError unless the node exists, has an operator for INT8, and reads unquantized FP32."""
+    if node is None:
+        raise InputError(f"{graph}: no node {name!r} to quantize")
+    where = f"{graph}: node {name!r}"
+    if node.op not in expected:
+        raise InputError(f"{where} is of {node.op}; expected {' or '.join(expected)}")
+    for value in node.proto.input[:2]:
+        if value in graph.producer and graph.producer[value].op == "DequantizeLinear":
+            raise InputError(f"{where} is quantized already: {value!r} comes out of DequantizeLinear")
+        if _type(graph, value)[0] not in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.FLOAT):
+            raise InputError(f"{where} reads {value!r}, which is not FP32; quantize before casting")
+    if node.op in PRODUCTS and node.proto.input[1] in data:
+        raise InputError(f"{where} multiplies two computed values; it has no weight to quantize")
 
-    graph: Graph
-    layers: Mapping[str, LayerScales]
-    residual_adds: Mapping[str, float]
-    stored: Mapping[str, float]
-    pairs: dict[tuple[str, bytes, int | None], str] = field(default_factory=dict)
-    """(Value, its scale, the scale's axis) → the value that went through INT8."""
-    weights: list[onnx.TensorProto] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.nodes = {node.name: node for node in self.graph.nodes}
-        self.fresh = unused_names(self.graph)
-        self.data = _data(self.graph)
+def _of_weight(graph: Graph, node: Node, amax: np.ndarray) -> tuple[np.ndarray, int | None]:
+    """The weight's largest magnitudes (float32 ``[C_out]``) and their axis; a scalar and None for one scale."""
+    amax, (_, shape) = np.asarray(amax, np.float32).reshape(-1), _type(graph, node.proto.input[1])
+    if len(amax) == 1:
+        return amax[0], None
+    axis = weight_axis(node, len(shape) if shape else 2)
+    if shape is not None and shape[axis] != len(amax):
+        grouped = node.op == "ConvTranspose" and node.attribute("group", 1) > 1
+        why = "; ONNX has no scale for each output channel of a grouped ConvTranspose" if grouped else ""
+        raise InputError(
+            f"{graph}: node {node.name!r} has {len(amax)} weight scales; expected 1 or {shape[axis]}, "
+            f"axis {axis} of its weight {list(shape)}{why}"
+        )
+    return amax, axis
 
-    def model(self) -> onnx.ModelProto:
-        """The rewritten model. Raises InputError as ``insert_qdq`` does."""
-        for name in (*self.layers, *self.residual_adds):
-            self._check(name)
-        model = raised(self.graph, OPSET, "INT8")
-        refill(model.graph.node, (new for proto in model.graph.node for new in self._rewrite(proto)))
-        model.graph.initializer.extend(self.weights)
-        return model
 
-    def _check(self, name: str) -> None:
-        """Raise InputError unless the node exists, has an operator for INT8, and reads unquantized FP32."""
-        node, where = self.nodes.get(name), f"{self.graph}: "
-        if node is None:
-            raise InputError(f"{where}no node {name!r} to quantize")
-        expected = PRODUCTS if name in self.layers else ("Add",)
-        if node.op not in expected:
-            raise InputError(f"{where}node {name!r} is of {node.op}; expected {' or '.join(expected)}")
-        for value in node.proto.input[:2]:
-            if value in self.graph.producer and self.graph.producer[value].op == "DequantizeLinear":
-                raise InputError(f"{where}node {name!r} is quantized already: {value!r} comes out of DequantizeLinear")
-            if self._type(value)[0] not in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.FLOAT):
-                raise InputError(f"{where}node {name!r} reads {value!r}, which is not FP32; quantize before casting")
-        if name in self.layers and node.proto.input[1] in self.data:
-            raise InputError(f"{where}node {name!r} multiplies two computed values; it has no weight to quantize")
+def _type(graph: Graph, value: str) -> tuple[int, tuple[int, ...] | None]:
+    """Data type (0 where unknown) and shape of a value or weight."""
+    if value in graph.initializers:
+        weight = graph.weight(value)
+        return weight.data_type, tuple(weight.dims)
+    kind = graph.types.get(value, onnx.TypeProto()).tensor_type
+    return kind.elem_type, tuple(d.dim_value for d in kind.shape.dim) if kind.HasField("shape") else None
 
-    def _rewrite(self, proto: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-        """The node, behind the pairs that it is the first to need."""
-        name = proto.name
-        ranges: dict[int, tuple[np.ndarray, int | None]] = {
-            slot: (np.asarray(self.stored[value], np.float32), None)
-            for slot, value in enumerate(proto.input)
-            if value in self.stored
-        }
-        if name in self.layers:
-            layer = self.layers[name]
-            weight = self._of_weight(self.nodes[name], layer.weight)
-            ranges |= {0: (np.asarray(layer.input, np.float32), None), 1: weight}
-        elif name in self.residual_adds:
-            ranges |= dict.fromkeys((0, 1), (np.asarray(self.residual_adds[name], np.float32), None))
-        for slot, (amax, axis) in sorted(ranges.items()):
-            proto.input[slot], pair = self._quantized(name, proto.input[slot], amax, axis)
-            yield from pair
-        yield proto
 
-    def _of_weight(self, node: Node, amax: np.ndarray) -> tuple[np.ndarray, int | None]:
-        """The weight's largest magnitudes (float32 ``[C_out]``) and their axis; a scalar and None for one scale."""
-        amax, (_, shape) = np.asarray(amax, np.float32).reshape(-1), self._type(node.proto.input[1])
-        if len(amax) == 1:
-            return amax[0], None
-        axis = weight_axis(node, len(shape) if shape else 2)
-        if shape is not None and shape[axis] != len(amax):
-            grouped = node.op == "ConvTranspose" and node.attribute("group", 1) > 1
-            why = "; ONNX has no scale for each output channel of a grouped ConvTranspose" if grouped else ""
-            raise InputError(
-                f"{self.graph}: node {node.name!r} has {len(amax)} weight scales; expected 1 or {shape[axis]}, "
-                f"axis {axis} of its weight {list(shape)}{why}"
-            )
-        return amax, axis
-
-    def _type(self, value: str) -> tuple[int, tuple[int, ...] | None]:
-        """Data type (0 where unknown) and shape of a value or weight."""
-        if value in self.graph.initializers:
-            weight = self.graph.weight(value)
-            return weight.data_type, tuple(weight.dims)
-        kind = self.graph.types.get(value, onnx.TypeProto()).tensor_type
-        return kind.elem_type, tuple(d.dim_value for d in kind.shape.dim) if kind.HasField("shape") else None
-
-    def _quantized(self, node: str, value: str, amax: np.ndarray, axis: int | None) -> tuple[str, list[onnx.NodeProto]]:
-        """The name of ``value`` after INT8, and the pair of nodes that makes it unless they exist."""
-        if not np.isfinite(amax).all() or (amax < 0).any():
-            raise InputError(f"{self.graph}: node {node!r}: the range of {value!r} is {amax}; expected ≥ 0")
-        scale = np.where(amax > 0, amax / np.float32(LEVELS), np.float32(1))  # what is all zero stays zero
-        key = (value, scale.tobytes(), axis)
-        if key in self.pairs:
-            return self.pairs[key], []
-        levels, result = self.fresh(f"{value}__int8"), self.fresh(f"{value}__dequantized")
-        parameters = [self.fresh(f"{value}__scale"), self.fresh(f"{value}__zero_point")]
-        for name, array in zip(parameters, (scale.astype(np.float32), np.zeros(scale.shape, np.int8)), strict=True):
-            self.weights.append(numpy_helper.from_array(array, name))
-        self.pairs[key] = result
-        along = {} if axis is None else {"axis": axis}
-        return result, [
-            helper.make_node(op, [source, *parameters], [name_out], name=self.fresh(f"{name_out}_{op}"), **along)
-            for op, source, name_out in (("QuantizeLinear", value, levels), ("DequantizeLinear", levels, result))
-        ]
+def _int8(graph: Graph, proto: onnx.NodeProto, slot: int, amax: Any, axis: int | None) -> DataCodes:
+    """The encoding for a largest magnitude, or one for each index of an axis."""
+    amax = np.asarray(amax, np.float32)
+    if not np.isfinite(amax).all() or (amax < 0).any():
+        raise InputError(f"{graph}: node {proto.name!r}: the range of {proto.input[slot]!r} is {amax}; expected ≥ 0")
+    scale = np.where(amax > 0, amax / np.float32(LEVELS), np.float32(1))  # what is all zero stays zero
+    return DataCodes(onnx.TensorProto.INT8, scale=scale, axis=-1 if axis is None else axis)
 
 
 def _data(graph: Graph) -> set[str]:
     """Every value that depends on an input of the graph, and the inputs."""
     return {*from_inputs(graph), *(v.name for v in graph.inputs)}
-
-
-def raised(graph: Graph, opset: int, need: str) -> onnx.ModelProto:
-    """A copy of the model in ``opset`` at least: as it is where that means the same, else converted by ONNX, which puts
-    nodes beside it. Every node has a name of its own: one without is called after its place, which changes.
-
-    ``need``: what needs the opset, for messages. Raises InputError where ONNX does not convert one of the operators, or
-    would lose one of the values.
-    """
-    old = graph.opsets.get("", 1)
-    onnx_nodes = [node for node in graph.nodes if node.proto.domain in ("", "ai.onnx") and old < opset]
-    changed = [n for n in onnx_nodes if n.op in BODIES or _signature(n, old) != _signature(n, opset)]
-    model = inlined(graph) if changed else graph.copied()
-    for proto, node in zip(model.graph.node, graph.nodes, strict=True):
-        proto.name = node.name
-    if old < opset:
-        first = f", where {changed[0].op} (node {changed[0].name!r}) is another operator" if changed else ""
-        where = f"{graph}: opset {old}, but {need} needs {opset}{first}; export the model again: ONNX's converter"
-        convert(model, graph, opset, where, relabel=not changed)
-    return model
-
-
-def _signature(node: Node, opset: int) -> object:
-    """Inputs and defaults of a node's operator; None for one that is not in the schemas of ``opset``."""
-    if (schema := node.schema({"": opset})) is None:
-        return None
-    defaults = {n: a.default_value.SerializeToString() for n, a in schema.attributes.items() if a.default_value.type}
-    return [formal.name for formal in schema.inputs], defaults
