@@ -38,6 +38,13 @@ OTHER = (
     "{folder}/{other}/bin/python -m pip install -q -c constraints.txt -e '.[dev]' && "
     "{folder}/{other}/bin/python -m pytest -n auto -p no:cacheprovider --junitxml={junit}"
 )
+EXECUTORCH = (
+    "{python} -m venv --clear {folder}/executorch && "
+    "{folder}/executorch/bin/python -m pip install -q -c constraints.txt -e '.[cpu]' && "
+    "{folder}/executorch/bin/python -m pip install -q --no-deps executorch==1.5.1 flatbuffers ruamel.yaml tabulate && "
+    "{folder}/executorch/bin/python -W ignore examples/executorch_dump.py | tee {folder}/executorch.txt && "
+    "grep -q 'guilty: node_gelu' {folder}/executorch.txt && grep -q 'approximate is tanh' {folder}/executorch.txt"
+)
 PARTS = (
     Part("checks", "{bin}/ruff check . && {bin}/ruff format --check . && {bin}/mypy"),
     Part("quick", TESTS + "-n auto --random-order -m 'not slow and not process'"),
@@ -55,6 +62,7 @@ PARTS = (
         "make --no-print-directory test-mmdet3d PYTHON={python} JUNIT={folder} MMDET3D_ENV={cache}/mmdet3d",
         "g++",
     ),
+    Part("executorch", EXECUTORCH),
     *(Part(name, OTHER.replace("{other}", name), name) for name in ("python3.10", "python3.13")),
 )
 AUDIT = "skips"
