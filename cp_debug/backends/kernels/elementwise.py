@@ -78,24 +78,15 @@ def power(call: Call, base: Tensor, exponent: Tensor) -> Tensor:
     return torch.pow(base, exponent).to(base.dtype)
 
 
-@kernel("Sum")
+@kernel("Sum", "Mean")
 def total(call: Call, *values: Tensor) -> Tensor:
-    return functools.reduce(torch.add, values)
+    summed = functools.reduce(torch.add, values)
+    return summed / len(values) if call.node.op == "Mean" else summed
 
 
-@kernel("Mean")
-def mean(call: Call, *values: Tensor) -> Tensor:
-    return functools.reduce(torch.add, values) / len(values)
-
-
-@kernel("Max", rounds=False)
-def maximum(call: Call, *values: Tensor) -> Tensor:
-    return functools.reduce(torch.maximum, values)
-
-
-@kernel("Min", rounds=False)
-def minimum(call: Call, *values: Tensor) -> Tensor:
-    return functools.reduce(torch.minimum, values)
+@kernel("Max", "Min", rounds=False)
+def extreme(call: Call, *values: Tensor) -> Tensor:
+    return functools.reduce(torch.maximum if call.node.op == "Max" else torch.minimum, values)
 
 
 @kernel("Where", rounds=False)

@@ -26,8 +26,8 @@ def roi_align(call: Call, x: Tensor, rois: Tensor, batch: Tensor) -> Tensor:
     rows, columns, ratio = call["output_height"], call["output_width"], call["sampling_ratio"]
     results = []
     for roi, image in zip((rois * call["spatial_scale"] - 0.5 * half), batch.tolist(), strict=True):
-        candidates, top, right, bottom = roi.unbind()
-        width, height = right - candidates, bottom - top
+        left, top, right, bottom = roi.unbind()
+        width, height = right - left, bottom - top
         if not half:
             width, height = width.clamp(min=1.0), height.clamp(min=1.0)
         counts = [int(ratio) or math.ceil(float(span) / n) for span, n in ((height, rows), (width, columns))]
@@ -36,7 +36,7 @@ def roi_align(call: Call, x: Tensor, rois: Tensor, batch: Tensor) -> Tensor:
             continue
         y, ix = (
             start + (torch.arange(n * count, dtype=x.dtype, device=x.device) + 0.5) * (span / (n * count))
-            for start, span, n, count in ((top, height, rows, counts[0]), (candidates, width, columns, counts[1]))
+            for start, span, n, count in ((top, height, rows, counts[0]), (left, width, columns, counts[1]))
         )
         # [C, 4 neighbours, output rows × samples, output columns × samples]
         parts = torch.stack(_neighbours(x[image], y[:, None], ix[None]), 1)
@@ -76,10 +76,10 @@ def max_roi_pool(call: Call, x: Tensor, rois: Tensor) -> Tensor:
     result = x.new_zeros(rois.shape[0], x.shape[1], rows, columns)
     for r, roi in enumerate(rois.tolist()):
         scaled = [math.floor(abs(v) * call["spatial_scale"] + 0.5) * (1 if v >= 0 else -1) for v in roi[1:]]
-        candidates, top, right, bottom = scaled
+        left, top, right, bottom = scaled
         bins = (
             (top, max(bottom - top + 1, 1) / rows, x.shape[2]),
-            (candidates, max(right - candidates + 1, 1) / columns, x.shape[3]),
+            (left, max(right - left + 1, 1) / columns, x.shape[3]),
         )
         for i in range(rows):
             for j in range(columns):
