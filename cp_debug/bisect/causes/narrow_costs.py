@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.narrow_options import GRANULARITIES, GROUPS, Granularity, NarrowOptions, is_narrow
 from cp_debug.backends.scaling import MX_BLOCK, NVFP4_BLOCK, Axes, Scaling
+from cp_debug.bisect.causes.base import Candidate
 from cp_debug.bisect.causes.narrow import FIXES, Operands
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.finding import Finding
@@ -37,18 +38,6 @@ ASKED = 8
 """Layers that are asked, those that introduce most first."""
 
 
-@dataclass
-class Remedy:
-    """A change of the declaration that makes a layer's error smaller, and by how much."""
-
-    cause: str
-    says: str
-    gain: float
-    """Error as declared ÷ error with the remedy."""
-    fix: str
-    evidence: dict[str, Any]
-
-
 def costs(
     rows: Mapping[Key, LayerRow], claim: str, roundoff: float, segment: Callable[[Key, LayerRow], Segment]
 ) -> Iterator[Finding]:
@@ -67,20 +56,20 @@ def costs(
         and (row.replay.introduced or 0.0) > NOTABLE * roundoff
     ]
     asked.sort(key=lambda item: item[1].replay.introduced or 0.0, reverse=True)  # type: ignore[union-attr]
-    groups: dict[str, list[tuple[LayerRow, Remedy]]] = {}
+    groups: dict[str, list[tuple[LayerRow, Candidate]]] = {}
     for key, row in asked[:ASKED]:
         if (found := remedy(segment(key, row), NarrowOptions.parse(claim))) is not None:
             groups.setdefault(found.cause, []).append((row, found))
     for cause, members in groups.items():
         worst = max(members, key=lambda pair: pair[1].evidence["error_as_declared"])[1]
         names = [row.name for row, _ in members]
-        evidence = {"declared": True, **worst.evidence, "gains": {row.name: found.gain for row, found in members}}
+        evidence = {"declared": True, **worst.evidence, "gains": {row.name: r.evidence["gain"] for row, r in members}}
         fix = worst.fix.replace("{layers}", ", ".join(names))
         yield Finding(cause, worst.says, names, [row.op for row, _ in members], evidence=evidence, fix=fix)
 
 
-def remedy(segment: Segment, options: NarrowOptions) -> Remedy | None:
-    """The remedy for a layer's own numbers that gains most; None where none gains enough.
+def remedy(segment: Segment, options: NarrowOptions) -> Candidate | None:
+    """The change of the declaration that makes a layer's error smaller by most; None where none gains enough.
 
     ``options``: the layer's declared precision. The layer is computed again by each remedy from its captured inputs.
     """
@@ -92,9 +81,9 @@ def remedy(segment: Segment, options: NarrowOptions) -> Remedy | None:
         if gain >= GAIN:
             figures = {"error_as_declared": declared, "error_then": error, "gain": gain, **evidence}
             says = f"{text}: the error falls from {declared:.2g} to {error:.2g}"
-            found.append(Remedy(cause, says, gain, FIXES[cause], figures))
-    best = max((r.gain for r in found), default=0.0)
-    return next((r for r in found if r.gain >= AS_GOOD * best), None)
+            found.append(Candidate(cause, says, value, 0, figures, FIXES[cause]))
+    best = max((r.evidence["gain"] for r in found), default=0.0)
+    return next((r for r in found if r.evidence["gain"] >= AS_GOOD * best), None)
 
 
 def _tried(segment: Segment, options: NarrowOptions) -> Iterator[tuple[str, str, Tensor, dict[str, Any]]]:
