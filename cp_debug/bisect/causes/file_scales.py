@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,20 +37,6 @@ _FIX = {
 }
 
 
-class Told(NamedTuple):
-    """A scale of a layer's file that is not that of its numbers, or several of them."""
-
-    cause: str
-    says: str
-    fix: str
-    evidence: dict[str, Any]
-
-    @property
-    def clipped(self) -> float:
-        """Share of the numbers that are clipped; 1 where the scale is wrong for all of them."""
-        return float(self.evidence.get("clipped", 1.0))
-
-
 def wrong_scale(piece: OtherPiece) -> Candidate | None:
     """The scale without which a layer would be much nearer to the exact result, where the test's own nodes reproduce
     the layer: one of FP8 or 4 bits that is not that of its numbers, one of INT8 that clips. None without one.
@@ -62,10 +48,10 @@ def wrong_scale(piece: OtherPiece) -> Candidate | None:
     if not products or segment.strange or segment.test.shape != segment.exact.shape:
         return None
     try:
-        tried = sorted((*_of_codes(piece), *_of_grids(piece)), key=lambda each: -each[2].clipped)
+        # Where nothing is said of clipping, the scale is wrong for all of the numbers.
+        tried = sorted((*_of_codes(piece), *_of_grids(piece)), key=lambda each: -each[1].evidence.get("clipped", 1.0))
         found = [
-            (relative_l2(piece.run({name: better.to(held)}), segment.exact), told)
-            for name, better, told in tried[:MOST]
+            (relative_l2(piece.run({name: wrong.value.to(held)}), segment.exact), wrong) for name, wrong in tried[:MOST]
         ]
         then, worst = min(found, key=lambda pair: pair[0], default=(0.0, None))
         if worst is None or not (now := relative_l2(piece.run(), segment.exact)) > BETTER * then:
@@ -88,17 +74,17 @@ def _products(piece: OtherPiece) -> Iterator[tuple[Tensor, Node]]:
             yield weight, twin
 
 
-def _of_codes(piece: OtherPiece) -> Iterator[tuple[str, Tensor, Told]]:
-    """Weights in FP8 and 4 bits: the value that holds them, what it would be, and what is wrong."""
+def _of_codes(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:
+    """Weights in FP8 and 4 bits: the value that holds them, and what is wrong, with what it would be."""
     for weight, twin in _products(piece):
         stored = stored_codes(piece.other.graph, twin)
         if stored is None or not (is_narrow_kind(stored.kind) or stored.bits is not None):
             continue
         if (repair := stored.repair(weight)) is not None:
-            yield stored.dequantizer.outputs[0], repair.value, _of_weight(stored, repair)
+            yield stored.dequantizer.outputs[0], _of_weight(stored, repair)
 
 
-def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Tensor, Told]]:
+def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:
     """The same of data in FP8 with one scale, and of numbers that a scale in INT8 cuts off."""
     constants, graph = piece.other.constants, piece.other.graph
     weights = {twin.proto.input[1]: weight for weight, twin in _products(piece)}
@@ -125,8 +111,7 @@ def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Tensor, Told]]:
         kind = constant_type(graph, zero) if zero else constant_type(graph, node.proto.input[0]) or 2
         if kind in CODECS and quantizer is not None and np.size(constants[scale]) == 1:
             codec, needed = CODECS[kind], float(numbers.abs().max()) / CODECS[kind].largest or 1.0
-            wrong = _of_data(numbers, codec, kind, float(np.ravel(constants[scale])[0]), needed)
-            yield node.outputs[0], codec(numbers / needed) * needed, wrong
+            yield node.outputs[0], _of_data(numbers, codec, kind, float(np.ravel(constants[scale])[0]), needed)
         elif kind in _ENDS and not node.attribute("block_size"):
             scales, offset = (
                 torch.from_numpy(np.asarray(array).astype(np.float64))
@@ -137,7 +122,7 @@ def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Tensor, Told]]:
             stored = _Read(of, node, grid, numbers, values[node.outputs[0]])
             fits = bool((scales > 0).all()) and grid.fits(numbers.shape) and stored.stored.shape == numbers.shape
             if fits and bool(stored.beyond.any()):
-                yield node.outputs[0], stored.without(), stored.told()
+                yield node.outputs[0], stored.told()
 
 
 @dataclass(frozen=True)
@@ -165,7 +150,7 @@ class _Read:
         """The node's result if its range had no ends."""
         return torch.where(self.beyond, self.grid.value(self.grid.levels(self.numbers)), self.stored)
 
-    def told(self) -> Told:
+    def told(self) -> Candidate:
         """The scales that clip, with their channels where they have any."""
         beyond, many = self.beyond, self.grid.scale.numel() > 1
         axis = self.grid.axis % beyond.dim() if many else 0
@@ -193,29 +178,30 @@ class _Read:
             "clipped": share,
             **({"channels": channels.tolist(), "axis": axis} if many else {}),
         }
-        return Told("int8-clipped", says, _FIX[self.of], evidence)
+        return Candidate("int8-clipped", says, self.without(), 0, evidence, _FIX[self.of])
 
 
-def _of_weight(stored: StoredCodes, repair: Repair) -> Told:
+def _of_weight(stored: StoredCodes, repair: Repair) -> Candidate:
     family = f"int{stored.bits}" if stored.bits is not None else FAMILIES[stored.kind]
     name = "int4-weights" if family.startswith("int") else f"{family}-weights"
     if repair.kind == "scales":
         says, evidence = _scales(stored, repair.evidence["fitted"], family)
         fix = "store the scales with which the weights of {layers} were rounded, in their order, or quantize them again"
-        return Told(name, says, fix, evidence)
+        return Candidate(name, says, repair.value, 0, evidence, fix)
     evidence = {"wrong": repair.kind, **repair.evidence}
     if repair.kind == "zero-points":
         says, fix = _zero_points(repair.evidence), "store the zero points of {layers} as their format has them: GPTQ's "
-        return Told(name, says, fix + "first format stores them minus 1, gptq_v2 and AWQ as they are", evidence)
+        fix += "first format stores them minus 1, gptq_v2 and AWQ as they are"
+        return Candidate(name, says, repair.value, 0, evidence, fix)
     if repair.kind == "groups":
         moved, of = repair.evidence["moved"], repair.evidence["of"]
         says = f"{moved} of {of} inputs are not in the groups of their {family.upper()} codes"
         fix = "keep g_idx of {layers}, which says the group of each input (desc_act), or quantize without it"
-        return Told(name, says, fix, evidence)
+        return Candidate(name, says, repair.value, 0, evidence, fix)
     what, order, along = repair.evidence["what"], repair.evidence["order"], repair.evidence["axis"]
     says = f"its {family.upper()} {what} are in another order within words of eight along axis {along}: {order}"
     fix = "unpack the words of {layers} in the order of their format: AWQ's is 0, 2, 4, 6, 1, 3, 5, 7, GPTQ's is plain"
-    return Told(name, says, fix, evidence)
+    return Candidate(name, says, repair.value, 0, evidence, fix)
 
 
 def _zero_points(evidence: Mapping[str, Any]) -> str:
@@ -243,7 +229,7 @@ def _scales(stored: StoredCodes, fitted: Tensor, family: str) -> tuple[str, dict
     return says, {"share": share, "low": low, "high": high}
 
 
-def _of_data(x: Tensor, codec: Codec, kind: int, scale: float, needed: float) -> Told:
+def _of_data(x: Tensor, codec: Codec, kind: int, scale: float, needed: float) -> Candidate:
     family, reach = FAMILIES[kind], needed * codec.largest
     clipped = float((x.abs() > scale * codec.largest).double().mean())
     small = float(((x != 0) & (x.abs() < scale * codec.tiniest)).double().mean())
@@ -258,4 +244,4 @@ def _of_data(x: Tensor, codec: Codec, kind: int, scale: float, needed: float) ->
     says = f"its data reaches {reach:.4g}, the file's {family.upper()} scale {scale:.3g} is for {meant:.4g}"
     fix = "calibrate {layers} on data like this: a scale of " + f"{needed:.3g}"
     evidence = {"scale": scale, "needed_scale": needed, "clipped": clipped, "below_normal": small}
-    return Told(name, f"{says}: {what}", fix, evidence)
+    return Candidate(name, f"{says}: {what}", codec(x / needed) * needed, 0, evidence, fix)
