@@ -202,7 +202,7 @@ def _contexts(command: Any, context: Any) -> Iterator[Any]:
 
 def _command(context: Any, path: str) -> Iterator[str]:
     """Heading, text, usage, arguments and options of one command."""
-    from cp_debug.cli.help import grouped
+    from cp_debug.cli.typed import grouped
 
     command = context.command
     usage = " ".join(command.collect_usage_pieces(context))

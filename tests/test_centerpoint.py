@@ -15,9 +15,8 @@ from torch import nn
 
 from cp_debug.errors import InputError
 from cp_debug.recipes.centerpoint.config import CONFIGS, OUTPUT_ORDER, TINY, CenterPointConfig, get_config
-from cp_debug.recipes.centerpoint.decode import decode
+from cp_debug.recipes.centerpoint.decode import circle_nms, decode, rotated_nms
 from cp_debug.recipes.centerpoint.model import CenterPoint, build_model
-from cp_debug.recipes.centerpoint.nms import circle_nms, rotated_nms
 from cp_debug.recipes.centerpoint.pillar_encoder import decorate
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.centerpoint.scatter import scatter

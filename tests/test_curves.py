@@ -12,8 +12,7 @@ from numpy.testing import assert_allclose
 
 from cp_debug.detection import metrics
 from cp_debug.detection.boxes import Boxes, Objects
-from cp_debug.detection.curves import Curves, Hits, _drawn_neighbours, _line, _running_means
-from cp_debug.detection.metrics import score
+from cp_debug.detection.metrics import Curves, Hits, _drawn_neighbours, _line, _running_means, score
 
 SAMPLES = 4
 

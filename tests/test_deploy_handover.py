@@ -16,8 +16,7 @@ from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import Export, Pipeline, prepare
 from cp_debug.recipes.base import Sample
 from cp_debug.recipes.centerpoint.config import TINY
-from cp_debug.recipes.centerpoint.recipe import BACKBONE_NECK_HEAD, CenterPointModel
-from cp_debug.recipes.centerpoint.rotation import turn
+from cp_debug.recipes.centerpoint.recipe import BACKBONE_NECK_HEAD, CenterPointModel, turn
 
 CHECKS = InterfaceChecks(TINY)
 

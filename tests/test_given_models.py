@@ -17,7 +17,7 @@ from cp_debug.bisect.options import Options
 from cp_debug.deploy.interface_checks import checked
 from cp_debug.errors import InputError
 from cp_debug.probes.arrays import is_torch
-from cp_debug.programs.module_source import note_modules
+from cp_debug.programs.export import note_modules
 from cp_debug.recipes.abilities import Batches, DetectsBoxes, HasClasses, HasData, TurnsYaw, with_samples
 from cp_debug.recipes.base import Sample
 from cp_debug.recipes.callables import load_callable

@@ -14,7 +14,7 @@ from test_cli import run
 from typer.main import get_command
 
 from cp_debug.cli.main import application
-from cp_debug.cli.own_words import all_options, in_own_words
+from cp_debug.cli.typed import all_options, in_own_words
 
 ELSEWHERE = {"--map": "bisect", "--samples": "bisect", "--test-model": "bisect", "--test-checkpoint": "bisect",
              "--goal": "predict", "--backends": "bisect", "--inputs": "bisect", "--html": "bisect"}  # fmt: skip

@@ -20,7 +20,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.programs.packed_graph import with_levels
 from cp_debug.recipes.packed_weights import PackedWeight
-from cp_debug.recipes.quantized_folder import packing_of, read_state
+from cp_debug.recipes.transformers_folder import packing_of, read_state
 
 INPUTS, OUTPUTS, GROUP = 64, 32, 16
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

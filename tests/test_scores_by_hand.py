@@ -20,8 +20,8 @@ from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.fusion_groups import FusionGroup
 from cp_debug.mixed_precision.goal import Goal
-from cp_debug.mixed_precision.predict import Predictor
 from cp_debug.mixed_precision.sensitivity import Int8Effect
+from cp_debug.mixed_precision.strategy import Predictor
 from cp_debug.mixed_precision.trial import Measured
 from cp_debug.recipes.data.base import Truth
 from cp_debug.reports.numbers import fixed, signed

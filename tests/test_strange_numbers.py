@@ -32,7 +32,7 @@ from cp_debug.probes.statistics_reduce import reduce_pair
 from cp_debug.recipes.base import Sample
 from cp_debug.recipes.centerpoint.config import CONFIGS
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
-from cp_debug.recipes.data.folder import FolderData
+from cp_debug.recipes.data.open_data import FolderData
 from cp_debug.recipes.data.points import read_points
 from cp_debug.reports.tables import layer_table
 from cp_debug.reports.verdict_line import verdict_line

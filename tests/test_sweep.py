@@ -24,7 +24,7 @@ from test_cli import run as cli
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.cli.sweep_desk import _progress_on
+from cp_debug.cli.sweep import _progress_on
 from cp_debug.detection.evaluate import as_detector, evaluate
 from cp_debug.detection.evaluation import EvaluationOptions
 from cp_debug.errors import InputError

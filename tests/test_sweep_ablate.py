@@ -26,7 +26,6 @@ from cp_debug.detection.breakdown import Rings, by_class, by_distance, rings_of
 from cp_debug.detection.evaluation import EvaluationOptions
 from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
-from cp_debug.mixed_precision.ablation import Ablation
 from cp_debug.programs.pipeline import Export, prepare
 from cp_debug.recipes.base import Component
 from cp_debug.recipes.centerpoint.decode import Detections
@@ -34,6 +33,7 @@ from cp_debug.recipes.data.base import DataOptions, Truth
 from cp_debug.reports.sweep import render_page, section
 from cp_debug.serialize import decode
 from cp_debug.sweep import ablating
+from cp_debug.sweep.ablating import Ablation
 from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.result import SweepResult
 

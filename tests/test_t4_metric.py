@@ -18,12 +18,11 @@ from rich.console import Console
 from test_cli import run
 from test_evaluation import record
 
-from cp_debug.detection import t4_draws
+from cp_debug.detection import t4_metric
 from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.detection.evaluation import BackendScores, EvaluationOptions, EvaluationResult, score_backends
 from cp_debug.detection.predictions import Predictions
-from cp_debug.detection.t4_draws import FRAME_TIME, scene_draws
-from cp_debug.detection.t4_metric import check_installed, t4_figures
+from cp_debug.detection.t4_metric import FRAME_TIME, check_installed, scene_draws, t4_figures
 from cp_debug.errors import InputError, MissingPackage
 from cp_debug.recipes.data.base import Truth
 from cp_debug.reports.evaluation import render
@@ -187,7 +186,7 @@ def test_draws_count_frames_as_often_as_they_were_drawn() -> None:
     assert draws["mAPH_plane_distance"][2] == 0
     many = np.concatenate((WEIGHTS, np.tile(WEIGHTS, (20, 1))))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(t4_draws, "BLOCK", 14)  # seven draws of the two detections at once
+        patch.setattr(t4_metric, "BLOCK", 14)  # seven draws of the two detections at once
         in_blocks = scene_draws(scene([scored(found, half)], [scored(found, heading, 0.5)]), truths, many)
     assert in_blocks is not None
     assert in_blocks["mAP_plane_distance"] == pytest.approx(np.tile([half, 1, 0], 21))
@@ -213,18 +212,18 @@ WORSE = ConfidenceInterval(-1, -1, -1)
 
 def test_means_of_draws_leave_out_what_is_not_defined() -> None:
     values = [np.array([1.0, np.nan, np.nan]), np.array([3.0, 4.0, np.nan])]
-    assert_allclose(t4_draws._mean(values), [2, 4, np.nan])
-    assert t4_draws._differs(1.0, 1.0 + 3e-9)
-    assert not t4_draws._differs(1.0, 1.0 + 0.5e-9)
-    assert not t4_draws._differs(math.nan, math.nan)
-    assert t4_draws._differs(math.nan, 1.0)
+    assert_allclose(t4_metric._mean(values), [2, 4, np.nan])
+    assert t4_metric._differs(1.0, 1.0 + 3e-9)
+    assert not t4_metric._differs(1.0, 1.0 + 0.5e-9)
+    assert not t4_metric._differs(math.nan, math.nan)
+    assert t4_metric._differs(math.nan, 1.0)
 
 
 def test_an_average_precision_of_draws_by_hand() -> None:
     """All objects found without a false one: 1. Half of them: the recalls up to a half, of those above a tenth."""
     gain, miss = np.array([1.0, 1.0]), np.zeros(2)
     counts = np.array([[1.0, 1], [0, 0], [0, 0], [1, 1]])
-    found = t4_draws._of_draws(gain, miss, counts, np.array([2.0, 0, 3, 4]))
+    found = t4_metric._of_draws(gain, miss, counts, np.array([2.0, 0, 3, 4]))
     assert_allclose(found, [1, np.nan, 0, 40 / 90], atol=0.012)
 
 

@@ -1,4 +1,6 @@
-"""Matching of predictions to objects: greedily by falling confidence, as the nuScenes devkit does."""
+"""Matching of predictions to objects, by the distance of centres or the overlap of turned boxes: greedily by falling
+confidence, as the nuScenes devkit does.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from cp_debug.detection.boxes import Boxes, Floats, Ints, Objects
-from cp_debug.detection.iou import overlaps
+from cp_debug.recipes.centerpoint.rectangles import intersection_areas
 
 THRESHOLDS = (0.5, 1.0, 2.0, 4.0)
 """Distances in metres within which a detection may match an object."""
@@ -86,3 +88,30 @@ def _position_in_group(groups: Ints) -> Ints:
     position = np.empty_like(order)
     position[order] = np.arange(len(groups)) - np.searchsorted(ordered, ordered)
     return position
+
+
+def overlaps(a: Boxes, b: Boxes, of_a: Ints, of_b: Ints, *, bev: bool) -> Floats:
+    """Intersection over union of the pairs ``of_a``, ``of_b`` (indices of one shape); NaN where a box is not finite.
+
+    ``bev`` takes the rectangles seen from above, else the boxes, which stand upright. float64, in the shape of the
+    indices; sizes in metres, angles in radians.
+    """
+    gap = np.linalg.norm(a.centers[of_a] - b.centers[of_b], axis=-1)
+    reach = np.linalg.norm(a.sizes[:, :2], axis=1)[of_a] + np.linalg.norm(b.sizes[:, :2], axis=1)[of_b]
+    result = np.where(a.finite[of_a] & b.finite[of_b], 0.0, np.nan)
+    near = (gap < reach / 2) & (result == 0)
+    first, second = a.take(of_a[near]), b.take(of_b[near])
+    common = intersection_areas(_rectangles(first), _rectangles(second))
+    volumes = [np.abs(boxes.sizes[:, :2]).prod(axis=1) for boxes in (first, second)]
+    if not bev:
+        top = np.minimum(*(boxes.heights + boxes.sizes[:, 2] / 2 for boxes in (first, second)))
+        bottom = np.maximum(*(boxes.heights - boxes.sizes[:, 2] / 2 for boxes in (first, second)))
+        common = common * np.maximum(top - bottom, 0)
+        volumes = [area * boxes.sizes[:, 2] for area, boxes in zip(volumes, (first, second), strict=True)]
+    union = volumes[0] + volumes[1] - common
+    result[near] = np.divide(common, union, out=np.zeros_like(union), where=union > 0)
+    return result
+
+
+def _rectangles(boxes: Boxes) -> Floats:
+    return np.column_stack((boxes.centers, np.abs(boxes.sizes[:, :2]), boxes.yaws))

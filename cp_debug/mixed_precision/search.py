@@ -30,9 +30,8 @@ from cp_debug.mixed_precision.graph_runners import BackendRunner, EmulatedRunner
 from cp_debug.mixed_precision.judge import Judge
 from cp_debug.mixed_precision.log import TrialLog
 from cp_debug.mixed_precision.precision import TrialPrecision, precision_of
-from cp_debug.mixed_precision.predict import Predictor
 from cp_debug.mixed_precision.result import KeptLayer, MixedPrecisionResult
-from cp_debug.mixed_precision.strategy import smallest
+from cp_debug.mixed_precision.strategy import Predictor, smallest
 from cp_debug.mixed_precision.trial import Measured, Trial, nodes_in
 from cp_debug.probes.capture import array_hash
 from cp_debug.programs.pipeline import (

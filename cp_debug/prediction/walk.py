@@ -20,9 +20,8 @@ from cp_debug.graph.downstream import data_values
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.tensor_ends import as_arrays
 from cp_debug.graph.unquantize import plain_nodes
-from cp_debug.prediction.groups import Group, groups_of
+from cp_debug.prediction.groups import FEW, LARGE, Group, groups_of, operations, undecided
 from cp_debug.prediction.targets import Kernel
-from cp_debug.prediction.undecided import FEW, LARGE, operations, undecided
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.distance import relative_l2
 

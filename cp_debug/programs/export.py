@@ -1,4 +1,7 @@
-"""The graph that is deployed: a torch module as an ONNX file, by either of torch's exporters."""
+"""The graph that is deployed: a torch module as an ONNX file, by either of torch's exporters.
+
+A TorchScript export names no lines of source: those of the torch modules behind its nodes are noted.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,13 @@ from torch import Tensor, nn
 
 from cp_debug.backends.determinism import fp32_precision
 from cp_debug.doing import doing
-from cp_debug.errors import InputError, raise_if_interrupted, system_reason
+from cp_debug.errors import InputError, module_of, raise_if_interrupted, system_reason
 from cp_debug.files import named
-from cp_debug.graph.source_lines import shortened
+from cp_debug.graph.source_lines import KEY, shortened
 from cp_debug.probes.module_state import state_kept
 from cp_debug.probes.outputs import flatten_outputs
 from cp_debug.probes.trace import as_written
-from cp_debug.programs.module_source import note_modules
+from cp_debug.programs.scope_names import enclosing_modules
 from cp_debug.programs.stored_tensors import stored_tensors
 
 EXPORTERS = ("dynamo", "torchscript")
@@ -314,3 +317,33 @@ def _check(proto: onnx.ModelProto, output_names: Sequence[str], exporter: str, o
             f"--opset: {exporter} wrote opset {version} where {opset} was asked for; "
             f"ask for {version}, or use --exporter torchscript"
         )
+
+
+def note_modules(model: onnx.ModelProto, module: nn.Module) -> None:
+    """Write ``net.py:6: Block.forward`` into the metadata of each node: the innermost module that is not torch's own.
+
+    TorchScript's exporter calls a node by the modules around it: ``/encoder/blocks.0/blocks.0.3/Conv``.
+    """
+    for node in model.graph.node:
+        if line := _forward(_innermost(module, node.name)):
+            node.metadata_props.add(key=KEY, value=line)
+
+
+def _innermost(module: nn.Module, name: str) -> nn.Module:
+    own = module
+    for path in enclosing_modules(name):
+        try:
+            inner = module.get_submodule(path)
+        except AttributeError:
+            break
+        if not module_of(type(inner)).startswith("torch."):
+            own = inner
+    return own
+
+
+def _forward(module: nn.Module) -> str:
+    """The place where the class's ``forward`` is written; empty for those of torch, and for what is not Python."""
+    code = getattr(type(module).forward, "__code__", None)
+    if code is None or module_of(type(module)).startswith("torch."):
+        return ""
+    return f"{shortened(code.co_filename)}:{code.co_firstlineno}: {type(module).__name__}.forward"

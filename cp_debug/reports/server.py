@@ -1,19 +1,31 @@
-"""Pages of a folder of results, served to this machine alone; nothing is written, nothing is sent elsewhere."""
+"""Pages of a folder of results, served to this machine alone; nothing is written, nothing is sent elsewhere.
+
+A page lists the results that are in the folder, with what each says in a line.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from cp_debug.bisect.result import SCHEMA
 from cp_debug.bisect.result_diff import diff_results
 from cp_debug.errors import CpdebugError, InputError, system_reason
-from cp_debug.reports.page import render_layer, render_page
+from cp_debug.reading import RESULT, read_json
+from cp_debug.reports.page import render_layer, render_page, rendered
 from cp_debug.reports.result_diff import render_diff
-from cp_debug.reports.result_folder import ListedResult, ResultFolder, render_list, render_problem
 from cp_debug.reports.saved import SavedResult
+from cp_debug.safe_text import some
 from cp_debug.version import __version__
 
 ADDRESS = "127.0.0.1"
@@ -125,3 +137,166 @@ class _Pages(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing is logged."""
+
+
+DEEPEST, MOST_FOLDERS, MOST_RESULTS = 6, 20_000, 500
+"""Levels of folders that are looked into, folders in all, and results that are listed."""
+LARGEST_RESULT = 1 << 28
+"""Largest size in bytes of a result that is read for the list."""
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class ListedTest:
+    """One backend of a listed result."""
+
+    spec: str
+    verdict: str
+    """``ok``, ``guilty`` or ``rounding``: a CSS class."""
+    says: str
+
+
+@dataclass(frozen=True)
+class ListedResult:
+    """One result of the folder, as a line of the list."""
+
+    key: str
+    """Name of the result in addresses: a digest of its place, so that no address is a path."""
+    place: str
+    """Path relative to the folder."""
+    path: Path
+    modified: datetime
+    model: str = ""
+    reference: str = ""
+    tests: list[ListedTest] = field(default_factory=list)
+    problem: str = ""
+    """Sentence that says why it cannot be read; empty for a result that can."""
+
+
+class ResultFolder:
+    """The results below a folder, read again when their files change."""
+
+    def __init__(self, root: Path) -> None:
+        """Raises InputError where ``root`` is no folder."""
+        if not root.is_dir():
+            raise InputError(f"{root}: no such folder")
+        self.root = root
+        self._read: dict[tuple[str, int, int], ListedResult | None] = {}
+
+    def listed(self) -> list[ListedResult]:
+        """The results, the newest first, at most ``MOST_RESULTS``."""
+        found = []
+        for path in _candidates(self.root):
+            try:
+                status = path.stat()
+            except OSError:
+                continue
+            known = str(path), status.st_mtime_ns, status.st_size
+            if known not in self._read:
+                ours = path.name == RESULT or _is_result(path, status.st_size)
+                self._read[known] = self._line(path, status) if ours else None
+            line = self._read[known]
+            if line is not None:
+                found.append(line)
+            if len(found) == MOST_RESULTS:
+                break
+        return sorted(found, key=lambda each: each.modified, reverse=True)
+
+    def find(self, key: str) -> ListedResult | None:
+        """The result of that name; None where the folder has none."""
+        return next((each for each in self.listed() if each.key == key), None)
+
+    def _line(self, path: Path, status: os.stat_result) -> ListedResult:
+        place = path.relative_to(self.root).as_posix()
+        place = place.removesuffix(f"/{RESULT}")
+        listed = {
+            "key": hashlib.sha256(os.fsencode(place)).hexdigest()[:16],
+            "place": place,
+            "path": path.parent if path.name == RESULT else path,
+            "modified": _time(status.st_mtime),
+        }
+        try:
+            document = read_json(path, what="saved result", most=LARGEST_RESULT)
+            return ListedResult(**listed, **_said(document))  # type: ignore[arg-type]
+        except InputError as error:
+            return ListedResult(**listed, problem=str(error).removeprefix(f"{path}: "))  # type: ignore[arg-type]
+        except (LookupError, TypeError, AttributeError, ValueError):
+            return ListedResult(**listed, problem=f"is no result of schema {SCHEMA}")  # type: ignore[arg-type]
+
+
+def render_list(folder: ResultFolder) -> str:
+    """The page that lists the results."""
+    return rendered("folder", name=folder.root.resolve().name, results=folder.listed())
+
+
+def render_problem(text: str) -> str:
+    """A page that says in a sentence why something cannot be shown."""
+    return rendered("problem", text=text)
+
+
+def _candidates(root: Path) -> Iterator[Path]:
+    """Files that may be results; links are not followed."""
+    folders = [(root, 0)]
+    for count, (folder, depth) in enumerate(folders):
+        if count == MOST_FOLDERS:
+            return
+        try:
+            with os.scandir(folder) as scanned:
+                entries = sorted(scanned, key=lambda entry: entry.name)
+        except OSError:
+            continue
+        names = {entry.name for entry in entries}
+        for entry in entries:
+            if entry.is_symlink():
+                continue
+            if entry.is_dir():
+                if depth < DEEPEST and not entry.name.startswith((".", "sample-")):
+                    folders.append((Path(entry.path), depth + 1))
+            elif entry.is_file() and (entry.name == RESULT or (entry.name.endswith(".json") and RESULT not in names)):
+                yield Path(entry.path)
+
+
+def _time(seconds: float) -> datetime:
+    """The time of a change; the beginning of 1970 for one that no calendar has."""
+    try:
+        return datetime.fromtimestamp(seconds, timezone.utc)
+    except (ValueError, OverflowError, OSError):
+        return datetime.fromtimestamp(0, timezone.utc)
+
+
+def _is_result(path: Path, size: int) -> bool:
+    """Whether the file names the schema of results somewhere: where, depends on who wrote it."""
+    wanted, before = json.dumps(SCHEMA).encode(), b""
+    if size > LARGEST_RESULT:
+        return False
+    try:
+        with path.open("rb") as stream:
+            while block := stream.read(_BLOCK):
+                if wanted in before + block:
+                    return True
+                before = block[-len(wanted) :]
+    except OSError:
+        pass
+    return False
+
+
+def _said(document: Any) -> dict[str, Any]:
+    """Model, reference and tests as the file says them, without reading its layers.
+
+    Raises LookupError, TypeError, AttributeError or ValueError for what is no result.
+    """
+    if document["schema"] != SCHEMA:
+        raise KeyError("schema")
+    specs = [str(record["spec"]) for record in document["backends"]]
+    tests = []
+    for spec, block in zip(specs[1:], document["tests"], strict=False):
+        guilty = [str(name) for name in block["guilty"]]
+        if guilty:
+            tests.append(ListedTest(spec, "guilty", some(guilty, 1)))
+        elif block["agrees"] is True:
+            tests.append(ListedTest(spec, "ok", "agrees"))
+        else:
+            missing = block.get("compared", {}).get("missing")
+            lacks = f"lacks output {missing[0]}" if missing else "beyond tolerance"
+            tests.append(ListedTest(spec, "rounding", str(block.get("not_finite") or lacks)))
+    return {"model": str(document["model"]), "reference": specs[0], "tests": tests}

@@ -1,4 +1,4 @@
-"""A sweep in a terminal, as a page, and as a table: the findings of every kind as sections of tables."""
+"""A sweep in a terminal, as a page with a heat map, and as a table: its findings as sections of tables."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import singledispatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import RenderableType
 from rich.text import Text
 
@@ -15,14 +16,14 @@ from cp_debug.detection.bootstrap import CONFIDENCE, ConfidenceInterval
 from cp_debug.detection.breakdown import PartScores
 from cp_debug.files import write_text
 from cp_debug.reports.evaluation import difference, summary_table
-from cp_debug.reports.heat_map import Strip, strips
 from cp_debug.reports.numbers import fixed, number
 from cp_debug.reports.page import rendered
+from cp_debug.reports.png import opacity_png
 from cp_debug.reports.sheet import Column, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.safe_text import some
 from cp_debug.sweep.ablating import AblationGroup, AblationRow, PartCounts
-from cp_debug.sweep.bisecting import BisectGroup, LayerSpread
+from cp_debug.sweep.bisecting import BisectGroup, HeatMap, LayerSpread
 from cp_debug.sweep.evaluating import EvalGroup
 from cp_debug.sweep.result import FailedTasks, SweepResult
 from cp_debug.sweep.searching import MixedPrecisionGroup
@@ -342,3 +343,37 @@ def _columns(headers: Sequence[str]) -> list[Column]:
 
 def _sheet(title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]], most: int = 0) -> Sheet:
     return Sheet(_columns(headers), rows, title, most, ruled=True, details="--html, --json and --csv have all")
+
+
+RED = (207, 34, 46)
+FAINTEST, FULL = 1.0, 100.0
+"""Excess from which a column is seen, where rounding ends, and from which it is red all over; by its logarithm."""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One layer."""
+
+    layer: str
+    picture: str
+    """Data URI of a PNG, one pixel a column."""
+    says: str
+    """The picture in words: the highest excess, and on which samples."""
+
+
+def strips(heat_map: HeatMap, samples: Sequence[str]) -> Iterator[Strip]:
+    """A strip for each layer of the map over ``samples``, all of the group, in order."""
+    low, high = np.log10(FAINTEST), np.log10(FULL)
+    for layer, values in zip(heat_map.layers, heat_map.excess, strict=True):
+        row = np.array([FAINTEST if v is None else min(max(v, FAINTEST), FULL) for v in values])
+        known = [(v, -i) for i, v in enumerate(values) if v is not None]
+        says = "not replayed"
+        if known:
+            worst, place = max(known)
+            says = f"excess at most {number(worst)}, on {_of(samples, -place, heat_map.width)}"
+        yield Strip(layer, opacity_png(((np.log10(row) - low) / (high - low))[None], RED), says)
+
+
+def _of(samples: Sequence[str], column: int, width: int) -> str:
+    first, last = column * width, min((column + 1) * width, len(samples)) - 1
+    return samples[first] if first == last else f"one of {samples[first]} to {samples[last]}"

@@ -1,4 +1,4 @@
-"""CenterPoint, whole and in the two components that are deployed."""
+"""CenterPoint, whole and in the two components that are deployed, with SECONDFPN and CenterHead."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cp_debug.recipes.centerpoint.config import CenterPointConfig
-from cp_debug.recipes.centerpoint.fpn import SECONDFPN
-from cp_debug.recipes.centerpoint.head import CenterHead
+from cp_debug.recipes.centerpoint.config import HEAD_CHANNELS, OUTPUT_ORDER, CenterPointConfig
 from cp_debug.recipes.centerpoint.pillar_encoder import PFNLayer, PillarFeatureNet, decorate
 from cp_debug.recipes.centerpoint.scatter import scatter
-from cp_debug.recipes.centerpoint.second import SECOND
+from cp_debug.recipes.centerpoint.second import SECOND, conv_bn_relu
 from cp_debug.recipes.centerpoint.voxelize import Voxels, voxelize_batch
 
 
@@ -94,3 +92,71 @@ def _feature_scales(config: CenterPointConfig) -> Tensor:
     raw |= {"intensity": 30.0, "dt": 0.1}
     offsets = [size / 4 for size in config.voxel_size]
     return torch.tensor([*(raw[name] for name in config.point_features), *offsets, *offsets])
+
+
+def resample(before: int, after: int, stride: float) -> nn.Module:
+    """A transposed convolution where the map must grow, else a convolution (mmdet3d's ``use_conv_for_no_stride``)."""
+    if stride > 1:
+        return nn.ConvTranspose2d(before, after, round(stride), stride=round(stride), bias=False)
+    step = round(1 / stride)
+    return nn.Conv2d(before, after, step, stride=step, bias=False)
+
+
+class SECONDFPN(nn.Module):
+    """mmdet3d's neck."""
+
+    def __init__(self, config: CenterPointConfig) -> None:
+        super().__init__()
+        sizes = zip(config.backbone_channels, config.neck_channels, config.neck_strides, strict=True)
+        self.deblocks = nn.ModuleList(
+            nn.Sequential(*conv_bn_relu(resample(before, after, stride), after)) for before, after, stride in sizes
+        )
+
+    def forward(self, stages: tuple[Tensor, ...]) -> Tensor:
+        """The backbone's maps to [B, sum(neck_channels), ny / out_size_factor, nx / out_size_factor]."""
+        return torch.cat([deblock(stage) for deblock, stage in zip(self.deblocks, stages, strict=True)], dim=1)
+
+
+class ConvModule(nn.Module):
+    """mmcv's block of that name: convolution without bias, BatchNorm (eps 1e-5), ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels)
+        self.activate = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_channels, H, W] to [B, out_channels, H, W]."""
+        return self.activate(self.bn(self.conv(x)))
+
+
+class SeparateHead(nn.Module):
+    """The six outputs of one task; only each last convolution has a bias."""
+
+    def __init__(self, config: CenterPointConfig, num_classes: int) -> None:
+        super().__init__()
+        width, kernel = config.head_channels, config.head_kernel
+        for name, channels in {**HEAD_CHANNELS, "heatmap": num_classes}.items():
+            last = nn.Conv2d(width, channels, kernel, padding=kernel // 2)
+            self.add_module(name, nn.Sequential(ConvModule(width, width, kernel), last))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """[B, width, H, W] to the heads' maps, in AWML's order."""
+        return {name: self.get_submodule(name)(x) for name in OUTPUT_ORDER}
+
+
+class CenterHead(nn.Module):
+    """mmdet3d's head without decoding (that is ``decode.py``)."""
+
+    def __init__(self, config: CenterPointConfig) -> None:
+        super().__init__()
+        self.output_names = config.output_names
+        self.shared_conv = ConvModule(sum(config.neck_channels), config.head_channels, 3)
+        self.task_heads = nn.ModuleList(SeparateHead(config, len(task)) for task in config.tasks)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """The neck's map to ``config.output_names``; heatmaps are logits, [B, channels, H, W] each."""
+        x = self.shared_conv(x)
+        maps = [tensor for head in self.task_heads for tensor in head(x).values()]
+        return dict(zip(self.output_names, maps, strict=True))

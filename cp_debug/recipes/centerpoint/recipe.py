@@ -1,4 +1,8 @@
-"""CenterPoint as the debugger sees it: two components, voxelization before the first and scatter between them."""
+"""CenterPoint as the debugger sees it: two components, voxelization before the first and scatter between them.
+
+It remarks on clouds that are empty, out of the model's range, or hold NaN and Inf, and takes AWML's
+``--rot-y-axis-reference``: yaw counted from the y axis, as Autoware's node reads it.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,11 @@ import torch
 from torch import Tensor
 
 from cp_debug.recipes.base import Arrays, Component, Sample, Stage
-from cp_debug.recipes.centerpoint.clouds import cloud_remarks
 from cp_debug.recipes.centerpoint.config import OUTPUT_ORDER, CenterPointConfig, get_config
 from cp_debug.recipes.centerpoint.decode import Detections, decode
 from cp_debug.recipes.centerpoint.model import BackboneNeckHead, build_model
 from cp_debug.recipes.centerpoint.other_grids import load_weights
 from cp_debug.recipes.centerpoint.pillar_encoder import decorate
-from cp_debug.recipes.centerpoint.rotation import TurnedBackboneNeckHead, turn
 from cp_debug.recipes.centerpoint.scatter import scatter
 from cp_debug.recipes.centerpoint.voxelize import Voxels, voxelize_batch
 from cp_debug.recipes.data.base import DataOptions, DataSet, iterate
@@ -173,3 +175,45 @@ def _stages(config: CenterPointConfig) -> tuple[Stage, ...]:
 def _tensor(array: np.ndarray) -> Tensor:
     """The array as torch takes it; types that numpy does not know (bfloat16) are widened to float32."""
     return torch.from_numpy(array if array.dtype.kind == "f" else array.astype(np.float32))
+
+
+def cloud_remarks(points: np.ndarray, source: str, config: CenterPointConfig) -> list[str]:
+    """Sentences about a cloud ``points`` [N, C] float32 that a reader must know; none for a sound one."""
+    limits = np.array(config.point_cloud_range, np.float32)
+    if not len(points):
+        return [f"{source}: the cloud is empty, so the model is compared without points"]
+    lines = []
+    inside = ((points[:, :3] >= limits[:3]) & (points[:, :3] < limits[3:])).all(axis=1)
+    if not inside.any():
+        where = ", ".join(f"{low:g} to {high:g}" for low, high in zip(limits[:3], limits[3:], strict=True))
+        lines.append(f"{source}: none of the {len(points)} points is in the model's range (x, y, z: {where})")
+    if strange := int((~np.isfinite(points).all(axis=1)).sum()):
+        lines.append(f"{source}: {strange} of {len(points)} points hold NaN or Inf")
+    return lines
+
+
+_ORDER = {"dim": [1, 0, 2], "rot": [1, 0]}
+
+
+def turn(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Head maps [B, channels, H, W] in the other convention; doing it twice changes nothing.
+
+    (length, width, height) becomes (width, length, height), (sin, cos) becomes (−cos, −sin).
+    """
+    turned = dict(maps)
+    for name, tensor in maps.items():
+        head = name.rpartition(".")[2]
+        if head in _ORDER:
+            reordered = tensor[:, _ORDER[head]]
+            turned[name] = -reordered if head == "rot" else reordered
+    return turned
+
+
+class TurnedBackboneNeckHead(BackboneNeckHead):
+    """``BackboneNeckHead`` with yaw counted from the y axis in its outputs."""
+
+    def forward(self, spatial_features: Tensor) -> tuple[Tensor, ...]:
+        """``spatial_features`` [B, C, ny, nx] to the turned maps, in the order of ``config.output_names``."""
+        maps = super().forward(spatial_features)
+        names = self.pts_bbox_head.output_names
+        return tuple(turn(dict(zip(names, maps, strict=True))).values())
