@@ -22,7 +22,7 @@ from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.backends.registry import create
 from cp_debug.backends.scaling import FixedScaling
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.bisect.causes.file_scales import _of_data
+from cp_debug.bisect.causes.narrow import misfit
 from cp_debug.bisect.engine import bisect
 from cp_debug.bisect.narrow_variants import departures, variants
 from cp_debug.bisect.options import Options
@@ -212,17 +212,20 @@ def test_weights_in_int4_by_an_override_are_encoded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scale", "cause", "what"),
     [
-        (1.0, "fp8-saturated", "25.00% are clipped at 448"), (0.5, "scale-stale", "50.00% are clipped at 224"),
-        (4.0, "scale-stale", "25% lie below its normal numbers"),
+        (1.0, "fp8-saturated", "25.00% of it are clipped at 448"),
+        (0.5, "scale-stale", "50.00% of it are clipped at 224"),
+        (4.0, "scale-stale", "25.00% of it lie below 0.0625, where bits are lost"),
     ],
-)  # fmt: skip
+)
 def test_a_scale_that_is_not_that_of_its_data_is_told_with_what_it_costs(scale: float, cause: str, what: str) -> None:
     """E4M3 ends at 448, its normal numbers begin at 1/64."""
-    x = torch.tensor([0.05, 10.0, 300.0, 900.0])
-    name, says, fix, evidence = _of_data(x, E4M3, 17, scale, 900 / 448)
+    x = torch.tensor([0.05, 10.0, 304.0, 900.0])
+    name, says, evidence = misfit(x, E4M3, scale)
     assert name == cause
-    assert says == (f"its data reaches 900, the file's FP8 scale {scale:.3g} is for {scale * 448:.4g}: {what}")
-    assert fix.endswith("a scale of 2.01")
+    meant = f"the scale {scale:.3g} of its data is for numbers up to {scale * 448:.4g}, but they reach 900"
+    assert says == (
+        f"its data is cast to E4M3 without a scale (it reaches 900): {what}" if scale == 1 else f"{meant}: {what}"
+    )
     assert evidence["needed_scale"] == pytest.approx(900 / 448)
     assert evidence["clipped"] == (0.5 if scale < 1 else 0.25 if scale == 1 else 0.0)
     assert evidence["below_normal"] == (0.25 if scale == 4 else 0.0)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cp_debug.backends.codecs import Codec
 from cp_debug.bisect.causes.base import Candidate
+from cp_debug.bisect.causes.narrow import misfit
 from cp_debug.bisect.causes.other_program import OtherPiece
 from cp_debug.bisect.file_weights import BETTER, OFF, Repair, StoredCodes, is_narrow_kind, product_of, stored_codes
 from cp_debug.bisect.quantized_segment import CODECS, QuantizerGrid
@@ -111,7 +111,9 @@ def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:
         kind = constant_type(graph, zero) if zero else constant_type(graph, node.proto.input[0]) or 2
         if kind in CODECS and quantizer is not None and np.size(constants[scale]) == 1:
             codec, needed = CODECS[kind], float(numbers.abs().max()) / CODECS[kind].largest or 1.0
-            yield node.outputs[0], _of_data(numbers, codec, kind, float(np.ravel(constants[scale])[0]), needed)
+            name, says, figures = misfit(numbers, codec, float(np.ravel(constants[scale])[0]))
+            fix = f"calibrate {{layers}} on data like this: a scale of {needed:.3g}"
+            yield node.outputs[0], Candidate(name, says, codec(numbers / needed) * needed, 0, figures, fix)
         elif kind in _ENDS and not node.attribute("block_size"):
             scales, offset = (
                 torch.from_numpy(np.asarray(array).astype(np.float64))
@@ -227,21 +229,3 @@ def _scales(stored: StoredCodes, fitted: Tensor, family: str) -> tuple[str, dict
         "with"
     )
     return says, {"share": share, "low": low, "high": high}
-
-
-def _of_data(x: Tensor, codec: Codec, kind: int, scale: float, needed: float) -> Candidate:
-    family, reach = FAMILIES[kind], needed * codec.largest
-    clipped = float((x.abs() > scale * codec.largest).double().mean())
-    small = float(((x != 0) & (x.abs() < scale * codec.tiniest)).double().mean())
-    plain = scale == 1.0
-    if scale < needed:
-        name = "fp8-saturated" if plain and family == "fp8" else "scale-stale"
-        what = f"{clipped:.2%} are clipped at {scale * codec.largest:.4g}"
-    else:
-        name = "fp8-underflow" if plain and family == "fp8" else "scale-stale"
-        what = f"{small:.0%} lie below its normal numbers"
-    meant = scale * codec.largest
-    says = f"its data reaches {reach:.4g}, the file's {family.upper()} scale {scale:.3g} is for {meant:.4g}"
-    fix = "calibrate {layers} on data like this: a scale of " + f"{needed:.3g}"
-    evidence = {"scale": scale, "needed_scale": needed, "clipped": clipped, "below_normal": small}
-    return Candidate(name, f"{says}: {what}", codec(x / needed) * needed, 0, evidence, fix)

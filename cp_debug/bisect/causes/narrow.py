@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.backends.arithmetic import ARITHMETICS
-from cp_debug.backends.codecs import E4M3, Codec
+from cp_debug.backends.codecs import E2M1, E4M3, Codec
 from cp_debug.backends.narrow_options import FAMILIES, NarrowOptions, is_narrow
 from cp_debug.backends.scaling import (
     COLUMNS,
@@ -214,31 +214,28 @@ def _with_scales(segment: Segment, options: NarrowOptions) -> Iterator[Candidate
     by_one, by_other = (result(scale) for scale in fitted)
     if by_one is None or by_other is None:
         return
-    name, says, figures = _called(x, codec, math.sqrt(fitted[0] * fitted[1]), largest)
+    name, says, figures = misfit(x, codec, math.sqrt(fitted[0] * fitted[1]))
     figures["scales_of_halves"] = fitted
     value = torch.where(first_half, by_other, by_one)
     yield Candidate(name, says, value, 1, figures, FIXES[name], heard=is_narrow(claim))
 
 
-def _called(x: Tensor, codec: Codec, scale: float, largest: float) -> tuple[str, str, dict[str, Any]]:
-    """(Cause, words, figures) of a scale that does not fit an operand."""
-    rounded = codec((x / scale).float()).double() * scale
-    beyond = x.abs() > codec.largest * scale
-    lost = (x.abs() < codec.tiniest * scale) & (x != 0)
+def misfit(x: Tensor, codec: Codec, scale: float) -> tuple[str, str, dict[str, Any]]:
+    """(Cause, words, figures) of a scale that does not fit an operand, float64 of any shape."""
+    rounded, largest = codec((x / scale).float()).double() * scale, float(x.abs().max())
+    beyond, lost = x.abs() > codec.largest * scale, (x.abs() < codec.tiniest * scale) & (x != 0)
     squares = (rounded - x).square()
-    whole = float(squares.sum()) or 1.0
-    cut, under = (float(squares[mask].sum()) / whole for mask in (beyond, lost))
-    fits = largest / codec.largest
+    cut, under = (float(squares[mask].sum()) / (float(squares.sum()) or 1.0) for mask in (beyond, lost))
     figures: dict[str, Any] = {
-        "scale": scale, "fitting_scale": fits, "saturated": float(beyond.double().mean()),
-        "below_normal": float(lost.double().mean()), "error_saturated": cut, "error_underflow": under,
+        "scale": scale, "needed_scale": largest / codec.largest, "clipped": float(beyond.double().mean()),
+        "below_normal": float(lost.double().mean()), "error_clipped": cut, "error_underflow": under,
     }  # fmt: skip
     effect = (
-        f"{figures['saturated']:.2%} of it are clipped at {codec.largest * scale:.4g}"
+        f"{figures['clipped']:.2%} of it are clipped at {codec.largest * scale:.4g}"
         if cut > under
         else f"{figures['below_normal']:.2%} of it lie below {codec.tiniest * scale:.3g}, where bits are lost"
     )
-    if scale == 1.0:
+    if scale == 1.0 and codec is not E2M1:
         name = "fp8-saturated" if cut > under else "fp8-underflow"
         says = f"its data is cast to {codec.name.upper()} without a scale (it reaches {largest:.4g}): {effect}"
         return name, says, figures
