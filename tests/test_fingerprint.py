@@ -97,3 +97,17 @@ def test_a_fingerprints_distance_is_relative_to_the_larger_one() -> None:
         distances.append(fingerprint(x).distance(fingerprint(10 * x + 0.1 * d)))
         assert distances[-1] == fingerprint(10 * x + 0.1 * d).distance(fingerprint(x))
     assert np.mean(distances) == pytest.approx(0.9, rel=0.15)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1e30, 3e38])
+def test_in_fp32_it_says_what_it_says_in_fp64(size: float) -> None:
+    """Also where squares leave FP32's range, in some pieces or in all."""
+    x = torch.rand(2 * module._PIECE + 7)
+    x[: module._PIECE] *= size
+    y = x.clone()
+    y[3::5] *= 1.01
+    given = x.clone()
+    apart, exact = fingerprint(x).distance(fingerprint(y)), fingerprint(x.double()).distance(fingerprint(y.double()))
+    assert apart == pytest.approx(exact, rel=1e-3)
+    assert fingerprint(x).distance(fingerprint(x.double())) < 2e-6
+    assert torch.equal(x, given)

@@ -14,13 +14,16 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 PROJECTIONS = 16
 _BLOCK = 1 << 12
 _CHUNK = 1 << 20
 """Elements whose blocks' signs are drawn at once."""
 _PIECE = 1 << 18
-"""Elements in memory as float64 at a time: they stay in a processor's cache through all that is done with them."""
+"""Elements that are read at a time: they stay in a processor's cache through all that is done with them."""
+_SMALLEST, _LARGEST = 1e-12, 1e15
+"""Norms of a piece between which FP32 loses nothing to its range."""
 
 
 @dataclass(frozen=True)
@@ -51,28 +54,38 @@ def fingerprint(tensor: Tensor | np.ndarray) -> Fingerprint:
     if flat.is_complex():
         flat = torch.view_as_real(flat.resolve_conj()).reshape(-1)
     sums, square, special = torch.zeros(PROJECTIONS, dtype=torch.float64), 0.0, torch.zeros(3, dtype=torch.int64)
-    piece = torch.empty(min(_PIECE, flat.numel() + -flat.numel() % _BLOCK), dtype=torch.float64)
     for start in range(0, flat.numel(), _PIECE):
         given = flat[start : start + _PIECE]
-        numbers = piece[: len(given) + -len(given) % _BLOCK]
-        numbers[: len(given)] = given
-        numbers[len(given) :] = 0
-        own = float(numbers @ numbers)
+        numbers = given.to("cpu", _held(given.dtype))
+        if rest := -len(given) % _BLOCK:
+            numbers = functional.pad(numbers, (0, rest))
+        own = float(torch.linalg.vector_norm(numbers))
+        if not _SMALLEST < own < _LARGEST and numbers.any():
+            numbers = numbers.double()
+            own = float(torch.linalg.vector_norm(numbers))
         if not math.isfinite(own):  # NaN, Inf, or numbers of float64 whose squares it has no room for
             special += torch.stack([numbers.isnan().sum(), numbers.isposinf().sum(), numbers.isneginf().sum()])
-            numbers[~numbers.isfinite()] = 0
-            own = float(numbers @ numbers)
-        square += own
+            numbers = torch.where(numbers.isfinite(), numbers, 0.0)  # it may be the caller's own
+            own = float(torch.linalg.vector_norm(numbers))
+        square += own * own
         blocks = numbers.view(-1, _BLOCK)
         index, first = divmod(start // _BLOCK, _CHUNK // _BLOCK)
-        sums += (blocks @ _within_block() * _signs(index)[first : first + len(blocks)]).sum(dim=0)
+        sums += (blocks @ _within_block(blocks.dtype) * _signs(index)[first : first + len(blocks)]).sum(dim=0)
     return Fingerprint(tuple(tensor.shape), tuple(special.tolist()), square**0.5, sums.numpy())
 
 
+def _held(dtype: torch.dtype) -> torch.dtype:
+    """FP32 for the types whose numbers it holds, which takes a sixth of the time: projections are then off by less than
+    1e-6 of the norm. FP64 for all others."""
+    wide = dtype in (torch.float64, torch.int64, torch.int32, torch.uint64, torch.uint32)
+    return torch.float64 if wide else torch.float32
+
+
 @cache
-def _within_block() -> Tensor:
+def _within_block(dtype: torch.dtype) -> Tensor:
     """The random projection of one block, [_BLOCK, PROJECTIONS]; every block has it, with signs of its own."""
-    return torch.randn(_BLOCK, PROJECTIONS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(_BLOCK, PROJECTIONS, dtype=torch.float64, generator=generator).to(dtype)
 
 
 @cache
