@@ -147,13 +147,12 @@ def _operators_read_once() -> Iterator[None]:
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
         original = _reader_of(ONNXRegistry)
-        torch._C._dispatch_get_all_op_names()
     except (ImportError, AttributeError, KeyError):  # an exporter of another version
         yield
         return
 
     def kept(opset_version: int) -> Any:
-        registry = copy.copy(_operators(ONNXRegistry, opset_version, len(torch._C._dispatch_get_all_op_names())))
+        registry = copy.copy(_operators(ONNXRegistry, opset_version, hasattr(torch.ops.torchvision, "nms")))
         registry.functions = {target: list(found) for target, found in registry.functions.items()}
         return registry
 
@@ -170,8 +169,8 @@ def _reader_of(registry: Any) -> Any:
 
 
 @functools.cache
-def _operators(registry: Any, opset: int, known: int) -> Any:
-    """What a registry knows at an opset; ``known``: how many operators torch has, to which libraries add theirs."""
+def _operators(registry: Any, opset: int, torchvision: bool) -> Any:
+    """What a registry knows at an opset, with or without the operators of torchvision, the one library in it."""
     return _reader_of(registry).__get__(None, registry)(opset_version=opset)
 
 
