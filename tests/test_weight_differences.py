@@ -261,13 +261,17 @@ def test_a_step_along_an_axis() -> None:
 
 def test_what_comes_in_at_the_end_is_of_a_larger_tensor() -> None:
     ours, theirs = np.array([1.0, 2, 3, 4]), np.array([9.0, 1, 2, 3])
-    up, down = (tensor_change._shifted_in(ours, theirs, 0, step) for step in (1, -1))
-    assert up is not None
-    assert down is not None
+    up, down = (tensor_change.shifted_in(ours, theirs, {0: step}) for step in (1, -1))
     assert up.tolist() == [9, 1, 2, 3]
     assert down.tolist() == [2, 3, 4, 3]
-    assert tensor_change._shifted_in(np.ones(4), theirs, 0, 1) is None
-    assert tensor_change._shifted_in(np.array([1.0, 2]), np.array([5.0, 1]), 0, 1).tolist() == [2, 1]  # type: ignore[union-attr]
+    both = tensor_change.shifted_in(np.arange(9.0).reshape(3, 3), np.full((3, 3), -1.0), {0: 1, 1: -2})
+    assert both.tolist() == [[-1, -1, -1], [2, -1, -1], [5, -1, -1]]
+
+    def rolled(a: np.ndarray, b: np.ndarray) -> list[list[float]]:
+        return [value.tolist() for kind, _, value, _ in tensor_change._orders(a, b, 0) if kind == "rolled"]
+
+    assert rolled(np.ones(4), theirs) == []
+    assert [2, 1] in rolled(np.array([1.0, 2]), np.array([5.0, 1]))
 
 
 def test_slices_in_another_order_or_copied() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -225,8 +225,12 @@ def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[Form]:
             )
     yield from turned_forms(a)
     for axis, step in itertools.product(range(a.ndim), (1, -1)):
-        if a.shape[axis] > 1 and (moved_in := _shifted_in(a, b, axis, step)) is not None:
-            yield "rolled", f"off by {step:+d} along axis {axis}", moved_in, {"axis": axis, "by": step}
+        many = a.shape[axis] > 2
+        if many and np.array_equal(shifted_in(a, a, {axis: step}), a):
+            continue  # slices that are all alike have not moved
+        if a.shape[axis] > 1:
+            value = shifted_in(a, b, {axis: step}) if many else np.roll(a, step, axis)
+            yield "rolled", f"off by {step:+d} along axis {axis}", value, {"axis": axis, "by": step}
     for axis in range(a.ndim):
         few = 1 < a.shape[axis] <= MOST_CHANNELS
         if few and (places := same_slices(np.moveaxis(a, axis, 0), np.moveaxis(b, axis, 0))) is not None:
@@ -307,18 +311,13 @@ def interleaved_forms(a: np.ndarray) -> Iterator[Form]:
             yield "transposed", text, value, {"axis": axis, "blocks": count // size}
 
 
-def _shifted_in(a: np.ndarray, b: np.ndarray, axis: int, step: int) -> np.ndarray | None:
-    """``a`` moved by one slice; what comes in at the end, another part of a larger tensor, is taken from ``b``.
-
-    None where nothing else differs from ``a``: slices that are all alike have not moved.
-    """
-    value = np.roll(a, step, axis)
-    end = [slice(None)] * a.ndim
-    end[axis] = slice(0, 1) if step > 0 else slice(-1, None)
-    if a.shape[axis] > 2:
-        value[tuple(end)] = a[tuple(end)]
-        if np.array_equal(value, a):
-            return None
+def shifted_in(a: np.ndarray, b: np.ndarray, steps: Mapping[int, int]) -> np.ndarray:
+    """``a`` moved by some slices along axes (axis → step); what comes in at their ends, another part of a larger
+    tensor, is taken from ``b`` of the same shape and dtype."""
+    value = np.roll(a, tuple(steps.values()), tuple(steps))
+    for axis, step in steps.items():
+        end = [slice(None)] * a.ndim
+        end[axis] = slice(0, step) if step >= 0 else slice(step, None)
         value[tuple(end)] = b[tuple(end)]
     return value
 

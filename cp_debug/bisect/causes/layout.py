@@ -14,7 +14,7 @@ from torch import Tensor
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.fits import nearest_slices
 from cp_debug.bisect.causes.segment import Segment, as_double
-from cp_debug.programs.tensor_change import exchanges, same_slices, turned_forms
+from cp_debug.programs.tensor_change import exchanges, same_slices, shifted_in, turned_forms
 
 MOST_SLICES = 1024
 """Slices along an axis up to which each is compared with each."""
@@ -117,13 +117,7 @@ def shifted(segment: Segment) -> Iterator[Candidate]:
     for steps in itertools.product(range(-REACH, REACH + 1), repeat=len(axes)):
         if not any(steps):
             continue
-        value = torch.roll(exact, steps, axes)
-        for axis, step in zip(axes, steps, strict=True):
-            size = exact.shape[axis]
-            bare = slice(0, step) if step > 0 else slice(size + step, size)
-            place = [slice(None)] * exact.dim()
-            place[axis] = bare
-            value[tuple(place)] = test[tuple(place)]
+        value = torch.from_numpy(shifted_in(exact.numpy(), test.numpy(), dict(zip(axes, steps, strict=True))))
         says = f"the map is shifted by {list(steps)} cells along axes {axes}"
         fix = "check padding, stride and the alignment of corners above {layers}"
         yield Candidate("spatial-shift", says, value, len(axes), {"shift": list(steps), "axes": axes}, fix)
