@@ -104,7 +104,6 @@ def test_the_exporters_operators_are_read_once_and_anew_where_a_library_adds_som
         path = export(module, (torch.ones(1, 4),), tmp_path / name, input_names=["x"], output_names=["y"], opset=opset)
         return [node.op_type for node in onnx.load(path).graph.node]
 
-    exported("first.onnx", 18)  # the first export of a process loads more of torch's operators
     monkeypatch.setattr(ONNXRegistry, "from_torchlib", classmethod(read))
     caches = (export_module._reader_of, export_module._operators)
     for cache in caches:

@@ -146,13 +146,13 @@ def _operators_read_once() -> Iterator[None]:
     try:
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-        original = _reader_of(ONNXRegistry)
+        original, before = _reader_of(ONNXRegistry), len(torch._C._dispatch_get_all_op_names())
     except (ImportError, AttributeError, KeyError):  # an exporter of another version
         yield
         return
 
     def kept(opset_version: int) -> Any:
-        registry = copy.copy(_operators(ONNXRegistry, opset_version, hasattr(torch.ops.torchvision, "nms")))
+        registry = copy.copy(_operators(ONNXRegistry, opset_version, before - sum(_LOADED)))
         registry.functions = {target: list(found) for target, found in registry.functions.items()}
         return registry
 
@@ -161,6 +161,7 @@ def _operators_read_once() -> Iterator[None]:
         yield
     finally:
         ONNXRegistry.from_torchlib = original  # type: ignore[method-assign]
+        _LOADED.append(len(torch._C._dispatch_get_all_op_names()) - before)
 
 
 @functools.cache
@@ -168,9 +169,13 @@ def _reader_of(registry: Any) -> Any:
     return vars(registry)["from_torchlib"]
 
 
+_LOADED: list[int] = []
+"""How many more operators torch had behind each export: the first one loads 51 of its own."""
+
+
 @functools.cache
-def _operators(registry: Any, opset: int, torchvision: bool) -> Any:
-    """What a registry knows at an opset, with or without the operators of torchvision, the one library in it."""
+def _operators(registry: Any, opset: int, known: int) -> Any:
+    """What a registry knows at an opset; ``known``: how many operators torch and libraries have added."""
     return _reader_of(registry).__get__(None, registry)(opset_version=opset)
 
 
