@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,8 @@ from cp_debug.backends.compile_options import CompileOptions
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.finding import MISSING_CASTS
+from cp_debug.bisect.finding import MISSING_CASTS, ROUNDED_SCALAR
+from cp_debug.bisect.signs import TURNED
 from cp_debug.errors import BackendUnavailable, InputError, ModuleFailed
 from cp_debug.graph.graph import Graph
 from cp_debug.programs.align import align
@@ -320,13 +322,37 @@ class Reciprocals(nn.Module):
 
 
 @pytest.mark.slow
-def test_the_layer_is_told_whose_zeros_differ_in_sign() -> None:
+def test_the_layer_is_guilty_whose_zeros_differ_in_sign() -> None:
     torch.manual_seed(0)
     (test,) = bisect(TorchModel("net", Reciprocals().eval(), torch.randn(64, 16)), "torch,torch-compile").tests
-    (note,) = [note for note in test.notes if "the sign of" in note]
-    assert re.fullmatch(
-        r"/add \(Add\): the sign of \d+ zeros differs, of which /reciprocal .* makes Inf of other signs", note
-    )
+    (guilty,) = test.guilty
+    assert (guilty.name, guilty.side) == ("/add", "test")
+    (found,) = test.findings
+    assert (found.cause, found.layers, found.evidence["read_by"]) == (TURNED, ["/add"], "/reciprocal")
+    assert re.fullmatch(r"the sign of \d+ zeros differs, which /reciprocal \(Reciprocal\) reads", found.says)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backends", "side"), [("torch,{}", "test"), ("{},torch", "reference")])
+def test_who_reads_the_sign_of_a_zero_is_innocent(monkeypatch: pytest.MonkeyPatch, backends: str, side: str) -> None:
+    """``ceil`` gives +0 for −0.5 on one side; atan2, which is right, makes π of it or −π."""
+
+    class Angles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(16, 32), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.ceil(torch.tanh(self.first(x)))
+            return self.last(torch.atan2(y, -torch.ones_like(y)))
+
+    torch.manual_seed(0)
+    _wrong(monkeypatch, torch.ceil, lambda x: torch.ceil(x) + 0.0)
+    model = TorchModel("net", Angles().eval(), torch.randn(64, 16))
+    (test,) = bisect(model, backends.format("torch-compile:aot_eager")).tests
+    ((name, guilty),) = [(row.name, row.side) for row in test.guilty]
+    assert name.startswith("/ceil")
+    assert guilty == side
 
 
 class Remainder(nn.Module):
@@ -348,6 +374,108 @@ def test_shares_of_a_divergence_are_known_where_the_oracle_leaves_bf16_in_numpy(
     assert test.first_divergent is not None
     assert "remainder" in test.first_divergent.name
     assert not any("unknown" in note for note in test.notes)
+    (found,) = test.findings
+    assert not test.guilty
+    assert (found.cause, found.layers) == (ROUNDED_SCALAR, ["/remainder"])
+    assert found.evidence == {"scalar": 1.7, "rounded": "1.70312", "rounded_by": "reference"}
+    assert "one side alone rounds a scalar, at /remainder; beyond" in verdict_line(test).plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [False, True])
+def test_a_scalar_that_eager_alone_rounds_is_told(monkeypatch: pytest.MonkeyPatch, half: bool) -> None:
+    """In a network in FP16, and where one in FP32 casts to it: the operators behind it are innocent."""
+
+    class Far(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(16, 32), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.sign(self.first(x)) * 2.30078125
+            y = torch.fmod(y.half() if half else y, 2.3) * 3.0
+            return self.last(y.float() if half else y)
+
+    torch.manual_seed(0)
+    _wrong(monkeypatch, torch.fmod, lambda x, by: torch.fmod(x.float(), by).to(x.dtype))
+    backends = "torch,torch-compile:aot_eager" if half else "torch-fp16,torch-compile-fp16:aot_eager"
+    (test,) = bisect(TorchModel("net", Far().eval(), torch.randn(64, 16)), backends).tests
+    (found,) = test.findings
+    assert (found.cause, found.layers, found.evidence["rounded_by"]) == (ROUNDED_SCALAR, ["/fmod"], "reference")
+    assert not test.guilty
+
+
+@pytest.mark.slow
+def test_what_a_compiler_decomposes_otherwise_is_its_fault_although_the_export_does_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Far(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(16, 32), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.tanh(self.first(x))
+            return self.last(torch.remainder(torch.relu(y), torch.exp(y * 1e-9 + 200)))
+
+    torch.manual_seed(0)
+    _wrong(monkeypatch, torch.remainder, lambda x, by: x - torch.floor(x / by) * by)
+    (test,) = bisect(TorchModel("net", Far().eval(), torch.randn(64, 16)), "torch,torch-compile:aot_eager").tests
+    assert [(row.name, row.side) for row in test.guilty] == [("/remainder", "test")]
+    (found,) = test.findings
+    assert (found.cause, found.layers) == ("decomposition", ["/remainder"])
+
+
+class Delay(nn.Module):
+    """A line of past frames that is moved on in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, line: Tensor) -> Tensor:
+        line[1:] = line[:-1].clone()
+        return self.last(torch.relu(self.first(x) + line))
+
+
+@pytest.mark.slow
+def test_what_is_written_in_place_is_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    line = torch.randn(16, 16)
+    before = line.clone()
+    model = TorchModel("net", Delay().eval(), (torch.randn(16, 16), line))
+    assert bisect(model, "torch,torch-compile:aot_eager").tests[0].agrees
+
+    def overlaps(into: Tensor, where: Any, what: Tensor) -> None:
+        for row in range(1, len(into)):
+            into[row] = into[row - 1]
+
+    _wrong(monkeypatch, operator.setitem, overlaps)
+    (test,) = bisect(model, "torch,torch-compile:aot_eager").tests
+    assert [row.name for row in test.guilty] == ["/setitem"]
+    assert torch.equal(line, before), "the caller's inputs are nobody's to write to"
+
+
+@pytest.mark.slow
+def test_a_rounding_that_makes_whole_numbers_flip_is_the_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(16, 32), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.tanh(self.first(x))
+            return self.last(y + torch.floor(torch.sum(torch.softmax(y, -1), -1, keepdim=True)))
+
+    torch.manual_seed(0)
+    _wrong(monkeypatch, torch.sum, lambda x, d, keepdim: torch.ones_like(x.sum(d, keepdim)))
+    (test,) = bisect(TorchModel("net", Sums().eval(), torch.randn(64, 16)), "torch,torch-compile:aot_eager").tests
+    assert not test.guilty
+    (found,) = test.findings
+    assert (found.cause, found.layers, found.evidence["flips"]) == ("fp32", ["/sum"], "/floor")
+    assert re.search(r"where /sum \(ReduceSum\) is 1 for 0\.999999\d+; /sum", found.says)
+    assert not any("flip" in note for note in test.notes), "told once"
+    assert "the rounding of /sum makes whole numbers flip; beyond" in verdict_line(test).plain
 
 
 @pytest.mark.slow

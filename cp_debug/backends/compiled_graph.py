@@ -31,6 +31,7 @@ class NodeRun(NamedTuple):
     piece: int
     call: int
     node: str
+    """The node's name; ``base|node`` for what is in ``base`` once ``node`` has written to its memory in place."""
 
 
 def content(tensor: Tensor) -> Content:
@@ -89,19 +90,31 @@ class _Recorder(fx.Interpreter):
         super().__init__(graph)
         self._record, self._piece, self._call = record, piece, record.pieces.call(piece)
         self._in_memory: dict[int, list[str]] = defaultdict(list)
+        self._bases: dict[int, tuple[str, Tensor]] = {}
+        """Memory → the first node that has it, and its tensor."""
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op in ("placeholder", "get_attr", "output"):
-            return super().run_node(n)
+            result = super().run_node(n)
+            if n.op != "output" and isinstance(result, Tensor) and is_dense(result):
+                self._bases.setdefault(result.untyped_storage()._cdata, (n.name, result))
+            return result
         given = [leaf for leaf in tree_leaves(self.fetch_args_kwargs_from_env(n)) if isinstance(leaf, Tensor)]
         versions = [tensor._version for tensor in given]
         result = super().run_node(n)
         for tensor, version in zip(given, versions, strict=True):
             if tensor._version != version:
-                names = self._in_memory.pop(tensor.untyped_storage()._cdata, [])
+                memory = tensor.untyped_storage()._cdata
+                names = self._in_memory.pop(memory, [])
                 self._record.overwritten.update((self._piece, name) for name in names)
+                base, whole = self._bases.get(memory, ("", tensor))
+                if base and whole is not result:
+                    place = NodeRun(self._piece, self._call, f"{base}|{n.name}")
+                    self._record.seen.append((place, _function(n), content(whole)))
         if isinstance(result, Tensor) and is_dense(result):
-            self._in_memory[result.untyped_storage()._cdata].append(n.name)
+            memory = result.untyped_storage()._cdata
+            self._bases.setdefault(memory, (n.name, result))
+            self._in_memory[memory].append(n.name)
             place = NodeRun(self._piece, self._call, n.name)
             self._record.seen.append((place, _function(n), content(result)))
         return result
@@ -143,16 +156,17 @@ def names_of(
 def with_outputs(graph: fx.GraphModule, nodes: Sequence[str], overwritten: Collection[str]) -> int:
     """Let ``graph`` return the values of ``nodes`` behind its own outputs; returns how many it has of those.
 
-    Those in ``overwritten`` are copied before anything changes them.
+    Those in ``overwritten`` are copied before anything changes them. ``nodes`` as ``NodeRun.node`` names them.
     """
     by_name = {node.name: node for node in graph.graph.nodes}
     output = by_name["output"]
     own = list(output.args[0])
     more = []
     for name in nodes:
-        node = by_name[name]
-        if name in overwritten:
-            with graph.graph.inserting_after(node):
+        base, _, writer = name.partition("|")
+        node = by_name[base]
+        if writer or name in overwritten:
+            with graph.graph.inserting_after(by_name[writer or name]):
                 node = graph.graph.call_method("clone", (node,))
         more.append(node)
     output.args = ((*own, *more),)

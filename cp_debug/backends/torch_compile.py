@@ -277,6 +277,7 @@ class _Look:
         same = self._record.pieces.graphs[piece : piece + 1] == self._pieces.graphs[piece:]
         wanted = {place.node for place in self.places if same and place.piece == piece}
         nodes = [name for name in self._pieces.graphs[piece] if name in wanted]
+        nodes += sorted(name for name in wanted if "|" in name)
         overwritten = {name for number, name in self._record.overwritten if number == piece}
         own = with_outputs(graph, nodes, overwritten)
         compiled = self._inner(graph, inputs)

@@ -163,6 +163,15 @@ class CandidateRun:
                 return f"{_off(name, stats)}, within the tolerance, but {precision.name.upper()} makes {expected:.1e}"
         return ""
 
+    def _module(self, component: str) -> Program | None:
+        """The program of a component whose torch module both sides run."""
+        programs = {
+            id(side.program(component).module): side.program(component) for side in (self.reference, self.pipeline)
+        }
+        both = all(side.backend.spec.family == "torch" for side in (self.reference, self.pipeline))
+        (program, *others) = programs.values()
+        return program if both and not others and program.module is not None and program.alignment is not None else None
+
     def module_side(self, component: str) -> str:
         """The side that runs the torch module while the other one runs its graph: ``reference``, ``test``, or none."""
         runs = [
@@ -233,6 +242,7 @@ class CandidateRun:
                 ),
                 moved=self._moved(graph, component),
                 suspects=[d.onnx for d in alignment.departures] if alignment is not None else (),
+                module=self._module(component),
             )
         return self._replayers[component]
 

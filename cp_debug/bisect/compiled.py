@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -16,8 +16,10 @@ from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.finding import MISSING_CASTS, Finding
 from cp_debug.bisect.remainder import apart
 from cp_debug.bisect.result import GUILTY, LayerRow
+from cp_debug.bisect.scalars import rounded_scalars
 from cp_debug.errors import InputError
-from cp_debug.programs.pipeline import Pipeline
+from cp_debug.probes.held import CapturedRun
+from cp_debug.programs.pipeline import Key, Pipeline
 from cp_debug.recipes.base import Arrays, Sample
 
 REST = 0.1
@@ -30,16 +32,18 @@ def compiled_findings(
     run: CandidateRun,
     sample: Sample,
     outputs: tuple[Arrays, Arrays],
-    rows: Sequence[LayerRow],
+    captured: tuple[CapturedRun, CapturedRun],
+    rows: Mapping[Key, LayerRow],
     findings: list[Finding],
 ) -> tuple[list[Finding], list[str]]:
     """The findings with what is known of a compiled module alone, and remarks on its accuracy.
 
     ``outputs`` are the reference's and the test's, of the last component: name → array in the dtype that the graph
-    declares. Nothing is run for other backends, nor where all layers are within the tolerance.
+    declares; ``captured`` their values. Nothing is run for other backends, nor where all layers are within the
+    tolerance.
     """
     backend = run.pipeline.backend
-    if not backend.spec.name.startswith(COMPILED) or all(row.within for row in rows):
+    if not backend.spec.name.startswith(COMPILED) or all(row.within for row in rows.values()):
         return findings, []
     reference, test = outputs
     graphs = [replace(program, module=None) for program in run.pipeline.programs]  # modules may make FP32 themselves
@@ -48,8 +52,13 @@ def compiled_findings(
         exact = _outputs(run, graphs, create(BackendSpec("torch-fp64", backend.device)), sample)
         names = str(backend.spec), str(run.reference.backend.spec)
         nearer = [_nearer(names[0], apart(exact, test), names[1], apart(exact, reference))]
+    accused = {row.name for row in rows.values() if row.verdict == GUILTY}
+    if scalars := list(rounded_scalars(run, rows, *captured)):
+        accused -= {row.name for row in rows.values() if row.verdict == GUILTY}  # they are acquitted
+        other = (f for f in findings if not f.evidence.get("declared") and not set(f.layers) & accused)
+        return [*scalars, *other], nearer
     options = CompileOptions.parse(backend.spec.options)
-    guilty = [row.name for row in rows if row.verdict == GUILTY and row.side == "test"]
+    guilty = [row.name for row in rows.values() if row.verdict == GUILTY and row.side == "test"]
     plain = run.precision.name == "fp32"
     if options.compiler != "inductor" or options.casts or not (_casts(graphs) if plain else not guilty):
         return findings, nearer
@@ -58,13 +67,13 @@ def compiled_findings(
     difference, left = apart(reference, test), apart(reference, rounded)
     if not left <= REST * difference:
         return findings, nearer
-    first = next(row for row in rows if not row.within)
+    first = next(row for row in rows.values() if not row.within)
     found = Finding(
         MISSING_CASTS,
         "inductor does not round between the operators of one kernel, as eager does: with emulate_precision_casts the "
         + "; ".join([f"outputs differ by {left:.2g} instead of {difference:.2g}", *nearer]),
         guilty or [first.name],
-        [row.op for row in rows if row.name in guilty] or [first.op],
+        [row.op for row in rows.values() if row.name in guilty] or [first.op],
         evidence={"difference": difference, "with_casts": left},
         fix=f"none where more exact is right; else torch._inductor.config.emulate_precision_casts = True, here {spec}",
     )

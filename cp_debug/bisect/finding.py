@@ -12,6 +12,9 @@ UNKNOWN = "unknown"
 MISSING_CASTS = "missing-casts"
 """The cause where a compiler does not round between the operators of one kernel, as eager does."""
 
+ROUNDED_SCALAR = "rounded-scalar"
+"""The cause where one side rounds a Python scalar to the type of the tensor that it meets, and the other does not."""
+
 
 @dataclass
 class Element:

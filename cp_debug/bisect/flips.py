@@ -6,12 +6,13 @@ front was rounded across the border is the event that a reader wants to know.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from cp_debug.bisect.candidate_run import CandidateRun
-from cp_debug.bisect.result import INHERITED, LayerRow
+from cp_debug.bisect.result import GUILTY, INHERITED, LayerRow
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.arrays import as_numpy
@@ -30,20 +31,32 @@ ITS_OWN = 0.5
 """Part of a value's divergence from which its layer's own rounding has made it."""
 
 
+@dataclass
+class Flip:
+    """A layer whose rounding, or whose ties, make whole numbers flip, though all do what they must."""
+
+    maker: Key
+    says: str
+    """How many of the first layer that flips."""
+    first: Key | None = None
+    """That layer; None for ties."""
+    behind: list[str] = field(default_factory=list)
+    """Names of further layers that flip for that reason."""
+
+
 def flips(
     run: CandidateRun,
     rows: Mapping[Key, LayerRow],
     reference: CapturedRun,
     test: CapturedRun,
     tied: Mapping[Key, str],
-) -> Iterator[str]:
-    """A sentence for each layer whose rounding makes whole numbers flip, though all do what they must: how many of the
-    first layer that flips, and which layers do.
+) -> list[Flip]:
+    """Each layer whose rounding makes whole numbers flip.
 
     ``tied``: layers where ties are broken differently, with the words for it: what flips behind one is told with it.
     """
-    behind: dict[Key, list[str]] = {key: [] for key in tied}
-    told: dict[Key, str] = {}
+    found: dict[Key, Flip] = {}
+    of_ties = {key: Flip(key, f"{rows[key].name} ({rows[key].op}): {says}") for key, says in tied.items()}
     for key, row in rows.items():
         if key in tied or row.verdict != INHERITED or row.kind != "data" or row.replay is None:
             continue
@@ -58,65 +71,37 @@ def flips(
         front = _front(graph, known, rows, key)
         if not len(places) or front is None:
             continue
-        made_by = _maker(graph, known, rows, front, tied)
-        if made_by in behind:
-            behind[made_by].append(row.name)
+        itself = ((row.replay.introduced or 0.0) >= ITS_OWN * row.stats.rel_l2) and row.stats.rel_l2 > 0
+        made_by = key if itself else _maker(graph, known, rows, front, tied)
+        if made_by in found or made_by in of_ties:
+            (found | of_ties)[made_by].behind.append(row.name)
             continue
-        if rows[made_by].stats.is_whole:
+        if (rows[made_by].stats.is_whole and not itself) or rows[made_by].verdict == GUILTY:
             continue  # wrong, not rounded
-        behind[made_by] = []
         says = f"{row.name} ({row.op}): {len(places)} of {ours.size} results flip, first at {places[0].tolist()}"
         value, near = rows[front], Key(front.component, front.value)
         pair = [as_numpy(c.load(near.value, component=near.component)) for c in (reference, test)]
         if pair[0].shape == pair[1].shape == ours.shape:
             exact, rounded = (float(a[tuple(places[0])]) for a in pair)
-            says += f", where {value.name} ({value.op}) is {in_digits(rounded)} for {in_digits(exact)}"
+            said = [in_digits(rounded), in_digits(exact)]
+            if rounded != exact and said[0] == said[1]:
+                said = [f"{rounded:.9g}", f"{exact:.9g}"]
+            says += f", where {value.name} ({value.op}) is {said[0]}" + f" for {said[1]}" * (rounded != exact)
         maker = rows[made_by]
         precision = ((maker.replay and maker.replay.precision) or run.precision.name).upper()
-        told[made_by] = f"{says}; {maker.name} ({maker.op}) rounded it in {precision}"
-    told |= {key: f"{rows[key].name} ({rows[key].op}): {says}" for key, says in tied.items()}
-    more = len(told) - EVENTS
-    for key, says in [*told.items()][:EVENTS]:
-        verb = "differ" if len(behind[key]) > 1 else "differs"
-        yield says + (f"; for that reason {some(behind[key], MOST)} {verb}, too" if behind[key] else "")
-    if more > 0:
+        by = "its own steps are rounded" if itself else f"{maker.name} ({maker.op}) rounded it"
+        says += f"; {by} in {precision}"
+        found[made_by] = Flip(made_by, says, key)
+    return [*found.values(), *of_ties.values()]
+
+
+def flips_told(found: Sequence[Flip]) -> Iterator[str]:
+    """A sentence for each of the first flips, and how many more there are."""
+    for flip in found[:EVENTS]:
+        verb = "differ" if len(flip.behind) > 1 else "differs"
+        yield flip.says + (f"; for that reason {some(flip.behind, MOST)} {verb}, too" if flip.behind else "")
+    if (more := len(found) - EVENTS) > 0:
         yield f"{amount(more, 'more rounding')} {'makes' if more == 1 else 'make'} whole numbers flip"
-
-
-def turned_zeros(
-    run: CandidateRun, rows: Mapping[Key, LayerRow], reference: CapturedRun, test: CapturedRun
-) -> Iterator[str]:
-    """A sentence for the first layer whose Inf has the other sign, and the layer whose zeros have it: −0 equals 0."""
-    for key, row in rows.items():
-        if row.verdict != INHERITED or row.kind != "data" or np.isfinite(row.stats.rel_l2):
-            continue
-        replayer = run.replayer(key.component, test)
-        pair = _pair(reference, test, key)
-        if pair is None or not (np.isinf(pair[0]) & (pair[0] == -pair[1])).any():
-            continue
-        maker, count = None, 0
-        while key.value in replayer.graph.producer:
-            _, starts = replayer.graph.segment([key.value], replayer.known)
-            for key in (Key(key.component, name) for name in starts):
-                pair = _pair(reference, test, key) if key in rows else None
-                if pair is None:
-                    continue
-                turned = (pair[0] == 0) & (pair[1] == 0) & (np.signbit(pair[0]) != np.signbit(pair[1]))
-                if turned.any():
-                    maker, count = rows[key], int(turned.sum())
-                    break
-            else:
-                break
-        if maker is not None:
-            zeros = f"the sign of {amount(count, 'zero')} differs"
-            yield f"{maker.name} ({maker.op}): {zeros}, of which {row.name} ({row.op}) makes Inf of other signs"
-        return
-
-
-def _pair(reference: CapturedRun, test: CapturedRun, key: Key) -> list[np.ndarray] | None:
-    """A value of floats of both sides; None where they are none, or of different shapes."""
-    pair = [as_numpy(c.load(key.value, component=key.component)) for c in (reference, test)]
-    return pair if pair[0].shape == pair[1].shape and all(a.dtype.kind == "f" for a in pair) else None
 
 
 def _front(graph: Graph, known: set[str], rows: Mapping[Key, LayerRow], key: Key) -> Key | None:

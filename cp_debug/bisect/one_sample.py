@@ -18,7 +18,7 @@ from cp_debug.bisect.causes.effects import Effects
 from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.compiled import compiled_findings
 from cp_debug.bisect.exports import judge_exports
-from cp_debug.bisect.flips import flips, turned_zeros
+from cp_debug.bisect.flips import Flip, flips, flips_told
 from cp_debug.bisect.lost_channels import judge_lost, lost_channels
 from cp_debug.bisect.masks import acquit_masks
 from cp_debug.bisect.observe import Observation, observe
@@ -30,6 +30,7 @@ from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.result import GUILTY, Attribution
 from cp_debug.bisect.shares import NOT_LINEAR, Shares, set_shares
 from cp_debug.bisect.sides import counts_told
+from cp_debug.bisect.signs import judge_signs
 from cp_debug.bisect.undone import acquit_undone
 from cp_debug.bisect.worst_samples import Collected
 from cp_debug.errors import in_one_line
@@ -146,6 +147,7 @@ class SampleRuns:
         collected.ways |= dict.fromkeys(map(str, ways))
         exports = judge_exports(run, rows, side.captured)
         settled = judge_ways(ways, run.programs, rows) | exports.settled
+        settled |= judge_signs(run, rows, side.captured, test) if run.oracle is not None else {}
         trace_origins(run, rows, side.captured, test)
         collected.masks |= dict.fromkeys(acquit_masks(run, rows, side.captured, test))
         collected.undone |= acquit_undone(run, rows)
@@ -153,6 +155,7 @@ class SampleRuns:
         feed = partial(self._exact_input, sample, results)
         shares = Shares(run, sample, side.captured, test, results, feed)
         attribution: Attribution | None = None
+        flipped: list[Flip] = []
         # Behind control flow that goes another way, no error is carried to the outputs: there are other nodes.
         if run.oracle is not None and not ways:
             self._progress.tell(f"{spec}, sample {index}: shares")
@@ -161,8 +164,8 @@ class SampleRuns:
                 settled |= judge_lost(run, rows, shares, side.outputs[last], results[last]) if lost else {}
             except Exception as error:
                 failures.append(f"the layers' shares of the final divergence are unknown: {in_one_line(error)}")
-            failures += [*shares.notes, *flips(run, rows, side.captured, test, exports.tied)]
-            failures += turned_zeros(run, rows, side.captured, test)
+            flipped = flips(run, rows, side.captured, test, exports.tied)
+            failures += shares.notes
         if run.oracle is not None and collected.is_worst(rows):
             collected.attribution = attribution
             if attribution is not None and attribution.carried and abs(attribution.remainder) > NOT_LINEAR:
@@ -182,20 +185,23 @@ class SampleRuns:
             if self._options.explain:
                 effects = Effects(self._model, sample, shares, side.outputs)
                 precision = self._reference.backend.precision
-                explainer = Explainer(run, precision, side.captured, test, feed, effects, settled)
+                explainer = Explainer(run, precision, side.captured, test, feed, effects, settled, flipped)
                 explainer.goes_inside = partial(can_build, run)
                 explainer.adds_up = collected.remainder is None or collected.remainder.adds_up
                 collected.findings = explainer.findings(rows, observation)
                 builds, tell = self._options.max_builds, self._progress.tell
                 collected.findings = look_inside(explainer, rows, collected.findings, builds, tell)
                 failures += explainer.notes
-                last, judged = model.components[-1].name, list(rows.values())
+                last = model.components[-1].name
                 try:
-                    outputs = side.outputs[last], results[last]
-                    collected.findings, told = compiled_findings(run, sample, outputs, judged, collected.findings)
+                    outputs, captured = (side.outputs[last], results[last]), (side.captured, test)
+                    found = compiled_findings(run, sample, outputs, captured, rows, collected.findings)
+                    collected.findings, told = found
                     failures += told
                 except Exception as error:
                     failures.append(f"which side is nearer to FP64 is unknown: {in_one_line(error)}")
+        known = {finding.evidence.get("flips") for finding in collected.findings}
+        failures += flips_told([flip for flip in flipped if flip.first is None or rows[flip.first].name not in known])
         collected.explained([*counts_told(rows), *failures])
         collected.add(rows)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor
 
 from cp_debug.backends.arithmetic import ARITHMETICS, FP32, FP64, overrides_of
+from cp_debug.backends.base import Program
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
 from cp_debug.backends.memory import Trimmer
 from cp_debug.bisect.backward import ERRORS, kept_as
-from cp_debug.bisect.consequences import matters
+from cp_debug.bisect.consequences import difference, matters
 from cp_debug.bisect.declared_int8 import int8_activations
 from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.narrow_variants import departures, spread
@@ -39,9 +41,11 @@ from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import WHOLE, level_values
 from cp_debug.graph.operators import CONTRACTIONS, PRODUCTS
 from cp_debug.graph.randomness import DRAWS_NUMBERS, draws
+from cp_debug.probes.arrays import as_numpy, as_torch
 from cp_debug.probes.distance import all_finite, distance, ratio
 from cp_debug.probes.integers import is_whole
 from cp_debug.programs.precision import PRECISIONS, Precision, coarsest, of_operators
+from cp_debug.programs.torch_span import ModuleOperators, Scalar, in_fp32
 
 Load = Callable[[str], AnyTensor]
 """A captured value by its name in the graph. Raises InputError where the capture lacks it."""
@@ -54,6 +58,23 @@ TRIM_AFTER = 1 << 27
 """Size of oracle results in bytes after which freed memory goes back to the system."""
 MAXIMA = {"GlobalMaxPool", "MaxPool", "MaxRoiPool", "ReduceMax", "ReduceMin"}
 """Operators that keep the largest or smallest of their elements."""
+
+
+@dataclass(frozen=True)
+class _Replayed:
+    """Nodes between captured values, and what they make of these."""
+
+    nodes: list[Node]
+    starts: list[str]
+    given: Mapping[str, AnyTensor]
+    captured: Mapping[str, AnyTensor]
+    exact: Mapping[str, Tensor]
+    expected: EmulatedSegment
+    claimed: Precision
+    claim: Precision
+    """``claimed`` with what emulation does not know."""
+    divergence: float
+    """Relative L2 divergence of ``given``."""
 
 
 class Replayer:
@@ -73,6 +94,7 @@ class Replayer:
         implementers: tuple[str, str] = ("", ""),
         moved: FileQuantization | None = None,
         suspects: Collection[str] = (),
+        module: Program | None = None,
     ) -> None:
         """Prepare the oracle and the emulation of both sides' claims.
 
@@ -80,8 +102,9 @@ class Replayer:
         INT8, where that is known; ``narrow`` the values (by their names in ``graph``) that each holds in ``fp16`` or
         ``bf16`` because its own program says so; ``implementers`` those of their functions; ``moved`` the quantizers of
         ``graph`` itself, which the test's optimizer may have moved in front of other values; ``suspects`` values that
-        are replayed for the reference in any case. ``emulated``: the test is
-        the emulation of its claim, of this very graph, so that emulating its layers again would give what was captured.
+        are replayed for the reference in any case; ``module`` the program whose module both sides run. ``emulated``:
+        the test is the emulation of its claim, of this very graph, so that emulating its layers again would give what
+        was captured.
         """
         self.graph = graph
         self.precision = PRECISIONS[precisions[1]]
@@ -102,6 +125,10 @@ class Replayer:
             for of_side, emulator, by in zip(quantized, self._emulators, implementers, strict=True)
         )
         self._emulated = emulated
+        self._module = module
+        self._operators: ModuleOperators | None = None
+        self._own: dict[str, Tensor] = {}
+        """Results of the last replay that the module's own operators gave."""
         self._finer: Executor | None = None
         self._trimmer = Trimmer(TRIM_AFTER)
         self.errors: dict[str, Tensor] = {}
@@ -147,6 +174,8 @@ class Replayer:
         ``divergences``: relative L2 norms of test − reference over the finite elements, where they are known already.
         """
         self.errors.clear()
+        self._own.clear()
+        self._operators = None
         self._room = ERRORS
         for node in self.graph.nodes:
             targets = [o for o in node.outputs if o in self.known]
@@ -166,7 +195,9 @@ class Replayer:
         Raises InputError where ``layers`` would skip it.
         """
         nodes, starts = self.graph.segment([target], self.known)
-        exact = as_tensor(self.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [target])[target])
+        exact = self._own.get(target)
+        if exact is None:
+            exact = as_tensor(self.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [target])[target])
         held = self._hold(test(target))
         if not any(t.is_floating_point() or t.is_complex() for t in (held, exact)):
             return (held.long() - exact.long()).double(), exact
@@ -207,52 +238,113 @@ class Replayer:
         )
         known_divergence = divergences.get(starts[0]) if len(starts) == 1 else None
         divergence = self._divergence(given, reference) if known_divergence is None else known_divergence
+        segment = _Replayed(nodes, starts, given, captured, exact, expected, claimed, claim, divergence)
         results = {}
         for target in targets:
-            sides = captured[target], exact[target]
-            error = self._place_of_error(*sides)
-            replay = self._asked(1, nodes, given, target, *sides, expected, claim, reference, error)
-            if error is not None:
-                self.errors[target] = error
-            if replay.new_nonfinite:
-                replay.new_nonfinite -= _undecided(nodes, captured[target], exact[target], expected.results[target])
-            finite = all_finite(exact[target])
-            if not finite:
-                replay.numbers = _numbers(nodes, captured[target], exact[target], expected.results[target])
-                replay.new_nonfinite += replay.numbers
-            if replay.new_nonfinite or (replay.excess or 0.0) > EXCESS:
-                replay = self._in_range(replay, target, captured[target], exact[target], expected, claim, test)
-            if (scales := self._scales[1]) is not None and scales.quantized.touches(nodes):
-                replay.clipped, replay.step = expected.clipped, expected.step
-                tensors = captured[target], exact[target], expected.results[target]
-                scales.compare(replay, nodes, target, given, *tensors, reference)
-            replay.nodes, replay.precision = tuple(n.name for n in nodes), claimed.name
-            if self._departures is not None:
-                replay.computed_in = self._departures.find(
-                    nodes, given, target, captured[target], expected.results[target], exact[target]
-                )
-                if replay.new_nonfinite and spread(given, captured[target], expected.results[target]):
-                    replay.new_nonfinite = 0
-            replay.unread = target not in self.graph.consumers and target not in self._outputs
-            replay.not_emulated = tuple(n.name for n in nodes if not self._emulators[1].emulates(n))
-            replay.instead = instead(captured[target], exact[target], expected.results[target])
-            if replay.instead:  # levels may be computed by x ÷ scale in FP32, or by x × (1 ÷ scale)
-                plain = PRECISIONS["fp32"].roundoff
-                settled = between_levels(self.oracle, nodes, given, target, *sides, plain)
-                right = exact[target] if settled is None else settled.to(exact[target].dtype)
-                replay.instead = instead(captured[target], right, expected.results[target])
-            replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
-            replay.range_loss = self._range_loss(nodes, given, target, sides[1], lambda n: self.claim(1, [n]), test)
-            self._trace_back(replay, exact[target], reference(target), divergence)
-            rounding = self.claim(0, nodes).roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
-            if not finite:
-                replay.nonfinite_in = self._nonfinite_in(nodes, given, exact[target], reference(target))
-            amplified = replay.inherited is not None and replay.inherited > SUSPICIOUS * divergence + 2 * rounding
-            if amplified or replay.nonfinite_in or target in self._suspects:
-                replay.reference_excess = self.reference_excess(nodes, starts, target, reference)
+            replay = self._replayed(segment, target, reference, test)
+            if (own := self._by_module(replay, target, exact[target], claim, test)) is not None:
+                self._own[target] = own
+                rounded = EmulatedSegment({target: self._emulators[1].arithmetic.round(own)})
+                segment_of_module = replace(segment, exact={target: own}, expected=rounded)
+                replay = self._replayed(segment_of_module, target, reference, test)
             results[target] = replay
             self._trimmer.freed(exact[target].nbytes)
         return results
+
+    def _by_module(self, replay: Replay, target: str, exact: Tensor, claim: Precision, load: Load) -> Tensor | None:
+        """What the module's own operators make of captured values, where there is doubt and it is not ``exact``: the
+        graph decomposes an operator of torch, and another decomposition need not be wrong where that one is."""
+        doubtful = replay.new_nonfinite or max(replay.excess or 0.0, replay.reference_excess) > EXCESS
+        if self._module is None or not (doubtful or not all_finite(exact)):
+            return None
+        decided = self.decided(target, exact, claim, load)
+        return None if decided is None else decided[0]
+
+    def decided(
+        self, target: str, exact: Tensor, claim: Precision, load: Load
+    ) -> tuple[Tensor, list[Node], list[str]] | None:
+        """What the module's own operators make of captured values, in FP64 and the shape of ``target``, and the nodes
+        of the graph that decompose these with the values that they read; None where the graph's ``exact`` is the same
+        to rounding, or no module is replayed."""
+        own = self.module_result(target, load)
+        if own is None or difference(exact, own.to(exact.dtype)) <= EXCESS * claim.roundoff:
+            return None
+        assert self._operators is not None
+        return own, *self.graph.segment([target], self._operators.starts(target, self.known))
+
+    def module_result(self, target: str, load: Load, scalar: Scalar = in_fp32) -> Tensor | None:
+        """What the module's own operators make of the captured values that ``load`` gives: ``target`` in FP64, on the
+        oracle's device. ``scalar`` gives the number that an operator takes for a Python scalar.
+
+        None where no module is replayed, or it has no such value.
+        """
+        operators = self.module_operators(load)
+        result = None if operators is None else operators.result(target, self.known, load, scalar)
+        return None if result is None else result.to(self._device)
+
+    def module_operators(self, load: Load) -> ModuleOperators | None:
+        """The operators of the module that both sides run; None where they do not, or it fails."""
+        if self._operators is None and self._module is not None:
+            inputs = {info.name: as_torch(as_numpy(load(info.name))) for info in self.graph.inputs}
+            inputs = {n: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for n, t in inputs.items()}
+            try:
+                self._operators = ModuleOperators(self._module, inputs)
+            except InputError:
+                self._module = None
+        return self._operators
+
+    def _replayed(self, segment: _Replayed, target: str, reference: Load, test: Load) -> Replay:
+        """The replay of one result of a segment."""
+        nodes, given, captured, exact, expected = (
+            segment.nodes,
+            segment.given,
+            segment.captured,
+            segment.exact,
+            segment.expected,
+        )
+        claim, divergence = segment.claim, segment.divergence
+        sides = captured[target], exact[target]
+        error = self._place_of_error(*sides)
+        replay = self._asked(1, nodes, given, target, *sides, expected, claim, reference, error)
+        if error is not None:
+            self.errors[target] = error
+        if replay.new_nonfinite:
+            replay.new_nonfinite -= _undecided(nodes, captured[target], exact[target], expected.results[target])
+        finite = all_finite(exact[target])
+        if not finite:
+            replay.numbers = _numbers(nodes, captured[target], exact[target], expected.results[target])
+            replay.new_nonfinite += replay.numbers
+        if replay.new_nonfinite or (replay.excess or 0.0) > EXCESS:
+            replay = self._in_range(replay, target, captured[target], exact[target], expected, claim, test)
+        if (scales := self._scales[1]) is not None and scales.quantized.touches(nodes):
+            replay.clipped, replay.step = expected.clipped, expected.step
+            tensors = captured[target], exact[target], expected.results[target]
+            scales.compare(replay, nodes, target, given, *tensors, reference)
+        replay.nodes, replay.precision = tuple(n.name for n in nodes), segment.claimed.name
+        if self._departures is not None:
+            replay.computed_in = self._departures.find(
+                nodes, given, target, captured[target], expected.results[target], exact[target]
+            )
+            if replay.new_nonfinite and spread(given, captured[target], expected.results[target]):
+                replay.new_nonfinite = 0
+        replay.unread = target not in self.graph.consumers and target not in self._outputs
+        replay.not_emulated = tuple(n.name for n in nodes if not self._emulators[1].emulates(n))
+        replay.instead = instead(captured[target], exact[target], expected.results[target])
+        if replay.instead:  # levels may be computed by x ÷ scale in FP32, or by x × (1 ÷ scale)
+            plain = PRECISIONS["fp32"].roundoff
+            settled = between_levels(self.oracle, nodes, given, target, *sides, plain)
+            right = exact[target] if settled is None else settled.to(exact[target].dtype)
+            replay.instead = instead(captured[target], right, expected.results[target])
+        replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
+        replay.range_loss = self._range_loss(nodes, given, target, sides[1], lambda n: self.claim(1, [n]), test)
+        self._trace_back(replay, exact[target], reference(target), divergence)
+        rounding = self.claim(0, nodes).roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
+        if not finite:
+            replay.nonfinite_in = self._nonfinite_in(nodes, given, exact[target], reference(target))
+        amplified = replay.inherited is not None and replay.inherited > SUSPICIOUS * divergence + 2 * rounding
+        if amplified or replay.nonfinite_in or target in self._suspects:
+            replay.reference_excess = self.reference_excess(nodes, segment.starts, target, reference)
+        return replay
 
     def _place_of_error(self, captured: AnyTensor, exact: Tensor) -> Tensor | None:
         """Where the introduced error goes, in its shape, while there is room."""
@@ -369,6 +461,9 @@ class Replayer:
             replay = Replay.of(reference(target), exact, [expected.results[target]], claim)
         else:
             replay = self._asked(0, nodes, given, target, reference(target), exact, expected, claim, reference)
+        if (own := self._by_module(replay, target, exact, claim, reference)) is not None:
+            exact = own
+            replay = Replay.of(reference(target), own, [self._emulators[0].arithmetic.round(own)], claim)
         if replay.introduced is not None and distance(exact, reference(target)).new_nonfinite:
             return math.inf
         return replay.excess or 0.0

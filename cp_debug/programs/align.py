@@ -23,10 +23,11 @@ from cp_debug.probes.trace import TorchValue, Trace, trace
 from cp_debug.programs.behind import Behind
 from cp_debug.programs.draws import Draws
 from cp_debug.programs.export import DECISIONS
-from cp_debug.programs.lost import TorchSpan, explained
+from cp_debug.programs.lost import explained
 from cp_debug.programs.matching import Matching, nearest
 from cp_debug.programs.scope_names import scope_hints
 from cp_debug.programs.stored_tensors import stored_tensors
+from cp_debug.programs.torch_span import TorchSpan
 
 TOLERANCE = 1e-4
 """Relative L2 distance up to which two FP32 computations of one value are the same."""

@@ -5,21 +5,20 @@ A cause is named only where that reproduces what the graph computes, from the mo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.source_lines import source_line
 from cp_debug.probes.alignment import TIE, Departure
 from cp_debug.probes.trace import Operation, TorchValue
 from cp_debug.programs.behind import WrongValue, apart
-from cp_debug.programs.matching import nearest
 from cp_debug.programs.ties import ties
+from cp_debug.programs.torch_span import TorchSpan
 
 MOST = 400
 """Changed operators that are tried for one fault."""
@@ -27,72 +26,6 @@ CLOSE = 0.1
 """Part of the fault's size up to which the changed module may be off the graph's result."""
 _WORDS = (None, "sum", "mean", "prod", "amax", "amin", "none", "tanh", "floor", "trunc")
 """Values of arguments that choose a mode by its name."""
-
-
-@dataclass(eq=False)
-class TorchSpan:
-    """The operators of torch between a fault and what is right before it."""
-
-    target: TorchValue
-    between: Collection[TorchValue]
-    """Values between the paired ones and ``target``."""
-    tensors: Mapping[TorchValue, Tensor]
-    _order: list[TorchValue] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        inside = {self.target, *self.between}
-        reached, passed = nearest(
-            self.target, _read, lambda v: v not in inside and v in self.tensors and not _is_view(v.operation)
-        )
-        self._order = sorted({self.target, *reached, *passed}, key=lambda v: v.index)
-        self._inside = inside
-
-    @property
-    def operations(self) -> dict[Operation, TorchValue]:
-        """Each operator in execution order, with what it gives; those that only look at memory otherwise left out where
-        others are there."""
-        found = {v.operation: v for v in self._order if v.operation and v.from_data and v in self._inside}
-        return {o: v for o, v in found.items() if not _is_view(o)} or found
-
-    def run(self, changed: Operation | None = None, args: Any = None, kwargs: Any = None) -> Tensor | None:
-        """The target, any shape, with one operator ``changed`` to other arguments, or left out where these are None.
-
-        None where it cannot be computed so.
-        """
-        made: dict[TorchValue, Tensor] = {}
-        done: dict[Operation, list[Tensor]] = {}
-
-        def tensor(leaf: Any) -> Any:
-            return made[leaf] if isinstance(leaf, TorchValue) else leaf
-
-        for value in self._order:
-            operation = value.operation
-            computed = value in self._inside or value not in self.tensors or _is_view(operation)
-            if not computed:
-                made[value] = self.tensors[value].clone()
-            elif value.op == "mutated":
-                made[value] = made[value.inputs[0]]
-            elif operation is None:
-                return None
-            else:
-                if operation not in done:
-                    own = operation is changed
-                    chosen = (args, kwargs) if own and args is not None else (operation.args, operation.kwargs)
-                    given = tree_map(tensor, chosen)
-                    if own and args is None:
-                        alike = [t for t in tree_leaves(given) if isinstance(t, Tensor) and t.shape == value.shape]
-                        if not alike:
-                            return None
-                        result: Any = alike[0]
-                    else:
-                        result = operation.function(*given[0], **given[1])
-                    written = [given[0][0]] if operation.function._schema.is_mutable else []
-                    found = [t for t in tree_leaves((result, written)) if isinstance(t, Tensor)]
-                    done[operation] = list({id(t): t for t in found}.values())
-                if not done[operation]:
-                    return None
-                made[value] = done[operation].pop(0)
-        return made[self.target]
 
 
 def explained(fault: WrongValue, region: TorchSpan, graph: Graph, prefix: str) -> Departure:
@@ -237,21 +170,8 @@ def _arguments(operation: Operation) -> Iterator[tuple[str, Any, Any]]:
         yield spec.name, list(value) if isinstance(value, tuple) else value, default
 
 
-def _read(value: TorchValue) -> list[TorchValue]:
-    if value.operation is None:
-        return list(value.inputs)
-    leaves = tree_leaves((value.operation.args, value.operation.kwargs))
-    return [leaf for leaf in leaves if isinstance(leaf, TorchValue)]
-
-
 def _holds_tensor(value: Any) -> bool:
     return any(isinstance(leaf, Tensor | TorchValue) for leaf in tree_leaves(value))
-
-
-def _is_view(operation: Operation | None) -> bool:
-    if operation is None:
-        return False
-    return any(r.alias_info and not r.alias_info.is_write for r in operation.function._schema.returns)
 
 
 def _name(operation: Operation) -> str:

@@ -80,10 +80,15 @@ class Matching:
     def counterparts(self, name: str, op: str) -> list[TorchValue]:
         """Torch values that nothing in the graph equals, those first that ``name`` most likely should be.
 
-        ``op`` is the operator of torch that the exporter recorded for it, or empty.
+        ``op`` is the operator of torch that the exporter recorded for it, or empty: what that made is taken although
+        another value has the same numbers, as ``remainder`` by Inf has those of what it reads.
         """
         source, hint = self._onnx_source(name), self._hints.get(name)
-        free = [v for v in self.prints if v not in self._taken and self._content[v] not in self._matched]
+        free = [
+            v
+            for v in self.prints
+            if v not in self._taken and (self._content[v] not in self._matched or (op and v.op == op))
+        ]
         ranked = [(self._rank(v, source, hint), v) for v in free]
         return [v for _, v in sorted(ranked, key=lambda item: (item[0][0], bool(op) and item[1].op != op, item[0][1:]))]
 

@@ -105,11 +105,11 @@ def walk(model: Model, sample: Sample, run: Run, results: Mapping[str, Arrays] |
 
 
 def example_args(component: Component, inputs: Mapping[str, np.ndarray]) -> tuple[torch.Tensor, ...]:
-    """The inputs of a component's module as positional arguments.
+    """The inputs of a component's module as positional arguments, which it may write to.
 
     Each tensor has the shape and dtype of its array.
     """
-    return tuple(as_torch(inputs[name]) for name in component.input_names)
+    return tuple(as_torch(inputs[name]).clone() for name in component.input_names)
 
 
 def run_module(component: Component, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -165,11 +165,11 @@ def _output_names(
         with torch.no_grad(), as_written(), doing(f"{type(module).__name__} ran", in_their_folder=True):
             before = _weights(module)
             with state_kept(module) as state:
-                outputs = flatten_outputs(module(*tensors))
+                outputs = flatten_outputs(module(*(t.clone() for t in tensors)))
                 changed = _changed(before, once := _weights(module))
                 if changed or state.changed():  # what a first forward prepares for all others is no harm
                     kept = ModuleState(module)
-                    again = flatten_outputs(module(*tensors))
+                    again = flatten_outputs(module(*(t.clone() for t in tensors)))
                     changed = _changed(once, _weights(module))
                     notes += _stateful(kept.changed(), outputs, again)
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
-from cp_debug.bisect.finding import MISSING_CASTS
+from cp_debug.bisect.finding import MISSING_CASTS, ROUNDED_SCALAR
 from cp_debug.bisect.result import DIVERGENT, INHERITED, MOST_NAMES, SHAPE, LayerRow, TestResult
 from cp_debug.graph.pairing import places
 from cp_debug.probes.caveats import ALL_ZERO
@@ -130,10 +130,14 @@ def _judged_together(row: LayerRow) -> str:
 
 
 def _comes_from(test: TestResult) -> str:
-    """Phrase about the few layers whose rounding makes most of the divergence, or about rounding that a compiler leaves
+    """Phrase about the few layers whose rounding makes most of the divergence, or about rounding that one side leaves
     out; empty where it adds up over many."""
     if any(finding.cause == MISSING_CASTS for finding in test.findings):
         return "inductor leaves out casts that eager makes"
+    if scalars := [name for f in test.findings if f.cause == ROUNDED_SCALAR for name in f.layers]:
+        return f"one side alone rounds a scalar, at {some(scalars, MOST_NAMES)}"
+    if flips := [name for f in test.findings if "flips" in f.evidence for name in f.layers]:
+        return f"the rounding of {some(flips, MOST_NAMES)} makes whole numbers flip"
     few = next((f for f in test.findings if f.evidence.get("declared") and f.effect.share is not None), None)
     few = few or next((f for f in test.findings if f.cause == "int8" and (f.effect.share or 0.0) >= MOST), None)
     if few is None:

@@ -14,6 +14,7 @@ from cp_debug.bisect.causes.search import Explanation
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.causes.where import locate
 from cp_debug.bisect.finding import Effect, Finding
+from cp_debug.bisect.flips import Flip
 from cp_debug.bisect.kept import MOST as NAMED
 from cp_debug.bisect.kept import KeepTrials, gave, in_words
 from cp_debug.bisect.result import GUILTY, LayerRow
@@ -144,7 +145,9 @@ def declared(
         names = ", ".join(row.name for _, row in told)
         fix = f"accept it if the kernel is known to be approximate, or compute {names} in FP64"
         of_first = explain(*told[0])  # what precision excuses may be another program, or a known way to compute it
-        if (cause := of_first.cause) and not cause.parameters and not cause.by_magnitude:
+        # What the emulation of FP32 gives needs no other explanation.
+        better = not few or of_first.explained > explained
+        if (cause := of_first.cause) and not cause.parameters and not cause.by_magnitude and (better or cause.declared):
             says, fix = f"{says}: {cause.says}", cause.fix.replace("{layers}", told[0][1].name)
             evidence, explained = {"declared": True, **cause.evidence}, of_first.explained
     elif trials is not None:
@@ -165,6 +168,21 @@ def declared(
         effect=Effect(sum(row.share or 0.0 for _, row in told)) if few else Effect(),
         fix=fix,
     )
+
+
+def flipped(run: CandidateRun, rows: Rows, flips: Sequence[Flip]) -> Finding | None:
+    """The finding on an FP32 rounding that makes whole numbers flip, where the divergence beyond the tolerance begins
+    with these: nothing that is carried by derivatives explains it. None elsewhere."""
+    beyond = next((key for key, row in rows.items() if not row.within), None)
+    flip = next((flip for flip in flips if flip.first == beyond), None)
+    if flip is None or run.precision.name != "fp32":
+        return None
+    row, first = rows[flip.maker], rows[flip.first]  # type: ignore[index]
+    own = f"{row.name} ({row.op}): "
+    says = flip.says.removeprefix(own) if row is first else f"makes whole numbers flip: {flip.says}"
+    evidence = {"declared": True, "flips": first.name}
+    fix = f"decide with a margin, or compute {row.name} in FP64"
+    return Finding("fp32", says, [row.name], [row.op], evidence=evidence, fix=fix)
 
 
 def _vanished(segment: Segment, name: str) -> Iterator[str]:

@@ -21,10 +21,11 @@ from cp_debug.bisect.causes.narrow import departure
 from cp_debug.bisect.causes.narrow_costs import costs
 from cp_debug.bisect.causes.precision import PROMOTED
 from cp_debug.bisect.causes.ranges import RESCALE
-from cp_debug.bisect.causes.search import ENOUGH, Explanation, explain
+from cp_debug.bisect.causes.search import ENOUGH, Explanation, accepted, explain
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
 from cp_debug.bisect.causes.where import locate
 from cp_debug.bisect.finding import UNKNOWN, Finding, Where
+from cp_debug.bisect.flips import Flip
 from cp_debug.bisect.kept import KeepTrials, gave
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
@@ -75,6 +76,7 @@ class Explainer:
     effects: Effects
     settled: Mapping[Key, Finding] = field(default_factory=dict)
     """Guilty rows whose cause is known before anything is tried: other control flow, a wrong export."""
+    flips: Sequence[Flip] = ()
     notes: list[str] = field(default_factory=list)
     """Layers that could not be explained and why not, one sentence each: explaining never ends a run."""
     adds_up: bool = True
@@ -149,7 +151,11 @@ class Explainer:
                 kind = self.run.kind(next(iter(rows)).component)
                 costly += declared.int8(rows, kind, self._left_out, self._of_unquantized)
                 if self.adds_up and not findings and not costly and not all(row.within for row in rows.values()):
-                    costly += declared.declared(self.run, rows, self.segment, self._explanation, self._of_kept)
+                    known = declared.flipped(self.run, rows, self.flips)
+                    trials = self._of_kept
+                    costly += (
+                        [known] if known else declared.declared(self.run, rows, self.segment, self._explanation, trials)
+                    )
             except Exception as error:
                 self.notes.append(f"the declared precision's cost is not known: {in_one_line(error)}")
         return [*sorted(findings, key=_by_effect), *sorted(costly, key=_by_effect)]  # what is wrong comes first
@@ -178,6 +184,11 @@ class Explainer:
             segment = self.segment(key, row)
             where = locate(segment, row.name)
             failed = partial(self._failed, row)
+            if segment.decomposed is not None:
+                ops = ", ".join(dict.fromkeys(node.op for node in segment.nodes if node.op != "Constant"))
+                says = f"it is computed by other operators ({ops}), which do not give what torch's own gives here"
+                candidate = Candidate("decomposition", says, segment.decomposed, fix="report it: {layers}")
+                return Explained(row, accepted(segment, candidate) or explanation, where), None
             if row.replay is not None and row.replay.computed_in:
                 claim = NarrowOptions.parse(row.replay.precision or self.run.precision.name)
                 known = departure(segment, claim, row.replay.computed_in)
@@ -219,6 +230,9 @@ class Explainer:
             segment = Segment.of_input(context, key.value, self.exact_input(key), load(key.value))
         else:
             segment = Segment.of(context, key.value, replayer.known, load)
+            if (decided := replayer.decided(key.value, segment.exact, context.claim, load)) is not None:
+                exact, nodes, starts = decided
+                segment.decided(exact, nodes, {name: load(name) for name in starts})
         segment.tactic = row.tactic if row.side == "test" else ""
         later, views = self._later(key, capture), self._views(key)
         segment.others = [

@@ -38,6 +38,7 @@ FORMULAS: Mapping[str, tuple[Formula, ...]] = {
     "Asinh": (
         Formula("log(x + √(x² + 1))", lambda x, _: (x + (x * x + 1).sqrt()).log(), "use asinh of |x|, by log1p"),
     ),
+    "Acosh": (Formula("log(x + √(x² − 1))", lambda x, _: (x + (x * x - 1).sqrt()).log(), "use log(2x) of large x"),),
     "Atanh": (Formula("log((1 + x) ÷ (1 − x)) ÷ 2", lambda x, _: ((1 + x) / (1 - x)).log() / 2, "use log1p"),),
     "Softmax": (Formula("exp(x) ÷ Σ exp(x)", lambda x, d: x.exp() / x.exp().sum(d, keepdim=True), _SHIFT),),
     "LogSoftmax": (
@@ -60,7 +61,7 @@ FORMULAS: Mapping[str, tuple[Formula, ...]] = {
 def textbook(segment: Segment) -> Iterator[Candidate]:
     """Candidates: a node of the segment is computed by such a formula, each step of it in FP32."""
     for node in segment.nodes:
-        for formula in FORMULAS.get(node.op, ()):
+        for formula in _formulas(node):
             name = node.proto.input[0]
             given = segment.context.oracle.run_nodes(segment.nodes, segment.given, [name])[name]
             x = as_double(given).float()
@@ -76,6 +77,17 @@ def textbook(segment: Segment) -> Iterator[Candidate]:
                 )
                 fix = f"compute {node.op} in {{layers}} in another way: {formula.better}"
                 yield Candidate("textbook-formula", says, value, 0, {"node": node.name, "formula": formula.text}, fix)
+
+
+def _formulas(node: Node) -> tuple[Formula, ...]:
+    if node.op not in ("Celu", "Elu", "Selu"):
+        return FORMULAS.get(node.op, ())
+    alpha = float(node.attribute("alpha", 1.6732632 if node.op == "Selu" else 1.0))
+    gamma = float(node.attribute("gamma", 1.050701)) if node.op == "Selu" else 1.0
+    width = alpha if node.op == "Celu" else 1.0
+    of = "x ÷ α" if node.op == "Celu" else "x"
+    text = f"{'γ·' * (node.op == 'Selu')}α·(exp({of}) − 1)"
+    return (Formula(text, lambda x, _: gamma * torch.where(x > 0, x, alpha * ((x / width).exp() - 1)), _EXPM1),)
 
 
 def _axes(segment: Segment, node: Node, x: Tensor) -> Axes | None:

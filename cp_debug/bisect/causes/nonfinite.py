@@ -42,6 +42,26 @@ def nan_for_zero_or_all(segment: Segment) -> Iterator[Candidate]:
         )
 
 
+@cause()
+def folded(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: what algebra says of numbers is said of NaN and Inf: x·0 is 0, x − x is 0, x ÷ x is 1."""
+    if not segment.nodes or not bool(segment.new_nonfinite.any()):
+        return
+    node = segment.nodes[-1]
+    same = len(set(node.inputs)) == 1
+    zero = any(w is not None and not w.any() for w in (segment.weight(node, place) for place in (0, 1)))
+    for op, holds, text, result in (
+        ("Mul", zero, "x·0", 0.0),
+        ("Sub", same, "x − x", 0.0),
+        ("Div", same, "x ÷ x", 1.0),
+    ):
+        if node.op == op and holds:
+            says = f"{text} is taken for {result:.0f} where x is NaN or Inf"
+            value = torch.full_like(segment.exact, result)
+            fix = "report it, or replace NaN and Inf in front of {layers}"
+            yield Candidate("folded", says, value, evidence=operands(segment), fix=fix)
+
+
 @cause(costly=True)
 def born_here(segment: Segment) -> Iterator[Candidate]:
     """Candidate of last resort: the place of the first NaN or Inf, and its operands."""

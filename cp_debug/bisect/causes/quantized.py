@@ -20,10 +20,10 @@ _PERCENTILE = "calibrate {layers} again: entropy or a higher percentile"
 def on_a_grid(segment: Segment) -> Iterator[Candidate]:
     """Candidates: the result has at most 256 equally spaced values, so it passed an INT8 quantizer."""
     grid = _grid(segment.test[segment.finite])
-    if grid is None or segment.op in QUANTIZERS:
+    exact = segment.exact
+    if grid is None or segment.op in QUANTIZERS or not exact.any():
         return
     step, low, high = grid
-    exact = segment.exact
     levels = torch.round(exact / step)
     for bottom, top, parameters in ((-128, 127, 1), (-127, 127, 1), (0, 255, 1), (low, high, 2)):
         if low < bottom or high > top:

@@ -11,7 +11,7 @@ from cp_debug.backends.arithmetic import ARITHMETICS, FP16
 from cp_debug.backends.rounding import round_fp16
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.precision import OVERFLOWS
-from cp_debug.bisect.causes.segment import Segment
+from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.bisect.verdict import RANGE
 from cp_debug.graph.graph import Node
 from cp_debug.programs.precision import PRECISIONS
@@ -50,6 +50,31 @@ def half_figures(exact: Tensor) -> dict[str, float]:
 def where(chosen: Tensor, values: Tensor) -> Tensor:
     """The values where ``chosen`` is true, of the same shape, in one row; without a copy where all are."""
     return values.flatten() if bool(chosen.all()) else values[chosen]
+
+
+@cause()
+def steps(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: a step inside the layer leaves the range of FP32, although its result lies within it: the squares of
+    a standard deviation of 1e25 or of 1e-25."""
+    if segment.context.claim.name != "fp32" or len(segment.nodes) < 2:
+        return
+    exact: dict[str, Tensor] = {}
+    wanted = [name for node in segment.nodes for name in node.outputs]
+    segment.context.oracle.run_nodes(segment.nodes, segment.given, wanted, lambda n, t: exact.update({n: as_double(t)}))
+    for node in segment.nodes:
+        value = exact.get(node.outputs[0])
+        if node.outputs[0] == segment.target or value is None or not bool(torch.isfinite(value).all()):
+            continue
+        held, size = value.float(), value.abs()
+        word = "overflow" if bool(held.isinf().any()) else "underflow"
+        if word == "overflow" or (bool(size.any()) and not bool(held.any())):
+            ends = "ends at 3.4e38" if word == "overflow" else "has 0 below 1.4e-45"
+            told = f"reaches {float(size.max()):.3g}, and FP32 {ends}"
+            fix = "scale what {layers} reads, or compute it in FP64"
+            evidence = {"node": node.name, "largest": float(size.max())}
+            says = f"FP32 {word} within the layer: {node.op} {told}"
+            yield Candidate(f"fp32-{word}", says, segment.claimed, 0, evidence, fix, heard=True, declared=True)
+            return
 
 
 @cause()

@@ -88,6 +88,8 @@ class Segment:
         """Names of other values of the same run, and how to load them."""
         self.kept: dict[str, Any] = {}
         """What several families ask for, computed once."""
+        self.decomposed: Tensor | None = None
+        """What the graph's nodes give where the module's own operator gives ``exact``; None where they agree."""
         self.tactic = ""
         """Name of the kernel that computed the target, where the backend tells."""
         self.op = nodes[-1].op if nodes else "input"
@@ -105,6 +107,15 @@ class Segment:
     def of_input(cls, context: SegmentContext, name: str, exact: Any, test: Any) -> Segment:
         """An input of the component: glue made it, and ``exact`` is what it should have been."""
         return cls(context, (), name, {name: exact}, test)
+
+    def decided(self, exact: Tensor, nodes: Sequence[Node], given: Mapping[str, Any]) -> None:
+        """Let the module's own operator decide: ``exact``, float64 in the result's shape, where ``nodes`` of the graph
+        make something else of ``given``."""
+        arithmetic = ARITHMETICS.get(self.context.claim.name, self.context.oracle.arithmetic)
+        made = self.context.executor(arithmetic).run_nodes(nodes, given, [self.target])
+        self.nodes, self.given, self.decomposed = tuple(nodes), given, as_double(made[self.target])
+        self.exact = as_double(exact)
+        self.claimed = as_double(arithmetic.round(exact.to(arithmetic.dtype)))
 
     def _exact(self) -> Tensor:
         return self.run(self.context.oracle.arithmetic) if self.nodes else self.input(self.target)

@@ -1,0 +1,137 @@
+"""Signs of zeros and of NaN: no distance sees them, and 1 ÷ x, atan2, copysign, signbit and roots do.
+
+Where a layer's result is another one, and the reference's signs in what it reads would make it the reference's, the
+layer that turned the signs is at fault and not the one that reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from cp_debug.bisect.candidate_run import CandidateRun, loader
+from cp_debug.bisect.finding import Finding
+from cp_debug.bisect.replay import Load, Replayer
+from cp_debug.bisect.result import GUILTY, INHERITED, LayerRow
+from cp_debug.bisect.verdict import is_within
+from cp_debug.bisect.whole_numbers import as_tensor
+from cp_debug.errors import InputError
+from cp_debug.probes.arrays import as_numpy, as_torch
+from cp_debug.probes.held import CapturedRun
+from cp_debug.probes.statistics import compare
+from cp_debug.programs.pipeline import Key
+from cp_debug.safe_text import amount
+
+TURNED = "turned-sign"
+"""The cause where only the sign of a zero or of NaN is another."""
+MOST = 32
+"""Layers that are asked whether signs explain them."""
+
+
+def judge_signs(
+    run: CandidateRun, rows: Mapping[Key, LayerRow], reference: CapturedRun, test: CapturedRun
+) -> dict[Key, Finding]:
+    """Accuse the layers that turn signs which make another layer's result wrong, and acquit that one.
+
+    Returns the findings of the accused rows; changes the rows.
+    """
+    found: dict[Key, Finding] = {}
+    asked = 0
+    for key, row in rows.items():
+        if row.within or row.kind != "data" or row.stats.shape_mismatch or asked == MOST:
+            continue
+        sides = loader(reference, key.component), loader(test, key.component)
+        replayer = run.replayer(key.component, test)
+        turned = _turned_inputs(replayer, key.value, *sides)
+        if not turned:
+            continue
+        asked += 1
+        if not _explain(run, replayer, row, key.value, turned, *sides):
+            continue
+        name, marks = max(turned.items(), key=lambda item: int(item[1].sum()))
+        while earlier := _turned_inputs(replayer, name, *sides):
+            name, marks = max(earlier.items(), key=lambda item: int(item[1].sum()))
+        made = Key(key.component, name)
+        if made not in rows or name not in replayer.graph.producer:
+            continue
+        row.verdict, row.side, row.why = INHERITED, "test", f"reads the signs of {rows[made].name}"
+        if made in found:
+            continue
+        maker, zeros = rows[made], int((marks & (_float(sides[1], name) == 0)).sum())
+        what = amount(zeros, "zero") if zeros else f"{int(marks.sum())} NaN"
+        says = f"the sign of {what} differs, which {row.name} ({row.op}) reads"
+        maker.verdict, maker.why = GUILTY, says
+        maker.side = _side(replayer, name, marks, *sides) if zeros else "test"
+        evidence = {"read_by": row.name}
+        found[made] = Finding(TURNED, says, [maker.name], [maker.op], side=maker.side, evidence=evidence)
+    return found
+
+
+def _turned_inputs(replayer: Replayer, value: str, reference: Load, test: Load) -> dict[str, Tensor]:
+    """What a value is computed from: those in which zeros or NaN have another sign, with the places."""
+    if value not in replayer.graph.producer:
+        return {}
+    try:
+        _, starts = replayer.graph.segment([value], replayer.known)
+        pairs = {name: (_float(reference, name), _float(test, name)) for name in starts}
+    except (InputError, KeyError):
+        return {}
+    marks = {
+        name: (((a == 0) & (b == 0)) | (a.isnan() & b.isnan())) & (torch.signbit(a) != torch.signbit(b))
+        for name, (a, b) in pairs.items()
+        if a.shape == b.shape and a.is_floating_point() and b.is_floating_point()
+    }
+    return {name: places for name, places in marks.items() if bool(places.any())}
+
+
+def _explain(
+    run: CandidateRun,
+    replayer: Replayer,
+    row: LayerRow,
+    value: str,
+    turned: Mapping[str, Tensor],
+    reference: Load,
+    test: Load,
+) -> bool:
+    """Whether a value would be the reference's if the signs of what it is computed from were."""
+
+    def with_signs(name: str) -> Tensor:
+        own = as_torch(as_numpy(test(name)))
+        return own if name not in turned else torch.where(turned[name], as_torch(as_numpy(reference(name))), own)
+
+    levels = value in replayer.levels
+    theirs = reference(value)
+    made = [_computed(replayer, value, load) for load in (test, with_signs)]
+    if any(m is None or tuple(m.shape) != tuple(theirs.shape) for m in made):
+        return False
+    before, after = (compare(theirs, m) for m in made if m is not None)
+    return is_within(after, *run.tolerance, levels=levels) and not is_within(before, *run.tolerance, levels=levels)
+
+
+def _computed(replayer: Replayer, value: str, load: Load) -> Tensor | None:
+    """A value from captured ones, by the module's own operators where it has them: they know the sign of NaN."""
+    own = replayer.module_result(value, load)
+    if own is not None:
+        return own.cpu()
+    try:
+        nodes, starts = replayer.graph.segment([value], replayer.known)
+        results = replayer.oracle.run_nodes(nodes, {name: load(name) for name in starts}, [value])
+        return as_tensor(results[value]).cpu()
+    except InputError:
+        return None
+
+
+def _side(replayer: Replayer, value: str, marks: Tensor, reference: Load, test: Load) -> str:
+    """The side whose zeros have a sign that its own inputs do not make."""
+    wrong = []
+    for load in (reference, test):
+        own = _computed(replayer, value, load)
+        usable = own is not None and own.shape == marks.shape
+        wrong.append(usable and bool((torch.signbit(own) != torch.signbit(_float(load, value)))[marks].any()))  # type: ignore[arg-type]
+    return "reference" if wrong == [True, False] else "test"
+
+
+def _float(load: Load, name: str) -> Tensor:
+    return as_torch(as_numpy(load(name)))
