@@ -180,12 +180,12 @@ def in_floats(plain: Graph, model: onnx.ModelProto, layers: Collection[str], tar
             else:
                 proto.input[i] = renamed.get(own(name), own(name)) if name else ""
         proto.name, proto.output[0] = fresh, fresh
+        if replaced in {output.name for output in graph.output}:
+            made[replaced].output[0], proto.output[0] = f"{replaced}.levels", replaced
         for reader in graph.node:
             for i, name in enumerate(reader.input):
                 if name == replaced:
-                    reader.input[i] = fresh
-        if replaced in {output.name for output in graph.output}:
-            made[replaced].output[0], proto.output[0] = f"{replaced}.levels", replaced
+                    reader.input[i] = proto.output[0]
         graph.node.insert(place, proto)
         made, renamed[replaced] = {o: node for node in graph.node for o in node.output}, proto.output[0]
     onnx.save(model, target)
@@ -244,7 +244,7 @@ def judge(path: Path, way: str, folder: Path) -> dict[str, Any]:
     largest += sorted(made, key=lambda value: -abs(rows[value].share or 0.0))[:5]
     found["largest"] = {rows[value].name: (made[value], rows[value].share) for value in largest}
     effects_of = {rows[value].name: effect for value, effect in made.items()}
-    named = [name for name in (found["named"], *found["guilty"][:1]) if name in effects_of]  # not inside an If
+    named = [name for name in (found["named"], *found["guilty"][:1]) if np.isfinite(effects_of.get(name, np.nan))]
     if named:
         effect = max(effects_of[name] for name in named)
         found |= {"named_effect": effect, "right": effect >= CLOSE * made[best]}
@@ -261,10 +261,11 @@ def judge(path: Path, way: str, folder: Path) -> dict[str, Any]:
 def told(test: TestResult) -> dict[str, Any]:
     """What a bisect says of one test."""
     ranked = sorted((row for row in test.rows if row.share), key=lambda row: -(row.share or 0.0))
-    costs = [f for f in test.findings if f.cause in ("int8", "fp16", "bf16")]
+    guilty = [row.name for row in test.guilty]
+    costs = [f for f in test.findings if f.cause in ("int8", "fp16", "bf16") and not {*f.layers} & {*guilty}]
     return {
         "divergence": max(output.stats.rel_l2 for output in test.outputs),
-        "guilty": [row.name for row in test.guilty],
+        "guilty": guilty,
         "named": next((f.layers[0] for f in (*costs, *test.findings) if f.layers), ranked[0].name if ranked else None),
         "sum": test.attribution and test.attribution.layers + (test.attribution.reference or 0.0),
         "carried": len(test.attribution.carried) if test.attribution else 0,

@@ -24,6 +24,7 @@ from cp_debug.bisect.causes.findings import Explainer, _node_names, _unexplained
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.result import LayerRow, TestResult
+from cp_debug.probes.capture import Capture
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.pipeline import Key
 from cp_debug.safe_text import some
@@ -172,6 +173,58 @@ def test_the_layer_that_int8_costs_most_in_is_named_wherever_its_quantizers_lie(
         rows[str(row.index)] = replace(rows[str(row.index)], replay=replace(row.replay, step=None))
         (finding,) = declared.int8(rows, "int8", lambda named: named[0].name)  # type: ignore[arg-type]
         assert (finding.layers, finding.fix.split()[-1]) == ([row.name], row.name), place
+
+
+@pytest.mark.parametrize(
+    ("shares", "alone", "named"),
+    [
+        ((1.5, -0.5), (0.02, 0.9), 1),  # they cancel: the second alone makes more than both together
+        ((0.4, 0.1), (0.02, 0.9), 1),  # half is not linear
+        ((1.5, -0.5), (0.75, 0.9), 0),
+        ((0.8, 0.2), (0.02, 0.9), 0),
+    ],
+)
+def test_where_shares_mislead_the_layer_that_makes_most_alone_is_named(
+    int8_rows: list[LayerRow], shares: tuple[float, ...], alone: tuple[float, ...], named: int
+) -> None:
+    rows = {str(n): replace(row, share=share) for n, (row, share) in enumerate(zip(int8_rows, shares, strict=True))}
+    effects = {str(n): size for n, size in enumerate(alone)}
+    (finding,) = declared.int8(rows, "int8", lambda _: "", None, lambda _: effects)  # type: ignore[arg-type, return-value]
+    assert finding.layers == [int8_rows[named].name]
+    assert finding.says.endswith(": the outputs are 0.9 off by its error alone") == (named == 1)
+
+
+def test_what_a_layer_makes_alone_is_its_error_added_to_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, x = NetBuilder(), np.random.default_rng(3).standard_normal((8, 16))
+    of_first, of_second = (net.rng.standard_normal((16, 16)).astype(np.float32) for _ in range(2))
+    net.op("MatMul", "x", net.weight(of_first), name="first")
+    net.op("MatMul", "first", net.weight(of_second), name="second")
+    net.op("Mul", "first", "second", name="y")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [8, 16])}, ["y"])
+    np.savez(tmp_path / "x.npz", x=x.astype(np.float32))
+    found: dict[str, float] = {}
+    costliest = Effects.costliest
+
+    def told(self: Effects, rows: Mapping[Key, LayerRow]) -> dict[Key, float]:
+        sizes = costliest(self, rows)
+        found.update({key.value: size for key, size in sizes.items()})
+        return sizes
+
+    monkeypatch.setattr(Effects, "costliest", told)
+    monkeypatch.setattr(declared, "CANCELS", 0.0)
+    bisect(str(path), "ort,ort-int8", options=Options(inputs=tmp_path / "x.npz", save=tmp_path / "seen"))
+    (capture,) = (Capture.open(p.parent) for p in tmp_path.glob("seen/sample-0/*/manifest.json") if "int8" in str(p))
+    (component,) = {entry.component for entry in capture.entries}
+    first, second = (capture.load(name, component=component).astype(np.float64) for name in ("first", "second"))
+    right = x @ of_first
+    exact = right * (right @ of_second)
+    ends = {"first": first * (first @ of_second), "second": exact + right * (second - first @ of_second)}
+    for name, end in ends.items():
+        off = float(np.linalg.norm(end - exact) / np.linalg.norm(exact))
+        assert found[name] == pytest.approx(off, rel=1e-4)
+    assert [*found.values()] == sorted(found.values(), reverse=True)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ mean derivative of each segment between two trajectories in its place, what is n
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -75,6 +76,9 @@ class Backward:
         """Value → derivative of the measure by it, on the device of the replay; those behind the walk are freed."""
         self.stopped: dict[str, str] = {}
         """Value whose segment passes no derivative on, or not all of it → reason."""
+        self.spreads: dict[str, float] = {}
+        """Captured value → √Σ (derivative × introduced error)²: what it makes of the measure where the errors of its
+        elements have random signs. Of the test's own places alone."""
 
     def walk(self, derivatives: Arrays) -> Iterator[tuple[str, float]]:
         """(Value, ⟨derivative, introduced error⟩) for each captured value that reaches the outputs, the last one first.
@@ -124,7 +128,10 @@ class Backward:
                     self.stopped[name] = "its shape is another one in the test"
                     continue
                 if name in self._known and name not in errors:
-                    errors[name] = product(derivative, self._introduced(name, nodes, starts, result))
+                    introduced = self._introduced(name, nodes, starts, result)
+                    errors[name] = product(derivative, introduced)
+                    if self._of_test:
+                        self.spreads[name] = _spread(derivative, introduced)
                 if result.requires_grad:
                     followed[name] = result
             if followed and leaves:
@@ -175,6 +182,15 @@ class Backward:
     def _add(self, name: str, derivative: Tensor) -> None:
         known = self.derivatives.get(name)
         self.derivatives[name] = derivative if known is None else known + derivative
+
+
+def _spread(derivative: Tensor, introduced: Tensor) -> float:
+    """√Σ (a·b)² of two tensors with one number of elements, of about ``_MANY`` of them, which do for a ranking; 0 for a
+    sum that is no number."""
+    step = derivative.numel() // _MANY | 1  # odd: channels and rows of even lengths are all met
+    a, b = (tensor.flatten()[::step].float() for tensor in (derivative, introduced))
+    spread = float((a * b).norm()) * step**0.5
+    return spread if math.isfinite(spread) else 0.0
 
 
 class _Measure(torch.autograd.Function):

@@ -79,6 +79,7 @@ class Shares:
         self._model = run.pipeline.model
         self._components = [c.name for c in self._model.components]
         self._norms: dict[str, float] = {}
+        self._spreads: dict[str, dict[str, float]] = {}
         self.notes: list[str] = []
         """Sentences about what has no share and why."""
 
@@ -86,6 +87,11 @@ class Shares:
     def of_layers(self) -> dict[Key, float]:
         """Share of every replayed value, with a row or without; linear, but for what ``attribution`` carries."""
         return self._walked(self._backward)
+
+    @property
+    def spreads(self) -> dict[Key, float]:
+        """``Backward.spreads`` of every replayed value."""
+        return {Key(name, value): spread for name, own in self._spreads.items() for value, spread in own.items()}
 
     def _walked(self, backward: Callable[[Component], Backward]) -> dict[Key, float]:
         found: dict[Key, float] = {}
@@ -108,7 +114,9 @@ class Shares:
     def _backward(self, component: Component) -> Backward:
         of = self._run.replayer(component.name, self._test)
         test = loader(self._test, component.name)
-        return Backward(of.graph, of.known, test, of.oracle, of.follower, of.errors)
+        walked = Backward(of.graph, of.known, test, of.oracle, of.follower, of.errors)
+        self._spreads[component.name] = walked.spreads
+        return walked
 
     def _between(self, component: Component) -> Backward:
         """A walk with the mean derivative of each segment on the way from the reference's values to the test's.
@@ -246,6 +254,28 @@ class Shares:
         with_error, without = (self.behind(key, value) for value in (self.captured(key), self.exact(key)))
         return {name: _difference(value, without[name]) for name, value in with_error.items()}
 
+    def alone(self, key: Key, results: Mapping[str, Arrays]) -> float:
+        """Relative L2 change of the final outputs by the introduced error of the layer ``key``, were it the only one.
+
+        It is added to the reference's value, everything behind is computed by the oracle. ``results``: the reference's
+        outputs, by component, each in its dtype; the final ones are scaled by their norms, and their squares add up.
+        Raises InputError where its segment, or what is behind it, cannot be replayed.
+        """
+        captured, exact, reference = (
+            self.captured(key),
+            self.exact(key),
+            _array(self._reference, key.value, key.component),
+        )
+        if reference.shape != exact.shape or not captured.dtype.kind == exact.dtype.kind == reference.dtype.kind == "f":
+            raise InputError(f"{key.value} has other shapes or types on the two sides")
+        with np.errstate(invalid="ignore", over="ignore"):  # −3.4e38 less −3.4e38, of masks
+            moved = np.where(exact == reference, captured, reference + (captured.astype(np.float64) - exact))
+        ends = self.behind(key, moved, self._reference, results)
+        changes = (
+            _difference(ends[n], results[self._components[-1]][n]).ravel() / self._norm(n) for n in self._divergence
+        )
+        return float(sum(dot(change, change) for change in changes)) ** 0.5
+
     def captured(self, key: Key) -> np.ndarray:
         """What the test gave for a layer, in its dtype."""
         return _array(self._test, key.value, key.component)
@@ -261,15 +291,22 @@ class Shares:
         nodes, starts = replayer.graph.segment([key.value], replayer.known)
         return as_numpy(replayer.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [key.value])[key.value])
 
-    def behind(self, key: Key, value: np.ndarray) -> Arrays:
+    def behind(
+        self,
+        key: Key,
+        value: np.ndarray,
+        side: CapturedRun | None = None,
+        ends: Mapping[str, Arrays] | None = None,
+    ) -> Arrays:
         """The final outputs by the oracle, from the test's values in front of ``key`` and ``value`` in its place.
 
+        ``side``, ``ends``: another side's values, and its outputs by component, to start from.
         Output name → array of its shape, in the oracle's dtype where that computed it. Raises InputError where what is
         behind cannot be replayed.
         """
         place = self._components.index(key.component)
-        results: dict[str, Arrays] = {c: self._results[c] for c in self._components[:place]}
-        graph, load = self._run.programs[key.component].graph, loader(self._test, key.component)
+        results: dict[str, Arrays] = {c: (ends or self._results)[c] for c in self._components[:place]}
+        graph, load = self._run.programs[key.component].graph, loader(side or self._test, key.component)
         replayer = self._run.replayer(key.component, self._test)
         maker = graph.producer.get(key.value)
         last = -1 if maker is None else maker.index

@@ -15,9 +15,10 @@ from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.causes.where import locate
 from cp_debug.bisect.finding import Effect, Finding
 from cp_debug.bisect.flips import Flip
+from cp_debug.bisect.kept import COUNTS, HELPS, KeepTrials, gave, in_words
 from cp_debug.bisect.kept import MOST as NAMED
-from cp_debug.bisect.kept import KeepTrials, gave, in_words
 from cp_debug.bisect.result import GUILTY, LayerRow
+from cp_debug.bisect.shares import NOT_LINEAR
 from cp_debug.errors import InputError
 from cp_debug.graph.downstream import downstream
 from cp_debug.programs.pipeline import Key
@@ -33,6 +34,8 @@ MUCH = 0.2
 """Share from which one of many layers contributes much."""
 NAMED_FIRST = 3
 """Layers that are named where it adds up over many."""
+CLOSE = 0.8
+"""Part of the largest effect that a layer alone must make to be named for its share."""
 CANCELS = 1.5
 """Sum of the magnitudes of all shares from which errors cancel each other."""
 ENLARGES = 3.0
@@ -43,25 +46,32 @@ BITS = {"fp16": 11, "fp16acc": 11, "tf32": 11, "bf16": 8}
 """Significant bits of a value."""
 
 Rows = Mapping[Key, LayerRow]
+Costliest = Callable[[Rows], Mapping[Key, float]]
 
 
 def int8(
-    rows: Rows, kind: str, unquantized: Callable[[Sequence[LayerRow]], str], trials: KeepTrials | None = None
+    rows: Rows,
+    kind: str,
+    unquantized: Callable[[Sequence[LayerRow]], str],
+    trials: KeepTrials | None = None,
+    costliest: Costliest = lambda rows: {},
 ) -> Iterator[Finding]:
-    """A finding about the layer whose correct rounding to levels makes most of the final divergence.
+    """A finding about the layer whose correct rounding to levels costs most.
 
     ``kind``: the precision of the levels, as ``CandidateRun.kind`` names it. ``unquantized``: the flag
-    that leaves layers out of it.
+    that leaves layers out of it. ``costliest``: see ``Effects.costliest``.
     """
     if not any(row.replay and row.replay.step is not None for row in rows.values()):
         return
     # A layer has a step where its own nodes quantize; what one rounds whose quantizers lie in others counts as well.
     sound = [(k, r) for k, r in rows.items() if r.verdict != GUILTY and r.replay and r.replay.introduced]
-    ranked = sorted((i for i in sound if _size(i[1]) >= NOTICED), key=lambda item: _size(item[1]), reverse=True)
+    sound.sort(key=lambda item: _size(item[1]), reverse=True)
+    sound, alone = _costliest_first(sound, costliest)
+    ranked = [(key, row) for key, row in sound if key in alone or _size(row) >= NOTICED]
     if not ranked:
         return
     row = ranked[0][1]
-    most = f"; of {len(sound)} correct layers, this one costs most" * (len(sound) > 1)
+    most = f"; of {len(sound)} correct layers, this one costs most" * (len(sound) > 1) + _off(alone)
     fix, figures = f"accept it, or leave it unquantized (not tried): {unquantized([row])}", dict[str, Any]()
     if any(r.verdict == GUILTY for r in rows.values()):
         fix = ""  # what is wrong comes first
@@ -83,6 +93,26 @@ def int8(
     )
 
 
+def _costliest_first(
+    items: list[tuple[Key, LayerRow]], costliest: Costliest
+) -> tuple[list[tuple[Key, LayerRow]], dict[Key, float]]:
+    """The items, given with the largest share first, in the order of their ``Effects.costliest``, and these; as they
+    are and without where shares do not mislead: they add up and do not cancel, or the first makes about as much as any
+    by itself."""
+    total, sizes = sum(row.share or 0.0 for _, row in items), sum(_size(row) for _, row in items)
+    if sizes <= CANCELS and abs(1 - total) <= NOT_LINEAR:
+        return items, {}
+    alone = dict(costliest(dict(items)))
+    if not alone or alone.get(items[0][0], 0.0) >= CLOSE * max(alone.values()):
+        return items, {}
+    return sorted(items, key=lambda item: alone.get(item[0], 0.0), reverse=True), alone
+
+
+def _off(alone: Mapping[Key, float]) -> str:
+    """``: the outputs are 0.94 off by its error alone``, of the costliest; empty without any."""
+    return f": the outputs are {max(alone.values()):.2g} off by its error alone" if alone else ""
+
+
 def _size(row: LayerRow) -> float:
     """Size of a share: what one layer adds, another may take off, and on other inputs it is the other way round."""
     return abs(row.share or 0.0)
@@ -91,11 +121,19 @@ def _size(row: LayerRow) -> float:
 def _left_out(
     trials: KeepTrials, ranked: Rows, unquantized: Callable[[Sequence[LayerRow]], str]
 ) -> tuple[str, dict[str, Any]]:
-    """(What leaving the first layers unquantized gave, in words; the layers and the figures), as it was tried."""
-    found = trials.first(ranked)
+    """(What leaving the first layers unquantized gave, in words; the layers and the figures), as it was tried.
+
+    Where that does not halve the divergence, those with the largest shares are tried, too: they fit this sample best.
+    """
+    found, chosen = trials.first(ranked), [*ranked.values()]
+    if found is None or found.after > HELPS * found.before:
+        by_share = dict(sorted(ranked.items(), key=lambda item: _size(item[1]), reverse=True))
+        other = trials.first(by_share, COUNTS[-1:])
+        if other is not None and (found is None or other.after < found.after):
+            found, chosen = other, [*by_share.values()]
     if found is None:
         return "no fix found: with the layers that cost most unquantized, most of it remains, emulated", {}
-    chosen = [*ranked.values()][: found.layers]
+    chosen = chosen[: found.layers]
     return (
         f"leave unquantized: {unquantized(chosen)}: {gave(found)}",
         {"unquantized": [row.name for row in chosen], "after": found.after, "before": found.before},
@@ -108,11 +146,12 @@ def declared(
     segment: Callable[[Key, LayerRow], Segment],
     explain: Callable[[Key, LayerRow], Explanation],
     trials: KeepTrials | None,
+    costliest: Costliest,
 ) -> Iterator[Finding]:
     """A finding about what the rounding of a floating-point precision makes: where most of it comes from, or that it
     adds up over many layers; with the nodes to keep in FP32, where a set was found that helps.
 
-    ``explain`` tries the causes on a layer.
+    ``explain`` tries the causes on a layer. ``costliest``: see ``Effects.costliest``.
     """
     claim = run.precision.name
     rounds = [(key, row) for key, row in rows.items() if row.replay and row.replay.introduced and row.op != "input"]
@@ -140,6 +179,8 @@ def declared(
         much = _size(rounds[0][1]) >= MUCH
         says += f"; most comes from {most}" if much else f"; none contributes much, {most} most"
         says += ", and errors of other layers cancel much of it" * cancels
+        told, alone = _costliest_first(rounds, costliest)
+        says += f"; {told[0][1].name} costs most{_off(alone)}" * bool(alone)
     fix = "accept it, or compute in FP32: " + PROMOTED[claim] if claim == "tf32" else ""
     if claim == "fp32":
         names = ", ".join(row.name for _, row in told)

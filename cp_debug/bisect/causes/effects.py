@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ from cp_debug.programs.scene import decode
 from cp_debug.recipes.abilities import DetectsBoxes
 from cp_debug.recipes.base import Arrays, Model, Sample
 
+TRIED = 4
+"""Layers that are carried to the end by themselves, of those with the largest shares and of those that spread most."""
+
 
 @dataclass
 class Effects:
@@ -34,6 +38,20 @@ class Effects:
     def trials(self, run: CandidateRun) -> KeepTrials | None:
         """Trials of nodes kept in FP32, judged by the reference's final outputs on this sample; None where none is."""
         return KeepTrials.of(run, self.sample, self.results[self.model.components[-1].name])
+
+    def costliest(self, rows: Mapping[Key, LayerRow]) -> dict[Key, float]:
+        """Layers → relative L2 that the outputs are off by a layer's introduced error alone, the largest first.
+
+        Errors cancel, and many together saturate what one of them would not: a share says what became of a layer here,
+        this what it costs. Tried are those with the largest shares and spreads.
+        """
+        measures = ({key: abs(row.share or 0.0) for key, row in rows.items()}, self.shares.spreads)
+        first = [key for sizes in measures for key in sorted(rows, key=lambda key: -sizes.get(key, 0.0))[:TRIED]]
+        found: dict[Key, float] = {}
+        for key in dict.fromkeys(first):
+            with suppress(InputError):
+                found[key] = self.shares.alone(key, self.results)
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def of(self, rows: Sequence[LayerRow]) -> Effect:
         """The effect of the layers of ``rows`` together.

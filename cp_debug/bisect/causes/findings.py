@@ -149,13 +149,12 @@ class Explainer:
         if any(not row.within or (row.replay and row.replay.step is not None) for row in rows.values()):
             try:
                 kind = self.run.kind(next(iter(rows)).component)
-                costly += declared.int8(rows, kind, self._left_out, self._of_unquantized)
+                costliest = self.effects.costliest
+                costly += declared.int8(rows, kind, self._left_out, self._of_unquantized, costliest)
                 if self.adds_up and not findings and not costly and not all(row.within for row in rows.values()):
                     known = declared.flipped(self.run, rows, self.flips)
-                    trials = self._of_kept
-                    costly += (
-                        [known] if known else declared.declared(self.run, rows, self.segment, self._explanation, trials)
-                    )
+                    of = self.run, rows, self.segment, self._explanation, self._of_kept, costliest
+                    costly += [known] if known else declared.declared(*of)
             except Exception as error:
                 self.notes.append(f"the declared precision's cost is not known: {in_one_line(error)}")
         return [*sorted(findings, key=_by_effect), *sorted(costly, key=_by_effect)]  # what is wrong comes first
