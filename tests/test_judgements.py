@@ -279,6 +279,8 @@ def test_layers_that_are_inexact_on_both_sides_are_told_with_the_worst() -> None
     assert said.startswith("2 layers have the same bits on both sides, but both are inexact, up to 70×")
     assert said.endswith("what precision explains (b): a, b")
     assert both_inexact(rows[2:]) == []
+    (said,) = both_inexact([row("e", stats=same, replay=replace(GUILTY, excess=0.0, new_nonfinite=3))])
+    assert said.endswith("but both have NaN or Inf where exact arithmetic has others, or numbers: e")
     (doubt,) = both_inexact([row("d", stats=stats(1.0, 2.0 + 4e-7), replay=replace(GUILTY, expected=6e-8, excess=1e6))])
     assert doubt.startswith("1 layer agrees on both sides")
     assert doubt.endswith("may itself be wrong there: d")

@@ -45,7 +45,7 @@ from cp_debug.probes.arrays import as_numpy, as_torch
 from cp_debug.probes.distance import all_finite, distance, ratio
 from cp_debug.probes.integers import is_whole
 from cp_debug.programs.precision import PRECISIONS, Precision, coarsest, of_operators
-from cp_debug.programs.torch_span import ModuleOperators, Scalar, in_fp32
+from cp_debug.programs.torch_span import ModuleOperators
 
 Load = Callable[[str], AnyTensor]
 """A captured value by its name in the graph. Raises InputError where the capture lacks it."""
@@ -272,14 +272,14 @@ class Replayer:
         assert self._operators is not None
         return own, *self.graph.segment([target], self._operators.starts(target, self.known))
 
-    def module_result(self, target: str, load: Load, scalar: Scalar = in_fp32) -> Tensor | None:
+    def module_result(self, target: str, load: Load) -> Tensor | None:
         """What the module's own operators make of the captured values that ``load`` gives: ``target`` in FP64, on the
-        oracle's device. ``scalar`` gives the number that an operator takes for a Python scalar.
+        oracle's device.
 
         None where no module is replayed, or it has no such value.
         """
         operators = self.module_operators(load)
-        result = None if operators is None else operators.result(target, self.known, load, scalar)
+        result = None if operators is None else operators.result(target, self.known, load)
         return None if result is None else result.to(self._device)
 
     def module_operators(self, load: Load) -> ModuleOperators | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,14 +11,14 @@ from cp_debug.backends.torch_backend import DTYPES
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.consequences import difference
 from cp_debug.bisect.finding import ROUNDED_SCALAR, Finding
-from cp_debug.bisect.replay import Load, Replayer
+from cp_debug.bisect.replay import Load
 from cp_debug.bisect.result import GUILTY, INHERITED, LayerRow
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.probes.arrays import as_numpy, as_torch
 from cp_debug.probes.held import CapturedRun
 from cp_debug.probes.trace import Operation, TorchValue
 from cp_debug.programs.pipeline import Key
-from cp_debug.programs.torch_span import in_fp32
+from cp_debug.programs.torch_span import ModuleOperators, in_fp32
 from cp_debug.safe_text import in_digits
 
 NEARER = 0.3
@@ -38,13 +38,11 @@ def rounded_scalars(
     for key, row in rows.items():
         if row.within or row.kind != "data" or row.op in PRODUCTS or asked == MOST:
             continue
-        replayer, sides = (
-            run.replayer(key.component, test),
-            (loader(reference, key.component), loader(test, key.component)),
-        )
-        operators = replayer.module_operators(sides[1])
+        replayer = run.replayer(key.component, test)
+        operators = replayer.module_operators(loader(test, key.component))
         if operators is None:
             return
+        captures = [({*c.names(component=key.component)}, loader(c, key.component)) for c in (reference, test)]
         for value, operation in operators.between(key.value, replayer.known).items():
             narrow = value.dtype if value.dtype in (torch.float16, torch.bfloat16) else kind
             if narrow is None or value.name in told:
@@ -54,7 +52,7 @@ def rounded_scalars(
             if not scalars:
                 continue
             asked += 1
-            if rounds := _who_rounds(replayer, key.value, operation, narrow, sides):
+            if rounds := _who_rounds(operators, key.value, value, narrow, captures):
                 told.add(value.name)
                 if row.verdict == GUILTY:
                     row.verdict, row.side, row.why = INHERITED, "test", f"{value.name} has another scalar on each side"
@@ -66,17 +64,25 @@ def _rounded(scalar: float, kind: torch.dtype) -> float:
 
 
 def _who_rounds(
-    replayer: Replayer, target: str, operation: Operation, kind: torch.dtype, sides: tuple[Load, Load]
+    operators: ModuleOperators,
+    target: str,
+    value: TorchValue,
+    kind: torch.dtype,
+    captures: Sequence[tuple[set[str], Load]],
 ) -> str:
-    """The side that has the operator's scalar rounded where the other has it as it was written; empty for none."""
+    """The side that has the scalar of ``value`` rounded where the other has it as it was written; empty for none.
+
+    ``captures``: what each side shows. A side that shows ``value`` itself is asked there, any other at ``target``.
+    """
 
     def scalar(of: Operation, number: float) -> float:
-        return _rounded(number, kind) if of is operation else in_fp32(of, number)
+        return _rounded(number, kind) if of is value.operation else in_fp32(of, number)
 
     rounds = []
-    for load in sides:
-        own = as_torch(as_numpy(load(target))).double()
-        made = [replayer.module_result(target, load), replayer.module_result(target, load, scalar)]
+    for names, load in captures:
+        shown = next((name for name in operators.names(value) if name in names), target)
+        own = as_torch(as_numpy(load(shown))).double()
+        made = (operators.result(shown, names, load, how) for how in (in_fp32, scalar))
         written, rounded = (_apart(own, result) for result in made)
         rounds.append(None if max(written, rounded) * NEARER < min(written, rounded) else rounded < written)
     return {(True, False): "reference", (False, True): "test"}.get(tuple(rounds), "")  # type: ignore[arg-type]

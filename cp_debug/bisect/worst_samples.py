@@ -136,11 +136,9 @@ def both_inexact(rows: Collection[LayerRow]) -> list[str]:
     excess = (worst.replay.excess if worst.replay else None) or 0.0
     verb = "has" if len(inexact) == 1 else "have"
     names = some([r.name for r in inexact], 4)
-    return [
-        *doubts,
-        f"{amount(len(inexact), 'layer')} {verb} the same bits on both sides, but both "
-        f"are inexact, up to {excess:.3g}× what precision explains ({worst.name}): {names}",
-    ]
+    how = f"are inexact, up to {excess:.3g}× what precision explains ({worst.name})"
+    how = how if excess > EXCESS else "have NaN or Inf where exact arithmetic has others, or numbers"
+    return [*doubts, f"{amount(len(inexact), 'layer')} {verb} the same bits on both sides, but both {how}: {names}"]
 
 
 def _contradictions(torn: Mapping[str, Sequence[str]]) -> list[str]:

@@ -7,7 +7,7 @@ decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,6 +137,10 @@ class ModuleOperators:
             return {}
         span = TorchSpan(self._values[target], (), self._loaded(target, known))
         return {value: value.operation for value in span.computed() if value.operation is not None}
+
+    def names(self, value: TorchValue) -> Sequence[str]:
+        """The values of the graph that a value of the module is."""
+        return self._names.get(value, ())
 
     def starts(self, target: str, known: Collection[str]) -> list[str]:
         """The nearest of the ``known`` values of the graph that ``target`` is computed from."""
