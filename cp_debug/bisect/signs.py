@@ -44,6 +44,9 @@ def judge_signs(
             continue
         sides = loader(reference, key.component), loader(test, key.component)
         replayer = run.replayer(key.component, test)
+        read = [rows.get(Key(key.component, name)) for name in _starts(replayer, key.value)]
+        if any(start is not None and not start.within for start in read):
+            continue  # what it reads is another number already
         turned = _turned_inputs(replayer, key.value, *sides)
         if not turned:
             continue
@@ -69,13 +72,18 @@ def judge_signs(
     return found
 
 
+def _starts(replayer: Replayer, value: str) -> list[str]:
+    """The captured values that a value is computed from; none where nobody knows."""
+    try:
+        return replayer.graph.segment([value], replayer.known)[1] if value in replayer.graph.producer else []
+    except (InputError, KeyError):
+        return []
+
+
 def _turned_inputs(replayer: Replayer, value: str, reference: Load, test: Load) -> dict[str, Tensor]:
     """What a value is computed from: those in which zeros or NaN have another sign, with the places."""
-    if value not in replayer.graph.producer:
-        return {}
     try:
-        _, starts = replayer.graph.segment([value], replayer.known)
-        pairs = {name: (_float(reference, name), _float(test, name)) for name in starts}
+        pairs = {name: (_float(reference, name), _float(test, name)) for name in _starts(replayer, value)}
     except (InputError, KeyError):
         return {}
     marks = {
