@@ -13,6 +13,7 @@ from faults.edits import Editor
 from nets import NetBuilder
 from onnx import helper
 
+from cp_debug.bisect import shares as bisect_shares
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import TestResult
 from cp_debug.quantization.quantized_programs import Calibration
@@ -75,9 +76,10 @@ def test_an_error_that_another_undoes_has_a_share_of_its_own_sign(tmp_path: Path
     }
 
 
-def test_behind_a_bend_shares_add_up_by_the_mean_derivative(tmp_path: Path) -> None:
+def test_behind_a_bend_shares_add_up_by_the_mean_derivative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """y = (w·x)²·v: an error of w reaches the end as the network would have taken it, not linearly."""
-    net = NetBuilder()
+    net, walk, walks = NetBuilder(), bisect_shares.walk_back, list[object]()
+    monkeypatch.setattr(bisect_shares, "walk_back", lambda *of: walks.append(of) or walk(*of))
     r = net.op("Relu", times(net, "x", 3, "w"), name="r")
     times(net, net.op("Mul", r, r, name="square"), 5, "v")
     path = net.save(tmp_path / "bend.onnx", {"x": (1, [1, 32])}, ["v"])
@@ -89,6 +91,7 @@ def test_behind_a_bend_shares_add_up_by_the_mean_derivative(tmp_path: Path) -> N
     assert not result.attribution.carried
     assert result.attribution.layers == pytest.approx(1), "to first order w is 1.5 · 1.5 · 0.5 · 2 of 2.375"
     assert result.attribution.remainder == pytest.approx(0, abs=1e-3)
+    assert len(walks) == 1, "what is off by more than its size is not asked for the derivative at one end"
 
 
 def test_an_end_in_infinity_has_no_shares(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ class Backward:
         """Value whose segment passes no derivative on, or not all of it → reason."""
         self.spreads: dict[str, float] = {}
         """Captured value → √Σ (derivative × introduced error)²: what it makes of the measure where the errors of its
-        elements have random signs. Of the test's own places alone."""
+        elements have random signs."""
 
     def walk(self, derivatives: Arrays) -> Iterator[tuple[str, float]]:
         """(Value, ⟨derivative, introduced error⟩) for each captured value that reaches the outputs, the last one first.
@@ -130,8 +130,7 @@ class Backward:
                 if name in self._known and name not in errors:
                     introduced = self._introduced(name, nodes, starts, result)
                     errors[name] = product(derivative, introduced)
-                    if self._of_test:
-                        self.spreads[name] = _spread(derivative, introduced)
+                    self.spreads[name] = _spread(derivative, introduced)
                 if result.requires_grad:
                     followed[name] = result
             if followed and leaves:

@@ -85,12 +85,12 @@ class Shares:
 
     @cached_property
     def of_layers(self) -> dict[Key, float]:
-        """Share of every replayed value, with a row or without; linear, but for what ``attribution`` carries."""
-        return self._walked(self._backward)
+        """Share of every replayed value, with a row or without; by derivatives where ``attribution`` carries none."""
+        return self._walked(self._between if self._is_large else self._backward)
 
     @property
     def spreads(self) -> dict[Key, float]:
-        """``Backward.spreads`` of every replayed value."""
+        """``Backward.spreads`` of every replayed value, of the first walk."""
         return {Key(name, value): spread for name, own in self._spreads.items() for value, spread in own.items()}
 
     def _walked(self, backward: Callable[[Component], Backward]) -> dict[Key, float]:
@@ -114,9 +114,9 @@ class Shares:
     def _backward(self, component: Component) -> Backward:
         of = self._run.replayer(component.name, self._test)
         test = loader(self._test, component.name)
-        walked = Backward(of.graph, of.known, test, of.oracle, of.follower, of.errors)
-        self._spreads[component.name] = walked.spreads
-        return walked
+        walk = Backward(of.graph, of.known, test, of.oracle, of.follower, of.errors)
+        self._spreads.setdefault(component.name, walk.spreads)
+        return walk
 
     def _between(self, component: Component) -> Backward:
         """A walk with the mean derivative of each segment on the way from the reference's values to the test's.
@@ -136,7 +136,9 @@ class Shares:
             return between if all_finite(between) else torch.where(torch.isfinite(between), between, theirs.to(dtype))
 
         places = [partial(at, part) for part in POINTS]
-        return Backward(of.graph, of.known, test, of.oracle, of.follower, of.errors, at=places)
+        walk = Backward(of.graph, of.known, test, of.oracle, of.follower, of.errors, at=places)
+        self._spreads.setdefault(component.name, walk.spreads)
+        return walk
 
     def stops(self, key: Key) -> bool:
         """Whether a layer's result is whole numbers, and no derivative passes what reads them."""
@@ -147,14 +149,14 @@ class Shares:
         """The sum of all shares, and what of the divergence they leave. ``names``: value → its layer's name.
 
         Where they leave more than ``NOT_LINEAR``, the reference's own share is computed. Where that does not fill it,
-        the network is not linear over these errors, and the derivatives are the mean over the way between both sides.
-        The layers ``born`` are carried forward, and then those with the largest shares, until it fits. Nothing of it
-        is done where nobody ``asks``, as all is within the tolerance, but for a large divergence.
+        or the divergence is large from the start, the network is not linear over these errors, and the derivatives are
+        the mean over the way between both sides. The layers ``born`` are carried forward, and then those with the
+        largest shares, until it fits. Nothing of it is done where nobody ``asks``, as all is within the tolerance.
         """
         told = Attribution(sum(self.of_layers.values()))
         if asks and abs(told.remainder) > NOT_LINEAR:
             told.reference = self._of_reference()
-        if (asks and abs(told.remainder) > NOT_LINEAR) or self._size > LARGE**2:
+        if asks and abs(told.remainder) > NOT_LINEAR and not self._is_large:
             self.of_layers |= self._walked(self._between)
         carried = [*born]
         for key in born:
@@ -212,6 +214,11 @@ class Shares:
         """‖D‖²."""
         with np.errstate(over="ignore"):
             return sum(float(dot(d, d)) for d in self._divergence.values())
+
+    @property
+    def _is_large(self) -> bool:
+        """Whether the divergence is so large that no network counts as linear over it."""
+        return self._size > LARGE**2
 
     @cached_property
     def ends_in_infinity(self) -> bool:
