@@ -43,8 +43,14 @@ def stats(*test: float, reference: tuple[float, ...] = (1.0, 2.0)) -> TensorStat
 APART = stats(1.0, 2.5)
 
 
-def judged(replay: Replay | None, found: TensorStats = APART, floor: float = 0.0, precision: str = "fp32") -> Judgement:
-    return judge(found, replay, PRECISIONS[precision], **TOLERANCE, floor=floor)
+def judged(
+    replay: Replay | None,
+    found: TensorStats = APART,
+    floor: float = 0.0,
+    precision: str = "fp32",
+    floor_read: float = 0.0,
+) -> Judgement:
+    return judge(found, replay, PRECISIONS[precision], **TOLERANCE, floor=floor, floor_read=floor_read)
 
 
 @pytest.mark.parametrize(("off", "within"), [(2.05e-3, True), (2.15e-3, False)])
@@ -83,6 +89,8 @@ def test_what_is_no_larger_than_the_noise_between_two_runs_is_nobodys_fault(chan
     replay = replace(GUILTY, excess=1.0, channel_excess=200.0) if channels else GUILTY
     assert judged(replay, floor=0.19).verdict == "guilty"
     assert judged(replay, floor=0.21).verdict == "inherited"
+    assert judged(replay, floor=1.3, floor_read=0.79).verdict == "inherited"
+    assert judged(replay, floor=1.3, floor_read=0.81).verdict == "guilty"  # two runs differ before they come here
 
 
 def test_what_both_sides_have_and_what_nobody_reads_is_innocent() -> None:

@@ -383,6 +383,12 @@ class CandidateRun:
             tensor = file.shown(key.value, tensor)
         return self.name(key), tensor
 
+    def _floor_read(self, key: Key, floors: Mapping[Key, float]) -> float:
+        """The largest noise floor of the captured values that a replayed layer reads."""
+        replayer = self._replayers[key.component]
+        _, starts = replayer.graph.segment([key.value], replayer.known)
+        return max((floors.get(Key(key.component, start), 0.0) for start in starts), default=0.0)
+
     def rows(
         self,
         stats: Mapping[Key, TensorStats],
@@ -406,7 +412,8 @@ class CandidateRun:
             claim = PRECISIONS[(replay and replay.precision) or self.precision.name]
             kind = self.kind(key.component) if replay is not None and replay.clipped is not None else ""
             is_level = key in self._levels
-            judgement = judge(stats[key], replay, claim, *self.tolerance, floor, kind=kind, levels=is_level)
+            read = self._floor_read(key, floors) if floor and replay is not None else 0.0
+            judgement = judge(stats[key], replay, claim, *self.tolerance, floor, read, kind=kind, levels=is_level)
             judgement = without_emulation(judgement, replay)
             if layer.kind != "data":
                 judgement = judged(judgement, replay)

@@ -45,13 +45,16 @@ def judge(
     rtol: float,
     atol: float,
     floor: float,
+    floor_read: float = 0.0,
     *,
     kind: str = "",
     levels: bool = False,
 ) -> Judgement:
     """Judge one layer.
 
-    ``floor`` is its noise floor, relative L2; ``rtol``, ``atol`` and ``levels``: see ``is_within``. ``kind`` names what
+    ``floor`` is its noise floor, ``floor_read`` that of what it read, relative L2 norms: where that is ``EXCESS`` times
+    what the layer introduced, two runs differ for other reasons, and its own floor says nothing of it, as deep in a
+    network that enlarges every difference. ``rtol``, ``atol`` and ``levels``: see ``is_within``. ``kind`` names what
     the layer is quantized to, where that is known: its rounding is expected besides that of ``precision``.
     """
     kind = (kind or precision.name).upper()
@@ -60,6 +63,7 @@ def judge(
         return Judgement(SHAPE, False, f"the shape is {list(stats.shape_test)}, the reference's {list(stats.shape)}")
     if replay is None or replay.introduced is None or replay.excess is None:
         return Judgement(OK if within else DIVERGENT, within)
+    floor = floor if floor_read <= EXCESS * replay.introduced else 0.0
     if stats.equal:  # there is no divergence to be guilty of, however inexact both are
         return Judgement(OK, within)
     if oracle_is_alone(stats, replay):  # whoever else computed this came to the same result

@@ -18,7 +18,7 @@ from cp_debug.backends.scaling import KERNEL, TRANSPOSED_KERNEL
 
 _CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
-UNFOLDED = 1 << 27
+UNFOLDED = 1 << 24
 """Bytes of the matrix into which torch unfolds the data of an FP64 convolution on the CPU, as many times larger as the
 kernel has elements: of large data a few rows at a time."""
 
