@@ -45,11 +45,13 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.finding import Finding
+from cp_debug.bisect.lost_channels import gone
 from cp_debug.bisect.result import TestResult
 from cp_debug.errors import CpdebugError, InputError
 from cp_debug.graph.downstream import downstream
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.capture import Capture
+from cp_debug.probes.distance import relative_l2
 from cp_debug.quantization.quantized_programs import Calibration
 
 Inputs = dict[str, np.ndarray]
@@ -214,6 +216,28 @@ def followed(path: Path, way: str, options: Options, finding: Finding, target: P
     return max(output.stats.rel_l2 for output in after.outputs)
 
 
+def captures(saved: Path) -> tuple[Capture, Capture]:
+    """The captures of the reference, ONNX Runtime, and of the test that a bisect of one sample saved."""
+    folders = {path.parent.name != "ort": path.parent for path in saved.glob("sample-0/*/manifest.json")}
+    return Capture.open(folders[False]), Capture.open(folders[True])
+
+
+def of_lost(path: Path, finding: Finding, options: Options, seen: tuple[Capture, Capture], target: Path) -> float:
+    """Relative L2 of what the outputs of a file in INT8 lost, with the finding's layer computed in floats.
+
+    ``seen``: the captures of the reference and of the file ``target``.
+    """
+    other, saved = target.with_suffix(".without.onnx"), target.with_suffix(".saved")
+    other = in_floats(Graph(path), onnx.load(target), finding.layers, other)
+    bisect(str(path), "ort,ort", test_model=other, options=replace(options, save=saved, explain=False))
+    (component,), found = {entry.component for entry in seen[0].entries}, list[float]()
+    for output in Graph(path).outputs:
+        exact, test, after = (c.load(output.name, component=component) for c in (*seen, captures(saved)[1]))
+        if (lost := gone(exact, test)) is not None:
+            found.append(relative_l2(lost.of(after), lost.of(exact)))
+    return max(found)
+
+
 def judge(path: Path, way: str, folder: Path) -> dict[str, Any]:
     """What is said of one network in one way, beside the truth, and what following it gives."""
     saved, started = folder / "captures", time.perf_counter()
@@ -233,11 +257,11 @@ def judge(path: Path, way: str, folder: Path) -> dict[str, Any]:
                 raise InputError(f"quantize_static: {type(error).__name__}: {error}") from error
         (test,) = bisect(str(path), "ort,ort", test_model=target, options=kept).tests
     seconds = time.perf_counter() - started
-    (capture,) = (p.parent for p in saved.glob("sample-0/*/manifest.json") if p.parent.name != "ort")
+    seen = captures(saved)
     found = told(test) | {"network": path.stem, "half": half(path.stem), "way": way, "seconds": round(seconds, 1)}
     graph = Graph(path)
     rows = {row.onnx: row for row in test.rows if row.onnx in graph.producer}
-    made = effects(graph, inputs, Capture.open(capture), rows)
+    made = effects(graph, inputs, seen[1], rows)
     best = max(made, key=made.__getitem__)
     found |= {"most": rows[best].name, "most_effect": made[best], "named_effect": None, "right": None}
     largest = sorted(made, key=made.__getitem__, reverse=True)[:5]
@@ -252,7 +276,11 @@ def judge(path: Path, way: str, folder: Path) -> dict[str, Any]:
         if "after" in finding.evidence:
             found |= {"promised": finding.evidence["after"], "followed": None}
             try:
-                found["followed"] = followed(path, way, options, finding, target)
+                if "after_unquantized" in finding.evidence and way not in BACKENDS:
+                    found["promised"] = finding.evidence["after_unquantized"]
+                    found["followed"] = of_lost(path, finding, options, seen, target)
+                else:
+                    found["followed"] = followed(path, way, options, finding, target)
             except CpdebugError as error:
                 found["refused"] = str(error)[:200]
     return found
