@@ -451,3 +451,5 @@ def test_quantiles_of_a_large_tensor_are_those_of_all_elements(strange: int) -> 
     assert stats.p50_abs == pytest.approx(np.quantile(apart, 0.5), rel=2 * RESOLUTION)
     assert stats.p99_abs == pytest.approx(np.quantile(apart, 0.99), rel=2 * RESOLUTION)
     assert stats.mean_abs == pytest.approx(apart.mean(dtype=np.float64), rel=1e-6)
+    on_device = reduce_pair(torch.from_numpy(ref), torch.from_numpy(test))
+    assert [on_device.quantile(q) for q in (0.5, 0.99)] == [stats.p50_abs, stats.p99_abs]

@@ -50,7 +50,7 @@ def reduce_pair(ref: Tensor, test: Tensor) -> Totals:
     whole, wide = any(map(is_whole, (ref, test))), are_wide(ref, test)
     pieces, unequal, histogram = [], 0, np.zeros(BINS, np.int64)
     count = math.prod(ref.shape)
-    each = 7 if count > COUNTED else 1  # 7 divides no block: other places of each are counted
+    each = 7 if count > COUNTED else 1
     with np.errstate(all="ignore"):
         for start, a, b, r, t in blocks(ref, test):
             if whole:
@@ -76,8 +76,11 @@ def _reduced(r: Any, t: Any, d: Any, each: int) -> tuple[list[float], np.ndarray
     pairs = (z, z), (x, x), (y, y), (x, y)
     place = d.argmax()
     numbers = [d.max() if is_torch(d) else d[place], place, abs(r).max(), z.sum(), *(dot(*pair) for pair in pairs)]
-    bits = _single(d[::each]).view(sys.modules["torch"].int32 if is_torch(d) else np.int32)
-    return to_host(numbers), _count(bits >> BIN_SHIFT)[:BINS]
+    # Of each piece from its first element on, on every device: 7 divides no piece, so others are taken of each row.
+    whole = len(d) // HOST_CHUNK * HOST_CHUNK
+    parts = (d[:whole].reshape(-1, HOST_CHUNK)[:, ::each].reshape(-1), d[whole::each])
+    bits = [_single(part).view(sys.modules["torch"].int32 if is_torch(d) else np.int32) for part in parts if len(part)]
+    return to_host(numbers), np.sum([_count(part >> BIN_SHIFT)[:BINS] for part in bits], axis=0)
 
 
 def dot(a: Any, b: Any) -> Any:
