@@ -180,7 +180,7 @@ def test_the_layer_that_int8_costs_most_in_is_named_wherever_its_quantizers_lie(
     [
         ((1.5, -0.5), (0.02, 0.9), 1),  # they cancel: the second alone makes more than both together
         ((0.4, 0.1), (0.02, 0.9), 1),  # half is not linear
-        ((1.5, -0.5), (0.75, 0.9), 0),
+        ((1.5, -0.5), (0.75, 0.9), 1),
         ((0.8, 0.2), (0.02, 0.9), 0),
     ],
 )

@@ -34,8 +34,6 @@ MUCH = 0.2
 """Share from which one of many layers contributes much."""
 NAMED_FIRST = 3
 """Layers that are named where it adds up over many."""
-CLOSE = 0.8
-"""Part of the largest effect that a layer alone must make to be named for its share."""
 CANCELS = 1.5
 """Sum of the magnitudes of all shares from which errors cancel each other."""
 ENLARGES = 3.0
@@ -97,14 +95,11 @@ def _costliest_first(
     items: list[tuple[Key, LayerRow]], costliest: Costliest
 ) -> tuple[list[tuple[Key, LayerRow]], dict[Key, float]]:
     """The items, given with the largest share first, in the order of their ``Effects.costliest``, and these; as they
-    are and without where shares do not mislead: they add up and do not cancel, or the first makes about as much as any
-    by itself."""
+    are and without where shares do not mislead: they add up and do not cancel."""
     total, sizes = sum(row.share or 0.0 for _, row in items), sum(_size(row) for _, row in items)
     if sizes <= CANCELS and abs(1 - total) <= NOT_LINEAR:
         return items, {}
-    alone = dict(costliest(dict(items)))
-    if not alone or alone.get(items[0][0], 0.0) >= CLOSE * max(alone.values()):
-        return items, {}
+    alone = {key: off for key, off in costliest(dict(items)).items() if off}
     return sorted(items, key=lambda item: alone.get(item[0], 0.0), reverse=True), alone
 
 
