@@ -228,7 +228,9 @@ def test_a_replayer_is_told_each_sides_own_claims_the_references_first(
     def side(family: str, precision: str, device: str) -> Any:
         spec = SimpleNamespace(family=family, name=family)
         backend = SimpleNamespace(precision=precision, spec=spec, device=device)
-        return SimpleNamespace(backend=backend, precision=precision, name=family, kept=lambda component: frozenset())
+        program = SimpleNamespace(module=None, alignment=None)
+        own = {"backend": backend, "precision": precision, "name": family}
+        return SimpleNamespace(**own, kept=lambda component: frozenset(), program=lambda component: program)
 
     run = CandidateRun.__new__(CandidateRun)
     run._replayers, run._files, run.oracle, run.device = {}, {}, "fp64", "cpu"
