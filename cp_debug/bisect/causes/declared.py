@@ -64,15 +64,16 @@ def int8(
     # A layer has a step where its own nodes quantize; what one rounds whose quantizers lie in others counts as well.
     sound = [(k, r) for k, r in rows.items() if r.verdict != GUILTY and r.replay and r.replay.introduced]
     sound.sort(key=lambda item: _size(item[1]), reverse=True)
-    sound, alone = _costliest_first(sound, costliest)
+    wrong = any(row.verdict == GUILTY for row in rows.values())  # that comes first, and makes shares mislead by itself
+    sound, alone = (sound, {}) if wrong else _costliest_first(sound, costliest)
     ranked = [(key, row) for key, row in sound if key in alone or _size(row) >= NOTICED]
     if not ranked:
         return
     row = ranked[0][1]
     most = f"; of {len(sound)} correct layers, this one costs most" * (len(sound) > 1) + _off(alone)
     fix, figures = f"accept it, or leave it unquantized (not tried): {unquantized([row])}", dict[str, Any]()
-    if any(r.verdict == GUILTY for r in rows.values()):
-        fix = ""  # what is wrong comes first
+    if wrong:
+        fix = ""
     elif trials is not None:
         with suppress(InputError):
             fix, figures = _left_out(trials, dict(ranked), unquantized)
