@@ -88,7 +88,7 @@ class Executor:
         """``overrides``: other arithmetics for some nodes of the main graph, by node name. Then every node rounds what
         it reads, inputs and constants included, which are held as they are given.
         ``weight_cache``: bytes of converted weights that are kept, the last ones that were used. A replay reads each
-        once; converting them again takes less than a page fault for each page of what is kept.
+        once a walk, and a decoder of 400 million parameters took no longer than with all of them kept.
         ``literal``: where runtimes agree with each other and not with ONNX's reference implementation, compute as the
         latter does.
         ``drawn``: asked for the result of each node that draws random numbers, with the node's inputs; None draws anew.

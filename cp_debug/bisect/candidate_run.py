@@ -165,12 +165,11 @@ class CandidateRun:
 
     def _module(self, component: str) -> Program | None:
         """The program of a component whose torch module both sides run."""
-        programs = {
-            id(side.program(component).module): side.program(component) for side in (self.reference, self.pipeline)
-        }
-        both = all(side.backend.spec.family == "torch" for side in (self.reference, self.pipeline))
-        (program, *others) = programs.values()
-        return program if both and not others and program.module is not None and program.alignment is not None else None
+        sides = self.reference, self.pipeline
+        other, program = (side.program(component) for side in sides)
+        if program.module is None or program.module is not other.module or program.alignment is None:
+            return None
+        return program if all(side.backend.spec.family == "torch" for side in sides) else None
 
     def module_side(self, component: str) -> str:
         """The side that runs the torch module while the other one runs its graph: ``reference``, ``test``, or none."""

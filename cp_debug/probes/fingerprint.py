@@ -75,8 +75,8 @@ def fingerprint(tensor: Tensor | np.ndarray) -> Fingerprint:
 
 
 def _held(dtype: torch.dtype) -> torch.dtype:
-    """FP32 for the types whose numbers it holds, which takes a sixth of the time: projections are then off by less than
-    1e-6 of the norm. FP64 for all others."""
+    """FP32 for the types whose numbers it holds, which takes a third of the time; FP64's projections are less than 2e-6
+    away. FP64 for all others."""
     wide = dtype in (torch.float64, torch.int64, torch.int32, torch.uint64, torch.uint32)
     return torch.float64 if wide else torch.float32
 

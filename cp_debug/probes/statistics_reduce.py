@@ -19,8 +19,8 @@ one thread: on a busy machine its threads wait for each other at every operator.
 ROW = 1 << 13
 """Elements that BLAS multiplies and sums at once."""
 COUNTED = 1 << 20
-"""Elements up to which each falls into a bin. Beyond, every seventh: a quantile's rank is then off by at most 0.05 % in
-all likelihood, and counting all took a third of the comparison."""
+"""Elements up to which each falls into a bin. Beyond, every seventh: as of a random sample of 150,000, ranks have a
+standard deviation of at most 0.13 % at the median and 0.03 % at 99 %. Counting all took a third of the comparison."""
 DEVICE_CHUNK = 1 << 24
 """Elements a turn on a GPU: 128 MiB in FP64, some five times over."""
 _LARGEST = np.finfo(np.float64).max / 2
