@@ -23,10 +23,10 @@ from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_file
 
-from cp_debug.detection.centerpoint_training import Example, evaluate
 from cp_debug.detection.metrics import THRESHOLDS
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path
+from cp_debug.quantization.qat_centerpoint import Example, evaluate
 from cp_debug.recipes.centerpoint.config import TINY, CenterPointConfig
 from cp_debug.recipes.centerpoint.loss import centerpoint_loss
 from cp_debug.recipes.centerpoint.model import CenterPoint, build_model

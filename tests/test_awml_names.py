@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cp_debug.errors import InputError
 from cp_debug.quantization import amax_checkpoint
 from cp_debug.quantization.amax_checkpoint import load_amax_checkpoint
-from cp_debug.quantization.awml_names import also_named
+from cp_debug.quantization.record import also_named
 from cp_debug.recipes.torch_callable import TorchModel
 
 

@@ -26,7 +26,7 @@ from cp_debug.backends.torch_backend import TorchBackend
 from cp_debug.bisect.causes.search import Explanation, explain
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.detection.detection_change import DetectionChange, compare_detections
+from cp_debug.detection.changes import DetectionChange, compare_detections
 from cp_debug.graph.graph import Graph
 from cp_debug.recipes.torch_callable import TorchModel
 

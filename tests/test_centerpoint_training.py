@@ -18,7 +18,7 @@ from safetensors import safe_open
 from train_tiny import main, score_table
 from typer.testing import CliRunner
 
-from cp_debug.detection.centerpoint_training import Example, evaluate
+from cp_debug.quantization.qat_centerpoint import Example, evaluate
 from cp_debug.recipes.centerpoint.config import HEAD_CHANNELS, OUTPUT_ORDER, TINY
 from cp_debug.recipes.centerpoint.decode import decode
 from cp_debug.recipes.centerpoint.loss import centerpoint_loss, gaussian_focal_loss

@@ -144,7 +144,7 @@ def test_limits_of_guilt_are_those_of_the_documentation() -> None:
 def test_nothing_was_wrong_before_a_tensor_is_read() -> None:
     """Figures of what was not measured are those of what does not diverge."""
     from cp_debug.bisect.replayed import Replay
-    from cp_debug.detection.detection_change import DetectionChange
+    from cp_debug.detection.changes import DetectionChange
 
     for kind in (Replay, DetectionChange):
         for field in dataclasses.fields(kind):

@@ -23,7 +23,7 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
 from cp_debug.cli.main import app
 from cp_debug.detection.bootstrap import ConfidenceInterval, draw_samples
-from cp_debug.detection.boxes import Boxes
+from cp_debug.detection.boxes import Boxes, Predictions, save_predictions
 from cp_debug.detection.evaluate import _prepare, as_detector, evaluate, finite
 from cp_debug.detection.evaluation import (
     NUSCENES_RANGES,
@@ -35,7 +35,6 @@ from cp_debug.detection.evaluation import (
 )
 from cp_debug.detection.matching import match_centers
 from cp_debug.detection.metrics import ERRORS, score
-from cp_debug.detection.predictions import Predictions, save_predictions
 from cp_debug.errors import InputError
 from cp_debug.recipes.base import Arrays, Component, Sample
 from cp_debug.recipes.centerpoint.decode import Detections, decode

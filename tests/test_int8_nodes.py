@@ -19,7 +19,7 @@ from cp_debug.graph.qdq import insert_qdq, weight_axis
 from cp_debug.graph.scales import LayerScales, Scales
 from cp_debug.programs.align import align
 from cp_debug.programs.export import EXPORTERS, export
-from cp_debug.quantization.nodes import scales_by_node
+from cp_debug.quantization.quantized_programs import scales_by_node
 
 KINDS = list(itertools.product(EXPORTERS, (True, False)))
 

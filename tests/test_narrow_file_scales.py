@@ -18,8 +18,8 @@ from cp_debug.bisect.result import TestResult
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
 from cp_debug.graph.narrow_qdq import insert_narrow_qdq
-from cp_debug.quantization.data_ranges import DataRanges
 from cp_debug.quantization.narrow_layers import narrow_layers, weighted_layers
+from cp_debug.quantization.onnx_ptq import DataRanges
 
 pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.slow

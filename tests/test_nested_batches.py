@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cp_debug.quantization.nested_batches import NestedBatches, is_plain, tensors_only
+from cp_debug.quantization.calibration import NestedBatches, is_plain, tensors_only
 
 
 def test_of_what_a_model_predicts_tensors_alone_count() -> None:

@@ -16,7 +16,6 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.scales import QMAX, Scales
 from cp_debug.quantization.calibration import BATCHES, CalibrationManager, OutputErrors, _frozen, check_model
-from cp_debug.quantization.data_ranges import DataRanges
 from cp_debug.quantization.histogram import (
     METHODS,
     Histogram,
@@ -25,6 +24,7 @@ from cp_debug.quantization.histogram import (
     check_method,
     weight_amax,
 )
+from cp_debug.quantization.onnx_ptq import DataRanges
 
 
 def rounded(x: Tensor, amax: float) -> Tensor:

@@ -17,7 +17,7 @@ from test_cli import run
 from cp_debug.deploy.quantize_output import PtqResult
 from cp_debug.quantization.checkpoint import save_ptq_model
 from cp_debug.quantization.open_quantized import modules_of, open_quantized
-from cp_debug.quantization.toggles import QuantizerRow
+from cp_debug.quantization.record import QuantizerRow
 from cp_debug.recipes.checkpoint import read_state_dict
 from cp_debug.recipes.registry import load_model
 from cp_debug.reports.quantization import layers, render

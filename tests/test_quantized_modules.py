@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from cp_debug.quantization.models import output_sqnr, with_modules
 from cp_debug.quantization.quantized_programs import Calibration, calibrate, of_modules
+from cp_debug.quantization.record import disable_quantization, enable_quantization
 from cp_debug.quantization.residual_adds import add_quantizers, attach
-from cp_debug.quantization.toggles import disable_quantization, enable_quantization
 from cp_debug.recipes.base import Component, Sample
 
 

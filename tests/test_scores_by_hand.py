@@ -9,14 +9,20 @@ import numpy as np
 import pytest
 
 from cp_debug.detection.bootstrap import ConfidenceInterval, draw_samples
-from cp_debug.detection.boxes import Boxes
+from cp_debug.detection.boxes import Boxes, Predictions
 from cp_debug.detection.breakdown import Rings, by_class, by_distance, rings_of
-from cp_debug.detection.changes import MATCHING, MOVED, RESCORED, BoxChange, changes
-from cp_debug.detection.detection_change import DetectionChange, compare_detections
+from cp_debug.detection.changes import (
+    MATCHING,
+    MOVED,
+    RESCORED,
+    BoxChange,
+    DetectionChange,
+    changes,
+    compare_detections,
+)
 from cp_debug.detection.evaluation import EvaluationOptions
 from cp_debug.detection.matching import _position_in_group
 from cp_debug.detection.metrics import Scores, box_errors, score
-from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.fusion_groups import FusionGroup
 from cp_debug.mixed_precision.goal import Goal

@@ -26,7 +26,7 @@ from cp_debug.deploy.bench import BackendBench, Latency
 from cp_debug.deploy.preprocessing import VoxelChange
 from cp_debug.deploy.verify import ScenarioResult, TensorCheck, VerifyResult
 from cp_debug.detection.bootstrap import ConfidenceInterval
-from cp_debug.detection.detection_change import DetectionChange
+from cp_debug.detection.changes import DetectionChange
 from cp_debug.detection.evaluation import BackendScores, EvaluationOptions, EvaluationResult
 from cp_debug.errors import InputError
 from cp_debug.graph.pairing import Pairing
@@ -39,7 +39,7 @@ from cp_debug.probes.statistics import TensorStats
 from cp_debug.programs.tensor_change import TensorChange
 from cp_debug.programs.weight_differences import Difference, WeightDifferences
 from cp_debug.quantization.qat import QatResult
-from cp_debug.quantization.toggles import QuantizerRow
+from cp_debug.quantization.record import QuantizerRow
 from cp_debug.reports.saved import SavedResult
 from cp_debug.serialize import decode, encode
 from cp_debug.sweep.bisecting import BisectGroup

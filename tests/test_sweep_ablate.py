@@ -21,10 +21,9 @@ from test_sweep import INT8, records
 
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec, parse_backends
-from cp_debug.detection.boxes import Boxes
+from cp_debug.detection.boxes import Boxes, Predictions
 from cp_debug.detection.breakdown import Rings, by_class, by_distance, rings_of
 from cp_debug.detection.evaluation import EvaluationOptions
-from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import Export, prepare
 from cp_debug.recipes.base import Component

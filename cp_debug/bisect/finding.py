@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from cp_debug.detection.detection_change import DetectionChange
+from cp_debug.detection.changes import DetectionChange
 from cp_debug.serialize import JsonForm
 
 UNKNOWN = "unknown"

@@ -14,7 +14,7 @@ from cp_debug.bisect.optimizer_blame import OptimizerBlame
 from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.strange_numbers import nonfinite_origins, outputs_say, undecided
-from cp_debug.detection.detection_change import DetectionChange
+from cp_debug.detection.changes import DetectionChange
 from cp_debug.display import in_notebook, notebook, plain, show_inline, terminal, write_page
 from cp_debug.errors import InputError
 from cp_debug.graph.randomness import DRAWS_NUMBERS

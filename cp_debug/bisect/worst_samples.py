@@ -12,7 +12,7 @@ from cp_debug.bisect.optimizer_blame import OptimizerBlame
 from cp_debug.bisect.replayed import EXCESS
 from cp_debug.bisect.result import GUILTY, Attribution, LayerRow, Remainder
 from cp_debug.bisect.verdict import oracle_is_alone
-from cp_debug.detection.detection_change import DetectionChange, compare_detections
+from cp_debug.detection.changes import DetectionChange, compare_detections
 from cp_debug.programs.pipeline import Key
 from cp_debug.recipes.abilities import DetectsBoxes
 from cp_debug.safe_text import amount, some

@@ -89,10 +89,10 @@ def evaluate(
         calibration.check_calibration(model, int8.calib_data, int8.calib_samples)
     load_torch()
     from cp_debug.deploy.file_evaluation import evaluate_files, read_description
+    from cp_debug.detection.boxes import save_predictions
     from cp_debug.detection.evaluate import as_detector
     from cp_debug.detection.evaluate import evaluate as run
     from cp_debug.detection.evaluation import EvaluationOptions, parse_ranges
-    from cp_debug.detection.predictions import save_predictions
     from cp_debug.quantization.open_quantized import calibration_samples
     from cp_debug.quantization.quantized_programs import load_quantized, quantize_programs
     from cp_debug.reports.evaluation import render

@@ -31,7 +31,6 @@ from cp_debug.probes.arrays import as_numpy
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.torch_layers import matches, select
 from cp_debug.programs.walk import Walk
-from cp_debug.quantization.data_ranges import METHODS, amax_of_programs
 from cp_debug.quantization.modelopt_recipe import FILE, modelopt_recipe
 from cp_debug.quantization.models import output_sqnr
 from cp_debug.quantization.narrow_layers import (
@@ -41,6 +40,7 @@ from cp_debug.quantization.narrow_layers import (
     narrow_layers,
     weighted_layers,
 )
+from cp_debug.quantization.onnx_ptq import METHODS, amax_of_programs
 from cp_debug.quantization.open_quantized import calibration_samples
 from cp_debug.recipes.base import Arrays, Model, Sample
 from cp_debug.serialize import JsonForm

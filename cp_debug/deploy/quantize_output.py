@@ -21,8 +21,7 @@ from cp_debug.quantization import modelopt_recipe
 from cp_debug.quantization.checkpoint import FILE, save_ptq_model
 from cp_debug.quantization.models import QuantizedComponent, output_sqnr, quantize_model, reapply_scales
 from cp_debug.quantization.open_quantized import calibration_samples
-from cp_debug.quantization.record import quantization_of
-from cp_debug.quantization.toggles import QuantizerRow, quantizer_table
+from cp_debug.quantization.record import QuantizerRow, quantization_of, quantizer_table
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.serialize import JsonForm
 

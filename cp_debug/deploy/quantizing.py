@@ -17,8 +17,7 @@ from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import insert_qdq
 from cp_debug.programs.walk import Walk, run_module
 from cp_debug.quantization.models import QuantizedComponent, with_modules
-from cp_debug.quantization.nodes import scales_by_node
-from cp_debug.quantization.quantized_programs import already_quantized
+from cp_debug.quantization.quantized_programs import already_quantized, scales_by_node
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 

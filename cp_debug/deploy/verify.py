@@ -16,7 +16,7 @@ from cp_debug.bisect.result import BisectResult
 from cp_debug.deploy.interface_checks import checked
 from cp_debug.deploy.preprocessing import VoxelChange, compare_voxels, read_voxels, voxelize_on
 from cp_debug.deploy.tolerance import Tolerances, noise_floors
-from cp_debug.detection.detection_change import DetectionChange, compare_detections
+from cp_debug.detection.changes import DetectionChange, compare_detections
 from cp_debug.detection.evaluate import Clock
 from cp_debug.display import Shown
 from cp_debug.errors import InputError

@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cp_debug.detection.bootstrap import ConfidenceInterval, draw_samples, intervals
-from cp_debug.detection.boxes import Boxes, Floats, Ints
+from cp_debug.detection.boxes import Boxes, Floats, Ints, Predictions
 from cp_debug.detection.evaluation import EvaluationOptions, boxes_that_count, objects_that_count
 from cp_debug.detection.metrics import Scores, score
-from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.recipes.data.base import Truth
 from cp_debug.serialize import JsonForm

@@ -14,8 +14,8 @@ from typing import Protocol
 import numpy as np
 
 from cp_debug.backends.base import Backend, Program
+from cp_debug.detection.boxes import Predictions
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, score_backends
-from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import Export, Pipeline, choose_export, prepare, wants_int8
 from cp_debug.recipes.abilities import DetectsBoxes, HasClasses, HasData, Remarks

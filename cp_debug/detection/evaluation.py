@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from cp_debug.backends.base import RunRecord
 from cp_debug.detection.bootstrap import CONFIDENCE, ConfidenceInterval, draw_samples, intervals
-from cp_debug.detection.boxes import Boxes, Floats
+from cp_debug.detection.boxes import Boxes, Floats, Predictions
 from cp_debug.detection.matching import THRESHOLDS
 from cp_debug.detection.metrics import ERRORS, OVERLAPS, Scores, score
-from cp_debug.detection.predictions import Predictions
 from cp_debug.display import Shown
 from cp_debug.errors import InputError
 from cp_debug.recipes.data.base import Truth

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cp_debug.detection.boxes import Floats
-from cp_debug.detection.predictions import Predictions
+from cp_debug.detection.boxes import Floats, Predictions
 from cp_debug.errors import InputError, MissingPackage
 from cp_debug.recipes.data.base import Truth
 

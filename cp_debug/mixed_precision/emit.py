@@ -17,8 +17,8 @@ from cp_debug.graph.narrow_qdq import insert_narrow_qdq
 from cp_debug.graph.operators import CONTRACTIONS
 from cp_debug.graph.unquantize import remove_qdq
 from cp_debug.programs.export import EXPORTERS
-from cp_debug.quantization.data_ranges import amax_of_programs
 from cp_debug.quantization.narrow_layers import calibrated, check_exportable, narrow_layers, weighted_layers
+from cp_debug.quantization.onnx_ptq import amax_of_programs
 from cp_debug.recipes.base import Model, Sample
 
 FLAGS = {"fp16": "fp16", "fp16acc": "fp16", "bf16": "bf16"}

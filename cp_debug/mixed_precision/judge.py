@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cp_debug.backends.base import RunRecord
-from cp_debug.detection.detection_change import compare_detections
+from cp_debug.detection.boxes import Predictions
+from cp_debug.detection.changes import compare_detections
 from cp_debug.detection.evaluation import EvaluationOptions, score_backends
-from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.goal import DETECTIONS, Goal, without_counts
 from cp_debug.mixed_precision.trial import Measured

@@ -18,9 +18,9 @@ from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.backward import Backward, shares_over
+from cp_debug.detection.boxes import Predictions
 from cp_debug.detection.evaluate import as_detector
 from cp_debug.detection.evaluation import EvaluationOptions, draws_of
-from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import QUANTIZERS
@@ -32,8 +32,7 @@ from cp_debug.programs.pipeline import choose_export, prepare
 from cp_debug.programs.walk import walk
 from cp_debug.quantization.models import ErrorSum, QuantizedComponent, with_modules
 from cp_debug.quantization.narrow_layers import weighted_layers
-from cp_debug.quantization.nodes import nodes_by_layer
-from cp_debug.quantization.quantized_programs import quantized_programs
+from cp_debug.quantization.quantized_programs import nodes_by_layer, quantized_programs
 from cp_debug.recipes.abilities import DetectsBoxes, HasClasses
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 from cp_debug.recipes.data.base import Truth

@@ -25,7 +25,7 @@ from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.bisect.causes.precision import OVERFLOWS as BEYOND
 from cp_debug.bisect.preflight import leaves_half
 from cp_debug.bisect.replayed import EXCESS
-from cp_debug.detection.detection_change import DetectionChange, compare_detections
+from cp_debug.detection.changes import DetectionChange, compare_detections
 from cp_debug.errors import InputError
 from cp_debug.graph.fold_batchnorm import fold_batchnorm
 from cp_debug.graph.operators import QUANTIZERS

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cp_debug.detection.detection_change import DetectionChange
+from cp_debug.detection.changes import DetectionChange
 from cp_debug.display import Shown
 from cp_debug.errors import InputError
 from cp_debug.files import write_text

@@ -18,9 +18,8 @@ from cp_debug.graph.scales import LayerScales
 from cp_debug.probes.module_copy import copied
 from cp_debug.programs.batchnorm_folding import Folding, apply_folding
 from cp_debug.programs.torch_layers import channels, is_quantized, layers_of, quantizers
-from cp_debug.quantization.awml_names import also_named
 from cp_debug.quantization.ptq import install
-from cp_debug.quantization.record import Quantization, quantization_of
+from cp_debug.quantization.record import Quantization, also_named, quantization_of
 from cp_debug.reading import check_file, typed
 from cp_debug.recipes.checkpoint import check_tensors, load_state, read_torch
 

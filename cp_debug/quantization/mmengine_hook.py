@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from cp_debug.errors import InputError
 from cp_debug.optional import require
 from cp_debug.programs.torch_layers import is_quantized
+from cp_debug.quantization.calibration import NestedBatches
 from cp_debug.quantization.checkpoint import entry_of, rebuild
 from cp_debug.quantization.histogram import check_method
-from cp_debug.quantization.nested_batches import NestedBatches
 from cp_debug.quantization.ptq import quantize_ptq
 from cp_debug.quantization.qat import freeze_batchnorm
 from cp_debug.quantization.record import quantization_of

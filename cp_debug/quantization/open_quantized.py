@@ -17,8 +17,7 @@ from cp_debug.quantization.amax_checkpoint import is_amax_checkpoint, load_amax_
 from cp_debug.quantization.checkpoint import file_of, is_ptq_checkpoint, load_ptq_model
 from cp_debug.quantization.models import QuantizedComponent, quantize_model
 from cp_debug.quantization.ptq import scales_of
-from cp_debug.quantization.record import quantization_of
-from cp_debug.quantization.toggles import disable_quantization
+from cp_debug.quantization.record import disable_quantization, quantization_of
 from cp_debug.recipes.base import Component, Model, Sample
 
 CALIBRATION_FIRST = 1000

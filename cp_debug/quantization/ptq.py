@@ -1,28 +1,84 @@
-"""Post-training quantization: an FP32 module becomes one that computes as INT8 would, in FP32."""
+"""Post-training quantization by nvidia-modelopt: an FP32 module becomes one that computes as INT8 would, in FP32."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import contextlib
+import io
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from cp_debug.errors import InputError
+from cp_debug.errors import InputError, MissingPackage
 from cp_debug.graph.scales import LayerScales, Scales
-from cp_debug.optional import check_there
+from cp_debug.optional import check_there, require
+from cp_debug.optional import install as install_command
 from cp_debug.probes.module_copy import copied
 from cp_debug.programs.batchnorm_folding import Folding, fuse_model_bn
-from cp_debug.programs.torch_layers import full_path, is_quantized, layers_of, own_path
-from cp_debug.quantization.awml_names import also_named
-from cp_debug.quantization.calibration import Batch, CalibrationManager, check_model
+from cp_debug.programs.torch_layers import channels, full_path, is_quantized, layers_of, own_path, weight_axis
+from cp_debug.quantization.calibration import Batch, CalibrationManager, check_model, plain_batches
 from cp_debug.quantization.histogram import check_method
-from cp_debug.quantization.library import BITS, activation_quantizer, insert_quantizers
-from cp_debug.quantization.nested_batches import plain_batches
-from cp_debug.quantization.record import NOT_RUN, Quantization, quantization_of
+from cp_debug.quantization.record import NOT_RUN, Quantization, also_named, print_quantizer_status, quantization_of
 from cp_debug.quantization.residual_adds import add_quantizers, attach
-from cp_debug.quantization.toggles import print_quantizer_status
+
+BITS = 8
+
+
+def insert_quantizers(module: nn.Module, layers: Mapping[str, LayerScales]) -> None:
+    """Give these layers, by path, quantizers for input and weight, in place.
+
+    Every other quantizer that the library puts in is off. Raises InputError for scales that do not fit a weight and for
+    a module that the library cannot take, MissingPackage without the library.
+    """
+    quantization = _library()
+    layer_at = layers_of(module)
+    for path, scales in layers.items():
+        if len(scales.weight) != channels(layer_at[path]):
+            raise InputError(f"{path}: {len(scales.weight)} scales for a weight of {channels(layer_at[path])} channels")
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for path in layers:
+        for kind, axis in (("input", None), ("weight", weight_axis(layer_at[path]))):
+            name = f"{path}.{kind}_quantizer" if path else f"{kind}_quantizer"
+            entries.append({"quantizer_name": name, "cfg": {"num_bits": BITS, "axis": axis}})
+    with _quiet():
+        try:
+            quantization.quantize(module, {"quant_cfg": entries, "algorithm": None})
+        except Exception as error:  # it walks, copies and patches the user's own classes
+            what = f"{type(module).__name__}: modelopt cannot insert quantizers"
+            raise InputError(f"{what}: {type(error).__name__}: {error}") from error
+    for path, scales in layers.items():
+        layer: Any = layer_at[path]
+        weight = layer.weight
+        shape = [-1 if axis == weight_axis(layer) else 1 for axis in range(weight.dim())]
+        layer.input_quantizer.amax = torch.tensor(scales.input, device=weight.device)
+        layer.weight_quantizer.amax = torch.tensor(scales.weight, device=weight.device).view(shape)
+
+
+def activation_quantizer(amax: float, device: torch.device) -> nn.Module:
+    """A fake quantizer with one scale for a whole tensor. Raises MissingPackage without the library."""
+    quantization = _library()
+    quantizer = quantization.nn.TensorQuantizer(quantization.config.QuantizerAttributeConfig(num_bits=BITS, axis=None))
+    quantizer.amax = torch.tensor(amax, device=device)
+    return quantizer
+
+
+def _library() -> Any:
+    """The library, imported without its warnings. Raises MissingPackage without it."""
+    with _quiet():
+        try:
+            return require("modelopt.torch.quantization", "quant")
+        except ModuleNotFoundError as error:  # modelopt does not declare all that it imports
+            raise MissingPackage(f"modelopt needs the package {error.name!r}: {install_command('quant')}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @also_named(model="module", dataloader="batches", amax_method="method", fuse_bn="fold", sensitive_layers="skip_layers")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,18 +13,61 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cp_debug.detection.centerpoint_training import Example, evaluate
+from cp_debug.detection.metrics import Objects, class_average_precisions
 from cp_debug.errors import InputError
 from cp_debug.quantization.open_quantized import adopt_weights
 from cp_debug.quantization.qat import OnStep, QatOptions, QatResult, finetune
 from cp_debug.recipes.base import Model, Sample
+from cp_debug.recipes.centerpoint.decode import decode
 from cp_debug.recipes.centerpoint.loss import centerpoint_loss
 from cp_debug.recipes.centerpoint.model import CenterPoint
 from cp_debug.recipes.centerpoint.recipe import BACKBONE_NECK_HEAD, ENCODER, CenterPointModel
-from cp_debug.recipes.centerpoint.scenes import CLASSES, generate_scene
+from cp_debug.recipes.centerpoint.scenes import CLASSES, Scene, generate_scene
 from cp_debug.recipes.centerpoint.targets import make_targets
 from cp_debug.recipes.data.base import DataOptions, Truth, iterate
 from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS
+
+
+@dataclass(frozen=True)
+class Example:
+    """A scene as tensors: points [N, 5], boxes [M, 9] with velocity, labels [M]."""
+
+    points: Tensor
+    boxes: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, scene: Scene, device: str = "cpu") -> Example:
+        """A scene's arrays as float32 and int64 tensors on a device."""
+        boxes = np.concatenate((scene.boxes, scene.velocities), axis=1)
+        return cls(*(torch.from_numpy(array).to(device) for array in (scene.points, boxes, scene.labels)))
+
+    def augmented(self, rng: np.random.Generator) -> Example:
+        """Mirrored, turned about the sensor's axis and scaled, at random."""
+        angle, scale, mirror = rng.uniform(-math.pi, math.pi), rng.uniform(0.95, 1.05), rng.choice((-1, 1))
+        cos, sin = math.cos(angle), math.sin(angle)
+        turn = self.points.new_tensor([[cos, sin], [-sin * mirror, cos * mirror]])
+        points, boxes = self.points.clone(), self.boxes.clone()
+        heading = torch.stack((boxes[:, 6].cos(), boxes[:, 6].sin()), dim=1) @ turn
+        boxes[:, 6] = torch.atan2(heading[:, 1], heading[:, 0])
+        for xy in (points[:, :2], boxes[:, :2], boxes[:, 7:9]):
+            xy.copy_(xy @ turn * scale)
+        points[:, 2] *= scale
+        boxes[:, 2:6] *= scale
+        return Example(points, boxes, self.labels)
+
+
+@torch.no_grad()
+def evaluate(model: CenterPoint, examples: Sequence[Example]) -> np.ndarray:
+    """AP of every class at every threshold of nuScenes [C, 4]; the mean is the mAP."""
+    predicted, truth = [], []
+    for example in examples:
+        (detections,) = decode(model([example.points]), model.config)
+        predicted.append((detections.boxes[:, :2], detections.labels, detections.scores))
+        labels = example.labels.cpu().numpy()
+        truth.append((example.boxes[:, :2].cpu().numpy(), labels, np.ones(len(labels))))
+    return class_average_precisions(Objects.gather(predicted), Objects.gather(truth), len(model.config.class_names))
+
 
 KEPT = 256
 """Number of training scenes in memory."""

@@ -12,7 +12,7 @@ from cp_debug.detection.evaluation import EvaluationResult
 from cp_debug.display import register
 from cp_debug.mixed_precision.result import MixedPrecisionResult
 from cp_debug.prediction.result import Prediction
-from cp_debug.quantization.toggles import QuantizerRow
+from cp_debug.quantization.record import QuantizerRow
 from cp_debug.reports import (
     evaluation,
     import_dump,

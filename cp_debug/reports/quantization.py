@@ -11,7 +11,7 @@ from rich.text import Text
 from cp_debug.deploy.quantize_narrow import NarrowResult
 from cp_debug.deploy.quantize_output import PtqResult
 from cp_debug.quantization.checkpoint import FILE
-from cp_debug.quantization.toggles import QuantizerRow
+from cp_debug.quantization.record import QuantizerRow
 from cp_debug.reports.numbers import fixed, number
 from cp_debug.reports.sheet import Cell, Column, Row, Sheet
 from cp_debug.reports.sheet_terminal import Terminal

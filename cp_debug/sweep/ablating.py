@@ -23,12 +23,11 @@ from numpy.typing import NDArray
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.detection.bootstrap import ConfidenceInterval, draw_samples
-from cp_debug.detection.boxes import Floats
+from cp_debug.detection.boxes import Floats, Predictions
 from cp_debug.detection.breakdown import rings_of
 from cp_debug.detection.changes import GAINED, LOST, MOVED_BOX, changes
 from cp_debug.detection.evaluate import Detector, as_detector, without_boxes
 from cp_debug.detection.evaluation import EvaluationOptions, draws_of
-from cp_debug.detection.predictions import Predictions
 from cp_debug.mixed_precision.fusion_groups import FusionGroup
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.graph_runners import BackendRunner, EmulatedRunner, Runner

@@ -13,7 +13,7 @@ import numpy as np
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import GUILTY, TestResult
 from cp_debug.bisect.strange_numbers import nonfinite_origins
-from cp_debug.detection.detection_change import DetectionChange
+from cp_debug.detection.changes import DetectionChange
 from cp_debug.programs.pipeline import wants_int8
 from cp_debug.recipes.abilities import with_samples
 from cp_debug.serialize import encode, json_safe

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cp_debug.backends.base import RunRecord
+from cp_debug.detection.boxes import Predictions
 from cp_debug.detection.breakdown import PartScores, by_class, by_distance, rings_of
-from cp_debug.detection.detection_change import DetectionChange, compare_detections
+from cp_debug.detection.changes import DetectionChange, compare_detections
 from cp_debug.detection.evaluate import as_detector, finite, without_boxes
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, score_backends
-from cp_debug.detection.predictions import Predictions
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import Pipeline, wants_int8
 from cp_debug.serialize import encode, json_safe

@@ -14,7 +14,7 @@ from cp_debug.bisect.finding import Effect
 from cp_debug.bisect.kept import KeepTrials
 from cp_debug.bisect.result import LayerRow
 from cp_debug.bisect.shares import Shares
-from cp_debug.detection.detection_change import compare_detections
+from cp_debug.detection.changes import compare_detections
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import Key
 from cp_debug.programs.scene import decode
