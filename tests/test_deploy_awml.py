@@ -15,7 +15,7 @@ from cp_debug.cli.main import app
 from cp_debug.cli.plain_steps import PlainSteps
 from cp_debug.deploy.awml_schema import EvaluatedBackend
 from cp_debug.deploy.config import load_config, override
-from cp_debug.deploy.literals import read_settings
+from cp_debug.deploy.documents import read_settings
 from cp_debug.deploy.schema import DeployConfig
 from cp_debug.deploy.stages import Deployment
 from cp_debug.errors import InputError

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cp_debug.backends.tensorrt.calibration import read_cache
 from cp_debug.cli.main import app
-from cp_debug.deploy.calibration import write_calibration_data
+from cp_debug.deploy.engines import write_calibration_data
 from cp_debug.recipes.registry import load_model
 
 

@@ -12,7 +12,7 @@ from test_cli import run
 
 from cp_debug import plugins
 from cp_debug.deploy.config import load_config
-from cp_debug.deploy.literals import read_settings
+from cp_debug.deploy.documents import read_settings
 from cp_debug.deploy.schema import DeployConfig, EvaluateConfig, ExportConfig, TensorRTConfig, VerifyConfig
 from cp_debug.deploy.stages import Deployment
 from cp_debug.errors import InputError

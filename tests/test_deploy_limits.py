@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from cp_debug.deploy.tolerance import MARGIN, Tolerances
 from cp_debug.deploy.verify import (
+    MARGIN,
     ScenarioResult,
     TensorCheck,
+    Tolerances,
     VerifyOptions,
     VerifyResult,
     _check_not_empty,

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from cp_debug.deploy import runner
-from cp_debug.deploy.reasons import reasons
 from cp_debug.deploy.runner import Outcome
 from cp_debug.deploy.stages import Deployment
+from cp_debug.deploy.verify import reasons
 from cp_debug.errors import InputError
 
 PLAIN = {

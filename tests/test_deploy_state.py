@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from cp_debug.deploy import runner
-from cp_debug.deploy.runner import Outcome, deploy
-from cp_debug.deploy.state import StageRecord, State
+from cp_debug.deploy.runner import Outcome, StageRecord, State, deploy
 from cp_debug.files import hashes
 
 

@@ -18,11 +18,10 @@ from test_cli import run
 
 from cp_debug.cli.verify import each_test, parse_scenarios
 from cp_debug.deploy.config import load_config
-from cp_debug.deploy.preprocessing import compare_voxels, read_voxels
+from cp_debug.deploy.interface_checks import compare_voxels, read_voxels
 from cp_debug.deploy.runner import deploy
 from cp_debug.deploy.stages import Deployment
-from cp_debug.deploy.tolerance import MARGIN, Tolerances, noise_floors
-from cp_debug.deploy.verify import what_is_wrong
+from cp_debug.deploy.verify import MARGIN, Tolerances, noise_floors, what_is_wrong
 from cp_debug.errors import InputError
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.pipeline import Key, Pipeline

@@ -26,8 +26,7 @@ from cp_debug.deploy.quantize_narrow import quantize_narrow
 from cp_debug.deploy.quantize_output import quantize_ptq
 from cp_debug.deploy.runner import deploy
 from cp_debug.deploy.stages import Deployment
-from cp_debug.deploy.tolerance import MARGIN
-from cp_debug.deploy.verify import VerifyOptions
+from cp_debug.deploy.verify import MARGIN, VerifyOptions
 from cp_debug.detection.evaluate import evaluate
 from cp_debug.detection.evaluation import EvaluationOptions
 from cp_debug.mixed_precision.search import MixedPrecisionOptions

@@ -16,8 +16,7 @@ from test_cli import run
 import cp_debug
 from cp_debug.bisect.recording import compare_captures
 from cp_debug.bisect.verdict import is_within
-from cp_debug.deploy.tolerance import Tolerances
-from cp_debug.deploy.verify import what_is_wrong
+from cp_debug.deploy.verify import Tolerances, what_is_wrong
 from cp_debug.graph import integer_values
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import level_values, unscaled_levels

@@ -23,7 +23,7 @@ from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import Attribution, BisectResult, LayerRow, Remainder, StageRow, TestResult
 from cp_debug.bisect.result_diff import ResultDiff
 from cp_debug.deploy.bench import BackendBench, Latency
-from cp_debug.deploy.preprocessing import VoxelChange
+from cp_debug.deploy.interface_checks import VoxelChange
 from cp_debug.deploy.verify import ScenarioResult, TensorCheck, VerifyResult
 from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.detection.changes import DetectionChange

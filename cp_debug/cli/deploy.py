@@ -18,8 +18,8 @@ from cp_debug.files import make_folder
 from cp_debug.loading import load_torch
 
 if TYPE_CHECKING:
+    from cp_debug.deploy.runner import StageRecord
     from cp_debug.deploy.schema import DeployConfig
-    from cp_debug.deploy.state import StageRecord
 
 
 def deploy(

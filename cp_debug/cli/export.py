@@ -59,7 +59,7 @@ def export(
     load_torch()
     from cp_debug.deploy.exporting import OPSET, ExportOptions, export_model, own_files
     from cp_debug.deploy.file_export import SAMPLES, export_files
-    from cp_debug.deploy.quantizing import export_quantized
+    from cp_debug.deploy.quantize_output import export_quantized
     from cp_debug.deploy.stages import turn_outputs
     from cp_debug.files import resolved
     from cp_debug.quantization.open_quantized import open_quantized

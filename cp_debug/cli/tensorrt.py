@@ -231,7 +231,7 @@ def calibration_data(
         return {}
     from tempfile import TemporaryDirectory
 
-    from cp_debug.deploy.calibration import write_calibration_data
+    from cp_debug.deploy.engines import write_calibration_data
     from cp_debug.recipes.registry import load_model
 
     loaded = load_model(model, checkpoint=checkpoint)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug.deploy.awml_schema import AwmlConfig, AwmlQuantization, Framework, idle_keys
-from cp_debug.deploy.literals import Dialect, read_settings
+from cp_debug.deploy.documents import Dialect, read_settings
 from cp_debug.deploy.schema import VARIANTS, DeployConfig, home, validate
 from cp_debug.errors import InputError
 

@@ -14,8 +14,7 @@ from typing import Any
 
 from cp_debug import plugins
 from cp_debug.deploy.awml import awml_document, is_awml
-from cp_debug.deploy.documents import SUFFIXES
-from cp_debug.deploy.literals import read_settings
+from cp_debug.deploy.documents import SUFFIXES, read_settings
 from cp_debug.deploy.schema import DeployConfig, validate
 from cp_debug.errors import InputError
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cp_debug.backends.base import Backend, Program
 from cp_debug.errors import InputError
 from cp_debug.files import complete_folder, file_hash, write_text
+from cp_debug.programs.walk import Walk, run_module
 from cp_debug.reading import read_json, typed, within
+from cp_debug.recipes.base import Model, Sample
 
 if TYPE_CHECKING:
     from cp_debug.backends.build_info import BuildInfo
+
 
 MANIFEST = "engines.json"
 SCHEMA = "cpdebug.engines/1"
@@ -128,3 +133,18 @@ def check_engines(
             raise InputError(f"{folder / engine.file}: built from another graph than {program.graph}")
         paths[program.name] = folder / engine.file
     return paths
+
+
+def write_calibration_data(model: Model, samples: Iterable[Sample], folder: Path) -> Path:
+    """Write ``<component>/<number>.npz`` for every component and sample, one array an input; return ``folder``.
+
+    Components run as the model's FP32 modules on the CPU. Raises InputError as the model's samples do.
+    """
+    for index, sample in enumerate(samples):
+        for step in Walk(model, sample):
+            target = folder / step.name
+            target.mkdir(parents=True, exist_ok=True)
+            np.savez(target / f"{index:05d}.npz", allow_pickle=False, **step.inputs)
+            if not step.last:
+                step.outputs = run_module(step.component, step.inputs)
+    return folder

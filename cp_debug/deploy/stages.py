@@ -15,26 +15,28 @@ from cp_debug.deploy.config import named_config
 from cp_debug.deploy.engines import MANIFEST, BuiltEngine, build_engines, check_engines
 from cp_debug.deploy.exporting import Exported, ExportOptions, export_model, load_exported, own_files, take_files
 from cp_debug.deploy.file_export import SAMPLES, export_files
-from cp_debug.deploy.fit import check_components, check_profiles, check_profiles_of_modules
 from cp_debug.deploy.interface_checks import checked
-from cp_debug.deploy.quantizing import export_quantized, in_int8
-from cp_debug.deploy.schema import SUFFIXES, DeployConfig
+from cp_debug.deploy.quantize_output import export_quantized, in_int8
+from cp_debug.deploy.schema import SUFFIXES, ComponentConfig, DeployConfig
 from cp_debug.deploy.verify import VerifyOptions, VerifyResult, verify
 from cp_debug.detection.evaluate import as_detector, evaluate
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, parse_ranges
 from cp_debug.errors import InputError
+from cp_debug.graph.graph import ValueInfo, fits_shape
 from cp_debug.graph.randomness import refuse_random
 from cp_debug.programs.end_notes import end_notes
 from cp_debug.programs.paired import pair_programs
 from cp_debug.programs.pipeline import load_test_programs
+from cp_debug.programs.walk import Walk, run_module
 from cp_debug.quantization.checkpoint import file_of, save_ptq_model
 from cp_debug.quantization.models import QuantizedComponent, with_modules
 from cp_debug.quantization.open_quantized import is_quantized_checkpoint, modules_of, open_quantized
 from cp_debug.recipes.abilities import Batches, HasClasses, HasData, Remarks, TurnsYaw, samples_left_out
-from cp_debug.recipes.base import Model, Sample
+from cp_debug.recipes.base import Component, Model, Sample
 from cp_debug.recipes.data.base import DataOptions, iterate
 from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 from cp_debug.recipes.registry import load_model
+from cp_debug.safe_text import did_you_mean
 
 OnStep = Callable[[str, int, int], None]
 
@@ -395,3 +397,53 @@ def turn_outputs(model: Model) -> None:
     if not isinstance(model, TurnsYaw):
         raise InputError(f"--rot-y-axis-reference: {model.name} has no yaw; expected a CenterPoint")
     model.use_rot_y_axis_reference()
+
+
+def check_components(config: DeployConfig, components: Sequence[Component], source: str) -> None:
+    """Raise InputError where the configuration names components, inputs or outputs that the model lacks.
+
+    ``source`` names the configuration in messages.
+    """
+    by_name = {component.name: component for component in components}
+    for name, configured in config.components.items():
+        if name not in by_name:
+            hint = did_you_mean(name, by_name)
+            raise InputError(f"{source}: components.{name}: {config.model} has no such component{hint}")
+        for kind, names, expected in (
+            ("inputs", configured.inputs, by_name[name].input_names),
+            ("outputs", configured.outputs, by_name[name].output_names),
+        ):
+            if names is not None and names != list(expected):
+                raise InputError(f"{source}: components.{name}.{kind} is {names}; {config.model} has {list(expected)}")
+
+
+def check_profiles_of_modules(config: DeployConfig, model: Model, sample: Sample, source: str) -> None:
+    """Raise InputError where a profile has another fixed size than what a component is fed with ``sample``."""
+    for step in Walk(model, sample):
+        component = step.component
+        configured = config.components.get(component.name, ComponentConfig())
+        free = configured.dynamic_axes or component.deployed_axes or component.dynamic_axes or {}
+        inputs = [
+            ValueInfo(name, array.dtype, tuple(free.get(name, {}).get(axis, n) for axis, n in enumerate(array.shape)))
+            for name, array in step.inputs.items()
+        ]
+        _check(config, component.name, inputs, source, ": this configuration was made for another model")
+        if not step.last:
+            step.outputs = run_module(component, step.inputs)
+
+
+def check_profiles(config: DeployConfig, programs: Sequence[Program], source: str) -> None:
+    """Raise InputError where a profile has another shape than the graph's input."""
+    for program in programs:
+        _check(config, program.name, program.graph.inputs, source)
+
+
+def _check(config: DeployConfig, component: str, inputs: Sequence[ValueInfo], source: str, why: str = "") -> None:
+    by_name = {value.name: value for value in inputs}
+    for tensor, profile in config.components.get(component, ComponentConfig()).profile.items():
+        key = f"{source}: components.{component}.profile.{tensor}"
+        if tensor not in by_name:
+            raise InputError(f"{key}: there is no such input; expected one of {', '.join(by_name)}")
+        for side, sizes in zip(("min", "opt", "max"), profile.shapes, strict=True):
+            if not fits_shape(sizes, by_name[tensor].shape):
+                raise InputError(f"{key}.{side} is {sizes}; {config.model} takes {by_name[tensor]}{why}")

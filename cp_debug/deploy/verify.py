@@ -2,38 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cp_debug.backends.base import Backend, Program, RunRecord
 from cp_debug.backends.capabilities import builder_of
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import BisectResult
-from cp_debug.deploy.interface_checks import checked
-from cp_debug.deploy.preprocessing import VoxelChange, compare_voxels, read_voxels, voxelize_on
-from cp_debug.deploy.tolerance import Tolerances, noise_floors
+from cp_debug.deploy.interface_checks import VoxelChange, checked, compare_voxels, read_voxels, voxelize_on
 from cp_debug.detection.changes import DetectionChange, compare_detections
 from cp_debug.detection.evaluate import Clock
 from cp_debug.display import Shown
 from cp_debug.errors import InputError
 from cp_debug.graph.declared import narrow_values
+from cp_debug.graph.pairing import places
 from cp_debug.graph.tensor_ends import part_of
 from cp_debug.probes.caveats import caveats
-from cp_debug.probes.statistics import TensorStats
+from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.probes.strings import compare_any, difference_in_words, is_text
 from cp_debug.programs.paired import check_outputs
 from cp_debug.programs.pipeline import Key, Pipeline, levels_of_both
-from cp_debug.programs.precision import coarsest
+from cp_debug.programs.precision import PRECISIONS, coarsest
 from cp_debug.programs.scene import decode
 from cp_debug.recipes.abilities import DetectsBoxes, Remarks, with_samples
-from cp_debug.recipes.base import Model, Sample
+from cp_debug.recipes.base import Arrays, Model, Sample
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.centerpoint.voxelize import Voxels
 from cp_debug.serialize import JsonForm
+
+MARGIN = 8.0
+"""Largest multiple of the predicted noise that is let through."""
+_FP32 = PRECISIONS["fp32"].roundoff
+
+
+def noise_floors(
+    model: Model, programs: Sequence[Program], sample: Sample, single: Mapping[str, Arrays] | None = None
+) -> dict[Key, float]:
+    """Relative L2 distance of FP32 from FP64 at every output of every component.
+
+    Modules and files in FP16 or BF16 compute in that where FP32 is asked for: their noise is scaled to FP32.
+
+    ``single``: the results of an FP32 run on this sample, where there are some already.
+    """
+    exact = _run(model, programs, sample, "torch-fp64")
+    fp32_results = single or _run(model, programs, sample, "torch")
+    scales = {p.name: _FP32 / coarsest("fp32", *narrow_values(p.graph).values()).roundoff for p in programs}
+    return {
+        Key(component, name): max(scales[component] * _noise(array, fp32_results[component].get(name)), _FP32)
+        for component, outputs in exact.items()
+        for name, array in outputs.items()
+    }
+
+
+def _noise(exact: np.ndarray, single: np.ndarray | None) -> float:
+    """Distance of an output in FP32; 0 for strings, and for an element that a sequence has in one of the runs alone."""
+    if single is None or is_text(exact) or exact.shape != single.shape:
+        return 0.0
+    return compare(exact, single).finite_rel_l2
+
+
+def _run(model: Model, programs: Sequence[Program], sample: Sample, spec: str) -> dict[str, Arrays]:
+    with Pipeline(model, programs, create(BackendSpec(spec))) as pipeline:
+        return pipeline.run(sample)
+
+
+class Tolerances:
+    """Relative L2 limits: the user's, else ``MARGIN`` times the noise predicted from the floor.
+
+    ``given``: by tensor (``heatmap``), by precision (``fp16``) or both (``heatmap@fp16``). Raises InputError for a name
+    that is neither a tensor of ``names`` nor a precision.
+    """
+
+    def __init__(self, given: Mapping[str, float], names: Sequence[str]) -> None:
+        for key in given:
+            tensor, sign, precision = key.partition("@")
+            fits = tensor in names and (not sign or precision in PRECISIONS)
+            if not (fits or (key in PRECISIONS)):
+                raise InputError(
+                    f"tolerance {key!r}: expected a tensor ({', '.join(names)}), a precision ({', '.join(PRECISIONS)}) "
+                    "or TENSOR@PRECISION"
+                )
+        self._given = given
+
+    def limit(self, name: str, floor: float, *precisions: str, whole: bool = False) -> float:
+        """The largest relative L2 distance of a tensor between two sides, by the precisions of backends and files.
+
+        ``whole``: it holds indices, ids or masks, which are equal unless the user said something of this tensor.
+        """
+        precision = coarsest(*precisions)
+        for key in (f"{name}@{precision.name}", name):
+            if key in self._given:
+                return self._given[key]
+        if whole:
+            return 0.0
+        if precision.name in self._given:
+            return self._given[precision.name]
+        return MARGIN * floor * max(precision.roundoff / _FP32, 1.0)
+
 
 OnStep = Callable[[str, int, int], None]
 Sides = tuple[Pipeline, Pipeline]
@@ -355,3 +428,31 @@ def what_is_wrong(stats: TensorStats, limit: float, max_abs: float | None) -> st
     if max_abs is not None and stats.max_abs > max_abs:
         return f"max |Δ| {stats.max_abs:.2g}; expected at most {max_abs:g}"
     return ""
+
+
+def reasons(scenario: ScenarioResult) -> Iterator[str]:
+    """Phrases for missing and moved outputs, the worst tensor, the voxels, the guilty layer and its cause."""
+    if missing := scenario.missing:
+        yield f"the test lacks output{'s' * (len(missing) > 1)} {', '.join(missing)} of the reference"
+    if scenario.moved:
+        yield f"the outputs are in another order: {places(scenario.moved)}"
+    if failures := scenario.failures:
+        worst = max(failures, key=lambda check: check.severity)
+        yield f"{len(failures)} of {len(scenario.checks)} outputs fail, the worst is {worst.name}: {worst.why}"
+        ours = worst.stats.nan_ref + worst.stats.inf_ref
+        if ours and not worst.stats.mismatched:
+            yield f"the reference has the same {ours} NaN or Inf: they come from the model or its input"
+    wrong = [change for change in scenario.preprocessing.values() if not change.agrees]
+    if wrong:
+        yield f"the voxels differ: {wrong[0]}"
+    yield from culprits(scenario)
+
+
+def culprits(scenario: ScenarioResult) -> Iterator[str]:
+    """Phrases for the guilty layer and the cause that explains most, where the failure was bisected."""
+    for test in scenario.bisect.tests if scenario.bisect else ():
+        if test.first_divergent is not None:
+            verdict = "guilty" if test.guilty else "first divergent"
+            yield f"{verdict} layer {test.first_divergent.name}"
+        if test.findings:
+            yield f"cause: {test.findings[0].headline}"

@@ -12,7 +12,7 @@ _MODULES = {
     "open_quantized": ("open_quantized",),
     "ptq": ("apply_scales", "quantize_ptq", "scales_of"),
     "qat": ("QatOptions", "finetune"),
-    "toggles": ("disable_quantization", "enable_quantization", "print_quantizer_status", "quantizer_table"),
+    "record": ("disable_quantization", "enable_quantization", "print_quantizer_status", "quantizer_table"),
 }
 _HOME = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names} | {
     "fuse_model_bn": "cp_debug.programs.batchnorm_folding",

@@ -10,7 +10,7 @@ from typing import Any
 from rich.text import Text
 
 from cp_debug.deploy.exporting import Exported
-from cp_debug.deploy.state import StageRecord
+from cp_debug.deploy.runner import StageRecord
 from cp_debug.files import write_text
 from cp_debug.reports.numbers import number, signed
 from cp_debug.reports.page import rendered

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from rich.console import RenderableType
 from rich.text import Text
 
-from cp_debug.deploy.reasons import culprits, reasons
-from cp_debug.deploy.verify import ScenarioResult, VerifyResult
+from cp_debug.deploy.verify import ScenarioResult, VerifyResult, culprits, reasons
 from cp_debug.probes.distance import ratio
 from cp_debug.programs.precision import coarsest
 from cp_debug.reports.causes import findings
