@@ -48,8 +48,7 @@ from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.lost_channels import gone
 from cp_debug.bisect.result import TestResult
 from cp_debug.errors import CpdebugError, InputError
-from cp_debug.graph.downstream import downstream
-from cp_debug.graph.graph import Graph
+from cp_debug.graph.graph import Graph, downstream
 from cp_debug.probes.capture import Capture
 from cp_debug.probes.distance import relative_l2
 from cp_debug.quantization.quantized_programs import Calibration

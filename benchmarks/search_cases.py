@@ -25,9 +25,8 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
-from cp_debug.graph.qdq import insert_qdq, quantizable
+from cp_debug.graph.qdq import insert_qdq, quantizable, quantized_inputs, remove_qdq
 from cp_debug.graph.scales import LayerScales
-from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
 from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept, fusion_groups_of
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.graph_runners import EmulatedRunner

@@ -18,8 +18,7 @@ from stress import OUTPUTS, make_stress
 from torch import Tensor, nn
 
 from cp_debug.errors import InputError
-from cp_debug.graph.downstream import data_values
-from cp_debug.graph.graph import Graph
+from cp_debug.graph.graph import Graph, data_values
 from cp_debug.graph.input_values import ways
 from cp_debug.probes.alignment import Alignment, Coverage, Link
 from cp_debug.programs import scope_names

@@ -12,8 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 from cp_debug.bisect.engine import bisect
 from cp_debug.bisect.options import Options
 from cp_debug.graph.control_flow import ControlFlow, IdleBody, idle_on_both
+from cp_debug.graph.flatten import decisions_by_node, idle_bodies
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.idle_bodies import decisions_by_node, idle_bodies
 from cp_debug.programs.weight_differences import weight_differences
 
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL

@@ -22,8 +22,7 @@ from cp_debug.bisect.kept import KeepTrials
 from cp_debug.bisect.result import TestResult
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.qdq import insert_qdq
-from cp_debug.graph.unquantize import remove_qdq
+from cp_debug.graph.qdq import insert_qdq, remove_qdq
 from cp_debug.programs.precision import PRECISIONS
 from cp_debug.quantization.onnx_ptq import calibrate_graph
 from cp_debug.quantization.quantized_programs import Calibration

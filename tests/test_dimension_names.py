@@ -8,8 +8,8 @@ import onnx
 import pytest
 from nets import NetBuilder
 
-from cp_debug.graph.dimension_names import tell_apart
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.surgery import distinct_dimensions
 
 
 @pytest.fixture
@@ -27,14 +27,14 @@ def names(path: Path) -> dict[str, list[str]]:
 
 def test_a_name_of_one_size_stays(graph: Graph, tmp_path: Path) -> None:
     square = {"x": [[1, 3, 8, 8]], "z": [[1, 2, 8, 8]]}
-    assert tell_apart(graph, square, tmp_path / "named.onnx") == graph.path
-    assert tell_apart(graph, {}, tmp_path / "named.onnx") == graph.path
+    assert distinct_dimensions(graph, square, tmp_path / "named.onnx") == graph.path
+    assert distinct_dimensions(graph, {}, tmp_path / "named.onnx") == graph.path
     assert not (tmp_path / "named.onnx").exists()
 
 
 def test_a_name_of_two_sizes_becomes_one_name_a_dimension(graph: Graph, tmp_path: Path) -> None:
     wide = {"x": [[1, 3, 8, 8], [1, 3, 8, 12]], "z": [[1, 2, 8, 8], [1, 2, 8, 12]]}
-    path = tell_apart(graph, wide, tmp_path / "named.onnx")
+    path = distinct_dimensions(graph, wide, tmp_path / "named.onnx")
     assert names(path) == {"x": ["N", "", "x.2", "x.3"], "z": ["N", "", "z.2", "z.3"]}
     assert [n.op_type for n in onnx.load(path).graph.node] == ["Relu", "Concat"]
     assert names(graph.path)["x"] == ["N", "", "?", "?"], "the caller's file is not touched"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cp_debug.errors import ModuleFailed
-from cp_debug.probes.module_copy import copied, copied_to
+from cp_debug.probes.module_state import copied, copied_to
 
 
 class Holds(nn.Module):

@@ -22,11 +22,10 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.tensorrt.config import decide
 from cp_debug.errors import BackendUnavailable, InputError
-from cp_debug.graph import narrow_types
+from cp_debug.graph import narrow_qdq
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.narrow_qdq import DataCodes, NarrowLayer, StoredWeight, needed_opset
-from cp_debug.graph.narrow_types import narrow_kinds
-from cp_debug.graph.ort_values import to_numpy, to_ort
+from cp_debug.graph.narrow_qdq import DataCodes, NarrowLayer, StoredWeight, narrow_kinds, needed_opset
+from cp_debug.graph.onnx_runtime import to_numpy, to_ort
 
 pytest.importorskip("onnxruntime")
 FP8 = {T.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn, T.FLOAT8E5M2: ml_dtypes.float8_e5m2}
@@ -204,14 +203,14 @@ def floats(*shape: int) -> np.ndarray:
 def noted(**notes: str) -> Any:
     node = helper.make_node("DequantizeLinear", ["q", "s"], ["d"])
     for key, text in notes.items():
-        node.metadata_props.add(key=narrow_types.BITS if key == "bits" else key, value=text)
+        node.metadata_props.add(key=narrow_qdq.BITS if key == "bits" else key, value=text)
     return SimpleNamespace(proto=node)
 
 
 def test_bits_are_those_that_a_node_states() -> None:
-    stated = [narrow_types.stated_bits(noted(bits=text)) for text in ("3", "16", "0", "17", "-3", "x")]
+    stated = [narrow_qdq.stated_bits(noted(bits=text)) for text in ("3", "16", "0", "17", "-3", "x")]
     assert stated == [3, 16, None, None, None, None]
-    assert narrow_types.stated_bits(noted(other="3")) is None
+    assert narrow_qdq.stated_bits(noted(other="3")) is None
 
 
 def test_the_oldest_opset_is_that_of_the_newest_type() -> None:

@@ -498,7 +498,7 @@ def test_without_modelopt_nothing_is_calibrated(
 
 
 def test_an_input_without_axes_stays_one():
-    from cp_debug.graph.ort_values import to_ort
+    from cp_debug.graph.onnx_runtime import to_ort
 
     assert to_ort({"rate": np.array(16000)})["rate"].numpy().shape == ()
 

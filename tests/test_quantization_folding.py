@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cp_debug.probes.outputs import flatten_outputs
+from cp_debug.probes.trace import flatten_outputs
 from cp_debug.programs.batchnorm_folding import fuse_model_bn
 from cp_debug.programs.walk import run_module
 from cp_debug.recipes.registry import load_model

@@ -24,9 +24,8 @@ from cp_debug.cli.search import parse_duration
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
-from cp_debug.graph.qdq import insert_qdq, quantizable
+from cp_debug.graph.qdq import insert_qdq, quantizable, quantized_inputs, remove_qdq
 from cp_debug.graph.scales import LayerScales
-from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
 from cp_debug.mixed_precision import fusion_groups
 from cp_debug.mixed_precision.emit import Named, arguments, deploy_fragment
 from cp_debug.mixed_precision.fusion_groups import fused, fusion_groups_of

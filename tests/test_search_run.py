@@ -22,9 +22,8 @@ from cp_debug.errors import InputError
 from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
-from cp_debug.graph.qdq import insert_qdq, quantizable
+from cp_debug.graph.qdq import insert_qdq, quantizable, quantized_inputs
 from cp_debug.graph.scales import LayerScales
-from cp_debug.graph.unquantize import quantized_inputs
 from cp_debug.mixed_precision.fusion_groups import fusion_groups_of
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.graph_runners import EmulatedRunner

@@ -19,8 +19,7 @@ from cp_debug.probes import statistics_reduce
 from cp_debug.probes.arrays import as_numpy, to_device
 from cp_debug.probes.distance import difference_norm, distance, product, relative_l2
 from cp_debug.probes.statistics import RESOLUTION, TensorStats, compare
-from cp_debug.probes.statistics_reduce import HOST_CHUNK, reduce_pair
-from cp_debug.probes.statistics_totals import BINS, Totals
+from cp_debug.probes.statistics_reduce import BINS, HOST_CHUNK, Totals, reduce_pair
 
 INF, NAN = math.inf, math.nan
 EXTENSIONS = [np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")]

@@ -19,7 +19,7 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError, ModuleFailed
 from cp_debug.graph.graph import Graph
-from cp_debug.probes.module_copy import copied_to
+from cp_debug.probes.module_state import copied_to
 from cp_debug.programs.align import align
 from cp_debug.programs.export import export
 

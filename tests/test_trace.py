@@ -17,8 +17,7 @@ from torch.nn import functional
 
 from cp_debug.backends.determinism import deterministic
 from cp_debug.errors import ModuleFailed
-from cp_debug.probes.outputs import flatten_outputs
-from cp_debug.probes.trace import Trace, _Tracer, as_written, trace
+from cp_debug.probes.trace import Trace, _Tracer, as_written, flatten_outputs, trace
 
 
 def run(module: nn.Module, *tensors: Tensor, prefix: str = "") -> tuple[Trace, dict[str, Tensor]]:

@@ -20,10 +20,9 @@ from cp_debug.backends.tensorrt.config import decide
 from cp_debug.backends.tensorrt.loader_script import LoaderScript
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.casts import cast_surgery
-from cp_debug.graph.dimension_names import tell_apart
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.narrow_qdq import insert_narrow_qdq
-from cp_debug.graph.narrow_types import narrow_kinds
+from cp_debug.graph.narrow_qdq import insert_narrow_qdq, narrow_kinds
+from cp_debug.graph.surgery import distinct_dimensions
 from cp_debug.quantization.narrow_layers import narrow_layers
 
 pytestmark = [pytest.mark.process, pytest.mark.tensorrt, pytest.mark.timeout(600)]
@@ -210,7 +209,7 @@ def test_dimensions_of_one_name_and_two_sizes(trt11: str, tmp_path: Path) -> Non
     step |= {**decide("fp32", "11.4.0.106").step(), "profiles": {"x": [shape] * 3}}
     with pytest.raises(InputError, match="Input dimensions with this name"):
         RunnerClient(trt11).execute([step])
-    named = tell_apart(Graph(path), {"x": [shape]}, tmp_path / "named.onnx")
+    named = distinct_dimensions(Graph(path), {"x": [shape]}, tmp_path / "named.onnx")
     assert build(trt11, tmp_path, named, "fp32", profiles={"x": [shape] * 3})[0].is_file()
 
 

@@ -21,7 +21,7 @@ from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.narrow_types import check_narrow_types
+from cp_debug.graph.narrow_qdq import check_narrow_types
 from cp_debug.graph.tensor_ends import as_arrays
 from cp_debug.probes.arrays import as_numpy
 

@@ -28,8 +28,8 @@ from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
-from cp_debug.graph.narrow_types import check_narrow_types
-from cp_debug.graph.ort_values import to_numpy, to_ort
+from cp_debug.graph.narrow_qdq import check_narrow_types
+from cp_debug.graph.onnx_runtime import to_numpy, to_ort
 from cp_debug.graph.tensor_ends import as_arrays
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from cp_debug.doing import doing
 from cp_debug.errors import InputError
 from cp_debug.graph import onnx_runtime, surgery
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.ort_values import to_numpy, to_ort
+from cp_debug.graph.onnx_runtime import to_numpy, to_ort
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -19,7 +19,7 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.check_inputs import as_declared, check_inputs
 from cp_debug.probes.arrays import as_numpy, as_torch, dtype_name, is_dense, layout_of
-from cp_debug.probes.module_copy import copied_to
+from cp_debug.probes.module_state import copied_to
 from cp_debug.probes.trace import trace
 
 DTYPES = {

@@ -44,8 +44,7 @@ from cp_debug.errors import (
 )
 from cp_debug.probes.distance import distance
 from cp_debug.probes.module_state import state_kept
-from cp_debug.probes.outputs import flatten_outputs
-from cp_debug.probes.trace import TorchValue, trace
+from cp_debug.probes.trace import TorchValue, flatten_outputs, trace
 from cp_debug.safe_text import amount
 
 Compiled = Callable[..., Any]

@@ -35,10 +35,9 @@ from cp_debug.bisect.quantized_segment import (
     constant_grid,
 )
 from cp_debug.errors import InputError
-from cp_debug.graph.downstream import readers
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.graph import Graph, Node, readers
 from cp_debug.graph.integer_values import constant_type, is_constant, level_kind, produced_grid
-from cp_debug.graph.narrow_types import order_behind, stated_bits
+from cp_debug.graph.narrow_qdq import order_behind, stated_bits
 from cp_debug.graph.operators import PRODUCTS, QUANTIZERS, VIEWS
 from cp_debug.graph.qdq import weight_axis
 from cp_debug.probes.arrays import as_numpy, as_torch

@@ -18,7 +18,7 @@ from torch import Tensor
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import constant_type
-from cp_debug.graph.narrow_types import FIRST_OPSET, order_behind, stated_bits
+from cp_debug.graph.narrow_qdq import FIRST_OPSET, order_behind, stated_bits
 from cp_debug.graph.operators import PRODUCTS
 
 BETTER = 1.6

@@ -17,7 +17,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.held import CapturedRun
-from cp_debug.probes.integers import is_whole
+from cp_debug.probes.statistics_reduce import is_whole
 from cp_debug.programs.pipeline import Key
 from cp_debug.safe_text import amount, in_digits, some
 

@@ -16,7 +16,7 @@ from cp_debug.bisect.finding import Effect, Finding
 from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.bisect.shares import Shares
 from cp_debug.errors import InputError
-from cp_debug.graph.downstream import downstream
+from cp_debug.graph.graph import downstream
 from cp_debug.graph.qdq import LEVELS
 from cp_debug.probes.distance import relative_l2
 from cp_debug.programs.pipeline import Key

@@ -15,8 +15,7 @@ from cp_debug.bisect.replayed import EXCESS
 from cp_debug.bisect.result import DIVERGENT, GUILTY, INHERITED, LayerRow
 from cp_debug.bisect.whole_numbers import as_tensor
 from cp_debug.errors import InputError
-from cp_debug.graph.downstream import readers
-from cp_debug.graph.graph import Graph
+from cp_debug.graph.graph import Graph, readers
 from cp_debug.graph.operators import MOVERS
 from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.pipeline import Key

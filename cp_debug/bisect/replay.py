@@ -43,7 +43,7 @@ from cp_debug.graph.operators import CONTRACTIONS, PRODUCTS
 from cp_debug.graph.randomness import DRAWS_NUMBERS, draws
 from cp_debug.probes.arrays import as_numpy, as_torch
 from cp_debug.probes.distance import all_finite, distance, ratio
-from cp_debug.probes.integers import is_whole
+from cp_debug.probes.statistics_reduce import is_whole
 from cp_debug.programs.precision import PRECISIONS, Precision, coarsest, of_operators
 from cp_debug.programs.torch_span import ModuleOperators
 

@@ -25,8 +25,7 @@ from cp_debug.errors import InputError, in_one_line
 from cp_debug.probes.arrays import as_numpy, as_torch
 from cp_debug.probes.distance import all_finite, distance
 from cp_debug.probes.held import CapturedRun
-from cp_debug.probes.integers import are_wide, differences
-from cp_debug.probes.statistics_reduce import dot
+from cp_debug.probes.statistics_reduce import are_wide, differences, dot
 from cp_debug.programs.pipeline import Key
 from cp_debug.programs.walk import tensors_as_arrays, walk
 from cp_debug.recipes.base import Arrays, Component, Sample

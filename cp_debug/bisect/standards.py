@@ -12,7 +12,7 @@ from cp_debug.bisect.int8_notes import both_int8
 from cp_debug.bisect.options import Options
 from cp_debug.errors import DeviceUnavailable, InputError
 from cp_debug.graph.declared import narrow_values
-from cp_debug.graph.narrow_types import narrow_precision
+from cp_debug.graph.narrow_qdq import narrow_precision
 from cp_debug.programs.precision import coarsest, oracle_for
 
 

@@ -20,9 +20,8 @@ from cp_debug.files import complete_folder
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.surgery import save
 from cp_debug.probes.alignment import Alignment
-from cp_debug.probes.caveats import caveats, why_nothing
+from cp_debug.probes.caveats import caveats, compare_any, why_nothing
 from cp_debug.probes.statistics import TensorStats
-from cp_debug.probes.strings import compare_any
 from cp_debug.programs.align import TOLERANCE, align
 from cp_debug.programs.export import export
 from cp_debug.programs.walk import Walk, example_args, run_module

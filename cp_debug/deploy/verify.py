@@ -25,9 +25,8 @@ from cp_debug.errors import InputError
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.pairing import places
 from cp_debug.graph.tensor_ends import part_of
-from cp_debug.probes.caveats import caveats
+from cp_debug.probes.caveats import caveats, compare_any, difference_in_words, is_text
 from cp_debug.probes.statistics import TensorStats, compare
-from cp_debug.probes.strings import compare_any, difference_in_words, is_text
 from cp_debug.programs.paired import check_outputs
 from cp_debug.programs.pipeline import Key, Pipeline, levels_of_both
 from cp_debug.programs.precision import PRECISIONS, coarsest

@@ -2,12 +2,13 @@
 
 Which branch an If takes and how often a Loop runs depends on data; that is decided by whoever ran the graph once, and
 handed in. Names tell where a node stands: ``If_3/then_branch/Conv_1``, ``Loop_2/#0/Add_4``. Values that the main graph
-computes keep their names.
+computes keep their names. Bodies that no sample ran were compared nowhere: ``idle_bodies`` names them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from cp_debug.graph.bodies import Body
+from cp_debug.graph.control_flow import IdleBody
 from cp_debug.graph.graph import Graph, Node, refill
 from cp_debug.graph.onnx_file import bodies
 from cp_debug.graph.operators import BODIES
@@ -259,3 +261,50 @@ def _renamed(proto: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
 def _all_nodes(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
     """The nodes and those in their bodies."""
     return [m for n in nodes for m in (n, *(c for g in bodies(n) for c in _all_nodes(g.node)))]
+
+
+_PASS = re.compile(r"/#\d+/")
+
+
+def decisions_by_node(decisions: Iterable[Mapping[str, Decision]]) -> dict[str, set[Decision]]:
+    """Path of a control flow node, without the numbers of passes → all that it decided in runs."""
+    taken: dict[str, set[Decision]] = {}
+    for run in decisions:
+        for path, decision in run.items():
+            taken.setdefault(_PASS.sub("/", path), set()).add(decision)
+    return taken
+
+
+def idle_bodies(graph: Graph, taken: Mapping[str, set[Decision]], fixed: Iterable[str] = ()) -> list[IdleBody]:
+    """The bodies of ``graph`` that did not run, as ``taken`` (by ``decisions_by_node``) says, outermost ones alone.
+
+    ``fixed``: values that no input reaches; what does not run because of them never runs.
+    """
+    functions = {(f.domain, f.name): f for f in graph.proto.functions}
+    constant = set(fixed)
+
+    def walk(nodes: Sequence[Node], path: str) -> Iterator[IdleBody]:
+        for node in nodes:
+            place = path + node.name
+            function = functions.get((node.proto.domain, node.proto.op_type))
+            if function is not None:
+                yield from walk(Body.of_function(function, node).nodes, f"{place}/")
+            if node.op not in BODIES or not (ran := taken.get(place)):
+                continue
+            for attribute in node.proto.attribute:
+                if attribute.name not in ("then_branch", "else_branch", "body"):
+                    continue
+                if ran == {0} or (node.op == "If" and attribute.name not in ran):
+                    if path or not constant.issuperset(_deciding(node)):
+                        yield IdleBody(place, node.op, attribute.name)
+                    continue
+                inner = Body.of_graph(attribute.g, graph.opsets).nodes
+                yield from walk(inner, f"{place}/{attribute.name}/" if node.op == "If" else f"{place}/")
+
+    return list(walk(graph.nodes, ""))
+
+
+def _deciding(node: Node) -> Sequence[str]:
+    """The values by which a node runs its bodies: a condition, a trip count and a condition, a sequence."""
+    inputs = node.proto.input
+    return inputs[-1:] if node.op == "Scan" else [name for name in inputs[: 2 if node.op == "Loop" else 1] if name]

@@ -15,9 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from cp_debug.graph.downstream import readers
 from cp_debug.graph.free_axes import known_dims, scalar
-from cp_debug.graph.graph import Graph, Node, ValueInfo
+from cp_debug.graph.graph import Graph, Node, ValueInfo, readers
 from cp_debug.graph.operators import MOVERS
 
 Maker = Callable[[np.random.Generator, Sequence[int], int], Any]

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 from onnx import TensorProto
 
-from cp_debug.graph.downstream import readers
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.graph import Graph, Node, readers
 from cp_debug.graph.onnx_tensors import FLOATS
 from cp_debug.graph.operators import ALL_MOVERS
 

@@ -21,7 +21,7 @@ from cp_debug.graph.check_inputs import with_shapes
 from cp_debug.graph.free_axes import FreeAxes
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.input_values import DOMAINS, Ways, ways
-from cp_debug.graph.ort_values import to_numpy, to_ort
+from cp_debug.graph.onnx_runtime import to_numpy, to_ort
 from cp_debug.graph.other_inputs import TensorInputs, made_up_structure, other_inputs, with_tensor_inputs
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Calls of ONNX Runtime: what it may log, and runs that Ctrl-C, SIGTERM and a time limit can end.
+"""Calls of ONNX Runtime: its tensors, what it may log, and runs that Ctrl-C, SIGTERM and a time limit can end.
 
 A run is one call into a library, during which Python handles no signal. So a thread waits meanwhile: Python writes each
 signal's number into a pipe at once, and the thread asks ONNX Runtime to end, which it does before the next node.
@@ -6,6 +6,8 @@ signal's number into a pipe at once, and the thread asks ONNX Runtime to end, wh
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 import re
 import select
@@ -17,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 from onnx import numpy_helper
 
@@ -25,6 +28,7 @@ from cp_debug.graph.graph import Graph, Node
 
 if TYPE_CHECKING:
     import onnxruntime
+
 
 LOG = "CPDEBUG_ORT_LOG"
 """Environment variable: the least severity that ONNX Runtime logs on stderr."""
@@ -254,3 +258,46 @@ def _ending(options: onnxruntime.RunOptions, limit: float | None) -> Iterator[_R
             watch.others = -1
         with watch.lock:
             watch.calls.discard(call)
+
+
+def to_ort(arrays: Mapping[str, np.ndarray]) -> dict[str, onnxruntime.OrtValue]:
+    """The arrays as ONNX Runtime takes them, ``ml_dtypes`` included, in memory of its own."""
+    from onnxruntime import OrtValue
+
+    values = {}
+    for name, array in arrays.items():
+        if array.dtype.isbuiltin == 1:
+            values[name] = OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
+        else:
+            bits = np.asarray(array, order="C").view(f"u{array.dtype.itemsize}")
+            element = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+            values[name] = OrtValue.ortvalue_from_numpy_with_onnx_type(bits, element)
+    return values
+
+
+def to_numpy(value: onnxruntime.OrtValue) -> np.ndarray:
+    """The tensor as numpy, bfloat16, FP8, 4 and 2 bits as ``ml_dtypes``; a view on the CPU where there is one."""
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(value.element_type())
+    if dtype.isbuiltin != 1:  # its own conversion refuses most of these, others in each of its versions
+        count = math.prod(value.shape())
+        each = next((n for kinds, n in _PACKED.items() if value.data_type().startswith(kinds)), 1)
+        size = -(-count // each) if each > 1 else count * dtype.itemsize
+        buffer = (ctypes.c_char * size).from_address(value.data_ptr())
+        if each == 1:
+            return np.frombuffer(buffer, dtype).reshape(value.shape()).copy()
+        width = 8 // each
+        shifts = np.arange(0, 8, width, dtype=np.uint8)
+        codes = np.frombuffer(buffer, np.uint8)[:, None] >> shifts & (2**width - 1)
+        codes = codes.reshape(-1)[:count].reshape(value.shape())
+        return codes.view(dtype) if dtype.kind == "V" and "float" in dtype.name else _integers(codes, dtype, width)
+    return value.numpy()
+
+
+_PACKED = {("tensor(int4", "tensor(uint4", "tensor(float4"): 2, ("tensor(int2", "tensor(uint2"): 4}
+"""Types of ONNX Runtime with several elements a byte, the first in its lowest bits."""
+
+
+def _integers(codes: np.ndarray, dtype: np.dtype, width: int) -> np.ndarray:
+    """Codes of ``width`` bits, uint8 of any shape, as the integers that they are in ``dtype``."""
+    negative = (codes >= 2 ** (width - 1)) & dtype.name.startswith("int")
+    return np.where(negative, codes.astype(np.int8) - 2**width, codes).astype(dtype)

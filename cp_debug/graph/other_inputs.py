@@ -22,8 +22,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from cp_debug.errors import InputError
-from cp_debug.graph.downstream import readers
-from cp_debug.graph.graph import Graph, is_numeric, refill
+from cp_debug.graph.graph import Graph, is_numeric, readers, refill
 from cp_debug.graph.operators import MOVERS
 
 Given = Mapping[str, np.ndarray]

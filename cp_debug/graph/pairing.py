@@ -15,8 +15,7 @@ from typing import Any
 
 from cp_debug.errors import InputError
 from cp_debug.graph.constants import Constants
-from cp_debug.graph.downstream import data_values
-from cp_debug.graph.graph import Graph, ValueInfo
+from cp_debug.graph.graph import Graph, ValueInfo, data_values
 from cp_debug.graph.integer_values import named_levels
 from cp_debug.graph.operators import PRODUCTS, QUANTIZERS
 from cp_debug.graph.tensor_ends import part_of

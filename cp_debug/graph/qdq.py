@@ -1,4 +1,4 @@
-"""Put INT8 into an ONNX graph: QuantizeLinear and DequantizeLinear around what convolutions and products read.
+"""INT8 in an ONNX graph: Q/DQ pairs put around what convolutions and products read, and taken out again by layer.
 
 Symmetric, as TensorRT and ONNX Runtime want it: zero point 0, one scale for an activation, one for each output channel
 of a weight. Weights stay FP32 in front of their QuantizeLinear, which every version of TensorRT reads (8.6 takes no
@@ -16,14 +16,15 @@ import numpy as np
 import onnx
 
 from cp_debug.errors import InputError
-from cp_debug.graph.downstream import from_inputs
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.graph import Graph, Node, from_inputs, refill
 from cp_debug.graph.narrow_qdq import DataCodes, insert_pairs
 from cp_debug.graph.onnx_tensors import FLOATS
-from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.operators import PRODUCTS, QUANTIZERS
+from cp_debug.graph.surgery import save
 
 if TYPE_CHECKING:
     from cp_debug.graph.scales import LayerScales
+
 
 LEVELS = 127
 """A scale is the largest magnitude divided by this; QuantizeLinear itself clips at −128 and 127."""
@@ -143,3 +144,53 @@ def _int8(graph: Graph, proto: onnx.NodeProto, slot: int, amax: Any, axis: int |
 def _data(graph: Graph) -> set[str]:
     """Every value that depends on an input of the graph, and the inputs."""
     return {*from_inputs(graph), *(v.name for v in graph.inputs)}
+
+
+def quantized_inputs(graph: Graph) -> dict[str, dict[str, str]]:
+    """Node → (output of a Q/DQ pair → value that goes into the pair), for every node that reads such outputs.
+
+    A weight that is stored in INT8 went through no pair, and stays what it is.
+    """
+    around: dict[str, str] = {}
+    for node in graph.nodes:
+        quantizer = graph.producer.get(node.inputs[0]) if node.op == "DequantizeLinear" else None
+        if quantizer is not None and quantizer.op == "QuantizeLinear":
+            source = quantizer.inputs[0]
+            around[node.outputs[0]] = around.get(source, source)
+    by_node = {n.name: {i: around[i] for i in n.inputs if i in around} for n in graph.nodes if n.op != "QuantizeLinear"}
+    return {name: pairs for name, pairs in by_node.items() if pairs}
+
+
+def plain_nodes(graph: Graph) -> dict[str, Node]:
+    """Node → the same node reading what is in front of Q/DQ pairs, for every node that reads from such pairs."""
+    found: dict[str, Node] = {}
+    around = quantized_inputs(graph)
+    for node in graph.nodes:
+        if pairs := around.get(node.name):
+            found[node.name] = node.changed([pairs.get(name, name) for name in node.proto.input])
+    return found
+
+
+def remove_qdq(graph: Graph, nodes: Collection[str], target: Path) -> Path:
+    """Write ``graph`` as ``target``, without the pairs in front of ``nodes``, and return it.
+
+    What no node reads any more is left out; all names stay. Raises InputError for a node that reads nothing quantized.
+    """
+    pairs = quantized_inputs(graph)
+    if unknown := sorted(set(nodes) - pairs.keys()):
+        raise InputError(f"{graph}: no node {unknown[0]!r} that reads from DequantizeLinear")
+    model = graph.copied()
+    needed = {v.name for v in graph.outputs}
+    remaining: list[onnx.NodeProto] = []
+    for node in reversed(graph.nodes):
+        if node.op in QUANTIZERS and needed.isdisjoint(node.outputs):
+            continue
+        bypass = pairs[node.name] if node.name in nodes else {}
+        proto = node.changed([bypass.get(name, name) for name in node.proto.input]).proto
+        proto.name = node.name  # one without a name is called after its place, which changes
+        remaining.append(proto)
+        needed.update(bypass.get(name, name) for name in node.inputs)
+    refill(model.graph.node, reversed(remaining))
+    refill(model.graph.initializer, (t for t in model.graph.initializer if t.name in needed))
+    save(model, graph, target)
+    return target

@@ -15,7 +15,7 @@ from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.narrow_qdq import insert_narrow_qdq
 from cp_debug.graph.operators import CONTRACTIONS
-from cp_debug.graph.unquantize import remove_qdq
+from cp_debug.graph.qdq import remove_qdq
 from cp_debug.programs.export import EXPORTERS
 from cp_debug.quantization.narrow_layers import calibrated, check_exportable, narrow_layers, weighted_layers
 from cp_debug.quantization.onnx_ptq import amax_of_programs

@@ -16,7 +16,7 @@ from cp_debug.backends.base import Backend, Program, Session
 from cp_debug.backends.capabilities import build_info_of, timer_of
 from cp_debug.bisect.backward import Backward, shares_over
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.unquantize import remove_qdq
+from cp_debug.graph.qdq import remove_qdq
 from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept, nodes_of
 from cp_debug.mixed_precision.judge import Results
 from cp_debug.mixed_precision.mixed_graph import Computed, MixedExecutor

@@ -13,9 +13,8 @@ from cp_debug.detection.evaluation import EvaluationOptions, score_backends
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.goal import DETECTIONS, Goal, without_counts
 from cp_debug.mixed_precision.trial import Measured
-from cp_debug.probes.caveats import caveats, why_nothing
+from cp_debug.probes.caveats import caveats, compare_any, why_nothing
 from cp_debug.probes.statistics import TensorStats
-from cp_debug.probes.strings import compare_any
 from cp_debug.programs.scene import decode
 from cp_debug.recipes.abilities import DetectsBoxes
 from cp_debug.recipes.base import Arrays, Model, Sample

@@ -20,8 +20,8 @@ from cp_debug.backends.executor import Executor
 from cp_debug.bisect.backward import Backward
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.qdq import plain_nodes
 from cp_debug.graph.tensor_ends import as_arrays
-from cp_debug.graph.unquantize import plain_nodes
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.distance import relative_l2
 

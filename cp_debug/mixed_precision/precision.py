@@ -8,10 +8,9 @@ from cp_debug.backends.base import Backend
 from cp_debug.backends.narrow_options import is_narrow
 from cp_debug.errors import InputError
 from cp_debug.graph.casts import computed_low
-from cp_debug.graph.downstream import data_values
-from cp_debug.graph.graph import Graph
+from cp_debug.graph.graph import Graph, data_values
 from cp_debug.graph.operators import ALL_MOVERS, BODIES, CONTRACTIONS
-from cp_debug.graph.unquantize import quantized_inputs
+from cp_debug.graph.qdq import quantized_inputs
 
 _CASTS = {"fp16": "fp16", "fp16acc": "fp16", "bf16": "bf16"}
 """Arithmetics that cast surgery puts into a graph → its name for them."""

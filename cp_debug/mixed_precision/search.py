@@ -21,8 +21,8 @@ from cp_debug.detection.evaluate import as_detector
 from cp_debug.errors import InputError
 from cp_debug.files import key_of
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.qdq import quantized_inputs, remove_qdq
 from cp_debug.graph.randomness import refuse_random
-from cp_debug.graph.unquantize import quantized_inputs, remove_qdq
 from cp_debug.mixed_precision.emit import Named, write_narrow_onnx, write_onnx
 from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept, fused, fusion_groups_of, nodes_of
 from cp_debug.mixed_precision.goal import Goal

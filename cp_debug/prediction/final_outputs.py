@@ -9,9 +9,8 @@ import numpy as np
 
 from cp_debug.errors import InputError
 from cp_debug.prediction.result import Interval, PredictedOutput
-from cp_debug.probes.caveats import ALL_ZERO
+from cp_debug.probes.caveats import ALL_ZERO, is_text
 from cp_debug.probes.statistics import compare
-from cp_debug.probes.strings import is_text
 from cp_debug.programs.pipeline import Key
 from cp_debug.recipes.base import Arrays
 

@@ -16,8 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cp_debug.graph.downstream import data_values
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.graph import Graph, Node, data_values
 from cp_debug.graph.operators import ACTIVATIONS, MOVING, PRODUCTS
 from cp_debug.programs.matching import nearest
 

@@ -16,10 +16,9 @@ from cp_debug.backends.arithmetic import FP32, Arithmetic
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels.epilogue import BIAS, fused
 from cp_debug.bisect.masks import beside_masks
-from cp_debug.graph.downstream import data_values
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.graph import Graph, Node, data_values
+from cp_debug.graph.qdq import plain_nodes
 from cp_debug.graph.tensor_ends import as_arrays
-from cp_debug.graph.unquantize import plain_nodes
 from cp_debug.prediction.groups import FEW, LARGE, Group, groups_of, operations, undecided
 from cp_debug.prediction.targets import Kernel
 from cp_debug.probes.arrays import as_numpy

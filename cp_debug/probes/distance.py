@@ -11,8 +11,16 @@ from torch import Tensor
 
 from cp_debug.probes.arrays import Tensor as AnyTensor
 from cp_debug.probes.arrays import as_numpy, device_of, has_torch_type, is_torch, to_device
-from cp_debug.probes.integers import are_wide, differences
-from cp_debug.probes.statistics_reduce import DEVICE_CHUNK, HOST_CHUNK, as_double, blocks, dot, to_host
+from cp_debug.probes.statistics_reduce import (
+    DEVICE_CHUNK,
+    HOST_CHUNK,
+    are_wide,
+    as_double,
+    blocks,
+    differences,
+    dot,
+    to_host,
+)
 
 _VANISHED = 1e-30
 """Sum of products in FP32 below which some that matter may have vanished."""

@@ -17,8 +17,14 @@ import numpy as np
 
 from cp_debug.errors import DAMAGED, InputError, library_reason
 from cp_debug.probes.capture import MANIFEST, Capture
-from cp_debug.probes.served_json import served_tensors
-from cp_debug.probes.serving_dumps import is_step_of_vllm, step_folder, steps_in, tensors_of_pt, vllm_step
+from cp_debug.probes.serving_dumps import (
+    is_step_of_vllm,
+    served_tensors,
+    step_folder,
+    steps_in,
+    tensors_of_pt,
+    vllm_step,
+)
 from cp_debug.reading import array_of, check_file, read_bytes, read_json, read_npy, read_npz, typed
 
 

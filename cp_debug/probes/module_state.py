@@ -1,20 +1,19 @@
-"""The state that a torch module keeps between forwards: buffers, and plain attributes of its parts.
-
-Two runs are of one network only where both start from the same state: counters, running means, caches.
-"""
+"""What a torch module keeps between forwards, buffers and plain attributes of its parts; and copies of the module."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from cp_debug.errors import ModuleFailed, in_one_line
 from cp_debug.probes.arrays import is_dense
 
 _PLAIN = (bool, int, float, complex, str, type(None))
@@ -149,3 +148,43 @@ class _PartState:
             attributes[name] = kept.put_back()
         for name in self._own().keys() - self._attributes.keys():
             del attributes[name]
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def copied_to(module: M, device: torch.device, dtype: torch.dtype | None) -> M:
+    """A deep copy of a module on a device, its floating-point tensors in ``dtype``; None keeps each as it is.
+
+    Plain weights, which keep their shapes, go there at once, without a copy on the host. Raises ModuleFailed as
+    ``copied`` does.
+    """
+
+    def there(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to(device, dtype if tensor.is_floating_point() else None, copy=True)
+
+    twins: dict[int, Any] = {}
+    moves = device.type != "cpu"
+    for weight in module.parameters():
+        if type(weight) is nn.Parameter and is_dense(weight) and (moves or weight.is_floating_point()):
+            twins[id(weight)] = nn.Parameter(there(weight), requires_grad=weight.requires_grad)
+    for buffer in module.buffers():
+        plain = type(buffer) is torch.Tensor and is_dense(buffer) and not buffer.requires_grad
+        if plain and (moves or buffer.is_floating_point()):
+            twins[id(buffer)] = there(buffer)
+    return copied(module, twins).to(device, dtype)
+
+
+def copied(module: M, twins: dict[int, Any] | None = None) -> M:
+    """A deep copy of a module; ``twins`` stand for what has these ids.
+
+    Raises ModuleFailed for one that holds what Python or torch cannot copy: a tensor that was computed with a gradient,
+    a lock, an open file, a class whose copying fails.
+    """
+    try:
+        return copy.deepcopy(module, twins)
+    except MemoryError:
+        raise
+    except Exception as error:
+        name = type(module).__name__
+        raise ModuleFailed(f"module {name!r} cannot be copied, which is needed here: {in_one_line(error)}") from error

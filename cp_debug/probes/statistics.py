@@ -32,8 +32,7 @@ from cp_debug.probes.arrays import (
     to_device,
 )
 from cp_debug.probes.distance import ratio
-from cp_debug.probes.statistics_reduce import reduce_pair
-from cp_debug.probes.statistics_totals import PairPiece, Totals
+from cp_debug.probes.statistics_reduce import PairPiece, Totals, reduce_pair
 from cp_debug.serialize import JsonForm
 
 RESOLUTION = 2.0**-6

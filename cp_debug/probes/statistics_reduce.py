@@ -1,17 +1,20 @@
-"""Walk over a tensor pair in blocks: with NumPy on the host, with torch on a device, by the same operators."""
+"""The walk over a tensor pair in blocks, by NumPy on the host and by torch on a device, and the sums that it makes.
+
+Differences of integers are exact before they are rounded to float64: beyond 2⁵³ two of them may round to one.
+"""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cp_debug.probes.arrays import Tensor, device_of, dtype_name, is_torch
-from cp_debug.probes.integers import are_wide, differences, is_whole
-from cp_debug.probes.statistics_totals import BIN_SHIFT, BINS, PairPiece, Totals
 
 HOST_CHUNK = 1 << 15
 """Elements a turn on the host: what is made of them stays in a core's cache, and torch computes with no more of them in
@@ -134,3 +137,122 @@ def as_double(part: Any) -> Any:
 
 def _single(part: Any) -> Any:
     return part.astype(np.float32, copy=False) if isinstance(part, np.ndarray) else part.float()
+
+
+MANTISSA_BITS = 5
+"""A histogram bin is the leading bits of a float32: 8 of exponent and these, so 32 bins an octave."""
+BIN_SHIFT = 23 - MANTISSA_BITS
+INFINITE_BIN = 255 << MANTISSA_BITS
+BINS = INFINITE_BIN + 1
+
+
+class PairPiece(NamedTuple):
+    """Consecutive elements of a pair, reduced. Differences and sums are over the pairs with both sides finite."""
+
+    finite: int
+    """Number of pairs with both sides finite."""
+    max_abs: float
+    argmax: int
+    """First flat index, counted from the start of the piece, that has ``max_abs``."""
+    max_ref: float
+    sum_abs: float
+    sum_dd: float
+    sum_rr: float
+    sum_tt: float
+    sum_rt: float
+    nan_ref: int = 0
+    nan_test: int = 0
+    inf_ref: int = 0
+    inf_test: int = 0
+    mismatched: int = 0
+    first_mismatch: int = 0
+    """Flat index of the first mismatched pair; means nothing when there is none."""
+
+
+@dataclass
+class Totals:
+    """A whole tensor pair, reduced."""
+
+    whole: PairPiece
+    histogram: np.ndarray
+    """(BINS,) int64: |difference| of the finite pairs; mismatched pairs in the last bin."""
+    unequal: int | None = None
+    """Number of elements that differ, where a side holds integers or bool."""
+
+    @classmethod
+    def of(cls, pieces: Iterable[tuple[int, PairPiece]], histogram: np.ndarray, unequal: int | None = None) -> Totals:
+        """Add up pieces, each with the flat index where it starts, in any order.
+
+        ``histogram``, [bins] int64, holds all pairs, those that are not finite as zeros; it is corrected here.
+        """
+        ordered = sorted(pieces, key=lambda item: item[0])
+        if not ordered:
+            return cls(PairPiece(0, 0.0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), histogram, unequal)
+        columns = dict(zip(PairPiece._fields, zip(*(piece for _, piece in ordered), strict=True), strict=True))
+        sums: dict[str, Any] = {name: sum(column) for name, column in columns.items()}
+        start, worst = max(ordered, key=lambda item: item[1].max_abs)
+        mismatch = next((start + piece.first_mismatch for start, piece in ordered if piece.mismatched), 0)
+        extremes = {"max_abs": worst.max_abs, "argmax": start + worst.argmax, "max_ref": max(columns["max_ref"])}
+        histogram[0] -= histogram.sum() - sums["finite"]
+        histogram[-1] += sums["mismatched"]
+        return cls(PairPiece(**(sums | extremes | {"first_mismatch": mismatch})), histogram, unequal)
+
+    @property
+    def max_abs(self) -> float:
+        """Largest |difference|, inf when a pair is mismatched."""
+        return math.inf if self.whole.mismatched else self.whole.max_abs
+
+    @property
+    def argmax(self) -> int:
+        """Flat index of ``max_abs``, the first one."""
+        return self.whole.first_mismatch if self.whole.mismatched else self.whole.argmax
+
+    @cached_property
+    def _cumulative(self) -> np.ndarray:
+        return np.asarray(self.histogram.cumsum())
+
+    def quantile(self, q: float) -> float:
+        """The smallest |difference| that at least the fraction ``q`` of the compared pairs does not exceed."""
+        cumulative = self._cumulative
+        rank = max(math.ceil(q * cumulative[-1]), 1)
+        return min(_bin_value(int(cumulative.searchsorted(rank))), self.max_abs)
+
+
+def _bin_value(index: int) -> float:
+    """The middle of a bin; 0 for bin 0, which holds zero and all below 3.7e-40; inf from the last on."""
+    if index == 0 or index >= INFINITE_BIN:
+        return 0.0 if index == 0 else math.inf
+    return float(np.array((2 * index + 1) << (BIN_SHIFT - 1), np.uint32).view(np.float32))
+
+
+_LARGE = 2.0**62
+"""Differences from which on float64's rounding says no less than 64 bits, in which they may wrap around."""
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor of any shape, of numpy or torch, holds integers or bool."""
+    return _dtype_name(tensor).startswith(("int", "uint", "bool"))
+
+
+def are_wide(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of any shapes hold integers, one of them of 64 bits: ``differences`` subtracts such."""
+    return is_whole(a) and is_whole(b) and any(_dtype_name(t) in ("int64", "uint64") for t in (a, b))
+
+
+def differences(ours: Tensor, theirs: Tensor) -> Any:
+    """ours − theirs of two tensors of integers or bool, both of numpy or both of torch, in their shape and float64."""
+    if is_torch(ours):
+        import torch
+
+        rounded = ours.double() - theirs.double()  # type: ignore[union-attr]
+        exact = ours.long() - theirs.long()  # type: ignore[union-attr]
+        return torch.where(rounded.abs() < _LARGE, exact.double(), rounded)
+    rounded = np.subtract(ours, theirs, dtype=np.float64, casting="unsafe")
+    exact = np.asarray(ours).astype(np.int64) - np.asarray(theirs).astype(np.int64)
+    return np.where(np.abs(rounded) < _LARGE, exact.astype(np.float64), rounded)
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    if is_torch(tensor):
+        return dtype_name(tensor)
+    return np.asarray(tensor).dtype.name  # whatever the order of its bytes

@@ -7,6 +7,7 @@ modules: each value knows where it was computed.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from collections import Counter
@@ -27,7 +28,6 @@ from cp_debug.errors import ModuleFailed
 from cp_debug.graph.source_lines import own_line
 from cp_debug.probes.arrays import is_dense
 from cp_debug.probes.module_state import state_kept
-from cp_debug.probes.outputs import flatten_outputs
 
 _SHAPE_ONLY = re.compile(r"new_\w+|\w+_like")
 """Operations that read the shape of a tensor, never its elements."""
@@ -380,3 +380,29 @@ def unwatched() -> Iterator[None]:
 
 def _tensors(structure: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(structure) if isinstance(leaf, Tensor))
+
+
+def flatten_outputs(result: Any) -> dict[str, Tensor]:
+    """The tensors in ``result``: a tensor, or tuples, lists, mappings and dataclasses of them, nested at will.
+
+    In the order in which they are held; None and plain numbers are left out. A lone tensor is ``output``, those of a
+    sequence are ``output_0``, ``output_1`` …, those of a mapping or dataclass carry its keys; dots join nested names.
+    Shapes and dtypes are as they come.
+    """
+    return {".".join(path) or "output": tensor for path, tensor in _leaves(result, ())}
+
+
+def _leaves(result: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    if isinstance(result, Tensor):
+        yield path, result
+        return
+    if isinstance(result, Mapping):
+        parts = {str(key): value for key, value in result.items()}
+    elif dataclasses.is_dataclass(result):
+        parts = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
+    elif isinstance(result, (tuple, list)):
+        parts = {str(i) if path else f"output_{i}": value for i, value in enumerate(result)}
+    else:
+        return
+    for name, value in parts.items():
+        yield from _leaves(value, (*path, name))

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
-from cp_debug.graph.downstream import data_values, from_inputs
-from cp_debug.graph.graph import Graph
+from cp_debug.graph.graph import Graph, data_values, from_inputs
 from cp_debug.probes.alignment import Alignment, Departure, Link
 from cp_debug.probes.arrays import is_dense
 from cp_debug.probes.fingerprint import Fingerprint, fingerprint

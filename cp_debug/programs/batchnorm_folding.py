@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from cp_debug.errors import InputError
-from cp_debug.probes.module_copy import copied
+from cp_debug.probes.module_state import copied
 from cp_debug.probes.trace import trace, unwatched
 from cp_debug.programs.torch_layers import Transposed, WeightedLayer, channels, is_quantized
 

@@ -32,8 +32,7 @@ from cp_debug.errors import InputError, module_of, raise_if_interrupted, system_
 from cp_debug.files import named
 from cp_debug.graph.source_lines import KEY, shortened
 from cp_debug.probes.module_state import state_kept
-from cp_debug.probes.outputs import flatten_outputs
-from cp_debug.probes.trace import as_written
+from cp_debug.probes.trace import as_written, flatten_outputs
 from cp_debug.programs.scope_names import enclosing_modules
 from cp_debug.programs.stored_tensors import stored_tensors
 

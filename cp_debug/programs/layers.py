@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cp_debug.backends.base import Program
-from cp_debug.graph.downstream import data_values
-from cp_debug.graph.graph import Graph
+from cp_debug.graph.graph import Graph, data_values
 from cp_debug.recipes.base import Component
 
 

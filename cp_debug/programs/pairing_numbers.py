@@ -25,10 +25,9 @@ from cp_debug.doing import doing
 from cp_debug.errors import InputError
 from cp_debug.graph import onnx_runtime
 from cp_debug.graph.constants import Constants
-from cp_debug.graph.downstream import data_values
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.graph import Graph, Node, data_values
+from cp_debug.graph.onnx_runtime import to_numpy, to_ort
 from cp_debug.graph.operators import PRODUCTS
-from cp_debug.graph.ort_values import to_numpy, to_ort
 from cp_debug.graph.qdq import weight_axis
 from cp_debug.probes.fingerprint import Fingerprint, fingerprint
 from cp_debug.programs.align import TOLERANCE

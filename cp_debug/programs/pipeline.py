@@ -29,7 +29,7 @@ from cp_debug.graph.graph import Graph, digest_of, fits_shape
 from cp_debug.graph.integer_values import level_values
 from cp_debug.probes.alignment import TIE
 from cp_debug.probes.capture import array_hash
-from cp_debug.probes.module_copy import copied
+from cp_debug.probes.module_state import copied
 from cp_debug.programs.align import Alignment, align
 from cp_debug.programs.batchnorm_folding import fuse_model_bn
 from cp_debug.programs.export import EXPORTERS, export

@@ -13,7 +13,7 @@ import numpy as np
 
 from cp_debug.graph.constants import is_uniform
 from cp_debug.probes.distance import relative_l2
-from cp_debug.probes.integers import differences
+from cp_debug.probes.statistics_reduce import differences
 from cp_debug.safe_text import in_digits
 
 EXACT = 2e-6

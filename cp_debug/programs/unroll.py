@@ -18,9 +18,8 @@ from cp_debug.errors import InputError
 from cp_debug.graph import surgery
 from cp_debug.graph.check_inputs import as_declared
 from cp_debug.graph.control_flow import ControlFlow
-from cp_debug.graph.flatten import Decision, flatten, has_control_flow, needs_flattening
+from cp_debug.graph.flatten import Decision, decisions_by_node, flatten, has_control_flow, idle_bodies, needs_flattening
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.idle_bodies import decisions_by_node, idle_bodies
 from cp_debug.graph.onnx_runtime import Endless
 from cp_debug.graph.tensor_ends import other_outputs, with_tensors, without_maps
 from cp_debug.programs.walk import tensors_as_arrays, walk

@@ -18,8 +18,7 @@ from cp_debug.doing import doing
 from cp_debug.errors import ModuleFailed, in_one_line
 from cp_debug.probes.arrays import as_numpy, as_torch
 from cp_debug.probes.module_state import state_kept
-from cp_debug.probes.outputs import flatten_outputs
-from cp_debug.probes.trace import as_written
+from cp_debug.probes.trace import as_written, flatten_outputs
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 
 Run = Callable[[Component, Arrays], Arrays]

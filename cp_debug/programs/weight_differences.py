@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cp_debug.graph.body_constants import BodyConstants
-from cp_debug.graph.constants import TELLING, Constants
+from cp_debug.graph.constants import TELLING, BodyConstants, Constants
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.operators import GATES
 from cp_debug.graph.pairing import believable

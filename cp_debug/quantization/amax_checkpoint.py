@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cp_debug.errors import InputError
 from cp_debug.graph.scales import LayerScales, Scales
-from cp_debug.probes.module_copy import copied
+from cp_debug.probes.module_state import copied
 from cp_debug.programs.align import module_digest
 from cp_debug.programs.batchnorm_folding import Folding, apply_folding, find_folding
 from cp_debug.programs.torch_layers import WeightedLayer, channels, full_path, layers_of

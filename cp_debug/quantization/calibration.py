@@ -18,8 +18,7 @@ from cp_debug.doing import doing
 from cp_debug.errors import CpdebugError, InputError, ModuleFailed, in_one_line
 from cp_debug.graph.scales import QMAX, LayerScales, Scales
 from cp_debug.probes.arrays import is_dense
-from cp_debug.probes.outputs import flatten_outputs
-from cp_debug.probes.trace import as_written, unwatched
+from cp_debug.probes.trace import as_written, flatten_outputs, unwatched
 from cp_debug.programs.align import module_digest
 from cp_debug.programs.torch_layers import full_path, is_quantized, layers_of, matches, own_path, select, weight_axis
 from cp_debug.quantization.histogram import PERCENTILE, Histogram, check_method, weight_amax

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path
 from cp_debug.graph.scales import LayerScales
-from cp_debug.probes.module_copy import copied
+from cp_debug.probes.module_state import copied
 from cp_debug.programs.batchnorm_folding import Folding, apply_folding
 from cp_debug.programs.torch_layers import channels, is_quantized, layers_of, quantizers
 from cp_debug.quantization.ptq import install

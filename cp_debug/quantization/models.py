@@ -21,10 +21,9 @@ from cp_debug.graph.scales import Scales
 from cp_debug.graph.tensor_ends import as_arrays
 from cp_debug.optional import check_there
 from cp_debug.probes.arrays import as_numpy
-from cp_debug.probes.caveats import why_nothing
+from cp_debug.probes.caveats import compare_any, compare_strings, is_text, why_nothing
 from cp_debug.probes.distance import distance, ratio
 from cp_debug.probes.statistics import TensorStats
-from cp_debug.probes.strings import compare_any, compare_strings, is_text
 from cp_debug.programs.batchnorm_folding import fuse_model_bn
 from cp_debug.programs.torch_layers import full_path, layers_of, matches, select
 from cp_debug.programs.walk import Walk, example_args, named_outputs, run_module, walk

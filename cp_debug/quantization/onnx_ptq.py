@@ -11,8 +11,7 @@ import torch
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
-from cp_debug.graph.downstream import data_values
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.graph import Graph, Node, data_values
 from cp_debug.graph.qdq import gives_floats, quantizable, weight_axis
 from cp_debug.graph.scales import LayerScales, Scales
 from cp_debug.probes.arrays import Tensor, dtype_name, has_torch_type, to_device

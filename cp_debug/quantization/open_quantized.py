@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from cp_debug.errors import InputError
-from cp_debug.probes.module_copy import copied
+from cp_debug.probes.module_state import copied
 from cp_debug.programs.align import module_digest
 from cp_debug.programs.batchnorm_folding import apply_folding
 from cp_debug.programs.torch_layers import full_path, layers_of, matches, select

@@ -16,7 +16,7 @@ from cp_debug.errors import InputError, MissingPackage
 from cp_debug.graph.scales import LayerScales, Scales
 from cp_debug.optional import check_there, require
 from cp_debug.optional import install as install_command
-from cp_debug.probes.module_copy import copied
+from cp_debug.probes.module_state import copied
 from cp_debug.programs.batchnorm_folding import Folding, fuse_model_bn
 from cp_debug.programs.torch_layers import channels, full_path, is_quantized, layers_of, own_path, weight_axis
 from cp_debug.quantization.calibration import Batch, CalibrationManager, check_model, plain_batches

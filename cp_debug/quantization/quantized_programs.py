@@ -11,9 +11,8 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.tensorrt.calibration import Ranges
 from cp_debug.errors import InputError
-from cp_debug.graph.downstream import data_values
-from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.narrow_types import without_int8
+from cp_debug.graph.graph import Graph, Node, data_values
+from cp_debug.graph.narrow_qdq import without_int8
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.qdq import insert_qdq, quantizable, weight_axis
 from cp_debug.graph.scales import LayerScales, Scales

@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 
-from cp_debug.graph.downstream import from_inputs
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.graph import Graph, Node, from_inputs
 from cp_debug.recipes.base import Stage
 
 MOST_STAGES = 12

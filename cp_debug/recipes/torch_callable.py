@@ -22,8 +22,7 @@ from cp_debug.errors import CpdebugError, InputError, ModuleFailed, library_reas
 from cp_debug.graph.graph import ValueInfo
 from cp_debug.probes.arrays import as_numpy, is_dense, layout_of
 from cp_debug.probes.module_state import ModuleState, state_kept
-from cp_debug.probes.outputs import flatten_outputs
-from cp_debug.probes.trace import as_written, trace
+from cp_debug.probes.trace import as_written, flatten_outputs, trace
 from cp_debug.recipes.base import Component, NamesOnDemand, Sample, Stage, Unglued
 from cp_debug.recipes.input_files import DEFAULT_READING, count_samples, file_samples
 from cp_debug.recipes.torch_inputs import flat_inputs

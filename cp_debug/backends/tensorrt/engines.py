@@ -24,8 +24,8 @@ from cp_debug.backends.tensorrt.inspector import (
 )
 from cp_debug.errors import InputError
 from cp_debug.files import file_hash, key_of
-from cp_debug.graph.dimension_names import tell_apart
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.surgery import distinct_dimensions
 
 Profile = tuple[Sequence[int], Sequence[int], Sequence[int]]
 """Smallest, optimal and largest shape of an input."""
@@ -99,7 +99,7 @@ class EngineBuilder:
         return key_of({**parts, **more, "again": is_rebuild})
 
     def _built(self, engine: Path, probes: Mapping[str, Any], profiles: Mapping[str, Profile]) -> dict[str, Any]:
-        readable = tell_apart(self.graph, profiles, self.folder / "named.onnx")
+        readable = distinct_dimensions(self.graph, profiles, self.folder / "named.onnx")
         common = {**self.settings(), "onnx": str(readable), "profiles": profiles}
         tell = self.client.on_event
         tell({"event": "building", "level": self.step["builder_level"]})

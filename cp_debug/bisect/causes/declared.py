@@ -20,7 +20,7 @@ from cp_debug.bisect.kept import MOST as NAMED
 from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.bisect.shares import NOT_LINEAR
 from cp_debug.errors import InputError
-from cp_debug.graph.downstream import downstream
+from cp_debug.graph.graph import downstream
 from cp_debug.programs.pipeline import Key
 from cp_debug.safe_text import in_digits
 

@@ -20,7 +20,7 @@ from cp_debug.bisect.quantized_segment import CODECS, QuantizerGrid
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
 from cp_debug.graph.integer_values import constant_type
-from cp_debug.graph.narrow_types import FAMILIES
+from cp_debug.graph.narrow_qdq import FAMILIES
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.probes.distance import relative_l2
 from cp_debug.safe_text import amount

@@ -30,7 +30,7 @@ from cp_debug.bisect.kept import KeepTrials, gave
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
 from cp_debug.errors import InputError, in_one_line
-from cp_debug.graph.downstream import downstream
+from cp_debug.graph.graph import downstream
 from cp_debug.graph.operators import VIEWS
 from cp_debug.graph.randomness import drawing
 from cp_debug.probes.arrays import Tensor

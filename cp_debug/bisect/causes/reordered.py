@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from cp_debug.bisect.causes.base import Candidate
 from cp_debug.bisect.causes.other_program import OtherPiece
 from cp_debug.graph.constants import Constants
-from cp_debug.graph.downstream import downstream
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.graph import Graph, Node, downstream
 from cp_debug.programs.node_differences import NodeDifference, attributes
 
 

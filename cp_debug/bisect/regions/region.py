@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cp_debug.backends.tensorrt.inspector import EngineLayer
-from cp_debug.graph.downstream import data_values
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.graph import Graph, Node, data_values
 from cp_debug.graph.operators import MOVING, PRODUCTS
 from cp_debug.serialize import JsonForm
 
