@@ -18,13 +18,13 @@ from stress import OUTPUTS, make_stress
 from torch import Tensor, nn
 
 from cp_debug.errors import InputError
+from cp_debug.graph import exporter_notes
+from cp_debug.graph.exporter_notes import enclosing_modules, module_values, scope_hints
 from cp_debug.graph.graph import Graph, data_values
 from cp_debug.graph.input_values import ways
 from cp_debug.probes.alignment import Alignment, Coverage, Link
-from cp_debug.programs import scope_names
 from cp_debug.programs.align import align
 from cp_debug.programs.export import EXPORTERS, export
-from cp_debug.programs.scope_names import enclosing_modules, module_values, scope_hints
 from cp_debug.recipes.centerpoint.config import get_config
 from cp_debug.recipes.centerpoint.model import BackboneNeckHead, build_model
 
@@ -242,10 +242,10 @@ def test_how_much_is_accounted_for_is_told_by_kind() -> None:
 
 def test_modules_are_named_as_torchscript_nests_them() -> None:
     called = {"layers", "layers.0", "layers.0.conv", "head.1"}
-    assert scope_names._torchscript_scope("layers.0.conv", called) == "/layers/layers.0/conv"
-    assert scope_names._torchscript_scope("head.1", called) == "/head.1"
-    assert scope_names._torchscript_scope("layers.0.conv", {"layers.0.conv"}) == "/conv"
-    assert scope_names._torchscript_scope("layers.0.1", {"layers.0.1"}) == "/layers.0.1"
+    assert exporter_notes._torchscript_scope("layers.0.conv", called) == "/layers/layers.0/conv"
+    assert exporter_notes._torchscript_scope("head.1", called) == "/head.1"
+    assert exporter_notes._torchscript_scope("layers.0.conv", {"layers.0.conv"}) == "/conv"
+    assert exporter_notes._torchscript_scope("layers.0.1", {"layers.0.1"}) == "/layers.0.1"
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_modules_are_named_as_torchscript_nests_them() -> None:
     ids=["list", "tuple", "name", "number", "deep", "text"],
 )
 def test_dynamos_scopes_are_lists_of_names(text: str, names: list[str]) -> None:
-    assert scope_names._listed(text) == names
+    assert exporter_notes._listed(text) == names
 
 
 def test_modules_are_read_off_the_names_that_an_exporter_wrote(tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ from onnx import numpy_helper
 from cp_debug.bisect.engine import bisect
 from cp_debug.graph.graph import Graph
 from cp_debug.programs import node_differences
-from cp_debug.programs.attribute_meaning import says_nothing
-from cp_debug.programs.node_differences import Pieces
+from cp_debug.programs.node_differences import Pieces, says_nothing
 from cp_debug.safe_text import in_digits
 
 

@@ -14,11 +14,11 @@ import pytest
 from nets import NetBuilder
 from onnx import helper, numpy_helper
 
+from cp_debug.bisect.causes import graphs
 from cp_debug.bisect.causes.graphs import GraphReader
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.finding import Finding
 from cp_debug.graph.graph import Node
-from cp_debug.programs import added_nodes
 
 Edit = Callable[[onnx.GraphProto], None]
 
@@ -437,7 +437,7 @@ def test_an_operator_that_others_compute_to_another_result_is_another_operator(t
 def test_what_an_added_node_does(op: str, constant: Any, name: str | None) -> None:
     constants: Any = {"c": np.array(constant, np.float32)}
     node = Node.of(0, helper.make_node(op, ["x", "c"], ["y"], "added"))
-    found = added_nodes._arithmetic([node], constants)
+    found = graphs._arithmetic([node], constants)
     assert (found and found[0]) == name
     if name in ("truncated", "channels-zeroed"):
         assert found is not None
@@ -448,14 +448,14 @@ def test_several_added_nodes_and_bounds() -> None:
     constants: Any = {"a": np.float32([2.0]), "b": np.float32([3.0]), "zero": np.float32(0), "six": np.float32(6)}
     scale = Node.of(0, helper.make_node("Mul", ["x", "a"], ["m"], "times"))
     shift = Node.of(1, helper.make_node("Add", ["m", "b"], ["y"], "plus"))
-    assert added_nodes._arithmetic([scale, shift], constants) == ("affine", "Mul and Add are added: times")
-    assert added_nodes._arithmetic([Node.of(0, helper.make_node("Add", ["x", "y"], ["z"], "n"))], constants) == (
+    assert graphs._arithmetic([scale, shift], constants) == ("affine", "Mul and Add are added: times")
+    assert graphs._arithmetic([Node.of(0, helper.make_node("Add", ["x", "y"], ["z"], "n"))], constants) == (
         "extra-operator",
         "Add is added: n",
     )
 
     def bounds(op: str, *names: str, **attributes: float) -> tuple[str, str]:
-        return added_nodes._bounds(Node.of(0, helper.make_node(op, ["x", *names], ["y"], "n", **attributes)), constants)
+        return graphs._bounds(Node.of(0, helper.make_node(op, ["x", *names], ["y"], "n", **attributes)), constants)
 
     assert bounds("Max", "zero") == ("extra-activation", "Max at 0 is added: n")
     assert bounds("Clip") == ("extra-operator", "Clip is added: n")

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from cp_debug.graph.source_lines import quotes_source, shortened, source_line
+from cp_debug.graph.exporter_notes import quotes_source, shortened, source_line
 
 CODE = """
 import torch

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from cp_debug.errors import InputError
+from cp_debug.probes.module_state import stored_tensors
 from cp_debug.programs.export import export
-from cp_debug.programs.stored_tensors import stored_tensors
 
 
 class Net(nn.Module):

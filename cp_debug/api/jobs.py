@@ -33,8 +33,7 @@ from cp_debug.mixed_precision.search import search as run_search
 from cp_debug.prediction.predict import PredictOptions
 from cp_debug.prediction.predict import predict as run_predict
 from cp_debug.prediction.result import Prediction
-from cp_debug.programs.end_notes import end_notes
-from cp_debug.programs.paired import pair_programs
+from cp_debug.programs.paired import end_notes, pair_programs
 from cp_debug.programs.pipeline import load_test_programs
 from cp_debug.quantization.open_quantized import calibration_samples
 from cp_debug.quantization.quantized_programs import DEFAULT_CALIBRATION, quantize_programs

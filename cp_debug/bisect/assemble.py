@@ -16,8 +16,8 @@ from cp_debug.errors import InputError
 from cp_debug.files import resolved
 from cp_debug.graph.control_flow import idle_on_both
 from cp_debug.graph.graph import Graph
-from cp_debug.programs.end_notes import end_notes
 from cp_debug.programs.layers import Layer, stage_layers
+from cp_debug.programs.paired import end_notes
 from cp_debug.recipes.base import Model
 
 

@@ -36,12 +36,12 @@ from cp_debug.bisect.sides import judged, trace_shapes, without_emulation
 from cp_debug.bisect.verdict import is_within, judge
 from cp_debug.errors import InputError
 from cp_debug.graph.declared import narrow_values
+from cp_debug.graph.exporter_notes import source_lines
 from cp_debug.graph.graph import Graph, from_inputs
 from cp_debug.graph.integer_values import level_kind, parent_values, rounded_values, unscaled_levels
 from cp_debug.graph.narrow_qdq import narrow_precision
 from cp_debug.graph.operators import MOVING
 from cp_debug.graph.qdq import has_own_pairs
-from cp_debug.graph.source_lines import source_lines
 from cp_debug.probes.arrays import as_numpy, has_torch_type, to_device
 from cp_debug.probes.held import CapturedRun, CaptureHolder
 from cp_debug.probes.statistics import TensorStats, compare

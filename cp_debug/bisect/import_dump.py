@@ -18,13 +18,13 @@ from cp_debug.backends.dumped import as_in_graph, named_values, types_of
 from cp_debug.display import Shown
 from cp_debug.errors import InputError
 from cp_debug.graph.check_inputs import known_shape
+from cp_debug.graph.exporter_notes import module_values
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.integer_values import level_values
 from cp_debug.graph.pairing import parse_map_of
 from cp_debug.probes.arrays import dtype_name
 from cp_debug.probes.capture import CaptureWriter, array_hash
 from cp_debug.programs.layers import layers_of
-from cp_debug.programs.scope_names import module_values
 from cp_debug.safe_text import some
 from cp_debug.serialize import JsonForm
 

@@ -19,8 +19,8 @@ from cp_debug.graph.flatten import Branch
 from cp_debug.graph.pairing import left_out
 from cp_debug.probes.capture import Capture, CaptureWriter, array_hash
 from cp_debug.probes.statistics import compare
-from cp_debug.programs import end_notes
-from cp_debug.programs.paired_captures import Tensor, pair_captures
+from cp_debug.programs import paired
+from cp_debug.programs.paired import Key, pair_captures
 from cp_debug.programs.pipeline import Pipeline, choose_export, header, prepare, preparing, wants_int8
 from cp_debug.programs.precision import PRECISIONS, coarsest
 from cp_debug.programs.tensor_inputs import as_numbers, has_other_inputs
@@ -180,7 +180,7 @@ def compare_captures(
         notes=[
             *(f"compared by force: {reason}" for reason in reasons),
             *_pairing_notes(pairs),
-            *end_notes.omitted(omitted),
+            *paired.omitted(omitted),
             *_end_notes(reference, test, pairs),
             *_other_ways(reference, test, rows, {a: b for (a, _), (b, _) in pairs.items()}),
         ],
@@ -199,7 +199,7 @@ def compare_captures(
     )
 
 
-def _levels(capture: Capture) -> set[Tensor]:
+def _levels(capture: Capture) -> set[Key]:
     """Tensors of a capture that hold levels of a quantizer; of one that does not say so, the bytes of an INT8 run."""
     manifest = capture.manifest
     if (named := manifest.get("levels")) is not None:
@@ -208,7 +208,7 @@ def _levels(capture: Capture) -> set[Tensor]:
     return {(e.component, e.name) for e in capture.entries if is_int8 and e.dtype in ("int8", "uint8")}
 
 
-def _pairing(reference: Capture, pairs: Mapping[Tensor, Tensor]) -> dict[str, Any]:
+def _pairing(reference: Capture, pairs: Mapping[Key, Key]) -> dict[str, Any]:
     """Component → tensors that could not be paired; empty where all could."""
     missing: dict[str, list[str]] = {}
     for key in dict.fromkeys((e.component, e.name) for e in reference.entries):
@@ -217,29 +217,29 @@ def _pairing(reference: Capture, pairs: Mapping[Tensor, Tensor]) -> dict[str, An
     return {component: {"missing": names} for component, names in missing.items()}
 
 
-def _pairing_notes(pairs: Mapping[Tensor, Tensor]) -> Iterator[str]:
+def _pairing_notes(pairs: Mapping[Key, Key]) -> Iterator[str]:
     if components := sorted({(a, b) for (a, _), (b, _) in pairs.items() if a != b}):
         yield "components paired: " + ", ".join(f"{a} = {b}" for a, b in components)
     if renamed := sum(a != b for (_, a), (_, b) in pairs.items()):
         yield f"{renamed} of {len(pairs)} tensors have other names in the test: paired by their values or by --map"
 
 
-def _end_notes(reference: Capture, test: Capture, pairs: Mapping[Tensor, Tensor]) -> Iterator[str]:
+def _end_notes(reference: Capture, test: Capture, pairs: Mapping[Key, Key]) -> Iterator[str]:
     """Sentences about final outputs that only the test has, and about those of another type.
 
     Where both captures are of one model, a run in another precision is no reason for a sentence.
     """
     ours, theirs = ([(str(c), str(n)) for c, n in capture.manifest.get("outputs", [])] for capture in (reference, test))
-    paired = {key: pairs[key] for key in ours if key in pairs}
-    yield from end_notes.only_in_test([name for key in theirs if key not in set(paired.values()) for _, name in [key]])
+    matched = {key: pairs[key] for key in ours if key in pairs}
+    yield from paired.only_in_test([name for key in theirs if key not in set(matched.values()) for _, name in [key]])
     types = [{(e.component, e.name): e.dtype for e in capture.entries} for capture in (reference, test)]
     one_model = reference.manifest.get("model", {}).get("sha256") == test.manifest.get("model", {}).get("sha256")
     told = {
         key: other
-        for key, other in paired.items()
+        for key, other in matched.items()
         if not (one_model and all("float" in kinds.get(k, "") for kinds, k in zip(types, (key, other), strict=True)))
     }
-    yield from end_notes.other_types(
+    yield from paired.other_types(
         {name: types[0].get((c, name), "") for c, name in told},
         {name: types[1].get((c, name), "") for c, name in told.values()},
         {key[1]: other[1] for key, other in told.items()},
@@ -247,7 +247,7 @@ def _end_notes(reference: Capture, test: Capture, pairs: Mapping[Tensor, Tensor]
 
 
 def _other_ways(
-    reference: Capture, test: Capture, rows: Mapping[Tensor, LayerRow], components: Mapping[str, str]
+    reference: Capture, test: Capture, rows: Mapping[Key, LayerRow], components: Mapping[str, str]
 ) -> Iterator[str]:
     """Sentences about control flow that decides otherwise in the test; its results get them as their reason, too."""
     branches_of: list[dict[str, list[Branch]]] = [

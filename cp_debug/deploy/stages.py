@@ -24,8 +24,7 @@ from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, p
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import ValueInfo, fits_shape
 from cp_debug.graph.randomness import refuse_random
-from cp_debug.programs.end_notes import end_notes
-from cp_debug.programs.paired import pair_programs
+from cp_debug.programs.paired import end_notes, pair_programs
 from cp_debug.programs.pipeline import load_test_programs
 from cp_debug.programs.walk import Walk, run_module
 from cp_debug.quantization.checkpoint import file_of, save_ptq_model

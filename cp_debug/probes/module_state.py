@@ -1,4 +1,4 @@
-"""What a torch module keeps between forwards, buffers and plain attributes of its parts; and copies of the module."""
+"""What a torch module holds: weights and buffers, what it keeps between forwards, and copies of the module."""
 
 from __future__ import annotations
 
@@ -188,3 +188,13 @@ def copied(module: M, twins: dict[int, Any] | None = None) -> M:
     except Exception as error:
         name = type(module).__name__
         raise ModuleFailed(f"module {name!r} cannot be copied, which is needed here: {in_one_line(error)}") from error
+
+
+def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Tensors of any shape and dtype by the names, and in the order, of torch's own ``state_dict``."""
+    return {
+        f"{path}.{name}" if path else name: tensor
+        for path, part in nn.Module.named_modules(module, remove_duplicate=False)
+        for name, tensor in (*part._parameters.items(), *part._buffers.items())
+        if tensor is not None and name not in part._non_persistent_buffers_set
+    }

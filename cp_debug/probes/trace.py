@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from cp_debug.doing import doing
 from cp_debug.errors import ModuleFailed
-from cp_debug.graph.source_lines import own_line
+from cp_debug.graph.exporter_notes import own_line
 from cp_debug.probes.arrays import is_dense
 from cp_debug.probes.module_state import state_kept
 

@@ -10,22 +10,21 @@ from typing import Any
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
-from cp_debug.graph.graph import Graph, data_values, from_inputs
+from cp_debug.graph.exporter_notes import scope_hints
+from cp_debug.graph.graph import Graph, Node, data_values, from_inputs
 from cp_debug.probes.alignment import Alignment, Departure, Link
 from cp_debug.probes.arrays import is_dense
 from cp_debug.probes.fingerprint import Fingerprint, fingerprint
+from cp_debug.probes.module_state import stored_tensors
 from cp_debug.probes.trace import TorchValue, Trace, trace
-from cp_debug.programs.behind import Behind
-from cp_debug.programs.draws import Draws
 from cp_debug.programs.export import DECISIONS
-from cp_debug.programs.lost import explained
+from cp_debug.programs.export_faults import Behind, explained
 from cp_debug.programs.matching import Matching, nearest
-from cp_debug.programs.scope_names import scope_hints
-from cp_debug.programs.stored_tensors import stored_tensors
 from cp_debug.programs.torch_span import TorchSpan
 
 TOLERANCE = 1e-4
@@ -209,3 +208,50 @@ def module_digest(module: nn.Module) -> str:
             lost = f"{name!r} has no values any more ({type(tensor.data).__name__})"
             raise InputError(f"MODEL: weight {lost}: a forward pass replaced it") from error
     return sha.hexdigest()
+
+
+_UNIFORM, _NORMAL, _COIN, _CHOICE = "uniform", "normal", "coin", "choice"
+_TORCH = {
+    **dict.fromkeys(("rand", "rand_like", "uniform", "uniform_"), _UNIFORM),
+    **dict.fromkeys(("randn", "randn_like", "normal", "normal_", "normal_functional"), _NORMAL),
+    **dict.fromkeys(("bernoulli", "bernoulli_", "native_dropout"), _COIN),
+    "multinomial": _CHOICE,
+}
+_ONNX = {
+    **dict.fromkeys(("RandomUniform", "RandomUniformLike"), _UNIFORM),
+    **dict.fromkeys(("RandomNormal", "RandomNormalLike"), _NORMAL),
+    **dict.fromkeys(("Bernoulli", "Dropout"), _COIN),
+    "Multinomial": _CHOICE,
+}
+
+
+class Draws(TorchDispatchMode):
+    """Context that keeps what ATen's random operators return while a module runs; later it answers for ONNX nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[str, list[Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        name = func._overloadpacket.__name__
+        if (kind := _TORCH.get(name)) is not None:
+            drawn = results[1] if name == "native_dropout" else results
+            self._kept.setdefault(kind, []).append(drawn.detach().clone())
+        return results
+
+    def of(self, node: Node, inputs: Sequence[Any]) -> Tensor | None:
+        """The next tensor that torch drew as ``node`` does, in FP32; None where none of its shape is left.
+
+        ``inputs`` are those of the node. For a Dropout it is the result: the input where the coin says so, scaled.
+        """
+        drawn_tensors = self._kept.get(_ONNX.get(node.op, ""), [])
+        like = inputs[0].shape if node.op.endswith("Like") or node.op in ("Bernoulli", "Dropout") else None
+        place = next((i for i, tensor in enumerate(drawn_tensors) if like is None or tensor.shape == like), None)
+        if place is None:
+            return None
+        drawn = drawn_tensors.pop(place)
+        if node.op != "Dropout":
+            return drawn if node.op == "Multinomial" else drawn.float()
+        ratio = float(inputs[1]) if len(inputs) > 1 and inputs[1] is not None else 0.5
+        return torch.where(drawn > 0, inputs[0] / (1 - ratio), torch.zeros_like(inputs[0]))

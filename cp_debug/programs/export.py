@@ -30,11 +30,9 @@ from cp_debug.backends.determinism import fp32_precision
 from cp_debug.doing import doing
 from cp_debug.errors import InputError, module_of, raise_if_interrupted, system_reason
 from cp_debug.files import named
-from cp_debug.graph.source_lines import KEY, shortened
-from cp_debug.probes.module_state import state_kept
+from cp_debug.graph.exporter_notes import KEY, enclosing_modules, shortened
+from cp_debug.probes.module_state import state_kept, stored_tensors
 from cp_debug.probes.trace import as_written, flatten_outputs
-from cp_debug.programs.scope_names import enclosing_modules
-from cp_debug.programs.stored_tensors import stored_tensors
 
 EXPORTERS = ("dynamo", "torchscript")
 DECISIONS = "cpdebug.decisions"

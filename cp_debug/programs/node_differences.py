@@ -1,6 +1,6 @@
 """Differences between two pieces of two graphs that should compute one value.
 
-They are told as attributes, operators, operands and constants that differ, and as nodes that only one of both has.
+Attributes are compared by what they mean: an axis from the front or from the back, a default that is written out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import ACTIVATIONS as EACH_ELEMENT
 from cp_debug.graph.operators import GATES, MOVERS, PRODUCTS, QUANTIZERS, RECURRENT
-from cp_debug.programs.attribute_meaning import implied, same_axes, says_nothing
 from cp_debug.programs.tensor_change import TensorChange, describe
 
 MOVES = MOVERS | {"Cast"}
@@ -190,9 +189,9 @@ class Pieces:
             a, b = our_values.get(name), their_values.get(name)
             if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) or a == b or says_nothing(ours.op, name, a, b):
                 continue
-            if same_axes(self._reference, ours, name, a, b) or same_axes(self._test, theirs, name, a, b):
+            if _same_axes(self._reference, ours, name, a, b) or _same_axes(self._test, theirs, name, a, b):
                 continue
-            a, b = (implied(n, name) if v is None else v for n, v in ((ours, a), (theirs, b)))
+            a, b = (_implied(n, name) if v is None else v for n, v in ((ours, a), (theirs, b)))
             after, before = ("all" if name == "axes" and v is None else _shown(v) for v in (b, a))
             says = f"{ours.op}: {name} is {after} instead of {before}"
             evidence: dict[str, Any] = {name: b, "instead_of": a}
@@ -403,3 +402,54 @@ def _shown(value: Any) -> str:
     if value is None:
         return "not given"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+_RESULTS_AXES = {"Unsqueeze"}
+"""Operators whose axes are those of the result."""
+_SHAPES = {"hidden_size", "kernel_shape", "num_outputs", "output_shape", "split"}
+"""Attributes that are inferred where they are absent: they differ only where both sides have them."""
+_ACTIVATIONS_OF = {"GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"], "RNN": ["Tanh"]}
+"""Activations of recurrent layers that name none."""
+
+
+def _same_axes(graph: Graph, node: Node, name: str, a: Any, b: Any) -> bool:
+    """Whether two values of a node's attribute name the same axes, one from the front and one from the back.
+
+    A reduction reduces its axes in any order, and all of them where they are absent.
+    """
+    reduces = node.op.startswith("Reduce") and name == "axes"
+    if name not in ("axis", "axes") or ((a is None or b is None) and not reduces):
+        return False
+    names = node.outputs if node.op in _RESULTS_AXES else node.inputs
+    declared = graph.types.get(names[0]) if names else None
+    if declared is None or not declared.tensor_type.HasField("shape"):
+        return False
+    rank = len(declared.tensor_type.shape.dim)
+    axes = [list(range(rank)) if v is None else v if isinstance(v, list) else [v] for v in (a, b)]
+    front = [[axis + rank if axis < 0 else axis for axis in each] for each in axes]
+    return sorted(front[0]) == sorted(front[1]) if reduces else front[0] == front[1]
+
+
+def _implied(node: Node, name: str) -> Any:
+    """The value that an absent attribute of a node stands for, where that is one number for each axis; else None."""
+    given = {a.name: helper.get_attribute_value(a) for a in node.proto.attribute}
+    if name == "pads" and given.get("auto_pad", b"NOTSET") == b"NOTSET":
+        return 0
+    return 1 if name in ("strides", "dilations") else None
+
+
+def says_nothing(op: str, name: str, a: Any, b: Any) -> bool:
+    """Whether only one side has the attribute, and it says there what holds without it."""
+    if a is not None and b is not None:
+        return False
+    value = b if a is None else a
+    if name in ("pads", "output_padding"):
+        return not any(value)
+    if name in ("strides", "dilations"):
+        return all(v == 1 for v in value)
+    if name == "perm":
+        return list(value) == list(range(len(value)))[::-1]
+    if name == "activations":
+        usual = _ACTIVATIONS_OF[op]
+        return [v.lower() for v in value] == [v.lower() for v in usual] * (len(value) // len(usual))
+    return name in _SHAPES or (name == "axes" and not op.startswith("Reduce"))

@@ -1,9 +1,12 @@
-"""The programs of a test, each with its values by the names of the reference's."""
+"""The values of a test by the names of the reference's: of its programs, and of captures from other files.
+
+Notes say in which inputs and outputs two programs differ: other names, other types, outputs that only the test has.
+"""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import numpy as np
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
-from cp_debug.graph.graph import Graph
+from cp_debug.graph.graph import Graph, ValueInfo
 from cp_debug.graph.integer_values import named_levels
 from cp_debug.graph.pairing import (
     Pairing,
@@ -24,16 +27,19 @@ from cp_debug.graph.pairing import (
     pair_inputs,
     pair_outputs,
     parse_map,
+    parse_map_of,
 )
 from cp_debug.probes.arrays import Sink, Tensor
-from cp_debug.probes.capture import Capture, CaptureWriter
+from cp_debug.probes.capture import Capture, CaptureWriter, TensorEntry
 from cp_debug.probes.distance import relative_l2
 from cp_debug.probes.fingerprint import Fingerprint, fingerprint
+from cp_debug.probes.module_state import stored_tensors
+from cp_debug.programs.align import TOLERANCE
 from cp_debug.programs.pairing_numbers import NumericPairing
-from cp_debug.programs.stored_tensors import stored_tensors
 from cp_debug.programs.walk import Walk, tensors_as_arrays
 from cp_debug.programs.weight_differences import WeightDifferences, differences_of_states, weight_differences
 from cp_debug.recipes.base import Model, Sample
+from cp_debug.safe_text import amount, some
 
 TOO_MUCH_ALIKE = 0.01
 """Relative distance of two outputs up to which what they hold does not tell which is which."""
@@ -70,7 +76,7 @@ def pair_programs(
                 step.outputs = tensors_as_arrays(Executor(program.graph).run(step.inputs))
             continue
         if not any(needed[step.place :]):
-            paired_tests.append(_with(test, pair_by_name_alone(program, test, fixed)))
+            paired_tests.append(_with(test, _pair_by_name_alone(program, test, fixed)))
             continue
         on_step(f"pairing the values of {test.graph.path.name}")
         pairing, step.outputs = pair_by_numbers(program, test, step.inputs, fixed)
@@ -122,13 +128,13 @@ def _needs_numbers(program: Program, test: Program, fixed: Mapping[str, str]) ->
         return False
     if test.alignment is not None and program.alignment is not None:  # torch values tell more
         return False
-    by_name = pair_by_name_alone(program, test, fixed)
+    by_name = _pair_by_name_alone(program, test, fixed)
     if not believable(program.graph, test.graph) or (by_name.missing and by_name.added):
         return True
     return bool(moved_names(program.graph, test.graph))
 
 
-def pair_by_name_alone(program: Program, test: Program, fixed: Mapping[str, str]) -> Pairing:
+def _pair_by_name_alone(program: Program, test: Program, fixed: Mapping[str, str]) -> Pairing:
     """The pairing by equal names and what the user said, without a run. Raises InputError as ``pair_inputs`` does."""
     inputs = _inputs(program, test, fixed)
     pairs = pair_by_names(program.graph, test.graph, fixed, inputs)
@@ -211,3 +217,131 @@ def _run(program: Program, inputs: Mapping[str, np.ndarray], keep: Sink) -> dict
         return session.run(inputs, keep)
     finally:
         session.close()
+
+
+Key = tuple[str, str]
+"""Component and name."""
+
+
+def pair_captures(reference: Capture, test: Capture, maps: Sequence[str] = ()) -> dict[Key, Key]:
+    """Reference tensor → test tensor, for the tensors of two captures.
+
+    They are paired as ``maps`` says (``REFERENCE=TEST`` each), by name, by what they hold on the first sample, in
+    order; final outputs that are left by position and shape. Components are paired by name, else in order where both
+    captures have as many. Raises InputError for a wrong map.
+    """
+    components = _components(reference, test)
+    ours = [(e.component, e.name) for e in _first(reference)]
+    theirs = [(e.component, e.name) for e in _first(test)]
+    mapped = parse_map_of(maps, {name for _, name in ours}, {name for _, name in theirs})
+    fixed = {name: test_key for test_key, name in mapped.items()}
+    pairs: dict[Key, Key] = {}
+    free = dict.fromkeys(theirs)
+    for component, name in ours:
+        candidate = (components.get(component, component), fixed.get(name, name))
+        if candidate in free and (name in fixed or name not in mapped):
+            pairs[component, name] = candidate
+            del free[candidate]
+    unpaired = [key for key in ours if key not in pairs]
+    if unpaired and free:
+        for key, test_key in _by_contents(reference, test, unpaired, list(free), components):
+            pairs[key] = test_key
+            free.pop(test_key)
+        for key, test_key in _by_position(reference, test, pairs):
+            pairs[key] = test_key
+    return pairs
+
+
+def _first(capture: Capture) -> Iterator[TensorEntry]:
+    sample = min(capture.samples, default=0)
+    return (e for e in capture.entries if e.sample == sample)
+
+
+def _components(reference: Capture, test: Capture) -> dict[str, str]:
+    ours, theirs = (list(dict.fromkeys(e.component for e in c.entries)) for c in (reference, test))
+    paired = {name: name for name in ours if name in theirs}
+    unpaired, unpaired_test = ([n for n in names if n not in paired] for names in (ours, theirs))
+    return paired | (dict(zip(unpaired, unpaired_test, strict=True)) if len(unpaired) == len(unpaired_test) else {})
+
+
+def _by_contents(
+    reference: Capture, test: Capture, left: Sequence[Key], free: Sequence[Key], components: Mapping[str, str]
+) -> Iterator[tuple[Key, Key]]:
+    """Pairs of equal tensors: each of ``left`` with the first free one in execution order."""
+    sample = min(reference.samples)
+    prints: dict[Key, Fingerprint] = {}
+
+    def held(capture: Capture, key: Key) -> Fingerprint | None:
+        array = capture.load(key[1], sample, key[0])
+        return fingerprint(np.asarray(array, np.float64)) if array.dtype.kind in "fiub" else None
+
+    for key in free:
+        if (test_print := held(test, key)) is not None:
+            prints[key] = test_print
+    for key in left:
+        own_print = held(reference, key)
+        component = components.get(key[0])
+        if own_print is None or component is None:
+            continue
+        near = ((own_print.distance(print_), k) for k, print_ in prints.items() if k[0] == component)
+        twin = next((k for distance, k in near if distance <= TOLERANCE), None)
+        if twin is not None:
+            del prints[twin]
+            yield key, twin
+
+
+def _by_position(reference: Capture, test: Capture, pairs: Mapping[Key, Key]) -> Iterator[tuple[Key, Key]]:
+    """Pairs of final outputs of one shape, in the order of both models."""
+    shapes = [{(e.component, e.name): e.shape for e in _first(c)} for c in (reference, test)]
+    outputs = [[(str(c), str(n)) for c, n in capture.manifest.get("outputs", [])] for capture in (reference, test)]
+    free = [key for key in outputs[1] if key in shapes[1] and key not in set(pairs.values())]
+    for key in outputs[0]:
+        if key in shapes[0] and key not in pairs:
+            candidate = next((k for k in free if shapes[1][k] == shapes[0][key]), None)
+            if candidate is not None:
+                free.remove(candidate)
+                yield key, candidate
+
+
+def end_notes(programs: Sequence[Program], tests: Sequence[Program], told: Sequence[str] = ()) -> list[str]:
+    """The sentences for all components. ``told``: what the user said of names, ``REFERENCE=TEST`` each."""
+    notes: list[str] = []
+    for program, test in zip(programs, tests, strict=True):
+        if (pairing := test.pairing) is None:
+            continue
+        notes += pairing.other_names(told)
+        notes += omitted(pairing.left_out)
+        paired = {*pairing.outputs.values(), *pairing.inside.values()}
+        notes += only_in_test([v.name for v in test.graph.outputs if v.name not in paired])
+        notes += other_types(_types(program.graph.outputs), _types(test.graph.outputs), pairing.outputs)
+    return notes
+
+
+def _types(values: Iterable[ValueInfo]) -> dict[str, str]:
+    return {value.name: str(value.dtype) for value in values if value.dtype is not None}
+
+
+def omitted(names: Sequence[str]) -> list[str]:
+    """A sentence about outputs that the user left out; none where there are none."""
+    return [f"{'output' if len(names) == 1 else 'outputs'} {some(names)} left out by --map"] if names else []
+
+
+def only_in_test(names: Sequence[str]) -> list[str]:
+    """A sentence about outputs that only the test has; none where there are none."""
+    outputs = amount(len(names), "output")
+    return [f"not compared: {outputs} of the test that the reference lacks: {some(names)}"] if names else []
+
+
+def other_types(ours: Mapping[str, str], theirs: Mapping[str, str], pairs: Mapping[str, str]) -> Iterator[str]:
+    """A sentence for each pair of types of outputs: ``output o is int64 in the reference and float32 in the test``.
+
+    ``ours`` and ``theirs``: output → name of its dtype; ``pairs``: reference output → test output.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, test_name in pairs.items():
+        kinds = ours.get(name, ""), theirs.get(test_name, "")
+        if all(kinds) and kinds[0] != kinds[1]:
+            groups.setdefault(kinds, []).append(name)
+    for (kind, test_kind), names in groups.items():
+        subject = f"output {names[0]} is" if len(names) == 1 else f"outputs {some(names)} are"
+        yield f"{subject} {kind} in the reference and {test_kind} in the test"

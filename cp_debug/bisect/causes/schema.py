@@ -15,8 +15,7 @@ from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import GATES, RECURRENT
-from cp_debug.programs.attribute_meaning import ACTIVATIONS_OF
-from cp_debug.programs.node_differences import NAMES, attributes
+from cp_debug.programs.node_differences import _ACTIVATIONS_OF, NAMES, attributes
 from cp_debug.programs.tensor_change import exchanges, regated
 
 TEXTS = {
@@ -79,8 +78,8 @@ def by_schema(segment: Segment) -> Iterator[Candidate]:
     """Candidates: every attribute of every operator but numbers, with every value that its schema allows."""
     for node in segment.nodes:
         declared = attributes(segment.graph, node)
-        if node.op in ACTIVATIONS_OF and "activations" not in declared:
-            declared["activations"] = ACTIVATIONS_OF[node.op] * (
+        if node.op in _ACTIVATIONS_OF and "activations" not in declared:
+            declared["activations"] = _ACTIVATIONS_OF[node.op] * (
                 2 if declared.get("direction") == "bidirectional" else 1
             )
         if isinstance(kernel := declared.get("kernel_shape"), list):

@@ -12,8 +12,8 @@ from onnx import numpy_helper
 
 from cp_debug.errors import InputError
 from cp_debug.files import resolved
+from cp_debug.graph.exporter_notes import quotes_source
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.source_lines import quotes_source
 from cp_debug.reports.bundle.case import Case, Piece
 from cp_debug.reports.bundle.shrink import Shrinker
 

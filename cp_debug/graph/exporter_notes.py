@@ -1,0 +1,196 @@
+"""What exporters note on the nodes of an ONNX graph: the source lines and the torch modules behind them.
+
+Lines are file, line and code of the torch module, where the export says. Modules are a proposal, which numbers verify.
+
+torch's dynamo exporter writes the stack and the scopes of each operation into the node's metadata. Its TorchScript
+exporter writes the stack into the node's ``doc_string``, if asked to be verbose, and the modules into its name. Our own
+exports by TorchScript name the module's ``forward`` (``KEY``). Paths are shortened: none of the machine's folders is
+part of what is told.
+"""
+
+from __future__ import annotations
+
+import ast
+import linecache
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePath
+
+import onnx
+
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.safe_text import one_line
+
+KEY = "cpdebug.source"
+"""Key of a node's metadata that holds the line as it is shown."""
+_DYNAMO = "pkg.torch.onnx.stack_trace"
+_DYNAMO_FRAME = re.compile(r'File "(?P<file>[^"\n]+)", line (?P<line>\d+), in [^\n]+\n(?P<code>[^\n]*)')
+_TORCHSCRIPT_FRAME = re.compile(r"^(?P<file>[^\n:]+)\((?P<line>\d+)\): ", re.MULTILINE)
+_LIBRARIES = ("torch", "cp_debug")
+"""Packages whose frames are those of the tracing and of torch's own modules, not of the network."""
+_INSTALLED = re.compile(r"^.*[/\\](?:site|dist)-packages[/\\]")
+_LONGEST = 160
+
+
+def source_lines(graph: Graph) -> dict[str, str]:
+    """Value → ``net.py:8: y = torch.relu(y)``, for the values of nodes whose export tells."""
+    lines = {}
+    for node in graph.nodes:
+        if line := source_line(node.proto):
+            lines.update(dict.fromkeys(node.outputs, line))
+    return lines
+
+
+def source_line(node: onnx.NodeProto) -> str:
+    """The innermost line of the network's own code behind a node, with its file; empty where nothing tells."""
+    properties = {entry.key: entry.value for entry in node.metadata_props}
+    if KEY in properties:
+        return one_line(properties[KEY])[:_LONGEST]
+    frames = [*_dynamo(properties.get(_DYNAMO, "")), *_torchscript(node.doc_string)]
+    own = next(((file, line, code) for file, line, code in frames if not _of_library(file)), None)
+    if own is None:
+        return ""
+    file, line, code = own
+    return one_line(f"{shortened(file)}:{line}" + (f": {code}" if code else ""))[:_LONGEST]
+
+
+def own_line() -> str:
+    """The innermost line of the network's own code that is running, with its file; empty where there is none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not _of_library(file) and not file.startswith("<"):
+            code = linecache.getline(file, frame.f_lineno).strip()
+            return one_line(f"{shortened(file)}:{frame.f_lineno}" + (f": {code}" if code else ""))[:_LONGEST]
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def quotes_source(node: onnx.NodeProto) -> bool:
+    """Whether a node holds source lines, or paths of source files, that its exporter wrote."""
+    keys = {entry.key for entry in node.metadata_props}
+    return bool(keys & {KEY, _DYNAMO}) or _TORCHSCRIPT_FRAME.search(node.doc_string) is not None
+
+
+def shortened(file: str) -> str:
+    """A path without the folders of a machine: below the working folder, else an installed package's, else its end."""
+    if (installed := _INSTALLED.sub("", file)) != file:
+        return installed
+    path = PurePath(file.replace("\\", "/"))
+    if path.is_relative_to(Path.cwd().as_posix()):
+        return str(path.relative_to(Path.cwd().as_posix()))
+    return "/".join(path.parts[-2:]) if len(path.parts) > 2 else path.name
+
+
+def _dynamo(trace: str) -> Iterator[tuple[str, str, str]]:
+    """File, line and code of each frame, the innermost first."""
+    for frame in reversed(list(_DYNAMO_FRAME.finditer(trace))):
+        yield frame["file"], frame["line"], frame["code"].strip()
+
+
+def _torchscript(text: str) -> Iterator[tuple[str, str, str]]:
+    """File and line of each frame, the innermost first, as TorchScript writes them; it writes no code."""
+    for frame in _TORCHSCRIPT_FRAME.finditer(text):
+        yield frame["file"], frame["line"], ""
+
+
+def _of_library(file: str) -> bool:
+    parts = PurePath(_INSTALLED.sub("", file).replace("\\", "/")).parts
+    if parts and parts[0] in _LIBRARIES and _INSTALLED.match(file):
+        return True
+    return str(Path(__file__).parents[1]) in file
+
+
+_DYNAMO_SCOPES = "pkg.torch.onnx.name_scopes"
+_CALL = re.compile(r"@\d+")
+_REPEAT = re.compile(r"_\d+(?=/|$)")
+
+
+def scope_hints(graph: Graph, called: Iterable[str]) -> dict[str, str]:
+    """Value → module path, where the exporter recorded one.
+
+    ``called`` are the paths of the modules whose forward ran, in any order. dynamo writes the path into the node's
+    metadata. TorchScript writes it into the node's name: one part for every called ancestor, each part the end of its
+    path from the last name that is not a number on (``backbone.blocks.0.3`` → ``/backbone/blocks.0/blocks.0.3/``).
+    """
+    paths = {_CALL.sub("", path) for path in called}
+    by_scope = {_torchscript_scope(path, paths): path for path in paths}
+    hints = {}
+    for node in graph.nodes:
+        path = _dynamo_path(node)
+        if path is None:
+            scope = node.name.rpartition("/")[0]
+            path = by_scope.get(scope, by_scope.get(_REPEAT.sub("", scope)))
+        if path is not None:
+            hints.update(dict.fromkeys(node.outputs, path))
+    return hints
+
+
+def module_values(graph: Graph) -> dict[str, str]:
+    """Module path → the one value that leaves the module, for modules that the exporter recorded."""
+    inside: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        for path in _paths(node):
+            inside.setdefault(path, []).append(node)
+    outputs = {value.name for value in graph.outputs}
+    found = {}
+    for path, nodes in inside.items():
+        own = {node.index for node in nodes}
+
+        def leaves(name: str, own: set[int] = own) -> bool:
+            return name in outputs or any(reader.index not in own for reader in graph.consumers.get(name, ()))
+
+        leaving = [name for node in nodes if node.op != "Constant" for name in node.outputs if leaves(name)]
+        if len(leaving) == 1:
+            found[path] = leaving[0]
+    return found
+
+
+def _paths(node: Node) -> list[str]:
+    """The paths of the modules around a node, the outermost first."""
+    for entry in node.proto.metadata_props:
+        if entry.key == _DYNAMO_SCOPES:
+            return [_CALL.sub("", path) for path in _listed(entry.value)[1:-1]]
+    return enclosing_modules(node.name) if node.name.startswith("/") else []
+
+
+def enclosing_modules(name: str) -> list[str]:
+    """The paths of the modules around a node that TorchScript's exporter called ``name``, the outermost first."""
+    paths: list[str] = []
+    parts = name.strip("/").split("/")[:-1]
+    for index, part in enumerate(parts):
+        # A container is not called, so its name stands in front of its part's: ``blocks.0/blocks.0.3``.
+        own = part.removeprefix(f"{parts[index - 1]}.") if index else part
+        paths.append(f"{paths[-1]}.{own}" if paths else own)
+    return paths
+
+
+def _listed(text: str) -> list[str]:
+    """The list of names that dynamo wrote; empty where somebody else wrote something else."""
+    try:
+        names = ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return []
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _dynamo_path(node: Node) -> str | None:
+    for entry in node.proto.metadata_props:
+        if entry.key == _DYNAMO_SCOPES:
+            scopes = _listed(entry.value)
+            return _CALL.sub("", scopes[-2]) if len(scopes) > 1 else None
+    return None
+
+
+def _torchscript_scope(path: str, called: set[str]) -> str:
+    parts = path.split(".")
+    scope = ""
+    for end in range(1, len(parts) + 1):
+        if ".".join(parts[:end]) not in called:
+            continue
+        start = end - 1
+        while start > 0 and parts[start].isdigit():
+            start -= 1
+        scope += "/" + ".".join(parts[start:end])
+    return scope
