@@ -150,7 +150,7 @@ def judged(source: Path, results: Path) -> list[dict[str, Any]]:
     """Every product against its emulation: ``accumulators.compared``."""
     import accumulators
 
-    from cp_debug.backends.codecs import CODECS
+    from cp_debug.backends.scaling import CODECS
 
     figures = []
     with np.load(source) as file, np.load(results) as measured:

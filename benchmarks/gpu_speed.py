@@ -251,9 +251,9 @@ def of_kernels(rounds: int) -> dict[str, Any]:
     from torch import nn
     from torch.nn import functional
 
+    from cp_debug.backends.arithmetic import round_fp16
     from cp_debug.backends.kernels import fp16_accumulation as emulated
     from cp_debug.backends.kernels.windows import Window
-    from cp_debug.backends.rounding import round_fp16
 
     rows = []
     for name, module, given in convolutions():

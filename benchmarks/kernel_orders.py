@@ -301,7 +301,7 @@ def judge(folder: Path) -> Iterator[dict[str, Any]]:
 
     from cp_debug.backends.kernels.fp16_accumulation import Order, conv, matmul
     from cp_debug.backends.kernels.windows import Window
-    from cp_debug.backends.tensorrt.tactics import Tactic, decode, with_split
+    from cp_debug.backends.tensorrt.inspector import Tactic, decode, with_split
 
     def computed(case: str, tactic: Tactic) -> torch.Tensor | None:
         given = {n: torch.from_numpy(x.astype(np.float32)) for n, x in operands(case).items()}

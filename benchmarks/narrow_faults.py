@@ -37,12 +37,11 @@ from rich.table import Table
 
 from cp_debug.backends.arithmetic import ARITHMETICS, FP64, Arithmetic
 from cp_debug.backends.base import Program, Session
-from cp_debug.backends.codecs import CODECS
 from cp_debug.backends.emulated import EmulatedBackend, ExecutorSession
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.backends.registry import create
-from cp_debug.backends.scaling import FixedScaling
+from cp_debug.backends.scaling import CODECS, FixedScaling
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import bisect
 from cp_debug.bisect.finding import UNKNOWN

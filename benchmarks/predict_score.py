@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cp_debug.backends.tensorrt.tactics import decode
+from cp_debug.backends.tensorrt.inspector import decode
 from cp_debug.files import write_text
 from cp_debug.prediction.result import Interval, PredictedLayer, Prediction
 

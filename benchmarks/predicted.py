@@ -30,8 +30,8 @@ from torch import Tensor
 from cp_debug.backends.arithmetic import ARITHMETICS, FP16, FP16ACC, FP32, TF32_CUT, TF32_DECONV, Arithmetic
 from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor
-from cp_debug.backends.kernels.epilogue import fused
-from cp_debug.backends.tensorrt.tactics import Tactic, decode
+from cp_debug.backends.kernels.fp16_accumulation import with_epilogue
+from cp_debug.backends.tensorrt.inspector import Tactic, decode
 from cp_debug.graph.fold_batchnorm import fold_batchnorm
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import PRODUCTS
@@ -204,7 +204,7 @@ class Bench:
         direct = any(self.kernel(n)[0].vector for n in products)
         order, biases = (nodes, {})
         if tactics == {"fp16acc"}:
-            order, biases = fused(self.graph, nodes, given, bias_first=direct)
+            order, biases = with_epilogue(self.graph, nodes, given, bias_first=direct)
         for place, (name, executor) in enumerate(self.ways(nodes, products)):
             emulated = executor.run_nodes(order, {**given, **biases}, [value])[value].double()
             residual = float((real - emulated).norm() / error.norm())

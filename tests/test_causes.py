@@ -15,12 +15,22 @@ from faults.precision import LoweredBackend
 from nets import NetBuilder
 from torch import Tensor, nn
 
-from cp_debug.backends.arithmetic import BF16, FP16, FP16ACC, FP32, FP64, TF32, TF32_CUT, TF32_DECONV, Arithmetic
+from cp_debug.backends.arithmetic import (
+    BF16,
+    FP16,
+    FP16ACC,
+    FP32,
+    FP64,
+    TF32,
+    TF32_CUT,
+    TF32_DECONV,
+    Arithmetic,
+    round_tf32,
+)
 from cp_debug.backends.base import Program, Session
 from cp_debug.backends.executor import Executor
-from cp_debug.backends.kernels.epilogue import fused
+from cp_debug.backends.kernels.fp16_accumulation import with_epilogue
 from cp_debug.backends.registry import create
-from cp_debug.backends.rounding import round_tf32
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.torch_backend import TorchBackend
 from cp_debug.bisect.causes.search import Explanation, explain
@@ -246,7 +256,7 @@ def test_a_residual_added_before_the_bias_is_fp16_accumulation_bit_by_bit(tmp_pa
     given = {n: torch.randn(1, c, 20, 20, generator=made).half().float() for n, c in (("x", 128), ("r", 8))}
     context = SegmentContext(Program("net", graph), Executor(graph, FP32), "fp16")
     found = Segment(context, graph.nodes, "y", given, context.oracle.run(given)["y"])
-    nodes, biases = fused(graph, graph.nodes, given)
+    nodes, biases = with_epilogue(graph, graph.nodes, given)
     explanation = named(spoilt(found, found.run(FP16ACC, nodes, biases)))
     assert explanation.cause is not None
     assert explanation.cause.cause == "fp16-accumulation"

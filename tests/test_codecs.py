@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from cp_debug.backends.codecs import CODECS, E2M1, E4M3, E5M2, Codec, e8m0, floor_log2
+from cp_debug.backends.scaling import CODECS, E2M1, E4M3, E5M2, Codec, e8m0, floor_log2
 
 TYPES = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2, "e2m1": ml_dtypes.float4_e2m1fn}
 

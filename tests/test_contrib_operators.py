@@ -16,9 +16,8 @@ from draws import RNG, begin
 from onnx import TensorProto, helper
 from runtimes import since
 
-from cp_debug.backends.arithmetic import FP16, FP32, FP64, TF32
+from cp_debug.backends.arithmetic import FP16, FP32, FP64, TF32, round_tf32
 from cp_debug.backends.executor import Executor
-from cp_debug.backends.rounding import round_tf32
 from cp_debug.graph.graph import Graph
 from cp_debug.reports.environment import int8_sums_saturate
 

@@ -15,10 +15,10 @@ from test_cli import run
 from test_trt_runner import install, save_net
 
 from cp_debug.backends.base import Program
-from cp_debug.backends.build_info import BuildInfo
+from cp_debug.backends.capabilities import BuildInfo
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.backends.tensorrt.prebuilt import PrebuiltBackend
+from cp_debug.backends.tensorrt.backend import PrebuiltBackend
 from cp_debug.deploy.bench import Latency, timer_of
 from cp_debug.deploy.engines import MANIFEST, BuiltEngine, build_engines, check_engines
 from cp_debug.errors import InputError

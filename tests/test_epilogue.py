@@ -8,10 +8,9 @@ import numpy as np
 import onnx
 import torch
 
-from cp_debug.backends.arithmetic import FP16ACC
+from cp_debug.backends.arithmetic import FP16ACC, round_fp16
 from cp_debug.backends.executor import Executor
-from cp_debug.backends.kernels.epilogue import fused
-from cp_debug.backends.rounding import round_fp16
+from cp_debug.backends.kernels.fp16_accumulation import with_epilogue
 from cp_debug.graph.graph import Graph
 
 
@@ -34,7 +33,7 @@ def test_the_residual_comes_before_the_bias_and_silu_is_rounded_once(tmp_path: P
     given = {
         n: rng.standard_normal((1, c, 6, 6)).astype(np.float16).astype(np.float32) for n, c in (("x", 32), ("r", 16))
     }
-    nodes, values = fused(graph, graph.nodes, given)
+    nodes, values = with_epilogue(graph, graph.nodes, given)
     result = Executor(graph, FP16ACC).run_nodes(nodes, {**given, **values}, ["y"])["y"]
     x, r = (torch.from_numpy(given[n]) for n in ("x", "r"))
     weight = torch.from_numpy(graph.initializer("w"))[:, :, 0, 0]
@@ -58,4 +57,4 @@ def test_other_patterns_stay_as_they_are(tmp_path: Path) -> None:
         model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(shape, np.float32), name))
     onnx.save(model, tmp_path / "net.onnx")
     graph = Graph(tmp_path / "net.onnx")
-    assert fused(graph, graph.nodes, ["x"]) == (graph.nodes, {})
+    assert with_epilogue(graph, graph.nodes, ["x"]) == (graph.nodes, {})

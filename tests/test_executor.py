@@ -19,12 +19,11 @@ from hypothesis import strategies as st
 from nets import NetBuilder
 from onnx import helper, numpy_helper, parser
 
-from cp_debug.backends.arithmetic import ARITHMETICS, BF16, FP16, FP16ACC, FP32, FP64, TF32
+from cp_debug.backends.arithmetic import ARITHMETICS, BF16, FP16, FP16ACC, FP32, FP64, TF32, round_fp16, round_tf32
 from cp_debug.backends.executor import Executor, NodeFailed, unsupported
-from cp_debug.backends.kernels import KERNELS, convolution
+from cp_debug.backends.kernels import KERNELS, products
 from cp_debug.backends.kernels.registry import Call
 from cp_debug.backends.kernels.windows import Window, split_padding
-from cp_debug.backends.rounding import round_fp16, round_tf32
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import CONTRIB_INPUTS
@@ -153,8 +152,8 @@ def test_a_convolution_of_a_few_rows_at_a_time_equals_torch(data: st.DataObject)
     node = Node.of(0, helper.make_node("Conv", ["x", "w"], ["y"], **how))
     call = Call.of(node, 17, ARITHMETICS["fp64"], torch.device("cpu"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convolution, "UNFOLDED", data.draw(st.integers(1, 1 << 14)))
-        got = convolution.conv(call, x, weight, b)
+        patch.setattr(products, "UNFOLDED", data.draw(st.integers(1, 1 << 14)))
+        got = products.conv(call, x, weight, b)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from cp_debug.backends.arithmetic import round_fp16
 from cp_debug.backends.kernels import fp16_accumulation
 from cp_debug.backends.kernels.fp16_accumulation import Order, Sum
 from cp_debug.backends.kernels.windows import Window
-from cp_debug.backends.rounding import round_fp16
 
 
 def plain(

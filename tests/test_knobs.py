@@ -15,7 +15,7 @@ from runtimes import since
 
 from cp_debug.backends.base import Program
 from cp_debug.backends.ort_backend import OrtBackend
-from cp_debug.backends.ort_optimizers import RULE_BASED, active_optimizers
+from cp_debug.backends.ort_options import RULE_BASED, active_optimizers
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.optimizer_blame import REST, Culprit, OptimizerBlame, Rewrite, _OptimizerSearch, blame_optimizers

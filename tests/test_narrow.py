@@ -13,11 +13,10 @@ import torch
 from test_executor import graph, random
 
 from cp_debug.backends.arithmetic import ARITHMETICS
-from cp_debug.backends.codecs import E2M1, E4M3
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.narrow_options import FAMILIES, NarrowOptions
 from cp_debug.backends.running_sums import FP16_SUM, HOPPER_FP8, HOPPER_FP16, RunningSum
-from cp_debug.backends.scaling import COLUMNS, DATA, KERNEL, ROWS, Encoded, Scaling, mx_scales
+from cp_debug.backends.scaling import COLUMNS, DATA, E2M1, E4M3, KERNEL, ROWS, Encoded, Scaling, mx_scales
 from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.bisect.replay import Replayer
 from cp_debug.errors import InputError

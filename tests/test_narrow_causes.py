@@ -15,12 +15,11 @@ from test_executor import graph, random
 
 from cp_debug.backends.arithmetic import ARITHMETICS, Arithmetic
 from cp_debug.backends.base import Program, Session
-from cp_debug.backends.codecs import E4M3
 from cp_debug.backends.emulated import EmulatedBackend, ExecutorSession
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.backends.registry import create
-from cp_debug.backends.scaling import FixedScaling
+from cp_debug.backends.scaling import E4M3, FixedScaling
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.causes.narrow import misfit
 from cp_debug.bisect.engine import bisect

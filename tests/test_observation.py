@@ -15,7 +15,7 @@ import torch
 from nets import NetBuilder
 
 from cp_debug.backends.base import Program, Sink, Tensor
-from cp_debug.backends.build_info import BuildInfo
+from cp_debug.backends.capabilities import BuildInfo
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect import worst_samples
 from cp_debug.bisect.observe import Observation, gap, observe

@@ -25,11 +25,10 @@ from cp_debug.backends.arithmetic import INT8
 from cp_debug.backends.base import Program, Session, Sink
 from cp_debug.backends.emulated import EmulatedBackend, ExecutorSession
 from cp_debug.backends.executor import Executor
-from cp_debug.backends.kernels.paired_sums import lost
+from cp_debug.backends.kernels.paired_sums import PAIRED, lost, with_paired_sums
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import bisect
-from cp_debug.bisect.paired_nodes import PAIRED, with_paired_sums
 from cp_debug.bisect.result import BisectResult
 from cp_debug.graph.graph import Graph
 from cp_debug.reports.environment import int8_sums_saturate

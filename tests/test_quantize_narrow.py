@@ -16,9 +16,9 @@ from test_cli import run
 from test_executor import random
 
 from cp_debug.backends.arithmetic import FP32
-from cp_debug.backends.codecs import floor_log2
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.narrow_options import NarrowOptions
+from cp_debug.backends.scaling import floor_log2
 from cp_debug.deploy import quantize_narrow
 from cp_debug.deploy.exporting import low_error
 from cp_debug.deploy.quantize_narrow import FILE_ERROR

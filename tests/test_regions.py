@@ -21,8 +21,7 @@ from cp_debug.backends.kernels.registry import Call
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
 from cp_debug.backends.tensorrt import engines
-from cp_debug.backends.tensorrt.inspector import EngineLayer, EngineTensor
-from cp_debug.backends.tensorrt.tactics import decode
+from cp_debug.backends.tensorrt.inspector import EngineLayer, EngineTensor, decode
 from cp_debug.bisect.causes import findings
 from cp_debug.bisect.causes.base import CAUSES
 from cp_debug.bisect.causes.segment import Segment

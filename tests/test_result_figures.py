@@ -15,7 +15,7 @@ from nets import NetBuilder
 from torch import Tensor
 
 from cp_debug.backends.base import Program, RunRecord
-from cp_debug.backends.codecs import E4M3
+from cp_debug.backends.scaling import E4M3
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect import assemble, candidate_run
 from cp_debug.bisect.candidate_run import CandidateRun

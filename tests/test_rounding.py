@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cp_debug.backends.rounding import round_bf16, round_fp16, round_tf32, truncate_tf32
+from cp_debug.backends.arithmetic import round_bf16, round_fp16, round_tf32, truncate_tf32
 
 floats = st.one_of(
     st.floats(width=32), st.integers(0, 2**32 - 1).map(lambda b: float(np.uint32(b).view(np.float32)))

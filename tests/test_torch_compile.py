@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from cp_debug.backends import torch_compile
 from cp_debug.backends.base import Program
 from cp_debug.backends.capabilities import HasRemarks, kernels_of
-from cp_debug.backends.compile_options import CompileOptions
 from cp_debug.backends.registry import create
-from cp_debug.backends.spec import BackendSpec, parse_backends
+from cp_debug.backends.spec import BackendSpec, CompileOptions, parse_backends
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.finding import MISSING_CASTS, ROUNDED_SCALAR
 from cp_debug.bisect.signs import TURNED

@@ -15,7 +15,7 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.backends.tensor_cores import TensorCores, unavailable
+from cp_debug.backends.torch_fp8 import TensorCores, unavailable
 from cp_debug.errors import BackendUnavailable, InputError
 
 if unavailable("cpu"):

@@ -17,7 +17,7 @@ from test_trt_runner import NODES, save_net
 from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.backends.tensorrt.client import BuildFailed, BuildTimedOut, ParseFailed, RunnerClient
 from cp_debug.backends.tensorrt.config import decide
-from cp_debug.backends.tensorrt.loader_script import LoaderScript
+from cp_debug.backends.tensorrt.options import LoaderScript
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.graph import Graph

@@ -16,8 +16,7 @@ import pytest
 from test_trt_runner import install, save_net
 
 from cp_debug.backends.base import Program
-from cp_debug.backends.build_info import BuildInfo
-from cp_debug.backends.capabilities import build_info_of
+from cp_debug.backends.capabilities import BuildInfo, build_info_of
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.tensorrt.calibration import read_cache

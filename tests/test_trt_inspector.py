@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from cp_debug.backends.tensorrt.inspector import (
     compare_engines,
+    decode,
     fusions,
     materialized,
     parse_layers,
     realised_precision,
+    with_split,
 )
-from cp_debug.backends.tensorrt.tactics import decode, with_split
 from cp_debug.bisect.causes.everywhere import orders
 from cp_debug.reports.engines import kernel, sums
 

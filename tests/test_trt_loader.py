@@ -17,7 +17,7 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.backends.tensorrt import runner
-from cp_debug.backends.tensorrt.loader_script import LoaderScript
+from cp_debug.backends.tensorrt.options import LoaderScript
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph

@@ -10,13 +10,13 @@ import numpy as np
 import onnx
 
 from cp_debug.backends.base import Sink
-from cp_debug.backends.memory import Trimmer
 from cp_debug.backends.ort_options import Runtime
 from cp_debug.doing import doing
 from cp_debug.errors import InputError
 from cp_debug.graph import onnx_runtime, surgery
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.onnx_runtime import to_numpy, to_ort
+from cp_debug.probes.held import Trimmer
 
 if TYPE_CHECKING:
     import onnxruntime

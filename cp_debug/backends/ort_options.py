@@ -1,22 +1,28 @@
-"""ONNX Runtime under fixed settings: makes every session of the debugger, and reports what the session says."""
+"""ONNX Runtime under fixed settings: it makes every session, reports what that says, and knows its optimizers."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import sys
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.doing import doing
 from cp_debug.errors import BackendUnavailable, InputError
+from cp_debug.graph.graph import Graph
 from cp_debug.graph.onnx_runtime import SEVERITIES, session_options, severity, told
 from cp_debug.optional import install, require
 from cp_debug.safe_text import in_utf8
 
 if TYPE_CHECKING:
     import onnxruntime
+
 
 LEVELS = {
     "none": "ORT_DISABLE_ALL",
@@ -190,3 +196,58 @@ def _identity() -> bytes:
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "identity", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     return bytes(model.SerializeToString())
+
+
+RULE_BASED = "Level1_RuleBasedTransformer"
+"""One transformer that applies all of ``RULES``; the log names only it."""
+RULES = (
+    "CastChainElimination",
+    "CastElimination",
+    "ClipQuantRewrite",
+    "ConvAddFusion",
+    "ConvBNFusion",
+    "ConvMulFusion",
+    "DivMulFusion",
+    "EliminateDropout",
+    "EliminateIdentity",
+    "EliminateSlice",
+    "ExpandElimination",
+    "FuseReluClip",
+    "GemmSumFusion",
+    "GemmTransposeFusion",
+    "LabelEncoderFusion",
+    "MatMul_BatchNormalization_Fusion",
+    "NoopElimination",
+    "NotWhereFusion",
+    "Pad_Fusion",
+    "PreShapeNodeElimination",
+    "ReluQuantRewrite",
+    "UnsqueezeElimination",
+)
+"""ONNX Runtime 1.31's rewrite rules; names that a version does not know are ignored by it."""
+_MODIFIED = re.compile(rb"GraphTransformer (\w+) modified: 1")
+
+
+def active_optimizers(runtime: Runtime, graph: Graph, level: str, disabled: Collection[str] = ()) -> list[str]:
+    """The optimizers that change ``graph`` when it is opened at ``level``, in the order in which they first do.
+
+    ONNX Runtime's own log tells. Raises InputError when ONNX Runtime refuses the model.
+    """
+    with _stderr_of_libraries() as log:
+        runtime.session(graph.path, level=level, disabled_optimizers=sorted(disabled), log=True)
+        log.seek(0)
+        return [name.decode() for name in dict.fromkeys(_MODIFIED.findall(log.read()))]
+
+
+@contextmanager
+def _stderr_of_libraries() -> Iterator[IO[bytes]]:
+    """Redirect the process's file descriptor 2, which libraries write to, into a file while the block runs."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        before = os.dup(2)
+        try:
+            os.dup2(file.fileno(), 2)
+            yield file
+        finally:
+            os.dup2(before, 2)
+            os.close(before)

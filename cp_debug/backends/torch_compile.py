@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, fx
 
 from cp_debug.backends.base import Program, Session
-from cp_debug.backends.compile_options import CompileOptions
 from cp_debug.backends.compiled_graph import (
     Compiler,
     Content,
@@ -31,7 +30,7 @@ from cp_debug.backends.compiled_graph import (
     with_outputs,
 )
 from cp_debug.backends.determinism import deterministic
-from cp_debug.backends.spec import BackendSpec
+from cp_debug.backends.spec import BackendSpec, CompileOptions
 from cp_debug.backends.torch_backend import DTYPES, Emit, ModuleSession, TorchBackend
 from cp_debug.doing import doing
 from cp_debug.errors import (

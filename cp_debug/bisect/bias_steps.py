@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.backends.base import Tensor as AnyTensor
-from cp_debug.backends.executor import Executor
-from cp_debug.backends.weights import Weights
+from cp_debug.backends.executor import Executor, Weights
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import is_constant
 from cp_debug.graph.operators import PRODUCTS

@@ -9,9 +9,8 @@ from dataclasses import replace
 import onnx
 
 from cp_debug.backends.base import Backend, Program
-from cp_debug.backends.compile_options import CompileOptions
 from cp_debug.backends.registry import create
-from cp_debug.backends.spec import COMPILED, BackendSpec
+from cp_debug.backends.spec import COMPILED, BackendSpec, CompileOptions
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.finding import MISSING_CASTS, Finding
 from cp_debug.bisect.remainder import apart

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from cp_debug.backends.arithmetic import INT8
 from cp_debug.backends.base import Tensor as AnyTensor
-from cp_debug.backends.executor import Executor
-from cp_debug.backends.weights import Weights
+from cp_debug.backends.executor import Executor, Weights
+from cp_debug.backends.kernels.paired_sums import PAIRED, with_paired_sums
 from cp_debug.bisect.bias_steps import StoredBias, bias_step, rounded_bias, stored_bias
 from cp_debug.bisect.file_weights import product_of, stored_codes
-from cp_debug.bisect.paired_nodes import PAIRED, with_paired_sums
 from cp_debug.bisect.quantization_scheme import Levels, Scheme
 from cp_debug.bisect.quantized_segment import (
     BITS,

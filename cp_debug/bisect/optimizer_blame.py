@@ -17,8 +17,7 @@ from typing import Any
 from cp_debug.backends.base import Program
 from cp_debug.backends.openvino_backend import KNOBS, OpenVinoBackend
 from cp_debug.backends.ort_backend import OrtBackend, run_whole
-from cp_debug.backends.ort_optimizers import RULE_BASED, RULES, active_optimizers
-from cp_debug.backends.ort_options import LEVELS
+from cp_debug.backends.ort_options import LEVELS, RULE_BASED, RULES, active_optimizers
 from cp_debug.bisect.observe import gap
 from cp_debug.minimize import Minimizer
 from cp_debug.programs.pipeline import Pipeline

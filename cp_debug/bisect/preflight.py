@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cp_debug.backends.arithmetic import FP64
+from cp_debug.backends.arithmetic import FP64, round_fp16
 from cp_debug.backends.base import Program
+from cp_debug.backends.executor import Weights
 from cp_debug.backends.registry import create
-from cp_debug.backends.rounding import round_fp16
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.backends.weights import Weights
 from cp_debug.bisect.causes.precision import OVERFLOWS
 from cp_debug.bisect.causes.ranges import HALF, SMALLEST, half_figures, where
 from cp_debug.bisect.masks import beside_masks

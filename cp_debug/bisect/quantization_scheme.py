@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.backends.base import Tensor as AnyTensor
-from cp_debug.backends.codecs import Codec
+from cp_debug.backends.scaling import Codec
 from cp_debug.bisect.quantized_segment import QuantizerGrid
 
 Range = tuple[float, float]

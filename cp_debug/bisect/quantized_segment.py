@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from cp_debug.backends.base import Tensor as AnyTensor
-from cp_debug.backends.codecs import E2M1, E4M3, E5M2, Codec
-from cp_debug.backends.executor import Executor
-from cp_debug.backends.weights import Weights
+from cp_debug.backends.executor import Executor, Weights
+from cp_debug.backends.scaling import E2M1, E4M3, E5M2, Codec
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import constant_type
 from cp_debug.graph.qdq import LEVELS

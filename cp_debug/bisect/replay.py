@@ -24,7 +24,6 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
-from cp_debug.backends.memory import Trimmer
 from cp_debug.bisect.backward import ERRORS, kept_as
 from cp_debug.bisect.consequences import difference, matters
 from cp_debug.bisect.declared_int8 import int8_activations
@@ -43,6 +42,7 @@ from cp_debug.graph.operators import CONTRACTIONS, PRODUCTS
 from cp_debug.graph.randomness import DRAWS_NUMBERS, draws
 from cp_debug.probes.arrays import as_numpy, as_torch
 from cp_debug.probes.distance import all_finite, distance, ratio
+from cp_debug.probes.held import Trimmer
 from cp_debug.probes.statistics_reduce import is_whole
 from cp_debug.programs.precision import PRECISIONS, Precision, coarsest, of_operators
 from cp_debug.programs.torch_span import ModuleOperators

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cp_debug.backends.base import Backend
     from cp_debug.backends.spec import BackendSpec
     from cp_debug.backends.tensorrt.engine_cache import EngineCache
-    from cp_debug.backends.tensorrt.loader_script import LoaderScript
+    from cp_debug.backends.tensorrt.options import LoaderScript
     from cp_debug.cli.console import Steps
 
 
@@ -159,7 +159,7 @@ class TensorRTFlags:
 
     def _loader(self) -> LoaderScript | None:
         """The script that was named, read. Raises InputError for one without a function that is known."""
-        from cp_debug.backends.tensorrt.loader_script import LoaderScript
+        from cp_debug.backends.tensorrt.options import LoaderScript
 
         return LoaderScript.open(self.trt_loader) if self.trt_loader is not None else None
 

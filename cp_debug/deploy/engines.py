@@ -19,7 +19,7 @@ from cp_debug.reading import read_json, typed, within
 from cp_debug.recipes.base import Model, Sample
 
 if TYPE_CHECKING:
-    from cp_debug.backends.build_info import BuildInfo
+    from cp_debug.backends.capabilities import BuildInfo
 
 
 MANIFEST = "engines.json"

@@ -127,7 +127,7 @@ def _backend(
         raise InputError(
             f"{description.source}: names no engines of {spec}; expected engines: FOLDER, of `cpdebug build`"
         )
-    from cp_debug.backends.tensorrt.prebuilt import PrebuiltBackend
+    from cp_debug.backends.tensorrt.backend import PrebuiltBackend
 
     builder: Any = create(spec, python=python, on_event=on_event)
     return PrebuiltBackend(builder, check_engines(folder, programs, builder.versions(), spec.name))

@@ -351,7 +351,7 @@ class Deployment:
         engines = self.config.export.mode in ("trt", "both") or (self.engine_dir / MANIFEST).is_file()
         if not engines or backend.spec.name != self.config.engine_backend:
             return backend
-        from cp_debug.backends.tensorrt.prebuilt import PrebuiltBackend
+        from cp_debug.backends.tensorrt.backend import PrebuiltBackend
 
         files = check_engines(self.engine_dir, programs, backend.versions())
         return PrebuiltBackend(backend, files)  # type: ignore[arg-type]

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from cp_debug.backends.arithmetic import BF16, FP16, FP16ACC, INT8, TF32, TF32_CUT, TF32_DECONV, Arithmetic
-from cp_debug.backends.rounding import round_bf16, round_fp16
+from cp_debug.backends.arithmetic import (
+    BF16,
+    FP16,
+    FP16ACC,
+    INT8,
+    TF32,
+    TF32_CUT,
+    TF32_DECONV,
+    Arithmetic,
+    round_bf16,
+    round_fp16,
+)
 from cp_debug.errors import InputError
 
 TILES = (32, 64, 128)

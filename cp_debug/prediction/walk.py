@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cp_debug.backends.arithmetic import FP32, Arithmetic
 from cp_debug.backends.executor import Executor
-from cp_debug.backends.kernels.epilogue import BIAS, fused
+from cp_debug.backends.kernels.fp16_accumulation import BIAS, with_epilogue
 from cp_debug.bisect.masks import beside_masks
 from cp_debug.graph.graph import Graph, Node, data_values
 from cp_debug.graph.qdq import plain_nodes
@@ -181,7 +181,7 @@ class GraphWalk:
         results: Sequence[str],
         inside: dict[str, Any],
     ) -> dict[str, Any]:
-        nodes, biases = fused(self.graph, group.nodes, given) if kernel.fused else (group.nodes, {})
+        nodes, biases = with_epilogue(self.graph, group.nodes, given) if kernel.fused else (group.nodes, {})
         executor, values = self._executors[kernel.name], {**given, **biases}
         results_low = executor.run_nodes(nodes, values, results, inside.__setitem__ if kernel.stored is None else None)
         for node in (n for n in group.nodes if n.name + BIAS in biases):

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cp_debug.backends.base import Backend, Program, RunRecord, Session, Sink, Tensor
-from cp_debug.backends.build_info import BuildInfo
 from cp_debug.backends.capabilities import (
+    BuildInfo,
     FreesMemory,
     build_info_of,
     calibrates_itself,

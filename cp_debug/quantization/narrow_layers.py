@@ -11,11 +11,12 @@ from onnx import TensorProto
 from torch import Tensor
 
 from cp_debug.backends.arithmetic import Arithmetic, narrow_arithmetic
-from cp_debug.backends.codecs import E2M1, E4M3
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.backends.scaling import (
     COLUMNS,
+    E2M1,
+    E4M3,
     FP8_BLOCK,
     KERNEL,
     MX_BLOCK,

@@ -10,10 +10,9 @@ from typing import Any
 from rich.text import Text
 
 from cp_debug.backends.base import RunRecord
-from cp_debug.backends.build_info import BuildInfo
-from cp_debug.backends.compile_options import INDUCTOR
-from cp_debug.backends.tensorrt.inspector import COMPILED
-from cp_debug.backends.tensorrt.tactics import decode
+from cp_debug.backends.capabilities import BuildInfo
+from cp_debug.backends.spec import INDUCTOR
+from cp_debug.backends.tensorrt.inspector import COMPILED, decode
 from cp_debug.bisect.result import LayerRow
 from cp_debug.programs.pipeline import settings_by_component
 from cp_debug.reports.numbers import number

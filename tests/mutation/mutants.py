@@ -51,7 +51,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VERDICT = (
     "cp_debug/bisect/*", "cp_debug/probes/*", "cp_debug/graph/*", "cp_debug/programs/*",
     "cp_debug/backends/kernels/*", "cp_debug/backends/executor*.py", "cp_debug/backends/a*.py",
-    "cp_debug/backends/r*.py", "cp_debug/backends/s*.py", "cp_debug/backends/fp16*.py", "cp_debug/backends/codecs.py",
+    "cp_debug/backends/r*.py", "cp_debug/backends/s*.py", "cp_debug/backends/onnx_definitions.py",
 )  # fmt: skip
 """Modules that a verdict passes through."""
 ELSEWHERE = ("cp_debug/mixed_precision/*", "cp_debug/quantization/*", "cp_debug/deploy/*", "cp_debug/detection/*")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.backends.kernels.contrib import MS
-from cp_debug.backends.kernels.matmul import matmul
+from cp_debug.backends.kernels.products import matmul
 from cp_debug.backends.kernels.registry import Call, kernel
 
 MASKED = -10000.0

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cp_debug.backends.kernels.activation import activation
-from cp_debug.backends.kernels.convolution import conv
-from cp_debug.backends.kernels.matmul import gemm, matmul
+from cp_debug.backends.kernels.elementwise import activation
+from cp_debug.backends.kernels.products import conv, gemm, matmul
 from cp_debug.backends.kernels.registry import Call, kernel
 
 MS = "com.microsoft."

@@ -15,22 +15,29 @@ first layers with 3 channels are equal bit by bit (``docs/gpu/h100-kernels.md``)
 An instruction's products are added one after the other in FP32, beginning with 0, then their sum to the partial sum,
 and that is rounded to FP16: on a CPU by a matrix product an instruction, on an NVIDIA GPU by a kernel for all of them,
 which torch compiles, with the same bits.
+
+The epilogue of these kernels is a change of the nodes that are executed, fitted on TensorRT 8.6 and an H100, element by
+element: a residual is added to the accumulated sum *before* the bias, each addition rounded to FP16, and
+``x · sigmoid(x)`` behind it is rounded once, not twice. Kernels without shared memory add the bias first.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache, lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
+import onnx
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cp_debug.backends.arithmetic import round_fp16
 from cp_debug.backends.kernels.windows import Window
-from cp_debug.backends.rounding import round_fp16
+from cp_debug.graph.graph import Graph, Node
 
 BLOCK = 16
 """Products that one instruction adds."""
@@ -181,7 +188,7 @@ def conv(
     total = vector_instructions(len(starts), channels, vector) if vector else instructions(channels, len(starts), order)
     by_tap = weight.unflatten(0, (groups, -1)).flatten(3).mT.flatten(2)
     result = accumulate(images, by_tap, starts, window.stride, size, total)
-    return add_bias(result.unflatten(0, (-1, groups)).flatten(1, 2), bias)
+    return _add_bias(result.unflatten(0, (-1, groups)).flatten(1, 2), bias)
 
 
 def conv_transpose(
@@ -214,7 +221,7 @@ def conv_transpose(
         found = accumulate(data, by_tap[:, :, places].flatten(2), starts, (1,) * len(size), extent, total)
         where = tuple(slice(p, None, s) for p, s in zip(phase, window.stride, strict=True))
         result[(slice(None), slice(None), *where)] = found
-    return add_bias(result.unflatten(0, (-1, groups)).flatten(1, 2), bias)
+    return _add_bias(result.unflatten(0, (-1, groups)).flatten(1, 2), bias)
 
 
 def matmul(a: Tensor, b: Tensor, order: Order) -> Tensor:
@@ -229,7 +236,7 @@ def matmul(a: Tensor, b: Tensor, order: Order) -> Tensor:
     return result.squeeze(-1) if b.dim() == 1 else result
 
 
-def add_bias(x: Tensor, bias: Tensor | None) -> Tensor:
+def _add_bias(x: Tensor, bias: Tensor | None) -> Tensor:
     """Add a bias (C) to (N, C, *spatial) in FP16."""
     return x if bias is None else round_fp16(x + bias.reshape(-1, *(1,) * (x.dim() - 2)))
 
@@ -285,3 +292,58 @@ def _compiled(index: int) -> Any:
             return torch.cuda._compile_kernel(SOURCE, "fp16_accumulate")
     except Exception:  # of NVRTC or the driver, which this machine may lack
         return None
+
+
+BIAS = "\x1fbias"
+"""Suffix of a convolution's name for its bias as a value of its own."""
+
+
+def with_epilogue(
+    graph: Graph, nodes: Sequence[Node], starts: Collection[str], *, bias_first: bool = False
+) -> tuple[list[Node], Mapping[str, np.ndarray]]:
+    """The nodes in the order of such a kernel, and the biases as further values, [C, 1, …] float32.
+
+    The bias of a Conv whose result is added to one of ``starts`` comes behind the addition, unless ``bias_first``.
+    Other patterns stay as they are.
+    """
+    if bias_first:
+        return _once_rounded(nodes), {}
+    readers: dict[str, list[Node]] = {}
+    for node in nodes:
+        for name in node.inputs:
+            readers.setdefault(name, []).append(node)
+    reordered: list[Node] = []
+    values: dict[str, np.ndarray] = {}
+    behind: dict[str, str] = {}
+    for node in nodes:
+        follower = next(iter(readers.get(node.outputs[0], ())), None)
+        biased = node.op == "Conv" and len(node.inputs) == 3 and node.proto.input[2] in graph.initializers
+        if biased and follower is not None and follower.op == "Add" and set(follower.inputs) & set(starts):
+            name = node.proto.input[2]
+            bias = graph.initializer(name).astype(np.float32)
+            dims = len(graph.weight(node.proto.input[1]).dims) - 2
+            values[node.name + BIAS] = bias.reshape(-1, *(1,) * dims)
+            behind[follower.name] = node.name + BIAS
+            reordered.append(node.changed(node.proto.input[:2]))
+        elif node.name in behind:
+            between = f"{node.outputs[0]}\x1fsum"
+            reordered.append(node.changed(outputs=[between]))
+            proto = onnx.helper.make_node("Add", [between, behind[node.name]], [node.outputs[0]], f"{node.name}{BIAS}")
+            reordered.append(Node.of(-1 - len(reordered), proto))
+        else:
+            reordered.append(node)
+    return _once_rounded(reordered), values
+
+
+def _once_rounded(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes with Sigmoid and the Mul by its own input as one operator."""
+    sigmoids = {node.outputs[0]: node for node in nodes if node.op == "Sigmoid"}
+    replaced: dict[str, Node] = {}
+    absorbed: set[str] = set()
+    for node in nodes:
+        for gate, sigmoid in sigmoids.items():
+            if node.op == "Mul" and set(node.inputs) == {gate, sigmoid.inputs[0]}:
+                proto = onnx.helper.make_node("Swish", [sigmoid.inputs[0]], [node.outputs[0]], node.name)
+                replaced[node.name] = Node.of(node.index, proto)
+                absorbed.add(sigmoid.name)
+    return [replaced.get(node.name, node) for node in nodes if node.name not in absorbed]

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cp_debug.backends.kernels.activation import Activation, activation
-from cp_debug.backends.kernels.matmul import matmul
+from cp_debug.backends.kernels.elementwise import Activation, activation
+from cp_debug.backends.kernels.integer import dynamic_quantize_linear
 from cp_debug.backends.kernels.paired_sums import lost_in_product
-from cp_debug.backends.kernels.quantization import dynamic_quantize_linear
+from cp_debug.backends.kernels.products import matmul
 from cp_debug.backends.kernels.registry import Call, kernel
 
 

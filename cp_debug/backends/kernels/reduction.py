@@ -1,4 +1,4 @@
-"""Reductions, arg-max, top-k and cumulative sums."""
+"""Operators along axes: reductions, arg-max, top-k, cumulative sums, normalizations, Fourier transforms."""
 
 from __future__ import annotations
 
@@ -121,3 +121,102 @@ def hardmax(call: Call, x: Tensor) -> Tensor:
 @kernel("Det")
 def determinant(call: Call, x: Tensor) -> Tensor:
     return torch.linalg.det(x)
+
+
+# In FP16 the parameters stay FP32: TensorRT folds them into one scale and shift when it reads the file, ONNX Runtime's
+# CUDA provider hands them to cuDNN in FP32 (onnxruntime/core/providers/cuda/nn/batch_norm.cc).
+@kernel("BatchNormalization", exact=True)
+def batch_normalization(call: Call, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    if call["training_mode"] or call.outputs > 1 or call["spatial"] == 0:
+        return NotImplemented
+    return functional.batch_norm(x, mean, variance, scale, bias, eps=call["epsilon"])
+
+
+@kernel("InstanceNormalization")
+def instance_normalization(call: Call, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return functional.instance_norm(x, weight=scale, bias=bias, eps=call["epsilon"])
+
+
+@kernel("GroupNormalization")
+def group_normalization(call: Call, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    groups = call["num_groups"]
+    if call.opset < 21:  # one scale a group; later one a channel
+        scale, bias = (p.repeat_interleave(x.shape[1] // groups) for p in (scale, bias))
+    return functional.group_norm(x, groups, scale, bias, call["epsilon"])
+
+
+@kernel("LayerNormalization")
+def layer_normalization(call: Call, x: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor | list[Tensor]:
+    shape = x.shape[call["axis"] :]
+    result = functional.layer_norm(x, shape, eps=call["epsilon"]) * scale
+    result = result if bias is None else result + bias
+    if call.outputs == 1:
+        return result
+    variance, mean = torch.var_mean(x, dim=list(range(-len(shape), 0)), correction=0, keepdim=True)
+    return [result, mean, torch.rsqrt(variance + call["epsilon"])]
+
+
+@kernel("RMSNormalization")
+def rms_normalization(call: Call, x: Tensor, scale: Tensor) -> Tensor:
+    return functional.rms_norm(x, x.shape[call["axis"] :], eps=call["epsilon"]) * scale
+
+
+@kernel("LpNormalization")
+def lp_normalization(call: Call, x: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x, call["p"], dim=call["axis"], keepdim=True)
+    return torch.where(norm == 0, 0, x / norm)
+
+
+@kernel("LRN")
+def local_response_normalization(call: Call, x: Tensor) -> Tensor:
+    size = call["size"]
+    before = (size - 1) // 2
+    squares = functional.pad(x.square().flatten(2), (0, 0, before, size - 1 - before))
+    total = squares.unfold(1, size, 1).sum(-1).reshape(x.shape)
+    return x / (call["bias"] + call["alpha"] / size * total) ** call["beta"]
+
+
+@kernel("MeanVarianceNormalization")
+def mean_variance_normalization(call: Call, x: Tensor) -> Tensor:
+    axes = [a % x.dim() for a in call["axes"]]
+    variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+    return (x - mean) / (variance.sqrt() + 1e-9)
+
+
+@kernel("DFT")
+def dft(call: Call, x: Tensor, length: Tensor | None = None, axis: Tensor | None = None) -> Tensor:
+    """x [B, …, 1 or 2]: real, or real and imaginary parts, in the last axis."""
+    dim = int(axis) if axis is not None else call["axis"] if call.opset < 20 else -2
+    dim %= x.dim()
+    inverse, onesided = bool(call["inverse"]), bool(call["onesided"])
+    whole = 2 * (x.shape[dim] - 1) if inverse and onesided else x.shape[dim]
+    return _transformed(x, int(length) if length is not None else whole, dim, inverse, onesided)
+
+
+@kernel("STFT")
+def stft(
+    call: Call, signal: Tensor, step: Tensor, window: Tensor | None = None, length: Tensor | None = None
+) -> Tensor:
+    """signal [B, N] or [B, N, 1 or 2] → [B, frames, bins, 2]."""
+    if signal.dim() == 2:
+        signal = signal[..., None]
+    size = int(length) if length is not None else signal.shape[1] if window is None else window.shape[0]
+    frames = signal.unfold(1, size, int(step)).movedim(-1, 2)
+    if window is not None:
+        if window.shape[0] < size:
+            return NotImplemented
+        frames = call.arithmetic.round(frames * window[:size, None])
+    return _transformed(frames, size, 2, False, bool(call["onesided"]))
+
+
+def _transformed(x: Tensor, length: int, dim: int, inverse: bool, onesided: bool) -> Tensor:
+    """``x`` is cut, or filled with zeros, to ``length`` along ``dim``; one-sided are bins up to N/2."""
+    signal = torch.complex(x[..., 0], x[..., 1]) if x.shape[-1] == 2 else x[..., 0]
+    if inverse and onesided:
+        return torch.fft.irfft(signal, length, dim)[..., None]
+    if inverse:
+        return torch.view_as_real(torch.fft.ifft(signal, length, dim).resolve_conj())
+    result = torch.fft.fft(signal, length, dim)
+    if onesided:
+        result = result.narrow(dim, 0, length // 2 + 1)
+    return torch.view_as_real(result.resolve_conj())

@@ -13,7 +13,7 @@ import numpy as np
 
 from cp_debug.backends.tensorrt.answers import Ran
 from cp_debug.backends.tensorrt.client import RunnerClient
-from cp_debug.backends.tensorrt.loader_script import LoaderScript
+from cp_debug.backends.tensorrt.options import LoaderScript
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph, fits_shape

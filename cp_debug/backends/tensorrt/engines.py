@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cp_debug.backends.build_info import BuildInfo
+from cp_debug.backends.capabilities import BuildInfo
 from cp_debug.backends.tensorrt import runner
 from cp_debug.backends.tensorrt.answers import Built
 from cp_debug.backends.tensorrt.client import BuildFailed, ParseFailed, RunnerClient

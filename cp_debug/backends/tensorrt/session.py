@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cp_debug.backends.base import Program, Sink
-from cp_debug.backends.build_info import INTERRUPTED, BuildInfo
+from cp_debug.backends.capabilities import INTERRUPTED, BuildInfo
 from cp_debug.backends.tensorrt.calibration import Ranges, calibration, ranges_of, read_cache
 from cp_debug.backends.tensorrt.client import BuildTimedOut, RunnerClient
 from cp_debug.backends.tensorrt.config import decide

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cp_debug.backends.base import Program
-from cp_debug.backends.weights import Weights
+from cp_debug.backends.executor import Weights
 from cp_debug.graph.graph import Node
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.torch_layers import full_path, own_path

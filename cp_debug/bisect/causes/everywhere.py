@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from cp_debug.backends.tensorrt.tactics import Tactic, decode
+from cp_debug.backends.tensorrt.inspector import Tactic, decode
 from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.operators import PRODUCTS

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from cp_debug.backends.arithmetic import ARITHMETICS
-from cp_debug.backends.codecs import E2M1, E4M3, Codec
 from cp_debug.backends.narrow_options import FAMILIES, NarrowOptions, is_narrow
 from cp_debug.backends.scaling import (
     COLUMNS,
+    E2M1,
+    E4M3,
     KERNEL,
     ROWS,
     TRANSPOSED_KERNEL,
     Axes,
+    Codec,
     FixedScaling,
     Scaling,
 )

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.executor import Executor
+from cp_debug.backends.kernels.paired_sums import PAIRED, with_paired_sums
 from cp_debug.bisect.causes.segment import Segment, as_double
-from cp_debug.bisect.paired_nodes import PAIRED, with_paired_sums
 from cp_debug.errors import InputError
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph, Node

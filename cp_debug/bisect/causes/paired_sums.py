@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from cp_debug.backends.kernels.paired_sums import PAIRED, with_paired_sums
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment, as_double
-from cp_debug.bisect.paired_nodes import PAIRED, with_paired_sums
 from cp_debug.errors import InputError
 
 FIX = (

@@ -8,10 +8,19 @@ from typing import Any
 
 import torch
 
-from cp_debug.backends.arithmetic import BF16, FP16, FP16ACC, TF32, TF32_CUT, TF32_DECONV, Arithmetic
-from cp_debug.backends.kernels.epilogue import fused
-from cp_debug.backends.rounding import round_bf16, round_fp16
-from cp_debug.backends.tensorrt.tactics import decode
+from cp_debug.backends.arithmetic import (
+    BF16,
+    FP16,
+    FP16ACC,
+    TF32,
+    TF32_CUT,
+    TF32_DECONV,
+    Arithmetic,
+    round_bf16,
+    round_fp16,
+)
+from cp_debug.backends.kernels.fp16_accumulation import with_epilogue
+from cp_debug.backends.tensorrt.inspector import decode
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
@@ -121,8 +130,8 @@ def _kernels(segment: Segment) -> Iterator[tuple[Arithmetic, Sequence[Node], Map
         named = replace(FP16ACC, tile=told.tile[2], slices=told.slices)
         named = replace(named, split=told.split, split_kernels=told.split_kernels)
         orders = [named, *(order for order in orders if order != named)]
-    nodes, biases = fused(segment.graph, segment.nodes, segment.given)
-    plain, _ = fused(segment.graph, segment.nodes, segment.given, bias_first=True)
+    nodes, biases = with_epilogue(segment.graph, segment.nodes, segment.given)
+    plain, _ = with_epilogue(segment.graph, segment.nodes, segment.given, bias_first=True)
     said = "x·sigmoid(x) rounded once" if len(plain) != len(segment.nodes) else ""
     vectors = [replace(FP16ACC, vector=vector) for vector in VECTORS if _channels(segment) <= FEW]
     for arithmetic in vectors[:1]:  # what takes first layers, so that nothing else is tried for them

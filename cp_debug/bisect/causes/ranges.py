@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cp_debug.backends.arithmetic import ARITHMETICS, FP16
-from cp_debug.backends.rounding import round_fp16
+from cp_debug.backends.arithmetic import ARITHMETICS, FP16, round_fp16
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.precision import OVERFLOWS
 from cp_debug.bisect.causes.segment import Segment, as_double

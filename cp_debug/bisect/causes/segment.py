@@ -15,9 +15,7 @@ from torch import Tensor
 
 from cp_debug.backends.arithmetic import ARITHMETICS, FP64, Arithmetic
 from cp_debug.backends.base import Program
-from cp_debug.backends.executor import Executor
-from cp_debug.backends.memory import Trimmer
-from cp_debug.backends.weights import Weights
+from cp_debug.backends.executor import Executor, Weights
 from cp_debug.bisect.causes.batchnorm_parameters import BatchNorm, batch_norms, folded_batch_norm
 from cp_debug.bisect.causes.fits import halves
 from cp_debug.bisect.file_quantization import FileQuantization
@@ -27,6 +25,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node, refill
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.probes.distance import born_nonfinite
+from cp_debug.probes.held import Trimmer
 from cp_debug.programs.precision import PRECISIONS, Precision
 
 SAME_NUMBER = 0.01

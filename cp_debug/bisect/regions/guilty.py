@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from cp_debug.backends.build_info import INTERRUPTED
-from cp_debug.backends.capabilities import BuildsVariations, build_info_of
+from cp_debug.backends.capabilities import INTERRUPTED, BuildsVariations, build_info_of
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.finding import UNKNOWN, Finding

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cp_debug.backends.arithmetic import ARITHMETICS, FP16, FP16ACC, Arithmetic
+from cp_debug.backends.arithmetic import ARITHMETICS, FP16, FP16ACC, Arithmetic, round_fp16
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import Call
-from cp_debug.backends.rounding import round_fp16
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
