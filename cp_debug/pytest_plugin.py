@@ -93,7 +93,7 @@ def assert_agree(request: pytest.FixtureRequest) -> Callable[..., BisectResult]:
         except AssertionError as error:
             result = getattr(error, "result", None)
             if result is not None and os.environ.get("GITHUB_ACTIONS") == "true":
-                from cp_debug.reports.gates import render_github
+                from cp_debug.reports.files import render_github
                 from cp_debug.reports.saved import SavedResult
 
                 tell((_ANNOTATION, render_github(SavedResult.of(result)).strip()))

@@ -31,9 +31,8 @@ from cp_debug.cli.main import app
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.reports.bundle.case import Case, Piece
-from cp_debug.reports.bundle.make import bundle
+from cp_debug.reports.bundle.make import _complete, bundle
 from cp_debug.reports.bundle.redact import holds_source, redact
-from cp_debug.reports.bundle.write import _complete
 from cp_debug.reports.files import write_json
 from cp_debug.reports.saved import SavedResult
 
@@ -422,7 +421,7 @@ def test_a_folder_whose_name_is_no_text_holds_a_script_that_runs(scaled: Path, t
 
 
 def test_what_a_script_raised_is_told_in_a_line(scaled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cp_debug.reports.bundle.write.repro", lambda *given: "print('begun')\n1 / 0\n")
+    monkeypatch.setattr("cp_debug.reports.bundle.make.repro", lambda *given: "print('begun')\n1 / 0\n")
     with pytest.raises(InputError) as refused:
         bundle(SavedResult.open(scaled), tmp_path / "out")
     assert str(refused.value).endswith("It said:\nbegun\nZeroDivisionError: division by zero")
@@ -431,7 +430,7 @@ def test_what_a_script_raised_is_told_in_a_line(scaled: Path, tmp_path: Path, mo
 def test_a_script_that_shows_nothing_leaves_nothing(
     scaled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cp_debug.reports.bundle.write._limit", lambda output, backend: 1.0)
+    monkeypatch.setattr("cp_debug.reports.bundle.make._limit", lambda output, backend: 1.0)
     with pytest.raises(InputError, match=r"(?s)does not show the fault.*relative L2"):
         bundle(SavedResult.open(scaled), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

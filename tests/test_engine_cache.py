@@ -30,7 +30,7 @@ from cp_debug.cli.plain_steps import FASTER, Builds
 from cp_debug.errors import InputError
 from cp_debug.files import key_of
 from cp_debug.graph.graph import Graph
-from cp_debug.reports.engines import engine_lines
+from cp_debug.reports.tables import engine_lines
 from cp_debug.store import Store, cache_folder, fill
 
 

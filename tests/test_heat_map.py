@@ -9,7 +9,7 @@ import zlib
 
 import pytest
 
-from cp_debug.reports.png import LEVELS
+from cp_debug.reports.svg import LEVELS
 from cp_debug.reports.sweep import by_reason, render, render_page, strips
 from cp_debug.serialize import decode, encode
 from cp_debug.sweep.bisecting import MAP_COLUMNS, MAP_LAYERS, BisectGroup, HeatMap

@@ -29,7 +29,7 @@ from cp_debug.programs.export import export
 from cp_debug.programs.openvino_ir import ir_program
 from cp_debug.recipes.onnx_file import OnnxFileModel
 from cp_debug.recipes.torch_callable import TorchModel
-from cp_debug.reports.optimizer_blame import render_optimizer_blame
+from cp_debug.reports.tables import render_optimizer_blame
 
 pytestmark = needs("openvino")
 SPEC = BackendSpec("openvino")

@@ -13,7 +13,7 @@ from test_cli import run
 from torch import nn
 
 import cp_debug
-from cp_debug.reports.gates import render_github, render_junit
+from cp_debug.reports.files import render_github, render_junit
 from cp_debug.reports.saved import SavedResult
 from cp_debug.reports.verdict_line import verdict_line
 from cp_debug.reports.verification import render_junit as verification_junit

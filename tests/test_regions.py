@@ -32,8 +32,8 @@ from cp_debug.bisect.regions.region import Region, region_of
 from cp_debug.bisect.result import BisectResult, TestResult
 from cp_debug.graph.graph import Graph
 from cp_debug.reports.causes import lines
-from cp_debug.reports.engines import kernels
 from cp_debug.reports.saved import SavedResult
+from cp_debug.reports.tables import kernels
 
 BLOCKS = 2
 X = np.random.default_rng(5).standard_normal((1, 6, 8)).astype(np.float32)

@@ -35,19 +35,17 @@ from cp_debug.detection.changes import GAINED, KEPT, LOST, MOVED_BOX, changes
 from cp_debug.errors import CpdebugError, InputError, MissingPackage
 from cp_debug.programs.scene import DecodedBoxes, SavedScene, keep_scene
 from cp_debug.recipes.base import Sample
-from cp_debug.reports import finite
 from cp_debug.reports.evidence import charts, chosen_rows, evidence, worst_elements
-from cp_debug.reports.files import csv_text, layer_frame, write_json
-from cp_debug.reports.gates import render_github, render_junit
+from cp_debug.reports.files import csv_text, layer_frame, render_github, render_junit, write_json
 from cp_debug.reports.growth import growth_chart, stage_spans
 from cp_debug.reports.markdown import render_markdown
 from cp_debug.reports.matrix import matrix, shown, told_before, tone
 from cp_debug.reports.page import render_page
-from cp_debug.reports.png import opacity_png
 from cp_debug.reports.saved import SavedResult
 from cp_debug.reports.sheet_terminal import Terminal
-from cp_debug.reports.svg import Scale
+from cp_debug.reports.svg import Scale, opacity_png
 from cp_debug.reports.tables import layer_table
+from cp_debug.reports.verdict_line import layer_verdict
 
 EVIL = '<script>alert(1)</script>"&|`\n'
 FINDING = {
@@ -514,7 +512,7 @@ def test_a_layer_that_makes_inf_says_so_wherever_its_verdict_stands(saved: Saved
     came_in = replace(first.rows[i + 1], verdict="inherited", stats=replace(stats, inf_test=0, nan_test=2))
     rows = [*first.rows[:i], made, came_in, *first.rows[i + 2 :]]
     test = replace(first, rows=rows)
-    assert finite.verdict(made) == "guilty: 18 Inf"
+    assert layer_verdict(made) == "guilty: 18 Inf"
     line = matrix([test, second])[i]
     assert shown(line.rows[0]) == "✗ Inf"
     assert (shown(came_in), tone(came_in)) == ("NaN", "gained")

@@ -26,7 +26,7 @@ from cp_debug.bisect.engine import bisect
 from cp_debug.bisect.result import TestResult
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.graph import Graph
-from cp_debug.reports.engines import engine_lines
+from cp_debug.reports.tables import engine_lines
 
 VERSIONS = ("8.6.0", "10.3.0", "10.12.0.36", "11.4.0")
 X = np.random.default_rng(3).standard_normal((1, 3, 8, 8)).astype(np.float32)

@@ -18,7 +18,7 @@ from cp_debug.backends.tensorrt.inspector import (
     with_split,
 )
 from cp_debug.bisect.causes.everywhere import orders
-from cp_debug.reports.engines import kernel, sums
+from cp_debug.reports.tables import kernel, sums
 
 CONV = "sm80_xmma_fprop_implicit_gemm_{}_nhwckrsc_nhwc_tilesize128x128x64_stage4_warpsize2x2x1_g1_tensor16x8x16"
 HALF = "Channel major FP16 format where channel % 8 == 0"

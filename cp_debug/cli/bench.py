@@ -48,7 +48,7 @@ def bench(
     from cp_debug.deploy.config import override
     from cp_debug.deploy.stages import Deployment, configured
     from cp_debug.errors import InputError
-    from cp_debug.reports.bench import latency_table
+    from cp_debug.reports.deployment import latency_table
     from cp_debug.reports.sheet_terminal import Terminal
 
     with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:

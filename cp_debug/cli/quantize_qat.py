@@ -71,7 +71,7 @@ def qat(
     )
     from cp_debug.recipes.data.base import DataOptions
     from cp_debug.recipes.registry import load_model
-    from cp_debug.reports.qat import render
+    from cp_debug.reports.quantization import render_qat
 
     refuse(("steps",), unless=epochs is None, why="--epochs sets how long it trains")
     scenes_only = data is None and val_data is None
@@ -99,4 +99,4 @@ def qat(
             on_step=on_step,
         )
         save_ptq_model(modules, output)
-    show_document(render(result, early_stop.value, output), result.to_dict(), json)
+    show_document(render_qat(result, early_stop.value, output), result.to_dict(), json)

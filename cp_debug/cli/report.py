@@ -59,7 +59,7 @@ def report(
 
         write_page(saved, paths[0], charts or ())
     elif kind is Format.onnx:
-        from cp_debug.reports.annotate import write_annotated
+        from cp_debug.reports.files import write_annotated
 
         paths = write_annotated(saved, paths[0])
     elif kind is Format.parquet:
@@ -71,7 +71,7 @@ def report(
 
         write_text(render_markdown(saved), output)
     else:
-        from cp_debug.reports.gates import render_github, render_junit
+        from cp_debug.reports.files import render_github, render_junit
 
         write_text(render_junit(saved) if kind is Format.junit else render_github(saved), output)
     for path in paths:

@@ -8,8 +8,7 @@ import numpy as np
 
 from cp_debug.detection.changes import GAINED, KEPT, LOST, MOVED_BOX, BoxChange, changes
 from cp_debug.programs.scene import DecodedBoxes, SavedScene
-from cp_debug.reports.png import opacity_png
-from cp_debug.reports.svg import Canvas, Scale
+from cp_debug.reports.svg import Canvas, Scale, opacity_png
 
 SIZE, PIXELS = 720, 420
 LEFT, BOTTOM = 58, 46

@@ -1,4 +1,4 @@
-"""Results of a deployment, in a terminal and as one HTML page."""
+"""Results of a deployment, in a terminal and as one HTML page; latency and memory of its backends."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.text import Text
 
+from cp_debug.deploy.bench import WHOLE, BackendBench
 from cp_debug.deploy.exporting import Exported
 from cp_debug.deploy.runner import StageRecord
 from cp_debug.files import write_text
@@ -56,7 +57,7 @@ def stage_table(records: Sequence[StageRecord]) -> Sheet:
     return Sheet(columns, rows, ruled=True)
 
 
-def files_table(components: Sequence[Mapping[str, Any]]) -> Sheet:
+def _files_table(components: Sequence[Mapping[str, Any]]) -> Sheet:
     """A row for each exported file, from the document of the stage ``export``."""
     columns = (
         Column("file", "name"),
@@ -82,7 +83,7 @@ def files_table(components: Sequence[Mapping[str, Any]]) -> Sheet:
     return Sheet(columns, rows, "Files")
 
 
-def output_table(scenario: Mapping[str, Any]) -> Sheet:
+def _output_table(scenario: Mapping[str, Any]) -> Sheet:
     """A row for each output of a scenario, from the document of the stage ``verify``."""
     columns = (
         Column("tensor", "name"),
@@ -110,7 +111,7 @@ def output_table(scenario: Mapping[str, Any]) -> Sheet:
     return Sheet(columns, rows, title)
 
 
-def metric_table(backends: Sequence[Mapping[str, Any]]) -> Sheet:
+def _metric_table(backends: Sequence[Mapping[str, Any]]) -> Sheet:
     """A row for each metric, a column for each backend, from the document of the stage ``evaluate``."""
     columns = [Column(each["backend"] + (" (emulated)" if each["emulated"] else ""), "number") for each in backends]
     rows = []
@@ -131,9 +132,38 @@ def write_summary(records: Sequence[StageRecord], title: str, command: str, targ
         title=title,
         records=records,
         passed=all(record.passed for record in records),
-        files=files_table(documents.get("export", {}).get("components", [])),
-        scenarios=[(each, output_table(each)) for each in documents.get("verify", {}).get("scenarios", [])],
-        metrics=metric_table(documents.get("evaluate", {}).get("backends", [])),
+        files=_files_table(documents.get("export", {}).get("components", [])),
+        scenarios=[(each, _output_table(each)) for each in documents.get("verify", {}).get("scenarios", [])],
+        metrics=_metric_table(documents.get("evaluate", {}).get("backends", [])),
         command=command,
     )
     write_text(page, target)
+
+
+def latency_table(results: Sequence[BackendBench], title: str) -> Sheet:
+    """All backends in one table, a block each."""
+    columns = (
+        Column("backend", "name"),
+        Column("part", "name"),
+        Column("mean ms", "number", show=_milliseconds),
+        Column("p50", "number", leave_out=3, show=_milliseconds),
+        Column("p95", "number", leave_out=2, show=_milliseconds),
+        Column("p99", "number", leave_out=4, show=_milliseconds),
+        Column("× reference", "number", leave_out=1, show=lambda ratio: f"{ratio:.2f}"),
+        Column("memory MiB", "number", leave_out=5, show=lambda size: f"{size:.0f}"),
+    )
+    reference = {latency.part: latency.figures()["mean"] for latency in results[0].parts}
+    rows = []
+    for result in results:
+        name = f"{result.backend.spec} (emulated)" if result.backend.emulated else result.backend.spec
+        for place, latency in enumerate(result.parts):
+            figures, last = latency.figures(), latency.part == WHOLE
+            base = reference.get(latency.part)
+            ratio = figures["mean"] / base if base else ""
+            values = ["" if place else name, latency.part, *figures.values(), ratio]
+            rows.append(Row([*values, result.memory_mib if last else ""], "strong" if last else "", ends=last))
+    return Sheet(columns, rows, title, ruled=True)
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.2f}"

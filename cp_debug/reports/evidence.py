@@ -13,9 +13,8 @@ from cp_debug.errors import CpdebugError
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.capture import Capture
 from cp_debug.programs.precision import PRECISIONS
-from cp_debug.reports.png import opacity_png
 from cp_debug.reports.saved import SavedResult
-from cp_debug.reports.svg import Canvas, Scale, decades
+from cp_debug.reports.svg import Canvas, Scale, decades, opacity_png
 
 MOST_GUILTY, MOST_OTHERS = 8, 3
 """Guilty layers shown, the most excessive first; without a guilty one, layers of the highest excess."""

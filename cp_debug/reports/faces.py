@@ -17,7 +17,6 @@ from cp_debug.reports import (
     evaluation,
     import_dump,
     mixed_precision,
-    notebook,
     page,
     prediction,
     quantization,
@@ -27,7 +26,7 @@ from cp_debug.reports import (
     verification,
 )
 
-register(BisectResult, tables.render, notebook.render_notebook, summary.summary, page.write_result)
+register(BisectResult, tables.render, summary.render_notebook, summary.summary, page.write_result)
 register(MixedPrecisionResult, mixed_precision.render)
 register(Prediction, prediction.render)
 register(ResultDiff, result_diff.render, page=result_diff.write_page)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from itertools import accumulate, groupby, pairwise
 
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow, TestResult
-from cp_debug.reports.finite import not_finite
 from cp_debug.reports.numbers import number
 from cp_debug.reports.svg import Canvas, Scale, decades
+from cp_debug.reports.verdict_line import not_finite
 
 WIDTH, HEIGHT = 1040, 440
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 104, 46

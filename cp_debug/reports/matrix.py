@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.result import DIVERGENT, GUILTY, SHAPE, LayerRow, TestResult
-from cp_debug.reports.finite import side_by_side
 from cp_debug.reports.numbers import number
+from cp_debug.reports.verdict_line import side_by_side
 
 MOST_LAYERS = 400
 """Layers that the matrix shows: accused ones first, then those of the highest excess."""

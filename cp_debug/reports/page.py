@@ -18,10 +18,8 @@ from cp_debug.bisect.result import BisectResult, LayerRow, TestResult
 from cp_debug.detection.changes import MOVED_BOX
 from cp_debug.errors import InputError
 from cp_debug.files import write_text
-from cp_debug.reports import finite
 from cp_debug.reports.birdseye import SceneView, birdseye
 from cp_debug.reports.causes import lines
-from cp_debug.reports.engines import kernels
 from cp_debug.reports.evidence import Evidence, chosen_rows, evidence, layer_evidence
 from cp_debug.reports.glossary import GLOSSARY, anchor
 from cp_debug.reports.growth import growth_chart, overview
@@ -32,8 +30,8 @@ from cp_debug.reports.saved import SavedResult
 from cp_debug.reports.sheet import Cell, Column, Row, Sheet
 from cp_debug.reports.sheet_markup import breakable, table_html
 from cp_debug.reports.svg import Canvas
-from cp_debug.reports.tables import stage_table, weight_lines
-from cp_debug.reports.verdict_line import verdict_line
+from cp_debug.reports.tables import kernels, stage_table, weight_lines
+from cp_debug.reports.verdict_line import layer_verdict, not_finite, verdict_line
 from cp_debug.safe_text import page
 from cp_debug.version import __version__
 
@@ -58,7 +56,7 @@ class BackendSection:
     @property
     def strange(self) -> bool:
         """Whether a layer is not finite."""
-        return any(map(finite.not_finite, self.test.rows))
+        return any(map(not_finite, self.test.rows))
 
     @property
     def charted(self) -> set[tuple[str, str]]:
@@ -133,7 +131,7 @@ def rendered(name: str, /, **values: Any) -> str:
         "overview": overview,
         "tone": tone,
         "shown": shown,
-        "verdict": finite.verdict,
+        "verdict": layer_verdict,
         "told_before": told_before,
     }
     jinja.globals |= {"changes_table": changes_table, "stage_table": stage_table, "worst_table": worst_table}

@@ -1,9 +1,10 @@
-"""A quantized model in a terminal: INT8, and FP8, a block-scaled type or INT4."""
+"""A quantized model in a terminal: INT8, and FP8, a block-scaled type or INT4; and how fine-tuning went."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -11,6 +12,7 @@ from rich.text import Text
 from cp_debug.deploy.quantize_narrow import NarrowResult
 from cp_debug.deploy.quantize_output import PtqResult
 from cp_debug.quantization.checkpoint import FILE
+from cp_debug.quantization.qat import QatResult
 from cp_debug.quantization.record import QuantizerRow
 from cp_debug.reports.numbers import fixed, number
 from cp_debug.reports.sheet import Cell, Column, Row, Sheet
@@ -96,7 +98,7 @@ def render(result: PtqResult) -> Iterator[RenderableType]:
                 f"{len(component.scales.layers)} layers, {len(component.scales.residual_adds)} residual additions"
             )
         yield Text()
-    yield from sqnr_table(result.sqnr)
+    yield from _sqnr_table(result.sqnr)
     yield Text(
         f"{result.method}, calibrated on {result.calibrated_on}; SQNR: INT8 against FP32 on {result.measured_on}"
     )
@@ -118,7 +120,7 @@ def render_narrow(result: NarrowResult) -> Iterator[RenderableType]:
         yield Text(text)
         for layer, why in component.left_out.items():
             yield Text(f"  {layer}: {why}", style="dim")
-    yield from sqnr_table(result.sqnr)
+    yield from _sqnr_table(result.sqnr)
     how = f"{result.method}, calibrated on {result.calibrated_on}" if result.method else "no scale is calibrated"
     yield Text(f"{how}; SQNR: {result.precision} against FP32 on {result.measured_on}")
     for note in result.notes:
@@ -127,7 +129,7 @@ def render_narrow(result: NarrowResult) -> Iterator[RenderableType]:
         yield Text(str(file), style="bold")
 
 
-def sqnr_table(sqnr: Mapping[str, float]) -> Iterator[RenderableType]:
+def _sqnr_table(sqnr: Mapping[str, float]) -> Iterator[RenderableType]:
     """A row for each output, with its SQNR where there is one."""
     columns = (Column("output", "name"), Column("SQNR", "number", unit="dB", show=lambda value: fixed(value, 1)))
     measured = {name: None if math.isnan(value) else value for name, value in sqnr.items()}
@@ -141,3 +143,32 @@ def _amax(row: QuantizerRow) -> str:
     if isinstance(row.amax, tuple):
         return f"{number(row.amax[0])} … {number(row.amax[1])}"
     return number(row.amax)
+
+
+ENDED = {
+    "steps": "all steps done",
+    "patience": "stopped early: nothing better any more",
+    "interrupted": "interrupted; --resume goes on",
+}
+
+
+def render_qat(result: QatResult, criterion: str, output: Path) -> Iterator[RenderableType]:
+    """Every validation, the best one marked, and the file written."""
+    best, value = result.best
+    columns = (
+        Column("step", "number", show=str),
+        Column("training loss", "number", show=lambda loss: fixed(loss)),
+        Column(f"held-out {criterion}", "number", show=lambda value: fixed(_shown(value, criterion))),
+    )
+    rows = [Row(values, "strong" if values[0] == best else "") for values in result.history]
+    yield Terminal(Sheet(columns, rows, ruled=True))
+    start = _shown(result.history[0][2], criterion)
+    yield Text(
+        f"{ENDED[result.ended]}; held-out {criterion} {fixed(start)} → {fixed(_shown(value, criterion))} at step {best}"
+    )
+    yield Text(str(output), style="bold")
+
+
+def _shown(value: float, criterion: str) -> float:
+    """mAP is minimized as its negative."""
+    return -value if criterion == "map" else value

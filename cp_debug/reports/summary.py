@@ -1,12 +1,15 @@
-"""A result in a few lines of plain text: what ``print`` shows, and what a failed test says."""
+"""A result in short: plain text, which ``print`` and failed tests show, and a notebook, in its own style."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from markupsafe import Markup
+
 from cp_debug.bisect.result import BisectResult, TestResult
 from cp_debug.reports.causes import lines
-from cp_debug.reports.tables import weight_lines
+from cp_debug.reports.sheet_markup import table_notebook
+from cp_debug.reports.tables import short_layer_table, weight_lines
 from cp_debug.reports.verdict_line import verdict_line
 from cp_debug.safe_text import amount, one_line
 
@@ -70,3 +73,15 @@ def _test(test: TestResult, findings: int = MOST_FINDINGS) -> Iterator[str]:
         yield f"  and {amount(more, 'more finding')}"
     if test.detections is not None:
         yield f"  detections: {test.detections}"
+
+
+def render_notebook(result: BisectResult) -> str:
+    """HTML of a verdict for each test backend; one that does not agree has its findings and a small table, too."""
+    title = Markup("<p><b>{}</b>, reference {}</p>").format(result.subject, result.reference.spec)
+    return str(title + Markup("").join(_test_in_notebook(test) for test in result.tests))
+
+
+def _test_in_notebook(test: TestResult) -> Markup:
+    told = [Markup("<p><b>{}</b><br/>{}</p>").format(f.headline, f.fix) for f in test.findings[:MOST_FINDINGS]]
+    table = Markup("") if test.agrees else table_notebook(short_layer_table(test))
+    return Markup("<p>{}</p>{}{}").format(verdict_line(test).plain, Markup("").join(told), table)

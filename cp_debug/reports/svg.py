@@ -1,11 +1,18 @@
-"""Charts as inline SVG: scales, ticks and a canvas. Colours are CSS classes, so that a page can be light or dark."""
+"""Charts as inline SVG: scales, ticks and a canvas; and pictures of quantized data as small PNGs.
+
+Colours are CSS classes, and pictures one colour whose opacity is the value, so that a page can be light or dark.
+"""
 
 from __future__ import annotations
 
+import base64
 import math
+import struct
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from markupsafe import Markup, escape
 
 
@@ -48,7 +55,7 @@ def decades(values: Iterable[float]) -> tuple[float, float]:
     return 10.0**low, 10.0 ** max(high, low + 1)
 
 
-def tick_label(value: float, log: bool = False) -> Markup:
+def _tick_label(value: float, log: bool = False) -> Markup:
     """``10⁻³`` with a raised exponent on log axes, else as short as it stays exact."""
     if not log:
         return escape(f"{value:.4g}".replace("-", "−"))
@@ -128,7 +135,7 @@ class Canvas:
         factor, name = _shared_factor(y, y_label)
         for value in y.ticks():
             self.line(x.start, y(value), x.end, y(value), "grid")
-            self.text(x.start - 6, y(value) + 4, tick_label(value / factor, y.log), "tick end")
+            self.text(x.start - 6, y(value) + 4, _tick_label(value / factor, y.log), "tick end")
         self.x_axis(x, y.start, x_label, ticks=x_ticks)
         self.text(x.start - 52, (y.start + y.end) / 2, name, "name middle", turn=-90)
 
@@ -136,7 +143,7 @@ class Canvas:
         """Add a horizontal axis with its ticks and name."""
         for value in x.ticks() if ticks else ():
             self.line(x(value), bottom, x(value), bottom + 4, "axis")
-            self.text(x(value), bottom + 17, tick_label(value, x.log), "tick middle")
+            self.text(x(value), bottom + 17, _tick_label(value, x.log), "tick middle")
         self.line(x.start, bottom, x.end, bottom, "axis")
         self.text((x.start + x.end) / 2, bottom + 34, label, "name middle")
 
@@ -147,11 +154,11 @@ class Canvas:
 def _shared_factor(scale: Scale, name: str) -> tuple[float, Markup]:
     """The power of ten that the labels of a linear axis are divided by, and the axis' name with it: labels such as
     ``1.5e-08`` would not fit beside the name."""
-    longest = max((len(tick_label(value)) for value in scale.ticks()), default=0)
+    longest = max((len(_tick_label(value)) for value in scale.ticks()), default=0)
     if scale.log or longest <= _LONGEST_LABEL:
         return 1.0, escape(name)
     power = math.floor(math.log10(max(map(abs, scale.ticks()))))
-    return 10.0**power, Markup("{} × {}").format(name, tick_label(10.0**power, log=True))
+    return 10.0**power, Markup("{} × {}").format(name, _tick_label(10.0**power, log=True))
 
 
 _LONGEST_LABEL = 5
@@ -163,3 +170,23 @@ def standalone(canvas: Canvas, css: Markup) -> str:
     head, _, body = canvas.__html__().partition(">")
     head = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
     return str(Markup("{}><style>{}</style>{}").format(Markup(head), css, Markup(body)))
+
+
+LEVELS = 32
+
+
+def opacity_png(values: np.ndarray, colour: tuple[int, int, int]) -> str:
+    """A PNG as a data URI. ``values`` [H, W] in 0 … 1 (NaN is 0); 0 is transparent, 1 is opaque ``colour``."""
+    height, width = values.shape
+    levels = np.rint(np.clip(np.nan_to_num(values), 0, 1) * (LEVELS - 1)).astype(np.uint8)
+    rows = np.pad(levels, ((0, 0), (1, 0)))  # every row starts with its filter type, 0
+    opacity = np.linspace(0, 255, LEVELS).astype(np.uint8).tobytes()
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
+        (b"PLTE", bytes(colour) * LEVELS),
+        (b"tRNS", opacity),
+        (b"IDAT", zlib.compress(rows.tobytes(), 9)),
+        (b"IEND", b""),
+    )
+    chunks = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts)
+    return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(chunks)).decode()

@@ -18,9 +18,9 @@ from cp_debug.files import write_text
 from cp_debug.reports.evaluation import difference, summary_table
 from cp_debug.reports.numbers import fixed, number
 from cp_debug.reports.page import rendered
-from cp_debug.reports.png import opacity_png
 from cp_debug.reports.sheet import Column, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
+from cp_debug.reports.svg import opacity_png
 from cp_debug.safe_text import some
 from cp_debug.sweep.ablating import AblationGroup, AblationRow, PartCounts
 from cp_debug.sweep.bisecting import BisectGroup, HeatMap, LayerSpread

@@ -1,15 +1,20 @@
-"""A result in a terminal: what ran, the stages, the ranked layers, and the verdict."""
+"""A result in a terminal: what ran, in which engines, the stages, the ranked layers, the optimizer, the verdict."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
 from cp_debug.backends.base import RunRecord
+from cp_debug.backends.capabilities import BuildInfo
+from cp_debug.backends.spec import INDUCTOR
+from cp_debug.backends.tensorrt.inspector import COMPILED, decode
 from cp_debug.bisect.replayed import EXCESS
 from cp_debug.bisect.result import (
     DIVERGENT,
@@ -22,15 +27,126 @@ from cp_debug.bisect.result import (
     StageRow,
     TestResult,
 )
-from cp_debug.reports import finite
+from cp_debug.programs.pipeline import settings_by_component
 from cp_debug.reports.causes import findings
-from cp_debug.reports.engines import engine_lines, kernels
 from cp_debug.reports.numbers import number, shape_of, share
-from cp_debug.reports.optimizer_blame import render_optimizer_blame
 from cp_debug.reports.sheet import Cell, Column, Row, Sheet, Tone
 from cp_debug.reports.sheet_terminal import Terminal
-from cp_debug.reports.verdict_line import headline, setting_text, verdict_line
+from cp_debug.reports.verdict_line import headline, layer_verdict, setting_text, unless_nothing, verdict_line
 from cp_debug.safe_text import amount
+
+if TYPE_CHECKING:
+    from cp_debug.bisect.optimizer_blame import OptimizerBlame, Rewrite
+
+
+SHOWN = 4
+"""Rewritten places shown for each optimizer; the JSON has all."""
+
+
+def render_optimizer_blame(blame: OptimizerBlame) -> Iterator[RenderableType]:
+    """One line of verdict; with responsible optimizers, a table of their effects."""
+    runs = f"{blame.runs} runs"
+    if blame.level is None:
+        yield Text(f"optimizer: its final outputs are those of the unoptimized program ({runs})", "green")
+        return
+    size = number(blame.difference_with)
+    if not blame.responsible:
+        yield Text(
+            f"optimizer: final outputs differ by {size} (rel. L2), whatever is disabled of "
+            f"{', '.join(blame.active)} ({runs})",
+            "yellow",
+        )
+        return
+    names = ", ".join(culprit.optimizer for culprit in blame.responsible)
+    remaining = number(blame.difference_without)
+    begins = " " if blame.level == "all" and blame.fix else f"; the difference begins at level {blame.level} "
+    yield Text.assemble(
+        (f"optimizer: {names}", "bold yellow"),
+        f": final outputs differ by {size} (rel. L2) from the unoptimized program's, by {remaining} when disabled"
+        f"{begins}({runs})",
+    )
+    rows = []
+    for culprit in blame.responsible:
+        places = [_place(rewrite) for rewrite in culprit.rewrites[:SHOWN]]
+        if len(culprit.rewrites) > SHOWN:
+            places.append(f"… and {len(culprit.rewrites) - SHOWN} more")
+        rows.append((culprit.optimizer, culprit.difference, tuple(places)))
+    columns = (Column("optimizer", "name"), Column("rel. L2 alone", "number"), Column("rewrites"))
+    if any(culprit.rewrites for culprit in blame.responsible):
+        yield Terminal(Sheet(columns, rows))
+    names_told = [culprit.optimizer for culprit in blame.responsible]
+    yield Text(f"fix: {blame.fix or f'InferenceSession(…, disabled_optimizers={names_told})'}")
+
+
+def _place(rewrite: Rewrite) -> str:
+    return f"{' + '.join(rewrite.original)} → {' + '.join(rewrite.operators)}"
+
+
+_KINDS = {"fp16acc": "sum in FP16", "fp16": "FP16 with sums in FP32", "bf16": "BF16 with sums in FP32"}
+_KINDS |= {name: name.upper() for name in ("fp32", "tf32", "int8")}
+
+
+def engine_lines(record: RunRecord) -> Iterator[Text]:
+    """One line for each component that ran as a TensorRT engine."""
+    for component, settings in settings_by_component(record.settings).items():
+        if (info := BuildInfo.of_settings(settings)) is None:
+            continue
+        shares = ", ".join(f"{dtype} {share:.0%}" for dtype, share in info.realised_precision.items())
+        nothing = "" if info.realised else f"no layer runs in {record.precision}"
+        parts = [f"{info.regime}ly typed", nothing, shares, f"built in {info.build_seconds['plain']:.1f} s"]
+        if info.run_seconds is not None and info.observer_gap is not None and info.rebuild_floor is not None:
+            parts.append(f"runs in {1e3 * info.run_seconds:.3g} ms")
+            parts.append(f"observer gap {number(info.observer_gap)}, rebuild floor {number(info.rebuild_floor)}")
+        left_alone = f"{len(info.unmarked)} values not shown, because that would change it" if info.unmarked else ""
+        parts += ["engine taken from the cache" if info.cached else "", info.stopped or "", left_alone]
+        parts.append(sums(info.layers))
+        about = "; ".join(filter(None, parts))
+        yield Text(f"engine{f' of {component}' if component else ''}: {about}", style="dim")
+
+
+def sums(layers: Iterable[Mapping[str, Any]]) -> str:
+    """Arithmetics of an engine's products by their kernels' names, ``products: 57 sum in FP16, 4 FP32``; empty where no
+    layer tells.
+
+    ``layers``: as ``BuildInfo.layers``. Regions of several operators name no kernel and are counted apart.
+    """
+    found = [layer for layer in layers if isinstance(layer, Mapping)]  # a saved result may hold anything
+    tactics = [decode(str(layer.get("tactic") or "")) for layer in found]
+    counts = Counter(tactic.arithmetic for tactic in tactics if tactic.arithmetic)
+    told = [f"{count} {_KINDS.get(name, name)}" for name, count in counts.most_common()]
+    if split := sum(tactic.split > 1 for tactic in tactics):
+        told.append(f"{split} of them with a split sum")
+    if silent := sum(layer.get("kind") in COMPILED for layer in found):
+        told.append(f"{silent} region{'s' * (silent > 1)} without kernel names")
+    return f"products: {', '.join(told)}" if told else ""
+
+
+def kernels(row: LayerRow) -> str:
+    """What computed a row: its kernel, or for a region of several layers what they compute in: ``40 fp16acc, 4 fp32``.
+
+    Empty where nothing tells.
+    """
+    found = sorted(row.region.kernels.items(), key=lambda item: -item[1]) if row.region else ()
+    return ", ".join(f"{count} {name}" for name, count in found) or kernel(row.tactic)
+
+
+def kernel(tactic: str) -> str:
+    """A kernel's arithmetic and the depth of its tile, as far as its name tells: ``fp16acc/64``, ``fp32 winograd``.
+
+    ``fp16acc/64÷2`` shares each tile between two partial sums, ``fp16acc/64 split 7`` gives the tiles to 7 in turn
+    (split-K), ``fp16acc/v8`` loads vectors of 8 channels. Inductor's and OpenVINO's kernels have names of
+    their own.
+    """
+    if tactic.startswith(INDUCTOR) or re.fullmatch(r"\w+:\w+", tactic):
+        return tactic
+    tactic_parts = decode(tactic)
+    text = tactic_parts.arithmetic or ""
+    if tactic_parts.arithmetic == "fp16acc" and tactic_parts.tile:
+        depth = f"v{tactic_parts.vector}" if tactic_parts.vector else str(tactic_parts.tile[2])
+        text += f"/{depth}" + (f"÷{tactic_parts.slices}" if tactic_parts.slices > 1 else "")
+        text += f" split {tactic_parts.split}" if tactic_parts.split > 1 else ""
+    return f"{text} winograd".strip() if tactic_parts.winograd else text
+
 
 TONES: dict[str, Tone] = {OK: "good", INHERITED: "note", DIVERGENT: "bad", GUILTY: "worst", SHAPE: "worst"}
 SETTINGS = {
@@ -69,7 +185,7 @@ def render(
     whole = [show_all or not layers or not test.agrees for test in result.tests]
     if any(whole):
         yield from map(headline, result.tests)
-        yield Terminal(backends_table(records))
+        yield Terminal(_backends_table(records))
     else:
         yield Text(" against ".join(", ".join(map(_in_words, each)) for each in (records[:1], records[1:])))
     yield from _coverage(result.coverage)
@@ -125,7 +241,7 @@ def weight_lines(result: BisectResult) -> list[str]:
     return [f"weights{several * f' of {name}'}: {of.get('says', '')}" for name, of in result.weights.items()]
 
 
-def backends_table(records: Sequence[RunRecord]) -> Sheet:
+def _backends_table(records: Sequence[RunRecord]) -> Sheet:
     """Spec, precision, device, versions and the settings that can change numbers."""
     rows = []
     for index, record in enumerate(records):
@@ -157,7 +273,7 @@ def stage_table(test: TestResult, *, show_all: bool = False) -> Sheet:
             _compared(stage.layer, "max_abs"),
             _compared(stage.layer, "mean_abs"),
             _compared(stage.layer, "rel_l2"),
-            Cell(finite.unless_nothing(stage.layer, stage.verdict), TONES[stage.verdict], stage.verdict),
+            Cell(unless_nothing(stage.layer, stage.verdict), TONES[stage.verdict], stage.verdict),
         )
         for name, stage in (((s.name, s) for s in test.stages) if show_all else _few_stages(test))
     ]
@@ -189,7 +305,7 @@ _LAYER_COLUMNS: dict[str, tuple[Column, Callable[[LayerRow], Any]]] = {
         Column("share", "number", leave_out=1, show=str),
         lambda row: "" if row.share is None else share(row.share),
     ),
-    "verdict": (Column("verdict", "mark"), lambda row: Cell(finite.verdict(row), TONES[row.verdict])),
+    "verdict": (Column("verdict", "mark"), lambda row: Cell(layer_verdict(row), TONES[row.verdict])),
 }
 """Column → (how it is shown, its value) for a layer, in the order in which columns are shown."""
 _SHORT = ("#", "layer", "op", "max |Δ|", "rel. L2", "introduced", "expected", "excess", "share")
@@ -208,7 +324,7 @@ def layer_table(test: TestResult, *, show_all: bool = False) -> Sheet:
     if not any(row.op for row in test.rows):  # captures tell none
         without.add("op")
     place = {row.index: position for position, row in enumerate(test.rows)}
-    shown = test.rows if show_all else layers_shown(test)
+    shown = test.rows if show_all else _layers_shown(test)
     columns, cells = _layers(shown, [name for name in _LAYER_COLUMNS if name not in without])
     rows: list[Row] = []
     previous: int | None = None
@@ -222,9 +338,9 @@ def layer_table(test: TestResult, *, show_all: bool = False) -> Sheet:
 
 def short_layer_table(test: TestResult) -> Sheet:
     """The layers that a terminal shows, in fewer columns."""
-    shown = layers_shown(test)
+    shown = _layers_shown(test)
     columns, cells = _layers(shown, _SHORT)
-    rows = [[*values, finite.verdict(row)] for row, values in zip(shown, cells, strict=True)]
+    rows = [[*values, layer_verdict(row)] for row, values in zip(shown, cells, strict=True)]
     return Sheet([*columns, Column("verdict", "mark")], rows)
 
 
@@ -253,7 +369,7 @@ def _scale(row: LayerRow) -> tuple[str, str]:
     return number(row.replay.step), f"{100 * (row.replay.clipped or 0.0):.2g}%"
 
 
-def layers_shown(test: TestResult) -> list[LayerRow]:
+def _layers_shown(test: TestResult) -> list[LayerRow]:
     """The layers around the first divergent one, every guilty one, and those that make much of the final divergence;
     else the few that concern most."""
     first = test.first_divergent
@@ -270,7 +386,7 @@ def layers_shown(test: TestResult) -> list[LayerRow]:
 
 
 def _selection(test: TestResult, rest: str) -> str:
-    shown, total = len(layers_shown(test)), len(test.rows)
+    shown, total = len(_layers_shown(test)), len(test.rows)
     if shown == total:
         return "the one layer" if total == 1 else f"all {total} layers"
     first = test.first_divergent

@@ -12,7 +12,7 @@ from cp_debug.deploy.verify import ScenarioResult, VerifyResult, culprits, reaso
 from cp_debug.probes.distance import ratio
 from cp_debug.programs.precision import coarsest
 from cp_debug.reports.causes import findings
-from cp_debug.reports.gates import junit
+from cp_debug.reports.files import junit
 from cp_debug.reports.numbers import number
 from cp_debug.reports.sheet import Column, Row, Sheet
 from cp_debug.reports.sheet_terminal import Terminal

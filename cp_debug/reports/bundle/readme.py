@@ -12,8 +12,7 @@ import onnx
 
 from cp_debug.bisect.finding import UNKNOWN
 from cp_debug.bisect.replayed import Replay
-from cp_debug.reports.bundle.accused import Accused
-from cp_debug.reports.bundle.case import Case
+from cp_debug.reports.bundle.case import Accused, Case
 from cp_debug.reports.bundle.verify import Measured
 from cp_debug.reports.numbers import number, shape_of, share
 from cp_debug.safe_text import code_span, markdown

@@ -23,8 +23,7 @@ from cp_debug.errors import InputError
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.programs.precision import PRECISIONS
-from cp_debug.reports.bundle.accused import Accused
-from cp_debug.reports.bundle.case import Case
+from cp_debug.reports.bundle.case import Accused, Case
 
 
 @dataclass(frozen=True)
