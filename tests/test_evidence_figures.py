@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from cp_debug.bisect.causes import fits
-from cp_debug.bisect.causes.everywhere import in_words, orders
 from cp_debug.bisect.causes.fits import PER_PARAMETER, cross_fit, halves
-from cp_debug.bisect.causes.where import locate
+from cp_debug.bisect.causes.where import in_words, locate, orders
 from cp_debug.bisect.finding import Element, Finding, Where
 from cp_debug.reports.evidence import worst_elements
 

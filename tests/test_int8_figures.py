@@ -18,11 +18,11 @@ from cp_debug.backends.executor import Executor
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.file_weights import is_narrow_kind
-from cp_debug.bisect.int8_notes import both_int8
 from cp_debug.bisect.quantized_segment import QuantizerGrid, balanced
 from cp_debug.bisect.replay import Replayer
 from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.scale_replay import SCALE_MARGINS, ScaleReplay
+from cp_debug.bisect.standards import both_int8
 from cp_debug.graph.graph import Graph
 from cp_debug.programs.precision import BESIDE_INT8
 

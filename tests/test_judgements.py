@@ -15,14 +15,14 @@ from nets import NetBuilder, node_of
 from cp_debug.backends.arithmetic import FP64
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect import perturbation
-from cp_debug.bisect.int8_notes import int8_notes
+from cp_debug.bisect.assemble import Collected, both_inexact, observation_notes
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.perturbation import DRAWS, FEW, doubt
 from cp_debug.bisect.remainder import _rounding, not_replayed, remainder
 from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.result import LayerRow, Remainder, check_not_empty, has_no_elements
+from cp_debug.bisect.standards import int8_notes
 from cp_debug.bisect.verdict import Judgement, judge, oracle_is_alone
-from cp_debug.bisect.worst_samples import Collected, both_inexact, observation_notes
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.statistics import TensorStats, compare

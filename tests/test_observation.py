@@ -17,7 +17,7 @@ from nets import NetBuilder
 from cp_debug.backends.base import Program, Sink, Tensor
 from cp_debug.backends.capabilities import BuildInfo
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.bisect import worst_samples
+from cp_debug.bisect import assemble
 from cp_debug.bisect.observe import Observation, gap, observe
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.capture import Capture, CaptureWriter
@@ -213,7 +213,7 @@ def test_notes_of_an_observation() -> None:
     def notes(kind: Any, **fields: Any) -> list[str]:
         return list(kind("ort", observation(**fields), draws=False))
 
-    gap, noise = worst_samples._gap, worst_samples._noise
+    gap, noise = assemble._gap, assemble._noise
     assert notes(gap, observer_gap=0.2, noise_floor=0.1)[0].startswith("observer gap 0.2: with probes ort runs")
     assert notes(gap, observer_gap=0.1, noise_floor=0.1) == []
     assert list(gap("ort", observation(observer_gap=0.2), draws=True)) == []
@@ -223,5 +223,5 @@ def test_notes_of_an_observation() -> None:
     assert "it is not deterministic" in notes(noise, first_unsteady="conv", repeats=False)[0]
     assert "draws random numbers" in next(iter(noise("ort", observation(first_unsteady="c"), draws=True)))
     assert notes(noise) == []
-    assert worst_samples._standing_out(observation(observer_gap=0.3, noise_floor=0.1)) == (pytest.approx(0.2), 0.1)
-    assert worst_samples._standing_out(observation(observer_gap=0.1, noise_floor=0.3)) == (0, 0.3)
+    assert assemble._standing_out(observation(observer_gap=0.3, noise_floor=0.1)) == (pytest.approx(0.2), 0.1)
+    assert assemble._standing_out(observation(observer_gap=0.1, noise_floor=0.3)) == (0, 0.3)

@@ -15,12 +15,10 @@ from torch import nn
 from cp_debug.api.diagnose import diagnose
 from cp_debug.backends.arithmetic import ARITHMETICS, FP64
 from cp_debug.backends.executor import Executor
-from cp_debug.bisect.consequences import difference, matters
-from cp_debug.bisect.range_loss import storage_loss
+from cp_debug.bisect.range_loss import difference, matters, storage_loss
 from cp_debug.bisect.replay import SUSPICIOUS, Replayer
 from cp_debug.bisect.replayed import EXCESS, Replay
-from cp_debug.bisect.sides import without_emulation
-from cp_debug.bisect.verdict import Judgement
+from cp_debug.bisect.verdict import Judgement, without_emulation
 from cp_debug.graph.graph import Graph
 from cp_debug.programs.precision import PRECISIONS
 

@@ -18,14 +18,13 @@ from cp_debug.backends.base import Program, RunRecord
 from cp_debug.backends.scaling import E4M3
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect import assemble, candidate_run
+from cp_debug.bisect.assemble import Collected
 from cp_debug.bisect.candidate_run import CandidateRun
-from cp_debug.bisect.int8_notes import int8_notes
 from cp_debug.bisect.options import Options
-from cp_debug.bisect.quantization_scheme import Levels
+from cp_debug.bisect.quantized_segment import Levels
 from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.result import BisectResult, LayerRow, Remainder, StageRow, TestResult
-from cp_debug.bisect.standards import tolerance
-from cp_debug.bisect.worst_samples import Collected
+from cp_debug.bisect.standards import int8_notes, tolerance
 from cp_debug.graph.control_flow import ControlFlow
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.statistics import compare
@@ -207,7 +206,7 @@ def test_a_backend_without_integer_kernels_is_told_where_no_component_has_any(mo
     reference: Any = SimpleNamespace(
         backend=SimpleNamespace(precision="fp32", spec="torch", emulated=False), programs=[]
     )
-    monkeypatch.setattr("cp_debug.bisect.int8_notes.integer_kernels_of", lambda session: session)
+    monkeypatch.setattr("cp_debug.bisect.standards.integer_kernels_of", lambda session: session)
     for counts, told in (((0, 0), True), ((0, 3), False), ((None,), False), ((), False)):
         sessions = {str(i): count for i, count in enumerate(counts)}
         pipeline: Any = SimpleNamespace(backend=backend, programs=[], sessions=sessions)

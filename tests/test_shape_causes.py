@@ -14,7 +14,7 @@ from onnx import numpy_helper, parser
 
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import GUILTY, INHERITED
-from cp_debug.bisect.sides import _OWN_INPUTS, counts_told
+from cp_debug.bisect.verdict import _OWN_INPUTS, counts_told
 
 WEIGHTS = {
     "w": np.random.default_rng(0).standard_normal((6, 4, 5)).astype(np.float32),

@@ -17,7 +17,7 @@ from cp_debug.backends.tensorrt.inspector import (
     realised_precision,
     with_split,
 )
-from cp_debug.bisect.causes.everywhere import orders
+from cp_debug.bisect.causes.where import orders
 from cp_debug.reports.tables import kernel, sums
 
 CONV = "sm80_xmma_fprop_implicit_gemm_{}_nhwckrsc_nhwc_tilesize128x128x64_stage4_warpsize2x2x1_g1_tensor16x8x16"

@@ -32,8 +32,7 @@ from cp_debug.bisect.regions.region import Region, region_of
 from cp_debug.bisect.replay import Load, Replayer
 from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import DIVERGENT, OK, LayerRow
-from cp_debug.bisect.sides import judged, trace_shapes, without_emulation
-from cp_debug.bisect.verdict import is_within, judge
+from cp_debug.bisect.verdict import is_within, judge, judged, trace_shapes, without_emulation
 from cp_debug.errors import InputError
 from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.exporter_notes import source_lines

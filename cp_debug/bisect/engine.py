@@ -13,15 +13,13 @@ from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.capabilities import HasRemarks
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
-from cp_debug.bisect.assemble import coverage_of, result_of, saved_name
+from cp_debug.bisect.assemble import coverage_of, observation_notes, result_of, saved_name
 from cp_debug.bisect.both_sides import BothSides, Preparation, Side
 from cp_debug.bisect.candidate_run import CandidateRun
-from cp_debug.bisect.int8_notes import int8_notes
 from cp_debug.bisect.one_sample import SampleRuns
 from cp_debug.bisect.options import DEFAULT_OPTIONS, OnStep, Options, Rewrite, StepCounter, has_knobs
 from cp_debug.bisect.result import BisectResult, TestResult
-from cp_debug.bisect.standards import doubles_note, oracle, oracle_device, tolerance
-from cp_debug.bisect.worst_samples import observation_notes
+from cp_debug.bisect.standards import doubles_note, int8_notes, oracle, oracle_device, tolerance
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, digest_of
 from cp_debug.graph.randomness import drawing
@@ -223,8 +221,7 @@ class Bisection:
         return results
 
     def _blame_optimizers(self, sample: Sample, taken: SampleRuns) -> None:
-        from cp_debug.bisect.compiler_blame import blame_compiler
-        from cp_debug.bisect.optimizer_blame import blame_optimizers, blame_properties
+        from cp_debug.bisect.optimizer_blame import blame_compiler, blame_optimizers, blame_properties
 
         blames: dict[str, Any] = {"ort": blame_optimizers, "openvino": blame_properties, "torch": blame_compiler}
 

@@ -21,17 +21,21 @@ from cp_debug.backends.arithmetic import INT8
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor, Weights
 from cp_debug.backends.kernels.paired_sums import PAIRED, with_paired_sums
-from cp_debug.bisect.bias_steps import StoredBias, bias_step, rounded_bias, stored_bias
 from cp_debug.bisect.file_weights import product_of, stored_codes
-from cp_debug.bisect.quantization_scheme import Levels, Scheme
 from cp_debug.bisect.quantized_segment import (
     BITS,
     CODECS,
     SIGNED,
     EmulatedSegment,
+    Levels,
     QuantizerGrid,
+    Scheme,
+    StoredBias,
     all_values,
+    bias_step,
     constant_grid,
+    rounded_bias,
+    stored_bias,
 )
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node, readers

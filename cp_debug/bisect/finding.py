@@ -70,7 +70,7 @@ class Finding(JsonForm):
     effect: Effect = field(default_factory=Effect)
     fix: str = ""
     inside: dict[str, Any] | None = None
-    """For a region: the findings about its inside (``cp_debug.bisect.regions.learnt.Descent``)."""
+    """For a region: the findings about its inside (``cp_debug.bisect.regions.descent.Descent``)."""
 
     def __repr__(self) -> str:
         return f"<Finding {self.cause}: {self.headline}>"

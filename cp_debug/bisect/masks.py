@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.precision import OVERFLOWS
-from cp_debug.bisect.consequences import FURTHEST, matters
+from cp_debug.bisect.range_loss import FURTHEST, matters
 from cp_debug.bisect.replay import Load, Replayer
 from cp_debug.bisect.replayed import EXCESS
 from cp_debug.bisect.result import DIVERGENT, GUILTY, INHERITED, LayerRow

@@ -1,9 +1,16 @@
-"""Grids of quantized numbers: what lies on one and what it cuts off; what a segment gives with the best of them."""
+"""Grids of quantized numbers: their kinds, what lies on one and what it cuts off; what a segment gives with the best.
+
+Biases of 32 bits have steps of their own. Integer kernels add the bias to sums of products of levels, so that its scale
+is the data's times the weights'. Where the data's is large, as for a value that was zero in calibration, the bias is
+coarse, and nobody could choose better.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +20,8 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor, Weights
 from cp_debug.backends.scaling import E2M1, E4M3, E5M2, Codec
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.integer_values import constant_type
+from cp_debug.graph.integer_values import constant_type, is_constant
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.qdq import LEVELS
 
 BITS = {2: 8, 3: 8, 4: 16, 5: 16, 21: 4, 22: 4, 25: 2, 26: 2, 6: 32, 17: 8, 18: 8, 19: 8, 20: 8, 23: 4}
@@ -168,3 +176,170 @@ def balanced(error: Tensor, exact: Tensor, axis: int) -> float:
     alive = size > DEAD * size.max()
     relative = (wrong[alive] / size[alive]).sort(descending=True).values
     return float(relative[: -(-len(relative) // 4)].square().mean().sqrt()) if len(relative) else 0.0
+
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Kind of a grid for numbers: how many levels, whether zero is in the middle, one scale or one a channel."""
+
+    bits: int = 8
+    symmetric: bool = False
+    channels: bool = False
+    block: int = 0
+    """Number of elements of the reduced axis that share a scale; 0: all."""
+    block_axis: int | None = None
+    """Axis that blocks lie along, where the file says it; None: the reduced one of a weight."""
+    codec: Codec | None = None
+    """Floating-point type of the levels; None: whole numbers."""
+    order: Tensor | None = field(default=None, compare=False)
+    """Place of each slice of the block axis in a sequence of whole blocks; None: blocks lie in order."""
+
+    def applied(
+        self,
+        tensor: Tensor,
+        axis: int | None,
+        scale_margin: float = 1.0,
+        least: Range = (0.0, 0.0),
+        like: AnyTensor | None = None,
+    ) -> Tensor:
+        """``tensor`` with the best scales of this kind for it, ``scale_margin`` times as large.
+
+        ``least`` is a range that they cover in any case, ``axis`` the channels'. ``like``: a tensor of any shape that
+        one scale is the best for in place of ``tensor``, whose shape and dtype stay.
+        """
+        along = self.block_axis
+        if along is None or not -tensor.dim() <= along < tensor.dim():
+            along = -1 if axis == 0 or tensor.dim() > 2 else 0
+        if self.block and (tensor.dim() > 1 or along == self.block_axis):
+            rows = tensor.movedim(along, -1)
+            order = None if self.order is None else self.order.to(rows.device)
+            if order is not None and len(order) == rows.shape[-1]:
+                size = int(order.max()) + 1
+                padded = rows.new_zeros((*rows.shape[:-1], size + -size % self.block))
+                padded[..., order] = rows
+            else:
+                order, padded = None, torch.nn.functional.pad(rows, (0, -rows.shape[-1] % self.block))
+            blocks = padded.unflatten(-1, (-1, self.block))
+            rounded = self._on(blocks, [-1], scale_margin, (0.0, 0.0), None).flatten(-2)
+            kept = rounded[..., : rows.shape[-1]] if order is None else rounded[..., order]
+            return kept.movedim(-1, along)
+        reduced = [d for d in range(tensor.dim()) if d != axis] if self.channels and axis is not None else None
+        return self._on(tensor, reduced, scale_margin, least, like if reduced is None else None)
+
+    def _on(
+        self, tensor: Tensor, reduced: list[int] | None, scale_margin: float, least: Range, like: AnyTensor | None
+    ) -> Tensor:
+        if not tensor.numel():
+            return tensor
+        like = tensor if like is None else torch.as_tensor(like).to(tensor)
+        finite = torch.where(like.isfinite(), like, 0)  # Inf is cut off, NaN has no place on a grid
+        ends = (finite.amin, finite.amax) if reduced != [] else ()
+        low, high = (end(reduced or (), keepdim=bool(reduced)) for end in ends) if ends else (finite, finite)
+        low, high = low.clamp(max=least[0]), high.clamp(min=least[1])
+        if self.codec is not None:
+            largest = torch.maximum(low.abs(), high.abs()) * scale_margin
+            step = torch.where(largest > 0, largest / self.codec.largest, torch.ones_like(largest))
+            return self.codec(tensor / step) * step
+        if self.symmetric:
+            high = torch.maximum(low.abs(), high.abs())
+            low = -high
+        low, high = low.clamp(max=0) * scale_margin, high.clamp(min=0) * scale_margin
+        count = 2**self.bits - 1 - self.symmetric
+        step = (high - low) / count
+        step = torch.where(step > 0, step, torch.ones_like(step))
+        zero = torch.zeros_like(step) if self.symmetric else torch.round(-low / step)
+        bottom = -(count // 2) if self.symmetric else 0
+        return (torch.round(tensor / step) + zero).clamp(bottom, bottom + count).sub(zero) * step
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Quantization by the nodes between two of the parent's values. None: not at all."""
+
+    data: Levels | None = None
+    weights: Levels | None = None
+    result: Levels | None = None
+    grid: QuantizerGrid | None = None
+    """Grid of the data, where its scale is constant."""
+    bias_step: Tensor | None = None
+    """Step of a bias of 32 bits, one number or one for each channel: the scale of the data times those of the weights,
+    as every integer kernel has it, float64. None for a bias that is not rounded, or on another scale."""
+
+    def __bool__(self) -> bool:
+        return any((self.data, self.weights, self.result))
+
+
+BIAS_PLACE = {"QLinearConv": 8, "QGemm": 6}
+"""Operator that reads levels → place of its bias, in levels of the data's scale times the weights'."""
+ON_SCALE = 0.01
+"""Relative difference up to which the scale of a bias is that of data times weights."""
+
+
+def bias_step(graph: Graph, constants: Weights, node: Node, *, rounds_floats: bool) -> Tensor | None:
+    """The step of a product's bias, float64, one number or one for each channel: the data's scale times the weights'.
+
+    None for a node that rounds no bias, and for one on another scale. ``rounds_floats``: the backend rounds biases that
+    the file left in FP32, as ONNX Runtime's optimizer WeightBiasQuantization does.
+    """
+    inputs = [*node.proto.input, *[""] * 9]
+    op = node.op.removeprefix("com.microsoft.")
+    if op in BIAS_PLACE:
+        return _product(constants, inputs[1], inputs[4]) if inputs[BIAS_PLACE[op]] else None
+    made_by = [graph.producer.get(name) for name in inputs[:3]]
+    data, weights, bias = (n if n is not None and n.op == "DequantizeLinear" else None for n in made_by)
+    if op not in PRODUCTS or data is None or weights is None or not inputs[2]:
+        return None
+    product = _product(constants, data.proto.input[1], weights.proto.input[1])
+    if bias is None:
+        return product if rounds_floats and is_constant(graph, inputs[2]) else None
+    stated = _product(constants, bias.proto.input[1])
+    if product is None or stated is None or product.numel() not in (1, stated.numel()):
+        return None
+    return product if torch.allclose(stated, product, rtol=ON_SCALE, atol=0) else None
+
+
+class StoredBias(NamedTuple):
+    """A bias as a quantized file holds it: levels [channels] and their scale, one or one for each channel; float64."""
+
+    levels: Tensor
+    scale: Tensor
+
+
+def stored_bias(graph: Graph, constants: Weights, node: Node) -> StoredBias | None:
+    """The constant bias of a product of a quantized file, in levels; None where it has none or computes it."""
+    inputs = [*node.proto.input, *[""] * 9]
+    op = node.op.removeprefix("com.microsoft.")
+    if op in BIAS_PLACE:
+        levels, scale = inputs[BIAS_PLACE[op]], _product(constants, inputs[1], inputs[4])
+    else:
+        made_by = graph.producer.get(inputs[2]) if op in PRODUCTS else None
+        if made_by is None or made_by.op != "DequantizeLinear":
+            return None
+        levels, scale = made_by.proto.input[0], _product(constants, made_by.proto.input[1])
+    if scale is None or not levels or not constants.holds(levels) or (numbers := constants.numbers(levels)) is None:
+        return None
+    return StoredBias(numbers.double().flatten(), scale)
+
+
+def rounded_bias(executor: Executor, node: Node, values: Mapping[str, AnyTensor], step: Tensor) -> dict[str, Tensor]:
+    """The constant bias of a product on whole steps, [channels], by its name.
+
+    Empty without one, or where steps do not fit.
+    """
+    name = node.proto.input[2] if node.op in PRODUCTS and len(node.proto.input) > 2 else ""
+    if not name or name in values or not is_constant(executor.graph, name):
+        return {}
+    bias = torch.as_tensor(executor.run_nodes([], values, [name])[name])
+    if step.numel() not in (1, bias.shape[-1] if bias.dim() else 1):
+        return {}
+    return {name: ((bias.double() / step).round() * step).to(bias.dtype)}
+
+
+def _product(constants: Weights, *scales: str) -> Tensor | None:
+    """The product of constant scales, float64, one number or one for each channel; None where one is computed."""
+    numbers = [constants.numbers(name) for name in scales if constants.holds(name)]
+    known = [n.double().flatten() for n in numbers if n is not None]
+    return math.prod(known[1:], start=known[0]) if len(known) == len(scales) else None

@@ -1,24 +1,35 @@
-"""Divergence of outputs that no layer is guilty of: does the rounding add up to it?
+"""Divergence that no layer is guilty of: does the rounding add up to it, and which whole numbers did it flip?
 
 The divergence is what all layers introduced, carried to the end. That holds where every node was replayed; and it is
 rounding where the declared precision, emulated over the whole network, makes about as much.
+
+Flips are whole numbers that come out otherwise because of a rounding in front of them, which have no derivative.
+Indices, comparisons, casts to integers, Floor and Round do what they must with what they read; which of the values in
+front was rounded across the border is the event that a reader wants to know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.replayed import Replay
-from cp_debug.bisect.result import Remainder
+from cp_debug.bisect.result import GUILTY, INHERITED, LayerRow, Remainder
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.probes import distance
+from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.held import CapturedRun
+from cp_debug.probes.statistics_reduce import is_whole
 from cp_debug.programs.pipeline import Key
 from cp_debug.programs.walk import tensors_as_arrays, walk
 from cp_debug.recipes.base import Arrays, Component, Sample
+from cp_debug.safe_text import amount, in_digits, some
 
 
 def remainder(
@@ -81,3 +92,110 @@ def _rounding(run: CandidateRun, sample: Sample) -> float | None:
 def apart(a: Arrays, b: Arrays) -> float:
     """The worst output's relative L2 distance; infinite where shapes differ, or where NaN or Inf is on one side."""
     return max((distance.apart(a[name], theirs) for name, theirs in b.items() if name in a), default=0.0)
+
+
+ROUNDING = {"Ceil", "Floor", "Round", "Sign", "Trunc"}
+"""Operators whose results are whole numbers held as floats."""
+EVENTS = 8
+"""Events that are told."""
+MOST = 3
+"""Layers that are named behind one event."""
+ITS_OWN = 0.5
+"""Part of a value's divergence from which its layer's own rounding has made it."""
+
+
+@dataclass
+class Flip:
+    """A layer whose rounding, or whose ties, make whole numbers flip, though all do what they must."""
+
+    maker: Key
+    says: str
+    """How many of the first layer that flips."""
+    first: Key | None = None
+    """That layer; None for ties."""
+    behind: list[str] = field(default_factory=list)
+    """Names of further layers that flip for that reason."""
+
+
+def flips(
+    run: CandidateRun,
+    rows: Mapping[Key, LayerRow],
+    reference: CapturedRun,
+    test: CapturedRun,
+    tied: Mapping[Key, str],
+) -> list[Flip]:
+    """Each layer whose rounding makes whole numbers flip.
+
+    ``tied``: layers where ties are broken differently, with the words for it: what flips behind one is told with it.
+    """
+    found: dict[Key, Flip] = {}
+    of_ties = {key: Flip(key, f"{rows[key].name} ({rows[key].op}): {says}") for key, says in tied.items()}
+    for key, row in rows.items():
+        if key in tied or row.verdict != INHERITED or row.kind != "data" or row.replay is None:
+            continue
+        replayer = run.replayer(key.component, test)
+        if key.value in replayer.levels:
+            continue  # of a quantizer, whose steps are its precision
+        ours, theirs = (as_numpy(c.load(key.value, component=key.component)) for c in (reference, test))
+        if not (is_whole(ours) or row.op in ROUNDING) or ours.shape != theirs.shape:
+            continue
+        places = np.argwhere(ours != theirs)
+        graph, known = replayer.graph, replayer.known
+        front = _front(graph, known, rows, key)
+        if not len(places) or front is None:
+            continue
+        itself = ((row.replay.introduced or 0.0) >= ITS_OWN * row.stats.rel_l2) and row.stats.rel_l2 > 0
+        made_by = key if itself else _maker(graph, known, rows, front, tied)
+        if made_by in found or made_by in of_ties:
+            (found | of_ties)[made_by].behind.append(row.name)
+            continue
+        if (rows[made_by].stats.is_whole and not itself) or rows[made_by].verdict == GUILTY:
+            continue  # wrong, not rounded
+        says = f"{row.name} ({row.op}): {len(places)} of {ours.size} results flip, first at {places[0].tolist()}"
+        value, near = rows[front], Key(front.component, front.value)
+        pair = [as_numpy(c.load(near.value, component=near.component)) for c in (reference, test)]
+        if pair[0].shape == pair[1].shape == ours.shape:
+            exact, rounded = (float(a[tuple(places[0])]) for a in pair)
+            said = [in_digits(rounded), in_digits(exact)]
+            if rounded != exact and said[0] == said[1]:
+                said = [f"{rounded:.9g}", f"{exact:.9g}"]
+            says += f", where {value.name} ({value.op}) is {said[0]}" + f" for {said[1]}" * (rounded != exact)
+        maker = rows[made_by]
+        precision = ((maker.replay and maker.replay.precision) or run.precision.name).upper()
+        by = "its own steps are rounded" if itself else f"{maker.name} ({maker.op}) rounded it"
+        says += f"; {by} in {precision}"
+        found[made_by] = Flip(made_by, says, key)
+    return [*found.values(), *of_ties.values()]
+
+
+def flips_told(found: Sequence[Flip]) -> Iterator[str]:
+    """A sentence for each of the first flips, and how many more there are."""
+    for flip in found[:EVENTS]:
+        verb = "differ" if len(flip.behind) > 1 else "differs"
+        yield flip.says + (f"; for that reason {some(flip.behind, MOST)} {verb}, too" if flip.behind else "")
+    if (more := len(found) - EVENTS) > 0:
+        yield f"{amount(more, 'more rounding')} {'makes' if more == 1 else 'make'} whole numbers flip"
+
+
+def _front(graph: Graph, known: set[str], rows: Mapping[Key, LayerRow], key: Key) -> Key | None:
+    """The value in front of ``key`` that differs most, by relative L2; None where none does."""
+    if key.value not in graph.producer:
+        return None
+    try:
+        _, starts = graph.segment([key.value], known)
+    except (InputError, KeyError):
+        return None
+    read = [Key(key.component, name) for name in starts]
+    differing = [k for k in read if k in rows and rows[k].stats.rel_l2 > 0]
+    return max(differing, key=lambda k: rows[k].stats.rel_l2, default=None)
+
+
+def _maker(graph: Graph, known: set[str], rows: Mapping[Key, LayerRow], key: Key, tied: Collection[Key]) -> Key:
+    """The layer whose own rounding made most of the divergence of ``key``, or whose ties: itself, or one in front."""
+    while True:
+        row = rows[key]
+        own = (row.replay and row.replay.introduced) or 0.0
+        front = _front(graph, known, rows, key)
+        if key in tied or own >= ITS_OWN * row.stats.rel_l2 or front is None:
+            return key
+        key = front

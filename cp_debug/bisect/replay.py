@@ -25,15 +25,13 @@ from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
 from cp_debug.bisect.backward import ERRORS, kept_as
-from cp_debug.bisect.consequences import difference, matters
-from cp_debug.bisect.declared_int8 import int8_activations
 from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.narrow_variants import departures, spread
 from cp_debug.bisect.perturbation import between_levels, doubt
 from cp_debug.bisect.quantized_segment import EmulatedSegment
-from cp_debug.bisect.range_loss import RangeLoss
+from cp_debug.bisect.range_loss import RangeLoss, difference, matters
 from cp_debug.bisect.replayed import ASKED, EXCESS, Replay
-from cp_debug.bisect.scale_replay import ScaleReplay
+from cp_debug.bisect.scale_replay import ScaleReplay, int8_activations
 from cp_debug.bisect.whole_numbers import as_tensor, instead
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node

@@ -72,28 +72,13 @@ CAUSES: list[Cause] = []
 """Families in the order in which they are asked; of equally simple explanations the first is taken."""
 
 
-BY_NODE = (
-    "batchnorm",
-    "batchnorm_pairing",
-    "fitted_weights",
-    "operands",
-    "operators",
-    "quantized",
-    "schema",
-    "single_numbers",
-    "tried_weights",
-)
-"""The modules whose families change one node after the other."""
-APPROXIMATE = ("narrow", "precision", "quantized", "ranges", "scales")
-"""The modules whose families emulate arithmetic that differs from kernel to kernel."""
-
-
-def cause(*, costly: bool = False, structural: bool = False) -> Callable[[Emulate], Emulate]:
-    """Decorator that registers a family of causes; ``costly`` ones are tried where nothing cheap explains a layer."""
+def cause(
+    *, costly: bool = False, structural: bool = False, by_node: bool = False, approximate: bool = False
+) -> Callable[[Emulate], Emulate]:
+    """Decorator that registers a family of causes, with the fields of ``Cause``."""
 
     def register(emulate: Emulate) -> Emulate:
-        module = emulate.__module__.rpartition(".")[2]
-        CAUSES.append(Cause(emulate, costly, structural, module in BY_NODE, module in APPROXIMATE))
+        CAUSES.append(Cause(emulate, costly, structural, by_node, approximate))
         return emulate
 
     return register

@@ -14,9 +14,9 @@ from cp_debug.bisect.causes.search import Explanation
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.causes.where import locate
 from cp_debug.bisect.finding import Effect, Finding
-from cp_debug.bisect.flips import Flip
 from cp_debug.bisect.kept import COUNTS, HELPS, KeepTrials, gave, in_words
 from cp_debug.bisect.kept import MOST as NAMED
+from cp_debug.bisect.remainder import Flip
 from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.bisect.shares import NOT_LINEAR
 from cp_debug.errors import InputError

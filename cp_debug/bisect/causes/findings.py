@@ -13,9 +13,8 @@ from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes import declared
 from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause
-from cp_debug.bisect.causes.batchnorm_pairing import in_words as pairs_in_words
+from cp_debug.bisect.causes.batchnorm import in_words as pairs_in_words
 from cp_debug.bisect.causes.effects import Effects
-from cp_debug.bisect.causes.everywhere import counted, in_words, orders
 from cp_debug.bisect.causes.graphs import GraphReader
 from cp_debug.bisect.causes.narrow import departure
 from cp_debug.bisect.causes.narrow_costs import costs
@@ -23,11 +22,11 @@ from cp_debug.bisect.causes.precision import PROMOTED
 from cp_debug.bisect.causes.ranges import RESCALE
 from cp_debug.bisect.causes.search import ENOUGH, Explanation, accepted, explain
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
-from cp_debug.bisect.causes.where import locate
+from cp_debug.bisect.causes.where import counted, in_words, locate, orders
 from cp_debug.bisect.finding import UNKNOWN, Finding, Where
-from cp_debug.bisect.flips import Flip
 from cp_debug.bisect.kept import KeepTrials, gave
 from cp_debug.bisect.observe import Observation
+from cp_debug.bisect.remainder import Flip
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.graph.graph import downstream

@@ -40,7 +40,7 @@ FIX = "compare the weights of {layers} in both programs: layout, checkpoint, fol
 _DAMAGED = "compare the weights of {layers} in both programs: a damaged file, a bit flip"
 
 
-@cause(costly=True, structural=True)
+@cause(costly=True, structural=True, by_node=True)
 def fitted(segment: Segment) -> Iterator[Candidate]:
     """Candidates: what happened to the constants of the last node, and other constants without a name, by a fit."""
     if not segment.nodes or not segment.introduced:
@@ -78,7 +78,7 @@ def _nearest(segment: Segment, own: Tensor, estimate: FittedConstants, place: in
             yield guesses[i]
 
 
-@cause(costly=True)
+@cause(costly=True, by_node=True)
 def single_weights(segment: Segment) -> Iterator[Candidate]:
     """Candidate: one to three weights of one to three output channels are others."""
     node = segment.nodes[-1] if segment.nodes else None

@@ -16,8 +16,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import Candidate, Cause
 from cp_debug.bisect.causes.file_scales import wrong_scale
-from cp_debug.bisect.causes.other_program import OtherPiece, OtherProgram
-from cp_debug.bisect.causes.reordered import reordered
+from cp_debug.bisect.causes.other_program import OtherPiece, OtherProgram, reordered
 from cp_debug.bisect.causes.search import Explanation, accepted, explain
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.errors import InputError

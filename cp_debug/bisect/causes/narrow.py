@@ -75,7 +75,7 @@ def departure(segment: Segment, options: NarrowOptions, computed_in: str) -> Can
     return None
 
 
-@cause()
+@cause(approximate=True)
 def overflowing_sums(segment: Segment) -> Iterator[Candidate]:
     """Candidates: sums that are narrower than the claimed precision's, where Inf or NaN are born."""
     claim = segment.context.claim.name
@@ -106,7 +106,7 @@ def _departure(segment: Segment, options: NarrowOptions, name: str, other: Narro
     return Candidate(name, says, value, 0, figures, FIXES[name], heard=True)
 
 
-@cause(costly=True)
+@cause(costly=True, approximate=True)
 def family(segment: Segment) -> Iterator[Candidate]:
     """Candidates: the layer in FP8 or 4 bits where a wider precision is claimed."""
     if segment.product is None or is_narrow(segment.context.claim.name) or segment.context.quantized is not None:
@@ -178,7 +178,7 @@ def decoded(operands: Operands, scaling: Scaling) -> dict[int, Tensor]:
     }
 
 
-@cause()
+@cause(approximate=True)
 def wrong_scale(segment: Segment) -> Iterator[Candidate]:
     """Candidates: data whose scale is not that of its values, where FP8 is claimed."""
     claim = segment.context.claim.name

@@ -50,7 +50,7 @@ PROMOTED = {
 }
 
 
-@cause()
+@cause(approximate=True)
 def storage(segment: Segment) -> Iterator[Candidate]:
     """Candidates: only the result is narrow, through a cast that nobody asked for."""
     for name, function in (("fp16", round_fp16), ("bf16", round_bf16)):
@@ -60,7 +60,7 @@ def storage(segment: Segment) -> Iterator[Candidate]:
             yield Candidate(name, says, function(segment.exact.float()).double(), fix=PROMOTED[name])
 
 
-@cause()
+@cause(approximate=True)
 def arithmetic(segment: Segment) -> Iterator[Candidate]:
     """Candidates: the whole layer in another precision, accumulating in FP32."""
     for way, text in (
@@ -81,7 +81,7 @@ def arithmetic(segment: Segment) -> Iterator[Candidate]:
                 yield Candidate(way.name, text, value, 0, evidence, PROMOTED[way.name])
 
 
-@cause(costly=True)
+@cause(costly=True, approximate=True)
 def tf32_cut_off(segment: Segment) -> Iterator[Candidate]:
     """Candidates: TF32 in kernels that cut off what they read instead of rounding it."""
     if segment.product is None or segment.context.claim.name == "tf32":
@@ -91,7 +91,7 @@ def tf32_cut_off(segment: Segment) -> Iterator[Candidate]:
         yield Candidate("tf32", says, segment.run(way), fix=PROMOTED["tf32"])
 
 
-@cause(costly=True)
+@cause(costly=True, approximate=True)
 def fp16_accumulation(segment: Segment) -> Iterator[Candidate]:
     """Candidates: partial sums in FP16, in the order of known kernels.
 

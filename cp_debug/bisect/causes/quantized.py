@@ -16,7 +16,7 @@ LEVELS = 256
 _PERCENTILE = "calibrate {layers} again: entropy or a higher percentile"
 
 
-@cause()
+@cause(by_node=True, approximate=True)
 def on_a_grid(segment: Segment) -> Iterator[Candidate]:
     """Candidates: the result has at most 256 equally spaced values, so it passed an INT8 quantizer."""
     grid = _grid(segment.test[segment.finite])
@@ -80,7 +80,7 @@ def _uneven(segment: Segment) -> bool:
     return len(largest) > 1 and float(largest.max()) > 8 * float(largest.median())
 
 
-@cause()
+@cause(by_node=True, approximate=True)
 def saturated_bias(segment: Segment) -> Iterator[Candidate]:
     """Candidates: biases that are stored at INT32's end, for their scale is too small to hold them."""
     quantized = segment.context.quantized
@@ -98,7 +98,7 @@ def saturated_bias(segment: Segment) -> Iterator[Candidate]:
             yield Candidate("bias-saturated", says, value, evidence={"channels": channels}, fix=fix)
 
 
-@cause()
+@cause(by_node=True, approximate=True)
 def quantizer(segment: Segment) -> Iterator[Candidate]:
     """Candidates: a QuantizeLinear with another scale or zero point, or that rounds ties another way."""
     node = segment.nodes[-1] if segment.nodes else None

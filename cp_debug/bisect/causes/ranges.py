@@ -1,13 +1,15 @@
-"""Numbers beyond what a type holds: overflow, underflow, flushed subnormals, saturation."""
+"""Numbers beyond what a type holds: overflow, underflow, flushed subnormals, saturation, whole numbers cut off."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import onnx
 import torch
 from torch import Tensor
 
-from cp_debug.backends.arithmetic import ARITHMETICS, FP16, round_fp16
+from cp_debug.backends.arithmetic import ARITHMETICS, FP16, FP64, round_fp16
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.precision import OVERFLOWS
 from cp_debug.bisect.causes.segment import Segment, as_double
@@ -51,7 +53,7 @@ def where(chosen: Tensor, values: Tensor) -> Tensor:
     return values.flatten() if bool(chosen.all()) else values[chosen]
 
 
-@cause()
+@cause(approximate=True)
 def steps(segment: Segment) -> Iterator[Candidate]:
     """Candidates: a step inside the layer leaves the range of FP32, although its result lies within it: the squares of
     a standard deviation of 1e25 or of 1e-25."""
@@ -76,7 +78,7 @@ def steps(segment: Segment) -> Iterator[Candidate]:
             return
 
 
-@cause()
+@cause(approximate=True)
 def overflow(segment: Segment) -> Iterator[Candidate]:
     """Candidates: the exact result is finite, but beyond FP16."""
     figures = half_figures(segment.exact)
@@ -93,7 +95,7 @@ def overflow(segment: Segment) -> Iterator[Candidate]:
         yield Candidate("fp16-overflow", says, clamped, evidence=figures, fix=RESCALE)
 
 
-@cause()
+@cause(approximate=True)
 def operand_overflow(segment: Segment) -> Iterator[Candidate]:
     """Candidates: what the layer reads, an input of the network or a constant, is beyond FP16 already."""
     constants = {node.proto.input[place]: weight for node, place, weight in _constants(segment)}
@@ -109,7 +111,7 @@ def operand_overflow(segment: Segment) -> Iterator[Candidate]:
             yield Candidate("fp16-overflow", says, value, 0, evidence, fix, heard=claimed, declared=claimed)
 
 
-@cause()
+@cause(approximate=True)
 def underflow(segment: Segment) -> Iterator[Candidate]:
     """Candidates: numbers below FP16's normal ones lose bits or vanish, in the result or in the weights."""
     value = ARITHMETICS[segment.context.claim.name].value if segment.context.claim.name in ARITHMETICS else None
@@ -149,7 +151,7 @@ def _undeclared(segment: Segment) -> Iterator[Candidate]:
             yield Candidate("fp16-underflow", says, v, 0, {**figures, "of": name}, RESCALE, heard=True)
 
 
-@cause()
+@cause(approximate=True)
 def flushed(segment: Segment) -> Iterator[Candidate]:
     """Candidates: the hardware writes 0 for subnormal numbers."""
     half = round_fp16(segment.exact.float()).double()
@@ -167,7 +169,7 @@ def flushed(segment: Segment) -> Iterator[Candidate]:
         yield Candidate("fp32-flush", says, value, evidence={"share": share}, fix=fix, heard=bool(subnormal.all()))
 
 
-@cause()
+@cause(approximate=True)
 def saturated(segment: Segment) -> Iterator[Candidate]:
     """Candidates: the result stops at a bound that the exact one passes, on one side or both."""
     captured = segment.test[segment.finite]
@@ -194,3 +196,74 @@ def _constants(segment: Segment) -> Iterator[tuple[Node, int, Tensor]]:
             weight = segment.weight(node, place)
             if weight is not None and segment.context.constants[name].is_floating_point():
                 yield node, place, weight
+
+
+_ENDS = -(1 << 31), (1 << 31) - 1
+_MOST = 1 << 62
+"""Magnitude below which FP32's nearest number is an INT64."""
+
+_Way = Callable[[Tensor], Tensor]
+
+
+def _wraps(value: Tensor) -> Tensor:
+    return (((value.long() - _ENDS[0]) & 0xFFFFFFFF) + _ENDS[0]).to(value.dtype)
+
+
+def _saturates(value: Tensor) -> Tensor:
+    return value.clamp(*_ENDS)
+
+
+def _becomes_smallest(value: Tensor) -> Tensor:
+    """What x86 makes of floats beyond INT32."""
+    return torch.where(value == value.clamp(*_ENDS), value, _ENDS[0])
+
+
+def _loses_digits(value: Tensor) -> Tensor:
+    return value.long().clamp(-_MOST, _MOST).float().long().to(value.dtype)
+
+
+_WORDS: dict[_Way, str] = {
+    _wraps: "wraps",
+    _saturates: "saturates",
+    _becomes_smallest: f"becomes {_ENDS[0]}",
+    _loses_digits: "loses digits",
+}
+_TYPES: tuple[tuple[str, str, _Way, _Way, _Way], ...] = (
+    ("int32-overflow", "INT64 is computed in INT32, which ends at 2³¹", _wraps, _saturates, _wraps),
+    ("int32-overflow", "INT64 is computed in INT32, which ends at 2³¹", _wraps, _saturates, _saturates),
+    ("int32-overflow", "INT64 is computed in INT32, which ends at 2³¹", _wraps, _saturates, _becomes_smallest),
+    ("fp32-integers", "integers are computed in FP32, which holds them up to 2²⁴", *3 * (_loses_digits,)),
+)
+"""Cause, its words, and what becomes of data, constants and results."""
+
+
+@cause()
+def narrower(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: integers that are read, stored or computed are no longer what they were in a narrower type."""
+    given = {name: FP64.hold(value, "cpu") for name, value in segment.given.items()}
+    held = segment.context.constants
+    constants = {name: held[name] for node in segment.nodes for name in node.inputs if held.holds(name)}
+    casts = any(node.op == "Cast" and node.attribute("to", 0) == onnx.TensorProto.INT64 for node in segment.nodes)
+    if not casts and not any(map(_is_integer, given.values())):
+        return  # constants alone are axes, shapes
+    for name, says, of_data, of_constants, of_results in _TYPES:
+        changes: dict[str, None] = {}
+
+        def changed(values: dict[str, Any], way: _Way, what: str, changes: dict[str, None] = changes) -> dict[str, Any]:
+            new = {n: way(v) if _is_integer(v) else v for n, v in values.items()}
+            lost = [n for n, v in values.items() if _is_integer(v) and not torch.equal(new[n], v)]
+            changes |= dict.fromkeys(f"{what.format(n)} {_WORDS[way]}" for n in lost)
+            return new
+
+        values = changed(constants, of_constants, "the constant {}") | changed(given, of_data, "{}")
+        for node in segment.nodes:
+            results = segment.context.oracle.run_nodes([node], values, node.outputs)
+            values |= changed(results, of_results, f"the result of {node.op}")
+        if changes:
+            value, limit = as_double(values[segment.target]), says.split()[-1]
+            fix = f"keep integers of {{layers}} below {limit}, or compute them outside the network"
+            yield Candidate(name, f"{says}: {', '.join(changes)}", value, fix=fix, heard=True)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)

@@ -23,7 +23,7 @@ _APART = "keep what is that large, as a mask may be, out of what is quantized, o
 _CALIBRATE = "calibrate on data like this ({calibrate}), or leave it unquantized: {unquantized}"
 
 
-@cause()
+@cause(approximate=True)
 def declared(segment: Segment) -> Iterator[Candidate]:
     """Candidate: the layer as its own scales say, named after the part that makes most of the error."""
     quantized = segment.context.quantized

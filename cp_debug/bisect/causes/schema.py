@@ -73,7 +73,7 @@ MOST_OTHERS = 48
 """Values of an operand's shape that are tried in its place."""
 
 
-@cause(costly=True, structural=True)
+@cause(costly=True, structural=True, by_node=True)
 def by_schema(segment: Segment) -> Iterator[Candidate]:
     """Candidates: every attribute of every operator but numbers, with every value that its schema allows."""
     for node in segment.nodes:
@@ -179,7 +179,7 @@ def of_attributes(
     return NAMES.get(next(iter(tried)), "attribute"), says, evidence, f"set it as declared: {says}"
 
 
-@cause(costly=True, structural=True)
+@cause(costly=True, structural=True, by_node=True)
 def off_by_one(segment: Segment) -> Iterator[Candidate]:
     """Candidates: slices, gathers and paddings that begin one element too early or too late."""
     for node in segment.nodes:
@@ -218,7 +218,7 @@ def _shifted(segment: Segment, node: Node) -> Iterator[tuple[dict[int, Tensor], 
             yield {1: moved}, f"axis {axis}, {shift}"
 
 
-@cause()
+@cause(by_node=True)
 def operand_order(segment: Segment) -> Iterator[Candidate]:
     """Candidates: operands that have changed places."""
     for node in segment.nodes:
@@ -231,7 +231,7 @@ def operand_order(segment: Segment) -> Iterator[Candidate]:
                 yield Candidate(name, says, value, 0, {"order": list(order)}, "give {layers} its operands in order")
 
 
-@cause()
+@cause(by_node=True)
 def operand_twice(segment: Segment) -> Iterator[Candidate]:
     """Candidates: a node that reads one of two computed operands in the place of the other, too."""
     for node in segment.nodes:
@@ -263,7 +263,7 @@ def _orders(node: Node, count: int) -> Iterator[tuple[int, ...]]:
         yield tuple(reversed(range(count)))
 
 
-@cause(costly=True)
+@cause(costly=True, by_node=True)
 def another_operand(segment: Segment) -> Iterator[Candidate]:
     """Candidates: an operand with another value of the run: read too late, overwritten in place, or mixed up."""
     for node in segment.nodes:
@@ -282,7 +282,7 @@ def another_operand(segment: Segment) -> Iterator[Candidate]:
                     yield Candidate("another-operand", says, value, 0, evidence, f"feed {{layers}} {name} unchanged")
 
 
-@cause(costly=True, structural=True)
+@cause(costly=True, structural=True, by_node=True)
 def gate_order(segment: Segment) -> Iterator[Candidate]:
     """Candidates: a recurrent layer whose weights have their gates in another framework's order."""
     for node in segment.nodes:
@@ -300,7 +300,7 @@ def gate_order(segment: Segment) -> Iterator[Candidate]:
                 yield Candidate("gate-order", says, value, 0, {"order": list(order)}, "reorder the gates of {layers}")
 
 
-@cause(costly=True, structural=True)
+@cause(costly=True, structural=True, by_node=True)
 def another_operator(segment: Segment) -> Iterator[Candidate]:
     """Candidates: another operator of the same kind: activations, reductions, pooling, arithmetic."""
     for node in segment.nodes:

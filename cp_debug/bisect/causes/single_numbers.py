@@ -75,14 +75,14 @@ class Number:
     """Values that it often has."""
 
 
-@cause(costly=True, structural=True)
+@cause(costly=True, structural=True, by_node=True)
 def usual(segment: Segment) -> Iterator[Candidate]:
     """Candidates: numbers of the layer with the values that they often have."""
     for node in segment.nodes:
         yield from with_usual((*_attributes(segment, node), *_constants(segment, node)))
 
 
-@cause(costly=True)
+@cause(costly=True, by_node=True)
 def searched(segment: Segment) -> Iterator[Candidate]:
     """Candidates: every number that is no part of a sum or product by itself, for which least squares are enough."""
     for node in segment.nodes if is_told(segment, MOST) else ():

@@ -45,7 +45,7 @@ FIX = "compare the weights of {layers} in both programs: layout, checkpoint, ord
 _KEEP = "keep the weights of {layers} in FP32, or accept it"
 
 
-@cause(costly=True, structural=True)
+@cause(costly=True, structural=True, by_node=True)
 def as_a_whole(segment: Segment) -> Iterator[Candidate]:
     """Candidates: each constant rearranged, negated or zero."""
     for node in segment.nodes:
@@ -57,7 +57,7 @@ def as_a_whole(segment: Segment) -> Iterator[Candidate]:
                 yield from tried(segment, node, place, change, FIX)
 
 
-@cause(costly=True)
+@cause(costly=True, by_node=True)
 def otherwise(segment: Segment) -> Iterator[Candidate]:
     """Candidates: another constant of the file, one in fewer bits, or its slices dealt out in turn (even ones first,
     heads or groups inside one another) and the blocks of a recurrent layer's weights transposed."""
@@ -77,7 +77,7 @@ def otherwise(segment: Segment) -> Iterator[Candidate]:
                     yield from tried(segment, node, place, change, _KEEP)
 
 
-@cause(costly=True)
+@cause(costly=True, by_node=True)
 def slices(segment: Segment) -> Iterator[Candidate]:
     """Candidates: slices of a constant that are zero, scaled or exchanged."""
     if segment.strange or not segment.introduced or segment.test.shape != segment.exact.shape:

@@ -4,6 +4,8 @@ First hypotheses are emulated, which costs no engine. Where none gives the regio
 one role, are kept in FP32 by halves, and what must stay is found without looking inside: a value that is shown would
 undo the fusion. What is named at the end is kept in FP32 by itself; that this mends the region is said only where it
 was seen.
+
+``Descent`` is what is known about the inside of a region, gained engine by engine.
 """
 
 from __future__ import annotations
@@ -11,19 +13,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from cp_debug.bisect.causes.segment import Segment
-from cp_debug.bisect.regions.hypotheses import rank
-from cp_debug.bisect.regions.learnt import Descent, Step
+from cp_debug.bisect.regions.hypotheses import REPRODUCED, Hypothesis, rank
 from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replayed import EXCESS
 from cp_debug.errors import CpdebugError, Terminated
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import MOVING, PRODUCTS
 from cp_debug.probes.distance import relative_l2
+from cp_debug.serialize import JsonForm
 
 BUILDS = 6
 """Engines built for one region, unless said otherwise."""
@@ -251,3 +254,72 @@ class _RegionSearch:
 
 def _nodes(count: int) -> str:
     return "1 node" if count == 1 else f"{count} nodes"
+
+
+@dataclass
+class Step:
+    """One engine that was built."""
+
+    names: list[str]
+    """Nodes that were kept in FP32."""
+    seconds: float
+    error: float | None = None
+    """Relative L2 distance of the region's value from the reference's; None where the build failed."""
+    gap: float | None = None
+    """Relative L2 distance of the final outputs from the plain engine's."""
+    learnt: str = ""
+
+
+@dataclass
+class Descent(JsonForm):
+    """Knowledge about the inside of a region."""
+
+    region: Region
+    error: float
+    """Relative L2 distance of its value from the reference's, on the plain engine."""
+    limit: float
+    """Distance up to which the region counts as mended."""
+    hypotheses: list[Hypothesis] = field(default_factory=list, metadata={"written": False})
+    steps: list[Step] = field(default_factory=list)
+    suspects: list[str] = field(default_factory=list)
+    """Nodes that are still suspect, in execution order."""
+    operators: list[str] = field(default_factory=list)
+    """Operators of the suspects."""
+    kept: list[str] = field(default_factory=list)
+    """Nodes of which it is proven that keeping them in FP32 mends the region."""
+    mended: float | None = None
+    """Error that is left with the kept nodes in FP32."""
+    in_fp32: float | None = None
+    """The error with the whole region kept in FP32, where that was tried: large says that rounding is not to blame."""
+    ended: str = ""
+    """Reason why nothing more was built."""
+
+    @property
+    def reproduced(self) -> Hypothesis | None:
+        """The best hypothesis, where it gives the region's result by itself and is not what was expected anyway."""
+        best = next(iter(self.hypotheses), None)
+        return best if best is not None and best.explained >= REPRODUCED else None
+
+    @property
+    def says(self) -> str:
+        """One line about the present state of knowledge."""
+        ops = f"{', '.join(self.operators[:4])}{' …' if len(self.operators) > 4 else ''}"
+        who = self.suspects[0] if len(self.suspects) == 1 else f"{len(self.suspects)} of its nodes ({ops})"
+        parts = []
+        if (best := self.reproduced) is not None:
+            parts.append(f"{best.says}: reproduces {best.explained:.1%} of its error")
+        elif self.mended is None:
+            parts.append(f"its error of {self.error:.2g} arises in {who}")
+        if self.mended is not None:
+            kept_nodes = self.kept[0] if len(self.kept) == 1 else f"{len(self.kept)} nodes"
+            at = "" if best is not None or set(self.kept) != set(self.suspects) else f" ({ops})"
+            parts.append(f"{kept_nodes}{at} in FP32 reduces its error from {self.error:.2g} to {self.mended:.2g}")
+        if self.in_fp32 is not None and self.in_fp32 > self.limit:
+            parts.append("even entirely in FP32 it is wrong, so the fusion is at fault, not the rounding")
+        if self.ended:
+            parts.append(self.ended)
+        return "; ".join(parts)
+
+    def derived(self) -> dict[str, Any]:
+        """The best eight hypotheses."""
+        return {"hypotheses": self.hypotheses[:8]}

@@ -9,8 +9,7 @@ from cp_debug.backends.capabilities import INTERRUPTED, BuildsVariations, build_
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.finding import UNKNOWN, Finding
-from cp_debug.bisect.regions.descent import descend
-from cp_debug.bisect.regions.learnt import Descent
+from cp_debug.bisect.regions.descent import Descent, descend
 from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.errors import InputError
 from cp_debug.probes.arrays import as_numpy
