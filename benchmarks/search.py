@@ -29,8 +29,8 @@ from search_cases import Case, Trials, ddmin, make_case
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
 from cp_debug.minimize import Minimizer
-from cp_debug.mixed_precision.fusion_groups import FusionGroup
 from cp_debug.mixed_precision.goal import Goal
+from cp_debug.mixed_precision.layers import FusionGroup
 from cp_debug.mixed_precision.search import search
 from cp_debug.recipes.registry import load_model
 

@@ -27,11 +27,10 @@ from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
 from cp_debug.graph.qdq import insert_qdq, quantizable, quantized_inputs, remove_qdq
 from cp_debug.graph.scales import LayerScales
-from cp_debug.mixed_precision.fusion_groups import FusionGroup, Kept, fusion_groups_of
 from cp_debug.mixed_precision.goal import Goal
-from cp_debug.mixed_precision.graph_runners import EmulatedRunner
-from cp_debug.mixed_precision.judge import Judge
-from cp_debug.mixed_precision.precision import TrialPrecision
+from cp_debug.mixed_precision.layers import FusionGroup, Kept, TrialPrecision, fusion_groups_of
+from cp_debug.mixed_precision.runners import EmulatedRunner
+from cp_debug.mixed_precision.trials import Judge
 from cp_debug.recipes.registry import load_model
 from tests.nets import NetBuilder
 

@@ -6,7 +6,7 @@ elements whose length it adapts, repeated until it can no longer progress.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
@@ -54,6 +54,25 @@ class Minimizer(Generic[T]):
                 current = remaining[:start] + remaining[start + count :]
                 kept_count += 1  # the element that now stands at ``start`` has just been refused
         return current
+
+
+def smallest(
+    holds: Callable[[frozenset[T]], bool], extend: Callable[[list[T]], Sequence[T]], seed: Iterable[T] = ()
+) -> list[T] | None:
+    """A set for which ``holds``, from which no element can be left out; None where nothing that was grown holds.
+
+    ``extend`` is given a set that does not hold, in the order in which it grew, and returns elements to add, the most
+    promising first, or nothing. ``seed`` is tried first after the empty set. Every set is asked at most once.
+    """
+    minimizer = Minimizer(holds)
+    grown: list[T] = []
+    more: Sequence[T] = list(seed)
+    while not minimizer.holds(grown):
+        more = more or extend(grown)
+        if not more:
+            return None
+        grown, more = [*grown, *more], ()
+    return minimizer.minimize(reversed(grown))[::-1]
 
 
 def find_integer(holds: Callable[[int], bool]) -> int:

@@ -24,11 +24,11 @@ from cp_debug.detection.evaluation import EvaluationOptions
 from cp_debug.detection.matching import _position_in_group
 from cp_debug.detection.metrics import Scores, box_errors, score
 from cp_debug.errors import InputError
-from cp_debug.mixed_precision.fusion_groups import FusionGroup
 from cp_debug.mixed_precision.goal import Goal
+from cp_debug.mixed_precision.layers import FusionGroup
+from cp_debug.mixed_precision.search import Predictor
 from cp_debug.mixed_precision.sensitivity import Int8Effect
-from cp_debug.mixed_precision.strategy import Predictor
-from cp_debug.mixed_precision.trial import Measured
+from cp_debug.mixed_precision.trials import Measured
 from cp_debug.recipes.data.base import Truth
 from cp_debug.reports.numbers import fixed, signed
 

@@ -26,15 +26,12 @@ from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
 from cp_debug.graph.qdq import insert_qdq, quantizable, quantized_inputs, remove_qdq
 from cp_debug.graph.scales import LayerScales
-from cp_debug.mixed_precision import fusion_groups
-from cp_debug.mixed_precision.emit import Named, arguments, deploy_fragment
-from cp_debug.mixed_precision.fusion_groups import fused, fusion_groups_of
+from cp_debug.minimize import smallest
 from cp_debug.mixed_precision.goal import Goal
-from cp_debug.mixed_precision.log import TrialLog
-from cp_debug.mixed_precision.mixed_graph import MixedExecutor
-from cp_debug.mixed_precision.precision import TrialPrecision, precision_of
-from cp_debug.mixed_precision.strategy import smallest
-from cp_debug.mixed_precision.trial import Measured, Trial
+from cp_debug.mixed_precision.layers import TrialPrecision, _joined, fused, fusion_groups_of, precision_of
+from cp_debug.mixed_precision.result import Named, arguments, deploy_fragment
+from cp_debug.mixed_precision.runners import MixedExecutor
+from cp_debug.mixed_precision.trials import Measured, Trial, TrialLog
 
 # ---- goals
 
@@ -353,7 +350,7 @@ def test_the_fragment_is_a_configuration(tmp_path: Path) -> None:
 
 
 def test_mixed_graphs_run_and_keep_every_name(tmp_path: Path) -> None:
-    from cp_debug.mixed_precision.emit import write_onnx
+    from cp_debug.mixed_precision.result import write_onnx
 
     program = program_of(second_like(tmp_path / "net.onnx", depth=0, size=16))
     kept = {"net": [n.name for n in program.graph.nodes if n.op == "Conv"][:2]}
@@ -382,5 +379,5 @@ def test_what_belongs_to_the_layer_before_it(tmp_path: Path) -> None:
     graph = helper.make_graph(nodes, "g", given, outputs, [weight])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "g.onnx")
     opened = Graph(tmp_path / "g.onnx")
-    joined = [fusion_groups._joined(opened, each) for each in opened.nodes]
+    joined = [_joined(opened, each) for each in opened.nodes]
     assert [each.name if each else None for each in joined] == [None, "n0", None, None, None, None, None, None]

@@ -28,8 +28,7 @@ from cp_debug.deploy.config import load_config
 from cp_debug.deploy.engines import build_engines
 from cp_debug.deploy.stages import Deployment
 from cp_debug.errors import InputError
-from cp_debug.mixed_precision.emit import Named, arguments, deploy_fragment
-from cp_debug.mixed_precision.result import MixedPrecisionResult
+from cp_debug.mixed_precision.result import MixedPrecisionResult, Named, arguments, deploy_fragment
 from cp_debug.programs.pipeline import with_kept
 from cp_debug.serialize import decode
 

@@ -12,10 +12,9 @@ import pytest
 from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.goal import Goal, _excess
-from cp_debug.mixed_precision.judge import Judge, _or_infinite
 from cp_debug.mixed_precision.result import MixedPrecisionResult
 from cp_debug.mixed_precision.sensitivity import Int8Effect, LayerSensitivity
-from cp_debug.mixed_precision.trial import Measured, Trial
+from cp_debug.mixed_precision.trials import Judge, Measured, Trial, _or_infinite
 from cp_debug.recipes.base import Component, Sample
 from cp_debug.recipes.centerpoint.decode import Detections
 from cp_debug.recipes.data.base import Truth

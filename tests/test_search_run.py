@@ -24,11 +24,10 @@ from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
 from cp_debug.graph.qdq import insert_qdq, quantizable, quantized_inputs
 from cp_debug.graph.scales import LayerScales
-from cp_debug.mixed_precision.fusion_groups import fusion_groups_of
 from cp_debug.mixed_precision.goal import Goal
-from cp_debug.mixed_precision.graph_runners import EmulatedRunner
-from cp_debug.mixed_precision.precision import TrialPrecision
+from cp_debug.mixed_precision.layers import TrialPrecision, fusion_groups_of
 from cp_debug.mixed_precision.result import MixedPrecisionResult
+from cp_debug.mixed_precision.runners import EmulatedRunner
 from cp_debug.mixed_precision.search import MixedPrecisionOptions, samples_for, search
 from cp_debug.recipes.registry import load_model
 
@@ -143,7 +142,7 @@ def test_a_search_goes_on_from_its_log(overflowing: Path, tmp_path: Path) -> Non
 
 
 def test_interrupted_searches_leave_a_log(overflowing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cp_debug.mixed_precision.judge import Judge
+    from cp_debug.mixed_precision.trials import Judge
 
     log, measure, calls = tmp_path / "log.jsonl", Judge.measure, []
 

@@ -15,13 +15,12 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.options import Options
 from cp_debug.graph.graph import Graph
-from cp_debug.mixed_precision.fusion_groups import FusionGroup, fused, nodes_of
 from cp_debug.mixed_precision.goal import Goal
-from cp_debug.mixed_precision.graph_runners import BackendRunner
-from cp_debug.mixed_precision.precision import TrialPrecision
+from cp_debug.mixed_precision.layers import FusionGroup, TrialPrecision, fused, nodes_of
 from cp_debug.mixed_precision.result import MixedPrecisionResult
+from cp_debug.mixed_precision.runners import BackendRunner
 from cp_debug.mixed_precision.search import MixedPrecisionOptions, _MixedPrecisionSearch
-from cp_debug.mixed_precision.trial import Measured, Trial, nodes_in
+from cp_debug.mixed_precision.trials import Measured, Trial, nodes_in
 from cp_debug.recipes.base import Component, Sample
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,15 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cp_debug.errors import InputError
-from cp_debug.mixed_precision.layer_runner import ErrorSum, LayerRunner, int8_runner
 from cp_debug.mixed_precision.sensitivity import (
+    ErrorSum,
+    LayerRunner,
     _loss,
     check_budget,
     choose_layers,
     get_sensitive_layers,
+    int8_runner,
     profile_of,
 )
-from cp_debug.mixed_precision.trial import Measured
+from cp_debug.mixed_precision.trials import Measured
 from cp_debug.quantization.models import QuantizedComponent, quantize_model
 from cp_debug.quantization.open_quantized import open_quantized
 from cp_debug.recipes.base import Sample
@@ -101,14 +104,19 @@ LAYERS = {"stem", "block.0", "block.2", "first", "second", "fragile"}
 def test_shares_add_up_and_are_what_leaving_a_layer_out_takes_away(bench: LayerRunner, images: Tensor) -> None:
     """⟨D, change⟩ ÷ ‖D‖² of each layer, where the change is what leaving it alone out of INT8 takes away."""
     assert bench.layers.keys() > LAYERS
-    assert [layer for layer in bench.layers.values() if layer.kind == "Add"], "the residual sum is quantized, too"
-    assert (bench.layers["stem"].kind, bench.layers["stem"].weights) == ("Conv", 8 * 3 * 9)
     sample = Sample({"x": images[1].numpy()}, "image")
-    exact, low = (bench._run(sample, kept)[1]["Net"] for kept in (bench.all, frozenset()))
+    runner = bench.emulator.on([sample])
+
+    def run(kept: frozenset[str]) -> Any:
+        return runner.run(bench._kept(kept))[0]["Net"]
+
+    exact, low = run(bench.all), run(frozenset())
     apart = {name: (low[name] - exact[name]) / np.linalg.norm(exact[name]) for name in exact}
     whole = sum(float(np.sum(d**2)) for d in apart.values())
-    without = {name: bench._run(sample, frozenset([name]))[1]["Net"] for name in bench.layers}
-    shares = bench.shares([sample])
+    without = {name: run(frozenset([name])) for name in bench.layers}
+    shares = {row.layer: row for row in bench.shares([sample])}
+    assert [row for row in shares.values() if row.kind == "Add"], "the residual sum is quantized, too"
+    assert (shares["stem"].kind, shares["stem"].weights) == ("Conv", 8 * 3 * 9)
     assert sum(found.share for found in shares.values()) == pytest.approx(1, abs=0.1)
     for name, found in shares.items():
         changes = {o: (low[o] - without[name][o]) / np.linalg.norm(exact[o]) for o in apart}

@@ -12,15 +12,16 @@ import pytest
 
 from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.errors import InputError
-from cp_debug.mixed_precision.fusion_groups import FusionGroup
-from cp_debug.mixed_precision.layer_runner import LayerShare, is_scored
+from cp_debug.mixed_precision.layers import FusionGroup
 from cp_debug.mixed_precision.sensitivity import (
     Int8Effect,
+    LayerSensitivity,
     choose_layers,
     get_sensitive_layers,
+    is_scored,
     profile_of,
 )
-from cp_debug.mixed_precision.trial import Measured
+from cp_debug.mixed_precision.trials import Measured
 from cp_debug.recipes.base import Sample
 from cp_debug.recipes.data.base import Truth
 
@@ -33,7 +34,6 @@ class Errors:
     def __init__(self, errors: Mapping[str, float], losses: Mapping[str, float] | None = None) -> None:
         self.errors, self.losses = errors, losses
         self.model: Any = SimpleNamespace(name="net")
-        self.layers: Any = {n: SimpleNamespace(kind="Conv2d", weights=len(n)) for n in errors}
         self.all = frozenset(errors)
         self.asked: list[frozenset[str]] = []
         self.notes: list[str] = []
@@ -45,10 +45,10 @@ class Errors:
         assert list(samples) == SAMPLES
         return {kept: self.of(kept) for kept in sets}
 
-    def shares(self, samples: Sequence[Sample]) -> dict[str, LayerShare]:
+    def shares(self, samples: Sequence[Sample]) -> list[LayerSensitivity]:
         assert list(samples) == SAMPLES
         whole = sum(error**2 for error in self.errors.values())
-        return {name: LayerShare(error**2 / whole, error / 2) for name, error in self.errors.items()}
+        return [LayerSensitivity(n, "Conv2d", len(n), error / 2, error**2 / whole) for n, error in self.errors.items()]
 
     def of(self, kept: frozenset[str]) -> Measured:
         self.asked.append(kept)

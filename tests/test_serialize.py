@@ -30,10 +30,10 @@ from cp_debug.detection.changes import DetectionChange
 from cp_debug.detection.evaluation import BackendScores, EvaluationOptions, EvaluationResult
 from cp_debug.errors import InputError
 from cp_debug.graph.pairing import Pairing
-from cp_debug.mixed_precision.fusion_groups import FusionGroup
+from cp_debug.mixed_precision.layers import FusionGroup
 from cp_debug.mixed_precision.result import KeptLayer, MixedPrecisionResult
 from cp_debug.mixed_precision.sensitivity import Int8Effect, LayerSensitivity, SensitivityProfile
-from cp_debug.mixed_precision.trial import Measured, Trial
+from cp_debug.mixed_precision.trials import Measured, Trial
 from cp_debug.prediction.result import Prediction
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.programs.tensor_change import TensorChange

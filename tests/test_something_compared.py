@@ -13,7 +13,7 @@ from test_cli import run
 
 import cp_debug
 from cp_debug.errors import InputError
-from cp_debug.mixed_precision.layer_runner import ErrorSum, relative_errors
+from cp_debug.mixed_precision.sensitivity import ErrorSum, relative_errors
 
 NET = """
 net (float[1,2,4,4] x) => ({outputs})

@@ -318,8 +318,7 @@ def build():
 
 @needs("modelopt")
 def test_sensitivity_over_samples(tmp_path: Path) -> None:
-    from cp_debug.mixed_precision.layer_runner import int8_runner
-    from cp_debug.mixed_precision.sensitivity import profile_of
+    from cp_debug.mixed_precision.sensitivity import int8_runner, profile_of
     from cp_debug.quantization.open_quantized import open_quantized
 
     (tmp_path / "net.py").write_text(NET)

@@ -76,8 +76,14 @@ def sensitivity(
     read = DataOptions(data_root)
     check_given(model, inputs=data, samples=samples, checkpoint=checkpoint, options=read, flag="--data")
     load_torch()
-    from cp_debug.mixed_precision.layer_runner import int8_runner, narrow_runner
-    from cp_debug.mixed_precision.sensitivity import check_budget, check_samples, profile_of, scored_samples
+    from cp_debug.mixed_precision.sensitivity import (
+        check_budget,
+        check_samples,
+        int8_runner,
+        narrow_runner,
+        profile_of,
+        scored_samples,
+    )
     from cp_debug.quantization.open_quantized import open_quantized
     from cp_debug.recipes.registry import load_model
     from cp_debug.reports.sensitivity import render, write_chart, write_page

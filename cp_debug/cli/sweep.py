@@ -362,7 +362,7 @@ def sweep_ablate(
     specs = what.check(what.backends, data)
     from cp_debug.backends.registry import create
     from cp_debug.detection.evaluation import EvaluationOptions
-    from cp_debug.mixed_precision.precision import precision_of
+    from cp_debug.mixed_precision.layers import precision_of
     from cp_debug.sweep import ablating
     from cp_debug.sweep.workers import needs_gpu
 

@@ -1,15 +1,168 @@
-"""Result of a mixed-precision search: the set, how it is known, and every trial."""
+"""Result of a mixed-precision search: the set, how it is known, every trial, and the set in forms for other tools."""
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from cp_debug.backends.base import Program
+from cp_debug.backends.narrow_options import NarrowOptions, is_narrow
 from cp_debug.display import Shown
-from cp_debug.mixed_precision.emit import Named, arguments, deploy_fragment
-from cp_debug.mixed_precision.fusion_groups import FusionGroup
-from cp_debug.mixed_precision.trial import Trial
+from cp_debug.graph.casts import cast_surgery
+from cp_debug.graph.graph import Graph
+from cp_debug.graph.narrow_qdq import insert_narrow_qdq
+from cp_debug.graph.operators import CONTRACTIONS
+from cp_debug.graph.qdq import remove_qdq
+from cp_debug.mixed_precision.layers import CASTS, FusionGroup
+from cp_debug.mixed_precision.trials import Trial
+from cp_debug.programs.export import EXPORTERS
+from cp_debug.quantization.narrow_layers import calibrated, check_exportable, narrow_layers, weighted_layers
+from cp_debug.quantization.onnx_ptq import amax_of_programs
+from cp_debug.recipes.base import Model, Sample
 from cp_debug.serialize import JsonForm
+
+
+def write_onnx(programs: Sequence[Program], keep: Mapping[str, Sequence[str]], precision: str, target: Path) -> None:
+    """Write the mixed-precision graph as ``target``; with several components, one file each into that folder.
+
+    FP16 and BF16 by casts, INT8 by leaving Q/DQ pairs out. Raises InputError where a weight that is not kept is beyond
+    the low precision.
+    """
+    several = len(programs) > 1
+    (target if several else target.parent).mkdir(parents=True, exist_ok=True)
+    for program in programs:
+        file = target / f"{program.name}.onnx" if several else target
+        if precision == "int8":
+            remove_qdq(program.graph, keep[program.name], file)
+        else:
+            cast_surgery(program.graph, CASTS[precision], keep[program.name], file)
+
+
+def write_narrow_onnx(
+    model: Model,
+    programs: Sequence[Program],
+    samples: Sequence[Sample],
+    keep: Mapping[str, Sequence[str]],
+    precision: str,
+    target: Path,
+) -> list[str]:
+    """Write the graph in a narrow precision but for the kept nodes as ``target``; several components into that folder.
+
+    Constant scales of data are calibrated on ``samples``: their largest magnitudes. Returns notes for readers. Raises
+    InputError as ``narrow_layers`` and ``check_exportable`` do.
+    """
+    options, several, notes = NarrowOptions.parse(precision), len(programs) > 1, list[str]()
+    check_exportable(options)
+    (target if several else target.parent).mkdir(parents=True, exist_ok=True)
+    chosen = {
+        p.name: [n for n in weighted_layers(p.graph, options) if n.name not in set(keep[p.name])] for p in programs
+    }
+    amax = amax_of_programs(model, programs, chosen, samples) if calibrated(options) else {}
+    for program in programs:
+        layers = narrow_layers(
+            program.graph, options, amax.get(program.name, {}), [node.name for node in chosen[program.name]]
+        )
+        file = target / f"{program.name}.onnx" if several else target
+        insert_narrow_qdq(program.graph, layers.layers, file, precision)
+        notes += [f"--onnx: {node} stays in FP32: {why}" for node, why in layers.left_out.items()]
+        products = {n.name for n in program.graph.nodes if n.op in CONTRACTIONS} - layers.layers.keys()
+        data = products - set(keep[program.name]) - layers.left_out.keys()
+        if data and options.family != "int4":
+            notes.append(
+                f"--onnx: {len(data)} products of two results are in FP32 in the file, but in {options} in the search"
+            )
+    return notes
+
+
+@dataclass(frozen=True)
+class Named:
+    """The files that have the nodes by the names that are told."""
+
+    files: dict[str, str] = field(default_factory=dict)
+    """Component → file; left out where a node has no name in it, so that other tools cannot be told of it."""
+    exporter: str = ""
+    """``dynamo`` or ``torchscript`` where they are exports that are gone by now; such a file is called after its
+    component."""
+    opset: int = 0
+    """Opset of these exports."""
+
+    @classmethod
+    def of(cls, programs: Sequence[Program], exporter: str) -> Named:
+        """Files of programs, which ``exporter`` exported where they come from modules."""
+        exported = [program for program in programs if program.module is not None]
+        other = next((name for name in EXPORTERS if name != exporter), "")
+        notes = [note for p in exported if p.alignment is not None for note in p.alignment.notes]
+        if any(note.endswith(f"{other} exported it") for note in notes):
+            exporter = other
+        files = {p.name: f"{p.name}.onnx" if p in exported else str(p.graph) for p in programs if _all_named(p.graph)}
+        return cls(files, exporter, exported[0].graph.opsets[""]) if exported else cls(files)
+
+    def command(self, model: str) -> str:
+        """The command that writes the files; empty where they are the user's."""
+        if not self.exporter:
+            return ""
+        return f"cpdebug export {shlex.quote(model)} -o . --exporter {self.exporter} --opset {self.opset}"
+
+
+def _all_named(graph: Graph) -> bool:
+    names = [node.proto.name for node in graph.nodes]
+    return all(names) and len(set(names)) == len(names)
+
+
+def arguments(
+    keep: Mapping[str, Sequence[str]], precision: str, named: Named, *, weak: bool = True
+) -> dict[str, dict[str, str]]:
+    """Component → tool → command line that keeps these nodes in FP32; components with nothing to keep are left out.
+
+    ``weak``: TensorRT may be told precisions of layers, as up to version 10; from 11 on the file alone says them.
+    """
+    commands: dict[str, dict[str, str]] = {}
+    for component, nodes in keep.items():
+        if not nodes or component not in named.files:
+            continue
+        excluded = shlex.join(f"^{re.escape(node)}$" for node in nodes)
+        file = shlex.quote(named.files[component])
+        mode = precision.partition(":")[0]
+        quantization = f"python -m modelopt.onnx.quantization --onnx_path {file} "
+        if precision == "int8":
+            commands[component] = {"modelopt": f"{quantization}--nodes_to_exclude {excluded}"}
+        elif is_narrow(precision) and mode in ("fp8", "int4"):
+            commands[component] = {"modelopt": f"{quantization}--quantize_mode {mode} --nodes_to_exclude {excluded}"}
+        elif precision in CASTS:
+            flag = CASTS[precision]
+            listed = ",".join(f"{node}:fp32" for node in nodes)
+            layers = shlex.join(f"{node}:float32" for node in nodes)
+            of_layers = {
+                "polygraphy": f"polygraphy run {file} --trt --{flag} --precision-constraints obey "
+                f"--layer-precisions {layers}",
+                "trtexec": f"trtexec --onnx={file} --{flag} --precisionConstraints=obey "
+                + shlex.join([f"--layerPrecisions={listed}", f"--layerOutputTypes={listed}"]),
+            }
+            commands[component] = (of_layers if weak else {}) | {
+                "autocast": f"python -m modelopt.onnx.autocast --onnx_path {file} --low_precision_type {flag} "
+                f"--keep_io_types --nodes_to_exclude {excluded}",
+            }
+    return commands
+
+
+def deploy_fragment(keep: Mapping[str, Sequence[str]], precision: str, named: Named = Named()) -> str:
+    """The part of a configuration of ``cpdebug deploy`` (YAML) that keeps the nodes; empty where it has no such key."""
+    if precision not in CASTS or not any(keep.values()):
+        return ""
+    where = {component: f"{component}/" if len(keep) > 1 else "" for component in keep}
+    listed = "".join(
+        f"  - {json.dumps(where[component] + node, ensure_ascii=False)}\n"
+        for component, nodes in keep.items()
+        for node in nodes
+    )  # JSON strings are YAML
+    export = f"export:\n  exporter: {named.exporter}\n  opset: {named.opset}\n" if named.exporter else ""
+    return f"{export}tensorrt:\n  precision: {CASTS[precision]}\n  keep_fp32:\n{listed}"
+
 
 SCHEMA = "cpdebug.search/2"
 

@@ -8,24 +8,202 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from cp_debug.backends.base import Program
+from cp_debug.backends.narrow_options import NarrowOptions
+from cp_debug.backends.registry import create
+from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect.backward import Backward, shares_over
 from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.errors import InputError
-from cp_debug.mixed_precision.layer_runner import KeptLayers, LayerRunner, OnStep
-from cp_debug.mixed_precision.strategy import smallest
-from cp_debug.mixed_precision.trial import Measured
-from cp_debug.recipes.abilities import HasClasses, HasData
-from cp_debug.recipes.base import Model, Sample
-from cp_debug.recipes.data.base import DataOptions, DataSet, iterate
+from cp_debug.graph.graph import Node
+from cp_debug.graph.operators import QUANTIZERS
+from cp_debug.minimize import smallest
+from cp_debug.mixed_precision.layers import FusionGroup, Kept, TrialPrecision, nodes_of
+from cp_debug.mixed_precision.runners import EmulatedRunner
+from cp_debug.mixed_precision.trials import Measured, Results, draws_of_scores
+from cp_debug.programs.layers import layer_name
+from cp_debug.programs.pipeline import choose_export, prepare
+from cp_debug.quantization.models import ErrorSum, QuantizedComponent, with_modules
+from cp_debug.quantization.narrow_layers import weighted_layers
+from cp_debug.quantization.quantized_programs import nodes_by_layer, quantized_programs
+from cp_debug.recipes.abilities import DetectsBoxes, HasClasses, HasData
+from cp_debug.recipes.base import Arrays, Component, Model, Sample
+from cp_debug.recipes.data.base import DataOptions, DataSet, Truth, iterate
 from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS
+from cp_debug.safe_text import did_you_mean
 from cp_debug.serialize import JsonForm
 
 if TYPE_CHECKING:
     import pandas as pd
+
+OnStep = Callable[[str, int, int], None]
+KeptLayers = frozenset[str]
+"""Names of the layers that stay in FP32."""
+
+
+def relative_errors(model: str, outputs: Mapping[str, ErrorSum]) -> dict[str, float]:
+    """Output → its error. Raises InputError where all are 0 in both runs, as far as they are finite: that is no error
+    of 0."""
+    if not any(error.whole or error.difference for error in outputs.values()):
+        names = ", ".join(outputs) or "none"
+        raise InputError(f"{model}: no error of an output can be measured: no finite number but 0 in {names}")
+    return {name: error.relative for name, error in outputs.items()}
+
+
+class LayerRunner:
+    """A model whose layers can each compute in FP32 or low, on the emulator, sample by sample."""
+
+    def __init__(
+        self,
+        model: Model,
+        programs: Sequence[Program],
+        precision: str,
+        layers: Mapping[str, tuple[Program, Sequence[Node]]],
+        folder: TemporaryDirectory[str] | None = None,
+    ) -> None:
+        """``precision``: as a backend spec has it. ``layers``: by name the nodes of a program that compute it, one for
+        each call. ``folder`` has the files of the graphs, and lives as long as this."""
+        self.model, self.precision, self._folder = model, precision, folder
+        of, self._nodes = TrialPrecision(precision), layers
+        self.layers = {
+            name: FusionGroup(program.name, tuple(node.name for node in nodes), name)
+            for name, (program, nodes) in layers.items()
+        }
+        self._others = frozenset(
+            FusionGroup(p.name, tuple(of.candidates(p.graph) - nodes_of(self.layers.values(), p.name)), "")
+            for p in programs
+        )
+        """Nodes that the precision takes, but that are of no layer; they stay in FP32."""
+        self.emulator = EmulatedRunner(model, programs, [], of, "cpu")
+        self.notes: list[str] = []
+        """Sentences about layers whose shares are not complete, and why."""
+
+    @property
+    def all(self) -> KeptLayers:
+        """Everything in FP32."""
+        return frozenset(self.layers)
+
+    def _kept(self, names: KeptLayers) -> Kept:
+        return self._others | {self.layers[name] for name in names}
+
+    def measure(
+        self,
+        samples: Sequence[Sample],
+        trials: Iterable[KeptLayers],
+        *,
+        draws: int = 200,
+        on_step: OnStep = lambda text, done, total: None,
+    ) -> dict[KeptLayers, Measured]:
+        """Run each set of kept layers on the samples; those with ground truth are scored where the model detects.
+
+        Raises InputError for a layer that the model does not have.
+        """
+        outputs: dict[KeptLayers, dict[str, ErrorSum]] = {kept: defaultdict(ErrorSum) for kept in trials}
+        detected: dict[KeptLayers, list[DetectsBoxes]] = {kept: [] for kept in outputs}
+        if unknown := frozenset().union(*outputs) - self.all:
+            hint = did_you_mean(min(unknown), self.layers)
+            raise InputError(f"{self.model.name} has no quantized layer {min(unknown)!r}{hint}")
+        scored = is_scored(self.model, samples)
+        for number, sample in enumerate(samples):
+            runner = self.emulator.on([sample])
+            runner.prepare()
+            if len(outputs) > 2:
+                runner.remember(self._others)
+            for place, kept in enumerate(outputs):
+                on_step(f"{sample.source}: {place + 1} of {len(outputs)}", number, len(samples))
+                (results,) = runner.run(self._kept(kept))
+                for name, array in results[self.model.components[-1].name].items():
+                    outputs[kept][name].add(array, runner.exact[0][name])
+                if scored:
+                    detected[kept].append(self.model.decode(sample, results))  # type: ignore[arg-type]
+        on_step("scoring", len(samples), len(samples))
+        measured = {}
+        for kept, sums in outputs.items():
+            errors = relative_errors(self.model.name, sums)
+            scores = draws_of_scores(self.model, detected[kept], samples, draws) if scored else {}
+            measured[kept] = Measured({"rel_l2": max(errors.values())}, errors, scores)
+        return measured
+
+    def shares(self, samples: Sequence[Sample]) -> list[LayerSensitivity]:
+        """Share of each layer in what all of them low are off from FP32, over all samples: one walk backward each."""
+        own = dict.fromkeys(self.layers, 0.0)
+
+        def run(_: int, sample: Sample) -> tuple[Arrays, Results, Callable[[Component], Backward]]:
+            runner = self.emulator.on([sample])
+            runner.prepare()
+            for name, layer in self.layers.items():
+                own[name] += runner.local_error(layer) ** 2 / len(samples)
+            return runner.divergence(0, self._others)
+
+        shares = self.emulator.by_node(shares_over(self.model, samples, run, self.notes))
+        return [
+            LayerSensitivity(
+                name, self._nodes[name][1][0].op, self._weights(name), own[name] ** 0.5, layer.share(shares)
+            )
+            for name, layer in self.layers.items()
+        ]
+
+    def _weights(self, name: str) -> int:
+        """Elements of a layer's weight, which may stand behind a quantizer."""
+        program, nodes = self._nodes[name]
+        graph, inputs = program.graph, nodes[0].proto.input
+        weight = inputs[1] if len(inputs) > 1 else ""
+        while (maker := graph.producer.get(weight)) is not None and maker.op in QUANTIZERS:
+            weight = maker.inputs[0]
+        return math.prod(graph.weight(weight).dims) if weight in graph.initializers else 0
+
+
+def int8_runner(model: Model, parts: Mapping[str, QuantizedComponent], sample: Sample) -> LayerRunner:
+    """The layers of components in INT8, by their names in ``Scales``; torch modules are exported, with ``sample``.
+
+    Raises InputError when no layer is quantized.
+    """
+    folder = TemporaryDirectory(prefix="cpdebug-sensitivity-")
+    folded = with_modules(model, {name: part.folded for name, part in parts.items() if part.folded is not None})
+    programs = quantized_programs(folded, _exported(folded, sample, folder), parts, sample, Path(folder.name))
+    layers: dict[str, tuple[Program, list[Node]]] = {}
+    for program in programs:
+        by_name = {node.name: node for node in program.graph.nodes}
+        for name, nodes in nodes_by_layer(parts[program.name].scales, program.alignment, program.graph).items():
+            if nodes:
+                layers[name] = program, [by_name[node] for node in nodes]
+    if not layers:
+        raise InputError(f"MODEL: no layer of {model.name} is quantized")
+    return LayerRunner(folded, programs, "int8", layers, folder)
+
+
+def narrow_runner(model: Model, precision: str, sample: Sample) -> LayerRunner:
+    """Every layer with a weight that ``precision`` (``fp8:channel``) takes, with the scales of the numbers at hand;
+    torch modules are exported, with ``sample``. Raises InputError where there is none."""
+    folder = TemporaryDirectory(prefix="cpdebug-sensitivity-")
+    options, programs = NarrowOptions.parse(precision), _exported(model, sample, folder)
+    layers: dict[str, tuple[Program, list[Node]]] = {}
+    for program in programs:
+        for node in weighted_layers(program.graph, options):
+            name = layer_name(program, node.outputs[0])
+            name = f"{name} ({node.name})" if name in layers else name  # a module that is called twice
+            layers[name] = program, [node]
+    if not layers:
+        raise InputError(f"MODEL: {model.name} has no layer with a weight that {options} takes")
+    return LayerRunner(model, programs, str(options), layers, folder)
+
+
+def _exported(model: Model, sample: Sample, folder: TemporaryDirectory[str]) -> list[Program]:
+    how, _ = choose_export([create(BackendSpec("emu-fp32"))], None)
+    return prepare(model, sample, Path(folder.name), how=how, folded=True)
+
+
+def is_scored(model: Model, samples: Sequence[Sample]) -> bool:
+    """Whether detections are scored: the model has classes, and all samples have ground truth."""
+    return all(isinstance(sample.truth, Truth) for sample in samples) and isinstance(model, HasClasses)
+
 
 TRIED = 16
 """Layers that are left out one by one."""
@@ -69,7 +247,7 @@ class LayerSensitivity:
     """Relative L2 error of its own results."""
     share: float
     """Part of the outputs' divergence, all layers in INT8, that its own error makes."""
-    left_out: Int8Effect | None
+    left_out: Int8Effect | None = None
     """All in INT8 but this layer; None where that was not tried, as its share is small."""
 
     @property
@@ -153,23 +331,13 @@ def profile_of(
     if budget is not None and unknown and isinstance(model, HasClasses):
         raise InputError(f"--auto: {unknown[0]} has no ground truth, so mAP is unknown; expected an info file (.pkl)")
     on_step("shares of all layers", 0, len(samples))
-    shares = runner.shares(samples)
-    ranked = sorted(runner.layers, key=lambda name: -shares[name].share)
-    alone = {name: frozenset([name]) for name in ranked[:tried]}
+    rows = sorted(runner.shares(samples), key=lambda row: -row.share)
+    alone = {row.layer: frozenset([row.layer]) for row in rows[:tried]}
     sets = dict.fromkeys([runner.all, frozenset(), *alone.values()])
     measured = runner.measure(samples, sets, draws=draws, on_step=on_step)
     exact, low = measured[runner.all], measured[frozenset()]
-    layers = [
-        LayerSensitivity(
-            name,
-            runner.layers[name].kind,
-            runner.layers[name].weights,
-            shares[name].introduced,
-            shares[name].share,
-            _effect(measured[alone[name]], low) if name in alone else None,
-        )
-        for name in ranked
-    ]
+    left_out = {name: _effect(measured[kept], low) for name, kept in alone.items()}
+    layers = [replace(row, left_out=left_out.get(row.layer)) for row in rows]
     profile = SensitivityProfile(
         model.name,
         data,

@@ -54,66 +54,45 @@ def groups_of(graph: Graph) -> list[Group]:
     but what is there already, as long as one value leaves the group; additions of earlier values count. A reduction
     starts a normalization, which ends where one value is left.
     """
-    data = set(data_values(graph))
-    grouped = _Grouped(graph, data)
-    groups: list[Group] = []
-    for node in graph.nodes:
-        if node.index in grouped.taken or node.op == "Constant":
-            grouped.taken.add(node.index)
-            continue
-        side = data.isdisjoint(node.outputs)
-        nodes = [node] if side or node.op in _KEPT or len(node.outputs) != 1 else grouped.behind(node)
-        grouped.taken.update(n.index for n in nodes)
-        groups.append(Group(tuple(nodes), side))
-    return sorted(groups, key=lambda group: group.nodes[-1].index)
+    data, ends = set(data_values(graph)), {v.name for v in graph.outputs}
+    taken: set[int] = set()
+    """Indices of the nodes that have a group."""
 
-
-class _Grouped:
-    def __init__(self, graph: Graph, data: Collection[str]) -> None:
-        self.graph, self._data = graph, data
-        self.taken: set[int] = set()
-        """Indices of the nodes that have a group."""
-        self._outputs = {v.name for v in graph.outputs}
-
-    def behind(self, node: Node) -> list[Node]:
-        """The node and everything that an engine would compute with it."""
-        allowed = POINTWISE | REDUCING if node.op in REDUCING else POINTWISE
-        nodes = [node]
-        while more := self._next(nodes, allowed):
-            nodes += more
-        return nodes
-
-    def _next(self, nodes: list[Node], allowed: Collection[str]) -> list[Node]:
+    def more(last: Node, allowed: Collection[str]) -> list[Node]:
         """The fewest further nodes behind the last one's result, so that again one value leaves; none where there are
         no such nodes."""
-        (value,) = nodes[-1].outputs
-        more: list[Node] = []
-        inside, waiting = {value}, [n.index for n in self.graph.consumers.get(value, ())]
+        found: dict[int, Node] = {}
+        inside, waiting = {last.outputs[0]}, [n.index for n in graph.consumers.get(last.outputs[0], ())]
         heapq.heapify(waiting)
-        while waiting and len(more) < REACH:
-            node = self.graph.nodes[heapq.heappop(waiting)]
-            if node in more or node.op not in allowed or not self._ready(node, inside):
+        while waiting and len(found) < REACH:
+            node = graph.nodes[heapq.heappop(waiting)]
+            if node.index in found or node.op not in allowed or len(node.outputs) != 1 or node.index in taken:
                 continue
-            more.append(node)
-            inside.update(node.outputs)
-            for output in node.outputs:
-                for reader in self.graph.consumers.get(output, ()):
-                    heapq.heappush(waiting, reader.index)
-            leaving = [v for v in inside if self._leaves(v, more)]
-            if leaving == [node.outputs[0]]:
-                return more
+            earlier = [name for name in node.inputs if name in data and name not in inside]
+            if not all(graph.producer[name].index in taken for name in earlier):
+                continue
+            found[node.index] = node
+            inside.add(node.outputs[0])
+            for reader in graph.consumers.get(node.outputs[0], ()):
+                heapq.heappush(waiting, reader.index)
+            left = [v for v in inside if v in ends or any(r.index not in found for r in graph.consumers.get(v, ()))]
+            if left == [node.outputs[0]]:
+                return [*found.values()]
         return []
 
-    def _ready(self, node: Node, inside: Collection[str]) -> bool:
-        """Whether all that the node reads is in the group, computed by another group before, a weight or an input."""
-        if len(node.outputs) != 1 or node.index in self.taken:
-            return False
-        earlier = [name for name in node.inputs if name in self._data and name not in inside]
-        return all(self.graph.producer[name].index in self.taken for name in earlier)
-
-    def _leaves(self, value: str, nodes: list[Node]) -> bool:
-        inside = {node.index for node in nodes}
-        return value in self._outputs or any(n.index not in inside for n in self.graph.consumers.get(value, ()))
+    groups: list[Group] = []
+    for node in graph.nodes:
+        if node.index in taken or node.op == "Constant":
+            taken.add(node.index)
+            continue
+        side, nodes = data.isdisjoint(node.outputs), [node]
+        if not side and node.op not in _KEPT and len(node.outputs) == 1:
+            allowed = POINTWISE | REDUCING if node.op in REDUCING else POINTWISE
+            while behind := more(nodes[-1], allowed):
+                nodes += behind
+        taken.update(n.index for n in nodes)
+        groups.append(Group(tuple(nodes), side))
+    return sorted(groups, key=lambda group: group.nodes[-1].index)
 
 
 FEW = 4
@@ -132,9 +111,30 @@ REGIONAL = frozenset(
 def undecided(graph: Graph, groups: Sequence[Group]) -> frozenset[int]:
     """Places in ``groups`` of those whose type cannot be known: all that compute, but for convolutions whose nearest
     other products, up and down the graph, are convolutions too."""
-    beside = _Beside(groups)
+    writers = {output: i for i, g in enumerate(groups) for node in g.nodes for output in node.outputs}
+    up = [
+        {writers[name] for node in g.nodes for name in node.inputs if name in writers} - {i}
+        for i, g in enumerate(groups)
+    ]
+    down: list[set[int]] = [set() for _ in groups]
+    for i, above in enumerate(up):
+        for j in above:
+            down[j].add(i)
+    stops = [_convolves(group) or _regional(group) for group in groups]
+
+    def beside_region(place: int, links: Sequence[set[int]]) -> bool:
+        """Whether one of the nearest convolutions and regional groups in a direction is a regional one."""
+
+        def around(i: int) -> set[int]:
+            return set() if groups[i].side and i != place else links[i] - {place}
+
+        return any(_regional(groups[i]) for i in nearest(place, around, stops.__getitem__)[0])
+
     return frozenset(
-        i for i, g in enumerate(groups) if g.computes and not (_convolves(g) and _decided(graph, beside, i))
+        i
+        for i, group in enumerate(groups)
+        if group.computes
+        and (not _convolves(group) or _reads_few(graph, group) or beside_region(i, up) or beside_region(i, down))
     )
 
 
@@ -159,10 +159,6 @@ def _operations(graph: Graph, node: Node, values: Mapping[str, Any]) -> float:
     return 2.0 * math.prod(result) * data[0 if transposed else -1]
 
 
-def _decided(graph: Graph, beside: _Beside, place: int) -> bool:
-    return not _reads_few(graph, beside.groups[place]) and not any(map(_regional, beside.nearest(place)))
-
-
 def _convolves(group: Group) -> bool:
     return any(node.op in CONVOLUTIONS for node in group.nodes)
 
@@ -178,29 +174,3 @@ def _reads_few(graph: Graph, group: Group) -> bool:
     first = group.nodes[0]
     shape = shapes.get(first.inputs[0], ()) if first.op == "Conv" else ()
     return len(shape) > 1 and isinstance(shape[1], int) and shape[1] <= FEW
-
-
-class _Beside:
-    """Neighbours of each group, by what it reads."""
-
-    def __init__(self, groups: Sequence[Group]) -> None:
-        self.groups = groups
-        writers = {output: i for i, g in enumerate(groups) for node in g.nodes for output in node.outputs}
-        self._up: list[set[int]] = [
-            {writers[name] for node in g.nodes for name in node.inputs if name in writers} - {i}
-            for i, g in enumerate(groups)
-        ]
-        self._down: list[set[int]] = [set() for _ in groups]
-        for i, above in enumerate(self._up):
-            for j in above:
-                self._down[j].add(i)
-
-    def nearest(self, place: int) -> list[Group]:
-        """Convolutions and regional groups above and below, those next to each path; other groups are walked
-        through."""
-        found: set[int] = set()
-        for links in (self._up, self._down):
-            beside = [() if group.side and i != place else links[i] - {place} for i, group in enumerate(self.groups)]
-            stops = lambda i: _convolves(self.groups[i]) or _regional(self.groups[i])  # noqa: E731
-            found.update(nearest(place, beside.__getitem__, stops)[0])
-        return [self.groups[i] for i in found]

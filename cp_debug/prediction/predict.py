@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +21,21 @@ from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import unsupported
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec, parse_backends
-from cp_debug.bisect.causes.precision import OVERFLOWS as BEYOND
-from cp_debug.bisect.preflight import leaves_half
 from cp_debug.bisect.replayed import EXCESS
-from cp_debug.detection.changes import DetectionChange, compare_detections
+from cp_debug.detection.changes import compare_detections
 from cp_debug.errors import InputError
 from cp_debug.graph.fold_batchnorm import fold_batchnorm
-from cp_debug.graph.operators import QUANTIZERS
+from cp_debug.graph.graph import Graph
 from cp_debug.graph.randomness import refuse_random
-from cp_debug.mixed_precision.emit import Named
 from cp_debug.mixed_precision.goal import Goal
+from cp_debug.mixed_precision.result import Named
 from cp_debug.mixed_precision.search import MixedPrecisionOptions, search
 from cp_debug.prediction.box_changes import BoxChanges, box_changes, joined, largest_changes
-from cp_debug.prediction.final_outputs import FinalOutputs
-from cp_debug.prediction.result import (
-    CLOSE,
-    OVERFLOWS,
-    VANISHES,
-    Interval,
-    PredictedLayer,
-    Prediction,
-)
-from cp_debug.prediction.targets import Kernel, Target, kernels_of, target_of
-from cp_debug.prediction.walk import EXACT, GraphWalk, Walked
-from cp_debug.probes.distance import relative_l2
-from cp_debug.programs.layers import layer_name
+from cp_debug.prediction.result import CLOSE, OVERFLOWS, VANISHES, Interval, PredictedLayer, PredictedOutput, Prediction
+from cp_debug.prediction.targets import Kernel, kernels_of, target_of
+from cp_debug.prediction.walk import EXACT, SPREAD, GraphWalk, interval
+from cp_debug.probes.caveats import ALL_ZERO, is_text
+from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.programs.pipeline import Export, Key, is_exported, prepare, preparing, with_files
 from cp_debug.programs.precision import PRECISIONS
 from cp_debug.programs.scene import decode
@@ -58,10 +47,6 @@ from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 from cp_debug.recipes.registry import load_model
 from cp_debug.safe_text import some
 
-SPREAD = 1.25
-"""Factor by which an interval is wider than the kernels' errors: engines know more orders of summation than these."""
-CLOSE_TO = 8.0
-"""Factor below FP16's largest number within which another input is likely to exceed it."""
 EMULATED = {"fp16": "fp16acc", "bf16": "bf16", "tf32": "tf32", "int8": "int8"}
 """Precision → the emulated backend on which a goal is searched for."""
 
@@ -122,12 +107,61 @@ def predict(
         how = Export(options.exporter or ("torchscript" if runtime.opset else "dynamo"), runtime.opset)
         programs = prepare(loaded, samples[0], Path(scratch), how=how)
         refuse_random((program.graph for program in programs), "no error can be predicted")
-        job = _ModelPrediction(loaded, programs, runtime, precision, kernels, options, Path(scratch))
+        timed = options.builder_level != 0
+        walks = {
+            p.name: GraphWalk(
+                p, _computed(p, precision, Path(scratch)), kernels, precision, options.device, timed=timed
+            )
+            for p in programs
+        }
+        result = Prediction(
+            model=loaded.name,
+            target=runtime.name,
+            precision=precision,
+            kernels={kernel.name: kernel.says for kernel in kernels},
+            spread=SPREAD,
+            weak=runtime.weak,
+            samples=[sample.source for sample in samples],
+            layers=[],
+            outputs=[],
+            named=Named.of(programs, how.exporter),
+        )
+        if is_exported(loaded) and runtime.opset:
+            result.notes.append(f"exported at opset {runtime.opset}, the newest that {runtime.name} reads")
+        if not runtime.measured:
+            result.notes.append(f"kernels of {runtime.name} were never measured: those of TensorRT 8.6 are assumed")
+        outputs, layers, remarks = FinalOutputs(), dict[Key, PredictedLayer](), Remarks(loaded)
         for i, sample in enumerate(samples):
-            job.add(sample, partial(_tell, on_step, i, len(samples)))
-        result = job.result([sample.source for sample in samples])
-        result.notes += left_out
-        result.named = Named.of(programs, how.exporter)
+            remarks.see(sample)
+            ways = {run: Walk(loaded, sample) for run in (EXACT, *result.kernels)}
+            for steps in zip(*ways.values(), strict=True):
+                name, walk = steps[0].name, walks[steps[0].name]
+                with deterministic(), torch.no_grad():
+                    fed = {run: step.inputs for run, step in zip(ways, steps, strict=True)}
+                    for place, layer in enumerate(walk.run(fed), 1):
+                        on_step(f"{name}: layer {place} of about {len(walk.groups)}", i, len(samples))
+                        key = Key(name, layer.value)
+                        layers[key] = _worse(layers[key], layer) if key in layers else layer
+                for run, step in zip(ways, steps, strict=True):
+                    step.outputs = walk.outputs[run]
+                outputs.add(name, walk.outputs)
+            _add_detections(result, loaded, sample, {run: way.results for run, way in ways.items()}, kernels)
+        result.layers = list(layers.values())
+        for layer in (layer for layer in result.layers if layer.keep):
+            known = result.keep.setdefault(layer.component, [])
+            known += [node for node in layer.nodes if node not in known]
+        if lost := {n: op for walk in walks.values() for n, op in walk.not_emulated.items()}:
+            named = some([f"{n} ({op})" for n, op in lost.items()], 3)
+            result.notes.append(f"{len(lost)} nodes are rounded only at their result, not inside: {named}")
+        last = loaded.components[-1].name
+        outputs.check(loaded.name, last)
+        result.outputs = [PredictedOutput(*key, error) for key, error in outputs.errors.items()]
+        result.outputs.sort(key=lambda output: output.component != last)
+        result.notes += outputs.notes()
+        if silent := {name: None for walk in walks.values() for name in walk.silent}:
+            told = some(silent, 3)
+            result.notes.append(f"{len(silent)} layers hold no finite number in FP32, and are left out: {told}")
+        result.notes = list(dict.fromkeys([*result.notes, *remarks.sentences, *left_out]))
         breaks = not result.near or any(layer.keep and layer.excess <= EXCESS for layer in result.layers)
         if goal is None and precision in ("fp16", "bf16") and breaks:
             goal = Goal.parse(f"rel_l2<{PRECISIONS[precision].rtol:g}")
@@ -138,183 +172,111 @@ def predict(
     return result
 
 
-class _ModelPrediction:
-    """The figures of one model, sample after sample."""
+def _computed(program: Program, precision: str, folder: Path) -> Graph:
+    """The program's graph as a target computes it. Raises InputError where nothing here can."""
+    graph = program.graph
+    if unknown := unsupported(graph):
+        raise InputError(f"{graph}: no implementation of {unknown[0].op} (node {unknown[0].name!r})")
+    if precision != "int8":
+        return fold_batchnorm(graph, folder / f"{program.name}.folded.onnx")
+    if graph.precision != "int8":
+        raise InputError(f"--precision int8: {graph} has no QuantizeLinear nodes; `cpdebug quantize ptq` puts them in")
+    return graph
 
-    def __init__(
-        self,
-        model: Model,
-        programs: Sequence[Program],
-        target: Target,
-        precision: str,
-        kernels: Sequence[Kernel],
-        options: PredictOptions,
-        scratch: Path,
-    ) -> None:
-        timed = options.builder_level != 0
-        self._device = options.device
-        self._model, self._target, self._precision, self._kernels = model, target, precision, kernels
-        self._mixed = any(kernel.mixed for kernel in kernels)
-        self._programs = {program.name: program for program in programs}
-        self._layers: dict[Key, PredictedLayer] = {}
-        self._outputs = FinalOutputs()
-        self._silent: dict[str, None] = {}
-        """Layers without a finite number in FP32, of which nothing is predicted."""
-        self._detections: dict[str, DetectionChange] = {}
-        self._largest_changes: dict[str, Interval] = {}
-        self._notes: list[str] = []
-        self._remarks = Remarks(model)
-        self._walks: dict[str, GraphWalk] = {}
-        for program in programs:
-            if unknown := unsupported(program.graph):
-                raise InputError(f"{program.graph}: no implementation of {unknown[0].op} (node {unknown[0].name!r})")
-            graph = program.graph
-            if precision != "int8":
-                graph = fold_batchnorm(graph, scratch / f"{program.name}.folded.onnx")
-            elif graph.precision != "int8":
-                raise InputError(
-                    f"--precision int8: {graph} has no QuantizeLinear nodes; `cpdebug quantize ptq` puts them in"
+
+def _add_detections(
+    result: Prediction,
+    model: Model,
+    sample: Sample,
+    results: Mapping[str, Mapping[str, Arrays]],
+    kernels: Sequence[Kernel],
+) -> None:
+    """Add what each kernel changes of the boxes of one sample. ``results``: run → component → output → array."""
+    reference: Any = decode(model, sample, results[EXACT])
+    if not isinstance(reference, DetectsBoxes):
+        return
+    families: dict[str, list[BoxChanges]] = {}
+    for kernel in kernels:
+        test: Any = decode(model, sample, results[kernel.name])
+        if not isinstance(test, DetectsBoxes):
+            result.notes.append(f"the decoder cannot read the outputs of {kernel.name}")
+            continue
+        change = compare_detections(reference, test)
+        earlier = result.detections.get(kernel.name)
+        result.detections[kernel.name] = change if earlier is None else earlier + change
+        families.setdefault(kernel.arithmetic.name, []).append(box_changes(reference, test))
+    if families:
+        result.largest_changes = joined(result.largest_changes, largest_changes([*families.values()]))
+
+
+class FinalOutputs:
+    """Knowledge of every output of every component so far, over all ways and samples."""
+
+    def __init__(self) -> None:
+        self.errors: dict[Key, Interval] = {}
+        """Of outputs of floats with a finite number."""
+        self._own: dict[Key, list[TensorStats]] = {}
+        """Output of floats → what it holds in FP32, by sample."""
+        self._differ: dict[Key, tuple[int, int]] = {}
+        """Output of whole numbers or strings → elements of which a way gives another, and all, on the worst sample."""
+
+    def add(self, component: str, outputs: Mapping[str, Arrays]) -> None:
+        """Take in one sample. ``outputs``: run → output → array in any dtype."""
+        for name, exact in outputs[EXACT].items():
+            key, ways = Key(component, name), {run: of.get(name) for run, of in outputs.items() if run != EXACT}
+            if is_text(exact) or not np.issubdtype(exact.dtype, np.floating):
+                counts = (
+                    exact.size if way is None or way.shape != exact.shape else int((way != exact).sum())
+                    for way in ways.values()
                 )
-            self._walks[program.name] = GraphWalk(graph, kernels, options.device, timed=timed)
-        if is_exported(model) and target.opset:
-            self._notes.append(f"exported at opset {target.opset}, the newest that {target.name} reads")
-        if not target.measured:
-            self._notes.append(f"kernels of {target.name} were never measured: those of TensorRT 8.6 are assumed")
-
-    def add(self, sample: Sample, tell: Callable[[str], None]) -> None:
-        """Compute one sample and take its figures in."""
-        self._remarks.see(sample)
-        runs = [EXACT, *(kernel.name for kernel in self._kernels)]
-        ways = {run: Walk(self._model, sample) for run in runs}
-        for steps in zip(*ways.values(), strict=True):
-            component = steps[0].component
-            walk = self._walks[component.name]
-            fed = {run: step.inputs for run, step in zip(ways, steps, strict=True)}
-            count = len(walk.groups)
-            with deterministic(), torch.no_grad():
-                for i, walked in enumerate(walk.run(fed)):
-                    tell(f"{component.name}: layer {i + 1} of about {count}")
-                    self._take(component.name, walked)
-            for run, step in zip(ways, steps, strict=True):
-                step.outputs = walk.outputs[run]
-            exact, ways_out = walk.outputs[EXACT], {kernel.name: walk.outputs[kernel.name] for kernel in self._kernels}
-            self._outputs.add(component.name, exact, ways_out, self._interval)
-        self._take_detections(sample, {run: way.results for run, way in ways.items()})
-
-    def _take(self, component: str, walked: Walked) -> None:
-        group, key = walked.group, Key(component, walked.value)
-        if all(node.op in QUANTIZERS for node in group.nodes):
-            return
-        assert walked.exact is not None
-        name = layer_name(self._programs[component], walked.value) if self._knows(key) else walked.value
-        if not bool(torch.isfinite(walked.exact).any()):
-            self._silent[name] = None
-            return
-        layer = PredictedLayer(
-            component,
-            name,
-            walked.value,
-            [node.name for node in group.nodes],
-            [node.op for node in group.nodes],
-            walked.reads,
-            self._interval(walked.error),
-            self._interval(walked.introduced) if walked.introduced else None,
-            {v: self._interval(e, partial=True) for v, e in walked.inside.items()},
-        )
-        if walked.introduced and self._precision == "fp16":
-            rounding, high = walked.introduced["fp16"], max(walked.introduced.values())
-            layer.excess = high / rounding if rounding else 0.0
-        layer.may_stay = self._mixed and walked.may_stay
-        if layer.may_stay and layer.introduced is not None and (stored := self._kernels[-1].stored) is not None:
-            # What it reads may come in FP32, so that even a pool rounds.
-            rounding = relative_l2(stored.round(walked.exact), walked.exact)
-            layer.introduced = replace(layer.introduced, high=max(layer.introduced.high, SPREAD * rounding))
-        self._range(layer, walked)
-        self._keep(layer)
-        self._layers[key] = layer if key not in self._layers else _worse(self._layers[key], layer)
-
-    def _knows(self, key: Key) -> bool:
-        return key.value in self._programs[key.component].graph.producer
-
-    def _interval(self, errors: Mapping[str, float], *, partial: bool = False) -> Interval:
-        expected = errors.get(self._kernels[0].name)
-        assert partial or expected is not None
-        first = next(iter(errors.values())) if expected is None else expected
-        return Interval.around(first, errors.values(), SPREAD)
-
-    def _range(self, layer: PredictedLayer, walked: Walked) -> None:
-        assert walked.exact is not None
-        layer.largest = max(walked.largest.values(), default=0.0)
-        if self._precision != "fp16" or not walked.group.computes:
-            return
-        if layer.largest >= BEYOND:
-            layer.range = OVERFLOWS
-        elif layer.largest >= BEYOND / CLOSE_TO:
-            layer.range = CLOSE
-        elif leaves_half(walked.exact.cpu()):
-            layer.range = VANISHES
-
-    def _keep(self, layer: PredictedLayer) -> None:
-        if layer.range == OVERFLOWS:
-            layer.keep = f"results up to {layer.largest:.3g} are beyond FP16's 65504"
-        elif layer.introduced is not None and not np.isfinite(layer.introduced.high):
-            layer.keep = "NaN or Inf appears in it"
-        elif layer.excess > EXCESS:
-            layer.keep = f"sums in FP16 introduce up to {layer.excess:.1f} times what rounding its results does"
-
-    def _take_detections(self, sample: Sample, results: Mapping[str, Mapping[str, Arrays]]) -> None:
-        reference: Any = decode(self._model, sample, results[EXACT])
-        if not isinstance(reference, DetectsBoxes):
-            return
-        families: dict[str, list[BoxChanges]] = {}
-        for kernel in self._kernels:
-            test: Any = decode(self._model, sample, results[kernel.name])
-            if not isinstance(test, DetectsBoxes):
-                self._notes.append(f"the decoder cannot read the outputs of {kernel.name}")
+                self._differ[key] = max(self._differ.get(key, (0, 0)), (max(counts), exact.size))
                 continue
-            change = compare_detections(reference, test)
-            earlier = self._detections.get(kernel.name)
-            self._detections[kernel.name] = change if earlier is None else earlier + change
-            families.setdefault(kernel.arithmetic.name, []).append(box_changes(reference, test))
-        if families:
-            self._largest_changes = joined(self._largest_changes, largest_changes([*families.values()]))
+            own = compare(exact, exact)
+            self._own.setdefault(key, []).append(own)
+            if not own.nothing_compared:
+                error = interval({run: _error(exact, way) for run, way in ways.items()})
+                self.errors[key] = error.joined(self.errors[key]) if key in self.errors else error
 
-    def result(self, sources: Sequence[str]) -> Prediction:
-        """The prediction over all samples. Raises InputError where nothing is known of any output."""
-        keep: dict[str, list[str]] = {}
-        for layer in (layer for layer in self._layers.values() if layer.keep):
-            known = keep.setdefault(layer.component, [])
-            known += [node for node in layer.nodes if node not in known]
-        lost = {n: op for walk in self._walks.values() for n, op in walk.not_emulated.items()}
-        if lost:
-            named = some([f"{n} ({op})" for n, op in lost.items()], 3)
-            self._notes.append(f"{len(lost)} nodes are rounded only at their result, not inside: {named}")
-        last = self._model.components[-1].name
-        self._outputs.check(self._model.name, last)
-        outputs = sorted(self._outputs.predicted.values(), key=lambda o: o.component != last)
-        self._notes += self._outputs.notes()
-        if self._silent:
-            named = some(self._silent, 3)
-            self._notes.append(f"{len(self._silent)} layers hold no finite number in FP32, and are left out: {named}")
-        return Prediction(
-            model=self._model.name,
-            target=self._target.name,
-            precision=self._precision,
-            kernels={kernel.name: kernel.says for kernel in self._kernels},
-            spread=SPREAD,
-            weak=self._target.weak,
-            samples=list(sources),
-            layers=list(self._layers.values()),
-            outputs=outputs,
-            detections=self._detections,
-            largest_changes=self._largest_changes,
-            keep=keep,
-            notes=list(dict.fromkeys([*self._notes, *self._remarks.sentences])),
-        )
+    def _silent(self) -> dict[Key, str]:
+        """Output without a finite number on any sample → why."""
+        why = {
+            key: "is NaN or Inf everywhere in FP32" if own[-1].count else "has no element"
+            for key, own in self._own.items()
+        }
+        return {key: reason for key, reason in why.items() if key not in self.errors}
+
+    def check(self, model: str, component: str) -> None:
+        """Raise InputError where nothing is known of any output of the last component."""
+        known = {*self.errors, *(key for key, (_, size) in self._differ.items() if size)}
+        if not any(key.component == component for key in known):
+            why = ", ".join(f"{k.value} {reason}" for k, reason in self._silent().items() if k.component == component)
+            raise InputError(
+                f"{model}: no error of an output can be predicted: {why or 'there is none'}; give other inputs"
+            )
+
+    def notes(self) -> Iterator[str]:
+        """Remarks on outputs that have no interval, and on what an interval does not tell."""
+        for key, why in self._silent().items():
+            yield f"nothing is predicted of {key.value}, which {why}"
+        compared = {key: [s for s in self._own[key] if not s.nothing_compared] for key in self.errors}
+        for key, own in compared.items():
+            count, size = max((stats.nan_ref + stats.inf_ref, stats.count) for stats in own)
+            others = "its error is that of the others"
+            yield from [f"{key.value} holds {count} NaN or Inf of {size} elements in FP32: {others}"] if count else []
+        for key, (count, size) in self._differ.items():
+            if not size:
+                yield f"nothing is predicted of {key.value}, which has no element"
+            elif count or not key.value.endswith((".length", ".given")):
+                how = "no variant changes it" if not count else f"up to {count} of {size} elements differ"
+                yield f"{key.value} holds no floats, so it has no relative error: {how}"
+        if compared and all(stats.both_zero for own in compared.values() for stats in own):
+            yield ALL_ZERO
 
 
-def _tell(on_step: OnStep, done: int, total: int, text: str) -> None:
-    on_step(text, done, total)
+def _error(exact: np.ndarray, way: np.ndarray | None) -> float:
+    """Relative L2 error of one way; infinite where it is not finite, or the way has no such output."""
+    error = np.inf if way is None or is_text(way) else compare(exact, way).rel_l2
+    return error if np.isfinite(error) else np.inf
 
 
 def _worse(known: PredictedLayer, other: PredictedLayer) -> PredictedLayer:

@@ -11,7 +11,7 @@ from cp_debug.detection.changes import DetectionChange
 from cp_debug.display import Shown
 from cp_debug.errors import InputError
 from cp_debug.files import write_text
-from cp_debug.mixed_precision.emit import Named
+from cp_debug.mixed_precision.result import Named
 from cp_debug.programs.precision import PRECISIONS
 from cp_debug.reading import json_text, read_json
 from cp_debug.safe_text import amount

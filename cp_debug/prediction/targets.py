@@ -20,8 +20,6 @@ from cp_debug.errors import InputError
 
 TILES = (32, 64, 128)
 """Channels per tile of the kernels that accumulate in FP16."""
-MIXED = "mixed"
-"""Name of the way in which all that may stay in FP32 does."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +113,7 @@ def kernels_of(target: Target, precision: str) -> tuple[Kernel, ...]:
             f"--precision: {target.name} does not compute in {precision}; it knows {', '.join(target.precisions)}"
         )
     kernels = _KERNELS[precision]
-    return (*kernels, mixed(kernels[-1])) if target.weak and precision != "int8" else kernels
-
-
-def mixed(kernel: Kernel) -> Kernel:
-    """The way of ``kernel`` with every layer in FP32 that a weakly typed target may leave so: its error is the
-    smallest to expect."""
-    return replace(
-        kernel, name=MIXED, says=f"layers that may stay in FP32 stay there; the others: {kernel.says}", mixed=True
-    )
+    if not target.weak or precision == "int8":
+        return kernels
+    says = f"layers that may stay in FP32 stay there; the others: {kernels[-1].says}"  # the smallest error to expect
+    return (*kernels, replace(kernels[-1], name="mixed", says=says, mixed=True))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 from rich.text import Text
 
-from cp_debug.mixed_precision.emit import deploy_fragment
+from cp_debug.mixed_precision.result import deploy_fragment
 from cp_debug.reports.numbers import share as share_of
 from cp_debug.reports.sheet import Column, Row, Sheet
 from cp_debug.reports.sheet_terminal import Terminal

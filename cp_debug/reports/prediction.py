@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.console import RenderableType
 from rich.text import Text
 
-from cp_debug.mixed_precision.emit import arguments
+from cp_debug.mixed_precision.result import arguments
 from cp_debug.prediction.result import Interval, PredictedLayer, Prediction
 from cp_debug.reports.mixed_precision import commands
 from cp_debug.reports.numbers import number

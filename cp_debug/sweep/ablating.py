@@ -28,11 +28,11 @@ from cp_debug.detection.breakdown import rings_of
 from cp_debug.detection.changes import GAINED, LOST, MOVED_BOX, changes
 from cp_debug.detection.evaluate import Detector, as_detector, without_boxes
 from cp_debug.detection.evaluation import EvaluationOptions, draws_of
-from cp_debug.mixed_precision.fusion_groups import FusionGroup
 from cp_debug.mixed_precision.goal import Goal
-from cp_debug.mixed_precision.graph_runners import BackendRunner, EmulatedRunner, Runner
-from cp_debug.mixed_precision.judge import Judge, Results
+from cp_debug.mixed_precision.layers import FusionGroup
+from cp_debug.mixed_precision.runners import BackendRunner, EmulatedRunner, Runner
 from cp_debug.mixed_precision.search import emulation_device, layers_of_test, plain_program
+from cp_debug.mixed_precision.trials import Judge, Results
 from cp_debug.programs.pipeline import Pipeline, wants_int8
 from cp_debug.programs.scene import DecodedBoxes, decode
 from cp_debug.recipes.base import Model, Sample
@@ -370,7 +370,7 @@ class Ablation:
         emulator = self._emulator([sample])
         emulator.prepare()
         of_nodes = emulator.shares(frozenset())
-        return [sum(of_nodes.get((g.component, node), 0.0) for node in g.nodes) for g in self.groups]
+        return [group.share(of_nodes) for group in self.groups]
 
     def sets(self, shares: Sequence[float], most: int) -> list[AblatedSet]:
         """None, each of the ``most`` layers of the largest shares, the first 2, 4, 8 … of them, and all layers."""

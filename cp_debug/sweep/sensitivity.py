@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cp_debug.files import resolved
-from cp_debug.mixed_precision.layer_runner import LayerRunner, int8_runner
-from cp_debug.mixed_precision.sensitivity import profile_of
+from cp_debug.mixed_precision.sensitivity import LayerRunner, int8_runner, profile_of
 from cp_debug.quantization.open_quantized import open_quantized
 from cp_debug.serialize import json_safe
 from cp_debug.sweep.grid import Grid
