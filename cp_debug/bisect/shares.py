@@ -4,9 +4,10 @@ D is the test's final outputs minus the reference's, each output scaled by its r
 which introduced eᵢ, is ⟨D, J eᵢ⟩ ÷ ‖D‖² = ⟨Jᵀ D, eᵢ⟩ ÷ ‖D‖², and Jᵀ D is the same for all (``backward``). Behind it
 stands an exact sum: with Gᵢ the oracle from layer i to the end, test − exact = Σ Gᵢ(testᵢ) − Gᵢ(oracleᵢ of the test's
 inputs). The reference has such a sum of its own; D is the difference of the two, and what the reference's rounding
-makes of it is told by itself. All of it adds up to 1, less what is not linear. Where that is much, J is made of the
-mean derivative of each segment on the straight way from the reference's values of its inputs to the test's: the
-difference of its results is exactly that mean times the difference of its inputs, so that the sum is 1 again.
+makes of it is told by itself. All of it adds up to 1 where J is made of the mean derivative of each segment on the
+straight way from the reference's values of its inputs to the test's: the difference of its results is exactly that mean
+times the difference of its inputs. The derivative midway is that mean to second order; where it leaves much, the mean
+is taken over more places.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import numpy as np
 import torch
 
 from cp_debug.backends.base import Tensor
-from cp_debug.bisect.backward import Backward, walk_back
+from cp_debug.bisect.backward import Backward, Measure, spread, walk_back
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.result import Attribution, LayerRow
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.probes.arrays import as_numpy, as_torch
-from cp_debug.probes.distance import all_finite, distance
+from cp_debug.probes.distance import all_finite, distance, product
 from cp_debug.probes.held import CapturedRun
 from cp_debug.probes.statistics_reduce import are_wide, differences, dot
 from cp_debug.programs.pipeline import Key
@@ -32,12 +33,12 @@ from cp_debug.recipes.base import Arrays, Component, Sample
 
 NOT_LINEAR = 0.1
 """What the shares may leave of the final divergence for the network to count as linear over it."""
-LARGE = 0.05
-"""Divergence, over the reference's norm, from which no network counts as linear, whatever the sum."""
 BEYOND = 10.0
 """Share, or sum of all, that no derivative can mean: a mask of −3e38 differs by 1e36 in BF16 and hides all the same."""
+MIDWAY = (0.5,)
+"""Place between both sides at which a derivative is taken for its mean: exact for functions of second degree."""
 POINTS = 0.5 - 0.75**0.5 / 3, 0.5 + 0.75**0.5 / 3
-"""Places between both sides at which a derivative is taken for its mean: Gauss's, exact for cubic functions."""
+"""Two such places, where one does not do: Gauss's, exact for functions of fourth degree."""
 CARRIED = 4
 """Layers whose error is carried forward at most, the largest shares first: each takes two runs of what is behind."""
 
@@ -78,27 +79,27 @@ class Shares:
         self._model = run.pipeline.model
         self._components = [c.name for c in self._model.components]
         self._norms: dict[str, float] = {}
-        self._spreads: dict[str, dict[str, float]] = {}
         self.notes: list[str] = []
         """Sentences about what has no share and why."""
 
     @cached_property
     def of_layers(self) -> dict[Key, float]:
         """Share of every replayed value, with a row or without; by derivatives where ``attribution`` carries none."""
-        return self._walked(self._between if self._is_large else self._backward)
+        return self._walked(MIDWAY)
 
-    @property
+    @cached_property
     def spreads(self) -> dict[Key, float]:
-        """``Backward.spreads`` of every replayed value, of the first walk."""
-        return {Key(name, value): spread for name, own in self._spreads.items() for value, spread in own.items()}
+        """Value → what its error makes of the divergence with random signs."""
+        return self._walked(MIDWAY, spread)
 
-    def _walked(self, backward: Callable[[Component], Backward]) -> dict[Key, float]:
+    def _walked(self, points: Sequence[float], measure: Measure = product) -> dict[Key, float]:
         found: dict[Key, float] = {}
         last = self._components[-1]
         derivatives = {
             name: (difference / (self._norm(name) * self._size)).reshape(_array(self._reference, name, last).shape)
             for name, difference in self._divergence.items()
         }
+        backward = partial(self._backward, points, measure)
         walked = walk_back(self._model, self._sample, self._results, derivatives, backward, self.notes)
         for component, errors, at_inputs in walked:
             found |= {Key(component.name, value): share for value, share in errors.items()}
@@ -110,18 +111,8 @@ class Shares:
                         found[key] = float(derivative.ravel() @ introduced.ravel())
         return found
 
-    def _backward(self, component: Component) -> Backward:
-        of = self._run.replayer(component.name, self._test)
-        test = loader(self._test, component.name)
-        walk = Backward(of.graph, of.known, test, of.oracle, of.follower, of.errors)
-        self._spreads.setdefault(component.name, walk.spreads)
-        return walk
-
-    def _between(self, component: Component) -> Backward:
-        """A walk with the mean derivative of each segment on the way from the reference's values to the test's.
-
-        By it the shares add up to 1 whatever is not linear, but for what ``POINTS`` leave of the mean.
-        """
+    def _backward(self, points: Sequence[float], measure: Measure, component: Component) -> Backward:
+        """A walk with the derivatives at ``points`` on the way from the reference's values, 0, to the test's, 1."""
         of = self._run.replayer(component.name, self._test)
         test, reference = (loader(c, component.name) for c in (self._test, self._reference))
 
@@ -134,10 +125,8 @@ class Shares:
             between = torch.lerp(ours.to(dtype), theirs.to(dtype), part)
             return between if all_finite(between) else torch.where(torch.isfinite(between), between, theirs.to(dtype))
 
-        places = [partial(at, part) for part in POINTS]
-        walk = Backward(of.graph, of.known, test, of.oracle, of.follower, of.errors, at=places)
-        self._spreads.setdefault(component.name, walk.spreads)
-        return walk
+        places = [partial(at, part) for part in points]
+        return Backward(of.graph, of.known, test, of.oracle, of.follower, of.errors, at=places, measure=measure)
 
     def stops(self, key: Key) -> bool:
         """Whether a layer's result is whole numbers, and no derivative passes what reads them."""
@@ -148,15 +137,15 @@ class Shares:
         """The sum of all shares, and what of the divergence they leave. ``names``: value → its layer's name.
 
         Where they leave more than ``NOT_LINEAR``, the reference's own share is computed. Where that does not fill it,
-        or the divergence is large from the start, the network is not linear over these errors, and the derivatives are
-        the mean over the way between both sides. The layers ``born`` are carried forward, and then those with the
-        largest shares, until it fits. Nothing of it is done where nobody ``asks``, as all is within the tolerance.
+        the derivatives are the mean over ``POINTS`` between both sides. The layers ``born`` are carried forward, and
+        then those with the largest shares, until it fits. Nothing of it is done where nobody ``asks``, as all is within
+        the tolerance.
         """
         told = Attribution(sum(self.of_layers.values()))
         if asks and abs(told.remainder) > NOT_LINEAR:
             told.reference = self._of_reference()
-        if asks and abs(told.remainder) > NOT_LINEAR and not self._is_large:
-            self.of_layers |= self._walked(self._between)
+        if asks and abs(told.remainder) > NOT_LINEAR:
+            self.of_layers |= self._walked(POINTS)
         carried = [*born]
         for key in born:
             self._carry(key, names)
@@ -213,11 +202,6 @@ class Shares:
         """‖D‖²."""
         with np.errstate(over="ignore"):
             return sum(float(dot(d, d)) for d in self._divergence.values())
-
-    @property
-    def _is_large(self) -> bool:
-        """Whether the divergence is so large that no network counts as linear over it."""
-        return self._size > LARGE**2
 
     @cached_property
     def ends_in_infinity(self) -> bool:
