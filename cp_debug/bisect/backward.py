@@ -30,7 +30,6 @@ from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import level_values
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.randomness import draws
-from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.distance import all_finite, product
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 from cp_debug.safe_text import some
@@ -277,7 +276,7 @@ def walk_back(
     derivatives: Arrays,
     backward: Callable[[Component], Walks],
     notes: list[str],
-) -> Iterator[tuple[Component, dict[str, float], Arrays]]:
+) -> Iterator[tuple[Component, dict[str, float], dict[str, Tensor]]]:
     """(Component, value → ⟨derivative, introduced error⟩, input → derivative), the last component first.
 
     ``results``: component → output → array, of the test; ``derivatives``: those of the measure by final outputs, in
@@ -296,9 +295,9 @@ def walk_back(
         for reason in dict.fromkeys(walked.stopped.values()):
             values = [value for value, why in walked.stopped.items() if why == reason]
             notes.append(f"shares of layers before {some(values, 1)} are not complete: {reason}")
-        at_inputs = {n: as_numpy(d) for n, d in walked.derivatives.items() if n in component.input_names}
+        at_inputs = {n: d for n, d in walked.derivatives.items() if n in component.input_names}
         yield component, errors, at_inputs
-        if not place or not any(d.any() for d in at_inputs.values()):
+        if not place or not any(bool(d.any()) for d in at_inputs.values()):
             continue
         try:
             earlier = {name: results[name] for name in names[:place]}

@@ -108,7 +108,7 @@ class Shares:
                     key = Key(component.name, name)
                     introduced = _difference(_array(self._test, name, component.name), as_numpy(self._feed(key)))
                     if introduced.shape == derivative.shape:
-                        found[key] = float(derivative.ravel() @ introduced.ravel())
+                        found[key] = float(as_numpy(derivative).ravel() @ introduced.ravel())
         return found
 
     def _backward(self, points: Sequence[float], measure: Measure, component: Component) -> Backward:
