@@ -351,10 +351,12 @@ def test_the_fragment_is_a_configuration(tmp_path: Path) -> None:
 
 def test_mixed_graphs_run_and_keep_every_name(tmp_path: Path) -> None:
     from cp_debug.mixed_precision.result import write_onnx
+    from cp_debug.recipes.registry import load_model
 
-    program = program_of(second_like(tmp_path / "net.onnx", depth=0, size=16))
+    path = second_like(tmp_path / "net.onnx", depth=0, size=16)
+    program, model = program_of(path), load_model(str(path))
     kept = {"net": [n.name for n in program.graph.nodes if n.op == "Conv"][:2]}
-    write_onnx([program], kept, "fp16", tmp_path / "out" / "mixed.onnx")
+    write_onnx(model, [], [program], kept, "fp16", tmp_path / "out" / "mixed.onnx")
     mixed = Graph(tmp_path / "out" / "mixed.onnx")
     onnx.checker.check_model(str(mixed.path), full_check=True)
     assert {n.name for n in program.graph.nodes} <= {n.name for n in mixed.nodes}
@@ -364,7 +366,7 @@ def test_mixed_graphs_run_and_keep_every_name(tmp_path: Path) -> None:
     expected = create(BackendSpec.parse("emu-fp32")).open(program).run(inputs)
     for value, array in zip(session.get_outputs(), session.run(None, inputs), strict=True):
         np.testing.assert_allclose(array, expected[value.name], rtol=0.1, atol=0.05)
-    write_onnx([program, Program("two", program.graph)], {**kept, "two": []}, "bf16", tmp_path / "both")
+    write_onnx(model, [], [program, Program("two", program.graph)], {**kept, "two": []}, "bf16", tmp_path / "both")
     assert sorted(p.name for p in (tmp_path / "both").iterdir()) == ["net.onnx", "two.onnx"]
 
 

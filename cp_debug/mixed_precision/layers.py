@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.narrow_options import is_narrow
@@ -57,10 +57,12 @@ def fusion_groups_of(program: Program, candidates: Collection[str]) -> list[Fusi
         place = home.get(before.name, node.index) if before is not None else node.index
         groups.setdefault(place, []).append(node)
         home[node.name] = place
-    return [
-        FusionGroup(program.name, tuple(n.name for n in nodes), layer_name(program, nodes[0].outputs[0]))
-        for nodes in groups.values()
-    ]
+    return [_group(program, nodes) for nodes in groups.values()]
+
+
+def _group(program: Program, nodes: Sequence[Node], engine_layer: str = "") -> FusionGroup:
+    name = layer_name(program, nodes[0].outputs[0])
+    return FusionGroup(program.name, tuple(node.name for node in nodes), name, engine_layer)
 
 
 def fused(
@@ -73,23 +75,19 @@ def fused(
     """
     regrouped: list[FusionGroup] = []
     for program in programs:
-        component_groups = [group for group in groups if group.component == program.name]
-        nodes = {node.name: node for node in program.graph.nodes}
-        group_nodes = {node for group in component_groups for node in group.nodes}
-        placed: set[str] = set()
-        new_groups: list[FusionGroup] = []
+        own = [group for group in groups if group.component == program.name]
+        left = nodes_of(own, program.name)
+        parts: list[tuple[list[Node], str]] = []
         for layer in layers.get(program.name, ()):
-            inside = sorted(group_nodes.intersection(layer["nodes"]) - placed, key=lambda name: nodes[name].index)
-            if inside and sum(nodes[name].op in PRODUCTS for name in inside) <= 1:
-                placed.update(inside)
-                name = layer_name(program, nodes[inside[0]].outputs[0])
-                new_groups.append(FusionGroup(program.name, tuple(inside), name, layer["name"]))
-        for group in component_groups:
-            if remaining := tuple(node for node in group.nodes if node not in placed):
-                new_groups.append(
-                    replace(group, nodes=remaining, name=layer_name(program, nodes[remaining[0]].outputs[0]))
-                )
-        regrouped += sorted(new_groups, key=lambda group: nodes[group.nodes[0]].index)
+            inside = [node for node in program.graph.nodes if node.name in left.intersection(layer["nodes"])]
+            if sum(node.op in PRODUCTS for node in inside) <= 1:
+                parts.append((inside, layer["name"]))
+                left -= {node.name for node in inside}
+        for group in own:
+            rest = [n for n in program.graph.nodes if n.name in left.intersection(group.nodes)]
+            parts.append((rest, group.engine_layer))
+        parts = sorted((part for part in parts if part[0]), key=lambda part: part[0][0].index)
+        regrouped += [_group(program, nodes, engine_layer) for nodes, engine_layer in parts]
     return regrouped
 
 

@@ -14,7 +14,7 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.narrow_options import NarrowOptions, is_narrow
 from cp_debug.display import Shown
 from cp_debug.graph.casts import cast_surgery
-from cp_debug.graph.graph import Graph
+from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.narrow_qdq import insert_narrow_qdq
 from cp_debug.graph.operators import CONTRACTIONS
 from cp_debug.graph.qdq import remove_qdq
@@ -27,55 +27,45 @@ from cp_debug.recipes.base import Model, Sample
 from cp_debug.serialize import JsonForm
 
 
-def write_onnx(programs: Sequence[Program], keep: Mapping[str, Sequence[str]], precision: str, target: Path) -> None:
-    """Write the mixed-precision graph as ``target``; with several components, one file each into that folder.
-
-    FP16 and BF16 by casts, INT8 by leaving Q/DQ pairs out. Raises InputError where a weight that is not kept is beyond
-    the low precision.
-    """
-    several = len(programs) > 1
-    (target if several else target.parent).mkdir(parents=True, exist_ok=True)
-    for program in programs:
-        file = target / f"{program.name}.onnx" if several else target
-        if precision == "int8":
-            remove_qdq(program.graph, keep[program.name], file)
-        else:
-            cast_surgery(program.graph, CASTS[precision], keep[program.name], file)
-
-
-def write_narrow_onnx(
+def write_onnx(
     model: Model,
-    programs: Sequence[Program],
     samples: Sequence[Sample],
+    programs: Sequence[Program],
     keep: Mapping[str, Sequence[str]],
     precision: str,
     target: Path,
 ) -> list[str]:
-    """Write the graph in a narrow precision but for the kept nodes as ``target``; several components into that folder.
+    """Write the mixed-precision graph as ``target``; with several components, one file each into that folder.
 
-    Constant scales of data are calibrated on ``samples``: their largest magnitudes. Returns notes for readers. Raises
-    InputError as ``narrow_layers`` and ``check_exportable`` do.
+    FP16 and BF16 by casts, INT8 by leaving Q/DQ pairs out, narrow types by putting pairs in; constant scales of data
+    are then calibrated on ``samples``: their largest magnitudes. Returns notes for readers. Raises InputError where a
+    weight that is not kept is beyond FP16 or BF16, and as ``narrow_layers`` and ``check_exportable`` do.
     """
-    options, several, notes = NarrowOptions.parse(precision), len(programs) > 1, list[str]()
-    check_exportable(options)
+    several, notes = len(programs) > 1, list[str]()
+    narrow = NarrowOptions.parse(precision) if is_narrow(precision) else None
+    chosen, amax = dict[str, list[Node]](), dict[str, dict[str, float]]()
+    if narrow is not None:
+        check_exportable(narrow)
+        for p in programs:
+            chosen[p.name] = [n for n in weighted_layers(p.graph, narrow) if n.name not in set(keep[p.name])]
+        amax = amax_of_programs(model, programs, chosen, samples) if calibrated(narrow) else {}
     (target if several else target.parent).mkdir(parents=True, exist_ok=True)
-    chosen = {
-        p.name: [n for n in weighted_layers(p.graph, options) if n.name not in set(keep[p.name])] for p in programs
-    }
-    amax = amax_of_programs(model, programs, chosen, samples) if calibrated(options) else {}
     for program in programs:
-        layers = narrow_layers(
-            program.graph, options, amax.get(program.name, {}), [node.name for node in chosen[program.name]]
-        )
-        file = target / f"{program.name}.onnx" if several else target
-        insert_narrow_qdq(program.graph, layers.layers, file, precision)
-        notes += [f"--onnx: {node} stays in FP32: {why}" for node, why in layers.left_out.items()]
-        products = {n.name for n in program.graph.nodes if n.op in CONTRACTIONS} - layers.layers.keys()
-        data = products - set(keep[program.name]) - layers.left_out.keys()
-        if data and options.family != "int4":
-            notes.append(
-                f"--onnx: {len(data)} products of two results are in FP32 in the file, but in {options} in the search"
-            )
+        file, kept = target / f"{program.name}.onnx" if several else target, keep[program.name]
+        if precision == "int8":
+            remove_qdq(program.graph, kept, file)
+        elif narrow is None:
+            cast_surgery(program.graph, CASTS[precision], kept, file)
+        else:
+            names = [node.name for node in chosen[program.name]]
+            layers = narrow_layers(program.graph, narrow, amax.get(program.name, {}), names)
+            insert_narrow_qdq(program.graph, layers.layers, file, precision)
+            notes += [f"--onnx: {node} stays in FP32: {why}" for node, why in layers.left_out.items()]
+            outside = {n.name for n in program.graph.nodes if n.op in CONTRACTIONS} - layers.layers.keys()
+            count = len(outside - set(kept) - layers.left_out.keys())
+            if count and narrow.family != "int4":
+                products = f"{count} products of two results"
+                notes.append(f"--onnx: {products} are in FP32 in the file, but in {narrow} in the search")
     return notes
 
 

@@ -14,7 +14,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,25 +133,11 @@ RUNS = 20
 """Timed runs of an engine."""
 
 
-class Runner(Protocol):
-    """Runs trials of one model on its samples."""
-
-    builds: int
-    """Engines, graphs or sessions made so far; 0 where a trial needs none."""
-
-    def run(self, kept_groups: Kept) -> list[Results]:
-        """Final outputs by sample, with ``kept_groups`` in high precision. Raises InputError for a refused build."""
-        ...
-
-    def latency(self) -> float | None:
-        """Seconds of the last trial on its device, where the backend tells."""
-        ...
-
-
 class EmulatedRunner:
     """Runs trials on the emulator, where a trial is a part of a forward pass."""
 
     builds = 0
+    """Engines, graphs or sessions made so far: a trial needs none."""
 
     def __init__(
         self,

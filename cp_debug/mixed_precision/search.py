@@ -34,8 +34,8 @@ from cp_debug.mixed_precision.layers import (
     nodes_of,
     precision_of,
 )
-from cp_debug.mixed_precision.result import KeptLayer, MixedPrecisionResult, Named, write_narrow_onnx, write_onnx
-from cp_debug.mixed_precision.runners import BackendRunner, EmulatedRunner, Runner
+from cp_debug.mixed_precision.result import KeptLayer, MixedPrecisionResult, Named, write_onnx
+from cp_debug.mixed_precision.runners import BackendRunner, EmulatedRunner
 from cp_debug.mixed_precision.trials import Judge, Measured, Trial, TrialLog, nodes_in
 from cp_debug.probes.capture import array_hash
 from cp_debug.programs.pipeline import (
@@ -238,7 +238,7 @@ class _MixedPrecisionSearch:
         self._notes += [*remarks.sentences, *self._judge.notes]
         self.log = TrialLog(options.log, self._about())
         self.emulator = EmulatedRunner(model, self._tests, samples, self.precision, emulation_device(self._backend))
-        self.runner: Runner = self.emulator
+        self.runner: EmulatedRunner | BackendRunner = self.emulator
         if not self._backend.emulated:
             self.runner = BackendRunner(model, self._tests, samples, self.precision, self._backend, scratch)
 
@@ -251,11 +251,13 @@ class _MixedPrecisionSearch:
 
     def run(self) -> MixedPrecisionResult:
         smallest_set: list[FusionGroup] | None = None
-        stopped = ""
         predictor: Predictor | None = None
+        stopped = ""
         try:
             if not self._holds(frozenset()):
-                self._regroup()
+                if isinstance(self.runner, BackendRunner) and self.runner.layers and not self.log.engine:
+                    self.log.add_engine(self.runner.layers)
+                self.groups = fused(self.groups, self._tests, self.log.engine)
                 self._step("predicting")
                 self.emulator.prepare()
                 predictor = Predictor(self.groups, self._goal, self.emulator.local_error, self._shares)
@@ -267,11 +269,9 @@ class _MixedPrecisionSearch:
         except OutOfBudget as reason:
             stopped = str(reason)
         result = self._result(smallest_set, predictor, stopped)
-        if self._options.onnx is not None and result.reached and is_narrow(self.precision.name):
-            names = (self._model, self._tests, self._samples, result.keep, self.precision.name)
-            result.notes.extend(write_narrow_onnx(*names, self._options.onnx))
-        elif self._options.onnx is not None and result.reached:
-            write_onnx(self._tests, result.keep, self.precision.name, self._options.onnx)
+        if self._options.onnx is not None and result.reached:
+            what = self._tests, result.keep, self.precision.name, self._options.onnx
+            result.notes.extend(write_onnx(self._model, self._samples, *what))
         return result
 
     def _find(self, predictor: Predictor) -> list[FusionGroup] | None:
@@ -330,12 +330,6 @@ class _MixedPrecisionSearch:
         if limit is not None and count >= limit:
             raise OutOfBudget(f"stopped after {amount(count, 'trial' if self._backend.emulated else 'build')}")
 
-    def _regroup(self) -> None:
-        """Take the layers as the engine fused them, where it told."""
-        if isinstance(self.runner, BackendRunner) and self.runner.layers and not self.log.engine:
-            self.log.add_engine(self.runner.layers)
-        self.groups = fused(self.groups, self._tests, self.log.engine)
-
     def _result(
         self, smallest_set: list[FusionGroup] | None, predictor: Predictor | None, stopped: str
     ) -> MixedPrecisionResult:
@@ -350,6 +344,10 @@ class _MixedPrecisionSearch:
         else:
             best = min(on_backend, key=lambda trial: (excess[trial.nodes], trial.layers))
         kept_groups = [group for group in self.groups if nodes_in(frozenset([group])) <= best.nodes]
+        keep = {}
+        for p in self._tests:
+            told = self.precision.keep(p.graph, nodes_of(kept_groups, p.name))
+            keep[p.name] = [node.name for node in p.graph.nodes if node.name in told]
         return MixedPrecisionResult(
             model=self._model.name,
             reference=self._reference,
@@ -364,7 +362,7 @@ class _MixedPrecisionSearch:
             best=best,
             baseline=self.log.trials[False, frozenset()],
             trials=trials,
-            keep={p.name: self._nodes_to_keep(p, nodes_of(kept_groups, p.name)) for p in self._tests},
+            keep=keep,
             named=Named.of(self._tests, self._exporter),
             weak=self._backend.spec.family != "trt" or release_of(self._backend.versions()["tensorrt"]) < STRONG_ONLY,
             stopped=stopped,
@@ -386,10 +384,6 @@ class _MixedPrecisionSearch:
             share=predictor.shares.get(group) if predictor else None,
             without=without.measured.figures if without else {},
         )
-
-    def _nodes_to_keep(self, program: Program, kept_nodes: frozenset[str]) -> list[str]:
-        fp32_nodes = self.precision.keep(program.graph, kept_nodes)
-        return [node.name for node in program.graph.nodes if node.name in fp32_nodes]
 
     def _about(self) -> dict[str, Any]:
         """Facts that the trials depend on, for the log."""

@@ -30,7 +30,7 @@ from cp_debug.detection.evaluate import Detector, as_detector, without_boxes
 from cp_debug.detection.evaluation import EvaluationOptions, draws_of
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.layers import FusionGroup
-from cp_debug.mixed_precision.runners import BackendRunner, EmulatedRunner, Runner
+from cp_debug.mixed_precision.runners import BackendRunner, EmulatedRunner
 from cp_debug.mixed_precision.search import emulation_device, layers_of_test, plain_program
 from cp_debug.mixed_precision.trials import Judge, Results
 from cp_debug.programs.pipeline import Pipeline, wants_int8
@@ -362,12 +362,13 @@ class Ablation:
     def __init__(self, model: Model, programs: Sequence[Program], backend: Backend) -> None:
         self._model, self._programs, self._backend = model, programs, backend
         self.precision, self.groups = layers_of_test(model, programs, backend)
+        self._emulator = EmulatedRunner(model, programs, [], self.precision, emulation_device(backend))
 
     def shares(self, sample: Sample) -> list[float]:
         """Share of each of ``groups`` in what the test's precision does to the final outputs of ``sample``: emulated,
         whatever the backend, by one walk backward (``EmulatedRunner.shares``).
         """
-        emulator = self._emulator([sample])
+        emulator = self._emulator.on([sample])
         emulator.prepare()
         of_nodes = emulator.shares(frozenset())
         return [group.share(of_nodes) for group in self.groups]
@@ -385,15 +386,11 @@ class Ablation:
             AblatedSet(ALL, ranked),
         ]
 
-    def runner(self, sample: Sample, folder: Path) -> Runner:
+    def runner(self, sample: Sample, folder: Path) -> EmulatedRunner | BackendRunner:
         """Runs sets on ``sample``: on the emulator that the backend is, else on the backend, built anew for each set.
 
         Its ``run`` gives one result: component → output → array in the dtype that the graph declares.
         """
         if self._backend.emulated:
-            return self._emulator([sample])
+            return self._emulator.on([sample])
         return BackendRunner(self._model, self._programs, [sample], self.precision, self._backend, folder)
-
-    def _emulator(self, samples: Sequence[Sample]) -> EmulatedRunner:
-        device = emulation_device(self._backend)
-        return EmulatedRunner(self._model, self._programs, samples, self.precision, device)
