@@ -27,7 +27,7 @@ from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
 from cp_debug.graph.qdq import insert_qdq, quantizable
 from cp_debug.graph.scales import LayerScales
-from cp_debug.prediction.groups import groups_of
+from cp_debug.prediction.kernels import groups_of
 from cp_debug.prediction.predict import PredictOptions, predict
 from cp_debug.prediction.result import OVERFLOWS, Interval, Prediction
 from cp_debug.recipes.registry import load_model

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cp_debug.errors import InputError
+from cp_debug.mixed_precision.goal import check_budget
 from cp_debug.mixed_precision.sensitivity import (
     ErrorSum,
     LayerRunner,
     _loss,
-    check_budget,
     choose_layers,
     get_sensitive_layers,
     int8_runner,

@@ -42,13 +42,12 @@ def predict(
     """
     from cp_debug.cli.console import show_document, steps
     from cp_debug.mixed_precision.goal import Goal
+    from cp_debug.prediction.targets import target_of
 
+    target_of(target, precision)
     if goal is not None:
         Goal.parse(goal)
     how = files.checked(model, inputs, samples, checkpoint=checkpoint)
-    from cp_debug.prediction.targets import kernels_of, target_of
-
-    kernels_of(target_of(target), precision)
     load_torch()
     from cp_debug.prediction.predict import PredictOptions
     from cp_debug.prediction.predict import predict as run

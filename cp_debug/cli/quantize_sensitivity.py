@@ -64,8 +64,11 @@ def sensitivity(
     Exit code 1 when all in INT8 loses more than --auto.
     """
     from cp_debug.cli.console import command_line, show_document, steps
+    from cp_debug.mixed_precision.goal import check_budget
     from cp_debug.recipes.data.base import DataOptions
 
+    if auto is not None:
+        check_budget(auto)
     refuse(("calib_data", "batches", "method"), unless=quantized is None, why="the scales are those of --from")
     narrow = narrow_options(precision)
     why = f"scales of {precision} are computed from the current numbers, and every layer with a weight is measured"
@@ -77,7 +80,6 @@ def sensitivity(
     check_given(model, inputs=data, samples=samples, checkpoint=checkpoint, options=read, flag="--data")
     load_torch()
     from cp_debug.mixed_precision.sensitivity import (
-        check_budget,
         check_samples,
         int8_runner,
         narrow_runner,
@@ -88,26 +90,17 @@ def sensitivity(
     from cp_debug.recipes.registry import load_model
     from cp_debug.reports.sensitivity import render, write_chart, write_page
 
-    if auto is not None:
-        check_budget(auto)
     with steps() as on_step:
         loaded = load_model(model, checkpoint=checkpoint, seed=seed)
+        source, chosen_samples = scored_samples(loaded, data, samples, seed, read)
+        check_samples(chosen_samples)
         if narrow is not None:
-            source, chosen_samples = scored_samples(loaded, data, samples, seed, read)
-            check_samples(chosen_samples)
             runner = narrow_runner(loaded, str(narrow), chosen_samples[0])
         else:
+            skip, how = skip_layers or (), method.value
             opened = open_quantized(
-                loaded,
-                quantized,
-                calib_data,
-                batches,
-                method=method.value,
-                skip_layers=skip_layers or (),
-                on_step=on_step,
+                loaded, quantized, calib_data, batches, method=how, skip_layers=skip, on_step=on_step
             )
-            source, chosen_samples = scored_samples(loaded, data, samples, seed, read)
-            check_samples(chosen_samples)
             runner = int8_runner(loaded, opened, chosen_samples[0])
         profile = profile_of(runner, chosen_samples, data=source, budget=auto, draws=draws, on_step=on_step)
     if output:

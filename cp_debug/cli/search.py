@@ -63,6 +63,7 @@ def search(
     from cp_debug.mixed_precision.goal import Goal
 
     parsed, specs = Goal.parse(goal), parse_backends(backends, test=test_model)
+    time_limit = None if budget is None else parse_duration(budget)
     engines.check(specs)
     refuse(("data",), unless="map_drop" in goal, why=f"the goal is {goal}; expected one with map_drop")
     source, scored = inputs or data, data is not None
@@ -77,7 +78,7 @@ def search(
 
     options = MixedPrecisionOptions(
         max_builds=max_builds,
-        budget=None if budget is None else parse_duration(budget),
+        budget=time_limit,
         log=log,
         exporter=exporter.chosen,
         folded=not unfolded,

@@ -77,6 +77,12 @@ def without_counts(name: str) -> InputError:
     return InputError(f"--goal: {name} decodes no boxes; limit rel_l2 or max_abs")
 
 
+def check_budget(budget: float) -> None:
+    """Raise InputError for a budget that nothing can keep."""
+    if not budget > 0:
+        raise InputError(f"--auto is {budget:g}; expected a positive budget")
+
+
 def _excess(value: float, limit: float) -> float:
     if math.isnan(value):
         return math.inf

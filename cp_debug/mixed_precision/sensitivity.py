@@ -25,6 +25,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import QUANTIZERS
 from cp_debug.minimize import smallest
+from cp_debug.mixed_precision.goal import check_budget
 from cp_debug.mixed_precision.layers import FusionGroup, Kept, TrialPrecision, nodes_of
 from cp_debug.mixed_precision.runners import EmulatedRunner
 from cp_debug.mixed_precision.trials import Measured, Results, draws_of_scores
@@ -371,12 +372,6 @@ def scored_samples(
 
 def _effect(test: Measured, before: Measured) -> Int8Effect:
     return Int8Effect(test.error, {score: test.change(score, before) for score in test.draws})
-
-
-def check_budget(budget: float) -> None:
-    """Raise InputError for a budget that nothing can keep."""
-    if not budget > 0:
-        raise InputError(f"--auto is {budget:g}; expected a positive budget")
 
 
 def choose_layers(

@@ -31,8 +31,9 @@ from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.result import Named
 from cp_debug.mixed_precision.search import MixedPrecisionOptions, search
 from cp_debug.prediction.box_changes import BoxChanges, box_changes, joined, largest_changes
+from cp_debug.prediction.kernels import Kernel, kernels_of
 from cp_debug.prediction.result import CLOSE, OVERFLOWS, VANISHES, Interval, PredictedLayer, PredictedOutput, Prediction
-from cp_debug.prediction.targets import Kernel, kernels_of, target_of
+from cp_debug.prediction.targets import target_of
 from cp_debug.prediction.walk import EXACT, SPREAD, GraphWalk, interval
 from cp_debug.probes.caveats import ALL_ZERO, is_text
 from cp_debug.probes.statistics import TensorStats, compare
@@ -90,7 +91,7 @@ def predict(
     executes, and ``int8`` without Q/DQ pairs.
     """
     begun = time.monotonic()
-    runtime = target_of(target)
+    runtime = target_of(target, precision)
     kernels = kernels_of(runtime, precision)
     goal = Goal.parse(options.goal) if options.goal else None
     create(BackendSpec.parse(f"emu-fp32@{options.device}"))  # refuses a device that is not there

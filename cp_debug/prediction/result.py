@@ -76,7 +76,7 @@ class PredictedLayer:
     excess: float = 0.0
     """The upper end of ``introduced`` ÷ what rounding each operator's result introduces."""
     may_stay: bool = False
-    """Whether the target may leave it in FP32, which its interval includes (``prediction/undecided.py``)."""
+    """Whether the target may leave it in FP32, which its interval includes (``undecided``)."""
     keep: str = ""
     """Reason to keep it in FP32; empty where there is none."""
 

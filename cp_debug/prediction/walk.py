@@ -24,9 +24,8 @@ from cp_debug.graph.graph import Graph, Node, data_values
 from cp_debug.graph.operators import QUANTIZERS
 from cp_debug.graph.qdq import plain_nodes
 from cp_debug.graph.tensor_ends import as_arrays
-from cp_debug.prediction.groups import FEW, LARGE, Group, groups_of, operations, undecided
+from cp_debug.prediction.kernels import FEW, LARGE, Group, Kernel, groups_of, operations, undecided
 from cp_debug.prediction.result import CLOSE, OVERFLOWS, VANISHES, Interval, PredictedLayer
-from cp_debug.prediction.targets import Kernel
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.distance import relative_l2
 from cp_debug.programs.layers import layer_name
