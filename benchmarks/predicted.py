@@ -32,10 +32,10 @@ from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels.fp16_accumulation import with_epilogue
 from cp_debug.backends.tensorrt.inspector import Tactic, decode
-from cp_debug.graph.fold_batchnorm import fold_batchnorm
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.probes.capture import Capture
+from cp_debug.programs.batchnorm_folding import fold_in_file
 from cp_debug.programs.pipeline import settings_by_component
 
 TILES = (64, 32, 128, 16, 1 << 20)
@@ -134,7 +134,7 @@ class Bench:
             for layer in layers
             for node in layer["nodes"]
         }
-        self.graph = fold_batchnorm(Graph(source), source.with_suffix(".folded.onnx"))
+        self.graph = fold_in_file(Graph(source), source.with_suffix(".folded.onnx"))
         self.known = [n for n in self.capture.names(component=component) if n in self.graph.producer]
         self.inputs = {v.name: self.load(v.name) for v in self.graph.inputs}
         self.exact = Executor(self.graph, ARITHMETICS["fp64"] if device != "cpu" else FP32, device)

@@ -22,7 +22,6 @@ from cp_debug.backends.spec import parse_backends
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
-from cp_debug.graph.fold_batchnorm import fold_batchnorm
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp
 from cp_debug.graph.qdq import insert_qdq, quantizable
@@ -30,6 +29,7 @@ from cp_debug.graph.scales import LayerScales
 from cp_debug.prediction.kernels import groups_of
 from cp_debug.prediction.predict import PredictOptions, predict
 from cp_debug.prediction.result import OVERFLOWS, Interval, Prediction
+from cp_debug.programs.batchnorm_folding import fold_in_file
 from cp_debug.recipes.registry import load_model
 from cp_debug.reports.prediction import render
 
@@ -193,7 +193,7 @@ def test_two_samples_and_back_from_json(tmp_path: Path) -> None:
 
 def test_batchnorm_folds_without_changing_what_is_computed(tmp_path: Path) -> None:
     graph = Graph(residual(tmp_path / "net.onnx"))
-    folded = fold_batchnorm(graph, tmp_path / "folded.onnx")
+    folded = fold_in_file(graph, tmp_path / "folded.onnx")
     assert not any(node.op == "BatchNormalization" for node in folded.nodes)
     from cp_debug.backends.executor import Executor
 

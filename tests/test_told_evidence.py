@@ -24,7 +24,6 @@ from cp_debug.bisect.causes import (
     nonfinite,
     quantized,
     ranges,
-    scales,
     single_numbers,
     tried_weights,
 )
@@ -320,14 +319,14 @@ def test_a_scale_is_told_beside_the_one_that_is_needed(
     worst: str, step: float, needed: float, clipped: float, name: str, words: tuple[str, ...]
 ) -> None:
     evidence = {"scale": step, "clipped": clipped, "lost": 0.1}
-    found, says, _ = scales._of_input(worst, needed, QuantizerGrid.symmetric(step * 127), evidence)
+    found, says, _ = quantized._of_input(worst, needed, QuantizerGrid.symmetric(step * 127), evidence)
     assert found == name
     assert all(word in says for word in words), says
 
 
 def test_a_scale_that_makes_most_of_its_input_0_is_too_coarse() -> None:
     grid = QuantizerGrid.symmetric(0.07 * 127)
-    found, says, fix = scales._of_input("rounded", 0.04, grid, {"scale": 0.07, "clipped": 0.0, "lost": 0.9})
+    found, says, fix = quantized._of_input("rounded", 0.04, grid, {"scale": 0.07, "clipped": 0.0, "lost": 0.9})
     assert found == "int8-coarse"
     assert "scale 0.07 of its input turns 90% of it into 0" in says
     assert "leave it unquantized" in fix
@@ -438,13 +437,13 @@ def test_what_is_wrong_with_int8_scales_of_weights() -> None:
 
     def told(scale: list[float], axis: int) -> str:
         grid: Any = SimpleNamespace(scale=torch.tensor(scale), axis=axis)
-        return scales._of_weight(conv, weight, grid)[0]
+        return quantized._of_weight(conv, weight, grid)[0]
 
     assert told([1.0], 1) == "int8-per-tensor"
     assert told([1.0, 2.0], 1) == "int8-axis"
     assert told([1.0, 2.0], 0) == "int8-weights"
-    assert scales._of_weight(conv, weight, None)[0] == "int8-weights"
-    assert "along axis 0" in scales._of_weight(conv, weight, SimpleNamespace(scale=torch.ones(2), axis=1))[2]  # type: ignore[arg-type]
+    assert quantized._of_weight(conv, weight, None)[0] == "int8-weights"
+    assert "along axis 0" in quantized._of_weight(conv, weight, SimpleNamespace(scale=torch.ones(2), axis=1))[2]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("largest", "found"), [(1e-8, True), (2.0**-126, True), (2.0**-127, False), (1e-4, False)])

@@ -23,7 +23,7 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec, CompileOptions, parse_backends
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.finding import MISSING_CASTS, ROUNDED_SCALAR
-from cp_debug.bisect.signs import TURNED
+from cp_debug.bisect.special_values import TURNED
 from cp_debug.errors import BackendUnavailable, InputError, ModuleFailed
 from cp_debug.graph.graph import Graph
 from cp_debug.programs.align import align

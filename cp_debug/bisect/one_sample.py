@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cp_debug.backends.determinism import exactly_on
+from cp_debug.bisect.acquittals import acquit_masks, acquit_undone
 from cp_debug.bisect.assemble import Collected
 from cp_debug.bisect.branches import judge_ways, other_ways
 from cp_debug.bisect.candidate_run import CandidateRun
@@ -20,17 +21,14 @@ from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.compiled import compiled_findings
 from cp_debug.bisect.exports import judge_exports
 from cp_debug.bisect.lost_channels import judge_lost, lost_channels
-from cp_debug.bisect.masks import acquit_masks
 from cp_debug.bisect.observe import Observation, observe
 from cp_debug.bisect.options import Options, StepCounter
-from cp_debug.bisect.origins import trace_origins
 from cp_debug.bisect.regions.guilty import can_build, look_inside
 from cp_debug.bisect.remainder import Flip, flips, flips_told, remainder
 from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.result import GUILTY, Attribution
 from cp_debug.bisect.shares import NOT_LINEAR, Shares, set_shares
-from cp_debug.bisect.signs import judge_signs
-from cp_debug.bisect.undone import acquit_undone
+from cp_debug.bisect.special_values import judge_signs, trace_origins
 from cp_debug.bisect.verdict import counts_told
 from cp_debug.errors import in_one_line
 from cp_debug.probes.held import CaptureHolder, HeldCapture, Room

@@ -16,9 +16,9 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Weights
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect.acquittals import beside_masks
 from cp_debug.bisect.causes.precision import OVERFLOWS
 from cp_debug.bisect.causes.ranges import HALF, SMALLEST, half_figures, where
-from cp_debug.bisect.masks import beside_masks
 from cp_debug.bisect.verdict import RANGE
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS, QUANTIZERS

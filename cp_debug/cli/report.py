@@ -67,7 +67,7 @@ def report(
     elif kind is Format.csv:
         write_text(csv_text(layer_frame(saved.result)), output)
     elif kind is Format.markdown:
-        from cp_debug.reports.markdown import render_markdown
+        from cp_debug.reports.summary import render_markdown
 
         write_text(render_markdown(saved), output)
     else:

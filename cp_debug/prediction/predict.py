@@ -24,7 +24,6 @@ from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.bisect.replayed import EXCESS
 from cp_debug.detection.changes import compare_detections
 from cp_debug.errors import InputError
-from cp_debug.graph.fold_batchnorm import fold_batchnorm
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.randomness import refuse_random
 from cp_debug.mixed_precision.goal import Goal
@@ -37,6 +36,7 @@ from cp_debug.prediction.targets import target_of
 from cp_debug.prediction.walk import EXACT, SPREAD, GraphWalk, interval
 from cp_debug.probes.caveats import ALL_ZERO, is_text
 from cp_debug.probes.statistics import TensorStats, compare
+from cp_debug.programs.batchnorm_folding import fold_in_file
 from cp_debug.programs.pipeline import Export, Key, is_exported, prepare, preparing, with_files
 from cp_debug.programs.precision import PRECISIONS
 from cp_debug.programs.scene import decode
@@ -179,7 +179,7 @@ def _computed(program: Program, precision: str, folder: Path) -> Graph:
     if unknown := unsupported(graph):
         raise InputError(f"{graph}: no implementation of {unknown[0].op} (node {unknown[0].name!r})")
     if precision != "int8":
-        return fold_batchnorm(graph, folder / f"{program.name}.folded.onnx")
+        return fold_in_file(graph, folder / f"{program.name}.folded.onnx")
     if graph.precision != "int8":
         raise InputError(f"--precision int8: {graph} has no QuantizeLinear nodes; `cpdebug quantize ptq` puts them in")
     return graph

@@ -16,8 +16,8 @@ from cp_debug.backends.arithmetic import FP32, Arithmetic
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels.fp16_accumulation import BIAS, with_epilogue
+from cp_debug.bisect.acquittals import beside_masks
 from cp_debug.bisect.causes.precision import OVERFLOWS as BEYOND
-from cp_debug.bisect.masks import beside_masks
 from cp_debug.bisect.preflight import leaves_half
 from cp_debug.bisect.replayed import EXCESS
 from cp_debug.graph.graph import Graph, Node, data_values

@@ -5,13 +5,13 @@ from cp_debug.backends.kernels import (  # noqa: F401 - importing them registers
     contrib,
     elementwise,
     integer,
-    pooling,
     products,
     recurrent,
     reduction,
     regions,
     resize,
     shaping,
+    windows,
 )
 from cp_debug.backends.kernels.registry import KERNELS, Call, OperatorKernel, kernel
 

@@ -1,18 +1,30 @@
-"""INT8: effects of a quantizer's grid, its range, its zero point, its granularity and its rounding of ties."""
+"""INT8: a quantizer's grid, range, zero point, granularity and ties; scales that are wrong; sums that saturate.
+
+With Q/DQ pairs a layer may do what its scales say, while one of them is wrong. Sums of products saturate in 16 bits on
+processors without VNNI.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from cp_debug.backends.kernels.paired_sums import PAIRED, with_paired_sums
 from cp_debug.bisect.causes.base import Candidate, cause
-from cp_debug.bisect.causes.segment import Segment
+from cp_debug.bisect.causes.segment import Segment, as_double
+from cp_debug.bisect.quantized_segment import QuantizerGrid, balanced
+from cp_debug.errors import InputError
+from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import QUANTIZERS
+from cp_debug.graph.qdq import LEVELS, weight_axis
+from cp_debug.probes.distance import relative_l2
 from cp_debug.safe_text import some
 
-LEVELS = 256
+MOST_LEVELS = 256
 _PERCENTILE = "calibrate {layers} again: entropy or a higher percentile"
 
 
@@ -59,14 +71,14 @@ def on_a_grid(segment: Segment) -> Iterator[Candidate]:
 def _grid(values: Tensor) -> tuple[float, int, int] | None:
     """(Step, lowest and highest level) of values that are multiples of one step; None where they are not."""
     distinct = torch.unique(values)
-    if not 3 <= len(distinct) <= LEVELS:
+    if not 3 <= len(distinct) <= MOST_LEVELS:
         return None
     rough = float(distinct.diff().min())
     if rough <= 0:
         return None
     step = float(distinct.abs().max()) / round(float(distinct.abs().max()) / rough)
     levels = distinct / step
-    if float((levels - levels.round()).abs().max()) > 0.01 or float(levels.abs().max()) > LEVELS:
+    if float((levels - levels.round()).abs().max()) > 0.01 or float(levels.abs().max()) > MOST_LEVELS:
         return None
     return step, int(levels.min().round()), int(levels.max().round())
 
@@ -136,3 +148,158 @@ def quantizer(segment: Segment) -> Iterator[Candidate]:
     for name, text, step, numbers in ways:
         value = (torch.round(x / step) + shift).clamp(bottom, top)
         yield Candidate(name, text, value, numbers, {"scale": step, "zero_point": shift}, _PERCENTILE)
+
+
+_COARSE = 2.0
+"""Factor above the needed scale from which a scale is called too coarse."""
+_MANY = 0.5
+"""Share of the numbers that a scale makes 0 from which it is too coarse for them, whatever the largest needs."""
+_APART = "keep what is that large, as a mask may be, out of what is quantized, or leave it unquantized: {unquantized}"
+_CALIBRATE = "calibrate on data like this ({calibrate}), or leave it unquantized: {unquantized}"
+
+
+@cause(approximate=True)
+def declared(segment: Segment) -> Iterator[Candidate]:
+    """Candidate: the layer as its own scales say, named after the part that makes most of the error."""
+    quantized = segment.context.quantized
+    nodes = [segment.product] if segment.product is not None else segment.nodes
+    if quantized is None or (node := next((n for n in nodes if _data(segment, n)), None)) is None:
+        return
+    weight, data = segment.weight(node, 1), _data(segment, node)
+    place, (x, grid) = max(data.items(), key=lambda item: item[1][1].clipped(item[1][0]))
+    parts = {
+        "clipped": {i: x.clamp(*grid.range) for i, (x, grid) in data.items()},
+        "rounded": {i: grid.value(grid.levels(x)) for i, (x, grid) in data.items()},
+    }
+    quantized_inputs = {i: grid.quantized(x) for i, (x, grid) in data.items()}
+    of_weight = quantized.grid(node, 1) if weight is not None else None
+    if weight is not None and of_weight is not None:
+        quantized_inputs[1] = of_weight.quantized(weight)
+        parts["weights"] = {1: quantized_inputs[1]}
+    value = segment.edited(node, inputs=quantized_inputs)
+    if value is None:
+        return
+    errors = {part: _error(segment, node, inputs) for part, inputs in parts.items()}
+    worst = max(errors, key=errors.__getitem__)
+    evidence: dict[str, Any] = {f"error_{part}": error for part, error in errors.items()}
+    if worst == "weights" and weight is not None:
+        name, says, fix = _of_weight(node, weight, of_weight)
+    else:
+        step, needed = float(grid.scale.flatten()[0]), float(x.abs().max()) / grid.most
+        evidence |= {"scale": step, "needed_scale": needed, "clipped": grid.clipped(x)}
+        present = x[x != 0]
+        evidence["lost"] = float((present.abs() < step / 2).double().mean()) if present.numel() else 0.0
+        name, says, fix = _of_input(worst, needed, grid, evidence)
+        fitting = replace(grid, scale=grid.scale * (needed / step))
+        then, now = (_error(segment, node, {**quantized_inputs, place: g.quantized(x)}) for g in (fitting, grid))
+        if grid.scale.numel() == 1 and then < now:
+            evidence |= {"error": now, "error_then": then}
+            tried = f": a scale of {needed:.3g} brings the error of this layer from {now:.2g} to {then:.2g}"
+            fix = fix.replace(" ({calibrate})", f"{tried} ({{calibrate}})")
+    if name != "int8" or segment.product is not None:  # that there is a pair is no cause by itself
+        yield Candidate(name, says, value, 0, evidence, fix)
+
+
+def _data(segment: Segment, node: Node) -> dict[int, tuple[Tensor, QuantizerGrid]]:
+    """Place of an input of ``node`` that a quantizer rounds, no constant → the input, float64, and its grid."""
+    found, quantized = {}, segment.context.quantized
+    for place, name in enumerate(node.proto.input[:2] if quantized is not None else ()):
+        grid = quantized.grid(node, place) if quantized is not None and name else None
+        if grid is None or segment.weight(node, place) is not None:
+            continue
+        nodes = () if name in segment.given else segment.nodes
+        x = segment.context.oracle.run_nodes(nodes, segment.given, [name])[name]
+        if x.is_floating_point() and grid.fits(x.shape):
+            found[place] = as_double(x), grid
+    return found
+
+
+def _of_input(worst: str, needed: float, grid: QuantizerGrid, evidence: Mapping[str, float]) -> tuple[str, str, str]:
+    kind, step = "INT16" if grid.most > LEVELS else "INT8", evidence["scale"]
+    if worst == "clipped":
+        ends = f"its {kind} scale {step:.3g} ends at ±{step * grid.most:.4g}"
+        says = f"its input reaches {needed * grid.most:.4g}, and {ends}"
+        return "int8-clipped", f"{says}: {evidence['clipped']:.2%} is clipped", _CALIBRATE
+    if step > _COARSE * needed:
+        says = f"the {kind} scale {step:.3g} of its input is {step / needed:.1f} times too coarse"
+        return "int8-coarse", says, _CALIBRATE
+    if evidence["lost"] > _MANY:
+        return (
+            "int8-coarse",
+            f"the {kind} scale {step:.3g} of its input turns {evidence['lost']:.0%} of it into 0",
+            _APART,
+        )
+    return "int8", f"its input is quantized to {kind} with scale {step:.3g}", _CALIBRATE
+
+
+def _of_weight(node: Node, weight: Tensor, grid: QuantizerGrid | None) -> tuple[str, str, str]:
+    axis = weight_axis(node, weight.dim())
+    if grid is not None and grid.scale.numel() == 1:
+        return "int8-per-tensor", "its weights have one INT8 scale for all channels", "quantize {layers} per channel"
+    if grid is not None and grid.axis != axis:
+        says = f"the INT8 scales of its weights are along axis {grid.axis}; the output channels are axis {axis}"
+        return "int8-axis", says, f"quantize the weights of {{layers}} along axis {axis}"
+    return "int8-weights", "the INT8 scales of its weights do not fit them", "quantize {layers} again"
+
+
+def _error(segment: Segment, node: Node, inputs: dict[int, Tensor]) -> float:
+    """The relative error that one part of the quantization makes by itself, over all or in the worst channels."""
+    value = segment.edited(node, inputs=inputs)
+    if value is None:
+        return 0.0
+    return max(relative_l2(value, segment.exact), balanced(value - segment.exact, segment.exact, segment.axis))
+
+
+FIX = (
+    "quantize {layers} with weights of 7 bits (ONNX Runtime: reduce_range=True; NNCF: overflow_fix) or "
+    "weight_type=QUInt8 · or let ONNX Runtime use its slower exact kernels: "
+    'SessionOptions.add_session_config_entry("session.x64quantprecision", "1") · or run on a processor with VNNI'
+)
+
+MAIN = 0.5
+"""Share of the introduced error that the program's own scales leave, above which saturation is the main cause."""
+
+
+@cause()
+def saturating(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: products of unsigned and signed bytes are added in pairs in 16 bits, in either order of terms."""
+    if not segment.nodes or segment.strange:
+        return
+    tried = None
+    for even in (False, True):
+        pair = _from_scales(segment, even) if segment.context.quantized is not None else _from_nodes(segment, even)
+        if pair is None:
+            return
+        exact, value = pair
+        if not value.shape == exact.shape == segment.test.shape or (tried is not None and torch.equal(tried, value)):
+            return
+        tried = value
+        without = float(torch.linalg.vector_norm(torch.where(segment.finite, segment.test - exact, 0.0)))
+        changed = float((value != exact).double().mean())
+        if not changed or without <= MAIN * segment.introduced:
+            return
+        says = (
+            "products of unsigned and signed bytes are added in pairs in 16 bits and saturate there, as on a processor "
+            "without VNNI"
+        )
+        yield Candidate("int8-pair-saturation", says, value, 0, {"results_changed": changed}, FIX)
+
+
+def _from_scales(segment: Segment, even: bool) -> tuple[Tensor, Tensor] | None:
+    """Results of the quantized graph behind a segment of its float parent: summed exactly, and in pairs."""
+    quantized = segment.context.quantized
+    assert quantized is not None
+    value = quantized.declared(segment.target, segment.given.keys(), segment.given, paired_sums=True, even=even)
+    exact = quantized.declared(segment.target, segment.given.keys(), segment.given) if value is not None else None
+    return None if value is None or exact is None else (as_double(exact), as_double(value))
+
+
+def _from_nodes(segment: Segment, even: bool) -> tuple[Tensor, Tensor] | None:
+    """Results of a segment that is quantized itself: summed exactly, and in pairs."""
+    nodes = with_paired_sums(segment.graph, segment.nodes, even=even)
+    if nodes is None:
+        return None
+    try:
+        return segment.exact, segment.run(PAIRED, nodes)
+    except InputError:
+        return None
