@@ -115,11 +115,8 @@ def spread(given: Mapping[str, AnyTensor], captured: AnyTensor, claimed: AnyTens
     """
     if distance(captured, claimed).new_nonfinite:
         return False
-    return not all(bool(torch.isfinite(as_torch(as_numpy(v))).all()) for v in given.values() if _is_float(v))
-
-
-def _is_float(value: AnyTensor) -> bool:
-    return as_torch(as_numpy(value)).is_floating_point()
+    read = (as_torch(as_numpy(value)) for value in given.values())
+    return not all(bool(torch.isfinite(value).all()) for value in read if value.is_floating_point())
 
 
 def work(nodes: Sequence[Node], given: Mapping[str, AnyTensor], result: torch.Tensor, graph: Graph) -> int:

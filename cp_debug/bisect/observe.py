@@ -41,11 +41,6 @@ class Observation:
     """Whether runs with equal settings give equal bits; then only the thread count makes the noise."""
 
 
-def other_thread_count() -> int:
-    """One more than the CPUs: another split of every sum at almost the same speed."""
-    return torch.get_num_threads() + 1
-
-
 @contextmanager
 def threads_of_torch(count: int | None) -> Iterator[None]:
     """Run the block with this many threads in torch; None changes nothing."""
@@ -101,7 +96,7 @@ def _observe_runs(
     shown: Callable[[Key, Tensor], tuple[Key, Tensor]],
 ) -> tuple[Observation, dict[Key, float]]:
     """``observe`` for a backend that ``open_pipeline`` opens."""
-    other_threads = other_thread_count()
+    other_threads = torch.get_num_threads() + 1  # another split of every sum at almost the same speed
     threaded = _plain(open_pipeline, other_threads, sample)
     if gap(probed, threaded) == 0:
         return Observation(noise_floor=0.0, observer_gap=0.0, runs=1), {}

@@ -149,10 +149,10 @@ class TestDiff(JsonForm):
         return {"worse": self.worse, "says": self.says}
 
 
-def _few(about_layers: list[str], most: int = 3) -> list[str]:
-    """The first texts, and how many more there are."""
-    more = len(about_layers) - most
-    return [*about_layers[:most], f"so did {amount(more, 'other layer')}"] if more > 0 else about_layers
+def _few(about_layers: list[str]) -> list[str]:
+    """The first three texts, and how many more there are."""
+    more = len(about_layers) - 3
+    return [*about_layers[:3], f"so did {amount(more, 'other layer')}"] if more > 0 else about_layers
 
 
 @dataclass(repr=False)
@@ -356,7 +356,9 @@ def _result_notes(
     if before.reference.spec != after.reference.spec:
         yield f"the references differ: {before.reference.spec}, {after.reference.spec}"
     yield from dict.fromkeys(
-        text for a, b in [(before.reference, after.reference), *_records(pairs)] for text in _versions(a, b)
+        text
+        for a, b in [(before.reference, after.reference), *((a.backend, b.backend) for a, b in pairs)]
+        for text in _versions(a, b)
     )
     for a, b in pairs:
         if _was_replayed(a) != _was_replayed(b):
@@ -413,10 +415,6 @@ def _components(pairs: Pairs, components: Sequence[Mapping[str, str]]) -> Iterat
         if alone:
             noun = amount(len(alone), "component").split(" ", 1)[1]
             yield f"{noun} only {side}: {', '.join(alone)}"
-
-
-def _records(pairs: Pairs) -> list[tuple[RunRecord, RunRecord]]:
-    return [(a.backend, b.backend) for a, b in pairs]
 
 
 def _versions(before: RunRecord, after: RunRecord) -> Iterator[str]:

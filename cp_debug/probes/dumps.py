@@ -195,10 +195,6 @@ def read_iterations(path: Path) -> list[dict[str, np.ndarray]]:
         ) from None
 
 
-def _polygraphy(path: Path) -> dict[str, np.ndarray]:
-    return read_iterations(path)[0]
-
-
 def _encoded(value: Any, source: str) -> np.ndarray:
     array = value.get("values", value)["array"]  # a LazyArray holds the array proper
     if not isinstance(array, str):
@@ -222,5 +218,5 @@ _READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
     ".tensorproto": _proto,  # what ONNX Runtime's node dumps are
     ".bin": _raw,
     ".raw": _raw,
-    ".json": _polygraphy,
+    ".json": lambda path: read_iterations(path)[0],
 }

@@ -37,21 +37,13 @@ _MOST_KEPT = 4 << 30
 """Bytes of torch's tensors that are held to go on behind a fault."""
 
 
-def align(
-    graph: Graph,
-    module: nn.Module,
-    args: Sequence[Tensor],
-    *,
-    prefix: str = "",
-    tolerance: float | None = None,
-) -> Alignment:
+def align(graph: Graph, module: nn.Module, args: Sequence[Tensor], *, prefix: str = "") -> Alignment:
     """Run graph and module once each on ``args`` (FP32, CPU, in the graph's input order) and match their values.
 
     Memory holds fingerprints, never both runs, unless an output is not what the module returned: then both run again,
     and where the graph computes something else, torch's own tensors stand in its place. The graph is executed in FP32,
-    with the random numbers that the module drew; ``tolerance`` is a relative L2 distance, by default that of the
-    graph's precision. Raises ModuleFailed when the module raises, InputError when the graph takes another number of
-    inputs.
+    with the random numbers that the module drew. Raises ModuleFailed when the module raises, InputError when the graph
+    takes another number of inputs.
     """
     names = [info.name for info in graph.inputs]
     if len(names) != len(args):
@@ -77,7 +69,7 @@ def align(
 
     called = [call[len(prefix) :].removeprefix(".") for call in record.calls]
     hints = {name: ".".join(p for p in (prefix, path) if p) for name, path in scope_hints(graph, called).items()}
-    tolerance = _NARROW.get(graph.precision, TOLERANCE) if tolerance is None else tolerance
+    tolerance = _NARROW.get(graph.precision, TOLERANCE)
     matching = Matching(graph, data, onnx_prints, record, torch_prints, hints, tolerance)
     outputs = zip(graph.outputs, record.tensors, strict=False)
     returned = {info.name: fingerprint(tensor) for info, tensor in outputs if is_dense(tensor)}

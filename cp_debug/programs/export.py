@@ -258,7 +258,7 @@ def _quiet(exporter: str) -> Iterator[list[str]]:
             warnings.catch_warnings(),
             contextlib.redirect_stdout(io.StringIO()),
             # TorchScript prints its graph from C++; else what other threads print is not to be lost.
-            _mute(1) if exporter == "torchscript" else contextlib.nullcontext(),
+            _muted() if exporter == "torchscript" else contextlib.nullcontext(),
             contextlib.redirect_stderr(_OtherThreads(stream)),  # torch prints graphs that it cannot export
         ):
             warnings.showwarning = shown
@@ -271,19 +271,19 @@ def _quiet(exporter: str) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def _mute(descriptor: int) -> Iterator[None]:
-    """Drop what is written to a file descriptor of this process."""
+def _muted() -> Iterator[None]:
+    """Drop what libraries write to the standard output of this process, by its file descriptor."""
     try:
-        kept = os.dup(descriptor)
+        kept = os.dup(1)
     except OSError:  # closed
         yield
         return
     try:
         with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), descriptor)
+            os.dup2(nowhere.fileno(), 1)
         yield
     finally:
-        os.dup2(kept, descriptor)
+        os.dup2(kept, 1)
         os.close(kept)
 
 

@@ -88,10 +88,6 @@ def _verdict_line(test: TestResult) -> Text:
     return Text.assemble((f"✓ {spec}: {who}", style), f" within {tolerance}, {covers}{end}")
 
 
-def _with_numbers(rows: Sequence[LayerRow]) -> list[LayerRow]:
-    return [row for row in rows if not row.stats.nothing_compared]
-
-
 def _outputs(names: Sequence[str]) -> str:
     """``output b``, ``outputs b, c``."""
     return f"output{'s' * (len(names) > 1)} {some(names, MOST_NAMES)}"
@@ -100,7 +96,7 @@ def _outputs(names: Sequence[str]) -> str:
 def _end(test: TestResult) -> str:
     """Phrase about the final outputs: by how much the worst one differs, and in how many elements where they are whole
     numbers that had to be equal."""
-    compared = _with_numbers(test.outputs)
+    compared = [row for row in test.outputs if not row.stats.nothing_compared]
     if not compared:
         return "; no number of the final outputs could be compared" if test.outputs else ""
     unequal = [row for row in compared if _counts(row)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.constant_changes import Change, of_slices, others, rearranged, tried, tried_together
 from cp_debug.bisect.causes.linear_parts import FittedConstants, ProductLayout, fit
-from cp_debug.bisect.causes.segment import Segment
+from cp_debug.bisect.causes.segment import Segment, l2
 
 PROVED = 6
 """Changes of one constant, the nearest to the fit, that are computed anew."""
@@ -50,7 +50,7 @@ def fitted(segment: Segment) -> Iterator[Candidate]:
     if estimate is None:
         return
     own = {place: w for place in estimate.tensors if (w := segment.weight(node, place)) is not None}
-    changed = [p for p in own if _norm(estimate.tensors[p] - own[p]) > DIFFERS * _norm(estimate.deviations[p])]
+    changed = [p for p in own if l2(estimate.tensors[p] - own[p]) > DIFFERS * l2(estimate.deviations[p])]
     near = {p: list(_nearest(segment, own[p], estimate, p)) for p in changed}
     for choice in itertools.product(*near.values()) if near and all(near.values()) else ():
         yield from tried_together(segment, node, dict(zip(near, choice, strict=True)), FIX)
@@ -59,7 +59,7 @@ def fitted(segment: Segment) -> Iterator[Candidate]:
             for change in near[place]:
                 yield from tried(segment, node, place, change, FIX)
     if changed:
-        sizes = {p: _norm(estimate.tensors[p] - own[p]) / (_norm(own[p]) or 1.0) for p in changed}
+        sizes = {p: l2(estimate.tensors[p] - own[p]) / (l2(own[p]) or 1.0) for p in changed}
         names = [node.proto.input[p] for p in changed]
         says = "the weights are not the declared ones: " + ", ".join(
             f"{name} differs by {size:.2g} (rel. L2)" for name, size in zip(names, sizes.values(), strict=True)
@@ -70,9 +70,9 @@ def fitted(segment: Segment) -> Iterator[Candidate]:
 
 def _nearest(segment: Segment, own: Tensor, estimate: FittedConstants, place: int) -> Iterator[Change]:
     fitted_tensor, deviation = estimate.tensors[place], estimate.deviations[place]
-    size = _norm(fitted_tensor - own)
+    size = l2(fitted_tensor - own)
     guesses = [*rearranged(own), *of_slices(own, fitted_tensor, deviation), *others(segment, estimate.node, place)]
-    distances = [(_norm(fitted_tensor - g.value), i) for i, g in enumerate(guesses)]
+    distances = [(l2(fitted_tensor - g.value), i) for i, g in enumerate(guesses)]
     for distance, i in sorted(distances)[:PROVED]:
         if distance < NEAR * size:
             yield guesses[i]
@@ -124,7 +124,3 @@ def _pursued(columns: Tensor, error: Tensor) -> dict[int, float] | None:
         if float(left.norm()) <= limit:
             return dict(zip(chosen, solved.tolist(), strict=True))
     return None
-
-
-def _norm(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.fits import nearest_slices
-from cp_debug.bisect.causes.segment import Segment, as_double
+from cp_debug.bisect.causes.segment import Segment, as_double, l2
 from cp_debug.programs.tensor_change import exchanges, same_slices, shifted_in, turned_forms
 
 MOST_SLICES = 1024
@@ -185,8 +185,8 @@ def another_tensor(segment: Segment) -> Iterator[Candidate]:
 
 def _same(value: Tensor, segment: Segment) -> bool:
     """Whether ``value`` equals what the layer should give, but for the error in question."""
-    size = float(torch.linalg.vector_norm(segment.exact)) or 1.0
-    return float(torch.linalg.vector_norm(value - segment.exact)) < SAME * size
+    size = l2(segment.exact) or 1.0
+    return l2(value - segment.exact) < SAME * size
 
 
 @cause()

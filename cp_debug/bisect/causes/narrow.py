@@ -113,15 +113,13 @@ def family(segment: Segment) -> Iterator[Candidate]:
         return
     for name in (*FAMILIES, "fp8:channel", "fp8:block", "fp8:e5m2", "int4:g32"):
         options = NarrowOptions.parse(name)
-        if options.family == "int4" and (segment.product.op not in ("MatMul", "Gemm") or not _constant(segment)):
+        if options.family == "int4" and not (
+            segment.product.op in ("MatMul", "Gemm") and segment.weight(segment.product, 1) is not None
+        ):
             continue
         says = f"operands are in {options.family.upper()} ({_blocks(options)} with one scale)"
         yield Candidate(options.family, says, segment.run(ARITHMETICS[name]), 0, {"computed_in": name}, _OTHERWISE)
     yield from _with_scales(segment, NarrowOptions("fp8"))
-
-
-def _constant(segment: Segment) -> bool:
-    return segment.product is not None and segment.weight(segment.product, 1) is not None
 
 
 def _sum(options: NarrowOptions) -> str:

@@ -22,7 +22,7 @@ from cp_debug.backends.arithmetic import (
 from cp_debug.backends.kernels.fp16_accumulation import with_epilogue
 from cp_debug.backends.tensorrt.inspector import decode
 from cp_debug.bisect.causes.base import Candidate, cause
-from cp_debug.bisect.causes.segment import Segment
+from cp_debug.bisect.causes.segment import Segment, l2
 from cp_debug.graph.graph import Node
 
 OVERFLOWS = 65520.0
@@ -98,7 +98,7 @@ def fp16_accumulation(segment: Segment) -> Iterator[Candidate]:
     In the right order the emulation fits bit by bit; in another one the error has the right size and a part of its
     direction.
     """
-    size = segment.introduced / (float(torch.linalg.vector_norm(segment.exact)) or 1.0)
+    size = segment.introduced / (l2(segment.exact) or 1.0)
     if segment.product is None or not LIKE_FP16[0] < size < LIKE_FP16[1] or segment.context.claim.name == "fp16acc":
         return
     for arithmetic, nodes, biases, epilogue in _kernels(segment):
@@ -111,7 +111,7 @@ def fp16_accumulation(segment: Segment) -> Iterator[Candidate]:
         by_magnitude, says = False, "sums are accumulated in FP16"
         if bool(torch.isfinite(value[segment.finite]).all()):
             change = torch.where(segment.finite, value - segment.exact, 0.0)
-            norm = float(torch.linalg.vector_norm(change)) or 1.0
+            norm = l2(change) or 1.0
             figures["norm_ratio"] = segment.introduced / norm
             figures["cosine"] = float((change * segment.error).sum()) / (segment.introduced * norm)
             by_magnitude = LIKELY[0] < figures["norm_ratio"] < LIKELY[1] and figures["cosine"] > LEAST_COSINE

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cp_debug.backends.kernels.paired_sums import PAIRED, with_paired_sums
 from cp_debug.bisect.causes.base import Candidate, cause
-from cp_debug.bisect.causes.segment import Segment, as_double
+from cp_debug.bisect.causes.segment import Segment, as_double, l2
 from cp_debug.bisect.quantized_segment import QuantizerGrid, balanced
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
@@ -274,7 +274,7 @@ def saturating(segment: Segment) -> Iterator[Candidate]:
         if not value.shape == exact.shape == segment.test.shape or (tried is not None and torch.equal(tried, value)):
             return
         tried = value
-        without = float(torch.linalg.vector_norm(torch.where(segment.finite, segment.test - exact, 0.0)))
+        without = l2(torch.where(segment.finite, segment.test - exact, 0.0))
         changed = float((value != exact).double().mean())
         if not changed or without <= MAIN * segment.introduced:
             return

@@ -36,6 +36,11 @@ _fresh = itertools.count(-1, -1)
 """Places of edited nodes: no node of a graph has a negative one."""
 
 
+def l2(x: Tensor) -> float:
+    """L2 norm of a tensor, of any shape and float dtype."""
+    return float(torch.linalg.vector_norm(x))
+
+
 def as_double(value: Any) -> Tensor:
     """Any array or tensor in float64 on the CPU, integers too."""
     tensor: Tensor = FP64.hold(value, "cpu")
@@ -274,13 +279,13 @@ class Segment:
     @cached_property
     def introduced(self) -> float:
         """L2 norm of the introduced error."""
-        return float(torch.linalg.vector_norm(self.error))
+        return l2(self.error)
 
     def towards(self, value: Tensor) -> float:
         """Cosine between the introduced error and the change from the exact result to ``value``, float64 of the
         result's shape; 0 where either is nothing, or no number."""
         change = torch.where(self.finite, value - self.exact, 0.0)
-        norm = float(torch.linalg.vector_norm(change)) * self.introduced
+        norm = l2(change) * self.introduced
         return float((change * self.error).sum()) / norm if 0 < norm < math.inf else 0.0
 
     @cached_property
@@ -301,14 +306,14 @@ class Segment:
     def expected(self) -> float:
         """L2 norm of the error that the claimed precision must introduce."""
         rounding = torch.where(self.finite & torch.isfinite(self.claimed), self.claimed - self.exact, 0.0)
-        scale = max(float(torch.linalg.vector_norm(torch.where(self.finite, v, 0.0))) for v in (self.exact, self.test))
-        return max(float(torch.linalg.vector_norm(rounding)), FLOOR * self.context.claim.roundoff * scale)
+        scale = max(l2(torch.where(self.finite, v, 0.0)) for v in (self.exact, self.test))
+        return max(l2(rounding), FLOOR * self.context.claim.roundoff * scale)
 
     @cached_property
     def contrast(self) -> float:
         """L2 norm of the captured result less its mean."""
         captured = self.test[self.finite]
-        return float(torch.linalg.vector_norm(captured - captured.mean())) if captured.numel() else 0.0
+        return l2(captured - captured.mean()) if captured.numel() else 0.0
 
     @cached_property
     def axis(self) -> int:
@@ -398,7 +403,7 @@ class Segment:
         if found is None or self.exact.shape != self.test.shape:
             return None
         beyond = torch.where(self.finite, self.exact - self.exact.clamp(*found), 0.0)
-        return found if float(torch.linalg.vector_norm(beyond)) <= self.expected else None
+        return found if l2(beyond) <= self.expected else None
 
     def held(self, value: Tensor) -> Tensor:
         """``value`` as a quantized file can hold it: within the range of the result's scale, where that range is wide
@@ -426,7 +431,7 @@ class Segment:
         remaining = self.test - value
         if not self._all_finite:
             remaining = torch.where(self.finite, remaining, 0.0)
-        distance = float(torch.linalg.vector_norm(remaining))
+        distance = l2(remaining)
         if not math.isfinite(distance):
             return -math.inf, math.inf
         return (1 - distance / self.introduced if self.introduced else 0.0), distance

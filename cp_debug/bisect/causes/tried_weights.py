@@ -16,7 +16,7 @@ from torch import Tensor
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.constant_changes import Change, constants_of, of_forms, others, rearranged, tried
 from cp_debug.bisect.causes.linear_parts import fit
-from cp_debug.bisect.causes.segment import Segment
+from cp_debug.bisect.causes.segment import Segment, l2
 from cp_debug.bisect.causes.single_numbers import search
 from cp_debug.graph.graph import Node
 from cp_debug.programs.tensor_change import interleaved_forms, stored_forms
@@ -61,7 +61,7 @@ def as_a_whole(segment: Segment) -> Iterator[Candidate]:
 def otherwise(segment: Segment) -> Iterator[Candidate]:
     """Candidates: another constant of the file, one in fewer bits, or its slices dealt out in turn (even ones first,
     heads or groups inside one another) and the blocks of a recurrent layer's weights transposed."""
-    size = _norm(torch.where(segment.finite, segment.exact, 0.0))
+    size = l2(torch.where(segment.finite, segment.exact, 0.0))
     for node in segment.nodes:
         for place, own in constants_of(segment, node, FEWEST).items():
             if own.numel() >= FEWEST_DEALT and MOVES * segment.introduced >= size:
@@ -71,7 +71,7 @@ def otherwise(segment: Segment) -> Iterator[Candidate]:
             for change in others(segment, node, place):
                 yield from tried(segment, node, place, change, FIX)
             for change in of_forms(own, stored_forms):
-                moved = _norm(change.value - own) / (_norm(own) or 1.0) * size
+                moved = l2(change.value - own) / (l2(own) or 1.0) * size
                 far = not segment.introduced / WITHIN < moved < segment.introduced * WITHIN
                 if change.kind != "coarse" or not (far or segment.strange or own.numel() < FEWEST_COARSE):
                     yield from tried(segment, node, place, change, _KEEP)
@@ -137,7 +137,3 @@ def _of_axis(segment: Segment, node: Node, place: int, own: Tensor, axis: int) -
         says = f"slices {i} and {j} of axis {axis} are exchanged"
         exchanged = Change("permuted", says, own.index_select(axis, order), 2, {"axis": axis, "channels": [i, j]})
         yield from tried(segment, node, place, exchanged, FIX)
-
-
-def _norm(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x))
