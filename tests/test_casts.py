@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from cp_debug.errors import InputError
-from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.half_precision import cast_surgery
 
 
 def weight(name: str, *shape: int) -> onnx.TensorProto:

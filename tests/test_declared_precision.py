@@ -11,8 +11,8 @@ from onnx import TensorProto, helper
 
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.recording import compare_captures, record
-from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.half_precision import narrow_values
 from cp_debug.probes.capture import Capture
 from cp_debug.recipes.registry import load_model
 from cp_debug.recipes.torch_callable import TorchModel

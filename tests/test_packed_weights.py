@@ -15,10 +15,10 @@ from safetensors.numpy import save_file
 import cp_debug
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
+from cp_debug.bisect.both_sides import with_levels
 from cp_debug.bisect.result import TestResult
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
-from cp_debug.programs.packed_graph import with_levels
 from cp_debug.recipes.packed_weights import PackedWeight
 from cp_debug.recipes.transformers_folder import packing_of, read_state
 

@@ -19,8 +19,8 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
-from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.half_precision import cast_surgery
 from cp_debug.graph.made_up import MadeUp
 from cp_debug.graph.qdq import insert_qdq, quantizable, quantized_inputs
 from cp_debug.graph.scales import LayerScales

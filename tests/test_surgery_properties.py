@@ -16,8 +16,8 @@ from onnx import TensorProto
 from test_surgery import RECIPES, image, run
 
 from cp_debug.backends.base import Program
-from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.half_precision import cast_surgery
 from cp_debug.graph.qdq import insert_qdq, quantizable, quantized_inputs, remove_qdq
 from cp_debug.graph.scales import LayerScales
 from cp_debug.programs.paired import pair_by_numbers

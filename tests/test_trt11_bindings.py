@@ -19,8 +19,8 @@ from cp_debug.backends.tensorrt.client import BuildFailed, BuildTimedOut, ParseF
 from cp_debug.backends.tensorrt.config import decide
 from cp_debug.backends.tensorrt.options import LoaderScript
 from cp_debug.errors import BackendUnavailable, InputError
-from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.half_precision import cast_surgery
 from cp_debug.graph.narrow_qdq import insert_narrow_qdq, narrow_kinds
 from cp_debug.graph.surgery import distinct_dimensions
 from cp_debug.quantization.narrow_layers import narrow_layers

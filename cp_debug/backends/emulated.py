@@ -19,8 +19,8 @@ from cp_debug.backends.executor import Executor, unsupported
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.check_inputs import check_inputs
-from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.half_precision import narrow_values
 from cp_debug.graph.narrow_qdq import check_narrow_types
 from cp_debug.graph.tensor_ends import as_arrays
 from cp_debug.probes.arrays import as_numpy

@@ -24,9 +24,9 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.doing import doing
 from cp_debug.errors import InputError
 from cp_debug.graph import onnx_runtime
-from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.half_precision import cast_surgery
 from cp_debug.graph.made_up import MadeUp
 from cp_debug.graph.narrow_qdq import check_narrow_types
 from cp_debug.graph.onnx_runtime import to_numpy, to_ort

@@ -34,9 +34,9 @@ from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import DIVERGENT, OK, LayerRow
 from cp_debug.bisect.verdict import is_within, judge, judged, trace_shapes, without_emulation
 from cp_debug.errors import InputError
-from cp_debug.graph.declared import narrow_values
 from cp_debug.graph.exporter_notes import source_lines
 from cp_debug.graph.graph import Graph, from_inputs
+from cp_debug.graph.half_precision import narrow_values
 from cp_debug.graph.integer_values import level_kind, parent_values, rounded_values, unscaled_levels
 from cp_debug.graph.narrow_qdq import narrow_precision
 from cp_debug.graph.operators import MOVING

@@ -15,9 +15,9 @@ from cp_debug.bisect.whole_numbers import as_tensor
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.alignment import TIE, Departure
 from cp_debug.probes.arrays import as_numpy, as_torch
+from cp_debug.probes.caveats import ties
 from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.pipeline import Key
-from cp_debug.programs.ties import ties
 from cp_debug.safe_text import one_line
 
 SAYS = "the exported graph does not compute what the module does"

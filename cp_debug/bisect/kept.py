@@ -16,7 +16,7 @@ from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.remainder import apart
 from cp_debug.bisect.result import LayerRow
 from cp_debug.errors import InputError
-from cp_debug.graph.declared import narrow_values
+from cp_debug.graph.half_precision import narrow_values
 from cp_debug.graph.operators import ALL_MOVERS, MOVING
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Key, by_reference

@@ -13,7 +13,7 @@ from cp_debug.bisect.options import Options
 from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.bisect.verdict import obeys_scales
 from cp_debug.errors import DeviceUnavailable, InputError
-from cp_debug.graph.declared import narrow_values
+from cp_debug.graph.half_precision import narrow_values
 from cp_debug.graph.narrow_qdq import narrow_precision
 from cp_debug.programs.pipeline import Pipeline, wants_int8
 from cp_debug.programs.precision import coarsest, oracle_for

@@ -22,7 +22,7 @@ from cp_debug.detection.changes import DetectionChange, compare_detections
 from cp_debug.detection.evaluate import Clock
 from cp_debug.display import Shown
 from cp_debug.errors import InputError
-from cp_debug.graph.declared import narrow_values
+from cp_debug.graph.half_precision import narrow_values
 from cp_debug.graph.pairing import places
 from cp_debug.graph.tensor_ends import part_of
 from cp_debug.probes.caveats import caveats, compare_any, difference_in_words, is_text

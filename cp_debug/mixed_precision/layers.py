@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.narrow_options import is_narrow
 from cp_debug.errors import InputError
-from cp_debug.graph.casts import computed_low
 from cp_debug.graph.graph import Graph, Node, data_values
+from cp_debug.graph.half_precision import computed_low
 from cp_debug.graph.operators import ACTIVATIONS, ALL_MOVERS, BODIES, CONTRACTIONS, PRODUCTS
 from cp_debug.graph.qdq import quantized_inputs
 from cp_debug.programs.layers import layer_name

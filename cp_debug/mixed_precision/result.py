@@ -13,8 +13,8 @@ from typing import Any
 from cp_debug.backends.base import Program
 from cp_debug.backends.narrow_options import NarrowOptions, is_narrow
 from cp_debug.display import Shown
-from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.half_precision import cast_surgery
 from cp_debug.graph.narrow_qdq import insert_narrow_qdq
 from cp_debug.graph.operators import CONTRACTIONS
 from cp_debug.graph.qdq import remove_qdq

@@ -27,11 +27,11 @@ from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import ALL_MOVERS
 from cp_debug.graph.randomness import draws
 from cp_debug.probes.alignment import TIE, Departure
+from cp_debug.probes.caveats import ties
 from cp_debug.probes.distance import relative_l2
 from cp_debug.probes.fingerprint import fingerprint
 from cp_debug.probes.trace import Operation, TorchValue, Trace
 from cp_debug.programs.matching import Matching
-from cp_debug.programs.ties import ties
 from cp_debug.programs.torch_span import TorchSpan
 
 LOOKAHEAD = 24

@@ -24,8 +24,8 @@ from cp_debug.backends.capabilities import (
 )
 from cp_debug.errors import InputError
 from cp_debug.graph.check_inputs import as_declared, no_numbers
-from cp_debug.graph.declared import declared_precisions
 from cp_debug.graph.graph import Graph, digest_of, fits_shape
+from cp_debug.graph.half_precision import declared_precisions
 from cp_debug.graph.integer_values import level_values
 from cp_debug.probes.alignment import TIE
 from cp_debug.probes.capture import array_hash

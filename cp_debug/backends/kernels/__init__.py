@@ -8,8 +8,7 @@ from cp_debug.backends.kernels import (  # noqa: F401 - importing them registers
     products,
     recurrent,
     reduction,
-    regions,
-    resize,
+    sampling,
     shaping,
     windows,
 )

@@ -23,9 +23,9 @@ from cp_debug.backends.tensorrt.engines import Engine, EngineBuilder, EngineSet,
 from cp_debug.backends.tensorrt.inspector import EngineLayer
 from cp_debug.backends.tensorrt.options import TensorRTOptions
 from cp_debug.errors import InputError, Terminated
-from cp_debug.graph.casts import cast_surgery
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph, data_values
+from cp_debug.graph.half_precision import cast_surgery
 from cp_debug.graph.narrow_qdq import narrow_kinds
 
 HEALTHY = "nothing diverges, so no engine was built to show values inside (`cpdebug bisect --probes boundaries` does)"

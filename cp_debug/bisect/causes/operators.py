@@ -21,8 +21,8 @@ from cp_debug.bisect.causes.single_numbers import Number, by_search, is_told
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import GATES, PRODUCTS
 from cp_debug.probes.arrays import as_numpy, as_torch
+from cp_debug.probes.caveats import ties
 from cp_debug.programs.node_differences import ACTIVATIONS
-from cp_debug.programs.ties import ties
 from cp_debug.safe_text import amount
 
 ROUNDED: Mapping[str, Callable[[Tensor], Tensor]] = {

@@ -1,7 +1,8 @@
-"""Put FP16 or BF16 into an FP32 ONNX graph, as strongly typed TensorRT and ONNX Runtime's CUDA provider want it.
+"""FP16 and BF16 in ONNX graphs: what files declare, value by value, and casts put into FP32 graphs.
 
-Every node computes in the low precision unless it is told to stay FP32 or its ONNX definition wants FP32. Values keep
-their names, whatever their type; graph inputs and outputs stay FP32; a value is cast at most once in each direction.
+Casts stand as strongly typed TensorRT and ONNX Runtime's CUDA provider want them. Every node computes in the low
+precision unless it is told to stay FP32 or its ONNX definition wants FP32. Values keep their names, whatever their
+type; graph inputs and outputs stay FP32; a value is cast at most once in each direction.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from onnx import TensorProto, helper
 from cp_debug.errors import InputError
 from cp_debug.graph.constants import constant
 from cp_debug.graph.graph import Graph, Node, refill
+from cp_debug.graph.integer_values import level_kind
 from cp_debug.graph.operators import ALL_MOVERS, BODIES
 from cp_debug.graph.surgery import save, unused_names
 
@@ -188,3 +190,54 @@ def _slots(node: Node, opsets: dict[str, int]) -> Iterator[tuple[str, bool, bool
         for i, name in enumerate(names):
             # BF16 came to most operators with opset 22; runtimes take it wherever FP16 may be
             yield name, bool(formal) and "tensor(float16)" in formal[min(i, len(formal) - 1)].types, output
+
+
+_NARROW = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+
+
+def narrow_values(graph: Graph) -> dict[str, str]:
+    """Inputs and computed values that the graph holds in less than FP32, and in what: ``fp16`` or ``bf16``.
+
+    Where neither the file nor ONNX's shape inference knows a type (operators of other domains), a value has that of
+    the first known float that its node reads. A file that computes nothing in less than FP32, but only casts values
+    there and back, declares nothing: that is where a value lost its digits.
+    """
+    if not _NARROW.keys() & graph.element_types:
+        return {}
+    types = {name: kind.tensor_type.elem_type for name, kind in graph.types.items() if kind.HasField("tensor_type")}
+    types |= {name: graph.weight(name).data_type for name in graph.initializers}
+    floats = {*_NARROW, TensorProto.FLOAT, TensorProto.DOUBLE}
+    for node in graph.nodes:
+        unknown = [name for name in node.outputs if not types.get(name)]
+        if unknown and (input_type := next((types[i] for i in node.inputs if types.get(i) in floats), None)):
+            types |= dict.fromkeys(unknown, input_type)
+
+    def is_narrow(name: str) -> bool:
+        return types.get(name) in _NARROW
+
+    ends = {v.name for v in (*graph.inputs, *graph.outputs)}
+    computing = (n for n in graph.nodes if n.op not in ("Cast", "CastLike", "Constant"))
+    if not any(map(is_narrow, ends)) and not any(is_narrow(v) for n in computing for v in (*n.inputs, *n.outputs)):
+        return {}
+    names = [*(v.name for v in graph.inputs), *graph.values]
+    return {name: _NARROW[types[name]] for name in names if types.get(name) in _NARROW}
+
+
+def declared_precisions(graph: Graph) -> list[str]:
+    """Types that the nodes of a graph compute in, where some are narrower than FP32; else none.
+
+    ``int8`` or ``int16`` for a quantized network. Casts compute nothing: a file that is FP16 between FP32 inputs and
+    outputs computes in ``fp16`` alone.
+    """
+    if graph.precision == "int8":
+        return [level_kind(graph)]
+    narrow = narrow_values(graph)
+    if not narrow:
+        return []
+    computed = [o for n in graph.nodes if n.op not in ("Cast", "CastLike", "Constant") for o in n.outputs]
+    wide = (
+        name not in narrow and graph.types[name].tensor_type.elem_type == TensorProto.FLOAT
+        for name in computed
+        if name in graph.types
+    )
+    return sorted({*narrow.values(), *(["fp32"] if any(wide) else [])})
