@@ -131,6 +131,7 @@ def test_what_leaves_the_range_stays_in_fp32(tmp_path: Path) -> None:
     beyond = {layer.value for layer in prediction.layers if layer.range == OVERFLOWS}
     assert beyond == {"r1"}
     assert next(layer for layer in prediction.layers if layer.value == "r1").error.high == np.inf
+    assert "worst output r3 holds NaN or Inf, 1 beyond FP16's range" in prediction.verdict
     assert "node_c1" in prediction.keep[prediction.layers[0].component]
     again = predict(str(tmp_path / "net.onnx"), options=PredictOptions(goal="rel_l2<1e-2"))
     assert again.reached

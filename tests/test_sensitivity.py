@@ -31,6 +31,7 @@ from cp_debug.quantization.open_quantized import open_quantized
 from cp_debug.recipes.base import Sample
 from cp_debug.recipes.registry import load_model
 from cp_debug.recipes.torch_callable import TorchModel
+from cp_debug.reports.numbers import number
 from cp_debug.reports.sensitivity import render, write_chart, write_page
 
 
@@ -199,6 +200,7 @@ def test_faces(bench: LayerRunner, samples: list[Sample], tmp_path: Path) -> Non
     text = "\n".join(_plain(part) for part in render(profile))
     assert "fragile" in text
     assert "--skip-layers fragile" in text
+    assert f"stay in FP32: output error {number(profile.choice.loss.value)}, " in text  # one number has no interval
     write_page(profile, "cpdebug quantize sensitivity net", tmp_path / "page.html")
     write_chart(profile, tmp_path / "chart.svg")
     page, chart = (tmp_path / "page.html").read_text(), (tmp_path / "chart.svg").read_text()

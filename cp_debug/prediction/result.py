@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,7 +145,8 @@ class Prediction(JsonForm, Shown):
         parts = [f"{amount(len(computing), 'layer')} in {self.precision} on {self.target}"]
         if worst is not None:
             e = worst.error
-            parts.append(f"worst output {worst.name} off by about {e.expected:.2g} ({e.low:.2g} to {e.high:.2g})")
+            off = f"off by about {e.expected:.2g} ({e.low:.2g} to {e.high:.2g})"
+            parts.append(f"worst output {worst.name} {off if math.isfinite(e.expected) else 'holds NaN or Inf'}")
         else:
             parts.append("no output has a relative error")
         if out := [layer for layer in self.layers if layer.range == OVERFLOWS]:

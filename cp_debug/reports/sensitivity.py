@@ -81,8 +81,8 @@ def choice_lines(profile: SensitivityProfile) -> Iterator[Text]:
     choice = profile.choice
     if choice is None:
         return
-    metric = METRIC if profile.scores else "output error"
-    loss = f"{metric} loss {fixed(choice.loss.value)} [{signed(choice.loss.low)}, {signed(choice.loss.high)}]"
+    loss = f"{METRIC} loss {fixed(choice.loss.value)} [{signed(choice.loss.low)}, {signed(choice.loss.high)}]"
+    loss = loss if profile.scores else f"output error {number(choice.loss.value)}"
     kept_layers = f"{len(choice.skipped)} of {len(profile.layers)} layers stay in FP32"
     yield Text(f"budget {choice.budget:g}: {kept_layers}: {loss}, {choice.tried} sets run", style="green")
     if choice.skipped:
