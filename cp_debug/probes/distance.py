@@ -19,6 +19,7 @@ from cp_debug.probes.statistics_reduce import (
     blocks,
     differences,
     dot,
+    host_places,
     to_host,
 )
 
@@ -113,10 +114,12 @@ def _sums(
     """Σ(ours − theirs)² and, for the ``norm``, Σ theirs²; ``finite_alone``: over the elements that are finite on both
     sides, with how many are ``new_nonfinite``. ``difference``: as of ``distance``."""
     found, wide = [0.0] * (1 + norm + finite_alone), are_wide(ours, theirs)
+    places = host_places(theirs, 2)
     with np.errstate(all="ignore"):
         for start, y_raw, x_raw, y, x in blocks(theirs, ours):
-            x, y = as_double(x), as_double(y)
-            apart = differences(x_raw, y_raw) if wide else x - y
+            # Of two FP32 numbers, the difference in FP32 is the exact one, rounded once.
+            apart = as_double(differences(x_raw, y_raw) if wide else x - y, places[0])
+            y = as_double(y, places[1]) if norm or finite_alone else y
             new = []
             if finite_alone:
                 xp: Any = torch if is_torch(x) else np

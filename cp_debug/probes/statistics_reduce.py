@@ -53,16 +53,16 @@ def reduce_pair(ref: Tensor, test: Tensor) -> Totals:
     whole, wide = any(map(is_whole, (ref, test))), are_wide(ref, test)
     pieces, unequal, histogram = [], 0, np.zeros(BINS, np.int64)
     count = math.prod(ref.shape)
-    each = 7 if count > COUNTED else 1
+    each, places = 7 if count > COUNTED else 1, host_places(ref, 3)
     with np.errstate(all="ignore"):
         for start, a, b, r, t in blocks(ref, test):
             if whole:
                 unequal += int((a != b).sum() if wide else (r != t).sum())
-            numbers, bins = _reduced(r, t, abs(differences(b, a)) if wide else abs(t - r), each)
+            numbers, bins = _reduced(r, t, abs(differences(b, a)) if wide else abs(t - r), each, places)
             special: dict[str, Any] = {}
             if not math.isfinite(numbers[0]):
                 r, t, special = _set_aside(as_double(r), as_double(t))
-                numbers, bins = _reduced(r, t, abs(t - r), each)
+                numbers, bins = _reduced(r, t, abs(t - r), each, places)
             histogram += bins
             fields = dict(zip(PairPiece._fields[1:], numbers, strict=False), finite=len(r), argmax=int(numbers[1]))
             pieces.append((start, PairPiece(**{**fields, **special})))
@@ -71,11 +71,11 @@ def reduce_pair(ref: Tensor, test: Tensor) -> Totals:
     return Totals.of(pieces, histogram, unequal if whole else None)
 
 
-def _reduced(r: Any, t: Any, d: Any, each: int) -> tuple[list[float], np.ndarray]:
+def _reduced(r: Any, t: Any, d: Any, each: int, places: Sequence[Any]) -> tuple[list[float], np.ndarray]:
     """The largest of the |differences| ``d`` [n] of two tensors, its first place, the largest |r|, and sums, as
     ``PairPiece`` has them; [BINS] int64 how many of every so many fall into each bin, which means nothing where one is
     not finite."""
-    x, y, z = (as_double(part) for part in (r, t, d))
+    x, y, z = map(as_double, (r, t, d), places)
     pairs = (z, z), (x, x), (y, y), (x, y)
     place = d.argmax()
     numbers = [d.max() if is_torch(d) else d[place], place, abs(r).max(), z.sum(), *(dot(*pair) for pair in pairs)]
@@ -130,9 +130,25 @@ def _set_aside(ref: Any, test: Any) -> tuple[Any, Any, dict[str, Any]]:
     return clean_ref, clean_test, fields
 
 
-def as_double(part: Any) -> Any:
-    """A tensor of any shape in FP64; one that is of it already, as it is."""
-    return part.astype(np.float64, copy=False) if isinstance(part, np.ndarray) else part.double()
+def host_places(like: Tensor, count: int) -> Sequence[Any]:
+    """So many places for a block of a tensor in FP64, as ``as_double`` takes them; None for what lies on a device.
+
+    Memory that is asked for anew for each block costs as much as all that is computed there, in page faults.
+    """
+    if not isinstance(like, np.ndarray):
+        return (None,) * count
+    return [np.empty(min(like.size, HOST_CHUNK)) for _ in range(count)]
+
+
+def as_double(part: Any, place: np.ndarray | None = None) -> Any:
+    """A tensor of any shape in FP64; one that is of it already, as it is. A block of the host [n] of another type is
+    written to ``place`` [n or more], where that is given."""
+    if not isinstance(part, np.ndarray):
+        return part.double()
+    if place is None or part.dtype == np.float64:
+        return part.astype(np.float64, copy=False)
+    np.copyto(place[: len(part)], part)
+    return place[: len(part)]
 
 
 def _single(part: Any) -> Any:
