@@ -12,7 +12,7 @@ from onnx import TensorProto
 
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.opset import _keep_notes, _same, converted, inlined
+from cp_debug.graph.surgery import _keep_notes, _same, converted, inlined
 
 
 def test_operators_that_onnx_defined_once() -> None:

@@ -26,9 +26,8 @@ from cp_debug.doing import doing
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.files import complete_folder, resolved
 from cp_debug.graph.graph import Graph
-from cp_debug.graph.opset import converted, inlined
 from cp_debug.graph.randomness import refuse_random
-from cp_debug.graph.surgery import save
+from cp_debug.graph.surgery import converted, inlined, save
 from cp_debug.programs.align import TOLERANCE
 from cp_debug.programs.walk import ComponentStep, Walk
 from cp_debug.recipes.base import Arrays, Model, Sample

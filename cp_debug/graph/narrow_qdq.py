@@ -21,8 +21,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import QUANTIZING, Graph, Node, refill
 from cp_debug.graph.onnx_file import reads
 from cp_debug.graph.operators import QUANTIZERS
-from cp_debug.graph.opset import raised
-from cp_debug.graph.surgery import save, unused_names
+from cp_debug.graph.surgery import raised, save, unused_names
 
 _CODES = {
     TensorProto.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn,

@@ -1,7 +1,6 @@
 """ONNX operators written in torch, one file a family. Importing this package fills ``KERNELS``."""
 
 from cp_debug.backends.kernels import (  # noqa: F401 - importing them registers their operators
-    attention,
     contrib,
     elementwise,
     integer,
