@@ -23,12 +23,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cp_debug.recipes.centerpoint.model import BackboneNeckHead
-from cp_debug.recipes.centerpoint.pillar_encoder import decorate
+from cp_debug.recipes.centerpoint.model import BackboneNeckHead, decorate, scatter, voxelize
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
-from cp_debug.recipes.centerpoint.scatter import scatter
 from cp_debug.recipes.centerpoint.scenes import Lidar, generate_scene
-from cp_debug.recipes.centerpoint.voxelize import voxelize
 
 SWEEPS, POINTS = 10, 27_200
 

@@ -14,10 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.detection.boxes import Floats, Predictions
 from cp_debug.detection.evaluate import as_detector
-from cp_debug.detection.evaluation import EvaluationOptions, draws_of
+from cp_debug.detection.evaluation import ConfidenceInterval, EvaluationOptions, draws_of
 from cp_debug.mixed_precision.sensitivity import scored_samples
 from cp_debug.programs.walk import run_module
 from cp_debug.quantization.models import with_modules

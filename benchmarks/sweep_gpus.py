@@ -32,8 +32,8 @@ from typing import Any
 
 from cp_debug.backends.spec import parse_backends
 from cp_debug.sweep import bisecting, evaluating
-from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import SweepLog
+from cp_debug.sweep.prepared import Grid
 from cp_debug.sweep.run import Progress, run
 from cp_debug.sweep.tasks import Task, run_task
 from cp_debug.sweep.workers import local_workers, remote_workers

@@ -28,10 +28,9 @@ from cp_debug.errors import InputError
 from cp_debug.files import complete_path
 from cp_debug.quantization.qat_centerpoint import Example, evaluate
 from cp_debug.recipes.centerpoint.config import TINY, CenterPointConfig
-from cp_debug.recipes.centerpoint.loss import centerpoint_loss
+from cp_debug.recipes.centerpoint.loss import centerpoint_loss, make_targets
 from cp_debug.recipes.centerpoint.model import CenterPoint, build_model
 from cp_debug.recipes.centerpoint.scenes import HELD_OUT_SEED, Scene, generate_scene
-from cp_debug.recipes.centerpoint.targets import make_targets
 from cp_debug.recipes.checkpoint import load_checkpoint
 
 

@@ -33,7 +33,7 @@ from cp_debug.deploy.schema import DeployConfig, EvaluateConfig, ScenarioConfig,
 from cp_debug.deploy.stages import Deployment
 from cp_debug.programs.pipeline import Pipeline
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
-from cp_debug.recipes.data.synthetic import SyntheticData
+from cp_debug.recipes.data.open_data import SyntheticData
 
 TARGET = 0.2
 CHECKS = ("points", "input_features", "pillar_features", "spatial_features")

@@ -1,4 +1,4 @@
-"""Displays of results: a registry, so that a result need not import its renderer.
+"""Displays of results and steps: a registry, so that a result need not import its renderer.
 
 ``FACES`` names the one module that registers them; it is imported when the first face is looked up.
 """
@@ -21,6 +21,8 @@ FACES = "cp_debug.reports.faces"
 WIDTH = 100
 """Columns of what ``print`` shows."""
 
+OnStep = Callable[[str, int, int], None]
+"""Told of each step of a long job: in words, how many are done, and how many there are."""
 T = TypeVar("T")
 _TERMINAL: dict[type, Callable[[Any], Iterable[RenderableType]]] = {}
 _NOTEBOOK: dict[type, Callable[[Any], str]] = {}

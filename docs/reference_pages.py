@@ -26,7 +26,7 @@ DOCUMENTS = {
     "evaluation": ("detection.evaluation.EvaluationResult", "`cpdebug eval --json`"),
     "ptq": ("deploy.quantize_output.PtqResult", "`cpdebug quantize ptq --json`"),
     "qat": ("quantization.qat.QatResult", "`cpdebug quantize qat --json`"),
-    "sweep": ("sweep.result.SweepResult", "`cpdebug sweep --json`"),
+    "sweep": ("sweep.run.SweepResult", "`cpdebug sweep --json`"),
 }
 """Name of a document → the dataclass behind it, in the package, and what writes it."""
 GROUPS = {

@@ -40,9 +40,9 @@ from torch import nn
 from cp_debug.recipes.centerpoint import model as built_in
 from cp_debug.recipes.centerpoint.config import TINY
 from cp_debug.recipes.centerpoint.decode import decode
-from cp_debug.recipes.centerpoint.pillar_encoder import PillarFeatureNet, decorate
-from cp_debug.recipes.centerpoint.scatter import scatter
-from cp_debug.recipes.centerpoint.voxelize import Voxels, voxelize
+from cp_debug.recipes.centerpoint.model import PillarFeatureNet, decorate
+from cp_debug.recipes.centerpoint.model import scatter
+from cp_debug.recipes.centerpoint.model import Voxels, voxelize
 
 def preprocessor(data, training):
     (points,) = data["inputs"]["points"]

@@ -10,8 +10,8 @@ from extras import needs
 from torch import Tensor, nn
 
 from cp_debug.errors import InputError
-from cp_debug.quantization import amax_checkpoint
-from cp_debug.quantization.amax_checkpoint import load_amax_checkpoint
+from cp_debug.quantization import open_quantized
+from cp_debug.quantization.open_quantized import load_amax_checkpoint
 from cp_debug.quantization.record import also_named
 from cp_debug.recipes.torch_callable import TorchModel
 
@@ -29,10 +29,10 @@ def test_arguments_may_have_the_names_that_others_gave_them() -> None:
 
 def test_a_scale_of_a_whole_weight_is_repeated_for_its_channels() -> None:
     conv = nn.Conv2d(1, 3, 1)
-    assert amax_checkpoint._for_channels(conv, torch.tensor(2.0), "w").tolist() == [2, 2, 2]
-    assert amax_checkpoint._for_channels(conv, torch.tensor([[1.0], [2], [3]]), "w").tolist() == [1, 2, 3]
+    assert open_quantized._for_channels(conv, torch.tensor(2.0), "w").tolist() == [2, 2, 2]
+    assert open_quantized._for_channels(conv, torch.tensor([[1.0], [2], [3]]), "w").tolist() == [1, 2, 3]
     with pytest.raises(InputError, match="w has 2 scales for its weight; expected one, or one for each of its 3"):
-        amax_checkpoint._for_channels(conv, torch.ones(2), "w")
+        open_quantized._for_channels(conv, torch.ones(2), "w")
 
 
 def state_of(layer: nn.Linear, **more: Tensor) -> dict[str, Tensor]:

@@ -16,11 +16,8 @@ from torch import nn
 from cp_debug.errors import InputError
 from cp_debug.recipes.centerpoint.config import CONFIGS, OUTPUT_ORDER, TINY, CenterPointConfig, get_config
 from cp_debug.recipes.centerpoint.decode import circle_nms, decode, rotated_nms
-from cp_debug.recipes.centerpoint.model import CenterPoint, build_model
-from cp_debug.recipes.centerpoint.pillar_encoder import decorate
+from cp_debug.recipes.centerpoint.model import CenterPoint, build_model, decorate, scatter, voxelize, voxelize_batch
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
-from cp_debug.recipes.centerpoint.scatter import scatter
-from cp_debug.recipes.centerpoint.voxelize import voxelize, voxelize_batch
 
 SMALL = replace(TINY, voxel_size=(1, 1, 4), point_cloud_range=(0, 0, 0, 3, 2, 8), max_num_points=3, max_voxels=4)
 

@@ -13,10 +13,8 @@ import torch
 
 from cp_debug.recipes.centerpoint.config import OUTPUT_ORDER
 from cp_debug.recipes.centerpoint.decode import decode
-from cp_debug.recipes.centerpoint.pillar_encoder import decorate
+from cp_debug.recipes.centerpoint.model import decorate, scatter, voxelize
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
-from cp_debug.recipes.centerpoint.scatter import scatter
-from cp_debug.recipes.centerpoint.voxelize import voxelize
 
 TOLERANCE = 2e-5
 RELATIVE = 2e-6

@@ -21,11 +21,10 @@ from typer.testing import CliRunner
 from cp_debug.quantization.qat_centerpoint import Example, evaluate
 from cp_debug.recipes.centerpoint.config import HEAD_CHANNELS, OUTPUT_ORDER, TINY
 from cp_debug.recipes.centerpoint.decode import decode
-from cp_debug.recipes.centerpoint.loss import centerpoint_loss, gaussian_focal_loss
+from cp_debug.recipes.centerpoint.loss import centerpoint_loss, gaussian_focal_loss, gaussian_radius, make_targets
 from cp_debug.recipes.centerpoint.model import build_model
 from cp_debug.recipes.centerpoint.recipe import WEIGHTS
 from cp_debug.recipes.centerpoint.scenes import CLASSES, HELD_OUT_SEED, generate_scene
-from cp_debug.recipes.centerpoint.targets import gaussian_radius, make_targets
 from cp_debug.recipes.checkpoint import load_checkpoint
 
 app = typer.Typer()

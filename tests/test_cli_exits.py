@@ -26,12 +26,12 @@ from typer.testing import CliRunner
 
 import cp_debug
 from cp_debug.cli import crash
+from cp_debug.cli.given import has_result, replacing
 from cp_debug.cli.main import app, main
-from cp_debug.cli.saving import has_result, replacing
 
 FAILING = """
 import sys
-from cp_debug.cli import main, models
+from cp_debug.cli import installation, main
 def known_models():
     raise {error}
 import cp_debug.recipes.registry as registry

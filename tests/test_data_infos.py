@@ -13,8 +13,8 @@ from draws import RNG
 
 from cp_debug.errors import InputError
 from cp_debug.recipes.data.base import DataOptions, DataSet, Truth
+from cp_debug.recipes.data.infos import load_plain_pickle
 from cp_debug.recipes.data.open_data import open_data
-from cp_debug.recipes.data.unpickle import load_plain_pickle
 
 FEATURES = ("x", "y", "z", "intensity", "dt")
 CLASSES = ("car", "pedestrian")

@@ -16,8 +16,7 @@ from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.centerpoint.scenes import CLASSES, HELD_OUT_SEED, generate_scene
 from cp_debug.recipes.data.base import Truth
 from cp_debug.recipes.data.open_data import open_data
-from cp_debug.recipes.data.pcd import lzf_decompress, read_pcd
-from cp_debug.recipes.data.points import read_points
+from cp_debug.recipes.data.points import lzf_decompress, read_pcd, read_points
 
 FEATURES = TINY.point_features
 

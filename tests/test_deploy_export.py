@@ -22,9 +22,9 @@ from cp_debug.deploy.stages import turn_outputs
 from cp_debug.errors import InputError
 from cp_debug.probes.alignment import Alignment
 from cp_debug.recipes.base import Component, Model
-from cp_debug.recipes.callables import load_callable
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
 from cp_debug.recipes.onnx_file import OnnxFileModel
+from cp_debug.recipes.torch_programs import load_callable
 
 
 @pytest.fixture(scope="module")

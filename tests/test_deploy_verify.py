@@ -27,8 +27,8 @@ from cp_debug.probes.statistics import compare
 from cp_debug.programs.pipeline import Key, Pipeline
 from cp_debug.recipes.base import Arrays, Sample
 from cp_debug.recipes.centerpoint.config import TINY
+from cp_debug.recipes.centerpoint.model import Voxels, voxelize
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
-from cp_debug.recipes.centerpoint.voxelize import Voxels, voxelize
 
 HEAD = "pts_backbone_neck_head"
 

@@ -22,26 +22,25 @@ from cp_debug.backends.base import RunRecord
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
 from cp_debug.cli.main import app
-from cp_debug.detection.bootstrap import ConfidenceInterval, draw_samples
 from cp_debug.detection.boxes import Boxes, Predictions, save_predictions
 from cp_debug.detection.evaluate import _prepare, as_detector, evaluate, finite
 from cp_debug.detection.evaluation import (
     NUSCENES_RANGES,
     BackendScores,
+    ConfidenceInterval,
     EvaluationOptions,
     EvaluationResult,
+    draw_samples,
     parse_ranges,
     score_backends,
 )
-from cp_debug.detection.matching import match_centers
-from cp_debug.detection.metrics import ERRORS, score
+from cp_debug.detection.metrics import ERRORS, match_centers, score
 from cp_debug.errors import InputError
 from cp_debug.recipes.base import Arrays, Component, Sample
 from cp_debug.recipes.centerpoint.decode import Detections, decode
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
-from cp_debug.recipes.data.attributes import attributes_of
-from cp_debug.recipes.data.base import DataOptions, Truth
-from cp_debug.recipes.data.unpickle import load_plain_pickle
+from cp_debug.recipes.data.base import DataOptions, Truth, attributes_of
+from cp_debug.recipes.data.infos import load_plain_pickle
 from cp_debug.reports.evaluation import class_table, render, summary_table, verdict
 from cp_debug.reports.sheet_terminal import Terminal
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from cp_debug.bisect.demos import DEMOS
 from cp_debug.bisect.engine import bisect
-from cp_debug.cli.demo import verdict
+from cp_debug.cli.bisect import verdict
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph

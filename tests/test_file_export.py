@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 
 from cp_debug.backends.base import Program
 from cp_debug.cli.main import app
-from cp_debug.deploy.exporting import outcome
-from cp_debug.deploy.file_export import _checked, _checked_run, export_files
+from cp_debug.deploy.exporting import _checked_run, _same_signature, export_files, outcome
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.recipes.base import Sample
@@ -40,7 +39,7 @@ def test_a_file_is_compared_on_three_samples(tmp_path: Path, monkeypatch: pytest
         seen.append(len(samples))
         return []
 
-    monkeypatch.setattr("cp_debug.deploy.file_export.export_files", noted)
+    monkeypatch.setattr("cp_debug.deploy.exporting.export_files", noted)
     CliRunner().invoke(app, ["export", str(product(tmp_path)), "-o", str(tmp_path / "out")])
     assert seen == [3]
 
@@ -104,8 +103,8 @@ def test_another_result_or_signature_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     fewer = written(tmp_path / "other", outputs=("y",))
     with pytest.raises(InputError, match=r"its outputs are \['y', 'z'\]; rewritten, they would be \['y'\]"):
-        _checked(fewer, graph)
-    assert [v.name for v in _checked(graph.path, graph).outputs] == ["y", "z"]
+        _same_signature(fewer, graph)
+    assert [v.name for v in _same_signature(graph.path, graph).outputs] == ["y", "z"]
     (tmp_path / "no.onnx").write_bytes(b"no graph")
     with pytest.raises(InputError, match=r"onnx\.checker refuses it"):
-        _checked(tmp_path / "no.onnx", graph)
+        _same_signature(tmp_path / "no.onnx", graph)

@@ -20,8 +20,8 @@ from cp_debug.probes.arrays import is_torch
 from cp_debug.programs.export import note_modules
 from cp_debug.recipes.abilities import Batches, DetectsBoxes, HasClasses, HasData, TurnsYaw, with_samples
 from cp_debug.recipes.base import Sample
-from cp_debug.recipes.callables import load_callable
 from cp_debug.recipes.registry import load_model
+from cp_debug.recipes.torch_programs import load_callable
 
 NETWORK = """
 from __future__ import annotations

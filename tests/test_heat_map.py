@@ -13,7 +13,7 @@ from cp_debug.reports.svg import LEVELS
 from cp_debug.reports.sweep import by_reason, render, render_page, strips
 from cp_debug.serialize import decode, encode
 from cp_debug.sweep.bisecting import MAP_COLUMNS, MAP_LAYERS, BisectGroup, HeatMap
-from cp_debug.sweep.result import FailedTasks, SweepResult
+from cp_debug.sweep.run import FailedTasks, SweepResult
 
 
 def test_a_column_is_the_worst_of_its_samples() -> None:

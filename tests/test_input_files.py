@@ -18,8 +18,7 @@ from test_cli import run
 from cp_debug.errors import InputError
 from cp_debug.graph.check_inputs import as_declared
 from cp_debug.graph.graph import Graph
-from cp_debug.recipes.images import ImageFormat
-from cp_debug.recipes.input_files import DEFAULT_READING, Reading
+from cp_debug.recipes.input_files import DEFAULT_READING, ImageFormat, Reading
 from cp_debug.recipes.onnx_file import OnnxFileModel
 
 X = np.random.default_rng(0).normal(size=(1, 3, 4, 5)).astype(np.float32)

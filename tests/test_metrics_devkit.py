@@ -11,7 +11,7 @@ from extras import needs
 
 from cp_debug.detection.boxes import Boxes
 from cp_debug.detection.metrics import ERRORS, THRESHOLDS, score
-from cp_debug.recipes.data.attributes import NAMES
+from cp_debug.recipes.data.base import NAMES
 
 pytestmark = needs("nuscenes")
 

@@ -24,10 +24,8 @@ from cp_debug.recipes.centerpoint.config import TINY
 from cp_debug.recipes.centerpoint.model import build_model
 from cp_debug.recipes.centerpoint.recipe import WEIGHTS, CenterPointModel
 from cp_debug.recipes.checkpoint import read_state_dict
-from cp_debug.recipes.mmdet3d.client import ENVIRONMENT, DetectorClient
-from cp_debug.recipes.mmdet3d.convert import Unlike, center_point_config
-from cp_debug.recipes.mmdet3d.layers import DetectorLayers
-from cp_debug.recipes.mmdet3d.recipe import Mmdet3dCenterPoint
+from cp_debug.recipes.mmdet3d.client import ENVIRONMENT, DetectorClient, Unlike, center_point_config
+from cp_debug.recipes.mmdet3d.recipe import DetectorLayers, Mmdet3dCenterPoint
 from cp_debug.recipes.registry import load_model
 
 NAME = "mmdet3d:centerpoint_pillar_tiny"
@@ -197,7 +195,7 @@ print(model.notes)
     environment = {key: value for key, value in os.environ.items() if key != ENVIRONMENT}
     done = subprocess.run([packages, "-c", code], capture_output=True, text=True, check=True, env=environment)
     modules, equal, notes = done.stdout.splitlines()[-3:]
-    assert modules == "['cp_debug.recipes.centerpoint.second', 'mmdet3d.registry', 'mmdet3d.registry']"
+    assert modules == "['cp_debug.recipes.centerpoint.model', 'mmdet3d.registry', 'mmdet3d.registry']"
     assert equal == "True"
     assert "mmdet3d 0.1 in this Python: 25 stages" in notes
 

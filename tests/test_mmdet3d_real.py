@@ -18,8 +18,7 @@ from cp_debug.recipes.centerpoint.config import NUS_PILLAR02
 from cp_debug.recipes.centerpoint.model import build_model
 from cp_debug.recipes.centerpoint.recipe import WEIGHTS, CenterPointModel
 from cp_debug.recipes.mmdet3d.client import ENVIRONMENT, DetectorClient
-from cp_debug.recipes.mmdet3d.layers import DetectorLayers
-from cp_debug.recipes.mmdet3d.recipe import Mmdet3dCenterPoint, stage_differences
+from cp_debug.recipes.mmdet3d.recipe import DetectorLayers, Mmdet3dCenterPoint, stage_differences
 from cp_debug.recipes.registry import load_model
 
 pytestmark = [

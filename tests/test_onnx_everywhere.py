@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from test_cli import run
 from test_trt_backend import install
 
-from cp_debug.deploy import file_export
+from cp_debug.deploy import exporting
 from cp_debug.recipes.registry import load_model
 
 MODULE = """
@@ -165,7 +165,7 @@ def test_a_written_file_is_compared_on_several_samples_and_sizes(
         made.graph.node[-1].output[0] = made.graph.output[0].name = proto.graph.output[0].name
         return made
 
-    monkeypatch.setattr(file_export, "_simplified", wrong)
+    monkeypatch.setattr(exporting, "_simplified", wrong)
     code, text = run("export", net, "-o", tmp_path / "out", "--simplify")
     assert code == 2, text
     assert ("rewritten, it computes another" if fault == "of other values" else "ONNX Runtime failed") in text

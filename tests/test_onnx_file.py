@@ -14,9 +14,8 @@ from cp_debug.errors import InputError
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.graph.graph import Graph, ValueInfo
 from cp_debug.graph.onnx_tensors import array_of, byte_count, described
-from cp_debug.recipes.onnx_file import OnnxFileModel
+from cp_debug.recipes.onnx_file import MOST_STAGES, OnnxFileModel, stages_of
 from cp_debug.recipes.registry import load_model
-from cp_debug.recipes.stages import MOST_STAGES, stages_of
 
 
 @pytest.fixture

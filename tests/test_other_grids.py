@@ -10,7 +10,7 @@ import torch
 from cp_debug.errors import InputError
 from cp_debug.recipes.centerpoint.config import CONFIGS, TINY
 from cp_debug.recipes.centerpoint.model import build_model
-from cp_debug.recipes.centerpoint.other_grids import load_weights
+from cp_debug.recipes.centerpoint.recipe import load_weights
 
 CFG = """
 voxel_size = {size}

@@ -11,8 +11,8 @@ import pytest
 from onnx import helper, numpy_helper
 from typer.testing import CliRunner
 
+from cp_debug.cli.given import check_outputs
 from cp_debug.cli.main import app
-from cp_debug.cli.saving import check_outputs
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from cp_debug.detection.boxes import Boxes
-from cp_debug.detection.matching import intersection_areas, match_overlaps, overlaps
+from cp_debug.detection.metrics import intersection_areas, match_overlaps, overlaps
 
 # Half of the rectangles lie on a grid and turn by right angles: common edges and corners must come up often.
 coordinate = st.one_of(st.integers(-6, 6).map(float), st.floats(-6, 6))

@@ -181,6 +181,6 @@ def test_any_torch_module(tmp_path: Path) -> None:
 
 
 def test_methods_on_the_command_line_are_those_that_exist() -> None:
-    from cp_debug.cli.calibration import Method
+    from cp_debug.cli.flags import Method
 
     assert tuple(method.value for method in Method) == METHODS

@@ -238,7 +238,7 @@ def test_what_is_quantized_already_is_refused(tmp_path: Path) -> None:
 def test_modelopt_reads_the_recipe_and_switches_the_quantizers_that_it_names(tmp_path: Path, precision: str) -> None:
     import yaml
 
-    from cp_debug.quantization.modelopt_recipe import modelopt_recipe
+    from cp_debug.deploy.quantize_narrow import modelopt_recipe
 
     quantization = pytest.importorskip("modelopt.torch.quantization")
     recipes = pytest.importorskip("modelopt.recipe")

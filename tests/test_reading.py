@@ -14,7 +14,7 @@ import pytest
 from pydantic import AfterValidator
 
 from cp_debug import files
-from cp_debug.cli.saving import check_outputs
+from cp_debug.cli.given import check_outputs
 from cp_debug.errors import InputError, system_reason
 from cp_debug.files import complete_folder, complete_path, partial_name, write_text
 from cp_debug.reading import (

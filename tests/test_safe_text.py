@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cp_debug.cli.library_log import no_library_warnings
+from cp_debug.cli.console import no_library_warnings
 from cp_debug.errors import InputError
 from cp_debug.safe_text import (
     LimitedStream,

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from cp_debug.detection.bootstrap import ConfidenceInterval, draw_samples
 from cp_debug.detection.boxes import Boxes, Predictions
-from cp_debug.detection.breakdown import Rings, by_class, by_distance, rings_of
 from cp_debug.detection.changes import (
     MATCHING,
     MOVED,
@@ -20,9 +18,16 @@ from cp_debug.detection.changes import (
     changes,
     compare_detections,
 )
-from cp_debug.detection.evaluation import EvaluationOptions
-from cp_debug.detection.matching import _position_in_group
-from cp_debug.detection.metrics import Scores, box_errors, score
+from cp_debug.detection.evaluation import (
+    ConfidenceInterval,
+    EvaluationOptions,
+    Rings,
+    by_class,
+    by_distance,
+    draw_samples,
+    rings_of,
+)
+from cp_debug.detection.metrics import Scores, _position_in_group, box_errors, score
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.layers import FusionGroup

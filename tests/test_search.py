@@ -20,7 +20,7 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.emulated import EmulatedBackend
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.cli.search import parse_duration
+from cp_debug.cli.precision import parse_duration
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.made_up import MadeUp

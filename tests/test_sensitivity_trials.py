@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cp_debug.detection.bootstrap import ConfidenceInterval
+from cp_debug.detection.evaluation import ConfidenceInterval
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.layers import FusionGroup
 from cp_debug.mixed_precision.sensitivity import (

@@ -25,9 +25,8 @@ from cp_debug.bisect.result_diff import ResultDiff
 from cp_debug.deploy.bench import BackendBench, Latency
 from cp_debug.deploy.interface_checks import VoxelChange
 from cp_debug.deploy.verify import ScenarioResult, TensorCheck, VerifyResult
-from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.detection.changes import DetectionChange
-from cp_debug.detection.evaluation import BackendScores, EvaluationOptions, EvaluationResult
+from cp_debug.detection.evaluation import BackendScores, ConfidenceInterval, EvaluationOptions, EvaluationResult
 from cp_debug.errors import InputError
 from cp_debug.graph.pairing import Pairing
 from cp_debug.mixed_precision.layers import FusionGroup
@@ -44,7 +43,7 @@ from cp_debug.reports.saved import SavedResult
 from cp_debug.serialize import decode, encode
 from cp_debug.sweep.bisecting import BisectGroup
 from cp_debug.sweep.evaluating import EvalGroup
-from cp_debug.sweep.result import FailedTasks, SweepResult
+from cp_debug.sweep.run import FailedTasks, SweepResult
 from cp_debug.sweep.searching import MixedPrecisionGroup
 from cp_debug.sweep.sensitivity import SensitivityGroup
 

@@ -34,7 +34,7 @@ from cp_debug.recipes.data.base import DataOptions
 from cp_debug.recipes.registry import load_model
 from cp_debug.reports.sweep import section
 from cp_debug.sweep import bisecting, evaluating, sensitivity
-from cp_debug.sweep.grid import Grid, sample_files
+from cp_debug.sweep.prepared import Grid, sample_files
 from cp_debug.sweep.run import Progress
 from cp_debug.sweep.tasks import Task, run_task
 from cp_debug.sweep.workers import needs_gpu

@@ -22,8 +22,7 @@ from test_sweep import INT8, records
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.detection.boxes import Boxes, Predictions
-from cp_debug.detection.breakdown import Rings, by_class, by_distance, rings_of
-from cp_debug.detection.evaluation import EvaluationOptions
+from cp_debug.detection.evaluation import EvaluationOptions, Rings, by_class, by_distance, rings_of
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import Export, prepare
 from cp_debug.recipes.base import Component
@@ -33,8 +32,8 @@ from cp_debug.reports.sweep import render_page, section
 from cp_debug.serialize import decode
 from cp_debug.sweep import ablating
 from cp_debug.sweep.ablating import Ablation
-from cp_debug.sweep.grid import Grid
-from cp_debug.sweep.result import SweepResult
+from cp_debug.sweep.prepared import Grid
+from cp_debug.sweep.run import SweepResult
 
 HOW = {"data_root": None, "sweeps": 9, "skip_missing": False, "calibration": INT8, "layers": 12}
 OPTIONS = EvaluationOptions(draws=20)
@@ -83,7 +82,7 @@ def grid_of(
 ) -> Grid:
     model = Faulty(net(tmp_path / "net.onnx"), with_truth=with_truth)
     monkeypatch.setattr("cp_debug.quantization.quantized_programs.load_model", lambda *_, **__: model)
-    monkeypatch.setattr("cp_debug.sweep.grid.WITHOUT_BOXES", ())  # this callable's model does detect
+    monkeypatch.setattr("cp_debug.sweep.prepared.WITHOUT_BOXES", ())  # this callable's model does detect
     (tmp_path / "pictures.py").write_text("def make(): ...")
     return Grid([f"{tmp_path / 'pictures.py'}:make"], parse_backends(backends), samples=3, how=HOW)
 

@@ -27,7 +27,7 @@ from cp_debug.graph.graph import Graph
 from cp_debug.programs import export_cache
 from cp_debug.store import Store
 from cp_debug.sweep import bisecting, prepared, sensitivity, tasks
-from cp_debug.sweep.grid import Grid
+from cp_debug.sweep.prepared import Grid
 from cp_debug.sweep.tasks import Task, run_task
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ def test_what_is_no_engine_in_a_store_is_built_anew(tmp_path: Path) -> None:
 
 def fresh() -> None:
     """Forget what this process holds, as if it were another worker."""
-    for kept in (prepared._load, prepared._export, prepared._quantize, sensitivity._bench):
+    for kept in (prepared.opened, prepared._export, prepared._quantize, sensitivity._bench):
         kept.cache_clear()
 
 

@@ -87,7 +87,7 @@ def test_what_is_absent_is_not_broken() -> None:
 
 def test_a_reason_is_told_once_though_every_message_names_its_own_sample() -> None:
     from cp_debug.reports.sweep import by_reason
-    from cp_debug.sweep.result import FailedTasks
+    from cp_debug.sweep.run import FailedTasks
 
     def failed(file: str, error: str) -> FailedTasks:
         return FailedTasks("net.onnx", ["ort", "emu-fp16"], f"{file}, sample 0", error)

@@ -19,9 +19,14 @@ from test_cli import run
 from test_evaluation import record
 
 from cp_debug.detection import t4_metric
-from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.detection.boxes import Predictions
-from cp_debug.detection.evaluation import BackendScores, EvaluationOptions, EvaluationResult, score_backends
+from cp_debug.detection.evaluation import (
+    BackendScores,
+    ConfidenceInterval,
+    EvaluationOptions,
+    EvaluationResult,
+    score_backends,
+)
 from cp_debug.detection.t4_metric import FRAME_TIME, check_installed, scene_draws, t4_figures
 from cp_debug.errors import InputError, MissingPackage
 from cp_debug.recipes.data.base import Truth

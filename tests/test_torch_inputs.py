@@ -31,10 +31,10 @@ from cp_debug.probes.trace import trace
 from cp_debug.programs.align import module_digest
 from cp_debug.programs.export import export
 from cp_debug.recipes import torch_callable
-from cp_debug.recipes.callables import load_callable
 from cp_debug.recipes.registry import load_model
 from cp_debug.recipes.torch_callable import TorchModel
 from cp_debug.recipes.torch_inputs import flat_inputs
+from cp_debug.recipes.torch_programs import load_callable
 
 
 class Pair(NamedTuple):

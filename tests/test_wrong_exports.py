@@ -21,8 +21,8 @@ from cp_debug.bisect.options import Options
 from cp_debug.bisect.result import BisectResult
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
-from cp_debug.recipes.callables import load_callable
 from cp_debug.recipes.torch_callable import TorchModel
+from cp_debug.recipes.torch_programs import load_callable
 
 
 class Around(nn.Module):

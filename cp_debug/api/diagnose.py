@@ -9,11 +9,11 @@ from typing import Any, cast
 
 from cp_debug.api.dumps import DEFAULT_REFERENCE, with_dump
 from cp_debug.api.models import ModelLike, modes_kept, samples_in, to_model
-from cp_debug.api.progress import shown_steps
-from cp_debug.api.words import about, in_python_words
+from cp_debug.api.words import about, in_python_words, shown_steps
 from cp_debug.backends.base import Backend
-from cp_debug.bisect.engine import OnStep, Options, bisect
+from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import BisectResult
+from cp_debug.display import OnStep
 from cp_debug.errors import InputError
 from cp_debug.reading import RESULT
 from cp_debug.recipes.registry import is_folder

@@ -81,14 +81,18 @@ def with_dump(
         dumps.append(arrays)
     if inputs_given:
         samples = list(islice(model.samples(len(dumps), 0, inputs), len(dumps)))
-        notes |= dict.fromkeys(_more_inputs(model, inputs, len(dumps)))
+        total = model.sample_count(inputs) if inputs is not None and isinstance(model, CountsSamples) else 0
+        if total > len(dumps):
+            notes[f"{len(dumps)} of {total} samples of {inputs} compared: the dump has no more"] = None
     else:
         samples = [_sample(graph, arrays, source, i, len(dumps)) for i, arrays in enumerate(dumps)]
     digests = [inputs_digest(as_declared(graph, sample.arrays)) for sample in samples]
     first = {digest: i for i, digest in reversed([*enumerate(digests)])}
     kept = [i for i, digest in enumerate(digests) if first[digest] == i]
     if len(kept) < len(several):
-        notes[_not_all(source, len(kept), len(several), alike=len(kept) < len(digests))] = None
+        alike = len(kept) < len(digests)
+        why = "others have the same inputs as one of them" if alike else "there are no more inputs"
+        notes[f"{len(kept)} of {len(several)} samples of {source} compared: {why}"] = None
     if isinstance(tensors, Path) and (steps := steps_left_out(tensors)):
         notes[f"{source}: the first of {steps + 1} steps was compared; for another one, give its folder"] = None
     by_inputs = {digests[i]: dumps[i] for i in kept} if len(kept) > 1 else {}
@@ -105,18 +109,6 @@ def _sample(graph: Graph, arrays: Mapping[str, np.ndarray], source: str, index: 
         raise InputError(f"{source}: lacks the input {missing[0]!r}, from which it was computed; give --inputs")
     shown = source if count == 1 else f"{source}, sample {index}"
     return Sample({value.name: _in_dtype(inputs[value.name], value) for value in graph.inputs}, shown)
-
-
-def _more_inputs(model: Model, inputs: Path | None, dumped: int) -> list[str]:
-    """A note where the files of inputs hold more samples than the dump."""
-    total = model.sample_count(inputs) if inputs is not None and isinstance(model, CountsSamples) else 0
-    return [f"{dumped} of {total} samples of {inputs} compared: the dump has no more"] if total > dumped else []
-
-
-def _not_all(source: str, kept: int, count: int, *, alike: bool) -> str:
-    """The note that not all samples of a dump are compared."""
-    why = "others have the same inputs as one of them" if alike else "there are no more inputs"
-    return f"{kept} of {count} samples of {source} compared: {why}"
 
 
 def _of_known_shape(graph: Graph, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from cp_debug.api.models import ModelLike, modes_kept, samples_in, to_model
-from cp_debug.api.progress import shown_steps
-from cp_debug.api.words import in_python_words
+from cp_debug.api.words import in_python_words, shown_steps
 from cp_debug.backends.base import Backend
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
-from cp_debug.bisect.options import OnStep
 from cp_debug.deploy.exporting import ExportOptions, export_model, own_files
 from cp_debug.deploy.quantize_output import PtqResult, quantize_ptq
 from cp_debug.deploy.verify import VerifyOptions, VerifyResult
@@ -25,6 +23,7 @@ from cp_debug.deploy.verify import verify as run_verify
 from cp_debug.detection.evaluate import as_detector
 from cp_debug.detection.evaluate import evaluate as run_evaluate
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult
+from cp_debug.display import OnStep
 from cp_debug.errors import InputError
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.result import MixedPrecisionResult

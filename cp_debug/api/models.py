@@ -52,16 +52,25 @@ def to_model(
             f"checkpoint: {weights} is for recipes and callables; load the weights into the module instead"
         )
     path = Path(inputs) if isinstance(inputs, str | Path) else None
+    arrays = inputs is not None and path is None
     if isinstance(model, str | Path):
-        return _of_text(str(model), inputs, path, weights, seed, reading)
-    kind = type(model)
-    if module_of(kind).startswith("onnx.") and kind.__name__ == "ModelProto":
+        text, kind = str(model), kind_of(str(model))
+        if kind == "program" and arrays and weights is None:
+            from cp_debug.recipes.torch_programs import load_program
+
+            return load_program(Path(text), inputs), None
+        if kind == "onnx":
+            return _with_arrays(load_model(text, checkpoint=weights, reading=reading), inputs, path)
+    elif module_of(type(model)).startswith("onnx.") and type(model).__name__ == "ModelProto":
         return _with_arrays(_of_proto(model), inputs, path)
-    if _is_recipe(model):
-        if inputs is not None and path is None:
-            raise InputError(f"inputs: {model.name} reads files; expected a path, not {type(inputs).__name__}")
+    elif not isinstance(model, Model):
+        return _of_torch(model, inputs, path, what)
+    if arrays:
+        name = model.name if isinstance(model, Model) else model
+        raise InputError(f"inputs: {name} reads files; expected a path, not {type(inputs).__name__}")
+    if isinstance(model, Model):
         return model, path
-    return _of_torch(model, inputs, path, what)
+    return load_model(str(model), checkpoint=weights, seed=seed, inputs=path, reading=reading), path
 
 
 def samples_in(inputs: Any, count: int) -> int:
@@ -70,21 +79,6 @@ def samples_in(inputs: Any, count: int) -> int:
         return count
     several = isinstance(inputs, list) and inputs and all(isinstance(each, Mapping) for each in inputs)
     return len(inputs) if several else count
-
-
-def _of_text(
-    text: str, inputs: Any, path: Path | None, checkpoint: Path | None, seed: int, reading: Reading
-) -> tuple[Model, Path | None]:
-    kind = kind_of(text)
-    if kind == "program" and inputs is not None and path is None and checkpoint is None:
-        from cp_debug.recipes.torch_programs import load_program
-
-        return load_program(Path(text), inputs), None
-    if kind == "onnx":
-        return _with_arrays(load_model(text, checkpoint=checkpoint, reading=reading), inputs, path)
-    if inputs is not None and path is None:
-        raise InputError(f"inputs: {text} reads files; expected a path, not {type(inputs).__name__}")
-    return load_model(text, checkpoint=checkpoint, seed=seed, inputs=path, reading=reading), path
 
 
 def _of_torch(model: Any, inputs: Any, path: Path | None, what: str) -> tuple[Model, Path | None]:
@@ -129,9 +123,8 @@ def modes_kept(*models: Any) -> Iterator[None]:
 
 
 def _of_factory(model: Any, name: str, what: str) -> Model:
-    from cp_debug.recipes.callables import module_and_inputs
     from cp_debug.recipes.torch_callable import own_code
-    from cp_debug.recipes.torch_programs import model_of
+    from cp_debug.recipes.torch_programs import model_of, module_and_inputs
 
     try:
         parameters = inspect.signature(model).parameters
@@ -151,7 +144,7 @@ def _with_arrays(model: Model, inputs: Any, path: Path | None) -> tuple[Model, P
         return model, path
     [component] = model.components
     names = list(component.input_names)
-    if not isinstance(inputs, Mapping) and _is_array(inputs):
+    if not isinstance(inputs, Mapping) and hasattr(inputs, "__array__") and hasattr(inputs, "shape"):
         inputs = (inputs,)
     several = isinstance(inputs, list) and all(isinstance(each, Mapping) for each in inputs) and inputs
     graph = Graph(component.onnx_path) if component.onnx_path else None
@@ -194,14 +187,6 @@ def _of_proto(proto: Any) -> Model:
 
 
 _PROTOBUF_LIMIT = 2_000_000_000
-
-
-def _is_recipe(model: Any) -> bool:
-    return isinstance(model, Model)
-
-
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "__array__") and hasattr(value, "shape")
 
 
 def _as_array(value: Any, name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Words of errors in a Python program: arguments by their names here, where the command line has flags."""
+"""Words of a call in a Python program: errors by its arguments' names instead of flags, and progress."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import dataclasses
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path, PurePath
 from typing import Any, ParamSpec, TypeVar
 
+from cp_debug.display import OnStep, in_notebook
 from cp_debug.errors import CpdebugError, InputError, module_of
 from cp_debug.safe_text import message
 
@@ -81,7 +83,9 @@ def _check_type(name: str, value: Any, annotation: str) -> None:
     """Raise InputError for a value of none of an annotation's types; those with Any or a model in it take all."""
     expected = [part.strip() for part in annotation.split("|")]
     if not any(part in ("Any", "ModelLike") or _fits(value, part) for part in expected):
-        raise InputError(f"{name}: {type(value).__name__}; expected {' or '.join(map(_spoken, expected))}")
+        raise InputError(
+            f"{name}: {type(value).__name__}; expected {' or '.join(_SPOKEN.get(part, part) for part in expected)}"
+        )
 
 
 def _fits(value: Any, annotation: str) -> bool:
@@ -104,10 +108,6 @@ def _fits(value: Any, annotation: str) -> bool:
     return not isinstance(value, str | bytes) and all(
         _fits(each, element) if element in _TYPES else hasattr(each, "open") for each in value
     )
-
-
-def _spoken(annotation: str) -> str:
-    return _SPOKEN.get(annotation, annotation)
 
 
 _SPOKEN = {
@@ -178,3 +178,47 @@ def _translated(text: str, parameters: set[str], fields: set[str]) -> str:
         text = text.replace("--tensors-layout nhwc", "channels_last=True")
         text = text.replace("--tensors-layout flat", "flat=True")
     return _FLAG.sub(word, re.sub(r"^MODEL(?=: )", "model", text))
+
+
+@contextmanager
+def shown_steps(progress: bool | None, on_step: OnStep | None) -> Iterator[OnStep]:
+    """Context that gives the function called at each step.
+
+    ``progress`` None shows the steps only in a terminal or a notebook.
+    """
+    if on_step is not None:
+        yield on_step
+        return
+    if progress is None:
+        progress = sys.stderr.isatty() or "ipykernel" in sys.modules
+    if not progress:
+        yield lambda text, done, total: None
+        return
+    if in_notebook():
+        with _notebook_line() as on_line:
+            yield on_line
+        return
+    from rich.console import Console
+
+    from cp_debug.reports.progress_bar import progress_bar
+
+    # The stream as it is now: an export puts another in its place, and a bar there draws itself again.
+    with progress_bar(Console(file=sys.stderr, markup=False)) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total or None)
+
+
+@contextmanager
+def _notebook_line() -> Iterator[OnStep]:
+    """One line below a notebook's cell, by IPython alone; it is gone at the end."""
+    from IPython.display import display
+
+    line = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def show(text: str, done: int, total: int) -> None:
+        line.update({"text/plain": f"{text} ({done} of {total})" if total else text}, raw=True)
+
+    try:
+        yield show
+    finally:  # HTML takes no room where it is empty; text leaves an empty <pre>
+        line.update({"text/html": "", "text/plain": ""}, raw=True)

@@ -17,9 +17,10 @@ from cp_debug.bisect.assemble import coverage_of, observation_notes, result_of, 
 from cp_debug.bisect.both_sides import BothSides, Preparation, Side
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.one_sample import SampleRuns
-from cp_debug.bisect.options import DEFAULT_OPTIONS, OnStep, Options, Rewrite, StepCounter, has_knobs
+from cp_debug.bisect.options import DEFAULT_OPTIONS, Options, Rewrite, StepCounter, has_knobs
 from cp_debug.bisect.result import BisectResult, TestResult
 from cp_debug.bisect.standards import doubles_note, int8_notes, oracle, oracle_device, tolerance
+from cp_debug.display import OnStep
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, digest_of
 from cp_debug.graph.randomness import drawing

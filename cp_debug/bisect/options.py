@@ -9,13 +9,12 @@ from pathlib import Path
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.spec import COMPILED
 from cp_debug.bisect.regions.descent import BUILDS
+from cp_debug.display import OnStep
 from cp_debug.quantization.quantized_programs import DEFAULT_CALIBRATION, Calibration
 from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 
 Rewrite = Callable[[list[Program], Path], list[Program]]
 """Makes the programs of the tests from the reference's and a folder for new files; value names should stay."""
-OnStep = Callable[[str, int, int], None]
-"""Function called with (what is being done, steps done, steps in all)."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.branches import differing_condition, in_words
 from cp_debug.bisect.result import BisectResult, LayerRow, TestResult, check_not_empty
 from cp_debug.bisect.verdict import judge
+from cp_debug.display import OnStep
 from cp_debug.errors import InputError
 from cp_debug.graph.flatten import Branch
 from cp_debug.graph.pairing import left_out
@@ -49,7 +50,7 @@ def record(
     seed: int,
     exporter: str | None,
     folded: bool,
-    on_step: Callable[[str, int, int], None],
+    on_step: OnStep,
     parts: Mapping[str, QuantizedComponent] | None = None,
     calibration: Calibration = DEFAULT_CALIBRATION,
 ) -> Capture:

@@ -1,33 +1,29 @@
-"""``cpdebug bisect``: the main job."""
+"""``cpdebug bisect``, the main job, and ``demo``: a known fault, and the tool finding it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cp_debug.cli import calibration, reading, tensorrt
-from cp_debug.cli.flags import (
-    MOST,
-    Atol,
-    Checkpoint,
-    JsonFile,
-    MadeSeed,
-    ModelName,
-    Rtol,
-    check_device,
-    grouped,
-    size_in_bytes,
-)
-from cp_debug.cli.saving import has_result, replacing
+from cp_debug.cli import flags, tensorrt
+from cp_debug.cli.flags import INPUTS_HELP, MOST, check_calibration, check_device, grouped, own_scales, size_in_bytes
+from cp_debug.cli.given import has_result, replacing
 from cp_debug.cli.typed import refuse, typed
+from cp_debug.errors import InputError
 from cp_debug.loading import load_torch, start_gpu
+from cp_debug.safe_text import did_you_mean
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from cp_debug.backends.base import Backend
+    from cp_debug.bisect.demos import Seeded
+    from cp_debug.bisect.result import TestResult
     from cp_debug.recipes.base import Model
 
 
@@ -36,27 +32,6 @@ class Level(str, Enum):
 
     stages = "stages"
     layers = "layers"
-
-
-class Exporter(str, Enum):
-    """Torch's ONNX exporters, one of which makes the deployed graph."""
-
-    auto = "auto"
-    dynamo = "dynamo"
-    torchscript = "torchscript"
-
-    @property
-    def chosen(self) -> str | None:
-        """Name of the exporter; None leaves the choice to whoever exports."""
-        return None if self is Exporter.auto else self.value
-
-
-class DumpLayout(str, Enum):
-    """Order of the numbers of dumped tensors: the graph's, channels last, or the graph's without its axes."""
-
-    nchw = "nchw"
-    nhwc = "nhwc"
-    flat = "flat"
 
 
 class Oracle(str, Enum):
@@ -69,7 +44,7 @@ class Oracle(str, Enum):
 
 @grouped
 def bisect(
-    model: ModelName = "centerpoint:tiny",
+    model: flags.ModelName = "centerpoint:tiny",
     other: Annotated[
         Path | None, typer.Argument(metavar="TEST_MODEL", help="A second file or folder, as --test-model.")
     ] = None,
@@ -85,27 +60,24 @@ def bisect(
     ] = None,
     tensors_precision: Annotated[str, typer.Option(help="Precision of --test-tensors.")] = "fp32",
     tensors_layout: Annotated[
-        DumpLayout,
+        flags.DumpLayout,
         typer.Option(help="Layout of --test-tensors; flat: row by row, without the graph's axes."),
-    ] = DumpLayout.nchw,
-    maps: Annotated[
-        list[str] | None,
-        typer.Option("--map", help="REFERENCE=TEST: compare these two values; OUTPUT=: leave one out; repeatable."),
-    ] = None,
-    checkpoint: Checkpoint = None,
+    ] = flags.DumpLayout.nchw,
+    maps: flags.Maps = None,
+    checkpoint: flags.Checkpoint = None,
     test_checkpoint: Annotated[Path | None, typer.Option(help="Other weights for the test backends.")] = None,
     test_train_mode: Annotated[bool, typer.Option(help="Run the test's module in train mode.")] = False,
     test_out_of_place: Annotated[bool, typer.Option(help="Replace the test's in-place activations.")] = False,
-    inputs: Annotated[Path | None, typer.Option(help=reading.INPUTS_HELP)] = None,
+    inputs: Annotated[Path | None, typer.Option(help=INPUTS_HELP)] = None,
     samples: Annotated[int, typer.Option(min=1, max=MOST, help="How many samples.")] = 1,
-    seed: MadeSeed = 0,
+    seed: flags.MadeSeed = 0,
     level: Annotated[Level, typer.Option(help="stages: only the stage table.")] = Level.layers,
     show_all: Annotated[
         bool, typer.Option("--all", help="Every layer, not only those near the first divergent one.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the verdict, one line for each test.")] = False,
-    rtol: Rtol = None,
-    atol: Atol = None,
+    rtol: flags.Rtol = None,
+    atol: flags.Atol = None,
     oracle: Annotated[Oracle, typer.Option(help="auto: FP64 for FP32 tests, FP32 below.")] = Oracle.auto,
     oracle_device: Annotated[
         str, typer.Option(help="Where layers are replayed: auto (where the test runs), cpu, cuda:N.")
@@ -122,19 +94,21 @@ def bisect(
     max_builds: Annotated[
         int, typer.Option("--max-builds", min=0, help="Most further engines for the search inside a guilty region.")
     ] = 6,
-    exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what all backends read.")] = Exporter.auto,
+    exporter: Annotated[
+        flags.Exporter, typer.Option(help="For torch models; auto: what all backends read.")
+    ] = flags.Exporter.auto,
     unfolded: Annotated[
         bool, typer.Option("--unfolded", help="Do not fold BatchNorm, to debug module by module.")
     ] = False,
-    json: JsonFile = None,
+    json: flags.JsonFile = None,
     csv: Annotated[Path | None, typer.Option(help="Write the layer table as CSV; - is stdout.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the HTML report: one file, works offline.")] = None,
     save: Annotated[Path | None, typer.Option(help="Save result, graphs and captures in this folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="--save replaces an earlier run's folder.")] = False,
     *,
-    int8: calibration.CalibrationFlags,
+    int8: flags.CalibrationFlags,
     engines: tensorrt.ProbeFlags,
-    files: reading.ReadingFlags,
+    files: flags.ReadingFlags,
 ) -> None:
     """Run backends side by side; name the layer that is wrong."""
     from contextlib import ExitStack
@@ -170,7 +144,7 @@ def bisect(
     engines.check(specs, exports=not model.endswith(".onnx"))
     built = any(spec.family == "trt" for spec in specs)
     refuse(("max_builds",), unless=built, why=f"none of {', '.join(map(str, specs))} is TensorRT")
-    int8.check(specs, calibration.own_scales(specs, model, checkpoint, test_model))
+    int8.check(specs, own_scales(specs, model, checkpoint, test_model))
     why = "two other models of the tests; expected one of --test-model and --test-checkpoint"
     refuse(("test_checkpoint",), unless=test_model is None, why=why)
     why = f"{model} holds its weights; --test-model gives the tests another file"
@@ -187,7 +161,7 @@ def bisect(
     calibrated = [int8.calib_data] if any("int8" in spec.name for spec in specs) else []
     how = files.checked(model, inputs, samples, *calibrated, checkpoint=checkpoint, test_model=test_model)
     engines.check_installed(specs)
-    calibration.check_calibration(model, int8.calib_data, int8.calib_samples, reading=how)
+    check_calibration(model, int8.calib_data, int8.calib_samples, reading=how)
     load_torch()
     for device in {spec.device for spec in specs if spec.device and spec.device.startswith("cuda")}:
         start_gpu(device)
@@ -238,8 +212,8 @@ def bisect(
                 backends,
                 test_tensors,
                 tensors_precision,
-                channels_last=tensors_layout is DumpLayout.nhwc,
-                flat=tensors_layout is DumpLayout.flat,
+                channels_last=tensors_layout is flags.DumpLayout.nhwc,
+                flat=tensors_layout is flags.DumpLayout.flat,
                 inputs_given=inputs is not None,
                 inputs=inputs,
             )
@@ -260,3 +234,70 @@ def bisect(
     if html and not quiet:
         say(f"written: {html}")
     raise typer.Exit(0 if result.agrees else 1)
+
+
+def demo(
+    fault: Annotated[str | None, typer.Argument(help="A fault to inject; without one, they are listed.")] = None,
+    json: flags.JsonFile = None,
+    html: Annotated[Path | None, typer.Option(help="Write the HTML report: one file, works offline.")] = None,
+) -> None:
+    """Watch cpdebug find a known fault in the built-in model."""
+    from rich.text import Text
+
+    load_torch()
+    from cp_debug.bisect.demos import DEMOS
+    from cp_debug.bisect.engine import Options, bisect
+    from cp_debug.cli.console import command_line, console, show, steps
+    from cp_debug.reports.page import write_page
+    from cp_debug.reports.saved import SavedResult
+    from cp_debug.reports.sheet import Column, Sheet
+    from cp_debug.reports.sheet_terminal import Terminal
+
+    if fault is None:
+        refuse(("json", "html"), unless=False, why="the list of faults is no result; name a FAULT")
+        rows = [(name, each.summary, each.symptom) for name, each in DEMOS.items()]
+        console.print(Terminal(Sheet((Column("fault", "name"), Column("what is wrong"), Column("in the field")), rows)))
+        console.print("\nrun one:  cpdebug demo weight-scale")
+        return
+    if fault not in DEMOS:
+        hint = did_you_mean(fault, DEMOS) or f"; expected one of {', '.join(DEMOS)}"
+        raise InputError(f"FAULT: there is no fault {fault!r}{hint}")
+    seeded = DEMOS[fault].seed()
+    with TemporaryDirectory(prefix="cpdebug-") as folder, steps() as on_step:
+        captures = Path(folder, "kept") if html else None  # the report shows tensors
+        result = bisect(
+            seeded.model,
+            seeded.backends,
+            test_model=seeded.test_model,
+            options=Options(save=captures),
+            on_step=on_step,
+        )
+        result.command = command_line()
+        if html:
+            write_page(SavedResult.of(result, captures), html)
+    if json != "-":
+        console.print(Text.assemble(("injected:", "bold"), f" {DEMOS[fault].summary} ({seeded.where})"))
+        console.print(Text.assemble(("in the field:", "bold"), f" {DEMOS[fault].symptom}\n"))
+    show(result, json=json, csv=None, rest="--html has all")
+    if json != "-":
+        console.print(verdict(seeded, result.tests[0]))
+    raise typer.Exit(0 if found(seeded, result.tests[0]) else 1)
+
+
+def found(seeded: Seeded, test: TestResult) -> bool:
+    """Whether the guilty layers are the injected ones, no more and no fewer."""
+    return [row.name for row in test.rows if seeded.strikes(row.name, row.op)] == [row.name for row in test.guilty]
+
+
+def verdict(seeded: Seeded, test: TestResult) -> Text:
+    """One line: what was found, and what was missed or wrongly accused."""
+    from rich.text import Text
+
+    injected = [row.name for row in test.rows if seeded.strikes(row.name, row.op)]
+    guilty = [row.name for row in test.guilty]
+    if found(seeded, test):
+        what = f"the {len(guilty)} injected layers" if len(guilty) > 1 else "the one injected layer"
+        return Text(f"found: {what}, and no other", "bold green")
+    wrong = [f"{name} is innocent" for name in guilty if name not in injected]
+    missed = [f"{name} was missed" for name in injected if name not in guilty]
+    return Text(f"not found: {'; '.join(wrong + missed)}", "bold red")

@@ -7,9 +7,11 @@ import os
 import re
 import shlex
 import sys
+import sysconfig
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from cp_debug.bisect.result import BisectResult
+
 
 _PLAIN = "cpdebug-plain"
 _SIGNS = "✓ ok ✗ FAIL → -> Δ D × x ≤ <= ≥ >= … ... ⋮ : ‖ || ± +- µ u √ sqrt ² ^2"
@@ -255,26 +258,16 @@ class Steps:
 @contextmanager
 def steps(*, compares: bool = False) -> Iterator[Steps]:
     """A progress bar on stderr while the block runs, with the time that is left; without a terminal lines now and
-    then. ``compares``: long builds say what is known of the outputs."""
+    then. ``compares``: long builds say what is known of the outputs. On Ctrl-C it is said what the job was at."""
     from cp_debug.reports.progress_bar import progress_bar
 
     slow, known = PlainSteps(say), Builds(partial(say, wrapped=True)) if compares else None
-    with told_when_stopped(slow), progress_bar(errors) as progress:
-        if progress.console.is_terminal:
-            yield Steps(progress, slow, known)
-            return
-        with slow.running():
-            yield Steps(progress, slow, known)
-
-
-@contextmanager
-def told_when_stopped(steps: PlainSteps) -> Iterator[None]:
-    """Say on Ctrl-C what the job was at."""
     try:
-        yield
+        with progress_bar(errors) as progress, nullcontext() if progress.console.is_terminal else slow.running():
+            yield Steps(progress, slow, known)
     except KeyboardInterrupt:
-        if steps.line:
-            say(f"stopped after {steps.stopped}")
+        if slow.line:
+            say(f"stopped after {slow.stopped}")
         raise
 
 
@@ -282,3 +275,39 @@ def say(text: str, *, wrapped: bool = False) -> None:
     """Print one line of plain text on stderr; ``wrapped`` at words where a terminal is too narrow for it."""
     with suppress(OSError, ValueError):  # stderr can be full, or closed
         errors.print(Text(text), soft_wrap=not (wrapped and errors.is_terminal))
+
+
+_LIBRARIES = {"modelopt", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "torch", "transformers"}
+"""Packages that warn of how they are called, or call each other, which no user of the command line can change."""
+_PYTHON = Path(sysconfig.get_path("stdlib"))
+
+
+@contextmanager
+def no_library_warnings() -> Iterator[None]:
+    """Context in which libraries' warnings about code are not shown; those of a user's own module are.
+
+    All are where Python was told what to do with warnings (``PYTHONWARNINGS``).
+    """
+    before = warnings.showwarning
+
+    def shown(message: Any, category: Any, filename: str, *place: Any, **more: Any) -> None:
+        if not _of_library(filename):
+            before(message, category, filename, *place, **more)
+
+    if sys.warnoptions:
+        yield
+        return
+    warnings.showwarning = shown
+    try:
+        yield
+    finally:
+        if warnings.showwarning is shown:
+            warnings.showwarning = before
+
+
+def _of_library(filename: str) -> bool:
+    path = Path(filename)
+    for packages in ("site-packages", "dist-packages"):
+        if packages in path.parts:
+            return path.parts[path.parts.index(packages) + 1 :][:1] in {(name,) for name in _LIBRARIES}
+    return path.is_relative_to(_PYTHON)

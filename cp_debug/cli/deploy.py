@@ -1,25 +1,25 @@
-"""``cpdebug deploy``: from a checkpoint to verified, evaluated files."""
+"""``cpdebug deploy``, ``export``, ``build`` and ``bench``: from a checkpoint to files that are checked."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from datetime import datetime
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cp_debug.cli import tensorrt
-from cp_debug.cli.flags import JsonFile, RotYAxis
-from cp_debug.cli.given import check_configured, check_installed
-from cp_debug.cli.typed import refuse
+from cp_debug.cli import flags, tensorrt
+from cp_debug.cli.flags import MOST, grouped
+from cp_debug.cli.given import check_configured, check_given, check_installed, check_new
+from cp_debug.cli.typed import refuse, refuse_export_folder, refuse_seed
 from cp_debug.errors import CpdebugError, InputError, system_reason
 from cp_debug.files import make_folder
 from cp_debug.loading import load_torch
 
 if TYPE_CHECKING:
     from cp_debug.deploy.runner import StageRecord
-    from cp_debug.deploy.schema import DeployConfig
 
 
 def deploy(
@@ -27,8 +27,8 @@ def deploy(
     model: Annotated[str | None, typer.Option(help="For a configuration that names no model, such as AWML's.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run finished stages again.")] = False,
     html: Annotated[Path | None, typer.Option(help="The page.  [default: report.html in the work folder]")] = None,
-    json: JsonFile = None,
-    rot_y_axis_reference: RotYAxis = False,
+    json: flags.JsonFile = None,
+    rot_y_axis_reference: flags.RotYAxis = False,
     data_root: Annotated[
         Path | None, typer.Option(help="Folder that paths in the info file are relative to.  [default: data.root]")
     ] = None,
@@ -50,7 +50,7 @@ def deploy(
     }
     settings = override(named_config(config, model), overrides)
     show_notes(settings.notes)
-    check_installed(*_backends(settings), trt_python=settings.tensorrt.python)
+    check_installed(*settings.backends, trt_python=settings.tensorrt.python)
     if settings.verify.enabled:
         check_configured(settings, settings.verify.samples, flag=f"{config}: data.path")
     if settings.evaluate.enabled:
@@ -113,11 +113,226 @@ class DeployLog:
         self.line(f"{name}: {'passed' if record.passed else 'FAILED'}, {outcome}: {record.line}")
 
 
-def _backends(settings: DeployConfig) -> list[str]:
-    """Specs of the backends that the stages need, as far as the configuration alone tells."""
-    specs = [settings.engine_backend] if settings.export.mode in ("trt", "both") else []
-    if settings.verify.enabled:
-        specs += [spec for scenario in settings.scenarios() for spec in (scenario.reference, scenario.test)]
-    if settings.evaluate.enabled:
-        specs += settings.evaluate.backends or []
-    return specs
+OLDEST_EXPORTED = 11
+"""Oldest opset to which a torch module is exported."""
+
+
+def export(
+    model: flags.ModelName,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files.")],
+    checkpoint: flags.PlainCheckpoint = None,
+    opset: Annotated[
+        int | None,
+        typer.Option(min=7, max=100, help="TensorRT 8 reads up to 17.  [default: 17; that of an ONNX file]"),
+    ] = None,
+    exporter: Annotated[flags.Exporter, typer.Option(help="auto: TorchScript below opset 18, dynamo from there.")] = (
+        flags.Exporter.auto
+    ),
+    unfolded: Annotated[bool, typer.Option("--unfolded", help="Do not fold BatchNorm and constants.")] = False,
+    simplify: Annotated[bool, typer.Option("--simplify", help="Run onnxscript's optimizer over the graph.")] = False,
+    rot_y_axis_reference: flags.RotYAxis = False,
+    quantized: Annotated[
+        Path | None, typer.Option(help="Checkpoint of `quantize ptq` or `qat`: the files get its Q/DQ pairs.")
+    ] = None,
+    inputs: Annotated[Path | None, typer.Option(help="Samples to export and compare with; default: generated.")] = None,
+    seed: flags.MadeSeed = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in --output.")] = False,
+) -> None:
+    """Export a model's components as ONNX files. Their batch and spatial axes are free; each file is aligned with
+    its module and checked on two inputs of different sizes.
+
+    An ONNX file is checked, brought to --opset by ONNX's own converter, and compared with the original by ONNX Runtime.
+    """
+    from cp_debug.cli.console import console, show_notes, steps
+
+    is_file = model.endswith(".onnx")
+    of_modules = ("checkpoint", "exporter", "unfolded", "rot_y_axis_reference", "quantized")
+    refuse(of_modules, unless=not is_file, why=f"{model} is an ONNX file, which no torch module is exported for")
+    if not is_file and opset is not None and opset < OLDEST_EXPORTED:
+        raise InputError(f"--opset: {opset}; expected {OLDEST_EXPORTED} or more to export a torch module")
+    refuse_seed([model], inputs)
+    check_given(model, inputs=inputs, checkpoint=checkpoint)
+    load_torch()
+    from cp_debug.deploy.exporting import OPSET, SAMPLES, ExportOptions, export_files, export_model, own_files
+    from cp_debug.deploy.quantize_output import export_quantized
+    from cp_debug.deploy.stages import turn_outputs
+    from cp_debug.files import resolved
+    from cp_debug.quantization.open_quantized import open_quantized
+    from cp_debug.recipes.abilities import Remarks
+    from cp_debug.recipes.registry import load_model
+    from cp_debug.reports.deployment import export_lines
+
+    loaded = load_model(model, checkpoint=checkpoint, seed=seed)
+    originals = {resolved(component.onnx_path) for component in loaded.components if component.onnx_path is not None}
+    files = [output / f"{component.name}.onnx" for component in loaded.components]
+    check_new("--output", (file for file in files if resolved(file) not in originals), overwrite)
+    if rot_y_axis_reference:
+        turn_outputs(loaded)
+    options = ExportOptions(opset or OPSET, exporter.chosen, not unfolded, simplify)
+    with steps() as on_step:
+        samples = list(loaded.samples(SAMPLES if is_file else 1, seed, inputs))
+        remarks = Remarks(loaded)
+        for sample in samples:
+            remarks.see(sample)
+        show_notes(remarks.sentences)
+        if is_file:
+            programs = own_files(loaded) or []
+            exported = export_files(loaded, programs, samples, output, opset=opset, simplify=simplify, on_step=on_step)
+        elif quantized is None:
+            exported = export_model(loaded, samples[0], output, options, on_step=on_step)
+        else:
+            opened = open_quantized(loaded, quantized)
+            exported = export_quantized(loaded, opened, samples[0], output, options, on_step=on_step)
+    for line in export_lines(exported):
+        console.print(line, soft_wrap=True)
+
+
+class PrecisionPolicy(str, Enum):
+    """Precisions that TensorRT may compute in."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    fp32_tf32 = "fp32_tf32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    int8 = "int8"
+    strongly_typed = "strongly_typed"
+
+
+@grouped
+def build(
+    model: flags.ModelOrConfig,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the engines.")],
+    precision: Annotated[
+        PrecisionPolicy | None, typer.Option(help="auto sets no flag: TensorRT then uses TF32.  [default: auto]")
+    ] = None,
+    onnx_dir: flags.OnnxFolder = None,
+    checkpoint: flags.PlainCheckpoint = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier engines in --output.")] = False,
+    *,
+    engines: tensorrt.RangeFlags,
+) -> None:
+    """Build TensorRT engines, one for each component. A manifest beside them is checked before one is loaded."""
+    from contextlib import ExitStack
+    from tempfile import TemporaryDirectory
+
+    from cp_debug.cli.console import console, show_notes, steps
+    from cp_debug.deploy.schema import SUFFIXES, VARIANTS
+
+    profiles = engines.profiles
+    if not model.endswith(SUFFIXES):  # a configuration may name another interpreter
+        check_given(model, checkpoint=checkpoint)
+        refuse_export_folder(model)
+        policy = precision.value if precision else "auto"
+        backend_name = f"trt-{VARIANTS.get(policy, policy)}"
+        _refuse_ranges(backend_name)
+        check_installed(backend_name, trt_python=engines.trt_python)
+    load_torch()
+    from cp_debug.backends.spec import BackendSpec
+    from cp_debug.deploy.config import override
+    from cp_debug.deploy.engines import MANIFEST, build_engines
+    from cp_debug.deploy.stages import Deployment, configured
+
+    check_new("--output", [output / MANIFEST], overwrite)
+    with ExitStack() as stack, steps() as on_step:
+        scratch = stack.enter_context(TemporaryDirectory(prefix="cpdebug-"))
+        config, source = configured(model, None, Path(scratch))
+        show_notes(config.notes)
+        overrides = {
+            "checkpoint": checkpoint,
+            "tensorrt.precision": precision and precision.value,
+            "tensorrt.python": engines.trt_python,
+            "tensorrt.workspace_mib": engines.workspace,
+            "tensorrt.timing_cache": engines.timing_cache,
+            "tensorrt.keep_fp32": list(tensorrt.named(engines.keep_fp32)) if engines.keep_fp32 else None,
+        }
+        config = override(config, overrides)
+        refuse_export_folder(config.model or "")
+        options: dict[str, Any] = {"on_event": on_step.on_event, "calibration_cache": engines.calibration_cache}
+        options |= {"profiles": profiles} if profiles else {}
+        assert config.model is not None
+        _refuse_ranges(config.engine_backend)
+        spec = BackendSpec.parse(config.engine_backend)
+        strongly_typed = config.tensorrt.precision == "strongly_typed"
+        why = f"{spec} computes nothing in less than FP32 or TF32; expected --precision fp16, bf16 or int8"
+        refuse(("keep_fp32",), unless=tensorrt.keeps_fp32(spec) or strongly_typed, why=why)
+        options |= engines.calibration(config.model, config.checkpoint, stack)
+        deployment = Deployment(config, source, on_step, **options)
+        backend = deployment.backend(config.engine_backend)  # before the export: it may be missing here
+        if onnx_dir is None:
+            deployment.ensure_files()
+        kept_by = "--keep-fp32" if engines.keep_fp32 else deployment.kept_by
+        built = build_engines(deployment.programs(onnx_dir), backend, output, deployment.engine_files, on_step, kept_by)
+    for engine in built:
+        console.print(
+            f"{output / engine.file}: built in {engine.seconds:.1f} s; layer inputs and outputs: {engine.types}"
+        )
+
+
+def _refuse_ranges(backend: str) -> None:
+    """Refuse the flags about TensorRT's own calibration for a ``backend`` that has none."""
+    refuse(tensorrt.RANGES, unless=backend in tensorrt.CALIBRATED, why=f"{backend} is built; expected --precision int8")
+
+
+@grouped
+def bench(
+    model: flags.ModelOrConfig = "centerpoint:tiny",
+    backends: Annotated[str, typer.Option("--backends", "-b", help="Ratios refer to the first one.")] = (
+        "torch,ort,ort-all"
+    ),
+    onnx_dir: flags.OnnxFolder = None,
+    recipe: Annotated[str | None, typer.Option("--model", help="For a configuration that names no model.")] = None,
+    checkpoint: flags.Checkpoint = None,
+    inputs: Annotated[Path | None, typer.Option(help="Files or a folder, as for bisect, or an info file.")] = None,
+    batch: Annotated[int, typer.Option(min=1, max=MOST, help="Clouds in one pass (CenterPoint).")] = 1,
+    warmup: Annotated[int, typer.Option(min=0, max=MOST, help="Warm-up passes.")] = 3,
+    repeats: Annotated[int, typer.Option("--repeats", "-n", min=1, max=MOST, help="Timed passes.")] = 20,
+    json: flags.JsonFile = None,
+    trt_python: tensorrt.Python = None,
+    *,
+    files: flags.ReadingFlags,
+) -> None:
+    """Measure latency and memory on each backend. Every component, the glue in front of it, decoding and the
+    whole are timed, with percentiles."""
+    from tempfile import TemporaryDirectory
+
+    from cp_debug.backends.spec import BackendSpec
+    from cp_debug.cli.console import show_document, show_notes, steps
+    from cp_debug.deploy.schema import SUFFIXES
+
+    if not model.endswith(SUFFIXES):
+        check_given(model, checkpoint=checkpoint)
+    load_torch()
+    from cp_debug.deploy.config import override
+    from cp_debug.deploy.stages import Deployment, configured
+    from cp_debug.errors import InputError
+    from cp_debug.reports.deployment import latency_table
+    from cp_debug.reports.sheet_terminal import Terminal
+
+    with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:
+        config, source = configured(model, recipe, Path(scratch))
+        show_notes(config.notes)
+        specs = [part.strip() for part in backends.split(",") if part.strip()]
+        if not specs:
+            raise InputError(f"--backends: {backends!r} names none; expected at least one, such as torch,ort")
+        parsed = [BackendSpec.parse(spec) for spec in specs]
+        why = f"none of {', '.join(specs)} is TensorRT"
+        refuse(("trt_python",), unless=any(spec.family == "trt" for spec in parsed), why=why)
+        why = f"{source} is a model, not a configuration"
+        refuse(("recipe",), unless=config.model != model, why=why)
+        on_the_fly = config.quantization is None and any("int8" in spec.name for spec in parsed)
+        overrides = {"checkpoint": checkpoint, "data.path": inputs, "tensorrt.python": trt_python}
+        config = override(config, {**overrides, "quantization": {"samples": 8} if on_the_fly else None})
+        refuse_export_folder(config.model or "")
+        how = files.chosen(config.model or "", config.data.path)
+        check_configured(config, batch, reading=how)
+        deployment = Deployment(config, source, on_step, how, on_event=on_step.on_event)
+        benches = deployment.bench(specs, onnx_dir, batch=batch, warmup=warmup, repeats=repeats)
+    show_notes(deployment.remarks.sentences)
+    document = {"model": config.model, "batch": batch, "warmup": warmup, "repeats": repeats}
+    title = f"{config.model}, batch {batch}, {repeats} passes after {warmup}"
+    show_document(
+        [Terminal(latency_table(benches, title))],
+        {**document, "backends": [backend_bench.to_dict() for backend_bench in benches]},
+        json,
+    )

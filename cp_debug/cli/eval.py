@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cp_debug.cli import calibration, tensorrt
-from cp_debug.cli.bisect import Exporter
-from cp_debug.cli.flags import LAST_SEED, MOST, Checkpoint, JsonFile, Scenes, check_made_up, grouped
+from cp_debug.cli import flags, tensorrt
+from cp_debug.cli.flags import LAST_SEED, MOST, check_calibration, check_made_up, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse, refuse_data_flags, refuse_export_flags
 from cp_debug.loading import load_torch
@@ -31,10 +30,10 @@ def evaluate(
         ),
     ] = "centerpoint:tiny",
     backends: Annotated[str, typer.Option("--backends", "-b", help="Reference first, then the tests.")] = "torch,ort",
-    data: Scenes = None,
+    data: flags.Scenes = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST, help="At most this many samples.")] = 50,
-    checkpoint: Checkpoint = None,
-    data_root: Annotated[Path | None, typer.Option(help="Folder that paths in the info file are relative to.")] = None,
+    checkpoint: flags.Checkpoint = None,
+    data_root: flags.DataRoot = None,
     sweeps: Annotated[int, typer.Option(min=0, max=MOST, help="Earlier sweeps to merge, at most.")] = 9,
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out samples without a cloud.")] = False,
     ranges: Annotated[
@@ -47,15 +46,15 @@ def evaluate(
     t4: Annotated[
         bool, typer.Option("--t4", help="Also T4's metric: mAP and mAPH by TIER IV's perception_eval (extra t4).")
     ] = False,
-    exporter: Annotated[Exporter, typer.Option(help="For torch models.")] = Exporter.auto,
-    unfolded: Annotated[bool, typer.Option("--unfolded", help="Do not fold BatchNorm.")] = False,
-    json: JsonFile = None,
+    exporter: Annotated[flags.Exporter, typer.Option(help="For torch models.")] = flags.Exporter.auto,
+    unfolded: flags.Unfolded = False,
+    json: flags.JsonFile = None,
     csv: Annotated[
         Path | None, typer.Option(help="Write the figures of each backend and class as CSV; - is stdout.")
     ] = None,
     predictions: Annotated[Path | None, typer.Option(help="Write every detection, as .npz.")] = None,
     *,
-    int8: calibration.CalibrationFlags,
+    int8: flags.CalibrationFlags,
     engines: tensorrt.TensorRTFlags,
 ) -> None:
     """Score backends on a data set: mAP, NDS, with intervals. Errors as nuScenes defines them, or AP by overlap.
@@ -86,7 +85,7 @@ def evaluate(
         check_given(model, inputs=data, samples=samples, checkpoint=checkpoint, options=read, truth=True, flag="--data")
     engines.check_installed(specs)
     if not exported:
-        calibration.check_calibration(model, int8.calib_data, int8.calib_samples)
+        check_calibration(model, int8.calib_data, int8.calib_samples)
     load_torch()
     from cp_debug.deploy.file_evaluation import evaluate_files, read_description
     from cp_debug.detection.boxes import save_predictions

@@ -27,7 +27,8 @@ _DIE_WITH_PARENT = 1
 
 def guarded(command: Callable[[], Any]) -> None:
     """Run the command and end this process with its exit code; with 2 or 70 and a sentence where it died."""
-    if not _can_guard():
+    # Other threads, and a debugger, would be missing in a copy of the process.
+    if sys.platform != "linux" or threading.active_count() > 1 or sys.gettrace() is not None:
         command()
         return
     doing.share()
@@ -45,11 +46,6 @@ def guarded(command: Callable[[], Any]) -> None:
     status = _wait(process)
     # Whatever libraries do while the interpreter is taken down.
     os._exit(ended[1] if ended[0] else _conclude(status))
-
-
-def _can_guard() -> bool:
-    """Whether this is Linux, and no thread and no debugger runs, which a copy of the process would lack."""
-    return sys.platform == "linux" and threading.active_count() == 1 and sys.gettrace() is None
 
 
 def _die_with(parent: int) -> None:

@@ -1,4 +1,4 @@
-"""The command line: one file a command, errors in words.
+"""The command line: commands that belong together in one file, errors in words.
 
 Exit codes: 0 agree, 1 divergence found, 2 bad usage or input, 3 backend unavailable, 70 an unexpected error, 130
 interrupted, 141 when the reader of the output has gone.
@@ -39,38 +39,38 @@ RUNS_NOTHING = ("cache", "compare", "doctor", "models", "report", "ui")
 _NO_MEMORY = ("can't allocate memory", "out of memory")
 """Ways in which torch says so, on the CPU and on a GPU, by errors that are no MemoryError."""
 
-COMMANDS = (
-    "bench",
-    "bisect",
-    "build",
-    "bundle",
-    "cache",
-    "capture",
-    "check",
-    "compare",
-    "demo",
-    "deploy",
-    "diff",
-    "doctor",
-    "export",
-    "models",
-    "predict",
-    "report",
-    "search",
-    "ui",
-    "verify",
-    "eval",
-    "import",
-    "quantize",
-    "sweep",
-)
-"""Commands in the order of the help; each is a module of this package."""
+COMMANDS = {
+    "bench": "deploy",
+    "bisect": "bisect",
+    "build": "deploy",
+    "bundle": "results",
+    "cache": "installation",
+    "capture": "captures",
+    "check": "precision",
+    "compare": "captures",
+    "demo": "bisect",
+    "deploy": "deploy",
+    "diff": "results",
+    "doctor": "installation",
+    "export": "deploy",
+    "models": "installation",
+    "predict": "precision",
+    "report": "results",
+    "search": "precision",
+    "ui": "results",
+    "verify": "verify",
+    "eval": "eval",
+    "import": "captures",
+    "quantize": "quantize",
+    "sweep": "sweep",
+}
+"""Command → its module in this package, in the order of the help."""
 VERDICTS = ("bisect", "compare")
 """Commands that can print their verdict alone."""
 JSON_ALONE = ("cache", "check", "doctor")
 """Commands in which --json needs no value."""
-_ELSEWHERE = {"eval": ("eval", "evaluate"), "import": ("import_dump", "import_dump")}
-"""Module and function of the commands that Python's own words name."""
+_FUNCTIONS = {"eval": "evaluate", "import": "import_dump"}
+"""Functions of the commands that Python's own words name."""
 
 
 def _show_version(wanted: bool) -> None:
@@ -113,12 +113,12 @@ def application(first: str = "") -> typer.Typer:
     )
     made.callback()(options)
     for name in (first,) if first in COMMANDS else COMMANDS:
-        where, function = _ELSEWHERE.get(name, (name, name))
-        module = import_module(f"cp_debug.cli.{where}")
+        module = import_module(f"cp_debug.cli.{COMMANDS[name]}")
         if hasattr(module, "app"):
             made.add_typer(module.app)
         else:
-            made.command(name, cls=JsonCommand if name in JSON_ALONE else Command)(getattr(module, function))
+            kind = JsonCommand if name in JSON_ALONE else Command
+            made.command(name, cls=kind)(getattr(module, _FUNCTIONS.get(name, name)))
     return made
 
 

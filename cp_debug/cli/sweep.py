@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cp_debug.backends.spec import BackendSpec, parse_backends
-from cp_debug.cli import calibration
-from cp_debug.cli.bisect import Exporter
+from cp_debug.cli import flags
 from cp_debug.cli.console import show_error
-from cp_debug.cli.flags import LAST_SEED, MOST, Atol, QuantizedTest, Rtol, Scenes, check_made_up, grouped
+from cp_debug.cli.flags import MOST, check_made_up, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import Command, refuse, refuse_data_flags, refuse_export_flags, refuse_seed
+from cp_debug.display import OnStep
 from cp_debug.errors import InputError
 from cp_debug.files import resolved
 from cp_debug.loading import load_torch
@@ -27,7 +27,7 @@ from cp_debug.store import Store
 if TYPE_CHECKING:
     from distributed import Client
 
-    from cp_debug.sweep.grid import Grid
+    from cp_debug.sweep.prepared import Grid
     from cp_debug.sweep.run import Progress
     from cp_debug.sweep.tasks import Task
 
@@ -45,7 +45,7 @@ class Subjects:
     models: Annotated[list[str] | None, typer.Argument(help="Recipes, .onnx files, module:callable; else tiny.")] = None
     checkpoint: Annotated[list[Path] | None, typer.Option("--checkpoint", help="Weights; repeatable.")] = None
     samples: Samples = 8
-    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of inputs; first synthetic scene.")] = 0
+    seed: flags.SceneSeed = 0
 
     def check(self, backends: str, inputs: Path | None, *, exports: bool = True) -> list[BackendSpec]:
         """The backends. Raises InputError for a name that is no model and a file that cannot be read; loads torch.
@@ -71,7 +71,7 @@ class Subjects:
     def grid(self, specs: Sequence[BackendSpec], inputs: Path | None, how: Mapping[str, Any], **more: Any) -> Grid:
         """The grid of these flags. Raises InputError for flags that would do nothing."""
         from cp_debug.recipes.registry import DEFAULT
-        from cp_debug.sweep.grid import Grid
+        from cp_debug.sweep.prepared import Grid
 
         models = self.models or [DEFAULT]
         refuse_export_flags(models)
@@ -84,8 +84,10 @@ class Compared(Subjects):
     """Flags of sweeps over backends."""
 
     backends: Backends = "torch,ort"
-    exporter: Annotated[Exporter, typer.Option(help="For torch models; auto: what all backends read.")] = Exporter.auto
-    unfolded: Annotated[bool, typer.Option("--unfolded", help="Do not fold BatchNorm.")] = False
+    exporter: Annotated[flags.Exporter, typer.Option(help="For torch models; auto: what all backends read.")] = (
+        flags.Exporter.auto
+    )
+    unfolded: flags.Unfolded = False
 
     def compared(self, inputs: Path | None, how: Mapping[str, Any], **more: Any) -> Grid:
         """The grid, whose models are exported as these flags say. Raises InputError for flags that would do nothing."""
@@ -98,7 +100,7 @@ class Scored(Compared):
     """Flags of sweeps over data with ground truth."""
 
     samples: Samples = 50
-    data_root: Annotated[Path | None, typer.Option(help="Folder that paths in the info file are relative to.")] = None
+    data_root: flags.DataRoot = None
     sweeps: Annotated[int, typer.Option(min=0, max=MOST, help="Earlier sweeps to merge, at most.")] = 9
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out samples without a cloud.")] = False
     min_points: Annotated[int, typer.Option(min=0, max=MOST, help="Points that an object must have to count.")] = 1
@@ -108,7 +110,7 @@ class Scored(Compared):
         typer.Option(help="Metres from the sensor where rings end, as 20,40; default: thirds of the region."),
     ] = None
 
-    def scored(self, data: Path | None, int8: calibration.CalibrationFlags, **how: Any) -> Grid:
+    def scored(self, data: Path | None, int8: flags.CalibrationFlags, **how: Any) -> Grid:
         """The grid, and in its settings, which a log keeps, the reading of clouds and INT8's calibration.
 
         Raises InputError for flags that would do nothing.
@@ -123,8 +125,7 @@ class Scored(Compared):
     @property
     def edges(self) -> list[float]:
         """Edges of ``--distances`` in m, none without it. Raises InputError for what is no list of rising numbers."""
-        from cp_debug.detection.breakdown import rings_of
-        from cp_debug.detection.evaluation import EvaluationOptions
+        from cp_debug.detection.evaluation import EvaluationOptions, rings_of
 
         if self.distances is None:
             return []
@@ -177,8 +178,7 @@ class Desk:
         from cp_debug.cli.console import command_line, say, show_document, steps
         from cp_debug.reports.sweep import frame, render, write_page
         from cp_debug.sweep.log import SweepLog, write_table
-        from cp_debug.sweep.result import SweepResult
-        from cp_debug.sweep.run import run
+        from cp_debug.sweep.run import SweepResult, run
         from cp_debug.sweep.tasks import module_of
         from cp_debug.sweep.workers import local_workers, remote_workers
 
@@ -243,7 +243,7 @@ class Desk:
         return place
 
 
-def _progress_on(kind: str, on_step: Callable[[str, int, int], None]) -> Callable[[Progress], None]:
+def _progress_on(kind: str, on_step: OnStep) -> Callable[[Progress], None]:
     """What shows how far a sweep is, as a step of its tasks, and says once what its workers lack."""
     from cp_debug.cli.console import say
 
@@ -268,14 +268,14 @@ def _progress_on(kind: str, on_step: Callable[[str, int, int], None]) -> Callabl
     return show
 
 
-def calibration_settings(flags: calibration.CalibrationFlags, inputs: Path | None = None) -> dict[str, Any]:
+def calibration_settings(int8: flags.CalibrationFlags, inputs: Path | None = None) -> dict[str, Any]:
     """Settings of the calibration, as tasks have them; ``inputs`` serve where no data are given for it."""
-    data = flags.calib_data or inputs
+    data = int8.calib_data or inputs
     return {
         "data": None if data is None else str(resolved(data)),
-        "samples": flags.calib_samples,
-        "method": flags.calib_method.value,
-        "skip_layers": flags.skip_layers or [],
+        "samples": int8.calib_samples,
+        "method": int8.calib_method.value,
+        "skip_layers": int8.skip_layers or [],
     }
 
 
@@ -294,10 +294,10 @@ def sweep_bisect(
     *,
     inputs: Inputs = None,
     what: Compared,
-    rtol: Rtol = None,
-    atol: Atol = None,
+    rtol: flags.Rtol = None,
+    atol: flags.Atol = None,
     explain: Annotated[bool, typer.Option(help="Try the known causes on every guilty layer.")] = True,
-    int8: calibration.CalibrationFlags,
+    int8: flags.CalibrationFlags,
     desk: Desk,
 ) -> None:
     """Count on how many samples each layer is guilty; tell how errors spread, and which samples stand out.
@@ -316,10 +316,10 @@ def sweep_bisect(
 @grouped
 def sweep_eval(
     *,
-    data: Scenes = None,
+    data: flags.Scenes = None,
     what: Scored,
     max_drop: Annotated[float, typer.Option(min=0, help="mAP that a backend may lose.")] = 0.01,
-    int8: calibration.CalibrationFlags,
+    int8: flags.CalibrationFlags,
     desk: Desk,
 ) -> None:
     """Score many models at once as `cpdebug eval` does: mAP, NDS, and in which samples boxes were lost or gained.
@@ -352,7 +352,7 @@ def sweep_ablate(
     layers: Annotated[
         int, typer.Option(min=1, max=MOST, help="Number of layers to try one by one, the largest shares first.")
     ] = 12,
-    int8: calibration.CalibrationFlags,
+    int8: flags.CalibrationFlags,
     desk: Desk,
 ) -> None:
     """Count the boxes, and the mAP, that come back when single layers of a test compute in FP32.
@@ -384,8 +384,8 @@ def sweep_sensitivity(
         list[Path] | None,
         typer.Option("--from", help="Checkpoint of `quantize ptq` or `qat`; repeatable; else each worker calibrates."),
     ] = None,
-    calib_samples: calibration.Samples = 20,
-    calib_method: calibration.Calibrator = calibration.Method.mse,
+    calib_samples: flags.CalibSamples = 20,
+    calib_method: flags.CalibMethod = flags.Method.mse,
     data: Inputs = None,
     desk: Desk,
 ) -> None:
@@ -415,7 +415,7 @@ def sweep_search(
     goal: Annotated[
         str, typer.Option(help="rel_l2, max_abs, boxes_lost, boxes_gained, boxes_moved; joined by 'and'.")
     ] = "rel_l2<1e-3",
-    test_model: QuantizedTest = None,
+    test_model: flags.QuantizedTest = None,
     max_builds: Annotated[
         int | None, typer.Option(min=1, max=MOST, help="Most builds (emulated: trials) per task.")
     ] = None,

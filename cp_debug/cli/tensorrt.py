@@ -40,78 +40,92 @@ class CalibratorChoice(str, Enum):
 
 
 Python = Annotated[str | None, typer.Option("--trt-python", help="A Python >= 3.8 that has tensorrt and numpy.")]
-StronglyTyped = Annotated[
-    bool, typer.Option("--strongly-typed", help="Types come from the graph (TensorRT 10; 11 always).")
-]
-ProbeMode = Annotated[
-    Probes,
-    typer.Option(
-        "--probes",
-        help="auto: boundaries, if something diverges; boundaries: what the engine writes anyway; all: every value.",
-    ),
-]
-Profiles = Annotated[
-    list[str] | None, typer.Option("--profile", help="INPUT:MIN:OPT:MAX, shapes as 1x3x8x8; repeatable.")
-]
-KeepFp32 = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--keep-fp32",
-        help="Layer, node or COMPONENT/NODE to keep in FP32, also emulated; repeatable. @FILE: one per line.",
-    ),
-]
-Workspace = Annotated[int | None, typer.Option("--workspace", min=1, max=1 << 30, help="Limit in MiB.")]
-TimingCache = Annotated[Path | None, typer.Option("--timing-cache", help="Kept and reused.")]
-CalibrationCache = Annotated[
-    Path | None, typer.Option("--calibration-cache", help="Ranges that TensorRT's calibrator found: read, or written.")
-]
-CalibratorKind = Annotated[
-    CalibratorChoice | None, typer.Option("--trt-calibrator", help="INT8 scales by TensorRT, without Q/DQ (up to 10).")
-]
-CalibrationData = Annotated[
-    Path | None, typer.Option("--trt-calib-data", help="Its samples, as --inputs; else the model's own.")
-]
-Cache = Annotated[
-    Path | None,
-    typer.Option(
-        "--cache", help="Folder of built engines; default: the user's cache folder.", rich_help_panel="TensorRT"
-    ),
-]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Build and export everything again.")]
-BuilderLevel = Annotated[int | None, typer.Option("--builder-level", min=0, max=5, help="Builder optimization level.")]
-TacticSources = Annotated[
-    str | None,
-    typer.Option("--tactic-sources", help="Kernel sources to remove or add, as in trtexec: -JIT_CONVOLUTIONS,+CUBLAS."),
-]
-Script = Annotated[
-    Path | None,
-    typer.Option("--trt-loader", help="Script with Polygraphy's load_network, load_config or both."),
-]
-BuildTimeout = Annotated[
-    float | None,
-    typer.Option("--build-timeout", min=1.0, max=LONGEST_BUILD, help="Stop a build after so many seconds."),
-]
 CALIBRATION_SAMPLES = 16
 """Largest number of samples that TensorRT calibrates on."""
 CALIBRATED = ("trt-int8", "trt-best")
 """Backends for which TensorRT's own calibrator may find the ranges."""
+RANGES = ("calibration_cache", "trt_calibrator", "trt_calib_data")
+"""Flags about that calibrator."""
 
 
 @dataclass(frozen=True)
-class TensorRTFlags:
-    """Options of every command that builds engines and runs them."""
+class BuildFlags:
+    """Options of every command that builds engines."""
 
     trt_python: Python = None
-    strongly_typed: StronglyTyped = False
-    profile: Profiles = None
-    workspace: Workspace = None
-    timing_cache: TimingCache = None
-    cache: Cache = None
-    no_cache: NoCache = False
-    builder_level: BuilderLevel = None
-    tactic_sources: TacticSources = None
-    trt_loader: Script = None
-    build_timeout: BuildTimeout = None
+    profile: Annotated[list[str] | None, typer.Option(help="INPUT:MIN:OPT:MAX, shapes as 1x3x8x8; repeatable.")] = None
+    workspace: Annotated[int | None, typer.Option(min=1, max=1 << 30, help="Limit in MiB.")] = None
+    timing_cache: Annotated[Path | None, typer.Option(help="Kept and reused.")] = None
+
+    @property
+    def profiles(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Input → (smallest, optimal, largest shape). Raises InputError for a text that is none."""
+        return once(map(parse_profile, self.profile or ()), "--profile")
+
+
+@dataclass(frozen=True)
+class RangeFlags(BuildFlags):
+    """``BuildFlags``, and options about what stays in FP32 and where the ranges of INT8 come from."""
+
+    keep_fp32: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Layer, node or COMPONENT/NODE to keep in FP32, also emulated; repeatable. @FILE: one per line.",
+        ),
+    ] = None
+    calibration_cache: Annotated[
+        Path | None, typer.Option(help="Ranges that TensorRT's calibrator found: read, or written.")
+    ] = None
+    trt_calibrator: Annotated[
+        CalibratorChoice | None, typer.Option(help="INT8 scales by TensorRT, without Q/DQ (up to 10).")
+    ] = None
+    trt_calib_data: Annotated[Path | None, typer.Option(help="Its samples, as --inputs; else the model's own.")] = None
+
+    def calibration(self, model: str, checkpoint: Path | None, stack: ExitStack) -> dict[str, Any]:
+        """Options that let TensorRT calibrate ``model``; empty without a calibrator.
+
+        The samples are kept as long as ``stack``. Raises InputError for data without a calibrator, and for unusable
+        data.
+        """
+        if self.trt_calibrator is None:
+            if self.trt_calib_data is not None:
+                raise InputError("--trt-calib-data: expected --trt-calibrator beside it, which reads them")
+            return {}
+        from tempfile import TemporaryDirectory
+
+        from cp_debug.deploy.engines import write_calibration_data
+        from cp_debug.recipes.registry import load_model
+
+        loaded = load_model(model, checkpoint=checkpoint)
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="cpdebug-")))
+        samples = loaded.samples(CALIBRATION_SAMPLES, 0, self.trt_calib_data)
+        written = write_calibration_data(loaded, samples, folder)
+        return {"calibrator": self.trt_calibrator.value, "calibration_data": written}
+
+
+@dataclass(frozen=True)
+class TensorRTFlags(BuildFlags):
+    """``BuildFlags``, and options of every command that runs the engines that it builds."""
+
+    strongly_typed: Annotated[
+        bool, typer.Option("--strongly-typed", help="Types come from the graph (TensorRT 10; 11 always).")
+    ] = False
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder of built engines; default: the user's cache folder.", rich_help_panel="TensorRT"),
+    ] = None
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Build and export everything again.")] = False
+    builder_level: Annotated[int | None, typer.Option(min=0, max=5, help="Builder optimization level.")] = None
+    tactic_sources: Annotated[
+        str | None,
+        typer.Option(help="Kernel sources to remove or add, as in trtexec: -JIT_CONVOLUTIONS,+CUBLAS."),
+    ] = None
+    trt_loader: Annotated[
+        Path | None, typer.Option(help="Script with Polygraphy's load_network, load_config or both.")
+    ] = None
+    build_timeout: Annotated[
+        float | None, typer.Option(min=1.0, max=LONGEST_BUILD, help="Stop a build after so many seconds.")
+    ] = None
 
     def check(self, specs: Sequence[BackendSpec], *, exports: bool = False) -> None:
         """Raise InputError for a flag that was typed where no backend reads it, and for a loader script that is none.
@@ -129,7 +143,7 @@ class TensorRTFlags:
         self._loader()
         calibrated = any(spec.name in CALIBRATED for spec in specs)
         why = f"none of {names} is {' or '.join(CALIBRATED)}"
-        refuse(("calibration_cache", "trt_calibrator", "trt_calib_data"), unless=calibrated, why=why)
+        refuse(RANGES, unless=calibrated, why=why)
         why = f"none of {names} computes in less than FP32 and can keep a node in it (trt-*, emu-*, ort-fp16)"
         if any(spec.name == "emu-int8" for spec in specs):
             why += "; --skip-layers leaves layers out of INT8"
@@ -147,7 +161,7 @@ class TensorRTFlags:
         return {
             "python": self.trt_python,
             "strongly_typed": self.strongly_typed,
-            "profiles": once(map(parse_profile, self.profile or ()), "--profile"),
+            "profiles": self.profiles,
             "workspace_mib": self.workspace,
             "timing_cache": self.timing_cache,
             "cache": self._open_cache,
@@ -179,14 +193,15 @@ class TensorRTFlags:
 
 
 @dataclass(frozen=True)
-class ProbeFlags(TensorRTFlags):
-    """``TensorRTFlags``, and options about what an engine shows and where its types and ranges come from."""
+class ProbeFlags(TensorRTFlags, RangeFlags):
+    """All options about TensorRT, also about what an engine shows."""
 
-    probes: ProbeMode = Probes.auto
-    keep_fp32: KeepFp32 = None
-    calibration_cache: CalibrationCache = None
-    trt_calibrator: CalibratorKind = None
-    trt_calib_data: CalibrationData = None
+    probes: Annotated[
+        Probes,
+        typer.Option(
+            help="auto: boundaries, if outputs diverge; boundaries: what the engine writes anyway; all: every value.",
+        ),
+    ] = Probes.auto
 
     @property
     def options(self) -> dict[str, Any]:
@@ -199,8 +214,8 @@ class ProbeFlags(TensorRTFlags):
         }
 
     def calibrated(self, model: str, checkpoint: Path | None, stack: ExitStack) -> dict[str, Any]:
-        """``options`` with which TensorRT calibrates ``model`` where that is asked for: see ``calibration_data``."""
-        return self.options | calibration_data(model, checkpoint, self.trt_calibrator, self.trt_calib_data, stack)
+        """``options`` with which TensorRT calibrates ``model`` where that is asked for: see ``calibration``."""
+        return self.options | self.calibration(model, checkpoint, stack)
 
 
 def named(values: Iterable[str]) -> Iterator[str]:
@@ -216,28 +231,6 @@ def named(values: Iterable[str]) -> Iterator[str]:
             yield from filter(None, map(str.strip, lines))
         else:
             yield value
-
-
-def calibration_data(
-    model: str, checkpoint: Path | None, calibrator: CalibratorChoice | None, data: Path | None, stack: ExitStack
-) -> dict[str, Any]:
-    """Options that let TensorRT calibrate ``model``; empty without a calibrator.
-
-    The samples are kept as long as ``stack``. Raises InputError for data without a calibrator, and for unusable data.
-    """
-    if calibrator is None:
-        if data is not None:
-            raise InputError("--trt-calib-data: expected --trt-calibrator beside it, which reads them")
-        return {}
-    from tempfile import TemporaryDirectory
-
-    from cp_debug.deploy.engines import write_calibration_data
-    from cp_debug.recipes.registry import load_model
-
-    loaded = load_model(model, checkpoint=checkpoint)
-    folder = Path(stack.enter_context(TemporaryDirectory(prefix="cpdebug-")))
-    written = write_calibration_data(loaded, loaded.samples(CALIBRATION_SAMPLES, 0, data), folder)
-    return {"calibrator": calibrator.value, "calibration_data": written}
 
 
 def keeps_fp32(spec: BackendSpec) -> bool:

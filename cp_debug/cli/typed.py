@@ -19,9 +19,8 @@ from typing import Any, ClassVar, TypeVar
 import typer
 from typer.core import TyperCommand
 
-from cp_debug.cli.console import NO_READER, errors, forget_output, results_alone
-from cp_debug.cli.library_log import no_library_warnings
-from cp_debug.cli.saving import check_folders, check_outputs, no_empty_folders
+from cp_debug.cli.console import NO_READER, errors, forget_output, no_library_warnings, results_alone
+from cp_debug.cli.given import check_folders, check_outputs, no_empty_folders
 from cp_debug.errors import CpdebugError, InputError, Terminated
 
 _TYPED: ContextVar[Mapping[str, str] | None] = ContextVar("typed", default=None)
@@ -61,7 +60,10 @@ class Command(TyperCommand):
 
         Raises InputError for numbers without end, and for an output that would replace what is read or another output.
         """
-        check_numbers(self, ctx.params)
+        for parameter in self.params:  # a comparison with no number, or one without end, is always, or never, true
+            value = ctx.params.get(parameter.name or "")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{max(parameter.opts, key=len)}: {value:g}; expected a finite number")
         flags = {p.name: _flag(p.opts) for p in self.params if p.name}
         check_outputs(ctx.params, flags)
         if ctx.params.get("config") is None:  # else its work folder may be made, and hold what is written
@@ -124,14 +126,6 @@ def _flag(spellings: list[str]) -> str:
     """A parameter as messages name it: an option by its long form, an argument in capitals."""
     name = max(spellings, key=len)
     return name if name.startswith("-") else name.upper()
-
-
-def check_numbers(command: TyperCommand, given: Mapping[str, Any]) -> None:
-    """Raise InputError for a number that is none or has no end: a comparison with either is always, or never, true."""
-    for parameter in command.params:
-        value = given.get(parameter.name or "")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{max(parameter.opts, key=len)}: {value:g}; expected a finite number")
 
 
 def typed(parameters: Iterable[str]) -> list[str]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cp_debug.cli import reading, tensorrt
-from cp_debug.cli.flags import LAST_SEED, MOST, JsonFile, check_made_up, grouped
+from cp_debug.cli import flags, tensorrt
+from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
 from cp_debug.cli.given import check_configured, check_given
 from cp_debug.cli.typed import once, refuse, refuse_export_folder, refuse_seed
 from cp_debug.loading import load_torch
@@ -22,23 +22,20 @@ if TYPE_CHECKING:
 
 @grouped
 def verify(
-    model: Annotated[str, typer.Argument(help="A model, or the configuration of `cpdebug deploy`.")],
+    model: flags.ModelOrConfig,
     scenario: Annotated[
         list[str] | None, typer.Option("--scenario", "-s", help="REFERENCE,TEST, as torch@cpu,ort@cpu; repeatable.")
     ] = None,
     backends: Annotated[
         str | None, typer.Option("--backends", "-b", help="Reference first, then the tests: a scenario for each test.")
     ] = None,
-    onnx_dir: Annotated[Path | None, typer.Option(help="Folder of `cpdebug export`; default: exported now.")] = None,
+    onnx_dir: flags.OnnxFolder = None,
     test_model: Annotated[
         Path | None, typer.Option(help="Another .onnx for the tests (a folder, for several components).")
     ] = None,
-    maps: Annotated[
-        list[str] | None,
-        typer.Option("--map", help="REFERENCE=TEST: these two are one value; OUTPUT=: leave one out; repeatable."),
-    ] = None,
+    maps: flags.Maps = None,
     recipe: Annotated[str | None, typer.Option("--model", help="For a configuration that names no model.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights: .pt or .safetensors.")] = None,
+    checkpoint: flags.PlainCheckpoint = None,
     inputs: Annotated[Path | None, typer.Option(help="Files or a folder, as for bisect, or an info file.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, max=MOST, help="How many samples.  [default: 3]")] = None,
     seed: Annotated[
@@ -55,10 +52,10 @@ def verify(
     ] = None,
     explain: Annotated[bool, typer.Option(help="Bisect what fails.")] = True,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML.")] = None,
-    json: JsonFile = None,
+    json: flags.JsonFile = None,
     trt_python: tensorrt.Python = None,
     *,
-    files: reading.ReadingFlags,
+    files: flags.ReadingFlags,
 ) -> None:
     """Compare every output of every component with the reference. Several samples; exit code 1 if one is off.
 

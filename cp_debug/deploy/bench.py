@@ -17,12 +17,12 @@ import numpy as np
 
 from cp_debug.backends.base import Backend, Program, RunRecord, Session
 from cp_debug.backends.capabilities import timer_of as own_timer
+from cp_debug.display import OnStep
 from cp_debug.programs.pipeline import Pipeline
 from cp_debug.programs.walk import Walk
 from cp_debug.recipes.base import Arrays, Model, Sample
 from cp_debug.serialize import JsonForm
 
-OnStep = Callable[[str, int, int], None]
 Timer = Callable[[Arrays], tuple[Arrays, float]]
 """Runs a component: inputs by name → outputs by name, and seconds."""
 WHOLE = "whole"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cp_debug.backends.base import Backend, Program
+from cp_debug.display import OnStep
 from cp_debug.errors import InputError
 from cp_debug.files import complete_folder, file_hash, write_text
 from cp_debug.programs.walk import Walk, run_module
@@ -52,7 +53,7 @@ def build_engines(
     backend: Backend,
     folder: Path,
     files: Mapping[str, str] | None = None,
-    on_step: Callable[[str, int, int], None] = lambda text, done, total: None,
+    on_step: OnStep = lambda text, done, total: None,
     kept_by: str = "--keep-fp32",
 ) -> list[BuiltEngine]:
     """Build ``<component>.engine`` for every program, and their manifest, which appears last.

@@ -15,6 +15,7 @@ from cp_debug.deploy.engines import check_engines
 from cp_debug.deploy.exporting import load_exported
 from cp_debug.detection.evaluate import evaluate
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult
+from cp_debug.display import OnStep
 from cp_debug.errors import InputError
 from cp_debug.reading import typed
 from cp_debug.recipes.centerpoint.config import CenterPointConfig, get_config
@@ -94,7 +95,7 @@ def evaluate_files(
     read: DataOptions | None = None,
     python: str | None = None,
     on_event: Callable[[Mapping[str, Any]], None] | None = None,
-    on_step: Callable[[str, int, int], None] = lambda text, done, total: None,
+    on_step: OnStep = lambda text, done, total: None,
 ) -> EvaluationResult:
     """Score files on a data set; the first backend is the reference.
 

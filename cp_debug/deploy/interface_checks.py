@@ -25,8 +25,8 @@ from cp_debug.reading import read_npz
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 from cp_debug.recipes.centerpoint.config import HEAD_CHANNELS, CenterPointConfig
 from cp_debug.recipes.centerpoint.decode import Detections
+from cp_debug.recipes.centerpoint.model import Voxels, voxelize
 from cp_debug.recipes.centerpoint.recipe import BACKBONE_NECK_HEAD, ENCODER, CenterPointModel
-from cp_debug.recipes.centerpoint.voxelize import Voxels, voxelize
 from cp_debug.serialize import JsonForm
 
 MEAN_TOLERANCE = 1e-3

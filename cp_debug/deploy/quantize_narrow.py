@@ -5,7 +5,7 @@ Nothing is trained and no module gets fake quantizers: torch models are exported
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -19,9 +19,9 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.deploy.exporting import ExportOptions, OnStep, checker, export_model, low_error, own_files, run_once
-from cp_debug.deploy.quantize_output import MEASURED, First, earlier_files, remove_others
-from cp_debug.display import Shown
+from cp_debug.deploy.exporting import ExportOptions, checker, export_model, low_error, own_files, run_once
+from cp_debug.deploy.quantize_output import MEASURED, RECIPE, First, earlier_files, remove_others
+from cp_debug.display import OnStep, Shown
 from cp_debug.errors import InputError
 from cp_debug.files import complete_folder, complete_path
 from cp_debug.graph.graph import Graph
@@ -31,7 +31,6 @@ from cp_debug.probes.arrays import as_numpy
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.torch_layers import matches, select
 from cp_debug.programs.walk import Walk
-from cp_debug.quantization.modelopt_recipe import FILE, modelopt_recipe
 from cp_debug.quantization.models import output_sqnr
 from cp_debug.quantization.narrow_layers import (
     NarrowLayers,
@@ -117,7 +116,8 @@ def quantize_narrow(
     check_method(precision, method)
     files = own_files(model)
     for program in files or ():
-        _refuse_quantized(program.graph)
+        if program.graph.precision == "int8":
+            raise InputError(f"{program.graph}: this graph is quantized already; expected the FP32 model")
     earlier = earlier_files(output, model, overwrite)
     first = First(MEASURED)
     samples = first(calibration_samples(model, inputs, batches if calibrated(precision) else MEASURED, on_step))
@@ -146,7 +146,7 @@ def quantize_narrow(
             import yaml
 
             text = yaml.safe_dump(recipe, sort_keys=False)
-            (scratch / FILE).write_text(text, encoding="utf-8")
+            (scratch / RECIPE).write_text(text, encoding="utf-8")
         paths = sorted(output / file.name for file in scratch.iterdir())
     remove_others(earlier, paths)
     return NarrowResult(
@@ -160,11 +160,6 @@ def quantize_narrow(
         files=paths,
         notes=list(_notes(precision, programs, layers)),
     )
-
-
-def _refuse_quantized(graph: Graph) -> None:
-    if graph.precision == "int8":
-        raise InputError(f"{graph}: this graph is quantized already; expected the FP32 model")
 
 
 def _quantized(
@@ -252,3 +247,49 @@ def _notes(precision: NarrowOptions, programs: Sequence[Program], layers: Mappin
         yield "scales of data are computed in the graph, with standard operators; TensorRT has special nodes for them"
     if precision.family == "int4" and not precision.symmetric:
         yield "UINT4 with zero points, like MatMulNBits; TensorRT takes int4:sym, which has none"
+
+
+def modelopt_recipe(options: NarrowOptions, left_out: Iterable[str]) -> dict[str, Any] | None:
+    """A quantization as a recipe of NVIDIA ModelOpt, plain data to be written as YAML; None where it has no such one.
+
+    The form is that of ``modelopt_recipes/general/ptq`` of NVIDIA/Model-Optimizer, read by
+    ``modelopt.recipe.load_recipe`` since 0.4x; older versions have ``quant_cfg`` as a mapping.
+    ``left_out``: paths of modules that stay in FP32. ModelOpt has scales of INT4 groups with ``sym`` only, blocks of
+    FP8 for weights only, and rounds MX scales up, by which its figures differ from those of ``options``.
+    """
+    formats = _formats(options)
+    if formats is None:
+        return None
+    weight, data, algorithm = formats
+    entries: list[dict[str, Any]] = [
+        {"quantizer_name": "*", "enable": False},
+        {"quantizer_name": "*weight_quantizer", "cfg": weight},
+    ]
+    if data is not None:
+        entries.append({"quantizer_name": "*input_quantizer", "cfg": data})
+    for layer in left_out:
+        entries.append({"quantizer_name": f"{layer}.*_quantizer", "enable": False})
+    return {
+        "metadata": {"recipe_type": "ptq", "description": f"{options}, as cpdebug quantized it"},
+        "quantize": {"algorithm": algorithm, "quant_cfg": entries},
+    }
+
+
+def _formats(options: NarrowOptions) -> tuple[dict[str, Any], dict[str, Any] | None, str | None] | None:
+    """Weights, data (None: as they are) and algorithm."""
+    if options.family == "int4":
+        if not options.symmetric:
+            return None
+        return {"num_bits": 4, "block_sizes": {-1: options.group, "type": "static"}}, None, "max"
+    if options.family == "fp8":
+        fp8: dict[str, Any] = {"num_bits": options.element}
+        if options.granularity == "tensor":
+            return fp8 | {"axis": None}, fp8 | {"axis": None}, "max"
+        if options.granularity == "channel":
+            return fp8 | {"axis": 0}, fp8 | {"type": "dynamic", "block_sizes": {-1: None}}, "max"
+        return None
+    blocks: dict[Any, Any] = {-1: 16 if options.family == "nvfp4" else 32, "type": "dynamic"}
+    blocks["scale_bits"] = "e4m3" if options.family == "nvfp4" else "e8m0"
+    element = "e2m1" if options.family in ("nvfp4", "mxfp4") else options.element
+    both = {"num_bits": element, "block_sizes": blocks}
+    return both, both, "max" if options.family == "nvfp4" else None

@@ -11,15 +11,14 @@ import numpy as np
 from torch import nn
 
 from cp_debug.backends.base import Program
-from cp_debug.deploy.exporting import Axes, Exported, ExportOptions, OnStep, checker, export_model, low_error, run_once
-from cp_debug.display import Shown
+from cp_debug.deploy.exporting import Axes, Exported, ExportOptions, checker, export_model, low_error, run_once
+from cp_debug.display import OnStep, Shown
 from cp_debug.errors import InputError
 from cp_debug.files import complete_folder, complete_path, resolved
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import insert_qdq
 from cp_debug.graph.scales import Scales
 from cp_debug.programs.walk import Walk, run_module
-from cp_debug.quantization import modelopt_recipe
 from cp_debug.quantization.checkpoint import FILE, save_ptq_model
 from cp_debug.quantization.models import QuantizedComponent, output_sqnr, quantize_model, reapply_scales, with_modules
 from cp_debug.quantization.open_quantized import calibration_samples
@@ -28,6 +27,8 @@ from cp_debug.quantization.record import QuantizerRow, quantization_of, quantize
 from cp_debug.recipes.base import Arrays, Component, Model, Sample
 from cp_debug.serialize import JsonForm
 
+RECIPE = "modelopt.yaml"
+"""Name of the recipe for ModelOpt."""
 MEASURED = 4
 """Number of samples on which the outputs are compared with FP32."""
 
@@ -109,7 +110,7 @@ def earlier_files(folder: Path, model: Model, overwrite: bool) -> list[Path]:
     kinds = (".onnx", ".onnx.data", ".alignment.json", ".calibration.safetensors")
     names = [
         FILE,
-        modelopt_recipe.FILE,
+        RECIPE,
         *(f"{component.name}{kind}" for component in model.components for kind in kinds),
     ]
     found = [path for name in names if (path := folder / name).exists()]

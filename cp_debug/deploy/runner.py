@@ -141,7 +141,7 @@ def _stages(deployment: Deployment) -> Iterator[tuple[str, dict[str, Any], Calla
         deployment.use_quantized()
     if mode in ("onnx", "both"):
         yield "export", {"export": plain["export"], "components": plain["components"]}, _export
-    files = {} if mode in ("onnx", "both") else {"onnx": _graph_hashes(deployment.onnx_dir)}
+    files = {} if mode in ("onnx", "both") else {"onnx": hashes(deployment.onnx_dir.glob("*.onnx*"))}
     if mode in ("trt", "both"):
         yield "build", {**files, "tensorrt": plain["tensorrt"], "components": plain["components"]}, _build
     if config.verify.enabled and config.scenarios():
@@ -157,10 +157,6 @@ def _own_files(model: str) -> dict[str, str] | None:
         return None
     graph = Graph(Path(model))
     return hashes([graph.path, *external_files(graph.proto, weights_folder(graph))])
-
-
-def _graph_hashes(folder: Path) -> dict[str, str]:
-    return hashes(folder.glob("*.onnx*"))
 
 
 def _load(deployment: Deployment) -> Outcome:

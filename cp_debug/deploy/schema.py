@@ -257,6 +257,14 @@ class DeployConfig(Section):
         return ["torch", *dict.fromkeys(s.test for s in self.scenarios() if s.test != "torch")]
 
     @property
+    def backends(self) -> list[str]:
+        """Specs of the backends that the stages need, as far as the configuration alone tells."""
+        specs = [self.engine_backend] if self.export.mode in ("trt", "both") else []
+        if self.verify.enabled:
+            specs += [spec for scenario in self.scenarios() for spec in (scenario.reference, scenario.test)]
+        return [*specs, *((self.evaluate.backends or ()) if self.evaluate.enabled else ())]
+
+    @property
     def engine_backend(self) -> str:
         """Spec of the TensorRT backend of the configured precision; beside Q/DQ pairs, FP16 is the fallback."""
         return "trt-int8" if self.int8 else f"trt-{self.tensorrt.variant}"

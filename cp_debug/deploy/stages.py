@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -13,14 +13,23 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.deploy.bench import BackendBench, bench
 from cp_debug.deploy.config import named_config
 from cp_debug.deploy.engines import MANIFEST, BuiltEngine, build_engines, check_engines
-from cp_debug.deploy.exporting import Exported, ExportOptions, export_model, load_exported, own_files, take_files
-from cp_debug.deploy.file_export import SAMPLES, export_files
+from cp_debug.deploy.exporting import (
+    SAMPLES,
+    Exported,
+    ExportOptions,
+    export_files,
+    export_model,
+    load_exported,
+    own_files,
+    take_files,
+)
 from cp_debug.deploy.interface_checks import checked
 from cp_debug.deploy.quantize_output import export_quantized, in_int8
 from cp_debug.deploy.schema import SUFFIXES, ComponentConfig, DeployConfig
 from cp_debug.deploy.verify import VerifyOptions, VerifyResult, verify
 from cp_debug.detection.evaluate import as_detector, evaluate
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, parse_ranges
+from cp_debug.display import OnStep
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import ValueInfo, fits_shape
 from cp_debug.graph.randomness import refuse_random
@@ -36,8 +45,6 @@ from cp_debug.recipes.data.base import DataOptions, iterate
 from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 from cp_debug.recipes.registry import load_model
 from cp_debug.safe_text import did_you_mean
-
-OnStep = Callable[[str, int, int], None]
 
 
 def configured(text: str, recipe: str | None, scratch: Path) -> tuple[DeployConfig, str]:
@@ -380,12 +387,7 @@ class Deployment:
         a profile has other sizes than the input of its component, which is run on one sample for that.
         """
         config = self.config
-        specs = [config.engine_backend] if config.export.mode in ("trt", "both") else []
-        if config.verify.enabled:
-            specs += [spec for s in config.scenarios() for spec in (s.reference, s.test)]
-        if self.evaluates:
-            specs += config.evaluated()
-        for spec in specs:
+        for spec in (*config.backends, *(config.evaluated() if self.evaluates else ())):
             self.backend(spec)
         if any(component.profile for component in config.components.values()) and not self.takes_files:
             check_profiles_of_modules(self.config, self.model, self.samples(1)[0], self.source)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,7 +20,7 @@ from cp_debug.bisect.result import BisectResult
 from cp_debug.deploy.interface_checks import VoxelChange, checked, compare_voxels, read_voxels, voxelize_on
 from cp_debug.detection.changes import DetectionChange, compare_detections
 from cp_debug.detection.evaluate import Clock
-from cp_debug.display import Shown
+from cp_debug.display import OnStep, Shown
 from cp_debug.errors import InputError
 from cp_debug.graph.half_precision import narrow_values
 from cp_debug.graph.pairing import places
@@ -33,8 +33,8 @@ from cp_debug.programs.precision import PRECISIONS, coarsest
 from cp_debug.programs.scene import decode
 from cp_debug.recipes.abilities import DetectsBoxes, Remarks, with_samples
 from cp_debug.recipes.base import Arrays, Model, Sample
+from cp_debug.recipes.centerpoint.model import Voxels
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel
-from cp_debug.recipes.centerpoint.voxelize import Voxels
 from cp_debug.serialize import JsonForm
 
 MARGIN = 8.0
@@ -107,7 +107,6 @@ class Tolerances:
         return MARGIN * floor * max(precision.roundoff / _FP32, 1.0)
 
 
-OnStep = Callable[[str, int, int], None]
 Sides = tuple[Pipeline, Pipeline]
 """Pipelines of a reference and a test."""
 

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cp_debug.files import complete_path
 from cp_debug.recipes.abilities import DetectsBoxes
-from cp_debug.recipes.data.attributes import attributes_of
+from cp_debug.recipes.data.base import attributes_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self

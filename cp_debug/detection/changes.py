@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cp_debug.detection.boxes import Objects
-from cp_debug.detection.matching import match_centers
+from cp_debug.detection.metrics import match_centers
 from cp_debug.recipes.abilities import DetectsBoxes
 
 MATCHING = 2.0

@@ -16,6 +16,7 @@ import numpy as np
 from cp_debug.backends.base import Backend, Program
 from cp_debug.detection.boxes import Predictions
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult, score_backends
+from cp_debug.display import OnStep
 from cp_debug.errors import InputError
 from cp_debug.programs.pipeline import Export, Pipeline, choose_export, prepare, wants_int8
 from cp_debug.recipes.abilities import DetectsBoxes, HasClasses, HasData, Remarks
@@ -72,7 +73,7 @@ def evaluate(
     folded: bool = True,
     programs: Sequence[Program] | None = None,
     quantize: Quantize = lambda programs, folder: (programs, ""),
-    on_step: Callable[[str, int, int], None] = lambda text, done, total: None,
+    on_step: OnStep = lambda text, done, total: None,
 ) -> EvaluationResult:
     """Run every backend on every sample, each sample read once, and score the detections.
 
@@ -102,7 +103,8 @@ def evaluate(
             with clock("load"):
                 sample = next(samples)
             if sample.truth is None:
-                raise InputError(f"{sample.source}: has no ground truth{_because(data)}; expected an info file (.pkl)")
+                because = f" ({'; '.join(data.notes)})" if data.notes else ""
+                raise InputError(f"{sample.source}: has no ground truth{because}; expected an info file (.pkl)")
             names.append(sample.source)
             remarks.see(sample)
             truths.append(sample.truth)
@@ -150,7 +152,3 @@ def _prepare(
 def finite(outputs: Arrays) -> bool:
     """Whether the outputs, name → array of any shape and dtype, hold neither NaN nor Inf."""
     return all(bool(np.isfinite(array).all()) for array in outputs.values() if array.dtype.kind == "f")
-
-
-def _because(data: DataSet) -> str:
-    return f" ({'; '.join(data.notes)})" if data.notes else ""

@@ -1,27 +1,65 @@
-"""Detection metrics of several backends side by side, with confidence intervals: computation and result."""
+"""Detection metrics of several backends side by side, with confidence intervals: whole, by class, by distance."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from cp_debug.backends.base import RunRecord
-from cp_debug.detection.bootstrap import CONFIDENCE, ConfidenceInterval, draw_samples, intervals
-from cp_debug.detection.boxes import Boxes, Floats, Predictions
-from cp_debug.detection.matching import THRESHOLDS
-from cp_debug.detection.metrics import ERRORS, OVERLAPS, Scores, score
-from cp_debug.display import Shown
+from cp_debug.detection.boxes import Boxes, Floats, Ints, Predictions
+from cp_debug.detection.metrics import ERRORS, OVERLAPS, THRESHOLDS, Scores, score
+from cp_debug.display import OnStep, Shown
 from cp_debug.errors import InputError
 from cp_debug.recipes.data.base import Truth
 from cp_debug.serialize import JsonForm
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+CONFIDENCE = 0.95
+
+
+class ConfidenceInterval(NamedTuple):
+    """A figure and the range in which it falls for ``CONFIDENCE`` of the draws."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, draws: Floats) -> ConfidenceInterval:
+        """The interval of a figure from its value in each draw [1 + B]; the first is that of the samples themselves.
+
+        Draws in which it is undefined (NaN) are left out.
+        """
+        drawn, tail = draws[1:][~np.isnan(draws[1:])], 50 * (1 - CONFIDENCE)
+        low, high = np.percentile(drawn, (tail, 100 - tail)) if len(drawn) else (draws[0], draws[0])
+        return cls(float(draws[0]), float(low), float(high))
+
+    def columns(self, name: str) -> dict[str, float]:
+        """The figure as columns of a table: ``name``, and the range's ends."""
+        return {name: self.value, f"{name} low": self.low, f"{name} high": self.high}
+
+
+def intervals(draws: Mapping[str, Floats], less: Mapping[str, Floats] | None = None) -> dict[str, ConfidenceInterval]:
+    """The interval of each figure from its values [1 + draws], with those of ``less``, of a reference, taken off."""
+    return {name: ConfidenceInterval.of(each if less is None else each - less[name]) for name, each in draws.items()}
+
+
+def draw_samples(samples: int, draws: int, seed: int) -> Floats:
+    """Weights [1 + draws, samples]: a row of ones, then how often each sample was drawn (multinomial).
+
+    Equal for equal arguments, so that the difference of two backends is taken draw by draw. Efron's bootstrap.
+    """
+    times_drawn = np.random.default_rng(seed).multinomial(samples, np.full(samples, 1 / samples), size=draws)
+    return np.concatenate((np.ones((1, samples)), times_drawn))
+
 
 NUSCENES_RANGES = {
     **dict.fromkeys(("car", "truck", "bus", "trailer", "construction_vehicle"), 50.0),
@@ -215,7 +253,7 @@ def score_backends(
     class_names: Sequence[str],
     options: EvaluationOptions,
     not_finite: Mapping[str, int] | None = None,
-    on_step: Callable[[str, int, int], None] = lambda text, done, total: None,
+    on_step: OnStep = lambda text, done, total: None,
 ) -> tuple[list[BackendScores], list[str]]:
     """Figures of all backends, the reference first, and notes on the ground truth that they were scored on.
 
@@ -329,3 +367,116 @@ def _class_figures(scores: Scores, boxes: Boxes, truth: Boxes, class_names: Sequ
             **{f"3D AP@{limit}": float(value) for limit, value in zip(OVERLAPS, scores.volume[0, label], strict=True)},
         }
     return figures
+
+
+RINGS = 3
+"""Rings into which the region is cut where nobody names their edges."""
+
+
+@dataclass(frozen=True)
+class Rings:
+    """Distances from the sensor, seen from above, in consecutive rings; the last has no end."""
+
+    edges: tuple[float, ...]
+    """Metres at which one ring ends and the next begins, rising."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the rings, the nearest first."""
+        edges = [f"{edge:g}" for edge in self.edges]
+        return [*(f"{near}–{far} m" for near, far in zip(["0", *edges], edges, strict=False)), f"from {edges[-1]} m"]
+
+    def of(self, centers: ArrayLike) -> Ints:
+        """Ring [N] of each centre [N, 2 or more] in m; one that is nowhere (NaN) is in the last."""
+        distances = np.linalg.norm(np.asarray(centers, dtype=np.float64)[:, :2], axis=1)
+        return np.searchsorted(np.array(self.edges), distances, side="right")
+
+
+def rings_of(edges: Sequence[float], options: EvaluationOptions) -> Rings:
+    """Rings with these ``edges`` in m; without any, ``RINGS`` of equal width as far as boxes count.
+
+    Raises InputError for edges that do not rise from above 0.
+    """
+    if edges:
+        if any(far <= near for near, far in zip([0.0, *edges], edges, strict=False)):
+            given = ",".join(f"{edge:g}" for edge in edges)
+            raise InputError(f"--distances: {given}; expected metres that rise, as in 20,40")
+        return Rings(tuple(edges))
+    farthest = options.farthest
+    if not np.isfinite(farthest):
+        return Rings((20.0, 40.0))
+    return Rings(tuple(round(farthest * place / RINGS, 1) for place in range(1, RINGS)))
+
+
+@dataclass(frozen=True)
+class PartScores(JsonForm):
+    """Figures of all backends on one class, or in one ring of distances."""
+
+    part: str
+    """Name of the class, or of the ring."""
+    objects: int
+    """Objects of the ground truth in it."""
+    figures: dict[str, dict[str, ConfidenceInterval]]
+    """Backend → figure: ``AP`` of a class; ``mAP`` and ``NDS`` of a ring, over the classes that have objects there."""
+    differences: dict[str, dict[str, ConfidenceInterval]]
+    """Test backend → figure less the reference's, drawn on the same samples."""
+
+
+def by_class(
+    predictions: Mapping[str, Predictions],
+    truths: Sequence[Truth],
+    class_names: Sequence[str],
+    options: EvaluationOptions,
+) -> list[PartScores]:
+    """AP of each class; the first of ``predictions`` (backend → detections) is the reference."""
+    truth, _ = objects_that_count(truths, class_names, options)
+    scores = {spec: _scores(boxes_that_count(each, class_names, options), truth, class_names, options, len(truths))
+              for spec, each in predictions.items()}  # fmt: skip
+    return [
+        _part(
+            name,
+            int((truth.labels == label).sum()),
+            {spec: {"AP": each.precisions[:, label].mean(axis=1)} for spec, each in scores.items()},
+        )
+        for label, name in enumerate(class_names)
+    ]
+
+
+def by_distance(
+    predictions: Mapping[str, Predictions],
+    truths: Sequence[Truth],
+    class_names: Sequence[str],
+    options: EvaluationOptions,
+    rings: Rings,
+) -> list[PartScores]:
+    """mAP and NDS in each ring that has objects; the first of ``predictions`` is the reference.
+
+    Detections and objects are in the ring where their own centre is, as nuScenes' range of a class has it: a pair
+    across an edge counts as one missed and one false. Means are over the classes with objects in the ring.
+    """
+    truth, _ = objects_that_count(truths, class_names, options)
+    boxes = {spec: boxes_that_count(each, class_names, options) for spec, each in predictions.items()}
+    parts = []
+    for place, name in enumerate(rings.names):
+        objects = truth.take(rings.of(truth.centers) == place)
+        present = np.unique(objects.labels)
+        if not len(present):
+            continue
+        draws = {}
+        for spec, of_backend in boxes.items():
+            inside = of_backend.take(rings.of(of_backend.centers) == place)
+            scores = _scores(inside, objects, class_names, options, len(truths))
+            chosen = Scores(*(getattr(scores, figure.name)[:, present] for figure in fields(Scores)))
+            draws[spec] = {figure: values for figure, values in chosen.summary().items() if figure in ("mAP", "NDS")}
+        parts.append(_part(name, len(objects), draws))
+    return parts
+
+
+def _scores(boxes: Boxes, truth: Boxes, class_names: Sequence[str], options: EvaluationOptions, samples: int) -> Scores:
+    return score(boxes, truth, class_names, draw_samples(samples, options.draws, options.seed))
+
+
+def _part(name: str, objects: int, draws: Mapping[str, Mapping[str, Floats]]) -> PartScores:
+    reference, *tests = draws
+    figures = {spec: intervals(each) for spec, each in draws.items()}
+    return PartScores(name, objects, figures, {spec: intervals(draws[spec], draws[reference]) for spec in tests})

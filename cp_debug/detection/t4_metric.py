@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cp_debug.detection.boxes import Floats, Predictions
+from cp_debug.display import OnStep
 from cp_debug.errors import InputError, MissingPackage
 from cp_debug.recipes.data.base import Truth
 
@@ -45,7 +46,7 @@ def t4_figures(
     distance: float,
     min_points: int,
     weights: Floats,
-    on_step: Callable[[str, int, int], None] = lambda text, done, total: None,
+    on_step: OnStep = lambda text, done, total: None,
 ) -> tuple[dict[str, dict[str, Floats]], list[str]]:
     """Spec → figure → its value in each draw, with the names of AWML's T4MetricV2, such as ``mAP_center_distance_bev``;
     and notes.
@@ -77,7 +78,7 @@ def t4_figures(
     return figures, notes
 
 
-def _told(on_step: Callable[[str, int, int], None], text: str, before: int, total: int, frame: int) -> None:
+def _told(on_step: OnStep, text: str, before: int, total: int, frame: int) -> None:
     on_step(text, before + frame, total)
 
 

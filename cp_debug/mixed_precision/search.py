@@ -18,6 +18,7 @@ from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.narrow_options import NarrowOptions, is_narrow
 from cp_debug.backends.tensorrt.config import STRONG_ONLY, release_of
 from cp_debug.detection.evaluate import as_detector
+from cp_debug.display import OnStep
 from cp_debug.errors import InputError
 from cp_debug.files import key_of
 from cp_debug.graph.graph import Graph
@@ -121,9 +122,6 @@ class Predictor:
             figures = {name: measured.figures.get(name, math.inf) for name in self._goal.figures}
             return self._goal.holds({name: value * ratio for name, value in figures.items()})
         return ratio <= REMAINS
-
-
-OnStep = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.backward import Backward, shares_over
-from cp_debug.detection.bootstrap import ConfidenceInterval
+from cp_debug.detection.evaluation import ConfidenceInterval
+from cp_debug.display import OnStep
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import QUANTIZERS
@@ -44,7 +45,6 @@ from cp_debug.serialize import JsonForm
 if TYPE_CHECKING:
     import pandas as pd
 
-OnStep = Callable[[str, int, int], None]
 KeptLayers = frozenset[str]
 """Names of the layers that stay in FP32."""
 

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 from typing_extensions import TypedDict
 
-from cp_debug.detection.bootstrap import ConfidenceInterval
 from cp_debug.detection.boxes import Predictions
 from cp_debug.detection.changes import compare_detections
-from cp_debug.detection.evaluation import EvaluationOptions, draws_of
+from cp_debug.detection.evaluation import ConfidenceInterval, EvaluationOptions, draws_of
 from cp_debug.errors import InputError, system_reason
 from cp_debug.files import check_target
 from cp_debug.mixed_precision.goal import DETECTIONS, Goal, without_counts

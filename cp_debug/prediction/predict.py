@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.bisect.replayed import EXCESS
 from cp_debug.detection.changes import compare_detections
+from cp_debug.display import OnStep
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.randomness import refuse_random
@@ -53,8 +54,6 @@ EMULATED = {"fp16": "fp16acc", "bf16": "bf16", "tf32": "tf32", "int8": "int8"}
 
 TRIALS = 64
 """Trials for the tolerance, which nobody asked for."""
-
-OnStep = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cp_debug.display import OnStep
 from cp_debug.errors import InputError, Terminated
 from cp_debug.files import complete_path
 from cp_debug.programs.torch_layers import is_quantized
@@ -28,7 +29,6 @@ B = TypeVar("B")
 FORMAT = "cpdebug QAT state 1"
 CLIP = 35.0
 """Largest norm of a gradient, as mmdet3d trains CenterPoint."""
-OnStep = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,17 @@ def finetune(
             on_step(f"fine-tuning, validation {lowest:.4g} at best", done_steps, options.steps)
             for group in optimizer.param_groups:
                 group["lr"] = options.rate * (1 + math.cos(math.pi * done_steps / options.steps)) / 2
-            total += _train(module, optimizer, parameters, loss, batch(done_steps), done_steps)
+            module.train()
+            freeze_batchnorm(module)
+            value = loss(module, batch(done_steps))
+            if not bool(value.isfinite()):
+                why = f"the loss is {value.item()}; lower the learning rate or look at the data"
+                raise InputError(f"step {done_steps}: {why}")
+            optimizer.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(parameters, CLIP)
+            optimizer.step()
+            total += value.item()
             progress.step += 1
             if progress.step % options.interval == 0 or progress.step == options.steps:
                 _validate(module, validate, progress, total / (progress.step - progress.history[-1][0]))
@@ -167,26 +177,6 @@ def _unfreeze(module: nn.Module) -> list[nn.Parameter]:
     module.requires_grad_(True)
     freeze_batchnorm(module)
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
-def _train(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    parameters: list[nn.Parameter],
-    loss: Callable[[nn.Module, B], Tensor],
-    batch: B,
-    step: int,
-) -> float:
-    module.train()
-    freeze_batchnorm(module)
-    value = loss(module, batch)
-    if not bool(value.isfinite()):
-        raise InputError(f"step {step}: the loss is {value.item()}; lower the learning rate or look at the data")
-    optimizer.zero_grad()
-    value.backward()
-    nn.utils.clip_grad_norm_(parameters, CLIP)
-    optimizer.step()
-    return value.item()
 
 
 def _validate(

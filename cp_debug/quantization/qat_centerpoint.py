@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from cp_debug.detection.metrics import Objects, class_average_precisions
+from cp_debug.display import OnStep
 from cp_debug.errors import InputError
 from cp_debug.quantization.open_quantized import adopt_weights
-from cp_debug.quantization.qat import OnStep, QatOptions, QatResult, finetune
+from cp_debug.quantization.qat import QatOptions, QatResult, finetune
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.centerpoint.decode import decode
-from cp_debug.recipes.centerpoint.loss import centerpoint_loss
+from cp_debug.recipes.centerpoint.loss import centerpoint_loss, make_targets
 from cp_debug.recipes.centerpoint.model import CenterPoint
 from cp_debug.recipes.centerpoint.recipe import BACKBONE_NECK_HEAD, ENCODER, CenterPointModel
 from cp_debug.recipes.centerpoint.scenes import CLASSES, Scene, generate_scene
-from cp_debug.recipes.centerpoint.targets import make_targets
 from cp_debug.recipes.data.base import DataOptions, Truth, iterate
 from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS
 
@@ -123,7 +123,8 @@ def training_scenes(
     Raises InputError for unusable files, and for a model whose classes are not those of the synthetic scenes.
     """
     if data is None:
-        _check_classes(model)
+        if model.class_names != tuple(CLASSES):
+            raise InputError(f"--data: the synthetic scenes show {', '.join(CLASSES)}; {model.name} needs an info file")
         return Scenes(count, lambda index: Example.of(generate_scene(index)))
     opened = model.data(data, count, options=options)
     return Scenes(len(opened), lambda index: example_of(opened.sample(index)))
@@ -134,11 +135,6 @@ def held_out_scenes(
 ) -> list[Example]:
     """At most ``count`` scenes to validate on, by default ones that neither calibration nor evaluation uses."""
     return [example_of(sample) for sample in iterate(model.data(data, count, VALIDATION_FIRST, options))]
-
-
-def _check_classes(model: CenterPointModel) -> None:
-    if model.class_names != tuple(CLASSES):
-        raise InputError(f"--data: the synthetic scenes show {', '.join(CLASSES)}; {model.name} needs an info file")
 
 
 def finetune_centerpoint(

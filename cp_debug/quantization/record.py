@@ -92,7 +92,7 @@ class _Toggle(AbstractContextManager["_Toggle"]):
     def apply(self, switched: bool = True) -> _Toggle:
         """Switch them, which making this object has done already; False puts back what was before."""
         for quantizer, before in self._before:
-            _switch(quantizer, self._on if switched else before)
+            (quantizer.enable if (self._on if switched else before) else quantizer.disable)()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -173,7 +173,3 @@ def _row(module: nn.Module, path: str, quantizer: Any, skipped: dict[str, str]) 
     else:
         why = skipped.get(layer, f"{type(module.get_submodule(layer)).__name__.removeprefix('Quant')} stays in FP32")
     return QuantizerRow(path, quantizer.num_bits, quantizer.axis, amax_range, enabled, why)
-
-
-def _switch(quantizer: Any, on: bool) -> None:
-    quantizer.enable() if on else quantizer.disable()

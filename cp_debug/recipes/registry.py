@@ -64,7 +64,7 @@ def load_model(
 
         model = load_folder(Path(text))
     else:
-        from cp_debug.recipes.callables import load_callable
+        from cp_debug.recipes.torch_programs import load_callable
 
         model = load_callable(text, checkpoint, inputs)
     model.reading = reading

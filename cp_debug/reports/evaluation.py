@@ -10,10 +10,8 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from cp_debug.detection.bootstrap import CONFIDENCE, ConfidenceInterval
-from cp_debug.detection.evaluation import BackendScores, EvaluationResult
-from cp_debug.detection.matching import THRESHOLDS
-from cp_debug.detection.metrics import ERRORS, OVERLAPS, TP_THRESHOLD
+from cp_debug.detection.evaluation import CONFIDENCE, BackendScores, ConfidenceInterval, EvaluationResult
+from cp_debug.detection.metrics import ERRORS, OVERLAPS, THRESHOLDS, TP_THRESHOLD
 from cp_debug.reports.numbers import fixed, signed
 from cp_debug.reports.sheet import Column, Row, Sheet, Tone
 from cp_debug.reports.sheet_terminal import Terminal

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow, TestResult
 from cp_debug.errors import CpdebugError
 from cp_debug.graph.graph import Graph
-from cp_debug.recipes.stages import scope_of
+from cp_debug.recipes.onnx_file import scope_of
 from cp_debug.reports.numbers import shape_of
 from cp_debug.reports.saved import SavedResult
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import RenderableType
 from rich.text import Text
 
-from cp_debug.detection.bootstrap import ConfidenceInterval
+from cp_debug.detection.evaluation import ConfidenceInterval
 from cp_debug.files import write_text
 from cp_debug.mixed_precision.sensitivity import METRIC, Int8Effect, SensitivityProfile
 from cp_debug.reports.numbers import fixed, number, share, signed

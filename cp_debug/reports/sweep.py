@@ -12,8 +12,7 @@ import numpy as np
 from rich.console import RenderableType
 from rich.text import Text
 
-from cp_debug.detection.bootstrap import CONFIDENCE, ConfidenceInterval
-from cp_debug.detection.breakdown import PartScores
+from cp_debug.detection.evaluation import CONFIDENCE, ConfidenceInterval, PartScores
 from cp_debug.files import write_text
 from cp_debug.reports.evaluation import difference, summary_table
 from cp_debug.reports.numbers import fixed, number
@@ -25,7 +24,7 @@ from cp_debug.safe_text import some
 from cp_debug.sweep.ablating import AblationGroup, AblationRow, PartCounts
 from cp_debug.sweep.bisecting import BisectGroup, HeatMap, LayerSpread
 from cp_debug.sweep.evaluating import EvalGroup
-from cp_debug.sweep.result import FailedTasks, SweepResult
+from cp_debug.sweep.run import FailedTasks, SweepResult
 from cp_debug.sweep.searching import MixedPrecisionGroup
 from cp_debug.sweep.sensitivity import SensitivityGroup
 from cp_debug.sweep.spread import Outlier, SampleGroup, Spread

@@ -22,12 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cp_debug.backends.base import Backend, Program
-from cp_debug.detection.bootstrap import ConfidenceInterval, draw_samples
 from cp_debug.detection.boxes import Floats, Predictions
-from cp_debug.detection.breakdown import rings_of
 from cp_debug.detection.changes import GAINED, LOST, MOVED_BOX, changes
 from cp_debug.detection.evaluate import Detector, as_detector, without_boxes
-from cp_debug.detection.evaluation import EvaluationOptions, draws_of
+from cp_debug.detection.evaluation import ConfidenceInterval, EvaluationOptions, draw_samples, draws_of, rings_of
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.layers import FusionGroup
 from cp_debug.mixed_precision.runners import BackendRunner, EmulatedRunner
@@ -37,10 +35,9 @@ from cp_debug.programs.pipeline import Pipeline, wants_int8
 from cp_debug.programs.scene import DecodedBoxes, decode
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.serialize import json_safe
-from cp_debug.sweep.grid import Grid
+from cp_debug.sweep.evaluating import LoggedScenes, detections_from, pack_detections, pack_scene
 from cp_debug.sweep.log import Record, flat_rows, grouped
-from cp_debug.sweep.packed import LoggedScenes, detections_from, pack_detections, pack_scene
-from cp_debug.sweep.prepared import Subject, load, make_backends, pick, programs_of, shared_figures
+from cp_debug.sweep.prepared import Grid, Subject, load, make_backends, pick, programs_of, shared_figures
 from cp_debug.sweep.spread import Outlier, SampleGroup, Spread, numeric, outliers
 from cp_debug.sweep.tasks import Parameters, Task
 

@@ -17,9 +17,8 @@ from cp_debug.detection.changes import DetectionChange
 from cp_debug.programs.pipeline import wants_int8
 from cp_debug.recipes.abilities import with_samples
 from cp_debug.serialize import encode, json_safe
-from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record, flat_rows, group_of, grouped
-from cp_debug.sweep.prepared import load, make_backends, pick, programs_of
+from cp_debug.sweep.prepared import Grid, load, make_backends, pick, programs_of
 from cp_debug.sweep.spread import Outlier, SampleGroup, Spread, numeric, outliers
 from cp_debug.sweep.tasks import Parameters, Task
 

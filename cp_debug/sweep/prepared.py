@@ -1,11 +1,12 @@
-"""Parts that tasks on one worker share: loaded models, their exported programs, and one sample picked out of many."""
+"""Tasks' parameters and parts: the grid of models, backends and samples; what a worker keeps loaded and exported."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeVar
@@ -16,7 +17,7 @@ from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import InputError
-from cp_debug.files import file_hash, key_of
+from cp_debug.files import file_hash, key_of, resolved
 from cp_debug.programs.export_cache import ExportCache
 from cp_debug.programs.pipeline import Export, choose_export, prepare
 from cp_debug.quantization.checkpoint import FILE, save_ptq_model
@@ -34,9 +35,11 @@ from cp_debug.recipes.abilities import HasData
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions
 from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS
+from cp_debug.recipes.data.points import ENDINGS
+from cp_debug.recipes.registry import kind_of
 from cp_debug.store import cache_folder, fill
-from cp_debug.sweep.tasks import Parameters, shared_store
-from cp_debug.sweep.workers import code_hash
+from cp_debug.sweep.tasks import Parameters, Task, digests, shared_store
+from cp_debug.sweep.workers import code_hash, needs_gpu
 
 T = TypeVar("T")
 
@@ -72,7 +75,7 @@ class Prepared(NamedTuple):
 
 def load(params: Parameters) -> Model:
     """The model ``params["model"]`` with ``params["checkpoint"]``, loaded once while their files stay the same."""
-    return load_subject(Subject.of(params))
+    return opened(Subject.of(params))[0]
 
 
 def programs_of(params: Parameters, backends: Sequence[Backend], *, int8: bool = False) -> list[Program]:
@@ -130,23 +133,19 @@ def pick(model: Model, params: Parameters) -> Sample:
 
 def parts_of(params: Parameters) -> Mapping[str, QuantizedComponent]:
     """The components in INT8, where the checkpoint is of a quantized model."""
-    return _load(Subject.of(params))[1]
-
-
-def load_subject(subject: Subject) -> Model:
-    """The model, loaded once while its files stay the same."""
-    return _load(subject)[0]
+    return opened(Subject.of(params))[1]
 
 
 @lru_cache(_KEPT)
-def _load(subject: Subject) -> tuple[Model, Mapping[str, QuantizedComponent]]:
+def opened(subject: Subject) -> tuple[Model, Mapping[str, QuantizedComponent]]:
+    """The model and its components in INT8, where it has some; loaded once while its files stay the same."""
     checkpoint = None if subject.checkpoint is None else Path(subject.checkpoint)
     return load_quantized(subject.model, checkpoint, subject.seed)
 
 
 @lru_cache(_KEPT)
 def _export(subject: Subject, how: Export, folded: bool) -> Prepared:
-    model, folder = load_subject(subject), TemporaryDirectory(prefix="cpdebug-")
+    model, folder = opened(subject)[0], TemporaryDirectory(prefix="cpdebug-")
     (example,) = model.samples(1, subject.seed, None)
     cache = None if subject.shared is None else _exports(subject.shared)
     programs = prepare(model, example, Path(folder.name), how=how, folded=folded, cache=cache)
@@ -203,13 +202,15 @@ def shared_figures(subject: Subject, model: Model, settings: Mapping[str, Any], 
 
 @lru_cache(_KEPT)
 def _quantize(subject: Subject, how: Export, folded: bool, calibration: Calibration) -> Prepared:
-    exported, (model, parts) = _export(subject, how, folded), _load(subject)
+    exported, (model, parts) = _export(subject, how, folded), opened(subject)
     if int8_programs := already_quantized(exported.programs):
         return Prepared(int8_programs, exported.folder)
     folder = TemporaryDirectory(prefix="cpdebug-")
     samples = list(calibration_samples(model, calibration.data, calibration.samples))
     if not parts and of_modules(model, exported.programs):
-        settings = {"how": repr(calibration), "data": [(str(p), file_hash(p)) for p in _files_of(calibration.data)]}
+        data = calibration.data
+        files = () if data is None else sorted(filter(Path.is_file, data.iterdir())) if data.is_dir() else (data,)
+        settings = {"how": repr(calibration), "data": [(str(path), file_hash(path)) for path in files]}
         parts = calibrated(subject, model, settings, lambda: calibrate(model, exported.programs, samples, calibration))
     int8_programs, _ = quantize_programs(
         model, exported.programs, Path(folder.name), samples, parts=parts, calibration=calibration
@@ -217,8 +218,107 @@ def _quantize(subject: Subject, how: Export, folded: bool, calibration: Calibrat
     return Prepared(int8_programs, folder)
 
 
-def _files_of(data: Path | None) -> list[Path]:
-    """The file, or the files of the folder, that are calibrated on."""
-    if data is None:
-        return []
-    return sorted(path for path in data.iterdir() if path.is_file()) if data.is_dir() else [data]
+WITHOUT_BOXES = ("onnx", "program", "transformers", "callable")
+"""Kinds of models that detect nothing."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Axes of a sweep. Every model is paired with every checkpoint.
+
+    samples: at most so many of ``inputs`` (a file, or a folder whose files are samples), else made from ``seed``.
+    """
+
+    models: Sequence[str]
+    backends: Sequence[BackendSpec]
+    """Backends, the reference first."""
+    checkpoints: Sequence[Path] = ()
+    samples: int = 8
+    seed: int = 0
+    inputs: Path | None = None
+    data: DataOptions = DEFAULT_OPTIONS
+    exporter: str | None = None
+    folded: bool = True
+    how: Mapping[str, Any] = field(default_factory=dict)
+    """Further parameters of every task."""
+    reads: Sequence[Path] = ()
+    """Further files of every task."""
+
+    def tests(self, kind: str) -> Iterator[Task]:
+        """A task for each model, each backend with the reference, and each sample.
+
+        Raises InputError for unusable files and a reference in INT8.
+        """
+        reference, *tests = self.backends
+        if reference.variant.startswith("int8"):
+            raise InputError(
+                f"--backends: the reference of a sweep cannot be in INT8, as {reference} is; make it a test"
+            )
+        return self.tasks(kind, [(reference, test) for test in tests])
+
+    def tasks(self, kind: str, pairs: Sequence[Sequence[BackendSpec]]) -> Iterator[Task]:
+        """A task for each model, each of ``pairs`` of backends, and each sample.
+
+        Raises InputError for unusable files.
+        """
+        for subject in self.subjects():
+            gpu = {pair: any(map(needs_gpu, pair)) for pair in map(tuple, pairs)}
+            for pair, sample in product(gpu, self.picked(subject)):
+                files = {**subject["files"], **sample["files"]}
+                settings = {"backends": [str(spec) for spec in pair], "exporter": self.exporter, "folded": self.folded}
+                yield Task(kind, {**subject, **sample, **settings, **self.how, "files": files}, gpu[pair])
+
+    def without_boxes(self) -> str | None:
+        """The first model whose kind alone tells that it detects nothing; of others only the loaded model tells.
+
+        Raises InputError for a text that names no model.
+        """
+        return next((model for model in self.models if kind_of(model) in WITHOUT_BOXES), None)
+
+    def subjects(self) -> Iterator[dict[str, Any]]:
+        """Parameters of each model; paths are absolute, as workers run elsewhere.
+
+        Raises InputError for a text that names no model.
+        """
+        for model, checkpoint in product(self.models, self.checkpoints or (None,)):
+            kind_of(model)  # a slip of the pen is told before a hundred tasks fail of it
+            file, colon, name = (model, "", "") if model.endswith(".onnx") else model.rpartition(":")
+            absolute_name = model
+            files_read = list(self.reads)
+            if checkpoint is not None:
+                files_read.append(checkpoint / FILE if checkpoint.is_dir() else checkpoint)
+            if file.endswith((".onnx", ".py")):
+                files_read.append(Path(file))
+                absolute_name = f"{resolved(Path(file))}{colon}{name}"
+            yield {
+                "label": model if checkpoint is None else f"{model} · {checkpoint}",
+                "model": absolute_name,
+                "checkpoint": None if checkpoint is None else str(resolved(checkpoint)),
+                "seed": self.seed,
+                "files": digests(files_read),
+            }
+
+    def picked(self, subject: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Parameters of each sample. Raises InputError for files that hold none."""
+        if self.inputs is None:
+            for index in range(self.samples):
+                yield {"inputs": None, "index": index, "files": {}}
+        elif self.inputs.suffix == ".pkl":
+            model = load(subject)
+            if not isinstance(model, HasData):
+                raise InputError(f"{self.inputs}: {model.name} reads no info files; expected .npz files of its inputs")
+            info_digest = digests([self.inputs])
+            for index in range(len(model.data(self.inputs, self.samples, self.seed, self.data))):
+                yield {"inputs": str(resolved(self.inputs)), "index": index, "files": info_digest}
+        else:
+            for file in sample_files(self.inputs)[: self.samples]:
+                yield {"inputs": str(resolved(file)), "index": 0, "files": digests([file])}
+
+
+def sample_files(inputs: Path) -> list[Path]:
+    """Files with samples: ``inputs`` itself, or those of the folder, by name. Raises InputError for none."""
+    if not inputs.is_dir():
+        return [inputs]
+    if files := sorted(file for file in inputs.iterdir() if file.name.endswith(ENDINGS)):
+        return files
+    raise InputError(f"{inputs}: holds no sample (a file whose name ends in {' '.join(ENDINGS)})")

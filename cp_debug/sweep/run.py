@@ -1,4 +1,4 @@
-"""A whole sweep: gives Dask the tasks that are left, and has each result in the log before it is counted.
+"""A whole sweep: gives Dask the tasks that are left, has each result in the log before it is counted, and sums up.
 
 Dask tries a task again whose worker died, as often as its scheduler allows. It holds a death against every task that
 the worker had been given. So none waits behind another there; what is more than can run waits with our own scheduler.
@@ -9,20 +9,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from cp_debug.errors import InputError
-from cp_debug.sweep.log import Record, SweepLog
-from cp_debug.sweep.tasks import TOPIC, Task, run_task
+from cp_debug.serialize import BadField, JsonForm, part
+from cp_debug.sweep.log import SCHEMA, Record, SweepLog
+from cp_debug.sweep.spread import SampleGroup
+from cp_debug.sweep.tasks import KINDS, TOPIC, Task, module_of, run_task
 from cp_debug.sweep.workers import ClusterLost, refusals, told
 
 if TYPE_CHECKING:
     from distributed import Client, Future
+
 
 Connect = Callable[[bool], AbstractContextManager["Client"]]
 """Opens the workers; its argument tells whether some task needs a GPU."""
@@ -272,3 +275,61 @@ class Queue:
             self._threads[False] += worker["nthreads"]
             self._threads[True] += worker["nthreads"] if worker["resources"].get("GPU") else 0
         self.progress.waiting_for_gpu = not self._threads[True] and any(task.gpu for task in self._flying.values())
+
+
+@dataclass(frozen=True)
+class FailedTasks:
+    """A task that failed, and why."""
+
+    label: str
+    backends: list[str]
+    sample: str
+    error: str
+
+    @classmethod
+    def of(cls, record: Record) -> FailedTasks:
+        """The failure in a record with an error."""
+        params = record["params"]
+        file = params.get("inputs")
+        sample = f"{file}, sample {params['index']}" if file else f"sample {params.get('index', 0)}"
+        return cls(params["label"], list(params.get("backends", ())), sample, record["error"])
+
+
+@dataclass(frozen=True)
+class SweepResult(JsonForm):
+    """Everything that ``cpdebug sweep`` shows."""
+
+    kind: str
+    tasks: int
+    ran: int
+    """Tasks of this run; the others were in the log."""
+    seconds: float
+    """Duration of this run."""
+    groups: Sequence[SampleGroup]
+    failures: Sequence[FailedTasks]
+    log: str
+    command: str = ""
+
+    @classmethod
+    def of(cls, kind: str, finished: Finished, groups: Sequence[SampleGroup], command: str = "") -> SweepResult:
+        """``groups`` are what the results of ``finished`` were merged to."""
+        failures = [FailedTasks.of(record) for record in finished.failures()]
+        count, log = len(finished.places), str(finished.log.path)
+        return cls(kind, count, finished.ran, finished.seconds, groups, failures, log, command)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every group passed and no task failed."""
+        return not self.failures and all(group.passed for group in self.groups)
+
+    def derived(self) -> dict[str, Any]:
+        """The schema and the outcome."""
+        return {"schema": SCHEMA, "passed": self.passed}
+
+    @classmethod
+    def fields_from(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """The document with its groups read as those of its kind. Raises BadField."""
+        kind = part(str, document, "kind")
+        if kind not in KINDS:
+            raise BadField("kind", f"{kind!r}; expected {', '.join(KINDS)}")
+        return document | {"groups": part(get_type_hints(module_of(kind).merge)["return"], document, "groups")}

@@ -15,9 +15,8 @@ from cp_debug.errors import InputError
 from cp_debug.mixed_precision.goal import DETECTIONS, Goal, without_counts
 from cp_debug.mixed_precision.search import MixedPrecisionOptions, search
 from cp_debug.serialize import json_safe
-from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record, flat_rows, grouped
-from cp_debug.sweep.prepared import load, make_backends, parts_of, pick
+from cp_debug.sweep.prepared import Grid, load, make_backends, parts_of, pick
 from cp_debug.sweep.spread import SampleGroup, Spread, numeric
 from cp_debug.sweep.tasks import Parameters, Task
 

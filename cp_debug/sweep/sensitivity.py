@@ -12,9 +12,8 @@ from cp_debug.files import resolved
 from cp_debug.mixed_precision.sensitivity import LayerRunner, int8_runner, profile_of
 from cp_debug.quantization.open_quantized import open_quantized
 from cp_debug.serialize import json_safe
-from cp_debug.sweep.grid import Grid
 from cp_debug.sweep.log import Record, flat_rows, grouped
-from cp_debug.sweep.prepared import Subject, calibrated, load_subject, pick
+from cp_debug.sweep.prepared import Grid, Subject, calibrated, opened, pick
 from cp_debug.sweep.spread import Outlier, SampleGroup, Spread, numeric, outliers
 from cp_debug.sweep.tasks import Parameters, Task, digests
 
@@ -48,7 +47,7 @@ def task(params: Parameters) -> dict[str, Any]:
 @lru_cache(1)
 def _bench(subject: Subject, quantized: str | None, digest: str | None, batches: int, method: str) -> LayerRunner:
     """``digest`` is the checkpoint's: one that was written again is another."""
-    model = load_subject(subject)
+    model, _ = opened(subject)
     (example,) = model.samples(1, subject.seed, None)
     if quantized is not None:
         return int8_runner(model, open_quantized(model, Path(quantized), None, batches, method=method), example)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cp_debug.detection.bootstrap import ConfidenceInterval
+from cp_debug.detection.evaluation import ConfidenceInterval
 from cp_debug.serialize import JsonForm
 
 FEWEST = 5

@@ -24,7 +24,7 @@ from torch import nn
 
 import cp_debug
 from cp_debug.quantization.quantized_programs import Calibration
-from cp_debug.recipes.images import ImageFormat
+from cp_debug.recipes.input_files import ImageFormat
 
 warnings.simplefilter("ignore")
 class Odd:

@@ -1,30 +1,178 @@
 """mmdet3d's info files of version 1.1 ("v2"): nuScenes, TIER IV's T4 and KITTI.
 
-Changes of coordinate frames are computed as in mmdet3d 1.4, bit for bit.
+Changes of coordinate frames are computed as in mmdet3d 1.4, bit for bit. Reading a file's pickle runs no code of its
+choice, and every entry that is used has the type that it must have.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+import io
+import pickle
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import AfterValidator, BeforeValidator, Field
+from typing_extensions import TypedDict
 
-from cp_debug.errors import InputError
+from cp_debug.errors import DAMAGED, InputError, library_reason
 from cp_debug.files import resolved
-from cp_debug.reading import typed
+from cp_debug.reading import read_bytes, typed
 from cp_debug.recipes.base import Sample
-from cp_debug.recipes.data.attributes import NAMES
-from cp_debug.recipes.data.base import DataOptions, Truth
-from cp_debug.recipes.data.info_schema import Camera, Meta
-from cp_debug.recipes.data.info_schema import Info as InfoEntry
+from cp_debug.recipes.data.base import NAMES, DataOptions, Truth
 from cp_debug.recipes.data.points import Points, read_points
-from cp_debug.recipes.data.unpickle import load_plain_pickle
 from cp_debug.safe_text import some
+
+LARGEST = 1 << 32
+"""Largest size of a file in bytes."""
+
+_NUMPY_MODULES = {"numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric"}
+_NUMPY_FUNCTIONS = {"_reconstruct", "scalar", "_frombuffer"}
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Bytes from text, as protocol 2 stores them."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}; expected latin1")
+    return text.encode("latin1")
+
+
+_PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("_codecs", "encode"): _encode,
+    **{(module, kind.__name__): kind for module in ("builtins", "__builtin__") for kind in (set, frozenset, complex)},
+}
+
+
+class _Refused(Exception):
+    """A name that the file asks for and does not get."""
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Unpickler that builds plain containers and numpy arrays, and refuses every other name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _PLAIN:
+            return _PLAIN[module, name]
+        if module in _NUMPY_MODULES and name in _NUMPY_FUNCTIONS:
+            return super().find_class(module, name)
+        raise _Refused(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise _Refused("a persistent object")
+
+
+def load_plain_pickle(path: Path) -> Any:
+    """The object pickled in ``path``.
+
+    Raises InputError for a missing or broken file, and for a name that is refused, which the message tells.
+    """
+    data = read_bytes(path, what="file", most=LARGEST)
+    try:
+        return _PlainUnpickler(io.BytesIO(data)).load()
+    except _Refused as refused:
+        raise InputError(
+            f"{path}: refused, because it asks for {refused}; expected numpy arrays and plain containers only"
+        ) from None
+    except Exception as error:  # a broken pickle can raise anything
+        raise InputError(f"{path}: not a readable pickle ({library_reason(error) or DAMAGED})") from None
+
+
+def _plain(value: Any) -> Any:
+    """numpy's numbers and arrays as Python's own; what takes too much room stays, and is then refused."""
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.size < 1000):
+        return value.tolist()
+    return value
+
+
+def _invertible(matrix: list[list[float]]) -> list[list[float]]:
+    array = np.array(matrix)
+    if not np.isfinite(array).all() or abs(np.linalg.det(array)) < 1e-9:
+        raise ValueError("expected a matrix that can be inverted")
+    return matrix
+
+
+def _without_null(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("a null byte")
+    return text
+
+
+Number = Annotated[float, BeforeValidator(_plain)]
+Whole = Annotated[int, BeforeValidator(_plain), Field(ge=-(1 << 31), lt=1 << 31)]
+Box = Annotated[list[float], BeforeValidator(_plain), Field(min_length=7, max_length=7)]
+_Row = Annotated[list[float], BeforeValidator(_plain), Field(min_length=4, max_length=4)]
+Matrix = Annotated[list[_Row], BeforeValidator(_plain), Field(min_length=4, max_length=4), AfterValidator(_invertible)]
+Velocity = Annotated[list[float], BeforeValidator(_plain), Field(min_length=2, max_length=2)]
+
+
+class Cloud(TypedDict, total=False):
+    """Entry ``lidar_points`` of an info: the file of the cloud, and its place on the vehicle."""
+
+    lidar_path: Annotated[str, AfterValidator(_without_null)]
+    num_pts_feats: Whole | None
+    lidar2sensor: Matrix
+
+
+class Sweep(TypedDict, total=False):
+    """An earlier sweep: an entry of ``lidar_sweeps``."""
+
+    timestamp: Number
+    lidar_points: Cloud
+
+
+class Instance(TypedDict, total=False):
+    """An object: an entry of ``instances``."""
+
+    bbox_3d: Box
+    bbox_label_3d: Annotated[Whole, Field(ge=-1)]
+    velocity: Velocity
+    num_lidar_pts: Whole
+    num_radar_pts: Whole | None
+
+
+class Camera(TypedDict, total=False):
+    """A camera: an entry of ``images``."""
+
+    lidar2cam: Matrix
+
+
+class CameraObject(TypedDict, total=False):
+    """An object in a camera's frame: an entry of ``cam_instances``."""
+
+    bbox_3d: Annotated[list[float], BeforeValidator(_plain), Field(min_length=3, max_length=9)]
+    attr_label: Annotated[Whole, Field(ge=0, lt=len(NAMES))]
+
+
+class Info(TypedDict, total=False):
+    """Entry of ``data_list``: one sample."""
+
+    token: Any
+    sample_idx: Any
+    sample_id: Any
+    timestamp: Number
+    lidar_points: Cloud
+    lidar_sweeps: list[Sweep] | None
+    instances: list[Instance] | None
+    images: dict[str, Any]
+    """Camera → ``Camera``; KITTI's infos have matrices among them."""
+    cam_instances: dict[str, list[CameraObject]] | None
+
+
+class Meta(TypedDict, total=False):
+    """Entry ``metainfo``: what holds for all samples, class names first of all."""
+
+    dataset: Any
+    DATASET: Any
+    categories: dict[str, Whole] | list[str] | None
+    classes: list[str] | None
+
 
 KITTI_CLASSES = ("Pedestrian", "Cyclist", "Car", "Van", "Truck", "Person_sitting", "Tram", "Misc")
 """KITTI's classes in label order, which its infos do not tell."""
@@ -34,8 +182,8 @@ COLUMNS = ("x", "y", "z", "intensity", "ring")
 LISTED = 5
 """Largest number of names in a message; the others are counted."""
 
-Info = Mapping[str, Any]
-"""An entry of ``data_list``, one of its sweeps, or ``metainfo``, as ``info_schema`` has them."""
+Entry = Mapping[str, Any]
+"""An entry of ``data_list``, one of its sweeps, or ``metainfo``."""
 
 
 class InfoData:
@@ -73,24 +221,25 @@ class InfoData:
         info = self._infos[index]
         clouds = [self._read(info)]
         for sweep in self._sweeps(info):
-            cloud = without_close(self._read(sweep))
+            cloud = self._read(sweep)
+            cloud = cloud[(np.abs(cloud[:, :2]) >= CLOSE).any(axis=1)]
             cloud[:, :3] = to_reference(cloud[:, :3], self._field(sweep, "lidar_points", "lidar2sensor"))
             cloud[:, self._features.index("dt")] = self._field(info, "timestamp") - self._field(sweep, "timestamp")
             clouds.append(cloud)
         truth = self._truth(info) if info.get("instances") is not None else None
         return Sample({"points": np.concatenate(clouds)}, f"{self._path.name} {_identity(info)}", truth)
 
-    def _sweeps(self, info: Info) -> list[Info]:
+    def _sweeps(self, info: Entry) -> list[Entry]:
         """The latest first, as the file has them; none for a model that cannot tell them apart."""
         return list(info.get("lidar_sweeps") or [])[: self._options.sweeps] if "dt" in self._features else []
 
-    def _read(self, record: Info) -> Points:
+    def _read(self, record: Entry) -> Points:
         path = self._files.find(self._field(record, "lidar_points", "lidar_path"))
         assert path is not None, "looked for when the data set was opened"
         width = record["lidar_points"].get("num_pts_feats")
         return read_points(path, self._features, COLUMNS[:width] if width in (4, 5) else None)
 
-    def _truth(self, info: Info) -> Truth:
+    def _truth(self, info: Entry) -> Truth:
         instances = info["instances"]
         boxes = np.array([self._field(instance, "bbox_3d") for instance in instances], dtype=np.float64).reshape(-1, 7)
         if self._kitti and len(boxes):
@@ -114,15 +263,15 @@ class InfoData:
             attributes[has_label],
         )
 
-    def _present(self, infos: Sequence[Any], count: int) -> list[InfoEntry]:
+    def _present(self, infos: Sequence[Any], count: int) -> list[Info]:
         """Entries of samples whose clouds all exist; notes the others, or raises InputError."""
-        present: list[InfoEntry] = []
+        present: list[Info] = []
         missing: list[str] = []
         without = 0
         for index, entry in enumerate(infos if self._options.skip_missing else islice(infos, count)):
             if len(present) == count:
                 break
-            info: InfoEntry = typed(InfoEntry, entry, f"{self._path}: data_list[{index}]")
+            info: Info = typed(Info, entry, f"{self._path}: data_list[{index}]")
             names = [self._field(record, "lidar_points", "lidar_path") for record in (info, *self._sweeps(info))]
             absent = [name for name in names if self._files.find(name) is None]
             missing += absent
@@ -140,7 +289,7 @@ class InfoData:
             raise InputError(f"{self._path}: data_list is empty")
         return present
 
-    def _class_names(self, meta: Info) -> Sequence[str]:
+    def _class_names(self, meta: Entry) -> Sequence[str]:
         """Classes in label order: ``categories`` of mmdet3d, ``classes`` of AWML, or KITTI's."""
         categories = meta.get("categories")
         if isinstance(categories, Mapping):
@@ -163,7 +312,7 @@ class InfoData:
         if lacking:
             yield f"classes of the model that the data lacks: {', '.join(lacking)}"
 
-    def _field(self, record: Info, *keys: str) -> Any:
+    def _field(self, record: Entry, *keys: str) -> Any:
         value: Any = record
         for key in keys:
             if not isinstance(value, Mapping) or key not in value:
@@ -190,15 +339,15 @@ class _FileFinder:
 
 def _mapping(data: Sequence[str], model: Sequence[str]) -> NDArray[np.int64]:
     """Data label → model label, -1 for none; the last entry is that of the label -1."""
-    model_labels = {_plain(name): label for label, name in enumerate(model)}
-    return np.array([*(model_labels.get(_plain(name), -1) for name in data), -1])
+    model_labels = {_word(name): label for label, name in enumerate(model)}
+    return np.array([*(model_labels.get(_word(name), -1) for name in data), -1])
 
 
-def _plain(name: str) -> str:
+def _word(name: str) -> str:
     return name.lower().replace("-", "_").replace(" ", "_")
 
 
-def _attributes(info: Info, boxes: NDArray[np.float64]) -> NDArray[np.str_]:
+def _attributes(info: Entry, boxes: NDArray[np.float64]) -> NDArray[np.str_]:
     """Attribute [M] of each box [M, 7]; nuScenes' infos have them with the boxes in the cameras' frames."""
     names = np.full(len(boxes), "", dtype="<U32")
     corners = np.concatenate((boxes[:, :3], np.ones((len(boxes), 1))), axis=1)
@@ -216,7 +365,7 @@ def _attributes(info: Info, boxes: NDArray[np.float64]) -> NDArray[np.str_]:
     return names
 
 
-def _identity(info: Info) -> str:
+def _identity(info: Entry) -> str:
     """Name of a sample: its token or index, else its cloud's file."""
     names = (info[key] for key in ("token", "sample_idx", "sample_id") if key in info)
     lidar = info.get("lidar_points")
@@ -248,11 +397,6 @@ def bottom_to_centre(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
     moved = boxes.copy()
     moved[:, 2] += moved[:, 5] / 2
     return moved
-
-
-def without_close(points: np.ndarray, radius: float = CLOSE) -> np.ndarray:
-    """The points [N, C] of a sweep that are farther than ``radius`` m from the sensor in x or y."""
-    return points[(np.abs(points[:, :2]) >= radius).any(axis=1)]
 
 
 def to_reference(xyz: NDArray[np.float32], lidar2sensor: ArrayLike) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""Opens what the user gave as data; plain folders of point files are clouds without ground truth."""
+"""Opens what the user gave as data: info files, clouds without ground truth, or none, the held-out synthetic scenes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,42 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from cp_debug.errors import InputError
 from cp_debug.recipes.base import Sample
-from cp_debug.recipes.data.base import DataOptions, DataSet
-from cp_debug.recipes.data.infos import InfoData
+from cp_debug.recipes.centerpoint.scenes import CLASSES, HELD_OUT_SEED, generate_scene
+from cp_debug.recipes.data.base import DataOptions, DataSet, Truth, attributes_of
+from cp_debug.recipes.data.infos import InfoData, load_plain_pickle
 from cp_debug.recipes.data.points import COLUMNS, ENDINGS, columns_of, read_points
-from cp_debug.recipes.data.unpickle import load_plain_pickle
+
+_COLUMNS = ("x", "y", "z", "intensity", "dt")
+
+
+class SyntheticData:
+    """Scenes that no model was trained on, from ``first`` on; with truth for a model of exactly their classes."""
+
+    def __init__(self, features: Sequence[str], class_names: Sequence[str], count: int, first: int) -> None:
+        self.name = f"held-out synthetic scenes {first} to {first + count - 1}"
+        self._columns = [_COLUMNS.index(name) for name in features]
+        self._known = tuple(class_names) == tuple(CLASSES)
+        self._count, self._first = count, first
+        self.notes = [] if self._known else [f"the scenes show {', '.join(CLASSES)}: no ground truth for this model"]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def sample(self, index: int) -> Sample:
+        """Scene ``index``: ``points`` [N, C] in the model's columns; its truth where the classes are the model's."""
+        number = self._first + index
+        scene = generate_scene(HELD_OUT_SEED + number)
+        truth = None
+        if self._known:
+            names = np.array(list(CLASSES))[scene.labels]
+            attributes = attributes_of(names, scene.velocities)
+            truth = Truth(scene.boxes, scene.labels, scene.velocities, scene.num_points, attributes)
+        return Sample({"points": scene.points[:, self._columns]}, f"held-out synthetic scene {number}", truth)
+
 
 DEFAULT_OPTIONS = DataOptions()
 
@@ -32,8 +62,6 @@ def open_data(
     InputError for any other file.
     """
     if path is None:
-        from cp_debug.recipes.data.synthetic import SyntheticData
-
         return SyntheticData(features, class_names, count, first)
     if not path.exists():
         raise InputError(

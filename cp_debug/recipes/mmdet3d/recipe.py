@@ -1,36 +1,160 @@
-"""``mmdet3d:CONFIG``: a detector of the real mmdet3d, as the debugger sees it.
-
-A pillar CenterPoint is this project's own with the detector's weights and settings, checked against every stage tensor
-of the real one. Of any other detector the parts from a dense tensor on are compared: see ``layers.py``.
-"""
+"""``mmdet3d:CONFIG``: a detector of the real mmdet3d: a CenterPoint whole, any other from the first dense tensor on."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import fx, nn
 
 from cp_debug.errors import InputError
 from cp_debug.files import resolved
-from cp_debug.recipes.base import Arrays, Model
+from cp_debug.graph.graph import ValueInfo
+from cp_debug.recipes.base import Arrays, Component, Model, Sample, Stage, Unglued
 from cp_debug.recipes.centerpoint.config import CenterPointConfig
 from cp_debug.recipes.centerpoint.decode import decode
-from cp_debug.recipes.centerpoint.pillar_encoder import decorate
+from cp_debug.recipes.centerpoint.model import decorate, scatter, voxelize
 from cp_debug.recipes.centerpoint.recipe import CenterPointModel, random_weights
-from cp_debug.recipes.centerpoint.scatter import scatter
-from cp_debug.recipes.centerpoint.voxelize import voxelize
 from cp_debug.recipes.checkpoint import check_fit, read_state_dict
-from cp_debug.recipes.mmdet3d.client import DetectorClient
-from cp_debug.recipes.mmdet3d.convert import Unlike, center_point_config
-from cp_debug.recipes.mmdet3d.layers import DetectorLayers
+from cp_debug.recipes.data.open_data import count_data, open_data
+from cp_debug.recipes.input_files import count_samples, file_samples
+from cp_debug.recipes.mmdet3d.client import COLUMNS, DetectorClient, ProgramFailed, Unlike, center_point_config
 from cp_debug.safe_text import did_you_mean
 
+IMAGE, CANVAS = (256, 448), (128, 128)
+"""Height and width of made-up tensors: small, and divisible by the strides of the usual backbones."""
+PROGRAM_TOLERANCE = 1e-5
+"""Largest difference between a module and its exported program, relative to the output's largest element."""
+
+
+class DetectorLayers(Unglued):
+    """A detector's branches (backbone, neck and head behind one tensor each) as components.
+
+    Boxes need the code of the detector, so that nothing is decoded. A branch is fed what it makes of a cloud; one that
+    no cloud reaches (behind images, or behind operations that need CUDA) seeded noise. ``.npz`` files give the tensors
+    themselves. Modules in another process come as exported programs of torch, checked for equal outputs. What torch
+    cannot export (custom operators) is cut off, from the end. Raises InputError when there is no branch, or one of
+    which nothing can be handed over.
+    """
+
+    def __init__(self, name: str, client: DetectorClient, about: Mapping[str, Any], seed: int) -> None:
+        self.name = name
+        self._client, self._torch = client, about["versions"]["torch"]
+        self._columns = tuple(COLUMNS[column] for column in about["columns"] or range(4))
+        cloud = open_data(None, features=self._columns, class_names=(), count=1, first=seed).sample(0)
+        result, examples = client.call("inputs", cloud.arrays)
+        self._reason = result["reason"]
+        self._noise = {branch: _shape(c) for branch, c in result["channels"].items() if branch not in examples and c}
+        self.notes: list[str] = []
+        """Remarks that a reader of the results must know."""
+        if left_out := about.get("left_out"):
+            self.notes.append(f"left out, because it refines the output of the head: {', '.join(left_out)}")
+        self.components: Sequence[Component] = [
+            self._component(branch, array) for branch, array in {**examples, **self._made_up(seed)}.items()
+        ]
+        if not self.components:
+            raise InputError(f"{name}: has no backbone that takes a dense tensor: {self._reason}")
+        self._expected = [
+            ValueInfo(_input(branch), np.dtype(np.float32), (None,) * 4) for branch in {**examples, **self._noise}
+        ]
+
+    def _component(self, branch: str, features: np.ndarray) -> Component:
+        with tempfile.TemporaryDirectory(prefix="cpdebug-") as folder:
+            file = Path(folder) / "branch.pt2"
+            try:
+                exported = self._client.call("program", {"features": features}, branch=branch, file=str(file)).result
+                module = self._client.module(branch) or _read_program(file)
+            except ProgramFailed as error:
+                raise InputError(
+                    f"{self.name}: torch {self._torch} in {self._client.where} cannot export {branch} for torch "
+                    f"{torch.__version__} here: {error}"
+                ) from error
+        self.notes += [f"without {part}, which torch cannot export: {why}" for part, why in exported["dropped"].items()]
+        result, outputs = self._client.call("run", {"features": features}, branch=branch)
+        self._check(branch, module, features, [outputs[name] for name in result["outputs"]])
+        return Component(
+            name=exported["name"],
+            input_names=(_input(branch),),
+            output_names=result["outputs"],
+            module=module,
+            stages=[Stage(child, child) for child, _ in module.named_children()],
+        )
+
+    def _check(self, branch: str, module: nn.Module, features: np.ndarray, expected: Sequence[np.ndarray]) -> None:
+        """Raise InputError where the module computes something else than the detector did."""
+        with torch.no_grad():
+            outputs = module(torch.from_numpy(features))
+        for ours, real in zip(outputs, expected, strict=True):
+            difference = np.abs(ours.numpy() - real).max(initial=0)
+            if not difference <= PROGRAM_TOLERANCE * np.abs(real).max(initial=0):
+                raise InputError(f"{self.name}: the exported program of {branch} differs from it by {difference:.3g}")
+
+    def sample_count(self, inputs: Path) -> int:
+        """Number of samples in these files. Raises InputError for unusable files."""
+        return count_samples(inputs, self._expected) if _holds_tensors(inputs) else count_data(inputs)
+
+    def samples(self, count: int, seed: int, inputs: Path | None) -> Iterator[Sample]:
+        """At most ``count`` samples, noise included for branches that no cloud reaches.
+
+        ``inputs``: ``.npz`` files of the branches' tensors, point files, or None for synthetic scenes from ``seed`` on.
+        Raises InputError for unusable files.
+        """
+        if inputs is not None and _holds_tensors(inputs):
+            yield from file_samples(inputs, self._expected, count)
+            return
+        clouds = open_data(inputs, features=self._columns, class_names=(), count=count, first=seed)
+        for index in range(len(clouds)):
+            cloud = clouds.sample(index)
+            arrays = self._client.call("inputs", cloud.arrays).arrays
+            noise = self._made_up([seed, index])
+            noise_note = f"; noise for {', '.join(noise)}, which no cloud reaches ({self._reason})" if noise else ""
+            yield Sample(
+                {_input(branch): array for branch, array in {**arrays, **noise}.items()}, cloud.source + noise_note
+            )
+
+    def _made_up(self, seed: int | Sequence[int]) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        return {branch: rng.standard_normal(shape, np.float32) for branch, shape in self._noise.items()}
+
+    def feed(self, component: Component, sample: Sample, results: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
+        """The tensor of the component's branch, by the input's name."""
+        (name,) = component.input_names
+        return {name: sample.arrays[name]}
+
+
+def _read_program(file: Path) -> nn.Module:
+    """An exported program as a module with the paths of the one that it was made from. Raises ProgramFailed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = torch.export.unflatten(torch.export.load(file))
+    except Exception as error:  # another version's format fails in many ways
+        raise ProgramFailed(f"{type(error).__name__}: {error}") from error
+    # Without the root's checks of its inputs, which no exporter can trace.
+    return fx.GraphModule(tree, tree.graph).eval()
+
+
+def _input(branch: str) -> str:
+    """Name of a branch's input: unique among the branches, and not that of an output."""
+    return f"{branch}_input"
+
+
+def _shape(channels: int) -> tuple[int, int, int, int]:
+    """Shape of noise for a backbone whose first convolution takes ``channels``: an image's, or a canvas's."""
+    return (1, channels, *(IMAGE if channels == 3 else CANVAS))
+
+
+def _holds_tensors(inputs: Path) -> bool:
+    return inputs.suffix == ".npz" or (inputs.is_dir() and any(inputs.glob("*.npz")))
+
+
 PREFIX = "mmdet3d:"
-TOLERANCE = 1e-4
+STAGE_TOLERANCE = 1e-4
 """Largest difference between two FP32 computations of one stage, relative to the stage's largest element."""
 
 
@@ -93,7 +217,7 @@ class Mmdet3dCenterPoint(CenterPointModel):
         real = client.call("stages", sample.arrays).arrays
         differences = stage_differences(self, sample.arrays["points"], real, boxes=boxes)
         for stage, difference in differences.items():
-            if not difference <= TOLERANCE * float(np.abs(real[stage]).max(initial=0)):
+            if not difference <= STAGE_TOLERANCE * float(np.abs(real[stage]).max(initial=0)):
                 raise Unlike(f"this project's CenterPoint computes another {stage} (max |Δ| {difference:.3g})")
         return differences
 
