@@ -87,7 +87,9 @@ def test_layers_are_ranked_by_what_they_cost() -> None:
 def test_layers_are_left_out_until_the_rest_is_within_the_budget(budget: float, left: list[str]) -> None:
     runner: Any = Errors(ERRORS)
     profile = profile_of(runner, SAMPLES)
+    runner.asked.clear()
     choice = choose_layers(runner, SAMPLES, profile, budget)
+    assert runner.asked[:3] == [runner.all, frozenset(), *([frozenset(left)] if left else [])]  # at once the prediction
     assert sorted(choice.skipped) == sorted(left)
     assert choice.loss.value <= budget
     assert choice.loss.value == pytest.approx(runner.of(frozenset(left)).error)

@@ -385,26 +385,26 @@ def choose_layers(
 ) -> Choice:
     """Few layers to leave in FP32 so that the rest loses at most ``budget`` mAP on ``samples``.
 
-    The most sensitive are taken first, 1, 2, 4 … of them, until the budget is kept; then each that is not needed is
-    given back. Every set is run on all samples. For a model that detects nothing, ``budget`` is the relative L2 error
-    of the outputs. Raises InputError for a budget that nothing can keep.
+    Those that the profile predicts to be enough are tried first (``get_sensitive_layers``), then the most sensitive,
+    twice as many each time, until the budget is kept; then each that is not needed is given back. Every set is run on
+    all samples. For a model that detects nothing, ``budget`` is the relative L2 error of the outputs. Raises InputError
+    for a budget that nothing can keep.
     """
     check_budget(budget)
-    ranked = [row.layer for row in profile.layers]
-    sizes = [0, *(2**k for k in range(len(ranked).bit_length()) if 2**k < len(ranked)), len(ranked)]
-    firsts = [frozenset(ranked[:size]) for size in sizes]
-    measured = runner.measure(samples, dict.fromkeys(firsts), draws=draws, on_step=on_step)
+    ranked, predicted = [row.layer for row in profile.layers], get_sensitive_layers(profile, budget)
+    measured = runner.measure(samples, dict.fromkeys([runner.all, frozenset()]), draws=draws, on_step=on_step)
 
     def loss(kept_layers: KeptLayers) -> ConfidenceInterval:
         if kept_layers not in measured:
             measured.update(runner.measure(samples, [kept_layers], draws=draws, on_step=on_step))
         return _loss(measured[kept_layers], measured[runner.all])
 
-    def extend(grown: Sequence[str]) -> list[str]:
-        return ranked[len(grown) : next((size for size in sizes if size > len(grown)), len(ranked))]
-
-    smallest_set = smallest(lambda kept_layers: loss(kept_layers).value <= budget, extend)  # all in FP32 lose nothing
-    chosen = ranked if smallest_set is None else smallest_set
+    smallest_set = smallest(
+        lambda kept_layers: loss(kept_layers).value <= budget,
+        lambda grown: [name for name in ranked if name not in grown][: max(1, len(grown))],
+        predicted if len(predicted) < len(ranked) else (),
+    )
+    chosen = ranked if smallest_set is None else smallest_set  # all in FP32 lose nothing
     return Choice(budget, chosen, loss(frozenset(chosen)), len(measured))
 
 
@@ -415,7 +415,7 @@ def _loss(test: Measured, reference: Measured) -> ConfidenceInterval:
 
 
 def get_sensitive_layers(profile: SensitivityProfile, budget: float) -> list[str]:
-    """The layers to leave in FP32, as the profile alone predicts it; ``choose_layers`` runs them.
+    """The layers to leave in FP32, as the profile alone predicts it; ``choose_layers`` begins with them.
 
     These are the most sensitive ones until the others, their losses added up, are within ``budget`` (mAP, or the
     outputs' relative L2 error).
