@@ -135,7 +135,9 @@ InputShapes = Sequence[Sequence[int]]
 def distinct_dimensions(graph: Graph, shapes: Mapping[str, InputShapes], path: Path) -> Path:
     """The graph's file, or a copy at ``path`` where an input's dimension has another size than another of its name.
 
-    ``shapes``: input → the shapes that it takes; inputs that it lacks are left alone.
+    Converters write ``?`` or ``None`` for every dimension that they do not know. ONNX Runtime takes no notice; TensorRT
+    refuses the file, as a name is one size there. ``shapes``: input → the shapes that it takes; inputs that it lacks
+    are left alone.
     """
     sizes: dict[str, set[tuple[int, ...]]] = {}
     named = [
