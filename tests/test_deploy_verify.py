@@ -16,7 +16,7 @@ import torch
 from onnx import numpy_helper
 from test_cli import run
 
-from cp_debug.cli.verify import each_test, parse_scenarios
+from cp_debug.cli.deploy import each_test, parse_scenarios
 from cp_debug.deploy.config import load_config
 from cp_debug.deploy.interface_checks import compare_voxels, read_voxels
 from cp_debug.deploy.runner import deploy

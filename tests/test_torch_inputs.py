@@ -32,8 +32,7 @@ from cp_debug.programs.align import module_digest
 from cp_debug.programs.export import export
 from cp_debug.recipes import torch_callable
 from cp_debug.recipes.registry import load_model
-from cp_debug.recipes.torch_callable import TorchModel
-from cp_debug.recipes.torch_inputs import flat_inputs
+from cp_debug.recipes.torch_callable import TorchModel, flat_inputs
 from cp_debug.recipes.torch_programs import load_callable
 
 

@@ -58,7 +58,7 @@ COMMANDS = {
     "report": "results",
     "search": "precision",
     "ui": "results",
-    "verify": "verify",
+    "verify": "deploy",
     "eval": "eval",
     "import": "captures",
     "quantize": "quantize",

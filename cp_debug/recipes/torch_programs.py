@@ -78,7 +78,7 @@ def scripted_model(name: str, module: torch.jit.ScriptModule, inputs: Any) -> To
     """
     from torch._export.converter import TS2EPConverter
 
-    from cp_debug.recipes.torch_inputs import flat_inputs
+    from cp_debug.recipes.torch_callable import flat_inputs
 
     arguments = [argument.name for argument in module.forward.schema.arguments[1:]]  # type: ignore[attr-defined]
     flat = flat_inputs(name, module, inputs, arguments)
