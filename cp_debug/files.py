@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written to a temporary name and renamed when complete."""
+"""Files that appear whole or not at all, renamed when complete; journals of JSON, which grow by whole lines."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from cp_debug.errors import InputError, system_reason
+from cp_debug.reading import reading, sealed
 
 READER = 10.0
 """Seconds to wait for somebody who reads a pipe; opened as a file it would wait for ever."""
@@ -201,6 +202,53 @@ def write_text(text: str, target: Path | None) -> None:
         return
     with complete_file(target) as stream:
         stream.write(text)
+
+
+class Journal:
+    """JSON documents, a line each, which a later run goes on with; ``sealed``, so that a changed one is noticed.
+
+    Every line is one write at the end of the file. So whatever dies leaves whole lines but for the last, which counts
+    for nothing. ``header``: the first line, written where the file is new or has only the start of it. Whether that of
+    an older file is right is for the caller to say, and then to ``repair``. Raises InputError, starting with ``name``,
+    where the file cannot be written.
+    """
+
+    def __init__(self, path: Path, name: str, header: bytes) -> None:
+        self.path, self._name = path, name
+        start = b""
+        if path.is_file():
+            with reading(path), path.open("rb") as stream:
+                start = stream.read(len(header))
+        self.has_header = header.startswith(start)
+        if self.has_header and start != header:
+            self._write(header[len(start) :])
+
+    def lines(self) -> Iterator[bytes]:
+        """The whole lines, and the first in any case."""
+        with self.path.open("rb") as stream:
+            for number, line in enumerate(stream):
+                if number and not line.endswith(b"\n"):
+                    return  # being written
+                yield line
+
+    def repair(self) -> None:
+        """Drop what an interrupted write left at the end. Raises InputError where it cannot be written."""
+        end = sum(map(len, self.lines()))
+        if end < self.path.stat().st_size:
+            self._write(b"")
+            os.truncate(self.path, end)
+
+    def append(self, document: Mapping[str, Any]) -> None:
+        """Add a document. Raises InputError when the disk does not take it."""
+        self._write(f"{sealed(document)}\n".encode())
+
+    def _write(self, line: bytes) -> None:
+        try:
+            with self.path.open("ab", buffering=0) as stream:
+                if stream.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, "no space left")
+        except OSError as error:
+            raise InputError(f"{self._name} cannot be written ({system_reason(error)})") from error
 
 
 def key_of(parts: Mapping[str, Any]) -> str:

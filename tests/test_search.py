@@ -313,6 +313,17 @@ def test_foreign_logs_are_refused(tmp_path: Path) -> None:
         assert path.read_text() == text
     with pytest.raises(InputError, match="cannot be written"):
         TrialLog(tmp_path / "no" / "log.jsonl", ABOUT)
+    with pytest.raises(InputError, match="is a folder; expected a log"):
+        TrialLog(tmp_path, ABOUT)
+
+
+def test_a_log_that_died_within_its_first_line_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    TrialLog(path, ABOUT)
+    path.write_bytes((whole := path.read_bytes())[:9])
+    TrialLog(path, ABOUT).add(TRIAL)
+    assert path.read_bytes().startswith(whole)
+    assert len(TrialLog(path, ABOUT).trials) == 1
 
 
 # ---- emitted forms

@@ -6,7 +6,6 @@ Layers are groups of ONNX nodes in a search, and the calibrated layers in a sens
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +18,14 @@ from typing_extensions import TypedDict
 from cp_debug.detection.boxes import Predictions
 from cp_debug.detection.changes import compare_detections
 from cp_debug.detection.evaluation import ConfidenceInterval, EvaluationOptions, draws_of
-from cp_debug.errors import InputError, system_reason
-from cp_debug.files import check_target
+from cp_debug.errors import InputError
+from cp_debug.files import Journal, check_target
 from cp_debug.mixed_precision.goal import DETECTIONS, Goal, without_counts
 from cp_debug.mixed_precision.layers import Kept
 from cp_debug.probes.caveats import caveats, compare_any, why_nothing
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.programs.scene import decode as decode_scene
-from cp_debug.reading import check_file, json_text, parse_json, read_bytes, sealed, typed, unsealed
+from cp_debug.reading import check_file, json_text, parse_json, sealed, typed, unsealed
 from cp_debug.recipes.abilities import DetectsBoxes
 from cp_debug.recipes.base import Arrays, Model, Sample
 from cp_debug.serialize import JsonForm, decode
@@ -89,18 +88,16 @@ class TrialLog:
 
     def __init__(self, path: Path | None = None, about: Mapping[str, Any] = MappingProxyType({})) -> None:
         """``about``: what the search depends on, JSON-safe. Raises InputError for the log of another search."""
-        self._path = path
+        self._journal: Journal | None = None
         self.trials: dict[tuple[bool, frozenset[tuple[str, str]]], Trial] = {}
         self.engine: dict[str, list[dict[str, Any]]] = {}
         """Component → layers (``name``, ``nodes``) of the engine with nothing kept, where the backend tells."""
         if path is None:
             return
         header = parse_json(json_text({"schema": SCHEMA, **about}), str(path))
-        if path.exists() and check_file(path, "log"):
-            self._read(path, header)
-        else:
-            check_target(path)
-            self._write(header)
+        check_file(path, "log") if path.exists() else check_target(path)
+        self._journal = Journal(path, f"--log: {path}", f"{sealed(header)}\n".encode())
+        self._read(self._journal, header)
 
     def add(self, trial: Trial) -> None:
         """Keep a trial."""
@@ -116,19 +113,13 @@ class TrialLog:
         self._write({"engine": self.engine})
 
     def _write(self, document: Mapping[str, Any]) -> None:
-        if self._path is None:
-            return
-        try:
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(sealed(document) + "\n")
-        except (OSError, ValueError) as error:
-            reason = system_reason(error) if isinstance(error, OSError) else str(error)
-            raise InputError(f"--log: {self._path} cannot be written ({reason})") from None
+        if self._journal is not None:
+            self._journal.append(document)
 
-    def _read(self, path: Path, header: Mapping[str, Any]) -> None:
+    def _read(self, journal: Journal, header: Mapping[str, Any]) -> None:
+        path = journal.path
         try:
-            complete, _, torn = read_bytes(path, what="log").rpartition(b"\n")
-            first, *documents = [unsealed(line, f"line {n}") for n, line in enumerate(complete.split(b"\n"), 1)]
+            first, *documents = [unsealed(line, f"line {n}") for n, line in enumerate(journal.lines(), 1)]
             different = [key for key in header if first[key] != header[key]]
             for document in documents:
                 if "engine" in document:
@@ -146,8 +137,7 @@ class TrialLog:
         if different:
             parts = ", ".join(f"{key} {first[key]!r}, now {header[key]!r}" for key in different)
             raise InputError(f"--log: {path} belongs to another search ({parts}); give another file")
-        if torn:  # a line that was cut off when the search was killed
-            os.truncate(path, len(complete) + 1)
+        journal.repair()
 
 
 Results = Mapping[str, Arrays]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -11,10 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cp_debug.errors import InputError, system_reason
-from cp_debug.files import complete_path, make_folder
+from cp_debug.errors import InputError
+from cp_debug.files import Journal, complete_path, make_folder
 from cp_debug.optional import require
-from cp_debug.reading import check_file, sealed, unsealed
+from cp_debug.reading import check_file, unsealed
 from cp_debug.sweep.spread import numeric
 
 SCHEMA = "cpdebug.sweep/1"
@@ -28,71 +27,36 @@ Flatten = Callable[[Record], list[dict[str, Any]]]
 """Turns a record into rows of a table."""
 
 
-class SweepLog:
+class SweepLog(Journal):
     """The append-only log of a sweep.
 
-    Every record is one write at the end of the file, so that whatever dies leaves whole lines but for the last, which
-    is then dropped. The first record with a result counts; later ones with its key are left alone. As a context, a log
-    that was made here goes again, with the folders made for it, where an error comes before its first record. Raises
-    InputError for a file that is not a log, and for a broken line within one.
+    The first record with a result counts; later ones with its key are left alone. As a context, a log that was made
+    here goes again, with the folders made for it, where an error comes before its first record. Raises InputError for a
+    file that is not a log, and for a broken line within one.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self.others: set[str] = set()
         """Keys of records that ``records`` was not asked for: of other grids."""
         self._new = [place for place in (path, *path.parents) if not os.path.lexists(place)]
         make_folder(path.parent)
         if path.exists() and not path.is_dir():
             check_file(path, "log")
-        try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({system_reason(error)})") from error
-        try:
-            self._repair()
-        except BaseException:
-            self.close()
-            raise
-
-    def _repair(self) -> None:
-        """Write the header where there is none, and drop what an interrupted write left at the end."""
-        with self.path.open("rb") as stream:
-            start = stream.read(len(_HEADER))
-            if start != _HEADER:
-                if not _HEADER.startswith(start):
-                    raise InputError(f"{self.path}: not the log of a sweep; its first line is not {_HEADER.decode()!r}")
-                os.truncate(self._file, 0)
-                os.write(self._file, _HEADER)
-                return
-            end = len(_HEADER)
-            for line in stream:
-                if line.endswith(b"\n"):
-                    end += len(line)
-        os.truncate(self._file, end)
-
-    def append(self, record: Record) -> None:
-        """Add one record. Raises InputError when the disk does not take it."""
-        line = f"{sealed(record)}\n".encode()
-        try:
-            if os.write(self._file, line) != len(line):
-                raise OSError(errno.ENOSPC, "no space left")
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({system_reason(error)})") from error
+        super().__init__(path, f"{path}:", _HEADER)
+        if not self.has_header:
+            raise InputError(f"{path}: not the log of a sweep; its first line is not {_HEADER.decode()!r}")
+        self._write(b"")  # a log that takes no record is refused before the work
+        self.repair()
 
     def __iter__(self) -> Iterator[Record]:
-        with self.path.open("rb") as stream:
-            next(stream, None)
-            for number, line in enumerate(stream, 2):
-                if not line.endswith(b"\n"):
-                    return  # being written
-                try:
-                    record = unsealed(line, "record")
-                    if not isinstance(record.get("key"), str):
-                        raise InputError("it has no key")
-                    yield record
-                except InputError as error:
-                    raise InputError(f"{self.path}: line {number} is not JSON of this sweep ({error})") from None
+        for number, line in islice(enumerate(self.lines(), 1), 1, None):
+            try:
+                record = unsealed(line, "record")
+                if not isinstance(record.get("key"), str):
+                    raise InputError("it has no key")
+                yield record
+            except InputError as error:
+                raise InputError(f"{self.path}: line {number} is not JSON of this sweep ({error})") from None
 
     def records(self, keys: Collection[str]) -> Iterator[Record]:
         """One record for each of ``keys`` that has any: the first with a result, else the last error."""
@@ -113,18 +77,12 @@ class SweepLog:
             yield record
         yield from failed.values()
 
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._file)
-
     def __enter__(self) -> SweepLog:
         return self
 
     def __exit__(self, kind: object, *exc: object) -> None:
-        empty = os.fstat(self._file).st_size <= len(_HEADER)
-        self.close()
-        if kind is not None and empty and self.path in self._new:
-            with suppress(OSError):  # what else is in a folder stays
+        with suppress(OSError):  # what else is in a folder stays
+            if kind is not None and self.path in self._new and self.path.stat().st_size <= len(_HEADER):
                 self.path.unlink()
                 for folder in self._new[1:]:
                     folder.rmdir()
