@@ -4,7 +4,7 @@ A field stands under its own name, or under ``metadata={"key": …}``, where dot
 Further metadata: ``"inline": True`` puts the fields of a part beside those of its owner; ``"absent": …`` is written in
 place of None, and read as None; ``"written": False`` leaves a field out of what is written, ``JsonForm`` supplies it to
 the reader; ``"omit": True`` keeps it out of both; ``"one_of"`` lists the values that may be read. Figures that follow
-from the fields are written, never read: ``JsonForm.derived``. NaN and infinities, which JSON lacks, are the strings
+from the fields are written, never read: ``JsonForm.derives``. NaN and infinities, which JSON lacks, are the strings
 "NaN", "Infinity", "-Infinity". Keys that a class does not know are left alone, so files of later versions of a schema
 can be read.
 """
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from cp_debug.errors import InputError
 
@@ -30,6 +30,9 @@ _ARRAYS = (list, tuple, frozenset, Sequence)
 class JsonForm:
     """Base of dataclasses that are results, or parts of them: what their JSON holds besides their fields."""
 
+    derives: ClassVar[tuple[str, ...]] = ()
+    """Properties that are written, for readers of the file."""
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON document; numbers that JSON lacks are the strings "NaN", "Infinity" and "-Infinity".
 
@@ -39,8 +42,8 @@ class JsonForm:
         return document
 
     def derived(self) -> dict[str, Any]:
-        """Key → figure that follows from the fields, for readers of the file. A key may have dots, as in metadata."""
-        return {}
+        """Key → what is written of ``derives``, and figures of other names. A key may have dots, as in metadata."""
+        return {name: getattr(self, name) for name in self.derives}
 
     def completed(self, document: dict[str, Any]) -> dict[str, Any]:
         """``document``, which holds the fields and the figures, with what repeats parts of it. Never read either."""

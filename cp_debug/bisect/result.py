@@ -147,6 +147,7 @@ class StageRow(JsonForm):
 class Remainder(JsonForm):
     """Divergence of outputs that no layer is guilty of; relative L2 of the worst final output."""
 
+    derives = ("adds_up",)
     divergence: float
     rounding: float | None = None
     """Divergence of the emulated precision on the same inputs; None where it is the test, or cannot be emulated."""
@@ -154,10 +155,6 @@ class Remainder(JsonForm):
     """Node → reason why it was not replayed, or why nobody knows what it may introduce."""
     shared_out: bool = False
     """Whether the layers' shares add up to it: what each introduced, all within its precision, makes it."""
-
-    def derived(self) -> dict[str, Any]:
-        """Whether rounding adds up to it."""
-        return {"adds_up": self.adds_up}
 
     @property
     def adds_up(self) -> bool:
@@ -179,6 +176,7 @@ class Remainder(JsonForm):
 class Attribution(JsonForm):
     """The final divergence of the worst sample, shared out: layers, reference and what is not linear add up to 1."""
 
+    derives = ("remainder",)
     layers: float
     """Sum of the shares of all layers of the test."""
     reference: float | None = None
@@ -192,10 +190,6 @@ class Attribution(JsonForm):
     def remainder(self) -> float:
         """What no share explains: the network is not linear over errors of this size."""
         return 1 - self.layers - (self.reference or 0.0)
-
-    def derived(self) -> dict[str, Any]:
-        """The remainder."""
-        return {"remainder": self.remainder}
 
     def __str__(self) -> str:
         carried = f", with {', '.join(self.carried)} carried to the end" if self.carried else ""

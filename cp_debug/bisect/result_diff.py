@@ -91,6 +91,7 @@ class LayerChange:
 class TestDiff(JsonForm):
     """One test backend in both results."""
 
+    derives = ("worse", "says")
     __test__ = False  # not a test, whatever its name tells pytest
 
     before: str
@@ -144,10 +145,6 @@ class TestDiff(JsonForm):
         why = f": {', '.join(self.reasons)}" if self.reasons and not self.agrees[1] else why
         return f"{verdict}{aside}{why}; layers: {', '.join(parts) or 'none changed'}, {self.same} as before"
 
-    def derived(self) -> dict[str, Any]:
-        """Whether the test got worse, and the difference in a sentence."""
-        return {"worse": self.worse, "says": self.says}
-
 
 def _few(about_layers: list[str]) -> list[str]:
     """The first three texts, and how many more there are."""
@@ -159,6 +156,8 @@ def _few(about_layers: list[str]) -> list[str]:
 class ResultDiff(JsonForm, Shown):
     """Two results, test by test."""
 
+    schema = SCHEMA
+    derives = ("schema", "worse")
     model: str
     before: str
     """Model of the first result; files and folders as the user named them belong to whoever shows it."""
@@ -171,10 +170,6 @@ class ResultDiff(JsonForm, Shown):
     def worse(self) -> bool:
         """Whether any test got worse."""
         return any(test.worse for test in self.tests)
-
-    def derived(self) -> dict[str, Any]:
-        """The schema, and whether any test got worse."""
-        return {"schema": SCHEMA, "worse": self.worse}
 
 
 def diff_results(before: BisectResult, after: BisectResult, *, factor: float = FACTOR) -> ResultDiff:

@@ -199,6 +199,7 @@ def batch_size(sample: Sample) -> int:
 class VoxelChange(JsonForm):
     """Changes from the reference's pillars to the test's, for one cloud."""
 
+    derives = ("agrees",)
     reference: int
     """Pillars of the reference."""
     test: int
@@ -219,10 +220,6 @@ class VoxelChange(JsonForm):
     def agrees(self) -> bool:
         """Whether both sides feed the encoder the same tensor."""
         return not (self.lost or self.gained or self.reordered or self.changed)
-
-    def derived(self) -> dict[str, Any]:
-        """Whether both sides feed the encoder the same tensor."""
-        return {"agrees": self.agrees}
 
     def __str__(self) -> str:
         ours, theirs = self.dropped_points

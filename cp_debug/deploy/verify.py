@@ -202,6 +202,7 @@ class ScenarioResult(JsonForm):
 class VerifyResult(JsonForm, Shown):
     """Result of a verification: every scenario, a reference against a test."""
 
+    derives = ("passed",)
     model: str
     samples: list[str]
     scenarios: list[ScenarioResult]
@@ -212,10 +213,6 @@ class VerifyResult(JsonForm, Shown):
     def passed(self) -> bool:
         """Whether every scenario passed."""
         return all(scenario.passed for scenario in self.scenarios)
-
-    def derived(self) -> dict[str, Any]:
-        """Whether every scenario passed."""
-        return {"passed": self.passed}
 
 
 def verify(

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from cp_debug.detection.changes import DetectionChange
 from cp_debug.display import Shown
@@ -95,6 +94,8 @@ class PredictedOutput:
 class Prediction(JsonForm, Shown):
     """Expected effects of a precision on a target, for the worst of some samples."""
 
+    schema = SCHEMA
+    derives = ("schema", "verdict")
     model: str
     target: str
     precision: str
@@ -154,10 +155,6 @@ class Prediction(JsonForm, Shown):
         if keep_count := sum(bool(layer.keep) for layer in self.layers):
             parts.append(f"{keep_count} to keep in FP32")
         return ", ".join(parts)
-
-    def derived(self) -> dict[str, Any]:
-        """The schema, and the outcome in a sentence."""
-        return {"schema": SCHEMA, "verdict": self.verdict}
 
     def save(self, path: Path) -> None:
         """Write the JSON document, complete or not at all."""

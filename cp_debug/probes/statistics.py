@@ -43,6 +43,7 @@ RESOLUTION = 2.0**-6
 class TensorStats(JsonForm):
     """test − reference, in numbers. Units are those of the tensors, except where a name says otherwise."""
 
+    derives = ("shape_mismatch",)
     shape: tuple[int, ...]
     shape_test: tuple[int, ...]
     dtype_ref: str
@@ -106,10 +107,6 @@ class TensorStats(JsonForm):
         """Whether every element is 0 on both sides: most faults could hide behind that."""
         strange = self.nan_ref or self.inf_ref or self.mismatched or self.shape_mismatch
         return self.count > 0 and self.max_ref == self.max_abs == 0 and not strange
-
-    def derived(self) -> dict[str, Any]:
-        """Whether the shapes differ."""
-        return {"shape_mismatch": self.shape_mismatch}
 
 
 def compare(reference: Tensor, test: Tensor) -> TensorStats:

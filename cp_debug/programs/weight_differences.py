@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -44,6 +43,7 @@ class Difference:
 class WeightDifferences(JsonForm):
     """The weights of a test against those of its reference."""
 
+    derives = ("says",)
     compared: int
     """Number of tensors that were paired with one of the test."""
     differing: list[Difference] = field(default_factory=list)
@@ -70,10 +70,6 @@ class WeightDifferences(JsonForm):
         if self.note and not self.compared:
             return "; ".join([self.note, *alone])
         return "; ".join([*filter(None, [self.note]), text, *alone])
-
-    def derived(self) -> dict[str, Any]:
-        """The result in one line."""
-        return {"says": self.says}
 
 
 def weight_differences(reference: Graph, test: Graph) -> WeightDifferences:

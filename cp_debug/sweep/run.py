@@ -299,6 +299,8 @@ class FailedTasks:
 class SweepResult(JsonForm):
     """Everything that ``cpdebug sweep`` shows."""
 
+    schema = SCHEMA
+    derives = ("schema", "passed")
     kind: str
     tasks: int
     ran: int
@@ -321,10 +323,6 @@ class SweepResult(JsonForm):
     def passed(self) -> bool:
         """Whether every group passed and no task failed."""
         return not self.failures and all(group.passed for group in self.groups)
-
-    def derived(self) -> dict[str, Any]:
-        """The schema and the outcome."""
-        return {"schema": SCHEMA, "passed": self.passed}
 
     @classmethod
     def fields_from(cls, document: dict[str, Any]) -> dict[str, Any]:

@@ -124,6 +124,7 @@ def flat(row: Any, samples: Sequence[str]) -> dict[str, Any]:
 class SampleGroup(JsonForm):
     """Results that belong together in the report: one model, and one test backend or all, over samples."""
 
+    derives = ("passed",)
     label: str
     """The model, as the user wrote it."""
 
@@ -131,10 +132,6 @@ class SampleGroup(JsonForm):
     def passed(self) -> bool:
         """Whether nothing is wrong with it; True where nothing is judged."""
         return True
-
-    def derived(self) -> dict[str, Any]:
-        """The outcome."""
-        return {"passed": self.passed}
 
     def table(self) -> Sequence[Any]:
         """Dataclasses that ``rows`` makes flat, by default the layers."""

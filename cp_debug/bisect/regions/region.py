@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from cp_debug.backends.tensorrt.inspector import EngineLayer
 from cp_debug.graph.graph import Graph, Node, data_values
@@ -20,6 +19,7 @@ MANY = 8
 class Region(JsonForm):
     """Nodes that stand or fall together, in execution order."""
 
+    derives = ("label",)
     nodes: tuple[str, ...]
     """ONNX nodes by name; what constants and shapes are computed from is left out."""
     kind: str = ""
@@ -34,10 +34,6 @@ class Region(JsonForm):
     def label(self) -> str:
         """``fused region of 289 nodes (/b.0/n1 … /fc/Gemm)``."""
         return f"fused region of {len(self.nodes)} nodes ({self.nodes[0]} … {self.nodes[-1]})"
-
-    def derived(self) -> dict[str, Any]:
-        """The label."""
-        return {"label": self.label}
 
 
 def region_of(nodes: Iterable[str], value: str, graph: Graph, layers: Sequence[EngineLayer] = ()) -> Region | None:
