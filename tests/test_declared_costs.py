@@ -82,11 +82,22 @@ def followed(path: Path, finding: Finding, precision: str = "fp16") -> TestResul
     return test
 
 
+def rotation(folder: Path) -> Path:
+    """Positions of 3000 and more times a frequency, both constants, as angles of what the input is multiplied with."""
+    net = NetBuilder()
+    places = net.weight(np.arange(3000, 3032, dtype=np.float32)[None])
+    angles = net.op("Mul", places, const(net, 0.5), name="angles")
+    net.op("Mul", "x", net.op("Cos", angles, name="cos"), name="y")
+    np.savez(folder / "x.npz", x=net.rng.standard_normal((8, 32)).astype(np.float32))
+    return net.save(folder / "rotation.onnx", {"x": (1, [8, 32])}, ["y"])
+
+
 @pytest.mark.parametrize(
     ("network", "layers", "says"),
     [
         (offset, ["node_offset"], "100% of the final divergence comes from here: 1001.27 is 1001.5 in FP16"),
         (positions, ["node_cast"], "84% of the final divergence comes from here: 5002 is 5000 in FP16"),
+        (rotation, ["node_angles"], "100% of the final divergence comes from here: 1508.5 is 1508 in FP16"),
     ],
 )
 def test_the_layer_that_makes_most_is_named_and_what_is_told_to_keep_was_tried(
@@ -104,6 +115,26 @@ def test_the_layer_that_makes_most_is_named_and_what_is_told_to_keep_was_tried(
     assert max(row.stats.rel_l2 for row in after.outputs) == pytest.approx(finding.evidence["after"], rel=1e-3)
     assert max(row.stats.rel_l2 for row in test.outputs) == pytest.approx(finding.evidence["before"], rel=1e-3)
     assert finding.evidence["after"] < 0.01 * finding.evidence["before"]
+
+
+def test_what_overflows_is_kept_in_fp32_as_far_as_what_makes_it_small_again(tmp_path: Path) -> None:
+    net = NetBuilder()
+    large = net.op("Mul", "x", const(net, 1e6), name="up")
+    net.op("Relu", net.op("Mul", large, const(net, 1e-6), name="down"), name="y")
+    np.savez(tmp_path / "x.npz", x=net.rng.standard_normal((4, 8)).astype(np.float32))
+    path = net.save(tmp_path / "large.onnx", {"x": (1, [4, 8])}, ["y"])
+    (test,) = bisect(str(path), "ort,emu-fp16", options=Options(inputs=tmp_path / "x.npz")).tests
+    assert [finding.layers for finding in test.findings] == [["node_up"], ["node_down"]]
+    for finding in test.findings:
+        assert finding.evidence["keep_fp32"] == ["node_up", "node_down"]
+        after = followed(path, finding)
+        assert max(row.stats.rel_l2 for row in after.outputs) == pytest.approx(finding.evidence["after"], rel=1e-3)
+        assert finding.evidence["after"] < 1e-3 < finding.evidence["before"]
+
+
+def test_a_share_that_rounds_to_nothing_has_no_sign(tmp_path: Path) -> None:
+    test, _ = found(deep(tmp_path), "bf16", rtol=1e-6, atol=1e-6)
+    assert "-0%" not in " ".join(finding.says for finding in test.findings)
 
 
 def test_many_layers_add_up_and_those_that_make_most_come_first(tmp_path: Path) -> None:

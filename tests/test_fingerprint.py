@@ -111,3 +111,12 @@ def test_in_fp32_it_says_what_it_says_in_fp64(size: float) -> None:
     assert apart == pytest.approx(exact, rel=1e-3)
     assert fingerprint(x).distance(fingerprint(x.double())) < 2e-6
     assert torch.equal(x, given)
+
+
+def test_numbers_whose_squares_float64_has_no_room_for_have_distances() -> None:
+    x = torch.randn(1000, dtype=torch.float64) * 1e200
+    y = x.clone()
+    y[7] += 1e201
+    true = float((x / 1e200 - y / 1e200).norm() / (y / 1e200).norm())
+    assert fingerprint(x).distance(fingerprint(x)) == 0
+    assert true / 4 < fingerprint(x).distance(fingerprint(y)) < 2.5 * true

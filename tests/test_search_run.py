@@ -73,6 +73,16 @@ def test_an_overflow_needs_both_of_its_layers(overflowing: Path, backend: str) -
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["kept"][0]["introduced"] == "Infinity"
 
 
+def test_what_depends_on_no_input_can_be_kept(tmp_path: Path) -> None:
+    net = NetBuilder()
+    places = net.weight(np.arange(3000, 3032, dtype=np.float32)[None])
+    angles = net.op("Mul", places, net.weight(np.array(0.5, np.float32)), name="angles")
+    net.op("Mul", "x", net.op("Cos", angles, name="cos"), name="y")
+    path = net.save(tmp_path / "rotation.onnx", {"x": (1, [8, 32])}, ["y"])
+    result = run(path, "ort,emu-fp16")
+    assert (result.reached, result.keep) == (True, {"rotation": ["node_angles", "node_cos"]})
+
+
 def test_nothing_to_keep_is_one_trial(tmp_path: Path) -> None:
     result = run(chain(tmp_path / "net.onnx"))
     assert (result.reached, result.kept, len(result.trials)) == (True, [], 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -392,8 +392,9 @@ class CandidateRun:
         replays: Mapping[Key, Replay],
         floors: Mapping[Key, float],
         sample: int,
+        asked: Collection[Key] = (),
     ) -> dict[Key, LayerRow]:
-        """The judged layers, in execution order."""
+        """The judged layers of ``stats``, in execution order: side values where they are not OK, or ``asked`` for."""
         rows: dict[Key, LayerRow] = {}
         kernels = {name: kernels_of(session) for name, session in self.pipeline.sessions.items()}
         tactics = {
@@ -416,7 +417,7 @@ class CandidateRun:
                 judgement = judged(judgement, replay)
                 if layer.op == "Constant" and judgement.verdict == DIVERGENT:
                     judgement = judgement._replace(why="it is another constant in the test")
-                if judgement.verdict == OK and key not in outputs:
+                if judgement.verdict == OK and key not in outputs and key not in asked:
                     continue
             region = self._region(key, replay)
             if region is not None:

@@ -26,7 +26,7 @@ from cp_debug.bisect.options import Options, StepCounter
 from cp_debug.bisect.regions.guilty import can_build, look_inside
 from cp_debug.bisect.remainder import Flip, flips, flips_told, remainder
 from cp_debug.bisect.replayed import EXCESS, Replay
-from cp_debug.bisect.result import GUILTY, Attribution
+from cp_debug.bisect.result import GUILTY, Attribution, LayerRow
 from cp_debug.bisect.shares import NOT_LINEAR, Shares, set_shares
 from cp_debug.bisect.special_values import judge_signs, trace_origins
 from cp_debug.bisect.verdict import counts_told
@@ -38,6 +38,9 @@ from cp_debug.programs.scene import decode, keep_scene
 from cp_debug.programs.walk import Walk
 from cp_debug.recipes.base import Arrays, Model, Sample
 from cp_debug.serialize import json_safe
+
+COSTLY = 0.1
+"""Share of the final divergence from which a side value has a row."""
 
 
 class ReferenceRun(NamedTuple):
@@ -117,6 +120,26 @@ class SampleRuns:
         writer.capture.release()
         return decoded
 
+    @staticmethod
+    def _costly_sides(
+        run: CandidateRun,
+        shares: Shares,
+        stats: Mapping[Key, TensorStats],
+        replays: Mapping[Key, Replay],
+        floors: Mapping[Key, float],
+        index: int,
+    ) -> dict[Key, LayerRow]:
+        """Rows of side values that are within the tolerance themselves and yet make a part of the final divergence.
+
+        The angles of a rotation depend on no input, and FP16 has no room for the positions that they are made of.
+        """
+        asked = [k for k, share in shares.of_layers.items() if abs(share) >= COSTLY and k in stats and k in run.layers]
+        sides = {key: stats[key] for key in asked if run.layers[key].kind != "data"}
+        rows = run.rows(sides, replays, floors, index, sides) if sides else {}
+        for key, row in rows.items():
+            row.share = shares.of_layers[key]
+        return rows
+
     def _judge(
         self, run: CandidateRun, collected: Collected, of: tuple[int, Sample], side: ReferenceRun, own: RunOfTest
     ) -> None:
@@ -158,6 +181,9 @@ class SampleRuns:
             self._progress.tell(f"{spec}, sample {index}: shares")
             try:
                 attribution = set_shares(shares, rows)
+                if attribution is not None and not all(row.within for row in rows.values()):
+                    rows |= self._costly_sides(run, shares, stats, replays, floors, index)
+                    rows = {key: rows[key] for key in run.layers if key in rows}
                 settled |= judge_lost(run, rows, shares, side.outputs[last], results[last]) if lost else {}
             except Exception as error:
                 failures.append(f"the layers' shares of the final divergence are unknown: {in_one_line(error)}")

@@ -10,7 +10,7 @@ from cp_debug.backends.narrow_options import is_narrow
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node, data_values
 from cp_debug.graph.half_precision import computed_low
-from cp_debug.graph.operators import ACTIVATIONS, ALL_MOVERS, BODIES, CONTRACTIONS, PRODUCTS
+from cp_debug.graph.operators import ACTIVATIONS, ALL_MOVERS, BODIES, CONTRACTIONS, PRODUCTS, QUANTIZERS
 from cp_debug.graph.qdq import quantized_inputs
 from cp_debug.programs.layers import layer_name
 
@@ -122,6 +122,8 @@ class TrialPrecision:
         if self.name == "tf32" or is_narrow(self.name):
             return frozenset(n.name for n in nodes if n.op in CONTRACTIONS)
         low = computed_low(graph, CASTS[self.name])
+        # Beside them, what depends on no input: the angles of a rotation are rounded, too.
+        nodes += [n for n in graph.nodes if data.isdisjoint(n.outputs) and n.op not in {*BODIES, *QUANTIZERS}]
         return frozenset(n.name for n in nodes if n.name in low and n.op not in ALL_MOVERS)
 
     def high(self, graph: Graph, kept_nodes: Collection[str]) -> frozenset[str]:

@@ -39,8 +39,10 @@ class Fingerprint:
         """Estimate of ‖x - y‖ / max(‖x‖, ‖y‖); infinite for another shape or other NaN and Inf counts."""
         if self.shape != other.shape or self.special != other.special:
             return float("inf")
-        difference = float(np.sqrt(np.mean((self.projections - other.projections) ** 2)))
-        return difference / max(self.norm, other.norm) if difference else 0.0
+        whole = max(self.norm, other.norm)
+        # Divided before they are squared: FP64 has no room for the squares of numbers beyond 1e154.
+        apart = (self.projections / whole - other.projections / whole) if whole else np.zeros(1)
+        return float(np.sqrt(np.mean(apart**2)))
 
 
 def fingerprint(tensor: Tensor | np.ndarray) -> Fingerprint:
@@ -53,7 +55,7 @@ def fingerprint(tensor: Tensor | np.ndarray) -> Fingerprint:
     flat = tensor.detach().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat.resolve_conj()).reshape(-1)
-    sums, square, special = torch.zeros(PROJECTIONS, dtype=torch.float64), 0.0, torch.zeros(3, dtype=torch.int64)
+    sums, norm, special = torch.zeros(PROJECTIONS, dtype=torch.float64), 0.0, torch.zeros(3, dtype=torch.int64)
     for start in range(0, flat.numel(), _PIECE):
         given = flat[start : start + _PIECE]
         numbers = given.to("cpu", _held(given.dtype))
@@ -66,12 +68,13 @@ def fingerprint(tensor: Tensor | np.ndarray) -> Fingerprint:
         if not math.isfinite(own):  # NaN, Inf, or numbers of float64 whose squares it has no room for
             special += torch.stack([numbers.isnan().sum(), numbers.isposinf().sum(), numbers.isneginf().sum()])
             numbers = torch.where(numbers.isfinite(), numbers, 0.0)  # it may be the caller's own
-            own = float(torch.linalg.vector_norm(numbers))
-        square += own * own
+            largest = float(numbers.abs().max())
+            own = largest * float(torch.linalg.vector_norm(numbers / largest)) if largest else 0.0
+        norm = math.hypot(norm, own)
         blocks = numbers.view(-1, _BLOCK)
         index, first = divmod(start // _BLOCK, _CHUNK // _BLOCK)
         sums += (blocks @ _within_block(blocks.dtype) * _signs(index)[first : first + len(blocks)]).sum(dim=0)
-    return Fingerprint(tuple(tensor.shape), tuple(special.tolist()), square**0.5, sums.numpy())
+    return Fingerprint(tuple(tensor.shape), tuple(special.tolist()), norm, sums.numpy())
 
 
 def _held(dtype: torch.dtype) -> torch.dtype:

@@ -84,7 +84,7 @@ def int8(
         [row.op],
         evidence={
             "introduced": row.replay and row.replay.introduced,
-            "then": ", ".join(f"{r.name} ({r.share:.0%})" for _, r in ranked[1:4]),
+            "then": ", ".join(f"{r.name} ({_part(r)})" for _, r in ranked[1:4]),
             **figures,
         },
         effect=Effect(row.share),
@@ -107,6 +107,11 @@ def _costliest_first(
 def _off(alone: Mapping[Key, float]) -> str:
     """``: the outputs are 0.94 off by its error alone``, of the costliest; empty without any."""
     return f": the outputs are {max(alone.values()):.2g} off by its error alone" if alone else ""
+
+
+def _part(row: LayerRow) -> str:
+    """A share in per cent; what rounds to nothing has no sign."""
+    return f"{round(row.share or 0.0, 2) + 0.0:.0%}"
 
 
 def _size(row: LayerRow) -> float:
@@ -170,7 +175,7 @@ def declared(
     if few:
         says = _where_from(run, rows, first, segments[0])
     elif rounds[0][1].share:
-        most = ", ".join(f"{row.name} ({row.share:.0%})" for _, row in rounds[:NAMED_FIRST] if row.share)
+        most = ", ".join(f"{row.name} ({_part(row)})" for _, row in rounds[:NAMED_FIRST] if row.share)
         cancels = sum(_size(row) for _, row in rounds) > CANCELS
         much = _size(rounds[0][1]) >= MUCH
         says += f"; most comes from {most}" if much else f"; none contributes much, {most} most"
@@ -260,7 +265,7 @@ def _where_from(run: CandidateRun, rows: Rows, first: Sequence[tuple[Key, LayerR
     it enlarges it 3,300 times``."""
     (key, row), claim = first[0], run.precision.name
     share = sum(r.share or 0.0 for _, r in first)
-    parts = ", ".join(f"{r.name} {r.share:.0%}" for _, r in first) if len(first) > 1 else ""
+    parts = ", ".join(f"{r.name} {_part(r)}" for _, r in first) if len(first) > 1 else ""
     text = f"{min(share, 1.0):.0%} of the final divergence comes from here" + (f" ({parts})" if parts else "")
     worst = next(iter(locate(segment, row.name).worst), None)
     if worst is not None and claim in BITS and row.op != "MatMul":

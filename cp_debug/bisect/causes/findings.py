@@ -19,7 +19,7 @@ from cp_debug.bisect.causes.graphs import GraphReader
 from cp_debug.bisect.causes.narrow import departure
 from cp_debug.bisect.causes.narrow_costs import costs
 from cp_debug.bisect.causes.precision import PROMOTED
-from cp_debug.bisect.causes.ranges import RESCALE
+from cp_debug.bisect.causes.ranges import BEYOND_FP16
 from cp_debug.bisect.causes.search import ENOUGH, Explanation, accepted, explain
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
 from cp_debug.bisect.causes.where import counted, in_words, locate, orders
@@ -342,8 +342,11 @@ class Explainer:
 
     def _fix(self, cause: Candidate, rows: Sequence[LayerRow]) -> tuple[str, dict[str, Any]]:
         """The cause's advice with the layers' names, with flags where it is about INT8; and figures of its trial."""
-        if cause.fix == RESCALE and self._of_kept is not None:
-            return declared.kept(self._of_kept, rows)
+        if cause.cause in BEYOND_FP16 and self._of_kept is not None:
+            told = declared.kept(self._of_kept, rows)
+            guilty = [row for row in self._rows.values() if row.verdict == GUILTY]
+            # Where a number overflows in front, keeping what is behind helps nothing.
+            return told if told[1] or len(guilty) <= len(rows) else declared.kept(self._of_kept, guilty)
         names = _node_names(rows) if cause.cause in PROMOTED else [row.name for row in rows]
         constant = cause.evidence.get("constant") if len(rows) == 1 else None
         fix = cause.fix.replace("the weights of {layers}", constant or f"the weights of {some(names)}")

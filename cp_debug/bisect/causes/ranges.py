@@ -30,6 +30,8 @@ FEWEST_CUT = 3
 """Elements that must be at a bound there."""
 
 RESCALE = "scale the layer down and its reader up, or keep these nodes in FP32: {layers}"
+BEYOND_FP16 = frozenset(("fp16-flush", "fp16-overflow", "fp16-underflow"))
+"""Causes against which keeping nodes in FP32 is tried, where FP16 is emulated."""
 
 
 def half_figures(exact: Tensor) -> dict[str, float]:
