@@ -278,6 +278,7 @@ def test_a_grid_is_told_by_its_step_and_what_is_wrong_with_it(
     assert candidate.says == says
     assert candidate.evidence["scale"] == pytest.approx(step)
     assert candidate.evidence["needed_scale"] == pytest.approx(4 / 127)
+    assert ("percentile" in candidate.fix) == (cause == "int8-clipped")  # a higher one makes a coarse scale coarser
     levels = (exact.exact / step).round()
     low, high = candidate.evidence["levels"]
     assert candidate.evidence["clipped"] == pytest.approx(float(((levels < low) | (levels > high)).double().mean()))

@@ -57,7 +57,7 @@ def on_a_grid(segment: Segment) -> Iterator[Candidate]:
             name, says, fix = (
                 "int8-coarse",
                 f"INT8 scale {step:.3g} is {step / needed:.1f} times too coarse",
-                _PERCENTILE,
+                f"calibrate {{layers}} again, on data like this: a scale of {needed:.3g}",
             )
         elif _uneven(segment):
             name, says = "int8-per-tensor", f"one INT8 scale ({step:.3g}) for channels of very different range"
