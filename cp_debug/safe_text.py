@@ -267,6 +267,11 @@ def amount(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def percent(share: float) -> str:
+    """``62%``; ``0%`` also for negative shares that round to zero."""
+    return f"{round(share, 2) + 0.0:.0%}"
+
+
 def in_digits(value: float) -> str:
     """Six digits, ``0.0233179``; whole numbers with all of theirs, up to fifteen: ``16777217``."""
     return f"{value:.{15 if abs(value) < 1e15 and float(value).is_integer() else 6}g}"

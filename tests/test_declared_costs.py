@@ -27,8 +27,8 @@ from cp_debug.programs.precision import PRECISIONS
 from cp_debug.quantization.onnx_ptq import calibrate_graph
 from cp_debug.quantization.quantized_programs import Calibration
 from cp_debug.reports.causes import lines
-from cp_debug.reports.numbers import percent
 from cp_debug.reports.verdict_line import headline
+from cp_debug.safe_text import percent
 
 
 def const(net: NetBuilder, value: float) -> str:
@@ -132,9 +132,9 @@ def test_what_overflows_is_kept_in_fp32_as_far_as_what_makes_it_small_again(tmp_
         assert finding.evidence["after"] < 1e-3 < finding.evidence["before"]
 
 
-def test_a_share_that_rounds_to_nothing_has_no_sign(tmp_path: Path) -> None:
-    test, _ = found(deep(tmp_path), "bf16", rtol=1e-6, atol=1e-6)
-    assert "-0%" not in " ".join(finding.says for finding in test.findings)
+@pytest.mark.parametrize(("share", "told"), [(-0.004, "0%"), (0.004, "0%"), (-0.006, "-1%"), (0.62, "62%")])
+def test_a_share_that_rounds_to_nothing_has_no_sign(share: float, told: str) -> None:
+    assert percent(share) == told
 
 
 def test_many_layers_add_up_and_those_that_make_most_come_first(tmp_path: Path) -> None:

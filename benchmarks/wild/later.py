@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from wild.architectures import Made, _image
-from wild.packaged import _SMALL, _ids, _padded, _seeded, _transformers
+from wild.packaged import _SMALL, _SPEECH, _ids, _padded, _seeded, _transformers
 
 _MAKERS: dict[str, Callable[[], Made]] = {
     "convnextv2": _transformers(
@@ -94,14 +94,7 @@ _MAKERS: dict[str, Callable[[], Made]] = {
         "HubertForCTC",
         lambda: {"input_values": torch.cos(torch.arange(1600.0) / 7)[None] + 0.1 * torch.randn(1, 1600)},
         "logits",
-        **_SMALL,
-        conv_dim=(24, 24, 24),
-        conv_stride=(5, 2, 2),
-        conv_kernel=(10, 3, 3),
-        num_feat_extract_layers=3,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=4,
-        vocab_size=20,
+        **_SPEECH,
     ),
     "yolos": _transformers(
         "YolosForObjectDetection",

@@ -150,6 +150,16 @@ def _padded(count: int) -> Tensor:
 
 
 _SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+_SPEECH = {
+    **_SMALL,
+    "conv_dim": (24, 24, 24),
+    "conv_stride": (5, 2, 2),
+    "conv_kernel": (10, 3, 3),
+    "num_feat_extract_layers": 3,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "vocab_size": 20,
+}
 _TOWER = {**_SMALL, "image_size": 32, "patch_size": 8, "projection_dim": 24}
 _RT_DETR = {
     "backbone_config": {
@@ -192,14 +202,7 @@ _MAKERS: dict[str, Callable[[], Made]] = {
         "Wav2Vec2ForCTC",
         lambda: {"input_values": torch.sin(torch.arange(1600.0) / 9)[None] + 0.1 * torch.randn(1, 1600)},
         "logits",
-        **_SMALL,
-        conv_dim=(24, 24, 24),
-        conv_stride=(5, 2, 2),
-        conv_kernel=(10, 3, 3),
-        num_feat_extract_layers=3,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=4,
-        vocab_size=20,
+        **_SPEECH,
     ),
     "rtdetr": _transformers(
         "RTDetrForObjectDetection", lambda: {"pixel_values": _image(64)}, "logits pred_boxes", **_RT_DETR

@@ -183,8 +183,8 @@ class Attribution(JsonForm):
     """Share of the reference's own rounding; None where the layers' shares add up without it, or all is within the
     tolerance."""
     carried: list[str] = field(default_factory=list)
-    """Layers whose share is their error carried to the end; all others are by derivatives, the mean of those between
-    both sides where the network is not linear."""
+    """Layers whose share is their error carried to the end; all others are by derivatives midway between both sides, or
+    the mean of two where these do not add up."""
 
     @property
     def remainder(self) -> float:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-
-def percent(share: float) -> str:
-    """``62%``; ``0%`` also for negative shares that round to zero."""
-    return f"{round(share, 2) + 0.0:.0%}"
+from cp_debug.safe_text import percent
 
 
 def share(value: float) -> str:

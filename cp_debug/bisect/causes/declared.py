@@ -22,7 +22,7 @@ from cp_debug.bisect.shares import NOT_LINEAR
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import downstream
 from cp_debug.programs.pipeline import Key
-from cp_debug.safe_text import in_digits
+from cp_debug.safe_text import in_digits, percent
 
 MOST = 0.8
 """Part of what all layers make of the divergence that the named layers make."""
@@ -84,7 +84,7 @@ def int8(
         [row.op],
         evidence={
             "introduced": row.replay and row.replay.introduced,
-            "then": ", ".join(f"{r.name} ({_part(r)})" for _, r in ranked[1:4]),
+            "then": ", ".join(f"{r.name} ({percent(r.share or 0.0)})" for _, r in ranked[1:4]),
             **figures,
         },
         effect=Effect(row.share),
@@ -107,11 +107,6 @@ def _costliest_first(
 def _off(alone: Mapping[Key, float]) -> str:
     """``: the outputs are 0.94 off by its error alone``, of the costliest; empty without any."""
     return f": the outputs are {max(alone.values()):.2g} off by its error alone" if alone else ""
-
-
-def _part(row: LayerRow) -> str:
-    """A share in per cent; what rounds to nothing has no sign."""
-    return f"{round(row.share or 0.0, 2) + 0.0:.0%}"
 
 
 def _size(row: LayerRow) -> float:
@@ -175,7 +170,7 @@ def declared(
     if few:
         says = _where_from(run, rows, first, segments[0])
     elif rounds[0][1].share:
-        most = ", ".join(f"{row.name} ({_part(row)})" for _, row in rounds[:NAMED_FIRST] if row.share)
+        most = ", ".join(f"{row.name} ({percent(row.share or 0.0)})" for _, row in rounds[:NAMED_FIRST] if row.share)
         cancels = sum(_size(row) for _, row in rounds) > CANCELS
         much = _size(rounds[0][1]) >= MUCH
         says += f"; most comes from {most}" if much else f"; none contributes much, {most} most"
@@ -265,8 +260,8 @@ def _where_from(run: CandidateRun, rows: Rows, first: Sequence[tuple[Key, LayerR
     it enlarges it 3,300 times``."""
     (key, row), claim = first[0], run.precision.name
     share = sum(r.share or 0.0 for _, r in first)
-    parts = ", ".join(f"{r.name} {_part(r)}" for _, r in first) if len(first) > 1 else ""
-    text = f"{min(share, 1.0):.0%} of the final divergence comes from here" + (f" ({parts})" if parts else "")
+    parts = ", ".join(f"{r.name} {percent(r.share or 0.0)}" for _, r in first) if len(first) > 1 else ""
+    text = f"{percent(min(share, 1.0))} of the final divergence comes from here" + (f" ({parts})" if parts else "")
     worst = next(iter(locate(segment, row.name).worst), None)
     if worst is not None and claim in BITS and row.op != "MatMul":
         text += (
