@@ -189,6 +189,23 @@ def test_layers_that_do_what_they_must_have_shares_too(tmp_path: Path) -> None:
     assert sum(found.values()) == pytest.approx(1, abs=1e-3)
 
 
+def test_where_fp32_does_what_it_promises_no_share_is_asked(tmp_path: Path) -> None:
+    """Shares take as long as a run. In FP16 they are asked within the tolerance, too: somebody chose its rounding."""
+    net, inputs = NetBuilder(), tmp_path / "x.npz"
+    weight = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
+    net.op("Neg", net.op("MatMul", times(net, "x", 0.7, "scaled"), net.weight(weight), name="product"), name="y")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [1, 32])}, ["y"])
+    np.savez(inputs, x=X)
+    options = Options(inputs=inputs, explain=False)
+    same, coarse = (bisect(str(path), f"ort,emu-{p}", options=options).tests[0] for p in ("fp32", "fp16"))
+    assert same.agrees
+    assert coarse.agrees
+    assert same.rows[-1].stats.max_abs > 0
+    assert same.attribution is None
+    assert all(row.share is None for row in same.rows)
+    assert any(row.share for row in coarse.rows)
+
+
 def test_the_references_own_rounding_is_told_by_itself(tmp_path: Path) -> None:
     """An exact test and a reference that is 1 % off: the layers of the test make nothing of it."""
     editor = Editor(chain(tmp_path))
