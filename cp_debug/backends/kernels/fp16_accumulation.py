@@ -227,8 +227,8 @@ def conv_transpose(
 def matmul(a: Tensor, b: Tensor, order: Order) -> Tensor:
     """``numpy.matmul`` of operands that hold FP16 values, accumulated in FP16."""
     left, right = a[None] if a.dim() == 1 else a, b[:, None] if b.dim() == 1 else b
-    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    left, right = (m.expand(*batch, *m.shape[-2:]).reshape(batch.numel(), *m.shape[-2:]) for m in (left, right))
+    batch = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    left, right = (m.expand(*batch, *m.shape[-2:]).reshape(prod(batch), *m.shape[-2:]) for m in (left, right))
     total = instructions(right.shape[1], 1, order)
     result = accumulate(right, left, ((0,),), (1,), right.shape[-1:], total)
     result = result.reshape(*batch, *result.shape[1:])

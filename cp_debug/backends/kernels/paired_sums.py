@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import onnx
 import torch
 from onnx import TensorProto
@@ -46,7 +47,7 @@ def lost(data: Tensor, weights: Tensor) -> Tensor:
     reach = 255 * torch.maximum(b.clamp(min=0).sum(-2), -b.clamp(max=0).sum(-2))
     able = (reach > HIGHEST).flatten(0, -3).any(0).any(-1) if reach.dim() > 2 else (reach > HIGHEST).any(-1)
     places = able.nonzero().flatten()
-    batch = torch.broadcast_shapes(a.shape[:-3], b.shape[:-3])
+    batch = np.broadcast_shapes(a.shape[:-3], b.shape[:-3])
     result = torch.zeros(*batch, a.shape[-3], b.shape[-1], dtype=torch.float64, device=data.device)
     for some in places.split(max(_AT_ONCE // max(result.numel(), 1), 1)):
         first, second = (a[..., some, i, None] * b[..., None, some, i, :] for i in (0, 1))

@@ -12,6 +12,7 @@ import math
 import operator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -39,7 +40,7 @@ def matmul(a: Tensor, b: Tensor, narrow: Narrow) -> Tensor:
         result = _product(rows, narrow.scaling.encode(right, COLUMNS, 1), narrow)
         result = result.reshape(*left.shape[:-1], right.shape[-1])
     else:
-        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+        batch = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
 
         def stacked(part: Tensor) -> Tensor:
             return part.expand(*batch, *part.shape[-2:]).reshape(-1, *part.shape[-2:])

@@ -51,7 +51,8 @@ def unsqueeze(call: Call, x: Tensor, axes: Tensor | None = None) -> Tensor:
 
 @kernel("Expand", rounds=False)
 def expand(call: Call, x: Tensor, shape: Tensor) -> Tensor:
-    return x.expand(torch.broadcast_shapes(x.shape, shape.tolist()))
+    # torch.broadcast_shapes imports a symbolic algebra first: 0.4 s.
+    return x.expand(np.broadcast_shapes(tuple(x.shape), tuple(shape.tolist())))
 
 
 @kernel("Tile", rounds=False)
