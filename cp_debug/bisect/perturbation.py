@@ -56,7 +56,7 @@ def doubt(
     ``by`` is the ``implementer`` of the functions, where it was measured; ``claim`` is the arithmetic
     it claims, FP32 where None. Raises InputError as ``Executor.run_nodes`` does.
     """
-    exact, spreads = _spreads(oracle, nodes, given, by, claim)
+    exact, spreads = _spreads(oracle, nodes, given, target, by, claim)
     last = spreads.pop(target, None)
     exact_target = torch.as_tensor(exact[target])
     own_norm = 0.0 if last is None else _norm(U * last * torch.isfinite(exact_target))
@@ -102,15 +102,21 @@ def between_levels(
 
 
 def _spreads(
-    oracle: Executor, nodes: Sequence[Node], given: Mapping[str, AnyTensor], by: str, claim: Arithmetic | None
+    oracle: Executor,
+    nodes: Sequence[Node],
+    given: Mapping[str, AnyTensor],
+    target: str,
+    by: str,
+    claim: Arithmetic | None,
 ) -> tuple[dict[str, AnyTensor], dict[str, Tensor]]:
-    """Every value of a segment, and how much each may be off, in FP32's unit roundoffs."""
+    """Every value of a segment, and how much each that ``target`` hangs on may be off, in FP32's unit roundoffs."""
+    asked = {target}.union(*(node.inputs for node in nodes))  # not the other results of an LSTM
     values: dict[str, AnyTensor] = dict(given)
     spreads: dict[str, Tensor] = {}
     for node in nodes:
         results = oracle.run_nodes([node], values, node.outputs)
         for name, value in results.items():
-            if isinstance(value, Tensor) and value.is_floating_point():
+            if name in asked and isinstance(value, Tensor) and value.is_floating_point():
                 spreads[name] = spread(oracle, node, values, value, name, by, claim)
                 if node.op == "DequantizeLinear" and _rounded_here(node, nodes, given):
                     (scale,) = oracle.run_nodes([], values, [node.proto.input[1]]).values()
