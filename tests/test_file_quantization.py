@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
+import torch
 from nets import NetBuilder, second_like
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import (
@@ -18,6 +19,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import nn
 
 from cp_debug.api.diagnose import diagnose
 from cp_debug.backends.executor import Executor
@@ -670,3 +672,20 @@ def test_a_quantized_file_that_overflows_in_fp16_is_no_set_of_the_references_nod
     (finding,) = test.findings
     assert finding.cause == "fp16-overflow"
     assert finding.fix == "scale the layer down and its reader up, or keep these nodes in FP32: node_up"
+
+
+def test_scales_for_data_50_times_too_large_are_named_where_a_quantizer_replaces_the_relu(tmp_path: Path) -> None:
+    """``quantize_static`` drops a Relu whose levels end at 0, and gives its name to what the convolution makes."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1)]
+    path, target, rng = tmp_path / "net.onnx", tmp_path / "int8.onnx", np.random.default_rng(0)
+    model, shape = nn.Sequential(*layers).eval(), (1, 3, 16, 16)
+    torch.onnx.export(model, torch.zeros(shape), str(path), dynamo=False, input_names=["x"], opset_version=17)
+    samples = [{"x": 50 * rng.standard_normal(shape).astype(np.float32)} for _ in range(4)]
+    quantize_static(str(path), str(target), SimpleNamespace(get_next=iter([*samples, None]).__next__))
+    np.savez(tmp_path / "x.npz", x=rng.standard_normal(shape).astype(np.float32))
+    (test,) = bisect(str(path), "ort,ort", test_model=target, options=Options(inputs=tmp_path / "x.npz")).tests
+    assert [row.op for row in test.guilty] == ["Relu", "Relu", "Conv"]
+    (finding,) = test.findings
+    assert finding.cause == "int8-coarse"
+    assert "of its input is 53" in finding.says

@@ -130,18 +130,23 @@ class FileQuantization:
                     found.append((levels, grid))
         return found
 
-    def grid(self, node: Node, place: int) -> QuantizerGrid | None:
-        """The grid of one input of a node of ``plain``: that of the pair in front of it, else that of the segment's
-        data; None where it is not quantized, or its scale is computed."""
+    def grid(
+        self, node: Node, place: int, within: Sequence[Node] = (), *, stored: bool = False
+    ) -> QuantizerGrid | None:
+        """The grid of one input of a node of ``plain``: that of the pair in front of it, else that of the data of its
+        segment, ``within``; None where it is not quantized, or its scale is computed. ``stored``: of a weight, in
+        whichever file."""
         twin = self._graph.producer.get(self._names.get(node.outputs[0], node.outputs[0]))
+        while twin is not None and twin.op in QUANTIZERS and node.op not in QUANTIZERS:  # the result is put on levels
+            twin = self._graph.producer.get(twin.proto.input[0])
         maker = None
-        known = place == 0 or self.made_here
+        known = place == 0 or self.made_here or stored
         if twin is not None and known and twin.op == node.op and place < len(twin.proto.input):
             maker = self._graph.producer.get(twin.proto.input[place])
         if maker is not None and maker.op == "DequantizeLinear":
             scale, zero = [*maker.proto.input[1:3], ""][:2]
             return self._grid(scale, zero, maker)
-        return self._of([node]).grid if place == 0 else None
+        return self._of(within or [node]).grid if place == 0 else None
 
     def stored_bias(self, node: Node) -> StoredBias | None:
         """The bias of a product of ``plain`` as the file stores it, in levels; None where it stores none so."""
@@ -150,13 +155,17 @@ class FileQuantization:
             own = self._graph.producer.get(own.proto.input[0])
         return None if own is None else stored_bias(self._graph, self._constants, own)
 
-    def range(self, name: str) -> tuple[float, float] | None:
-        """The smallest and the largest number that the file can hold for a value; None without a scale of its own."""
+    def result_grid(self, name: str) -> QuantizerGrid | None:
+        """The grid on which the file holds a value; None where it has no scale of its own, or that is computed."""
         own = self._names.get(name, name)
         made_by = self._graph.producer.get(own)
         if made_by is not None and made_by.op == "DequantizeLinear":
             own = made_by.proto.input[0]
-        grid = self._constant_grid(own)
+        return self._constant_grid(own)
+
+    def range(self, name: str) -> tuple[float, float] | None:
+        """The smallest and the largest number that the file can hold for a value; None without a scale of its own."""
+        grid = self.result_grid(name)
         return grid.range if grid is not None and grid.scale.numel() == grid.zero.numel() == 1 else None
 
     def ideal(
@@ -448,6 +457,7 @@ class FileQuantization:
         nodes, _ = self._graph.segment([value], set(own) - {value})
         data = weights = None
         grid = step = None
+        computed = {output for node in nodes if node.op in PRODUCTS for output in node.outputs}
         for node in nodes:
             if step is None:
                 step = bias_step(self._graph, self._constants, node, rounds_floats=self._rounds_weights)
@@ -458,7 +468,9 @@ class FileQuantization:
                 if is_constant(self._graph, inputs[0]):
                     weights = levels
                 else:
-                    data, grid = levels, self._grid(inputs[1], inputs[2], node)
+                    data = levels
+                    if inputs[0] not in computed:  # not what the segment's own product gives
+                        grid = self._grid(inputs[1], inputs[2], node)
             elif op == "DequantizeLinear":
                 grid_of_levels = produced_grid(self._graph, inputs[0])
                 if is_constant(self._graph, inputs[0]):

@@ -222,7 +222,9 @@ def believable(reference: Graph, test: Graph) -> bool:
         return False
     known = known_names([reference]), known_names([test])
     agreeing = sum(
-        reference.producer[v].op == test.producer[v].op and not _rewired(reference, test, v, known) for v in common
+        _cut_off_by_range(reference, test, v) != v
+        or (reference.producer[v].op == test.producer[v].op and not _rewired(reference, test, v, known))
+        for v in common
     )
     return agreeing >= TRUST * len(common) and _misplaced(reference, test, common) <= MOST_MISPLACED
 

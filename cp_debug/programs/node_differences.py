@@ -155,6 +155,8 @@ class Pieces:
         return next((y for x, y in places if x in node.outputs and y in self._theirs), "")
 
     def _of_pair(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
+        if theirs.op in QUANTIZERS and ours.op not in QUANTIZERS:
+            return  # a quantizer is judged by its scale; where its levels end at 0, it is the activation, too
         if ours.op != _plain(theirs):
             if theirs.op == "Identity":
                 kind = "activation" if ours.op in ACTIVATIONS else "operator"

@@ -161,37 +161,50 @@ _CALIBRATE = "calibrate on data like this ({calibrate}), or leave it unquantized
 @cause(approximate=True)
 def declared(segment: Segment) -> Iterator[Candidate]:
     """Candidate: the layer as its own scales say, named after the part that makes most of the error."""
-    quantized = segment.context.quantized
-    nodes = [segment.product] if segment.product is not None else segment.nodes
-    if quantized is None or (node := next((n for n in nodes if _data(segment, n)), None)) is None:
+    quantized, node = segment.context.quantized, segment.product
+    if quantized is None or (node := node or next((n for n in segment.nodes if _data(segment, n)), None)) is None:
         return
+    on_result = quantized.result_grid(segment.target)
+    on_result = on_result if on_result is not None and on_result.fits(segment.exact.shape) else None
     weight, data = segment.weight(node, 1), _data(segment, node)
-    place, (x, grid) = max(data.items(), key=lambda item: item[1][1].clipped(item[1][0]))
     parts = {
         "clipped": {i: x.clamp(*grid.range) for i, (x, grid) in data.items()},
         "rounded": {i: grid.value(grid.levels(x)) for i, (x, grid) in data.items()},
     }
     quantized_inputs = {i: grid.quantized(x) for i, (x, grid) in data.items()}
-    of_weight = quantized.grid(node, 1) if weight is not None else None
-    if weight is not None and of_weight is not None:
+    of_weight = quantized.grid(node, 1, stored=True) if weight is not None else None
+    if weight is not None and of_weight is not None and of_weight.fits(weight.shape):
         quantized_inputs[1] = of_weight.quantized(weight)
-        parts["weights"] = {1: quantized_inputs[1]}
-    value = segment.edited(node, inputs=quantized_inputs)
-    if value is None:
+        if quantized.made_here:  # else one scale for all channels may be what somebody chose
+            parts["weights"] = {1: quantized_inputs[1]}
+    if not quantized_inputs or (value := segment.edited(node, inputs=quantized_inputs)) is None:
         return
-    errors = {part: _error(segment, node, inputs) for part, inputs in parts.items()}
+    value = value if on_result is None else on_result.quantized(value)
+    errors = {part: _error(segment, node, inputs) for part, inputs in parts.items() if inputs}
+    if on_result is not None:
+        errors["result"] = relative_l2(on_result.quantized(segment.exact), segment.exact)
     worst = max(errors, key=errors.__getitem__)
     evidence: dict[str, Any] = {f"error_{part}": error for part, error in errors.items()}
     if worst == "weights" and weight is not None:
         name, says, fix = _of_weight(node, weight, of_weight)
     else:
+        place, (x, grid) = -1, (segment.exact, on_result)
+        if worst != "result":
+            place, (x, grid) = max(data.items(), key=lambda item: item[1][1].clipped(item[1][0]))
+        assert grid is not None
         step, needed = float(grid.scale.flatten()[0]), float(x.abs().max()) / grid.most
         evidence |= {"scale": step, "needed_scale": needed, "clipped": grid.clipped(x)}
         present = x[x != 0]
         evidence["lost"] = float((present.abs() < step / 2).double().mean()) if present.numel() else 0.0
-        name, says, fix = _of_input(worst, needed, grid, evidence)
+        worst = "clipped" if place < 0 and evidence["clipped"] else worst
+        name, says, fix = _of_data(worst, needed, grid, evidence, "input" if place >= 0 else "result")
         fitting = replace(grid, scale=grid.scale * (needed / step))
-        then, now = (_error(segment, node, {**quantized_inputs, place: g.quantized(x)}) for g in (fitting, grid))
+        then, now = (
+            relative_l2(g.quantized(x), x)
+            if place < 0
+            else _error(segment, node, {**quantized_inputs, place: g.quantized(x)})
+            for g in (fitting, grid)
+        )
         if grid.scale.numel() == 1 and then < now:
             evidence |= {"error": now, "error_then": then}
             tried = f": a scale of {needed:.3g} brings the error of this layer from {now:.2g} to {then:.2g}"
@@ -204,7 +217,7 @@ def _data(segment: Segment, node: Node) -> dict[int, tuple[Tensor, QuantizerGrid
     """Place of an input of ``node`` that a quantizer rounds, no constant → the input, float64, and its grid."""
     found, quantized = {}, segment.context.quantized
     for place, name in enumerate(node.proto.input[:2] if quantized is not None else ()):
-        grid = quantized.grid(node, place) if quantized is not None and name else None
+        grid = quantized.grid(node, place, segment.nodes) if quantized is not None and name else None
         if grid is None or segment.weight(node, place) is not None:
             continue
         nodes = () if name in segment.given else segment.nodes
@@ -214,22 +227,24 @@ def _data(segment: Segment, node: Node) -> dict[int, tuple[Tensor, QuantizerGrid
     return found
 
 
-def _of_input(worst: str, needed: float, grid: QuantizerGrid, evidence: Mapping[str, float]) -> tuple[str, str, str]:
+def _of_data(
+    worst: str, needed: float, grid: QuantizerGrid, evidence: Mapping[str, float], what: str
+) -> tuple[str, str, str]:
     kind, step = "INT16" if grid.most > LEVELS else "INT8", evidence["scale"]
     if worst == "clipped":
         ends = f"its {kind} scale {step:.3g} ends at ±{step * grid.most:.4g}"
-        says = f"its input reaches {needed * grid.most:.4g}, and {ends}"
+        says = f"its {what} reaches {needed * grid.most:.4g}, and {ends}"
         return "int8-clipped", f"{says}: {evidence['clipped']:.2%} is clipped", _CALIBRATE
     if step > _COARSE * needed:
-        says = f"the {kind} scale {step:.3g} of its input is {step / needed:.1f} times too coarse"
+        says = f"the {kind} scale {step:.3g} of its {what} is {step / needed:.1f} times too coarse"
         return "int8-coarse", says, _CALIBRATE
     if evidence["lost"] > _MANY:
         return (
             "int8-coarse",
-            f"the {kind} scale {step:.3g} of its input turns {evidence['lost']:.0%} of it into 0",
+            f"the {kind} scale {step:.3g} of its {what} turns {evidence['lost']:.0%} of it into 0",
             _APART,
         )
-    return "int8", f"its input is quantized to {kind} with scale {step:.3g}", _CALIBRATE
+    return "int8", f"its {what} is quantized to {kind} with scale {step:.3g}", _CALIBRATE
 
 
 def _of_weight(node: Node, weight: Tensor, grid: QuantizerGrid | None) -> tuple[str, str, str]:
