@@ -20,10 +20,10 @@ from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.deploy.exporting import ExportOptions, checker, export_model, low_error, own_files, run_once
-from cp_debug.deploy.quantize_output import MEASURED, RECIPE, First, earlier_files, remove_others
-from cp_debug.display import OnStep, Shown
+from cp_debug.deploy.quantize_output import MEASURED, RECIPE, QuantizationResult, QuantizedFolder
+from cp_debug.display import OnStep
 from cp_debug.errors import InputError
-from cp_debug.files import complete_folder, complete_path
+from cp_debug.files import complete_path
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.narrow_qdq import insert_narrow_qdq
 from cp_debug.graph.tensor_ends import as_arrays
@@ -31,7 +31,6 @@ from cp_debug.probes.arrays import as_numpy
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.torch_layers import matches, select
 from cp_debug.programs.walk import Walk
-from cp_debug.quantization.models import output_sqnr
 from cp_debug.quantization.narrow_layers import (
     NarrowLayers,
     calibrated,
@@ -40,7 +39,6 @@ from cp_debug.quantization.narrow_layers import (
     weighted_layers,
 )
 from cp_debug.quantization.onnx_ptq import METHODS, amax_of_programs
-from cp_debug.quantization.open_quantized import calibration_samples
 from cp_debug.recipes.base import Arrays, Model, Sample
 from cp_debug.serialize import JsonForm
 
@@ -62,25 +60,16 @@ class NarrowComponent(JsonForm):
     """Backend that ran the file for it."""
 
 
-@dataclass(repr=False)
-class NarrowResult(JsonForm, Shown):
-    """A model in a narrow precision, with its cost at the outputs and the files written."""
+@dataclass(repr=False, kw_only=True)
+class NarrowResult(QuantizationResult):
+    """A model in a narrow precision, with its cost at the outputs and the files written.
 
-    model: str
+    ``method``: ``max`` or ``percentile``; that and ``calibrated_on`` are empty where no scale is calibrated.
+    """
+
     precision: str
-    method: str
-    """``max`` or ``percentile``; empty where no scale is calibrated."""
-    calibrated_on: str
     components: Mapping[str, NarrowComponent]
-    sqnr: Mapping[str, float] = field(metadata={"key": "sqnr_db"})
-    """``component/output`` → signal to quantization noise against FP32 in dB, chained as deployed."""
-    measured_on: str
-    files: Sequence[Path] = field(default_factory=list, metadata={"written": False})
     notes: Sequence[str] = field(default_factory=list)
-
-    def derived(self) -> dict[str, Any]:
-        """Paths of the files."""
-        return {"files": [str(file) for file in self.files]}
 
 
 def check_method(options: NarrowOptions, method: str) -> None:
@@ -118,13 +107,11 @@ def quantize_narrow(
     for program in files or ():
         if program.graph.precision == "int8":
             raise InputError(f"{program.graph}: this graph is quantized already; expected the FP32 model")
-    earlier = earlier_files(output, model, overwrite)
-    first = First(MEASURED)
-    samples = first(calibration_samples(model, inputs, batches if calibrated(precision) else MEASURED, on_step))
-    head = next(samples, None)
-    if head is None:
-        raise InputError("there is no calibration data: expected at least one sample")
-    with complete_folder(output) as scratch:
+    written = QuantizedFolder(model, output, overwrite)
+    scaled = calibrated(precision)
+    samples = written.samples(inputs, batches if scaled else MEASURED, on_step)
+    head = next(samples)
+    with written.folder() as scratch:
         programs = files or [item.program for item in export_model(model, head, scratch, options, on_step=on_step)]
         layers = _quantized(model, programs, precision, [head], samples, method, skip_layers)
         components, quantized = {}, {}
@@ -133,32 +120,26 @@ def quantize_narrow(
             own = layers[step.name]
             exact = _run(Executor(program.graph, FP32), step.inputs)
             path = scratch / f"{step.name}.onnx"
-            written = _write(program, own, path)
-            error, by = _check(program, written, own, step.inputs, exact)
+            error, by = _check(program, _write(program, own, path), own, step.inputs, exact)
             step.outputs = exact
             names = {node.name: layer_name(program, node.outputs[0]) for node in program.graph.nodes}
             left_out = {names[node]: why for node, why in own.left_out.items()}
             components[step.name] = NarrowComponent([names[n] for n in own.layers], left_out, error, by)
             quantized[step.name] = path
-        sqnr = output_sqnr(model, quantized, first.kept)
+        fields = written.measured(quantized)
         left = [layer for component in components.values() for layer in component.left_out]
         if (recipe := modelopt_recipe(precision, left)) is not None and files is None:
             import yaml
 
             text = yaml.safe_dump(recipe, sort_keys=False)
             (scratch / RECIPE).write_text(text, encoding="utf-8")
-        paths = sorted(output / file.name for file in scratch.iterdir())
-    remove_others(earlier, paths)
     return NarrowResult(
-        model=model.name,
         precision=str(precision),
-        method=method if calibrated(precision) else "",
-        calibrated_on=f"{first.passed} samples" if calibrated(precision) else "",
+        method=method if scaled else "",
         components=components,
-        sqnr=sqnr,
-        measured_on=f"{len(first.kept)} of the samples",
-        files=paths,
+        files=written.files,
         notes=list(_notes(precision, programs, layers)),
+        **(fields if scaled else fields | {"calibrated_on": ""}),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,28 @@ MEASURED = 4
 
 
 @dataclass(repr=False)
-class PtqResult(JsonForm, Shown):
-    """A model in INT8, with its cost at the outputs and the files written."""
+class QuantizationResult(JsonForm, Shown):
+    """A quantized model, with its cost at the outputs and the files written."""
 
     model: str
     method: str
     calibrated_on: str
-    components: Mapping[str, QuantizedComponent] = field(metadata={"written": False})
+    components: Mapping[str, Any]
     sqnr: Mapping[str, float] = field(metadata={"key": "sqnr_db"})
     """``component/output`` → signal to quantization noise against FP32 in dB, chained as deployed."""
     measured_on: str
     files: Sequence[Path] = field(default_factory=list, metadata={"written": False})
+
+    def derived(self) -> dict[str, Any]:
+        """Paths of the files."""
+        return {"files": [str(file) for file in self.files]}
+
+
+@dataclass(repr=False)
+class PtqResult(QuantizationResult):
+    """A model in INT8, with its cost at the outputs and the files written."""
+
+    components: Mapping[str, QuantizedComponent] = field(metadata={"written": False})
 
     def quantizers(self, component: str) -> list[QuantizerRow]:
         """The quantizers of one component; empty for an ONNX file."""
@@ -58,7 +70,7 @@ class PtqResult(JsonForm, Shown):
 
     def derived(self) -> dict[str, Any]:
         """Layers and quantizers by component, and the paths of the files."""
-        components = {
+        components: dict[str, Any] = {
             name: {
                 "layers": len(part.scales.layers),
                 "adds": len(part.scales.residual_adds),
@@ -67,7 +79,7 @@ class PtqResult(JsonForm, Shown):
             }
             for name, part in self.components.items()
         }
-        return {"components": components, "files": [str(file) for file in self.files]}
+        return {"components": components, **super().derived()}
 
 
 def write_quantized(
@@ -97,32 +109,54 @@ def write_quantized(
         insert_qdq(Graph(graph.onnx_path), scales.layers, folder / f"{graph.name}.onnx", scales.residual_adds)
 
 
-def earlier_files(folder: Path, model: Model, overwrite: bool) -> list[Path]:
-    """The files of an earlier quantization of ``model`` in ``folder``, which a new one replaces.
+class QuantizedFolder:
+    """The folder that a quantization of ``model`` writes, and the samples that it reads: the first few measure it.
 
-    Raises InputError where there are some and ``overwrite`` is false, before anything long, and where the model lies in
-    ``folder`` under a name that is written.
+    Raises InputError, before anything long, where ``folder`` holds files of an earlier quantization and ``overwrite``
+    is false, and where the model lies in ``folder`` under a name that is written.
     """
-    for component in model.components:
-        target = folder / f"{component.name}.onnx"
-        if component.onnx_path is not None and resolved(target) == resolved(component.onnx_path):
-            raise InputError(f"{target}: that is the model itself; expected another folder")
-    kinds = (".onnx", ".onnx.data", ".alignment.json", ".calibration.safetensors")
-    names = [
-        FILE,
-        RECIPE,
-        *(f"{component.name}{kind}" for component in model.components for kind in kinds),
-    ]
-    found = [path for name in names if (path := folder / name).exists()]
-    if found and not overwrite:
-        raise InputError(f"--output: {folder} holds {found[0].name} of an earlier run; --overwrite replaces it")
-    return found
 
+    def __init__(self, model: Model, folder: Path, overwrite: bool) -> None:
+        self._model, self._path, self._count = model, folder, 0
+        self.first, self.files = list[Sample](), list[Path]()
+        for component in model.components:
+            target = folder / f"{component.name}.onnx"
+            if component.onnx_path is not None and resolved(target) == resolved(component.onnx_path):
+                raise InputError(f"{target}: that is the model itself; expected another folder")
+        kinds = (".onnx", ".onnx.data", ".alignment.json", ".calibration.safetensors")
+        names = [FILE, RECIPE, *(f"{component.name}{kind}" for component in model.components for kind in kinds)]
+        self._earlier = [path for name in names if (path := folder / name).exists()]
+        if self._earlier and not overwrite:
+            name = self._earlier[0].name
+            raise InputError(f"--output: {folder} holds {name} of an earlier run; --overwrite replaces it")
 
-def remove_others(earlier: Sequence[Path], files: Sequence[Path]) -> None:
-    """Remove those of the earlier files that the new run did not write."""
-    for path in {*earlier} - {*files}:
-        path.unlink(missing_ok=True)
+    def samples(self, inputs: Path | None, count: int, on_step: OnStep) -> Iterator[Sample]:
+        """``calibration_samples``, counted; the first are kept. Raises InputError where there is none."""
+        for sample in calibration_samples(self._model, inputs, count, on_step):
+            self._count += 1
+            if len(self.first) < MEASURED:
+                self.first.append(sample)
+            yield sample
+        if not self._count:
+            raise InputError("there is no calibration data: expected at least one sample")
+
+    @contextmanager
+    def folder(self) -> Iterator[Path]:
+        """A new folder for the files, which are in place at the end, instead of all those of the earlier run."""
+        with complete_folder(self._path) as scratch:
+            yield scratch
+            self.files = sorted(self._path / file.name for file in scratch.iterdir())
+        for path in {*self._earlier} - {*self.files}:
+            path.unlink(missing_ok=True)
+
+    def measured(self, tests: Mapping[str, nn.Module | Path]) -> dict[str, Any]:
+        """Fields of the result: what ``tests``, a module or an ONNX file for each component, cost at the outputs."""
+        return {
+            "model": self._model.name,
+            "calibrated_on": f"{self._count} samples",
+            "sqnr": output_sqnr(self._model, tests, self.first),
+            "measured_on": f"{len(self.first)} of the samples",
+        }
 
 
 def cache_file(folder: Path, component: str) -> Path:
@@ -139,16 +173,6 @@ def read_caches(model: Model, path: Path) -> dict[str, Scales]:
     if not path.is_dir() and len(names) > 1:
         raise InputError(f"--cache: {path}: expected the folder of an earlier run, with {', '.join(names)}")
     return {name: Scales.load(cache_file(path, name) if path.is_dir() else path) for name in names}
-
-
-def measure(
-    model: Model, quantized: Mapping[str, QuantizedComponent], folder: Path, samples: Sequence[Sample]
-) -> dict[str, float]:
-    """``component/output`` → SQNR against FP32 in dB; ONNX components run their Q/DQ files in ``folder``."""
-    tests: dict[str, nn.Module | Path] = {
-        name: folder / f"{name}.onnx" if part.module is None else part.module for name, part in quantized.items()
-    }
-    return output_sqnr(model, tests, samples)
 
 
 def quantize_ptq(
@@ -171,45 +195,24 @@ def quantize_ptq(
     ``skip_layers`` leave nothing to quantize, a file would replace the model's own, or ``output`` holds an earlier
     run's and ``overwrite`` is false.
     """
-    earlier = earlier_files(output, model, overwrite)
-    first = First(MEASURED)
-    samples = first(calibration_samples(model, inputs, MEASURED if cache else batches, on_step))
+    written = QuantizedFolder(model, output, overwrite)
+    samples = written.samples(inputs, MEASURED if cache else batches, on_step)
     if cache:
         scales = read_caches(model, cache)
-        quantized = reapply_scales(model, next(iter(tuple(samples))), scales, skip_layers)
+        first, *_ = samples
+        quantized = reapply_scales(model, first, scales, skip_layers)
     else:
         quantized = quantize_model(model, samples, method=method, skip_layers=skip_layers)
     if skip_layers and not any(part.scales.layers for part in quantized.values()):
         raise InputError(f"--skip-layers: {', '.join(skip_layers)}: that leaves no layer to quantize")
-    with complete_folder(output) as scratch:
-        write_quantized(model, quantized, first.kept[0], scratch, options, on_step=on_step)
-        sqnr = measure(model, quantized, scratch, first.kept)
-        files = sorted(output / file.name for file in scratch.iterdir())
-    remove_others(earlier, files)
-    return PtqResult(
-        model=model.name,
-        method=next(iter(quantized.values())).scales.method,
-        calibrated_on=str(cache) if cache else f"{first.passed} samples",
-        components=quantized,
-        sqnr=sqnr,
-        measured_on=f"{len(first.kept)} of the samples",
-        files=files,
-    )
-
-
-class First:
-    """Keeps the first few of the samples that pass through it."""
-
-    def __init__(self, count: int) -> None:
-        self._count, self.kept, self.passed = count, list[Sample](), 0
-
-    def __call__(self, samples: Iterator[Sample]) -> Iterator[Sample]:
-        """The samples themselves, in order."""
-        for sample in samples:
-            self.passed += 1
-            if len(self.kept) < self._count:
-                self.kept.append(sample)
-            yield sample
+    with written.folder() as scratch:
+        write_quantized(model, quantized, written.first[0], scratch, options, on_step=on_step)
+        tests = {n: scratch / f"{n}.onnx" if part.module is None else part.module for n, part in quantized.items()}
+        fields = written.measured(tests)
+    if cache:
+        fields["calibrated_on"] = str(cache)
+    scheme = next(iter(quantized.values())).scales.method
+    return PtqResult(method=scheme, components=quantized, files=written.files, **fields)
 
 
 def export_quantized(
