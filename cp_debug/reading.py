@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from typing import IO
 
     import numpy as np
+    from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
 
 T = TypeVar("T")
 
@@ -45,6 +47,8 @@ LARGEST_DOCUMENT = 1 << 30
 """Largest size of a JSON document in bytes."""
 LARGEST_SETTINGS = 1 << 17
 """Largest size in bytes of a file that a person writes: a configuration, settings."""
+_EXPECTED = {"path_type": "expected a path", "model_type": "expected settings by name"}
+"""What is said of errors whose own message is about Python's classes."""
 
 
 def check_file(path: Path, what: str = "file") -> int:
@@ -190,10 +194,33 @@ def typed(kind: type[T] | Any, document: Any, source: str) -> T:
     try:
         return TypeAdapter(kind).validate_python(document)
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=False)
-        phrases = [f"{_place(problem, document)}: {_said(problem)}" for problem in problems[:SHOWN]]
-        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        raise InputError(f"{source}: {'; '.join([*phrases, *more])}") from None
+        phrases = misfits(error, document)
+        phrases[SHOWN:] = [f"and {len(phrases) - SHOWN} more"] if len(phrases) > SHOWN else []
+        raise InputError(f"{source}: {'; '.join(phrases)}") from None
+
+
+def misfits(error: ValidationError, document: Any) -> list[str]:
+    """What pydantic refuses of ``document``: ``tensors.1.rank is "x"; expected a valid integer``, one after another."""
+    phrases = []
+    for problem in error.errors(include_url=False, include_context=False):
+        kind, key = problem["type"], _place(problem, document)
+        text = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        if kind == "missing":
+            phrases.append(f"{key} is missing")
+        elif kind in ("unknown_key", "value_error"):  # the text says what is there
+            phrases.append(f"{key}: {text}" if key else text)
+        else:
+            phrases.append(f"{key or 'the document'} is {excerpt(problem['input'])}; {_EXPECTED.get(kind, text)}")
+    return phrases
+
+
+def excerpt(value: Any) -> str:
+    """The beginning of a value, as JSON where it can be: ``"x"``, ``null``."""
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):  # keys that are no text; a list that holds itself
+        text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def plain(document: Any, source: str, *, nulls: bool = False) -> Any:
@@ -364,8 +391,8 @@ def _check_tree(document: Any) -> None:
     raise RecursionError
 
 
-def _place(error: Any, document: Any) -> str:
-    """``field 'tensors' (1.dtype)``: the keys on the way to what is wrong, without pydantic's own names of types."""
+def _place(error: ErrorDetails, document: Any) -> str:
+    """``tensors.1.dtype``: the keys on the way to what is wrong, without pydantic's own names of types."""
     keys, value = [], document
     for place, key in enumerate(error["loc"], 1):
         inside = isinstance(value, Mapping) and key in value
@@ -373,19 +400,7 @@ def _place(error: Any, document: Any) -> str:
             keys.append(str(key))
         if inside or (isinstance(value, list | tuple) and isinstance(key, int) and key < len(value)):
             value = value[key]
-    if not keys:
-        return "the document"
-    inner = ".".join(keys[1:])
-    return f"field {keys[0]!r}{f' ({inner})' if inner else ''}"
-
-
-def _said(error: Any) -> str:
-    """``"x"; Input should be a valid integer``."""
-    if error["type"] == "missing":
-        return "missing"
-    excerpt = repr(error["input"])
-    excerpt = excerpt if len(excerpt) <= 60 else f"{excerpt[:57]}..."
-    return f"{excerpt}; {error['msg'].replace('Input should be', 'expected')}"
+    return ".".join(keys)
 
 
 def _kind(mode: int) -> str:

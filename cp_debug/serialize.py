@@ -12,7 +12,6 @@ can be read.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ from types import NoneType, UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from cp_debug.errors import InputError
+from cp_debug.reading import excerpt
 
 T = TypeVar("T")
 _ARRAYS = (list, tuple, frozenset, Sequence)
@@ -198,7 +198,7 @@ def _join(path: str, step: str) -> str:
 
 
 def _wrong(value: Any, expected: str) -> BadField:
-    return BadField("", f"{json.dumps(value, default=str)[:40]}; expected {expected}")
+    return BadField("", f"{excerpt(value)}; expected {expected}")
 
 
 def _read(hint: Any, value: Any) -> Any:

@@ -58,7 +58,7 @@ def test_a_description_names_files_engines_and_what_differs_from_the_model(tmp_p
         ("{model: tiny, files: {neck: a.onnx}}", r"files\.neck: there is no such component"),
         (
             "{model: tiny, glue: {score_threshold: high}}",
-            "glue: field 'score_threshold': 'high'; expected a valid number",
+            'glue: score_threshold is "high"; expected a valid number',
         ),
     ],
 )

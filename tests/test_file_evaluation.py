@@ -162,7 +162,7 @@ def test_descriptions_that_do_not_fit_are_refused(description: Path, tmp_path: P
             "shape [3159, 20, 10]; expected input_features",
         ),
         ("model: tiny\nglue: {score_treshold: 0.2}\n", "glue.score_treshold: there is no such setting"),
-        ("model: tiny\nglue: {max_num: many}\n", "glue: field 'max_num': 'many'; expected a valid integer"),
+        ("model: tiny\nglue: {max_num: many}\n", 'glue: max_num is "many"; expected a valid integer'),
         (
             f"model: tiny\nfolder: {folder}\nrot_y_axis_reference: perhaps\n",
             "rot_y_axis_reference: 'perhaps'; expected true or false",

@@ -11,7 +11,7 @@ from typing import Annotated
 import numpy as np
 import onnx
 import pytest
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Strict
 
 from cp_debug import files
 from cp_debug.cli.given import check_outputs
@@ -88,14 +88,19 @@ def test_json_keeps_what_others_wrote(tmp_path: Path) -> None:
 
 def test_fields_of_other_types_are_named() -> None:
     assert typed(dict[str, float], {"a": "NaN", "b": 1}, "f")["b"] == 1.0
-    with pytest.raises(InputError, match=r"^f: field 'b' \(0\): 'x'; expected a valid integer"):
+    with pytest.raises(InputError, match=r'^f: b\.0 is "x"; expected a valid integer'):
         typed(dict[str, list[int]], {"a": [1], "b": ["x"]}, "f")
-    with pytest.raises(
-        InputError, match=r"^f: field 'b': None; expected a valid dictionary; field 'b': None; expected"
-    ):
+    with pytest.raises(InputError, match=r"^f: b is null; expected a valid dictionary; b is null; expected"):
         typed(dict[str, dict[str, Annotated[int, AfterValidator(abs)]] | list[int]], {"b": None}, "f")
-    with pytest.raises(InputError, match=r"^f: field 'b' \(c\): 'x'; expected a valid integer"):
+    with pytest.raises(InputError, match=r'^f: b\.c is "x"; expected a valid integer'):
         typed(dict[str, dict[str, int] | None], {"b": {"c": "x"}}, "f")
+    circle: list[object] = []
+    circle.append(circle)
+    for value, says in ((circle, r"\[\[\.\.\.\]\]"), ({(1, 2): 3}, r"{\(1, 2\): 3}"), ("é" * 99, '"é{76}' + r"\.{3}")):
+        with pytest.raises(InputError, match=f"^f: the document is {says}; expected a valid integer"):
+            typed(int, value, "f")
+    with pytest.raises(InputError, match=r'^f: 0 is "0"; .*2 is "2"; expected a valid boolean; and 2 more$'):
+        typed(list[Annotated[bool, Strict()]], [*"01234"], "f")
 
 
 def test_settings_do_not_unfold_without_end() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -18,11 +17,12 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.deploy import documents
 from cp_debug.errors import InputError
+from cp_debug.reading import misfits
 from cp_debug.safe_text import did_you_mean
 
 SUFFIXES = (*documents.SUFFIXES, ".py")
@@ -295,20 +295,4 @@ def validate(schema: type[T], document: Any, source: Path | str) -> T:
     try:
         return schema.model_validate(document)
     except ValidationError as error:
-        raise InputError("\n".join(f"{source}: {_said(problem)}" for problem in error.errors())) from None
-
-
-_WORDS = {"path_type": "expected a path", "model_type": "expected settings by name"}
-"""Kinds of errors whose own message is about Python's classes."""
-
-
-def _said(error: ErrorDetails) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "missing":
-        return f"{key} is missing"
-    message = _WORDS.get(error["type"]) or error["msg"].removeprefix("Value error, ").replace(
-        "Input should be", "expected"
-    )
-    if error["type"] in ("unknown_key", "value_error"):
-        return f"{key}: {message}" if key else message
-    return f"{key or 'the document'} is {json.dumps(error['input'], default=str)[:80]}; {message}"
+        raise InputError("\n".join(f"{source}: {each}" for each in misfits(error, document))) from None
