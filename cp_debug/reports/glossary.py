@@ -54,7 +54,8 @@ GLOSSARY: dict[str, str] = {
     "used.",
     "share": "The part of the final divergence that this layer's own error makes. The shares of all layers and of the "
     "reference's own rounding add up to 1, less what is not linear. Errors that cancel each other have shares "
-    "beyond 1 and below 0.",
+    "beyond 1 and below 0. In FP32 there are none "
+    "where every layer is right and within the tolerance.",
     "cause, finding": "A known mechanism that explains the error of guilty layers, with its evidence, its effect and a "
     "fix.",
     "evidence": "What supports a cause: the share of the introduced error that it reproduces, the next best cause with "
