@@ -10,9 +10,10 @@ import difflib
 import io
 import json
 import re
+import shlex
 import sys
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from html import escape
 from typing import Any, TextIO, cast
@@ -260,6 +261,12 @@ def some(names: Collection[Any], most: int = 8) -> str:
     """The first names of many, and how many more there are: ``a, b and 3 more``."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(str, [*names][:most])) + more
+
+
+def flags(flag: str, names: Sequence[str], most: int = 8) -> str:
+    """``flag`` once for each of the first names, quoted for a shell, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return " ".join(f"{flag} {shlex.quote(name)}" for name in names[:most]) + more
 
 
 def amount(count: int, noun: str) -> str:

@@ -18,7 +18,7 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect import kept
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.finding import Finding
-from cp_debug.bisect.kept import KeepTrials
+from cp_debug.bisect.kept import KeepTrials, TriedSet, in_words
 from cp_debug.bisect.result import TestResult
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
@@ -111,7 +111,8 @@ def test_the_layer_that_makes_most_is_named_and_what_is_told_to_keep_was_tried(
     assert "after it enlarges it" in finding.says
     assert "adds up" not in str(test)
     after = followed(path, finding)
-    assert finding.fix.startswith(f"keep in FP32: {', '.join(finding.evidence['keep_fp32'])}: ")
+    flags = " ".join(f"--keep-fp32 {name}" for name in finding.evidence["keep_fp32"])
+    assert finding.fix.startswith(f"keep in FP32: {flags}: ")
     assert max(row.stats.rel_l2 for row in after.outputs) == pytest.approx(finding.evidence["after"], rel=1e-3)
     assert max(row.stats.rel_l2 for row in test.outputs) == pytest.approx(finding.evidence["before"], rel=1e-3)
     assert finding.evidence["after"] < 0.01 * finding.evidence["before"]
@@ -321,11 +322,11 @@ def test_what_cannot_be_tried_is_not_said_to_fail(tmp_path: Path, monkeypatch: p
 
 
 def test_a_long_set_is_cut_off_in_a_terminal_alone() -> None:
-    nodes = [f"node{i}" for i in range(12)]
-    fix = f"keep in FP32: {', '.join(nodes)}: 0.0011 (0.83 before), emulated"
+    nodes = ["node 0", *(f"node{i}" for i in range(1, 12))]
+    fix = in_words(TriedSet((), 0.0011, 0.83, 1), nodes)
+    flags = "--keep-fp32 'node 0' " + " ".join(f"--keep-fp32 {name}" for name in nodes[1:8])
+    assert fix.startswith(f"keep in FP32: {flags} --keep-fp32 node8 "), "as a shell takes it"
     finding = Finding("fp16", "FP16 is too coarse", ["a"], ["Add"], fix=fix, evidence={"keep_fp32": nodes})
     assert dict(lines(finding))["fix"] == fix
     short = dict(lines(finding, show_all=False))["fix"]
-    assert short.startswith(
-        f"keep in FP32: {', '.join(nodes[:8])} and 4 more (all: --all, or evidence.keep_fp32): 0.0011"
-    )
+    assert short.startswith(f"keep in FP32: {flags} and 4 more (all: --all, or evidence.keep_fp32): 0.0011")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,7 +48,8 @@ def test_the_advice_for_an_overflow_removes_it(overflowing: Path) -> None:
     before = bisect(str(overflowing), "ort,emu-fp16").tests[0]
     (finding,) = [finding for finding in before.findings if finding.cause == "fp16-overflow"]
     names = finding.evidence["keep_fp32"]
-    told = f"keep in FP32: {', '.join(names)}: {finding.evidence['after']:.2g} (inf before), emulated"
+    flags = [part for name in names for part in ("--keep-fp32", name)]
+    told = f"keep in FP32: {shlex.join(flags)}: {finding.evidence['after']:.2g} (inf before), emulated"
     assert finding.fix == told
     assert len(names) == 3  # a convolution, its ReLU, and the convolution that makes the values small again
     after = bisect(str(overflowing), [create(BackendSpec.parse("ort")), kept("emu-fp16", *names)]).tests[0]
@@ -55,7 +57,6 @@ def test_the_advice_for_an_overflow_removes_it(overflowing: Path) -> None:
     assert "fp16-overflow" not in [finding.cause for finding in after.findings]
     assert all(row.within for row in after.outputs)
     assert max(row.stats.rel_l2 for row in after.outputs) == pytest.approx(finding.evidence["after"], rel=1e-3)
-    flags = [part for name in names for part in ("--keep-fp32", name)]
     code, text = run("bisect", overflowing, "-b", "ort,emu-fp16", *flags)
     assert code in (0, 1)
     assert "FP16 overflow" not in " ".join(text.split())

@@ -22,6 +22,7 @@ from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Key, by_reference
 from cp_debug.programs.walk import tensors_as_arrays, walk
 from cp_debug.recipes.base import Arrays, Component, Sample
+from cp_debug.safe_text import flags
 
 Name = tuple[str, str]
 """Component and node."""
@@ -202,5 +203,5 @@ def gave(tried: TriedSet) -> str:
 
 
 def in_words(tried: TriedSet, names: Sequence[str]) -> str:
-    """``keep in FP32: a, b: 0.0011 (0.83 before), emulated``. ``names``: those of its nodes."""
-    return f"keep in FP32: {', '.join(names)}: {gave(tried)}"
+    """``keep in FP32: --keep-fp32 a --keep-fp32 b: 0.0011 (0.83 before), emulated``. ``names``: those of its nodes."""
+    return f"keep in FP32: {flags('--keep-fp32', names, len(names))}: {gave(tried)}"

@@ -13,7 +13,7 @@ from cp_debug.bisect.result import TestResult
 from cp_debug.reports.numbers import number, share_in_words
 from cp_debug.reports.sheet import Cell, Column, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
-from cp_debug.safe_text import in_digits, some
+from cp_debug.safe_text import flags, in_digits, some
 
 NAMED = 4
 """Layers and elements that are named; the JSON has all."""
@@ -63,7 +63,7 @@ def lines(finding: Finding, *, show_all: bool = True) -> Iterator[tuple[str, str
         yield "effect", "; ".join(effect)
     if finding.fix:
         names = finding.evidence.get("keep_fp32", ())
-        every, few = ", ".join(names), some(names)
+        every, few = flags("--keep-fp32", names, len(names)), flags("--keep-fp32", names)
         cut = not show_all and few != every
         yield "fix", finding.fix.replace(every, f"{few} (all: --all, or evidence.keep_fp32)", 1) if cut else finding.fix
 

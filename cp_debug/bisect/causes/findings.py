@@ -35,7 +35,7 @@ from cp_debug.graph.randomness import drawing
 from cp_debug.probes.arrays import Tensor
 from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.pipeline import Key
-from cp_debug.safe_text import some
+from cp_debug.safe_text import flags, some
 
 MOST = 64
 """Guilty layers that are explained, the most excessive first."""
@@ -384,9 +384,9 @@ class Explainer:
         """The flag that leaves these layers out of INT8, with the command for a file that came quantized."""
         if self._came_quantized(rows):
             names = [row.name for row in rows]
-            return f"{self._quantize} {_flags('--skip-layers', names)}" if self._in_int8(rows) else some(names)
+            return f"{self._quantize} {flags('--skip-layers', names)}" if self._in_int8(rows) else some(names)
         names = [name for row in rows for name in self.run.quantized_names(row)]
-        return _flags("--keep-fp32" if self.run.implicit else "--skip-layers", names)
+        return flags("--keep-fp32" if self.run.implicit else "--skip-layers", names)
 
     def _left_out(self, rows: Sequence[LayerRow]) -> str:
         """How these layers are left unquantized; a file that came quantized is written without their quantizers."""
@@ -446,9 +446,3 @@ def _by_effect(finding: Finding) -> float:
 def _node_names(rows: Sequence[LayerRow]) -> list[str]:
     """Names that a list of nodes takes: the label of a region is none."""
     return [name for row in rows for name in (row.region.nodes if row.region else [row.name])]
-
-
-def _flags(flag: str, names: Sequence[str]) -> str:
-    """The flag once for each name, as a shell takes it."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return " ".join(f"{flag} {shlex.quote(name)}" for name in names[:NAMED]) + more
