@@ -689,3 +689,27 @@ def test_scales_for_data_50_times_too_large_are_named_where_a_quantizer_replaces
     (finding,) = test.findings
     assert finding.cause == "int8-coarse"
     assert "of its input is 53" in finding.says
+
+
+def test_a_file_that_quantizes_weights_alone_has_every_cause_tried(tmp_path: Path) -> None:
+    net = NetBuilder(0)
+    weight = net.rng.standard_normal((32, 32)).astype(np.float32)
+    net.op("Relu", net.op("MatMul", "x", net.weight(weight), name="h"), name="y")
+    path, target, inputs = (
+        net.save(tmp_path / "a.onnx", {"x": (1, [4, 32])}, ["y"]),
+        tmp_path / "b.onnx",
+        tmp_path / "x",
+    )
+    model = onnx.load(path)
+    step = np.abs(weight).max() / 127
+    levels = np.round(weight / step).astype(np.int8)
+    levels[:, 3] = levels[:, 4]
+    name = model.graph.initializer.pop().name
+    model.graph.initializer.extend([numpy_helper.from_array(levels, "q"), numpy_helper.from_array(step, "s")])
+    model.graph.node.insert(0, helper.make_node("DequantizeLinear", ["q", "s"], [name]))
+    onnx.save(model, target)
+    np.savez(inputs, x=net.rng.standard_normal((4, 32)).astype(np.float32))
+    options = Options(inputs=inputs.with_suffix(".npz"))
+    (test,) = bisect(str(path), "ort,ort", test_model=target, options=options).tests
+    assert test.guilty
+    assert not [note for note in test.notes if "not every cause could be tried" in note]

@@ -177,7 +177,9 @@ def declared(segment: Segment) -> Iterator[Candidate]:
         quantized_inputs[1] = of_weight.quantized(weight)
         if quantized.made_here:  # else one scale for all channels may be what somebody chose
             parts["weights"] = {1: quantized_inputs[1]}
-    if not quantized_inputs or (value := segment.edited(node, inputs=quantized_inputs)) is None:
+    if not (data or "weights" in parts or on_result is not None):  # the file's choice of weights alone is no cause
+        return
+    if (value := segment.edited(node, inputs=quantized_inputs)) is None:
         return
     value = value if on_result is None else on_result.quantized(value)
     errors = {part: _error(segment, node, inputs) for part, inputs in parts.items() if inputs}
