@@ -69,6 +69,16 @@ def test_the_verdict_stands_above_the_tables_and_alone_where_quiet(net: Path, mo
     assert [line.partition(" within")[0] for line in lines] == ["✓ emu-bf16: agrees", "✓ emu-fp16: agrees"]
 
 
+@pytest.mark.slow
+def test_quiet_still_says_that_a_module_in_train_mode_ran_in_eval_mode(tmp_path: Path) -> None:
+    lines = ("from torch import nn, ones", "net, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), ones(2, 4)")
+    (tmp_path / "own.py").write_text("\n".join(lines) + "\ndef make(): return net, (x,)\n")
+    code, text = run("bisect", f"{tmp_path / 'own.py'}:make", "-b", "torch,ort,ort-all", "-q")
+    assert code == 0
+    assert text.count("note: the module was passed in train mode and runs in eval mode") == 1
+    assert [line[:5] for line in text.splitlines()] == ["note:", "✓ ort", "✓ ort"]
+
+
 def test_divergence_is_exit_1_and_the_layer_is_named(net: Path, tmp_path: Path) -> None:
     from test_bisect import convolutions, scale_weight
 

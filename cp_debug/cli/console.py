@@ -181,12 +181,16 @@ def show(
 ) -> None:
     """Print the tables, and write the files that were asked for. What goes to stdout, is there alone.
 
-    ``quiet``: one line for each test, the verdict alone. ``rest``: how to see the layers that are left out.
+    ``quiet``: one line for each test, the verdict alone; stderr says if a module in train mode ran in eval mode.
+    ``rest``: how to see the layers that are left out.
     """
+    from cp_debug.probes.caveats import IN_EVAL_MODE
     from cp_debug.reports.files import layer_frame
     from cp_debug.reports.tables import render
     from cp_debug.reports.verdict_line import verdict_line
 
+    for note in dict.fromkeys(note for test in result.tests for note in test.notes if quiet and IN_EVAL_MODE in note):
+        say(f"note: {note}")
     tables = render(result, layers=layers, show_all=show_all, rest=rest)
     show_document(
         map(verdict_line, result.tests) if quiet else tables, result.to_dict(), json, csv, lambda: layer_frame(result)

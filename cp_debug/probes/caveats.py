@@ -17,6 +17,8 @@ from cp_debug.probes.arrays import Tensor as AnyTensor
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.safe_text import amount
 
+IN_EVAL_MODE = "was passed in train mode and runs in eval mode"
+"""What a note says of a module, told beside every verdict: another network was compared than was given."""
 ALL_ZERO = "every output is 0 everywhere on both sides: other inputs may tell more"
 
 Compared = Mapping[str, Sequence[TensorStats]]

@@ -23,6 +23,7 @@ from cp_debug.doing import doing
 from cp_debug.errors import CpdebugError, InputError, ModuleFailed, library_reason
 from cp_debug.graph.graph import ValueInfo
 from cp_debug.probes.arrays import as_numpy, is_dense, layout_of
+from cp_debug.probes.caveats import IN_EVAL_MODE
 from cp_debug.probes.module_state import ModuleState, state_kept
 from cp_debug.probes.trace import as_written, flatten_outputs, trace
 from cp_debug.recipes.base import Component, NamesOnDemand, Sample, Stage, Unglued
@@ -231,7 +232,7 @@ def _taking_flat(module: nn.Module, arguments: Sequence[tuple[tuple[str, bool], 
     return flat_module
 
 
-TRAIN_MODE = "{} was passed in train mode and runs in eval mode; `cpdebug bisect --test-train-mode` compares train mode"
+TRAIN_MODE = f"{{}} {IN_EVAL_MODE}; `cpdebug bisect --test-train-mode` compares train mode"
 _LARGE = 1 << 26
 """Parameters from which on a forward on the CPU takes longer than a copy of the module without its values."""
 _OTHER_IN_TRAINING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase, nn.RNNBase)
