@@ -222,7 +222,9 @@ def test_statistics_on_a_gpu_are_the_host_s(kind: str) -> None:
         a, b = pair(kind, (torch.float32, torch.float32), count)
         a, b = a.to(ref), b.to(test)
         given = a.double().cuda().to(ref), b.double().cuda().to(test)
-        assert distance(*given) == pytest.approx(distance(a.double(), b.double()), rel=1e-12)
+        # Two numbers that FP32 holds are subtracted in FP32, and rounded once.
+        rel = 1e-12 if torch.float64 in (ref, test) else 1e-7
+        assert tuple(distance(*given)) == pytest.approx(tuple(distance(a.double(), b.double())), rel=rel)
 
 
 def taken(room: Room, folder: Path, tensors: dict[str, Any], *, saved: bool = False) -> HeldCapture:

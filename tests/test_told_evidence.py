@@ -320,14 +320,14 @@ def test_a_scale_is_told_beside_the_one_that_is_needed(
     worst: str, step: float, needed: float, clipped: float, name: str, words: tuple[str, ...]
 ) -> None:
     evidence = {"scale": step, "clipped": clipped, "lost": 0.1}
-    found, says, _ = quantized._of_input(worst, needed, QuantizerGrid.symmetric(step * 127), evidence)
+    found, says, _ = quantized._of_data(worst, needed, QuantizerGrid.symmetric(step * 127), evidence, "input")
     assert found == name
     assert all(word in says for word in words), says
 
 
 def test_a_scale_that_makes_most_of_its_input_0_is_too_coarse() -> None:
     grid = QuantizerGrid.symmetric(0.07 * 127)
-    found, says, fix = quantized._of_input("rounded", 0.04, grid, {"scale": 0.07, "clipped": 0.0, "lost": 0.9})
+    found, says, fix = quantized._of_data("rounded", 0.04, grid, {"scale": 0.07, "clipped": 0.0, "lost": 0.9}, "input")
     assert found == "int8-coarse"
     assert "scale 0.07 of its input turns 90% of it into 0" in says
     assert "leave it unquantized" in fix
