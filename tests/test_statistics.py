@@ -374,6 +374,12 @@ def test_the_first_pair_that_does_not_match_is_told() -> None:
     assert reduce_pair(*map(torch.from_numpy, (reference, test))).argmax == 2
 
 
+def test_a_difference_for_which_fp32_has_no_room_is_a_number() -> None:
+    large = np.array([3e38, 1.0], np.float32)
+    assert distance(large, -large).difference == pytest.approx(6e38, rel=1e-6)
+    assert difference_norm(-large, large) == pytest.approx(6e38, rel=1e-6)
+
+
 def test_distances_leave_out_what_neither_side_has_as_a_number() -> None:
     import ml_dtypes
 

@@ -117,9 +117,11 @@ def _sums(
     places = host_places(theirs, 2)
     with np.errstate(all="ignore"):
         for start, y_raw, x_raw, y, x in blocks(theirs, ours):
+            if finite_alone:  # FP32 has no room for 3e38 less −3e38
+                x, y = as_double(x), as_double(y)
             # Of two FP32 numbers, the difference in FP32 is the exact one, rounded once.
             apart = as_double(differences(x_raw, y_raw) if wide else x - y, places[0])
-            y = as_double(y, places[1]) if norm or finite_alone else y
+            y = as_double(y, places[1]) if norm else y
             new = []
             if finite_alone:
                 xp: Any = torch if is_torch(x) else np
