@@ -713,3 +713,20 @@ def test_a_file_that_quantizes_weights_alone_has_every_cause_tried(tmp_path: Pat
     (test,) = bisect(str(path), "ort,ort", test_model=target, options=options).tests
     assert test.guilty
     assert not [note for note in test.notes if "not every cause could be tried" in note]
+
+
+def test_layers_of_a_well_quantized_file_have_shares(tmp_path: Path) -> None:
+    """INT8 costs something everywhere, and within its tolerance, too, somebody asks where."""
+    net = NetBuilder(0)
+    value = "x"
+    for i in range(2):
+        weight = net.weight(net.rng.standard_normal((32, 32)).astype(np.float32) / 6)
+        value = net.op("MatMul", value, weight, name=f"product{i}")
+    path, target = net.save(tmp_path / "a.onnx", {"x": (1, [64, 32])}, [value]), tmp_path / "b.onnx"
+    sample = {"x": net.rng.standard_normal((64, 32)).astype(np.float32)}
+    quantize_static(str(path), str(target), SimpleNamespace(get_next=iter([sample, None]).__next__))
+    np.savez(tmp_path / "x.npz", **sample)
+    (test,) = bisect(str(path), "ort,ort", test_model=target, options=Options(inputs=tmp_path / "x.npz")).tests
+    assert test.agrees
+    assert test.attribution is not None
+    assert sum(row.share or 0.0 for row in test.rows) == pytest.approx(1, abs=0.1)

@@ -180,8 +180,9 @@ class SampleRuns:
         # Behind control flow that goes another way, no error is carried to the outputs: there are other nodes.
         if run.oracle is not None and not ways:
             try:
-                # Where all is within the tolerance of FP32, nobody asks which rounding makes the last 1e-6.
-                is_fine = run.precision.roundoff <= PRECISIONS["fp32"].roundoff and all(
+                # Where all is within the tolerance of FP32, nobody asks which rounding makes the last 1e-6. That of a
+                # quantized file is wider, whatever its backend computes in.
+                is_fine = run.tolerance[0] <= PRECISIONS["fp32"].rtol and all(
                     r.within and r.verdict == OK for r in rows.values()
                 )
                 if not is_fine:
