@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,11 @@ from cp_debug.bisect.options import Options
 from cp_debug.graph.control_flow import ControlFlow, IdleBody, idle_on_both
 from cp_debug.graph.flatten import decisions_by_node, idle_bodies
 from cp_debug.graph.graph import Graph
+from cp_debug.programs.pipeline import prepare
+from cp_debug.programs.unroll import Unroller
 from cp_debug.programs.weight_differences import weight_differences
+from cp_debug.recipes.base import Sample
+from cp_debug.recipes.registry import load_model
 
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 
@@ -132,6 +137,21 @@ def test_what_did_not_run_is_told(tmp_path: Path, signs: list[int], trips: int, 
     assert sorted(test.not_run) == sorted(idle)
     assert test.agrees
     assert "did not run with these inputs; try others with --inputs" in str(result).replace("\n", " ")
+
+
+def test_tests_in_one_arithmetic_on_one_file_share_what_is_decided(tmp_path: Path) -> None:
+    model = load_model(str(with_bodies(tmp_path / "net.onnx")))
+    asked: list[str] = []
+
+    def given() -> Iterator[Sample]:
+        asked.append("samples")
+        yield from model.samples(1, 0, None)
+
+    unroller = Unroller(tmp_path)
+    programs = prepare(model, next(iter(model.samples(1, 0, None))), tmp_path)
+    first, second, other = (unroller.unrolled(programs, model, given, name) for name in ("fp32", "fp32", "fp16"))
+    assert first is second is other
+    assert len(asked) == 2
 
 
 def test_each_pass_of_a_loop_counts_for_the_branches_in_it() -> None:

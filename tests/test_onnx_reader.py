@@ -242,3 +242,20 @@ def test_functions_that_are_too_deep_written_out_are_refused(tmp_path: Path) -> 
         Graph(with_functions(tmp_path / "net.onnx", functions, "f199"))
     some = Graph(with_functions(tmp_path / "some.onnx", functions, "f98"))
     assert [node.op for node in some.nodes] == ["Conv", "own.f98"]
+
+
+def test_a_file_is_read_once_while_its_graph_is_held_and_again_when_it_was_changed(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    onnx.save(model(), path)
+    graph = Graph.shared(path)
+    assert Graph.shared(path) is graph
+    assert str(Graph.shared(path, source="as exported")) == "as exported"
+    changed = model()
+    changed.graph.node[1].name = "s"  # of the same size
+    status = path.stat()
+    onnx.save(changed, path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert [node.name for node in Graph.shared(path).nodes] == ["conv", "s"]
+    path.unlink()
+    with pytest.raises(InputError, match=r"net\.onnx"):
+        Graph.shared(path)

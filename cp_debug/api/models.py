@@ -147,7 +147,7 @@ def _with_arrays(model: Model, inputs: Any, path: Path | None) -> tuple[Model, P
     if not isinstance(inputs, Mapping) and hasattr(inputs, "__array__") and hasattr(inputs, "shape"):
         inputs = (inputs,)
     several = isinstance(inputs, list) and all(isinstance(each, Mapping) for each in inputs) and inputs
-    graph = Graph(component.onnx_path) if component.onnx_path else None
+    graph = Graph.shared(component.onnx_path) if component.onnx_path else None
     samples = []
     for index, each in enumerate(inputs if several else [inputs]):
         if not isinstance(each, Mapping):

@@ -238,4 +238,4 @@ class Bisection:
 
 
 def _digest(file: Path | None) -> str:
-    return digest_of([Graph(file)]) if file is not None and file.is_file() else ""
+    return digest_of([Graph.shared(file)]) if file is not None and file.is_file() else ""

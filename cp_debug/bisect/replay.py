@@ -116,6 +116,7 @@ class Replayer:
         self._implementers, self._moved, self._suspects = implementers, moved, frozenset(suspects)
         first = self._emulator(0, oracle)
         alike = precisions[0] == precisions[1] and narrow[0] == narrow[1]
+        self._alike = alike and implementers[0] == implementers[1]
         self._emulators = first, first if alike else self._emulator(1, oracle)
         self.quantized = quantized
         self._scales = tuple(
@@ -337,6 +338,8 @@ class Replayer:
         replay.range_loss = self._range_loss(nodes, given, target, sides[1], lambda n: self.claim(1, [n]), test)
         self._trace_back(replay, exact[target], reference(target), divergence)
         rounding = self.claim(0, nodes).roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
+        if self._alike and (replay.excess or 0.0) <= EXCESS:  # what a faithful test rounds, the reference rounds, too
+            rounding = max(rounding, replay.introduced or 0.0)
         if not finite:
             replay.nonfinite_in = self._nonfinite_in(nodes, given, exact[target], reference(target))
         amplified = replay.inherited is not None and replay.inherited > SUSPICIOUS * divergence + 2 * rounding

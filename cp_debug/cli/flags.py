@@ -210,7 +210,7 @@ def _fixed(model: Path, shapes: Shapes) -> str:
     """The inputs of ``shapes``, in words, where each has this very shape in the file; else empty."""
     from cp_debug.graph.graph import Graph
 
-    fixed = [v for v in Graph(model).inputs if v.name in shapes and v.shape == tuple(shapes[v.name])]
+    fixed = [v for v in Graph.shared(model).inputs if v.name in shapes and v.shape == tuple(shapes[v.name])]
     return ", ".join(map(str, fixed)) if len(fixed) == len(shapes) else ""
 
 
@@ -287,7 +287,7 @@ def _scaled(model: str, checkpoint: Path | None) -> str:
         return str(checkpoint) if is_ptq_checkpoint(file_of(checkpoint)) else ""
     path = Path(model)
     files = sorted(path.glob("*.onnx")) if path.is_dir() else [path] if path.suffix == ".onnx" else []
-    return next((str(file) for file in files if Graph(file).precision == "int8"), "")
+    return next((str(file) for file in files if Graph.shared(file).precision == "int8"), "")
 
 
 def check_calibration(

@@ -33,6 +33,8 @@ _MADE = OUTPUTS | {"cache", "engine_cache", "shared", "timing_cache"}
 """Parameters that name what is made where it does not exist."""
 DEEPEST = 400
 """Largest number of folders around an output: to make them takes a call within a call each."""
+_OPENED: list[Graph] = []
+"""The graphs that the command has read, held so that none is read again while it runs."""
 
 
 def check_outputs(given: Mapping[str, Any], flags: Mapping[str, str]) -> None:
@@ -264,7 +266,8 @@ def check_given(
     if graphs:
         from cp_debug.graph.graph import Graph
 
-        opened += [Graph(path) for path in graphs]
+        opened += [Graph.shared(path) for path in graphs]
+        _OPENED[:] = opened
     if inputs is None:
         return
     try:

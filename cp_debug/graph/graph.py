@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import onnx
@@ -109,6 +110,10 @@ def fits_shape(actual: Sequence[int], declared: Sequence[int | str | None] | Non
     return len(actual) == len(declared) and all(not isinstance(size, int) or size == real for size, real in sizes)
 
 
+_READ: WeakValueDictionary[tuple[object, ...], Graph] = WeakValueDictionary()
+"""Graphs of files that somebody holds, by path, name and what the file system says of the file."""
+
+
 class Graph:
     """The main graph of an ONNX file, in topological order.
 
@@ -133,6 +138,19 @@ class Graph:
         self.inputs = [_value_info(v) for v in self.proto.graph.input if v.name not in self._initializers]
         self.outputs = [_value_info(v) for v in self.proto.graph.output]
         self.nodes = [Node.of(i, n) for i, n in enumerate(self.proto.graph.node)]
+
+    @classmethod
+    def shared(cls, path: Path | str, *, source: str | None = None) -> Graph:
+        """The graph of a file, which nobody changes: the one that was read already, while somebody holds it and the
+        file is as it was then. Raises InputError as the class does."""
+        try:
+            stat = Path(path).stat()
+        except OSError:
+            return cls(path, source=source)  # which says what is wrong
+        key = str(path), source, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+        if (graph := _READ.get(key)) is None:
+            graph = _READ[key] = cls(path, source=source)
+        return graph
 
     def __str__(self) -> str:
         """The file as the user knows it."""

@@ -86,7 +86,10 @@ def prepare(
         component = step.component
         if component.module is None:
             assert component.onnx_path is not None
-            example, graph = step.inputs if step.fed else None, Graph(component.onnx_path, source=component.shown)
+            example, graph = (
+                step.inputs if step.fed else None,
+                Graph.shared(component.onnx_path, source=component.shown),
+            )
             if refused := next(filter(None, map(no_numbers, graph.inputs)), None):
                 raise InputError(f"{graph}: {refused}")
             programs.append(Program(component.name, graph, example=example))
@@ -187,7 +190,7 @@ def load_test_programs(programs: Sequence[Program], path: Path) -> list[Program]
 
 
 def _replace(program: Program, path: Path) -> Program:
-    graph = Graph(path)
+    graph = Graph.shared(path)
     manifest = path.with_suffix(".alignment.json")
     alignment = Alignment.load(manifest, graph) if manifest.is_file() else None
     example = None if program.example is None else as_declared(graph, program.example)

@@ -18,7 +18,7 @@ from cp_debug.recipes.base import Model, Sample
 def has_other_inputs(model: Model) -> bool:
     """Whether the model is one ONNX file with inputs that are no tensors of numbers."""
     paths = [component.onnx_path for component in model.components]
-    return len(paths) == 1 and paths[0] is not None and bool(other_inputs(Graph(paths[0])))
+    return len(paths) == 1 and paths[0] is not None and bool(other_inputs(Graph.shared(paths[0])))
 
 
 def as_numbers(model: Model, samples: Sequence[Sample], folder: Path, names_of: Model | None = None) -> Model:
@@ -29,7 +29,7 @@ def as_numbers(model: Model, samples: Sequence[Sample], folder: Path, names_of: 
     """
     [component] = model.components
     assert component.onnx_path is not None
-    graph = Graph(component.onnx_path, source=component.shown)
+    graph = Graph.shared(component.onnx_path, source=component.shown)
     names = _names(graph, names_of)
     made = with_tensor_inputs(graph, [sample.arrays for sample in samples], names)
     path = _written(graph, made, folder)
@@ -63,7 +63,7 @@ def _names(graph: Graph, names_of: Model | None) -> dict[str, str]:
         return {}
     [component] = names_of.components
     assert component.onnx_path is not None
-    reference = Graph(component.onnx_path)
+    reference = Graph.shared(component.onnx_path)
     own, theirs = other_inputs(graph), other_inputs(reference)
     if own.keys() == theirs.keys():
         return {}

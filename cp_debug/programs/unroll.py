@@ -50,6 +50,9 @@ class Unroller:
         programs = self._without_maps(programs)
         if not any(needs_flattening(p.graph) or other_outputs(p.graph) for p in programs):
             return programs
+        asked = tuple(programs), arithmetic
+        if asked in self._made:
+            return self._made[asked]
         decisions: Decisions = {}
         ends: Ends = {}
         flows: Flows = {}
@@ -66,6 +69,7 @@ class Unroller:
         if key not in self._made:
             unrolled = unroll(programs, decisions, self._folder, ends)
             self._made[key] = [replace(p, flow=flows[p.name]) if p.name in flows else p for p in unrolled]
+        self._made[asked] = self._made[key]
         return self._made[key]
 
     def _without_maps(self, programs: list[Program]) -> list[Program]:

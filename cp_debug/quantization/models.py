@@ -84,7 +84,7 @@ def reapply_scales(
         own_scales = _without(scales[component.name], globs[component.name])
         if component.module is None:
             assert component.onnx_path is not None
-            if own_scales.model != Graph(component.onnx_path).digest:
+            if own_scales.model != Graph.shared(component.onnx_path).digest:
                 raise InputError(f"{component.onnx_path}: the scales were calibrated on another graph")
             in_int8[component.name] = QuantizedComponent(None, own_scales, None)
             continue
@@ -182,7 +182,7 @@ def _calibration(
 ) -> _RunningCalibration:
     if component.module is None:
         assert component.onnx_path is not None
-        graph = Graph(component.onnx_path, source=component.shown)
+        graph = Graph.shared(component.onnx_path, source=component.shown)
         watching, executor = GraphCalibration(graph, method, globs), Executor(graph)
         return _RunningCalibration(
             lambda inputs: as_arrays(graph, watching.run(executor, inputs), as_numpy),
@@ -209,7 +209,7 @@ def _globs_of(model: Model, globs: Sequence[str]) -> dict[str, list[str]]:
             layers[component.name] = [full_path(component.prefix, path) for path in layers_of(component.module)]
         else:
             assert component.onnx_path is not None
-            names = names_of_layers(Graph(component.onnx_path))
+            names = names_of_layers(Graph.shared(component.onnx_path))
             layers[component.name] = [*names, *names.values()]
     select([path for paths in layers.values() for path in paths], globs)
     return {

@@ -98,8 +98,8 @@ class OnnxFileModel(Unglued):
     def __init__(self, path: Path, reading: Reading = DEFAULT_READING) -> None:
         """``reading`` says how inputs are read from files, and which sizes free axes have."""
         self.name = str(path)
-        self._inputs = (graph := Graph(path)).inputs
-        self._path, self._reading = path, reading
+        self._graph = graph = Graph.shared(path)
+        self._reading = reading
         self._made_up: dict[str, list[str]] = {}
         with_shapes(graph.inputs, reading.shapes)  # refuses those that do not fit
         self.components: Sequence[Component] = [
@@ -119,18 +119,18 @@ class OnnxFileModel(Unglued):
         Raises InputError for files with a wrong name, dtype or shape in them, and where no input can be made up.
         """
         if inputs is None:
-            made_up = MadeUp(Graph(self._path), self._reading.shapes)
+            made_up = MadeUp(self._graph, self._reading.shapes)
             for index in range(count):
                 source = f"random, seed {seed}, sample {index}"
                 sample = Sample(made_up.sample([seed, index]), source)
                 self._made_up[source] = made_up.reasons()
                 yield sample
             return
-        yield from file_samples(inputs, self._inputs, count, self._reading)
+        yield from file_samples(inputs, self._graph.inputs, count, self._reading)
 
     def sample_count(self, inputs: Path) -> int:
         """Number of samples in these files. Raises InputError for unusable files."""
-        return count_samples(inputs, self._inputs)
+        return count_samples(inputs, self._graph.inputs)
 
     def remarks(self, sample: Sample) -> Sequence[str]:
         """Contents of made-up inputs and their reasons, where the sample was and there is something to say."""
