@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.recipes.torch_callable import TorchModel
 from cp_debug.recipes.torch_programs import load_callable
+from cp_debug.reports.verdict_line import verdict_line
 
 
 class Around(nn.Module):
@@ -234,6 +236,15 @@ def test_nobody_is_guilty_of_a_tie(exporter: str) -> None:
     assert not test.agrees
     assert test.first_divergent is not None
     assert "ties are broken differently in" in test.first_divergent.why
+    line = verdict_line(test).plain
+    assert f"✗ ort: ties are broken differently at {test.first_divergent.name} (TopK" in line
+    assert re.search(
+        r"\) in \d+ places?, the first at \[.*\]: elements \d+ and \d+ are equal, so either choice is right", line
+    )
+    assert "right and nothing need be mended; final outputs differ by" in line
+    assert "divergent" not in line
+    if exporter == "dynamo":
+        assert f"{Path(__file__).name}:" in line
 
 
 def test_a_tie_in_a_later_sample_is_one_too(tmp_path: Path) -> None:
@@ -251,7 +262,7 @@ def test_a_tie_in_a_later_sample_is_one_too(tmp_path: Path) -> None:
     (test,) = bisect(TorchModel("chosen", Chosen().eval(), (samples[0],)), "torch,ort", options=options).tests
     assert not test.guilty
     assert not test.agrees
-    assert any("no fault: ties are broken differently in" in row.why for row in test.rows)
+    assert any(row.why.endswith("so either choice is right and nothing need be mended") for row in test.rows)
     [note] = [note for note in test.notes if "ties" in note or "flip" in note]  # what lies behind is told with it
     assert note.partition("; for that reason ")[2].endswith(" differ, too"), note
 

@@ -57,7 +57,7 @@ def judge_exports(run: CandidateRun, rows: Mapping[Key, LayerRow], module: Captu
             assert row.replay is not None
             if tie := _tie(run.replayer(key.component, module), key.value, loader(module, key.component)):
                 tied[key] = tie
-                row.verdict, row.side, row.why = INHERITED, "test", f"no fault: {tie}"
+                row.verdict, row.side, row.why = INHERITED, "test", f"{tie} and nothing need be mended"
                 continue
             fixed = ", ".join(program.alignment.decisions) if program.alignment is not None else ""
             how = f"tracing froze a decision of the module at {fixed}" if fixed else ""
@@ -67,7 +67,8 @@ def judge_exports(run: CandidateRun, rows: Mapping[Key, LayerRow], module: Captu
                 settled[key] = Finding("control-flow", row.why, [row.name], [row.op], side="export", fix=_DECIDE)
         elif departure.cause == TIE:
             tied[key] = departure.says
-            row.verdict, row.side, row.why = INHERITED, "test", f"no fault, {departure.place}: {departure.says}"
+            row.verdict, row.side, row.why = INHERITED, "test", f"{departure.says} and nothing need be mended"
+            row.source = departure.source or row.source
         else:
             nodes = row.replay.nodes if row.replay is not None else ()
             row.side, row.why = "export", _sentence(departure, program.graph, nodes)

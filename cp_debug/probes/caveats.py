@@ -105,6 +105,10 @@ ROUNDING = 1e-6
 """Difference of two elements, relative to the largest, up to which rounding decides which of them comes first."""
 
 
+TIES = "ties are broken differently"
+"""Beginning of the sentence of ``ties``."""
+
+
 def ties(keys: Tensor, ours: Tensor, theirs: Tensor) -> str:
     """In words, where two tensors of indices into ``keys`` differ by ties alone; empty where they differ by more.
 
@@ -126,7 +130,7 @@ def ties(keys: Tensor, ours: Tensor, theirs: Tensor) -> str:
             exact = "equal" if not float(apart.max()) else "equal but for rounding"
             which = f"{places[0][tuple(first)].item()} and {places[1][tuple(first)].item()}"
             return (
-                f"ties are broken differently in {amount(int(differs.sum()), 'place')}, the first at {first}: elements "
+                f"{TIES} in {amount(int(differs.sum()), 'place')}, the first at {first}: elements "
                 f"{which} are {exact}, so either choice is right"
             )
     return ""

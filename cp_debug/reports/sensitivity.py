@@ -17,7 +17,7 @@ from cp_debug.reports.page import rendered, script
 from cp_debug.reports.sheet import Cell, Column, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.reports.svg import Canvas, Scale, standalone
-from cp_debug.safe_text import amount
+from cp_debug.safe_text import amount, flags
 from cp_debug.safe_text import page as page_text
 
 SHOWN = 20
@@ -86,7 +86,7 @@ def choice_lines(profile: SensitivityProfile) -> Iterator[Text]:
     kept_layers = f"{len(choice.skipped)} of {len(profile.layers)} layers stay in FP32"
     yield Text(f"budget {choice.budget:g}: {kept_layers}: {loss}, {choice.tried} sets run", style="green")
     if choice.skipped:
-        yield Text("  " + " ".join(f"--skip-layers {name}" for name in choice.skipped))
+        yield Text(f"  {flags('--skip-layers', choice.skipped, len(choice.skipped))}")
 
 
 def _change(change: ConfidenceInterval) -> Cell:

@@ -11,7 +11,7 @@ from rich.text import Text
 from cp_debug.bisect.finding import MISSING_CASTS, ROUNDED_SCALAR
 from cp_debug.bisect.result import DIVERGENT, INHERITED, MOST_NAMES, OK, SHAPE, LayerRow, TestResult
 from cp_debug.graph.pairing import places
-from cp_debug.probes.caveats import ALL_ZERO
+from cp_debug.probes.caveats import ALL_ZERO, TIES
 from cp_debug.reports.numbers import number, share_in_words
 from cp_debug.safe_text import amount, one_line, some
 
@@ -70,6 +70,11 @@ def _verdict_line(test: TestResult) -> Text:
     if test.lost and not test.first_beyond:
         text = Text(f"✗ {spec}: {'; '.join(test.lost)}", "bold red")
         return text.append(f"; as a whole within {tolerance}, {test.coverage}{_unpaired(test)}{end}", "not bold")
+    if first is not None and first.why.startswith(TIES) and not test.agrees:
+        at = ", ".join(filter(None, (first.op, first.source.partition(": ")[0])))
+        text = Text(f"✗ {spec}: {TIES} at {first.name} ({at})", "bold yellow")
+        rest = f"no layer introduces more than its precision explains{_uncovered(test)}"
+        return text.append(f"{first.why.removeprefix(TIES)}{end}; {rest}", "not bold")
     if first is not None and not test.agrees:
         few = _comes_from(test) if test.oracle and test.remainder else ""
         why = f"{f' ({first.op})' if first.op else ''}{f': {first.why}' if first.why else ''}"

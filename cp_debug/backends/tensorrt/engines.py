@@ -26,6 +26,7 @@ from cp_debug.errors import InputError
 from cp_debug.files import file_hash, key_of
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.surgery import distinct_dimensions
+from cp_debug.safe_text import flags
 
 Profile = tuple[Sequence[int], Sequence[int], Sequence[int]]
 """Smallest, optimal and largest shape of an input."""
@@ -129,8 +130,8 @@ def to_exclude(graph: Graph, *, calibrated: bool) -> str:
     if quantized:
         return f"TensorRT 8.6 builds no ConvTranspose in INT8: leave {', '.join(quantized)} unquantized (--skip-layers)"
     if calibrated and upsampling:
-        flags = " ".join(f"--keep-fp32 {node.name}" for node in upsampling)
-        return f"TensorRT 8.6 builds no ConvTranspose in INT8, and a calibrator asks for that: try {flags}"
+        kept = flags("--keep-fp32", [node.name for node in upsampling], len(upsampling))
+        return f"TensorRT 8.6 builds no ConvTranspose in INT8, and a calibrator asks for that: try {kept}"
     return ""
 
 

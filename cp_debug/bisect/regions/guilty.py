@@ -14,6 +14,7 @@ from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.errors import InputError
 from cp_debug.probes.arrays import as_numpy
 from cp_debug.programs.pipeline import Key
+from cp_debug.safe_text import flags
 
 NAMED = 8
 """Nodes that an advice names."""
@@ -111,8 +112,8 @@ def _finding(explainer: Explainer, key: Key, row: LayerRow, descent: Descent) ->
 
 def _fix(descent: Descent, row: LayerRow) -> str:
     if descent.kept:
-        more = f" (and {len(descent.kept) - NAMED} more: the JSON has all)" if len(descent.kept) > NAMED else ""
-        return " ".join(f"--keep-fp32 {name}" for name in descent.kept[:NAMED]) + more
+        more = ": the JSON has all" if len(descent.kept) > NAMED else ""
+        return f"{flags('--keep-fp32', descent.kept, NAMED)}{more}"
     return f"cpdebug bundle RESULT --layer {row.onnx}"
 
 
