@@ -691,6 +691,29 @@ def test_scales_for_data_50_times_too_large_are_named_where_a_quantizer_replaces
     assert "of its input is 53" in finding.says
 
 
+def test_a_coarse_scale_of_a_result_is_not_told_by_the_one_element_that_it_clips(tmp_path: Path) -> None:
+    """Levels of 0.2 that end at 0.2: what is lost is lost between them, but for one element of 0.4."""
+    net = NetBuilder(0)
+    x = -net.rng.random((64, 16)).astype(np.float32)
+    net.op("MatMul", "x", net.weight(np.eye(16, dtype=np.float32)), name="h")
+    net.op("Neg", "h", name="y")
+    path, target = net.save(tmp_path / "a.onnx", {"x": (1, [64, 16])}, ["y"]), tmp_path / "b.onnx"
+    x[0] = np.eye(16, dtype=np.float32)[0] * np.float32(0.4)
+    model = onnx.load(path)
+    grid = [numpy_helper.from_array(np.float32(0.2), "s"), numpy_helper.from_array(np.int8(126), "z")]
+    model.graph.initializer.extend(grid)
+    model.graph.node[0].output[0] = "before"
+    pair = [helper.make_node("QuantizeLinear", ["before", "s", "z"], ["q"])]
+    pair.append(helper.make_node("DequantizeLinear", ["q", "s", "z"], ["h"]))
+    for place, node in enumerate(pair, 1):
+        model.graph.node.insert(place, node)
+    onnx.save(model, target)
+    np.savez(tmp_path / "x.npz", x=x)
+    (test,) = bisect(str(path), "ort,ort", test_model=target, options=Options(inputs=tmp_path / "x.npz")).tests
+    (finding,) = test.findings
+    assert (finding.cause, finding.layers) == ("int8-coarse", ["node_h"])
+
+
 def test_a_file_that_quantizes_weights_alone_has_every_cause_tried(tmp_path: Path) -> None:
     net = NetBuilder(0)
     weight = net.rng.standard_normal((32, 32)).astype(np.float32)

@@ -136,10 +136,7 @@ class FileQuantization:
         """The grid of one input of a node of ``plain``: that of the pair in front of it, else that of the data of its
         segment, ``within``; None where it is not quantized, or its scale is computed. ``stored``: of a weight, in
         whichever file."""
-        twin = self._graph.producer.get(self._names.get(node.outputs[0], node.outputs[0]))
-        while twin is not None and twin.op in QUANTIZERS and node.op not in QUANTIZERS:  # the result is put on levels
-            twin = self._graph.producer.get(twin.proto.input[0])
-        maker = None
+        twin, maker = self._twin(node), None
         known = place == 0 or self.made_here or stored
         if twin is not None and known and twin.op == node.op and place < len(twin.proto.input):
             maker = self._graph.producer.get(twin.proto.input[place])
@@ -150,10 +147,15 @@ class FileQuantization:
 
     def stored_bias(self, node: Node) -> StoredBias | None:
         """The bias of a product of ``plain`` as the file stores it, in levels; None where it stores none so."""
-        own = self._graph.producer.get(self._names.get(node.outputs[0], node.outputs[0]))
-        if own is not None and own.op == "DequantizeLinear":  # a result that is read back from levels
-            own = self._graph.producer.get(own.proto.input[0])
-        return None if own is None else stored_bias(self._graph, self._constants, own)
+        twin = self._twin(node)
+        return None if twin is None else stored_bias(self._graph, self._constants, twin)
+
+    def _twin(self, node: Node) -> Node | None:
+        """The file's node that makes the result of one of ``plain``, behind the quantizers that put it on levels."""
+        twin = self._graph.producer.get(self._names.get(node.outputs[0], node.outputs[0]))
+        while twin is not None and twin.op in QUANTIZERS and node.op not in QUANTIZERS:
+            twin = self._graph.producer.get(twin.proto.input[0])
+        return twin
 
     def result_grid(self, name: str) -> QuantizerGrid | None:
         """The grid on which the file holds a value; None where it has no scale of its own, or that is computed."""

@@ -154,6 +154,8 @@ _COARSE = 2.0
 """Factor above the needed scale from which a scale is called too coarse."""
 _MANY = 0.5
 """Share of the numbers that a scale makes 0 from which it is too coarse for them, whatever the largest needs."""
+_RESULT = -1
+"""Place of a node's result beside those of its inputs."""
 _APART = "keep what is that large, as a mask may be, out of what is quantized, or leave it unquantized: {unquantized}"
 _CALIBRATE = "calibrate on data like this ({calibrate}), or leave it unquantized: {unquantized}"
 
@@ -164,49 +166,40 @@ def declared(segment: Segment) -> Iterator[Candidate]:
     quantized, node = segment.context.quantized, segment.product
     if quantized is None or (node := node or next((n for n in segment.nodes if _data(segment, n)), None)) is None:
         return
-    on_result = quantized.result_grid(segment.target)
-    on_result = on_result if on_result is not None and on_result.fits(segment.exact.shape) else None
-    weight, data = segment.weight(node, 1), _data(segment, node)
-    parts = {
-        "clipped": {i: x.clamp(*grid.range) for i, (x, grid) in data.items()},
-        "rounded": {i: grid.value(grid.levels(x)) for i, (x, grid) in data.items()},
+    on_levels = _data(segment, node)
+    quantized_inputs = {place: grid.quantized(x) for place, (x, grid) in on_levels.items()}
+    of_result = quantized.result_grid(segment.target)
+    if of_result is not None and of_result.fits(segment.exact.shape):
+        on_levels[_RESULT] = segment.exact, of_result
+    errors = {
+        (part, place): _error(segment, node, {place: value})
+        for place, (x, grid) in on_levels.items()
+        for part, value in (("clipped", x.clamp(*grid.range)), ("rounded", grid.value(grid.levels(x))))
     }
-    quantized_inputs = {i: grid.quantized(x) for i, (x, grid) in data.items()}
-    of_weight = quantized.grid(node, 1, stored=True) if weight is not None else None
-    if weight is not None and of_weight is not None and of_weight.fits(weight.shape):
+    weight, of_weight = segment.weight(node, 1), None
+    if weight is not None and (of_weight := quantized.grid(node, 1, stored=True)) and of_weight.fits(weight.shape):
         quantized_inputs[1] = of_weight.quantized(weight)
         if quantized.made_here:  # else one scale for all channels may be what somebody chose
-            parts["weights"] = {1: quantized_inputs[1]}
-    if not (data or "weights" in parts or on_result is not None):  # the file's choice of weights alone is no cause
+            errors["weights", 1] = _error(segment, node, {1: quantized_inputs[1]})
+    value = segment.edited(node, inputs=quantized_inputs) if errors else None  # the choice of weights is no cause
+    if value is None:
         return
-    if (value := segment.edited(node, inputs=quantized_inputs)) is None:
-        return
-    value = value if on_result is None else on_result.quantized(value)
-    errors = {part: _error(segment, node, inputs) for part, inputs in parts.items() if inputs}
-    if on_result is not None:
-        errors["result"] = relative_l2(on_result.quantized(segment.exact), segment.exact)
-    worst = max(errors, key=errors.__getitem__)
-    evidence: dict[str, Any] = {f"error_{part}": error for part, error in errors.items()}
+    value = on_levels[_RESULT][1].quantized(value) if _RESULT in on_levels else value
+    worst, place = max(errors, key=errors.__getitem__)
+    evidence: dict[str, Any] = {}
+    for (part, _), error in errors.items():
+        evidence[f"error_{part}"] = max(error, evidence.get(f"error_{part}", 0.0))
     if worst == "weights" and weight is not None:
         name, says, fix = _of_weight(node, weight, of_weight)
     else:
-        place, (x, grid) = -1, (segment.exact, on_result)
-        if worst != "result":
-            place, (x, grid) = max(data.items(), key=lambda item: item[1][1].clipped(item[1][0]))
-        assert grid is not None
+        x, grid = on_levels[place]
         step, needed = float(grid.scale.flatten()[0]), float(x.abs().max()) / grid.most
         evidence |= {"scale": step, "needed_scale": needed, "clipped": grid.clipped(x)}
         present = x[x != 0]
         evidence["lost"] = float((present.abs() < step / 2).double().mean()) if present.numel() else 0.0
-        worst = "clipped" if place < 0 and evidence["clipped"] else worst
-        name, says, fix = _of_data(worst, needed, grid, evidence, "input" if place >= 0 else "result")
+        name, says, fix = _of_data(worst, needed, grid, evidence, "result" if place == _RESULT else "input")
         fitting = replace(grid, scale=grid.scale * (needed / step))
-        then, now = (
-            relative_l2(g.quantized(x), x)
-            if place < 0
-            else _error(segment, node, {**quantized_inputs, place: g.quantized(x)})
-            for g in (fitting, grid)
-        )
+        then, now = (_error(segment, node, {**quantized_inputs, place: g.quantized(x)}) for g in (fitting, grid))
         if grid.scale.numel() == 1 and then < now:
             evidence |= {"error": now, "error_then": then}
             tried = f": a scale of {needed:.3g} brings the error of this layer from {now:.2g} to {then:.2g}"
@@ -260,9 +253,11 @@ def _of_weight(node: Node, weight: Tensor, grid: QuantizerGrid | None) -> tuple[
 
 
 def _error(segment: Segment, node: Node, inputs: dict[int, Tensor]) -> float:
-    """The relative error that one part of the quantization makes by itself, over all or in the worst channels."""
-    value = segment.edited(node, inputs=inputs)
-    if value is None:
+    """The relative error that inputs of ``node`` make, over all or in the worst channels; that of its result alone
+    where that is given, too (``_RESULT``)."""
+    if _RESULT in inputs:
+        return relative_l2(inputs[_RESULT], segment.exact)
+    if (value := segment.edited(node, inputs=inputs)) is None:
         return 0.0
     return max(relative_l2(value, segment.exact), balanced(value - segment.exact, segment.exact, segment.axis))
 
