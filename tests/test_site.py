@@ -61,7 +61,20 @@ def test_the_words_of_the_report_have_entries() -> None:
 
 
 PLAIN = {
-    *("#", "tensor", "part", "precision", "device", "settings", "setting", "mean ms", "memory MiB", "metric", "class"),
+    *(
+        "#",
+        "tensor",
+        "part",
+        "precision",
+        "device",
+        "settings",
+        "versions",
+        "setting",
+        "mean ms",
+        "memory MiB",
+        "metric",
+        "class",
+    ),
     *("cache", "entries", "size", "last used", "what it keeps", "fault", "what is wrong", "in the field"),
     *(
         "package",

@@ -130,24 +130,18 @@ def cache(
             count = f"{len(found)} entr{'y' if len(found) == 1 else 'ies'}"
             console.print(f"{name}: removed {count}, {decimal(freed[name])}, of {folders[name]}", soft_wrap=True)
         return
-    rows = [
-        (
-            name,
-            len(found),
-            decimal(sum(entry.size for entry in found)),
-            f"{datetime.fromtimestamp(found[0].used):%Y-%m-%d %H:%M}" if found else "",
-            KINDS[name],
-        )
-        for name, found in entries.items()
-    ]
+
+    def used(name: str) -> str:
+        return f"{datetime.fromtimestamp(entries[name][0].used):%Y-%m-%d %H:%M}" if entries[name] else ""
+
     columns = (
         Column("cache", "mark"),
-        Column("entries", "number", show=str),
-        Column("size", "mark"),
-        Column("last used", "mark", leave_out=1),
-        Column("what it keeps", leave_out=2),
+        Column("entries", "number", show=str, of=lambda name: len(entries[name])),
+        Column("size", "mark", of=lambda name: decimal(sum(entry.size for entry in entries[name]))),
+        Column("last used", "mark", leave_out=1, of=used),
+        Column("what it keeps", leave_out=2, of=KINDS.__getitem__),
     )
-    console.print(Terminal(Sheet(columns, rows)))
+    console.print(Terminal(Sheet.of(columns, entries)))
     for name, at in folders.items():
         console.print(f"{name}: {at}", soft_wrap=True)
     if any(entries.values()):

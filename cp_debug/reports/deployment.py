@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -39,76 +40,48 @@ def export_lines(exported: Sequence[Exported]) -> Iterator[Text]:
 
 def stage_table(records: Sequence[StageRecord]) -> Sheet:
     """A row for each stage."""
-    rows = [
-        (
-            record.name,
-            Cell("✓", "good") if record.passed else Cell("✗", "worst"),
-            record.seconds,
-            record.line + (" (done before)" if record.resumed else ""),
-        )
-        for record in records
-    ]
     columns = (
-        Column("stage", "mark"),
-        Column("", "mark"),
-        Column("seconds", "number", leave_out=1, show=lambda seconds: f"{seconds:.1f}"),
-        Column("outcome"),
+        Column("stage", "mark", of=lambda record: record.name),
+        Column("", "mark", of=lambda record: Cell("✓", "good") if record.passed else Cell("✗", "worst")),
+        Column("seconds", "number", leave_out=1, of=lambda record: f"{record.seconds:.1f}"),
+        Column("outcome", of=lambda record: record.line + (" (done before)" if record.resumed else "")),
     )
-    return Sheet(columns, rows, ruled=True)
+    return Sheet.of(columns, records, ruled=True)
 
 
 def _files_table(components: Sequence[Mapping[str, Any]]) -> Sheet:
     """A row for each exported file, from the document of the stage ``export``."""
-    columns = (
-        Column("file", "name"),
-        Column("opset", "mark"),
-        Column("nodes", "mark"),
-        Column("inputs"),
-        Column("checked on"),
-        Column("relative L2", "number"),
-        Column("SHA-256", "mark"),
-    )
-    rows = [
-        (
-            each["file"],
-            each["opset"],
-            each["nodes"],
-            ", ".join(map(str, each["inputs"])),
-            f"{' and '.join(each['checked_on'])}, by {each['checked_by']}" if each["checked_on"] else "used unchanged",
-            each["error"],
-            each["sha256"][:12],
+
+    def checked(each: Mapping[str, Any]) -> str:
+        return (
+            f"{' and '.join(each['checked_on'])}, by {each['checked_by']}" if each["checked_on"] else "used unchanged"
         )
-        for each in components
-    ]
-    return Sheet(columns, rows, "Files")
+
+    columns = (
+        Column("file", "name", of=itemgetter("file")),
+        Column("opset", "mark", of=itemgetter("opset")),
+        Column("nodes", "mark", of=itemgetter("nodes")),
+        Column("inputs", of=lambda each: ", ".join(map(str, each["inputs"]))),
+        Column("checked on", of=checked),
+        Column("relative L2", "number", of=itemgetter("error")),
+        Column("SHA-256", "mark", of=lambda each: each["sha256"][:12]),
+    )
+    return Sheet.of(columns, components, "Files")
 
 
 def _output_table(scenario: Mapping[str, Any]) -> Sheet:
     """A row for each output of a scenario, from the document of the stage ``verify``."""
     columns = (
-        Column("tensor", "name"),
-        Column("max |Δ|", "number"),
-        Column("relative L2", "number"),
-        Column("limit", "number"),
-        Column("sample"),
+        Column("tensor", "name", of=lambda e: (f"{e['component']}/{e['name']}", *([e["why"]] if e["why"] else ()))),
+        Column("max |Δ|", "number", of=lambda each: float(each["max_abs"])),
+        Column("relative L2", "number", of=lambda each: float(each["rel_l2"])),
+        Column("limit", "number", of=itemgetter("limit")),
+        Column("sample", of=itemgetter("source")),
     )
-    rows = [
-        Row(
-            (
-                tuple(text for text in (f"{each['component']}/{each['name']}", each["why"]) if text),
-                float(each["max_abs"]),
-                float(each["rel_l2"]),
-                each["limit"],
-                each["source"],
-            ),
-            "worst" if each["why"] else "",
-        )
-        for each in scenario["tensors"]
-    ]
     title = (
         "Each output on the sample where it is worst; the limit is a multiple of the noise that rounding makes there"
     )
-    return Sheet(columns, rows, title)
+    return Sheet.of(columns, scenario["tensors"], title, tone=lambda each: "worst" if each["why"] else "")
 
 
 def _metric_table(backends: Sequence[Mapping[str, Any]]) -> Sheet:

@@ -50,22 +50,16 @@ def kept_table(result: MixedPrecisionResult) -> Sheet:
     """A row for each layer."""
     figure = next(iter(result.best.measured.figures), "rel_l2")
     columns = [
-        Column("layer", "name"),
-        Column("ONNX nodes", "name", leave_out=2),
-        Column("operators", "mark", leave_out=3),
-        Column("introduces", "number"),
-        Column("share", "number", show=share_of),
-        Column(f"{figure} without it", "number", leave_out=1),
+        Column("layer", "name", of=lambda layer: layer.fusion_group.name),
+        Column("ONNX nodes", "name", leave_out=2, of=lambda layer: layer.fusion_group.nodes),
+        Column("operators", "mark", leave_out=3, of=lambda layer: layer.ops),
+        Column("introduces", "number", of=lambda layer: layer.introduced),
+        Column("share", "number", show=share_of, of=lambda layer: layer.share),
+        Column(f"{figure} without it", "number", leave_out=1, of=lambda layer: layer.without.get(figure)),
     ]
-    grouped = any(layer.fusion_group.engine_layer for layer in result.kept)
-    if grouped:
-        columns.append(Column("engine layer", leave_out=4))
-    rows = []
-    for layer in result.kept:
-        group = layer.fusion_group
-        values = [group.name, tuple(group.nodes), tuple(layer.ops), layer.introduced, layer.share]
-        rows.append([*values, layer.without.get(figure), *([group.engine_layer] if grouped else [])])
-    return Sheet(columns, rows)
+    if any(layer.fusion_group.engine_layer for layer in result.kept):
+        columns.append(Column("engine layer", leave_out=4, of=lambda layer: layer.fusion_group.engine_layer))
+    return Sheet.of(columns, result.kept)
 
 
 def pareto_table(result: MixedPrecisionResult) -> Sheet:

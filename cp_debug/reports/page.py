@@ -212,21 +212,12 @@ def worst_table(item: Evidence, reference: str, test: str) -> Sheet:
 def changes_table(view: SceneView) -> Sheet:
     """Detections that changed most between two backends."""
     columns = (
-        Column("object", "mark"),
-        Column("change", "mark"),
-        Column("score", "number", show=lambda change: signed(change, 3).replace("-", "−")),
-        Column("shift", "number", unit="m", show=lambda distance: f"{distance:.2f}"),
+        Column("object", "mark", of=lambda changed: changed[1]),
+        Column("change", "mark", of=lambda changed: Cell(changed[0].kind, badge=changed[0].kind)),
+        Column("score", "number", of=lambda changed: signed(changed[0].score, 3).replace("-", "−")),
+        Column("shift", "number", 0, "m", of=lambda c: f"{c[0].distance:.2f}" if c[0].kind == MOVED_BOX else None),
     )
-    rows = [
-        (
-            name,
-            Cell(change.kind, badge=change.kind),
-            change.score,
-            change.distance if change.kind == MOVED_BOX else None,
-        )
-        for change, name in view.changed[:MOST_CHANGES]
-    ]
-    return Sheet(columns, rows)
+    return Sheet.of(columns, view.changed[:MOST_CHANGES])
 
 
 def settings_table(records: Sequence[RunRecord], *, differing: bool = False) -> Sheet:

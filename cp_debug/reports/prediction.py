@@ -11,7 +11,7 @@ from cp_debug.mixed_precision.result import arguments
 from cp_debug.prediction.result import Interval, PredictedLayer, Prediction
 from cp_debug.reports.mixed_precision import commands
 from cp_debug.reports.numbers import number
-from cp_debug.reports.sheet import Column, Row, Sheet
+from cp_debug.reports.sheet import Column, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
 
 MOST = 20
@@ -54,36 +54,35 @@ def render(result: Prediction, *, show_all: bool = False) -> Iterator[Renderable
 
 def layer_table(layers: list[PredictedLayer]) -> Sheet:
     """A row for each layer."""
+
+    def keep(layer: PredictedLayer) -> str:
+        return layer.keep or (layer.range and f"({layer.range} in FP16's range)")
+
     columns = [
-        Column("layer", "name"),
-        Column("operators", "mark", leave_out=5),
-        Column("introduces", "number"),
-        Column("introduces from … to", "number", leave_out=3),
-        Column("error", "number"),
-        Column("from … to", "number", leave_out=2),
-        Column("largest", "number", leave_out=4),
+        Column("layer", "name", of=lambda layer: layer.name),
+        Column("operators", "mark", 5, of=lambda layer: "+".join(layer.ops[:4]) + ("…" if len(layer.ops) > 4 else "")),
+        Column("introduces", "number", of=lambda layer: layer.introduced.expected),
+        Column("introduces from … to", "number", leave_out=3, of=lambda layer: _ends(layer.introduced)),
+        Column("error", "number", of=lambda layer: layer.error.expected),
+        Column("from … to", "number", leave_out=2, of=lambda layer: _ends(layer.error)),
+        Column("largest", "number", leave_out=4, of=lambda layer: layer.largest),
+        *([Column("keep in FP32", leave_out=1, of=keep)] if any(map(keep, layers)) else []),
     ]
-    keeps = any(layer.keep or layer.range for layer in layers)
-    columns += [Column("keep in FP32", leave_out=1)] if keeps else []
-    rows = []
-    for layer in layers:
-        assert layer.introduced is not None
-        operators = "+".join(layer.ops[:4]) + ("…" if len(layer.ops) > 4 else "")
-        figures = (*_cells(layer.introduced), *_cells(layer.error), layer.largest)
-        keep = layer.keep or (layer.range and f"({layer.range} in FP16's range)")
-        cells = (layer.name, operators, *figures, *([keep] if keeps else []))
-        rows.append(Row(cells, "worst" if layer.keep else ""))
-    return Sheet(columns, rows)
+    return Sheet.of(columns, layers, tone=lambda layer: "worst" if layer.keep else "")
 
 
 def output_table(result: Prediction) -> Sheet:
     """A row for each output."""
-    columns = (Column("output", "name"), Column("error", "number"), Column("from … to", "number"))
-    return Sheet(columns, [(f"{each.component}/{each.name}", *_cells(each.error)) for each in result.outputs])
+    columns = (
+        Column("output", "name", of=lambda output: f"{output.component}/{output.name}"),
+        Column("error", "number", of=lambda output: output.error.expected),
+        Column("from … to", "number", of=lambda output: _ends(output.error)),
+    )
+    return Sheet.of(columns, result.outputs)
 
 
-def _cells(interval: Interval) -> tuple[str, str]:
-    return number(interval.expected), f"{number(interval.low)} … {number(interval.high)}"
+def _ends(interval: Interval) -> str:
+    return f"{number(interval.low)} … {number(interval.high)}"
 
 
 def _severity(layer: PredictedLayer) -> float:

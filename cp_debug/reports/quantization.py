@@ -28,23 +28,18 @@ _LOW = 10.0
 def quantizers(rows: Iterable[QuantizerRow]) -> Iterator[RenderableType]:
     """A row for each quantizer; quantizers of outputs, which are never on, are counted below."""
     columns = (
-        Column("quantizer", "name"),
-        Column("bits", "number", leave_out=2, show=str),
-        Column("axis", "number", leave_out=3, show=str),
-        Column("amax", "number", leave_out=1),
-        Column(""),
+        Column("quantizer", "name", of=lambda row: row.name),
+        Column("bits", "number", leave_out=2, show=str, of=lambda row: row.bits),
+        Column("axis", "number", leave_out=3, show=str, of=lambda row: row.axis),
+        Column("amax", "number", leave_out=1, of=_amax),
+        Column("", of=lambda row: Cell("on", "good") if row.enabled else Cell(row.why, "quiet")),
     )
-    shown = []
-    on = off = outputs = 0
-    for row in rows:
-        if row.name.endswith(_OUTPUT) and not row.enabled:
-            outputs += 1
-            continue
-        on, off = on + row.enabled, off + (not row.enabled)
-        state = Cell("on", "good") if row.enabled else Cell(row.why, "quiet")
-        shown.append((row.name, row.bits, row.axis, _amax(row), state))
-    yield Terminal(Sheet(columns, shown, ruled=True))
-    yield Text(f"{on} quantizers on, {off} off; outputs ({outputs}) are quantized by their readers", style="dim")
+    every = list(rows)
+    shown = [row for row in every if row.enabled or not row.name.endswith(_OUTPUT)]
+    yield Terminal(Sheet.of(columns, shown, ruled=True))
+    on, outputs = sum(row.enabled for row in shown), len(every) - len(shown)
+    says = f"{on} quantizers on, {len(shown) - on} off; outputs ({outputs}) are quantized by their readers"
+    yield Text(says, style="dim")
 
 
 def layers(rows: Iterable[QuantizerRow]) -> Iterator[RenderableType]:

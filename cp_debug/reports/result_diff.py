@@ -13,7 +13,7 @@ from cp_debug.bisect.result_diff import BETTER, GONE, NEW, UNKNOWN, WORSE, Layer
 from cp_debug.files import write_text
 from cp_debug.reports.numbers import number
 from cp_debug.reports.page import rendered
-from cp_debug.reports.sheet import Cell, Column, Row, Sheet, Tone
+from cp_debug.reports.sheet import Cell, Column, Sheet, Tone
 from cp_debug.reports.sheet_terminal import Terminal
 
 MOST = 20
@@ -50,40 +50,23 @@ def sheets(test: TestDiff, most: int = 0) -> Iterator[Sheet]:
 def change_table(changes: Sequence[LayerChange], title: str, most: int = 0) -> Sheet:
     """A row for each change: what it is, and verdict, introduced error and divergence before and after."""
     columns = (
-        Column("", "mark"),
-        Column("layer", "name"),
-        Column("operator", "mark", leave_out=2),
-        Column("verdict", "mark"),
-        Column("introduced", "mark"),
-        Column("rel. L2", "mark", leave_out=1),
+        Column("", "mark", of=lambda change: Cell(change.change, _TONES[change.change])),
+        Column("layer", "name", of=lambda change: change.name),
+        Column("operator", "mark", leave_out=2, of=lambda change: change.op),
+        Column("verdict", "mark", of=lambda change: _two(change, partial(_verdict, change))),
+        Column("introduced", "mark", of=lambda change: _two(change, lambda state: number(state.introduced))),
+        Column("rel. L2", "mark", leave_out=1, of=lambda change: _two(change, lambda state: number(state.rel_l2))),
     )
-    rows = [
-        Row(
-            (
-                Cell(change.change, _TONES[change.change]),
-                change.name,
-                change.op,
-                _two(change, partial(_verdict, change)),
-                _two(change, lambda state: number(state.introduced) if state.introduced is not None else "–"),
-                _two(change, lambda state: number(state.rel_l2)),
-            )
-        )
-        for change in changes
-    ]
-    return Sheet(columns, rows, title, most, ruled=True, details="--html has every row")
+    return Sheet.of(columns, changes, title, most=most, ruled=True, details="--html has every row")
 
 
 def _two(change: LayerChange, show: Callable[[LayerState], str]) -> str:
-    texts = [_shown(show, state) for state in (change.before, change.after)]
+    texts = ["–" if state is None else show(state) for state in (change.before, change.after)]
     return texts[1] if texts[0] == texts[1] else " → ".join(texts)
 
 
 def _verdict(change: LayerChange, state: LayerState) -> str:
     return f"{state.verdict}, not replayed" if change.change == UNKNOWN and not state.replayed else state.verdict
-
-
-def _shown(show: Callable[[LayerState], str], state: LayerState | None) -> str:
-    return "–" if state is None else show(state)
 
 
 def verdict(test: TestDiff) -> Text:

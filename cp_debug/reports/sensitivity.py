@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import RenderableType
 from rich.text import Text
 
 from cp_debug.detection.evaluation import ConfidenceInterval
 from cp_debug.files import write_text
-from cp_debug.mixed_precision.sensitivity import METRIC, Int8Effect, SensitivityProfile
+from cp_debug.mixed_precision.sensitivity import METRIC, Int8Effect, LayerSensitivity, SensitivityProfile
 from cp_debug.reports.numbers import fixed, number, share, signed
 from cp_debug.reports.page import rendered, script
 from cp_debug.reports.sheet import Cell, Column, Sheet
@@ -41,28 +42,24 @@ def render(profile: SensitivityProfile, *, show_all: bool = False) -> Iterator[R
 
 def layer_table(profile: SensitivityProfile, count: int, *, sizes: bool = False) -> Sheet:
     """A row for each of the first ``count`` layers; ``sizes``: with their kind and number of weights."""
+
+    def without(name: str) -> Callable[[LayerSensitivity], Any]:
+        return lambda row: _change(row.left_out.scores[name]) if row.left_out else None
+
     columns = [
-        Column("layer", "name"),
-        *([Column("kind", "mark"), Column("weights", "number", show=str)] if sizes else []),
-        Column("introduced", "number", leave_out=2),
-        Column("share", "number", show=share),
-        Column("error without", "number", leave_out=3),
-        Column("dB", "number", leave_out=4, show=lambda value: fixed(value, 1)),
-        *(Column(f"Δ {name} without", "number", leave_out=1) for name in profile.scores),
+        Column("layer", "name", of=lambda row: row.layer),
+        Column("kind", "mark", of=lambda row: row.kind),
+        Column("weights", "number", show=str, of=lambda row: row.weights),
+        Column("introduced", "number", leave_out=2, of=lambda row: row.introduced),
+        Column("share", "number", show=share, of=lambda row: row.share),
+        Column("error without", "number", leave_out=3, of=lambda row: row.left_out and row.left_out.error),
+        Column("dB", "number", leave_out=4, of=lambda row: row.left_out and fixed(row.left_out.sqnr, 1)),
+        *(Column(f"Δ {name} without", "number", leave_out=1, of=without(name)) for name in profile.scores),
     ]
-    rows = [
-        (
-            row.layer,
-            *((row.kind, row.weights) if sizes else ()),
-            row.introduced,
-            row.share,
-            *((row.left_out.error, row.left_out.sqnr) if row.left_out else (None, None)),
-            *(_change(row.left_out.scores[name]) if row.left_out else None for name in profile.scores),
-        )
-        for row in profile.layers[:count]
-    ]
+    if not sizes:
+        del columns[1:3]
     title = "share: part of the outputs' divergence; introduced: relative L2 error of the layer's own result"
-    return Sheet(columns, rows, title, ruled=True)
+    return Sheet.of(columns, profile.layers[:count], title, ruled=True)
 
 
 def whole_line(profile: SensitivityProfile) -> str:

@@ -32,6 +32,8 @@ class Column:
     unit: str = ""
     show: Callable[[Any], str] | None = None
     """A value as text; without it numbers have three digits."""
+    of: Callable[[Any], Any] = lambda item: item
+    """What stands in this column for an item of ``Sheet.of``: a value, a ``Cell``, or a tuple of values."""
 
     @property
     def header(self) -> str:
@@ -87,6 +89,20 @@ class Sheet:
     """Hint where a reader finds the columns and rows that a terminal leaves out."""
     narrow: Sheet | None = field(default=None, kw_only=True)
     """Table of the same figures with fewer columns and more rows, for terminals that this one does not fit into."""
+
+    @classmethod
+    def of(
+        cls,
+        columns: Sequence[Column],
+        items: Iterable[Any],
+        title: str = "",
+        *,
+        tone: Callable[[Any], Tone] = lambda item: "",
+        **more: Any,
+    ) -> Sheet:
+        """A row for each item, with what each column says of it; ``tone``: that of an item's row."""
+        rows = [Row([column.of(item) for column in columns], tone(item)) for item in items]
+        return cls(columns, rows, title, **more)
 
     def lines(self) -> Iterable[tuple[Row, list[list[str]]]]:
         """Every row with the lines of text of each of its cells."""

@@ -144,16 +144,16 @@ def _layers(test: TestResult) -> Iterator[str]:
 def _backends(saved: SavedResult) -> Iterator[str]:
     records = (saved.result.reference, *(test.backend for test in saved.result.tests))
     yield from ("<details><summary>Versions and settings</summary>", "")
-    rows = [
-        (
-            record.spec, record.computes_in, record.device,
-            ", ".join(f"{name} {version}" for name, version in record.versions.items()),
-            ", ".join(f"{SETTINGS[name]} {value}" for name, value in record.settings.items() if name in SETTINGS),
-        )
-        for record in records
-    ]  # fmt: skip
-    columns = [Column(title) for title in ("backend", "precision", "device", "versions", "settings")]
-    yield from table_markdown(Sheet(columns, rows))
+    columns = (
+        Column("backend", of=lambda record: record.spec),
+        Column("precision", of=lambda record: record.computes_in),
+        Column("device", of=lambda record: record.device),
+        Column("versions", of=lambda record: ", ".join(f"{n} {v}" for n, v in record.versions.items())),
+        Column(
+            "settings", of=lambda r: ", ".join(f"{SETTINGS[n]} {v}" for n, v in r.settings.items() if n in SETTINGS)
+        ),
+    )
+    yield from table_markdown(Sheet.of(columns, records))
     yield from ("", "</details>")
 
 

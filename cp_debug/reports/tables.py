@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
@@ -243,22 +245,21 @@ def weight_lines(result: BisectResult) -> list[str]:
 
 def _backends_table(records: Sequence[RunRecord]) -> Sheet:
     """Spec, precision, device, versions and the settings that can change numbers."""
-    rows = []
-    for index, record in enumerate(records):
+
+    def settings(record: RunRecord) -> Cell:
         versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
         chosen = {short: record.settings.get(name) for name, short in SETTINGS.items()}
-        settings = ", ".join(f"{short} {setting_text(v)}" for short, v in chosen.items() if v is not None)
-        role = "test" if index else "reference"
-        about = "; ".join(filter(None, (versions, settings)))
-        rows.append((role, record.spec, record.computes_in, record.device, Cell(about, "quiet")))
+        told = ", ".join(f"{short} {setting_text(v)}" for short, v in chosen.items() if v is not None)
+        return Cell("; ".join(filter(None, (versions, told))), "quiet")
+
     columns = (
-        Column("", "mark"),
-        Column("backend", "name"),
-        Column("precision", "mark", leave_out=1),
-        Column("device", "mark", leave_out=2),
-        Column("settings", leave_out=3),
+        Column("", "mark", of=lambda record: "reference" if record is records[0] else "test"),
+        Column("backend", "name", of=lambda record: record.spec),
+        Column("precision", "mark", leave_out=1, of=lambda record: record.computes_in),
+        Column("device", "mark", leave_out=2, of=lambda record: record.device),
+        Column("settings", leave_out=3, of=settings),
     )
-    return Sheet(columns, rows)
+    return Sheet.of(columns, records)
 
 
 def stage_table(test: TestResult, *, show_all: bool = False) -> Sheet:
@@ -266,48 +267,38 @@ def stage_table(test: TestResult, *, show_all: bool = False) -> Sheet:
 
     The worst one of each group of outputs where all agree, or are very many, unless ``show_all``.
     """
-    rows = [
-        (
-            name,
-            shape_of(stage.layer.stats),
-            _compared(stage.layer, "max_abs"),
-            _compared(stage.layer, "mean_abs"),
-            _compared(stage.layer, "rel_l2"),
-            Cell(unless_nothing(stage.layer, stage.verdict), TONES[stage.verdict], stage.verdict),
-        )
-        for name, stage in (((s.name, s) for s in test.stages) if show_all else _few_stages(test))
-    ]
     columns = (
-        Column("stage", "name"),
-        Column("shape", "number", leave_out=3),
-        Column("max |Δ|", "number", leave_out=1),
-        Column("mean |Δ|", "number", leave_out=2),
-        Column("rel. L2", "number"),
-        Column("verdict", "mark"),
+        Column("stage", "name", of=lambda named: named[0]),
+        Column("shape", "number", leave_out=3, of=lambda named: shape_of(named[1].layer.stats)),
+        Column("max |Δ|", "number", leave_out=1, of=lambda named: _compared(named[1].layer, "max_abs")),
+        Column("mean |Δ|", "number", leave_out=2, of=lambda named: _compared(named[1].layer, "mean_abs")),
+        Column("rel. L2", "number", of=lambda named: _compared(named[1].layer, "rel_l2")),
+        Column("verdict", "mark", of=lambda named: _stage_verdict(named[1])),
     )
-    return Sheet(columns, rows)
+    return Sheet.of(columns, ((s.name, s) for s in test.stages) if show_all else _few_stages(test))
 
 
-_LAYER_COLUMNS: dict[str, tuple[Column, Callable[[LayerRow], Any]]] = {
-    "#": (Column("#", "number", leave_out=4, show=str), lambda row: row.index),
-    "layer": (Column("layer", "name"), lambda row: row.name),
-    "op": (Column("op", "mark", leave_out=5), lambda row: row.op),
-    "shape": (Column("shape", "number", leave_out=7), lambda row: shape_of(row.stats)),
-    "max |Δ|": (Column("max |Δ|", "number", leave_out=6), lambda row: _compared(row, "max_abs")),
-    "rel. L2": (Column("rel. L2", "number", leave_out=2), lambda row: _compared(row, "rel_l2")),
-    "introduced": (Column("introduced", "number"), lambda row: _replayed(row, "introduced")),
-    "expected": (Column("expected", "number", leave_out=3), lambda row: _replayed(row, "expected")),
-    "excess": (Column("excess", "number"), lambda row: _replayed(row, "excess")),
-    "step": (Column("step", "number", leave_out=8), lambda row: _scale(row)[0]),
-    "clipped": (Column("clipped", "number", leave_out=9), lambda row: _scale(row)[1]),
-    "kernel": (Column("kernel", "text", leave_out=10), kernels),
-    "share": (
-        Column("share", "number", leave_out=1, show=str),
-        lambda row: "" if row.share is None else share(row.share),
-    ),
-    "verdict": (Column("verdict", "mark"), lambda row: Cell(layer_verdict(row), TONES[row.verdict])),
-}
-"""Column → (how it is shown, its value) for a layer, in the order in which columns are shown."""
+def _stage_verdict(stage: StageRow) -> Cell:
+    return Cell(unless_nothing(stage.layer, stage.verdict), TONES[stage.verdict], stage.verdict)
+
+
+_LAYER_COLUMNS = (
+    Column("#", "number", leave_out=4, show=str, of=lambda row: row.index),
+    Column("layer", "name", of=lambda row: row.name),
+    Column("op", "mark", leave_out=5, of=lambda row: row.op),
+    Column("shape", "number", leave_out=7, of=lambda row: shape_of(row.stats)),
+    Column("max |Δ|", "number", leave_out=6, of=lambda row: _compared(row, "max_abs")),
+    Column("rel. L2", "number", leave_out=2, of=lambda row: _compared(row, "rel_l2")),
+    Column("introduced", "number", of=lambda row: _replayed(row, "introduced")),
+    Column("expected", "number", leave_out=3, of=lambda row: _replayed(row, "expected")),
+    Column("excess", "number", of=lambda row: _replayed(row, "excess")),
+    Column("step", "number", leave_out=8, of=lambda row: _scale(row)[0]),
+    Column("clipped", "number", leave_out=9, of=lambda row: _scale(row)[1]),
+    Column("kernel", leave_out=10, of=kernels),
+    Column("share", "number", leave_out=1, of=lambda row: "" if row.share is None else share(row.share)),
+    Column("verdict", "mark", of=lambda row: Cell(layer_verdict(row), TONES[row.verdict])),
+)
+"""Columns for a layer, in the order in which they are shown."""
 _SHORT = ("#", "layer", "op", "max |Δ|", "rel. L2", "introduced", "expected", "excess", "share")
 """Columns shown where figures are few: in an issue tracker and in a notebook."""
 
@@ -325,29 +316,18 @@ def layer_table(test: TestResult, *, show_all: bool = False) -> Sheet:
         without.add("op")
     place = {row.index: position for position, row in enumerate(test.rows)}
     shown = test.rows if show_all else _layers_shown(test)
-    columns, cells = _layers(shown, [name for name in _LAYER_COLUMNS if name not in without])
-    rows: list[Row] = []
-    previous: int | None = None
-    for row, values in zip(shown, cells, strict=True):
-        if previous is not None and place[row.index] - previous > 1 and test.first_divergent:
-            rows.append(Row(gap=True))
-        rows.append(Row(values))
-        previous = place[row.index]
-    return Sheet(columns, rows)
+    sheet = Sheet.of([column for column in _LAYER_COLUMNS if column.title not in without], shown)
+    gaps = [b for a, b in pairwise(range(len(shown))) if place[shown[b].index] - place[shown[a].index] > 1]
+    rows = list(sheet.rows)
+    for gap in reversed(gaps if test.first_divergent else ()):
+        rows.insert(gap, Row(gap=True))
+    return replace(sheet, rows=rows)
 
 
 def short_layer_table(test: TestResult) -> Sheet:
     """The layers that a terminal shows, in fewer columns."""
-    shown = _layers_shown(test)
-    columns, cells = _layers(shown, _SHORT)
-    rows = [[*values, layer_verdict(row)] for row, values in zip(shown, cells, strict=True)]
-    return Sheet([*columns, Column("verdict", "mark")], rows)
-
-
-def _layers(rows: Sequence[LayerRow], names: Sequence[str]) -> tuple[list[Column], list[list[Any]]]:
-    """Columns by name, and their values for each layer."""
-    chosen = [_LAYER_COLUMNS[name] for name in names]
-    return [column for column, _ in chosen], [[value(row) for _, value in chosen] for row in rows]
+    columns = [column for column in _LAYER_COLUMNS if column.title in _SHORT]
+    return Sheet.of([*columns, Column("verdict", "mark", of=layer_verdict)], _layers_shown(test))
 
 
 def _replayed(row: LayerRow, figure: str) -> Any:

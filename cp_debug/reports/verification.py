@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import RenderableType
 from rich.text import Text
 
-from cp_debug.deploy.verify import ScenarioResult, VerifyResult, culprits, reasons
+from cp_debug.deploy.verify import ScenarioResult, TensorCheck, VerifyResult, culprits, reasons
 from cp_debug.probes.distance import ratio
 from cp_debug.programs.precision import coarsest
 from cp_debug.reports.causes import findings
 from cp_debug.reports.files import junit
 from cp_debug.reports.numbers import number
-from cp_debug.reports.sheet import Column, Row, Sheet
+from cp_debug.reports.sheet import Column, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.reports.verdict_line import verdict_line
 from cp_debug.safe_text import amount
@@ -47,21 +47,20 @@ def render(result: VerifyResult) -> Iterator[RenderableType]:
 
 def tensor_table(scenario: ScenarioResult) -> Sheet:
     """A row for each output, of the sample on which it is worst."""
+
+    def compared(figure: Callable[[TensorCheck], float]) -> Callable[[TensorCheck], float | None]:
+        return lambda check: None if check.stats.nothing_compared else figure(check)
+
+    used = compared(lambda check: ratio(check.stats.rel_l2, check.limit))
     columns = (
-        Column("tensor", "name"),
-        Column("max |Δ|", "number", leave_out=2),
-        Column("rel. L2", "number"),
-        Column("FP32 noise", "number", leave_out=1),
-        Column("limit", "number"),
-        Column("of the limit", "number", show=of_the_limit),
+        Column("tensor", "name", of=lambda check: f"{check.component}/{check.name}"),
+        Column("max |Δ|", "number", leave_out=2, of=compared(lambda check: check.stats.max_abs)),
+        Column("rel. L2", "number", of=compared(lambda check: check.stats.rel_l2)),
+        Column("FP32 noise", "number", leave_out=1, of=lambda check: check.floor),
+        Column("limit", "number", of=lambda check: check.limit),
+        Column("of the limit", "number", show=of_the_limit, of=used),
     )
-    rows = []
-    for check in scenario.checks:
-        figures = (check.stats.max_abs, check.stats.rel_l2, ratio(check.stats.rel_l2, check.limit))
-        largest, distance, used = (None,) * 3 if check.stats.nothing_compared else figures
-        values = (largest, distance, check.floor, check.limit, used)
-        rows.append(Row((f"{check.component}/{check.name}", *values), "bad" if check.why else ""))
-    return Sheet(columns, rows, ruled=True)
+    return Sheet.of(columns, scenario.checks, ruled=True, tone=lambda check: "bad" if check.why else "")
 
 
 def of_the_limit(used: float) -> str:
