@@ -200,17 +200,15 @@ def _tensor(entry: Mapping[str, Any]) -> EngineTensor:
 
 
 _TYPE = r"(?:tf32|bf16|f16|f32|f64|e4m3|e5m2|i8|u8|s8|i32|s32)"
-_TYPES_IN_NAME = re.compile(
-    rf"_(?P<reads>{_TYPE})(?P<writes>{_TYPE})_(?P<multiplies>{_TYPE})(?P<accumulates>{_TYPE})_{_TYPE}(?=_|$)"
+_NAMES = (
+    re.compile(rf"_(?P<reads>{_TYPE})(?P<writes>{_TYPE})_(?P<multiplies>{_TYPE})(?P<sums>{_TYPE})_{_TYPE}(?=_|$)"),
+    re.compile(r"_wngd_(?P<reads>f16|f32)(?:f16|f32)_(?P<sums>f16|f32)_"),
+    re.compile(r"_(?:gemvx|conv3d_c1_k1)_(?P<reads>f16|f32)(?P<writes>f16|f32)_(?P<sums>f16|f32)_f(?:16|32)(?=_|$)"),
+    re.compile(r"_depthwise(?:HMMA|Conv)_(?P<reads>FP16|fp32)"),
+    re.compile(r"_fused_conv_act_(?P<reads>fp16|fp32)_.*_Acc(?P<sums>float|half)(?=_|$)"),
 )
-_WINOGRAD = re.compile(r"_wngd_(?P<reads>f16|f32)(?:f16|f32)_(?P<accumulates>f16|f32)_")
-_FUSED = re.compile(r"_fused_conv_act_(?P<reads>fp16|fp32)_.*_Acc(?P<accumulates>float|half)(?=_|$)")
-_VECTOR = re.compile(r"_gemvx_(?P<reads>f16|f32)(?P<writes>f16|f32)_(?P<accumulates>f16|f32)_f(?:16|32)(?=_|$)")
-_DEPTHWISE = re.compile(
-    r"_conv3d_c1_k1_(?P<reads>f16|f32)(?P<writes>f16|f32)_(?P<accumulates>f16|f32)_f(?:16|32)(?=_|$)"
-)
-_DEPTHWISE_KINDS = {"_depthwiseHMMA_FP16": ("fp16", "fp32"), "_depthwiseConv_fp32": ("fp32", "fp32")}
-"""Mark of the older depthwise kernels → the type that they read and multiply, and the type of their sums."""
+"""Forms of kernels' names, with the types that they read, write and multiply and the type of their sums; a type that
+the name leaves out is that which they read, and FP32 for the sum."""
 _PLAIN = re.compile(r"_(?:FP32){3}N")
 _OLD_TENSOR_CORE = re.compile(r"(?:^|_)(?P<kind>[hsi])(?:884|1688|16816|8816|16832)(?=[a-z_]|$)")
 _SLICES = re.compile(r"_warpsize\d+x\d+x(\d+)(?=_|$)")
@@ -218,7 +216,7 @@ _ALIGNED = re.compile(r"_aligna(\d+)(?=_|$)")
 _TILE = re.compile(r"tilesize(\d+)x(\d+)x(\d+)")
 _SPLIT = re.compile(r" numSplitK: (\d+) numBuffers: (\d+) numKernels: (\d+)$")
 _LONG = {"f16": "fp16", "f32": "fp32", "f64": "fp64", "i8": "int8", "s8": "int8", "u8": "int8", "i32": "int32"}
-_LONG["s32"] = "int32"
+_LONG |= {"s32": "int32", "float": "fp32", "half": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -293,24 +291,10 @@ def decode(name: str) -> Tactic:
 
 
 def _types(name: str) -> tuple[str, str, str, str] | None:
-    if match := _TYPES_IN_NAME.search(name):
-        reads, writes, multiplies, accumulates = (_LONG.get(short, short) for short in match.groups())
-        return reads, writes, multiplies, accumulates
-    if match := _WINOGRAD.search(name):
-        reads, accumulates = (_LONG[match[kind]] for kind in ("reads", "accumulates"))
-        return reads, reads, reads, accumulates
-    if match := _VECTOR.search(name):
-        reads, writes, accumulates = (_LONG[match[kind]] for kind in ("reads", "writes", "accumulates"))
-        return reads, writes, reads, accumulates
-    if match := _DEPTHWISE.search(name):
-        reads, writes, accumulates = (_LONG[match[kind]] for kind in ("reads", "writes", "accumulates"))
-        return reads, writes, reads, accumulates
-    for kind, (reads, accumulates) in _DEPTHWISE_KINDS.items():
-        if kind in name:
-            return reads, reads, reads, accumulates
-    if match := _FUSED.search(name):
-        reads, accumulates = match["reads"], {"float": "fp32", "half": "fp16"}[match["accumulates"]]
-        return reads, reads, reads, accumulates
+    for known in filter(None, (form.search(name) for form in _NAMES)):
+        told = {part: _LONG.get(short, short).lower() for part, short in known.groupdict().items()}
+        reads = told["reads"]
+        return reads, told.get("writes", reads), told.get("multiplies", reads), told.get("sums", "fp32")
     if match := _OLD_TENSOR_CORE.search(name):
         if match["kind"] == "i":
             return "int8", "int8", "int8", "int32"
