@@ -22,11 +22,12 @@ from random_graphs import FAMILIES, build
 from rich.console import Console
 from rich.table import Table
 
+from cp_debug.backends.executor import Executor
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import TestResult
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import insert_qdq, quantizable, weight_axis
-from cp_debug.quantization.onnx_ptq import calibrate_graph
+from cp_debug.quantization.onnx_ptq import GraphCalibration
 from cp_debug.quantization.quantized_programs import Calibration
 from cp_debug.recipes.registry import load_model
 
@@ -53,7 +54,10 @@ def faulty(seed: int, folder: Path) -> tuple[str, str, list[str], list[str]]:
     if kind == "int8-per-tensor":
         _spread(path)
     graph = Graph(path)
-    scales = calibrate_graph(graph, (sample.arrays for sample in load_model(str(path)).samples(8, 0, None)), "mse")
+    calibration, executor = GraphCalibration(graph, "mse"), Executor(graph)
+    for sample in load_model(str(path)).samples(8, 0, None):
+        calibration.run(executor, sample.arrays)
+    scales = calibration.scales()
     wide = [name for name, layer in scales.layers.items() if len(layer.weight) > 3]
     name = str(rng.choice(wide))
     layer = scales.layers[name]

@@ -10,7 +10,10 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from cp_debug.backends.executor import Executor
 from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.scales import Scales
+from cp_debug.quantization.onnx_ptq import GraphCalibration
 
 
 def node_of(op: str, inputs: Sequence[str], outputs: Sequence[str] = ("y",), index: int = 3, **attributes: Any) -> Node:
@@ -41,6 +44,16 @@ def read_node(folder: Path, op: str, inputs: Sequence[str], **attributes: Any) -
     shape = (6, 4) if op in ("Gemm", "MatMul") else (6, 4, 1, 1)
     weights = {name: np.zeros(shape, np.float32) for name in inputs if name != "x"}
     return graph_of(folder, [helper.make_node(op, inputs, ["y"], **attributes)], {"x": None}, weights).nodes[0]
+
+
+def calibrate_graph(
+    graph: Graph, samples: Iterable[Mapping[str, np.ndarray]], method: str = "max", skip: Sequence[str] = ()
+) -> Scales:
+    """The scales of ``graph`` from ``samples``, its inputs by name; the keys are names of nodes."""
+    calibration, executor = GraphCalibration(graph, method, skip), Executor(graph)
+    for inputs in samples:
+        calibration.run(executor, inputs)
+    return calibration.scales()
 
 
 class NetBuilder:

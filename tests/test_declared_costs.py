@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from nets import NetBuilder
+from nets import NetBuilder, calibrate_graph
 from onnx import helper
 from test_cli import run
 
@@ -24,7 +24,6 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import insert_qdq, remove_qdq
 from cp_debug.programs.precision import PRECISIONS
-from cp_debug.quantization.onnx_ptq import calibrate_graph
 from cp_debug.quantization.quantized_programs import Calibration
 from cp_debug.reports.causes import lines
 from cp_debug.reports.verdict_line import headline

@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from extras import needs
-from nets import second_like
+from nets import calibrate_graph, second_like
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -32,7 +32,6 @@ from cp_debug.graph.surgery import extract
 from cp_debug.probes.trace import trace
 from cp_debug.programs.pipeline import Export, prepare
 from cp_debug.quantization.checkpoint import save_ptq_model
-from cp_debug.quantization.onnx_ptq import calibrate_graph
 from cp_debug.quantization.ptq import quantize_ptq
 from cp_debug.quantization.quantized_programs import Calibration, calibrate, quantized_programs
 from cp_debug.recipes.registry import load_model

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from extras import needs
-from nets import NetBuilder, residual
+from nets import NetBuilder, calibrate_graph, residual
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
@@ -22,7 +22,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import insert_qdq, quantizable, weight_axis
 from cp_debug.quantization.histogram import METHODS
-from cp_debug.quantization.onnx_ptq import GraphCalibration, calibrate_graph
+from cp_debug.quantization.onnx_ptq import GraphCalibration
 from cp_debug.recipes.registry import load_model
 
 SHAPE = (2, 16, 16, 16)

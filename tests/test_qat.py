@@ -18,7 +18,7 @@ from cp_debug.errors import InputError
 from cp_debug.quantization.checkpoint import load_ptq_model, save_ptq_model
 from cp_debug.quantization.open_quantized import adopt_weights, modules_of, open_quantized, unquantized
 from cp_debug.quantization.ptq import apply_scales, quantize_ptq, scales_of
-from cp_debug.quantization.qat import QatOptions, QatResult, _stale, _unfreeze, finetune
+from cp_debug.quantization.qat import QatOptions, QatResult, Validation, _stale, _unfreeze, finetune
 from cp_debug.quantization.qat_centerpoint import (
     Scenes,
     as_trainable,
@@ -246,9 +246,9 @@ def test_the_rate_falls_along_a_cosine_gradients_are_bounded_and_losses_averaged
 
 
 def test_validations_since_the_best_one() -> None:
-    assert _stale([(0, 0.0, 3.0), (1, 0.0, 1.0), (2, 0.0, 2.0)]) == 1
-    assert _stale([(0, 0.0, 1.0), (1, 0.0, 1.0)]) == 1
-    assert _stale([(0, 0.0, 2.0), (1, 9.0, 1.0)]) == 0
+    assert _stale([Validation(0, 0.0, 3.0), Validation(1, 0.0, 1.0), Validation(2, 0.0, 2.0)]) == 1
+    assert _stale([Validation(0, 0.0, 1.0), Validation(1, 0.0, 1.0)]) == 1
+    assert _stale([Validation(0, 0.0, 2.0), Validation(1, 9.0, 1.0)]) == 0
 
 
 def test_batch_norms_stay_as_they_are_while_the_rest_is_trained() -> None:

@@ -37,7 +37,7 @@ from cp_debug.prediction.result import Prediction
 from cp_debug.probes.statistics import TensorStats
 from cp_debug.programs.tensor_change import TensorChange
 from cp_debug.programs.weight_differences import Difference, WeightDifferences
-from cp_debug.quantization.qat import QatResult
+from cp_debug.quantization.qat import QatResult, Validation
 from cp_debug.quantization.record import QuantizerRow
 from cp_debug.reports.saved import SavedResult
 from cp_debug.serialize import decode, encode
@@ -219,7 +219,7 @@ COMPLETE = {
     EvaluationResult: EVALUATIONS,
     SensitivityProfile: PROFILES,
     QuantizerRow: _made(QuantizerRow),
-    QatResult: _made(QatResult, history=st.lists(st.tuples(st.integers(), st.floats(), st.floats()), min_size=1)),
+    QatResult: _made(QatResult, history=st.lists(st.builds(Validation), min_size=1)),
     WeightDifferences: _made(
         WeightDifferences, differing=st.lists(_made(Difference, change=_made(TensorChange)), max_size=2)
     ),

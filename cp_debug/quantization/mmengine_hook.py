@@ -7,7 +7,6 @@ In a configuration: ``custom_imports = dict(imports=["cp_debug.quantization.mmen
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from cp_debug.errors import InputError
 from cp_debug.optional import require
 from cp_debug.programs.torch_layers import is_quantized
-from cp_debug.quantization.calibration import NestedBatches
 from cp_debug.quantization.checkpoint import entry_of, rebuild
 from cp_debug.quantization.histogram import check_method
 from cp_debug.quantization.ptq import quantize_ptq
@@ -132,19 +130,15 @@ class QATHook(Hook):
         if is_quantized(model):
             return
         model.eval()
-        batches = _arguments(model, islice(runner.train_dataloader, self.calibration_batches))
-        nested = NestedBatches(model, _training_loss)
-        try:
-            quantized = quantize_ptq(
-                model,
-                nested.tensors(batches),
-                method=self.amax_method,
-                skip_layers=[*self.sensitive_layers, *self._unquantized(model)],
-                fold=self.freeze_bn,
-            )
-        finally:
-            nested.restore(model)
-        nested.restore(quantized)
+        quantized = quantize_ptq(
+            model,
+            _arguments(model, runner.train_dataloader),
+            self.calibration_batches,
+            method=self.amax_method,
+            fold=self.freeze_bn,
+            skip_layers=[*self.sensitive_layers, *self._unquantized(model)],
+            forward_fn=_training_loss,
+        )
         _become(runner, model, quantized)
         about = quantization_of(model)
         runner.logger.info(f"QATHook: {amount(len(about.layers), 'layer')} in INT8, {len(about.skipped)} in FP32")

@@ -96,20 +96,6 @@ def amax_of_programs(
     return {name: seen.amax(method) for name, seen in ranges.items()}
 
 
-def calibrate_graph(
-    graph: Graph, samples: Iterable[Mapping[str, np.ndarray]], method: str = "max", skip: Sequence[str] = ()
-) -> Scales:
-    """The scales of ``graph`` from ``samples``, its inputs by name; the keys are names of nodes.
-
-    The graph is run in FP32, one tensor in memory at a time. Raises InputError as ``GraphCalibration`` does, and for
-    no samples.
-    """
-    calibration, executor = GraphCalibration(graph, method, skip), Executor(graph)
-    for inputs in samples:
-        calibration.run(executor, inputs)
-    return calibration.scales()
-
-
 def names_of_layers(graph: Graph) -> dict[str, str]:
     """Node → its name in tables of layers, that of its result where it has none, for every node that is quantized."""
     data = {*data_values(graph), *(v.name for v in graph.inputs)}

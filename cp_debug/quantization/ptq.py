@@ -19,7 +19,7 @@ from cp_debug.optional import install as install_command
 from cp_debug.probes.module_state import copied
 from cp_debug.programs.batchnorm_folding import Folding, fuse_model_bn
 from cp_debug.programs.torch_layers import channels, full_path, is_quantized, layers_of, own_path, weight_axis
-from cp_debug.quantization.calibration import Batch, CalibrationManager, check_model, plain_batches
+from cp_debug.quantization.calibration import CalibrationManager, check_model, plain_batches
 from cp_debug.quantization.histogram import check_method
 from cp_debug.quantization.record import NOT_RUN, Quantization, also_named, print_quantizer_status, quantization_of
 from cp_debug.quantization.residual_adds import add_quantizers, attach
@@ -84,7 +84,7 @@ def _quiet() -> Iterator[None]:
 @also_named(model="module", dataloader="batches", amax_method="method", fuse_bn="fold", sensitive_layers="skip_layers")
 def quantize_ptq(
     module: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Any],
     num_calibration_batches: int | None = None,
     method: str | None = None,
     fold: bool | None = None,

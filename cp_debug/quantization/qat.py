@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from cp_debug.files import complete_path
 from cp_debug.programs.torch_layers import is_quantized
 from cp_debug.reading import load_plain
 from cp_debug.serialize import JsonForm
-from cp_debug.serialize import part as read_part
 
 B = TypeVar("B")
 FORMAT = "cpdebug QAT state 1"
@@ -52,38 +51,35 @@ class QatOptions:
             raise InputError(f"the learning rate is {self.rate:g}; expected one between 0 and 1")
 
 
-_FIGURES = ("step", "training_loss", "validation")
-"""Figures of a validation by name, in a result's JSON."""
+class Validation(NamedTuple):
+    """One validation; ``step`` 0 is the start."""
+
+    step: int
+    """Steps done."""
+    training_loss: float
+    """Mean over the steps since the validation before."""
+    validation: float
 
 
 @dataclass
 class QatResult(JsonForm):
     """Record of a fine-tuning. The module holds the best weights."""
 
-    history: list[tuple[int, float, float]] = field(metadata={"written": False})
-    """(steps done, mean training loss since the one before, validation) of each validation; step 0 is the start."""
+    history: list[Validation] = field(metadata={"written": False})
     ended: str
     """``steps``, ``patience`` or ``interrupted``."""
 
     @property
     def best(self) -> tuple[int, float]:
         """Steps done and validation where it was lowest, the earliest of equals."""
-        step, _, value = min(self.history, key=lambda entry: entry[2])
-        return step, value
+        best = min(self.history, key=lambda each: each.validation)
+        return best.step, best.validation
 
     def derived(self) -> dict[str, Any]:
         """The validations with the names of their figures, and the first and the best of them."""
         step, value = self.best
-        history = [dict(zip(_FIGURES, validation, strict=True)) for validation in self.history]
-        return {"best_step": step, "best": value, "start": self.history[0][2], "history": history}
-
-    @classmethod
-    def fields_from(cls, document: dict[str, Any]) -> dict[str, Any]:
-        """The document with each validation as a tuple. Raises BadField."""
-        history = read_part(list[dict[str, Any]], document, "history")
-        figures = [[read_part(float, validation, name) for name in _FIGURES[1:]] for validation in history]
-        steps = [read_part(int, validation, "step") for validation in history]
-        return document | {"history": [(step, *values) for step, values in zip(steps, figures, strict=True)]}
+        history = [each._asdict() for each in self.history]
+        return {"best_step": step, "best": value, "start": self.history[0].validation, "history": history}
 
 
 @dataclass
@@ -92,7 +88,7 @@ class _TrainingState:
 
     step: int = 0
     best: dict[str, Tensor] = field(default_factory=dict)
-    history: list[tuple[int, float, float]] = field(default_factory=list)
+    history: list[Validation] = field(default_factory=list)
 
 
 def finetune(
@@ -134,7 +130,7 @@ def finetune(
             if _stale(progress.history) >= options.patience:
                 ended = "patience"
                 break
-            done_steps, lowest = progress.step, min(value for *_, value in progress.history)
+            done_steps, lowest = progress.step, min(each.validation for each in progress.history)
             on_step(f"fine-tuning, validation {lowest:.4g} at best", done_steps, options.steps)
             for group in optimizer.param_groups:
                 group["lr"] = options.rate * (1 + math.cos(math.pi * done_steps / options.steps)) / 2
@@ -185,14 +181,14 @@ def _validate(
     module.eval()
     with torch.no_grad():
         value = validate(module)
-    if not progress.history or value < min(lowest for *_, lowest in progress.history):
+    if not progress.history or value < min(each.validation for each in progress.history):
         progress.best = copy.deepcopy(module.state_dict())
-    progress.history.append((progress.step, trained, value))
+    progress.history.append(Validation(progress.step, trained, value))
 
 
-def _stale(history: list[tuple[int, float, float]]) -> int:
+def _stale(history: list[Validation]) -> int:
     """Validations since the best one."""
-    values = [value for *_, value in history]
+    values = [each.validation for each in history]
     return len(values) - 1 - values.index(min(values))
 
 
@@ -207,6 +203,7 @@ def _save(
                 "module": module.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 **vars(progress),
+                "history": [tuple(each) for each in progress.history],
             },
             partial,
         )
@@ -228,7 +225,7 @@ def _load(
                 )
         module.load_state_dict(saved["module"])
         optimizer.load_state_dict(saved["optimizer"])
-        return _TrainingState(saved["step"], saved["best"], [tuple(entry) for entry in saved["history"]])
+        return _TrainingState(saved["step"], saved["best"], [Validation(*entry) for entry in saved["history"]])
     except InputError:
         raise
     except Exception as error:  # torch.load raises nearly anything on a broken file

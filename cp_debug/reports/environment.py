@@ -129,13 +129,10 @@ def int8_sums_saturate() -> bool | None:
         ort: Any = importlib.import_module("onnxruntime")
     except ImportError:
         return None
-    from onnx import TensorProto, helper
+    from onnx.parser import parse_model
 
-    a = helper.make_tensor_value_info("a", TensorProto.UINT8, [4, 4])
-    b = helper.make_tensor_value_info("b", TensorProto.INT8, [4, 4])
-    y = helper.make_tensor_value_info("y", TensorProto.INT32, [4, 4])
-    graph = helper.make_graph([helper.make_node("MatMulInteger", ["a", "b"], ["y"])], "product", [a, b], [y])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    head = '<ir_version: 8, opset_import: ["" : 13]>'
+    model = parse_model(f"{head} product (uint8[4,4] a, int8[4,4] b) => (int32[4,4] y) {{ y = MatMulInteger (a, b) }}")
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (sums,) = session.run(None, {"a": np.full((4, 4), 255, np.uint8), "b": np.full((4, 4), 127, np.int8)})
     return bool((sums != 4 * 255 * 127).any())

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -143,7 +144,6 @@ DEEPEST, MOST_FOLDERS, MOST_RESULTS = 6, 20_000, 500
 """Levels of folders that are looked into, folders in all, and results that are listed."""
 LARGEST_RESULT = 1 << 28
 """Largest size in bytes of a result that is read for the list."""
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -209,19 +209,19 @@ class ResultFolder:
     def _line(self, path: Path, status: os.stat_result) -> ListedResult:
         place = path.relative_to(self.root).as_posix()
         place = place.removesuffix(f"/{RESULT}")
-        listed = {
+        listed: dict[str, Any] = {
             "key": hashlib.sha256(os.fsencode(place)).hexdigest()[:16],
             "place": place,
             "path": path.parent if path.name == RESULT else path,
             "modified": _time(status.st_mtime),
         }
         try:
-            document = read_json(path, what="saved result", most=LARGEST_RESULT)
-            return ListedResult(**listed, **_said(document))  # type: ignore[arg-type]
+            listed |= _said(read_json(path, what="saved result", most=LARGEST_RESULT))
         except InputError as error:
-            return ListedResult(**listed, problem=str(error).removeprefix(f"{path}: "))  # type: ignore[arg-type]
+            listed["problem"] = str(error).removeprefix(f"{path}: ")
         except (LookupError, TypeError, AttributeError, ValueError):
-            return ListedResult(**listed, problem=f"is no result of schema {SCHEMA}")  # type: ignore[arg-type]
+            listed["problem"] = f"is no result of schema {SCHEMA}"
+        return ListedResult(**listed)
 
 
 def render_list(folder: ResultFolder) -> str:
@@ -236,24 +236,13 @@ def render_problem(text: str) -> str:
 
 def _candidates(root: Path) -> Iterator[Path]:
     """Files that may be results; links are not followed."""
-    folders = [(root, 0)]
-    for count, (folder, depth) in enumerate(folders):
-        if count == MOST_FOLDERS:
-            return
-        try:
-            with os.scandir(folder) as scanned:
-                entries = sorted(scanned, key=lambda entry: entry.name)
-        except OSError:
-            continue
-        names = {entry.name for entry in entries}
-        for entry in entries:
-            if entry.is_symlink():
-                continue
-            if entry.is_dir():
-                if depth < DEEPEST and not entry.name.startswith((".", "sample-")):
-                    folders.append((Path(entry.path), depth + 1))
-            elif entry.is_file() and (entry.name == RESULT or (entry.name.endswith(".json") and RESULT not in names)):
-                yield Path(entry.path)
+    for folder, folders, names in islice(os.walk(root), MOST_FOLDERS):
+        deeper = len(Path(folder).relative_to(root).parts) < DEEPEST
+        folders[:] = sorted(name for name in folders if deeper and not name.startswith((".", "sample-")))
+        for path in (Path(folder, name) for name in sorted(names)):
+            may_be = path.name == RESULT or (path.suffix == ".json" and RESULT not in names)
+            if may_be and path.is_file() and not path.is_symlink():
+                yield path
 
 
 def _time(seconds: float) -> datetime:
@@ -266,18 +255,10 @@ def _time(seconds: float) -> datetime:
 
 def _is_result(path: Path, size: int) -> bool:
     """Whether the file names the schema of results somewhere: where, depends on who wrote it."""
-    wanted, before = json.dumps(SCHEMA).encode(), b""
-    if size > LARGEST_RESULT:
-        return False
     try:
-        with path.open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                if wanted in before + block:
-                    return True
-                before = block[-len(wanted) :]
+        return size <= LARGEST_RESULT and json.dumps(SCHEMA).encode() in path.read_bytes()
     except OSError:
-        pass
-    return False
+        return False
 
 
 def _said(document: Any) -> dict[str, Any]:

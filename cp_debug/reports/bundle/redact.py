@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -103,8 +103,7 @@ def _tensors(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto]]:
     for place, graph in _graphs(model):
         yield from ((f"{place}{tensor.name}", tensor) for tensor in graph.initializer)
         yield from ((f"{place}{sparse.values.name}", sparse.values) for sparse in graph.sparse_initializer)
-    for place, node in _nodes(model):
-        name = f"{place}{next(iter(node.output), node.name)}"
+    for name, node in _nodes(model):
         for attribute in node.attribute:
             yield from ((f"{name}.{attribute.name}", tensor) for tensor in attribute.tensors)
             if attribute.type == onnx.AttributeProto.TENSOR:
@@ -115,52 +114,47 @@ def _tensors(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto]]:
 
 def _tables(model: onnx.ModelProto) -> Iterator[tuple[str, Any]]:
     """Name and numbers of the attributes that are weights: of Constant, and of trees, linear models and scalers."""
-    for place, node in _nodes(model):
+    for name, node in _nodes(model):
         if node.op_type == "Constant" or node.domain == "ai.onnx.ml":
-            name = f"{place}{next(iter(node.output), node.name)}"
             for attribute in node.attribute:
                 if attribute.type == onnx.AttributeProto.FLOATS:
                     yield f"{name}.{attribute.name}", attribute.floats
 
 
-def _strip(model: onnx.ModelProto) -> None:
-    del model.training_info[:]
-    for item in _described(model):
-        del item.metadata_props[:]
-        item.ClearField("doc_string")
+_QUOTES = ("doc_string", "metadata_props", "training_info")
+"""Fields that may quote what a file, or any part of it, was made of."""
 
 
-def _described(model: onnx.ModelProto) -> Iterator[Any]:
-    """Everything in the file that can hold metadata and a description."""
-    yield model
-    yield from model.functions
-    for function in model.functions:
-        yield from function.value_info
-    for _, graph in _graphs(model):
-        yield graph
-        for values in (graph.input, graph.output, graph.value_info, graph.initializer):
-            yield from values
-    yield from (node for _, node in _nodes(model))
+def _strip(part: Any) -> None:
+    """Clear these fields in a message and all that it holds."""
+    for name in _QUOTES:
+        if name in part.DESCRIPTOR.fields_by_name:
+            part.ClearField(name)
+    for field, value in () if isinstance(part, onnx.TensorProto) else part.ListFields():  # its numbers stay
+        if field.message_type is not None:
+            for inner in value if isinstance(value, Sequence) else [value]:
+                _strip(inner)
 
 
 def _graphs(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.GraphProto]]:
     """The graph, and those inside nodes, each with the beginning of the names of what is in it."""
     yield "", model.graph
-    for place, node in _nodes(model):
-        for attribute in node.attribute:
-            inner = [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
-            name = next(iter(node.output), node.name)
-            yield from ((f"{place}{name}.{attribute.name}.", graph) for graph in inner)
+    for name, node in _nodes(model):
+        yield from _inside(name, node)
+
+
+def _inside(name: str, node: onnx.NodeProto) -> Iterator[tuple[str, onnx.GraphProto]]:
+    for attribute in node.attribute:
+        inner = [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
+        yield from ((f"{name}.{attribute.name}.", graph) for graph in inner)
 
 
 def _nodes(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto]]:
-    """The nodes of the graph, of functions and of graphs inside nodes, each with the beginning of its name."""
+    """The nodes of the graph, of functions and of graphs inside nodes, each by its place and its first output."""
     waiting = [("", model.graph.node), *((f"{f.domain}.{f.name}.", f.node) for f in model.functions)]
     while waiting:
         place, nodes = waiting.pop(0)
         for node in nodes:
-            yield place, node
-            name = next(iter(node.output), node.name)
-            for attribute in node.attribute:
-                inner = [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
-                waiting += [(f"{place}{name}.{attribute.name}.", graph.node) for graph in inner]
+            name = f"{place}{next(iter(node.output), node.name)}"
+            yield name, node
+            waiting += [(inner, graph.node) for inner, graph in _inside(name, node)]

@@ -79,8 +79,8 @@ def strength(measured: Measured) -> float:
 class Verifier:
     """Runs cases on one backend. ``runs`` counts them."""
 
-    def __init__(self, accused: Accused, backend: Backend | None = None) -> None:
-        self.backend = backend or backend_of(accused)
+    def __init__(self, accused: Accused) -> None:
+        self.backend = backend_of(accused)
         self._accused = accused
         self.runs = 0
         self._last: tuple[bytes, Measured] | None = None
