@@ -21,13 +21,13 @@ from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.perturbation import doubt
-from cp_debug.bisect.remainder import apart
 from cp_debug.bisect.replay import Replayer
 from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.result import TestResult
 from cp_debug.bisect.verdict import judge
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.distance import outputs_apart
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.precision import PRECISIONS
 
@@ -383,7 +383,7 @@ def test_nan_that_the_graph_itself_makes_and_the_reference_does_not(tmp_path: Pa
     assert replay.nonfinite_in == (f"{div} (Div)" if ours == "finite" else "")
     assert judgement.side == ("reference" if ours == "finite" else "test")
     outputs = {"out": test["out"]}, {"out": reference["out"]}
-    assert apart(*outputs) == apart(*outputs[::-1]) == (np.inf if ours == "finite" else 0)
+    assert outputs_apart(*outputs) == outputs_apart(*outputs[::-1]) == (np.inf if ours == "finite" else 0)
 
 
 def test_nan_that_comes_in_is_nobodys_fault(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from cp_debug.doing import doing
 from cp_debug.errors import BackendUnavailable, InputError, text_of
 from cp_debug.graph.check_inputs import check_inputs
 from cp_debug.optional import require
-from cp_debug.probes.distance import relative_l2
+from cp_debug.probes.distance import outputs_apart
 from cp_debug.serialize import json_safe
 
 if TYPE_CHECKING:
@@ -218,9 +218,9 @@ class OpenVinoSession:
         self, plain: Mapping[str, np.ndarray], values: Sequence[str], inputs: Mapping[str, np.ndarray]
     ) -> openvino.CompiledModel | None:
         """The program that shows ``values``; None where the outputs do not stay what they are."""
-        program, most = self._compiled(values), _SAME[self._backend.precision]
-        looked = self._run(program, inputs, self._outputs)
-        return program if all(relative_l2(looked[name], plain[name]) <= most for name in plain) else None
+        program = self._compiled(values)
+        gap = outputs_apart(self._run(program, inputs, self._outputs), plain)
+        return program if gap <= _SAME[self._backend.precision] else None
 
     def _compiled(self, values: Sequence[str]) -> openvino.CompiledModel:
         model = self._model

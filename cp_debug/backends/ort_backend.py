@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from cp_debug.graph.made_up import MadeUp
 from cp_debug.graph.narrow_qdq import check_narrow_types
 from cp_debug.graph.onnx_runtime import to_numpy, to_ort
 from cp_debug.graph.tensor_ends import as_arrays
+from cp_debug.probes.distance import outputs_apart
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -94,7 +96,7 @@ class OrtSession:
     Observed, it runs chunk after chunk, so that memory does not grow with the number of layers. Optimized levels, and
     graphs with FP16 on a CPU, observe the program that ONNX Runtime wrote; its outputs are compared with the whole
     program's when values are first asked for, on ``example`` or made-up inputs: ``settings["observer_gap"]`` is the
-    largest difference, 0 as far as measured, or None for a model for which no input can be made up.
+    largest relative L2 difference, 0 as far as measured, or None for a model for which no input can be made up.
     """
 
     def __init__(self, backend: OrtBackend, graph: Graph, example: Mapping[str, np.ndarray] | None = None) -> None:
@@ -102,16 +104,14 @@ class OrtSession:
         self._whole: onnxruntime.InferenceSession | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._written: Path | None = None
-        """The program that ONNX Runtime wrote, until it is observed: a run without a sink does not need that."""
+        """The program that ONNX Runtime wrote; None where the graph runs as it is."""
         original_values = set(graph.values)  # casts are no layers
         if backend.precision == "fp16":
             self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-ort-")
             cast = cast_surgery(graph, "fp16", backend.keep_fp32, Path(self._folder.name) / "fp16.onnx")
             graph = Graph(cast, source=graph)
         self._graph, self._time_limit = graph, onnx_runtime.time_limit(graph)
-        self._optimized: OptimizedProgram | None = None
         self._observed = ChunkedGraph(backend.runtime, graph)
-        self._integer_kernels: int | None = None
         self._settings: dict[str, Any] = dict(backend.runtime.settings)
         self._exposed: Collection[str] = [v for v in graph.tensors if v in original_values]
         if backend.spec.variant == "trt":
@@ -126,20 +126,19 @@ class OrtSession:
     @property
     def settings(self) -> Mapping[str, Any]:
         """The numeric settings, JSON-safe."""
-        self._observe_written_program()
+        _ = self._optimized
         return self._settings
 
     @property
     def exposed(self) -> Collection[str]:
         """Values that a sink is given, by their names in the graph."""
-        self._observe_written_program()
+        _ = self._optimized
         return self._exposed
 
     @property
     def integer_kernels(self) -> int | None:
         """How many nodes of an INT8 program compute in integers; None in other precisions."""
-        self._observe_written_program()
-        return self._integer_kernels
+        return self.settings.get("integer_kernels")
 
     def run(
         self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] | None = None
@@ -165,7 +164,6 @@ class OrtSession:
 
     def optimized_nodes(self) -> list[Replacement]:
         """Replacements of the nodes between visible values; empty when the graph runs as it is."""
-        self._observe_written_program()
         return replacements(self._optimized, self._graph) if self._optimized else []
 
     def close(self) -> None:
@@ -187,9 +185,11 @@ class OrtSession:
             shown=graph,
         )
 
-    def _observe_written_program(self) -> None:
+    @cached_property
+    def _optimized(self) -> OptimizedProgram | None:
+        """The program that ONNX Runtime wrote, ready to be observed: a run without a sink does not need that."""
         if self._written is None or self._whole is None:
-            return
+            return None
         backend, graph = self._backend, self._graph
         try:
             inputs = self._example or MadeUp(graph).sample(0)
@@ -198,15 +198,14 @@ class OrtSession:
             raise
         except InputError:  # inputs that cannot be made up: names are then not verified, nor the gap measured
             inputs = None
-        self._optimized = program = build(backend.runtime, graph, self._written, inputs)
+        program = build(backend.runtime, graph, self._written, inputs)
         self._observed, self._exposed = program.observed, [*program.folded, *program.exposed]
         self._settings = read_settings(self._whole)
         self._settings["disabled_optimizers"] = list(backend.disabled_optimizers)
         if backend.precision == "int8":
-            self._integer_kernels = sum("QLinear" in n.op or "Integer" in n.op for n in program.graph.nodes)
-            self._settings["integer_kernels"] = self._integer_kernels
-        self._settings["observer_gap"] = None if program.outputs is None else _gap(untouched, program.outputs)
-        self._written = None
+            self._settings["integer_kernels"] = sum("QLinear" in n.op or "Integer" in n.op for n in program.graph.nodes)
+        self._settings["observer_gap"] = None if program.outputs is None else outputs_apart(program.outputs, untouched)
+        return program
 
     def _run_whole(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         runtime, level = self._backend.runtime, self._backend.level
@@ -238,17 +237,3 @@ def run_whole(
         raise InputError(f"{graph}: ONNX Runtime failed: {onnx_runtime.told(error)}") from error
     plain = {n: parts[n] if n in parts else to_numpy(v) for n, v in zip(names, values, strict=True)}
     return as_arrays(graph, plain)
-
-
-def _gap(untouched: Mapping[str, np.ndarray], observed: Mapping[str, np.ndarray]) -> float:
-    """Largest difference of any output, 0 when all are equal bit for bit, infinite when NaNs or shapes differ."""
-    gap = 0.0
-    for name, a in untouched.items():
-        if (b := observed.get(name)) is None:  # a part of a sequence, whose elements are observed themselves
-            continue
-        if a.dtype.kind in "OSU":  # strings are the same or not
-            gap = gap if np.array_equal(a, b) else np.inf
-        elif a.tobytes() != b.tobytes() or a.shape != b.shape:
-            difference = np.abs(a.astype(np.float64) - b.astype(np.float64)) if a.shape == b.shape else np.inf
-            gap = max(gap, float(np.nan_to_num(np.max(difference), nan=np.inf)))
-    return gap

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -77,55 +78,43 @@ def build(
     """
     bare = Graph(_readable(written), source=original)
     guessed = _guess_names(bare, original)
-    samples: dict[str, _TensorSample] = {}
-    verified: set[str] = set()
-
-    def remember(name: str, tensor: Tensor) -> None:
-        samples[name] = _TensorSample.of(tensor)
-
-    def verify(name: str, tensor: Tensor) -> None:
-        if samples[name].agrees(_TensorSample.of(tensor)):
-            verified.add(name)
-
     # Transposes that were pushed behind a value leave it its name in another layout.
     known_nodes = {node.name for node in original.nodes}
     moved = any(node.op == "Transpose" and node.name not in known_nodes for node in bare.nodes)
     folded = [v for v in original.tensors if v in bare.initializers]
     same_names = {*folded, *set(bare.tensors).intersection(original.tensors)} if moved else set()
-    shapes: dict[str, tuple[int, ...]] = {}
+    samples: dict[str, _TensorSample] = {}
+    verified: set[str] = set()
     turned: set[str] = set()
 
-    def remember_all(name: str, tensor: Tensor) -> None:
-        if name in same_names:
-            shapes[name] = tuple(tensor.shape)
-        else:
-            remember(name, tensor)
+    def taken(name: str, tensor: Tensor) -> _TensorSample:
+        return _TensorSample.of(tensor, 0 if name in same_names else _SAMPLE)
 
-    def verify_all(name: str, tensor: Tensor) -> None:
-        if name in samples:
-            verify(name, tensor)
-        else:
-            verify_shape(name, tuple(tensor.shape))
+    def remember(name: str, tensor: Tensor) -> None:
+        samples[name] = taken(name, tensor)
 
-    def verify_shape(name: str, shape: tuple[int, ...]) -> None:
-        if shape != shapes[name] and sorted(shape) == sorted(shapes[name]):
+    def verify(name: str, tensor: Tensor) -> None:
+        sample = taken(name, tensor)
+        if samples[name].agrees(sample):
+            verified.add(name)
+        elif sample.is_turned(samples[name].shape):
             turned.add(name)
 
     if (guessed or same_names) and inputs is not None:
-        ChunkedGraph(runtime, original).run(inputs, remember_all, {*guessed.values(), *same_names})
-        for name in shapes.keys() & set(folded):
-            verify_shape(name, tuple(bare.weight(name).dims))
+        ChunkedGraph(runtime, original).run(inputs, remember, {*guessed.values(), *same_names})
+        turned.update(v for v in samples.keys() & folded if samples[v].is_turned(tuple(bare.weight(v).dims)))
     graph = _with_side_branches(bare, {v: name for v, name in guessed.items() if name in samples}, samples)
     observed = ChunkedGraph(runtime, graph)
-    outputs = None if inputs is None else observed.run(inputs, verify_all, {*samples, *shapes})
-    numeric = set(original.tensors)
+    outputs = None if inputs is None else observed.run(inputs, verify, samples)
+    unverified = set(guessed.values()) - verified
+    known = set(original.tensors) - turned - unverified
     return OptimizedProgram(
         graph=graph,
         observed=observed,
         folded=[v for v in folded if v not in turned],
-        exposed=[v for v in graph.tensors if v in numeric and v not in turned and (v not in samples or v in verified)],
+        exposed=[v for v in graph.tensors if v in known],
         renamed={name: value for value, name in guessed.items() if name in verified},
-        unverified=sorted(set(guessed.values()) - verified),
+        unverified=sorted(unverified),
         outputs=outputs,
     )
 
@@ -175,25 +164,25 @@ def replacements(program: OptimizedProgram, original: Graph) -> list[Replacement
     return result
 
 
-@dataclass(frozen=True)
-class _TensorSample:
-    """Enough of a tensor to recognize it: its shape and up to ``_SAMPLE`` elements, evenly strided."""
+class _TensorSample(NamedTuple):
+    """Enough of a tensor to recognize it: its shape, and elements evenly strided."""
 
     shape: tuple[int, ...]
     elements: np.ndarray
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _TensorSample:
-        """The sample of a tensor."""
-        array = as_numpy(tensor)
-        flat = array.reshape(-1)
-        return cls(array.shape, flat[:: max(1, flat.size // _SAMPLE)].astype(np.float64))
+    def of(cls, tensor: Tensor, most: int) -> _TensorSample:
+        """The sample of a tensor, of about ``most`` elements; 0: its shape alone."""
+        flat = as_numpy(tensor).reshape(-1)
+        return cls(tuple(tensor.shape), flat[:: max(1, flat.size // most)].astype(np.float64) if most else np.empty(0))
 
     def agrees(self, other: _TensorSample) -> bool:
         """Whether two samples may be of one tensor, up to rounding."""
-        if self.shape != other.shape:
-            return False
-        return distance(other.elements, self.elements).relative <= _TOLERANCE
+        return self.shape == other.shape and distance(other.elements, self.elements).relative <= _TOLERANCE
+
+    def is_turned(self, shape: tuple[int, ...]) -> bool:
+        """Whether ``shape`` has the same sizes on other axes."""
+        return shape != self.shape and sorted(shape) == sorted(self.shape)
 
 
 def _guess_names(optimized: Graph, original: Graph) -> dict[str, str]:

@@ -20,12 +20,12 @@ from cp_debug.backends.torch_backend import DTYPES
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.finding import MISSING_CASTS, ROUNDED_SCALAR, Finding
 from cp_debug.bisect.range_loss import difference
-from cp_debug.bisect.remainder import apart
 from cp_debug.bisect.replay import Load
 from cp_debug.bisect.result import GUILTY, INHERITED, LayerRow
 from cp_debug.errors import InputError
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.probes.arrays import as_numpy, as_torch
+from cp_debug.probes.distance import outputs_apart
 from cp_debug.probes.held import CapturedRun
 from cp_debug.probes.trace import Operation, TorchValue
 from cp_debug.programs.pipeline import Key, Pipeline
@@ -62,7 +62,7 @@ def compiled_findings(
     with suppress(InputError):
         exact = _outputs(run, graphs, create(BackendSpec("torch-fp64", backend.device)), sample)
         names = str(backend.spec), str(run.reference.backend.spec)
-        nearer = [_nearer(names[0], apart(exact, test), names[1], apart(exact, reference))]
+        nearer = [_nearer(names[0], outputs_apart(exact, test), names[1], outputs_apart(exact, reference))]
     accused = {row.name for row in rows.values() if row.verdict == GUILTY}
     if scalars := list(_rounded_scalars(run, rows, *captured)):
         accused -= {row.name for row in rows.values() if row.verdict == GUILTY}  # they are acquitted
@@ -75,7 +75,7 @@ def compiled_findings(
         return findings, nearer
     spec = replace(backend.spec, options=str(replace(options, casts=True)))
     rounded = _outputs(run, run.pipeline.programs, create(spec), sample)
-    difference, left = apart(reference, test), apart(reference, rounded)
+    difference, left = outputs_apart(reference, test), outputs_apart(reference, rounded)
     if not left <= REST * difference:
         return findings, nearer
     first = next(row for row in rows.values() if not row.within)

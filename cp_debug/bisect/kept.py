@@ -13,11 +13,11 @@ import torch
 from cp_debug.backends.arithmetic import ARITHMETICS, FP32, INT8, overrides_of
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun
-from cp_debug.bisect.remainder import apart
 from cp_debug.bisect.result import LayerRow
 from cp_debug.errors import InputError
 from cp_debug.graph.half_precision import narrow_values
 from cp_debug.graph.operators import ALL_MOVERS, MOVING
+from cp_debug.probes.distance import outputs_apart
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Key, by_reference
 from cp_debug.programs.walk import tensors_as_arrays, walk
@@ -178,7 +178,7 @@ class KeepTrials:
     def _error(self, kept: frozenset[Name]) -> float:
         if kept not in self._errors:
             outputs = walk(self._model, self._sample, self._runner(kept))[self._model.components[-1].name]
-            self._errors[kept] = apart(outputs, self._reference)
+            self._errors[kept] = outputs_apart(outputs, self._reference)
         return self._errors[kept]
 
     def _runner(self, kept: frozenset[Name]) -> Callable[[Component, Arrays], Arrays]:

@@ -22,8 +22,8 @@ from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import GUILTY, INHERITED, LayerRow, Remainder
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
-from cp_debug.probes import distance
 from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.distance import outputs_apart
 from cp_debug.probes.held import CapturedRun
 from cp_debug.probes.statistics_reduce import is_whole
 from cp_debug.programs.pipeline import Key
@@ -49,7 +49,7 @@ def remainder(
     for component, program in run.programs.items():
         component_replays = {key.value: replay for key, replay in replays.items() if key.component == component}
         missing |= not_replayed(program.graph, component_replays)
-    remaining = Remainder(apart(results[last], ours[last]), not_replayed=missing)
+    remaining = Remainder(outputs_apart(results[last], ours[last]), not_replayed=missing)
     if not missing and not run.pipeline.backend.emulated:
         remaining.rounding = _rounding(run, sample)
     return remaining
@@ -86,12 +86,7 @@ def _rounding(run: CandidateRun, sample: Sample) -> float | None:
             outputs.append(walk(model, sample, execute)[model.components[-1].name])
         except InputError:
             return None
-    return apart(*outputs)
-
-
-def apart(a: Arrays, b: Arrays) -> float:
-    """The worst output's relative L2 distance; infinite where shapes differ, or where NaN or Inf is on one side."""
-    return max((distance.apart(a[name], theirs) for name, theirs in b.items() if name in a), default=0.0)
+    return outputs_apart(*outputs)
 
 
 ROUNDING = {"Ceil", "Floor", "Round", "Sign", "Trunc"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -143,16 +144,26 @@ def relative_l2(ours: AnyTensor, theirs: AnyTensor) -> float:
     """‖ours − theirs‖ ÷ ‖theirs‖; infinite where shapes or strings differ, or for ``new_nonfinite`` elements."""
     if tuple(ours.shape) != tuple(theirs.shape):
         return math.inf
-    if getattr(theirs.dtype, "kind", "") in {"O", "S", "U"}:
+    if _holds_text(theirs):
         return 0.0 if np.array_equal(np.asarray(ours), np.asarray(theirs)) else math.inf
     apart = distance(ours, theirs)
     return math.inf if apart.new_nonfinite else apart.relative
 
 
 def apart(ours: AnyTensor, theirs: AnyTensor) -> float:
-    """``relative_l2`` of real dtypes; infinite, too, where only ``theirs`` is NaN or Inf."""
+    """``relative_l2``; infinite, too, where only ``theirs`` is NaN or Inf."""
     one_way = relative_l2(ours, theirs)
-    return one_way if math.isinf(one_way) or not distance(theirs, ours).new_nonfinite else math.inf
+    settled = math.isinf(one_way) or _holds_text(theirs)
+    return one_way if settled or not distance(theirs, ours).new_nonfinite else math.inf
+
+
+def outputs_apart(ours: Mapping[str, AnyTensor], theirs: Mapping[str, AnyTensor]) -> float:
+    """The largest ``apart`` of two tensors of one name, of any shapes and dtypes; 0 where no name is in both."""
+    return max((apart(ours[name], tensor) for name, tensor in theirs.items() if name in ours), default=0.0)
+
+
+def _holds_text(tensor: AnyTensor) -> bool:
+    return getattr(tensor.dtype, "kind", "") in {"O", "S", "U"}
 
 
 def ratio(a: float, b: float) -> float:

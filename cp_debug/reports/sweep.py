@@ -62,7 +62,6 @@ def section(group: SampleGroup) -> GroupSection:
 @section.register
 def _(group: BisectGroup) -> GroupSection:
     samples, guilty = len(group.samples), group.guilty
-    title = f"{group.label}: {group.reference} → {group.backend}{' (emulated)' if group.emulated else ''}"
     sentence = f"agrees on {group.agreeing} of {samples} samples"
     if guilty:
         first = guilty[0]
@@ -93,7 +92,7 @@ def _(group: BisectGroup) -> GroupSection:
         *_outliers(group.outliers, "final rel. L2"),
     ]
     shown = list(strips(group.map, group.samples)) if group.map else []
-    return GroupSection(title, group.passed, sentence, sheets, notes, shown, group.map.width if group.map else 1)
+    return GroupSection(group.title, group.passed, sentence, sheets, notes, shown, group.map.width if group.map else 1)
 
 
 @section.register
@@ -133,7 +132,6 @@ def _parts(title: str, name: str, parts: Sequence[PartScores]) -> list[Sheet]:
 
 @section.register
 def _(group: AblationGroup) -> GroupSection:
-    title = f"{group.label}: {group.reference} → {group.backend}{' (emulated)' if group.emulated else ''}"
     sentence = (
         f"{len(group.samples)} samples; of {group.boxes} boxes {_count(group.lost)} are lost, "
         f"{_count(group.gained)} gained, {_count(group.moved)} moved"
@@ -165,7 +163,7 @@ def _(group: AblationGroup) -> GroupSection:
         *_lost("Boxes by distance", "distance", group.distances, group.single, "distances"),
         *_outliers(group.outliers, "boxes lost or gained"),
     ]
-    return GroupSection(title, group.passed, sentence, sheets, group.notes)
+    return GroupSection(group.title, group.passed, sentence, sheets, group.notes)
 
 
 def _lost(title: str, name: str, parts: Sequence[PartCounts], rows: Sequence[AblationRow], field: str) -> list[Sheet]:
@@ -214,7 +212,6 @@ def _(group: SensitivityGroup) -> GroupSection:
 @section.register
 def _(group: MixedPrecisionGroup) -> GroupSection:
     samples, most = len(group.samples), max(group.kept)
-    title = f"{group.label}: {group.reference} → {group.backend}{' (emulated)' if group.emulated else ''}"
     sentence = (
         f"{group.goal} reached on {sum(group.reached)} of {samples} samples, at most {most} of {group.total} layers "
         f"kept; {len(group.layers)} are needed by some sample"
@@ -234,7 +231,7 @@ def _(group: MixedPrecisionGroup) -> GroupSection:
     if missed:
         cells = [each[:-1] for each in missed]
         sheets.append(_sheet("Goal not reached", ("sample", ">layers kept"), cells, MOST_LAYERS))
-    return GroupSection(title, group.passed, sentence, sheets)
+    return GroupSection(group.title, group.passed, sentence, sheets)
 
 
 def render(result: SweepResult) -> Iterator[RenderableType]:

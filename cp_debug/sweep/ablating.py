@@ -38,7 +38,7 @@ from cp_debug.serialize import json_safe
 from cp_debug.sweep.evaluating import LoggedScenes, detections_from, pack_detections, pack_scene
 from cp_debug.sweep.log import Record, flat_rows, grouped
 from cp_debug.sweep.prepared import Grid, Subject, load, make_backends, pick, programs_of, shared_figures
-from cp_debug.sweep.spread import Outlier, SampleGroup, Spread, numeric, outliers
+from cp_debug.sweep.spread import Outlier, PairGroup, Spread, numeric, outliers
 from cp_debug.sweep.tasks import Parameters, Task
 
 _COUNTS = ("lost", "gained", "moved")
@@ -196,14 +196,10 @@ class PartCounts:
 
 
 @dataclass(frozen=True)
-class AblationGroup(SampleGroup):
+class AblationGroup(PairGroup):
     """One model on one test backend, over all samples. Counts are totals, with intervals over the samples."""
 
-    reference: str
-    backend: str
-    emulated: bool
     precision: str
-    samples: list[str]
     layers: int
     """Layers that compute in the test's precision."""
     boxes: int
@@ -311,9 +307,9 @@ def _merge(
         notes.append("the test changes no box, so there is nothing to restore")
     changed = [float(len(result["sets"][0][LOST]) + result["sets"][0][GAINED]) for result in results]
     return AblationGroup(
-        label=label,
-        **{name: first[name] for name in ("reference", "backend", "emulated", "precision", "layers")},
-        samples=scenes.names,
+        **AblationGroup.about(label, results),
+        precision=first["precision"],
+        layers=first["layers"],
         boxes=len(sample_of),
         **whole,
         scores=difference,

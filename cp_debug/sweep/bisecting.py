@@ -19,7 +19,7 @@ from cp_debug.recipes.abilities import with_samples
 from cp_debug.serialize import encode, json_safe
 from cp_debug.sweep.log import Record, flat_rows, group_of, grouped
 from cp_debug.sweep.prepared import Grid, load, make_backends, pick, programs_of
-from cp_debug.sweep.spread import Outlier, SampleGroup, Spread, numeric, outliers
+from cp_debug.sweep.spread import Outlier, PairGroup, Spread, numeric, outliers
 from cp_debug.sweep.tasks import Parameters, Task
 
 FIGURES = ("rel_l2", "introduced", "excess")
@@ -129,29 +129,20 @@ class HeatMap:
     @classmethod
     def of(cls, excess: Mapping[str, Sequence[float]]) -> HeatMap | None:
         """``excess``: layer → a figure for each sample, NaN where there is none. None for fewer than two samples."""
-        worst = {layer: np.nanmax([0.0, *values]) for layer, values in excess.items()}
-        kept = set(sorted(worst, key=lambda layer: -worst[layer])[:MAP_LAYERS])
-        count = len(next(iter(excess.values()), ()))
-        if count < 2:
+        names, values = [*excess], np.array([*excess.values()])
+        if values.shape[-1] < 2:
             return None
-        width = -(-count // MAP_COLUMNS)
-        rows = {layer: [values[i : i + width] for i in range(0, count, width)] for layer, values in excess.items()}
-        highest = [[_highest(part) for part in parts] for layer, parts in rows.items() if layer in kept]
-        return cls([layer for layer in excess if layer in kept], width, highest)
-
-
-def _highest(values: Sequence[float]) -> float | None:
-    return max((v for v in values if not math.isnan(v)), default=None)
+        width = -(-values.shape[1] // MAP_COLUMNS)
+        kept = sorted(np.argsort(-np.fmax.reduce(values, 1, initial=0.0), kind="stable")[:MAP_LAYERS])
+        highest = np.fmax.reduceat(values[kept], range(0, values.shape[1], width), 1)
+        shown = [[None if math.isnan(figure) else figure for figure in row] for row in highest.tolist()]
+        return cls([names[place] for place in kept], width, shown)
 
 
 @dataclass(frozen=True)
-class BisectGroup(SampleGroup):
+class BisectGroup(PairGroup):
     """One model on one test backend, over all samples."""
 
-    reference: str
-    backend: str
-    emulated: bool
-    samples: list[str]
     agreeing: int
     """Samples on which the backend agrees with the reference."""
     final: Spread | None
@@ -218,9 +209,7 @@ def _merge(records: Sequence[Record], layers: Iterable[_Tally]) -> BisectGroup:
         change.append(DetectionChange(**figures_of))
     causes = Counter(cause for result in results for cause in result["causes"])
     return BisectGroup(
-        label=records[0]["params"]["label"],
-        **{name: results[0][name] for name in ("reference", "backend", "emulated")},
-        samples=names,
+        **BisectGroup.about(records[0]["params"]["label"], results),
         agreeing=sum(result["agrees"] for result in results),
         final=Spread.of(final),
         layers=[

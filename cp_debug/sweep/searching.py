@@ -17,7 +17,7 @@ from cp_debug.mixed_precision.search import MixedPrecisionOptions, search
 from cp_debug.serialize import json_safe
 from cp_debug.sweep.log import Record, flat_rows, grouped
 from cp_debug.sweep.prepared import Grid, load, make_backends, parts_of, pick
-from cp_debug.sweep.spread import SampleGroup, Spread, numeric
+from cp_debug.sweep.spread import PairGroup, Spread, numeric
 from cp_debug.sweep.tasks import Parameters, Task
 
 _KEPT = ("component", "layer", "ops", "introduced", "share")
@@ -83,15 +83,10 @@ class NeededLayer:
 
 
 @dataclass(frozen=True)
-class MixedPrecisionGroup(SampleGroup):
+class MixedPrecisionGroup(PairGroup):
     """One model on one test backend."""
 
-    reference: str
-    backend: str
-    emulated: bool
     goal: str
-    samples: list[str]
-    """Sources of the samples, to which ``sample`` of a spread is an index."""
     reached: list[bool]
     """Whether the goal was reached, by sample."""
     kept: list[int]
@@ -128,14 +123,12 @@ def _merge(label: str, results: Sequence[Mapping[str, Any]]) -> MixedPrecisionGr
         )
         for key, share_by_sample in shares.items()
     ]
-    first = results[0]
     return MixedPrecisionGroup(
-        label=label,
-        **{name: first[name] for name in ("reference", "backend", "emulated", "goal")},
-        samples=[result["sample"] for result in results],
+        **MixedPrecisionGroup.about(label, results),
+        goal=results[0]["goal"],
         reached=[result["reached"] for result in results],
         kept=[len(result["kept"]) for result in results],
-        total=first["layers"],
+        total=results[0]["layers"],
         layers=sorted(layers, key=lambda row: -row.needed),
         keep={component: list(nodes) for component, nodes in keep.items()},
     )

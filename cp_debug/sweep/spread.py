@@ -133,6 +133,11 @@ class SampleGroup(JsonForm):
         """Whether nothing is wrong with it; True where nothing is judged."""
         return True
 
+    @property
+    def title(self) -> str:
+        """What the results are of."""
+        return self.label
+
     def table(self) -> Sequence[Any]:
         """Dataclasses that ``rows`` makes flat, by default the layers."""
         return self.layers  # type: ignore[attr-defined]
@@ -142,6 +147,28 @@ class SampleGroup(JsonForm):
         samples: Sequence[str] = self.samples  # type: ignore[attr-defined]
         about = {name: getattr(self, name) for name in ("reference", "backend") if hasattr(self, name)}
         return [{"model": self.label, **about, "samples": len(samples), **flat(row, samples)} for row in self.table()]
+
+
+@dataclass(frozen=True)
+class PairGroup(SampleGroup):
+    """Results of one model on the reference and one test backend, over samples."""
+
+    reference: str
+    backend: str
+    emulated: bool
+    samples: list[str]
+    """Sources of the samples, to which ``sample`` of a spread is an index."""
+
+    @property
+    def title(self) -> str:
+        """The model and its backends."""
+        return f"{self.label}: {self.reference} → {self.backend}{' (emulated)' if self.emulated else ''}"
+
+    @staticmethod
+    def about(label: str, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The fields above, from the results of tasks."""
+        shared = {name: results[0][name] for name in ("reference", "backend", "emulated")}
+        return {"label": label, **shared, "samples": [result["sample"] for result in results]}
 
 
 def numeric(value: Any) -> float:
