@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import io
 import json
+import os
 import re
 import shlex
 import sys
@@ -16,7 +17,7 @@ import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from html import escape
-from typing import Any, TextIO, cast
+from typing import IO, Any, TextIO, cast
 
 LINES = 12
 """Largest number of lines of an error message."""
@@ -151,6 +152,22 @@ class LimitedStream(SafeStream):
         if more:
             self._stream.write(f"… ({amount(more, 'more line')} printed by the model or a library)\n")
         self._more, self._open = 0, False
+
+
+@contextmanager
+def redirected(descriptor: int, file: IO[Any]) -> Iterator[None]:
+    """Context in which what libraries write to a file descriptor of this process goes into ``file``."""
+    try:
+        before = os.dup(descriptor)
+    except OSError:  # closed
+        yield
+        return
+    try:
+        os.dup2(file.fileno(), descriptor)
+        yield
+    finally:
+        os.dup2(before, descriptor)
+        os.close(before)
 
 
 @contextmanager

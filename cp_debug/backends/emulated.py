@@ -81,11 +81,17 @@ class EmulatedBackend:
         return ExecutorSession(program.graph, self.arithmetic, self.device, overrides=overrides)
 
     def versions(self) -> dict[str, str]:
-        """torch, which computes, and onnx, whose reference runs what has no kernel; the device's name on CUDA."""
-        versions = {"torch": torch.__version__, "onnx": onnx.__version__}
-        if torch.device(self.device).type == "cuda":
-            versions["device"] = torch.cuda.get_device_name(self.device)
-        return versions
+        """torch, which computes, and onnx, whose reference runs what has no kernel; see ``torch_versions``."""
+        return torch_versions(self.device) | {"onnx": onnx.__version__}
+
+
+def torch_versions(device: str) -> dict[str, str]:
+    """Versions of torch and, with CUDA, of its libraries; the name of the device there."""
+    versions = {"torch": str(torch.__version__)}
+    if torch.device(device).type != "cpu":
+        versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+        versions["device"] = torch.cuda.get_device_name(device)
+    return versions
 
 
 class ExecutorSession:

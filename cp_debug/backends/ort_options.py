@@ -7,10 +7,9 @@ import re
 import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.doing import doing
@@ -18,7 +17,7 @@ from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.onnx_runtime import SEVERITIES, session_options, severity, told
 from cp_debug.optional import install, require
-from cp_debug.safe_text import in_utf8
+from cp_debug.safe_text import in_utf8, redirected
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -233,21 +232,8 @@ def active_optimizers(runtime: Runtime, graph: Graph, level: str, disabled: Coll
 
     ONNX Runtime's own log tells. Raises InputError when ONNX Runtime refuses the model.
     """
-    with _stderr_of_libraries() as log:
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as log, redirected(2, log):
         runtime.session(graph.path, level=level, disabled_optimizers=sorted(disabled), log=True)
         log.seek(0)
         return [name.decode() for name in dict.fromkeys(_MODIFIED.findall(log.read()))]
-
-
-@contextmanager
-def _stderr_of_libraries() -> Iterator[IO[bytes]]:
-    """Redirect the process's file descriptor 2, which libraries write to, into a file while the block runs."""
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as file:
-        before = os.dup(2)
-        try:
-            os.dup2(file.fileno(), 2)
-            yield file
-        finally:
-            os.dup2(before, 2)
-            os.close(before)

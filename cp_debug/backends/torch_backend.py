@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cp_debug.backends.arithmetic import FP32, FP64
 from cp_debug.backends.base import Program, Session, Sink
 from cp_debug.backends.determinism import deterministic
-from cp_debug.backends.emulated import ExecutorSession
+from cp_debug.backends.emulated import ExecutorSession, torch_versions
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.check_inputs import as_declared, check_inputs
@@ -82,13 +82,8 @@ class TorchBackend:
         return ExecutorSession(program.graph, arithmetic, self.device, tf32=self.precision == "tf32")
 
     def versions(self) -> dict[str, str]:
-        """Versions of torch and, with CUDA, of its libraries; the device's name."""
-        library_versions = {"torch": str(torch.__version__)}
-        if self.device != "cpu":
-            library_versions["cuda"] = str(torch.version.cuda)
-            library_versions["cudnn"] = str(torch.backends.cudnn.version())
-            library_versions["device"] = torch.cuda.get_device_name(self.device)
-        return library_versions
+        """See ``torch_versions``."""
+        return torch_versions(self.device)
 
 
 class ModuleSession:

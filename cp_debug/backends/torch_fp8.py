@@ -15,7 +15,7 @@ from torch.nn import functional
 from cp_debug.backends.arithmetic import ARITHMETICS, FP32, Arithmetic
 from cp_debug.backends.base import Program, Sink
 from cp_debug.backends.determinism import deterministic
-from cp_debug.backends.emulated import ExecutorSession
+from cp_debug.backends.emulated import ExecutorSession, torch_versions
 from cp_debug.backends.executor import Executor, constants_of
 from cp_debug.backends.narrow_options import TorchFp8Options
 from cp_debug.backends.running_sums import RunningSum
@@ -60,11 +60,8 @@ class TorchFp8Backend:
         return TorchFp8Session(program.graph, self.arithmetic, self.device, calibrates=self.options.calibrates)
 
     def versions(self) -> dict[str, str]:
-        """Versions of torch and, with CUDA, of its library; the device's name."""
-        versions = {"torch": str(torch.__version__)}
-        if self.device != "cpu":
-            versions |= {"cuda": str(torch.version.cuda), "device": torch.cuda.get_device_name(self.device)}
-        return versions
+        """See ``torch_versions``."""
+        return torch_versions(self.device)
 
 
 class TorchFp8Session(ExecutorSession):

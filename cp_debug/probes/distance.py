@@ -151,7 +151,7 @@ def relative_l2(ours: AnyTensor, theirs: AnyTensor) -> float:
 
 
 def apart(ours: AnyTensor, theirs: AnyTensor) -> float:
-    """``relative_l2``; infinite, too, where only ``theirs`` is NaN or Inf."""
+    """``relative_l2`` of any shapes and dtypes; infinite, too, where only ``theirs`` is NaN or Inf."""
     one_way = relative_l2(ours, theirs)
     settled = math.isinf(one_way) or _holds_text(theirs)
     return one_way if settled or not distance(theirs, ours).new_nonfinite else math.inf

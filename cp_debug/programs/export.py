@@ -33,6 +33,7 @@ from cp_debug.files import named
 from cp_debug.graph.exporter_notes import KEY, enclosing_modules, shortened
 from cp_debug.probes.module_state import state_kept, stored_tensors
 from cp_debug.probes.trace import as_written, flatten_outputs
+from cp_debug.safe_text import redirected
 
 EXPORTERS = ("dynamo", "torchscript")
 DECISIONS = "cpdebug.decisions"
@@ -257,8 +258,9 @@ def _quiet(exporter: str) -> Iterator[list[str]]:
         with (
             warnings.catch_warnings(),
             contextlib.redirect_stdout(io.StringIO()),
+            Path(os.devnull).open("w") as nowhere,
             # TorchScript prints its graph from C++; else what other threads print is not to be lost.
-            _muted() if exporter == "torchscript" else contextlib.nullcontext(),
+            redirected(1, nowhere) if exporter == "torchscript" else contextlib.nullcontext(),
             contextlib.redirect_stderr(_OtherThreads(stream)),  # torch prints graphs that it cannot export
         ):
             warnings.showwarning = shown
@@ -268,23 +270,6 @@ def _quiet(exporter: str) -> Iterator[list[str]]:
             yield decisions
     finally:
         logging.disable(level)
-
-
-@contextlib.contextmanager
-def _muted() -> Iterator[None]:
-    """Drop what libraries write to the standard output of this process, by its file descriptor."""
-    try:
-        kept = os.dup(1)
-    except OSError:  # closed
-        yield
-        return
-    try:
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 @contextlib.contextmanager
