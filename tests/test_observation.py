@@ -146,6 +146,17 @@ def test_noise_is_measured_on_values_as_they_were_captured_under_their_names(tmp
     }
 
 
+def test_a_value_whose_size_the_noise_decides_is_infinitely_far_from_itself(tmp_path: Path, program: Program) -> None:
+    """``mid`` is kept as whether its numbers are above 4.1, ``y`` as those that are."""
+
+    def shown(key: Key, tensor: Tensor) -> tuple[Key, Tensor]:
+        above = np.asarray(tensor) > 4.1
+        return key, above if key.value == "mid" else np.asarray(tensor)[above]
+
+    _, floors = observed(tmp_path, program, Fake(threads=0.5, mid=0.25), shown)
+    assert floors == {Key("net", "mid"): np.inf, Key("net", "y"): np.inf}
+
+
 def test_a_gap_of_the_observer_is_no_noise(tmp_path: Path, program: Program) -> None:
     found, floors = observed(tmp_path, program, Fake(probes=0.5))
     assert found.noise_floor == 0

@@ -17,6 +17,7 @@ import torch
 
 from cp_debug.backends.base import Tensor
 from cp_debug.backends.capabilities import build_info_of, with_threads
+from cp_debug.probes.distance import distance
 from cp_debug.probes.held import CapturedRun
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.pipeline import Key, Pipeline
@@ -101,9 +102,11 @@ def _observe_runs(
 
     def sink(key: Key, tensor: Tensor) -> None:
         key, tensor = shown(key, tensor)
-        stats = compare(capture.load(key.value, component=key.component), tensor)
-        if not stats.equal:
-            floors[key] = max(floors.get(key, 0.0), stats.finite_rel_l2)
+        probed_tensor = capture.load(key.value, component=key.component)
+        if probed_tensor.shape != tensor.shape:  # as many elements as data decides
+            floors[key] = math.inf
+        elif (apart := distance(tensor, probed_tensor)).difference or apart.new_nonfinite:
+            floors[key] = max(floors.get(key, 0.0), apart.relative)
 
     def run(threads: int | None, sink: Callable[[Key, Tensor], None] | None = None) -> dict[str, Arrays]:
         with threads_of_torch(threads), open_pipeline(threads) as pipeline:
