@@ -34,8 +34,7 @@ from cp_debug.prediction.predict import predict as run_predict
 from cp_debug.prediction.result import Prediction
 from cp_debug.programs.paired import end_notes, pair_programs
 from cp_debug.programs.pipeline import load_test_programs
-from cp_debug.quantization.open_quantized import calibration_samples
-from cp_debug.quantization.quantized_programs import DEFAULT_CALIBRATION, quantize_programs
+from cp_debug.quantization.quantized_programs import quantize_programs
 from cp_debug.recipes.abilities import samples_left_out
 from cp_debug.recipes.data.base import DataOptions
 
@@ -146,9 +145,7 @@ def evaluate(
             created,
             opened,
             options,
-            quantize=lambda programs, folder: quantize_programs(
-                detector, programs, folder, calibration_samples(detector, None, DEFAULT_CALIBRATION.samples)
-            ),
+            quantize=lambda programs, folder: quantize_programs(detector, programs, folder),
             on_step=step,
         )
 

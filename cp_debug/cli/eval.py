@@ -92,7 +92,6 @@ def evaluate(
     from cp_debug.detection.evaluate import as_detector
     from cp_debug.detection.evaluate import evaluate as run
     from cp_debug.detection.evaluation import EvaluationOptions, parse_ranges
-    from cp_debug.quantization.open_quantized import calibration_samples
     from cp_debug.quantization.quantized_programs import load_quantized, quantize_programs
     from cp_debug.reports.evaluation import render
 
@@ -102,12 +101,7 @@ def evaluate(
 
     def quantize(programs: list[Program], folder: Path) -> tuple[list[Program], str]:
         how = int8.chosen
-        uses_own_data = data is not None and how.data is None
-        clouds = (
-            islice(iterate(opened), how.samples)
-            if uses_own_data
-            else calibration_samples(detector, how.data, how.samples)
-        )
+        clouds = islice(iterate(opened), how.samples) if data is not None and how.data is None else None
         return quantize_programs(detector, programs, folder, clouds, parts=quantized, calibration=how)
 
     with steps() as on_step:

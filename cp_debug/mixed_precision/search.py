@@ -51,8 +51,7 @@ from cp_debug.programs.pipeline import (
 from cp_debug.programs.tensor_inputs import has_other_inputs, numbers_where_needed
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.narrow_layers import check_exportable
-from cp_debug.quantization.open_quantized import calibration_samples
-from cp_debug.quantization.quantized_programs import DEFAULT_CALIBRATION, already_quantized, quantize_programs
+from cp_debug.quantization.quantized_programs import Calibration, already_quantized, quantize_programs
 from cp_debug.recipes.abilities import Remarks
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions, iterate
@@ -242,8 +241,8 @@ class _MixedPrecisionSearch:
 
     def _quantized(self, folder: Path) -> list[Program]:
         self._step("quantizing")
-        samples = calibration_samples(self._model, self._options.inputs, DEFAULT_CALIBRATION.samples)
-        in_int8, how = quantize_programs(self._model, self._tests, folder, samples, parts=self._options.quantized)
+        parts, calibration = self._options.quantized, Calibration(self._options.inputs)
+        in_int8, how = quantize_programs(self._model, self._tests, folder, parts=parts, calibration=calibration)
         self._notes += [how] if how else []
         return in_int8
 

@@ -48,11 +48,10 @@ def load_amax_checkpoint(model: Model, path: Path, sample: Sample) -> dict[str, 
     quantized = {}
     for step in Walk(model, sample):
         component = step.component
-        if component.module is None:
-            raise InputError(f"{path}: {component.name} is an ONNX file; expected a model of torch modules")
+        module = _module(component, path)
         step.outputs = run_module(component, step.inputs)
-        folding = find_folding(component.module, example_args(component, step.inputs))
-        quantized[component.name] = _of_scales(component, component.module, folding, state, path)
+        folding = find_folding(module, example_args(component, step.inputs))
+        quantized[component.name] = _of_scales(component, module, folding, state, path)
     scaled_layers = {name for part in quantized.values() for name in part.scales.layers}
     for name in state:
         owner = name.removesuffix(AMAX).rpartition(".")[0]
@@ -184,10 +183,15 @@ def adopt_weights(module: nn.Module, quantized: nn.Module) -> None:
 
 
 def _load(component: Component, path: Path) -> QuantizedComponent:
+    plain = _module(component, path)
+    module = load_ptq_model(plain, path, component.name)
+    return QuantizedComponent(module, scales_of(module, component.prefix), unquantized(plain, module))
+
+
+def _module(component: Component, path: Path) -> nn.Module:
     if component.module is None:
         raise InputError(f"{path}: {component.name} is an ONNX file; expected a model of torch modules")
-    module = load_ptq_model(component.module, path, component.name)
-    return QuantizedComponent(module, scales_of(module, component.prefix), unquantized(component.module, module))
+    return component.module
 
 
 def _without(part: QuantizedComponent, prefix: str, globs: Sequence[str]) -> QuantizedComponent:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from cp_debug.quantization.checkpoint import FILE, file_of, is_ptq_checkpoint
 from cp_debug.quantization.histogram import weight_amax
 from cp_debug.quantization.models import QuantizedComponent, quantize_model, with_modules
 from cp_debug.quantization.onnx_ptq import weight_of
-from cp_debug.quantization.open_quantized import open_quantized
+from cp_debug.quantization.open_quantized import calibration_samples, open_quantized
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.input_files import DEFAULT_READING, Reading
 from cp_debug.recipes.registry import load_model
@@ -50,37 +51,28 @@ def nodes_by_layer(scales: Scales, alignment: Alignment | None, graph: Graph) ->
     the scales are those of nodes."""
     if alignment is None:
         return {name: [name] for name in (*scales.layers, *scales.residual_adds)}
-    finder = _NodeFinder(alignment, graph)
-    found = {path: finder.nodes(path, PRODUCTS) for path in scales.layers}
-    return found | {path: finder.nodes(path, ("Add",)) for path in scales.residual_adds}
+    data, calls = set(data_values(graph)), defaultdict[str, list[str]](list)
+    for call in alignment.modules:
+        calls[call.partition("@")[0]].append(call)
 
-
-class _NodeFinder:
-    def __init__(self, alignment: Alignment, graph: Graph) -> None:
-        self._alignment, self._graph = alignment, graph
-        self._data = set(data_values(graph))
-        self._calls: dict[str, list[str]] = {}
-        for call in alignment.modules:
-            self._calls.setdefault(call.partition("@")[0], []).append(call)
-
-    def nodes(self, path: str, operators: tuple[str, ...]) -> list[str]:
-        """The nodes behind the calls of a module, or behind a function in one."""
-        names = []
-        for call in self._calls.get(path, [path]):
-            layer = self._alignment.absorbed.get(call, call)  # a Conv under the name of the BatchNorm folded into it
-            values = self._alignment.onnx_for(layer)
-            nodes = [node for value in values if (node := self._before(value, operators))]
-            names += [node.name for node in nodes[:1]]
-        return names
-
-    def _before(self, value: str, operators: tuple[str, ...]) -> Node | None:
+    def before(value: str, operators: Collection[str]) -> Node | None:
         """The last node of ``operators`` before a value, with nothing but a chain of operators between."""
-        while (node := self._graph.producer.get(value)) is not None and node.op not in operators:
-            sources = [name for name in node.inputs if name in self._data]
+        while (node := graph.producer.get(value)) is not None and node.op not in operators:
+            sources = [name for name in node.inputs if name in data]
             if len(sources) != 1:
                 return None
             (value,) = sources
         return node
+
+    def nodes(path: str, operators: Collection[str]) -> list[str]:
+        """The nodes behind the calls of a module, or behind a function in one."""
+        # A Conv has the name of the BatchNorm folded into it.
+        layers = [alignment.absorbed.get(call, call) for call in calls.get(path, [path])]
+        found = ([before(value, operators) for value in alignment.onnx_for(layer)] for layer in layers)
+        return [node.name for of_layer in found for node in [*filter(None, of_layer)][:1]]
+
+    found = {path: nodes(path, PRODUCTS) for path in scales.layers}
+    return found | {path: nodes(path, ("Add",)) for path in scales.residual_adds}
 
 
 @dataclass(frozen=True)
@@ -141,16 +133,18 @@ def quantize_programs(
     model: Model,
     programs: Sequence[Program],
     folder: Path,
-    samples: Iterable[Sample],
+    samples: Iterable[Sample] | None = None,
     *,
     parts: Mapping[str, QuantizedComponent] | None = None,
     calibration: Calibration = DEFAULT_CALIBRATION,
 ) -> tuple[list[Program], str]:
     """Programs with Q/DQ pairs, and how they were made, in words, if they were calibrated now.
 
-    ``parts`` are used where programs were exported from their model; else ``samples`` are calibrated on. ``folder`` is
-    made where it is missing. Raises InputError as ``quantize_model`` does.
+    ``parts`` are used where programs were exported from their model; else ``samples`` are calibrated on, without them
+    those of ``calibration``. ``folder`` is made where it is missing. Raises InputError as ``quantize_model`` does.
     """
+    if samples is None:
+        samples = calibration_samples(model, calibration.data, calibration.samples)
     samples, how = list(samples), ""
     if not parts or not of_modules(model, programs):
         parts = calibrate(model, programs, samples, calibration)

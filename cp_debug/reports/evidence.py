@@ -22,7 +22,9 @@ ELEMENTS = 1 << 21
 """Elements that histograms look at; of larger tensors an even selection."""
 BINS, CELLS, PIXELS, WORST = 72, (72, 48), 192, 5
 ACCENT = (59, 130, 246)
-WIDTH, HEIGHT, LEFT, BOTTOM = 500, 270, 62, 48
+WIDTH, HEIGHT = 500, 270
+LEFT, RIGHT, BOTTOM, TOP = 62, WIDTH - 12, HEIGHT - 48, 12
+"""Ends of the plot's area."""
 
 
 @dataclass(frozen=True)
@@ -159,11 +161,6 @@ def _some(array: np.ndarray) -> np.ndarray:
     return flat[:: -(-flat.size // ELEMENTS)]
 
 
-def _plot() -> tuple[float, float, float, float]:
-    """left, right, bottom, top of the plot's area"""
-    return LEFT, WIDTH - 12, HEIGHT - BOTTOM, 12
-
-
 def _histogram(reference_values: np.ndarray, test_values: np.ndarray) -> Canvas | None:
     sides = [values[np.isfinite(values)] for values in (_some(reference_values), _some(test_values))]
     together = np.concatenate(sides)
@@ -177,17 +174,16 @@ def _histogram(reference_values: np.ndarray, test_values: np.ndarray) -> Canvas 
             counts = [np.histogram(side.astype(np.float64), BINS, (low, high))[0] for side in sides]
     except (ValueError, IndexError):  # too few numbers lie between the ends for as many bins, or the range is infinite
         return None
-    left, right, bottom, top = _plot()
-    x = Scale(low, high, left, right)
-    y = Scale(0.5, 10 ** np.ceil(np.log10(max(c.max() for c in counts) + 1)), bottom, top, log=True)
+    x = Scale(low, high, LEFT, RIGHT)
+    y = Scale(0.5, 10 ** np.ceil(np.log10(max(c.max() for c in counts) + 1)), BOTTOM, TOP, log=True)
     canvas = Canvas(WIDTH, HEIGHT, "Histogram of the reference's and the test's values, counts on a log scale")
     canvas.axes(x, y, "value", "elements")
     edges = np.linspace(low, high, BINS + 1)
     for kind, count in zip(("reference area", "test outline"), counts, strict=True):
         steps = [(x(e), y(max(c, 0.5))) for a, b, c in zip(edges, edges[1:], count, strict=False) for e in (a, b)]
-        canvas.path([(left, bottom), *steps, (right, bottom)], kind)
+        canvas.path([(LEFT, BOTTOM), *steps, (RIGHT, BOTTOM)], kind)
     for line, text in enumerate(_not_finite(reference_values, test_values)):
-        canvas.text((left + right) / 2, top + 14 + 15 * line, text, "strange")
+        canvas.text((LEFT + RIGHT) / 2, TOP + 14 + 15 * line, text, "strange")
     return canvas
 
 
@@ -215,20 +211,19 @@ def _against(magnitude: np.ndarray, error: np.ndarray, precision: str) -> Canvas
     size, wrong = size[shown], wrong[shown]
     x_range = decades([float(np.percentile(size, 0.1)), float(size.max())])
     y_range = decades([float(np.percentile(wrong, 0.1)), float(wrong.max())])
-    left, right, bottom, top = _plot()
-    x, y = Scale(*x_range, left, right, log=True), Scale(*y_range, bottom, top, log=True)
+    x, y = Scale(*x_range, LEFT, RIGHT, log=True), Scale(*y_range, BOTTOM, TOP, log=True)
     limits = zip((x_range, y_range), CELLS, strict=True)
     edges = [np.linspace(np.log10(low), np.log10(high), cells + 1) for (low, high), cells in limits]
     counts = np.histogram2d(np.log10(size), np.log10(wrong), edges)[0].T[::-1]
     canvas = Canvas(WIDTH, HEIGHT, "Error against magnitude of each element, both on log scales")
     image = opacity_png(np.log1p(counts) / np.log1p(counts.max() or 1), ACCENT)
-    canvas.image(image, left, top, right - left, bottom - top)
+    canvas.image(image, LEFT, TOP, RIGHT - LEFT, BOTTOM - TOP)
     canvas.axes(x, y, "magnitude", "error")
     roundoff = PRECISIONS[precision].roundoff
     ends = max(x.low, y.low / roundoff), min(x.high, y.high / roundoff)
     if ends[0] < ends[1]:
         canvas.path([(x(m), y(m * roundoff)) for m in ends], "line expected")
-        beside = max(y(ends[1] * roundoff) - 8, top + 12)  # inside, where the line ends at the top
+        beside = max(y(ends[1] * roundoff) - 8, TOP + 12)  # inside, where the line ends at the top
         canvas.text(x(ends[1]) - 6, beside, f"one {precision} roundoff", "tick end")
     return canvas
 
@@ -240,15 +235,14 @@ def _channels(error: np.ndarray) -> Canvas | None:
     other_axes = tuple(a for a in range(error.ndim) if a != axis)
     heights = np.sqrt(np.mean(np.square(error, dtype=np.float64), axis=other_axes))
     count = len(heights)
-    left, right, bottom, top = _plot()
-    x, y = Scale(-0.5, count - 0.5, left, right), Scale(0, float(heights.max()) or 1.0, bottom, top)
+    x, y = Scale(-0.5, count - 0.5, LEFT, RIGHT), Scale(0, float(heights.max()) or 1.0, BOTTOM, TOP)
     canvas = Canvas(WIDTH, HEIGHT, f"Error of each of {count} channels")
     canvas.axes(x, y, "channel", "RMS error")
-    width = (right - left) / count
-    bars = [f"M{x(c - 0.5)} {bottom}V{y(h)}h{width * 0.85:.2f}V{bottom}Z" for c, h in enumerate(heights) if h > 0]
+    width = (RIGHT - LEFT) / count
+    bars = [f"M{x(c - 0.5)} {BOTTOM}V{y(h)}h{width * 0.85:.2f}V{BOTTOM}Z" for c, h in enumerate(heights) if h > 0]
     canvas.add('<path d="{}" class="bars"/>', "".join(bars))
     for c in np.argsort(heights)[::-1][:3]:
-        canvas.rect(x(c - 0.5), top, width, bottom - top, "hit", f"channel {c}: {heights[c]:.3g}")
+        canvas.rect(x(c - 0.5), TOP, width, BOTTOM - TOP, "hit", f"channel {c}: {heights[c]:.3g}")
     return canvas
 
 
