@@ -217,7 +217,7 @@ class SampleRuns:
                 precision = self._reference.backend.precision
                 explainer = Explainer(run, precision, side.captured, test, feed, effects, settled, flipped)
                 explainer.goes_inside = partial(can_build, run)
-                explainer.adds_up = collected.remainder is None or collected.remainder.adds_up
+                explainer.adds_up = not exports.tied and (collected.remainder is None or collected.remainder.adds_up)
                 collected.findings = explainer.findings(rows, observation)
                 builds, tell = self._options.max_builds, self._progress.tell
                 collected.findings = look_inside(explainer, rows, collected.findings, builds, tell)
