@@ -153,11 +153,8 @@ def rows(record: Record) -> list[dict[str, Any]]:
     sets = record["result"]["sets"]
     lost = set(sets[0]["lost"])
     counted = ({"back": len(lost.difference(each["lost"])), "lost": len(each["lost"])} for each in sets)
-    return flat_rows(
-        record,
-        COLUMNS,
-        [each | counts | {"layers": " ".join(each["layers"])} for each, counts in zip(sets, counted, strict=True)],
-    )
+    parts = (each | counts | {"layers": " ".join(each["layers"])} for each, counts in zip(sets, counted, strict=True))
+    return flat_rows(COLUMNS, parts, record)
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,18 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.result import GUILTY, TestResult
+from cp_debug.bisect.result import GUILTY
 from cp_debug.bisect.strange_numbers import nonfinite_origins
 from cp_debug.detection.changes import DetectionChange
 from cp_debug.programs.pipeline import wants_int8
 from cp_debug.recipes.abilities import with_samples
-from cp_debug.serialize import encode, json_safe
+from cp_debug.serialize import decode, encode, json_safe
 from cp_debug.sweep.log import Record, flat_rows, group_of, grouped
 from cp_debug.sweep.prepared import Grid, load, make_backends, pick, programs_of
 from cp_debug.sweep.spread import Outlier, PairGroup, Spread, numeric, outliers
@@ -75,6 +76,8 @@ def task(params: Parameters) -> dict[str, Any]:
     )
     (test,) = result.tests
     rows = (row.to_dict() for row in test.rows)
+    # Where NaN and Inf are born, without their number, which differs from sample to sample.
+    strange = ["; ".join(["a final output is not finite", *nonfinite_origins(test.rows)])] if test.not_finite else []
     return {
         "sample": result.samples[0],
         "reference": result.reference.spec,
@@ -84,20 +87,13 @@ def task(params: Parameters) -> dict[str, Any]:
         "final": json_safe(max((row.stats.rel_l2 for row in test.outputs), default=0.0)),
         "detections": encode(test.detections),
         "causes": sorted({finding.cause for finding in test.findings}),
-        "notes": [*test.notes, *test.caveats, *_not_finite(test)],
+        "notes": [*test.notes, *test.caveats, *strange],
         "layers": [{name: row[name] for name in _KEPT} for row in rows],
     }
 
 
-def _not_finite(test: TestResult) -> Iterator[str]:
-    """Remarks on final outputs that are not finite: the places where NaN and Inf are born, without their number."""
-    if test.not_finite:
-        yield "; ".join(["a final output is not finite", *nonfinite_origins(test.rows)])
-
-
-def rows(record: Record) -> list[dict[str, Any]]:
-    """A record as rows of ``COLUMNS``."""
-    return flat_rows(record, COLUMNS, record["result"]["layers"])
+rows = partial(flat_rows, COLUMNS, "layers")
+"""A record as rows of ``COLUMNS``."""
 
 
 @dataclass(frozen=True)
@@ -203,10 +199,7 @@ def _merge(records: Sequence[Record], layers: Iterable[_Tally]) -> BisectGroup:
     ]
     of_layer = {name: {t.row["name"]: f[name] for t, f in zip(tallies, figures, strict=True)} for name in FIGURES}
     names, final = [result["sample"] for result in results], [numeric(result["final"]) for result in results]
-    change = []
-    for each in filter(None, (result["detections"] for result in results)):
-        figures_of: dict[str, Any] = {name: float(v) if isinstance(v, str) else v for name, v in each.items()}
-        change.append(DetectionChange(**figures_of))
+    change = [decode(DetectionChange, r["detections"], "detections") for r in results if r["detections"]]
     causes = Counter(cause for result in results for cause in result["causes"])
     return BisectGroup(
         **BisectGroup.about(records[0]["params"]["label"], results),

@@ -147,7 +147,7 @@ def rows(record: Record) -> list[dict[str, Any]]:
         | dict(zip(BOX, box, strict=True))
         for box, score, label in zip(boxes, scores, labels, strict=True)
     )
-    return flat_rows(record, COLUMNS, parts)
+    return flat_rows(COLUMNS, parts, record)
 
 
 @dataclass(frozen=True)

@@ -101,10 +101,16 @@ def grouped(records: Iterable[Record]) -> Iterable[tuple[tuple[str, ...], list[R
     return groups.items()
 
 
-def flat_rows(record: Record, columns: Mapping[str, type], parts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row of ``columns`` for each of ``parts``; what a part lacks is of the record's result or parameters."""
+def flat_rows(
+    columns: Mapping[str, type], parts: str | Iterable[Mapping[str, Any]], record: Record
+) -> list[dict[str, Any]]:
+    """A row of ``columns`` for each of ``parts``, or of the result's entry of that name.
+
+    What a part lacks is of the record's result or parameters.
+    """
     about = record["params"] | record["result"]
-    rows = ({name: part.get(name, about.get(name)) for name in columns} for part in parts)
+    found = about[parts] if isinstance(parts, str) else parts
+    rows = ({name: part.get(name, about.get(name)) for name in columns} for part in found)
     return [{name: numeric(v) if columns[name] is float else v for name, v in row.items()} for row in rows]
 
 

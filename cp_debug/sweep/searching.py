@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,8 @@ def task(params: Parameters) -> dict[str, Any]:
     )
 
 
-def rows(record: Record) -> list[dict[str, Any]]:
-    """A record as rows of ``COLUMNS``."""
-    return flat_rows(record, COLUMNS, record["result"]["kept"])
+rows = partial(flat_rows, COLUMNS, "kept")
+"""A record as rows of ``COLUMNS``."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,8 @@ def _bench(subject: Subject, quantized: str | None, digest: str | None, batches:
     return int8_runner(model, parts, example)
 
 
-def rows(record: Record) -> list[dict[str, Any]]:
-    """A record as rows of ``COLUMNS``."""
-    return flat_rows(record, COLUMNS, record["result"]["layers"])
+rows = partial(flat_rows, COLUMNS, "layers")
+"""A record as rows of ``COLUMNS``."""
 
 
 @dataclass(frozen=True)
