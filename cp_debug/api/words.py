@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path, PurePath
-from typing import Any, ParamSpec, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from cp_debug.backends.base import Backend
 from cp_debug.display import OnStep, in_notebook
 from cp_debug.errors import CpdebugError, InputError, module_of
+from cp_debug.recipes.input_files import ImageLayout
 from cp_debug.safe_text import message
 
 P = ParamSpec("P")
@@ -37,7 +40,7 @@ def in_python_words(function: Callable[P, R]) -> Callable[P, R]:
     Arguments of other types than the signature says are refused by InputError, too. What others wrote into a message
     is made safe, as Python prints it as it is.
     """
-    signature = inspect.signature(function)
+    signature, hints = inspect.signature(function), get_type_hints(function)
     parameters = signature.parameters
     options = parameters["options"].default if "options" in parameters else None
     fields = {field.name for field in dataclasses.fields(options)} if dataclasses.is_dataclass(options) else set()
@@ -47,7 +50,7 @@ def in_python_words(function: Callable[P, R]) -> Callable[P, R]:
         __tracebackhide__ = True  # in pytest the test's own line is what matters
         given = signature.bind(*args, **kwargs)
         for name, value in given.arguments.items():
-            _check_type(name, value, str(parameters[name].annotation))
+            _check_type(name, value, hints[name])
             if name == "backends" and not isinstance(value, str) and all(isinstance(each, str) for each in value):
                 given.arguments[name] = ",".join(value)
             if name in ("options", "export", "data") and name in kwargs and _is_settings(value):
@@ -62,69 +65,51 @@ def in_python_words(function: Callable[P, R]) -> Callable[P, R]:
     return called
 
 
-_TYPES: dict[str, Any] = {
-    "str": str,
-    "Path": PurePath,
-    "int": Integral,
-    "float": Real,
-    "bool": bool,
-    "None": type(None),
-    "Sequence": Sequence,
-    "Mapping": Mapping,
-    "tuple": tuple,
-    "OnStep": Callable,
-    "Shapes": Mapping,
-    "ImageLayout": str,
-}
-"""Types behind the names in annotations; classes of this package are known by their own names."""
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise InputError for a value that is not of the hint's type."""
+    if not _fits(value, hint):
+        kinds = get_args(hint) if get_origin(hint) in _UNIONS else [hint]
+        expected = " or ".join(_SPOKEN.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
+        raise InputError(f"{name}: {type(value).__name__}; expected {expected}")
 
 
-def _check_type(name: str, value: Any, annotation: str) -> None:
-    """Raise InputError for a value of none of an annotation's types; those with Any or a model in it take all."""
-    expected = [part.strip() for part in annotation.split("|")]
-    if not any(part in ("Any", "ModelLike") or _fits(value, part) for part in expected):
-        raise InputError(
-            f"{name}: {type(value).__name__}; expected {' or '.join(_SPOKEN.get(part, part) for part in expected)}"
-        )
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a hint's type, with what it holds; words of a ``Literal`` are checked where they serve."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind in _UNIONS:
+        return any(_fits(value, each) for each in inner)
+    if kind is Mapping:
+        return isinstance(value, Mapping) and all(_fits(n, inner[0]) and _fits(v, inner[1]) for n, v in value.items())
+    if kind is Sequence:
+        several = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        return several and all(_fits(each, inner[0]) for each in value)
+    if kind is tuple:
+        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
+    if kind is Backend:
+        return hasattr(value, "open")
+    is_number = kind in (int, float)
+    return kind is Any or (isinstance(value, _WIDER.get(kind, kind)) and not (is_number and isinstance(value, bool)))
 
 
-def _fits(value: Any, annotation: str) -> bool:
-    kind, _, inner = annotation.partition("[")
-    if kind not in _TYPES:
-        return kind in (base.__name__ for base in type(value).__mro__)
-    if kind == "Shapes":
-        return isinstance(value, Mapping) and all(
-            isinstance(key, str) and _fits(shape, "Sequence[int]") for key, shape in value.items()
-        )
-    if not isinstance(value, _TYPES[kind]) or (kind in ("int", "float") and isinstance(value, bool)):
-        return False
-    if inner == "str, float]":
-        return all(isinstance(key, str) and _fits(number, "float") for key, number in value.items())
-    if kind == "tuple":
-        return len(value) == inner.count("float") and all(_fits(number, "float") for number in value)
-    if kind != "Sequence":
-        return True
-    element = inner.partition("]")[0]
-    return not isinstance(value, str | bytes) and all(
-        _fits(each, element) if element in _TYPES else hasattr(each, "open") for each in value
-    )
-
-
-_SPOKEN = {
-    "str": "text",
-    "Path": "a path",
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "True or False",
-    "Sequence[str]": "a list of texts",
-    "Sequence[Backend]": "a list of backends",
-    "Mapping[str, Any]": "a mapping by name",
-    "Mapping[str, float]": "numbers by name",
-    "tuple[float, float, float, float]": "a tuple of four numbers",
-    "Sequence[float]": "a list of numbers",
-    "Shapes": "a list of whole numbers by input",
-    "ImageLayout": "text",
-    "OnStep": "a function",
+_UNIONS = (Union, UnionType)
+_WIDER: dict[Any, Any] = {int: Integral, float: Real, Path: PurePath, Literal: str}
+"""Types for which others serve as well."""
+_SPOKEN: dict[Any, str] = {
+    str: "text",
+    Path: "a path",
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    NoneType: "None",
+    Sequence[str]: "a list of texts",
+    Sequence[Backend]: "a list of backends",
+    Sequence[float]: "a list of numbers",
+    Mapping[str, Any]: "a mapping by name",
+    Mapping[str, float]: "numbers by name",
+    Mapping[str, Sequence[int]]: "a list of whole numbers by input",
+    tuple[float, float, float, float]: "a tuple of four numbers",
+    OnStep: "a function",
+    ImageLayout: "text",
 }
 
 
@@ -136,22 +121,18 @@ def _is_settings(value: Any) -> bool:
 def _checked(name: str, options: Any) -> Any:
     """The settings with paths where their fields are paths and text was given, those in them too.
 
-    Raises InputError for fields of plain types that hold something else.
+    Raises InputError for fields that hold something else.
     """
     changed: dict[str, Any] = {}
-    for field in dataclasses.fields(options):
-        value, annotation = getattr(options, field.name), str(field.type)
-        if "Path" in annotation and isinstance(value, str):
-            changed[field.name] = Path(value)
-        elif {part.strip().partition("[")[0] for part in annotation.split("|")} <= {*_TYPES, *_SETTINGS}:
-            _check_type(f"{name}.{field.name}", value, annotation)
+    for field, hint in get_type_hints(type(options)).items():
+        value = getattr(options, field)
+        if Path in get_args(hint) and isinstance(value, str):
+            changed[field] = Path(value)
+        else:
+            _check_type(f"{name}.{field}", value, hint)
         if _is_settings(value):
-            changed[field.name] = _checked(f"{name}.{field.name}", value)
+            changed[field] = _checked(f"{name}.{field}", value)
     return dataclasses.replace(options, **changed) if changed else options
-
-
-_SETTINGS = {"Reading", "Calibration", "ImageFormat"}
-"""Classes of this package among the options' fields."""
 
 
 @contextmanager
