@@ -113,7 +113,7 @@ def where(error: float, interval: Interval | None) -> str:
     """Where a measured error lies."""
     if interval is None:
         return MISSING
-    if interval.holds(error) or (error <= NOTHING and interval.low <= NOTHING):
+    if interval.low <= error <= interval.high or (error <= NOTHING and interval.low <= NOTHING):
         return INSIDE
     return ABOVE if error > interval.high else BELOW
 

@@ -100,8 +100,11 @@ def test_no_group_has_more_members_than_can_be_read(saved: SavedResult, count: i
         return max([len(of), *(longest(m.members) for m in of if isinstance(m, FoldedLayers))])
 
     assert longest(members) <= MOST_MEMBERS
-    labels = [each.label for m in members for each in (m.layers() if isinstance(m, FoldedLayers) else [m])]
-    assert labels == [f"layer_{i}" for i in range(count)]
+
+    def labels(of: list[FoldedLayers | GraphLayer]) -> list[str]:
+        return [label for m in of for label in (labels(m.members) if isinstance(m, FoldedLayers) else [m.label])]
+
+    assert labels(members) == [f"layer_{i}" for i in range(count)]
 
 
 def test_sizes_are_no_edges_and_scopes_are_modules(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_int8_of_a_quantized_file(tmp_path: Path) -> None:
         str(tmp_path / "plain.onnx"), "ort-none,ort-int8", test_model=path, options=Options(explain=False)
     )
     measured = real.tests[0].outputs[0].stats.rel_l2
-    assert output.error.holds(measured)
+    assert output.error.low <= measured <= output.error.high
     with pytest.raises(InputError, match="has no QuantizeLinear nodes"):
         predict(str(tmp_path / "plain.onnx"), "int8")
 
@@ -206,8 +206,6 @@ def test_batchnorm_folds_without_changing_what_is_computed(tmp_path: Path) -> No
 def test_interval() -> None:
     interval = Interval.around(2.0, [1.0, 4.0], 1.25)
     assert (interval.low, interval.high) == (0.8, 5.0)
-    assert interval.holds(0.8)
-    assert not interval.holds(5.1)
     assert Interval.around(2.0, [0.0, 4.0], 1.25).joined(interval) == Interval(0.0, 2.0, 5.0)
 
 

@@ -34,10 +34,6 @@ class Interval:
     """Error with the most likely kernel."""
     high: float
 
-    def holds(self, value: float) -> bool:
-        """Whether a measured error lies inside."""
-        return self.low <= value <= self.high
-
     @classmethod
     def around(cls, expected: float, all_of: Iterable[float], spread: float) -> Interval:
         """The interval of the kernels' errors, the most likely one's first; ``spread`` is a factor of at least 1."""

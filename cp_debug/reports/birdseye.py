@@ -37,16 +37,13 @@ def birdseye(scene: SavedScene, reference: str, test: str) -> SceneView | None:
     return SceneView(
         source=scene.source,
         counts={kind: sum(c.kind == kind for c in all_changes) for kind in (KEPT, MOVED_BOX, LOST, GAINED)},
-        changed=[(c, _class(scene, reference_boxes, test_boxes, c)) for c in changed],
+        changed=[(c, _class(scene, (reference_boxes, c.reference), (test_boxes, c.test))) for c in changed],
         canvas=_draw(scene, reference_boxes, test_boxes, all_changes),
     )
 
 
-def _class(scene: SavedScene, reference_boxes: DecodedBoxes, test_boxes: DecodedBoxes, change: BoxChange) -> str:
-    if change.reference is not None:
-        return scene.class_name(int(reference_boxes.labels[change.reference]))
-    assert change.test is not None
-    return scene.class_name(int(test_boxes.labels[change.test]))
+def _class(scene: SavedScene, *sides: tuple[DecodedBoxes, int | None]) -> str:
+    return next(scene.class_name(int(boxes.labels[index])) for boxes, index in sides if index is not None)
 
 
 def _draw(

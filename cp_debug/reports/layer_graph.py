@@ -54,14 +54,6 @@ class FoldedLayers:
     label: str
     members: list[FoldedLayers | GraphLayer] = field(default_factory=list)
 
-    def layers(self) -> Iterator[GraphLayer]:
-        """The layers inside, in execution order."""
-        for member in self.members:
-            if isinstance(member, FoldedLayers):
-                yield from member.layers()
-            else:
-                yield member
-
 
 def graph_data(saved: SavedResult, anchors: Sequence[str]) -> dict[str, Any] | None:
     """Layers, folds, edges and figures for the page's script; None without the ONNX files of the result.
