@@ -12,7 +12,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -486,8 +486,7 @@ READ_FIRST |= {("sweep sensitivity", option) for option in ("--data", "--cluster
 """Options of which the checkpoint of --from decides whether they do something."""
 TO_STDOUT = {("doctor", "--json"), ("check", "--json")}
 VALUES = {"int": "4", "float": "60", "Path": "nowhere/x.npz", "list": "nonsense", "str": "nonsense"}
-VALUES |= {"DumpLayout": "nhwc", "Method": "mse", "ImageLayoutFlag": "nhwc", "Probes": "all"}
-VALUES |= {"CalibratorChoice": "entropy", "PrecisionPolicy": "fp16"}
+VALUES |= {choice: choice for choice in ("flat", "entropy", "all", "minmax", "strongly_typed")}
 BUILT = {"--precision": "fp16", "--workspace": "4", "--timing-cache": "timing"}
 BUILT |= {"--profile": "x:1x2x4x4:2x2x4x4:3x2x4x4"}
 """Options of build that act on a network in FP32; a profile acts where an axis is free."""
@@ -513,6 +512,8 @@ def options_of_the_parser() -> list[tuple[str, str, str]]:
 
 def _kind(option: Any) -> str:
     annotation = option.type_descriptor.annotation if hasattr(option, "type_descriptor") else option.type.name
+    if get_origin(annotation) is Literal:
+        return str(get_args(annotation)[-1])
     kind = getattr(annotation, "__name__", str(annotation))
     return "list" if kind.startswith("list") else kind
 

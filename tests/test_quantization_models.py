@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import get_args
 
 import nets
 import numpy as np
@@ -183,4 +184,4 @@ def test_any_torch_module(tmp_path: Path) -> None:
 def test_methods_on_the_command_line_are_those_that_exist() -> None:
     from cp_debug.cli.flags import Method
 
-    assert tuple(method.value for method in Method) == METHODS
+    assert get_args(Method) == METHODS

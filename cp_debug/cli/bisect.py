@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -25,21 +24,6 @@ if TYPE_CHECKING:
     from cp_debug.bisect.demos import Seeded
     from cp_debug.bisect.result import TestResult
     from cp_debug.recipes.base import Model
-
-
-class Level(str, Enum):
-    """Fineness of the tables."""
-
-    stages = "stages"
-    layers = "layers"
-
-
-class Oracle(str, Enum):
-    """The arithmetic that judges."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    fp64 = "fp64"
 
 
 @grouped
@@ -62,7 +46,7 @@ def bisect(
     tensors_layout: Annotated[
         flags.DumpLayout,
         typer.Option(help="Layout of --test-tensors; flat: row by row, without the graph's axes."),
-    ] = flags.DumpLayout.nchw,
+    ] = "nchw",
     maps: flags.Maps = None,
     checkpoint: flags.Checkpoint = None,
     test_checkpoint: Annotated[Path | None, typer.Option(help="Other weights for the test backends.")] = None,
@@ -71,14 +55,16 @@ def bisect(
     inputs: Annotated[Path | None, typer.Option(help=INPUTS_HELP)] = None,
     samples: Annotated[int, typer.Option(min=1, max=MOST, help="How many samples.")] = 1,
     seed: flags.MadeSeed = 0,
-    level: Annotated[Level, typer.Option(help="stages: only the stage table.")] = Level.layers,
+    level: Annotated[Literal["stages", "layers"], typer.Option(help="stages: only the stage table.")] = "layers",
     show_all: Annotated[
         bool, typer.Option("--all", help="Every layer, not only those near the first divergent one.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the verdict, one line for each test.")] = False,
     rtol: flags.Rtol = None,
     atol: flags.Atol = None,
-    oracle: Annotated[Oracle, typer.Option(help="auto: FP64 for FP32 tests, FP32 below.")] = Oracle.auto,
+    oracle: Annotated[
+        Literal["auto", "fp32", "fp64"], typer.Option(help="auto: FP64 for FP32 tests, FP32 below.")
+    ] = "auto",
     oracle_device: Annotated[
         str, typer.Option(help="Where layers are replayed: auto (where the test runs), cpu, cuda:N.")
     ] = "auto",
@@ -94,9 +80,7 @@ def bisect(
     max_builds: Annotated[
         int, typer.Option("--max-builds", min=0, help="Most further engines for the search inside a guilty region.")
     ] = 6,
-    exporter: Annotated[
-        flags.Exporter, typer.Option(help="For torch models; auto: what all backends read.")
-    ] = flags.Exporter.auto,
+    exporter: flags.CommonExporter = "auto",
     unfolded: Annotated[
         bool, typer.Option("--unfolded", help="Do not fold BatchNorm, to debug module by module.")
     ] = False,
@@ -113,11 +97,9 @@ def bisect(
     """Run backends side by side; name the layer that is wrong."""
     from contextlib import ExitStack
     from dataclasses import replace
-    from tempfile import TemporaryDirectory
 
     from cp_debug.backends.spec import BackendSpec, parse_backends
     from cp_debug.cli.console import command_line, console, errors, say, show, steps
-    from cp_debug.errors import InputError
     from cp_debug.reading import RESULT
     from cp_debug.recipes.registry import is_folder
 
@@ -154,7 +136,7 @@ def bisect(
     refuse(("test_train_mode", "test_out_of_place"), unless=any(spec.family == "torch" for spec in tests), why=why)
     refuse(("oracle", "explain", "oracle_device"), unless=replay, why="--no-replay leaves nothing to judge or explain")
     refuse(("level", "show_all"), unless=not quiet, why="--quiet shows no layers")
-    refuse(("show_all",), unless=level is Level.layers, why="--level stages shows no layers")
+    refuse(("show_all",), unless=level == "layers", why="--level stages shows no layers")
     refuse(("overwrite",), unless=save is not None, why="without --save nothing is kept")
     check_device(oracle_device)
     held = None if memory is None else size_in_bytes(memory, "--memory")
@@ -186,7 +168,7 @@ def bisect(
         reading=how,
         rtol=rtol,
         atol=atol,
-        oracle=None if oracle is Oracle.auto else oracle.value,
+        oracle=None if oracle == "auto" else oracle,
         oracle_device=oracle_device,
         cache=not engines.no_cache,
         memory=held,
@@ -194,7 +176,7 @@ def bisect(
         explain=explain,
         optimizer_blame=knobs,
         max_builds=max_builds,
-        exporter=exporter.chosen,
+        exporter=flags.chosen(exporter),
         folded=not unfolded,
         calibration=int8.chosen,
         maps=maps or (),
@@ -212,8 +194,8 @@ def bisect(
                 backends,
                 test_tensors,
                 tensors_precision,
-                channels_last=tensors_layout is flags.DumpLayout.nhwc,
-                flat=tensors_layout is flags.DumpLayout.flat,
+                channels_last=tensors_layout == "nhwc",
+                flat=tensors_layout == "flat",
                 inputs_given=inputs is not None,
                 inputs=inputs,
             )
@@ -230,7 +212,7 @@ def bisect(
         if save:
             assert run_folder is not None
             write_json(result, run_folder / RESULT)
-    show(result, json=json, csv=csv, layers=level is Level.layers, show_all=show_all, quiet=quiet)
+    show(result, json=json, csv=csv, layers=level == "layers", show_all=show_all, quiet=quiet)
     if html and not quiet:
         say(f"written: {html}")
     raise typer.Exit(0 if result.agrees else 1)

@@ -25,9 +25,7 @@ def capture(
     inputs: Annotated[Path | None, typer.Option(help=INPUTS_HELP)] = None,
     samples: Annotated[int, typer.Option(min=1, max=MOST, help="How many samples.")] = 1,
     seed: flags.MadeSeed = 0,
-    exporter: Annotated[
-        flags.Exporter, typer.Option(help="For torch models; auto: what the backend reads.")
-    ] = flags.Exporter.auto,
+    exporter: Annotated[flags.Exporter, typer.Option(help="For torch models; auto: what the backend reads.")] = "auto",
     unfolded: flags.Unfolded = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier capture in --output.")] = False,
     *,
@@ -64,7 +62,7 @@ def capture(
             inputs=inputs,
             samples=samples,
             seed=seed,
-            exporter=exporter.chosen,
+            exporter=flags.chosen(exporter),
             folded=not unfolded,
             on_step=on_step,
             parts=parts,
@@ -89,7 +87,7 @@ def import_dump(
     precision: Annotated[str, typer.Option(help="Precision of the tensors.")] = "fp32",
     layout: Annotated[
         flags.DumpLayout, typer.Option(help="Layout of the tensors; flat: row by row, without the graph's axes.")
-    ] = flags.DumpLayout.nchw,
+    ] = "nchw",
     maps: Annotated[
         list[str] | None, typer.Option("--map", help="VALUE=TENSOR: the name in the graph and in the dump; repeatable.")
     ] = None,
@@ -119,7 +117,7 @@ def import_dump(
     from cp_debug.cli.console import say, show_document, show_notes
     from cp_debug.reports.import_dump import render
 
-    last, flat = layout is flags.DumpLayout.nhwc, layout is flags.DumpLayout.flat
+    last, flat = layout == "nhwc", layout == "flat"
     matched = match_dump(graph, tensors, str(dump), maps=maps or (), channels_last=last, flat=flat)
     with replacing("--output", output, overwrite) as target:
         write_dump(matched, graph, target, precision)

@@ -6,9 +6,8 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -130,7 +129,7 @@ def export(
         typer.Option(min=7, max=100, help="TensorRT 8 reads up to 17.  [default: 17; that of an ONNX file]"),
     ] = None,
     exporter: Annotated[flags.Exporter, typer.Option(help="auto: TorchScript below opset 18, dynamo from there.")] = (
-        flags.Exporter.auto
+        "auto"
     ),
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Do not fold BatchNorm and constants.")] = False,
     simplify: Annotated[bool, typer.Option("--simplify", help="Run onnxscript's optimizer over the graph.")] = False,
@@ -172,7 +171,7 @@ def export(
     check_new("--output", (file for file in files if resolved(file) not in originals), overwrite)
     if rot_y_axis_reference:
         turn_outputs(loaded)
-    options = ExportOptions(opset or OPSET, exporter.chosen, not unfolded, simplify)
+    options = ExportOptions(opset or OPSET, flags.chosen(exporter), not unfolded, simplify)
     with steps() as on_step:
         samples = list(loaded.samples(SAMPLES if is_file else 1, seed, inputs))
         remarks = Remarks(loaded)
@@ -191,16 +190,8 @@ def export(
         console.print(line, soft_wrap=True)
 
 
-class PrecisionPolicy(str, Enum):
-    """Precisions that TensorRT may compute in."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    fp32_tf32 = "fp32_tf32"
-    fp16 = "fp16"
-    bf16 = "bf16"
-    int8 = "int8"
-    strongly_typed = "strongly_typed"
+PrecisionPolicy = Literal["auto", "fp32", "fp32_tf32", "fp16", "bf16", "int8", "strongly_typed"]
+"""Precisions that TensorRT may compute in."""
 
 
 @grouped
@@ -227,7 +218,7 @@ def build(
     if not model.endswith(SUFFIXES):  # a configuration may name another interpreter
         check_given(model, checkpoint=checkpoint)
         refuse_export_folder(model)
-        policy = precision.value if precision else "auto"
+        policy = precision or "auto"
         backend_name = f"trt-{VARIANTS.get(policy, policy)}"
         _refuse_ranges(backend_name)
         check_installed(backend_name, trt_python=engines.trt_python)
@@ -244,7 +235,7 @@ def build(
         show_notes(config.notes)
         overrides = {
             "checkpoint": checkpoint,
-            "tensorrt.precision": precision and precision.value,
+            "tensorrt.precision": precision,
             "tensorrt.python": engines.trt_python,
             "tensorrt.workspace_mib": engines.workspace,
             "tensorrt.timing_cache": engines.timing_cache,
@@ -309,7 +300,6 @@ def bench(
     load_torch()
     from cp_debug.deploy.config import override
     from cp_debug.deploy.stages import Deployment, configured
-    from cp_debug.errors import InputError
     from cp_debug.reports.deployment import latency_table
     from cp_debug.reports.sheet_terminal import Terminal
 
@@ -457,7 +447,6 @@ def parse_scenarios(texts: Sequence[str], *, repeats: bool = False) -> list[Scen
 
     from cp_debug.backends.spec import parse_backends
     from cp_debug.deploy.schema import ScenarioConfig
-    from cp_debug.errors import InputError
 
     scenarios = []
     for text in texts:
@@ -476,7 +465,6 @@ def each_test(text: str, *, repeats: bool = False) -> list[ScenarioConfig]:
     ``repeats``: the tests run another model, so one may run on the reference's backend. Raises InputError for a text
     that is none.
     """
-    from cp_debug.errors import InputError
 
     names = [part.strip() for part in text.split(",")]
     if not all(names) or len(names) < (1 if repeats else 2):
@@ -490,7 +478,6 @@ def parse_tolerances(texts: Sequence[str]) -> dict[str, float]:
 
 
 def _tolerance(text: str) -> tuple[str, float]:
-    from cp_debug.errors import InputError
 
     name, _, value = text.partition("=")
     try:
@@ -504,7 +491,6 @@ def _tolerance(text: str) -> tuple[str, float]:
 
 def check_precisions(given: Iterable[str], compared: Collection[str]) -> None:
     """Raise InputError for a tolerance of a precision in which no scenario is judged."""
-    from cp_debug.errors import InputError
     from cp_debug.programs.precision import PRECISIONS
 
     for name in given:

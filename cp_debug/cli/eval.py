@@ -46,7 +46,7 @@ def evaluate(
     t4: Annotated[
         bool, typer.Option("--t4", help="Also T4's metric: mAP and mAPH by TIER IV's perception_eval (extra t4).")
     ] = False,
-    exporter: Annotated[flags.Exporter, typer.Option(help="For torch models.")] = flags.Exporter.auto,
+    exporter: Annotated[flags.Exporter, typer.Option(help="For torch models.")] = "auto",
     unfolded: flags.Unfolded = False,
     json: flags.JsonFile = None,
     csv: Annotated[
@@ -130,7 +130,7 @@ def evaluate(
                 tensorrt.make(specs, engines.options, on_step),
                 opened,
                 options,
-                exporter=exporter.chosen,
+                exporter=flags.chosen(exporter),
                 folded=not unfolded,
                 quantize=quantize,
                 on_step=on_step,

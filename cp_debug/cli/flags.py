@@ -10,10 +10,9 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
-from enum import Enum
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -74,25 +73,16 @@ JsonAlone = Annotated[
 """For the commands of ``main.JSON_ALONE``."""
 
 
-class Exporter(str, Enum):
-    """Torch's ONNX exporters, one of which makes the deployed graph."""
-
-    auto = "auto"
-    dynamo = "dynamo"
-    torchscript = "torchscript"
-
-    @property
-    def chosen(self) -> str | None:
-        """Name of the exporter; None leaves the choice to whoever exports."""
-        return None if self is Exporter.auto else self.value
+Exporter = Literal["auto", "dynamo", "torchscript"]
+"""Torch's ONNX exporters, one of which makes the deployed graph."""
+CommonExporter = Annotated[Exporter, typer.Option(help="For torch models; auto: what all backends read.")]
+DumpLayout = Literal["nchw", "nhwc", "flat"]
+"""Order of the numbers of dumped tensors: the graph's, channels last, or the graph's without its axes."""
 
 
-class DumpLayout(str, Enum):
-    """Order of the numbers of dumped tensors: the graph's, channels last, or the graph's without its axes."""
-
-    nchw = "nchw"
-    nhwc = "nhwc"
-    flat = "flat"
+def chosen(exporter: Exporter) -> str | None:
+    """Name of the exporter; None leaves the choice to whoever exports."""
+    return None if exporter == "auto" else exporter
 
 
 Command = Callable[..., None]
@@ -255,13 +245,8 @@ def _image_setting(text: str) -> tuple[str, Any]:
     return key, numbers[0] if key == "scale" else tuple(numbers)
 
 
-class Method(str, Enum):
-    """Method of choosing scales."""
-
-    max = "max"
-    percentile = "percentile"
-    mse = "mse"
-    entropy = "entropy"
+Method = Literal["max", "percentile", "mse", "entropy"]
+"""Method of choosing scales."""
 
 
 def own_scales(specs: Sequence[BackendSpec], model: str, checkpoint: Path | None, test_model: Path | None) -> str:
@@ -309,7 +294,7 @@ class CalibrationFlags:
 
     calib_data: Annotated[Path | None, typer.Option(help="Data to calibrate on, as --inputs.")] = None
     calib_samples: CalibSamples = 8
-    calib_method: CalibMethod = Method.mse
+    calib_method: CalibMethod = "mse"
     skip_layers: SkipLayers = None
 
     def check(self, specs: Sequence[BackendSpec], quantized: str = "") -> None:
@@ -326,4 +311,4 @@ class CalibrationFlags:
         from cp_debug.quantization.quantized_programs import Calibration
 
         skipped = tuple(self.skip_layers or ())
-        return Calibration(self.calib_data, self.calib_samples, self.calib_method.value, skipped)
+        return Calibration(self.calib_data, self.calib_samples, self.calib_method, skipped)

@@ -294,7 +294,7 @@ def check_installed(*backends: str, trt_python: str | None = None) -> None:
 
 def check_saved(path: Path) -> None:
     """Raise InputError for what is no saved result at all: no such file, or one that holds no JSON."""
-    from cp_debug.reading import read_json, result_file
+    from cp_debug.reading import result_file
 
     read_json(result_file(path), what="saved result")
 
@@ -351,18 +351,15 @@ def check_configured(
     from cp_debug.recipes.data.base import DataOptions
 
     data = config.data
-    if config.model is not None and data.path is None and (test_model is not None or config.model.endswith(".onnx")):
-        check_given(config.model, test_model=test_model)
-    if config.model is not None and data.path is not None:
-        options = DataOptions(data.root, data.sweeps, data.skip_missing)
-        count = data.first + samples
-        check_given(
-            config.model,
-            inputs=data.path,
-            samples=count,
-            test_model=test_model,
-            options=options,
-            truth=truth,
-            flag=flag,
-            reading=reading,
-        )
+    if config.model is None or (data.path is None and test_model is None and not config.model.endswith(".onnx")):
+        return
+    check_given(
+        config.model,
+        inputs=data.path,
+        samples=data.first + samples,
+        test_model=test_model,
+        options=DataOptions(data.root, data.sweeps, data.skip_missing),
+        truth=truth,
+        flag=flag,
+        reading=reading,
+    )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -68,15 +67,10 @@ def models() -> None:
     console.print(Terminal(Sheet((Column("model", "name"), Column("what it is")), rows)))
 
 
-class CacheKind(str, Enum):
-    """Caches by what they keep."""
-
-    engines = "engines"
-    exports = "exports"
-
-
 def cache(
-    kind: Annotated[CacheKind | None, typer.Argument(help="One of the caches; default: all.")] = None,
+    kind: Annotated[
+        Literal["engines", "exports"] | None, typer.Argument(help="One of the caches; default: all.")
+    ] = None,
     clear: Annotated[bool, typer.Option("--clear", help="Remove the listed entries.")] = False,
     unused: Annotated[
         float | None, typer.Option(min=0.0, help="Only entries not used for this number of days.")
@@ -98,11 +92,11 @@ def cache(
     from cp_debug.reports.sheet_terminal import Terminal
     from cp_debug.store import KINDS, cache_folder, kept, remove
 
-    if folder is not None and kind is CacheKind.exports:
+    if folder is not None and kind == "exports":
         raise InputError("--cache: it would do nothing here: it names a folder of engines, and exports were asked for")
     if folder is not None and not folder.is_dir():
         raise InputError(f"--cache: {folder}: no such folder")
-    kinds = [kind.value] if kind else ["engines"] if folder else list(KINDS)
+    kinds = [kind] if kind else ["engines"] if folder else list(KINDS)
     folders = {name: str(folder or cache_folder(name)) for name in kinds}
     before = time.time() - (unused or 0.0) * 86400
     entries = {

@@ -93,9 +93,7 @@ def predict(
     goal: Annotated[str | None, typer.Option(help="As in search: also name the layers to keep in FP32 for it.")] = None,
     device: Annotated[str, typer.Option(help="Where to emulate: cpu, cuda, cuda:1.")] = "cpu",
     show_all: Annotated[bool, typer.Option("--all", help="Every layer, not only the largest errors.")] = False,
-    exporter: Annotated[
-        flags.Exporter, typer.Option(help="For torch models; auto: what the target reads.")
-    ] = flags.Exporter.auto,
+    exporter: Annotated[flags.Exporter, typer.Option(help="For torch models; auto: what the target reads.")] = "auto",
     json: flags.JsonFile = None,
     *,
     files: flags.ReadingFlags,
@@ -119,7 +117,9 @@ def predict(
     from cp_debug.prediction.predict import predict as run
     from cp_debug.reports.prediction import render
 
-    options = PredictOptions(checkpoint, inputs, samples, seed, exporter.chosen, device, goal, how, builder_level)
+    options = PredictOptions(
+        checkpoint, inputs, samples, seed, flags.chosen(exporter), device, goal, how, builder_level
+    )
     with steps() as on_step:
         result = run(model, precision, target, options=options, on_step=on_step)
     show_document(render(result, show_all=show_all), result.to_dict(), json)
@@ -152,9 +152,7 @@ def search(
     onnx: Annotated[
         Path | None, typer.Option(help="Write the mixed-precision graph (a folder, for several components).")
     ] = None,
-    exporter: Annotated[
-        flags.Exporter, typer.Option(help="For torch models; auto: what all backends read.")
-    ] = flags.Exporter.auto,
+    exporter: flags.CommonExporter = "auto",
     unfolded: flags.Unfolded = False,
     json: flags.JsonFile = None,
     *,
@@ -191,7 +189,7 @@ def search(
         max_builds=max_builds,
         budget=time_limit,
         log=log,
-        exporter=exporter.chosen,
+        exporter=flags.chosen(exporter),
         folded=not unfolded,
         test_model=test_model,
         inputs=inputs,

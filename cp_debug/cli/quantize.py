@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -33,7 +32,7 @@ def ptq(
     ] = "int8",
     method: Annotated[
         flags.Method, typer.Option(help="How the scales are chosen. Other than int8: max (default) or percentile.")
-    ] = flags.Method.mse,
+    ] = "mse",
     skip_layers: flags.SkipLayers = None,
     cache: Annotated[
         Path | None, typer.Option(help="Scales of an earlier run (its folder, or a file) instead of calibrating.")
@@ -53,7 +52,6 @@ def ptq(
     a recipe for ModelOpt.
     """
     from cp_debug.cli.console import show_document, steps
-    from cp_debug.errors import InputError
 
     refuse(("method", "batches"), unless=cache is None, why="the scales are those of --cache")
     refuse(("opset",), unless=not model.endswith(".onnx"), why=f"{model} has an opset, which its copy keeps")
@@ -76,10 +74,10 @@ def ptq(
         loaded = load_model(model, checkpoint=checkpoint, reading=how)
         job |= {"overwrite": overwrite, "on_step": on_step}
         if narrow is None:
-            job |= {"method": method.value, "options": ExportOptions(opset)}
+            job |= {"method": method, "options": ExportOptions(opset)}
             result: Any = quantize_ptq(loaded, output, cache=cache, **job)
         else:
-            job["method"] = method.value if typed(("method",)) else "max"
+            job["method"] = method if typed(("method",)) else "max"
             job["options"] = ExportOptions(opset if typed(("opset",)) else 21)
             result = quantize_narrow(loaded, output, narrow, **job)
     show_document(terminal(result), result.to_dict(), json)
@@ -90,7 +88,6 @@ def narrow_options(precision: str) -> NarrowOptions | None:
     if precision == "int8":
         return None
     from cp_debug.backends.narrow_options import FAMILIES, NarrowOptions, is_narrow
-    from cp_debug.errors import InputError
 
     if not is_narrow(precision):
         raise InputError(f"--precision: {precision!r}; expected int8 or one of {', '.join(FAMILIES)}")
@@ -103,14 +100,13 @@ def _narrow(precision: str, method: flags.Method, opset: int) -> NarrowOptions |
     if options is None:
         return None
     from cp_debug.deploy.quantize_narrow import check_method
-    from cp_debug.errors import InputError
     from cp_debug.quantization.narrow_layers import calibrated, check_exportable, opset_of
 
     check_exportable(options)
     refuse(("cache",), unless=False, why="scales of an earlier run are of INT8")
     refuse(("method", "batches"), unless=calibrated(options), why=f"{options} has no scale that is calibrated")
     if typed(("method",)):
-        check_method(options, method.value)
+        check_method(options, method)
     if typed(("opset",)) and opset < opset_of(options):
         raise InputError(f"--opset: {opset}; {options} needs {opset_of(options)}")
     return options
@@ -128,7 +124,7 @@ def sensitivity(
     checkpoint: flags.PlainCheckpoint = None,
     calib_data: flags.CalibData = None,
     batches: Annotated[int, typer.Option(min=1, max=MOST, help="Calibration samples.")] = 20,
-    method: Annotated[flags.Method, typer.Option(help="How the scales are chosen.")] = flags.Method.mse,
+    method: Annotated[flags.Method, typer.Option(help="How the scales are chosen.")] = "mse",
     skip_layers: flags.SkipLayers = None,
     data: Annotated[
         Path | None, typer.Option(help="Data to measure on: an info file (.pkl); else held-out synthetic scenes.")
@@ -190,7 +186,7 @@ def sensitivity(
         if narrow is not None:
             runner = narrow_runner(loaded, str(narrow), chosen_samples[0])
         else:
-            skipped, how = skip_layers or (), method.value
+            skipped, how = skip_layers or (), method
             opened = open_quantized(
                 loaded, quantized, calib_data, batches, method=how, skip_layers=skipped, on_step=on_step
             )
@@ -206,13 +202,6 @@ def sensitivity(
     if plot:
         write_chart(profile, plot)
     raise typer.Exit(1 if profile.choice is not None and profile.choice.skipped else 0)
-
-
-class Criterion(str, Enum):
-    """Figure that decides when to stop."""
-
-    loss = "loss"
-    map = "map"
 
 
 def qat(
@@ -240,8 +229,8 @@ def qat(
         int, typer.Option(min=1, max=MOST, help="Stop after this many validations without improvement.")
     ] = 4,
     early_stop: Annotated[
-        Criterion, typer.Option(help="Held-out figure that decides about stopping.")
-    ] = Criterion.loss,
+        Literal["loss", "map"], typer.Option(help="Held-out figure that decides about stopping.")
+    ] = "loss",
     resume: Annotated[bool, typer.Option("--resume", help="Resume from OUTPUT.state, with the same options.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of order and augmentation.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier OUTPUT, and its state.")] = False,
@@ -285,14 +274,14 @@ def qat(
             held_out_scenes(loaded, val_data, val_scenes, DataOptions(data_root)),
             options,
             batch=batch,
-            criterion=early_stop.value,
+            criterion=early_stop,
             seed=seed,
             state=state,
             resume=resume,
             on_step=on_step,
         )
         save_ptq_model(modules, output)
-    show_document(render_qat(result, early_stop.value, output), result.to_dict(), json)
+    show_document(render_qat(result, early_stop, output), result.to_dict(), json)
 
 
 app = typer.Typer(

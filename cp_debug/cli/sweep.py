@@ -84,14 +84,12 @@ class Compared(Subjects):
     """Flags of sweeps over backends."""
 
     backends: Backends = "torch,ort"
-    exporter: Annotated[flags.Exporter, typer.Option(help="For torch models; auto: what all backends read.")] = (
-        flags.Exporter.auto
-    )
+    exporter: flags.CommonExporter = "auto"
     unfolded: flags.Unfolded = False
 
     def compared(self, inputs: Path | None, how: Mapping[str, Any], **more: Any) -> Grid:
         """The grid, whose models are exported as these flags say. Raises InputError for flags that would do nothing."""
-        chosen = {"exporter": self.exporter.chosen, "folded": not self.unfolded}
+        chosen = {"exporter": flags.chosen(self.exporter), "folded": not self.unfolded}
         return self.grid(parse_backends(self.backends), inputs, how, **chosen, **more)
 
 
@@ -274,7 +272,7 @@ def calibration_settings(int8: flags.CalibrationFlags, inputs: Path | None = Non
     return {
         "data": None if data is None else str(resolved(data)),
         "samples": int8.calib_samples,
-        "method": int8.calib_method.value,
+        "method": int8.calib_method,
         "skip_layers": int8.skip_layers or [],
     }
 
@@ -385,7 +383,7 @@ def sweep_sensitivity(
         typer.Option("--from", help="Checkpoint of `quantize ptq` or `qat`; repeatable; else each worker calibrates."),
     ] = None,
     calib_samples: flags.CalibSamples = 20,
-    calib_method: flags.CalibMethod = flags.Method.mse,
+    calib_method: flags.CalibMethod = "mse",
     data: Inputs = None,
     desk: Desk,
 ) -> None:
@@ -397,7 +395,7 @@ def sweep_sensitivity(
     from cp_debug.sweep import sensitivity
 
     refuse(("calib_samples", "calib_method", "shared"), unless=not quantized, why="the scales are those of --from")
-    grid = what.grid(specs, data, {"batches": calib_samples, "method": calib_method.value})
+    grid = what.grid(specs, data, {"batches": calib_samples, "method": calib_method})
     desk.run("sensitivity", lambda: sensitivity.tasks(grid, quantized or ()))
 
 

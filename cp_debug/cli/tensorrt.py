@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,21 +21,6 @@ if TYPE_CHECKING:
     from cp_debug.backends.tensorrt.engine_cache import EngineCache
     from cp_debug.backends.tensorrt.options import LoaderScript
     from cp_debug.cli.console import Steps
-
-
-class Probes(str, Enum):
-    """Amount of values that an engine is made to show."""
-
-    auto = "auto"
-    boundaries = "boundaries"
-    all = "all"
-
-
-class CalibratorChoice(str, Enum):
-    """TensorRT's own calibrators."""
-
-    entropy = "entropy"
-    minmax = "minmax"
 
 
 Python = Annotated[str | None, typer.Option("--trt-python", help="A Python >= 3.8 that has tensorrt and numpy.")]
@@ -77,7 +61,7 @@ class RangeFlags(BuildFlags):
         Path | None, typer.Option(help="Ranges that TensorRT's calibrator found: read, or written.")
     ] = None
     trt_calibrator: Annotated[
-        CalibratorChoice | None, typer.Option(help="INT8 scales by TensorRT, without Q/DQ (up to 10).")
+        Literal["entropy", "minmax"] | None, typer.Option(help="INT8 scales by TensorRT, without Q/DQ (up to 10).")
     ] = None
     trt_calib_data: Annotated[Path | None, typer.Option(help="Its samples, as --inputs; else the model's own.")] = None
 
@@ -100,7 +84,7 @@ class RangeFlags(BuildFlags):
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="cpdebug-")))
         samples = loaded.samples(CALIBRATION_SAMPLES, 0, self.trt_calib_data)
         written = write_calibration_data(loaded, samples, folder)
-        return {"calibrator": self.trt_calibrator.value, "calibration_data": written}
+        return {"calibrator": self.trt_calibrator, "calibration_data": written}
 
 
 @dataclass(frozen=True)
@@ -197,18 +181,18 @@ class ProbeFlags(TensorRTFlags, RangeFlags):
     """All options about TensorRT, also about what an engine shows."""
 
     probes: Annotated[
-        Probes,
+        Literal["auto", "boundaries", "all"],
         typer.Option(
             help="auto: boundaries, if outputs diverge; boundaries: what the engine writes anyway; all: every value.",
         ),
-    ] = Probes.auto
+    ] = "auto"
 
     @property
     def options(self) -> dict[str, Any]:
         """The options as fields of ``cp_debug.backends.tensorrt.options.Options``."""
         return {
             **super().options,
-            "probes": self.probes.value,
+            "probes": self.probes,
             "keep_fp32": frozenset(named(self.keep_fp32 or ())),
             "calibration_cache": self.calibration_cache,
         }
