@@ -27,7 +27,7 @@ from cp_debug.detection.evaluation import (
     EvaluationResult,
     score_backends,
 )
-from cp_debug.detection.t4_metric import FRAME_TIME, check_installed, scene_draws, t4_figures
+from cp_debug.detection.t4_metric import FRAME_TIME, check_installed, scene_figures, t4_figures
 from cp_debug.errors import InputError, MissingPackage
 from cp_debug.recipes.data.base import Truth
 from cp_debug.reports.evaluation import render
@@ -169,7 +169,8 @@ def scored(found: list[tuple[int, float, bool]], ap: float, gain: float = 1.0) -
 
 def scene(aps: list[SimpleNamespace], aphs: list[SimpleNamespace]) -> SimpleNamespace:
     mode, car = SimpleNamespace(value="Plane Distance"), fake_perception_eval.AutowareLabel.CAR
-    by_mode = SimpleNamespace(matching_mode=mode, label_to_aps={car: aps}, label_to_aphs={car: aphs})
+    own = {"map": aps[0].ap, "maph": aphs[0].ap}
+    by_mode = SimpleNamespace(matching_mode=mode, label_to_aps={car: aps}, label_to_aphs={car: aphs}, **own)
     return SimpleNamespace(mean_ap_values=[by_mode])
 
 
@@ -182,21 +183,19 @@ def test_draws_count_frames_as_often_as_they_were_drawn() -> None:
     half, heading = (39 + (1 / 2 - 0.1) / 0.9) / 90, (14 + (1 / 3 - 0.1) / 0.9) / 90
     car, found = fake_perception_eval.AutowareLabel.CAR, [(0, 0.9, True), (1, 0.2, False)]
     truths = [{car: 1}, {car: 1}]
-    draws = scene_draws(scene([scored(found, half)], [scored(found, half, 0.5)]), truths, WEIGHTS)
-    assert draws is None, "mAPH is not what the package says"
-    draws = scene_draws(scene([scored(found, half)], [scored(found, heading, 0.5)]), truths, WEIGHTS)
-    assert draws is not None
+    own = scene_figures(scene([scored(found, half)], [scored(found, half, 0.5)]), truths, WEIGHTS)
+    assert list(own) == ["mAP_plane_distance", "mAPH_plane_distance", "car_AP_plane_distance_2.0"]
+    assert all(figure == [half] for figure in own.values()), "mAPH is not what the package says"
+    draws = scene_figures(scene([scored(found, half)], [scored(found, heading, 0.5)]), truths, WEIGHTS)
     assert draws["car_AP_plane_distance_2.0"] == pytest.approx([half, 1, 0])
     assert draws["mAP_plane_distance"] == pytest.approx([half, 1, 0])
     assert draws["mAPH_plane_distance"][2] == 0
     many = np.concatenate((WEIGHTS, np.tile(WEIGHTS, (20, 1))))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(t4_metric, "BLOCK", 14)  # seven draws of the two detections at once
-        in_blocks = scene_draws(scene([scored(found, half)], [scored(found, heading, 0.5)]), truths, many)
-    assert in_blocks is not None
+        in_blocks = scene_figures(scene([scored(found, half)], [scored(found, heading, 0.5)]), truths, many)
     assert in_blocks["mAP_plane_distance"] == pytest.approx(np.tile([half, 1, 0], 21))
-    nothing = scene_draws(scene([scored([], math.nan)], [scored([], math.nan)]), [{}, {}], WEIGHTS)
-    assert nothing is not None
+    nothing = scene_figures(scene([scored([], math.nan)], [scored([], math.nan)]), [{}, {}], WEIGHTS)
     assert np.isnan(nothing["mAP_plane_distance"]).all()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cp_debug.detection.boxes import Floats, Predictions
+from cp_debug.detection.metrics import MIN_PRECISION, RECALLS
 from cp_debug.display import OnStep
 from cp_debug.errors import InputError, MissingPackage
 from cp_debug.recipes.data.base import Truth
@@ -55,7 +56,7 @@ def t4_figures(
     points on. Detections with NaN or Inf are left out, as T4MetricV2 leaves them out; an unknown velocity is 0. A
     figure is NaN where a class has neither objects nor detections. ``weights`` [draws, samples] says how often each
     sample was drawn, once in the first draw, which is the package's own; it is the only one where the package computes
-    average precision in a way that ``scene_draws`` does not know. ``on_step`` is told every frame.
+    average precision in another way than this module. ``on_step`` is told every frame.
 
     Raises MissingPackage without ``perception_eval``, InputError where it knows none of the classes.
     """
@@ -166,10 +167,7 @@ def _scores(
                 frame_pass_fail_config=pass_fail,
             )
             counted.append(Counter(item.semantic_label.label for item in frame.frame_ground_truth.objects))
-        scene = manager.get_scene_result()
-        figures = {name: np.array([value]) for name, value in _figures(scene)}
-        draws = scene_draws(scene, counted, weights)
-        return {name: draws[name] for name in figures} if draws else figures
+        return scene_figures(manager.get_scene_result(), counted, weights)
 
 
 def _objects(
@@ -203,52 +201,40 @@ def _objects(
         )
 
 
-def _figures(scene: Any) -> Iterator[tuple[str, float]]:
-    """Figures of a ``MetricsScore`` by T4MetricV2's names, without its prefixes."""
-    for by_mode in scene.mean_ap_values:
-        mode = by_mode.matching_mode.value.lower().replace(" ", "_")
-        yield f"mAP_{mode}", float(by_mode.map)
-        yield f"mAPH_{mode}", float(by_mode.maph)
-        for label, precisions in by_mode.label_to_aps.items():
-            for precision in precisions:
-                yield f"{label.value}_AP_{mode}_{precision.matching_threshold}", float(precision.ap)
-
-
 FRAME_TIME = 100_000
 """Time between frames in µs, by which a detection tells its frame."""
-RECALLS = np.linspace(0.0, 1.0, 101)
-LEAST_RECALL, LEAST_PRECISION = 0.1, 0.1
 BLOCK = 1 << 20
 """Numbers of draws × detections that are computed at once."""
 CLOSE = 1e-9
 """Largest difference of an average precision from the package's own at which the two are the same metric."""
 
 
-def scene_draws(scene: Any, truths: Sequence[Mapping[Any, int]], weights: Floats) -> dict[str, Floats] | None:
+def scene_figures(scene: Any, truths: Sequence[Mapping[Any, int]], weights: Floats) -> dict[str, Floats]:
     """Figure → its value in each draw, float64 [draws], by T4MetricV2's names without its prefixes.
 
     ``scene`` is the package's ``MetricsScore`` of all frames, ``truths`` has the number of objects by label for each
-    frame, and ``weights`` [draws, frames] how often each frame was drawn, once in the first draw. None where the first
-    draw is not what the package itself computed, in a version with another average precision.
+    frame, and ``weights`` [draws, frames] how often each frame was drawn, once in the first draw. Where that one is not
+    what the package itself computed, in a version with another average precision, its own value alone [1].
     """
-    figures: dict[str, Floats] = {}
+    own: dict[str, float] = {}
+    drawn: dict[str, Floats] = {}
+    differs = False
     for by_mode in scene.mean_ap_values:
         mode = by_mode.matching_mode.value.lower().replace(" ", "_")
-        means: dict[str, Floats] = {}
+        own |= {f"mAP_{mode}": float(by_mode.map), f"mAPH_{mode}": float(by_mode.maph)}
         for figure, by_label in (("mAP", by_mode.label_to_aps), ("mAPH", by_mode.label_to_aphs)):
-            of_labels = []
+            means = []
             for label, scored in by_label.items():
                 objects = weights @ np.array([truth.get(label, 0) for truth in truths], float)
                 draws = [_average_precisions(each, objects, weights) for each in scored]
-                if any(_differs(each.ap, values[0]) for each, values in zip(scored, draws, strict=True)):
-                    return None
-                of_labels.append(_mean(draws))
+                differs |= any(_differs(each.ap, values[0]) for each, values in zip(scored, draws, strict=True))
+                means.append(_mean(draws))
                 if figure == "mAP":
-                    names = (f"{label.value}_AP_{mode}_{each.matching_threshold}" for each in scored)
-                    figures |= dict(zip(names, draws, strict=True))
-            means[f"{figure}_{mode}"] = _mean(of_labels)
-        figures |= means
-    return figures
+                    names = [f"{label.value}_AP_{mode}_{each.matching_threshold}" for each in scored]
+                    own |= {name: float(each.ap) for name, each in zip(names, scored, strict=True)}
+                    drawn |= dict(zip(names, draws, strict=True))
+            drawn[f"{figure}_{mode}"] = _mean(means)
+    return {name: np.array([value]) if differs else drawn[name] for name, value in own.items()}
 
 
 def _differs(theirs: float, ours: float) -> bool:
@@ -295,8 +281,7 @@ def _of_draws(gain: Floats, miss: Floats, counts: Floats, objects: Floats) -> Fl
     precision = np.divide(gained, gained + missed, out=np.zeros_like(gained), where=gained + missed > 0)
     recall = gained / np.where(objects > 0, objects, np.inf)[:, None]
     envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    needed = RECALLS[round(100 * LEAST_RECALL) + 1 :]
     pairs = zip(recall, envelope, strict=True)
-    at_recalls = np.array([np.interp(needed, of_draw, best, right=0) for of_draw, best in pairs])
-    means = np.clip(at_recalls - LEAST_PRECISION, 0, None).mean(axis=1) / (1 - LEAST_PRECISION)
+    at_recalls = np.array([np.interp(RECALLS, of_draw, best, right=0) for of_draw, best in pairs])
+    means = np.clip(at_recalls - MIN_PRECISION, 0, None).mean(axis=1) / (1 - MIN_PRECISION)
     return np.where(counts.any(axis=1), means, np.where(objects == 0, np.nan, 0.0))
