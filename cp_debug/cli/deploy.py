@@ -128,9 +128,9 @@ def export(
         int | None,
         typer.Option(min=7, max=100, help="TensorRT 8 reads up to 17.  [default: 17; that of an ONNX file]"),
     ] = None,
-    exporter: Annotated[flags.Exporter, typer.Option(help="auto: TorchScript below opset 18, dynamo from there.")] = (
-        "auto"
-    ),
+    exporter: Annotated[
+        flags.Exporter, typer.Option(help="auto: TorchScript below opset 18, dynamo from there.")
+    ] = "auto",
     unfolded: Annotated[bool, typer.Option("--unfolded", help="Do not fold BatchNorm and constants.")] = False,
     simplify: Annotated[bool, typer.Option("--simplify", help="Run onnxscript's optimizer over the graph.")] = False,
     rot_y_axis_reference: flags.RotYAxis = False,
@@ -478,7 +478,6 @@ def parse_tolerances(texts: Sequence[str]) -> dict[str, float]:
 
 
 def _tolerance(text: str) -> tuple[str, float]:
-
     name, _, value = text.partition("=")
     try:
         limit = float(value)

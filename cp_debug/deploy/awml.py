@@ -141,15 +141,9 @@ def _document(awml: AwmlConfig, path: Path) -> dict[str, Any]:
     every = evaluation.num_samples == -1
     if every and evaluation.enabled and awml.runtime_io.info_file is None:
         raise InputError(f"{path}: evaluation.num_samples is -1, all, but runtime_io.info_file names no data")
-    given_devices = {
-        "pytorch": evaluation.pytorch_device,
-        "onnx": evaluation.onnx_device,
-        "tensorrt": evaluation.tensorrt_device,
-    }
     evaluated = [spec(f, b.device) for f, b in evaluation.backends.items() if b.enabled]
-    evaluated += [
-        spec(f, given_devices[f] or awml.export.device) for f in (*evaluation.models, *evaluation.models_to_evaluate)
-    ]
+    for framework in (*evaluation.models, *evaluation.models_to_evaluate):
+        evaluated.append(spec(framework, getattr(evaluation, f"{framework}_device") or awml.export.device))
     checkpoint, notes = _checkpoint(awml)
     if quantization.enabled and verification.enabled and "tolerance" in verification.model_fields_set:
         notes.append(

@@ -25,7 +25,6 @@ from cp_debug.recipes.packed_weights import BITS, PackedWeight, Packing, unpack
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cp_debug.recipes.packed_weights import PackedWeight, Packing
     from cp_debug.recipes.torch_callable import TorchModel
 
 TOKENS = 16

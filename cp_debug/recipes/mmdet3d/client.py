@@ -141,7 +141,7 @@ class DetectorClient:
     """
 
     def __init__(self) -> None:
-        self._detectors: list[runner.BuiltDetector] = []
+        self._commands = runner.Commands()
         self._interpreter: Interpreter | None = None
         python = os.environ.get(ENVIRONMENT)
         if (missing := _missing()) is None:
@@ -160,12 +160,14 @@ class DetectorClient:
 
     def module(self, branch: str) -> nn.Module | None:
         """A branch of the open detector itself; None where it lives in another process."""
-        return self._detectors[0].branches[branch] if self._interpreter is None else None
+        return self._commands.detector.branches[branch] if self._interpreter is None else None
 
     @property
     def encoder(self) -> nn.Module | None:
         """The pillar encoder behind the decoration; None where it lives in another process."""
-        return runner.Encoder(self._detectors[0].model.pts_voxel_encoder).eval() if self._detectors else None
+        if self._interpreter is not None:
+            return None
+        return runner.Encoder(self._commands.detector.model.pts_voxel_encoder).eval()
 
     def call(self, command: str, arrays: Arrays | None = None, **arguments: Any) -> Answer:
         """Run one command. Raises MissingPackage for what its interpreter lacks, InputError for every other failure."""
@@ -180,7 +182,7 @@ class DetectorClient:
 
     def _execute(self, job: dict[str, Any]) -> dict[str, Any]:
         if self._interpreter is None:
-            return runner.execute(job, lambda event: None, self._detectors)
+            return runner.execute(job, lambda event: None, self._commands)
         try:
             return self._interpreter.work(job)
         except InterpreterFailed as failure:

@@ -234,94 +234,81 @@ def _import(name: str) -> Any:
 # ---------------------------------------------------------------- commands
 
 
-def configs(detectors: list[BuiltDetector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
-    """The configurations that mmdet3d ships, name → file."""
-    package = Path(_import("mmdet3d").__file__).parent
-    folders = [package / ".mim" / "configs", package.parent / "configs"]  # installed; a checkout
-    paths = [
-        path for folder in folders if folder.is_dir() for path in folder.rglob("*.py") if "_base_" not in path.parts
-    ]
-    return {"configs": {path.stem: str(path) for path in reversed(paths)}}, {}
-
-
-def open_detector(detectors: list[BuiltDetector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
-    """Build ``config`` with random weights from ``seed``. The other commands work on it."""
-    detectors[:] = [BuiltDetector(step["config"], step["seed"])]
-    return detectors[0].about(), {}
-
-
-def load(detectors: list[BuiltDetector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
-    """Take the weights in ``file``, a plain dictionary of tensors that fits."""
-    detectors[0].model.load_state_dict(torch.load(step["file"], map_location="cpu"))
-    return {}, {}
-
-
-def save(detectors: list[BuiltDetector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
-    """Write the weights to ``file``."""
-    torch.save(dict(detectors[0].model.state_dict()), step["file"])
-    return {}, {}
-
-
-def stages(detectors: list[BuiltDetector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
-    """``BuiltDetector.stages`` of ``points``."""
-    return {}, detectors[0].stages(arrays["points"])
-
-
-def inputs(detectors: list[BuiltDetector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
-    """``BuiltDetector.inputs`` of ``points``; for each branch, the channels of the images that it may take."""
-    tensors, reason = detectors[0].inputs(arrays["points"])
-    channels = {name: _image_channels(branch) for name, branch in detectors[0].branches.items()}
-    return {"reason": reason, "channels": channels}, tensors
-
-
 def _image_channels(branch: DenseBranch) -> int | None:
     convolutions = [m for m in next(branch.children()).modules() if isinstance(m, nn.Conv2d)]
     return convolutions[0].in_channels if convolutions else None
 
 
-def run(detectors: list[BuiltDetector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
-    """The outputs of ``branch`` for ``features``, in the order of their names."""
-    with torch.no_grad():
-        outputs = detectors[0].branches[step["branch"]].outputs(torch.from_numpy(arrays["features"]))
-    return {"outputs": list(outputs)}, {name: tensor.numpy() for name, tensor in outputs.items()}
+class Commands:
+    """What steps may ask for, by name: each takes its step and arrays, and gives its result and arrays."""
+
+    detector: BuiltDetector
+    """The open one."""
+
+    def configs(self, step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+        """The configurations that mmdet3d ships, name → file."""
+        package = Path(_import("mmdet3d").__file__).parent
+        folders = [package / ".mim" / "configs", package.parent / "configs"]  # installed; a checkout
+        paths = [
+            path for folder in folders if folder.is_dir() for path in folder.rglob("*.py") if "_base_" not in path.parts
+        ]
+        return {"configs": {path.stem: str(path) for path in reversed(paths)}}, {}
+
+    def open(self, step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+        """Build ``config`` with random weights from ``seed``. The other commands work on it."""
+        self.detector = BuiltDetector(step["config"], step["seed"])
+        return self.detector.about(), {}
+
+    def load(self, step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+        """Take the weights in ``file``, a plain dictionary of tensors that fits."""
+        self.detector.model.load_state_dict(torch.load(step["file"], map_location="cpu"))
+        return {}, {}
+
+    def save(self, step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+        """Write the weights to ``file``."""
+        torch.save(dict(self.detector.model.state_dict()), step["file"])
+        return {}, {}
+
+    def stages(self, step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+        """``BuiltDetector.stages`` of ``points``."""
+        return {}, self.detector.stages(arrays["points"])
+
+    def inputs(self, step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+        """``BuiltDetector.inputs`` of ``points``; for each branch, the channels of the images that it may take."""
+        tensors, reason = self.detector.inputs(arrays["points"])
+        channels = {name: _image_channels(branch) for name, branch in self.detector.branches.items()}
+        return {"reason": reason, "channels": channels}, tensors
+
+    def run(self, step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+        """The outputs of ``branch`` for ``features``, in the order of their names."""
+        with torch.no_grad():
+            outputs = self.detector.branches[step["branch"]].outputs(torch.from_numpy(arrays["features"]))
+        return {"outputs": list(outputs)}, {name: tensor.numpy() for name, tensor in outputs.items()}
+
+    def program(self, step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+        """Write ``branch`` as it computes ``features``, an exported program of torch, to ``file``.
+
+        What cannot be exported is cut off the branch, from its end; the result says why.
+        """
+        branch = self.detector.branches[step["branch"]]
+        dropped: dict[str, str] = {}
+        while True:
+            try:
+                exported = torch.export.export(branch, (torch.from_numpy(arrays["features"]),))
+                torch.export.save(exported, step["file"])
+                return {"name": branch.name, "dropped": dropped}, {}
+            except Exception as error:  # nearly everything; a torch before 2.1 has no such module
+                last = [name for name, _ in branch.named_children()][-1]
+                dropped[last] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                if not list(branch.children())[1:]:
+                    raise DetectorFailure("program", dropped[last]) from error
+                delattr(branch, last)
 
 
-def program(detectors: list[BuiltDetector], step: Step, arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
-    """Write ``branch`` as it computes ``features``, an exported program of torch, to ``file``.
-
-    What cannot be exported is cut off the branch, from its end; the result says why.
-    """
-    branch = detectors[0].branches[step["branch"]]
-    dropped: dict[str, str] = {}
-    while True:
-        try:
-            exported = torch.export.export(branch, (torch.from_numpy(arrays["features"]),))
-            torch.export.save(exported, step["file"])
-            return {"name": branch.name, "dropped": dropped}, {}
-        except Exception as error:  # nearly everything; a torch before 2.1 has no such module
-            last = [name for name, _ in branch.named_children()][-1]
-            dropped[last] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            if not list(branch.children())[1:]:
-                raise DetectorFailure("program", dropped[last]) from error
-            delattr(branch, last)
-
-
-COMMANDS = {
-    "configs": configs,
-    "open": open_detector,
-    "load": load,
-    "save": save,
-    "stages": stages,
-    "inputs": inputs,
-    "run": run,
-    "program": program,
-}
-
-
-def execute(job: dict[str, Any], emit: Emit, detectors: list[BuiltDetector]) -> dict[str, Any]:
+def execute(job: dict[str, Any], emit: Emit, commands: Commands) -> dict[str, Any]:
     """Run a job's steps in order, up to the first that fails. Returns the content of ``result.json``.
 
-    ``detectors`` keeps the open one from job to job.
+    ``commands`` keeps the open detector from job to job.
     """
     results: list[dict[str, Any]] = []
     error = {}
@@ -331,9 +318,9 @@ def execute(job: dict[str, Any], emit: Emit, detectors: list[BuiltDetector]) -> 
             arrays = dict(np.load(step["arrays"], allow_pickle=False)) if "arrays" in step else {}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # mmdet3d's own code and that of the packages it needs
-                result, output_arrays = COMMANDS[step["command"]](detectors, step, arrays)
+                result, output_arrays = getattr(commands, step["command"])(step, arrays)
             if "made" in step:
-                np.savez(step["made"], **output_arrays)  # type: ignore[arg-type]
+                np.savez(step["made"], **output_arrays)
             results.append(result)
     except DetectorFailure as failure:
         error = {"kind": failure.kind, "message": failure.message}
@@ -349,9 +336,9 @@ def main(folder: Path) -> int:
     def emit(event: dict[str, Any]) -> None:
         print("\n" + json.dumps(event), flush=True)  # a library may have left its line open
 
-    detectors: list[BuiltDetector] = []
+    commands = Commands()
     while True:
-        result = execute(json.loads((folder / "job.json").read_text(encoding="utf-8")), emit, detectors)
+        result = execute(json.loads((folder / "job.json").read_text(encoding="utf-8")), emit, commands)
         (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
         emit({"event": "done"})
         following = sys.stdin.readline().rstrip("\n")
