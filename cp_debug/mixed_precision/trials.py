@@ -221,11 +221,10 @@ class Judge:
 def draws_of_scores(
     model: Any, detected: Sequence[DetectsBoxes], samples: Sequence[Sample], draws: int
 ) -> dict[str, np.ndarray]:
-    """mAP and NDS in each draw of the samples, float64 [1 + draws]; the first is of all of them."""
+    """``draws_of`` the samples with these detections, float64 [1 + draws]."""
     options = EvaluationOptions(region=model.region, draws=draws)
     truths = [sample.truth for sample in samples]
-    scores = draws_of(Predictions.gather(detected), truths, model.class_names, options)
-    return {name: scores[name] for name in ("mAP", "NDS")}
+    return draws_of(Predictions.gather(detected), truths, model.class_names, options)
 
 
 def _or_infinite(value: float) -> float:

@@ -48,7 +48,6 @@ COLUMNS = {
     "error": float,
 }
 """Columns of the flat table: a row for each sample and set of layers."""
-SCORES = ("mAP", "NDS")
 
 
 def tasks(grid: Grid) -> Iterator[Task]:
@@ -263,8 +262,7 @@ def _merge(
             return {}
         found = [detections_from(r["sets"][place]["detected"]) for r in results] if place is not None else None
         predicted = reference if found is None else Predictions.gather(found)
-        draws = draws_of(predicted, scenes.truths, scenes.classes, scenes.options)
-        return {name: draws[name] for name in SCORES}
+        return draws_of(predicted, scenes.truths, scenes.classes, scenes.options)
 
     def gain(place: int, before: Mapping[str, Floats]) -> dict[str, ConfidenceInterval]:
         return {name: ConfidenceInterval.of(draws - before[name]) for name, draws in scored(place).items()}

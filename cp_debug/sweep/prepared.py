@@ -131,11 +131,6 @@ def pick(model: Model, params: Parameters) -> Sample:
     raise InputError(f"{inputs}: has no sample {index}")
 
 
-def parts_of(params: Parameters) -> Mapping[str, QuantizedComponent]:
-    """The components in INT8, where the checkpoint is of a quantized model."""
-    return opened(Subject.of(params))[1]
-
-
 @lru_cache(_KEPT)
 def opened(subject: Subject) -> tuple[Model, Mapping[str, QuantizedComponent]]:
     """The model and its components in INT8, where it has some; loaded once while its files stay the same."""

@@ -17,7 +17,7 @@ from cp_debug.mixed_precision.goal import DETECTIONS, Goal, without_counts
 from cp_debug.mixed_precision.search import MixedPrecisionOptions, search
 from cp_debug.serialize import json_safe
 from cp_debug.sweep.log import Record, flat_rows, grouped
-from cp_debug.sweep.prepared import Grid, load, make_backends, parts_of, pick
+from cp_debug.sweep.prepared import Grid, Subject, make_backends, opened, pick
 from cp_debug.sweep.spread import PairGroup, Spread, numeric
 from cp_debug.sweep.tasks import Parameters, Task
 
@@ -42,14 +42,14 @@ def tasks(grid: Grid) -> Iterator[Task]:
 
 def task(params: Parameters) -> dict[str, Any]:
     """One whole search on one sample; the result is JSON-safe."""
-    model = load(params)
+    model, parts = opened(Subject.of(params))
     sample = pick(model, params)
     options = MixedPrecisionOptions(
         max_builds=params["max_builds"],
         exporter=params["exporter"],
         folded=params["folded"],
         test_model=params["test_model"] and Path(params["test_model"]),
-        quantized=parts_of(params),
+        quantized=parts,
     )
     result = search(model, make_backends(params), Goal.parse(params["goal"]), [sample], options)
     return json_safe(
