@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cp_debug.cli import flags, tensorrt
+from cp_debug.cli.console import command_line, console, errors, say, show, steps
 from cp_debug.cli.flags import INPUTS_HELP, MOST, check_calibration, check_device, grouped, own_scales, size_in_bytes
 from cp_debug.cli.given import has_result, replacing
 from cp_debug.cli.typed import refuse, typed
@@ -99,7 +100,6 @@ def bisect(
     from dataclasses import replace
 
     from cp_debug.backends.spec import BackendSpec, parse_backends
-    from cp_debug.cli.console import command_line, console, errors, say, show, steps
     from cp_debug.reading import RESULT
     from cp_debug.recipes.registry import is_folder
 
@@ -229,7 +229,6 @@ def demo(
     load_torch()
     from cp_debug.bisect.demos import DEMOS
     from cp_debug.bisect.engine import Options, bisect
-    from cp_debug.cli.console import command_line, console, show, steps
     from cp_debug.reports.page import write_page
     from cp_debug.reports.saved import SavedResult
     from cp_debug.reports.sheet import Column, Sheet

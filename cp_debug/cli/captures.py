@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli import flags, tensorrt
+from cp_debug.cli.console import console, say, show, show_document, show_notes, steps
 from cp_debug.cli.flags import INPUTS_HELP, MOST, check_calibration, grouped, own_scales
 from cp_debug.cli.given import replacing
 from cp_debug.cli.typed import refuse
@@ -37,7 +38,6 @@ def capture(
     from contextlib import ExitStack
 
     from cp_debug.backends.spec import BackendSpec
-    from cp_debug.cli.console import console, show_notes, steps
 
     specs = [BackendSpec.parse(backend)]
     engines.check(specs)
@@ -114,7 +114,6 @@ def import_dump(
         raise InputError(f"--precision: {precision!r}; expected one of {', '.join(ARITHMETICS)}")
     tensors, *others = read_dumps(dump)
     from cp_debug.bisect.import_dump import match_dump, write_dump
-    from cp_debug.cli.console import say, show_document, show_notes
     from cp_debug.reports.import_dump import render
 
     last, flat = layout == "nhwc", layout == "flat"
@@ -152,7 +151,6 @@ def compare(
     for text in maps or ():
         refuse(("maps",), unless=not _is_identity(text), why=f"{text}: tensors of one name are compared as it is")
     from cp_debug.bisect.recording import compare_captures
-    from cp_debug.cli.console import show
 
     result = compare_captures(*captures, rtol=rtol, atol=atol, force=force, maps=maps or ())
     show(result, json=json, csv=csv, show_all=show_all, quiet=quiet)

@@ -139,7 +139,7 @@ def show_usage(error: Any) -> None:
         error.show()
         return
     more = f"\nsee: {context.command_path} --help" if context is not None else ""
-    show_error(f"{error.format_message()}{more}")
+    show_error(f"{error.format_message().replace(': Value error, ', ': ')}{more}")  # of pydantic, which typer asks
 
 
 def show_anywhere() -> None:

@@ -7,11 +7,14 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.cli import flags, tensorrt
+from cp_debug.cli.console import command_line, console, show_document, show_notes, steps
 from cp_debug.cli.flags import LAST_SEED, MOST, check_made_up, grouped
 from cp_debug.cli.given import check_configured, check_given, check_installed, check_new
 from cp_debug.cli.typed import once, refuse, refuse_export_folder, refuse_seed
@@ -43,7 +46,6 @@ def deploy(
     """
     from rich.text import Text
 
-    from cp_debug.cli.console import command_line, show_document, show_notes, steps
     from cp_debug.deploy.config import named_config, override
 
     overrides = {
@@ -146,8 +148,6 @@ def export(
 
     An ONNX file is checked, brought to --opset by ONNX's own converter, and compared with the original by ONNX Runtime.
     """
-    from cp_debug.cli.console import console, show_notes, steps
-
     is_file = model.endswith(".onnx")
     of_modules = ("checkpoint", "exporter", "unfolded", "rot_y_axis_reference", "quantized")
     refuse(of_modules, unless=not is_file, why=f"{model} is an ONNX file, which no torch module is exported for")
@@ -209,9 +209,7 @@ def build(
 ) -> None:
     """Build TensorRT engines, one for each component. A manifest beside them is checked before one is loaded."""
     from contextlib import ExitStack
-    from tempfile import TemporaryDirectory
 
-    from cp_debug.cli.console import console, show_notes, steps
     from cp_debug.deploy.schema import SUFFIXES, VARIANTS
 
     profiles = engines.profiles
@@ -223,7 +221,6 @@ def build(
         _refuse_ranges(backend_name)
         check_installed(backend_name, trt_python=engines.trt_python)
     load_torch()
-    from cp_debug.backends.spec import BackendSpec
     from cp_debug.deploy.config import override
     from cp_debug.deploy.engines import MANIFEST, build_engines
     from cp_debug.deploy.stages import Deployment, configured
@@ -289,10 +286,6 @@ def bench(
 ) -> None:
     """Measure latency and memory on each backend. Every component, the glue in front of it, decoding and the
     whole are timed, with percentiles."""
-    from tempfile import TemporaryDirectory
-
-    from cp_debug.backends.spec import BackendSpec
-    from cp_debug.cli.console import show_document, show_notes, steps
     from cp_debug.deploy.schema import SUFFIXES
 
     if not model.endswith(SUFFIXES):
@@ -374,9 +367,6 @@ def verify(
     Limits are multiples of the noise that rounding makes in this very network; NaN and Inf always fail. What fails is
     bisected, and the summary names the layer.
     """
-    from tempfile import TemporaryDirectory
-
-    from cp_debug.cli.console import show_document, show_notes, steps
     from cp_debug.deploy.schema import SUFFIXES
 
     refuse(("backends",), unless=not scenario, why="--scenario says which backends are compared")
@@ -445,7 +435,6 @@ def parse_scenarios(texts: Sequence[str], *, repeats: bool = False) -> list[Scen
     """
     from dataclasses import replace
 
-    from cp_debug.backends.spec import parse_backends
     from cp_debug.deploy.schema import ScenarioConfig
 
     scenarios = []
@@ -465,7 +454,6 @@ def each_test(text: str, *, repeats: bool = False) -> list[ScenarioConfig]:
     ``repeats``: the tests run another model, so one may run on the reference's backend. Raises InputError for a text
     that is none.
     """
-
     names = [part.strip() for part in text.split(",")]
     if not all(names) or len(names) < (1 if repeats else 2):
         raise InputError(f"--backends: {text!r}; expected a reference and at least one test, as in torch,ort")

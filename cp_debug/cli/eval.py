@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cp_debug.cli import flags, tensorrt
+from cp_debug.cli.console import show_document, steps
 from cp_debug.cli.flags import LAST_SEED, MOST, check_calibration, check_made_up, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import refuse, refuse_data_flags, refuse_export_flags
@@ -64,7 +65,6 @@ def evaluate(
     reference's.
     """
     from cp_debug.backends.spec import parse_backends
-    from cp_debug.cli.console import show_document, steps
     from cp_debug.deploy.documents import SUFFIXES
     from cp_debug.recipes.data.base import DataOptions, iterate
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from cp_debug.cli.console import console, show_document
 from cp_debug.cli.flags import JsonAlone
 from cp_debug.errors import InputError
 
@@ -17,7 +18,6 @@ def doctor(json: JsonAlone = None) -> None:
 
     from rich.text import Text
 
-    from cp_debug.cli.console import console, show_document
     from cp_debug.reports.environment import examine
     from cp_debug.reports.sheet import Cell, Column, Sheet
     from cp_debug.reports.sheet_terminal import Terminal
@@ -51,7 +51,6 @@ def doctor(json: JsonAlone = None) -> None:
 
 def models() -> None:
     """List the models that cpdebug knows, and the ways to name yours."""
-    from cp_debug.cli.console import console
     from cp_debug.recipes.registry import known_models
     from cp_debug.reports.sheet import Column, Sheet
     from cp_debug.reports.sheet_terminal import Terminal
@@ -87,7 +86,6 @@ def cache(
 
     from rich.filesize import decimal
 
-    from cp_debug.cli.console import console, show_document
     from cp_debug.reports.sheet import Column, Sheet
     from cp_debug.reports.sheet_terminal import Terminal
     from cp_debug.store import KINDS, cache_folder, kept, remove

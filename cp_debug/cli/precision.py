@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cp_debug.cli import flags, tensorrt
+from cp_debug.cli.console import errors, show_document, steps
 from cp_debug.cli.flags import INPUTS_HELP, MOST, grouped
 from cp_debug.cli.typed import refuse
 from cp_debug.errors import InputError
@@ -39,7 +40,6 @@ def check(
 
     from rich.text import Text
 
-    from cp_debug.cli.console import show_document, steps
     from cp_debug.serialize import json_safe
 
     why = "--no-activations runs nothing"
@@ -104,7 +104,6 @@ def predict(
     Nothing is built: the network is emulated in the ways in which the target's kernels may compute it. Exit code 1 when
     some layer should stay in FP32, or an output is expected to be further off than the goal, or the tolerance, allows.
     """
-    from cp_debug.cli.console import show_document, steps
     from cp_debug.mixed_precision.goal import Goal
     from cp_debug.prediction.targets import target_of
 
@@ -168,7 +167,6 @@ def search(
     from dataclasses import replace
 
     from cp_debug.backends.spec import parse_backends
-    from cp_debug.cli.console import errors, show_document, steps
     from cp_debug.mixed_precision.goal import Goal
 
     parsed, specs = Goal.parse(goal), parse_backends(backends, test=test_model)

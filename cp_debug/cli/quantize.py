@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cp_debug.cli import flags
+from cp_debug.cli.console import command_line, show_document, steps
 from cp_debug.cli.flags import LAST_SEED, MOST, check_calibration, check_made_up, grouped
 from cp_debug.cli.given import check_given, check_new
 from cp_debug.cli.typed import Command, refuse, typed
@@ -51,8 +52,6 @@ def ptq(
     Other precisions: standard Q/DQ nodes with weights in codes, as the emulated backend of the same name computes, and
     a recipe for ModelOpt.
     """
-    from cp_debug.cli.console import show_document, steps
-
     refuse(("method", "batches"), unless=cache is None, why="the scales are those of --cache")
     refuse(("opset",), unless=not model.endswith(".onnx"), why=f"{model} has an opset, which its copy keeps")
     narrow = _narrow(precision, method, opset)
@@ -152,7 +151,6 @@ def sensitivity(
 
     Exit code 1 when all in INT8 loses more than --auto.
     """
-    from cp_debug.cli.console import command_line, show_document, steps
     from cp_debug.mixed_precision.goal import check_budget
     from cp_debug.recipes.data.base import DataOptions
 
@@ -240,7 +238,6 @@ def qat(
 
     Ctrl-C ends training and keeps the best; --resume goes on from the last validation.
     """
-    from cp_debug.cli.console import show_document
     from cp_debug.cli.console import steps as progress
     from cp_debug.quantization.checkpoint import save_ptq_model
     from cp_debug.quantization.open_quantized import modules_of, open_quantized

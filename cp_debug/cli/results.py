@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from cp_debug.cli.console import command_line, console, show_document, steps
 from cp_debug.cli.flags import JsonFile
 from cp_debug.cli.given import check_saved
+from cp_debug.errors import InputError, Terminated
 
 Format = Literal["html", "markdown", "junit", "github", "onnx", "csv", "parquet"]
 """Formats of a report."""
@@ -28,8 +30,6 @@ def report(
     ] = None,
 ) -> None:
     """Show a saved result as HTML, Markdown, CI annotations or ONNX."""
-    from cp_debug.cli.console import console
-    from cp_debug.errors import InputError
     from cp_debug.files import write_text
 
     if charts and kind != "html":
@@ -86,8 +86,6 @@ def diff(
     check_saved(before)
     check_saved(after)
     from cp_debug.bisect.result_diff import diff_results
-    from cp_debug.cli.console import command_line, show_document
-    from cp_debug.errors import InputError
     from cp_debug.reports.result_diff import render, write_page
     from cp_debug.reports.saved import open_result
 
@@ -116,8 +114,6 @@ def bundle(
 ) -> None:
     """Pack the guilty layer as a self-contained bug report. It is cut out with its captured inputs, made
     smaller while it still fails, and run once more."""
-    from cp_debug.cli.console import console, steps
-
     check_saved(result)
     from cp_debug.reports.bundle.make import bundle as make
     from cp_debug.reports.saved import SavedResult
@@ -144,8 +140,6 @@ def ui(
     """Browse a folder of results. Read-only, on 127.0.0.1; Ctrl-C ends it."""
     import webbrowser
 
-    from cp_debug.cli.console import console
-    from cp_debug.errors import InputError, Terminated
     from cp_debug.safe_text import no_command, visible
 
     if not folder.is_dir():

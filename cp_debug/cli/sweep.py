@@ -13,7 +13,7 @@ import typer
 
 from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.cli import flags
-from cp_debug.cli.console import show_error
+from cp_debug.cli.console import command_line, say, show_document, show_error, steps
 from cp_debug.cli.flags import MOST, check_made_up, grouped
 from cp_debug.cli.given import check_given
 from cp_debug.cli.typed import Command, refuse, refuse_data_flags, refuse_export_flags, refuse_seed
@@ -173,7 +173,6 @@ class Desk:
 
     def run(self, kind: str, tasks: Callable[[], Iterable[Task]], **merging: Any) -> None:
         """Run what is left, merge what there is, show it, and exit. ``merging``: settings of the kind's ``merge``."""
-        from cp_debug.cli.console import command_line, say, show_document, steps
         from cp_debug.reports.sweep import frame, render, write_page
         from cp_debug.sweep.log import SweepLog, write_table
         from cp_debug.sweep.run import SweepResult, run
@@ -243,8 +242,6 @@ class Desk:
 
 def _progress_on(kind: str, on_step: OnStep) -> Callable[[Progress], None]:
     """What shows how far a sweep is, as a step of its tasks, and says once what its workers lack."""
-    from cp_debug.cli.console import say
-
     said: set[str] = set()
 
     def show(now: Progress) -> None:
