@@ -14,6 +14,7 @@ import onnx
 import pytest
 from nets import NetBuilder, second_like
 from rich.text import Text
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from cp_debug.cli import console
@@ -44,6 +45,14 @@ def test_text_to_be_copied_is_not_broken_into_lines(
     console.show_document([command, sentence], {}, None)
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines == [command.plain, "more than twenty", "letters"]
+
+
+def test_a_value_that_is_no_choice_is_told_beside_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Exception, match="foo") as refused:
+        get_command(app).main(["bisect", "x.onnx", "--oracle", "foo"], standalone_mode=False)
+    console.show_usage(refused.value)
+    says = " ".join(capsys.readouterr().err.split())
+    assert says.startswith("error: Invalid value for '--oracle': 'foo' is not one of 'auto', 'fp32', 'fp64'.")
 
 
 def test_agreement_is_exit_0_and_tables_go_to_stdout(net: Path) -> None:

@@ -205,12 +205,11 @@ def test_what_a_reader_takes_for_one_sign_is_never_cut(sign: str) -> None:
 def test_doctor_and_the_list_of_models_fit_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
     fixes: list[list[str]] = []
     for width in (60, 80, 120):
-        out = SafeConsole()
-        out.file, out.width = io.StringIO(), width
-        monkeypatch.setattr(console, "console", out)
-        for command in ("doctor", "models"):
-            assert run(command)[0] == 0
-        lines = out.file.getvalue().splitlines()
+        monkeypatch.setattr(console.console, "width", width)
+        monkeypatch.setattr(console.console, "pipe", False)
+        codes, texts = zip(*map(run, ("doctor", "models")), strict=True)
+        assert codes == (0, 0)
+        lines = "".join(texts).splitlines()
         fixes.append([line for line in lines if re.match(r"(?!warning: )\S+: .*|.*  # .* here$", line)])
         assert max(cell_len(line) for line in lines if line not in fixes[-1]) <= width
     assert fixes[0] == fixes[1] == fixes[2], "what is to be copied is one line at any width"

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.text import Text
 
 from cp_debug.cli import flags, tensorrt
 from cp_debug.cli.console import command_line, console, errors, say, show, steps
@@ -19,8 +20,6 @@ from cp_debug.loading import load_torch, start_gpu
 from cp_debug.safe_text import did_you_mean
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from cp_debug.backends.base import Backend
     from cp_debug.bisect.demos import Seeded
     from cp_debug.bisect.result import TestResult
@@ -224,8 +223,6 @@ def demo(
     html: Annotated[Path | None, typer.Option(help="Write the HTML report: one file, works offline.")] = None,
 ) -> None:
     """Watch cpdebug find a known fault in the built-in model."""
-    from rich.text import Text
-
     load_torch()
     from cp_debug.bisect.demos import DEMOS
     from cp_debug.bisect.engine import Options, bisect
@@ -272,8 +269,6 @@ def found(seeded: Seeded, test: TestResult) -> bool:
 
 def verdict(seeded: Seeded, test: TestResult) -> Text:
     """One line: what was found, and what was missed or wrongly accused."""
-    from rich.text import Text
-
     injected = [row.name for row in test.rows if seeded.strikes(row.name, row.op)]
     guilty = [row.name for row in test.guilty]
     if found(seeded, test):
