@@ -88,6 +88,20 @@ def test_quiet_still_says_that_a_module_in_train_mode_ran_in_eval_mode(tmp_path:
     assert [line[:5] for line in text.splitlines()] == ["note:", "✓ ort", "✓ ort"]
 
 
+def test_quiet_writes_one_line_for_each_test_into_a_pipe_however_long(net: Path, tmp_path: Path) -> None:
+    from test_bisect import convolutions, scale_weight
+
+    scale_weight(net, tmp_path / "t.onnx", convolutions(net)[2], 1.05)
+    model = onnx.load(tmp_path / "t.onnx")
+    for node in model.graph.node:
+        node.name = f"{'a long name ' * 20}{node.name}"
+    onnx.save(model, tmp_path / "t.onnx")
+    code, text = run("bisect", tmp_path / "t.onnx", "-b", "ort,ort-none@cpu", "--test-model", net, "-q")
+    assert code == 1
+    (line,) = text.splitlines()
+    assert len(line) > 240
+
+
 def test_divergence_is_exit_1_and_the_layer_is_named(net: Path, tmp_path: Path) -> None:
     from test_bisect import convolutions, scale_weight
 

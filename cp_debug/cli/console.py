@@ -191,10 +191,12 @@ def show(
 
     for note in dict.fromkeys(note for test in result.tests for note in test.notes if quiet and IN_EVAL_MODE in note):
         say(f"note: {note}")
-    tables = render(result, layers=layers, show_all=show_all, rest=rest)
-    show_document(
-        map(verdict_line, result.tests) if quiet else tables, result.to_dict(), json, csv, lambda: layer_frame(result)
-    )
+    parts: Iterable[RenderableType] = render(result, layers=layers, show_all=show_all, rest=rest)
+    if quiet:
+        parts = verdicts = [verdict_line(test) for test in result.tests]
+        for line in verdicts:
+            line.no_wrap = console.pipe  # who reads a pipe reads lines
+    show_document(parts, result.to_dict(), json, csv, lambda: layer_frame(result))
 
 
 def show_document(

@@ -191,6 +191,8 @@ def load_test_programs(programs: Sequence[Program], path: Path) -> list[Program]
 
 def _replace(program: Program, path: Path) -> Program:
     graph = Graph.shared(path)
+    if graph is program.graph:  # of one file, and yet another program
+        graph = Graph(path)
     manifest = path.with_suffix(".alignment.json")
     alignment = Alignment.load(manifest, graph) if manifest.is_file() else None
     example = None if program.example is None else as_declared(graph, program.example)
