@@ -18,7 +18,8 @@ from cp_debug.bisect.causes import graphs
 from cp_debug.bisect.causes.graphs import GraphReader
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.finding import Finding
-from cp_debug.graph.graph import Node
+from cp_debug.graph.graph import Graph, Node
+from cp_debug.programs.node_differences import Pieces
 
 Edit = Callable[[onnx.GraphProto], None]
 
@@ -483,3 +484,20 @@ def test_of_several_differences_each_is_tried_alone_and_harmless_ones_come_last(
     assert second.endswith(" (which changes nothing here)")
     assert telling not in second
     assert finding.fix.endswith(first)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_operands_of_an_addition_have_no_order(tmp_path: Path, changed: bool) -> None:
+    """Exchanged, they are no difference by themselves, and what stands in either place is compared all the same."""
+    paths = []
+    for name in ("a", "b"):
+        net = NetBuilder(0)
+        product = net.op("MatMul", "x", net.weight(net.rng.standard_normal((8, 8)).astype(np.float32)))
+        bias = net.rng.standard_normal(8).astype(np.float32)
+        weight = net.weight(-bias if changed and name == "b" else bias)
+        net.op("Add", *((product, weight) if name == "a" else (weight, product)), name="sum")
+        net.op("Mul", *("sum", product)[:: 1 if name == "a" else -1], name="y")
+        paths.append(net.save(tmp_path / f"{name}.onnx", {"x": (1, [4, 8])}, ["y"]))
+    graphs_of_both = [Graph(path) for path in paths]
+    found = Pieces(graphs_of_both[0], graphs_of_both[0].nodes, graphs_of_both[1], graphs_of_both[1].nodes, {})
+    assert [d.cause for d in found.differences()] == (["bias-scaled"] if changed else [])

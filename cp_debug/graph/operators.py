@@ -28,6 +28,10 @@ GATES = {"LSTM": 4, "GRU": 3}
 """Operator → gates of its weights, which lie one after the other along their rows."""
 CONTRACTIONS = (*PRODUCTS, "Einsum")
 """Operators that sum products of any two operands."""
+COMMUTATIVE = frozenset(
+    ("Add", "And", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Equal", "Max", "Mean", "Min", "Mul", "Or", "Sum", "Xor")
+)  # fmt: skip
+"""Operators whose operands may stand in any order."""
 _SAME = ("DequantizeLinear", "QLinearMatMul", "QuantizeLinear")
 """Operators that ONNX Runtime had before ONNX, for 16 and 4 bits: ``quantize_static`` still writes them so."""
 CONTRIB_INPUTS = {

@@ -18,7 +18,7 @@ from onnx import helper
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import ACTIVATIONS as EACH_ELEMENT
-from cp_debug.graph.operators import GATES, MOVERS, PRODUCTS, QUANTIZERS, RECURRENT
+from cp_debug.graph.operators import COMMUTATIVE, GATES, MOVERS, PRODUCTS, QUANTIZERS, RECURRENT
 from cp_debug.programs.tensor_change import TensorChange, describe
 
 MOVES = MOVERS | {"Cast"}
@@ -208,8 +208,8 @@ class Pieces:
 
     def _exchanged(self, ours: Node, theirs: Node) -> NodeDifference | None:
         """The difference of a node whose constants, all of them there, stand in another order; None if it is none."""
-        if ours.op in ("BatchNormalization", "QuantizeLinear", "DequantizeLinear"):
-            return None  # their constants have names of their own
+        if ours.op in COMMUTATIVE | {"BatchNormalization", "QuantizeLinear", "DequantizeLinear"}:
+            return None  # no order, or constants that have names of their own
         mine, own = list(ours.proto.input), list(theirs.proto.input)
         read = [n for n in mine if n in self._ours], [n for n in own if n in self._theirs]
         held = [self._ours.digest(n) for n in read[0]], [self._theirs.digest(n) for n in read[1]]
@@ -236,6 +236,8 @@ class Pieces:
         if computed[0] == computed[1] and places[0] == places[1]:
             return
         if sorted(computed[0]) == sorted(computed[1]):
+            if ours.op in COMMUTATIVE:
+                return
             name = "concat-order" if ours.op == "Concat" else "operand-order"
             says = f"{ours.op} reads {', '.join(computed[1])} in this order instead of {', '.join(computed[0])}"
             if computed[0] == computed[1]:
@@ -251,6 +253,12 @@ class Pieces:
 
     def _constants(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
         our_inputs, their_inputs = list(ours.proto.input), list(theirs.proto.input)
+        if (
+            ours.op in COMMUTATIVE
+            and their_inputs
+            and (their_inputs[0] in self._theirs) != (our_inputs[0] in self._ours)
+        ):
+            their_inputs.reverse()
         for place in range(max(len(our_inputs), len(their_inputs))):
             a, b = (names[place] if place < len(names) else "" for names in (our_inputs, their_inputs))
             role = self._role(ours, place)

@@ -65,6 +65,7 @@ class NumericPairing:
         self._ours, self._theirs = Constants(reference), Constants(test)
         self._data, self._own_data = set(data_values(reference)), set(data_values(test))
         self._inputs = {v.name for v in reference.inputs}
+        self._ends = tuple({v.name for v in graph.outputs} for graph in (reference, test))
         self._claimed = {name for name, _ in self.pairs.values()}
         self._order = {v: i for i, v in enumerate(reference.values)}
         self._by_shape: dict[tuple[int, ...], list[str]] = {}
@@ -148,17 +149,18 @@ class NumericPairing:
         source = self._sources(self._test, node.outputs[0])
         ranks = {v: self._rank(v, node, name, source) for v in equal}
         chosen = min(equal, key=ranks.__getitem__)
-        agreement, other_op = ranks[chosen][:2]
+        agreement, _, other_op = ranks[chosen][:3]
         unsure = math.prod(own.shape) < FEW or own.norm == 0 or best > tolerance
         if (agreement == 2 and len(equal) > 1) or (unsure and (agreement or other_op)):
             return
         self._pair(name, chosen, "numbers")
 
-    def _rank(self, value: str, node: Node, name: str, source: frozenset[str]) -> tuple[int, bool, bool, int]:
+    def _rank(self, value: str, node: Node, name: str, source: frozenset[str]) -> tuple[int, bool, bool, bool, int]:
         maker = self._reference.producer[value]
         reference_source = self._sources(self._reference, value)
         agreement = 0 if reference_source == source else 1 if reference_source & source else 2
-        return agreement, maker.op != node.op, value != name, self._order[value]
+        inside = (value in self._ends[0]) != (name in self._ends[1])  # outputs are paired with outputs
+        return agreement, inside, maker.op != node.op, value != name, self._order[value]
 
     def _sources(self, graph: Graph, value: str) -> frozenset[str]:
         """The reference's names of the nearest paired values upstream of a value of either graph."""
