@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cp_debug.errors import InputError
 from cp_debug.graph import exporter_notes
 from cp_debug.graph.exporter_notes import enclosing_modules, module_values, scope_hints
-from cp_debug.graph.graph import Graph, data_values
+from cp_debug.graph.graph import Graph, Node, data_values
 from cp_debug.graph.input_values import ways
 from cp_debug.probes.alignment import Alignment, Coverage, Link
 from cp_debug.programs.align import align
@@ -254,7 +254,9 @@ def test_modules_are_named_as_torchscript_nests_them() -> None:
     ids=["list", "tuple", "name", "number", "deep", "text"],
 )
 def test_dynamos_scopes_are_lists_of_names(text: str, names: list[str]) -> None:
-    assert exporter_notes._listed(text) == names
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=text)
+    assert exporter_notes._dynamo_scopes(Node.of(0, node)) == names
 
 
 def test_modules_are_read_off_the_names_that_an_exporter_wrote(tmp_path: Path) -> None:

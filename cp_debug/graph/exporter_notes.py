@@ -14,7 +14,7 @@ import ast
 import linecache
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path, PurePath
 
 import onnx
@@ -47,7 +47,9 @@ def source_line(node: onnx.NodeProto) -> str:
     properties = {entry.key: entry.value for entry in node.metadata_props}
     if KEY in properties:
         return one_line(properties[KEY])[:_LONGEST]
-    frames = [*_dynamo(properties.get(_DYNAMO, "")), *_torchscript(node.doc_string)]
+    dynamo = reversed(list(_DYNAMO_FRAME.finditer(properties.get(_DYNAMO, ""))))  # the innermost first, as the other's
+    frames = [(frame["file"], frame["line"], frame["code"].strip()) for frame in dynamo]
+    frames += [(frame["file"], frame["line"], "") for frame in _TORCHSCRIPT_FRAME.finditer(node.doc_string)]
     own = next(((file, line, code) for file, line, code in frames if not _of_library(file)), None)
     if own is None:
         return ""
@@ -83,18 +85,6 @@ def shortened(file: str) -> str:
     return "/".join(path.parts[-2:]) if len(path.parts) > 2 else path.name
 
 
-def _dynamo(trace: str) -> Iterator[tuple[str, str, str]]:
-    """File, line and code of each frame, the innermost first."""
-    for frame in reversed(list(_DYNAMO_FRAME.finditer(trace))):
-        yield frame["file"], frame["line"], frame["code"].strip()
-
-
-def _torchscript(text: str) -> Iterator[tuple[str, str, str]]:
-    """File and line of each frame, the innermost first, as TorchScript writes them; it writes no code."""
-    for frame in _TORCHSCRIPT_FRAME.finditer(text):
-        yield frame["file"], frame["line"], ""
-
-
 def _of_library(file: str) -> bool:
     parts = PurePath(_INSTALLED.sub("", file).replace("\\", "/")).parts
     if parts and parts[0] in _LIBRARIES and _INSTALLED.match(file):
@@ -118,7 +108,8 @@ def scope_hints(graph: Graph, called: Iterable[str]) -> dict[str, str]:
     by_scope = {_torchscript_scope(path, paths): path for path in paths}
     hints = {}
     for node in graph.nodes:
-        path = _dynamo_path(node)
+        scopes = _dynamo_scopes(node) or []
+        path = scopes[-2] if len(scopes) > 1 else None
         if path is None:
             scope = node.name.rpartition("/")[0]
             path = by_scope.get(scope, by_scope.get(_REPEAT.sub("", scope)))
@@ -149,9 +140,9 @@ def module_values(graph: Graph) -> dict[str, str]:
 
 def _paths(node: Node) -> list[str]:
     """The paths of the modules around a node, the outermost first."""
-    for entry in node.proto.metadata_props:
-        if entry.key == _DYNAMO_SCOPES:
-            return [_CALL.sub("", path) for path in _listed(entry.value)[1:-1]]
+    scopes = _dynamo_scopes(node)
+    if scopes is not None:
+        return scopes[1:-1]
     return enclosing_modules(node.name) if node.name.startswith("/") else []
 
 
@@ -166,21 +157,16 @@ def enclosing_modules(name: str) -> list[str]:
     return paths
 
 
-def _listed(text: str) -> list[str]:
-    """The list of names that dynamo wrote; empty where somebody else wrote something else."""
+def _dynamo_scopes(node: Node) -> list[str] | None:
+    """The list of paths that dynamo wrote; empty where somebody else wrote something else, None where nobody wrote."""
+    text = next((entry.value for entry in node.proto.metadata_props if entry.key == _DYNAMO_SCOPES), None)
+    if text is None:
+        return None
     try:
         names = ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return []
-    return [str(name) for name in names] if isinstance(names, list) else []
-
-
-def _dynamo_path(node: Node) -> str | None:
-    for entry in node.proto.metadata_props:
-        if entry.key == _DYNAMO_SCOPES:
-            scopes = _listed(entry.value)
-            return _CALL.sub("", scopes[-2]) if len(scopes) > 1 else None
-    return None
+    return [_CALL.sub("", str(name)) for name in names] if isinstance(names, list) else []
 
 
 def _torchscript_scope(path: str, called: set[str]) -> str:
