@@ -430,12 +430,11 @@ def test_weights_are_read_once_for_their_digests(tmp_path: Path, monkeypatch: py
 def test_an_output_is_paired_with_the_output_though_a_value_inside_equals_it(tmp_path: Path) -> None:
     """An exporter wrote Softplus for small numbers as one branch of a Where, whose result it is everywhere."""
     ours, theirs = NetBuilder(0), NetBuilder(0)
-    for net, end in ((ours, "branch"), (theirs, "4")):
-        net.op(
-            "Softplus", net.op("MatMul", "x", net.weight(net.rng.standard_normal((8, 8)).astype(np.float32))), name=end
-        )
-    large = ours.op("Greater", "branch", ours.weight(np.float32(1e6)))
-    ours.op("Where", large, "x", "branch", name="output")
+    for net, product, end in ((ours, "product", "branch"), (theirs, "3", "4")):
+        weight = net.weight(net.rng.standard_normal((8, 8)).astype(np.float32))
+        net.op("Softplus", net.op("MatMul", "x", weight, name=product), name=end)
+    large = ours.op("Greater", "product", ours.weight(np.float32(1e6)))
+    ours.op("Where", large, "product", "branch", name="output")
     paths = [
         net.save(tmp_path / f"{end}.onnx", {"x": (1, [4, 8])}, [end]) for net, end in ((ours, "output"), (theirs, "4"))
     ]
