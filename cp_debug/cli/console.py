@@ -195,7 +195,7 @@ def show(
     if quiet:
         parts = verdicts = [verdict_line(test) for test in result.tests]
         for line in verdicts:
-            line.no_wrap = console.pipe  # who reads a pipe reads lines
+            line.no_wrap = not console.is_terminal  # who reads a pipe reads lines
     show_document(parts, result.to_dict(), json, csv, lambda: layer_frame(result))
 
 
