@@ -753,3 +753,20 @@ def test_layers_of_a_well_quantized_file_have_shares(tmp_path: Path) -> None:
     assert test.agrees
     assert test.attribution is not None
     assert sum(row.share or 0.0 for row in test.rows) == pytest.approx(1, abs=0.1)
+
+
+def test_a_chain_that_an_optimizer_fused_is_left_unquantized_by_all_of_its_nodes(tmp_path: Path) -> None:
+    """Nothing between the input and the result is shown: what was tried is the whole chain, not its last node."""
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    path, target, rng = tmp_path / "net.onnx", tmp_path / "int8.onnx", np.random.default_rng(0)
+    model, shape = nn.Sequential(*layers, nn.Linear(12, 5)).eval(), (1, 3, 16, 16)
+    torch.onnx.export(model, torch.zeros(shape), str(path), dynamo=False, input_names=["x"], opset_version=17)
+    samples = [{"x": rng.standard_normal(shape).astype(np.float32)} for _ in range(4)]
+    reader = SimpleNamespace(get_next=iter([*samples, None]).__next__)
+    quantize_static(str(path), str(target), reader, reduce_range=True)  # sums without VNNI saturate otherwise
+    np.savez(tmp_path / "x.npz", **samples[0])
+    (test,) = bisect(str(path), "ort,ort-all", test_model=target, options=Options(inputs=tmp_path / "x.npz")).tests
+    (finding,) = test.findings
+    chain = "/0/Conv, /1/Relu, /2/Conv, /3/GlobalAveragePool, /5/Gemm"
+    assert finding.fix.startswith(f"leave unquantized: {chain} (data, weights and result in FP32): ")

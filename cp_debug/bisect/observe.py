@@ -1,8 +1,7 @@
 """Observation of a backend: did looking change the program, and does the backend agree with itself?
 
 One further run answers both in the usual case: a fresh session without probes, with another thread count. When its
-outputs equal the probed ones bit for bit, noise floor and observer gap are 0. Where they do not, that thread count runs
-with probes: equal outputs say that only the thread count matters. Only otherwise three more runs take them apart.
+outputs equal the probed ones bit for bit, noise floor and observer gap are 0. Only otherwise more runs take them apart.
 """
 
 from __future__ import annotations
@@ -98,6 +97,18 @@ def _observe_runs(
     shown: Callable[[Key, Tensor], tuple[Key, Tensor]],
 ) -> tuple[Observation, dict[Key, float]]:
     """``observe`` for a backend that ``open_pipeline`` opens."""
+    other_threads = torch.get_num_threads() + 1  # another split of every sum at almost the same speed
+    threaded = _plain(open_pipeline, other_threads, sample)
+    if gap(probed, threaded) == 0:
+        return Observation(noise_floor=0.0, observer_gap=0.0, runs=1), {}
+    plain = _plain(open_pipeline, None, sample)
+    repeats = gap(probed, plain) == 0  # then only the thread count matters, and probes change nothing
+    repeated = plain if repeats else _plain(open_pipeline, None, sample)
+    run_to_run = gap(plain, repeated)
+    noise = max(run_to_run, gap(plain, threaded))
+    observation = Observation(noise, gap(plain, probed), runs=2 if repeats else 3, repeats=run_to_run == 0)
+    if noise == 0:
+        return observation, {}
     floors: dict[Key, float] = {}
 
     def sink(key: Key, tensor: Tensor) -> None:
@@ -108,29 +119,17 @@ def _observe_runs(
         elif (apart := distance(tensor, probed_tensor)).difference or apart.new_nonfinite:
             floors[key] = max(floors.get(key, 0.0), apart.relative)
 
-    def run(threads: int | None, sink: Callable[[Key, Tensor], None] | None = None) -> dict[str, Arrays]:
+    for threads in (other_threads,) if repeats else (None, other_threads):
         with threads_of_torch(threads), open_pipeline(threads) as pipeline:
-            return pipeline.run(sample, sink)
-
-    other_threads = torch.get_num_threads() + 1  # another split of every sum at almost the same speed
-    threaded = run(other_threads)
-    if (noise := gap(probed, threaded)) == 0:
-        return Observation(noise_floor=0.0, observer_gap=0.0, runs=1), {}
-    if gap(threaded, run(other_threads, sink)) == 0:  # only the thread count matters, and probes change nothing
-        return Observation(noise, observer_gap=0.0, runs=2, first_unsteady=_first(floors)), floors
-    plain, repeated = run(None), run(None)
-    run_to_run = gap(plain, repeated)
-    noise = max(run_to_run, gap(plain, threaded))
-    observation = Observation(noise, gap(plain, probed), runs=4, repeats=run_to_run == 0)
-    if noise == 0:
-        return observation, {}
-    run(None, sink)
-    observation.runs, observation.first_unsteady = 5, _first(floors)
+            pipeline.run(sample, sink)
+        observation.runs += 1
+    observation.first_unsteady = next((key.value for key in floors), None)
     return observation, floors
 
 
-def _first(floors: Mapping[Key, float]) -> str | None:
-    return next((key.value for key in floors), None)
+def _plain(open_pipeline: Open, threads: int | None, sample: Sample) -> dict[str, Arrays]:
+    with threads_of_torch(threads), open_pipeline(threads) as pipeline:
+        return pipeline.run(sample)
 
 
 def gap(a: Mapping[str, Arrays], b: Mapping[str, Arrays]) -> float:

@@ -30,13 +30,15 @@ from cp_debug.bisect.remainder import Flip
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.graph.graph import downstream
-from cp_debug.graph.operators import VIEWS
+from cp_debug.graph.operators import MOVING, PRODUCTS, VIEWS
 from cp_debug.graph.randomness import drawing
 from cp_debug.probes.arrays import Tensor
 from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.pipeline import Key
 from cp_debug.safe_text import flags, some
 
+LISTED = 32
+"""Nodes to leave unquantized in a line that is to be followed."""
 MOST = 64
 """Guilty layers that are explained, the most excessive first."""
 LOCATED = 8
@@ -391,8 +393,18 @@ class Explainer:
     def _left_out(self, rows: Sequence[LayerRow]) -> str:
         """How these layers are left unquantized; a file that came quantized is written without their quantizers."""
         if self._came_quantized(rows) and self._of_unquantized is not None:
-            return f"{some([row.name for row in rows])} (data, weights and result in FP32)"
+            names = [name for row in rows for name in self._computing(row)]
+            return f"{some(names, LISTED)} (data, weights and result in FP32)"
         return self._unquantized(rows)
+
+    def _computing(self, row: LayerRow) -> list[str]:
+        """The layer's name; where it is a chain of several products, which an optimizer fused or shows no value of, the
+        names of all its nodes that compute."""
+        names = row.replay.nodes if row.replay is not None else ()
+        nodes = [node for node in self.run.programs[row.component].graph.nodes if node.name in names]
+        if sum(node.op in PRODUCTS for node in nodes) < 2:
+            return [row.name]
+        return [node.name for node in nodes if node.op not in MOVING]
 
     def _unsteady(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:
         """Two runs of one backend differ by more than the order of a sum can make."""
