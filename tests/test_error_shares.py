@@ -15,7 +15,7 @@ from onnx import helper
 
 from cp_debug.bisect import shares as bisect_shares
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.result import TestResult
+from cp_debug.bisect.result import Attribution, TestResult
 from cp_debug.quantization.quantized_programs import Calibration
 from cp_debug.recipes.base import Arrays, Component, Sample
 from cp_debug.recipes.onnx_file import OnnxFileModel
@@ -287,3 +287,7 @@ def test_what_the_shares_leave_is_told_where_it_is_much(slope: float, told: bool
     assert test.attribution is not None
     assert (abs(test.attribution.remainder) > 0.1) == told
     assert any(note.startswith("the shares add up to ") and "not linear" in note for note in test.notes) == told
+
+
+def test_shares_that_round_to_nothing_have_no_sign() -> None:
+    assert str(Attribution(layers=-0.001, reference=0.0)).startswith("the shares add up to 0%")

@@ -20,7 +20,7 @@ from cp_debug.errors import InputError
 from cp_debug.graph.randomness import DRAWS_NUMBERS
 from cp_debug.probes.caveats import ALL_ZERO
 from cp_debug.probes.statistics import TensorStats
-from cp_debug.safe_text import one_line, some
+from cp_debug.safe_text import one_line, percent, some
 from cp_debug.serialize import BadField, JsonForm, check_entries, encode, number_keys, part
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class Attribution(JsonForm):
 
     def __str__(self) -> str:
         carried = f", with {', '.join(self.carried)} carried to the end" if self.carried else ""
-        return f"the shares add up to {1 - self.remainder:.0%}{carried}: the rest is not linear"
+        return f"the shares add up to {percent(1 - self.remainder)}{carried}: the rest is not linear"
 
 
 @dataclass
