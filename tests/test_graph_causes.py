@@ -501,3 +501,18 @@ def test_operands_of_an_addition_have_no_order(tmp_path: Path, changed: bool) ->
     graphs_of_both = [Graph(path) for path in paths]
     found = Pieces(graphs_of_both[0], graphs_of_both[0].nodes, graphs_of_both[1], graphs_of_both[1].nodes, {})
     assert [d.cause for d in found.differences()] == (["bias-scaled"] if changed else [])
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_constants_of_operands_without_an_order_are_compared_with_their_equals(tmp_path: Path, changed: bool) -> None:
+    """Operands of a maximum that stand elsewhere are no difference; the one that is another one is the only one."""
+    graphs_of_both = []
+    for order, upper in ((("x", "low", "high"), 0.5), (("low", "x", "high"), 0.75 if changed else 0.5)):
+        net = NetBuilder(0)
+        names = {"x": "x", "low": net.weight(np.float32([-0.5] * 8)), "high": net.weight(np.float32([upper] * 8))}
+        net.op("Max", *(names[each] for each in order), name="y")
+        graphs_of_both.append(Graph(net.save(tmp_path / f"{len(graphs_of_both)}.onnx", {"x": (1, [4, 8])}, ["y"])))
+    ours, theirs = graphs_of_both
+    found = Pieces(ours, ours.nodes, theirs, theirs.nodes, {}).differences()
+    assert len(found) == changed
+    assert not changed or found[0].says.endswith("of Max is scaled by 1.5")

@@ -253,12 +253,8 @@ class Pieces:
 
     def _constants(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
         our_inputs, their_inputs = list(ours.proto.input), list(theirs.proto.input)
-        if (
-            ours.op in COMMUTATIVE
-            and their_inputs
-            and (their_inputs[0] in self._theirs) != (our_inputs[0] in self._ours)
-        ):
-            their_inputs.reverse()
+        if ours.op in COMMUTATIVE and len(our_inputs) == len(their_inputs):
+            their_inputs = self._in_order_of(our_inputs, their_inputs)
         for place in range(max(len(our_inputs), len(their_inputs))):
             a, b = (names[place] if place < len(names) else "" for names in (our_inputs, their_inputs))
             role = self._role(ours, place)
@@ -283,6 +279,14 @@ class Pieces:
                     yield NodeDifference(name, says, ours.name, evidence, inputs={place: b})
                 elif change is not None:
                     yield replace(_of_constant(ours, a, role, change), inputs={place: b})
+
+    def _in_order_of(self, ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
+        """Operands of the test that have no order, in the reference's: equal constants first, then others by kind."""
+        held = {self._theirs.digest(name): name for name in theirs if name in self._theirs}
+        digests = [self._ours.digest(name) if name in self._ours else "" for name in ours]
+        equal = {digest: held.pop(digest) for digest in {*digests} if digest in held}
+        rest = iter([*held.values()]), iter([name for name in theirs if name not in self._theirs])
+        return [equal.get(digest) or next(rest[0 if digest else 1], "?") for digest in digests]
 
     def of_constant(self, node: Node, place: int, change: TensorChange) -> NodeDifference:
         """One constant of a node of the reference, which the test holds changed."""

@@ -86,10 +86,8 @@ def prepare(
         component = step.component
         if component.module is None:
             assert component.onnx_path is not None
-            example, graph = (
-                step.inputs if step.fed else None,
-                Graph.shared(component.onnx_path, source=component.shown),
-            )
+            example = step.inputs if step.fed else None
+            graph = Graph.shared(component.onnx_path, source=component.shown)
             if refused := next(filter(None, map(no_numbers, graph.inputs)), None):
                 raise InputError(f"{graph}: {refused}")
             programs.append(Program(component.name, graph, example=example))

@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -255,9 +256,12 @@ def _time(seconds: float) -> datetime:
 
 def _is_result(path: Path, size: int) -> bool:
     """Whether the file names the schema of results somewhere: where, depends on who wrote it."""
+    if not 0 < size <= LARGEST_RESULT:
+        return False
     try:
-        return size <= LARGEST_RESULT and json.dumps(SCHEMA).encode() in path.read_bytes()
-    except OSError:
+        with path.open("rb") as stream, mmap(stream.fileno(), 0, access=ACCESS_READ) as content:
+            return content.find(json.dumps(SCHEMA).encode()) >= 0
+    except (OSError, ValueError):  # unreadable, or empty by now
         return False
 
 
