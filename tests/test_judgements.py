@@ -179,7 +179,7 @@ def test_the_largest_allowance_counts() -> None:
     exact, captured = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5])
     correct = [torch.tensor([3.0, 4.25]), torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.0])]
     assert Replay.of(captured, exact, correct, FP32).excess == pytest.approx(0.5)
-    assert Replay.of(captured, exact, correct[:2], FP32, doubt=2.0).excess == pytest.approx(0.25)
+    assert Replay.of(captured, exact, correct[:2], FP32, lambda shown: 2.0).excess == pytest.approx(0.25)
     # Half a roundoff of the whole result may always be introduced.
     one_rounding = Replay.of(captured, exact, [exact], FP16)
     assert one_rounding.expected == pytest.approx(FP16.roundoff / 2)

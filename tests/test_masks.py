@@ -21,7 +21,7 @@ def attention(
     way: str,
     left_out: np.ndarray = LATER,
     layers: int = 1,
-    factor: float = 1,
+    factor: float | None = 1,
     shown: bool = False,
 ) -> Path:
     """Layers of one head that share a mask, put on in a ``way``; ``shown``: the masked scores are an output, too."""
@@ -40,7 +40,8 @@ def attention(
             made.op("MatMul", x, made.weight(made.rng.standard_normal((8, 8)).astype(np.float32))) for _ in "qk"
         )
         scores = made.op("MatMul", queries, made.op("Transpose", keys, perm=[0, 2, 1]))
-        scores = made.op("Mul", scores, made.weight(np.float32(factor)))
+        if factor is not None:
+            scores = made.op("Mul", scores, made.weight(np.float32(factor)))
         if way == "where":
             masked = made.op("Where", made.weight(left_out), number, scores, name=f"masked_{layer}")
         else:
@@ -106,3 +107,22 @@ def test_a_fault_beside_another_mask_is_found(tmp_path: Path) -> None:
         made.op("Softmax", masked, axis=-1, name="y")
         made.save(file, {"x": (1, [1, 6, 6])}, ["y"])
     assert [row.name for row in compared(*files).guilty] == ["node_masked"]
+
+
+@pytest.mark.parametrize("way", ["constant", "where"])
+@pytest.mark.parametrize("mask", [-1e9, LOWEST])
+def test_a_fault_that_the_size_of_its_mask_hides_is_found(way: str, mask: float, tmp_path: Path) -> None:
+    """A scale is left out between the product and the mask: beside −1e9, its error is less than a rounding."""
+    files = [attention(tmp_path / f"{factor}.onnx", mask, way, factor=factor) for factor in (0.25, None)]
+    (row,) = compared(*files).guilty
+    assert row.name == "node_masked_0"
+    assert row.replay
+    assert 1 < row.replay.introduced < 10
+    assert row.share == pytest.approx(1, abs=0.3)
+
+
+def test_a_mask_that_masks_nothing_has_the_whole_divergence(tmp_path: Path) -> None:
+    """At −1e9, a softmax has no derivative that could say so."""
+    files = [attention(tmp_path / f"{n}.onnx", n, "where", factor=0.25) for n in (-1e9, -1)]
+    (row,) = compared(*files).guilty
+    assert row.share == pytest.approx(1, abs=0.01)

@@ -50,16 +50,19 @@ def doubt(
     target: str,
     by: str = "",
     claim: Arithmetic | None = None,
+    shown: Tensor | None = None,
 ) -> float:
     """L2 norm by which correct implementations of a segment may be off at ``target``, over its finite elements.
 
     ``by`` is the ``implementer`` of the functions, where it was measured; ``claim`` is the arithmetic
-    it claims, FP32 where None. Raises InputError as ``Executor.run_nodes`` does.
+    it claims, FP32 where None. ``shown``, bool of the target's shape: only where it is True.
+    Raises InputError as ``Executor.run_nodes`` does.
     """
     exact, spreads = _spreads(oracle, nodes, given, target, by, claim)
     last = spreads.pop(target, None)
     exact_target = torch.as_tensor(exact[target])
-    own_norm = 0.0 if last is None else _norm(U * last * torch.isfinite(exact_target))
+    counted = ... if shown is None else shown
+    own_norm = 0.0 if last is None else _norm((U * last * torch.isfinite(exact_target))[counted])
     if (
         any(node.op in TO_LEVELS | SIZED and target in node.outputs for node in nodes)
         and not exact_target.is_floating_point()
@@ -68,7 +71,7 @@ def doubt(
     if not any(_is_some(s) for s in spreads.values()):
         return own_norm
     draws = DRAWS if exact_target.numel() >= FEW else 4 * DRAWS
-    moved = [_norm(d) for d in _differences(oracle, nodes, exact, spreads, target, draws)]
+    moved = [_norm(d[counted]) for d in _differences(oracle, nodes, exact, spreads, target, draws)]
     return math.hypot(own_norm, math.sqrt(sum(m * m for m in moved) / draws))
 
 

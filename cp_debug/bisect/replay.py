@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 
 import torch
@@ -423,7 +423,7 @@ class Replayer:
         if (settled := between_levels(oracle, nodes, given, target, captured, exact, claim.roundoff)) is not None:
             return Replay.of(captured, settled, [settled], claim, unrounded=unrounded)
         arithmetic = None if scales is not None else ARITHMETICS[claim.name]
-        allowed = doubt(oracle, nodes, given, target, self._implementers[side], arithmetic)
+        allowed = partial(doubt, oracle, nodes, given, target, self._implementers[side], arithmetic)
         return Replay.of(captured, exact, [expected.results[target]], claim, allowed, unrounded=unrounded)
 
     def _rounds_nothing(self, nodes: Iterable[Node], given: Mapping[str, AnyTensor], claim: Precision) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from cp_debug.backends.base import Tensor as AnyTensor
+from cp_debug.bisect.whole_numbers import as_tensor
 from cp_debug.probes.distance import difference_norm, distance, ratio
 from cp_debug.programs.precision import Precision
 
@@ -19,6 +21,10 @@ ASKED = 2.0
 innocent layer says how far from the limit it is, not that nobody asked."""
 FLOOR = 0.5
 """Number of unit roundoffs that every layer may introduce, whatever its emulation says."""
+MASKED = 1e4
+"""Least size of a number that stands for "not this one", as in the mask of an attention: −1e4, −65504, −1e9, −3.4e38."""
+_FAR = 0.01
+"""All numbers are smaller than this part of a mask's, or are it to this part."""
 
 
 @dataclass
@@ -47,6 +53,8 @@ class Replay:
     where the reference has neither."""
     wanted: int = 0
     """Elements beyond the type's range that became Inf, or its largest number, and change nothing that reads them."""
+    masked: int = 0
+    """Elements that a mask fills, such as −1e9: all figures are those of the others, as nothing shows beside it."""
     unread: bool = False
     """Neither a node nor the caller reads the value: a mask of Dropout, a state that is thrown away."""
     range_loss: float = 0.0
@@ -87,14 +95,15 @@ class Replay:
         exact: Tensor,
         correct: Iterable[AnyTensor],
         claim: Precision,
-        doubt: float = 0.0,
+        doubt: Callable[[Tensor | None], float] = lambda shown: 0.0,
         *,
         unrounded: bool = False,
         error: Tensor | None = None,
     ) -> Replay:
         """The figures of a captured value against the oracle's result for the same inputs.
 
-        ``correct``: what implementations without a fault give; ``doubt``: how far others may be off, an L2 norm;
+        ``correct``: what implementations without a fault give; ``doubt``: how far others may be off, an L2 norm over
+        the elements of a mask, or over all for None;
         ``unrounded``: nothing of it is rounded, as of indices and ids; ``error`` is filled with captured − exact, and 0
         where either is NaN or Inf. All tensors have the value's shape, in any real dtypes.
         """
@@ -102,10 +111,33 @@ class Replay:
             return cls(skipped=f"the shape is {list(captured.shape)}, the oracle's {list(exact.shape)}")
         introduced, scale, new_nonfinite = distance(captured, exact, error)
         allowed = (introduced if c is captured else difference_norm(c, exact) for c in correct)
-        expected = max(*allowed, doubt, 0.0 if unrounded else FLOOR * claim.roundoff * scale)
-        return cls(
+        correct = tuple(correct)
+        allowed = (introduced if c is captured else difference_norm(c, exact) for c in correct)
+        expected = max(*allowed, doubt(None), 0.0 if unrounded else FLOOR * claim.roundoff * scale)
+        replay = cls(
             introduced=ratio(introduced, scale),
             expected=ratio(expected, scale),
             excess=ratio(introduced, expected),
             new_nonfinite=new_nonfinite,
         )
+        if 0 < introduced <= EXCESS * expected and (shown := _unmasked(exact, scale)) is not None:
+            # Beside −1e9, an error of all that the mask leaves is less than a rounding of the whole.
+            captured, *correct = (as_tensor(t).to(exact.device)[shown] for t in (captured, *correct))
+            beside = cls.of(captured, exact[shown], correct, claim, lambda _: doubt(shown), unrounded=unrounded)
+            beside.new_nonfinite, beside.masked = new_nonfinite, int((~shown).sum())
+            replay = max(replay, beside, key=lambda each: each.excess or 0.0)
+        return replay
+
+
+def _unmasked(exact: Tensor, scale: float) -> Tensor | None:
+    """Where a tensor holds other numbers than its mask's, bool, in its shape; None for a tensor without a mask.
+
+    ``scale``: its L2 norm, which tells most tensors from masked ones at no cost.
+    """
+    if not exact.is_floating_point() or scale < MASKED * _FAR * exact.numel() ** 0.5:
+        return None
+    size = torch.nan_to_num(exact, 0.0, 0.0, 0.0).abs()
+    top = float(size.max())
+    shown = size < top * (1 - _FAR)
+    rest = float((size * shown).max())
+    return shown if top >= MASKED and 0 < rest < top * _FAR else None

@@ -21,6 +21,7 @@ import torch
 from cp_debug.backends.base import Tensor
 from cp_debug.bisect.backward import Backward, Measure, spread, walk_back
 from cp_debug.bisect.candidate_run import CandidateRun, loader
+from cp_debug.bisect.replayed import EXCESS
 from cp_debug.bisect.result import Attribution, LayerRow
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.probes.arrays import as_numpy, as_torch
@@ -55,7 +56,8 @@ def set_shares(shares: Shares, rows: Mapping[Key, LayerRow]) -> Attribution | No
     own = {k: r.replay for k, r in rows.items() if r.side == "test" and r.replay and r.replay.introduced is not None}
     born = [k for k, replay in own.items() if replay.new_nonfinite or (replay.introduced and shares.stops(k))]
     names = {key: row.name for key, row in rows.items()}
-    told = shares.attribution(names, born[:CARRIED], asks=not all(r.within for r in rows.values()))
+    guilty = sorted((k for k, r in own.items() if (r.excess or 0.0) > EXCESS), key=lambda k: -(own[k].excess or 0.0))
+    told = shares.attribution(names, born[:CARRIED], guilty, asks=not all(r.within for r in rows.values()))
     for key in own.keys() - set(born[CARRIED:]):
         rows[key].share = shares.of_layers.get(key, 0.0)
     return told
@@ -133,13 +135,15 @@ class Shares:
         stopped = not self.of_layers.get(key, 0.0)  # asked first: tensors of a GPU are copied
         return stopped and _array(self._test, key.value, key.component).dtype.kind in "iub"
 
-    def attribution(self, names: Mapping[Key, str], born: Sequence[Key] = (), *, asks: bool = True) -> Attribution:
+    def attribution(
+        self, names: Mapping[Key, str], born: Sequence[Key] = (), guilty: Sequence[Key] = (), *, asks: bool = True
+    ) -> Attribution:
         """The sum of all shares, and what of the divergence they leave. ``names``: value → its layer's name.
 
         Where they leave more than ``NOT_LINEAR``, the reference's own share is computed. Where that does not fill it,
         the derivatives are the mean over ``POINTS`` between both sides. The layers ``born`` are carried forward, and
-        then those with the largest shares, until it fits. Nothing of it is done where nobody ``asks``, as all is within
-        the tolerance.
+        then the ``guilty`` ones (behind −1e9, a softmax has no derivative) and those with the largest shares, until it
+        fits. Nothing of it is done where nobody ``asks``, as all is within the tolerance.
         """
         told = Attribution(sum(self.of_layers.values()))
         if asks and abs(told.remainder) > NOT_LINEAR:
@@ -153,7 +157,7 @@ class Shares:
         for _ in range(CARRIED):
             fits = (not asks or abs(told.remainder) <= NOT_LINEAR) and abs(told.layers) < BEYOND
             ranked = sorted(self.of_layers, key=lambda key: -abs(self.of_layers[key]))
-            first = next((key for key in ranked if key not in carried), None)
+            first = next((key for key in (ranked if fits else [*guilty, *ranked]) if key not in carried), None)
             if first is None or (fits and abs(self.of_layers[first]) < BEYOND):
                 break
             self._carry(first, names)
