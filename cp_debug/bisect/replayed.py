@@ -22,7 +22,7 @@ innocent layer says how far from the limit it is, not that nobody asked."""
 FLOOR = 0.5
 """Number of unit roundoffs that every layer may introduce, whatever its emulation says."""
 MASKED = 1e4
-"""Least size of a number that stands for "not this one", as in the mask of an attention: −1e4, −65504, −1e9, −3.4e38."""
+"""Least size of a number that masks, as in an attention: −1e4, −65504, −1e9, −3.4e38."""
 _FAR = 0.01
 """All numbers are smaller than this part of a mask's, or are it to this part."""
 
