@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.bisect.whole_numbers import as_tensor
-from cp_debug.probes.distance import difference_norm, distance, ratio
+from cp_debug.probes.distance import difference_norm, distance, ratio, unmasked
 from cp_debug.programs.precision import Precision
 
 EXCESS = 4.0
@@ -21,10 +20,6 @@ ASKED = 2.0
 innocent layer says how far from the limit it is, not that nobody asked."""
 FLOOR = 0.5
 """Number of unit roundoffs that every layer may introduce, whatever its emulation says."""
-MASKED = 1e4
-"""Least size of a number that masks, as in an attention: −1e4, −65504, −1e9, −3.4e38."""
-_FAR = 0.01
-"""All numbers are smaller than this part of a mask's, or are it to this part."""
 
 
 @dataclass
@@ -53,8 +48,6 @@ class Replay:
     where the reference has neither."""
     wanted: int = 0
     """Elements beyond the type's range that became Inf, or its largest number, and change nothing that reads them."""
-    masked: int = 0
-    """Elements that a mask fills, such as −1e9: all figures are those of the others, as nothing shows beside it."""
     unread: bool = False
     """Neither a node nor the caller reads the value: a mask of Dropout, a state that is thrown away."""
     range_loss: float = 0.0
@@ -120,24 +113,10 @@ class Replay:
             excess=ratio(introduced, expected),
             new_nonfinite=new_nonfinite,
         )
-        if 0 < introduced <= EXCESS * expected and (shown := _unmasked(exact, scale)) is not None:
+        if 0 < introduced <= EXCESS * expected and (shown := unmasked(exact, scale)) is not None:
             # Beside −1e9, an error of all that the mask leaves is less than a rounding of the whole.
             captured, *correct = (as_tensor(t).to(exact.device)[shown] for t in (captured, *correct))
             beside = cls.of(captured, exact[shown], correct, claim, lambda _: doubt(shown), unrounded=unrounded)
-            beside.new_nonfinite, beside.masked = new_nonfinite, int((~shown).sum())
+            beside.new_nonfinite = new_nonfinite
             replay = max(replay, beside, key=lambda each: each.excess or 0.0)
         return replay
-
-
-def _unmasked(exact: Tensor, scale: float) -> Tensor | None:
-    """Where a tensor holds other numbers than its mask's, bool, in its shape; None for a tensor without a mask.
-
-    ``scale``: its L2 norm, which tells most tensors from masked ones at no cost.
-    """
-    if not exact.is_floating_point() or scale < MASKED * _FAR * exact.numel() ** 0.5:
-        return None
-    size = torch.nan_to_num(exact, 0.0, 0.0, 0.0).abs()
-    top = float(size.max())
-    shown = size < top * (1 - _FAR)
-    rest = float((size * shown).max())
-    return shown if top >= MASKED and 0 < rest < top * _FAR else None

@@ -86,7 +86,7 @@ def judge(
     if math.isinf(replay.excess) and replay.instead:
         return Judgement(GUILTY, within, replay.instead)
     if replay.excess > EXCESS and replay.introduced > floor:
-        says = f"introduces {replay.excess:.3g}× what {kind} explains{' beside its mask' * bool(replay.masked)}"
+        says = f"introduces {replay.excess:.3g}× what {kind} explains"
         return Judgement(GUILTY, within, says + _scales(replay))
     if (replay.channel_excess or 0.0) > EXCESS and replay.introduced > floor:
         says = f"its worst channels introduce {replay.channel_excess:.3g}× what {kind} explains"
@@ -122,8 +122,7 @@ def oracle_is_alone(stats: TensorStats, replay: Replay) -> bool:
     inputs rarely make the same mistake, so it is the oracle that is doubted. No guilty layer is overlooked by this:
     what it introduced would be part of the divergence.
     """
-    partly = replay.masked or replay.wanted  # its figures leave out what those of both sides hold
-    if stats.mismatched or partly or replay.expected is None or replay.introduced is None:
+    if stats.mismatched or replay.expected is None or replay.introduced is None:
         return False
     near = stats.finite_rel_l2 <= EXCESS * replay.expected
     beyond = stats.finite_rel_l2 * EXCESS < replay.introduced and replay.introduced > EXCESS * replay.expected

@@ -26,6 +26,10 @@ from cp_debug.probes.statistics_reduce import (
 
 _VANISHED = 1e-30
 """Sum of products in FP32 below which some that matter may have vanished."""
+MASKED = 1e4
+"""Least size of a number that masks, as in an attention: −1e4, −65504, −1e9, −3.4e38."""
+FAR = 0.01
+"""All other numbers are smaller than this part of a mask's, and the mask's are alike to it."""
 
 
 class Distance(NamedTuple):
@@ -95,6 +99,24 @@ def difference_norm(ours: AnyTensor, theirs: AnyTensor) -> float:
     x, y = _in_one_place(ours, theirs)
     (square, *_) = _sums(x, y, norm=False)
     return math.sqrt(square) if math.isfinite(square) else distance(ours, theirs).difference
+
+
+def unmasked(tensor: AnyTensor, norm: float) -> Any:
+    """Where a tensor in floating point holds other numbers than its mask's; None for a tensor without a mask.
+
+    Beside −1e9, an error of everything that the mask leaves is less than one rounding of the whole. ``norm``: L2, of
+    the finite elements; it tells most tensors from masked ones at no cost. Bool, in the tensor's shape, of torch or
+    NumPy as it is.
+    """
+    if norm < MASKED * FAR * math.prod(tensor.shape) ** 0.5 or not norm:
+        return None
+    xp: Any = torch if is_torch(tensor) else np
+    size = abs(as_double(tensor))
+    size = xp.where(xp.isfinite(size), size, 0.0)
+    top = float(size.max())
+    shown = size < top * (1 - FAR)
+    rest = float((size * shown).max())
+    return shown if top >= MASKED and 0 < rest < top * FAR else None
 
 
 def _in_one_place(ours: AnyTensor, theirs: AnyTensor) -> tuple[AnyTensor, AnyTensor]:

@@ -31,7 +31,7 @@ from cp_debug.probes.arrays import (
     is_torch,
     to_device,
 )
-from cp_debug.probes.distance import ratio
+from cp_debug.probes.distance import MASKED, distance, ratio, unmasked
 from cp_debug.probes.statistics_reduce import PairPiece, Totals, reduce_pair
 from cp_debug.serialize import JsonForm
 
@@ -53,7 +53,8 @@ class TensorStats(JsonForm):
     max_abs: float
     mean_abs: float
     rel_l2: float
-    """‖test − ref‖ ÷ ‖ref‖; for a reference of zeros 0 when the test is zero too, else inf."""
+    """‖test − ref‖ ÷ ‖ref‖; for a reference of zeros 0 when the test is zero too, else inf. Where the reference has a
+    mask, such as −1e9, without those elements if that is more (``unmasked``)."""
     cosine: float
     """1 when both are all zeros (or empty), 0 when one is."""
     sqnr_db: float
@@ -158,7 +159,9 @@ def _finish(reference: Tensor, test: Tensor, totals: Totals) -> TensorStats:
     whole, shape = totals.whole, tuple(reference.shape)
     agree = not whole.mismatched
     norm_ref, norm_test, norm_diff = (math.sqrt(square) for square in (whole.sum_rr, whole.sum_tt, whole.sum_dd))
-    rel_l2 = ratio(norm_diff, norm_ref)
+    rel_l2 = of_all = ratio(norm_diff, norm_ref)
+    if 0 < of_all < 1 and whole.max_ref >= MASKED and (shown := unmasked(reference, norm_ref)) is not None:
+        rel_l2 = max(of_all, distance(test[shown], reference[shown]).relative)
     if norm_ref and norm_test:
         cosine = min(max(whole.sum_rt / norm_ref / norm_test, -1.0), 1.0)
     else:
@@ -169,7 +172,7 @@ def _finish(reference: Tensor, test: Tensor, totals: Totals) -> TensorStats:
         mean_abs=whole.sum_abs / max(whole.finite, 1) if agree else math.inf,
         rel_l2=rel_l2 if agree else math.inf,
         cosine=cosine if agree else math.nan,
-        sqnr_db=_decibel(rel_l2) if agree else -math.inf,
+        sqnr_db=_decibel(of_all) if agree else -math.inf,
         p50_abs=totals.quantile(0.50),
         p99_abs=totals.quantile(0.99),
         mismatched=whole.mismatched,
