@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cp_debug.backends.determinism import deterministic, read_settings
 from cp_debug.errors import InputError
+from cp_debug.graph.graph import Graph
 from cp_debug.programs import export as export_module
 from cp_debug.programs.export import EXPORTERS, _reason, export
 from cp_debug.programs.pipeline import choose_export, merge_settings, settings_by_component
@@ -211,3 +212,23 @@ def test_the_reason_of_a_failed_export_is_its_first_cause() -> None:
     error.__cause__ = ValueError("\n  inner  \nmore")
     assert _reason(error) == "ValueError: inner"
     assert _reason(ValueError("")) == "ValueError"
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_a_weight_that_the_exporter_transposes_keeps_its_parameter_s_name(tmp_path: Path, exporter: str) -> None:
+    """A Linear of three axes is a MatMul of the transposed weight."""
+    module = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 6)).eval()
+    path = export(
+        module,
+        (torch.randn(2, 3, 6),),
+        tmp_path / "net.onnx",
+        input_names=["x"],
+        output_names=["y"],
+        exporter=exporter,
+        folded=True,
+    )
+    graph = Graph(path)
+    assert {"0.weight.T", "2.weight.T"} <= set(graph.initializers)
+    for place in (0, 2):
+        np.testing.assert_array_equal(graph.initializer(f"{place}.weight.T"), module[place].weight.detach().T)
+    onnx.checker.check_model(onnx.load(path), full_check=True)

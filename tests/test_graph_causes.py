@@ -516,3 +516,42 @@ def test_constants_of_operands_without_an_order_are_compared_with_their_equals(t
     found = Pieces(ours, ours.nodes, theirs, theirs.nodes, {}).differences()
     assert len(found) == changed
     assert not changed or found[0].says.endswith("of Max is scaled by 1.5")
+
+
+def _masked(path: Path, *, computed: bool, mask: float) -> Path:
+    """Scores with a mask, the places of which are stored, or ``computed`` in the file."""
+    net = NetBuilder(2)
+    later = net.weight(np.triu(np.ones((6, 6), bool), 1))
+    if computed:
+        ones = net.weight(np.ones((6, 6), np.float32))
+        later = net.op("Cast", net.op("Trilu", ones, net.weight(np.array(1))), to=onnx.TensorProto.BOOL)
+    scores = net.op("Mul", "x", net.weight(np.float32(0.5)), name="scores")
+    masked = net.op("Where", later, net.weight(np.float32(mask), "mask"), scores, name="masked")
+    net.op("Softmax", masked, axis=-1, name="y")
+    return Path(net.save(path, {"x": (1, [2, 6, 6])}, ["y"]))
+
+
+def test_what_one_side_computes_of_constants_and_the_other_stores_is_no_difference(tmp_path: Path) -> None:
+    files = [_masked(tmp_path / f"{mask}.onnx", computed=mask == -1, mask=mask) for mask in (-1e9, -1)]
+    (result,) = bisect(str(files[0]), "ort,ort", test_model=files[1]).tests
+    (finding,) = result.findings
+    assert finding.says == "mask of Where is -1 instead of -1e+09"
+    assert "differences" not in finding.evidence
+
+
+def test_how_the_test_writes_a_layer_is_not_told_beside_what_is_wrong_in_it(tmp_path: Path) -> None:
+    """The result of a GRU, its direction taken away by a Reshape or a Squeeze, its axes by one Transpose or two."""
+    files = []
+    for other in (False, True):
+        net = NetBuilder(4)
+        weights = [net.weight((net.rng.standard_normal(s) * 0.3).astype(np.float32)) for s in ((1, 24, 6), (1, 24, 8))]
+        gru = net.op("GRU", "x", *weights, hidden_size=8, linear_before_reset=int(not other), name="gru")
+        if other:
+            rows = net.op("Squeeze", gru, net.weight(np.array([1])))
+            net.op("Transpose", net.op("Identity", rows), perm=[1, 0, 2], name="y")
+        else:
+            rows = net.op("Transpose", gru, perm=[2, 1, 0, 3])
+            net.op("Reshape", rows, net.weight(np.array([3, 5, 8])), name="y")
+        files.append(net.save(tmp_path / f"{other}.onnx", {"x": (1, [5, 3, 6])}, ["y"]))
+    (result,) = bisect(str(files[0]), "ort,ort", test_model=files[1]).tests
+    assert [finding.says for finding in result.findings] == ["GRU: linear_before_reset is 0 instead of 1"]

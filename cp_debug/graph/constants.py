@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -27,17 +28,22 @@ _DIGESTS: WeakKeyDictionary[Graph, dict[str, str]] = WeakKeyDictionary()
 
 
 class Constants:
-    """The constants of a graph by what they hold."""
+    """The constants of a graph by what they hold.
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    ``settled``: value → what nodes make of constants and shapes alone, which counts as one, too.
+    """
+
+    def __init__(self, graph: Graph, settled: Mapping[str, np.ndarray] = MappingProxyType({})) -> None:
+        self.graph, self._settled = graph, settled
         self._nodes = {n.outputs[0]: n for n in graph.nodes if n.op == "Constant"}
         self._digests = _DIGESTS.setdefault(graph, {})
 
     def __contains__(self, name: str) -> bool:
-        return name in self.graph.initializers or name in self._nodes
+        return name in self.graph.initializers or name in self._nodes or name in self._settled
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if name in self._settled:
+            return self._settled[name]
         return self.graph.initializer(name) if name in self.graph.initializers else constant(self._nodes[name])
 
     @property
@@ -52,6 +58,8 @@ class Constants:
 
     def digest(self, name: str) -> str:
         """Dtype, shape and contents in one word."""
+        if name in self._settled:
+            return _digest(self[name])
         if name not in self._digests:
             self._digests[name] = _digest(self[name])
         return self._digests[name]

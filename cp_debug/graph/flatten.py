@@ -87,7 +87,7 @@ class _Flattener:
 
     def _put(self, node: Node, path: str, names: Mapping[str, str]) -> None:
         place = path + node.name
-        proto = _renamed(node.proto, names)
+        proto = renamed(node.proto, names)
         proto.name = place if path else node.proto.name
         decision = self._decisions.get(place)
         function = self._functions.get((node.proto.domain, node.proto.op_type))
@@ -244,7 +244,7 @@ class _Flattener:
         self.nodes.append(helper.make_node(op, inputs, outputs, name=name, **attributes))
 
 
-def _renamed(proto: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
+def renamed(proto: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
     """A copy with its values called as outside; bodies that stay are renamed where they read outer values."""
     node = onnx.NodeProto()
     node.CopyFrom(proto)
@@ -254,7 +254,7 @@ def _renamed(proto: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
         inner_names = {v.name for v in graph.input} | {t.name for t in graph.initializer}
         inner_names |= {o for n in graph.node for o in n.output}
         outer = {k: v for k, v in names.items() if k not in inner_names}
-        refill(graph.node, (_renamed(n, outer) for n in graph.node))
+        refill(graph.node, (renamed(n, outer) for n in graph.node))
     return node
 
 

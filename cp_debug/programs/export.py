@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,9 @@ from cp_debug.doing import doing
 from cp_debug.errors import InputError, module_of, raise_if_interrupted, system_reason
 from cp_debug.files import named
 from cp_debug.graph.exporter_notes import KEY, enclosing_modules, shortened
+from cp_debug.graph.flatten import renamed
+from cp_debug.graph.graph import refill
+from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.module_state import state_kept, stored_tensors
 from cp_debug.probes.trace import as_written, flatten_outputs
 from cp_debug.safe_text import redirected
@@ -99,6 +103,7 @@ def export(
                 raise InputError(f"{named(path)}: cannot be written ({system_reason(error)})") from error
             raise InputError(f"{type(module).__name__} cannot be exported by {exporter}: {_reason(error)}") from error
         _check(proto, output_names, exporter, opset)
+        _name_transposed(proto, module)
         if exporter == "torchscript":
             note_modules(proto, module)
         props = {"cpdebug.exporter": exporter, "cpdebug.folded": str(folded).lower()}
@@ -112,6 +117,25 @@ def export(
             (complete.parent / data).replace(path.with_name(data))
         complete.replace(path)
     return path
+
+
+def _name_transposed(proto: onnx.ModelProto, module: nn.Module) -> None:
+    """Call a weight that the exporter transposed by the parameter that it is, ``fc.weight.T``, instead of ``val_8``."""
+    stored = stored_tensors(module)
+    taken = {tensor.name for tensor in proto.graph.initializer}
+    matrices = {name: tensor for name, tensor in stored.items() if tensor.dim() == 2 and f"{name}.T" not in taken}
+    names: dict[str, str] = {}
+    for tensor in proto.graph.initializer:
+        own = tensor.name in stored or len(tensor.dims) != 2
+        alike = [] if own else [n for n, t in matrices.items() if t.shape[::-1] == tuple(tensor.dims)]
+        array = onnx.numpy_helper.to_array(tensor) if alike else np.empty(0)
+        same = (n for n in alike if np.array_equal(as_numpy(matrices[n]).T, array))
+        if (name := next(same, None)) is not None:
+            names[tensor.name] = f"{name}.T"
+            tensor.name = names[tensor.name]
+            del matrices[name]
+    if names:
+        refill(proto.graph.node, [renamed(node, names) for node in proto.graph.node])
 
 
 def _dynamo(

@@ -62,12 +62,22 @@ class Pieces:
     """The nodes that make one value on both sides, matched."""
 
     def __init__(
-        self, reference: Graph, ours: Sequence[Node], test: Graph, theirs: Sequence[Node], names: Mapping[str, str]
+        self,
+        reference: Graph,
+        ours: Sequence[Node],
+        test: Graph,
+        theirs: Sequence[Node],
+        names: Mapping[str, str],
+        settled: tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]] = ({}, {}),
     ) -> None:
-        """``names``: test value → reference value."""
+        """``names``: test value → reference value; ``settled``: what nodes of each side make of constants alone. Those
+        nodes are not matched: what they make is compared where it is read."""
         self._reference, self._test = reference, test
-        self._ours, self._theirs = Constants(reference), Constants(test)
-        self._mine, self._own = list(ours), list(theirs)
+        self._ours, self._theirs = Constants(reference, settled[0]), Constants(test, settled[1])
+        self._mine, self._own = (
+            [n for n in nodes if known.keys().isdisjoint(n.outputs)]
+            for nodes, known in zip((ours, theirs), settled, strict=True)
+        )
         self._names, self._given = dict(names), names
         self._pairs = self._matched()
         for a, b in self._pairs:
@@ -271,14 +281,19 @@ class Pieces:
                 else:
                     change = describe(self._ours[a], self._theirs[b], GATES.get(ours.op, 0))
                 argument = argument_of(ours, place) if role == "" else None
-                if change is not None and argument is not None and self._ours.size(a) <= FEW:
-                    before, after = (array.tolist() for array in (self._ours[a], self._theirs[b]))
-                    says = f"{ours.op}: {argument} is {_shown(after)} instead of {_shown(before)}"
-                    evidence = {argument: after, "instead_of": before, "constant": a}
-                    name = NAMES.get(argument, "attribute")
-                    yield NodeDifference(name, says, ours.name, evidence, inputs={place: b})
-                elif change is not None:
-                    yield replace(_of_constant(ours, a, role, change), inputs={place: b})
+                few = self._ours.size(a) <= FEW if argument else self._ours.size(a) == self._theirs.size(b) == 1
+                difference = change and replace(_of_constant(ours, a, role, change), inputs={place: b})
+                if difference and few and role == "":
+                    arrays = self._ours[a], self._theirs[b]
+                    before, after = (array.tolist() if argument else array.item() for array in arrays)
+                    is_now = f"is {_shown(after)} instead of {_shown(before)}"
+                    difference = replace(difference, says=f"{a} of {ours.op} {is_now}")
+                    if argument is not None:
+                        evidence = {argument: after, "instead_of": before, "constant": a}
+                        cause, says = NAMES.get(argument, "attribute"), f"{ours.op}: {argument} {is_now}"
+                        difference = replace(difference, cause=cause, says=says, evidence=evidence)
+                if difference:
+                    yield difference
 
     def _in_order_of(self, ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
         """Operands of the test that have no order, in the reference's: equal constants first, then others by kind."""

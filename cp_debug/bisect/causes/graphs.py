@@ -64,7 +64,7 @@ def difference(piece: OtherPiece) -> tuple[Candidate | None, list[NodeDifference
     unclear = len(node_differences) > 1 and all(d.structural or d.evidence.get("change") == "shape" for d in telling)
     moved = _moved(piece) if unclear else None
     first = moved or telling[0]
-    says = first.says if moved else _says(node_differences)
+    says = first.says if moved else _says(telling if rewritten else node_differences)
     evidence = _read(first)
     if len(node_differences) > 1 and not moved:
         evidence["differences"] = [d.says for d in node_differences[:8]]
@@ -124,24 +124,30 @@ def _moved(piece: OtherPiece) -> NodeDifference | None:
 
 
 def _harmless_last(piece: OtherPiece, differences: Sequence[NodeDifference]) -> list[NodeDifference]:
-    """The differences, of which each is tried alone: those that change nothing here are told so, and come last."""
+    """The differences, of which each is tried alone: one that makes what the test has is all that is wrong; those that
+    change nothing here are told so, and come last."""
     segment, constants = piece.segment, piece.other.constants
     nodes = {node.name: node for node in segment.nodes}
-    moved = float(torch.nan_to_num(segment.test - segment.exact, 0.0, 0.0, 0.0).norm())
-    telling, harmless = list[NodeDifference](), list[NodeDifference]()
+    moved = HARMLESS * float(torch.nan_to_num(segment.test - segment.exact, 0.0, 0.0, 0.0).norm())
+    telling, harmless, alone = list[NodeDifference](), list[NodeDifference](), list[NodeDifference]()
     for each in differences:
         value = None
         if len(differences) > 1 and each.node in nodes and (each.attributes or each.inputs):
             inputs = {place: torch.from_numpy(constants[name]) for place, name in each.inputs.items()}
             value = segment.edited(nodes[each.node], inputs=inputs, **each.attributes)
-        alike = value is not None and torch.equal(torch.isfinite(value), torch.isfinite(segment.exact))
-        if value is not None and alike:
-            change = float(torch.nan_to_num(value - segment.exact, 0.0, 0.0, 0.0).norm())
-            if change <= HARMLESS * moved:
-                harmless.append(replace(each, says=f"{each.says} (which changes nothing here)"))
-                continue
-        telling.append(each)
-    return [*telling, *harmless] if telling else list(differences)
+        near = [value is not None and _is_near(value, side, moved) for side in (segment.exact, segment.test)]
+        if near[0]:
+            harmless.append(replace(each, says=f"{each.says} (which changes nothing here)"))
+        else:
+            (alone if near[1] else telling).append(each)
+    return [*(alone or telling), *harmless] if alone or telling else list(differences)
+
+
+def _is_near(value: Tensor, side: Tensor, distance: float) -> bool:
+    """Whether a result has a side's NaN and Inf, and is no farther from it than an L2 ``distance``."""
+    if value.shape != side.shape or not torch.equal(torch.isfinite(value), torch.isfinite(side)):
+        return False
+    return float(torch.nan_to_num(value - side, 0.0, 0.0, 0.0).norm()) <= distance
 
 
 def _of_constants(piece: OtherPiece) -> Candidate | None:
@@ -246,7 +252,7 @@ def _read(difference: NodeDifference) -> dict[str, Any]:
 
 def _says(differences: Sequence[NodeDifference]) -> str:
     more = f"; and {len(differences) - SHOWN} more differences" if len(differences) > SHOWN else ""
-    return "; ".join(d.says for d in differences[:SHOWN]) + more
+    return "; ".join(dict.fromkeys(d.says for d in differences[:SHOWN])) + more
 
 
 def _readings(

@@ -8,6 +8,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from cp_debug.backends.arithmetic import ARITHMETICS
@@ -18,6 +19,9 @@ from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.errors import InputError
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph, Node, downstream
+from cp_debug.graph.operators import QUANTIZERS
+from cp_debug.probes.arrays import as_numpy
+from cp_debug.programs.layers import side_values
 from cp_debug.programs.node_differences import NodeDifference, Pieces, attributes
 from cp_debug.programs.weight_differences import WeightDifferences, weight_differences
 
@@ -84,7 +88,11 @@ class OtherPiece:
     @cached_property
     def matched(self) -> Pieces:
         """The nodes, matched with the reference's."""
-        return Pieces(self.segment.graph, self.segment.nodes, self.other.graph, self.nodes, self.other.names)
+        segment, other = self.segment, self.other
+        ours = _settled(segment.context.oracle, segment.nodes, segment.given, segment.target)
+        theirs = _settled(other.executor, self.nodes, self.inputs, self.own)
+        settled = ({}, {}) if ours is None or theirs is None else (ours, theirs)
+        return Pieces(segment.graph, segment.nodes, other.graph, self.nodes, other.names, settled)
 
     def run(self, replaced: Mapping[str, Any] = MappingProxyType({})) -> Tensor:
         """The result on the oracle; ``replaced``: value of a node, by its name in the test → what stands in its place.
@@ -119,6 +127,28 @@ class OtherPiece:
         if segment.test.shape != segment.exact.shape:  # whether the shape fits is all that can be asked
             return next(iter(fitting), None)
         return max(fitting, key=lambda value: segment.explained(value)[0], default=None)
+
+
+def _settled(
+    executor: Executor, nodes: Sequence[Node], given: Mapping[str, Any], target: str
+) -> dict[str, np.ndarray] | None:
+    """What nodes make of constants and shapes alone, floats as FP32: one exporter writes such nodes, another stores
+    what they give. None where it cannot be computed, or where the target itself is of it.
+
+    A quantizer is matched, with what reads it: a weight that it rounds is no constant.
+    """
+    made = {name for node in nodes for name in node.outputs}
+    rounded = [name for node in nodes if node.op in QUANTIZERS for name in node.outputs]
+    names = sorted((side_values(executor.graph).keys() & made) - {*rounded, *downstream(nodes, rounded)})
+    if target in names:
+        return None
+    try:
+        found = executor.run_nodes(nodes, given, names) if names else {}
+    except InputError:  # an operator that nobody here can compute
+        return None
+    arrays = {name: as_numpy(value) for name, value in found.items()}
+    floats = {name: array.astype(np.float32) for name, array in arrays.items() if array.dtype.kind == "f"}
+    return {**arrays, **floats}
 
 
 def reordered(piece: OtherPiece, differences: Sequence[NodeDifference]) -> Candidate | None:
