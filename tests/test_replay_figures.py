@@ -15,7 +15,7 @@ from torch import nn
 from cp_debug.api.diagnose import diagnose
 from cp_debug.backends.arithmetic import ARITHMETICS, FP64
 from cp_debug.backends.executor import Executor
-from cp_debug.bisect.range_loss import difference, matters, storage_loss
+from cp_debug.bisect.range_loss import RangeLoss, difference, storage_loss
 from cp_debug.bisect.replay import SUSPICIOUS, Replayer
 from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.verdict import Judgement, without_emulation
@@ -121,7 +121,8 @@ def test_a_change_is_followed_through_sixteen_nodes(tmp_path: Path, nodes: int, 
     graph = saved(tmp_path, net, [1, 2], "y")
     n = torch.ones(1, 2, dtype=torch.float64)
     change = ("n", n, 2 * n)
-    assert matters(graph, Executor(graph, FP64), {"n"}, {"n": n}.__getitem__, change, 1e-9) == matters_in_the_end
+    losses = RangeLoss(graph, Executor(graph, FP64), {"n"})
+    assert losses.matters({"n": n}.__getitem__, change, 1e-9) == matters_in_the_end
 
 
 def test_an_fp32_oracle_is_not_trusted_about_fp32(tmp_path: Path) -> None:
@@ -220,10 +221,10 @@ def test_a_change_that_only_an_unread_result_has_does_not_matter(tmp_path: Path)
     net.op("Split", net.op("Neg", "x", name="n"), name="part", outputs=2, axis=1)
     net.op("Neg", "part_1", name="y")
     graph = saved(tmp_path, net, [1, 4], "y")
-    oracle, n = Executor(graph, FP64), torch.ones(1, 4, dtype=torch.float64)
+    losses, n = RangeLoss(graph, Executor(graph, FP64), {"n"}), torch.ones(1, 4, dtype=torch.float64)
 
     def told(*changed: float) -> bool:
-        return matters(graph, oracle, {"n"}, {"n": n}.__getitem__, ("n", n, torch.tensor([changed]).double()), 1e-9)
+        return losses.matters({"n": n}.__getitem__, ("n", n, torch.tensor([changed]).double()), 1e-9)
 
     assert not told(1, 2, 1, 1)
     assert told(1, 1, 2, 1)

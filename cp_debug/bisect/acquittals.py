@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.precision import OVERFLOWS
-from cp_debug.bisect.range_loss import FURTHEST, matters
+from cp_debug.bisect.range_loss import FURTHEST
 from cp_debug.bisect.replay import Load, Replayer
 from cp_debug.bisect.replayed import EXCESS
 from cp_debug.bisect.result import DIVERGENT, GUILTY, INHERITED, OK, LayerRow
@@ -61,7 +61,7 @@ def acquit_masks(
             continue
         change = key.value, exact, torch.where(masked, other, exact)
         gone = run.precision.roundoff
-        if matters(replayer.graph, replayer.oracle, replayer.known, loads[0], change, gone, number + FURTHEST):
+        if replayer.range_loss.matters(loads[0], change, gone, number + FURTHEST):
             continue
         ours, theirs = (f"{float(t[masked].min()):.6g}".replace("inf", "Inf") for t in (exact, other))
         row.verdict, row.side = INHERITED, "test"

@@ -8,6 +8,7 @@ mean derivative of each segment between two trajectories in its place, what is n
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections import defaultdict
@@ -23,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.determinism import deterministic
 from cp_debug.backends.executor import Executor
-from cp_debug.bisect.glue import through_glue
 from cp_debug.bisect.whole_numbers import as_tensor
 from cp_debug.errors import InputError, in_one_line
 from cp_debug.graph.graph import Graph, Node
@@ -301,11 +301,58 @@ def walk_back(
             continue
         try:
             earlier = {name: results[name] for name in names[:place]}
-            for of, derivative in through_glue(model, component, sample, earlier, at_inputs).items():
+            for of, derivative in _through_glue(model, component, sample, earlier, at_inputs).items():
                 of_outputs[of] = of_outputs.get(of, 0.0) + derivative
         except Exception as error:
             notes.append(f"layers before {component.name} have no share: {in_one_line(error)}")
             return
+
+
+def _through_glue(
+    model: Model,
+    component: Component,
+    sample: Sample,
+    results: Mapping[str, Arrays],
+    derivatives: Mapping[str, Tensor],
+) -> dict[tuple[str, str], np.ndarray]:
+    """Derivatives of a measure by the outputs of earlier components, from those by the inputs of ``component``.
+
+    ``results``: earlier component → output name → array, of the test; ``derivatives``: input name → tensor in
+    its shape. Returns (component, output) → array in the output's shape, float64.
+    Glue copies: it scatters, cuts, stacks. It is asked where each number comes from, by numbers that count their
+    places, and the answer is checked on those that it was really given. Raises InputError where the glue computes.
+    """
+    outputs = {(c, n): array for c, arrays in results.items() for n, array in arrays.items() if array.dtype.kind == "f"}
+    ends = np.cumsum([0, *(array.size for array in outputs.values())])
+    parts = dict(zip(outputs, itertools.pairwise(ends), strict=True))
+    counts: dict[str, list[np.ndarray]] = {}
+    exact = model.feed(component, sample, results)
+    # Places are counted in digits that are whole numbers in all dtypes: FP16 has them to 2¹¹, FP32 to 2²⁴.
+    floats = [array.dtype for array in (*outputs.values(), *exact.values()) if array.dtype.kind == "f"]
+    base = 1 << min([24, *(np.finfo(dtype).nmant + 1 for dtype in floats)])
+    weights = list(itertools.takewhile(lambda weight: weight <= ends[-1], (base**n for n in itertools.count())))
+    for weight in weights:
+        digits = np.arange(1, ends[-1] + 1) // weight % base
+        counted = {component_name: dict(arrays) for component_name, arrays in results.items()}
+        for (of, name), (first, end) in parts.items():
+            array = outputs[of, name]
+            counted[of][name] = digits[first:end].reshape(array.shape).astype(array.dtype)
+        for name, digit in model.feed(component, sample, counted).items():
+            counts.setdefault(name, []).append(digit.ravel())
+    flat = np.concatenate([np.zeros(1), *(array.ravel().astype(np.float64) for array in outputs.values())])
+    total = np.zeros(len(flat))
+    for name in filter(counts.__contains__, derivatives):
+        first, *others = counts[name]
+        copies = np.flatnonzero(sum(others, first))  # a canvas is mostly constant
+        place = np.dot(weights, [digit[copies].astype(np.float64) for digit in counts[name]])
+        whole = np.clip(np.nan_to_num(place), 0, ends[-1]).astype(np.int64)
+        given = exact[name].ravel()[copies]
+        if not bool(np.all((whole == place) & (flat[whole] == given) | ~np.isfinite(given))):
+            raise InputError(f"the glue before {component.name} computes its input {name}")
+        derivative = derivatives[name].flatten()  # of a GPU's, only what is copied comes to the host
+        derivative = derivative[torch.from_numpy(copies).to(derivative.device)].double()
+        total += np.bincount(whole, derivative.cpu().numpy(), len(total))
+    return {of: total[first + 1 : end + 1].reshape(outputs[of].shape) for of, (first, end) in parts.items()}
 
 
 def shares_over(

@@ -22,7 +22,6 @@ from cp_debug.backends.capabilities import (
 from cp_debug.backends.emulated import EmulatedBackend
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.tensorrt.calibration import Ranges
-from cp_debug.bisect.contradictions import contradicted, trace_contradictions
 from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.observe import Observation, observe
 from cp_debug.bisect.operator_errors import implementer
@@ -30,8 +29,8 @@ from cp_debug.bisect.options import is_optimized
 from cp_debug.bisect.quantized_segment import QuantizerGrid
 from cp_debug.bisect.regions.region import Region, region_of
 from cp_debug.bisect.replay import Load, Replayer
-from cp_debug.bisect.replayed import Replay
-from cp_debug.bisect.result import DIVERGENT, OK, LayerRow
+from cp_debug.bisect.replayed import EXCESS, Replay
+from cp_debug.bisect.result import DIVERGENT, GUILTY, OK, LayerRow
 from cp_debug.bisect.verdict import is_within, judge, judged, trace_shapes, without_emulation
 from cp_debug.errors import InputError
 from cp_debug.graph.exporter_notes import source_lines
@@ -42,6 +41,7 @@ from cp_debug.graph.narrow_qdq import narrow_precision
 from cp_debug.graph.operators import MOVING
 from cp_debug.graph.qdq import has_own_pairs
 from cp_debug.probes.arrays import as_numpy, has_torch_type, to_device
+from cp_debug.probes.distance import apart
 from cp_debug.probes.held import CapturedRun, CaptureHolder
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.programs.layers import Layer, layer_name
@@ -190,12 +190,12 @@ class CandidateRun:
         replays: dict[Key, Replay] = {}
         for component in self.programs:
             ours, theirs = loader(reference, component), loader(test, component)
-            apart = {key.value: s.finite_rel_l2 for key, s in stats.items() if key.component == component}
+            divergences = {key.value: s.finite_rel_l2 for key, s in stats.items() if key.component == component}
             replayer = self.replayer(component, test)
-            for value, replay in replayer.layers(ours, theirs, apart):
+            for value, replay in replayer.layers(ours, theirs, divergences):
                 key = Key(component, value)
                 if self.graphs[component] is self.programs[component].graph:
-                    replay.contradicted = contradicted(replayer, value, replay, stats.get(key), ours, theirs)
+                    replay.contradicted = _contradicted(replayer, value, replay, stats.get(key), ours, theirs)
                 replays[key] = replay
             if self.device != "cpu":  # where the next run's weights have to find room
                 replayer.free_memory()
@@ -439,7 +439,7 @@ class CandidateRun:
                 source=sources.get(key, ""),
             )
         trace_shapes(self.programs, rows)
-        trace_contradictions(rows)
+        _trace_contradictions(rows)
         return rows
 
 
@@ -447,6 +447,42 @@ def _off(name: str, stats: TensorStats) -> str:
     """``y is off by 4.1e-04 (rel. L2)``, with what is not finite on one side alone left out and told."""
     told = "" if math.isfinite(stats.rel_l2) else ", NaN and Inf left out"
     return f"{name} is off by {stats.finite_rel_l2:.1e} (rel. L2{told})"
+
+
+NEARER = 16.0
+"""Factor by which a result must be nearer to the reference's than to what its captured inputs make."""
+
+
+def _contradicted(
+    replayer: Replayer, target: str, replay: Replay, stats: TensorStats | None, reference: Load, test: Load
+) -> tuple[str, ...]:
+    """The captured inputs that ``target`` cannot have been computed from, those that differ the most; else empty.
+
+    A runtime may write a buffer again once all have read it, and a dump that is taken later shows what came last.
+    Whoever read the value before that has the right result, so that neither the reader nor the oracle is to be doubted.
+    ``stats`` are those of the test's value against the reference's, of one graph on both sides: another graph may undo
+    what was done to an input.
+    """
+    if stats is None or stats.shape_mismatch or stats.mismatched or replay.introduced is None:
+        return ()
+    beyond = replay.new_nonfinite or ((replay.excess or 0.0) > EXCESS and replay.introduced > 0)
+    if not beyond or math.isinf(stats.finite_rel_l2) or stats.finite_rel_l2 * NEARER > replay.introduced:
+        return ()
+    nodes, starts = replayer.graph.segment([target], replayer.known)
+    distances = {start: apart(test(start), reference(start)) for start in starts}
+    most = max(distances.values(), default=0.0)
+    if not most or replayer.reference_excess(nodes, starts, target, reference) > EXCESS:
+        return ()
+    return tuple(start for start, far in distances.items() if far * EXCESS >= most)
+
+
+def _trace_contradictions(rows: Mapping[Key, LayerRow]) -> None:
+    """Add to the reason of every guilty row whose value another layer cannot have read which layer that is."""
+    for key, reader in rows.items():
+        for name in reader.replay.contradicted if reader.replay else ():
+            row = rows.get(Key(key.component, name))
+            if row is not None and row.verdict == GUILTY and "did not read this" not in row.why:
+                row.why += f" (but {reader.name} did not read this: it has the reference's result)"
 
 
 def _prefer_own_names(names: dict[str, str], plain: Graph, file: Graph) -> None:

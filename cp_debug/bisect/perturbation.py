@@ -16,7 +16,7 @@ as much as summing them would.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -58,21 +58,37 @@ def doubt(
     it claims, FP32 where None. ``shown``, bool of the target's shape: only where it is True.
     Raises InputError as ``Executor.run_nodes`` does.
     """
-    exact, spreads = _spreads(oracle, nodes, given, target, by, claim)
+    asked = {target}.union(*(node.inputs for node in nodes))  # not the other results of an LSTM
+    exact: dict[str, AnyTensor] = dict(given)
+    spreads: dict[str, Tensor] = {}
+    for node in nodes:
+        results = oracle.run_nodes([node], exact, node.outputs)
+        for name, value in results.items():
+            if name in asked and isinstance(value, Tensor) and value.is_floating_point():
+                spreads[name] = spread(oracle, node, exact, value, name, by, claim)
+                if node.op == "DequantizeLinear" and _rounded_here(node, nodes, given):
+                    (scale,) = oracle.run_nodes([], exact, [node.proto.input[1]]).values()
+                    step = float(torch.as_tensor(scale).abs().max())
+                    spreads[name] = torch.hypot(spreads[name], torch.full_like(value, FLIPPED * step / U))
+        exact.update(results)
     last = spreads.pop(target, None)
-    exact_target = torch.as_tensor(exact[target])
+    right = torch.as_tensor(exact[target])
     counted = ... if shown is None else shown
-    own_norm = 0.0 if last is None else _norm((U * last * torch.isfinite(exact_target))[counted])
-    if (
-        any(node.op in TO_LEVELS | SIZED and target in node.outputs for node in nodes)
-        and not exact_target.is_floating_point()
-    ):
-        own_norm = FLIPPED * math.sqrt(exact_target.numel())
+    own_norm = 0.0 if last is None else _norm((U * last * torch.isfinite(right))[counted])
+    to_levels = any(node.op in TO_LEVELS | SIZED and target in node.outputs for node in nodes)
+    if to_levels and not right.is_floating_point():
+        own_norm = FLIPPED * math.sqrt(right.numel())
     if not any(_is_some(s) for s in spreads.values()):
         return own_norm
-    draws = DRAWS if exact_target.numel() >= FEW else 4 * DRAWS
-    moved = [_norm(d[counted]) for d in _differences(oracle, nodes, exact, spreads, target, draws)]
-    return math.hypot(own_norm, math.sqrt(sum(m * m for m in moved) / draws))
+    draws = DRAWS if right.numel() >= FEW else 4 * DRAWS
+    generator = torch.Generator().manual_seed(0)
+    total = 0.0
+    for _ in range(draws):
+        noisy = torch.as_tensor(_noisy(oracle, nodes, exact, spreads, generator)[target])
+        # A difference of unsigned levels wraps around.
+        off = noisy - right if right.is_floating_point() else noisy.double() - right.double()
+        total += _norm(off.nan_to_num(0.0, 0.0, 0.0)[counted]) ** 2
+    return math.hypot(own_norm, math.sqrt(total / draws))
 
 
 def between_levels(
@@ -104,52 +120,10 @@ def between_levels(
     return settled
 
 
-def _spreads(
-    oracle: Executor,
-    nodes: Sequence[Node],
-    given: Mapping[str, AnyTensor],
-    target: str,
-    by: str,
-    claim: Arithmetic | None,
-) -> tuple[dict[str, AnyTensor], dict[str, Tensor]]:
-    """Every value of a segment, and how much each that ``target`` hangs on may be off, in FP32's unit roundoffs."""
-    asked = {target}.union(*(node.inputs for node in nodes))  # not the other results of an LSTM
-    values: dict[str, AnyTensor] = dict(given)
-    spreads: dict[str, Tensor] = {}
-    for node in nodes:
-        results = oracle.run_nodes([node], values, node.outputs)
-        for name, value in results.items():
-            if name in asked and isinstance(value, Tensor) and value.is_floating_point():
-                spreads[name] = spread(oracle, node, values, value, name, by, claim)
-                if node.op == "DequantizeLinear" and _rounded_here(node, nodes, given):
-                    (scale,) = oracle.run_nodes([], values, [node.proto.input[1]]).values()
-                    step = float(torch.as_tensor(scale).abs().max())
-                    spreads[name] = torch.hypot(spreads[name], torch.full_like(value, FLIPPED * step / U))
-        values.update(results)
-    return values, spreads
-
-
 def _rounded_here(node: Node, nodes: Sequence[Node], given: Mapping[str, AnyTensor]) -> bool:
     """Whether the levels that a node makes floats of were rounded within the segment."""
     levels = node.proto.input[0]
     return levels not in given and any(levels in other.outputs for other in nodes)
-
-
-def _differences(
-    oracle: Executor,
-    nodes: Sequence[Node],
-    exact: Mapping[str, AnyTensor],
-    spreads: Mapping[str, Tensor],
-    target: str,
-    draws: int,
-) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(draws):
-        noisy = torch.as_tensor(_noisy(oracle, nodes, exact, spreads, generator)[target])
-        exact_target = torch.as_tensor(exact[target])
-        if not exact_target.is_floating_point():  # a difference of unsigned levels wraps around
-            noisy, exact_target = noisy.double(), exact_target.double()
-        yield (noisy - exact_target).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _noisy(

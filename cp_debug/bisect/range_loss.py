@@ -32,6 +32,10 @@ NEGLIGIBLE = 1.0
 to fall below it, and would still be many times what the layers behind it round."""
 BOUNDED = {"Sigmoid", "HardSigmoid", "Softmax"}
 """Operators with results between 0 and 1, where what is below the rounding of 1 is 0 to whoever reads it."""
+FURTHEST = 16
+"""Number of nodes that a change is followed through before it counts as one that stays."""
+
+Load = Callable[[str], AnyTensor]
 
 
 class RangeLoss:
@@ -62,7 +66,7 @@ class RangeLoss:
         if loss > RANGE * precision(maker).roundoff:
             stored = _stored(exact, precision(maker))
             assert stored is not None
-            loss = loss if self._matters(target, exact, stored.to(exact.dtype), negligible, load) else 0.0
+            loss = loss if self.matters(load, (target, exact, stored.to(exact.dtype)), negligible) else 0.0
         for node in nodes:
             if node.op in KERNELS and KERNELS[node.op].exact:
                 continue
@@ -74,7 +78,7 @@ class RangeLoss:
                 weight = self.oracle.run_nodes([], {}, [name])[name]
                 rounded = ARITHMETICS[precision(node).name].round_constant(weight.float()).to(weight.dtype)
                 changed_result = self.oracle.run_nodes(nodes, {**given, name: rounded}, [target])[target]
-                if self._matters(target, exact, changed_result, negligible, load):
+                if self.matters(load, (target, exact, changed_result), negligible):
                     loss = lost
         return loss
 
@@ -91,12 +95,52 @@ class RangeLoss:
         cut = (torch.sign(captured) == torch.sign(exact)) & (captured.abs() >= largest)
         cut_off = torch.where(beyond, captured.to(exact.dtype), exact)
         is_cut_off = bool(cut[beyond].all())
-        if not is_cut_off or self._matters(target, exact, cut_off, NEGLIGIBLE * precision.roundoff, load):
+        if not is_cut_off or self.matters(load, (target, exact, cut_off), NEGLIGIBLE * precision.roundoff):
             return None
         return beyond
 
-    def _matters(self, target: str, exact: Tensor, other: Tensor, gone: float, load: Load) -> bool:
-        return matters(self.graph, self.oracle, self.known, load, (target, exact, other), gone)
+    def matters(
+        self, load: Load, change: tuple[str, Tensor, Tensor], negligible: float, furthest: int = FURTHEST
+    ) -> bool:
+        """Whether a change of a value, (its name, as it is, as it would be), changes what is computed from it.
+
+        Its readers are followed, on the oracle, until the relative L2 change is ``negligible`` everywhere, or is none
+        that will go away: at an output of the graph, after ``furthest`` nodes, where nothing can be computed. NaN or
+        Inf that only one of both has is never negligible. ``load`` gives the values that are known. Both tensors of the
+        change have one shape and dtype.
+        """
+        name, exact, changed = change
+        before: dict[str, AnyTensor] = {name: exact}
+        after: dict[str, AnyTensor] = {name: changed}
+        outputs = {v.name for v in self.graph.outputs}
+        if name in outputs and difference(exact, changed) > negligible:
+            return True
+        followed = 0
+        for node in self.graph.nodes:
+            if before.keys().isdisjoint(node.inputs):
+                continue
+            followed += 1
+            try:
+                sides = [self._computed(load, node, values) for values in (before, after)]
+            except InputError:
+                return True
+            for value in node.outputs:
+                value_before, value_after = (side[value] for side in sides)
+                size = difference(value_before, value_after)
+                if size <= negligible:
+                    continue
+                if value in outputs or followed >= furthest:
+                    return True
+                before[value], after[value] = value_before, value_after
+        return False
+
+    def _computed(self, load: Load, node: Node, changed: Mapping[str, AnyTensor]) -> dict[str, Tensor]:
+        """Outputs of ``node`` when some values are changed and all others are as captured, or computed from those."""
+        missing = [n for n in node.inputs if n in self.graph.producer and n not in self.known and n not in changed]
+        nodes, starts = self.graph.segment(missing, {*self.known, *changed}) if missing else ([], [])
+        inputs = {v.name for v in self.graph.inputs}
+        to_load = [n for n in (*starts, *node.inputs) if n not in changed and (n in self.known or n in inputs)]
+        return self.oracle.run_nodes([*nodes, node], {**{n: load(n) for n in to_load}, **changed}, node.outputs)
 
     def _loss_of_weight(self, name: str, precision: Precision) -> float:
         weight = self.oracle.run_nodes([], {}, [name])[name]
@@ -127,73 +171,6 @@ def _stored(exact: AnyTensor, precision: Precision) -> Tensor | None:
     return value(exact.float())
 
 
-FURTHEST = 16
-"""Number of nodes that a change is followed through before it counts as one that stays."""
-
-Load = Callable[[str], AnyTensor]
-
-
-def matters(
-    graph: Graph,
-    oracle: Executor,
-    known: Collection[str],
-    load: Load,
-    change: tuple[str, Tensor, Tensor],
-    negligible: float,
-    furthest: int = FURTHEST,
-) -> bool:
-    """Whether a change of a value, (its name, as it is, as it would be), changes what is computed from it.
-
-    Its readers are followed, on ``oracle``, until the relative L2 change is ``negligible`` everywhere, or is none that
-    will go away: at an output of the graph, after ``furthest`` nodes, where nothing can be computed. NaN or Inf that
-    only one of both has is never negligible. ``load`` gives the values that are ``known``. Both tensors of the change
-    have one shape and dtype.
-    """
-    name, exact, changed = change
-    before: dict[str, AnyTensor] = {name: exact}
-    after: dict[str, AnyTensor] = {name: changed}
-    outputs = {v.name for v in graph.outputs}
-    if name in outputs and difference(exact, changed) > negligible:
-        return True
-    followed = 0
-    for node in graph.nodes:
-        if before.keys().isdisjoint(node.inputs):
-            continue
-        followed += 1
-        try:
-            sides = [_computed(graph, oracle, known, load, node, values) for values in (before, after)]
-        except InputError:
-            return True
-        for value in node.outputs:
-            value_before, value_after = (side[value] for side in sides)
-            size = difference(value_before, value_after)
-            if size <= negligible:
-                continue
-            if value in outputs or followed >= furthest:
-                return True
-            before[value], after[value] = value_before, value_after
-    return False
-
-
 def difference(exact: AnyTensor, other: AnyTensor) -> float:
     """Relative L2 norm of ``other`` − ``exact``; infinite where NaN, Inf or the shapes differ, and for no tensors."""
     return apart(other, exact) if isinstance(exact, Tensor) and isinstance(other, Tensor) else math.inf
-
-
-def _computed(
-    graph: Graph,
-    oracle: Executor,
-    known: Collection[str],
-    load: Load,
-    node: Node,
-    changed: Mapping[str, AnyTensor],
-) -> dict[str, Tensor]:
-    """Outputs of ``node`` when some values are changed and all others are as captured, or computed from those."""
-    missing = [n for n in node.inputs if n in graph.producer and n not in known and n not in changed]
-    nodes: Sequence[Node] = []
-    starts: Sequence[str] = []
-    if missing:
-        nodes, starts = graph.segment(missing, {*known, *changed})
-    inputs = {v.name for v in graph.inputs}
-    to_load = [n for n in (*starts, *node.inputs) if n not in changed and (n in known or n in inputs)]
-    return oracle.run_nodes([*nodes, node], {**{n: load(n) for n in to_load}, **changed}, node.outputs)

@@ -29,7 +29,7 @@ from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.narrow_variants import departures, spread
 from cp_debug.bisect.perturbation import between_levels, doubt
 from cp_debug.bisect.quantized_segment import EmulatedSegment
-from cp_debug.bisect.range_loss import RangeLoss, difference, matters
+from cp_debug.bisect.range_loss import RangeLoss, difference
 from cp_debug.bisect.replayed import ASKED, EXCESS, Replay
 from cp_debug.bisect.scale_replay import ScaleReplay, int8_activations
 from cp_debug.bisect.whole_numbers import as_tensor, instead
@@ -135,7 +135,7 @@ class Replayer:
         self._room = 0
         self._outputs = {v.name for v in graph.outputs}
         self.levels = level_values(graph)
-        self._range_loss = RangeLoss(graph, self.oracle, self.known)
+        self.range_loss = RangeLoss(graph, self.oracle, self.known)
         self._departures = None if emulated or quantized[1] is not None else departures(graph, precisions[1], device)
 
     def free_memory(self) -> None:
@@ -335,7 +335,7 @@ class Replayer:
             right = exact[target] if settled is None else settled.to(exact[target].dtype)
             replay.instead = instead(captured[target], right, expected.results[target])
         replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
-        replay.range_loss = self._range_loss(nodes, given, target, sides[1], lambda n: self.claim(1, [n]), test)
+        replay.range_loss = self.range_loss(nodes, given, target, sides[1], lambda n: self.claim(1, [n]), test)
         self._trace_back(replay, exact[target], reference(target), divergence)
         rounding = self.claim(0, nodes).roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
         if self._alike and (replay.excess or 0.0) <= EXCESS:  # what a faithful test rounds, the reference rounds, too
@@ -498,7 +498,7 @@ class Replayer:
         """The replay without the elements that the claimed type cannot hold, where nothing that reads them notices."""
         if tuple(captured.shape) != tuple(exact.shape) or not exact.is_floating_point():
             return replay
-        beyond = self._range_loss.beyond(target, self._hold(captured), exact, claim, test)
+        beyond = self.range_loss.beyond(target, self._hold(captured), exact, claim, test)
         if beyond is None:
             return replay
         in_range = [torch.where(beyond, 0.0, self._hold(t)) for t in (captured, exact, expected.results[target])]
@@ -511,7 +511,7 @@ class Replayer:
         if not instead(captured, exact, exact):
             return False
         captured_tensor = self._hold(captured).to(exact.dtype)
-        return not matters(self.graph, self.oracle, self.known, test, (target, exact, captured_tensor), 0.0)
+        return not self.range_loss.matters(test, (target, exact, captured_tensor), 0.0)
 
     def _divergence(self, given: Mapping[str, AnyTensor], reference: Load) -> float:
         """Relative L2 divergence of a segment's inputs, all of them taken as one vector."""
