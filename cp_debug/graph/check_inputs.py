@@ -52,7 +52,8 @@ def check_inputs(
         if (refused := no_numbers(value)) is not None:
             raise InputError(f"{source}: {refused}")
         if value.dtype is not None and array.dtype != value.dtype:
-            raise InputError(f"{source}: input {value.name!r} is {array.dtype}; {expectation}")
+            how = f"; .astype({value.dtype.name!r}) makes it so" if array.dtype.kind == value.dtype.kind == "f" else ""
+            raise InputError(f"{source}: input {value.name!r} is {array.dtype}; {expectation}{how}")
         if value.shape is None:
             continue
         fixed = (d is None or isinstance(d, str) or d == n for d, n in zip(value.shape, array.shape, strict=False))
