@@ -151,3 +151,27 @@ def test_a_scale_that_clips_inside_a_fused_region_is_read_off_the_files(
     assert (finding.cause, finding.evidence["of"]) == ("int8-clipped", of)
     assert finding.evidence["scale_of"] == ("x_scale1" if of == "data" else "w_scale1")
     assert finding.evidence["error_then"] < 0.5 * finding.evidence["error"]
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_scale_that_clips_one_element_is_no_single_wrong_element(tmp_path: Path, signed: bool) -> None:
+    """In INT16, the rounding of all others is nothing beside it; the range of unsigned levels has two ends."""
+    files = []
+    for quantized in (False, True):
+        net, x = NetBuilder(2), "x"
+        if quantized:
+            zero = np.array(0, np.int16) if signed else np.array(40000, np.uint16)
+            grid = net.weight(np.float32(8e-5), "x_scale"), net.weight(zero)
+            x = net.op("DequantizeLinear", net.op("QuantizeLinear", x, *grid), *grid)
+        net.op("LeakyRelu", x, name="y", alpha=0.1)
+        files.append(net.save(tmp_path / f"{quantized}.onnx", {"x": (1, [2, 16, 32, 32])}, ["y"], opset=21))
+    x = np.clip(np.random.default_rng(0).standard_normal((2, 16, 32, 32)), -1.9, 1.9).astype(np.float32)
+    x[1, 3, 5, 7] = 2.7
+    np.savez(tmp_path / "x.npz", x=x)
+    options = Options(inputs=tmp_path / "x.npz")
+    (finding,) = bisect(str(files[0]), "ort,ort", test_model=files[1], options=options).tests[0].findings
+    ends = "reaches 2.7, and its INT16 scale 8e-05 ends at ±2.621"
+    ends = ends if signed else "reaches -1.9 and 2.7, and its INT16 scale 8e-05 ends at -3.2 and 2.043"
+    assert finding.cause == "int8-clipped"
+    assert finding.says == f"its input {ends}: 0.00305% is clipped"
+    assert f"a scale of {2.7 / 32767 if signed else 4.6 / 65535:.3g} brings the error" in finding.fix

@@ -688,7 +688,7 @@ def test_scales_for_data_50_times_too_large_are_named_where_a_quantizer_replaces
     assert [row.op for row in test.guilty] == ["Relu", "Relu", "Conv"]
     (finding,) = test.findings
     assert finding.cause == "int8-coarse"
-    assert "of its input is 53" in finding.says
+    assert "of its input is 57" in finding.says
 
 
 def test_a_coarse_scale_of_a_result_is_not_told_by_the_one_element_that_it_clips(tmp_path: Path) -> None:

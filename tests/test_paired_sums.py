@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels.paired_sums import PAIRED, lost, with_paired_sums
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.bisect.engine import bisect
+from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import BisectResult
 from cp_debug.graph.graph import Graph
 from cp_debug.reports.environment import int8_sums_saturate
@@ -204,6 +205,22 @@ def test_saturation_is_named_beside_the_float_parent(tmp_path: Path) -> None:
     sound = bisect(str(source), "ort,emu-int8", test_model=target)
     assert sound.agrees
     assert causes(sound) == ["int8"]  # what costs most
+
+
+def test_saturation_is_named_where_one_operator_quantizes_the_layer(tmp_path: Path) -> None:
+    """Beside the float parent, QGemm is what the layer became, and no operator that somebody added."""
+    made = NetBuilder(1)
+    weight = made.weight((made.rng.random((32, 8)) + 0.5).astype(np.float32))
+    made.op("Gemm", "x", weight, made.weight(np.zeros(8, np.float32)), name="y")
+    source, target = made.save(tmp_path / "parent.onnx", {"x": (1, [4, 32])}, ["y"], opset=17), tmp_path / "file.onnx"
+    x = np.random.default_rng(0).random((4, 32)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=x)
+    reader = SimpleNamespace(get_next=iter([{"x": x}, None]).__next__)
+    options = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    quantize_static(source, target, reader, quant_format=QuantFormat.QOperator, **options)
+    backends = [create(BackendSpec.parse("ort")), WithoutVnni()]
+    result = bisect(str(source), backends, test_model=target, options=Options(inputs=tmp_path / "x.npz"))
+    assert causes(result)[0] == "int8-pair-saturation"
 
 
 def test_a_fault_of_its_own_is_not_put_down_to_saturation(tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ def test_weights_in_int8_have_a_scale_for_each_output_channel_of_their_operator(
             0.04,
             0.25,
             "int8-clipped",
-            ("reaches 5.08", "scale 0.01 ends at ±1.27", "25.00% is clipped"),
+            ("reaches 5.08", "scale 0.01 ends at ±1.27", "25% is clipped"),
         ),
         ("rounded", 0.09, 0.04, 0.0, "int8-coarse", ("scale 0.09 of its input is 2.2 times too coarse",)),
         ("rounded", 0.07, 0.04, 0.0, "int8", ("quantized to INT8 with scale 0.07",)),
@@ -319,15 +319,17 @@ def test_weights_in_int8_have_a_scale_for_each_output_channel_of_their_operator(
 def test_a_scale_is_told_beside_the_one_that_is_needed(
     worst: str, step: float, needed: float, clipped: float, name: str, words: tuple[str, ...]
 ) -> None:
-    evidence = {"scale": step, "clipped": clipped, "lost": 0.1}
-    found, says, _ = quantized._of_data(worst, needed, QuantizerGrid.symmetric(step * 127), evidence, "input")
+    evidence = {"scale": step, "needed_scale": needed, "clipped": clipped, "lost": 0.1}
+    data = torch.tensor([-needed * 127, 1.0])
+    found, says, _ = quantized._of_data(worst, data, QuantizerGrid.symmetric(step * 127), evidence, "input")
     assert found == name
     assert all(word in says for word in words), says
 
 
 def test_a_scale_that_makes_most_of_its_input_0_is_too_coarse() -> None:
     grid = QuantizerGrid.symmetric(0.07 * 127)
-    found, says, fix = quantized._of_data("rounded", 0.04, grid, {"scale": 0.07, "clipped": 0.0, "lost": 0.9}, "input")
+    evidence = {"scale": 0.07, "needed_scale": 0.04, "clipped": 0.0, "lost": 0.9}
+    found, says, fix = quantized._of_data("rounded", torch.zeros(1), grid, evidence, "input")
     assert found == "int8-coarse"
     assert "scale 0.07 of its input turns 90% of it into 0" in says
     assert "leave it unquantized" in fix

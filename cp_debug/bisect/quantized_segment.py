@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -66,6 +66,21 @@ class QuantizerGrid:
     def most(self) -> int:
         """Levels on one side of the middle; of FP8 and 4-bit floats the number that INT8 has."""
         return (self.high - self.low) // 2 if self.codec is None and self.high - self.low > LEVELS else LEVELS
+
+    @property
+    def has_middle(self) -> bool:
+        """Whether as many levels lie on one side of 0 as on the other."""
+        return self.codec is not None or abs(float(self.zero.flatten()[0]) - (self.low + self.high) / 2) <= 1
+
+    def fitted(self, tensor: Tensor) -> QuantizerGrid:
+        """The grid, with the one scale and zero point that the elements of ``tensor``, any shape, just need."""
+        low, high = (min(float(tensor.min()), 0.0), max(float(tensor.max()), 0.0)) if tensor.numel() else (0.0, 0.0)
+        low = low if self.range[0] else 0.0  # a grid that begins at 0 is a Relu, too
+        if self.has_middle:
+            return replace(self, scale=torch.tensor(max(-low, high) / self.most, dtype=torch.float64))
+        scale = (high - low) / (self.high - self.low) or 1.0
+        zero = torch.tensor(round(self.low - low / scale), dtype=torch.float64)
+        return replace(self, scale=torch.tensor(scale, dtype=torch.float64), zero=zero)
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of this shape has one scale and one zero point, or one for each channel."""

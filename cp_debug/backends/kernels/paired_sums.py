@@ -123,7 +123,7 @@ def pair_loss(
 PAIRED = replace(INT8, paired_sums=True)
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
 """Products for which ONNX Runtime has integer kernels."""
-_INTEGER = {
+INTEGER_PRODUCTS = {
     *("QLinearConv", "QLinearMatMul", "MatMulInteger"),
     *(
         f"com.microsoft.{op}"
@@ -143,7 +143,7 @@ def with_paired_sums(graph: Graph, nodes: Sequence[Node], *, even: bool = False)
     changed: list[Node] = []
     found = False
     for node in nodes:
-        found = found or node.op in _INTEGER
+        found = found or node.op in INTEGER_PRODUCTS
         loss = _loss(graph, node, even) if node.op in _PRODUCTS else None
         if loss is None:
             changed.append(node)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.backends.executor import Executor
+from cp_debug.backends.kernels.paired_sums import INTEGER_PRODUCTS
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.base import Candidate, Cause
 from cp_debug.bisect.causes.file_scales import wrong_scale
@@ -375,7 +376,7 @@ def _what_is_added(graph: Graph, nodes: Sequence[Node], known: Sequence[Node]) -
     ops = [n.op for n in nodes]
     kinds = set(ops)
     constants = Constants(graph)
-    if not nodes or "Constant" in kinds:
+    if not nodes or "Constant" in kinds or kinds & INTEGER_PRODUCTS:
         return None
     if kinds == {"Cast"}:
         return _casts(graph, nodes)

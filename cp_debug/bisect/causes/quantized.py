@@ -7,7 +7,6 @@ processors without VNNI.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -193,19 +192,19 @@ def declared(segment: Segment) -> Iterator[Candidate]:
         name, says, fix = _of_weight(node, weight, of_weight)
     else:
         x, grid = on_levels[place]
-        step, needed = float(grid.scale.flatten()[0]), float(x.abs().max()) / grid.most
+        fitting = grid.fitted(x)
+        step, needed = (float(g.scale.flatten()[0]) for g in (grid, fitting))
         evidence |= {"scale": step, "needed_scale": needed, "clipped": grid.clipped(x)}
         present = x[x != 0]
         evidence["lost"] = float((present.abs() < step / 2).double().mean()) if present.numel() else 0.0
-        name, says, fix = _of_data(worst, needed, grid, evidence, "result" if place == _RESULT else "input")
-        fitting = replace(grid, scale=grid.scale * (needed / step))
+        name, says, fix = _of_data(worst, x, grid, evidence, "result" if place == _RESULT else "input")
         then, now = (_error(segment, node, {**quantized_inputs, place: g.quantized(x)}) for g in (fitting, grid))
         if grid.scale.numel() == 1 and then < now:
             evidence |= {"error": now, "error_then": then}
             tried = f": a scale of {needed:.3g} brings the error of this layer from {now:.2g} to {then:.2g}"
             fix = fix.replace(" ({calibrate})", f"{tried} ({{calibrate}})")
     if name != "int8" or segment.product is not None:  # that there is a pair is no cause by itself
-        yield Candidate(name, says, value, 0, evidence, fix)
+        yield Candidate(name, says, value, 0, evidence, fix, declared=True)
 
 
 def _data(segment: Segment, node: Node) -> dict[int, tuple[Tensor, QuantizerGrid]]:
@@ -223,13 +222,14 @@ def _data(segment: Segment, node: Node) -> dict[int, tuple[Tensor, QuantizerGrid
 
 
 def _of_data(
-    worst: str, needed: float, grid: QuantizerGrid, evidence: Mapping[str, float], what: str
+    worst: str, x: Tensor, grid: QuantizerGrid, evidence: Mapping[str, float], what: str
 ) -> tuple[str, str, str]:
-    kind, step = "INT16" if grid.most > LEVELS else "INT8", evidence["scale"]
+    kind, step, needed = "INT16" if grid.most > LEVELS else "INT8", evidence["scale"], evidence["needed_scale"]
     if worst == "clipped":
-        ends = f"its {kind} scale {step:.3g} ends at ±{step * grid.most:.4g}"
-        says = f"its {what} reaches {needed * grid.most:.4g}, and {ends}"
-        return "int8-clipped", f"{says}: {evidence['clipped']:.2%} is clipped", _CALIBRATE
+        ends = f"±{step * grid.most:.4g}" if grid.has_middle else " and ".join(f"{end:.4g}" for end in grid.range)
+        reach = f"{float(x.abs().max()):.4g}" if grid.has_middle else f"{float(x.min()):.4g} and {float(x.max()):.4g}"
+        says = f"its {what} reaches {reach}, and its {kind} scale {step:.3g} ends at {ends}"
+        return "int8-clipped", f"{says}: {100 * evidence['clipped']:.3g}% is clipped", _CALIBRATE
     if step > _COARSE * needed:
         says = f"the {kind} scale {step:.3g} of its {what} is {step / needed:.1f} times too coarse"
         return "int8-coarse", says, _CALIBRATE

@@ -197,7 +197,7 @@ def _by_chance(segment: Segment, candidate: Candidate, residual: float) -> bool:
     A hypothesis that has nothing to do with the error comes within the share r of it in n elements with a probability
     of about r^n.
     """
-    if candidate.located or candidate.observed or not segment.introduced:
+    if candidate.located or candidate.observed or candidate.declared or not segment.introduced:
         return False
     free = segment.wrong - candidate.parameters
     if candidate.parameters and free < 1:
