@@ -31,12 +31,18 @@ def node(op: str, *inputs: str) -> Any:
 def test_another_epsilon_is_tried_where_a_number_is_added_before_a_root(
     reader: str, declared: float, told: bool
 ) -> None:
-    segment: Any = SimpleNamespace(graph=SimpleNamespace(consumers={"y": [node(reader, "y")]}))
+    graph, context = (
+        SimpleNamespace(consumers={"y": [node(reader, "y")]}),
+        SimpleNamespace(constants={"eps": torch.ones(1)}),
+    )
+    segment: Any = SimpleNamespace(graph=graph, context=context, edited=lambda node, inputs: inputs[1])
     number = single_numbers._scalar(segment, node("Add", "x", "eps"), 1, declared)
     assert tuple(number.usual) == (EPSILONS if told else ())
-    name, _, evidence, _ = number.tell(1e-3)
-    assert name == ("normalization-eps" if told else "constant-differs")
-    assert evidence["instead_of"] == declared
+    found = number.candidate(1e-3)
+    assert found.cause == ("normalization-eps" if told else "constant-differs")
+    assert found.evidence["instead_of"] == declared
+    assert found.value is not None
+    assert found.value.tolist() == pytest.approx([1e-3])
     other = single_numbers._scalar(segment, node("Mul", "x", "eps"), 1, 1e-5)
     assert not other.usual
 

@@ -20,8 +20,9 @@ class Candidate:
     """Name of the cause: the same for every layer with it, and in the JSON."""
     says: str
     """One line for people."""
-    value: Tensor
-    """Result that the layer would give, of the captured result's shape, float64."""
+    value: Tensor | None
+    """Result that the layer would give, of the captured result's shape, float64; None where it gives no such result,
+    which makes this no candidate."""
     parameters: int = 0
     """Count of numbers fitted to the captured result: of two equal explanations the simpler is preferred."""
     evidence: dict[str, Any] = field(default_factory=dict)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,18 +98,16 @@ def wrong_weights(segment: Segment) -> Iterator[Candidate]:
         if weight.shape[wrong := int(not transposed)] == len(own.mean):
             norms = (item for item in segment.context.batch_norms.items() if _differs(item[1], place))
             for path, norm in [("", own), *islice(norms, MOST_WEIGHTS)]:
-                if (value := result(weight * _along(norm.scale, wrong, weight.dim()), norm, bias)) is not None:
-                    name, says, evidence = "batchnorm-folding", "folded along the input channels of the weight", {}
-                    if path:
-                        says = f"BatchNorm is that of {path}, and scales the input channels of the weight"
-                        name, evidence = PAIRING, {"batchnorm_of": path}
-                    yield Candidate(name, says, value, 0, {**evidence, "axis": wrong}, _FIX)
+                name, says, evidence = "batchnorm-folding", "folded along the input channels of the weight", {}
+                if path:
+                    says = f"BatchNorm is that of {path}, and scales the input channels of the weight"
+                    name, evidence = PAIRING, {"batchnorm_of": path}
+                value = result(weight * _along(norm.scale, wrong, weight.dim()), norm, bias)
+                yield Candidate(name, says, value, 0, {**evidence, "axis": wrong}, _FIX)
         scale = own.scale_of(weight, transposed=transposed)
         for path, other, other_bias in islice(_other_layers(segment, node, tuple(weight.shape)), MOST_WEIGHTS):
-            value = None
             if scale is not None and not torch.equal(other, weight):
                 value = result(other * scale, own, other_bias)
-            if value is not None:
                 says = f"its BatchNorm is folded into the weights of {path}"
                 yield Candidate(PAIRING, says, value, 0, {"weights_of": path}, _FIX)
 
@@ -347,11 +344,13 @@ def epsilon(segment: Segment) -> Iterator[Candidate]:
 
 
 def _epsilon(place: Place, own: BatchNorm, x: Tensor) -> single_numbers.Number:
-    def tell(eps: float) -> tuple[str, str, dict[str, Any], str]:
+    def candidate(eps: float) -> Candidate:
         says, evidence = f"BatchNorm: eps is {eps:.3g} instead of {own.eps:.3g}", {"eps": eps, "instead_of": own.eps}
-        return "normalization-eps", says, evidence, f"BatchNorm2d(…, eps={own.eps:g}) in {{layers}}, and export again"
+        value = place.finish(place.applied(replace(own, eps=eps), x))
+        fix = f"BatchNorm2d(…, eps={own.eps:g}) in {{layers}}, and export again"
+        return Candidate("normalization-eps", says, value, 0, evidence, fix)
 
-    return single_numbers.epsilon(own.eps, lambda eps: place.finish(place.applied(replace(own, eps=eps), x)), tell)
+    return single_numbers.epsilon(own.eps, candidate)
 
 
 @cause(by_node=True)

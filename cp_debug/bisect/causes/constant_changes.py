@@ -131,16 +131,9 @@ def cause_of(change: Change, node: Node, place: int) -> tuple[str, str, dict[str
     return named(said, role_of_constant(node, place), node.op), f"{what} of {node.op}: {change.says}", evidence
 
 
-def tried(segment: Segment, node: Node, place: int, change: Change, fix: str) -> Iterator[Candidate]:
-    """The candidate of a change to one constant of a node; none where it gives no tensor of the captured shape."""
-    yield from tried_together(segment, node, {place: change}, fix)
-
-
-def tried_together(segment: Segment, node: Node, changes: Mapping[int, Change], fix: str) -> Iterator[Candidate]:
-    """The same of changes to several constants, by place: the largest constant names the cause."""
+def tried(segment: Segment, node: Node, changes: Mapping[int, Change], fix: str) -> Candidate:
+    """The candidate of changes to constants of a node, by place: the largest constant names the cause."""
     value = segment.edited(node, inputs={place: change.value for place, change in changes.items()})
-    if value is None:
-        return
     told = {}
     for place, change in changes.items():
         lost = [n for n in segment.nodes if change.degenerate and n.op in PRODUCTS and node.outputs == n.inputs[2:3]]
@@ -148,7 +141,7 @@ def tried_together(segment: Segment, node: Node, changes: Mapping[int, Change], 
     name, _, evidence = told[max(changes, key=lambda place: changes[place].value.numel())]
     says, count = "; ".join(text for _, text, _ in told.values()), sum(c.parameters for c in changes.values())
     empty = min(change.degenerate for change in changes.values())
-    yield Candidate(name, says, value, count, evidence, fix, degenerate=empty)
+    return Candidate(name, says, value, count, evidence, fix, degenerate=empty)
 
 
 def constants_of(segment: Segment, node: Node, fewest: int = 2, *, levels: bool = False) -> dict[int, Tensor]:

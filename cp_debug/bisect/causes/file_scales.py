@@ -50,9 +50,8 @@ def wrong_scale(piece: OtherPiece) -> Candidate | None:
     try:
         # Where nothing is said of clipping, the scale is wrong for all of the numbers.
         tried = sorted((*_of_codes(piece), *_of_grids(piece)), key=lambda each: -each[1].evidence.get("clipped", 1.0))
-        found = [
-            (relative_l2(piece.run({name: wrong.value.to(held)}), segment.exact), wrong) for name, wrong in tried[:MOST]
-        ]
+        values = [(name, wrong.value.to(held), wrong) for name, wrong in tried[:MOST] if wrong.value is not None]
+        found = [(relative_l2(piece.run({name: value}), segment.exact), wrong) for name, value, wrong in values]
         then, worst = min(found, key=lambda pair: pair[0], default=(0.0, None))
         if worst is None or not (now := relative_l2(piece.run(), segment.exact)) > BETTER * then:
             return None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.bisect.causes.base import Candidate, cause
-from cp_debug.bisect.causes.constant_changes import Change, of_slices, others, rearranged, tried, tried_together
+from cp_debug.bisect.causes.constant_changes import Change, of_slices, others, rearranged, tried
 from cp_debug.bisect.causes.linear_parts import FittedConstants, ProductLayout, fit
 from cp_debug.bisect.causes.segment import Segment, l2
 
@@ -53,11 +53,11 @@ def fitted(segment: Segment) -> Iterator[Candidate]:
     changed = [p for p in own if l2(estimate.tensors[p] - own[p]) > DIFFERS * l2(estimate.deviations[p])]
     near = {p: list(_nearest(segment, own[p], estimate, p)) for p in changed}
     for choice in itertools.product(*near.values()) if near and all(near.values()) else ():
-        yield from tried_together(segment, node, dict(zip(near, choice, strict=True)), FIX)
+        yield tried(segment, node, dict(zip(near, choice, strict=True)), FIX)
     for place in changed:  # one of them may be within what the fit of the other leaves open
         if len(changed) > 1:
             for change in near[place]:
-                yield from tried(segment, node, place, change, FIX)
+                yield tried(segment, node, {place: change}, FIX)
     if changed:
         sizes = {p: l2(estimate.tensors[p] - own[p]) / (l2(own[p]) or 1.0) for p in changed}
         names = [node.proto.input[p] for p in changed]
@@ -105,11 +105,11 @@ def single_weights(segment: Segment) -> Iterator[Candidate]:
         count += len(found)
     changed = layout.weight_of(theta)
     places = (changed != weight).nonzero().tolist()
-    if (value := segment.edited(node, inputs={layout.place: changed})) is not None:
-        pairs = ", ".join(f"{p}: {float(weight[tuple(p)]):.6g} → {float(changed[tuple(p)]):.6g}" for p in places)
-        says = f"{count} of {weight.numel()} weights of {node.op} {'differs' if count == 1 else 'differ'}: {pairs}"
-        evidence = {"constant": node.proto.input[layout.place], "elements": places}
-        yield Candidate("other-weights", says, value, 2 * count, evidence, _DAMAGED)
+    value = segment.edited(node, inputs={layout.place: changed})
+    pairs = ", ".join(f"{p}: {float(weight[tuple(p)]):.6g} → {float(changed[tuple(p)]):.6g}" for p in places)
+    says = f"{count} of {weight.numel()} weights of {node.op} {'differs' if count == 1 else 'differ'}: {pairs}"
+    evidence = {"constant": node.proto.input[layout.place], "elements": places}
+    yield Candidate("other-weights", says, value, 2 * count, evidence, _DAMAGED)
 
 
 def _pursued(columns: Tensor, error: Tensor) -> dict[int, float] | None:

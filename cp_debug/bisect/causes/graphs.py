@@ -169,8 +169,7 @@ def _of_constants(piece: OtherPiece) -> Candidate | None:
     if not differences or any(node is not differences[0][0] for node, _ in differences):
         return None
     node, first = differences[0]
-    value = segment.edited(node, inputs=tensors)
-    if value is None:
+    if (value := segment.edited(node, inputs=tensors)) is None:
         return None
     evidence = _read(first) | {"read_off": "the weights of the two graphs"}
     return Candidate(first.cause, _says([d for _, d in differences]), value, 0, evidence, _fix(first))

@@ -200,12 +200,11 @@ def _with_scales(segment: Segment, options: NarrowOptions) -> Iterator[Candidate
         return segment.edited(operands.node, inputs={**others, 0: data})
 
     if segment.strange:
-        value = result(1.0, False) if codec.largest < largest else None
-        if value is not None:
+        if codec.largest < largest:
             figures: dict[str, Any] = {"largest": largest, "ends_at": codec.largest, "scale": 1.0}
             says = f"its data reaches {largest:.4g} and is cast to {codec.name.upper()} without a scale: that ends at "
             says += f"{codec.largest:g}" + (" and has no Inf, so larger values become NaN" if codec is E4M3 else "")
-            yield Candidate("fp8-saturated", says, value, 0, figures, FIXES["fp8-saturated"], heard=True)
+            yield Candidate("fp8-saturated", says, result(1.0, False), 0, figures, FIXES["fp8-saturated"], heard=True)
         return
     scales = _fitted(segment, lambda scale: FixedScaling(options, (scale, None)), operands, others)
     if scales is None:

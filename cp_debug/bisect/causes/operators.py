@@ -58,9 +58,8 @@ def left_out(segment: Segment) -> Iterator[Candidate]:
     """Candidates: the value passes one of the nodes unchanged."""
     for node in segment.nodes:
         for source in node.inputs:
-            constant = segment.context.constants.holds(source)
-            value = None if constant else segment.edited(node, op="Identity", reads=[source])
-            if value is not None:
+            if not segment.context.constants.holds(source):
+                value = segment.edited(node, op="Identity", reads=[source])
                 kind = "activation" if node.op in ACTIVATIONS else "operator"
                 says = f"{node.op} is left out" + (f": {source} passes" if len(node.inputs) > 1 else "")
                 fix, evidence = f"apply {node.op} after {source} before {{layers}} is read", {"node": node.name}
@@ -188,9 +187,8 @@ def padding(segment: Segment) -> Iterator[Candidate]:
             value = _filled(segment, node, pads, mode)
             ways.append((f"pads with {mode} values instead of zeros", {"mode": mode}, value))
         for text, figures, value in ways:
-            if value is not None:
-                says = f"{node.op} {text}"
-                yield Candidate("padding", says, value, 0, figures, f"give the layer its padding explicitly: {says}")
+            says = f"{node.op} {text}"
+            yield Candidate("padding", says, value, 0, figures, f"give the layer its padding explicitly: {says}")
 
 
 def _filled(segment: Segment, node: Node, pads: list[int], mode: str) -> Tensor | None:
@@ -249,10 +247,9 @@ def functions(segment: Segment) -> Iterator[Candidate]:
             changed = function(own)
             if torch.equal(changed, own) or not bool(torch.isfinite(changed).all()):
                 continue
-            if (value := segment.edited(node, inputs={place: changed})) is not None:
-                says = f"{text} is applied to {name} before {node.op} reads it"
-                fix = f"remove the {text} before {{layers}}"
-                yield Candidate("extra-activation", says, value, evidence={"op": text, "operand": name}, fix=fix)
+            says, fix = f"{text} is applied to {name} before {node.op} reads it", f"remove the {text} before {{layers}}"
+            value = segment.edited(node, inputs={place: changed})
+            yield Candidate("extra-activation", says, value, evidence={"op": text, "operand": name}, fix=fix)
 
 
 @cause(costly=True, by_node=True)
@@ -274,30 +271,31 @@ def _numbers(segment: Segment, node: Node, place: int, name: str) -> Iterator[Nu
     def edited(changed: Tensor) -> Tensor | None:
         return segment.edited(node, inputs={place: changed})
 
-    def factor(number: float) -> tuple[str, str, dict[str, Any], str]:
+    def times(number: float) -> Candidate:
         says = f"{name} is multiplied by {number:.6g} before {node.op} reads it"
-        return "scaled", says, {"operand": name, "factor": number}, "compare what {layers} reads in both programs"
+        fix, evidence = "compare what {layers} reads in both programs", {"operand": name, "factor": number}
+        return Candidate("scaled", says, edited(own * number), 0, evidence, fix)
 
-    def bound(number: float) -> tuple[str, str, dict[str, Any], str]:
-        says = f"{name} stops at ±{abs(number):.4g} before {node.op} reads it"
-        return "saturated", says, {"operand": name, "bound": abs(number)}, "remove the bound before {layers}"
+    def within(number: float) -> Candidate:
+        bound = abs(number)
+        says, evidence = f"{name} stops at ±{bound:.4g} before {node.op} reads it", {"operand": name, "bound": bound}
+        value = edited(own.clamp(-bound, bound))
+        return Candidate("saturated", says, value, 0, evidence, "remove the bound before {layers}")
 
     if node.op not in LINEAR:
-        yield Number(1.0, lambda number: edited(own * number), factor)
+        yield Number(1.0, times)
     if largest:
-        bounded = [largest * share for share in BOUNDS]
-        yield Number(largest, lambda number: edited(own.clamp(-abs(number), abs(number))), bound, bounded)
+        yield Number(largest, within, [largest * share for share in BOUNDS])
     yield from _sloped(segment, f"{name} before {node.op} reads it", own, edited)
 
 
 def _sloped(segment: Segment, what: str, own: Tensor, edited: Edited) -> Iterator[Number]:
     for text, function in SLOPED.items():
 
-        def emulate(number: float, function: Callable[[Tensor], Tensor] = function) -> Tensor | None:
-            return edited(function(own * number)) if number else segment.exact
-
-        def tell(number: float, text: str = text) -> tuple[str, str, dict[str, Any], str]:
+        def of_multiple(number: float, text: str = text, function: Callable[[Tensor], Tensor] = function) -> Candidate:
             says = f"{text} of {number:.6g} times the value is applied to {what}"
-            return "extra-activation", says, {"op": text, "factor": number}, f"remove the {text} at {{layers}}"
+            value = edited(function(own * number)) if number else segment.exact
+            fix, evidence = f"remove the {text} at {{layers}}", {"op": text, "factor": number}
+            return Candidate("extra-activation", says, value, 0, evidence, fix)
 
-        yield Number(0.0, emulate, tell, (0.0, *STARTS))
+        yield Number(0.0, of_multiple, (0.0, *STARTS))

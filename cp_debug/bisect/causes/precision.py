@@ -76,9 +76,8 @@ def arithmetic(segment: Segment) -> Iterator[Candidate]:
             and (way is not TF32 or segment.product)
         ):
             yield Candidate(way.name, text, segment.run(way), fix=PROMOTED[way.name])
-            if (value := segment.apart(way)) is not None:
-                evidence = {"computed": "product, bias and BatchNorm one after the other"}
-                yield Candidate(way.name, text, value, 0, evidence, PROMOTED[way.name])
+            evidence = {"computed": "product, bias and BatchNorm one after the other"}
+            yield Candidate(way.name, text, segment.apart(way), 0, evidence, PROMOTED[way.name])
 
 
 @cause(costly=True, approximate=True)

@@ -103,10 +103,9 @@ def saturated_bias(segment: Segment) -> Iterator[Candidate]:
         if stored is None or not channels or len(node.proto.input) < 3:
             continue
         value = segment.edited(node, inputs={2: stored.levels * stored.scale})
-        if value is not None:
-            says = f"the stored bias saturates at INT32's limit in channel{'s' * (len(channels) > 1)} {some(channels)}"
-            fix = "give the weights of these channels of {layers} a larger scale, or keep its bias in FP32"
-            yield Candidate("bias-saturated", says, value, evidence={"channels": channels}, fix=fix)
+        says = f"the stored bias saturates at INT32's limit in channel{'s' * (len(channels) > 1)} {some(channels)}"
+        fix = "give the weights of these channels of {layers} a larger scale, or keep its bias in FP32"
+        yield Candidate("bias-saturated", says, value, evidence={"channels": channels}, fix=fix)
 
 
 @cause(by_node=True, approximate=True)

@@ -148,9 +148,10 @@ def _undeclared(segment: Segment) -> Iterator[Candidate]:
         yield Candidate("fp16-underflow", says, value, evidence={**figures, "of": "result"}, fix=RESCALE, heard=True)
     for node, place, weight in _constants(segment):
         figures, name = half_figures(weight), node.proto.input[place]
-        if figures["vanishes"] == 1 and (v := segment.edited(node, inputs={place: 0 * weight})) is not None:
+        if figures["vanishes"] == 1:
             says = f"FP16 underflow: the constant {name} of {node.op}, up to {figures['largest']:.3g}, is 0 in FP16"
-            yield Candidate("fp16-underflow", says, v, 0, {**figures, "of": name}, RESCALE, heard=True)
+            without = segment.edited(node, inputs={place: 0 * weight})
+            yield Candidate("fp16-underflow", says, without, 0, {**figures, "of": name}, RESCALE, heard=True)
 
 
 @cause(approximate=True)

@@ -86,11 +86,9 @@ def by_schema(segment: Segment) -> Iterator[Candidate]:
             declared = {"dilations": [1] * len(kernel), "strides": [1] * len(kernel), **declared}
         for name, value in declared.items():
             for tried in _values(name, value):
-                if (result := segment.edited(node, **{name: tried})) is not None:
-                    yield _with_attributes(node, {name: tried}, {name: value}, result)
+                yield with_attributes(node, {name: tried}, {name: value}, segment.edited(node, **{name: tried}))
         for tried in RESIZED if node.op == "Resize" else ():
-            if (result := segment.edited(node, **tried)) is not None:
-                yield _with_attributes(node, tried, declared, result)
+            yield with_attributes(node, tried, declared, segment.edited(node, **tried))
         yield from _apart(segment, node, declared)
         yield from _declared_by_inputs(segment, node)
 
@@ -108,8 +106,8 @@ def _apart(segment: Segment, node: Node, own: dict[str, Any]) -> Iterator[Candid
         if not any(more) or min(begins + ends) < 0:
             continue
         other = [apart] * len(kernel)
-        if (value := segment.edited(node, dilations=other, pads=begins + ends)) is not None:
-            yield _with_attributes(node, {"dilations": other}, {"dilations": before}, value)
+        value = segment.edited(node, dilations=other, pads=begins + ends)
+        yield with_attributes(node, {"dilations": other}, {"dilations": before}, value)
 
 
 def _declared_by_inputs(segment: Segment, node: Node) -> Iterator[Candidate]:
@@ -124,8 +122,8 @@ def _declared_by_inputs(segment: Segment, node: Node) -> Iterator[Candidate]:
         others = (own.item() - 1, own.item() + 1) if declared.name == "k" else _values(declared.name, value)
         for other in others:
             replacement = torch.tensor(other, dtype=own.dtype).reshape(own.shape)
-            if (result := segment.edited(node, inputs={place: replacement})) is not None:
-                yield _with_attributes(node, {declared.name: other}, {declared.name: value}, result)
+            result = segment.edited(node, inputs={place: replacement})
+            yield with_attributes(node, {declared.name: other}, {declared.name: value}, result)
 
 
 def _values(name: str, value: Any) -> Iterator[Any]:
@@ -158,16 +156,10 @@ def _values(name: str, value: Any) -> Iterator[Any]:
             yield from ([v] * len(value) for v in (1, 2, 3) if [v] * len(value) != value)
 
 
-def _with_attributes(node: Node, tried: Mapping[str, Any], declared: Mapping[str, Any], result: Tensor) -> Candidate:
-    name, says, evidence, fix = of_attributes(node, tried, declared)
-    return Candidate(name, says, result, 0, evidence, fix)
-
-
-def of_attributes(
-    node: Node, tried: Mapping[str, Any], declared: Mapping[str, Any]
-) -> tuple[str, str, dict[str, Any], str]:
-    """(Cause, in words, evidence, fix) of a node that is computed with the attributes ``tried`` instead of those that
-    are declared."""
+def with_attributes(
+    node: Node, tried: Mapping[str, Any], declared: Mapping[str, Any], result: Tensor | None
+) -> Candidate:
+    """The candidate of a node that gives ``result`` with the attributes ``tried`` instead of the declared ones."""
     evidence: dict[str, Any] = {}
     comparisons = []
     for name, value in tried.items():
@@ -176,7 +168,8 @@ def of_attributes(
         texts = [f"{v:.4g}" if isinstance(own, float) else str(v) for v in (value, own)]
         comparisons.append(f"{called} is {texts[0]} instead of {texts[1]}")
     says = f"{node.op}: {', '.join(comparisons)}"
-    return NAMES.get(next(iter(tried)), "attribute"), says, evidence, f"set it as declared: {says}"
+    cause = NAMES.get(next(iter(tried)), "attribute")
+    return Candidate(cause, says, result, 0, evidence, f"set it as declared: {says}")
 
 
 @cause(costly=True, structural=True, by_node=True)
@@ -184,9 +177,8 @@ def off_by_one(segment: Segment) -> Iterator[Candidate]:
     """Candidates: slices, gathers and paddings that begin one element too early or too late."""
     for node in segment.nodes:
         for inputs, shift in _shifted(segment, node):
-            if (value := segment.edited(node, inputs=inputs)) is not None:
-                says = f"{node.op} is off by one: {shift}"
-                yield Candidate("index-shifted", says, value, 0, {"node": node.name}, "check the indices of {layers}")
+            says, value = f"{node.op} is off by one: {shift}", segment.edited(node, inputs=inputs)
+            yield Candidate("index-shifted", says, value, 0, {"node": node.name}, "check the indices of {layers}")
 
 
 def _shifted(segment: Segment, node: Node) -> Iterator[tuple[dict[int, Tensor], str]]:
@@ -225,10 +217,11 @@ def operand_order(segment: Segment) -> Iterator[Candidate]:
         reads = list(node.proto.input)
         for order in _orders(node, len(reads)):
             moved = [reads[i] for i in order]
-            if moved != reads and (value := segment.edited(node, reads=moved)) is not None:
+            if moved != reads:
                 name = "concat-order" if node.op == "Concat" else "operand-order"
                 says = f"{node.op} reads {', '.join(moved)} in this order instead of {', '.join(reads)}"
-                yield Candidate(name, says, value, 0, {"order": list(order)}, "give {layers} its operands in order")
+                value, evidence = segment.edited(node, reads=moved), {"order": list(order)}
+                yield Candidate(name, says, value, 0, evidence, "give {layers} its operands in order")
 
 
 @cause(by_node=True)
@@ -241,10 +234,9 @@ def operand_twice(segment: Segment) -> Iterator[Candidate]:
             continue
         for place, other in itertools.permutations(computed, 2):
             moved = [reads[other] if i == place else name for i, name in enumerate(reads)]
-            value = segment.edited(node, reads=moved) if moved != reads else None
-            if value is not None and value.shape == segment.test.shape:
+            if moved != reads:
                 says = f"{node.op} reads {reads[other]} in the place of {reads[place]}, too"
-                evidence = {"of": reads[other], "instead_of": reads[place]}
+                value, evidence = segment.edited(node, reads=moved), {"of": reads[other], "instead_of": reads[place]}
                 yield Candidate("another-operand", says, value, 0, evidence, f"feed {{layers}} {reads[place]} again")
 
 
@@ -276,10 +268,10 @@ def another_operand(segment: Segment) -> Iterator[Candidate]:
             loaded = ((other, load()) for other, load in segment.others if other != name)
             alike = ((other, tensor) for other, tensor in loaded if tuple(tensor.shape) == tuple(captured.shape))
             for other, tensor in itertools.islice(alike, MOST_OTHERS):
-                if (value := segment.edited(node, inputs={place: as_double(tensor)})) is not None:
-                    says = f"{node.op} reads {other} instead of {name}: mixed up, or overwritten in place"
-                    evidence = {"of": other, "instead_of": name}
-                    yield Candidate("another-operand", says, value, 0, evidence, f"feed {{layers}} {name} unchanged")
+                says = f"{node.op} reads {other} instead of {name}: mixed up, or overwritten in place"
+                value = segment.edited(node, inputs={place: as_double(tensor)})
+                evidence = {"of": other, "instead_of": name}
+                yield Candidate("another-operand", says, value, 0, evidence, f"feed {{layers}} {name} unchanged")
 
 
 @cause(costly=True, structural=True, by_node=True)
@@ -295,9 +287,9 @@ def gate_order(segment: Segment) -> Iterator[Candidate]:
             if list(order) == list(range(gates)) or (len(places) < len(weights) and exchanges(order)[1] > 2):
                 continue
             moved = {place: torch.from_numpy(regated(weights[place].numpy(), order)) for place in places}
-            if (value := segment.edited(node, inputs=moved)) is not None:
-                says = f"the gates of {node.op} are in the order {list(order)}{whose}"
-                yield Candidate("gate-order", says, value, 0, {"order": list(order)}, "reorder the gates of {layers}")
+            says = f"the gates of {node.op} are in the order {list(order)}{whose}"
+            value = segment.edited(node, inputs=moved)
+            yield Candidate("gate-order", says, value, 0, {"order": list(order)}, "reorder the gates of {layers}")
 
 
 @cause(costly=True, structural=True, by_node=True)
@@ -306,10 +298,14 @@ def another_operator(segment: Segment) -> Iterator[Candidate]:
     for node in segment.nodes:
         family = dict.fromkeys(op for f in EXCHANGED if node.op in f for op in f)
         declared = {a.name: helper.get_attribute_value(a) for a in node.proto.attribute}
-        for op in family:
-            attributes = {} if op in EXCHANGED[0] else declared
-            reads = node.proto.input[:1] if node.op == "PRelu" else None
-            if op != node.op and (value := segment.edited(node, op=op, reads=reads, **attributes)) is not None:
-                says = f"{node.op} is computed as {op}"
-                fix = f"compare both programs at {{layers}}: {says}"
-                yield Candidate("other-operator", says, value, 0, {"op": node.op, "test_op": op}, fix)
+        reads = node.proto.input[:1] if node.op == "PRelu" else None
+        for op in (op for op in family if op != node.op):
+            value = segment.edited(node, op=op, reads=reads, **({} if op in EXCHANGED[0] else declared))
+            yield computed_as(node, op, value)
+
+
+def computed_as(node: Node, op: str, value: Tensor | None, **attributes: float) -> Candidate:
+    """The candidate of a node that is computed as the operator ``op``, with these ``attributes``."""
+    says = f"{node.op} is computed as {op}" + "".join(f" with {name} = {v:.4g}" for name, v in attributes.items())
+    evidence = {"op": node.op, "test_op": op, **attributes}
+    return Candidate("other-operator", says, value, 0, evidence, f"compare both programs at {{layers}}: {says}")

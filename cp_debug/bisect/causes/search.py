@@ -165,7 +165,7 @@ def _explanation(chosen: _Tried, second: _Tried | None, equals: tuple[Candidate,
 
 
 def _try(segment: Segment, family: Cause) -> list[_Tried]:
-    judged = [_judged(segment, candidate, family) for candidate in family(segment)]
+    judged = [tried for each in family(segment) if (tried := _judged(segment, each, family)) is not None]
     for tried in judged:
         tried.alternatives = len(judged)
     return judged
@@ -174,11 +174,13 @@ def _try(segment: Segment, family: Cause) -> list[_Tried]:
 def accepted(segment: Segment, candidate: Candidate) -> Explanation | None:
     """The explanation of a layer by one candidate that is known beforehand; None where it does not reproduce it."""
     judged = _judged(segment, candidate, None)
-    return _explanation(judged, None) if judged.accepted else None
+    return _explanation(judged, None) if judged is not None and judged.accepted else None
 
 
-def _judged(segment: Segment, candidate: Candidate, family: Cause | None) -> _Tried:
-    """``family`` None: the candidate was read off, and is the only one."""
+def _judged(segment: Segment, candidate: Candidate, family: Cause | None) -> _Tried | None:
+    """``family`` None: the candidate was read off, and is the only one. None for what is no candidate."""
+    if candidate.value is None:
+        return None
     explained, residual = segment.explained(segment.held(candidate.value))
     candidate.value = segment.exact  # free the large tensor; the figures are kept
     segment.context.trimmer.freed(segment.exact.nbytes)

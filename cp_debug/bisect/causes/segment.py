@@ -410,14 +410,16 @@ class Segment:
         enough for the exact result (else clipping is a cause of its own). Shape and dtype stay."""
         return value if self._range is None else value.clamp(*self._range)
 
-    def explained(self, value: Tensor) -> tuple[float, float]:
+    def explained(self, value: Tensor | None) -> tuple[float, float]:
         """(Share of the introduced error that ``value`` explains, L2 norm of the error that it leaves).
 
-        The share is 1 − ‖test − value‖ ÷ ‖test − exact‖ over the finite elements; −∞ where ``value`` is not finite.
-        Where NaN or Inf arise, the share is that of the places where ``value`` has the same ones, among the places
-        where either has one; 0 where right numbers would become others, by more than the claimed rounding. ``value`` is
-        float64 in the result's shape.
+        The share is 1 − ‖test − value‖ ÷ ‖test − exact‖ over the finite elements; −∞ where ``value`` is not finite, or
+        None. Where NaN or Inf arise, the share is that of the places where ``value`` has the same ones, among the
+        places where either has one; 0 where right numbers would become others, by more than the claimed rounding.
+        ``value`` is float64 in the result's shape.
         """
+        if value is None:
+            return -math.inf, math.inf
         if self.strange:
             either = self.new_nonfinite | (~torch.isfinite(value) & torch.isfinite(self.exact))
             right = torch.isclose(self.test, self.exact, rtol=SAME_NUMBER, atol=0)

@@ -1,6 +1,6 @@
 """Another number in a layer: an attribute, a scalar constant, a factor on a constant, a bound of one.
 
-Each is a ``Number``: what the layer gives with it, and what is told of it. The usual values of a number are tried as
+Each is a ``Number``: the candidate of the layer with it. The usual values of a number are tried as
 they are, without a fit; any other is found by search.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.batchnorm_parameters import EPSILONS
 from cp_debug.bisect.causes.constant_changes import constants_of
-from cp_debug.bisect.causes.schema import EXCHANGED, of_attributes
+from cp_debug.bisect.causes.schema import EXCHANGED, computed_as, with_attributes
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS, QUANTIZERS, RECURRENT
@@ -55,10 +55,8 @@ TENDS = 0.6
 """the cosine between the error and what a small change of the number does."""
 _GOLDEN = (5**0.5 - 1) / 2
 
-Emulate = Callable[[float], Tensor | None]
-"""The layer's result with the number."""
-Tell = Callable[[float], tuple[str, str, dict[str, Any], str]]
-"""(Cause, in words, evidence, fix) of the number."""
+With = Callable[[float], Candidate]
+"""The layer with the number."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,7 @@ class Number:
 
     own: float
     """The declared one; NaN where there is none."""
-    emulate: Emulate
-    tell: Tell
+    candidate: With
     starts: Sequence[float] = ()
     """Numbers that a search tries first, in ascending order; without them, multiples of the declared one."""
     usual: Sequence[float] = ()
@@ -100,22 +97,21 @@ def with_usual(numbers: Iterable[Number]) -> Iterator[Candidate]:
     """The candidates of numbers with their usual values, none of them fitted."""
     for number in numbers:
         for other in number.usual:  # which files hold in float32
-            if not math.isclose(other, number.own, rel_tol=1e-6) and (value := number.emulate(other)) is not None:
-                name, says, evidence, fix = number.tell(other)
-                yield Candidate(name, says, value, 0, evidence, fix)
+            if not math.isclose(other, number.own, rel_tol=1e-6):
+                yield number.candidate(other)
 
 
 def by_search(segment: Segment, numbers: Iterable[Number]) -> Iterator[Candidate]:
     """The candidates of numbers that are searched for, each one fitted number."""
     for number in numbers:
-        if (fit := search(segment, number.own, number.emulate, number.starts)) is not None:
-            name, says, evidence, fix = number.tell(fit[0])
-            yield Candidate(name, says, fit[1], 1, evidence, fix)
+        if (found := _searched(segment, number)) is not None:
+            found.parameters = 1
+            yield found
 
 
-def epsilon(own: float, emulate: Emulate, tell: Tell) -> Number:
+def epsilon(own: float, candidate: With) -> Number:
     """The number ε of a normalization."""
-    return Number(own, emulate, tell, sorted({own, *EPSILONS, 0.1, 1.0}), EPSILONS)
+    return Number(own, candidate, sorted({own, *EPSILONS, 0.1, 1.0}), EPSILONS)
 
 
 def _attributes(segment: Segment, node: Node) -> Iterator[Number]:
@@ -125,17 +121,14 @@ def _attributes(segment: Segment, node: Node) -> Iterator[Number]:
 
 
 def _attribute(segment: Segment, node: Node, name: str, own: float) -> Number:
-    def emulate(number: float) -> Tensor | None:
+    def candidate(number: float) -> Candidate:
         other: dict[str, Any] = {name: number}
-        return segment.edited(node, **other)
-
-    def tell(number: float) -> tuple[str, str, dict[str, Any], str]:
-        return of_attributes(node, {name: number}, {name: own})
+        return with_attributes(node, other, {name: own}, segment.edited(node, **other))
 
     if name == "epsilon":
-        return epsilon(own, emulate, tell)
+        return epsilon(own, candidate)
     others = dict.fromkeys((*USUAL.get(name, ()), 0.0, 1.0, 2 * own, own / 2, -own))
-    return Number(own, emulate, tell, usual=[v for v in others if abs(v - own) > 1e-6])
+    return Number(own, candidate, usual=[v for v in others if abs(v - own) > 1e-6])
 
 
 def _constants(segment: Segment, node: Node) -> Iterator[Number]:
@@ -153,24 +146,25 @@ def _constants(segment: Segment, node: Node) -> Iterator[Number]:
 def _scalar(segment: Segment, node: Node, place: int, own: float) -> Number:
     name, argument = node.proto.input[place], argument_of(node, place)
 
-    def emulate(number: float) -> Tensor | None:
+    def emulated(number: float) -> Tensor | None:
         return segment.edited(node, inputs={place: torch.full_like(segment.context.constants[name], number)})
 
-    def tell(number: float) -> tuple[str, str, dict[str, Any], str]:
+    def candidate(number: float) -> Candidate:
         called = "int8-scale" if node.op in QUANTIZERS else "constant-differs"
         what = f"the constant {name} of {node.op}" if argument is None else f"{node.op}: {argument}"
         says = f"{what} is {number:.4g} instead of {own:.4g}"
         evidence = {"constant": name, "value": number, "instead_of": own}
-        return called if argument is None else "attribute", says, evidence, "compare the constants of {layers}"
+        called = called if argument is None else "attribute"
+        return Candidate(called, says, emulated(number), 0, evidence, "compare the constants of {layers}")
 
-    def of_root(number: float) -> tuple[str, str, dict[str, Any], str]:
+    def of_root(number: float) -> Candidate:
         says, evidence = f"eps is {number:.3g} instead of {own:.3g}", {"eps": number, "instead_of": own}
-        return "normalization-eps", says, evidence, "set eps in {layers} as declared"
+        fix = "set eps in {layers} as declared"
+        return Candidate("normalization-eps", says, emulated(number), 0, evidence, fix)
 
     readers = segment.graph.consumers.get(node.outputs[0], []) if node.op == "Add" else []
-    if 0 < own <= max(EPSILONS) and any(reader.op in ROOTS for reader in readers):
-        return epsilon(own, emulate, of_root)
-    return Number(own, emulate, tell)
+    is_epsilon = 0 < own <= max(EPSILONS) and any(reader.op in ROOTS for reader in readers)
+    return epsilon(own, of_root) if is_epsilon else Number(own, candidate)
 
 
 def _factor(segment: Segment, node: Node, weights: Mapping[int, Tensor]) -> Number:
@@ -179,11 +173,12 @@ def _factor(segment: Segment, node: Node, weights: Mapping[int, Tensor]) -> Numb
     if node.op in RECURRENT:
         called = "bias-scaled" if [*weights] == [3] else "weights-scaled" if min(weights) < 3 else called
 
-    def tell(number: float) -> tuple[str, str, dict[str, Any], str]:
-        says = f"{' and '.join(names)} of {node.op} × {number:.6g}"
-        return called, says, {"constants": names, "factor": number}, "compare the weights of {layers} in both programs"
+    def candidate(number: float) -> Candidate:
+        says, evidence = f"{' and '.join(names)} of {node.op} × {number:.6g}", {"constants": names, "factor": number}
+        value = segment.edited(node, inputs={place: weight * number for place, weight in weights.items()})
+        return Candidate(called, says, value, 0, evidence, "compare the weights of {layers} in both programs")
 
-    return Number(1.0, lambda n: segment.edited(node, inputs={p: w * n for p, w in weights.items()}), tell)
+    return Number(1.0, candidate)
 
 
 def _cuts(segment: Segment, node: Node, place: int, weight: Tensor) -> Iterator[Number]:
@@ -191,63 +186,49 @@ def _cuts(segment: Segment, node: Node, place: int, weight: Tensor) -> Iterator[
     ranked, fix = weight.abs().flatten().sort().values, "export the weights of {layers} again"
     largest, name = float(ranked[-1]), node.proto.input[place]
 
-    def pruned(share: float) -> Tensor | None:
-        if not 0 <= (first := round(share * len(ranked))) < len(ranked):
-            return None
-        return segment.edited(node, inputs={place: torch.where(weight.abs() < ranked[first], 0.0, weight)})
+    def pruned(share: float) -> Candidate:
+        says, value = f"the smallest {share:.3g} of the weights of {node.op} are zero", None
+        if 0 <= (first := round(share * len(ranked))) < len(ranked):
+            value = segment.edited(node, inputs={place: torch.where(weight.abs() < ranked[first], 0.0, weight)})
+        return Candidate("weights-pruned", says, value, 0, {"constant": name, "share": share}, fix)
 
-    def clipped(share: float) -> Tensor | None:
-        bound = share * largest
-        return segment.edited(node, inputs={place: weight.clamp(-bound, bound)}) if share > 0 else None
+    def clipped(share: float) -> Candidate:
+        says, bound = f"the weights of {node.op} are clipped at ±{share * largest:.4g}", share * largest
+        value = segment.edited(node, inputs={place: weight.clamp(-bound, bound)}) if share > 0 else None
+        return Candidate("weights-clipped", says, value, 0, {"constant": name, "share": share}, fix)
 
-    def of_zeros(share: float) -> tuple[str, str, dict[str, Any], str]:
-        says = f"the smallest {share:.3g} of the weights of {node.op} are zero"
-        return "weights-pruned", says, {"constant": name, "share": share}, fix
-
-    def of_ends(share: float) -> tuple[str, str, dict[str, Any], str]:
-        says = f"the weights of {node.op} are clipped at ±{share * largest:.4g}"
-        return "weights-clipped", says, {"constant": name, "share": share}, fix
-
-    yield Number(0.0, pruned, of_zeros, SHARES)
-    yield Number(1.0, clipped, of_ends, BOUNDS)
+    yield Number(0.0, pruned, SHARES)
+    yield Number(1.0, clipped, BOUNDS)
 
 
 def _slopes(segment: Segment, node: Node) -> Iterator[Number]:
     """The slope of another activation, none of the usual ones."""
-    for op in SLOPED if node.op in EXCHANGED[0] else ():
-        if op != node.op:
-            yield _slope(segment, node, op)
+    for op in (op for op in SLOPED if op != node.op) if node.op in EXCHANGED[0] else ():
+
+        def candidate(alpha: float, op: str = op) -> Candidate:
+            value = segment.edited(node, op=op, reads=node.proto.input[:1], alpha=alpha)
+            return computed_as(node, op, value, alpha=alpha)
+
+        yield Number(0.0 if node.op == "Relu" else math.nan, candidate, USUAL["alpha"])
 
 
-def _slope(segment: Segment, node: Node, op: str) -> Number:
-    def tell(number: float) -> tuple[str, str, dict[str, Any], str]:
-        says = f"{node.op} is computed as {op} with alpha = {number:.4g}"
-        evidence = {"op": node.op, "test_op": op, "alpha": number}
-        return "other-operator", says, evidence, f"compare both programs at {{layers}}: {says}"
+def _searched(segment: Segment, number: Number) -> Candidate | None:
+    """The candidate of the number that leaves least; None where none is better than the declared one."""
 
-    reads, own = node.proto.input[:1], 0.0 if node.op == "Relu" else math.nan
-    return Number(own, lambda n: segment.edited(node, op=op, reads=reads, alpha=n), tell, USUAL["alpha"])
-
-
-def search(segment: Segment, own: float, emulate: Emulate, starts: Sequence[float] = ()) -> tuple[float, Tensor] | None:
-    """The number that leaves least, and the result with it, of the captured shape; None where none is better than the
-    declared one, ``own``. ``starts``: numbers that are tried first, in ascending order, ``own`` among them; without
-    them, multiples of it."""
-
-    def left(number: float) -> float:
-        value = emulate(number)
-        return float("inf") if value is None else segment.explained(value)[1]
+    def left(tried: float) -> float:
+        return segment.explained(number.candidate(tried).value)[1]
 
     if segment.strange:
         return None
-    starts = starts or (sorted(own * f for f in FACTORS) if own else SUMMANDS)
+    own = number.own
+    starts = number.starts or (sorted(own * f for f in FACTORS) if own else SUMMANDS)
     figures = [segment.introduced if s == own else left(s) for s in starts]
     best = min(range(len(starts)), key=figures.__getitem__)
-    if figures[best] > PROMISING * segment.introduced and not _tends(segment, own, emulate):
+    if figures[best] > PROMISING * segment.introduced and not _tends(segment, number):
         return None
     low, high = starts[max(best - 1, 0)], starts[min(best + 1, len(starts) - 1)]
     inner = [high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)]
-    heights = [left(number) for number in inner]
+    heights = [left(tried) for tried in inner]
     for _ in range(STEPS):
         if heights[0] <= heights[1]:
             high, inner[1], heights[1] = inner[1], inner[0], heights[0]
@@ -257,33 +238,31 @@ def search(segment: Segment, own: float, emulate: Emulate, starts: Sequence[floa
             low, inner[0], heights[0] = inner[0], inner[1], heights[1]
             inner[1] = low + _GOLDEN * (high - low)
             heights[1] = left(inner[1])
-    number = min((starts[best], figures[best]), *zip(inner, heights, strict=True), key=lambda pair: pair[1])[0]
-    value = emulate(number) if number != own else None
-    return None if value is None else _refined(segment, number, value, emulate)
+    nearest = min((starts[best], figures[best]), *zip(inner, heights, strict=True), key=lambda pair: pair[1])[0]
+    return _refined(segment, nearest, number.candidate) if nearest != own else None
 
 
-def _refined(segment: Segment, number: float, value: Tensor, emulate: Emulate) -> tuple[float, Tensor]:
+def _refined(segment: Segment, number: float, candidate: With) -> Candidate:
     """Gauss–Newton steps from where the search ended: the number that a smooth result tells, to all its digits."""
-    left = segment.explained(value)[1]
+    found = candidate(number)
     for _ in range(NEWTON):
         step = 1e-4 * (abs(number) or 1.0)
-        beside = emulate(number + step)
-        if beside is None:
+        beside = candidate(number + step).value
+        if beside is None or found.value is None:
             break
-        slope = torch.where(segment.finite, beside - value, 0.0) / step
+        slope = torch.where(segment.finite, beside - found.value, 0.0) / step
         norm = float(slope.square().sum())
         if not math.isfinite(norm) or not norm:
             break
-        further = number + float((slope * torch.where(segment.finite, segment.test - value, 0.0)).sum()) / norm
-        result = emulate(further)
-        remains = math.inf if result is None else segment.explained(result)[1]
-        if result is None or not remains < left:
+        number += float((slope * torch.where(segment.finite, segment.test - found.value, 0.0)).sum()) / norm
+        further = candidate(number)
+        if not segment.explained(further.value)[1] < segment.explained(found.value)[1]:
             break
-        number, value, left = further, result, remains
-    return number, value
+        found = further
+    return found
 
 
-def _tends(segment: Segment, own: float, emulate: Emulate) -> bool:
+def _tends(segment: Segment, number: Number) -> bool:
     """Whether a small change of the number moves the result where the error lies, or away from it."""
-    moved = emulate(own * (1 + 1e-3) if own else 1e-3)
+    moved = number.candidate(number.own * (1 + 1e-3) if number.own else 1e-3).value
     return moved is not None and abs(segment.towards(moved)) > TENDS

@@ -17,7 +17,7 @@ from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.constant_changes import Change, constants_of, of_forms, others, rearranged, tried
 from cp_debug.bisect.causes.linear_parts import fit
 from cp_debug.bisect.causes.segment import Segment, l2
-from cp_debug.bisect.causes.single_numbers import search
+from cp_debug.bisect.causes.single_numbers import Number, by_search
 from cp_debug.graph.graph import Node
 from cp_debug.programs.tensor_change import interleaved_forms, stored_forms
 
@@ -53,8 +53,7 @@ def as_a_whole(segment: Segment) -> Iterator[Candidate]:
         for place, own in constants_of(segment, node).items():
             if told is not None and place in told.tensors:
                 continue
-            for change in rearranged(own):
-                yield from tried(segment, node, place, change, FIX)
+            yield from (tried(segment, node, {place: change}, FIX) for change in rearranged(own))
 
 
 @cause(costly=True, by_node=True)
@@ -65,16 +64,14 @@ def otherwise(segment: Segment) -> Iterator[Candidate]:
     for node in segment.nodes:
         for place, own in constants_of(segment, node, FEWEST).items():
             if own.numel() >= FEWEST_DEALT and MOVES * segment.introduced >= size:
-                for change in of_forms(own, interleaved_forms):
-                    yield from tried(segment, node, place, change, FIX)
+                yield from (tried(segment, node, {place: c}, FIX) for c in of_forms(own, interleaved_forms))
         for place, own in constants_of(segment, node, FEWEST, levels=True).items() if node.op != "Gather" else ():
-            for change in others(segment, node, place):
-                yield from tried(segment, node, place, change, FIX)
+            yield from (tried(segment, node, {place: change}, FIX) for change in others(segment, node, place))
             for change in of_forms(own, stored_forms):
                 moved = l2(change.value - own) / (l2(own) or 1.0) * size
                 far = not segment.introduced / WITHIN < moved < segment.introduced * WITHIN
                 if change.kind != "coarse" or not (far or segment.strange or own.numel() < FEWEST_COARSE):
-                    yield from tried(segment, node, place, change, _KEEP)
+                    yield tried(segment, node, {place: change}, _KEEP)
 
 
 @cause(costly=True, by_node=True)
@@ -119,21 +116,18 @@ def _of_axis(segment: Segment, node: Node, place: int, own: Tensor, axis: int) -
     suspects = sorted(among, key=scores.__getitem__, reverse=True)[:SUSPECTS]
     best = suspects[0]
 
-    def times(number: float) -> Tensor:
-        return own * torch.ones_like(own).index_fill(axis, torch.tensor([best]), number)
+    def times(number: float) -> Candidate:
+        kind, says = ("channels-scaled", f"× {number:.6g}") if number else ("channels-zero", "is zero")
+        value = own * torch.ones_like(own).index_fill(axis, torch.tensor([best]), number)
+        change = Change(kind, f"slice {best} of axis {axis} {says}", value, 1, {"axis": axis, "channels": [best]})
+        return tried(segment, node, {place: change}, FIX)
 
-    of_best = {"axis": axis, "channels": [best]}
-    zero = Change("channels-zero", f"slice {best} of axis {axis} is zero", times(0.0), 1, of_best)
-    yield from tried(segment, node, place, zero, FIX)
+    yield times(0.0)
     if scores[best] > TENDS:
-        best_factor = search(segment, 1.0, lambda number: segment.edited(node, inputs={place: times(number)}))
-        if best_factor is not None:
-            says = f"slice {best} of axis {axis} × {best_factor[0]:.6g}"
-            scaled = Change("channels-scaled", says, times(best_factor[0]), 1, of_best)
-            yield from tried(segment, node, place, scaled, FIX)
+        yield from by_search(segment, [Number(1.0, times)])
     for i, j in itertools.combinations(sorted(suspects), 2):
         order = torch.arange(count)
         order[[i, j]] = order[[j, i]]
         says = f"slices {i} and {j} of axis {axis} are exchanged"
         exchanged = Change("permuted", says, own.index_select(axis, order), 2, {"axis": axis, "channels": [i, j]})
-        yield from tried(segment, node, place, exchanged, FIX)
+        yield tried(segment, node, {place: exchanged}, FIX)
