@@ -12,13 +12,12 @@ import onnx
 import onnxruntime
 import pytest
 from nets import NetBuilder
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
-from cp_debug.bisect.causes import graphs
 from cp_debug.bisect.causes.graphs import GraphReader
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.finding import Finding
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.graph import Graph
 from cp_debug.programs.node_differences import Pieces
 
 Edit = Callable[[onnx.GraphProto], None]
@@ -421,47 +420,26 @@ def test_an_operator_that_others_compute_to_another_result_is_another_operator(t
 
 
 @pytest.mark.parametrize(
-    ("op", "constant", "name"),
+    ("value", "op", "constants", "cause", "says"),
     [
-        ("Add", 2.0, "shifted"),
-        ("Mul", 2.0, "scaled"),
-        ("Add", [1.0, 2.0], "channels-shifted"),
-        ("Mul", [1.0, 2.0], "channels-scaled"),
-        ("Mul", [1.0, 1.0, 0.0, 0.0], "truncated"),
-        ("Mul", [1.0, 0.0, 1.0, 0.0], "channels-zeroed"),
-        ("Mul", [[1.0, 3.0], [1.0, 1.0]], "isolated"),
-        ("Add", [[0.0, 3.0], [0.0, 0.0]], "isolated"),
-        ("Add", [[1.0, 3.0], [1.0, 1.0]], None),
-        ("Add", [1.0, float("inf")], None),
+        ("elu", "Mul", [np.arange(12) < 9], "truncated", "axis 3 is truncated after 9 of 12"),
+        ("elu", "Mul", [np.arange(12) % 3 > 0], "channels-zeroed", "4 of 12"),
+        ("elu", "Add", [0.2 * (np.arange(12) > 9)], "channels-shifted", "2 of 12"),
+        ("elu", "Add", [0.5 * (np.arange(2304) == 7).reshape(1, 16, 12, 12)], "isolated", ""),
+        ("other", "Clip", [-0.1, 0.9], "saturated", "0.9"),
+        ("other", "Max", [0.0], "extra-activation", "Relu"),
+        ("other", "Softsign", [], "extra-activation", ""),
+        ("elu", "Add", [np.random.default_rng(0).standard_normal((12, 12))], "unknown", "Add is added"),
     ],
 )
-def test_what_an_added_node_does(op: str, constant: Any, name: str | None) -> None:
-    constants: Any = {"c": np.array(constant, np.float32)}
-    node = Node.of(0, helper.make_node(op, ["x", "c"], ["y"], "added"))
-    found = graphs._arithmetic([node], constants)
-    assert (found and found[0]) == name
-    if name in ("truncated", "channels-zeroed"):
-        assert found is not None
-        assert ("all after the first 2 of 4" if name == "truncated" else "2 of 4 slices 0") in found[1]
-
-
-def test_several_added_nodes_and_bounds() -> None:
-    constants: Any = {"a": np.float32([2.0]), "b": np.float32([3.0]), "zero": np.float32(0), "six": np.float32(6)}
-    scale = Node.of(0, helper.make_node("Mul", ["x", "a"], ["m"], "times"))
-    shift = Node.of(1, helper.make_node("Add", ["m", "b"], ["y"], "plus"))
-    assert graphs._arithmetic([scale, shift], constants) == ("affine", "Mul and Add are added: times")
-    assert graphs._arithmetic([Node.of(0, helper.make_node("Add", ["x", "y"], ["z"], "n"))], constants) == (
-        "extra-operator",
-        "Add is added: n",
-    )
-
-    def bounds(op: str, *names: str, **attributes: float) -> tuple[str, str]:
-        return graphs._bounds(Node.of(0, helper.make_node(op, ["x", *names], ["y"], "n", **attributes)), constants)
-
-    assert bounds("Max", "zero") == ("extra-activation", "Max at 0 is added: n")
-    assert bounds("Clip") == ("extra-operator", "Clip is added: n")
-    assert bounds("Clip", "zero", "six") == ("saturated", "a Clip is added that stops at 0, 6: n")
-    assert bounds("Clip", max=6.0)[1] == "a Clip is added that stops at 6: n"
+def test_what_an_added_node_does_has_the_name_that_the_values_give_it(
+    net: Path, tmp_path: Path, value: str, op: str, constants: list[Any], cause: str, says: str
+) -> None:
+    """A dense tensor that is added may be anything: it is told, and not called a cause."""
+    found = explained(net, tmp_path, behind(value, op, *(np.float32(each) for each in constants)), value)
+    assert found.cause == cause
+    assert f"{op} is added" in found.says
+    assert says in found.says
 
 
 @pytest.mark.parametrize(("low", "high", "telling"), [(-1e4, 0.2, "max"), (-0.2, 1e4, "min")])

@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor
 
@@ -22,10 +21,10 @@ from cp_debug.bisect.causes.search import Explanation, accepted, explain
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.errors import InputError
 from cp_debug.graph.constants import Constants
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import QUANTIZERS, VIEWS
 from cp_debug.probes.held import CapturedRun
-from cp_debug.programs.node_differences import ACTIVATIONS, NodeDifference, attributes
+from cp_debug.programs.node_differences import ACTIVATIONS, NodeDifference
 
 FOLDED = {"channels-scaled", "other-weights", "weights-scaled", "bias-scaled"}
 """Causes that a weight comparison finds when another BatchNorm was folded into the weights."""
@@ -33,9 +32,8 @@ _OF_NORMS = ("batchnorm", "normalization")
 """Beginnings of the names of causes about a BatchNormalization."""
 _OF_WEIGHTS = ("int8-axis", "int8-per-tensor", "int8-weights")
 """Causes about the scales of weights that tell more than that one of them clips."""
-_AFFINE = {"scaled", "shifted", "affine"}
-AFFINE = 1e-3
-"""Share of a change that a factor and a summand may leave, if they are to be called its cause."""
+FEW = 3
+"""Elements of a constant that are no dense tensor."""
 HARMLESS = 1e-3
 """Part of what the test has changed up to which a difference by itself changes nothing."""
 SHOWN = 3
@@ -175,25 +173,34 @@ def _of_constants(piece: OtherPiece) -> Candidate | None:
     return Candidate(first.cause, _says([d for _, d in differences]), value, 0, evidence, _fix(first))
 
 
-def added(piece: OtherPiece, additions: Sequence[NodeDifference]) -> Candidate | None:
-    """The candidate of nodes that only the test has, where they are all that differs and what they do has a name."""
+def added(
+    piece: OtherPiece, additions: Sequence[NodeDifference], by_values: Callable[[], tuple[Explanation, Cause | None]]
+) -> Candidate | None:
+    """The candidate of nodes that only the test has, where they are all that differs: what they do has the name that
+    the layer's values alone give it. None without a name, where they read a dense constant: that may be anything."""
     if not additions or not all(d.added for d in additions):
         return None
-    segment, pieces = piece.segment, piece.matched
-    named = _what_is_added(piece.other.graph, pieces.added, pieces.common)
-    if named is None or (value := piece.result) is None:
+    segment, nodes, theirs = piece.segment, piece.matched.added, piece.other.constants
+    ops = [node.op for node in nodes]
+    if {"Constant", *INTEGER_PRODUCTS} & {*ops} or {*ops} <= VIEWS or (value := piece.result) is None:
         return None
     if segment.strange and not torch.equal(torch.isfinite(value), torch.isfinite(segment.test)):
         return None
-    name, says = named
-    if name in _AFFINE and not any(n is piece.nodes[-1] for n in pieces.added) and not _is_affine(value, segment.exact):
-        name = "extra-operator"  # in front of something that is not linear
-    if name.startswith("channels-") and segment.test.numel() == segment.test.shape[segment.axis]:
-        if int((value - segment.exact).abs().gt(segment.expected).sum()) > FEW:
-            return None  # a number for each element is no pattern
-        name = "isolated"
-    if name == "int8" and not segment.strange:  # what a sound scale makes of it is expected: the pair is no cause
-        return None
+    name, says = "extra-operator", f"{', '.join(ops)} {'is' if len(ops) == 1 else 'are'} added: {nodes[0].name}"
+    if set(ops) <= QUANTIZERS:
+        if not segment.strange:  # what a sound scale makes of it is expected: the pair is no cause
+            return None
+        name = "int8"
+    elif len(nodes) == 1 and ops[0] in ACTIVATIONS and ops[0] != "Clip":
+        doubled = any(node.op == ops[0] for node in piece.matched.common)
+        name = "doubled-activation" if doubled else "extra-activation"
+    elif ops[0] == "Cast" or any(n in theirs for node in nodes for n in node.inputs):
+        does = by_values()[0].cause
+        # What is changed in front of the layer's own nodes is no change of what they make, or of their constants.
+        if does is not None and not does.observed and not {"operand", "constant", "constants"} & does.evidence.keys():
+            name, says = does.cause, f"{says}: {does.says}"
+        elif any(theirs.size(n) > FEW for node in nodes for n in node.inputs if n in theirs):
+            return None
     return Candidate(name, says, value, 0, _read(additions[0]), f"undo the difference at {{layers}}: {says}")
 
 
@@ -218,15 +225,6 @@ def _written_out(piece: OtherPiece) -> Candidate | None:
     says = f"{node.op} is computed by {', '.join(ops)} in the test, with another result"
     evidence = {"node": node.name, "op": node.op, "test_ops": ops, "read_off": "the difference of the two graphs"}
     return Candidate("other-operator", says, value, 0, evidence, f"restore {node.op} at {{layers}}")
-
-
-def _is_affine(value: Tensor, exact: Tensor) -> bool:
-    """Whether one of two tensors of a shape is the other times a number plus a number."""
-    if value.shape != exact.shape:
-        return False
-    basis = torch.stack([exact.flatten(), torch.ones(exact.numel(), dtype=exact.dtype)], 1)
-    left = value.flatten() - basis @ torch.linalg.lstsq(basis, value.flatten()[:, None]).solution[:, 0]
-    return exact.numel() > 2 and float(left.norm()) <= AFFINE * float((value - exact).norm())
 
 
 def _folded(piece: OtherPiece, differences: Sequence[NodeDifference]) -> bool:
@@ -256,7 +254,10 @@ def _says(differences: Sequence[NodeDifference]) -> str:
 
 
 def _readings(
-    piece: OtherPiece, read: Candidate | None, differences: Sequence[NodeDifference]
+    piece: OtherPiece,
+    read: Candidate | None,
+    differences: Sequence[NodeDifference],
+    by_values: Callable[[], tuple[Explanation, Cause | None]],
 ) -> Iterator[tuple[Candidate, tuple[str, ...]]]:
     """What the two graphs tell of a layer, ``read`` first, and beginnings of the names of causes that tell more of it,
     if the layer's values alone have one."""
@@ -270,7 +271,7 @@ def _readings(
     if scale is not None and (not one or scale.evidence.get("of") == "weights" or "channels" in scale.evidence):
         yield scale, _OF_WEIGHTS if of_pairs and one else ()
         scale = None
-    candidate = scale or added(piece, differences)
+    candidate = scale or added(piece, differences, by_values)
     if candidate is not None:
         yield candidate, ("int8",) if of_pairs and candidate.cause.startswith("int8") else ()
 
@@ -327,7 +328,7 @@ class GraphReader:
         moved = reordered(piece, differences)
         if moved is not None and (read_off := accepted(segment, moved)) is not None:
             return read_off, None
-        for candidate, better in _readings(piece, read, differences):
+        for candidate, better in _readings(piece, read, differences, by_values):
             explanation, family = by_values() if better else (Explanation(None, 0.0, None, 0.0), None)
             if explanation.cause is not None and explanation.cause.cause.startswith(better):
                 return _beside(explanation, differences), family
@@ -358,97 +359,3 @@ class GraphReader:
                 other = OtherProgram(graph, names, loader(self._test, component), executor)
             self._others[component] = other
         return self._others[component]
-
-
-FEW = 3
-"""Elements of a tensor that are changed one by one."""
-_STORED = {onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
-_MOVES = VIEWS | {"Transpose"}
-_ARITHMETIC = {"Add", "Sub", "Mul", "Div"}
-
-
-def _what_is_added(graph: Graph, nodes: Sequence[Node], known: Sequence[Node]) -> tuple[str, str] | None:
-    """(name of the cause, in words) of added ``nodes``, in execution order; None where there is no saying.
-
-    ``known``: the nodes that both graphs have at this layer. A dense tensor that is added is anything: no cause.
-    """
-    ops = [n.op for n in nodes]
-    kinds = set(ops)
-    constants = Constants(graph)
-    if not nodes or "Constant" in kinds or kinds & INTEGER_PRODUCTS:
-        return None
-    if kinds == {"Cast"}:
-        return _casts(graph, nodes)
-    if kinds <= QUANTIZERS:
-        return "int8", "QuantizeLinear and DequantizeLinear are added"
-    if kinds <= _MOVES:
-        return ("transposed", "a Transpose is added") if "Transpose" in kinds else None
-    if kinds <= _ARITHMETIC:
-        return _arithmetic(nodes, constants)
-    (node, *more) = nodes
-    if more:
-        return "extra-operator", f"{', '.join(ops)} are added"
-    if node.op == "Gather" and node.proto.input[1] in constants:
-        order = np.ravel(constants[node.proto.input[1]])
-        if np.array_equal(np.sort(order), np.arange(order.size)):
-            axis = attributes(graph, node)["axis"]
-            moved = int((order != np.arange(order.size)).sum())
-            return "permuted", f"a Gather is added that puts {moved} slices of axis {axis} in another order"
-    if node.op in ("Clip", "Min", "Max"):
-        return _bounds(node, constants)
-    if node.op in ACTIVATIONS:
-        doubled = any(n.op == node.op for n in known)
-        return ("doubled-activation" if doubled else "extra-activation"), f"{node.op} is added: {node.name}"
-    return "extra-operator", f"{node.op} is added: {node.name}"
-
-
-def _casts(graph: Graph, nodes: Sequence[Node]) -> tuple[str, str]:
-    to = [attributes(graph, n)["to"] for n in nodes]
-    for kind, name in _STORED.items():
-        if kind in to:
-            return name, f"a Cast to {name.upper()} is added: the result is rounded to it and read back"
-    return "extra-operator", f"a Cast to {onnx.TensorProto.DataType.Name(to[0])} is added: {nodes[0].name}"
-
-
-def _arithmetic(nodes: Sequence[Node], constants: Constants) -> tuple[str, str] | None:
-    """Factors and summands; tensors with many other elements have no name."""
-    names = []
-    for node in nodes:
-        own = [constants[n] for n in node.proto.input if n in constants]
-        if len(own) != 1:
-            return "extra-operator", f"{node.op} is added: {node.name}"
-        neutral = 0.0 if node.op in ("Add", "Sub") else 1.0
-        count = int((own[0] != neutral).sum())
-        if own[0].size == 1:
-            names.append("shifted" if node.op in ("Add", "Sub") else "scaled")
-        elif own[0].size == max(own[0].shape):
-            names.append("channels-shifted" if node.op in ("Add", "Sub") else "channels-scaled")
-        elif count <= FEW:
-            names.append("isolated")
-        else:
-            return None
-    if len(nodes) == 1 and nodes[0].op == "Mul" and names == ["channels-scaled"]:
-        (factors,) = [np.ravel(constants[n]) for n in nodes[0].proto.input if n in constants]
-        if np.isin(factors, (0.0, 1.0)).all():
-            kept = int(np.flatnonzero(factors).max(initial=-1)) + 1
-            if kept and factors[:kept].all():
-                return "truncated", f"a Mul is added that sets all after the first {kept} of {factors.size} slices to 0"
-            zeros = int((factors == 0).sum())
-            return "channels-zeroed", f"a Mul is added that makes {zeros} of {factors.size} slices 0: {nodes[0].name}"
-    if not np.isfinite([np.abs(constants[n]).max() for d in nodes for n in d.proto.input if n in constants]).all():
-        return None
-    says = f"{' and '.join(n.op for n in nodes)} {'is' if len(nodes) == 1 else 'are'} added: {nodes[0].name}"
-    if len(set(names)) == 1:
-        return names[0], says
-    return ("affine", says) if set(names) == {"shifted", "scaled"} else ("extra-operator", says)
-
-
-def _bounds(node: Node, constants: Constants) -> tuple[str, str]:
-    own = [float(np.ravel(constants[n])[0]) for n in node.proto.input if n in constants and constants[n].size == 1]
-    legacy = [a.f for a in node.proto.attribute if a.name in ("min", "max")]
-    bounds = own + legacy
-    if bounds == [0.0]:
-        return "extra-activation", f"{node.op} at 0 is added: {node.name}"
-    if not bounds:
-        return "extra-operator", f"{node.op} is added: {node.name}"
-    return "saturated", f"a {node.op} is added that stops at {', '.join(f'{b:.4g}' for b in bounds)}: {node.name}"

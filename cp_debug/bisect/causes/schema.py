@@ -159,7 +159,8 @@ def _values(name: str, value: Any) -> Iterator[Any]:
 def with_attributes(
     node: Node, tried: Mapping[str, Any], declared: Mapping[str, Any], result: Tensor | None
 ) -> Candidate:
-    """The candidate of a node that gives ``result`` with the attributes ``tried`` instead of the declared ones."""
+    """The candidate of a node that gives ``result``, float64 in the captured result's shape, with the attributes
+    ``tried`` instead of the declared ones."""
     evidence: dict[str, Any] = {}
     comparisons = []
     for name, value in tried.items():
@@ -305,7 +306,8 @@ def another_operator(segment: Segment) -> Iterator[Candidate]:
 
 
 def computed_as(node: Node, op: str, value: Tensor | None, **attributes: float) -> Candidate:
-    """The candidate of a node that is computed as the operator ``op``, with these ``attributes``."""
+    """The candidate of a node that is computed as the operator ``op``, with these ``attributes``; ``value``: what that
+    gives, float64 in the captured result's shape."""
     says = f"{node.op} is computed as {op}" + "".join(f" with {name} = {v:.4g}" for name, v in attributes.items())
     evidence = {"op": node.op, "test_op": op, **attributes}
     return Candidate("other-operator", says, value, 0, evidence, f"compare both programs at {{layers}}: {says}")
