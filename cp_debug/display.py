@@ -76,19 +76,15 @@ def terminal(result: Any, kind: type | None = None) -> Iterable[RenderableType]:
     return _face(_TERMINAL, kind or type(result))(result)
 
 
-def notebook(result: Any, kind: type | None = None) -> str:
+def notebook(result: Any) -> str:
     """A result as HTML in a notebook's own style. Raises LookupError for a type without a face."""
-    kind = kind or type(result)
-    face = _face(_TERMINAL, kind)
-    if kind in _NOTEBOOK:
-        return _NOTEBOOK[kind](result)
-    return f"<pre>{html.escape(_as_text(face(result)))}</pre>"
+    face, kind = _face(_TERMINAL, type(result)), type(result)
+    return _NOTEBOOK[kind](result) if kind in _NOTEBOOK else f"<pre>{html.escape(_as_text(face(result)))}</pre>"
 
 
-def plain(result: Any, kind: type | None = None) -> str:
+def plain(result: Any) -> str:
     """A result in a few lines of plain text. Raises LookupError for a type without a face."""
-    kind = kind or type(result)
-    face = _face(_TERMINAL, kind)
+    face, kind = _face(_TERMINAL, type(result)), type(result)
     return _PLAIN[kind](result) if kind in _PLAIN else _as_text(face(result))
 
 
@@ -120,9 +116,9 @@ def _as_text(parts: Iterable[RenderableType]) -> str:
         return "\n".join(visible(line.rstrip()) for line in stream.getvalue().splitlines())
 
 
-def write_page(result: Any, target: Path, kind: type | None = None) -> None:
+def write_page(result: Any, target: Path) -> None:
     """Write the HTML report of a result. Raises LookupError for a type that has none, InputError as the writer does."""
-    _face(_PAGE, kind or type(result))(result, target)
+    _face(_PAGE, type(result))(result, target)
 
 
 def _face(faces: dict[type, Any], kind: type) -> Any:

@@ -303,22 +303,26 @@ def test_a_result_that_does_not_follow_from_what_was_captured_is_no_doubt_of_the
     assert judge(torn.stats, torn.replay, PRECISIONS["fp32"], 1e-4, 1e-6, 0.0).verdict in ("ok", "inherited")
 
 
+def noted(observation: Observation | None, *, draws: bool = False) -> list[str]:
+    return list(observation_notes("ort", observation, observation, draws=draws))
+
+
 def test_a_backend_that_differs_from_itself_says_why_where_and_by_how_much() -> None:
     unsteady = Observation(0.02, 0.01, first_unsteady="conv_3")
-    (said,) = observation_notes("ort", unsteady)
+    (said,) = noted(unsteady)
     assert said == "ort: another thread count changes its sums, first at conv_3 (noise floor 0.02)"
-    (said,) = observation_notes("ort", replace(unsteady, repeats=False))
+    (said,) = noted(replace(unsteady, repeats=False))
     assert "it is not deterministic: runs differ, first at conv_3" in said
-    (said,) = observation_notes("ort", replace(unsteady, observer_gap=9.0), draws=True)
+    (said,) = noted(replace(unsteady, observer_gap=9.0), draws=True)
     assert "it draws random numbers: runs differ, first at conv_3" in said
-    assert observation_notes("ort", Observation(0.02, 0.02)) == []
-    assert observation_notes("ort", None) == []
+    assert noted(Observation(0.02, 0.02)) == []
+    assert noted(None) == []
 
 
 def test_probes_that_change_a_program_are_told_beside_its_noise() -> None:
-    (said,) = observation_notes("ort", Observation(0.01, 0.011))
+    (said,) = noted(Observation(0.01, 0.011))
     assert said.startswith("observer gap 0.011: with probes ort runs a different program")
-    assert observation_notes("ort", Observation(0.01, 0.009)) == []
+    assert noted(Observation(0.01, 0.009)) == []
 
 
 def test_a_node_is_covered_by_a_replay_that_knows_what_to_expect(tmp_path: Path) -> None:

@@ -19,8 +19,7 @@ from cp_debug.backends.base import RunRecord
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.result import BisectResult, TestResult
-from cp_debug.bisect.strange_numbers import undecided
+from cp_debug.bisect.result import BisectResult, TestResult, undecided
 from cp_debug.deploy.interface_checks import _cells, _in_range, _padded, compare_voxels, voxelize_on
 from cp_debug.deploy.verify import ScenarioResult, TensorCheck, reasons, what_is_wrong
 from cp_debug.detection.evaluate import evaluate

@@ -14,8 +14,16 @@ from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.optimizer_blame import OptimizerBlame
 from cp_debug.bisect.replayed import EXCESS
-from cp_debug.bisect.result import GUILTY, Attribution, LayerRow, Remainder, StageRow, TestResult, check_not_empty
-from cp_debug.bisect.strange_numbers import nan_without_trace
+from cp_debug.bisect.result import (
+    GUILTY,
+    Attribution,
+    LayerRow,
+    Remainder,
+    StageRow,
+    TestResult,
+    check_not_empty,
+    nan_without_trace,
+)
 from cp_debug.bisect.verdict import oracle_is_alone
 from cp_debug.detection.changes import DetectionChange, compare_detections
 from cp_debug.errors import InputError
@@ -88,17 +96,20 @@ class Collected:
 
     def notes(self, spec: str, *, draws: bool = False) -> list[str]:
         """Notes that a reader must know besides the rows. ``draws``: the program draws random numbers."""
-        notes = [*_noise(spec, self._noisiest, draws=draws), *_gap(spec, self.observation, draws=draws)]
-        notes += self.ways
+        notes = [*observation_notes(spec, self._noisiest, self.observation, draws=draws), *self.ways]
         rows = self.rows.values()
         skipped = Counter(row.replay.skipped for row in rows if row.replay and row.replay.skipped)
         notes.extend(self._unexplained)
         guilty = {row.name for row in rows if row.verdict == GUILTY}
         undone = {name: by for name, by in self.undone.items() if name not in guilty}
-        undoing = {name for names in undone.values() for name in names}
+        undoing = dict.fromkeys(name for names in undone.values() for name in names)
         notes.extend(both_inexact([row for row in rows if row.name not in undoing]))
-        notes.extend(_undone(undone))
-        notes.extend(_masks([name for name in self.masks if name not in guilty]))
+        masks, fine = [name for name in self.masks if name not in guilty], ", so nothing is wrong"
+        says = f"in another basis (channels permuted, rotated or scaled), and the layers that read it undo that{fine}"
+        told = _layers(undone, "holds its result", "hold their results", says)
+        notes.extend(f"{text}; undone by {some(undoing, 4)}" for text in told)
+        says = "with another number than the reference (such as −Inf for −1e9); the results after them are the same"
+        notes.extend(_layers(masks, "masks", "mask", says + fine))
         if unknown := [row.name for row in rows if row.replay and row.replay.not_emulated]:
             many = f"{amount(len(unknown), 'layer')} not emulated, so their expected error is unknown"
             notes.append(f"{many}: {some(unknown, 5)}")
@@ -106,25 +117,10 @@ class Collected:
         return notes
 
 
-def _undone(undone: Mapping[str, Sequence[str]]) -> list[str]:
-    if not undone:
-        return []
-    verb = "holds its result" if len(undone) == 1 else "hold their results"
-    by = dict.fromkeys(name for names in undone.values() for name in names)
-    return [
-        f"{amount(len(undone), 'layer')} {verb} in another basis (channels permuted, rotated or scaled), and the "
-        f"layers that read it undo that, so nothing is wrong: {some(undone, 4)}; undone by {some(by, 4)}"
-    ]
-
-
-def _masks(names: Sequence[str]) -> list[str]:
-    if not names:
-        return []
-    verb = "masks" if len(names) == 1 else "mask"
-    return [
-        f"{amount(len(names), 'layer')} {verb} with another number than the reference (such as −Inf for −1e9); the "
-        f"results after them are the same, so nothing is wrong: {some(names, 4)}"
-    ]
+def _layers(names: Collection[str], one: str, many: str, says: str) -> list[str]:
+    """The sentence about some layers, with the verb for one and for many; none without any."""
+    verb = one if len(names) == 1 else many
+    return [f"{amount(len(names), 'layer')} {verb} {says}: {some(names, 4)}"] if names else []
 
 
 def both_inexact(rows: Collection[LayerRow]) -> list[str]:
@@ -135,35 +131,26 @@ def both_inexact(rows: Collection[LayerRow]) -> list[str]:
     torn = {r.name: r.replay.contradicted for r in off if r.replay and r.replay.contradicted}
     off = [r for r in off if r.name not in torn]
     alike = [r for r in off if not r.stats.equal and r.replay and oracle_is_alone(r.stats, r.replay)]
-    verb = "agrees" if len(alike) == 1 else "agree"
-    doubts = _contradictions(torn)
-    doubts += [
-        f"{amount(len(alike), 'layer')} {verb} on both sides as closely as precision "
-        f"allows, but not with the oracle, which may itself be wrong there: {some([r.name for r in alike], 4)}"
-    ] * bool(alike)
+    says = "on both sides as closely as precision allows, but not with the oracle, which may itself be wrong there"
+    doubts = _layers([r.name for r in alike], "agrees", "agree", says)
+    if torn:
+        have, read = ("has", "it") if len(torn) == 1 else ("have", "they")
+        inputs = some(dict.fromkeys(name for names in torn.values() for name in names), 4)
+        doubts.insert(
+            0,
+            f"the captured values contradict each other: {some(torn, 4)} {have} the reference's result, which does not "
+            f"follow from {inputs} as captured; that is not what {read} read: a buffer was overwritten after it had "
+            "been read, or values of several runs were mixed",
+        )
     inexact = [r for r in off if r.stats.equal]
     if not inexact:
         return doubts
     worst = max(inexact, key=lambda r: r.replay.excess or 0.0 if r.replay else 0.0)
     excess = (worst.replay.excess if worst.replay else None) or 0.0
-    verb = "has" if len(inexact) == 1 else "have"
-    names = some([r.name for r in inexact], 4)
     how = f"are inexact, up to {excess:.3g}× what precision explains ({worst.name})"
     how = how if excess > EXCESS else "have NaN or Inf where exact arithmetic has others, or numbers"
-    return [*doubts, f"{amount(len(inexact), 'layer')} {verb} the same bits on both sides, but both {how}: {names}"]
-
-
-def _contradictions(torn: Mapping[str, Sequence[str]]) -> list[str]:
-    """The sentence about layers → their inputs that what was captured contradicts."""
-    if not torn:
-        return []
-    have, read = ("has", "it") if len(torn) == 1 else ("have", "they")
-    inputs = some(dict.fromkeys(name for names in torn.values() for name in names), 4)
-    return [
-        f"the captured values contradict each other: {some(torn, 4)} {have} the reference's result, which does not "
-        f"follow from {inputs} as captured; that is not what {read} read: a buffer was overwritten after it had been "
-        "read, or values of several runs were mixed"
-    ]
+    says = f"the same bits on both sides, but both {how}"
+    return doubts + _layers([r.name for r in inexact], "has", "have", says)
 
 
 def _standing_out(observation: Observation) -> tuple[float, float]:
@@ -171,27 +158,21 @@ def _standing_out(observation: Observation) -> tuple[float, float]:
     return max(observation.observer_gap - observation.noise_floor, 0.0), observation.noise_floor
 
 
-def observation_notes(spec: str, observation: Observation | None, *, draws: bool = False) -> list[str]:
+def observation_notes(
+    spec: str, noisiest: Observation | None, observed: Observation | None, *, draws: bool
+) -> Iterator[str]:
     """Sentences for a backend that does not agree with itself, or that probes change.
 
-    ``draws``: its program draws random numbers, so that no two runs need be alike.
+    ``noisiest`` tells its noise, ``observed`` the gap; ``draws``: its program draws random numbers, so that no two runs
+    need be alike.
     """
-    return [*_noise(spec, observation, draws=draws), *_gap(spec, observation, draws=draws)]
-
-
-def _noise(spec: str, observation: Observation | None, *, draws: bool) -> Iterator[str]:
-    if observation is not None and observation.first_unsteady:
-        reason = (
-            "another thread count changes its sums" if observation.repeats else "it is not deterministic: runs differ"
-        )
+    if noisiest is not None and noisiest.first_unsteady:
+        reason = "another thread count changes its sums" if noisiest.repeats else "it is not deterministic: runs differ"
         reason = "it draws random numbers: runs differ" if draws else reason
-        yield f"{spec}: {reason}, first at {observation.first_unsteady} (noise floor {observation.noise_floor:.2g})"
-
-
-def _gap(spec: str, observation: Observation | None, *, draws: bool) -> Iterator[str]:
-    if observation is not None and observation.observer_gap > observation.noise_floor and not draws:
+        yield f"{spec}: {reason}, first at {noisiest.first_unsteady} (noise floor {noisiest.noise_floor:.2g})"
+    if observed is not None and observed.observer_gap > observed.noise_floor and not draws:
         yield (
-            f"observer gap {observation.observer_gap:.2g}: with probes {spec} runs a different program, "
+            f"observer gap {observed.observer_gap:.2g}: with probes {spec} runs a different program, "
             "so the layer values are not those of the deployed one"
         )
 

@@ -105,7 +105,9 @@ class Preparation:
         """
         reference, *tests = backends
         folder = self._options.save or scratch
-        originals, changed = self._programs(first, folder, exported)
+        originals, changed = self._exported(first, folder, exported)
+        if (train := self._options.test_train_mode) or self._options.test_out_of_place:
+            changed = [changed_state(p, train=train, out_of_place=self._options.test_out_of_place) for p in changed]
         check_run_irs(tests, changed)
         weights = differing_weights(originals, changed)
         for component, differences in weights.items():
@@ -123,21 +125,10 @@ class Preparation:
         theirs = [self._for(b, self._test, own, folder) for b, own in zip(tests, theirs, strict=True)]
         return BothSides(programs, ours, theirs, weights, notes, unfold, self._how)
 
-    def _programs(
-        self, sample: Sample, folder: Path, exported: Sequence[Program] | None
-    ) -> tuple[list[Program], list[Program]]:
-        """The reference's programs and those of the tests."""
-        options = self._options
-        programs, tests = self._exported(sample, folder, exported)
-        if options.test_train_mode or options.test_out_of_place:
-            tests = [
-                changed_state(p, train=options.test_train_mode, out_of_place=options.test_out_of_place) for p in tests
-            ]
-        return programs, tests
-
     def _exported(
         self, sample: Sample, folder: Path, exported: Sequence[Program] | None
     ) -> tuple[list[Program], list[Program]]:
+        """The reference's programs and those of the tests."""
         folder.mkdir(parents=True, exist_ok=True)
         model, test_model, how, folded = self._reference.model, self._test.model, self._export, self._options.folded
         cache = own_exports() if self._options.cache else None

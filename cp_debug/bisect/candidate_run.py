@@ -267,16 +267,13 @@ class CandidateRun:
         if ranges is None:
             return FileQuantization(plain.graph, program.graph, names, made_here=True, device=self.device)
         graph = with_ranges(program.graph, ranges, self._folder / f"{component}.{side.backend.spec}.onnx")
-        if capture is None:
-            return FileQuantization(plain.graph, graph, names, made_here=True, device=self.device)
-        self.graphs[component], self._ranges[component] = graph, ranges
-        largest_kept = {name: ranges.stored[own_name] for name, own_name in names.items() if own_name in ranges.stored}
-        load, shown_names = loader(capture, component), largest_kept.keys() & capture.names(component=component)
-        rounded = {
-            n: largest_kept[n]
-            for n in shown_names
-            if QuantizerGrid.symmetric(largest_kept[n]).holds(torch.tensor(as_numpy(load(n))))
-        }
+        rounded = {}
+        if capture is not None:
+            self.graphs[component], self._ranges[component] = graph, ranges
+            load, shown = loader(capture, component), capture.names(component=component)
+            kept = {n: ranges.stored[own] for n, own in names.items() if n in shown and own in ranges.stored}
+            grids = {name: QuantizerGrid.symmetric(largest) for name, largest in kept.items()}
+            rounded = {n: kept[n] for n, grid in grids.items() if grid.holds(torch.tensor(as_numpy(load(n))))}
         return FileQuantization(plain.graph, graph, names, made_here=True, rounded=rounded, device=self.device)
 
     def kind(self, component: str) -> str:
@@ -382,8 +379,7 @@ class CandidateRun:
 
     def _floor_read(self, key: Key, floors: Mapping[Key, float]) -> float:
         """The largest noise floor of the captured values that a replayed layer reads."""
-        replayer = self._replayers[key.component]
-        _, starts = replayer.graph.segment([key.value], replayer.known)
+        starts = self._replayers[key.component].starts(key.value)
         return max((floors.get(Key(key.component, start), 0.0) for start in starts), default=0.0)
 
     def rows(

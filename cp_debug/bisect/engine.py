@@ -201,7 +201,7 @@ class Bisection:
             notes = [  # first what concerns the verdict, last what the inputs were made of
                 *(n for s in run.pipeline.sessions.values() if isinstance(s, HasRemarks) for n in s.notes),
                 *collected_run.notes(str(run.pipeline.backend.spec), draws=draws),
-                *observation_notes(str(self._reference.spec), taken.observation, draws=draws),
+                *observation_notes(str(self._reference.spec), taken.observation, taken.observation, draws=draws),
                 *int8_notes(run.reference, run.pipeline, rows, sides.quantized_how),
                 *doubles_note(sides.programs, run.pipeline.programs, self.options),
                 *sides.notes,

@@ -479,12 +479,7 @@ class FileQuantization:
                     weights = self._levels(inputs[1], inputs[2], inputs[0], node) or weights
                 elif grid_of_levels is not None and data is None:  # a value of the parent that is held as levels
                     data, grid = self._levels(inputs[1], inputs[2]), self._grid(inputs[1], inputs[2], node)
-            elif op in (
-                "DynamicQuantizeLinear",
-                "DynamicQuantizeMatMul",
-                "MatMulIntegerToFloat",
-                "DynamicQuantizeLSTM",
-            ):
+            elif op.startswith("DynamicQuantize") or op == "MatMulIntegerToFloat":
                 data = Levels()
                 weights = Levels(channels=True) if op != "DynamicQuantizeLinear" else weights
             elif op in ("ConvInteger", "MatMulInteger"):

@@ -10,7 +10,7 @@ import torch
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
-from cp_debug.backends.narrow_options import GRANULARITIES, GROUPS, Granularity, NarrowOptions, is_narrow
+from cp_debug.backends.narrow_options import GRANULARITIES, GROUPS, Granularity, NarrowOptions
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.operators import CONTRACTIONS
 from cp_debug.probes.arrays import as_numpy, as_torch
@@ -101,11 +101,6 @@ class NarrowDepartures:
         if name not in self._executors:
             self._executors[name] = Executor(self._graph, ARITHMETICS[name], self._device)
         return self._executors[name]
-
-
-def departures(graph: Graph, claim: str, device: torch.device | str) -> NarrowDepartures | None:
-    """The search for departures from a claim; None for precisions that are not narrow."""
-    return NarrowDepartures(graph, claim, device) if is_narrow(claim) else None
 
 
 def spread(given: Mapping[str, AnyTensor], captured: AnyTensor, claimed: AnyTensor) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,9 +21,6 @@ from cp_debug.probes.held import CapturedRun
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.pipeline import Key, Pipeline
 from cp_debug.recipes.base import Arrays, Sample
-
-Open = Callable[[int | None], AbstractContextManager[Pipeline]]
-"""Opens a fresh pipeline of the same backend; the argument is a thread count, None for the backend's own."""
 
 
 @dataclass
@@ -71,39 +68,20 @@ def observe(
     if pipeline.backend.emulated:  # runs the same code with probes and without, in one order of summation
         return Observation(noise_floor=0.0, observer_gap=0.0, runs=0), {}
 
-    def fresh(threads: int | None) -> Pipeline:
+    def run(threads: int | None, sink: Callable[[Key, Tensor], None] | None = None) -> dict[str, Arrays]:
+        """Outputs of a fresh session with so many threads, None for the backend's own."""
         # Sessions of torch take the count from torch itself, those of a runtime of its own when they are made.
-        return Pipeline(pipeline.model, pipeline.programs, with_threads(pipeline.backend, threads))
+        backend = with_threads(pipeline.backend, threads)
+        with threads_of_torch(threads), Pipeline(pipeline.model, pipeline.programs, backend) as fresh:
+            return fresh.run(sample, sink)
 
-    return _observe_runs(fresh, sample, probed, capture, shown)
-
-
-def _own_observation(pipeline: Pipeline) -> Observation | None:
-    """The observation by sessions that build engines: building again costs more than all other runs."""
-    floors, gaps = [], []
-    for info in map(build_info_of, pipeline.sessions.values()):
-        if info is None or info.rebuild_floor is None or info.observer_gap is None:
-            return None
-        floors.append(info.rebuild_floor)
-        gaps.append(info.observer_gap)
-    return Observation(noise_floor=max(floors), observer_gap=max(gaps), runs=2)
-
-
-def _observe_runs(
-    open_pipeline: Open,
-    sample: Sample,
-    probed: Mapping[str, Arrays],
-    capture: CapturedRun,
-    shown: Callable[[Key, Tensor], tuple[Key, Tensor]],
-) -> tuple[Observation, dict[Key, float]]:
-    """``observe`` for a backend that ``open_pipeline`` opens."""
     other_threads = torch.get_num_threads() + 1  # another split of every sum at almost the same speed
-    threaded = _plain(open_pipeline, other_threads, sample)
+    threaded = run(other_threads)
     if gap(probed, threaded) == 0:
         return Observation(noise_floor=0.0, observer_gap=0.0, runs=1), {}
-    plain = _plain(open_pipeline, None, sample)
+    plain = run(None)
     repeats = gap(probed, plain) == 0  # then only the thread count matters, and probes change nothing
-    repeated = plain if repeats else _plain(open_pipeline, None, sample)
+    repeated = plain if repeats else run(None)
     run_to_run = gap(plain, repeated)
     noise = max(run_to_run, gap(plain, threaded))
     observation = Observation(noise, gap(plain, probed), runs=2 if repeats else 3, repeats=run_to_run == 0)
@@ -120,16 +98,21 @@ def _observe_runs(
             floors[key] = max(floors.get(key, 0.0), apart.relative)
 
     for threads in (other_threads,) if repeats else (None, other_threads):
-        with threads_of_torch(threads), open_pipeline(threads) as pipeline:
-            pipeline.run(sample, sink)
+        run(threads, sink)
         observation.runs += 1
     observation.first_unsteady = next((key.value for key in floors), None)
     return observation, floors
 
 
-def _plain(open_pipeline: Open, threads: int | None, sample: Sample) -> dict[str, Arrays]:
-    with threads_of_torch(threads), open_pipeline(threads) as pipeline:
-        return pipeline.run(sample)
+def _own_observation(pipeline: Pipeline) -> Observation | None:
+    """The observation by sessions that build engines: building again costs more than all other runs."""
+    floors, gaps = [], []
+    for info in map(build_info_of, pipeline.sessions.values()):
+        if info is None or info.rebuild_floor is None or info.observer_gap is None:
+            return None
+        floors.append(info.rebuild_floor)
+        gaps.append(info.observer_gap)
+    return Observation(noise_floor=max(floors), observer_gap=max(gaps), runs=2)
 
 
 def gap(a: Mapping[str, Arrays], b: Mapping[str, Arrays]) -> float:
@@ -142,5 +125,4 @@ def gap(a: Mapping[str, Arrays], b: Mapping[str, Arrays]) -> float:
     if all(np.array_equal(x, y, equal_nan=x.dtype.kind == "f") for x, y in pairs):
         return 0.0
     last = list(a)[-1]
-    stats = [compare(a[last][n], b[last][n]) for n in a[last]]
-    return max((s.rel_l2 for s in stats), default=math.inf) or np.finfo(np.float64).tiny
+    return max((compare(a[last][n], b[last][n]).rel_l2 for n in a[last]), default=math.inf) or np.finfo(np.float64).tiny

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
 from collections.abc import Collection, Sequence
 from contextlib import closing, redirect_stdout
@@ -182,8 +181,7 @@ class _OptimizerSearch:
         """Relative L2 from the unoptimized program; 0 where all outputs are equal bit for bit."""
         key = (level or self._levels[-1], disabled)
         if key not in self._seen:
-            difference = gap(self._unoptimized, self._outputs(*key))
-            self._seen[key] = math.inf if math.isnan(difference) else difference
+            self._seen[key] = gap(self._unoptimized, self._outputs(*key))
         return self._seen[key]
 
     def _outputs(self, level: str, disabled: frozenset[str]) -> dict[str, Arrays]:
@@ -240,8 +238,7 @@ def blame_compiler(
     expected = outputs(create(eager))
 
     def difference() -> float:
-        apart = gap(expected, outputs(create(backend.spec)))
-        differences.append(math.inf if math.isnan(apart) else apart)
+        differences.append(gap(expected, outputs(create(backend.spec))))
         return differences[-1]
 
     whole = difference()

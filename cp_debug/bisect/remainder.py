@@ -18,6 +18,7 @@ import numpy as np
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun
+from cp_debug.bisect.replay import Replayer
 from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import GUILTY, INHERITED, LayerRow, Remainder
 from cp_debug.errors import InputError
@@ -135,20 +136,19 @@ def flips(
         if not (is_whole(ours) or row.op in ROUNDING) or ours.shape != theirs.shape:
             continue
         places = np.argwhere(ours != theirs)
-        graph, known = replayer.graph, replayer.known
-        front = _front(graph, known, rows, key)
+        front = _front(replayer, rows, key)
         if not len(places) or front is None:
             continue
         itself = ((row.replay.introduced or 0.0) >= ITS_OWN * row.stats.rel_l2) and row.stats.rel_l2 > 0
-        made_by = key if itself else _maker(graph, known, rows, front, tied)
+        made_by = key if itself else _maker(replayer, rows, front, tied)
         if made_by in found or made_by in of_ties:
             (found | of_ties)[made_by].behind.append(row.name)
             continue
         if (rows[made_by].stats.is_whole and not itself) or rows[made_by].verdict == GUILTY:
             continue  # wrong, not rounded
         says = f"{row.name} ({row.op}): {len(places)} of {ours.size} results flip, first at {places[0].tolist()}"
-        value, near = rows[front], Key(front.component, front.value)
-        pair = [as_numpy(c.load(near.value, component=near.component)) for c in (reference, test)]
+        value = rows[front]
+        pair = [as_numpy(c.load(front.value, component=front.component)) for c in (reference, test)]
         if pair[0].shape == pair[1].shape == ours.shape:
             exact, rounded = (float(a[tuple(places[0])]) for a in pair)
             said = [in_digits(rounded), in_digits(exact)]
@@ -172,25 +172,19 @@ def flips_told(found: Sequence[Flip]) -> Iterator[str]:
         yield f"{amount(more, 'more rounding')} {'makes' if more == 1 else 'make'} whole numbers flip"
 
 
-def _front(graph: Graph, known: set[str], rows: Mapping[Key, LayerRow], key: Key) -> Key | None:
+def _front(replayer: Replayer, rows: Mapping[Key, LayerRow], key: Key) -> Key | None:
     """The value in front of ``key`` that differs most, by relative L2; None where none does."""
-    if key.value not in graph.producer:
-        return None
-    try:
-        _, starts = graph.segment([key.value], known)
-    except (InputError, KeyError):
-        return None
-    read = [Key(key.component, name) for name in starts]
+    read = [Key(key.component, name) for name in replayer.starts(key.value)]
     differing = [k for k in read if k in rows and rows[k].stats.rel_l2 > 0]
     return max(differing, key=lambda k: rows[k].stats.rel_l2, default=None)
 
 
-def _maker(graph: Graph, known: set[str], rows: Mapping[Key, LayerRow], key: Key, tied: Collection[Key]) -> Key:
+def _maker(replayer: Replayer, rows: Mapping[Key, LayerRow], key: Key, tied: Collection[Key]) -> Key:
     """The layer whose own rounding made most of the divergence of ``key``, or whose ties: itself, or one in front."""
     while True:
         row = rows[key]
         own = (row.replay and row.replay.introduced) or 0.0
-        front = _front(graph, known, rows, key)
+        front = _front(replayer, rows, key)
         if key in tied or own >= ITS_OWN * row.stats.rel_l2 or front is None:
             return key
         key = front

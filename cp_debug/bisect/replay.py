@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +24,10 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
+from cp_debug.backends.narrow_options import is_narrow
 from cp_debug.bisect.backward import ERRORS, kept_as
 from cp_debug.bisect.file_quantization import FileQuantization
-from cp_debug.bisect.narrow_variants import departures, spread
+from cp_debug.bisect.narrow_variants import NarrowDepartures, spread
 from cp_debug.bisect.perturbation import between_levels, doubt
 from cp_debug.bisect.quantized_segment import EmulatedSegment
 from cp_debug.bisect.range_loss import RangeLoss, difference
@@ -58,8 +59,7 @@ MAXIMA = {"GlobalMaxPool", "MaxPool", "MaxRoiPool", "ReduceMax", "ReduceMin"}
 """Operators that keep the largest or smallest of their elements."""
 
 
-@dataclass(frozen=True)
-class _Replayed:
+class _Replayed(NamedTuple):
     """Nodes between captured values, and what they make of these."""
 
     nodes: list[Node]
@@ -136,7 +136,8 @@ class Replayer:
         self._outputs = {v.name for v in graph.outputs}
         self.levels = level_values(graph)
         self.range_loss = RangeLoss(graph, self.oracle, self.known)
-        self._departures = None if emulated or quantized[1] is not None else departures(graph, precisions[1], device)
+        narrow_claim = is_narrow(precisions[1]) and not emulated and quantized[1] is None
+        self._departures = NarrowDepartures(graph, precisions[1], device) if narrow_claim else None
 
     def free_memory(self) -> None:
         """Free the weights that were converted for the oracle and the emulation."""
@@ -186,6 +187,18 @@ class Replayer:
                 nodes = tuple(n.name for n in self.graph.segment(targets, self.known)[0])
                 yield from ((t, Replay(nodes, skipped=str(error))) for t in targets)
 
+    def starts(self, value: str) -> list[str]:
+        """The captured values that a value is computed from; none for an input of the graph."""
+        return self.graph.segment([value], self.known)[1] if value in self.graph.producer else []
+
+    def exact(self, target: str, load: Load) -> Tensor:
+        """The oracle's result of one value from the captured ones that ``load`` gives, in the oracle's dtype.
+
+        Raises InputError where the oracle cannot compute it.
+        """
+        nodes, starts = self.graph.segment([target], self.known)
+        return as_tensor(self.oracle.run_nodes(nodes, {s: load(s) for s in starts}, [target])[target])
+
     def introduced(self, target: str, test: Load) -> tuple[Tensor, Tensor]:
         """(Introduced error, oracle's result) of one value, in the value's shape and the oracle's dtype.
 
@@ -193,10 +206,7 @@ class Replayer:
 
         Raises InputError where ``layers`` would skip it.
         """
-        nodes, starts = self.graph.segment([target], self.known)
-        exact = self._own.get(target)
-        if exact is None:
-            exact = as_tensor(self.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [target])[target])
+        exact = self.exact(target, test) if target not in self._own else self._own[target]
         held = self._hold(test(target))
         if not any(t.is_floating_point() or t.is_complex() for t in (held, exact)):
             return (held.long() - exact.long()).double(), exact
@@ -244,7 +254,7 @@ class Replayer:
             if (own := self._by_module(replay, target, exact[target], claim, test)) is not None:
                 self._own[target] = own
                 rounded = EmulatedSegment({target: self._emulators[1].arithmetic.round(own)})
-                segment_of_module = replace(segment, exact={target: own}, expected=rounded)
+                segment_of_module = segment._replace(exact={target: own}, expected=rounded)
                 replay = self._replayed(segment_of_module, target, reference, test)
             results[target] = replay
             self._trimmer.freed(exact[target].nbytes)
@@ -294,14 +304,7 @@ class Replayer:
 
     def _replayed(self, segment: _Replayed, target: str, reference: Load, test: Load) -> Replay:
         """The replay of one result of a segment."""
-        nodes, given, captured, exact, expected = (
-            segment.nodes,
-            segment.given,
-            segment.captured,
-            segment.exact,
-            segment.expected,
-        )
-        claim, divergence = segment.claim, segment.divergence
+        nodes, starts, given, captured, exact, expected, claimed, claim, divergence = segment
         sides = captured[target], exact[target]
         error = self._place_of_error(*sides)
         replay = self._asked(1, nodes, given, target, *sides, expected, claim, reference, error)
@@ -319,7 +322,7 @@ class Replayer:
             replay.clipped, replay.step = expected.clipped, expected.step
             tensors = captured[target], exact[target], expected.results[target]
             scales.compare(replay, nodes, target, given, *tensors, reference)
-        replay.nodes, replay.precision = tuple(n.name for n in nodes), segment.claimed.name
+        replay.nodes, replay.precision = tuple(n.name for n in nodes), claimed.name
         if self._departures is not None:
             replay.computed_in = self._departures.find(
                 nodes, given, target, captured[target], expected.results[target], exact[target]
@@ -344,7 +347,7 @@ class Replayer:
             replay.nonfinite_in = self._nonfinite_in(nodes, given, exact[target], reference(target))
         amplified = replay.inherited is not None and replay.inherited > SUSPICIOUS * divergence + 2 * rounding
         if amplified or replay.nonfinite_in or target in self._suspects:
-            replay.reference_excess = self.reference_excess(nodes, segment.starts, target, reference)
+            replay.reference_excess = self.reference_excess(nodes, starts, target, reference)
         return replay
 
     def _place_of_error(self, captured: AnyTensor, exact: Tensor) -> Tensor | None:

@@ -103,7 +103,6 @@ class Replay:
         if tuple(captured.shape) != tuple(exact.shape):
             return cls(skipped=f"the shape is {list(captured.shape)}, the oracle's {list(exact.shape)}")
         introduced, scale, new_nonfinite = distance(captured, exact, error)
-        allowed = (introduced if c is captured else difference_norm(c, exact) for c in correct)
         correct = tuple(correct)
         allowed = (introduced if c is captured else difference_norm(c, exact) for c in correct)
         expected = max(*allowed, doubt(None), 0.0 if unrounded else FLOOR * claim.roundoff * scale)

@@ -13,9 +13,8 @@ from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.optimizer_blame import OptimizerBlame
 from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.replayed import EXCESS, Replay
-from cp_debug.bisect.strange_numbers import nonfinite_origins, outputs_say, undecided
 from cp_debug.detection.changes import DetectionChange
-from cp_debug.display import in_notebook, notebook, plain, show_inline, terminal, write_page
+from cp_debug.display import Shown, in_notebook, show_inline, write_page
 from cp_debug.errors import InputError
 from cp_debug.graph.randomness import DRAWS_NUMBERS
 from cp_debug.probes.caveats import ALL_ZERO
@@ -25,7 +24,6 @@ from cp_debug.serialize import BadField, JsonForm, check_entries, encode, number
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.console import Console, ConsoleOptions, RenderResult
 
 
 SCHEMA = "cpdebug.bisect/1"
@@ -39,6 +37,9 @@ OK, INHERITED, DIVERGENT, GUILTY, SHAPE = "ok", "inherited", "divergent", "guilt
 MOST_NAMES = 5
 """Names in one line."""
 
+SIDES = ("reference", "test")
+_WRITTEN = {"nan": "NaN", "inf": "Inf"}
+KINDS = tuple(_WRITTEN)
 _FIRST_COLUMNS = ("index", "name", "op", "max_abs", "rel_l2", "introduced", "expected", "excess", "verdict", "share")
 """Columns of a table of layers that stand first: what a terminal shows of a layer."""
 
@@ -105,6 +106,68 @@ class LayerRow:
 def has_no_elements(row: LayerRow) -> bool:
     """Whether a tensor is empty on both sides: nothing of it could be compared."""
     return row.stats.count == 0 and not row.stats.shape_mismatch
+
+
+def undecided(row: LayerRow) -> bool:
+    """Whether nothing can be said of an output although both sides agree: it holds NaN on a side, or no number at all.
+
+    Inf of one sign at the same places is agreement, where the rest is finite: masks and scores left out are such.
+    """
+    holds_nan = any(row.stats.nonfinite("nan", side) for side in SIDES)
+    return holds_nan or row.stats.mismatched > 0 or (row.stats.count > 0 and bool(row.stats.nothing_compared))
+
+
+def nonfinite_origins(rows: Sequence[LayerRow]) -> Iterator[str]:
+    """A phrase for each kind and side, equal ones together: the first value, in execution order, that holds any, or
+    the constant or node behind it from which they come."""
+    for kind in KINDS:
+        places: dict[str, list[str]] = {}
+        for side in SIDES:
+            first = first_with(rows, kind, side)
+            if first is not None:
+                which = f"{kind} {side}: "
+                if known := [text for text in first.nonfinite_from if text.startswith(which)]:
+                    places.setdefault(known[0].removeprefix(which), []).append(side)
+                    continue
+                verbs = {"input": "comes in with the input", "": "is first in"}  # captures tell no operators
+                verb = verbs.get(first.op, "first appears at")
+                op = "" if first.op in verbs else f" ({first.op})"
+                # A row that stands for several nodes may know in which of them the test's are born.
+                inside = first.replay.nonfinite_in if first.replay and side == "test" else ""
+                places.setdefault(f"{verb} {inside or f'{first.name}{op}'}", []).append(side)
+        for place, sides in places.items():
+            on = "on both sides" if len(sides) == len(SIDES) else f"in the {sides[0]}"
+            yield f"{_WRITTEN[kind]} {place} {on}"
+
+
+def first_with(rows: Sequence[LayerRow], kind: str, side: str) -> LayerRow | None:
+    """The first row, in execution order, that holds NaN (``nan``) or Inf (``inf``) on a side."""
+    return next((row for row in sorted(rows, key=lambda r: r.index) if row.stats.nonfinite(kind, side)), None)
+
+
+def nan_without_trace(rows: Sequence[LayerRow], outputs: Sequence[LayerRow]) -> Iterator[str]:
+    """A sentence on NaN that both sides compute and no output shows: masked, or replaced by a number later on."""
+    if any(row.stats.nonfinite("nan", side) for row in outputs for side in SIDES):
+        return
+    if any(all(row.stats.nonfinite("nan", side) for side in SIDES) for row in rows):
+        born = "; ".join(phrase for phrase in nonfinite_origins(rows) if phrase.startswith(_WRITTEN["nan"]))
+        yield f"{born}; it reaches no output"
+
+
+def outputs_say(outputs: Sequence[LayerRow]) -> str:
+    """The outputs that hold NaN or Inf, the worst first; empty where all are finite."""
+    strange = [(sum(row.stats.nonfinite(k, side) for k in KINDS for side in SIDES), row) for row in outputs]
+    ranked = sorted((item for item in strange if item[0]), key=lambda item: -item[0])
+    if not ranked:
+        return ""
+    row = ranked[0][1]
+    sides = [f"{side} {', '.join(_held(row, side)) or 'none'}" for side in SIDES]
+    more = f", and {len(ranked) - 1} more outputs" if len(ranked) > 1 else ""
+    return f"output {row.name} is not finite ({'; '.join(sides)}; of {row.stats.count} elements){more}"
+
+
+def _held(row: LayerRow, side: str) -> list[str]:
+    return [f"{number} {_WRITTEN[kind]}" for kind in KINDS if (number := row.stats.nonfinite(kind, side))]
 
 
 def check_not_empty(spec: str, outputs: Sequence[LayerRow]) -> None:
@@ -387,7 +450,7 @@ _COVERAGE: dict[str, Any] = {
 
 
 @dataclass
-class BisectResult(JsonForm):
+class BisectResult(JsonForm, Shown):
     """The reference against every test backend. Shows itself in a rich console."""
 
     model: str
@@ -462,15 +525,6 @@ class BisectResult(JsonForm):
         """The document with the first test backend's block at the top level, too."""
         return document["tests"][0] | document
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from terminal(self, BisectResult)
-
-    def _repr_html_(self) -> str:
-        return notebook(self, BisectResult)
-
-    def __str__(self) -> str:
-        return plain(self, BisectResult)
-
     def __repr__(self) -> str:
         tests = ", ".join(f"{t.backend.spec}: {len(t.guilty)} guilty of {len(t.rows)} layers" for t in self.tests)
         return f"<BisectResult of {self.model}: {tests}>"
@@ -479,7 +533,7 @@ class BisectResult(JsonForm):
         """Write the HTML report: one file that works offline. Raises InputError when it cannot be written."""
         if not isinstance(path, str | PurePath):
             raise InputError(f"path: {type(path).__name__}; expected the path of a file")
-        write_page(self, Path(path), BisectResult)
+        write_page(self, Path(path))
 
     def show(self, path: str | Path | None = None) -> Path:
         """Write the HTML report and show it: below a notebook's cell, else in a browser. Returns the file.

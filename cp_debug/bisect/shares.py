@@ -282,8 +282,7 @@ class Shares:
         test, replayer = loader(self._test, key.component), self._run.replayer(key.component, self._test)
         if key.value not in replayer.graph.producer:
             return as_numpy(self._feed(key))
-        nodes, starts = replayer.graph.segment([key.value], replayer.known)
-        return as_numpy(replayer.oracle.run_nodes(nodes, {s: test(s) for s in starts}, [key.value])[key.value])
+        return as_numpy(replayer.exact(key.value, test))
 
     def behind(
         self,

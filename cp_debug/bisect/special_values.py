@@ -19,8 +19,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.replay import Load, Replayer
-from cp_debug.bisect.result import GUILTY, INHERITED, LayerRow
-from cp_debug.bisect.strange_numbers import KINDS, SIDES, first_with
+from cp_debug.bisect.result import GUILTY, INHERITED, KINDS, SIDES, LayerRow, first_with
 from cp_debug.bisect.verdict import is_within
 from cp_debug.bisect.whole_numbers import as_tensor
 from cp_debug.errors import InputError
@@ -51,7 +50,7 @@ def judge_signs(
             continue
         sides = loader(reference, key.component), loader(test, key.component)
         replayer = run.replayer(key.component, test)
-        read = [rows.get(Key(key.component, name)) for name in _starts(replayer, key.value)]
+        read = [rows.get(Key(key.component, name)) for name in replayer.starts(key.value)]
         if any(start is not None and not start.within for start in read):
             continue  # what it reads is another number already
         turned = _turned_inputs(replayer, key.value, *sides)
@@ -79,18 +78,10 @@ def judge_signs(
     return found
 
 
-def _starts(replayer: Replayer, value: str) -> list[str]:
-    """The captured values that a value is computed from; none where nobody knows."""
-    try:
-        return replayer.graph.segment([value], replayer.known)[1] if value in replayer.graph.producer else []
-    except (InputError, KeyError):
-        return []
-
-
 def _turned_inputs(replayer: Replayer, value: str, reference: Load, test: Load) -> dict[str, Tensor]:
     """What a value is computed from: those in which zeros or NaN have another sign, with the places."""
     try:
-        pairs = {name: (_float(reference, name), _float(test, name)) for name in _starts(replayer, value)}
+        pairs = {name: (_float(reference, name), _float(test, name)) for name in replayer.starts(value)}
     except (InputError, KeyError):
         return {}
     marks = {
@@ -131,9 +122,7 @@ def _computed(replayer: Replayer, value: str, load: Load) -> Tensor | None:
     if own is not None:
         return own.cpu()
     try:
-        nodes, starts = replayer.graph.segment([value], replayer.known)
-        results = replayer.oracle.run_nodes(nodes, {name: load(name) for name in starts}, [value])
-        return as_tensor(results[value]).cpu()
+        return replayer.exact(value, load).cpu()
     except InputError:
         return None
 

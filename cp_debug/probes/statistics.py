@@ -103,6 +103,11 @@ class TensorStats(JsonForm):
             return ""
         return "NaN or Inf everywhere on both sides" if self.count else "without an element on both sides"
 
+    def nonfinite(self, kind: str, side: str) -> int:
+        """Number of elements that are NaN (``nan``) or Inf (``inf``) on the ``reference`` or the ``test`` side."""
+        count: int = getattr(self, f"{kind}_{'ref' if side == 'reference' else side}")
+        return count
+
     @property
     def both_zero(self) -> bool:
         """Whether every element is 0 on both sides: most faults could hide behind that."""

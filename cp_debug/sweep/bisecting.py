@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.result import GUILTY
-from cp_debug.bisect.strange_numbers import nonfinite_origins
+from cp_debug.bisect.result import GUILTY, nonfinite_origins
 from cp_debug.detection.changes import DetectionChange
 from cp_debug.programs.pipeline import wants_int8
 from cp_debug.recipes.abilities import with_samples

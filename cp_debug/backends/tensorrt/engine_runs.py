@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,16 +149,7 @@ class EngineRuns:
 
 
 def output_distance(reference: Mapping[Any, np.ndarray], test: Mapping[Any, np.ndarray]) -> float:
-    """Largest ‖test − reference‖ ÷ ‖reference‖ of any output: 0 when all are equal, infinite when NaN comes in.
+    """``outputs_apart`` of a test from its reference, name → array of any shape and dtype."""
+    from cp_debug.probes.distance import outputs_apart  # brings torch, which evaluation of engines does without
 
-    Both sides have the same names and, for each name, one shape; any real dtypes.
-    """
-    from cp_debug.probes.distance import relative_l2  # brings torch, which evaluation of engines does without
-
-    distances = [0.0]
-    for name, array in reference.items():
-        if array.shape == test[name].shape and np.array_equal(array, test[name], equal_nan=True):
-            continue
-        finite = all(np.isfinite(side[name]).all() for side in (reference, test))
-        distances.append(relative_l2(test[name], array) if finite else math.inf)
-    return max(distances)
+    return outputs_apart(test, reference)
