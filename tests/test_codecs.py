@@ -28,7 +28,7 @@ def test_every_code_stays_and_every_tie_goes_to_the_even_code(codec: Codec) -> N
     finite = numbers(codec)
     np.testing.assert_array_equal(codec(torch.from_numpy(finite)).numpy(), finite)
     assert (finite[-1], -finite[0]) == (codec.largest, codec.largest)
-    assert finite[finite > 0][0] == codec.smallest
+    assert finite[finite > 0][0] == codec.tiniest * 2.0**-codec.mantissa
     ties = [(Fraction(float(a)) + Fraction(float(b))) / 2 for a, b in itertools.pairwise(finite)]
     exact = np.array([float(t) for t in ties], np.float32)
     assert [Fraction(float(e)) for e in exact] == ties  # each tie is a float32 number
@@ -73,7 +73,9 @@ def test_scales_are_all_the_powers_of_two_that_e8m0_has() -> None:
 
 @pytest.mark.parametrize("codec", [E4M3, E5M2, E2M1], ids=lambda c: c.name)
 def test_codes_stop_at_the_largest_number_on_both_sides(codec: Any) -> None:
-    x = torch.tensor([0.0, 1.0, -1.0, codec.largest, 3 * codec.largest, -3 * codec.largest, codec.smallest / 8])
+    x = torch.tensor(
+        [0.0, 1.0, -1.0, codec.largest, 3 * codec.largest, -3 * codec.largest, codec.tiniest * 2.0**-codec.mantissa / 8]
+    )
     expected = [0.0, 1.0, -1.0, codec.largest, codec.largest, -codec.largest, 0.0]
     assert codec(x).tolist() == expected
     assert codec(torch.tensor([float("nan")])).isnan().all()

@@ -23,8 +23,9 @@ from cp_debug.backends.scaling import E4M3, FixedScaling
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.bisect.causes.narrow import misfit
 from cp_debug.bisect.engine import bisect
-from cp_debug.bisect.narrow_variants import departures, variants
+from cp_debug.bisect.narrow_variants import variants
 from cp_debug.bisect.options import Options
+from cp_debug.bisect.replay import Replayer
 from cp_debug.bisect.result import TestResult
 from cp_debug.graph.graph import Graph
 from cp_debug.reports.verdict_line import verdict_line
@@ -234,6 +235,6 @@ def test_departures_are_looked_for_from_narrow_precisions_only(tmp_path: Path) -
     net = NetBuilder()
     net.op("Relu", "x", name="y")
     graph = Graph(net.save(tmp_path / "n.onnx", {"x": (1, [2])}, ["y"]))
-    assert [departures(graph, claim, "cpu") is not None for claim in ("fp32", "fp16", "fp8", "mxfp4")] == [
-        False, False, True, True,
-    ]  # fmt: skip
+    claims = ("fp32", "fp16", "fp8", "mxfp4")
+    replayers = [Replayer(graph, ("fp32", claim), "fp32", graph.values) for claim in claims]
+    assert [replayer._departures is not None for replayer in replayers] == [False, False, True, True]

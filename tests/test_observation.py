@@ -224,7 +224,12 @@ def test_notes_of_an_observation() -> None:
     def notes(kind: Any, **fields: Any) -> list[str]:
         return list(kind("ort", observation(**fields), draws=False))
 
-    gap, noise = assemble._gap, assemble._noise
+    def gap(spec: str, of: Observation | None, *, draws: bool) -> Iterator[str]:
+        return assemble.observation_notes(spec, None, of, draws=draws)
+
+    def noise(spec: str, of: Observation, *, draws: bool) -> Iterator[str]:
+        return assemble.observation_notes(spec, of, None, draws=draws)
+
     assert notes(gap, observer_gap=0.2, noise_floor=0.1)[0].startswith("observer gap 0.2: with probes ort runs")
     assert notes(gap, observer_gap=0.1, noise_floor=0.1) == []
     assert list(gap("ort", observation(observer_gap=0.2), draws=True)) == []

@@ -195,7 +195,7 @@ def test_a_stage_names_its_own_guilty_layers_and_side_values_are_not_counted(mon
     collected = Collected()
     collected.rows = rows
     model: Any = SimpleNamespace(components=[SimpleNamespace(name="net")])
-    found = assemble.result_of(model, run, collected, layers, (), None)
+    found = assemble.result_of(model, run, collected, layers, (), Options(), "")
     assert [(s.name, s.guilty, s.layer.name) for s in found.stages] == [("first", ["a"], "b"), ("second", ["c"], "c")]
     assert (found.compared, found.total) == (3, 4)
     assert (found.rtol, found.atol) == (1e-3, 1e-4)

@@ -40,10 +40,9 @@ class Replacement:
     """Nodes that compute one visible value, in the optimized program and in the original graph."""
 
     value: str
-    optimized: tuple[str, ...]
-    """Names of the optimized program's nodes between the visible values before and this one."""
     operators: tuple[str, ...]
-    """Operators of these nodes, such as ``com.microsoft.nchwc.Conv``."""
+    """Operators of the optimized program's nodes between the visible values before and this one, such as
+    ``com.microsoft.nchwc.Conv``."""
     original: tuple[str, ...]
     """Names of the original nodes between the same values."""
 
@@ -158,9 +157,7 @@ def replacements(program: OptimizedProgram, original: Graph) -> list[Replacement
     for value in sorted(program.exposed, key=lambda value: place.get(value, -1)):
         after, _ = program.graph.segment([program.renamed.get(value, value)], visible)
         before, _ = original.segment([value], program.exposed)
-        result.append(
-            Replacement(value, tuple(n.name for n in after), tuple(n.op for n in after), tuple(n.name for n in before))
-        )
+        result.append(Replacement(value, tuple(n.op for n in after), tuple(n.name for n in before)))
     return result
 
 

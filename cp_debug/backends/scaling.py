@@ -290,11 +290,6 @@ class Codec:
     nearest: Callable[[Tensor], Tensor]
     """Rounding of float32 within the range; any shape, the dtype stays."""
 
-    @property
-    def smallest(self) -> float:
-        """The smallest number above 0, a subnormal one."""
-        return self.tiniest * 2.0**-self.mantissa
-
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` rounded to the type, saturating; any shape, the dtype stays. NaN stays NaN, also in E2M1, which has
         none: so it is not lost."""

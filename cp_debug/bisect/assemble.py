@@ -13,6 +13,7 @@ from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.observe import Observation
 from cp_debug.bisect.optimizer_blame import OptimizerBlame
+from cp_debug.bisect.options import Options
 from cp_debug.bisect.replayed import EXCESS
 from cp_debug.bisect.result import (
     GUILTY,
@@ -183,14 +184,13 @@ def result_of(
     collected: Collected,
     layers: Sequence[Layer],
     notes: Iterable[str],
-    save: Path | None,
-    told_by_user: Sequence[str] = (),
-    model_sha256: str = "",
+    options: Options,
+    model_sha256: str,
 ) -> TestResult:
     """The block of one test in the result.
 
-    ``model`` is the reference's, ``save`` the folder to which saved files are relative, ``told_by_user`` the texts of
-    --map, ``model_sha256`` that of what the test runs. Raises InputError where no output was compared.
+    ``model`` is the reference's, ``model_sha256`` that of what the test runs. Raises InputError where no output was
+    compared.
     """
     rows = [collected.rows[key] for key in sorted(collected.rows, key=lambda k: collected.rows[k].index)]
     by_key = {(row.component, row.onnx): row for row in rows}
@@ -233,10 +233,10 @@ def result_of(
         notes=[
             *filter(None, [run.pipeline.unrealised_note]),
             *nan_without_trace(rows, outputs),
-            *end_notes(list(run.programs.values()), run.pipeline.programs, told_by_user),
+            *end_notes(list(run.programs.values()), run.pipeline.programs, options.maps),
             *notes,
         ],
-        programs={name: saved_name(graph, save) for name, graph in run.graphs.items()},
+        programs={name: saved_name(graph, options.save) for name, graph in run.graphs.items()},
         optimizer_blame=collected.optimizer_blame,
         remainder=collected.remainder,
         attribution=collected.attribution,

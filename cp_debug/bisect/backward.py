@@ -14,7 +14,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -238,17 +238,6 @@ _OF_PRODUCTS = {
 }
 
 
-class Walks(Protocol):
-    """A walk back over one component; ``Backward`` is one."""
-
-    derivatives: dict[str, Tensor]
-    stopped: dict[str, str]
-
-    def walk(self, derivatives: Arrays) -> Iterator[tuple[str, float]]:
-        """(Layer or value, ⟨derivative, introduced error⟩), from derivatives in the shapes of the outputs."""
-        ...
-
-
 def apart(reference: Arrays, test: Arrays) -> tuple[dict[str, np.ndarray], float]:
     """(Derivatives of ⟨D, outputs⟩ by each output in its shape, float64, ‖D‖²).
 
@@ -274,7 +263,7 @@ def walk_back(
     sample: Sample,
     results: Mapping[str, Arrays],
     derivatives: Arrays,
-    backward: Callable[[Component], Walks],
+    backward: Callable[[Component], Backward],
     notes: list[str],
 ) -> Iterator[tuple[Component, dict[str, float], dict[str, Tensor]]]:
     """(Component, value → ⟨derivative, introduced error⟩, input → derivative), the last component first.
@@ -358,7 +347,7 @@ def _through_glue(
 def shares_over(
     model: Model,
     samples: Sequence[Sample],
-    run: Callable[[int, Sample], tuple[Arrays, Mapping[str, Arrays], Callable[[Component], Walks]]],
+    run: Callable[[int, Sample], tuple[Arrays, Mapping[str, Arrays], Callable[[Component], Backward]]],
     notes: list[str],
 ) -> dict[tuple[str, str], float]:
     """(Component, layer or value) → its share of what a test is off, over all samples, to first order.

@@ -114,10 +114,12 @@ class Bisection:
             progress.step("opening the backends")
             reference = stack.enter_context(Pipeline(self.model, sides.reference, self._reference, unfold=sides.unfold))
             folder = options.save or Path(scratch)
-            runs = [
-                self._candidate(stack, backend, own, reference, sides, layers, folder)
-                for backend, own in zip(self._tests, sides.tests, strict=True)
-            ]
+            runs = []
+            for backend, own in zip(self._tests, sides.tests, strict=True):
+                limits = tolerance(self._reference, backend, (*sides.programs, *own), options)
+                judge, device = oracle(self._reference, backend, options), self._oracle_devices[str(backend.spec)]
+                test = stack.enter_context(Pipeline(self.test_model, own, backend, unfold=sides.unfold, lenient=True))
+                runs.append(CandidateRun(test, reference, sides.programs, layers, limits, judge, folder, device))
             taken = SampleRuns(self.model, reference, runs, options, Path(scratch), progress)
             sources, inputs, remarks = [], [], Remarks(self.model)
             for index, sample in enumerate((first, *samples)):
@@ -177,22 +179,6 @@ class Bisection:
         """The samples, from the first one again."""
         return self.model.samples(self.options.samples, self.options.seed, self.options.inputs)
 
-    def _candidate(
-        self,
-        stack: ExitStack,
-        backend: Backend,
-        tests: list[Program],
-        reference: Pipeline,
-        sides: BothSides,
-        layers: list[Layer],
-        folder: Path,
-    ) -> CandidateRun:
-        """One test, its backend open, with the precision by which it is judged."""
-        limits = tolerance(self._reference, backend, (*sides.programs, *tests), self.options)
-        judge, device = oracle(self._reference, backend, self.options), self._oracle_devices[str(backend.spec)]
-        pipeline = stack.enter_context(Pipeline(self.test_model, tests, backend, unfold=sides.unfold, lenient=True))
-        return CandidateRun(pipeline, reference, sides.programs, layers, limits, judge, folder, device)
-
     def _results(self, taken: SampleRuns, sides: BothSides, layers: list[Layer]) -> list[TestResult]:
         results = []
         draws = any(drawing(program.graph) for program in sides.programs)
@@ -207,18 +193,8 @@ class Bisection:
                 *sides.notes,
                 *self._notes,
             ]
-            results.append(
-                result_of(
-                    self.model,
-                    run,
-                    collected_run,
-                    layers,
-                    notes,
-                    self.options.save,
-                    self.options.maps,
-                    self._read[1] or digest_before_int8(run.pipeline.programs),
-                )
-            )
+            sha256 = self._read[1] or digest_before_int8(run.pipeline.programs)
+            results.append(result_of(self.model, run, collected_run, layers, notes, self.options, sha256))
         return results
 
     def _blame_optimizers(self, sample: Sample, taken: SampleRuns) -> None:

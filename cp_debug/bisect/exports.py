@@ -53,26 +53,25 @@ def judge_exports(run: CandidateRun, rows: Mapping[Key, LayerRow], module: Captu
         outputs = [rows.get(Key(key.component, info.name)) for info in program.graph.outputs]
         if all(output is not None and output.within for output in outputs):
             row.verdict, row.side, row.why = INHERITED, "test", "the outputs agree"
+            continue
+        if departure is None:
+            tie = _tie(run.replayer(key.component, module), key.value, loader(module, key.component))
+        else:
+            tie, row.source = departure.says * (departure.cause == TIE), departure.source or row.source
+        if tie:
+            tied[key] = tie
+            row.verdict, row.side, row.why = INHERITED, "test", f"{tie} and nothing need be mended"
         elif departure is None:
             assert row.replay is not None
-            if tie := _tie(run.replayer(key.component, module), key.value, loader(module, key.component)):
-                tied[key] = tie
-                row.verdict, row.side, row.why = INHERITED, "test", f"{tie} and nothing need be mended"
-                continue
             fixed = ", ".join(program.alignment.decisions) if program.alignment is not None else ""
             how = f"tracing froze a decision of the module at {fixed}" if fixed else ""
             row.side = "export"
             row.why = f"{SAYS}: {how or f'{row.replay.reference_excess:.3g}× what its precision explains'}"
             if fixed:
                 settled[key] = Finding("control-flow", row.why, [row.name], [row.op], side="export", fix=_DECIDE)
-        elif departure.cause == TIE:
-            tied[key] = departure.says
-            row.verdict, row.side, row.why = INHERITED, "test", f"{departure.says} and nothing need be mended"
-            row.source = departure.source or row.source
         else:
             nodes = row.replay.nodes if row.replay is not None else ()
             row.side, row.why = "export", _sentence(departure, program.graph, nodes)
-            row.source = departure.source or row.source
             settled[key] = Finding(
                 cause=departure.cause or "export",
                 says=row.why,

@@ -31,7 +31,6 @@ from cp_debug.bisect.quantized_segment import (
     QuantizerGrid,
     Scheme,
     StoredBias,
-    all_values,
     bias_step,
     constant_grid,
     rounded_bias,
@@ -189,7 +188,10 @@ class FileQuantization:
         where they are others than ``given``.
         """
         scheme = self._of(nodes)
-        fitted = {} if calibrated is None else all_values(executor, nodes, calibrated)
+        fitted: dict[str, AnyTensor] = {}
+        if calibrated is not None:
+            made = executor.run_nodes(nodes, calibrated, [name for node in nodes for name in node.outputs])
+            fitted = {**calibrated, **made}
         values: dict[str, AnyTensor] = dict(given)
         segment = EmulatedSegment({})
         computing = any(node.op not in _PASS | _NO_DATA for node in nodes)

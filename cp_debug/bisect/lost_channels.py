@@ -10,14 +10,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.finding import Effect, Finding
+from cp_debug.bisect.quantized_segment import Levels
 from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.bisect.shares import Shares
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import downstream
-from cp_debug.graph.qdq import LEVELS
 from cp_debug.probes.distance import relative_l2
 from cp_debug.programs.pipeline import Key
 from cp_debug.recipes.base import Arrays
@@ -83,9 +84,8 @@ class Gone:
 
     def in_int8(self, tensor: np.ndarray) -> np.ndarray:
         """``tensor`` in symmetric INT8, each channel by a scale of its own; float64, in its shape."""
-        others = tuple(a for a in range(tensor.ndim) if a != self.axis)
-        scale = np.abs(tensor).max(axis=others, keepdims=True).astype(np.float64) / LEVELS
-        return np.round(tensor / np.where(scale == 0, 1.0, scale)) * scale
+        levels = Levels(symmetric=True, channels=True)
+        return levels.applied(torch.from_numpy(tensor.astype(np.float64)), self.axis).numpy()
 
 
 def gone(reference: np.ndarray, test: np.ndarray, least: float = 0.0) -> Gone | None:

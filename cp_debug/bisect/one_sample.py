@@ -26,7 +26,7 @@ from cp_debug.bisect.options import Options, StepCounter
 from cp_debug.bisect.regions.guilty import can_build, look_inside
 from cp_debug.bisect.remainder import Flip, flips, flips_told, remainder
 from cp_debug.bisect.replayed import EXCESS, Replay
-from cp_debug.bisect.result import GUILTY, OK, Attribution, LayerRow
+from cp_debug.bisect.result import GUILTY, OK, Attribution
 from cp_debug.bisect.shares import NOT_LINEAR, Shares, set_shares
 from cp_debug.bisect.special_values import judge_signs, trace_origins
 from cp_debug.bisect.verdict import counts_told
@@ -50,14 +50,6 @@ class ReferenceRun(NamedTuple):
     outputs: dict[str, Arrays]
     captured: HeldCapture
     decoded: Any | None
-
-
-class RunOfTest(NamedTuple):
-    """Outputs and captured values of a test on one sample, and how its values compare with the reference's."""
-
-    outputs: dict[str, Arrays]
-    captured: HeldCapture
-    stats: dict[Key, TensorStats]
 
 
 class SampleRuns:
@@ -117,35 +109,23 @@ class SampleRuns:
         decoded = decode(model, sample, results)
         collected.detect(side.decoded, decoded)
         with exactly_on(run.device):
-            self._judge(run, collected, (index, sample), side, RunOfTest(results, writer.capture, stats))
+            self._judge(run, collected, index, sample, side, results, writer.capture, stats)
         writer.capture.release()
         return decoded
 
-    @staticmethod
-    def _costly_sides(
-        run: CandidateRun,
-        shares: Shares,
-        stats: Mapping[Key, TensorStats],
-        replays: Mapping[Key, Replay],
-        floors: Mapping[Key, float],
-        index: int,
-    ) -> dict[Key, LayerRow]:
-        """Rows of side values that are within the tolerance themselves and yet make a part of the final divergence.
-
-        The angles of a rotation depend on no input, and FP16 has no room for the positions that they are made of.
-        """
-        asked = [k for k, share in shares.of_layers.items() if abs(share) >= COSTLY and k in stats and k in run.layers]
-        sides = {key: stats[key] for key in asked if run.layers[key].kind != "data"}
-        rows = run.rows(sides, replays, floors, index, sides) if sides else {}
-        for key, row in rows.items():
-            row.share = shares.of_layers[key]
-        return rows
-
     def _judge(
-        self, run: CandidateRun, collected: Collected, of: tuple[int, Sample], side: ReferenceRun, own: RunOfTest
+        self,
+        run: CandidateRun,
+        collected: Collected,
+        index: int,
+        sample: Sample,
+        side: ReferenceRun,
+        results: Mapping[str, Arrays],
+        test: HeldCapture,
+        stats: dict[Key, TensorStats],
     ) -> None:
-        """Replay, judge and explain what one test did with a sample, ``of``: its place and itself."""
-        (index, sample), (results, test, stats) = of, own
+        """Replay, judge and explain what one test did with a sample; ``index`` is its place, ``results`` and ``test``
+        are the test's outputs and values, ``stats`` how these compare with the reference's."""
         spec, model = str(run.pipeline.backend.spec), run.pipeline.model
         replays: dict[Key, Replay] = {}
         floors: dict[Key, float] = {}
@@ -173,7 +153,11 @@ class SampleRuns:
         collected.masks |= dict.fromkeys(acquit_masks(run, rows, side.captured, test))
         collected.undone |= acquit_undone(run, rows)
         failures: list[str] = []
-        feed = partial(self._exact_input, sample, results)
+
+        def feed(key: Key) -> np.ndarray:
+            """The input that the reference's glue makes of the test's upstream results."""
+            return Walk(self._model, sample, results).at(key.component).inputs[key.value]
+
         shares = Shares(run, sample, side.captured, test, results, feed)
         attribution: Attribution | None = None
         flipped: list[Flip] = []
@@ -189,8 +173,16 @@ class SampleRuns:
                     self._progress.tell(f"{spec}, sample {index}: shares")
                     attribution = set_shares(shares, rows)
                 if attribution is not None and not all(row.within for row in rows.values()):
-                    rows |= self._costly_sides(run, shares, stats, replays, floors, index)
-                    rows = {key: rows[key] for key in run.layers if key in rows}
+                    # Side values within the tolerance may make a part of it: the angles of a rotation depend on no
+                    # input, and FP16 has no room for the positions that they are made of.
+                    costly = {key for key, share in shares.of_layers.items() if abs(share) >= COSTLY}
+                    sides = {
+                        k: stats[k] for k in stats if k in costly and k in run.layers and run.layers[k].kind != "data"
+                    }
+                    more = run.rows(sides, replays, floors, index, sides) if sides else {}
+                    for key, row in more.items():
+                        row.share = shares.of_layers[key]
+                    rows = {key: (rows | more)[key] for key in run.layers if key in rows or key in more}
                 settled |= judge_lost(run, rows, shares, side.outputs[last], results[last]) if lost else {}
             except Exception as error:
                 failures.append(f"the layers' shares of the final divergence are unknown: {in_one_line(error)}")
@@ -222,7 +214,6 @@ class SampleRuns:
                 builds, tell = self._options.max_builds, self._progress.tell
                 collected.findings = look_inside(explainer, rows, collected.findings, builds, tell)
                 failures += explainer.notes
-                last = model.components[-1].name
                 try:
                     outputs, captured = (side.outputs[last], results[last]), (side.captured, test)
                     found = compiled_findings(run, sample, outputs, captured, rows, collected.findings)
@@ -234,10 +225,6 @@ class SampleRuns:
         failures += flips_told([flip for flip in flipped if flip.first is None or rows[flip.first].name not in known])
         collected.explained([*counts_told(rows), *failures])
         collected.add(rows)
-
-    def _exact_input(self, sample: Sample, results: Mapping[str, Arrays], key: Key) -> np.ndarray:
-        """The input that the reference's glue makes of the test's upstream results."""
-        return Walk(self._model, sample, results).at(key.component).inputs[key.value]
 
     def _holder(self, folder: Path, pipeline: Pipeline, sample: Sample) -> CaptureHolder:
         is_saved = self._options.save is not None

@@ -172,11 +172,6 @@ def _plain(values: AnyTensor) -> Tensor:
     )
 
 
-def all_values(executor: Executor, nodes: Sequence[Node], given: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
-    """``given``, name → tensor in any float dtype, and all that the nodes of a segment make of it."""
-    return {**given, **executor.run_nodes(nodes, given, [name for node in nodes for name in node.outputs])}
-
-
 def balanced(error: Tensor, exact: Tensor, axis: int) -> float:
     """The relative error of the worst quarter of the channels: root mean square over these of ‖error‖ ÷ ‖exact‖.
 

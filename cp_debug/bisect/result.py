@@ -328,15 +328,10 @@ class TestResult(JsonForm):
         control flow that did not run."""
         empty = self.empty_outputs
         phrases = [f"{some(empty, MOST_NAMES)}: without an element on both sides"] if empty else []
-        phrases += [idle] if (idle := self.says_not_run) else []
+        if self.not_run:
+            idle = some(self.not_run, MOST_NAMES)
+            phrases.append(f"{idle} did not run with these inputs; try others with --inputs")
         return [*phrases, ALL_ZERO] if self.all_zeros and self.agrees else phrases
-
-    @property
-    def says_not_run(self) -> str:
-        """Phrase about control flow that was not compared, for it did not run; empty where all ran."""
-        if not self.not_run:
-            return ""
-        return f"{some(self.not_run, MOST_NAMES)} did not run with these inputs; try others with --inputs"
 
     @property
     def coverage(self) -> str:

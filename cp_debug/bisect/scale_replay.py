@@ -10,14 +10,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.file_weights import BETTER
 from cp_debug.bisect.perturbation import doubt
-from cp_debug.bisect.quantized_segment import balanced
+from cp_debug.bisect.quantized_segment import Levels, balanced
 from cp_debug.bisect.replayed import ASKED, EXCESS, FLOOR, Replay
 from cp_debug.bisect.whole_numbers import as_tensor
 from cp_debug.graph.graph import Node
@@ -188,13 +187,6 @@ def int8_activations(nodes: Sequence[Node], given: Mapping[str, AnyTensor]) -> d
     for node in (n for n in nodes if n.op.rpartition(".")[2] == "MatMulNBits"):
         name = node.proto.input[0]
         if node.attribute("accuracy_level") == INT8 and name in given:
-            rounded[name] = _by_block(as_tensor(given[name]), node.attribute("block_size"))
+            x, grid = as_tensor(given[name]), Levels(symmetric=True, block=node.attribute("block_size"), block_axis=-1)
+            rounded[name] = grid.applied(x.double(), None).to(x.dtype)
     return rounded
-
-
-def _by_block(x: Tensor, block: int) -> Tensor:
-    columns = x.shape[-1]
-    blocks = functional.pad(x.double(), (0, -columns % block)).unflatten(-1, (-1, block))
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    levels = torch.where(scale > 0, blocks / scale, 0.0).round()
-    return (levels * scale).flatten(-2)[..., :columns].to(x.dtype)

@@ -141,9 +141,6 @@ def _float(load: Load, name: str) -> Tensor:
     return as_torch(as_numpy(load(name)))
 
 
-_HOLDS: Mapping[str, Callable[[Any], Any]] = {"nan": np.isnan, "inf": np.isinf}
-
-
 def trace_origins(run: CandidateRun, rows: Mapping[Key, LayerRow], reference: CapturedRun, test: CapturedRun) -> None:
     """Write the origin of the first NaN and the first Inf of each side into the row that holds it."""
     for kind in KINDS:
@@ -211,4 +208,4 @@ def _holds(value: Any, kind: str) -> bool:
     if isinstance(value, list) or value is None:
         return False
     array = as_numpy(as_tensor(value))
-    return array.dtype.kind in "fV" and bool(_HOLDS[kind](array).any())
+    return array.dtype.kind in "fV" and bool((np.isnan if kind == "nan" else np.isinf)(array).any())

@@ -67,14 +67,14 @@ def judge(
     if replay is None or replay.introduced is None or replay.excess is None:
         return Judgement(OK if within else DIVERGENT, within)
     floor = floor if floor_read <= EXCESS * replay.introduced else 0.0
-    if stats.equal:  # there is no divergence to be guilty of, however inexact both are
+    # Without a divergence there is nothing to be guilty of, however inexact both are; nor where somebody else computed
+    # this with the same result.
+    if stats.equal or oracle_is_alone(stats, replay):
         return Judgement(OK, within)
-    if oracle_is_alone(stats, replay):  # whoever else computed this came to the same result
-        return Judgement(OK, within)
-    if replay.contradicted:  # it read something else than was captured, and made of it what the reference has
-        return Judgement(OK if within else INHERITED, within)
-    if replay.unread:  # runtimes need not even write it
-        return Judgement(OK if within else INHERITED, within)
+    innocent = Judgement(OK if within else INHERITED, within)
+    # It read something else than was captured, and made of it what the reference has; or nobody reads what it writes.
+    if replay.contradicted or replay.unread:
+        return innocent
     if replay.new_nonfinite:
         values = amount(replay.new_nonfinite, "value")
         numbers = replay.numbers == replay.new_nonfinite
@@ -112,7 +112,7 @@ def judge(
             return Judgement(GUILTY, within, why + "the reference has none, so it computes something else", "reference")
         why = f"the reference introduces {replay.reference_excess:.3g}× what its precision explains"
         return Judgement(GUILTY, within, why, "reference")
-    return Judgement(OK if within else INHERITED, within)
+    return innocent
 
 
 def oracle_is_alone(stats: TensorStats, replay: Replay) -> bool:

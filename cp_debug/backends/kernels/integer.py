@@ -13,13 +13,12 @@ from inspect import Parameter, Signature
 import torch
 from onnx import TensorProto
 from torch import Tensor
-from torch.nn import functional
 
+from cp_debug.backends.arithmetic import FP64
 from cp_debug.backends.kernels.contrib import MS
 from cp_debug.backends.kernels.paired_sums import lost_in_convolution, lost_in_product
-from cp_debug.backends.kernels.products import matmul
+from cp_debug.backends.kernels.products import conv, matmul
 from cp_debug.backends.kernels.registry import KERNELS, OF_LEVELS, Call, Function, kernel
-from cp_debug.backends.kernels.windows import Window
 
 
 def _real(x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
@@ -290,10 +289,7 @@ def centred(levels: Tensor, zero: Tensor | None, axis: int | None = None) -> Ten
 
 
 def _convolved(call: Call, x: Tensor, w: Tensor) -> Tensor:
-    window = Window.of(call, w.shape[2:], x.shape[2:])
-    x = functional.pad(x, window.torch_pads())
-    function = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[x.dim() - 2]
-    return function(x, w, None, window.stride, 0, window.dilation, call["group"] or 1)
+    return conv(replace(call, arithmetic=FP64), x, w)
 
 
 def _requantized(quotients: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
