@@ -218,3 +218,26 @@ def test_casting_there_and_back_is_a_fault_and_declares_nothing(tmp_path: Path, 
     options = Options(inputs=tmp_path / "x.npz", explain=False)
     (test,) = bisect(str(path), "ort,ort-none", test_model=wrong, options=options).tests
     assert [row.onnx for row in test.guilty] == [value]
+
+
+@pytest.mark.parametrize(
+    ("change", "guilty"),
+    [
+        ({"nearest_mode": "ceil"}, True),
+        ({"nearest_mode": "round_prefer_floor"}, True),
+        ({"mode": "linear"}, True),
+        ({"coordinate_transformation_mode": "half_pixel"}, False),  # it differs where x ÷ 1.5 is whole, and by 1
+    ],
+)
+def test_only_neighbours_as_near_are_no_fault_of_a_resize(change: dict[str, str], guilty: bool, tmp_path: Path) -> None:
+    """At 1.5, every third coordinate is whole: there, floor may take the element before by a rounding."""
+    files, plain = [], {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
+    for attributes in (plain, plain | change):
+        net = NetBuilder(1)
+        x = net.conv("x", 3, 4)
+        scales = net.weight(np.float32([1, 1, 1.5, 1.5]))
+        net.op("Relu", net.op("Resize", x, "", scales, name="resized", **attributes), name="y")
+        files.append(net.save(tmp_path / f"{len(files)}.onnx", {"x": (1, [1, 3, 14, 14])}, ["y"]))
+    (test,) = bisect(str(files[0]), "ort,ort", test_model=files[1]).tests
+    assert [row.onnx for row in test.guilty] == ["resized"] * guilty
+    assert test.findings[0].layers == ["node_resized"]

@@ -100,24 +100,35 @@ def between_levels(
     exact: Tensor,
     roundoff: float,
 ) -> Tensor | None:
-    """The oracle's result of nothing but quantizers, with the captured level wherever the input's rounding allows it.
+    """The oracle's result of nothing but quantizers, or of a Resize that takes the nearest element, with the captured
+    one of two neighbours wherever rounding allows it.
 
     What lies between two levels becomes either: the inputs are moved by ``TIE`` times ``roundoff``, relatively, up and
-    down. All other elements have one right level, so that levels which are cut off stand out, although their error is
-    but twice that of rounding. All tensors have the value's shape and any real dtype; the result is in FP64. None where
-    other operators are among ``nodes``.
+    down, or the coordinates by ``NEAR``. All other elements have one right value, so that levels which are cut off, or
+    neighbours on the wrong side, stand out among them. All tensors have the value's shape and any real dtype; the
+    result is in FP64. None where other operators are among ``nodes``.
     """
-    if not all(node.op in QUANTIZERS for node in nodes) or not any(node.op == "QuantizeLinear" for node in nodes):
-        return None
-    stored = {node.proto.input[0] for node in nodes if node.proto.input[0] in oracle.graph.initializers}
-    read = {**{name: oracle.graph.initializer(name) for name in stored}, **given}
-    held = {name: FP64.hold(tensor, exact.device) for name, tensor in read.items()}
     settled, ours = exact.double(), as_tensor(FP64.hold(captured, exact.device)).double().to(exact.device)
-    for move in (1 + TIE * roundoff, 1 - TIE * roundoff):
-        moved = {n: t * move if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in held.items()}
-        level = as_tensor(oracle.run_nodes(nodes, moved, [target])[target]).double().to(exact.device)
-        settled = torch.where(torch.isclose(ours, level, rtol=TIE * roundoff, atol=0.0), ours, settled)
-    return settled
+    (maker,) = (node for node in nodes if target in node.outputs)
+    if all(node.op in QUANTIZERS for node in nodes) and any(node.op == "QuantizeLinear" for node in nodes):
+        stored = {node.proto.input[0] for node in nodes if node.proto.input[0] in oracle.graph.initializers}
+        read = {**{name: oracle.graph.initializer(name) for name in stored}, **given}
+        held = {name: FP64.hold(tensor, exact.device) for name, tensor in read.items()}
+        moves = (1 + TIE * roundoff, 1 - TIE * roundoff)
+        moved = [{n: t * m if _is_float(t) else t for n, t in held.items()} for m in moves]
+        levels = [as_tensor(oracle.run_nodes(nodes, each, [target])[target]) for each in moved]
+    elif maker.op in SIZED and maker.inputs[0] in given:
+        levels = _nearest(oracle, maker, oracle.run_nodes([n for n in nodes if n is not maker], given, maker.inputs))
+    else:
+        return None
+    for level in (each.double().to(exact.device) for each in levels):
+        if level.shape == ours.shape:
+            settled = torch.where(torch.isclose(ours, level, rtol=TIE * roundoff, atol=0.0), ours, settled)
+    return settled if levels else None
+
+
+def _is_float(tensor: AnyTensor) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_floating_point()
 
 
 def _rounded_here(node: Node, nodes: Sequence[Node], given: Mapping[str, AnyTensor]) -> bool:
@@ -310,14 +321,20 @@ def _resized(oracle: Executor, node: Node, inputs: Mapping[str, Tensor], result:
         slope = torch.maximum(torch.cat([first, steps], axis), torch.cat([steps, last], axis)) * max(after / before, 1)
         place = torch.arange(after, dtype=result.dtype, device=result.device) * (before / after)
         off = torch.hypot(off, slope * place.reshape([-1 if d == axis else 1 for d in range(result.dim())]))
-    if node.attribute("mode", b"nearest") == b"nearest":
-        call = Call.of(node, oracle.graph.opsets.get("", 1), oracle.arithmetic, oracle.device)
-        given = [inputs[n] if n else None for n in node.proto.input]
-        there = [KERNELS[node.op].function(call, *given, shift=by) for by in (-NEAR, NEAR)]
-        for moved in there:
-            if isinstance(moved, Tensor) and moved.shape == result.shape:
-                off = torch.maximum(off, (moved - result).abs() / U)
+    for moved in _nearest(oracle, node, inputs):
+        if moved.shape == result.shape:
+            off = torch.maximum(off, (moved - result).abs() / U)
     return off
+
+
+def _nearest(oracle: Executor, node: Node, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Results of a Resize whose coordinates are off by ``NEAR``, down and up; none where it interpolates."""
+    if node.op not in SIZED or node.attribute("mode", b"nearest") != b"nearest":
+        return []
+    call = Call.of(node, oracle.graph.opsets.get("", 1), oracle.arithmetic, oracle.device)
+    given = [inputs[n] if n else None for n in node.proto.input]
+    there = [KERNELS[node.op].function(call, *given, shift=by) for by in (-NEAR, NEAR)]
+    return [moved for moved in there if isinstance(moved, Tensor)]
 
 
 def _fourier(node: Node, inputs: Mapping[str, Tensor], by: str) -> float:

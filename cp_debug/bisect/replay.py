@@ -28,7 +28,7 @@ from cp_debug.backends.narrow_options import is_narrow
 from cp_debug.bisect.backward import ERRORS, kept_as
 from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.narrow_variants import NarrowDepartures, spread
-from cp_debug.bisect.perturbation import between_levels, doubt
+from cp_debug.bisect.perturbation import SIZED, between_levels, doubt
 from cp_debug.bisect.quantized_segment import EmulatedSegment
 from cp_debug.bisect.range_loss import RangeLoss, difference
 from cp_debug.bisect.replayed import ASKED, EXCESS, Replay
@@ -424,7 +424,10 @@ class Replayer:
         if oracle is not self.oracle:
             exact = as_tensor(oracle.run_nodes(nodes, given, [target])[target])
         if (settled := between_levels(oracle, nodes, given, target, captured, exact, claim.roundoff)) is not None:
-            return Replay.of(captured, settled, [settled], claim, unrounded=unrounded)
+            replay = Replay.of(captured, settled, [settled], claim, unrounded=unrounded)
+            # Where all that differs are neighbours as near, it is doubtful which is meant: it is told as what it costs.
+            if not any(node.op in SIZED for node in nodes) or (replay.excess or 0.0) > EXCESS:
+                return replay
         arithmetic = None if scales is not None else ARITHMETICS[claim.name]
         allowed = partial(doubt, oracle, nodes, given, target, self._implementers[side], arithmetic)
         return Replay.of(captured, exact, [expected.results[target]], claim, allowed, unrounded=unrounded)
