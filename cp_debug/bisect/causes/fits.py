@@ -32,17 +32,8 @@ def cross_fit(
     Returns the prediction, each element from the fold that it is not in, and θ [C or 1, K] of both folds together.
     None where there are too few elements.
     """
-    fit = fit_of_slices(y, basis, folds, [] if axis is None else [axis])
-    return None if fit is None else (fit[0], fit[1][2].reshape(-1, len(basis)))
-
-
-def fit_of_slices(
-    y: Tensor, basis: Sequence[Tensor], folds: tuple[Tensor, Tensor], kept: Sequence[int]
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]] | None:
-    """The same with a θ for each element along the axes ``kept``: the prediction in the shape of ``y``, and θ [those
-    axes, K] of either fold and of both together."""
     basis = [b.expand_as(y) for b in basis]
-    dims = [d for d in range(y.dim()) if d not in kept]
+    dims = [d for d in range(y.dim()) if d != axis]
     if not dims:
         return None
     first, second = (sums(y, basis, fold, dims) for fold in folds)
@@ -56,7 +47,7 @@ def fit_of_slices(
     ours, theirs, both = (
         _solve(*each) for each in (first, second, [a + b for a, b in zip(first, second, strict=True)])
     )
-    return torch.where(folds[0], predicted(theirs), predicted(ours)), (ours, theirs, both)
+    return torch.where(folds[0], predicted(theirs), predicted(ours)), both.reshape(-1, len(basis))
 
 
 def sums(y: Tensor, basis: Sequence[Tensor], mask: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,18 +1,17 @@
-"""Nodes whose result is linear in their constants: the columns of the regression that tells the constants they had.
+"""Products, whose result is linear in their weights: the columns of the regression that tells the weights they had.
 
 A convolution or product gives its columns itself, computed with unit vectors for weights, whatever its strides,
-padding, dilation and groups. A normalization or element-wise product gives them with a scale of 1 and an offset of 0.
+padding, dilation and groups.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from cp_debug.bisect.causes.fits import fit_of_slices, halves
+from cp_debug.bisect.causes.fits import halves
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS
@@ -24,17 +23,6 @@ MOST_UNKNOWNS = 1200
 """Unknown weights of one output channel."""
 PER_UNKNOWN = 1.5
 """Equations that a fold needs for each unknown."""
-SCALE_AND_OFFSET = {
-    "BatchNormalization": (1, 2),
-    "GroupNormalization": (1, 2),
-    "InstanceNormalization": (1, 2),
-    "LayerNormalization": (1, 2),
-    "RMSNormalization": (1, None),
-}
-"""Operator → places of the scale and of the offset of its normalized input."""
-BY_CHANNEL = {"BatchNormalization", "GroupNormalization", "InstanceNormalization"}
-"""Those whose constants lie along the second axis."""
-ARITHMETIC = {"Mul": "scale", "Div": "scale", "Add": "offset", "Sub": "offset", "PRelu": "slope"}
 
 
 @dataclass(frozen=True)
@@ -67,13 +55,6 @@ def _fit(segment: Segment, node: Node) -> FittedConstants | None:
         return None
     if not bool(segment.finite.all()) or segment.test.numel() < 4:
         return None
-    if node.op in PRODUCTS:
-        return _product(segment, node)
-    places = _places(segment, node)
-    return None if places is None else _elementwise(segment, node, *places)
-
-
-def _product(segment: Segment, node: Node) -> FittedConstants | None:
     layout = ProductLayout.of(segment, node)
     if layout is None or layout.unknowns > MOST_UNKNOWNS:
         return None
@@ -226,55 +207,3 @@ class ProductLayout:
             parts = theta.reshape(self.groups, inputs, -1, outputs).mT
             return parts.reshape(self.groups * inputs, outputs, *self.shape[2:])
         return theta[0].T if self.by_row else theta[0]
-
-
-def _places(segment: Segment, node: Node) -> tuple[int | None, int | None] | None:
-    """Places of the constants that scale and that are added, in a node that does no more with them."""
-    if node.op in SCALE_AND_OFFSET:
-        scale, offset = SCALE_AND_OFFSET[node.op]
-        has_offset = offset is not None and segment.weight(node, offset) is not None
-        return (scale, offset if has_offset else None) if segment.weight(node, scale) is not None else None
-    role = ARITHMETIC.get(node.op)
-    constant = [p for p in (0, 1) if (w := segment.weight(node, p)) is not None and w.numel() > 1]
-    if role is None or len(constant) != 1 or (node.op in ("Div", "PRelu") and constant[0] == 0):
-        return None
-    return (None, constant[0]) if role == "offset" else (constant[0], None)
-
-
-def _elementwise(segment: Segment, node: Node, scale: int | None, offset: int | None) -> FittedConstants | None:
-    """Scale and offset of each element of the constants, by two sums over the elements that they meet."""
-    places = [p for p in (scale, offset) if p is not None]
-    weights = {p: w for p in places if (w := segment.weight(node, p)) is not None}
-    shape = next(iter(weights.values())).shape
-    if any(w.shape != shape for w in weights.values()):
-        return None
-
-    def with_constants(values: dict[int, float]) -> Tensor | None:
-        return segment.edited(node, inputs={p: torch.full(shape, v, dtype=torch.float64) for p, v in values.items()})
-
-    start = with_constants(dict.fromkeys(places, 1.0 if node.op == "Div" else 0.0))
-    if start is None:
-        return None
-    bases = []
-    for place in places:
-        other = 0.5 if node.op == "Div" else 1.0
-        moved = with_constants({p: other if p == place else 0.0 for p in places})
-        if moved is None:
-            return None
-        bases.append(moved - start)
-    like = [*shape, *[1] * (segment.test.dim() - 2)] if node.op in BY_CHANNEL else [*shape]
-    like = [*[1] * (segment.test.dim() - len(like)), *like]
-    kept = [d for d, (size, whole) in enumerate(zip(like, segment.test.shape, strict=False)) if size == whole > 1]
-    told = fit_of_slices(segment.test - start, bases, halves(segment.finite), kept)
-    if (
-        told is None
-        or len(like) > segment.test.dim()
-        or math.prod(segment.test.shape[d] for d in kept) != shape.numel()
-    ):
-        return None
-    prediction, thetas = told
-    tensors, deviations = {}, {}
-    for i, place in enumerate(places):
-        first, second, both = ((1 / (1 + t[..., i])) if node.op == "Div" else t[..., i] for t in thetas)
-        tensors[place], deviations[place] = both.reshape(shape), ((first - second).abs() / 2).reshape(shape)
-    return FittedConstants(node, tensors, deviations, start + prediction, shape.numel() * len(bases))

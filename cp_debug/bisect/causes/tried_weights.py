@@ -74,7 +74,7 @@ def otherwise(segment: Segment) -> Iterator[Candidate]:
                     yield tried(segment, node, {place: change}, _KEEP)
 
 
-@cause(costly=True, by_node=True)
+@cause(costly=True, structural=True, by_node=True)
 def slices(segment: Segment) -> Iterator[Candidate]:
     """Candidates: slices of a constant that are zero, scaled or exchanged."""
     if segment.strange or not segment.introduced or segment.test.shape != segment.exact.shape:
@@ -125,9 +125,13 @@ def _of_axis(segment: Segment, node: Node, place: int, own: Tensor, axis: int) -
     yield times(0.0)
     if scores[best] > TENDS:
         yield from by_search(segment, [Number(1.0, times)])
-    for i, j in itertools.combinations(sorted(suspects), 2):
+
+    def exchanged(pair: tuple[int, int]) -> Candidate:
         order = torch.arange(count)
-        order[[i, j]] = order[[j, i]]
-        says = f"slices {i} and {j} of axis {axis} are exchanged"
-        exchanged = Change("permuted", says, own.index_select(axis, order), 2, {"axis": axis, "channels": [i, j]})
-        yield tried(segment, node, {place: exchanged}, FIX)
+        order[[*pair]] = order[[*pair[::-1]]]
+        says = f"slices {pair[0]} and {pair[1]} of axis {axis} are exchanged"
+        change = Change("permuted", says, own.index_select(axis, order), 2, {"axis": axis, "channels": [*pair]})
+        return tried(segment, node, {place: change}, FIX)
+
+    pairs = map(exchanged, itertools.combinations(sorted(suspects), 2))
+    yield min(pairs, key=lambda candidate: segment.explained(candidate.value)[1])
