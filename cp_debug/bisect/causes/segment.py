@@ -143,20 +143,12 @@ class Segment:
             raise InputError(f"{self.graph}: {target_name!r} is no tensor but {type(result).__name__}")
         return as_double(result)
 
-    def edited(
-        self,
-        node: Node,
-        *,
-        op: str | None = None,
-        inputs: Mapping[int, Tensor] | None = None,
-        reads: Sequence[str] | None = None,
-        **attributes: Any,
-    ) -> Tensor | None:
-        """The oracle's target when ``node`` is another: operator, attributes (None removes one), inputs by place.
+    def edited(self, node: Node, **change: Any) -> Tensor | None:
+        """The oracle's target when ``node`` is another one, as ``computed`` takes it.
 
-        ``reads`` names all its inputs anew. None where the change gives no tensor of the captured shape.
+        None where the change gives no tensor of the captured shape, which is float64 else.
         """
-        result = self.computed(node, op=op, inputs=inputs, reads=reads, **attributes)
+        result = self.computed(node, **change)
         return result if result is not None and result.shape == self.test.shape else None
 
     def computed(
@@ -169,7 +161,8 @@ class Segment:
         target: str | None = None,
         **attributes: Any,
     ) -> Tensor | None:
-        """The target, or another value, as ``edited`` makes it, of whatever shape; None where it cannot be computed."""
+        """The target, or another value, when ``node`` is another: operator, attributes (None removes one), inputs by
+        place; ``reads`` names all its inputs anew. float64 of whatever shape; None where it cannot be computed."""
         proto = node.changed().proto
         if op is not None:
             proto.op_type, proto.domain = op, ""

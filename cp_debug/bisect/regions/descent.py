@@ -47,85 +47,69 @@ Build = Callable[[str, Sequence[str]], tuple[np.ndarray | None, float]]
 """``BuildsVariations.trial`` with the inputs given."""
 
 
-def descend(
-    region: Region,
-    segment: Segment,
-    reference: np.ndarray,
-    build: Build,
-    *,
-    inherited: float,
-    max_builds: int = BUILDS,
-    lower: bool,
-    tell: Callable[[str], None] = lambda text: None,
-) -> Descent:
-    """Find the nodes of ``region`` at fault, in at most ``max_builds`` engines.
-
-    ``segment``: the region on its captured inputs. ``reference``: the same value from the reference, any dtype;
-    ``inherited``: the part of the distance from it that came in, relative L2. ``lower``: whether the engine is in a
-    lower precision than FP32, so that nodes can be kept. ``tell`` is told what is known before each build. Ctrl-C and
-    failing builds end the search, what was learnt is kept.
-    """
-    search = _RegionSearch(region, segment, reference, build, inherited, max_builds, lower, tell)
-    try:
-        search.run()
-    except Terminated:
-        raise
-    except KeyboardInterrupt:
-        search.descent.ended = "interrupted"
-    except _Spent as spent:
-        search.end(str(spent))
-    return search.descent
-
-
 class _Spent(Exception):
     """No build is left, or none works."""
 
 
-class _RegionSearch:
-    def __init__(
-        self,
-        region: Region,
-        segment: Segment,
-        reference: np.ndarray,
-        build: Build,
-        inherited: float,
-        max_builds: int,
-        lower: bool,
-        tell: Callable[[str], None],
-    ) -> None:
-        self._segment, self._reference, self._build = segment, reference, build
-        self._max, self._lower, self._tell = max_builds, lower, tell
-        names = set(region.nodes)
-        self._nodes = [n for n in segment.nodes if n.name in names and n.op not in MOVING]
-        size = max(float(np.linalg.norm(np.nan_to_num(np.asarray(reference, np.float64)))), 1e-300)
-        healthy = segment.expected / size + inherited
-        error = self._error(segment.test.numpy())
+@dataclass
+class RegionSearch:
+    """The search for the nodes of a region at fault."""
+
+    region: Region
+    segment: Segment
+    """The region on its captured inputs."""
+    reference: np.ndarray
+    """The same value from the reference, any dtype."""
+    build: Build
+    inherited: float
+    """The part of the distance from the reference that came in, relative L2."""
+    max_builds: int
+    """Engines that may be built."""
+    lower: bool
+    """Whether the engine is in a lower precision than FP32, so that nodes can be kept."""
+    tell: Callable[[str], None]
+    """Told what is known before each build."""
+
+    def __post_init__(self) -> None:
+        names = set(self.region.nodes)
+        self._nodes = [n for n in self.segment.nodes if n.name in names and n.op not in MOVING]
+        size = max(float(np.linalg.norm(np.nan_to_num(np.asarray(self.reference, np.float64)))), 1e-300)
+        healthy = self.segment.expected / size + self.inherited
+        error = self._error(self.segment.test.numpy())
         finite = error if math.isfinite(error) else 1.0
-        self.descent = Descent(region, error, max(min(EXCESS * healthy, math.sqrt(finite * healthy)), 1e-300))
+        self.descent = Descent(self.region, error, max(min(EXCESS * healthy, math.sqrt(finite * healthy)), 1e-300))
         self._suspect([n.name for n in self._nodes])
 
-    def run(self) -> None:
+    def descend(self) -> Descent:
+        """What is known in the end. Ctrl-C and failing builds end the search, what was learnt is kept."""
+        try:
+            self._run()
+        except Terminated:
+            raise
+        except KeyboardInterrupt:
+            self.descent.ended = "interrupted"
+        except _Spent as spent:  # suspect is what is proven, where anything is
+            self.descent.ended = str(spent)
+            self._suspect(self.descent.kept or self.descent.suspects)
+        return self.descent
+
+    def _run(self) -> None:
         descent = self.descent
-        self._tell(f"{descent.region.label}: trying hypotheses")
-        descent.hypotheses = rank(self._segment)
+        self.tell(f"{descent.region.label}: trying hypotheses")
+        descent.hypotheses = rank(self.segment)
         if self._named():
             return
-        if not self._lower:
+        if not self.lower:
             raise _Spent("in FP32 there is no precision to keep")
         self._by_precision()
-
-    def end(self, why: str) -> None:
-        """End the search: suspect is what is proven, where anything is."""
-        self.descent.ended = why
-        self._suspect(self.descent.kept or self.descent.suspects)
 
     def _named(self) -> bool:
         """Whether the best hypothesis reproduces the region's error; if so, suspect its nodes and try them in FP32."""
         best = self.descent.reproduced
-        if best is None or best.name == self._segment.context.claim.name:
+        if best is None or best.name == self.segment.context.claim.name:
             return False
         self._suspect(best.nodes)
-        if self._lower:
+        if self.lower:
             self._verify(best.nodes)
         return True
 
@@ -149,7 +133,7 @@ class _RegionSearch:
 
     def _role(self, node: Node) -> tuple[Any, ...]:
         """Operators of a node and of its neighbours: blocks of one kind repeat them."""
-        graph = self._segment.graph
+        graph = self.segment.graph
 
         def near(node: Node, down: bool) -> list[str]:
             if down:
@@ -222,12 +206,12 @@ class _RegionSearch:
     def _trial(self, names: Sequence[str]) -> Step:
         """An engine with these nodes in FP32; what is learnt from it is left open unless its build fails."""
         descent, value = self.descent, None
-        if len(descent.steps) >= self._max:
-            raise _Spent(f"{self._max or 'no'} builds were allowed")
-        self._tell(f"{descent.region.label}: build {len(descent.steps) + 1} of at most {self._max}; {self._now()}")
+        if len(descent.steps) >= self.max_builds:
+            raise _Spent(f"{self.max_builds or 'no'} builds were allowed")
+        self.tell(f"{descent.region.label}: build {len(descent.steps) + 1} of at most {self.max_builds}; {self._now()}")
         started, step = time.monotonic(), Step(list(names), 0.0)
         try:
-            value, step.gap = self._build(self._segment.target, names)
+            value, step.gap = self.build(self.segment.target, names)
         except CpdebugError as failure:
             step.learnt = f"failed: {str(failure).splitlines()[0]}"
         step.seconds = round(time.monotonic() - started, 3)
@@ -243,11 +227,11 @@ class _RegionSearch:
         return f"suspect: {_nodes(len(descent.suspects))} ({operators}); {descent.steps[-1].learnt}"
 
     def _error(self, value: np.ndarray) -> float:
-        return relative_l2(np.asarray(value, np.float64), np.asarray(self._reference, np.float64))
+        return relative_l2(np.asarray(value, np.float64), np.asarray(self.reference, np.float64))
 
     def _suspect(self, names: Collection[str]) -> None:
         suspect_names = set(names)
-        nodes = [n for n in self._segment.nodes if n.name in suspect_names]
+        nodes = [n for n in self.segment.nodes if n.name in suspect_names]
         self.descent.suspects = [n.name for n in nodes]
         self.descent.operators = list(dict.fromkeys(n.op for n in nodes))
 

@@ -9,7 +9,7 @@ from cp_debug.backends.capabilities import INTERRUPTED, BuildsVariations, build_
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes.findings import Explainer
 from cp_debug.bisect.finding import UNKNOWN, Finding
-from cp_debug.bisect.regions.descent import Descent, descend
+from cp_debug.bisect.regions.descent import Descent, RegionSearch
 from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.errors import InputError
 from cp_debug.probes.arrays import as_numpy
@@ -72,7 +72,7 @@ def _descend(explainer: Explainer, key: Key, row: LayerRow, max_builds: int, tel
     assert row.region is not None
     assert isinstance(session, BuildsVariations)
     info = build_info_of(session)
-    return descend(
+    search = RegionSearch(
         row.region,
         explainer.segment(key, row),
         as_numpy(loader(explainer.reference, key.component)(key.value)),
@@ -82,6 +82,7 @@ def _descend(explainer: Explainer, key: Key, row: LayerRow, max_builds: int, tel
         lower=run.pipeline.backend.spec.variant in LOWER,
         tell=tell,
     )
+    return search.descend()
 
 
 def _finding(explainer: Explainer, key: Key, row: LayerRow, descent: Descent) -> Finding:

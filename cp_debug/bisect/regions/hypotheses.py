@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from cp_debug.backends.arithmetic import ARITHMETICS, FP16, FP16ACC, Arithmetic, round_fp16
-from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import Call
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.errors import InputError
@@ -64,14 +63,14 @@ def rank(segment: Segment) -> list[Hypothesis]:
             value = emulate()
         except (InputError, RuntimeError):  # an operator that nothing here executes, or shapes that do not fit
             continue
-        if value.shape == segment.test.shape:
+        if value is not None and value.shape == segment.test.shape:
             hypotheses.append(Hypothesis(name, says, tuple(n.name for n in nodes), segment.explained(value)[0]))
         if time.monotonic() > end:
             break
     return sorted(hypotheses, key=lambda h: -h.explained)
 
 
-Proposed = tuple[str, str, Sequence[Node], Callable[[], Tensor]]
+Proposed = tuple[str, str, Sequence[Node], Callable[[], Tensor | None]]
 
 
 def _hypotheses(segment: Segment) -> Iterator[Proposed]:
@@ -84,10 +83,10 @@ def _hypotheses(segment: Segment) -> Iterator[Proposed]:
     for node in nodes:
         if node.op in PRODUCTS or node.op in MOVING:
             continue
-        for source in node.inputs:
-            if not segment.context.constants.holds(source):
-                yield "left-out", f"{node.op} is left out", [node], partial(_left_out, segment, node, source)
-                break
+        source = next((name for name in node.inputs if not segment.context.constants.holds(name)), None)
+        if source is not None:
+            without = partial(segment.edited, node, op="Identity", reads=[source])
+            yield "left-out", f"{node.op} is left out", [node], without
 
 
 def _in_fp16(segment: Segment, ranges: Mapping[str, ValueSummary]) -> Iterator[Proposed]:
@@ -106,13 +105,6 @@ def _in_fp16(segment: Segment, ranges: Mapping[str, ValueSummary]) -> Iterator[P
     if len(everything) > 1:
         inner = [n for op in everything for n in of[op]]
         yield "fp16-inside", "all reductions in FP16 throughout", inner, lambda: walk(segment, everything)
-
-
-def _left_out(segment: Segment, node: Node, source: str) -> Tensor:
-    value = segment.edited(node, op="Identity", reads=[source])
-    if value is None:
-        raise InputError(f"{node.name} changes the shape")
-    return value
 
 
 class ValueSummary(NamedTuple):
@@ -196,26 +188,15 @@ def walk(segment: Segment, deviations: Mapping[str, Deviation], arithmetic: Arit
 
     The shape is the target's, the dtype the one in which ``arithmetic`` holds values.
     """
-    executor: Executor = segment.context.executor(arithmetic)
-    values: dict[str, Any] = dict(segment.given)
-    later = {name for node in segment.nodes for name in node.inputs} | {segment.target}
-    pending: list[Node] = []
-
-    def flush() -> None:
-        names = [o for node in pending for o in node.outputs if o in later]
-        values.update(executor.run_nodes(pending, values, names))
-        pending.clear()
-
+    executor, values = segment.context.executor(arithmetic), dict(segment.given)
     for node in segment.nodes:
         if node.op not in deviations:
-            pending.append(node)
+            values |= executor.run_nodes([node], values, node.outputs)
             continue
-        flush()
         values_read = executor.run_nodes([], values, node.inputs)
         call = Call.of(node, segment.graph.opsets.get("", 1), arithmetic, torch.device("cpu"))
         inputs = [values_read[name] if name else None for name in node.proto.input]
         values[node.outputs[0]] = deviations[node.op](call, inputs)
-    flush()
     return as_double(values[segment.target])
 
 
