@@ -533,3 +533,20 @@ def test_how_the_test_writes_a_layer_is_not_told_beside_what_is_wrong_in_it(tmp_
         files.append(net.save(tmp_path / f"{other}.onnx", {"x": (1, [5, 3, 6])}, ["y"]))
     (result,) = bisect(str(files[0]), "ort,ort", test_model=files[1]).tests
     assert [finding.says for finding in result.findings] == ["GRU: linear_before_reset is 0 instead of 1"]
+
+
+def test_a_fix_names_all_that_differs(tmp_path: Path) -> None:
+    files = []
+    for factor in (1, 2):
+        net = NetBuilder(5)
+        weights, bias = (net.rng.standard_normal(shape).astype(np.float32) for shape in ((6, 4), 6))
+        given = net.weight(weights * np.linspace(1, factor, 6, dtype=np.float32)[:, None], "w"), net.weight(bias, "b")
+        net.op("Gemm", "x", given[0], given[1], transB=1, alpha=float(factor), name="y")
+        if factor > 1:
+            net.weights[-1].CopyFrom(numpy_helper.from_array(bias + 1, "b"))
+        files.append(net.save(tmp_path / f"{factor}.onnx", {"x": (1, [3, 4])}, ["y"]))
+    (result,) = bisect(str(files[0]), "ort,ort", test_model=files[1]).tests
+    (finding,) = result.findings
+    assert (
+        finding.fix == "use the same w, b on both sides · undo the difference at node_y: Gemm: alpha is 2 instead of 1"
+    )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from nets import NetBuilder
 
-from cp_debug.bisect.engine import bisect
+from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import TestResult
 
 LATER = np.triu(np.ones((6, 6), bool), 1)
@@ -126,3 +126,26 @@ def test_a_mask_that_masks_nothing_has_the_whole_divergence(tmp_path: Path) -> N
     files = [attention(tmp_path / f"{n}.onnx", n, "where", factor=0.25) for n in (-1e9, -1)]
     (row,) = compared(*files).guilty
     assert row.share == pytest.approx(1, abs=0.01)
+
+
+def test_a_mask_that_is_left_out_beside_another_is_a_fault(tmp_path: Path) -> None:
+    """What it masks with −Inf is a number then; where the other mask lies, −Inf is −1e4, which alone is no fault."""
+    files = []
+    for whole in (True, False):
+        made = NetBuilder(3)
+        padded = np.zeros((1, 6), np.float32)
+        padded[0, 4:] = 1
+        later = made.weight(np.where(LATER, np.float32(-1e4), np.float32(0)))
+        scores = made.op("Mul", "x", made.weight(np.float32(0.5)))
+        if whole:
+            hidden = made.op("Cast", made.op("Mul", "m", made.weight(padded)), to=9)
+            scores = made.op("Where", hidden, made.weight(np.float32(-np.inf)), scores)
+        made.op("Softmax", made.op("Add", scores, later, name="masked"), axis=-1, name="y")
+        files.append(Path(made.save(tmp_path / f"{whole}.onnx", {"x": (1, [2, 6, 6]), "m": (1, [1])}, ["y"])))
+    np.savez(tmp_path / "x.npz", x=made.rng.standard_normal((2, 6, 6)).astype(np.float32), m=np.ones(1, np.float32))
+    options = Options(inputs=tmp_path / "x.npz")
+    (result,) = bisect(str(files[0]), "ort,ort", test_model=files[1], options=options).tests
+    assert [row.name for row in result.guilty] == ["node_masked"]
+    (finding,) = result.findings
+    assert finding.says == "Mul, Cast, Where are left out"
+    assert finding.fix == "undo the difference at node_masked: Mul, Cast, Where are left out"

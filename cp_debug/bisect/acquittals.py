@@ -57,6 +57,8 @@ def acquit_masks(
             continue
         other = other.to(exact)
         masked = (exact <= MASKED) & (other <= MASKED)
+        if bool((~masked & (torch.isfinite(exact) != torch.isfinite(other))).any()):
+            continue  # one side masks what the other does not
         if not bool((masked & (exact != other)).any()) or not _agrees_beside(replayer, key.value, row, masked, loads):
             continue
         change = key.value, exact, torch.where(masked, other, exact)

@@ -139,7 +139,8 @@ class Pieces:
         exchanged = sum(a.op != _plain(b) for a, b in self._pairs)
         both = bool(self._missing) and bool(self._added)
         foreign = any(b.op != a.op and b.proto.domain not in ("", a.proto.domain) for a, b in self._pairs)
-        return both or foreign or exchanged + len(self._missing) + len(self._added) > MOST_EXCHANGED
+        several = exchanged + len(self._missing) + len(self._added) > MOST_EXCHANGED
+        return both or foreign or (several and bool(exchanged or self._added))
 
     def differences(self) -> list[NodeDifference]:
         """Every difference, in execution order; nodes that only the test has come last."""

@@ -55,7 +55,8 @@ def difference(piece: OtherPiece) -> tuple[Candidate | None, list[NodeDifference
         return None, []
     if rewritten and (candidate := _of_constants(piece)) is not None:
         return candidate, node_differences
-    node_differences = _harmless_last(piece, node_differences)
+    wrong, harmless = _tried_alone(piece, node_differences)
+    node_differences = [*wrong, *harmless]
     telling = [d for d in node_differences if not d.added and not (d.structural and rewritten)]
     if not telling or (value := piece.result) is None:
         return None, node_differences
@@ -67,7 +68,7 @@ def difference(piece: OtherPiece) -> tuple[Candidate | None, list[NodeDifference
     evidence = _read(first)
     if len(node_differences) > 1 and not moved:
         evidence["differences"] = [d.says for d in node_differences[:8]]
-    fix = _fix(first)
+    fix = _fix([first] if moved else [d for d in wrong if d in telling or not rewritten])
     if "training_mode" in first.evidence:
         side = "test" if first.evidence["training_mode"] else "reference"
         fix = f"call eval() before the export of the {side}, for {{layers}}"
@@ -122,9 +123,11 @@ def _moved(piece: OtherPiece) -> NodeDifference | None:
     return NodeDifference("permuted", says, segment.nodes[-1].name, {"moved": share})
 
 
-def _harmless_last(piece: OtherPiece, differences: Sequence[NodeDifference]) -> list[NodeDifference]:
-    """The differences, of which each is tried alone: one that makes what the test has is all that is wrong; those that
-    change nothing here are told so, and come last."""
+def _tried_alone(
+    piece: OtherPiece, differences: Sequence[NodeDifference]
+) -> tuple[list[NodeDifference], list[NodeDifference]]:
+    """The differences that may be wrong, each tried alone, and those that change nothing here, which are told so. One
+    that makes what the test has is all that is wrong."""
     segment, constants = piece.segment, piece.other.constants
     nodes = {node.name: node for node in segment.nodes}
     moved = HARMLESS * float(torch.nan_to_num(segment.test - segment.exact, 0.0, 0.0, 0.0).norm())
@@ -139,7 +142,7 @@ def _harmless_last(piece: OtherPiece, differences: Sequence[NodeDifference]) -> 
             harmless.append(replace(each, says=f"{each.says} (which changes nothing here)"))
         else:
             (alone if near[1] else telling).append(each)
-    return [*(alone or telling), *harmless] if alone or telling else list(differences)
+    return (alone or telling, harmless) if alone or telling else (list(differences), [])
 
 
 def _is_near(value: Tensor, side: Tensor, distance: float) -> bool:
@@ -170,7 +173,8 @@ def _of_constants(piece: OtherPiece) -> Candidate | None:
     if (value := segment.edited(node, inputs=tensors)) is None:
         return None
     evidence = _read(first) | {"read_off": "the weights of the two graphs"}
-    return Candidate(first.cause, _says([d for _, d in differences]), value, 0, evidence, _fix(first))
+    found = [d for _, d in differences]
+    return Candidate(first.cause, _says(found), value, 0, evidence, _fix(found))
 
 
 def added(
@@ -237,11 +241,19 @@ def _folded(piece: OtherPiece, differences: Sequence[NodeDifference]) -> bool:
     return segment.batch_norm is not None or bool(segment.context.batch_norms)
 
 
-def _fix(difference: NodeDifference) -> str:
-    if "change" in difference.evidence:
-        constant, narrow = difference.evidence["constant"], difference.evidence["change"] in ("fp16", "bf16")
-        return f"store {constant} in FP32 on both sides" if narrow else f"use the same {constant} on both sides"
-    return f"undo the difference at {{layers}}: {difference.says}"
+def _fix(differences: Sequence[NodeDifference]) -> str:
+    """What undoes all of the differences."""
+    changed = [(d.evidence["constant"], d.evidence["change"] in ("fp16", "bf16")) for d in differences if _kept(d)]
+    wide, same = (", ".join(name for name, narrow in changed if narrow is kind) for kind in (True, False))
+    rest = _says([d for d in differences if not _kept(d)])
+    told = [f"store {wide} in FP32 on both sides", f"use the same {same} on both sides"]
+    told += [f"undo the difference at {{layers}}: {rest}"]
+    return " · ".join(text for text, of in zip(told, (wide, same, rest), strict=True) if of)
+
+
+def _kept(difference: NodeDifference) -> bool:
+    """Whether a difference is that of a constant."""
+    return "change" in difference.evidence
 
 
 def _read(difference: NodeDifference) -> dict[str, Any]:
@@ -249,8 +261,12 @@ def _read(difference: NodeDifference) -> dict[str, Any]:
 
 
 def _says(differences: Sequence[NodeDifference]) -> str:
-    more = f"; and {len(differences) - SHOWN} more differences" if len(differences) > SHOWN else ""
-    return "; ".join(dict.fromkeys(d.says for d in differences[:SHOWN])) + more
+    left_out = [d.evidence["op"] for d in differences if d.says == f"{d.evidence.get('op')} is left out"]
+    together = f"{', '.join(left_out)} are left out"
+    says = [together if len(left_out) > 1 and d.evidence.get("op") in left_out else d.says for d in differences]
+    says = list(dict.fromkeys(says))
+    more = f"; and {len(says) - SHOWN} more differences" if len(says) > SHOWN else ""
+    return "; ".join(says[:SHOWN]) + more
 
 
 def _readings(
@@ -316,7 +332,7 @@ class GraphReader:
         if not telling or (value := piece.result) is None:
             return None
         first = telling[0]
-        return Candidate(first.cause, _says(differences), value, 0, _read(first), _fix(first))
+        return Candidate(first.cause, _says(differences), value, 0, _read(first), _fix(differences))
 
     def _explain(
         self, component: str, segment: Segment, families: Sequence[Cause], failed: Failed
