@@ -271,7 +271,7 @@ def test_what_was_not_emulated_or_not_replayed_is_counted_and_named() -> None:
     rows |= {Key("net", f"s{i}"): row(f"s{i}", replay=Replay(skipped="it draws")) for i in range(3)}
     rows[Key("net", "plain")] = row("plain", stats=stats(1.0, 2.0), replay=GUILTY)
     collected.add(rows)
-    collected.explained(["a share is not known"])
+    collected.unexplained["a share is not known"] = None
     collected.ways["an If went another way"] = None
     notes = collected.notes("ort")
     assert "7 layers not emulated, so their expected error is unknown: a, b, c, d, e and 2 more" in notes

@@ -45,7 +45,10 @@ def deterministic(*, tf32: bool = False, seed: int = 0, as_deployed: bool = Fals
     included.
     """
     with ExitStack() as stack:
-        _environment(stack, _CUBLAS, ":4096:8")
+        if (before := os.environ.get(_CUBLAS)) is not None:
+            stack.callback(os.environ.update, {_CUBLAS: before})
+        stack.callback(os.environ.pop, _CUBLAS, None)
+        os.environ[_CUBLAS] = ":4096:8"
         stack.enter_context(fp32_precision(tf32))
         for name, value in _FLAGS.items():
             stack.callback(_set, name, attrgetter(name)(torch))
@@ -134,12 +137,3 @@ def exactly_on(device: str) -> Iterator[None]:
         return
     with fp32_precision(tf32=False), torch.no_grad():
         yield
-
-
-def _environment(stack: ExitStack, name: str, value: str) -> None:
-    before = os.environ.get(name)
-    if before is None:
-        stack.callback(os.environ.pop, name, None)
-    else:
-        stack.callback(os.environ.__setitem__, name, before)
-    os.environ[name] = value

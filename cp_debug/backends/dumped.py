@@ -173,24 +173,20 @@ def as_in_graph(
             )
     against = [name for name in kept if values[name].ndim > 3]
     if (last or flat) and kept and not needed and (against or not either):
-        layout, some = "nhwc" if last else "flat", (against or kept)[0]
+        layout, first = "nhwc" if last else "flat", (against or kept)[0]
         raise InputError(
-            f"{source}: no tensor's shape shows that it was dumped {_DUMPED[layout]}, and {some!r} has the graph's, "
-            f"{list(values[some].shape)}; leave {flag} {layout} out"
+            f"{source}: no tensor's shape shows that it was dumped {_DUMPED[layout]}, and {first!r} has the graph's, "
+            f"{list(values[first].shape)}; leave {flag} {layout} out"
         )
-    return InGraph(values, _told({name: values[name] for name in against if last}))
+    notes = []
+    if last and against:
+        named = some([f"{name} {list(values[name].shape)}" for name in against], 4)
+        notes = [f"read as dumped, because they fit only so, not with channels last: {named}"]
+    return InGraph(values, notes)
 
 
 _DUMPED = {"nhwc": "with channels last", "flat": "without its axes, row by row"}
 """Layout → how its tensors were dumped, in words."""
-
-
-def _told(kept: Mapping[str, np.ndarray]) -> list[str]:
-    """The sentence about tensors that were not dumped with channels last, though others were."""
-    if not kept:
-        return []
-    named = some([f"{name} {list(tensor.shape)}" for name, tensor in kept.items()], 4)
-    return [f"read as dumped, because they fit only so, not with channels last: {named}"]
 
 
 def _fits_in_rows_alone(tensor: np.ndarray, shape: tuple[int, ...] | None) -> bool:

@@ -50,11 +50,7 @@ class EmulatedBackend:
         self.device = spec.device or "cpu"
         if tile is not None and self.arithmetic.tile:
             self.arithmetic = dataclasses.replace(self.arithmetic, tile=tile)
-        if torch.device(self.device).type == "cuda":
-            index = torch.device(self.device).index or 0
-            if index >= torch.cuda.device_count():
-                reason = f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
-                raise BackendUnavailable(str(spec), reason, nearest=f"{spec.name}@cpu")
+        require_device(spec, self.device, nearest=f"{spec.name}@cpu")
 
     def keeping(self, nodes: Collection[str]) -> EmulatedBackend:
         """A copy of the backend with these ONNX nodes in FP32.
@@ -83,6 +79,14 @@ class EmulatedBackend:
     def versions(self) -> dict[str, str]:
         """torch, which computes, and onnx, whose reference runs what has no kernel; see ``torch_versions``."""
         return torch_versions(self.device) | {"onnx": onnx.__version__}
+
+
+def require_device(spec: BackendSpec, device: str, *, nearest: str) -> None:
+    """Raise BackendUnavailable where torch does not see ``device``: ``cpu``, ``cuda`` or ``cuda:N``."""
+    if device != "cpu" and (count := torch.cuda.device_count()) <= int(device.partition(":")[2] or 0):
+        reason = f"torch {torch.__version__} sees {count} CUDA devices"
+        install = None if torch.version.cuda else "pip install torch, in a build with CUDA"
+        raise BackendUnavailable(str(spec), reason, install=install, nearest=nearest)
 
 
 def torch_versions(device: str) -> dict[str, str]:

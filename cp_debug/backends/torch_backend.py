@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cp_debug.backends.arithmetic import FP32, FP64
 from cp_debug.backends.base import Program, Session, Sink
 from cp_debug.backends.determinism import deterministic
-from cp_debug.backends.emulated import ExecutorSession, torch_versions
+from cp_debug.backends.emulated import ExecutorSession, require_device, torch_versions
 from cp_debug.backends.spec import BackendSpec
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.graph.check_inputs import as_declared, check_inputs
@@ -53,14 +53,7 @@ class TorchBackend:
         self.device = spec.device or ("cuda" if self.precision == "tf32" else "cpu")
         if self.precision == "tf32" and self.device == "cpu":
             raise BackendUnavailable(str(spec), "a CPU has no TF32", nearest="emu-tf32")
-        _, _, index = self.device.partition(":")
-        if self.device != "cpu" and torch.cuda.device_count() <= int(index or 0):
-            raise BackendUnavailable(
-                str(spec),
-                f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices",
-                install=None if torch.version.cuda else "pip install torch, in a build with CUDA",
-                nearest="emu-tf32" if self.precision == "tf32" else f"{spec.name}@cpu",
-            )
+        require_device(spec, self.device, nearest="emu-tf32" if self.precision == "tf32" else f"{spec.name}@cpu")
 
     def open(self, program: Program) -> Session:
         """A session on the program's module, else on its graph.

@@ -15,7 +15,7 @@ from torch.nn import functional
 from cp_debug.backends.arithmetic import ARITHMETICS, FP32, Arithmetic
 from cp_debug.backends.base import Program, Sink
 from cp_debug.backends.determinism import deterministic
-from cp_debug.backends.emulated import ExecutorSession, torch_versions
+from cp_debug.backends.emulated import ExecutorSession, require_device, torch_versions
 from cp_debug.backends.executor import Executor, constants_of
 from cp_debug.backends.narrow_options import TorchFp8Options
 from cp_debug.backends.running_sums import RunningSum
@@ -43,9 +43,7 @@ class TorchFp8Backend:
     def __init__(self, spec: BackendSpec) -> None:
         self.spec, self.device = spec, spec.device or "cpu"
         self.options = TorchFp8Options.parse(spec.precision)
-        if self.device != "cpu" and torch.cuda.device_count() <= int(self.device.partition(":")[2] or 0):
-            reason = f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
-            raise BackendUnavailable(str(spec), reason, nearest="emu-fp8")
+        require_device(spec, self.device, nearest="emu-fp8")
         if reason := unavailable(self.device):
             raise BackendUnavailable(str(spec), reason, nearest="emu-fp8")
         narrow = self.options.narrow

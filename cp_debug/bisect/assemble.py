@@ -58,7 +58,8 @@ class Collected:
         """Layers that hold their result in another basis → the layers that undo it, by name."""
         self.masks: dict[str, None] = {}
         """Layers that mask by another number than the reference, of which what reads it makes the same, by name."""
-        self._unexplained: dict[str, None] = {}
+        self.unexplained: dict[str, None] = {}
+        """Notes about what could not be explained."""
         self.remainder: Remainder | None = None
         """Remainder of the worst sample, where no layer is guilty of its divergence."""
         self.lost: dict[str, None] = {}
@@ -91,16 +92,12 @@ class Collected:
         if self.observation is None or _standing_out(observation) > _standing_out(self.observation):
             self.observation = observation
 
-    def explained(self, notes: Iterable[str]) -> None:
-        """Add notes about what could not be explained in one sample."""
-        self._unexplained.update(dict.fromkeys(notes))
-
     def notes(self, spec: str, *, draws: bool = False) -> list[str]:
         """Notes that a reader must know besides the rows. ``draws``: the program draws random numbers."""
         notes = [*observation_notes(spec, self._noisiest, self.observation, draws=draws), *self.ways]
         rows = self.rows.values()
         skipped = Counter(row.replay.skipped for row in rows if row.replay and row.replay.skipped)
-        notes.extend(self._unexplained)
+        notes += self.unexplained
         guilty = {row.name for row in rows if row.verdict == GUILTY}
         undone = {name: by for name, by in self.undone.items() if name not in guilty}
         undoing = dict.fromkeys(name for names in undone.values() for name in names)

@@ -150,23 +150,20 @@ class Preparation:
 
     def _for(self, backend: Backend, side: Side, programs: list[Program], folder: Path) -> list[Program]:
         """The programs as this backend runs them: with Q/DQ pairs for one in INT8."""
+        key = tuple(programs)
         if not wants_int8(backend):
             return programs
-        key = tuple(programs)
-        if key not in self._quantized:
-            self._quantized[key] = already_quantized(programs) or self._quantize(side, programs, folder)
-        return self._quantized[key]
-
-    def _quantize(self, side: Side, programs: list[Program], folder: Path) -> list[Program]:
-        calibration, target = self._options.calibration, folder / ("test" if self._quantized else "")
-        data = calibration.data or self._options.inputs
-        samples = calibration_samples(side.model, data, calibration.samples)
-        self._progress.steps += 1
-        self._progress.step("quantizing")
-        quantized, how = quantize_programs(
-            side.model, programs, target, samples, parts=side.parts, calibration=calibration
-        )
-        self._how[tuple(quantized)] = how or side.how
+        quantized = self._quantized.get(key) or already_quantized(programs)
+        if quantized is None:
+            calibration, target = self._options.calibration, folder / ("test" if self._quantized else "")
+            samples = calibration_samples(side.model, calibration.data or self._options.inputs, calibration.samples)
+            self._progress.steps += 1
+            self._progress.step("quantizing")
+            quantized, how = quantize_programs(
+                side.model, programs, target, samples, parts=side.parts, calibration=calibration
+            )
+            self._how[tuple(quantized)] = how or side.how
+        self._quantized[key] = quantized
         return quantized
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cp_debug.backends.base import Program
-from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.result import GUILTY, INHERITED, LayerRow
 from cp_debug.errors import InputError
@@ -16,6 +15,8 @@ from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.pipeline import Key
 
+Branches = Mapping[str, Sequence[Branch]]
+"""Component → its decisions of the flattening."""
 _FIX = "compare what the condition is computed from in both programs, and its threshold"
 
 
@@ -44,27 +45,33 @@ def in_words(op: str, path: str, ours: Decision, theirs: Decision) -> str:
     return f"{op} {path} {said(theirs)}, on the reference it {said(ours)}"
 
 
-def other_ways(run: CandidateRun, captures: tuple[CapturedRun, CapturedRun]) -> Iterator[OtherWay]:
+def other_ways(
+    branches: tuple[Branches, Branches],
+    captures: tuple[CapturedRun, CapturedRun],
+    components: Mapping[str, str],
+    named: Callable[[Key], Key] = lambda key: key,
+) -> Iterator[OtherWay]:
     """Control flow nodes that decide differently in the test than in the reference.
 
+    ``branches`` and ``captures`` are the reference's and the test's; ``components`` says which of the test's stands for
+    one of the reference's that has another name, ``named`` under which name a value of the test was captured.
     A captured condition of an If goes before the decision that was taken when the bodies were flattened.
     """
-    test = {p.name: p for p in run.pipeline.programs}
-    for component, program in run.programs.items():
-        theirs = {b.path: b for b in test[component].branches}
-        for branch in program.branches:
-            if branch.path not in theirs:
+    for component, own in branches[0].items():
+        both = component, components.get(component, component)
+        theirs = {branch.path: branch for branch in branches[1].get(both[1], ())}
+        for branch in own:
+            if (test_branch := theirs.get(branch.path)) is None:
                 continue
-            test_branch = theirs[branch.path]
-            names = [run.name(Key(component, value)).value for value in test_branch.decided_by]
+            names = [named(Key(both[1], value)).value for value in test_branch.decided_by]
             ours = _decision_of(branch, branch.decided_by[0], captures[0], component)
-            their_decision = _decision_of(test_branch, names[0], captures[1], component)
+            their_decision = _decision_of(test_branch, names[0], captures[1], both[1])
             if ours != their_decision:
-                decided = differing_condition(branch.decided_by, names, captures, (component, component))
+                decided = _differing_condition(branch.decided_by, names, captures, both)
                 yield OtherWay(component, branch, ours, their_decision, decided)
 
 
-def differing_condition(
+def _differing_condition(
     ours: Sequence[str], theirs: Sequence[str], captures: tuple[CapturedRun, CapturedRun], components: tuple[str, str]
 ) -> str:
     """The first pair of scalars that both captures hold and that differ, in words; empty where there is none."""

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import onnx
 import torch
-from torch import Tensor
 
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.registry import create
@@ -153,7 +152,17 @@ def _rounded_scalars(
                 told.add(value.name)
                 if row.verdict == GUILTY:
                     row.verdict, row.side, row.why = INHERITED, "test", f"{value.name} has another scalar on each side"
-                yield _finding(run, value, scalars, rounds, narrow)
+                sides = [str(side.backend.spec) for side in (run.reference, run.pipeline)]
+                who, other = sides if rounds == "reference" else reversed(sides)
+                scalar, shown = next((s, in_digits(r)) for s, r in scalars.items())
+                name = {torch.float16: "FP16", torch.bfloat16: "BF16"}[narrow]
+                says = (
+                    f"{who} rounds the scalar {scalar!r} to {shown}, as {name} has it, and {other} does not: each "
+                    "result is right by its own scalar"
+                )
+                fix = f"write a scalar that {name} holds, {shown}, or compute {value.name} in FP32"
+                evidence = {"scalar": scalar, "rounded": shown, "rounded_by": rounds}
+                yield Finding(ROUNDED_SCALAR, says, [value.name], [value.op], evidence=evidence, fix=fix)
 
 
 def _rounded(scalar: float, kind: torch.dtype) -> float:
@@ -180,26 +189,6 @@ def _who_rounds(
         shown = next((name for name in operators.names(value) if name in names), target)
         own = as_torch(as_numpy(load(shown))).double()
         made = (operators.result(shown, names, load, how) for how in (in_fp32, scalar))
-        written, rounded = (_apart(own, result) for result in made)
+        written, rounded = (torch.inf if r is None else difference(r.double(), own.to(r.device)) for r in made)
         rounds.append(None if max(written, rounded) * NEARER < min(written, rounded) else rounded < written)
     return {(True, False): "reference", (False, True): "test"}.get(tuple(rounds), "")  # type: ignore[arg-type]
-
-
-def _apart(own: Tensor, result: Tensor | None) -> float:
-    return torch.inf if result is None else difference(result.double(), own.to(result.device))
-
-
-def _finding(
-    run: CandidateRun, value: TorchValue, scalars: Mapping[float, float], rounds: str, kind: torch.dtype
-) -> Finding:
-    side = run.reference if rounds == "reference" else run.pipeline
-    other = run.pipeline if rounds == "reference" else run.reference
-    scalar, rounded = next(iter(scalars.items()))
-    name = {torch.float16: "FP16", torch.bfloat16: "BF16"}[kind]
-    says = (
-        f"{side.backend.spec} rounds the scalar {scalar!r} to {in_digits(rounded)}, as {name} has it, and "
-        f"{other.backend.spec} does not: each result is right by its own scalar"
-    )
-    fix = f"write a scalar that {name} holds, {in_digits(rounded)}, or compute {value.name} in FP32"
-    evidence = {"scalar": scalar, "rounded": in_digits(rounded), "rounded_by": rounds}
-    return Finding(ROUNDED_SCALAR, says, [value.name], [value.op], evidence=evidence, fix=fix)

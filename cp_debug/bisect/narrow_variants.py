@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -66,9 +67,9 @@ class NarrowDepartures:
 
     def __init__(self, graph: Graph, claim: str, device: torch.device | str) -> None:
         """``claim``: a narrow precision with its options; ``device``: where layers are computed again."""
-        self._graph, self._device = graph, device
+        self._graph = graph
         self._options = NarrowOptions.parse(claim)
-        self._executors: dict[str, Executor] = {}
+        self._executor = cache(lambda name: Executor(graph, ARITHMETICS[name], device))
 
     def find(
         self,
@@ -96,11 +97,6 @@ class NarrowDepartures:
             if near and not distance(result, captured).new_nonfinite:
                 return str(options)
         return ""
-
-    def _executor(self, name: str) -> Executor:
-        if name not in self._executors:
-            self._executors[name] = Executor(self._graph, ARITHMETICS[name], self._device)
-        return self._executors[name]
 
 
 def spread(given: Mapping[str, AnyTensor], captured: AnyTensor, claimed: AnyTensor) -> bool:

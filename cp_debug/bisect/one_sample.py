@@ -144,7 +144,9 @@ class SampleRuns:
         lost = dict.fromkeys(lost_channels(side.outputs[last], results[last], run.tolerance[1]) if bounded else ())
         collected.lost |= lost
         rows = run.rows(stats, replays, floors, index)
-        ways = list(other_ways(run, (side.captured, test)))
+        ours, theirs = run.programs.values(), run.pipeline.programs
+        branches = {p.name: p.branches for p in ours}, {p.name: p.branches for p in theirs}
+        ways = list(other_ways(branches, (side.captured, test), {}, run.name))
         collected.ways |= dict.fromkeys(map(str, ways))
         exports = judge_exports(run, rows, side.captured)
         settled = judge_ways(ways, run.programs, rows) | exports.settled
@@ -223,7 +225,7 @@ class SampleRuns:
                     failures.append(f"which side is nearer to FP64 is unknown: {in_one_line(error)}")
         known = {finding.evidence.get("flips") for finding in collected.findings}
         failures += flips_told([flip for flip in flipped if flip.first is None or rows[flip.first].name not in known])
-        collected.explained([*counts_told(rows), *failures])
+        collected.unexplained |= dict.fromkeys([*counts_told(rows), *failures])
         collected.add(rows)
 
     def _holder(self, folder: Path, pipeline: Pipeline, sample: Sample) -> CaptureHolder:

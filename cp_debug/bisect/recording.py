@@ -11,7 +11,7 @@ from typing import Any
 from cp_debug.backends.base import Backend, RunRecord
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.bisect.branches import differing_condition, in_words
+from cp_debug.bisect.branches import Branches, other_ways
 from cp_debug.bisect.result import BisectResult, LayerRow, TestResult, check_not_empty
 from cp_debug.bisect.verdict import judge
 from cp_debug.display import OnStep
@@ -251,23 +251,17 @@ def _other_ways(
     reference: Capture, test: Capture, rows: Mapping[Key, LayerRow], components: Mapping[str, str]
 ) -> Iterator[str]:
     """Sentences about control flow that decides otherwise in the test; its results get them as their reason, too."""
-    branches_of: list[dict[str, list[Branch]]] = [
-        typed(dict[str, list[Branch]], c.manifest.get("control_flow", {}), f"{c.folder}: the manifest's control_flow")
-        for c in (reference, test)
-    ]
-    for component, branches in branches_of[0].items():
-        test_component = components.get(component, component)
-        test_branches = {b.path: b for b in branches_of[1].get(test_component, [])}
-        for ours in branches:
-            theirs = test_branches.get(ours.path, ours)
-            if theirs.decision != ours.decision:
-                way = in_words(ours.op, ours.path, ours.decision, theirs.decision)
-                conditions, both = (ours.decided_by, theirs.decided_by), (component, test_component)
-                way += differing_condition(*conditions, (reference, test), both)
-                for name in ours.outputs:
-                    if (row := rows.get((component, name))) is not None:
-                        row.why = way
-                yield way
+
+    def branches(of: Capture) -> Branches:
+        known = of.manifest.get("control_flow", {})
+        found: Branches = typed(dict[str, list[Branch]], known, f"{of.folder}: the manifest's control_flow")
+        return found
+
+    for way in other_ways((branches(reference), branches(test)), (reference, test), components):
+        for name in way.branch.outputs:
+            if (row := rows.get((way.component, name))) is not None:
+                row.why = str(way)
+        yield str(way)
 
 
 def record_of(capture: Capture) -> RunRecord:

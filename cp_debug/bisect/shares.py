@@ -255,11 +255,8 @@ class Shares:
         outputs, by component, each in its dtype; the final ones are scaled by their norms, and their squares add up.
         Raises InputError where its segment, or what is behind it, cannot be replayed.
         """
-        captured, exact, reference = (
-            self.captured(key),
-            self.exact(key),
-            _array(self._reference, key.value, key.component),
-        )
+        captured, exact = self.captured(key), self.exact(key)
+        reference = _array(self._reference, key.value, key.component)
         if reference.shape != exact.shape or not captured.dtype.kind == exact.dtype.kind == reference.dtype.kind == "f":
             raise InputError(f"{key.value} has other shapes or types on the two sides")
         with np.errstate(invalid="ignore", over="ignore"):  # −3.4e38 less −3.4e38, of masks
