@@ -4,8 +4,6 @@ what the layer is given; proved by the layer's own nodes."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,6 +32,13 @@ MOST = 8
 _FIX = {
     "weights": "quantize the weights of {layers} again, by the largest of each channel",
     "data": "calibrate {layers} on data like this, or keep it in FP32",
+    "scales": "store the scales with which the weights of {layers} were rounded, in their order, or quantize them "
+    "again",
+    "zero-points": "store the zero points of {layers} as their format has them: GPTQ's first format stores them minus "
+    "1, gptq_v2 and AWQ as they are",
+    "groups": "keep g_idx of {layers}, which says the group of each input (desc_act), or quantize without it",
+    "order": "unpack the words of {layers} in the order of their format: AWQ's is 0, 2, 4, 6, 1, 3, 5, 7, GPTQ's is "
+    "plain",
 }
 
 
@@ -87,122 +92,84 @@ def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:
     """The same of data in FP8 with one scale, and of numbers that a scale in INT8 cuts off."""
     constants, graph = piece.other.constants, piece.other.graph
     weights = {twin.proto.input[1]: weight for weight, twin in _products(piece)}
-    own = {output for node in piece.nodes for output in node.outputs}
-    pairs = dict[Node, Node | None]()
+    maker = {output: node for node in piece.nodes for output in node.outputs}
+    reads: dict[Node, str] = {}  # nodes, and of what their levels are: of a product's weights, nothing that there is
     for node in (node for node in piece.nodes if node.op == "DequantizeLinear"):
-        quantizer = graph.producer.get(node.proto.input[0])
-        if any(name and name not in constants for name in node.proto.input[1:]):
-            continue
-        if node.proto.input[0] in constants:
-            if node.outputs[0] in weights:
-                pairs[node] = None
-        elif quantizer is not None and quantizer.op == "QuantizeLinear" and quantizer.outputs[0] in own:
-            pairs[node] = quantizer
-    if not pairs:
-        return
-    read = [quantizer.proto.input[0] for quantizer in pairs.values() if quantizer is not None]
-    values = piece.values(*read, *(node.outputs[0] for node in pairs))
-    for node, quantizer in pairs.items():
-        numbers = weights[node.outputs[0]] if quantizer is None else values[quantizer.proto.input[0]]
+        levels, *grid_names = node.proto.input
+        if levels in constants and node.outputs[0] in weights:
+            reads[node] = ""
+        elif levels not in constants and levels in maker and maker[levels].op == "QuantizeLinear":
+            reads[node] = maker[levels].proto.input[0]
+        if any(name and name not in constants for name in grid_names):
+            reads.pop(node, None)
+    values = piece.values(*filter(None, reads.values()), *(node.outputs[0] for node in reads)) if reads else {}
+    for node, source in reads.items():
+        numbers, held = values[source] if source else weights[node.outputs[0]], values[node.outputs[0]]
         if not numbers.dim() or not numbers.numel() or not bool(torch.isfinite(numbers).all()):
             continue
         _, scale, zero = [*node.proto.input[:3], ""][:3]
         kind = constant_type(graph, zero) if zero else constant_type(graph, node.proto.input[0]) or 2
-        if kind in CODECS and quantizer is not None and np.size(constants[scale]) == 1:
+        scales, offset = (
+            torch.from_numpy(np.asarray(array).astype(np.float64))
+            for array in (constants[scale], constants[zero] if zero else 0.0)
+        )
+        if kind in CODECS and source and scales.numel() == 1:
             codec, needed = CODECS[kind], float(numbers.abs().max()) / CODECS[kind].largest or 1.0
-            name, says, figures = misfit(numbers, codec, float(np.ravel(constants[scale])[0]))
+            name, says, figures = misfit(numbers, codec, float(scales))
             fix = f"calibrate {{layers}} on data like this: a scale of {needed:.3g}"
             yield node.outputs[0], Candidate(name, says, codec(numbers / needed) * needed, 0, figures, fix)
         elif kind in _ENDS and not node.attribute("block_size"):
-            scales, offset = (
-                torch.from_numpy(np.asarray(array).astype(np.float64))
-                for array in (constants[scale], constants[zero] if zero else 0.0)
-            )
             grid = QuantizerGrid(scales, offset, *_ENDS[kind], node.attribute("axis", 1))
-            of = "data" if quantizer is not None else "weights"
-            stored = _Read(of, node, grid, numbers, values[node.outputs[0]])
-            fits = bool((scales > 0).all()) and grid.fits(numbers.shape) and stored.stored.shape == numbers.shape
-            if fits and bool(stored.beyond.any()):
-                yield node.outputs[0], stored.told()
+            if bool((scales > 0).all()) and grid.fits(numbers.shape) and held.shape == numbers.shape:
+                yield from _clipped("data" if source else "weights", node, grid, numbers, held)
 
 
-@dataclass(frozen=True)
-class _Read:
-    """Numbers behind one DequantizeLinear node of a layer, before they were put on its grid."""
-
-    of: str
-    """``weights`` or ``data``."""
-    dequantizer: Node
-    grid: QuantizerGrid
-    numbers: Tensor
-    """float64, in the shape of the node's result, as is ``stored``."""
-    stored: Tensor
-    """The node's result."""
-
-    @cached_property
-    def beyond(self) -> Tensor:
-        """Mask of the numbers beyond the range, which the file holds at its ends."""
-        levels, held = self.grid.levels(self.numbers), self.grid.levels(self.stored)
-        return ((levels > self.grid.high) & (held == self.grid.high)) | (
-            (levels < self.grid.low) & (held <= self.grid.low + 1)
-        )
-
-    def without(self) -> Tensor:
-        """The node's result if its range had no ends."""
-        return torch.where(self.beyond, self.grid.value(self.grid.levels(self.numbers)), self.stored)
-
-    def told(self) -> Candidate:
-        """The scales that clip, with their channels where they have any."""
-        beyond, many = self.beyond, self.grid.scale.numel() > 1
-        axis = self.grid.axis % beyond.dim() if many else 0
-        by_scale = beyond.movedim(axis, 0).flatten(1) if many else beyond.reshape(1, -1)
-        numbers = self.numbers.movedim(axis, 0).reshape(by_scale.shape)
-        reach, scales = numbers.abs().amax(1), self.grid.scale.flatten()
-        ends = torch.maximum((self.grid.high - self.grid.zero).abs(), (self.grid.low - self.grid.zero).abs()).flatten()
-        held = (ends * scales).expand(len(reach))
-        channels = by_scale.any(1).nonzero().flatten()
-        worst = int((reach / held)[channels].argmax())
-        channel = int(channels[worst])
-        share = float(by_scale[channels].double().mean())
-        name, limit = self.dequantizer.proto.input[1], f"±{float(held[channel]):.4g}"
-        figures = f"{float(scales[channel if many else 0]):.3g} ends at {limit}, {{}} reach {float(reach[channel]):.4g}"
-        subject = f"its {self.of}" if not many else f"the {self.of} of its channel {channel}"
-        listed = ", ".join(str(int(c)) for c in channels[:SHOWN]) + (", …" if len(channels) > SHOWN else "")
-        which = f"; {amount(len(channels), 'channel')} of {len(reach)} clipped: {listed}" if many else ""
-        says = f"INT8 scale {name} clips {self.of}: {figures.format(subject)}; {share:.2%} clipped{which}"
-        evidence = {
-            "of": self.of,
-            "scale_of": name,
-            "scale": float(scales[channel if many else 0]),
-            "reach": float(reach[channel]),
-            "range": float(held[channel]),
-            "clipped": share,
-            **({"channels": channels.tolist(), "axis": axis} if many else {}),
-        }
-        return Candidate("int8-clipped", says, self.without(), 0, evidence, _FIX[self.of])
+def _clipped(
+    of: str, node: Node, grid: QuantizerGrid, numbers: Tensor, held: Tensor
+) -> Iterator[tuple[str, Candidate]]:
+    """The value of ``node`` and what it would be if the range of its scales had no ends, with the channels that they
+    clip; nothing where none does. ``numbers``: before they were put on the grid; ``held``: what the file holds."""
+    levels, at = grid.levels(numbers), grid.levels(held)
+    beyond = ((levels > grid.high) & (at == grid.high)) | ((levels < grid.low) & (at <= grid.low + 1))
+    if not bool(beyond.any()):
+        return
+    many = grid.scale.numel() > 1
+    axis = grid.axis % beyond.dim() if many else 0
+    cut, given = (t.movedim(axis, 0).flatten(1) if many else t.reshape(1, -1) for t in (beyond, numbers))
+    scales, reach = grid.scale.flatten(), given.abs().amax(1)
+    ends = torch.maximum((grid.high - grid.zero).abs(), (grid.low - grid.zero).abs()).flatten() * scales
+    channels = cut.any(1).nonzero().flatten()
+    worst = int(channels[(reach / ends)[channels].argmax()])
+    figures = {"scale": float(scales[worst]), "reach": float(reach[worst]), "range": float(ends[worst])}
+    share, name = float(cut[channels].double().mean()), node.proto.input[1]
+    subject, which = f"its {of}", ""
+    evidence = {"of": of, "scale_of": name, **figures, "clipped": share}
+    if many:
+        subject = f"the {of} of its channel {worst}"
+        listed = ", ".join(map(str, channels[:SHOWN].tolist())) + (", …" if len(channels) > SHOWN else "")
+        which = f"; {amount(len(channels), 'channel')} of {len(reach)} clipped: {listed}"
+        evidence |= {"channels": channels.tolist(), "axis": axis}
+    says = f"INT8 scale {name} clips {of}: {figures['scale']:.3g} ends at ±{figures['range']:.4g}, {subject} reach "
+    says += f"{figures['reach']:.4g}; {share:.2%} clipped{which}"
+    without = torch.where(beyond, grid.value(levels), held)
+    yield node.outputs[0], Candidate("int8-clipped", says, without, 0, evidence, _FIX[of])
 
 
 def _of_weight(stored: StoredCodes, repair: Repair) -> Candidate:
     family = f"int{stored.bits}" if stored.bits is not None else FAMILIES[stored.kind]
     name = "int4-weights" if family.startswith("int") else f"{family}-weights"
+    figures = repair.evidence
+    evidence = {"wrong": repair.kind, **figures}
     if repair.kind == "scales":
-        says, evidence = _scales(stored, repair.evidence["fitted"], family)
-        fix = "store the scales with which the weights of {layers} were rounded, in their order, or quantize them again"
-        return Candidate(name, says, repair.value, 0, evidence, fix)
-    evidence = {"wrong": repair.kind, **repair.evidence}
-    if repair.kind == "zero-points":
-        says, fix = _zero_points(repair.evidence), "store the zero points of {layers} as their format has them: GPTQ's "
-        fix += "first format stores them minus 1, gptq_v2 and AWQ as they are"
-        return Candidate(name, says, repair.value, 0, evidence, fix)
-    if repair.kind == "groups":
-        moved, of = repair.evidence["moved"], repair.evidence["of"]
-        says = f"{moved} of {of} inputs are not in the groups of their {family.upper()} codes"
-        fix = "keep g_idx of {layers}, which says the group of each input (desc_act), or quantize without it"
-        return Candidate(name, says, repair.value, 0, evidence, fix)
-    what, order, along = repair.evidence["what"], repair.evidence["order"], repair.evidence["axis"]
-    says = f"its {family.upper()} {what} are in another order within words of eight along axis {along}: {order}"
-    fix = "unpack the words of {layers} in the order of their format: AWQ's is 0, 2, 4, 6, 1, 3, 5, 7, GPTQ's is plain"
-    return Candidate(name, says, repair.value, 0, evidence, fix)
+        says, evidence = _scales(stored, figures["fitted"], family)
+    elif repair.kind == "zero-points":
+        says = _zero_points(figures)
+    elif repair.kind == "groups":
+        says = f"{figures['moved']} of {figures['of']} inputs are not in the groups of their {family.upper()} codes"
+    else:
+        says = f"its {family.upper()} {figures['what']} are in another order within words of eight along axis "
+        says += f"{figures['axis']}: {figures['order']}"
+    return Candidate(name, says, repair.value, 0, evidence, _FIX[repair.kind])
 
 
 def _zero_points(evidence: Mapping[str, Any]) -> str:

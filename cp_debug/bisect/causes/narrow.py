@@ -146,6 +146,11 @@ class Operands:
     values: tuple[Tensor, Tensor]
     axes: tuple[Axes, Axes]
 
+    @property
+    def pairs(self) -> list[tuple[Tensor, Axes]]:
+        """Each operand with its axes; shapes and dtypes as in ``values``."""
+        return list(zip(self.values, self.axes, strict=True))
+
     @classmethod
     def of(cls, segment: Segment) -> Operands | None:
         """The operands that the segment's one product reads; None without one."""
@@ -170,10 +175,7 @@ def axes_of(node: Node) -> tuple[Axes, Axes]:
 
 def decoded(operands: Operands, scaling: Scaling) -> dict[int, Tensor]:
     """Both operands as the encoding leaves them, by place, float64 in their shapes."""
-    return {
-        place: scaling.encode(value, axes, place).values.double()
-        for place, (value, axes) in enumerate(zip(operands.values, operands.axes, strict=True))
-    }
+    return {place: scaling.encode(*each, place).values.double() for place, each in enumerate(operands.pairs)}
 
 
 @cause(approximate=True)

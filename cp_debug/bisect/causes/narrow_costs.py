@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.narrow_options import GRANULARITIES, GROUPS, Granularity, NarrowOptions, is_narrow
-from cp_debug.backends.scaling import MX_BLOCK, NVFP4_BLOCK, Axes, Scaling
+from cp_debug.backends.scaling import MX_BLOCK, NVFP4_BLOCK, Axes, Codec, Scaling
 from cp_debug.bisect.causes.base import Candidate
-from cp_debug.bisect.causes.narrow import FIXES, Operands
+from cp_debug.bisect.causes.narrow import FIXES, Operands, decoded
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.narrow_variants import MOST_WORK, work
@@ -127,23 +128,35 @@ def _tried(segment: Segment, options: NarrowOptions) -> Iterator[tuple[str, str,
             of = " and ".join(f"{share:.2%} of operand {place}" for place, share in enumerate(shares) if share >= 5e-5)
             text = f"outliers ({of or 'few'}) take the scale of their blocks of {block}; keep them apart"
             yield "fp4-outlier", text, kept, {"outliers": shares, "block": block}
-    if options.family in ("fp8", "mxfp8"):
-        unlimited = {place: _without_underflow(values, scaling, axes, place) for place, (values, axes) in
-                     enumerate(zip(operands.values, operands.axes, strict=True))}  # fmt: skip
-        result = segment.edited(operands.node, inputs=unlimited)
+    if options.family in ("fp8", "mxfp8") and (codec := scaling.codec) is not None:
+        encoded = [_Unlimited(options).encode(*each, place) for place, each in enumerate(operands.pairs)]
+        result = segment.edited(operands.node, inputs={p: each.values.double() for p, each in enumerate(encoded)})
         if result is not None:
-            lost = [
-                _lost(scaling, v, a, p) for p, (v, a) in enumerate(zip(operands.values, operands.axes, strict=True))
-            ]
+            small = [(each.codes != 0) & (each.codes.abs() < codec.tiniest) for each in encoded]
+            lost = [float(mask.double().mean()) for mask in small]
             text = f"numbers lie below the normal range of their scale ({lost[0]:.1%} of operand 0, {lost[1]:.1%} of "
             yield "fp8-underflow", text + "operand 1); more exponents would keep them", result, {"below_normal": lost}
+
+
+class _Unlimited(Scaling):
+    """The same, but of small numbers all bits are kept, as an unlimited exponent does."""
+
+    @property
+    def codec(self) -> Codec | None:
+        own = super().codec
+        return own and replace(own, nearest=partial(_to_bits, own.mantissa))
+
+
+def _to_bits(mantissa: int, x: Tensor) -> Tensor:
+    step = torch.exp2((torch.frexp(x).exponent - 1 - mantissa).to(x.dtype))
+    return torch.round(x / step) * step
 
 
 def _channels_scaled(segment: Segment, operands: Operands, scaling: Scaling) -> tuple[Tensor, float, float] | None:
     """The result with weights whose input channels were scaled before they were quantized, as by AWQ (Lin et al., 2023,
     equation 4), the power of the mean magnitude of the inputs that the scales are, and the largest of these magnitudes
     in multiples of their median; None without data or weights."""
-    (x, x_axes), (w, w_axes) = zip(operands.values, operands.axes, strict=True)
+    (x, x_axes), (w, w_axes) = operands.pairs
     axis = x_axes.reduced % x.dim()
     sizes = x.abs().mean([d for d in range(x.dim()) if d != axis])
     middle = float(sizes.median()) if sizes.numel() else 0.0
@@ -170,13 +183,9 @@ def _outliers_apart(
     where something else than a sum follows the product."""
     if any(n.op not in ("Add", "Sub") for n in segment.nodes[segment.nodes.index(operands.node) + 1 :]):
         return None
-    pairs = list(zip(operands.values, operands.axes, strict=True))
-    apart = [torch.where(_outlying(x, axes, block), x, 0.0) for x, axes in pairs]
-    rest = [
-        scaling.encode(x - o, axes, place).values.double()
-        for place, ((x, axes), o) in enumerate(zip(pairs, apart, strict=True))
-    ]
-    (a, _), (b, _) = pairs
+    a, b = operands.values
+    apart = [torch.where(_outlying(x, axes, block), x, 0.0) for x, axes in operands.pairs]
+    rest = decoded(replace(operands, values=(a - apart[0], b - apart[1])), scaling).values()
     none = torch.zeros_like(a)
 
     def product(left: Tensor, right: Tensor) -> Tensor | None:
@@ -210,26 +219,3 @@ def _outlying(x: Tensor, axes: Axes, block: int) -> Tensor:
     far = ((ordered > OUTLIER**2 * rest) & (counts > 0))[..., :most]
     limit = torch.where(far, ordered[..., :most], torch.inf).amin(-1, keepdim=True)
     return (padded >= limit).flatten(-2)[..., :size].movedim(-1, axis)
-
-
-def _scales(scaling: Scaling, x: Tensor, axes: Axes, place: int) -> Tensor:
-    code = scaling.encode(x, axes, place)
-    return ((code.coarse if code.fine is None else code.fine * code.coarse).double() * torch.ones_like(x)).clamp(
-        min=1e-300
-    )
-
-
-def _without_underflow(x: Tensor, scaling: Scaling, axes: Axes, place: int) -> Tensor:
-    """``x`` as the encoding leaves it, but small numbers with all their bits, as an unlimited exponent keeps them."""
-    codec = scaling.codec
-    assert codec is not None
-    encoded = scaling.encode(x, axes, place).values.double()
-    step = torch.exp2(torch.floor(torch.log2(x.abs().clamp(min=1e-300))) - codec.mantissa)
-    small = x.abs() < codec.tiniest * _scales(scaling, x, axes, place)
-    return torch.where(small, torch.round(x / step) * step, encoded)
-
-
-def _lost(scaling: Scaling, x: Tensor, axes: Axes, place: int) -> float:
-    codec = scaling.codec
-    assert codec is not None
-    return float(((x.abs() < codec.tiniest * _scales(scaling, x, axes, place)) & (x != 0)).double().mean())
