@@ -105,6 +105,7 @@ class Executor:
         self._constants = frozenset(constants_of(graph)) if scaled else frozenset()
         self._functions = {(f.domain, f.name): f for f in graph.proto.functions}
         self._steps: dict[Node, _ExecutionStep] = {}
+        self._beside: dict[Arithmetic, Executor] = {}
         self._place = ""
         self._clock = LoopClock()
         self.decisions: dict[str, str | int] = {}
@@ -115,6 +116,14 @@ class Executor:
         self.not_emulated: dict[str, str] = {}
         """Node → operator of those that ran and whose inner rounding nobody knows here: they were computed in the held
         dtype and rounded once. Nothing is missing in arithmetics that round nothing else."""
+
+    def beside(self, arithmetic: Arithmetic) -> Executor:
+        """The executor of the same graph on the same device in another arithmetic, made once."""
+        if arithmetic == self.arithmetic:
+            return self
+        if arithmetic not in self._beside:
+            self._beside[arithmetic] = Executor(self.graph, arithmetic, self.device)
+        return self._beside[arithmetic]
 
     def free_memory(self) -> None:
         """Free the converted weights; they are read again when they are used."""

@@ -156,7 +156,7 @@ def _of_constants(piece: OtherPiece) -> Candidate | None:
     """The constants of one node that the test holds changed, put into the reference's own nodes: which other operators
     the test has for them does not matter."""
     segment, theirs, pieces = piece.segment, piece.other.constants, piece.matched
-    changed = {d.name: d for d in piece.other.weights(segment.graph).differing}
+    changed = {d.name: d for d in piece.other.weights.differing}
     differences: list[tuple[Node, NodeDifference]] = []
     tensors: dict[int, Tensor] = {}
     for node in segment.nodes:
@@ -372,6 +372,6 @@ class GraphReader:
                 oracle = self._run.replayer(component, self._test).oracle
                 names = self._run.names(component)
                 executor = Executor(graph, oracle.arithmetic, oracle.device)
-                other = OtherProgram(graph, names, loader(self._test, component), executor)
+                other = OtherProgram(graph, ours, names, loader(self._test, component), executor)
             self._others[component] = other
         return self._others[component]

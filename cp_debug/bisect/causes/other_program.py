@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -31,32 +31,22 @@ class OtherProgram:
     """The test's graph, with what was captured of it."""
 
     graph: Graph
+    reference: Graph
     names: Mapping[str, str]
     """Value of the test's graph → value of the reference's graph."""
     load: Callable[[str], Any]
     """A captured value by the reference's name."""
     executor: Executor
-    _claimed: dict[str, Executor] = field(default_factory=dict)
-    _weights: WeightDifferences | None = None
 
     @cached_property
     def constants(self) -> Constants:
         """The constants of the graph."""
         return Constants(self.graph)
 
-    def weights(self, reference: Graph) -> WeightDifferences:
+    @cached_property
+    def weights(self) -> WeightDifferences:
         """Differences of its weights from the reference's."""
-        if self._weights is None:
-            self._weights = weight_differences(reference, self.graph)
-        return self._weights
-
-    def executors(self, claim: str) -> list[Executor]:
-        """Executors of the oracle, and of the claimed precision, which rounds the values between the test's nodes."""
-        if claim not in ARITHMETICS or ARITHMETICS[claim] is self.executor.arithmetic:
-            return [self.executor]
-        if claim not in self._claimed:
-            self._claimed[claim] = Executor(self.graph, ARITHMETICS[claim], self.executor.device)
-        return [self.executor, self._claimed[claim]]
+        return weight_differences(self.reference, self.graph)
 
     def piece(self, segment: Segment, known: set[str]) -> OtherPiece | None:
         """The part that computes a segment's target from values that are ``known``; None without one."""
@@ -114,10 +104,12 @@ class OtherPiece:
     @cached_property
     def result(self) -> Tensor | None:
         """The result, by the arithmetic that explains the layer best; float64, of the captured shape, else None."""
-        segment, results = self.segment, []
-        runs = [(executor, self.nodes) for executor in self.other.executors(segment.context.claim.name)]
+        segment, results, oracle = self.segment, [], self.other.executor
+        # The claimed precision rounds the values between the test's nodes.
+        claimed = ARITHMETICS.get(segment.context.claim.name, oracle.arithmetic)
+        runs = [(oracle.beside(each), self.nodes) for each in dict.fromkeys((oracle.arithmetic, claimed))]
         if (saturating := with_paired_sums(self.other.graph, self.nodes)) is not None:
-            runs.append((Executor(self.other.graph, PAIRED, self.other.executor.device), saturating))
+            runs.append((oracle.beside(PAIRED), saturating))
         for executor, nodes in runs:
             try:
                 results.append(as_double(executor.run_nodes(nodes, self.inputs, [self.own])[self.own]))

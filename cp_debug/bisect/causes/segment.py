@@ -59,13 +59,6 @@ class SegmentContext:
         self.claim: Precision = PRECISIONS[claim] if quantized is None else quantized.beside
         self.constants = Weights(self.graph, FP64, torch.device("cpu"), 0)
         self.trimmer = Trimmer(1 << 27)
-        self._made: dict[Arithmetic, Executor] = {oracle.arithmetic: oracle}
-
-    def executor(self, arithmetic: Arithmetic) -> Executor:
-        """The executor of one arithmetic, made once."""
-        if arithmetic not in self._made:
-            self._made[arithmetic] = Executor(self.graph, arithmetic, self.oracle.device)
-        return self._made[arithmetic]
 
     @cached_property
     def batch_norms(self) -> dict[str, BatchNorm]:
@@ -116,7 +109,7 @@ class Segment:
         """Let the module's own operator decide: ``exact``, float64 in the result's shape, where ``nodes`` of the graph
         make something else of ``given``."""
         arithmetic = ARITHMETICS.get(self.context.claim.name, self.context.oracle.arithmetic)
-        made = self.context.executor(arithmetic).run_nodes(nodes, given, [self.target])
+        made = self.context.oracle.beside(arithmetic).run_nodes(nodes, given, [self.target])
         self.nodes, self.given, self.decomposed = tuple(nodes), given, as_double(made[self.target])
         self.exact = as_double(exact)
         self.claimed = as_double(arithmetic.round(exact.to(arithmetic.dtype)))
@@ -135,7 +128,7 @@ class Segment:
 
         A float64 tensor of the result's shape. Raises InputError where the nodes cannot be computed, or give no tensor.
         """
-        executor = self.context.executor(arithmetic)
+        executor = self.context.oracle.beside(arithmetic)
         target_name = self.target if target is None else target
         known = {**self.given, **(values or {})}
         result = executor.run_nodes(self.nodes if nodes is None else nodes, known, [target_name])[target_name]
@@ -207,7 +200,7 @@ class Segment:
         name = f"{node.proto.input[1]}\x1fapart"
         alone = node.changed([node.proto.input[0], name], index=next(_fresh))
         values = {**self.given, name: weight.to(arithmetic.dtype)}
-        executor = self.context.executor(arithmetic)
+        executor = self.context.oracle.beside(arithmetic)
         plain = executor.run_nodes([*earlier, alone], values, node.outputs)[node.outputs[0]]
 
         def stored(value: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def walk(segment: Segment, deviations: Mapping[str, Deviation], arithmetic: Arit
 
     The shape is the target's, the dtype the one in which ``arithmetic`` holds values.
     """
-    executor, values = segment.context.executor(arithmetic), dict(segment.given)
+    executor, values = segment.context.oracle.beside(arithmetic), dict(segment.given)
     for node in segment.nodes:
         if node.op not in deviations:
             values |= executor.run_nodes([node], values, node.outputs)
