@@ -338,19 +338,16 @@ def epsilon(segment: Segment) -> Iterator[Candidate]:
     """Candidates: the ε of another framework, or any other, fitted as one number."""
     for place in places(segment):
         if place.own is not None and place.x is not None:
-            number = _epsilon(place, place.own, place.x)
+            number = single_numbers.epsilon(place.own.eps, partial(_with_epsilon, place, place.own, place.x))
             yield from single_numbers.with_usual([number])
             yield from single_numbers.by_search(segment, [number])
 
 
-def _epsilon(place: Place, own: BatchNorm, x: Tensor) -> single_numbers.Number:
-    def candidate(eps: float) -> Candidate:
-        says, evidence = f"BatchNorm: eps is {eps:.3g} instead of {own.eps:.3g}", {"eps": eps, "instead_of": own.eps}
-        value = place.finish(place.applied(replace(own, eps=eps), x))
-        fix = f"BatchNorm2d(…, eps={own.eps:g}) in {{layers}}, and export again"
-        return Candidate("normalization-eps", says, value, 0, evidence, fix)
-
-    return single_numbers.epsilon(own.eps, candidate)
+def _with_epsilon(place: Place, own: BatchNorm, x: Tensor, eps: float) -> Candidate:
+    says, evidence = f"BatchNorm: eps is {eps:.3g} instead of {own.eps:.3g}", {"eps": eps, "instead_of": own.eps}
+    value = place.finish(place.applied(replace(own, eps=eps), x))
+    fix = f"BatchNorm2d(…, eps={own.eps:g}) in {{layers}}, and export again"
+    return Candidate("normalization-eps", says, value, 0, evidence, fix)
 
 
 @cause(by_node=True)

@@ -101,15 +101,10 @@ def of_graph_node(node: Node, constants: Weights) -> BatchNorm | None:
 
 
 def folded_batch_norm(program: Program, node: Node) -> BatchNorm | None:
-    """The BatchNormalization of the module that was folded into a node's weights; None where that is not known."""
-    module = folded_module(program, node)
+    """The BatchNormalization of the module that was folded into a node's weights, which is the last module that the
+    node computes; None where that is not known."""
+    module = _submodule(program, _path(program, node))
     return _of_module(module) if isinstance(module, _BatchNorm) else None
-
-
-def folded_module(program: Program, node: Node) -> nn.Module | None:
-    """The last module that a node computes: of a convolution with a BatchNorm folded into it that BatchNorm."""
-    path = _path(program, node)
-    return _submodule(program, path) if path else None
 
 
 def raw_layer(program: Program, node: Node) -> nn.Module | None:
@@ -134,7 +129,7 @@ def _path(program: Program, node: Node) -> str:
 
 
 def _submodule(program: Program, path: str) -> nn.Module | None:
-    if program.module is None or program.alignment is None:
+    if program.module is None or program.alignment is None or not path:
         return None
     try:
         return program.module.get_submodule(own_path(program.alignment.prefix, path))

@@ -16,7 +16,7 @@ from torch import Tensor
 from cp_debug.backends.arithmetic import ARITHMETICS, FP64, Arithmetic
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor, Weights
-from cp_debug.bisect.causes.batchnorm_parameters import BatchNorm, batch_norms, folded_batch_norm
+from cp_debug.bisect.causes.batchnorm_parameters import BatchNorm, batch_norms, folded_batch_norm, of_graph_node
 from cp_debug.bisect.causes.fits import halves
 from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.replay import Load
@@ -374,8 +374,7 @@ class Segment:
         if nodes[-1].op != "BatchNormalization":
             folded = folded_batch_norm(self.context.program, nodes[-1])
             return folded if folded is not None and len(folded.mean) == self.test.shape[self.axis] else None
-        eps = nodes[-1].attribute("epsilon", 1e-5)
-        return BatchNorm.of([self.weight(nodes[-1], place) for place in range(1, 5)], eps)
+        return of_graph_node(nodes[-1], self.context.constants)
 
     @cached_property
     def strange(self) -> bool:
