@@ -30,6 +30,8 @@ from cp_debug.serialize import JsonForm
 
 BUILDS = 6
 """Engines built for one region, unless said otherwise."""
+FAILED = "failed"
+"""Beginning of what is learnt from an engine that could not be built."""
 NORMALIZING = (
     "LayerNormalization",
     "InstanceNormalization",
@@ -97,35 +99,33 @@ class RegionSearch:
         descent = self.descent
         self.tell(f"{descent.region.label}: trying hypotheses")
         descent.hypotheses = rank(self.segment)
-        if self._named():
-            return
-        if not self.lower:
-            raise _Spent("in FP32 there is no precision to keep")
-        self._by_precision()
-
-    def _named(self) -> bool:
-        """Whether the best hypothesis reproduces the region's error; if so, suspect its nodes and try them in FP32."""
-        best = self.descent.reproduced
+        best = descent.reproduced
         if best is None or best.name == self.segment.context.claim.name:
-            return False
+            if not self.lower:
+                raise _Spent("in FP32 there is no precision to keep")
+            self._by_precision()
+            return
         self._suspect(best.nodes)
         if self.lower:
-            self._verify(best.nodes)
-        return True
+            self._mends(best.nodes)
 
     def _by_precision(self) -> None:
         """Find the operators, then the roles, then the nodes that must be in FP32, by halves."""
         descent, everything = self.descent, [n.name for n in self._nodes]
         self._suspect(everything)
-        self._control()
-        for kind, groups in (("operators", self._groups), ("roles", self._roles), ("nodes", self._single)):
-            suspects = [n for n in self._nodes if n.name in descent.suspects]
-            parts = groups(suspects)
+        self._mends(everything)  # it must be right then, if rounding is to blame
+        descent.in_fp32 = descent.steps[-1].error
+        kinds: dict[str, Callable[[Node], Any]] = {
+            "operators": lambda node: node.op in PRODUCTS or node.op,
+            "roles": self._role,
+            "nodes": lambda node: node.index,
+        }
+        for kind, key in kinds.items():
+            parts = _parts([n for n in self._nodes if n.name in descent.suspects], key)
             if len(parts) < 2:
                 continue
-            group = self._halve(parts, kind)
-            self._suspect([n.name for n in group])
-            if set(descent.suspects) != set(descent.kept) and not self._verify(descent.suspects):
+            self._halve(parts, kind)
+            if set(descent.suspects) != set(descent.kept) and not self._mends(descent.suspects):
                 self._suspect(everything)
                 raise _Spent(
                     "no smaller part of it in FP32 fixes it" if descent.kept else "keeping FP32 does not fix it"
@@ -144,67 +144,21 @@ class RegionSearch:
 
         return (node.op, *near(node, False), "→", *near(node, True))
 
-    def _roles(self, nodes: Sequence[Node]) -> list[list[Node]]:
-        by: dict[tuple[Any, ...], list[Node]] = {}
-        for node in nodes:
-            by.setdefault(self._role(node), []).append(node)
-        return list(by.values())
-
-    @staticmethod
-    def _single(nodes: Sequence[Node]) -> list[list[Node]]:
-        return [[node] for node in nodes]
-
-    def _groups(self, nodes: Sequence[Node]) -> list[list[Node]]:
-        """Nodes by operator: those that suffer in FP16 first, products last."""
-        by: dict[str, list[Node]] = {}
-        for node in nodes:
-            by.setdefault("products" if node.op in PRODUCTS else node.op, []).append(node)
-
-        def order(op: str) -> tuple[int, int]:
-            place = NORMALIZING.index(op) if op in NORMALIZING else len(NORMALIZING)
-            return (op == "products", place)
-
-        return [by[op] for op in sorted(by, key=order)]
-
-    def _halve(self, groups: list[list[Node]], kind: str) -> list[Node]:
-        """The one of ``groups`` that must be kept in FP32, as far as builds allow; sure nodes go into ``descent``."""
+    def _halve(self, groups: list[list[Node]], kind: str) -> None:
+        """Suspect the one of ``groups`` that must be kept in FP32, as far as builds allow."""
         while len(groups) > 1:
             half = groups[: (len(groups) + 1) // 2]
-            names = [n.name for group in half for n in group]
-            step = self._trial(names)
-            if step.learnt:
+            mends = self._mends([n.name for group in half for n in group])
+            step = self.descent.steps[-1]
+            if step.learnt.startswith(FAILED):
                 raise _Spent("a build failed")
-            mends = step.error is not None and step.error <= self.descent.limit
-            if mends:
-                self._prove(names, step)
             groups = half if mends else groups[len(half) :]
-            remaining = [n for group in groups for n in group]
-            step.learnt = f"{'fixed' if mends else 'not fixed'}: {_nodes(len(remaining))} left, by {kind}"
-            self._suspect([n.name for n in remaining])
-        return groups[0]
+            remaining = [n.name for group in groups for n in group]
+            step.learnt += f": {_nodes(len(remaining))} left, by {kind}"
+            self._suspect(remaining)
 
-    def _control(self) -> None:
-        """Build the region with all of it in FP32: it must be right then, if rounding is to blame."""
-        everything = [n.name for n in self._nodes]
-        self._verify(everything)
-        self.descent.in_fp32 = self.descent.steps[-1].error
-
-    def _verify(self, names: Sequence[str]) -> bool:
-        step = self._trial(names)
-        if step.learnt:
-            return False
-        mends = step.error is not None and step.error <= self.descent.limit
-        step.learnt = "fixed" if mends else "not fixed"
-        if mends:
-            self._prove(names, step)
-        return mends
-
-    def _prove(self, names: Collection[str], step: Step) -> None:
-        if not self.descent.kept or len(names) < len(self.descent.kept):
-            self.descent.kept, self.descent.mended = list(names), step.error
-
-    def _trial(self, names: Sequence[str]) -> Step:
-        """An engine with these nodes in FP32; what is learnt from it is left open unless its build fails."""
+    def _mends(self, names: Sequence[str]) -> bool:
+        """Whether an engine with these nodes in FP32 is right; if so, that is proven of them."""
         descent, value = self.descent, None
         if len(descent.steps) >= self.max_builds:
             raise _Spent(f"{self.max_builds or 'no'} builds were allowed")
@@ -213,11 +167,15 @@ class RegionSearch:
         try:
             value, step.gap = self.build(self.segment.target, names)
         except CpdebugError as failure:
-            step.learnt = f"failed: {str(failure).splitlines()[0]}"
+            step.learnt = f"{FAILED}: {str(failure).splitlines()[0]}"
         step.seconds = round(time.monotonic() - started, 3)
         step.error = self._error(value) if value is not None else None
         descent.steps.append(step)
-        return step
+        mends = step.error is not None and step.error <= descent.limit
+        step.learnt = step.learnt or ("fixed" if mends else "not fixed")
+        if mends and (not descent.kept or len(names) < len(descent.kept)):
+            descent.kept, descent.mended = list(names), step.error
+        return mends
 
     def _now(self) -> str:
         descent = self.descent
@@ -234,6 +192,19 @@ class RegionSearch:
         nodes = [n for n in self.segment.nodes if n.name in suspect_names]
         self.descent.suspects = [n.name for n in nodes]
         self.descent.operators = list(dict.fromkeys(n.op for n in nodes))
+
+
+def _parts(nodes: Sequence[Node], key: Callable[[Node], Any]) -> list[list[Node]]:
+    """Nodes with one key each: those that suffer in FP16 first, products last."""
+    by: dict[Any, list[Node]] = {}
+    for node in nodes:
+        by.setdefault(key(node), []).append(node)
+
+    def order(part: list[Node]) -> tuple[bool, int]:
+        op = part[0].op
+        return op in PRODUCTS, NORMALIZING.index(op) if op in NORMALIZING else len(NORMALIZING)
+
+    return sorted(by.values(), key=order)
 
 
 def _nodes(count: int) -> str:

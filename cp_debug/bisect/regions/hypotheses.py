@@ -133,30 +133,24 @@ def crossed(segment: Segment, ranges: Mapping[str, ValueSummary], claim: Arithme
     Queries, keys and values of an attention are such results. All groups of a kind are exchanged at once, as a fusion
     rule would.
     """
-    groups: dict[tuple[str, int], list[list[str]]] = {}
-    makers: dict[tuple[str, int], list[Node]] = {}
-    reads: dict[tuple[str, str, tuple[int, ...]], list[Node]] = {}
-
-    def add(op: str, names: list[str], nodes: list[Node]) -> None:
-        if 1 < len(names) <= MOST_CROSSED:
-            groups.setdefault((op, len(names)), []).append(names)
-            makers.setdefault((op, len(names)), []).extend(nodes)
-
+    made: dict[tuple[Any, ...], list[tuple[str, Node]]] = {}
     for node in segment.nodes:
-        shapes = {ranges[o].shape for o in node.outputs if o in ranges}
-        if len(node.outputs) > 1 and len(shapes) == 1 and all(o in ranges for o in node.outputs):
-            add(node.op, list(node.outputs), [node])
-        elif len(node.outputs) == 1 and node.outputs[0] in ranges:
-            for source in node.inputs:
-                if source in ranges or source in segment.given:
-                    reads.setdefault((node.op, source, ranges[node.outputs[0]].shape), []).append(node)
-    for (op, _, _), nodes in reads.items():
-        add(op, [n.outputs[0] for n in nodes], nodes)
-    for (op, count), names in groups.items():
+        results = [name for name in node.outputs if name in ranges]
+        sources = (
+            [s for s in node.inputs if s in ranges or s in segment.given] if len(node.outputs) == 1 else [node.name]
+        )
+        for name, source in itertools.product(results, sources):
+            made.setdefault((node.op, source, ranges[name].shape), []).append((name, node))
+    groups: dict[tuple[str, int], list[list[tuple[str, Node]]]] = {}
+    for (op, *_), group in made.items():
+        if 1 < len(group) <= MOST_CROSSED and len(group[0][1].outputs) in (1, len(group)):
+            groups.setdefault((op, len(group)), []).append(group)
+    for (op, count), alike in groups.items():
+        nodes = list(dict.fromkeys(node for group in alike for _, node in group))
         for order in itertools.islice(itertools.permutations(range(count)), 1, None):
-            renamed = {group[i]: group[place] for group in names for i, place in enumerate(order)}
+            renamed = {group[i][0]: group[place][0] for group in alike for i, place in enumerate(order)}
             says = f"{op}: its results are exchanged, in the order {', '.join(map(str, order))}"
-            yield "crossed", says, makers[op, count], partial(_renamed, segment, renamed, claim)
+            yield "crossed", says, nodes, partial(_renamed, segment, renamed, claim)
 
 
 def _renamed(segment: Segment, names: Mapping[str, str], claim: Arithmetic) -> Tensor:
