@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor
 
@@ -34,6 +35,9 @@ _OF_WEIGHTS = ("int8-axis", "int8-per-tensor", "int8-weights")
 """Causes about the scales of weights that tell more than that one of them clips."""
 FEW = 3
 """Elements of a constant that are no dense tensor."""
+_STORED = {onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
+_EFFECTS = {"Gather": "permuted", "Transpose": "transposed", **dict.fromkeys(("Clip", "Max", "Min"), "saturated")}
+"""Operator → name of what one of it does."""
 HARMLESS = 1e-3
 """Part of what the test has changed up to which a difference by itself changes nothing."""
 SHOWN = 3
@@ -198,14 +202,32 @@ def added(
     elif len(nodes) == 1 and ops[0] in ACTIVATIONS and ops[0] != "Clip":
         doubled = any(node.op == ops[0] for node in piece.matched.common)
         name = "doubled-activation" if doubled else "extra-activation"
-    elif ops[0] == "Cast" or any(n in theirs for node in nodes for n in node.inputs):
-        does = by_values()[0].cause
-        # What is changed in front of the layer's own nodes is no change of what they make, or of their constants.
-        if does is not None and not does.observed and not {"operand", "constant", "constants"} & does.evidence.keys():
-            name, says = does.cause, f"{says}: {does.says}"
-        elif any(theirs.size(n) > FEW for node in nodes for n in node.inputs if n in theirs):
+    else:
+        does = by_values()[0].cause if ops[0] == "Cast" or any(n in theirs for m in nodes for n in m.inputs) else None
+        if does is not None and not does.observed and not {"constant", "constants"} & does.evidence.keys():
+            # What changes an operand is no change of what the layer makes of it.
+            name, says = name if "operand" in does.evidence else does.cause, f"{says}: {does.says}"
+        elif not (name := _name_of(nodes, theirs) if nodes[-1] is piece.nodes[-1] else name):
             return None
     return Candidate(name, says, value, 0, _read(additions[0]), f"undo the difference at {{layers}}: {says}")
+
+
+def _name_of(nodes: Sequence[Node], constants: Constants) -> str:
+    """The name of what added nodes do, where values do not tell, as of few elements; empty for a dense constant."""
+    held = [np.asarray(constants[n]) for node in nodes for n in node.inputs if n in constants]
+    node, alone = nodes[0], len({node.op for node in nodes}) == 1
+    if node.op == "Cast" and alone:
+        to = [each.attribute("to", 0) for each in nodes]
+        return next((name for kind, name in _STORED.items() if kind in to), "extra-operator")
+    if node.op in _EFFECTS and len(nodes) == 1 and all(np.unique(own).size == own.size for own in held):
+        return _EFFECTS[node.op]
+    kind = {"Mul": "scaled", "Div": "scaled", "Add": "shifted", "Sub": "shifted"}.get(node.op)
+    if kind is not None and len(nodes) == len(held) == 1:
+        (own,) = held
+        if own.size in (1, max(own.shape, default=1)):
+            return kind if own.size == 1 else f"channels-{kind}"
+        return "isolated" if (own != (kind == "scaled")).sum() <= FEW else ""
+    return "" if any(each.size > FEW for each in held if each.dtype.kind == "f") else "extra-operator"
 
 
 def _written_out(piece: OtherPiece) -> Candidate | None:

@@ -14,50 +14,30 @@ from cp_debug.safe_text import amount
 
 
 @cause()
-def times_infinity(segment: Segment) -> Iterator[Candidate]:
-    """Candidate: a factor that overflowed, so that 0·Inf is NaN and all else Inf."""
-    if bool(segment.new_nonfinite.any()):
-        for sign in (1, -1):
-            says = "the result is multiplied by Inf: its zeros become NaN"
-            # Of what the precision makes: a value that it rounds to 0, or past it, gives NaN or the other Inf.
-            value = segment.claimed * (sign * torch.inf)
-            yield Candidate(
-                "times-infinity", says, value, evidence=operands(segment), fix="find the scale that is Inf: {layers}"
-            )
-
-
-@cause()
-def nan_for_zero_or_all(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: NaN where the exact value is 0 (0/0), or NaN throughout."""
-    if not bool(segment.new_nonfinite.any()):
+def made_of_numbers(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: a factor that overflowed, so that 0·Inf is NaN and all else Inf; NaN where the exact value is 0
+    (0 ÷ 0), or throughout; and what algebra says of numbers, said of NaN and Inf: x·0 is 0, x − x is 0, x ÷ x is 1."""
+    if not segment.strange:
         return
-    nan = torch.full((), torch.nan, dtype=torch.float64)
-    for name, says, place in (
-        ("nan-at-zero", "NaN exactly where the result should be 0: a division of zeros", segment.exact == 0),
-        ("nan-everywhere", "the whole tensor is NaN", torch.ones_like(segment.exact, dtype=torch.bool)),
-    ):
-        value = torch.where(place, nan, segment.exact)
-        yield Candidate(
-            name, says, value, evidence=operands(segment), fix="guard the division in {layers} with an epsilon"
-        )
-
-
-@cause()
-def folded(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: what algebra says of numbers is said of NaN and Inf: x·0 is 0, x − x is 0, x ÷ x is 1."""
-    if not segment.nodes or not bool(segment.new_nonfinite.any()):
-        return
-    node = segment.nodes[-1]
-    same = len(set(node.inputs)) == 1
-    zero = any(w is not None and not w.any() for w in (segment.weight(node, place) for place in (0, 1)))
-    for op, holds, text, result in (
-        ("Mul", zero, "x·0", 0.0),
-        ("Sub", same, "x − x", 0.0),
-        ("Div", same, "x ÷ x", 1.0),
-    ):
-        if node.op == op and holds:
-            says = f"{text} is taken for {result:.0f} where x is NaN or Inf"
-            value = torch.full_like(segment.exact, result)
+    exact, node = segment.exact, segment.nodes[-1] if segment.nodes else None
+    guard = "guard the division in {layers} with an epsilon"
+    for cause_name, says, value, fix in (
+        # Of what the precision makes: a value that it rounds to 0, or past it, gives NaN or the other Inf.
+        *(
+            ("times-infinity", "the result is multiplied by Inf: its zeros become NaN", segment.claimed * infinity,
+             "find the scale that is Inf: {layers}")
+            for infinity in (torch.inf, -torch.inf)
+        ),
+        ("nan-at-zero", "NaN exactly where the result should be 0: a division of zeros",
+         torch.where(exact == 0, torch.nan, exact), guard),
+        ("nan-everywhere", "the whole tensor is NaN", torch.full_like(exact, torch.nan), guard),
+    ):  # fmt: skip
+        yield Candidate(cause_name, says, value, evidence=operands(segment), fix=fix)
+    weights = (segment.weight(node, place) for place in (0, 1) if node is not None)
+    zero, same = any(w is not None and not w.any() for w in weights), node is not None and len(set(node.inputs)) == 1
+    for op, holds, text, number in (("Mul", zero, "x·0", 0), ("Sub", same, "x − x", 0), ("Div", same, "x ÷ x", 1)):
+        if segment.op == op and holds:
+            says, value = f"{text} is taken for {number} where x is NaN or Inf", torch.full_like(exact, number)
             fix = "report it, or replace NaN and Inf in front of {layers}"
             yield Candidate("folded", says, value, evidence=operands(segment), fix=fix)
 
@@ -65,7 +45,7 @@ def folded(segment: Segment) -> Iterator[Candidate]:
 @cause(costly=True)
 def born_here(segment: Segment) -> Iterator[Candidate]:
     """Candidate of last resort: the place of the first NaN or Inf, and its operands."""
-    if bool(segment.new_nonfinite.any()):
+    if segment.strange:
         count = int(segment.new_nonfinite.sum())
         what, right = (_kinds(tensor[segment.new_nonfinite]) for tensor in (segment.test, segment.exact))
         says = f"{what} appears here in {amount(count, 'value')} where {right} is right"
