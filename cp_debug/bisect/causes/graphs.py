@@ -207,13 +207,14 @@ def added(
         if does is not None and not does.observed and not {"constant", "constants"} & does.evidence.keys():
             # What changes an operand is no change of what the layer makes of it.
             name, says = name if "operand" in does.evidence else does.cause, f"{says}: {does.says}"
-        elif not (name := _name_of(nodes, theirs) if nodes[-1] is piece.nodes[-1] else name):
+        elif not (name := _name_of(nodes, theirs, value.numel()) if nodes[-1] is piece.nodes[-1] else name):
             return None
     return Candidate(name, says, value, 0, _read(additions[0]), f"undo the difference at {{layers}}: {says}")
 
 
-def _name_of(nodes: Sequence[Node], constants: Constants) -> str:
-    """The name of what added nodes do, where values do not tell, as of few elements; empty for a dense constant."""
+def _name_of(nodes: Sequence[Node], constants: Constants, count: int) -> str:
+    """The name of what added nodes do to ``count`` elements, where values do not tell, as of few; empty for a dense
+    constant."""
     held = [np.asarray(constants[n]) for node in nodes for n in node.inputs if n in constants]
     node, alone = nodes[0], len({node.op for node in nodes}) == 1
     if node.op == "Cast" and alone:
@@ -224,7 +225,7 @@ def _name_of(nodes: Sequence[Node], constants: Constants) -> str:
     kind = {"Mul": "scaled", "Div": "scaled", "Add": "shifted", "Sub": "shifted"}.get(node.op)
     if kind is not None and len(nodes) == len(held) == 1:
         (own,) = held
-        if own.size in (1, max(own.shape, default=1)):
+        if own.size == 1 or count > own.size == max(own.shape):
             return kind if own.size == 1 else f"channels-{kind}"
         return "isolated" if (own != (kind == "scaled")).sum() <= FEW else ""
     return "" if any(each.size > FEW for each in held if each.dtype.kind == "f") else "extra-operator"

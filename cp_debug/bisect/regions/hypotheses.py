@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from graphlib import CycleError, TopologicalSorter
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ def rank(segment: Segment) -> list[Hypothesis]:
             break  # what is left is slower, and cannot explain more
         try:
             value = emulate()
-        except (InputError, RuntimeError):  # an operator that nothing here executes, or shapes that do not fit
+        except (InputError, RuntimeError, CycleError):  # an operator that nothing here executes, or what does not fit
             continue
         if value is not None and value.shape == segment.test.shape:
             hypotheses.append(Hypothesis(name, says, tuple(n.name for n in nodes), segment.explained(value)[0]))
@@ -162,19 +163,9 @@ def _renamed(segment: Segment, names: Mapping[str, str], claim: Arithmetic) -> T
 
 def _ordered(nodes: Sequence[Node]) -> list[Node]:
     """The nodes, each behind those whose results it reads."""
-    maker = {o: n for n in nodes for o in n.outputs}
-    ordered: dict[int, Node] = {}
-
-    def visit(node: Node) -> None:
-        if node.index not in ordered:
-            for name in node.inputs:
-                if name in maker and maker[name].index > node.index:
-                    visit(maker[name])
-            ordered[node.index] = node
-
-    for node in nodes:
-        visit(node)
-    return list(ordered.values())
+    maker = {name: node for node in nodes for name in node.outputs}
+    reads = {node: [maker[name] for name in node.inputs if name in maker] for node in nodes}
+    return list(TopologicalSorter(reads).static_order())
 
 
 def walk(segment: Segment, deviations: Mapping[str, Deviation], arithmetic: Arithmetic = FP16) -> Tensor:
