@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cp_debug.backends.arithmetic import ARITHMETICS
@@ -37,8 +36,8 @@ STEPS = 32
 """Scales tried in an octave, in which E4M3 has 8 numbers: one of them rounds most values as the right one does."""
 REFINED = 4
 """Times that the best of them is searched for in ever smaller steps."""
-ROWS_SEEN, OUTPUTS_SEEN = 12, 32
-"""Rows, and outputs of each half, that a scale is fitted to."""
+ROWS_SEEN, OUTPUTS_SEEN = 12, 64
+"""Rows and outputs that a scale is fitted to."""
 UNSCALED = 1.05
 """Squared error without a scale, relative to that with the best one, up to which there is said to be none."""
 BF16_ADVICE = "keep them in BF16"
@@ -187,7 +186,7 @@ def wrong_scale(segment: Segment) -> Iterator[Candidate]:
 
 
 def _with_scales(segment: Segment, options: NarrowOptions) -> Iterator[Candidate]:
-    """Candidates: data in FP8 with another scale; fitted in one half of the rows, judged in the other."""
+    """Candidates: data in FP8 with another scale; fitted to few rows and outputs, judged by all."""
     claim, operands = segment.context.claim.name, Operands.of(segment)
     if operands is None or segment.context.quantized is not None:
         return
@@ -208,17 +207,10 @@ def _with_scales(segment: Segment, options: NarrowOptions) -> Iterator[Candidate
             says += f"{codec.largest:g}" + (" and has no Inf, so larger values become NaN" if codec is E4M3 else "")
             yield Candidate("fp8-saturated", says, result(1.0, False), 0, figures, FIXES["fp8-saturated"], heard=True)
         return
-    scales = _fitted(segment, lambda scale: FixedScaling(options, (scale, None)), operands, others)
-    if scales is None:
-        return
-    *fitted, first_half = scales
-    by_one, by_other = (result(scale) for scale in fitted)
-    if by_one is None or by_other is None:
-        return
-    name, says, figures = misfit(x, codec, math.sqrt(fitted[0] * fitted[1]))
-    figures["scales_of_halves"] = fitted
-    value = torch.where(first_half, by_other, by_one)
-    yield Candidate(name, says, value, 1, figures, FIXES[name], heard=is_narrow(claim))
+    scale = _fitted(segment, lambda scale: FixedScaling(options, (scale, None)), operands, others)
+    if scale is not None:
+        name, says, figures = misfit(x, codec, scale)
+        yield Candidate(name, says, result(scale), 1, figures, FIXES[name], heard=is_narrow(claim))
 
 
 def misfit(x: Tensor, codec: Codec, scale: float) -> tuple[str, str, dict[str, Any]]:
@@ -246,9 +238,9 @@ def misfit(x: Tensor, codec: Codec, scale: float) -> tuple[str, str, dict[str, A
 
 def _fitted(
     segment: Segment, fixed: Callable[[float], FixedScaling], operands: Operands, others: Mapping[int, Tensor]
-) -> tuple[float, float, Tensor] | None:
-    """The best scale of the data for each half of the outputs (of the rows, where there is one output), and the mask of
-    the first half in the result's shape; None where none explains any of the error."""
+) -> float | None:
+    """The best scale of the data for the rows and outputs with the largest errors, which are few of all; None where
+    none explains half of their error."""
     if operands.node is not segment.nodes[-1] or not bool(segment.finite.all()):
         return None
     layout = ProductLayout.of(segment, operands.node)
@@ -257,31 +249,19 @@ def _fitted(
     if (columns := layout.columns(segment)) is None:
         return None
     known = layout.flat((segment.exact - layout.without_bias(segment)).expand_as(segment.test))
-    wanted, theta = layout.flat(segment.test) - known, layout.theta_of(others[1])
     wrong = layout.flat(segment.error).square()
-    by_output = layout.outputs > 1
-    first = torch.zeros(wrong.shape[1:], dtype=torch.bool)
-    first[(slice(None), slice(None, None, 2)) if by_output else slice(None, None, 2)] = True
     rows = wrong.sum((0, 2)).argsort(descending=True)[:ROWS_SEEN].sort().values
-    outputs = wrong.sum((0, 1)).argsort(descending=True)[: 2 * OUTPUTS_SEEN].sort().values
+    outputs = wrong.sum((0, 1)).argsort(descending=True)[:OUTPUTS_SEEN].sort().values
+    x, w = columns[:, rows], layout.theta_of(others[1])[:, :, outputs]
+    y = (layout.flat(segment.test) - known)[:, rows][..., outputs]
+
+    def error(scale: float) -> float:
+        return float((fixed(scale).decoded(x) @ w - y).square().sum())
+
     top = float(operands.values[0].abs().max()) / fixed(1.0).largest
     grid = [top * 2.0 ** (k / STEPS) for k in range(OCTAVES[0] * STEPS, OCTAVES[1] * STEPS + 1)]
-    found = []
-    for half in (first, ~first):
-        seen_rows = rows if by_output else rows[half[rows, 0]]
-        seen = outputs[half[0, outputs]] if by_output else outputs
-        if not len(seen_rows) or not len(seen):
-            return None
-        x, w, y = columns[:, seen_rows], theta[:, :, seen], wanted[:, seen_rows][..., seen]
-
-        def error(scale: float, x: Tensor = x, w: Tensor = w, y: Tensor = y) -> float:
-            return float((fixed(scale).decoded(x) @ w - y).square().sum())
-
-        best, step = min(grid, key=error), 2.0 ** (1 / STEPS)
-        for _ in range(REFINED):
-            best, step = min((best * step ** (k / 8) for k in range(-8, 9)), key=error), step ** (1 / 6)
-        found.append(1.0 if error(1.0) <= UNSCALED * error(best) + 1e-12 * float(y.square().sum()) else best)
-        if error(found[-1]) > 0.5 * float(wrong[:, seen_rows][..., seen].sum()):
-            return None
-    mask = layout.unflat(first.expand(wrong.shape), segment.test)
-    return found[0], found[1], mask
+    best, step = min(grid, key=error), 2.0 ** (1 / STEPS)
+    for _ in range(REFINED):
+        best, step = min((best * step ** (k / 8) for k in range(-8, 9)), key=error), step ** (1 / 6)
+    best = 1.0 if error(1.0) <= UNSCALED * error(best) + 1e-12 * float(y.square().sum()) else best
+    return best if error(best) <= 0.5 * float(wrong[:, rows][..., outputs].sum()) else None
