@@ -349,8 +349,8 @@ def test_trials_of_made_up_inputs_have_the_first_seed(tmp_path: Path) -> None:
     net.op("Neg", "x", name="y")
     made = MadeUp(Graph(net.save(tmp_path / "n.onnx", {"x": (1, [2, 3])}, ["y"])))
     trial = made.make(made._chosen)["x"]
-    assert np.array_equal(trial, made._make(made._chosen, 0)["x"])
-    assert not np.array_equal(trial, made._make(made._chosen, 1)["x"])
+    assert np.array_equal(trial, made.make(made._chosen, 0)["x"])
+    assert not np.array_equal(trial, made.make(made._chosen, 1)["x"])
 
 
 def first_made(folder: Path, op: str, kind: int = TensorProto.FLOAT, **attributes: Any) -> np.ndarray:

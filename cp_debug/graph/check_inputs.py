@@ -54,12 +54,9 @@ def check_inputs(
         if value.dtype is not None and array.dtype != value.dtype:
             how = f"; .astype({value.dtype.name!r}) makes it so" if array.dtype.kind == value.dtype.kind == "f" else ""
             raise InputError(f"{source}: input {value.name!r} is {array.dtype}; {expectation}{how}")
-        if value.shape is None:
-            continue
-        fixed = (d is None or isinstance(d, str) or d == n for d, n in zip(value.shape, array.shape, strict=False))
-        if len(array.shape) != len(value.shape) or not all(fixed):
+        if not fits_shape(array.shape, value.shape):
             raise InputError(f"{source}: input {value.name!r} has shape {list(array.shape)}; {expectation}")
-        for symbol, size in zip(value.shape, array.shape, strict=True):
+        for symbol, size in zip(value.shape or (), array.shape, strict=False):
             if isinstance(symbol, str) and (first_use := sizes.setdefault(symbol, (size, value.name)))[0] != size:
                 raise InputError(
                     f"{source}: input {value.name!r} has shape {list(array.shape)}; {expectation}; "
@@ -96,24 +93,14 @@ def with_shapes(expected: Sequence[ValueInfo], shapes: Mapping[str, Sequence[int
         if name not in by_name:
             raise InputError(f"{asked}: no such input; expected one of {', '.join(map(str, expected))}")
         declared = by_name[name].shape
-        if declared is None:
-            continue
         if not fits_shape(shape, declared):
             raise InputError(f"{asked}: does not fit {by_name[name]}")
-        for symbol, size in zip(declared, shape, strict=True):
+        for symbol, size in zip(declared or (), shape, strict=False):
             if isinstance(symbol, str) and sizes.setdefault(symbol, size) != size:
                 raise InputError(f"{asked}: {symbol} is {sizes[symbol]} elsewhere")
-    return [replace(value, shape=_sized(value, shapes, sizes)) for value in expected]
-
-
-def _sized(
-    value: ValueInfo, shapes: Mapping[str, Sequence[int]], sizes: Mapping[str, int]
-) -> tuple[int | str | None, ...] | None:
-    if value.name in shapes:
-        return tuple(shapes[value.name])
-    if value.shape is None:
-        return None
-    return tuple(sizes.get(d, d) if isinstance(d, str) else d for d in value.shape)
+    free = {v.name: tuple(sizes.get(d, d) if isinstance(d, str) else d for d in v.shape) for v in expected if v.shape}
+    sized = free | {name: tuple(shape) for name, shape in shapes.items()}
+    return [replace(value, shape=sized.get(value.name, value.shape)) for value in expected]
 
 
 def known_shape(graph: Graph, name: str, types: Mapping[str, onnx.TypeProto] | None = None) -> tuple[int, ...] | None:

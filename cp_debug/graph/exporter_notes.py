@@ -50,10 +50,10 @@ def source_line(node: onnx.NodeProto) -> str:
     dynamo = reversed(list(_DYNAMO_FRAME.finditer(properties.get(_DYNAMO, ""))))  # the innermost first, as the other's
     frames = [(frame["file"], frame["line"], frame["code"].strip()) for frame in dynamo]
     frames += [(frame["file"], frame["line"], "") for frame in _TORCHSCRIPT_FRAME.finditer(node.doc_string)]
-    own = next(((file, line, code) for file, line, code in frames if not _of_library(file)), None)
-    if own is None:
-        return ""
-    file, line, code = own
+    return next((_shown(*frame) for frame in frames if not _of_library(frame[0])), "")
+
+
+def _shown(file: str, line: str | int, code: str) -> str:
     return one_line(f"{shortened(file)}:{line}" + (f": {code}" if code else ""))[:_LONGEST]
 
 
@@ -63,8 +63,7 @@ def own_line() -> str:
     while frame is not None:
         file = frame.f_code.co_filename
         if not _of_library(file) and not file.startswith("<"):
-            code = linecache.getline(file, frame.f_lineno).strip()
-            return one_line(f"{shortened(file)}:{frame.f_lineno}" + (f": {code}" if code else ""))[:_LONGEST]
+            return _shown(file, frame.f_lineno, linecache.getline(file, frame.f_lineno).strip())
         frame = frame.f_back  # type: ignore[assignment]
     return ""
 
@@ -108,12 +107,9 @@ def scope_hints(graph: Graph, called: Iterable[str]) -> dict[str, str]:
     by_scope = {_torchscript_scope(path, paths): path for path in paths}
     hints = {}
     for node in graph.nodes:
-        scopes = _dynamo_scopes(node) or []
-        path = scopes[-2] if len(scopes) > 1 else None
-        if path is None:
-            scope = node.name.rpartition("/")[0]
-            path = by_scope.get(scope, by_scope.get(_REPEAT.sub("", scope)))
-        if path is not None:
+        scope, scopes = node.name.rpartition("/")[0], _dynamo_scopes(node) or []
+        named = by_scope.get(scope, by_scope.get(_REPEAT.sub("", scope)))
+        if (path := scopes[-2] if len(scopes) > 1 else named) is not None:
             hints.update(dict.fromkeys(node.outputs, path))
     return hints
 
@@ -122,28 +118,18 @@ def module_values(graph: Graph) -> dict[str, str]:
     """Module path → the one value that leaves the module, for modules that the exporter recorded."""
     inside: dict[str, list[Node]] = {}
     for node in graph.nodes:
-        for path in _paths(node):
+        scopes = _dynamo_scopes(node)
+        by_name = enclosing_modules(node.name) if node.name.startswith("/") else []
+        for path in by_name if scopes is None else scopes[1:-1]:
             inside.setdefault(path, []).append(node)
     outputs = {value.name for value in graph.outputs}
     found = {}
     for path, nodes in inside.items():
-        own = {node.index for node in nodes}
-
-        def leaves(name: str, own: set[int] = own) -> bool:
-            return name in outputs or any(reader.index not in own for reader in graph.consumers.get(name, ()))
-
-        leaving = [name for node in nodes if node.op != "Constant" for name in node.outputs if leaves(name)]
+        own, made = set(nodes), [name for node in nodes if node.op != "Constant" for name in node.outputs]
+        leaving = [name for name in made if name in outputs or not own.issuperset(graph.consumers.get(name, ()))]
         if len(leaving) == 1:
             found[path] = leaving[0]
     return found
-
-
-def _paths(node: Node) -> list[str]:
-    """The paths of the modules around a node, the outermost first."""
-    scopes = _dynamo_scopes(node)
-    if scopes is not None:
-        return scopes[1:-1]
-    return enclosing_modules(node.name) if node.name.startswith("/") else []
 
 
 def enclosing_modules(name: str) -> list[str]:

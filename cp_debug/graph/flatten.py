@@ -95,15 +95,13 @@ class _Flattener:
             self._inline(Body.of_function(function, node), proto, place + "/", {})
         elif node.op == "If" and isinstance(decision, str):
             self.branches.append(Branch(place, "If", decision, (proto.input[0],), tuple(filter(None, proto.output))))
-            (body,) = (a.g for a in node.proto.attribute if a.name == decision)
-            self._inline(Body.of_graph(body, self._opsets), proto, f"{place}/{decision}/", names, arguments=())
+            body = Body.of_graph(node.attribute(decision), self._opsets)
+            self._inline(body, proto, f"{place}/{decision}/", names, arguments=())
         elif node.op in ("Loop", "Scan") and isinstance(decision, int) and self._unrolls(node, decision):
             by = proto.input[:2] if node.op == "Loop" else proto.input[-1:]
             index = len(self.branches)  # in front of the control flow inside
-            (graph,) = (a.g for a in node.proto.attribute if a.name == "body")
-            body_of = Body.of_graph(graph, self._opsets)
-            unroll = self._loop if node.op == "Loop" else self._scan
-            conditions = unroll(node, body_of, proto, place, names, decision)
+            body = Body.of_graph(node.attribute("body"), self._opsets)
+            conditions = self._unroll(node, body, proto, place, names, decision)
             decided_by = tuple(dict.fromkeys(filter(None, (*by, *conditions))))
             branch = Branch(place, node.op, decision, decided_by, tuple(filter(None, proto.output)))
             self.branches.insert(index, branch)
@@ -119,9 +117,8 @@ class _Flattener:
 
     def _unrolls(self, node: Node, count: int) -> bool:
         """Whether ``count`` iterations of a loop are few enough nodes to be written out."""
-        (graph,) = (a.g for a in node.proto.attribute if a.name == "body")
         old_scan = node.op == "Scan" and self._opsets.get("", 1) < 9
-        return count > 0 and count * len(graph.node) <= MOST_NODES and not old_scan
+        return count > 0 and count * len(node.attribute("body").node) <= MOST_NODES and not old_scan
 
     def _inline(
         self,
@@ -170,59 +167,41 @@ class _Flattener:
         self.copy(body.nodes, path, scope)
         return [scope.get(o) or (f"{path}{o}" if o in computed else o) for o in body.outputs]
 
-    def _loop(
+    def _unroll(
         self, node: Node, body: Body, caller: onnx.NodeProto, place: str, outer: Mapping[str, str], count: int
     ) -> list[str]:
-        """Append ``count`` passes of a Loop; return the conditions after each, as they are called outside."""
+        """Append ``count`` passes of a Loop or Scan; return the conditions after each, as they are called outside."""
+        first = 2 if node.op == "Loop" else 0  # behind the trip count and the condition
+        start = len(caller.input) - node.attribute("num_scan_inputs", 0)
+        state, columns = list(caller.input[first:start]), caller.input[start:]
+        begin, end = first // 2, first // 2 + len(state)  # places of the states among what the body gives
         conditions: list[str] = []
-        state = list(caller.input[2:])
-        state_count = len(state)
-        scans: list[list[str]] = [[] for _ in body.outputs[1 + state_count :]]
+        scans: list[list[str]] = [[] for _ in body.outputs[end:]]
         for k in range(count):
             path = f"{place}/#{k}/"
-            arguments = [
-                self._constant(f"{path}iteration", body.counter(k)),
-                self._constant(f"{place}/true", np.bool_(True)),
-            ]
-            last = dict(zip(body.outputs[1 : 1 + state_count], caller.output, strict=False)) if k == count - 1 else {}
-            results = self._body(body, path, outer, [*arguments, *state], last, f"{place}/")
-            conditions.append(results[0])
-            state = results[1 : 1 + state_count]
-            for scan, value in zip(scans, results[1 + state_count :], strict=True):
+            arguments = [*state, *self._rows(node, columns, place, k, count)]
+            if first:
+                true = self._constant(f"{place}/true", np.bool_(True))
+                arguments = [self._constant(f"{path}iteration", body.counter(k)), true, *arguments]
+            last = dict(zip(body.outputs[begin:end], caller.output, strict=False)) if k == count - 1 else {}
+            results = self._body(body, path, outer, arguments, last, f"{place}/")
+            conditions += results[:begin]
+            state = results[begin:end]
+            for scan, value in zip(scans, results[end:], strict=True):
                 scan.append(value)
         self._give(state, caller, f"{place}/")
-        for values, outside in zip(scans, caller.output[state_count:], strict=False):
-            self._stack(values, outside, place, 0)
+        axes, backwards = (node.attribute(f"scan_output_{n}") or [0] * len(scans) for n in ("axes", "directions"))
+        for values, outside, axis, backward in zip(scans, caller.output[len(state) :], axes, backwards, strict=False):
+            self._stack(values[::-1] if backward else values, outside, place, axis)
         return conditions
 
-    def _scan(
-        self, node: Node, body: Body, caller: onnx.NodeProto, place: str, outer: Mapping[str, str], count: int
-    ) -> list[str]:
-        """Append ``count`` passes of a Scan, which has no condition."""
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.proto.attribute}
-        scanned = attributes["num_scan_inputs"]
-        state_count = len(caller.input) - scanned
-        state, columns = list(caller.input[:state_count]), caller.input[state_count:]
-        axes, backwards = (attributes.get(f"scan_input_{n}") or [0] * scanned for n in ("axes", "directions"))
-        scans: list[list[str]] = [[] for _ in body.outputs[state_count:]]
-        for k in range(count):
-            path = f"{place}/#{k}/"
-            arguments = []
-            for column, axis, backward in zip(columns, axes, backwards, strict=True):
-                row = count - 1 - k if backward else k
-                index = self._constant(f"{place}/{row}", np.int64(row))
-                arguments.append(f"{path}{column}")
-                self._add("Gather", [column, index], [arguments[-1]], arguments[-1], axis=axis)
-            last = dict(zip(body.outputs[:state_count], caller.output, strict=False)) if k == count - 1 else {}
-            results = self._body(body, path, outer, [*state, *arguments], last, f"{place}/")
-            state = results[:state_count]
-            for scan, value in zip(scans, results[state_count:], strict=True):
-                scan.append(value)
-        self._give(state, caller, f"{place}/")
-        axes, backwards = (attributes.get(f"scan_output_{n}") or [0] * len(scans) for n in ("axes", "directions"))
-        for values, outside, axis, backward in zip(scans, caller.output[state_count:], axes, backwards, strict=False):
-            self._stack(values[::-1] if backward else values, outside, place, axis)
-        return []
+    def _rows(self, node: Node, columns: Sequence[str], place: str, k: int, count: int) -> Iterator[str]:
+        """What pass ``k`` of a Scan reads of the values that it goes along."""
+        axes, backwards = (node.attribute(f"scan_input_{n}") or [0] * len(columns) for n in ("axes", "directions"))
+        for column, axis, backward in zip(columns, axes, backwards, strict=True):
+            row, name = count - 1 - k if backward else k, f"{place}/#{k}/{column}"
+            self._add("Gather", [column, self._constant(f"{place}/{row}", np.int64(row))], [name], name, axis=axis)
+            yield name
 
     def _stack(self, values: Sequence[str], wanted: str, place: str, axis: int) -> None:
         """Stack one scan output's values along ``axis`` under the name ``wanted``; nothing for an unused output."""
@@ -295,16 +274,12 @@ def idle_bodies(graph: Graph, taken: Mapping[str, set[Decision]], fixed: Iterabl
                 if attribute.name not in ("then_branch", "else_branch", "body"):
                     continue
                 if ran == {0} or (node.op == "If" and attribute.name not in ran):
-                    if path or not constant.issuperset(_deciding(node)):
+                    reads = node.proto.input
+                    deciding = reads[-1:] if node.op == "Scan" else reads[: 2 if node.op == "Loop" else 1]
+                    if path or not constant.issuperset(filter(None, deciding)):
                         yield IdleBody(place, node.op, attribute.name)
                     continue
                 inner = Body.of_graph(attribute.g, graph.opsets).nodes
                 yield from walk(inner, f"{place}/{attribute.name}/" if node.op == "If" else f"{place}/")
 
     return list(walk(graph.nodes, ""))
-
-
-def _deciding(node: Node) -> Sequence[str]:
-    """The values by which a node runs its bodies: a condition, a trip count and a condition, a sequence."""
-    inputs = node.proto.input
-    return inputs[-1:] if node.op == "Scan" else [name for name in inputs[: 2 if node.op == "Loop" else 1] if name]

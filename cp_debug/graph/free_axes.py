@@ -12,10 +12,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from onnx import helper, numpy_helper
-
 from cp_debug.errors import InputError
 from cp_debug.graph.check_inputs import known_shape
+from cp_debug.graph.constants import constant
 from cp_debug.graph.graph import Graph, Node, ValueInfo
 from cp_debug.graph.operators import ACTIVATIONS, RECURRENT
 from cp_debug.reading import physical_memory
@@ -302,14 +301,10 @@ def known_dims(graph: Graph, name: str) -> tuple[int, ...] | None:
 def scalar(graph: Graph, name: str) -> float | None:
     """The value of a constant with one element; None for all else."""
     node = graph.producer.get(name)
-    if node is not None and node.op == "Constant" and node.proto.attribute[0].name in ("value_int", "value_float"):
-        return float(helper.get_attribute_value(node.proto.attribute[0]))
-    tensor = graph.constant(name)
-    if tensor is None or tensor.data_type not in _NUMBERS or math.prod(tensor.dims) != 1:
+    if node is not None and node.op == "Constant":
+        array = constant(node)
+    elif name in graph.initializers and math.prod(graph.weight(name).dims) == 1:
+        array = graph.initializer(name)
+    else:
         return None
-    array = graph.initializer(name) if name in graph.initializers else numpy_helper.to_array(tensor)
-    return float(array.reshape(-1)[0])
-
-
-_NUMBERS = {1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13}
-"""The ONNX data types that numpy has itself, strings left out."""
+    return float(array.reshape(-1)[0]) if array.size == 1 and array.dtype.kind in "fiub" else None

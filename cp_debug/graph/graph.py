@@ -372,14 +372,11 @@ def _value_info(value: onnx.ValueInfoProto) -> ValueInfo:
         return ValueInfo(value.name, None, None, container, value.type if container else None)
     shape = None
     if tensor.HasField("shape"):
-        shape = tuple(d.dim_value if d.HasField("dim_value") else _symbol(d.dim_param) for d in tensor.shape.dim)
+        names = [None if d.dim_param.strip().lower() in _NAMELESS else d.dim_param for d in tensor.shape.dim]
+        sizes = zip(tensor.shape.dim, names, strict=True)
+        shape = tuple(d.dim_value if d.HasField("dim_value") else name for d, name in sizes)
     kind = value.type if tensor.elem_type == onnx.TensorProto.STRING else None
     return ValueInfo(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape, kind=kind)
-
-
-def _symbol(name: str) -> str | None:
-    """The name of a free axis; None for placeholders that exporters write instead of a name (``?``, ``dynamic``)."""
-    return None if name.strip().lower() in _NAMELESS else name
 
 
 def _free_negative_axes(model: onnx.ModelProto) -> None:

@@ -58,14 +58,6 @@ def computed_low(graph: Graph, dtype: str, keep_fp32: Collection[str] = ()) -> f
 
 
 @dataclass
-class _Uses:
-    """Precisions in which nodes read a weight."""
-
-    low: bool = False
-    high: bool = False
-
-
-@dataclass
 class _CastSurgery:
     """One rewriting of ``graph`` into ``dtype``: decides node by node, then writes nodes, casts and weights."""
 
@@ -83,22 +75,20 @@ class _CastSurgery:
         self.floats = {name for name, t in graph.types.items() if t.tensor_type.elem_type == TensorProto.FLOAT}
         self.floats |= {name for name in graph.initializers if graph.weight(name).data_type == TensorProto.FLOAT}
         constants = {node.outputs[0] for node in graph.nodes if node.op == "Constant"}
-        self.weights = {name: _Uses() for name in (*graph.initializers, *constants) if name in self.floats}
+        self.weights = self.floats.intersection((*graph.initializers, *constants))
         captured = {name for node in graph.nodes for name in set(node.inputs) - set(node.proto.input)}
         self.pinned = {v.name for v in graph.outputs} | captured
         """Values that must be FP32 under their own names."""
-        for name in self.pinned & self.weights.keys():
-            self.weights[name].high = True
+        self.read_low, self.read_high = set[str](), self.pinned & self.weights
+        """Weights that nodes read in each precision."""
         self._fresh = unused_names(graph)
         self.low_nodes = {node.index for node in graph.nodes if self._decide(node)}
 
     def model(self) -> onnx.ModelProto:
         """The rewritten model; weights that are read in low precision only are converted in place."""
         model = self.graph.copied()
-        for name, uses in self.weights.items():
-            if uses.low and not uses.high:
-                self.low_values.add(name)
-        self.pinned -= self.weights.keys()
+        self.low_values |= self.read_low - self.read_high
+        self.pinned -= self.weights
         refill(model.graph.node, (proto for node in self.graph.nodes for proto in self._rewrite(node)))
         self._convert_weights(model)
         for info in model.graph.value_info:
@@ -117,8 +107,7 @@ class _CastSurgery:
             low = low and bool(sources) and all(name in self.low_values for name in sources)
         for name, can in reads:
             if name in self.weights:
-                self.weights[name].low |= low and can
-                self.weights[name].high |= not (low and can)
+                (self.read_low if low and can else self.read_high).add(name)
         if low:
             self.low_values.update(name for name, _ in writes)
         return low

@@ -77,7 +77,8 @@ def ways(graph: Graph, value: ValueInfo) -> Ways:
         first = list(_integers(graph, value, uses))
         if not first and value.dtype.itemsize <= 2:
             pixels = ", like an image" if value.dtype == np.uint8 and looks_like_image(value.shape) else ""
-            whole = Way(_whole_range(value.dtype), f"over the range of {value.dtype}{pixels}")
+            limits = ml_dtypes.iinfo(value.dtype)
+            whole = Way(_below(limits.max + 1, limits.min), f"over the range of {value.dtype}{pixels}")
             return Ways((whole, Way(_MADE["bits"], "0 or 1")), certain=True)
         fallback = (
             Way(_MADE["bits"], "0 or 1, because nothing requires other integers"),
@@ -116,13 +117,15 @@ def _integers(graph: Graph, value: ValueInfo, uses: Sequence[tuple[Node, int]]) 
     name = value.name.lower()
     if 0 in limits:  # chosen from an axis whose size is free
         reader = f"of what {_reader(limits[0])} chooses from"
-        yield from (Way(_MADE["below longest"], f"indices {reader}"), Way(_below(1), f"0, an index {reader}"))
+        yield from (Way(_MADE["below longest"], f"indices {reader}"), Way(_filled(0), f"0, an index {reader}"))
     elif limits:
-        says = f"random integers 0 to {min(limits) - 1}, which {_reader(limits[min(limits)])} can pick"
+        end = min(limits)
         if "position" in name:
-            yield Way(_counted_below(min(limits)), f"0, 1, 2 … below {min(limits)}: positions, by its name")
+            counted = lambda rng, shape, longest: _MADE["counted"](rng, shape, longest) % max(end, 1)  # noqa: E731
+            yield Way(counted, f"0, 1, 2 … below {end}: positions, by its name")
         else:
-            yield Way(_below(min(limits)), says)
+            says = f"random integers 0 to {end - 1}, which {_reader(limits[end])} can pick"
+            yield Way(_below(end), says)
     for node, place in uses:
         compared = node.op == "Equal" and not limits and "mask" not in name
         if compared and (compared_with := scalar(graph, node.proto.input[1 - place])):  # a sample rate, a mode
@@ -271,8 +274,8 @@ def _uniform(low: float, high: float) -> Maker:
     return lambda rng, shape, longest: rng.uniform(low, high, shape)
 
 
-def _below(limit: int) -> Maker:
-    return lambda rng, shape, longest: rng.integers(0, max(limit, 1), shape)
+def _below(limit: int, low: int = 0) -> Maker:
+    return lambda rng, shape, longest: rng.integers(low, max(limit, low + 1), shape)
 
 
 def _image_size(graph: Graph) -> Maker:
@@ -289,12 +292,3 @@ def _points(axis: int) -> Maker:
         return np.moveaxis(cloud, -1, axis)
 
     return maker
-
-
-def _counted_below(limit: int) -> Maker:
-    return lambda rng, shape, longest: _MADE["counted"](rng, shape, longest) % max(limit, 1)
-
-
-def _whole_range(dtype: np.dtype) -> Maker:
-    limits = ml_dtypes.iinfo(dtype)
-    return lambda rng, shape, longest: rng.integers(limits.min, limits.max + 1, shape)

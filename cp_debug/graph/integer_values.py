@@ -25,6 +25,13 @@ _INTEGERS = {
 }
 WHOLE = frozenset({*_INTEGERS, TensorProto.INT64, TensorProto.UINT64, TensorProto.BOOL})
 """ONNX data types of whole numbers: integers of all sizes, and bool."""
+_RESULT_SCALE = {
+    "QuantizeLinear": 1,
+    "QLinearConcat": 0,
+    "QGemm": 7,
+    **dict.fromkeys(("QLinearAdd", "QLinearConv", "QLinearMatMul", "QLinearMul"), 6),
+}
+"""Operator → place of the scale of its result, in front of the zero point; 3 for other QLinear operators."""
 _SUFFIXES = ("_quantized", "_QuantizeLinear_Output", "_DequantizeLinear_Output")
 
 
@@ -86,20 +93,11 @@ def produced_grid(graph: Graph, value: str) -> GridNames | None:
         node = graph.producer.get(value)
         if node is None:  # chosen from constant levels: who makes floats of them knows their scale
             return _read_as(graph, asked) if value != asked else None
-        inputs = [*node.proto.input, "", ""]
         op = node.op.removeprefix("com.microsoft.")
-        if op == "QuantizeLinear":
-            return GridNames(inputs[1], inputs[2])
-        if op == "QLinearConcat":
-            return GridNames(inputs[0], inputs[1])
-        if op in ("QLinearConv", "QLinearMatMul"):
-            return GridNames(inputs[6], inputs[7])
-        if op == "QGemm":
-            return GridNames(inputs[7], inputs[8]) if len(node.proto.input) > 7 and inputs[7] else None
-        if op in ("QLinearAdd", "QLinearMul"):
-            return GridNames(inputs[6], inputs[7])
-        if op.startswith("QLinear"):
-            return GridNames(inputs[3], inputs[4])
+        if op in _RESULT_SCALE or op.startswith("QLinear"):
+            place = _RESULT_SCALE.get(op, 3)
+            scale, zero = [*node.proto.input, *[""] * 9][place : place + 2]
+            return GridNames(scale, zero) if scale or op != "QGemm" else None
         if node.op not in _KEEP_LEVELS:
             return None
         value = node.proto.input[0]

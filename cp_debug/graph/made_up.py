@@ -72,7 +72,10 @@ class MadeUp:
         if other_inputs(graph):
             with_shapes(graph.inputs, shapes)  # refuses those that do not fit
             self._others = with_tensor_inputs(graph, made_up_structure(graph))
-            graph = self._of_numbers(self._others, graph)
+            self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-made-up-")  # which goes with this object
+            path = Path(self._folder.name) / graph.path.name
+            surgery.save(self._others.model, graph, path)
+            graph = Graph(path, source=graph)
             codes = {name.removesuffix(".codes"): name for name in self._others.tables}
             shapes = {codes.get(name, name): sizes for name, sizes in shapes.items()}
         self.graph = graph
@@ -88,7 +91,7 @@ class MadeUp:
 
         Raises InputError, with ONNX Runtime's reason, when no input was found that runs.
         """
-        arrays = self._make(self._chosen, seed)
+        arrays = self.make(self._chosen, seed)
         return arrays if self._others is None else self._others.sample(arrays)
 
     def reasons(self) -> list[str]:
@@ -105,17 +108,12 @@ class MadeUp:
             said += [f"{value.name.removesuffix('.codes')}: {says}{tried}"] if says else []
         return said
 
-    def _of_numbers(self, others: TensorInputs, graph: Graph) -> Graph:
-        """The graph with tensors of numbers for other inputs, in a folder that goes with this object."""
-        self._folder = tempfile.TemporaryDirectory(prefix="cpdebug-made-up-")
-        path = Path(self._folder.name) / graph.path.name
-        surgery.save(others.model, graph, path)
-        return Graph(path, source=graph)
-
     @cached_property
     def _chosen(self) -> _InputChoice:
         first = _InputChoice(self._axes.first(), (0,) * len(self._ways))
-        session = self._session() if self._uncertain(first) else None
+        certain = all(input_ways.certain for input_ways in self._ways)
+        certain &= not first.sizes and not any(n.op in DOMAINS for n in self.graph.nodes)
+        session = None if certain else self._session()
         if session is None:
             return first
         trial = _InputTrials(self, session)
@@ -135,14 +133,8 @@ class MadeUp:
         for sizes in self._axes.others(choice.sizes):
             yield replace(choice, sizes=sizes)
 
-    def make(self, choice: _InputChoice) -> dict[str, np.ndarray]:
-        """The inputs of a trial, by name, made with seed 0.
-
-        Name → array in the dtype that the graph declares and the shape of the choice.
-        """
-        return self._make(choice, 0)
-
-    def _make(self, choice: _InputChoice, seed: int | Sequence[int]) -> dict[str, np.ndarray]:
+    def make(self, choice: _InputChoice, seed: int | Sequence[int] = 0) -> dict[str, np.ndarray]:
+        """The inputs of a choice: name → array in the dtype that the graph declares and the shape of the choice."""
         rng = np.random.default_rng(seed)
         shapes = [self._axes.shape(value, choice.sizes) for value in self._inputs]
         longest = max(choice.sizes.values(), default=1)
@@ -151,14 +143,6 @@ class MadeUp:
             assert value.dtype is not None
             arrays[value.name] = np.asarray(input_ways.ways[way].make(rng, shape, longest)).astype(value.dtype)
         return arrays
-
-    def _uncertain(self, first: _InputChoice) -> bool:
-        """Whether the first choice may not run."""
-        return (
-            bool(first.sizes)
-            or not all(input_ways.certain for input_ways in self._ways)
-            or any(n.op in DOMAINS for n in self.graph.nodes)
-        )
 
     def _session(self) -> onnxruntime.InferenceSession | None:
         """The graph on ONNX Runtime, every node with a name; None where it is not installed or refuses the graph."""

@@ -126,8 +126,9 @@ def insert_pairs(
     """
     model = raised(graph, opset, what)
     surgery = _Pairs(unused_names(graph))
-    nodes = [new for proto in model.graph.node for new in surgery.rewritten(proto, wanted(proto))]
-    weights = list(model.graph.initializer)
+    for proto in model.graph.node:
+        surgery.put(proto, wanted(proto))
+    nodes, weights = surgery.nodes, list(model.graph.initializer)
     if surgery.stores:
         nodes, needed = _needed(nodes, {v.name for v in model.graph.output})
         weights = [t for t in weights if t.name in needed]
@@ -144,97 +145,113 @@ class _Pairs:
 
     fresh: Callable[[str], str]
     constants: list[onnx.TensorProto] = field(default_factory=list)
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    """All nodes of the new graph so far."""
     made: dict[tuple[Any, ...], str] = field(default_factory=dict)
     """Value and encoding → the name of what comes out of DequantizeLinear, where it is made already."""
     stores: bool = False
     """Whether any weight is stored in codes."""
 
-    def rewritten(
-        self, proto: onnx.NodeProto, wanted: Mapping[int, StoredWeight | DataCodes]
-    ) -> Iterator[onnx.NodeProto]:
-        """The node, behind the nodes that it is the first to need."""
-        nodes = _Nodes(self.fresh, self.constants)
+    def add(self, op: str, inputs: list[str], wish: str, **attributes: Any) -> str:
+        """Name of the result of a new node."""
+        name = self.fresh(wish)
+        self.nodes.append(helper.make_node(op, inputs, [name], name=self.fresh(f"{name}_{op}"), **attributes))
+        return name
+
+    def constant(self, wish: str, array: np.ndarray) -> str:
+        """Name of a new constant."""
+        name = self.fresh(wish)
+        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
+        return name
+
+    def integers(self, wish: str, numbers: list[int] | np.ndarray) -> str:
+        """Name of a new constant of int64."""
+        return self.constant(wish, np.asarray(numbers, np.int64))
+
+    def put(self, proto: onnx.NodeProto, wanted: Mapping[int, StoredWeight | DataCodes]) -> None:
+        """Add a node behind the nodes that it is the first to need."""
         for slot, codes in wanted.items():
             value = proto.input[slot]
             key: tuple[Any, ...]
             if isinstance(codes, StoredWeight):
                 key = (value, codes.codes.tobytes(), codes.axis, codes.block)
                 self.stores = True
-                made = self.made.get(key) or self._weight(value, codes, nodes)
+                made = self.made.get(key) or self._weight(value, codes)
             else:
                 scale = np.asarray(codes.scale, np.float32).tobytes()
                 key = (value, scale, codes.axis, codes.block, codes.kind, codes.rule)
-                made = self.made.get(key) or self._data(value, codes, nodes)
+                made = self.made.get(key) or self._data(value, codes)
             self.made[key] = proto.input[slot] = made
-        yield from nodes.made
-        yield proto
+        self.nodes.append(proto)
 
-    def _weight(self, value: str, weight: StoredWeight, nodes: _Nodes) -> str:
-        codes = nodes.constant(f"{value}__codes", weight.codes.astype(_CODES[weight.kind], copy=False))
+    def _weight(self, value: str, weight: StoredWeight) -> str:
+        codes = self.constant(f"{value}__codes", weight.codes.astype(_CODES[weight.kind], copy=False))
         scale = weight.scale.astype(np.float32)
         along = {"axis": weight.axis} if scale.ndim else {}
         if weight.block:
             along["block_size"] = weight.block
         if weight.coarse is None:
-            scales = nodes.constant(f"{value}__scale", scale)
+            scales = self.constant(f"{value}__scale", scale)
         else:
-            fine = nodes.constant(f"{value}__block_scales", scale.astype(ml_dtypes.float8_e4m3fn))
-            coarse = nodes.constant(f"{value}__scale", np.asarray(weight.coarse, np.float32))
-            scales = nodes.add("DequantizeLinear", [fine, coarse], f"{value}__scales")
+            fine = self.constant(f"{value}__block_scales", scale.astype(ml_dtypes.float8_e4m3fn))
+            coarse = self.constant(f"{value}__scale", np.asarray(weight.coarse, np.float32))
+            scales = self.add("DequantizeLinear", [fine, coarse], f"{value}__scales")
         zero = []
         if weight.zero is not None:
-            zero = [nodes.constant(f"{value}__zero_point", weight.zero.astype(_CODES[weight.kind]))]
+            zero = [self.constant(f"{value}__zero_point", weight.zero.astype(_CODES[weight.kind]))]
         elif weight.coarse is None:
-            zero = [nodes.constant(f"{value}__zero_point", np.zeros(scale.shape, _CODES[weight.kind]))]
-        whole = nodes.add("DequantizeLinear", [codes, scales, *zero], f"{value}__dequantized", **along)
+            zero = [self.constant(f"{value}__zero_point", np.zeros(scale.shape, _CODES[weight.kind]))]
+        whole = self.add("DequantizeLinear", [codes, scales, *zero], f"{value}__dequantized", **along)
         if weight.bits is not None:
-            helper.set_metadata_props(nodes.made[-1], {BITS: str(weight.bits)})
+            helper.set_metadata_props(self.nodes[-1], {BITS: str(weight.bits)})
         if weight.order is not None:
-            order = nodes.integers(f"{value}__order", weight.order)
-            whole = nodes.add("Gather", [whole, order], f"{value}__in_order", axis=weight.axis)
+            order = self.integers(f"{value}__order", weight.order)
+            whole = self.add("Gather", [whole, order], f"{value}__in_order", axis=weight.axis)
         return whole
 
-    def _data(self, value: str, data: DataCodes, nodes: _Nodes) -> str:
+    def _data(self, value: str, data: DataCodes) -> str:
         codes, result = f"{value}__codes", f"{value}__dequantized"
         if not data.block:
             array = np.asarray(data.scale, np.float32)
-            zeros = nodes.constant(f"{value}__zero_point", np.zeros(array.shape, _CODES[data.kind]))
-            parameters = [nodes.constant(f"{value}__scale", array), zeros]
+            zeros = self.constant(f"{value}__zero_point", np.zeros(array.shape, _CODES[data.kind]))
+            parameters = [self.constant(f"{value}__scale", array), zeros]
             by = {"axis": data.axis} if array.ndim else {}
-            quantized = nodes.add("QuantizeLinear", [value, *parameters], codes, **by)
-            return nodes.add("DequantizeLinear", [quantized, *parameters], result, **by)
+            quantized = self.add("QuantizeLinear", [value, *parameters], codes, **by)
+            return self.add("DequantizeLinear", [quantized, *parameters], result, **by)
         along = {"axis": data.axis, "block_size": data.block}
-        scale = self._scales(self._largest(value, data, nodes), data, nodes, value)
-        quantized = nodes.add("QuantizeLinear", [value, scale], codes, output_dtype=data.kind, **along)
-        return nodes.add("DequantizeLinear", [quantized, scale], result, **along)
+        scale = self._scales(self._largest(value, data), data, value)
+        quantized = self.add("QuantizeLinear", [value, scale], codes, output_dtype=data.kind, **along)
+        return self.add("DequantizeLinear", [quantized, scale], result, **along)
 
-    def _largest(self, value: str, data: DataCodes, nodes: _Nodes) -> str:
+    def _largest(self, value: str, data: DataCodes) -> str:
         """Largest magnitude of each block."""
         name, count = f"{value}__largest", math.ceil(data.size / data.block)
         source = value
         if short := count * data.block - data.size:
-            pads, axes = nodes.integers(f"{name}_pads", [0, short]), nodes.integers(f"{name}_axis", [data.axis])
-            source = nodes.add("Pad", [value, pads, "", axes], f"{name}_padded")
-        shape = [nodes.integers(f"{name}_blocks", [count, data.block])]
+            pads, axes = self.integers(f"{name}_pads", [0, short]), self.integers(f"{name}_axis", [data.axis])
+            source = self.add("Pad", [value, pads, "", axes], f"{name}_padded")
+        shape = [self.integers(f"{name}_blocks", [count, data.block])]
         if data.axis != 0:
-            shape.insert(0, nodes.add("Shape", [value], f"{name}_before", end=data.axis))
+            shape.insert(0, self.add("Shape", [value], f"{name}_before", end=data.axis))
         if data.axis >= 0:
-            shape.append(nodes.add("Shape", [value], f"{name}_behind", start=data.axis + 1))
-        whole = nodes.add("Concat", shape, f"{name}_shape", axis=0)
-        blocks = nodes.add("Reshape", [source, whole], f"{name}_reshaped")
-        inner = nodes.integers(f"{name}_inner", [-1 if data.axis < 0 else data.axis + 1])
-        return nodes.add("ReduceMax", [nodes.add("Abs", [blocks], f"{name}_abs"), inner], name, keepdims=0)
+            shape.append(self.add("Shape", [value], f"{name}_behind", start=data.axis + 1))
+        whole = self.add("Concat", shape, f"{name}_shape", axis=0)
+        blocks = self.add("Reshape", [source, whole], f"{name}_reshaped")
+        inner = self.integers(f"{name}_inner", [-1 if data.axis < 0 else data.axis + 1])
+        return self.add("ReduceMax", [self.add("Abs", [blocks], f"{name}_abs"), inner], name, keepdims=0)
 
-    def _scales(self, largest: str, data: DataCodes, nodes: _Nodes, value: str) -> str:
+    def _scales(self, largest: str, data: DataCodes, value: str) -> str:
         """Scales of blocks from their largest magnitudes, by the same divisions as the emulation makes them."""
         name = f"{value}__scale"
 
+        def number(given: str | float) -> str:
+            return given if isinstance(given, str) else self.constant(f"{name}_constant", np.asarray(given, np.float32))
+
         def binary(op: str, one: str, other: str | float) -> str:
-            return nodes.add(op, [one, other if isinstance(other, str) else nodes.number(name, other)], f"{name}_{op}")
+            return self.add(op, [one, number(other)], f"{name}_{op}")
 
         def where(condition: str, one: str | float, other: str | float) -> str:
-            chosen = [each if isinstance(each, str) else nodes.number(name, each) for each in (one, other)]
-            return nodes.add("Where", [condition, *chosen], f"{name}_chosen")
+            return self.add("Where", [condition, number(one), number(other)], f"{name}_chosen")
 
         if data.rule == "amax":
             scale = binary("Div", largest, _LARGEST[data.kind])
@@ -242,15 +259,15 @@ class _Pairs:
         if data.rule == "nvfp4":
             assert data.scale is not None
             fine = binary("Div", binary("Div", largest, 6.0), data.scale)
-            one = nodes.number(name, 1.0)
-            codes = nodes.add("QuantizeLinear", [fine, one], f"{name}_codes", output_dtype=TensorProto.FLOAT8E4M3FN)
-            fine = nodes.add("DequantizeLinear", [codes, one], f"{name}_fine")
+            one = number(1.0)
+            codes = self.add("QuantizeLinear", [fine, one], f"{name}_codes", output_dtype=TensorProto.FLOAT8E4M3FN)
+            fine = self.add("DequantizeLinear", [codes, one], f"{name}_fine")
             return binary("Mul", where(binary("Greater", fine, 0.0), fine, 1.0), data.scale)
         # 2 to floor(log2(largest)): the logarithm may be off by one unit next to a power of two, which is then seen.
         largest = binary("Max", largest, _LEAST)
-        exponent = nodes.add("Log", [largest], f"{name}_log")
-        exponent = nodes.add("Floor", [binary("Mul", exponent, 1 / math.log(2))], f"{name}_floor")
-        power = nodes.add("Pow", [nodes.number(name, 2.0), exponent], f"{name}_power")
+        exponent = self.add("Log", [largest], f"{name}_log")
+        exponent = self.add("Floor", [binary("Mul", exponent, 1 / math.log(2))], f"{name}_floor")
+        power = self.add("Pow", [number(2.0), exponent], f"{name}_power")
         power = where(binary("Greater", power, largest), binary("Mul", power, 0.5), power)
         power = where(binary("LessOrEqual", binary("Mul", power, 2.0), largest), binary("Mul", power, 2.0), power)
         scale = binary("Mul", power, 2.0 ** -math.floor(math.log2(_LARGEST[data.kind])))
@@ -258,32 +275,6 @@ class _Pairs:
             return scale
         beyond = binary("Greater", binary("Div", largest, scale), _LARGEST[data.kind])
         return where(beyond, binary("Mul", scale, 2.0), scale)
-
-
-@dataclass
-class _Nodes:
-    """New nodes in front of a layer, and their constants."""
-
-    fresh: Callable[[str], str]
-    constants: list[onnx.TensorProto]
-    made: list[onnx.NodeProto] = field(default_factory=list)
-
-    def add(self, op: str, inputs: list[str], wish: str, **attributes: Any) -> str:
-        """Name of the result of a new node."""
-        name = self.fresh(wish)
-        self.made.append(helper.make_node(op, inputs, [name], name=self.fresh(f"{name}_{op}"), **attributes))
-        return name
-
-    def constant(self, wish: str, array: np.ndarray) -> str:
-        name = self.fresh(wish)
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
-        return name
-
-    def integers(self, wish: str, numbers: list[int] | np.ndarray) -> str:
-        return self.constant(wish, np.asarray(numbers, np.int64))
-
-    def number(self, wish: str, number: float) -> str:
-        return self.constant(f"{wish}_constant", np.asarray(number, np.float32))
 
 
 def _needed(nodes: list[onnx.NodeProto], outputs: set[str]) -> tuple[list[onnx.NodeProto], set[str]]:

@@ -18,7 +18,7 @@ import onnx
 from onnx import AttributeProto, TensorProto
 
 from cp_debug.errors import InputError
-from cp_debug.graph.onnx_tensors import BITS, FIELD, LARGEST_RANK, byte_count, described, external_data, shown
+from cp_debug.graph.onnx_tensors import BITS, LARGEST_RANK, byte_count, described, external_data, shown
 from cp_debug.graph.operators import CONTRIB_INPUTS, RECURRENT
 from cp_debug.reading import check_file, read_bytes
 from cp_debug.safe_text import amount, one_line
@@ -47,22 +47,13 @@ _RANKS = {
     "InstanceNormalization": {1: 1, 2: 1},
 }
 """Operator → place of a parameter → dimensions that it must have at least."""
+_SHORT = {"FLOAT": "f", "INT": "i", "STRING": "s", "TENSOR": "t", "GRAPH": "g", "TYPE_PROTO": "tp"}
 _VALUE = {
-    AttributeProto.FLOAT: "f",
-    AttributeProto.INT: "i",
-    AttributeProto.STRING: "s",
-    AttributeProto.TENSOR: "t",
-    AttributeProto.GRAPH: "g",
-    AttributeProto.SPARSE_TENSOR: "sparse_tensor",
-    AttributeProto.TYPE_PROTO: "tp",
-    AttributeProto.FLOATS: "floats",
-    AttributeProto.INTS: "ints",
-    AttributeProto.STRINGS: "strings",
-    AttributeProto.TENSORS: "tensors",
-    AttributeProto.GRAPHS: "graphs",
-    AttributeProto.SPARSE_TENSORS: "sparse_tensors",
-    AttributeProto.TYPE_PROTOS: "type_protos",
+    number: _SHORT.get(kind, kind.lower())
+    for kind, number in AttributeProto.AttributeType.items()
+    if number != AttributeProto.UNDEFINED
 }
+"""Type of an attribute → the field that holds its value."""
 
 
 _ORT_FORMAT = b"ORTM"
@@ -307,7 +298,7 @@ class _Check:
             problem = f"refers to the argument {shown(attribute.ref_attr_name)} of a function, but stands in none"
             raise self._error(f"attribute {shown(attribute.name)} of {_title(node)} {problem}")
         field = _VALUE.get(attribute.type)
-        single = field in ("f", "i", "s", "t", "g", "sparse_tensor", "tp")
+        single = field in (*_SHORT.values(), "sparse_tensor")
         if field is None or (single and not attribute.HasField(field)):
             problem = f"is of the type {attribute.type}" if field is None else f"has no value in its field {field!r}"
             raise self._error(f"attribute {shown(attribute.name)} of {_title(node)} {problem}")
@@ -340,7 +331,7 @@ class _Check:
             count = needed
         if kind.startswith("COMPLEX"):
             count *= 2
-        actual = len(getattr(tensor, FIELD.get(kind, "int32_data")))
+        actual = len(getattr(tensor, onnx.helper.tensor_dtype_to_field(tensor.data_type)))
         if actual != count:
             raise self._error(f"{what} is {described(tensor)}, {count} elements; the file has {actual}")
 

@@ -220,14 +220,11 @@ class _Watch:
             if self.others >= 0 and (signals := numbers.replace(b"\0", b"")):
                 with suppress(OSError):
                     os.write(self.others, signals)
-            self._expire()
-
-    def _expire(self) -> None:
-        with self.lock:
-            for call in self.calls:
-                if call.deadline is not None and time.monotonic() >= call.deadline:
-                    call.expired, call.deadline = True, None
-                    call.options.terminate = True
+            with self.lock:
+                for call in self.calls:
+                    if call.deadline is not None and time.monotonic() >= call.deadline:
+                        call.expired, call.deadline = True, None
+                        call.options.terminate = True
 
 
 _watch: _Watch | None = None

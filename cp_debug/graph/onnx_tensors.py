@@ -28,13 +28,6 @@ BITS = {
 }
 FLOATS = frozenset((TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE))
 """Data types of floating-point numbers of 16 bits and more."""
-FIELD = {
-    **dict.fromkeys(("FLOAT", "COMPLEX64"), "float_data"),
-    **dict.fromkeys(("DOUBLE", "COMPLEX128"), "double_data"),
-    **dict.fromkeys(("UINT32", "UINT64"), "uint64_data"),
-    "INT64": "int64_data",
-}
-"""Field of the elements where they are no ``raw_data``; else ``int32_data``."""
 
 
 @dataclass(frozen=True)

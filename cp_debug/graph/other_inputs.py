@@ -22,7 +22,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from cp_debug.errors import InputError
-from cp_debug.graph.graph import Graph, is_numeric, readers, refill
+from cp_debug.graph.graph import Graph, Node, is_numeric, readers, refill
 from cp_debug.graph.operators import MOVERS
 
 Given = Mapping[str, np.ndarray]
@@ -237,29 +237,29 @@ class _Start:
                     f"{self._graph}: input {self._value!r} is a map, which {node.name!r} ({node.op}) reads; "
                     f"expected {' or '.join(name.partition('ml.')[2] for name in _MAP_READERS)} alone"
                 )
-            self._vector(node.proto, first, f"{values}/all", element)
+            self._vector(node, first, f"{values}/all", element)
 
-    def _vector(self, node: onnx.NodeProto, keys: list[Any], values: str, element: int) -> None:
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        if node.op_type == "DictVectorizer":
-            texts = [text.decode() for text in attributes.get("string_vocabulary", ())]
-            wanted = texts or [*attributes.get("int64_vocabulary", ())]
-        elif attributes.get("map_form", b"DENSE") == b"SPARSE":
-            wanted = [*range(attributes.get("max_map", 1))]
+    def _vector(self, node: Node, keys: list[Any], values: str, element: int) -> None:
+        if node.op == f"{_ML}.DictVectorizer":
+            wanted = _vocabulary(node)
+        elif node.attribute("map_form") == b"SPARSE":
+            wanted = [*range(node.attribute("max_map", 1))]
         else:
             wanted = sorted(keys)
         places = np.array([keys.index(key) if key in keys else len(keys) for key in wanted], np.int64)
-        result = node.output[0]
+        result = node.outputs[0]
         constants = {f"{result}/places": places, f"{result}/shape": np.array([1, len(wanted)], np.int64)}
         self._made.model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in constants.items())
         self._node("Gather", [values, f"{result}/places"], f"{result}/chosen")
         to = {b"TO_STRING": TensorProto.STRING, b"TO_INT64": TensorProto.INT64}.get(
-            attributes.get("cast_to", b"TO_FLOAT"), TensorProto.FLOAT
+            node.attribute("cast_to"), TensorProto.FLOAT
         )
-        if node.op_type == "CastMap" and to != element:
+        if node.op == f"{_ML}.CastMap" and to != element:
             self._node("Cast", [f"{result}/chosen"], f"{result}/cast", to=to)
         chosen = self.nodes[-1].output[0]
-        self._made.replaced[result] = helper.make_node("Reshape", [chosen, f"{result}/shape"], [result], name=node.name)
+        self._made.replaced[result] = helper.make_node(
+            "Reshape", [chosen, f"{result}/shape"], [result], name=node.proto.name
+        )
 
     def _tensor(self, value: str, there: str, kind: onnx.TypeProto.Tensor) -> None:
         if kind.elem_type != TensorProto.STRING:
@@ -292,6 +292,12 @@ class _Start:
                 "expected samples of one structure: give the others in a separate run"
             )
         return of_samples[0]
+
+
+def _vocabulary(node: Node) -> list[Any]:
+    """The keys of a map that a DictVectorizer knows."""
+    texts = node.attribute("string_vocabulary", ())
+    return [text.decode() for text in texts] or [*node.attribute("int64_vocabulary", ())]
 
 
 def _length(name: str, kind: onnx.TypeProto, given: Given) -> int:
@@ -345,10 +351,7 @@ def _example(graph: Graph, value: str, name: str, kind: onnx.TypeProto) -> Itera
     if kind.HasField("map_type"):
         keys: list[Any] = []
         for node in graph.consumers.get(value, []):
-            attributes = {a.name: helper.get_attribute_value(a) for a in node.proto.attribute}
-            keys += [text.decode() for text in attributes.get("string_vocabulary", ())]
-            keys += attributes.get("int64_vocabulary", ())
-            keys += range(attributes.get("max_map", 0))
+            keys += [*_vocabulary(node), *range(node.attribute("max_map", 0))]
         strings = kind.map_type.key_type == TensorProto.STRING
         keys = [*dict.fromkeys(keys)] or (["a", "b", "c"] if strings else [0, 1, 2])
         element = kind.map_type.value_type.tensor_type.elem_type

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cp_debug.errors import InputError
+from cp_debug.graph.free_axes import scalar
 from cp_debug.graph.graph import Graph, Node
 
 DRAWS = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
@@ -23,14 +24,7 @@ def draws(node: Node, graph: Graph) -> bool:
     if version < 7:
         return not bool(node.attribute("is_test", 0))
     training = node.proto.input[2] if version >= 12 and len(node.proto.input) > 2 else ""
-    if not training:
-        return False
-    if training in graph.initializers:
-        return bool(graph.initializer(training).reshape(-1)[0])
-    maker = graph.producer.get(training)
-    if maker is not None and maker.op == "Constant":
-        return any(a.t.raw_data not in (b"", b"\0") or any(a.t.int32_data) for a in maker.proto.attribute)
-    return True
+    return bool(training) and scalar(graph, training) != 0
 
 
 def drawing(graph: Graph) -> list[Node]:

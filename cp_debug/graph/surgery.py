@@ -239,10 +239,8 @@ def convert(model: onnx.ModelProto, graph: Graph, opset: int, where: str, *, rel
         produced = {name for proto in new.graph.node for name in proto.output}
         if lost := [value for value in graph.producer if value not in produced]:
             raise InputError(f"{where} loses the value {lost[0]!r} when converting to {opset}")
-        for kind, values, kept in (
-            ("input", graph.proto.graph.input, new.graph.input),
-            ("output", graph.proto.graph.output, new.graph.output),
-        ):
+        for kind in ("input", "output"):
+            values, kept = (getattr(each, kind) for each in (graph.proto.graph, new.graph))
             if missing := [v.name for v in values if v.name not in {k.name for k in kept}]:
                 raise InputError(f"{where} loses the {kind} {missing[0]!r} when converting to {opset}")
         _keep_notes(model.graph, new.graph)

@@ -78,8 +78,7 @@ def without_maps(graph: Graph) -> onnx.ModelProto | None:
     model = graph.copied()
     added: list[onnx.NodeProto] = []
     for node in zips:
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.proto.attribute}
-        keys = attributes.get("classlabels_int64s") or list(map(_code, attributes.get("classlabels_strings", ())))
+        keys = node.attribute("classlabels_int64s") or list(map(_code, node.attribute("classlabels_strings", ())))
         name, tensor = node.outputs[0], numpy_helper.from_array(np.array(keys, np.int64))
         added.append(helper.make_node("Identity", [node.inputs[0]], [f"{name}.values"], name=f"{name}.values"))
         # The keys beside each value, [N, C] as these: a constant is no result of a run, and is not compared.

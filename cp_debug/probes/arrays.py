@@ -111,6 +111,22 @@ def has_torch_type(array: Tensor) -> bool:
     return dtype_name(array) in _TORCH_TYPES or dtype_name(array) in _ML_DTYPES
 
 
+def is_text(array: Tensor) -> bool:
+    """Whether an array of any shape holds strings."""
+    return getattr(array.dtype, "kind", "") in {"O", "S", "U"}
+
+
+def in_one_place(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors of any shapes and dtypes on the device where one of them lies, that of ``theirs`` before the other.
+
+    As arrays where both lie on the host, or one has a type that torch has not.
+    """
+    device = next((device for t in (theirs, ours) if (device := device_of(t)) != "cpu"), None)
+    if device is None or not all(is_torch(t) or has_torch_type(t) for t in (ours, theirs)):
+        return as_numpy(ours), as_numpy(theirs)
+    return to_device(ours, device), to_device(theirs, device)
+
+
 def to_device(tensor: Tensor, device: str | torch.device) -> torch.Tensor:
     """The tensor on a device of torch, sharing memory where it lies there; shape and dtype stay.
 

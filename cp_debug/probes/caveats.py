@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.probes.arrays import Tensor as AnyTensor
+from cp_debug.probes.arrays import is_text
 from cp_debug.probes.statistics import TensorStats, compare
 from cp_debug.safe_text import amount
 
@@ -57,11 +58,6 @@ def caveats(outputs: Compared) -> list[str]:
 
 LONGEST = 40
 """Characters of a string that are shown."""
-
-
-def is_text(array: AnyTensor) -> bool:
-    """Whether an array of any shape holds strings."""
-    return getattr(array.dtype, "kind", "") in {"O", "S", "U"}
 
 
 def compare_strings(reference: AnyTensor, test: AnyTensor) -> TensorStats:

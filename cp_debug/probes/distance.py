@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.probes.arrays import Tensor as AnyTensor
-from cp_debug.probes.arrays import as_numpy, device_of, has_torch_type, is_torch, to_device
+from cp_debug.probes.arrays import in_one_place, is_text, is_torch
 from cp_debug.probes.statistics_reduce import (
     DEVICE_CHUNK,
     HOST_CHUNK,
@@ -87,7 +87,7 @@ def distance(ours: AnyTensor, theirs: AnyTensor, difference: Tensor | None = Non
     Where one of them lies on a device, there; three numbers of each block come to the host. ``difference``, of that
     shape and any real dtype, is filled with ours − theirs, with 0 where either is NaN or Inf.
     """
-    x, y = _in_one_place(ours, theirs)
+    x, y = in_one_place(ours, theirs)
     sums = _sums(x, y, difference)
     if not all(map(math.isfinite, sums)):
         sums = _sums(x, y, difference, finite_alone=True)
@@ -96,7 +96,7 @@ def distance(ours: AnyTensor, theirs: AnyTensor, difference: Tensor | None = Non
 
 def difference_norm(ours: AnyTensor, theirs: AnyTensor) -> float:
     """``difference`` of the ``distance`` of two tensors of one shape and real dtypes, alone: it takes half as long."""
-    x, y = _in_one_place(ours, theirs)
+    x, y = in_one_place(ours, theirs)
     (square, *_) = _sums(x, y, norm=False)
     return math.sqrt(square) if math.isfinite(square) else distance(ours, theirs).difference
 
@@ -117,13 +117,6 @@ def unmasked(tensor: AnyTensor, norm: float) -> Any:
     shown = size < top * (1 - FAR)
     rest = float((size * shown).max())
     return shown if top >= MASKED and 0 < rest < top * FAR else None
-
-
-def _in_one_place(ours: AnyTensor, theirs: AnyTensor) -> tuple[AnyTensor, AnyTensor]:
-    """Two tensors of one shape, both as arrays, or both on the device where one of them lies."""
-    device = next((device for t in (theirs, ours) if (device := device_of(t)) != "cpu"), None)
-    x, y = (as_numpy(t) if device is None else to_device(_plain(t), device) for t in (ours, theirs))
-    return x, y
 
 
 def _sums(
@@ -157,16 +150,11 @@ def _sums(
     return found
 
 
-def _plain(tensor: AnyTensor) -> AnyTensor:
-    """A tensor of a type that torch has: what it has not becomes float64."""
-    return tensor if is_torch(tensor) or has_torch_type(tensor) else np.asarray(tensor, np.float64)
-
-
 def relative_l2(ours: AnyTensor, theirs: AnyTensor) -> float:
     """‖ours − theirs‖ ÷ ‖theirs‖; infinite where shapes or strings differ, or for ``new_nonfinite`` elements."""
     if tuple(ours.shape) != tuple(theirs.shape):
         return math.inf
-    if _holds_text(theirs):
+    if is_text(theirs):
         return 0.0 if np.array_equal(np.asarray(ours), np.asarray(theirs)) else math.inf
     apart = distance(ours, theirs)
     return math.inf if apart.new_nonfinite else apart.relative
@@ -175,17 +163,13 @@ def relative_l2(ours: AnyTensor, theirs: AnyTensor) -> float:
 def apart(ours: AnyTensor, theirs: AnyTensor) -> float:
     """``relative_l2`` of any shapes and dtypes; infinite, too, where only ``theirs`` is NaN or Inf."""
     one_way = relative_l2(ours, theirs)
-    settled = math.isinf(one_way) or _holds_text(theirs)
+    settled = math.isinf(one_way) or is_text(theirs)
     return one_way if settled or not distance(theirs, ours).new_nonfinite else math.inf
 
 
 def outputs_apart(ours: Mapping[str, AnyTensor], theirs: Mapping[str, AnyTensor]) -> float:
     """The largest ``apart`` of two tensors of one name, of any shapes and dtypes; 0 where no name is in both."""
     return max((apart(ours[name], tensor) for name, tensor in theirs.items() if name in ours), default=0.0)
-
-
-def _holds_text(tensor: AnyTensor) -> bool:
-    return getattr(tensor.dtype, "kind", "") in {"O", "S", "U"}
 
 
 def ratio(a: float, b: float) -> float:

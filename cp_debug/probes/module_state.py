@@ -124,11 +124,10 @@ class _PartState:
         return {
             name: value
             for name, value in vars(self._part).items()
-            if not name.startswith("_") and name != "training" and self._is_known(value)
+            if not name.startswith("_")
+            and name != "training"
+            and (isinstance(value, (*_PLAIN, list, dict)) or _is_plain_tensor(value))
         }
-
-    def _is_known(self, value: Any) -> bool:
-        return isinstance(value, (*_PLAIN, list, dict)) or _is_plain_tensor(value)
 
     def changed(self) -> Iterator[str]:
         now = dict(self._part.named_buffers(recurse=False))

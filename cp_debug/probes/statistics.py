@@ -21,16 +21,7 @@ from typing import Any
 import numpy as np
 
 from cp_debug.errors import InputError, in_one_line
-from cp_debug.probes.arrays import (
-    Tensor,
-    as_numpy,
-    device_of,
-    dtype_name,
-    has_torch_type,
-    is_dense,
-    is_torch,
-    to_device,
-)
+from cp_debug.probes.arrays import Tensor, dtype_name, in_one_place, is_dense, is_torch
 from cp_debug.probes.distance import MASKED, distance, ratio, unmasked
 from cp_debug.probes.statistics_reduce import PairPiece, Totals, reduce_pair
 from cp_debug.serialize import JsonForm
@@ -128,25 +119,11 @@ def compare(reference: Tensor, test: Tensor) -> TensorStats:
         if not _is_real(tensor):
             kind = dtype_name(tensor) if hasattr(tensor, "dtype") else np.asarray(tensor).dtype.name
             raise InputError(f"cannot compare: the {side} has dtype {kind}; expected real numbers or bool")
-    if (device := _common_device(reference, test)) is not None:
-        reference, test = to_device(reference, device), to_device(test, device)
-    else:
-        reference, test = as_numpy(reference), as_numpy(test)
+    reference, test = in_one_place(reference, test)
     if reference.shape != test.shape:
         of_each = (reduce_pair(side, side).whole for side in (reference, test))
         return _different_shapes(reference, test, *of_each)
     return _finish(reference, test, reduce_pair(reference, test))
-
-
-def _common_device(reference: Tensor, test: Tensor) -> str | None:
-    """The device on which two tensors are compared: where one of them lies, the test's before the reference's.
-
-    None is the host: both lie there, or one has a type that torch has not.
-    """
-    for side, other in ((test, reference), (reference, test)):
-        if (device := device_of(side)) != "cpu":
-            return device if is_torch(other) or has_torch_type(other) else None
-    return None
 
 
 def _is_real(tensor: Tensor) -> bool:
@@ -177,7 +154,7 @@ def _finish(reference: Tensor, test: Tensor, totals: Totals) -> TensorStats:
         mean_abs=whole.sum_abs / max(whole.finite, 1) if agree else math.inf,
         rel_l2=rel_l2 if agree else math.inf,
         cosine=cosine if agree else math.nan,
-        sqnr_db=_decibel(of_all) if agree else -math.inf,
+        sqnr_db=(-20 * math.log10(of_all) if of_all else math.inf) if agree else -math.inf,
         p50_abs=totals.quantile(0.50),
         p99_abs=totals.quantile(0.99),
         mismatched=whole.mismatched,
@@ -222,8 +199,3 @@ def _sides(reference: Tensor, test: Tensor, of_ref: PairPiece, of_test: PairPiec
         "nan_test": of_test.nan_test,
         "inf_test": of_test.inf_test,
     }
-
-
-def _decibel(rel_l2: float) -> float:
-    """SQNR in dB of a relative L2 distance: −20·log10(rel_l2)."""
-    return -20 * math.log10(rel_l2) if rel_l2 else math.inf

@@ -9,7 +9,6 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -223,13 +222,9 @@ class Totals:
         """Flat index of ``max_abs``, the first one."""
         return self.whole.first_mismatch if self.whole.mismatched else self.whole.argmax
 
-    @cached_property
-    def _cumulative(self) -> np.ndarray:
-        return np.asarray(self.histogram.cumsum())
-
     def quantile(self, q: float) -> float:
         """The smallest |difference| that at least the fraction ``q`` of the compared pairs does not exceed."""
-        cumulative = self._cumulative
+        cumulative = self.histogram.cumsum()
         rank = max(math.ceil(q * cumulative[-1]), 1)
         return min(_bin_value(int(cumulative.searchsorted(rank))), self.max_abs)
 

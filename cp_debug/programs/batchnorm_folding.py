@@ -16,7 +16,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.qdq import weight_axis
 from cp_debug.graph.surgery import save
 from cp_debug.probes.module_state import copied
 from cp_debug.probes.trace import trace, unwatched
@@ -191,22 +190,20 @@ def fold_in_file(graph: Graph, path: Path) -> Graph:
     weights = {t.name: t for t in model.graph.initializer}
     by_output = {output: node for node in model.graph.node for output in node.output}
     for product, norm in pairs:
-        gamma, beta, mean, variance = (graph.initializer(i).astype(np.float64) for i in norm.proto.input[1:5])
+        constants = [graph.initializer(name) for name in (*norm.proto.input[1:5], *product.proto.input[1:])]
+        gamma, beta, mean, variance, weight, *biases = (torch.from_numpy(c.astype(np.float64)) for c in constants)
+        bias, transposed = biases[0] if biases else None, product.op == "ConvTranspose"
         epsilon = norm.attribute("epsilon", 1e-5)
-        scale = gamma / np.sqrt(variance + epsilon)
-        weight = graph.initializer(product.proto.input[1])
-        folded = weight.astype(np.float64) * np.expand_dims(
-            scale, [a for a in range(weight.ndim) if a != weight_axis(product, weight.ndim)]
-        )
-        bias = graph.initializer(product.proto.input[2]).astype(np.float64) if len(product.proto.input) > 2 else 0.0
+        folded = fuse_conv_bn_weights(weight, bias, mean, variance, epsilon, gamma, beta, transposed)
         node, norm_node = by_output[product.outputs[0]], by_output[norm.outputs[0]]
         names = [node.input[1], node.input[2] if len(node.input) > 2 else f"{node.input[1]}.bias"]
         node.input[:] = [node.input[0], *names]
         node.output[0] = norm.outputs[0]
-        for name, array in zip(names, (folded, (bias - mean) * scale + beta), strict=True):
+        for name, tensor in zip(names, folded, strict=True):
             if name not in weights:
                 weights[name] = model.graph.initializer.add()
-            weights[name].CopyFrom(numpy_helper.from_array(array.astype(weight.dtype), name))
+            array = tensor.detach().numpy().astype(constants[4].dtype)
+            weights[name].CopyFrom(numpy_helper.from_array(array, name))
         model.graph.node.remove(norm_node)
     save(model, graph, path)
     return Graph(path, source=graph)

@@ -91,7 +91,9 @@ def export(
                 if exporter == "dynamo":
                     _dynamo(module, args, raw, axes, folded, size, options)
                 else:
-                    _torchscript(module, args, raw, axes, folded, options)
+                    options |= {"dynamic_axes": axes or None, "do_constant_folding": folded}
+                    with doing("torch exported the module (--exporter torchscript)", in_their_folder=True):
+                        torch.onnx.export(module, args, raw, dynamo=False, **options)
             proto = onnx.load(raw)
             if simplify:
                 from onnxscript import optimizer
@@ -201,20 +203,6 @@ def _operators(registry: Any, opset: int, known: int) -> Any:
     return _reader_of(registry).__get__(None, registry)(opset_version=opset)
 
 
-def _torchscript(
-    module: nn.Module,
-    args: Sequence[Tensor],
-    path: Path,
-    axes: Mapping[str, dict[int, str]],
-    folded: bool,
-    options: Mapping[str, Any],
-) -> None:
-    with doing("torch exported the module (--exporter torchscript)", in_their_folder=True):
-        torch.onnx.export(
-            module, tuple(args), path, dynamo=False, dynamic_axes=axes or None, do_constant_folding=folded, **options
-        )
-
-
 def _example(arg: Tensor, axes: Mapping[int, str]) -> Tensor:
     """The example with at least two entries along dynamic axes: dynamo takes 0 and 1 for constants."""
     if all(arg.shape[axis] > 1 for axis in axes):
@@ -296,16 +284,13 @@ def _quiet(exporter: str) -> Iterator[list[str]]:
         logging.disable(level)
 
 
-@contextlib.contextmanager
-def _old_flag_readable() -> Iterator[None]:
-    """dynamo reads ``allow_tf32``, and torch raises there while TF32 is off by the setting that replaced it."""
+def _old_flag_readable() -> contextlib.AbstractContextManager[Any]:
+    """A context for dynamo, which reads ``allow_tf32``: torch raises while the newer setting has TF32 off."""
     try:
         _ = torch.backends.cudnn.allow_tf32
-        settings: Any = contextlib.nullcontext()
     except RuntimeError:
-        settings = fp32_precision(tf32=True)
-    with settings:
-        yield
+        return fp32_precision(tf32=True)
+    return contextlib.nullcontext()
 
 
 def _reason(error: BaseException) -> str:

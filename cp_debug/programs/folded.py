@@ -11,13 +11,14 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from cp_debug.backends.arithmetic import FP32
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.errors import InputError
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.graph import Graph
 from cp_debug.programs.layers import side_values
 
 
@@ -45,24 +46,16 @@ class Folded:
 
         Arrays have the shape and dtype that the node gives.
         """
-        computed: dict[str, Any] = {}
+        # Of a tensor whose elements nobody reads, one zero in its shape will do.
+        computed: dict[str, Any] = {name: torch.zeros(()).expand(shape) for name, shape in self._shapes.items()}
         for node in self._graph.nodes:
             if not (node.op == "Constant" or set(node.outputs) & set(self.names)):
                 continue
             try:
-                results = self._compute(node, computed)
+                results = self._executor.run_nodes([node], computed, node.outputs)
             except InputError:  # an operator that nothing here can execute, or a shape that no probe showed
                 continue
             computed |= results
             for name, value in results.items():
                 if name in self.names:
                     yield name, value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-
-    def _compute(self, node: Node, computed: dict[str, Any]) -> dict[str, Any]:
-        if node.op in ("Shape", "Size") and node.inputs[0] in self._shapes:
-            shape = self._shapes[node.inputs[0]]
-            if node.op == "Size":
-                return {node.outputs[0]: np.asarray(np.prod(shape, dtype=np.int64))}
-            ends = slice(node.attribute("start"), node.attribute("end"))
-            return {node.outputs[0]: np.array(shape[ends], np.int64)}
-        return self._executor.run_nodes([node], computed, node.outputs)

@@ -146,18 +146,13 @@ class Pieces:
         """Every difference, in execution order; nodes that only the test has come last."""
         listed = [d for a, b in self._pairs for d in self._of_pair(a, b)]
         for node in self._missing:
-            kind = "activation" if node.op in ACTIVATIONS else "operator"
-            says, evidence = f"{node.op} is left out", {"op": node.op}
+            listed.append(_missing(node))
             if constant := self._constant_for(node):
                 says = f"{constant} is a constant in the test, the reference computes it with {node.op}"
-                evidence["constant"] = constant
-            listed.append(NodeDifference(f"missing-{kind}", says, node.name, evidence, structural=True))
+                listed[-1] = replace(listed[-1], says=says, evidence={"op": node.op, "constant": constant})
         for node in self._added:
-            kind = "activation" if node.op in ACTIVATIONS else "operator"
-            says = f"{node.op} is added: {node.name}"
-            listed.append(
-                NodeDifference(f"extra-{kind}", says, node.name, {"op": node.op}, added=True, structural=True)
-            )
+            name, says = f"extra-{_kind(node)}", f"{node.op} is added: {node.name}"
+            listed.append(NodeDifference(name, says, node.name, {"op": node.op}, added=True, structural=True))
         return listed
 
     def _constant_for(self, node: Node) -> str:
@@ -169,16 +164,9 @@ class Pieces:
         if theirs.op in QUANTIZERS and ours.op not in QUANTIZERS:
             return  # a quantizer is judged by its scale; where its levels end at 0, it is the activation, too
         if ours.op != _plain(theirs):
-            if theirs.op == "Identity":
-                kind = "activation" if ours.op in ACTIVATIONS else "operator"
-                yield NodeDifference(
-                    f"missing-{kind}", f"{ours.op} is left out", ours.name, {"op": ours.op}, structural=True
-                )
-            else:
-                says = f"{ours.op} is {theirs.op} in the test"
-                yield NodeDifference(
-                    "other-operator", says, ours.name, {"op": ours.op, "test_op": theirs.op}, structural=True
-                )
+            says, evidence = f"{ours.op} is {theirs.op} in the test", {"op": ours.op, "test_op": theirs.op}
+            exchange = NodeDifference("other-operator", says, ours.name, evidence, structural=True)
+            yield _missing(ours) if theirs.op == "Identity" else exchange
             return
         results = [self._given.get(o, o) for o in theirs.outputs]
         if results != list(ours.outputs) and sorted(results) == sorted(ours.outputs):
@@ -231,10 +219,7 @@ class Pieces:
         if computed[0] != computed[1] or held[0] == held[1] or sorted(held[0]) != sorted(held[1]):
             return None
         by_digest = dict(zip(held[0], read[0], strict=True))
-        order = [by_digest[digest] for digest in held[1]]
-        says = f"{ours.op} reads {', '.join(order)} in this order instead of {', '.join(read[0])}"
-        name = "concat-order" if ours.op == "Concat" else "operand-order"
-        return NodeDifference(name, says, ours.name, {"operands": order, "instead_of": read[0]})
+        return _reordered(ours, [by_digest[digest] for digest in held[1]], read[0])
 
     def _operands(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
         def read(node: Node, constants: Constants, names: Mapping[str, str]) -> list[str]:
@@ -249,18 +234,14 @@ class Pieces:
         if sorted(computed[0]) == sorted(computed[1]):
             if ours.op in COMMUTATIVE:
                 return
-            name = "concat-order" if ours.op == "Concat" else "operand-order"
-            says = f"{ours.op} reads {', '.join(computed[1])} in this order instead of {', '.join(computed[0])}"
-            if computed[0] == computed[1]:
-                says = f"the operands of {ours.op} are exchanged"
-            yield NodeDifference(name, says, ours.name, {"operands": computed[1], "instead_of": computed[0]})
-        elif len(computed[0]) == len(computed[1]):
-            pairs = [(x, y) for x, y in zip(computed[0], computed[1], strict=True) if x != y]
-            says = f"{ours.op} reads {pairs[0][1]} instead of {pairs[0][0]}"
-            yield NodeDifference("another-operand", says, ours.name, {"of": pairs[0][1], "instead_of": pairs[0][0]})
-        else:
-            says = f"{ours.op} reads {', '.join(computed[1]) or 'nothing'} instead of {', '.join(computed[0])}"
-            yield NodeDifference("another-operand", says, ours.name, {"of": computed[1], "instead_of": computed[0]})
+            yield _reordered(ours, computed[1], computed[0])
+            return
+        before, after = computed
+        if len(before) == len(after):
+            before, after = next(([x], [y]) for x, y in zip(before, after, strict=True) if x != y)
+        says = f"{ours.op} reads {', '.join(after) or 'nothing'} instead of {', '.join(before)}"
+        of, instead_of = (side[0] if len(before) == len(after) else side for side in (after, before))
+        yield NodeDifference("another-operand", says, ours.name, {"of": of, "instead_of": instead_of})
 
     def _constants(self, ours: Node, theirs: Node) -> Iterator[NodeDifference]:
         our_inputs, their_inputs = list(ours.proto.input), list(theirs.proto.input)
@@ -319,6 +300,24 @@ class Pieces:
             makers = [self._reference.producer[n].op for n in node.inputs if n in self._reference.producer]
             return "bias" if set(PRODUCTS).intersection(makers) else ""
         return role_of_constant(node, place) or ("index" if node.op in INDICES and place else "")
+
+
+def _kind(node: Node) -> str:
+    return "activation" if node.op in ACTIVATIONS else "operator"
+
+
+def _missing(node: Node) -> NodeDifference:
+    return NodeDifference(
+        f"missing-{_kind(node)}", f"{node.op} is left out", node.name, {"op": node.op}, structural=True
+    )
+
+
+def _reordered(node: Node, operands: list[str], wanted: list[str]) -> NodeDifference:
+    """The difference of a node that reads what it should in another order."""
+    says = f"{node.op} reads {', '.join(operands)} in this order instead of {', '.join(wanted)}"
+    says = f"the operands of {node.op} are exchanged" if operands == wanted else says
+    name = "concat-order" if node.op == "Concat" else "operand-order"
+    return NodeDifference(name, says, node.name, {"operands": operands, "instead_of": wanted})
 
 
 def role_of_constant(node: Node, place: int) -> str:
@@ -462,8 +461,7 @@ def _same_axes(graph: Graph, node: Node, name: str, a: Any, b: Any) -> bool:
 
 def _implied(node: Node, name: str) -> Any:
     """The value that an absent attribute of a node stands for, where that is one number for each axis; else None."""
-    given = {a.name: helper.get_attribute_value(a) for a in node.proto.attribute}
-    if name == "pads" and given.get("auto_pad", b"NOTSET") == b"NOTSET":
+    if name == "pads" and node.attribute("auto_pad", b"NOTSET") == b"NOTSET":
         return 0
     return 1 if name in ("strides", "dilations") else None
 

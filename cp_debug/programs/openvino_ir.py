@@ -156,14 +156,9 @@ class Quantizers:
         data, steps = data.reshape(operation.get_output_shape(0)), operation.get_levels() - 1
         levels = np.round((np.clip(data, low, high) - low) / (high - low) * steps)
         rounded, placed = levels / steps * (ends[1] - ends[0]) + ends[0], False
-        for node in self._readers(operation):
-            for place, name in enumerate(node.input):
-                if name in self._graph.initializers and self._graph.initializer(name).size == data.size:
-                    weight = self._graph.initializer(name)
-                    node.input[place] = self._store(
-                        f"{name}/rounded", rounded.reshape(weight.shape).astype(weight.dtype)
-                    )
-                    placed = True
+        for node, place, weight in self._weights(operation, data.size):
+            array = rounded.reshape(weight.shape).astype(weight.dtype)
+            node.input[place], placed = self._store(f"{node.input[place]}/rounded", array), True
         return placed
 
     def _weight(self, operation: Any) -> bool:
@@ -176,15 +171,20 @@ class Quantizers:
         if levels is None or scale is None or shift is None or levels.dtype not in (np.int8, np.uint8):
             return False
         placed = False
-        for node in self._readers(operation):
-            for place, name in enumerate(node.input):
-                if name in self._graph.initializers and self._graph.initializer(name).size == levels.size:
-                    placed |= self._as_levels(node, place, levels, *np.broadcast_arrays(scale, shift, levels)[:2])
+        parts = levels, *np.broadcast_arrays(scale, shift, levels)[:2]
+        for node, place, weight in self._weights(operation, levels.size):
+            placed |= self._as_levels(node, place, weight, *parts)
         return placed
 
-    def _as_levels(self, node: NodeProto, place: int, *parts: np.ndarray) -> bool:
+    def _weights(self, operation: Any, size: int) -> Iterator[tuple[NodeProto, int, np.ndarray]]:
+        """Weights of so many elements that are read behind an operator of the IR: node, place and array of each."""
+        for node in self._readers(operation):
+            for place, name in enumerate(node.input):
+                if name in self._graph.initializers and (weight := self._graph.initializer(name)).size == size:
+                    yield node, place, weight
+
+    def _as_levels(self, node: NodeProto, place: int, weight: np.ndarray, *parts: np.ndarray) -> bool:
         """Store levels, scale and zero point, all of a weight's size, in the layout that gives the weight."""
-        weight = self._graph.initializer(node.input[place])
         for levels, scale, zero in ([p.reshape(weight.shape) for p in parts], [p.T for p in parts]):
             own = (levels.astype(np.float32) - zero) * scale.astype(np.float32)
             if own.shape == weight.shape and np.linalg.norm(own - weight) <= LOOKS * np.linalg.norm(weight):

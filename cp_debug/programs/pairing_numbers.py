@@ -64,7 +64,7 @@ class NumericPairing:
         self._reference, self._test, self._prints, self._load = reference, test, prints, load
         self._ours, self._theirs = Constants(reference), Constants(test)
         self._data, self._own_data = set(data_values(reference)), set(data_values(test))
-        self._inputs = {v.name for v in reference.inputs}
+        self._fed = {graph: {*data_values(graph), *(v.name for v in graph.inputs)} for graph in (reference, test)}
         self._ends = tuple({v.name for v in graph.outputs} for graph in (reference, test))
         self._claimed = {name for name, _ in self.pairs.values()}
         self._order = {v: i for i, v in enumerate(reference.values)}
@@ -287,10 +287,7 @@ class NumericPairing:
         self._claimed.add(name)
 
     def _data_inputs(self, graph: Graph, node: Node) -> list[str]:
-        data, inputs = (
-            (self._data, self._inputs) if graph is self._reference else (self._own_data, {v.name for v in graph.inputs})
-        )
-        return [n for n in node.inputs if n in data or n in inputs]
+        return [n for n in node.inputs if n in self._fed[graph]]
 
 
 def _has_numbers(value: Any) -> bool:

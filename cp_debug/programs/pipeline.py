@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cp_debug.backends.base import Backend, Program, RunRecord, Session, Sink, Tensor
+from cp_debug.backends.base import Backend, Program, RunRecord, Session, Tensor
 from cp_debug.backends.capabilities import (
     BuildInfo,
     FreesMemory,
@@ -306,11 +306,8 @@ class Pipeline:
         """A sentence about engines that compute in FP32 instead of what their name claims; empty for others."""
         if self.precision == self.backend.precision:
             return ""
-        claim, types = self.backend.precision.upper(), types_of_engines(self._engines)
-        return (
-            f"{self.backend.spec}: no layer of the built engine runs in {claim} (layer inputs and outputs: {types}): "
-            "other kernels were faster, or nothing in the model can; layers are judged as FP32"
-        )
+        why = "other kernels were faster, or nothing in the model can; layers are judged as FP32"
+        return f"{_no_layer(self.backend, self.backend.precision.upper(), self._engines)}: {why}"
 
     @property
     def _engines(self) -> list[BuildInfo | None]:
@@ -340,7 +337,12 @@ class Pipeline:
             sink(Key(component.name, name), tensor)
 
         folded = Folded(program.plain or program.graph, session.exposed) if self._unfold else None
-        see = forward if folded is None else _seen_by(folded, forward)
+
+        def see(name: str, tensor: Tensor) -> None:
+            if folded is not None:
+                folded.see(name, tensor)
+            forward(name, tensor)
+
         for name, array in inputs.items():
             see(name, array)
         given_out = session.run(inputs, see, shown)
@@ -428,10 +430,8 @@ def by_reference(program: Program, outputs: Mapping[str, np.ndarray]) -> dict[st
 def check_realised(backend: Backend, engines: Sequence[BuildInfo | None]) -> None:
     """Raise InputError for engines none of which runs any layer in the precision that their name claims."""
     if unrealised(engines):
-        raise InputError(
-            f"{backend.spec}: no layer of the built engine runs in {backend.precision} (layer inputs and outputs: "
-            f"{types_of_engines(engines)}); other kernels were faster, or the model has nothing to run in it"
-        )
+        why = "other kernels were faster, or the model has nothing to run in it"
+        raise InputError(f"{_no_layer(backend, backend.precision, engines)}; {why}")
 
 
 def unrealised(engines: Sequence[BuildInfo | None]) -> bool:
@@ -439,9 +439,10 @@ def unrealised(engines: Sequence[BuildInfo | None]) -> bool:
     return bool(engines) and all(info is not None and not info.realised for info in engines)
 
 
-def types_of_engines(engines: Iterable[BuildInfo | None]) -> str:
-    """Types of the layers' inputs and outputs, in TensorRT's words, with their shares."""
-    return ", ".join(sorted({f"{k} {v:.0%}" for e in engines if e for k, v in e.realised_precision.items()}))
+def _no_layer(backend: Backend, claim: str, engines: Iterable[BuildInfo | None]) -> str:
+    """What engines compute in instead of ``claim``: types in TensorRT's words, with the shares of the layers' ends."""
+    types = ", ".join(sorted({f"{k} {v:.0%}" for e in engines if e for k, v in e.realised_precision.items()}))
+    return f"{backend.spec}: no layer of the built engine runs in {claim} (layer inputs and outputs: {types})"
 
 
 def merge_settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -523,11 +524,3 @@ def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
         "levels": {p.name: sorted(level_values(p.graph)) for p in pipeline.programs},
         "control_flow": {p.name: [asdict(branch) for branch in p.branches] for p in pipeline.programs if p.branches},
     }
-
-
-def _seen_by(folded: Folded, forward: Sink) -> Sink:
-    def see(name: str, tensor: Tensor) -> None:
-        folded.see(name, tensor)
-        forward(name, tensor)
-
-    return see

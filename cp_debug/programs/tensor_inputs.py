@@ -30,9 +30,7 @@ def as_numbers(model: Model, samples: Sequence[Sample], folder: Path, names_of: 
     [component] = model.components
     assert component.onnx_path is not None
     graph = Graph.shared(component.onnx_path, source=component.shown)
-    names = _names(graph, names_of)
-    made = with_tensor_inputs(graph, [sample.arrays for sample in samples], names)
-    path = _written(graph, made, folder)
+    path, made = _written(graph, samples, folder, names_of)
     changed: Model = copy.copy(model)
     numbers = [v.name for v in Graph(path).inputs]
     changed.components = [replace(component, onnx_path=path, shown=str(graph), input_names=numbers)]
@@ -53,8 +51,7 @@ def file_as_numbers(path: Path, samples: Sequence[Sample], folder: Path, names_o
     graph = Graph(path)
     if not other_inputs(graph):
         return path
-    made = with_tensor_inputs(graph, [sample.arrays for sample in samples], _names(graph, names_of))
-    return _written(graph, made, folder / "test")
+    return _written(graph, samples, folder / "test", names_of)[0]
 
 
 def _names(graph: Graph, names_of: Model | None) -> dict[str, str]:
@@ -75,8 +72,11 @@ def _names(graph: Graph, names_of: Model | None) -> dict[str, str]:
     return {name: pairs[name] for name in own}
 
 
-def _written(graph: Graph, made: TensorInputs, folder: Path) -> Path:
+def _written(
+    graph: Graph, samples: Sequence[Sample], folder: Path, names_of: Model | None
+) -> tuple[Path, TensorInputs]:
+    made = with_tensor_inputs(graph, [sample.arrays for sample in samples], _names(graph, names_of))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{graph.path.stem}.numbers.onnx"
     surgery.save(made.model, graph, path)
-    return path
+    return path, made

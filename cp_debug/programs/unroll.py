@@ -112,13 +112,11 @@ def decide(
             for path, decision in executor.decisions.items():
                 if earlier.setdefault(path, decision) != decision:
                     earlier[path] = UNDECIDED
-    flows = {name: _flow(executors[name].graph, of_samples) for name, of_samples in runs.items()}
+    flows = {}
+    for name, of_samples in runs.items():
+        taken, graph = decisions_by_node(of_samples), executors[name].graph
+        flows[name] = ControlFlow(frozenset(taken), tuple(idle_bodies(graph, taken, constants_of(graph))))
     return {name: {p: d for p, d in own.items() if d != UNDECIDED} for name, own in decided.items()}, ends, flows
-
-
-def _flow(graph: Graph, runs: Sequence[Mapping[str, Decision]]) -> ControlFlow:
-    taken = decisions_by_node(runs)
-    return ControlFlow(frozenset(taken), tuple(idle_bodies(graph, taken, constants_of(graph))))
 
 
 def _as_called(graph: Graph, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
@@ -137,20 +135,16 @@ def unroll(
 
     ``ends``: component → output that is no tensor of numbers → its value in a run.
     """
-    return [
-        _unrolled(p, decisions.get(p.name, {}), folder, ends.get(p.name, {}))
-        if needs_flattening(p.graph) or p.name in ends
-        else p
-        for p in programs
-    ]
-
-
-def _unrolled(program: Program, decisions: Mapping[str, Decision], folder: Path, ends: Mapping[str, Any]) -> Program:
-    model, branches = flatten(program.graph, decisions)
-    other_ends = with_tensors(model, program.graph, ends)
-    graph = _saved(program, model, folder, "unrolled")
-    # With other outputs than the deployed file has, no run of that is to be held against this one.
-    return replace(program, graph=graph, deployed=None if other_ends else program.graph, branches=branches)
+    unrolled = [*programs]
+    for place, program in enumerate(programs):
+        if needs_flattening(program.graph) or program.name in ends:
+            model, branches = flatten(program.graph, decisions.get(program.name, {}))
+            other_ends = with_tensors(model, program.graph, ends.get(program.name, {}))
+            graph = _saved(program, model, folder, "unrolled")
+            # With other outputs than the deployed file has, no run of that is to be held against this one.
+            deployed = None if other_ends else program.graph
+            unrolled[place] = replace(program, graph=graph, deployed=deployed, branches=branches)
+    return unrolled
 
 
 def _saved(program: Program, model: onnx.ModelProto, folder: Path, what: str) -> Graph:
