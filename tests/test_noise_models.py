@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -164,7 +165,8 @@ def test_of_an_unknown_backend_the_wider_errors_are_believed() -> None:
 )  # fmt: skip
 def test_functions_are_judged_by_who_computes_them_and_where(family: str, device: str, by: str) -> None:
     """Emulation computes with torch, and what nobody has measured by its own name."""
-    assert implementer(family, device) == by
+    backend: Any = SimpleNamespace(spec=SimpleNamespace(family=family), device=device)
+    assert implementer(backend) == by
 
 
 GPU_ERRORS = Path(__file__).parents[1] / "docs" / "gpu" / "data" / "h200-operators.json"

@@ -68,70 +68,50 @@ class LooksInsideOnDemand(Protocol):
     """Told inputs and outputs of a run: why they ask for a look inside, or empty; None always looks."""
 
 
+def _of(name: str, default: T) -> Callable[[Any], T]:
+    """What reads an attribute that only some backends and sessions have."""
+
+    def read(having: Backend | Session) -> T:
+        found: T = getattr(having, name, default)
+        return found
+
+    return read
+
+
+profiles_of: Callable[[Backend], Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]] = _of("profiles", {})
+"""Input with free axes → its smallest, optimal and largest shape, as a builder was told: ``profiles``."""
+calibrates_itself: Callable[[Backend], bool] = _of("implicit_int8", False)
+"""Whether INT8 comes from the backend's own calibrator, not from Q/DQ pairs: ``implicit_int8``."""
+largest_opset: Callable[[Backend], int | None] = _of("largest_opset", None)
+"""The last ONNX opset that a backend reads, its ``largest_opset``; None without a limit, or where none is known."""
+kernels_of: Callable[[Session], Mapping[str, str]] = _of("tactics", {})
+"""ONNX value → name of the kernel that wrote it, where the session tells: ``tactics``."""
+ranges_of_session: Callable[[Session], Ranges | None] = _of("ranges", None)
+"""The INT8 ranges that a session's own calibrator chose: ``ranges``; None without one."""
+build_info_of: Callable[[Session], BuildInfo | None] = _of("build_info", None)
+"""Facts about the engine that a session built: ``build_info``; None where it built none, or not yet."""
+integer_kernels_of: Callable[[Session], int | None] = _of("integer_kernels", None)
+"""Number of a session's kernels that compute with integers, ``integer_kernels``; None where nobody counted."""
+timer_of: Callable[[Session], Callable[[Mapping[str, Any], int], list[float]] | None] = _of("timings", None)
+"""The session's own stopwatch, ``timings(inputs, passes)``: seconds of each of ``passes`` runs on the device; None
+where the caller must time it from outside. Its inputs are name → array in the dtype and shape that the graph has."""
+
+
 def kept_in_fp32(backend: Backend) -> frozenset[str]:
     """Names of the ONNX nodes that a backend of lower precision computes in FP32: its ``keep_fp32``."""
-    return frozenset(_of(backend, "keep_fp32", ()))
-
-
-def profiles_of(backend: Backend) -> Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]:
-    """Input with free axes → its smallest, optimal and largest shape, as a builder was told: ``profiles``."""
-    return _of(backend, "profiles", {})
-
-
-def calibrates_itself(backend: Backend) -> bool:
-    """Whether INT8 comes from the backend's own calibrator, not from Q/DQ pairs: ``implicit_int8``."""
-    return _of(backend, "implicit_int8", False)
-
-
-def largest_opset(backend: Backend) -> int | None:
-    """The last ONNX opset that a backend reads, its ``largest_opset``; None without a limit, or where none is known."""
-    return _of(backend, "largest_opset", None)
+    return frozenset(getattr(backend, "keep_fp32", ()))
 
 
 def with_threads(backend: Backend, count: int | None) -> Backend:
     """A copy with another thread count (None leaves it to the library) by ``with_threads``; itself without one."""
-    changed: Callable[[int | None], Backend] | None = _of(backend, "with_threads", None)
+    changed: Callable[[int | None], Backend] | None = getattr(backend, "with_threads", None)
     return backend if changed is None else changed(count)
 
 
 def builder_of(backend: Backend) -> Backend:
     """The backend that builds what this one runs: itself, or where it runs files of engines its ``builder``."""
-    return _of(backend, "builder", backend)
-
-
-def kernels_of(session: Session) -> Mapping[str, str]:
-    """ONNX value → name of the kernel that wrote it, where the session tells: ``tactics``."""
-    return _of(session, "tactics", {})
-
-
-def ranges_of_session(session: Session) -> Ranges | None:
-    """The INT8 ranges that a session's own calibrator chose: ``ranges``; None without one."""
-    return _of(session, "ranges", None)
-
-
-def build_info_of(session: Session) -> BuildInfo | None:
-    """Facts about the engine that a session built: ``build_info``; None where it built none, or not yet."""
-    return _of(session, "build_info", None)
-
-
-def integer_kernels_of(session: Session) -> int | None:
-    """Number of a session's kernels that compute with integers, ``integer_kernels``; None where nobody counted."""
-    return _of(session, "integer_kernels", None)
-
-
-def timer_of(session: Session) -> Callable[[Mapping[str, Any], int], list[float]] | None:
-    """The session's own stopwatch, ``timings(inputs, passes)``: seconds of each of ``passes`` runs on the device.
-
-    Its inputs are name → array in the dtype and shape that the graph declares. None where the caller must time it from
-    outside.
-    """
-    return _of(session, "timings", None)
-
-
-def _of(having: Backend | Session, name: str, default: T) -> T:
-    """An attribute that only some backends and sessions have."""
-    found: T = getattr(having, name, default)
-    return found
+    builder: Backend = getattr(backend, "builder", backend)
+    return builder
 
 
 ONLY_WHERE_SET = ("rebuilt", "probed", "stopped", "cached", "unmarked")

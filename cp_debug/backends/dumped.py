@@ -77,19 +77,15 @@ class _DumpedSession:
         self, inputs: Mapping[str, np.ndarray], sink: Sink | None = None, probes: Collection[str] | None = None
     ) -> dict[str, np.ndarray]:
         """The tensors, in the order in which the graph computes them; of several samples those of these inputs."""
-        values = self._of(inputs) if self._samples else self._values
+        values = self._samples.get(inputs_digest(inputs)) if self._samples else self._values
+        if values is None:
+            count = len(self._samples)
+            raise InputError(f"{self._source}: none of its {count} samples was computed from these inputs")
         if sink is not None:
             for name in self.exposed:
                 if name in values and (probes is None or name in probes):
                     sink(name, values[name])
         return {name: values[name] for name in self._outputs}
-
-    def _of(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        values = self._samples.get(inputs_digest(inputs))
-        if values is None:
-            count = len(self._samples)
-            raise InputError(f"{self._source}: none of its {count} samples was computed from these inputs")
-        return values
 
     def close(self) -> None:
         """Nothing is held."""

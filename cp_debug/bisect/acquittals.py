@@ -6,7 +6,7 @@ permuted, rotated or scaled by one layer, and put right by what reads them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +59,7 @@ def acquit_masks(
         masked = (exact <= MASKED) & (other <= MASKED)
         if bool((~masked & (torch.isfinite(exact) != torch.isfinite(other))).any()):
             continue  # one side masks what the other does not
-        if not bool((masked & (exact != other)).any()) or not _agrees_beside(replayer, key.value, row, masked, loads):
+        if not bool((masked & (exact != other)).any()) or not _agrees_beside(replayer, key.value, masked, loads[1]):
             continue
         change = key.value, exact, torch.where(masked, other, exact)
         gone = run.precision.roundoff
@@ -94,16 +94,12 @@ def _ends_of_mask(graph: Graph, value: str) -> int:
     return len(nodes) if reached.isdisjoint(outputs) and all(node.op in PASSES | ENDS for node in nodes) else 0
 
 
-def _agrees_beside(replayer: Replayer, value: str, row: LayerRow, masked: Tensor, loads: Sequence[Load]) -> bool:
+def _agrees_beside(replayer: Replayer, value: str, masked: Tensor, test: Load) -> bool:
     """Whether what is not masked has no error that precision cannot explain."""
-    if row.op == "Constant":
-        exact, held = (as_tensor(load(value)).double() for load in loads)
-        error = held - exact
-    else:
-        try:
-            error, exact = replayer.introduced(value, loads[1])
-        except InputError:
-            return False
+    try:
+        error, exact = replayer.introduced(value, test)
+    except InputError:
+        return False
     kept = ~masked.to(error.device)
     lost, scale = (float(t[kept].double().norm()) for t in (error, exact))
     return lost <= EXCESS * replayer.precision.roundoff * scale

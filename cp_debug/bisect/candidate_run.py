@@ -163,19 +163,19 @@ class CandidateRun:
 
     def _module(self, component: str) -> Program | None:
         """The program of a component whose torch module both sides run."""
+        other, program = (side.program(component) for side in (self.reference, self.pipeline))
+        both = all(self._runs_module(component)) and program.module is other.module
+        return program if both and program.alignment is not None else None
+
+    def _runs_module(self, component: str) -> list[bool]:
+        """Whether the reference and the test run the component's torch module."""
         sides = self.reference, self.pipeline
-        other, program = (side.program(component) for side in sides)
-        if program.module is None or program.module is not other.module or program.alignment is None:
-            return None
-        return program if all(side.backend.spec.family == "torch" for side in sides) else None
+        return [s.backend.spec.family == "torch" and s.program(component).module is not None for s in sides]
 
     def module_side(self, component: str) -> str:
         """The side that runs the torch module while the other one runs its graph: ``reference``, ``test``, or none."""
-        runs = [
-            side.backend.spec.family == "torch" and side.program(component).module is not None
-            for side in (self.reference, self.pipeline)
-        ]
-        return "" if runs[0] == runs[1] else "reference" if runs[0] else "test"
+        reference, test = self._runs_module(component)
+        return "" if reference == test else "reference" if reference else "test"
 
     def name(self, key: Key) -> Key:
         """The reference's name of a value of this test."""
@@ -233,10 +233,7 @@ class CandidateRun:
                 emulated=self._emulates(graph),
                 narrow=(self._narrow(component, sides[0]), self._narrow(component, sides[1])),
                 quantized=(self._quantized(component, sides[0]), self._quantized(component, sides[1], test)),
-                implementers=(
-                    implementer(sides[0].backend.spec.family, sides[0].backend.device),
-                    implementer(sides[1].backend.spec.family, sides[1].backend.device),
-                ),
+                implementers=(implementer(sides[0].backend), implementer(sides[1].backend)),
                 moved=self._moved(graph, component),
                 suspects=[d.onnx for d in alignment.departures] if alignment is not None else (),
                 module=self._module(component),

@@ -8,6 +8,7 @@ scales of that kind make on the same inputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -486,7 +487,7 @@ class FileQuantization:
                 weights = Levels(channels=True) if op != "DynamicQuantizeLinear" else weights
             elif op in ("ConvInteger", "MatMulInteger"):
                 data = data or Levels()
-                weights = Levels(channels=any(self._many(n) for n in nodes if n.op == "Mul"))
+                weights = Levels(channels=any(self._several(i) for n in nodes if n.op == "Mul" for i in n.inputs))
             elif op in ("QLinearConv", "QLinearMatMul", "QGemm"):
                 data, grid = self._levels(inputs[1], inputs[2]), self._grid(inputs[1], inputs[2])
                 weights = self._levels(inputs[4], inputs[5], inputs[3])
@@ -523,28 +524,22 @@ class FileQuantization:
         kind = kind or attributes.get("output_dtype") or 2
         if BITS.get(kind) in (None, 32):
             return None
-        offset = self._constants[zero] if zero and self._constants.holds(zero) else None
-        signed = kind in SIGNED
-        centred = offset is None or not np.asarray(offset).astype(np.float64).any()
-        several = self._constants.holds(scale) and np.asarray(self._constants[scale]).size > 1
-        many = self.made_here or several  # here every weight is due one scale for each channel
+        offset = self._constants.numbers(zero)
+        centred = offset is None or not bool(offset.any())
+        many = self.made_here or self._several(scale)  # here every weight is due one scale for each channel
         block = attributes.get("block_size", 0)
         axis = attributes.get("axis", 1) if block else None
-        codec, bits, behind, symmetric = CODECS.get(kind), BITS[kind], None, signed and centred
+        codec, bits, behind, symmetric = CODECS.get(kind), BITS[kind], None, kind in SIGNED and centred
         if node is not None and levels:
             bits, behind = stated_bits(node) or bits, order_behind(self._graph, node)
-            symmetric = symmetric or _in_the_middle(offset, bits)
+            # All zero points in the middle of levels from 0 on: GPTQ has them so for symmetric weights.
+            symmetric = symmetric or (offset is not None and bool((offset.double() == 1 << (bits - 1)).all()))
         order = None if behind is None else torch.from_numpy(behind[1])
-        return Levels(bits, symmetric, bool(many), block, axis, codec, order)
+        return Levels(bits, symmetric, many, block, axis, codec, order)
 
-    def _many(self, node: Node) -> bool:
-        constants = [name for name in node.inputs if self._constants.holds(name)]
-        return any(np.asarray(self._constants[name]).size > 1 for name in constants)
-
-
-def _in_the_middle(offset: AnyTensor | None, bits: int) -> bool:
-    """Whether all zero points are the middle of levels from 0 on, as GPTQ has them for symmetric weights."""
-    return offset is not None and bool((np.asarray(offset).astype(np.float64) == 1 << (bits - 1)).all())
+    def _several(self, name: str) -> bool:
+        """Whether a value is a constant of more than one number."""
+        return math.prod(self._constants.shape(name) or ()) > 1
 
 
 def _range(graph: Graph, name: str) -> tuple[float, float]:

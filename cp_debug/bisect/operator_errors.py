@@ -21,6 +21,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from cp_debug.backends.base import Backend
 from cp_debug.backends.kernels import KERNELS
 from cp_debug.graph.graph import Node
 
@@ -173,10 +174,7 @@ ONNX_RUNTIME_CUDA = TORCH_CUDA | {
     "Sigmoid": Errors(0.9, 0.8),
     "Softplus": Errors(1.2, 0.7),  # log(1 + exp(x)): what exp gives below 1e-8 is lost in the sum
     **{op: ONNX_RUNTIME[op] for op in ("Elu", "Selu", "Gelu", "Mish", "HardSwish")},
-    **{
-        f"com.microsoft.{op}": ONNX_RUNTIME[f"com.microsoft.{op}"]
-        for op in ("Gelu", "BiasGelu", "FastGelu", "QuickGelu")
-    },
+    **{op: errors for op, errors in ONNX_RUNTIME.items() if op.startswith("com.microsoft.")},
 }
 """Errors measured with ONNX Runtime 1.31's CUDA provider; those of functions that it lacks are computed on the CPU."""
 
@@ -214,11 +212,13 @@ _CORRECTLY_ROUNDED = {
 }  # fmt: skip
 
 
-def implementer(family: str, device: str) -> str:
-    """Whoever computes the functions of a family's backends on a device, ``cpu`` or ``cuda:N``: a key of
-    ``BY_IMPLEMENTER``, or the family's name. ``emu-*`` computes with torch."""
-    library = "torch" if family == "emu" else family
-    return f"{library}@cuda" if device.startswith("cuda") and library in BY_IMPLEMENTER else library
+def implementer(backend: Backend) -> str:
+    """Whoever computes the functions of a backend: a key of ``BY_IMPLEMENTER``, or the name of its family.
+
+    ``emu-*`` computes with torch.
+    """
+    library = "torch" if backend.spec.family == "emu" else backend.spec.family
+    return f"{library}@cuda" if backend.device.startswith("cuda") and library in BY_IMPLEMENTER else library
 
 
 def errors_of(node: Node, by: str) -> Errors | None:

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -160,16 +159,9 @@ def constant_grid(graph: Graph, constants: Weights, scale: str, zero: str, axis:
     kind = constant_type(graph, zero) or 2 if zero else 2  # without a zero point levels are uint8, as ONNX has it
     bits = BITS.get(kind, 8)
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if kind in SIGNED else (0, 2**bits - 1)
-    offset = _plain(constants[zero]) if zero else torch.zeros((), dtype=torch.uint8)
-    return QuantizerGrid(constants[scale].double(), offset.double(), low, high, axis, CODECS.get(kind))
-
-
-def _plain(values: AnyTensor) -> Tensor:
-    """Zero points as torch can hold them: those of FP8 and 4 bits as float32."""
-    array = np.asarray(values)
-    return torch.as_tensor(
-        array.astype(np.float32) if array.dtype.name.startswith(("float8", "float4", "int4", "uint4")) else array
-    )
+    offset = constants.numbers(zero) if zero else None
+    offset = torch.zeros((), dtype=torch.float64) if offset is None else offset.double()
+    return QuantizerGrid(constants[scale].double(), offset, low, high, axis, CODECS.get(kind))
 
 
 def balanced(error: Tensor, exact: Tensor, axis: int) -> float:
