@@ -150,7 +150,7 @@ def test_a_convolution_of_a_few_rows_at_a_time_equals_torch(data: st.DataObject)
     expected = conv(x, weight, b, stride, padding, dilation, groups)
     how = {"strides": stride, "dilations": dilation, "pads": (*padding, *padding), "group": groups}
     node = Node.of(0, helper.make_node("Conv", ["x", "w"], ["y"], **how))
-    call = Call.of(node, 17, ARITHMETICS["fp64"], torch.device("cpu"))
+    call = Call(node, 17, ARITHMETICS["fp64"], torch.device("cpu"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "UNFOLDED", data.draw(st.integers(1, 1 << 14)))
         got = products.conv(call, x, weight, b)

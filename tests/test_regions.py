@@ -474,7 +474,7 @@ def test_reductions_round_each_partial_sum(divide: bool, keep: int) -> None:
     """2048 + 1 is 2048 in FP16."""
     node = onnx.helper.make_node("ReduceMean" if divide else "ReduceSum", ["x"], ["y"], axes=[1], keepdims=keep)
     x = torch.tensor([[2048.0, 1.0, 1.0, 2.0], [1.0, 1.0, 2.0, 4.0]])
-    call: Any = Call.of(SimpleNamespace(proto=node, op=node.op_type, domain=""), 13, FP32, torch.device("cpu"))  # type: ignore[arg-type]
+    call: Any = Call(SimpleNamespace(proto=node, op=node.op_type, domain=""), 13, FP32, torch.device("cpu"))  # type: ignore[arg-type]
     found = _reduce(divide)(call, [x])
     assert found.shape == ((2, 1) if keep else (2,))
     assert found.flatten().tolist() == ([512.5, 2.0] if divide else [2050.0, 8.0])

@@ -36,14 +36,10 @@ MOVES = {
 """Operators without a kernel that choose among their inputs' values: there is nothing to emulate."""
 
 
-def _has_element(value: Any = None) -> Tensor:
-    return torch.tensor(value is not None)
-
-
 _OPTIONAL: dict[str, Callable[..., Any]] = {
     "Optional": lambda value=None: value,
     "OptionalGetElement": lambda value: value,
-    "OptionalHasElement": _has_element,
+    "OptionalHasElement": lambda value=None: torch.tensor(value is not None),
 }
 """An optional is held as what is in it, or None. One that holds a sequence goes to ONNX's reference implementation."""
 
@@ -134,12 +130,8 @@ class Executor:
         """Whether ``node`` is computed with this arithmetic's own rounding, as far as that is known before a run."""
         if node.name in self.not_emulated:
             return False
-        if (
-            node.op in KERNELS
-            or node.op in MOVES
-            or node.op == "Constant"
-            or self._step(node, self.graph.opsets).bodies
-        ):
+        known = node.op in KERNELS or node.op in MOVES or node.op == "Constant"
+        if known or self._step(node, self.graph.opsets).bodies:
             return True
         if not (self.arithmetic.value or self.arithmetic.operand) or is_defined(node, self.graph.opsets):
             return True
@@ -368,7 +360,7 @@ class Executor:
             bodies = {a.name: Body.of_graph(a.g, opsets) for a in graphs}
         arithmetic = self._overrides.get(node.name, self.arithmetic)
         weights = frozenset(i for i, name in enumerate(node.proto.input) if name in self._constants)
-        call = Call.of(node, opsets.get(domain, 1), arithmetic, self.device, self._literal, weights)
+        call = Call(node, opsets.get(domain, 1), arithmetic, self.device, self._literal, weights)
         return _ExecutionStep(call, KERNELS.get(node.op), bodies, opsets)
 
 

@@ -86,7 +86,13 @@ class NarrowOptions:
                 raise InputError(f"{text!r}: {idle[0]!r} needs a sum narrower than FP32; add acc=fp22")
         elif given["sum"] == "fp16" and "nearest" in given:
             raise InputError(f"{text!r}: sums in FP16 are rounded to nearest; remove round=")
-        return _checked(cls(family, **_fields(given)), text)  # type: ignore[arg-type]
+        options = cls(family, **_fields(given))  # type: ignore[arg-type]
+        if options.asymmetric and options.symmetric:
+            raise InputError(f"{text!r}: groups have a zero point, or none; expected one of asym and sym")
+        block = 16 if options.half_sum else 32
+        if (number := options.promote) and number % block:
+            raise InputError(f"{text!r}: promote={number}; an instruction adds {block}, expected a multiple of it")
+        return options
 
 
 @dataclass(frozen=True)
@@ -185,12 +191,3 @@ def _fields(given: dict[str, object]) -> dict[str, object]:
     elif word != "fp32":
         fields["significant"] = 14 if word == "fp22" else int(word.removesuffix("-bit"))
     return fields
-
-
-def _checked(options: NarrowOptions, text: str) -> NarrowOptions:
-    if options.asymmetric and options.symmetric:
-        raise InputError(f"{text!r}: groups have a zero point, or none; expected one of asym and sym")
-    block = 16 if options.half_sum else 32
-    if options.promote and options.promote % block:
-        raise InputError(f"{text!r}: promote={options.promote}; an instruction adds {block}, expected a multiple of it")
-    return options

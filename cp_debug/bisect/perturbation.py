@@ -331,7 +331,7 @@ def _nearest(oracle: Executor, node: Node, inputs: Mapping[str, Tensor]) -> list
     """Results of a Resize whose coordinates are off by ``NEAR``, down and up; none where it interpolates."""
     if node.op not in SIZED or node.attribute("mode", b"nearest") != b"nearest":
         return []
-    call = Call.of(node, oracle.graph.opsets.get("", 1), oracle.arithmetic, oracle.device)
+    call = Call(node, oracle.graph.opsets.get("", 1), oracle.arithmetic, oracle.device)
     given = [inputs[n] if n else None for n in node.proto.input]
     there = [KERNELS[node.op].function(call, *given, shift=by) for by in (-NEAR, NEAR)]
     return [moved for moved in there if isinstance(moved, Tensor)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import onnx
@@ -23,7 +23,6 @@ class Call:
     """A kernel's view of its node, besides the inputs. ``call["axis"]`` is an attribute, or the operator's default."""
 
     node: Node
-    attributes: Mapping[str, Any]
     opset: int
     arithmetic: Arithmetic
     device: torch.device
@@ -31,24 +30,14 @@ class Call:
     """Whether to compute as ONNX's reference implementation where runtimes agree with each other and not with it."""
     weights: frozenset[int] = frozenset()
     """Places of inputs that are constants of the graph, or made of nothing else."""
+    attributes: dict[str, Any] = field(init=False, default_factory=dict)
 
-    @classmethod
-    def of(
-        cls,
-        node: Node,
-        opset: int,
-        arithmetic: Arithmetic,
-        device: torch.device,
-        literal: bool = False,
-        weights: frozenset[int] = frozenset(),
-    ) -> Call:
-        """Parse the attributes of ``node`` once."""
-        proto = node.proto
-        attributes: dict[str, Any] = {}
-        if (schema := schema_of(proto, opset)) is not None:
-            attributes = {n: _value(a.default_value) for n, a in schema.attributes.items() if a.default_value.type}
-        attributes |= {a.name: _value(a) for a in proto.attribute}
-        return cls(node, attributes, opset, arithmetic, device, literal, weights)
+    def __post_init__(self) -> None:
+        proto = self.node.proto
+        if (schema := schema_of(proto, self.opset)) is not None:
+            defaults = {name: a.default_value for name, a in schema.attributes.items()}
+            self.attributes.update({name: _value(a) for name, a in defaults.items() if a.type})
+        self.attributes.update({a.name: _value(a) for a in proto.attribute})
 
     def __getitem__(self, name: str) -> Any:
         return self.attributes.get(name)

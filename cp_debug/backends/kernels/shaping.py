@@ -95,12 +95,9 @@ def slice_(
             x = x[(slice(None),) * (dim % x.dim()) + (slice(begin, max(begin, end), step),)]
         else:  # torch has no negative steps
             stop = -n - 1 if stop < -n else stop
-            x = x.index_select(dim, torch.arange(n)[_backwards(n, start, stop, step)].to(x.device))
+            places = list(range(n))[slice(start, None if stop == -n - 1 else stop, step)]
+            x = x.index_select(dim, torch.tensor(places, dtype=torch.int64, device=x.device))
     return x
-
-
-def _backwards(n: int, start: int, stop: int, step: int) -> list[int]:
-    return list(range(n))[slice(start, None if stop == -n - 1 else stop, step)]
 
 
 @kernel("Pad", rounds=False)

@@ -179,7 +179,7 @@ def walk(segment: Segment, deviations: Mapping[str, Deviation], arithmetic: Arit
             values |= executor.run_nodes([node], values, node.outputs)
             continue
         values_read = executor.run_nodes([], values, node.inputs)
-        call = Call.of(node, segment.graph.opsets.get("", 1), arithmetic, torch.device("cpu"))
+        call = Call(node, segment.graph.opsets.get("", 1), arithmetic, torch.device("cpu"))
         inputs = [values_read[name] if name else None for name in node.proto.input]
         values[node.outputs[0]] = deviations[node.op](call, inputs)
     return as_double(values[segment.target])
