@@ -100,7 +100,12 @@ class CandidateRun:
         self._ranges: dict[str, Ranges] = {}
         """Component → ranges that TensorRT's calibrator chose."""
         optimized = is_optimized(pipeline.backend)
-        self._folded = {Key(p.name, v) for p in pipeline.programs if optimized for v in _of_constants(p.graph)}
+        self._folded = {
+            Key(p.name, v)
+            for p in pipeline.programs
+            if optimized
+            for v in p.graph.producer.keys() - from_inputs(p.graph)
+        }
         """Values that an optimizer computes beforehand, and may write with other axes of length 1."""
         self._folder = folder
         self._replayers: dict[str, Replayer] = {}
@@ -493,11 +498,6 @@ def _prefer_own_names(names: dict[str, str], plain: Graph, file: Graph) -> None:
 def loader(capture: CapturedRun, component: str) -> Load:
     """A function by which a replayer reads the values of one component."""
     return lambda name: capture.load(name, component=component)
-
-
-def _of_constants(graph: Graph) -> set[str]:
-    """The values of a graph that no input reaches."""
-    return set(graph.producer).difference(from_inputs(graph))
 
 
 def _in_shape(tensor: Tensor, like: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import onnx
 
@@ -72,20 +72,13 @@ def judge_exports(run: CandidateRun, rows: Mapping[Key, LayerRow], module: Captu
         else:
             nodes = row.replay.nodes if row.replay is not None else ()
             row.side, row.why = "export", _sentence(departure, program.graph, nodes)
-            settled[key] = Finding(
-                cause=departure.cause or "export",
-                says=row.why,
-                layers=[row.name],
-                ops=[row.op],
-                side="export",
-                evidence={
-                    "module": departure.path,
-                    "calls": list(departure.calls),
-                    "nodes": list(nodes),
-                    "off": departure.error,
-                },
-                fix=_fix(departure),
-            )
+            evidence: dict[str, Any] = {"module": departure.path, "calls": list(departure.calls), "nodes": list(nodes)}
+            evidence["off"] = departure.error
+            fix = f"--exporter {departure.right_by}: tried, its graph computes what the module computes here"
+            if not departure.right_by:
+                fix = f"write `{departure.at}` in the module with other operators, and compare again"
+            cause, layers, ops = departure.cause or "export", [row.name], [row.op]
+            settled[key] = Finding(cause, row.why, layers, ops, "export", evidence=evidence, fix=fix)
     return Exports(settled, tied)
 
 
@@ -115,9 +108,3 @@ def _in_words(node: onnx.NodeProto) -> str:
     plain = {n: v.decode(errors="replace") if isinstance(v, bytes) else v for n, v in values.items()}
     told = ", ".join(f"{n}={v!r}" for n, v in plain.items() if isinstance(v, int | float | str | list))
     return f"`{node.op_type}({told})`"
-
-
-def _fix(departure: Departure) -> str:
-    if departure.right_by:
-        return f"--exporter {departure.right_by}: tried, its graph computes what the module computes here"
-    return f"write `{departure.at}` in the module with other operators, and compare again"
