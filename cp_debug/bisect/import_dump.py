@@ -119,7 +119,6 @@ def match_dump(
     compared = {layer.onnx for layer in layers_of([Program(graph.path.stem, graph)])}
     missing = [name for name in graph.values if name not in ordered]
     unknown = {name: tensors[name] for name in extra}
-    declared = {value.name: value.dtype for value in (*graph.inputs, *graph.outputs)}
     return ImportedDump(
         model=str(graph.path),
         source=source,
@@ -132,16 +131,8 @@ def match_dump(
         missing=[name for name in missing if name in compared and name not in outputs],
         extra=extra,
         suggestions=_suggestions(graph, unknown, missing, types) | _input_suggestions(graph, unknown, ordered),
-        dtypes={
-            name: f"{dtype_name(ordered[name])}, declared {dtype}"
-            for name, dtype in declared.items()
-            if name in ordered and dtype is not None and ordered[name].dtype != dtype
-        },
-        shapes={
-            name: f"{list(array.shape)}, the graph's is {list(shape)}"
-            for name, array in ordered.items()
-            if (shape := known_shape(graph, name, types)) is not None and shape != array.shape
-        },
+        dtypes=_other_dtypes(graph, ordered),
+        shapes=_other_shapes(graph, ordered, types),
         notes=notes,
     )
 
@@ -222,3 +213,21 @@ def _input_suggestions(
         if fitting:
             suggestions[min(fitting, key=lambda name: (value.name not in name, len(name)))] = value.name
     return suggestions
+
+
+def _other_dtypes(graph: Graph, tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
+    declared = {value.name: value.dtype for value in (*graph.inputs, *graph.outputs) if value.dtype is not None}
+    return {
+        name: f"{dtype_name(array)}, declared {declared[name]}"
+        for name, array in tensors.items()
+        if name in declared and array.dtype != declared[name]
+    }
+
+
+def _other_shapes(graph: Graph, tensors: Mapping[str, np.ndarray], types: _Types) -> dict[str, str]:
+    shapes = {name: known_shape(graph, name, types) for name in tensors}
+    return {
+        name: f"{list(array.shape)}, the graph's is {list(shape)}"
+        for name, array in tensors.items()
+        if (shape := shapes[name]) is not None and shape != array.shape
+    }

@@ -66,7 +66,7 @@ def doubt(
         for name, value in results.items():
             if name in asked and isinstance(value, Tensor) and value.is_floating_point():
                 spreads[name] = spread(oracle, node, exact, value, name, by, claim)
-                if node.op == "DequantizeLinear" and node.proto.input[0] in exact.keys() - given.keys():  # rounded here
+                if node.op == "DequantizeLinear" and _rounded_here(node, nodes, given):
                     (scale,) = oracle.run_nodes([], exact, [node.proto.input[1]]).values()
                     step = float(torch.as_tensor(scale).abs().max())
                     spreads[name] = torch.hypot(spreads[name], torch.full_like(value, FLIPPED * step / U))
@@ -129,6 +129,12 @@ def between_levels(
 
 def _is_float(tensor: AnyTensor) -> bool:
     return isinstance(tensor, Tensor) and tensor.is_floating_point()
+
+
+def _rounded_here(node: Node, nodes: Sequence[Node], given: Mapping[str, AnyTensor]) -> bool:
+    """Whether the levels that a node makes floats of were rounded within the segment."""
+    levels = node.proto.input[0]
+    return levels not in given and any(levels in other.outputs for other in nodes)
 
 
 def _noisy(

@@ -8,7 +8,6 @@ which holds each of them. Scales are read as they are. Types narrower than 8 bit
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from inspect import Parameter, Signature
 
 import torch
@@ -58,7 +57,10 @@ def _on_levels(call: Call, *inputs: Tensor | None) -> Tensor:
 
 def _named(inputs: str) -> Function:
     """``_on_levels`` with the names of inputs that ``OF_LEVELS`` has: messages tell which is absent."""
-    function = partial(_on_levels)
+
+    def function(call: Call, *given: Tensor | None) -> Tensor:
+        return _on_levels(call, *given)
+
     parameters = [Parameter("call", Parameter.POSITIONAL_OR_KEYWORD)]
     for name in inputs.split():
         kind = Parameter.VAR_POSITIONAL if name.startswith("*") else Parameter.POSITIONAL_OR_KEYWORD
