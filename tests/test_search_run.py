@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from faults.edits import Editor, rescale
 from nets import NetBuilder
+from test_flatten import LOOP, save
 from test_trt_runner import install, save_net
 from typer.testing import CliRunner
 
@@ -17,6 +18,7 @@ from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import parse_backends
+from cp_debug.bisect.engine import bisect
 from cp_debug.cli.main import app
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
@@ -304,3 +306,17 @@ def test_the_command(overflowing: Path, tmp_path: Path) -> None:
     assert "was not reached" in stopped.output
     assert not (tmp_path / "none.onnx").exists()
     assert isinstance(CLI.invoke(app, [*arguments, "--budget", "soon"]).exception, InputError)
+
+
+def test_what_a_loop_runs_is_rounded_in_an_emulated_search(tmp_path: Path) -> None:
+    """Its layers are searched by their own names, and what nothing kept gives is what a bisect gives."""
+    file = save(tmp_path / "net.onnx", LOOP)
+    result = run(file, "ort,emu-bf16", "rel_l2<1e-6")
+    (test,) = bisect(str(file), "ort,emu-bf16").tests
+    ends = [row.stats.finite_rel_l2 for row in test.rows if row.kind == "data"]
+    assert 0.3 * max(ends) < result.baseline.measured.figures["rel_l2"] <= max(ends)
+    assert any("/#1/" in name for name in names(result))
+    assert result.arguments == {}
+    assert not result.to_dict()["deploy"]
+    with pytest.raises(InputError, match="--onnx: what If, Loop and Scan ran was tried in a graph without them"):
+        run(file, "ort,emu-bf16", onnx=tmp_path / "mixed.onnx")

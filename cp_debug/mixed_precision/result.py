@@ -80,6 +80,8 @@ class Named:
     component."""
     opset: int = 0
     """Opset of these exports."""
+    unrolled: bool = False
+    """Whether nodes are called as If, Loop and Scan ran them: no file has these names."""
 
     @classmethod
     def of(cls, programs: Sequence[Program], exporter: str) -> Named:
@@ -142,7 +144,7 @@ def arguments(
 
 def deploy_fragment(keep: Mapping[str, Sequence[str]], precision: str, named: Named = Named()) -> str:
     """The part of a configuration of ``cpdebug deploy`` (YAML) that keeps the nodes; empty where it has no such key."""
-    if precision not in CASTS or not any(keep.values()):
+    if precision not in CASTS or not any(keep.values()) or named.unrolled:
         return ""
     where = {component: f"{component}/" if len(keep) > 1 else "" for component in keep}
     listed = "".join(

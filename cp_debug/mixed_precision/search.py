@@ -49,6 +49,7 @@ from cp_debug.programs.pipeline import (
     wants_int8,
 )
 from cp_debug.programs.tensor_inputs import has_other_inputs, numbers_where_needed
+from cp_debug.programs.unroll import Unroller
 from cp_debug.quantization.models import QuantizedComponent
 from cp_debug.quantization.narrow_layers import check_exportable
 from cp_debug.quantization.quantized_programs import Calibration, already_quantized, quantize_programs
@@ -219,6 +220,14 @@ class _MixedPrecisionSearch:
         self._tests = load_test_programs(programs, options.test_model) if options.test_model else programs
         if wants_int8(self._backend):
             self._tests = already_quantized(self._tests) or self._quantized(scratch)
+        files = self._tests
+        if self._backend.emulated:  # which runs a body in FP32, as a whole
+            unroller = Unroller(scratch)
+            self._tests = unroller.unrolled(files, model, lambda: samples, self._backend.precision)
+            self._notes += unroller.notes
+        self._unrolled = any(p.graph is not own.graph for p, own in zip(files, self._tests, strict=True))
+        if self._unrolled and options.onnx is not None:
+            raise InputError("--onnx: what If, Loop and Scan ran was tried in a graph without them, not in the file")
         self.precision, self.groups = layers_of_test(model, self._tests, self._backend)
         if options.onnx is not None and self.precision.name == "tf32":
             raise InputError("--onnx: TF32 is not in an ONNX graph; it is a setting of the runtime")
@@ -360,7 +369,7 @@ class _MixedPrecisionSearch:
             baseline=self.log.trials[False, frozenset()],
             trials=trials,
             keep=keep,
-            named=Named.of(self._tests, self._exporter),
+            named=Named(unrolled=True) if self._unrolled else Named.of(self._tests, self._exporter),
             weak=self._backend.spec.family != "trt" or release_of(self._backend.versions()["tensorrt"]) < STRONG_ONLY,
             stopped=stopped,
             builds=self.runner.builds,

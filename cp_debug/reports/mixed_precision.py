@@ -81,7 +81,9 @@ def pareto_table(result: MixedPrecisionResult) -> Sheet:
 def tool_arguments(result: MixedPrecisionResult) -> Iterator[RenderableType]:
     """The set of kept layers as arguments of other tools."""
     yield from commands(result.arguments, result.named.command(result.model))
-    if any(nodes and component not in result.named.files for component, nodes in result.keep.items()):
+    if result.named.unrolled and any(result.keep.values()):
+        yield Text("other tools cannot keep these layers: they are called as If, Loop and Scan ran them")
+    elif any(nodes and component not in result.named.files for component, nodes in result.keep.items()):
         yield Text("other tools cannot address nodes without a name; use the file that --onnx writes")
     if fragment := deploy_fragment(result.keep, result.precision, result.named):
         yield Text("configuration of cpdebug deploy:", style="bold")
