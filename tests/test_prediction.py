@@ -352,6 +352,17 @@ def test_a_sequence_is_predicted_element_by_element(tmp_path: Path) -> None:
     assert all(0 < output.error.expected < 0.1 for output in outputs)
 
 
+def test_a_node_with_two_float_results_that_computes_nothing_is_predicted(tmp_path: Path) -> None:
+    net = NetBuilder()
+    model = onnx.load(net.save(tmp_path / "net.onnx", {"x": (1, [1, 3, 8, 8])}, [net.conv("x", 3, 4)]))
+    parts = ["left", "right"]
+    model.graph.node.append(helper.make_node("Split", [model.graph.output[0].name], parts, axis=1, num_outputs=2))
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in parts)
+    onnx.save(model, tmp_path / "net.onnx")
+    result = predict(str(tmp_path / "net.onnx"), "fp16")
+    assert [(layer.value, layer.introduced is None) for layer in result.layers][1:] == [("left", True), ("right", True)]
+
+
 def test_outputs_of_whole_numbers_are_counted_and_a_goal_shows_its_figures(tmp_path: Path) -> None:
     """Columns that are nearly ties change places in FP16; those that are not stay."""
     rng = np.random.default_rng(0)

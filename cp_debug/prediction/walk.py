@@ -161,7 +161,7 @@ class GraphWalk:
                 [node.op for node in group.nodes],
                 reads=[name for name in dict.fromkeys(i for n in plain for i in n.inputs) if name in outer],
                 error=interval(errors[value]),
-                introduced=interval(introduced[value]) if introduced else None,
+                introduced=interval(introduced[value]) if introduced[value] else None,
                 inside={name: interval(found) for name, found in inside.items()},
                 largest=_largest(self._beside_masks(o, *[computed.get(o)] * 2)[0] for n in plain for o in n.outputs),
                 may_stay=may_stay and self._kernels[-1].mixed,
