@@ -203,6 +203,39 @@ def test_a_constant_that_only_the_test_reads_is_none_of_the_references(tmp_path:
     assert (found.differing, found.added) == ([], ["kept"])
 
 
+def test_a_scale_is_no_weight(tmp_path: Path) -> None:
+    """A bias in codes has as many scales as the float bias has elements, and a scale may be near to it."""
+    net, quantized = NetBuilder(), NetBuilder()
+    net.op("Add", "x", net.weight(np.linspace(0.5, 1, 16, dtype=np.float32), "bias"), name="y")
+    codes = quantized.weight(np.arange(16, dtype=np.int32), "codes")
+    scale = quantized.weight(np.full(16, 0.6, np.float32), "scale")
+    quantized.op("Add", "x", quantized.op("DequantizeLinear", codes, scale, axis=0, name="bias"), name="y")
+    nets = [(net, "net"), (quantized, "quantized")]
+    files = [Graph(n.save(tmp_path / f"{name}.onnx", {"x": (1, [1, 16])}, ["y"])) for n, name in nets]
+    assert weight_differences(*files).compared == 0
+
+
+def test_constants_that_an_exporter_numbered_anew_are_paired_by_what_they_hold(tmp_path: Path) -> None:
+    """Of the products after the first, each reads other data than that whose weight has its name; weights that are
+    exchanged while the products stay differ."""
+    matrices = [*np.random.default_rng(0).standard_normal((3, 8, 8)).astype(np.float32)]
+
+    def net(weights: dict[str, np.ndarray], *, extra: bool = True) -> Graph:
+        made, value = NetBuilder(), "x"
+        for i, (name, matrix) in enumerate(weights.items()):
+            value = made.op("Sigmoid", made.op("MatMul", value, made.weight(matrix, name)), name=f"gate{i}")
+        kept = value if extra else made.op("Relu", value)
+        made.op("Tanh", made.op("Add", kept, made.weight(np.ones(8, np.float32), "b"), name="sum"), name="y")
+        return Graph(made.save(tmp_path / "net.onnx", {"x": (1, [2, 8])}, ["y"]))
+
+    ours = net(dict(zip(("w4", "w6", "w8"), matrices, strict=True)))
+    assert not weight_differences(
+        ours, net(dict(zip(("w2", "w4", "w6"), matrices, strict=True)), extra=False)
+    ).differing
+    exchanged = weight_differences(ours, net(dict(zip(("w4", "w6", "w8"), matrices[::-1], strict=True))))
+    assert [d.says for d in exchanged.differing] == ["w4, holds w8", "w8, holds w4"]
+
+
 @pytest.mark.parametrize(
     ("changed", "kind", "says"),
     [

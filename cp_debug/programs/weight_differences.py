@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cp_debug.graph.constants import TELLING, BodyConstants, Constants
-from cp_debug.graph.graph import Graph
+from cp_debug.graph.graph import QUANTIZING, Graph
 from cp_debug.graph.operators import GATES
 from cp_debug.graph.pairing import believable
 from cp_debug.probes.distance import relative_l2
@@ -81,7 +81,8 @@ def weight_differences(reference: Graph, test: Graph) -> WeightDifferences:
     ours, theirs = BodyConstants(reference), BodyConstants(test)
     nodes = (*reference.nodes, *ours.inner_nodes.values())
     gates = {name: GATES[n.op] for n in nodes if n.op in GATES for name in [*ours.inputs(n)][1:4]}
-    pairs = _paired(ours, theirs) if believable(reference, test) else []
+    named = _paired(ours, theirs) if believable(reference, test) else []
+    pairs = [(a, b) for a, b in named if not _renumbered(ours, theirs, a, b)]
     matched, unmatched_test = {a for a, _ in pairs}, [n for n in theirs.names if n not in {b for _, b in pairs}]
     unmatched = [n for n in ours.names if n not in matched]
     for a, b in _by_contents(ours, theirs, unmatched, unmatched_test):
@@ -176,9 +177,9 @@ def _by_contents(
             used.update((twin, name))
             yield name, twin
     distances = []
-    for a in (n for n in our_names if n not in used):
+    for a in (n for n in our_names if n not in used and not _is_scale(ours, n)):
         x = ours[a]
-        for b in (n for n in their_names if n not in used and theirs[n].shape == x.shape):
+        for b in (n for n in their_names if n not in used and theirs[n].shape == x.shape and not _is_scale(theirs, n)):
             distance = relative_l2(theirs[b], x)
             if distance < NEAR:
                 distances.append((distance, a, b))
@@ -188,6 +189,22 @@ def _by_contents(
             paired[0].add(a)
             paired[1].add(b)
             yield a, b
+
+
+def _is_scale(constants: Constants, name: str) -> bool:
+    """Whether only quantization reads a float constant, beside what it quantizes."""
+    readers = constants.readers(name)
+    return all(n.proto.input[0] != name and any(mark in n.op for mark in QUANTIZING) for n in readers)
+
+
+def _renumbered(ours: Constants, theirs: Constants, a: str, b: str) -> bool:
+    """Whether ``b`` holds another of our constants, and no node that reads it has the data of one that reads ``a``: the
+    name was counted on to another layer."""
+
+    def data(constants: Constants, name: str) -> set[frozenset[str]]:
+        return {frozenset(i for i in n.inputs if i not in constants) for n in constants.readers(name)}
+
+    return ours.twin(a, theirs, b) is not None and data(ours, a).isdisjoint(data(theirs, b))
 
 
 def _same_reader(ours: Constants, theirs: Constants, a: str, b: str) -> bool:
