@@ -197,6 +197,9 @@ def search(
 
 
 class _MixedPrecisionSearch:
+    _unrolled = False
+    """Whether the layers are those that If, Loop and Scan ran, which no file has."""
+
     def __init__(
         self,
         model: Model,
