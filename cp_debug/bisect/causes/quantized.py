@@ -111,14 +111,11 @@ def saturated_bias(segment: Segment) -> Iterator[Candidate]:
 @cause(by_node=True, approximate=True)
 def quantizer(segment: Segment) -> Iterator[Candidate]:
     """Candidates: a QuantizeLinear with another scale or zero point, or that rounds ties another way."""
-    node = segment.nodes[-1] if segment.nodes else None
-    alone = node is not None and node.op == "QuantizeLinear" and len(segment.nodes) == 1
-    if node is None or not alone or node.proto.input[0] not in segment.given:
+    node = segment.nodes[0] if segment.op == "QuantizeLinear" and len(segment.nodes) == 1 else None
+    scale = segment.weight(node, 1) if node is not None else None
+    if node is None or scale is None or node.proto.input[0] not in segment.given:
         return
-    x = segment.input(node.proto.input[0])
-    scale, zero = segment.weight(node, 1), segment.weight(node, 2)
-    if scale is None:
-        return
+    x, zero = segment.input(node.proto.input[0]), segment.weight(node, 2)
     low, high = float(segment.test.min()), float(segment.test.max())
     bottom, top = (0, 255) if high > 127 else (-128, 127)
     if scale.numel() == 1:
@@ -278,17 +275,14 @@ def saturating(segment: Segment) -> Iterator[Candidate]:
         return
     tried = None
     for even in (False, True):
-        pair = _from_scales(segment, even) if segment.context.quantized is not None else _from_nodes(segment, even)
-        if pair is None:
+        exact, value = _in_pairs(segment, even) or (None, None)
+        if value is None or exact is None or not value.shape == exact.shape == segment.test.shape:
             return
-        exact, value = pair
-        if not value.shape == exact.shape == segment.test.shape or (tried is not None and torch.equal(tried, value)):
+        changed = float((value != exact).double().mean())
+        without = l2(torch.where(segment.finite, segment.test - exact, 0.0))
+        if not changed or without <= MAIN * segment.introduced or (tried is not None and torch.equal(tried, value)):
             return
         tried = value
-        without = l2(torch.where(segment.finite, segment.test - exact, 0.0))
-        changed = float((value != exact).double().mean())
-        if not changed or without <= MAIN * segment.introduced:
-            return
         says = (
             "products of unsigned and signed bytes are added in pairs in 16 bits and saturate there, as on a processor "
             "without VNNI"
@@ -296,21 +290,16 @@ def saturating(segment: Segment) -> Iterator[Candidate]:
         yield Candidate("int8-pair-saturation", says, value, 0, {"results_changed": changed}, FIX)
 
 
-def _from_scales(segment: Segment, even: bool) -> tuple[Tensor, Tensor] | None:
-    """Results of the quantized graph behind a segment of its float parent: summed exactly, and in pairs."""
-    quantized = segment.context.quantized
-    assert quantized is not None
-    value = quantized.declared(segment.target, segment.given.keys(), segment.given, paired_sums=True, even=even)
-    exact = quantized.declared(segment.target, segment.given.keys(), segment.given) if value is not None else None
-    return None if value is None or exact is None else (as_double(exact), as_double(value))
-
-
-def _from_nodes(segment: Segment, even: bool) -> tuple[Tensor, Tensor] | None:
-    """Results of a segment that is quantized itself: summed exactly, and in pairs."""
+def _in_pairs(segment: Segment, even: bool) -> tuple[Tensor, Tensor] | None:
+    """Results of a quantized segment, or of the quantized graph behind one of its float parent: summed exactly, and in
+    pairs."""
+    target, given, quantized = segment.target, segment.given, segment.context.quantized
+    if quantized is not None:
+        value = quantized.declared(target, given.keys(), given, paired_sums=True, even=even)
+        exact = quantized.declared(target, given.keys(), given) if value is not None else None
+        return None if value is None or exact is None else (as_double(exact), as_double(value))
     nodes = with_paired_sums(segment.graph, segment.nodes, even=even)
-    if nodes is None:
-        return None
     try:
-        return segment.exact, segment.run(PAIRED, nodes)
+        return None if nodes is None else (segment.exact, segment.run(PAIRED, nodes))
     except InputError:
         return None

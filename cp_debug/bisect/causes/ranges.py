@@ -231,10 +231,9 @@ _WORDS: dict[_Way, str] = {
     _becomes_smallest: f"becomes {_ENDS[0]}",
     _loses_digits: "loses digits",
 }
+_IN_INT32 = "INT64 is computed in INT32, which ends at 2³¹"
 _TYPES: tuple[tuple[str, str, _Way, _Way, _Way], ...] = (
-    ("int32-overflow", "INT64 is computed in INT32, which ends at 2³¹", _wraps, _saturates, _wraps),
-    ("int32-overflow", "INT64 is computed in INT32, which ends at 2³¹", _wraps, _saturates, _saturates),
-    ("int32-overflow", "INT64 is computed in INT32, which ends at 2³¹", _wraps, _saturates, _becomes_smallest),
+    *(("int32-overflow", _IN_INT32, _wraps, _saturates, way) for way in (_wraps, _saturates, _becomes_smallest)),
     ("fp32-integers", "integers are computed in FP32, which holds them up to 2²⁴", *3 * (_loses_digits,)),
 )
 """Cause, its words, and what becomes of data, constants and results."""
