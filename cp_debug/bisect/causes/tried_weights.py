@@ -8,17 +8,20 @@ linearity, so it holds for recurrent layers, whose gates' rows are slices of the
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from cp_debug.bisect.causes.affine import off_channels
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.constant_changes import Change, constants_of, of_forms, others, rearranged, tried
 from cp_debug.bisect.causes.linear_parts import fit
 from cp_debug.bisect.causes.segment import Segment, l2
 from cp_debug.bisect.causes.single_numbers import Number, by_search
 from cp_debug.graph.graph import Node
+from cp_debug.graph.operators import PRODUCTS
 from cp_debug.programs.tensor_change import interleaved_forms, stored_forms
 
 MOST_WORK = 1 << 27
@@ -56,6 +59,20 @@ def as_a_whole(segment: Segment) -> Iterator[Candidate]:
             yield from (tried(segment, node, {place: change}, FIX) for change in rearranged(own))
 
 
+@cause(costly=True, structural=True, by_node=True)
+def times(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: a constant × the number that tells most of the error, where the result is linear in the constant."""
+    for node in (node for node in segment.nodes if node.op not in PRODUCTS):
+        for place, own in constants_of(segment, node).items():
+            without = segment.edited(node, inputs={place: torch.zeros_like(own)})
+            effect = torch.where(segment.finite, segment.exact - (0.0 if without is None else without), 0.0)
+            size = float(effect.square().sum())
+            if without is not None and 0 < size < math.inf:
+                factor = 1 + float((effect * segment.error).sum()) / size
+                change = Change("scaled", f"× {factor:.6g}", own * factor, 1, {"factor": factor})
+                yield tried(segment, node, {place: change}, FIX)
+
+
 @cause(costly=True, by_node=True)
 def otherwise(segment: Segment) -> Iterator[Candidate]:
     """Candidates: another constant of the file, one in fewer bits, or its slices dealt out in turn (even ones first,
@@ -83,12 +100,19 @@ def slices(segment: Segment) -> Iterator[Candidate]:
         if fit(segment, node) is not None:  # which tells all of them at once
             continue
         for place, own in constants_of(segment, node, 3).items():
-            for axis in range(own.dim()):
+            for axis in range(own.dim()) if not _everywhere(segment, node, own) else ():
                 for candidate in _of_axis(segment, node, place, own, axis) if own.shape[axis] > 2 else ():
                     settled = segment.explained(candidate.value)[1] <= segment.expected
                     yield candidate
                     if settled:
                         return
+
+
+def _everywhere(segment: Segment, node: Node, own: Tensor) -> bool:
+    """Whether more slices of the result are wrong than two numbers of a constant, one for each, can make so."""
+    axes = [axis for axis, size in enumerate(segment.test.shape) if size == own.numel() == max(own.shape)]
+    last = node is segment.nodes[-1] and bool(axes)
+    return last and all(int(off_channels(segment, axis).sum()) > 2 for axis in axes)
 
 
 def _of_axis(segment: Segment, node: Node, place: int, own: Tensor, axis: int) -> Iterator[Candidate]:
