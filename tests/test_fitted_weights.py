@@ -14,7 +14,7 @@ from torch import Tensor
 from cp_debug.backends.arithmetic import FP64
 from cp_debug.backends.base import Program
 from cp_debug.backends.executor import Executor
-from cp_debug.bisect.causes import constant_changes
+from cp_debug.bisect.causes import constant_changes, tried_weights
 from cp_debug.bisect.causes.constant_changes import constants_of
 from cp_debug.bisect.causes.linear_parts import fit
 from cp_debug.bisect.causes.search import Explanation, explain
@@ -134,6 +134,23 @@ def test_what_happened_to_the_weights_is_told(
     assert explanation.cause is not None
     assert explanation.cause.cause == cause
     assert explanation.explained > 0.999
+
+
+@pytest.mark.parametrize("layer", ["Mul", "LayerNormalization"])
+def test_a_factor_on_a_constant_names_the_constant(tmp_path: Path, layer: str) -> None:
+    explanation = _explained(tmp_path, layer, lambda w: w * 1.05)
+    assert explanation.cause is not None
+    assert explanation.cause.says.replace(":", "") == f"w_0 of {layer} × 1.05"
+
+
+@pytest.mark.parametrize(("slices", "asked"), [(2, True), (12, False)])
+def test_slices_are_tried_where_few_of_the_result_are_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slices: int, asked: bool
+) -> None:
+    tried: list[int] = []
+    monkeypatch.setattr(tried_weights, "_of_axis", lambda *given: tried.append(given[-1]) or iter(()))
+    _explained(tmp_path, "Mul", lambda w: w + 0.1 * (torch.arange(12) < slices))
+    assert bool(tried) == asked
 
 
 @pytest.mark.few(2)

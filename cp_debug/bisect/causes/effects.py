@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.finding import Effect
-from cp_debug.bisect.kept import KeepTrials
 from cp_debug.bisect.result import LayerRow
 from cp_debug.bisect.shares import Shares
 from cp_debug.detection.changes import compare_detections
@@ -34,10 +32,6 @@ class Effects:
     shares: Shares
     results: Mapping[str, Arrays]
     """The reference's outputs, by component."""
-
-    def trials(self, run: CandidateRun) -> KeepTrials | None:
-        """Trials of nodes kept in FP32, judged by the reference's final outputs on this sample; None where none is."""
-        return KeepTrials.of(run, self.sample, self.results[self.model.components[-1].name])
 
     def costliest(self, rows: Mapping[Key, LayerRow]) -> dict[Key, float]:
         """Layers → relative L2 that the outputs are off by a layer's introduced error alone, the largest first.

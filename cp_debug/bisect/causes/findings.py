@@ -95,7 +95,8 @@ class Explainer:
 
     @cached_property
     def _trials(self) -> KeepTrials | None:
-        return self.effects.trials(self.run)
+        effects = self.effects
+        return KeepTrials.of(self.run, effects.sample, effects.results[effects.model.components[-1].name])
 
     @property
     def _of_kept(self) -> KeepTrials | None:

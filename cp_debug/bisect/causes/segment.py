@@ -267,9 +267,11 @@ class Segment:
         """L2 norm of the introduced error."""
         return l2(self.error)
 
-    def towards(self, value: Tensor) -> float:
+    def towards(self, value: Tensor | None) -> float:
         """Cosine between the introduced error and the change from the exact result to ``value``, float64 of the
-        result's shape; 0 where either is nothing, or no number."""
+        result's shape; 0 where either is nothing, or no number, and for None."""
+        if value is None:
+            return 0.0
         change = torch.where(self.finite, value - self.exact, 0.0)
         norm = l2(change) * self.introduced
         return float((change * self.error).sum()) / norm if 0 < norm < math.inf else 0.0

@@ -264,5 +264,5 @@ def _refined(segment: Segment, number: float, candidate: With) -> Candidate:
 
 def _tends(segment: Segment, number: Number) -> bool:
     """Whether a small change of the number moves the result where the error lies, or away from it."""
-    moved = number.candidate(number.own * (1 + 1e-3) if number.own else 1e-3).value
-    return moved is not None and abs(segment.towards(moved)) > TENDS
+    moved = number.candidate(number.own * (1 + 1e-3) if number.own else 1e-3)
+    return abs(segment.towards(moved.value)) > TENDS

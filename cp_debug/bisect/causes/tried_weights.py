@@ -123,14 +123,9 @@ def _of_axis(segment: Segment, node: Node, place: int, own: Tensor, axis: int) -
     if (singles + SUSPECTS**2 // 2) * work > MOST_WORK:
         return
 
-    def without(places: list[int]) -> Tensor | None:
-        value = own.clone()
-        value.index_fill_(axis, torch.tensor(places), 0.0)
-        return segment.edited(node, inputs={place: value})
-
     def tends(places: list[int]) -> float:
-        value = without(places)
-        return 0.0 if value is None else abs(segment.towards(value))
+        without = own.index_fill(axis, torch.tensor(places), 0.0)
+        return abs(segment.towards(segment.edited(node, inputs={place: without})))
 
     among = list(range(count))
     if in_blocks:
