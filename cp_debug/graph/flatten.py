@@ -96,7 +96,7 @@ class _Flattener:
         elif node.op == "If" and isinstance(decision, str):
             self.branches.append(Branch(place, "If", decision, (proto.input[0],), tuple(filter(None, proto.output))))
             body = Body.of_graph(node.attribute(decision), self._opsets)
-            self._inline(body, proto, f"{place}/{decision}/", names, arguments=())
+            self._inline(body, proto, f"{place}/{decision}/", names)
         elif node.op in ("Loop", "Scan") and isinstance(decision, int) and self._unrolls(node, decision):
             by = proto.input[:2] if node.op == "Loop" else proto.input[-1:]
             index = len(self.branches)  # in front of the control flow inside
@@ -120,17 +120,12 @@ class _Flattener:
         old_scan = node.op == "Scan" and self._opsets.get("", 1) < 9
         return count > 0 and count * len(node.attribute("body").node) <= MOST_NODES and not old_scan
 
-    def _inline(
-        self,
-        body: Body,
-        caller: onnx.NodeProto,
-        path: str,
-        outer: Mapping[str, str],
-        arguments: Sequence[str] | None = None,
-    ) -> None:
-        """The nodes of a branch or function in place of ``caller``, whose names are those of the outside already."""
-        argument_names = caller.input if arguments is None else arguments
-        results = self._body(body, path, outer, argument_names, dict(zip(body.outputs, caller.output, strict=False)))
+    def _inline(self, body: Body, caller: onnx.NodeProto, path: str, outer: Mapping[str, str]) -> None:
+        """The nodes of a branch or function in place of ``caller``, whose names are those of the outside already.
+
+        The body of a branch takes no inputs: what its If reads is the condition alone.
+        """
+        results = self._body(body, path, outer, caller.input, dict(zip(body.outputs, caller.output, strict=False)))
         self._give(results, caller, path)
 
     def _give(self, results: Sequence[str], caller: onnx.NodeProto, path: str) -> None:

@@ -235,6 +235,12 @@ class Graph:
         """The values that can be probed, in execution order: all but those known to be no tensor of numbers."""
         return [v for v in self.values if v not in self.types or is_numeric(self.types[v])]
 
+    def element_type(self, name: str) -> int:
+        """The ``onnx.TensorProto`` data type of a weight, input or value; 0 for one that is not known, or no tensor."""
+        if name in self._initializers:
+            return self._initializers[name].data_type
+        return self.types[name].tensor_type.elem_type if name in self.types else 0
+
     @cached_property
     def element_types(self) -> set[int]:
         """The ``onnx.TensorProto`` data types of weights, inputs, outputs and values, as far as known."""

@@ -72,8 +72,8 @@ class _CastSurgery:
     def __post_init__(self) -> None:
         self.elem_type, self.numpy_type = _TYPES[self.dtype]
         graph = self.graph
-        self.floats = {name for name, t in graph.types.items() if t.tensor_type.elem_type == TensorProto.FLOAT}
-        self.floats |= {name for name in graph.initializers if graph.weight(name).data_type == TensorProto.FLOAT}
+        names = (*graph.types, *graph.initializers)
+        self.floats = {name for name in names if graph.element_type(name) == TensorProto.FLOAT}
         constants = {node.outputs[0] for node in graph.nodes if node.op == "Constant"}
         self.weights = self.floats.intersection((*graph.initializers, *constants))
         captured = {name for node in graph.nodes for name in set(node.inputs) - set(node.proto.input)}
@@ -193,8 +193,7 @@ def narrow_values(graph: Graph) -> dict[str, str]:
     """
     if not _NARROW.keys() & graph.element_types:
         return {}
-    types = {name: kind.tensor_type.elem_type for name, kind in graph.types.items() if kind.HasField("tensor_type")}
-    types |= {name: graph.weight(name).data_type for name in graph.initializers}
+    types = {name: graph.element_type(name) for name in (*graph.types, *graph.initializers)}
     floats = {*_NARROW, TensorProto.FLOAT, TensorProto.DOUBLE}
     for node in graph.nodes:
         unknown = [name for name in node.outputs if not types.get(name)]
@@ -224,9 +223,5 @@ def declared_precisions(graph: Graph) -> list[str]:
     if not narrow:
         return []
     computed = [o for n in graph.nodes if n.op not in ("Cast", "CastLike", "Constant") for o in n.outputs]
-    wide = (
-        name not in narrow and graph.types[name].tensor_type.elem_type == TensorProto.FLOAT
-        for name in computed
-        if name in graph.types
-    )
+    wide = (name not in narrow and graph.element_type(name) == TensorProto.FLOAT for name in computed)
     return sorted({*narrow.values(), *(["fp32"] if any(wide) else [])})

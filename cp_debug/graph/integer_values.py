@@ -144,16 +144,11 @@ def unscaled_levels(plain: Graph, graph: Graph, names: Mapping[str, str]) -> set
 
     ``names``: value of ``graph`` → the parent's. A value whose type is not known is none of them.
     """
-
-    def kind(of: Graph, name: str) -> int:
-        known = of.types.get(name)
-        return int(known.tensor_type.elem_type) if known is not None else TensorProto.UNDEFINED
-
     return {
         value
         for value, name in names.items()
-        if kind(graph, value) in _INTEGERS
-        and kind(plain, name) in FLOATS
+        if graph.element_type(value) in _INTEGERS
+        and plain.element_type(name) in FLOATS
         and ((grid := produced_grid(graph, value)) is None or not is_constant(graph, grid.scale))
     }
 

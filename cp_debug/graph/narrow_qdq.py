@@ -381,15 +381,12 @@ def order_behind(graph: Graph, dequantizer: Node) -> tuple[Node, np.ndarray] | N
 
 def quantizers(graph: Graph) -> Iterator[tuple[Node, int]]:
     """Q/DQ nodes of FP8 and 4-bit types with the element type of their quantized side, as far as the file tells it."""
-    constants = {t.name: t.data_type for t in graph.proto.graph.initializer}
     for node in graph.nodes:
         if node.op.rpartition(".")[2] not in QUANTIZERS:
             continue
         inputs = node.proto.input
         names = [inputs[0]] if "Dequantize" in node.op else [*node.proto.output[:1], *inputs[2:3]]
         names += inputs[2:3]
-        types = [graph.types[n].tensor_type.elem_type for n in names if n in graph.types]
-        types += [constants[n] for n in names if n in constants]
-        types += [a.i for a in node.proto.attribute if a.name == "output_dtype"]
+        types = [*map(graph.element_type, names), node.attribute("output_dtype", 0)]
         if kind := next((t for t in types if t in FIRST_OPSET), None):
             yield node, kind

@@ -201,11 +201,6 @@ class _Watch:
         """File descriptor to which signals were told before, as asyncio wants it; -1: none."""
         threading.Thread(target=self._wait, daemon=True, name="cpdebug-watch").start()
 
-    def wake(self) -> None:
-        """Make the thread look at the deadlines anew."""
-        with suppress(OSError):  # a full pipe wakes it, too
-            os.write(self.speaking, b"\0")
-
     def _wait(self) -> None:
         while True:
             with self.lock:
@@ -244,7 +239,8 @@ def _ending(options: onnxruntime.RunOptions, limit: float | None) -> Iterator[_R
     with watch.lock:
         watch.calls.add(call)
     if limit is not None:
-        watch.wake()
+        with suppress(OSError):  # a full pipe wakes the thread, too
+            os.write(watch.speaking, b"\0")
     if main:
         watch.others = signal.set_wakeup_fd(watch.speaking, warn_on_full_buffer=False)
     try:

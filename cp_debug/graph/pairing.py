@@ -175,12 +175,11 @@ def pair_outputs(
 
     ``shapes`` are those that values had in a run, where there was one; outputs in ``paired`` have their counterpart.
     """
-
-    def seen(infos: Sequence[ValueInfo], known: Mapping[str, tuple[int, ...]]) -> list[ValueInfo]:
-        return [replace(v, shape=known.get(v.name, v.shape)) for v in infos]
-
-    ours = [value for value in reference.outputs if value.name not in paired]
-    return _pair_ends(seen(ours, shapes[0]), seen(test.outputs, shapes[1]), names, names)
+    ours, theirs = (
+        [replace(v, shape=known.get(v.name, v.shape)) for v in graph.outputs]
+        for graph, known in zip((reference, test), shapes, strict=True)
+    )
+    return _pair_ends([value for value in ours if value.name not in paired], theirs, names, names)
 
 
 def _pair_ends(

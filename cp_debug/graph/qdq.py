@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from cp_debug.errors import InputError
+from cp_debug.graph.free_axes import known_dims
 from cp_debug.graph.graph import Graph, Node, from_inputs, refill
 from cp_debug.graph.narrow_qdq import DataCodes, insert_pairs
 from cp_debug.graph.onnx_tensors import FLOATS
@@ -87,8 +88,7 @@ def quantizable(graph: Graph) -> list[Node]:
 
 def gives_floats(graph: Graph, node: Node) -> bool:
     """Whether a node's result may be floating-point numbers, by its declared type."""
-    kind = graph.types.get(node.outputs[0])
-    return kind is None or kind.tensor_type.elem_type in (onnx.TensorProto.UNDEFINED, *FLOATS)
+    return graph.element_type(node.outputs[0]) in (onnx.TensorProto.UNDEFINED, *FLOATS)
 
 
 def _check(graph: Graph, name: str, node: Node | None, expected: Collection[str], data: Collection[str]) -> None:
@@ -101,7 +101,7 @@ def _check(graph: Graph, name: str, node: Node | None, expected: Collection[str]
     for value in node.proto.input[:2]:
         if value in graph.producer and graph.producer[value].op == "DequantizeLinear":
             raise InputError(f"{where} is quantized already: {value!r} comes out of DequantizeLinear")
-        if _type(graph, value)[0] not in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.FLOAT):
+        if graph.element_type(value) not in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.FLOAT):
             raise InputError(f"{where} reads {value!r}, which is not FP32; quantize before casting")
     if node.op in PRODUCTS and node.proto.input[1] in data:
         raise InputError(f"{where} multiplies two computed values; it has no weight to quantize")
@@ -109,7 +109,7 @@ def _check(graph: Graph, name: str, node: Node | None, expected: Collection[str]
 
 def _of_weight(graph: Graph, node: Node, amax: np.ndarray) -> tuple[np.ndarray, int | None]:
     """The weight's largest magnitudes (float32 ``[C_out]``) and their axis; a scalar and None for one scale."""
-    amax, (_, shape) = np.asarray(amax, np.float32).reshape(-1), _type(graph, node.proto.input[1])
+    amax, shape = np.asarray(amax, np.float32).reshape(-1), known_dims(graph, node.proto.input[1])
     if len(amax) == 1:
         return amax[0], None
     axis = weight_axis(node, len(shape) if shape else 2)
@@ -121,15 +121,6 @@ def _of_weight(graph: Graph, node: Node, amax: np.ndarray) -> tuple[np.ndarray, 
             f"axis {axis} of its weight {list(shape)}{why}"
         )
     return amax, axis
-
-
-def _type(graph: Graph, value: str) -> tuple[int, tuple[int, ...] | None]:
-    """Data type (0 where unknown) and shape of a value or weight."""
-    if value in graph.initializers:
-        weight = graph.weight(value)
-        return weight.data_type, tuple(weight.dims)
-    kind = graph.types.get(value, onnx.TypeProto()).tensor_type
-    return kind.elem_type, tuple(d.dim_value for d in kind.shape.dim) if kind.HasField("shape") else None
 
 
 def _int8(graph: Graph, proto: onnx.NodeProto, slot: int, amax: Any, axis: int | None) -> DataCodes:
@@ -163,12 +154,9 @@ def quantized_inputs(graph: Graph) -> dict[str, dict[str, str]]:
 
 def plain_nodes(graph: Graph) -> dict[str, Node]:
     """Node → the same node reading what is in front of Q/DQ pairs, for every node that reads from such pairs."""
-    found: dict[str, Node] = {}
     around = quantized_inputs(graph)
-    for node in graph.nodes:
-        if pairs := around.get(node.name):
-            found[node.name] = node.changed([pairs.get(name, name) for name in node.proto.input])
-    return found
+    nodes = ((node, around[node.name]) for node in graph.nodes if node.name in around)
+    return {node.name: node.changed([pairs.get(name, name) for name in node.proto.input]) for node, pairs in nodes}
 
 
 def remove_qdq(graph: Graph, nodes: Collection[str], target: Path) -> Path:

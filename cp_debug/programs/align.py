@@ -121,10 +121,7 @@ def _departures(
     with deterministic():
         behind = Behind(graph, Executor(graph, drawn=draws.of), matching, data, record, kept, inputs)
         faults = behind.faults()
-    found = []
-    for fault in faults:
-        found.append(explained(fault, TorchSpan(fault.value, fault.between, kept), graph, prefix))
-    return found
+    return [explained(fault, TorchSpan(fault.value, fault.between, kept), graph, prefix) for fault in faults]
 
 
 def _links(

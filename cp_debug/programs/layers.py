@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,23 +36,21 @@ def all_layers(programs: Sequence[Program]) -> list[Layer]:
     The results of Constant nodes are none of them: like a weight, a constant belongs to those that read it. Only a
     constant that is an output itself stands for itself (anchors, priors), after all that is computed.
     """
-    return [
-        Layer(index, program.name, value, name, op, kind)
-        for index, (program, value, name, op, kind) in enumerate(_values(programs))
-    ]
+    layers: list[Layer] = []
 
+    def add(program: Program, value: str, name: str, op: str, kind: str) -> None:
+        layers.append(Layer(len(layers), program.name, value, name, op, kind))
 
-def _values(programs: Sequence[Program]) -> Iterator[tuple[Program, str, str, str, str]]:
     for program in programs:
-        graph = program.graph
-        for info in graph.inputs:
-            yield program, info.name, info.name, "input", "data"
-        sides = side_values(graph)
-        for value, node in graph.producer.items():
+        for info in program.graph.inputs:
+            add(program, info.name, info.name, "input", "data")
+        sides = side_values(program.graph)
+        for value, node in program.graph.producer.items():
             if node.op != "Constant":
-                yield program, value, layer_name(program, value), node.op, sides.get(value, "data")
-        for name in constant_outputs(graph):
-            yield program, name, name, "Constant", "constant"
+                add(program, value, layer_name(program, value), node.op, sides.get(value, "data"))
+        for name in constant_outputs(program.graph):
+            add(program, name, name, "Constant", "constant")
+    return layers
 
 
 def constant_outputs(graph: Graph) -> list[str]:

@@ -17,7 +17,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from cp_debug.backends.base import Backend, Program
 from cp_debug.backends.openvino_backend import words
 from cp_debug.errors import InputError
-from cp_debug.graph.graph import Graph
+from cp_debug.graph.graph import Graph, refill
 from cp_debug.graph.surgery import save, unused_names
 from cp_debug.optional import require
 from cp_debug.safe_text import did_you_mean
@@ -111,9 +111,7 @@ class Quantizers:
         nodes = [new for name in inputs for new in self._behind.get(name, ())]
         for node in self._proto.graph.node:
             nodes += [node, *(new for name in node.output for new in self._behind.get(name, ()))]
-        kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del self._proto.graph.node[:]
-        self._proto.graph.node.extend(kept)
+        refill(self._proto.graph.node, nodes)
         return found
 
     def _readers(self, operation: Any) -> Iterator[NodeProto]:

@@ -504,18 +504,13 @@ def digest_before_int8(programs: Sequence[Program]) -> str:
 
 def header(pipeline: Pipeline, samples: Sequence[Sample]) -> dict[str, Any]:
     """Manifest of a capture of this run: what ran, on what, in which settings, and the names of its layers."""
-    record = pipeline.record()
+    record: dict[str, Any] = json_safe(vars(pipeline.record()))
     last = pipeline.model.components[-1]
     program = pipeline.program(last.name)
     names = [v.name for v in program.graph.outputs] if program.pairing is None else last.output_names
     return {
-        "backend": record.spec,
-        "precision": record.precision,
-        "emulated": record.emulated,
-        "versions": record.versions,
-        "device": record.device,
-        "settings": json_safe(record.settings),
-        "declared": record.declared,
+        "backend": record.pop("spec"),
+        **record,
         "model": {"name": pipeline.model.name, "sha256": digest_before_int8(pipeline.programs)},
         "inputs": [{name: array_hash(array) for name, array in sample.arrays.items()} for sample in samples],
         "samples": [sample.source for sample in samples],
