@@ -236,6 +236,10 @@ def test_weights_at_the_end_of_their_range_are_told() -> None:
     levels[0, 2] = -128
     (concern,) = _quantized_weight("layer", levels, scale)
     assert "3.0% of the quantized weights are at the end of the range" in str(concern)
+    ones, ends = (torch.full((16,), 127, dtype=torch.int8) for _ in range(2))
+    ends[::2] = -128
+    assert list(_quantized_weight("layer", ones, scale)) == []  # of a norm: 127 times its scale is 1
+    assert "100.0% of the quantized weights" in str(*_quantized_weight("layer", ends, scale))
     levels[1, :10] = 122  # a distribution that thins out, and is not cut off
     assert list(_quantized_weight("layer", levels, scale)) == []
     biases = torch.full((8,), 1 << 20, dtype=torch.int32)

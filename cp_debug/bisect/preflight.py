@@ -309,7 +309,9 @@ def _quantized_weight(layer: str, levels: Tensor, scale: Tensor) -> Iterator[Con
     near = ((levels >= ends.max - 8) | (levels <= ends.min + 9)) & ~last
     bias = levels.dtype == torch.int32  # no sound one comes near
     most = 0 if bias else max(2 * scale.numel(), int(near.sum()), levels.numel() // 100)
-    if int(last.sum()) > most:
+    # A norm's ones, or a mask's, are at the end by their own maximum.
+    heaped = any(len(part.unique()) > 1 for part in (levels[last], levels[~last]))
+    if int(last.sum()) > most and (bias or heaped):
         what = "biases" if bias else "weights"
         says = f"{float(last.double().mean()):.1%} of the quantized {what} are at the end of the range: the scale clips"
         yield Concern("quantization", RISK, says, [layer], "calibrate it by its maximum")
