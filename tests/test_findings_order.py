@@ -24,6 +24,7 @@ from cp_debug.bisect.causes.findings import Explainer, _node_names, _unexplained
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.regions.region import Region
 from cp_debug.bisect.result import LayerRow, TestResult
+from cp_debug.graph.graph import Graph
 from cp_debug.probes.capture import Capture
 from cp_debug.probes.statistics import compare
 from cp_debug.programs.pipeline import Key
@@ -311,6 +312,18 @@ def test_layers_are_left_out_of_int8_by_the_flag_that_the_backend_has() -> None:
     assert explainer(True)._unquantized([row("a", 1)]) == "--keep-fp32 net.a"
     several = explainer(False)._unquantized([row(name, 1) for name in ("a", "b c")])
     assert several == "--skip-layers net.a --skip-layers 'net.b c'", "as a shell takes them"
+
+
+def test_only_layers_that_ptq_knows_are_left_out_of_it(tmp_path: Path) -> None:
+    net = NetBuilder()
+    conv = net.conv("x", 3, 4, name="c")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, 3, 8, 8])}, [net.op("Relu", conv, name="r")]))
+    made = explainer(False)
+    pipeline = SimpleNamespace(program=lambda component: SimpleNamespace(graph=graph), model=SimpleNamespace(name="f"))
+    made.run.__dict__.update(came_quantized=lambda component: True, kind=lambda component: "int8", pipeline=pipeline)
+    command = "cpdebug quantize ptq f -o FOLDER"
+    assert made._unquantized([row("c", 1), row("r", 1)]) == f"{command} --skip-layers c"
+    assert made._unquantized([row("r", 1)]) == command
 
 
 def test_a_cause_that_could_not_be_tried_is_told_once() -> None:

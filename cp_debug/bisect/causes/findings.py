@@ -35,6 +35,7 @@ from cp_debug.graph.randomness import drawing
 from cp_debug.probes.arrays import Tensor
 from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.pipeline import Key
+from cp_debug.quantization.onnx_ptq import names_of_layers
 from cp_debug.safe_text import flags, some
 
 LISTED = 32
@@ -386,8 +387,12 @@ class Explainer:
     def _unquantized(self, rows: Sequence[LayerRow]) -> str:
         """The flag that leaves these layers out of INT8, with the command for a file that came quantized."""
         if self._came_quantized(rows):
-            names = [row.name for row in rows]
-            return f"{self._quantize} {flags('--skip-layers', names)}" if self._in_int8(rows) else some(names)
+            if not self._in_int8(rows):
+                return some([row.name for row in rows])
+            graph = self.run.pipeline.program(rows[0].component).graph
+            makers, known = graph.producer, names_of_layers(graph)  # what is no such layer is never quantized
+            names = [row.name for row in rows if row.onnx in makers and makers[row.onnx].name in known]
+            return f"{self._quantize} {flags('--skip-layers', names)}".rstrip()
         names = [name for row in rows for name in self.run.quantized_names(row)]
         return flags("--keep-fp32" if self.run.implicit else "--skip-layers", names)
 
