@@ -29,9 +29,10 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels.paired_sums import PAIRED, lost, with_paired_sums
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
+from cp_debug.bisect.causes import quantized as quantized_causes
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import BisectResult
-from cp_debug.graph.graph import Graph
+from cp_debug.graph.graph import Graph, Node
 from cp_debug.reports.environment import int8_sums_saturate
 
 MS = "com.microsoft"
@@ -193,6 +194,21 @@ def test_saturation_is_named(kind: str, tmp_path: Path) -> None:
     assert "session.x64quantprecision" in finding.fix
     healthy = bisect(str(test), [create(BackendSpec.parse("emu-int8")), create(BackendSpec.parse("emu-int8"))])
     assert causes(healthy) == []
+
+
+def test_the_fix_names_the_product_in_front_of_what_was_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = torch.ones(4)
+    protos = [helper.make_node(op, [], [op], op.lower()) for op in ("Gemm", "DequantizeLinear")]
+    segment: Any = SimpleNamespace(
+        nodes=[Node.of(place, proto) for place, proto in enumerate(protos)],
+        strange=False,
+        test=exact - 1,
+        introduced=2.0,
+    )
+    segment.finite, segment.context = exact > 0, SimpleNamespace(quantized=None)
+    monkeypatch.setattr(quantized_causes, "_from_nodes", lambda segment, even: (exact, exact - 1))
+    (found,) = quantized_causes.saturating(segment)
+    assert found.fix.startswith("quantize gemm with weights of 7 bits")
 
 
 def test_saturation_is_named_beside_the_float_parent(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cp_debug.backends.kernels.paired_sums import PAIRED, with_paired_sums
+from cp_debug.backends.kernels.paired_sums import INTEGER_PRODUCTS, PAIRED, with_paired_sums
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment, as_double, l2
 from cp_debug.bisect.quantized_segment import QuantizerGrid, balanced
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
-from cp_debug.graph.operators import QUANTIZERS
+from cp_debug.graph.operators import PRODUCTS, QUANTIZERS
 from cp_debug.graph.qdq import LEVELS, weight_axis
 from cp_debug.probes.distance import relative_l2
 from cp_debug.safe_text import some
@@ -273,6 +273,8 @@ def saturating(segment: Segment) -> Iterator[Candidate]:
     """Candidates: products of unsigned and signed bytes are added in pairs in 16 bits, in either order of terms."""
     if not segment.nodes or segment.strange:
         return
+    products = [n.name for n in segment.nodes if n.op in PRODUCTS or n.op in INTEGER_PRODUCTS]
+    fix = FIX if segment.nodes[-1].name in products else FIX.replace("{layers}", some(products))
     tried = None
     for even in (False, True):
         exact, value = _in_pairs(segment, even) or (None, None)
@@ -287,7 +289,7 @@ def saturating(segment: Segment) -> Iterator[Candidate]:
             "products of unsigned and signed bytes are added in pairs in 16 bits and saturate there, as on a processor "
             "without VNNI"
         )
-        yield Candidate("int8-pair-saturation", says, value, 0, {"results_changed": changed}, FIX)
+        yield Candidate("int8-pair-saturation", says, value, 0, {"results_changed": changed}, fix)
 
 
 def _in_pairs(segment: Segment, even: bool) -> tuple[Tensor, Tensor] | None:
