@@ -128,6 +128,7 @@ def test_example_inputs_that_do_not_fit_are_refused() -> None:
         ({"batch": object()}, "'batch' is object; expected a tensor"),
         ((torch.randn(2, 2).to_sparse(),), "expected a dense tensor"),
         ((torch.nested.nested_tensor([torch.ones(2)]),), "is nested torch.float32 on cpu; expected a dense tensor"),
+        ((torch.zeros(0, 4),), "'batch' has the shape .0, 4.: it holds no element"),
         (3, "the example inputs are int"),
     ):
         with pytest.raises(cp_debug.InputError, match=says):

@@ -212,6 +212,8 @@ def _check_dense(name: str, key: str, tensor: Tensor) -> None:
         raise InputError(
             f"MODEL: {name}: example input {key!r} is {layout_of(tensor)}; expected a dense tensor of real numbers"
         )
+    if not tensor.numel():  # some kernels divide by a size, which ends the process
+        raise InputError(f"MODEL: {name}: example input {key!r} has the shape {[*tensor.shape]}: it holds no element")
 
 
 def _taking_flat(module: nn.Module, arguments: Sequence[tuple[tuple[str, bool], Build]]) -> nn.Module:
