@@ -102,6 +102,12 @@ def test_a_changed_constant_in_a_body_is_told(tmp_path: Path, changed: str, wher
     assert not weight_differences(Graph(ours), Graph(ours)).differing
 
 
+def test_a_fix_names_a_constant_of_a_loop_as_the_file_does(tmp_path: Path) -> None:
+    ours, theirs = with_bodies(tmp_path / "ours.onnx"), with_bodies(tmp_path / "theirs.onnx", "loop")
+    (test,) = bisect(str(ours), "ort,ort", test_model=theirs).tests
+    assert "use the same repeat/body/w_loop on both sides" in [finding.fix for finding in test.findings]
+
+
 def test_bodies_whose_nodes_are_called_otherwise_are_paired_by_what_they_hold(tmp_path: Path) -> None:
     ours, theirs = with_bodies(tmp_path / "ours.onnx"), with_bodies(tmp_path / "theirs.onnx", "loop")
     model = onnx.load(theirs)

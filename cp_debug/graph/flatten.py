@@ -240,6 +240,11 @@ def _all_nodes(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
 _PASS = re.compile(r"/#\d+/")
 
 
+def name_in_file(name: str) -> str:
+    """The name that ``BodyConstants`` has for a constant of a flattened graph: of all passes of a loop, its body's."""
+    return _PASS.sub("/body/", name)
+
+
 def decisions_by_node(decisions: Iterable[Mapping[str, Decision]]) -> dict[str, set[Decision]]:
     """Path of a control flow node, without the numbers of passes → all that it decided in runs."""
     taken: dict[str, set[Decision]] = {}

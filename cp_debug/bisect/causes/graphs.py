@@ -22,6 +22,7 @@ from cp_debug.bisect.causes.search import Explanation, accepted, explain
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.errors import InputError
 from cp_debug.graph.constants import Constants
+from cp_debug.graph.flatten import name_in_file
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import QUANTIZERS, VIEWS
 from cp_debug.probes.held import CapturedRun
@@ -266,7 +267,11 @@ def _folded(piece: OtherPiece, differences: Sequence[NodeDifference]) -> bool:
 
 def _fix(differences: Sequence[NodeDifference]) -> str:
     """What undoes all of the differences."""
-    changed = [(d.evidence["constant"], d.evidence["change"] in ("fp16", "bf16")) for d in differences if _kept(d)]
+    changed = [
+        (name_in_file(d.evidence["constant"]), d.evidence["change"] in ("fp16", "bf16"))
+        for d in differences
+        if _kept(d)
+    ]
     wide, same = (", ".join(name for name, narrow in changed if narrow is kind) for kind in (True, False))
     rest = _says([d for d in differences if not _kept(d)])
     told = [f"store {wide} in FP32 on both sides", f"use the same {same} on both sides"]
