@@ -10,7 +10,6 @@ import contextlib
 import functools
 import hashlib
 import inspect
-import io
 import json
 import os
 import pickle
@@ -20,7 +19,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -143,8 +142,7 @@ class _Pickler(pickle.Pickler):
     """
 
     def __init__(self, digest: Any, within: frozenset[int] = frozenset()) -> None:
-        super().__init__(_Sink(digest), protocol=4)
-        self._digest = digest
+        super().__init__(SimpleNamespace(write=digest.update), protocol=4)
         self._within = within
         self._seen: dict[int, tuple[str, torch.Tensor]] = {}
 
@@ -181,15 +179,6 @@ def _tensor_digest(tensor: torch.Tensor) -> str:
     own = hashlib.sha256(kind.encode())
     own.update(np.ascontiguousarray(as_numpy(tensor)).reshape(-1).view(np.uint8).data)
     return own.hexdigest()
-
-
-class _Sink(io.RawIOBase):
-    def __init__(self, digest: Any) -> None:
-        self._digest = digest
-
-    def write(self, data: Any) -> int:
-        self._digest.update(data)
-        return len(data)
 
 
 def _put_surroundings(digest: Any) -> None:

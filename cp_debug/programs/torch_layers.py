@@ -53,16 +53,12 @@ def select(paths: Iterable[str], globs: Sequence[str]) -> dict[str, str]:
     for glob in globs:
         hits = [path for path in paths if matches(path, glob)]
         if not hits:
-            raise InputError(no_match(glob, paths))
+            containers = {path.rsplit(".", depth)[0] for path in paths for depth in range(1, path.count(".") + 1)}
+            near = get_close_matches(glob, [*paths, *sorted(containers)], n=3, cutoff=0.3)
+            hint = f"; the nearest names are {', '.join(near)}" if near else ""
+            raise InputError(f"no layer matches {glob!r}{hint}")
         glob_of.update(dict.fromkeys(hits, glob))
     return glob_of
-
-
-def no_match(glob: str, paths: Sequence[str]) -> str:
-    """Message for a glob that means none of ``paths``."""
-    containers = {path.rsplit(".", depth)[0] for path in paths for depth in range(1, path.count(".") + 1)}
-    near = get_close_matches(glob, [*paths, *sorted(containers)], n=3, cutoff=0.3)
-    return f"no layer matches {glob!r}" + (f"; the nearest names are {', '.join(near)}" if near else "")
 
 
 def quantizers(module: nn.Module) -> Iterator[tuple[str, Any]]:

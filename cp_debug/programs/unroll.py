@@ -8,7 +8,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import onnx
 
 from cp_debug.backends.arithmetic import ARITHMETICS
@@ -99,7 +98,10 @@ def decide(
 
         def run(component: Component, given: Arrays) -> Arrays:
             executor = executors[component.name]
-            inputs = as_declared(executor.graph, _as_called(executor.graph, given))
+            names = [v.name for v in executor.graph.inputs]
+            if not set(names) <= set(given):  # the graph calls its inputs otherwise, in their order
+                given = dict(zip(names, given.values(), strict=False))
+            inputs = as_declared(executor.graph, given)
             outputs, others = executor.run(inputs, probes=()), other_outputs(executor.graph)
             if others:
                 ends.setdefault(component.name, {name: outputs[name] for name in others})
@@ -117,12 +119,6 @@ def decide(
         taken, graph = decisions_by_node(of_samples), executors[name].graph
         flows[name] = ControlFlow(frozenset(taken), tuple(idle_bodies(graph, taken, constants_of(graph))))
     return {name: {p: d for p, d in own.items() if d != UNDECIDED} for name, own in decided.items()}, ends, flows
-
-
-def _as_called(graph: Graph, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """The inputs under the names of a graph that calls them otherwise, in their order."""
-    names = [v.name for v in graph.inputs]
-    return inputs if set(names) <= set(inputs) else dict(zip(names, inputs.values(), strict=False))
 
 
 def unroll(
