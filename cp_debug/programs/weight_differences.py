@@ -204,7 +204,9 @@ def _renumbered(ours: Constants, theirs: Constants, a: str, b: str) -> bool:
     def data(constants: Constants, name: str) -> set[frozenset[str]]:
         return {frozenset(i for i in n.inputs if i not in constants) for n in constants.readers(name)}
 
-    return ours.twin(a, theirs, b) is not None and data(ours, a).isdisjoint(data(theirs, b))
+    if ours.digest(a) == theirs.digest(b) or not data(ours, a).isdisjoint(data(theirs, b)):
+        return False
+    return ours.twin(a, theirs, b) is not None
 
 
 def _same_reader(ours: Constants, theirs: Constants, a: str, b: str) -> bool:
