@@ -236,6 +236,27 @@ def test_one_backend_twice_needs_a_difference() -> None:
         parse_backends("ort,ort-all,ort-all", test="new")
 
 
+@pytest.mark.parametrize("clear", [True, False])
+def test_a_test_may_lack_an_input_that_its_exporter_dropped(tmp_path: Path, clear: bool) -> None:
+    """Where another input may be meant, ``--map`` says it."""
+    ours, theirs = NetBuilder(), NetBuilder()
+    ours.op("Mul", ours.op("Relu", "x", name="r"), "gain", name="y")
+    theirs.op("Relu", "input.1", name="y")
+    shape = [1, 8] if clear else [2, 8]
+    reference = ours.save(tmp_path / "ours.onnx", {"x": (1, [2, 8]), "gain": (1, shape)}, ["y"])
+    test = theirs.save(tmp_path / "theirs.onnx", {"input.1": (1, [2, 8])}, ["y"])
+    if not clear:
+        with pytest.raises(InputError, match="--map REFERENCE=TEST pairs two of them"):
+            run(reference, test)
+    maps = [] if clear else ["x=input.1"]
+    result = bisect(str(reference), "ort,ort", test_model=test, options=Options(maps=maps))
+    assert "the test does not read gain" in result.tests[0].notes
+    (row,) = [row for row in result.tests[0].rows if row.onnx == "y"]
+    assert (row.verdict, row.replay is not None and row.replay.skipped) == ("guilty", None)
+    with pytest.raises(InputError, match=r"the reference takes input.1: float32.2, 8.$"):
+        run(test, reference)
+
+
 def captured(path: Path, folder: Path) -> Capture:
     return record(
         load_model(str(path)),

@@ -155,12 +155,17 @@ def known_names(graphs: Iterable[Graph]) -> set[str]:
 def pair_inputs(reference: Graph, test: Graph, fixed: Mapping[str, str], where: str) -> dict[str, str]:
     """Reference input → test input: by ``fixed`` (test → reference), by name, else in the order of both files.
 
-    Raises InputError, starting with ``where``, where the numbers of inputs, or of dtypes and shapes in order, differ.
+    A test may lack inputs, as an exporter drops what nothing reads. Raises InputError, starting with ``where``, for an
+    input of the test without a counterpart, and where it lacks some and another of the reference's may be meant.
     """
     paired = _pair_ends(reference.inputs, test.inputs, fixed, {})
-    if len(paired) < len(test.inputs) or len(test.inputs) < len(reference.inputs):
+    certain = {ours for ours, theirs in paired.items() if ours == theirs or fixed.get(theirs) == ours}
+    left = [v for v in reference.inputs if v.name not in certain]
+    unclear = any(sum(_alike(v, t) for v in left) > 1 for t in test.inputs if t.name not in map(paired.get, certain))
+    if len(paired) < len(test.inputs) or (len(test.inputs) < len(reference.inputs) and unclear):
         ours, theirs = (", ".join(map(str, g.inputs)) for g in (reference, test))
-        raise InputError(f"{where} takes {theirs}; the reference takes {ours}; --map REFERENCE=TEST pairs two of them")
+        advice = "" if len(test.inputs) > len(reference.inputs) else "; --map REFERENCE=TEST pairs two of them"
+        raise InputError(f"{where} takes {theirs}; the reference takes {ours}{advice}")
     return paired
 
 

@@ -309,6 +309,8 @@ def end_notes(programs: Sequence[Program], tests: Sequence[Program], told: Seque
     for program, test in zip(programs, tests, strict=True):
         if (pairing := test.pairing) is None:
             continue
+        unread = [v.name for v in program.graph.inputs if v.name not in pairing.inputs]
+        notes += [f"the test does not read {some(unread)}"] if unread else []
         notes += pairing.other_names(told)
         notes += omitted(pairing.left_out)
         paired = {*pairing.outputs.values(), *pairing.inside.values()}

@@ -325,8 +325,8 @@ class Pipeline:
 
     def _run(self, component: Component, given: Arrays, sink: Callable[[Key, Tensor], None] | None) -> Arrays:
         program, session = self.program(component.name), self.sessions[component.name]
-        own = program.pairing.inputs if program.pairing else {}
-        inputs = as_declared(program.graph, {own.get(n, n): a for n, a in given.items()})
+        own = program.pairing.inputs if program.pairing else {n: n for n in given}
+        inputs = as_declared(program.graph, {own[n]: a for n, a in given.items() if n in own})
         shown = program.plain.producer.keys() if program.plain else None
         if sink is None:
             return by_reference(program, self._untouched(program).run(inputs, None, shown))
@@ -345,6 +345,8 @@ class Pipeline:
 
         for name, array in inputs.items():
             see(name, array)
+        for name in given.keys() - own.keys():  # a replay of the reference's layer asks for it
+            forward(name, given[name])
         given_out = session.run(inputs, see, shown)
         for name, value in folded.values() if folded is not None else ():
             forward(name, value)
