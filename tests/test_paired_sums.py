@@ -206,7 +206,7 @@ def test_the_fix_names_the_product_in_front_of_what_was_compared(monkeypatch: py
         introduced=2.0,
     )
     segment.finite, segment.context = exact > 0, SimpleNamespace(quantized=None)
-    monkeypatch.setattr(quantized_causes, "_from_nodes", lambda segment, even: (exact, exact - 1))
+    monkeypatch.setattr(quantized_causes, "_in_pairs", lambda segment, even: (exact, exact - 1))
     (found,) = quantized_causes.saturating(segment)
     assert found.fix.startswith("quantize gemm with weights of 7 bits")
 
