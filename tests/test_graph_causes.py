@@ -550,3 +550,22 @@ def test_a_fix_names_all_that_differs(tmp_path: Path) -> None:
     assert (
         finding.fix == "use the same w, b on both sides · undo the difference at node_y: Gemm: alpha is 2 instead of 1"
     )
+
+
+def test_layers_are_one_finding_where_one_sentence_holds_for_them(tmp_path: Path) -> None:
+    """Other attributes of other operators are two findings; the fix of one names the constants of all its layers."""
+    files = []
+    for changed in (False, True):
+        net, x = NetBuilder(0), "x"
+        for i in range(3):
+            weight = net.rng.standard_normal((6, 6)).astype(np.float32)
+            weight = weight.T.copy() if changed and i != 1 else weight
+            x = net.op("LeakyRelu", net.op("MatMul", x, net.weight(weight, f"w{i}")), alpha=0.2 if changed else 0.1)
+        net.op("Softmax", x, axis=0 if changed else 1, name="y")
+        files.append(net.save(tmp_path / f"{changed}.onnx", {"x": (1, [4, 6])}, ["y"]))
+    (result,) = bisect(str(files[0]), "ort,ort", test_model=files[1]).tests
+    by_text = {finding.says: finding for finding in result.findings}
+    assert sorted(len(finding.layers) for finding in result.findings) == [1, 2, 3]
+    assert by_text["Softmax: axis is 0 instead of 1"].layers == ["node_y"]
+    assert len(by_text["LeakyRelu: alpha is 0.2 instead of 0.1"].layers) == 3
+    assert by_text["MatMul weights: axes in the order [1, 0]"].fix == "use the same w0, w2 on both sides"

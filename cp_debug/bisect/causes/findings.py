@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from statistics import fmean
@@ -133,7 +134,7 @@ class Explainer:
             if family is not None and family not in families:
                 families.append(family)
             best = explained.explanation.cause
-            name = (UNKNOWN,) if best is None else (best.cause, best.says if best.parameters else "")
+            name = (UNKNOWN,) if best is None else (best.cause, _kind(best))
             groups.setdefault((row.side, *name), []).append(explained)
         for key_of_group, group in groups.items():
             self._layers_of.setdefault(key_of_group[1], set()).update(e.row.name for e in group)
@@ -287,6 +288,8 @@ class Explainer:
             says += f" ({', '.join(explanation.alike[:EQUALS])} would have the same result)"
         if cause is not None and equals:
             says += "; or, which explains it as well: " + "; or ".join(equals.values())
+        if cause is not None:
+            cause = replace(cause, fix=_of_all(dict.fromkeys(c.fix for _, c in named if c is not None)) or cause.fix)
         fix, tried = self._fix(cause, rows) if cause else ("cpdebug bundle RESULT --layer " + names[0], {})
         finding = Finding(
             cause=cause.cause if cause else UNKNOWN,
@@ -449,6 +452,20 @@ class Explainer:
             evidence={"observer_gap": observation.observer_gap, "noise_floor": observation.noise_floor},
             fix=knobs if pair else "build with fewer fusions, or mark one tensor at a time",
         )
+
+
+def _kind(cause: Candidate) -> str:
+    """What a finding is the same for: a sentence with its numbers where they were fitted, else without them."""
+    if cause.parameters or "batchnorm_of" in cause.evidence:
+        return cause.says if cause.parameters else ""
+    return re.sub(r"\d[\d.e+-]*", "#", cause.says)
+
+
+def _of_all(fixes: Collection[str]) -> str:
+    """The advice about the constants of several layers, with all of them; empty for other advice."""
+    found = [re.fullmatch(r"use the same ([^·]*) on both sides", fix) for fix in fixes]
+    names = [match[1] for match in found if match]
+    return f"use the same {some(names, LISTED)} on both sides" if len(names) == len(found) else ""
 
 
 def _unexplained(explanation: Explanation) -> str:
