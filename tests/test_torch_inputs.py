@@ -120,6 +120,14 @@ def test_a_module_with_containers_is_diagnosed(call: str) -> None:
     assert [row.name for row in result.tests[0].rows if row.op == "input"] == names
 
 
+def test_an_empty_input_beside_another_is_one() -> None:
+    """As the cache of an attention that has seen nothing yet."""
+    module = torch.nn.Identity()
+    module.forward = lambda past, x: torch.cat([past, x], 1)  # type: ignore[assignment, method-assign]
+    tensors = flat_inputs("cat", module, (torch.zeros(1, 0, 4), torch.ones(1, 2, 4))).tensors
+    assert [tuple(tensor.shape) for tensor in tensors] == [(1, 0, 4), (1, 2, 4)]
+
+
 def test_example_inputs_that_do_not_fit_are_refused() -> None:
     net = Net()
     for given, says in (

@@ -98,6 +98,9 @@ def flat_inputs(
     builds = [_flatten(name, key, value, tensors) for key, value in arguments]
     if not tensors:
         raise InputError(f"MODEL: {name}: the example inputs hold no tensor")
+    if not any(tensor.numel() for tensor in tensors.values()):  # kernels that divide by a size end the process
+        key, tensor = next(iter(tensors.items()))
+        raise InputError(f"MODEL: {name}: example input {key!r} has the shape {[*tensor.shape]}: it holds no element")
     if any(key in by_name or not isinstance(value, Tensor | np.ndarray) for key, value in arguments):
         module = _taking_flat(
             module, [((key, key in by_name), build) for (key, _), build in zip(arguments, builds, strict=True)]
@@ -212,8 +215,6 @@ def _check_dense(name: str, key: str, tensor: Tensor) -> None:
         raise InputError(
             f"MODEL: {name}: example input {key!r} is {layout_of(tensor)}; expected a dense tensor of real numbers"
         )
-    if not tensor.numel():  # some kernels divide by a size, which ends the process
-        raise InputError(f"MODEL: {name}: example input {key!r} has the shape {[*tensor.shape]}: it holds no element")
 
 
 def _taking_flat(module: nn.Module, arguments: Sequence[tuple[tuple[str, bool], Build]]) -> nn.Module:
