@@ -362,7 +362,7 @@ def test_inf_of_the_other_sign_is_born_wherever_it_is_measured(size: int, monkey
     for dtype in (torch.float64, torch.float32, torch.float16):
         x, y = ours.to(dtype), theirs.to(dtype)
         for device in ("cpu", "cpu:0"):  # the second is taken for a device
-            monkeypatch.setattr("cp_debug.probes.distance.device_of", lambda tensor, device=device: device)
+            monkeypatch.setattr("cp_debug.probes.arrays.device_of", lambda tensor, device=device: device)
             assert distance(x, y).new_nonfinite == 1
             assert relative_l2(x, y) == math.inf
     for totals in (reduce_pair(theirs.numpy(), ours.numpy()), reduce_pair(theirs, ours)):

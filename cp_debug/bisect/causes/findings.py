@@ -455,10 +455,10 @@ class Explainer:
 
 
 def _kind(cause: Candidate) -> str:
-    """What a finding is the same for: a sentence with its numbers where they were fitted, else without them."""
-    if cause.parameters or "batchnorm_of" in cause.evidence:
-        return cause.says if cause.parameters else ""
-    return re.sub(r"\d[\d.e+-]*", "#", cause.says)
+    """What a finding has besides its cause: a sentence whose numbers were fitted, and without them one about what a
+    node was told. All other causes are one for all layers, whatever each of them reaches."""
+    of_node = not {"node", "instead_of"}.isdisjoint(cause.evidence)
+    return cause.says if cause.parameters else re.sub(r"\d[\d.e+-]*", "#", cause.says) if of_node else ""
 
 
 def _of_all(fixes: Collection[str]) -> str:
