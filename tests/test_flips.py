@@ -20,6 +20,12 @@ def compared(net: NetBuilder, folder: Path, output: str, x: np.ndarray, kind: in
     return test
 
 
+def flips(test: TestResult) -> list[str]:
+    """What is told of flips: the finding, where the divergence begins with one, then the notes."""
+    texts = [finding.says.removeprefix("makes whole numbers flip: ") for finding in test.findings]
+    return [text for text in [*texts, *test.notes] if "flip" in text]
+
+
 @pytest.mark.parametrize(
     ("op", "offset", "x", "told"),
     [("Cast", 2048, 1.0, "2048 for 2049"), ("Floor", 0.5, 0.49999, "1 for 0.99999")],
@@ -30,7 +36,7 @@ def test_a_number_that_fp16_does_not_hold_is_told(tmp_path: Path, op: str, offse
     value = net.op("Cast", shifted, name="place", to=7) if op == "Cast" else net.op("Floor", shifted, name="place")
     net.op("Identity", value, name="y")
     test = compared(net, tmp_path, "y", np.array([[0, x, 2, 4]], np.float32))
-    (note,) = [note for note in test.notes if "flip" in note and note.startswith("node_place")]
+    (note,) = flips(test)
     assert note == (
         f"node_place ({op}): 1 of 4 results flip, first at [0, 1], where node_shifted (Add) is {told}; "
         "node_shifted (Add) rounded it in FP16" + "; for that reason node_y differs, too" * (op == "Cast")
@@ -40,14 +46,14 @@ def test_a_number_that_fp16_does_not_hold_is_told(tmp_path: Path, op: str, offse
 def test_what_flips_for_one_rounding_is_told_once_and_no_list_is_long(tmp_path: Path) -> None:
     net = NetBuilder()
     indices = []
-    for i in range(10):  # each sum is rounded by itself, and cast and moved
+    for i in range(11):  # each sum is rounded by itself, and cast and moved
         shifted = net.op("Add", "x", net.weight(np.array(2048 + 2 * i, np.float32)), name=f"shifted{i}")
         index = net.op("Cast", shifted, name=f"place{i}", to=7)
         indices += [index, net.op("Transpose", index, name=f"moved{i}")]
     net.op("Concat", *indices, name="y", axis=0)
     test = compared(net, tmp_path, "y", np.array([[1.0]], np.float32))
-    notes = [note for note in test.notes if "flip" in note]
-    assert [note.partition(" ")[0] for note in notes] == [*(f"node_place{i}" for i in range(8)), "2"]
+    notes = flips(test)
+    assert [note.partition(" ")[0] for note in notes] == [*(f"node_place{i}" for i in range(9)), "2"]
     assert notes[1].endswith("rounded it in FP16; for that reason node_moved1 differs, too")
     assert notes[-1] == "2 more roundings make whole numbers flip"
 
@@ -58,7 +64,7 @@ def test_the_rounding_is_named_that_did_it_however_far_in_front(tmp_path: Path) 
     shifted = net.op("Add", "x", net.weight(np.array(1024, np.float32)), name="shifted")
     net.op("ArgMax", net.op("Neg", shifted, name="turned"), name="y", axis=-1)
     test = compared(net, tmp_path, "y", np.array([[0.4, 0.1, 0.6, 0.7]], np.float32) - np.float32(0.05))
-    (note,) = [note for note in test.notes if "flip" in note]
+    (note,) = flips(test)
     assert note.startswith("node_y (ArgMax): 1 of 1 results flip, first at [0, 0]")
     assert note.endswith("node_shifted (Add) rounded it in FP16")
 
@@ -67,4 +73,20 @@ def test_nothing_is_told_where_nothing_flips(tmp_path: Path) -> None:
     net = NetBuilder()
     net.op("Cast", net.op("Add", "x", net.weight(np.array(16, np.float32))), name="y", to=7)
     test = compared(net, tmp_path, "y", np.array([[0.3, 1.2, 2.4, 4.6]], np.float32))
-    assert not any("flip" in note for note in test.notes)
+    assert flips(test) == []
+
+
+def test_a_decision_that_flips_is_the_finding_with_a_fix_that_was_tried(tmp_path: Path) -> None:
+    """Which of two near scores is the larger one decides which row is the output: nothing of it is carried by rounding.
+    The layer in front that rounds the most is no cause."""
+    net = NetBuilder()
+    scores = net.op("Add", "x", net.weight(np.array(64, np.float32)), name="scores")
+    best = net.op("ArgMax", scores, name="best", axis=-1, keepdims=0)
+    rows = net.weight(np.array([[1, 2], [30, -40], [5, 6]], np.float32))
+    net.op("Relu", net.op("Gather", rows, best, axis=0), name="y")
+    test = compared(net, tmp_path, "y", np.array([[0.5, 0.51, 0.1]], np.float32))
+    (finding,) = test.findings
+    assert (finding.cause, finding.layers, finding.evidence["flips"]) == ("fp16", ["node_scores"], "node_best")
+    assert finding.evidence["after"] == 0
+    assert finding.fix.startswith("decide with a margin, or keep in FP32: --keep-fp32 node_scores")
+    assert "0% of the final divergence" not in str(test)

@@ -112,6 +112,12 @@ class Flip:
     behind: list[str] = field(default_factory=list)
     """Names of further layers that flip for that reason."""
 
+    @property
+    def told(self) -> str:
+        """The sentence with those layers."""
+        verb = "differ" if len(self.behind) > 1 else "differs"
+        return self.says + (f"; for that reason {some(self.behind, MOST)} {verb}, too" if self.behind else "")
+
 
 def flips(
     run: CandidateRun,
@@ -165,9 +171,7 @@ def flips(
 
 def flips_told(found: Sequence[Flip]) -> Iterator[str]:
     """A sentence for each of the first flips, and how many more there are."""
-    for flip in found[:EVENTS]:
-        verb = "differ" if len(flip.behind) > 1 else "differs"
-        yield flip.says + (f"; for that reason {some(flip.behind, MOST)} {verb}, too" if flip.behind else "")
+    yield from (flip.told for flip in found[:EVENTS])
     if (more := len(found) - EVENTS) > 0:
         yield f"{amount(more, 'more rounding')} {'makes' if more == 1 else 'make'} whole numbers flip"
 

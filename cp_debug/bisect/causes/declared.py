@@ -8,6 +8,9 @@ from contextlib import suppress
 from statistics import fmean
 from typing import Any
 
+import torch
+
+from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.bisect.candidate_run import CandidateRun
 from cp_debug.bisect.causes.precision import PROMOTED
 from cp_debug.bisect.causes.search import Explanation
@@ -34,6 +37,8 @@ MUCH = 0.2
 """Share from which one of many layers contributes much."""
 NAMED_FIRST = 3
 """Layers that are named where it adds up over many."""
+CARRIED = 0.5
+"""Share of the divergence that derivatives carry to the end, up to which whole numbers that flip are its cause."""
 CANCELS = 1.5
 """Sum of the magnitudes of all shares from which errors cancel each other."""
 ENLARGES = 3.0
@@ -207,19 +212,26 @@ def declared(
     )
 
 
-def flipped(run: CandidateRun, rows: Rows, flips: Sequence[Flip]) -> Finding | None:
-    """The finding on an FP32 rounding that makes whole numbers flip, where the divergence beyond the tolerance begins
-    with these: nothing that is carried by derivatives explains it. None elsewhere."""
-    beyond = next((key for key, row in rows.items() if not row.within), None)
+def flipped(run: CandidateRun, rows: Rows, flips: Sequence[Flip], trials: KeepTrials | None) -> Finding | None:
+    """The finding on a rounding that makes whole numbers flip, where the divergence beyond the tolerance begins with
+    these, and nothing that is carried by derivatives explains it. None elsewhere."""
+    claim, beyond = run.precision.name, next((key for key, row in rows.items() if not row.within), None)
     flip = next((flip for flip in flips if flip.first == beyond), None)
-    if flip is None or run.precision.name != "fp32":
+    carried = abs(sum(row.share or 0.0 for row in rows.values()))
+    if flip is None or claim not in (*PROMOTED, "fp32") or (claim != "fp32" and carried > CARRIED):
         return None
     row, first = rows[flip.maker], rows[flip.first]  # type: ignore[index]
     own = f"{row.name} ({row.op}): "
-    says = flip.says.removeprefix(own) if row is first else f"makes whole numbers flip: {flip.says}"
-    evidence = {"declared": True, "flips": first.name}
+    says = flip.told.removeprefix(own) if row is first else f"makes whole numbers flip: {flip.told}"
+    evidence: dict[str, Any] = {"declared": True, "flips": first.name}
     fix = f"decide with a margin, or compute {row.name} in FP64"
-    return Finding("fp32", says, [row.name], [row.op], evidence=evidence, fix=fix)
+    if claim != "fp32" and trials is not None:
+        tried, figures = kept(trials, [row])
+        if not figures:  # boxes and scores may both decide: then from what makes most of the divergence on
+            most = sorted(rows.items(), key=lambda item: _size(item[1]), reverse=True)
+            tried, figures = kept(trials, [each for _, each in _first(most)])
+        fix, evidence = f"decide with a margin, or {tried}" if figures else "decide with a margin", evidence | figures
+    return Finding(claim, says, [row.name], [row.op], evidence=evidence, fix=fix)
 
 
 def _vanished(segment: Segment, name: str) -> Iterator[str]:
@@ -263,10 +275,10 @@ def _where_from(run: CandidateRun, rows: Rows, first: Sequence[tuple[Key, LayerR
     parts = ", ".join(f"{r.name} {percent(r.share or 0.0)}" for _, r in first) if len(first) > 1 else ""
     text = f"{percent(min(share, 1.0))} of the final divergence comes from here" + (f" ({parts})" if parts else "")
     worst = next(iter(locate(segment, row.name).worst), None)
-    if worst is not None and claim in BITS and row.op != "MatMul":
-        text += (
-            f": {in_digits(worst.oracle)} is {in_digits(worst.value)} in {claim.upper()}, which has {BITS[claim]} bits"
-        )
+    exact = torch.tensor(0.0 if worst is None else worst.oracle, dtype=torch.float64)
+    if worst is not None and claim in BITS and float(ARITHMETICS[claim].round(exact)) == worst.value:
+        held = f"{in_digits(worst.oracle)} is {in_digits(worst.value)} in {claim.upper()}"
+        text += f": {held}, which has {BITS[claim]} bits"
     graph = run.programs[key.component].graph
     behind = downstream(graph.nodes, [key.value])
     rates = {k: r.replay.amplification or 0.0 for k, r in rows.items() if k.value in behind and r.replay}

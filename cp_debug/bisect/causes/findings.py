@@ -156,7 +156,7 @@ class Explainer:
                 costliest = self.effects.costliest
                 costly += declared.int8(rows, kind, self._left_out, self._of_unquantized, costliest)
                 if self.adds_up and not findings and not costly and not all(row.within for row in rows.values()):
-                    known = declared.flipped(self.run, rows, self.flips)
+                    known = declared.flipped(self.run, rows, self.flips, self._of_kept)
                     of = self.run, rows, self.segment, self._explanation, self._of_kept, costliest
                     costly += [known] if known else declared.declared(*of)
             except Exception as error:
