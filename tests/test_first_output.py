@@ -109,10 +109,13 @@ def test_a_note_of_two_tests_is_told_once(tmp_path: Path) -> None:
 
 
 def test_what_concerns_the_verdict_stands_before_what_the_inputs_are(tmp_path: Path) -> None:
-    """A result that flips, then how INT8 was calibrated, then the inputs; an output that is left out first of all."""
+    """A second result that flips (the first is the finding), then how INT8 was calibrated, then the inputs; an output
+    that is left out first of all."""
     b = NetBuilder()
-    shifted = b.op("Add", b.op("Log", "x"), b.weight(np.array(2048, np.float32)), name="shifted")
-    outputs = [b.op("Cast", shifted, name="place", to=7), b.op("Relu", "x", name="other")]
+    log = b.op("Log", "x")
+    shifted = [b.op("Add", log, b.weight(np.array(by, np.float32))) for by in (2048, 4096)]
+    outputs = [b.op("Cast", each, name=name, to=7) for each, name in zip(shifted, ("first", "place"), strict=True)]
+    outputs.append(b.op("Relu", "x", name="other"))
     path = b.save(tmp_path / "net.onnx", {"x": (1, [1, 64])}, outputs)
     (test,) = bisect(str(path), "ort,emu-fp16", options=Options(maps=["other="]), test_model=path).tests
     first = [note.split(" (")[0].split(":")[0] for note in test.notes]
