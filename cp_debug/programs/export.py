@@ -125,13 +125,15 @@ def _name_transposed(proto: onnx.ModelProto, module: nn.Module) -> None:
     """Call a weight that the exporter transposed by the parameter that it is, ``fc.weight.T``, instead of ``val_8``."""
     stored = stored_tensors(module)
     taken = {tensor.name for tensor in proto.graph.initializer}
-    matrices = {name: tensor for name, tensor in stored.items() if tensor.dim() == 2 and f"{name}.T" not in taken}
+    matrices = {n: t for n, t in stored.items() if t.dim() == 2 and taken.isdisjoint((n, f"{n}.T"))}
     names: dict[str, str] = {}
     for tensor in proto.graph.initializer:
         own = tensor.name in stored or len(tensor.dims) != 2
         alike = [] if own else [n for n, t in matrices.items() if t.shape[::-1] == tuple(tensor.dims)]
         array = onnx.numpy_helper.to_array(tensor) if alike else np.empty(0)
-        same = (n for n in alike if np.array_equal(as_numpy(matrices[n]).T, array))
+        # Layers of one size are many, and gigabytes: one column tells most of them apart.
+        near = (n for n in alike if np.array_equal(as_numpy(matrices[n][:, :1]).T, array[:1]))
+        same = (n for n in near if np.array_equal(as_numpy(matrices[n]).T, array))
         if (name := next(same, None)) is not None:
             names[tensor.name] = f"{name}.T"
             tensor.name = names[tensor.name]

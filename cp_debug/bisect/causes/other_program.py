@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -44,6 +44,12 @@ class OtherProgram:
         return Constants(self.graph)
 
     @cached_property
+    def sides(self) -> tuple[set[str], set[str]]:
+        """Values that hang on constants and shapes alone: the reference's, and those of this graph."""
+        ours, theirs = (set(side_values(graph)) for graph in (self.reference, self.graph))
+        return ours, theirs
+
+    @cached_property
     def weights(self) -> WeightDifferences:
         """Differences of its weights from the reference's."""
         return weight_differences(self.reference, self.graph)
@@ -79,8 +85,8 @@ class OtherPiece:
     def matched(self) -> Pieces:
         """The nodes, matched with the reference's."""
         segment, other = self.segment, self.other
-        ours = _settled(segment.context.oracle, segment.nodes, segment.given, segment.target)
-        theirs = _settled(other.executor, self.nodes, self.inputs, self.own)
+        ours = _settled(segment.context.oracle, other.sides[0], segment.nodes, segment.given, segment.target)
+        theirs = _settled(other.executor, other.sides[1], self.nodes, self.inputs, self.own)
         settled = ({}, {}) if ours is None or theirs is None else (ours, theirs)
         return Pieces(segment.graph, segment.nodes, other.graph, self.nodes, other.names, settled)
 
@@ -122,16 +128,16 @@ class OtherPiece:
 
 
 def _settled(
-    executor: Executor, nodes: Sequence[Node], given: Mapping[str, Any], target: str
+    executor: Executor, sides: Set[str], nodes: Sequence[Node], given: Mapping[str, Any], target: str
 ) -> dict[str, np.ndarray] | None:
-    """What nodes make of constants and shapes alone, floats as FP32: one exporter writes such nodes, another stores
-    what they give. None where it cannot be computed, or where the target itself is of it.
+    """What nodes make of constants and shapes alone (``sides``), floats as FP32: one exporter writes such nodes,
+    another stores what they give. None where it cannot be computed, or where the target itself is of it.
 
     A quantizer is matched, with what reads it: a weight that it rounds is no constant.
     """
     made = {name for node in nodes for name in node.outputs}
     rounded = [name for node in nodes if node.op in QUANTIZERS for name in node.outputs]
-    names = sorted((side_values(executor.graph).keys() & made) - {*rounded, *downstream(nodes, rounded)})
+    names = sorted((sides & made) - {*rounded, *downstream(nodes, rounded)})
     if target in names:
         return None
     try:
