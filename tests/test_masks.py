@@ -92,6 +92,26 @@ def test_a_row_of_which_everything_is_masked_is_a_fault(tmp_path: Path) -> None:
     assert [row.name for row in compared(*files).guilty] == ["node_masked_0"]
 
 
+@pytest.mark.parametrize("way", ["constant", "bias"])
+@pytest.mark.parametrize("mask", [-1e9, LOWEST])
+def test_a_padded_row_whose_scores_fp16_rounds_away_is_no_fault(way: str, mask: float, tmp_path: Path) -> None:
+    """Beside −65504 FP16 has no room for scores, as FP32 has none beside −1e9: both give equal shares."""
+    left_out = LATER.copy()
+    left_out[0] = True
+    file = attention(tmp_path / "a.onnx", mask, way, left_out, factor=0.01)
+    (result,) = bisect(str(file), "ort,emu-fp16").tests
+    assert result.agrees
+    assert (result.guilty, result.findings) == ([], [])
+    assert any("masks with another number" in note for note in result.notes)
+
+
+def test_a_padded_row_whose_scores_come_back_is_a_fault(tmp_path: Path) -> None:
+    left_out = LATER.copy()
+    left_out[0] = True
+    files = [attention(tmp_path / f"{n}.onnx", n, "constant", left_out) for n in (-1e9, -1e4)]
+    assert compared(*files).guilty
+
+
 def test_a_mask_that_lets_something_through_is_a_fault(tmp_path: Path) -> None:
     files = [attention(tmp_path / f"{n}.onnx", n, "where", factor=20) for n in (-1e9, -120)]
     assert [row.name for row in compared(*files).guilty] == ["node_masked_0"]

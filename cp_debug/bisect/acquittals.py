@@ -25,6 +25,8 @@ from cp_debug.graph.operators import MOVERS
 from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.pipeline import Key
 
+MASKS = "masks with"
+"""Beginning of the reason why a layer that differs by a mask is right, and of that of those that pass the mask on."""
 MASKED = -100.0
 """Numbers up to this one may stand for "left out": e⁻¹⁰⁰ is nothing beside 1, in any precision."""
 ENDS = {"Attention", "BiasSoftmax", "Exp", "MultiHeadAttention", "Softmax"}
@@ -38,9 +40,9 @@ def acquit_masks(
 ) -> list[str]:
     """Acquit layers that differ by the number alone that stands for "left out"; returns their names.
 
-    The numbers that differ are masked on both sides, and whatever reads them comes to the same, in exact arithmetic and
-    on this sample: the next Softmax makes the same of both. A mask that reaches an output, or of which one side makes
-    NaN, is no such thing. Changes the rows.
+    The numbers that differ are masked on both sides, and whatever reads them comes to the same on this sample, as it
+    ran or in exact arithmetic: the next Softmax makes the same of both. A mask that reaches an output, or of which one
+    side makes NaN, is no such thing. Changes the rows.
     """
     found = []
     for key, row in rows.items():
@@ -48,8 +50,8 @@ def acquit_masks(
         if not accused or run.oracle is None or row.stats.shape_mismatch:
             continue
         replayer = run.replayer(key.component, test)
-        number = _ends_of_mask(replayer.graph, key.value)
-        if not number:
+        nodes = _ends_of_mask(replayer.graph, key.value)
+        if not nodes:
             continue
         loads = [loader(capture, key.component) for capture in (reference, test)]
         exact, other = (as_tensor(load(key.value)) for load in loads)
@@ -62,12 +64,17 @@ def acquit_masks(
         if not bool((masked & (exact != other)).any()) or not _agrees_beside(replayer, key.value, masked, loads[1]):
             continue
         change = key.value, exact, torch.where(masked, other, exact)
-        gone = run.precision.roundoff
-        if replayer.range_loss.matters(loads[0], change, gone, number + FURTHEST):
+        ends = [rows.get(Key(key.component, node.outputs[0])) for node in nodes if node.op in ENDS]
+        alike = all(end and end.within and end.stats.rel_l2 <= run.precision.rtol for end in ends)
+        gone = run.precision.roundoff  # in exact arithmetic, a row that is all −65504 has its scores back
+        if not alike and replayer.range_loss.matters(loads[0], change, gone, len(nodes) + FURTHEST):
             continue
         ours, theirs = (f"{float(t[masked].min()):.6g}".replace("inf", "Inf") for t in (exact, other))
         row.verdict, row.side = INHERITED, "test"
-        row.why = f"masks with {theirs} instead of {ours}; the result after it is the same"
+        row.why = f"{MASKS} {theirs} instead of {ours}; the result after it is the same"
+        for node in nodes:
+            if (passes := rows.get(Key(key.component, node.outputs[0]))) and passes.verdict == INHERITED:
+                passes.why = passes.why or row.why
         found.append(row.name)
     return found
 
@@ -85,13 +92,13 @@ def beside_masks(graph: Graph, value: str, *runs: Tensor) -> tuple[Tensor, ...]:
     return tuple(run.masked_fill(masked, 0.0) for run in runs)
 
 
-def _ends_of_mask(graph: Graph, value: str) -> int:
-    """Number of nodes that a value reaches up to those that make 0 of a mask; 0 where it reaches anything else."""
+def _ends_of_mask(graph: Graph, value: str) -> list[Node]:
+    """The nodes that a value reaches up to those that make 0 of a mask; none where it reaches anything else."""
     outputs, reached = {info.name for info in graph.outputs}, {value}
     passes = lambda node, _: node.op in PASSES  # noqa: E731
     nodes = [node for node, _ in readers(graph, value, passes)]
     reached.update(o for node in nodes if node.op in PASSES for o in node.outputs)
-    return len(nodes) if reached.isdisjoint(outputs) and all(node.op in PASSES | ENDS for node in nodes) else 0
+    return nodes if reached.isdisjoint(outputs) and all(node.op in PASSES | ENDS for node in nodes) else []
 
 
 def _agrees_beside(replayer: Replayer, value: str, masked: Tensor, test: Load) -> bool:

@@ -177,7 +177,7 @@ class SampleRuns:
                 if attribution is not None and not all(row.within for row in rows.values()):
                     # Side values within the tolerance may make a part of it: the angles of a rotation depend on no
                     # input, and FP16 has no room for the positions that they are made of.
-                    costly = {key for key, share in shares.of_layers.items() if abs(share) >= COSTLY}
+                    costly = {k for k, share in shares.of_layers.items() if abs(share) >= COSTLY and k not in rows}
                     sides = {
                         k: stats[k] for k in stats if k in costly and k in run.layers and run.layers[k].kind != "data"
                     }

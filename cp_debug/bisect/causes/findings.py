@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from cp_debug.backends.narrow_options import NarrowOptions
+from cp_debug.bisect.acquittals import MASKS
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes import declared
 from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause
@@ -150,12 +151,13 @@ class Explainer:
             costly += costs(rows, self.run.precision.name, self.run.precision.roundoff, self.segment)
         except Exception as error:
             self.notes.append(f"remedies for the declared precision's cost are not known: {in_one_line(error)}")
-        if any(not row.within or (row.replay and row.replay.step is not None) for row in rows.values()):
+        differs = any(not (row.within or row.why.startswith(MASKS)) for row in rows.values())
+        if differs or any(row.replay and row.replay.step is not None for row in rows.values()):
             try:
                 kind = self.run.kind(next(iter(rows)).component)
                 costliest = self.effects.costliest
                 costly += declared.int8(rows, kind, self._left_out, self._of_unquantized, costliest)
-                if self.adds_up and not findings and not costly and not all(row.within for row in rows.values()):
+                if self.adds_up and not findings and not costly and differs:
                     known = declared.flipped(self.run, rows, self.flips, self._of_kept)
                     of = self.run, rows, self.segment, self._explanation, self._of_kept, costliest
                     costly += [known] if known else declared.declared(*of)
