@@ -276,15 +276,11 @@ def _tables(graph: Graph) -> set[tuple[str, int]]:
         if node.op not in ("Gather", "GatherND") or node.proto.input[0] not in inputs:
             continue
         others = {name for name in inputs if name != node.proto.input[0]}
-        if others & {node.proto.input[1], *_sources(graph, node.proto.input[1])}:
+        indices = node.proto.input[1]
+        if others & {indices, *(graph.segment([indices], ())[1] if indices in graph.producer else ())}:
             axis, shape = node.attribute("axis", 0), inputs[node.proto.input[0]].shape
             chosen.add((node.proto.input[0], axis if axis >= 0 or not shape else axis + len(shape)))
     return chosen
-
-
-def _sources(graph: Graph, value: str) -> list[str]:
-    """The inputs that ``value`` is computed from."""
-    return graph.segment([value], ())[1] if value in graph.producer else []
 
 
 def constant_dims(graph: Graph, name: str) -> tuple[int, ...] | None:

@@ -99,7 +99,8 @@ class ValueInfo:
 
     def __str__(self) -> str:
         text = self.container or ("string" if self.kind is not None else self.dtype or "no tensor")
-        return f"{self.name}: {text}{'' if self.shape is None else _show(self.shape)}"
+        sizes = "" if self.shape is None else f"[{', '.join('?' if d is None else str(d) for d in self.shape)}]"
+        return f"{self.name}: {text}{sizes}"
 
 
 def fits_shape(actual: Sequence[int], declared: Sequence[int | str | None] | None) -> bool:
@@ -397,10 +398,6 @@ def _free_negative_axes(model: onnx.ModelProto) -> None:
 def is_numeric(kind: onnx.TypeProto) -> bool:
     """Whether a type is that of tensors of numbers."""
     return kind.HasField("tensor_type") and kind.tensor_type.elem_type != onnx.TensorProto.STRING
-
-
-def _show(shape: tuple[int | str | None, ...]) -> str:
-    return f"[{', '.join('?' if d is None else str(d) for d in shape)}]"
 
 
 def data_values(graph: Graph) -> list[str]:

@@ -227,12 +227,10 @@ def _direct(graph: Graph, kernel: Kernel) -> dict[str, Arithmetic]:
     if not kernel.arithmetic.tile:
         return {}
     convolutions = (n for n in graph.nodes if n.op == "Conv" and n.proto.input[1] in graph.initializers)
-    few = [n.name for n in convolutions if graph.weight(n.proto.input[1]).dims[1] <= FEW and not _grouped(n)]
+    few = [
+        n.name for n in convolutions if graph.weight(n.proto.input[1]).dims[1] <= FEW and n.attribute("group", 1) <= 1
+    ]
     return dict.fromkeys(few, replace(kernel.arithmetic, vector=VECTOR))
-
-
-def _grouped(node: Node) -> bool:
-    return bool(node.attribute("group", 1) > 1)
 
 
 def _floats(value: Any) -> bool:

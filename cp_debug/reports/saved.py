@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath
 
-from cp_debug.bisect.result import BisectResult, TestResult
+from cp_debug.bisect.result import BisectResult
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.capture import Capture
@@ -44,13 +44,10 @@ class SavedResult:
     @cached_property
     def graphs(self) -> dict[str, Graph]:
         """Component → its deployed graph, for those whose file is still there."""
-        return self._open(self.result.programs)
+        return self.opened(self.result.programs)
 
-    def test_graphs(self, test: TestResult) -> dict[str, Graph]:
-        """Component → graph that a test ran, for those whose file is still there."""
-        return self._open(test.programs)
-
-    def _open(self, programs: Mapping[str, str]) -> dict[str, Graph]:
+    def opened(self, programs: Mapping[str, str]) -> dict[str, Graph]:
+        """Component → graph of these paths, such as a test's, for those whose file is still there."""
         paths = {name: (self.folder or Path()) / path for name, path in programs.items()}
         return {name: Graph(path) for name, path in paths.items() if path.is_file()}
 

@@ -109,7 +109,7 @@ def chart(profile: SensitivityProfile) -> Canvas:
     for index, row in enumerate(profile.layers):
         y = TOP + ROW * index
         title = f"{row.layer}: share {share(row.share)}, introduced {number(row.introduced)}"
-        canvas.text(NAMES - 6, y + ROW - 5, _shortened(row.layer), "tick end")
+        canvas.text(NAMES - 6, y + ROW - 5, row.layer if len(row.layer) <= 46 else "…" + row.layer[-45:], "tick end")
         start, end = sorted((part(0.0), part(row.share)))
         canvas.rect(start, y + 2, end - start, ROW - 4, "bars", title)
         if changes and row.left_out:
@@ -125,10 +125,6 @@ def _axis(canvas: Canvas, x: Scale, bottom: float, name: str) -> None:
     for value in x.ticks():
         canvas.line(x(value), TOP, x(value), bottom, "grid")
     canvas.x_axis(x, bottom, name)
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= 46 else "…" + name[-45:]
 
 
 def write_chart(profile: SensitivityProfile, target: Path) -> None:

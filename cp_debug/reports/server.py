@@ -75,7 +75,7 @@ class ResultServer(ThreadingHTTPServer):
         asked = {name: values[-1] for name, values in parse_qs(parts.query).items()}
         with self.one_at_a_time:
             if parts.path == "/":
-                return render_list(self.folder)
+                return rendered("folder", name=self.folder.root.resolve().name, results=self.folder.listed())
             if parts.path == "/diff":
                 results = [SavedResult.open(self._result(asked.get(name, "")).path) for name in ("before", "after")]
                 return render_diff(diff_results(results[0].result, results[1].result), served=True)
@@ -223,11 +223,6 @@ class ResultFolder:
         except (LookupError, TypeError, AttributeError, ValueError):
             listed["problem"] = f"is no result of schema {SCHEMA}"
         return ListedResult(**listed)
-
-
-def render_list(folder: ResultFolder) -> str:
-    """The page that lists the results."""
-    return rendered("folder", name=folder.root.resolve().name, results=folder.listed())
 
 
 def render_problem(text: str) -> str:

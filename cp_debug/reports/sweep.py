@@ -169,17 +169,12 @@ def _(group: AblationGroup) -> GroupSection:
 def _lost(title: str, name: str, parts: Sequence[PartCounts], rows: Sequence[AblationRow], field: str) -> list[Sheet]:
     """Boxes lost in each part, and those that the most effective single layers bring back there."""
     best = [row for row in rows if row.back.value][:BEST]
-    headers = (name, ">boxes", ">lost", *(f">back: {_layer(row)}" for row in best))
+    headers = (name, ">boxes", ">lost", *(f">back: {row.layers[0].partition('/')[2]}" for row in best))
     cells = [
         (part.part, part.boxes, _count(part.lost), *(_count(getattr(row, field)[part.part]) for row in best))
         for part in parts
     ]
     return [_sheet(title, headers, cells)] if cells else []
-
-
-def _layer(row: AblationRow) -> str:
-    """Name of a single layer without its component."""
-    return row.layers[0].partition("/")[2]
 
 
 def _count(figure: ConfidenceInterval) -> str:

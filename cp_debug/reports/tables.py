@@ -38,7 +38,7 @@ from cp_debug.reports.verdict_line import headline, layer_verdict, setting_text,
 from cp_debug.safe_text import amount
 
 if TYPE_CHECKING:
-    from cp_debug.bisect.optimizer_blame import OptimizerBlame, Rewrite
+    from cp_debug.bisect.optimizer_blame import OptimizerBlame
 
 
 SHOWN = 4
@@ -69,7 +69,7 @@ def render_optimizer_blame(blame: OptimizerBlame) -> Iterator[RenderableType]:
     )
     rows = []
     for culprit in blame.responsible:
-        places = [_place(rewrite) for rewrite in culprit.rewrites[:SHOWN]]
+        places = [f"{' + '.join(r.original)} → {' + '.join(r.operators)}" for r in culprit.rewrites[:SHOWN]]
         if len(culprit.rewrites) > SHOWN:
             places.append(f"… and {len(culprit.rewrites) - SHOWN} more")
         rows.append((culprit.optimizer, culprit.difference, tuple(places)))
@@ -78,10 +78,6 @@ def render_optimizer_blame(blame: OptimizerBlame) -> Iterator[RenderableType]:
         yield Terminal(Sheet(columns, rows))
     names_told = [culprit.optimizer for culprit in blame.responsible]
     yield Text(f"fix: {blame.fix or f'InferenceSession(…, disabled_optimizers={names_told})'}")
-
-
-def _place(rewrite: Rewrite) -> str:
-    return f"{' + '.join(rewrite.original)} → {' + '.join(rewrite.operators)}"
 
 
 _KINDS = {"fp16acc": "sum in FP16", "fp16": "FP16 with sums in FP32", "bf16": "BF16 with sums in FP32"}

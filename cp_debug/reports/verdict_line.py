@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from rich.text import Text
@@ -45,7 +44,8 @@ def _verdict_line(test: TestResult) -> Text:
     if test.undecided:
         return Text.assemble((f"✗ {spec}: nothing is decided", "bold yellow"), f", {test.coverage}{end}")
     if test.lacks_outputs_alone:
-        text = Text(f"✗ {spec}: lacks {_outputs(test.missing_outputs)} of the reference", "bold red")
+        lacks = f"output{'s' * (len(test.missing_outputs) > 1)} {some(test.missing_outputs, MOST_NAMES)}"
+        text = Text(f"✗ {spec}: lacks {lacks} of the reference", "bold red")
         rest = f"within {tolerance}, {test.coverage}{_unpaired(test)}{end}"
         return text.append(f"; the outputs of both agree {rest}", "not bold")
     if test.moves_outputs_alone:
@@ -91,11 +91,6 @@ def _verdict_line(test: TestResult) -> Text:
     who = "the outputs agree" if between else "agrees"
     covers = f"{test.coverage}{_unpaired(test) or _unseen(test)}{between}"
     return Text.assemble((f"✓ {spec}: {who}", style), f" within {tolerance}, {covers}{end}")
-
-
-def _outputs(names: Sequence[str]) -> str:
-    """``output b``, ``outputs b, c``."""
-    return f"output{'s' * (len(names) > 1)} {some(names, MOST_NAMES)}"
 
 
 def _end(test: TestResult) -> str:

@@ -54,10 +54,6 @@ Multiply = Callable[[Call, Tensor, Any], Tensor]
 """x [.., I] times the transpose of a weight [gates × H, I]."""
 
 
-def _in_floats(call: Call, x: Tensor, weight: Tensor) -> Tensor:
-    return matmul(call, x, weight.mT)
-
-
 def _in_integers(call: Call, x: Tensor, weight: _LevelWeights) -> Tensor:
     """The product with x on levels of its own range, as DynamicQuantizeLinear has them; their sums are exact."""
     levels, scale, zero = dynamic_quantize_linear(call, x)
@@ -104,10 +100,6 @@ Step = Callable[[_Direction, Tensor, State], State]
 """One time step: (cell, share of the gates from the input [B, gates × H], state) → the next state."""
 
 
-def _rnn(cell: _Direction, from_input: Tensor, state: State) -> State:
-    return (cell.activate(0, from_input + cell.recurrent(state[0])),)
-
-
 def _gru(cell: _Direction, from_input: Tensor, state: State) -> State:
     (h,) = state
     size = h.shape[-1]
@@ -135,7 +127,7 @@ def _lstm(cell: _Direction, from_input: Tensor, state: State) -> State:
 
 
 _STEPS: dict[str, tuple[Step, int, tuple[str, ...]]] = {
-    "RNN": (_rnn, 1, ("Tanh",)),
+    "RNN": (lambda cell, x, state: (cell.activate(0, x + cell.recurrent(state[0])),), 1, ("Tanh",)),
     "GRU": (_gru, 3, ("Sigmoid", "Tanh")),
     "LSTM": (_lstm, 4, ("Sigmoid", "Tanh", "Tanh")),
 }
@@ -154,7 +146,7 @@ def recurrent(
     c: Tensor | None = None,
     peepholes: Tensor | None = None,
     *,
-    multiply: Multiply = _in_floats,
+    multiply: Multiply = lambda call, x, weight: matmul(call, x, weight.mT),
 ) -> list[Tensor]:
     """RNN, GRU or LSTM: outputs Y [T, D, B, H], the last h and, of an LSTM, c [D, B, H].
 

@@ -46,13 +46,9 @@ def _log_sum_exp(x: Tensor, axes: list[int]) -> Tensor:
     return torch.logsumexp(x, axes, keepdim=True)
 
 
-def _square_root_of_squares(x: Tensor, axes: list[int]) -> Tensor:
-    return _sum(x * x, axes).sqrt().to(x.dtype)
-
-
 _REDUCTIONS: dict[str, Callable[[Tensor, list[int]], Tensor]] = {
     "ReduceL1": lambda x, axes: _sum(x.abs(), axes),
-    "ReduceL2": _square_root_of_squares,
+    "ReduceL2": lambda x, axes: _sum(x * x, axes).sqrt().to(x.dtype),
     "ReduceLogSum": lambda x, axes: _sum(x, axes).log().to(x.dtype),
     "ReduceLogSumExp": _log_sum_exp,
     "ReduceMax": lambda x, axes: _extreme(x, axes, largest=True),

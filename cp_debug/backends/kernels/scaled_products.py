@@ -97,16 +97,13 @@ def conv_transpose(
         result[(slice(None), slice(None), *places)] = part
         return result
 
-    def turned(part: Tensor) -> Tensor:
-        return part.flip(*spatial).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-
     spans = [(k - 1) * d for k, d in zip(window.kernel, window.dilation, strict=True)]
     begin = tuple(s - b for s, b in zip(spans, window.begin, strict=True))
     wide = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], window.stride, strict=True)]
     end = tuple(n + s - w - b for n, s, w, b in zip(size, spans, wide, begin, strict=True))
     plain = Window(window.kernel, (1,) * len(spans), window.dilation, begin, end)
     stretched = data.mapped(lambda p: spread(p, 0.0), scales=lambda p: spread(p, 1.0))
-    mirrored = kernel.mapped(turned)
+    mirrored = kernel.mapped(lambda p: p.flip(*spatial).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1))
     return _convolved(stretched, mirrored, stretched.codes, mirrored.codes, bias, plain, groups, narrow)
 
 

@@ -72,15 +72,10 @@ class Segment:
     def __init__(
         self, context: SegmentContext, nodes: Sequence[Node], target: str, given: Mapping[str, Any], test: Any
     ) -> None:
-        self.context, self.graph, self.nodes, self.target, self.given = (
-            context,
-            context.graph,
-            tuple(nodes),
-            target,
-            given,
-        )
+        self.context, self.graph, self.target, self.given = context, context.graph, target, given
+        self.nodes = tuple(nodes)
         self.test = as_double(test)
-        self.exact = self._exact()
+        self.exact = self.run(context.oracle.arithmetic) if self.nodes else self.input(target)
         self.others: Iterable[tuple[str, Callable[[], Any]]] = ()
         """Names of other values of the same run, and how to load them."""
         self.kept: dict[str, Any] = {}
@@ -113,9 +108,6 @@ class Segment:
         self.nodes, self.given, self.decomposed = tuple(nodes), given, as_double(made[self.target])
         self.exact = as_double(exact)
         self.claimed = as_double(arithmetic.round(exact.to(arithmetic.dtype)))
-
-    def _exact(self) -> Tensor:
-        return self.run(self.context.oracle.arithmetic) if self.nodes else self.input(self.target)
 
     def run(
         self,

@@ -35,7 +35,8 @@ def look_inside(
 
     At most ``max_builds`` engines are built for all regions together, the worst one first.
     """
-    unexplained = {name for finding in findings if _unexplained(finding) for name in finding.layers}
+    open_findings = (f for f in findings if f.cause == UNKNOWN or f.evidence.get("magnitude_only"))
+    unexplained = {name for finding in open_findings for name in finding.layers}
     regions = [(k, r) for k, r in rows.items() if r.verdict == GUILTY and r.region and r.name in unexplained]
     regions = [(k, r) for k, r in regions if r.side == "test" and can_build(explainer.run, k.component)]
     regions.sort(key=lambda item: item[1].severity, reverse=True)
@@ -52,10 +53,6 @@ def look_inside(
         remaining for finding in findings if (remaining := _without(finding, explained_names)) is not None
     ]
     return [*new_findings, *other_findings]
-
-
-def _unexplained(finding: Finding) -> bool:
-    return finding.cause == UNKNOWN or bool(finding.evidence.get("magnitude_only"))
 
 
 def can_build(run: CandidateRun, component: str) -> bool:

@@ -49,7 +49,8 @@ class DetectorLayers(Unglued):
         cloud = open_data(None, features=self._columns, class_names=(), count=1, first=seed).sample(0)
         result, examples = client.call("inputs", cloud.arrays)
         self._reason = result["reason"]
-        self._noise = {branch: _shape(c) for branch, c in result["channels"].items() if branch not in examples and c}
+        channels = {branch: c for branch, c in result["channels"].items() if branch not in examples and c}
+        self._noise = {branch: (1, c, *(IMAGE if c == 3 else CANVAS)) for branch, c in channels.items()}
         self.notes: list[str] = []
         """Remarks that a reader of the results must know."""
         if left_out := about.get("left_out"):
@@ -142,11 +143,6 @@ def _read_program(file: Path) -> nn.Module:
 def _input(branch: str) -> str:
     """Name of a branch's input: unique among the branches, and not that of an output."""
     return f"{branch}_input"
-
-
-def _shape(channels: int) -> tuple[int, int, int, int]:
-    """Shape of noise for a backbone whose first convolution takes ``channels``: an image's, or a canvas's."""
-    return (1, channels, *(IMAGE if channels == 3 else CANVAS))
 
 
 def _holds_tensors(inputs: Path) -> bool:

@@ -216,7 +216,7 @@ def find_accused(saved: SavedResult, layer: str | None = None, backend: str | No
     test, row = _row(saved.result.tests, layer, backend)
     record = saved.result.reference if row.side == "reference" else test.backend
     capture = saved.capture(row.sample, record.spec)
-    ran = saved.graphs if row.side == "reference" else saved.test_graphs(test)
+    ran = saved.graphs if row.side == "reference" else saved.opened(test.programs)
     graphs = {"program": saved.graphs, "test program": ran}
     for kind, graph_of in graphs.items():
         if row.component not in graph_of:

@@ -46,6 +46,7 @@ def readme(
     ``history``: steps that made the case as small as it is.
     """
     row = accused.row
+    compared = accused.test.backend.spec if row.side == "reference" else "the reference"
     worst = max(measured.values(), key=lambda o: (o.fails, o.strength))
     lines = [
         f"# {markdown(title(accused, case))}",
@@ -85,7 +86,7 @@ def readme(
         ("model", markdown(accused.model)),
         ("layer", f"{code_span(row.name)} ({markdown(row.op)}), value {code_span(row.onnx)} of component "
                   f"{code_span(row.component)}"),
-        ("backends", markdown(f"{accused.backend.spec}, found in a comparison with {_others(accused)}")),
+        ("backends", markdown(f"{accused.backend.spec}, found in a comparison with {compared}")),
         ("divergence there", f"max {number(row.stats.max_abs)}, relative L2 {number(row.stats.rel_l2)}"),
         ("introduced, expected, excess", ", ".join(_figures(row.replay))),
         ("why", markdown(row.why or row.verdict)),
@@ -119,10 +120,6 @@ def polygraphy_command(arguments: Iterable[str], atol: Mapping[str, float]) -> s
     limits = [f"{limit:.6g}" if len(atol) == 1 else f"{name}:{limit:.6g}" for name, limit in atol.items()]
     command = ["polygraphy", "run", "model.onnx", *arguments, "--data-loader-script", "repro.py:load_data"]
     return shlex.join([*command, "--load-outputs", "expected.json", "--rtol", "0", "--atol", *limits])
-
-
-def _others(accused: Accused) -> str:
-    return accused.test.backend.spec if accused.row.side == "reference" else "the reference"
 
 
 def _origin(case: Case, name: str) -> str:

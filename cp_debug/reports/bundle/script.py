@@ -152,15 +152,12 @@ def repro(title: str, backend: Backend, limits: Mapping[str, float], build: Mapp
         versions = f'"{"emulated" if emulated else "backend"}:", {str(backend.spec)!r}'
         run = _EMULATED.format(spec=str(backend.spec), options=_emulation(backend) if emulated else "")
     imports = "\n".join(f"import {module}" for module in modules)
+    within = "{" + ", ".join(f"{name!r}: {limit:.6g}" for name, limit in limits.items()) + "}"
     return _SCRIPT.substitute(
-        title=title, needs=needs, imports=imports, libraries=libraries, limits=_dict(limits), versions=versions, run=run
+        title=title, needs=needs, imports=imports, libraries=libraries, limits=within, versions=versions, run=run
     )
 
 
 def _emulation(backend: Any) -> str:
     options = {"overrides": dict(backend.overrides), "tile": backend.arithmetic.tile}
     return ", ".join(f"{name}={value!r}" for name, value in options.items() if value)
-
-
-def _dict(limits: Mapping[str, float]) -> str:
-    return "{" + ", ".join(f"{name!r}: {limit:.6g}" for name, limit in limits.items()) + "}"
