@@ -203,7 +203,14 @@ def test_dictionaries_are_changed_and_spread_as_in_python(tmp_path: Path) -> Non
         "c": {"x": 1, "deep": deep, "z": False},
     }
     for text, says in (
-        ("a = {}\na['a'] = a\n", "nested too deep"),
+        ("a = {}\na['a'] = a\n", "unfolds to more than 50000 values or 64 levels"),
+        ("a = {}\na['a'] = a\nb = f'{a}'\n", "line 3: .* unfolds to more than"),
+        ("a = [0]\n" + "a = [a, a]\n" * 60 + "b = {}\nb[a]\n", "only literals"),
+        ("a = [0]\n" + "a = [a, a]\n" * 60 + "b = {}\nc = b[a]\n", "unfolds to more than"),
+        ("a = [0]\n" + "a = [a, a]\n" * 60, "unfolds to more than"),
+        ("a = 3\n" + "a = a * a\n" * 60, r"line 11: .* a number of \d+ bits"),
+        ("a = 'x'\n" + "a = f'{a}{a}'\n" * 60, "too long a text"),
+        ("a = 'x'\n" + "a = a + a\n" * 60, "unfolds to more than"),
         ("a = 'text'\na['b'] = 1\n", "expected a dictionary"),
         ("a = dict(**[1])\n", "expected a dictionary"),
         ("a = {}\na[[1]] = 2\n", "a list or a dictionary cannot be a key"),
@@ -211,7 +218,7 @@ def test_dictionaries_are_changed_and_spread_as_in_python(tmp_path: Path) -> Non
         ("a = {}\na.update({{}: 2})\n", "a list or a dictionary cannot be a key"),
         ("a = [0] * 3\n", "expected a number"),
         ("a = {}\nb = [a] * 1\n", "expected a number"),
-        ("a = {}\nb = [" + "a, " * 5000 + "]\na['x'] = ['b', 'c', 'd', 'e']\n", "unfolds to more than"),
+        ("a = {}\nb = [" + "a, " * 13_000 + "]\na['x'] = ['b', 'c', 'd', 'e']\n", "unfolds to more than"),
     ):
         with pytest.raises(InputError, match=says):
             read_settings(write(tmp_path, "d.py", text))
@@ -442,8 +449,8 @@ def test_a_configuration_calls_its_functions_a_thousand_times(tmp_path: Path, ca
         ("x = 20000 ** 2", ""),
         ("x = 20001 ** 2", "expected a power of 0 to 64"),
         ("x = 1 << 0", ""),
-        (f"x = [{'None,' * 19_999}]", ""),
-        (f"x = [{'None,' * 20_000}]", "unfolds to more than 20000"),
+        (f"x = [{'0,' * 49_990}]", ""),
+        (f"x = [{'0,' * 50_000}]", "unfolds to more than 50000"),
     ],
     ids=lambda text: text[:20],
 )

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from cp_debug.errors import DAMAGED, Damage, InputError, library_reason
 from cp_debug.files import resolved
-from cp_debug.reading import parse_json, plain, read_text
+from cp_debug.reading import LONGEST_NUMBER, MOST, parse_json, plain, read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -121,8 +121,7 @@ _ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
 }
 _TEXT_METHODS = ("strip", "lstrip", "rstrip")
 _BAD_KEY = "a list or a dictionary cannot be a key"
-_LARGEST_SHIFT = 64
-_LARGEST_VALUE = 20_000
+_LARGEST_SHIFT, _LARGEST_BASE = 64, 20_000
 _MOST_CALLS = 1000
 
 
@@ -205,9 +204,6 @@ class _Reader:
         self._functions: dict[str, tuple[list[str], ast.expr]] = {}
         """Name → its arguments, and what it returns."""
         self._calls = 0
-        self._sizes: dict[int, int] = {}
-        """Values in each container, those of containers in it included, by its identity."""
-        self._kept: list[Any] = []
         self.base: dict[str, Any] = {}
 
     def take(self, statement: ast.stmt) -> None:
@@ -245,12 +241,10 @@ class _Reader:
                 self._refuse(statement)
 
     def settings(self) -> dict[str, Any]:
-        """The settings that were assigned, without variables. Raises InputError where it unfolds to too many values."""
+        """The settings that were assigned, without variables, as ``plain`` has them."""
         variables = self._used - self._dialect.keys if self._dialect.keys else set()
         settings = {k: value for k, value in self.values.items() if not k.startswith("_") and k not in variables}
-        if any(self._size(value) > _LARGEST_VALUE for value in settings.values()):  # changed after it was assigned
-            raise InputError(f"{self._path}: unfolds to more than {_LARGEST_VALUE} values or characters")
-        return settings
+        return plain(settings, str(self._path), nulls=True)
 
     def _assign(self, statement: ast.stmt, name: str, value: Any) -> None:
         if name != "_base_":
@@ -268,7 +262,6 @@ class _Reader:
             settings.update(items())
         except TypeError:
             self._refuse(target, _BAD_KEY)
-        self._sizes.clear()  # of the containers that hold this one, too
 
     def inherit(self, files: Any, source: str) -> None:
         """Read the files that this one inherits from. Raises InputError, starting with ``source``."""
@@ -287,24 +280,9 @@ class _Reader:
 
     def _value(self, node: ast.expr) -> Any:
         try:
-            value = self._evaluated(node)
+            return self._evaluated(node)
         except TypeError:
             self._refuse(node, _BAD_KEY)
-        if self._size(value) > _LARGEST_VALUE:
-            self._refuse(node, f"unfolds to more than {_LARGEST_VALUE} values or characters")
-        return value
-
-    def _size(self, value: Any) -> int:
-        """Values in it, or characters, or bits: what writing it out would take."""
-        if isinstance(value, list | dict):
-            if id(value) not in self._sizes:
-                parts = value if isinstance(value, list) else (part for item in value.items() for part in item)
-                self._sizes[id(value)] = 1 + sum(map(self._size, parts))
-                self._kept.append(value)  # or its identity could become another's
-            return self._sizes[id(value)]
-        if isinstance(value, str | bytes):
-            return max(1, len(value) // 16)
-        return max(1, value.bit_length() // 16) if isinstance(value, int) else 1
 
     def _evaluated(self, node: ast.expr) -> Any:
         match node:
@@ -367,7 +345,7 @@ class _Reader:
         try:
             return container[index]
         except (LookupError, TypeError):
-            self._refuse(node, f"there is no item {index!r}")
+            self._refuse(node, f"there is no item {plain(index, self._at(node), nulls=True)!r}")
 
     def _number(self, node: ast.expr) -> Any:
         value = self._value(node)
@@ -377,24 +355,29 @@ class _Reader:
         compute = _ARITHMETIC.get(type(node.op)) or self._refuse(node)
         left, right = self._value(node.left), self._value(node.right)
         if isinstance(node.op, ast.Add) and type(left) is type(right) and isinstance(left, str | list):
+            if len(left) + len(right) > MOST:
+                self._refuse(node, f"unfolds to more than {MOST} values or characters")
             return left + right
         if not (isinstance(left, int | float) and isinstance(right, int | float)):
             self._refuse(node, "expected a number")
         if isinstance(node.op, ast.LShift) and not (isinstance(right, int) and 0 <= right <= _LARGEST_SHIFT):
             self._refuse(node, f"expected a shift of 0 to {_LARGEST_SHIFT}")
-        if isinstance(node.op, ast.Pow) and not (abs(left) <= _LARGEST_VALUE and 0 <= right <= _LARGEST_SHIFT):
+        if isinstance(node.op, ast.Pow) and not (abs(left) <= _LARGEST_BASE and 0 <= right <= _LARGEST_SHIFT):
             self._refuse(node, f"expected a power of 0 to {_LARGEST_SHIFT}")
         try:
-            return compute(left, right)
+            value = compute(left, right)
         except (ArithmeticError, TypeError) as error:
             self._refuse(node, str(error))
+        if isinstance(value, int) and value.bit_length() > LONGEST_NUMBER:
+            self._refuse(node, f"a number of {value.bit_length()} bits")
+        return value
 
     def _text(self, node: ast.expr) -> str:
         if isinstance(node, ast.FormattedValue):
             if node.format_spec is not None or node.conversion != -1:
                 self._refuse(node)
             node = node.value
-        return str(self._value(node))
+        return str(plain(self._value(node), self._at(node), nulls=True))
 
     def _call(self, node: ast.Call) -> Any:
         match node:
@@ -403,7 +386,7 @@ class _Reader:
             case ast.Call(func=ast.Name(id="dict"), args=args) if len(args) < 2:
                 return self._merged([*args, *self._by_name(node)])
             case ast.Call(func=ast.Name(id="str"), args=[value], keywords=[]):
-                return str(self._value(value))
+                return self._text(value)
             case ast.Call(func=ast.Attribute(value=of, attr=name), args=args, keywords=[]) if name in _TEXT_METHODS:
                 text, arguments = self._value(of), [self._value(arg) for arg in args]
                 if isinstance(text, str) and all(isinstance(arg, str) for arg in arguments) and len(arguments) < 2:
