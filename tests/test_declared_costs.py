@@ -26,7 +26,7 @@ from cp_debug.graph.qdq import insert_qdq, remove_qdq
 from cp_debug.programs.precision import PRECISIONS
 from cp_debug.quantization.quantized_programs import Calibration
 from cp_debug.reports.causes import lines
-from cp_debug.reports.verdict_line import headline
+from cp_debug.reports.verdict_line import headline, verdict_line
 from cp_debug.safe_text import percent
 
 
@@ -130,6 +130,66 @@ def test_what_overflows_is_kept_in_fp32_as_far_as_what_makes_it_small_again(tmp_
         after = followed(path, finding)
         assert max(row.stats.rel_l2 for row in after.outputs) == pytest.approx(finding.evidence["after"], rel=1e-3)
         assert finding.evidence["after"] < 1e-3 < finding.evidence["before"]
+
+
+def test_what_rounds_in_front_is_kept_in_fp32_too(tmp_path: Path) -> None:
+    """|a|² + |b|² − 2ab: the squares round as much as the difference that cancels them, so all of it must be exact."""
+    net = NetBuilder()
+    squares = [
+        net.op("ReduceSum", net.op("Mul", s, s, name=f"{s}{s}"), net.weight(np.array([1])), name=s * 3) for s in "ab"
+    ]
+    twice = net.op("Mul", net.op("MatMul", "a", net.op("Transpose", "b", perm=[1, 0])), const(net, 2.0), name="twice")
+    total = net.op("Add", squares[0], net.op("Transpose", squares[1], perm=[1, 0]), name="total")
+    apart = net.op("Sqrt", net.op("Abs", net.op("Sub", total, twice, name="apart")))
+    net.op("ReduceMin", apart, axes=[1], name="y")
+    path = net.save(tmp_path / "distance.onnx", {"a": (1, [16, 3]), "b": (1, [16, 3])}, ["y"])
+    a = net.rng.uniform(0, 100, (16, 3)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", a=a, b=a + 0.3 * net.rng.standard_normal((16, 3)).astype(np.float32))
+    _, finding = found(path)
+    assert {"node_aa", "node_bb", "node_apart"} <= set(finding.evidence["keep_fp32"])
+    assert finding.evidence["after"] < 0.02 < finding.evidence["before"]
+    assert followed(path, finding).agrees
+
+
+def test_for_whole_numbers_a_set_is_told_by_how_many_flip(tmp_path: Path) -> None:
+    """Cells of a grid, (x + 51.2) ÷ 0.05: the index is off by little, and the cell is another one."""
+    net = NetBuilder()
+    places = net.op("Div", net.op("Add", "x", const(net, 51.2), name="shifted"), const(net, 0.05), name="cells")
+    net.op("Cast", net.op("Floor", places, name="floor"), to=7, name="index")
+    path = net.save(tmp_path / "cells.onnx", {"x": (1, [500])}, ["index"])
+    np.savez(tmp_path / "x.npz", x=net.rng.uniform(-51, 51, 500).astype(np.float32))
+    test, finding = found(path)
+    assert finding.evidence["before"] == test.outputs[0].stats.unequal / 500 > 0.2
+    assert finding.evidence["after"] < 0.01
+    assert finding.evidence["keep_fp32"] == ["node_shifted", "node_cells", "node_floor"]
+
+
+@pytest.mark.parametrize(
+    ("last", "layer", "lost"),
+    [(("Add", 1e-12), "node_least", "1e-12 is 0 in FP16"), (("Min", 1 - 1e-6), "node_least", "0.999999 is 1 in FP16")],
+)
+def test_nan_or_inf_come_from_what_became_0_or_1(
+    tmp_path: Path, last: tuple[str, float], layer: str, lost: str
+) -> None:
+    """x ÷ √(Σx² + ε) of zeros, and p ÷ (1 − p) of a sure p, whose own rounding to 1 makes neither."""
+    net = NetBuilder()
+    op, limit = last
+    if op == "Add":
+        squares = net.op("ReduceSum", net.op("Mul", "x", "x"), net.weight(np.array([1])), name="squares")
+        net.op("Div", "x", net.op("Sqrt", net.op("Add", squares, const(net, limit), name="least")), name="y")
+    else:
+        p = net.op("Min", net.op("Sigmoid", "x", name="sure"), const(net, limit), name="least")
+        net.op("Log", net.op("Div", p, net.op("Sub", const(net, 1.0), p, name="rest"), name="odds"), name="y")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [4, 8])}, ["y"])
+    x = net.rng.standard_normal((4, 8)).astype(np.float32)
+    x[2] = 0 if op == "Add" else 20
+    np.savez(tmp_path / "x.npz", x=x)
+    test, finding = found(path)
+    assert finding.layers == [layer]
+    assert finding.says == f"FP16 as declared: {lost}; NaN or Inf follows later"
+    assert f"NaN or Inf comes from {layer}: {lost}; " in verdict_line(test).plain
+    assert "adds up" not in verdict_line(test).plain
+    assert followed(path, finding).agrees
 
 
 @pytest.mark.parametrize(("share", "told"), [(-0.004, "0%"), (0.004, "0%"), (-0.006, "-1%"), (0.62, "62%")])

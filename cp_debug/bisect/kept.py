@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from cp_debug.backends.arithmetic import ARITHMETICS, FP32, INT8, overrides_of
@@ -17,6 +18,7 @@ from cp_debug.bisect.result import LayerRow
 from cp_debug.errors import InputError
 from cp_debug.graph.half_precision import narrow_values
 from cp_debug.graph.operators import ALL_MOVERS, MOVING
+from cp_debug.probes.arrays import as_numpy
 from cp_debug.probes.distance import outputs_apart
 from cp_debug.programs.layers import layer_name
 from cp_debug.programs.pipeline import Key, by_reference
@@ -46,7 +48,8 @@ WIDEST = 0.5
 
 @dataclass(frozen=True)
 class TriedSet:
-    """A set that was tried: relative L2 of the worst final output from the reference's, with it and without."""
+    """A set that was tried: relative L2 of the worst final output from the reference's, or the part of whole numbers
+    that flip, with it and without."""
 
     nodes: tuple[Name, ...]
     after: float
@@ -54,6 +57,8 @@ class TriedSet:
     trials: int
     layers: int = 0
     """How many of the layers that were asked for are in it."""
+    vital: tuple[Name, ...] = ()
+    """Those of its nodes without which the outputs are not finite."""
 
 
 class KeepTrials:
@@ -131,22 +136,24 @@ class KeepTrials:
         """A set with the nodes ``first``, or some of them, that leaves less than half of the divergence.
 
         A node in FP32 helps nothing where what feeds or reads it rounds the same numbers: the set grows by readers, and
-        by what moves numbers in front, until little is left; then what is needless is taken out again. None where no
-        set helps. Raises InputError where a run fails.
+        by what moves numbers in front, then by all that is in front, until little is left; then what is needless is
+        taken out again. None where no set helps. Raises InputError where a run fails.
         """
         before = self._error(frozenset())
-        enough = ENOUGH * before if math.isfinite(before) else self._precision.rtol
+        enough = min(ENOUGH * before, self._precision.rtol)
         nodes = {(c, node.name): node.op for c, graph in self._graphs.items() for node in graph.nodes}
         computing = {name for name, op in nodes.items() if op not in MOVING}
         kept = best = frozenset(name for name in first if nodes[name] != "Constant")  # who reads one, rounds it
-        while len(self._errors) < TRIALS:
-            if self._error(kept) < self._error(best):
-                best = kept
-            grown = kept | self._around(kept)
-            too_wide = len(grown & computing) > WIDEST * len(computing) and len(grown) > MOST
-            if self._error(best) <= enough or grown == kept or too_wide:
-                break
-            kept = grown
+        wider = 2 * MOST if len(first) <= MOST else MOST
+        for around, widest in ((self._behind, MOST), (self._in_front, wider)):
+            while len(self._errors) < TRIALS:
+                if self._error(kept) < self._error(best):
+                    best = kept
+                grown = kept | around(kept)
+                too_wide = len(grown & computing) > WIDEST * len(computing) and len(grown) > widest
+                if self._error(best) <= enough or grown == kept or too_wide:
+                    break
+                kept = grown
         if not self._error(best) <= HELPS * before or math.isinf(self._error(best)):
             return None
         most = max(1.1 * self._error(best), enough)
@@ -155,7 +162,9 @@ class KeepTrials:
                 break
             if self._error(best - {name}) <= most:
                 best -= {name}
-        return TriedSet(tuple(name for name in nodes if name in best), self._error(best), before, len(self._errors))
+        chosen = tuple(name for name in nodes if name in best)
+        vital = tuple(name for name in chosen if math.isinf(self._errors.get(best - {name}, math.inf)))
+        return TriedSet(chosen, self._error(best), before, len(self._errors), vital=vital)
 
     def names(self, nodes: Sequence[Name]) -> list[str]:
         """The nodes as ``--keep-fp32`` takes them: a module's layers by their paths, others by the node's name, with
@@ -165,7 +174,7 @@ class KeepTrials:
         alone = len(self._graphs) == 1
         return [name if alone or name != node else f"{component}/{node}" for name, component, node in names]
 
-    def _around(self, kept: Collection[Name]) -> set[Name]:
+    def _behind(self, kept: Collection[Name]) -> set[Name]:
         """Readers of the nodes, and nodes in front of them that move or cast numbers."""
         found: set[Name] = set()
         for component, graph in self._graphs.items():
@@ -175,10 +184,23 @@ class KeepTrials:
                 found |= {(component, m.name) for m in makers if m and (m.op in ALL_MOVERS or m.op == "Cast")}
         return found
 
+    def _in_front(self, kept: Collection[Name]) -> set[Name]:
+        """Nodes that make what these read."""
+        return {
+            (component, maker.name)
+            for component, graph in self._graphs.items()
+            for node in graph.nodes
+            if (component, node.name) in kept
+            for maker in map(graph.producer.get, node.inputs)
+            if maker and maker.op != "Constant"
+        }
+
     def _error(self, kept: frozenset[Name]) -> float:
         if kept not in self._errors:
             outputs = walk(self._model, self._sample, self._runner(kept))[self._model.components[-1].name]
-            self._errors[kept] = outputs_apart(outputs, self._reference)
+            whole = {n: as_numpy(t) for n, t in self._reference.items() if as_numpy(t).dtype.kind in "biu"}
+            flips = (np.mean(as_numpy(outputs[n]) != t) for n, t in whole.items() if outputs[n].shape == t.shape)
+            self._errors[kept] = max(outputs_apart(outputs, self._reference), *map(float, flips), 0.0)
         return self._errors[kept]
 
     def _runner(self, kept: frozenset[Name]) -> Callable[[Component, Arrays], Arrays]:

@@ -30,6 +30,8 @@ SAID = {
         "unquantized",
         "after",
         "before",
+        "vital",
+        "lost",
         "change",
         "read_off",
     ),

@@ -134,6 +134,8 @@ def _comes_from(test: TestResult) -> str:
         return f"one side alone rounds a scalar, at {some(scalars, MOST_NAMES)}"
     if flips := [name for f in test.findings if "flips" in f.evidence for name in f.layers]:
         return f"the rounding of {some(flips, MOST_NAMES)} makes whole numbers flip"
+    if lost := next((f for f in test.findings if "lost" in f.evidence), None):
+        return f"NaN or Inf comes from {lost.layers[0]}: {lost.evidence['lost']}"
     few = next((f for f in test.findings if f.evidence.get("declared") and f.effect.share is not None), None)
     few = few or next((f for f in test.findings if f.cause == "int8" and (f.effect.share or 0.0) >= MOST), None)
     if few is None:

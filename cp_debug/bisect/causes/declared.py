@@ -195,10 +195,14 @@ def declared(
     elif trials is not None:
         fix, figures = kept(trials, [row for _, row in first or rounds])
         evidence |= figures
-        lost = [(item, text) for item in rounds if item[1].name in figures.get("keep_fp32", ())
-                for text in _vanished(segment(*item), name)]  # fmt: skip
-        if lost and not math.isfinite(figures["before"]):  # shares of NaN say nothing
-            told, says = [item for item, _ in lost], f"{name} as declared: {lost[0][1]}; NaN or Inf follows later"
+        if not math.isfinite(figures.get("before", 0.0)):  # shares of NaN say nothing
+            vital = [
+                item for item in sorted(rounds, key=lambda item: item[1].index) if item[1].name in figures["vital"]
+            ]
+            lost = ((item, text) for item in vital for text in _vanished(segment(*item), name))
+            if found := next(lost, None):
+                told, says = [found[0]], f"{name} as declared: {found[1]}; NaN or Inf follows later"
+                evidence["lost"] = found[1]
     yield Finding(
         claim,
         says,
@@ -235,10 +239,12 @@ def flipped(run: CandidateRun, rows: Rows, flips: Sequence[Flip], trials: KeepTr
 
 
 def _vanished(segment: Segment, name: str) -> Iterator[str]:
-    """``1e-12 is 0 in FP16``, where a result that is a number is 0 as it is held."""
-    gone = (segment.test == 0) & (segment.exact != 0)
+    """``1e-12 is 0 in FP16``, where a result is not 0, 1 or −1, but is so as it is held: ε, or a probability."""
+    gone = (segment.test.abs() == segment.test.abs() ** 2) & (segment.exact != segment.test)
     if bool(gone.any()):
-        yield f"{in_digits(float(segment.exact[gone].abs().max()))} is 0 in {name}"
+        exact, held = segment.exact[gone].flatten(), segment.test[gone].flatten()
+        most = int((exact - held).abs().argmax())
+        yield f"{in_digits(float(exact[most]))} is {in_digits(float(held[most]))} in {name}"
 
 
 def kept(trials: KeepTrials, rows: Sequence[LayerRow]) -> tuple[str, dict[str, Any]]:
@@ -251,7 +257,8 @@ def kept(trials: KeepTrials, rows: Sequence[LayerRow]) -> tuple[str, dict[str, A
     if found is None:
         return "no fix found: with these layers and those around them in FP32, over half of it remains, emulated", {}
     names = trials.names(found.nodes)
-    return in_words(found, names), {"keep_fp32": names, "after": found.after, "before": found.before}
+    vital = {} if math.isfinite(found.before) else {"vital": trials.names(found.vital)}
+    return in_words(found, names), {"keep_fp32": names, "after": found.after, "before": found.before, **vital}
 
 
 def _first(rounds: Sequence[tuple[Key, LayerRow]]) -> list[tuple[Key, LayerRow]]:
