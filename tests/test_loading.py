@@ -58,17 +58,20 @@ class Watched(MetaPathFinder, Loader):
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_collector_rests_while_torch_is_loaded(monkeypatch: pytest.MonkeyPatch, enabled: bool) -> None:
-    frozen, watched = list[str](), Watched()
+    frozen, thresholds, watched = list[str](), list[int](), Watched()
     if not enabled:
         gc.disable()
     monkeypatch.setattr(gc, "freeze", lambda: frozen.append("frozen"))
+    monkeypatch.setattr(gc, "set_threshold", thresholds.append)
     monkeypatch.setattr(sys, "meta_path", [watched, *sys.meta_path])
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     try:
         load_torch()
         load_torch()  # is there by now
     finally:
+        sys.modules.pop("torch", None)  # the watched one
         monkeypatch.undo()
         after = gc.isenabled()
         gc.enable()
     assert (watched.on, after, frozen) == (False, enabled, ["frozen"])
+    assert thresholds and thresholds[0] > 10 * gc.get_threshold()[0]  # collections after it are rare
