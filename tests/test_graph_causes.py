@@ -419,6 +419,47 @@ def test_an_operator_that_others_compute_to_another_result_is_another_operator(t
     assert [f.cause for f in test.findings if "node_erf" in f.layers] == ["unknown"]
 
 
+def _rotation(made: NetBuilder, a: str, b: str, wrong: bool) -> str:
+    """Pairs turned by an angle, or by its negative."""
+    cos, sin = (made.weight(f(np.arange(8) / 3).astype(np.float32)) for f in (np.cos, np.sin))
+
+    def turned(kind: str, x: str, y: str) -> str:
+        operands = (made.op("Mul", z, w, name=f"{z}_{w}_{wrong}") for z, w in ((x, cos), (y, sin)))
+        return made.op(kind, *operands, name=f"{kind}_{wrong}")
+
+    kinds = ("Add", "Sub") if wrong else ("Sub", "Add")
+    return made.op("Concat", turned(kinds[0], a, b), turned(kinds[1], b, a), axis=1, name=f"turned_{wrong}")
+
+
+def _remainder(made: NetBuilder, a: str, b: str, wrong: bool) -> str:
+    """The remainder with the divisor's sign, or with the dividend's."""
+    divisor, x = made.weight(np.float32(0.3)), made.op("Concat", a, b, axis=1, name="both")
+    if wrong:
+        return made.op("Mod", x, divisor, fmod=1)
+    return made.op("Sub", x, made.op("Mul", made.op("Floor", made.op("Div", x, divisor)), divisor))
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        (_rotation, "Sub is Add in the test; Add is Sub in the test"),
+        (_remainder, "Div, Floor, Mul, Sub are computed by Mod in the test, with another result"),
+    ],
+)
+def test_operators_that_stand_for_several_are_another_operator(
+    written: Callable[[NetBuilder, str, str, bool], str], says: str, tmp_path: Path
+) -> None:
+    """Nothing between the first of them and the product behind was compared."""
+    for wrong in (False, True):
+        made = NetBuilder(5)
+        a, b = (made.conv("x", 4, 8, name=name) for name in ("a", "b"))
+        made.conv(written(made, a, b, wrong), 16, 8, name="y")
+        made.save(tmp_path / f"{wrong}.onnx", {"x": (1, [1, 4, 8, 8])}, ["y"])
+    (test,) = bisect(str(tmp_path / "False.onnx"), "ort,ort-none", test_model=tmp_path / "True.onnx").tests
+    (finding,) = test.findings
+    assert (finding.cause, finding.says) == ("other-operator", says)
+
+
 @pytest.mark.parametrize(
     ("value", "op", "constants", "cause", "says"),
     [

@@ -101,6 +101,21 @@ class Pieces:
                 pairs.append((twin, self._same_inputs(twin, node)))
         unmatched = [n for n in self._mine if not any(n is a for a, _ in pairs) and n.op != "Constant"]
         unmatched_test = [n for n in self._own if not any(n is b for _, b in pairs) and n.op != "Constant"]
+        names = self._names | {o: name for a, b in pairs for o, name in zip(b.outputs, a.outputs, strict=False)}
+        for alike in (True, False):
+            # As many nodes on both sides: another operator on the same operands was exchanged, and none left out.
+            for node in [*unmatched_test] if alike or len(unmatched) == len(unmatched_test) else ():
+                read = sorted(
+                    self._theirs.digest(n) if n in self._theirs else names.get(n, n) for n in node.proto.input
+                )
+                twins = [n for n in unmatched if (n.op == _plain(node)) is alike and self._read(n) == read]
+                told = attributes(self._test, node)
+                twin = min(twins, key=lambda n: attributes(self._reference, n) != told, default=None)
+                if twin is not None:
+                    pairs.append((twin, node))
+                    names.update(zip(node.outputs, twin.outputs, strict=False))
+                    unmatched.remove(twin)
+                    unmatched_test.remove(node)
         matcher = difflib.SequenceMatcher(
             None, [n.op for n in unmatched], [_plain(n) for n in unmatched_test], autojunk=False
         )
@@ -108,6 +123,10 @@ class Pieces:
             if tag == "equal" or (tag == "replace" and j - i == m - k == 1):
                 pairs += zip(unmatched[i:j], unmatched_test[k:m], strict=True)
         return pairs
+
+    def _read(self, node: Node) -> list[str]:
+        """What a node of the reference reads, constants by what they hold, in no order."""
+        return sorted(self._ours.digest(n) if n in self._ours else n for n in node.proto.input)
 
     def _same_inputs(self, ours: Node, theirs: Node) -> Node:
         """``theirs``, or the node of its kind that reads what ``ours`` reads: another was put behind it, which took
@@ -131,6 +150,14 @@ class Pieces:
     def common(self) -> list[Node]:
         """The test's nodes that the reference has, too."""
         return [b for _, b in self._pairs]
+
+    @property
+    def replaced(self) -> tuple[list[Node], list[Node]]:
+        """The reference's nodes that the test does not have, and those that it has instead, in execution order."""
+        exchanged = [(a, b) for a, b in self._pairs if a.op != _plain(b)]
+        sides = [*self._missing, *(a for a, _ in exchanged)], [*self._added, *(b for _, b in exchanged)]
+        ours, theirs = (sorted(nodes, key=lambda n: n.index) for nodes in sides)
+        return ours, theirs
 
     @property
     def is_rewritten(self) -> bool:

@@ -27,6 +27,7 @@ from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import QUANTIZERS, VIEWS
 from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.node_differences import ACTIVATIONS, NodeDifference
+from cp_debug.safe_text import amount
 
 FOLDED = {"channels-scaled", "other-weights", "weights-scaled", "bias-scaled"}
 """Causes that a weight comparison finds when another BatchNorm was folded into the weights."""
@@ -43,6 +44,7 @@ HARMLESS = 1e-3
 """Part of what the test has changed up to which a difference by itself changes nothing."""
 SHOWN = 3
 """Differences in one line."""
+READ_OFF = "the difference of the two graphs"
 
 
 Failed = Callable[[Exception], None]
@@ -62,9 +64,9 @@ def difference(piece: OtherPiece) -> tuple[Candidate | None, list[NodeDifference
         return candidate, node_differences
     wrong, harmless = _tried_alone(piece, node_differences)
     node_differences = [*wrong, *harmless]
-    telling = [d for d in node_differences if not d.added and not (d.structural and rewritten)]
+    telling = [d for d in wrong if not d.added and not (d.structural and rewritten)]
     if not telling or (value := piece.result) is None:
-        return None, node_differences
+        return None, wrong
     # One difference, or one that a node was told, says more than where elements come from.
     unclear = len(node_differences) > 1 and all(d.structural or d.evidence.get("change") == "shape" for d in telling)
     moved = _moved(piece) if unclear else None
@@ -233,15 +235,16 @@ def _name_of(nodes: Sequence[Node], constants: Constants, count: int) -> str:
 
 
 def _written_out(piece: OtherPiece) -> Candidate | None:
-    """The candidate of an operator that the test computes by several others, where these, without any rounding, give
-    another result. None where they read constants that the operator does not: what those hold may be what is wrong."""
+    """The candidate of operators that the test has others for, where these, without any rounding, give another result.
+    None where they read constants that the reference's do not: what those hold may be what is wrong."""
     segment, theirs = piece.segment, piece.other.constants
-    if len(segment.nodes) != 1 or len(piece.nodes) < 2 or segment.test.shape != segment.exact.shape:
+    nodes, others = piece.matched.replaced
+    if not nodes or not others or segment.test.shape != segment.exact.shape:
         return None
-    (node,), ours = segment.nodes, Constants(segment.graph)
-    digests = {ours.digest(name) for name in node.inputs if name in ours}
-    read = {n for m in piece.nodes for n in m.inputs if n in theirs}
-    if any(theirs.size(n) > FEW and theirs.digest(n) not in digests for n in read):
+    ours = Constants(segment.graph)
+    digests = {ours.digest(name) for node in nodes for name in node.inputs if name in ours}
+    read = {n for m in others for n in m.inputs if n in theirs}
+    if any(theirs.size(n) > FEW and theirs[n].dtype.kind == "f" and theirs.digest(n) not in digests for n in read):
         return None
     try:
         value = piece.run()
@@ -249,10 +252,14 @@ def _written_out(piece: OtherPiece) -> Candidate | None:
         return None
     if value.shape != segment.test.shape:
         return None
-    ops = [n.op for n in piece.nodes if n.op != "Constant"]
-    says = f"{node.op} is computed by {', '.join(ops)} in the test, with another result"
-    evidence = {"node": node.name, "op": node.op, "test_ops": ops, "read_off": "the difference of the two graphs"}
-    return Candidate("other-operator", says, value, 0, evidence, f"restore {node.op} at {{layers}}")
+    ops, test_ops = [n.op for n in nodes], [n.op for n in others]
+    differences = piece.matched.differences()
+    says = f"{', '.join(ops)} {'is' if len(ops) == 1 else 'are'} computed by {', '.join(test_ops)}"
+    exchanged = all("test_op" in d.evidence for d in differences if d.structural)
+    says = _says(differences) if exchanged else f"{says} in the test, with another result"
+    evidence = {"node": nodes[0].name, "op": ops[0], "test_ops": test_ops, "read_off": READ_OFF}
+    fix = f"restore {', '.join(ops)} at {{layers}}"
+    return Candidate("other-operator", says, value, 0, evidence, fix)
 
 
 def _folded(piece: OtherPiece, differences: Sequence[NodeDifference]) -> bool:
@@ -285,7 +292,7 @@ def _kept(difference: NodeDifference) -> bool:
 
 
 def _read(difference: NodeDifference) -> dict[str, Any]:
-    return {"node": difference.node, **difference.evidence, "read_off": "the difference of the two graphs"}
+    return {"node": difference.node, **difference.evidence, "read_off": READ_OFF}
 
 
 def _says(differences: Sequence[NodeDifference]) -> str:
@@ -293,7 +300,7 @@ def _says(differences: Sequence[NodeDifference]) -> str:
     together = f"{', '.join(left_out)} are left out"
     says = [together if len(left_out) > 1 and d.evidence.get("op") in left_out else d.says for d in differences]
     says = list(dict.fromkeys(says))
-    more = f"; and {len(says) - SHOWN} more differences" if len(says) > SHOWN else ""
+    more = f"; and {amount(len(says) - SHOWN, 'more difference')}" if len(says) > SHOWN else ""
     return "; ".join(says[:SHOWN]) + more
 
 
