@@ -164,6 +164,18 @@ def test_for_whole_numbers_a_set_is_told_by_how_many_flip(tmp_path: Path) -> Non
     assert finding.evidence["keep_fp32"] == ["node_shifted", "node_cells", "node_floor"]
 
 
+def test_a_result_beyond_fp16_is_another_finding_than_a_constant(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Div", net.op("Exp", "x", name="exp"), const(net, 1e5), name="y")
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [12])}, ["y"])
+    np.savez(tmp_path / "x.npz", x=np.linspace(-10, 18, 12, dtype=np.float32))
+    (test,) = bisect(str(path), "ort,emu-fp16", options=Options(inputs=tmp_path / "x.npz")).tests
+    says = {finding.layers[0]: finding.says for finding in test.findings if len(finding.layers) == 1}
+    assert says.keys() == {"node_exp", "node_y"}
+    assert says["node_exp"].startswith("FP16 overflow: values up to 6.57e+07")
+    assert " is beyond FP16: values up to 1e+05" in says["node_y"]
+
+
 @pytest.mark.parametrize(
     ("last", "layer", "lost"),
     [(("Add", 1e-12), "node_least", "1e-12 is 0 in FP16"), (("Min", 1 - 1e-6), "node_least", "0.999999 is 1 in FP16")],

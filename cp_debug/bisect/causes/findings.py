@@ -458,7 +458,10 @@ class Explainer:
 
 def _kind(cause: Candidate) -> str:
     """What a finding has besides its cause: a sentence whose numbers were fitted, and without them one about what a
-    node was told. All other causes are one for all layers, whatever each of them reaches."""
+    node was told; whether FP16 has no room for what is read. All other causes are one for all layers, whatever each of
+    them reaches."""
+    if cause.cause in BEYOND_FP16:
+        return "" if cause.evidence.get("of", "result") == "result" else "read"
     of_node = not {"node", "instead_of"}.isdisjoint(cause.evidence)
     return cause.says if cause.parameters else re.sub(r"\d[\d.e+-]*", "#", cause.says) if of_node else ""
 

@@ -51,7 +51,7 @@ def readme(
     lines = [
         f"# {markdown(title(accused, case))}",
         "",
-        f"Judged by the {accused.oracle.upper()} oracle, it {markdown(worst.judgement.why)}.",
+        f"Judged by the {accused.oracle.upper()} oracle: {markdown(worst.judgement.why)}.",
         "",
     ]
     for finding in (f for f in accused.test.findings if row.name in f.layers and f.cause != UNKNOWN):
