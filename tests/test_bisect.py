@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.errors import BackendUnavailable, InputError
 from cp_debug.recipes.torch_callable import TorchModel
+from cp_debug.reports.verdict_line import verdict_line
 
 
 def scale_weight(source: Path, target: Path, output: str, factor: float) -> None:
@@ -68,6 +69,18 @@ def test_two_faults_are_two_findings_and_share_the_divergence(net: Path, tmp_pat
     test = bisect(str(net), "ort,ort-none@cpu", test_model=tmp_path / "two.onnx").tests[0]
     assert [row.onnx for row in test.guilty] == [first, second]
     assert sum(row.share or 0 for row in test.guilty) == pytest.approx(1, abs=0.1)
+    assert "most of it" not in verdict_line(test).plain
+
+
+def test_of_two_layers_with_one_cause_each_is_told_and_the_one_that_weighs(net: Path, tmp_path: Path) -> None:
+    first, second = convolutions(net)[2], convolutions(net)[5]
+    scale_weight(net, tmp_path / "one.onnx", first, 1.001)
+    scale_weight(tmp_path / "one.onnx", tmp_path / "two.onnx", second, 1.5)
+    test = bisect(str(net), "ort,ort-none@cpu", test_model=tmp_path / "two.onnx").tests[0]
+    assert [(f.says, set(f.layers)) for f in test.findings] == [
+        ("Conv weights are scaled by 1.001 or 1.5", {row.name for row in test.guilty})
+    ]
+    assert f"; most of it comes from {test.guilty[1].name}; " in verdict_line(test).plain
 
 
 def test_json_has_the_promised_fields(net: Path, tmp_path: Path) -> None:

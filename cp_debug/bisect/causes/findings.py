@@ -52,6 +52,8 @@ EQUALS = 3
 """Causes that explain a layer as well as the named one, which are told with it."""
 _VIEWS = VIEWS | {"Cast", "Expand"}
 """Operators whose result is their input in another shape."""
+_NUMBER = re.compile(r"(?<![\w/.-])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w/])")
+"""A number in a sentence, and none of a name such as ``conv_2`` or ``FP16``."""
 NOTICEABLE = 1.3
 """Excess below which a layer of an unknown kernel is not asked whether a cause holds there, too."""
 UNSTEADY = 10.0
@@ -278,8 +280,8 @@ class Explainer:
         explanation, rows = worst.explanation, [e.row for e in group]
         cause, second = explanation.cause, explanation.runner_up
         names = [row.name for row in rows]
-        says = _unexplained(explanation) if cause is None else cause.says
         named = [(e.row.name, e.explanation.cause) for e in group]
+        says = _unexplained(explanation) if cause is None else _said_of_all([c.says for _, c in named if c], cause.says)
         pairs = {name: c.evidence["batchnorm_of"] for name, c in named if c and "batchnorm_of" in c.evidence}
         if len(pairs) > 1 and len(pairs) == len(group):
             says = pairs_in_words(pairs)
@@ -471,6 +473,17 @@ def _of_all(fixes: Collection[str]) -> str:
     found = [re.fullmatch(r"use the same ([^·]*) on both sides", fix) for fix in fixes]
     names = [match[1] for match in found if match]
     return f"use the same {some(names, LISTED)} on both sides" if len(names) == len(found) else ""
+
+
+def _said_of_all(sentences: Sequence[str], worst: str) -> str:
+    """The sentence about several layers: numbers that are others in each are told with their range. The worst layer's
+    where the words differ, too."""
+    if len({_NUMBER.sub("#", says) for says in sentences}) > 1:
+        return worst
+    found = zip(*(_NUMBER.findall(says) for says in sentences), strict=True)
+    ordered = (sorted(set(numbers), key=float) for numbers in found)
+    told = iter([f"{n[0]} to {n[-1]}" if len(n) > 2 else " or ".join(n) for n in ordered])
+    return _NUMBER.sub(lambda _: next(told), worst)
 
 
 def _unexplained(explanation: Explanation) -> str:
