@@ -109,6 +109,28 @@ def test_numbers_in_names_that_went_on_are_not_believed(tmp_path: Path) -> None:
     assert faulty.findings[0].cause == "weights-scaled"
 
 
+def test_a_name_that_has_no_neighbour_in_common_is_not_believed(tmp_path: Path) -> None:
+    """One layer is written otherwise, and one node less: too few for numbers in names to have gone on everywhere."""
+
+    def norm(path: Path, wrong: bool) -> Path:
+        made = NetBuilder(3)
+        x, eps = made.conv("x", 4, 16, name="conv"), made.weight(np.float32(0.1))
+        mean = made.op("ReduceMean", made.op("Mul", x, x, name="square"), axes=[1], name="mean")
+        if wrong:
+            x = made.op("Div", x, made.op("Add", made.op("Sqrt", mean, name="sqrt"), eps, name="add"), name="div")
+        else:
+            root = made.op("Sqrt", made.op("Add", mean, eps, name="add"), name="sqrt")
+            x = made.op("Mul", x, made.op("Reciprocal", root, name="reciprocal"), name="mul")
+        scale = made.weight(np.linspace(0.5, 2, 16, dtype=np.float32)[:, None, None])
+        x = made.op("Mul", x, scale, name="mul" if wrong else "mul_1")
+        made.conv(made.op("Relu", x), 16, 8, name="y")
+        return Path(made.save(path, {"x": (1, [1, 4, 8, 8])}, ["y"]))
+
+    test = run(norm(tmp_path / "net.onnx", False), norm(tmp_path / "other.onnx", True))
+    assert [row.onnx for row in test.guilty] == ["mul_1"]
+    assert test.findings[0].says.startswith("Sqrt, Reciprocal, Mul are computed by Sqrt, Div in the test")
+
+
 def test_outputs_in_another_order_are_paired_by_what_they_hold(tmp_path: Path) -> None:
     net = NetBuilder()
     for name in ("a", "b"):

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from nets import NetBuilder
+from torch import nn
 
+from cp_debug import diagnose
 from cp_debug.bisect.engine import bisect
 from cp_debug.bisect.result import TestResult
 
@@ -138,3 +141,23 @@ def test_a_fault_beside_another_basis_is_found(tmp_path: Path) -> None:
     result = compared(reference, made)
     assert [row.onnx for row in result.guilty] == ["y"]
     assert [note for note in result.notes if "another basis" in note]
+
+
+class Parts(nn.Module):
+    """Lengths in parts of three, rounded up, or cut off."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def forward(self, lengths: torch.Tensor) -> torch.Tensor:
+        return -torch.div(-lengths, 3, rounding_mode=self.mode)
+
+
+@pytest.mark.slow
+def test_whole_numbers_that_differ_undo_nothing(tmp_path: Path) -> None:
+    """They are near the right ones, and rounding may flip some of those."""
+    lengths = torch.tensor([3, 7, 10, 25, 44, 60, 61])
+    torch.onnx.export(Parts("trunc"), (lengths,), str(tmp_path / "cut.onnx"), dynamo=True, verbose=False)
+    result = diagnose(Parts("floor"), "torch,ort", inputs=(lengths,), test_model=tmp_path / "cut.onnx")
+    assert result.tests[0].guilty

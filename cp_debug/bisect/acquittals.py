@@ -213,5 +213,7 @@ def _expected(row: LayerRow | None) -> float:
 
 
 def _agrees(row: LayerRow, rounding: float) -> bool:
+    """Whether both sides have the same but for the rounding, which whole numbers do not share."""
     stats = row.stats
-    return not (stats.mismatched or stats.shape_mismatch) and stats.finite_rel_l2 <= EXCESS * rounding
+    other = stats.mismatched or stats.shape_mismatch or stats.unequal
+    return not other and stats.finite_rel_l2 <= EXCESS * rounding

@@ -15,7 +15,7 @@ from typing import Any
 
 from cp_debug.errors import InputError
 from cp_debug.graph.constants import Constants
-from cp_debug.graph.graph import Graph, ValueInfo, data_values
+from cp_debug.graph.graph import Graph, ValueInfo, data_values, readers
 from cp_debug.graph.integer_values import named_levels
 from cp_debug.graph.operators import PRODUCTS, QUANTIZERS
 from cp_debug.graph.tensor_ends import part_of
@@ -237,7 +237,8 @@ def moved_names(reference: Graph, test: Graph) -> set[str]:
     """Values of the test whose names both graphs have, but which are probably others: numbers in names that went on.
 
     An exporter numbers what has no name of its own (``/Add_3_output_0``): one node more, and all later numbers mean
-    other values. Up to ``MOST_MISPLACED`` nodes that read other values are faults. Of more, those are named here, and
+    other values. One that reads nothing that the other reads (and has its operator), nor is read by what reads that, is
+    another value. Up to ``MOST_MISPLACED`` nodes that read other values are faults. Of more, those are named here, and
     what is computed from them, unless its own weights say that it is the same layer.
     """
     data = set(data_values(reference)), set(data_values(test))
@@ -246,8 +247,7 @@ def moved_names(reference: Graph, test: Graph) -> set[str]:
     known = known_names([reference]), known_names([test])
 
     rewired = (_rewired(reference, test, v, known) for v in unlike if v in data[0] or v in data[1])
-    if sum(rewired) <= MOST_MISPLACED:
-        return set()
+    shifted = sum(rewired) > MOST_MISPLACED
     mine, theirs = Constants(reference), Constants(test)
     moved: set[str] = set()
     for value in common:  # in execution order
@@ -255,9 +255,23 @@ def moved_names(reference: Graph, test: Graph) -> set[str]:
         weights = mine.of(nodes[0])
         if nodes[0].op == nodes[1].op and weights and weights == theirs.of(nodes[1]):
             continue
-        if value in unlike or not moved.isdisjoint(nodes[1].inputs):
+        later = shifted and (value in unlike or not moved.isdisjoint(nodes[1].inputs))
+        if later or (value in unlike and value in data[0] & data[1] and _estranged(reference, test, value)):
             moved.add(value)
     return moved
+
+
+def _estranged(reference: Graph, test: Graph, value: str) -> bool:
+    """Whether the nodes behind a name have neither in common what they read (with one operator) nor what reads them."""
+    (op, ours), (test_op, theirs) = _reads(reference, value), _reads(test, value)
+    return (op != test_op or ours.isdisjoint(theirs)) and _readers(reference, value).isdisjoint(_readers(test, value))
+
+
+def _readers(graph: Graph, value: str) -> set[str]:
+    """What is computed from a value, behind any Q/DQ pair and Cast in between; ``""`` for an output."""
+    found = readers(graph, value, lambda node, _: node.op in _CARRIERS)
+    names = {o for node, _ in found if node.op not in _CARRIERS for o in node.outputs}
+    return names | ({""} if any(value == info.name for info in graph.outputs) else set())
 
 
 def _rewired(reference: Graph, test: Graph, value: str, known: tuple[Collection[str], Collection[str]]) -> bool:
@@ -268,15 +282,18 @@ def _rewired(reference: Graph, test: Graph, value: str, known: tuple[Collection[
     return ours != theirs and all(name in known[1] for name in ours) and all(name in known[0] for name in theirs)
 
 
+_CARRIERS = {*QUANTIZERS, "Cast"}
+
+
 def _reads(graph: Graph, value: str) -> tuple[str, set[str]]:
-    """The operator behind a value, and what it reads that is computed, before any Q/DQ pair in between."""
+    """The operator behind a value, and what it reads that is computed, before any Q/DQ pair and Cast in between."""
     node = graph.producer[value]
     read = (_unquantized(graph, name) for name in node.inputs if name not in graph.initializers)
     return node.op, {name for name in read if name not in graph.initializers}
 
 
 def _unquantized(graph: Graph, name: str) -> str:
-    while (maker := graph.producer.get(name)) is not None and maker.op in QUANTIZERS:
+    while (maker := graph.producer.get(name)) is not None and maker.op in _CARRIERS:
         name = maker.proto.input[0]
     return name
 

@@ -239,7 +239,7 @@ def _written_out(piece: OtherPiece) -> Candidate | None:
     None where they read constants that the reference's do not: what those hold may be what is wrong."""
     segment, theirs = piece.segment, piece.other.constants
     nodes, others = piece.matched.replaced
-    if not nodes or not others or segment.test.shape != segment.exact.shape:
+    if not others or segment.test.shape != segment.exact.shape:
         return None
     ours = Constants(segment.graph)
     digests = {ours.digest(name) for node in nodes for name in node.inputs if name in ours}
@@ -256,9 +256,10 @@ def _written_out(piece: OtherPiece) -> Candidate | None:
     differences = piece.matched.differences()
     says = f"{', '.join(ops)} {'is' if len(ops) == 1 else 'are'} computed by {', '.join(test_ops)}"
     exchanged = all("test_op" in d.evidence for d in differences if d.structural)
-    says = _says(differences) if exchanged else f"{says} in the test, with another result"
-    evidence = {"node": nodes[0].name, "op": ops[0], "test_ops": test_ops, "read_off": READ_OFF}
-    fix = f"restore {', '.join(ops)} at {{layers}}"
+    says = _says(differences) if exchanged or not nodes else f"{says} in the test, with another result"
+    first = (*nodes, *others)[0]
+    evidence = {"node": first.name, "op": first.op, "test_ops": test_ops, "read_off": READ_OFF}
+    fix = f"restore {', '.join(ops)} at {{layers}}" if nodes else _fix(differences)
     return Candidate("other-operator", says, value, 0, evidence, fix)
 
 
