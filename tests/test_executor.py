@@ -331,6 +331,26 @@ def test_a_failing_node_says_which_rule_it_breaks(tmp_path: Path, node: str, sai
     assert "Error" not in str(failed.value)
 
 
+@pytest.mark.parametrize(
+    ("node", "known", "other"),
+    [
+        ('DepthToSpace<blocksize=2, mode="{}">(x)', "CRD", "nearest"),
+        ('RoiAlign<mode="{}">(x, rois, batch)', "max", "nearest"),
+        ('RoiAlign<coordinate_transformation_mode="{}">(x, rois, batch)', "output_half_pixel", "asymmetric"),
+    ],
+)
+def test_a_kernel_refuses_what_its_operator_does_not_know(tmp_path: Path, node: str, known: str, other: str) -> None:
+    """Else another operator's word is as good a cause as its own."""
+    weights = {"rois": np.float32([[0, 0, 2, 2]]), "batch": np.int64([0])}
+    for word in (known, other):
+        net = graph(tmp_path, f"g (float[1,4,3,3] x) => (y) {{ y = {node.format(word)} }}", weights)
+        if word == known:
+            assert Executor(net).run({"x": random(1, 4, 3, 3)})["y"].numel()
+        else:
+            with pytest.raises(InputError):
+                Executor(net).run({"x": random(1, 4, 3, 3)})
+
+
 def test_operators_without_a_schema_need_the_inputs_of_their_kernels(tmp_path: Path) -> None:
     for op, least in CONTRIB_INPUTS.items():
         kernel = KERNELS.get(f"com.microsoft.{op}") or KERNELS[op]

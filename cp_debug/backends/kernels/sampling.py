@@ -180,7 +180,8 @@ def affine_grid(call: Call, theta: Tensor, size: Tensor) -> Tensor:
 @kernel("RoiAlign")
 def roi_align(call: Call, x: Tensor, rois: Tensor, batch: Tensor) -> Tensor:
     """x [N, C, H, W], rois [R, 4] as x1, y1, x2, y2, batch [R] → [R, C, output height, output width]."""
-    half = call.opset >= 16 and call["coordinate_transformation_mode"] == "half_pixel"
+    half = call.opset >= 16 and {"half_pixel": True, "output_half_pixel": False}[call["coordinate_transformation_mode"]]
+    largest = {"max": True, "avg": False}[call["mode"]]
     rows, columns, ratio = call["output_height"], call["output_width"], call["sampling_ratio"]
     results = []
     for roi, image in zip((rois * call["spatial_scale"] - 0.5 * half), batch.tolist(), strict=True):
@@ -199,7 +200,7 @@ def roi_align(call: Call, x: Tensor, rois: Tensor, batch: Tensor) -> Tensor:
         # [C, 4 neighbours, output rows × samples, output columns × samples]
         parts = torch.stack(_neighbours(x[image], y[:, None], ix[None]), 1)
         parts = parts.unflatten(-1, (columns, counts[1])).unflatten(-3, (rows, counts[0]))
-        if call["mode"] == "max":
+        if largest:
             results.append(parts.amax((1, 3, 5)))  # of the weighted neighbours, as ONNX Runtime takes it
         else:
             results.append(parts.sum(1).mean((2, 4)))

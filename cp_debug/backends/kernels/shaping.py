@@ -123,10 +123,11 @@ def pad(
 def depth_to_space(call: Call, x: Tensor) -> Tensor:
     block = call["blocksize"]
     n, c, h, w = x.shape
-    if call["mode"] == "CRD":
-        x = x.reshape(n, c // block**2, block, block, h, w).permute(0, 1, 4, 2, 5, 3)
-    else:
-        x = x.reshape(n, block, block, c // block**2, h, w).permute(0, 3, 4, 1, 5, 2)
+    parts, order = {
+        "CRD": ((c // block**2, block, block), (0, 1, 4, 2, 5, 3)),
+        "DCR": ((block, block, c // block**2), (0, 3, 4, 1, 5, 2)),
+    }[call["mode"]]
+    x = x.reshape(n, *parts, h, w).permute(order)
     return x.reshape(n, c // block**2, h * block, w * block)
 
 
@@ -134,7 +135,7 @@ def depth_to_space(call: Call, x: Tensor) -> Tensor:
 def space_to_depth(call: Call, x: Tensor) -> Tensor:
     block = call["blocksize"]
     n, c, h, w = x.shape
-    order = (0, 1, 3, 5, 2, 4) if call["mode"] == "CRD" else (0, 3, 5, 1, 2, 4)
+    order = {"CRD": (0, 1, 3, 5, 2, 4), "DCR": (0, 3, 5, 1, 2, 4)}[call["mode"]]
     x = x.reshape(n, c, h // block, block, w // block, block).permute(order)
     return x.reshape(n, c * block**2, h // block, w // block)
 
