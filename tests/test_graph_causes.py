@@ -593,6 +593,12 @@ def test_a_fix_names_all_that_differs(tmp_path: Path) -> None:
     )
 
 
+def test_what_a_slice_is_told_has_its_name(net: Path, tmp_path: Path) -> None:
+    finding = explained(net, tmp_path, lambda g: [constant("slice", p, lambda a: a + 1)(g) for p in (1, 2)], "slice")
+    assert finding.cause == "index-shifted"
+    assert finding.says == "Slice: starts is [3] instead of [2]; Slice: ends is [27] instead of [26]"
+
+
 def test_layers_are_one_finding_where_one_sentence_holds_for_them(tmp_path: Path) -> None:
     """Other attributes of other operators are two findings; the fix of one names the constants of all its layers."""
     files = []

@@ -35,7 +35,7 @@ FUSED = {"FusedConv": "Conv", "FusedGemm": "Gemm", "FusedMatMul": "MatMul"}
 """Operators of ONNX Runtime that are one of ONNX's and an activation or scale behind it."""
 MOST_EXCHANGED = 2
 """Operators that are exchanged, left out or added, up to which that is a fault and not another way to write it."""
-FEW = 8
+FEW = 12
 """Elements of a constant up to which it is written out."""
 INDICES = {"Gather", "GatherElements", "GatherND", "Slice", "ScatterND", "ScatterElements"}
 
@@ -289,17 +289,19 @@ class Pieces:
                     )
                 else:
                     change = describe(self._ours[a], self._theirs[b], GATES.get(ours.op, 0))
-                argument = argument_of(ours, place) if role == "" else None
-                few = self._ours.size(a) <= FEW if argument else self._ours.size(a) == self._theirs.size(b) == 1
+                argument = argument_of(ours, place) if role in ("", "index") else None
+                sizes = self._ours.size(a), self._theirs.size(b)
+                few = sizes[0] <= FEW and (role == "" or sizes[0] == sizes[1]) if argument else sizes == (1, 1)
                 difference = change and replace(_of_constant(ours, a, role, change), inputs={place: b})
-                if difference and few and role == "":
+                if difference and few and role in ("", "index"):
                     arrays = self._ours[a], self._theirs[b]
                     before, after = (array.tolist() if argument else array.item() for array in arrays)
                     is_now = f"is {_shown(after)} instead of {_shown(before)}"
                     difference = replace(difference, says=f"{a} of {ours.op} {is_now}")
                     if argument is not None:
                         evidence = {argument: after, "instead_of": before, "constant": a}
-                        cause, says = NAMES.get(argument, "attribute"), f"{ours.op}: {argument} {is_now}"
+                        cause = difference.cause if role else NAMES.get(argument, "attribute")
+                        says = f"{ours.op}: {argument} {is_now}"
                         difference = replace(difference, cause=cause, says=says, evidence=evidence)
                 if difference:
                     yield difference
