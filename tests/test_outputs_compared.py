@@ -13,10 +13,10 @@ from test_cli import run
 from torch import nn
 
 import cp_debug
+from cp_debug.reports.deployment import render_junit as verification_junit
 from cp_debug.reports.files import render_github, render_junit
 from cp_debug.reports.saved import SavedResult
 from cp_debug.reports.verdict_line import verdict_line
-from cp_debug.reports.verification import render_junit as verification_junit
 
 RNG = np.random.default_rng(0)
 WEIGHTS = {name: RNG.standard_normal((8, 8)).astype(np.float32) for name in ("w", "w2")}

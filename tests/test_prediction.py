@@ -31,7 +31,7 @@ from cp_debug.prediction.predict import PredictOptions, predict
 from cp_debug.prediction.result import OVERFLOWS, Interval, Prediction
 from cp_debug.programs.batchnorm_folding import fold_in_file
 from cp_debug.recipes.registry import load_model
-from cp_debug.reports.prediction import render
+from cp_debug.reports.mixed_precision import render_prediction as render
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from predict_score import Score, summary

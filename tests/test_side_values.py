@@ -13,8 +13,7 @@ from onnx import numpy_helper, parser
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.result import SHAPE, TestResult
 from cp_debug.graph.graph import Graph
-from cp_debug.programs.folded import Folded
-from cp_debug.programs.layers import side_values
+from cp_debug.programs.layers import Folded, side_values
 
 LEVELS = ["ort,ort-none", "ort,ort-all", "ort-all,ort-basic", "ort,emu-fp16", "emu-fp32,ort-basic"]
 

@@ -379,7 +379,7 @@ def verify(
     from cp_debug.files import write_text
     from cp_debug.programs.precision import coarsest
     from cp_debug.recipes.centerpoint.recipe import CenterPointModel
-    from cp_debug.reports.verification import render, render_junit
+    from cp_debug.reports.deployment import render_junit, render_verification
 
     with TemporaryDirectory(prefix="cpdebug-") as scratch, steps() as on_step:
         config, source = configured(model, recipe, Path(scratch))
@@ -421,7 +421,7 @@ def verify(
         }
         check_precisions(parse_tolerances(tolerance or ()), judged)
         result = deployment.verify(onnx_dir, test_model=test_model, maps=maps or (), voxels=voxels, explain=explain)
-    show_document(render(result), result.to_dict(), json)
+    show_document(render_verification(result), result.to_dict(), json)
     if junit:
         write_text(render_junit(result), junit)
     raise typer.Exit(0 if result.passed else 1)

@@ -114,14 +114,14 @@ def predict(
     load_torch()
     from cp_debug.prediction.predict import PredictOptions
     from cp_debug.prediction.predict import predict as run
-    from cp_debug.reports.prediction import render
+    from cp_debug.reports.mixed_precision import render_prediction
 
     options = PredictOptions(
         checkpoint, inputs, samples, seed, flags.chosen(exporter), device, goal, how, builder_level
     )
     with steps() as on_step:
         result = run(model, precision, target, options=options, on_step=on_step)
-    show_document(render(result, show_all=show_all), result.to_dict(), json)
+    show_document(render_prediction(result, show_all=show_all), result.to_dict(), json)
     raise typer.Exit(int(not result.passes))
 
 

@@ -34,8 +34,7 @@ from cp_debug.programs.align import Alignment, align
 from cp_debug.programs.batchnorm_folding import fuse_model_bn
 from cp_debug.programs.export import EXPORTERS, export
 from cp_debug.programs.export_cache import ExportCache
-from cp_debug.programs.folded import Folded
-from cp_debug.programs.layers import constant_outputs, layers_of
+from cp_debug.programs.layers import Folded, constant_outputs, layers_of
 from cp_debug.programs.walk import Walk, example_args, run_module, walk
 from cp_debug.recipes.base import Arrays, Component, Model, NamesOnDemand, Sample
 from cp_debug.safe_text import did_you_mean

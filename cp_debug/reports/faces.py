@@ -14,24 +14,23 @@ from cp_debug.mixed_precision.result import MixedPrecisionResult
 from cp_debug.prediction.result import Prediction
 from cp_debug.quantization.record import QuantizerRow
 from cp_debug.reports import (
+    deployment,
     evaluation,
     import_dump,
     mixed_precision,
     page,
-    prediction,
     quantization,
     result_diff,
     summary,
     tables,
-    verification,
 )
 
 register(BisectResult, tables.render, summary.render_notebook, summary.summary, page.write_result)
 register(MixedPrecisionResult, mixed_precision.render)
-register(Prediction, prediction.render)
+register(Prediction, mixed_precision.render_prediction)
 register(ResultDiff, result_diff.render, page=result_diff.write_page)
 register(ImportedDump, import_dump.render)
-register(VerifyResult, verification.render)
+register(VerifyResult, deployment.render_verification)
 register(EvaluationResult, evaluation.render)
 register(PtqResult, quantization.render)
 register(NarrowResult, quantization.render_narrow)
