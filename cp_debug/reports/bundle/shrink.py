@@ -11,11 +11,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
 from cp_debug.errors import InputError
-from cp_debug.minimize import Minimizer
+from cp_debug.minimize import Minimizer, find_integer
 from cp_debug.reports.bundle.case import Case, Cutter, Piece, declared
 from cp_debug.reports.bundle.verify import Measured, Verifier, fails, strength
 from cp_debug.safe_text import amount
@@ -140,23 +141,17 @@ class Shrinker:
     def _shortest(self, case: Case, group: list[tuple[str, int]], size: int, worst: tuple[float, ...]) -> Case | None:
         """The case with the axes of ``group`` shortened as far as it goes; None when they cannot be."""
 
-        def shortened(length: int) -> Case | None:
-            starts = dict.fromkeys([_start(worst, group[0][1], size, length), 0])
-            return next((c for c in (_window(case, group, s, length) for s in starts) if self.accepts(c)), None)
+        found: dict[int, Case] = {}
 
-        low, length, best = 0, 1, None
-        while best is None and length < size:
-            best = shortened(length)
-            if best is None:
-                low, length = length, length * 2
-        while best is not None and low + 1 < length:
-            middle = (low + length) // 2
-            smaller = shortened(middle)
-            if smaller is None:
-                low = middle
-            else:
-                best, length = smaller, middle
-        return best
+        def passes(length: int) -> bool:
+            if length >= size:
+                return False
+            starts = dict.fromkeys([_start(worst, group[0][1], size, length), 0])
+            windows = (_window(case, group, start, length) for start in starts)
+            found.update((length, window) for window in islice(filter(self.accepts, windows), 1))
+            return length not in found
+
+        return found.get(find_integer(passes) + 1)
 
     def _worst(self, case: Case) -> tuple[float, ...]:
         """Place of the worst element of the worst output, each coordinate relative to its axis."""
