@@ -172,8 +172,8 @@ def test_errors_name_arguments_of_python_not_flags(tmp_path: Path) -> None:
         ("diagnose", {"backends": []}, "backends: '' names 0 backends; expected a reference and some tests"),
         ("diagnose", {"options": {"samples": 3}}, "options: dict; expected Options"),
         ("diagnose", {"inputs": object()}, "inputs: object holds no arrays; expected a mapping by input name"),
-        ("diagnose", {"inputs": {"x": torch.ones(1, device="meta")}}, "inputs: 'x' cannot be read as an array"),
-        ("diagnose", {"inputs": {"x": torch.ones(2).to_sparse()}}, "inputs: 'x' cannot be read as an array"),
+        ("diagnose", {"inputs": {"x": torch.ones(1, device="meta")}}, "inputs: 'x' is not an array"),
+        ("diagnose", {"inputs": {"x": torch.ones(2).to_sparse()}}, "inputs: 'x' is not an array"),
         ("diagnose", {"channels_last": "yes"}, "channels_last: str; expected True or False"),
         ("verify", {"options": torch.ones(2)}, "options: Tensor; expected VerifyOptions"),
         (

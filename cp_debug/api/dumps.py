@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cp_debug.api.models import given_array
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.base import Backend
 from cp_debug.backends.dumped import (
@@ -21,10 +22,10 @@ from cp_debug.backends.dumped import (
 )
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.errors import InputError, in_one_line
+from cp_debug.errors import InputError
 from cp_debug.graph.check_inputs import as_declared, known_shape
 from cp_debug.graph.graph import Graph, ValueInfo
-from cp_debug.probes.arrays import as_numpy, dtype_name, is_torch
+from cp_debug.probes.arrays import dtype_name
 from cp_debug.probes.dumps import read_dumps, steps_left_out
 from cp_debug.programs.tensor_inputs import has_other_inputs
 from cp_debug.recipes.abilities import CountsSamples, with_notes, with_samples
@@ -70,7 +71,10 @@ def with_dump(
     names = [part for part in reference.split(",") if part.strip()]
     if len(names) != 1:
         raise InputError(f"--backends: {reference!r}; with tensors as the test, expected only the reference")
-    several = read_dumps(tensors) if isinstance(tensors, Path) else [{n: _array(n, a) for n, a in tensors.items()}]
+    if isinstance(tensors, Path):
+        several = read_dumps(tensors)
+    else:
+        several = [{name: given_array(value, f"test_tensors: {name!r}") for name, value in tensors.items()}]
     graph, notes = Graph(path), dict[str, None]()
     dumps = []
     for dump in several[:1] if has_other_inputs(model) else several:
@@ -161,14 +165,3 @@ def _in_dtype(array: np.ndarray, value: ValueInfo) -> np.ndarray:
     """The array as the graph declares it: a runtime of lower precision dumps its inputs in that."""
     same_kind = value.dtype is not None and array.dtype.kind == "f" and value.dtype.kind == "f"
     return array.astype(value.dtype) if same_kind else array
-
-
-def _array(name: str, value: Any) -> np.ndarray:
-    """A given tensor as an array. Raises InputError for what holds neither numbers nor texts."""
-    try:
-        array = as_numpy(value) if is_torch(value) else np.asarray(value)
-    except Exception as error:  # lists of unequal lengths, and whatever an object's own conversion raises
-        raise InputError(f"test_tensors: {name!r} is not an array: {in_one_line(error)}") from error
-    if array.dtype.hasobject and not all(isinstance(element, str | bytes) for element in array.flat):
-        raise InputError(f"test_tensors: {name!r} is {type(value).__name__}; expected an array or a tensor")
-    return array

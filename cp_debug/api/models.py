@@ -12,11 +12,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from cp_debug.errors import InputError, module_of
+from cp_debug.errors import InputError, in_one_line, module_of
 from cp_debug.graph.check_inputs import check_given_inputs
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.other_inputs import of_objects, other_inputs
-from cp_debug.probes.arrays import as_numpy
+from cp_debug.probes.arrays import as_numpy, is_torch
 from cp_debug.recipes.abilities import with_samples
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.input_files import DEFAULT_READING, Reading
@@ -161,9 +161,9 @@ def _with_arrays(model: Model, inputs: Any, path: Path | None) -> tuple[Model, P
         arrays: dict[str, np.ndarray] = {}
         for name, value in each.items():
             if (kind := kinds.get(str(name))) is not None:
-                arrays |= {n: _as_array(a, n) for n, a in of_objects(str(name), kind, value).items()}
+                arrays |= {n: given_array(a, f"inputs: {n!r}") for n, a in of_objects(str(name), kind, value).items()}
             else:
-                arrays[str(name)] = _as_array(value, str(name))
+                arrays[str(name)] = given_array(value, f"inputs: {str(name)!r}")
         if graph is not None:
             check_given_inputs(graph.inputs, arrays, f"inputs[{index}]" if several else "inputs")
         samples.append(Sample(arrays, f"inputs[{index}]" if several else "inputs"))
@@ -189,13 +189,14 @@ def _of_proto(proto: Any) -> Model:
 _PROTOBUF_LIMIT = 2_000_000_000
 
 
-def _as_array(value: Any, name: str) -> np.ndarray:
+def given_array(value: Any, where: str) -> np.ndarray:
+    """A given tensor as an array. Raises InputError, starting with ``where``, for what has neither numbers nor text."""
     try:
-        array = as_numpy(value.detach().cpu()) if hasattr(value, "detach") else np.asarray(value)
-    except Exception as error:  # sparse, quantized, nested and fake tensors; objects that convert themselves
-        raise InputError(f"inputs: {name!r} cannot be read as an array: {type(error).__name__}: {error}") from error
-    if array.dtype == object:
-        raise InputError(f"inputs: {name!r} is not an array of numbers")
+        array = as_numpy(value) if is_torch(value) else np.asarray(value)
+    except Exception as error:  # sparse and fake tensors, lists of unequal lengths, objects that convert themselves
+        raise InputError(f"{where} is not an array: {in_one_line(error)}") from error
+    if array.dtype.hasobject and not all(isinstance(element, str | bytes) for element in array.flat):
+        raise InputError(f"{where} is {type(value).__name__}; expected an array or a tensor")
     return array
 
 
