@@ -35,8 +35,9 @@ def report(
     if charts and kind != "html":
         raise InputError(f"--charts: it would do nothing here: {kind} has no charts")
     check_saved(result)
-    from cp_debug.reports.files import csv_text, layer_frame, write_parquet
+    from cp_debug.reports import files
     from cp_debug.reports.saved import SavedResult
+    from cp_debug.reports.summary import render_markdown
 
     saved = SavedResult.open(result)
     default = {"html": "report.html", "parquet": "layers.parquet"}.get(kind)
@@ -50,21 +51,14 @@ def report(
 
         write_page(saved, paths[0], charts or ())
     elif kind == "onnx":
-        from cp_debug.reports.files import write_annotated
-
-        paths = write_annotated(saved, paths[0])
+        paths = files.write_annotated(saved, paths[0])
     elif kind == "parquet":
-        write_parquet(saved.result, paths[0])
+        files.write_parquet(saved.result, paths[0])
     elif kind == "csv":
-        write_text(csv_text(layer_frame(saved.result)), output)
-    elif kind == "markdown":
-        from cp_debug.reports.summary import render_markdown
-
-        write_text(render_markdown(saved), output)
+        write_text(files.csv_text(files.layer_frame(saved.result)), output)
     else:
-        from cp_debug.reports.files import render_github, render_junit
-
-        write_text(render_junit(saved) if kind == "junit" else render_github(saved), output)
+        texts = {"markdown": render_markdown, "junit": files.render_junit, "github": files.render_github}
+        write_text(texts[kind](saved), output)
     for path in paths:
         replaced = ", replaces an earlier file" if path in earlier else ""
         console.print(f"{path}: {path.stat().st_size / 1024:.0f} KiB{replaced}")
