@@ -140,8 +140,8 @@ def library_reason(error: BaseException) -> str:
     objects alone."""
     if isinstance(error, CpdebugError | Damage):
         return next(iter(str(error).splitlines()), "")
-    if isinstance(error, MemoryError):
-        return "out of memory"
+    if isinstance(error, MemoryError | RecursionError):
+        return "out of memory" if isinstance(error, MemoryError) else "nested too deep"
     if isinstance(error, OSError) and error.errno is not None:
         return system_reason(error)
     if isinstance(error, _PYTHONS_OWN):

@@ -6,6 +6,7 @@ that names the file.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cp_debug.errors import DAMAGED, Damage, InputError, library_reason, system_reason
+from cp_debug.errors import DAMAGED, CpdebugError, Damage, InputError, library_reason, system_reason
 from cp_debug.safe_text import did_you_mean, in_utf8
 
 if TYPE_CHECKING:
@@ -267,7 +268,10 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     import zipfile
 
     check_file(path, ".npz file")
-    with _numpy_file(path, ".npz"), zipfile.ZipFile(path) as archive:
+    with (
+        readable(path, "a readable .npz file of plain arrays"),
+        zipfile.ZipFile(path) as archive,
+    ):
         members = {m.filename.removesuffix(".npy"): m for m in archive.infolist() if m.filename.endswith(".npy")}
         _check_room(path, sum(member.file_size for member in members.values()))
         arrays = {}
@@ -281,7 +285,7 @@ def read_npy(path: Path) -> np.ndarray:
     """The plain array of a ``.npy`` file. Raises InputError as ``read_npz`` does."""
     size = check_file(path, ".npy file")
     _check_room(path, size)
-    with _numpy_file(path, ".npy"), path.open("rb") as stream:
+    with readable(path, "a readable .npy file of a plain array"), path.open("rb") as stream:
         return array_of(stream, size, "the array")
 
 
@@ -308,6 +312,22 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({system_reason(error)})") from None
+
+
+@contextmanager
+def readable(path: Path | str, what: str) -> Iterator[None]:
+    """Context that turns whatever a library raises while it reads ``path`` into InputError: it is not ``what``.
+
+    On what is no such file, nearly every library raises nearly everything.
+    """
+    try:
+        yield
+    except CpdebugError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # which is of a place that it names
+            raise InputError(f"{path}: cannot be read ({system_reason(error)})") from None
+        raise InputError(f"{path}: not {what} ({library_reason(error) or DAMAGED})") from None
 
 
 def array_of(stream: IO[bytes], size: int, name: str) -> np.ndarray:
@@ -344,21 +364,6 @@ def array_of(stream: IO[bytes], size: int, name: str) -> np.ndarray:
         raise Damage(f"{name} has elements of no bytes")
     values = np.frombuffer(bytearray(stream.read(needed)), dtype, count) if needed else np.empty(0, dtype)
     return values.reshape(sizes, order="F" if fortran else "C")
-
-
-@contextmanager
-def _numpy_file(path: Path, kind: str) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({system_reason(error)})") from None
-    except Exception as error:  # zipfile, zlib, tokenize and numpy raise nearly anything on what is no such file
-        reason = library_reason(error) or DAMAGED
-        raise InputError(
-            f"{path}: not a readable {kind} file; not a complete {kind} file of plain arrays: {reason[:200]}"
-        ) from None
 
 
 def _check_room(path: Path, size: int) -> None:

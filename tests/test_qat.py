@@ -145,8 +145,8 @@ def _state_of_another_rate(path: Path, quantized: nn.Module) -> None:
     ("make", "says"),
     [
         (lambda path, module: None, "there is no state"),
-        (lambda path, module: path.write_bytes(b"no state"), "is no state of this fine-tuning"),
-        (lambda path, module: torch.save({"format": "other"}, path), "is no state of this fine-tuning"),
+        (lambda path, module: path.write_bytes(b"no state"), "not a state of this fine-tuning"),
+        (lambda path, module: torch.save({"format": "other"}, path), "not a state of this fine-tuning"),
         (_state_of_another_rate, "has rate 0.0001, not 0.01"),
     ],
 )

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cp_debug.errors import DAMAGED, Damage, InputError, library_reason
+from cp_debug.errors import Damage, InputError
 from cp_debug.files import resolved
-from cp_debug.reading import LONGEST_NUMBER, MOST, parse_json, plain, read_text
+from cp_debug.reading import LONGEST_NUMBER, MOST, parse_json, plain, read_text, readable
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -67,14 +67,8 @@ def read_document(path: Path, what: str = "configuration") -> Any:
     if path.suffix == ".json":
         return plain(parse_json(text, str(path), unique=True), str(path))
     kind = "TOML" if path.suffix == ".toml" else "YAML"
-    try:
+    with readable(path, kind):  # PyYAML lets through what dates, numbers and keys raise that are none
         document = tomllib.loads(text) if kind == "TOML" else _yaml(text)
-    except RecursionError:
-        raise InputError(f"{path}: not {kind} that can be read (nested too deep)") from None
-    except Damage as error:
-        raise InputError(f"{path}: not {kind} ({error})") from None
-    except Exception as error:  # PyYAML lets through what dates, numbers and keys raise that are none
-        raise InputError(f"{path}: not {kind} ({library_reason(error) or DAMAGED})") from None
     return plain(document, str(path))
 
 

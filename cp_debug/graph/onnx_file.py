@@ -20,7 +20,7 @@ from onnx import AttributeProto, TensorProto
 from cp_debug.errors import InputError
 from cp_debug.graph.onnx_tensors import BITS, LARGEST_RANK, byte_count, described, external_data, shown
 from cp_debug.graph.operators import CONTRIB_INPUTS, RECURRENT
-from cp_debug.reading import check_file, read_bytes
+from cp_debug.reading import check_file, read_bytes, readable
 from cp_debug.safe_text import amount, one_line
 
 LARGEST = (1 << 31) - 1
@@ -73,10 +73,8 @@ def read_model(path: Path) -> onnx.ModelProto:
     data = read_bytes(path, what="ONNX file", most=LARGEST)
     if data[4:8] == _ORT_FORMAT:
         raise InputError(f"{path} is {OTHER_FORMAT}")
-    try:
+    with readable(path, "a complete ONNX file"):
         model = onnx.load_model_from_string(data)
-    except Exception as error:  # protobuf raises its own DecodeError, whose module moves between versions
-        raise InputError(f"{path}: not a complete ONNX file ({str(error)[:200]})") from None
     if not model.graph.node and not model.graph.output:
         raise InputError(f"{path}: not a complete ONNX file (it holds no graph{'' if data else ': 0 bytes'})")
     try:

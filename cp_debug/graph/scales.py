@@ -12,7 +12,7 @@ import numpy as np
 
 from cp_debug.errors import InputError
 from cp_debug.files import complete_path
-from cp_debug.reading import check_file, typed
+from cp_debug.reading import check_file, readable, typed
 
 QMAX = 127
 """Symmetric, narrow range: ±127, so that 0 is exact and −x is as well held as x."""
@@ -61,17 +61,12 @@ class Scales:
 
         Raises InputError for a file that is missing, no cache, or holds other than finite numbers.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         check_file(path, "calibration cache")
-        try:
-            with safe_open(path, framework="numpy") as file:
-                about = json.loads((file.metadata() or {})["about"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such calibration cache") from None
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise InputError(f"{path}: not a calibration cache of cpdebug ({error})") from error
+        with readable(path, "a calibration cache of cpdebug"), safe_open(path, framework="numpy") as file:
+            about = json.loads((file.metadata() or {})["about"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
         source = f"{path}: not a calibration cache of cpdebug"
         header: dict[str, Any] = typed(dict[str, Any], about, source)
         model: str = typed(str, header.get("model"), f"{source}: model")

@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from cp_debug.errors import DAMAGED, InputError, library_reason
+from cp_debug.errors import InputError
 from cp_debug.probes.capture import MANIFEST, Capture
 from cp_debug.probes.serving_dumps import (
     is_step_of_vllm,
@@ -25,7 +25,7 @@ from cp_debug.probes.serving_dumps import (
     tensors_of_pt,
     vllm_step,
 )
-from cp_debug.reading import array_of, check_file, read_bytes, read_json, read_npy, read_npz, typed
+from cp_debug.reading import array_of, check_file, read_bytes, read_json, read_npy, read_npz, readable, typed
 
 
 def read_dump(path: Path) -> dict[str, np.ndarray]:
@@ -147,16 +147,13 @@ def _raw(path: Path) -> dict[str, np.ndarray]:
 
 
 def _safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     from cp_debug.probes.arrays import as_numpy
 
     check_file(path, "safetensors file")
-    try:
-        with safe_open(path, "pt") as tensors:  # as torch: numpy lacks bfloat16
-            return {name: as_numpy(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable safetensors file: {error}") from None
+    with readable(path, "a readable safetensors file"), safe_open(path, "pt") as tensors:  # as torch: numpy lacks BF16
+        return {name: as_numpy(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118
 
 
 def _proto(path: Path) -> dict[str, np.ndarray]:
@@ -165,12 +162,9 @@ def _proto(path: Path) -> dict[str, np.ndarray]:
 
     data = read_bytes(path, what="tensor", most=LARGEST_TENSOR)
     tensor = onnx.TensorProto()
-    try:
+    with readable(path, "an onnx.TensorProto with its data inside"):
         tensor.ParseFromString(data)
         return {tensor.name or path.stem: numpy_helper.to_array(tensor)}
-    except Exception as error:  # protobuf's own errors, and whatever onnx raises on what is none
-        reason = library_reason(error) or DAMAGED
-        raise InputError(f"{path}: not an onnx.TensorProto with its data inside: {reason}") from None
 
 
 def read_iterations(path: Path) -> list[dict[str, np.ndarray]]:

@@ -23,8 +23,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from cp_debug.errors import DAMAGED, InputError, library_reason
-from cp_debug.reading import check_file, load_plain, typed
+from cp_debug.errors import InputError
+from cp_debug.reading import check_file, load_plain, readable, typed
 from cp_debug.safe_text import some
 
 _RANKS = (re.compile(r"PP_\d+"), re.compile(r"TP_\d+"), re.compile(r"TP\d+_PP\d+_Rank\d+_pid\d+"))
@@ -138,13 +138,12 @@ def _read_pt(path: Path) -> dict[str, np.ndarray]:
     from cp_debug.probes.arrays import as_numpy, is_dense
 
     check_file(path, "file of tensors")
-    try:
-        content = load_plain(path)
-    except pickle.UnpicklingError:
-        raise InputError(f"{path}: holds more than tensors, and unpickling that runs code; save only tensors") from None
-    except Exception as error:  # torch raises nearly everything on a damaged file
-        reason = library_reason(error) or DAMAGED
-        raise InputError(f"{path}: not a readable file of torch.save: {reason}") from None
+    more = f"{path}: holds more than tensors, and unpickling that runs code; save only tensors"
+    with readable(path, "a readable file of torch.save"):
+        try:
+            content = load_plain(path)
+        except pickle.UnpicklingError:
+            raise InputError(more) from None
     tensors = {name or path.stem: as_numpy(tensor) for name, tensor in _tensors(content, "") if is_dense(tensor)}
     if not tensors:
         raise InputError(f"{path}: holds no tensors")

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cp_debug.display import OnStep
-from cp_debug.errors import InputError, Terminated
+from cp_debug.errors import Damage, InputError, Terminated
 from cp_debug.files import complete_path
 from cp_debug.programs.torch_layers import is_quantized
-from cp_debug.reading import load_plain
+from cp_debug.reading import load_plain, readable
 from cp_debug.serialize import JsonForm
 
 B = TypeVar("B")
@@ -214,10 +214,10 @@ def _load(
 ) -> _TrainingState:
     if path is None or not path.is_file():
         raise InputError(f"--resume: there is no state {path or ''}".rstrip() + "; start without it")
-    try:
+    with readable(f"--resume: {path}", "a state of this fine-tuning"):
         saved: dict[str, Any] = load_plain(path)
         if saved["format"] != FORMAT:
-            raise ValueError(saved["format"])
+            raise Damage(f"its format is {saved['format']!r}")
         for name in ("rate", "steps", "interval"):
             if saved["options"][name] != getattr(options, name):
                 raise InputError(
@@ -226,7 +226,3 @@ def _load(
         module.load_state_dict(saved["module"])
         optimizer.load_state_dict(saved["optimizer"])
         return _TrainingState(saved["step"], saved["best"], [Validation(*entry) for entry in saved["history"]])
-    except InputError:
-        raise
-    except Exception as error:  # torch.load raises nearly anything on a broken file
-        raise InputError(f"--resume: {path} is no state of this fine-tuning ({str(error).splitlines()[0]})") from error

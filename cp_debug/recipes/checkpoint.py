@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cp_debug.errors import DAMAGED, InputError, library_reason
+from cp_debug.errors import InputError
 from cp_debug.probes.arrays import is_dense
-from cp_debug.reading import check_file, load_plain
+from cp_debug.reading import check_file, load_plain, readable
 from cp_debug.safe_text import some
 
 SHOWN = 5
@@ -109,13 +109,10 @@ def check_tensors(state: Mapping[Any, Any], source: str) -> None:
 
 
 def _read_safetensors(path: Path) -> object:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with readable(path, "a readable safetensors file"):
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
 
 
 def read_torch(path: Path) -> object:
@@ -124,15 +121,13 @@ def read_torch(path: Path) -> object:
     The log of a training run, which mmengine saves beside the weights, comes as empty objects. Raises InputError for a
     file that would run code, or is broken.
     """
-    try:
-        with torch.serialization.safe_globals([(_LeftOut, name) for name in _LOG_OF_TRAINING]):
-            return load_plain(path)
-    except pickle.UnpicklingError:
-        raise InputError(
-            f"{path}: refused, because loading it would run code pickled into it; only plain tensors are accepted. "
-            "If you trust it, save only its weights: "
-            f'torch.save(torch.load("{path.name}", weights_only=False)["state_dict"], "weights.pt")'
-        ) from None
-    except Exception as error:  # torch's unpickler raises nearly anything on what is none
-        reason = library_reason(error) or DAMAGED
-        raise InputError(f"{path}: not a readable torch checkpoint ({reason})") from None
+    with readable(path, "a readable torch checkpoint"):
+        try:
+            with torch.serialization.safe_globals([(_LeftOut, name) for name in _LOG_OF_TRAINING]):
+                return load_plain(path)
+        except pickle.UnpicklingError:
+            raise InputError(
+                f"{path}: refused, because loading it would run code pickled into it; only plain tensors are accepted. "
+                "If you trust it, save only its weights: "
+                f'torch.save(torch.load("{path.name}", weights_only=False)["state_dict"], "weights.pt")'
+            ) from None

@@ -11,13 +11,13 @@ from typing import Literal
 
 import numpy as np
 
-from cp_debug.errors import DAMAGED, InputError, library_reason
+from cp_debug.errors import InputError
 from cp_debug.graph.check_inputs import check_given_inputs
 from cp_debug.graph.graph import ValueInfo
 from cp_debug.graph.other_inputs import of_objects
 from cp_debug.optional import require
 from cp_debug.probes.dumps import read_dump, read_iterations
-from cp_debug.reading import check_file, read_bytes, read_npy, read_npz
+from cp_debug.reading import check_file, read_bytes, read_npy, read_npz, readable
 from cp_debug.recipes.base import Sample
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -106,16 +106,10 @@ def _pixels(path: Path, mode: str, height: int | None, width: int | None) -> tup
     """Pixels [H, W, C], 0 to 255, resized to the sizes that are given, and what was done."""
     image_module = require("PIL.Image", "images")
     check_file(path, "image")
-    try:
-        with image_module.open(path) as opened:
-            if opened.width * opened.height > MOST_PIXELS:
-                raise InputError(f"{path}: {opened.width} × {opened.height} pixels; expected at most {MOST_PIXELS}")
-            image = opened.convert(mode)
-    except InputError:
-        raise
-    except Exception as error:  # Pillow raises many kinds on what is no image
-        reason = library_reason(error) or DAMAGED
-        raise InputError(f"{path}: not a readable image: {reason[:200]}") from None
+    with readable(path, "a readable image"), image_module.open(path) as opened:
+        if opened.width * opened.height > MOST_PIXELS:
+            raise InputError(f"{path}: {opened.width} × {opened.height} pixels; expected at most {MOST_PIXELS}")
+        image = opened.convert(mode)
     size = (width or image.width, height or image.height)
     about = []
     if size != image.size:
@@ -357,12 +351,9 @@ def _read_container(file: Path, value: ValueInfo) -> dict[str, np.ndarray]:
 
     data, sequence = read_bytes(file, what="value"), value.container == "a sequence"
     proto = onnx.SequenceProto() if sequence else onnx.OptionalProto()
-    try:
+    with readable(file, f"{value.container} of ONNX"):
         proto.ParseFromString(data)
         held = numpy_helper.to_list(proto) if sequence else numpy_helper.to_optional(proto)
-    except Exception as error:  # protobuf's own errors, and whatever onnx raises on what is none
-        reason = library_reason(error) or DAMAGED
-        raise InputError(f"{file}: not {value.container} of ONNX: {reason}") from None
     assert value.kind is not None
     return {name: np.asarray(array) for name, array in of_objects(value.name, value.kind, held).items()}
 

@@ -23,7 +23,8 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_unflatten
 
 from cp_debug.doing import doing
-from cp_debug.errors import InputError, library_reason
+from cp_debug.errors import InputError
+from cp_debug.reading import readable
 from cp_debug.recipes.input_files import first_arrays
 from cp_debug.recipes.torch_callable import TorchModel, first_line, library_call, own_code
 from cp_debug.safe_text import did_you_mean, one_line
@@ -97,12 +98,8 @@ def load_program(path: Path, inputs: Any = None) -> TorchModel:
     """
     if not path.is_file():
         raise InputError(f"MODEL: no such file {path}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        why = f": {reason}" if (reason := library_reason(error)) else ""
-        raise InputError(f"MODEL: {path} is not an archive of torch.export or torch.jit{why}") from None
+    with readable(f"MODEL: {path}", "an archive of torch.export or torch.jit"), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
     content = path.read_bytes()
     if path.suffix == ".pt2":
         try:

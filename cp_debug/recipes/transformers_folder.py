@@ -19,7 +19,7 @@ import numpy as np
 
 from cp_debug.errors import InputError
 from cp_debug.optional import require
-from cp_debug.reading import check_file, read_json
+from cp_debug.reading import check_file, read_json, readable
 from cp_debug.recipes.packed_weights import BITS, PackedWeight, Packing, unpack
 
 if TYPE_CHECKING:
@@ -318,14 +318,12 @@ def read_state(path: Path, packing: Packing) -> tuple[dict[str, Tensor], dict[st
 
 @contextmanager
 def _opened(files: list[Path]) -> Iterator[dict[Path, Any]]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     with ExitStack() as stack:
         handles: dict[Path, Any] = {}
         for file in files:
             check_file(file, "safetensors file")
-            try:
+            with readable(f"MODEL: {file}", "a readable safetensors file"):
                 handles[file] = stack.enter_context(safe_open(file, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"MODEL: {file}: not a readable safetensors file ({error})") from None
         yield handles

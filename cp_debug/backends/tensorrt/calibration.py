@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from cp_debug.backends.tensorrt.inspector import EngineLayer, materialized
 from cp_debug.backends.tensorrt.options import TensorRTOptions
-from cp_debug.errors import InputError
+from cp_debug.errors import Damage, InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.graph.qdq import LEVELS, quantizable
-from cp_debug.reading import read_text
+from cp_debug.reading import read_text, readable
 
 
 def calibration(options: TensorRTOptions, component: str, scratch: Path) -> dict[str, Any] | None:
@@ -54,14 +54,12 @@ def read_cache(path: Path) -> dict[str, float]:
     Raises InputError for a file that is none.
     """
     text = read_text(path, what="calibration cache", most=LARGEST_CACHE)
-    try:
+    with readable(path, "a calibration cache of TensorRT"):
         first, *lines = text.splitlines()
         if not first.startswith("TRT-"):
-            raise ValueError(f"its first line is {first!r}")
+            raise Damage(f"its first line is {first!r}")
         pairs = [line.rpartition(": ") for line in lines if line]
         return {name: struct.unpack(">f", bytes.fromhex(digits))[0] for name, _, digits in pairs}
-    except (ValueError, struct.error) as error:
-        raise InputError(f"{path}: not a calibration cache of TensorRT ({error})") from None
 
 
 def ranges_of(layers: Sequence[EngineLayer], graph: Graph, scales: Mapping[str, float]) -> Ranges:

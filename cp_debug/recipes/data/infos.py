@@ -19,9 +19,9 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import AfterValidator, BeforeValidator, Field
 from typing_extensions import TypedDict
 
-from cp_debug.errors import DAMAGED, InputError, library_reason
+from cp_debug.errors import InputError
 from cp_debug.files import resolved
-from cp_debug.reading import read_bytes, typed
+from cp_debug.reading import read_bytes, readable, typed
 from cp_debug.recipes.base import Sample
 from cp_debug.recipes.data.base import NAMES, DataOptions, Truth
 from cp_debug.recipes.data.points import Points, read_points
@@ -74,14 +74,13 @@ def load_plain_pickle(path: Path) -> Any:
     Raises InputError for a missing or broken file, and for a name that is refused, which the message tells.
     """
     data = read_bytes(path, what="file", most=LARGEST)
-    try:
-        return _PlainUnpickler(io.BytesIO(data)).load()
-    except _Refused as refused:
-        raise InputError(
-            f"{path}: refused, because it asks for {refused}; expected numpy arrays and plain containers only"
-        ) from None
-    except Exception as error:  # a broken pickle can raise anything
-        raise InputError(f"{path}: not a readable pickle ({library_reason(error) or DAMAGED})") from None
+    with readable(path, "a readable pickle"):
+        try:
+            return _PlainUnpickler(io.BytesIO(data)).load()
+        except _Refused as refused:
+            raise InputError(
+                f"{path}: refused, because it asks for {refused}; expected numpy arrays and plain containers only"
+            ) from None
 
 
 def _plain(value: Any) -> Any:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cp_debug.errors import DAMAGED, Damage, InputError, library_reason
-from cp_debug.reading import check_file, read_bytes, read_npy, read_npz
+from cp_debug.errors import Damage, InputError
+from cp_debug.reading import check_file, read_bytes, read_npy, read_npz, readable
 
 LARGEST = 1 << 31
 """Largest size of a file, and of its points, in bytes."""
@@ -26,15 +26,13 @@ def read_pcd(path: Path) -> dict[str, np.ndarray]:
     Raises InputError for a header or a body that is not as the format says.
     """
     content = read_bytes(path, what="point file", most=LARGEST)
-    try:
+    with readable(path, "a readable .pcd file"):
         header, start = _header(content)
         names, dtype = _fields(header)
         count = int(header["POINTS"][0]) if "POINTS" in header else int(header["WIDTH"][0]) * int(header["HEIGHT"][0])
         if count < 0 or count > LARGEST // dtype.itemsize:
             raise Damage(f"{count} points")
         rows = _body(content[start:], header["DATA"][0], dtype, count)
-    except Exception as error:  # header and body are taken apart by numpy, which raises nearly anything
-        raise InputError(f"{path}: not a readable .pcd file ({library_reason(error) or DAMAGED})") from None
     return {name: rows[name] for name in names if rows[name].ndim == 1}
 
 
