@@ -110,7 +110,9 @@ def names(group: str) -> dict[str, Plugin]:
     for name, target in BUILT_IN.get(group, {}).items():
         declared.setdefault(name, []).append(Plugin(group, name, target))
     for entry in sorted(_declared(group), key=lambda each: (each.name, _distribution(each))):
-        declared.setdefault(entry.name, []).append(_plugin(group, entry))
+        summary = str(entry.dist.metadata["Summary"] or "").partition("\n")[0] if entry.dist else ""
+        plugin = Plugin(group, entry.name, entry.value, _distribution(entry), summary)
+        declared.setdefault(entry.name, []).append(plugin)
     return {
         name: Plugin(group, name, first.target, first.distribution, first.summary, [r.distribution for r in rivals])
         for name, (first, *rivals) in declared.items()
@@ -163,11 +165,6 @@ def find(group: str, name: str) -> Plugin | None:
 def others(group: str) -> list[Plugin]:
     """The plug-ins of a group that other distributions declare."""
     return [plugin for plugin in names(group).values() if not plugin.own]
-
-
-def _plugin(group: str, entry: EntryPoint) -> Plugin:
-    summary = str(entry.dist.metadata["Summary"] or "") if entry.dist else ""
-    return Plugin(group, entry.name, entry.value, _distribution(entry), summary.partition("\n")[0])
 
 
 def _distribution(entry: EntryPoint) -> str:

@@ -189,17 +189,15 @@ class Store:
                         shutil.copyfileobj(source, target, _AT_ONCE)
             self._files.mv(partial, place)
             if self._most is not None:
-                self._trim(self._most)
+                left = self._most
+                for kept_entry in kept(Path(self.place)):
+                    left -= kept_entry.size
+                    if left < 0:
+                        remove([kept_entry])
         except Exception as error:  # every store has errors of its own, and a disk may be full
             with suppress(Exception):
                 self._files.rm_file(partial)
             self._failed(error)
-
-    def _trim(self, most: int) -> None:
-        for entry in kept(Path(self.place)):
-            most -= entry.size
-            if most < 0:
-                remove([entry])
 
     def _place(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"

@@ -119,7 +119,7 @@ def test_a_folder_is_read_by_name(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_clouds_and_a_path_to_nothing_are_refused(tmp_path: Path) -> None:
-    for path, message in ((tmp_path, "holds no point file"), (tmp_path / "gone", "no such file or folder")):
+    for path, message in ((tmp_path, "holds no sample"), (tmp_path / "gone", "no such file or folder")):
         with pytest.raises(InputError, match=message):
             open_data(path, features=FEATURES, class_names=("car",), count=1)
 

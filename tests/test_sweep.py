@@ -34,7 +34,7 @@ from cp_debug.recipes.data.base import DataOptions
 from cp_debug.recipes.registry import load_model
 from cp_debug.reports.sweep import section
 from cp_debug.sweep import bisecting, evaluating, sensitivity
-from cp_debug.sweep.prepared import Grid, sample_files
+from cp_debug.sweep.prepared import Grid
 from cp_debug.sweep.run import Progress
 from cp_debug.sweep.tasks import Task, run_task
 from cp_debug.sweep.workers import needs_gpu
@@ -130,7 +130,7 @@ def test_a_folder_gives_a_sample_a_file(net: Path, tmp_path: Path) -> None:
     assert found == [str(tmp_path / "0.npz"), str(tmp_path / "1.npz")]
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no sample"):
-        sample_files(tmp_path / "empty")
+        list(grid_of(net, inputs=tmp_path / "empty").picked({}))
 
 
 @pytest.mark.few(1)

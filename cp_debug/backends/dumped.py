@@ -138,7 +138,8 @@ def as_in_graph(
     types = types_of(graph, values, last=last)
     declared = {value.name: value.shape for value in graph.inputs if value.shape is not None}
     shapes = {name: known_shape(graph, name, types) for name in values}
-    lies_in_rows = last and any(_fits_in_rows_alone(tensor, shapes[name]) for name, tensor in values.items())
+    rows = (tensor for name, tensor in values.items() if tensor.ndim == 3 and tensor.shape == shapes[name])
+    lies_in_rows = last and any(_moved(tensor, tensor.shape) is None for tensor in rows)  # not with its last axis moved
     needed: list[str] = []
     """Tensors whose shape shows the layout that was asked for."""
     either: list[str] = []
@@ -183,11 +184,6 @@ def as_in_graph(
 
 _DUMPED = {"nhwc": "with channels last", "flat": "without its axes, row by row"}
 """Layout → how its tensors were dumped, in words."""
-
-
-def _fits_in_rows_alone(tensor: np.ndarray, shape: tuple[int, ...] | None) -> bool:
-    """Whether a tensor of rank 3 has its value's shape, and would not with its last axis moved."""
-    return tensor.ndim == 3 and tensor.shape == shape and _moved(tensor, shape) is None
 
 
 def _other_layout(tensor: np.ndarray, shape: tuple[int, ...]) -> str | None:

@@ -69,8 +69,9 @@ def compiled_findings(
         return [*scalars, *other], nearer
     options = CompileOptions.parse(backend.spec.options)
     guilty = [row.name for row in rows.values() if row.verdict == GUILTY and row.side == "test"]
-    plain = run.precision.name == "fp32"
-    if options.compiler != "inductor" or options.casts or not (_casts(graphs) if plain else not guilty):
+    plain, halves = run.precision.name == "fp32", (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+    casts = any(node.op == "Cast" and node.attribute("to") in halves for p in graphs for node in p.graph.nodes)
+    if options.compiler != "inductor" or options.casts or not (casts if plain else not guilty):
         return findings, nearer
     spec = replace(backend.spec, options=str(replace(options, casts=True)))
     rounded = _outputs(run, run.pipeline.programs, create(spec), sample)
@@ -88,12 +89,6 @@ def compiled_findings(
         fix=f"none where more exact is right; else torch._inductor.config.emulate_precision_casts = True, here {spec}",
     )
     return [found, *(f for f in findings if not f.evidence.get("declared") and not set(f.layers) & {*guilty})], []
-
-
-def _casts(programs: Sequence[Program]) -> bool:
-    """Whether a network casts to BF16 or FP16 by itself."""
-    halves = onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
-    return any(node.op == "Cast" and node.attribute("to") in halves for p in programs for node in p.graph.nodes)
 
 
 def _outputs(run: CandidateRun, programs: Sequence[Program], backend: Backend, sample: Sample) -> Arrays:

@@ -115,7 +115,8 @@ def between_levels(
         read = {**{name: oracle.graph.initializer(name) for name in stored}, **given}
         held = {name: FP64.hold(tensor, exact.device) for name, tensor in read.items()}
         moves = (1 + TIE * roundoff, 1 - TIE * roundoff)
-        moved = [{n: t * m if _is_float(t) else t for n, t in held.items()} for m in moves]
+        floats = {n: t for n, t in held.items() if isinstance(t, Tensor) and t.is_floating_point()}
+        moved = [{**held, **{n: t * m for n, t in floats.items()}} for m in moves]
         levels = [as_tensor(oracle.run_nodes(nodes, each, [target])[target]) for each in moved]
     elif maker.op in SIZED and maker.inputs[0] in given:
         levels = _nearest(oracle, maker, oracle.run_nodes([n for n in nodes if n is not maker], given, maker.inputs))
@@ -125,10 +126,6 @@ def between_levels(
         if level.shape == ours.shape:
             settled = torch.where(torch.isclose(ours, level, rtol=TIE * roundoff, atol=0.0), ours, settled)
     return settled if levels else None
-
-
-def _is_float(tensor: AnyTensor) -> bool:
-    return isinstance(tensor, Tensor) and tensor.is_floating_point()
 
 
 def _rounded_here(node: Node, nodes: Sequence[Node], given: Mapping[str, AnyTensor]) -> bool:

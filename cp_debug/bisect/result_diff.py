@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cp_debug.backends.base import RunRecord
 from cp_debug.bisect.result import DIVERGENT, GUILTY, INHERITED, OK, SHAPE, BisectResult, LayerRow, TestResult
 from cp_debug.display import Shown
 from cp_debug.errors import InputError
@@ -122,7 +121,8 @@ class TestDiff(JsonForm):
             guilty = change.change in (WORSE, NEW) and change.after is not None and change.after.verdict == GUILTY
             if guilty and (change.before is None or change.before.verdict != GUILTY):
                 said.append(f"layer {change.name} {'is new and' if change.before is None else 'became'} guilty")
-        said = _few(said)
+        if (more := len(said) - 3) > 0:
+            said[3:] = [f"so did {amount(more, 'other layer')}"]
         for change in self.outputs:
             if change.change == GONE:
                 said.append(f"output {change.onnx} is gone")
@@ -144,12 +144,6 @@ class TestDiff(JsonForm):
         why = f", but {', '.join(self.reasons)}" if self.reasons and self.agrees[1] else ""
         why = f": {', '.join(self.reasons)}" if self.reasons and not self.agrees[1] else why
         return f"{verdict}{aside}{why}; layers: {', '.join(parts) or 'none changed'}, {self.same} as before"
-
-
-def _few(about_layers: list[str]) -> list[str]:
-    """The first three texts, and how many more there are."""
-    more = len(about_layers) - 3
-    return [*about_layers[:3], f"so did {amount(more, 'other layer')}"] if more > 0 else about_layers
 
 
 @dataclass(repr=False)
@@ -351,9 +345,10 @@ def _result_notes(
     if before.reference.spec != after.reference.spec:
         yield f"the references differ: {before.reference.spec}, {after.reference.spec}"
     yield from dict.fromkeys(
-        text
+        f"{b.spec}: {name} was {version}, is {b.versions[name]}"
         for a, b in [(before.reference, after.reference), *((a.backend, b.backend) for a, b in pairs)]
-        for text in _versions(a, b)
+        for name, version in a.versions.items()
+        if b.versions.get(name, version) != version
     )
     for a, b in pairs:
         if _was_replayed(a) != _was_replayed(b):
@@ -410,9 +405,3 @@ def _components(pairs: Pairs, components: Sequence[Mapping[str, str]]) -> Iterat
         if alone:
             noun = amount(len(alone), "component").split(" ", 1)[1]
             yield f"{noun} only {side}: {', '.join(alone)}"
-
-
-def _versions(before: RunRecord, after: RunRecord) -> Iterator[str]:
-    for name, version in before.versions.items():
-        if after.versions.get(name, version) != version:
-            yield f"{after.spec}: {name} was {version}, is {after.versions[name]}"

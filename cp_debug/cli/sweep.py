@@ -212,7 +212,7 @@ class Desk:
                 if target.suffix == ".parquet":
                     write_table(finished.results(), module.rows, module.COLUMNS, target)
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-                if not finished.reread:
+                if finished.ran == len(finished.places):  # no record is of an earlier run
                     raise
                 not_readable = f"{log.path}: what was read from it is no result of this version"
                 raise InputError(f"{not_readable}; give another --log") from error

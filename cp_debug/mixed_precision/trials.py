@@ -210,12 +210,10 @@ class Judge:
         changes = [compare_detections(a, b) for a, b in zip(self._decoded, decoded, strict=True)]
         figures = {name: float(sum(getattr(c, name.removeprefix("boxes_")) for c in changes)) for name in self._counts}
         if self._scored:
-            figures["map_drop"] = self._map_drop(decoded)
+            both = (draws_of_scores(self._model, found, self._samples, 0) for found in (self._decoded, decoded))
+            reference, test = (float(draws["mAP"][0]) for draws in both)
+            figures["map_drop"] = 100 * (reference - test)
         return figures
-
-    def _map_drop(self, decoded: Sequence[Any]) -> float:
-        reference, test = (draws_of_scores(self._model, found, self._samples, 0) for found in (self._decoded, decoded))
-        return 100 * float(reference["mAP"][0] - test["mAP"][0])
 
 
 def draws_of_scores(

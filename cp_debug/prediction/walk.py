@@ -85,7 +85,7 @@ class GraphWalk:
         live: dict[str, Values] = {run: dict(given) for run, given in inputs.items()}
         readers = Counter(name for group in self.groups for name in self._reads(group)) + Counter(output_names)
         for group in self.groups:
-            results = self._exits(group, readers)
+            results = [o for node in group.nodes for o in node.outputs if readers.get(o)] or [*group.nodes[-1].outputs]
             if group.side:
                 side_values = self._oracle.run_nodes(group.nodes, live[EXACT], results)
                 for values in live.values():
@@ -119,10 +119,6 @@ class GraphWalk:
         written = {output for node in group.nodes for output in node.outputs}
         around = {name for node in group.nodes if node.name in self._plain for name in self._plain[node.name].inputs}
         return ({name for node in group.nodes for name in node.inputs} | around) - written
-
-    @staticmethod
-    def _exits(group: Group, readers: Mapping[str, int]) -> list[str]:
-        return [o for node in group.nodes for o in node.outputs if readers.get(o)] or list(group.nodes[-1].outputs)
 
     def _compute(self, group: Group, results: Sequence[str], live: Mapping[str, Values]) -> Iterator[PredictedLayer]:
         plain = self._plainly(group)

@@ -162,7 +162,9 @@ def _flatten(name: str, path: str, value: Any, tensors: dict[str, Tensor]) -> Bu
     if isinstance(value, np.ndarray | np.generic):
         value = _tensor(name, path, value)
     if isinstance(value, Tensor):
-        _check_dense(name, path, value)
+        if not is_dense(value) or value.is_complex():
+            kind = f"example input {path!r} is {layout_of(value)}"
+            raise InputError(f"MODEL: {name}: {kind}; expected a dense tensor of real numbers")
         tensors[path] = value
         return next
     if isinstance(value, Mapping):
@@ -210,13 +212,6 @@ def _sequence_like(like: Any, parts: list[Any]) -> Any:
     return parts
 
 
-def _check_dense(name: str, key: str, tensor: Tensor) -> None:
-    if not is_dense(tensor) or tensor.is_complex():
-        raise InputError(
-            f"MODEL: {name}: example input {key!r} is {layout_of(tensor)}; expected a dense tensor of real numbers"
-        )
-
-
 def _taking_flat(module: nn.Module, arguments: Sequence[tuple[tuple[str, bool], Build]]) -> nn.Module:
     """A shallow copy of ``module`` that takes tensors by position.
 
@@ -258,7 +253,9 @@ class TorchModel(Unglued):
         self.name, self._source = name, source
         self.reading = DEFAULT_READING
         with own_code(f"MODEL: {name}: what was given"):  # its classes may answer anything with an exception
-            _check_values(name, module)
+            for kind, tensor in (*module.named_parameters(), *module.named_buffers()):
+                if tensor.is_meta:
+                    raise InputError(f"MODEL: {name}: {kind} is on the device meta, where it has no values")
             others = {path: m.training for path, m in module.named_modules() if isinstance(m, _OTHER_IN_TRAINING)}
             training = [path for path, is_training in others.items() if is_training]
             which = f"of the module, {some(training)}" if len(training) < len(others) else "the module"
@@ -349,12 +346,6 @@ def _in_eval_mode(module: nn.Module) -> nn.Module:
         return module.eval()
     except NotImplementedError:  # of a program of torch.export, whose mode was settled when it was exported
         return module
-
-
-def _check_values(name: str, module: torch.nn.Module) -> None:
-    for kind, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.is_meta:
-            raise InputError(f"MODEL: {name}: {kind} is on the device meta, where it has no values")
 
 
 def _output_names(

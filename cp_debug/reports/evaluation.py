@@ -151,17 +151,14 @@ def _plain(value: float | ConfidenceInterval) -> str:
 def _figure(value: float | ConfidenceInterval) -> str:
     if not isinstance(value, ConfidenceInterval):
         return _number(value)
-    return "–" if math.isnan(value.value) else _interval(value)
+    interval = f"{fixed(value.value)} [{_number(value.low)}, {_number(value.high)}]"
+    return "–" if math.isnan(value.value) else interval
 
 
 def _change(value: float | ConfidenceInterval) -> str:
     if not isinstance(value, ConfidenceInterval):
         return signed(value)
     return "–" if math.isnan(value.value) else difference(value)
-
-
-def _interval(figure: ConfidenceInterval) -> str:
-    return f"{fixed(figure.value)} [{_number(figure.low)}, {_number(figure.high)}]"
 
 
 def difference(figure: ConfidenceInterval) -> str:

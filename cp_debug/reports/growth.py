@@ -55,7 +55,8 @@ def growth_chart(test: TestResult, anchor: str) -> Canvas | None:
         '<clipPath id="{}"><rect x="{}" y="0" width="{}" height="{}"/></clipPath>', clip, LEFT, x.end - LEFT, height
     )
     canvas.open_group(clip)
-    _bands(canvas, test, x, y)
+    for band, (name, start, end) in enumerate(stage_spans(test)):  # every other one is shaded
+        canvas.rect(x(start), y.end, x(end) - x(start), y.start - y.end, f"band{band % 2}", name)
     canvas.close_group()
     for text, middle, upright in names:
         if upright:
@@ -119,12 +120,6 @@ def overview(test: TestResult) -> Canvas:
     canvas.add('<path d="{}" class="accused"/>', accused)
     canvas.rect(0, 0, len(rows), 100, "chosen")
     return canvas
-
-
-def _bands(canvas: Canvas, test: TestResult, x: Scale, y: Scale) -> None:
-    """A band for each stage, ending where the stage ends; every other one is shaded."""
-    for number_, (name, start, end) in enumerate(stage_spans(test)):
-        canvas.rect(x(start), y.end, x(end) - x(start), y.start - y.end, f"band{number_ % 2}", name)
 
 
 def _named(stage: tuple[str, float, float], x: Scale) -> tuple[str, float, bool]:

@@ -65,7 +65,8 @@ def graph_data(saved: SavedResult, anchors: Sequence[str]) -> dict[str, Any] | N
         graphs = {name: graph for name, graph in saved.graphs.items() if any(key[0] == name for key in rows)}
     except CpdebugError:
         return None
-    known = sum(key[0] in graphs and _has(graphs[key[0]], key[1]) for key in rows)
+    values = {name: {*graph.producer, *(each.name for each in graph.inputs)} for name, graph in graphs.items()}
+    known = sum(key[1] in values.get(key[0], ()) for key in rows)
     if not rows or {key[0] for key in rows} - set(graphs) or 2 * known < len(rows):  # other files, of the same names
         return None
     layers = [_layer(saved, graphs, key, row) for key, row in rows.items()]
@@ -159,10 +160,6 @@ def _rows(tests: Iterable[TestResult]) -> dict[Key, LayerRow]:
             found.setdefault((row.component, row.onnx), row)
     components = list(dict.fromkeys(key[0] for key in found))
     return dict(sorted(found.items(), key=lambda item: (components.index(item[0][0]), item[1].index)))
-
-
-def _has(graph: Graph, value: str) -> bool:
-    return value in graph.producer or any(value == each.name for each in graph.inputs)
 
 
 def _layer(saved: SavedResult, graphs: dict[str, Graph], key: Key, row: LayerRow) -> GraphLayer:

@@ -114,7 +114,7 @@ def render_prediction(result: Prediction, *, show_all: bool = False) -> Iterator
     for i, (name, says) in enumerate(result.kernels.items()):
         yield Text(f"  {name}: {says}{' (assumed most likely)' if not i else ''}", "dim")
     layers = [layer for layer in result.layers if layer.introduced is not None]
-    worst = sorted(layers, key=_severity, reverse=True)[:MOST_PREDICTED]
+    worst = sorted(layers, key=lambda layer: -layer.introduced.high if layer.introduced else 0.0)[:MOST_PREDICTED]
     yield Terminal(layer_table([layer for layer in layers if show_all or layer.keep or layer in worst]))
     if not show_all and len(layers) > MOST_PREDICTED:
         yield Text(f"{len(layers)} layers; those that introduce most are shown, --all shows the rest", "dim")
@@ -173,7 +173,3 @@ def output_table(result: Prediction) -> Sheet:
 
 def _ends(interval: Interval) -> str:
     return f"{number(interval.low)} … {number(interval.high)}"
-
-
-def _severity(layer: PredictedLayer) -> float:
-    return layer.introduced.high if layer.introduced is not None else 0.0

@@ -17,8 +17,9 @@ def progress_bar(console: Console) -> Progress:
     What is being done is shortened where there is no room; numbers are not.
     """
     width = next((width for least, width in BARS.items() if console.width >= least), 0)
-    bar = (BarColumn(width, table_column=Column(no_wrap=True)),) if width else ()
-    columns = (SpinnerColumn(table_column=Column(no_wrap=True)), _Doing(), *bar, _Count(), _Times())
+    whole = Column(no_wrap=True)
+    bar = (BarColumn(width, table_column=whole),) if width else ()
+    columns = (SpinnerColumn(table_column=whole), _Doing(), *bar, _Count(whole), _Times(whole))
     return Progress(*columns, console=console, transient=True, disable=not (console.is_terminal or console.is_jupyter))
 
 
@@ -32,9 +33,6 @@ class _Doing(ProgressColumn):
 class _Count(ProgressColumn):
     """Steps that are done, of all, where there are several."""
 
-    def __init__(self) -> None:
-        super().__init__(Column(no_wrap=True))
-
     def render(self, task: Task) -> Text:
         several = task.total is not None and task.total > 1
         return Text(f"{task.completed:.0f}/{task.total:.0f}" if several else "", style="progress.download")
@@ -42,9 +40,6 @@ class _Count(ProgressColumn):
 
 class _Times(ProgressColumn):
     """The time that has gone by, and what is left at this pace."""
-
-    def __init__(self) -> None:
-        super().__init__(Column(no_wrap=True))
 
     def render(self, task: Task) -> Text:
         gone, left = task.elapsed, task.time_remaining

@@ -35,11 +35,11 @@ from cp_debug.recipes.abilities import HasData
 from cp_debug.recipes.base import Model, Sample
 from cp_debug.recipes.data.base import DataOptions
 from cp_debug.recipes.data.open_data import DEFAULT_OPTIONS
-from cp_debug.recipes.data.points import ENDINGS
+from cp_debug.recipes.data.points import point_files
 from cp_debug.recipes.registry import kind_of
 from cp_debug.store import cache_folder, fill
 from cp_debug.sweep.tasks import Parameters, Task, digests, shared_store
-from cp_debug.sweep.workers import code_hash, needs_gpu
+from cp_debug.sweep.workers import needs_gpu, running
 
 T = TypeVar("T")
 
@@ -148,7 +148,7 @@ def _export(subject: Subject, how: Export, folded: bool) -> Prepared:
 
 
 def _exports(shared: str) -> ExportCache:
-    return ExportCache(shared_store(shared), code_hash())
+    return ExportCache(shared_store(shared), running()["code"])
 
 
 def _taken(
@@ -306,14 +306,5 @@ class Grid:
             for index in range(len(model.data(self.inputs, self.samples, self.seed, self.data))):
                 yield {"inputs": str(resolved(self.inputs)), "index": index, "files": info_digest}
         else:
-            for file in sample_files(self.inputs)[: self.samples]:
+            for file in point_files(self.inputs)[: self.samples]:
                 yield {"inputs": str(resolved(file)), "index": 0, "files": digests([file])}
-
-
-def sample_files(inputs: Path) -> list[Path]:
-    """Files with samples: ``inputs`` itself, or those of the folder, by name. Raises InputError for none."""
-    if not inputs.is_dir():
-        return [inputs]
-    if files := sorted(file for file in inputs.iterdir() if file.name.endswith(ENDINGS)):
-        return files
-    raise InputError(f"{inputs}: holds no sample (a file whose name ends in {' '.join(ENDINGS)})")

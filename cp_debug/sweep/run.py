@@ -81,11 +81,6 @@ class Finished:
     ran: int
     """Tasks of this run; the others were in the log."""
 
-    @property
-    def reread(self) -> bool:
-        """Whether some records are of an earlier run."""
-        return self.ran < len(self.places)
-
     def results(self) -> Iterator[Record]:
         """The records with a result, each with its ``place``, in no order."""
         return (record for record in self._records() if "result" in record)

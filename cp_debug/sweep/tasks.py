@@ -8,7 +8,7 @@ import json
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -67,12 +67,6 @@ def module_of(kind: str) -> Any:
     return importlib.import_module(KINDS[kind].partition(":")[0])
 
 
-def function_of(kind: str) -> Callable[[Parameters], dict[str, Any]]:
-    """The function that the ``kind`` of a task names."""
-    module, _, name = KINDS.get(kind, kind).partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
 def run_task(kind: str, params: Parameters) -> dict[str, Any]:
     """Run one task, on a worker: ``result`` or ``error``, ``seconds``, and ``worker``.
 
@@ -83,7 +77,8 @@ def run_task(kind: str, params: Parameters) -> dict[str, Any]:
     try:
         check_files(params.get("files", {}))
         with prints_aside():
-            outcome: dict[str, Any] = {"result": function_of(kind)(params)}
+            module, _, name = KINDS.get(kind, kind).partition(":")
+            outcome: dict[str, Any] = {"result": getattr(importlib.import_module(module), name)(params)}
     except CpdebugError as error:
         outcome = {"error": str(error)}
     except Exception as error:  # a defect in one task must not end the sweep

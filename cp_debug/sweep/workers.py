@@ -284,7 +284,7 @@ def _refusal(answer: Any) -> str:
     wanted = "expected the code that the sweep was started with"
     if isinstance(answer, Exception):
         return f"it cannot say what it runs ({in_one_line(answer)}); {wanted}"
-    here = _here()
+    here = running()
     for name in ("Python", "Dask", "cpdebug"):
         if name not in answer:
             return f"cpdebug cannot be imported there ({answer['missing']}); install it on all workers"
@@ -295,13 +295,9 @@ def _refusal(answer: Any) -> str:
     return ""
 
 
-def code_hash() -> str:
-    """SHA-256 of the package's source files, by their paths in it."""
-    return _here()["code"]
-
-
 @lru_cache(maxsize=1)
-def _here() -> dict[str, str]:
+def running() -> dict[str, str]:
+    """What this process runs: Python, Dask, cpdebug, and ``code``, the SHA-256 of its source files by their paths."""
     return _question()()
 
 

@@ -309,7 +309,7 @@ def rotary_embedding(call: Call, x: Tensor, positions: Tensor, cos: Tensor, sin:
         places = places.reshape(1, 1) + torch.arange(length, device=x.device)
     places = places.expand(heads.shape[0], length)
     result = _rotated(heads, cos, sin, places, bool(call["interleaved"]))
-    return _join_heads(result) if x.dim() == 3 else result
+    return result.transpose(1, 2).flatten(2) if x.dim() == 3 else result
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, places: Tensor, interleaved: bool) -> Tensor:
@@ -346,7 +346,7 @@ def _attend(
     for bias in (mask, added):
         if bias is not None:
             scores = call.arithmetic.round(scores + bias)
-    return _join_heads(_product(call, call.arithmetic.round(torch.softmax(scores, -1)), v))
+    return _product(call, call.arithmetic.round(torch.softmax(scores, -1)), v).transpose(1, 2).flatten(2)
 
 
 def _masks(call: Call, mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
@@ -375,7 +375,3 @@ def _product(call: Call, a: Tensor, b: Tensor) -> Tensor:
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
     return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
-
-
-def _join_heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)

@@ -90,11 +90,6 @@ class LoaderScript:
         files = hashes(Path(word) for word in words if os.path.isfile(word))  # noqa: PTH113 (no path is too long for it)
         return cls(path.resolve(), functions, key_of({"script": source, "files": files}))
 
-    @property
-    def makes_network(self) -> bool:
-        """Whether the network is the script's, and not parsed from the ONNX file."""
-        return "load_network" in self.functions
-
     def step(self) -> dict[str, Any]:
         """The script as a step of the runner has it."""
         return {"script": str(self.path), "functions": list(self.functions), "content": self.content}

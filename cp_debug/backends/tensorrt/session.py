@@ -36,11 +36,6 @@ def _shared_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="cpdebug-timing-")
 
 
-def _timing_cache(version: str) -> Path:
-    """One file for all builds of this process: the probed engine must find the plain one's tactics."""
-    return Path(_shared_folder().name) / f"tensorrt-{version}.cache"
-
-
 class EngineSession:
     """A graph on TensorRT.
 
@@ -108,7 +103,7 @@ class EngineSession:
         if config.graph_precision is not None:
             cast = cast_surgery(source_graph, config.graph_precision, kept_nodes, folder / file)
             graph = Graph(cast, source=source_graph)
-            if options.loader is not None and options.loader.makes_network:
+            if options.loader is not None and "load_network" in options.loader.functions:
                 raise InputError(
                     f"{options.loader.path}: load_network makes the network by itself, but a strongly typed trt-"
                     f"{variant} has its types written into the ONNX file; expected load_config alone"
@@ -131,8 +126,10 @@ class EngineSession:
         )
 
     def _timings(self, version: str, graph: Graph) -> Path:
-        cache = self._options.cache
-        return cache.timing_cache({**self._machine, "graph": graph.digest}) if cache else _timing_cache(version)
+        if cache := self._options.cache:
+            return cache.timing_cache({**self._machine, "graph": graph.digest})
+        # One file for all builds of this process: the probed engine must find the plain one's tactics.
+        return Path(_shared_folder().name) / f"tensorrt-{version}.cache"
 
     @property
     def plain(self) -> Engine:

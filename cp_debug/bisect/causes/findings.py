@@ -165,7 +165,8 @@ class Explainer:
                     costly += [known] if known else declared.declared(*of)
             except Exception as error:
                 self.notes.append(f"the declared precision's cost is not known: {in_one_line(error)}")
-        return [*sorted(findings, key=_by_effect), *sorted(costly, key=_by_effect)]  # what is wrong comes first
+        both = (findings, costly)  # what is wrong comes first
+        return [each for part in both for each in sorted(part, key=lambda f: -abs(f.effect.share or 0.0))]
 
     def _shapes(self, rows: Mapping[Key, LayerRow]) -> Iterator[Finding]:
         """For the first layer of another shape in each component, the difference of the two graphs that makes it."""
@@ -490,10 +491,6 @@ def _unexplained(explanation: Explanation) -> str:
     says = "no known cause explains what these layers introduce"
     differ = "; ".join(explanation.graphs_differ)
     return f"{says}; the two graphs differ there: {differ}" if differ else says
-
-
-def _by_effect(finding: Finding) -> float:
-    return -abs(finding.effect.share or 0.0)
 
 
 def _node_names(rows: Sequence[LayerRow]) -> list[str]:

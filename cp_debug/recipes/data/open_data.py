@@ -13,7 +13,7 @@ from cp_debug.recipes.base import Sample
 from cp_debug.recipes.centerpoint.scenes import CLASSES, HELD_OUT_SEED, generate_scene
 from cp_debug.recipes.data.base import DataOptions, DataSet, Truth, attributes_of
 from cp_debug.recipes.data.infos import InfoData, load_plain_pickle
-from cp_debug.recipes.data.points import COLUMNS, ENDINGS, columns_of, read_points
+from cp_debug.recipes.data.points import COLUMNS, columns_of, point_files, read_points
 
 _COLUMNS = ("x", "y", "z", "intensity", "dt")
 
@@ -90,12 +90,7 @@ class FolderData:
 
     def __init__(self, path: Path, features: Sequence[str], count: int) -> None:
         self.name, self._features = str(path), features
-        if path.is_dir():
-            self._files = sorted(file for file in path.iterdir() if file.name.endswith(ENDINGS))[:count]
-            if not self._files:
-                raise InputError(f"{path}: holds no point file (a name ending in {' '.join(ENDINGS)})")
-        else:
-            self._files = [path]
+        self._files = point_files(path)[:count]
 
     def __len__(self) -> int:
         return len(self._files)

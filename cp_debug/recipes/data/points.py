@@ -144,6 +144,15 @@ def read_points(path: Path, features: Sequence[str], columns: Sequence[str] | No
     return _select(path, dict(zip(names, _read_raw(path, names).T, strict=True)), features)
 
 
+def point_files(path: Path) -> list[Path]:
+    """``path`` itself, or the files of that folder, by name. Raises InputError for none."""
+    if not path.is_dir():
+        return [path]
+    if files := sorted(file for file in path.iterdir() if file.name.endswith(ENDINGS)):
+        return files
+    raise InputError(f"{path}: holds no sample (a file whose name ends in {' '.join(ENDINGS)})")
+
+
 def columns_of(path: Path, ending: str) -> tuple[tuple[str, ...], str]:
     """The columns of a ``.bin`` file, and what is to be said of the choice: nothing where content and ending agree.
 
