@@ -65,6 +65,44 @@ def test_channels_whose_scale_clips_are_named(tmp_path: Path, op: str, clipped: 
     assert f"{count} clipped: {', '.join(map(str, clipped))}" in finding.says
 
 
+@pytest.mark.parametrize(
+    ("fault", "cause", "says"),
+    [
+        ("clip", "int8-clipped", "the weights of its channel 5 reach"),
+        ("scale", "int8-scale", "node_quantized and node_held disagree in their scale: "),
+        ("zero", "int8-zero-point", "node_q and node_dq disagree in their zero point: 0 and 9"),
+    ],
+)
+def test_weights_that_the_file_quantizes_itself_are_looked_at(
+    tmp_path: Path, fault: str, cause: str, says: str
+) -> None:
+    """A file with fake quantizers holds the weights in FP32, with a QuantizeLinear behind them."""
+    files = []
+    for quantized in (False, True):
+        net, x = NetBuilder(3), "x"
+        weight = (net.rng.standard_normal((CHANNELS, CHANNELS)) / 8).astype(np.float32)
+        scales = (np.abs(weight).max(axis=0) / 127).astype(np.float32)
+        w = net.weight(weight)
+        if quantized:
+            ours = scales.copy()
+            scales[5] *= {"clip": 1 / 8, "scale": 1.5}.get(fault, 1)
+            ours[5] *= 1 / 8 if fault == "clip" else 1
+            zeros = net.weight(np.zeros(CHANNELS, np.int8))
+            levels = net.op("QuantizeLinear", w, net.weight(ours), zeros, axis=1, name="quantized")
+            w = net.op("DequantizeLinear", levels, net.weight(scales), zeros, axis=1, name="held")
+            step, none = net.weight(np.array(4.5 / 127, np.float32)), net.weight(np.zeros((), np.int8))
+            other = net.weight(np.array(9 if fault == "zero" else 0, np.int8))
+            x = net.op("DequantizeLinear", net.op("QuantizeLinear", x, step, none, name="q"), step, other, name="dq")
+        net.op("MatMul", x, w, name="made")
+        files.append(net.save(tmp_path / f"{quantized}.onnx", {"x": (1, [64, CHANNELS])}, ["made"]))
+    (test,) = bisect(str(files[0]), "ort,ort", test_model=files[1]).tests
+    (finding,) = test.findings
+    assert (finding.cause, finding.layers) == (cause, ["node_made"])
+    assert says in finding.says
+    assert finding.evidence["error_then"] < 0.2 * finding.evidence["error"]
+    assert not [note for note in test.notes if "could be tried" in note]
+
+
 @pytest.mark.parametrize("op", ["Conv", "MatMul"])
 def test_scales_that_fit_every_channel_are_no_fault(tmp_path: Path, op: str) -> None:
     assert not compared(tmp_path, op, ()).guilty
@@ -93,8 +131,8 @@ def test_one_layer_that_does_what_it_must_is_told_in_the_singular(tmp_path: Path
 
 
 @pytest.mark.parametrize("op", ["Add", "MatMul", "Mul"])
-@pytest.mark.parametrize("clips", [True, False])
-def test_a_scale_that_clips_is_named_where_two_activations_meet(tmp_path: Path, op: str, clips: bool) -> None:
+@pytest.mark.parametrize("clips", [0, 1, None])
+def test_a_scale_that_clips_is_named_where_two_activations_meet(tmp_path: Path, op: str, clips: int | None) -> None:
     """Additions and products without a constant have scales of their own."""
     inputs = {name: np.random.default_rng(4).standard_normal((16, 16)).astype(np.float32) for name in ("a", "b")}
     np.savez(tmp_path / "x.npz", **inputs)
@@ -103,16 +141,16 @@ def test_a_scale_that_clips_is_named_where_two_activations_meet(tmp_path: Path, 
         net = NetBuilder(4)
         parts = [net.op("Neg", name, name=f"neg_{name}") for name in inputs]
         for place, part in enumerate(parts if quantized else ()):
-            scale = np.abs(inputs["ab"[place]]).max() / 127 / (6 if clips and not place else 1)
+            scale = np.abs(inputs["ab"[place]]).max() / 127 / (6 if clips == place else 1)
             grid = net.weight(np.array(scale, np.float32)), net.weight(np.array(0, np.int8))
             parts[place] = net.op("DequantizeLinear", net.op("QuantizeLinear", part, *grid), *grid)
         net.op("MatMul", net.op(op, *parts, name="met"), net.weight(np.eye(16, 8, dtype=np.float32)), name="y")
         paths.append(net.save(tmp_path / f"{quantized}.onnx", {name: (1, [16, 16]) for name in inputs}, ["y"]))
     options = Options(inputs=tmp_path / "x.npz")
     (test,) = bisect(str(paths[0]), "ort,ort", test_model=paths[1], options=options).tests
-    assert [row.onnx for row in test.guilty] == ["met"] * clips
+    assert [row.onnx for row in test.guilty] == ["met"] * (clips is not None)
     clipped = [f for f in test.findings if f.cause == "int8-clipped"]
-    assert [f.layers for f in clipped] == [["node_met"]] * clips
+    assert [f.layers for f in clipped] == [["node_met"]] * (clips is not None)
     for finding in clipped:
         assert finding.evidence["needed_scale"] == pytest.approx(6 * finding.evidence["scale"], rel=1e-2)
         assert finding.evidence["error_then"] < 0.5 * finding.evidence["error"]

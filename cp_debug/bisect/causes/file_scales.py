@@ -16,6 +16,7 @@ from cp_debug.bisect.causes.other_program import OtherPiece
 from cp_debug.bisect.file_weights import BETTER, OFF, Repair, StoredCodes, is_narrow_kind, product_of, stored_codes
 from cp_debug.bisect.quantized_segment import CODECS, QuantizerGrid
 from cp_debug.errors import InputError
+from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Node
 from cp_debug.graph.integer_values import constant_type
 from cp_debug.graph.narrow_qdq import FAMILIES
@@ -31,6 +32,7 @@ MOST = 8
 """Scales of a region that are tried."""
 _FIX = {
     "weights": "quantize the weights of {layers} again, by the largest of each channel",
+    "pair": "give both the same parameters",
     "data": "calibrate {layers} on data like this, or keep it in FP32",
     "scales": "store the scales with which the weights of {layers} were rounded, in their order, or quantize them "
     "again",
@@ -44,7 +46,8 @@ _FIX = {
 
 def wrong_scale(piece: OtherPiece) -> Candidate | None:
     """The scale without which a layer would be much nearer to the exact result, where the test's own nodes reproduce
-    the layer: one of FP8 or 4 bits that is not that of its numbers, one of INT8 that clips. None without one.
+    the layer: one of FP8 or 4 bits that is not that of its numbers, one of INT8 that clips, or of which a Q/DQ pair
+    has two. None without one.
 
     In a region of several layers, those that clip most are tried, at most ``MOST``: each is a run of the region.
     """
@@ -107,12 +110,9 @@ def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:
         numbers, held = values[source] if source else weights[node.outputs[0]], values[node.outputs[0]]
         if not numbers.dim() or not numbers.numel() or not bool(torch.isfinite(numbers).all()):
             continue
-        _, scale, zero = [*node.proto.input[:3], ""][:3]
+        zero = "".join(node.proto.input[2:3])
         kind = constant_type(graph, zero) if zero else constant_type(graph, node.proto.input[0]) or 2
-        scales, offset = (
-            torch.from_numpy(np.asarray(array).astype(np.float64))
-            for array in (constants[scale], constants[zero] if zero else 0.0)
-        )
+        scales, offset = _parameters(node, constants)
         if kind in CODECS and source and scales.numel() == 1:
             codec, needed = CODECS[kind], float(numbers.abs().max()) / CODECS[kind].largest or 1.0
             name, says, figures = misfit(numbers, codec, float(scales))
@@ -121,7 +121,38 @@ def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:
         elif kind in _ENDS and not node.attribute("block_size"):
             grid = QuantizerGrid(scales, offset, *_ENDS[kind], node.attribute("axis", 1))
             if bool((scales > 0).all()) and grid.fits(numbers.shape) and held.shape == numbers.shape:
-                yield from _clipped("data" if source else "weights", node, grid, numbers, held)
+                of = "data" if source and source not in constants else "weights"
+                yield from _clipped(of, node, grid, numbers, held)
+                if source:
+                    yield from _disagreeing(maker[node.proto.input[0]], node, constants, numbers, grid)
+
+
+def _parameters(node: Node, constants: Constants) -> tuple[Tensor, Tensor]:
+    """Scales and zero points of a node with constant ones, float64."""
+    _, scale, zero = [*node.proto.input[:3], ""][:3]
+    scales, zeros = np.asarray(constants[scale]), np.asarray(constants[zero] if zero else 0)
+    return torch.from_numpy(scales.astype(np.float64)), torch.from_numpy(zeros.astype(np.float64))
+
+
+def _disagreeing(
+    quantizer: Node, node: Node, constants: Constants, numbers: Tensor, grid: QuantizerGrid
+) -> Iterator[tuple[str, Candidate]]:
+    """The value of ``node``, and what it would be with the scales and zero points that its levels were made with."""
+    if any(name not in constants for name in quantizer.proto.input[1:3] if name):
+        return
+    made = QuantizerGrid(*_parameters(quantizer, constants), grid.low, grid.high, quantizer.attribute("axis", 1))
+    if not made.fits(numbers.shape):
+        return
+    for what, name, ours, theirs in (
+        ("scale", "int8-scale", made.scale, grid.scale),
+        ("zero point", "int8-zero-point", made.zero, grid.zero),
+    ):
+        pairs = torch.stack(torch.broadcast_tensors(ours.flatten(), theirs.flatten()), 1)
+        if wrong := pairs[pairs[:, 0] != pairs[:, 1]].tolist():
+            told = " and ".join(f"{number:.4g}" for number in wrong[0])
+            says = f"{quantizer.name} and {node.name} disagree in their {what}: {told}"
+            yield node.outputs[0], Candidate(name, says, made.quantized(numbers), 0, fix=_FIX["pair"])
+            return
 
 
 def _clipped(

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from cp_debug.backends.arithmetic import ARITHMETICS
@@ -98,14 +99,17 @@ class OtherPiece:
         return self.values(self.own, replaced=replaced)[self.own]
 
     def values(self, *names: str, replaced: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Tensor]:
-        """Several values by their names in the test, in one run like ``run``'s; those that no node makes are inputs.
+        """Several values by their names in the test, in one run like ``run``'s; those that no node makes are inputs or
+        constants.
 
         float64, each in its value's shape.
         """
         nodes, given = [n for n in self.nodes if replaced.keys().isdisjoint(n.outputs)], {**self.inputs, **replaced}
         made = {output for node in nodes for output in node.outputs}
         found = self.other.executor.run_nodes(nodes, given, [name for name in names if name in made])
-        return {name: as_double(found[name] if name in made else given[name]) for name in names}
+        constants = {name: self.other.constants[name] for name in names if name not in made | given.keys()}
+        found |= given | {name: torch.from_numpy(np.array(value)) for name, value in constants.items()}
+        return {name: as_double(found[name]) for name in names}
 
     @cached_property
     def result(self) -> Tensor | None:

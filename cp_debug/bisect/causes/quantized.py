@@ -205,10 +205,13 @@ def declared(segment: Segment) -> Iterator[Candidate]:
 
 def _data(segment: Segment, node: Node) -> dict[int, tuple[Tensor, QuantizerGrid]]:
     """Place of an input of ``node`` that a quantizer rounds, no constant → the input, float64, and its grid."""
-    found, quantized = {}, segment.context.quantized
-    for place, name in enumerate(node.proto.input[:2] if quantized is not None else ()):
-        grid = quantized.grid(node, place, segment.nodes) if quantized is not None and name else None
-        if grid is None or segment.weight(node, place) is not None:
+    found = dict[int, tuple[Tensor, QuantizerGrid]]()
+    if (quantized := segment.context.quantized) is None:
+        return found
+    for place, name in enumerate(node.proto.input[:2]):
+        if not name or segment.weight(node, place) is not None:
+            continue
+        if (grid := quantized.grid(node, place, segment.nodes, stored=True)) is None:
             continue
         nodes = () if name in segment.given else segment.nodes
         x = segment.context.oracle.run_nodes(nodes, segment.given, [name])[name]
