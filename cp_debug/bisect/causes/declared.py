@@ -283,8 +283,9 @@ def _where_from(run: CandidateRun, rows: Rows, first: Sequence[tuple[Key, LayerR
     text = f"{percent(min(share, 1.0))} of the final divergence comes from here" + (f" ({parts})" if parts else "")
     worst = next(iter(locate(segment, row.name).worst), None)
     exact = torch.tensor(0.0 if worst is None else worst.oracle, dtype=torch.float64)
-    if worst is not None and claim in BITS and float(ARITHMETICS[claim].round(exact)) == worst.value:
-        held = f"{in_digits(worst.oracle)} is {in_digits(worst.value)} in {claim.upper()}"
+    if worst is not None and claim in BITS:
+        verb = "is" if float(ARITHMETICS[claim].round(exact)) == worst.value else "is computed as"
+        held = f"{in_digits(worst.oracle)} {verb} {in_digits(worst.value)} in {claim.upper()}"
         text += f": {held}, which has {BITS[claim]} bits"
     graph = run.programs[key.component].graph
     behind = downstream(graph.nodes, [key.value])

@@ -88,8 +88,16 @@ class OtherPiece:
         segment, other = self.segment, self.other
         ours = _settled(segment.context.oracle, other.sides[0], segment.nodes, segment.given, segment.target)
         theirs = _settled(other.executor, other.sides[1], self.nodes, self.inputs, self.own)
-        settled = ({}, {}) if ours is None or theirs is None else (ours, theirs)
-        return Pieces(segment.graph, segment.nodes, other.graph, self.nodes, other.names, settled)
+        if ours is None or theirs is None:
+            ours, theirs = {}, {}
+        paired = {name: other.names.get(name, name) for name in theirs}
+        apart = [n for n, m in paired.items() if m in ours and not np.array_equal(ours[m], theirs[n], equal_nan=True)]
+        # What both compute, to other values, is no constant: the nodes that make it tell more.
+        for values, graph, names in (theirs, other.graph, apart), (ours, segment.graph, [paired[n] for n in apart]):
+            for node in graph.segment(names, set())[0] if names else ():
+                for name in node.outputs:
+                    values.pop(name, None)
+        return Pieces(segment.graph, segment.nodes, other.graph, self.nodes, other.names, (ours, theirs))
 
     def run(self, replaced: Mapping[str, Any] = MappingProxyType({})) -> Tensor:
         """The result on the oracle; ``replaced``: value of a node, by its name in the test → what stands in its place.
