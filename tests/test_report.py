@@ -38,8 +38,7 @@ from cp_debug.recipes.base import Sample
 from cp_debug.reports.evidence import charts, chosen_rows, evidence, worst_elements
 from cp_debug.reports.files import csv_text, layer_frame, render_github, render_junit, write_json
 from cp_debug.reports.growth import growth_chart, stage_spans
-from cp_debug.reports.matrix import matrix, shown, told_before, tone
-from cp_debug.reports.page import render_page
+from cp_debug.reports.page import matrix, render_page, shown, told_before, tone
 from cp_debug.reports.saved import SavedResult
 from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.reports.summary import render_markdown
