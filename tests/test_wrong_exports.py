@@ -148,6 +148,27 @@ def test_the_operator_that_was_exported_wrongly_is_named_alone(
     assert test.compared > 10  # the layers behind it are paired
 
 
+@pytest.mark.parametrize(
+    ("op", "layer", "epsilon"),
+    [
+        (lambda x: x / torch.sqrt((x * x).sum(-1, keepdim=True) + 1e-12), "Sqrt", "1e-12"),
+        (lambda x: x / (x.abs().sum(-1, keepdim=True) + 1e-10), "Div", "1e-10"),
+        (lambda x: torch.log(torch.softmax(x * 1e3, -1) + 1e-9), "Log", "1e-09"),
+    ],
+)
+def test_an_epsilon_that_the_exporter_left_out_is_named(op: Callable[[Tensor], Any], layer: str, epsilon: str) -> None:
+    """dynamo's optimizer takes small constants for 0. Norms are the same without, and 0 ÷ 0 is NaN."""
+    module = Around(op).eval()
+    nn.init.zeros_(module.a.bias)
+    x = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(0))
+    x[0, 0] = 0
+    (test,) = diagnose(module, "torch,ort", inputs=(x,), options=Options(exporter="dynamo", cache=False)).tests
+    (finding,) = test.findings
+    assert (finding.cause, finding.ops, finding.side) == ("lost-operator", [layer], "export")
+    assert f"the graph leaves `add(other={epsilon})` out" in finding.says
+    assert finding.fix.startswith("--exporter torchscript: tried")
+
+
 def test_each_of_several_faults_is_found() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -40,7 +40,7 @@ from cp_debug.graph.integer_values import WHOLE, level_values
 from cp_debug.graph.operators import CONTRACTIONS, PRODUCTS
 from cp_debug.graph.randomness import DRAWS_NUMBERS, draws
 from cp_debug.probes.arrays import as_numpy, as_torch
-from cp_debug.probes.distance import all_finite, distance, ratio
+from cp_debug.probes.distance import all_finite, distance, ratio, zeros_differ
 from cp_debug.probes.held import Trimmer
 from cp_debug.probes.statistics_reduce import is_whole
 from cp_debug.programs.precision import PRECISIONS, Precision, coarsest, of_operators
@@ -471,9 +471,11 @@ class Replayer:
         if (own := self._by_module(replay, target, exact, claim, reference)) is not None:
             exact = own
             replay = Replay.of(reference(target), own, [self._emulators[0].arithmetic.round(own)], claim)
-        if replay.introduced is not None and distance(exact, reference(target)).new_nonfinite:
-            return math.inf
-        return replay.excess or 0.0
+        wrong = distance(exact, reference(target)).new_nonfinite
+        wrong = wrong or (
+            target in self._suspects and zeros_differ(exact, as_tensor(reference(target)).to(exact.device))
+        )
+        return math.inf if replay.introduced is not None and wrong else replay.excess or 0.0
 
     def _nonfinite_in(
         self, nodes: list[Node], given: Mapping[str, AnyTensor], exact: Tensor, reference: AnyTensor

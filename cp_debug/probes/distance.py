@@ -172,6 +172,11 @@ def outputs_apart(ours: Mapping[str, AnyTensor], theirs: Mapping[str, AnyTensor]
     return max((apart(ours[name], tensor) for name, tensor in theirs.items() if name in ours), default=0.0)
 
 
+def zeros_differ(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape are 0 at different places, which no norm tells; what divides by them does."""
+    return one.shape == other.shape and bool(((one == 0) != (other == 0)).any())
+
+
 def ratio(a: float, b: float) -> float:
     """a ÷ b; 0 when both are 0, infinite when only b is."""
     return a / b if b else (math.inf if a else 0.0)

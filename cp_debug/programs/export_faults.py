@@ -28,7 +28,7 @@ from cp_debug.graph.operators import ALL_MOVERS
 from cp_debug.graph.randomness import draws
 from cp_debug.probes.alignment import TIE, Departure
 from cp_debug.probes.caveats import ties
-from cp_debug.probes.distance import relative_l2
+from cp_debug.probes.distance import relative_l2, zeros_differ
 from cp_debug.probes.fingerprint import fingerprint
 from cp_debug.probes.trace import Operation, TorchValue, Trace
 from cp_debug.programs.matching import Matching
@@ -103,7 +103,9 @@ class Behind:
         candidates: dict[str, list[TorchValue]] = {}
         for name in self._open()[:OPEN]:
             value = self._values.get(name)
-            if isinstance(value, Tensor) and self._leaves(name):
+            if isinstance(value, Tensor) and name in pairs and self._lost_zeros(name):
+                candidates[name] = [pairs[name][0]]
+            elif isinstance(value, Tensor) and self._leaves(name):
                 fx = _FX_TARGET.search(self._fx[name])
                 candidates[name] = [
                     v
@@ -122,7 +124,8 @@ class Behind:
     def _open(self) -> list[str]:
         """Values of the graph without a counterpart, in execution order; before each what it reads that may be wrong.
 
-        That is what equals a torch value which an earlier value equals, too: a step that was left out.
+        That is what equals a torch value which an earlier value equals, too: a step that was left out; or what is 0
+        where torch has a number beside which all distances are large: an ε that was left out.
         """
         pairs, producer = self._matching.pairs, self._graph.producer
         first: dict[TorchValue, str] = {}
@@ -136,10 +139,20 @@ class Behind:
             if any(self._matching.consistent(n) for n in self._matching.next_matched(name)):
                 continue
             for read in producer[name].inputs:
-                if read in pairs and read in producer and first[pairs[read][0]] != read:
+                if read in pairs and read in producer and (first[pairs[read][0]] != read or self._lost_zeros(read)):
                     found[read] = None
             found[name] = None
         return list(found)
+
+    def _lost_zeros(self, name: str) -> bool:
+        """Whether a value is 0 elsewhere than the torch value that it is paired with."""
+        value, tensor = self._values.get(name), self._tensors.get(self._matching.pairs[name][0])
+        return isinstance(value, Tensor) and tensor is not None and zeros_differ(value, tensor)
+
+    def _moves_zeros(self, value: TorchValue) -> bool:
+        """Whether a value of torch differs from what it is computed from in its zeros: + ε."""
+        known = [v for v in value.inputs if v in self._tensors] if value in self._tensors else []
+        return any(zeros_differ(self._tensors[value], self._tensors[v]) for v in known)
 
     def _leaves(self, name: str) -> bool:
         """Whether a value leaves the operator of torch that its node was made of, as far as the exporter recorded."""
@@ -175,7 +188,7 @@ class Behind:
     def _take(self, name: str, value: TorchValue) -> WrongValue:
         """Put torch's tensor in the place of a value, compute what reads it, and match that."""
         got, right = self._values[name], self._tensors[value]
-        error, (_, between) = _apart(got, right), self._matching.sources(value)
+        error, (_, between) = _apart(got, right), self._matching.sources(value, self._moves_zeros)
         self._matching.pair(name, value, error)
         changed: dict[str, Any] = {name: self._held(name, value)}
         for node in self._readers(changed, len(self._graph.nodes)):
@@ -241,7 +254,9 @@ def explained(fault: WrongValue, region: TorchSpan, graph: Graph, prefix: str) -
     says = _ties(fault, culprit, region.tensors)
     cause = TIE if says else ""
     for operation, how, result in () if says else _tried(region):
-        if _apart(result, fault.got) <= min(CLOSE * fault.error, 1e-3):
+        right = region.tensors[fault.value]
+        an_epsilon = zeros_differ(right, fault.got) and not zeros_differ(result, fault.got)
+        if _apart(result, fault.got) <= (1e-6 if an_epsilon else min(CLOSE * fault.error, 1e-3)):
             cause, culprit = ("lost-argument" if how else "lost-operator"), operation
             called = f"`{_name(operation)}`"
             says = f"the graph computes {called} {how}" if how else f"the graph leaves {_in_words(operation)} out"

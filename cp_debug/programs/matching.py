@@ -92,9 +92,13 @@ class Matching:
         ranked = [(self._rank(v, source, hint), v) for v in free]
         return [v for _, v in sorted(ranked, key=lambda item: (item[0][0], bool(op) and item[1].op != op, item[0][1:]))]
 
-    def sources(self, value: TorchValue) -> tuple[list[TorchValue], list[TorchValue]]:
-        """The nearest paired values that a torch value is computed from, and the unpaired ones between."""
-        return nearest(value, lambda v: v.inputs, lambda v: v in self._taken or self._content.get(v) in self._matched)
+    def sources(
+        self, value: TorchValue, passes: Callable[[TorchValue], bool] = lambda v: False
+    ) -> tuple[list[TorchValue], list[TorchValue]]:
+        """The nearest paired values that a torch value is computed from, and the unpaired ones between. ``passes``:
+        whether one that only equals a paired one is none."""
+        matched = lambda v: self._content.get(v) in self._matched and not passes(v)  # noqa: E731
+        return nearest(value, lambda v: v.inputs, lambda v: v in self._taken or matched(v))
 
     def _rank(self, value: TorchValue, source: Source, hint: str | None) -> tuple[int, bool, bool, bool, int, int]:
         torch_source, steps = self._torch_source(value)
