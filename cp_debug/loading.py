@@ -18,8 +18,8 @@ def load_torch() -> None:
     What is loaded by then stays until the process ends, so that later collections leave it out. They are rarer, too:
     an export makes millions of small objects and hardly any rubbish; looking for it took an eighth of a first bisect.
 
-    Raises MissingPackage where torch is installed and cannot be loaded: damaged, out of memory, or a variable of its own
-    set to nonsense.
+    Raises MissingPackage where torch is installed and cannot be loaded: damaged, out of memory, or a variable of its
+    own set to nonsense.
     """
     if "torch" in sys.modules:
         return

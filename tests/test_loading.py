@@ -74,4 +74,5 @@ def test_the_collector_rests_while_torch_is_loaded(monkeypatch: pytest.MonkeyPat
         after = gc.isenabled()
         gc.enable()
     assert (watched.on, after, frozen) == (False, enabled, ["frozen"])
-    assert thresholds and thresholds[0] > 10 * gc.get_threshold()[0]  # collections after it are rare
+    assert thresholds
+    assert thresholds[0] > 10 * gc.get_threshold()[0]  # collections after it are rare
