@@ -21,6 +21,10 @@ WEIGHTS = {
     "shape": np.array([20, 6]),
     "axis": np.array([1]),
     "other_axis": np.array([2]),
+    "split": np.array([3, 4, 5, 4]),
+    "at_once": np.array([3, 5, 4, 4]),
+    "flat": np.array([60, 4]),
+    "cos": np.random.default_rng(1).standard_normal((4, 4)).astype(np.float32),
 }
 
 
@@ -93,3 +97,15 @@ def test_counts_that_hang_on_values_are_told_of_layers_that_inherit_theirs() -> 
     assert told[0].startswith(
         "a (NonZero) has shape [5], the reference [3]: the number of results depends on its input values"
     )
+
+
+def test_what_follows_from_another_shape_is_told_once(tmp_path: Path) -> None:
+    """Heads without their Transpose: the reference's nodes compute nothing from them, up to where they are merged."""
+    tail = "a = Mul (t, cos) \n b = Add (a, cos) \n c = Mul (b, cos) \n f = Reshape (c, flat) \n y = Tanh (f)"
+    good = save(tmp_path / "good.onnx", f"h = Reshape (x, split) \n t = Transpose <perm=[0,2,1,3]> (h) \n {tail}")
+    bad = save(tmp_path / "bad.onnx", f"h = Reshape (x, at_once) \n {tail.replace('(t,', '(h,')}")
+    np.savez(tmp_path / "x.npz", x=RNG.standard_normal((3, 4, 20)).astype(np.float32))
+    (test,) = bisect(str(good), "ort,ort", test_model=bad, options=Options(inputs=tmp_path / "x.npz")).tests
+    assert [f.says for f in test.findings] == ["Reshape: shape is [3, 5, 4, 4] instead of [3, 4, 5, 4]"]
+    assert "1 layer not replayed: the shape of what is read is another one in the test" in test.notes
+    assert not any("add up" in note for note in test.notes)

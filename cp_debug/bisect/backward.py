@@ -37,6 +37,8 @@ from cp_debug.safe_text import some
 ERRORS = 1 << 29
 """Bytes of introduced errors that are kept for the shares, where computing them again takes a pass of the oracle."""
 
+OTHER_SHAPE = "its shape is another one in the test"
+"""Why shares end at a value, as they do at what the reference's nodes cannot compute from it then."""
 _MANY = 1 << 16
 """Elements from which on three digits of each do for their sum."""
 
@@ -126,7 +128,7 @@ class Backward:
             for name, derivative in derivatives.items():
                 result = as_tensor(exact[name])
                 if result.shape != derivative.shape:
-                    self.stopped[name] = "its shape is another one in the test"
+                    self.stopped[name] = OTHER_SHAPE
                     continue
                 if name in self._known and name not in errors:
                     errors[name] = self._measure(derivative, self._introduced(name, nodes, starts, result))
@@ -284,6 +286,8 @@ def walk_back(
         for reason in dict.fromkeys(walked.stopped.values()):
             values = [value for value, why in walked.stopped.items() if why == reason]
             notes.append(f"shares of layers before {some(values, 1)} are not complete: {reason}")
+            if reason == OTHER_SHAPE:  # so are those that the reference's nodes cannot compute then
+                break
         at_inputs = {n: d for n, d in walked.derivatives.items() if n in component.input_names}
         yield component, errors, at_inputs
         if not place or not any(bool(d.any()) for d in at_inputs.values()):

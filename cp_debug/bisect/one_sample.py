@@ -192,7 +192,8 @@ class SampleRuns:
             failures += shares.notes
         if run.oracle is not None and collected.is_worst(rows):
             collected.attribution = attribution
-            if attribution is not None and attribution.carried and abs(attribution.remainder) > NOT_LINEAR:
+            whole = not any(row.stats.shape_mismatch for row in rows.values())  # else what is missing has a note
+            if whole and attribution and attribution.carried and abs(attribution.remainder) > NOT_LINEAR:
                 failures.append(str(attribution))
             unexplained = not exports.tied and not any(row.verdict == GUILTY for row in rows.values())
             differs = unexplained and not all(row.within for row in rows.values())

@@ -16,6 +16,7 @@ from functools import cached_property, partial
 from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -184,8 +185,10 @@ class Replayer:
             try:
                 yield from self._segment(targets, reference, test, divergences).items()
             except InputError as error:
-                nodes = tuple(n.name for n in self.graph.segment(targets, self.known)[0])
-                yield from ((t, Replay(nodes, skipped=str(error))) for t in targets)
+                nodes, starts = self.graph.segment(targets, self.known)
+                other = any(np.shape(reference(name)) != np.shape(test(name)) for name in starts)
+                why = "the shape of what is read is another one in the test" if other else str(error)
+                yield from ((t, Replay(tuple(n.name for n in nodes), skipped=why)) for t in targets)
 
     def starts(self, value: str) -> list[str]:
         """The captured values that a value is computed from; none for an input of the graph."""
