@@ -131,6 +131,20 @@ def test_a_name_that_has_no_neighbour_in_common_is_not_believed(tmp_path: Path) 
     assert test.findings[0].says.startswith("Sqrt, Reciprocal, Mul are computed by Sqrt, Div in the test")
 
 
+def test_a_node_that_is_left_out_gives_its_name_to_no_other(tmp_path: Path) -> None:
+    """The later of two additions, which has the earlier one's name then, reads one value that this one reads, too."""
+    for wrong in (False, True):
+        made = NetBuilder(4)
+        x = made.conv("x", 8, 8, name="a")
+        branch = made.conv(x, 8, 8, name="b")
+        x = branch if wrong else made.op("Add", x, branch, name="add")
+        y = made.conv(made.op("Relu", x, name="relu"), 8, 8, name="c")
+        made.conv(made.op("Add", x, y, name="add" if wrong else "add_1"), 8, 8, name="y")
+        made.save(tmp_path / f"{wrong}.onnx", {"x": (1, [1, 8, 8, 8])}, ["y"])
+    test = run(tmp_path / "False.onnx", tmp_path / "True.onnx")
+    assert [finding.says for finding in test.findings] == ["Add is left out"]
+
+
 def test_outputs_in_another_order_are_paired_by_what_they_hold(tmp_path: Path) -> None:
     net = NetBuilder()
     for name in ("a", "b"):

@@ -237,9 +237,8 @@ def moved_names(reference: Graph, test: Graph) -> set[str]:
     """Values of the test whose names both graphs have, but which are probably others: numbers in names that went on.
 
     An exporter numbers what has no name of its own (``/Add_3_output_0``): one node more, and all later numbers mean
-    other values. One that reads nothing that the other reads (and has its operator), nor is read by what reads that, is
-    another value. Up to ``MOST_MISPLACED`` nodes that read other values are faults. Of more, those are named here, and
-    what is computed from them, unless its own weights say that it is the same layer.
+    other values. Up to ``MOST_MISPLACED`` nodes that read other values are faults, unless other nodes read them, too.
+    Of more, those are named here, and what is computed from them, unless its own weights say that it is the same layer.
     """
     data = set(data_values(reference)), set(data_values(test))
     common = [v for v in test.values if v in reference.producer]
@@ -256,15 +255,10 @@ def moved_names(reference: Graph, test: Graph) -> set[str]:
         if nodes[0].op == nodes[1].op and weights and weights == theirs.of(nodes[1]):
             continue
         later = shifted and (value in unlike or not moved.isdisjoint(nodes[1].inputs))
-        if later or (value in unlike and value in data[0] & data[1] and _estranged(reference, test, value)):
+        other = value in unlike and value in data[0] & data[1]
+        if later or (other and _readers(reference, value).isdisjoint(_readers(test, value))):
             moved.add(value)
     return moved
-
-
-def _estranged(reference: Graph, test: Graph, value: str) -> bool:
-    """Whether the nodes behind a name have neither in common what they read (with one operator) nor what reads them."""
-    (op, ours), (test_op, theirs) = _reads(reference, value), _reads(test, value)
-    return (op != test_op or ours.isdisjoint(theirs)) and _readers(reference, value).isdisjoint(_readers(test, value))
 
 
 def _readers(graph: Graph, value: str) -> set[str]:
