@@ -116,6 +116,14 @@ class Pieces:
                     names.update(zip(node.outputs, twin.outputs, strict=False))
                     unmatched.remove(twin)
                     unmatched_test.remove(node)
+        for a, b in pairs:  # which grow: what two of them read at one place
+            for x, y in zip(a.proto.input, b.proto.input, strict=False):
+                made = next((n for n in unmatched if x in n.outputs), None)
+                own = next((n for n in unmatched_test if y in n.outputs), None)
+                if made is not None and own is not None and made.op == _plain(own):
+                    pairs.append((made, own))
+                    unmatched.remove(made)
+                    unmatched_test.remove(own)
         matcher = difflib.SequenceMatcher(
             None, [n.op for n in unmatched], [_plain(n) for n in unmatched_test], autojunk=False
         )
