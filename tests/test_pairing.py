@@ -145,6 +145,22 @@ def test_a_node_that_is_left_out_gives_its_name_to_no_other(tmp_path: Path) -> N
     assert [finding.says for finding in test.findings] == ["Add is left out"]
 
 
+def test_parts_of_one_value_are_told_apart_by_where_they_begin(tmp_path: Path) -> None:
+    """Another exporter reads them in another order, and numbers them so."""
+    for later in (False, True):
+        made = NetBuilder(4)
+        x, axis = made.conv("x", 8, 8, name="a"), made.weight(np.array([1]))
+        ways = [(0, "Sigmoid", "gate"), (4, "Tanh", "state")]
+        for number, (start, op, name) in enumerate(reversed(ways) if later else ways):
+            ends = [made.weight(np.array([start + i])) for i in (0, 4)]
+            made.op(op, made.op("Slice", x, *ends, axis, name=f"part_{number}"), name=name)
+        made.op("Mul", "gate", "state", name="y")
+        made.save(tmp_path / f"{later}.onnx", {"x": (1, [1, 8, 8, 8])}, ["y"])
+    test = run(tmp_path / "False.onnx", tmp_path / "True.onnx")
+    assert {row.verdict for row in test.rows} == {"ok"}
+    assert test.compared == test.total
+
+
 def test_outputs_in_another_order_are_paired_by_what_they_hold(tmp_path: Path) -> None:
     net = NetBuilder()
     for name in ("a", "b"):

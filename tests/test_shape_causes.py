@@ -101,7 +101,8 @@ def test_counts_that_hang_on_values_are_told_of_layers_that_inherit_theirs() -> 
 
 def test_what_follows_from_another_shape_is_told_once(tmp_path: Path) -> None:
     """Heads without their Transpose: the reference's nodes compute nothing from them, up to where they are merged."""
-    tail = "a = Mul (t, cos) \n b = Add (a, cos) \n c = Mul (b, cos) \n f = Reshape (c, flat) \n y = Tanh (f)"
+    tail = "a = Mul (t, cos) \n b = Add (a, cos) \n c = Mul (b, cos) \n f = Reshape (c, flat) \n y = Add (f, all)"
+    tail = f"all = ReduceSum <keepdims=0> (h) \n {tail}"
     good = save(tmp_path / "good.onnx", f"h = Reshape (x, split) \n t = Transpose <perm=[0,2,1,3]> (h) \n {tail}")
     bad = save(tmp_path / "bad.onnx", f"h = Reshape (x, at_once) \n {tail.replace('(t,', '(h,')}")
     np.savez(tmp_path / "x.npz", x=RNG.standard_normal((3, 4, 20)).astype(np.float32))

@@ -255,7 +255,8 @@ def moved_names(reference: Graph, test: Graph) -> set[str]:
         if nodes[0].op == nodes[1].op and weights and weights == theirs.of(nodes[1]):
             continue
         later = shifted and (value in unlike or not moved.isdisjoint(nodes[1].inputs))
-        other = value in unlike and value in data[0] & data[1]
+        few = [[c.digest(n) for n in node.proto.input if n in c] for c, node in zip((mine, theirs), nodes, strict=True)]
+        other = value in data[0] & data[1] and (value in unlike or (not weights and few[0] != few[1]))
         if later or (other and _readers(reference, value).isdisjoint(_readers(test, value))):
             moved.add(value)
     return moved
