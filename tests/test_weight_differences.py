@@ -361,3 +361,9 @@ def test_a_layout_matters_where_it_is_read_alike(tmp_path: Path, other: dict[str
 def test_numbers_whose_squares_are_beyond_fp64_are_told() -> None:
     change = describe(np.zeros(3), np.array([0.0, -1.7e308, 0.0]))
     assert change is not None
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_mask_with_infinity_is_stored_in_floats_alone() -> None:
+    mask = np.triu(np.full((6, 6), -np.inf), 1) + 0.1
+    assert [kind for kind, *_ in tensor_change.stored_forms(mask)] == ["fp16", "bf16"]

@@ -282,9 +282,11 @@ def stored_forms(a: np.ndarray) -> Iterator[Form]:
             rounded = a.astype(np.float32).astype(kind).astype(np.float64)
         if not np.array_equal(rounded, a):
             yield name, f"stored in {name.upper()}", rounded, {}
+    if not np.isfinite(a).all():  # a mask's Inf has no scale
+        return
     for says, kind, value, scales in int8_forms(a):
         yield kind, f"stored in INT8, {says}", value, {"scales": scales}
-    for text, value in few_bit_forms(a) if a.ndim > 1 and np.isfinite(a).all() else ():
+    for text, value in few_bit_forms(a) if a.ndim > 1 else ():
         yield "coarse", f"stored {text}", value, {}
 
 
