@@ -126,7 +126,7 @@ def _moved(piece: OtherPiece) -> NodeDifference | None:
         for found, any_ in ((now, theirs), (was, ours))
     )
     share = float(wrong.double().mean())
-    says = f"{ops} takes {share:.0%} of its elements from other places: {at} is {from_} instead of {wanted}"
+    says = f"{share:.0%} of the elements of {ops} are from other places: {at} is {from_} instead of {wanted}"
     return NodeDifference("permuted", says, segment.nodes[-1].name, {"moved": share})
 
 
