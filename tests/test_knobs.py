@@ -225,3 +225,21 @@ def test_nodes_are_told_once() -> None:
     found = OptimizerBlame("all", 1.0, 0.0, culprits)
     assert found.nodes == ["n", "a", "b"]
     assert found.derived() == {"responsible": ["a", "b"], "nodes": ["n", "a", "b"]}
+
+
+def test_where_nothing_explains_a_layer_the_optimizer_is_asked_for(tmp_path: Path) -> None:
+    """ONNX Runtime takes means that lie along the wrong axis for those of a LayerNormalization (its issue 31144)."""
+    net = NetBuilder(2)
+    weight = lambda *values: net.weight(np.array(values, np.float32))  # noqa: E731
+    x = net.op("MatMul", "x", net.weight(net.rng.standard_normal((8, 6)).astype(np.float32)))
+    centred = net.op("Sub", x, net.op("ReduceMean", x, axes=[-1], keepdims=0))
+    square = net.op("Pow", centred, net.weight(np.float32(2)))
+    variance = net.op("Add", net.op("ReduceMean", square, axes=[-1], keepdims=0), net.weight(np.float32(1e-5)))
+    normed = net.op("Mul", net.op("Div", centred, net.op("Sqrt", variance)), weight(0.5, 0.8, 1.1, 1.4, 1.7, 2))
+    net.op("Relu", net.op("Add", normed, weight(-1, -0.6, -0.2, 0.2, 0.6, 1)), name="y")
+    (test,) = bisect(str(net.save(tmp_path / "net.onnx", {"x": (1, [6, 8])}, ["y"])), "ort-none,ort-all").tests
+    if not test.guilty:
+        pytest.skip("this ONNX Runtime leaves such means alone")
+    (finding,) = test.findings
+    assert finding.fix.startswith("ask with --knobs which graph optimizer does it; ")
+    assert finding.fix.endswith(f"cpdebug bundle RESULT --layer {finding.layers[0]}")

@@ -64,6 +64,7 @@ def python(new_python: Path, running: Interpreter, monkeypatch: pytest.MonkeyPat
     return new_python
 
 
+@pytest.mark.slow
 def test_a_pillar_centerpoint_is_this_projects_own_with_its_weights(python: Path) -> None:
     model = load_model(NAME, checkpoint=CHECKPOINT)
     assert isinstance(model, Mmdet3dCenterPoint)

@@ -62,6 +62,7 @@ def example(site: Path) -> Path:
     return site
 
 
+@pytest.mark.slow
 def test_the_example_s_recipe_and_backend_are_bisected(example: Path, tmp_path: Path) -> None:
     summary = "Example of a plug-in for cpdebug: a recipe, a backend and a reader of deploy files"
     assert ("example", f"{summary} (cpdebug-example 1.0)") in known_models()

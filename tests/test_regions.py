@@ -156,6 +156,7 @@ def test_what_a_compiled_layer_does_inside_is_not_told_by_its_borders(
     assert {row.replay.precision for row in test.rows if row.replay is not None} == {"fp16"}
 
 
+@pytest.mark.slow
 def test_an_operator_at_fault_everywhere_is_found_and_the_fix_is_verified(
     region: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -387,6 +387,7 @@ def test_an_input_that_glue_made_is_held_against_the_right_one(tmp_path: Path) -
         assert found.amplification is None
 
 
+@pytest.mark.slow
 def test_the_operator_that_computes_is_named_and_its_excess_is_far_from_the_limit() -> None:
     """A GroupNorm is exported as Reshape, InstanceNormalization, Reshape; ONNX Runtime rounds it several times."""
     torch.manual_seed(5)

@@ -28,6 +28,7 @@ from cp_debug.bisect.causes.where import counted, in_words, locate, orders
 from cp_debug.bisect.finding import UNKNOWN, Finding, Where
 from cp_debug.bisect.kept import KeepTrials, gave
 from cp_debug.bisect.observe import Observation
+from cp_debug.bisect.options import has_knobs
 from cp_debug.bisect.remainder import Flip
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
 from cp_debug.errors import InputError, in_one_line
@@ -295,7 +296,10 @@ class Explainer:
             says += "; or, which explains it as well: " + "; or ".join(equals.values())
         if cause is not None:
             cause = replace(cause, fix=_of_all(dict.fromkeys(c.fix for _, c in named if c is not None)) or cause.fix)
-        fix, tried = self._fix(cause, rows) if cause else ("cpdebug bundle RESULT --layer " + names[0], {})
+        report = f"cpdebug bundle RESULT --layer {names[0]}"
+        if has_knobs(self.run.pipeline.backend):
+            report = f"ask with --knobs which graph optimizer does it; a report: {report}"
+        fix, tried = self._fix(cause, rows) if cause else (report, {})
         finding = Finding(
             cause=cause.cause if cause else UNKNOWN,
             says=says,
