@@ -283,6 +283,12 @@ def test_an_output_that_cannot_be_written_leaves_nothing(net: Path, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody makes another")
+def test_a_folder_that_cannot_be_made_is_told_by_its_flag_and_name(net: Path) -> None:
+    code, text = run("bisect", net, "-b", "ort,ort-all", "--save", "/proc/kept")
+    assert (code, text) == (2, "--save: /proc/kept: cannot be written (No such file or directory)")
+
+
 @pytest.mark.parametrize("flag", ["--html", "--save"])
 def test_a_dash_is_no_name_of_a_file(net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
     monkeypatch.chdir(tmp_path)

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cp_debug.errors import InputError
+from cp_debug.errors import InputError, system_reason
 from cp_debug.files import check_target as check_writable
 from cp_debug.files import missing_folders, partial_name, resolved
 from cp_debug.reading import RESULT, check_file, read_json, read_npz
@@ -206,6 +206,8 @@ def replacing(flag: str, folder: Path, overwrite: bool, usable: Callable[[Path],
         try:
             yield partial
         except BaseException as error:
+            if isinstance(error, OSError) and str(error.filename).startswith(str(partial)):
+                raise InputError(f"{flag}: {folder}: cannot be written ({system_reason(error)})") from None
             if not isinstance(error, Exception) and not there and usable(partial):
                 partial.replace(folder)
             raise
