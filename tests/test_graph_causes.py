@@ -616,3 +616,20 @@ def test_layers_are_one_finding_where_one_sentence_holds_for_them(tmp_path: Path
     assert by_text["Softmax: axis is 0 instead of 1"].layers == ["node_y"]
     assert len(by_text["LeakyRelu: alpha is 0.2 instead of 0.1"].layers) == 3
     assert by_text["MatMul weights: axes in the order [1, 0]"].fix == "use the same w0, w2 on both sides"
+
+
+def test_layers_with_other_lists_are_two_findings_and_numbers_a_range(tmp_path: Path) -> None:
+    files = []
+    for perms, slopes in (((0, 2, 1), (1, 0, 2)), (0.1, 0.1, 0.1)), (((2, 0, 1), (2, 1, 0)), (0.2, 0.3, 0.4)):
+        net = NetBuilder(0)
+        x = net.op("Transpose", net.op("Tanh", net.op("Transpose", "x", perm=perms[0])), perm=perms[1])
+        for slope in slopes:
+            x = net.op("LeakyRelu", net.op("Sin", x), alpha=slope)
+        net.op("Tanh", x, name="y")
+        files.append(net.save(tmp_path / f"{perms[0][0]}.onnx", {"x": (1, [4, 4, 4])}, ["y"]))
+    (result,) = bisect(str(files[0]), "ort,ort", test_model=files[1]).tests
+    assert {finding.says for finding in result.findings} == {
+        "Transpose: perm is [2, 0, 1] instead of [0, 2, 1]",
+        "Transpose: perm is [2, 1, 0] instead of [1, 0, 2]",
+        "LeakyRelu: alpha is 0.2 to 0.4 instead of 0.1",
+    }

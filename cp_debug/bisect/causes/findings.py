@@ -53,8 +53,8 @@ EQUALS = 3
 """Causes that explain a layer as well as the named one, which are told with it."""
 _VIEWS = VIEWS | {"Cast", "Expand"}
 """Operators whose result is their input in another shape."""
-_NUMBER = re.compile(r"(?<![\w/.-])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w/])")
-"""A number in a sentence, and none of a name such as ``conv_2`` or ``FP16``."""
+_NUMBER = re.compile(r"\[[^]]*]|(?<![\w/.-])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w/])")
+"""A number in a sentence, and none of a name such as ``conv_2`` or ``FP16``; or a list."""
 NOTICEABLE = 1.3
 """Excess below which a layer of an unknown kernel is not asked whether a cause holds there, too."""
 UNSTEADY = 10.0
@@ -470,7 +470,8 @@ def _kind(cause: Candidate) -> str:
     if cause.cause in BEYOND_FP16:
         return "" if cause.evidence.get("of", "result") == "result" else "read"
     of_node = not {"node", "instead_of"}.isdisjoint(cause.evidence)
-    return cause.says if cause.parameters else re.sub(r"\d[\d.e+-]*", "#", cause.says) if of_node else ""
+    without = re.sub(r"(\[[^]]*])|\d[\d.e+-]*", lambda found: found[1] or "#", cause.says)  # a perm is no number
+    return cause.says if cause.parameters else without if of_node else ""
 
 
 def _of_all(fixes: Collection[str]) -> str:
@@ -482,11 +483,12 @@ def _of_all(fixes: Collection[str]) -> str:
 
 def _said_of_all(sentences: Sequence[str], worst: str) -> str:
     """The sentence about several layers: numbers that are others in each are told with their range. The worst layer's
-    where the words differ, too."""
-    if len({_NUMBER.sub("#", says) for says in sentences}) > 1:
+    where the words differ, too, or lists."""
+    found = [set(tokens) for tokens in zip(*(_NUMBER.findall(says) for says in sentences), strict=False)]
+    other = [tokens for tokens in found if len(tokens) > 1]
+    if len({_NUMBER.sub("#", says) for says in sentences}) > 1 or any("[" in token for each in other for token in each):
         return worst
-    found = zip(*(_NUMBER.findall(says) for says in sentences), strict=True)
-    ordered = (sorted(set(numbers), key=float) for numbers in found)
+    ordered = (sorted(tokens, key=float) if len(tokens) > 1 else [*tokens] for tokens in found)
     told = iter([f"{n[0]} to {n[-1]}" if len(n) > 2 else " or ".join(n) for n in ordered])
     return _NUMBER.sub(lambda _: next(told), worst)
 
