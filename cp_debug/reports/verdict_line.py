@@ -61,7 +61,7 @@ def _verdict_line(test: TestResult) -> Text:
         names = f"{len(test.guilty)} layers are guilty, the first is" if len(test.guilty) > 1 else "guilty:"
         of_end = f", {share_in_words(first.share)}" if first.share is not None else ""
         heaviest = max(test.guilty, key=lambda row: row.share or 0.0)
-        if (first.share or 0.0) < 0.5 < (heaviest.share or 0.0):
+        if of_end and (first.share or 0.0) < 0.5 < (heaviest.share or 0.0):
             of_end += f"; most of it comes from {heaviest.name}"
         text = Text.assemble(
             (f"✗ {spec}: {names} {first.name}", "bold red"),
