@@ -241,6 +241,7 @@ def moved_names(reference: Graph, test: Graph) -> set[str]:
     Of more, those are named here, and what is computed from them, unless its own weights say that it is the same layer.
     """
     data = set(data_values(reference)), set(data_values(test))
+    of_both = data[0] & data[1]
     common = [v for v in test.values if v in reference.producer]
     unlike = {v for v in common if _reads(reference, v) != _reads(test, v) or (v in data[0]) != (v in data[1])}
     known = known_names([reference]), known_names([test])
@@ -255,8 +256,9 @@ def moved_names(reference: Graph, test: Graph) -> set[str]:
         if nodes[0].op == nodes[1].op and weights and weights == theirs.of(nodes[1]):
             continue
         later = shifted and (value in unlike or not moved.isdisjoint(nodes[1].inputs))
-        few = [[c.digest(n) for n in node.proto.input if n in c] for c, node in zip((mine, theirs), nodes, strict=True)]
-        other = value in data[0] & data[1] and (value in unlike or (not weights and few[0] != few[1]))
+        both = () if weights else zip((mine, theirs), nodes, strict=True)
+        few = [[c.digest(name) for name in node.proto.input if name in c] for c, node in both]
+        other = value in of_both and (value in unlike or few[:1] != few[1:])
         if later or (other and _readers(reference, value).isdisjoint(_readers(test, value))):
             moved.add(value)
     return moved
