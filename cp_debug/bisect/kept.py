@@ -198,8 +198,8 @@ class KeepTrials:
     def _error(self, kept: frozenset[Name]) -> float:
         if kept not in self._errors:
             outputs = walk(self._model, self._sample, self._runner(kept))[self._model.components[-1].name]
-            whole = {n: as_numpy(t) for n, t in self._reference.items() if as_numpy(t).dtype.kind in "biu"}
-            flips = (np.mean(as_numpy(outputs[n]) != t) for n, t in whole.items() if outputs[n].shape == t.shape)
+            pairs = ((as_numpy(outputs[n]), as_numpy(t)) for n, t in self._reference.items() if n in outputs)
+            flips = (np.mean(a != b) for a, b in pairs if b.dtype.kind in "biu" and a.shape == b.shape)
             self._errors[kept] = max(outputs_apart(outputs, self._reference), *map(float, flips), 0.0)
         return self._errors[kept]
 

@@ -474,11 +474,11 @@ class Replayer:
         if (own := self._by_module(replay, target, exact, claim, reference)) is not None:
             exact = own
             replay = Replay.of(reference(target), own, [self._emulators[0].arithmetic.round(own)], claim)
-        wrong = distance(exact, reference(target)).new_nonfinite
-        wrong = wrong or (
-            target in self._suspects and zeros_differ(exact, as_tensor(reference(target)).to(exact.device))
-        )
-        return math.inf if replay.introduced is not None and wrong else replay.excess or 0.0
+        if replay.introduced is not None:
+            got = as_tensor(reference(target)).to(exact.device)
+            if distance(exact, got).new_nonfinite or (target in self._suspects and zeros_differ(exact, got)):
+                return math.inf
+        return replay.excess or 0.0
 
     def _nonfinite_in(
         self, nodes: list[Node], given: Mapping[str, AnyTensor], exact: Tensor, reference: AnyTensor

@@ -253,9 +253,9 @@ def explained(fault: WrongValue, region: TorchSpan, graph: Graph, prefix: str) -
     culprit = next(reversed(operations), None)
     says = _ties(fault, culprit, region.tensors)
     cause = TIE if says else ""
+    lost_zeros = zeros_differ(region.tensors[fault.value], fault.got)
     for operation, how, result in () if says else _tried(region):
-        right = region.tensors[fault.value]
-        an_epsilon = zeros_differ(right, fault.got) and not zeros_differ(result, fault.got)
+        an_epsilon = lost_zeros and not zeros_differ(result, fault.got)
         if _apart(result, fault.got) <= (1e-6 if an_epsilon else min(CLOSE * fault.error, 1e-3)):
             cause, culprit = ("lost-argument" if how else "lost-operator"), operation
             called = f"`{_name(operation)}`"

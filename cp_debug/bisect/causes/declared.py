@@ -282,9 +282,9 @@ def _where_from(run: CandidateRun, rows: Rows, first: Sequence[tuple[Key, LayerR
     parts = ", ".join(f"{r.name} {percent(r.share or 0.0)}" for _, r in first) if len(first) > 1 else ""
     text = f"{percent(min(share, 1.0))} of the final divergence comes from here" + (f" ({parts})" if parts else "")
     worst = next(iter(locate(segment, row.name).worst), None)
-    exact = torch.tensor(0.0 if worst is None else worst.oracle, dtype=torch.float64)
     if worst is not None and claim in BITS:
-        verb = "is" if float(ARITHMETICS[claim].round(exact)) == worst.value else "is computed as"
+        rounded = ARITHMETICS[claim].round(torch.tensor(worst.oracle, dtype=torch.float64))
+        verb = "is" if float(rounded) == worst.value else "is computed as"
         held = f"{in_digits(worst.oracle)} {verb} {in_digits(worst.value)} in {claim.upper()}"
         text += f": {held}, which has {BITS[claim]} bits"
     graph = run.programs[key.component].graph

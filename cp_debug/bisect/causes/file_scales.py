@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cp_debug.backends.arithmetic import FP64
+from cp_debug.backends.executor import Weights
 from cp_debug.bisect.causes.base import Candidate
 from cp_debug.bisect.causes.narrow import misfit
 from cp_debug.bisect.causes.other_program import OtherPiece
 from cp_debug.bisect.file_weights import BETTER, OFF, Repair, StoredCodes, is_narrow_kind, product_of, stored_codes
-from cp_debug.bisect.quantized_segment import CODECS, QuantizerGrid
+from cp_debug.bisect.quantized_segment import CODECS, QuantizerGrid, constant_grid
 from cp_debug.errors import InputError
-from cp_debug.graph.constants import Constants
-from cp_debug.graph.graph import Node
+from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import constant_type
 from cp_debug.graph.narrow_qdq import FAMILIES
 from cp_debug.graph.operators import PRODUCTS
@@ -110,9 +111,12 @@ def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:
         numbers, held = values[source] if source else weights[node.outputs[0]], values[node.outputs[0]]
         if not numbers.dim() or not numbers.numel() or not bool(torch.isfinite(numbers).all()):
             continue
-        zero = "".join(node.proto.input[2:3])
+        _, scale, zero = [*node.proto.input[:3], ""][:3]
         kind = constant_type(graph, zero) if zero else constant_type(graph, node.proto.input[0]) or 2
-        scales, offset = _parameters(node, constants)
+        scales, offset = (
+            torch.from_numpy(np.asarray(array).astype(np.float64))
+            for array in (constants[scale], constants[zero] if zero else 0.0)
+        )
         if kind in CODECS and source and scales.numel() == 1:
             codec, needed = CODECS[kind], float(numbers.abs().max()) / CODECS[kind].largest or 1.0
             name, says, figures = misfit(numbers, codec, float(scales))
@@ -124,24 +128,17 @@ def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:
                 of = "data" if source and source not in constants else "weights"
                 yield from _clipped(of, node, grid, numbers, held)
                 if source:
-                    yield from _disagreeing(maker[node.proto.input[0]], node, constants, numbers, grid)
-
-
-def _parameters(node: Node, constants: Constants) -> tuple[Tensor, Tensor]:
-    """Scales and zero points of a node with constant ones, float64."""
-    _, scale, zero = [*node.proto.input[:3], ""][:3]
-    scales, zeros = np.asarray(constants[scale]), np.asarray(constants[zero] if zero else 0)
-    return torch.from_numpy(scales.astype(np.float64)), torch.from_numpy(zeros.astype(np.float64))
+                    yield from _disagreeing(graph, maker[node.proto.input[0]], node, numbers, grid)
 
 
 def _disagreeing(
-    quantizer: Node, node: Node, constants: Constants, numbers: Tensor, grid: QuantizerGrid
+    graph: Graph, quantizer: Node, node: Node, numbers: Tensor, grid: QuantizerGrid
 ) -> Iterator[tuple[str, Candidate]]:
     """The value of ``node``, and what it would be with the scales and zero points that its levels were made with."""
-    if any(name not in constants for name in quantizer.proto.input[1:3] if name):
-        return
-    made = QuantizerGrid(*_parameters(quantizer, constants), grid.low, grid.high, quantizer.attribute("axis", 1))
-    if not made.fits(numbers.shape):
+    _, scale, zero = [*quantizer.proto.input[:3], ""][:3]
+    constants = Weights(graph, FP64, torch.device("cpu"), 0)
+    made = constant_grid(graph, constants, scale, zero, quantizer.attribute("axis", 1))
+    if made is None or not made.fits(numbers.shape):
         return
     for what, name, ours, theirs in (
         ("scale", "int8-scale", made.scale, grid.scale),

@@ -296,10 +296,9 @@ class Explainer:
             says += "; or, which explains it as well: " + "; or ".join(equals.values())
         if cause is not None:
             cause = replace(cause, fix=_of_all(dict.fromkeys(c.fix for _, c in named if c is not None)) or cause.fix)
-        report = f"cpdebug bundle RESULT --layer {names[0]}"
-        if has_knobs(self.run.pipeline.backend):
-            report = f"ask with --knobs which graph optimizer does it; a report: {report}"
-        fix, tried = self._fix(cause, rows) if cause else (report, {})
+        ask = "ask with --knobs which graph optimizer does it; a report: "
+        asked = "" if cause or not has_knobs(self.run.pipeline.backend) else ask
+        fix, tried = self._fix(cause, rows) if cause else (f"{asked}cpdebug bundle RESULT --layer {names[0]}", {})
         finding = Finding(
             cause=cause.cause if cause else UNKNOWN,
             says=says,
