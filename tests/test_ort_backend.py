@@ -540,3 +540,15 @@ def test_a_constant_that_the_optimizer_holds_with_more_axes_is_no_fault(tmp_path
     test = bisect(str(net), "ort-none,ort-all", options=Options(inputs=tmp_path / "x.npz")).tests[0]
     assert test.agrees
     assert {row.verdict for row in test.rows} == {"ok"}
+
+
+@pytest.mark.parametrize("level", ["ort", "ort-all"])
+def test_a_session_runs_again_after_its_memory_is_freed(tmp_path: Path, level: str) -> None:
+    path, feed = second_like(tmp_path / "net.onnx", depth=1, size=16), image(1, 16, 16, 16)
+    session = open_session(path, level)
+    before = observe(session, feed)[1]
+    session.free_memory()
+    assert not any(chunk.session for chunk in session._observed._chunks)
+    after = observe(session, feed)[1]
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)

@@ -87,6 +87,18 @@ def test_what_an_emulated_test_need_not_compute_again_is_what_the_oracle_gives(t
         assert known == again
 
 
+def test_an_error_of_zero_takes_no_memory(net: Path) -> None:
+    graph = Graph(net)
+    values = run(graph, {"x": np.random.default_rng(0).standard_normal((1, 16, 16, 16)).astype(np.float32)})
+    replayer = Replayer(graph, ("fp32", "fp32"), "fp64", graph.values)
+    replays = dict(replayer.layers(values.__getitem__, values.__getitem__))
+    relu, conv = (next(n.outputs[0] for n in graph.nodes if n.op == op) for op in ("Relu", "Conv"))
+    assert replays[relu].introduced == 0 < replays[conv].introduced
+    assert replayer.errors[relu].untyped_storage().nbytes() <= 4
+    assert not replayer.errors[relu].any()
+    assert replayer.errors[conv].untyped_storage().nbytes() >= 2 * values[conv].size
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_fault_downstream_of_nan_and_inf_is_found(net: Path, bad: float) -> None:
     x = np.random.default_rng(0).standard_normal((1, 16, 16, 16)).astype(np.float32)

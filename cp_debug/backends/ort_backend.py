@@ -166,6 +166,10 @@ class OrtSession:
         """Replacements of the nodes between visible values; empty when the graph runs as it is."""
         return replacements(self._optimized, self._graph) if self._optimized else []
 
+    def free_memory(self) -> None:
+        """Close the sessions of the chunks; the next run opens them again."""
+        self._observed.close()
+
     def close(self) -> None:
         """Close all sessions and remove what ONNX Runtime wrote."""
         self._observed.close()

@@ -77,7 +77,7 @@ class Backward:
         self._of_test = not at
         self._oracle, self._follower = oracle, follower or oracle
         self._errors, self._plain, self._levels = {} if errors is None else errors, plain or {}, level_values(graph)
-        self._room = 0 if errors is None else ERRORS - sum(error.nbytes for error in errors.values())
+        self._room = 0 if errors is None else ERRORS - sum(e.untyped_storage().nbytes() for e in errors.values())
         self.derivatives: dict[str, Tensor] = {}
         """Value → derivative of the measure by it, on the device of the replay; those behind the walk are freed."""
         self.stopped: dict[str, str] = {}

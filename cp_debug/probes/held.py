@@ -19,7 +19,7 @@ from cp_debug.errors import InputError
 from cp_debug.probes.arrays import Tensor, as_numpy, device_of, dtype_name
 from cp_debug.probes.capture import Capture, CaptureWriter, Header, TensorEntry
 
-HOST_MEMORY = 1 << 29
+HOST_MEMORY = 1 << 26
 """Bytes of captured values that are held on the host, unless somebody says otherwise."""
 DEVICE_SHARE = 0.4
 """Share of a device's free memory that captured values may take, unless somebody says otherwise."""
