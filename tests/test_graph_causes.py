@@ -413,7 +413,7 @@ def test_an_operator_that_others_compute_to_another_result_is_another_operator(t
     (test,) = bisect(str(exact), "ort,ort-none", test_model=formula).tests
     (finding,) = test.findings
     assert (finding.cause, finding.layers) == ("other-operator", ["node_erf"])
-    assert "Erf is computed by Mul, Mul, Mul, Add, Mul, Tanh in the test" in finding.says
+    assert "Erf is computed by 4 × Mul, Add, Tanh in the test" in finding.says
     noisy = gelu(tmp_path / "noisy.onnx", True, 0.3)
     (test,) = bisect(str(exact), "ort,ort-none", test_model=noisy).tests
     assert [f.cause for f in test.findings if "node_erf" in f.layers] == ["unknown"]
@@ -458,6 +458,27 @@ def test_operators_that_stand_for_several_are_another_operator(
     (test,) = bisect(str(tmp_path / "False.onnx"), "ort,ort-none", test_model=tmp_path / "True.onnx").tests
     (finding,) = test.findings
     assert (finding.cause, finding.says) == ("other-operator", says)
+
+
+def test_what_both_files_hold_alike_is_no_cause(tmp_path: Path) -> None:
+    """HardSwish without its division: a product behind it looks as if its alpha were 6. The line of what is replaced
+    is told, not that of the product."""
+    for wrong in (False, True):
+        made = NetBuilder(5)
+        weights = [made.weight(made.rng.standard_normal(n).astype(np.float32)) for n in ((16, 16), 16, (16, 5), 5)]
+        read = made.op("Gemm", "x", *weights[:2])
+        if wrong:
+            zero, three, six = (made.weight(np.float32(value)) for value in (0, 3, 6))
+            clipped = made.op("Clip", made.op("Add", read, three), zero, six)
+        hard = made.op("Mul", read, clipped) if wrong else made.op("HardSwish", read)
+        line = 'File "net.py", line 8, in forward\n    y = hardswish(x)\n'
+        made.nodes[-1].metadata_props.add(key="pkg.torch.onnx.stack_trace", value=line)
+        made.op("Gemm", hard, *weights[2:], name="y")
+        made.save(tmp_path / f"{wrong}.onnx", {"x": (1, [6, 16])}, ["y"])
+    (test,) = bisect(str(tmp_path / "False.onnx"), "ort,ort-none", test_model=tmp_path / "True.onnx").tests
+    (finding,) = test.findings
+    assert finding.says == "HardSwish is computed by Add, Clip, Mul in the test, with another result"
+    assert [row.source for row in test.guilty] == ["net.py:8: y = hardswish(x)"]
 
 
 @pytest.mark.parametrize(

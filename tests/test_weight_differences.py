@@ -79,6 +79,31 @@ def test_a_step_along_an_axis_is_simpler_than_a_factor_for_every_column() -> Non
     assert (change.kind, change.says) == ("rolled", "off by +1 along axis 1")
 
 
+def _causal(last: int) -> np.ndarray:
+    return np.triu(np.full((1, 1, 3, 8), -np.inf, np.float32), last + 1)
+
+
+WINDOW = np.pad(np.hanning(11)[:-1], 3)
+ALIGNED = " (aligned top left instead of bottom right)"
+SLOPES = np.exp2(-np.arange(4.0))[:, None, None] * np.arange(-9.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "says"),
+    [
+        (WINDOW, np.roll(WINDOW, -3), "off by -3 along axis 0"),
+        (SLOPES, SLOPES[::-1], "axis 0 runs backwards"),
+        (_causal(5), _causal(0), "its border follows diagonal 0 instead of 5" + ALIGNED),
+        (_causal(5), _causal(4), "its border follows diagonal 4 instead of 5"),
+    ],
+)
+def test_what_is_moved_is_not_told_as_factors_or_elements(ours: np.ndarray, theirs: np.ndarray, says: str) -> None:
+    """A window that is not centred, slopes in reverse, causal masks of a query that has a past."""
+    change = describe(ours, theirs)
+    assert change is not None
+    assert change.says == says
+
+
 @pytest.mark.parametrize(
     ("theirs", "cause"),
     [(per_tensor(), "int8-per-tensor"), (KERNEL.astype(np.float16), "fp16-weights"), (2 * KERNEL, "constant-differs")],

@@ -150,7 +150,11 @@ def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[Form]:
         yield "shifted", f"{summand:+.4g}", a + summand, {"summand": summand}
     different = a != b
     count = int(different.sum())
-    yield from rolled_forms(a)
+    yield from _diagonals(a, b)
+    if math.isclose(norm, float((b * b).sum()), rel_tol=NARROW["bfloat16"]):  # an order keeps it, and fits nothing
+        yield from rolled_forms(a)
+        yield from _rolled_far(a, b)
+        yield from turned_forms(a)
     yield from _by_channel(a, b)
     yield from _orders(a, b, gates)
     if _cut_off(a, b, different):
@@ -168,6 +172,39 @@ def rolled_forms(a: np.ndarray) -> Iterator[Form]:
         for step in (1, -1) if a.shape[axis] > 2 else ():
             says, evidence = f"off by {step:+d} along axis {axis}", {"axis": axis, "by": step}
             yield "rolled", says, np.roll(a, step, axis), evidence
+
+
+def _rolled_far(a: np.ndarray, b: np.ndarray) -> Iterator[Form]:
+    """A tensor moved along an axis by as much as its largest slice has moved, such as a window that is not centred."""
+    for axis, count in enumerate(a.shape):
+        ours, theirs = (np.moveaxis(x, axis, 0).reshape(count, -1) for x in (a, b))
+        place = int(abs(theirs).max(1).argmax())
+        for found in np.flatnonzero((ours == theirs[place]).all(1))[:FEW].tolist():
+            step = (place - found + count // 2) % count - count // 2
+            says, evidence = f"off by {step:+d} along axis {axis}", {"axis": axis, "by": step}
+            yield "rolled", says, np.roll(a, step, axis), evidence
+
+
+def _diagonals(a: np.ndarray, b: np.ndarray) -> Iterator[Form]:
+    """A causal mask whose border lies at another diagonal."""
+    ours, theirs = _diagonal(a), _diagonal(b)
+    if ours is None or theirs is None or ours == theirs or (a.min(), a.max()) != (b.min(), b.max()):
+        return
+    corners = {0: "top left", a.shape[-1] - a.shape[-2]: "bottom right"}
+    named = f" (aligned {corners[theirs]} instead of {corners[ours]})" if {ours, theirs} == {*corners} else ""
+    says = f"its border follows diagonal {theirs} instead of {ours}{named}"
+    yield "rolled", says, b, {"diagonal": theirs, "instead_of": ours}
+
+
+def _diagonal(x: np.ndarray) -> int | None:
+    """The last diagonal of the lower part of a matrix that holds one number up to there and another behind."""
+    if x.ndim < 2 or x.size != x.shape[-1] * x.shape[-2]:
+        return None
+    matrix = x.reshape(x.shape[-2:])
+    below, above = matrix[-1, 0], matrix[0, -1]
+    last = int((matrix[0] == below).sum()) - 1
+    plain = below != above and {*matrix[0], *matrix[-1]} == {below, above}
+    return last if plain and np.array_equal(np.where(np.tri(*matrix.shape, last), below, above), matrix) else None
 
 
 def _by_channel(a: np.ndarray, b: np.ndarray) -> Iterator[Form]:
@@ -223,7 +260,6 @@ def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[Form]:
                 regated(a, order),
                 {"order": list(order)},
             )
-    yield from turned_forms(a)
     for axis, step in itertools.product(range(a.ndim), (1, -1)):
         many = a.shape[axis] > 2
         if many and np.array_equal(shifted_in(a, a, {axis: step}), a):

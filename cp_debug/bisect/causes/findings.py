@@ -32,6 +32,7 @@ from cp_debug.bisect.options import has_knobs
 from cp_debug.bisect.remainder import Flip
 from cp_debug.bisect.result import GUILTY, SHAPE, LayerRow
 from cp_debug.errors import InputError, in_one_line
+from cp_debug.graph.exporter_notes import source_line
 from cp_debug.graph.graph import downstream
 from cp_debug.graph.operators import MOVING, PRODUCTS, VIEWS
 from cp_debug.graph.randomness import drawing
@@ -208,6 +209,8 @@ class Explainer:
                 explanation, family = explain(segment, families, failed, [c for c in CAUSES if not c.by_node])
             elif row.side == "test":
                 explanation, family = self._graphs.explain(key.component, segment, families, failed)
+                told = None if explanation.cause is None else explanation.cause.evidence.get("node")
+                row.source = next((source_line(n.proto) for n in segment.nodes if n.name == told), "") or row.source
             else:
                 explanation, family = explain(segment, families, failed)
         except Exception as error:

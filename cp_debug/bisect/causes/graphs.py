@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -27,7 +28,7 @@ from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import QUANTIZERS, VIEWS
 from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.node_differences import ACTIVATIONS, NodeDifference
-from cp_debug.safe_text import amount
+from cp_debug.safe_text import amount, some
 
 FOLDED = {"channels-scaled", "other-weights", "weights-scaled", "bias-scaled"}
 """Causes that a weight comparison finds when another BatchNorm was folded into the weights."""
@@ -44,6 +45,8 @@ HARMLESS = 1e-3
 """Part of what the test has changed up to which a difference by itself changes nothing."""
 SHOWN = 3
 """Differences in one line."""
+_OF_FILES = {"constant", "instead_of"}
+"""Evidence of causes that say what a file has otherwise: a constant, an attribute."""
 READ_OFF = "the difference of the two graphs"
 
 
@@ -197,7 +200,7 @@ def added(
         return None
     if segment.strange and not torch.equal(torch.isfinite(value), torch.isfinite(segment.test)):
         return None
-    name, says = "extra-operator", f"{', '.join(ops)} {'is' if len(ops) == 1 else 'are'} added: {nodes[0].name}"
+    name, says = "extra-operator", f"{_counted(ops)} {'is' if len(ops) == 1 else 'are'} added: {nodes[0].name}"
     if set(ops) <= QUANTIZERS:
         if not segment.strange:  # what a sound scale makes of it is expected: the pair is no cause
             return None
@@ -254,12 +257,12 @@ def _written_out(piece: OtherPiece) -> Candidate | None:
         return None
     ops, test_ops = [n.op for n in nodes], [n.op for n in others]
     differences = piece.matched.differences()
-    says = f"{', '.join(ops)} {'is' if len(ops) == 1 else 'are'} computed by {', '.join(test_ops)}"
+    says = f"{_counted(ops)} {'is' if len(ops) == 1 else 'are'} computed by {_counted(test_ops)}"
     exchanged = all("test_op" in d.evidence for d in differences if d.structural)
     says = _says(differences) if exchanged or not nodes else f"{says} in the test, with another result"
     first = (*nodes, *others)[0]
     evidence = {"node": first.name, "op": first.op, "test_ops": test_ops, "read_off": READ_OFF}
-    fix = f"restore {', '.join(ops)} at {{layers}}" if nodes else _fix(differences)
+    fix = f"restore {_counted(ops)} at {{layers}}" if nodes else _fix(differences)
     return Candidate("other-operator", says, value, 0, evidence, fix)
 
 
@@ -298,11 +301,16 @@ def _read(difference: NodeDifference) -> dict[str, Any]:
 
 def _says(differences: Sequence[NodeDifference]) -> str:
     left_out = [d.evidence["op"] for d in differences if d.says == f"{d.evidence.get('op')} is left out"]
-    together = f"{', '.join(left_out)} are left out"
+    together = f"{_counted(left_out)} are left out"
     says = [together if len(left_out) > 1 and d.evidence.get("op") in left_out else d.says for d in differences]
     says = list(dict.fromkeys(says))
     more = f"; and {amount(len(says) - SHOWN, 'more difference')}" if len(says) > SHOWN else ""
     return "; ".join(says[:SHOWN]) + more
+
+
+def _counted(ops: Iterable[str]) -> str:
+    """Operators in words, each once: ``Mul, 3 × Gather``."""
+    return some([f"{count} × {op}" if count > 1 else op for op, count in Counter(ops).items()])
 
 
 def _readings(
@@ -387,7 +395,9 @@ class GraphReader:
             if (read_off := accepted(segment, candidate)) is not None:
                 return read_off, None
         explanation, family = by_values()
-        written_out = _written_out(piece) if explanation.cause is None else None
+        # Both files are at hand: what an attribute or a constant seems to be is no cause where they hold it alike.
+        seems = explanation.cause is not None and not _OF_FILES.isdisjoint(explanation.cause.evidence)
+        written_out = _written_out(piece) if explanation.cause is None or seems else None
         if written_out is not None and (read_off := accepted(segment, written_out)) is not None:
             return read_off, None
         return _beside(explanation, differences), family
