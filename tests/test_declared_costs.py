@@ -132,6 +132,26 @@ def test_what_overflows_is_kept_in_fp32_as_far_as_what_makes_it_small_again(tmp_
         assert finding.evidence["after"] < 1e-3 < finding.evidence["before"]
 
 
+def test_an_overflow_is_found_where_another_one_hides_it(tmp_path: Path) -> None:
+    """A quotient of two sums beyond FP16: NaN of the one is all that is left of the other."""
+    net = NetBuilder()
+    rows = net.op("Relu", "x", name="rows")
+    above = net.op("MatMul", net.op("Transpose", rows, perm=[1, 0]), rows, name="above")
+    above = net.op("MatMul", rows, above, name="read")
+    below = net.op("ReduceSum", rows, net.weight(np.array([0])), name="below")
+    below = net.op("ReduceSum", net.op("Mul", rows, below, name="each"), net.weight(np.array([1])), name="all")
+    net.op("Div", above, net.op("Add", below, const(net, 1e-3)), name="y")
+    x = (200 * net.rng.standard_normal((2000, 8))).astype(np.float32)
+    x[np.arange(2000), np.arange(2000) % 8] = 0  # 0 · Inf is NaN in each row
+    np.savez(tmp_path / "x.npz", x=x)
+    path = net.save(tmp_path / "sums.onnx", {"x": (1, [2000, 8])}, ["y"])
+    (test,) = bisect(str(path), "ort,emu-fp16", options=Options(inputs=tmp_path / "x.npz")).tests
+    (finding,) = test.findings
+    assert set(finding.layers) == {"node_above", "node_below"}
+    assert {*finding.layers, "node_y"} <= set(finding.evidence["keep_fp32"])
+    assert followed(path, finding).agrees
+
+
 def test_what_rounds_in_front_is_kept_in_fp32_too(tmp_path: Path) -> None:
     """|a|² + |b|² − 2ab: the squares round as much as the difference that cancels them, so all of it must be exact."""
     net = NetBuilder()

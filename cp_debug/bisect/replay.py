@@ -323,7 +323,7 @@ class Replayer:
             replay.numbers = _numbers(nodes, captured[target], exact[target], expected.results[target])
             replay.new_nonfinite += replay.numbers
         if replay.new_nonfinite or (replay.excess or 0.0) > EXCESS:
-            replay = self._in_range(replay, target, captured[target], exact[target], expected, claim, test)
+            replay = self._in_range(replay, target, captured[target], exact[target], expected, claim, reference)
         if (scales := self._scales[1]) is not None and scales.quantized.touches(nodes):
             replay.clipped, replay.step = expected.clipped, expected.step
             tensors = captured[target], exact[target], expected.results[target]
@@ -344,7 +344,7 @@ class Replayer:
             right = exact[target] if settled is None else settled.to(exact[target].dtype)
             replay.instead = instead(captured[target], right, expected.results[target])
         replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
-        replay.range_loss = self.range_loss(nodes, given, target, sides[1], lambda n: self.claim(1, [n]), test)
+        replay.range_loss = self.range_loss(nodes, given, target, sides[1], lambda n: self.claim(1, [n]), reference)
         self._trace_back(replay, exact[target], reference(target), divergence)
         rounding = self.claim(0, nodes).roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
         if self._alike and (replay.excess or 0.0) <= EXCESS:  # what a faithful test rounds, the reference rounds, too
@@ -507,12 +507,12 @@ class Replayer:
         exact: Tensor,
         expected: EmulatedSegment,
         claim: Precision,
-        test: Load,
+        reference: Load,
     ) -> Replay:
         """The replay without the elements that the claimed type cannot hold, where nothing that reads them notices."""
         if tuple(captured.shape) != tuple(exact.shape) or not exact.is_floating_point():
             return replay
-        beyond = self.range_loss.beyond(target, self._hold(captured), exact, claim, test)
+        beyond = self.range_loss.beyond(target, self._hold(captured), exact, claim, reference)
         if beyond is None:
             return replay
         in_range = [torch.where(beyond, 0.0, self._hold(t)) for t in (captured, exact, expected.results[target])]
