@@ -130,10 +130,13 @@ def test_one_layer_that_does_what_it_must_is_told_in_the_singular(tmp_path: Path
     assert [finding.says for finding in test.findings if finding.cause == "int8"] == ["INT8 as declared"]
 
 
-@pytest.mark.parametrize("op", ["Add", "MatMul", "Mul"])
+@pytest.mark.parametrize("op", ["Add", "MatMul", "Mul", "Add, Relu"])
 @pytest.mark.parametrize("clips", [0, 1, None])
 def test_a_scale_that_clips_is_named_where_two_activations_meet(tmp_path: Path, op: str, clips: int | None) -> None:
-    """Additions and products without a constant have scales of their own."""
+    """Additions and products without a constant have scales of their own, also where a Relu behind them is left to the
+    quantizer of its result."""
+    op, _, relu = op.partition(", ")
+    layer = "relu" if relu else "met"
     inputs = {name: np.random.default_rng(4).standard_normal((16, 16)).astype(np.float32) for name in ("a", "b")}
     np.savez(tmp_path / "x.npz", **inputs)
     paths = []
@@ -144,13 +147,19 @@ def test_a_scale_that_clips_is_named_where_two_activations_meet(tmp_path: Path, 
             scale = np.abs(inputs["ab"[place]]).max() / 127 / (6 if clips == place else 1)
             grid = net.weight(np.array(scale, np.float32)), net.weight(np.array(0, np.int8))
             parts[place] = net.op("DequantizeLinear", net.op("QuantizeLinear", part, *grid), *grid)
-        net.op("MatMul", net.op(op, *parts, name="met"), net.weight(np.eye(16, 8, dtype=np.float32)), name="y")
+        met = net.op(op, *parts, name="relu" if relu and quantized else "met")
+        if relu and quantized:
+            grid = net.weight(np.array(8 / 255, np.float32)), net.weight(np.array(0, np.uint8))
+            met = net.op("DequantizeLinear", net.op("QuantizeLinear", met, *grid), *grid, name="relu_DequantizeLinear")
+        elif relu:
+            met = net.op("Relu", met, name="relu")
+        net.op("MatMul", met, net.weight(np.eye(16, 8, dtype=np.float32)), name="y")
         paths.append(net.save(tmp_path / f"{quantized}.onnx", {name: (1, [16, 16]) for name in inputs}, ["y"]))
     options = Options(inputs=tmp_path / "x.npz")
     (test,) = bisect(str(paths[0]), "ort,ort", test_model=paths[1], options=options).tests
-    assert [row.onnx for row in test.guilty] == ["met"] * (clips is not None)
+    assert [row.onnx for row in test.guilty] == [layer] * (clips is not None)
     clipped = [f for f in test.findings if f.cause == "int8-clipped"]
-    assert [f.layers for f in clipped] == [["node_met"]] * (clips is not None)
+    assert [f.layers for f in clipped] == [[f"node_{layer}"]] * (clips is not None)
     for finding in clipped:
         assert finding.evidence["needed_scale"] == pytest.approx(6 * finding.evidence["scale"], rel=1e-2)
         assert finding.evidence["error_then"] < 0.5 * finding.evidence["error"]
@@ -213,3 +222,57 @@ def test_a_scale_that_clips_one_element_is_no_single_wrong_element(tmp_path: Pat
     assert finding.cause == "int8-clipped"
     assert finding.says == f"its input {ends}: 0.00305% is clipped"
     assert f"a scale of {2.7 / 32767 if signed else 4.6 / 65535:.3g} brings the error" in finding.fix
+
+
+def stored(path: Path, fault: str = "float") -> Path:
+    """A convolution with a bias and a Relu; in INT8 the quantizer behind it begins at 0, and there is no Relu."""
+    net = NetBuilder(4)
+    shape = (CHANNELS, CHANNELS, 3, 3)
+    spread = np.logspace(-1, 0, CHANNELS).reshape(-1, 1, 1, 1)
+    weight = (net.rng.standard_normal(shape) * spread / 8).astype(np.float32)
+    bias = net.rng.standard_normal(CHANNELS).astype(np.float32)
+    if fault == "float":
+        made = net.op("Conv", "x", net.weight(weight), net.weight(bias), name="made", pads=[1] * 4)
+        net.op("Abs", net.op("Relu", made, name="relu"), name="y")
+    else:
+
+        def pair(value: str, scale: float, zero: int, name: str) -> str:
+            grid = net.weight(np.float32(scale)), net.weight(np.uint8(zero))
+            return net.op("DequantizeLinear", net.op("QuantizeLinear", value, *grid), *grid, name=name)
+
+        x_scale = 9 / 255
+        scales = np.abs(weight).max((1, 2, 3)) / 127
+        levels = np.rint(weight / scales.reshape(-1, 1, 1, 1)).astype(np.int8)
+        codes = np.rint(bias / (x_scale * scales)).astype(np.int32)
+        of_bias = np.full(CHANNELS, x_scale / 20) if fault == "bias" else x_scale * scales
+        scales[7] *= fault != "dead"
+        w = net.op(
+            "DequantizeLinear", net.weight(levels), net.weight(scales.astype(np.float32)), axis=int(fault == "axis")
+        )
+        b = net.op("DequantizeLinear", net.weight(codes), net.weight(of_bias.astype(np.float32)), axis=0)
+        made = net.op("Conv", pair("x", x_scale, 128, "data"), w, b, name="made", pads=[1] * 4)
+        net.op("Abs", pair(made, 12 / 255, 255 if fault == "range" else 0, "relu"), name="y")
+    return net.save(path, {"x": (onnx.TensorProto.FLOAT, [2, CHANNELS, 8, 8])}, ["y"])
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    ("fault", "cause", "says"),
+    [
+        ("axis", "int8-axis", "the INT8 scales of its weights are read along axis 1; its codes are by axis 0"),
+        ("dead", "int8-weights", "the INT8 scales of 3% of its weights are 0, not those that their codes were "),
+        ("bias", "int8-scale", "the scale of its INT32 bias is not that of its input times that of its weights, but "),
+        ("range", "int8-clipped", "Relu is left to a quantizer from -12 to 0, and the result is 0 to "),
+    ],
+)
+def test_what_an_int8_file_stores_wrongly_is_told(tmp_path: Path, fault: str, cause: str, says: str) -> None:
+    ours = stored(tmp_path / "ours.onnx")
+    sound, wrong = (
+        bisect(str(ours), "ort,ort", test_model=stored(tmp_path / f"{name}.onnx", name)).tests[0]
+        for name in ("sound", fault)
+    )
+    assert not sound.guilty
+    assert [f.cause for f in sound.findings if f.cause != "int8"] == []
+    assert wrong.guilty
+    finding = wrong.findings[0]
+    assert (finding.cause, finding.says.startswith(says)) == (cause, True), finding.says

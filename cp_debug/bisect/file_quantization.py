@@ -137,6 +137,9 @@ class FileQuantization:
         segment, ``within``; None where it is not quantized, or its scale is computed. ``stored``: of a weight, in
         whichever file."""
         twin, maker = self._twin(node), None
+        if twin is None:  # its Relu is left to the quantizer behind it, which has the name of the Relu's result
+            behind = (self._twin(reader) for reader in within if node.outputs[0] in reader.inputs)
+            twin = next((each for each in behind if each is not None), None)
         known = place == 0 or self.made_here or stored
         if twin is not None and known and twin.op == node.op and place < len(twin.proto.input):
             maker = self._graph.producer.get(twin.proto.input[place])

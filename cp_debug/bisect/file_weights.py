@@ -18,7 +18,7 @@ from torch import Tensor
 from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import constant_type
-from cp_debug.graph.narrow_qdq import FIRST_OPSET, order_behind, stated_bits
+from cp_debug.graph.narrow_qdq import order_behind, stated_bits
 from cp_debug.graph.operators import PRODUCTS
 
 BETTER = 1.6
@@ -35,7 +35,7 @@ class Repair:
     """A weight that its codes make when one thing is read otherwise."""
 
     kind: str
-    """``scales``, ``zero-points``, ``groups`` or ``order``."""
+    """``scales``, ``axis``, ``zero-points``, ``groups`` or ``order``."""
     value: Tensor
     """float64, in the shape of the weight."""
     evidence: dict[str, Any] = field(default_factory=dict)
@@ -91,6 +91,10 @@ class StoredCodes:
     def _readings(self, weight: Tensor) -> Iterator[Repair]:
         scale = self.refitted(weight)
         yield Repair("scales", scale * self.codes, {"fitted": scale})
+        if self.axes is not None and len(self.axes) < self.codes.dim():
+            for axis in (d for d in self.axes if self.codes.shape[d] == self.codes.shape[self.axis]):
+                turned = self.scale.transpose(axis, self.axis)
+                yield Repair("axis", turned * self.codes, {"axis": self.axis, "right": axis})
         if self.zero is None:
             return
         if (shifted := self._shifted(weight)) is not None:
@@ -199,8 +203,3 @@ def stored_codes(graph: Graph, product: Node) -> StoredCodes | None:
         zeros, groups = None if zeros is None else zeros.index_select(axis, order), groups[order]
     axes = tuple(d for d in range(codes.dim()) if d != axis or scale.numel() == 1)
     return StoredCodes(last, kind, codes, scales, None if block else axes, axis, groups, zeros, stated_bits(node))
-
-
-def is_narrow_kind(kind: int | None) -> bool:
-    """Whether an ONNX data type is FP8, or has 4 bits."""
-    return kind in FIRST_OPSET

@@ -15,7 +15,7 @@ from cp_debug.backends.executor import Weights
 from cp_debug.bisect.causes.base import Candidate
 from cp_debug.bisect.causes.narrow import misfit
 from cp_debug.bisect.causes.other_program import OtherPiece
-from cp_debug.bisect.file_weights import BETTER, OFF, Repair, StoredCodes, is_narrow_kind, product_of, stored_codes
+from cp_debug.bisect.file_weights import BETTER, OFF, Repair, StoredCodes, product_of, stored_codes
 from cp_debug.bisect.quantized_segment import CODECS, QuantizerGrid, constant_grid
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
@@ -33,10 +33,12 @@ MOST = 8
 """Scales of a region that are tried."""
 _FIX = {
     "weights": "quantize the weights of {layers} again, by the largest of each channel",
+    "bias": "quantize the bias of {layers} with the scale of its input times that of its weights",
     "pair": "give both the same parameters",
     "data": "calibrate {layers} on data like this, or keep it in FP32",
     "scales": "store the scales with which the weights of {layers} were rounded, in their order, or quantize them "
     "again",
+    "axis": "give the DequantizeLinear of the weights of {layers} the axis that they were quantized along",
     "zero-points": "store the zero points of {layers} as their format has them: GPTQ's first format stores them minus "
     "1, gptq_v2 and AWQ as they are",
     "groups": "keep g_idx of {layers}, which says the group of each input (desc_act), or quantize without it",
@@ -58,7 +60,10 @@ def wrong_scale(piece: OtherPiece) -> Candidate | None:
         return None
     try:
         # Where nothing is said of clipping, the scale is wrong for all of the numbers.
-        tried = sorted((*_of_codes(piece), *_of_grids(piece)), key=lambda each: -each[1].evidence.get("clipped", 1.0))
+        tried = sorted(
+            (*_of_codes(piece), *_of_biases(piece), *_of_grids(piece)),
+            key=lambda each: -each[1].evidence.get("clipped", 1.0),
+        )
         values = [(name, wrong.value.to(held), wrong) for name, wrong in tried[:MOST] if wrong.value is not None]
         found = [(relative_l2(piece.run({name: value}), segment.exact), wrong) for name, value, wrong in values]
         then, worst = min(found, key=lambda pair: pair[0], default=(0.0, None))
@@ -83,13 +88,38 @@ def _products(piece: OtherPiece) -> Iterator[tuple[Tensor, Node]]:
 
 
 def _of_codes(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:
-    """Weights in FP8 and 4 bits: the value that holds them, and what is wrong, with what it would be."""
+    """Weights: the value that holds them, and what is wrong, with what it would be."""
     for weight, twin in _products(piece):
         stored = stored_codes(piece.other.graph, twin)
-        if stored is None or not (is_narrow_kind(stored.kind) or stored.bits is not None):
-            continue
-        if (repair := stored.repair(weight)) is not None:
+        if stored is not None and (repair := stored.repair(weight)) is not None:
             yield stored.dequantizer.outputs[0], _of_weight(stored, repair)
+
+
+def _of_biases(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:
+    """Biases whose scale is not that of the input times that of the weights: what holds them, and the same of it."""
+    constants, producer = piece.other.constants, piece.other.graph.producer
+    for _, twin in _products(piece):
+        makers = [
+            maker for name in twin.proto.input if (maker := producer.get(name)) and maker.op == "DequantizeLinear"
+        ]
+        if len(makers) < 3 or any(maker.proto.input[1] not in constants for maker in makers):
+            continue
+        data, weight, bias = (constants[maker.proto.input[1]].astype(np.float64) for maker in makers)
+        levels = makers[2].proto.input[0]
+        right, count = data * weight.flatten(), constants.size(levels) if levels in constants else 0
+        if (
+            data.size > 1
+            or right.size not in (1, count)
+            or not right.all()
+            or np.allclose(bias, right, rtol=OFF, atol=0)
+        ):
+            continue
+        times = (bias / right).flatten()
+        worst = times[np.abs(np.log(np.abs(times))).argmax()]
+        says = f"the scale of its INT{8 * constants[levels].itemsize} bias is not that of its input times that of its "
+        says += f"weights, but {worst:.3g} times that"
+        value = torch.from_numpy(constants[levels] * right)
+        yield makers[2].outputs[0], Candidate("int8-scale", says, value, 0, {"of": "weights"}, _FIX["bias"])
 
 
 def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:
@@ -184,12 +214,17 @@ def _clipped(
 
 
 def _of_weight(stored: StoredCodes, repair: Repair) -> Candidate:
-    family = f"int{stored.bits}" if stored.bits is not None else FAMILIES[stored.kind]
-    name = "int4-weights" if family.startswith("int") else f"{family}-weights"
+    family = f"int{stored.bits}" if stored.bits is not None else FAMILIES.get(stored.kind, "int8")
+    name = "int4-weights" if family.startswith("int") and family != "int8" else f"{family}-weights"
     figures = repair.evidence
     evidence = {"wrong": repair.kind, **figures}
     if repair.kind == "scales":
         says, evidence = _scales(stored, figures["fitted"], family)
+    elif repair.kind == "axis":
+        name, axes = f"{family}-axis", (figures["axis"], figures["right"])
+        says = (
+            f"the {family.upper()} scales of its weights are read along axis {axes[0]}; its codes are by axis {axes[1]}"
+        )
     elif repair.kind == "zero-points":
         says = _zero_points(figures)
     elif repair.kind == "groups":
@@ -197,7 +232,7 @@ def _of_weight(stored: StoredCodes, repair: Repair) -> Candidate:
     else:
         says = f"its {family.upper()} {figures['what']} are in another order within words of eight along axis "
         says += f"{figures['axis']}: {figures['order']}"
-    return Candidate(name, says, repair.value, 0, evidence, _FIX[repair.kind])
+    return Candidate(name, says, repair.value, 0, {"of": "weights", **evidence}, _FIX[repair.kind])
 
 
 def _zero_points(evidence: Mapping[str, Any]) -> str:
@@ -217,7 +252,7 @@ def _scales(stored: StoredCodes, fitted: Tensor, family: str) -> tuple[str, dict
     low, high = (
         float(q) for q in torch.quantile(ratios[wrong].flatten()[: 1 << 20], torch.tensor([0.05, 0.95]).double())
     )
-    times = f"{low:.3g} times" if high < low * (1 + OFF) else f"{low:.3g} to {high:.3g} times"
+    times = "0, not" if not high else f"{low:.3g} times" if high < low * (1 + OFF) else f"{low:.3g} to {high:.3g} times"
     says = (
         f"the {family.upper()} scales of {share:.0%} of its weights are {times} those that their codes were computed "
         "with"

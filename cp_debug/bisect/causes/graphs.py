@@ -261,9 +261,15 @@ def _written_out(piece: OtherPiece) -> Candidate | None:
     exchanged = all("test_op" in d.evidence for d in differences if d.structural)
     says = _says(differences) if exchanged or not nodes else f"{says} in the test, with another result"
     first = (*nodes, *others)[0]
+    name, pairs = "other-operator", segment.context.quantized
+    if pairs is not None and set(test_ops) <= QUANTIZERS and (ends := pairs.range(segment.target)) is not None:
+        reach = f"{float(segment.exact.min()):.4g} to {float(segment.exact.max()):.4g}"
+        name = "int8-clipped"
+        says = f"{_counted(ops)} is left to a quantizer from {ends[0]:.4g} to {ends[1]:.4g}, and the result is {reach}"
     evidence = {"node": first.name, "op": first.op, "test_ops": test_ops, "read_off": READ_OFF}
     fix = f"restore {_counted(ops)} at {{layers}}" if nodes else _fix(differences)
-    return Candidate("other-operator", says, value, 0, evidence, fix)
+    fix = "calibrate {layers} on data like this" if name == "int8-clipped" else fix
+    return Candidate(name, says, value, 0, evidence, fix)
 
 
 def _folded(piece: OtherPiece, differences: Sequence[NodeDifference]) -> bool:
