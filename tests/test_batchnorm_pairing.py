@@ -151,6 +151,31 @@ def test_a_transposed_convolution_scaled_along_the_wrong_axis(kind: type[nn.Modu
     assert finding.evidence.get("batchnorm_of", "up_norm") == norm
 
 
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("bias", "BatchNorm: folded without the bias in front of it"),
+        ("variance", "BatchNorm: folded by its variance instead of the root of it"),
+        ("any", "6 of 6 channels are off by a constant each"),
+    ],
+)
+def test_what_a_folding_does_wrong_goes_before_how_it_changes_the_weights(kind: str, says: str) -> None:
+    module = trained(Neck)
+    norm = module.down_norm
+    assert isinstance(norm, nn.BatchNorm2d)
+    before, root = copy.deepcopy(module), torch.sqrt(norm.running_var + norm.eps)  # type: ignore[operator]
+    with torch.no_grad():
+        if kind == "variance":
+            before.down_norm.running_var.copy_(root**4 - norm.eps)  # type: ignore[operator, union-attr]
+        test = folded(before, {})
+        if kind == "bias":
+            test.down.bias -= module.down.bias * norm.weight / root  # type: ignore[operator, union-attr]
+        if kind == "any":
+            test.down.bias += torch.randn(6)  # type: ignore[operator, union-attr]
+    (finding,) = findings(module, test, fold=False)
+    assert finding.says.startswith(says)
+
+
 def test_swapped_parameters_of_nodes_are_named_too() -> None:
     module = trained(Neck, seed=5)
     test = copy.deepcopy(module)

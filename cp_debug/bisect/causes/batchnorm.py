@@ -42,6 +42,7 @@ FOLDING = 2.0**-21
 """Relative rounding of a scale and a shift that are folded in FP32: a few operations of 2⁻²⁴ each."""
 SHOWN = 4
 """Pairs in one line."""
+_FOLD = "fold γ/√(σ² + ε) into the output channels and β + (b − μ)·γ/√(σ² + ε) into the bias b of {layers}"
 _FIX = "fold into {layers} the BatchNorm that reads its output: pairs are found by data flow, not by order or size"
 
 
@@ -99,11 +100,12 @@ def wrong_weights(segment: Segment) -> Iterator[Candidate]:
             norms = (item for item in segment.context.batch_norms.items() if _differs(item[1], place))
             for path, norm in [("", own), *islice(norms, MOST_WEIGHTS)]:
                 name, says, evidence = "batchnorm-folding", "folded along the input channels of the weight", {}
+                fix = _FIX if path else _FOLD
                 if path:
                     says = f"BatchNorm is that of {path}, and scales the input channels of the weight"
                     name, evidence = PAIRING, {"batchnorm_of": path}
                 value = result(weight * _along(norm.scale, wrong, weight.dim()), norm, bias)
-                yield Candidate(name, says, value, 0, {**evidence, "axis": wrong}, _FIX)
+                yield Candidate(name, says, value, 0, {**evidence, "axis": wrong}, fix)
         scale = own.scale_of(weight, transposed=transposed)
         for path, other, other_bias in islice(_other_layers(segment, node, tuple(weight.shape)), MOST_WEIGHTS):
             if scale is not None and not torch.equal(other, weight):
@@ -304,7 +306,7 @@ _CHECKPOINT = "load running_mean and running_var into {layers}, call eval() befo
 @cause(by_node=True)
 def wrong_parameters(segment: Segment) -> Iterator[Candidate]:
     """Candidates without a fitted number: defaults that were never replaced, the batch's statistics, folding."""
-    fold = "fold γ/√(σ² + ε) into output channels and β − μ·γ/√(σ² + ε) into the bias of {layers}"
+    raw = _raw_weights(segment, segment.product) if segment.product is not None else None
     for place in places(segment):
         own, x = place.own, place.x
         if own is None or x is None:
@@ -327,9 +329,13 @@ def wrong_parameters(segment: Segment) -> Iterator[Candidate]:
             ("folding", "it is applied twice: folded, and as a node", place.before, own),
             ("folding", "folded without its shift", x, replace(own, mean=zeros, bias=zeros)),
             ("folding", "folded without its scale", x, shift),
+            ("folding", "folded by its variance instead of the root of it", x,
+             replace(own, variance=(own.variance + own.eps) ** 2 - own.eps)),
+            *(("folding", "folded without the bias in front of it", x - _along(b, place.axis, x.dim()), own)
+              for b in (raw or ())[1:] if bool(b.any())),
         ):  # fmt: skip
             value = place.finish(place.applied(norm, base))
-            fix = fold if name == "folding" else _CHECKPOINT
+            fix = _FOLD if name == "folding" else _CHECKPOINT
             yield Candidate(f"batchnorm-{name}", f"BatchNorm: {says}", value, fix=fix)
 
 

@@ -331,7 +331,7 @@ def _readings(
     if read is not None:
         several = len(differences) > 1 and read.cause.startswith(_OF_NORMS)
         folded = (several or read.cause in FOLDED) and _folded(piece, differences)
-        yield read, _OF_NORMS if folded else ()
+        yield read, (*_OF_NORMS, "channels-shifted") if folded else ()
     scale = wrong_scale(piece)
     one = piece.segment.product is not None  # a region of several has no scale that is its own
     if scale is not None and (not one or scale.evidence.get("of") == "weights" or "channels" in scale.evidence):
