@@ -255,6 +255,31 @@ def test_what_is_read_beyond_fp16_comes_before_the_accumulation(tmp_path: Path, 
         assert test.findings[0].headline.partition(": ")[2].startswith(f"{name} is beyond FP16")
 
 
+@pytest.mark.parametrize("tiled", [True, False])
+def test_heads_in_another_order_are_one_finding(tiled: bool, tmp_path: Path) -> None:
+    """Keys and values of two heads are repeated for four heads of queries: each by itself, or as a whole."""
+
+    def net(path: Path, whole: bool) -> Path:
+        nodes = [helper.make_node(op, ["x"], [x], name=x) for op, x in (("Tanh", "k"), ("Sin", "v"))]
+        for x in "kv":
+            each = [
+                helper.make_node("Unsqueeze", [x, "second"], [f"{x}u"], name=f"{x}u"),
+                helper.make_node("Expand", [f"{x}u", "expanded"], [f"{x}e"], name=f"{x}e"),
+                helper.make_node("Reshape", [f"{x}e", "shape"], [f"{x}r"], name=f"{x}_heads"),
+            ]
+            nodes += [helper.make_node("Concat", [x, x], [f"{x}r"], name=f"{x}_heads", axis=1)] if whole else each
+        nodes.append(helper.make_node("Add", ["kr", "vr"], ["y"], name="sum"))
+        constants = {"second": [2], "expanded": [1, 2, 2, 3, 5], "shape": [1, 4, 3, 5]}
+        arrays = {name: np.array(value) for name, value in constants.items()}
+        return saved(path, nodes, (1, 4, 3, 5), (1, 2, 3, 5), arrays)
+
+    test = diagnose(net(tmp_path / "a.onnx", False), "ort,ort", test_model=net(tmp_path / "b.onnx", tiled)).tests[0]
+    assert [sorted(f.layers) for f in test.findings] == [["k_heads", "v_heads"]] * tiled
+    for finding in test.findings:
+        order = "axis 1 holds slices 0, 1, 0, 1 of what is read instead of 0, 0, 1, 1"
+        assert finding.says == f"{order} (repeated as a whole, not each by itself)"
+
+
 @pytest.mark.parametrize(
     ("merged", "says"),
     [

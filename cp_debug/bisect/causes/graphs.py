@@ -68,11 +68,13 @@ def difference(piece: OtherPiece) -> tuple[Candidate | None, list[NodeDifference
     wrong, harmless = _tried_alone(piece, node_differences)
     node_differences = [*wrong, *harmless]
     telling = [d for d in wrong if not d.added and not (d.structural and rewritten)]
-    if not telling or (value := piece.result) is None:
+    if not (telling or rewritten) or (value := piece.result) is None:
         return None, wrong
     # One difference, or one that a node was told, says more than where elements come from.
     unclear = len(node_differences) > 1 and all(d.structural or d.evidence.get("change") == "shape" for d in telling)
     moved = _moved(piece) if unclear else None
+    if not (telling or moved):
+        return None, wrong
     first = moved or telling[0]
     says = first.says if moved else _says(telling if rewritten else node_differences)
     evidence = _read(first)
@@ -121,6 +123,8 @@ def _moved(piece: OtherPiece) -> NodeDifference | None:
         says = f"{ops} of {name} begins at {begins[0]} instead of {begins[1]} on {which}"
         evidence = {"starts": list(after), "instead_of": list(before), "axes": axes}
         return NodeDifference("index-shifted", says, segment.nodes[-1].name, evidence)
+    if (slices := _other_slices(was, now, ours, theirs)) is not None:
+        return NodeDifference("permuted", slices[0], segment.nodes[-1].name, slices[1])
     wrong = (ours != theirs).flatten()
     first = int(wrong.nonzero()[0])
     at = [int(i) for i in torch.unravel_index(torch.tensor(first), ours.shape)]
@@ -131,6 +135,23 @@ def _moved(piece: OtherPiece) -> NodeDifference | None:
     share = float(wrong.double().mean())
     says = f"{share:.0%} of the elements of {ops} are from other places: {at} is {from_} instead of {wanted}"
     return NodeDifference("permuted", says, segment.nodes[-1].name, {"moved": share})
+
+
+def _other_slices(was: Tensor, now: Tensor, ours: Tensor, theirs: Tensor) -> tuple[str, dict[str, Any]] | None:
+    """Which slices along one axis a result holds, in words and figures, where it holds others of what is read along one
+    axis. ``was`` and ``now`` are the places [axes, elements] in what is read, of which ``ours`` and ``theirs`` hold the
+    numbers; None for anything else."""
+    axes = [axis for axis in range(len(was)) if not torch.equal(was[axis], now[axis])]
+    for axis in range(ours.dim()) if len(axes) == 1 and bool(ours.all()) and bool(theirs.all()) else ():
+        rows = [found[axes[0]].reshape(ours.shape).movedim(axis, 0).flatten(1) for found in (now, was)]
+        if all(bool((each == each[:, :1]).all()) for each in rows):
+            holds, wanted = (each[:, 0].tolist() for each in rows)
+            whole = holds != sorted(holds) and wanted == sorted(wanted) == sorted(holds)
+            how = " (repeated as a whole, not each by itself)" if whole and len({*holds}) < len(holds) else ""
+            along = f" along its axis {axes[0]}" if axes[0] != axis else ""
+            says = f"axis {axis} holds slices {some(holds)} of what is read{along} instead of {some(wanted)}{how}"
+            return says, {"axis": axis, "order": holds[:64], "instead_of": wanted[:64]}
+    return None
 
 
 def _tried_alone(
