@@ -23,8 +23,10 @@ def attention(
     layers: int = 1,
     factor: float | None = 1,
     shown: bool = False,
+    distance: np.ndarray | None = None,
 ) -> Path:
-    """Layers of one head that share a mask, put on in a ``way``; ``shown``: the masked scores are an output, too."""
+    """Layers of one head that share a mask, put on in a ``way``; ``shown``: the masked scores are an output, too.
+    ``distance`` is added to the scores first."""
     made = NetBuilder(6)
     number = made.weight(np.float32(mask))
     if way == "bias":
@@ -42,6 +44,8 @@ def attention(
         scores = made.op("MatMul", queries, made.op("Transpose", keys, perm=[0, 2, 1]))
         if factor is not None:
             scores = made.op("Mul", scores, made.weight(np.float32(factor)))
+        if distance is not None:
+            scores = made.op("Add", scores, made.weight(distance.astype(np.float32)), name="distance")
         if way == "where":
             masked = made.op("Where", made.weight(left_out), number, scores, name=f"masked_{layer}")
         else:
@@ -68,6 +72,20 @@ def test_another_number_that_softmax_makes_zero_is_no_fault(
     assert result.agrees
 
 
+@pytest.mark.parametrize("way", ["constant", "where"])
+@pytest.mark.parametrize("right", [True, False])
+def test_what_is_masked_at_once_is_no_fault(way: str, right: bool, tmp_path: Path) -> None:
+    """Distances behind the diagonal have another sign, and nobody sees them; those in front of it are seen."""
+    signed = np.arange(6)[None] - np.arange(6)[:, None]
+    other = -abs(signed) if right else signed * np.where(signed == -2, 2, 1)
+    result = compared(
+        attention(tmp_path / "a.onnx", -np.inf, way, distance=signed),
+        attention(tmp_path / "b.onnx", -np.inf, way, distance=other),
+    )
+    assert [row.name for row in result.guilty] == ([] if right else ["node_distance"])
+    assert result.agrees == right
+
+
 def test_a_mask_that_many_layers_share_is_no_fault(tmp_path: Path) -> None:
     """As in a Transformer, where one mask has more readers than a change is followed through elsewhere."""
     result = compared(
@@ -75,7 +93,7 @@ def test_a_mask_that_many_layers_share_is_no_fault(tmp_path: Path) -> None:
         attention(tmp_path / "b.onnx", -np.inf, "bias", layers=20),
     )
     assert result.guilty == []
-    (note,) = (note for note in result.notes if "masks with another number" in note)
+    (note,) = (note for note in result.notes if "differs only in what is masked" in note)
     assert note.endswith(": node_bias")
 
 
@@ -102,7 +120,7 @@ def test_a_padded_row_whose_scores_fp16_rounds_away_is_no_fault(way: str, mask: 
     (result,) = bisect(str(file), "ort,emu-fp16").tests
     assert result.agrees
     assert (result.guilty, result.findings) == ([], [])
-    assert any("masks with another number" in note for note in result.notes)
+    assert any("differs only in what is masked" in note for note in result.notes)
 
 
 def test_a_padded_row_whose_scores_come_back_is_a_fault(tmp_path: Path) -> None:

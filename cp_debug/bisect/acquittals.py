@@ -6,7 +6,7 @@ permuted, rotated or scaled by one layer, and put right by what reads them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +25,8 @@ from cp_debug.graph.operators import MOVERS
 from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.pipeline import Key
 
-MASKS = "masks with"
-"""Beginning of the reason why a layer that differs by a mask is right, and of that of those that pass the mask on."""
+MASKS = "masks with", "what differs is masked"
+"""Beginnings of the reason why a layer that differs by a mask is right, and of that of those that pass the mask on."""
 MASKED = -100.0
 """Numbers up to this one may stand for "left out": e⁻¹⁰⁰ is nothing beside 1, in any precision."""
 ENDS = {"Attention", "BiasSoftmax", "Exp", "MultiHeadAttention", "Softmax"}
@@ -38,7 +38,8 @@ PASSES = MOVERS | {"Add", "Cast", "Clip", "Div", "Max", "Min", "Mul", "ReduceMax
 def acquit_masks(
     run: CandidateRun, rows: Mapping[Key, LayerRow], reference: CapturedRun, test: CapturedRun
 ) -> list[str]:
-    """Acquit layers that differ by the number alone that stands for "left out"; returns their names.
+    """Acquit layers that differ by the number alone that stands for "left out", or in what is left out at once;
+    returns their names.
 
     The numbers that differ are masked on both sides, and whatever reads them comes to the same on this sample, as it
     ran or in exact arithmetic: the next Softmax makes the same of both. A mask that reaches an output, or of which one
@@ -59,6 +60,7 @@ def acquit_masks(
             continue
         other = other.to(exact)
         masked = (exact <= MASKED) & (other <= MASKED)
+        masked |= (hidden := _masked_behind(replayer.graph, key.value, exact, loads))
         if bool((~masked & (torch.isfinite(exact) != torch.isfinite(other))).any()):
             continue  # one side masks what the other does not
         if not bool((masked & (exact != other)).any()) or not _agrees_beside(replayer, key.value, masked, loads[1]):
@@ -71,12 +73,26 @@ def acquit_masks(
             continue
         ours, theirs = (f"{float(t[masked].min()):.6g}".replace("inf", "Inf") for t in (exact, other))
         row.verdict, row.side = INHERITED, "test"
-        row.why = f"{MASKS} {theirs} instead of {ours}; the result after it is the same"
+        how = f"{MASKS[1]} behind it" if bool(hidden.any()) else f"{MASKS[0]} {theirs} instead of {ours}"
+        row.why = f"{how}; the result after it is the same"
         for node in nodes:
             if (passes := rows.get(Key(key.component, node.outputs[0]))) and passes.verdict == INHERITED:
                 passes.why = passes.why or row.why
         found.append(row.name)
     return found
+
+
+def _masked_behind(graph: Graph, value: str, like: Tensor, loads: Sequence[Load]) -> Tensor:
+    """The elements of a value that every node that reads it masks on both sides."""
+    masked, nodes = torch.ones_like(like, dtype=torch.bool), graph.consumers.get(value, ())
+    for node in nodes:
+        for load in loads:
+            try:
+                result = as_tensor(load(node.outputs[0]))
+            except InputError:
+                return torch.zeros_like(masked)
+            masked &= (result <= MASKED) if result.shape == like.shape else False
+    return masked & bool(nodes)
 
 
 def beside_masks(graph: Graph, value: str, *runs: Tensor) -> tuple[Tensor, ...]:

@@ -57,7 +57,7 @@ class Collected:
         self.undone: dict[str, list[str]] = {}
         """Layers that hold their result in another basis → the layers that undo it, by name."""
         self.masks: dict[str, None] = {}
-        """Layers that mask by another number than the reference, of which what reads it makes the same, by name."""
+        """Layers that differ only in what is masked, of which what reads it makes the same, by name."""
         self.unexplained: dict[str, None] = {}
         """Notes about what could not be explained."""
         self.remainder: Remainder | None = None
@@ -106,8 +106,8 @@ class Collected:
         says = f"in another basis (channels permuted, rotated or scaled), and the layers that read it undo that{fine}"
         told = _layers(undone, "holds its result", "hold their results", says)
         notes.extend(f"{text}; undone by {some(undoing, 4)}" for text in told)
-        says = "with another number than the reference (such as −Inf for −1e9); the results after them are the same"
-        notes.extend(_layers(masks, "masks", "mask", says + fine))
+        says = f"only in what is masked (such as −Inf for −1e9); the results behind are the same{fine}"
+        notes.extend(_layers(masks, "differs", "differ", says))
         if unknown := [row.name for row in rows if row.replay and row.replay.not_emulated]:
             many = f"{amount(len(unknown), 'layer')} not emulated, so their expected error is unknown"
             notes.append(f"{many}: {some(unknown, 5)}")
