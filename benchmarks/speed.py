@@ -1,7 +1,7 @@
-"""Six ratios that say whether a bisect became slower: each is a bisect's time over that of its own runs, or of another
+"""Seven ratios that say whether a bisect became slower: most are its time over that of its own runs, or of another
 tool, in turns in one run. Less is faster.
 
-    make speed                                    # 5 minutes; exit 1 where a median is 1.2 times the committed one
+    make speed                                    # 6 minutes; exit 1 where a median is 1.2 times the committed one
     python benchmarks/speed.py --write            # measure, and write docs/data/speed.json
     python benchmarks/speed.py --only fp16 small  # some of them
 
@@ -9,7 +9,8 @@ tool, in turns in one run. Less is faster.
 ``fp32``, ``fp16``, ``int8``: SECOND at 128 × 128, ``ort,ort-all``, ``ort,emu-fp16``, and its file in INT8 by
 ``quantize_static`` as ``ort,ort-all``, over running both backends once with every probe. ``module``: the built-in
 CenterPoint, ``torch,ort``, its exports kept, over both runs. ``small``: a network of ten nodes, over importing torch
-(processes). The committed figures name their machine.
+(processes). ``growth``: two files of 4,000 nodes over two of 400, once: 10 where a node costs the same in both. The
+committed figures name their machine.
 """
 
 from __future__ import annotations
@@ -104,6 +105,23 @@ def module(folder: Path) -> Sides:
     return whole_and_runs(load_model("centerpoint:tiny"), "torch,ort", "fp64", folder)
 
 
+def growth(folder: Path) -> Sides:
+    """Two files of 4,000 nodes, and of 400."""
+    from scale import many_nodes
+
+    from cp_debug.bisect.engine import bisect
+    from cp_debug.recipes.onnx_file import OnnxFileModel
+
+    def of(count: int) -> Callable[[], Any]:
+        paths = folder / f"{count}.onnx", folder / f"{count}-other.onnx"
+        for path, factor in zip(paths, (1.0, 1.01), strict=True):
+            many_nodes(path, count, factor)
+        reference, test = map(OnnxFileModel, paths)
+        return lambda: bisect(reference, "ort", test_model=test)
+
+    return of(4000), [of(400)]
+
+
 RATIOS: dict[str, Callable[[Path], Sides]] = {
     "two-files": two_files,
     "fp32": partial(in_process, "ort,ort-all", "fp64"),
@@ -111,6 +129,7 @@ RATIOS: dict[str, Callable[[Path], Sides]] = {
     "int8": int8,
     "module": module,
     "small": small,
+    "growth": growth,
 }
 
 
@@ -120,7 +139,8 @@ def measured(names: list[str]) -> Iterator[tuple[str, list[float]]]:
     for name in names:
         with tempfile.TemporaryDirectory(prefix="speed-") as folder:
             ours, theirs = RATIOS[name](Path(folder))
-            rounds = [_seconds(ours) / _seconds(*theirs) for _ in range(ROUNDS + 1)][1:]
+            count = 1 if name == "growth" else ROUNDS
+            rounds = [_seconds(ours) / _seconds(*theirs) for _ in range(count + 1)][1:]
         yield name, sorted(round(ratio, 3) for ratio in rounds)
 
 

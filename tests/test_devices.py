@@ -143,6 +143,15 @@ def executed(cases: list[Any], folder: Path) -> list[str]:
     return failed
 
 
+def test_on_the_host_large_values_go_to_disk_before_small_ones() -> None:
+    room = Room()
+    assert room.take("cpu", 60 << 20)
+    assert not room.take("cpu", 5 << 20)
+    assert all(room.take("cpu", 1 << 19) for _ in range(800))
+    assert not all(room.take("cpu", 1 << 19) for _ in range(200))
+    assert Room(limit=1 << 30).take("cpu", 1 << 29)  # what the user says is for all of them
+
+
 @pytest.mark.slow
 def test_kernels_compute_where_their_inputs_lie(tmp_path: Path) -> None:
     from operators import node_tests

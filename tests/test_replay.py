@@ -3,7 +3,7 @@ and correct implementations that sum in another order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +85,19 @@ def test_what_an_emulated_test_need_not_compute_again_is_what_the_oracle_gives(t
             for emulated in (False, True)
         )
         assert known == again
+
+
+def test_a_segment_costs_what_it_holds_and_not_all_that_is_known(net: Path) -> None:
+    class Unread(frozenset[str]):
+        def __iter__(self) -> Iterator[str]:
+            raise AssertionError("all that is known was read for one layer: a bisect would be quadratic")
+
+    graph = Graph(net)
+    (value,) = graph.nodes[3].outputs
+    nodes, starts = graph.segment([value], Unread(graph.values))
+    assert (nodes, starts) == graph.segment([value], list(graph.values))
+    assert [node.name for node in nodes] == [graph.nodes[3].name]
+    assert graph.segment([graph.nodes[0].outputs[0]], ())[1] == ["x"]
 
 
 def test_an_error_of_zero_takes_no_memory(net: Path) -> None:

@@ -329,9 +329,11 @@ class CandidateRun:
             return None
         if isinstance(session, BuildsVariations):
             return region_of(replay.nodes, key.value, graph, session.layers)
-        kernel, nodes = kernels_of(session).get(key.value), set(replay.nodes)
+        if (kernel := kernels_of(session).get(key.value)) is None:
+            return None
+        nodes = set(replay.nodes)
         hidden = {value for n in graph.nodes if n.name in nodes for value in n.outputs} - {key.value}
-        if kernel is None or hidden.isdisjoint(session.exposed):  # steps of one function of torch
+        if hidden.isdisjoint(session.exposed):  # steps of one function of torch
             return None
         region = region_of(replay.nodes, key.value, graph)
         return region and replace(region, layer=kernel)

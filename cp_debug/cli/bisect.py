@@ -69,7 +69,7 @@ def bisect(
         str, typer.Option(help="Where layers are replayed: auto (where the test runs), cpu, cuda:N.")
     ] = "auto",
     memory: Annotated[
-        str | None, typer.Option(help="Memory for captured values (64M, or 40% of a GPU); the rest goes to disk.")
+        str | None, typer.Option(help="Memory for captured values, such as 2G; the rest goes to disk.")
     ] = None,
     replay: Annotated[bool, typer.Option(help="Separate a layer's own error from that of its inputs.")] = True,
     knobs: Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -243,6 +243,10 @@ class Graph:
         return self.types[name].tensor_type.elem_type if name in self.types else 0
 
     @cached_property
+    def _input_names(self) -> frozenset[str]:
+        return frozenset(v.name for v in self.inputs)
+
+    @cached_property
     def element_types(self) -> set[int]:
         """The ``onnx.TensorProto`` data types of weights, inputs, outputs and values, as far as known."""
         weights = {t.data_type for t in self._initializers.values()}
@@ -262,7 +266,7 @@ class Graph:
         Graph inputs and weights count as known. The targets are computed even where they are known themselves.
         Raises KeyError when a target is not a value of the graph.
         """
-        starting_points = set(known) | {v.name for v in self.inputs}
+        known = known if isinstance(known, Set | Mapping) else set(known)  # no copy: a bisect asks this for each layer
         chosen: dict[int, Node] = {}
         starts: dict[str, None] = {}
         stack = [self.producer[t] for t in targets]
@@ -272,7 +276,7 @@ class Graph:
                 continue
             chosen[node.index] = node
             for name in node.inputs:
-                if name in starting_points:
+                if name in known or name in self._input_names:
                     starts[name] = None
                 elif name in self.producer:
                     stack.append(self.producer[name])

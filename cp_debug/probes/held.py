@@ -19,8 +19,11 @@ from cp_debug.errors import InputError
 from cp_debug.probes.arrays import Tensor, as_numpy, device_of, dtype_name
 from cp_debug.probes.capture import Capture, CaptureWriter, Header, TensorEntry
 
-HOST_MEMORY = 1 << 26
-"""Bytes of captured values that are held on the host, unless somebody says otherwise."""
+HOST_MEMORY = 1 << 29
+"""Bytes of captured values that are held on the host, unless somebody says otherwise …"""
+LARGE = 1 << 20
+OF_LARGE = 1 << 26
+"""… but this many of values of ``LARGE`` bytes and more: smaller ones take longer to write and to find than to hold."""
 DEVICE_SHARE = 0.4
 """Share of a device's free memory that captured values may take, unless somebody says otherwise."""
 MANY_WEIGHTS = 1 << 31
@@ -50,7 +53,8 @@ class Room:
     """Bytes that may still be taken by captured values, device by device."""
 
     def __init__(self, limit: int | None = None, *, weights: int = 0) -> None:
-        """``limit``: bytes on each device; None: ``HOST_MEMORY``, and ``DEVICE_SHARE`` of what a GPU has free.
+        """``limit``: bytes on each device; None: ``HOST_MEMORY``, as far as values are not ``LARGE``, and
+        ``DEVICE_SHARE`` of what a GPU has free.
 
         ``weights``: bytes of the model's weights in FP32. Where they are many and there is no ``limit``, a GPU has room
         while torch has taken less than ``TIMES_WEIGHTS`` of them there, modules and what they compute included.
@@ -64,7 +68,8 @@ class Room:
         left = self._left.get(device)
         if left is None:
             left = self._left[device] = self._whole(device)
-        if size > left or self._is_full(device, size):
+        small = size < LARGE or self._limit is not None or device.startswith("cuda")
+        if size > (left if small else left - HOST_MEMORY + OF_LARGE) or self._is_full(device, size):
             return False
         self._left[device] = left - size
         return True
