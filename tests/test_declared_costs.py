@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,8 +149,25 @@ def test_an_overflow_is_found_where_another_one_hides_it(tmp_path: Path) -> None
     (test,) = bisect(str(path), "ort,emu-fp16", options=Options(inputs=tmp_path / "x.npz")).tests
     (finding,) = test.findings
     assert set(finding.layers) == {"node_above", "node_below"}
+    assert re.search(r"values up to [^ ,]+, the largest", finding.says)  # the larger one of both
     assert {*finding.layers, "node_y"} <= set(finding.evidence["keep_fp32"])
     assert followed(path, finding).agrees
+
+
+def test_a_layer_that_loses_numbers_is_innocent_after_its_fix(tmp_path: Path) -> None:
+    """Numbers of 1e-6 in two layers, and a factor of 1e6: with one of the two in FP32 the tolerance holds."""
+    net = NetBuilder()
+    small = net.op("Tanh", net.op("Mul", "x", const(net, 1e-6), name="small"), name="still")
+    large = net.op("Mul", small, const(net, 1e6), name="large")
+    net.op("MatMul", large, net.weight(net.rng.standard_normal((8, 4)).astype(np.float32)), name="y")
+    np.savez(tmp_path / "x.npz", x=net.rng.standard_normal((4, 8)).astype(np.float32))
+    path = net.save(tmp_path / "small.onnx", {"x": (1, [4, 8])}, ["y"])
+    (test,) = bisect(str(path), "ort,emu-fp16", options=Options(inputs=tmp_path / "x.npz")).tests
+    assert {name for finding in test.findings for name in finding.layers} == {"node_small", "node_large"}
+    (lost,) = [finding for finding in test.findings if finding.layers == ["node_small"]]
+    assert lost.evidence["keep_fp32"] == ["node_small", "node_still", "node_large"]
+    for finding in test.findings:
+        assert finding.layers[0] not in [row.name for row in followed(path, finding).guilty]
 
 
 def test_what_rounds_in_front_is_kept_in_fp32_too(tmp_path: Path) -> None:

@@ -183,6 +183,8 @@ def test_channels_count_that_are_gone_and_large_enough_and_not_alone() -> None:
     assert not list(lost_channels({"y": masks}, {"y": np.where(steps > 0.7, masks, 0)}, 1e-3)), (
         "as few in the reference"
     )
+    alike = np.stack([steps, steps])[None], np.stack([steps, np.round(steps / 0.6) * np.float32(0.6)])[None]
+    assert not list(lost_channels({"y": alike[0]}, {"y": alike[1]}, 1e-3)), "coarse, beside others that are as large"
     rows = np.moveaxis(ours, 1, 2), np.moveaxis(theirs, 1, 2)
     assert [text[:12] for text in lost_channels({"y": rows[0]}, {"y": rows[1]}, 1e-3)] == ["y: channel 1"]
 

@@ -14,6 +14,7 @@ import torch
 from cp_debug.backends.arithmetic import ARITHMETICS, FP32, INT8, overrides_of
 from cp_debug.backends.executor import Executor
 from cp_debug.bisect.candidate_run import CandidateRun
+from cp_debug.bisect.range_loss import RANGE
 from cp_debug.bisect.result import LayerRow
 from cp_debug.errors import InputError
 from cp_debug.graph.half_precision import narrow_values
@@ -132,8 +133,11 @@ class KeepTrials:
         outputs = [info.name for info in graph.outputs]
         return tensors_as_arrays(low.run_nodes(graph.nodes[done:], known, outputs))
 
-    def find(self, first: Sequence[Name]) -> TriedSet | None:
+    def find(self, first: Sequence[Name], *, guilty: bool = False) -> TriedSet | None:
         """A set with the nodes ``first``, or some of them, that leaves less than half of the divergence.
+
+        ``guilty``: what a layer loses is no rounding, so where more remains than rounding may leave, the set also grows
+        as long as that halves it.
 
         A node in FP32 helps nothing where what feeds or reads it rounds the same numbers: the set grows by readers, and
         by what moves numbers in front, then by all that is in front, until little is left; then what is needless is
@@ -141,6 +145,7 @@ class KeepTrials:
         """
         before = self._error(frozenset())
         enough = min(ENOUGH * before, self._precision.rtol)
+        rounding = min(enough, RANGE * self._precision.roundoff) if guilty else enough
         nodes = {(c, node.name): node.op for c, graph in self._graphs.items() for node in graph.nodes}
         computing = {name for name, op in nodes.items() if op not in MOVING}
         kept = best = frozenset(name for name in first if nodes[name] != "Constant")  # who reads one, rounds it
@@ -151,12 +156,16 @@ class KeepTrials:
                     best = kept
                 grown = kept | around(kept)
                 too_wide = len(grown & computing) > WIDEST * len(computing) and len(grown) > widest
-                if self._error(best) <= enough or grown == kept or too_wide:
+                if grown == kept or too_wide:
+                    break
+                left = self._error(best)
+                if left <= rounding or (left <= enough and self._error(grown) > HELPS * left):
                     break
                 kept = grown
         if not self._error(best) <= HELPS * before or math.isinf(self._error(best)):
             return None
-        most = max(1.1 * self._error(best), enough)
+        left = self._error(best)
+        most = max(1.1 * left, min(enough, max(rounding, left / HELPS)))
         for name in sorted(best, key=lambda name: (name in first, name)):
             if len(self._errors) >= TRIALS or len(best) == 1:
                 break

@@ -251,7 +251,7 @@ def kept(trials: KeepTrials, rows: Sequence[LayerRow]) -> tuple[str, dict[str, A
     """(What keeping these layers in FP32 gave, in words; all nodes of the set and the figures), as it was tried."""
     nodes = [(row.component, node) for row in rows for node in (row.replay and row.replay.nodes) or ()]
     try:
-        found = trials.find(nodes)
+        found = trials.find(nodes, guilty=any(row.verdict == GUILTY for row in rows))
     except InputError:
         found = None
     if found is None:

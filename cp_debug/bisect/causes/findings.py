@@ -484,15 +484,15 @@ def _of_all(fixes: Collection[str]) -> str:
 
 
 def _said_of_all(sentences: Sequence[str], worst: str) -> str:
-    """The sentence about several layers: numbers that are others in each are told with their range. The worst layer's
-    where the words differ, too, or lists."""
+    """The sentence about several layers: numbers that are others in each are told with their range, after "up to" with
+    its end. The worst layer's where the words differ, too, or lists."""
     found = [set(tokens) for tokens in zip(*(_NUMBER.findall(says) for says in sentences), strict=False)]
     other = [tokens for tokens in found if len(tokens) > 1]
     if len({_NUMBER.sub("#", says) for says in sentences}) > 1 or any("[" in token for each in other for token in each):
         return worst
     ordered = (sorted(tokens, key=float) if len(tokens) > 1 else [*tokens] for tokens in found)
-    told = iter([f"{n[0]} to {n[-1]}" if len(n) > 2 else " or ".join(n) for n in ordered])
-    return _NUMBER.sub(lambda _: next(told), worst)
+    told = iter([(f"{n[0]} to {n[-1]}" if len(n) > 2 else " or ".join(n), n[-1]) for n in ordered])
+    return _NUMBER.sub(lambda at: next(told)[worst[: at.start()].endswith("up to ")], worst)
 
 
 def _unexplained(explanation: Explanation) -> str:
