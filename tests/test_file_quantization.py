@@ -459,6 +459,10 @@ def test_levels_read_by_an_integer_product_stand_for_numbers(tmp_path: Path, bac
     (test,) = bisect(str(tmp_path / "plain.onnx"), backends, test_model=file, options=options).tests
     assert {"embedding", "turn"} <= {row.name for row in test.rows}
     assert not test.guilty
+    (finding,) = test.findings  # scales that are computed as it runs are INT8, too
+    assert finding.cause == "int8"
+    assert finding.says.startswith("INT8 as declared; of ")
+    assert "leave it unquantized" in finding.fix or finding.fix.startswith("leave unquantized: ")
     model = onnx.load(file)
     (table,) = (t for t in model.graph.initializer if t.name == "table_quantized")
     levels = numpy_helper.to_array(table).copy()

@@ -64,9 +64,7 @@ def int8(
     ``kind``: the precision of the levels, as ``CandidateRun.kind`` names it. ``unquantized``: the flag
     that leaves layers out of it. ``costliest``: see ``Effects.costliest``.
     """
-    if not any(row.replay and row.replay.step is not None for row in rows.values()):
-        return
-    # A layer has a step where its own nodes quantize; what one rounds whose quantizers lie in others counts as well.
+    # What one layer rounds whose quantizers lie in others counts as well.
     sound = [(k, r) for k, r in rows.items() if r.verdict != GUILTY and r.replay and r.replay.introduced]
     sound.sort(key=lambda item: _size(item[1]), reverse=True)
     wrong = any(row.verdict == GUILTY for row in rows.values())  # that comes first, and makes shares mislead by itself

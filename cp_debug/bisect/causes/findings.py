@@ -156,11 +156,17 @@ class Explainer:
         except Exception as error:
             self.notes.append(f"remedies for the declared precision's cost are not known: {in_one_line(error)}")
         differs = any(not (row.within or row.why.startswith(MASKS)) for row in rows.values())
-        if differs or any(row.replay and row.replay.step is not None for row in rows.values()):
+        # A layer has a step where its own nodes quantize by a constant; a file may also compute its scales as it runs.
+        levels = any(row.replay and row.replay.step is not None for row in rows.values())
+        programs = self.run.programs
+        levels |= any(g.precision == "int8" and g is not programs[c].graph for c, g in self.run.graphs.items())
+        if differs or levels:
             try:
                 kind = self.run.kind(next(iter(rows)).component)
                 costliest = self.effects.costliest
-                costly += declared.int8(rows, kind, self._left_out, self._of_unquantized, costliest)
+                costly += (
+                    () if not levels else declared.int8(rows, kind, self._left_out, self._of_unquantized, costliest)
+                )
                 if self.adds_up and not findings and not costly and differs:
                     known = declared.flipped(self.run, rows, self.flips, self._of_kept)
                     of = self.run, rows, self.segment, self._explanation, self._of_kept, costliest
