@@ -460,6 +460,28 @@ def test_operators_that_stand_for_several_are_another_operator(
     assert (finding.cause, finding.says) == ("other-operator", says)
 
 
+@pytest.mark.parametrize(
+    ("op", "shapes", "alone", "says"),
+    [
+        ("Gemm", [(8, 6)], (6,), "Gemm has C (given) in the test alone"),
+        ("Clip", [()], (), "Clip has max (given) in the test alone"),
+        ("GRU", [(1, 12, 8), (1, 12, 4)], (1, 24), "GRU has B (given) in the test alone"),
+    ],
+)
+def test_a_constant_that_the_test_alone_has_is_named(
+    op: str, shapes: list[tuple[int, ...]], alone: tuple[int, ...], says: str, tmp_path: Path
+) -> None:
+    size = {"hidden_size": 4} if op == "GRU" else {}
+    for wrong in (False, True):
+        made = NetBuilder(5)
+        weights = [made.weight(-0.3 * abs(made.rng.standard_normal(shape)).astype(np.float32)) for shape in shapes]
+        given = [made.weight(abs(made.rng.standard_normal(alone)).astype(np.float32), "given")] * wrong
+        made.op("Tanh", made.op(op, "x", *weights, *given, name="layer", **size), name="y")
+        made.save(tmp_path / f"{wrong}.onnx", {"x": (1, [5, 2, 8] if op == "GRU" else [5, 8])}, ["y"])
+    (test,) = bisect(str(tmp_path / "False.onnx"), "ort,ort-none", test_model=tmp_path / "True.onnx").tests
+    assert [(finding.layers, finding.says) for finding in test.findings] == [(["node_layer"], says)]
+
+
 def test_what_both_files_hold_alike_is_no_cause(tmp_path: Path) -> None:
     """HardSwish without its division: a product behind it looks as if its alpha were 6. The line of what is replaced
     is told, not that of the product."""

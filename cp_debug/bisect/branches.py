@@ -17,7 +17,7 @@ from cp_debug.programs.pipeline import Key
 
 Branches = Mapping[str, Sequence[Branch]]
 """Component → its decisions of the flattening."""
-_FIX = "compare what the condition is computed from in both programs, and its threshold"
+_FIX = "compare what decides in both programs: a condition and its threshold, or a count of passes that tracing stored"
 
 
 @dataclass(frozen=True)

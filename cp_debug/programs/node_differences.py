@@ -55,7 +55,7 @@ class NodeDifference:
     attributes: Mapping[str, Any] = field(default_factory=dict)
     """Attributes of the reference's node that the test has otherwise, as the test has them."""
     inputs: Mapping[int, str] = field(default_factory=dict)
-    """Place of a constant that the reference's node reads → the constant that the test has for it."""
+    """Place of a constant that the reference's node reads, or lacks → the constant that the test has there."""
 
 
 class Pieces:
@@ -285,11 +285,13 @@ class Pieces:
         for place in range(max(len(our_inputs), len(their_inputs))):
             a, b = (names[place] if place < len(names) else "" for names in (our_inputs, their_inputs))
             role = self._role(ours, place)
-            if a in self._ours and not b:
-                name = "bias-dropped" if role == "bias" else "constant-differs"
+            if (a in self._ours and not b) or (b in self._theirs and not a):
+                name = "bias-dropped" if a and role == "bias" else "constant-differs"
                 argument = _argument(ours, place)
-                says = f"{ours.op} has no {argument} ({a})" if argument else f"{ours.op} has no {a}"
-                yield NodeDifference(name, says, ours.name, {"constant": a})
+                which = f"{argument} ({a or b})" if argument else a or b
+                says = f"{ours.op} has no {which}" if a else f"{ours.op} has {which} in the test alone"
+                inputs = {} if a else {place: b}
+                yield NodeDifference(name, says, ours.name, {"constant": a or b}, inputs=inputs)
             elif a in self._ours and b in self._theirs and self._ours.digest(a) != self._theirs.digest(b):
                 if twin := self._ours.twin(a, self._theirs, b):
                     change: TensorChange | None = TensorChange(

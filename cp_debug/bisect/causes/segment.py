@@ -158,7 +158,8 @@ class Segment:
         proto.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in attributes.items() if v is not None)
         index, values = next(_fresh), {}
         for place, value in (inputs or {}).items():
-            proto.input[place] = f"{node.proto.input[place]}\x1f{index}"
+            proto.input.extend([""] * (place + 1 - len(proto.input)))
+            proto.input[place] = f"{proto.input[place] or place}\x1f{index}"
             tensor = value.to(self.context.oracle.arithmetic.dtype) if value.is_floating_point() else value
             values[proto.input[place]] = tensor
         nodes = [replace(Node.of(index, proto), name=n.name) if n is node else n for n in self.nodes]
