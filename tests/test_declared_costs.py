@@ -170,6 +170,20 @@ def test_a_layer_that_loses_numbers_is_innocent_after_its_fix(tmp_path: Path) ->
         assert finding.layers[0] not in [row.name for row in followed(path, finding).guilty]
 
 
+def test_the_layer_that_most_comes_from_is_told_beside_a_guilty_one_with_little(tmp_path: Path) -> None:
+    """The inverse sigmoid of what is nearly 1: the quotient overflows where the sigmoid was rounded to 1."""
+    net = NetBuilder()
+    near = net.op("Sigmoid", net.op("Add", "x", const(net, 8), name="shifted"), name="near")
+    rest = net.op("Clip", net.op("Sub", const(net, 1), near, name="rest"), const(net, 1e-5), name="least")
+    back = net.op("Log", net.op("Div", near, rest, name="ratio"), name="back")
+    net.op("Sigmoid", net.op("Sub", back, const(net, 8)), name="y")
+    np.savez(tmp_path / "x.npz", x=net.rng.standard_normal((50, 4)).astype(np.float32))
+    path = net.save(tmp_path / "inverse.onnx", {"x": (1, [50, 4])}, ["y"])
+    (test,) = bisect(str(path), "ort,emu-fp16", options=Options(inputs=tmp_path / "x.npz")).tests
+    assert [row.name for row in test.guilty] == ["node_ratio"]
+    assert "; most of it comes from node_near (Sigmoid), which rounds as declared; " in verdict_line(test).plain
+
+
 def test_what_rounds_in_front_is_kept_in_fp32_too(tmp_path: Path) -> None:
     """|a|² + |b|² − 2ab: the squares round as much as the difference that cancels them, so all of it must be exact."""
     net = NetBuilder()

@@ -308,6 +308,20 @@ def test_markdown_names_the_guilty_layer(saved: SavedResult) -> None:
     assert widths == {9}
 
 
+@pytest.mark.parametrize(
+    ("fix", "as_command"),
+    [("keep in FP32: --keep-fp32 a", True), ("cpdebug bundle RESULT --layer a", True), ("calibrate a again", False)],
+)
+def test_a_fix_to_copy_is_a_block_in_markdown_and_a_sentence_is_a_line(
+    saved: SavedResult, fix: str, as_command: bool
+) -> None:
+    finding = replace(saved.result.tests[0].findings[0], fix=fix)
+    test = replace(saved.result.tests[0], findings=[finding])
+    text = render_markdown(replace(saved, result=replace(saved.result, tests=(test,))))
+    assert (f"  ```sh\n  {fix}\n  ```" in text) is as_command
+    assert (f"  - fix: {fix}" in text) is not as_command
+
+
 def test_junit_fails_where_a_layer_is_guilty(saved: SavedResult) -> None:
     suites = ET.fromstring(render_junit(saved)).findall("testsuite")
     for suite, test in zip(suites, saved.result.tests, strict=True):

@@ -125,11 +125,12 @@ def _lines(saved: SavedResult) -> Iterator[str]:
 
 
 def _finding(finding: Finding) -> Iterator[str]:
+    command = "--" in finding.fix or finding.fix.startswith("cpdebug ")  # to copy; else it is a sentence
     yield f"- **{markdown(finding.headline)}**"
     for name, line in lines(finding):
-        if name != "fix":
+        if name != "fix" or not command:
             yield f"  - {name}: {markdown(line)}"
-    if finding.fix:
+    if command:
         yield from ("", *(f"  {line}" for line in _fenced(finding.fix)))
     yield ""
 

@@ -60,9 +60,10 @@ def _verdict_line(test: TestResult) -> Text:
         assert first is not None
         names = f"{len(test.guilty)} layers are guilty, the first is" if len(test.guilty) > 1 else "guilty:"
         of_end = f", {share_in_words(first.share)}" if first.share is not None else ""
-        heaviest = max(test.guilty, key=lambda row: row.share or 0.0)
+        heaviest = max(test.rows, key=lambda row: row.share or 0.0)
         if of_end and (first.share or 0.0) < 0.5 < (heaviest.share or 0.0):
             of_end += f"; most of it comes from {heaviest.name}"
+            of_end += f" ({heaviest.op}), which rounds as declared" * (heaviest not in test.guilty)
         text = Text.assemble(
             (f"✗ {spec}: {names} {first.name}", "bold red"),
             f" ({first.op}{_judged_together(first)}): {first.why}{of_end}{end}",
