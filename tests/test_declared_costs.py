@@ -359,6 +359,20 @@ def test_a_modules_layers_are_called_by_their_paths_and_lead_the_verdict(tmp_pat
     assert (code, "has no callable 'buildx'; did you mean build?" in text) == (2, True)
 
 
+@pytest.mark.slow
+def test_nan_that_rounding_makes_inside_an_operator_of_torch_has_a_fix_that_was_tried(tmp_path: Path) -> None:
+    """logsigmoid is Log of Sigmoid in the graph, and the Sigmoid of -20 is 0 in FP16."""
+    model = OFFSET.replace("y - y.mean(-1, keepdim=True)", "torch.nn.functional.logsigmoid(y)")
+    model = model.replace("bias.data.fill_(300.0)", "weight.data.mul_(16)")
+    (tmp_path / "net.py").write_text(model, encoding="utf-8")
+    net = f"{tmp_path / 'net.py'}:build"
+    (test,) = bisect(net, "torch,emu-fp16").tests
+    (finding,) = test.findings
+    assert finding.cause == "nonfinite"
+    names = [word for name in finding.evidence["keep_fp32"] for word in ("--keep-fp32", name)]
+    assert run("bisect", net, "-b", "torch,emu-fp16", *names)[0] == 0
+
+
 def test_nodes_to_keep_are_read_from_a_file(tmp_path: Path) -> None:
     path = offset(tmp_path)
     _, finding = found(path)

@@ -366,11 +366,13 @@ class Explainer:
 
     def _fix(self, cause: Candidate, rows: Sequence[LayerRow]) -> tuple[str, dict[str, Any]]:
         """The cause's advice with the layers' names, with flags where it is about INT8; and figures of its trial."""
-        if cause.cause in BEYOND_FP16 and self._of_kept is not None:
+        if cause.cause in (*BEYOND_FP16, "nonfinite") and self._of_kept is not None:
             told = declared.kept(self._of_kept, rows)
             guilty = [row for row in self._rows.values() if row.verdict == GUILTY]
             # Where a number overflows in front, keeping what is behind helps nothing.
-            return told if told[1] or len(guilty) <= len(rows) else declared.kept(self._of_kept, guilty)
+            told = told if told[1] or len(guilty) <= len(rows) else declared.kept(self._of_kept, guilty)
+            if told[1] or not cause.observed:
+                return told
         names = _node_names(rows) if cause.cause in PROMOTED else [row.name for row in rows]
         constant = cause.evidence.get("constant") if len(rows) == 1 else None
         fix = cause.fix.replace("the weights of {layers}", constant or f"the weights of {some(names)}")
