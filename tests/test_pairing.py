@@ -109,6 +109,22 @@ def test_numbers_in_names_that_went_on_are_not_believed(tmp_path: Path) -> None:
     assert faulty.findings[0].cause == "weights-scaled"
 
 
+def test_nodes_put_in_behind_two_layers_in_a_row_are_two_faults(tmp_path: Path) -> None:
+    net = second_like(tmp_path / "net.onnx", depth=3)
+    model = onnx.load(str(net))
+    first = next(node for node in model.graph.node if node.op_type == "Conv")
+    second = next(node for node in model.graph.node if first.output[0] in node.input)
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(0.1), "off"))
+    spoilt = [first.output[0], second.output[0]]
+    for node, value in zip((first, second), spoilt, strict=True):
+        node.output[0] = f"{value}_before"
+        place = [*model.graph.node].index(node) + 1
+        model.graph.node.insert(place, onnx.helper.make_node("Add", [f"{value}_before", "off"], [value]))
+    onnx.save(model, tmp_path / "other.onnx")
+    test = run(net, tmp_path / "other.onnx")
+    assert [row.onnx for row in test.guilty] == spoilt
+
+
 def test_a_name_that_has_no_neighbour_in_common_is_not_believed(tmp_path: Path) -> None:
     """One layer is written otherwise, and one node less: too few for numbers in names to have gone on everywhere."""
 

@@ -9,13 +9,13 @@ another order. What the user said goes before all of it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cp_debug.errors import InputError
 from cp_debug.graph.constants import Constants
-from cp_debug.graph.graph import Graph, ValueInfo, data_values, readers
+from cp_debug.graph.graph import Graph, Node, ValueInfo, data_values, readers
 from cp_debug.graph.integer_values import named_levels
 from cp_debug.graph.operators import PRODUCTS, QUANTIZERS
 from cp_debug.graph.tensor_ends import part_of
@@ -28,6 +28,8 @@ TRUST = 0.6
 """Share of equal names whose nodes must agree (operator, inputs) before names alone are believed."""
 MOST_MISPLACED = 2
 """Layers whose weights are those of another name before names are not believed any more: fewer are faults."""
+PUT_IN = 3
+"""Nodes in a row that the test may have put in behind a layer, under whose name the last of them goes on."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,8 @@ def moved_names(reference: Graph, test: Graph) -> set[str]:
     for value in common:  # in execution order
         nodes = reference.producer[value], test.producer[value]
         weights = mine.of(nodes[0])
-        if nodes[0].op == nodes[1].op and weights and weights == theirs.of(nodes[1]):
+        same = (node.op == nodes[0].op and weights == theirs.of(node) for node in _put_in(test, value, known[0]))
+        if weights and any(same):
             continue
         later = shifted and (value in unlike or not moved.isdisjoint(nodes[1].inputs))
         both = () if weights else zip((mine, theirs), nodes, strict=True)
@@ -262,6 +265,17 @@ def moved_names(reference: Graph, test: Graph) -> set[str]:
         if later or (other and _readers(reference, value).isdisjoint(_readers(test, value))):
             moved.add(value)
     return moved
+
+
+def _put_in(graph: Graph, value: str, known: Collection[str]) -> Iterator[Node]:
+    """The node of a value, and those in front of it as far as what one reads is computed here alone."""
+    for _ in range(1 + PUT_IN):
+        node = graph.producer[value]
+        yield node
+        data = [name for name in node.inputs if name in graph.producer]
+        if len(data) != 1 or data[0] in known:
+            return
+        value = data[0]
 
 
 def _readers(graph: Graph, value: str) -> set[str]:
