@@ -241,6 +241,29 @@ def test_levels_finer_than_the_function_accuse_nobody(tmp_path: Path) -> None:
     assert not test.guilty
 
 
+@pytest.mark.parametrize(("keys", "guilty"), [(8, []), (1024, ["o"])])
+def test_a_scale_for_all_that_a_softmax_can_give_may_leave_nothing_of_it(
+    tmp_path: Path, keys: int, guilty: list[str]
+) -> None:
+    """A step of 1/127 holds eight probabilities; of 1024 about equal ones all become 0."""
+    begin = f'<ir_version: 8, opset_import: ["" : 17]> g (float[4,{keys}] x, float[{keys},4] v) => (float[4,4] o)'
+    plain = onnx.parser.parse_model(begin + "{ p = Softmax (x) \n o = MatMul (p, v) }")
+    quantized = onnx.parser.parse_model(
+        begin + "<float a = {0.007874}, float b = {0.03}, int8 z = {0}> { p = Softmax (x) \n"
+        "i = QuantizeLinear (p, a, z) \n d = DequantizeLinear (i, a, z) \n"
+        "j = QuantizeLinear (v, b, z) \n e = DequantizeLinear (j, b, z) \n o = MatMul (d, e) }"
+    )
+    for name, model in (("net", plain), ("int8", quantized)):
+        onnx.save(model, tmp_path / f"{name}.onnx")
+    rng = np.random.default_rng(0)
+    x, v = rng.uniform(-1, 1, (4, keys)), rng.uniform(1, 3, (keys, 4))
+    np.savez(tmp_path / "x.npz", x=x.astype(np.float32), v=v.astype(np.float32))
+    options = Options(inputs=tmp_path / "x.npz")
+    (test,) = bisect(str(tmp_path / "net.onnx"), "ort,ort", test_model=tmp_path / "int8.onnx", options=options).tests
+    assert [row.name for row in test.guilty] == guilty
+    assert all("times too coarse" in finding.says for finding in test.findings if guilty)
+
+
 @pytest.mark.parametrize(
     ("wider", "excess"), [((0.1, 0.1, 0.1), 1.0), ((0.1, 0.02, 0.1), 5.0), ((0.0, 0.0, 0.0), 100.0)]
 )

@@ -423,9 +423,13 @@ class Replayer:
         if scales is None and side == 1 and self._moved is not None:
             others = [g.quantized(as_tensor(result)) for _, g in self._moved.for_readers(target, captured)]
         if scales is not None and scales.quantized.touches(nodes):
-            others += [*scales.larger(nodes, given, target), *scales.as_calibrated(nodes, given, reference, target)]
-        if others:
-            return Replay.of(captured, exact, [result, *others], claim, unrounded=unrounded)
+            others += [
+                *scales.larger(nodes, given, target, exact),
+                *scales.as_calibrated(nodes, given, reference, target),
+            ]
+        if others:  # the function itself may be coarser than the levels
+            off = partial(doubt, self.oracle, nodes, given, target, self._implementers[side], None)
+            return Replay.of(captured, exact, [result, *others], claim, off, unrounded=unrounded)
         oracle = self._oracle_of(claim)
         if oracle is not self.oracle:
             exact = as_tensor(oracle.run_nodes(nodes, given, [target])[target])

@@ -22,13 +22,17 @@ from cp_debug.bisect.whole_numbers import as_tensor
 from cp_debug.graph.graph import Node
 from cp_debug.graph.integer_values import is_constant
 from cp_debug.graph.operators import PRODUCTS
-from cp_debug.probes.distance import difference_norm, distance, ratio
+from cp_debug.probes.distance import difference_norm, distance, ratio, relative_l2
 
 SCALE_MARGINS = (1.02, 1.05, 1.1)
 """A layer in INT8 that raises a doubt is emulated again with scales larger by these factors: of few elements, one
 emulation may come out nearly exact by luck."""
 ALIKE = 0.02
 """Relative L2 within which a quantized file computes a layer, but for the rounding of its data."""
+
+
+LOST = 0.5
+"""Relative L2 error from which a result is lost, whichever scale it has."""
 
 
 class ScaleReplay:
@@ -134,13 +138,19 @@ class ScaleReplay:
         yield self.quantized.ideal(self._emulator, nodes, given, [target], 1.0, calibrated).results[target]
         yield from self._recalibrated(nodes, target, given, calibrated=calibrated)
 
-    def larger(self, nodes: Sequence[Node], given: Mapping[str, AnyTensor], target: str) -> Iterator[AnyTensor]:
-        """Results with somewhat larger scales, those of the file's own quantizers among them.
+    def larger(
+        self, nodes: Sequence[Node], given: Mapping[str, AnyTensor], target: str, exact: Tensor
+    ) -> Iterator[AnyTensor]:
+        """Results with somewhat larger scales, those of the file's own quantizers among them, and those for all that a
+        Softmax can give, unless they leave nothing of what it gives here.
 
-        ``given``: name → input of the segment, in any float dtype. Each result has the shape of ``target``.
+        ``given``: name → input of the segment, in any float dtype. ``exact`` and each result have the shape of
+        ``target``.
         """
         yield from self._widened(nodes, given, target)
-        yield self.quantized.ideal(self._emulator, nodes, given, [target], whole_range=True).results[target]
+        whole = self.quantized.ideal(self._emulator, nodes, given, [target], whole_range=True).results[target]
+        if relative_l2(as_tensor(whole), exact) < LOST:
+            yield whole
         for scale_margin in (1.0, *SCALE_MARGINS):
             yield from self._recalibrated(nodes, target, given, scale_margin)
 
@@ -169,8 +179,9 @@ class ScaleReplay:
         assert rounded is not None  # as with more bits
         # Nodes that miss the result without any rounding compute something else: another value was paired with this.
         off, scale, _ = distance(fine, exact)
-        faithful = off <= max(difference_norm(rounded, exact) / 2, ALIKE * scale)
-        return [rounded] if faithful else []
+        error = difference_norm(rounded, exact)
+        lost = error >= LOST * scale and (calibrated is None or not self._recalibrated(nodes, target, calibrated))
+        return [rounded] if off <= max(error / 2, ALIKE * scale) and not lost else []
 
 
 INT8 = 4
