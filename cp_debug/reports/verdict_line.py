@@ -62,8 +62,8 @@ def _verdict_line(test: TestResult) -> Text:
         of_end = f", {share_in_words(first.share)}" if first.share is not None else ""
         heaviest = max(test.rows, key=lambda row: row.share or 0.0)
         if of_end and (first.share or 0.0) < 0.5 < (heaviest.share or 0.0):
-            of_end += f"; most of it comes from {heaviest.name}"
-            of_end += f" ({heaviest.op}), which rounds as declared" * (heaviest not in test.guilty)
+            how = "" if heaviest in test.guilty else f" ({heaviest.op}), which rounds as declared"
+            of_end += f"; most of it comes from {heaviest.name}{how}"
         text = Text.assemble(
             (f"✗ {spec}: {names} {first.name}", "bold red"),
             f" ({first.op}{_judged_together(first)}): {first.why}{of_end}{end}",

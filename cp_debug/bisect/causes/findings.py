@@ -159,14 +159,14 @@ class Explainer:
         # A layer has a step where its own nodes quantize by a constant; a file may also compute its scales as it runs.
         levels = any(row.replay and row.replay.step is not None for row in rows.values())
         programs = self.run.programs
-        levels |= any(g.precision == "int8" and g is not programs[c].graph for c, g in self.run.graphs.items())
+        others = (g for c, g in self.run.graphs.items() if g is not programs[c].graph)
+        levels |= any("DynamicQuantize" in n.op or "Integer" in n.op for graph in others for n in graph.nodes)
         if differs or levels:
             try:
                 kind = self.run.kind(next(iter(rows)).component)
                 costliest = self.effects.costliest
-                costly += (
-                    () if not levels else declared.int8(rows, kind, self._left_out, self._of_unquantized, costliest)
-                )
+                if levels:
+                    costly += declared.int8(rows, kind, self._left_out, self._of_unquantized, costliest)
                 if self.adds_up and not findings and not costly and differs:
                     known = declared.flipped(self.run, rows, self.flips, self._of_kept)
                     of = self.run, rows, self.segment, self._explanation, self._of_kept, costliest
