@@ -71,6 +71,7 @@ def test_channels_whose_scale_clips_are_named(tmp_path: Path, op: str, clipped: 
         ("clip", "int8-clipped", "the weights of its channel 5 reach"),
         ("scale", "int8-scale", "node_quantized and node_held disagree in their scale: "),
         ("zero", "int8-zero-point", "node_q and node_dq disagree in their zero point: 0 and 9"),
+        ("one", "int8-clipped", "clipped"),
     ],
 )
 def test_weights_that_the_file_quantizes_itself_are_looked_at(
@@ -81,19 +82,24 @@ def test_weights_that_the_file_quantizes_itself_are_looked_at(
     for quantized in (False, True):
         net, x = NetBuilder(3), "x"
         weight = (net.rng.standard_normal((CHANNELS, CHANNELS)) / 8).astype(np.float32)
-        scales = (np.abs(weight).max(axis=0) / 127).astype(np.float32)
-        w = net.weight(weight)
+        scales = (np.abs(weight).max(axis=None if fault == "one" else 0) / 127).astype(np.float32)
+        w, bias = net.weight(weight), net.weight(net.rng.standard_normal(CHANNELS).astype(np.float32))
         if quantized:
             ours = scales.copy()
-            scales[5] *= {"clip": 1 / 8, "scale": 1.5}.get(fault, 1)
-            ours[5] *= 1 / 8 if fault == "clip" else 1
-            zeros = net.weight(np.zeros(CHANNELS, np.int8))
+            if fault == "one":  # scale of all weights, and of all biases
+                ours = scales = scales / 8
+            else:
+                scales[5] *= {"clip": 1 / 8, "scale": 1.5}.get(fault, 1)
+                ours[5] *= 1 / 8 if fault == "clip" else 1
+            zeros = net.weight(np.zeros(scales.shape, np.int8))
             levels = net.op("QuantizeLinear", w, net.weight(ours), zeros, axis=1, name="quantized")
             w = net.op("DequantizeLinear", levels, net.weight(scales), zeros, axis=1, name="held")
             step, none = net.weight(np.array(4.5 / 127, np.float32)), net.weight(np.zeros((), np.int8))
             other = net.weight(np.array(9 if fault == "zero" else 0, np.int8))
             x = net.op("DequantizeLinear", net.op("QuantizeLinear", x, step, none, name="q"), step, other, name="dq")
-        net.op("MatMul", x, w, name="made")
+            if fault == "one":
+                bias = net.op("DequantizeLinear", net.op("QuantizeLinear", bias, step, none), step, none)
+        net.op("Gemm", x, w, bias, name="made")
         files.append(net.save(tmp_path / f"{quantized}.onnx", {"x": (1, [64, CHANNELS])}, ["made"]))
     (test,) = bisect(str(files[0]), "ort,ort", test_model=files[1]).tests
     (finding,) = test.findings

@@ -68,8 +68,8 @@ class Room:
         left = self._left.get(device)
         if left is None:
             left = self._left[device] = self._whole(device)
-        small = size < LARGE or self._limit is not None or device.startswith("cuda")
-        if size > (left if small else left - HOST_MEMORY + OF_LARGE) or self._is_full(device, size):
+        may_fill = size < LARGE or self._limit is not None or device.startswith("cuda")
+        if size > (left if may_fill else left - HOST_MEMORY + OF_LARGE) or self._is_full(device, size):
             return False
         self._left[device] = left - size
         return True

@@ -102,14 +102,16 @@ def _of_biases(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:
         makers = [
             maker for name in twin.proto.input if (maker := producer.get(name)) and maker.op == "DequantizeLinear"
         ]
-        if len(makers) < 3 or any(maker.proto.input[1] not in constants for maker in makers):
+        if len(makers) < 3:
             continue
-        data, weight, bias = (constants[maker.proto.input[1]].astype(np.float64) for maker in makers)
-        levels = makers[2].proto.input[0]
-        right, count = data * weight.flatten(), constants.size(levels) if levels in constants else 0
+        levels, scales = makers[2].proto.input[0], [maker.proto.input[1] for maker in makers]
+        if any(name not in constants for name in (levels, *scales)):
+            continue
+        data, weight, bias = (constants[name].astype(np.float64) for name in scales)
+        right = data * weight.flatten()
         if (
             data.size > 1
-            or right.size not in (1, count)
+            or right.size not in (1, constants.size(levels))
             or not right.all()
             or np.allclose(bias, right, rtol=OFF, atol=0)
         ):
