@@ -69,6 +69,18 @@ def test_the_rounding_is_named_that_did_it_however_far_in_front(tmp_path: Path) 
     assert note.endswith("node_shifted (Add) rounded it in FP16")
 
 
+def test_of_values_side_by_side_that_one_is_named_whose_numbers_flip(tmp_path: Path) -> None:
+    """Detectors pack scores beside whole numbers: the scores are off by more of their size, and flip nothing."""
+    net = NetBuilder()
+    scores = net.op("Mul", "x", net.weight(np.array(2e-6, np.float32)), name="scores")
+    place = net.op("Add", "x", net.weight(np.array([2047, 2049, 2050, 2052], np.float32)), name="place")
+    packed = net.op("Concat", scores, place, name="packed", axis=0)
+    taken = net.op("Gather", packed, net.weight(np.array([1])), name="taken", axis=0)
+    net.op("Cast", taken, name="y", to=7)
+    (note,) = flips(compared(net, tmp_path, "y", np.array([[1, 2, 4, 0]], np.float32)))
+    assert note.endswith("node_taken (Gather) is 2050 for 2051; node_place (Add) rounded it in FP16")
+
+
 def test_nothing_is_told_where_nothing_flips(tmp_path: Path) -> None:
     net = NetBuilder()
     net.op("Cast", net.op("Add", "x", net.weight(np.array(16, np.float32))), name="y", to=7)

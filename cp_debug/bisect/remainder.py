@@ -17,14 +17,14 @@ import numpy as np
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.executor import Executor
-from cp_debug.bisect.candidate_run import CandidateRun
-from cp_debug.bisect.replay import Replayer
+from cp_debug.bisect.candidate_run import CandidateRun, loader
+from cp_debug.bisect.replay import Load, Replayer
 from cp_debug.bisect.replayed import Replay
 from cp_debug.bisect.result import GUILTY, INHERITED, LayerRow, Remainder
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
 from cp_debug.probes.arrays import as_numpy
-from cp_debug.probes.distance import outputs_apart
+from cp_debug.probes.distance import apart, outputs_apart
 from cp_debug.probes.held import CapturedRun
 from cp_debug.probes.statistics_reduce import is_whole
 from cp_debug.programs.pipeline import Key
@@ -138,15 +138,16 @@ def flips(
         replayer = run.replayer(key.component, test)
         if key.value in replayer.levels:
             continue  # of a quantizer, whose steps are its precision
-        ours, theirs = (as_numpy(c.load(key.value, component=key.component)) for c in (reference, test))
+        loads = loader(reference, key.component), loader(test, key.component)
+        ours, theirs = (as_numpy(load(key.value)) for load in loads)
         if not (is_whole(ours) or row.op in ROUNDING) or ours.shape != theirs.shape:
             continue
         places = np.argwhere(ours != theirs)
-        front = _front(replayer, rows, key)
+        front = _front(replayer, rows, key, loads)
         if not len(places) or front is None:
             continue
         itself = ((row.replay.introduced or 0.0) >= ITS_OWN * row.stats.rel_l2) and row.stats.rel_l2 > 0
-        made_by = key if itself else _maker(replayer, rows, front, tied)
+        made_by = key if itself else _maker(replayer, rows, front, loads, tied)
         if made_by in found or made_by in of_ties:
             (found | of_ties)[made_by].behind.append(row.name)
             continue
@@ -176,19 +177,30 @@ def flips_told(found: Sequence[Flip]) -> Iterator[str]:
         yield f"{amount(more, 'more rounding')} {'makes' if more == 1 else 'make'} whole numbers flip"
 
 
-def _front(replayer: Replayer, rows: Mapping[Key, LayerRow], key: Key) -> Key | None:
-    """The value in front of ``key`` that differs most, by relative L2; None where none does."""
+def _front(replayer: Replayer, rows: Mapping[Key, LayerRow], key: Key, loads: tuple[Load, Load]) -> Key | None:
+    """The value in front of ``key`` whose divergence alone moves it most; None where none differs.
+
+    ``loads``: of the reference and of the test.
+    """
     read = [Key(key.component, name) for name in replayer.starts(key.value)]
     differing = [k for k in read if k in rows and rows[k].stats.rel_l2 > 0]
-    return max(differing, key=lambda k: rows[k].stats.rel_l2, default=None)
+    moved = {k: rows[k].stats.rel_l2 for k in differing}
+    if len(moved) > 1 and (replay := rows[key].replay) and replay.introduced is not None:
+        plain = replayer.exact(key.value, loads[0])
+        for k in moved:
+            alone = {name: loads[name == k.value](name) for name in replayer.starts(key.value)}
+            moved[k] = apart(replayer.exact(key.value, alone.__getitem__), plain)
+    return max(moved, key=moved.__getitem__, default=None)
 
 
-def _maker(replayer: Replayer, rows: Mapping[Key, LayerRow], key: Key, tied: Collection[Key]) -> Key:
+def _maker(
+    replayer: Replayer, rows: Mapping[Key, LayerRow], key: Key, loads: tuple[Load, Load], tied: Collection[Key]
+) -> Key:
     """The layer whose own rounding made most of the divergence of ``key``, or whose ties: itself, or one in front."""
     while True:
         row = rows[key]
         own = (row.replay and row.replay.introduced) or 0.0
-        front = _front(replayer, rows, key)
+        front = _front(replayer, rows, key, loads)
         if key in tied or own >= ITS_OWN * row.stats.rel_l2 or front is None:
             return key
         key = front
