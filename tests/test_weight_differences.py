@@ -315,8 +315,8 @@ def test_two_elements_at_one_bound_are_clipped() -> None:
 def test_a_step_along_an_axis() -> None:
     steps = {says: value.tolist() for _, says, value, _ in tensor_change.rolled_forms(np.arange(3.0))}
     assert steps == {"off by +1 along axis 0": [2, 0, 1], "off by -1 along axis 0": [1, 2, 0]}
-    assert list(tensor_change.rolled_forms(np.zeros((2, 2)))) == []
-    assert len(list(tensor_change.rolled_forms(np.zeros((2, 3))))) == 2
+    assert list(tensor_change.rolled_forms(np.arange(4.0).reshape(2, 2))) == []
+    assert len(list(tensor_change.rolled_forms(np.arange(6.0).reshape(2, 3)))) == 2
 
 
 def test_what_comes_in_at_the_end_is_of_a_larger_tensor() -> None:
@@ -327,11 +327,9 @@ def test_what_comes_in_at_the_end_is_of_a_larger_tensor() -> None:
     both = tensor_change.shifted_in(np.arange(9.0).reshape(3, 3), np.full((3, 3), -1.0), {0: 1, 1: -2})
     assert both.tolist() == [[-1, -1, -1], [2, -1, -1], [5, -1, -1]]
 
-    def rolled(a: np.ndarray, b: np.ndarray) -> list[list[float]]:
-        return [value.tolist() for kind, _, value, _ in tensor_change._orders(a, b, 0) if kind == "rolled"]
-
-    assert rolled(np.ones(4), theirs) == []
-    assert [2, 1] in rolled(np.array([1.0, 2]), np.array([5.0, 1]))
+    moved = [value.tolist() for _, _, value, _ in tensor_change.rolled_forms(ours, theirs)]
+    assert moved == [[9, 1, 2, 3], [2, 3, 4, 3]]
+    assert list(tensor_change.rolled_forms(np.ones(4), theirs)) == []
 
 
 def test_slices_in_another_order_or_copied() -> None:

@@ -151,9 +151,8 @@ def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[Form]:
     different = a != b
     count = int(different.sum())
     yield from _diagonals(a, b)
+    yield from rolled_forms(a, b)
     if math.isclose(norm, float((b * b).sum()), rel_tol=NARROW["bfloat16"]):  # an order keeps it, and fits nothing
-        yield from rolled_forms(a)
-        yield from _rolled_far(a, b)
         yield from turned_forms(a)
     yield from _by_channel(a, b)
     yield from _orders(a, b, gates)
@@ -166,23 +165,23 @@ def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[Form]:
     yield from (way for way in stored_forms(a) if way[0] not in ("fp16", "bf16"))
 
 
-def rolled_forms(a: np.ndarray) -> Iterator[Form]:
-    """A tensor in its shape, moved one step along an axis: nothing is fitted, so it goes before factors of channels."""
-    for axis in range(a.ndim):
-        for step in (1, -1) if a.shape[axis] > 2 else ():
-            says, evidence = f"off by {step:+d} along axis {axis}", {"axis": axis, "by": step}
-            yield "rolled", says, np.roll(a, step, axis), evidence
+def rolled_forms(a: np.ndarray, b: np.ndarray | None = None) -> Iterator[Form]:
+    """A tensor in its shape, moved along an axis by one step or, with ``b``, by as much as its largest slice has moved.
 
-
-def _rolled_far(a: np.ndarray, b: np.ndarray) -> Iterator[Form]:
-    """A tensor moved along an axis by as much as its largest slice has moved, such as a window that is not centred."""
+    What comes in at an end is what goes out at the other; with ``b`` it is that of ``b``.
+    """
     for axis, count in enumerate(a.shape):
-        ours, theirs = (np.moveaxis(x, axis, 0).reshape(count, -1) for x in (a, b))
-        place = int(abs(theirs).max(1).argmax())
-        for found in np.flatnonzero((ours == theirs[place]).all(1))[:FEW].tolist():
-            step = (place - found + count // 2) % count - count // 2
-            says, evidence = f"off by {step:+d} along axis {axis}", {"axis": axis, "by": step}
-            yield "rolled", says, np.roll(a, step, axis), evidence
+        found = []
+        if b is not None:
+            ours, theirs = (np.moveaxis(x, axis, 0).reshape(count, -1) for x in (a, b))
+            place = int(abs(theirs).max(1).argmax())
+            found = [place - each for each in np.flatnonzero((ours == theirs[place]).all(1))[:FEW].tolist()]
+        far = [(step + count // 2) % count - count // 2 for step in found if step]
+        for step in dict.fromkeys((1, -1, *far)) if count > 2 else ():
+            if np.array_equal(shifted_in(a, a, {axis: step}), a):
+                continue  # slices that are all alike have not moved
+            value = np.roll(a, step, axis) if b is None else shifted_in(a, b, {axis: step})
+            yield "rolled", f"off by {step:+d} along axis {axis}", value, {"axis": axis, "by": step}
 
 
 def _diagonals(a: np.ndarray, b: np.ndarray) -> Iterator[Form]:
@@ -260,13 +259,6 @@ def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[Form]:
                 regated(a, order),
                 {"order": list(order)},
             )
-    for axis, step in itertools.product(range(a.ndim), (1, -1)):
-        many = a.shape[axis] > 2
-        if many and np.array_equal(shifted_in(a, a, {axis: step}), a):
-            continue  # slices that are all alike have not moved
-        if a.shape[axis] > 1:
-            value = shifted_in(a, b, {axis: step}) if many else np.roll(a, step, axis)
-            yield "rolled", f"off by {step:+d} along axis {axis}", value, {"axis": axis, "by": step}
     for axis in range(a.ndim):
         few = 1 < a.shape[axis] <= MOST_CHANNELS
         if few and (places := same_slices(np.moveaxis(a, axis, 0), np.moveaxis(b, axis, 0))) is not None:
