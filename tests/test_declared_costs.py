@@ -203,6 +203,43 @@ def test_what_rounds_in_front_is_kept_in_fp32_too(tmp_path: Path) -> None:
     assert followed(path, finding).agrees
 
 
+def test_a_set_grows_in_front_where_what_lies_behind_helps_no_more(tmp_path: Path) -> None:
+    """A scan as Mamba's: exp(−s) · cumsum(x · exp(s)), where exp(s) overflows and exp(−s) loses digits."""
+    net = NetBuilder()
+    total = net.op("CumSum", net.op("Softplus", "x"), net.weight(np.array(0)), name="total")
+    value = net.op("CumSum", net.op("Mul", "x", net.op("Exp", total, name="grows")), net.weight(np.array(0)))
+    value = net.op("Mul", value, net.op("Exp", net.op("Neg", total), name="decays"), name="scanned")
+    for i in range(12):
+        weight = net.weight((net.rng.standard_normal((8, 8)) / 2).astype(np.float32))
+        value = net.op("Relu", net.op("MatMul", value, weight, name=f"fc{i}"), name="y" if i == 11 else f"relu{i}")
+    np.savez(tmp_path / "x.npz", x=net.rng.standard_normal((24, 8)).astype(np.float32))
+    path = net.save(tmp_path / "scan.onnx", {"x": (1, [24, 8])}, ["y"])
+    (test,) = bisect(str(path), "ort,emu-fp16", options=Options(inputs=tmp_path / "x.npz")).tests
+    finding = test.findings[0]
+    assert {"node_grows", "node_decays", "node_scanned"} <= set(finding.evidence["keep_fp32"])
+    assert not {"node_fc1", "node_relu1"} & set(finding.evidence["keep_fp32"])
+    assert followed(path, finding).agrees
+
+
+def test_the_fix_of_one_of_two_losses_helps_beside_the_other_one(tmp_path: Path) -> None:
+    """A square overflows, and an ε vanishes: with one of the two in FP32, nothing of the result is right."""
+    net = NetBuilder()
+    large = net.op("Mul", "x", const(net, 3000), name="large")
+    size = net.op("Sqrt", net.op("ReduceMean", net.op("Mul", large, large, name="square"), axes=[1]), name="size")
+    hidden = net.op("Relu", net.op("Div", large, size, name="normal"), name="hidden")
+    least = net.op("Clip", net.op("ReduceSum", hidden, net.weight(np.array([1]))), const(net, 1e-9), name="least")
+    net.op("Add", net.op("Div", hidden, least, name="parts"), hidden, name="y")
+    x = net.rng.standard_normal((4, 8)).astype(np.float32)
+    x[2] = -np.abs(x[2])
+    np.savez(tmp_path / "x.npz", x=x)
+    path = net.save(tmp_path / "two.onnx", {"x": (1, [4, 8])}, ["y"])
+    (test,) = bisect(str(path), "ort,emu-fp16", options=Options(inputs=tmp_path / "x.npz")).tests
+    assert {finding.layers[0] for finding in test.findings} == {"node_square", "node_least"}
+    for finding in test.findings:
+        assert {"node_square", "node_least"} <= set(finding.evidence["keep_fp32"])
+        assert followed(path, finding).agrees
+
+
 def test_for_whole_numbers_a_set_is_told_by_how_many_flip(tmp_path: Path) -> None:
     """Cells of a grid, (x + 51.2) ÷ 0.05: the index is off by little, and the cell is another one."""
     net = NetBuilder()

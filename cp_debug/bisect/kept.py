@@ -40,7 +40,7 @@ ENOUGH = 0.1
 HELPS = 0.5
 """Part of the divergence that may be left for a set to be told."""
 LESS = 0.9
-"""Part that may be left for layers to be told that are left unquantized."""
+"""Part that may be left for layers to be told that are left unquantized, and for a wider set to be better."""
 COUNTS = (1, 2, 4, 8)
 """How many layers are left unquantized, one count after the other."""
 WIDEST = 0.5
@@ -140,21 +140,23 @@ class KeepTrials:
         as long as that halves it.
 
         A node in FP32 helps nothing where what feeds or reads it rounds the same numbers: the set grows by readers, and
-        by what moves numbers in front, then by all that is in front, until little is left; then what is needless is
-        taken out again. None where no set helps. Raises InputError where a run fails.
+        by what moves numbers in front, then the best one by all that is in front, then by both, until little is left;
+        then what is needless is taken out again. None where no set helps. Raises InputError where a run fails.
         """
-        before = self._error(frozenset())
+        before, last = self._error(frozenset()), len(self._errors) + TRIALS
         enough = min(ENOUGH * before, self._precision.rtol)
         rounding = min(enough, RANGE * self._precision.roundoff) if guilty else enough
         nodes = {(c, node.name): node.op for c, graph in self._graphs.items() for node in graph.nodes}
         computing = {name for name, op in nodes.items() if op not in MOVING}
         kept = best = frozenset(name for name in first if nodes[name] != "Constant")  # who reads one, rounds it
         wider = 2 * MOST if len(first) <= MOST else MOST
-        for around, widest in ((self._behind, MOST), (self._in_front, wider)):
-            while len(self._errors) < TRIALS:
-                if self._error(kept) < self._error(best):
+        behind, in_front = self._behind, self._in_front
+        for ways, widest in (((behind,), MOST), ((in_front,), wider), ((behind, in_front), wider)):
+            kept = best
+            while len(self._errors) < last:
+                if self._error(kept) < LESS * self._error(best):
                     best = kept
-                grown = kept | around(kept)
+                grown = kept.union(*(way(kept) for way in ways))
                 too_wide = len(grown & computing) > WIDEST * len(computing) and len(grown) > widest
                 if grown == kept or too_wide:
                     break
@@ -167,7 +169,7 @@ class KeepTrials:
         left = self._error(best)
         most = max(1.1 * left, min(enough, max(rounding, left / HELPS)))
         for name in sorted(best, key=lambda name: (name in first, name)):
-            if len(self._errors) >= TRIALS or len(best) == 1:
+            if len(self._errors) >= last or len(best) == 1:
                 break
             if self._error(best - {name}) <= most:
                 best -= {name}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -369,8 +370,9 @@ class Explainer:
         if cause.cause in (*BEYOND_FP16, "nonfinite") and self._of_kept is not None:
             told = declared.kept(self._of_kept, rows)
             guilty = [row for row in self._rows.values() if row.verdict == GUILTY]
-            # Where a number overflows in front, keeping what is behind helps nothing.
-            told = told if told[1] or len(guilty) <= len(rows) else declared.kept(self._of_kept, guilty)
+            # Where a number overflows elsewhere, keeping these layers alone helps little.
+            if len(guilty) > len(rows) and told[1].get("after", math.inf) > self.run.precision.rtol:
+                told = min(declared.kept(self._of_kept, guilty), told, key=lambda t: t[1].get("after", math.inf))
             if told[1] or not cause.observed:
                 return told
         names = _node_names(rows) if cause.cause in PROMOTED else [row.name for row in rows]
