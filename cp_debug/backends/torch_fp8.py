@@ -152,8 +152,6 @@ class TensorCores(RunningSum):
 
 def unavailable(device: str) -> str:
     """Reason why FP8 products cannot be computed on ``cpu`` or ``cuda:N``; empty where they can."""
-    if not hasattr(torch, "_scaled_mm") or not hasattr(torch, "float8_e4m3fn"):
-        return f"torch {torch.__version__} has no torch._scaled_mm"
     if device != "cpu" and (found := torch.cuda.get_device_capability(device)) < FIRST_CAPABILITY:
         name = torch.cuda.get_device_name(device)
         return f"{name} has no FP8: its compute capability is {found[0]}.{found[1]}, FP8 begins with 8.9"
