@@ -110,39 +110,27 @@ def saturated_bias(segment: Segment) -> Iterator[Candidate]:
 
 @cause(by_node=True, approximate=True)
 def quantizer(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: a QuantizeLinear with another scale or zero point, or that rounds ties another way."""
+    """Candidates: a QuantizeLinear with another zero point, or that rounds ties another way."""
     node = segment.nodes[0] if segment.op == "QuantizeLinear" and len(segment.nodes) == 1 else None
     scale = segment.weight(node, 1) if node is not None else None
-    if node is None or scale is None or node.proto.input[0] not in segment.given:
+    if node is None or scale is None or scale.numel() > 1 or node.proto.input[0] not in segment.given:
         return
-    x, zero = segment.input(node.proto.input[0]), segment.weight(node, 2)
+    x, zero, even = segment.input(node.proto.input[0]), segment.weight(node, 2), segment.exact
     low, high = float(segment.test.min()), float(segment.test.max())
     bottom, top = (0, 255) if high > 127 else (-128, 127)
-    if scale.numel() == 1:
-        offset = 0.0 if zero is None else float(zero)
-        levels = x / float(scale)
-        near = ((levels - levels.floor()) - 0.5).abs() < 1e-4 * (1 + levels.abs())
-        away = (levels.sign() * (levels.abs() + 0.5).floor() + offset).clamp(bottom, top)
-        ties = {"ties": int(near.sum())}
-        even = segment.exact
-        yield Candidate("int8-ties", "ties are rounded away from zero", torch.where(near, away, even), 0, ties)
-        flips = torch.where(near & ((segment.test - even).abs() <= 1), segment.test, even)
-        yield Candidate("int8-ties", "ties are rounded to the other side", flips, int(near.sum()), ties)
+    offset, levels = 0.0 if zero is None else float(zero), x / float(scale)
+    near = ((levels - levels.floor()) - 0.5).abs() < 1e-4 * (1 + levels.abs())
+    away = (levels.sign() * (levels.abs() + 0.5).floor() + offset).clamp(bottom, top)
+    ties = {"ties": int(near.sum())}
+    yield Candidate("int8-ties", "ties are rounded away from zero", torch.where(near, away, even), 0, ties)
+    flips = torch.where(near & ((segment.test - even).abs() <= 1), segment.test, even)
+    yield Candidate("int8-ties", "ties are rounded to the other side", flips, int(near.sum()), ties)
     inside = (segment.test > low) & (segment.test < high)
-    if int(inside.sum()) < 16:
-        return
-    a = torch.stack([x[inside], torch.ones_like(x[inside])], 1)
-    slope, zero_point = torch.linalg.lstsq(a, segment.test[inside][:, None]).solution.flatten().tolist()
-    if slope <= 0:
-        return
-    shift, declared = round(zero_point), float(scale.flatten()[0])
-    says = f"the scale is {1 / slope:.4g} instead of {declared:.4g}"
-    ways = [("int8-scale", says, 1 / slope, 2)]
-    if scale.numel() == 1:
-        ways.insert(0, ("int8-zero-point", f"the zero point is {shift}", declared, 1))
-    for name, text, step, numbers in ways:
-        value = (torch.round(x / step) + shift).clamp(bottom, top)
-        yield Candidate(name, text, value, numbers, {"scale": step, "zero_point": shift}, _PERCENTILE)
+    if bool(inside.any()):
+        shift = round(float((segment.test - levels)[inside].mean()))
+        value = (torch.round(levels) + shift).clamp(bottom, top)
+        evidence = {"scale": float(scale), "zero_point": shift}
+        yield Candidate("int8-zero-point", f"the zero point is {shift}", value, 1, evidence, _PERCENTILE)
 
 
 _COARSE = 2.0

@@ -65,8 +65,6 @@ EXCHANGED = (
 )
 """Operators that are taken for one another; activations with their defaults."""
 ORDERED = {"Sub", "Div", "Pow", "MatMul", "Mod", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "BitShift"}
-TWICE = {"Add", "Concat", "Div", "MatMul", "Max", "Mean", "Min", "Mul", "Sub", "Sum", "Where"}
-"""Operators of which an operand may take another one's place."""
 MOST_PERMUTED = 4
 """Operands whose orders are all tried; of more only exchanges of two neighbours, and the reverse."""
 MOST_OTHERS = 48
@@ -223,22 +221,6 @@ def operand_order(segment: Segment) -> Iterator[Candidate]:
                 says = f"{node.op} reads {', '.join(moved)} in this order instead of {', '.join(reads)}"
                 value, evidence = segment.edited(node, reads=moved), {"order": list(order)}
                 yield Candidate(name, says, value, 0, evidence, "give {layers} its operands in order")
-
-
-@cause(by_node=True)
-def operand_twice(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: a node that reads one of two computed operands in the place of the other, too."""
-    for node in segment.nodes:
-        reads = list(node.proto.input)
-        computed = [i for i, name in enumerate(reads) if name and not segment.context.constants.holds(name)]
-        if node.op not in TWICE or not 1 < len({reads[i] for i in computed}) <= MOST_PERMUTED:
-            continue
-        for place, other in itertools.permutations(computed, 2):
-            moved = [reads[other] if i == place else name for i, name in enumerate(reads)]
-            if moved != reads:
-                says = f"{node.op} reads {reads[other]} in the place of {reads[place]}, too"
-                value, evidence = segment.edited(node, reads=moved), {"of": reads[other], "instead_of": reads[place]}
-                yield Candidate("another-operand", says, value, 0, evidence, f"feed {{layers}} {reads[place]} again")
 
 
 def _orders(node: Node, count: int) -> Iterator[tuple[int, ...]]:
