@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from cp_debug.backends.base import Program
@@ -11,6 +11,7 @@ from cp_debug.bisect.range_loss import RANGE
 from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.result import DIVERGENT, GUILTY, INHERITED, OK, SHAPE, LayerRow
 from cp_debug.probes.statistics import TensorStats
+from cp_debug.programs.matching import nearest
 from cp_debug.programs.pipeline import Key
 from cp_debug.programs.precision import Precision
 from cp_debug.safe_text import amount
@@ -206,16 +207,13 @@ def _inherits(programs: Mapping[str, Program], origin: LayerRow, rows: Mapping[K
 def _origin(program: Program, key: Key, rows: Mapping[Key, LayerRow]) -> LayerRow:
     """The first row in execution order that the shape of ``key`` hangs on, guilty ones before others."""
     producer = program.graph.producer
-    candidates, stack, visited = [rows[key]], [key.value], {key.value}
-    while stack:
-        node = producer.get(stack.pop())
-        for name in node.inputs if node is not None else ():
+
+    def behind(value: str) -> Iterator[str]:
+        for name in producer[value].inputs if value in producer else ():
             row = rows.get(Key(key.component, name))
-            hidden = row is None and name in producer and Key(key.component, name) not in rows
-            if name in visited or not (hidden or (row is not None and (row.verdict == SHAPE or row.kind != "data"))):
-                continue
-            visited.add(name)
-            stack.append(name)
-            if row is not None:
-                candidates.append(row)
+            if name in producer if row is None else row.verdict == SHAPE or row.kind != "data":
+                yield name
+
+    passed = (Key(key.component, name) for name in nearest(key.value, behind, lambda name: False)[1])
+    candidates = [rows[key], *(rows[each] for each in passed if each in rows)]
     return min(candidates, key=lambda row: (row.verdict != GUILTY, row.index))

@@ -164,13 +164,16 @@ class NumericPairing:
 
     def _sources(self, graph: Graph, value: str) -> frozenset[str]:
         """The reference's names of the nearest paired values upstream of a value of either graph."""
-        own = graph is self._reference
+        upstream, _ = self._upstream(graph, value)
+        return frozenset(upstream if graph is self._reference else [self.pairs[n][0] for n in upstream])
+
+    def _upstream(self, graph: Graph, value: str) -> tuple[list[str], list[str]]:
+        """The nearest paired values upstream of a value of either graph, and the unpaired ones on the way."""
 
         def inputs(name: str) -> list[str]:
             return self._data_inputs(graph, graph.producer[name]) if name in graph.producer else []
 
-        upstream, _ = nearest(value, inputs, (self._claimed if own else self.pairs).__contains__)
-        return frozenset(upstream if own else [self.pairs[n][0] for n in upstream])
+        return nearest(value, inputs, (self._claimed if graph is self._reference else self.pairs).__contains__)
 
     def _resolve(self, value: str) -> str | None:
         """Pair a value that equals nothing, or one soon behind it, with the reference's value in its place."""
@@ -217,15 +220,8 @@ class NumericPairing:
 
     def _lost(self) -> set[str]:
         """Unpaired values of the test on which its unpaired outputs depend by unpaired values alone."""
-        lost: set[str] = set()
-        stack = [v.name for v in self._test.outputs if v.name not in self.pairs]
-        while stack:
-            name = stack.pop()
-            if name in lost or name in self.pairs or name not in self._test.producer:
-                continue
-            lost.add(name)
-            stack.extend(self._data_inputs(self._test, self._test.producer[name]))
-        return lost
+        ends = [v.name for v in self._test.outputs if v.name not in self.pairs]
+        return {name for end in ends for name in (end, *self._upstream(self._test, end)[1])}
 
     def _candidates(self, node: Node) -> list[list[str]]:
         """The reference's values that may be this node's: each list is asked where the one before has none."""
