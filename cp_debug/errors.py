@@ -2,44 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import re
 
 from cp_debug.safe_text import visible
 
-_REASONS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file would be larger than is allowed here",
-    errno.EACCES: "no permission",
-    errno.EPERM: "not permitted",
-    errno.EROFS: "the file system is read-only",
-    errno.ENAMETOOLONG: "the name is too long",
-    errno.EISDIR: "it is a folder",
-    errno.ENOTDIR: "a part of the path is not a folder",
-    errno.EEXIST: "it exists",
-    errno.ENOTEMPTY: "the folder is not empty",
-    errno.ELOOP: "a loop of symbolic links",
-    errno.EMFILE: "too many files are open in this process",
-    errno.ENFILE: "too many files are open on this machine",
-    errno.ENOMEM: "out of memory",
-    errno.EBUSY: "it is in use",
-    errno.ETXTBSY: "it is being run",
-    errno.EXDEV: "it is on another file system",
-    errno.EIO: "the device reports an error",
-    errno.ECONNREFUSED: "the connection is refused",
-    errno.EHOSTUNREACH: "there is no route to it",
-    errno.EPIPE: "nothing reads the output",
-    errno.ENODEV: "no such device",
-    errno.EINVAL: "not a valid name or operation here",
-}
-
 
 def system_reason(error: OSError) -> str:
-    """The reason why the operating system refused something, in words."""
-    if error.errno in _REASONS:
-        return _REASONS[error.errno]
-    return error.strerror or str(error) or type(error).__name__
+    """The reason why the operating system refused something, in its words: ``no space left on device``."""
+    words = error.strerror or str(error) or type(error).__name__
+    return words[:1].lower() + words[1:] if error.strerror else words
 
 
 class CpdebugError(Exception):

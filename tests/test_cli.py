@@ -286,7 +286,7 @@ def test_an_output_that_cannot_be_written_leaves_nothing(net: Path, tmp_path: Pa
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody makes another")
 def test_a_folder_that_cannot_be_made_is_told_by_its_flag_and_name(net: Path) -> None:
     code, text = run("bisect", net, "-b", "ort,ort-all", "--save", "/proc/kept")
-    assert (code, text) == (2, "--save: /proc/kept: cannot be written (No such file or directory)")
+    assert (code, text) == (2, "--save: /proc/kept: cannot be written (no such file or directory)")
 
 
 @pytest.mark.parametrize("flag", ["--html", "--save"])

@@ -232,10 +232,9 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
 
 
 def test_reasons_of_the_system_are_words(tmp_path: Path) -> None:
-    assert system_reason(OSError(errno.ENOSPC, "x")) == "the disk is full"
-    assert system_reason(OSError(errno.EMFILE, "x")) == "too many files are open in this process"
+    assert system_reason(OSError(errno.EMFILE, os.strerror(errno.EMFILE))) == "too many open files"
     assert system_reason(OSError(9999, "odd")) == "odd"
-    with pytest.raises(InputError, match="the disk is full"), complete_path(tmp_path / "a"):
+    with pytest.raises(InputError, match="no space left on device"), complete_path(tmp_path / "a"):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 

@@ -488,7 +488,7 @@ def test_no_scheduler_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with (
         dask.config.set({"distributed.comm.timeouts.connect": "300ms"}),
-        pytest.raises(InputError, match=r"no scheduler answers at tcp://127\.0\.0\.1:9 \(the connection is refused\)"),
+        pytest.raises(InputError, match=r"no scheduler answers at tcp://127\.0\.0\.1:9 \(connection refused\)"),
         remote_workers("tcp://127.0.0.1:9"),
     ):
         pass
