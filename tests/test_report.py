@@ -35,6 +35,7 @@ from cp_debug.detection.changes import GAINED, KEPT, LOST, MOVED_BOX, changes
 from cp_debug.errors import CpdebugError, InputError, MissingPackage
 from cp_debug.programs.scene import DecodedBoxes, SavedScene, keep_scene
 from cp_debug.recipes.base import Sample
+from cp_debug.reports.causes import parts_of_fix
 from cp_debug.reports.evidence import charts, chosen_rows, evidence, worst_elements
 from cp_debug.reports.files import csv_text, layer_frame, render_github, render_junit, write_json
 from cp_debug.reports.growth import growth_chart, stage_spans
@@ -320,6 +321,23 @@ def test_a_fix_to_copy_is_a_block_in_markdown_and_a_sentence_is_a_line(
     text = render_markdown(replace(saved, result=replace(saved.result, tests=(test,))))
     assert (f"  ```sh\n  {fix}\n  ```" in text) is as_command
     assert (f"  - fix: {fix}" in text) is not as_command
+
+
+@pytest.mark.parametrize(
+    ("names", "fix", "copied"),
+    [
+        (
+            ["a", "b c"],
+            "keep: --keep-fp32 a --keep-fp32 'b c': 0.1",
+            "--keep-fp32 a --keep-fp32 'b c'",
+        ),
+        ([], "calibrate a again", "calibrate a again"),
+    ],
+)
+def test_of_a_fix_its_options_alone_are_copied(saved: SavedResult, names: list[str], fix: str, copied: str) -> None:
+    finding = replace(saved.result.tests[0].findings[0], fix=fix, evidence={"keep_fp32": names})
+    assert parts_of_fix(finding)[1] == copied
+    assert "".join(parts_of_fix(finding)) == fix
 
 
 def test_junit_fails_where_a_layer_is_guilty(saved: SavedResult) -> None:

@@ -52,10 +52,11 @@ def test_the_report_names_the_line(exporter: str, tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     says = {"dynamo": "nets.py:13: big = torch.relu(y) * 1e6", "torchscript": "nets.py:11: Block.forward"}[exporter]
     assert says in done.stdout
-    assert says in (tmp_path / "report.html").read_text()
+    assert f"<dt>source</dt><dd>{says}</dd>" in (tmp_path / "report.html").read_text()
     document = json.loads((tmp_path / "kept" / "result.json").read_text())
     sources = [row["source"] for row in document["tests"][0]["layers"] if row["source"]]
     assert says in sources
+    assert says in [finding["source"] for finding in document["tests"][0]["findings"]]
     assert not [line for line in sources if str(tmp_path) in line or "torch/nn" in line]
 
 

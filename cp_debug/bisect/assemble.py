@@ -212,6 +212,8 @@ def result_of(
         raise InputError(nothing_compared(run, last.name, expected))
     check_not_empty(str(run.pipeline.backend.spec), outputs)
     rtol, atol = run.tolerance
+    for finding in collected.findings:
+        finding.source = next((row.source for row in rows if row.source and row.name in finding.layers), "")
     return TestResult(
         backend=run.pipeline.record(),
         rows=rows,

@@ -69,6 +69,8 @@ class Finding(JsonForm):
     where: list[Where] = field(default_factory=list)
     effect: Effect = field(default_factory=Effect)
     fix: str = ""
+    source: str = ""
+    """Line of the torch module that computes the first of its layers that has one, where the export tells."""
     inside: dict[str, Any] | None = None
     """For a region: the findings about its inside (``cp_debug.bisect.regions.descent.Descent``)."""
 

@@ -46,9 +46,7 @@ def findings(test: TestResult, *, show_all: bool = False) -> Iterator[Renderable
         yield Text()
         style = "bold yellow" if finding.cause == UNKNOWN else "bold red"
         yield Text.assemble((f"{place}. {finding.headline}", style))
-        source = next((row.source for row in test.guilty if row.name in finding.layers and row.source), "")
-        told = [*lines(finding, show_all=show_all), *([("source", source)] if source else [])]
-        rows = [(Cell(f"   {label}", "quiet"), line) for label, line in told]
+        rows = [(Cell(f"   {label}", "quiet"), line) for label, line in lines(finding, show_all=show_all)]
         yield Terminal(Sheet((Column("", "mark"), Column("")), rows))
 
 
@@ -64,10 +62,19 @@ def lines(finding: Finding, *, show_all: bool = True) -> Iterator[tuple[str, str
     if effect := list(_effect(finding)):
         yield "effect", "; ".join(effect)
     if finding.fix:
-        names = finding.evidence.get("keep_fp32", ())
-        every, few = flags("--keep-fp32", names, len(names)), flags("--keep-fp32", names)
-        cut = not show_all and few != every
-        yield "fix", finding.fix.replace(every, f"{few} (all: --all, or evidence.keep_fp32)", 1) if cut else finding.fix
+        before, every, after = parts_of_fix(finding)
+        few = flags("--keep-fp32", finding.evidence.get("keep_fp32", ()))
+        cut = not show_all and after and few != every
+        yield "fix", f"{before}{few} (all: --all, or evidence.keep_fp32){after}" if cut else finding.fix
+    if finding.source:
+        yield "source", finding.source
+
+
+def parts_of_fix(finding: Finding) -> tuple[str, str, str]:
+    """A fix in three parts; the second is to be copied: the options that keep nodes in FP32, or all of it."""
+    names = finding.evidence.get("keep_fp32", ())
+    options = flags("--keep-fp32", names, len(names))
+    return finding.fix.partition(options) if options and options in finding.fix else ("", finding.fix, "")
 
 
 def _evidence(finding: Finding) -> Iterator[str]:

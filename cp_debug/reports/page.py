@@ -20,7 +20,7 @@ from cp_debug.detection.changes import MOVED_BOX
 from cp_debug.errors import InputError
 from cp_debug.files import write_text
 from cp_debug.reports.birdseye import SceneView, birdseye
-from cp_debug.reports.causes import lines
+from cp_debug.reports.causes import lines, parts_of_fix
 from cp_debug.reports.evidence import Evidence, chosen_rows, evidence, layer_evidence
 from cp_debug.reports.glossary import GLOSSARY, anchor
 from cp_debug.reports.growth import growth_chart, overview
@@ -122,6 +122,7 @@ def rendered(name: str, /, **values: Any) -> str:
         "share": share,
         "breakable": breakable,
         "said": lines,
+        "parts_of_fix": parts_of_fix,
         "table": table_html,
         "kernels": kernels,
     }

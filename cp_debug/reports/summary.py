@@ -72,7 +72,7 @@ def _test(test: TestResult, findings: int = MOST_FINDINGS) -> Iterator[str]:
     for finding in test.findings[:findings]:
         yield f"  {finding.headline}"
         labelled = dict(lines(finding))
-        yield from (f"    {label}: {labelled[label]}" for label in ("effect", "fix") if label in labelled)
+        yield from (f"    {label}: {labelled[label]}" for label in ("effect", "fix", "source") if label in labelled)
     if (more := len(test.findings) - findings) > 0:
         yield f"  and {amount(more, 'more finding')}"
     if test.detections is not None:
