@@ -324,11 +324,14 @@ def test_what_is_left_in_train_mode_is_named() -> None:
 def test_a_file_imports_what_stands_beside_it_and_holds_modules(tmp_path: Path) -> None:
     (tmp_path / "standing_beside_it.py").write_text("WIDTH = 4\n")
     text = "import torch\nfrom standing_beside_it import WIDTH\nnet = torch.nn.Linear(WIDTH, 2).eval()\n"
+    text += "make = lambda: net\n"
     (tmp_path / "own.py").write_text(text)
     np.savez(tmp_path / "x.npz", input=np.zeros((3, 4), np.float32))
-    assert load_callable(f"{tmp_path}/own.py:net", inputs=tmp_path / "x.npz").components[0].input_names == ["input"]
-    with pytest.raises(InputError, match="a module without example inputs; expected them with --inputs"):
-        load_callable(f"{tmp_path}/own.py:net")
+    for name in ("net", "make"):
+        loaded = load_callable(f"{tmp_path}/own.py:{name}", inputs=tmp_path / "x.npz")
+        assert loaded.components[0].input_names == ["input"]
+        with pytest.raises(InputError, match="a module without example inputs; expected them with --inputs"):
+            load_callable(f"{tmp_path}/own.py:{name}")
 
 
 @pytest.mark.parametrize(

@@ -169,37 +169,40 @@ def _arguments(program: torch.export.ExportedProgram) -> tuple[list[str], list[s
 
 
 _EXPECTED = (
-    "expected (module, example_inputs), the inputs a tensor, a tuple of arguments with a dict of keywords at its end, "
+    "(module, example_inputs), the inputs a tensor, a tuple of arguments with a dict of keywords at its end, "
     "or a dict by parameter"
 )
 """Form of what a callable of the user returns."""
 
 
-def module_and_inputs(built: Any, what: str) -> tuple[nn.Module | ExportedProgram, Any]:
+def module_and_inputs(built: Any, what: str, inputs: Path | None = None) -> tuple[nn.Module | ExportedProgram, Any]:
     """The module, or exported program, and its example inputs, as the callable ``what`` of the user returned them.
 
-    An exported program may come alone: with None, its own example inputs. Raises InputError where the callable returned
-    something else, or something of a class whose own methods fail.
+    Either may come alone: its example inputs are then the first of ``inputs``, or those of an exported program, None.
+    Raises InputError where the callable returned something else, or something of a class whose own methods fail.
     """
     with own_code(f"{what}: what was returned"):
         if isinstance(built, Coroutine):
             built.close()  # else Python says at the end that nobody awaited it
-        if isinstance(built, ExportedProgram):
-            return built, None
+        alone = isinstance(built, nn.Module | ExportedProgram)
         members = tuple(built) if isinstance(built, tuple) else None
         if members is not None and len(members) == 2 and isinstance(members[0], nn.Module | ExportedProgram):
             return members
+    if alone and inputs is None and isinstance(built, nn.Module):
+        raise InputError(f"{what} is a module without example inputs; expected them with --inputs, or {_EXPECTED}")
+    if alone:
+        return built, None if inputs is None else first_arrays(inputs)
     kind = type(built).__name__
     if members is not None:
         kind = f"a tuple of {', '.join(type(part).__name__ for part in members) or 'nothing'}"
-    raise InputError(f"{what} returned {kind}; {_EXPECTED}")
+    raise InputError(f"{what} returned {kind}; expected {_EXPECTED}")
 
 
 def load_callable(text: str, checkpoint: Path | None = None, inputs: Path | None = None) -> TorchModel:
     """Import and call ``package.module:callable`` or ``file.py:callable`` for its module and example inputs.
 
-    A module may stand there itself; its example inputs are then the first of ``inputs``. ``checkpoint`` is
-    strict-loaded into the module. Raises InputError when importing, calling or loading fails.
+    A module may stand there itself, or be returned alone; its example inputs are then the first of ``inputs``.
+    ``checkpoint`` is strict-loaded into the module. Raises InputError when importing, calling or loading fails.
     """
     source, _, attribute = text.rpartition(":")
     imported = _import(source)
@@ -208,15 +211,12 @@ def load_callable(text: str, checkpoint: Path | None = None, inputs: Path | None
     if not callable(target) and not isinstance(target, ExportedProgram):
         callables = (name for name, value in vars(imported).items() if callable(value))
         raise InputError(f"MODEL: {source} has no callable {attribute!r}{did_you_mean(attribute, callables)}")
-    module: nn.Module | ExportedProgram
-    if isinstance(target, nn.Module | ExportedProgram):
-        if inputs is None and isinstance(target, nn.Module):
-            raise InputError(f"MODEL: {text} is a module without example inputs; expected them with --inputs")
-        module, example_inputs = target, None if inputs is None else first_arrays(inputs)
-    else:
-        with own_code(f"MODEL: {text}()"), doing(f"{text}() was called", in_their_folder=True):
+    built, what = target, f"MODEL: {text}"
+    if not isinstance(target, nn.Module | ExportedProgram):
+        what += "()"
+        with own_code(what), doing(f"{text}() was called", in_their_folder=True):
             built = target()
-        module, example_inputs = module_and_inputs(built, f"MODEL: {text}()")
+    module, example_inputs = module_and_inputs(built, what, inputs)
     if checkpoint is not None:
         from cp_debug.recipes.checkpoint import load_checkpoint
 
