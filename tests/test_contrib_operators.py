@@ -391,7 +391,7 @@ def test_dynamic_quantized_lstm(tmp_path: Path, directions: int, by_channel: boo
     fed = {n: a for n, a in arrays.items() if n not in constants}
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for arithmetic in (FP32, FP64):
-        here = replace(arithmetic, paired_sums=bool(int8_sums_saturate()))
+        here = replace(arithmetic, paired_sums=int8_sums_saturate())
         got = Executor(Graph(path), here).run(fed)
         for name, want in zip("yhc", session.run(list("yhc"), fed), strict=True):
             np.testing.assert_allclose(np.asarray(got[name]), want, atol=1e-6)

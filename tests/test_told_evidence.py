@@ -358,8 +358,8 @@ def test_a_factor_on_a_constant_is_told(tmp_path: Path) -> None:
     slopes = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], np.float32).reshape(C, 1, 1)
     exact = layer(tmp_path, "PRelu", slopes)
     found = spoilt(exact, torch.where(X > 0, X, 2.5 * torch.from_numpy(slopes).double() * X))
-    candidate = told(single_numbers.searched, found, "constant-differs")
-    assert candidate.says == "w_0 of PRelu × 2.5"
+    candidate = told(tried_weights.times, found, "constant-differs")
+    assert candidate.says == "w_0 of PRelu: × 2.5"
     assert candidate.evidence["factor"] == pytest.approx(2.5, rel=1e-5)
 
 

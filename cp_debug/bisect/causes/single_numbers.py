@@ -20,7 +20,7 @@ from cp_debug.bisect.causes.constant_changes import constants_of
 from cp_debug.bisect.causes.schema import EXCHANGED, computed_as, with_attributes
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.graph.graph import Node
-from cp_debug.graph.operators import PRODUCTS, QUANTIZERS, RECURRENT
+from cp_debug.graph.operators import QUANTIZERS, RECURRENT
 from cp_debug.programs.node_differences import argument_of, attributes
 
 FACTORS = (-2.0, -1.0, -0.5, 0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0, 100.0)
@@ -133,9 +133,8 @@ def _attribute(segment: Segment, node: Node, name: str, own: float) -> Number:
 
 def _constants(segment: Segment, node: Node) -> Iterator[Number]:
     weights = constants_of(segment, node, 1)
-    groups = [[place] for place, weight in weights.items() if weight.numel() > 1 and node.op not in PRODUCTS]
-    if node.op in RECURRENT and {1, 2} <= weights.keys():
-        groups.insert(0, [1, 2])  # of input and state
+    # Of input and state together, and each alone; of all other nodes ``tried_weights.times`` reads a factor off.
+    groups = [[1, 2], *([place] for place in weights)] if node.op in RECURRENT and {1, 2} <= weights.keys() else []
     yield from (_scalar(segment, node, place, float(w)) for place, w in weights.items() if w.numel() == 1)
     yield from (_factor(segment, node, {place: weights[place] for place in group}) for group in groups)
     for place, weight in weights.items():
@@ -168,10 +167,9 @@ def _scalar(segment: Segment, node: Node, place: int, own: float) -> Number:
 
 
 def _factor(segment: Segment, node: Node, weights: Mapping[int, Tensor]) -> Number:
-    """One factor on some constants."""
-    names, called = [node.proto.input[place] for place in weights], "constant-differs"
-    if node.op in RECURRENT:
-        called = "bias-scaled" if [*weights] == [3] else "weights-scaled" if min(weights) < 3 else called
+    """One factor on some constants of a recurrent layer."""
+    names = [node.proto.input[place] for place in weights]
+    called = "bias-scaled" if [*weights] == [3] else "weights-scaled" if min(weights) < 3 else "constant-differs"
 
     def candidate(number: float) -> Candidate:
         says, evidence = f"{' and '.join(names)} of {node.op} × {number:.6g}", {"constants": names, "factor": number}
