@@ -262,13 +262,17 @@ def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[Form]:
     for axis in range(a.ndim):
         few = 1 < a.shape[axis] <= MOST_CHANNELS
         if few and (places := same_slices(np.moveaxis(a, axis, 0), np.moveaxis(b, axis, 0))) is not None:
-            copied = len(set(places)) < len(places)
-            what = "that hold those of others" if copied else "in another order"
-            pairs, moved = exchanges(places)
-            text = f"{axis_name(axis, a.ndim, many=True)} {what}: {pairs}"
-            evidence = {"axis": axis, "moved": moved, "order": places[:64]}
-            yield "copied" if copied else "permuted", text, np.take(a, places, axis), evidence
+            yield in_order(a, places, axis)
     yield from (way for way in interleaved_forms(a) if way[0] == "transposed")
+
+
+def in_order(a: np.ndarray, places: Sequence[int], axis: int) -> Form:
+    """A tensor in its shape whose slices along an axis are those that it has at ``places``."""
+    copied, (pairs, moved) = len(set(places)) < len(places), exchanges(places)
+    what = "that hold those of others" if copied else "in another order"
+    text = f"{axis_name(axis, a.ndim, many=True)} {what}: {pairs}"
+    evidence = {"axis": axis, "moved": moved, "order": list(places[:64])}
+    return "copied" if copied else "permuted", text, np.take(a, places, axis), evidence
 
 
 def regated(a: np.ndarray, order: Sequence[int]) -> np.ndarray:

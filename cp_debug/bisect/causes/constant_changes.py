@@ -17,15 +17,7 @@ from cp_debug.graph.constants import is_uniform
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.programs.node_differences import named, role_of_constant
-from cp_debug.programs.tensor_change import (
-    Form,
-    TensorChange,
-    axis_name,
-    exchanges,
-    rolled_forms,
-    slice_forms,
-    turned_forms,
-)
+from cp_debug.programs.tensor_change import Form, TensorChange, in_order, rolled_forms, slice_forms, turned_forms
 
 SIGNIFICANT = 5.0
 """Multiple of its deviation from which a fitted slice counts as another one than the declared one."""
@@ -101,10 +93,8 @@ def of_slices(own: Tensor, fitted: Tensor, deviation: Tensor) -> Iterator[Change
             yield Change(kind, text, torch.from_numpy(np.ascontiguousarray(value)), numbers, evidence)
         order = _order(rows, fits, off)
         if order is not None:
-            pairs, moved = exchanges(order.tolist())
-            text = f"{axis_name(axis, own.dim(), many=True)} in another order: {pairs}"
-            evidence = {"axis": axis, "moved": moved, "order": order[:64].tolist()}
-            yield Change("permuted", text, own.index_select(axis, order), moved, evidence)
+            kind, text, value, evidence = in_order(own.numpy(), order.tolist(), axis)
+            yield Change(kind, text, torch.from_numpy(value), evidence["moved"], evidence)
     if (norm := float(own.square().sum())) and (factor_of_all := float((own * fitted).sum()) / norm):
         yield Change("scaled", f"× {factor_of_all:.6g}", own * factor_of_all, 1, {"factor": factor_of_all})
 
