@@ -85,6 +85,13 @@ def test_a_layer_that_computes_otherwise_than_declared_is_named(
     assert findings[cause].explained == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("computed", ["fp8", "nvfp4"])
+def test_a_narrow_type_under_a_wider_claim_is_named(tmp_path: Path, computed: str) -> None:
+    test, findings = judged(tmp_path, "bf16", ARITHMETICS[computed], X, W)
+    assert [row.onnx for row in test.guilty] == ["m"]
+    assert list(findings) == [computed]
+
+
 @pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("computed", "factor", "cause", "scale"),
