@@ -411,14 +411,10 @@ def few_bit_forms(a: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
             values = np.clip(a / scale, -largest, largest).astype(kind).astype(np.float64) * scale
             yield f"in FP8 {name}, {text}", values
     mantissa, exponent = np.frexp(a)
-    for bits in (2, 3, 4, 5, 6, 8, 9):
-        yield (
-            f"with {bits} bits of mantissa",
-            np.ldexp(np.round(mantissa * 2 ** (bits + 1)) / 2 ** (bits + 1), exponent),
-        )
-    for bits in (7, 10):
-        cut = np.ldexp(np.trunc(mantissa * 2 ** (bits + 1)) / 2 ** (bits + 1), exponent)
-        yield f"with {bits} bits of mantissa, the others truncated", cut
+    rest = ", the others truncated"
+    for bits, told in (*((bits, "") for bits in (2, 3, 4, 5, 6, 8, 9)), (7, rest), (10, rest)):
+        whole = (np.trunc if told else np.round)(mantissa * 2 ** (bits + 1))
+        yield f"with {bits} bits of mantissa{told}", np.ldexp(whole / 2 ** (bits + 1), exponent)
 
 
 def int8_forms(a: np.ndarray, bits: int = 8) -> Iterator[tuple[str, str, np.ndarray, int]]:
