@@ -147,6 +147,34 @@ def test_a_name_that_has_no_neighbour_in_common_is_not_believed(tmp_path: Path) 
     assert test.findings[0].says.startswith("Sqrt, Reciprocal, Mul are computed by Sqrt, Div in the test")
 
 
+def test_a_name_that_only_a_reader_of_another_meaning_has_in_common_is_not_believed(tmp_path: Path) -> None:
+    """Dead code is dropped after it got its numbers: ``mul_4`` and the one that reads it, ``add_2``, are others."""
+    for wrong in (False, True):
+        made = NetBuilder(4)
+        x = made.conv("x", 8, 8, name="a")
+        parts = {True: x, False: made.op("Tanh", x, name="b")}
+
+        def mixed(low: float, first: bool, number: int, parts: dict[bool, str] = parts, made: NetBuilder = made) -> str:
+            share = np.linspace(low, 0.9, 8, dtype=np.float32)[:, None, None]
+            one, other = (
+                made.op("Mul", parts[side], made.weight(value), name=f"mul_{2 * number + place}")
+                for place, (side, value) in enumerate(((first, share), (not first, 1 - share)))
+            )
+            return made.op("Add", one, other, name=f"add_{number}")
+
+        if wrong:
+            gate, key = mixed(0.1, True, 1), mixed(0.3, False, 2)
+        else:
+            key, gate = mixed(0.3, True, 0), mixed(0.1, True, 1)
+        key = made.op("Relu", made.conv(key, 8, 8, name="key"), name="relu")
+        gate = made.op("Sigmoid", made.conv(gate, 8, 8, name="gate"), name="sigmoid")
+        product = made.op("Mul", gate, key, name="mul_6" if wrong else "mul_4")
+        made.conv(made.op("Add", x, product, name="add_3" if wrong else "add_2"), 8, 8, name="y")
+        made.save(tmp_path / f"{wrong}.onnx", {"x": (1, [1, 8, 8, 8])}, ["y"])
+    test = run(tmp_path / "False.onnx", tmp_path / "True.onnx")
+    assert [row.onnx for row in test.guilty] == ["key"]
+
+
 def test_a_node_that_is_left_out_gives_its_name_to_no_other(tmp_path: Path) -> None:
     """The later of two additions, which has the earlier one's name then, reads one value that this one reads, too."""
     for wrong in (False, True):

@@ -252,7 +252,7 @@ def moved_names(reference: Graph, test: Graph) -> set[str]:
     shifted = sum(rewired) > MOST_MISPLACED
     mine, theirs = Constants(reference), Constants(test)
     moved: set[str] = set()
-    for value in common:  # in execution order
+    for value in common if shifted else reversed(common):  # in execution order, or readers first
         nodes = reference.producer[value], test.producer[value]
         weights = mine.of(nodes[0])
         same = (node.op == nodes[0].op and weights == theirs.of(node) for node in _put_in(test, value, known[0]))
@@ -262,7 +262,7 @@ def moved_names(reference: Graph, test: Graph) -> set[str]:
         both = () if weights else zip((mine, theirs), nodes, strict=True)
         few = [[c.digest(name) for name in node.proto.input if name in c] for c, node in both]
         other = value in of_both and (value in unlike or few[:1] != few[1:])
-        if later or (other and _readers(reference, value).isdisjoint(_readers(test, value))):
+        if later or (other and _readers(reference, value) & _readers(test, value) <= moved):
             moved.add(value)
     return moved
 
