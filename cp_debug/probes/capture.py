@@ -217,8 +217,8 @@ class CaptureWriter:
         except OSError as error:
             where = next(parent for parent in self._partial.absolute().parents if parent.exists())
             free = shutil.disk_usage(where).free
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            reason = f"the disk is full ({free / 2**20:.0f} MiB free)" if full else system_reason(error)
+            room = f" ({free / 2**20:.0f} MiB free)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            reason = f"{system_reason(error)}{room}"
             raise InputError(f"{self.folder}: cannot write the capture: {reason}; nothing was kept") from error
 
 
