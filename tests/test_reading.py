@@ -38,12 +38,12 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
     (tmp_path / "zero").symlink_to("/dev/zero")
     for name, why in (
         ("pipe", "is a pipe"),
-        ("loop", "loop of symbolic links"),
+        ("loop", "levels of symbolic links"),
         ("zero", "is a device"),
         (".", "is a folder"),
         ("gone", "no such file"),
         ("a\0b", "null byte"),
-        ("x" * 300, "name is too long"),
+        ("x" * 300, "name too long"),
     ):
         with pytest.raises(InputError, match=why):
             read_text(tmp_path / name)
