@@ -282,8 +282,9 @@ def some(names: Collection[Any], most: int = 8) -> str:
 
 def flags(flag: str, names: Sequence[str], most: int = 8) -> str:
     """``flag`` once for each of the first names, quoted for a shell, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return " ".join(f"{flag} {shlex.quote(name)}" for name in names[:most]) + more
+    shown = names if len(names) <= most + 1 else names[:most]  # "and 1 more" is as long as the one
+    more = f" and {len(names) - most} more" if shown is not names else ""
+    return " ".join(f"{flag} {shlex.quote(name)}" for name in shown) + more
 
 
 def amount(count: int, noun: str) -> str:

@@ -44,7 +44,7 @@ from cp_debug.reports.saved import SavedResult
 from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.reports.summary import render_markdown
 from cp_debug.reports.svg import Scale, opacity_png
-from cp_debug.reports.tables import layer_table
+from cp_debug.reports.tables import layer_table, stage_table
 from cp_debug.reports.verdict_line import layer_verdict
 
 EVIL = '<script>alert(1)</script>"&|`\n'
@@ -574,6 +574,14 @@ def test_a_stage_that_holds_all_is_told_by_what_is_in_it(saved: SavedResult) -> 
     whole = replace(test, rows=rows, stages=[replace(test.stages[-1], name="net", layer=rows[-1])])
     assert stage_spans(whole) == [("net.body.left", -0.5, 20.5), ("net.body.right", 20.5, len(rows) - 0.5)]
     assert [name for name, _, _ in stage_spans(test)] == [stage.name for stage in test.stages]
+
+
+def test_a_stage_whose_end_is_right_names_the_guilty_layer_in_it(saved: SavedResult) -> None:
+    test = saved.result.tests[0]
+    last = next(row for row in test.rows if row.verdict == "ok")
+    inside = replace(test, stages=[replace(test.stages[0], layer=last, guilty=["a", "b"])])
+    ((_, cells),) = stage_table(inside, show_all=True).lines()
+    assert cells[-1] == ["guilty: a and 1 more"]
 
 
 def test_backends_stand_side_by_side_and_a_finding_is_told_once(saved: SavedResult) -> None:

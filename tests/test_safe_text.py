@@ -19,6 +19,7 @@ from cp_debug.safe_text import (
     LimitedStream,
     annotation,
     csv_cell,
+    flags,
     markdown,
     message,
     no_command,
@@ -27,6 +28,11 @@ from cp_debug.safe_text import (
     visible,
     without_traceback,
 )
+
+
+@pytest.mark.parametrize(("count", "ends"), [(8, "'n 7'"), (9, "'n 8'"), (10, "'n 7' and 2 more")])
+def test_options_are_cut_where_that_makes_them_shorter(count: int, ends: str) -> None:
+    assert flags("--keep-fp32", [f"n {i}" for i in range(count)]).endswith(f"--keep-fp32 {ends}")
 
 
 @given(st.text())

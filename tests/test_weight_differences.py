@@ -263,6 +263,19 @@ def test_constants_that_an_exporter_numbered_anew_are_paired_by_what_they_hold(t
     assert [d.says for d in exchanged.differing] == ["w4, holds w8", "w8, holds w4"]
 
 
+def test_a_name_counted_on_to_a_constant_of_another_operator_pairs_nothing(tmp_path: Path) -> None:
+    """A product by a number is left out on one side; the name of the number is that of the next weights then."""
+    files, weights = [], np.random.default_rng(0).standard_normal((2, 8, 8)).astype(np.float32)
+    for names in (("val_0", "val_1"), ("", "val_0")):
+        made, value = NetBuilder(), "x"
+        value = made.op("Relu", made.op("MatMul", value, made.weight(weights[0], "w")))
+        value = made.op("Mul", value, made.weight(np.float32(6.28), names[0])) if names[0] else value
+        made.op("Abs", made.op("MatMul", value, made.weight(weights[1], names[1])), name="y")
+        files.append(Graph(made.save(tmp_path / "net.onnx", {"x": (1, [2, 8])}, ["y"])))
+    found = weight_differences(*files)
+    assert (found.compared, found.differing, found.missing, found.added) == (2, [], [], [])
+
+
 @pytest.mark.parametrize(
     ("changed", "kind", "says"),
     [

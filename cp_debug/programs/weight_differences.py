@@ -198,12 +198,15 @@ def _is_scale(constants: Constants, name: str) -> bool:
 
 
 def _renumbered(ours: Constants, theirs: Constants, a: str, b: str) -> bool:
-    """Whether ``b`` holds another of our constants, and no node that reads it has the data of one that reads ``a``: the
-    name was counted on to another layer."""
+    """Whether the name was counted on to another layer: ``b`` is read by other operators and has another size, or holds
+    another of our constants, and no node that reads it has the data of one that reads ``a``."""
 
     def data(constants: Constants, name: str) -> set[frozenset[str]]:
         return {frozenset(i for i in n.inputs if i not in constants) for n in constants.readers(name)}
 
+    ops = [{node.op for node in constants.readers(name)} for constants, name in ((ours, a), (theirs, b))]
+    if ours.size(a) != theirs.size(b) and ops[0].isdisjoint(ops[1]):
+        return True
     if ours.digest(a) == theirs.digest(b) or not data(ours, a).isdisjoint(data(theirs, b)):
         return False
     return ours.twin(a, theirs, b) is not None

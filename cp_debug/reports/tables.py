@@ -35,7 +35,7 @@ from cp_debug.reports.numbers import number, shape_of, share
 from cp_debug.reports.sheet import Cell, Column, Row, Sheet, Tone
 from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.reports.verdict_line import headline, layer_verdict, setting_text, unless_nothing, verdict_line
-from cp_debug.safe_text import amount
+from cp_debug.safe_text import amount, some
 
 if TYPE_CHECKING:
     from cp_debug.bisect.optimizer_blame import OptimizerBlame
@@ -275,7 +275,9 @@ def stage_table(test: TestResult, *, show_all: bool = False) -> Sheet:
 
 
 def _stage_verdict(stage: StageRow) -> Cell:
-    return Cell(unless_nothing(stage.layer, stage.verdict), TONES[stage.verdict], stage.verdict)
+    inside = stage.guilty and stage.layer.name not in stage.guilty  # its last tensor may be right
+    verdict = f"{stage.verdict}: {some(stage.guilty, 1)}" if inside else stage.verdict
+    return Cell(unless_nothing(stage.layer, verdict), TONES[stage.verdict], stage.verdict)
 
 
 _LAYER_COLUMNS = (
