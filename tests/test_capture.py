@@ -158,7 +158,8 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return original(self, mode, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(InputError, match=r"cannot write the capture: no space left on device \(\d+ MiB free\)"):
+    refused = r"capture: cannot write the capture: no space left on device \(\d+ MiB free\)"
+    with pytest.raises(InputError, match=refused):
         write(tmp_path / "capture", {"x": np.zeros(3), "y": np.zeros(3)})
     assert list(tmp_path.iterdir()) == []
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from onnx import helper
 
+from cp_debug.api.models import to_model
 from cp_debug.bisect.both_sides import Side
 from cp_debug.bisect.options import Options
 from cp_debug.deploy.interface_checks import checked
@@ -145,6 +146,8 @@ def test_a_callable_that_returns_something_else_is_told_the_form(tmp_path: Path)
         load_callable(f"{file}:build")
     with pytest.raises(InputError, match=r"other\(\) returned int; expected \(module"):
         load_callable(f"{file}:other")
+    with pytest.raises(InputError, match=r"<lambda>\(\) is a module without example inputs; expected \(module"):
+        to_model(lambda: torch.nn.ReLU())
 
 
 def test_a_callable_that_returns_a_tuple_that_fails_is_told_so(tmp_path: Path) -> None:

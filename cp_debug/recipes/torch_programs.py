@@ -175,10 +175,13 @@ _EXPECTED = (
 """Form of what a callable of the user returns."""
 
 
-def module_and_inputs(built: Any, what: str, inputs: Path | None = None) -> tuple[nn.Module | ExportedProgram, Any]:
+def module_and_inputs(
+    built: Any, what: str, inputs: Path | None = None, *, or_else: str = ""
+) -> tuple[nn.Module | ExportedProgram, Any]:
     """The module, or exported program, and its example inputs, as the callable ``what`` of the user returned them.
 
     Either may come alone: its example inputs are then the first of ``inputs``, or those of an exported program, None.
+    ``or_else`` is what an error about missing ones expects, too: where ``inputs`` would have come from, and "or".
     Raises InputError where the callable returned something else, or something of a class whose own methods fail.
     """
     with own_code(f"{what}: what was returned"):
@@ -188,9 +191,9 @@ def module_and_inputs(built: Any, what: str, inputs: Path | None = None) -> tupl
         members = tuple(built) if isinstance(built, tuple) else None
         if members is not None and len(members) == 2 and isinstance(members[0], nn.Module | ExportedProgram):
             return members
-    if alone and inputs is None and isinstance(built, nn.Module):
-        raise InputError(f"{what} is a module without example inputs; expected them with --inputs, or {_EXPECTED}")
     if alone:
+        if inputs is None and isinstance(built, nn.Module):
+            raise InputError(f"{what} is a module without example inputs; expected {or_else}{_EXPECTED}")
         return built, None if inputs is None else first_arrays(inputs)
     kind = type(built).__name__
     if members is not None:
@@ -216,7 +219,7 @@ def load_callable(text: str, checkpoint: Path | None = None, inputs: Path | None
         what += "()"
         with own_code(what), doing(f"{text}() was called", in_their_folder=True):
             built = target()
-    module, example_inputs = module_and_inputs(built, what, inputs)
+    module, example_inputs = module_and_inputs(built, what, inputs, or_else="them with --inputs, or ")
     if checkpoint is not None:
         from cp_debug.recipes.checkpoint import load_checkpoint
 
