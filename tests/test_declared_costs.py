@@ -265,32 +265,52 @@ def test_a_result_beyond_fp16_is_another_finding_than_a_constant(tmp_path: Path)
     assert " is beyond FP16: values up to 1e+05" in says["node_y"]
 
 
-@pytest.mark.parametrize(
-    ("last", "layer", "lost"),
-    [(("Add", 1e-12), "node_least", "1e-12 is 0 in FP16"), (("Min", 1 - 1e-6), "node_least", "0.999999 is 1 in FP16")],
-)
-def test_nan_or_inf_come_from_what_became_0_or_1(
-    tmp_path: Path, last: tuple[str, float], layer: str, lost: str
-) -> None:
-    """x ÷ √(Σx² + ε) of zeros, and p ÷ (1 − p) of a sure p, whose own rounding to 1 makes neither."""
+def test_nan_or_inf_come_from_what_became_1(tmp_path: Path) -> None:
+    """p ÷ (1 − p) of a sure p, whose own rounding to 1 makes no NaN."""
     net = NetBuilder()
-    op, limit = last
-    if op == "Add":
-        squares = net.op("ReduceSum", net.op("Mul", "x", "x"), net.weight(np.array([1])), name="squares")
-        net.op("Div", "x", net.op("Sqrt", net.op("Add", squares, const(net, limit), name="least")), name="y")
-    else:
-        p = net.op("Min", net.op("Sigmoid", "x", name="sure"), const(net, limit), name="least")
-        net.op("Log", net.op("Div", p, net.op("Sub", const(net, 1.0), p, name="rest"), name="odds"), name="y")
+    p = net.op("Min", net.op("Sigmoid", "x", name="sure"), const(net, 1 - 1e-6), name="least")
+    net.op("Log", net.op("Div", p, net.op("Sub", const(net, 1.0), p, name="rest"), name="odds"), name="y")
     path = net.save(tmp_path / "net.onnx", {"x": (1, [4, 8])}, ["y"])
     x = net.rng.standard_normal((4, 8)).astype(np.float32)
-    x[2] = 0 if op == "Add" else 20
+    x[2] = 20
     np.savez(tmp_path / "x.npz", x=x)
     test, finding = found(path)
-    assert finding.layers == [layer]
-    assert finding.says == f"FP16 as declared: {lost}; NaN or Inf follows later"
-    assert f"NaN or Inf comes from {layer}: {lost}; " in verdict_line(test).plain
+    assert finding.layers == ["node_least"]
+    assert finding.says == "FP16 as declared: 0.999999 is 1 in FP16; NaN or Inf follows later"
+    assert "NaN or Inf comes from node_least: 0.999999 is 1 in FP16; " in verdict_line(test).plain
     assert "adds up" not in verdict_line(test).plain
     assert followed(path, finding).agrees
+
+
+@pytest.mark.parametrize(
+    ("way", "layer", "says"),
+    [
+        ("constant", "node_least", "the constant of node_least, 1e-12, is 0 in FP16"),
+        ("result", "node_p", "2.06e-09 and other numbers of the result are 0 in FP16"),
+        ("input", "node_y", "1e-08 and other numbers of the network's input x are 0 in FP16"),
+    ],
+)
+def test_one_number_that_becomes_0_is_told_where_somebody_divides_by_it(
+    way: str, layer: str, says: str, tmp_path: Path
+) -> None:
+    """x ÷ √(Σx² + ε) of zeros, the logarithm of one improbable class of 400, and that of one small input."""
+    net, x = NetBuilder(), np.random.default_rng(0).uniform(1, 2, (4, 400)).astype(np.float32)
+    if way == "constant":
+        squares = net.op("ReduceSum", net.op("Mul", "x", "x"), net.weight(np.array([1])), name="squares")
+        net.op("Div", "x", net.op("Sqrt", net.op("Add", squares, const(net, 1e-12), name="least")), name="y")
+        x[2] = 0
+    elif way == "result":
+        net.op("Log", net.op("Mul", net.op("Exp", "x", name="p"), const(net, 0.5), name="half"), name="y")
+        x[2, 7] = -20
+    else:
+        net.op("Log", "x", name="y")
+        x[2, 7] = 1e-8
+    path = net.save(tmp_path / "net.onnx", {"x": (1, [4, 400])}, ["y"])
+    np.savez(tmp_path / "x.npz", x=x)
+    (test,) = bisect(str(path), "ort,emu-fp16", options=Options(inputs=tmp_path / "x.npz")).tests
+    assert [row.name for row in test.guilty] == [layer]
+    assert test.findings[0].says == f"FP16 underflow: {says}"
+    assert followed(path, test.findings[0]).agrees
 
 
 @pytest.mark.parametrize(("share", "told"), [(-0.004, "0%"), (0.004, "0%"), (-0.006, "-1%"), (0.62, "62%")])

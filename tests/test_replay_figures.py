@@ -20,7 +20,6 @@ from cp_debug.bisect.replay import SUSPICIOUS, Replayer
 from cp_debug.bisect.replayed import EXCESS, Replay
 from cp_debug.bisect.verdict import Judgement, without_emulation
 from cp_debug.graph.graph import Graph
-from cp_debug.programs.precision import PRECISIONS
 
 U = 2.0**-24
 Values = dict[str, np.ndarray]
@@ -192,8 +191,8 @@ def test_what_the_type_cannot_hold_is_excused_where_nothing_notices(
 
 def test_a_probability_that_vanishes_is_lost_beside_1(tmp_path: Path) -> None:
     small = torch.full((4,), 1e-9)
-    assert storage_loss(small, PRECISIONS["fp16"], bounded=True) == pytest.approx(1e-9)
-    assert storage_loss(small, PRECISIONS["fp16"]) == 1
+    assert storage_loss(small, small.half(), bounded=True) == pytest.approx(1e-9)
+    assert storage_loss(small, small.half()) == 1
 
 
 def test_a_weight_beyond_the_type_is_an_endless_loss(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.probes.distance import apart, distance, ratio
+from cp_debug.probes.distance import apart, distance, ratio, zeros_differ
 from cp_debug.programs.precision import Precision
 
 RANGE = 8.0
@@ -61,12 +61,13 @@ class RangeLoss:
         ``given`` are the inputs of the segment, ``load`` gives captured values.
         """
         maker = self.graph.producer[target]
-        loss = storage_loss(exact, precision(maker), bounded=maker.op in BOUNDED)
-        negligible = NEGLIGIBLE * precision(maker).roundoff
-        if loss > RANGE * precision(maker).roundoff:
-            stored = _stored(exact, precision(maker))
-            assert stored is not None
-            loss = loss if self.matters(load, (target, exact, stored.to(exact.dtype)), negligible) else 0.0
+        stored, negligible = _stored(exact, precision(maker)), NEGLIGIBLE * precision(maker).roundoff
+        loss = storage_loss(exact, stored, bounded=maker.op in BOUNDED)
+        much = loss > RANGE * precision(maker).roundoff
+        # One element that becomes 0 is no loss of a norm, but somebody may divide by it.
+        if stored is not None and (much or stored.count_nonzero() != exact.count_nonzero()):
+            change = (target, exact, stored.to(exact.dtype))
+            loss = (loss if much else 1.0) if self.matters(load, change, negligible) else 0.0
         for node in nodes:
             if node.op in KERNELS and KERNELS[node.op].exact:
                 continue
@@ -104,10 +105,10 @@ class RangeLoss:
     ) -> bool:
         """Whether a change of a value, (its name, as it is, as it would be), changes what is computed from it.
 
-        Its readers are followed, on the oracle, until the relative L2 change is ``negligible`` everywhere, or is none
-        that will go away: at an output of the graph, after ``furthest`` nodes, where nothing can be computed. NaN or
-        Inf that only one of both has is never negligible. ``load`` gives the values that are known. Both tensors of the
-        change have one shape and dtype.
+        Its readers are followed, on the oracle, until the relative L2 change is ``negligible`` everywhere, and nothing
+        is 0 that was not, for somebody may divide by it; or until the change is none that will go away: at an output of
+        the graph, after ``furthest`` nodes, where nothing can be computed. NaN or Inf that only one of both has is
+        never negligible. ``load`` gives the values that are known. Both tensors of the change have one shape and dtype.
         """
         name, exact, changed = change
         before: dict[str, AnyTensor] = {name: exact}
@@ -126,11 +127,12 @@ class RangeLoss:
                 return True
             for value in node.outputs:
                 value_before, value_after = (side[value] for side in sides)
-                size = difference(value_before, value_after)
-                if size <= negligible:
-                    continue
-                if value in outputs or followed >= furthest:
+                stays = difference(value_before, value_after) > negligible
+                last = value in outputs or followed >= furthest
+                if last and stays:
                     return True
+                if last or not (stays or zeros_differ(value_before, value_after)):
+                    continue
                 before[value], after[value] = value_before, value_after
         return False
 
@@ -148,15 +150,14 @@ class RangeLoss:
         if stored is None:
             return 0.0
         overflows = bool((torch.isinf(stored) & torch.isfinite(weight)).any())
-        return math.inf if overflows else storage_loss(weight, precision)
+        return math.inf if overflows else storage_loss(weight, stored)
 
 
-def storage_loss(exact: Tensor, precision: Precision, *, bounded: bool = False) -> float:
-    """The relative error of storing ``exact``, over the elements that stay finite; ``bounded``: beside 1.
+def storage_loss(exact: Tensor, stored: Tensor | None, *, bounded: bool = False) -> float:
+    """The relative error of storing ``exact`` as ``stored``, over the elements that stay finite; ``bounded``: beside 1.
 
-    ``exact`` has any shape and a float dtype; 0 for a precision whose types store it as it is.
+    Both have one shape, any, and float dtypes. 0 for None: the precision stores ``exact`` as it is.
     """
-    stored = _stored(exact, precision)
     if stored is None:
         return 0.0
     lost, scale, _ = distance(stored, exact.float())

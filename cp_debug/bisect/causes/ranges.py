@@ -15,6 +15,7 @@ from cp_debug.bisect.causes.precision import OVERFLOWS
 from cp_debug.bisect.causes.segment import Segment, as_double
 from cp_debug.bisect.verdict import RANGE
 from cp_debug.graph.graph import Node
+from cp_debug.probes.distance import zeros_differ
 from cp_debug.programs.precision import PRECISIONS
 
 HALF = PRECISIONS["fp16"]
@@ -115,23 +116,30 @@ def operand_overflow(segment: Segment) -> Iterator[Candidate]:
 
 @cause(approximate=True)
 def underflow(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: numbers below FP16's normal ones lose bits or vanish, in the result or in the weights."""
+    """Candidates: numbers below FP16's normal ones lose bits or vanish, in the result, in weights or in inputs."""
     value = ARITHMETICS[segment.context.claim.name].value if segment.context.claim.name in ARITHMETICS else None
     if value is None or not segment.context.claim.name.startswith("fp16"):
         yield from _undeclared(segment)
         return
     weights = ((f"weights of {node.name}", weight) for node, _, weight in _constants(segment))
-    for tensor_name, exact in (("result", segment.exact), *weights):
-        lost = value(exact.float()).double() - exact
+    fed = {info.name for info in segment.graph.inputs}
+    inputs = ((f"network's input {name}", segment.input(name)) for name in segment.given if name in fed)
+    for tensor_name, exact in (*weights, *inputs, ("result", segment.exact)):
+        stored = value(exact.float()).double()
+        lost = stored - exact
         finite = torch.isfinite(lost)
         loss = float(torch.linalg.vector_norm(lost[finite]) / (torch.linalg.vector_norm(exact[finite]) or 1.0))
         figures = half_figures(exact)
         small = figures["vanishes"] + figures["subnormal"]
-        if loss > RANGE * HALF.roundoff and small > 0.01:
+        # Where NaN or Inf arise, one 0 among what is read is enough; where they arise later, one in the result.
+        gone = zeros_differ(exact, stored) and segment.strange == (tensor_name != "result")
+        if gone or (loss > RANGE * HALF.roundoff and small > 0.01):
             if exact.numel() == 1 and tensor_name != "result":
                 constant = tensor_name.replace("weights", "constant")
-                stored = float(value(exact.float()))
-                says = f"FP16 underflow: the {constant}, {float(exact):.3g}, is {stored:.3g} in FP16"
+                says = f"FP16 underflow: the {constant}, {float(exact):.3g}, is {float(stored):.3g} in FP16"
+            elif gone and small <= 0.01:
+                least = float(exact[exact != 0].abs().min())
+                says = f"FP16 underflow: {least:.3g} and other numbers of the {tensor_name} are 0 in FP16"
             else:
                 says = f"FP16 underflow: {small:.0%} of the {tensor_name} lie below the smallest normal FP16 number"
             evidence = {**figures, "of": tensor_name, "storage_loss": loss}
