@@ -224,7 +224,11 @@ def test_a_scale_that_clips_one_element_is_no_single_wrong_element(tmp_path: Pat
     options = Options(inputs=tmp_path / "x.npz")
     (finding,) = bisect(str(files[0]), "ort,ort", test_model=files[1], options=options).tests[0].findings
     ends = "reaches 2.7, and its INT16 scale 8e-05 ends at ±2.621"
-    ends = ends if signed else "reaches -1.9 and 2.7, and its INT16 scale 8e-05 ends at -3.2 and 2.043"
+    ends = (
+        ends
+        if signed
+        else "reaches -1.9 and 2.7, and its INT16 scale 8e-05 with zero point 40000 ends at -3.2 and 2.043"
+    )
     assert finding.cause == "int8-clipped"
     assert finding.says == f"its input {ends}: 0.00305% is clipped"
     assert f"a scale of {2.7 / 32767 if signed else 4.6 / 65535:.3g} brings the error" in finding.fix
@@ -268,7 +272,11 @@ def stored(path: Path, fault: str = "float") -> Path:
         ("axis", "int8-axis", "the INT8 scales of its weights are read along axis 1; its codes are by axis 0"),
         ("dead", "int8-weights", "the INT8 scales of 3% of its weights are 0, not those that their codes were "),
         ("bias", "int8-scale", "the scale of its INT32 bias is not that of its input times that of its weights, but "),
-        ("range", "int8-clipped", "Relu is left to a quantizer from -12 to 0, and the result is 0 to "),
+        (
+            "range",
+            "int8-zero-point",
+            "its result reaches 0 and 8.109, and its INT8 scale 0.0471 with zero point 255 ends ",
+        ),
     ],
 )
 def test_what_an_int8_file_stores_wrongly_is_told(tmp_path: Path, fault: str, cause: str, says: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +29,7 @@ from cp_debug.bisect.candidate_run import _prefer_own_names
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.graph.graph import Graph
+from cp_debug.graph.spelled_out import spelled_out
 from cp_debug.recipes.registry import load_model
 
 node = helper.make_node
@@ -150,6 +153,95 @@ def test_a_bad_scale_of_a_file_is_found(tmp_path, kind, scale, factor):
     onnx.save(model, str(test))
     (guilty,) = accused(path, test, "ort,ort-none")
     assert guilty
+
+
+def _exchanged(model: onnx.ModelProto, op: str, places: tuple[int, int]) -> None:
+    """Two inputs of the last node of an operator change places."""
+    node = [n for n in model.graph.node if n.op_type == op][-1]
+    node.input[places[0]], node.input[places[1]] = node.input[places[1]], node.input[places[0]]
+
+
+def _other(model: onnx.ModelProto, op: str, place: int, make: Callable[[np.ndarray], object]) -> None:
+    """Another constant in place of one that the last node of an operator reads, for this node alone."""
+    node = [n for n in model.graph.node if n.op_type == op][-1]
+    (held,) = (numpy_helper.to_array(t) for t in model.graph.initializer if t.name == node.input[place])
+    node.input[place] += "_other"
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray(make(held), held.dtype), node.input[place]))
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    ("kind", "fault", "cause", "says"),
+    [
+        (
+            "qoperator",
+            partial(_other, op="QLinearConv", place=1, make=lambda s: 3 * s),
+            "int8-scale",
+            " in their scale: ",
+        ),
+        (
+            "qoperator",
+            partial(_other, op="QLinearConv", place=2, make=lambda z: z + 99),
+            "int8-zero-point",
+            " zero point",
+        ),
+        (
+            "qoperator",
+            partial(_other, op="QLinearConv", place=4, make=lambda s: 2 * s),
+            "int8-weights",
+            " 2 times those",
+        ),
+        ("qoperator", partial(_exchanged, op="QLinearAdd", places=(1, 4)), "int8-scale", " disagree in their scale: "),
+        ("qoperator", partial(_other, op="QLinearConv", place=6, make=lambda s: s / 9), "int8-clipped", " is clipped"),
+        (
+            "dynamic",
+            partial(_other, op="MatMulInteger", place=3, make=lambda z: z - 50),
+            "int8-weights",
+            "its zero points",
+        ),
+    ],
+)
+def test_what_an_operator_of_levels_is_told_wrongly_is_named(tmp_path: Path, kind, fault, cause, says) -> None:
+    path, test = quantized(tmp_path, kind)
+    model = onnx.load(str(test))
+    fault(model)
+    onnx.save(model, str(test))
+    findings = bisect(str(path), "ort,ort", test_model=test).tests[0].findings
+    told = [(finding.cause, finding.says) for finding in findings if not finding.evidence.get("declared")]
+    assert any(c == cause and says in s for c, s in told), told
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("kind", ["qoperator", "dynamic"])
+def test_operators_of_levels_spelled_out_compute_the_same(tmp_path: Path, kind: str) -> None:
+    _, test = quantized(tmp_path, kind)
+    graph = Graph(test)
+    plain = spelled_out(graph)
+    assert not [n.op for n in plain.nodes if "QLinear" in n.op or "Integer" in n.op or "QGemm" in n.op]
+    x = next(Reader().samples)["x"]
+    ours, theirs = (torch.as_tensor(Executor(g).run_nodes(g.nodes, {"x": x}, ["y"])["y"]) for g in (graph, plain))
+    assert torch.allclose(ours, theirs, rtol=0, atol=0.02 * float(ours.abs().max())), "one level at most"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_packed_levels_spelled_out_are_the_same_weight(tmp_path: Path, bits: int, shifted: bool) -> None:
+    rng, (rows, columns, block) = np.random.default_rng(0), (6, 40, 16)
+    blocks = -(-columns // block)
+    constants = {
+        "b": rng.integers(0, 256, (rows, blocks, block * bits // 8)).astype(np.uint8),
+        "scales": rng.random((rows, blocks), np.float32),
+        "zeros": rng.integers(0, 256, (rows, -(-blocks * bits // 8))).astype(np.uint8),
+        "bias": rng.random(rows, np.float32),
+    }
+    sizes = {"K": columns, "N": rows, "bits": bits, "block_size": block}
+    reads = ["x", "b", "scales", "zeros" if shifted else "", "", "bias"]
+    packed = node("MatMulNBits", reads, ["y"], domain="com.microsoft", **sizes)
+    graph = Graph(_saved(tmp_path / "net.onnx", [packed], ["y"], [3, columns], **constants))
+    plain, x = spelled_out(graph), rng.random((3, columns), np.float32)
+    assert [n.op for n in plain.nodes] == ["DequantizeLinear", "MatMul", "Add"]
+    ours, theirs = (torch.as_tensor(Executor(g).run_nodes(g.nodes, {"x": x}, ["y"])["y"]) for g in (graph, plain))
+    assert torch.allclose(ours, theirs, rtol=1e-5)
 
 
 def test_weights_that_the_optimizer_puts_on_levels_are_int8(tmp_path: Path) -> None:

@@ -317,13 +317,18 @@ def test_layers_are_left_out_of_int8_by_the_flag_that_the_backend_has() -> None:
 def test_only_layers_that_ptq_knows_are_left_out_of_it(tmp_path: Path) -> None:
     net = NetBuilder()
     conv = net.conv("x", 3, 4, name="c")
-    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, 3, 8, 8])}, [net.op("Relu", conv, name="r")]))
-    made = explainer(False)
-    pipeline = SimpleNamespace(program=lambda component: SimpleNamespace(graph=graph), model=SimpleNamespace(name="f"))
-    made.run.__dict__.update(came_quantized=lambda component: True, kind=lambda component: "int8", pipeline=pipeline)
+    relu = net.op("Relu", conv, name="r")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [1, 3, 8, 8])}, [net.conv(relu, 4, 4, name="d")]))
+    made, programs = explainer(False), {"net": SimpleNamespace(graph=graph)}
+    made.run.__dict__.update(came_quantized=lambda component: True, kind=lambda component: "int8", programs=programs)
+    made.run.pipeline = SimpleNamespace(model=SimpleNamespace(name="f"))
+    first, second, third = (node.name for node in graph.nodes)
     command = "cpdebug quantize ptq f -o FOLDER"
-    assert made._unquantized([row("c", 1), row("r", 1)]) == f"{command} --skip-layers c"
-    assert made._unquantized([row("r", 1)]) == command
+    fused = replace(row("r", 1), replay=SimpleNamespace(nodes=(first, second)))
+    assert made._unquantized([row(first, 1)]) == made._unquantized([fused]) == f"{command} --skip-layers {first}"
+    behind = replace(row("r", 1), onnx=relu)
+    assert made._unquantized([behind]) == f"{command} --skip-layers {third}", "the pair is in front of its reader"
+    assert made._unquantized([row("y", 1)]) == command
 
 
 def test_a_cause_that_could_not_be_tried_is_told_once() -> None:

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from test_pairing import renamed
 
 from cp_debug.bisect.engine import Options, bisect
-from cp_debug.bisect.file_weights import _standardized, product_of
+from cp_debug.bisect.file_weights import _standardized, twin_of
 from cp_debug.bisect.result import TestResult
 
 Weights = dict[str, np.ndarray]
@@ -236,7 +236,7 @@ def test_rows_without_their_mean_have_length_one() -> None:
     assert torch.allclose(rows[0], rows[1])
     assert torch.allclose(rows.norm(dim=1), torch.ones(3))
     assert torch.allclose(rows[2], -rows[0])
-    nodes = [node_of("Conv", ["x", "w"], index=0), node_of("Relu", ["y"], index=1)]
-    assert product_of(nodes, "Conv") is nodes[0]
-    assert product_of([*nodes, nodes[0]], "Conv") is None
-    assert product_of(nodes, "Relu") is None
+    conv, relu, gemm, matmul = (node_of(op, ["x", "w"], index=0) for op in ("Conv", "Relu", "Gemm", "MatMul"))
+    assert twin_of(conv, [conv, relu]) is conv
+    assert twin_of(matmul, [gemm, relu]) is gemm, "as an optimizer makes it of a MatMul and an Add"
+    assert twin_of(conv, [conv, relu, conv]) is twin_of(conv, [gemm]) is twin_of(relu, [conv, relu]) is None

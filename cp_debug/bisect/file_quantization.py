@@ -22,7 +22,7 @@ from cp_debug.backends.arithmetic import INT8
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor, Weights
 from cp_debug.backends.kernels.paired_sums import PAIRED, with_paired_sums
-from cp_debug.bisect.file_weights import product_of, stored_codes
+from cp_debug.bisect.file_weights import same_product, stored_codes, turned, twin_of
 from cp_debug.bisect.quantized_segment import (
     BITS,
     CODECS,
@@ -141,7 +141,7 @@ class FileQuantization:
             behind = (self._twin(reader) for reader in within if node.outputs[0] in reader.inputs)
             twin = next((each for each in behind if each is not None), None)
         known = place == 0 or self.made_here or stored
-        if twin is not None and known and twin.op == node.op and place < len(twin.proto.input):
+        if twin is not None and known and same_product(twin, node) and place < len(twin.proto.input):
             maker = self._graph.producer.get(twin.proto.input[place])
         if maker is not None and maker.op == "DequantizeLinear":
             scale, zero = [*maker.proto.input[1:3], ""][:2]
@@ -154,17 +154,17 @@ class FileQuantization:
         return None if twin is None else stored_bias(self._graph, self._constants, twin)
 
     def _twin(self, node: Node) -> Node | None:
-        """The file's node that makes the result of one of ``plain``, behind the quantizers that put it on levels."""
+        """The file's node that makes the result of one of ``plain``, in front of quantizers and other shapes."""
         twin = self._graph.producer.get(self._names.get(node.outputs[0], node.outputs[0]))
-        while twin is not None and twin.op in QUANTIZERS and node.op not in QUANTIZERS:
+        behind = (QUANTIZERS | VIEWS) - {node.op} if node.op not in QUANTIZERS else ()
+        while twin is not None and twin.op in behind:
             twin = self._graph.producer.get(twin.proto.input[0])
         return twin
 
     def result_grid(self, name: str) -> QuantizerGrid | None:
         """The grid on which the file holds a value; None where it has no scale of its own, or that is computed."""
         own = self._names.get(name, name)
-        made_by = self._graph.producer.get(own)
-        if made_by is not None and made_by.op == "DequantizeLinear":
+        while (made_by := self._graph.producer.get(own)) is not None and made_by.op in VIEWS | {"DequantizeLinear"}:
             own = made_by.proto.input[0]
         return self._constant_grid(own)
 
@@ -306,16 +306,16 @@ class FileQuantization:
         return None if in_levels or len(values) < len(starts) else (own, nodes, values)
 
     def with_fitted_weight(
-        self, target: str, known: Collection[str], given: Mapping[str, AnyTensor], op: str, weight: Tensor
+        self, target: str, known: Collection[str], given: Mapping[str, AnyTensor], product: Node, weight: Tensor
     ) -> Tensor | None:
-        """Result ``target`` by the file's own nodes, with the codes of the product of ``op`` read so that they come
-        nearest to ``weight`` (float64); None where that is about as near as they are, and as for ``declared``."""
+        """Result ``target`` by the file's own nodes, with the codes of the twin of ``product`` read so that they come
+        nearest to its ``weight`` (float64); None where that is about as near as they are, and as for ``declared``."""
         if (found := self._in_floats(target, known, given)) is None:
             return None
         own, nodes, values = found
-        product = product_of(nodes, op)
-        stored = stored_codes(self._graph, product) if product is not None else None
-        repair = stored.repair(weight.cpu()) if stored is not None else None
+        twin = twin_of(product, nodes)
+        stored = stored_codes(self._graph, twin) if twin is not None else None
+        repair = stored.repair(turned(weight.cpu(), product, twin)) if stored is not None and twin is not None else None
         if stored is None or repair is None:
             return None
         rest = [node for node in nodes if node is not stored.dequantizer]

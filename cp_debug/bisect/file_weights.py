@@ -145,7 +145,10 @@ class StoredCodes:
             w, codes, s, z = (t if axis == 0 else t.T for t in (weight, self.codes + self.zero, self.scale, self.zero))
             if len(w) % WORD:
                 continue
-            ours, theirs = (_standardized(t).unflatten(0, (-1, WORD)) for t in (w, codes))
+            signed = (
+                codes * s.sign() if axis == self.axis else codes
+            )  # a word lies in one group, whose scale is its own
+            ours, theirs = (_standardized(t).unflatten(0, (-1, WORD)) for t in (w, signed))
             alike = torch.einsum("bix,bjx->ij", ours, theirs)
             order = alike.argmax(1)
             if len(order.unique()) != WORD or torch.equal(order, torch.arange(WORD)):
@@ -162,10 +165,20 @@ def _standardized(rows: Tensor) -> Tensor:
     return torch.nn.functional.normalize(rows - rows.mean(1, keepdim=True), dim=1)
 
 
-def product_of(nodes: Sequence[Node], op: str) -> Node | None:
-    """The only product of operator ``op`` among ``nodes``; None where there are none or several."""
-    found = [node for node in nodes if node.op == op and node.op in PRODUCTS]
-    return found[0] if len(found) == 1 else None
+def twin_of(product: Node, nodes: Sequence[Node]) -> Node | None:
+    """The only product among ``nodes``, if it does what ``product`` does; None where there are none or several."""
+    found = [node for node in nodes if node.op in PRODUCTS]
+    return found[0] if len(found) == 1 and same_product(product, found[0]) else None
+
+
+def same_product(node: Node, other: Node) -> bool:
+    """Whether two nodes have one operator, or both multiply matrices: optimizers make a Gemm of MatMul and Add."""
+    return node.op == other.op or {node.op, other.op} <= {"Gemm", "MatMul"}
+
+
+def turned(weight: Tensor, product: Node, twin: Node) -> Tensor:
+    """The weight [rows, columns] of ``product``, or [columns, rows] where ``twin`` has it so."""
+    return weight.mT if bool(product.attribute("transB")) != bool(twin.attribute("transB")) else weight
 
 
 def stored_codes(graph: Graph, product: Node) -> StoredCodes | None:

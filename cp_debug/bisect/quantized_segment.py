@@ -30,6 +30,10 @@ CODECS = {17: E4M3, 18: E4M3, 19: E5M2, 20: E5M2, 23: E2M1}
 SIGNED = {3, 5, 6, 22, 26, 17, 18, 19, 20, 23}
 FEW = 4
 """Number of elements that a channel must have on average before its error is held against it."""
+FAR = 8
+"""Part of a grid's levels by which another zero point must be off to be called wrong: calibration puts it nearer."""
+NOTABLE = 0.01
+"""Share of elements beyond a range from which it is no matter of a few outliers."""
 DEAD = 1e-3
 """Size relative to the largest channel below which a channel is left out."""
 
@@ -80,6 +84,24 @@ class QuantizerGrid:
         scale = (high - low) / (self.high - self.low) or 1.0
         zero = torch.tensor(round(self.low - low / scale), dtype=torch.float64)
         return replace(self, scale=torch.tensor(scale, dtype=torch.float64), zero=zero)
+
+    def moved(self, tensor: Tensor) -> QuantizerGrid | None:
+        """The grid with the zero point by which its one scale holds all elements of ``tensor``, any shape.
+
+        None where no zero point does, where the present one is near that or cuts off next to nothing, and for signed
+        levels around 0, which are so by design.
+        """
+        by_design = self.codec is not None or (self.low < 0 and not bool(self.zero.any()))
+        if by_design or self.scale.numel() > 1 or self.zero.numel() > 1 or self.clipped(tensor) < NOTABLE:
+            return None
+        step, low, high = float(self.scale), min(float(tensor.min()), 0.0), max(float(tensor.max()), 0.0)
+        zero = torch.tensor(round(self.low - low / step), dtype=torch.float64)
+        far = abs(float(zero - self.zero)) > (self.high - self.low) / FAR
+        return replace(self, zero=zero) if far and high - low <= (self.high - self.low + 1) * step else None
+
+    def equals(self, other: QuantizerGrid) -> bool:
+        """Whether both have the same numbers."""
+        return torch.equal(self.scale, other.scale) and torch.equal(self.zero, other.zero)
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of this shape has one scale and one zero point, or one for each channel."""

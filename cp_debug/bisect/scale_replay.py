@@ -109,7 +109,7 @@ class ScaleReplay:
         if name in given or not is_constant(graph, name):
             return None
         weight = torch.as_tensor(self._oracle.run_nodes([], {}, [name])[name]).double()
-        refitted = quantized.with_fitted_weight(target, self._known, given, product.op, weight)
+        refitted = quantized.with_fitted_weight(target, self._known, given, product, weight)
         if refitted is None or refitted.shape != exact.shape:
             return None
         now, then = (difference_norm(each, exact) for each in (declared, refitted))

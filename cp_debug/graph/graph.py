@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -156,6 +156,21 @@ class Graph:
     def __str__(self) -> str:
         """The file as the user knows it."""
         return self._shown
+
+    def with_nodes(self, nodes: Sequence[onnx.NodeProto], constants: Mapping[str, np.ndarray]) -> Graph:
+        """The graph with other nodes, in execution order, and more ``constants``, of any shape and dtype. It has no
+        file of its own: weights are read from this one's."""
+        graph = copy(self)
+        for name in [n for n, kind in vars(Graph).items() if isinstance(kind, cached_property)]:
+            graph.__dict__.pop(name, None)
+        graph.proto = onnx.ModelProto(ir_version=self.proto.ir_version, opset_import=self.proto.opset_import)
+        graph.proto.functions.extend(self.proto.functions)
+        for part, items in ("node", nodes), ("input", self.proto.graph.input), ("output", self.proto.graph.output):
+            getattr(graph.proto.graph, part).extend(items)
+        graph.nodes = [Node.of(i, n) for i, n in enumerate(graph.proto.graph.node)]
+        new = {name: onnx.numpy_helper.from_array(array, name) for name, array in constants.items()}
+        graph._initializers = {**self._initializers, **new}
+        return graph
 
     def copied(self) -> onnx.ModelProto:
         """A copy of the model's protobuf, which may be changed."""

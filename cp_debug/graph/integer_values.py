@@ -25,6 +25,8 @@ _INTEGERS = {
 }
 WHOLE = frozenset({*_INTEGERS, TensorProto.INT64, TensorProto.UINT64, TensorProto.BOOL})
 """ONNX data types of whole numbers: integers of all sizes, and bool."""
+INTEGER_PRODUCTS = ("ConvInteger", "MatMulInteger")
+"""ONNX's own products of levels, whose sums stay integers."""
 _RESULT_SCALE = {
     "QuantizeLinear": 1,
     "QLinearConcat": 0,
@@ -112,26 +114,36 @@ def _read_as(graph: Graph, levels: str) -> GridNames | None:
         place = inputs.index(name) if name in inputs else 0
         if op == "DequantizeLinear" or op.startswith(("QLinear", "QGemm")):
             return GridNames(inputs[place + 1], inputs[place + 2])  # they stand behind the levels
-        if op in ("ConvInteger", "MatMulInteger") and (scales := _scales_behind(graph, node)):
-            return GridNames(scales[place], inputs[place + 2])
+        if (product := scaled_product(graph, node)) is not None:
+            return GridNames(product.scales[place], inputs[place + 2])
         if op == "MatMulIntegerToFloat":
             return GridNames(inputs[place + 2], inputs[place + 4])
     return None
 
 
-def _scales_behind(graph: Graph, product: Node) -> tuple[str, str] | None:
-    """Scales of both operands of an integer product: it has none, but the Mul behind it multiplies by theirs.
+class ScaledProduct(NamedTuple):
+    """Names of the scales of both operands of an integer product, and the nodes behind it that multiply by them."""
+
+    scales: tuple[str, str]
+    nodes: tuple[Node, ...]
+
+
+def scaled_product(graph: Graph, product: Node) -> ScaledProduct | None:
+    """The scales of a ConvInteger or MatMulInteger: it has none, but the Mul behind it multiplies by theirs.
 
     In the order of ONNX Runtime's quantizers, that of the operands (onnxruntime/quantization/operators/conv.py,
     matmul.py). None where the Mul reads a product of the two that was folded to a constant, or something else.
     """
-    value = product.outputs[0]
-    while len(readers := graph.consumers.get(value, [])) == 1:
+    value, nodes = product.outputs[0], list[Node]()
+    while product.op in INTEGER_PRODUCTS and len(readers := graph.consumers.get(value, [])) == 1:
         (reader,) = readers
+        nodes.append(reader)
         if reader.op == "Mul":
             (factor,) = [name for name in reader.proto.input if name != value] or [""]
             maker = graph.producer.get(factor)
-            return (maker.proto.input[0], maker.proto.input[1]) if maker is not None and maker.op == "Mul" else None
+            if maker is None or maker.op != "Mul":
+                return None
+            return ScaledProduct((maker.proto.input[0], maker.proto.input[1]), tuple(nodes))
         if reader.op not in ("Cast", *_KEEP_LEVELS):
             return None
         value = reader.outputs[0]

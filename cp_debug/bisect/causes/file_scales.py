@@ -4,6 +4,7 @@ what the layer is given; proved by the layer's own nodes."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,14 @@ from cp_debug.backends.executor import Weights
 from cp_debug.bisect.causes.base import Candidate
 from cp_debug.bisect.causes.narrow import misfit
 from cp_debug.bisect.causes.other_program import OtherPiece
-from cp_debug.bisect.file_weights import BETTER, OFF, Repair, StoredCodes, product_of, stored_codes
+from cp_debug.bisect.file_weights import BETTER, OFF, Repair, StoredCodes, same_product, stored_codes, turned, twin_of
 from cp_debug.bisect.quantized_segment import CODECS, QuantizerGrid, constant_grid
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
 from cp_debug.graph.integer_values import constant_type
 from cp_debug.graph.narrow_qdq import FAMILIES
 from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.spelled_out import DERIVED
 from cp_debug.probes.distance import relative_l2
 from cp_debug.safe_text import amount
 
@@ -43,7 +45,7 @@ _FIX = {
     "1, gptq_v2 and AWQ as they are",
     "groups": "keep g_idx of {layers}, which says the group of each input (desc_act), or quantize without it",
     "order": "unpack the words of {layers} in the order of their format: AWQ's is 0, 2, 4, 6, 1, 3, 5, 7, GPTQ's is "
-    "plain",
+    "plain, and MatMulNBits has the first of two in the low four bits",
 }
 
 
@@ -55,17 +57,27 @@ def wrong_scale(piece: OtherPiece) -> Candidate | None:
     In a region of several layers, those that clip most are tried, at most ``MOST``: each is a run of the region.
     """
     segment, held = piece.segment, piece.other.executor.arithmetic.held(torch.float32)
-    products = any(node.op in PRODUCTS for node in segment.nodes)
-    if not products or segment.strange or segment.test.shape != segment.exact.shape:
+    if segment.strange or segment.test.shape != segment.exact.shape:
         return None
     try:
+        products = any(node.op in PRODUCTS for node in segment.nodes)
+        grids = list(_of_grids(piece))
+        pairs = [each for each in grids if each[1].fix == _FIX["pair"]]
         # Where nothing is said of clipping, the scale is wrong for all of the numbers.
         tried = sorted(
-            (*_of_codes(piece), *_of_biases(piece), *_of_grids(piece)),
+            (*_of_codes(piece), *_of_biases(piece), *grids) if products else pairs,
             key=lambda each: -each[1].evidence.get("clipped", 1.0),
         )
-        values = [(name, wrong.value.to(held), wrong) for name, wrong in tried[:MOST] if wrong.value is not None]
-        found = [(relative_l2(piece.run({name: value}), segment.exact), wrong) for name, value, wrong in values]
+        sets = [({name: wrong.value}, wrong) for name, wrong in tried[:MOST]]
+        if len(pairs) > 1:
+            says = "; ".join(wrong.says for _, wrong in pairs)
+            sets.append(({name: wrong.value for name, wrong in pairs}, replace(pairs[0][1], says=says)))
+        biases = _derived_biases(piece)
+        sets += [({**values, **biases}, wrong) for values, wrong in sets if biases]
+        found = []
+        for values, wrong in sets:
+            known = {name: value.to(held) for name, value in values.items() if value is not None}
+            found.append((relative_l2(piece.run(known), segment.exact), wrong))
         then, worst = min(found, key=lambda pair: pair[0], default=(0.0, None))
         if worst is None or not (now := relative_l2(piece.run(), segment.exact)) > BETTER * then:
             return None
@@ -77,14 +89,27 @@ def wrong_scale(piece: OtherPiece) -> Candidate | None:
     return Candidate(worst.cause, worst.says, value, 0, worst.evidence | figures, worst.fix)
 
 
+def _derived_biases(piece: OtherPiece) -> dict[str, Tensor]:
+    """Biases as the reference has them, by the values that hold them in an operator whose other scales are theirs, too:
+    with a wrong scale they are wrong as well."""
+    segment, found = piece.segment, dict[str, Tensor]()
+    twin = twin_of(segment.product, piece.nodes) if segment.product is not None else None
+    bias = segment.weight(segment.product, 2) if segment.product is not None else None
+    if twin is not None and bias is not None and len(twin.proto.input) > 2:
+        maker = piece.other.graph.producer.get(name := twin.proto.input[2])
+        if maker is not None and maker.op == "DequantizeLinear" and maker.proto.input[1].endswith(DERIVED):
+            found[name] = bias
+    return found
+
+
 def _products(piece: OtherPiece) -> Iterator[tuple[Tensor, Node]]:
     """The constant weights of the reference's products, float64, and the test's products that stand for them."""
     segment, of_name = piece.segment, {node.name: node for node in piece.nodes}
     for product in (node for node in segment.nodes if node.op in PRODUCTS):
-        twin = product_of(piece.nodes, product.op) if segment.product is not None else of_name.get(product.name)
+        twin = twin_of(product, piece.nodes) if segment.product is not None else of_name.get(product.name)
         weight = segment.weight(product, 1)
-        if weight is not None and twin is not None and twin.op == product.op:
-            yield weight, twin
+        if weight is not None and twin is not None and same_product(twin, product):
+            yield turned(weight, product, twin), twin
 
 
 def _of_codes(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:

@@ -413,10 +413,13 @@ class Explainer:
         if self._came_quantized(rows):
             if not self._in_int8(rows):
                 return some([row.name for row in rows])
-            graph = self.run.pipeline.program(rows[0].component).graph
-            makers, known = graph.producer, names_of_layers(graph)  # what is no such layer is never quantized
-            names = [row.name for row in rows if row.onnx in makers and makers[row.onnx].name in known]
-            return f"{self._quantize} {flags('--skip-layers', names)}".rstrip()
+            graph = self.run.programs[rows[0].component].graph
+            known, names = names_of_layers(graph), list[str]()  # what is no such layer is never quantized
+            for row in rows:
+                own = [name for name in (row.replay.nodes if row.replay is not None else (row.name,)) if name in known]
+                readers = graph.consumers.get(row.onnx, ())  # whose pairs are in front of them
+                names += own or [node.name for node in readers if node.name in known]
+            return f"{self._quantize} {flags('--skip-layers', [known[name] for name in dict.fromkeys(names)])}".rstrip()
         names = [name for row in rows for name in self.run.quantized_names(row)]
         return flags("--keep-fp32" if self.run.implicit else "--skip-layers", names)
 

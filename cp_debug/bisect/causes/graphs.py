@@ -26,6 +26,7 @@ from cp_debug.graph.constants import Constants
 from cp_debug.graph.flatten import name_in_file
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import QUANTIZERS, VIEWS
+from cp_debug.graph.spelled_out import spelled_out
 from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.node_differences import ACTIVATIONS, NodeDifference
 from cp_debug.safe_text import amount, some
@@ -263,7 +264,8 @@ def _written_out(piece: OtherPiece) -> Candidate | None:
     None where they read constants that the reference's do not: what those hold may be what is wrong."""
     segment, theirs = piece.segment, piece.other.constants
     nodes, others = piece.matched.replaced
-    if not others or segment.test.shape != segment.exact.shape:
+    told = nodes or not {m.op for m in others} <= QUANTIZERS  # that there are pairs tells nothing
+    if not others or not told or segment.test.shape != segment.exact.shape:
         return None
     ours = Constants(segment.graph)
     digests = {ours.digest(name) for node in nodes for name in node.inputs if name in ours}
@@ -282,15 +284,9 @@ def _written_out(piece: OtherPiece) -> Candidate | None:
     exchanged = all("test_op" in d.evidence for d in differences if d.structural)
     says = _says(differences) if exchanged or not nodes else f"{says} in the test, with another result"
     first = (*nodes, *others)[0]
-    name, pairs = "other-operator", segment.context.quantized
-    if pairs is not None and set(test_ops) <= QUANTIZERS and (ends := pairs.range(segment.target)) is not None:
-        reach = f"{float(segment.exact.min()):.4g} to {float(segment.exact.max()):.4g}"
-        name = "int8-clipped"
-        says = f"{_counted(ops)} is left to a quantizer from {ends[0]:.4g} to {ends[1]:.4g}, and the result is {reach}"
     evidence = {"node": first.name, "op": first.op, "test_ops": test_ops, "read_off": READ_OFF}
     fix = f"restore {_counted(ops)} at {{layers}}" if nodes else _fix(differences)
-    fix = "calibrate {layers} on data like this" if name == "int8-clipped" else fix
-    return Candidate(name, says, value, 0, evidence, fix)
+    return Candidate("other-operator", says, value, 0, evidence, fix)
 
 
 def _folded(piece: OtherPiece, differences: Sequence[NodeDifference]) -> bool:
@@ -440,8 +436,9 @@ class GraphReader:
         if component not in self._others:
             ours = self._run.programs[component].graph
             program = self._run.pipeline.program(component)
-            graph, other = program.graph, None
-            if graph is not ours and program.plain is not ours:
+            # Where both sides compute with levels, their operators are compared as they are.
+            graph, other = spelled_out(program.graph) if spelled_out(ours) is ours else program.graph, None
+            if program.graph is not ours and program.plain is not ours:
                 oracle = self._run.replayer(component, self._test).oracle
                 names = self._run.names(component)
                 executor = Executor(graph, oracle.arithmetic, oracle.device)

@@ -137,6 +137,8 @@ _COARSE = 2.0
 """Factor above the needed scale from which a scale is called too coarse."""
 _MANY = 0.5
 """Share of the numbers that a scale makes 0 from which it is too coarse for them, whatever the largest needs."""
+MAIN = 0.5
+"""Share of a layer's error that one of its parts makes, or is left without it, above which it is the main cause."""
 _RESULT = -1
 """Place of a node's result beside those of its inputs."""
 _APART = "keep what is that large, as a mask may be, out of what is quantized, or leave it unquantized: {unquantized}"
@@ -146,14 +148,16 @@ _CALIBRATE = "calibrate on data like this ({calibrate}), or leave it unquantized
 @cause(approximate=True)
 def declared(segment: Segment) -> Iterator[Candidate]:
     """Candidate: the layer as its own scales say, named after the part that makes most of the error."""
-    quantized, node = segment.context.quantized, segment.product
-    if quantized is None or (node := node or next((n for n in segment.nodes if _data(segment, n)), None)) is None:
+    if (quantized := segment.context.quantized) is None:
         return
+    node = segment.product or next((n for n in segment.nodes if _data(segment, n)), segment.nodes[-1])
     on_levels = _data(segment, node)
     quantized_inputs = {place: grid.quantized(x) for place, (x, grid) in on_levels.items()}
     of_result = quantized.result_grid(segment.target)
     if of_result is not None and of_result.fits(segment.exact.shape):
-        on_levels[_RESULT] = segment.exact, of_result
+        # Where the reference has an activation in front of it, that one quantizer was taken for the input's.
+        apart = {place: each for place, each in on_levels.items() if segment.product or not each[1].equals(of_result)}
+        on_levels = {**apart, _RESULT: (segment.exact, of_result)}
     errors = {
         (part, place): _error(segment, node, {place: value})
         for place, (x, grid) in on_levels.items()
@@ -169,6 +173,13 @@ def declared(segment: Segment) -> Iterator[Candidate]:
         return
     value = on_levels[_RESULT][1].quantized(value) if _RESULT in on_levels else value
     worst, place = max(errors, key=errors.__getitem__)
+    moved = on_levels[place][1].moved(on_levels[place][0]) if worst == "clipped" else None
+    # By the file's own nodes, which hold quantizers further inside, and may lack an activation that the range replaces.
+    whole = quantized.declared(segment.target, segment.given.keys(), segment.given)
+    if whole is not None and whole.shape == segment.exact.shape:
+        whole = as_double(whole)
+        if moved is not None or errors[worst, place] >= MAIN * relative_l2(whole, segment.exact):
+            value = whole
     evidence: dict[str, Any] = {}
     for (part, _), error in errors.items():
         evidence[f"error_{part}"] = max(error, evidence.get(f"error_{part}", 0.0))
@@ -176,16 +187,21 @@ def declared(segment: Segment) -> Iterator[Candidate]:
         name, says, fix = _of_weight(node, weight, of_weight)
     else:
         x, grid = on_levels[place]
-        fitting = grid.fitted(x)
+        fitting = moved or grid.fitted(x)
         step, needed = (float(g.scale.flatten()[0]) for g in (grid, fitting))
         evidence |= {"scale": step, "needed_scale": needed, "clipped": grid.clipped(x)}
         present = x[x != 0]
         evidence["lost"] = float((present.abs() < step / 2).double().mean()) if present.numel() else 0.0
+        better = f"a scale of {needed:.3g}"
+        if moved is not None:
+            evidence["zero_point"], evidence["needed_zero_point"] = (int(each.zero) for each in (grid, moved))
+            better = f"a zero point of {int(moved.zero)} in place of {int(grid.zero)}"
         name, says, fix = _of_data(worst, x, grid, evidence, "result" if place == _RESULT else "input")
         then, now = (_error(segment, node, {**quantized_inputs, place: g.quantized(x)}) for g in (fitting, grid))
+        now = max(now, relative_l2(value, segment.exact)) if moved else now
         if grid.scale.numel() == 1 and then < now:
             evidence |= {"error": now, "error_then": then}
-            tried = f": a scale of {needed:.3g} brings the error of this layer from {now:.2g} to {then:.2g}"
+            tried = f": {better} brings the error of this layer from {now:.2g} to {then:.2g}"
             fix = fix.replace(" ({calibrate})", f"{tried} ({{calibrate}})")
     if name != "int8" or segment.product is not None:  # that there is a pair is no cause by itself
         yield Candidate(name, says, value, 0, evidence, fix, declared=True)
@@ -213,10 +229,15 @@ def _of_data(
 ) -> tuple[str, str, str]:
     kind, step, needed = "INT16" if grid.most > LEVELS else "INT8", evidence["scale"], evidence["needed_scale"]
     if worst == "clipped":
-        ends = f"±{step * grid.most:.4g}" if grid.has_middle else " and ".join(f"{end:.4g}" for end in grid.range)
-        reach = f"{float(x.abs().max()):.4g}" if grid.has_middle else f"{float(x.min()):.4g} and {float(x.max()):.4g}"
-        says = f"its {what} reaches {reach}, and its {kind} scale {step:.3g} ends at {ends}"
-        return "int8-clipped", f"{says}: {100 * evidence['clipped']:.3g}% is clipped", _CALIBRATE
+        moved = "zero_point" in evidence
+        both = moved or not grid.has_middle
+        ends = " and ".join(f"{end:.4g}" for end in grid.range) if both else f"±{step * grid.most:.4g}"
+        reach = f"{float(x.min()):.4g} and {float(x.max()):.4g}" if both else f"{float(x.abs().max()):.4g}"
+        where = f"{kind} scale {step:.3g}" + f" with zero point {int(grid.zero)}" * both
+        says = (
+            f"its {what} reaches {reach}, and its {where} ends at {ends}: {100 * evidence['clipped']:.3g}% is clipped"
+        )
+        return "int8-zero-point" if moved else "int8-clipped", says, _CALIBRATE
     if step > _COARSE * needed:
         says = f"the {kind} scale {step:.3g} of its {what} is {step / needed:.1f} times too coarse"
         return "int8-coarse", says, _CALIBRATE
@@ -254,9 +275,6 @@ FIX = (
     "weight_type=QUInt8 · or let ONNX Runtime use its slower exact kernels: "
     'SessionOptions.add_session_config_entry("session.x64quantprecision", "1") · or run on a processor with VNNI'
 )
-
-MAIN = 0.5
-"""Share of the introduced error that the program's own scales leave, above which saturation is the main cause."""
 
 
 @cause()

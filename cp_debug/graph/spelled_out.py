@@ -1,0 +1,169 @@
+"""Operators that compute with levels, spelled out as what they mean: floats between quantizers, as in a Q/DQ file.
+
+One operator of levels holds the scales of all that it reads and makes. Spelled out, each stands at a quantizer of its
+own, so that whoever reads Q/DQ files reads these as well. Values keep their names, and those that were levels are the
+floats behind them; each reader puts them on levels by the scale that they were made with, and takes them from there by
+the scale that it was told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from cp_debug.graph.constants import Constants
+from cp_debug.graph.graph import QUANTIZING, Graph, Node
+from cp_debug.graph.integer_values import ScaledProduct, is_constant, produced_grid, scaled_product
+from cp_debug.graph.narrow_qdq import BITS
+from cp_debug.graph.operators import QUANTIZERS
+
+DERIVED = "\x1fscale"
+"""End of the name of a bias's scale, which is that of the data times that of the weights."""
+BIAS_PLACE = {"QLinearConv": 8, "QGemm": 6}
+"""Operator that reads levels → place of its bias, in levels of the data's scale times the weights'."""
+_MADE, _READ = "\x1fmade", "\x1fread"
+"""Ends of the names of levels as they are made, and as they are read."""
+
+
+def spelled_out(graph: Graph) -> Graph:
+    """The graph without operators of levels, as far as their scales are constant; the graph itself without any."""
+    if not any(mark in node.op for node in graph.nodes if node.op not in QUANTIZERS for mark in QUANTIZING):
+        return graph
+    return _Speller(graph).spelled()
+
+
+class _Speller:
+    def __init__(self, graph: Graph) -> None:
+        self._graph, self._held = graph, Constants(graph)
+        self._constants: dict[str, np.ndarray] = {}
+        self._nodes: list[onnx.NodeProto] = []
+        grids = ((v, produced_grid(graph, v)) for v in graph.values if not is_constant(graph, v))
+        self._grids = {v: g for v, g in grids if g is not None and all(n in self._held for n in g if n)}
+
+    def spelled(self) -> Graph:
+        graph = self._graph
+        merged = {name for node in graph.nodes for name in self._merged(node)}
+        for node in graph.nodes:
+            if node.name in merged:
+                continue
+            if not self._spell(node):
+                reads = [name + _READ * (name in self._grids) for name in node.proto.input]
+                makes = [name + _MADE * (name in self._grids) for name in node.proto.output]
+                self._nodes.append(node.changed(reads, makes).proto)
+                self._nodes[-1].name = node.name
+            for value in node.outputs:
+                if value in self._grids:
+                    grid = [name for name in self._grids[value] if name]
+                    self._add("DequantizeLinear", [value + _MADE, *grid], value, f"{node.name} (result)")
+                    self._add("QuantizeLinear", [value, *grid], value + _READ, f"{node.name} (result)")
+        return graph.with_nodes(self._nodes, self._constants)
+
+    def _add(self, op: str, inputs: Sequence[str], output: str, name: str, **attributes: object) -> str:
+        self._nodes.append(helper.make_node(op, inputs, [output], name, **attributes))
+        return output
+
+    def _merged(self, node: Node) -> Iterable[str]:
+        """Nodes behind an integer product that give it its scales."""
+        found = self._scaled(node)
+        return () if found is None else (each.name for each in found.nodes)
+
+    def _scaled(self, node: Node) -> ScaledProduct | None:
+        found = scaled_product(self._graph, node)
+        return found if found is not None and all(each.op in ("Cast", "Mul") for each in found.nodes) else None
+
+    def _float(self, node: Node, levels: str, scale: str, zero: str, place: int, **attributes: object) -> str:
+        """The float behind levels that a node reads."""
+        read = levels + _READ * (levels in self._grids)
+        parts = [read, scale, zero] if zero else [read, scale]
+        name = f"{node.name} (input {place})"
+        return self._add("DequantizeLinear", parts, f"{node.outputs[0]}\x1f{place}", name, **attributes)
+
+    def _spell(self, node: Node) -> bool:
+        """Add what a node means; False for one that is left as it is."""
+        inputs, op = [*node.proto.input, *[""] * 9], node.op.removeprefix("com.microsoft.")
+        if (found := self._scaled(node)) is not None:
+            result = found.nodes[-1].outputs[0]
+            return self._product(node, op.removesuffix("Integer"), inputs[:2], found.scales, inputs[2:4], result=result)
+        if op in BIAS_PLACE or op == "QLinearMatMul":
+            own = "Gemm" if op == "QGemm" else op.removeprefix("QLinear")
+            return self._product(node, own, inputs[0:4:3], inputs[1:5:3], inputs[2:6:3], inputs[BIAS_PLACE.get(op, -1)])
+        if op == "MatMulNBits":
+            return self._packed(node)
+        return op.startswith("QLinear") and self._of_levels(node, op.removeprefix("QLinear"))
+
+    def _result(self, node: Node, op: str, reads: Sequence[str], result: str = "") -> bool:
+        """The node itself, on floats, and the quantizer behind it."""
+        value = node.outputs[0]
+        grid = None if result else self._grids.get(value)
+        exact = result or (value if grid is None else f"{value}\x1fexact")
+        self._add(op, reads, exact, node.name)
+        known = onnx.defs.get_schema(op).attributes
+        self._nodes[-1].attribute.extend(a for a in node.proto.attribute if a.name in known)
+        if grid is not None:
+            parts = [exact, *(name for name in grid if name)]
+            self._add("QuantizeLinear", parts, value + _MADE, f"{node.name} (result)")
+        return True
+
+    def _product(
+        self,
+        node: Node,
+        op: str,
+        levels: Sequence[str],
+        scales: Sequence[str],
+        zeros: Sequence[str],
+        bias: str = "",
+        result: str = "",
+    ) -> bool:
+        held = self._held
+        if bias and not all(name in held for name in (*scales, bias)):
+            return False
+        data, weight = levels
+        axis = 0 if op == "Conv" or node.attribute("transB") or weight not in held else held[weight].ndim - 1
+        parts = [self._float(node, data, scales[0], zeros[0], 0)]
+        parts.append(self._float(node, weight, scales[1], zeros[1], 1, axis=axis))
+        if bias:
+            scale = f"{node.outputs[0]}{DERIVED}"
+            self._constants[scale] = (held[scales[0]] * held[scales[1]]).astype(np.float32)
+            parts.append(self._float(node, bias, scale, "", 2, axis=0))
+        return self._result(node, op, parts, result)
+
+    def _of_levels(self, node: Node, op: str) -> bool:
+        """An operator whose operands stand in front of their scales and zero points; those of the result are behind."""
+        read = list(node.proto.input)
+        if node.attribute("channels_last") or node.attribute("opset", 13) < 13 or node.outputs[0] not in self._grids:
+            return False
+        plain = [read.pop(0)] if op == "Where" else []
+        read = [*read[2:], *read[:2]] if op == "Concat" else read
+        operands = zip(read[0:-1:3], read[1::3], read[2::3], strict=False)
+        values = [self._float(node, *each, place) for place, each in enumerate(operands)]
+        return self._result(node, op, [*plain, *values])
+
+    def _packed(self, node: Node) -> bool:
+        """Levels of few bits, which lie packed along the rows of a transposed weight."""
+        data, packed, scales, zeros, order, bias = [*node.proto.input, *[""] * 6][:6]
+        held = self._held
+        if order or any(n and (n not in held or held[n].dtype.kind == "f") for n in (packed, zeros)):
+            return False
+        bits, rows, columns, block = (node.attribute(n, 4) for n in ("bits", "N", "K", "block_size"))
+        own, blocks = node.outputs[0], -(-columns // block)
+        codes = _unpacked(held[packed].reshape(rows, -1), bits)[:, :columns]
+        middles = np.full((rows, blocks), 1 << (bits - 1), np.uint8)
+        middles = _unpacked(held[zeros].reshape(rows, -1), bits)[:, :blocks] if zeros else middles
+        names = [f"{own}\x1f{part}" for part in ("codes", "scales", "zeros")]
+        arrays = (codes, held[scales].reshape(rows, blocks), middles)
+        self._constants |= {name: np.ascontiguousarray(a.T) for name, a in zip(names, arrays, strict=True)}
+        weight = self._add("DequantizeLinear", names, f"{own}\x1f1", f"{node.name} (input 1)", axis=0, block_size=block)
+        helper.set_metadata_props(self._nodes[-1], {BITS: str(bits)})
+        exact = self._add("MatMul", [data, weight], f"{own}\x1fexact" if bias else own, node.name)
+        if bias:
+            self._add("Add", [exact, bias], own, f"{node.name} (bias)")
+        return True
+
+
+def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 [rows, bytes] → [rows, bytes · 8 ÷ bits], the lowest bits first."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return ((packed[..., None] >> shifts) & ((1 << bits) - 1)).reshape(len(packed), -1)
