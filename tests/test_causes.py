@@ -275,6 +275,32 @@ def test_underflow_and_flushed_subnormals(net: Graph, size: float, cause: str) -
     assert explanation.cause.cause == cause
 
 
+@pytest.mark.parametrize("claim", ["fp16", "bf16"])
+@pytest.mark.parametrize("rounded", [True, False])
+def test_a_number_that_becomes_1_is_told_where_its_rest_is_asked_for(tmp_path: Path, rounded: bool, claim: str) -> None:
+    """−log(−log(x)); a 1 that stands beside an Inf of the backend's own has nothing to do with it."""
+    net, value = NetBuilder(), "x"
+    for op in ("Log", "Neg", "Log", "Neg"):
+        value = net.op(op, value)
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [4])}, [value]))
+    context = SegmentContext(Program("net", graph), Executor(graph, FP64), claim)
+    found = Segment(context, graph.nodes, value, {"x": torch.tensor([0.2, 0.9999, 0.3, 0.7])}, torch.zeros(4))
+    own = torch.where(torch.arange(4) == 0, torch.inf, found.exact)
+    cause = named(spoilt(found, found.claimed if rounded else own)).cause
+    assert cause is not None
+    assert cause.says.endswith(f": 0.9999 of x is 1 in {claim.upper()}") == rounded
+
+
+def test_an_overflow_beside_a_number_that_becomes_1_is_an_overflow(tmp_path: Path) -> None:
+    net = NetBuilder()
+    net.op("Exp", "x", name="y")
+    graph = Graph(net.save(tmp_path / "net.onnx", {"x": (1, [4])}, ["y"]))
+    found = segment(graph, "y", "fp16", x=torch.tensor([0.9999, 12.0, 0.3, 0.7]))
+    cause = named(spoilt(found, found.claimed)).cause
+    assert cause is not None
+    assert cause.cause == "fp16-overflow"
+
+
 class Layer(nn.Module):
     """Convolution and BatchNorm, folded by the export."""
 

@@ -285,9 +285,9 @@ def test_nan_or_inf_come_from_what_became_1(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("way", "layer", "says"),
     [
-        ("constant", "node_least", "the constant of node_least, 1e-12, is 0 in FP16"),
-        ("result", "node_p", "2.06e-09 and other numbers of the result are 0 in FP16"),
-        ("input", "node_y", "1e-08 and other numbers of the network's input x are 0 in FP16"),
+        ("constant", "node_least", "FP16 underflow: the constant of node_least, 1e-12, is 0 in FP16"),
+        ("result", "node_p", "FP16 underflow: 2.06e-09 and other numbers of the result are 0 in FP16"),
+        ("input", "node_y", "Inf appears here in 1 value where a number is right: 1e-08 of x is 0 in FP16"),
     ],
 )
 def test_one_number_that_becomes_0_is_told_where_somebody_divides_by_it(
@@ -309,7 +309,7 @@ def test_one_number_that_becomes_0_is_told_where_somebody_divides_by_it(
     np.savez(tmp_path / "x.npz", x=x)
     (test,) = bisect(str(path), "ort,emu-fp16", options=Options(inputs=tmp_path / "x.npz")).tests
     assert [row.name for row in test.guilty] == [layer]
-    assert test.findings[0].says == f"FP16 underflow: {says}"
+    assert test.findings[0].says == says
     assert followed(path, test.findings[0]).agrees
 
 

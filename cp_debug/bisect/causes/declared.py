@@ -12,6 +12,7 @@ import torch
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.bisect.candidate_run import CandidateRun
+from cp_debug.bisect.causes.nonfinite import rounded_off
 from cp_debug.bisect.causes.precision import PROMOTED
 from cp_debug.bisect.causes.search import Explanation
 from cp_debug.bisect.causes.segment import Segment
@@ -238,11 +239,8 @@ def flipped(run: CandidateRun, rows: Rows, flips: Sequence[Flip], trials: KeepTr
 
 def _vanished(segment: Segment, name: str) -> Iterator[str]:
     """``1e-12 is 0 in FP16``, where a result is not 0, 1 or −1, but is so as it is held: ε, or a probability."""
-    gone = (segment.test.abs() == segment.test.abs() ** 2) & (segment.exact != segment.test)
-    if bool(gone.any()):
-        exact, held = segment.exact[gone].flatten(), segment.test[gone].flatten()
-        most = int((exact - held).abs().argmax())
-        yield f"{in_digits(float(exact[most]))} is {in_digits(float(held[most]))} in {name}"
+    if pair := rounded_off(segment.exact, segment.test):
+        yield f"{in_digits(pair[0])} is {in_digits(pair[1])} in {name}"
 
 
 def kept(trials: KeepTrials, rows: Sequence[LayerRow]) -> tuple[str, dict[str, Any]]:

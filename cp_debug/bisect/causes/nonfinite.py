@@ -8,9 +8,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cp_debug.backends.arithmetic import ARITHMETICS, FP64
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment
-from cp_debug.safe_text import amount
+from cp_debug.safe_text import amount, in_digits
+
+
+@cause(approximate=True)
+def lost(segment: Segment) -> Iterator[Candidate]:
+    """Candidates: NaN or Inf that arise of a number that is 0, 1 or −1 in the declared precision, as in log(ε) and
+    1 ÷ (1 − p): in a constant, in what the layer reads, or in what the nodes in front of its last one make."""
+    name, oracle, constants = segment.context.claim.name, segment.context.oracle, segment.context.constants
+    stored = ARITHMETICS[name].value if name in ARITHMETICS else None
+    if not segment.strange or stored is None:
+        return
+    read = dict.fromkeys(each for node in segment.nodes for each in node.inputs)
+    values = {each: constants[each] if constants.holds(each) else segment.given.get(each) for each in read}
+    oracle.run_nodes(segment.nodes, segment.given, [segment.target], lambda each, value: values.update({each: value}))
+    for each in read:
+        exact = FP64.hold(values[each], "cpu")
+        if not isinstance(exact, Tensor) or exact.dtype != torch.float64:
+            continue
+        held = stored(exact.float()).double()
+        if not (pair := rounded_off(exact, held)):
+            continue
+        value = segment.run(oracle.arithmetic, values={each: torch.where(ends(held), held, exact)})
+        if not bool(value[segment.new_nonfinite].isfinite().all()):
+            maker = segment.graph.producer.get(each)
+            of = maker.name if maker is not None and maker.op != "Constant" else each
+            says = f"{_born(segment)}: {in_digits(pair[0])} of {of} is {in_digits(pair[1])} in {name.upper()}"
+            fix = "scale it, or keep {layers} in FP32"
+            yield Candidate("nonfinite", says, segment.claimed, 0, operands(segment), fix, heard=True, declared=True)
+
+
+def rounded_off(exact: Tensor, held: Tensor) -> tuple[float, float] | None:
+    """The number that is not 0, 1 or −1, but is so as it is held, and lost most of itself: exact and held.
+
+    Both tensors are float64 of one shape. None where there is none.
+    """
+    gone = ends(held) & (exact != held)
+    if not bool(gone.any()):
+        return None
+    exact, held = exact[gone], held[gone]
+    most = int(((exact - held) / exact).abs().argmax())
+    return float(exact[most]), float(held[most])
+
+
+def ends(values: Tensor) -> Tensor:
+    """Mask, bool, of the elements of a float tensor that are 0, 1 or −1."""
+    return (values.abs() == values.square()) & values.isfinite()
 
 
 @cause()
@@ -46,18 +92,14 @@ def made_of_numbers(segment: Segment) -> Iterator[Candidate]:
 def born_here(segment: Segment) -> Iterator[Candidate]:
     """Candidate of last resort: the place of the first NaN or Inf, and its operands."""
     if segment.strange:
-        count = int(segment.new_nonfinite.sum())
-        what, right = (_kinds(tensor[segment.new_nonfinite]) for tensor in (segment.test, segment.exact))
-        says = f"{what} appears here in {amount(count, 'value')} where {right} is right"
-        yield Candidate(
-            "nonfinite",
-            says,
-            segment.test,
-            count,
-            operands(segment),
-            "look at the operands in {layers}",
-            observed=True,
-        )
+        count, fix = int(segment.new_nonfinite.sum()), "look at the operands in {layers}"
+        yield Candidate("nonfinite", _born(segment), segment.test, count, operands(segment), fix, observed=True)
+
+
+def _born(segment: Segment) -> str:
+    places = segment.new_nonfinite
+    what, right = (_kinds(tensor[places]) for tensor in (segment.test, segment.exact))
+    return f"{what} appears here in {amount(int(places.sum()), 'value')} where {right} is right"
 
 
 def _kinds(values: Tensor) -> str:

@@ -116,30 +116,27 @@ def operand_overflow(segment: Segment) -> Iterator[Candidate]:
 
 @cause(approximate=True)
 def underflow(segment: Segment) -> Iterator[Candidate]:
-    """Candidates: numbers below FP16's normal ones lose bits or vanish, in the result, in weights or in inputs."""
+    """Candidates: numbers below FP16's normal ones lose bits or vanish, in the result or in the weights."""
     value = ARITHMETICS[segment.context.claim.name].value if segment.context.claim.name in ARITHMETICS else None
     if value is None or not segment.context.claim.name.startswith("fp16"):
         yield from _undeclared(segment)
         return
     weights = ((f"weights of {node.name}", weight) for node, _, weight in _constants(segment))
-    fed = {info.name for info in segment.graph.inputs}
-    inputs = ((f"network's input {name}", segment.input(name)) for name in segment.given if name in fed)
-    for tensor_name, exact in (*weights, *inputs, ("result", segment.exact)):
+    for tensor_name, exact in (*weights, ("result", segment.exact)):
         stored = value(exact.float()).double()
         lost = stored - exact
         finite = torch.isfinite(lost)
         loss = float(torch.linalg.vector_norm(lost[finite]) / (torch.linalg.vector_norm(exact[finite]) or 1.0))
         figures = half_figures(exact)
         small = figures["vanishes"] + figures["subnormal"]
-        # Where NaN or Inf arise, one 0 among what is read is enough; where they arise later, one in the result.
-        gone = zeros_differ(exact, stored) and segment.strange == (tensor_name != "result")
+        gone = tensor_name == "result" and zeros_differ(exact, stored)  # one is enough, where somebody divides by it
         if gone or (loss > RANGE * HALF.roundoff and small > 0.01):
             if exact.numel() == 1 and tensor_name != "result":
                 constant = tensor_name.replace("weights", "constant")
                 says = f"FP16 underflow: the {constant}, {float(exact):.3g}, is {float(stored):.3g} in FP16"
             elif gone and small <= 0.01:
                 least = float(exact[exact != 0].abs().min())
-                says = f"FP16 underflow: {least:.3g} and other numbers of the {tensor_name} are 0 in FP16"
+                says = f"FP16 underflow: {least:.3g} and other numbers of the result are 0 in FP16"
             else:
                 says = f"FP16 underflow: {small:.0%} of the {tensor_name} lie below the smallest normal FP16 number"
             evidence = {**figures, "of": tensor_name, "storage_loss": loss}
