@@ -195,6 +195,18 @@ def test_a_probability_that_vanishes_is_lost_beside_1(tmp_path: Path) -> None:
     assert storage_loss(small, small.half()) == 1
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_number_that_vanishes_in_fp16_is_lost_where_the_test_has_0(tmp_path: Path, kept: bool) -> None:
+    """The layer may have been computed in FP32 after all, as engines do."""
+    net = NetBuilder()
+    net.op("Log", net.op("Exp", "x", name="p"), name="y")
+    graph = saved(tmp_path, net, [1, 4], "y")
+    exact: Values = {"x": np.array([[-20, 1, 2, 3]], np.float32)}
+    Executor(graph, FP64).run(exact, lambda name, t: exact.update({name: np.asarray(t)}))
+    captured = exact["p"].astype(np.float32 if kept else np.float16)
+    assert (replays(graph, exact, exact | {"p": captured}, "fp16")["p"].range_loss == 1) != kept
+
+
 def test_a_weight_beyond_the_type_is_an_endless_loss(tmp_path: Path) -> None:
     """One of 1000 weights: beside the others its own size would not show, because Inf has none."""
     net = NetBuilder()

@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from cp_debug.backends.arithmetic import ARITHMETICS
+from cp_debug.backends.arithmetic import ARITHMETICS, FP64
 from cp_debug.backends.base import Tensor as AnyTensor
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels import KERNELS
@@ -51,23 +51,27 @@ class RangeLoss:
         nodes: Sequence[Node],
         given: Mapping[str, AnyTensor],
         target: str,
-        exact: Tensor,
+        sides: tuple[AnyTensor, Tensor],
         precision: Callable[[Node], Precision],
         load: Load,
     ) -> float:
-        """The relative error of storing ``exact``, the result ``target``, and each weight of ``nodes`` in the precision
-        of their nodes; infinite where a number overflows, 0 where nothing that is computed from the result notices.
+        """The relative error of storing the result ``target``, and each weight of ``nodes``, in the precision of their
+        nodes; infinite where a number overflows, 0 where nothing that is computed from the result notices.
 
-        ``given`` are the inputs of the segment, ``load`` gives captured values.
+        ``sides``: the result as it was captured, and as it should be, of one shape. ``given`` are the inputs of the
+        segment, ``load`` gives captured values.
         """
-        maker = self.graph.producer[target]
+        maker, (captured, exact) = self.graph.producer[target], sides
         stored, negligible = _stored(exact, precision(maker)), NEGLIGIBLE * precision(maker).roundoff
         loss = storage_loss(exact, stored, bounded=maker.op in BOUNDED)
         much = loss > RANGE * precision(maker).roundoff
-        # One element that becomes 0 is no loss of a norm, but somebody may divide by it.
-        if stored is not None and (much or stored.count_nonzero() != exact.count_nonzero()):
-            change = (target, exact, stored.to(exact.dtype))
-            loss = (loss if much else 1.0) if self.matters(load, change, negligible) else 0.0
+        if stored is not None and much:
+            loss = loss if self.matters(load, (target, exact, stored.to(exact.dtype)), negligible) else 0.0
+        elif stored is not None and stored.count_nonzero() != exact.count_nonzero():
+            # One element that is 0, as the test has it, too, is no loss of a norm, but somebody may divide by it.
+            gone = (stored == 0) & (FP64.hold(captured, exact.device) == 0)
+            if self.matters(load, (target, exact, torch.where(gone, 0.0, exact)), negligible):
+                loss = 1.0
         for node in nodes:
             if node.op in KERNELS and KERNELS[node.op].exact:
                 continue

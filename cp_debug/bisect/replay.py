@@ -344,7 +344,7 @@ class Replayer:
             right = exact[target] if settled is None else settled.to(exact[target].dtype)
             replay.instead = instead(captured[target], right, expected.results[target])
         replay.oracle_error = self._oracle_roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
-        replay.range_loss = self.range_loss(nodes, given, target, sides[1], lambda n: self.claim(1, [n]), reference)
+        replay.range_loss = self.range_loss(nodes, given, target, sides, lambda n: self.claim(1, [n]), reference)
         self._trace_back(replay, exact[target], reference(target), divergence)
         rounding = self.claim(0, nodes).roundoff * math.sqrt(max(self._reduction(n) for n in nodes))
         if self._alike and (replay.excess or 0.0) <= EXCESS:  # what a faithful test rounds, the reference rounds, too

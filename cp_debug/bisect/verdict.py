@@ -101,11 +101,8 @@ def judge(
     # A number beyond the range would show: where only rounding is seen, the test did not store it in that type.
     kept = math.isinf(replay.range_loss) and replay.introduced <= RANGE * precision.roundoff
     if replay.range_loss > RANGE * precision.roundoff and not kept:
-        lost = (
-            "some are beyond its largest"
-            if math.isinf(replay.range_loss)
-            else f"storing them loses {replay.range_loss:.2g}"
-        )
+        words = {math.inf: "some are beyond its largest", 1.0: "some become 0"}
+        lost = words.get(replay.range_loss) or f"storing them loses {replay.range_loss:.2g}"
         return Judgement(GUILTY, within, f"its numbers leave the range of {precision.name.upper()}: {lost}")
     if replay.reference_excess > EXCESS:
         if replay.nonfinite_in:
