@@ -255,7 +255,8 @@ def stored(path: Path, fault: str = "float") -> Path:
         levels = np.rint(weight / scales.reshape(-1, 1, 1, 1)).astype(np.int8)
         codes = np.rint(bias / (x_scale * scales)).astype(np.int32)
         of_bias = np.full(CHANNELS, x_scale / 20) if fault == "bias" else x_scale * scales
-        scales[7] *= fault != "dead"
+        scales[7] *= {"dead": 0, "turned": -1}.get(fault, 1)
+        levels = levels[::-1].copy() if fault == "others" else levels
         w = net.op(
             "DequantizeLinear", net.weight(levels), net.weight(scales.astype(np.float32)), axis=int(fault == "axis")
         )
@@ -271,6 +272,12 @@ def stored(path: Path, fault: str = "float") -> Path:
     [
         ("axis", "int8-axis", "the INT8 scales of its weights are read along axis 1; its codes are by axis 0"),
         ("dead", "int8-weights", "the INT8 scales of 3% of its weights are 0, not those that their codes were "),
+        ("turned", "int8-weights", "the INT8 scales of 3% of its weights are -1 times those that their codes were "),
+        (
+            "others",
+            "int8-weights",
+            "99% of its INT8 weights are off by more than a level: they were rounded from others",
+        ),
         ("bias", "int8-scale", "the scale of its INT32 bias is not that of its input times that of its weights, but "),
         (
             "range",

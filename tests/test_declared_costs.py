@@ -443,6 +443,9 @@ def test_nodes_to_keep_are_read_from_a_file(tmp_path: Path) -> None:
     assert "none.txt" in text
 
 
+SMOOTHED = " · or divide such channels of its input by a factor, and multiply what reads them by it (SmoothQuant)"
+
+
 def outlier(folder: Path) -> Path:
     """Three products without names; one column in front of the second is a hundred times the others."""
     net = NetBuilder()
@@ -468,7 +471,9 @@ def test_leaving_the_costliest_layer_unquantized_gives_what_the_line_says(tmp_pa
     (finding,) = quantized(path).findings
     assert finding.layers == ["costly"]
     after, before = finding.evidence["after"], finding.evidence["before"]
-    assert finding.fix == f"leave unquantized: --skip-layers costly: {after:.2g} ({before:.2g} before), emulated"
+    assert "; channel 0 of its input reaches " in finding.says
+    advice = f"leave unquantized: --skip-layers costly: {after:.2g} ({before:.2g} before), emulated"
+    assert finding.fix == f"{advice}{SMOOTHED}"
     assert after < 0.5 * before
     (row,) = quantized(path, skip_layers=["costly"]).outputs
     assert row.stats.rel_l2 == pytest.approx(after, rel=1e-3)
@@ -511,7 +516,7 @@ def test_what_cannot_be_tried_is_not_said_to_fail(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(KeepTrials, "_without", refused)
     (finding,) = quantized(outlier(tmp_path)).findings
-    assert finding.fix == "accept it, or leave it unquantized (not tried): --skip-layers costly"
+    assert finding.fix == f"accept it, or leave it unquantized (not tried): --skip-layers costly{SMOOTHED}"
     assert "after" not in finding.evidence
 
 

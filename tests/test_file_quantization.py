@@ -866,3 +866,31 @@ def test_a_chain_that_an_optimizer_fused_is_left_unquantized_by_all_of_its_nodes
     (finding,) = test.findings
     chain = "/0/Conv, /1/Relu, /2/Conv, /3/GlobalAveragePool, /5/Gemm"
     assert finding.fix.startswith(f"leave unquantized: {chain} (data, weights and result in FP32): ")
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("of", ["input", "weights", "result"])
+def test_one_channel_that_takes_the_levels_of_all_is_told(tmp_path: Path, of: str) -> None:
+    files, rng = [], np.random.default_rng(0)
+    large = np.where(np.arange(32) == 5, np.float32(16), np.float32(1))
+    weight = rng.standard_normal((32, 32), np.float32) / 6 * (large if of == "weights" else 1)
+    x = rng.standard_normal((64, 32), np.float32) * (large if of == "input" else 1)
+    for quantized in (False, True):
+        net = NetBuilder()
+
+        def pair(value: str, most: float, wanted: bool, net: NetBuilder = net, quantized: bool = quantized) -> str:
+            grid = net.weight(np.float32(most / 127)), net.weight(np.int8(0))
+            made = net.op("QuantizeLinear", value, *grid) if wanted and quantized else ""
+            return net.op("DequantizeLinear", made, *grid) if made else value
+
+        data = pair("x", np.abs(x).max(), of == "input")
+        made = net.op("MatMul", data, pair(net.weight(weight), np.abs(weight).max(), of == "weights"), name="made")
+        if of == "result":
+            made = net.op("Mul", made, net.weight(large), name="large")
+        net.op("Abs", pair(made, 60.0, of == "result"), name="y")
+        files.append(net.save(tmp_path / f"{quantized}.onnx", {"x": (1, [64, 32])}, ["y"], opset=17))
+    np.savez(tmp_path / "x.npz", x=x)
+    (test,) = bisect(str(files[0]), "ort,ort", test_model=files[1], options=Options(inputs=tmp_path / "x.npz")).tests
+    told = [f for f in test.findings if f"; channel 5 of its {of.replace('result', 'input')} reaches " in f.says]
+    assert told, [finding.says for finding in test.findings]
+    assert ("per channel" in told[0].fix) == (of == "weights")

@@ -35,7 +35,7 @@ class Repair:
     """A weight that its codes make when one thing is read otherwise."""
 
     kind: str
-    """``scales``, ``axis``, ``zero-points``, ``groups`` or ``order``."""
+    """``scales``, ``axis``, ``zero-points``, ``groups``, ``order``, or ``codes``: they are of another weight."""
     value: Tensor
     """float64, in the shape of the weight."""
     evidence: dict[str, Any] = field(default_factory=dict)
@@ -75,9 +75,9 @@ class StoredCodes:
         shape = [count if d == self.axis else size for d, size in enumerate(x.shape)]
         return x.new_zeros(shape).index_add(self.axis, self.groups, x).index_select(self.axis, self.groups)
 
-    def repair(self, weight: Tensor) -> Repair | None:
+    def repair(self, weight: Tensor, *, codes: bool = False) -> Repair | None:
         """The reading that brings the codes nearest to ``weight``, float64 in their shape; None where the stored one is
-        about as near as any."""
+        about as near as any. ``codes``: where no reading helps, the codes themselves may be those of another weight."""
         if weight.shape != self.codes.shape:
             return None
         now, least = float((weight - self.scale * self.codes).norm()), 1e-3 * float(weight.norm())
@@ -86,7 +86,13 @@ class StoredCodes:
             distance = float((weight - tried.value).norm())
             if distance < then:
                 best, then = tried, distance
-        return best if now > BETTER * then and now - then > least else None
+        if now > BETTER * then and now - then > least:
+            return best
+        # Rounding, also one that makes up for what others lost, moves few of the codes by more than a level.
+        steps = torch.where(self.scale != 0, weight / torch.where(self.scale != 0, self.scale, 1.0), self.codes)
+        ends = self.codes.abs() < self.codes.abs().max()
+        share = float((((steps - self.codes).abs() > 1) & ends).double().mean())
+        return Repair("codes", weight, {"share": share}) if codes and share > OFF and now > least else None
 
     def _readings(self, weight: Tensor) -> Iterator[Repair]:
         scale = self.refitted(weight)

@@ -59,11 +59,13 @@ def int8(
     unquantized: Callable[[Sequence[LayerRow]], str],
     trials: KeepTrials | None = None,
     costliest: Costliest = lambda rows: {},
+    outliers: Callable[[Key, LayerRow], tuple[str, str]] = lambda key, row: ("", ""),
 ) -> Iterator[Finding]:
     """A finding about the layer whose correct rounding to levels costs most.
 
     ``kind``: the precision of the levels, as ``CandidateRun.kind`` names it. ``unquantized``: the flag
-    that leaves layers out of it. ``costliest``: see ``Effects.costliest``.
+    that leaves layers out of it. ``costliest``: see ``Effects.costliest``. ``outliers``: why
+    a layer costs much, and what helps.
     """
     # What one layer rounds whose quantizers lie in others counts as well.
     sound = [(k, r) for k, r in rows.items() if r.verdict != GUILTY and r.replay and r.replay.introduced]
@@ -73,17 +75,17 @@ def int8(
     ranked = [(key, row) for key, row in sound if key in alone or _size(row) >= NOTICED]
     if not ranked:
         return
-    row = ranked[0][1]
+    row, (why, helps) = ranked[0][1], outliers(*ranked[0])
     most = f"; of {len(sound)} correct layers, this one costs most" * (len(sound) > 1) + _off(alone)
     fix, figures = f"accept it, or leave it unquantized (not tried): {unquantized([row])}", dict[str, Any]()
     if wrong:
-        fix = ""
+        fix = helps = ""
     elif trials is not None:
         with suppress(InputError):
             fix, figures = _left_out(trials, dict(ranked), unquantized)
     yield Finding(
         "int8",
-        f"{kind.upper()} as declared{most}",
+        f"{kind.upper()} as declared{most}{why}",
         [row.name],
         [row.op],
         evidence={
@@ -92,7 +94,7 @@ def int8(
             **figures,
         },
         effect=Effect(row.share),
-        fix=fix,
+        fix=" · or ".join(filter(None, (fix, helps))),
     )
 
 

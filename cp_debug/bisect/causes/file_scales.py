@@ -43,6 +43,8 @@ _FIX = {
     "axis": "give the DequantizeLinear of the weights of {layers} the axis that they were quantized along",
     "zero-points": "store the zero points of {layers} as their format has them: GPTQ's first format stores them minus "
     "1, gptq_v2 and AWQ as they are",
+    "zero-point": "store the zero points with which the weights of {layers} were rounded",
+    "codes": "quantize the weights of {layers} again, from the parameters that the reference has",
     "groups": "keep g_idx of {layers}, which says the group of each input (desc_act), or quantize without it",
     "order": "unpack the words of {layers} in the order of their format: AWQ's is 0, 2, 4, 6, 1, 3, 5, 7, GPTQ's is "
     "plain, and MatMulNBits has the first of two in the low four bits",
@@ -116,7 +118,7 @@ def _of_codes(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:
     """Weights: the value that holds them, and what is wrong, with what it would be."""
     for weight, twin in _products(piece):
         stored = stored_codes(piece.other.graph, twin)
-        if stored is not None and (repair := stored.repair(weight)) is not None:
+        if stored is not None and (repair := stored.repair(weight, codes=True)) is not None:
             yield stored.dequantizer.outputs[0], _of_weight(stored, repair)
 
 
@@ -254,12 +256,18 @@ def _of_weight(stored: StoredCodes, repair: Repair) -> Candidate:
         )
     elif repair.kind == "zero-points":
         says = _zero_points(figures)
+    elif repair.kind == "codes":
+        says = (
+            f"{figures['share']:.0%} of its {family.upper()} weights are off by more than a level: they were rounded "
+        )
+        says += "from others than the reference's"
     elif repair.kind == "groups":
         says = f"{figures['moved']} of {figures['of']} inputs are not in the groups of their {family.upper()} codes"
     else:
         says = f"its {family.upper()} {figures['what']} are in another order within words of eight along axis "
         says += f"{figures['axis']}: {figures['order']}"
-    return Candidate(name, says, repair.value, 0, {"of": "weights", **evidence}, _FIX[repair.kind])
+    fix = "zero-point" if repair.kind == "zero-points" and stored.groups is None else repair.kind
+    return Candidate(name, says, repair.value, 0, {"of": "weights", **evidence}, _FIX[fix])
 
 
 def _zero_points(evidence: Mapping[str, Any]) -> str:
@@ -270,7 +278,7 @@ def _zero_points(evidence: Mapping[str, Any]) -> str:
 
 
 def _scales(stored: StoredCodes, fitted: Tensor, family: str) -> tuple[str, dict[str, Any]]:
-    ratios = (stored.scale / fitted).abs()
+    ratios = stored.scale / fitted
     told = stored.codes != 0
     wrong = ((ratios - 1).abs() > OFF) & told
     if not bool(wrong.any()):  # all of them are off by little
@@ -279,7 +287,8 @@ def _scales(stored: StoredCodes, fitted: Tensor, family: str) -> tuple[str, dict
     low, high = (
         float(q) for q in torch.quantile(ratios[wrong].flatten()[: 1 << 20], torch.tensor([0.05, 0.95]).double())
     )
-    times = "0, not" if not high else f"{low:.3g} times" if high < low * (1 + OFF) else f"{low:.3g} to {high:.3g} times"
+    one = high - low <= OFF * abs(low)
+    times = "0, not" if not high and not low else f"{low:.3g} times" if one else f"{low:.3g} to {high:.3g} times"
     says = (
         f"the {family.upper()} scales of {share:.0%} of its weights are {times} those that their codes were computed "
         "with"

@@ -22,6 +22,7 @@ from cp_debug.bisect.causes.graphs import GraphReader
 from cp_debug.bisect.causes.narrow import departure
 from cp_debug.bisect.causes.narrow_costs import costs
 from cp_debug.bisect.causes.precision import PROMOTED
+from cp_debug.bisect.causes.quantized import outliers
 from cp_debug.bisect.causes.ranges import BEYOND_FP16
 from cp_debug.bisect.causes.search import ENOUGH, Explanation, accepted, explain
 from cp_debug.bisect.causes.segment import Segment, SegmentContext
@@ -167,7 +168,8 @@ class Explainer:
                 kind = self.run.kind(next(iter(rows)).component)
                 costliest = self.effects.costliest
                 if levels:
-                    costly += declared.int8(rows, kind, self._left_out, self._of_unquantized, costliest)
+                    why = lambda key, row: outliers(self.segment(key, row))  # noqa: E731
+                    costly += declared.int8(rows, kind, self._left_out, self._of_unquantized, costliest, why)
                 if self.adds_up and not findings and not costly and differs:
                     known = declared.flipped(self.run, rows, self.flips, self._of_kept)
                     of = self.run, rows, self.segment, self._explanation, self._of_kept, costliest

@@ -15,7 +15,7 @@ from torch import Tensor
 from cp_debug.backends.kernels.paired_sums import INTEGER_PRODUCTS, PAIRED, with_paired_sums
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment, as_double, l2
-from cp_debug.bisect.quantized_segment import QuantizerGrid, balanced
+from cp_debug.bisect.quantized_segment import Levels, QuantizerGrid, balanced
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import PRODUCTS, QUANTIZERS
@@ -83,12 +83,12 @@ def _grid(values: Tensor) -> tuple[float, int, int] | None:
 
 
 def _uneven(segment: Segment) -> bool:
-    """Whether the channels' largest magnitudes differ more than eightfold (the dead ones left out)."""
+    """Whether the channels' largest magnitudes differ by much (the dead ones left out)."""
     if segment.exact.dim() < 2:
         return False
     largest = segment.exact.abs().amax([d for d in range(segment.exact.dim()) if d != segment.axis])
     largest = largest[largest > 0]
-    return len(largest) > 1 and float(largest.max()) > 8 * float(largest.median())
+    return len(largest) > 1 and float(largest.max()) > UNEVEN * float(largest.median())
 
 
 @cause(by_node=True, approximate=True)
@@ -139,6 +139,9 @@ _MANY = 0.5
 """Share of the numbers that a scale makes 0 from which it is too coarse for them, whatever the largest needs."""
 MAIN = 0.5
 """Share of a layer's error that one of its parts makes, or is left without it, above which it is the main cause."""
+UNEVEN = 8.0
+"""Factor between the largest channel and the middle one from which they are uneven, and by which a scale for each must
+make an error smaller to be the reason of it."""
 _RESULT = -1
 """Place of a node's result beside those of its inputs."""
 _APART = "keep what is that large, as a mask may be, out of what is quantized, or leave it unquantized: {unquantized}"
@@ -222,6 +225,49 @@ def _data(segment: Segment, node: Node) -> dict[int, tuple[Tensor, QuantizerGrid
         if x.is_floating_point() and grid.fits(x.shape):
             found[place] = as_double(x), grid
     return found
+
+
+def outliers(segment: Segment) -> tuple[str, str]:
+    """Which channels take the levels of the one scale that serves all, and what helps, both in words; empty where a
+    scale for each channel would not make the layer's error much smaller."""
+    quantized, product = segment.context.quantized, segment.product
+    node = product or next((n for n in segment.nodes if _data(segment, n)), None)
+    if quantized is None:
+        return "", ""
+    parts = []
+    for place, (x, grid) in (_data(segment, node) if node is not None else {}).items():
+        summed = None if product is None else 1 if product.op.startswith("Conv") else x.dim() - 1 - place
+        parts.append((place, x, grid, "its input", segment.axis if summed is None else summed))
+    weight = None if product is None else segment.weight(product, 1)
+    if (
+        product is not None
+        and weight is not None
+        and (of_weight := quantized.grid(product, 1, stored=True)) is not None
+    ):
+        parts.append((1, weight, of_weight, "its weights", weight_axis(product, weight.dim())))
+    if (of_result := quantized.result_grid(segment.target)) is not None:
+        parts.append((_RESULT, segment.exact, of_result, "its result", segment.axis))
+    best = 0.0, "", ""
+    for place, x, grid, what, axis in parts:
+        if grid.scale.numel() > 1 or grid.codec is not None or x.dim() < 2 or not 0 <= axis < x.dim():
+            continue
+        sizes = x.abs().movedim(axis, 0).flatten(1).amax(1)
+        usual = float(sizes[sizes > 0].median()) if bool(sizes.any()) else 0.0
+        if not usual or float(sizes.max()) < UNEVEN * usual:
+            continue
+        values = grid.quantized(x), Levels(symmetric=True, channels=True).applied(x, axis)
+        if place != _RESULT and node is not None:
+            now, then = (_error(segment, node, {place: value}) for value in values)
+        else:
+            now, then = (balanced(value - x, x, axis) for value in values)
+        if now < MAIN * relative_l2(segment.test, segment.exact) or now <= max(best[0], UNEVEN * then):
+            continue
+        says = f"; channel {int(sizes.argmax())} of {what} reaches {float(sizes.max()) / usual:.3g} times what the "
+        says += "middle one does, and one scale serves all: "
+        says += f"with one for each, the error would be {then:.2g} instead of {now:.2g}"
+        helps = f"divide such channels of {what} by a factor, and multiply what reads them by it (SmoothQuant)"
+        best = now, says, "quantize its weights per channel" if what == "its weights" else helps
+    return best[1:]
 
 
 def _of_data(
