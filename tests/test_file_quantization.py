@@ -169,6 +169,11 @@ def _other(model: onnx.ModelProto, op: str, place: int, make: Callable[[np.ndarr
     model.graph.initializer.append(numpy_helper.from_array(np.asarray(make(held), held.dtype), node.input[place]))
 
 
+def _without_zero_points(model: onnx.ModelProto) -> None:
+    node = [n for n in model.graph.node if n.op_type == "ConvInteger"][-1]
+    del node.input[3:]
+
+
 @pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("kind", "fault", "cause", "says"),
@@ -199,6 +204,7 @@ def _other(model: onnx.ModelProto, op: str, place: int, make: Callable[[np.ndarr
             "int8-weights",
             "its zero points",
         ),
+        ("dynamic", _without_zero_points, "int8-weights", "its zero points are "),
     ],
 )
 def test_what_an_operator_of_levels_is_told_wrongly_is_named(tmp_path: Path, kind, fault, cause, says) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from onnx import TensorProto
 from torch import Tensor
 
 from cp_debug.graph.constants import Constants
@@ -26,6 +27,8 @@ BETTER = 1.6
 at most."""
 OFF = 0.05
 """Relative difference from which a scale counts as another one; a block of 16 codes tells its scale to 2 %."""
+SHIFTED = (TensorProto.UINT8, TensorProto.INT8, TensorProto.UINT4, TensorProto.INT4)
+"""ONNX data types of codes that have zero points, which a file may have lost."""
 WORD = 8
 """Codes of 4 bits in a word."""
 
@@ -101,17 +104,16 @@ class StoredCodes:
             for axis in (d for d in self.axes if self.codes.shape[d] == self.codes.shape[self.axis]):
                 turned = self.scale.transpose(axis, self.axis)
                 yield Repair("axis", turned * self.codes, {"axis": self.axis, "right": axis})
+        if (self.zero is not None or self.kind in SHIFTED) and (shifted := self._shifted(weight)) is not None:
+            yield shifted
         if self.zero is None:
             return
-        if (shifted := self._shifted(weight)) is not None:
-            yield shifted
         if self.groups is not None and self.codes.dim() == 2:
             yield from self._regrouped(weight)
             yield from self._reordered(weight)
 
     def _shifted(self, weight: Tensor) -> Repair | None:
         """Other zero points, whole numbers, the scales as stored."""
-        assert self.zero is not None
         steps = torch.where(self.scale != 0, weight / torch.where(self.scale != 0, self.scale, 1.0), self.codes)
         by = (self._sums(self.codes - steps) / self._sums(torch.ones_like(steps))).round()
         if not bool((by != 0).any()):

@@ -72,7 +72,20 @@ class _Speller:
 
     def _scaled(self, node: Node) -> ScaledProduct | None:
         found = scaled_product(self._graph, node)
-        return found if found is not None and all(each.op in ("Cast", "Mul") for each in found.nodes) else None
+        if found is None or not all(each.op in ("Cast", "Mul") for each in found.nodes):
+            return None
+        readers = self._graph.consumers.get(found.nodes[-1].outputs[0], [])
+        bias = (
+            node.op == "ConvInteger" and len(readers) == 1 and readers[0].op == "Add" and self._bias(found, readers[0])
+        )
+        return found._replace(nodes=(*found.nodes, readers[0])) if bias else found
+
+    def _bias(self, product: ScaledProduct, total: Node) -> str:
+        """The constant of one axis that an Add puts to an integer convolution; empty without one."""
+        (other,) = [name for name in total.proto.input if name != product.nodes[-1].outputs[0]] or [""]
+        maker = self._graph.producer.get(other)
+        name = maker.proto.input[0] if maker is not None and maker.op == "Reshape" else other
+        return name if name in self._held and self._held[name].ndim == 1 else ""
 
     def _float(self, node: Node, levels: str, scale: str, zero: str, place: int, **attributes: object) -> str:
         """The float behind levels that a node reads."""
@@ -85,8 +98,7 @@ class _Speller:
         """Add what a node means; False for one that is left as it is."""
         inputs, op = [*node.proto.input, *[""] * 9], node.op.removeprefix("com.microsoft.")
         if (found := self._scaled(node)) is not None:
-            result = found.nodes[-1].outputs[0]
-            return self._product(node, op.removesuffix("Integer"), inputs[:2], found.scales, inputs[2:4], result=result)
+            return self._product(node, op.removesuffix("Integer"), inputs[:2], found.scales, inputs[2:4], behind=found)
         if op in BIAS_PLACE or op == "QLinearMatMul":
             own = "Gemm" if op == "QGemm" else op.removeprefix("QLinear")
             return self._product(node, own, inputs[0:4:3], inputs[1:5:3], inputs[2:6:3], inputs[BIAS_PLACE.get(op, -1)])
@@ -115,9 +127,9 @@ class _Speller:
         scales: Sequence[str],
         zeros: Sequence[str],
         bias: str = "",
-        result: str = "",
+        behind: ScaledProduct | None = None,
     ) -> bool:
-        held = self._held
+        held, result = self._held, "" if behind is None else behind.nodes[-1].outputs[0]
         if bias and not all(name in held for name in (*scales, bias)):
             return False
         data, weight = levels
@@ -128,6 +140,8 @@ class _Speller:
             scale = f"{node.outputs[0]}{DERIVED}"
             self._constants[scale] = (held[scales[0]] * held[scales[1]]).astype(np.float32)
             parts.append(self._float(node, bias, scale, "", 2, axis=0))
+        if behind is not None and behind.nodes[-1].op == "Add":
+            parts.append(self._bias(behind._replace(nodes=behind.nodes[:-1]), behind.nodes[-1]))
         return self._result(node, op, parts, result)
 
     def _of_levels(self, node: Node, op: str) -> bool:
