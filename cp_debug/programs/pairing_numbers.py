@@ -2,14 +2,16 @@
 
 The test's graph is executed node by node, but every value that is paired already is read as the *reference* has it.
 A value at fault has no equal, nor has what follows from it. It is paired with what the reference has in its place (the
-same operator on the same inputs, the same weights) when that is verified: given the reference's tensor for it, its
-readers give what the reference's readers give. Then all that lies behind is computed anew, and equals again.
+same operator on the same inputs, the same weights, else what has its shape and comes from the same values) when that is
+verified: given the reference's tensor for it, the test computes what the reference computes from it. Then all that lies
+behind is computed anew, and equals again.
 Intermediate results that only one side has (a convolution before its BatchNorm, which the other has folded) equal
 nothing and verify nothing; they stay unpaired.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,9 +27,9 @@ from cp_debug.doing import doing
 from cp_debug.errors import InputError
 from cp_debug.graph import onnx_runtime
 from cp_debug.graph.constants import Constants
-from cp_debug.graph.graph import Graph, Node, data_values
+from cp_debug.graph.graph import Graph, Node, data_values, readers
 from cp_debug.graph.onnx_runtime import to_numpy, to_ort
-from cp_debug.graph.operators import PRODUCTS
+from cp_debug.graph.operators import MOVERS, PRODUCTS
 from cp_debug.graph.qdq import weight_axis
 from cp_debug.probes.fingerprint import Fingerprint, fingerprint
 from cp_debug.programs.align import TOLERANCE
@@ -44,6 +46,12 @@ SCALED = 0.8
 """Cosine of a channel's weights above which they are the same ones times a factor, or nearly."""
 AHEAD = 4
 """Number of nodes in a row that another operator, or several, may stand for."""
+FAR = 16
+"""Number of nodes within which a reference's tensor in the place of a test's must lead to another of the reference."""
+MOST = 8
+"""Number of values that are tried in a place for their shape alone."""
+TRIES = 512
+"""Number of such values in a whole graph: each costs up to ``FAR`` nodes."""
 
 
 class NumericPairing:
@@ -81,6 +89,9 @@ class NumericPairing:
         self._executor = Executor(test)
         self._values: dict[str, Any] = {}
         self._given_up: set[str] = set()
+        self._guesses: dict[str, str] = {}
+        """Values that nothing verifies alone → those of the reference that their operators or weights speak for."""
+        self._left = TRIES
         self._loose = QUANTIZED if test.precision == "int8" and reference.precision != "int8" else 0.0
 
     def run(self) -> dict[str, tuple[str, str]]:
@@ -177,82 +188,123 @@ class NumericPairing:
 
     def _resolve(self, value: str) -> str | None:
         """Pair a value that equals nothing, or one soon behind it, with the reference's value in its place."""
-        node = self._test.producer[value]
-        tiers = self._candidates(node)
-        behind = self._behind(self._test, value)
-        for twins in tiers:
-            for name in twins:
-                for own in behind:
-                    if self._fits(own, name) and self._verified(own, name):
-                        self._pair(own, name, "structure")
-                        return own
-        if value in self._lost():  # nothing verifies it, and nothing behind it equals anything: a guess
-            for name in (*tiers[0], *tiers[1]):
-                if self._fits(value, name):
-                    self._pair(value, name, "structure")
-                    return value
+        alike = self._candidates(value)
+        behind = self._behind(value)
+        guesses = {own: name for own, name in self._guesses.items() if self._fits(own, name)}
+        for candidates in (lambda: alike, lambda: self._elsewhere(value)):
+            for name, own in itertools.product(candidates(), behind):
+                if not self._fits(own, name):
+                    continue
+                if used := self._verified(own, name, {}) or (guesses and self._verified(own, name, guesses)):
+                    guesses[own] = name
+                    for one in used:
+                        self._pair(one, guesses[one], "structure")
+                    return min(used, key=self._place)
+        if fitting := [name for name in alike if self._fits(value, name)]:
+            if value not in self._lost():
+                self._guesses[value] = fitting[0]
+            else:  # nothing verifies it, and nothing behind it equals anything: a guess
+                self._pair(value, fitting[0], "structure")
+                return value
         return None
 
-    def _behind(self, graph: Graph, value: str) -> list[str]:
-        """A value, and those that are computed from it alone: a fused operator may stand for any beginning of them."""
+    def _place(self, value: str) -> int:
+        return self._test.producer[value].index
+
+    def _elsewhere(self, value: str) -> list[str]:
+        """The reference's values of a value's shape that follow from what it follows from, whatever computes them."""
+        if value not in self.shapes or self._left <= 0 or self._loose:
+            return []
+        source = self._sources(self._test, value)
+        shaped = [v for v in self._by_shape.get(self.shapes[value], []) if v not in self._claimed]
+        near = [v for v in shaped if source & self._sources(self._reference, v)]
+        self._left -= len(near[:MOST])
+        return self._by_likeness(value, near)[:MOST]
+
+    def _behind(self, value: str) -> list[str]:
+        """A value, and those computed from it alone: a fused operator of the reference may stand for any of them."""
         chain = [value]
         while len(chain) < AHEAD:
-            readers = [n for n in graph.consumers.get(chain[-1], []) if n.outputs]
-            if len(readers) != 1 or len(self._data_inputs(graph, readers[0])) > 1:
+            readers = [n for n in self._test.consumers.get(chain[-1], []) if n.outputs]
+            if len(readers) != 1 or len(self._data_inputs(self._test, readers[0])) > 1:
                 break
-            if graph is self._test and readers[0].outputs[0] in self.pairs:
+            if readers[0].outputs[0] in self.pairs:
                 break
             chain.append(readers[0].outputs[0])
         return chain
 
-    def _verified(self, own: str, name: str) -> bool:
-        """Whether the reference's tensor, fed to a reader of the test's value, gives a reference reader's result."""
-        instead = {own: self._load(name)}
-        expected = [o for n in self._reference.consumers.get(name, []) for o in n.outputs if o in self._prints]
-        for reader in self._test.consumers.get(own, []):
-            for result in self._compute(reader, reader.outputs, instead).values():
+    def _verified(self, own: str, name: str, guessed: Mapping[str, str]) -> list[str]:
+        """Values of the test for which the reference's tensors make it compute something else of the reference.
+
+        They are ``own``, which gets ``name``, and those of ``guessed`` that are read with what follows from it; none
+        where nothing matches. What only moves numbers gives as much of any tensor, so what comes of it is asked.
+        """
+        given = {own: self._load(name)}
+        used = [own]
+        strict = not self._loose  # what is rounded otherwise looks like much that is further behind
+        follows = {o for node, _ in readers(self._reference, name, lambda *_: strict) for o in node.outputs}
+        later = self._test.nodes[self._test.producer[own].index + 1 :] if strict else self._test.consumers.get(own, [])
+        for reader in itertools.islice((n for n in later if not given.keys().isdisjoint(n.inputs)), FAR):
+            others = [n for n in reader.inputs if n in guessed and n not in given]
+            used += others
+            given |= {n: self._load(guessed[n]) for n in others}
+            for out, result in self._compute(reader, reader.outputs, given).items():
                 if not _has_numbers(result):
                     continue
                 print_, limit = fingerprint(result), max(_tolerance(result), self._loose)
-                if print_.norm and any(self._prints[o].distance(print_) <= limit for o in expected):
-                    return True
-        return False
+                paired, moved = self.pairs.get(out, ("",))[0], reader.op in MOVERS
+                if not moved and any(
+                    print_.distance(fingerprint(given[n])) <= limit for n in reader.inputs if n in given
+                ):
+                    continue  # Relu behind Relu: the value behind may be the one
+                like = [paired] if paired else [] if moved else self._by_shape.get(print_.shape, [])
+                if print_.norm and any(v in follows and self._prints[v].distance(print_) <= limit for v in like):
+                    before = self._compute(reader, [out]).get(out)
+                    if before is None or fingerprint(before).distance(print_) > limit:
+                        return used
+                if not paired:
+                    given[out] = result
+        return []
 
     def _lost(self) -> set[str]:
         """Unpaired values of the test on which its unpaired outputs depend by unpaired values alone."""
         ends = [v.name for v in self._test.outputs if v.name not in self.pairs]
         return {name for end in ends for name in (end, *self._upstream(self._test, end)[1])}
 
-    def _candidates(self, node: Node) -> list[list[str]]:
-        """The reference's values that may be this node's: each list is asked where the one before has none."""
-        inputs = [self.pairs[n][0] if n in self.pairs else None for n in self._data_inputs(self._test, node)]
+    def _candidates(self, value: str) -> list[str]:
+        """The reference's values that may be this one: its operator on the same inputs, then with the same weights."""
+        node = self._test.producer[value]
+        inputs = {self.pairs[n][0] if n in self.pairs else None for n in self._data_inputs(self._test, node)}
         near = [n for name in inputs if name for n in self._reference.consumers.get(name, [])]
-        same = [n for n in near if set(self._data_inputs(self._reference, n)) == set(inputs)]
+        same = [n for n in near if set(self._data_inputs(self._reference, n)) == inputs]
         keys = [k for n in node.inputs if n in self._theirs for k in (n, self._theirs.digest(n))]
-        anchored = [n for key in keys for n in self._by_weight.get(key, []) if n.op == node.op]
-        ahead = [v for first in same if first.outputs for v in self._behind(self._reference, first.outputs[0])]
-        fused = [self._reference.producer[value] for value in ahead]
-        tiers = [[n for n in same if n.op == node.op], anchored, fused]
-        return [self._by_likeness(node, nodes) for nodes in tiers]
+        anchored = [n for key in keys for n in self._by_weight.get(key, [])]
+        tiers = [[o for n in nodes if n.op == node.op for o in n.outputs] for nodes in (same, anchored)]
+        return [name for names in tiers for name in self._by_likeness(value, names)]
 
-    def _by_likeness(self, node: Node, twins: Sequence[Node]) -> list[str]:
-        """The unclaimed values of some nodes, the likeliest first.
+    def _by_likeness(self, value: str, names: Sequence[str]) -> list[str]:
+        """Those of some values that are unclaimed, the likeliest first.
 
-        By weights of one shape, name, equal constants, weights that differ by a factor a channel, contents, place.
+        By weights of one shape, name, place in the node, equal weights, weights that differ by a factor a channel,
+        equal constants, contents, place.
         """
-        value = self._values.get(node.outputs[0])
-        own_print = fingerprint(value) if value is not None and _has_numbers(value) else None
-        weights = set(self._theirs.of(node))
+        node, held = self._test.producer[value], self._values.get(value)
+        own_print = fingerprint(held) if held is not None and _has_numbers(held) else None
+        weights, constants = set(self._theirs.of(node)), self._digests(self._theirs, node)
 
-        def key(twin: Node) -> tuple[bool, bool, int, bool, float, int]:
-            name = twin.outputs[0]
+        def key(name: str) -> tuple[bool, bool, bool, int, bool, bool, float, int]:
+            twin = self._reference.producer[name]
             near = self._prints[name].distance(own_print) if own_print and name in self._prints else math.inf
             equal = len(weights & set(self._ours.of(twin)))
             reshaped, unlike = self._unlike(node, twin)
-            return reshaped, name != node.outputs[0], -equal, unlike, near, twin.index
+            same = twin.outputs.index(name) == node.outputs.index(value)
+            other = constants != self._digests(self._ours, twin)
+            return reshaped, name != value, not same, -equal, unlike, other, near, self._order[name]
 
-        free = {n.index: n for n in twins if n.outputs and n.outputs[0] in self._data - self._claimed}
-        return [n.outputs[0] for n in sorted(free.values(), key=key)]
+        return sorted({name for name in names if name in self._data - self._claimed}, key=key)
+
+    def _digests(self, constants: Constants, node: Node) -> list[str]:
+        return [constants.digest(name) for name in node.inputs if name in constants]
 
     def _unlike(self, node: Node, twin: Node) -> tuple[bool, bool]:
         """Whether the weights of two products differ in shape, and by more than a factor for each output channel.
