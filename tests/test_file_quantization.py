@@ -229,6 +229,21 @@ def test_operators_of_levels_spelled_out_compute_the_same(tmp_path: Path, kind: 
     assert torch.allclose(ours, theirs, rtol=0, atol=0.02 * float(ours.abs().max())), "one level at most"
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_of_levels_is_known_in_front_of_what_is_added_to_it(tmp_path: Path, bias: bool) -> None:
+    """With a bias it is one layer, unless the parent has it apart."""
+    made = NetBuilder(4)
+    weight, added = (made.weight(made.rng.standard_normal(size).astype(np.float32)) for size in ((3, 2, 1, 1), 3))
+    conv = made.op("Conv", "x", weight, name="conv")
+    made.op("Add", conv, made.op("Reshape", added, made.weight(np.array([1, 3, 1, 1]))) if bias else added, name="y")
+    plain = made.save(tmp_path / "plain.onnx", {"x": (1, [1, 2, 4, 3])}, ["y"])
+    quantize_dynamic(plain, tmp_path / "file.onnx", weight_type=QuantType.QUInt8)
+    graph = Graph(tmp_path / "file.onnx")
+    assert spelled_out(graph).producer["y"].op == ("Conv" if bias else "Add")
+    file = FileQuantization(Graph(plain), graph, {"x": "x", conv: conv, "y": "y"})
+    assert file.touches([Graph(plain).producer[conv]])
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("shifted", [False, True])
 def test_packed_levels_spelled_out_are_the_same_weight(tmp_path: Path, bits: int, shifted: bool) -> None:

@@ -38,11 +38,12 @@ from cp_debug.bisect.quantized_segment import (
     stored_bias,
 )
 from cp_debug.errors import InputError
-from cp_debug.graph.graph import Graph, Node, readers
+from cp_debug.graph.graph import QUANTIZING, Graph, Node, readers
 from cp_debug.graph.integer_values import constant_type, is_constant, level_kind, produced_grid
 from cp_debug.graph.narrow_qdq import order_behind, stated_bits
 from cp_debug.graph.operators import PRODUCTS, QUANTIZERS, VIEWS
 from cp_debug.graph.qdq import weight_axis
+from cp_debug.graph.spelled_out import spelled_out
 from cp_debug.probes.arrays import as_numpy, as_torch
 from cp_debug.programs.precision import BESIDE_INT8, BESIDE_INT16
 
@@ -90,10 +91,12 @@ class FileQuantization:
         """
         self.made_here = made_here
         self._rounded = {name: QuantizerGrid.symmetric(amax) for name, amax in rounded.items()}
-        self._graph, self._names, self._rounds_weights = graph, names, rounds_weights
+        self._file, self._graph = graph, spelled_out(graph, names.values())
+        """The file as it is executed, and as its structure is read."""
+        self._names, self._rounds_weights = names, rounds_weights
         self.beside = BESIDE_INT16 if level_kind(graph) == "int16" else BESIDE_INT8
         """Precision of what the file does not quantize."""
-        self._constants = Weights(graph, INT8, torch.device("cpu"), 0)
+        self._constants = Weights(self._graph, INT8, torch.device("cpu"), 0)
         self._executor = Executor(graph, INT8)
         self._device = device
         self._schemes: dict[str, Scheme] = {}
@@ -103,7 +106,7 @@ class FileQuantization:
             v for n, v in names.items() if n in plain.producer and produced_grid(plain, n) is not None
         }
         for name, value in names.items():
-            if value in graph.producer and (scheme := self._scheme(value, file_values)):
+            if value in self._graph.producer and (scheme := self._scheme(value, file_values)):
                 self._schemes[name] = scheme
 
     def touches(self, nodes: Sequence[Node]) -> bool:
@@ -122,7 +125,7 @@ class FileQuantization:
         if not self._rounds_weights:
             return found
         moves = lambda node, value: node.op in _MOVED_BEHIND and node.proto.input[0] == value  # noqa: E731
-        for node, value in readers(self._graph, self._names.get(name, name), moves):
+        for node, value in readers(self._file, self._names.get(name, name), moves):
             if node.op == "QuantizeLinear" and node.proto.input[0] == value:
                 scale, zero = [*node.proto.input[1:3], ""][:2]
                 levels, grid = self._levels(scale, zero), self._grid(scale, zero)
@@ -164,7 +167,7 @@ class FileQuantization:
     def result_grid(self, name: str) -> QuantizerGrid | None:
         """The grid on which the file holds a value; None where it has no scale of its own, or that is computed."""
         own = self._names.get(name, name)
-        while (made_by := self._graph.producer.get(own)) is not None and made_by.op in VIEWS | {"DequantizeLinear"}:
+        while (made_by := self._file.producer.get(own)) is not None and made_by.op in VIEWS | {"DequantizeLinear"}:
             own = made_by.proto.input[0]
         return self._constant_grid(own)
 
@@ -254,22 +257,22 @@ class FileQuantization:
         and None where nothing of the segment could differ there; ``even``: with pairs within a tap.
         """
         file_name = self._names.get(target, target)
-        if file_name not in self._graph.producer:
+        if file_name not in self._file.producer:
             return None
         plain_names = {self._names.get(name, name): name for name in known}
         for own, name in [*plain_names.items()]:  # a result that leaves the file as numbers is read inside as levels
-            maker = self._graph.producer.get(own)
+            maker = self._file.producer.get(own)
             if name in given and maker is not None and maker.op == "DequantizeLinear":
                 plain_names.setdefault(maker.proto.input[0], name)
-        nodes, starts = self._graph.segment([file_name], plain_names.keys())
+        nodes, starts = self._file.segment([file_name], plain_names.keys())
         values = {start: given.get(plain_names.get(start, start)) for start in starts}
         if any(value is None for value in values.values()):
             return None
         fed = {start: self._levels_of(start, value) for start, value in values.items()}
-        changed = with_paired_sums(self._graph, nodes, even=even) if paired_sums else nodes
+        changed = with_paired_sums(self._file, nodes, even=even) if paired_sums else nodes
         if changed is None:
             return None
-        executor = Executor(self._graph, PAIRED) if paired_sums else self._executor
+        executor = Executor(self._file, PAIRED) if paired_sums else self._executor
         try:
             result = torch.as_tensor(executor.run_nodes(changed, fed, [file_name])[file_name]).to(self._device)
         except InputError:
@@ -297,10 +300,10 @@ class FileQuantization:
         """The target's name in the file, the nodes that compute it and what they start from; None where one of these
         values is not given, or held in levels."""
         own = self._names.get(target, target)
-        if own not in self._graph.producer:
+        if own not in self._file.producer:
             return None
         plain_names = {self._names.get(name, name): name for name in known}
-        nodes, starts = self._graph.segment([own], plain_names.keys())
+        nodes, starts = self._file.segment([own], plain_names.keys())
         values = {start: given[name] for start in starts if (name := plain_names.get(start, start)) in given}
         in_levels = any(self._constant_grid(name) is not None for name in (own, *starts))
         return None if in_levels or len(values) < len(starts) else (own, nodes, values)
@@ -314,7 +317,7 @@ class FileQuantization:
             return None
         own, nodes, values = found
         twin = twin_of(product, nodes)
-        stored = stored_codes(self._graph, twin) if twin is not None else None
+        stored = stored_codes(self._file, twin) if twin is not None else None
         repair = stored.repair(turned(weight.cpu(), product, twin)) if stored is not None and twin is not None else None
         if stored is None or repair is None:
             return None
@@ -365,13 +368,13 @@ class FileQuantization:
         """Levels → the numbers behind them."""
         for node in nodes:
             first = node.proto.input[0] if node.proto.input else ""
-            if node.op == "QuantizeLinear" and not is_constant(self._graph, first):
+            if node.op == "QuantizeLinear" and not is_constant(self._file, first):
                 levels = self._levels(*[*node.proto.input[1:3], ""][:2])
                 (tensor,) = self._executor.run_nodes([], values, [first]).values()
                 if levels is None:
                     return None
                 levels = levels if bits is None else replace(levels, bits=bits)
-                least = _range(self._graph, first)
+                least = _range(self._file, first)
                 grid = self._grid(*[*node.proto.input[1:3], ""][:2])
                 if grid is not None and grid.range[0] >= 0:  # does what a Relu would that was left out
                     tensor = torch.as_tensor(tensor).clamp(min=0)
@@ -379,7 +382,7 @@ class FileQuantization:
                 rounded[node.outputs[0]] = levels.applied(torch.as_tensor(tensor), None, scale_margin, least, like)
             elif node.op == "DequantizeLinear" and first in rounded:
                 values[node.outputs[0]] = rounded[first]
-            elif node.op == "DequantizeLinear" and is_constant(self._graph, first):
+            elif node.op == "DequantizeLinear" and is_constant(self._file, first):
                 values |= self._executor.run_nodes([node], values, node.outputs)
                 if not self._good(node, torch.as_tensor(values[node.outputs[0]]), constants):
                     return None
@@ -434,10 +437,10 @@ class FileQuantization:
         """The grid of a value that the file holds as levels and its parent does not, where its scale is a constant."""
         if own in self._levels_in_both:  # the parent is quantized as well
             return None
-        names = produced_grid(self._graph, own)
+        names = produced_grid(self._file, own)
         if names is None or not self._constants.holds(names.scale):
             return None
-        return self._grid(names.scale, names.zero, self._graph.producer.get(own))
+        return self._grid(names.scale, names.zero, self._file.producer.get(own))
 
     def _grid(self, scale: str, zero: str, node: Node | None = None) -> QuantizerGrid | None:
         """``node`` names the axis of several scales, where it has one."""
@@ -485,31 +488,20 @@ class FileQuantization:
                     weights = self._levels(inputs[1], inputs[2], inputs[0], node) or weights
                 elif grid_of_levels is not None and data is None:  # a value of the parent that is held as levels
                     data, grid = self._levels(inputs[1], inputs[2]), self._grid(inputs[1], inputs[2], node)
-            elif op.startswith("DynamicQuantize") or op == "MatMulIntegerToFloat":
-                data = Levels()
-                weights = Levels(channels=True) if op != "DynamicQuantizeLinear" else weights
-            elif op in ("ConvInteger", "MatMulInteger"):
-                data = data or Levels()
-                weights = Levels(channels=any(self._several(i) for n in nodes if n.op == "Mul" for i in n.inputs))
-            elif op in ("QLinearConv", "QLinearMatMul", "QGemm"):
-                data, grid = self._levels(inputs[1], inputs[2]), self._grid(inputs[1], inputs[2])
-                weights = self._levels(inputs[4], inputs[5], inputs[3])
-            elif op.startswith("QLinear"):
-                data = data or Levels()
             elif op in PRODUCTS and self._rounds_weights and weights is None and self._between_levels(node):
                 weights = Levels()
             elif op in ("MatMulNBits", "GatherBlockQuantized"):
                 weights = Levels(node.attribute("bits", 4), block=node.attribute("block_size", 32))
+            elif any(mark in op for mark in QUANTIZING):  # it is not spelled out: its scales are computed
+                data = data or Levels()
+                weights = weights if "QuantizeLinear" in op else Levels(channels=True)
         if weights is not None and weights.bits == 32:
             weights = None
-        last = self._graph.producer[value]
-        producer_grid = produced_grid(self._graph, value)
-        if producer_grid is not None and weights is None and is_constant(self._graph, last.proto.input[0]):
-            weights = self._levels(producer_grid.scale, producer_grid.zero)
-        holds_levels = last.op == "DequantizeLinear" or producer_grid is not None
-        result = (data or Levels()) if holds_levels else None
-        if holds_levels and is_constant(self._graph, last.proto.input[0]):
-            result = weights  # of what the parent computes from constants alone
+        last, made, result = self._graph.producer[value], produced_grid(self._graph, value), None
+        if last.op == "DequantizeLinear" or made is not None:
+            result = data or Levels()
+            if is_constant(self._graph, last.proto.input[0]):  # of what the parent computes from constants alone
+                result = weights = weights if weights or made is None else self._levels(*made)
         return Scheme(data, weights, result, grid, step)
 
     def _between_levels(self, node: Node) -> bool:

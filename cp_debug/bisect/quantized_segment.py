@@ -296,8 +296,6 @@ class Scheme:
         return any((self.data, self.weights, self.result))
 
 
-BIAS_PLACE = {"QLinearConv": 8, "QGemm": 6}
-"""Operator that reads levels → place of its bias, in levels of the data's scale times the weights'."""
 ON_SCALE = 0.01
 """Relative difference up to which the scale of a bias is that of data times weights."""
 
@@ -309,12 +307,9 @@ def bias_step(graph: Graph, constants: Weights, node: Node, *, rounds_floats: bo
     the file left in FP32, as ONNX Runtime's optimizer WeightBiasQuantization does.
     """
     inputs = [*node.proto.input, *[""] * 9]
-    op = node.op.removeprefix("com.microsoft.")
-    if op in BIAS_PLACE:
-        return _product(constants, inputs[1], inputs[4]) if inputs[BIAS_PLACE[op]] else None
     made_by = [graph.producer.get(name) for name in inputs[:3]]
     data, weights, bias = (n if n is not None and n.op == "DequantizeLinear" else None for n in made_by)
-    if op not in PRODUCTS or data is None or weights is None or not inputs[2]:
+    if node.op not in PRODUCTS or data is None or weights is None or not inputs[2]:
         return None
     product = _product(constants, data.proto.input[1], weights.proto.input[1])
     if bias is None:
@@ -334,16 +329,11 @@ class StoredBias(NamedTuple):
 
 def stored_bias(graph: Graph, constants: Weights, node: Node) -> StoredBias | None:
     """The constant bias of a product of a quantized file, in levels; None where it has none or computes it."""
-    inputs = [*node.proto.input, *[""] * 9]
-    op = node.op.removeprefix("com.microsoft.")
-    if op in BIAS_PLACE:
-        levels, scale = inputs[BIAS_PLACE[op]], _product(constants, inputs[1], inputs[4])
-    else:
-        made_by = graph.producer.get(inputs[2]) if op in PRODUCTS else None
-        if made_by is None or made_by.op != "DequantizeLinear":
-            return None
-        levels, scale = made_by.proto.input[0], _product(constants, made_by.proto.input[1])
-    if scale is None or not levels or not constants.holds(levels) or (numbers := constants.numbers(levels)) is None:
+    made_by = graph.producer.get([*node.proto.input, *[""] * 3][2]) if node.op in PRODUCTS else None
+    if made_by is None or made_by.op != "DequantizeLinear":
+        return None
+    levels, scale = made_by.proto.input[0], _product(constants, made_by.proto.input[1])
+    if scale is None or not constants.holds(levels) or (numbers := constants.numbers(levels)) is None:
         return None
     return StoredBias(numbers.double().flatten(), scale)
 

@@ -8,7 +8,7 @@ the scale that it was told.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import onnx
@@ -28,24 +28,28 @@ _MADE, _READ = "\x1fmade", "\x1fread"
 """Ends of the names of levels as they are made, and as they are read."""
 
 
-def spelled_out(graph: Graph) -> Graph:
-    """The graph without operators of levels, as far as their scales are constant; the graph itself without any."""
+def spelled_out(graph: Graph, kept: Collection[str] = ()) -> Graph:
+    """The graph without operators of levels, as far as their scales are known; the graph itself without any.
+
+    ``kept``: values that must not vanish behind a bias.
+    """
     if not any(mark in node.op for node in graph.nodes if node.op not in QUANTIZERS for mark in QUANTIZING):
         return graph
-    return _Speller(graph).spelled()
+    return _Speller(graph, kept).spelled()
 
 
 class _Speller:
-    def __init__(self, graph: Graph) -> None:
-        self._graph, self._held = graph, Constants(graph)
+    def __init__(self, graph: Graph, kept: Collection[str]) -> None:
+        self._graph, self._kept, self._held = graph, kept, Constants(graph)
         self._constants: dict[str, np.ndarray] = {}
         self._nodes: list[onnx.NodeProto] = []
+        self._products = {n.name: found for n in graph.nodes if (found := self._scaled(n)) is not None}
         grids = ((v, produced_grid(graph, v)) for v in graph.values if not is_constant(graph, v))
         self._grids = {v: g for v, g in grids if g is not None and all(n in self._held for n in g if n)}
 
     def spelled(self) -> Graph:
         graph = self._graph
-        merged = {name for node in graph.nodes for name in self._merged(node)}
+        merged = {each.name for found in self._products.values() for each in found.nodes}
         for node in graph.nodes:
             if node.name in merged:
                 continue
@@ -65,27 +69,22 @@ class _Speller:
         self._nodes.append(helper.make_node(op, inputs, [output], name, **attributes))
         return output
 
-    def _merged(self, node: Node) -> Iterable[str]:
-        """Nodes behind an integer product that give it its scales."""
-        found = self._scaled(node)
-        return () if found is None else (each.name for each in found.nodes)
-
     def _scaled(self, node: Node) -> ScaledProduct | None:
+        """The scales of an integer product, with the bias that an Add puts to a convolution."""
         found = scaled_product(self._graph, node)
         if found is None or not all(each.op in ("Cast", "Mul") for each in found.nodes):
             return None
-        readers = self._graph.consumers.get(found.nodes[-1].outputs[0], [])
-        bias = (
-            node.op == "ConvInteger" and len(readers) == 1 and readers[0].op == "Add" and self._bias(found, readers[0])
-        )
-        return found._replace(nodes=(*found.nodes, readers[0])) if bias else found
+        product = found.nodes[-1].outputs[0]
+        readers = self._graph.consumers.get(product, [])
+        if node.op != "ConvInteger" or product in self._kept or [reader.op for reader in readers] != ["Add"]:
+            return found
+        return found._replace(nodes=(*found.nodes, *readers)) if self._bias(readers[0]) else found
 
-    def _bias(self, product: ScaledProduct, total: Node) -> str:
-        """The constant of one axis that an Add puts to an integer convolution; empty without one."""
-        (other,) = [name for name in total.proto.input if name != product.nodes[-1].outputs[0]] or [""]
-        maker = self._graph.producer.get(other)
-        name = maker.proto.input[0] if maker is not None and maker.op == "Reshape" else other
-        return name if name in self._held and self._held[name].ndim == 1 else ""
+    def _bias(self, total: Node) -> str:
+        """The constant of one axis that an Add puts to a convolution; empty without one."""
+        makers = (self._graph.producer.get(name) for name in total.proto.input)
+        names = (maker.proto.input[0] for maker in makers if maker is not None and maker.op == "Reshape")
+        return next((name for name in names if name in self._held and self._held[name].ndim == 1), "")
 
     def _float(self, node: Node, levels: str, scale: str, zero: str, place: int, **attributes: object) -> str:
         """The float behind levels that a node reads."""
@@ -97,7 +96,7 @@ class _Speller:
     def _spell(self, node: Node) -> bool:
         """Add what a node means; False for one that is left as it is."""
         inputs, op = [*node.proto.input, *[""] * 9], node.op.removeprefix("com.microsoft.")
-        if (found := self._scaled(node)) is not None:
+        if (found := self._products.get(node.name)) is not None:
             return self._product(node, op.removesuffix("Integer"), inputs[:2], found.scales, inputs[2:4], behind=found)
         if op in BIAS_PLACE or op == "QLinearMatMul":
             own = "Gemm" if op == "QGemm" else op.removeprefix("QLinear")
@@ -141,7 +140,7 @@ class _Speller:
             self._constants[scale] = (held[scales[0]] * held[scales[1]]).astype(np.float32)
             parts.append(self._float(node, bias, scale, "", 2, axis=0))
         if behind is not None and behind.nodes[-1].op == "Add":
-            parts.append(self._bias(behind._replace(nodes=behind.nodes[:-1]), behind.nodes[-1]))
+            parts.append(self._bias(behind.nodes[-1]))
         return self._result(node, op, parts, result)
 
     def _of_levels(self, node: Node, op: str) -> bool:
