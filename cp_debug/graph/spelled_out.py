@@ -18,7 +18,7 @@ from cp_debug.graph.constants import Constants
 from cp_debug.graph.graph import QUANTIZING, Graph, Node
 from cp_debug.graph.integer_values import ScaledProduct, is_constant, produced_grid, scaled_product
 from cp_debug.graph.narrow_qdq import BITS
-from cp_debug.graph.operators import QUANTIZERS
+from cp_debug.graph.operators import PRODUCTS, QUANTIZERS
 
 DERIVED = "\x1fscale"
 """End of the name of a bias's scale, which is that of the data times that of the weights."""
@@ -94,65 +94,52 @@ class _Speller:
         return self._add("DequantizeLinear", parts, f"{node.outputs[0]}\x1f{place}", name, **attributes)
 
     def _spell(self, node: Node) -> bool:
-        """Add what a node means; False for one that is left as it is."""
-        inputs, op = [*node.proto.input, *[""] * 9], node.op.removeprefix("com.microsoft.")
-        if (found := self._products.get(node.name)) is not None:
-            return self._product(node, op.removesuffix("Integer"), inputs[:2], found.scales, inputs[2:4], behind=found)
-        if op in BIAS_PLACE or op == "QLinearMatMul":
-            own = "Gemm" if op == "QGemm" else op.removeprefix("QLinear")
-            return self._product(node, own, inputs[0:4:3], inputs[1:5:3], inputs[2:6:3], inputs[BIAS_PLACE.get(op, -1)])
+        """Add what a node means; False for one that is left as it is.
+
+        An operator has its operands in front of their scales and zero points; a bias and those of the result are
+        behind.
+        """
+        read, op = [*node.proto.input], node.op.removeprefix("com.microsoft.")
+        own = "Gemm" if op == "QGemm" else op.removeprefix("QLinear").removesuffix("Integer")
+        value, bias, held, found = node.outputs[0], "", self._held, self._products.get(node.name)
+        grid = [name for name in self._grids.get(value, ()) if name]
+        plain = [read.pop(0)] if op == "QLinearWhere" else []
         if op == "MatMulNBits":
             return self._packed(node)
-        return op.startswith("QLinear") and self._of_levels(node, op.removeprefix("QLinear"))
-
-    def _result(self, node: Node, op: str, reads: Sequence[str], result: str = "") -> bool:
-        """The node itself, on floats, and the quantizer behind it."""
-        value = node.outputs[0]
-        grid = None if result else self._grids.get(value)
-        exact = result or (value if grid is None else f"{value}\x1fexact")
-        self._add(op, reads, exact, node.name)
-        known = onnx.defs.get_schema(op).attributes
-        self._nodes[-1].attribute.extend(a for a in node.proto.attribute if a.name in known)
-        if grid is not None:
-            parts = [exact, *(name for name in grid if name)]
-            self._add("QuantizeLinear", parts, value + _MADE, f"{node.name} (result)")
-        return True
-
-    def _product(
-        self,
-        node: Node,
-        op: str,
-        levels: Sequence[str],
-        scales: Sequence[str],
-        zeros: Sequence[str],
-        bias: str = "",
-        behind: ScaledProduct | None = None,
-    ) -> bool:
-        held, result = self._held, "" if behind is None else behind.nodes[-1].outputs[0]
-        if bias and not all(name in held for name in (*scales, bias)):
+        if found is not None:
+            operands = [*zip(read[:2], found.scales, [*read[2:], "", ""], strict=False)]
+            value = found.nodes[-1].outputs[0]
+        elif (
+            own == op
+            or node.attribute("channels_last")
+            or node.attribute("opset", 13) < 13
+            or not (grid or (op == "QGemm" and len(read) <= BIAS_PLACE[op] + 1))
+        ):
             return False
-        data, weight = levels
-        axis = 0 if op == "Conv" or node.attribute("transB") or weight not in held else held[weight].ndim - 1
-        parts = [self._float(node, data, scales[0], zeros[0], 0)]
-        parts.append(self._float(node, weight, scales[1], zeros[1], 1, axis=axis))
+        else:
+            read = [*read[2:], *read[:2]] if own == "Concat" else read
+            bias = "".join(read[BIAS_PLACE[op] :][:1]) if op in BIAS_PLACE else ""
+            read = read[:6] if own in PRODUCTS else read[: len(read) - len(read) % 3]
+            operands = [*zip(read[::3], read[1::3], read[2::3], strict=True)]
+        if bias and not all(name in held for name in (bias, *(scale for _, scale, _ in operands))):
+            return False
+        values = []
+        for place, (levels, scale, zero) in enumerate(operands):
+            by_rows = own == "Conv" or node.attribute("transB") or levels not in held
+            axis = {"axis": 0 if by_rows else held[levels].ndim - 1} if own in PRODUCTS and place == 1 else {}
+            values.append(self._float(node, levels, scale, zero, place, **axis))
         if bias:
-            scale = f"{node.outputs[0]}{DERIVED}"
-            self._constants[scale] = (held[scales[0]] * held[scales[1]]).astype(np.float32)
-            parts.append(self._float(node, bias, scale, "", 2, axis=0))
-        if behind is not None and behind.nodes[-1].op == "Add":
-            parts.append(self._bias(behind.nodes[-1]))
-        return self._result(node, op, parts, result)
-
-    def _of_levels(self, node: Node, op: str) -> bool:
-        """An operator whose operands stand in front of their scales and zero points; those of the result are behind."""
-        read = list(node.proto.input)
-        if node.attribute("channels_last") or node.attribute("opset", 13) < 13 or node.outputs[0] not in self._grids:
-            return False
-        plain = [read.pop(0)] if op == "Where" else []
-        read = [*read[2:], *read[:2]] if op == "Concat" else read
-        operands = zip(read[0:-1:3], read[1::3], read[2::3], strict=False)
-        values = [self._float(node, *each, place) for place, each in enumerate(operands)]
-        return self._result(node, op, [*plain, *values])
+            scale = f"{value}{DERIVED}"
+            self._constants[scale] = (held[operands[0][1]] * held[operands[1][1]]).astype(np.float32)
+            values.append(self._float(node, bias, scale, "", 2, axis=0))
+        if found is not None and found.nodes[-1].op == "Add":
+            values.append(self._bias(found.nodes[-1]))
+        known = onnx.defs.get_schema(own).attributes
+        self._add(own, [*plain, *values], f"{value}\x1fexact" if grid else value, node.name)
+        self._nodes[-1].attribute.extend(a for a in node.proto.attribute if a.name in known)
+        if grid:
+            self._add("QuantizeLinear", [f"{value}\x1fexact", *grid], value + _MADE, f"{node.name} (result)")
+        return True
 
     def _packed(self, node: Node) -> bool:
         """Levels of few bits, which lie packed along the rows of a transposed weight."""
