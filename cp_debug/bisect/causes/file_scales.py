@@ -94,14 +94,13 @@ def wrong_scale(piece: OtherPiece) -> Candidate | None:
 def _derived_biases(piece: OtherPiece) -> dict[str, Tensor]:
     """Biases as the reference has them, by the values that hold them in an operator whose other scales are theirs, too:
     with a wrong scale they are wrong as well."""
-    segment, found = piece.segment, dict[str, Tensor]()
-    twin = twin_of(segment.product, piece.nodes) if segment.product is not None else None
-    bias = segment.weight(segment.product, 2) if segment.product is not None else None
-    if twin is not None and bias is not None and len(twin.proto.input) > 2:
-        maker = piece.other.graph.producer.get(name := twin.proto.input[2])
-        if maker is not None and maker.op == "DequantizeLinear" and maker.proto.input[1].endswith(DERIVED):
-            found[name] = bias
-    return found
+    product = piece.segment.product
+    twin = twin_of(product, piece.nodes) if product is not None else None
+    bias = piece.segment.weight(product, 2) if product is not None else None
+    name = "".join(twin.proto.input[2:]) if twin is not None else ""
+    maker = piece.other.graph.producer.get(name)
+    derived = maker is not None and any(each.endswith(DERIVED) for each in maker.inputs)
+    return {name: bias} if bias is not None and derived else {}
 
 
 def _products(piece: OtherPiece) -> Iterator[tuple[Tensor, Node]]:
@@ -257,10 +256,8 @@ def _of_weight(stored: StoredCodes, repair: Repair) -> Candidate:
     elif repair.kind == "zero-points":
         says = _zero_points(figures)
     elif repair.kind == "codes":
-        says = (
-            f"{figures['share']:.0%} of its {family.upper()} weights are off by more than a level: they were rounded "
-        )
-        says += "from others than the reference's"
+        says = f"{figures['share']:.0%} of its {family.upper()} weights are off by more than a level: they were "
+        says += "rounded from others than the reference's"
     elif repair.kind == "groups":
         says = f"{figures['moved']} of {figures['of']} inputs are not in the groups of their {family.upper()} codes"
     else:

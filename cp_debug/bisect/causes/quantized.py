@@ -15,6 +15,7 @@ from torch import Tensor
 from cp_debug.backends.kernels.paired_sums import INTEGER_PRODUCTS, PAIRED, with_paired_sums
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.segment import Segment, as_double, l2
+from cp_debug.bisect.file_quantization import FileQuantization
 from cp_debug.bisect.quantized_segment import Levels, QuantizerGrid, balanced
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
@@ -151,23 +152,22 @@ _CALIBRATE = "calibrate on data like this ({calibrate}), or leave it unquantized
 @cause(approximate=True)
 def declared(segment: Segment) -> Iterator[Candidate]:
     """Candidate: the layer as its own scales say, named after the part that makes most of the error."""
-    if (quantized := segment.context.quantized) is None:
+    if (quantized := segment.context.quantized) is None or not segment.nodes:
         return
-    node = segment.product or next((n for n in segment.nodes if _data(segment, n)), segment.nodes[-1])
-    on_levels = _data(segment, node)
-    quantized_inputs = {place: grid.quantized(x) for place, (x, grid) in on_levels.items()}
-    of_result = quantized.result_grid(segment.target)
-    if of_result is not None and of_result.fits(segment.exact.shape):
+    node, on_levels = _on_levels(segment, quantized)
+    weight = segment.weight(node, 1)
+    of_weight = on_levels.pop(1, (weight, None))[1] if weight is not None else None
+    of_result = on_levels.get(_RESULT, (None, None))[1]
+    quantized_inputs = {place: grid.quantized(x) for place, (x, grid) in on_levels.items() if place != _RESULT}
+    if of_result is not None and not segment.product:
         # Where the reference has an activation in front of it, that one quantizer was taken for the input's.
-        apart = {place: each for place, each in on_levels.items() if segment.product or not each[1].equals(of_result)}
-        on_levels = {**apart, _RESULT: (segment.exact, of_result)}
+        on_levels = {p: each for p, each in on_levels.items() if p == _RESULT or not each[1].equals(of_result)}
     errors = {
         (part, place): _error(segment, node, {place: value})
         for place, (x, grid) in on_levels.items()
         for part, value in (("clipped", x.clamp(*grid.range)), ("rounded", grid.value(grid.levels(x))))
     }
-    weight, of_weight = segment.weight(node, 1), None
-    if weight is not None and (of_weight := quantized.grid(node, 1, stored=True)) and of_weight.fits(weight.shape):
+    if weight is not None and of_weight is not None:
         quantized_inputs[1] = of_weight.quantized(weight)
         if quantized.made_here:  # else one scale for all channels may be what somebody chose
             errors["weights", 1] = _error(segment, node, {1: quantized_inputs[1]})
@@ -210,45 +210,40 @@ def declared(segment: Segment) -> Iterator[Candidate]:
         yield Candidate(name, says, value, 0, evidence, fix, declared=True)
 
 
-def _data(segment: Segment, node: Node) -> dict[int, tuple[Tensor, QuantizerGrid]]:
-    """Place of an input of ``node`` that a quantizer rounds, no constant → the input, float64, and its grid."""
-    found = dict[int, tuple[Tensor, QuantizerGrid]]()
-    if (quantized := segment.context.quantized) is None:
-        return found
-    for place, name in enumerate(node.proto.input[:2]):
-        if not name or segment.weight(node, place) is not None:
-            continue
-        if (grid := quantized.grid(node, place, segment.nodes, stored=True)) is None:
-            continue
-        nodes = () if name in segment.given else segment.nodes
-        x = segment.context.oracle.run_nodes(nodes, segment.given, [name])[name]
-        if x.is_floating_point() and grid.fits(x.shape):
-            found[place] = as_double(x), grid
-    return found
+def _on_levels(segment: Segment, quantized: FileQuantization) -> tuple[Node, dict[int, tuple[Tensor, QuantizerGrid]]]:
+    """The node of a layer whose data a quantizer rounds, and place of each input that one rounds, ``_RESULT`` for the
+    result → its numbers, float64, and its grid."""
+    for node in [segment.product] if segment.product else segment.nodes:
+        found = dict[int, tuple[Tensor, QuantizerGrid]]()
+        for place, name in enumerate(node.proto.input[:2]):
+            x = segment.weight(node, place)
+            grid = quantized.grid(node, place, segment.nodes, stored=True) if name and (x is None or place) else None
+            if grid is not None and x is None:
+                nodes = () if name in segment.given else segment.nodes
+                x = segment.context.oracle.run_nodes(nodes, segment.given, [name])[name]
+            if grid is not None and x is not None and x.is_floating_point() and grid.fits(x.shape):
+                found[place] = as_double(x), grid
+        if any(segment.weight(node, place) is None for place in found):
+            break
+    of_result = quantized.result_grid(segment.target)
+    if of_result is not None and of_result.fits(segment.exact.shape):
+        found[_RESULT] = segment.exact, of_result
+    return node, found
 
 
 def outliers(segment: Segment) -> tuple[str, str]:
     """Which channels take the levels of the one scale that serves all, and what helps, both in words; empty where a
     scale for each channel would not make the layer's error much smaller."""
-    quantized, product = segment.context.quantized, segment.product
-    node = product or next((n for n in segment.nodes if _data(segment, n)), None)
-    if quantized is None:
-        return "", ""
-    parts = []
-    for place, (x, grid) in (_data(segment, node) if node is not None else {}).items():
-        summed = None if product is None else 1 if product.op.startswith("Conv") else x.dim() - 1 - place
-        parts.append((place, x, grid, "its input", segment.axis if summed is None else summed))
-    weight = None if product is None else segment.weight(product, 1)
-    if (
-        product is not None
-        and weight is not None
-        and (of_weight := quantized.grid(product, 1, stored=True)) is not None
-    ):
-        parts.append((1, weight, of_weight, "its weights", weight_axis(product, weight.dim())))
-    if (of_result := quantized.result_grid(segment.target)) is not None:
-        parts.append((_RESULT, segment.exact, of_result, "its result", segment.axis))
-    best = 0.0, "", ""
-    for place, x, grid, what, axis in parts:
+    best, product = (0.0, "", ""), segment.product
+    if (quantized := segment.context.quantized) is None or not segment.nodes:
+        return best[1:]
+    node, on_levels = _on_levels(segment, quantized)
+    for place, (x, grid) in on_levels.items():
+        what, axis = "its result" if place == _RESULT else "its input", segment.axis
+        if product is not None and place != _RESULT:
+            axis = 1 if product.op.startswith("Conv") else x.dim() - 1 - place
+            if segment.weight(product, place) is not None:
+                what, axis = "its weights", weight_axis(product, x.dim())
         if grid.scale.numel() > 1 or grid.codec is not None or x.dim() < 2 or not 0 <= axis < x.dim():
             continue
         sizes = x.abs().movedim(axis, 0).flatten(1).amax(1)
@@ -256,7 +251,7 @@ def outliers(segment: Segment) -> tuple[str, str]:
         if not usual or float(sizes.max()) < UNEVEN * usual:
             continue
         values = grid.quantized(x), Levels(symmetric=True, channels=True).applied(x, axis)
-        if place != _RESULT and node is not None:
+        if place != _RESULT:
             now, then = (_error(segment, node, {place: value}) for value in values)
         else:
             now, then = (balanced(value - x, x, axis) for value in values)
