@@ -261,6 +261,7 @@ def test_packed_levels_spelled_out_are_the_same_weight(tmp_path: Path, bits: int
     graph = Graph(_saved(tmp_path / "net.onnx", [packed], ["y"], [3, columns], **constants))
     plain, x = spelled_out(graph), rng.random((3, columns), np.float32)
     assert [n.op for n in plain.nodes] == ["DequantizeLinear", "MatMul", "Add"]
+    assert spelled_out(graph, unpacks=False) is graph
     ours, theirs = (torch.as_tensor(Executor(g).run_nodes(g.nodes, {"x": x}, ["y"])["y"]) for g in (graph, plain))
     assert torch.allclose(ours, theirs, rtol=1e-5)
 

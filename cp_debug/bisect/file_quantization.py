@@ -91,7 +91,7 @@ class FileQuantization:
         """
         self.made_here = made_here
         self._rounded = {name: QuantizerGrid.symmetric(amax) for name, amax in rounded.items()}
-        self._file, self._graph = graph, spelled_out(graph, names.values())
+        self._file, self._graph = graph, spelled_out(graph, names.values(), unpacks=False)
         """The file as it is executed, and as its structure is read."""
         self._names, self._rounds_weights = names, rounds_weights
         self.beside = BESIDE_INT16 if level_kind(graph) == "int16" else BESIDE_INT8
@@ -256,18 +256,9 @@ class FileQuantization:
         ``given``: name → tensor of the parent, in any float dtype. ``paired_sums``: as on a processor without VNNI,
         and None where nothing of the segment could differ there; ``even``: with pairs within a tap.
         """
-        file_name = self._names.get(target, target)
-        if file_name not in self._file.producer:
+        if (found := self._part(target, known, given, levels=True)) is None:
             return None
-        plain_names = {self._names.get(name, name): name for name in known}
-        for own, name in [*plain_names.items()]:  # a result that leaves the file as numbers is read inside as levels
-            maker = self._file.producer.get(own)
-            if name in given and maker is not None and maker.op == "DequantizeLinear":
-                plain_names.setdefault(maker.proto.input[0], name)
-        nodes, starts = self._file.segment([file_name], plain_names.keys())
-        values = {start: given.get(plain_names.get(start, start)) for start in starts}
-        if any(value is None for value in values.values()):
-            return None
+        file_name, nodes, values = found
         fed = {start: self._levels_of(start, value) for start, value in values.items()}
         changed = with_paired_sums(self._file, nodes, even=even) if paired_sums else nodes
         if changed is None:
@@ -294,18 +285,22 @@ class FileQuantization:
             return None
         return torch.cat([torch.as_tensor(tensor).flatten() for tensor in inputs.values()])
 
-    def _in_floats(
-        self, target: str, known: Collection[str], given: Mapping[str, AnyTensor]
+    def _part(
+        self, target: str, known: Collection[str], given: Mapping[str, AnyTensor], *, levels: bool = False
     ) -> tuple[str, list[Node], dict[str, AnyTensor]] | None:
         """The target's name in the file, the nodes that compute it and what they start from; None where one of these
-        values is not given, or held in levels."""
+        values is not given, and without ``levels`` where one is held in them."""
         own = self._names.get(target, target)
         if own not in self._file.producer:
             return None
         plain_names = {self._names.get(name, name): name for name in known}
+        for value, name in [*plain_names.items()]:  # a result that leaves the file as numbers is read inside as levels
+            maker = self._file.producer.get(value)
+            if levels and name in given and maker is not None and maker.op == "DequantizeLinear":
+                plain_names.setdefault(maker.proto.input[0], name)
         nodes, starts = self._file.segment([own], plain_names.keys())
         values = {start: given[name] for start in starts if (name := plain_names.get(start, start)) in given}
-        in_levels = any(self._constant_grid(name) is not None for name in (own, *starts))
+        in_levels = not levels and any(self._constant_grid(name) is not None for name in (own, *starts))
         return None if in_levels or len(values) < len(starts) else (own, nodes, values)
 
     def with_fitted_weight(
@@ -313,7 +308,7 @@ class FileQuantization:
     ) -> Tensor | None:
         """Result ``target`` by the file's own nodes, with the codes of the twin of ``product`` read so that they come
         nearest to its ``weight`` (float64); None where that is about as near as they are, and as for ``declared``."""
-        if (found := self._in_floats(target, known, given)) is None:
+        if (found := self._part(target, known, given)) is None:
             return None
         own, nodes, values = found
         twin = twin_of(product, nodes)
@@ -343,10 +338,10 @@ class FileQuantization:
         weights, for levels that are captured, and as for ``declared``. ``given``, and ``calibrated`` if the scales
         shall be the best for other inputs: name → tensor of the parent, in any float dtype.
         """
-        if (found := self._in_floats(target, known, given)) is None:
+        if (found := self._part(target, known, given)) is None:
             return None
         own, nodes, values = found
-        other = None if calibrated is None else self._in_floats(target, known, calibrated)
+        other = None if calibrated is None else self._part(target, known, calibrated)
         # The file's own scales must not cut off what the others are fitted to: fine ones stand in for them.
         fitted = {} if other is None else self._on_best_scales(nodes, other[2], constants, 1.0, 24, {})
         made = None if fitted is None else self._on_best_scales(nodes, values, constants, scale_margin, bits, fitted)

@@ -56,16 +56,12 @@ def rounded_values(graph: Graph) -> set[str]:
 
     A bias that the file left in FP32 is rounded, too, to the scale of data × scale of weights.
     """
-    marks = ("QLinear", "QGemm", "DynamicQuantize")
+    marks = ("QLinear", "QGemm", "DynamicQuantize", "QuantizeLinear")
     dequantized = {name for node in graph.nodes if node.op == "DequantizeLinear" for name in node.outputs}
     rounded: set[str] = set()
     for node in graph.nodes:
         moves = node.op in _KEEP_LEVELS | _CUT_OFF
-        if (
-            any(mark in node.op for mark in marks)
-            or node.op == "QuantizeLinear"
-            or (not moves and not dequantized.isdisjoint(node.inputs))
-        ):
+        if any(mark in node.op for mark in marks) or not (moves or dequantized.isdisjoint(node.inputs)):
             rounded.update(node.outputs)
     return rounded
 

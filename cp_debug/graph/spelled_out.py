@@ -24,23 +24,26 @@ DERIVED = "\x1fscale"
 """End of the name of a bias's scale, which is that of the data times that of the weights."""
 BIAS_PLACE = {"QLinearConv": 8, "QGemm": 6}
 """Operator that reads levels → place of its bias, in levels of the data's scale times the weights'."""
+PACKED = "com.microsoft.MatMulNBits"
 _MADE, _READ = "\x1fmade", "\x1fread"
 """Ends of the names of levels as they are made, and as they are read."""
 
 
-def spelled_out(graph: Graph, kept: Collection[str] = ()) -> Graph:
+def spelled_out(graph: Graph, kept: Collection[str] = (), *, unpacks: bool = True) -> Graph:
     """The graph without operators of levels, as far as their scales are known; the graph itself without any.
 
-    ``kept``: values that must not vanish behind a bias.
+    ``kept``: values that must not vanish behind a bias. ``unpacks``: also those with packed weights, which take twice
+    the memory then, or more.
     """
-    if not any(mark in node.op for node in graph.nodes if node.op not in QUANTIZERS for mark in QUANTIZING):
+    left = QUANTIZERS if unpacks else QUANTIZERS | {PACKED}
+    if not any(mark in node.op for node in graph.nodes if node.op not in left for mark in QUANTIZING):
         return graph
-    return _Speller(graph, kept).spelled()
+    return _Speller(graph, kept, unpacks).spelled()
 
 
 class _Speller:
-    def __init__(self, graph: Graph, kept: Collection[str]) -> None:
-        self._graph, self._kept, self._held = graph, kept, Constants(graph)
+    def __init__(self, graph: Graph, kept: Collection[str], unpacks: bool) -> None:
+        self._graph, self._kept, self._unpacks, self._held = graph, kept, unpacks, Constants(graph)
         self._constants: dict[str, np.ndarray] = {}
         self._nodes: list[onnx.NodeProto] = []
         self._products = {n.name: found for n in graph.nodes if (found := self._scaled(n)) is not None}
@@ -104,8 +107,8 @@ class _Speller:
         value, bias, held, found = node.outputs[0], "", self._held, self._products.get(node.name)
         grid = [name for name in self._grids.get(value, ()) if name]
         plain = [read.pop(0)] if op == "QLinearWhere" else []
-        if op == "MatMulNBits":
-            return self._packed(node)
+        if node.op == PACKED:
+            return self._unpacks and self._packed(node)
         if found is not None:
             operands = [*zip(read[:2], found.scales, [*read[2:], "", ""], strict=False)]
             value = found.nodes[-1].outputs[0]
