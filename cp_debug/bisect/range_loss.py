@@ -9,6 +9,7 @@ only if it reaches an output.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 
@@ -70,7 +71,8 @@ class RangeLoss:
         elif stored is not None and stored.count_nonzero() != exact.count_nonzero():
             # One element that is 0, as the test has it, too, is no loss of a norm, but somebody may divide by it.
             gone = (stored == 0) & (FP64.hold(captured, exact.device) == 0)
-            if self.matters(load, (target, exact, torch.where(gone, 0.0, exact)), negligible):
+            least = sys.float_info.max if maker.op in BOUNDED else RANGE * precision(maker).roundoff  # only NaN and Inf
+            if self.matters(load, (target, exact, torch.where(gone, 0.0, exact)), least):
                 loss = 1.0
         for node in nodes:
             if node.op in KERNELS and KERNELS[node.op].exact:
