@@ -458,6 +458,31 @@ def test_rows_of_a_quantized_table_stand_for_its_numbers(tmp_path: Path, kind: Q
     assert not test.guilty
 
 
+def test_the_fixed_range_of_a_softmax_of_levels_is_no_fault(tmp_path: Path) -> None:
+    """The quantizer gives QLinearSoftmax levels up to 1, whatever the attention reaches: 0.11 here."""
+    rng = np.random.default_rng(0)
+    net = NetBuilder()
+    q, k, v = (
+        net.op("Transpose", net.op("Reshape", part, net.weight(np.array([1, 24, 4, 8]))), perm=[0, 2, 1, 3])
+        for part in (
+            net.op("MatMul", "x", net.weight(rng.standard_normal((32, 32)).astype(np.float32) / 9)) for _ in range(3)
+        )
+    )
+    products = net.op("MatMul", q, net.op("Transpose", k, perm=[0, 1, 3, 2]))
+    logits = net.op("Mul", products, net.weight(np.float32(0.35)), name="logits")
+    net.op("MatMul", net.op("Softmax", logits, name="attention", axis=-1), v, name="y")
+    path = net.save(tmp_path / "plain.onnx", {"x": (1, [1, 24, 32])}, ["y"])
+    x = rng.standard_normal((1, 24, 32)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=x)
+    reader = SimpleNamespace(get_next=iter([{"x": x}, None]).__next__)
+    options = {"quant_format": QuantFormat.QOperator, "activation_type": QuantType.QInt8}
+    quantize_static(str(path), str(tmp_path / "levels.onnx"), reader, **options)
+    own = Options(inputs=tmp_path / "x.npz")
+    (test,) = bisect(str(path), "ort,ort", test_model=tmp_path / "levels.onnx", options=own).tests
+    assert "QLinearSoftmax" in {n.op_type for n in onnx.load(str(tmp_path / "levels.onnx")).graph.node}
+    assert [row.name for row in test.guilty] == []
+
+
 def _saved(path: Path, nodes: list[onnx.NodeProto], outputs: list[str], shape: list[int], **constants: object) -> Path:
     values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)]
     results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]

@@ -90,6 +90,7 @@ class ScaleReplay:
             # Few values, as of a nearly uniform attention, may lie on the levels of the best scales by luck, but not on
             # those of every somewhat larger one. The least error of these counts: a larger scale is coarser, too.
             best = max(best, min(map(worst, self._widened(nodes, given, target))))
+            best = max(best, *map(worst, self._of_whole_range(nodes, given, target, exact)))
             # The function itself may be coarser than the levels: ONNX Runtime's Sigmoid where all of it is 1e-8.
             off = doubt(self._oracle, nodes, given, target, self._by)
             best = max(best, ratio(off, distance(captured, exact).whole))
@@ -148,11 +149,15 @@ class ScaleReplay:
         ``target``.
         """
         yield from self._widened(nodes, given, target)
-        whole = self.quantized.ideal(self._emulator, nodes, given, [target], whole_range=True).results[target]
-        if relative_l2(as_tensor(whole), exact) < LOST:
-            yield whole
+        yield from self._of_whole_range(nodes, given, target, exact)
         for scale_margin in (1.0, *SCALE_MARGINS):
             yield from self._recalibrated(nodes, target, given, scale_margin)
+
+    def _of_whole_range(
+        self, nodes: Sequence[Node], given: Mapping[str, AnyTensor], target: str, exact: Tensor
+    ) -> list[AnyTensor]:
+        whole = self.quantized.ideal(self._emulator, nodes, given, [target], whole_range=True).results[target]
+        return [whole] if relative_l2(as_tensor(whole), exact) < LOST else []
 
     def _widened(self, nodes: Sequence[Node], given: Mapping[str, AnyTensor], target: str) -> Iterator[AnyTensor]:
         """Results with the best scales, made somewhat larger."""
