@@ -106,9 +106,7 @@ class StoredCodes:
                 yield Repair("axis", turned * self.codes, {"axis": self.axis, "right": axis})
         if (self.zero is not None or self.kind in SHIFTED) and (shifted := self._shifted(weight)) is not None:
             yield shifted
-        if self.zero is None:
-            return
-        if self.groups is not None and self.codes.dim() == 2:
+        if self.zero is not None and self.groups is not None and self.codes.dim() == 2:
             yield from self._regrouped(weight)
             yield from self._reordered(weight)
 
@@ -153,9 +151,7 @@ class StoredCodes:
             w, codes, s, z = (t if axis == 0 else t.T for t in (weight, self.codes + self.zero, self.scale, self.zero))
             if len(w) % WORD:
                 continue
-            signed = (
-                codes * s.sign() if axis == self.axis else codes
-            )  # a word lies in one group, whose scale is its own
+            signed = codes * s.sign() if axis == self.axis else codes  # a word has one group, whose scale is its own
             ours, theirs = (_standardized(t).unflatten(0, (-1, WORD)) for t in (w, signed))
             alike = torch.einsum("bix,bjx->ij", ours, theirs)
             order = alike.argmax(1)

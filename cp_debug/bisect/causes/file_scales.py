@@ -76,10 +76,8 @@ def wrong_scale(piece: OtherPiece) -> Candidate | None:
             sets.append(({name: wrong.value for name, wrong in pairs}, replace(pairs[0][1], says=says)))
         biases = _derived_biases(piece)
         sets += [({**values, **biases}, wrong) for values, wrong in sets if biases]
-        found = []
-        for values, wrong in sets:
-            known = {name: value.to(held) for name, value in values.items() if value is not None}
-            found.append((relative_l2(piece.run(known), segment.exact), wrong))
+        known = ({name: value.to(held) for name, value in v.items() if value is not None} for v, _ in sets)
+        found = [(relative_l2(piece.run(v), segment.exact), wrong) for v, (_, wrong) in zip(known, sets, strict=True)]
         then, worst = min(found, key=lambda pair: pair[0], default=(0.0, None))
         if worst is None or not (now := relative_l2(piece.run(), segment.exact)) > BETTER * then:
             return None
@@ -250,9 +248,8 @@ def _of_weight(stored: StoredCodes, repair: Repair) -> Candidate:
         says, evidence = _scales(stored, figures["fitted"], family)
     elif repair.kind == "axis":
         name, axes = f"{family}-axis", (figures["axis"], figures["right"])
-        says = (
-            f"the {family.upper()} scales of its weights are read along axis {axes[0]}; its codes are by axis {axes[1]}"
-        )
+        says = f"the {family.upper()} scales of its weights are read along axis {axes[0]}; "
+        says += f"its codes are by axis {axes[1]}"
     elif repair.kind == "zero-points":
         says = _zero_points(figures)
     elif repair.kind == "codes":
@@ -281,13 +278,9 @@ def _scales(stored: StoredCodes, fitted: Tensor, family: str) -> tuple[str, dict
     if not bool(wrong.any()):  # all of them are off by little
         wrong = told
     share = float(wrong.double().mean())
-    low, high = (
-        float(q) for q in torch.quantile(ratios[wrong].flatten()[: 1 << 20], torch.tensor([0.05, 0.95]).double())
-    )
+    ends = torch.tensor([0.05, 0.95], dtype=torch.float64)
+    low, high = torch.quantile(ratios[wrong].flatten()[: 1 << 20], ends).tolist()
     one = high - low <= OFF * abs(low)
     times = "0, not" if not high and not low else f"{low:.3g} times" if one else f"{low:.3g} to {high:.3g} times"
-    says = (
-        f"the {family.upper()} scales of {share:.0%} of its weights are {times} those that their codes were computed "
-        "with"
-    )
-    return says, {"share": share, "low": low, "high": high}
+    says = f"the {family.upper()} scales of {share:.0%} of its weights are {times} those that their codes were "
+    return f"{says}computed with", {"share": share, "low": low, "high": high}

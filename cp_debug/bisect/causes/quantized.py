@@ -275,19 +275,15 @@ def _of_data(
         ends = " and ".join(f"{end:.4g}" for end in grid.range) if both else f"±{step * grid.most:.4g}"
         reach = f"{float(x.min()):.4g} and {float(x.max()):.4g}" if both else f"{float(x.abs().max()):.4g}"
         where = f"{kind} scale {step:.3g}" + f" with zero point {int(grid.zero)}" * both
-        says = (
-            f"its {what} reaches {reach}, and its {where} ends at {ends}: {100 * evidence['clipped']:.3g}% is clipped"
-        )
+        says = f"its {what} reaches {reach}, and its {where} ends at {ends}: "
+        says += f"{100 * evidence['clipped']:.3g}% is clipped"
         return "int8-zero-point" if moved else "int8-clipped", says, _CALIBRATE
     if step > _COARSE * needed:
         says = f"the {kind} scale {step:.3g} of its {what} is {step / needed:.1f} times too coarse"
         return "int8-coarse", says, _CALIBRATE
     if evidence["lost"] > _MANY:
-        return (
-            "int8-coarse",
-            f"the {kind} scale {step:.3g} of its {what} turns {evidence['lost']:.0%} of it into 0",
-            _APART,
-        )
+        says = f"the {kind} scale {step:.3g} of its {what} turns {evidence['lost']:.0%} of it into 0"
+        return "int8-coarse", says, _APART
     return "int8", f"its {what} is quantized to {kind} with scale {step:.3g}", _CALIBRATE
 
 
