@@ -770,6 +770,20 @@ def test_a_result_that_leaves_the_file_as_numbers_is_read_inside_as_levels(tmp_p
     assert float(declared.abs().max()) < 0.1
 
 
+def test_levels_of_a_weight_without_a_zero_point_have_the_sign_of_their_type(tmp_path):
+    made = NetBuilder(4)
+    made.op("MatMul", "x", made.weight(made.rng.standard_normal((8, 4)).astype(np.float32)), name="y")
+    plain = Graph(made.save(tmp_path / "plain.onnx", {"x": (1, [6, 8])}, ["y"]))
+    held = NetBuilder(4)
+    levels, scale = held.weight(held.rng.integers(-127, 128, (8, 4)).astype(np.int8)), held.weight(np.float32(0.5))
+    held.op("MatMul", "x", held.op("DequantizeLinear", levels, scale), name="y")
+    file = Graph(held.save(tmp_path / "file.onnx", {"x": (1, [6, 8])}, ["y"]))
+    (product,) = plain.nodes
+    grid = FileQuantization(plain, file, {"x": "x", "y": "y"}).grid(product, 1, stored=True)
+    assert grid is not None
+    assert grid.range == (-64.0, 63.5)
+
+
 def test_a_relu_that_a_quantizer_drops_behind_a_reshape_is_named(tmp_path):
     """Of a batched product ONNX Runtime makes Gemm, Reshape and Relu; its quantizer leaves out the Relu, but the Gemm's
     scale has negative levels. What passes then is clipped where the next scale, calibrated behind the Relu, ends."""

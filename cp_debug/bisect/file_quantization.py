@@ -439,9 +439,8 @@ class FileQuantization:
 
     def _grid(self, scale: str, zero: str, node: Node | None = None) -> QuantizerGrid | None:
         """``node`` names the axis of several scales, where it has one."""
-        return constant_grid(
-            self._graph, self._constants, scale, zero, 1 if node is None else node.attribute("axis", 1)
-        )
+        axis, levels = (1, "") if node is None else (node.attribute("axis", 1), node.proto.input[0])
+        return constant_grid(self._graph, self._constants, scale, zero, axis, levels)
 
     def _of(self, nodes: Sequence[Node]) -> Scheme:
         schemes = [self._schemes[o] for node in nodes for o in node.outputs if o in self._schemes]

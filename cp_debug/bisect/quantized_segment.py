@@ -174,11 +174,16 @@ class EmulatedSegment:
     """The scale of that input: the distance of two levels."""
 
 
-def constant_grid(graph: Graph, constants: Weights, scale: str, zero: str, axis: int) -> QuantizerGrid | None:
-    """The grid of a quantizer by the names of its scale and zero point (empty: none); None where one is computed."""
+def constant_grid(
+    graph: Graph, constants: Weights, scale: str, zero: str, axis: int, levels: str = ""
+) -> QuantizerGrid | None:
+    """The grid of a quantizer by the names of its scale and zero point (empty: none); None where one is computed.
+
+    ``levels``: the name of what a DequantizeLinear reads.
+    """
     if not constants.holds(scale) or (zero and not constants.holds(zero)):
         return None
-    kind = constant_type(graph, zero) or 2 if zero else 2  # without a zero point levels are uint8, as ONNX has it
+    kind = constant_type(graph, zero or levels) or 2  # without a zero point levels are uint8, as ONNX has it
     bits = BITS.get(kind, 8)
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if kind in SIGNED else (0, 2**bits - 1)
     offset = constants.numbers(zero) if zero else None

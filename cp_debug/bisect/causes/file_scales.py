@@ -17,18 +17,17 @@ from cp_debug.bisect.causes.base import Candidate
 from cp_debug.bisect.causes.narrow import misfit
 from cp_debug.bisect.causes.other_program import OtherPiece
 from cp_debug.bisect.file_weights import BETTER, OFF, Repair, StoredCodes, same_product, stored_codes, turned, twin_of
-from cp_debug.bisect.quantized_segment import CODECS, QuantizerGrid, constant_grid
+from cp_debug.bisect.quantized_segment import QuantizerGrid, constant_grid
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph, Node
-from cp_debug.graph.integer_values import constant_type
 from cp_debug.graph.narrow_qdq import FAMILIES
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.spelled_out import DERIVED
 from cp_debug.probes.distance import relative_l2
 from cp_debug.safe_text import amount
 
-_ENDS = {2: (0, 255), 3: (-128, 127)}
-"""ONNX data type of levels → the lowest and the highest."""
+_ENDS = ((0, 255), (-128, 127))
+"""The lowest and the highest level of INT8, without a sign and with one."""
 SHOWN = 6
 """Channels that a sentence names."""
 MOST = 8
@@ -151,12 +150,13 @@ def _of_biases(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:
 def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:
     """The same of data in FP8 with one scale, and of numbers that a scale in INT8 cuts off."""
     constants, graph = piece.other.constants, piece.other.graph
-    weights = {twin.proto.input[1]: weight for weight, twin in _products(piece)}
+    products = {twin.proto.input[1]: weight for weight, twin in _products(piece)}
+    stored = Weights(graph, FP64, torch.device("cpu"), 0)
     maker = {output: node for node in piece.nodes for output in node.outputs}
     reads: dict[Node, str] = {}  # nodes, and of what their levels are: of a product's weights, nothing that there is
     for node in (node for node in piece.nodes if node.op == "DequantizeLinear"):
         levels, *grid_names = node.proto.input
-        if levels in constants and node.outputs[0] in weights:
+        if levels in constants and node.outputs[0] in products:
             reads[node] = ""
         elif levels not in constants and levels in maker and maker[levels].op == "QuantizeLinear":
             reads[node] = maker[levels].proto.input[0]
@@ -164,35 +164,29 @@ def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:
             reads.pop(node, None)
     values = piece.values(*filter(None, reads.values()), *(node.outputs[0] for node in reads)) if reads else {}
     for node, source in reads.items():
-        numbers, held = values[source] if source else weights[node.outputs[0]], values[node.outputs[0]]
-        if not numbers.dim() or not numbers.numel() or not bool(torch.isfinite(numbers).all()):
+        numbers, held = values[source] if source else products[node.outputs[0]], values[node.outputs[0]]
+        levels, scale, zero = [*node.proto.input[:3], ""][:3]
+        grid = constant_grid(graph, stored, scale, zero, node.attribute("axis", 1), levels)
+        if grid is None or not numbers.dim() or not numbers.numel() or not bool(torch.isfinite(numbers).all()):
             continue
-        _, scale, zero = [*node.proto.input[:3], ""][:3]
-        kind = constant_type(graph, zero) if zero else constant_type(graph, node.proto.input[0]) or 2
-        scales, offset = (
-            torch.from_numpy(np.asarray(array).astype(np.float64))
-            for array in (constants[scale], constants[zero] if zero else 0.0)
-        )
-        if kind in CODECS and source and scales.numel() == 1:
-            codec, needed = CODECS[kind], float(numbers.abs().max()) / CODECS[kind].largest or 1.0
-            name, says, figures = misfit(numbers, codec, float(scales))
+        plain = grid.codec is None and (grid.low, grid.high) in _ENDS and not node.attribute("block_size")
+        if grid.codec is not None and source and grid.scale.numel() == 1:
+            codec, needed = grid.codec, float(numbers.abs().max()) / grid.codec.largest or 1.0
+            name, says, figures = misfit(numbers, codec, float(grid.scale))
             fix = f"calibrate {{layers}} on data like this: a scale of {needed:.3g}"
             yield node.outputs[0], Candidate(name, says, codec(numbers / needed) * needed, 0, figures, fix)
-        elif kind in _ENDS and not node.attribute("block_size"):
-            grid = QuantizerGrid(scales, offset, *_ENDS[kind], node.attribute("axis", 1))
-            if bool((scales > 0).all()) and grid.fits(numbers.shape) and held.shape == numbers.shape:
-                of = "data" if source and source not in constants else "weights"
-                yield from _clipped(of, node, grid, numbers, held)
-                if source:
-                    yield from _disagreeing(graph, maker[node.proto.input[0]], node, numbers, grid)
+        elif plain and bool((grid.scale > 0).all()) and grid.fits(numbers.shape) and held.shape == numbers.shape:
+            of = "data" if source and source not in constants else "weights"
+            yield from _clipped(of, node, grid, numbers, held)
+            if source:
+                yield from _disagreeing(graph, stored, maker[levels], node, numbers, grid)
 
 
 def _disagreeing(
-    graph: Graph, quantizer: Node, node: Node, numbers: Tensor, grid: QuantizerGrid
+    graph: Graph, constants: Weights, quantizer: Node, node: Node, numbers: Tensor, grid: QuantizerGrid
 ) -> Iterator[tuple[str, Candidate]]:
     """The value of ``node``, and what it would be with the scales and zero points that its levels were made with."""
     _, scale, zero = [*quantizer.proto.input[:3], ""][:3]
-    constants = Weights(graph, FP64, torch.device("cpu"), 0)
     made = constant_grid(graph, constants, scale, zero, quantizer.attribute("axis", 1))
     if made is None or not made.fits(numbers.shape):
         return
