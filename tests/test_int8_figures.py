@@ -272,7 +272,9 @@ def test_best_scales_that_are_exact_by_luck_accuse_nobody(wider: tuple[float, ..
     exact = torch.ones(1, 8, 4, 4).double()
     of_margin = dict(zip((1.0, *SCALE_MARGINS), (0.001, *wider), strict=True))
 
-    def ideal(executor: Any, nodes: Any, given: Any, targets: Any, scale_margin: float = 1.0, *more: Any) -> Any:
+    def ideal(
+        executor: Any, nodes: Any, given: Any, targets: Any, scale_margin: float = 1.0, *_: Any, **way: Any
+    ) -> Any:
         return SimpleNamespace(results={"y": (1 + of_margin[scale_margin]) * exact})
 
     own: Any = SimpleNamespace(

@@ -90,7 +90,7 @@ class ScaleReplay:
             # Few values, as of a nearly uniform attention, may lie on the levels of the best scales by luck, but not on
             # those of every somewhat larger one. The least error of these counts: a larger scale is coarser, too.
             best = max(best, min(map(worst, self._widened(nodes, given, target))))
-            best = max(best, *map(worst, self._of_whole_range(nodes, given, target, exact)))
+            best = max([best, *map(worst, self._of_whole_range(nodes, given, target, exact))])
             # The function itself may be coarser than the levels: ONNX Runtime's Sigmoid where all of it is 1e-8.
             off = doubt(self._oracle, nodes, given, target, self._by)
             best = max(best, ratio(off, distance(captured, exact).whole))
