@@ -35,10 +35,13 @@ def spelled_out(graph: Graph, kept: Collection[str] = (), *, unpacks: bool = Tru
     ``kept``: values that must not vanish behind a bias. ``unpacks``: also those with packed weights, which take twice
     the memory then, or more.
     """
-    left = QUANTIZERS if unpacks else QUANTIZERS | {PACKED}
-    if not any(mark in node.op for node in graph.nodes if node.op not in left for mark in QUANTIZING):
-        return graph
-    return _Speller(graph, kept, unpacks).spelled()
+    return _Speller(graph, kept, unpacks).spelled() if computes_with_levels(graph, packed=unpacks) else graph
+
+
+def computes_with_levels(graph: Graph, *, packed: bool = True) -> bool:
+    """Whether a graph has operators of levels; ``packed``: those with packed weights count as well."""
+    left = QUANTIZERS if packed else QUANTIZERS | {PACKED}
+    return any(mark in node.op for node in graph.nodes if node.op not in left for mark in QUANTIZING)
 
 
 class _Speller:

@@ -26,7 +26,7 @@ from cp_debug.graph.constants import Constants
 from cp_debug.graph.flatten import name_in_file
 from cp_debug.graph.graph import Node
 from cp_debug.graph.operators import QUANTIZERS, VIEWS
-from cp_debug.graph.spelled_out import spelled_out
+from cp_debug.graph.spelled_out import computes_with_levels, spelled_out
 from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.node_differences import ACTIVATIONS, NodeDifference
 from cp_debug.safe_text import amount, some
@@ -436,9 +436,10 @@ class GraphReader:
         if component not in self._others:
             ours = self._run.programs[component].graph
             program = self._run.pipeline.program(component)
-            # Where both sides compute with levels, their operators are compared as they are.
-            graph, other = spelled_out(program.graph) if spelled_out(ours) is ours else program.graph, None
+            other = None
             if program.graph is not ours and program.plain is not ours:
+                # Where both sides compute with levels, their operators are compared as they are.
+                graph = program.graph if computes_with_levels(ours) else spelled_out(program.graph)
                 oracle = self._run.replayer(component, self._test).oracle
                 names = self._run.names(component)
                 executor = Executor(graph, oracle.arithmetic, oracle.device)
