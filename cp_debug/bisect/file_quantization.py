@@ -34,12 +34,13 @@ from cp_debug.bisect.quantized_segment import (
     StoredBias,
     bias_step,
     constant_grid,
+    level_type,
     rounded_bias,
     stored_bias,
 )
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import QUANTIZING, Graph, Node, readers
-from cp_debug.graph.integer_values import constant_type, is_constant, level_kind, produced_grid
+from cp_debug.graph.integer_values import is_constant, level_kind, level_values
 from cp_debug.graph.narrow_qdq import order_behind, stated_bits
 from cp_debug.graph.operators import PRODUCTS, QUANTIZERS, VIEWS
 from cp_debug.graph.qdq import weight_axis
@@ -91,22 +92,20 @@ class FileQuantization:
         """
         self.made_here = made_here
         self._rounded = {name: QuantizerGrid.symmetric(amax) for name, amax in rounded.items()}
-        self._file, self._graph = graph, spelled_out(graph, names.values(), unpacks=False)
-        """The file as it is executed, and as its structure is read."""
+        parent_values = {*plain.producer, *(v.name for v in plain.inputs)}
+        own = {value for name, value in names.items() if name in parent_values}
+        self._held = own - {names[name] for name in level_values(plain) if name in names}
+        """Values that are floats in the parent."""
+        self._graph = spelled_out(graph, self._held, unpacks=False)
         self._names, self._rounds_weights = names, rounds_weights
         self.beside = BESIDE_INT16 if level_kind(graph) == "int16" else BESIDE_INT8
         """Precision of what the file does not quantize."""
         self._constants = Weights(self._graph, INT8, torch.device("cpu"), 0)
-        self._executor = Executor(graph, INT8)
+        self._executor = Executor(self._graph, INT8)
         self._device = device
         self._schemes: dict[str, Scheme] = {}
-        parent_values = {*plain.producer, *(v.name for v in plain.inputs)}
-        file_values = self._own = frozenset(value for name, value in names.items() if name in parent_values)
-        self._levels_in_both = {
-            v for n, v in names.items() if n in plain.producer and produced_grid(plain, n) is not None
-        }
         for name, value in names.items():
-            if value in self._graph.producer and (scheme := self._scheme(value, file_values)):
+            if value in self._graph.producer and (scheme := self._scheme(value, own)):
                 self._schemes[name] = scheme
 
     def touches(self, nodes: Sequence[Node]) -> bool:
@@ -125,10 +124,9 @@ class FileQuantization:
         if not self._rounds_weights:
             return found
         moves = lambda node, value: node.op in _MOVED_BEHIND and node.proto.input[0] == value  # noqa: E731
-        for node, value in readers(self._file, self._names.get(name, name), moves):
+        for node, value in readers(self._graph, self._names.get(name, name), moves):
             if node.op == "QuantizeLinear" and node.proto.input[0] == value:
-                scale, zero = [*node.proto.input[1:3], ""][:2]
-                levels, grid = self._levels(scale, zero), self._grid(scale, zero)
+                levels, grid = self._levels(node), self._grid(node)
                 if levels is not None and grid is not None and grid.holds(torch.as_tensor(captured)):
                     found.append((levels, grid))
         return found
@@ -147,8 +145,7 @@ class FileQuantization:
         if twin is not None and known and same_product(twin, node) and place < len(twin.proto.input):
             maker = self._graph.producer.get(twin.proto.input[place])
         if maker is not None and maker.op == "DequantizeLinear":
-            scale, zero = [*maker.proto.input[1:3], ""][:2]
-            return self._grid(scale, zero, maker)
+            return self._grid(maker)
         return self._of(within or [node]).grid if place == 0 else None
 
     def stored_bias(self, node: Node) -> StoredBias | None:
@@ -167,9 +164,9 @@ class FileQuantization:
     def result_grid(self, name: str) -> QuantizerGrid | None:
         """The grid on which the file holds a value; None where it has no scale of its own, or that is computed."""
         own = self._names.get(name, name)
-        while (made_by := self._file.producer.get(own)) is not None and made_by.op in VIEWS | {"DequantizeLinear"}:
-            own = made_by.proto.input[0]
-        return self._constant_grid(own)
+        while (maker := self._graph.producer.get(own)) is not None and maker.op in VIEWS:
+            own = maker.proto.input[0]
+        return self._made_on(own)
 
     def range(self, name: str) -> tuple[float, float] | None:
         """The smallest and the largest number that the file can hold for a value; None without a scale of its own."""
@@ -256,20 +253,17 @@ class FileQuantization:
         ``given``: name → tensor of the parent, in any float dtype. ``paired_sums``: as on a processor without VNNI,
         and None where nothing of the segment could differ there; ``even``: with pairs within a tap.
         """
-        if (found := self._part(target, known, given, levels=True)) is None:
+        if (found := self._part(target, known, given)) is None:
             return None
-        file_name, nodes, values = found
-        fed = {start: self._levels_of(start, value) for start, value in values.items()}
-        changed = with_paired_sums(self._file, nodes, even=even) if paired_sums else nodes
+        own, nodes, values = found
+        changed = with_paired_sums(self._graph, nodes, even=even) if paired_sums else nodes
         if changed is None:
             return None
-        executor = Executor(self._file, PAIRED) if paired_sums else self._executor
+        executor = Executor(self._graph, PAIRED) if paired_sums else self._executor
         try:
-            result = torch.as_tensor(executor.run_nodes(changed, fed, [file_name])[file_name]).to(self._device)
+            result = torch.as_tensor(executor.run_nodes(changed, values, [own])[own]).to(self._device)
         except InputError:
             return None
-        if (grid := self._constant_grid(file_name)) is not None and not result.is_floating_point():
-            return grid.value(result.double())
         return self._as_shown(target, result)
 
     def _as_shown(self, name: str, tensor: Tensor) -> Tensor:
@@ -286,22 +280,23 @@ class FileQuantization:
         return torch.cat([torch.as_tensor(tensor).flatten() for tensor in inputs.values()])
 
     def _part(
-        self, target: str, known: Collection[str], given: Mapping[str, AnyTensor], *, levels: bool = False
+        self, target: str, known: Collection[str], given: Mapping[str, AnyTensor]
     ) -> tuple[str, list[Node], dict[str, AnyTensor]] | None:
         """The target's name in the file, the nodes that compute it and what they start from; None where one of these
-        values is not given, and without ``levels`` where one is held in them."""
+        values is not given."""
         own = self._names.get(target, target)
-        if own not in self._file.producer:
+        if own not in self._graph.producer:
             return None
         plain_names = {self._names.get(name, name): name for name in known}
-        for value, name in [*plain_names.items()]:  # a result that leaves the file as numbers is read inside as levels
-            maker = self._file.producer.get(value)
-            if levels and name in given and maker is not None and maker.op == "DequantizeLinear":
-                plain_names.setdefault(maker.proto.input[0], name)
-        nodes, starts = self._file.segment([own], plain_names.keys())
+        for value, name in [*plain_names.items()]:  # the same numbers come out of other readers of the same levels
+            maker = self._graph.producer.get(value)
+            if name in given and maker is not None and maker.op == "DequantizeLinear":
+                for reader in self._graph.consumers[maker.inputs[0]]:
+                    if reader.proto.input == maker.proto.input:
+                        plain_names.setdefault(reader.outputs[0], name)
+        nodes, starts = self._graph.segment([own], plain_names.keys())
         values = {start: given[name] for start in starts if (name := plain_names.get(start, start)) in given}
-        in_levels = not levels and any(self._constant_grid(name) is not None for name in (own, *starts))
-        return None if in_levels or len(values) < len(starts) else (own, nodes, values)
+        return None if len(values) < len(starts) else (own, nodes, values)
 
     def with_fitted_weight(
         self, target: str, known: Collection[str], given: Mapping[str, AnyTensor], product: Node, weight: Tensor
@@ -312,7 +307,7 @@ class FileQuantization:
             return None
         own, nodes, values = found
         twin = twin_of(product, nodes)
-        stored = stored_codes(self._file, twin) if twin is not None else None
+        stored = stored_codes(self._graph, twin) if twin is not None else None
         repair = stored.repair(turned(weight.cpu(), product, twin)) if stored is not None and twin is not None else None
         if stored is None or repair is None:
             return None
@@ -363,21 +358,27 @@ class FileQuantization:
         """Levels → the numbers behind them."""
         for node in nodes:
             first = node.proto.input[0] if node.proto.input else ""
-            if node.op == "QuantizeLinear" and not is_constant(self._file, first):
-                levels = self._levels(*[*node.proto.input[1:3], ""][:2])
+            maker = self._graph.producer.get(first)
+            if (
+                node.op == "QuantizeLinear"
+                and maker is not None
+                and (maker.op, maker.proto.input[1:]) == ("DequantizeLinear", node.proto.input[1:])
+            ):
+                rounded[node.outputs[0]] = torch.as_tensor(values[first])  # it lies on these levels
+            elif node.op == "QuantizeLinear" and not is_constant(self._graph, first):
+                levels, grid = self._levels(node), self._grid(node)
                 (tensor,) = self._executor.run_nodes([], values, [first]).values()
                 if levels is None:
                     return None
                 levels = levels if bits is None else replace(levels, bits=bits)
-                least = _range(self._file, first)
-                grid = self._grid(*[*node.proto.input[1:3], ""][:2])
+                least = _range(self._graph, first)
                 if grid is not None and grid.range[0] >= 0:  # does what a Relu would that was left out
                     tensor = torch.as_tensor(tensor).clamp(min=0)
                 like = fitted.get(first)
                 rounded[node.outputs[0]] = levels.applied(torch.as_tensor(tensor), None, scale_margin, least, like)
             elif node.op == "DequantizeLinear" and first in rounded:
                 values[node.outputs[0]] = rounded[first]
-            elif node.op == "DequantizeLinear" and is_constant(self._file, first):
+            elif node.op == "DequantizeLinear" and is_constant(self._graph, first):
                 values |= self._executor.run_nodes([node], values, node.outputs)
                 if not self._good(node, torch.as_tensor(values[node.outputs[0]]), constants):
                     return None
@@ -392,9 +393,7 @@ class FileQuantization:
 
     def _good(self, node: Node, stored: Tensor, constants: Collection[Tensor]) -> bool:
         """Whether a weight as the file stores it is a good rounding of one of the ``constants``."""
-        first, scale, *zero = node.proto.input
-        levels = self._levels(scale, zero[0] if zero else "", first, node)
-        axis = node.attribute("axis", 1)
+        levels, axis = self._levels(node), node.attribute("axis", 1)
         for constant in (each.cpu() for each in constants):
             if constant.shape != stored.shape or not constant.is_floating_point():
                 continue
@@ -409,7 +408,7 @@ class FileQuantization:
 
         The shape stays; levels, which are integers, become float32.
         """
-        grid = self._constant_grid(own) if own in self._own else None
+        grid = self._made_on(own) if own in self._held else None
         array = as_numpy(tensor)
         if grid is None or not grid.fits(array.shape):
             return tensor
@@ -419,28 +418,15 @@ class FileQuantization:
             return tensor
         return grid.value(as_torch(array).double()).float()
 
-    def _levels_of(self, own: str, value: AnyTensor | None) -> AnyTensor | None:
-        grid = self._constant_grid(own)
-        if grid is None or value is None or not grid.fits(value.shape):
-            return value
-        levels = grid.kept(grid.levels(as_torch(as_numpy(value)).double()))
-        if grid.codec is not None:
-            return levels.numpy().astype(_STORED[grid.codec.name])
-        return levels.to(torch.uint8 if grid.low == 0 and grid.high == 255 else torch.int8)
-
-    def _constant_grid(self, own: str) -> QuantizerGrid | None:
-        """The grid of a value that the file holds as levels and its parent does not, where its scale is a constant."""
-        if own in self._levels_in_both:  # the parent is quantized as well
+    def _made_on(self, own: str) -> QuantizerGrid | None:
+        """The grid of levels that a value is made of; None for others, and for constant levels."""
+        maker = self._graph.producer.get(own)
+        if maker is None or maker.op != "DequantizeLinear" or is_constant(self._graph, maker.inputs[0]):
             return None
-        names = produced_grid(self._file, own)
-        if names is None or not self._constants.holds(names.scale):
-            return None
-        return self._grid(names.scale, names.zero, self._file.producer.get(own))
+        return self._grid(maker)
 
-    def _grid(self, scale: str, zero: str, node: Node | None = None) -> QuantizerGrid | None:
-        """``node`` names the axis of several scales, where it has one."""
-        axis, levels = (1, "") if node is None else (node.attribute("axis", 1), node.proto.input[0])
-        return constant_grid(self._graph, self._constants, scale, zero, axis, levels)
+    def _grid(self, node: Node) -> QuantizerGrid | None:
+        return constant_grid(self._graph, self._constants, node)
 
     def _of(self, nodes: Sequence[Node]) -> Scheme:
         schemes = [self._schemes[o] for node in nodes for o in node.outputs if o in self._schemes]
@@ -469,19 +455,17 @@ class FileQuantization:
             inputs = [*node.proto.input, *[""] * 9]
             op = node.op.removeprefix("com.microsoft.")
             if op == "QuantizeLinear":
-                levels = self._levels(inputs[1], inputs[2], node=node)
                 if is_constant(self._graph, inputs[0]):
-                    weights = levels
+                    weights = self._levels(node)
                 else:
-                    data = levels
+                    data = self._levels(node)
                     if inputs[0] not in computed:  # not what the segment's own product gives
-                        grid = self._grid(inputs[1], inputs[2], node)
+                        grid = self._grid(node)
             elif op == "DequantizeLinear":
-                grid_of_levels = produced_grid(self._graph, inputs[0])
                 if is_constant(self._graph, inputs[0]):
-                    weights = self._levels(inputs[1], inputs[2], inputs[0], node) or weights
-                elif grid_of_levels is not None and data is None:  # a value of the parent that is held as levels
-                    data, grid = self._levels(inputs[1], inputs[2]), self._grid(inputs[1], inputs[2], node)
+                    weights = self._levels(node) or weights
+                elif data is None:
+                    data, grid = self._levels(node), self._grid(node)
             elif op in PRODUCTS and self._rounds_weights and weights is None and self._between_levels(node):
                 weights = Levels()
             elif op in ("MatMulNBits", "GatherBlockQuantized"):
@@ -489,13 +473,12 @@ class FileQuantization:
             elif any(mark in op for mark in QUANTIZING):  # it is not spelled out: its scales are computed
                 data = data or Levels()
                 weights = weights if "QuantizeLinear" in op else Levels(channels=True)
-        if weights is not None and weights.bits == 32:
-            weights = None
-        last, made, result = self._graph.producer[value], produced_grid(self._graph, value), None
-        if last.op == "DequantizeLinear" or made is not None:
-            result = data or Levels()
-            if is_constant(self._graph, last.proto.input[0]):  # of what the parent computes from constants alone
-                result = weights = weights if weights or made is None else self._levels(*made)
+        if (last := self._graph.producer[value]).op != "DequantizeLinear":
+            result = None
+        elif is_constant(self._graph, last.inputs[0]):  # of what the parent computes from constants alone
+            result = weights
+        else:
+            result = data or weights or Levels()
         return Scheme(data, weights, result, grid, step)
 
     def _between_levels(self, node: Node) -> bool:
@@ -507,19 +490,19 @@ class FileQuantization:
             dequantized or (bool(readers) and all(n.op == "QuantizeLinear" for n in readers))
         )
 
-    def _levels(self, scale: str, zero: str, levels: str = "", node: Node | None = None) -> Levels | None:
-        attributes = {a.name: a.i for a in node.proto.attribute} if node is not None else {}
-        kind = constant_type(self._graph, zero) or constant_type(self._graph, levels)
-        kind = kind or attributes.get("output_dtype") or 2
+    def _levels(self, node: Node) -> Levels | None:
+        """The kind of a quantizer's levels; None for those of 32 bits, and of types that are not known."""
+        scale, zero = [*node.proto.input[1:], ""][:2]
+        kind = level_type(self._graph, node)
         if BITS.get(kind) in (None, 32):
             return None
         offset = self._constants.numbers(zero)
         centred = offset is None or not bool(offset.any())
         many = self.made_here or self._several(scale)  # here every weight is due one scale for each channel
-        block = attributes.get("block_size", 0)
-        axis = attributes.get("axis", 1) if block else None
+        block = node.attribute("block_size", 0)
+        axis = node.attribute("axis", 1) if block else None
         codec, bits, behind, symmetric = CODECS.get(kind), BITS[kind], None, kind in SIGNED and centred
-        if node is not None and levels:
+        if "Dequantize" in node.op and is_constant(self._graph, node.inputs[0]):
             bits, behind = stated_bits(node) or bits, order_behind(self._graph, node)
             # All zero points in the middle of levels from 0 on: GPTQ has them so for symmetric weights.
             symmetric = symmetric or (offset is not None and bool((offset.double() == 1 << (bits - 1)).all()))

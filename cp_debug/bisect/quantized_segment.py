@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
+from onnx import TensorProto
 from torch import Tensor
 
 from cp_debug.backends.base import Tensor as AnyTensor
@@ -174,21 +175,24 @@ class EmulatedSegment:
     """The scale of that input: the distance of two levels."""
 
 
-def constant_grid(
-    graph: Graph, constants: Weights, scale: str, zero: str, axis: int, levels: str = ""
-) -> QuantizerGrid | None:
-    """The grid of a quantizer by the names of its scale and zero point (empty: none); None where one is computed.
+def level_type(graph: Graph, node: Node) -> int:
+    """ONNX data type of the levels of a QuantizeLinear or DequantizeLinear."""
+    levels, _, zero = [*node.proto.input, ""][:3]
+    kind = constant_type(graph, zero) or (constant_type(graph, levels) if "Dequantize" in node.op else None)
+    return kind or node.attribute("output_dtype", 0) or TensorProto.UINT8  # as ONNX has it without a zero point
 
-    ``levels``: the name of what a DequantizeLinear reads.
-    """
+
+def constant_grid(graph: Graph, constants: Weights, node: Node) -> QuantizerGrid | None:
+    """The grid of a QuantizeLinear or DequantizeLinear; None where its scale or zero point is computed."""
+    scale, zero = [*node.proto.input[1:], ""][:2]
     if not constants.holds(scale) or (zero and not constants.holds(zero)):
         return None
-    kind = constant_type(graph, zero or levels) or 2  # without a zero point levels are uint8, as ONNX has it
+    kind = level_type(graph, node)
     bits = BITS.get(kind, 8)
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if kind in SIGNED else (0, 2**bits - 1)
     offset = constants.numbers(zero) if zero else None
     offset = torch.zeros((), dtype=torch.float64) if offset is None else offset.double()
-    return QuantizerGrid(constants[scale].double(), offset, low, high, axis, CODECS.get(kind))
+    return QuantizerGrid(constants[scale].double(), offset, low, high, node.attribute("axis", 1), CODECS.get(kind))
 
 
 def balanced(error: Tensor, exact: Tensor, axis: int) -> float:

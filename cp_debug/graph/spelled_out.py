@@ -32,10 +32,12 @@ _MADE, _READ = "\x1fmade", "\x1fread"
 def spelled_out(graph: Graph, kept: Collection[str] = (), *, unpacks: bool = True) -> Graph:
     """The graph without operators of levels, as far as their scales are known; the graph itself without any.
 
-    ``kept``: values that must not vanish behind a bias. ``unpacks``: also those with packed weights, which take twice
-    the memory then, or more.
+    ``kept``: values that must be floats, and must not vanish behind a bias. ``unpacks``: also operators with packed
+    weights, which take twice the memory then, or more.
     """
-    return _Speller(graph, kept, unpacks).spelled() if computes_with_levels(graph, packed=unpacks) else graph
+    if not computes_with_levels(graph, packed=unpacks) and all(produced_grid(graph, value) is None for value in kept):
+        return graph
+    return _Speller(graph, kept, unpacks).spelled()
 
 
 def computes_with_levels(graph: Graph, *, packed: bool = True) -> bool:
@@ -67,8 +69,9 @@ class _Speller:
             for value in node.outputs:
                 if value in self._grids:
                     grid = [name for name in self._grids[value] if name]
-                    self._add("DequantizeLinear", [value + _MADE, *grid], value, f"{node.name} (result)")
-                    self._add("QuantizeLinear", [value, *grid], value + _READ, f"{node.name} (result)")
+                    how = {"axis": node.attribute("axis", 1)} if node.op == "QuantizeLinear" else {}
+                    self._add("DequantizeLinear", [value + _MADE, *grid], value, f"{node.name} (result)", **how)
+                    self._add("QuantizeLinear", [value, *grid], value + _READ, f"{node.name} (result)", **how)
         return graph.with_nodes(self._nodes, self._constants)
 
     def _add(self, op: str, inputs: Sequence[str], output: str, name: str, **attributes: object) -> str:

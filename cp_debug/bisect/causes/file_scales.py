@@ -19,7 +19,7 @@ from cp_debug.bisect.causes.other_program import OtherPiece
 from cp_debug.bisect.file_weights import BETTER, OFF, Repair, StoredCodes, same_product, stored_codes, turned, twin_of
 from cp_debug.bisect.quantized_segment import QuantizerGrid, constant_grid
 from cp_debug.errors import InputError
-from cp_debug.graph.graph import Graph, Node
+from cp_debug.graph.graph import Node
 from cp_debug.graph.narrow_qdq import FAMILIES
 from cp_debug.graph.operators import PRODUCTS
 from cp_debug.graph.spelled_out import DERIVED
@@ -165,8 +165,7 @@ def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:
     values = piece.values(*filter(None, reads.values()), *(node.outputs[0] for node in reads)) if reads else {}
     for node, source in reads.items():
         numbers, held = values[source] if source else products[node.outputs[0]], values[node.outputs[0]]
-        levels, scale, zero = [*node.proto.input[:3], ""][:3]
-        grid = constant_grid(graph, stored, scale, zero, node.attribute("axis", 1), levels)
+        grid = constant_grid(graph, stored, node)
         if grid is None or not numbers.dim() or not numbers.numel() or not bool(torch.isfinite(numbers).all()):
             continue
         plain = grid.codec is None and (grid.low, grid.high) in _ENDS and not node.attribute("block_size")
@@ -179,15 +178,14 @@ def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:
             of = "data" if source and source not in constants else "weights"
             yield from _clipped(of, node, grid, numbers, held)
             if source:
-                yield from _disagreeing(graph, stored, maker[levels], node, numbers, grid)
+                quantizer = maker[node.proto.input[0]]
+                yield from _disagreeing(quantizer, constant_grid(graph, stored, quantizer), node, numbers, grid)
 
 
 def _disagreeing(
-    graph: Graph, constants: Weights, quantizer: Node, node: Node, numbers: Tensor, grid: QuantizerGrid
+    quantizer: Node, made: QuantizerGrid | None, node: Node, numbers: Tensor, grid: QuantizerGrid
 ) -> Iterator[tuple[str, Candidate]]:
     """The value of ``node``, and what it would be with the scales and zero points that its levels were made with."""
-    _, scale, zero = [*quantizer.proto.input[:3], ""][:3]
-    made = constant_grid(graph, constants, scale, zero, quantizer.attribute("axis", 1))
     if made is None or not made.fits(numbers.shape):
         return
     for what, name, ours, theirs in (
