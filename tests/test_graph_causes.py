@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import pytest
 from nets import NetBuilder
 from onnx import numpy_helper
 
+from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause
 from cp_debug.bisect.causes.graphs import GraphReader
+from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.engine import Options, bisect
 from cp_debug.bisect.finding import Finding
 from cp_debug.graph.graph import Graph
@@ -349,6 +351,21 @@ def test_a_fused_layer_is_told_by_the_graphs_as_they_were_written(
     (test,) = bisect(str(folded), f"ort,{backend}", test_model=tmp_path / "test.onnx").tests
     assert len(test.guilty) == 1
     assert [finding.cause for finding in test.findings] == [cause]
+
+
+def test_another_checkpoint_is_read_off_the_files_without_costly_trials(
+    folded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(segment: Segment) -> Iterator[Candidate]:
+        raise ValueError("was tried")
+
+    monkeypatch.setattr("cp_debug.bisect.causes.search.CAUSES", [Cause(fails, costly=True), *CAUSES])
+    model = onnx.load(str(folded))
+    constant("conv", 1, lambda a: np.random.default_rng(7).permutation(a.ravel() * 1.1).reshape(a.shape))(model.graph)
+    onnx.save(model, str(tmp_path / "test.onnx"))
+    (test,) = bisect(str(folded), "ort,ort-none", test_model=tmp_path / "test.onnx").tests
+    assert [finding.cause for finding in test.findings] == ["other-weights"]
+    assert not any("was tried" in note for note in test.notes)
 
 
 def test_a_scale_that_a_mask_has_ruined_is_too_coarse(tmp_path: Path) -> None:

@@ -67,12 +67,12 @@ def describe(ours: np.ndarray, theirs: np.ndarray, gates: int = 0, *, closely: b
     size = _distance(theirs, ours) if whole else _distance(b, a)
     if size <= CLOSE and theirs.dtype.kind == "f":
         return None
-    for kind, says, value, evidence in _ways(a, b, gates) if closely and not np.array_equal(a, b) else ():
+    limit = max(min(EXACT, max(size / 4, CLOSE)), NARROW.get(str(theirs.dtype), 0.0))
+    for kind, says, value, evidence in _ways(a, b, gates, limit) if closely and not np.array_equal(a, b) else ():
         if whole and kind == "elements":
             break
         if whole and says == "× 1":
             continue
-        limit = max(min(EXACT, max(size / 4, CLOSE)), NARROW.get(str(theirs.dtype), 0.0))
         cast = (np.rint(value) if whole else value).astype(theirs.dtype)
         if np.array_equal(cast, theirs) or (not whole and _distance(b, value) <= limit):
             return TensorChange(kind, says, evidence, size)
@@ -135,8 +135,8 @@ Form = tuple[str, str, np.ndarray, dict[str, Any]]
 """Kind of a change, what it is in words, what it makes of a tensor, and figures: see ``TensorChange``."""
 
 
-def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[Form]:
-    """Every description with what it makes of ``a``, the simplest first."""
+def _ways(a: np.ndarray, b: np.ndarray, gates: int, limit: float) -> Iterator[Form]:
+    """Every description with what it makes of ``a``, the simplest first, but none that cannot come within ``limit``."""
     if b.size > 1 and not b.any():
         yield "channels-zero", "all zero", np.zeros_like(a), {"axis": 0, "channels": list(range(min(len(a), 32)))}
     elif b.size > 1 and is_uniform(b) and not is_uniform(a):
@@ -152,17 +152,18 @@ def _ways(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[Form]:
     count = int(different.sum())
     yield from _diagonals(a, b)
     yield from rolled_forms(a, b)
-    if math.isclose(norm, float((b * b).sum()), rel_tol=NARROW["bfloat16"]):  # an order keeps it, and fits nothing
-        yield from turned_forms(a)
+    reordered = _distance(np.sort(b, None), np.sort(a, None)) <= limit
+    yield from turned_forms(a) if reordered else ()
     yield from _by_channel(a, b)
-    yield from _orders(a, b, gates)
+    yield from _orders(a, b, gates, reordered)
     if _cut_off(a, b, different):
         yield "clipped", f"clipped at {b.min():.4g} and {b.max():.4g}", a.clip(b.min(), b.max()), {}
     if 0 < count <= FEW and a.size > 2 * count:
         places = np.argwhere(different).tolist()
         yield "elements", _elements(a, b, places), b, {"elements": places}
-    yield from _pruned(a, b)
-    yield from (way for way in stored_forms(a) if way[0] not in ("fp16", "bf16"))
+    if _distance(b, a) < 1:  # what is left out or rounded is no larger than what was there
+        yield from _pruned(a, b)
+        yield from (way for way in stored_forms(a) if way[0] not in ("fp16", "bf16"))
 
 
 def rolled_forms(a: np.ndarray, b: np.ndarray | None = None) -> Iterator[Form]:
@@ -250,8 +251,8 @@ def axis_name(axis: int, dims: int, *, many: bool = False) -> str:
     return f"{names[axis]}{s}" if axis < len(names) else f"slice{s} of axis {axis}"
 
 
-def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[Form]:
-    if gates > 1 and a.ndim > 1 and a.shape[1] % (gates * (2 if a.ndim == 2 else 1)) == 0:
+def _orders(a: np.ndarray, b: np.ndarray, gates: int, reordered: bool) -> Iterator[Form]:
+    if reordered and gates > 1 and a.ndim > 1 and a.shape[1] % (gates * (2 if a.ndim == 2 else 1)) == 0:
         for order in itertools.islice(itertools.permutations(range(gates)), 1, None):
             yield (
                 "gates-permuted",
@@ -263,7 +264,7 @@ def _orders(a: np.ndarray, b: np.ndarray, gates: int) -> Iterator[Form]:
         few = 1 < a.shape[axis] <= MOST_CHANNELS
         if few and (places := same_slices(np.moveaxis(a, axis, 0), np.moveaxis(b, axis, 0))) is not None:
             yield in_order(a, places, axis)
-    yield from (way for way in interleaved_forms(a) if way[0] == "transposed")
+    yield from (way for way in interleaved_forms(a) if way[0] == "transposed") if reordered else ()
 
 
 def in_order(a: np.ndarray, places: Sequence[int], axis: int) -> Form:

@@ -16,7 +16,8 @@ from torch import Tensor
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.kernels.paired_sums import INTEGER_PRODUCTS
 from cp_debug.bisect.candidate_run import CandidateRun, loader
-from cp_debug.bisect.causes.base import Candidate, Cause
+from cp_debug.bisect.causes import affine, batchnorm
+from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause
 from cp_debug.bisect.causes.file_scales import wrong_scale
 from cp_debug.bisect.causes.other_program import OtherPiece, OtherProgram, reordered
 from cp_debug.bisect.causes.search import Explanation, accepted, explain
@@ -35,6 +36,8 @@ FOLDED = {"channels-scaled", "other-weights", "weights-scaled", "bias-scaled"}
 """Causes that a weight comparison finds when another BatchNorm was folded into the weights."""
 _OF_NORMS = ("batchnorm", "normalization")
 """Beginnings of the names of causes about a BatchNormalization."""
+_NORMS = [family for family in CAUSES if family.emulate.__module__ in (affine.__name__, batchnorm.__name__)]
+"""Families of these, and of what a BatchNormalization adds to channels."""
 _OF_WEIGHTS = ("int8-axis", "int8-per-tensor", "int8-weights")
 """Causes about the scales of weights that tell more than that one of them clips."""
 FEW = 3
@@ -412,7 +415,10 @@ class GraphReader:
         if moved is not None and (read_off := accepted(segment, moved)) is not None:
             return read_off, None
         for candidate, better in _readings(piece, read, differences, by_values):
-            explanation, family = by_values() if better else (Explanation(None, 0.0, None, 0.0), None)
+            # All families take seconds, and name no norm where no family of norms explains the layer.
+            of_norms = _OF_NORMS[0] in better
+            asked = better and (not of_norms or explain(segment, (), failed, _NORMS)[0].cause is not None)
+            explanation, family = by_values() if asked else (Explanation(None, 0.0, None, 0.0), None)
             if explanation.cause is not None and explanation.cause.cause.startswith(better):
                 return _beside(explanation, differences), family
             if (read_off := accepted(segment, candidate)) is not None:
