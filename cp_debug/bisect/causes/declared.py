@@ -200,8 +200,9 @@ def declared(
             vital = [
                 item for item in sorted(rounds, key=lambda item: item[1].index) if item[1].name in figures["vital"]
             ]
-            lost = ((item, text) for item in vital for text in _vanished(segment(*item), name))
-            if found := next(lost, None):
+            parts = ((item, segment(*item)) for item in vital)
+            lost = ((item, rounded_off(part.exact, part.test, claim)) for item, part in parts)
+            if found := next((each for each in lost if each[1]), None):
                 told, says = [found[0]], f"{name} as declared: {found[1]}; NaN or Inf follows later"
                 evidence["lost"] = found[1]
     yield Finding(
@@ -237,12 +238,6 @@ def flipped(run: CandidateRun, rows: Rows, flips: Sequence[Flip], trials: KeepTr
             tried, figures = kept(trials, [each for _, each in _first(most)])
         fix, evidence = f"decide with a margin, or {tried}" if figures else "decide with a margin", evidence | figures
     return Finding(claim, says, [row.name], [row.op], evidence=evidence, fix=fix)
-
-
-def _vanished(segment: Segment, name: str) -> Iterator[str]:
-    """``1e-12 is 0 in FP16``, where a result is not 0, 1 or −1, but is so as it is held: ε, or a probability."""
-    if pair := rounded_off(segment.exact, segment.test):
-        yield f"{in_digits(pair[0])} is {in_digits(pair[1])} in {name}"
 
 
 def kept(trials: KeepTrials, rows: Sequence[LayerRow]) -> tuple[str, dict[str, Any]]:

@@ -26,32 +26,29 @@ def lost(segment: Segment) -> Iterator[Candidate]:
     values = {each: constants[each] if constants.holds(each) else segment.given.get(each) for each in read}
     oracle.run_nodes(segment.nodes, segment.given, [segment.target], lambda each, value: values.update({each: value}))
     for each in read:
-        exact = FP64.hold(values[each], "cpu")
-        if not isinstance(exact, Tensor) or exact.dtype != torch.float64:
-            continue
-        held = stored(exact.float()).double()
-        if not (pair := rounded_off(exact, held)):
+        if not hasattr(values[each], "dtype") or (exact := FP64.hold(values[each], "cpu")).dtype != torch.float64:
+            continue  # a sequence, whole numbers
+        held, maker = stored(exact.float()).double(), segment.graph.producer.get(each)
+        of = maker.name if maker is not None and maker.op != "Constant" else each
+        if not (what := rounded_off(exact, held, name, f" of {of}")):
             continue
         value = segment.run(oracle.arithmetic, values={each: torch.where(ends(held), held, exact)})
         if not bool(value[segment.new_nonfinite].isfinite().all()):
-            maker = segment.graph.producer.get(each)
-            of = maker.name if maker is not None and maker.op != "Constant" else each
-            says = f"{_born(segment)}: {in_digits(pair[0])} of {of} is {in_digits(pair[1])} in {name.upper()}"
-            fix = "scale it, or keep {layers} in FP32"
+            says, fix = f"{_born(segment)}: {what}", "scale it, or keep {layers} in FP32"
             yield Candidate("nonfinite", says, segment.claimed, 0, operands(segment), fix, heard=True, declared=True)
 
 
-def rounded_off(exact: Tensor, held: Tensor) -> tuple[float, float] | None:
-    """The number that is not 0, 1 or −1, but is so as it is held, and lost most of itself: exact and held.
+def rounded_off(exact: Tensor, held: Tensor, kind: str, of: str = "") -> str:
+    """``1e-12 is 0 in FP16``, of a number that is not 0, 1 or −1, but is so as it is held in a type, and loses most.
 
-    Both tensors are float64 of one shape. None where there is none.
+    Both tensors are float64 of one shape. Empty where there is none. ``of``: words about whose number it is.
     """
     gone = ends(held) & (exact != held)
     if not bool(gone.any()):
-        return None
+        return ""
     exact, held = exact[gone], held[gone]
     most = int(((exact - held) / exact).abs().argmax())
-    return float(exact[most]), float(held[most])
+    return f"{in_digits(float(exact[most]))}{of} is {in_digits(float(held[most]))} in {kind.upper()}"
 
 
 def ends(values: Tensor) -> Tensor:
