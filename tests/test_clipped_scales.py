@@ -278,7 +278,7 @@ def stored(path: Path, fault: str = "float") -> Path:
             "int8-weights",
             "99% of its INT8 weights are off by more than a level: they were rounded from others",
         ),
-        ("bias", "int8-scale", "the scale of its INT32 bias is not that of its input times that of its weights, but "),
+        ("bias", "int8-scale", "the scale of its bias is not that of its input times that of its weights, but "),
         (
             "range",
             "int8-zero-point",

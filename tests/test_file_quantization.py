@@ -779,7 +779,7 @@ def test_levels_of_a_weight_without_a_zero_point_have_the_sign_of_their_type(tmp
     held.op("MatMul", "x", held.op("DequantizeLinear", levels, scale), name="y")
     file = Graph(held.save(tmp_path / "file.onnx", {"x": (1, [6, 8])}, ["y"]))
     (product,) = plain.nodes
-    grid = FileQuantization(plain, file, {"x": "x", "y": "y"}).grid(product, 1, stored=True)
+    grid = FileQuantization(plain, file, {"x": "x", "y": "y"}).grid(product, 1)
     assert grid is not None
     assert grid.range == (-64.0, 63.5)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cp_debug.backends.narrow_options import NarrowOptions
+from cp_debug.graph.graph import Node
 
 MX_BLOCK = 32
 NVFP4_BLOCK = 16
@@ -40,6 +41,13 @@ ROWS, COLUMNS = Axes(-1, -2), Axes(-2, -1)
 """Operands of a matrix product."""
 DATA, KERNEL, TRANSPOSED_KERNEL = Axes(1, None), Axes(1, 0), Axes(0, 1)
 """Operands of a convolution and of a transposed one."""
+
+
+def axes_of(node: Node) -> tuple[Axes, Axes]:
+    """Axes that the scales of a product's operands follow, as the node reads them."""
+    if node.op in ("Conv", "ConvTranspose"):
+        return DATA, KERNEL if node.op == "Conv" else TRANSPOSED_KERNEL
+    return COLUMNS if node.attribute("transA") else ROWS, ROWS if node.attribute("transB") else COLUMNS
 
 
 @dataclass

@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
@@ -52,7 +51,6 @@ GOOD = 3.0
 """A weight that is this many times further from its original than the best scales would leave it is a bad one."""
 SLIGHT = 1e-3
 """Further distance that is allowed, as a share of the size, for biases of 32 bits."""
-_STORED = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2, "e2m1": ml_dtypes.float4_e2m1fn}
 _PASS = VIEWS | {"Cast", "Clip", "HardSwish", "LeakyRelu", "PRelu", "Pad", "Relu", "Slice", "Split", "Transpose"}
 """Operators in front of which nothing is rounded: quantizers take them together with what they follow."""
 _MOVED_BEHIND = VIEWS | {"MaxPool", "Slice", "Transpose"}
@@ -131,18 +129,14 @@ class FileQuantization:
                     found.append((levels, grid))
         return found
 
-    def grid(
-        self, node: Node, place: int, within: Sequence[Node] = (), *, stored: bool = False
-    ) -> QuantizerGrid | None:
+    def grid(self, node: Node, place: int, within: Sequence[Node] = ()) -> QuantizerGrid | None:
         """The grid of one input of a node of ``plain``: that of the pair in front of it, else that of the data of its
-        segment, ``within``; None where it is not quantized, or its scale is computed. ``stored``: of a weight, in
-        whichever file."""
+        segment, ``within``; None where it is not quantized, or its scale is computed."""
         twin, maker = self._twin(node), None
         if twin is None:  # its Relu is left to the quantizer behind it, which has the name of the Relu's result
             behind = (self._twin(reader) for reader in within if node.outputs[0] in reader.inputs)
             twin = next((each for each in behind if each is not None), None)
-        known = place == 0 or self.made_here or stored
-        if twin is not None and known and same_product(twin, node) and place < len(twin.proto.input):
+        if twin is not None and same_product(twin, node) and place < len(twin.proto.input):
             maker = self._graph.producer.get(twin.proto.input[place])
         if maker is not None and maker.op == "DequantizeLinear":
             return self._grid(maker)
@@ -410,13 +404,10 @@ class FileQuantization:
         """
         grid = self._made_on(own) if own in self._held else None
         array = as_numpy(tensor)
-        if grid is None or not grid.fits(array.shape):
+        floats = array.itemsize > 1 and as_torch(array).is_floating_point()  # those in 8 bits are levels
+        if grid is None or floats or not grid.fits(array.shape):
             return tensor
-        if grid.codec is not None and array.dtype == _STORED[grid.codec.name]:
-            array = array.astype(np.float32)
-        elif as_torch(array).is_floating_point():
-            return tensor
-        return grid.value(as_torch(array).double()).float()
+        return grid.value(torch.from_numpy(array.astype(np.float64))).float()
 
     def _made_on(self, own: str) -> QuantizerGrid | None:
         """The grid of levels that a value is made of; None for others, and for constant levels."""

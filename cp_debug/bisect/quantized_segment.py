@@ -315,18 +315,18 @@ def bias_step(graph: Graph, constants: Weights, node: Node, *, rounds_floats: bo
     None for a node that rounds no bias, and for one on another scale. ``rounds_floats``: the backend rounds biases that
     the file left in FP32, as ONNX Runtime's optimizer WeightBiasQuantization does.
     """
-    inputs = [*node.proto.input, *[""] * 9]
-    made_by = [graph.producer.get(name) for name in inputs[:3]]
-    data, weights, bias = (n if n is not None and n.op == "DequantizeLinear" else None for n in made_by)
-    if node.op not in PRODUCTS or data is None or weights is None or not inputs[2]:
-        return None
-    product = _product(constants, data.proto.input[1], weights.proto.input[1])
-    if bias is None:
-        return product if rounds_floats and is_constant(graph, inputs[2]) else None
-    stated = _product(constants, bias.proto.input[1])
-    if product is None or stated is None or product.numel() not in (1, stated.numel()):
-        return None
-    return product if torch.allclose(stated, product, rtol=ON_SCALE, atol=0) else None
+    step, stored = derived_step(graph, constants, node), stored_bias(graph, constants, node)
+    if stored is None:
+        bias = "".join(node.proto.input[2:3])
+        return step if rounds_floats and is_constant(graph, bias) else None
+    return step if step is not None and stored.on(step, ON_SCALE) else None
+
+
+def derived_step(graph: Graph, constants: Weights, node: Node) -> Tensor | None:
+    """The scale of a product's data times that of its weights, float64, one number or one a channel; else None."""
+    makers = [graph.producer.get(name) for name in node.proto.input[:2]] if node.op in PRODUCTS else []
+    scales = [maker.proto.input[1] for maker in makers if maker is not None and maker.op == "DequantizeLinear"]
+    return _product(constants, *scales) if len(scales) == 2 else None
 
 
 class StoredBias(NamedTuple):
@@ -334,6 +334,10 @@ class StoredBias(NamedTuple):
 
     levels: Tensor
     scale: Tensor
+
+    def on(self, step: Tensor, rtol: float) -> bool:
+        """Whether the scale is ``step``, float64, one number or one for each channel, up to a relative difference."""
+        return step.numel() in (1, self.scale.numel()) and torch.allclose(self.scale, step, rtol=rtol, atol=0)
 
 
 def stored_bias(graph: Graph, constants: Weights, node: Node) -> StoredBias | None:

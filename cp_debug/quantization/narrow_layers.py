@@ -14,17 +14,15 @@ from cp_debug.backends.arithmetic import Arithmetic, narrow_arithmetic
 from cp_debug.backends.executor import Executor
 from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.backends.scaling import (
-    COLUMNS,
     E2M1,
     E4M3,
     FP8_BLOCK,
-    KERNEL,
     MX_BLOCK,
     NVFP4_BLOCK,
-    TRANSPOSED_KERNEL,
     Axes,
     FixedScaling,
     Scaling,
+    axes_of,
     int4_levels,
 )
 from cp_debug.errors import InputError
@@ -103,7 +101,7 @@ def narrow_layers(
             kind = "NaN" if bool(weight.isnan().any()) else "Inf"
             raise InputError(f"{graph}: node {node.name!r}: its weight {node.proto.input[1]!r} holds {kind}")
         layers[node.name] = NarrowLayer(
-            _stored(weight, _axes(node), options), _data(node, weight, options, amax.get(node.name))
+            _stored(weight, axes_of(node)[1], options), _data(node, weight, options, amax.get(node.name))
         )
     return NarrowLayers(options, layers, left_out)
 
@@ -123,14 +121,7 @@ def _channels(node: Node, weight: Tensor) -> int:
     """Input channels of one group."""
     if node.op == "ConvTranspose":
         return weight.shape[0] // node.attribute("group", 1)
-    return weight.shape[_axes(node).reduced]
-
-
-def _axes(node: Node) -> Axes:
-    """Axes of the weight of a node."""
-    if node.op == "Gemm":
-        return Axes(1, 0) if node.attribute("transB", 0) else Axes(0, 1)
-    return {"Conv": KERNEL, "ConvTranspose": TRANSPOSED_KERNEL}.get(node.op, COLUMNS)
+    return weight.shape[axes_of(node)[1].reduced]
 
 
 def _block(options: NarrowOptions, node: Node) -> int:

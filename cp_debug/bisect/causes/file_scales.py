@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from cp_debug.bisect.causes.base import Candidate
 from cp_debug.bisect.causes.narrow import misfit
 from cp_debug.bisect.causes.other_program import OtherPiece
 from cp_debug.bisect.file_weights import BETTER, OFF, Repair, StoredCodes, same_product, stored_codes, turned, twin_of
-from cp_debug.bisect.quantized_segment import QuantizerGrid, constant_grid
+from cp_debug.bisect.quantized_segment import QuantizerGrid, constant_grid, derived_step, stored_bias
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Node
 from cp_debug.graph.narrow_qdq import FAMILIES
@@ -73,9 +72,9 @@ def wrong_scale(piece: OtherPiece) -> Candidate | None:
         if len(pairs) > 1:
             says = "; ".join(wrong.says for _, wrong in pairs)
             sets.append(({name: wrong.value for name, wrong in pairs}, replace(pairs[0][1], says=says)))
-        biases = _derived_biases(piece)
-        sets += [({**values, **biases}, wrong) for values, wrong in sets if biases]
-        known = ({name: value.to(held) for name, value in v.items() if value is not None} for v, _ in sets)
+        derived = _derived_biases(piece)
+        values = ({**v, **derived} for v, _ in sets)
+        known = ({name: value.to(held) for name, value in v.items() if value is not None} for v in values)
         found = [(relative_l2(piece.run(v), segment.exact), wrong) for v, (_, wrong) in zip(known, sets, strict=True)]
         then, worst = min(found, key=lambda pair: pair[0], default=(0.0, None))
         if worst is None or not (now := relative_l2(piece.run(), segment.exact)) > BETTER * then:
@@ -120,31 +119,18 @@ def _of_codes(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:
 
 def _of_biases(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:
     """Biases whose scale is not that of the input times that of the weights: what holds them, and the same of it."""
-    constants, producer = piece.other.constants, piece.other.graph.producer
+    graph = piece.other.graph
+    stored = Weights(graph, FP64, torch.device("cpu"), 0)
     for _, twin in _products(piece):
-        makers = [
-            maker for name in twin.proto.input if (maker := producer.get(name)) and maker.op == "DequantizeLinear"
-        ]
-        if len(makers) < 3:
+        bias, step = stored_bias(graph, stored, twin), derived_step(graph, stored, twin)
+        if bias is None or step is None or not bool(step.all()) or bias.on(step, OFF):
             continue
-        levels, scales = makers[2].proto.input[0], [maker.proto.input[1] for maker in makers]
-        if any(name not in constants for name in (levels, *scales)):
-            continue
-        data, weight, bias = (constants[name].astype(np.float64) for name in scales)
-        right = data * weight.flatten()
-        if (
-            data.size > 1
-            or right.size not in (1, constants.size(levels))
-            or not right.all()
-            or np.allclose(bias, right, rtol=OFF, atol=0)
-        ):
-            continue
-        times = (bias / right).flatten()
-        worst = times[np.abs(np.log(np.abs(times))).argmax()]
-        says = f"the scale of its INT{8 * constants[levels].itemsize} bias is not that of its input times that of its "
-        says += f"weights, but {worst:.3g} times that"
-        value = torch.from_numpy(constants[levels] * right)
-        yield makers[2].outputs[0], Candidate("int8-scale", says, value, 0, {"of": "weights"}, _FIX["bias"])
+        if step.numel() in (1, bias.levels.numel()):
+            times = bias.scale / step
+            worst = float(times[times.abs().log().abs().argmax()])
+            says = f"the scale of its bias is not that of its input times that of its weights, but {worst:.3g} times "
+            fault = Candidate("int8-scale", f"{says}that", bias.levels * step, 0, {"of": "weights"}, _FIX["bias"])
+            yield twin.proto.input[2], fault
 
 
 def _of_grids(piece: OtherPiece) -> Iterator[tuple[str, Candidate]]:

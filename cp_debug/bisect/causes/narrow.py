@@ -11,18 +11,7 @@ from torch import Tensor
 
 from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.narrow_options import FAMILIES, NarrowOptions, is_narrow
-from cp_debug.backends.scaling import (
-    COLUMNS,
-    E2M1,
-    E4M3,
-    KERNEL,
-    ROWS,
-    TRANSPOSED_KERNEL,
-    Axes,
-    Codec,
-    FixedScaling,
-    Scaling,
-)
+from cp_debug.backends.scaling import E2M1, E4M3, Axes, Codec, FixedScaling, Scaling, axes_of
 from cp_debug.bisect.causes.base import Candidate, cause
 from cp_debug.bisect.causes.linear_parts import ProductLayout
 from cp_debug.bisect.causes.segment import Segment, as_double
@@ -93,8 +82,8 @@ def _departure(segment: Segment, options: NarrowOptions, name: str, other: Narro
     figures = {"computed_in": str(other), "instead_of": str(options), "error": error, "error_as_declared": declared}
     says = _SAYS[name].format(
         sum=_sum(other),
-        blocks=_blocks(other),
-        declared=_blocks(options),
+        blocks=blocks(other),
+        declared=blocks(options),
         group=other.group,
         declared_group=options.group,
     )
@@ -116,7 +105,7 @@ def family(segment: Segment) -> Iterator[Candidate]:
             segment.product.op in ("MatMul", "Gemm") and segment.weight(segment.product, 1) is not None
         ):
             continue
-        says = f"operands are in {options.family.upper()} ({_blocks(options)} with one scale)"
+        says = f"operands are in {options.family.upper()} ({blocks(options)} with one scale)"
         yield Candidate(options.family, says, segment.run(ARITHMETICS[name]), 0, {"computed_in": name}, _OTHERWISE)
     yield from _with_scales(segment, NarrowOptions("fp8"))
 
@@ -129,7 +118,8 @@ def _sum(options: NarrowOptions) -> str:
     )
 
 
-def _blocks(options: NarrowOptions) -> str:
+def blocks(options: NarrowOptions) -> str:
+    """What shares a scale, in words."""
     if options.family == "fp8":
         return {"tensor": "a tensor", "channel": "a row or output channel", "block": "1x128 and 128x128 values"}[
             options.granularity
@@ -161,15 +151,6 @@ class Operands:
         values = segment.context.oracle.run_nodes(earlier, segment.given, list(dict.fromkeys(names)))
         pair = tuple(as_double(values[name]) for name in names)
         return cls(node, pair, axes_of(node))  # type: ignore[arg-type]
-
-
-def axes_of(node: Node) -> tuple[Axes, Axes]:
-    """Axes that the scales of a product's operands follow, as the node reads them."""
-    if node.op == "Conv":
-        return Axes(1, None), KERNEL
-    if node.op == "ConvTranspose":
-        return Axes(1, None), TRANSPOSED_KERNEL
-    return COLUMNS if node.attribute("transA") else ROWS, ROWS if node.attribute("transB") else COLUMNS
 
 
 def decoded(operands: Operands, scaling: Scaling) -> dict[int, Tensor]:

@@ -14,7 +14,7 @@ from cp_debug.backends.arithmetic import ARITHMETICS
 from cp_debug.backends.narrow_options import GRANULARITIES, GROUPS, Granularity, NarrowOptions, is_narrow
 from cp_debug.backends.scaling import MX_BLOCK, NVFP4_BLOCK, Axes, Codec, Scaling
 from cp_debug.bisect.causes.base import Candidate
-from cp_debug.bisect.causes.narrow import FIXES, Operands, decoded
+from cp_debug.bisect.causes.narrow import FIXES, Operands, blocks, decoded
 from cp_debug.bisect.causes.segment import Segment
 from cp_debug.bisect.finding import Finding
 from cp_debug.bisect.narrow_variants import MOST_WORK, work
@@ -105,10 +105,9 @@ def _tried(segment: Segment, options: NarrowOptions) -> Iterator[tuple[str, str,
     if options.family == "fp8":
         granularity: Granularity
         for granularity in GRANULARITIES[GRANULARITIES.index(options.granularity) + 1 :]:
-            by = {"channel": "a scale for each row and output channel", "block": "scales of 1x128 and 128x128 blocks"}
             evidence = {"granularity": options.granularity, "then": granularity}
             other = replace(options, granularity=granularity)
-            yield "block-scale", f"one scale spans too much; take {by[granularity]}", run(other), evidence
+            yield "block-scale", f"one scale spans too much; take one for {blocks(other)}", run(other), evidence
     operands = Operands.of(segment)
     if operands is None:
         return

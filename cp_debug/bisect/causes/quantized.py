@@ -217,7 +217,7 @@ def _on_levels(segment: Segment, quantized: FileQuantization) -> tuple[Node, dic
         found = dict[int, tuple[Tensor, QuantizerGrid]]()
         for place, name in enumerate(node.proto.input[:2]):
             x = segment.weight(node, place)
-            grid = quantized.grid(node, place, segment.nodes, stored=True) if name and (x is None or place) else None
+            grid = quantized.grid(node, place, segment.nodes) if name and (x is None or place) else None
             if grid is not None and x is None:
                 nodes = () if name in segment.given else segment.nodes
                 x = segment.context.oracle.run_nodes(nodes, segment.given, [name])[name]
