@@ -324,8 +324,8 @@ class FileQuantization:
 
         ``constants`` are those of the parent's segment: a weight counts as quantized well where it is about as near to
         one of them as the best scales of its kind come. ``bits``: in place of those of the levels. None for other
-        weights, for levels that are captured, and as for ``declared``. ``given``, and ``calibrated`` if the scales
-        shall be the best for other inputs: name → tensor of the parent, in any float dtype.
+        weights, and as for ``declared``. ``given``, and ``calibrated`` if the scales shall be the best for other
+        inputs: name → tensor of the parent, in any float dtype.
         """
         if (found := self._part(target, known, given)) is None:
             return None
@@ -489,7 +489,8 @@ class FileQuantization:
             return None
         offset = self._constants.numbers(zero)
         centred = offset is None or not bool(offset.any())
-        many = self.made_here or self._several(scale)  # here every weight is due one scale for each channel
+        several = math.prod(self._constants.shape(scale) or ()) > 1
+        many = self.made_here or several  # here every weight is due one scale for each channel
         block = node.attribute("block_size", 0)
         axis = node.attribute("axis", 1) if block else None
         codec, bits, behind, symmetric = CODECS.get(kind), BITS[kind], None, kind in SIGNED and centred
@@ -499,10 +500,6 @@ class FileQuantization:
             symmetric = symmetric or (offset is not None and bool((offset.double() == 1 << (bits - 1)).all()))
         order = None if behind is None else torch.from_numpy(behind[1])
         return Levels(bits, symmetric, many, block, axis, codec, order)
-
-    def _several(self, name: str) -> bool:
-        """Whether a value is a constant of more than one number."""
-        return math.prod(self._constants.shape(name) or ()) > 1
 
 
 def _range(graph: Graph, name: str) -> tuple[float, float]:

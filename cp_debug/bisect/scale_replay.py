@@ -150,8 +150,7 @@ class ScaleReplay:
         """
         yield from self._widened(nodes, given, target)
         yield from self._of_whole_range(nodes, given, target, exact)
-        for scale_margin in (1.0, *SCALE_MARGINS):
-            yield from self._recalibrated(nodes, target, given, scale_margin)
+        yield from self._recalibrated(nodes, target, given, scale_margins=(1.0, *SCALE_MARGINS))
 
     def _of_whole_range(
         self, nodes: Sequence[Node], given: Mapping[str, AnyTensor], target: str, exact: Tensor
@@ -169,8 +168,8 @@ class ScaleReplay:
         nodes: Sequence[Node],
         target: str,
         given: Mapping[str, AnyTensor],
-        scale_margin: float = 1.0,
         calibrated: Mapping[str, AnyTensor] | None = None,
+        scale_margins: Sequence[float] = (1.0,),
     ) -> list[AnyTensor]:
         """Results of a file's own nodes with better scales; empty where nobody can tell."""
         quantized, graph = self.quantized, self._oracle.graph
@@ -180,13 +179,17 @@ class ScaleReplay:
         exact = None if fine is None else as_tensor(self._oracle.run_nodes(nodes, given, [target])[target])
         if fine is None or exact is None or fine.shape != exact.shape:
             return []
-        rounded = quantized.recalibrated(target, self._known, given, constants, scale_margin, calibrated=calibrated)
-        assert rounded is not None  # as with more bits
-        # Nodes that miss the result without any rounding compute something else: another value was paired with this.
         off, scale, _ = distance(fine, exact)
-        error = difference_norm(rounded, exact)
-        lost = error >= LOST * scale and (calibrated is None or not self._recalibrated(nodes, target, calibrated))
-        return [rounded] if off <= max(error / 2, ALIKE * scale) and not lost else []
+        found: list[AnyTensor] = []
+        for margin in scale_margins:
+            rounded = quantized.recalibrated(target, self._known, given, constants, margin, calibrated=calibrated)
+            assert rounded is not None  # as with more bits
+            error = difference_norm(rounded, exact)
+            lost = error >= LOST * scale and (calibrated is None or not self._recalibrated(nodes, target, calibrated))
+            # Nodes that miss the result without any rounding compute something else: another value was paired with it.
+            if off <= max(error / 2, ALIKE * scale) and not lost:
+                found.append(rounded)
+        return found
 
 
 INT8 = 4

@@ -37,13 +37,6 @@ _RESULT_SCALE = {
 _SUFFIXES = ("_quantized", "_QuantizeLinear_Output", "_DequantizeLinear_Output")
 
 
-class GridNames(NamedTuple):
-    """Names of a scale and of its zero point in a graph; the zero point's is empty where there is none."""
-
-    scale: str
-    zero: str
-
-
 def level_kind(graph: Graph) -> str:
     """``int16`` for a quantized network all of whose quantizers round to 16 bits, else ``int8``."""
     zeros = [n.proto.input[2] for n in graph.nodes if n.op == "QuantizeLinear" and len(n.proto.input) > 2]
@@ -84,37 +77,36 @@ def level_values(graph: Graph) -> set[str]:
     return levels
 
 
-def produced_grid(graph: Graph, value: str) -> GridNames | None:
-    """Names of the scale and zero point of the levels that a node computes; None for a value without levels."""
+def produced_grid(graph: Graph, value: str) -> list[str]:
+    """Names of the scale and, if there is one, the zero point of levels that a node computes; empty without levels."""
     asked = value
     for _ in range(len(graph.nodes)):
         node = graph.producer.get(value)
         if node is None:  # chosen from constant levels: who makes floats of them knows their scale
-            return _read_as(graph, asked) if value != asked else None
+            return _read_as(graph, asked) if value != asked else []
         op = node.op.removeprefix("com.microsoft.")
         if op in _RESULT_SCALE or op.startswith("QLinear"):
             place = _RESULT_SCALE.get(op, 3)
-            scale, zero = [*node.proto.input, *[""] * 9][place : place + 2]
-            return GridNames(scale, zero) if scale or op != "QGemm" else None
+            return [*filter(None, node.proto.input[place : place + 2])]
         if node.op not in _KEEP_LEVELS:
-            return None
+            return []
         value = node.proto.input[0]
-    return None
+    return []
 
 
-def _read_as(graph: Graph, levels: str) -> GridNames | None:
+def _read_as(graph: Graph, levels: str) -> list[str]:
     """The scale by which whoever makes floats of these levels, or computes with them, does so."""
     keeps = lambda node, name: node.op in _KEEP_LEVELS and node.proto.input[0] == name  # noqa: E731
     for node, name in readers(graph, levels, keeps):
         inputs, op = [*node.proto.input, "", ""], node.op.removeprefix("com.microsoft.")
         place = inputs.index(name) if name in inputs else 0
         if op == "DequantizeLinear" or op.startswith(("QLinear", "QGemm")):
-            return GridNames(inputs[place + 1], inputs[place + 2])  # they stand behind the levels
+            return [*filter(None, inputs[place + 1 : place + 3])]  # they stand behind the levels
         if (product := scaled_product(graph, node)) is not None:
-            return GridNames(product.scales[place], inputs[place + 2])
+            return [*filter(None, (product.scales[place], inputs[place + 2]))]
         if op == "MatMulIntegerToFloat":
-            return GridNames(inputs[place + 2], inputs[place + 4])
-    return None
+            return [*filter(None, inputs[place + 2 : place + 5 : 2])]
+    return []
 
 
 class ScaledProduct(NamedTuple):
@@ -157,7 +149,7 @@ def unscaled_levels(plain: Graph, graph: Graph, names: Mapping[str, str]) -> set
         for value, name in names.items()
         if graph.element_type(value) in _INTEGERS
         and plain.element_type(name) in FLOATS
-        and ((grid := produced_grid(graph, value)) is None or not is_constant(graph, grid.scale))
+        and not any(is_constant(graph, name) for name in produced_grid(graph, value)[:1])
     }
 
 
@@ -178,8 +170,7 @@ def parent_values(plain: Graph, graph: Graph, names: Mapping[str, str]) -> dict[
             continue
         node = graph.producer[value]
         base = next((value.removesuffix(s) for s in _SUFFIXES if value.endswith(s)), None)
-        levels = produced_grid(graph, value) is not None or node.op == "DequantizeLinear"
-        if base is None or not levels:
+        if base is None or not (produced_grid(graph, value) or node.op == "DequantizeLinear"):
             continue
         source = names.get(base, base)
         if source not in plain.producer:

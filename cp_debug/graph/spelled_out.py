@@ -35,7 +35,7 @@ def spelled_out(graph: Graph, kept: Collection[str] = (), *, unpacks: bool = Tru
     ``kept``: values that must be floats, and must not vanish behind a bias. ``unpacks``: also operators with packed
     weights, which take twice the memory then, or more.
     """
-    if not computes_with_levels(graph, packed=unpacks) and all(produced_grid(graph, value) is None for value in kept):
+    if not computes_with_levels(graph, packed=unpacks) and not any(produced_grid(graph, value) for value in kept):
         return graph
     return _Speller(graph, kept, unpacks).spelled()
 
@@ -53,7 +53,7 @@ class _Speller:
         self._nodes: list[onnx.NodeProto] = []
         self._products = {n.name: found for n in graph.nodes if (found := self._scaled(n)) is not None}
         grids = ((v, produced_grid(graph, v)) for v in graph.values if not is_constant(graph, v))
-        self._grids = {v: g for v, g in grids if g is not None and all(n in self._held for n in g if n)}
+        self._grids = {v: g for v, g in grids if g and all(n in self._held for n in g)}
 
     def spelled(self) -> Graph:
         graph = self._graph
@@ -68,7 +68,7 @@ class _Speller:
                 self._nodes[-1].name = node.name
             for value in node.outputs:
                 if value in self._grids:
-                    grid = [name for name in self._grids[value] if name]
+                    grid = self._grids[value]
                     how = {"axis": node.attribute("axis", 1)} if node.op == "QuantizeLinear" else {}
                     self._add("DequantizeLinear", [value + _MADE, *grid], value, f"{node.name} (result)", **how)
                     self._add("QuantizeLinear", [value, *grid], value + _READ, f"{node.name} (result)", **how)
@@ -111,7 +111,7 @@ class _Speller:
         read, op = [*node.proto.input], node.op.removeprefix("com.microsoft.")
         own = "Gemm" if op == "QGemm" else op.removeprefix("QLinear").removesuffix("Integer")
         value, bias, held, found = node.outputs[0], "", self._held, self._products.get(node.name)
-        grid = [name for name in self._grids.get(value, ()) if name]
+        grid = self._grids.get(value, [])
         plain = [read.pop(0)] if op == "QLinearWhere" else []
         if node.op == PACKED:
             return self._unpacks and self._packed(node)

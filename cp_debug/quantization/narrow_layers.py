@@ -16,7 +16,6 @@ from cp_debug.backends.narrow_options import NarrowOptions
 from cp_debug.backends.scaling import (
     E2M1,
     E4M3,
-    FP8_BLOCK,
     MX_BLOCK,
     NVFP4_BLOCK,
     Axes,
@@ -110,7 +109,7 @@ def _unsuited(node: Node, weight: Tensor, options: NarrowOptions) -> str:
     if weight.dim() < 2:
         return "its weight is not a matrix"
     groups, channels = node.attribute("group", 1), _channels(node, weight)
-    block = _block(options, node)
+    block = _block(options)
     if groups > 1 and block and channels > block and channels % block:
         return f"groups of {channels} channels are not a multiple of a block of {block}"
     transposed = node.op == "ConvTranspose" and groups > 1 and options.granularity == "channel"
@@ -124,11 +123,9 @@ def _channels(node: Node, weight: Tensor) -> int:
     return weight.shape[axes_of(node)[1].reduced]
 
 
-def _block(options: NarrowOptions, node: Node) -> int:
-    """Length of the blocks of a node's data; 0: it has one scale."""
-    if options.family == "fp8":
-        return FP8_BLOCK if options.granularity == "block" else 0
-    return _BLOCKS.get(options.family, 0)
+def _block(options: NarrowOptions) -> int:
+    """Length of the blocks of data; 0: it has one scale."""
+    return Scaling(options).segment or _BLOCKS.get(options.family, 0)
 
 
 def _data(node: Node, weight: Tensor, options: NarrowOptions, amax: float | None) -> DataCodes | None:
@@ -142,7 +139,7 @@ def _data(node: Node, weight: Tensor, options: NarrowOptions, amax: float | None
     size = channels * node.attribute("group", 1) if convolves else channels
     axis = 1 if convolves else 0 if node.attribute("transA", 0) else -1
     rows = options.family == "fp8" and options.granularity == "channel" and not convolves
-    block = channels if rows else min(_block(options, node), channels)
+    block = channels if rows else min(_block(options), channels)
     if block and options.family != "nvfp4":
         return DataCodes(kind, rule, None, axis, size, block)  # type: ignore[arg-type]
     if amax is None:
@@ -165,7 +162,7 @@ def _stored(weight: Tensor, axes: Axes, options: NarrowOptions) -> StoredWeight:
     assert codec is not None
     kind, codes = _KINDS[codec.name], encoded.codes.numpy()
     if encoded.fine is not None:
-        block = min(FP8_BLOCK if options.family == "fp8" else _BLOCKS[options.family], size)
+        block = min(_block(options), size)
         fine = _first_of_blocks(torch.where(encoded.fine > 0, encoded.fine, 1.0), reduced, block)
         coarse = float(encoded.coarse) if options.family == "nvfp4" else None
         return StoredWeight(kind, codes, fine, reduced, block, coarse=coarse)
