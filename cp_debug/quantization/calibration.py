@@ -296,15 +296,6 @@ def _frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_()
 
 
-def check_model(module: nn.Module, scales: Scales, source: str) -> None:
-    """Raise InputError unless ``scales`` were made for the weights of ``module``, BatchNorm folded."""
-    if scales.model != module_digest(module):
-        raise InputError(
-            f"{source}: these scales were calibrated on other weights than those of this {type(module).__name__}; "
-            "expected the cache of this model, with BatchNorm folded"
-        )
-
-
 BATCHES = 16
 """Number of batches whose gradients are taken."""
 _VECTORS = 4

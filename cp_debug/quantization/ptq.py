@@ -17,10 +17,10 @@ from cp_debug.graph.scales import LayerScales, Scales
 from cp_debug.optional import check_there, require
 from cp_debug.optional import install as install_command
 from cp_debug.probes.module_state import copied
+from cp_debug.programs.align import module_digest
 from cp_debug.programs.batchnorm_folding import Folding, fuse_model_bn
 from cp_debug.programs.torch_layers import channels, full_path, is_quantized, layers_of, own_path, weight_axis
-from cp_debug.quantization.calibration import CalibrationManager, check_model, plain_batches
-from cp_debug.quantization.histogram import check_method
+from cp_debug.quantization.calibration import CalibrationManager, plain_batches
 from cp_debug.quantization.record import NOT_RUN, Quantization, also_named, print_quantizer_status, quantization_of
 from cp_debug.quantization.residual_adds import add_quantizers, attach
 
@@ -118,17 +118,13 @@ def quantize_ptq(
         raise InputError(f"module: {type(module).__name__}; expected a torch module")
     if not isinstance(batches, Iterable):
         raise InputError(f"batches: {type(batches).__name__}; expected batches, or a data loader of them")
-    if is_quantized(module):
-        raise InputError(f"{type(module).__name__} is quantized already; expected the FP32 model")
-    method = method or "mse"
-    check_method(method)
+    manager = CalibrationManager(module, method=method or "mse", skip_layers=sorted(skip_layers or ()), prefix=prefix)
     if num_calibration_batches is not None and num_calibration_batches < 1:
         raise InputError(f"num_calibration_batches is {num_calibration_batches}; expected at least 1")
     with plain_batches(module, batches, num_calibration_batches, forward_fn) as (stream, restore):
         first = next(stream, None)
         if first is None:
             raise InputError("there is no calibration data: expected at least one batch")
-        manager = CalibrationManager(module, method=method, skip_layers=sorted(skip_layers or ()), prefix=prefix)
         check_there("modelopt", "quant")
         if fold is not False:
             manager.module = fuse_model_bn(module, manager.arguments(first))
@@ -158,7 +154,11 @@ def apply_scales(module: nn.Module, scales: Scales, prefix: str = "") -> nn.Modu
     """
     if is_quantized(module):
         raise InputError(f"{type(module).__name__} is quantized already; expected the FP32 model")
-    check_model(module, scales, "scales")
+    if scales.model != module_digest(module):
+        raise InputError(
+            f"these scales were calibrated on other weights than those of this {type(module).__name__}; "
+            "expected the cache of this model, with BatchNorm folded"
+        )
     layers = {own_path(prefix, path): layer_scales for path, layer_scales in scales.layers.items()}
     return install(
         module, scales.model, scales.method, layers, {own_path(prefix, n): a for n, a in scales.residual_adds.items()}
