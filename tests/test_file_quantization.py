@@ -244,6 +244,19 @@ def test_a_product_of_levels_is_known_in_front_of_what_is_added_to_it(tmp_path: 
     assert file.touches([Graph(plain).producer[conv]])
 
 
+def test_levels_that_are_asked_for_as_floats_keep_type_and_axis(tmp_path: Path) -> None:
+    """A quantizer without a zero point says its type in an attribute, and the axis of its scales in another."""
+    made, x = NetBuilder(4), np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
+    scale = made.weight(np.linspace(0.01, 0.1, 6, dtype=np.float32))
+    levels = made.op("QuantizeLinear", "x", scale, name="levels", axis=0, output_dtype=int(TensorProto.INT8))
+    made.op("DequantizeLinear", levels, scale, name="y", axis=0)
+    graph = Graph(made.save(tmp_path / "file.onnx", {"x": (1, [6, 8])}, ["y"], opset=21))
+    plain = spelled_out(graph, {levels})
+    expected, found = (Executor(g).run_nodes(g.nodes, {"x": x}, ["y"])["y"] for g in (graph, plain))
+    assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+    assert torch.equal(torch.as_tensor(Executor(plain).run_nodes(plain.nodes, {"x": x}, [levels])[levels]), expected)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("shifted", [False, True])
 def test_packed_levels_spelled_out_are_the_same_weight(tmp_path: Path, bits: int, shifted: bool) -> None:

@@ -69,8 +69,10 @@ class _Speller:
             for value in node.outputs:
                 if value in self._grids:
                     grid = self._grids[value]
-                    how = {"axis": node.attribute("axis", 1)} if node.op == "QuantizeLinear" else {}
-                    self._add("DequantizeLinear", [value + _MADE, *grid], value, f"{node.name} (result)", **how)
+                    own = node.proto.attribute if node.op == "QuantizeLinear" else ()
+                    how = {a.name: helper.get_attribute_value(a) for a in own}
+                    along = {name: how[name] for name in ("axis", "block_size") if name in how}
+                    self._add("DequantizeLinear", [value + _MADE, *grid], value, f"{node.name} (result)", **along)
                     self._add("QuantizeLinear", [value, *grid], value + _READ, f"{node.name} (result)", **how)
         return graph.with_nodes(self._nodes, self._constants)
 
