@@ -267,9 +267,8 @@ class FileQuantization:
         """All numbers that an addition reads, where the file puts both of its ``inputs`` on one grid; else None."""
         if node.op != "Add" or len(inputs) < 2:
             return None
-        scales = [None if (grid := self.grid(node, place)) is None else grid.scale for place in (0, 1)]
-        first, second = scales
-        if first is None or second is None or not torch.equal(first, second):
+        first, second = (self.grid(node, place) for place in (0, 1))
+        if first is None or second is None or not first.equals(second):
             return None
         return torch.cat([torch.as_tensor(tensor).flatten() for tensor in inputs.values()])
 

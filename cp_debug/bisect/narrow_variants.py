@@ -47,7 +47,7 @@ def variants(options: NarrowOptions) -> Iterator[tuple[str, NarrowOptions]]:
         for group in GROUPS:
             if group > options.group:
                 yield "int4-group", replace(options, group=group)
-    elif options.family != "int4":
+    else:
         for bits, half, promote in SUMS:
             other = replace(options, significant=bits, half_sum=half, nearest=half, promote=promote)
             if _narrower(other, options):
