@@ -1,6 +1,6 @@
-"""Displays of results and steps: a registry, so that a result need not import its renderer.
+"""Displays of results and steps.
 
-``FACES`` names the one module that registers them; it is imported when the first face is looked up.
+A result need not import its renderer: the one ``MODULE`` that knows them is imported when a face is looked up.
 """
 
 from __future__ import annotations
@@ -11,23 +11,18 @@ import io
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
-FACES = "cp_debug.reports.faces"
-"""The module that calls ``register``."""
+MODULE = "cp_debug.reports.faces"
+"""The module that has the ``FACES`` by type."""
 WIDTH = 100
 """Columns of what ``print`` shows."""
 
 OnStep = Callable[[str, int, int], None]
 """Told of each step of a long job: in words, how many are done, and how many there are."""
-T = TypeVar("T")
-_TERMINAL: dict[type, Callable[[Any], Iterable[RenderableType]]] = {}
-_NOTEBOOK: dict[type, Callable[[Any], str]] = {}
-_PLAIN: dict[type, Callable[[Any], str]] = {}
-_PAGE: dict[type, Callable[[Any, Path], None]] = {}
 
 
 class Shown:
@@ -48,44 +43,38 @@ class Shown:
         return notebook(self)
 
 
-def register(
-    kind: type[T],
-    terminal: Callable[[Any], Iterable[RenderableType]],
-    notebook: Callable[[T], str] | None = None,
-    plain: Callable[[T], str] | None = None,
-    page: Callable[[T, Path], None] | None = None,
-) -> None:
-    """Give results of a type their faces.
+class Faces(NamedTuple):
+    """Displays of one type of results.
 
     ``terminal``: parts that rich renders; ``notebook``: HTML; ``plain``: a few lines of text; both are what a terminal
     shows where they are left out. ``page``: writes the HTML report to a file.
     """
-    _TERMINAL[kind] = terminal
-    faces: tuple[tuple[dict[type, Any], Any], ...] = ((_NOTEBOOK, notebook), (_PLAIN, plain), (_PAGE, page))
-    for registered, face in faces:
-        if face is not None:
-            registered[kind] = face
+
+    terminal: Callable[[Any], Iterable[RenderableType]]
+    notebook: Callable[[Any], str] | None = None
+    plain: Callable[[Any], str] | None = None
+    page: Callable[[Any, Path], None] | None = None
 
 
 def terminal(result: Any, kind: type | None = None) -> Iterable[RenderableType]:
     """Parts of a result in the order in which they are read in a terminal.
 
-    ``kind`` is the type under which the face is registered, where that is not the result's own. Raises LookupError for
+    ``kind`` is the type under which the face is known, where that is not the result's own. Raises LookupError for
     a type that has no face.
     """
-    return _face(_TERMINAL, kind or type(result))(result)
+    return _faces(kind or type(result)).terminal(result)
 
 
 def notebook(result: Any) -> str:
     """A result as HTML in a notebook's own style. Raises LookupError for a type without a face."""
-    face, kind = _face(_TERMINAL, type(result)), type(result)
-    return _NOTEBOOK[kind](result) if kind in _NOTEBOOK else f"<pre>{html.escape(_as_text(face(result)))}</pre>"
+    faces = _faces(type(result))
+    return faces.notebook(result) if faces.notebook else f"<pre>{html.escape(_as_text(faces.terminal(result)))}</pre>"
 
 
 def plain(result: Any) -> str:
     """A result in a few lines of plain text. Raises LookupError for a type without a face."""
-    face, kind = _face(_TERMINAL, type(result)), type(result)
-    return _PLAIN[kind](result) if kind in _PLAIN else _as_text(face(result))
+    faces = _faces(type(result))
+    return faces.plain(result) if faces.plain else _as_text(faces.terminal(result))
 
 
 def in_notebook() -> bool:
@@ -118,10 +107,12 @@ def _as_text(parts: Iterable[RenderableType]) -> str:
 
 def write_page(result: Any, target: Path) -> None:
     """Write the HTML report of a result. Raises LookupError for a type that has none, InputError as the writer does."""
-    _face(_PAGE, type(result))(result, target)
+    write = _faces(type(result)).page
+    if write is None:
+        raise LookupError(type(result).__name__)
+    write(result, target)
 
 
-def _face(faces: dict[type, Any], kind: type) -> Any:
-    if kind not in faces:
-        importlib.import_module(FACES)
-    return faces[kind]
+def _faces(kind: type) -> Faces:
+    faces: Faces = importlib.import_module(MODULE).FACES[kind]
+    return faces

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cp_debug.detection.changes import changes
-from cp_debug.prediction.box_changes import box_changes, joined, largest_changes, quantile, within
+from cp_debug.detection.changes import box_changes, changes
+from cp_debug.prediction.box_changes import joined, largest_changes, quantile, within
 from cp_debug.prediction.result import Interval
 
 
@@ -48,7 +48,7 @@ def test_the_interval_reaches_from_the_mildest_arithmetic_to_the_coarsest() -> N
 
     def family(size: float) -> list[dict[int, tuple[float, float, float, float]]]:
         tests = (Boxes(places + rng.normal(0, size, places.shape), reference.scores, reference.labels) for _ in "abc")
-        return [box_changes(reference, test) for test in tests]
+        return [box_changes(changes(reference, test), reference, test) for test in tests]
 
     coarse, mild = family(1e-3), family(1e-4)
     told = largest_changes([coarse, mild])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cp_debug.backends.spec import BackendSpec
-from cp_debug.deploy.file_evaluation import COMPONENTS, _backend, _engine_folders, read_description
+from cp_debug.deploy.file_evaluation import COMPONENTS, _backend, read_description
 from cp_debug.errors import InputError
 from cp_debug.recipes.centerpoint.config import TINY
 
@@ -16,12 +16,13 @@ from cp_debug.recipes.centerpoint.config import TINY
 def test_engines_are_in_one_folder_or_in_one_for_each_backend(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     path = tmp_path / "files.yaml"
-    assert _engine_folders(None, path) == {}
-    assert _engine_folders("a", path) == {"": tmp_path / "a"}
-    assert _engine_folders({"trt-fp16": "a"}, path) == {"trt-fp16": tmp_path / "a"}
-    for wrong, says in (([1], "expected a folder"), ({"trt": 1}, "expected a folder"), ("b", "there is no folder")):
-        with pytest.raises(InputError, match=f"engines: {says}"):
-            _engine_folders(wrong, path)
+    for engines, found in (("", {}), ("a", {"": tmp_path / "a"}), ("{trt-fp16: a}", {"trt-fp16": tmp_path / "a"})):
+        path.write_text(f"{{model: tiny, engines: {engines}}}")
+        assert read_description(path).engines == found
+    for wrong, says in (("[1]", "expected a valid dictionary"), ("{trt: 1}", "expected"), ("b", "there is no folder")):
+        path.write_text(f"{{model: tiny, engines: {wrong}}}")
+        with pytest.raises(InputError, match=f"engines.*{says}"):
+            read_description(path)
 
 
 def test_a_description_names_files_engines_and_what_differs_from_the_model(tmp_path: Path) -> None:
@@ -50,12 +51,12 @@ def test_a_description_names_files_engines_and_what_differs_from_the_model(tmp_p
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("[1]", "expected a mapping with the keys model, folder, files"),
-        ("{model: tiny, fold: a}", "unknown key 'fold'; expected model, folder"),
-        ("{model: 1}", "expected model as the name of a CenterPoint"),
-        ("{model: tiny, glue: [a]}", "expected model as the name of a CenterPoint, glue and files as mappings"),
+        ("[1]", "expected settings by name"),
+        ("{model: tiny, folde: a}", "unknown key 'folde'.* folder"),
+        ("{model: 1}", "model is 1; expected a valid string"),
+        ("{model: tiny, glue: [a]}", r"glue is .*; expected a valid dictionary"),
         ("{model: tiny, glue: {size: 1}}", r"glue\.size: there is no such setting"),
-        ("{model: tiny, files: {neck: a.onnx}}", r"files\.neck: there is no such component"),
+        ("{model: tiny, files: {neck: a.onnx}}", r"files\.neck.* expected 'pts_voxel_encoder' or"),
         (
             "{model: tiny, glue: {score_threshold: high}}",
             'glue: score_threshold is "high"; expected a valid number',

@@ -93,7 +93,7 @@ def test_engines_score_in_the_runners_interpreter(description: Path, trt_python:
         ("engines: fp16", "trt-fp32", "these are engines of trt-fp16; expected those of trt-fp32"),
         ("engines: {trt-fp16: fp16}", "trt-fp32", "names no engines of trt-fp32"),
         ("engines: gone", "trt-fp16", "there is no folder"),
-        ("engines: [fp16]", "trt-fp16", "expected a folder, or backends like trt-fp16"),
+        ("engines: [fp16]", "trt-fp16", "expected a valid dictionary"),
         ("engines: onnx", "trt-fp16", "not the manifest of `cpdebug build`"),
         ("glue: {voxel_size: [0.2, 0.2, 8]}\nengines: fp16", "trt-fp16", "the engine was built for"),
     ):
@@ -165,11 +165,11 @@ def test_descriptions_that_do_not_fit_are_refused(description: Path, tmp_path: P
         ("model: tiny\nglue: {max_num: many}\n", 'glue: max_num is "many"; expected a valid integer'),
         (
             f"model: tiny\nfolder: {folder}\nrot_y_axis_reference: perhaps\n",
-            "rot_y_axis_reference: 'perhaps'; expected true or false",
+            'rot_y_axis_reference is "perhaps"; expected a valid boolean',
         ),
         ("modell: tiny\n", "unknown key 'modell'"),
         ("[1, 2", "not YAML"),
-        ("- a\n", "expected a mapping"),
+        ("- a\n", "expected settings by name"),
     ):
         path = tmp_path / "files.yaml"
         path.write_text(text)

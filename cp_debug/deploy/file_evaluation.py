@@ -13,6 +13,7 @@ from cp_debug.backends.spec import BackendSpec
 from cp_debug.deploy.documents import read_document
 from cp_debug.deploy.engines import check_engines
 from cp_debug.deploy.exporting import load_exported
+from cp_debug.deploy.schema import DescribedFiles, validate
 from cp_debug.detection.evaluate import evaluate
 from cp_debug.detection.evaluation import EvaluationOptions, EvaluationResult
 from cp_debug.display import OnStep
@@ -23,7 +24,6 @@ from cp_debug.recipes.centerpoint.recipe import BACKBONE_NECK_HEAD, ENCODER, Cen
 from cp_debug.recipes.data.base import DataOptions
 
 COMPONENTS = (ENCODER, BACKBONE_NECK_HEAD)
-_KEYS = ("model", "folder", "files", "engines", "glue", "rot_y_axis_reference")
 
 
 @dataclass(frozen=True)
@@ -50,38 +50,21 @@ def read_description(path: Path) -> FilesDescription:
     which names the file and the key.
     """
     document = read_document(path, "description")
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: expected a mapping with the keys {', '.join(_KEYS)}")
-    if unknown := [key for key in document if key not in _KEYS]:
-        raise InputError(f"{path}: unknown key {unknown[0]!r}; expected {', '.join(_KEYS)}")
-    name, glue, files = document.get("model"), document.get("glue") or {}, document.get("files") or {}
-    if not isinstance(name, str) or not isinstance(glue, dict) or not isinstance(files, dict):
-        raise InputError(f"{path}: expected model as the name of a CenterPoint, glue and files as mappings")
-    base = get_config(name.removeprefix("centerpoint:"))
-    if wrong := [key for key in glue if key not in asdict(base)]:
+    if isinstance(document, dict):  # a key without a value is as good as none
+        document = {key: value for key, value in document.items() if value is not None}
+        if isinstance(engines := document.get("engines"), str):
+            document["engines"] = {"": engines}
+    written = validate(DescribedFiles, document, path)
+    base = get_config(written.model.removeprefix("centerpoint:"))
+    if wrong := [key for key in written.glue if key not in asdict(base)]:
         raise InputError(f"{path}: glue.{wrong[0]}: there is no such setting; expected {', '.join(asdict(base))}")
-    if wrong := [key for key in files if key not in COMPONENTS]:
-        raise InputError(f"{path}: files.{wrong[0]}: there is no such component; expected {' and '.join(COMPONENTS)}")
-    config: CenterPointConfig = typed(CenterPointConfig, {**asdict(base), **glue}, f"{path}: glue")
-    folder = path.parent / str(document.get("folder") or ".")
-    paths = {part: folder / str(files.get(part, f"{part}.onnx")) for part in COMPONENTS}
-    turned = document.get("rot_y_axis_reference", False)
-    if not isinstance(turned, bool):
-        raise InputError(f"{path}: rot_y_axis_reference: {turned!r}; expected true or false")
-    return FilesDescription(paths, config, _engine_folders(document.get("engines"), path), turned, str(path))
-
-
-def _engine_folders(engines: Any, path: Path) -> dict[str, Path]:
-    """Backend → folder. Raises InputError for what is neither a folder nor a mapping of backends to folders."""
-    folders = engines if isinstance(engines, dict) else {"": engines} if engines is not None else {}
-    for name, folder in folders.items():
-        if not isinstance(name, str) or not isinstance(folder, str):
-            raise InputError(f"{path}: engines: expected a folder, or backends like trt-fp16 with a folder each")
-        if not (path.parent / folder).is_dir():
-            raise InputError(
-                f"{path}: engines: there is no folder {path.parent / folder}; expected what `cpdebug build` writes"
-            )
-    return {name: path.parent / folder for name, folder in folders.items()}
+    config: CenterPointConfig = typed(CenterPointConfig, {**asdict(base), **written.glue}, f"{path}: glue")
+    names = {part: f"{part}.onnx" for part in COMPONENTS} | {**written.files}
+    files = {part: path.parent / written.folder / name for part, name in names.items()}
+    folders = {backend: path.parent / folder for backend, folder in written.engines.items()}
+    if missing := [folder for folder in folders.values() if not folder.is_dir()]:
+        raise InputError(f"{path}: engines: there is no folder {missing[0]}; expected what `cpdebug build` writes")
+    return FilesDescription(files, config, folders, written.rot_y_axis_reference, str(path))
 
 
 def evaluate_files(

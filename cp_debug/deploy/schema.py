@@ -14,6 +14,7 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PrivateAttr,
+    StrictBool,
     ValidationError,
     model_validator,
 )
@@ -282,6 +283,17 @@ class DeployConfig(Section):
                 "auto, or strongly_typed, which leaves the rest in FP32"
             )
         return self
+
+
+class DescribedFiles(Section):
+    """Description of exported files of a CenterPoint, as `cpdebug eval` takes it; ``glue`` is over the model's own."""
+
+    model: str
+    folder: str = "."
+    files: dict[Literal["pts_voxel_encoder", "pts_backbone_neck_head"], str] = {}
+    glue: dict[str, Any] = {}
+    engines: dict[str, str] = {}
+    rot_y_axis_reference: StrictBool = False
 
 
 T = TypeVar("T", bound=BaseModel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,13 +111,24 @@ def compare_detections(reference: DetectsBoxes, test: DetectsBoxes) -> Detection
     listed = changes(reference, test)
     kinds = Counter(change.kind for change in listed)
     summary = DetectionChange(len(reference.scores), kinds[LOST], kinds[GAINED], kinds[MOVED_BOX])
-    pairs = [(c.reference, c.test) for c in listed if c.reference is not None and c.test is not None]
-    if pairs:
-        ours, theirs = (np.array(side) for side in zip(*pairs, strict=True))
-        gap = test.boxes[theirs].astype(np.float64) - reference.boxes[ours]
-        scores = test.scores[theirs].astype(np.float64) - reference.scores[ours]
-        summary.max_center = float(np.linalg.norm(gap[:, :3], axis=1).max())
-        summary.max_size = float(np.abs(gap[:, 3:6]).max())
-        summary.max_yaw = float(np.abs((gap[:, 6] + np.pi) % (2 * np.pi) - np.pi).max())
-        summary.max_score, summary.mean_score = float(np.abs(scores).max()), float(scores.mean())
+    if found := box_changes(listed, reference, test):
+        apart = np.array([*found.values()])
+        summary.mean_score = float(apart[:, 3].mean())
+        summary.max_center, summary.max_size, summary.max_yaw, summary.max_score = np.abs(apart).max(axis=0).tolist()
     return summary
+
+
+BoxChanges = dict[int, tuple[float, float, float, float]]
+"""Index of a box of the reference → metres between the centres, largest difference of a size in metres, that of the yaw
+in radians, and the score of the test minus that of the reference."""
+
+
+def box_changes(listed: Iterable[BoxChange], reference: DetectsBoxes, test: DetectsBoxes) -> BoxChanges:
+    """Changes of the ``listed`` boxes that are on both sides. Boxes [N, 7 or more]: x, y, z, three sizes, yaw."""
+    found: BoxChanges = {}
+    for each in listed:
+        if each.reference is not None and each.test is not None:
+            gap = test.boxes[each.test].astype(np.float64) - reference.boxes[each.reference]
+            yaw = abs((gap[6] + np.pi) % (2 * np.pi) - np.pi)
+            found[each.reference] = float(np.linalg.norm(gap[:3])), float(np.abs(gap[3:6]).max()), yaw, each.score
+    return found

@@ -14,30 +14,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cp_debug.detection.changes import changes
+from cp_debug.detection.changes import BoxChanges
 from cp_debug.prediction.result import Interval
-from cp_debug.recipes.abilities import DetectsBoxes
 
 COVERS = 0.95
 """Probability with which an interval is to hold the largest change."""
 FIELDS = ("center", "size", "yaw", "score")
-"""Changes of a box: distance of the centres and largest difference of a size in metres, radians, score."""
-
-BoxChanges = dict[int, tuple[float, float, float, float]]
-"""Index of a box of the reference → how far ``FIELDS`` changed."""
-
-
-def box_changes(reference: DetectsBoxes, test: DetectsBoxes) -> BoxChanges:
-    """Changes of the boxes that are on both sides. Boxes [N, 7 or more]: x, y, z, three sizes, yaw."""
-    found: BoxChanges = {}
-    for each in changes(reference, test):
-        if each.reference is None or each.test is None:
-            continue
-        gap = test.boxes[each.test].astype(np.float64) - reference.boxes[each.reference]
-        yaw = abs((gap[6] + math.pi) % (2 * math.pi) - math.pi)
-        size = float(np.abs(gap[3:6]).max())
-        found[each.reference] = (float(np.linalg.norm(gap[:3])), size, float(yaw), abs(each.score))
-    return found
+"""Names of the changes in ``BoxChanges``."""
 
 
 def largest_changes(families: Sequence[Sequence[BoxChanges]]) -> dict[str, Interval]:
@@ -59,7 +42,7 @@ def largest_changes(families: Sequence[Sequence[BoxChanges]]) -> dict[str, Inter
             np.array([[found[box][i] for box in sorted(everywhere)] for found in some]) for some in changing if some
         ]
         ends = [(quantile(each, (1 - COVERS) / 2), quantile(each, (1 + COVERS) / 2)) for each in drawn] or [(0.0, 0.0)]
-        expected = max(families[0][0][box][i] for box in everywhere)
+        expected = max(abs(families[0][0][box][i]) for box in everywhere)
         low = 0.0 if unchanged else min(low for low, _ in ends)
         told[field] = Interval(low, expected, max(high for _, high in ends))
     return told

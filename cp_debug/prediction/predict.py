@@ -22,7 +22,7 @@ from cp_debug.backends.executor import unsupported
 from cp_debug.backends.registry import create
 from cp_debug.backends.spec import BackendSpec, parse_backends
 from cp_debug.bisect.replayed import EXCESS
-from cp_debug.detection.changes import compare_detections
+from cp_debug.detection.changes import BoxChanges, box_changes, changes, compare_detections
 from cp_debug.display import OnStep
 from cp_debug.errors import InputError
 from cp_debug.graph.graph import Graph
@@ -30,7 +30,7 @@ from cp_debug.graph.randomness import refuse_random
 from cp_debug.mixed_precision.goal import Goal
 from cp_debug.mixed_precision.result import Named
 from cp_debug.mixed_precision.search import MixedPrecisionOptions, search
-from cp_debug.prediction.box_changes import BoxChanges, box_changes, joined, largest_changes
+from cp_debug.prediction.box_changes import joined, largest_changes
 from cp_debug.prediction.kernels import Kernel, kernels_of
 from cp_debug.prediction.result import CLOSE, OVERFLOWS, VANISHES, Interval, PredictedLayer, PredictedOutput, Prediction
 from cp_debug.prediction.targets import target_of
@@ -204,7 +204,8 @@ def _add_detections(
         change = compare_detections(reference, test)
         earlier = result.detections.get(kernel.name)
         result.detections[kernel.name] = change if earlier is None else earlier + change
-        families.setdefault(kernel.arithmetic.name, []).append(box_changes(reference, test))
+        each = box_changes(changes(reference, test), reference, test)
+        families.setdefault(kernel.arithmetic.name, []).append(each)
     if families:
         result.largest_changes = joined(result.largest_changes, largest_changes([*families.values()]))
 

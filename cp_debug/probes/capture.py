@@ -19,13 +19,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from types import TracebackType
-from typing import Any, TypedDict
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+from typing_extensions import Required, TypedDict
 
 from cp_debug.errors import InputError, system_reason
 from cp_debug.files import named, partial_name
@@ -83,24 +84,16 @@ class TensorEntry:
     """CRC-32 of the raw little-endian bytes, eight hexadecimal digits; empty in a capture without checksums."""
 
 
-@dataclass
-class _Kept:
+class _Manifest(Header, total=False):
     """Entries of a manifest that must have the right type."""
 
-    tensors: list[TensorEntry]
-    backend: str = ""
-    versions: dict[str, Any] = field(default_factory=dict)
-    device: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
-    model: dict[str, Any] = field(default_factory=dict)
-    inputs: list[dict[str, Any]] = field(default_factory=list)
-    samples: list[str] = field(default_factory=list)
-    precision: str = ""
-    emulated: bool = False
-    layers: dict[str, dict[str, str]] = field(default_factory=dict)
-    outputs: list[tuple[str, str]] = field(default_factory=list)
-    levels: dict[str, list[str]] = field(default_factory=dict)
-    class_names: list[str] = field(default_factory=list)
+    tensors: Required[list[TensorEntry]]
+    precision: str
+    emulated: bool
+    layers: dict[str, dict[str, str]]
+    outputs: list[tuple[str, str]]
+    levels: dict[str, list[str]]
+    class_names: list[str]
 
 
 def array_hash(array: np.ndarray) -> str:
@@ -248,18 +241,19 @@ class Capture:
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         if schema != SCHEMA:
             raise InputError(f"{path}: schema is {schema!r}; this version reads {SCHEMA!r}")
-        contents: _Kept = typed(_Kept, manifest, f"{path}: does not follow {SCHEMA}")
-        for entry in contents.tensors:
+        contents: _Manifest = typed(_Manifest, manifest, f"{path}: does not follow {SCHEMA}")
+        entries, runs = contents["tensors"], len(contents.get("samples") or contents.get("inputs") or [{}])
+        for entry in entries:
             if entry.dtype not in _SAFETENSORS:
                 raise InputError(f"{path}: tensor {entry.name!r} is {entry.dtype!r}, which a capture cannot hold")
             if any(size < 0 for size in entry.shape):
                 raise InputError(f"{path}: tensor {entry.name!r} has the shape {list(entry.shape)}")
-            if not 0 <= entry.sample < len(contents.samples or contents.inputs or [{}]):
+            if not 0 <= entry.sample < runs:
                 raise InputError(f"{path}: tensor {entry.name!r} is of sample {entry.sample}, which is not listed")
             within(folder, entry.file, f"{path}: tensor {entry.name!r}")
-        if len({(each.sample, each.component, each.name) for each in contents.tensors}) < len(contents.tensors):
+        if len({(each.sample, each.component, each.name) for each in entries}) < len(entries):
             raise InputError(f"{path}: lists a tensor twice")
-        return cls(folder, manifest, contents.tensors)
+        return cls(folder, manifest, entries)
 
     @property
     def samples(self) -> list[int]:

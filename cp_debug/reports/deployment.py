@@ -16,17 +16,20 @@ from cp_debug.deploy.bench import WHOLE, BackendBench
 from cp_debug.deploy.exporting import Exported
 from cp_debug.deploy.runner import StageRecord
 from cp_debug.deploy.verify import ScenarioResult, TensorCheck, VerifyResult, culprits, reasons
+from cp_debug.detection.evaluation import EvaluationResult
 from cp_debug.files import write_text
 from cp_debug.probes.distance import ratio
 from cp_debug.programs.precision import coarsest
 from cp_debug.reports.causes import findings
+from cp_debug.reports.evaluation import summary_table
 from cp_debug.reports.files import junit
-from cp_debug.reports.numbers import number, signed
+from cp_debug.reports.numbers import number
 from cp_debug.reports.page import rendered
 from cp_debug.reports.sheet import Cell, Column, Row, Sheet
 from cp_debug.reports.sheet_terminal import Terminal
 from cp_debug.reports.verdict_line import verdict_line
 from cp_debug.safe_text import amount
+from cp_debug.serialize import decode
 
 
 def export_lines(exported: Sequence[Exported]) -> Iterator[Text]:
@@ -94,22 +97,10 @@ def _output_table(scenario: Mapping[str, Any]) -> Sheet:
     return Sheet.of(columns, scenario["tensors"], title, tone=lambda each: "worst" if each["why"] else "")
 
 
-def _metric_table(backends: Sequence[Mapping[str, Any]]) -> Sheet:
-    """A row for each metric, a column for each backend, from the document of the stage ``evaluate``."""
-    columns = [Column(each["backend"] + (" (emulated)" if each["emulated"] else ""), "number") for each in backends]
-    rows = []
-    for metric in backends[0]["summary"] if backends else ():
-        cells = []
-        for each in backends:
-            change = f" ({signed(each['difference'][metric]['value'] or 0)})" if each["difference"] else ""
-            cells.append(number(each["summary"][metric]["value"]) + change)
-        rows.append([metric, *cells])
-    return Sheet([Column("metric", "mark"), *columns], rows, "Evaluation")
-
-
 def write_summary(records: Sequence[StageRecord], title: str, command: str, target: Path) -> None:
     """Write the page: verdict, stages, files, tensors and findings of each scenario, metrics side by side."""
     documents = {record.name: record.document for record in records}
+    scores = documents.get("evaluate")
     page = rendered(
         "deploy",
         title=title,
@@ -117,7 +108,7 @@ def write_summary(records: Sequence[StageRecord], title: str, command: str, targ
         passed=all(record.passed for record in records),
         files=_files_table(documents.get("export", {}).get("components", [])),
         scenarios=[(each, _output_table(each)) for each in documents.get("verify", {}).get("scenarios", [])],
-        metrics=_metric_table(documents.get("evaluate", {}).get("backends", [])),
+        metrics=summary_table(decode(EvaluationResult, scores, "evaluate")) if scores else None,
         command=command,
     )
     write_text(page, target)

@@ -1,6 +1,8 @@
-"""The displays of results: ``display`` imports this module when the first result is shown."""
+"""The displays of results, by their types."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from cp_debug.bisect.import_dump import ImportedDump
 from cp_debug.bisect.result import BisectResult
@@ -9,7 +11,7 @@ from cp_debug.deploy.quantize_narrow import NarrowResult
 from cp_debug.deploy.quantize_output import PtqResult
 from cp_debug.deploy.verify import VerifyResult
 from cp_debug.detection.evaluation import EvaluationResult
-from cp_debug.display import register
+from cp_debug.display import Faces
 from cp_debug.mixed_precision.result import MixedPrecisionResult
 from cp_debug.prediction.result import Prediction
 from cp_debug.quantization.record import QuantizerRow
@@ -25,13 +27,15 @@ from cp_debug.reports import (
     tables,
 )
 
-register(BisectResult, tables.render, summary.render_notebook, summary.summary, page.write_result)
-register(MixedPrecisionResult, mixed_precision.render)
-register(Prediction, mixed_precision.render_prediction)
-register(ResultDiff, result_diff.render, page=result_diff.write_page)
-register(ImportedDump, import_dump.render)
-register(VerifyResult, deployment.render_verification)
-register(EvaluationResult, evaluation.render)
-register(PtqResult, quantization.render)
-register(NarrowResult, quantization.render_narrow)
-register(QuantizerRow, quantization.quantizers)
+FACES: Mapping[type, Faces] = {
+    BisectResult: Faces(tables.render, summary.render_notebook, summary.summary, page.write_result),
+    MixedPrecisionResult: Faces(mixed_precision.render),
+    Prediction: Faces(mixed_precision.render_prediction),
+    ResultDiff: Faces(result_diff.render, page=result_diff.write_page),
+    ImportedDump: Faces(import_dump.render),
+    VerifyResult: Faces(deployment.render_verification),
+    EvaluationResult: Faces(evaluation.render),
+    PtqResult: Faces(quantization.render),
+    NarrowResult: Faces(quantization.render_narrow),
+    QuantizerRow: Faces(quantization.quantizers),
+}

@@ -7,13 +7,15 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, StringConstraints
 from typing_extensions import NotRequired, TypedDict
 
-_OPEN = ConfigDict(extra="allow")
+
+class _Open(TypedDict):
+    """An answer that may hold more than is read here."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
 
-class Device(TypedDict):
+class Device(_Open):
     """The GPU."""
-
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
 
     name: str
     compute_capability: str
@@ -22,16 +24,12 @@ class Device(TypedDict):
 
 Version = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}(\.|$)")]
 """A version of TensorRT, of which the first two numbers decide what it can do: ``10.12.0.36``, ``10.0.0b6``."""
-
-
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 """Duration of a build or a run."""
 
 
-class Facts(TypedDict):
+class Facts(_Open):
     """Answer to ``probe``: versions, device and abilities."""
-
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
 
     tensorrt: Version
     python: str
@@ -43,19 +41,15 @@ class Facts(TypedDict):
     unfused_debug_tensors: bool
 
 
-class LayerTensor(TypedDict):
+class LayerTensor(_Open):
     """An input or output in the inspector's JSON."""
-
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
 
     Name: str
     Dimensions: NotRequired[list[int] | None]
 
 
-class LayerAnswer(TypedDict):
+class LayerAnswer(_Open):
     """A layer in the inspector's JSON."""
-
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
 
     Name: str
     LayerType: NotRequired[str]
@@ -66,10 +60,8 @@ class LayerAnswer(TypedDict):
     TacticValue: NotRequired[str | None]
 
 
-class Built(TypedDict):
+class Built(_Open):
     """Answer to ``build``: time, flags, marks and layers of the engine."""
-
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
 
     seconds: Seconds
     flags: dict[str, bool]
@@ -87,10 +79,8 @@ class Written(TypedDict):
     dtype: str
 
 
-class Ran(TypedDict):
+class Ran(_Open):
     """Answer to ``run``: the tensors written, and the seconds of each run."""
-
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
 
     tensors: list[Written]
     seconds: list[Seconds]
