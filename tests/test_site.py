@@ -72,7 +72,6 @@ PLAIN = {
         "setting",
         "mean ms",
         "memory MiB",
-        "metric",
         "class",
     ),
     *("cache", "entries", "size", "last used", "what it keeps", "fault", "what is wrong", "in the field"),

@@ -107,7 +107,7 @@ def _tried(segment: Segment, options: NarrowOptions) -> Iterator[tuple[str, str,
         for granularity in GRANULARITIES[GRANULARITIES.index(options.granularity) + 1 :]:
             evidence = {"granularity": options.granularity, "then": granularity}
             other = replace(options, granularity=granularity)
-            yield "block-scale", f"one scale spans too much; take one for {blocks(other)}", run(other), evidence
+            yield "block-scale", f"one scale spans too much; let {blocks(other)} share one", run(other), evidence
     operands = Operands.of(segment)
     if operands is None:
         return
