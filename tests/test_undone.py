@@ -12,6 +12,7 @@ from torch import nn
 
 from cp_debug import diagnose
 from cp_debug.bisect.engine import bisect
+from cp_debug.bisect.options import Options
 from cp_debug.bisect.result import TestResult
 
 ORDER = np.random.default_rng(1).permutation(12)
@@ -75,7 +76,7 @@ def compared(reference: Path, test: Path, backends: str = "ort,ort-none") -> Tes
 def test_channels_that_the_next_weights_put_right_are_no_fault(tmp_path: Path) -> None:
     """A note tells which layer holds them otherwise, and which one undoes that; nobody doubts the oracle for it."""
     result = compared(convolutions(tmp_path / "a.onnx"), convolutions(tmp_path / "b.onnx", "permuted", "permuted"))
-    assert result.guilty == []
+    assert result.guilty == result.findings == []
     assert result.agrees
     (row,) = (row for row in result.rows if row.onnx == "first")
     assert row.stats.rel_l2 > 0.1
@@ -84,10 +85,18 @@ def test_channels_that_the_next_weights_put_right_are_no_fault(tmp_path: Path) -
     assert not [note for note in result.notes if "may itself be wrong" in note]
 
 
+def test_another_basis_is_no_rounding_of_the_declared_precision(tmp_path: Path) -> None:
+    pair = convolutions(tmp_path / "a.onnx"), convolutions(tmp_path / "b.onnx", "permuted", "permuted")
+    (result,) = bisect(str(pair[0]), "ort,emu-fp16", test_model=pair[1], options=Options(rtol=1e-5)).tests
+    (finding,) = result.findings
+    assert finding.cause == "fp16"
+    assert {"node_first", "node_second"}.isdisjoint(finding.layers)
+
+
 @pytest.mark.parametrize("rotated", ["keys", "values", "keys and values"])
 def test_rotated_heads_are_no_fault(tmp_path: Path, rotated: str) -> None:
     result = compared(attention(tmp_path / "a.onnx"), attention(tmp_path / "b.onnx", rotated))
-    assert result.guilty == []
+    assert result.guilty == result.findings == []
     assert result.agrees
     assert [note for note in result.notes if "another basis" in note]
 

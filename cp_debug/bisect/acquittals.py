@@ -27,6 +27,8 @@ from cp_debug.programs.pipeline import Key
 
 MASKS = "masks with", "what differs is masked"
 """Beginnings of the reason why a layer that differs by a mask is right, and of that of those that pass the mask on."""
+BASIS = "in another basis"
+"""Beginning of the reason why a layer is right that holds its result so, or passes it on."""
 MASKED = -100.0
 """Numbers up to this one may stand for "left out": e⁻¹⁰⁰ is nothing beside 1, in any precision."""
 ENDS = {"Attention", "BiasSoftmax", "Exp", "MultiHeadAttention", "Softmax"}
@@ -172,7 +174,9 @@ def acquit_undone(run: CandidateRun, rows: Mapping[Key, LayerRow]) -> dict[str, 
             if undoing:
                 row, names = own[value], list(dict.fromkeys(own[other].name for other in undoing))
                 found[row.name] = names
-                row.verdict, row.why = INHERITED, f"holds its result in another basis; undone by {names[0]}"
+                row.verdict = INHERITED
+                for each in (own[name] for name in walk.changed if name in own):
+                    each.why = f"{BASIS}; undone by {names[0]}" if each.verdict == INHERITED else each.why
             for other in walk.undoing:
                 if own[other].verdict == GUILTY and own[other].side == "test":
                     own[other].verdict, own[other].why = OK if own[other].within else INHERITED, ""

@@ -21,6 +21,7 @@ from cp_debug.bisect.finding import Effect, Finding
 from cp_debug.bisect.kept import COUNTS, HELPS, KeepTrials, gave, in_words
 from cp_debug.bisect.kept import MOST as NAMED
 from cp_debug.bisect.remainder import Flip
+from cp_debug.bisect.replayed import EXCESS
 from cp_debug.bisect.result import GUILTY, LayerRow
 from cp_debug.bisect.shares import NOT_LINEAR
 from cp_debug.errors import InputError
@@ -156,7 +157,9 @@ def declared(
     ``explain`` tries the causes on a layer. ``costliest``: see ``Effects.costliest``.
     """
     claim = run.precision.name
-    rounds = [(key, row) for key, row in rows.items() if row.replay and row.replay.introduced and row.op != "input"]
+    own = ((key, row, row.replay) for key, row in rows.items() if row.replay and row.op != "input")
+    # What is right and introduces more, as in another basis that its readers undo, does not round.
+    rounds = [(key, row) for key, row, replay in own if replay.introduced and (replay.excess or 0.0) <= EXCESS]
     if claim not in (*PROMOTED, "fp32") or not rounds:
         return
     rounds.sort(key=lambda item: (_size(item[1]), item[1].replay.introduced), reverse=True)  # type: ignore[union-attr]

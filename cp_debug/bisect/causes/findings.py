@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from cp_debug.backends.narrow_options import NarrowOptions
-from cp_debug.bisect.acquittals import MASKS
+from cp_debug.bisect.acquittals import BASIS, MASKS
 from cp_debug.bisect.candidate_run import CandidateRun, loader
 from cp_debug.bisect.causes import declared
 from cp_debug.bisect.causes.base import CAUSES, Candidate, Cause
@@ -157,7 +157,7 @@ class Explainer:
             costly += costs(rows, self.run.precision.name, self.run.precision.roundoff, self.segment)
         except Exception as error:
             self.notes.append(f"remedies for the declared precision's cost are not known: {in_one_line(error)}")
-        differs = any(not (row.within or row.why.startswith(MASKS)) for row in rows.values())
+        differs = any(not (row.within or row.why.startswith((*MASKS, BASIS))) for row in rows.values())
         # A layer has a step where its own nodes quantize by a constant; a file may also compute its scales as it runs.
         levels = any(row.replay and row.replay.step is not None for row in rows.values())
         programs = self.run.programs
