@@ -359,13 +359,39 @@ def test_another_checkpoint_is_read_off_the_files_without_costly_trials(
     def fails(segment: Segment) -> Iterator[Candidate]:
         raise ValueError("was tried")
 
-    monkeypatch.setattr("cp_debug.bisect.causes.search.CAUSES", [Cause(fails, costly=True), *CAUSES])
+    monkeypatch.setattr("cp_debug.bisect.causes.findings.CAUSES", [Cause(fails, costly=True), *CAUSES])
     model = onnx.load(str(folded))
     constant("conv", 1, lambda a: np.random.default_rng(7).permutation(a.ravel() * 1.1).reshape(a.shape))(model.graph)
     onnx.save(model, str(tmp_path / "test.onnx"))
     (test,) = bisect(str(folded), "ort,ort-none", test_model=tmp_path / "test.onnx").tests
     assert [finding.cause for finding in test.findings] == ["other-weights"]
     assert not any("was tried" in note for note in test.notes)
+
+
+def test_costly_causes_are_not_tried_on_every_layer_of_many_that_nothing_explains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bent(path: Path, by: float) -> Path:
+        made, x = NetBuilder(8), "x"
+        for i in range(6):
+            y = made.op("MatMul", x, made.weight(made.rng.standard_normal((24, 24)).astype(np.float32) / 5))
+            waves = made.op("Mul", made.op("Sin", y, name=f"sin{i}"), made.weight(np.float32(by)))
+            x = made.op("Add", y, waves, name=f"y{i}")
+        return made.save(path, {"x": (1, [1, 8, 24])}, [x])
+
+    asked: list[str] = []
+
+    def costly(segment: Segment) -> Iterator[Candidate]:
+        asked.append(segment.target)
+        return iter(())
+
+    monkeypatch.setattr("cp_debug.bisect.causes.findings.CAUSES", [Cause(costly, costly=True, by_node=True)])
+    monkeypatch.setattr("cp_debug.bisect.causes.graphs.GraphReader._other", lambda self, component: None)
+    pair = bent(tmp_path / "net.onnx", 0.1), bent(tmp_path / "bent.onnx", 0.11)
+    (test,) = bisect(str(pair[0]), "ort,ort-none", test_model=pair[1]).tests
+    assert len(test.guilty) == 6
+    assert len(asked) == 4
+    assert [note for note in test.notes if note.startswith("2 guilty layers: only quick causes were tried")]
 
 
 def test_a_scale_that_a_mask_has_ruined_is_too_coarse(tmp_path: Path) -> None:

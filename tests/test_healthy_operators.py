@@ -116,9 +116,9 @@ def test_a_failure_while_explaining_is_a_note_on_its_layer(
     def fails(*_: object, **__: object) -> None:
         raise ZeroDivisionError("no such thing")
 
-    fails.costly = False  # type: ignore[attr-defined]
+    fails.costly = fails.by_node = False  # type: ignore[attr-defined]
     if where == "family":
-        monkeypatch.setattr("cp_debug.bisect.causes.search.CAUSES", [fails, *CAUSES])
+        monkeypatch.setattr("cp_debug.bisect.causes.findings.CAUSES", [fails, *CAUSES])
         # Where the graphs tell the cause, no family is asked.
         monkeypatch.setattr("cp_debug.bisect.causes.graphs.GraphReader._other", lambda self, component: None)
     else:

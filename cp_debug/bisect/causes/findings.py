@@ -42,12 +42,14 @@ from cp_debug.probes.arrays import Tensor
 from cp_debug.probes.held import CapturedRun
 from cp_debug.programs.pipeline import Key
 from cp_debug.quantization.onnx_ptq import names_of_layers
-from cp_debug.safe_text import flags, some
+from cp_debug.safe_text import amount, flags, some
 
 LISTED = 32
 """Nodes to leave unquantized in a line that is to be followed."""
 MOST = 64
 """Guilty layers that are explained, the most excessive first."""
+IN_VAIN = 4
+"""Layers in a row without a cause, the most excessive first, after which the others are asked for quick ones."""
 LOCATED = 8
 """Layers of a finding for which it says where in them the error sits."""
 NAMED = 8
@@ -136,13 +138,20 @@ class Explainer:
         guilty.sort(key=lambda item: item[1].severity, reverse=True)
         groups: dict[tuple[str, ...], list[Explained]] = {}
         families: list[Cause] = []
+        in_vain = quickly = 0
         for key, row in guilty[:MOST]:
-            explained, family = self._explained(key, row, families)
+            quick = in_vain >= IN_VAIN
+            explained, family = self._explained(key, row, families, quick=quick)
+            quickly += quick and explained.explanation.cause is None
+            in_vain = in_vain + 1 if explained.explanation.cause is None else 0
             if family is not None and family not in families:
                 families.append(family)
             best = explained.explanation.cause
             name = (UNKNOWN,) if best is None else (best.cause, _kind(best))
             groups.setdefault((row.side, *name), []).append(explained)
+        if quickly:
+            many = amount(quickly, "guilty layer")
+            self.notes.append(f"{many}: only quick causes were tried, after {IN_VAIN} in a row that nothing explains")
         for key_of_group, group in groups.items():
             self._layers_of.setdefault(key_of_group[1], set()).update(e.row.name for e in group)
         findings = [self._finding(group) for group in groups.values()]
@@ -196,8 +205,14 @@ class Explainer:
                 evidence = {"why": row.why, **candidate.evidence, **tried}
                 yield Finding(candidate.cause, candidate.says, [row.name], [row.op], evidence=evidence, fix=fix)
 
-    def _explained(self, key: Key, row: LayerRow, families: Sequence[Cause]) -> tuple[Explained, Cause | None]:
-        """The layer with its cause, and the family that proposed it; without both where anything fails on the way."""
+    def _explained(
+        self, key: Key, row: LayerRow, families: Sequence[Cause], *, quick: bool = False
+    ) -> tuple[Explained, Cause | None]:
+        """The layer with its cause, and the family that proposed it; without both where anything fails on the way.
+
+        ``families``: those that explained worse layers. ``quick``: no others are asked that are costly and go from
+        node to node.
+        """
         explanation, family, where = Explanation(None, 0.0, None, 0.0), None, Where(row.name)
         try:
             segment = self.segment(key, row)
@@ -214,14 +229,16 @@ class Explainer:
                 if known is not None:
                     share = segment.explained(known.value)[0]
                     return Explained(row, Explanation(known, share, None, 0.0), where), None
-            if row.region is not None and self.goes_inside(key.component):
-                explanation, family = explain(segment, families, failed, [c for c in CAUSES if not c.by_node])
+            inside = row.region is not None and self.goes_inside(key.component)
+            asked = [c for c in CAUSES if not (c.by_node and (inside or (quick and c.costly and c not in families)))]
+            if inside:
+                explanation, family = explain(segment, families, failed, asked)
             elif row.side == "test":
-                explanation, family = self._graphs.explain(key.component, segment, families, failed)
+                explanation, family = self._graphs.explain(key.component, segment, families, failed, asked)
                 told = None if explanation.cause is None else explanation.cause.evidence.get("node")
                 row.source = next((source_line(n.proto) for n in segment.nodes if n.name == told), "") or row.source
             else:
-                explanation, family = explain(segment, families, failed)
+                explanation, family = explain(segment, families, failed, asked)
         except Exception as error:
             self._failed(row, error)
         return Explained(row, explanation, where), family

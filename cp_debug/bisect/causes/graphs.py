@@ -56,6 +56,8 @@ READ_OFF = "the difference of the two graphs"
 
 Failed = Callable[[Exception], None]
 """Receives the error of a cause that could not be tried."""
+ByValues = Callable[[], tuple[Explanation, Cause | None]]
+"""Explains a layer by its values, which takes seconds: once, and only if asked for."""
 
 
 def difference(piece: OtherPiece) -> tuple[Candidate | None, list[NodeDifference]]:
@@ -212,9 +214,7 @@ def _of_constants(piece: OtherPiece) -> Candidate | None:
     return Candidate(first.cause, _says(found), value, 0, evidence, _fix(found))
 
 
-def added(
-    piece: OtherPiece, additions: Sequence[NodeDifference], by_values: Callable[[], tuple[Explanation, Cause | None]]
-) -> Candidate | None:
+def added(piece: OtherPiece, additions: Sequence[NodeDifference], by_values: ByValues) -> Candidate | None:
     """The candidate of nodes that only the test has, where they are all that differs: what they do has the name that
     the layer's values alone give it. None without a name, where they read a dense constant: that may be anything."""
     if not additions or not all(d.added for d in additions):
@@ -343,7 +343,7 @@ def _readings(
     piece: OtherPiece,
     read: Candidate | None,
     differences: Sequence[NodeDifference],
-    by_values: Callable[[], tuple[Explanation, Cause | None]],
+    by_values: ByValues,
 ) -> Iterator[tuple[Candidate, tuple[str, ...]]]:
     """What the two graphs tell of a layer, ``read`` first, and beginnings of the names of causes that tell more of it,
     if the layer's values alone have one."""
@@ -380,14 +380,15 @@ class GraphReader:
         self._others: dict[str, OtherProgram | None] = {}
 
     def explain(
-        self, component: str, segment: Segment, families: Sequence[Cause], failed: Failed
+        self, component: str, segment: Segment, families: Sequence[Cause], failed: Failed, asked: Sequence[Cause]
     ) -> tuple[Explanation, Cause | None]:
-        """The explanation of a layer by a difference of the two graphs, else by the causes (``search``)."""
+        """The explanation of a layer by a difference of the two graphs, else by the causes ``asked`` (``search``)."""
+        by_values = cache(lambda: explain(segment, families, failed, asked))
         try:
-            return self._explain(component, segment, families, failed)
+            return self._explain(component, segment, failed, by_values)
         except Exception as error:  # explaining never ends a run: another explanation may do
             failed(error)
-            return explain(segment, families, failed)
+            return by_values()
 
     def of_shape(self, component: str, segment: Segment) -> Candidate | None:
         """The difference of the two graphs at a layer whose shape is another one on each side.
@@ -405,9 +406,8 @@ class GraphReader:
         return Candidate(first.cause, _says(differences), value, 0, _read(first), _fix(differences))
 
     def _explain(
-        self, component: str, segment: Segment, families: Sequence[Cause], failed: Failed
+        self, component: str, segment: Segment, failed: Failed, by_values: ByValues
     ) -> tuple[Explanation, Cause | None]:
-        by_values = cache(lambda: explain(segment, families, failed))  # takes seconds: once, and only if asked for
         if (piece := self._piece(component, segment)) is None:
             return by_values()
         read, differences = difference(piece)
